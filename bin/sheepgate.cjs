@@ -1,0 +1,10 @@
+#!/usr/bin/env node
+// CommonJS on purpose: libuv reads the size of its thread pool at the pool's first use, and loading an ES module is
+// already a use. Object files are read and synced there, so four threads (libuv's default) are too few.
+process.env.UV_THREADPOOL_SIZE ??= '16';
+import('../dist/cli/main.js').catch((error) => {
+  process.stderr.write(
+    error?.code === 'ERR_MODULE_NOT_FOUND' ? `sheepgate: not built yet (${error.message}); run 'npm run build'\n` : `${error?.stack}\n`,
+  );
+  process.exit(1);
+});

@@ -1,0 +1,53 @@
+// Types are checked by tsc; this holds what it cannot: promises that nobody awaits, and the direction in which the
+// layers may depend on each other (cli -> daemon -> export -> vdi -> store; nbd/ knows nothing of Sheepdog).
+import tseslint from 'typescript-eslint';
+
+const LAYERS = ['cli', 'daemon', 'export', 'vdi', 'store'];
+
+/** Folders of src/ that a file in `layer` must not import from: every layer above it, and those below its own next one. */
+const MAY_IMPORT = {
+  cli: ['daemon', 'export', 'vdi', 'store'],
+  daemon: ['export', 'vdi', 'store'],
+  export: ['vdi'],
+  vdi: ['store'],
+  store: [],
+};
+
+const layerRules = LAYERS.map((layer) => {
+  const forbidden = LAYERS.filter((other) => other !== layer && !MAY_IMPORT[layer].includes(other));
+  const patterns = forbidden.map((other) => ({
+    group: [`**/${other}/**`],
+    message: `src/${layer} must not depend on src/${other}`,
+  }));
+  if (layer === 'vdi' || layer === 'store') {
+    patterns.push({ group: ['nbd-server-ts', '**/nbd/**'], message: `src/${layer} must not know NBD` });
+  }
+  return { files: [`src/${layer}/**/*.ts`], rules: { 'no-restricted-imports': ['error', { patterns }] } };
+});
+
+export default tseslint.config(
+  { ignores: ['**/dist/**', 'node_modules/**', 'bin/**', 'bench/**', 'eslint.config.js'] },
+  {
+    files: ['**/*.ts'],
+    extends: [...tseslint.configs.recommended],
+    languageOptions: { parserOptions: { project: './tsconfig.lint.json', tsconfigRootDir: import.meta.dirname } },
+    rules: {
+      '@typescript-eslint/no-floating-promises': 'error',
+      '@typescript-eslint/no-misused-promises': 'error',
+      '@typescript-eslint/await-thenable': 'error',
+      '@typescript-eslint/no-explicit-any': 'error',
+      '@typescript-eslint/no-unused-vars': ['error', { argsIgnorePattern: '^_' }],
+      '@typescript-eslint/switch-exhaustiveness-check': 'off',
+    },
+  },
+  {
+    files: ['nbd/**/*.ts'],
+    rules: {
+      'no-restricted-imports': [
+        'error',
+        { patterns: [{ group: ['**/src/store/**', '**/src/vdi/**', 'sheepgate'], message: 'nbd/ knows nothing of Sheepdog' }] },
+      ],
+    },
+  },
+  ...layerRules,
+);

@@ -1,0 +1,106 @@
+/**
+ * What the server asks of an export. This is the one interface a user of the library implements; it knows offsets and
+ * lengths and nothing of the wire. Methods may answer synchronously or later: the request loop awaits only promises.
+ */
+
+export type Awaitable<T> = T | Promise<T>;
+
+/** How an export looks to a client for the life of one connection. Sizes in bytes. */
+export interface Geometry {
+  readonly size: number;
+  /** 1 to 65536, a power of two. Requests need not be aligned to anything below it. */
+  readonly minimumBlockSize: number;
+  readonly preferredBlockSize: number;
+  readonly readOnly: boolean;
+  readonly canFlush: boolean;
+  readonly canFua: boolean;
+  readonly canTrim: boolean;
+  readonly canZero: boolean;
+  /** A FAST_ZERO request is answered quickly or refused with ENOTSUP; never by writing zeros. */
+  readonly canFastZero: boolean;
+  readonly canCache: boolean;
+  /** Several connections see each other's completed writes, and a flush on one covers all. */
+  readonly multiConn: boolean;
+  readonly rotational: boolean;
+}
+
+export interface ZeroMode {
+  /** The range must stay allocated (NBD_CMD_FLAG_NO_HOLE). */
+  readonly noHole: boolean;
+  /** Durable before the answer (NBD_CMD_FLAG_FUA). */
+  readonly fua: boolean;
+  /** Fail with ENOTSUP rather than be as slow as writing (NBD_CMD_FLAG_FAST_ZERO). */
+  readonly fastZero: boolean;
+}
+
+/** Receives extents in ascending order; `hole`: not allocated, `zero`: reads as zeros. Return false to stop early. */
+export type ExtentSink = (offset: number, length: number, hole: boolean, zero: boolean) => boolean;
+
+/**
+ * An export, opened for one connection. Every range passed in is already validated against `geometry`. Errors are thrown
+ * (or rejected) as `DeviceError`; anything else is answered EIO and logged.
+ */
+export interface BlockDevice {
+  readonly geometry: Geometry;
+  /** Fill `into` with the bytes at `offset`. */
+  read(offset: number, into: Buffer): Awaitable<void>;
+  /** `data` is the device's to use until the returned promise settles, not longer. */
+  write(offset: number, data: Buffer, fua: boolean): Awaitable<void>;
+  zero(offset: number, length: number, mode: ZeroMode): Awaitable<void>;
+  trim(offset: number, length: number, fua: boolean): Awaitable<void>;
+  /** Everything answered before this call is durable when it answers. */
+  flush(): Awaitable<void>;
+  /** Bring the range into cache; a hint. */
+  cache(offset: number, length: number): Awaitable<void>;
+  /** Allocation of [offset, offset+length), reported to `sink` without reading data. */
+  extents(offset: number, length: number, sink: ExtentSink): Awaitable<void>;
+  /** Called once, when the connection is gone and no request is in flight. */
+  close(): Awaitable<void>;
+}
+
+/** Causes a device may give for a failed request; the server maps them to NBD error values in one table. */
+export type DeviceErrorCode = 'EPERM' | 'EIO' | 'ENOMEM' | 'EINVAL' | 'ENOSPC' | 'EOVERFLOW' | 'ENOTSUP' | 'ESHUTDOWN';
+
+export class DeviceError extends Error {
+  constructor(
+    readonly code: DeviceErrorCode,
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'DeviceError';
+  }
+}
+
+/** Who is asking, for logs and authorisation. */
+export interface Peer {
+  readonly transport: 'tcp' | 'unix' | 'internal';
+  /** "127.0.0.1:4242", or the socket path for unix peers. */
+  readonly address: string;
+}
+
+export interface ExportInfo {
+  readonly name: string;
+  readonly description: string;
+}
+
+/** Why an export was not opened; `UNKNOWN` and `POLICY` become NBD_REP_ERR_UNKNOWN and _POLICY. */
+export class ExportError extends Error {
+  constructor(
+    readonly code: 'UNKNOWN' | 'POLICY' | 'SHUTDOWN' | 'FAILED',
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'ExportError';
+  }
+}
+
+/** The exports of a server. */
+export interface ExportProvider {
+  list(peer: Peer): Awaitable<readonly ExportInfo[]>;
+  /** For NBD_OPT_INFO: what `open` would give, without opening. Throws ExportError. */
+  describe(name: string, peer: Peer): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
+  /** For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. Throws ExportError. */
+  open(name: string, peer: Peer): Awaitable<{ readonly device: BlockDevice; readonly info: ExportInfo }>;
+}

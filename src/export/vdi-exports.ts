@@ -1,0 +1,51 @@
+/**
+ * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only. Owns nothing but the translation
+ * of names and errors between nbd/ and src/vdi.
+ */
+import { ExportError, type BlockDevice, type ExportInfo, type ExportProvider, type Geometry, type Peer } from 'nbd-server-ts';
+import { CatalogError } from '../vdi/catalog-error.js';
+import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
+import type { VdiRecord } from '../vdi/vdi.js';
+import { geometryOf, VdiDevice } from './vdi-device.js';
+
+export class VdiExports implements ExportProvider {
+  readonly #catalog: VdiCatalog;
+
+  constructor(catalog: VdiCatalog) {
+    this.#catalog = catalog;
+  }
+
+  async list(_peer: Peer): Promise<ExportInfo[]> {
+    return (await this.#catalog.list()).map(infoOf);
+  }
+
+  async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
+    try {
+      const record = await this.#catalog.find(name);
+      return { geometry: geometryOf(record), info: infoOf(record) };
+    } catch (error) {
+      throw asExportError(error);
+    }
+  }
+
+  async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    try {
+      const vdi = await this.#catalog.openVdi(name);
+      return { device: new VdiDevice(vdi, () => this.#catalog.release(vdi)), info: infoOf(vdi.record) };
+    } catch (error) {
+      throw asExportError(error);
+    }
+  }
+}
+
+function infoOf(record: VdiRecord): ExportInfo {
+  const description = record.isSnapshot
+    ? `snapshot of ${record.name}, taken ${new Date(record.snapshotAt).toISOString()}`
+    : `VDI, created ${new Date(record.createdAt).toISOString()}`;
+  return { name: labelOf(record), description };
+}
+
+function asExportError(error: unknown): ExportError {
+  const code = error instanceof CatalogError ? 'UNKNOWN' : 'FAILED';
+  return new ExportError(code, (error as Error).message, { cause: error });
+}

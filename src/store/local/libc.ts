@@ -1,0 +1,193 @@
+/**
+ * The system calls that Node does not offer: reads that refuse to wait for the disk, holes, in-kernel copies, advisory
+ * locks. The only file that speaks koffi; everything above it sees numbers and Buffers.
+ */
+import koffi from 'koffi';
+import { StoreError } from '../object-store.js';
+
+const RWF_NOWAIT = 8; // linux/fs.h
+const FALLOC_FL_KEEP_SIZE = 1; // linux/falloc.h
+const FALLOC_FL_PUNCH_HOLE = 2;
+const FALLOC_FL_ZERO_RANGE = 16;
+const SEEK_DATA = 3;
+const SEEK_HOLE = 4;
+const LOCK_EX = 2;
+const LOCK_NB = 4;
+const FICLONE = 0x40049409; // linux/fs.h, _IOW(0x94, 9, int)
+const POSIX_FADV_WILLNEED = 3;
+
+const { EAGAIN, EOPNOTSUPP, ENXIO, EINTR, ENOSPC, EDQUOT, EXDEV, EINVAL, ENOSYS, ENOTTY } = koffi.os.errno as Record<
+  string,
+  number
+>;
+
+const libc = koffi.load('libc.so.6');
+const preadv2 = libc.func('long preadv2(int fd, void *iov, int count, int64_t offset, int flags)');
+const fallocate = libc.func('int fallocate64(int fd, int mode, int64_t offset, int64_t length)');
+const lseek = libc.func('int64_t lseek64(int fd, int64_t offset, int whence)');
+const copyFileRange = libc.func(
+  'long copy_file_range(int in, int64_t *offIn, int out, int64_t *offOut, size_t length, uint flags)',
+);
+const flock = libc.func('int flock(int fd, int operation)');
+const ioctlInt = libc.func('int ioctl(int fd, ulong request, int argument)');
+const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)');
+
+/** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
+function systemError(call: string, errno: number): NodeJS.ErrnoException {
+  const names = koffi.os.errno as Record<string, number>;
+  const code = Object.keys(names).find((name) => names[name] === errno) ?? `errno ${errno}`;
+  const error: NodeJS.ErrnoException = new Error(`${code}: ${call}`);
+  error.code = code;
+  error.errno = -errno;
+  error.syscall = call;
+  return error;
+}
+
+type Native = ReturnType<typeof libc.func>;
+
+/** Run `native` on a thread-pool thread. Resolves to its result; throws systemError for -1. */
+function offLoop(call: string, native: Native, ...args: unknown[]): Promise<number> {
+  return new Promise((resolve, reject) => {
+    native.async(...args, (error: Error | null, result: number | bigint) => {
+      if (error) return reject(error);
+      if (Number(result) === -1) return reject(systemError(call, koffi.errno()));
+      resolve(Number(result));
+    });
+  });
+}
+
+function codeOf(error: unknown): number {
+  return -((error as NodeJS.ErrnoException).errno ?? 0);
+}
+
+// One iovec, filled anew for each call: calls are synchronous, so it is never shared.
+const iovec = Buffer.alloc(16);
+const iovec32 = new Uint32Array(iovec.buffer, iovec.byteOffset, 4);
+let lastArrayBuffer: ArrayBufferLike | undefined;
+let lastBase = 0;
+
+/** The address of a buffer's first byte. Slabs are long-lived and few, so the last one asked for is remembered. */
+function addressOf(buffer: Buffer): number {
+  if (buffer.buffer !== lastArrayBuffer) {
+    lastArrayBuffer = buffer.buffer;
+    lastBase = Number(koffi.address(buffer)) - buffer.byteOffset;
+  }
+  return lastBase + buffer.byteOffset;
+}
+
+/** Results of readNoWait other than a count of bytes. */
+export const WOULD_WAIT = -1;
+export const NOT_SUPPORTED = -2;
+
+/**
+ * Read what is in the page cache, without waiting for the disk. Returns the bytes read (possibly fewer than asked for),
+ * WOULD_WAIT, or NOT_SUPPORTED where the filesystem cannot do it. preadv2(2), RWF_NOWAIT.
+ */
+export function readNoWait(fd: number, into: Buffer, offset: number): number {
+  const address = addressOf(into);
+  iovec32[0] = address >>> 0;
+  iovec32[1] = (address / 2 ** 32) >>> 0;
+  iovec32[2] = into.length;
+  iovec32[3] = 0;
+  const count = preadv2(fd, iovec, 1, offset, RWF_NOWAIT) as number;
+  if (count >= 0) return count;
+  const errno = koffi.errno();
+  if (errno === EAGAIN || errno === EINTR) return WOULD_WAIT;
+  if (errno === EOPNOTSUPP || errno === ENOSYS || errno === EINVAL) return NOT_SUPPORTED;
+  throw systemError('preadv2', errno);
+}
+
+/** Give the range's space back; it reads as zeros. False where the filesystem has no holes. */
+export async function punchHole(fd: number, offset: number, length: number): Promise<boolean> {
+  try {
+    await offLoop('fallocate', fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
+    return true;
+  } catch (error) {
+    if (codeOf(error) === EOPNOTSUPP) return false;
+    throw error;
+  }
+}
+
+/** Make the range zeros that are allocated. False where the filesystem cannot; then zeros have to be written. */
+export async function zeroRange(fd: number, offset: number, length: number): Promise<boolean> {
+  try {
+    await offLoop('fallocate', fallocate, fd, FALLOC_FL_ZERO_RANGE, offset, length);
+    return true;
+  } catch (error) {
+    if (codeOf(error) === EOPNOTSUPP) return false;
+    throw error;
+  }
+}
+
+/** Reserve space beyond the end of the file without changing its size. Best effort: false if it cannot be had. */
+export function reserve(fd: number, offset: number, length: number): boolean {
+  return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) === 0;
+}
+
+/** The next byte at or after `offset` that holds data, or -1 if only a hole follows. */
+export async function nextData(fd: number, offset: number): Promise<number> {
+  try {
+    return await offLoop('lseek', lseek, fd, offset, SEEK_DATA);
+  } catch (error) {
+    if (codeOf(error) === ENXIO) return -1;
+    throw error;
+  }
+}
+
+/** The next hole at or after `offset` (the end of the file counts as one). */
+export async function nextHole(fd: number, offset: number): Promise<number> {
+  try {
+    return await offLoop('lseek', lseek, fd, offset, SEEK_HOLE);
+  } catch (error) {
+    if (codeOf(error) === ENXIO) return offset;
+    throw error;
+  }
+}
+
+/** Share all blocks of `from` with `to` (FICLONE). False where the filesystem has no reflinks. */
+export async function cloneFile(from: number, to: number): Promise<boolean> {
+  try {
+    await offLoop('ioctl(FICLONE)', ioctlInt, to, FICLONE, from);
+    return true;
+  } catch (error) {
+    const errno = codeOf(error);
+    if (errno === ENOSPC || errno === EDQUOT) throw error;
+    return false;
+  }
+}
+
+/** Copy [offset, offset+length) to the same place in another file, inside the kernel. Returns the bytes copied. */
+export async function copyRange(from: number, to: number, offset: number, length: number): Promise<number> {
+  try {
+    const position = (): BigInt64Array => BigInt64Array.of(BigInt(offset));
+    return await offLoop('copy_file_range', copyFileRange, from, position(), to, position(), length, 0);
+  } catch (error) {
+    const errno = codeOf(error);
+    if (errno === EXDEV || errno === EINVAL || errno === EOPNOTSUPP || errno === ENOSYS || errno === ENOTTY) return -1;
+    throw error;
+  }
+}
+
+/** Ask the kernel to read the range ahead. */
+export async function willNeed(fd: number, offset: number, length: number): Promise<void> {
+  await offLoop('posix_fadvise', fadvise, fd, offset, length, POSIX_FADV_WILLNEED);
+}
+
+/** Lock an open file for this process. False if somebody else has it. The lock goes with the descriptor. */
+export function tryLock(fd: number): boolean {
+  if (flock(fd, LOCK_EX | LOCK_NB) === 0) return true;
+  const errno = koffi.errno();
+  if (errno === EAGAIN) return false;
+  throw systemError('flock', errno);
+}
+
+const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
+const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
+
+/** Turn whatever a file operation threw into this layer's error, saying what was being done. */
+export function asStoreError(error: unknown, doing: string): StoreError {
+  if (error instanceof StoreError) return error;
+  const { code, message } = error as NodeJS.ErrnoException;
+  const kind = code && SPACE_CODES.has(code) ? 'NO_SPACE' : code && PERMISSION_CODES.has(code) ? 'PERMISSION' : 'IO';
+  return new StoreError(kind, `${doing}: ${message}`, { cause: error });
+}

@@ -1,0 +1,409 @@
+/**
+ * The embedded store: a directory with LMDB metadata and one sparse file per data object (FORMAT.md). Owns the
+ * directory's lock, the reference counts and the open VDIs, and implements the catalog on one LMDB transaction per
+ * operation. Objects are removed only after the transaction that made them unreachable.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import {
+  MAX_DATA_OBJECTS,
+  StoreError,
+  type Awaitable,
+  type Catalog,
+  type CheckReport,
+  type ObjectStore,
+  type OpenVdi,
+  type Owner,
+  type VdiRecord,
+  type ZeroOptions,
+} from '../object-store.js';
+import * as libc from './libc.js';
+import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
+import { Metadata, pagesOf } from './metadata.js';
+import { ObjectFiles } from './object-files.js';
+import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+
+const MAX_VID = 2 ** 24 - 1;
+/** Findings a check spells out; it counts the rest. */
+const MAX_PROBLEMS = 1000;
+
+export interface LocalStoreOptions {
+  /** Told what an operator should know and no caller waits for. */
+  readonly log?: (line: string, details?: object) => void;
+  /** Open files to keep at most; by default what the process's limit allows. */
+  readonly maxDescriptors?: number;
+}
+
+export class LocalStore implements ObjectStore, LocalVdiHost {
+  readonly location: string;
+  readonly metadata: Metadata;
+  readonly files: ObjectFiles;
+  readonly references = new ReferenceCounts();
+  readonly catalog: LocalCatalog;
+  readonly #lockFd: number;
+  readonly #log: (line: string, details?: object) => void;
+  readonly open = new Map<number, LocalVdi>();
+
+  private constructor(location: string, lockFd: number, metadata: Metadata, files: ObjectFiles, options: LocalStoreOptions) {
+    this.location = location;
+    this.#lockFd = lockFd;
+    this.metadata = metadata;
+    this.files = files;
+    this.#log = options.log ?? (() => undefined);
+    this.catalog = new LocalCatalog(this);
+  }
+
+  /**
+   * Open the store in `directory`, made if missing. Errors (StoreError): LOCKED if another process has it, FORMAT if a
+   * newer sheepgate wrote it, PERMISSION, NO_SPACE, IO.
+   */
+  static async open(directory: string, options: LocalStoreOptions = {}): Promise<LocalStore> {
+    const location = path.resolve(directory);
+    let lockFd: number;
+    try {
+      fs.mkdirSync(location, { recursive: true, mode: 0o700 });
+      lockFd = fs.openSync(path.join(location, 'lock'), fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+    } catch (error) {
+      throw libc.asStoreError(error, `opening store ${location}`);
+    }
+    let metadata: Metadata | undefined;
+    try {
+      if (!libc.tryLock(lockFd)) {
+        throw new StoreError(
+          'LOCKED',
+          `store ${location} is in use by another process; stop that daemon, or give --control if it listens elsewhere`,
+        );
+      }
+      const opened = await Metadata.open(location);
+      metadata = opened.metadata;
+      const store = new LocalStore(location, lockFd, metadata, openFiles(location, options), options);
+      await store.#recover(opened.clean);
+      return store;
+    } catch (error) {
+      await metadata?.close({ clean: false }).catch(() => undefined);
+      fs.closeSync(lockFd);
+      throw libc.asStoreError(error, `opening store ${location}`);
+    }
+  }
+
+  readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
+    return this.files.read(vid, idx, offset, into);
+  }
+
+  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const local = vdi as LocalVdi;
+    const owner = local.map[idx] as number;
+    const later = this.files.write(owner, idx, offset, data);
+    if (later === undefined) local.noteWritten(owner, idx);
+    else return later.then(() => local.noteWritten(owner, idx));
+  }
+
+  async createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
+    const { vid, blockSizeShift } = vdi.record;
+    const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
+    const create = (): Promise<void> => this.files.create(objectKey(vid, idx), 2 ** blockSizeShift, offset, data, from);
+    try {
+      await create();
+    } catch (error) {
+      if ((error as StoreError).code !== 'NO_SPACE') throw error;
+      // Trimmed space may not be given back yet: do that, and try once more.
+      await vdi.flush();
+      await this.files.removed();
+      await create();
+    }
+  }
+
+  async zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Promise<void> {
+    const local = vdi as LocalVdi;
+    const owner = local.map[idx] as number;
+    await this.files.zero(owner, idx, offset, length, options.noHole);
+    local.noteWritten(owner, idx);
+  }
+
+  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void> {
+    return this.files.willNeed(vid, idx, offset, length);
+  }
+
+  objectExtents(
+    vid: number,
+    idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Awaitable<void> {
+    return this.files.extents(vid, idx, offset, length, sink);
+  }
+
+  release(keys: readonly number[]): void {
+    const unreferenced: number[] = [];
+    for (const key of keys) {
+      // While a read of it is under way it still counts: nobody else may start to write it in place.
+      const idle = this.files.idle(key);
+      if (idle) void idle.then(() => this.release([key]));
+      else if (this.references.drop(vidOf(key), idxOf(key)) === 0) unreferenced.push(key);
+    }
+    this.files.remove(unreferenced, (error) => this.backgroundError(error));
+  }
+
+  backgroundError(error: unknown): void {
+    this.#log((error as Error).message, { err: error });
+  }
+
+  /** Flush and close everything; the next open then needs no recovery. */
+  async close(): Promise<void> {
+    let clean = true;
+    let failure: unknown;
+    for (const vdi of this.open.values()) {
+      try {
+        await vdi.close();
+      } catch (error) {
+        clean = false;
+        failure ??= error;
+      }
+    }
+    this.open.clear();
+    await this.files.close();
+    await this.metadata.close({ clean });
+    fs.closeSync(this.#lockFd);
+    if (failure !== undefined) throw failure;
+  }
+
+  /** Count the references; after a crash also remove what nothing refers to. */
+  async #recover(clean: boolean): Promise<void> {
+    for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
+    if (clean) return;
+    const strays = this.metadata.strayVids();
+    if (strays.length > 0) await this.metadata.commit({ removed: strays });
+    const orphans: number[] = [];
+    for await (const { key } of this.files.scan()) {
+      if (key >= 0 && this.references.of(vidOf(key), idxOf(key)) === 0) orphans.push(key);
+    }
+    this.files.remove(orphans, (error) => this.backgroundError(error));
+    await this.files.removed();
+    this.#log(`store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`);
+  }
+}
+
+function openFiles(location: string, options: LocalStoreOptions): ObjectFiles {
+  return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors: options.maxDescriptors });
+}
+
+/** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
+export class LocalCatalog implements Catalog {
+  readonly #store: LocalStore;
+  #lastVid = 0;
+
+  constructor(store: LocalStore) {
+    this.#store = store;
+  }
+
+  list(): VdiRecord[] {
+    const records = new Map(this.#store.metadata.records().map((record) => [record.vid, record]));
+    for (const vdi of this.#store.open.values()) {
+      if (vdi.outgrown.length === 0) continue;
+      for (const vid of vdi.outgrown) records.delete(vid);
+      records.set(vdi.record.vid, vdi.record);
+    }
+    return [...records.values()];
+  }
+
+  async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
+    const record = this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1);
+    await this.#store.metadata.commit({ records: [record] });
+    return record;
+  }
+
+  async open(vid: number): Promise<OpenVdi> {
+    const opened = this.#store.open.get(vid);
+    if (opened) return opened;
+    const record = this.#recordOf(vid);
+    const vdi = new LocalVdi(
+      this.#store,
+      record,
+      this.#store.metadata.map(record),
+      () => this.#store.open.delete(vdi.record.vid),
+    );
+    this.#store.open.set(vid, vdi);
+    return vdi;
+  }
+
+  switchOver(vdi: OpenVdi, tag: string): () => Promise<VdiRecord> {
+    const local = vdi as LocalVdi;
+    const before = local.record;
+    const snapshot: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: Date.now() };
+    const record: VdiRecord = {
+      ...before,
+      vid: this.#nextVid(),
+      snapId: before.snapId + 1,
+      parentVid: before.vid,
+      createdAt: snapshot.snapshotAt,
+    };
+    const store = local.moveTo(record, snapshot);
+    this.#store.open.delete(before.vid);
+    this.#store.open.set(record.vid, local);
+    return async () => {
+      await local.enqueue(store);
+      return snapshot;
+    };
+  }
+
+  async clone(vid: number, name: string): Promise<VdiRecord> {
+    const base = this.#recordOf(vid);
+    const record = this.#working(this.#nextVid(), name, base.size, base.blockSizeShift, base.vid, 1);
+    await this.#storeCopy(base, record, []);
+    return record;
+  }
+
+  async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
+    const working = this.#recordOf(vid);
+    const base = this.#recordOf(snapshotVid);
+    const map = this.#store.metadata.map(working);
+    const record = this.#working(
+      this.#nextVid(),
+      working.name,
+      base.size,
+      base.blockSizeShift,
+      base.vid,
+      working.snapId,
+    );
+    await this.#storeCopy(base, record, [vid]);
+    await this.#releaseMap(map);
+    return record;
+  }
+
+  async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
+    const local = vdi as LocalVdi;
+    await local.resize({ ...local.record, size });
+    return local.record;
+  }
+
+  async remove(vid: number): Promise<void> {
+    const map = this.#store.metadata.map(this.#recordOf(vid));
+    await this.#store.metadata.commit({ removed: [vid] });
+    await this.#releaseMap(map);
+  }
+
+  usage(vid: number): { allocated: number; exclusive: number } {
+    const opened = this.#store.open.get(vid);
+    const map = opened?.map ?? this.#store.metadata.map(this.#recordOf(vid));
+    let allocated = 0;
+    let exclusive = 0;
+    for (let idx = 0; idx < map.length; idx++) {
+      const owner = map[idx] as number;
+      if (owner === 0) continue;
+      allocated++;
+      if (this.#store.references.of(owner, idx) === 1) exclusive++;
+    }
+    return { allocated, exclusive };
+  }
+
+  /** Compare maps and object files. Nothing may be open: a check of moving parts would report phantoms. */
+  async check(options: { readonly repair: boolean }): Promise<CheckReport> {
+    const { metadata, files, references, open } = this.#store;
+    if (open.size > 0) throw new StoreError('LOCKED', 'a check needs all VDIs closed; disconnect their clients first');
+    await files.removed();
+    const problems: string[] = [];
+    let hidden = 0;
+    const report = (line: string): void => {
+      if (problems.length < MAX_PROBLEMS) problems.push(line);
+      else hidden++;
+    };
+    const missing = new Set(references.keys());
+    const orphans: { key: number; name: string }[] = [];
+    let orphanBytes = 0;
+    let objects = 0;
+    for await (const { key, bytes, name } of files.scan()) {
+      objects++;
+      if (missing.delete(key)) continue;
+      orphanBytes += bytes;
+      orphans.push({ key, name });
+    }
+    const records = metadata.records();
+    if (missing.size > 0) this.#reportMissing(records, missing, report);
+    for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
+    for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
+    if (hidden > 0) problems.push(`... and ${hidden} more`);
+    let repaired = 0;
+    if (options.repair) {
+      const strays = metadata.strayVids();
+      if (strays.length > 0) await metadata.commit({ removed: strays });
+      for (const { name } of orphans) await fs.promises.unlink(name);
+      repaired = orphans.length + strays.length;
+    }
+    return { objects, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
+  }
+
+  #reportMissing(records: readonly VdiRecord[], missing: ReadonlySet<number>, report: (line: string) => void): void {
+    for (const record of records) {
+      const map = this.#store.metadata.map(record);
+      const label = record.tag === '' ? record.name : `${record.name}@${record.tag}`;
+      for (let idx = 0; idx < map.length; idx++) {
+        const owner = map[idx] as number;
+        if (owner === 0 || !missing.has(objectKey(owner, idx))) continue;
+        const from = idx * 2 ** record.blockSizeShift;
+        report(`lost: ${label} bytes ${from} to ${from + 2 ** record.blockSizeShift - 1} (object file is missing)`);
+      }
+    }
+  }
+
+  #working(
+    vid: number,
+    name: string,
+    size: number,
+    blockSizeShift: number,
+    parentVid: number,
+    snapId: number,
+  ): VdiRecord {
+    const createdAt = Date.now();
+    return { vid, name, tag: '', isSnapshot: false, snapId, size, blockSizeShift, parentVid, createdAt, snapshotAt: 0 };
+  }
+
+  #recordOf(vid: number): VdiRecord {
+    const record = this.#store.metadata.record(vid);
+    if (!record) throw new StoreError('DAMAGED', `no record of vid ${vid.toString(16)} in ${this.#store.location}`);
+    return record;
+  }
+
+  /** Store `record` with the map of `base`; references count before the transaction, so that nothing is freed under it. */
+  async #storeCopy(base: VdiRecord, record: VdiRecord, removed: readonly number[]): Promise<void> {
+    const { metadata, references } = this.#store;
+    const map = metadata.map(base);
+    references.addAll(map);
+    try {
+      await metadata.preparePages(pagesOf(record.vid, map));
+      await metadata.commit({ records: [record], removed });
+    } catch (error) {
+      this.#store.release(keysOf(map));
+      throw error;
+    }
+  }
+
+  async #releaseMap(map: Uint32Array): Promise<void> {
+    this.#store.release(keysOf(map));
+    await this.#store.files.removed();
+  }
+
+  #nextVid(): number {
+    const { metadata, references } = this.#store;
+    if (this.#lastVid === 0) {
+      this.#lastVid = references.highestVid;
+      for (const { vid } of metadata.records()) this.#lastVid = Math.max(this.#lastVid, vid);
+    }
+    for (let tries = 0; tries < MAX_VID; tries++) {
+      this.#lastVid = (this.#lastVid % MAX_VID) + 1;
+      if (!metadata.record(this.#lastVid) && !references.uses(this.#lastVid) && !this.#store.open.has(this.#lastVid)) {
+        return this.#lastVid;
+      }
+    }
+    throw new StoreError('LIMIT', `all ${MAX_VID} VDI ids of ${this.#store.location} are in use`);
+  }
+}
+
+function keysOf(map: Uint32Array): number[] {
+  const keys: number[] = [];
+  for (let idx = 0; idx < Math.min(map.length, MAX_DATA_OBJECTS); idx++) {
+    const owner = map[idx] as number;
+    if (owner !== 0) keys.push(objectKey(owner, idx));
+  }
+  return keys;
+}

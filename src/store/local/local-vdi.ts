@@ -1,0 +1,284 @@
+/**
+ * An open VDI of the local store: its map, and what of it and of its data is not durable yet. Owns the order "data, then
+ * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
+ */
+import type { OpenVdi, VdiRecord } from '../object-store.js';
+import type { Metadata } from './metadata.js';
+import { PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
+import type { ObjectFiles } from './object-files.js';
+import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+
+/** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
+const PARALLEL_SYNCS = 8;
+/** Space that was trimmed is given back after this time at the latest, also if the client never flushes. */
+const RELEASE_DELAY_MS = 1000;
+/** ... or at once when this many objects wait. */
+const RELEASE_BATCH = 256;
+
+/** What a LocalVdi needs of its store. */
+export interface LocalVdiHost {
+  readonly metadata: Metadata;
+  readonly files: ObjectFiles;
+  readonly references: ReferenceCounts;
+  /** A durable map no longer refers to these: drop the references, remove (in the background) what nobody refers to. */
+  release(keys: readonly number[]): void;
+  /** A flush nobody waits for has failed. */
+  backgroundError(error: unknown): void;
+}
+
+/** What one flush took over from the VDI and gives back if it fails. */
+interface Batch {
+  readonly vid: number;
+  readonly objects: readonly number[];
+  readonly created: readonly number[];
+  readonly pages: readonly number[];
+  readonly releases: readonly number[];
+  readonly recordChanged: boolean;
+  readonly obsolete: readonly number[];
+}
+
+export class LocalVdi implements OpenVdi {
+  record: VdiRecord;
+  map: Uint32Array;
+  readonly #host: LocalVdiHost;
+  #dirtyObjects = new Set<number>();
+  #created = new Set<number>();
+  #dirtyPages = new Set<number>();
+  #committingPages: readonly number[] = [];
+  #committingRecord = false;
+  #releases: number[] = [];
+  #obsolete: number[] = [];
+  #recordChanged = false;
+  #queue: Promise<void> = Promise.resolve();
+  #nextFlush: Promise<void> | undefined;
+  #releaseTimer: NodeJS.Timeout | undefined;
+  /** After a failed fsync the kernel may have dropped what it could not write: no later sync can vouch for it. */
+  #syncFailure: unknown;
+
+  /** `onClosed` is called once when nobody has the VDI open any more. */
+  constructor(
+    host: LocalVdiHost,
+    record: VdiRecord,
+    map: Uint32Array,
+    private readonly onClosed: () => void,
+  ) {
+    this.#host = host;
+    this.record = record;
+    this.map = map;
+  }
+
+  exclusive(idx: number): boolean {
+    const owner = this.map[idx] as number;
+    // A working VDI's own objects are known to nobody else: with the first snapshot it gets a new vid.
+    return owner === this.record.vid || this.#host.references.of(owner, idx) === 1;
+  }
+
+  setOwner(idx: number, owner: number): void {
+    const before = this.map[idx] as number;
+    if (before === owner) return;
+    if (owner !== 0) {
+      this.#host.references.add(owner, idx);
+      // Marked here and not when the file was made: a sync passes over objects that nobody refers to.
+      this.#dirtyObjects.add(objectKey(owner, idx));
+      this.#created.add(objectKey(owner, idx));
+    }
+    this.map[idx] = owner;
+    this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
+    if (before !== 0) {
+      this.#releases.push(objectKey(before, idx));
+      this.#releaseSoon();
+    }
+  }
+
+  /** Called when a write has reached the file, not before: a sync in between must not count as having covered it. */
+  noteWritten(owner: number, idx: number): void {
+    this.#dirtyObjects.add(objectKey(owner, idx));
+  }
+
+  flush(): Promise<void> {
+    // One flush runs, one waits: whoever comes while one runs is served by the next, which starts after they came.
+    this.#nextFlush ??= this.enqueue(() => {
+      this.#nextFlush = undefined;
+      return this.#commit();
+    });
+    return this.#nextFlush;
+  }
+
+  async flushObject(idx: number): Promise<void> {
+    const page = Math.floor(idx / PAGE_ENTRIES);
+    const key = objectKey(this.map[idx] as number, idx);
+    const plain =
+      !this.#dirtyPages.has(page) && !this.#committingPages.includes(page) && !this.#recordChanged && !this.#created.has(key);
+    if (!plain) return this.flush();
+    if (!this.#dirtyObjects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
+    if (this.#syncFailure !== undefined) throw this.#syncFailure;
+    // It stays marked dirty: writes that come during the sync need a sync of their own.
+    await this.#sync([key]);
+  }
+
+  async close(): Promise<void> {
+    await this.flush();
+    clearTimeout(this.#releaseTimer);
+    this.onClosed();
+  }
+
+  /** Records that this VDI has outgrown without the metadata saying so yet (a snapshot that failed): see its `record`. */
+  get outgrown(): readonly number[] {
+    return this.#obsolete;
+  }
+
+  /** Run `work` after everything that was asked to be made durable before it. */
+  enqueue<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#queue.then(work);
+    this.#queue = result.then(
+      () => undefined,
+      () => undefined,
+    );
+    return result;
+  }
+
+  /**
+   * Synchronous half of a snapshot: this VDI goes on as `record`, and what it was until now belongs to the snapshot.
+   * Returns the durable half, which must be run through `enqueue`.
+   */
+  moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
+    const frozen = this.map.slice();
+    const batch = this.#take();
+    // a flush under way may fail and give its pages back; they are the snapshot's too
+    const pages = new Set([...batch.pages, ...this.#committingPages]);
+    const recordWasDurable = !batch.recordChanged && !this.#committingRecord;
+    this.record = record;
+    this.#host.references.addAll(frozen);
+    return async () => {
+      try {
+        await this.#sync(batch.objects);
+        await this.#host.files.syncDirectories(batch.created);
+        await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
+        const snapshotPages = recordWasDurable
+          ? [...pages].map((page) => ({ vid: snapshot.vid, page, entries: pageOf(frozen, page) }))
+          : pagesOf(snapshot.vid, frozen);
+        await this.#host.metadata.commit({
+          records: [snapshot, record],
+          removed: batch.obsolete,
+          pages: snapshotPages,
+        });
+      } catch (error) {
+        this.#undoMove(batch, snapshot.vid, frozen);
+        throw error;
+      }
+      this.#host.release(batch.releases);
+    };
+  }
+
+  /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
+  #undoMove(batch: Batch, snapshotVid: number, frozen: Uint32Array): void {
+    this.#giveBack(batch);
+    this.#recordChanged = true;
+    this.#obsolete.push(snapshotVid);
+    for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#dirtyPages.add(page);
+    // the stored map under the old vid refers to these until that flush, so they are released with it
+    for (let idx = 0; idx < frozen.length; idx++) {
+      const owner = frozen[idx] as number;
+      if (owner !== 0) this.#releases.push(objectKey(owner, idx));
+    }
+  }
+
+  /** Grow or cut the map; the record is stored with it in one transaction. */
+  async resize(record: VdiRecord): Promise<void> {
+    const length = Math.ceil(record.size / 2 ** record.blockSizeShift);
+    for (let idx = length; idx < this.map.length; idx++) this.setOwner(idx, 0);
+    await this.flush();
+    await this.enqueue(() => this.#host.metadata.commit({ records: [record] }));
+    const map = new Uint32Array(length);
+    map.set(this.map.subarray(0, length));
+    this.map = map;
+    this.record = record;
+  }
+
+  #releaseSoon(): void {
+    if (this.#releases.length >= RELEASE_BATCH) {
+      clearTimeout(this.#releaseTimer);
+      this.#releaseTimer = undefined;
+      this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+      return;
+    }
+    this.#releaseTimer ??= setTimeout(() => {
+      this.#releaseTimer = undefined;
+      if (this.#releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+    }, RELEASE_DELAY_MS).unref();
+  }
+
+  #take(): Batch {
+    const batch: Batch = {
+      vid: this.record.vid,
+      objects: [...this.#dirtyObjects],
+      created: [...this.#created],
+      pages: [...this.#dirtyPages],
+      releases: this.#releases,
+      recordChanged: this.#recordChanged,
+      obsolete: this.#obsolete,
+    };
+    this.#dirtyObjects.clear();
+    this.#created.clear();
+    this.#dirtyPages.clear();
+    this.#releases = [];
+    this.#recordChanged = false;
+    this.#obsolete = [];
+    return batch;
+  }
+
+  #giveBack(batch: Batch): void {
+    for (const key of batch.objects) this.#dirtyObjects.add(key);
+    for (const key of batch.created) this.#created.add(key);
+    for (const page of batch.pages) this.#dirtyPages.add(page);
+    this.#releases = [...batch.releases, ...this.#releases];
+    this.#recordChanged ||= batch.recordChanged;
+    this.#obsolete = [...batch.obsolete, ...this.#obsolete];
+  }
+
+  async #commit(): Promise<void> {
+    if (this.#syncFailure !== undefined) throw this.#syncFailure;
+    const batch = this.#take();
+    const pages = batch.pages.map((page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
+    const record = this.record;
+    this.#committingPages = batch.pages;
+    this.#committingRecord = batch.recordChanged;
+    try {
+      await this.#sync(batch.objects);
+      await this.#host.files.syncDirectories(batch.created);
+      if (batch.recordChanged) {
+        await this.#host.metadata.preparePages(pages);
+        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete });
+      } else if (pages.length > 0) {
+        await this.#host.metadata.commit({ pages });
+      }
+    } catch (error) {
+      this.#giveBack(batch);
+      throw error;
+    } finally {
+      this.#committingPages = [];
+      this.#committingRecord = false;
+    }
+    this.#host.release(batch.releases);
+  }
+
+  async #sync(keys: readonly number[]): Promise<void> {
+    let next = 0;
+    const worker = async (): Promise<void> => {
+      while (next < keys.length) {
+        const key = keys[next++] as number;
+        // Trimmed meanwhile: nobody will read it, and its file may be gone.
+        const owner = vidOf(key);
+        if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
+        try {
+          await this.#host.files.sync(key);
+        } catch (error) {
+          const cause = (error as Error).cause as NodeJS.ErrnoException | undefined;
+          if (cause?.syscall === 'fdatasync') this.#syncFailure = error;
+          throw error;
+        }
+      }
+    };
+    await Promise.all(Array.from({ length: Math.min(PARALLEL_SYNCS, keys.length) }, worker));
+  }
+}

@@ -1,0 +1,197 @@
+/**
+ * The LMDB file of a local store: VDI records, map pages, the format version. Only this file knows keys and encodings
+ * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { open, type Database, type RootDatabase } from 'lmdb';
+import { StoreError, type VdiRecord } from '../object-store.js';
+import * as libc from './libc.js';
+
+export const FORMAT_VERSION = 1;
+/** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
+export const PAGE_ENTRIES = 1024;
+/** Address space, not disk: room for the maps of some ten thousand snapshots of 1 TiB. */
+const MAP_SIZE = 64 * 2 ** 30;
+/** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
+const PAGES_PER_TRANSACTION = 128;
+/** Kept allocated past the end of the file, so that a full disk can still record a delete or a flush. */
+const RESERVE_BYTES = 4 * 1024 * 1024;
+
+/** A page of a map as it is to be stored; all zeros means the page is removed. */
+export interface PageWrite {
+  readonly vid: number;
+  readonly page: number;
+  readonly entries: Buffer;
+}
+
+export interface MetadataChange {
+  readonly records?: readonly VdiRecord[];
+  /** Records that go, with all their pages. */
+  readonly removed?: readonly number[];
+  readonly pages?: readonly PageWrite[];
+}
+
+const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
+
+/** The entries of one page of a map, copied: the map may change while the copy is on its way to disk. */
+export function pageOf(map: Uint32Array, page: number): Buffer {
+  const copy = Buffer.alloc(PAGE_ENTRIES * 4);
+  const end = Math.min(map.length, (page + 1) * PAGE_ENTRIES);
+  for (let idx = page * PAGE_ENTRIES, at = 0; idx < end; idx++, at += 4) copy.writeUInt32LE(map[idx] as number, at);
+  return copy;
+}
+
+export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
+  const pages: PageWrite[] = [];
+  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) {
+    const entries = pageOf(map, page);
+    if (!entries.equals(ZERO_PAGE)) pages.push({ vid, page, entries });
+  }
+  return pages;
+}
+
+export class Metadata {
+  readonly #env: RootDatabase<Buffer, string>;
+  readonly #vdis: Database<VdiRecord, number>;
+  readonly #pages: Database<Buffer, [number, number]>;
+  readonly #fd: number;
+  #reservedTo = 0;
+
+  private constructor(file: string) {
+    this.#env = open<Buffer, string>({
+      path: file,
+      noSubdir: true,
+      encoding: 'binary',
+      // a commit is answered when it is on disk, not when it is only visible
+      overlappingSync: false,
+      mapSize: MAP_SIZE,
+      maxDbs: 4,
+      commitDelay: 0,
+    });
+    this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
+    this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    this.#fd = fs.openSync(file, 'r+');
+  }
+
+  /** Open or make the metadata of the store in `directory`. Errors: FORMAT for a newer format, IO, NO_SPACE. */
+  static async open(directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
+    const file = path.join(directory, 'meta.mdb');
+    let metadata: Metadata;
+    try {
+      metadata = new Metadata(file);
+    } catch (error) {
+      throw libc.asStoreError(error, `opening ${file}`);
+    }
+    const format = metadata.#env.get('format')?.toString();
+    if (format !== undefined && format !== String(FORMAT_VERSION)) {
+      await metadata.close({ clean: false });
+      throw new StoreError(
+        'FORMAT',
+        `${directory} has store format ${format}, this sheepgate knows format ${FORMAT_VERSION}; use the newer sheepgate`,
+      );
+    }
+    const clean = format === undefined || metadata.#env.get('clean')?.toString() === 'yes';
+    metadata.#keepReserve();
+    await metadata.#transaction(() => {
+      metadata.#putInfo('format', String(FORMAT_VERSION));
+      metadata.#putInfo('clean', 'no');
+    });
+    return { metadata, clean };
+  }
+
+  records(): VdiRecord[] {
+    return [...this.#vdis.getRange({})].map(({ value }) => value);
+  }
+
+  record(vid: number): VdiRecord | undefined {
+    return this.#vdis.get(vid);
+  }
+
+  /** The stored map of a VDI, as long as its size asks for. */
+  map(record: VdiRecord): Uint32Array {
+    const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
+    for (const { key, value } of this.#pages.getRange({ start: [record.vid, 0], end: [record.vid + 1, 0] })) {
+      const first = key[1] * PAGE_ENTRIES;
+      for (let n = 0; n < PAGE_ENTRIES && first + n < map.length; n++) map[first + n] = value.readUInt32LE(n * 4);
+    }
+    return map;
+  }
+
+  /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */
+  strayVids(): number[] {
+    const strays: number[] = [];
+    for (let from = 0; ; ) {
+      const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
+      if (!first) return strays;
+      if (!this.#vdis.doesExist(first[0])) strays.push(first[0]);
+      from = first[0] + 1;
+    }
+  }
+
+  /** Store pages of a vid that has no record yet; invisible until `commit` stores the record. */
+  async preparePages(pages: readonly PageWrite[]): Promise<void> {
+    for (let from = 0; from < pages.length; from += PAGES_PER_TRANSACTION) {
+      const part = pages.slice(from, from + PAGES_PER_TRANSACTION);
+      await this.#transaction(() => this.#putPages(part));
+    }
+  }
+
+  /** One transaction: all of it or nothing. */
+  async commit(change: MetadataChange): Promise<void> {
+    const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
+    await this.#transaction(() => {
+      this.#putPages(change.pages ?? []);
+      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
+      for (const { vid, keys } of gone) {
+        void this.#vdis.remove(vid);
+        for (const key of keys) void this.#pages.remove(key);
+      }
+    });
+  }
+
+  async close(options: { clean: boolean }): Promise<void> {
+    if (options.clean) await this.#transaction(() => this.#putInfo('clean', 'yes'));
+    fs.closeSync(this.#fd);
+    await this.#env.close();
+  }
+
+  #putInfo(key: string, value: string): void {
+    void this.#env.put(key, Buffer.from(value));
+  }
+
+  #putPages(pages: readonly PageWrite[]): void {
+    for (const { vid, page, entries } of pages) {
+      if (entries.equals(ZERO_PAGE)) void this.#pages.remove([vid, page]);
+      else void this.#pages.put([vid, page], entries);
+    }
+  }
+
+  #pageKeys(vid: number): [number, number][] {
+    return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
+  }
+
+  /** `body` only puts and removes what was worked out before: it must not throw, lmdb would commit what it did so far. */
+  async #transaction(body: () => void): Promise<void> {
+    try {
+      await this.#env.transaction(body);
+    } catch (error) {
+      const cause = error as Error & { commitError?: Error };
+      throw asMetadataError(cause.commitError ?? cause);
+    }
+    this.#keepReserve();
+  }
+
+  #keepReserve(): void {
+    const { size } = fs.fstatSync(this.#fd);
+    if (size + RESERVE_BYTES / 2 <= this.#reservedTo) return;
+    if (libc.reserve(this.#fd, size, RESERVE_BYTES)) this.#reservedTo = size + RESERVE_BYTES;
+  }
+}
+
+function asMetadataError(error: Error): StoreError {
+  if (/no space|ENOSPC|MDB_MAP_FULL/i.test(error.message)) {
+    return new StoreError('NO_SPACE', `storing metadata: ${error.message}`, { cause: error });
+  }
+  return libc.asStoreError(error, 'storing metadata');
+}

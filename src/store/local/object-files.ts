@@ -1,0 +1,511 @@
+/**
+ * Data objects as sparse files, one each, under objects/. Owns the cache of open descriptors and decides what may be done
+ * on the event loop (what the page cache can answer at once) and what goes to the thread pool. Knows nothing of maps,
+ * references or durability order; it syncs what it is told to sync.
+ */
+import fs from 'node:fs';
+import { promisify } from 'node:util';
+import path from 'node:path';
+import { StoreError, type Awaitable } from '../object-store.js';
+import * as libc from './libc.js';
+import { idxOf, objectKey, vidOf } from './reference-counts.js';
+
+const OBJECT_DIRECTORIES = 256;
+/** Writes up to this size go straight to the page cache; longer ones would hold the loop for too long. */
+const MAX_LOOP_WRITE = 128 * 1024;
+/** Reads up to this size are copied out of the page cache on the loop. */
+const MAX_LOOP_READ = 1024 * 1024;
+const PAGE = 4096;
+/** A buffered write that took longer met writeback throttling; writes then go through the thread pool for a while. */
+const SLOW_WRITE_MS = 4;
+const SLOW_WRITE_PAUSE_MS = 200;
+const TMPFS_MAGIC = 0x01021994;
+const PARALLEL_REMOVALS = 4;
+const DESCRIPTOR_HEADROOM = 512;
+const MAX_DESCRIPTORS = 65_536;
+const DEFAULT_DESCRIPTORS = 512;
+
+const openAsync = promisify(fs.open);
+const closeAsync = promisify(fs.close);
+const truncateAsync = promisify(fs.ftruncate);
+const fdatasyncAsync = promisify(fs.fdatasync);
+const fsyncAsync = promisify(fs.fsync);
+const unlinkAsync = promisify(fs.unlink);
+
+class ObjectFile {
+  /** Asynchronous operations under way; while there are any the descriptor stays open. */
+  busy = 0;
+  used = true;
+  /** Its name is gone or belongs to a new file; close as soon as nothing is under way. */
+  stale = false;
+  waiters: (() => void)[] | undefined;
+  /** Its place in the clock. */
+  slot = 0;
+
+  constructor(
+    readonly key: number,
+    readonly fd: number,
+  ) {}
+}
+
+function descriptorLimit(): number {
+  try {
+    const line = /^Max open files\s+(\d+)/m.exec(fs.readFileSync('/proc/self/limits', 'utf8'));
+    const limit = Number(line?.[1]);
+    if (limit > 0) return Math.max(64, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
+  } catch {
+    // no procfs: the default is small enough for any limit
+  }
+  return DEFAULT_DESCRIPTORS;
+}
+
+export class ObjectFiles {
+  readonly #root: string;
+  readonly #files = new Map<number, ObjectFile[]>(); // vid -> files by idx, sparse
+  readonly #opening = new Map<number, Promise<ObjectFile>>();
+  readonly #removing = new Map<number, Promise<void>>();
+  /** Waiting to be removed; creating an object of that name takes it out again. */
+  readonly #toRemove = new Set<number>();
+  readonly #removers = new Set<Promise<void>>();
+  readonly #limit: number;
+  #clock: ObjectFile[] = [];
+  #hand = 0;
+  #lastVid = -1;
+  #last: ObjectFile[] = [];
+  /** On tmpfs nothing is ever cold, and RWF_NOWAIT is refused: plain reads are right there. */
+  readonly #plainReads: boolean;
+  #noWaitReads = true;
+  #reflinks = true;
+  #slowUntil = 0;
+
+  private constructor(root: string, plainReads: boolean, limit: number) {
+    this.#root = root;
+    this.#plainReads = plainReads;
+    this.#limit = limit;
+  }
+
+  /** `root` is the folder objects/; made with its subfolders where missing. */
+  static open(root: string, options: { maxDescriptors?: number } = {}): ObjectFiles {
+    fs.mkdirSync(root, { recursive: true });
+    for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
+      fs.mkdirSync(path.join(root, directoryName(n)), { recursive: true });
+    }
+    return new ObjectFiles(
+      root,
+      fs.statfsSync(root).type === TMPFS_MAGIC,
+      options.maxDescriptors ?? descriptorLimit(),
+    );
+  }
+
+  path(key: number): string {
+    const vid = vidOf(key);
+    const idx = idxOf(key);
+    const oid = vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
+    return path.join(this.#root, directoryName(directoryOf(vid, idx)), oid);
+  }
+
+  read(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
+    const file = this.#cached(vid, idx);
+    let done = 0;
+    if (file && into.length <= MAX_LOOP_READ) {
+      try {
+        if (this.#plainReads) done = fs.readSync(file.fd, into, 0, into.length, offset);
+        else if (this.#noWaitReads) {
+          done = libc.readNoWait(file.fd, into, offset);
+          if (done === libc.NOT_SUPPORTED) this.#noWaitReads = false;
+        }
+      } catch (error) {
+        throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
+      }
+      if (done === into.length) return;
+    }
+    return this.#readLater(file, vid, idx, offset, into, Math.max(done, 0));
+  }
+
+  write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const file = this.#cached(vid, idx);
+    if (file && data.length <= MAX_LOOP_WRITE && this.#mayWriteOnLoop(file, offset, data.length)) {
+      const start = performance.now();
+      try {
+        const written = fs.writeSync(file.fd, data, 0, data.length, offset);
+        if (performance.now() - start > SLOW_WRITE_MS) this.#slowUntil = start + SLOW_WRITE_PAUSE_MS;
+        if (written === data.length) return;
+      } catch (error) {
+        throw libc.asStoreError(error, `writing object ${this.path(objectKey(vid, idx))}`);
+      }
+    }
+    return this.#writeLater(file, vid, idx, offset, data);
+  }
+
+  /**
+   * A new file of `size` bytes with `data` at `offset`, over a copy of `from` if given; whatever had the name before is
+   * replaced. Nothing is left behind if it fails.
+   */
+  async create(key: number, size: number, offset: number, data: Buffer, from: number | undefined): Promise<void> {
+    this.#toRemove.delete(key);
+    await this.#removing.get(key);
+    this.#forget(key);
+    const name = this.path(key);
+    let fd: number | undefined;
+    try {
+      fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT | fs.constants.O_TRUNC, 0o600);
+      await truncateAsync(fd, size);
+      if (from !== undefined) await this.#copy(from, fd, size, offset, data.length);
+      if (data.length > 0) await writeFully(fd, data, offset);
+    } catch (error) {
+      if (fd !== undefined) {
+        await closeAsync(fd).catch(() => undefined);
+        await unlinkAsync(name).catch(() => undefined);
+      }
+      throw libc.asStoreError(error, `creating object ${name}`);
+    }
+    this.#remember(new ObjectFile(key, fd));
+  }
+
+  /** Zero a range, with its space given back or (`allocated`) kept. */
+  async zero(vid: number, idx: number, offset: number, length: number, allocated: boolean): Promise<void> {
+    await this.#using(vid, idx, 'zeroing', async (fd) => {
+      const done = allocated ? await libc.zeroRange(fd, offset, length) : await libc.punchHole(fd, offset, length);
+      if (done) return;
+      for (let at = offset; at < offset + length; at += ZEROS.length) {
+        await writeFully(fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
+      }
+    });
+  }
+
+  async willNeed(vid: number, idx: number, offset: number, length: number): Promise<void> {
+    await this.#using(vid, idx, 'reading ahead', (fd) => libc.willNeed(fd, offset, length));
+  }
+
+  async extents(
+    vid: number,
+    idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Promise<void> {
+    await this.#using(vid, idx, 'mapping', async (fd) => {
+      const end = offset + length;
+      for (let at = offset; at < end; ) {
+        const found = await libc.nextData(fd, at);
+        const data = found < 0 ? end : Math.min(found, end);
+        if (data > at && !sink(at, data - at, true)) return;
+        if (data >= end) return;
+        const hole = Math.min(await libc.nextHole(fd, data), end);
+        if (!sink(data, hole - data, false)) return;
+        at = hole;
+      }
+    });
+  }
+
+  /** Data of the object is on stable storage when this resolves (fdatasync). */
+  async sync(key: number): Promise<void> {
+    await this.#using(vidOf(key), idxOf(key), 'syncing', (fd) => fdatasyncAsync(fd));
+  }
+
+  /** The folders of these objects are on stable storage: new names in them survive a crash. */
+  async syncDirectories(keys: Iterable<number>): Promise<void> {
+    const names = new Set<string>();
+    for (const key of keys) names.add(path.dirname(this.path(key)));
+    await Promise.all(
+      [...names].map(async (name) => {
+        const fd = await openAsync(name, fs.constants.O_RDONLY);
+        try {
+          await fsyncAsync(fd);
+        } catch (error) {
+          throw libc.asStoreError(error, `syncing ${name}`);
+        } finally {
+          await closeAsync(fd);
+        }
+      }),
+    );
+  }
+
+  /**
+   * Remove object files in the background, a few at a time; readers that are under way finish on the open descriptor.
+   * Errors go to `onError`: the file stays as an orphan that check finds.
+   */
+  remove(keys: Iterable<number>, onError: (error: unknown) => void): void {
+    for (const key of keys) this.#toRemove.add(key);
+    while (this.#removers.size < PARALLEL_REMOVALS && this.#removers.size < this.#toRemove.size) {
+      const remover: Promise<void> = this.#removeQueued(onError).finally(() => this.#removers.delete(remover));
+      this.#removers.add(remover);
+    }
+  }
+
+  /** Resolves when everything that was to be removed is gone. */
+  async removed(): Promise<void> {
+    while (this.#removers.size > 0) await Promise.all(this.#removers);
+  }
+
+  async #removeQueued(onError: (error: unknown) => void): Promise<void> {
+    for (const key of this.#toRemove) {
+      this.#toRemove.delete(key);
+      this.#forget(key);
+      const removal = unlinkAsync(this.path(key))
+        .catch((error: NodeJS.ErrnoException) => {
+          if (error.code !== 'ENOENT') onError(libc.asStoreError(error, `removing object ${this.path(key)}`));
+        })
+        .finally(() => this.#removing.delete(key));
+      this.#removing.set(key, removal);
+      await removal;
+    }
+  }
+
+  /** Resolves when no operation on the object is under way; undefined if none is. */
+  idle(key: number): Promise<void> | undefined {
+    const opening = this.#opening.get(key);
+    if (opening) return opening.then(() => this.idle(key), () => undefined);
+    const file = this.#files.get(vidOf(key))?.[idxOf(key)];
+    if (!file || file.busy === 0) return undefined;
+    return new Promise((resolve) => (file.waiters ??= []).push(resolve));
+  }
+
+  /** Every object file's key and allocated bytes, in no order. For check and for the scan after a crash. */
+  async *scan(): AsyncGenerator<{ key: number; bytes: number; name: string }> {
+    for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
+      const directory = path.join(this.#root, directoryName(n));
+      for (const entry of await fs.promises.readdir(directory)) {
+        const name = path.join(directory, entry);
+        const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
+        const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
+        const stat = await fs.promises.stat(name).catch(() => undefined);
+        if (stat) yield { key: key >= 0 && this.path(key) === name ? key : -1, bytes: stat.blocks * 512, name };
+      }
+    }
+  }
+
+  async close(): Promise<void> {
+    await this.removed();
+    await Promise.allSettled(this.#opening.values());
+    const files = this.#clock;
+    this.#clock = [];
+    this.#files.clear();
+    this.#lastVid = -1;
+    await Promise.all(files.map((file) => closeAsync(file.fd)));
+  }
+
+  #cached(vid: number, idx: number): ObjectFile | undefined {
+    if (vid !== this.#lastVid) {
+      const files = this.#files.get(vid);
+      if (!files) return undefined;
+      this.#last = files;
+      this.#lastVid = vid;
+    }
+    const file = this.#last[idx];
+    if (file) file.used = true;
+    return file;
+  }
+
+  /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
+  #mayWriteOnLoop(file: ObjectFile, offset: number, length: number): boolean {
+    if (this.#slowUntil !== 0) {
+      if (performance.now() < this.#slowUntil) return false;
+      this.#slowUntil = 0;
+    }
+    if (this.#plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
+    if (!this.#noWaitReads) return false;
+    return (
+      libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1
+    );
+  }
+
+  async #readLater(
+    cached: ObjectFile | undefined,
+    vid: number,
+    idx: number,
+    offset: number,
+    into: Buffer,
+    done: number,
+  ): Promise<void> {
+    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+    try {
+      while (done < into.length) {
+        const count = await readOnce(file.fd, into, done, offset + done);
+        if (count === 0) {
+          into.fill(0, done);
+          break;
+        }
+        done += count;
+      }
+    } catch (error) {
+      throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
+    } finally {
+      this.#end(file);
+    }
+  }
+
+  async #writeLater(cached: ObjectFile | undefined, vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+    try {
+      await writeFully(file.fd, data, offset);
+    } catch (error) {
+      throw libc.asStoreError(error, `writing object ${this.path(file.key)}`);
+    } finally {
+      this.#end(file);
+    }
+  }
+
+  async #using(vid: number, idx: number, doing: string, use: (fd: number) => Promise<void>): Promise<void> {
+    const cached = this.#cached(vid, idx);
+    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+    try {
+      await use(file.fd);
+    } catch (error) {
+      throw libc.asStoreError(error, `${doing} object ${this.path(file.key)}`);
+    } finally {
+      this.#end(file);
+    }
+  }
+
+  /** Open an object that is not in the cache; the caller holds it busy and must `#end` it. */
+  async #open(vid: number, idx: number): Promise<ObjectFile> {
+    const key = objectKey(vid, idx);
+    for (;;) {
+      const pending = this.#opening.get(key);
+      if (!pending) break;
+      const file = await pending;
+      if (!file.stale) return this.#begin(file);
+    }
+    const cached = this.#cached(vid, idx);
+    if (cached) return this.#begin(cached);
+    const opening = openAsync(this.path(key), fs.constants.O_RDWR).then(
+      (fd) => {
+        const created = this.#cached(vid, idx);
+        if (created) {
+          fs.close(fd, () => undefined);
+          return created;
+        }
+        const file = new ObjectFile(key, fd);
+        this.#remember(file);
+        return file;
+      },
+      (error: NodeJS.ErrnoException) => {
+        if (error.code !== 'ENOENT') throw libc.asStoreError(error, `opening object ${this.path(key)}`);
+        throw new StoreError(
+          'DAMAGED',
+          `the map refers to object ${this.path(key)}, which does not exist; 'sheepgate check' lists what is missing`,
+        );
+      },
+    );
+    this.#opening.set(key, opening);
+    try {
+      return this.#begin(await opening);
+    } finally {
+      this.#opening.delete(key);
+    }
+  }
+
+  #begin(file: ObjectFile): ObjectFile {
+    file.busy++;
+    return file;
+  }
+
+  #end(file: ObjectFile): void {
+    if (--file.busy > 0) return;
+    if (file.waiters) {
+      for (const wake of file.waiters) wake();
+      file.waiters = undefined;
+    }
+    if (file.stale) fs.close(file.fd, () => undefined);
+  }
+
+  #remember(file: ObjectFile): void {
+    const vid = vidOf(file.key);
+    let files = this.#files.get(vid);
+    if (!files) this.#files.set(vid, (files = []));
+    files[idxOf(file.key)] = file;
+    file.slot = this.#clock.push(file) - 1;
+    if (this.#clock.length > this.#limit) this.#evict();
+  }
+
+  /** Second chance: the first file the hand meets that was not used since it last came by, and is not busy. */
+  #evict(): void {
+    for (let steps = 2 * this.#clock.length; steps > 0; steps--) {
+      if (this.#hand >= this.#clock.length) this.#hand = 0;
+      const file = this.#clock[this.#hand] as ObjectFile;
+      if (file.busy === 0 && !file.used) {
+        this.#forget(file.key);
+        return;
+      }
+      file.used = false;
+      this.#hand++;
+    }
+  }
+
+  #forget(key: number): void {
+    const vid = vidOf(key);
+    const files = this.#files.get(vid);
+    const file = files?.[idxOf(key)];
+    if (!files || !file) return;
+    delete files[idxOf(key)];
+    const last = this.#clock.pop() as ObjectFile;
+    if (last !== file) {
+      this.#clock[file.slot] = last;
+      last.slot = file.slot;
+    }
+    file.stale = true;
+    if (file.busy === 0) fs.close(file.fd, () => undefined);
+  }
+
+  /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
+  async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
+    await this.#using(vidOf(from), idxOf(from), 'copying', async (source) => {
+      if (this.#reflinks) {
+        if (await libc.cloneFile(source, to)) return;
+        this.#reflinks = false;
+      }
+      for (let at = 0; at < size; ) {
+        if (at >= skip && at < skip + skipLength) {
+          at = skip + skipLength;
+          continue;
+        }
+        const data = await libc.nextData(source, at);
+        if (data < 0 || data >= size) return;
+        let end = Math.min(await libc.nextHole(source, data), size);
+        if (data < skip && end > skip && skipLength > 0) end = skip;
+        for (at = data; at < end; ) {
+          let count = await libc.copyRange(source, to, at, end - at);
+          if (count < 0) count = await copyByHand(source, to, at, end - at);
+          if (count === 0) return; // the source is shorter than its object: the rest is zeros
+          at += count;
+        }
+      }
+    });
+  }
+}
+
+const ZEROS = Buffer.alloc(1024 * 1024);
+const PROBE = Buffer.alloc(1);
+
+/** 256 neighbouring objects share a folder, so that flushing a sequential write syncs one folder and not 256. */
+function directoryOf(vid: number, idx: number): number {
+  return ((idx >>> 8) ^ vid) & (OBJECT_DIRECTORIES - 1);
+}
+
+function directoryName(n: number): string {
+  return n.toString(16).padStart(2, '0');
+}
+
+function readOnce(fd: number, into: Buffer, at: number, offset: number): Promise<number> {
+  return new Promise((resolve, reject) => {
+    fs.read(fd, into, at, into.length - at, offset, (error, count) => (error ? reject(error) : resolve(count)));
+  });
+}
+
+function writeOnce(fd: number, data: Buffer, from: number, offset: number): Promise<number> {
+  return new Promise((resolve, reject) => {
+    fs.write(fd, data, from, data.length - from, offset, (error, count) => (error ? reject(error) : resolve(count)));
+  });
+}
+
+async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
+  for (let done = 0; done < data.length; ) done += await writeOnce(fd, data, done, offset + done);
+}
+
+async function copyByHand(from: number, to: number, offset: number, length: number): Promise<number> {
+  const buffer = Buffer.allocUnsafe(Math.min(length, ZEROS.length));
+  const count = await readOnce(from, buffer, 0, offset);
+  await writeFully(to, buffer.subarray(0, count), offset);
+  return count;
+}

@@ -1,0 +1,144 @@
+/**
+ * What src/vdi asks of a store: objects addressed by (vid, idx), and the records of VDIs. Implemented by the local store
+ * and, later, by the sheep store. Nothing here knows about exports, names with tags in them, or NBD.
+ */
+
+export type Awaitable<T> = T | Promise<T>;
+
+/** The data object of VDI `vid` at index `idx` within the disk. */
+export interface Owner {
+  readonly vid: number;
+  readonly idx: number;
+}
+
+/** Limits of a normal Sheepdog VDI (sheepdog_proto.h, SD_MAX_VDI_LEN, MAX_DATA_OBJS): names and the size of the table. */
+export const MAX_DATA_OBJECTS = 2 ** 20;
+export const MIN_BLOCK_SIZE_SHIFT = 20;
+export const MAX_BLOCK_SIZE_SHIFT = 26;
+export const DEFAULT_BLOCK_SIZE_SHIFT = 22;
+
+/** One VDI or snapshot. `size` in bytes, times in milliseconds since the epoch. */
+export interface VdiRecord {
+  readonly vid: number;
+  readonly name: string;
+  /** The snapshot's tag; empty for the working VDI. */
+  readonly tag: string;
+  readonly isSnapshot: boolean;
+  /** Counts the snapshots of a name from 1, in the order they were taken; the working VDI has the next one. */
+  readonly snapId: number;
+  readonly size: number;
+  readonly blockSizeShift: number;
+  /** The snapshot this VDI continues or was cloned from; 0 for none. */
+  readonly parentVid: number;
+  readonly createdAt: number;
+  /** When it became a snapshot; 0 for a working VDI. */
+  readonly snapshotAt: number;
+}
+
+/**
+ * A VDI that is open: its record and its object map. The map is the truth about who owns what; the store persists it
+ * with `flush`. Held by src/vdi for as long as anybody has the VDI open.
+ */
+export interface OpenVdi {
+  readonly record: VdiRecord;
+  /** idx -> vid of the object's owner, 0 = unallocated. Length is the number of objects of the disk. */
+  readonly map: Uint32Array;
+  /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
+  exclusive(idx: number): boolean;
+  /** Point idx at (owner, idx), or at nothing with 0. Durable with the next flush, never before the data is. */
+  setOwner(idx: number, owner: number): Awaitable<void>;
+  /** All data and map changes that were complete when it was called are durable when it resolves. */
+  flush(): Promise<void>;
+  /** Like flush, for what was written to one object: cheap if its map entry is already durable. */
+  flushObject(idx: number): Promise<void>;
+  /** Nobody has the VDI open any more; unflushed changes are flushed first. */
+  close(): Promise<void>;
+}
+
+export interface ZeroOptions {
+  /** Keep the range allocated. */
+  readonly noHole: boolean;
+}
+
+export interface ObjectStore {
+  /** For messages: where the store is. */
+  readonly location: string;
+  /** Fill `into` from the object; absent bytes read as zeros. The object must exist. */
+  readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void>;
+  /** In place, into an existing exclusive object. */
+  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void>;
+  /**
+   * Make the object (vdi's vid, idx): all zeros, or reading as `copyOf`, with `data` laid over it at `offset`. Replaces
+   * leftovers of that name. The map is not touched: the caller swings it after this has succeeded.
+   */
+  createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
+  /** Zero a range of an existing exclusive object, giving its space back unless noHole. */
+  zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Awaitable<void>;
+  /** Bring a range into the operating system's cache; a hint. */
+  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void>;
+  /** Report the data and hole ranges of an object, in order, without reading data. */
+  objectExtents(
+    vid: number,
+    idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Awaitable<void>;
+  readonly catalog: Catalog;
+  close(): Promise<void>;
+}
+
+export interface CheckReport {
+  readonly objects: number;
+  readonly vdis: number;
+  /** Human-readable findings, worst first; empty for a sound store. */
+  readonly problems: readonly string[];
+  readonly orphans: number;
+  readonly orphanBytes: number;
+  readonly repaired: number;
+}
+
+/** VDI records and maps. Each method is all or nothing. Callers (src/vdi) serialise them. */
+export interface Catalog {
+  list(): Awaitable<readonly VdiRecord[]>;
+  create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord>;
+  /** Open for reading and, if it is not a snapshot, writing. */
+  open(vid: number): Promise<OpenVdi>;
+  /**
+   * Two steps, so that writers are held for the first only. `switchOver` (synchronous, writers held) makes the map of
+   * `vdi` the snapshot's and moves `vdi` to a new vid; the returned function makes that durable, and on failure undoes
+   * it as if the snapshot had been deleted at once.
+   */
+  switchOver(vdi: OpenVdi, tag: string): () => Promise<VdiRecord>;
+  /** A new working VDI `name` that reads as snapshot `vid`. */
+  clone(vid: number, name: string): Promise<VdiRecord>;
+  /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`. */
+  rollback(vid: number, snapshotVid: number): Promise<VdiRecord>;
+  resize(vdi: OpenVdi, size: number): Promise<VdiRecord>;
+  /** Drop the record and all references; objects that nobody refers to are removed. */
+  remove(vid: number): Promise<void>;
+  /** Allocated objects of a VDI, and how many of them nobody else refers to. */
+  usage(vid: number): Awaitable<{ readonly allocated: number; readonly exclusive: number }>;
+  check(options: { readonly repair: boolean }): Promise<CheckReport>;
+}
+
+export type StoreErrorCode =
+  | 'NO_SPACE'
+  | 'IO'
+  | 'LOCKED'
+  | 'FORMAT'
+  | 'DAMAGED'
+  | 'PERMISSION'
+  | 'LIMIT'
+  | 'CLOSED';
+
+export class StoreError extends Error {
+  constructor(
+    readonly code: StoreErrorCode,
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'StoreError';
+  }
+}

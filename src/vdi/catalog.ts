@@ -1,0 +1,302 @@
+/**
+ * The catalog people work with: VDIs and snapshots by name, whether they are being served or not. Owns which VDIs are
+ * open and by how many, and runs one catalog operation at a time; reads and writes of open VDIs go on meanwhile.
+ */
+import {
+  DEFAULT_BLOCK_SIZE_SHIFT,
+  MAX_BLOCK_SIZE_SHIFT,
+  MAX_DATA_OBJECTS,
+  MIN_BLOCK_SIZE_SHIFT,
+  type CheckReport,
+  type ObjectStore,
+  type VdiRecord,
+} from '../store/object-store.js';
+import { CatalogError } from './catalog-error.js';
+import { checkName, checkTag, parseSpec, type VdiSpec } from './names.js';
+import { Vdi } from './vdi.js';
+
+/** Sizes are multiples of this, so that every client's block size fits. */
+const SIZE_UNIT = 512;
+
+export interface VdiDetails extends VdiRecord {
+  /** Space of its allocated objects, full objects counted, whether shared or not. */
+  readonly allocatedBytes: number;
+  /** ... of those that no other VDI or snapshot refers to. */
+  readonly exclusiveBytes: number;
+  /** How many have it open. */
+  readonly open: number;
+}
+
+interface OpenEntry {
+  readonly vdi: Vdi;
+  users: number;
+}
+
+export class VdiCatalog {
+  readonly #store: ObjectStore;
+  /** By current vid; a working VDI changes its vid with every snapshot. */
+  readonly #open = new Set<OpenEntry>();
+  #queue: Promise<unknown> = Promise.resolve();
+
+  constructor(store: ObjectStore) {
+    this.#store = store;
+  }
+
+  get location(): string {
+    return this.#store.location;
+  }
+
+  /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */
+  async list(): Promise<VdiRecord[]> {
+    const records = [...(await this.#store.catalog.list())];
+    return records.sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId));
+  }
+
+  /** Errors: BAD_NAME, NO_VDI, NO_TAG. */
+  async find(spec: string): Promise<VdiRecord> {
+    return this.#find(parseSpec(spec));
+  }
+
+  show(spec: string): Promise<VdiDetails> {
+    return this.#alone(async () => {
+      const record = await this.find(spec);
+      const { allocated, exclusive } = await this.#store.catalog.usage(record.vid);
+      const objectSize = 2 ** record.blockSizeShift;
+      return {
+        ...record,
+        allocatedBytes: allocated * objectSize,
+        exclusiveBytes: exclusive * objectSize,
+        open: this.#entryOf(record.vid)?.users ?? 0,
+      };
+    });
+  }
+
+  /** An empty VDI of `size` bytes. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
+  create(name: string, size: number, options: { blockSizeShift?: number } = {}): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
+      if (!Number.isInteger(shift) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
+        throw new CatalogError(
+          'BAD_SIZE',
+          `block size shift ${shift}: must be ${MIN_BLOCK_SIZE_SHIFT} to ${MAX_BLOCK_SIZE_SHIFT}`,
+        );
+      }
+      checkName(name);
+      checkSize(size, shift);
+      await this.#mustNotExist(name);
+      return this.#store.catalog.create(name, size, shift);
+    });
+  }
+
+  /** Freeze the VDI's present content as NAME@TAG. It may be in use: its writers go on without noticing. */
+  snapshot(name: string, tag: string): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      checkTag(tag);
+      const record = await this.#findWorking(name);
+      if ((await this.list()).some((other) => other.name === name && other.tag === tag)) {
+        throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
+      }
+      return this.#using(record, async (vdi) => {
+        // Most of what is dirty goes to disk before the writers are held, so little is left for after.
+        await vdi.flush();
+        await vdi.gate.close();
+        let makeDurable: () => Promise<VdiRecord>;
+        try {
+          makeDurable = this.#store.catalog.switchOver(vdi.opened, tag);
+        } finally {
+          vdi.gate.open();
+        }
+        return makeDurable();
+      });
+    });
+  }
+
+  /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT if `spec` is not one, EXISTS. */
+  clone(spec: string, newName: string): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      checkName(newName);
+      const base = await this.#findSnapshot(spec, 'clone');
+      await this.#mustNotExist(newName);
+      return this.#store.catalog.clone(base.vid, newName);
+    });
+  }
+
+  /** The working VDI becomes what the snapshot is; what was written since is gone. Not while it is open. */
+  rollback(spec: string): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      const base = await this.#findSnapshot(spec, 'roll back to');
+      const working = await this.#findWorking(base.name);
+      this.#mustBeClosed(working, 'rolled back');
+      return this.#store.catalog.rollback(working.vid, base.vid);
+    });
+  }
+
+  /**
+   * Grow, also while it is open (connections made later see the new size), or shrink with `force`, which cuts off what
+   * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE.
+   */
+  resize(name: string, size: number, options: { force?: boolean } = {}): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      const record = await this.#findWorking(name);
+      checkSize(size, record.blockSizeShift);
+      if (size === record.size) return record;
+      if (size < record.size) {
+        if (!options.force) {
+          throw new CatalogError(
+            'NEEDS_FORCE',
+            `${name} has ${record.size} bytes; shrinking it to ${size} destroys the rest: say --force if that is meant`,
+          );
+        }
+        this.#mustBeClosed(record, 'shrunk');
+      }
+      return this.#using(record, async (vdi) => {
+        // Growing again must not bring back what was cut off.
+        if (size < record.size) await vdi.zero(size, record.size - size, { noHole: false, fua: true });
+        await vdi.gate.close();
+        try {
+          return await this.#store.catalog.resize(vdi.opened, size);
+        } finally {
+          vdi.gate.open();
+        }
+      });
+    });
+  }
+
+  /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. */
+  remove(spec: string): Promise<void> {
+    return this.#alone(async () => {
+      const record = await this.find(spec);
+      this.#mustBeClosed(record, 'deleted');
+      await this.#store.catalog.remove(record.vid);
+    });
+  }
+
+  check(options: { repair: boolean }): Promise<CheckReport> {
+    return this.#alone(async () => {
+      for (const entry of this.#open) {
+        throw new CatalogError('BUSY', `${labelOf(entry.vdi.record)} is open; a check needs all clients disconnected`);
+      }
+      return this.#store.catalog.check(options);
+    });
+  }
+
+  /** Open "NAME" or "NAME@TAG"; every open needs one `release`. All who have it open share one Vdi. */
+  openVdi(spec: string): Promise<Vdi> {
+    return this.#alone(async () => this.#acquire(await this.find(spec)));
+  }
+
+  /** The counterpart of openVdi; with the last one the VDI is flushed and closed. */
+  release(vdi: Vdi): Promise<void> {
+    return this.#alone(() => this.#release(vdi));
+  }
+
+  /** Finish the operation under way, flush and close everything, and the store with it. */
+  close(): Promise<void> {
+    return this.#alone(() => this.#store.close());
+  }
+
+  async #find({ name, tag }: VdiSpec): Promise<VdiRecord> {
+    const named = (await this.list()).filter((record) => record.name === name);
+    const found = named.find((record) => (tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag));
+    if (found) return found;
+    if (named.length === 0) {
+      throw new CatalogError('NO_VDI', `no VDI named "${name}" in ${this.location}; 'sheepgate vdi list' shows what is there`);
+    }
+    if (tag === undefined) {
+      throw new CatalogError('NO_VDI', `"${name}" has snapshots only, no working VDI; clone one to go on writing`);
+    }
+    throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
+  }
+
+  async #findWorking(name: string): Promise<VdiRecord> {
+    const spec = parseSpec(name);
+    if (spec.tag !== undefined) throw new CatalogError('IS_SNAPSHOT', `${name} is a snapshot; give the VDI's name alone`);
+    return this.#find(spec);
+  }
+
+  async #findSnapshot(text: string, purpose: string): Promise<VdiRecord> {
+    const spec = parseSpec(text);
+    if (spec.tag === undefined) {
+      throw new CatalogError('IS_SNAPSHOT', `can only ${purpose} a snapshot: give NAME@TAG, not "${text}"`);
+    }
+    return this.#find(spec);
+  }
+
+  /** Snapshots outlive their VDI, and a name stands for all of them. */
+  async #mustNotExist(name: string): Promise<void> {
+    if ((await this.list()).some((record) => record.name === name)) {
+      throw new CatalogError('EXISTS', `a VDI or snapshot named "${name}" exists already in ${this.location}`);
+    }
+  }
+
+  #entryOf(vid: number): OpenEntry | undefined {
+    for (const entry of this.#open) if (entry.vdi.record.vid === vid) return entry;
+    return undefined;
+  }
+
+  #mustBeClosed(record: VdiRecord, what: string): void {
+    const users = this.#entryOf(record.vid)?.users ?? 0;
+    if (users > 0) {
+      throw new CatalogError(
+        'BUSY',
+        `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; disconnect first`,
+      );
+    }
+  }
+
+  async #acquire(record: VdiRecord): Promise<Vdi> {
+    let entry = this.#entryOf(record.vid);
+    if (!entry) {
+      entry = { vdi: new Vdi(this.#store, await this.#store.catalog.open(record.vid)), users: 0 };
+      this.#open.add(entry);
+    }
+    entry.users++;
+    return entry.vdi;
+  }
+
+  async #release(vdi: Vdi): Promise<void> {
+    for (const entry of this.#open) {
+      if (entry.vdi !== vdi) continue;
+      if (--entry.users > 0) return;
+      this.#open.delete(entry);
+      // If this fails the store keeps what could not be flushed, and the next open or close tries again.
+      await vdi.opened.close();
+      return;
+    }
+    throw new Error('invariant: released a VDI that is not open');
+  }
+
+  async #using<T>(record: VdiRecord, work: (vdi: Vdi) => Promise<T>): Promise<T> {
+    const vdi = await this.#acquire(record);
+    try {
+      return await work(vdi);
+    } finally {
+      await this.#release(vdi);
+    }
+  }
+
+  #alone<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#queue.then(work);
+    this.#queue = result.catch(() => undefined);
+    return result;
+  }
+}
+
+/** NAME or NAME@TAG, as people write it. */
+export function labelOf(record: VdiRecord): string {
+  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+}
+
+function checkSize(size: number, blockSizeShift: number): void {
+  const limit = MAX_DATA_OBJECTS * 2 ** blockSizeShift;
+  if (!Number.isSafeInteger(size) || size <= 0 || size % SIZE_UNIT !== 0) {
+    throw new CatalogError('BAD_SIZE', `size ${size}: must be a positive multiple of ${SIZE_UNIT} bytes`);
+  }
+  if (size > limit) {
+    const advice = blockSizeShift < MAX_BLOCK_SIZE_SHIFT ? '; a larger --block-size-shift allows more' : '';
+    throw new CatalogError(
+      'BAD_SIZE',
+      `size ${size}: a VDI with block size shift ${blockSizeShift} has at most ${limit} bytes${advice}`,
+    );
+  }
+}

@@ -1,0 +1,330 @@
+/**
+ * An open VDI as a flat disk: splits requests into objects and decides, per object, between in place, create and copy.
+ * Owns the write gate and the single flight of creations; knows nothing of names, exports or how objects are kept.
+ */
+import { StoreError, type Awaitable, type ObjectStore, type OpenVdi, type VdiRecord } from '../store/object-store.js';
+export type { VdiRecord } from '../store/object-store.js';
+import { WriteGate } from './write-gate.js';
+
+/** Object changes one zero, trim or multi-object write has under way at a time. */
+const PARALLEL_OBJECTS = 8;
+const NOTHING = Buffer.alloc(0);
+
+export class Vdi {
+  readonly gate = new WriteGate();
+  readonly #store: ObjectStore;
+  readonly #open: OpenVdi;
+  readonly #objectSize: number;
+  /** idx -> the creation, copy or removal of that object that is under way. */
+  readonly #transitions = new Map<number, Promise<void>>();
+  /** idx -> in-place operations under way off the loop; a transition waits until there are none. */
+  readonly #inPlace = new Map<number, number>();
+  #inPlaceWaiters: { idx: number; wake: () => void }[] = [];
+  /** Objects copied because they were shared: what a snapshot costs. */
+  copies = 0;
+
+  constructor(store: ObjectStore, open: OpenVdi) {
+    this.#store = store;
+    this.#open = open;
+    this.#objectSize = 2 ** open.record.blockSizeShift;
+  }
+
+  get record(): VdiRecord {
+    return this.#open.record;
+  }
+
+  /** The store's side of this VDI; for the catalog. */
+  get opened(): OpenVdi {
+    return this.#open;
+  }
+
+  get size(): number {
+    return this.#open.record.size;
+  }
+
+  /** Fill `into` with the bytes at `offset`. The range must lie within the disk. */
+  read(offset: number, into: Buffer): Awaitable<void> {
+    const idx = Math.floor(offset / this.#objectSize);
+    const within = offset - idx * this.#objectSize;
+    if (within + into.length <= this.#objectSize) return this.#readObject(idx, within, into);
+    let later: Promise<void>[] | undefined;
+    for (let done = 0; done < into.length; ) {
+      const at = offset + done;
+      const part = Math.floor(at / this.#objectSize);
+      const from = at - part * this.#objectSize;
+      const length = Math.min(this.#objectSize - from, into.length - done);
+      const result = this.#readObject(part, from, into.subarray(done, done + length));
+      if (result !== undefined) (later ??= []).push(result);
+      done += length;
+    }
+    if (later) return allDone(later);
+  }
+
+  /** With `fua`, durable when it answers. Errors: StoreError, NO_SPACE among them. */
+  write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+    if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#writeInside(offset, data, fua));
+    return this.#writeInside(offset, data, fua);
+  }
+
+  /** Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. */
+  zero(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
+    if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#zeroInside(offset, length, options));
+    return this.#zeroInside(offset, length, options);
+  }
+
+  /** Give the range's space back; it reads as zeros. */
+  trim(offset: number, length: number, fua: boolean): Awaitable<void> {
+    return this.zero(offset, length, { noHole: false, fua });
+  }
+
+  /** Everything answered before is durable when it resolves. */
+  flush(): Awaitable<void> {
+    if (this.record.isSnapshot) return;
+    return this.#open.flush();
+  }
+
+  cache(offset: number, length: number): Awaitable<void> {
+    const parts: Promise<void>[] = [];
+    this.#eachPart(offset, length, (idx, from, partLength) => {
+      const owner = this.#open.map[idx] as number;
+      if (owner === 0) return;
+      const result = this.#store.cacheObject(owner, idx, from, partLength);
+      if (result !== undefined) parts.push(result);
+    });
+    if (parts.length > 0) return allDone(parts);
+  }
+
+  /** Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. */
+  async extents(
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Promise<void> {
+    const end = offset + length;
+    let start = offset;
+    let reported = offset;
+    let current: boolean | undefined;
+    let stopped = false;
+    const report = (from: number, partLength: number, hole: boolean): boolean => {
+      if (current !== undefined && hole !== current) {
+        stopped = !sink(start, from - start, current);
+        start = from;
+      }
+      current = hole;
+      reported = from + partLength;
+      return !stopped;
+    };
+    while (reported < end && !stopped) {
+      const idx = Math.floor(reported / this.#objectSize);
+      const base = idx * this.#objectSize;
+      const partEnd = Math.min(base + this.#objectSize, end);
+      const owner = this.#open.map[idx] as number;
+      if (owner === 0) report(reported, partEnd - reported, true);
+      else {
+        const before = reported;
+        await this.#store.objectExtents(owner, idx, reported - base, partEnd - reported, (from, partLength, hole) =>
+          report(base + from, partLength, hole),
+        );
+        if (!stopped && reported === before) throw new StoreError('IO', `no extents for object ${idx}`);
+      }
+    }
+    if (!stopped && current !== undefined) sink(start, reported - start, current);
+  }
+
+  #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
+    const owner = this.#open.map[idx] as number;
+    if (owner === 0) {
+      into.fill(0);
+      return;
+    }
+    return this.#store.readObject(owner, idx, within, into);
+  }
+
+  async #whenOpen(inside: () => Awaitable<void>): Promise<void> {
+    await this.gate.enter();
+    await inside();
+  }
+
+  #writeInside(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+    const idx = Math.floor(offset / this.#objectSize);
+    const within = offset - idx * this.#objectSize;
+    let later: Awaitable<void>;
+    try {
+      later =
+        within + data.length <= this.#objectSize ? this.#writeObject(idx, within, data) : this.#writeMany(offset, data);
+    } catch (error) {
+      this.gate.leave();
+      throw error;
+    }
+    if (later !== undefined) return this.#leaveAfter(later, offset, data.length, fua);
+    this.gate.leave();
+    if (fua) return this.#makeDurable(offset, data.length);
+  }
+
+  async #leaveAfter(later: Promise<void>, offset: number, length: number, fua: boolean): Promise<void> {
+    try {
+      await later;
+    } finally {
+      this.gate.leave();
+    }
+    // Outside the gate: a snapshot need not wait for the disk.
+    if (fua) await this.#makeDurable(offset, length);
+  }
+
+  #makeDurable(offset: number, length: number): Promise<void> {
+    const first = Math.floor(offset / this.#objectSize);
+    const last = Math.floor((offset + length - 1) / this.#objectSize);
+    return first === last ? this.#open.flushObject(first) : this.#open.flush();
+  }
+
+  async #writeMany(offset: number, data: Buffer): Promise<void> {
+    const parts: (() => Awaitable<void>)[] = [];
+    this.#eachPart(offset, data.length, (idx, from, length, done) => {
+      parts.push(() => this.#writeObject(idx, from, data.subarray(done, done + length)));
+    });
+    await inParallel(parts);
+  }
+
+  #writeObject(idx: number, within: number, data: Buffer): Awaitable<void> {
+    if (this.#transitions.size > 0) {
+      const transition = this.#transitions.get(idx);
+      if (transition) return this.#afterTransition(transition, () => this.#writeObject(idx, within, data));
+    }
+    const owner = this.#open.map[idx] as number;
+    if (owner !== 0 && this.#open.exclusive(idx)) {
+      const later = this.#store.writeObject(this.#open, idx, within, data);
+      return later === undefined ? undefined : this.#trackInPlace(idx, later);
+    }
+    return this.#transition(idx, () => this.#create(idx, within, data));
+  }
+
+  /** Object first, map entry second: a crash in between leaves an object that nobody refers to. */
+  async #create(idx: number, within: number, data: Buffer): Promise<void> {
+    const owner = this.#open.map[idx] as number;
+    const whole = data.length === this.#objectSize;
+    const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
+    await this.#store.createObject(this.#open, idx, within, data, copyOf);
+    if (copyOf) this.copies++;
+    await this.#open.setOwner(idx, this.#open.record.vid);
+  }
+
+  #zeroInside(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
+    const parts: (() => Awaitable<void>)[] = [];
+    this.#eachPart(offset, length, (idx, from, partLength) => {
+      // Unallocated space is zeros already: an empty 4 TiB disk is trimmed by looking at its map.
+      if (this.#open.map[idx] === 0 && !options.noHole && !this.#transitions.has(idx)) return;
+      parts.push(() => this.#zeroObject(idx, from, partLength, options.noHole));
+    });
+    if (parts.length > 0) return this.#leaveAfter(inParallel(parts), offset, length, options.fua);
+    this.gate.leave();
+    if (options.fua) return this.#open.flush();
+  }
+
+  #zeroObject(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
+    const transition = this.#transitions.get(idx);
+    if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
+    const owner = this.#open.map[idx] as number;
+    // The disk's last object may end before the object does; what lies behind the end is nobody's.
+    const whole = within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
+    if (!noHole) {
+      if (owner === 0) return;
+      if (whole) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));
+    }
+    if (owner !== 0 && this.#open.exclusive(idx)) {
+      const later = this.#store.zeroObject(this.#open, idx, within, length, { noHole });
+      return later === undefined ? undefined : this.#trackInPlace(idx, later);
+    }
+    return this.#createThenZero(idx, within, length, noHole, whole);
+  }
+
+  async #createThenZero(idx: number, within: number, length: number, noHole: boolean, whole: boolean): Promise<void> {
+    if (whole && this.#open.map[idx] !== 0) {
+      await this.#transition(idx, async () => this.#open.setOwner(idx, 0));
+    }
+    if (!this.#transitions.has(idx) && (this.#open.map[idx] === 0 || !this.#open.exclusive(idx))) {
+      await this.#transition(idx, () => this.#create(idx, 0, NOTHING));
+    }
+    await this.#zeroObject(idx, within, length, noHole);
+  }
+
+  /** Run a change of ownership alone for its idx: after what is under way in place, with everybody else waiting. */
+  #transition(idx: number, change: () => Promise<void>): Promise<void> {
+    const run = async (): Promise<void> => {
+      try {
+        if (this.#inPlace.has(idx)) {
+          await new Promise<void>((wake) => this.#inPlaceWaiters.push({ idx, wake }));
+        }
+        await change();
+      } finally {
+        this.#transitions.delete(idx);
+      }
+    };
+    const transition = run();
+    // `run` may have finished its synchronous part only: it is registered before anything else can look
+    this.#transitions.set(idx, transition);
+    return transition;
+  }
+
+  async #afterTransition(transition: Promise<void>, retry: () => Awaitable<void>): Promise<void> {
+    // Its failure belongs to whoever started it; we try for ourselves.
+    await transition.catch(() => undefined);
+    await retry();
+  }
+
+  async #trackInPlace(idx: number, later: Promise<void>): Promise<void> {
+    this.#inPlace.set(idx, (this.#inPlace.get(idx) ?? 0) + 1);
+    try {
+      await later;
+    } finally {
+      const left = (this.#inPlace.get(idx) ?? 1) - 1;
+      if (left > 0) this.#inPlace.set(idx, left);
+      else {
+        this.#inPlace.delete(idx);
+        const woken = this.#inPlaceWaiters.filter((waiter) => waiter.idx === idx);
+        if (woken.length > 0) {
+          this.#inPlaceWaiters = this.#inPlaceWaiters.filter((waiter) => waiter.idx !== idx);
+          for (const { wake } of woken) wake();
+        }
+      }
+    }
+  }
+
+  #eachPart(
+    offset: number,
+    length: number,
+    visit: (idx: number, within: number, length: number, done: number) => void,
+  ): void {
+    for (let done = 0; done < length; ) {
+      const at = offset + done;
+      const idx = Math.floor(at / this.#objectSize);
+      const within = at - idx * this.#objectSize;
+      const part = Math.min(this.#objectSize - within, length - done);
+      visit(idx, within, part, done);
+      done += part;
+    }
+  }
+}
+
+/** All of them, also when one fails: nothing of a request may still be running when it is answered. */
+async function allDone(parts: readonly Promise<void>[]): Promise<void> {
+  const results = await Promise.allSettled(parts);
+  for (const result of results) if (result.status === 'rejected') throw result.reason;
+}
+
+async function inParallel(parts: readonly (() => Awaitable<void>)[]): Promise<void> {
+  let next = 0;
+  let failure: { error: unknown } | undefined;
+  const worker = async (): Promise<void> => {
+    while (next < parts.length && !failure) {
+      const part = parts[next++] as () => Awaitable<void>;
+      try {
+        const later = part();
+        if (later !== undefined) await later;
+      } catch (error) {
+        failure ??= { error };
+      }
+    }
+  };
+  await Promise.all(Array.from({ length: Math.min(PARALLEL_OBJECTS, parts.length) }, worker));
+  if (failure) throw failure.error;
+}

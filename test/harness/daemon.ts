@@ -1,0 +1,250 @@
+/**
+ * Starts the built daemon and the built command line as child processes, for tests of what a user would see. Owns every
+ * process and temporary directory it makes and removes them when the test file ends, passed or failed. Never touches a
+ * process it did not start, and never waits for a fixed time: only for conditions, with a bound.
+ */
+import { spawn, type ChildProcess } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { afterAll } from 'vitest';
+
+export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
+
+const READY_TIMEOUT_MS = 30_000;
+const STOP_TIMEOUT_MS = 30_000;
+const RUN_TIMEOUT_MS = 90_000;
+
+const children = new Set<ChildProcess>();
+const directories = new Set<string>();
+
+/** An empty directory that is removed when the test file ends. Short enough to hold unix sockets. */
+export function temporaryDirectory(): string {
+  const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-'));
+  directories.add(directory);
+  return directory;
+}
+
+/** Kill what still runs and remove all temporary directories. Runs by itself at the end of a test file. */
+export function cleanUp(): void {
+  for (const child of children) child.kill('SIGKILL');
+  children.clear();
+  for (const directory of directories) fs.rmSync(directory, { recursive: true, force: true });
+  directories.clear();
+}
+
+afterAll(async () => {
+  const running = [...children];
+  for (const child of running) child.kill('SIGKILL');
+  await Promise.all(running.map(ended));
+  cleanUp();
+});
+process.on('exit', cleanUp);
+
+/** Resolves when the process is gone. */
+export function ended(child: ChildProcess): Promise<{ code: number | null; signal: NodeJS.Signals | null }> {
+  if (child.exitCode !== null || child.signalCode !== null) {
+    return Promise.resolve({ code: child.exitCode, signal: child.signalCode });
+  }
+  return new Promise((resolve) => child.once('exit', (code, signal) => resolve({ code, signal })));
+}
+
+function within<T>(promise: Promise<T>, timeoutMs: number, what: () => string): Promise<T> {
+  let timer: NodeJS.Timeout;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`not within ${timeoutMs} ms: ${what()}`)), timeoutMs);
+  });
+  return Promise.race([promise, late]).finally(() => clearTimeout(timer));
+}
+
+/** Poll `condition` until it gives something truthy, and return that. */
+export async function waitUntil<T>(
+  condition: () => T | Promise<T>,
+  what: string,
+  timeoutMs = 20_000,
+): Promise<NonNullable<T>> {
+  const deadline = Date.now() + timeoutMs;
+  for (;;) {
+    const value = await condition();
+    if (value) return value;
+    if (Date.now() > deadline) throw new Error(`not within ${timeoutMs} ms: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
+export interface RunOptions {
+  readonly cwd?: string;
+  /** Added to the test's own environment; undefined removes a variable. */
+  readonly env?: Readonly<Record<string, string | undefined>>;
+  /** Given on stdin; without it stdin is /dev/null. */
+  readonly input?: string | Buffer;
+  readonly timeoutMs?: number;
+}
+
+export interface RunResult {
+  /** null if a signal ended it, or it ran out of time and was killed. */
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  readonly stdout: string;
+  readonly stderr: string;
+  readonly stdoutBytes: Buffer;
+}
+
+/** Run a command to its end. A non-zero exit is a result, not an error; not being able to start it is an error. */
+export async function run(command: string, args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
+  const child = spawn(command, args, {
+    cwd: options.cwd,
+    env: environment(options.env),
+    stdio: [options.input === undefined ? 'ignore' : 'pipe', 'pipe', 'pipe'],
+  });
+  children.add(child);
+  const out: Buffer[] = [];
+  const err: Buffer[] = [];
+  child.stdout?.on('data', (chunk: Buffer) => out.push(chunk));
+  child.stderr?.on('data', (chunk: Buffer) => err.push(chunk));
+  child.stdin?.on('error', () => undefined); // it may end without reading all of it
+  child.stdin?.end(options.input);
+  const closed = new Promise<{ code: number | null; signal: NodeJS.Signals | null }>((resolve, reject) => {
+    child.once('error', reject);
+    child.once('close', (code, signal) => resolve({ code, signal }));
+  });
+  const timer = setTimeout(() => child.kill('SIGKILL'), options.timeoutMs ?? RUN_TIMEOUT_MS);
+  try {
+    const { code, signal } = await closed;
+    const stdoutBytes = Buffer.concat(out);
+    return { code, signal, stdout: stdoutBytes.toString(), stderr: Buffer.concat(err).toString(), stdoutBytes };
+  } finally {
+    clearTimeout(timer);
+    children.delete(child);
+  }
+}
+
+/** Run the built `sheepgate` with `args`. `store` is handed over in SHEEPGATE_STORE. */
+export function cli(args: readonly string[], options: RunOptions & { readonly store?: string } = {}): Promise<RunResult> {
+  const env = options.store === undefined ? options.env : { SHEEPGATE_STORE: options.store, ...options.env };
+  return run(process.execPath, [BIN, ...args], { ...options, env });
+}
+
+/** Like cli, but a failure throws with what it said, and stdout is parsed as JSON. */
+export async function cliJson<T = unknown>(
+  args: readonly string[],
+  options: RunOptions & { readonly store?: string } = {},
+): Promise<T> {
+  const result = await cli([...args, '--json'], options);
+  if (result.code !== 0) throw new Error(`sheepgate ${args.join(' ')}: exit ${result.code}: ${result.stderr}`);
+  return JSON.parse(result.stdout) as T;
+}
+
+/** Whether a program of that name is on the PATH (for `it.skipIf`). */
+export function haveCommand(name: string): boolean {
+  const places = `${process.env.PATH ?? ''}:/usr/sbin:/sbin`.split(':').filter((place) => place !== '');
+  return places.some((place) => {
+    try {
+      fs.accessSync(path.join(place, name), fs.constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  });
+}
+
+function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
+  const env: NodeJS.ProcessEnv = { ...process.env };
+  // A developer's own settings must not lead a test to the developer's own store.
+  for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS']) delete env[name];
+  for (const [name, value] of Object.entries(extra ?? {})) {
+    if (value === undefined) delete env[name];
+    else env[name] = value;
+  }
+  return env;
+}
+
+export interface DaemonOptions {
+  /** More arguments of `sheepgate serve`. */
+  readonly args?: readonly string[];
+  /** The store directory; by default a new temporary one. */
+  readonly store?: string;
+  readonly env?: RunOptions['env'];
+}
+
+/** What `serve --json` prints when it is ready. */
+export interface ReadyLine {
+  readonly event: 'ready';
+  readonly store: string;
+  readonly control: string;
+  readonly listeners: readonly string[];
+  readonly uris: readonly string[];
+}
+
+export interface Daemon {
+  readonly store: string;
+  /** Path of the NBD unix socket. */
+  readonly socket: string;
+  /** Path of the control socket. */
+  readonly control: string;
+  readonly child: ChildProcess;
+  readonly ready: ReadyLine;
+  /** What it wrote to stderr so far: its log, one JSON object a line. */
+  log(): string;
+  /** SIGTERM, and wait for the end. */
+  stop(): Promise<{ code: number | null; signal: NodeJS.Signals | null }>;
+  /** SIGKILL, and wait for the end. */
+  kill(): Promise<void>;
+  /** nbd+unix URI of an export. */
+  uri(name: string): string;
+}
+
+/** Start `sheepgate serve` on a unix socket of its own and wait until it is ready. */
+export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> {
+  const directory = temporaryDirectory();
+  const store = options.store ?? path.join(directory, 'store');
+  const socket = path.join(directory, 'nbd.sock');
+  const args = [BIN, 'serve', '--json', '--store', store, '--listen', `unix:${socket}`, ...(options.args ?? [])];
+  const child = spawn(process.execPath, args, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });
+  children.add(child);
+  child.once('exit', () => children.delete(child));
+
+  let log = '';
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+  const readyLine = new Promise<ReadyLine>((resolve, reject) => {
+    let out = '';
+    child.stdout.setEncoding('utf8').on('data', (text: string) => {
+      out += text;
+      const end = out.indexOf('\n');
+      if (end >= 0) resolve(JSON.parse(out.slice(0, end)) as ReadyLine);
+    });
+    child.once('error', reject);
+    child.once('close', (code, signal) => reject(new Error(`the daemon ended (${signal ?? code}) at its start: ${log}`)));
+  });
+  let ready: ReadyLine;
+  try {
+    ready = await within(readyLine, READY_TIMEOUT_MS, () => `the daemon is ready; it says: ${log}`);
+  } catch (error) {
+    child.kill('SIGKILL');
+    throw error;
+  }
+
+  return {
+    store,
+    socket,
+    control: ready.control,
+    child,
+    ready,
+    log: () => log,
+    async stop() {
+      child.kill('SIGTERM');
+      try {
+        return await within(ended(child), STOP_TIMEOUT_MS, () => `the daemon stops after SIGTERM; it says: ${log}`);
+      } catch (error) {
+        child.kill('SIGKILL');
+        throw error;
+      }
+    },
+    async kill() {
+      child.kill('SIGKILL');
+      await ended(child);
+    },
+    uri: (name) => `nbd+unix:///${encodeURIComponent(name)}?socket=${socket}`,
+  };
+}
