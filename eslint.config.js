@@ -45,7 +45,11 @@ export default tseslint.config(
     rules: {
       'no-restricted-imports': [
         'error',
-        { patterns: [{ group: ['**/src/store/**', '**/src/vdi/**', 'sheepgate'], message: 'nbd/ knows nothing of Sheepdog' }] },
+        {
+          patterns: [
+            { group: ['**/src/store/**', '**/src/vdi/**', 'sheepgate'], message: 'nbd/ knows nothing of Sheepdog' },
+          ],
+        },
       ],
     },
   },

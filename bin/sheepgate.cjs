@@ -4,7 +4,9 @@
 process.env.UV_THREADPOOL_SIZE ??= '16';
 import('../dist/cli/main.js').catch((error) => {
   process.stderr.write(
-    error?.code === 'ERR_MODULE_NOT_FOUND' ? `sheepgate: not built yet (${error.message}); run 'npm run build'\n` : `${error?.stack}\n`,
+    error?.code === 'ERR_MODULE_NOT_FOUND'
+      ? `sheepgate: not built yet (${error.message}); run 'npm run build'\n`
+      : `${error?.stack}\n`,
   );
   process.exit(1);
 });

@@ -2,7 +2,15 @@
  * A VDI as the block device that nbd/ serves: fixes the geometry for the life of a connection and turns store errors
  * into device errors. One per connection; what they share is the Vdi behind them.
  */
-import { DeviceError, type Awaitable, type BlockDevice, type DeviceErrorCode, type ExtentSink, type Geometry, type ZeroMode } from 'nbd-server-ts';
+import {
+  DeviceError,
+  type Awaitable,
+  type BlockDevice,
+  type DeviceErrorCode,
+  type ExtentSink,
+  type Geometry,
+  type ZeroMode,
+} from 'nbd-server-ts';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
@@ -96,7 +104,11 @@ export class VdiDevice implements BlockDevice {
   }
 }
 
-const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = { NO_SPACE: 'ENOSPC', PERMISSION: 'EPERM', CLOSED: 'ESHUTDOWN' };
+const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
+  NO_SPACE: 'ENOSPC',
+  PERMISSION: 'EPERM',
+  CLOSED: 'ESHUTDOWN',
+};
 
 function rethrow(error: unknown): never {
   const { code, message } = error as { code?: string; message: string };

@@ -2,7 +2,14 @@
  * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only. Owns nothing but the translation
  * of names and errors between nbd/ and src/vdi.
  */
-import { ExportError, type BlockDevice, type ExportInfo, type ExportProvider, type Geometry, type Peer } from 'nbd-server-ts';
+import {
+  ExportError,
+  type BlockDevice,
+  type ExportInfo,
+  type ExportProvider,
+  type Geometry,
+  type Peer,
+} from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
 import type { VdiRecord } from '../vdi/vdi.js';

@@ -122,15 +122,7 @@ export interface Catalog {
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
 }
 
-export type StoreErrorCode =
-  | 'NO_SPACE'
-  | 'IO'
-  | 'LOCKED'
-  | 'FORMAT'
-  | 'DAMAGED'
-  | 'PERMISSION'
-  | 'LIMIT'
-  | 'CLOSED';
+export type StoreErrorCode = 'NO_SPACE' | 'IO' | 'LOCKED' | 'FORMAT' | 'DAMAGED' | 'PERMISSION' | 'LIMIT' | 'CLOSED';
 
 export class StoreError extends Error {
   constructor(

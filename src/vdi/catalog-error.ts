@@ -1,13 +1,6 @@
 /** What can be wrong with a catalog request: one class, a stable code for machines, a message for people. */
 export type CatalogErrorCode =
-  | 'BAD_NAME'
-  | 'BAD_SIZE'
-  | 'NO_VDI'
-  | 'NO_TAG'
-  | 'EXISTS'
-  | 'BUSY'
-  | 'NEEDS_FORCE'
-  | 'IS_SNAPSHOT';
+  'BAD_NAME' | 'BAD_SIZE' | 'NO_VDI' | 'NO_TAG' | 'EXISTS' | 'BUSY' | 'NEEDS_FORCE' | 'IS_SNAPSHOT';
 
 export class CatalogError extends Error {
   constructor(

@@ -197,10 +197,15 @@ export class VdiCatalog {
 
   async #find({ name, tag }: VdiSpec): Promise<VdiRecord> {
     const named = (await this.list()).filter((record) => record.name === name);
-    const found = named.find((record) => (tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag));
+    const found = named.find((record) =>
+      tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
+    );
     if (found) return found;
     if (named.length === 0) {
-      throw new CatalogError('NO_VDI', `no VDI named "${name}" in ${this.location}; 'sheepgate vdi list' shows what is there`);
+      throw new CatalogError(
+        'NO_VDI',
+        `no VDI named "${name}" in ${this.location}; 'sheepgate vdi list' shows what is there`,
+      );
     }
     if (tag === undefined) {
       throw new CatalogError('NO_VDI', `"${name}" has snapshots only, no working VDI; clone one to go on writing`);
@@ -210,7 +215,8 @@ export class VdiCatalog {
 
   async #findWorking(name: string): Promise<VdiRecord> {
     const spec = parseSpec(name);
-    if (spec.tag !== undefined) throw new CatalogError('IS_SNAPSHOT', `${name} is a snapshot; give the VDI's name alone`);
+    if (spec.tag !== undefined)
+      throw new CatalogError('IS_SNAPSHOT', `${name} is a snapshot; give the VDI's name alone`);
     return this.#find(spec);
   }
 

@@ -48,7 +48,7 @@ export class Vdi {
     const within = offset - idx * this.#objectSize;
     if (within + into.length <= this.#objectSize) return this.#readObject(idx, within, into);
     let later: Promise<void>[] | undefined;
-    for (let done = 0; done < into.length; ) {
+    for (let done = 0; done < into.length;) {
       const at = offset + done;
       const part = Math.floor(at / this.#objectSize);
       const from = at - part * this.#objectSize;
@@ -294,7 +294,7 @@ export class Vdi {
     length: number,
     visit: (idx: number, within: number, length: number, done: number) => void,
   ): void {
-    for (let done = 0; done < length; ) {
+    for (let done = 0; done < length;) {
       const at = offset + done;
       const idx = Math.floor(at / this.#objectSize);
       const within = at - idx * this.#objectSize;

@@ -121,7 +121,10 @@ export async function run(command: string, args: readonly string[], options: Run
 }
 
 /** Run the built `sheepgate` with `args`. `store` is handed over in SHEEPGATE_STORE. */
-export function cli(args: readonly string[], options: RunOptions & { readonly store?: string } = {}): Promise<RunResult> {
+export function cli(
+  args: readonly string[],
+  options: RunOptions & { readonly store?: string } = {},
+): Promise<RunResult> {
   const env = options.store === undefined ? options.env : { SHEEPGATE_STORE: options.store, ...options.env };
   return run(process.execPath, [BIN, ...args], { ...options, env });
 }
@@ -215,7 +218,9 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
       if (end >= 0) resolve(JSON.parse(out.slice(0, end)) as ReadyLine);
     });
     child.once('error', reject);
-    child.once('close', (code, signal) => reject(new Error(`the daemon ended (${signal ?? code}) at its start: ${log}`)));
+    child.once('close', (code, signal) =>
+      reject(new Error(`the daemon ended (${signal ?? code}) at its start: ${log}`)),
+    );
   });
   let ready: ReadyLine;
   try {

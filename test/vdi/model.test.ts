@@ -44,11 +44,20 @@ const op: fc.Arbitrary<Op> = fc.oneof(
   {
     weight: 8,
     arbitrary: fc.record({
-      kind: fc.constantFrom('snapshot' as const, 'clone' as const, 'rollback' as const, 'delete' as const, 'read' as const),
+      kind: fc.constantFrom(
+        'snapshot' as const,
+        'clone' as const,
+        'rollback' as const,
+        'delete' as const,
+        'read' as const,
+      ),
       pick: fc.nat(1000),
     }),
   },
-  { weight: 1, arbitrary: fc.integer({ min: 1, max: MAX_SIZE / UNIT }).map((units) => ({ kind: 'resize' as const, units })) },
+  {
+    weight: 1,
+    arbitrary: fc.integer({ min: 1, max: MAX_SIZE / UNIT }).map((units) => ({ kind: 'resize' as const, units })),
+  },
 );
 
 /** The reference: per VDI and snapshot simply all its bytes. */

@@ -44,7 +44,13 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
 
-  private constructor(location: string, lockFd: number, metadata: Metadata, files: ObjectFiles, options: LocalStoreOptions) {
+  private constructor(
+    location: string,
+    lockFd: number,
+    metadata: Metadata,
+    files: ObjectFiles,
+    options: LocalStoreOptions,
+  ) {
     this.location = location;
     this.#lockFd = lockFd;
     this.metadata = metadata;
@@ -217,11 +223,8 @@ export class LocalCatalog implements Catalog {
     const opened = this.#store.open.get(vid);
     if (opened) return opened;
     const record = this.#recordOf(vid);
-    const vdi = new LocalVdi(
-      this.#store,
-      record,
-      this.#store.metadata.map(record),
-      () => this.#store.open.delete(vdi.record.vid),
+    const vdi = new LocalVdi(this.#store, record, this.#store.metadata.map(record), () =>
+      this.#store.open.delete(vdi.record.vid),
     );
     this.#store.open.set(vid, vdi);
     return vdi;

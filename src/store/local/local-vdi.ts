@@ -108,7 +108,10 @@ export class LocalVdi implements OpenVdi {
     const page = Math.floor(idx / PAGE_ENTRIES);
     const key = objectKey(this.map[idx] as number, idx);
     const plain =
-      !this.#dirtyPages.has(page) && !this.#committingPages.includes(page) && !this.#recordChanged && !this.#created.has(key);
+      !this.#dirtyPages.has(page) &&
+      !this.#committingPages.includes(page) &&
+      !this.#recordChanged &&
+      !this.#created.has(key);
     if (!plain) return this.flush();
     if (!this.#dirtyObjects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
     if (this.#syncFailure !== undefined) throw this.#syncFailure;

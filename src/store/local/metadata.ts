@@ -121,7 +121,7 @@ export class Metadata {
   /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */
   strayVids(): number[] {
     const strays: number[] = [];
-    for (let from = 0; ; ) {
+    for (let from = 0; ;) {
       const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
       if (!first) return strays;
       if (!this.#vdis.doesExist(first[0])) strays.push(first[0]);

@@ -90,11 +90,7 @@ export class ObjectFiles {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       fs.mkdirSync(path.join(root, directoryName(n)), { recursive: true });
     }
-    return new ObjectFiles(
-      root,
-      fs.statfsSync(root).type === TMPFS_MAGIC,
-      options.maxDescriptors ?? descriptorLimit(),
-    );
+    return new ObjectFiles(root, fs.statfsSync(root).type === TMPFS_MAGIC, options.maxDescriptors ?? descriptorLimit());
   }
 
   path(key: number): string {
@@ -186,7 +182,7 @@ export class ObjectFiles {
   ): Promise<void> {
     await this.#using(vid, idx, 'mapping', async (fd) => {
       const end = offset + length;
-      for (let at = offset; at < end; ) {
+      for (let at = offset; at < end;) {
         const found = await libc.nextData(fd, at);
         const data = found < 0 ? end : Math.min(found, end);
         if (data > at && !sink(at, data - at, true)) return;
@@ -255,7 +251,11 @@ export class ObjectFiles {
   /** Resolves when no operation on the object is under way; undefined if none is. */
   idle(key: number): Promise<void> | undefined {
     const opening = this.#opening.get(key);
-    if (opening) return opening.then(() => this.idle(key), () => undefined);
+    if (opening)
+      return opening.then(
+        () => this.idle(key),
+        () => undefined,
+      );
     const file = this.#files.get(vidOf(key))?.[idxOf(key)];
     if (!file || file.busy === 0) return undefined;
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
@@ -305,9 +305,7 @@ export class ObjectFiles {
     }
     if (this.#plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
     if (!this.#noWaitReads) return false;
-    return (
-      libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1
-    );
+    return libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1;
   }
 
   async #readLater(
@@ -335,7 +333,13 @@ export class ObjectFiles {
     }
   }
 
-  async #writeLater(cached: ObjectFile | undefined, vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+  async #writeLater(
+    cached: ObjectFile | undefined,
+    vid: number,
+    idx: number,
+    offset: number,
+    data: Buffer,
+  ): Promise<void> {
     const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
     try {
       await writeFully(file.fd, data, offset);
@@ -455,7 +459,7 @@ export class ObjectFiles {
         if (await libc.cloneFile(source, to)) return;
         this.#reflinks = false;
       }
-      for (let at = 0; at < size; ) {
+      for (let at = 0; at < size;) {
         if (at >= skip && at < skip + skipLength) {
           at = skip + skipLength;
           continue;
@@ -464,7 +468,7 @@ export class ObjectFiles {
         if (data < 0 || data >= size) return;
         let end = Math.min(await libc.nextHole(source, data), size);
         if (data < skip && end > skip && skipLength > 0) end = skip;
-        for (at = data; at < end; ) {
+        for (at = data; at < end;) {
           let count = await libc.copyRange(source, to, at, end - at);
           if (count < 0) count = await copyByHand(source, to, at, end - at);
           if (count === 0) return; // the source is shorter than its object: the rest is zeros
@@ -500,7 +504,7 @@ function writeOnce(fd: number, data: Buffer, from: number, offset: number): Prom
 }
 
 async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
-  for (let done = 0; done < data.length; ) done += await writeOnce(fd, data, done, offset + done);
+  for (let done = 0; done < data.length;) done += await writeOnce(fd, data, done, offset + done);
 }
 
 async function copyByHand(from: number, to: number, offset: number, length: number): Promise<number> {

@@ -1,0 +1,103 @@
+/**
+ * Bytes of a handshake, asked for in exact amounts by code that reads like the protocol's text. It owns what has arrived
+ * and was not asked for; it is not for the transmission phase, which parses in place.
+ */
+
+import type { Duplex } from 'node:stream';
+
+/** With this much unread the socket is paused: a handshake needs far less. */
+const PAUSE_AT_BYTES = 128 * 1024;
+
+export class ByteReader {
+  private chunks: Buffer[] = [];
+  private available = 0;
+  private failure: Error | undefined;
+  private wake: (() => void) | undefined;
+  private isPaused = false;
+
+  constructor(private readonly socket: Duplex) {}
+
+  /** Bytes that arrived and were not read yet. */
+  get unread(): number {
+    return this.available;
+  }
+
+  feed(chunk: Buffer): void {
+    this.chunks.push(chunk);
+    this.available += chunk.length;
+    if (this.available >= PAUSE_AT_BYTES && this.wake === undefined) {
+      this.isPaused = true;
+      this.socket.pause();
+    }
+    this.signal();
+  }
+
+  /** No more bytes: reads that need more than there is fail with `error`. */
+  fail(error: Error): void {
+    this.failure ??= error;
+    this.signal();
+  }
+
+  /** Exactly `length` bytes. */
+  async read(length: number): Promise<Buffer> {
+    while (this.available < length) await this.more();
+    const taken: Buffer[] = [];
+    let missing = length;
+    while (missing > 0) {
+      const piece = this.takeUpTo(missing);
+      taken.push(piece);
+      missing -= piece.length;
+    }
+    return taken.length === 1 && taken[0] !== undefined ? taken[0] : Buffer.concat(taken, length);
+  }
+
+  /** Let `length` bytes pass without keeping them. */
+  async skip(length: number): Promise<void> {
+    let missing = length;
+    while (missing > 0) {
+      if (this.available === 0) await this.more();
+      else missing -= this.takeUpTo(missing).length;
+    }
+  }
+
+  /** All that was not read; the reader is done with. */
+  takeRest(): Buffer {
+    const rest = Buffer.concat(this.chunks);
+    this.chunks = [];
+    this.available = 0;
+    if (this.isPaused) this.socket.resume();
+    this.isPaused = false;
+    return rest;
+  }
+
+  private takeUpTo(length: number): Buffer {
+    const first = this.chunks[0];
+    if (first === undefined) throw new Error('byte-reader: nothing to take');
+    if (first.length <= length) {
+      this.chunks.shift();
+      this.available -= first.length;
+      return first;
+    }
+    this.chunks[0] = first.subarray(length);
+    this.available -= length;
+    return first.subarray(0, length);
+  }
+
+  private async more(): Promise<void> {
+    if (this.failure !== undefined) throw this.failure;
+    const arrived = new Promise<void>((resolve) => {
+      this.wake = resolve;
+    });
+    if (this.isPaused) {
+      this.isPaused = false;
+      this.socket.resume();
+    }
+    await arrived;
+  }
+
+  private signal(): void {
+    const { wake } = this;
+    this.wake = undefined;
+    wake?.();
+  }
+}

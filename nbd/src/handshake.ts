@@ -1,0 +1,312 @@
+/**
+ * The handshake, server side: from the greeting to the moment requests may come. It owns option haggling (proto.md,
+ * "Fixed newstyle negotiation", "Option types"); it never touches the socket itself and leaves nothing open when it
+ * fails: devices are opened through its connection, which closes them.
+ */
+
+import {
+  ExportError,
+  type BlockDevice,
+  type ExportInfo,
+  type ExportProvider,
+  type Geometry,
+  type Peer,
+} from './block-device.js';
+import type { ByteReader } from './byte-reader.js';
+import type { Limits } from './limits.js';
+import {
+  CLIENT_FLAGS_SIZE,
+  decodeString,
+  encodeExportNameReply,
+  encodeGreeting,
+  encodeInfoBlockSize,
+  encodeInfoExport,
+  encodeInfoText,
+  encodeOptionReply,
+  encodeServerEntry,
+  encodeString,
+  geometryProblem,
+  HANDSHAKE_FLAG,
+  INFO,
+  MAX_PAYLOAD,
+  MAX_STRING_BYTES,
+  OPT,
+  OPTION_HEADER_SIZE,
+  OPTION_MAGIC_HIGH,
+  OPTION_MAGIC_LOW,
+  REP,
+  transmissionFlags,
+  type Negotiated,
+} from './protocol.js';
+
+/** What the handshake needs of its connection. */
+export interface HandshakeHost {
+  readonly peer: Peer;
+  readonly provider: ExportProvider;
+  readonly limits: Limits;
+  readonly reader: ByteReader;
+  readonly isShuttingDown: boolean;
+  /** Resolves when the socket has taken the bytes; fails when it is gone. */
+  send(bytes: Buffer): Promise<void>;
+  /** Open an export; from then on the connection sees to its closing. */
+  open(name: string): Promise<OpenExport>;
+  /** Close what `open` gave: the client will not get it. */
+  abandon(): Promise<void>;
+  unexpected(error: unknown): void;
+}
+
+export interface OpenExport {
+  readonly device: BlockDevice;
+  readonly info: ExportInfo;
+}
+
+/** How a handshake ended: in the transmission phase, or with the connection to be closed after what was sent. */
+export type HandshakeOutcome =
+  | { readonly next: 'transmission'; readonly negotiated: Negotiated; readonly device: BlockDevice }
+  | { readonly next: 'close'; readonly reason: string };
+
+/** The client broke a MUST, or asked for what can only be refused by closing: the connection ends at once. */
+export class HandshakeError extends Error {
+  constructor(message: string) {
+    super(message);
+    this.name = 'HandshakeError';
+  }
+}
+
+/**
+ * Lead one client through the handshake.
+ * @throws HandshakeError if it breaks the protocol; whatever `host.send` and `host.reader` throw if it vanishes.
+ */
+export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> {
+  const { reader, limits } = host;
+  await host.send(encodeGreeting(HANDSHAKE_FLAG.FIXED_NEWSTYLE | HANDSHAKE_FLAG.NO_ZEROES));
+
+  const clientFlags = (await reader.read(CLIENT_FLAGS_SIZE)).readUInt32BE(0);
+  // "the server MUST drop the TCP connection if the client sets an unknown flag"
+  if ((clientFlags & ~(HANDSHAKE_FLAG.FIXED_NEWSTYLE | HANDSHAKE_FLAG.NO_ZEROES)) !== 0) {
+    throw new HandshakeError(`unknown client flags 0x${clientFlags.toString(16)}`);
+  }
+  const negotiated: Negotiated = {
+    fixedNewstyle: (clientFlags & HANDSHAKE_FLAG.FIXED_NEWSTYLE) !== 0,
+    noZeroes: (clientFlags & HANDSHAKE_FLAG.NO_ZEROES) !== 0,
+    structuredReplies: false,
+    extendedHeaders: false,
+    metaContexts: [],
+    tls: false,
+  };
+
+  for (let count = 0; count < limits.maxOptionsPerHandshake; count++) {
+    if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
+    const header = await reader.read(OPTION_HEADER_SIZE);
+    if (header.readUInt32BE(0) !== OPTION_MAGIC_HIGH || header.readUInt32BE(4) !== OPTION_MAGIC_LOW) {
+      throw new HandshakeError(`bad option magic 0x${header.toString('hex', 0, 8)}`);
+    }
+    const option = header.readUInt32BE(8);
+    const length = header.readUInt32BE(12);
+    if (length > limits.maxDrainedOptionBytes) {
+      throw new HandshakeError(`option ${option} with ${length} bytes of data`);
+    }
+    // "This is the only valid option in nonfixed newstyle negotiation."
+    if (!negotiated.fixedNewstyle && option !== OPT.EXPORT_NAME) {
+      throw new HandshakeError(`option ${option} from a client without fixed newstyle`);
+    }
+    if (length > limits.maxOptionBytes) {
+      if (option === OPT.EXPORT_NAME) throw new HandshakeError(`an export name of ${length} bytes`);
+      await reader.skip(length);
+      await reply(host, option, REP.ERR_TOO_BIG, `option data of ${length} bytes, at most ${limits.maxOptionBytes}`);
+      continue;
+    }
+    const data = await reader.read(length);
+    const outcome = await answerOption(host, negotiated, option, data);
+    if (outcome !== undefined) return outcome;
+  }
+  throw new HandshakeError(`more than ${limits.maxOptionsPerHandshake} options`);
+}
+
+/** Answer one option; undefined if haggling goes on. */
+async function answerOption(
+  host: HandshakeHost,
+  negotiated: Negotiated,
+  option: number,
+  data: Buffer,
+): Promise<HandshakeOutcome | undefined> {
+  switch (option) {
+    case OPT.EXPORT_NAME:
+      return answerExportName(host, negotiated, data);
+    case OPT.ABORT:
+      // "the server SHOULD gracefully handle the client … closing the connection without waiting for a reply"
+      await reply(host, option, REP.ACK).catch(() => undefined);
+      return { next: 'close', reason: 'the client aborted the handshake' };
+    case OPT.LIST:
+      await answerList(host, data);
+      return undefined;
+    case OPT.INFO:
+      await answerInfo(host, negotiated, data);
+      return undefined;
+    case OPT.GO:
+      return answerGo(host, negotiated, data);
+    default:
+      await reply(host, option, REP.ERR_UNSUP, `option ${option} is not supported`);
+      return undefined;
+  }
+}
+
+/** NBD_OPT_EXPORT_NAME has no way to report an error: "the server MUST terminate the session". */
+async function answerExportName(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<HandshakeOutcome> {
+  const name = decodeString(data);
+  if (name === undefined) throw new HandshakeError('an export name that is not a string');
+  let opened: OpenExport;
+  try {
+    opened = await openChecked(host, name);
+  } catch (error) {
+    return { next: 'close', reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error).message}` };
+  }
+  if (host.isShuttingDown) {
+    await host.abandon();
+    return { next: 'close', reason: 'the server is shutting down' };
+  }
+  const { device } = opened;
+  const flags = transmissionFlags(device.geometry, negotiated);
+  await host.send(encodeExportNameReply(device.geometry.size, flags, negotiated.noZeroes));
+  return { next: 'transmission', negotiated, device };
+}
+
+async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
+  if (data.length > 0) {
+    await reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
+    return;
+  }
+  let exports: readonly ExportInfo[];
+  try {
+    exports = await host.provider.list(host.peer);
+  } catch (error) {
+    const { type, message } = refusal(host, error);
+    await reply(host, OPT.LIST, type, message);
+    return;
+  }
+  const messages = exports.map(({ name, description }) =>
+    encodeOptionReply(OPT.LIST, REP.SERVER, encodeServerEntry(name, encodeString(description).toString())),
+  );
+  messages.push(encodeOptionReply(OPT.LIST, REP.ACK));
+  await host.send(Buffer.concat(messages));
+}
+
+async function answerInfo(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<void> {
+  const query = decodeInfoRequest(data);
+  if (query === undefined) {
+    await reply(host, OPT.INFO, REP.ERR_INVALID, 'malformed NBD_OPT_INFO');
+    return;
+  }
+  let described: { readonly geometry: Geometry; readonly info: ExportInfo };
+  try {
+    described = await host.provider.describe(query.name, host.peer);
+    checkGeometry(query.name, described.geometry);
+  } catch (error) {
+    const { type, message } = refusal(host, error);
+    await reply(host, OPT.INFO, type, message);
+    return;
+  }
+  await host.send(encodeInfos(OPT.INFO, query.infos, described.geometry, described.info, negotiated));
+}
+
+async function answerGo(
+  host: HandshakeHost,
+  negotiated: Negotiated,
+  data: Buffer,
+): Promise<HandshakeOutcome | undefined> {
+  const query = decodeInfoRequest(data);
+  if (query === undefined) {
+    await reply(host, OPT.GO, REP.ERR_INVALID, 'malformed NBD_OPT_GO');
+    return undefined;
+  }
+  let opened: OpenExport;
+  try {
+    opened = await openChecked(host, query.name);
+  } catch (error) {
+    const { type, message } = refusal(host, error);
+    await reply(host, OPT.GO, type, message);
+    return undefined;
+  }
+  if (host.isShuttingDown) {
+    await host.abandon();
+    await reply(host, OPT.GO, REP.ERR_SHUTDOWN, 'the server is shutting down');
+    return undefined;
+  }
+  const { device, info } = opened;
+  await host.send(encodeInfos(OPT.GO, query.infos, device.geometry, info, negotiated));
+  return { next: 'transmission', negotiated, device };
+}
+
+/** Data of NBD_OPT_INFO and NBD_OPT_GO; undefined if its lengths do not fit or the name is no string. */
+function decodeInfoRequest(data: Buffer): { readonly name: string; readonly infos: ReadonlySet<number> } | undefined {
+  if (data.length < 6) return undefined;
+  const nameLength = data.readUInt32BE(0);
+  if (nameLength > data.length - 6 || nameLength > MAX_STRING_BYTES) return undefined;
+  const name = decodeString(data.subarray(4, 4 + nameLength));
+  if (name === undefined) return undefined;
+  const count = data.readUInt16BE(4 + nameLength);
+  const first = 4 + nameLength + 2;
+  if (data.length !== first + 2 * count) return undefined;
+  const infos = new Set<number>();
+  for (let at = first; at < data.length; at += 2) infos.add(data.readUInt16BE(at));
+  return { name, infos };
+}
+
+/** The whole successful answer: the export always, its block sizes if asked or not default, names if asked; then ACK. */
+function encodeInfos(
+  option: number,
+  wanted: ReadonlySet<number>,
+  geometry: Geometry,
+  info: ExportInfo,
+  negotiated: Negotiated,
+): Buffer {
+  const infos = [encodeInfoExport(geometry.size, transmissionFlags(geometry, negotiated))];
+  // Also unasked: "a server with size constraints other than the default SHOULD advertise" them, and clients must
+  // ignore what they do not understand.
+  const hasDefaultSizes = geometry.minimumBlockSize === 1;
+  if (wanted.has(INFO.BLOCK_SIZE) || !hasDefaultSizes) {
+    infos.push(encodeInfoBlockSize(geometry.minimumBlockSize, geometry.preferredBlockSize, MAX_PAYLOAD));
+  }
+  if (wanted.has(INFO.NAME)) infos.push(encodeInfoText(INFO.NAME, info.name));
+  if (wanted.has(INFO.DESCRIPTION)) {
+    infos.push(encodeInfoText(INFO.DESCRIPTION, encodeString(info.description).toString()));
+  }
+  const messages = infos.map((data) => encodeOptionReply(option, REP.INFO, data));
+  messages.push(encodeOptionReply(option, REP.ACK));
+  return Buffer.concat(messages);
+}
+
+async function openChecked(host: HandshakeHost, name: string): Promise<OpenExport> {
+  const opened = await host.open(name);
+  try {
+    checkGeometry(name, opened.device.geometry);
+  } catch (error) {
+    await host.abandon();
+    throw error;
+  }
+  return opened;
+}
+
+function checkGeometry(name: string, geometry: Geometry): void {
+  const problem = geometryProblem(geometry);
+  if (problem !== undefined) throw new Error(`export ${JSON.stringify(name)} cannot be served: ${problem}`);
+}
+
+/** How an error of the provider is answered. What is not an ExportError is a bug: reported, its text kept inside. */
+function refusal(host: HandshakeHost, error: unknown): { readonly type: number; readonly message: string } {
+  if (!(error instanceof ExportError)) {
+    host.unexpected(error);
+    return { type: REP.ERR_UNKNOWN, message: 'the export cannot be opened: internal error' };
+  }
+  const type = {
+    UNKNOWN: REP.ERR_UNKNOWN,
+    POLICY: REP.ERR_POLICY,
+    SHUTDOWN: REP.ERR_SHUTDOWN,
+    FAILED: REP.ERR_UNKNOWN,
+  };
+  return { type: type[error.code], message: error.message };
+}
+
+function reply(host: HandshakeHost, option: number, type: number, message?: string): Promise<void> {
+  return host.send(encodeOptionReply(option, type, message === undefined ? undefined : encodeString(message)));
+}

@@ -1,0 +1,28 @@
+/** What the package `nbd-server-ts` gives to others. */
+
+export type {
+  Awaitable,
+  BlockDevice,
+  DeviceErrorCode,
+  ExportInfo,
+  ExportProvider,
+  ExtentSink,
+  Geometry,
+  Peer,
+  ZeroMode,
+} from './block-device.js';
+export { DeviceError, ExportError } from './block-device.js';
+export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server.js';
+export type { BoundAddress, ListenOptions, ServerOptions } from './server.js';
+export { DEFAULT_LIMITS } from './limits.js';
+export type { Limits } from './limits.js';
+export type {
+  ConnectionCloseEvent,
+  ConnectionInfo,
+  ConnectionOpenEvent,
+  RequestEvent,
+  ServerObserver,
+} from './observer.js';
+export { NbdClient, NbdClientError } from './client.js';
+export type { ClientOptions, ExportDetails, NbdClientErrorCode } from './client.js';
+export { MAX_PAYLOAD } from './protocol.js';

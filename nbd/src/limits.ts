@@ -1,0 +1,44 @@
+/**
+ * The bounds of a server: what one connection may hold, how long it may take. Every queue and loop of the library ends
+ * at one of these. This file owns the numbers and why they are what they are; it enforces nothing.
+ */
+
+export interface Limits {
+  /** Connections open at the same time; further ones are closed at once. */
+  readonly maxConnections: number;
+  /** From accept to the end of option haggling, milliseconds. */
+  readonly handshakeTimeoutMs: number;
+  /** Options a client may send in one handshake. */
+  readonly maxOptionsPerHandshake: number;
+  /** Data of one option that is looked at, bytes. More is drained and answered NBD_REP_ERR_TOO_BIG. */
+  readonly maxOptionBytes: number;
+  /** Data of one option that is drained, bytes. More closes the connection. */
+  readonly maxDrainedOptionBytes: number;
+  /** Payload of a refused write that is drained, bytes. More closes the connection. */
+  readonly maxDrainedPayloadBytes: number;
+  /** Requests of one connection the device works on at the same time. */
+  readonly maxInFlightRequests: number;
+  /** Bytes of those requests. One request may overshoot it, so that the largest one always fits. */
+  readonly maxInFlightBytes: number;
+  /** Reply bytes of one connection that the socket has not taken yet; beyond it no further request is started. */
+  readonly maxUnsentBytes: number;
+  /** How long a connection being closed may take to receive its last replies, milliseconds. */
+  readonly lingerMs: number;
+}
+
+export const DEFAULT_LIMITS: Limits = {
+  maxConnections: 1024,
+  handshakeTimeoutMs: 30_000,
+  // `nbdinfo --list` asks a handful of options per export on one connection.
+  maxOptionsPerHandshake: 4096,
+  // A name of 4096 bytes and 65535 information requests do not quite fit; no client asks for more than a dozen.
+  maxOptionBytes: 64 * 1024,
+  maxDrainedOptionBytes: 1024 * 1024,
+  // Twice the payload that proto.md says is never an attack ("Size constraints").
+  maxDrainedPayloadBytes: 64 * 1024 * 1024,
+  // Linux queues 128 requests per nbd connection, libnbd's tools 64.
+  maxInFlightRequests: 256,
+  maxInFlightBytes: 64 * 1024 * 1024,
+  maxUnsentBytes: 2 * 1024 * 1024,
+  lingerMs: 5_000,
+};

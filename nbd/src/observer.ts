@@ -1,0 +1,71 @@
+/**
+ * What a server tells the program it is embedded in. It owns the shapes of these reports; it depends on no logger and
+ * nothing in the library depends on anybody listening.
+ */
+
+import type { Peer } from './block-device.js';
+
+/** A connection as it is now. */
+export interface ConnectionInfo {
+  readonly id: number;
+  readonly peer: Peer;
+  /** Undefined until the handshake has chosen an export. */
+  readonly exportName: string | undefined;
+  readonly phase: 'handshake' | 'transmission' | 'closing';
+  /** Date.now() at accept. */
+  readonly openedAt: number;
+  /** Data of successful reads and writes, bytes. */
+  readonly bytesRead: number;
+  readonly bytesWritten: number;
+  /** Requests received, and those answered with an error. */
+  readonly requests: number;
+  readonly errors: number;
+  /** Requests the device is working on. */
+  readonly inFlight: number;
+}
+
+export interface ConnectionOpenEvent {
+  readonly id: number;
+  readonly peer: Peer;
+  readonly exportName: string;
+}
+
+export interface ConnectionCloseEvent {
+  readonly id: number;
+  readonly peer: Peer;
+  /** Undefined if the handshake never chose an export. */
+  readonly exportName: string | undefined;
+  /** In words, for a log: who ended the connection and why. */
+  readonly reason: string;
+  readonly bytesRead: number;
+  readonly bytesWritten: number;
+  readonly requests: number;
+  readonly errors: number;
+  readonly durationMs: number;
+}
+
+export interface RequestEvent {
+  readonly id: number;
+  /** NBD_CMD_* number. */
+  readonly type: number;
+  /** NBD_CMD_FLAG_* bits. */
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+  /** The NBD error value it is refused with before it reaches the device; 0 if it is executed. */
+  readonly refusedWith: number;
+}
+
+/** Callbacks of a server, all optional. They must not throw: what they throw is not caught. */
+export interface ServerObserver {
+  /** A client has chosen an export and may send requests. */
+  onConnectionOpen?(event: ConnectionOpenEvent): void;
+  /** A connection is over, its device is closed. Called for every connection, also one that chose no export. */
+  onConnectionClose?(event: ConnectionCloseEvent): void;
+  /** Every request, for debugging. Costs nothing while it is not set. */
+  onRequest?(event: RequestEvent): void;
+  /** A device or provider threw something that is neither a DeviceError nor an ExportError: a bug, answered EIO. */
+  onDeviceError?(error: unknown, context: { readonly id: number; readonly exportName: string | undefined }): void;
+  /** A listener failed to accept (out of file descriptors, for example); it goes on listening. */
+  onListenerError?(error: Error): void;
+}

@@ -1,0 +1,253 @@
+/**
+ * The server: listeners, the set of open connections, and the orderly end of both. It owns addresses and socket files;
+ * what happens on a connection is the connection's affair.
+ */
+
+import { chmod, lstat, unlink } from 'node:fs/promises';
+import net from 'node:net';
+import type { Duplex } from 'node:stream';
+import { isMainThread } from 'node:worker_threads';
+import type { ExportProvider, Peer } from './block-device.js';
+import { BufferPool } from './buffer-pool.js';
+import { Connection } from './connection.js';
+import { DEFAULT_LIMITS, type Limits } from './limits.js';
+import type { ConnectionInfo, ServerObserver } from './observer.js';
+
+export interface ServerOptions {
+  readonly provider: ExportProvider;
+  /** Told what happens; see ServerObserver. */
+  readonly observer?: ServerObserver;
+  /** Bounds other than DEFAULT_LIMITS. */
+  readonly limits?: Partial<Limits>;
+}
+
+/** Where to listen: a unix socket, with the permissions of its file, or a TCP address (port 0: any free one). */
+export type ListenOptions =
+  { readonly path: string; readonly mode?: number } | { readonly host: string; readonly port: number };
+
+/** Where a server listens. */
+export type BoundAddress =
+  | { readonly transport: 'unix'; readonly path: string }
+  | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
+
+/** Why a server could not listen. */
+export class ListenError extends Error {
+  constructor(
+    readonly code: 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'FAILED',
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'ListenError';
+  }
+}
+
+/** How long close() waits for requests in flight if not told otherwise. */
+export const DEFAULT_GRACE_MS = 10_000;
+/** After the grace, sockets are gone; devices get this long to finish their last requests. */
+const FORCED_CLOSE_WAIT_MS = 1_000;
+/** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
+const LISTEN_BACKLOG = 511;
+
+export class NbdServer {
+  private readonly provider: ExportProvider;
+  private readonly observer: ServerObserver;
+  private readonly limits: Limits;
+  private readonly pool = new BufferPool();
+  private readonly listeners = new Set<net.Server>();
+  private readonly open = new Map<number, Connection>();
+  private nextId = 1;
+  private isClosed = false;
+  private closing: Promise<void> | undefined;
+
+  constructor(options: ServerOptions) {
+    this.provider = options.provider;
+    this.observer = options.observer ?? {};
+    this.limits = { ...DEFAULT_LIMITS, ...options.limits };
+  }
+
+  /** The connections open now, by id: `size` counts them, iterating tells about them. */
+  get connections(): ReadonlyMap<number, ConnectionInfo> {
+    return this.open;
+  }
+
+  /**
+   * Listen at an address; may be called several times. A socket file left behind by a server that is gone is replaced;
+   * one that somebody listens on, and any other kind of file, is not.
+   * @throws ListenError
+   */
+  async listen(options: ListenOptions): Promise<BoundAddress> {
+    if (this.isClosed) throw new ListenError('CLOSED', 'the server is closed');
+    // Half-open: a client that has sent its last request and shut its side down still gets its answers.
+    const listener = net.createServer({ allowHalfOpen: true, noDelay: true });
+    listener.on('connection', (socket) => this.serveConnection(socket, { peer: peerOf(socket, options) }));
+    const bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
+    if (this.isClosed) {
+      listener.close();
+      throw new ListenError('CLOSED', 'the server was closed while it began to listen');
+    }
+    listener.on('error', (error) => this.observer.onListenerError?.(error));
+    this.listeners.add(listener);
+    return bound;
+  }
+
+  /**
+   * Serve a connection that somebody else accepted, from the greeting on (an HTTP upgrade, a socket pair).
+   * @param options.peer who it is; default an internal peer
+   * @param options.head bytes that were already read from it
+   * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
+   */
+  serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
+    if (this.isClosed || this.open.size >= this.limits.maxConnections) {
+      socket.on('error', () => undefined);
+      socket.destroy();
+      return undefined;
+    }
+    const id = this.nextId++;
+    const connection = new Connection({
+      id,
+      socket,
+      peer: options.peer ?? { transport: 'internal', address: `connection ${id}` },
+      head: options.head,
+      provider: this.provider,
+      limits: this.limits,
+      observer: this.observer,
+      pool: this.pool,
+    });
+    this.open.set(id, connection);
+    void connection.over.then(() => this.open.delete(id));
+    return id;
+  }
+
+  /**
+   * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every
+   * connection is over and its device closed. What is not done after `graceMs` milliseconds is cut off; then only a
+   * device that never finishes a request can be left (`connections` shows whose).
+   */
+  close(options: { readonly graceMs?: number } = {}): Promise<void> {
+    this.closing ??= this.shutDown(options.graceMs ?? DEFAULT_GRACE_MS);
+    return this.closing;
+  }
+
+  /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
+  destroy(): void {
+    this.stopListening();
+    for (const connection of this.open.values()) connection.abort('the server was stopped');
+  }
+
+  private async shutDown(graceMs: number): Promise<void> {
+    this.stopListening();
+    for (const connection of this.open.values()) connection.shutdown();
+    if (await within(graceMs, this.allOver())) return;
+    this.destroy();
+    await within(FORCED_CLOSE_WAIT_MS, this.allOver());
+  }
+
+  private async allOver(): Promise<void> {
+    await Promise.all(Array.from(this.open.values(), (connection) => connection.over));
+  }
+
+  private stopListening(): void {
+    this.isClosed = true;
+    for (const listener of this.listeners) listener.close();
+    this.listeners.clear();
+  }
+}
+
+/** Whether `work` was done within `timeoutMs`. */
+async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> {
+  let timer: NodeJS.Timeout | undefined;
+  const timeout = new Promise<boolean>((resolve) => {
+    timer = setTimeout(() => resolve(false), timeoutMs);
+  });
+  const isDone = await Promise.race([work.then(() => true), timeout]);
+  clearTimeout(timer);
+  return isDone;
+}
+
+function peerOf(socket: net.Socket, listening: ListenOptions): Peer {
+  if ('path' in listening) return { transport: 'unix', address: listening.path };
+  return { transport: 'tcp', address: `${socket.remoteAddress ?? 'unknown'}:${socket.remotePort ?? 0}` };
+}
+
+async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
+  const { host, port } = options;
+  try {
+    await bind(listener, { host, port });
+  } catch (error) {
+    throw listenError(`${host}:${port}`, error);
+  }
+  const address = listener.address();
+  if (address === null || typeof address === 'string') throw new Error('server: a TCP listener without an address');
+  return { transport: 'tcp', host: address.address, port: address.port };
+}
+
+async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {
+  const { path, mode } = options;
+  try {
+    await bind(listener, { path }, mode);
+  } catch (error) {
+    if (errorCode(error) !== 'EADDRINUSE') throw listenError(path, error);
+    await removeStaleSocket(path);
+    try {
+      await bind(listener, { path }, mode);
+    } catch (secondError) {
+      throw listenError(path, secondError);
+    }
+  }
+  return { transport: 'unix', path };
+}
+
+async function bind(
+  listener: net.Server,
+  address: { path: string } | { host: string; port: number },
+  mode?: number,
+): Promise<void> {
+  // The file must never be there with wider permissions than asked for. It is created inside listen(), before that
+  // returns; a worker thread may not set the umask and makes do with the chmod below.
+  await new Promise<void>((resolve, reject) => {
+    listener.once('error', reject);
+    const umask = mode !== undefined && isMainThread ? process.umask(0o777 & ~mode) : undefined;
+    try {
+      listener.listen({ ...address, backlog: LISTEN_BACKLOG }, resolve);
+    } finally {
+      if (umask !== undefined) process.umask(umask);
+    }
+  }).finally(() => listener.removeAllListeners('error').removeAllListeners('listening'));
+  if (mode !== undefined && 'path' in address) await chmod(address.path, mode);
+}
+
+/** Remove the socket file at `path` if nobody listens on it. */
+async function removeStaleSocket(path: string): Promise<void> {
+  const found = await lstat(path).catch(() => undefined);
+  if (found === undefined) return;
+  if (!found.isSocket())
+    throw new ListenError('NOT_A_SOCKET', `${path} exists and is not a socket; remove it yourself`);
+  if (await isListenedOn(path)) throw new ListenError('IN_USE', `another server is listening on ${path}`);
+  await unlink(path).catch((error: unknown) => {
+    throw listenError(path, error);
+  });
+}
+
+function isListenedOn(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = net.connect({ path });
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    // Only a refusal says that nobody is there; anything else (EACCES, a full backlog) may be a live server.
+    probe.once('error', (error) => resolve(errorCode(error) !== 'ECONNREFUSED'));
+  });
+}
+
+function listenError(where: string, error: unknown): ListenError {
+  if (error instanceof ListenError) return error;
+  const message = error instanceof Error ? error.message : String(error);
+  const code = errorCode(error) === 'EADDRINUSE' ? 'IN_USE' : 'FAILED';
+  return new ListenError(code, `cannot listen on ${where}: ${message}`, { cause: error });
+}
+
+function errorCode(error: unknown): unknown {
+  return error instanceof Error && 'code' in error ? error.code : undefined;
+}

@@ -1,0 +1,106 @@
+/**
+ * The options that every command has, and what they mean: which store, through which daemon, for people or machines.
+ * Owns the way from parsed options to Operations and back to the end of the process's work on them.
+ */
+import path from 'node:path';
+import { InvalidArgumentError, Option, type Command } from 'commander';
+import { OperationError, type Operations } from '../daemon/operations.js';
+import { defaultStore } from '../daemon/places.js';
+import { parseSize, SizeError } from './size.js';
+
+export interface CommonOptions {
+  readonly store?: string;
+  readonly cluster?: string;
+  readonly control?: string;
+  readonly json?: boolean;
+}
+
+/** Add --store, --cluster, --control and --json. */
+export function withCommonOptions(command: Command): Command {
+  return command
+    .addOption(
+      new Option('--store <dir>', `local store (default: $SHEEPGATE_STORE or ${defaultStore()})`).argParser(
+        notEmpty('--store', 'a directory'),
+      ),
+    )
+    .addOption(
+      new Option(
+        '--cluster <nodes>',
+        'Sheepdog cluster, HOST[:PORT][,HOST[:PORT]...], instead of a local store',
+      ).conflicts('store'),
+    )
+    .addOption(
+      new Option(
+        '--control <path>',
+        "daemon's control socket (default: $SHEEPGATE_CONTROL or STORE/control.sock)",
+      ).argParser(notEmpty('--control', 'a path')),
+    )
+    .option('--json', 'print JSON');
+}
+
+function notEmpty(option: string, what: string): (value: string) => string {
+  return (value) => {
+    if (value === '' || value.includes('\0')) throw new InvalidArgumentError(`${option} needs ${what}.`);
+    return value;
+  };
+}
+
+export interface ChosenStore {
+  readonly store: string;
+  /** The store was asked for by name, so nothing but this one will do. */
+  readonly isStoreGiven: boolean;
+  readonly control: string | undefined;
+}
+
+/** The store the options and the environment name. What is on the command line wins. Errors: NO_CLUSTER. */
+export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = process.env): ChosenStore {
+  if (options.cluster !== undefined) {
+    throw new OperationError(
+      'NO_CLUSTER',
+      `cannot reach the cluster ${options.cluster}: this version serves local stores only, Sheepdog clusters come with a later one`,
+    );
+  }
+  const given = options.store ?? (env.SHEEPGATE_STORE || undefined);
+  // The control socket in the environment belongs to the store in the environment.
+  const control = options.control ?? ((options.store === undefined && env.SHEEPGATE_CONTROL) || undefined);
+  return { store: path.resolve(given ?? defaultStore(env)), isStoreGiven: given !== undefined, control };
+}
+
+/**
+ * Run `work` on the store that the options name, through its daemon if it has one. Without `mayCreate` there must be a
+ * store: a mistyped directory is an error, not an empty store.
+ */
+export async function withOperations<T>(
+  options: CommonOptions,
+  work: (operations: Operations) => Promise<T>,
+  { mayCreate = false } = {},
+): Promise<T> {
+  const place = chosenStore(options);
+  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  const { openOperations } = await import('../daemon/open-operations.js');
+  const operations = await openOperations({
+    ...place,
+    mayCreate,
+    log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
+  });
+  let result: T;
+  try {
+    result = await work(operations);
+  } catch (error) {
+    // The first failure is the one to tell.
+    await operations.close().catch(() => undefined);
+    throw error;
+  }
+  await operations.close();
+  return result;
+}
+
+/** For commander: a size argument. */
+export function sizeArgument(text: string): number {
+  try {
+    return parseSize(text);
+  } catch (error) {
+    if (!(error instanceof SizeError)) throw error;
+    throw new InvalidArgumentError(error.message);
+  }
+}

@@ -1,0 +1,69 @@
+/**
+ * How results look: aligned tables and local times for people, one JSON value with stable fields for machines. Owns the
+ * field names of `--json`; asks nobody anything.
+ */
+import type { VdiDetails, VdiRecord } from '../daemon/operations.js';
+
+/** One JSON value and a newline on stdout. */
+export function printJson(value: unknown): void {
+  process.stdout.write(`${JSON.stringify(value)}\n`);
+}
+
+export function printLine(line: string): void {
+  process.stdout.write(`${line}\n`);
+}
+
+/** Columns as wide as their widest cell; `right` names those that are aligned to the right. */
+export function table(
+  header: readonly string[],
+  rows: readonly (readonly string[])[],
+  right: readonly string[] = [],
+): string {
+  const widths = header.map((title, i) => Math.max(title.length, ...rows.map((row) => (row[i] ?? '').length)));
+  const line = (cells: readonly string[]): string =>
+    cells
+      .map((cell, i) => (right.includes(header[i] ?? '') ? cell.padStart(widths[i] ?? 0) : cell.padEnd(widths[i] ?? 0)))
+      .join('  ')
+      .trimEnd();
+  return [header, ...rows].map((row) => `${line(row)}\n`).join('');
+}
+
+/** "2026-03-01T12:34:56+01:00", in this machine's time zone. */
+export function formatTime(timeMs: number): string {
+  const offsetMinutes = -new Date(timeMs).getTimezoneOffset();
+  const local = new Date(timeMs + offsetMinutes * 60_000).toISOString().slice(0, 19);
+  const hours = String(Math.floor(Math.abs(offsetMinutes) / 60)).padStart(2, '0');
+  const minutes = String(Math.abs(offsetMinutes) % 60).padStart(2, '0');
+  return `${local}${offsetMinutes < 0 ? '-' : '+'}${hours}:${minutes}`;
+}
+
+/** A vid as Sheepdog's own tools write it. */
+export function formatVid(vid: number): string {
+  return vid.toString(16);
+}
+
+/** NAME or NAME@TAG. */
+export function labelOf(record: VdiRecord): string {
+  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+}
+
+/** A VDI in JSON. Times are ISO 8601 in UTC; null for what does not apply. */
+export function vdiJson(record: VdiRecord | VdiDetails): object {
+  return {
+    name: record.name,
+    tag: record.isSnapshot ? record.tag : null,
+    vid: record.vid,
+    isSnapshot: record.isSnapshot,
+    snapId: record.snapId,
+    size: record.size,
+    blockSizeShift: record.blockSizeShift,
+    parentVid: record.parentVid || null,
+    createdAt: new Date(record.createdAt).toISOString(),
+    snapshotAt: record.snapshotAt ? new Date(record.snapshotAt).toISOString() : null,
+    ...('allocatedBytes' in record && {
+      allocatedBytes: record.allocatedBytes,
+      exclusiveBytes: record.exclusiveBytes,
+      open: record.open,
+    }),
+  };
+}

@@ -1,0 +1,17 @@
+/** `sheepgate vdi clone`: a new VDI that starts as a snapshot and shares its data. */
+import { Command } from 'commander';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { printJson, printLine, vdiJson } from './output.js';
+
+export function vdiCloneCommand(): Command {
+  const command = new Command('clone')
+    .description('create a VDI that starts as a snapshot; data is shared until one of them writes')
+    .argument('<snapshot>', 'NAME@TAG')
+    .argument('<new-name>', 'name of the new VDI')
+    .addHelpText('after', '\nExample:\n  sheepgate vdi clone debian@golden vm7');
+  return withCommonOptions(command).action(async (spec: string, newName: string, options: CommonOptions) => {
+    const vdi = await withOperations(options, (operations) => operations.clone(spec, newName));
+    if (options.json) printJson(vdiJson(vdi));
+    else printLine(`created ${vdi.name} from ${spec}`);
+  });
+}

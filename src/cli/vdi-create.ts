@@ -1,0 +1,39 @@
+/** `sheepgate vdi create`: an empty VDI. */
+import { Argument, Command, InvalidArgumentError, Option } from 'commander';
+import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { printJson, printLine, vdiJson } from './output.js';
+import { formatSize } from './size.js';
+
+/** --block-size-shift, for every command that makes a VDI. */
+export function blockSizeShiftOption(): Option {
+  return new Option(
+    '--block-size-shift <shift>',
+    `size of a data object is 2^shift bytes: ${MIN_BLOCK_SIZE_SHIFT} (1 MiB) to ${MAX_BLOCK_SIZE_SHIFT} (64 MiB); default 22 (4 MiB)`,
+  ).argParser((text) => {
+    const shift = Number(text);
+    if (!/^\d+$/.test(text) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
+      throw new InvalidArgumentError(`It must be ${MIN_BLOCK_SIZE_SHIFT} to ${MAX_BLOCK_SIZE_SHIFT}.`);
+    }
+    return shift;
+  });
+}
+
+export function vdiCreateCommand(): Command {
+  const command = new Command('create')
+    .description('create an empty VDI; it takes up space only as it is written')
+    .argument('<name>', 'name of the VDI')
+    .addArgument(new Argument('<size>', 'for example 10G, 512M, 1.5T').argParser(sizeArgument))
+    .addOption(blockSizeShiftOption())
+    .addHelpText('after', '\nExample:\n  sheepgate vdi create vm1 20G');
+  return withCommonOptions(command).action(
+    async (name: string, size: number, options: CommonOptions & { blockSizeShift?: number }) => {
+      const { blockSizeShift } = options;
+      const vdi = await withOperations(options, (operations) => operations.create(name, size, { blockSizeShift }), {
+        mayCreate: true,
+      });
+      if (options.json) printJson(vdiJson(vdi));
+      else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
+    },
+  );
+}

@@ -1,0 +1,23 @@
+/** `sheepgate vdi resize`: grow a VDI, or shrink it with --force. */
+import { Argument, Command } from 'commander';
+import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { printJson, printLine, vdiJson } from './output.js';
+import { formatSize } from './size.js';
+
+export function vdiResizeCommand(): Command {
+  const command = new Command('resize')
+    .description('grow a VDI, also while it is in use: connections made afterwards see the new size')
+    .argument('<name>', 'name of the VDI')
+    .addArgument(new Argument('<size>', 'the new size, for example 40G').argParser(sizeArgument))
+    .option('--force', 'allow shrinking, which destroys what is behind the new end')
+    .addHelpText('after', '\nExample:\n  sheepgate vdi resize vm1 40G');
+  return withCommonOptions(command).action(
+    async (name: string, size: number, options: CommonOptions & { force?: boolean }) => {
+      const vdi = await withOperations(options, (operations) =>
+        operations.resize(name, size, { force: options.force }),
+      );
+      if (options.json) printJson(vdiJson(vdi));
+      else printLine(`${vdi.name} has ${formatSize(vdi.size)} now`);
+    },
+  );
+}

@@ -1,0 +1,35 @@
+/** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
+import { Command } from 'commander';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { formatTime, formatVid, labelOf, printJson, printLine, vdiJson } from './output.js';
+import { formatSize } from './size.js';
+
+export function vdiShowCommand(): Command {
+  const command = new Command('show')
+    .description('show one VDI or snapshot')
+    .argument('<vdi>', 'NAME, or NAME@TAG for a snapshot')
+    .addHelpText('after', '\nExample:\n  sheepgate vdi show vm1@monday');
+  return withCommonOptions(command).action(async (spec: string, options: CommonOptions) => {
+    const { vdi, parent } = await withOperations(options, async (operations) => {
+      const found = await operations.show(spec);
+      const all = found.parentVid === 0 ? [] : await operations.list();
+      return { vdi: found, parent: all.find((other) => other.vid === found.parentVid) };
+    });
+    if (options.json) return printJson(vdiJson(vdi));
+    const lines: [string, string][] = [
+      ['name', vdi.name],
+      ...(vdi.isSnapshot ? [['tag', vdi.tag] as [string, string]] : []),
+      ['id', formatVid(vdi.vid)],
+      ['size', `${formatSize(vdi.size)} (${vdi.size} bytes)`],
+      ['used', formatSize(vdi.allocatedBytes)],
+      ['not shared', formatSize(vdi.exclusiveBytes)],
+      ['object size', formatSize(2 ** vdi.blockSizeShift)],
+      ['created', formatTime(vdi.createdAt)],
+      ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
+      ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
+      ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
+    ];
+    const width = Math.max(...lines.map(([title]) => title.length));
+    for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);
+  });
+}

@@ -1,0 +1,77 @@
+/** `sheepgate vdi tree`: which VDI and snapshot came from which, like `dog vdi tree`. */
+import { Command } from 'commander';
+import type { VdiRecord } from '../daemon/operations.js';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { formatTime, labelOf, printJson, printLine, vdiJson } from './output.js';
+
+export interface TreeNode {
+  readonly vdi: VdiRecord;
+  readonly children: readonly TreeNode[];
+}
+
+/** Roots first made first; a VDI whose parent is gone is a root. */
+export function treeOf(vdis: readonly VdiRecord[]): TreeNode[] {
+  const known = new Set(vdis.map((vdi) => vdi.vid));
+  const byParent = new Map<number, VdiRecord[]>();
+  for (const vdi of vdis) {
+    const parent = known.has(vdi.parentVid) && vdi.parentVid !== vdi.vid ? vdi.parentVid : 0;
+    const siblings = byParent.get(parent);
+    if (siblings) siblings.push(vdi);
+    else byParent.set(parent, [vdi]);
+  }
+  const nodesUnder = (vid: number): TreeNode[] =>
+    (byParent.get(vid) ?? [])
+      .sort((a, b) => a.createdAt - b.createdAt || a.vid - b.vid)
+      .map((vdi) => ({ vdi, children: nodesUnder(vdi.vid) }));
+  return nodesUnder(0);
+}
+
+/**
+ * One line per VDI. The history of a name goes straight down; what branches off a snapshot is indented below it, so that
+ * a hundred snapshots in a row are no deeper than one.
+ */
+export function treeLines(roots: readonly TreeNode[]): string[] {
+  const lines: string[] = [];
+  const chain = (start: TreeNode, indent: string, isLastBranch: boolean | undefined): void => {
+    const mark = isLastBranch === undefined ? '' : isLastBranch ? '└─ ' : '├─ ';
+    const below = isLastBranch === undefined ? '' : isLastBranch ? '   ' : '│  ';
+    let node: TreeNode | undefined = start;
+    let prefix = indent + mark;
+    while (node) {
+      const { vdi, children }: TreeNode = node;
+      // The newest continuation of the same name is the main line: a rollback leaves the older one as a branch.
+      const next: TreeNode | undefined = vdi.isSnapshot
+        ? children.findLast((child) => child.vdi.name === vdi.name)
+        : undefined;
+      lines.push(`${prefix}${describe(vdi)}`);
+      const branches = children.filter((child) => child !== next);
+      branches.forEach((child, i) => {
+        chain(child, `${indent}${below}${next ? '│  ' : ''}`, i === branches.length - 1);
+      });
+      prefix = `${indent}${below}`;
+      node = next;
+    }
+  };
+  for (const root of roots) chain(root, '', undefined);
+  return lines;
+}
+
+function describe(vdi: VdiRecord): string {
+  if (vdi.isSnapshot) return `${labelOf(vdi)}  [${formatTime(vdi.snapshotAt)}]`;
+  return `${vdi.name}  (you are here)`;
+}
+
+function nodeJson(node: TreeNode): object {
+  return { ...vdiJson(node.vdi), children: node.children.map(nodeJson) };
+}
+
+export function vdiTreeCommand(): Command {
+  const command = new Command('tree')
+    .description('show which VDI and snapshot came from which')
+    .addHelpText('after', '\nExample:\n  sheepgate vdi tree');
+  return withCommonOptions(command).action(async (options: CommonOptions) => {
+    const roots = treeOf(await withOperations(options, (operations) => operations.list()));
+    if (options.json) printJson(roots.map(nodeJson));
+    else for (const line of treeLines(roots)) printLine(line);
+  });
+}

@@ -1,0 +1,48 @@
+/**
+ * What the control socket's two ends agree on: HTTP with JSON over a unix socket, and `Upgrade: nbd` for data. Owns the
+ * limits and the shape of answers; both ends take them from here.
+ */
+/** A request is a few names and numbers. */
+export const MAX_REQUEST_BODY_BYTES = 64 * 1024;
+/** A list of some hundred thousand VDIs. */
+export const MAX_ANSWER_BYTES = 128 * 2 ** 20;
+/** For a whole request to arrive; nobody types them by hand. */
+export const REQUEST_TIMEOUT_MS = 10_000;
+/** For the daemon to take a connection. */
+export const CONNECT_TIMEOUT_MS = 5_000;
+/** For an answer: deleting or checking a large store takes its time. */
+export const ANSWER_TIMEOUT_MS = 30 * 60_000;
+export const MAX_CONTROL_CONNECTIONS = 256;
+
+/** The value of the Upgrade header that turns a control connection into an NBD connection. */
+export const NBD_UPGRADE = 'nbd';
+/**
+ * The daemon's name for an upgraded connection, in the answer to the upgrade. GET /sessions/ID answers when that
+ * connection is over and its export closed: only then may a VDI be deleted or rolled back.
+ */
+export const SESSION_HEADER = 'sheepgate-session';
+
+export interface ErrorAnswer {
+  readonly error: { readonly code: string; readonly message: string };
+}
+
+export interface ConnectionStatus {
+  readonly id: number;
+  /** "tcp 127.0.0.1:4242", "unix PATH", "control". */
+  readonly peer: string;
+  /** null until the client has chosen one. */
+  readonly export: string | null;
+  readonly openedAt: string;
+  readonly bytesRead: number;
+  readonly bytesWritten: number;
+  readonly requests: number;
+}
+
+export interface StatusAnswer {
+  readonly version: string;
+  readonly pid: number;
+  readonly store: string;
+  readonly startedAt: string;
+  readonly listeners: readonly string[];
+  readonly connections: readonly ConnectionStatus[];
+}

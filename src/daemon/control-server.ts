@@ -1,0 +1,330 @@
+/**
+ * The control socket: HTTP with JSON for the catalog, and `Upgrade: nbd`, which hands the connection to the NBD server.
+ * Owns the socket file, which is this user's only from its first moment, and the checking of what comes in. Decides
+ * nothing about VDIs: every route is one call of Operations.
+ */
+import fs from 'node:fs';
+import http from 'node:http';
+import net from 'node:net';
+import path from 'node:path';
+import {
+  MAX_CONTROL_CONNECTIONS,
+  MAX_REQUEST_BODY_BYTES,
+  NBD_UPGRADE,
+  SESSION_HEADER,
+  REQUEST_TIMEOUT_MS,
+  type ErrorAnswer,
+  type StatusAnswer,
+} from './control-protocol.js';
+import type { DirectOperations } from './direct-operations.js';
+import { asOperationError, OperationError } from './operations.js';
+import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
+import { removeStaleSocket } from './stale-socket.js';
+
+export interface ControlServerOptions {
+  readonly operations: DirectOperations;
+  readonly status: () => StatusAnswer;
+  /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
+  readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
+  /** Told of faults of ours, which the client only sees as INTERNAL. */
+  readonly onFault: (error: unknown, request: string) => void;
+}
+
+type Body = Readonly<Record<string, unknown>>;
+
+interface Call {
+  readonly operations: DirectOperations;
+  readonly status: () => StatusAnswer;
+  readonly sessions: ReadonlyMap<string, Promise<void>>;
+  /** The decoded path segments that the route leaves open. */
+  readonly names: readonly string[];
+  readonly query: URLSearchParams;
+  readonly body: Body;
+}
+
+interface Route {
+  readonly method: 'GET' | 'POST' | 'DELETE';
+  /** Segments; "*" stands for any one. */
+  readonly path: readonly string[];
+  readonly answer: (call: Call) => unknown;
+}
+
+const ROUTES: readonly Route[] = [
+  { method: 'GET', path: ['status'], answer: ({ status }) => status() },
+  {
+    method: 'GET',
+    path: ['vdis'],
+    answer: ({ operations, query }) => (query.get('details') === '1' ? operations.listDetails() : operations.list()),
+  },
+  {
+    method: 'POST',
+    path: ['vdis'],
+    answer: ({ operations, body }) =>
+      operations.create(text(body, 'name'), wholeNumber(body, 'size'), {
+        blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+      }),
+  },
+  { method: 'GET', path: ['vdis', '*'], answer: ({ operations, names }) => operations.show(first(names)) },
+  {
+    method: 'DELETE',
+    path: ['vdis', '*'],
+    answer: async ({ operations, names }) => {
+      await operations.remove(first(names));
+      return null;
+    },
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'resize'],
+    answer: ({ operations, names, body }) =>
+      operations.resize(first(names), wholeNumber(body, 'size'), { force: flag(body, 'force') }),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'snapshots'],
+    answer: ({ operations, names, body }) => operations.snapshot(first(names), text(body, 'tag')),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'clone'],
+    answer: ({ operations, names, body }) => operations.clone(first(names), text(body, 'name')),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'rollback'],
+    answer: ({ operations, names }) => operations.rollback(first(names)),
+  },
+  {
+    method: 'GET',
+    path: ['vdis', '*', 'extents'],
+    answer: ({ operations, names, query }) =>
+      operations.dataPage(first(names), wholeNumberOf('offset', query.get('offset'))),
+  },
+  {
+    method: 'GET',
+    path: ['sessions', '*'],
+    answer: async ({ sessions, names }) => {
+      await sessions.get(first(names));
+      return null;
+    },
+  },
+  { method: 'GET', path: ['exports', '*'], answer: ({ operations, names }) => operations.describe(first(names)) },
+  {
+    method: 'POST',
+    path: ['check'],
+    answer: ({ operations, body }) => operations.check({ repair: flag(body, 'repair') }),
+  },
+];
+
+/** HTTP's status for a code; the client goes by the code, this is for people with curl. */
+const STATUS_OF: Readonly<Record<string, number>> = {
+  BAD_REQUEST: 400,
+  BAD_NAME: 400,
+  BAD_SIZE: 400,
+  IS_SNAPSHOT: 400,
+  NO_VDI: 404,
+  NO_TAG: 404,
+  UNKNOWN: 404,
+  NO_ROUTE: 404,
+  EXISTS: 409,
+  BUSY: 409,
+  NEEDS_FORCE: 409,
+  NO_SPACE: 507,
+};
+
+export class ControlServer {
+  readonly path: string;
+  readonly #options: ControlServerOptions;
+  readonly #http: http.Server;
+  /** Upgraded connections that are not over. */
+  readonly #sessions = new Map<string, Promise<void>>();
+  #lastSession = 0;
+  #address: SocketAddress | undefined;
+  #link: string | undefined;
+
+  constructor(socketPath: string, options: ControlServerOptions) {
+    this.path = path.resolve(socketPath);
+    this.#options = options;
+    this.#http = http.createServer(
+      { requestTimeout: REQUEST_TIMEOUT_MS, headersTimeout: REQUEST_TIMEOUT_MS, keepAlive: false },
+      (request, response) => void this.#serve(request, response),
+    );
+    this.#http.maxConnections = MAX_CONTROL_CONNECTIONS;
+    this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));
+  }
+
+  /**
+   * Listen, replacing a socket that a dead daemon left behind. A socket outside the store is linked to from the store,
+   * so that it is found by those who only know the store. Errors: IN_USE, PERMISSION, IO.
+   */
+  async listen(): Promise<void> {
+    makeSocketDirectory(path.dirname(this.path));
+    await removeStaleSocket(this.path);
+    this.#address = socketAddress(this.path);
+    const { path: address } = this.#address;
+    await new Promise<void>((resolve, reject) => {
+      this.#http.once('error', reject);
+      // bind(2) happens within listen(), so the file never has other permissions than these.
+      const umask = process.umask(0o177);
+      try {
+        this.#http.listen({ path: address }, () => resolve());
+      } finally {
+        process.umask(umask);
+      }
+    }).catch((error: Error) => {
+      throw new OperationError(
+        'IO',
+        `cannot listen on the control socket ${this.path}: ${error.message}; give --control PATH to have it elsewhere`,
+      );
+    });
+    await this.#linkFromStore();
+  }
+
+  /** Take no more requests and finish those under way; after `graceMs` they are cut off. */
+  async close(graceMs: number): Promise<void> {
+    const closed = new Promise<void>((resolve) => this.#http.close(() => resolve()));
+    this.#http.closeIdleConnections();
+    const timer = setTimeout(() => this.#http.closeAllConnections(), graceMs);
+    // Upgraded connections are the NBD server's to end; it ends them before it says it is closed.
+    await closed;
+    clearTimeout(timer);
+    if (this.#link !== undefined) fs.rmSync(this.#link, { force: true });
+    this.#address?.release();
+  }
+
+  async #linkFromStore(): Promise<void> {
+    const inStore = controlSocketOf(this.#options.operations.store);
+    if (inStore === this.path || sameFile(inStore, this.path)) return;
+    await removeStaleSocket(inStore);
+    fs.symlinkSync(this.path, inStore);
+    this.#link = inStore;
+  }
+
+  async #serve(request: http.IncomingMessage, response: http.ServerResponse): Promise<void> {
+    const name = `${request.method} ${request.url}`;
+    try {
+      const { pathname, searchParams } = new URL(request.url ?? '/', 'http://control');
+      const segments = decodeSegments(pathname);
+      const route = ROUTES.find((each) => each.method === request.method && matches(each.path, segments));
+      if (!route) {
+        throw new OperationError('NO_ROUTE', `the daemon does not know ${name}; is it an older version? restart it`);
+      }
+      const result = await route.answer({
+        operations: this.#options.operations,
+        status: this.#options.status,
+        names: segments.filter((_, i) => route.path[i] === '*'),
+        sessions: this.#sessions,
+        query: searchParams,
+        body: route.method === 'POST' ? await readBody(request) : {},
+      });
+      answer(response, 200, result);
+    } catch (error) {
+      const expected = asOperationError(error);
+      if (!expected) this.#options.onFault(error, name);
+      const { code, message } = expected ?? {
+        code: 'INTERNAL',
+        message: `the daemon failed: ${(error as Error).message}`,
+      };
+      answer(response, STATUS_OF[code] ?? 500, { error: { code, message } } satisfies ErrorAnswer);
+    }
+  }
+
+  #upgrade(request: http.IncomingMessage, socket: net.Socket, head: Buffer): void {
+    if (request.headers.upgrade?.toLowerCase() !== NBD_UPGRADE) {
+      socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n');
+      return;
+    }
+    const session = String(++this.#lastSession);
+    socket.write(
+      `HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: ${NBD_UPGRADE}\r\n` +
+        `${SESSION_HEADER}: ${session}\r\n\r\n`,
+    );
+    socket.setTimeout(0);
+    const over = this.#options.serveNbd(socket, head, session).finally(() => this.#sessions.delete(session));
+    this.#sessions.set(session, over);
+  }
+}
+
+function sameFile(a: string, b: string): boolean {
+  try {
+    return fs.realpathSync(a) === fs.realpathSync(b);
+  } catch {
+    return false;
+  }
+}
+
+function decodeSegments(pathname: string): string[] {
+  try {
+    return pathname.split('/').slice(1).map(decodeURIComponent);
+  } catch {
+    throw badRequest(`the path ${pathname} is not well encoded`);
+  }
+}
+
+function matches(pattern: readonly string[], segments: readonly string[]): boolean {
+  return pattern.length === segments.length && pattern.every((each, i) => each === '*' || each === segments[i]);
+}
+
+async function readBody(request: http.IncomingMessage): Promise<Body> {
+  const chunks: Buffer[] = [];
+  let length = 0;
+  for await (const chunk of request as AsyncIterable<Buffer>) {
+    length += chunk.length;
+    if (length > MAX_REQUEST_BODY_BYTES) throw badRequest(`the body is longer than ${MAX_REQUEST_BODY_BYTES} bytes`);
+    chunks.push(chunk);
+  }
+  if (length === 0) return {};
+  let body: unknown;
+  try {
+    body = JSON.parse(Buffer.concat(chunks).toString());
+  } catch (error) {
+    throw badRequest(`the body is not JSON: ${(error as Error).message}`);
+  }
+  if (typeof body !== 'object' || body === null || Array.isArray(body))
+    throw badRequest('the body must be a JSON object');
+  return body as Body;
+}
+
+function answer(response: http.ServerResponse, status: number, value: unknown): void {
+  const body = Buffer.from(`${JSON.stringify(value)}\n`);
+  // One request a connection: nothing is left waiting when the daemon stops.
+  response.writeHead(status, {
+    'content-type': 'application/json',
+    'content-length': body.length,
+    connection: 'close',
+  });
+  response.end(body);
+}
+
+function first(names: readonly string[]): string {
+  return names[0] ?? '';
+}
+
+function text(body: Body, field: string): string {
+  const value = body[field];
+  if (typeof value !== 'string') throw badRequest(`"${field}" must be a string, not ${JSON.stringify(value)}`);
+  return value;
+}
+
+function wholeNumber(body: Body, field: string): number {
+  const value = body[field];
+  if (typeof value !== 'number' || !Number.isSafeInteger(value)) {
+    throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
+  }
+  return value;
+}
+
+function wholeNumberOf(field: string, value: string | null): number {
+  if (value === null || !/^\d{1,15}$/.test(value)) throw badRequest(`"${field}" must be a whole number, not ${value}`);
+  return Number(value);
+}
+
+function flag(body: Body, field: string): boolean {
+  const value = body[field] ?? false;
+  if (typeof value !== 'boolean') throw badRequest(`"${field}" must be true or false, not ${JSON.stringify(value)}`);
+  return value;
+}
+
+function badRequest(message: string): OperationError {
+  return new OperationError('BAD_REQUEST', message);
+}

@@ -1,0 +1,132 @@
+/**
+ * Operations on a store that this process holds: the catalog for VDIs, the exports for their data. Used by the daemon
+ * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
+ * exports: those the NBD server opened are the server's.
+ */
+import type { BlockDevice, ExportProvider, Peer } from 'nbd-server-ts';
+import type { VdiCatalog } from '../vdi/catalog.js';
+import { CatalogError } from '../vdi/catalog-error.js';
+import { dataPageOf } from './data-page.js';
+import {
+  asOperationError,
+  type CheckReport,
+  type DataPage,
+  type Disk,
+  type ExportDescription,
+  type Operations,
+  type VdiDetails,
+  type VdiRecord,
+} from './operations.js';
+
+const PEER: Peer = { transport: 'internal', address: 'command line' };
+/** A device takes any length; this bounds what one request keeps busy. */
+const MAX_REQUEST_BYTES = 32 * 2 ** 20;
+
+export class DirectOperations implements Operations {
+  readonly store: string;
+  readonly #catalog: VdiCatalog;
+  readonly #exports: ExportProvider;
+
+  constructor(catalog: VdiCatalog, exports: ExportProvider) {
+    this.store = catalog.location;
+    this.#catalog = catalog;
+    this.#exports = exports;
+  }
+
+  list(): Promise<VdiRecord[]> {
+    return this.#catalog.list();
+  }
+
+  async listDetails(): Promise<VdiDetails[]> {
+    const details: VdiDetails[] = [];
+    for (const record of await this.#catalog.list()) {
+      try {
+        details.push(await this.#catalog.show(record.isSnapshot ? `${record.name}@${record.tag}` : record.name));
+      } catch (error) {
+        // Deleted since it was listed.
+        if (!(error instanceof CatalogError)) throw error;
+      }
+    }
+    return details;
+  }
+
+  show(spec: string): Promise<VdiDetails> {
+    return this.#catalog.show(spec);
+  }
+
+  create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord> {
+    return this.#catalog.create(name, size, options);
+  }
+
+  snapshot(name: string, tag: string): Promise<VdiRecord> {
+    return this.#catalog.snapshot(name, tag);
+  }
+
+  clone(spec: string, newName: string): Promise<VdiRecord> {
+    return this.#catalog.clone(spec, newName);
+  }
+
+  rollback(spec: string): Promise<VdiRecord> {
+    return this.#catalog.rollback(spec);
+  }
+
+  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord> {
+    return this.#catalog.resize(name, size, options);
+  }
+
+  remove(spec: string): Promise<void> {
+    return this.#catalog.remove(spec);
+  }
+
+  check(options: { readonly repair: boolean }): Promise<CheckReport> {
+    return this.#catalog.check(options);
+  }
+
+  /** What openDisk would find, without opening. */
+  async describe(exportName: string): Promise<ExportDescription> {
+    const { geometry } = await plainly(this.#exports.describe(exportName, PEER));
+    return { size: geometry.size, isReadOnly: geometry.readOnly };
+  }
+
+  /** One page of where the data of an export is; for many pages of one export open it with openDisk. */
+  async dataPage(exportName: string, offset: number): Promise<DataPage> {
+    const { device } = await plainly(this.#exports.open(exportName, PEER));
+    try {
+      return await dataPageOf(device, offset);
+    } finally {
+      await device.close();
+    }
+  }
+
+  async openDisk(exportName: string): Promise<Disk> {
+    const { device } = await plainly(this.#exports.open(exportName, PEER));
+    return diskOf(device);
+  }
+
+  close(): Promise<void> {
+    return this.#catalog.close();
+  }
+}
+
+function diskOf(device: BlockDevice): Disk {
+  return {
+    size: device.geometry.size,
+    isReadOnly: device.geometry.readOnly,
+    maxRequestBytes: MAX_REQUEST_BYTES,
+    read: async (offset, into) => device.read(offset, into),
+    write: async (offset, data) => device.write(offset, data, false),
+    zero: async (offset, length) => device.zero(offset, length, { noHole: false, fua: false, fastZero: false }),
+    flush: async () => device.flush(),
+    dataPage: (offset) => dataPageOf(device, offset),
+    close: async () => device.close(),
+  };
+}
+
+/** The exports' errors in the words of the layer that refused. */
+async function plainly<T>(result: T | Promise<T>): Promise<T> {
+  try {
+    return await result;
+  } catch (error) {
+    throw asOperationError(error) ?? error;
+  }
+}

@@ -1,0 +1,111 @@
+/**
+ * Decides who works on a store: the daemon that has it, or this process. Owns the order in which that is tried, and
+ * what is said if neither is possible.
+ */
+import fs from 'node:fs';
+import { LocalStore } from '../store/local/local-store.js';
+import { StoreError } from '../store/object-store.js';
+import { VdiCatalog } from '../vdi/catalog.js';
+import { VdiExports } from '../export/vdi-exports.js';
+import { ControlClient } from './control-client.js';
+import { DirectOperations } from './direct-operations.js';
+import { OperationError, type Operations } from './operations.js';
+import { controlSocketOf } from './places.js';
+import { RemoteOperations } from './remote-operations.js';
+import { socketState } from './stale-socket.js';
+
+/**
+ * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
+ * daemon that is starting or stopping.
+ */
+const LOCK_WAIT_MS = 3_000;
+const LOCK_POLL_MS = 50;
+
+export interface StorePlace {
+  /** The store's directory. */
+  readonly store: string;
+  /** The directory was asked for by name: a daemon of another store will not do. */
+  readonly isStoreGiven: boolean;
+  /** Whether a store may be made where there is none. */
+  readonly mayCreate: boolean;
+  /** The daemon's control socket, if it is not in the store. */
+  readonly control: string | undefined;
+  /** Told what an operator should know and no caller waits for. */
+  readonly log?: (line: string, details?: object) => void;
+}
+
+/**
+ * Operations on a store: through its daemon if one listens, else directly. A control socket that was asked for by name
+ * must answer. Errors: UNREACHABLE, LOCKED, and whatever opening the store says.
+ */
+export async function openOperations(place: StorePlace): Promise<Operations> {
+  const socketPath = place.control ?? controlSocketOf(place.store);
+  return whileLocked(async () => {
+    const state = await socketState(socketPath);
+    if (state === 'alive') return connect(place, socketPath);
+    if (place.control !== undefined) {
+      throw new OperationError(
+        'UNREACHABLE',
+        state === 'absent'
+          ? `no daemon: there is no control socket ${socketPath}; leave --control out to open the store itself`
+          : `no daemon listens on ${socketPath} (${state}); leave --control out to open the store itself`,
+      );
+    }
+    if (!place.mayCreate && !fs.existsSync(place.store)) {
+      throw new OperationError(
+        'NO_STORE',
+        `no store in ${place.store}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
+      );
+    }
+    return openDirectly(place);
+  }, socketPath);
+}
+
+/** The store, opened by this process. Errors: StoreError. */
+export async function openDirectly(
+  place: Pick<StorePlace, 'store' | 'log'>,
+): Promise<DirectOperations & { exports: VdiExports }> {
+  const catalog = new VdiCatalog(await LocalStore.open(place.store, { log: place.log }));
+  const exports = new VdiExports(catalog);
+  return Object.assign(new DirectOperations(catalog, exports), { exports });
+}
+
+/** Try again for a while if the store is locked, and then say who may have it. */
+export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: string): Promise<T> {
+  const deadline = Date.now() + LOCK_WAIT_MS;
+  for (;;) {
+    try {
+      return await attempt();
+    } catch (error) {
+      if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
+      if (Date.now() >= deadline) {
+        throw new OperationError(
+          'LOCKED',
+          `another process holds the store, and no daemon answers on ${socketPath}: wait for that command to end, ` +
+            'or give --control PATH if a daemon has its control socket elsewhere',
+          { cause: error },
+        );
+      }
+    }
+    await new Promise((resolve) => setTimeout(resolve, LOCK_POLL_MS));
+  }
+}
+
+async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
+  const client = new ControlClient(socketPath);
+  // Answers with something else than a daemon's status if the socket is somebody else's.
+  const { store } = await client.status();
+  if (place.isStoreGiven && !isSameDirectory(store, place.store)) {
+    throw new OperationError(
+      'OTHER_STORE',
+      `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
+    );
+  }
+  return new RemoteOperations(store, client);
+}
+
+function isSameDirectory(a: string, b: string): boolean {
+  const first = fs.statSync(a, { throwIfNoEntry: false });
+  const second = fs.statSync(b, { throwIfNoEntry: false });
+  return first !== undefined && second !== undefined && first.dev === second.dev && first.ino === second.ino;
+}

@@ -1,0 +1,92 @@
+/**
+ * Everything that can be asked of a store, whoever does it: this process on the store itself (direct-operations.ts), or
+ * a daemon over its control socket (remote-operations.ts). The command line knows only this. Errors are OperationErrors
+ * with the code and the message of the layer that refused, the same both ways.
+ */
+import type { CheckReport, VdiRecord } from '../store/object-store.js';
+import type { VdiDetails } from '../vdi/catalog.js';
+
+export type { CheckReport, VdiDetails, VdiRecord };
+
+/** Ranges that may hold something other than zeros, in ascending order; all else reads as zeros. */
+export interface DataPage {
+  readonly ranges: readonly { readonly offset: number; readonly length: number }[];
+  /** Where the next page begins; null after the last. */
+  readonly next: number | null;
+}
+
+/** Bounds of one page, so that neither its answer nor the time to make it depends on the size of the disk. */
+export const MAX_PAGE_RANGES = 4096;
+export const MAX_PAGE_BYTES = 16 * 2 ** 30;
+
+/** An export, opened for copying in or out. Offsets and lengths in bytes; several requests may be in flight. */
+export interface Disk {
+  readonly size: number;
+  readonly isReadOnly: boolean;
+  /** The largest `read` or `write`. */
+  readonly maxRequestBytes: number;
+  read(offset: number, into: Buffer): Promise<void>;
+  /** `data` must stay as it is until the promise settles. */
+  write(offset: number, data: Buffer): Promise<void>;
+  /** Make the range read as zeros, giving its space back. Any length. */
+  zero(offset: number, length: number): Promise<void>;
+  /** What was written before is durable when it resolves. */
+  flush(): Promise<void>;
+  /** Where data is, from `offset` on. */
+  dataPage(offset: number): Promise<DataPage>;
+  /** Resolves when the export is really closed: what is refused for open VDIs is possible then. */
+  close(): Promise<void>;
+}
+
+export interface ExportDescription {
+  readonly size: number;
+  readonly isReadOnly: boolean;
+}
+
+export interface Operations {
+  /** How this reaches the store, for messages: its directory. */
+  readonly store: string;
+  list(): Promise<VdiRecord[]>;
+  listDetails(): Promise<VdiDetails[]>;
+  show(spec: string): Promise<VdiDetails>;
+  create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord>;
+  snapshot(name: string, tag: string): Promise<VdiRecord>;
+  clone(spec: string, newName: string): Promise<VdiRecord>;
+  rollback(spec: string): Promise<VdiRecord>;
+  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord>;
+  remove(spec: string): Promise<void>;
+  check(options: { readonly repair: boolean }): Promise<CheckReport>;
+  /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
+  openDisk(exportName: string): Promise<Disk>;
+  close(): Promise<void>;
+}
+
+/** An expected failure, with the code of whichever layer refused (CatalogErrorCode, StoreErrorCode, or one of these). */
+export class OperationError extends Error {
+  constructor(
+    readonly code: string,
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'OperationError';
+  }
+}
+
+/** Error classes of the layers below; anything else is a fault of ours, or of the operating system. */
+const LAYER_ERRORS = new Set(['CatalogError', 'StoreError', 'DeviceError', 'ExportError', 'NbdClientError']);
+
+/**
+ * The expected failure behind `error`, or undefined if it is none. An ExportError is told as what caused it: NBD has
+ * fewer words for it than the catalog.
+ */
+export function asOperationError(error: unknown): OperationError | undefined {
+  if (error instanceof OperationError) return error;
+  if (!(error instanceof Error)) return undefined;
+  if (error.name === 'ExportError' || error.name === 'DeviceError') {
+    const cause = asOperationError(error.cause);
+    if (cause) return cause;
+  }
+  if (!LAYER_ERRORS.has(error.name)) return undefined;
+  return new OperationError((error as Error & { code: string }).code, error.message, { cause: error });
+}

@@ -1,0 +1,83 @@
+/**
+ * Where things are when nobody says otherwise: the store, the runtime directory, the control socket of a store. Owns the
+ * defaults and the rules for private directories; the daemon and the command line both ask here, so that they meet.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { OperationError } from './operations.js';
+
+type Environment = Readonly<Record<string, string | undefined>>;
+
+/** sockaddr_un.sun_path holds 108 bytes including the terminating NUL. */
+export const MAX_SOCKET_PATH_BYTES = 107;
+
+const CONTROL_SOCKET = 'control.sock';
+
+/** The local store that is used if neither --store nor SHEEPGATE_STORE is given. */
+export function defaultStore(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
+  if (env.XDG_DATA_HOME) return path.join(env.XDG_DATA_HOME, 'sheepgate');
+  if (uid === 0) return '/var/lib/sheepgate';
+  return path.join(env.HOME || os.homedir(), '.local/share/sheepgate');
+}
+
+/** The directory for sockets of this user: $XDG_RUNTIME_DIR, /run for root, or one below the temporary directory. */
+export function runtimeDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
+  if (env.XDG_RUNTIME_DIR) return path.join(env.XDG_RUNTIME_DIR, 'sheepgate');
+  if (uid === 0) return '/run/sheepgate';
+  return path.join(os.tmpdir(), `sheepgate-${uid}`, 'sheepgate');
+}
+
+/** Where `serve` listens for NBD clients if no --listen is given. */
+export function defaultListeners(env: Environment = process.env, uid = process.getuid?.() ?? -1): string[] {
+  return [`unix:${path.join(runtimeDirectory(env, uid), 'nbd.sock')}`, 'tcp:127.0.0.1:10809'];
+}
+
+/** In the store itself: whoever knows the store finds its daemon, and every store has one of its own. */
+export function controlSocketOf(store: string): string {
+  return path.join(path.resolve(store), CONTROL_SOCKET);
+}
+
+/**
+ * Make the directory that a socket goes into, for this user only. What exists stays as it is, except that a directory
+ * of ours in a place where everybody may write must really be ours. Errors: PERMISSION.
+ */
+export function makeSocketDirectory(directory: string, uid = process.getuid?.() ?? -1): void {
+  try {
+    fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+  } catch (error) {
+    throw new OperationError(
+      'PERMISSION',
+      `cannot make the directory ${directory} for a socket: ${(error as Error).message}`,
+    );
+  }
+  const ours = path.join(os.tmpdir(), `sheepgate-${uid}`);
+  if (directory !== ours && !directory.startsWith(`${ours}/`)) return;
+  const status = fs.lstatSync(ours);
+  if (!status.isDirectory() || status.uid !== uid || (status.mode & 0o077) !== 0) {
+    throw new OperationError(
+      'PERMISSION',
+      `${ours} is not a directory that only this user can enter; remove it, or set XDG_RUNTIME_DIR or --listen`,
+    );
+  }
+}
+
+/** A unix socket's path in a form that bind(2) and connect(2) take, however long the path is. */
+export interface SocketAddress {
+  readonly path: string;
+  /** Call when neither bind nor connect will be tried again. */
+  release(): void;
+}
+
+/**
+ * A path that is too long for a socket address is reached through a descriptor of its directory; only the last name has
+ * to fit then. Errors: ENOENT and the like if the directory cannot be opened.
+ */
+export function socketAddress(socketPath: string): SocketAddress {
+  if (Buffer.byteLength(socketPath) <= MAX_SOCKET_PATH_BYTES) return { path: socketPath, release: () => undefined };
+  const directory = fs.openSync(path.dirname(socketPath), fs.constants.O_RDONLY | fs.constants.O_DIRECTORY);
+  return {
+    path: `/proc/self/fd/${directory}/${path.basename(socketPath)}`,
+    release: () => fs.closeSync(directory),
+  };
+}

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Installs what the tests use, from Debian's archive; anything that cannot be had makes its tests skip with a reason.
+set -u
+packages="libnbd-bin libnbd-dev python3-libnbd qemu-utils nbdkit nbd-client fio fuse3 e2fsprogs xfsprogs gcc libc6-dev util-linux"
+if ! command -v apt-get >/dev/null 2>&1; then
+  echo "test/install.sh: no apt-get here; install by hand what is missing: $packages" >&2
+  exit 0
+fi
+missing=""
+for package in $packages; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"
+done
+[ -z "$missing" ] && exit 0
+sudo=""
+[ "$(id -u)" -eq 0 ] || sudo="sudo"
+export DEBIAN_FRONTEND=noninteractive
+$sudo apt-get update -qq || exit 1
+# shellcheck disable=SC2086  # a list of words
+$sudo apt-get install -qq -y --no-install-recommends $missing

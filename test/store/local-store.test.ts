@@ -1,0 +1,267 @@
+/** The local store by itself: its lock, its format, what it does after a crash and when the disk refuses. */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { open } from 'lmdb';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { StoreError } from '../../src/store/object-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+
+const OBJECT = 2 ** 20;
+const SIZE = 4 * OBJECT;
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+const lines: string[] = [];
+
+async function start(): Promise<void> {
+  store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
+  catalog = new VdiCatalog(store);
+}
+
+beforeEach(async () => {
+  lines.length = 0;
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-store-'));
+  await start();
+});
+
+afterEach(async () => {
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+function objectFiles(): string[] {
+  return fs
+    .readdirSync(path.join(directory, 'objects'), { recursive: true, encoding: 'utf8' })
+    .filter((name) => name.length > 2)
+    .map((name) => path.join(directory, 'objects', name));
+}
+
+async function bytesOf(vdi: Vdi): Promise<Buffer> {
+  const all = Buffer.alloc(vdi.size);
+  await vdi.read(0, all);
+  return all;
+}
+
+/** Go on with a copy of the directory as it is now: what a process killed at this moment would leave. */
+async function crash(): Promise<void> {
+  const copy = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-crash-'));
+  fs.cpSync(directory, copy, { recursive: true });
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true });
+  directory = copy;
+  await start();
+}
+
+describe('opening', () => {
+  test('a second open of the same store is refused with the reason', async () => {
+    await expect(LocalStore.open(directory)).rejects.toMatchObject({
+      code: 'LOCKED',
+      message: /in use by another process/,
+    });
+  });
+
+  test('a store of a newer format is refused and left alone', async () => {
+    await catalog.close();
+    const env = open<string, string>({
+      path: path.join(directory, 'meta.mdb'),
+      noSubdir: true,
+      encoding: 'binary',
+      maxDbs: 4,
+    });
+    await env.put('format', Buffer.from('999') as unknown as string);
+    await env.close();
+    await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'FORMAT', message: /format 999/ });
+    fs.rmSync(directory, { recursive: true });
+    await start();
+  });
+
+  test('a directory that cannot be written is refused with the reason', async () => {
+    await expect(LocalStore.open('/proc/sheepgate')).rejects.toBeInstanceOf(StoreError);
+  });
+
+  test('a metadata file that is not one is refused, not overwritten', async () => {
+    await catalog.close();
+    const file = path.join(directory, 'meta.mdb');
+    fs.writeFileSync(file, Buffer.alloc(65536, 0x41));
+    await expect(LocalStore.open(directory)).rejects.toBeInstanceOf(StoreError);
+    expect(fs.readFileSync(file).subarray(0, 16)).toEqual(Buffer.alloc(16, 0x41));
+    fs.rmSync(directory, { recursive: true });
+    await start();
+  });
+});
+
+describe('after a crash', () => {
+  test('objects that no map refers to are removed, and flushed data is there', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(5, Buffer.from('flushed'), true);
+    await vdi.write(OBJECT, Buffer.from('not flushed'), false);
+    expect(objectFiles()).toHaveLength(2);
+    await crash();
+    expect(objectFiles()).toHaveLength(1);
+    expect(lines.join()).toMatch(/removed 1 unreferenced/);
+    const again = await catalog.openVdi('disk');
+    expect((await bytesOf(again)).subarray(5, 12).toString()).toBe('flushed');
+    await catalog.release(again);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('an object is overwritten in place by one clone only after the other gave it up on disk', async () => {
+    await catalog.create('base', SIZE, { blockSizeShift: 20 });
+    const base = await catalog.openVdi('base');
+    await base.write(0, Buffer.alloc(SIZE, 1), true);
+    await catalog.release(base);
+    await catalog.snapshot('base', 's');
+    await catalog.clone('base@s', 'a');
+    await catalog.clone('base@s', 'b');
+    await catalog.remove('base@s');
+    await catalog.remove('base');
+    const a = await catalog.openVdi('a');
+    const b = await catalog.openVdi('b');
+    await a.write(0, Buffer.alloc(4096, 2), false); // a's map on disk still points at the shared object
+    await b.write(4096, Buffer.alloc(4096, 3), true);
+    await crash();
+    const afterwards = await bytesOf(await catalog.openVdi('a'));
+    expect(afterwards.equals(Buffer.alloc(SIZE, 1))).toBe(true);
+  });
+
+  test('a trimmed object is removed only after the map that pointed at it', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 7), true);
+    await vdi.trim(0, OBJECT, false);
+    expect(objectFiles()).toHaveLength(4);
+    await vdi.flush();
+    await store.files.removed();
+    expect(objectFiles()).toHaveLength(3);
+    await catalog.release(vdi);
+  });
+});
+
+describe('check', () => {
+  test('names the ranges of lost objects and the orphans, and removes orphans on request', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 7), true);
+    await catalog.release(vdi);
+    const [lost] = objectFiles();
+    fs.renameSync(lost as string, path.join(path.dirname(lost as string), '00ffffff00000001'));
+    const report = await catalog.check({ repair: false });
+    expect(report.problems.join('\n')).toMatch(/lost: disk bytes \d+ to \d+/);
+    expect(report.orphans).toBe(1);
+    const repaired = await catalog.check({ repair: true });
+    expect(repaired.repaired).toBe(1);
+    expect((await catalog.check({ repair: false })).orphans).toBe(0);
+    // the rest of the disk is still readable, the lost part is an error and not zeros
+    const again = await catalog.openVdi('disk');
+    let failed = 0;
+    for (let idx = 0; idx < 4; idx++) {
+      const part = Buffer.alloc(OBJECT);
+      try {
+        await again.read(idx * OBJECT, part);
+        expect(part.equals(Buffer.alloc(OBJECT, 7))).toBe(true);
+      } catch (error) {
+        expect((error as StoreError).code).toBe('DAMAGED');
+        failed++;
+      }
+    }
+    expect(failed).toBe(1);
+    await catalog.release(again);
+  });
+
+  test('is refused while a VDI is open', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await expect(catalog.check({ repair: true })).rejects.toMatchObject({ code: 'BUSY' });
+    await catalog.release(vdi);
+  });
+});
+
+describe('when the metadata cannot be stored', () => {
+  /** The next `times` commits fail as on a full disk. The reserve in meta.mdb makes this hard to produce for real. */
+  function failCommits(times: number): void {
+    const real = store.metadata.commit.bind(store.metadata);
+    let left = times;
+    store.metadata.commit = (change) =>
+      left-- > 0 ? Promise.reject(new StoreError('NO_SPACE', 'storing metadata: full')) : real(change);
+  }
+
+  test('a snapshot fails alone: the writer goes on, later flushes and snapshots work, nothing leaks', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 1), true);
+    failCommits(1);
+    await expect(catalog.snapshot('disk', 'one')).rejects.toMatchObject({ code: 'NO_SPACE' });
+    expect((await catalog.list()).map((record) => record.tag)).toEqual(['']);
+    await vdi.write(0, Buffer.alloc(4096, 2), false);
+    const second = await catalog.openVdi('disk');
+    expect(second).toBe(vdi);
+    await catalog.release(second);
+    await vdi.flush();
+    await catalog.snapshot('disk', 'two');
+    await vdi.write(4096, Buffer.alloc(4096, 3), true);
+    await crash();
+    expect((await catalog.list()).map((record) => record.tag)).toEqual(['two', '']);
+    const expected = Buffer.alloc(SIZE, 1).fill(2, 0, 4096);
+    const snapshot = await catalog.openVdi('disk@two');
+    expect((await bytesOf(snapshot)).equals(expected)).toBe(true);
+    await catalog.release(snapshot);
+    const working = await catalog.openVdi('disk');
+    expect((await bytesOf(working)).equals(expected.fill(3, 4096, 8192))).toBe(true);
+    await catalog.release(working);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+    await catalog.remove('disk@two');
+    await catalog.remove('disk');
+    expect(objectFiles()).toEqual([]);
+  });
+
+  test('a flush that fails is answered with the error, and the next one makes everything durable', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 1), false);
+    failCommits(1);
+    await expect(vdi.flush()).rejects.toMatchObject({ code: 'NO_SPACE' });
+    await vdi.flush();
+    await crash();
+    const again = await catalog.openVdi('disk');
+    expect((await bytesOf(again)).equals(Buffer.alloc(SIZE, 1))).toBe(true);
+    await catalog.release(again);
+  });
+
+  test('clone, rollback and delete that fail change nothing', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 1), true);
+    await catalog.release(vdi);
+    await catalog.snapshot('disk', 's');
+    const before = await catalog.list();
+    failCommits(3);
+    await expect(catalog.clone('disk@s', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
+    await expect(catalog.rollback('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });
+    await expect(catalog.remove('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });
+    expect(await catalog.list()).toEqual(before);
+    await catalog.remove('disk@s');
+    const again = await catalog.openVdi('disk');
+    await again.write(0, Buffer.alloc(SIZE, 2), true);
+    expect(again.copies).toBe(0);
+    expect(objectFiles()).toHaveLength(4);
+    await catalog.release(again);
+  });
+});
+
+test('a sync that failed with an I/O error is not vouched for by a later one', async () => {
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(4096, 1), false);
+  const cause = Object.assign(new Error('EIO: i/o error, fdatasync'), { code: 'EIO', syscall: 'fdatasync' });
+  const real = store.files.sync.bind(store.files);
+  store.files.sync = () => Promise.reject(new StoreError('IO', 'syncing: EIO', { cause }));
+  await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
+  store.files.sync = real;
+  await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
+  await expect(vdi.write(0, Buffer.alloc(4096, 1), true)).rejects.toMatchObject({ code: 'IO' });
+});
