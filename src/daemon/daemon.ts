@@ -26,7 +26,8 @@ export interface DaemonConfiguration {
   /** By default in the store. */
   readonly control?: string;
   readonly listeners: readonly ListenAddress[];
-  readonly socketMode: number;
+  /** By default DEFAULT_SOCKET_MODE. */
+  readonly socketMode?: number;
   /** VDIs to make if they do not exist. */
   readonly create: readonly { readonly name: string; readonly size: number }[];
   /** Log every request. */
@@ -101,7 +102,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   try {
     for (const { name, size } of configuration.create) await createIfMissing(operations, name, size, log);
     for (const address of configuration.listeners) {
-      listening.push(await listen(nbd, address, configuration.socketMode));
+      listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
       if (!isLocalOnly(address)) {
         log.warn(
           { listener: formatListenAddress(address) },

@@ -66,6 +66,8 @@ export async function openDirectly(
   place: Pick<StorePlace, 'store' | 'log'>,
 ): Promise<DirectOperations & { exports: VdiExports }> {
   const catalog = new VdiCatalog(await LocalStore.open(place.store, { log: place.log }));
+  const leftovers = await catalog.dropLeftovers();
+  if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
   const exports = new VdiExports(catalog);
   return Object.assign(new DirectOperations(catalog, exports), { exports });
 }

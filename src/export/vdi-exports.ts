@@ -1,6 +1,6 @@
 /**
- * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only. Owns nothing but the translation
- * of names and errors between nbd/ and src/vdi.
+ * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one. Owns
+ * nothing but the translation of names and errors between nbd/ and src/vdi.
  */
 import {
   ExportError,
@@ -12,23 +12,36 @@ import {
 } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
+import { checkTemporaryTag, isTemporaryTag, parseSpec } from '../vdi/names.js';
 import type { VdiRecord } from '../vdi/vdi.js';
+import { TemporarySnapshots } from './temporary-snapshots.js';
 import { geometryOf, VdiDevice } from './vdi-device.js';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
+  readonly #temporary: TemporarySnapshots;
 
   constructor(catalog: VdiCatalog) {
     this.#catalog = catalog;
+    this.#temporary = new TemporarySnapshots(catalog);
   }
 
+  /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
   async list(_peer: Peer): Promise<ExportInfo[]> {
-    return (await this.#catalog.list()).map(infoOf);
+    const records = await this.#catalog.list();
+    return records.filter(({ tag }) => !isTemporaryTag(tag)).map(infoOf);
   }
 
   async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
-      const record = await this.#catalog.find(name);
+      const { name: vdiName, tag } = parseSpec(name);
+      if (tag === undefined || !isTemporaryTag(tag)) {
+        const record = await this.#catalog.find(name);
+        return { geometry: geometryOf(record), info: infoOf(record) };
+      }
+      checkTemporaryTag(tag);
+      const working = await this.#catalog.find(vdiName);
+      const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
       return { geometry: geometryOf(record), info: infoOf(record) };
     } catch (error) {
       throw asExportError(error);
@@ -37,6 +50,12 @@ export class VdiExports implements ExportProvider {
 
   async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
+      const { name: vdiName, tag } = parseSpec(name);
+      if (tag !== undefined && isTemporaryTag(tag)) {
+        const vdi = await this.#temporary.open(vdiName, tag);
+        const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
+        return { device: new VdiDevice(vdi, close), info: infoOf(vdi.record) };
+      }
       const vdi = await this.#catalog.openVdi(name);
       return { device: new VdiDevice(vdi, () => this.#catalog.release(vdi)), info: infoOf(vdi.record) };
     } catch (error) {

@@ -12,7 +12,7 @@ import {
   type VdiRecord,
 } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
-import { checkName, checkTag, parseSpec, type VdiSpec } from './names.js';
+import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, type VdiSpec } from './names.js';
 import { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
@@ -92,22 +92,52 @@ export class VdiCatalog {
   snapshot(name: string, tag: string): Promise<VdiRecord> {
     return this.#alone(async () => {
       checkTag(tag);
-      const record = await this.#findWorking(name);
-      if ((await this.list()).some((other) => other.name === name && other.tag === tag)) {
-        throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
+      return this.#snapshot(name, tag);
+    });
+  }
+
+  /** The same under a reserved tag ("now", "now:LABEL"), to be dropped with `dropTemporary` when its last reader is gone. */
+  snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
+    return this.#alone(async () => {
+      checkTemporaryTag(tag);
+      return this.#snapshot(name, tag);
+    });
+  }
+
+  /** Drop a temporary snapshot, as if it had never been. */
+  dropTemporary(name: string, tag: string): Promise<void> {
+    return this.#alone(async () => {
+      const record = await this.#find({ name, tag: checkTemporaryTag(tag) });
+      this.#mustBeClosed(record, 'dropped');
+      await this.#store.catalog.remove(record.vid);
+    });
+  }
+
+  /** Drop the temporary snapshots of a process that did not live to do it. Returns how many. */
+  dropLeftovers(): Promise<number> {
+    return this.#alone(async () => {
+      const leftovers = (await this.list()).filter((record) => record.isSnapshot && isTemporaryTag(record.tag));
+      for (const { vid } of leftovers) await this.#store.catalog.remove(vid);
+      return leftovers.length;
+    });
+  }
+
+  async #snapshot(name: string, tag: string): Promise<VdiRecord> {
+    const record = await this.#findWorking(name);
+    if ((await this.list()).some((other) => other.name === name && other.tag === tag)) {
+      throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
+    }
+    return this.#using(record, async (vdi) => {
+      // Most of what is dirty goes to disk before the writers are held, so little is left for after.
+      await vdi.flush();
+      await vdi.gate.close();
+      let makeDurable: () => Promise<VdiRecord>;
+      try {
+        makeDurable = this.#store.catalog.switchOver(vdi.opened, tag);
+      } finally {
+        vdi.gate.open();
       }
-      return this.#using(record, async (vdi) => {
-        // Most of what is dirty goes to disk before the writers are held, so little is left for after.
-        await vdi.flush();
-        await vdi.gate.close();
-        let makeDurable: () => Promise<VdiRecord>;
-        try {
-          makeDurable = this.#store.catalog.switchOver(vdi.opened, tag);
-        } finally {
-          vdi.gate.open();
-        }
-        return makeDurable();
-      });
+      return makeDurable();
     });
   }
 

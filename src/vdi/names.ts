@@ -22,6 +22,20 @@ export function parseSpec(spec: string): VdiSpec {
   return { name: checkName(spec.slice(0, at)), tag };
 }
 
+/** Whether `tag` is a temporary snapshot's: "now" or "now:LABEL". */
+export function isTemporaryTag(tag: string): boolean {
+  return tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`);
+}
+
+/** Check what follows the @ of a temporary snapshot's name. Errors: BAD_NAME. */
+export function checkTemporaryTag(tag: string): string {
+  check('tag', tag, MAX_TAG_BYTES);
+  if (!isTemporaryTag(tag) || tag === `${RESERVED_TAG}:`) {
+    throw new CatalogError('BAD_NAME', `"${tag}" names no temporary snapshot: give NAME@now or NAME@now:LABEL`);
+  }
+  return tag;
+}
+
 /** A name for a VDI: 1 to 255 bytes of UTF-8, no "/", "@" or control characters, no space at either end. */
 export function checkName(name: string): string {
   check('VDI name', name, MAX_NAME_BYTES);
@@ -31,7 +45,7 @@ export function checkName(name: string): string {
 /** A tag for a snapshot: as a name, and not "now" nor "now:..." (those are temporary snapshots). */
 export function checkTag(tag: string): string {
   check('tag', tag, MAX_TAG_BYTES);
-  if (tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`)) {
+  if (isTemporaryTag(tag)) {
     throw new CatalogError('BAD_NAME', `tag "${tag}" is reserved: NAME@now names a temporary snapshot`);
   }
   return tag;
@@ -41,7 +55,6 @@ function check(what: string, text: string, maxBytes: number): void {
   const bad = (why: string): CatalogError => new CatalogError('BAD_NAME', `${what} ${JSON.stringify(text)}: ${why}`);
   if (text === '') throw bad('must not be empty');
   if (text.includes('/') || text.includes('@')) throw bad('must not contain "/" or "@"');
-  // eslint-disable-next-line no-control-regex
   if (/[\u0000-\u001f\u007f]/.test(text)) throw bad('must not contain NUL or other control characters');
   if (!text.isWellFormed()) throw bad('is not valid Unicode');
   if (text !== text.trim()) throw bad('must not begin or end with a space');

@@ -281,8 +281,16 @@ export class LocalCatalog implements Catalog {
   }
 
   async remove(vid: number): Promise<void> {
-    const map = this.#store.metadata.map(this.#recordOf(vid));
-    await this.#store.metadata.commit({ removed: [vid] });
+    const record = this.#recordOf(vid);
+    const map = this.#store.metadata.map(record);
+    const relinked = this.list()
+      .filter((other) => other.parentVid === vid)
+      .map((child) => adopted(child, record));
+    await this.#store.metadata.commit({ records: relinked, removed: [vid] });
+    for (const child of relinked) {
+      const open = this.#store.open.get(child.vid);
+      if (open) open.record = child;
+    }
     await this.#releaseMap(map);
   }
 
@@ -400,6 +408,16 @@ export class LocalCatalog implements Catalog {
     }
     throw new StoreError('LIMIT', `all ${MAX_VID} VDI ids of ${this.#store.location} are in use`);
   }
+}
+
+/**
+ * What becomes of `child` when its parent goes: it descends from whoever that descended from. The VDI that went on from
+ * a snapshot is again as old as it was before that was taken.
+ */
+function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
+  const { parentVid } = parent;
+  if (!parent.isSnapshot || child.isSnapshot || child.name !== parent.name) return { ...child, parentVid };
+  return { ...child, parentVid, createdAt: parent.createdAt };
 }
 
 function keysOf(map: Uint32Array): number[] {

@@ -1,0 +1,313 @@
+/**
+ * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
+ * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
+ */
+import fs from 'node:fs';
+import { promisify } from 'node:util';
+import { OperationError, type Disk } from '../daemon/operations.js';
+import { nextData, nextHole } from '../store/local/libc.js';
+import type { Progress } from './progress.js';
+
+/** One request. */
+const CHUNK_BYTES = 2 ** 20;
+/** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
+const ZERO_UNIT_BYTES = 64 * 2 ** 10;
+/** Requests under way at a time: enough to hide the latency of either side. */
+const IN_FLIGHT = 8;
+const ZEROS = Buffer.alloc(ZERO_UNIT_BYTES);
+
+const readAsync = promisify(fs.read);
+
+export interface Copied {
+  /** Bytes that were really carried over. */
+  dataBytes: number;
+  /** Bytes that are zeros and were not. */
+  zeroBytes: number;
+}
+
+interface CopyOptions {
+  readonly progress: Progress;
+  readonly signal: AbortSignal;
+}
+
+/** Runs jobs, at most IN_FLIGHT at a time; the first failure ends it. */
+class Flight {
+  readonly #jobs = new Set<Promise<void>>();
+  #failure: { readonly error: unknown } | undefined;
+
+  /** Resolves when there is room for the next; throws what an earlier job threw. */
+  async add(job: () => Promise<void>): Promise<void> {
+    while (this.#jobs.size >= IN_FLIGHT) await Promise.race(this.#jobs);
+    this.#throwFailure();
+    const running: Promise<void> = job()
+      .catch((error: unknown) => {
+        this.#failure ??= { error };
+      })
+      .finally(() => this.#jobs.delete(running));
+    this.#jobs.add(running);
+  }
+
+  /** All jobs have ended; throws the first failure. */
+  async landed(): Promise<void> {
+    await Promise.all(this.#jobs);
+    this.#throwFailure();
+  }
+
+  #throwFailure(): void {
+    if (this.#failure) throw this.#failure.error;
+  }
+}
+
+/** Run `work` with a flight and wait for all of it, also when it fails: nothing may use a buffer or file afterwards. */
+async function inFlight(work: (flight: Flight) => Promise<void>): Promise<void> {
+  const flight = new Flight();
+  try {
+    await work(flight);
+  } catch (error) {
+    await flight.landed().catch(() => undefined);
+    throw error;
+  }
+  await flight.landed();
+}
+
+/**
+ * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk holds zeros already, so that zeros
+ * need not be written.
+ */
+export async function copyFileToDisk(
+  fd: number,
+  size: number,
+  disk: Disk,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  await inFlight(async (flight) => {
+    for (let at = 0; at < size;) {
+      options.signal.throwIfAborted();
+      const found = await nextData(fd, at);
+      const data = found < 0 ? size : Math.min(found, size);
+      if (data > at) await addZeros(flight, disk, at, data - at, copied, options);
+      if (data >= size) return;
+      const end = Math.min(await nextHole(fd, data), size);
+      for (let from = data; from < end; from += CHUNK_BYTES) {
+        options.signal.throwIfAborted();
+        const length = Math.min(CHUNK_BYTES, end - from);
+        await flight.add(async () => {
+          const buffer = Buffer.allocUnsafe(length);
+          await readFully(fd, buffer, from);
+          await writeSparsely(disk, from, buffer, copied, options);
+        });
+      }
+      at = end;
+    }
+  });
+  return copied;
+}
+
+/** Copy a stream to the beginning of the disk. Returns the stream's length too; throws if it is longer than the disk. */
+export async function copyStreamToDisk(
+  stream: AsyncIterable<Buffer>,
+  disk: Disk,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<Copied & { size: number }> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  let size = 0;
+  await inFlight(async (flight) => {
+    for await (const buffer of chunksOf(stream)) {
+      options.signal.throwIfAborted();
+      if (size + buffer.length > disk.size)
+        throw new OperationError('TOO_LONG', `the input is longer than the ${disk.size} bytes of the disk`);
+      const at = size;
+      size += buffer.length;
+      await flight.add(() => writeSparsely(disk, at, buffer, copied, options));
+    }
+  });
+  return { ...copied, size };
+}
+
+/** Zero the rest of a disk that may hold something there. */
+export async function zeroRest(disk: Disk, from: number): Promise<void> {
+  if (from < disk.size) await disk.zero(from, disk.size - from);
+}
+
+/**
+ * Copy the disk into a file from its beginning. `holesAreZeros`: what is not written reads as zeros (a new file);
+ * otherwise zeros are written (a block device).
+ */
+export async function copyDiskToFile(
+  disk: Disk,
+  fd: number,
+  options: CopyOptions & { readonly holesAreZeros: boolean },
+): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  await inFlight(async (flight) => {
+    for await (const { offset, length, isData } of piecesOf(disk)) {
+      options.signal.throwIfAborted();
+      if (!isData && options.holesAreZeros) {
+        copied.zeroBytes += length;
+        options.progress.advance(length);
+        continue;
+      }
+      await flight.add(async () => {
+        const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
+        if (isData) await disk.read(offset, buffer);
+        for (const part of splitZeros(buffer)) {
+          if (part.isZero && options.holesAreZeros) {
+            copied.zeroBytes += part.length;
+            continue;
+          }
+          await writeFully(fd, buffer.subarray(part.from, part.from + part.length), offset + part.from);
+          copied.dataBytes += part.length;
+        }
+        options.progress.advance(length);
+      });
+    }
+  });
+  return copied;
+}
+
+/** Write the disk to a stream, in order, zeros included. */
+export async function copyDiskToStream(
+  disk: Disk,
+  stream: NodeJS.WritableStream,
+  options: CopyOptions,
+): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const ahead: { readonly buffer: Promise<Buffer>; readonly isData: boolean }[] = [];
+  const writeFirst = async (): Promise<void> => {
+    const first = ahead.shift();
+    if (!first) return;
+    const buffer = await first.buffer;
+    await new Promise<void>((resolve, reject) => {
+      stream.write(buffer, (error) => (error ? reject(error) : resolve()));
+    });
+    if (first.isData) copied.dataBytes += buffer.length;
+    else copied.zeroBytes += buffer.length;
+    options.progress.advance(buffer.length);
+  };
+  try {
+    for await (const { offset, length, isData } of piecesOf(disk)) {
+      options.signal.throwIfAborted();
+      if (ahead.length >= IN_FLIGHT) await writeFirst();
+      const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
+      const ready = isData ? disk.read(offset, buffer).then(() => buffer) : Promise.resolve(buffer);
+      ready.catch(() => undefined); // told when its turn comes
+      ahead.push({ buffer: ready, isData });
+    }
+    while (ahead.length > 0) await writeFirst();
+  } finally {
+    await Promise.allSettled(ahead.map(({ buffer }) => buffer));
+  }
+  return copied;
+}
+
+/** The disk in order, in pieces of at most CHUNK_BYTES, from what it says about its allocation. */
+async function* piecesOf(
+  disk: Disk,
+): AsyncGenerator<{ readonly offset: number; readonly length: number; readonly isData: boolean }> {
+  let done = 0;
+  function* upTo(end: number, isData: boolean): Generator<{ offset: number; length: number; isData: boolean }> {
+    while (done < end) {
+      const piece = { offset: done, length: Math.min(CHUNK_BYTES, end - done), isData };
+      done += piece.length;
+      yield piece;
+    }
+  }
+  for (let next: number | null = 0; next !== null;) {
+    const page = await disk.dataPage(next);
+    for (const { offset, length } of page.ranges) {
+      yield* upTo(offset, false);
+      yield* upTo(offset + length, true);
+    }
+    next = page.next;
+  }
+  yield* upTo(disk.size, false);
+}
+
+async function addZeros(
+  flight: Flight,
+  disk: Disk,
+  offset: number,
+  length: number,
+  copied: Copied,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<void> {
+  copied.zeroBytes += length;
+  if (!options.isEmpty) await flight.add(() => disk.zero(offset, length));
+  options.progress.advance(length);
+}
+
+async function writeSparsely(
+  disk: Disk,
+  offset: number,
+  buffer: Buffer,
+  copied: Copied,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<void> {
+  for (const { from, length, isZero } of splitZeros(buffer)) {
+    if (!isZero) {
+      await disk.write(offset + from, buffer.subarray(from, from + length));
+      copied.dataBytes += length;
+      continue;
+    }
+    if (!options.isEmpty) await disk.zero(offset + from, length);
+    copied.zeroBytes += length;
+  }
+  options.progress.advance(buffer.length);
+}
+
+interface Part {
+  readonly from: number;
+  length: number;
+  readonly isZero: boolean;
+}
+
+/** Runs of zero and non-zero units of a buffer. */
+export function splitZeros(buffer: Buffer): Part[] {
+  const parts: Part[] = [];
+  for (let from = 0; from < buffer.length; from += ZERO_UNIT_BYTES) {
+    const length = Math.min(ZERO_UNIT_BYTES, buffer.length - from);
+    const isZero = buffer.compare(ZEROS, 0, length, from, from + length) === 0;
+    const last = parts.at(-1);
+    if (last && last.isZero === isZero) last.length += length;
+    else parts.push({ from, length, isZero });
+  }
+  return parts;
+}
+
+/** The stream in buffers of CHUNK_BYTES, the last one shorter. */
+async function* chunksOf(stream: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+  let filling = Buffer.allocUnsafe(CHUNK_BYTES);
+  let filled = 0;
+  for await (const piece of stream) {
+    for (let at = 0; at < piece.length;) {
+      const taken = piece.copy(filling, filled, at);
+      at += taken;
+      filled += taken;
+      if (filled < CHUNK_BYTES) continue;
+      yield filling;
+      filling = Buffer.allocUnsafe(CHUNK_BYTES);
+      filled = 0;
+    }
+  }
+  if (filled > 0) yield filling.subarray(0, filled);
+}
+
+async function readFully(fd: number, into: Buffer, offset: number): Promise<void> {
+  for (let done = 0; done < into.length;) {
+    const { bytesRead } = await readAsync(fd, into, done, into.length - done, offset + done);
+    if (bytesRead === 0)
+      throw new OperationError('CHANGED', `the file became shorter while it was read: it ends at ${offset + done}`);
+    done += bytesRead;
+  }
+}
+
+async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
+  for (let done = 0; done < data.length;) {
+    done += await new Promise<number>((resolve, reject) => {
+      fs.write(fd, data, done, data.length - done, offset + done, (error, count) =>
+        error ? reject(error) : resolve(count),
+      );
+    });
+  }
+}

@@ -1,0 +1,111 @@
+/** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
+import fs from 'node:fs';
+import { Command } from 'commander';
+import { OperationError, type Disk } from '../daemon/operations.js';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
+import { interruptible } from './interrupt.js';
+import { printJson } from './output.js';
+import { startProgress, type Progress } from './progress.js';
+import { formatSize } from './size.js';
+
+const STDOUT = '-';
+/** Appended to the name of a file while it is not complete. */
+const PARTIAL = '.partial';
+
+interface ExportOptions extends CommonOptions {
+  readonly force?: boolean;
+}
+
+type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
+
+export function exportCommand(): Command {
+  const command = new Command('export')
+    .description('copy a VDI or snapshot into a raw image; zeros become holes')
+    .argument('<vdi>', 'NAME, NAME@TAG, or NAME@now for a snapshot that lasts as long as the copying')
+    .argument('<file>', 'file, block device, or - for stdout')
+    .option('--force', 'replace an existing file')
+    .addHelpText(
+      'after',
+      '\nExamples:\n  sheepgate export vm1@now vm1.img\n  sheepgate export vm1@monday - | zstd > vm1.zst',
+    );
+  return withCommonOptions(command).action(async (spec: string, file: string, options: ExportOptions) => {
+    if (options.json && file === STDOUT) {
+      throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave --json out');
+    }
+    if (file === STDOUT && process.stdout.isTTY) {
+      throw new OperationError(
+        'BAD_USAGE',
+        'a disk image does not belong on a terminal; redirect stdout or name a file',
+      );
+    }
+    const startedAt = Date.now();
+    const target = targetOf(file, options.force ?? false);
+    const { size, copied } = await withOperations(options, (operations) =>
+      interruptible(async (signal) => {
+        const disk = await operations.openDisk(spec);
+        const progress = startProgress(`exporting ${spec}`, disk.size);
+        try {
+          return { size: disk.size, copied: await target(disk, progress, signal) };
+        } finally {
+          progress.end();
+          await disk.close();
+        }
+      }),
+    );
+    const seconds = (Date.now() - startedAt) / 1000;
+    if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
+    process.stderr.write(
+      `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s: ${formatSize(copied.dataBytes)} of data\n`,
+    );
+  });
+}
+
+/** How to fill `file`. Looked at before anything is copied, so that a mistake costs no time. */
+function targetOf(file: string, mayReplace: boolean): Copy {
+  if (file === STDOUT) return toStream(process.stdout);
+  const status = fs.statSync(file, { throwIfNoEntry: false });
+  if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
+  if (status?.isFIFO() || status?.isCharacterDevice()) return toStream(fs.createWriteStream(file, { flags: 'r+' }));
+  if (status?.isBlockDevice()) return (disk, progress, signal) => toBlockDevice(file, disk, progress, signal);
+  if (status && !mayReplace) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
+  return (disk, progress, signal) => toFile(file, disk, progress, signal);
+}
+
+function toStream(stream: NodeJS.WritableStream): Copy {
+  return (disk, progress, signal) => copyDiskToStream(disk, stream, { progress, signal });
+}
+
+/** Under another name until it is complete and on disk: a file of this name is a whole image, also after a crash. */
+async function toFile(file: string, disk: Disk, progress: Progress, signal: AbortSignal): Promise<Copied> {
+  const partial = `${file}${PARTIAL}`;
+  const handle = await fs.promises.open(partial, 'w', 0o600);
+  try {
+    const copied = await (async () => {
+      try {
+        await handle.truncate(disk.size);
+        const result = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: true });
+        await handle.sync();
+        return result;
+      } finally {
+        await handle.close();
+      }
+    })();
+    await fs.promises.rename(partial, file);
+    return copied;
+  } catch (error) {
+    await fs.promises.unlink(partial).catch(() => undefined);
+    throw error;
+  }
+}
+
+async function toBlockDevice(file: string, disk: Disk, progress: Progress, signal: AbortSignal): Promise<Copied> {
+  const handle = await fs.promises.open(file, 'r+');
+  try {
+    const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: false });
+    await handle.sync();
+    return copied;
+  } finally {
+    await handle.close();
+  }
+}

@@ -1,0 +1,87 @@
+/**
+ * The command line: the tree of commands, and how any of them ends. Owns exit codes (0 done, 1 failed with one line on
+ * stderr, 2 wrong usage) and the last word on errors; what commands do is in their own files.
+ */
+import { Command, CommanderError } from 'commander';
+import { asOperationError } from '../daemon/operations.js';
+import { checkCommand } from './check.js';
+import { exportCommand } from './export.js';
+import { importCommand } from './import.js';
+import { InterruptedError } from './interrupt.js';
+import { serveCommand } from './serve.js';
+import { vdiCommand } from './vdi.js';
+import { version } from './version.js';
+
+const EXIT_FAILED = 1;
+const EXIT_USAGE = 2;
+
+const EXAMPLES = `
+Examples:
+  sheepgate serve --create vm1:20G          a thin 20 GiB disk, served until Ctrl-C
+  sheepgate vdi snapshot vm1 monday         also while vm1 is being written
+  sheepgate export vm1@monday monday.img
+  sheepgate vdi delete vm1@monday`;
+
+function programme(): Command {
+  const program = new Command('sheepgate')
+    .description('NBD server for Sheepdog virtual disks (VDIs): thin, snapshotable disks for any NBD client')
+    .version(version())
+    .addCommand(serveCommand())
+    .addCommand(vdiCommand())
+    .addCommand(importCommand())
+    .addCommand(exportCommand())
+    .addCommand(checkCommand())
+    .addHelpText('after', EXAMPLES);
+  throwInsteadOfExiting(program);
+  return program;
+}
+
+/** commander exits with 1 for wrong usage, and does not hand its settings down to commands that are added whole. */
+function throwInsteadOfExiting(command: Command): void {
+  command.exitOverride();
+  command.showSuggestionAfterError(true);
+  command.configureOutput({
+    outputError: (text, write) => write(text.replace(/^error: /, 'sheepgate: ')),
+  });
+  for (const child of command.commands) throwInsteadOfExiting(child);
+}
+
+/** The line and the exit code for whatever a command threw. */
+function endWith(error: unknown): number {
+  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : EXIT_USAGE; // commander has said it
+  if (error instanceof InterruptedError) {
+    process.stderr.write(`sheepgate: ${error.message}\n`);
+    return error.exitCode;
+  }
+  const expected = asOperationError(error);
+  if (expected) {
+    process.stderr.write(`sheepgate: ${oneLine(expected.message)}\n`);
+    return EXIT_FAILED;
+  }
+  const systemCall = error as NodeJS.ErrnoException;
+  if (typeof systemCall?.syscall === 'string' && typeof systemCall.code === 'string') {
+    process.stderr.write(`sheepgate: ${oneLine(systemCall.message)}\n`);
+    return EXIT_FAILED;
+  }
+  process.stderr.write(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
+  return EXIT_FAILED;
+}
+
+function oneLine(text: string): string {
+  return text.replaceAll(/\s*\n\s*/g, ' ');
+}
+
+// `sheepgate vdi list | head`: whoever reads no further wants no error either. Without a reader there is nothing to say.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code !== 'EPIPE') throw error;
+  process.exit(process.exitCode ?? 0);
+});
+
+try {
+  await programme().parseAsync();
+} catch (error) {
+  const code = endWith(error);
+  // What was printed goes out first; a pipe takes it later.
+  if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
+  else process.exitCode = code;
+}
