@@ -147,6 +147,8 @@ export class NbdClient {
       // A socket that was handed over may allow half-open connections and would stay.
       socket.end(() => socket.destroy());
     });
+    // Whoever handed it over may have paused it.
+    socket.resume();
   }
 
   /**

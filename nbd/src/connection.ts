@@ -36,13 +36,12 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   readonly pool: BufferPool;
   readonly reader: ByteReader;
   isShuttingDown = false;
-  exportName = '';
+  exportName: string | undefined;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
 
   private transmission: Transmission | undefined;
   private device: BlockDevice | undefined;
-  private hasExport = false;
   private isClosing = false;
   private reason: string | undefined;
   private lingerTimer: NodeJS.Timeout | undefined;
@@ -65,6 +64,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.socket.on('end', this.onEnd);
     this.socket.on('error', this.onError);
     this.socket.once('close', this.onClose);
+    // Whoever took the head from it may have paused it since.
+    this.socket.resume();
     if (options.head !== undefined && options.head.length > 0) this.reader.feed(options.head);
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
     this.over = this.live();
@@ -129,23 +130,22 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const opened = await this.provider.open(name, this.peer);
     this.device = opened.device;
     this.exportName = opened.info.name;
-    this.hasExport = true;
     return opened;
   }
 
   async abandon(): Promise<void> {
     const { device } = this;
     this.device = undefined;
-    this.hasExport = false;
     try {
       await device?.close();
     } catch (error) {
       this.unexpected(error);
     }
+    this.exportName = undefined;
   }
 
   unexpected(error: unknown): void {
-    this.observer.onDeviceError?.(error, { id: this.id, exportName: this.hasExport ? this.exportName : undefined });
+    this.observer.onDeviceError?.(error, { id: this.id, exportName: this.exportName });
   }
 
   // --- For the transmission ---
@@ -180,7 +180,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     }
     await this.socketGone;
     await this.requestsFinished();
-    const exportName = this.hasExport ? this.exportName : undefined;
+    const { exportName } = this;
     await this.abandon();
     this.observer.onConnectionClose?.({
       id: this.id,
@@ -200,7 +200,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.transmission = transmission;
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
-    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: this.exportName });
+    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName });
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
     if (this.socket.readableEnded) this.onEnd();

@@ -62,7 +62,12 @@ export interface OpenExport {
 
 /** How a handshake ended: in the transmission phase, or with the connection to be closed after what was sent. */
 export type HandshakeOutcome =
-  | { readonly next: 'transmission'; readonly negotiated: Negotiated; readonly device: BlockDevice }
+  | {
+      readonly next: 'transmission';
+      readonly negotiated: Negotiated;
+      readonly device: BlockDevice;
+      readonly exportName: string;
+    }
   | { readonly next: 'close'; readonly reason: string };
 
 /** The client broke a MUST, or asked for what can only be refused by closing: the connection ends at once. */
@@ -165,10 +170,10 @@ async function answerExportName(host: HandshakeHost, negotiated: Negotiated, dat
     await host.abandon();
     return { next: 'close', reason: 'the server is shutting down' };
   }
-  const { device } = opened;
+  const { device, info } = opened;
   const flags = transmissionFlags(device.geometry, negotiated);
   await host.send(encodeExportNameReply(device.geometry.size, flags, negotiated.noZeroes));
-  return { next: 'transmission', negotiated, device };
+  return { next: 'transmission', negotiated, device, exportName: info.name };
 }
 
 async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
@@ -234,7 +239,7 @@ async function answerGo(
   }
   const { device, info } = opened;
   await host.send(encodeInfos(OPT.GO, query.infos, device.geometry, info, negotiated));
-  return { next: 'transmission', negotiated, device };
+  return { next: 'transmission', negotiated, device, exportName: info.name };
 }
 
 /** Data of NBD_OPT_INFO and NBD_OPT_GO; undefined if its lengths do not fit or the name is no string. */

@@ -19,7 +19,7 @@ import { decodeRequest, Request, requestError, type RequestRules } from './reque
 /** What a transmission needs of its connection. */
 export interface TransmissionHost {
   readonly id: number;
-  readonly exportName: string;
+  readonly exportName: string | undefined;
   readonly socket: Duplex;
   readonly pool: BufferPool;
   readonly limits: Limits;
@@ -80,8 +80,8 @@ export class Transmission {
   private inFlightBytes = 0;
   private isDeaf = false;
   private isRefusing = false;
-  private isFlushScheduled = false;
-  private whenIdle: (() => void) | undefined;
+  private isSettleScheduled = false;
+  private whenIdle: (() => void)[] = [];
   private readonly spare: PendingRequest[] = [];
 
   constructor(
@@ -129,10 +129,13 @@ export class Transmission {
     this.replies.close();
   }
 
-  /** `callback` is called once no request is in flight and all replies are with the socket; at once if that is so. */
+  /**
+   * `callback` is called once no request is in flight or held back and all replies are with the socket. Never at once:
+   * an observer or a device may close the server in the middle of a request whose reply is being made.
+   */
   onIdle(callback: () => void): void {
-    this.whenIdle = callback;
-    if (this.inFlight === 0) this.settle();
+    this.whenIdle.push(callback);
+    this.scheduleSettle();
   }
 
   private parse(chunk: Buffer): void {
@@ -326,11 +329,7 @@ export class Transmission {
       this.replies.status(pending.cookieHigh, pending.cookieLow, errno);
     }
     this.spare.push(pending);
-    if (!this.isFlushScheduled) {
-      // After the completions of this turn of the event loop: those that finish together leave together.
-      this.isFlushScheduled = true;
-      setImmediate(this.settle);
-    }
+    this.scheduleSettle();
   }
 
   /** The error value for what a device threw. What is not a DeviceError is a bug of the device, and reported. */
@@ -374,18 +373,32 @@ export class Transmission {
     this.parse(held);
     this.replies.flush();
     if (this.held === undefined && !this.isDeaf) this.host.socket.resume();
+    this.tellIfIdle();
+  }
+
+  /** After the completions of this turn of the event loop: those that finish together leave together. */
+  private scheduleSettle(): void {
+    if (this.isSettleScheduled) return;
+    this.isSettleScheduled = true;
+    setImmediate(this.settle);
   }
 
   /** Send what is ready, take on what was held, and tell who waits for idleness. */
   private readonly settle = (): void => {
-    this.isFlushScheduled = false;
+    this.isSettleScheduled = false;
     this.replies.flush();
     this.resume();
-    if (this.inFlight > 0 || this.whenIdle === undefined) return;
-    const { whenIdle } = this;
-    this.whenIdle = undefined;
-    whenIdle();
+    this.tellIfIdle();
   };
+
+  private tellIfIdle(): void {
+    if (this.inFlight > 0 || this.whenIdle.length === 0) return;
+    // A client that half-closed is owed what it asked before; one that is shut out may not hold up the shutdown.
+    if (this.held !== undefined && !this.isRefusing) return;
+    const callbacks = this.whenIdle;
+    this.whenIdle = [];
+    for (const callback of callbacks) callback();
+  }
 
   private report(refusedWith: number): void {
     const { type, flags, offset, length } = this.request;

@@ -1,0 +1,504 @@
+/** How connections, listeners and servers begin and end; and that whatever happens, every device is closed once. */
+
+import { fork } from 'node:child_process';
+import { lstat, mkdir, readFile, stat, writeFile } from 'node:fs/promises';
+import net from 'node:net';
+import { join } from 'node:path';
+import { describe, expect, onTestFinished, test } from 'vitest';
+import { ListenError, NbdClient, NbdServer } from '../src/index.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REQUEST_MAGIC } from '../src/protocol.js';
+import { duplexPair } from './duplex-pair.js';
+import { infoQuery, optionBytes, RawClient, requestBytes, uint32 } from './raw-client.js';
+import { Gate, TestExport, TestProvider } from './test-device.js';
+import { startServer, temporaryDirectory, until } from './test-server.js';
+
+const UNKNOWN_OPTION = 0x4e;
+
+/** A server that listens nowhere yet. */
+function idleServer(): { readonly server: NbdServer; readonly provider: TestProvider } {
+  const provider = new TestProvider([new TestExport('disk')]);
+  const server = new NbdServer({ provider });
+  onTestFinished(() => server.destroy());
+  return { server, provider };
+}
+
+async function listenError(server: NbdServer, options: Parameters<NbdServer['listen']>[0]): Promise<ListenError> {
+  const error: unknown = await server.listen(options).catch((reason: unknown) => reason);
+  if (!(error instanceof ListenError)) throw new Error(`listen() was to fail, and gave ${JSON.stringify(error)}`);
+  return error;
+}
+
+async function isServed(address: net.NetConnectOpts): Promise<void> {
+  const client = await RawClient.connect(address);
+  await client.open('disk');
+  client.request({ type: CMD.READ, offset: 4, length: 4, cookie: 1n });
+  expect(await client.readReply(4)).toEqual({ errno: 0, cookie: 1n, data: uint32(5) });
+  client.vanish();
+}
+
+/** A socket file that a killed process left behind. */
+async function leaveStaleSocket(path: string): Promise<void> {
+  const script = join(await temporaryDirectory(), 'listen.cjs');
+  await writeFile(script, `require('net').createServer().listen(process.argv[2], () => process.send('listening'))`);
+  const child = fork(script, [path]);
+  await new Promise((resolve) => child.once('message', resolve));
+  const gone = new Promise((resolve) => child.once('exit', resolve));
+  child.kill('SIGKILL');
+  await gone;
+  expect((await lstat(path)).isSocket()).toBe(true);
+}
+
+describe('clients that vanish', () => {
+  test('with requests in flight: the device is closed once, after the last of them has finished', async () => {
+    const { opened, provider, server, allOver, closes } = await startServer();
+    const gates = new Map<number, Gate>();
+    provider.hook = ({ offset }) => {
+      const gate = new Gate();
+      gates.set(offset, gate);
+      return gate.opened;
+    };
+    const client = await opened();
+    client.send(
+      requestBytes({ type: CMD.READ, offset: 0, length: 512 }),
+      requestBytes({ type: CMD.READ, offset: 4096, length: 300_000 }),
+      requestBytes({ type: CMD.WRITE, offset: 8192, length: 512 }),
+      Buffer.alloc(512),
+    );
+    await until(() => gates.size === 3, 'three requests are in flight');
+    client.vanish();
+    gates.get(8192)?.open();
+    gates.get(4096)?.open();
+    await until(() => provider.unfinished === 1, 'one is left');
+    expect({ closed: provider.closed, connections: server.connections.size }).toEqual({ closed: 0, connections: 1 });
+    gates.get(0)?.open();
+    await allOver();
+    expect(provider).toMatchObject({ opened: 1, closed: 1, breaches: [] });
+    expect(closes).toHaveLength(1);
+  });
+
+  test('during the handshake: nothing was opened, and the close is reported without an export', async () => {
+    const { raw, provider, allOver, closes, opens } = await startServer();
+    const client = await raw();
+    await client.greet();
+    client.vanish();
+    await until(() => closes.length === 1, 'the close is reported');
+    await allOver();
+    expect(provider.opened).toBe(0);
+    expect(opens).toEqual([]);
+    expect(closes[0]).toMatchObject({ exportName: undefined, requests: 0 });
+  });
+
+  test('while their export is being opened: it is closed as soon as it is open', async () => {
+    const { raw, provider, server, allOver, closes } = await startServer();
+    const gate = new Gate();
+    provider.openHook = () => gate.opened;
+    const client = await raw();
+    await client.greet();
+    client.send(optionBytes(OPT.GO, infoQuery('disk')));
+    client.vanish();
+    expect(server.connections.size).toBe(1);
+    gate.open();
+    await until(() => closes.length === 1, 'the close is reported');
+    await allOver();
+    expect(provider).toMatchObject({ opened: 1, closed: 1 });
+  });
+
+  test('in the middle of a payload: the device never sees the write', async () => {
+    const { opened, provider, allOver, closes } = await startServer();
+    const client = await opened();
+    client.send(requestBytes({ type: CMD.WRITE, length: 300_000 }), Buffer.alloc(299_999));
+    client.halfClose();
+    await client.readToEnd();
+    await allOver();
+    expect(provider.calls).toEqual([]);
+    expect(closes[0]?.reason).toBe('the client left in the middle of a request');
+  });
+
+  test('with replies they never read: the device is closed', async () => {
+    const { opened, provider, allOver } = await startServer({ limits: { maxUnsentBytes: 64 * 1024 } });
+    const client = await opened();
+    client.socket.pause();
+    client.send(
+      ...Array.from({ length: 1000 }, (_, i) => requestBytes({ type: CMD.READ, length: 65536, cookie: BigInt(i) })),
+    );
+    await until(() => provider.calls.length > 0, 'reads are made');
+    client.vanish();
+    await allOver();
+  });
+});
+
+describe('close()', () => {
+  test('answers what is in flight, refuses what comes later with ESHUTDOWN, and resolves when all is closed', async () => {
+    const { opened, provider, server, allOver, closes } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    client.request({ type: CMD.READ, offset: 4, length: 4, cookie: 1n });
+    await until(() => provider.unfinished === 1, 'a read is in flight');
+    const closed = server.close();
+    client.request({ type: CMD.READ, offset: 8, length: 4, cookie: 2n });
+    client.request({ type: CMD.WRITE, offset: 8, length: 4, cookie: 3n }, uint32(REQUEST_MAGIC));
+    client.request({ type: CMD.FLUSH, cookie: 4n });
+    for (const cookie of [2n, 3n, 4n]) {
+      expect(await client.readReply()).toMatchObject({ errno: NBD_ERRNO.ESHUTDOWN, cookie });
+    }
+    gate.open();
+    expect(await client.readReply(4)).toEqual({ errno: 0, cookie: 1n, data: uint32(5) });
+    expect(await client.readToEnd()).toHaveLength(0);
+    await closed;
+    expect(provider.calls).toHaveLength(1);
+    expect(provider.openNow).toBe(0);
+    await allOver();
+    expect(closes[0]?.reason).toBe('the server is shutting down');
+  });
+
+  test('waits for the device to be closed', async () => {
+    const { opened, provider, server } = await startServer();
+    await opened();
+    const gate = new Gate();
+    let isResolved = false;
+    provider.closeHook = () => gate.opened;
+    const closed = server.close().then(() => {
+      isResolved = true;
+    });
+    await until(() => provider.closed === 1, 'the device is being closed');
+    expect(isResolved).toBe(false);
+    gate.open();
+    await closed;
+    expect(server.connections.size).toBe(0);
+  });
+
+  test('ends idle connections and handshakes, removes the socket file and lets nobody in afterwards', async () => {
+    const { opened, raw, server, path, allOver } = await startServer();
+    const idle = await opened();
+    const haggling = await raw();
+    await haggling.greet();
+    await haggling.option(UNKNOWN_OPTION);
+    const silent = await raw();
+    await silent.read(GREETING_SIZE);
+    await server.close();
+    for (const client of [idle, haggling, silent]) expect(await client.readToEnd()).toHaveLength(0);
+    await allOver();
+    await expect(lstat(path)).rejects.toMatchObject({ code: 'ENOENT' });
+    await expect(RawClient.connect({ path })).rejects.toMatchObject({ code: 'ENOENT' });
+    expect((await listenError(server, { path })).code).toBe('CLOSED');
+    expect(server.serveConnection(duplexPair().server)).toBeUndefined();
+  });
+
+  test('of a server that has no connections, asked twice, resolves twice', async () => {
+    const { server } = await startServer();
+    await Promise.all([server.close(), server.close()]);
+    await server.close();
+  });
+
+  test('gives no export to a client whose GO is being answered, and closes what was opened for it', async () => {
+    const { raw, provider, server, allOver } = await startServer();
+    const gate = new Gate();
+    let isAsked = false;
+    provider.openHook = () => {
+      isAsked = true;
+      return gate.opened;
+    };
+    const client = await raw();
+    await client.greet();
+    client.send(optionBytes(OPT.GO, infoQuery('disk')));
+    await until(() => isAsked, 'the export is being opened');
+    const closed = server.close();
+    gate.open();
+    await closed;
+    await client.readToEnd();
+    await allOver();
+    expect(provider).toMatchObject({ opened: 1, closed: 1 });
+  });
+
+  test('cuts off after the grace what does not finish, and the device is closed when it does', async () => {
+    const { opened, provider, server, allOver, closes } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    client.request({ type: CMD.READ, length: 4 });
+    await until(() => provider.unfinished === 1, 'a read is in flight');
+    await server.close({ graceMs: 10 });
+    expect(await client.readToEnd()).toHaveLength(0);
+    expect({ open: provider.openNow, connections: server.connections.size }).toEqual({ open: 1, connections: 1 });
+    gate.open();
+    await allOver();
+    expect(closes).toHaveLength(1);
+  });
+
+  test('after a client broke the protocol with a request in flight still sees its device closed', async () => {
+    const { opened, provider, server, allOver } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    client.send(requestBytes({ type: CMD.READ, length: 4 }), requestBytes({ type: CMD.READ, magic: 0 }));
+    await client.readToEnd();
+    await until(() => provider.unfinished === 1, 'a read is in flight');
+    const closed = server.close();
+    gate.open();
+    await closed;
+    await allOver();
+    expect(provider.closed).toBe(1);
+  });
+});
+
+describe('limits', () => {
+  test('a client that chooses no export in time is closed', async () => {
+    const { raw, allOver, closes } = await startServer({ limits: { handshakeTimeoutMs: 30 } });
+    const silent = await raw();
+    const talkative = await raw();
+    await talkative.greet();
+    await silent.readToEnd();
+    await talkative.readToEnd();
+    await allOver();
+    const reason = 'no export chosen within 30 ms';
+    expect(closes.map((event) => event.reason)).toEqual([reason, reason]);
+  });
+
+  test('the handshake timeout does not reach a client that has chosen', async () => {
+    const { raw, opened, closes } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
+    const client = await opened();
+    const silent = await raw();
+    await silent.readToEnd();
+    client.request({ type: CMD.READ, offset: 4, length: 4 });
+    expect((await client.readReply(4)).data).toEqual(uint32(5));
+    expect(closes).toHaveLength(1);
+  });
+
+  test('a client whose export takes too long to open is closed, and the device when it has opened', async () => {
+    const { raw, provider, allOver } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
+    const gate = new Gate();
+    provider.openHook = () => gate.opened;
+    const client = await raw();
+    await client.greet();
+    client.send(optionBytes(OPT.GO, infoQuery('disk')));
+    await client.readToEnd();
+    gate.open();
+    await allOver();
+    expect(provider).toMatchObject({ opened: 1, closed: 1 });
+  });
+
+  test('one connection more than allowed is closed at once, and let in when another has left', async () => {
+    const { opened, raw, server, closes } = await startServer({ limits: { maxConnections: 2 } });
+    const first = await opened();
+    const second = await opened();
+    expect(await (await raw()).readToEnd()).toHaveLength(0);
+    expect(server.connections.size).toBe(2);
+    second.request({ type: CMD.DISC });
+    await until(() => closes.length === 1 && server.connections.size === 1, 'one has left');
+    const third = await opened();
+    for (const client of [first, third]) {
+      client.request({ type: CMD.READ, offset: 8, length: 4 });
+      expect((await client.readReply(4)).data).toEqual(uint32(9));
+    }
+  });
+});
+
+describe('listening', () => {
+  test('a socket file that nobody listens on any more is replaced', async () => {
+    const path = join(await temporaryDirectory(), 'nbd.sock');
+    await leaveStaleSocket(path);
+    const { server } = idleServer();
+    expect(await server.listen({ path })).toEqual({ transport: 'unix', path });
+    await isServed({ path });
+  });
+
+  test('a socket that somebody listens on is refused and goes on working', async () => {
+    const { path } = await startServer();
+    const error = await listenError(idleServer().server, { path });
+    expect(error).toMatchObject({ code: 'IN_USE', message: `another server is listening on ${path}` });
+    await isServed({ path });
+  });
+
+  test('a regular file is refused and left alone', async () => {
+    const path = join(await temporaryDirectory(), 'precious');
+    await writeFile(path, 'data');
+    const error = await listenError(idleServer().server, { path });
+    expect(error.code).toBe('NOT_A_SOCKET');
+    expect(error.message).toContain(`${path} exists and is not a socket`);
+    expect(await readFile(path, 'utf8')).toBe('data');
+  });
+
+  test('a directory is refused', async () => {
+    const path = join(await temporaryDirectory(), 'directory');
+    await mkdir(path);
+    expect((await listenError(idleServer().server, { path })).code).toBe('NOT_A_SOCKET');
+  });
+
+  test('a path in a directory that does not exist is refused with the path in the message', async () => {
+    const path = join(await temporaryDirectory(), 'nowhere', 'nbd.sock');
+    const error = await listenError(idleServer().server, { path });
+    expect(error.code).toBe('FAILED');
+    expect(error.message).toContain(path);
+  });
+
+  test('a server that could not listen at one address can listen at another', async () => {
+    const directory = await temporaryDirectory();
+    const { server } = idleServer();
+    await listenError(server, { path: join(directory, 'nowhere', 'nbd.sock') });
+    const path = join(directory, 'nbd.sock');
+    await server.listen({ path });
+    await isServed({ path });
+  });
+
+  for (const mode of [0o600, 0o660, 0o666]) {
+    test(`a socket file has mode ${mode.toString(8)} if told so, whatever the umask`, async () => {
+      const path = join(await temporaryDirectory(), 'nbd.sock');
+      const umask = process.umask();
+      await idleServer().server.listen({ path, mode });
+      expect((await stat(path)).mode & 0o777).toBe(mode);
+      expect(process.umask()).toBe(umask);
+    });
+  }
+
+  test('TCP port 0 is any free port, which listen() tells', async () => {
+    const { server } = idleServer();
+    const bound = await server.listen({ host: '127.0.0.1', port: 0 });
+    if (bound.transport !== 'tcp') throw new Error('not a TCP address');
+    expect(bound.port).toBeGreaterThan(0);
+    await isServed({ host: bound.host, port: bound.port });
+  });
+
+  test('a TCP port in use is refused with the address in the message', async () => {
+    const bound = await idleServer().server.listen({ host: '127.0.0.1', port: 0 });
+    if (bound.transport !== 'tcp') throw new Error('not a TCP address');
+    const error = await listenError(idleServer().server, { host: '127.0.0.1', port: bound.port });
+    expect(error.code).toBe('IN_USE');
+    expect(error.message).toContain(`127.0.0.1:${bound.port}`);
+  });
+
+  test('one server listens at several addresses, and close() ends them all', async () => {
+    const directory = await temporaryDirectory();
+    const { server } = idleServer();
+    const paths = [join(directory, 'a.sock'), join(directory, 'b.sock')];
+    for (const path of paths) await server.listen({ path });
+    const tcp = await server.listen({ host: '127.0.0.1', port: 0 });
+    if (tcp.transport !== 'tcp') throw new Error('not a TCP address');
+    for (const path of paths) await isServed({ path });
+    await isServed({ host: tcp.host, port: tcp.port });
+    await server.close();
+    for (const path of paths) await expect(RawClient.connect({ path })).rejects.toThrow();
+    await expect(RawClient.connect({ host: tcp.host, port: tcp.port })).rejects.toThrow('ECONNREFUSED');
+  });
+});
+
+describe('serveConnection()', () => {
+  test('serves a stream from the greeting on, as a peer of its own kind', async () => {
+    const { server, opens } = await startServer();
+    const pair = duplexPair();
+    const id = server.serveConnection(pair.server);
+    const client = new RawClient(pair.client);
+    await client.open('disk');
+    client.request({ type: CMD.READ, offset: 4, length: 4 });
+    expect((await client.readReply(4)).data).toEqual(uint32(5));
+    expect(opens).toEqual([{ id, exportName: 'disk', peer: { transport: 'internal', address: `connection ${id}` } }]);
+  });
+
+  test('takes bytes that were already read from the socket for the first of the client', async () => {
+    const { server, opens } = await startServer();
+    const pair = duplexPair();
+    const peer = { transport: 'tcp', address: '192.0.2.1:4242' } as const;
+    const sent = Buffer.concat([uint32(3), optionBytes(OPT.GO, infoQuery('disk'))]);
+    server.serveConnection(pair.server, { peer, head: sent.subarray(0, 21) });
+    const client = new RawClient(pair.client);
+    client.send(sent.subarray(21), requestBytes({ type: CMD.READ, offset: 8, length: 4 }));
+    await client.read(GREETING_SIZE);
+    await client.readOptionReply();
+    await client.readOptionReply();
+    expect((await client.readReply(4)).data).toEqual(uint32(9));
+    expect(opens[0]?.peer).toEqual(peer);
+  });
+
+  test('serves a socket that was paused after its head was read', async () => {
+    const { server } = await startServer();
+    const path = join(await temporaryDirectory(), 'front.sock');
+    const front = net.createServer((socket) => {
+      socket.once('data', (head: Buffer) => {
+        socket.pause();
+        server.serveConnection(socket, { head });
+      });
+    });
+    onTestFinished(() => void front.close());
+    await new Promise<void>((resolve) => front.listen(path, resolve));
+    const client = await RawClient.connect({ path });
+    client.send(uint32(3));
+    await client.read(GREETING_SIZE);
+    await client.option(OPT.GO, infoQuery('disk'));
+    client.request({ type: CMD.READ, offset: 8, length: 4 });
+    expect((await client.readReply(4)).data).toEqual(uint32(9));
+  });
+
+  test('of a socket that is destroyed already ends like a client that vanished', async () => {
+    const { server, closes, allOver } = await startServer();
+    const pair = duplexPair();
+    pair.server.destroy();
+    server.serveConnection(pair.server);
+    await until(() => closes.length === 1, 'the close is reported');
+    await allOver();
+  });
+});
+
+describe('reports', () => {
+  test('every connection is reported opened and closed once, with its counts', async () => {
+    const { opened, opens, closes, path, allOver } = await startServer();
+    const client = await opened();
+    client.request({ type: CMD.READ, length: 1000 });
+    await client.readReply(1000);
+    client.request({ type: CMD.WRITE, offset: 4096, length: 300 }, Buffer.alloc(300));
+    await client.readReply();
+    client.request({ type: CMD.FLUSH });
+    await client.readReply();
+    client.request({ type: 0xffff });
+    await client.readReply();
+    client.request({ type: CMD.DISC });
+    await client.readToEnd();
+    await allOver();
+    const peer = { transport: 'unix', address: path };
+    expect(opens).toEqual([{ id: 1, peer, exportName: 'disk' }]);
+    expect(closes).toHaveLength(1);
+    expect(closes[0]).toMatchObject({
+      ...{ id: 1, peer, exportName: 'disk', reason: 'the client disconnected' },
+      ...{ bytesRead: 1000, bytesWritten: 300, requests: 4, errors: 1 },
+    });
+  });
+
+  test('every request is reported, refused ones with their error', async () => {
+    const { opened, requests } = await startServer();
+    const client = await opened();
+    client.request({ type: CMD.WRITE, flags: 1, offset: 4096, length: 4 }, uint32(1));
+    client.request({ type: CMD.READ, offset: 2 ** 40, length: 4 });
+    await client.readReply();
+    await client.readReply();
+    expect(requests).toEqual([
+      { id: 1, type: CMD.WRITE, flags: 1, offset: 4096, length: 4, refusedWith: 0 },
+      { id: 1, type: CMD.READ, flags: 0, offset: 2 ** 40, length: 4, refusedWith: NBD_ERRNO.EINVAL },
+    ]);
+  });
+
+  test('connections shows phase, export, counts and what is in flight', async () => {
+    const { raw, server, provider } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await raw();
+    await client.read(GREETING_SIZE);
+    const [connection] = server.connections.values();
+    expect(connection).toMatchObject({ phase: 'handshake', exportName: undefined, inFlight: 0, requests: 0 });
+    client.send(uint32(3));
+    await client.option(OPT.GO, infoQuery('disk'));
+    client.request({ type: CMD.READ, length: 512 });
+    await until(() => connection?.inFlight === 1, 'a read is in flight');
+    expect(connection).toMatchObject({ phase: 'transmission', exportName: 'disk', requests: 1, bytesRead: 0 });
+    gate.open();
+    await client.readReply(512);
+    expect(connection).toMatchObject({ inFlight: 0, bytesRead: 512, errors: 0 });
+  });
+
+  test('a program that watches nothing is served all the same', async () => {
+    const { server } = idleServer();
+    const path = join(await temporaryDirectory(), 'nbd.sock');
+    await server.listen({ path });
+    const client = await NbdClient.connect({ path });
+    await client.go('disk');
+    await client.disconnect();
+  });
+});

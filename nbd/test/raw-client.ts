@@ -1,0 +1,231 @@
+/**
+ * An NBD client made of bytes: it sends exactly what a test says, right or wrong, and reads exact amounts of what comes
+ * back. It owns its socket; every wait has a bound. It shares no code with the library but the numbers of the protocol.
+ */
+
+import net from 'node:net';
+import type { Duplex } from 'node:stream';
+import { onTestFinished } from 'vitest';
+import {
+  GREETING_SIZE,
+  OPT,
+  OPTION_MAGIC_HIGH,
+  OPTION_MAGIC_LOW,
+  OPTION_REPLY_HEADER_SIZE,
+  OPTION_REPLY_MAGIC_HIGH,
+  OPTION_REPLY_MAGIC_LOW,
+  REP,
+  REP_ERROR_BIT,
+  REQUEST_HEADER_SIZE,
+  REQUEST_MAGIC,
+  SIMPLE_REPLY_MAGIC,
+  SIMPLE_REPLY_SIZE,
+} from '../src/protocol.js';
+
+/** How long a read may take before the test fails, milliseconds. */
+const READ_BOUND_MS = 20_000;
+
+/** FIXED_NEWSTYLE and NO_ZEROES. */
+export const USUAL_CLIENT_FLAGS = 3;
+
+export interface OptionReply {
+  readonly option: number;
+  readonly type: number;
+  readonly data: Buffer;
+}
+
+export interface Reply {
+  readonly errno: number;
+  readonly cookie: bigint;
+  readonly data: Buffer;
+}
+
+export interface RequestFields {
+  readonly type: number;
+  readonly flags?: number;
+  readonly cookie?: bigint;
+  readonly offset?: number | bigint;
+  readonly length?: number;
+  readonly magic?: number;
+}
+
+export function uint16(value: number): Buffer {
+  const bytes = Buffer.alloc(2);
+  bytes.writeUInt16BE(value);
+  return bytes;
+}
+
+export function uint32(value: number): Buffer {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32BE(value);
+  return bytes;
+}
+
+/** The 16 bytes before an option's data; `length` is what the header claims. */
+export function optionHeader(option: number, length: number): Buffer {
+  return Buffer.concat([uint32(OPTION_MAGIC_HIGH), uint32(OPTION_MAGIC_LOW), uint32(option), uint32(length)]);
+}
+
+export function optionBytes(option: number, data: Buffer = Buffer.alloc(0)): Buffer {
+  return Buffer.concat([optionHeader(option, data.length), data]);
+}
+
+/** Data of INFO and GO; what the length and count fields say may be set apart from what follows them. */
+export function infoQuery(
+  name: string | Buffer,
+  infos: readonly number[] = [],
+  claims: { readonly nameLength?: number; readonly infoCount?: number } = {},
+): Buffer {
+  const nameBytes = typeof name === 'string' ? Buffer.from(name) : name;
+  return Buffer.concat([
+    uint32(claims.nameLength ?? nameBytes.length),
+    nameBytes,
+    uint16(claims.infoCount ?? infos.length),
+    ...infos.map(uint16),
+  ]);
+}
+
+export function requestBytes(fields: RequestFields): Buffer {
+  const bytes = Buffer.alloc(REQUEST_HEADER_SIZE);
+  bytes.writeUInt32BE(fields.magic ?? REQUEST_MAGIC, 0);
+  bytes.writeUInt16BE(fields.flags ?? 0, 4);
+  bytes.writeUInt16BE(fields.type, 6);
+  bytes.writeBigUInt64BE(fields.cookie ?? 0n, 8);
+  bytes.writeBigUInt64BE(BigInt(fields.offset ?? 0), 16);
+  bytes.writeUInt32BE(fields.length ?? 0, 24);
+  return bytes;
+}
+
+export class RawClient {
+  private chunks: Buffer[] = [];
+  private available = 0;
+  private isOver = false;
+  private wake: (() => void) | undefined;
+
+  /** Over a stream that is connected already; it is destroyed when the test is over. */
+  constructor(readonly socket: Duplex) {
+    socket.on('data', (chunk: Buffer) => {
+      this.chunks.push(chunk);
+      this.available += chunk.length;
+      this.wake?.();
+    });
+    const over = (): void => {
+      this.isOver = true;
+      this.wake?.();
+    };
+    socket.on('end', over).on('close', over).on('error', over);
+    onTestFinished(() => void socket.destroy());
+  }
+
+  static connect(address: net.NetConnectOpts): Promise<RawClient> {
+    return new Promise((resolve, reject) => {
+      const socket = net.connect(address);
+      socket.once('error', reject);
+      socket.once('connect', () => {
+        socket.off('error', reject);
+        resolve(new RawClient(socket));
+      });
+    });
+  }
+
+  send(...parts: readonly Buffer[]): void {
+    this.socket.write(Buffer.concat(parts));
+  }
+
+  /** Nothing more will be sent; replies still arrive. */
+  halfClose(): void {
+    this.socket.end();
+  }
+
+  vanish(): void {
+    this.socket.destroy();
+  }
+
+  /** Exactly `length` bytes. Fails if the server closes before they came. */
+  async read(length: number): Promise<Buffer> {
+    await this.bounded(() => this.available >= length || this.isOver, `${length} bytes`);
+    if (this.available < length) throw new Error(`closed after ${this.available} of ${length} bytes`);
+    const taken: Buffer[] = [];
+    for (let missing = length; missing > 0;) {
+      const chunk = this.chunks.shift() ?? Buffer.alloc(0);
+      taken.push(chunk.subarray(0, missing));
+      if (chunk.length > missing) this.chunks.unshift(chunk.subarray(missing));
+      missing -= Math.min(missing, chunk.length);
+    }
+    this.available -= length;
+    return Buffer.concat(taken, length);
+  }
+
+  /** All bytes up to the moment the server closes the connection. */
+  async readToEnd(): Promise<Buffer> {
+    await this.bounded(() => this.isOver, 'the end of the connection');
+    return this.read(this.available);
+  }
+
+  // --- Handshake ---
+
+  /** Read the greeting and answer it. */
+  async greet(clientFlags = USUAL_CLIENT_FLAGS): Promise<Buffer> {
+    const greeting = await this.read(GREETING_SIZE);
+    this.send(uint32(clientFlags));
+    return greeting;
+  }
+
+  async readOptionReply(): Promise<OptionReply> {
+    const header = await this.read(OPTION_REPLY_HEADER_SIZE);
+    if (header.readUInt32BE(0) !== OPTION_REPLY_MAGIC_HIGH || header.readUInt32BE(4) !== OPTION_REPLY_MAGIC_LOW) {
+      throw new Error(`not an option reply: ${header.toString('hex')}`);
+    }
+    const data = await this.read(header.readUInt32BE(16));
+    return { option: header.readUInt32BE(8), type: header.readUInt32BE(12), data };
+  }
+
+  /** Send an option; all its replies, up to the acknowledgement or the error. */
+  async option(option: number, data?: Buffer): Promise<OptionReply[]> {
+    this.send(optionBytes(option, data));
+    const replies: OptionReply[] = [];
+    for (;;) {
+      const reply = await this.readOptionReply();
+      replies.push(reply);
+      if (reply.type === REP.ACK || reply.type >= REP_ERROR_BIT) return replies;
+    }
+  }
+
+  /** From the greeting into the transmission phase. */
+  async open(exportName: string): Promise<void> {
+    await this.greet();
+    const last = (await this.option(OPT.GO, infoQuery(exportName))).at(-1);
+    if (last?.type !== REP.ACK) throw new Error(`GO was refused: ${last?.data.toString()}`);
+  }
+
+  // --- Transmission ---
+
+  request(fields: RequestFields, payload: Buffer = Buffer.alloc(0)): void {
+    this.send(requestBytes(fields), payload);
+  }
+
+  /** One reply; how much data a successful one carries may depend on its cookie. */
+  async readReply(dataLength: number | ((cookie: bigint) => number) = 0): Promise<Reply> {
+    const header = await this.read(SIMPLE_REPLY_SIZE);
+    if (header.readUInt32BE(0) !== SIMPLE_REPLY_MAGIC) throw new Error(`not a reply: ${header.toString('hex')}`);
+    const errno = header.readUInt32BE(4);
+    const cookie = header.readBigUInt64BE(8);
+    const length = typeof dataLength === 'number' ? dataLength : dataLength(cookie);
+    return { errno, cookie, data: await this.read(errno === 0 ? length : 0) };
+  }
+
+  private async bounded(isDone: () => boolean, what: string): Promise<void> {
+    let isLate = false;
+    const timer = setTimeout(() => {
+      isLate = true;
+      this.wake?.();
+    }, READ_BOUND_MS);
+    while (!isDone() && !isLate) {
+      await new Promise<void>((resolve) => {
+        this.wake = resolve;
+      });
+    }
+    clearTimeout(timer);
+    if (!isDone()) throw new Error(`waited ${READ_BOUND_MS} ms for ${what}, ${this.available} bytes came`);
+  }
+}

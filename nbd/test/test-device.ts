@@ -1,0 +1,193 @@
+/**
+ * Disks in memory behind the library's interfaces, for tests: every call is recorded, and a hook may delay it or make it
+ * fail. The provider counts devices opened and closed, and notices a device that is used after, or closed twice.
+ */
+
+import {
+  ExportError,
+  type Awaitable,
+  type BlockDevice,
+  type ExportInfo,
+  type ExportProvider,
+  type ExtentSink,
+  type Geometry,
+  type ZeroMode,
+} from '../src/index.js';
+
+/** One call of a device, as it came in. */
+export interface DeviceCall {
+  readonly method: 'read' | 'write' | 'zero' | 'trim' | 'flush' | 'cache';
+  readonly offset: number;
+  readonly length: number;
+  readonly fua?: boolean;
+  readonly mode?: ZeroMode;
+}
+
+/** Asked before a call is carried out: may throw, or return a promise to delay it. Synchronous by default. */
+export type Hook = (call: DeviceCall) => Awaitable<void>;
+
+/** A promise that the test keeps in its hand. */
+export class Gate {
+  readonly opened: Promise<void>;
+  private resolve: () => void = () => undefined;
+  private reject: (error: unknown) => void = () => undefined;
+
+  constructor() {
+    this.opened = new Promise((resolve, reject) => {
+      this.resolve = resolve;
+      this.reject = reject;
+    });
+  }
+
+  open(): void {
+    this.resolve();
+  }
+
+  fail(error: unknown): void {
+    this.reject(error);
+  }
+}
+
+export const DISK_SIZE = 1024 * 1024;
+
+const EVERYTHING: Geometry = {
+  size: DISK_SIZE,
+  minimumBlockSize: 1,
+  preferredBlockSize: 4096,
+  readOnly: false,
+  canFlush: true,
+  canFua: true,
+  canTrim: true,
+  canZero: true,
+  canFastZero: true,
+  canCache: true,
+  multiConn: true,
+  rotational: false,
+};
+
+export class TestExport {
+  readonly geometry: Geometry;
+  readonly disk: Buffer;
+  readonly info: ExportInfo;
+
+  constructor(name: string, geometry: Partial<Geometry> = {}, description = `about ${name}`) {
+    this.geometry = { ...EVERYTHING, ...geometry };
+    this.info = { name, description };
+    // No two aligned 4-byte words alike: data of the wrong place is seen. A size that cannot be is for its refusal.
+    const { size } = this.geometry;
+    this.disk = Buffer.alloc(Number.isSafeInteger(size) && size > 0 ? size : 0);
+    for (let at = 0; at + 4 <= this.disk.length; at += 4) this.disk.writeUInt32BE(at + 1, at);
+  }
+}
+
+export class TestProvider implements ExportProvider {
+  readonly exports = new Map<string, TestExport>();
+  readonly calls: DeviceCall[] = [];
+  hook: Hook = () => undefined;
+  /** Asked before a device is opened. */
+  openHook: (name: string) => Awaitable<void> = () => undefined;
+  /** Asked while a device is being closed. */
+  closeHook: () => Awaitable<void> = () => undefined;
+  opened = 0;
+  closed = 0;
+  /** Calls of devices that have not finished. */
+  unfinished = 0;
+  /** Breaches of the contract of BlockDevice. */
+  readonly breaches: string[] = [];
+
+  constructor(exports: readonly TestExport[]) {
+    for (const one of exports) this.exports.set(one.info.name, one);
+  }
+
+  get openNow(): number {
+    return this.opened - this.closed;
+  }
+
+  list(): ExportInfo[] {
+    return Array.from(this.exports.values(), ({ info }) => info);
+  }
+
+  describe(name: string): { geometry: Geometry; info: ExportInfo } {
+    const { geometry, info } = this.find(name);
+    return { geometry, info };
+  }
+
+  async open(name: string): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    await this.openHook(name);
+    const found = this.find(name);
+    this.opened++;
+    return { device: new TestDevice(this, found), info: found.info };
+  }
+
+  private find(name: string): TestExport {
+    const found = this.exports.get(name);
+    if (found === undefined) throw new ExportError('UNKNOWN', `no export "${name}"`);
+    return found;
+  }
+}
+
+class TestDevice implements BlockDevice {
+  readonly geometry: Geometry;
+  private readonly disk: Buffer;
+  private isClosed = false;
+  private running = 0;
+
+  constructor(
+    private readonly provider: TestProvider,
+    exported: TestExport,
+  ) {
+    this.geometry = exported.geometry;
+    this.disk = exported.disk;
+  }
+
+  read(offset: number, into: Buffer): Awaitable<void> {
+    return this.run({ method: 'read', offset, length: into.length }, () => {
+      this.disk.copy(into, 0, offset, offset + into.length);
+    });
+  }
+
+  write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+    return this.run({ method: 'write', offset, length: data.length, fua }, () => void data.copy(this.disk, offset));
+  }
+
+  zero(offset: number, length: number, mode: ZeroMode): Awaitable<void> {
+    return this.run({ method: 'zero', offset, length, mode }, () => void this.disk.fill(0, offset, offset + length));
+  }
+
+  trim(offset: number, length: number, fua: boolean): Awaitable<void> {
+    return this.run({ method: 'trim', offset, length, fua }, () => void this.disk.fill(0, offset, offset + length));
+  }
+
+  flush(): Awaitable<void> {
+    return this.run({ method: 'flush', offset: 0, length: 0 }, () => undefined);
+  }
+
+  cache(offset: number, length: number): Awaitable<void> {
+    return this.run({ method: 'cache', offset, length }, () => undefined);
+  }
+
+  extents(offset: number, length: number, sink: ExtentSink): void {
+    sink(offset, length, false, false);
+  }
+
+  async close(): Promise<void> {
+    if (this.isClosed) this.provider.breaches.push('closed twice');
+    if (this.running > 0) this.provider.breaches.push(`closed with ${this.running} calls unfinished`);
+    this.isClosed = true;
+    this.provider.closed++;
+    await this.provider.closeHook();
+  }
+
+  private run(call: DeviceCall, act: () => void): Awaitable<void> {
+    if (this.isClosed) this.provider.breaches.push(`${call.method} after close`);
+    this.provider.calls.push(call);
+    const delay = this.provider.hook(call);
+    if (delay === undefined) return act();
+    this.running++;
+    this.provider.unfinished++;
+    return delay.then(act).finally(() => {
+      this.running--;
+      this.provider.unfinished--;
+    });
+  }
+}
