@@ -27,7 +27,7 @@ export function geometryOf(record: VdiRecord): Geometry {
     canFua: writable,
     canTrim: writable,
     canZero: writable,
-    // Zeroing changes maps and punches holes; it never writes zeros where the filesystem has holes.
+    // Zeroing changes maps and punches holes; what would need more than that is refused with ENOTSUP.
     canFastZero: writable,
     canCache: true,
     multiConn: true,
@@ -108,6 +108,7 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   NO_SPACE: 'ENOSPC',
   PERMISSION: 'EPERM',
   CLOSED: 'ESHUTDOWN',
+  SLOW: 'ENOTSUP',
 };
 
 function rethrow(error: unknown): never {

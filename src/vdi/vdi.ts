@@ -66,8 +66,18 @@ export class Vdi {
     return this.#writeInside(offset, data, fua);
   }
 
-  /** Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. */
-  zero(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
+  /**
+   * Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. With `fastZero` it
+   * fails (StoreError SLOW) before anything has changed where objects would have to be copied or zeros written.
+   */
+  zero(
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean; fastZero?: boolean },
+  ): Awaitable<void> {
+    if (options.fastZero && !this.#canZeroFast(offset, length, options.noHole)) {
+      throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs data to be copied or written`);
+    }
     if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#zeroInside(offset, length, options));
     return this.#zeroInside(offset, length, options);
   }
@@ -220,12 +230,28 @@ export class Vdi {
     if (options.fua) return this.#open.flush();
   }
 
+  #canZeroFast(offset: number, length: number, noHole: boolean): boolean {
+    let isFast = true;
+    this.#eachPart(offset, length, (idx, from, partLength) => {
+      const owner = this.#open.map[idx] as number;
+      const whole = this.#isWhole(idx, from, partLength);
+      if (!noHole && (owner === 0 || whole)) return;
+      if (owner !== 0 && !whole && !this.#open.exclusive(idx)) isFast = false;
+      else if (!this.#store.canZeroFast({ noHole })) isFast = false;
+    });
+    return isFast;
+  }
+
+  /** The disk's last object may end before the object does; what lies behind the end is nobody's. */
+  #isWhole(idx: number, within: number, length: number): boolean {
+    return within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
+  }
+
   #zeroObject(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
     const transition = this.#transitions.get(idx);
     if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
     const owner = this.#open.map[idx] as number;
-    // The disk's last object may end before the object does; what lies behind the end is nobody's.
-    const whole = within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
+    const whole = this.#isWhole(idx, within, length);
     if (!noHole) {
       if (owner === 0) return;
       if (whole) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));

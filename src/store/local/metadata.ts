@@ -4,9 +4,10 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { open, type Database, type RootDatabase } from 'lmdb';
+import { ABORT, open, type Database, type RootDatabase } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
+import { lmdbFileProblem } from './lmdb-file.js';
 
 export const FORMAT_VERSION = 1;
 /** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
@@ -42,12 +43,10 @@ export function pageOf(map: Uint32Array, page: number): Buffer {
   return copy;
 }
 
+/** All pages of a map, those of zeros too: storing them removes what an operation that failed may have left there. */
 export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
   const pages: PageWrite[] = [];
-  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) {
-    const entries = pageOf(map, page);
-    if (!entries.equals(ZERO_PAGE)) pages.push({ vid, page, entries });
-  }
+  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) pages.push({ vid, page, entries: pageOf(map, page) });
   return pages;
 }
 
@@ -56,6 +55,8 @@ export class Metadata {
   readonly #vdis: Database<VdiRecord, number>;
   readonly #pages: Database<Buffer, [number, number]>;
   readonly #fd: number;
+  /** What is stored, by vid: asked for far more often than it changes. */
+  readonly #records = new Map<number, VdiRecord>();
   #reservedTo = 0;
 
   private constructor(file: string) {
@@ -72,6 +73,7 @@ export class Metadata {
     this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
     this.#fd = fs.openSync(file, 'r+');
+    for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
 
   /** Open or make the metadata of the store in `directory`. Errors: FORMAT for a newer format, IO, NO_SPACE. */
@@ -79,6 +81,13 @@ export class Metadata {
     const file = path.join(directory, 'meta.mdb');
     let metadata: Metadata;
     try {
+      const problem = lmdbFileProblem(file);
+      if (problem !== undefined) {
+        throw new StoreError(
+          'DAMAGED',
+          `${file} cannot be used: ${problem}; restore it from a backup, or move it away`,
+        );
+      }
       metadata = new Metadata(file);
     } catch (error) {
       throw libc.asStoreError(error, `opening ${file}`);
@@ -101,11 +110,11 @@ export class Metadata {
   }
 
   records(): VdiRecord[] {
-    return [...this.#vdis.getRange({})].map(({ value }) => value);
+    return [...this.#records.values()];
   }
 
   record(vid: number): VdiRecord | undefined {
-    return this.#vdis.get(vid);
+    return this.#records.get(vid);
   }
 
   /** The stored map of a VDI, as long as its size asks for. */
@@ -124,7 +133,7 @@ export class Metadata {
     for (let from = 0; ;) {
       const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
       if (!first) return strays;
-      if (!this.#vdis.doesExist(first[0])) strays.push(first[0]);
+      if (!this.#records.has(first[0])) strays.push(first[0]);
       from = first[0] + 1;
     }
   }
@@ -141,13 +150,15 @@ export class Metadata {
   async commit(change: MetadataChange): Promise<void> {
     const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
     await this.#transaction(() => {
-      this.#putPages(change.pages ?? []);
-      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
         for (const key of keys) void this.#pages.remove(key);
       }
+      this.#putPages(change.pages ?? []);
+      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
     });
+    for (const { vid } of gone) this.#records.delete(vid);
+    for (const record of change.records ?? []) this.#records.set(record.vid, record);
   }
 
   async close(options: { clean: boolean }): Promise<void> {
@@ -171,12 +182,23 @@ export class Metadata {
     return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
   }
 
-  /** `body` only puts and removes what was worked out before: it must not throw, lmdb would commit what it did so far. */
+  /** `body` puts and removes; if one of them throws, nothing of the transaction is stored. */
   async #transaction(body: () => void): Promise<void> {
+    let failure: { readonly error: unknown } | undefined;
     try {
-      await this.#env.transaction(body);
+      await this.#env.childTransaction(() => {
+        try {
+          body();
+        } catch (error) {
+          failure = { error };
+          return ABORT;
+        }
+      });
     } catch (error) {
-      const cause = error as Error & { commitError?: Error };
+      failure ??= { error };
+    }
+    if (failure) {
+      const cause = failure.error as Error & { commitError?: Error };
       throw asMetadataError(cause.commitError ?? cause);
     }
     this.#keepReserve();
