@@ -27,7 +27,7 @@ import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js'
 
 const MAX_VID = 2 ** 24 - 1;
 /** References given up at a time before the event loop gets its turn. */
-const RELEASE_SLICE = 4096;
+const RELEASE_SLICE = 1024;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
 
