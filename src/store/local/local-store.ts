@@ -6,7 +6,6 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import {
-  MAX_DATA_OBJECTS,
   StoreError,
   type Awaitable,
   type Catalog,
@@ -486,7 +485,7 @@ function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
 
 function keysOf(map: Uint32Array): number[] {
   const keys: number[] = [];
-  for (let idx = 0; idx < Math.min(map.length, MAX_DATA_OBJECTS); idx++) {
+  for (let idx = 0; idx < map.length; idx++) {
     const owner = map[idx] as number;
     if (owner !== 0) keys.push(objectKey(owner, idx));
   }

@@ -3,6 +3,7 @@
  * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
  */
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { ABORT, open, type Database, type RootDatabase } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
@@ -35,12 +36,14 @@ export interface MetadataChange {
 
 const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
 
+// Map pages are stored as they are in memory (FORMAT.md: little-endian): a map of 1 TiB is copied, not converted.
+if (os.endianness() !== 'LE') throw new Error('the local store needs a little-endian machine');
+
 /** The entries of one page of a map, copied: the map may change while the copy is on its way to disk. */
 export function pageOf(map: Uint32Array, page: number): Buffer {
-  const copy = Buffer.alloc(PAGE_ENTRIES * 4);
-  const end = Math.min(map.length, (page + 1) * PAGE_ENTRIES);
-  for (let idx = page * PAGE_ENTRIES, at = 0; idx < end; idx++, at += 4) copy.writeUInt32LE(map[idx] as number, at);
-  return copy;
+  const copy = new Uint32Array(PAGE_ENTRIES);
+  copy.set(map.subarray(page * PAGE_ENTRIES, (page + 1) * PAGE_ENTRIES));
+  return Buffer.from(copy.buffer);
 }
 
 /** All pages of a map, those of zeros too: storing them removes what an operation that failed may have left there. */
@@ -120,9 +123,10 @@ export class Metadata {
   /** The stored map of a VDI, as long as its size asks for. */
   map(record: VdiRecord): Uint32Array {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
+    const bytes = new Uint8Array(map.buffer);
     for (const { key, value } of this.#pages.getRange({ start: [record.vid, 0], end: [record.vid + 1, 0] })) {
-      const first = key[1] * PAGE_ENTRIES;
-      for (let n = 0; n < PAGE_ENTRIES && first + n < map.length; n++) map[first + n] = value.readUInt32LE(n * 4);
+      const at = key[1] * PAGE_ENTRIES * Uint32Array.BYTES_PER_ELEMENT;
+      if (at < bytes.length) bytes.set(value.subarray(0, bytes.length - at), at);
     }
     return map;
   }
