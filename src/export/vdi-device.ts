@@ -95,8 +95,8 @@ export class VdiDevice implements BlockDevice {
     }
   }
 
-  extents(offset: number, length: number, sink: ExtentSink): Promise<void> {
-    return this.#vdi.extents(offset, length, (at, size, hole) => sink(at, size, hole, hole)).catch(rethrow);
+  extents(offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    return this.#vdi.extents(offset, length, (at, size, hole) => sink(at, size, hole, hole))?.catch(rethrow);
   }
 
   close(): Awaitable<void> {

@@ -104,41 +104,33 @@ export class Vdi {
     if (parts.length > 0) return allDone(parts);
   }
 
-  /** Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. */
-  async extents(
+  /**
+   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Answers at once if
+   * nothing has to be asked of the filesystem.
+   */
+  extents(
     offset: number,
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Promise<void> {
-    const end = offset + length;
-    let start = offset;
-    let reported = offset;
-    let current: boolean | undefined;
-    let stopped = false;
-    const report = (from: number, partLength: number, hole: boolean): boolean => {
-      if (current !== undefined && hole !== current) {
-        stopped = !sink(start, from - start, current);
-        start = from;
-      }
-      current = hole;
-      reported = from + partLength;
-      return !stopped;
-    };
-    while (reported < end && !stopped) {
-      const idx = Math.floor(reported / this.#objectSize);
+  ): Awaitable<void> {
+    return this.#extentsFrom(new ExtentJoiner(offset, sink), offset, offset + length);
+  }
+
+  #extentsFrom(joiner: ExtentJoiner, from: number, end: number): Awaitable<void> {
+    while (from < end && !joiner.isStopped) {
+      const idx = Math.floor(from / this.#objectSize);
       const base = idx * this.#objectSize;
       const partEnd = Math.min(base + this.#objectSize, end);
       const owner = this.#open.map[idx] as number;
-      if (owner === 0) report(reported, partEnd - reported, true);
-      else {
-        const before = reported;
-        await this.#store.objectExtents(owner, idx, reported - base, partEnd - reported, (from, partLength, hole) =>
-          report(base + from, partLength, hole),
-        );
-        if (!stopped && reported === before) throw new StoreError('IO', `no extents for object ${idx}`);
+      if (owner === 0) {
+        joiner.add(partEnd - from, true);
+      } else {
+        const later = this.#store.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
+        if (later !== undefined) return later.then(() => this.#extentsFrom(joiner, partEnd, end));
       }
+      from = partEnd;
     }
-    if (!stopped && current !== undefined) sink(start, reported - start, current);
+    joiner.finish();
   }
 
   #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
@@ -328,6 +320,40 @@ export class Vdi {
       visit(idx, within, part, done);
       done += part;
     }
+  }
+}
+
+/** Joins neighbouring extents of a kind and hands them on. */
+class ExtentJoiner {
+  isStopped = false;
+  #start: number;
+  #end: number;
+  #hole: boolean | undefined;
+  readonly #sink: (offset: number, length: number, hole: boolean) => boolean;
+
+  constructor(offset: number, sink: (offset: number, length: number, hole: boolean) => boolean) {
+    this.#start = offset;
+    this.#end = offset;
+    this.#sink = sink;
+  }
+
+  /** The next `length` bytes. Returns false if no more are wanted. */
+  add(length: number, hole: boolean): boolean {
+    if (this.#hole !== undefined && hole !== this.#hole) {
+      this.isStopped = !this.#sink(this.#start, this.#end - this.#start, this.#hole);
+      this.#start = this.#end;
+    }
+    this.#hole = hole;
+    this.#end += length;
+    return !this.isStopped;
+  }
+
+  /** For a store, whose offsets are within an object: extents come in order and without gaps. */
+  readonly addPart = (_offset: number, length: number, hole: boolean): boolean => this.add(length, hole);
+
+  finish(): void {
+    if (this.isStopped || this.#hole === undefined || this.#end === this.#start) return;
+    this.#sink(this.#start, this.#end - this.#start, this.#hole);
   }
 }
 
