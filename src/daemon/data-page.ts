@@ -1,5 +1,5 @@
 /** Turns what a device says about its allocation into pages of bounded size. Never reads data. */
-import type { BlockDevice } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, STATE_ZERO, type BlockDevice } from 'nbd-server-ts';
 import { MAX_PAGE_BYTES, MAX_PAGE_RANGES, type DataPage } from './operations.js';
 
 interface Range {
@@ -14,8 +14,8 @@ export async function dataPageOf(device: BlockDevice, offset: number): Promise<D
   if (offset >= end) return { ranges: [], next: null };
   const ranges: Range[] = [];
   let stoppedAt = -1;
-  await device.extents(offset, end - offset, (at, length, _hole, zero) => {
-    if (zero) return true;
+  await device.extents(ALLOCATION_CONTEXT, offset, end - offset, (at, length, flags) => {
+    if ((flags & STATE_ZERO) !== 0) return true;
     const last = ranges.at(-1);
     if (last && last.offset + last.length === at) {
       last.length += length;
