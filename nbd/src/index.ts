@@ -24,5 +24,6 @@ export type {
   ServerObserver,
 } from './observer.js';
 export { NbdClient, NbdClientError } from './client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode } from './client.js';
+export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client.js';
+export type { Extent, ReplyLevel } from './client-replies.js';
 export { MAX_PAYLOAD } from './protocol.js';
