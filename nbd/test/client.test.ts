@@ -234,7 +234,10 @@ describe('requests', () => {
         throw new DeviceError(code, 'as told');
       };
       const failure = await failureOf(client.zero(512, 1024, { fastZero: true }));
-      expect(failure).toMatchObject({ code, message: `zero of 1024 bytes at 512: the server answered ${code}: as told` });
+      expect(failure).toMatchObject({
+        code,
+        message: `zero of 1024 bytes at 512: the server answered ${code}: as told`,
+      });
       provider.hook = () => undefined;
       expect(await client.read(4, 4)).toEqual(uint32(5));
     });
