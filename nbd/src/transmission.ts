@@ -54,6 +54,13 @@ export interface TransmissionHost {
 /** Replies below this share of the bound before a held client is heard again, so that it is heard in batches. */
 const RESUME_BELOW = 1 / 2;
 
+/**
+ * A device that has to look where its holes are, and finds data only, is asked less and less often: up to this many long
+ * reads are then sent as they are. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
+ * from a full disk (1.4 to 1.8 GB/s with it, 1.9 to 2.0 without).
+ */
+const MAX_ASK_INTERVAL = 31;
+
 const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
@@ -109,6 +116,9 @@ export class Transmission {
   /** Input that waits for room. The socket is paused while there is any. */
   private held: Buffer | undefined;
   private inFlightBytes = 0;
+  /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
+  private readsNotToAsk = 0;
+  private askInterval = 0;
   private isDeaf = false;
   private isRefusing = false;
   private isSettleScheduled = false;
@@ -372,6 +382,10 @@ export class Transmission {
     }
     // "DF … the server MUST send at most one content chunk"
     if (length < SPARSE_READ_BYTES || !this.knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
+    if (this.readsNotToAsk > 0) {
+      this.readsNotToAsk--;
+      return false;
+    }
     const plan = new ReadPlan(offset, length);
     let answer: Awaitable<void>;
     try {
@@ -411,6 +425,11 @@ export class Transmission {
       }
     }
     const parts = plan.finish();
+    if (extents !== undefined) {
+      const isAllData = parts.length === 1 && parts[0]?.isHole === false;
+      this.askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.askInterval + 1) : 0;
+      this.readsNotToAsk = this.askInterval;
+    }
     const bytes = sizeOfParts(parts, this.encoder);
     const block = this.replies.beginParts(bytes);
     const data = layParts(block.buffer, parts, to, this.encoder);

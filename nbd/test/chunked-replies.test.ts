@@ -316,6 +316,30 @@ for (const level of LEVELS) {
       });
     }
 
+    test('a device that has to look and finds only data is asked less and less often, and again when it finds a hole', async () => {
+      const exported = new TestExport('disk');
+      const server = await startServer({ exports: [exported] });
+      server.provider.hook = () => Promise.resolve();
+      const client = await opened(server, level);
+      const asked = async (reads: number): Promise<number> => {
+        server.provider.calls.length = 0;
+        for (let count = 0; count < reads; count++) {
+          ask(client, level, { type: CMD.READ, length: 128 * KIB });
+          await client.readChunks();
+        }
+        return server.provider.calls.filter(({ method }) => method === 'extents').length;
+      };
+      expect(await asked(62)).toBe(5);
+      expect(await asked(64)).toBe(2);
+      exported.disk.fill(0, 0, 8192);
+      await asked(32);
+      expect(await asked(10)).toBe(10);
+      // One that knows at once is always asked.
+      server.provider.hook = () => undefined;
+      exported.disk.fill(1, 0, 8192);
+      expect(await asked(10)).toBe(10);
+    });
+
     test('of an export without base:allocation a long read is data, and nobody asks', async () => {
       const server = await startServer({ exports: [new TestExport('disk', { contexts: [] })] });
       const client = await opened(server, level);
