@@ -133,6 +133,16 @@ export class Vdi {
     joiner.finish();
   }
 
+  /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
+  isHole(offset: number, length: number): boolean {
+    const { map } = this.#open;
+    const last = Math.floor((offset + length - 1) / this.#objectSize);
+    for (let idx = Math.floor(offset / this.#objectSize); idx <= last; idx++) {
+      if (map[idx] !== 0) return false;
+    }
+    return true;
+  }
+
   #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
     const owner = this.#open.map[idx] as number;
     if (owner === 0) {
