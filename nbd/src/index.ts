@@ -9,6 +9,7 @@ export type {
   ExtentSink,
   Geometry,
   Peer,
+  PeerCredentials,
   ZeroMode,
 } from './block-device.js';
 export { DeviceError, ExportError } from './block-device.js';
@@ -20,9 +21,11 @@ export type {
   ConnectionCloseEvent,
   ConnectionInfo,
   ConnectionOpenEvent,
+  ConnectionRefusedEvent,
   RequestEvent,
   ServerObserver,
 } from './observer.js';
 export { NbdClient, NbdClientError } from './client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode } from './client.js';
+export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './tls.js';
 export { MAX_PAYLOAD } from './protocol.js';
