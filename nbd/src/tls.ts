@@ -56,7 +56,8 @@ export type ClientTls =
 
 /** "NBD implementations supporting TLS MUST support TLS version 1.2, SHOULD support any later versions." */
 const MIN_VERSION = 'TLSv1.2';
-const TLS13_CIPHERS = ['TLS_AES_256_GCM_SHA384', 'TLS_AES_128_GCM_SHA256', 'TLS_CHACHA20_POLY1305_SHA256'];
+/** SHA-256 first: pre-shared keys go with that hash, and OpenSSL drops the key if the cipher it chose has another. */
+const TLS13_CIPHERS = ['TLS_AES_128_GCM_SHA256', 'TLS_CHACHA20_POLY1305_SHA256', 'TLS_AES_256_GCM_SHA384'];
 /** Forward secrecy and authenticated encryption only. */
 const CERTIFICATE_CIPHERS = ['ECDHE+AESGCM', 'ECDHE+CHACHA20'];
 /** TLS 1.2; OpenSSL has no ECDHE-PSK with AES-GCM. */
@@ -109,10 +110,14 @@ export function acceptTls(
       fail(authorizationError ? new Error(`the client's certificate: ${String(authorizationError)}`) : error);
     });
     server.once('secureConnection', (secure) => {
+      secure.allowHalfOpen = true;
       const byKey = isByPreSharedKey(secure);
       resolve({ socket: secure, identity: identityOf(secure, byKey ? pskUser : undefined) });
     });
-    socket.once('close', () => reject(new Error('the connection was closed')));
+    socket.once('close', () => reject(new Error('the client left')));
+    // Half a connection is enough for requests, not for a handshake: with this, a client that leaves in the middle of it
+    // ends it. Without, Node goes on waiting for bytes that cannot come.
+    socket.allowHalfOpen = false;
     server.emit('connection', socket);
   });
 }

@@ -82,6 +82,8 @@ async function serve(options: ServeOptions): Promise<void> {
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
   log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
+  // Before anybody is told that we are ready: the one who waits for that may stop us at once.
+  const stopSignal = firstSignal();
   if (options.json) {
     const { store, control, uris } = daemon;
     printJson({ event: 'ready', store, control, listeners: addresses, uris });
@@ -98,7 +100,7 @@ async function serve(options: ServeOptions): Promise<void> {
     notifier.ready(status);
   });
 
-  const signal = await firstSignal();
+  const signal = await stopSignal;
   reloads.serve(() => undefined);
   log.info({ signal }, 'stopping');
   notifier.stopping();
