@@ -107,7 +107,7 @@ export function acceptTls(
     }
     server.once('tlsClientError', (error, failed) => {
       const { authorizationError } = failed;
-      fail(authorizationError ? new Error(`the client's certificate: ${String(authorizationError)}`) : error);
+      fail(new Error(authorizationError ? `the client's certificate: ${String(authorizationError)}` : reasonOf(error)));
     });
     server.once('secureConnection', (secure) => {
       secure.allowHalfOpen = true;
@@ -164,6 +164,11 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
       else resolve(secure);
     });
   });
+}
+
+/** OpenSSL's errors have where in its source they come from in their message, and the reason apart. */
+function reasonOf(error: Error): string {
+  return 'reason' in error && typeof error.reason === 'string' ? error.reason : error.message;
 }
 
 function cipherList(certificates: boolean, psk: boolean): string {
