@@ -33,7 +33,11 @@ export interface ServerOptions {
 export type ListenOptions =
   | { readonly path: string; readonly mode?: number }
   | { readonly host: string; readonly port: number }
-  | { readonly fd: number };
+  | {
+      readonly fd: number;
+      /** The path of a unix socket, which Node cannot find out. */
+      readonly path?: string;
+    };
 
 /** Where a server listens. */
 export type BoundAddress =
@@ -103,12 +107,11 @@ export class NbdServer {
       keepAlive: true,
       keepAliveInitialDelay: KEEP_ALIVE_DELAY_MS,
     });
-    let bound: BoundAddress | undefined;
-    // A descriptor may have clients waiting, who come before listen() has returned.
-    listener.on('connection', (socket) => {
-      this.serveConnection(socket, { peer: this.peerOf(socket, bound ?? addressOf(listener)) });
-    });
-    if ('fd' in options) bound = await adopt(listener, options.fd);
+    let bound: BoundAddress;
+    listener.on('connection', (socket) =>
+      this.serveConnection(socket, { peer: this.peerOf(socket, listener, options) }),
+    );
+    if ('fd' in options) bound = await adopt(listener, options);
     else bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
     if (this.isClosed) {
       listener.close();
@@ -170,10 +173,11 @@ export class NbdServer {
     return undefined;
   }
 
-  private peerOf(socket: net.Socket, listening: BoundAddress): Peer {
-    if (listening.transport === 'unix') {
+  private peerOf(socket: net.Socket, listener: net.Server, options: ListenOptions): Peer {
+    const address = listener.address();
+    if (address === null || typeof address === 'string') {
       const credentials = this.peerCredentials?.(socket);
-      return { transport: 'unix', address: listening.path, ...(credentials !== undefined && { credentials }) };
+      return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
     }
     const remote = socket.remoteAddress ?? 'unknown';
     const host =
@@ -243,20 +247,25 @@ function withDefaults(given: Partial<Limits> = {}): Limits {
   return { ...DEFAULT_LIMITS, ...Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) };
 }
 
-async function adopt(listener: net.Server, fd: number): Promise<BoundAddress> {
+async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {
   try {
-    await bind(listener, { fd });
+    await bind(listener, { fd: options.fd });
   } catch (error) {
-    throw listenError(`descriptor ${fd}`, error);
+    throw listenError(`descriptor ${options.fd}`, error);
   }
-  return addressOf(listener);
+  return addressOf(listener, options);
 }
 
-function addressOf(listener: net.Server): BoundAddress {
+/** Where `listener` listens; Node has no address for unix sockets that it did not bind. */
+function addressOf(listener: net.Server, options: ListenOptions): BoundAddress {
   const address = listener.address();
-  if (address === null) throw new Error('server: a listener without an address');
-  if (typeof address === 'string') return { transport: 'unix', path: address };
+  if (address === null || typeof address === 'string') return { transport: 'unix', path: pathOf(options) };
   return { transport: 'tcp', host: address.address, port: address.port };
+}
+
+function pathOf(options: ListenOptions): string {
+  if ('path' in options && options.path !== undefined) return options.path;
+  return 'fd' in options ? `descriptor ${options.fd}` : 'unknown';
 }
 
 async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
@@ -266,7 +275,7 @@ async function bindTcp(listener: net.Server, options: { host: string; port: numb
   } catch (error) {
     throw listenError(`${host}:${port}`, error);
   }
-  return addressOf(listener);
+  return addressOf(listener, options);
 }
 
 async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {

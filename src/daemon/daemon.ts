@@ -4,7 +4,7 @@
  */
 import path from 'node:path';
 import type { Logger } from 'pino';
-import { ListenError, NbdServer, type ConnectionInfo, type Limits, type ListenOptions, type Peer } from 'nbd-server-ts';
+import { ListenError, NbdServer, type ConnectionInfo, type Limits, type Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
@@ -13,7 +13,7 @@ import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type SecurityConfiguration } from './security.js';
-import { peerCredentials } from './socket-calls.js';
+import { boundAddress, peerCredentials } from './socket-calls.js';
 import { socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
@@ -124,8 +124,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
     }
     for (const inherited of configuration.inherited ?? []) {
-      const address = await adopt(nbd, inherited);
-      if (!isTlsRequired && !configuration.allowPlaintext) refusePlaintext(address);
+      const address = await adopt(nbd, inherited, isTlsRequired || configuration.allowPlaintext === true);
       log.info({ listener: formatListenAddress(address), name: inherited.name }, 'took over a socket');
       listening.push(address);
     }
@@ -189,16 +188,23 @@ function refusePlaintext(address: ListenAddress): void {
   );
 }
 
-async function adopt(nbd: NbdServer, { fd, name }: InheritedSocket): Promise<ListenAddress> {
+/** Errors: ACTIVATION if it is no socket that can be served; PLAINTEXT. */
+async function adopt(nbd: NbdServer, { fd, name }: InheritedSocket, mayBePublic: boolean): Promise<ListenAddress> {
+  const bound = boundAddress(fd);
+  const unusable = (why: string, cause?: unknown): OperationError =>
+    new OperationError(
+      'ACTIVATION',
+      `descriptor ${fd}, "${name}" of the socket unit, ${why}; give ListenStream= a path or ADDRESS:PORT`,
+      { cause },
+    );
+  // Node cannot adopt other families, AF_VSOCK among them.
+  if (bound === undefined) throw unusable('is neither a unix nor an IP socket');
+  if (!mayBePublic && 'host' in bound) refusePlaintext({ transport: 'tcp', ...bound });
   try {
-    return await nbd.listen({ fd } satisfies ListenOptions);
+    return await nbd.listen('path' in bound ? { fd, path: bound.path } : { fd });
   } catch (error) {
     if (!(error instanceof ListenError)) throw error;
-    throw new OperationError(
-      'ACTIVATION',
-      `socket "${name}" of the socket unit: ${error.message}; it must be ListenStream= with a path or HOST:PORT (vsock is not supported)`,
-      { cause: error },
-    );
+    throw unusable(`cannot be listened on (${error.message})`, error);
   }
 }
 

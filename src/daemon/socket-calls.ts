@@ -11,6 +11,8 @@ const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
 const SO_PEERGROUPS = 59;
 const AF_UNIX = 1;
+const AF_INET = 2;
+const AF_INET6 = 10;
 const SOCK_DGRAM = 2;
 const SOCK_CLOEXEC = 0o2000000;
 const MSG_DONTWAIT = 0x40;
@@ -21,6 +23,7 @@ const MAX_GROUPS = 1024;
 
 const libc = koffi.load('libc.so.6');
 const getsockopt = libc.func('int getsockopt(int fd, int level, int name, void *value, void *length)');
+const getsockname = libc.func('int getsockname(int fd, void *address, void *length)');
 const socket = libc.func('int socket(int domain, int type, int protocol)');
 const sendto = libc.func('long sendto(int fd, void *data, size_t length, int flags, void *address, uint size)');
 const close = libc.func('int close(int fd)');
@@ -38,6 +41,35 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
     gid: identity.readUInt32LE(8),
     ...(groups && { groups: Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)) }),
   };
+}
+
+/** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */
+export function boundAddress(
+  fd: number,
+): { readonly path: string } | { readonly host: string; readonly port: number } | undefined {
+  const address = Buffer.alloc(128);
+  const length = Buffer.alloc(4);
+  length.writeUInt32LE(address.length, 0);
+  if (getsockname(fd, address, length) !== 0) return undefined;
+  const used = length.readUInt32LE(0);
+  switch (address.readUInt16LE(0)) {
+    case AF_UNIX: {
+      const name = address.subarray(2, used);
+      if (name[0] === 0) return { path: `@${name.toString('utf8', 1)}` };
+      const end = name.indexOf(0);
+      return { path: name.toString('utf8', 0, end < 0 ? name.length : end) };
+    }
+    case AF_INET:
+      return { host: address.subarray(4, 8).join('.'), port: address.readUInt16BE(2) };
+    case AF_INET6: {
+      const groups = Array.from({ length: 8 }, (_, i) => address.readUInt16BE(8 + 2 * i).toString(16));
+      // The shortest form, as everybody writes it.
+      const host = new URL(`http://[${groups.join(':')}]`).hostname.slice(1, -1);
+      return { host, port: address.readUInt16BE(2) };
+    }
+    default:
+      return undefined;
+  }
 }
 
 /** Send one datagram to a unix socket: a path, or "@NAME" in the abstract namespace. Whether it was taken. */
