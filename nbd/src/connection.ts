@@ -48,6 +48,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private transmission: Transmission | undefined;
   private device: BlockDevice | undefined;
   private isClosing = false;
+  private isInTlsHandshake = false;
   private reason: string | undefined;
   private lingerTimer: NodeJS.Timeout | undefined;
   private idleTimer: NodeJS.Timeout | undefined;
@@ -116,6 +117,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
+      if (this.isInTlsHandshake) this.abort(reason);
       return;
     }
     this.transmission.refuseNewRequests();
@@ -148,9 +150,12 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     await this.send(acknowledgement);
     let accepted: Awaited<ReturnType<typeof acceptTls>>;
     try {
+      this.isInTlsHandshake = true;
       accepted = await acceptTls(plain, tls.material());
     } catch (error) {
       throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
+    } finally {
+      this.isInTlsHandshake = false;
     }
     this.socket = accepted.socket;
     this.peer = { ...this.peer, tls: accepted.identity };

@@ -24,7 +24,7 @@ import {
 import { CMD, GREETING_SIZE, OPT, REP } from '../src/protocol.js';
 import { certificateNames } from '../src/tls.js';
 import { infoQuery, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
-import { DISK_SIZE, TestExport, TestProvider } from './test-device.js';
+import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';
 
 const UNKNOWN_OPTION = 0x4e;
@@ -547,6 +547,33 @@ describe('the client', () => {
     const plain = await NbdClient.connect({ host: '127.0.0.1', port: from.port });
     onTestFinished(() => plain.destroy());
     expect((await failure(plain.go('disk'))).code).toBe('TLS_REQUIRED');
+  });
+
+  test('half a connection is enough to be answered, over TLS, too', async () => {
+    const from = await start('require');
+    const gate = new Gate();
+    from.provider.hook = () => gate.opened;
+    const raw = await rawInTls(from);
+    await raw.option(OPT.GO, infoQuery('disk'));
+    raw.request({ type: CMD.READ, offset: 4, length: 4 });
+    raw.halfClose();
+    await until(() => from.provider.unfinished === 1, 'the read is in flight');
+    gate.open();
+    expect((await raw.readReply(4)).data).toEqual(uint32(5));
+    await raw.readToEnd();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toBe('the client left without a disconnect request');
+  });
+
+  test('closing the server does not wait for who hangs in the TLS handshake', async () => {
+    const from = await start('require');
+    const raw = await from.raw();
+    await raw.greet();
+    await raw.option(OPT.STARTTLS);
+    const begun = performance.now();
+    await from.server.close({ graceMs: 20_000 });
+    expect(performance.now() - begun).toBeLessThan(10_000);
+    expect(from.closes[0]?.reason).toBe('the server is shutting down');
   });
 
   test('closing the server finishes what is in flight over TLS', async () => {

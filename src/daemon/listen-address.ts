@@ -22,6 +22,11 @@ export function parseListenAddress(text: string): ListenAddress {
   const rest = text.slice(colon + 1);
   if (scheme === 'unix') return unixAddress(text, rest);
   if (scheme === 'tcp') return tcpAddress(text, rest);
+  if (scheme === 'vsock') {
+    throw new AddressError(
+      `"${text}": vsock is not supported, Node has no such sockets; let socat VSOCK-LISTEN:PORT,fork forward to unix:PATH`,
+    );
+  }
   throw new AddressError(`"${text}" is no listen address; give unix:PATH or tcp:HOST:PORT`);
 }
 

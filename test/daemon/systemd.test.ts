@@ -5,11 +5,14 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { openNotifier, takeInheritedSockets } from '../../src/daemon/systemd.js';
 import { sendDatagram } from '../../src/daemon/socket-calls.js';
-import { BIN, ended, haveCommand, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, ended, haveCommand, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+
+const EXAMPLES = fileURLToPath(new URL('../../examples/systemd', import.meta.url));
 
 const python = haveCommand('python3');
 if (!python) console.log('skipped: python3 not installed, which plays the part of systemd');
@@ -223,6 +226,21 @@ describe('socket activation', () => {
     ]);
     expect((await ended(started.child)).code).toBe(1);
     await waitUntil(() => started.log().includes('"odd" of the socket unit'), 'it says which');
+  });
+});
+
+describe('the example units', () => {
+  const verify = haveCommand('systemd-analyze');
+  if (!verify) console.log('skipped: systemd-analyze not installed, which checks unit files');
+  (verify ? test : test.skip)('are what systemd understands', async () => {
+    const directory = temporaryDirectory();
+    const units = ['sheepgate.service', 'sheepgate.socket'].map((name) => {
+      const text = fs.readFileSync(path.join(EXAMPLES, name), 'utf8').replaceAll('/usr/bin/sheepgate', '/bin/true');
+      fs.writeFileSync(path.join(directory, name), text);
+      return path.join(directory, name);
+    });
+    const checked = await run('systemd-analyze', ['verify', '--man=no', ...units]);
+    expect(checked.stderr.split('\n').filter((line) => line.includes('sheepgate'))).toEqual([]);
   });
 });
 
