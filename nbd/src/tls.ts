@@ -114,7 +114,8 @@ export function acceptTls(
       const byKey = isByPreSharedKey(secure);
       resolve({ socket: secure, identity: identityOf(secure, byKey ? pskUser : undefined) });
     });
-    socket.once('close', () => reject(new Error('the client left')));
+    // Later than what tlsClientError says of it: Node closes the socket first and then tells why.
+    socket.once('close', () => setImmediate(reject, new Error('the client left')));
     // Half a connection is enough for requests, not for a handshake: with this, a client that leaves in the middle of it
     // ends it. Without, Node goes on waiting for bytes that cannot come.
     socket.allowHalfOpen = false;

@@ -195,9 +195,13 @@ describe('certificates', () => {
     await connected.read(0, 512);
   });
 
-  for (const [what, certificate] of [
-    ['no certificate', (): undefined => undefined],
-    ['a certificate of another authority', (): Pair => stranger],
+  for (const [what, certificate, reason] of [
+    ['no certificate', (): undefined => undefined, /^the TLS handshake failed: peer did not return a certificate$/],
+    [
+      'a certificate of another authority',
+      (): Pair => stranger,
+      /^the TLS handshake failed: the client's certificate: UNABLE_TO_/,
+    ],
   ] as const) {
     test(`a client with ${what} gets nothing, and the reason is told`, async () => {
       const from = await start('require', { verifyPeer: true, authorities: authority.chain });
@@ -209,7 +213,7 @@ describe('certificates', () => {
       );
       expect(['TLS_FAILED', 'CLOSED']).toContain(error.code);
       await until(() => from.closes.length === 1, 'the connection is over');
-      expect(from.closes[0]?.reason).toMatch(/^the TLS handshake failed: /);
+      expect(from.closes[0]?.reason).toMatch(reason);
       expect(from.opens).toEqual([]);
     });
   }
@@ -547,6 +551,25 @@ describe('the client', () => {
     const plain = await NbdClient.connect({ host: '127.0.0.1', port: from.port });
     onTestFinished(() => plain.destroy());
     expect((await failure(plain.go('disk'))).code).toBe('TLS_REQUIRED');
+  });
+
+  test('and the server speak TLS over any stream, not only over sockets', async () => {
+    const from = await start('require');
+    const { duplexPair } = await import('./duplex-pair.js');
+    const pair = duplexPair();
+    from.server.serveConnection(pair.server, { peer: { transport: 'tcp', address: '192.0.2.1:7', host: '192.0.2.1' } });
+    const connected = await NbdClient.connect({
+      socket: pair.client,
+      tls: { authorities: authority.chain, serverName: 'disks.example' },
+    });
+    onTestFinished(() => connected.destroy());
+    await connected.go('disk');
+    const data = randomBytes(300_000);
+    await connected.write(4096, data);
+    expect((await connected.read(4096, data.length)).equals(data)).toBe(true);
+    await connected.disconnect();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]).toMatchObject({ reason: 'the client disconnected', peer: { host: '192.0.2.1' } });
   });
 
   test('half a connection is enough to be answered, over TLS, too', async () => {

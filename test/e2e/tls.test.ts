@@ -184,6 +184,30 @@ describe('certificates', () => {
   });
 });
 
+describe('revocation', () => {
+  needs('nbdinfo')('a revoked client certificate stays out from the reload of ca-crl.pem on', async () => {
+    const directory = temporaryDirectory();
+    const authority = await Authority.make(path.join(directory, 'ca'));
+    const own = path.join(directory, 'server');
+    await authority.sign('server', 'localhost', own, 'DNS:localhost');
+    const [good, bad] = [path.join(directory, 'good'), path.join(directory, 'bad')];
+    await authority.sign('client', 'good', good);
+    const revoked = await authority.sign('client', 'bad', bad);
+    await authority.revoke([], path.join(own, 'ca-crl.pem'));
+    const daemon = await startDaemon({
+      args: [...tcp, '--tls', 'require', '--tls-certificates', own, '--tls-verify-peer'],
+    });
+    for (const each of [good, bad]) await ok('nbdinfo', ['--size', nbds(daemon, each)]);
+    await authority.revoke([revoked.cert], path.join(own, 'ca-crl.pem'));
+    daemon.child.kill('SIGHUP');
+    await waitUntil(() => daemon.log().includes('"msg":"reloaded"'), 'the list is taken');
+    await ok('nbdinfo', ['--size', nbds(daemon, good)]);
+    refused(await run('nbdinfo', ['--size', nbds(daemon, bad)]));
+    await waitUntil(() => daemon.log().includes('CERT_REVOKED'), 'the reason is in the log');
+    expect((await daemon.stop()).code).toBe(0);
+  });
+});
+
 describe('pre-shared keys', () => {
   needs('nbdcopy', 'nbdinfo')('nbdcopy uses nbds+unix with a key, and a wrong key or user stays out', async () => {
     const daemon = await startDaemon({ args: [...tcp, '--tls-psk', keys] });

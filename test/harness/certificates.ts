@@ -38,6 +38,21 @@ export class Authority {
     return authority;
   }
 
+  /** Write the list of revoked certificates, with these on it, to `file`. */
+  async revoke(certificates: readonly string[], file: string): Promise<void> {
+    const place = (name: string): string => path.join(this.directory, name);
+    fs.writeFileSync(place('index.txt'), '');
+    fs.writeFileSync(place('crlnumber'), '01\n');
+    fs.writeFileSync(
+      place('ca.conf'),
+      `[ca]\ndefault_ca=one\n[one]\ndatabase=${place('index.txt')}\ncrlnumber=${place('crlnumber')}\n` +
+        `default_md=sha256\ndefault_crl_days=30\n`,
+    );
+    const ca = ['ca', '-config', place('ca.conf'), '-keyfile', this.#key, '-cert', this.cert];
+    for (const certificate of certificates) await openssl(...ca, '-revoke', certificate);
+    await openssl(...ca, '-gencrl', '-out', file);
+  }
+
   /** `directory`/`role`-cert.pem and -key.pem beside a copy of ca-cert.pem. */
   async sign(role: 'server' | 'client', commonName: string, directory: string, names = ''): Promise<Signed> {
     fs.mkdirSync(directory, { recursive: true });
