@@ -3,6 +3,8 @@
  * lengths and nothing of the wire. Methods may answer synchronously or later: the request loop awaits only promises.
  */
 
+import type { TlsIdentity } from './tls.js';
+
 export type Awaitable<T> = T | Promise<T>;
 
 /** How an export looks to a client for the life of one connection. Sizes in bytes. */
@@ -103,11 +105,26 @@ export class DeviceError extends Error {
   }
 }
 
+/** The process at the other end of a unix socket, as the kernel knows it (SO_PEERCRED). */
+export interface PeerCredentials {
+  readonly pid: number;
+  readonly uid: number;
+  readonly gid: number;
+  /** Supplementary groups, if they are known. */
+  readonly groups?: readonly number[];
+}
+
 /** Who is asking, for logs and authorisation. */
 export interface Peer {
   readonly transport: 'tcp' | 'unix' | 'internal';
   /** "127.0.0.1:4242", or the socket path for unix peers. */
   readonly address: string;
+  /** The IP address alone, for tcp peers; IPv4 always in its own form. */
+  readonly host?: string;
+  /** For unix peers, if the embedding program can ask the kernel. */
+  readonly credentials?: PeerCredentials;
+  /** What a TLS handshake has proven; undefined while the connection is in the clear. */
+  readonly tls?: TlsIdentity;
 }
 
 export interface ExportInfo {
@@ -115,10 +132,13 @@ export interface ExportInfo {
   readonly description: string;
 }
 
-/** Why an export was not opened; `UNKNOWN` and `POLICY` become NBD_REP_ERR_UNKNOWN and _POLICY. */
+/**
+ * Why an export was not opened; `UNKNOWN` and `POLICY` become NBD_REP_ERR_UNKNOWN and _POLICY. `TLS_REQUIRED`: it may be
+ * opened over TLS; only for a server that offers TLS and a peer that has not begun it.
+ */
 export class ExportError extends Error {
   constructor(
-    readonly code: 'UNKNOWN' | 'POLICY' | 'SHUTDOWN' | 'FAILED',
+    readonly code: 'UNKNOWN' | 'POLICY' | 'TLS_REQUIRED' | 'SHUTDOWN' | 'FAILED',
     message: string,
     options?: ErrorOptions,
   ) {

@@ -15,11 +15,21 @@ export class ByteReader {
   private wake: (() => void) | undefined;
   private isPaused = false;
 
-  constructor(private readonly socket: Duplex) {}
+  constructor(private socket: Duplex) {}
 
   /** Bytes that arrived and were not read yet. */
   get unread(): number {
     return this.available;
+  }
+
+  /**
+   * The bytes to come are another stream's, the one under which the old one goes on encrypted. What came in the clear
+   * before and was not read must never be taken for it.
+   */
+  moveTo(socket: Duplex): void {
+    if (this.available > 0) throw new Error('byte-reader: bytes of the old stream are left');
+    this.socket = socket;
+    this.isPaused = false;
   }
 
   feed(chunk: Buffer): void {

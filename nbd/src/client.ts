@@ -9,6 +9,7 @@ import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from './block-device.js';
 import { ByteReader } from './byte-reader.js';
 import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './client-replies.js';
+import { connectTls, type ClientTls } from './tls.js';
 import {
   CMD,
   CMD_FLAG,
@@ -47,6 +48,8 @@ export type ClientOptions = (
 ) & {
   /** The kind of replies to insist on. By default the best the server has: extended, else structured, else simple. */
   readonly replies?: ReplyLevel;
+  /** Go on over TLS only: a server that will not, or that does not prove itself, is refused. */
+  readonly tls?: ClientTls;
 };
 
 /** What a server says of an export. Sizes in bytes. */
@@ -73,7 +76,7 @@ export interface ExportDetails {
 
 /**
  * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
- * option; PROTOCOL if the server does not speak NBD; CLOSED if the connection is gone or in the wrong phase.
+ * option; TLS_FAILED if TLS was asked for and could not be had; PROTOCOL if the server does not speak NBD; CLOSED if the connection is gone or in the wrong phase.
  */
 export type NbdClientErrorCode =
   | DeviceErrorCode
@@ -82,6 +85,7 @@ export type NbdClientErrorCode =
   | 'UNSUPPORTED'
   | 'INVALID'
   | 'TLS_REQUIRED'
+  | 'TLS_FAILED'
   | 'REFUSED'
   | 'PROTOCOL'
   | 'CLOSED';
@@ -150,7 +154,7 @@ export class NbdClient {
   private canFilterContexts = false;
   private readonly socketGone: Promise<void>;
 
-  private constructor(private readonly socket: Duplex) {
+  private constructor(private socket: Duplex) {
     this.reader = new ByteReader(socket);
     this.socketGone = new Promise((resolve) => {
       socket.once('close', () => {
@@ -158,22 +162,29 @@ export class NbdClient {
         resolve();
       });
     });
+    this.listen(socket);
+  }
+
+  private listen(socket: Duplex): void {
     socket.on('data', this.onOptionData);
     socket.on('error', (error) => {
       this.fail(new NbdClientError('CLOSED', `the connection failed: ${error.message}`, { cause: error }));
     });
-    socket.on('end', () => {
-      this.fail(new NbdClientError('CLOSED', 'the server closed the connection'));
-      // A socket that was handed over may allow half-open connections and would stay.
-      socket.end(() => socket.destroy());
-    });
+    socket.on('end', this.onEnd);
     // Whoever handed it over may have paused it.
     socket.resume();
   }
 
+  private readonly onEnd = (): void => {
+    const { socket } = this;
+    this.fail(new NbdClientError('CLOSED', 'the server closed the connection'));
+    // A socket that was handed over may allow half-open connections and would stay.
+    socket.end(() => socket.destroy());
+  };
+
   /**
    * Connect and exchange greetings; next is list(), info() or go().
-   * @throws NbdClientError CLOSED if there is no connection, PROTOCOL if the peer is no fixed-newstyle NBD server
+   * @throws NbdClientError TLS_FAILED if `tls` was asked for and could not be had, CLOSED if there is no connection, PROTOCOL if the peer is no fixed-newstyle NBD server
    */
   static async connect(options: ClientOptions): Promise<NbdClient> {
     const client = new NbdClient('socket' in options ? options.socket : await connectSocket(options));
@@ -181,6 +192,7 @@ export class NbdClient {
     client.wantedLevel = options.replies;
     try {
       await client.greet();
+      if (options.tls !== undefined) await client.startTls(options.tls, 'host' in options ? options.host : 'localhost');
     } catch (error) {
       client.socket.destroy();
       throw error;
@@ -408,6 +420,26 @@ export class NbdClient {
       if (name === undefined) throw this.protocolError('a malformed meta context');
       return { id: data.readUInt32BE(0), name };
     });
+  }
+
+  /** The next bytes are under TLS, or there are none: from the first doubt on nothing more is sent. */
+  private async startTls(tls: ClientTls, host: string): Promise<void> {
+    const plain = this.socket;
+    try {
+      await this.option(OPT.STARTTLS, Buffer.alloc(0));
+      plain.off('data', this.onOptionData);
+      plain.off('end', this.onEnd);
+      plain.pause();
+      // Nothing may follow the acknowledgement in the clear.
+      if (this.reader.unread > 0) throw new Error('bytes in the clear after the acknowledgement of NBD_OPT_STARTTLS');
+      this.socket = await connectTls(plain, tls, host);
+    } catch (error) {
+      plain.destroy();
+      const why = `no TLS with the server, which was asked for: ${(error as Error).message}`;
+      throw new NbdClientError('TLS_FAILED', why, { cause: error });
+    }
+    this.reader.moveTo(this.socket);
+    this.listen(this.socket);
   }
 
   /** Send an option; its replies up to the acknowledgement. Throws what an error reply says. */

@@ -11,6 +11,7 @@ import { ByteReader } from './byte-reader.js';
 import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
 import type { Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
 import { Transmission, type TransmissionHost } from './transmission.js';
 
 export interface ConnectionOptions {
@@ -23,13 +24,17 @@ export interface ConnectionOptions {
   readonly limits: Limits;
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
+  /** Undefined: this peer is not offered TLS. */
+  readonly tls?: ServerTls;
 }
 
 export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost {
   readonly id: number;
-  readonly peer: Peer;
+  peer: Peer;
   readonly openedAt = Date.now();
-  readonly socket: Duplex;
+  /** What bytes are read from and written to; under TLS not the one that was accepted. */
+  socket: Duplex;
+  readonly tlsMode: TlsMode | undefined;
   readonly provider: ExportProvider;
   readonly limits: Limits;
   readonly observer: ServerObserver;
@@ -43,8 +48,13 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private transmission: Transmission | undefined;
   private device: BlockDevice | undefined;
   private isClosing = false;
+  private isInTlsHandshake = false;
   private reason: string | undefined;
   private lingerTimer: NodeJS.Timeout | undefined;
+  private idleTimer: NodeJS.Timeout | undefined;
+  /** performance.now() when the client was last heard or answered. */
+  private lastActiveAt = 0;
+  private readonly tls: ServerTls | undefined;
   private readonly socketGone: Promise<void>;
 
   constructor(options: ConnectionOptions) {
@@ -55,6 +65,9 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.limits = options.limits;
     this.observer = options.observer;
     this.pool = options.pool;
+    this.tls = options.tls;
+    // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
+    this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
     this.socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
@@ -104,6 +117,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
+      if (this.isInTlsHandshake) this.abort(reason);
       return;
     }
     this.transmission.refuseNewRequests();
@@ -124,6 +138,31 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     return new Promise((resolve, reject) => {
       this.socket.write(bytes, (error) => (error ? reject(error) : resolve()));
     });
+  }
+
+  async startTls(acknowledgement: Buffer): Promise<void> {
+    const { tls, socket: plain } = this;
+    if (tls === undefined) throw new Error('connection: TLS without keys');
+    // From here nobody reads the socket: what comes before TLS has taken it over is TLS's to judge.
+    plain.off('data', this.onHandshakeData);
+    plain.off('end', this.onEnd);
+    plain.pause();
+    await this.send(acknowledgement);
+    let accepted: Awaited<ReturnType<typeof acceptTls>>;
+    try {
+      this.isInTlsHandshake = true;
+      accepted = await acceptTls(plain, tls.material());
+    } catch (error) {
+      throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
+    } finally {
+      this.isInTlsHandshake = false;
+    }
+    this.socket = accepted.socket;
+    this.peer = { ...this.peer, tls: accepted.identity };
+    this.reader.moveTo(this.socket);
+    this.socket.on('data', this.onHandshakeData);
+    this.socket.on('end', this.onEnd);
+    this.socket.on('error', this.onError);
   }
 
   async open(name: string): Promise<OpenExport> {
@@ -203,11 +242,27 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName });
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
+    if (this.limits.idleTimeoutMs > 0) {
+      this.lastActiveAt = performance.now();
+      this.waitForIdleness(this.limits.idleTimeoutMs);
+    }
     if (this.socket.readableEnded) this.onEnd();
     else if (this.isShuttingDown) {
       transmission.refuseNewRequests();
       this.endWhenIdle('the server is shutting down');
     }
+  }
+
+  /** One timer that looks again, instead of one that every request restarts. */
+  private waitForIdleness(delayMs: number): void {
+    const { idleTimeoutMs } = this.limits;
+    this.idleTimer = setTimeout(() => {
+      if (this.isClosing) return;
+      if (this.inFlight > 0) this.lastActiveAt = performance.now();
+      const left = this.lastActiveAt + idleTimeoutMs - performance.now();
+      if (left > 0) this.waitForIdleness(left);
+      else this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
+    }, delayMs);
   }
 
   private requestsFinished(): Promise<void> {
@@ -228,10 +283,18 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.reason ??= reason;
     this.isClosing = true;
     this.transmission?.stopListening();
-    if (this.socket.destroyed || this.lingerTimer !== undefined) return;
-    this.lingerTimer = setTimeout(() => this.socket.destroy(), this.limits.lingerMs);
-    // The callback comes when the last byte is with the kernel.
-    this.socket.end(() => this.socket.destroy());
+    const { socket } = this;
+    if (socket.destroyed || this.lingerTimer !== undefined) return;
+    this.lingerTimer = setTimeout(() => socket.destroy(), this.limits.lingerMs);
+    // Read on, to the client's own end, and throw it away: a TCP socket that is closed with input unread, or that gets
+    // some afterwards, sends a reset, and the client may lose the replies it has not read yet.
+    const closeIfBothEnded = (): void => {
+      if (socket.writableFinished && socket.readableEnded) socket.destroy();
+    };
+    socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
+    socket.on('end', closeIfBothEnded);
+    socket.resume();
+    socket.end(closeIfBothEnded);
   }
 
   private describeFailure(error: unknown): string {
@@ -241,7 +304,10 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   private readonly onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
 
-  private readonly onRequestData = (chunk: Buffer): void => this.transmission?.feed(chunk);
+  private readonly onRequestData = (chunk: Buffer): void => {
+    if (this.idleTimer !== undefined) this.lastActiveAt = performance.now();
+    this.transmission?.feed(chunk);
+  };
 
   private readonly onEnd = (): void => {
     if (this.transmission === undefined) {
@@ -261,6 +327,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly onClose = (): void => {
     this.isClosing = true;
     clearTimeout(this.lingerTimer);
+    clearTimeout(this.idleTimer);
     this.reader.fail(new Error('the client vanished'));
     this.transmission?.socketClosed();
   };

@@ -14,6 +14,7 @@ import {
 } from './block-device.js';
 import type { ByteReader } from './byte-reader.js';
 import type { Limits } from './limits.js';
+import type { TlsMode } from './tls.js';
 import {
   answerMetaContextOption,
   answerReplyOption,
@@ -54,6 +55,10 @@ export interface HandshakeHost {
   readonly limits: Limits;
   readonly reader: ByteReader;
   readonly isShuttingDown: boolean;
+  /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
+  readonly tlsMode: TlsMode | undefined;
+  /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
+  startTls(acknowledgement: Buffer): Promise<void>;
   /** Resolves when the socket has taken the bytes; fails when it is gone. */
   send(bytes: Buffer): Promise<void>;
   /** Open an export; from then on the connection sees to its closing. */
@@ -78,6 +83,9 @@ export type HandshakeOutcome =
     }
   | { readonly next: 'close'; readonly reason: string };
 
+/** First two bytes of a TLS connection: a handshake record of TLS 1.0, whatever version is meant. */
+const TLS_RECORD = 0x1603;
+
 /** The client broke a MUST, or asked for what can only be refused by closing: the connection ends at once. */
 export class HandshakeError extends Error {
   constructor(message: string) {
@@ -97,13 +105,16 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   const clientFlags = (await reader.read(CLIENT_FLAGS_SIZE)).readUInt32BE(0);
   // "the server MUST drop the TCP connection if the client sets an unknown flag"
   if ((clientFlags & ~(HANDSHAKE_FLAG.FIXED_NEWSTYLE | HANDSHAKE_FLAG.NO_ZEROES)) !== 0) {
+    if (clientFlags >>> 16 === TLS_RECORD) {
+      throw new HandshakeError('the client speaks TLS from its first byte; in NBD it begins with NBD_OPT_STARTTLS');
+    }
     throw new HandshakeError(`unknown client flags 0x${clientFlags.toString(16)}`);
   }
-  const negotiated = beginNegotiation({
+  const flags = {
     fixedNewstyle: (clientFlags & HANDSHAKE_FLAG.FIXED_NEWSTYLE) !== 0,
     noZeroes: (clientFlags & HANDSHAKE_FLAG.NO_ZEROES) !== 0,
-    tls: false,
-  });
+  };
+  let negotiated = beginNegotiation({ ...flags, tls: false });
 
   for (let count = 0; count < limits.maxOptionsPerHandshake; count++) {
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
@@ -120,6 +131,12 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     if (!negotiated.fixedNewstyle && option !== OPT.EXPORT_NAME) {
       throw new HandshakeError(`option ${option} from a client without fixed newstyle`);
     }
+    if (host.tlsMode === 'require' && !negotiated.tls && option !== OPT.STARTTLS && option !== OPT.ABORT) {
+      if (option === OPT.EXPORT_NAME) return { next: 'close', reason: 'an export was asked for without TLS' };
+      await reader.skip(length);
+      await reply(host, option, REP.ERR_TLS_REQD, 'this server speaks with you over TLS only');
+      continue;
+    }
     if (length > limits.maxOptionBytes) {
       if (option === OPT.EXPORT_NAME) throw new HandshakeError(`an export name of ${length} bytes`);
       await reader.skip(length);
@@ -127,10 +144,35 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
       continue;
     }
     const data = await reader.read(length);
+    if (option === OPT.STARTTLS) {
+      // "the server MUST NOT preserve any negotiation state … issued before this command"
+      if (await answerStartTls(host, negotiated, data)) negotiated = beginNegotiation({ ...flags, tls: true });
+      continue;
+    }
     const outcome = await answerOption(host, negotiated, option, data);
     if (outcome !== undefined) return outcome;
   }
   throw new HandshakeError(`more than ${limits.maxOptionsPerHandshake} options`);
+}
+
+/** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
+async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<boolean> {
+  const refuse = (type: number, message: string): Promise<void> => reply(host, OPT.STARTTLS, type, message);
+  if (host.tlsMode === undefined) {
+    await refuse(REP.ERR_UNSUP, 'this server has no TLS');
+  } else if (host.tlsMode === 'off') {
+    await refuse(REP.ERR_POLICY, 'TLS is switched off on this server');
+  } else if (negotiated.tls) {
+    await refuse(REP.ERR_INVALID, 'TLS has begun already');
+  } else if (data.length > 0) {
+    await refuse(REP.ERR_INVALID, 'NBD_OPT_STARTTLS takes no data');
+  } else {
+    // A client waits for the answer: what is here already came from somebody who wants it taken for the client's, later.
+    if (host.reader.unread > 0) throw new HandshakeError('bytes in the clear after NBD_OPT_STARTTLS');
+    await host.startTls(encodeOptionReply(OPT.STARTTLS, REP.ACK));
+    return true;
+  }
+  return false;
 }
 
 /** Answer one option; undefined if haggling goes on. */
@@ -340,6 +382,7 @@ function refusal(host: HandshakeHost, error: unknown): { readonly type: number; 
   const type = {
     UNKNOWN: REP.ERR_UNKNOWN,
     POLICY: REP.ERR_POLICY,
+    TLS_REQUIRED: REP.ERR_TLS_REQD,
     SHUTDOWN: REP.ERR_SHUTDOWN,
     FAILED: REP.ERR_UNKNOWN,
   };

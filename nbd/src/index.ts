@@ -9,6 +9,7 @@ export type {
   ExtentSink,
   Geometry,
   Peer,
+  PeerCredentials,
   ZeroMode,
 } from './block-device.js';
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
@@ -20,10 +21,12 @@ export type {
   ConnectionCloseEvent,
   ConnectionInfo,
   ConnectionOpenEvent,
+  ConnectionRefusedEvent,
   RequestEvent,
   ServerObserver,
 } from './observer.js';
 export { NbdClient, NbdClientError } from './client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client.js';
 export type { Extent, ReplyLevel } from './client-replies.js';
+export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './tls.js';
 export { MAX_PAYLOAD } from './protocol.js';

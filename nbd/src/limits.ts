@@ -6,6 +6,10 @@
 export interface Limits {
   /** Connections open at the same time; further ones are closed at once. */
   readonly maxConnections: number;
+  /** Of those, connections of one peer: of one address (tcp) or one user (unix). */
+  readonly maxConnectionsPerPeer: number;
+  /** Nothing asked and nothing to answer for so long ends a connection, milliseconds; 0: never. */
+  readonly idleTimeoutMs: number;
   /** From accept to the end of option haggling, milliseconds. */
   readonly handshakeTimeoutMs: number;
   /** Options a client may send in one handshake. */
@@ -28,6 +32,9 @@ export interface Limits {
 
 export const DEFAULT_LIMITS: Limits = {
   maxConnections: 1024,
+  maxConnectionsPerPeer: Infinity,
+  // A disk may be mounted and quiet for days.
+  idleTimeoutMs: 0,
   handshakeTimeoutMs: 30_000,
   // `nbdinfo --list` asks a handful of options per export on one connection.
   maxOptionsPerHandshake: 4096,

@@ -44,6 +44,12 @@ export interface ConnectionCloseEvent {
   readonly durationMs: number;
 }
 
+export interface ConnectionRefusedEvent {
+  readonly peer: Peer;
+  /** In words, for a log: which bound was reached. */
+  readonly reason: string;
+}
+
 export interface RequestEvent {
   readonly id: number;
   /** NBD_CMD_* number. */
@@ -62,6 +68,8 @@ export interface ServerObserver {
   onConnectionOpen?(event: ConnectionOpenEvent): void;
   /** A connection is over, its device is closed. Called for every connection, also one that chose no export. */
   onConnectionClose?(event: ConnectionCloseEvent): void;
+  /** A connection was closed as soon as it came: there are too many. */
+  onConnectionRefused?(event: ConnectionRefusedEvent): void;
   /** Every request, for debugging. Costs nothing while it is not set. */
   onRequest?(event: RequestEvent): void;
   /** A device or provider threw something that is neither a DeviceError nor an ExportError: a bug, answered EIO. */

@@ -7,11 +7,12 @@ import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { isMainThread } from 'node:worker_threads';
-import type { ExportProvider, Peer } from './block-device.js';
+import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
 import { BufferPool } from './buffer-pool.js';
 import { Connection } from './connection.js';
 import { DEFAULT_LIMITS, type Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import type { ServerTls } from './tls.js';
 
 export interface ServerOptions {
   readonly provider: ExportProvider;
@@ -19,11 +20,24 @@ export interface ServerOptions {
   readonly observer?: ServerObserver;
   /** Bounds other than DEFAULT_LIMITS. */
   readonly limits?: Partial<Limits>;
+  /** TLS for connections of listeners. Internal peers are never offered it: who hands a stream over answers for it. */
+  readonly tls?: ServerTls;
+  /** Asks the kernel who is at the other end of a unix socket; undefined if it will not say. */
+  readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
 }
 
-/** Where to listen: a unix socket, with the permissions of its file, or a TCP address (port 0: any free one). */
+/**
+ * Where to listen: a unix socket, with the permissions of its file, a TCP address (port 0: any free one), or a
+ * descriptor of a socket of either kind that listens already (socket activation).
+ */
 export type ListenOptions =
-  { readonly path: string; readonly mode?: number } | { readonly host: string; readonly port: number };
+  | { readonly path: string; readonly mode?: number }
+  | { readonly host: string; readonly port: number }
+  | {
+      readonly fd: number;
+      /** The path of a unix socket, which Node cannot find out. */
+      readonly path?: string;
+    };
 
 /** Where a server listens. */
 export type BoundAddress =
@@ -48,11 +62,17 @@ export const DEFAULT_GRACE_MS = 10_000;
 const FORCED_CLOSE_WAIT_MS = 1_000;
 /** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
 const LISTEN_BACKLOG = 511;
+/** After so long without a word a TCP peer is asked whether it is still there; it is given up after ten more seconds. */
+const KEEP_ALIVE_DELAY_MS = 60_000;
 
 export class NbdServer {
   private readonly provider: ExportProvider;
   private readonly observer: ServerObserver;
   private readonly limits: Limits;
+  private readonly tls: ServerTls | undefined;
+  private readonly peerCredentials: ServerOptions['peerCredentials'];
+  /** Open connections by who made them; see peerKey. */
+  private readonly openOf = new Map<string, number>();
   private readonly pool = new BufferPool();
   private readonly listeners = new Set<net.Server>();
   private readonly open = new Map<number, Connection>();
@@ -63,7 +83,9 @@ export class NbdServer {
   constructor(options: ServerOptions) {
     this.provider = options.provider;
     this.observer = options.observer ?? {};
-    this.limits = { ...DEFAULT_LIMITS, ...options.limits };
+    this.limits = withDefaults(options.limits);
+    this.tls = options.tls;
+    this.peerCredentials = options.peerCredentials;
   }
 
   /** The connections open now, by id: `size` counts them, iterating tells about them. */
@@ -79,9 +101,18 @@ export class NbdServer {
   async listen(options: ListenOptions): Promise<BoundAddress> {
     if (this.isClosed) throw new ListenError('CLOSED', 'the server is closed');
     // Half-open: a client that has sent its last request and shut its side down still gets its answers.
-    const listener = net.createServer({ allowHalfOpen: true, noDelay: true });
-    listener.on('connection', (socket) => this.serveConnection(socket, { peer: peerOf(socket, options) }));
-    const bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
+    const listener = net.createServer({
+      allowHalfOpen: true,
+      noDelay: true,
+      keepAlive: true,
+      keepAliveInitialDelay: KEEP_ALIVE_DELAY_MS,
+    });
+    let bound: BoundAddress;
+    listener.on('connection', (socket) =>
+      this.serveConnection(socket, { peer: this.peerOf(socket, listener, options) }),
+    );
+    if ('fd' in options) bound = await adopt(listener, options);
+    else bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
     if (this.isClosed) {
       listener.close();
       throw new ListenError('CLOSED', 'the server was closed while it began to listen');
@@ -98,16 +129,21 @@ export class NbdServer {
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
   serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
-    if (this.isClosed || this.open.size >= this.limits.maxConnections) {
+    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
+    const key = peerKey(peer);
+    const refusal = this.refusalOf(key);
+    if (refusal !== undefined) {
       socket.on('error', () => undefined);
       socket.destroy();
+      this.observer.onConnectionRefused?.({ peer, reason: refusal });
       return undefined;
     }
     const id = this.nextId++;
     const connection = new Connection({
       id,
       socket,
-      peer: options.peer ?? { transport: 'internal', address: `connection ${id}` },
+      peer,
+      tls: peer.transport === 'internal' ? undefined : this.tls,
       head: options.head,
       provider: this.provider,
       limits: this.limits,
@@ -115,8 +151,40 @@ export class NbdServer {
       pool: this.pool,
     });
     this.open.set(id, connection);
-    void connection.over.then(() => this.open.delete(id));
+    if (key !== undefined) this.openOf.set(key, (this.openOf.get(key) ?? 0) + 1);
+    void connection.over.then(() => {
+      this.open.delete(id);
+      if (key === undefined) return;
+      const left = (this.openOf.get(key) ?? 1) - 1;
+      if (left > 0) this.openOf.set(key, left);
+      else this.openOf.delete(key);
+    });
     return id;
+  }
+
+  /** Why no further connection of this peer is served, or undefined. */
+  private refusalOf(key: string | undefined): string | undefined {
+    const { maxConnections, maxConnectionsPerPeer } = this.limits;
+    if (this.isClosed) return 'the server is closed';
+    if (this.open.size >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
+    if (key !== undefined && (this.openOf.get(key) ?? 0) >= maxConnectionsPerPeer) {
+      return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
+    }
+    return undefined;
+  }
+
+  private peerOf(socket: net.Socket, listener: net.Server, options: ListenOptions): Peer {
+    const address = listener.address();
+    if (address === null || typeof address === 'string') {
+      const credentials = this.peerCredentials?.(socket);
+      return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
+    }
+    const remote = socket.remoteAddress ?? 'unknown';
+    const host =
+      remote.startsWith(IPV4_MAPPED) && net.isIPv4(remote.slice(IPV4_MAPPED.length))
+        ? remote.slice(IPV4_MAPPED.length)
+        : remote;
+    return { transport: 'tcp', address: `${remote}:${socket.remotePort ?? 0}`, host };
   }
 
   /**
@@ -165,9 +233,39 @@ async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> 
   return isDone;
 }
 
-function peerOf(socket: net.Socket, listening: ListenOptions): Peer {
-  if ('path' in listening) return { transport: 'unix', address: listening.path };
-  return { transport: 'tcp', address: `${socket.remoteAddress ?? 'unknown'}:${socket.remotePort ?? 0}` };
+const IPV4_MAPPED = '::ffff:';
+
+/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are not counted. */
+function peerKey(peer: Peer): string | undefined {
+  if (peer.transport === 'internal') return undefined;
+  if (peer.transport === 'tcp') return `host ${peer.host ?? peer.address}`;
+  return peer.credentials === undefined ? `socket ${peer.address}` : `uid ${peer.credentials.uid}`;
+}
+
+/** An option that is there but undefined is one that is not given. */
+function withDefaults(given: Partial<Limits> = {}): Limits {
+  return { ...DEFAULT_LIMITS, ...Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) };
+}
+
+async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {
+  try {
+    await bind(listener, { fd: options.fd });
+  } catch (error) {
+    throw listenError(`descriptor ${options.fd}`, error);
+  }
+  return addressOf(listener, options);
+}
+
+/** Where `listener` listens; Node has no address for unix sockets that it did not bind. */
+function addressOf(listener: net.Server, options: ListenOptions): BoundAddress {
+  const address = listener.address();
+  if (address === null || typeof address === 'string') return { transport: 'unix', path: pathOf(options) };
+  return { transport: 'tcp', host: address.address, port: address.port };
+}
+
+function pathOf(options: ListenOptions): string {
+  if ('path' in options && options.path !== undefined) return options.path;
+  return 'fd' in options ? `descriptor ${options.fd}` : 'unknown';
 }
 
 async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
@@ -177,9 +275,7 @@ async function bindTcp(listener: net.Server, options: { host: string; port: numb
   } catch (error) {
     throw listenError(`${host}:${port}`, error);
   }
-  const address = listener.address();
-  if (address === null || typeof address === 'string') throw new Error('server: a TCP listener without an address');
-  return { transport: 'tcp', host: address.address, port: address.port };
+  return addressOf(listener, options);
 }
 
 async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {
@@ -200,7 +296,7 @@ async function bindUnix(listener: net.Server, options: { path: string; mode?: nu
 
 async function bind(
   listener: net.Server,
-  address: { path: string } | { host: string; port: number },
+  address: { path: string } | { host: string; port: number } | { fd: number },
   mode?: number,
 ): Promise<void> {
   // The file must never be there with wider permissions than asked for. It is created inside listen(), before that

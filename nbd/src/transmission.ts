@@ -121,6 +121,8 @@ export class Transmission {
   private askInterval = 0;
   private isDeaf = false;
   private isRefusing = false;
+  /** Whether input came since the last settling. */
+  private isHeard = false;
   private isSettleScheduled = false;
   private whenIdle: (() => void)[] = [];
   private readonly spare: PendingRequest[] = [];
@@ -147,6 +149,7 @@ export class Transmission {
   /** Bytes from the client, as they came. `chunk` is the transmission's from now on. */
   feed(chunk: Buffer): void {
     if (this.isDeaf) return;
+    this.isHeard = true;
     if (this.held !== undefined) {
       this.held = Buffer.concat([this.held, chunk]);
       return;
@@ -158,6 +161,9 @@ export class Transmission {
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
   refuseNewRequests(): void {
     this.isRefusing = true;
+    // What is held back is refused, too. Not at once: this may be called from inside a request (see onIdle).
+    this.isHeard = true;
+    this.scheduleSettle();
   }
 
   /** Nothing the client sends from now on is looked at. */
@@ -590,6 +596,8 @@ export class Transmission {
   /** Asked before every request: whether this connection has all the work and all the unread replies it may have. */
   private isSaturated(): boolean {
     const { limits } = this.host;
+    // Refusals need no room with the device; and they reach also who had too many replies unread, up to twice as many.
+    if (this.isRefusing) return this.replies.unsentBytes >= 2 * limits.maxUnsentBytes;
     return (
       this.replies.unsentBytes >= limits.maxUnsentBytes ||
       this.inFlight >= limits.maxInFlightRequests ||
@@ -601,7 +609,8 @@ export class Transmission {
   private resume(): void {
     const { held } = this;
     if (held === undefined || this.isDeaf) return;
-    if (this.replies.unsentBytes > this.host.limits.maxUnsentBytes * RESUME_BELOW || this.isSaturated()) return;
+    const isBacklogged = this.replies.unsentBytes > this.host.limits.maxUnsentBytes * RESUME_BELOW;
+    if ((isBacklogged && !this.isRefusing) || this.isSaturated()) return;
     this.held = undefined;
     this.parse(held);
     this.replies.flush();
@@ -626,8 +635,14 @@ export class Transmission {
 
   private tellIfIdle(): void {
     if (this.inFlight > 0 || this.whenIdle.length === 0) return;
-    // A client that half-closed is owed what it asked before; one that is shut out may not hold up the shutdown.
-    if (this.held !== undefined && !this.isRefusing) return;
+    // What was asked is owed an answer, or a refusal; but who is shut out and reads nothing may not hold up the shutdown.
+    if (this.held !== undefined && !(this.isRefusing && this.isSaturated())) return;
+    // Being shut out, a client is heard as long as it goes on asking: until a turn of the loop brings nothing new.
+    if (this.isRefusing && this.isHeard && !this.isDeaf) {
+      this.isHeard = false;
+      this.scheduleSettle();
+      return;
+    }
     const callbacks = this.whenIdle;
     this.whenIdle = [];
     for (const callback of callbacks) callback();

@@ -4,11 +4,13 @@ import { pino } from 'pino';
 import type { DaemonConfiguration } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import { defaultListeners } from '../daemon/places.js';
+import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { printJson, printLine } from './output.js';
+import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
 
-interface ServeOptions extends CommonOptions {
+interface ServeOptions extends CommonOptions, PeerOptions {
   readonly listen?: readonly ListenAddress[];
   readonly create?: readonly NewVdi[];
   readonly socketMode?: number;
@@ -46,10 +48,11 @@ export function serveCommand(): Command {
     .addHelpText(
       'after',
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
-        'second one ends at once.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
+        'second one ends at once; SIGHUP reads TLS keys and the access file again. Started by a systemd socket unit, it\n' +
+        'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
         '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809',
     );
-  return withCommonOptions(command).action(serve);
+  return withCommonOptions(withPeerOptions(command)).action(serve);
 }
 
 async function serve(options: ServeOptions): Promise<void> {
@@ -58,32 +61,69 @@ async function serve(options: ServeOptions): Promise<void> {
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
     pino.destination({ dest: 2, sync: true }),
   );
+  const reloads = hangups();
+  const inherited = takeInheritedSockets();
+  const listeners = options.listen ?? (inherited.length > 0 ? [] : defaultListeners().map(parseListenAddress));
   const configuration: DaemonConfiguration = {
+    ...peerConfiguration(options),
     store: place.store,
     control: place.control,
-    listeners: options.listen ?? defaultListeners().map(parseListenAddress),
+    listeners,
+    inherited,
     socketMode: options.socketMode,
     create: options.create ?? [],
     debug: options.debug ?? false,
     version: version(),
   };
   const { startDaemon } = await import('../daemon/daemon.js');
+  const { sendDatagram } = await import('../daemon/socket-calls.js');
+  const notifier = openNotifier({ send: sendDatagram, onFailure: (message) => log.warn(message) });
   const daemon = await startDaemon(configuration, log);
-  const listeners = daemon.listeners.map(formatListenAddress);
-  log.info({ store: daemon.store, listeners, control: daemon.control, pid: process.pid }, 'ready');
+  const addresses = daemon.listeners.map(formatListenAddress);
+  const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
+  log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
+  // Before anybody is told that we are ready: the one who waits for that may stop us at once.
+  const stopSignal = firstSignal();
   if (options.json) {
     const { store, control, uris } = daemon;
-    printJson({ event: 'ready', store, control, listeners, uris });
+    printJson({ event: 'ready', store, control, listeners: addresses, uris });
   } else {
     printLine(`serving ${daemon.store}`);
     for (const uri of daemon.uris) printLine(`  ${uri}`);
     printLine("'sheepgate vdi list' shows the VDIs, Ctrl-C stops");
   }
 
-  const signal = await firstSignal();
+  notifier.ready(status);
+  reloads.serve(() => {
+    notifier.reloading();
+    daemon.reload();
+    notifier.ready(status);
+  });
+
+  const signal = await stopSignal;
+  reloads.serve(() => undefined);
   log.info({ signal }, 'stopping');
+  notifier.stopping();
   await daemon.stop();
+  notifier.close();
   log.info('stopped');
+}
+
+/** SIGHUP from the first moment on, so that one that comes while we start is served late instead of ending us. */
+function hangups(): { serve(reload: () => void): void } {
+  let isWaiting = false;
+  let reload: (() => void) | undefined;
+  process.on('SIGHUP', () => {
+    if (reload === undefined) isWaiting = true;
+    else reload();
+  });
+  return {
+    serve(action) {
+      reload = action;
+      if (isWaiting) action();
+      isWaiting = false;
+    },
+  };
 }
 
 /** The signal that asks to stop; from then on the next one ends the process at once. */

@@ -4,7 +4,7 @@
  */
 import path from 'node:path';
 import type { Logger } from 'pino';
-import { ListenError, NbdServer, type ConnectionInfo, type Peer } from 'nbd-server-ts';
+import { ListenError, NbdServer, type ConnectionInfo, type Limits, type Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
@@ -12,7 +12,10 @@ import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from 
 import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { controlSocketOf, makeSocketDirectory } from './places.js';
+import { Security, type SecurityConfiguration } from './security.js';
+import { boundAddress, peerCredentials } from './socket-calls.js';
 import { socketState } from './stale-socket.js';
+import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */
 const STOP_GRACE_MS = 10_000;
@@ -26,6 +29,13 @@ export interface DaemonConfiguration {
   /** By default in the store. */
   readonly control?: string;
   readonly listeners: readonly ListenAddress[];
+  /** Sockets that listen already, from systemd. */
+  readonly inherited?: readonly InheritedSocket[];
+  readonly security?: SecurityConfiguration;
+  /** Listen in the clear also where others than this machine can reach it. */
+  readonly allowPlaintext?: boolean;
+  /** Bounds other than the NBD server's own. */
+  readonly limits?: Partial<Limits>;
   /** By default DEFAULT_SOCKET_MODE. */
   readonly socketMode?: number;
   /** VDIs to make if they do not exist. */
@@ -42,6 +52,8 @@ export interface Daemon {
   readonly listeners: readonly ListenAddress[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
+  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. */
+  reload(): void;
   /** Take no more connections, finish the requests in flight, flush, and let go of the store. */
   stop(): Promise<void>;
 }
@@ -50,6 +62,9 @@ export interface Daemon {
 export async function startDaemon(configuration: DaemonConfiguration, log: Logger): Promise<Daemon> {
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
+  const security = new Security(configuration.security ?? {}, log);
+  const isTlsRequired = security.tls?.mode === 'require';
+  if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   const operations = await whileLocked(async () => {
     await refuseSecondDaemon(configuration.store);
     return openDirectly({ store: configuration.store, log: (line, details) => log.warn(details ?? {}, line) });
@@ -58,12 +73,16 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const nbd = new NbdServer({
-    provider: operations.exports,
+    provider: security.guard(operations.exports),
+    tls: security.tls,
+    limits: configuration.limits,
+    peerCredentials,
     observer: {
       onConnectionOpen: ({ id, peer, exportName }) =>
-        log.info({ connection: id, peer: labelOf(peer), export: exportName }, 'connection open'),
+        log.info({ connection: id, ...identityOf(peer), export: exportName }, 'connection open'),
+      onConnectionRefused: ({ peer, reason }) => log.warn({ ...identityOf(peer), reason }, 'connection refused'),
       onConnectionClose: ({ id, peer, exportName, ...counted }) => {
-        log.info({ connection: id, peer: labelOf(peer), export: exportName, ...counted }, 'connection closed');
+        log.info({ connection: id, ...identityOf(peer), export: exportName, ...counted }, 'connection closed');
         if (peer.transport === 'internal') sessionEnds.get(peer.address)?.();
       },
       onDeviceError: (error, context) => log.error({ err: error, ...context }, 'request failed'),
@@ -103,12 +122,18 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     for (const { name, size } of configuration.create) await createIfMissing(operations, name, size, log);
     for (const address of configuration.listeners) {
       listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
-      if (!isLocalOnly(address)) {
-        log.warn(
-          { listener: formatListenAddress(address) },
-          'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
-        );
-      }
+    }
+    for (const inherited of configuration.inherited ?? []) {
+      const address = await adopt(nbd, inherited, isTlsRequired || configuration.allowPlaintext === true);
+      log.info({ listener: formatListenAddress(address), name: inherited.name }, 'took over a socket');
+      listening.push(address);
+    }
+    for (const address of listening) {
+      if (isLocalOnly(address) || isTlsRequired || configuration.security?.access !== undefined) continue;
+      log.warn(
+        { listener: formatListenAddress(address) },
+        'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
+      );
     }
     await control.listen();
   } catch (error) {
@@ -121,7 +146,8 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     store: operations.store,
     control: control.path,
     listeners: listening,
-    uris: listening.map((address) => exportUri(address, example)),
+    uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
+    reload: () => void security.reload(),
     stop,
   };
 }
@@ -152,6 +178,36 @@ async function createIfMissing(
   }
 }
 
+/** Errors: PLAINTEXT if others than this machine could talk to us, or listen in, unencrypted. */
+function refusePlaintext(address: ListenAddress): void {
+  if (isLocalOnly(address)) return;
+  throw new OperationError(
+    'PLAINTEXT',
+    `${formatListenAddress(address)} can be reached from other machines, and NBD in the clear has neither passwords ` +
+      'nor encryption: give --tls require with --tls-certificates or --tls-psk, or --allow-plaintext if the network is trusted',
+  );
+}
+
+/** Errors: ACTIVATION if it is no socket that can be served; PLAINTEXT. */
+async function adopt(nbd: NbdServer, { fd, name }: InheritedSocket, mayBePublic: boolean): Promise<ListenAddress> {
+  const bound = boundAddress(fd);
+  const unusable = (why: string, cause?: unknown): OperationError =>
+    new OperationError(
+      'ACTIVATION',
+      `descriptor ${fd}, "${name}" of the socket unit, ${why}; give ListenStream= a path or ADDRESS:PORT`,
+      { cause },
+    );
+  // Node cannot adopt other families, AF_VSOCK among them.
+  if (bound === undefined) throw unusable('is neither a unix nor an IP socket');
+  if (!mayBePublic && 'host' in bound) refusePlaintext({ transport: 'tcp', ...bound });
+  try {
+    return await nbd.listen('path' in bound ? { fd, path: bound.path } : { fd });
+  } catch (error) {
+    if (!(error instanceof ListenError)) throw error;
+    throw unusable(`cannot be listened on (${error.message})`, error);
+  }
+}
+
 async function listen(nbd: NbdServer, address: ListenAddress, socketMode: number): Promise<ListenAddress> {
   if (address.transport === 'unix') makeSocketDirectory(path.dirname(address.path));
   try {
@@ -175,6 +231,20 @@ function statusOf(connection: ConnectionInfo): ConnectionStatus {
     bytesRead: connection.bytesRead,
     bytesWritten: connection.bytesWritten,
     requests: connection.requests,
+  };
+}
+
+/** For the log: where a peer comes from, and who the kernel or TLS say it is. */
+function identityOf(peer: Peer): object {
+  const { credentials, tls } = peer;
+  return {
+    peer: labelOf(peer),
+    ...(credentials && { pid: credentials.pid, uid: credentials.uid }),
+    ...(tls && {
+      tls: `${tls.protocol} ${tls.cipher}`,
+      ...(tls.certificateNames.length > 0 && { certificate: tls.certificateNames }),
+      ...(tls.pskUser !== undefined && { pskUser: tls.pskUser }),
+    }),
   };
 }
 

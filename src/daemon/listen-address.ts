@@ -2,6 +2,7 @@
  * The addresses `--listen` takes: "unix:PATH" and "tcp:HOST:PORT", and the NBD URIs that lead to them. Owns the syntax
  * only; never opens a socket.
  */
+import net from 'node:net';
 import path from 'node:path';
 import { MAX_SOCKET_PATH_BYTES } from './places.js';
 
@@ -21,6 +22,11 @@ export function parseListenAddress(text: string): ListenAddress {
   const rest = text.slice(colon + 1);
   if (scheme === 'unix') return unixAddress(text, rest);
   if (scheme === 'tcp') return tcpAddress(text, rest);
+  if (scheme === 'vsock') {
+    throw new AddressError(
+      `"${text}": vsock is not supported, Node has no such sockets; let socat VSOCK-LISTEN:PORT,fork forward to unix:PATH`,
+    );
+  }
   throw new AddressError(`"${text}" is no listen address; give unix:PATH or tcp:HOST:PORT`);
 }
 
@@ -56,21 +62,23 @@ export function formatListenAddress(address: ListenAddress): string {
 }
 
 /** The URI of an export there (the NBD URI specification, https://github.com/NetworkBlockDevice/nbd/blob/master/doc/uri.md). */
-export function exportUri(address: ListenAddress, exportName: string): string {
+export function exportUri(address: ListenAddress, exportName: string, overTls = false): string {
+  const scheme = overTls ? 'nbds' : 'nbd';
   const name = encodeURIComponent(exportName).replaceAll('%40', '@');
   if (address.transport === 'unix') {
-    return `nbd+unix:///${name}?socket=${encodeURIComponent(address.path).replaceAll('%2F', '/')}`;
+    return `${scheme}+unix:///${name}?socket=${encodeURIComponent(address.path).replaceAll('%2F', '/')}`;
   }
   // "Listen everywhere" is no place to connect to.
   const host = address.host === '0.0.0.0' ? '127.0.0.1' : address.host === '::' ? '::1' : address.host;
   const port = address.port === DEFAULT_PORT ? '' : `:${address.port}`;
-  return `nbd://${bracketed(host)}${port}/${name}`;
+  return `${scheme}://${bracketed(host)}${port}/${name}`;
 }
 
 /** Whether only this machine can reach it. */
 export function isLocalOnly(address: ListenAddress): boolean {
   if (address.transport === 'unix') return true;
-  return address.host === 'localhost' || address.host === '::1' || address.host.startsWith('127.');
+  const { host } = address;
+  return host === 'localhost' || host === '::1' || (net.isIPv4(host) && host.startsWith('127.'));
 }
 
 function bracketed(host: string): string {

@@ -1,0 +1,635 @@
+/** TLS: who gets in and who does not, and that nothing said in the clear counts once TLS was asked for. */
+
+import { execFile } from 'node:child_process';
+import { randomBytes } from 'node:crypto';
+import { readFile } from 'node:fs/promises';
+import net from 'node:net';
+import { join } from 'node:path';
+import tls from 'node:tls';
+import { promisify } from 'node:util';
+import { beforeAll, describe, expect, onTestFinished, test } from 'vitest';
+import {
+  ExportError,
+  NbdClient,
+  NbdClientError,
+  NbdServer,
+  type ClientOptions,
+  type ConnectionCloseEvent,
+  type ConnectionOpenEvent,
+  type Limits,
+  type Peer,
+  type TlsMaterial,
+  type TlsMode,
+} from '../src/index.js';
+import { CMD, GREETING_SIZE, OPT, REP } from '../src/protocol.js';
+import { certificateNames } from '../src/tls.js';
+import { infoQuery, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
+import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
+import { temporaryDirectory, until } from './test-server.js';
+
+const UNKNOWN_OPTION = 0x4e;
+const KEY = Buffer.from('00112233445566778899aabbccddeeff', 'hex');
+const pskKey = (user: string): Buffer | undefined => (user === 'alice' ? KEY : undefined);
+
+interface Pair {
+  readonly chain: string;
+  readonly key: string;
+}
+
+let authority: Pair;
+let otherAuthority: Pair;
+let server: Pair;
+let client: Pair;
+let stranger: Pair;
+
+beforeAll(async () => {
+  const { mkdtemp, rm, writeFile } = await import('node:fs/promises');
+  const { tmpdir } = await import('node:os');
+  const directory = await mkdtemp(join(tmpdir(), 'nbd-tls-'));
+  const place = (name: string): string => join(directory, name);
+  const openssl = (...args: string[]): Promise<unknown> => promisify(execFile)('openssl', args);
+  const curve = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes'];
+  const read = async (name: string): Promise<Pair> => ({
+    chain: await readFile(place(`${name}.crt`), 'utf8'),
+    key: await readFile(place(`${name}.key`), 'utf8'),
+  });
+  const root = async (name: string): Promise<Pair> => {
+    await openssl(
+      ...['req', '-x509', ...curve, '-subj', `/CN=${name}`, '-days', '30'],
+      ...['-keyout', place(`${name}.key`), '-out', place(`${name}.crt`)],
+    );
+    return read(name);
+  };
+  const signed = async (name: string, by: string, commonName: string, names: string): Promise<Pair> => {
+    await openssl(
+      ...['req', ...curve, '-subj', `/CN=${commonName}`, '-keyout', place(`${name}.key`), '-out', place(`${name}.csr`)],
+    );
+    await writeFile(place(`${name}.ext`), `subjectAltName=${names}\n`);
+    await openssl(
+      ...['x509', '-req', '-in', place(`${name}.csr`), '-CA', place(`${by}.crt`), '-CAkey', place(`${by}.key`)],
+      ...['-CAcreateserial', '-days', '30', '-extfile', place(`${name}.ext`), '-out', place(`${name}.crt`)],
+    );
+    return read(name);
+  };
+  authority = await root('authority');
+  otherAuthority = await root('other');
+  server = await signed('server', 'authority', 'disks', 'DNS:disks.example,IP:127.0.0.1');
+  client = await signed('client', 'authority', 'backup', 'DNS:backup.example');
+  stranger = await signed('stranger', 'other', 'backup', 'DNS:backup.example');
+  await rm(directory, { recursive: true });
+});
+
+/** A provider that remembers who asked. */
+class AskedProvider extends TestProvider {
+  readonly peers: Peer[] = [];
+
+  override describe(name: string, peer?: Peer): ReturnType<TestProvider['describe']> {
+    if (peer !== undefined) this.peers.push(peer);
+    if (name === 'tls only' && peer?.tls === undefined) throw new ExportError('TLS_REQUIRED', 'over TLS only');
+    return super.describe(name);
+  }
+}
+
+interface TlsServer {
+  readonly server: NbdServer;
+  readonly provider: AskedProvider;
+  readonly port: number;
+  readonly closes: ConnectionCloseEvent[];
+  readonly opens: ConnectionOpenEvent[];
+  /** What the next handshake is made with. */
+  material: TlsMaterial;
+  raw(): Promise<RawClient>;
+  connect(options?: ClientOptions['tls']): Promise<NbdClient>;
+}
+
+async function start(
+  mode: TlsMode,
+  material: Partial<TlsMaterial> = {},
+  limits: Partial<Limits> = {},
+): Promise<TlsServer> {
+  const provider = new AskedProvider([new TestExport('disk'), new TestExport('tls only')]);
+  const closes: ConnectionCloseEvent[] = [];
+  const opens: ConnectionOpenEvent[] = [];
+  const nbd = new NbdServer({
+    provider,
+    limits,
+    tls: { mode, material: () => result.material },
+    observer: { onConnectionClose: (event) => closes.push(event), onConnectionOpen: (event) => opens.push(event) },
+  });
+  onTestFinished(() => nbd.destroy());
+  const bound = await nbd.listen({ host: '127.0.0.1', port: 0 });
+  if (bound.transport !== 'tcp') throw new Error('not a TCP address');
+  const address = { host: bound.host, port: bound.port };
+  const result: TlsServer = {
+    ...{ server: nbd, provider, port: bound.port, closes, opens },
+    material: { certificate: server, verifyPeer: false, ...material },
+    raw: () => RawClient.connect(address),
+    async connect(options) {
+      const connected = await NbdClient.connect({ ...address, tls: options ?? { authorities: authority.chain } });
+      onTestFinished(() => connected.destroy());
+      return connected;
+    },
+  };
+  return result;
+}
+
+/** A raw client in TLS, having asked for it properly. */
+async function rawInTls(
+  from: TlsServer,
+  options: tls.ConnectionOptions = {},
+  before: (plain: RawClient) => Promise<void> = () => Promise.resolve(),
+): Promise<RawClient> {
+  const plain = await from.raw();
+  await plain.greet();
+  await before(plain);
+  expect((await plain.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
+  plain.socket.removeAllListeners('data').removeAllListeners('end');
+  const secure = tls.connect({ socket: plain.socket as net.Socket, rejectUnauthorized: false, ...options });
+  const inTls = new RawClient(secure);
+  await new Promise((resolve, reject) => secure.once('secureConnect', resolve).once('error', reject));
+  return inTls;
+}
+
+async function failure(attempt: Promise<unknown>): Promise<NbdClientError> {
+  const error: unknown = await attempt.then(
+    () => undefined,
+    (reason: unknown) => reason,
+  );
+  if (!(error instanceof NbdClientError)) throw new Error(`an NbdClientError was to come, not ${String(error)}`);
+  return error;
+}
+
+describe('certificates', () => {
+  test('data goes both ways, also the largest requests, and the peer is known as it proved itself', async () => {
+    const from = await start('require');
+    const connected = await from.connect();
+    await connected.go('disk');
+    const data = randomBytes(DISK_SIZE);
+    await connected.write(0, data);
+    expect((await connected.read(0, DISK_SIZE)).equals(data)).toBe(true);
+    await Promise.all(Array.from({ length: 200 }, (_, i) => connected.read(i * 4096, 4096)));
+    await connected.disconnect();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]).toMatchObject({
+      reason: 'the client disconnected',
+      bytesWritten: DISK_SIZE,
+      peer: { transport: 'tcp', host: '127.0.0.1', tls: { protocol: 'TLSv1.3', certificateNames: [] } },
+    });
+    expect(from.provider.openNow).toBe(0);
+  });
+
+  test('a client that stops reading is held back and served when it reads again, as without TLS', async () => {
+    const from = await start('require', {}, { maxUnsentBytes: 64 * 1024 });
+    const raw = await rawInTls(from);
+    await raw.option(OPT.GO, infoQuery('disk'));
+    raw.socket.pause();
+    const count = 400;
+    for (let i = 0; i < count; i++) raw.request({ type: CMD.READ, offset: 4096, length: 65536, cookie: BigInt(i) });
+    await until(() => from.provider.calls.length > 0, 'reads are made');
+    expect(from.provider.calls.length).toBeLessThan(count);
+    raw.socket.resume();
+    for (let i = 0; i < count; i++) expect((await raw.readReply(65536)).data.readUInt32BE(0)).toBe(4097);
+  });
+
+  test('a client certificate is verified, and its names are the peer for every later question', async () => {
+    const from = await start('require', { verifyPeer: true, authorities: authority.chain });
+    const connected = await from.connect({ authorities: authority.chain, certificate: client });
+    await connected.info('disk');
+    expect(from.provider.peers[0]?.tls?.certificateNames).toEqual(['backup', 'backup.example']);
+    await connected.go('disk');
+    await connected.read(0, 512);
+  });
+
+  for (const [what, certificate, reason] of [
+    ['no certificate', (): undefined => undefined, /^the TLS handshake failed: peer did not return a certificate$/],
+    [
+      'a certificate of another authority',
+      (): Pair => stranger,
+      /^the TLS handshake failed: the client's certificate: UNABLE_TO_/,
+    ],
+  ] as const) {
+    test(`a client with ${what} gets nothing, and the reason is told`, async () => {
+      const from = await start('require', { verifyPeer: true, authorities: authority.chain });
+      // In TLS 1.3 a client learns only afterwards that it was not welcome.
+      const error = await failure(
+        from
+          .connect({ authorities: authority.chain, certificate: certificate() })
+          .then((connected) => connected.list()),
+      );
+      expect(['TLS_FAILED', 'CLOSED']).toContain(error.code);
+      await until(() => from.closes.length === 1, 'the connection is over');
+      expect(from.closes[0]?.reason).toMatch(reason);
+      expect(from.opens).toEqual([]);
+    });
+  }
+
+  test('a revoked server is replaced for the next connection, and open ones live on', async () => {
+    const from = await start('require');
+    const before = await from.connect();
+    await before.go('disk');
+    from.material = { certificate: stranger, verifyPeer: false };
+    expect((await failure(from.connect())).code).toBe('TLS_FAILED');
+    await from.connect({ authorities: otherAuthority.chain, serverName: 'backup.example' });
+    await before.read(0, 512);
+  });
+
+  test('names with a comma or quotes in them are no names', () => {
+    const certificate = (subjectaltname: string, CN: unknown = 'one'): tls.PeerCertificate =>
+      ({ subject: { CN }, subjectaltname }) as unknown as tls.PeerCertificate;
+    expect(certificateNames(certificate('DNS:a, IP Address:1.2.3.4, DNS:b'))).toEqual(['one', 'a', 'b']);
+    expect(certificateNames(certificate('DNS:"a, DNS:b", DNS:c'))).toEqual(['one']);
+    expect(certificateNames(certificate('', ['x', 'y']))).toEqual(['x', 'y']);
+    expect(certificateNames({} as tls.PeerCertificate)).toEqual([]);
+  });
+});
+
+describe('pre-shared keys', () => {
+  for (const certificate of [false, true]) {
+    test(`the right key lets in ${certificate ? 'beside certificates' : 'alone'}`, async () => {
+      const from = await start('require', { pskKey, ...(!certificate && { certificate: undefined }) });
+      const connected = await from.connect({ psk: { user: 'alice', key: KEY } });
+      await connected.info('disk');
+      expect(from.provider.peers[0]?.tls).toMatchObject({ pskUser: 'alice', certificateNames: [] });
+      await connected.go('disk');
+      expect(await connected.read(4, 4)).toEqual(uint32(5));
+    });
+  }
+
+  test('a wrong key and an unknown user stay out', async () => {
+    const from = await start('require', { pskKey, certificate: undefined });
+    for (const psk of [
+      { user: 'alice', key: randomBytes(16) },
+      { user: 'bob', key: KEY },
+    ]) {
+      expect((await failure(from.connect({ psk }))).code).toBe('TLS_FAILED');
+    }
+    await until(() => from.closes.length === 2, 'both connections are over');
+    await from.connect({ psk: { user: 'alice', key: KEY } });
+  });
+
+  test('TLS 1.2 clients get in with a key, and are known', async () => {
+    const from = await start('require', { pskKey });
+    const raw = await rawInTls(from, {
+      maxVersion: 'TLSv1.2',
+      ciphers: 'ECDHE-PSK-CHACHA20-POLY1305',
+      pskCallback: () => ({ psk: KEY, identity: 'alice' }),
+      checkServerIdentity: () => undefined,
+    });
+    await raw.option(OPT.INFO, infoQuery('disk'));
+    expect(from.provider.peers[0]?.tls).toMatchObject({ protocol: 'TLSv1.2', pskUser: 'alice' });
+  });
+
+  test('naming a user without using the key, by a cipher that the key does not fit, proves nothing', async () => {
+    const from = await start('require', { pskKey });
+    const raw = await rawInTls(from, {
+      minVersion: 'TLSv1.3',
+      ciphers: 'TLS_AES_256_GCM_SHA384',
+      pskCallback: () => ({ psk: randomBytes(16), identity: 'alice' }),
+      checkServerIdentity: () => undefined,
+    });
+    await raw.option(OPT.INFO, infoQuery('disk'));
+    expect(from.provider.peers[0]?.tls).toBeDefined();
+    expect(from.provider.peers[0]?.tls?.pskUser).toBeUndefined();
+  });
+
+  test('a client that wants a key does not take a certificate for it', async () => {
+    const from = await start('require', { certificate: server });
+    expect((await failure(from.connect({ psk: { user: 'alice', key: KEY } }))).code).toBe('TLS_FAILED');
+  });
+});
+
+describe('mode require', () => {
+  test('everything but STARTTLS and ABORT is refused with TLS_REQD before, and nothing is told of exports', async () => {
+    const from = await start('require');
+    const raw = await from.raw();
+    await raw.greet();
+    const asked: readonly (readonly [number, Buffer?])[] = [
+      [OPT.LIST],
+      [OPT.INFO, infoQuery('disk')],
+      [OPT.GO, infoQuery('disk')],
+      [OPT.STRUCTURED_REPLY],
+      [OPT.EXTENDED_HEADERS],
+      [OPT.LIST_META_CONTEXT, Buffer.alloc(12)],
+      [OPT.SET_META_CONTEXT, Buffer.alloc(12)],
+      [OPT.PEEK_EXPORT],
+      [UNKNOWN_OPTION, Buffer.alloc(100_000)],
+    ];
+    for (const [option, data] of asked) {
+      const replies = await raw.option(option, data);
+      expect(replies.map((reply) => [reply.option, reply.type])).toEqual([[option, REP.ERR_TLS_REQD]]);
+    }
+    expect(from.provider.peers).toEqual([]);
+    expect((await raw.option(OPT.ABORT)).map(({ type }) => type)).toEqual([REP.ACK]);
+    await raw.readToEnd();
+  });
+
+  test('EXPORT_NAME, which cannot be refused, closes the connection', async () => {
+    const from = await start('require');
+    const raw = await from.raw();
+    await raw.greet();
+    raw.send(optionBytes(OPT.EXPORT_NAME, Buffer.from('disk')));
+    expect(await raw.readToEnd()).toHaveLength(0);
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toBe('an export was asked for without TLS');
+    expect(from.provider.opened).toBe(0);
+  });
+
+  test('a client without fixed newstyle cannot begin TLS, and gets nothing', async () => {
+    const from = await start('require');
+    for (const option of [optionBytes(OPT.STARTTLS), optionBytes(OPT.EXPORT_NAME, Buffer.from('disk'))]) {
+      const raw = await from.raw();
+      await raw.greet(0);
+      raw.send(option);
+      expect(await raw.readToEnd()).toHaveLength(0);
+    }
+    expect(from.provider.opened).toBe(0);
+  });
+
+  test('internal peers, whose stream the embedding program vouches for, need none', async () => {
+    const from = await start('require');
+    const { duplexPair } = await import('./duplex-pair.js');
+    const pair = duplexPair();
+    from.server.serveConnection(pair.server);
+    await new RawClient(pair.client).open('disk');
+  });
+});
+
+describe('modes on and off', () => {
+  test('on: clients choose, and an export that is for TLS only says so to the others', async () => {
+    const from = await start('on');
+    const raw = await from.raw();
+    await raw.greet();
+    expect((await raw.option(OPT.INFO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
+    expect((await raw.option(OPT.INFO, infoQuery('tls only'))).at(-1)?.type).toBe(REP.ERR_TLS_REQD);
+    await (await from.connect()).info('tls only');
+  });
+
+  test('off: STARTTLS is against the policy; a server that was given no TLS does not know it', async () => {
+    const raw = await (await start('off')).raw();
+    await raw.greet();
+    expect((await raw.option(OPT.STARTTLS))[0]?.type).toBe(REP.ERR_POLICY);
+    expect((await raw.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
+
+    const bare = new NbdServer({ provider: new TestProvider([]) });
+    onTestFinished(() => bare.destroy());
+    const path = join(await temporaryDirectory(), 'nbd.sock');
+    await bare.listen({ path });
+    const other = await RawClient.connect({ path });
+    await other.greet();
+    expect((await other.option(OPT.STARTTLS))[0]?.type).toBe(REP.ERR_UNSUP);
+  });
+
+  test('STARTTLS with data is invalid, and haggling goes on', async () => {
+    const raw = await (await start('on')).raw();
+    await raw.greet();
+    expect((await raw.option(OPT.STARTTLS, Buffer.alloc(1)))[0]?.type).toBe(REP.ERR_INVALID);
+    expect((await raw.option(OPT.LIST)).at(-1)?.type).toBe(REP.ACK);
+  });
+});
+
+describe('injection and downgrade', () => {
+  const injected = [
+    ['a whole option', optionBytes(OPT.GO, infoQuery('disk'))],
+    ['part of an option header', optionHeader(OPT.LIST, 0).subarray(0, 7)],
+    ['one byte', Buffer.alloc(1)],
+  ] as const;
+  for (const [what, bytes] of injected) {
+    test(`${what} in the same packet as STARTTLS closes the connection`, async () => {
+      const from = await start('on');
+      const raw = await from.raw();
+      await raw.greet();
+      raw.send(optionBytes(OPT.STARTTLS), bytes);
+      expect(await raw.readToEnd()).toHaveLength(0);
+      await until(() => from.closes.length === 1, 'the connection is over');
+      expect(from.closes[0]?.reason).toContain('bytes in the clear after NBD_OPT_STARTTLS');
+      expect(from.provider.opened).toBe(0);
+    });
+
+    test(`${what} between STARTTLS and the TLS handshake is taken for TLS, and fails as that`, async () => {
+      const from = await start('on');
+      const raw = await from.raw();
+      await raw.greet();
+      expect((await raw.option(OPT.STARTTLS))[0]?.type).toBe(REP.ACK);
+      raw.send(bytes);
+      raw.halfClose();
+      await raw.readToEnd();
+      await until(() => from.closes.length === 1, 'the connection is over');
+      expect(from.closes[0]?.reason).toMatch(/^the TLS handshake failed/);
+      expect(from.provider.opened).toBe(0);
+      expect(from.provider.peers).toEqual([]);
+    });
+  }
+
+  test('what was negotiated before STARTTLS is forgotten: replies are simple, no context is selected', async () => {
+    const raw = await rawInTls(await start('on'), {}, async (plain) => {
+      expect((await plain.option(OPT.STRUCTURED_REPLY)).map(({ type }) => type)).toEqual([REP.ACK]);
+    });
+    // Meta contexts need structured replies, and those are not agreed on any more.
+    const query = Buffer.concat([uint32(4), Buffer.from('disk'), uint32(0)]);
+    expect((await raw.option(OPT.LIST_META_CONTEXT, query)).at(-1)?.type).toBe(REP.ERR_INVALID);
+    expect((await raw.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
+    raw.send(requestBytes({ type: CMD.READ, offset: 4, length: 4 }));
+    expect((await raw.readReply(4)).data).toEqual(uint32(5));
+  });
+
+  test('a second STARTTLS is invalid, and the connection stays in TLS', async () => {
+    const raw = await rawInTls(await start('on'));
+    expect((await raw.option(OPT.STARTTLS))[0]?.type).toBe(REP.ERR_INVALID);
+    expect((await raw.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
+    raw.send(requestBytes({ type: CMD.READ, offset: 4, length: 4 }));
+    expect((await raw.readReply(4)).data).toEqual(uint32(5));
+  });
+
+  test('TLS 1.1 and older are refused', async () => {
+    const from = await start('require');
+    await expect(rawInTls(from, { minVersion: 'TLSv1', maxVersion: 'TLSv1.1' })).rejects.toThrow();
+    await until(() => from.closes.length === 1, 'the connection is over');
+  });
+
+  test('a client that speaks TLS from the first byte is told apart in the log', async () => {
+    const from = await start('require');
+    const error = await new Promise<Error>((resolve) => {
+      const secure = tls.connect({ port: from.port, host: '127.0.0.1', rejectUnauthorized: false });
+      secure.once('error', resolve);
+    });
+    expect(error).toBeInstanceOf(Error);
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toContain('in NBD it begins with NBD_OPT_STARTTLS');
+    await (await from.connect()).list();
+  });
+
+  test('a client that never begins the handshake is closed when its time is up', async () => {
+    const from = await start('require', {}, { handshakeTimeoutMs: 100 });
+    const raw = await from.raw();
+    await raw.greet();
+    await raw.option(OPT.STARTTLS);
+    await raw.readToEnd();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toBe('no export chosen within 100 ms');
+  });
+
+  test('a client that leaves in the middle of the handshake ends its connection', async () => {
+    const from = await start('require');
+    for (const leave of ['halfClose', 'vanish'] as const) {
+      const raw = await from.raw();
+      await raw.greet();
+      await raw.option(OPT.STARTTLS);
+      raw[leave]();
+    }
+    await until(() => from.closes.length === 2, 'both connections are over');
+    expect(from.server.connections.size).toBe(0);
+  });
+
+  test('broken TLS records after the handshake end that connection only', async () => {
+    const from = await start('require');
+    const other = await from.connect();
+    await other.go('disk');
+    const plain = await from.raw();
+    await plain.greet();
+    await plain.option(OPT.STARTTLS);
+    const socket = plain.socket as net.Socket;
+    socket.removeAllListeners('data').removeAllListeners('end');
+    const inTls = new RawClient(tls.connect({ socket, rejectUnauthorized: false }));
+    await inTls.option(OPT.LIST);
+    socket.write(Buffer.concat([Buffer.from([23, 3, 3, 0, 32]), Buffer.alloc(32)]));
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toContain('socket error');
+    await other.read(0, 512);
+  });
+});
+
+describe('the client', () => {
+  /** A server made of bytes: greets, and answers the first option with `answer`. */
+  async function fake(flags: number, answer: Buffer): Promise<{ readonly port: number; received(): Buffer }> {
+    let received = Buffer.alloc(0);
+    const listener = net.createServer((socket) => {
+      onTestFinished(() => void socket.destroy());
+      socket.on('error', () => undefined);
+      socket.write(Buffer.concat([Buffer.from('NBDMAGICIHAVEOPT'), Buffer.from([0, flags])]));
+      let isAnswered = false;
+      socket.on('data', (chunk: Buffer) => {
+        received = Buffer.concat([received, chunk]);
+        if (received.length < 20 || isAnswered) return;
+        isAnswered = true;
+        socket.write(answer);
+      });
+    });
+    onTestFinished(() => void listener.close());
+    await new Promise<void>((resolve) => listener.listen(0, '127.0.0.1', resolve));
+    return { port: (listener.address() as net.AddressInfo).port, received: () => received };
+  }
+
+  const reply = (type: number): Buffer =>
+    Buffer.concat([Buffer.from('0003e889045565a9', 'hex'), uint32(OPT.STARTTLS), uint32(type), uint32(0)]);
+
+  for (const [what, answer] of [
+    ['does not know STARTTLS', reply(REP.ERR_UNSUP)],
+    ['refuses STARTTLS', reply(REP.ERR_POLICY)],
+    ['goes on in the clear after its acknowledgement', Buffer.concat([reply(REP.ACK), reply(REP.ACK)])],
+    ['has no TLS behind its acknowledgement', Buffer.concat([reply(REP.ACK)])],
+  ] as const) {
+    test(`does not go on with a server that ${what}, and says nothing more to it`, async () => {
+      const { port, received } = await fake(3, answer);
+      const attempt = NbdClient.connect({ host: '127.0.0.1', port, tls: { authorities: authority.chain } });
+      if (what === 'has no TLS behind its acknowledgement') {
+        const hello = until(() => received().length > 20, 'the client says hello in TLS');
+        await hello;
+        expect(received().readUInt16BE(20)).toBe(0x1603);
+        return void attempt.catch(() => undefined);
+      }
+      expect((await failure(attempt)).code).toBe('TLS_FAILED');
+      expect(received()).toEqual(Buffer.concat([uint32(3), optionBytes(OPT.STARTTLS)]));
+    });
+  }
+
+  test('refuses a server that offers no fixed newstyle, without which there is no TLS', async () => {
+    const { port } = await fake(0, Buffer.alloc(0));
+    const error = await failure(NbdClient.connect({ host: '127.0.0.1', port, tls: { authorities: authority.chain } }));
+    expect(error.code).toBe('PROTOCOL');
+  });
+
+  test('refuses a certificate of another authority, or for another name', async () => {
+    const from = await start('require');
+    for (const options of [
+      { authorities: otherAuthority.chain },
+      {},
+      { authorities: authority.chain, serverName: 'other.example' },
+    ]) {
+      const error = await failure(from.connect(options));
+      expect(error.code).toBe('TLS_FAILED');
+      expect(error.message).toMatch(/^no TLS with the server, which was asked for: /);
+    }
+    await from.connect({ authorities: authority.chain, serverName: 'disks.example' });
+    await until(() => from.closes.length === 3, 'the refused connections are over');
+  });
+
+  test('is told by a server that wants TLS that it does', async () => {
+    const from = await start('require');
+    const plain = await NbdClient.connect({ host: '127.0.0.1', port: from.port });
+    onTestFinished(() => plain.destroy());
+    expect((await failure(plain.go('disk'))).code).toBe('TLS_REQUIRED');
+  });
+
+  test('and the server speak TLS over any stream, not only over sockets', async () => {
+    const from = await start('require');
+    const { duplexPair } = await import('./duplex-pair.js');
+    const pair = duplexPair();
+    from.server.serveConnection(pair.server, { peer: { transport: 'tcp', address: '192.0.2.1:7', host: '192.0.2.1' } });
+    const connected = await NbdClient.connect({
+      socket: pair.client,
+      tls: { authorities: authority.chain, serverName: 'disks.example' },
+    });
+    onTestFinished(() => connected.destroy());
+    await connected.go('disk');
+    const data = randomBytes(300_000);
+    await connected.write(4096, data);
+    expect((await connected.read(4096, data.length)).equals(data)).toBe(true);
+    await connected.disconnect();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]).toMatchObject({ reason: 'the client disconnected', peer: { host: '192.0.2.1' } });
+  });
+
+  test('half a connection is enough to be answered, over TLS, too', async () => {
+    const from = await start('require');
+    const gate = new Gate();
+    from.provider.hook = () => gate.opened;
+    const raw = await rawInTls(from);
+    await raw.option(OPT.GO, infoQuery('disk'));
+    raw.request({ type: CMD.READ, offset: 4, length: 4 });
+    raw.halfClose();
+    await until(() => from.provider.unfinished === 1, 'the read is in flight');
+    gate.open();
+    expect((await raw.readReply(4)).data).toEqual(uint32(5));
+    await raw.readToEnd();
+    await until(() => from.closes.length === 1, 'the connection is over');
+    expect(from.closes[0]?.reason).toBe('the client left without a disconnect request');
+  });
+
+  test('closing the server does not wait for who hangs in the TLS handshake', async () => {
+    const from = await start('require');
+    const raw = await from.raw();
+    await raw.greet();
+    await raw.option(OPT.STARTTLS);
+    const begun = performance.now();
+    await from.server.close({ graceMs: 20_000 });
+    expect(performance.now() - begun).toBeLessThan(10_000);
+    expect(from.closes[0]?.reason).toBe('the server is shutting down');
+  });
+
+  test('closing the server finishes what is in flight over TLS', async () => {
+    const from = await start('require');
+    const connected = await from.connect();
+    await connected.go('disk');
+    const reads = Array.from({ length: 50 }, (_, i) => connected.read(i * 4096, 4096));
+    await Promise.all(reads);
+    await from.server.close();
+    expect((await failure(connected.read(0, 4))).code).toBe('CLOSED');
+    expect(from.closes[0]?.reason).toBe('the server is shutting down');
+    expect(from.provider.openNow).toBe(0);
+  });
+});
+
+test('the greeting comes before any TLS, so that clients know an NBD server', async () => {
+  const raw = await (await start('require')).raw();
+  expect((await raw.read(GREETING_SIZE)).toString('latin1', 0, 16)).toBe('NBDMAGICIHAVEOPT');
+});

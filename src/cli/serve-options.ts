@@ -1,0 +1,107 @@
+/**
+ * The options of `serve` that say who is let in and how: TLS, access, limits of connections. Owns their syntax and which
+ * of them need each other; files are read by the daemon.
+ */
+import { InvalidArgumentError, Option, type Command } from 'commander';
+import type { Limits } from 'nbd-server-ts';
+import type { DaemonConfiguration } from '../daemon/daemon.js';
+
+export interface PeerOptions {
+  readonly tls?: 'off' | 'on' | 'require';
+  readonly tlsCertificates?: string;
+  readonly tlsVerifyPeer?: boolean;
+  readonly tlsPsk?: string;
+  readonly access?: string;
+  readonly allowPlaintext?: boolean;
+  readonly maxConnections?: number;
+  readonly maxConnectionsPerPeer?: number;
+  readonly handshakeTimeout?: number;
+  readonly idleTimeout?: number;
+}
+
+/** setTimeout takes no longer delay. */
+const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
+const MAX_CONNECTIONS = 1_000_000;
+
+export function withPeerOptions(command: Command): Command {
+  return command
+    .addOption(
+      new Option(
+        '--tls <mode>',
+        'off, on (clients may use TLS) or require (they must); default: off, or require if keys are given',
+      ).choices(['off', 'on', 'require']),
+    )
+    .addOption(
+      new Option('--tls-certificates <dir>', 'X.509: server-cert.pem, server-key.pem, and ca-cert.pem for clients'),
+    )
+    .addOption(new Option('--tls-verify-peer', 'clients must show a certificate that ca-cert.pem signed'))
+    .addOption(new Option('--tls-psk <file>', 'pre-shared keys, lines USER:HEXKEY as psktool writes them'))
+    .addOption(new Option('--access <file>', 'who may open which export (docs/access.md); default: everybody, all'))
+    .addOption(new Option('--allow-plaintext', 'listen without TLS where other machines can reach it'))
+    .addOption(
+      new Option('--max-connections <n>', 'connections at the same time (default: 1024)').argParser(
+        wholeNumber(1, MAX_CONNECTIONS),
+      ),
+    )
+    .addOption(
+      new Option(
+        '--max-connections-per-peer <n>',
+        'of those, from one address (tcp) or of one user (unix); default: no limit',
+      ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
+    )
+    .addOption(
+      new Option('--handshake-timeout <seconds>', 'for a client to choose its export (default: 30)').argParser(
+        wholeNumber(1, MAX_SECONDS),
+      ),
+    )
+    .addOption(
+      new Option(
+        '--idle-timeout <seconds>',
+        'close connections that ask nothing for so long; 0: never (default)',
+      ).argParser(wholeNumber(0, MAX_SECONDS)),
+    );
+}
+
+/** What of a DaemonConfiguration the options say. */
+export function peerConfiguration(
+  options: PeerOptions,
+): Pick<DaemonConfiguration, 'security' | 'allowPlaintext' | 'limits'> {
+  const hasKeys = options.tlsCertificates !== undefined || options.tlsPsk !== undefined;
+  // Whoever gives keys wants them used: without a word about the mode nobody is let in past them.
+  const mode = options.tls ?? (hasKeys || options.tlsVerifyPeer ? 'require' : undefined);
+  const limits: Partial<Limits> = {
+    maxConnections: options.maxConnections,
+    maxConnectionsPerPeer: options.maxConnectionsPerPeer,
+    handshakeTimeoutMs: seconds(options.handshakeTimeout),
+    idleTimeoutMs: seconds(options.idleTimeout),
+  };
+  return {
+    security: {
+      ...(mode !== undefined && {
+        tls: {
+          mode,
+          certificates: options.tlsCertificates,
+          verifyPeer: options.tlsVerifyPeer ?? false,
+          psk: options.tlsPsk,
+        },
+      }),
+      access: options.access,
+    },
+    allowPlaintext: options.allowPlaintext ?? false,
+    limits,
+  };
+}
+
+function seconds(value: number | undefined): number | undefined {
+  return value === undefined ? undefined : value * 1000;
+}
+
+function wholeNumber(least: number, most: number): (text: string) => number {
+  return (text) => {
+    const value = /^\d{1,10}$/.test(text) ? Number(text) : NaN;
+    if (!(value >= least && value <= most)) {
+      throw new InvalidArgumentError(`"${text}" is no whole number from ${least} to ${most}.`);
+    }
+    return value;
+  };
+}

@@ -1,0 +1,206 @@
+/**
+ * The access file: who may open which export, and who only reading (docs/access.md). Owns its syntax and the decision;
+ * opens no sockets and trusts nothing but what the kernel or a TLS handshake has proven about a peer.
+ */
+import net from 'node:net';
+import type { Peer } from 'nbd-server-ts';
+import type { Access, AccessPolicy } from '../export/authorised-exports.js';
+import { OperationError } from './operations.js';
+
+/** One thing a rule asks of a peer. */
+export type Source =
+  | { readonly kind: 'any' }
+  | { readonly kind: 'cert' | 'psk'; readonly name: string }
+  | { readonly kind: 'addr'; readonly network: net.BlockList }
+  | { readonly kind: 'uid' | 'gid'; readonly id: number };
+
+/** The texts around the stars, in order. */
+export type Pattern = readonly string[];
+
+export interface AccessRule {
+  readonly line: number;
+  readonly allows: Exclude<Access, 'needs-tls'>;
+  readonly pattern: Pattern;
+  /** One of them must hold; of each, all parts. */
+  readonly sources: readonly (readonly Source[])[];
+}
+
+/** More would be a mistake, and costs time at every LIST. */
+const MAX_RULES = 10_000;
+const MAX_ID = 0xffff_fffe;
+
+const FORM = 'allow EXPORT [ro] from SOURCE...  or  deny EXPORT from SOURCE...';
+const SOURCES = 'any, cert:NAME, psk:USER, addr:ADDRESS[/BITS], uid:N, gid:N';
+
+export class AccessRules implements AccessPolicy {
+  readonly rules: readonly AccessRule[];
+  readonly #offersTls: boolean;
+
+  /** @param options.offersTls whether a peer that is not let in might be, over TLS */
+  constructor(rules: readonly AccessRule[], options: { readonly offersTls: boolean }) {
+    this.rules = rules;
+    this.#offersTls = options.offersTls;
+  }
+
+  /** The first rule that fits decides; without one the answer is no. */
+  decide(exportName: string, peer: Peer): Access {
+    let couldOverTls = false;
+    for (const { pattern, sources, allows } of this.rules) {
+      if (!matches(pattern, exportName)) continue;
+      if (sources.some((parts) => parts.every((part) => fits(part, peer)))) {
+        return allows === 'refused' && couldOverTls ? 'needs-tls' : allows;
+      }
+      couldOverTls ||=
+        this.#offersTls &&
+        peer.tls === undefined &&
+        allows !== 'refused' &&
+        sources.some((parts) => parts.some(isProvenByTls) && parts.every((p) => isProvenByTls(p) || fits(p, peer)));
+    }
+    return couldOverTls ? 'needs-tls' : 'refused';
+  }
+}
+
+/** Parse an access file. Errors: ACCESS, with file and line, what is wrong and what would be right. */
+export function parseAccess(text: string, file: string): AccessRule[] {
+  const rules: AccessRule[] = [];
+  for (const [index, full] of text.split('\n').entries()) {
+    const line = index + 1;
+    const words = full
+      .replace(/(^|\s)#.*$/, '')
+      .trim()
+      .split(/\s+/);
+    if (words[0] === '') continue;
+    try {
+      rules.push(parseRule(words, line));
+    } catch (error) {
+      if (!(error instanceof RuleError)) throw error;
+      throw new OperationError('ACCESS', `${file}:${line}: ${error.message}`);
+    }
+    if (rules.length > MAX_RULES) {
+      throw new OperationError('ACCESS', `${file}:${line}: more than ${MAX_RULES} rules; put several sources into one`);
+    }
+  }
+  return rules;
+}
+
+/** What is wrong with a rule; file and line are added. */
+class RuleError extends Error {}
+
+function parseRule(words: readonly string[], line: number): AccessRule {
+  const [verb, pattern, ...rest] = words;
+  if (verb !== 'allow' && verb !== 'deny') throw new RuleError(`"${verb}" begins no rule; write ${FORM}`);
+  if (pattern === undefined) throw new RuleError(`no export after "${verb}"; write ${FORM}`);
+  const isReadOnly = rest[0] === 'ro';
+  if (isReadOnly) rest.shift();
+  if (isReadOnly && verb === 'deny') throw new RuleError('a deny rule has no "ro"; leave it out');
+  if (rest[0] !== 'from') {
+    const found = rest[0] === undefined ? 'the rule ends' : `"${rest[0]}" stands`;
+    throw new RuleError(`${found} where "from" must be; write ${FORM}`);
+  }
+  const sources = rest.slice(1).map((source) => source.split('+').map(parseSource));
+  if (sources.length === 0) throw new RuleError(`no source after "from"; give one or more of ${SOURCES}`);
+  return {
+    line,
+    allows: verb === 'deny' ? 'refused' : isReadOnly ? 'read-only' : 'read-write',
+    pattern: parsePattern(pattern),
+    sources,
+  };
+}
+
+/** `*` is any text, also none; everything else is itself. */
+function parsePattern(text: string): Pattern {
+  return text.split('*').map(decode);
+}
+
+/** Not by a regular expression: a long name from a client must not make it try all ways to place the stars. */
+function matches(pattern: Pattern, name: string): boolean {
+  const first = pattern[0] ?? '';
+  const last = pattern.at(-1) ?? '';
+  if (pattern.length === 1) return name === first;
+  if (name.length < first.length + last.length || !name.startsWith(first) || !name.endsWith(last)) return false;
+  let at = first.length;
+  for (const part of pattern.slice(1, -1)) {
+    const found = name.indexOf(part, at);
+    if (found < 0) return false;
+    at = found + part.length;
+  }
+  return at <= name.length - last.length;
+}
+
+function parseSource(text: string): Source {
+  if (text === 'any') return { kind: 'any' };
+  const colon = text.indexOf(':');
+  const kind = text.slice(0, Math.max(colon, 0));
+  const value = text.slice(colon + 1);
+  const problem = (what: string): RuleError => new RuleError(`source "${text}": ${what}`);
+  switch (kind) {
+    case 'cert':
+    case 'psk':
+      if (value === '') throw problem(`a name must follow "${kind}:"`);
+      return { kind, name: decode(value) };
+    case 'uid':
+    case 'gid':
+      if (!/^\d{1,10}$/.test(value) || Number(value) > MAX_ID) {
+        throw problem(`"${value}" is no number; give what 'id -${kind === 'uid' ? 'u' : 'g'}' prints`);
+      }
+      return { kind, id: Number(value) };
+    case 'addr':
+      return { kind, network: parseNetwork(value, problem) };
+    default:
+      throw problem(`is not one of ${SOURCES}`);
+  }
+}
+
+function parseNetwork(text: string, problem: (what: string) => RuleError): net.BlockList {
+  const slash = text.indexOf('/');
+  const address = slash < 0 ? text : text.slice(0, slash);
+  const version = net.isIP(address);
+  if (version === 0) throw problem(`"${address}" is no IP address; give 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32`);
+  const family = version === 4 ? 'ipv4' : 'ipv6';
+  const network = new net.BlockList();
+  if (slash < 0) {
+    network.addAddress(address, family);
+    return network;
+  }
+  const bits = text.slice(slash + 1);
+  const most = version === 4 ? 32 : 128;
+  if (!/^\d{1,3}$/.test(bits) || Number(bits) > most) {
+    throw problem(`"${bits}" is no prefix length; give 0 to ${most}`);
+  }
+  network.addSubnet(address, Number(bits), family);
+  return network;
+}
+
+/** %20 is a blank, %2B a plus, %2A a star: what would otherwise have a meaning. */
+function decode(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    throw new RuleError(`"${text}": a % must be followed by two hexadecimal digits; write %25 for a % itself`);
+  }
+}
+
+function fits(source: Source, peer: Peer): boolean {
+  switch (source.kind) {
+    case 'any':
+      return true;
+    case 'cert':
+      return peer.tls?.certificateNames.includes(source.name) ?? false;
+    case 'psk':
+      return peer.tls?.pskUser === source.name;
+    case 'addr': {
+      const host = peer.host?.replace(/%.*$/, ''); // without the zone of a link-local address
+      if (host === undefined) return false;
+      const version = net.isIP(host);
+      return version !== 0 && source.network.check(host, version === 4 ? 'ipv4' : 'ipv6');
+    }
+    case 'uid':
+      return peer.credentials?.uid === source.id;
+    case 'gid':
+      return peer.credentials?.gid === source.id || (peer.credentials?.groups?.includes(source.id) ?? false);
+  }
+}
+
+function isProvenByTls(source: Source): boolean {
+  return source.kind === 'cert' || source.kind === 'psk';
+}

@@ -1,0 +1,105 @@
+/**
+ * The system calls on sockets that Node does not offer: who is at the other end of a unix socket, and datagrams to one.
+ * The only file of the daemon that speaks koffi; where it cannot be loaded, or the system is another, nothing here works
+ * and the callers say so.
+ */
+import type net from 'node:net';
+import koffi from 'koffi';
+import type { PeerCredentials } from 'nbd-server-ts';
+
+const SOL_SOCKET = 1; // asm-generic/socket.h
+const SO_PEERCRED = 17;
+const SO_PEERGROUPS = 59;
+const AF_UNIX = 1;
+const AF_INET = 2;
+const AF_INET6 = 10;
+const SOCK_DGRAM = 2;
+const SOCK_CLOEXEC = 0o2000000;
+const MSG_DONTWAIT = 0x40;
+const MSG_NOSIGNAL = 0x4000;
+const SUN_PATH_BYTES = 108;
+/** NGROUPS_MAX is 65536; nobody who needs as many is told by group. */
+const MAX_GROUPS = 1024;
+
+const libc = koffi.load('libc.so.6');
+const getsockopt = libc.func('int getsockopt(int fd, int level, int name, void *value, void *length)');
+const getsockname = libc.func('int getsockname(int fd, void *address, void *length)');
+const socket = libc.func('int socket(int domain, int type, int protocol)');
+const sendto = libc.func('long sendto(int fd, void *data, size_t length, int flags, void *address, uint size)');
+const close = libc.func('int close(int fd)');
+
+/** Who connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
+export function peerCredentials(connection: net.Socket): PeerCredentials | undefined {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return undefined;
+  const identity = option(fd, SO_PEERCRED, 12);
+  if (identity?.length !== 12) return undefined;
+  const groups = option(fd, SO_PEERGROUPS, 4 * MAX_GROUPS);
+  return {
+    pid: identity.readInt32LE(0),
+    uid: identity.readUInt32LE(4),
+    gid: identity.readUInt32LE(8),
+    ...(groups && { groups: Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)) }),
+  };
+}
+
+/** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */
+export function boundAddress(
+  fd: number,
+): { readonly path: string } | { readonly host: string; readonly port: number } | undefined {
+  const address = Buffer.alloc(128);
+  const length = Buffer.alloc(4);
+  length.writeUInt32LE(address.length, 0);
+  if (getsockname(fd, address, length) !== 0) return undefined;
+  const used = length.readUInt32LE(0);
+  switch (address.readUInt16LE(0)) {
+    case AF_UNIX: {
+      const name = address.subarray(2, used);
+      if (name[0] === 0) return { path: `@${name.toString('utf8', 1)}` };
+      const end = name.indexOf(0);
+      return { path: name.toString('utf8', 0, end < 0 ? name.length : end) };
+    }
+    case AF_INET:
+      return { host: address.subarray(4, 8).join('.'), port: address.readUInt16BE(2) };
+    case AF_INET6: {
+      const groups = Array.from({ length: 8 }, (_, i) => address.readUInt16BE(8 + 2 * i).toString(16));
+      // The shortest form, as everybody writes it.
+      const host = new URL(`http://[${groups.join(':')}]`).hostname.slice(1, -1);
+      return { host, port: address.readUInt16BE(2) };
+    }
+    default:
+      return undefined;
+  }
+}
+
+/** Send one datagram to a unix socket: a path, or "@NAME" in the abstract namespace. Whether it was taken. */
+export function sendDatagram(address: string, text: string): boolean {
+  const name = Buffer.from(address);
+  if (name.length === 0 || name.length >= SUN_PATH_BYTES) return false;
+  const isAbstract = name[0] === 0x40;
+  if (isAbstract) name[0] = 0;
+  // An abstract name is exactly as long as the address says; a path ends with a NUL.
+  const target = Buffer.alloc(2 + name.length + (isAbstract ? 0 : 1));
+  target.writeUInt16LE(AF_UNIX, 0);
+  name.copy(target, 2);
+  const fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0) as number;
+  if (fd < 0) return false;
+  const data = Buffer.from(text);
+  const sent = sendto(fd, data, data.length, MSG_DONTWAIT | MSG_NOSIGNAL, target, target.length) as number | bigint;
+  close(fd);
+  return Number(sent) === data.length;
+}
+
+function option(fd: number, name: number, maxBytes: number): Buffer | undefined {
+  const value = Buffer.alloc(maxBytes);
+  const length = Buffer.alloc(4);
+  length.writeUInt32LE(maxBytes, 0);
+  if (getsockopt(fd, SOL_SOCKET, name, value, length) !== 0) return undefined;
+  return value.subarray(0, length.readUInt32LE(0));
+}
+
+/** Node has no public way to the descriptor of a socket. */
+function descriptorOf(connection: net.Socket): number | undefined {
+  const { _handle: handle } = connection as unknown as { readonly _handle?: { readonly fd?: unknown } };
+  return typeof handle?.fd === 'number' && handle.fd >= 0 ? handle.fd : undefined;
+}
