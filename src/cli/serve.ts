@@ -5,6 +5,7 @@ import type { DaemonConfiguration } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import { defaultListeners } from '../daemon/places.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
+import { endBySignal } from './interrupt.js';
 import { printJson, printLine } from './output.js';
 import { version } from './version.js';
 
@@ -19,9 +20,6 @@ interface NewVdi {
   readonly name: string;
   readonly size: number;
 }
-
-/** The exit code of a process that SIGTERM ended, as shells report it. */
-const EXIT_TERMINATED = 128 + 15;
 
 export function serveCommand(): Command {
   const command = new Command('serve')
@@ -71,6 +69,8 @@ async function serve(options: ServeOptions): Promise<void> {
   const daemon = await startDaemon(configuration, log);
   const listeners = daemon.listeners.map(formatListenAddress);
   log.info({ store: daemon.store, listeners, control: daemon.control, pid: process.pid }, 'ready');
+  // A daemon goes on when nobody reads what it said at its start.
+  process.stdout.on('error', (error) => log.warn({ err: error }, 'cannot write to stdout'));
   if (options.json) {
     const { store, control, uris } = daemon;
     printJson({ event: 'ready', store, control, listeners, uris });
@@ -91,7 +91,7 @@ function firstSignal(): Promise<NodeJS.Signals> {
   return new Promise((resolve) => {
     let isStopping = false;
     const onSignal = (signal: NodeJS.Signals): void => {
-      if (isStopping) process.exit(EXIT_TERMINATED);
+      if (isStopping) return endBySignal(signal);
       isStopping = true;
       resolve(signal);
     };
