@@ -65,6 +65,8 @@ async function serve(options: ServeOptions): Promise<void> {
     debug: options.debug ?? false,
     version: version(),
   };
+  // From here on: a supervisor may ask to stop the moment it reads "ready", or sooner.
+  const toldToStop = firstSignal();
   const { startDaemon } = await import('../daemon/daemon.js');
   const daemon = await startDaemon(configuration, log);
   const listeners = daemon.listeners.map(formatListenAddress);
@@ -80,7 +82,7 @@ async function serve(options: ServeOptions): Promise<void> {
     printLine("'sheepgate vdi list' shows the VDIs, Ctrl-C stops");
   }
 
-  const signal = await firstSignal();
+  const signal = await toldToStop;
   log.info({ signal }, 'stopping');
   await daemon.stop();
   log.info('stopped');
