@@ -2,6 +2,7 @@
  * The options that every command has, and what they mean: which store, through which daemon, for people or machines.
  * Owns the way from parsed options to Operations and back to the end of the process's work on them.
  */
+import fs from 'node:fs';
 import path from 'node:path';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
@@ -52,7 +53,7 @@ export interface ChosenStore {
   readonly control: string | undefined;
 }
 
-/** The store the options and the environment name. What is on the command line wins. Errors: NO_CLUSTER. */
+/** The store the options and the environment name. What is on the command line wins. Errors: NO_CLUSTER, NO_STORE. */
 export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = process.env): ChosenStore {
   if (options.cluster !== undefined) {
     throw new OperationError(
@@ -63,7 +64,11 @@ export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = pro
   const given = options.store ?? (env.SHEEPGATE_STORE || undefined);
   // The control socket in the environment belongs to the store in the environment.
   const control = options.control ?? ((options.store === undefined && env.SHEEPGATE_CONTROL) || undefined);
-  return { store: path.resolve(given ?? defaultStore(env)), isStoreGiven: given !== undefined, control };
+  const store = path.resolve(given ?? defaultStore(env));
+  if (fs.statSync(store, { throwIfNoEntry: false })?.isDirectory() === false) {
+    throw new OperationError('NO_STORE', `${store} is not a directory, so it is no store; --store DIR names another`);
+  }
+  return { store, isStoreGiven: given !== undefined, control };
 }
 
 /**

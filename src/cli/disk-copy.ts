@@ -3,6 +3,7 @@
  * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
  */
 import fs from 'node:fs';
+import type { Readable, Writable } from 'node:stream';
 import { promisify } from 'node:util';
 import { OperationError, type Disk } from '../daemon/operations.js';
 import { nextData, nextHole } from '../store/local/libc.js';
@@ -104,24 +105,31 @@ export async function copyFileToDisk(
   return copied;
 }
 
-/** Copy a stream to the beginning of the disk. Returns the stream's length too; throws if it is longer than the disk. */
+/**
+ * Copy a stream to the beginning of the disk. Returns the stream's length too; throws if it is longer than the disk.
+ * `inspect` sees the first chunk before anything is written.
+ */
 export async function copyStreamToDisk(
-  stream: AsyncIterable<Buffer>,
+  stream: Readable,
   disk: Disk,
-  options: CopyOptions & { readonly isEmpty: boolean },
+  options: CopyOptions & { readonly isEmpty: boolean; readonly inspect: (head: Buffer) => void },
 ): Promise<Copied & { size: number }> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
   let size = 0;
+  // Ends the waiting for a stream from which nothing comes.
+  const stop = (): void => void stream.destroy(options.signal.reason as Error);
+  options.signal.addEventListener('abort', stop, { once: true });
   await inFlight(async (flight) => {
     for await (const buffer of chunksOf(stream)) {
       options.signal.throwIfAborted();
+      if (size === 0) options.inspect(buffer);
       if (size + buffer.length > disk.size)
         throw new OperationError('TOO_LONG', `the input is longer than the ${disk.size} bytes of the disk`);
       const at = size;
       size += buffer.length;
       await flight.add(() => writeSparsely(disk, at, buffer, copied, options));
     }
-  });
+  }).finally(() => options.signal.removeEventListener('abort', stop));
   return { ...copied, size };
 }
 
@@ -167,20 +175,14 @@ export async function copyDiskToFile(
 }
 
 /** Write the disk to a stream, in order, zeros included. */
-export async function copyDiskToStream(
-  disk: Disk,
-  stream: NodeJS.WritableStream,
-  options: CopyOptions,
-): Promise<Copied> {
+export async function copyDiskToStream(disk: Disk, stream: Writable, options: CopyOptions): Promise<Copied> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
   const ahead: { readonly buffer: Promise<Buffer>; readonly isData: boolean }[] = [];
   const writeFirst = async (): Promise<void> => {
     const first = ahead.shift();
     if (!first) return;
     const buffer = await first.buffer;
-    await new Promise<void>((resolve, reject) => {
-      stream.write(buffer, (error) => (error ? reject(error) : resolve()));
-    });
+    await writeTo(stream, buffer, options.signal);
     if (first.isData) copied.dataBytes += buffer.length;
     else copied.zeroBytes += buffer.length;
     options.progress.advance(buffer.length);
@@ -199,6 +201,19 @@ export async function copyDiskToStream(
     await Promise.allSettled(ahead.map(({ buffer }) => buffer));
   }
   return copied;
+}
+
+/** Resolves when the stream has taken `data`; an abort does not wait for a reader that does not read. */
+function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const onAbort = (): void => reject(signal.reason as Error);
+    signal.addEventListener('abort', onAbort, { once: true });
+    stream.write(data, (error) => {
+      signal.removeEventListener('abort', onAbort);
+      if (error) reject(error);
+      else resolve();
+    });
+  });
 }
 
 /** The disk in order, in pieces of at most CHUNK_BYTES, from what it says about its allocation. */

@@ -1,5 +1,6 @@
 /** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
 import fs from 'node:fs';
+import type { Writable } from 'node:stream';
 import { Command } from 'commander';
 import { OperationError, type Disk } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -63,17 +64,30 @@ export function exportCommand(): Command {
 
 /** How to fill `file`. Looked at before anything is copied, so that a mistake costs no time. */
 function targetOf(file: string, mayReplace: boolean): Copy {
-  if (file === STDOUT) return toStream(process.stdout);
+  if (file === STDOUT) return toStream(process.stdout, 'stdout');
   const status = fs.statSync(file, { throwIfNoEntry: false });
   if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
-  if (status?.isFIFO() || status?.isCharacterDevice()) return toStream(fs.createWriteStream(file, { flags: 'r+' }));
+  if (status?.isFIFO() || status?.isCharacterDevice()) {
+    return toStream(fs.createWriteStream(file, { flags: 'r+' }), file);
+  }
   if (status?.isBlockDevice()) return (disk, progress, signal) => toBlockDevice(file, disk, progress, signal);
   if (status && !mayReplace) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
   return (disk, progress, signal) => toFile(file, disk, progress, signal);
 }
 
-function toStream(stream: NodeJS.WritableStream): Copy {
-  return (disk, progress, signal) => copyDiskToStream(disk, stream, { progress, signal });
+function toStream(stream: Writable, name: string): Copy {
+  // The write that failed says it; without a listener the stream would end the process before anything is cleaned up.
+  stream.on('error', () => undefined);
+  return async (disk, progress, signal) => {
+    try {
+      return await copyDiskToStream(disk, stream, { progress, signal });
+    } catch (error) {
+      const { code, syscall, message } = error as NodeJS.ErrnoException;
+      if (syscall === undefined) throw error;
+      const why = code === 'EPIPE' ? 'its reader is gone' : message;
+      throw new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
+    }
+  };
 }
 
 /** Under another name until it is complete and on disk: a file of this name is a whole image, also after a crash. */

@@ -1,5 +1,6 @@
 /** `sheepgate import`: a raw disk image, from a file or stdin, becomes a VDI. */
 import fs from 'node:fs';
+import type { Readable } from 'node:stream';
 import { Command, Option } from 'commander';
 import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
@@ -25,6 +26,8 @@ const FOREIGN_FORMATS: readonly { readonly name: string; readonly mark: Buffer }
   { name: 'zstd', mark: Buffer.from([0x28, 0xb5, 0x2f, 0xfd]) },
 ];
 
+const MARK_BYTES = Math.max(...FOREIGN_FORMATS.map(({ mark }) => mark.length));
+
 interface ImportOptions extends CommonOptions {
   readonly overwrite?: boolean;
   readonly raw?: boolean;
@@ -36,7 +39,11 @@ interface Source {
   /** undefined for a stream. */
   readonly fd: number | undefined;
   readonly size: number | undefined;
-  readonly stream: AsyncIterable<Buffer> | undefined;
+  readonly stream: Readable | undefined;
+  /** For messages. */
+  readonly name: string;
+  /** Throws if the image begins like something other than a disk. */
+  readonly inspect: (head: Buffer) => void;
 }
 
 export function importCommand(): Command {
@@ -72,18 +79,22 @@ export function importCommand(): Command {
 }
 
 function openSource(file: string, isRaw: boolean): Source {
-  if (file === STDIN) return { fd: undefined, size: undefined, stream: process.stdin };
+  const name = file === STDIN ? 'stdin' : file;
+  const inspect = isRaw ? () => undefined : (head: Buffer) => refuseForeignFormat(head, name);
+  if (file === STDIN) return { fd: undefined, size: undefined, stream: process.stdin, name, inspect };
   const fd = fs.openSync(file, 'r');
   try {
     const status = fs.fstatSync(fd);
     if (status.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory, not a disk image`);
     if (!status.isFile() && !status.isBlockDevice()) {
-      return { fd: undefined, size: undefined, stream: fs.createReadStream('', { fd, autoClose: true }) };
+      const stream = fs.createReadStream('', { fd, autoClose: true });
+      return { fd: undefined, size: undefined, stream, name, inspect };
     }
     const size = status.isFile() ? status.size : blockDeviceSize(fd, file);
     if (size === 0) throw new OperationError('BAD_FILE', `${file} is empty`);
-    if (!isRaw) refuseForeignFormat(fd, file);
-    return { fd, size, stream: undefined };
+    const head = Buffer.alloc(MARK_BYTES);
+    inspect(head.subarray(0, fs.readSync(fd, head, 0, head.length, 0)));
+    return { fd, size, stream: undefined, name, inspect };
   } catch (error) {
     fs.closeSync(fd);
     throw error;
@@ -100,9 +111,7 @@ function blockDeviceSize(fd: number, file: string): number {
   return sectors * 512;
 }
 
-function refuseForeignFormat(fd: number, file: string): void {
-  const head = Buffer.alloc(16);
-  fs.readSync(fd, head, 0, head.length, 0);
+function refuseForeignFormat(head: Buffer, file: string): void {
   const format = FOREIGN_FORMATS.find(({ mark }) => head.subarray(0, mark.length).equals(mark));
   if (!format) return;
   const remedy =
@@ -121,7 +130,13 @@ async function importInto(
 ): Promise<Copied & { size: number }> {
   const isNew = !(options.overwrite && (await exists(operations, name)));
   const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
-  const wanted = Math.max(roundUp(source.size ?? 0), options.size ?? 0);
+  const wanted = options.size ?? roundUp(source.size ?? 0);
+  if (!isNew && options.size !== undefined) {
+    throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
+  }
+  if (source.size !== undefined && wanted < source.size) {
+    throw new OperationError('BAD_SIZE', `${source.name} has ${source.size} bytes, --size says only ${wanted}`);
+  }
   if (isNew) {
     // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
     const size = source.size === undefined && options.size === undefined ? MAX_DATA_OBJECTS * 2 ** shift : wanted;
@@ -136,7 +151,7 @@ async function importInto(
       await disk.close();
     }
     if (isNew && source.size === undefined && options.size === undefined) {
-      if (copied.size === 0) throw new OperationError('BAD_FILE', 'there was nothing on stdin');
+      if (copied.size === 0) throw new OperationError('BAD_FILE', `${source.name} is empty`);
       await operations.resize(name, roundUp(copied.size), { force: true });
     }
     return copied;
@@ -163,7 +178,7 @@ async function copyIn(
   }
   const progress: Progress = startProgress(`importing ${name}`, source.size);
   try {
-    const options = { progress, signal, isEmpty };
+    const options = { progress, signal, isEmpty, inspect: source.inspect };
     let copied: Copied & { size: number };
     if (source.fd !== undefined && source.size !== undefined) {
       copied = { ...(await copyFileToDisk(source.fd, source.size, disk, options)), size: source.size };

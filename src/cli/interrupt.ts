@@ -14,13 +14,21 @@ export class InterruptedError extends Error {
   }
 }
 
+/**
+ * End this process now, as the signal would have without us. Not with process.exit(): that waits for the thread pool, and
+ * a metadata commit under way there waits for the thread that would be waiting (lmdb's WaitForCallbacks): for ever.
+ */
+export function endBySignal(signal: NodeJS.Signals): void {
+  process.removeAllListeners(signal);
+  process.kill(process.pid, signal);
+}
+
 /** Run `work`; its signal is aborted with an InterruptedError as reason when the process is told to end. */
 export async function interruptible<T>(work: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const controller = new AbortController();
   const onSignal = (signal: NodeJS.Signals): void => {
-    const error = new InterruptedError(signal);
-    if (controller.signal.aborted) process.exit(error.exitCode);
-    controller.abort(error);
+    if (controller.signal.aborted) endBySignal(signal);
+    else controller.abort(new InterruptedError(signal));
   };
   process.on('SIGINT', onSignal);
   process.on('SIGTERM', onSignal);

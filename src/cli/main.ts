@@ -7,7 +7,7 @@ import { asOperationError } from '../daemon/operations.js';
 import { checkCommand } from './check.js';
 import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
-import { InterruptedError } from './interrupt.js';
+import { endBySignal, InterruptedError } from './interrupt.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
 import { version } from './version.js';
@@ -41,7 +41,7 @@ function throwInsteadOfExiting(command: Command): void {
   command.exitOverride();
   command.showSuggestionAfterError(true);
   command.configureOutput({
-    outputError: (text, write) => write(text.replace(/^error: /, 'sheepgate: ')),
+    outputError: (text, write) => write(`${oneLine(text.replace(/^error: /, 'sheepgate: ').trimEnd())}\n`),
   });
   for (const child of command.commands) throwInsteadOfExiting(child);
 }
@@ -56,7 +56,7 @@ function endWith(error: unknown): number {
   const expected = asOperationError(error);
   if (expected) {
     process.stderr.write(`sheepgate: ${oneLine(expected.message)}\n`);
-    return EXIT_FAILED;
+    return expected.code === 'BAD_USAGE' ? EXIT_USAGE : EXIT_FAILED;
   }
   const systemCall = error as NodeJS.ErrnoException;
   if (typeof systemCall?.syscall === 'string' && typeof systemCall.code === 'string') {
@@ -72,16 +72,25 @@ function oneLine(text: string): string {
 }
 
 // `sheepgate vdi list | head`: whoever reads no further wants no error either. Without a reader there is nothing to say.
+// Commands that have more to lose than a line (an image, a daemon) listen themselves.
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-  if (error.code !== 'EPIPE') throw error;
-  process.exit(process.exitCode ?? 0);
+  if (process.stdout.listenerCount('error') > 1) return;
+  if (error.code === 'EPIPE') process.exit(process.exitCode ?? 0);
+  process.stderr.write(`sheepgate: cannot write to stdout: ${error.message}\n`);
+  process.exit(EXIT_FAILED);
+});
+// A fault of ours ends the process by a signal: leaving it to Node can wait for ever (see endBySignal).
+process.on('uncaughtException', (error) => {
+  process.stderr.write(`sheepgate: internal error, please report it: ${error?.stack ?? String(error)}\n`);
+  endBySignal('SIGABRT');
 });
 
 try {
   await programme().parseAsync();
 } catch (error) {
   const code = endWith(error);
-  // What was printed goes out first; a pipe takes it later.
+  // What was printed goes out first; a pipe takes it later. An interrupted image need not.
+  if (error instanceof InterruptedError) process.exit(code);
   if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
   else process.exitCode = code;
 }

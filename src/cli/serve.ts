@@ -6,6 +6,7 @@ import { AddressError, formatListenAddress, parseListenAddress, type ListenAddre
 import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
+import { endBySignal } from './interrupt.js';
 import { printJson, printLine } from './output.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
@@ -21,9 +22,6 @@ interface NewVdi {
   readonly name: string;
   readonly size: number;
 }
-
-/** The exit code of a process that SIGTERM ended, as shells report it. */
-const EXIT_TERMINATED = 128 + 15;
 
 export function serveCommand(): Command {
   const command = new Command('serve')
@@ -75,6 +73,8 @@ async function serve(options: ServeOptions): Promise<void> {
     debug: options.debug ?? false,
     version: version(),
   };
+  // From here on: a supervisor may ask to stop the moment it reads "ready", or sooner.
+  const toldToStop = firstSignal();
   const { startDaemon } = await import('../daemon/daemon.js');
   const { sendDatagram } = await import('../daemon/socket-calls.js');
   const notifier = openNotifier({ send: sendDatagram, onFailure: (message) => log.warn(message) });
@@ -82,8 +82,8 @@ async function serve(options: ServeOptions): Promise<void> {
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
   log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
-  // Before anybody is told that we are ready: the one who waits for that may stop us at once.
-  const stopSignal = firstSignal();
+  // A daemon goes on when nobody reads what it said at its start.
+  process.stdout.on('error', (error) => log.warn({ err: error }, 'cannot write to stdout'));
   if (options.json) {
     const { store, control, uris } = daemon;
     printJson({ event: 'ready', store, control, listeners: addresses, uris });
@@ -100,7 +100,7 @@ async function serve(options: ServeOptions): Promise<void> {
     notifier.ready(status);
   });
 
-  const signal = await stopSignal;
+  const signal = await toldToStop;
   reloads.serve(() => undefined);
   log.info({ signal }, 'stopping');
   notifier.stopping();
@@ -131,7 +131,7 @@ function firstSignal(): Promise<NodeJS.Signals> {
   return new Promise((resolve) => {
     let isStopping = false;
     const onSignal = (signal: NodeJS.Signals): void => {
-      if (isStopping) process.exit(EXIT_TERMINATED);
+      if (isStopping) return endBySignal(signal);
       isStopping = true;
       resolve(signal);
     };

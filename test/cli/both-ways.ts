@@ -1,0 +1,107 @@
+/**
+ * The two ways a command reaches a store: it opens the store itself, or a daemon has it and does the work. Tests of the
+ * command line run over both and expect the same. Owns nothing beyond what the harness cleans up.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { expect } from 'vitest';
+import { NbdClient } from 'nbd-server-ts';
+import { cli, startDaemon, temporaryDirectory, type Daemon, type RunResult } from '../harness/daemon.js';
+
+export const MIB = 2 ** 20;
+export const GIB = 2 ** 30;
+export const WAYS = ['directly on the store', 'through a daemon'] as const;
+export type Way = (typeof WAYS)[number];
+
+export interface TestStore {
+  readonly store: string;
+  /** Undefined if there is none. */
+  readonly daemon: Daemon | undefined;
+  /** Run sheepgate on this store. */
+  run(args: readonly string[], options?: Parameters<typeof cli>[1]): Promise<RunResult>;
+  /** ... expecting success and nothing on stderr; returns stdout. */
+  ok(...args: string[]): Promise<string>;
+  /** ... with --json. */
+  json<T = Record<string, unknown>>(...args: string[]): Promise<T>;
+  /** ... expecting exit code 1, nothing on stdout and one line on stderr, which is returned. */
+  fails(...args: string[]): Promise<string>;
+  /** The names in the store, NAME or NAME@TAG. */
+  names(): Promise<string[]>;
+}
+
+/** An empty store, and a daemon on it or not. */
+export async function testStore(way: Way): Promise<TestStore> {
+  const store = path.join(temporaryDirectory(), 'store');
+  const daemon = way === 'through a daemon' ? await startDaemon({ store }) : undefined;
+  return storeWith(store, daemon);
+}
+
+export function storeWith(store: string, daemon: Daemon | undefined): TestStore {
+  const run: TestStore['run'] = (args, options) => cli(args, { store, ...options });
+  const ok: TestStore['ok'] = async (...args) => {
+    const result = await run(args);
+    expect({ code: result.code, stderr: result.stderr }, args.join(' ')).toEqual({ code: 0, stderr: '' });
+    return result.stdout;
+  };
+  return {
+    store,
+    daemon,
+    run,
+    ok,
+    json: async <T>(...args: string[]) => JSON.parse(await ok(...args, '--json')) as T,
+    fails: async (...args) => oneLineOf(await run(args), 1, args.join(' ')),
+    names: async () => {
+      const vdis = JSON.parse(await ok('vdi', 'list', '--json')) as { name: string; tag: string | null }[];
+      return vdis.map(({ name, tag }) => (tag === null ? name : `${name}@${tag}`));
+    },
+  };
+}
+
+/** The one line a refusal says on stderr; nothing else may be said, and no stack. */
+export function oneLineOf(result: RunResult, code: number, what: string): string {
+  expect({ code: result.code, signal: result.signal, stdout: result.stdout }, `${what}: ${result.stderr}`).toEqual({
+    code,
+    signal: null,
+    stdout: '',
+  });
+  expect(result.stderr, what).toMatch(/^sheepgate: [^\n]+\n$/);
+  expect(result.stderr, what).not.toMatch(/\n\s+at |internal error|undefined|\[object/);
+  return result.stderr;
+}
+
+/** A client that has the export open. */
+export async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
+  const client = await NbdClient.connect({ path: daemon.socket });
+  await client.go(name);
+  return client;
+}
+
+/** Like random data, the same every time, without a zero block. */
+export function patterned(size: number, seed: number): Buffer {
+  const data = Buffer.alloc(size);
+  let state = seed >>> 0 || 1;
+  for (let at = 0; at < size; at += 4) {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    if (at + 4 <= size) data.writeUInt32LE(state >>> 0, at);
+    else data.fill(1, at);
+  }
+  return data;
+}
+
+/** Equal, without the minutes that toEqual takes to compare megabytes. */
+export function expectBytes(found: Buffer, wanted: Buffer): void {
+  expect(found.length).toBe(wanted.length);
+  if (found.equals(wanted)) return;
+  const at = found.findIndex((byte, i) => byte !== wanted[i]);
+  expect.fail(`byte ${at} is ${found[at]}, not ${wanted[at]}`);
+}
+
+/** Bytes a file or everything in a directory occupies. */
+export function diskUsage(place: string): number {
+  const status = fs.lstatSync(place, { throwIfNoEntry: false });
+  if (!status) return 0; // gone since it was listed
+  const below = status.isDirectory() ? fs.readdirSync(place) : [];
+  return below.reduce((sum, name) => sum + diskUsage(path.join(place, name)), status.blocks * 512);
+}
