@@ -7,7 +7,7 @@ const device = {
   geometry: {
     ...{ size: disk.length, minimumBlockSize: 1, preferredBlockSize: 4096, readOnly: false, multiConn: true },
     ...{ canFlush: true, canFua: true, canTrim: true, canZero: true, canFastZero: true, canCache: true },
-    rotational: false,
+    ...{ rotational: false, contexts: [] },
   },
   read: (offset, into) => void disk.copy(into, 0, offset, offset + into.length),
   write: (offset, data) => void data.copy(disk, offset),
@@ -15,7 +15,7 @@ const device = {
   trim: (offset, length) => void disk.fill(0, offset, offset + length),
   flush: () => {},
   cache: () => {},
-  extents: (offset, length, sink) => void sink(offset, length, false, false),
+  extents: () => {},
   close: () => {},
 };
 const info = { name: 'ram', description: `${megabytes} MiB of memory` };

@@ -24,6 +24,13 @@ export interface Geometry {
   /** Several connections see each other's completed writes, and a flush on one covers all. */
   readonly multiConn: boolean;
   readonly rotational: boolean;
+  /**
+   * The meta contexts `extents` answers for, each named NAMESPACE:LEAF (proto.md, "Metadata querying"): 'base:allocation'
+   * if the device can tell holes from data, and any of its own.
+   */
+  readonly contexts: readonly string[];
+  /** Those of `contexts` whose flags need more than 32 bits; only clients with extended headers can select them. */
+  readonly wideContexts?: readonly string[];
 }
 
 export interface ZeroMode {
@@ -35,8 +42,18 @@ export interface ZeroMode {
   readonly fastZero: boolean;
 }
 
-/** Receives extents in ascending order; `hole`: not allocated, `zero`: reads as zeros. Return false to stop early. */
-export type ExtentSink = (offset: number, length: number, hole: boolean, zero: boolean) => boolean;
+/** The one meta context that NBD itself defines: what is allocated, and what reads as zeros. */
+export const ALLOCATION_CONTEXT = 'base:allocation';
+/** Flag of `base:allocation`: not allocated; a write may need new space. */
+export const STATE_HOLE = 1 << 0;
+/** Flag of `base:allocation`: reads as zeros. */
+export const STATE_ZERO = 1 << 1;
+
+/**
+ * Receives extents in ascending order, each beginning where the last one ended. `flags` are the context's own: 32 bits,
+ * or up to 2^53-1 for one of `wideContexts`. Neighbours may have the same flags. Returns false when it has enough.
+ */
+export type ExtentSink = (offset: number, length: number, flags: number) => boolean;
 
 /**
  * An export, opened for one connection. Every range passed in is already validated against `geometry`. Errors are thrown
@@ -54,8 +71,17 @@ export interface BlockDevice {
   flush(): Awaitable<void>;
   /** Bring the range into cache; a hint. */
   cache(offset: number, length: number): Awaitable<void>;
-  /** Allocation of [offset, offset+length), reported to `sink` without reading data. */
-  extents(offset: number, length: number, sink: ExtentSink): Awaitable<void>;
+  /**
+   * What `context`, one of `geometry.contexts`, says of [offset, offset+length), reported to `sink` from `offset` on,
+   * without reading data. May stop before the end, but not before the first extent; an extent may reach beyond the end.
+   * Extents should begin and end at multiples of the minimum block size.
+   */
+  extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void>;
+  /**
+   * Whether the range is known, from memory alone, to read as zeros. Asked before every read of a client that takes
+   * holes, so it must be cheap; false is always allowed.
+   */
+  isHole?(offset: number, length: number): boolean;
   /** Called once, when the connection is gone and no request is in flight. */
   close(): Awaitable<void>;
 }
@@ -63,14 +89,19 @@ export interface BlockDevice {
 /** Causes a device may give for a failed request; the server maps them to NBD error values in one table. */
 export type DeviceErrorCode = 'EPERM' | 'EIO' | 'ENOMEM' | 'EINVAL' | 'ENOSPC' | 'EOVERFLOW' | 'ENOTSUP' | 'ESHUTDOWN';
 
+/** `message` is told to clients that can take it, so it should mean something to whoever uses the export. */
 export class DeviceError extends Error {
+  /** Where in the export it failed, if that is known: what lies before it in the request's range has succeeded. */
+  readonly offset: number | undefined;
+
   constructor(
     readonly code: DeviceErrorCode,
     message: string,
-    options?: ErrorOptions,
+    options?: ErrorOptions & { readonly offset?: number },
   ) {
     super(message, options);
     this.name = 'DeviceError';
+    this.offset = options?.offset;
   }
 }
 

@@ -1,18 +1,22 @@
 /**
- * A small NBD client: fixed newstyle, simple replies, requests pipelined as promises. It is for tests, tools and backups
- * inside a program; it keeps no cache and retries nothing. It owns its socket from connect() to the end.
+ * An NBD client: fixed newstyle, the best kind of replies the server has, block status, requests pipelined as promises.
+ * It is for tests, tools and backups inside a program; it keeps no cache and retries nothing. It owns its socket from
+ * connect() to the end; what comes in once an export is open, client-replies.ts reads.
  */
 
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import type { DeviceErrorCode, ExportInfo } from './block-device.js';
+import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from './block-device.js';
 import { ByteReader } from './byte-reader.js';
 import { connectTls, type ClientTls } from './tls.js';
+import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './client-replies.js';
 import {
   CMD,
   CMD_FLAG,
   decodeString,
+  encodeExtendedRequest,
   encodeInfoRequest,
+  encodeMetaQueries,
   encodeOption,
   encodeRequest,
   errorName,
@@ -32,9 +36,8 @@ import {
   readUInt64,
   REP,
   REP_ERROR_BIT,
-  SIMPLE_REPLY_MAGIC,
-  SIMPLE_REPLY_SIZE,
   TRANSMISSION_FLAG,
+  writeUInt64,
 } from './protocol.js';
 
 /** Where the server is: an address, or a socket somebody else connected (`head`: bytes already received on it). */
@@ -45,6 +48,8 @@ export type ClientOptions = (
 ) & {
   /** Go on over TLS only: a server that will not, or that does not prove itself, is refused. */
   readonly tls?: ClientTls;
+  /** The kind of replies to insist on. By default the best the server has: extended, else structured, else simple. */
+  readonly replies?: ReplyLevel;
 };
 
 /** What a server says of an export. Sizes in bytes. */
@@ -57,6 +62,8 @@ export interface ExportDetails {
   readonly canZero: boolean;
   readonly canFastZero: boolean;
   readonly canCache: boolean;
+  /** Reads may ask to be answered in one piece. */
+  readonly canDf: boolean;
   readonly multiConn: boolean;
   readonly rotational: boolean;
   readonly minimumBlockSize: number;
@@ -84,18 +91,29 @@ export type NbdClientErrorCode =
   | 'CLOSED';
 
 export class NbdClientError extends Error {
+  /** Where in the export a request failed, if the server told. */
+  readonly offset: number | undefined;
+
   constructor(
     readonly code: NbdClientErrorCode,
     message: string,
-    options?: ErrorOptions,
+    options?: ErrorOptions & { readonly offset?: number | undefined },
   ) {
     super(message, options);
     this.name = 'NbdClientError';
+    this.offset = options?.offset;
   }
 }
 
 /** An option reply of more bytes is not believed. */
 const MAX_OPTION_REPLY_BYTES = 64 * 1024;
+/** Nor are more replies to one option, or more bytes of them together. */
+const MAX_OPTION_REPLIES = 64 * 1024;
+const MAX_OPTION_REPLIES_BYTES = 16 * 1024 * 1024;
+/** The longest request whose header has 32 bits for the length. */
+const MAX_COMPACT_LENGTH = 0xffff_ffff;
+/** Longer ones are cut into pieces of this size: a multiple of every block size. */
+const PIECE_BYTES = 2 ** 31;
 /** How long disconnect() waits for the server to close its side, milliseconds. */
 const DISCONNECT_WAIT_MS = 2_000;
 
@@ -108,18 +126,16 @@ const OPTION_ERROR_CODES: ReadonlyMap<number, NbdClientErrorCode> = new Map<numb
   [REP.ERR_SHUTDOWN, 'ESHUTDOWN'],
 ]);
 
+export interface ReadOptions {
+  /** Ask for one piece (NBD_CMD_FLAG_DF); only if the export `canDf`. */
+  readonly df?: boolean;
+  /** Told of each hole the server sent; its zeros are filled in anyway. */
+  readonly onHole?: (offset: number, length: number) => void;
+}
+
 interface OptionReply {
   readonly type: number;
   readonly data: Buffer;
-}
-
-interface PendingReply {
-  /** Where a read's data goes. */
-  readonly into: Buffer | undefined;
-  readonly resolve: () => void;
-  readonly reject: (error: NbdClientError) => void;
-  /** For messages: "read of 4096 bytes at 0". */
-  readonly what: string;
 }
 
 export class NbdClient {
@@ -128,12 +144,14 @@ export class NbdClient {
   private noZeroes = false;
   private failure: NbdClientError | undefined;
   private nextCookie = 1;
-  private readonly pending = new Map<number, PendingReply>();
-  private readonly replyHeader = Buffer.alloc(SIMPLE_REPLY_SIZE);
-  private headerFill = 0;
-  /** The read whose data is arriving, and how much of it has. */
-  private filling: PendingReply | undefined;
-  private filled = 0;
+  private wantedLevel: ReplyLevel | undefined;
+  private level: ReplyLevel | undefined;
+  private replies: ReplyReader | undefined;
+  /** The contexts selected, with the ids that stand for them. */
+  private readonly contextIds = new Map<string, number>();
+  private contextExport: string | undefined;
+  private maximumPayload = MAX_PAYLOAD;
+  private canFilterContexts = false;
   private readonly socketGone: Promise<void>;
 
   private constructor(private socket: Duplex) {
@@ -171,6 +189,7 @@ export class NbdClient {
   static async connect(options: ClientOptions): Promise<NbdClient> {
     const client = new NbdClient('socket' in options ? options.socket : await connectSocket(options));
     if ('socket' in options && options.head !== undefined) client.reader.feed(options.head);
+    client.wantedLevel = options.replies;
     try {
       await client.greet();
       if (options.tls !== undefined) await client.startTls(options.tls, 'host' in options ? options.host : 'localhost');
@@ -198,18 +217,59 @@ export class NbdClient {
 
   /** What go() would give, without opening the export (NBD_OPT_INFO). */
   async info(exportName: string): Promise<ExportDetails> {
+    await this.negotiateReplies();
     return this.details(await this.option(OPT.INFO, infoQuery(exportName)));
   }
 
-  /** Open an export (NBD_OPT_GO, or NBD_OPT_EXPORT_NAME with a server that lacks it). Afterwards requests may be made. */
+  /** The kind of replies that was negotiated; undefined before the first option that depends on it. */
+  get replyLevel(): ReplyLevel | undefined {
+    return this.level;
+  }
+
+  /** The meta contexts that blockStatus() can be asked for. */
+  get contexts(): readonly string[] {
+    return Array.from(this.contextIds.keys());
+  }
+
+  /** The meta contexts an export offers, or those that match a query (NBD_OPT_LIST_META_CONTEXT). */
+  async listContexts(exportName: string, queries: readonly string[] = []): Promise<string[]> {
+    await this.negotiateReplies();
+    const replies = await this.option(OPT.LIST_META_CONTEXT, encodeMetaQueries(exportName, queries));
+    return this.metaContexts(replies).map(({ name }) => name);
+  }
+
+  /** Select the meta contexts for an export that is then opened; replaces what was selected before. @returns those it has */
+  async selectContexts(exportName: string, names: readonly string[]): Promise<readonly string[]> {
+    await this.negotiateReplies();
+    this.contextIds.clear();
+    const replies = await this.option(OPT.SET_META_CONTEXT, encodeMetaQueries(exportName, names));
+    for (const { id, name } of this.metaContexts(replies)) {
+      if (new Set(this.contextIds.values()).has(id)) throw this.protocolError('two meta contexts with the same id');
+      // What nobody asked for must be counted with, since it is answered for, but has no name here.
+      this.contextIds.set(name, id);
+    }
+    this.contextExport = exportName;
+    return this.contexts;
+  }
+
+  /**
+   * Open an export (NBD_OPT_GO, or NBD_OPT_EXPORT_NAME with a server that lacks it). Afterwards requests may be made.
+   * If no contexts were selected for it, `base:allocation` is, where the server has it.
+   */
   async go(exportName: string): Promise<ExportDetails> {
+    await this.negotiateReplies();
+    if (this.level !== 'simple' && this.contextExport !== exportName) {
+      await unlessRefused(this.selectContexts(exportName, [ALLOCATION_CONTEXT]));
+    }
     let details: ExportDetails;
     try {
       details = this.details(await this.option(OPT.GO, infoQuery(exportName)));
     } catch (error) {
-      if (!(error instanceof NbdClientError) || error.code !== 'UNSUPPORTED') throw error;
+      if (!(error instanceof NbdClientError) || error.code !== 'UNSUPPORTED' || this.level === 'extended') throw error;
       details = await this.exportName(exportName);
     }
+    this.maximumPayload = details.maximumPayload;
+    this.replies = new ReplyReader(this.level ?? 'simple', (message) => this.protocolError(message));
     this.phase = 'transmission';
     this.socket.off('data', this.onOptionData);
     this.socket.on('data', this.onReplyData);
@@ -218,23 +278,26 @@ export class NbdClient {
     return details;
   }
 
-  /** `length` bytes at `offset`; at most MAX_PAYLOAD at a time. */
-  async read(offset: number, length: number): Promise<Buffer> {
+  /** `length` bytes at `offset`; at most the export's `maximumPayload` at a time. */
+  async read(offset: number, length: number, options: ReadOptions = {}): Promise<Buffer> {
     const into = Buffer.allocUnsafe(length);
-    await this.readInto(offset, into);
+    await this.readInto(offset, into, options);
     return into;
   }
 
-  /** Fill `into` with the bytes at `offset`. */
-  readInto(offset: number, into: Buffer): Promise<void> {
-    return this.request(CMD.READ, 0, offset, into.length, 'read', into);
+  /** Fill `into` with the bytes at `offset`. It is the client's until the promise settles. */
+  readInto(offset: number, into: Buffer, options: ReadOptions = {}): Promise<void> {
+    const flags = options.df ? CMD_FLAG.DF : 0;
+    return this.send({ type: CMD.READ, flags, offset, length: into.length, into, onHole: options.onHole }, 'read');
   }
 
   /** Write `data` at `offset`; it must not change until the promise settles. */
   write(offset: number, data: Buffer, options: { readonly fua?: boolean } = {}): Promise<void> {
-    return this.request(CMD.WRITE, options.fua ? CMD_FLAG.FUA : 0, offset, data.length, 'write', undefined, data);
+    const flags = options.fua ? CMD_FLAG.FUA : 0;
+    return this.send({ type: CMD.WRITE, flags, offset, length: data.length }, 'write', data);
   }
 
+  /** Make a range of any length read as zeros. */
   zero(
     offset: number,
     length: number,
@@ -244,11 +307,12 @@ export class NbdClient {
       (options.fua ? CMD_FLAG.FUA : 0) |
       (options.noHole ? CMD_FLAG.NO_HOLE : 0) |
       (options.fastZero ? CMD_FLAG.FAST_ZERO : 0);
-    return this.request(CMD.WRITE_ZEROES, flags, offset, length, 'zero');
+    return this.requestInPieces(CMD.WRITE_ZEROES, flags, offset, length, 'zero');
   }
 
+  /** Give a range of any length back. */
   trim(offset: number, length: number, options: { readonly fua?: boolean } = {}): Promise<void> {
-    return this.request(CMD.TRIM, options.fua ? CMD_FLAG.FUA : 0, offset, length, 'trim');
+    return this.requestInPieces(CMD.TRIM, options.fua ? CMD_FLAG.FUA : 0, offset, length, 'trim');
   }
 
   flush(): Promise<void> {
@@ -259,11 +323,53 @@ export class NbdClient {
     return this.request(CMD.CACHE, 0, offset, length, 'cache');
   }
 
+  /**
+   * What a meta context says of a range (NBD_CMD_BLOCK_STATUS): at least one extent, from `offset` on. They may end
+   * before the range does, then ask on from there; never behind it.
+   * @param options.one a single extent
+   * @throws NbdClientError UNSUPPORTED if the context was not selected
+   */
+  async blockStatus(
+    context: string,
+    offset: number,
+    length: number,
+    options: { readonly one?: boolean } = {},
+  ): Promise<Extent[]> {
+    const wanted = this.contextIds.get(context);
+    if (wanted === undefined) {
+      throw (
+        this.failure ?? new NbdClientError('UNSUPPORTED', `the server has no meta context ${context} for this export`)
+      );
+    }
+    let found: Extent[] = [];
+    const onExtents = (id: number, extents: Extent[]): void => {
+      if (id === wanted) found = extents;
+    };
+    const asked = {
+      type: CMD.BLOCK_STATUS,
+      flags: options.one ? CMD_FLAG.REQ_ONE : 0,
+      offset,
+      length: this.level === 'extended' ? length : Math.min(length, PIECE_BYTES),
+      onExtents,
+    };
+    if (this.canFilterContexts && this.contextIds.size > 1) {
+      const filter = Buffer.allocUnsafe(12);
+      writeUInt64(filter, Math.max(0, Math.min(length, Number.MAX_SAFE_INTEGER)), 0);
+      filter.writeUInt32BE(wanted, 8);
+      await this.send({ ...asked, contextIds: [wanted] }, 'block status', filter);
+    } else {
+      await this.send({ ...asked, contextIds: Array.from(this.contextIds.values()) }, 'block status');
+    }
+    return found;
+  }
+
   /** Say goodbye and close: NBD_OPT_ABORT or NBD_CMD_DISC, by phase. Requests in flight are answered first. */
   async disconnect(): Promise<void> {
     if (this.phase === 'options') await this.option(OPT.ABORT, Buffer.alloc(0)).catch(() => undefined);
-    else if (this.phase === 'transmission' && this.socket.writable)
-      this.socket.write(encodeRequest(CMD.DISC, 0, 0, 0, 0));
+    else if (this.phase === 'transmission' && this.socket.writable) {
+      const encode = this.level === 'extended' ? encodeExtendedRequest : encodeRequest;
+      this.socket.write(encode(CMD.DISC, 0, 0, 0, 0));
+    }
     // Not end(): a socket without half-open connections would be closed by it before the last answers came.
     const timer = setTimeout(() => this.socket.destroy(), DISCONNECT_WAIT_MS);
     if (this.socket.readableEnded || this.phase === 'options') this.socket.destroy();
@@ -316,11 +422,32 @@ export class NbdClient {
     this.listen(this.socket);
   }
 
+  /** Once, as late as possible: what was negotiated before TLS would not count. */
+  private async negotiateReplies(): Promise<void> {
+    if (this.level !== undefined) return;
+    const wanted = this.wantedLevel;
+    const accepts = (option: number): Promise<boolean> => unlessRefused(this.option(option, Buffer.alloc(0)));
+    if ((wanted ?? 'extended') === 'extended' && (await accepts(OPT.EXTENDED_HEADERS))) this.level = 'extended';
+    else if ((wanted ?? 'structured') === 'structured' && (await accepts(OPT.STRUCTURED_REPLY)))
+      this.level = 'structured';
+    else if ((wanted ?? 'simple') === 'simple') this.level = 'simple';
+    else throw new NbdClientError('UNSUPPORTED', `the server does not speak with ${wanted} replies`);
+  }
+
+  private metaContexts(replies: readonly OptionReply[]): { readonly id: number; readonly name: string }[] {
+    return replies.map(({ type, data }) => {
+      const name = type === REP.META_CONTEXT && data.length > 4 ? decodeString(data.subarray(4)) : undefined;
+      if (name === undefined) throw this.protocolError('a malformed meta context');
+      return { id: data.readUInt32BE(0), name };
+    });
+  }
+
   /** Send an option; its replies up to the acknowledgement. Throws what an error reply says. */
   private async option(option: number, data: Buffer): Promise<OptionReply[]> {
     if (this.phase !== 'options') throw new NbdClientError('CLOSED', 'options may only be sent before go()');
     this.socket.write(encodeOption(option, data));
     const replies: OptionReply[] = [];
+    let bytes = 0;
     for (;;) {
       const header = await this.reader.read(OPTION_REPLY_HEADER_SIZE);
       const length = header.readUInt32BE(16);
@@ -328,7 +455,9 @@ export class NbdClient {
         header.readUInt32BE(0) !== OPTION_REPLY_MAGIC_HIGH ||
         header.readUInt32BE(4) !== OPTION_REPLY_MAGIC_LOW ||
         header.readUInt32BE(8) !== option ||
-        length > MAX_OPTION_REPLY_BYTES
+        length > MAX_OPTION_REPLY_BYTES ||
+        replies.length >= MAX_OPTION_REPLIES ||
+        (bytes += length) > MAX_OPTION_REPLIES_BYTES
       ) {
         throw this.protocolError('a malformed option reply');
       }
@@ -350,13 +479,17 @@ export class NbdClient {
 
   private details(replies: readonly OptionReply[]): ExportDetails {
     let details: ExportDetails | undefined;
+    let transmissionFlags = 0;
     let sizes = {};
     let name: string | undefined;
     let description: string | undefined;
     for (const { type, data } of replies) {
       if (type !== REP.INFO || data.length < 2) continue;
       const info = data.readUInt16BE(0);
-      if (info === INFO.EXPORT && data.length === 12) details = makeDetails(readUInt64(data, 2), data.readUInt16BE(10));
+      if (info === INFO.EXPORT && data.length === 12) {
+        transmissionFlags = data.readUInt16BE(10);
+        details = makeDetails(readUInt64(data, 2), transmissionFlags);
+      }
       if (info === INFO.NAME) name = decodeString(data.subarray(2));
       if (info === INFO.DESCRIPTION) description = decodeString(data.subarray(2));
       if (info === INFO.BLOCK_SIZE && data.length === 14) {
@@ -368,6 +501,7 @@ export class NbdClient {
       }
     }
     if (details === undefined) throw this.protocolError('the server did not tell the size of the export');
+    this.canFilterContexts = (transmissionFlags & TRANSMISSION_FLAG.BLOCK_STATUS_PAYLOAD) !== 0;
     return { ...details, ...sizes, name, description };
   }
 
@@ -382,105 +516,79 @@ export class NbdClient {
 
   // --- Requests ---
 
-  private request(
-    type: number,
-    flags: number,
-    offset: number,
-    length: number,
-    verb: string,
-    into?: Buffer,
-    data?: Buffer,
-  ): Promise<void> {
+  private request(type: number, flags: number, offset: number, length: number, verb: string): Promise<void> {
+    return this.send({ type, flags, offset, length }, verb);
+  }
+
+  /** `body` is a write's data, or the filter of a block status; with the latter, its length is what the header tells. */
+  private send(asked: Omit<PendingReply, 'finish' | 'lose'>, verb: string, body?: Buffer): Promise<void> {
+    const { type, offset, length } = asked;
     const what = `${verb} of ${length} bytes at ${offset}`;
-    if (this.phase !== 'transmission' || this.failure !== undefined) {
+    const { replies } = this;
+    if (this.phase !== 'transmission' || replies === undefined || this.failure !== undefined) {
       return Promise.reject(this.failure ?? new NbdClientError('CLOSED', `${what}: no export is open`));
     }
-    if (
-      !Number.isSafeInteger(offset) ||
-      offset < 0 ||
-      !Number.isInteger(length) ||
-      length < 0 ||
-      length > 0xffff_ffff
-    ) {
+    const isExtended = this.level === 'extended';
+    const most = isExtended ? Number.MAX_SAFE_INTEGER : MAX_COMPACT_LENGTH;
+    if (!Number.isSafeInteger(offset) || offset < 0 || !Number.isInteger(length) || length < 0 || length > most) {
       return Promise.reject(new NbdClientError('EINVAL', `${what}: not a range`));
     }
+    // Nothing that a server may answer by closing the connection.
+    if ((type === CMD.WRITE || type === CMD.READ) && length > this.maximumPayload) {
+      return Promise.reject(new NbdClientError('EINVAL', `${what}: the server takes ${this.maximumPayload} at a time`));
+    }
+    // With extended headers a payload of nothing cannot be announced.
+    if (isExtended && type === CMD.WRITE && length === 0) return Promise.resolve();
     return new Promise((resolve, reject) => {
-      const cookie = this.takeCookie();
-      this.pending.set(cookie, { into, resolve, reject, what });
-      const header = encodeRequest(type, flags, cookie, offset, length);
-      if (data === undefined || data.length === 0) {
+      const cookie = this.takeCookie(replies);
+      const finish = (failure: ReplyFailure | undefined): void => {
+        if (failure === undefined) resolve();
+        else reject(requestFailed(what, failure));
+      };
+      replies.expect(cookie, { ...asked, finish, lose: reject });
+      const hasBody = body !== undefined && body.length > 0;
+      const flags = asked.flags | (isExtended && hasBody ? CMD_FLAG.PAYLOAD_LEN : 0);
+      const header = isExtended
+        ? encodeExtendedRequest(type, flags, cookie, offset, hasBody ? body.length : length)
+        : encodeRequest(type, flags, cookie, offset, length);
+      if (!hasBody) {
         this.socket.write(header);
         return;
       }
       this.socket.cork();
       this.socket.write(header);
-      this.socket.write(data);
+      this.socket.write(body);
       this.socket.uncork();
     });
   }
 
+  /** A request without data, of any length: cut into several if its header has room for 32 bits only. */
+  private async requestInPieces(type: number, flags: number, offset: number, length: number, verb: string) {
+    if (this.level === 'extended' || !(length > MAX_COMPACT_LENGTH)) {
+      await this.request(type, flags, offset, length, verb);
+      return;
+    }
+    for (let done = 0; done < length; done += PIECE_BYTES) {
+      await this.request(type, flags, offset + done, Math.min(PIECE_BYTES, length - done), verb);
+    }
+  }
+
   /** A number no request in flight has. */
-  private takeCookie(): number {
-    while (this.pending.has(this.nextCookie)) this.nextCookie = (this.nextCookie + 1) >>> 0;
+  private takeCookie(replies: ReplyReader): number {
+    while (replies.has(this.nextCookie)) this.nextCookie = (this.nextCookie + 1) >>> 0;
     const cookie = this.nextCookie;
     this.nextCookie = (cookie + 1) >>> 0;
     return cookie;
   }
 
-  private readonly onReplyData = (chunk: Buffer): void => {
-    let at = 0;
-    while (at < chunk.length) {
-      if (this.filling?.into !== undefined) {
-        const { into } = this.filling;
-        const taken = chunk.copy(into, this.filled, at);
-        this.filled += taken;
-        at += taken;
-        if (this.filled < into.length) return;
-        this.filling.resolve();
-        this.filling = undefined;
-        continue;
-      }
-      const taken = chunk.copy(this.replyHeader, this.headerFill, at);
-      this.headerFill += taken;
-      at += taken;
-      if (this.headerFill < SIMPLE_REPLY_SIZE) return;
-      this.headerFill = 0;
-      if (!this.takeReply()) return;
-    }
-  };
-
-  /** Act on a complete reply header. False if the server broke the protocol. */
-  private takeReply(): boolean {
-    const magic = this.replyHeader.readUInt32BE(0);
-    const errno = this.replyHeader.readUInt32BE(4);
-    const cookie = this.replyHeader.readUInt32BE(12);
-    const pending = this.replyHeader.readUInt32BE(8) === 0 ? this.pending.get(cookie) : undefined;
-    if (magic !== SIMPLE_REPLY_MAGIC || pending === undefined) {
-      this.protocolError('a reply to nothing that was asked');
-      return false;
-    }
-    this.pending.delete(cookie);
-    if (errno !== 0) {
-      const code = errorName(errno);
-      pending.reject(new NbdClientError(code, `${pending.what}: the server answered ${code}`));
-    } else if (pending.into !== undefined && pending.into.length > 0) {
-      this.filling = pending;
-      this.filled = 0;
-    } else {
-      pending.resolve();
-    }
-    return true;
-  }
+  private readonly onReplyData = (chunk: Buffer): void => this.replies?.feed(chunk);
 
   /** The connection is of no use any more: everybody who waits is told why. */
   private fail(error: NbdClientError): void {
     this.failure ??= error;
     this.phase = 'closed';
     this.reader.fail(this.failure);
-    this.filling?.reject(this.failure);
-    this.filling = undefined;
-    for (const { reject } of this.pending.values()) reject(this.failure);
-    this.pending.clear();
+    this.replies?.abandon(this.failure);
   }
 }
 
@@ -499,6 +607,24 @@ function connectSocket(address: { path: string } | { host: string; port: number 
   });
 }
 
+/** Whether an option was accepted; false if the server refused it and the connection goes on. */
+async function unlessRefused(option: Promise<unknown>): Promise<boolean> {
+  try {
+    await option;
+    return true;
+  } catch (error) {
+    if (!(error instanceof NbdClientError) || error.code === 'PROTOCOL' || error.code === 'CLOSED') throw error;
+    return false;
+  }
+}
+
+function requestFailed(what: string, { errno, message, offset }: ReplyFailure): NbdClientError {
+  const code = errorName(errno);
+  const words = message === undefined ? '' : `: ${message}`;
+  const place = offset === undefined ? '' : ` for what is at ${offset}`;
+  return new NbdClientError(code, `${what}: the server answered ${code}${place}${words}`, { offset });
+}
+
 function infoQuery(exportName: string): Buffer {
   return encodeInfoRequest(exportName, [INFO.NAME, INFO.DESCRIPTION, INFO.BLOCK_SIZE]);
 }
@@ -515,6 +641,7 @@ function makeDetails(size: number, flags: number): ExportDetails {
     canZero: has(TRANSMISSION_FLAG.SEND_WRITE_ZEROES),
     canFastZero: has(TRANSMISSION_FLAG.SEND_FAST_ZERO),
     canCache: has(TRANSMISSION_FLAG.SEND_CACHE),
+    canDf: has(TRANSMISSION_FLAG.SEND_DF),
     multiConn: has(TRANSMISSION_FLAG.CAN_MULTI_CONN),
     rotational: has(TRANSMISSION_FLAG.ROTATIONAL),
     minimumBlockSize: 1,

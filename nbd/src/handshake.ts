@@ -16,6 +16,14 @@ import type { ByteReader } from './byte-reader.js';
 import type { Limits } from './limits.js';
 import type { TlsMode } from './tls.js';
 import {
+  answerMetaContextOption,
+  answerReplyOption,
+  beginNegotiation,
+  encodeAnswer,
+  negotiatedFor,
+  type Negotiation,
+} from './meta-context.js';
+import {
   CLIENT_FLAGS_SIZE,
   decodeString,
   encodeExportNameReply,
@@ -102,16 +110,11 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     }
     throw new HandshakeError(`unknown client flags 0x${clientFlags.toString(16)}`);
   }
-  let negotiated: Negotiated = {
+  const clientSaid = {
     fixedNewstyle: (clientFlags & HANDSHAKE_FLAG.FIXED_NEWSTYLE) !== 0,
     noZeroes: (clientFlags & HANDSHAKE_FLAG.NO_ZEROES) !== 0,
-    structuredReplies: false,
-    extendedHeaders: false,
-    metaContexts: [],
-    tls: false,
   };
-
-  const atFirst = negotiated;
+  let negotiated = beginNegotiation({ ...clientSaid, tls: false });
 
   for (let count = 0; count < limits.maxOptionsPerHandshake; count++) {
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
@@ -143,7 +146,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     const data = await reader.read(length);
     if (option === OPT.STARTTLS) {
       // "the server MUST NOT preserve any negotiation state … issued before this command"
-      if (await answerStartTls(host, negotiated, data)) negotiated = { ...atFirst, tls: true };
+      if (await answerStartTls(host, negotiated, data)) negotiated = beginNegotiation({ ...clientSaid, tls: true });
       continue;
     }
     const outcome = await answerOption(host, negotiated, option, data);
@@ -153,7 +156,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
 }
 
 /** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
-async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<boolean> {
+async function answerStartTls(host: HandshakeHost, negotiated: Negotiation, data: Buffer): Promise<boolean> {
   const refuse = (type: number, message: string): Promise<void> => reply(host, OPT.STARTTLS, type, message);
   if (host.tlsMode === undefined) {
     await refuse(REP.ERR_UNSUP, 'this server has no TLS');
@@ -175,7 +178,7 @@ async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data:
 /** Answer one option; undefined if haggling goes on. */
 async function answerOption(
   host: HandshakeHost,
-  negotiated: Negotiated,
+  negotiated: Negotiation,
   option: number,
   data: Buffer,
 ): Promise<HandshakeOutcome | undefined> {
@@ -194,6 +197,14 @@ async function answerOption(
       return undefined;
     case OPT.GO:
       return answerGo(host, negotiated, data);
+    case OPT.STRUCTURED_REPLY:
+    case OPT.EXTENDED_HEADERS:
+      await host.send(encodeAnswer(option, answerReplyOption(negotiated, option, data)));
+      return undefined;
+    case OPT.LIST_META_CONTEXT:
+    case OPT.SET_META_CONTEXT:
+      await answerMetaContexts(host, negotiated, option, data);
+      return undefined;
     default:
       await reply(host, option, REP.ERR_UNSUP, `option ${option} is not supported`);
       return undefined;
@@ -201,7 +212,9 @@ async function answerOption(
 }
 
 /** NBD_OPT_EXPORT_NAME has no way to report an error: "the server MUST terminate the session". */
-async function answerExportName(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<HandshakeOutcome> {
+async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<HandshakeOutcome> {
+  // "Once extended headers are successfully requested, a client MUST NOT use NBD_OPT_EXPORT_NAME."
+  if (agreed.extendedHeaders) throw new HandshakeError('NBD_OPT_EXPORT_NAME after extended headers');
   const name = decodeString(data);
   if (name === undefined) throw new HandshakeError('an export name that is not a string');
   let opened: OpenExport;
@@ -215,9 +228,30 @@ async function answerExportName(host: HandshakeHost, negotiated: Negotiated, dat
     return { next: 'close', reason: 'the server is shutting down' };
   }
   const { device, info } = opened;
+  const negotiated = negotiatedFor(agreed, name);
   const flags = transmissionFlags(device.geometry, negotiated);
   await host.send(encodeExportNameReply(device.geometry.size, flags, negotiated.noZeroes));
   return { next: 'transmission', negotiated, device, exportName: info.name };
+}
+
+async function answerMetaContexts(
+  host: HandshakeHost,
+  negotiated: Negotiation,
+  option: number,
+  data: Buffer,
+): Promise<void> {
+  const describe = async (name: string): Promise<Geometry> => {
+    const { geometry } = await host.provider.describe(name, host.peer);
+    checkGeometry(name, geometry);
+    return geometry;
+  };
+  let answer;
+  try {
+    answer = await answerMetaContextOption(negotiated, option, data, describe);
+  } catch (error) {
+    answer = refusal(host, error);
+  }
+  await host.send(encodeAnswer(option, answer));
 }
 
 async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
@@ -240,7 +274,7 @@ async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
   await host.send(Buffer.concat(messages));
 }
 
-async function answerInfo(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<void> {
+async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<void> {
   const query = decodeInfoRequest(data);
   if (query === undefined) {
     await reply(host, OPT.INFO, REP.ERR_INVALID, 'malformed NBD_OPT_INFO');
@@ -255,14 +289,11 @@ async function answerInfo(host: HandshakeHost, negotiated: Negotiated, data: Buf
     await reply(host, OPT.INFO, type, message);
     return;
   }
+  const negotiated = negotiatedFor(agreed, query.name);
   await host.send(encodeInfos(OPT.INFO, query.infos, described.geometry, described.info, negotiated));
 }
 
-async function answerGo(
-  host: HandshakeHost,
-  negotiated: Negotiated,
-  data: Buffer,
-): Promise<HandshakeOutcome | undefined> {
+async function answerGo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<HandshakeOutcome | undefined> {
   const query = decodeInfoRequest(data);
   if (query === undefined) {
     await reply(host, OPT.GO, REP.ERR_INVALID, 'malformed NBD_OPT_GO');
@@ -282,6 +313,7 @@ async function answerGo(
     return undefined;
   }
   const { device, info } = opened;
+  const negotiated = negotiatedFor(agreed, query.name);
   await host.send(encodeInfos(OPT.GO, query.infos, device.geometry, info, negotiated));
   return { next: 'transmission', negotiated, device, exportName: info.name };
 }

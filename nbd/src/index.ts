@@ -12,7 +12,7 @@ export type {
   PeerCredentials,
   ZeroMode,
 } from './block-device.js';
-export { DeviceError, ExportError } from './block-device.js';
+export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
 export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server.js';
 export type { BoundAddress, ListenOptions, ServerOptions } from './server.js';
 export { DEFAULT_LIMITS } from './limits.js';
@@ -26,6 +26,7 @@ export type {
   ServerObserver,
 } from './observer.js';
 export { NbdClient, NbdClientError } from './client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode } from './client.js';
+export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client.js';
+export type { Extent, ReplyLevel } from './client-replies.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './tls.js';
 export { MAX_PAYLOAD } from './protocol.js';

@@ -1,7 +1,8 @@
 /**
  * The NBD wire: every number that may appear on it and every byte layout that server and client share. It owns magics,
  * option, reply, command and error values, and the encoders for them; it never looks at a socket, a device or a policy.
- * Source: proto.md of the NetworkBlockDevice project; section names are given where a value comes from.
+ * Source: proto.md of the NetworkBlockDevice project, and its branch extension-ext-header for the extended headers;
+ * section names are given where a value comes from.
  */
 
 import type { DeviceErrorCode, Geometry } from './block-device.js';
@@ -46,6 +47,7 @@ export const TRANSMISSION_FLAG = {
   SEND_RESIZE: 1 << 9,
   SEND_CACHE: 1 << 10,
   SEND_FAST_ZERO: 1 << 11,
+  BLOCK_STATUS_PAYLOAD: 1 << 12,
 } as const;
 
 /** "Option types". */
@@ -86,12 +88,37 @@ export const REP_ERROR_BIT = 0x80000000;
 /** "Option reply types", NBD_REP_INFO. */
 export const INFO = { EXPORT: 0, NAME: 1, DESCRIPTION: 2, BLOCK_SIZE: 3 } as const;
 
-// --- Transmission: "Request message", "Simple reply message" ---
+// --- Transmission: "Request message", "Simple reply message", "Structured reply chunk message", and the extended ones ---
 
 export const REQUEST_MAGIC = 0x25609513;
 export const SIMPLE_REPLY_MAGIC = 0x67446698;
 export const REQUEST_HEADER_SIZE = 28;
 export const SIMPLE_REPLY_SIZE = 16;
+export const STRUCTURED_REPLY_MAGIC = 0x668e33ef;
+export const STRUCTURED_REPLY_SIZE = 20;
+export const EXTENDED_REQUEST_MAGIC = 0x21e41c71;
+export const EXTENDED_REQUEST_SIZE = 32;
+export const EXTENDED_REPLY_MAGIC = 0x6e8a278c;
+export const EXTENDED_REPLY_SIZE = 32;
+
+/** "Structured reply flags". */
+export const REPLY_FLAG_DONE = 1 << 0;
+
+/** "Structured reply types"; errors have bit 15 set. */
+export const REPLY_TYPE = {
+  NONE: 0,
+  OFFSET_DATA: 1,
+  OFFSET_HOLE: 2,
+  BLOCK_STATUS: 5,
+  BLOCK_STATUS_EXT: 6,
+  ERROR: 0x8001,
+  ERROR_OFFSET: 0x8002,
+} as const;
+
+export const REPLY_TYPE_ERROR_BIT = 0x8000;
+
+/** "Servers SHOULD NOT send more than 2^20 extents in a single reply chunk." */
+export const MAX_CHUNK_EXTENTS = 2 ** 20;
 
 /** "Request types". */
 export const CMD = {
@@ -145,14 +172,22 @@ export const LEAST_PREFERRED_BLOCK_SIZE = 512;
 
 // --- What was negotiated ---
 
+/** A meta context that the client selected; `id` stands for it on the wire. */
+export interface SelectedContext {
+  readonly id: number;
+  readonly name: string;
+}
+
 /** What client and server agreed on in the handshake; everything the transmission phase may depend on. */
 export interface Negotiated {
   readonly fixedNewstyle: boolean;
   readonly noZeroes: boolean;
-  /** The seams for what is not spoken yet: always false or empty today. */
+  /** Replies come in chunks: structured ones, or, with `extendedHeaders`, extended ones. */
   readonly structuredReplies: boolean;
+  /** Requests and replies have headers of 32 bytes and lengths of 64 bits. Implies `structuredReplies`. */
   readonly extendedHeaders: boolean;
-  readonly metaContexts: readonly string[];
+  /** The contexts a block status request is answered for. */
+  readonly metaContexts: readonly SelectedContext[];
   readonly tls: boolean;
 }
 
@@ -170,6 +205,7 @@ export function transmissionFlags(geometry: Geometry, negotiated: Negotiated): n
   if (negotiated.structuredReplies) flags |= TRANSMISSION_FLAG.SEND_DF;
   if (geometry.multiConn) flags |= TRANSMISSION_FLAG.CAN_MULTI_CONN;
   if (geometry.canCache) flags |= TRANSMISSION_FLAG.SEND_CACHE;
+  if (negotiated.extendedHeaders && negotiated.metaContexts.length > 0) flags |= TRANSMISSION_FLAG.BLOCK_STATUS_PAYLOAD;
   return flags;
 }
 
@@ -187,7 +223,18 @@ export function geometryProblem(geometry: Geometry): string | undefined {
   if (!isPowerOfTwo(preferredBlockSize) || preferredBlockSize < leastPreferred || preferredBlockSize > MAX_PAYLOAD) {
     return `preferredBlockSize ${preferredBlockSize} is not a power of two from ${leastPreferred} to ${MAX_PAYLOAD}`;
   }
+  const { contexts, wideContexts = [] } = geometry;
+  const badContext = contexts.find((name) => !isContextName(name));
+  if (badContext !== undefined) return `context ${JSON.stringify(badContext)} is not NAMESPACE:LEAF`;
+  if (new Set(contexts).size !== contexts.length) return 'a context is offered twice';
+  const unknown = wideContexts.find((name) => !contexts.includes(name));
+  if (unknown !== undefined) return `wideContexts has ${JSON.stringify(unknown)}, contexts has not`;
   return undefined;
+}
+
+/** "Metadata querying": a namespace of printable characters, a colon, and a leaf, which is what tells it from a query. */
+function isContextName(name: string): boolean {
+  return /^[^\p{C}\p{Z}:]+:./u.test(name) && decodeString(Buffer.from(name)) === name;
 }
 
 function isPowerOfTwo(value: number): boolean {
@@ -312,6 +359,54 @@ export function encodeRequest(type: number, flags: number, cookie: number, offse
   return message;
 }
 
+/** Data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT. */
+export function encodeMetaQueries(exportName: string, queries: readonly string[]): Buffer {
+  const parts: Buffer[] = [];
+  const addNumber = (value: number): void => {
+    const bytes = Buffer.allocUnsafe(4);
+    bytes.writeUInt32BE(value, 0);
+    parts.push(bytes);
+  };
+  const nameBytes = Buffer.from(exportName);
+  addNumber(nameBytes.length);
+  parts.push(nameBytes);
+  addNumber(queries.length);
+  for (const query of queries) {
+    const bytes = Buffer.from(query);
+    addNumber(bytes.length);
+    parts.push(bytes);
+  }
+  return Buffer.concat(parts);
+}
+
+/** Data of NBD_REP_META_CONTEXT. */
+export function encodeMetaContext(id: number, name: string): Buffer {
+  const nameBytes = Buffer.from(name);
+  const data = Buffer.allocUnsafe(4 + nameBytes.length);
+  data.writeUInt32BE(id, 0);
+  nameBytes.copy(data, 4);
+  return data;
+}
+
+/** "Extended request", the header only; see encodeRequest. */
+export function encodeExtendedRequest(
+  type: number,
+  flags: number,
+  cookie: number,
+  offset: number,
+  length: number,
+): Buffer {
+  const message = Buffer.allocUnsafe(EXTENDED_REQUEST_SIZE);
+  message.writeUInt32BE(EXTENDED_REQUEST_MAGIC, 0);
+  message.writeUInt16BE(flags, 4);
+  message.writeUInt16BE(type, 6);
+  message.writeUInt32BE(0, 8);
+  message.writeUInt32BE(cookie, 12);
+  writeUInt64(message, offset, 16);
+  writeUInt64(message, length, 24);
+  return message;
+}
+
 const strictUtf8 = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true });
 
 /** A string of the wire ("Conventions"): UTF-8, no NUL, at most 4096 bytes. Undefined if `bytes` is not one. */
@@ -324,11 +419,11 @@ export function decodeString(bytes: Buffer): string | undefined {
   }
 }
 
-/** `text` as at most 4096 bytes of UTF-8, cut between characters. */
-export function encodeString(text: string): Buffer {
-  const bytes = Buffer.from(text);
-  if (bytes.length <= MAX_STRING_BYTES) return bytes;
-  let end = MAX_STRING_BYTES;
+/** `text` as at most `most` bytes of UTF-8, cut between characters. */
+export function encodeString(text: string, most = MAX_STRING_BYTES): Buffer {
+  const bytes = Buffer.from(text.includes('\0') ? text.replaceAll('\0', ' ') : text);
+  if (bytes.length <= most) return bytes;
+  let end = most;
   while (end > 0 && ((bytes[end] ?? 0) & 0xc0) === 0x80) end--;
   return bytes.subarray(0, end);
 }

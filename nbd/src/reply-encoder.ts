@@ -1,15 +1,41 @@
 /**
  * How a reply looks on the wire. The kind of reply a connection speaks is chosen here, once, from what was negotiated;
- * the reply queue only asks for header sizes and writes headers through it. It never allocates and never sends.
+ * the reply queue only asks for sizes and writes headers through it. It never allocates on the path of a request that
+ * succeeds, and never sends.
+ *
+ * Simple replies have a header and a read's data. Chunked ones (structured, or extended with headers of 32 bytes that
+ * repeat the request's offset) can say more: holes, several pieces, block status, and errors in words.
  */
 
-import { SIMPLE_REPLY_MAGIC, SIMPLE_REPLY_SIZE, type Negotiated } from './protocol.js';
+import {
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REPLY_SIZE,
+  REPLY_FLAG_DONE,
+  REPLY_TYPE,
+  SIMPLE_REPLY_MAGIC,
+  SIMPLE_REPLY_SIZE,
+  STRUCTURED_REPLY_MAGIC,
+  STRUCTURED_REPLY_SIZE,
+  writeUInt64,
+  type Negotiated,
+} from './protocol.js';
+
+/** What a reply repeats of its request, as it came: the offset may be one that no number holds. */
+export interface Addressee {
+  readonly cookieHigh: number;
+  readonly cookieLow: number;
+  readonly offsetHigh: number;
+  readonly offsetLow: number;
+}
 
 export interface ReplyEncoder {
-  /** Bytes before the data of a successful read. */
+  /** Bytes before the data of a successful read that is answered in one piece. */
   readonly readHeaderSize: number;
-  /** Bytes of a reply without data. Never more than a read header, so a read that fails fits where it was to be. */
-  readonly statusSize: number;
+  /** Bytes of a successful reply without data. */
+  readonly doneSize: number;
+  /** Bytes of the header of a chunk; 0 if replies are simple and there are no chunks. */
+  readonly chunkHeaderSize: number;
+  /** The header of a read's reply that is `length` bytes of data and nothing else. */
   writeReadHeader(
     target: Buffer,
     at: number,
@@ -18,19 +44,75 @@ export interface ReplyEncoder {
     offset: number,
     length: number,
   ): void;
-  /** `errno` 0 means success. */
-  writeStatus(target: Buffer, at: number, cookieHigh: number, cookieLow: number, errno: number): void;
+  /** Success of anything but a read. */
+  writeDone(target: Buffer, at: number, cookieHigh: number, cookieLow: number, offset: number): void;
+  /** With simple replies, the reply that is an error. Chunked ones send an error chunk instead. */
+  writeError(target: Buffer, at: number, cookieHigh: number, cookieLow: number, errno: number): void;
+  /** The header of a chunk with a payload of `length` bytes. */
+  writeChunkHeader(target: Buffer, at: number, flags: number, type: number, to: Addressee, length: number): void;
 }
+
+/** Bytes of an offset, at the front of the payload of a data or hole chunk. */
+export const CHUNK_OFFSET_SIZE = 8;
+/** Payload of a hole chunk. */
+export const HOLE_PAYLOAD_SIZE = 12;
 
 /** proto.md, "Simple reply message". */
 const simpleReplies: ReplyEncoder = {
   readHeaderSize: SIMPLE_REPLY_SIZE,
-  statusSize: SIMPLE_REPLY_SIZE,
+  doneSize: SIMPLE_REPLY_SIZE,
+  chunkHeaderSize: 0,
   writeReadHeader(target, at, cookieHigh, cookieLow) {
     writeSimpleReply(target, at, cookieHigh, cookieLow, 0);
   },
-  writeStatus(target, at, cookieHigh, cookieLow, errno) {
-    writeSimpleReply(target, at, cookieHigh, cookieLow, errno);
+  writeDone(target, at, cookieHigh, cookieLow) {
+    writeSimpleReply(target, at, cookieHigh, cookieLow, 0);
+  },
+  writeError: writeSimpleReply,
+  writeChunkHeader: unreachable,
+};
+
+/** proto.md, "Structured reply chunk message". */
+const structuredReplies: ReplyEncoder = {
+  readHeaderSize: STRUCTURED_REPLY_SIZE + CHUNK_OFFSET_SIZE,
+  // "a simple reply MAY be used as a reply to any request other than READ": 4 bytes less, and libnbd, which fetches a
+  // reply's header in pieces, saves a system call.
+  doneSize: SIMPLE_REPLY_SIZE,
+  chunkHeaderSize: STRUCTURED_REPLY_SIZE,
+  writeReadHeader(target, at, cookieHigh, cookieLow, offset, length) {
+    const payload = length + CHUNK_OFFSET_SIZE;
+    writeStructured(target, at, REPLY_FLAG_DONE, REPLY_TYPE.OFFSET_DATA, cookieHigh, cookieLow, payload);
+    writeUInt64(target, offset, at + STRUCTURED_REPLY_SIZE);
+  },
+  writeDone(target, at, cookieHigh, cookieLow) {
+    writeSimpleReply(target, at, cookieHigh, cookieLow, 0);
+  },
+  writeError: unreachable,
+  writeChunkHeader(target, at, flags, type, to, length) {
+    writeStructured(target, at, flags, type, to.cookieHigh, to.cookieLow, length);
+  },
+};
+
+/** proto.md of extension-ext-header, "Extended reply chunk message". */
+const extendedReplies: ReplyEncoder = {
+  readHeaderSize: EXTENDED_REPLY_SIZE + CHUNK_OFFSET_SIZE,
+  doneSize: EXTENDED_REPLY_SIZE,
+  chunkHeaderSize: EXTENDED_REPLY_SIZE,
+  writeReadHeader(target, at, cookieHigh, cookieLow, offset, length) {
+    const payload = length + CHUNK_OFFSET_SIZE;
+    writeExtended(target, at, REPLY_FLAG_DONE, REPLY_TYPE.OFFSET_DATA, cookieHigh, cookieLow, payload);
+    writeUInt64(target, offset, at + 16);
+    writeUInt64(target, offset, at + EXTENDED_REPLY_SIZE);
+  },
+  writeDone(target, at, cookieHigh, cookieLow, offset) {
+    writeExtended(target, at, REPLY_FLAG_DONE, REPLY_TYPE.NONE, cookieHigh, cookieLow, 0);
+    writeUInt64(target, offset, at + 16);
+  },
+  writeError: unreachable,
+  writeChunkHeader(target, at, flags, type, to, length) {
+    writeExtended(target, at, flags, type, to.cookieHigh, to.cookieLow, length);
+    target.writeUInt32BE(to.offsetHigh, at + 16);
+    target.writeUInt32BE(to.offsetLow, at + 20);
   },
 };
 
@@ -41,7 +123,47 @@ function writeSimpleReply(target: Buffer, at: number, cookieHigh: number, cookie
   target.writeUInt32BE(cookieLow, at + 12);
 }
 
-/** The encoder for a connection. Structured replies and extended headers will be chosen here. */
-export function chooseReplyEncoder(_negotiated: Negotiated): ReplyEncoder {
-  return simpleReplies;
+function writeStructured(
+  target: Buffer,
+  at: number,
+  flags: number,
+  type: number,
+  cookieHigh: number,
+  cookieLow: number,
+  length: number,
+): void {
+  target.writeUInt32BE(STRUCTURED_REPLY_MAGIC, at);
+  target.writeUInt16BE(flags, at + 4);
+  target.writeUInt16BE(type, at + 6);
+  target.writeUInt32BE(cookieHigh, at + 8);
+  target.writeUInt32BE(cookieLow, at + 12);
+  target.writeUInt32BE(length, at + 16);
+}
+
+/** All but the offset. */
+function writeExtended(
+  target: Buffer,
+  at: number,
+  flags: number,
+  type: number,
+  cookieHigh: number,
+  cookieLow: number,
+  length: number,
+): void {
+  target.writeUInt32BE(EXTENDED_REPLY_MAGIC, at);
+  target.writeUInt16BE(flags, at + 4);
+  target.writeUInt16BE(type, at + 6);
+  target.writeUInt32BE(cookieHigh, at + 8);
+  target.writeUInt32BE(cookieLow, at + 12);
+  writeUInt64(target, length, at + 24);
+}
+
+function unreachable(): never {
+  throw new Error('reply-encoder: not a reply of the kind that was negotiated');
+}
+
+/** The encoder for a connection. */
+export function chooseReplyEncoder(negotiated: Negotiated): ReplyEncoder {
+  if (negotiated.extendedHeaders) return extendedReplies;
+  return negotiated.structuredReplies ? structuredReplies : simpleReplies;
 }

@@ -8,12 +8,27 @@
 
 import type { Duplex } from 'node:stream';
 import { LARGE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
-import type { ReplyEncoder } from './reply-encoder.js';
+import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from './protocol.js';
+import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
 /** Slabs one connection may hold at a time; with more pinned by slow reads, replies get memory of their own. */
 const MAX_SLABS_PER_CONNECTION = 8;
 /** Replies of this many bytes are handed to the socket at once, so that the client reads while the next are made. */
 const FLUSH_AT_BYTES = 256 * 1024;
+
+/** "Conventions": a string "SHOULD be no longer than 256 bytes". */
+const MAX_ERROR_MESSAGE_BYTES = 256;
+/** In front of an error chunk's message: the error value and the message's length. */
+const ERROR_PAYLOAD_HEAD = 6;
+
+/** Why a request failed, for its reply. */
+export interface Failure {
+  /** NBD error value, not 0. */
+  readonly errno: number;
+  readonly message: string;
+  /** Where in the range of the request, if that is known. */
+  readonly offset?: number | undefined;
+}
 
 /** Bytes [start, end) of a block, ready to leave. Holds one pin of the block. */
 interface Piece {
@@ -46,13 +61,87 @@ export class ReplyQueue {
     private readonly onRoom: () => void,
   ) {}
 
-  /** A reply without data; `errno` 0 means success. */
-  status(cookieHigh: number, cookieLow: number, errno: number): void {
+  /** Success of a request that is not a read. */
+  done(cookieHigh: number, cookieLow: number, offset: number): void {
     if (this.isClosed) return;
-    const size = this.encoder.statusSize;
+    const size = this.encoder.doneSize;
     const block = this.reserve(size);
-    this.encoder.writeStatus(block.buffer, block.used - size, cookieHigh, cookieLow, errno);
+    this.encoder.writeDone(block.buffer, block.used - size, cookieHigh, cookieLow, offset);
     this.unsentBytes += size;
+  }
+
+  /** Success of a read of nothing, which must not be told like that of other requests if replies are structured. */
+  doneEmptyRead(to: Addressee): void {
+    if (this.encoder.chunkHeaderSize === 0) this.done(to.cookieHigh, to.cookieLow, 0);
+    else this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.NONE, to, 0);
+  }
+
+  /** A request failed. */
+  error(to: Addressee, { errno, message, offset }: Failure): void {
+    if (this.isClosed) return;
+    if (this.encoder.chunkHeaderSize === 0) {
+      const size = this.encoder.doneSize;
+      const block = this.reserve(size);
+      this.encoder.writeError(block.buffer, block.used - size, to.cookieHigh, to.cookieLow, errno);
+      this.unsentBytes += size;
+      return;
+    }
+    const text = encodeString(message, MAX_ERROR_MESSAGE_BYTES);
+    const type = offset === undefined ? REPLY_TYPE.ERROR : REPLY_TYPE.ERROR_OFFSET;
+    const length = ERROR_PAYLOAD_HEAD + text.length + (offset === undefined ? 0 : CHUNK_OFFSET_SIZE);
+    const payload = this.chunk(REPLY_FLAG_DONE, type, to, length);
+    payload.writeUInt32BE(errno, 0);
+    payload.writeUInt16BE(text.length, 4);
+    text.copy(payload, ERROR_PAYLOAD_HEAD);
+    if (offset !== undefined) writeUInt64(payload, offset, ERROR_PAYLOAD_HEAD + text.length);
+  }
+
+  /** A whole read is answered by one hole. */
+  hole(to: Addressee, offset: number, length: number): void {
+    const payload = this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.OFFSET_HOLE, to, HOLE_PAYLOAD_SIZE);
+    writeUInt64(payload, offset, 0);
+    payload.writeUInt32BE(length, CHUNK_OFFSET_SIZE);
+  }
+
+  /** A chunk; its payload of `length` bytes is the caller's to fill before anything else is asked of the queue. */
+  chunk(flags: number, type: number, to: Addressee, length: number): Buffer {
+    const header = this.encoder.chunkHeaderSize;
+    const total = header + length;
+    if (this.isClosed) return Buffer.allocUnsafe(length);
+    let block: Block;
+    if (total > LARGE_BYTES) {
+      block = this.pool.takeLarge(total);
+      block.used = total;
+      this.closeOpenPiece();
+      this.pushReady(block, 0, total);
+    } else {
+      block = this.reserve(total);
+    }
+    const at = block.used - total;
+    this.encoder.writeChunkHeader(block.buffer, at, flags, type, to, length);
+    this.unsentBytes += total;
+    return block.buffer.subarray(at + header, block.used);
+  }
+
+  /** Memory for a reply of several chunks, laid out by the caller; to be given back with sendParts or dropParts. */
+  beginParts(bytes: number): Block {
+    const block = this.pool.takeLarge(bytes);
+    block.used = bytes;
+    block.pins = 1;
+    return block;
+  }
+
+  sendParts(block: Block, bytes: number): void {
+    if (!this.isClosed) {
+      this.closeOpenPiece();
+      this.unsentBytes += bytes;
+      this.pushReady(block, 0, bytes);
+    }
+    this.unpin(block);
+  }
+
+  dropParts(block: Block): void {
+    this.unpin(block);
   }
 
   /**
@@ -92,11 +181,11 @@ export class ReplyQueue {
   }
 
   /** The read just begun failed: its memory is given back and an error takes its place. */
-  failRead(cookieHigh: number, cookieLow: number, errno: number): void {
+  failRead(to: Addressee, failure: Failure): void {
     const block = this.takeReadBlock();
     if (block === this.current) block.used = this.readAt;
     else this.unpin(block);
-    this.status(cookieHigh, cookieLow, errno);
+    this.error(to, failure);
   }
 
   /** The read just begun finishes later: its memory is the caller's until completeRead. Others overtake it. */
@@ -113,27 +202,19 @@ export class ReplyQueue {
     return { block, at: this.readAt };
   }
 
-  /** A detached read has finished, with its data in place or with an error. */
-  completeRead(
-    block: Block,
-    at: number,
-    cookieHigh: number,
-    cookieLow: number,
-    offset: number,
-    length: number,
-    errno: number,
-  ): void {
-    if (this.isClosed) {
-      this.unpin(block);
-      return;
-    }
-    if (errno === 0) {
+  /** A detached read has failed. */
+  abandonRead(block: Block, to: Addressee, failure: Failure): void {
+    this.error(to, failure);
+    this.unpin(block);
+  }
+
+  /** A detached read has finished, with its data in place. */
+  completeRead(block: Block, at: number, cookieHigh: number, cookieLow: number, offset: number, length: number): void {
+    if (!this.isClosed) {
       this.encoder.writeReadHeader(block.buffer, at, cookieHigh, cookieLow, offset, length);
       const total = this.encoder.readHeaderSize + length;
       this.unsentBytes += total;
       this.pushReady(block, at, at + total);
-    } else {
-      this.status(cookieHigh, cookieLow, errno);
     }
     this.unpin(block);
   }

@@ -7,14 +7,35 @@
  */
 
 import type { Duplex } from 'node:stream';
-import { DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
+import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
+import { ExtentCollector, isWideContext, MAX_REPLY_EXTENTS, statusChunkType } from './block-status.js';
 import { LARGE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
 import type { Limits } from './limits.js';
 import type { ServerObserver } from './observer.js';
-import { CMD, CMD_FLAG, MAX_PAYLOAD, NBD_ERRNO, REQUEST_HEADER_SIZE, type Negotiated } from './protocol.js';
-import { chooseReplyEncoder } from './reply-encoder.js';
-import { ReplyQueue } from './reply-queue.js';
-import { decodeRequest, Request, requestError, type RequestRules } from './request.js';
+import {
+  CMD,
+  CMD_FLAG,
+  EXTENDED_REQUEST_SIZE,
+  MAX_PAYLOAD,
+  NBD_ERRNO,
+  REPLY_FLAG_DONE,
+  REQUEST_HEADER_SIZE,
+  type Negotiated,
+  type SelectedContext,
+} from './protocol.js';
+import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
+import { chooseReplyEncoder, type Addressee, type ReplyEncoder } from './reply-encoder.js';
+import { ReplyQueue, type Failure } from './reply-queue.js';
+import {
+  decodeExtendedRequest,
+  decodeRequest,
+  decodeStatusPayload,
+  Request,
+  requestError,
+  wantedContexts,
+  type Refusal,
+  type RequestRules,
+} from './request.js';
 
 /** What a transmission needs of its connection. */
 export interface TransmissionHost {
@@ -33,9 +54,18 @@ export interface TransmissionHost {
 /** Replies below this share of the bound before a held client is heard again, so that it is heard in batches. */
 const RESUME_BELOW = 1 / 2;
 
+/**
+ * A device that has to look where its holes are, and finds data only, is asked less and less often: up to this many long
+ * reads are then sent as they are. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
+ * from a full disk (1.4 to 1.8 GB/s with it, 1.9 to 2.0 without).
+ */
+const MAX_ASK_INTERVAL = 31;
+
 const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
+
+const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
 
 /** A request whose device call returned a promise. Reused, with its two handlers made once. */
 class PendingRequest {
@@ -43,6 +73,8 @@ class PendingRequest {
   flags = 0;
   cookieHigh = 0;
   cookieLow = 0;
+  offsetHigh = 0;
+  offsetLow = 0;
   offset = 0;
   length = 0;
   /** Where a read's reply is being made, or the pooled memory of a write's payload. */
@@ -52,8 +84,8 @@ class PendingRequest {
   readonly fail: (error: unknown) => void;
 
   constructor(owner: Transmission) {
-    this.succeed = () => owner.finished(this, 0);
-    this.fail = (error) => owner.finished(this, owner.errnoOf(error, this.flags));
+    this.succeed = () => owner.finished(this, undefined);
+    this.fail = (error) => owner.finished(this, owner.failureOf(error, this));
   }
 }
 
@@ -66,18 +98,27 @@ export class Transmission {
   inFlight = 0;
 
   private readonly rules: RequestRules;
+  private readonly encoder: ReplyEncoder;
+  private readonly extendedHeaders: boolean;
+  private readonly headerSize: number;
+  /** Whether a read may be answered with holes, and whether the device can tell where they are. */
+  private readonly sendsHoles: boolean;
+  private readonly knowsHoles: boolean;
   private readonly replies: ReplyQueue;
   private readonly request = new Request();
-  private readonly headerBytes = Buffer.alloc(REQUEST_HEADER_SIZE);
+  private readonly headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
   private headerFill = 0;
-  /** Bytes of the current write's payload still to come, or to be skipped if `payload` is undefined. */
+  /** Bytes of the current request's payload still to come, or to be skipped if `payload` is undefined. */
   private payloadLeft = 0;
   private payload: Buffer | undefined;
   private payloadBlock: Block | undefined;
-  private refusedWith = 0;
+  private refusal: Refusal | undefined;
   /** Input that waits for room. The socket is paused while there is any. */
   private held: Buffer | undefined;
   private inFlightBytes = 0;
+  /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
+  private readsNotToAsk = 0;
+  private askInterval = 0;
   private isDeaf = false;
   private isRefusing = false;
   /** Whether input came since the last settling. */
@@ -92,7 +133,12 @@ export class Transmission {
     negotiated: Negotiated,
   ) {
     this.rules = { geometry: Object.freeze({ ...device.geometry }), negotiated };
-    this.replies = new ReplyQueue(host.socket, host.pool, chooseReplyEncoder(negotiated), () => this.resume());
+    this.encoder = chooseReplyEncoder(negotiated);
+    this.extendedHeaders = negotiated.extendedHeaders;
+    this.headerSize = negotiated.extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
+    this.sendsHoles = negotiated.structuredReplies;
+    this.knowsHoles = this.rules.geometry.contexts.includes(ALLOCATION_CONTEXT);
+    this.replies = new ReplyQueue(host.socket, host.pool, this.encoder, () => this.resume());
   }
 
   /** Whether the input so far ends inside a request. */
@@ -145,7 +191,7 @@ export class Transmission {
   }
 
   private parse(chunk: Buffer): void {
-    const { request } = this;
+    const { request, headerSize } = this;
     const end = chunk.length;
     let at = 0;
     while (at < end) {
@@ -159,16 +205,16 @@ export class Transmission {
         return;
       }
       let isRequest: boolean;
-      if (this.headerFill === 0 && end - at >= REQUEST_HEADER_SIZE) {
-        isRequest = decodeRequest(chunk, at, request);
-        at += REQUEST_HEADER_SIZE;
+      if (this.headerFill === 0 && end - at >= headerSize) {
+        isRequest = this.decode(chunk, at);
+        at += headerSize;
       } else {
-        const taken = chunk.copy(this.headerBytes, this.headerFill, at);
+        const taken = chunk.copy(this.headerBytes, this.headerFill, at, at + headerSize - this.headerFill);
         this.headerFill += taken;
         at += taken;
-        if (this.headerFill < REQUEST_HEADER_SIZE) return;
+        if (this.headerFill < headerSize) return;
         this.headerFill = 0;
-        isRequest = decodeRequest(this.headerBytes, 0, request);
+        isRequest = this.decode(this.headerBytes, 0);
       }
       if (!isRequest) {
         this.violation(`bad request magic 0x${request.magic.toString(16)}`);
@@ -182,36 +228,47 @@ export class Transmission {
       }
 
       this.requests++;
-      const errno = this.isRefusing ? NBD_ERRNO.ESHUTDOWN : requestError(request, this.rules);
-      if (this.host.observer.onRequest !== undefined) this.report(errno);
+      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.rules);
+      if (this.host.observer.onRequest !== undefined) this.report(refusal);
 
-      if (request.type === CMD.WRITE && request.length > 0) {
-        if (errno === 0 && end - at >= request.length) {
-          const data = chunk.subarray(at, at + request.length);
-          at += request.length;
-          this.execute(data, undefined);
-        } else if (!this.expectPayload(errno)) {
+      const { payloadLength } = request;
+      if (payloadLength > 0) {
+        if (refusal === undefined && end - at >= payloadLength) {
+          const data = chunk.subarray(at, at + payloadLength);
+          at += payloadLength;
+          this.take(data, undefined);
+        } else if (!this.expectPayload(refusal)) {
           return;
         }
-      } else if (errno !== 0) {
-        this.refuse(errno);
+      } else if (refusal !== undefined) {
+        this.refuse(refusal);
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
-        this.replies.status(request.cookieHigh, request.cookieLow, 0);
+        if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
+        else this.replies.done(request.cookieHigh, request.cookieLow, request.offset);
       } else {
         this.execute(undefined, undefined);
       }
     }
   }
 
-  /** The payload of the write just decoded comes in pieces, or is to be skipped. False if it is too long for that. */
-  private expectPayload(errno: number): boolean {
-    const { length } = this.request;
-    if (errno !== 0) {
-      if (length > this.host.limits.maxDrainedPayloadBytes) {
-        this.violation(`refused write with a payload of ${length} bytes, more than is drained`);
+  private decode(source: Buffer, at: number): boolean {
+    return this.extendedHeaders
+      ? decodeExtendedRequest(source, at, this.request)
+      : decodeRequest(source, at, this.request);
+  }
+
+  /** The payload of the request just decoded comes in pieces, or is to be skipped. False if it is too long for that. */
+  private expectPayload(refusal: Refusal | undefined): boolean {
+    const length = this.request.payloadLength;
+    if (refusal !== undefined) {
+      // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
+      // length larger than a server's advertised … maximum payload length".
+      const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
+      if (length > most) {
+        this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
         return false;
       }
-      this.refusedWith = errno;
+      this.refusal = refusal;
       this.payload = undefined;
     } else {
       // requestError() has seen to it that it is at most MAX_PAYLOAD.
@@ -235,13 +292,27 @@ export class Transmission {
     }
     this.payloadLeft -= taken;
     if (this.payloadLeft === 0) {
-      const { payload, payloadBlock } = this;
+      const { payload, payloadBlock, refusal } = this;
       this.payload = undefined;
       this.payloadBlock = undefined;
-      if (payload === undefined) this.refuse(this.refusedWith);
-      else this.execute(payload, payloadBlock);
+      this.refusal = undefined;
+      if (payload !== undefined) this.take(payload, payloadBlock);
+      else if (refusal !== undefined) this.refuse(refusal);
     }
     return taken;
+  }
+
+  /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
+  private take(payload: Buffer, block: Block | undefined): void {
+    const { request } = this;
+    if (request.type !== CMD.BLOCK_STATUS) {
+      this.execute(payload, block);
+      return;
+    }
+    decodeStatusPayload(request, payload);
+    const refusal = requestError(request, this.rules);
+    if (refusal !== undefined) this.refuse(refusal);
+    else this.execute(undefined, undefined);
   }
 
   /** Ask the device. `data` is a write's payload, `block` the pooled memory it lies in, if any. */
@@ -253,6 +324,7 @@ export class Transmission {
     try {
       switch (type) {
         case CMD.READ:
+          if (this.sendsHoles && this.readWithHoles()) return;
           answer = device.read(offset, this.replies.beginRead(length));
           break;
         case CMD.WRITE:
@@ -271,15 +343,24 @@ export class Transmission {
         case CMD.CACHE:
           answer = device.cache(offset, length);
           break;
+        case CMD.BLOCK_STATUS:
+          void this.answerBlockStatus(
+            addresseeOf(request),
+            flags,
+            offset,
+            length,
+            wantedContexts(request, this.rules.negotiated.metaContexts),
+          );
+          return;
         default:
           throw new Error(`transmission: command ${type} was not refused`);
       }
     } catch (error) {
-      const errno = this.errnoOf(error, flags);
+      const failure = this.failureOf(error, request);
       this.errors++;
       if (block !== undefined) this.host.pool.give(block);
-      if (type === CMD.READ) this.replies.failRead(request.cookieHigh, request.cookieLow, errno);
-      else this.replies.status(request.cookieHigh, request.cookieLow, errno);
+      if (type === CMD.READ) this.replies.failRead(request, failure);
+      else this.replies.error(request, failure);
       return;
     }
     if (answer !== undefined && isPromise(answer)) {
@@ -293,7 +374,142 @@ export class Transmission {
     }
     if (type === CMD.WRITE) this.bytesWritten += length;
     if (block !== undefined) this.host.pool.give(block);
-    this.replies.status(request.cookieHigh, request.cookieLow, 0);
+    this.replies.done(request.cookieHigh, request.cookieLow, offset);
+  }
+
+  /** Answer the read just decoded with holes, if there are any to be known of. False if it is to be read as a whole. */
+  private readWithHoles(): boolean {
+    const { request, device } = this;
+    const { offset, length } = request;
+    if (device.isHole !== undefined && device.isHole(offset, length)) {
+      this.bytesRead += length;
+      this.replies.hole(request, offset, length);
+      return true;
+    }
+    // "DF … the server MUST send at most one content chunk"
+    if (length < SPARSE_READ_BYTES || !this.knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
+    if (this.readsNotToAsk > 0) {
+      this.readsNotToAsk--;
+      return false;
+    }
+    const plan = new ReadPlan(offset, length);
+    let answer: Awaitable<void>;
+    try {
+      answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink);
+    } catch (error) {
+      this.failureOf(error, request);
+      return false;
+    }
+    if (answer !== undefined && isPromise(answer)) {
+      void this.readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
+      return true;
+    }
+    const parts = plan.finish();
+    if (parts.length === 1 && parts[0]?.isHole === false) return false;
+    void this.readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
+    return true;
+  }
+
+  /** Read the parts of a read that are data, each into its chunk, and send all chunks together. */
+  private async readInParts(
+    to: Addressee,
+    plan: ReadPlan,
+    extents: Promise<void> | undefined,
+    flags: number,
+    offset: number,
+    length: number,
+  ): Promise<void> {
+    this.inFlight++;
+    this.inFlightBytes += length;
+    if (extents !== undefined) {
+      try {
+        await extents;
+      } catch (error) {
+        // A device that cannot tell may still be able to read.
+        this.failureOf(error, { flags, offset, length });
+        plan.forget();
+      }
+    }
+    const parts = plan.finish();
+    if (extents !== undefined) {
+      const isAllData = parts.length === 1 && parts[0]?.isHole === false;
+      this.askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.askInterval + 1) : 0;
+      this.readsNotToAsk = this.askInterval;
+    }
+    const bytes = sizeOfParts(parts, this.encoder);
+    const block = this.replies.beginParts(bytes);
+    const data = layParts(block.buffer, parts, to, this.encoder);
+    const failure = await this.readParts(parts, data, flags);
+    this.inFlight--;
+    this.inFlightBytes -= length;
+    if (failure === undefined) {
+      this.bytesRead += length;
+      this.replies.sendParts(block, bytes);
+    } else {
+      this.errors++;
+      this.replies.dropParts(block);
+      this.replies.error(to, failure);
+    }
+    this.scheduleSettle();
+  }
+
+  /** The first failure, by offset, or undefined. Returns when all reads have ended: their memory is theirs till then. */
+  private async readParts(
+    parts: readonly Part[],
+    data: readonly Buffer[],
+    flags: number,
+  ): Promise<Failure | undefined> {
+    const dataParts = parts.filter(({ isHole }) => !isHole);
+    const results = await Promise.allSettled(
+      data.map(async (into, index) => this.device.read(dataParts[index]?.offset ?? 0, into)),
+    );
+    const failed = results.findIndex(({ status }) => status === 'rejected');
+    const result = results[failed];
+    const part = dataParts[failed];
+    if (result?.status !== 'rejected' || part === undefined) return undefined;
+    const failure = this.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
+    // What lies before the part that failed was read.
+    return { ...failure, offset: failure.offset ?? part.offset };
+  }
+
+  /** One chunk of extents for each context; or an error, if a context cannot be answered for. */
+  private async answerBlockStatus(
+    to: Addressee,
+    flags: number,
+    offset: number,
+    length: number,
+    contexts: readonly SelectedContext[],
+  ): Promise<void> {
+    const { device, extendedHeaders } = this;
+    const { wideContexts } = this.rules.geometry;
+    const reqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
+    const most = reqOne ? 1 : Math.max(1, Math.floor(MAX_REPLY_EXTENTS / contexts.length));
+    const collectors: ExtentCollector[] = [];
+    this.inFlight++;
+    try {
+      for (const { name } of contexts) {
+        const isWide = extendedHeaders && isWideContext(name, wideContexts);
+        const collector = new ExtentCollector(name, offset, length, most, isWide);
+        const answer = device.extents(name, offset, length, collector.sink);
+        if (answer !== undefined && isPromise(answer)) await answer;
+        collector.finish();
+        collectors.push(collector);
+      }
+    } catch (error) {
+      this.inFlight--;
+      this.errors++;
+      this.replies.error(to, this.failureOf(error, { flags, offset, length }));
+      this.scheduleSettle();
+      return;
+    }
+    this.inFlight--;
+    collectors.forEach((collector, index) => {
+      const done = index === collectors.length - 1 ? REPLY_FLAG_DONE : 0;
+      const size = collector.payloadSize(extendedHeaders);
+      const payload = this.replies.chunk(done, statusChunkType(extendedHeaders), to, size);
+      collector.writePayload(payload, contexts[index]?.id ?? 0, extendedHeaders);
+    });
+    this.scheduleSettle();
   }
 
   /** The device answers the current request later. */
@@ -304,6 +520,8 @@ export class Transmission {
     pending.flags = request.flags;
     pending.cookieHigh = request.cookieHigh;
     pending.cookieLow = request.cookieLow;
+    pending.offsetHigh = request.offsetHigh;
+    pending.offsetLow = request.offsetLow;
     pending.offset = request.offset;
     pending.length = request.length;
     pending.block = block;
@@ -318,40 +536,55 @@ export class Transmission {
   }
 
   /** For PendingRequest only: the device has answered. */
-  finished(pending: PendingRequest, errno: number): void {
+  finished(pending: PendingRequest, failure: Failure | undefined): void {
     const { block } = pending;
     pending.block = undefined;
     this.inFlight--;
     if (holdsMemory(pending.type)) this.inFlightBytes -= pending.length;
-    if (errno !== 0) this.errors++;
+    const { cookieHigh, cookieLow, offset, length } = pending;
+    if (failure !== undefined) this.errors++;
     if (pending.type === CMD.READ) {
       if (block === undefined) throw new Error('transmission: a read without memory');
-      if (errno === 0) this.bytesRead += pending.length;
-      const { at, cookieHigh, cookieLow, offset, length } = pending;
-      this.replies.completeRead(block, at, cookieHigh, cookieLow, offset, length, errno);
+      if (failure === undefined) {
+        this.bytesRead += length;
+        this.replies.completeRead(block, pending.at, cookieHigh, cookieLow, offset, length);
+      } else {
+        this.replies.abandonRead(block, pending, failure);
+      }
     } else {
-      if (pending.type === CMD.WRITE && errno === 0) this.bytesWritten += pending.length;
       if (block !== undefined) this.host.pool.give(block);
-      this.replies.status(pending.cookieHigh, pending.cookieLow, errno);
+      if (failure === undefined) {
+        if (pending.type === CMD.WRITE) this.bytesWritten += length;
+        this.replies.done(cookieHigh, cookieLow, offset);
+      } else {
+        this.replies.error(pending, failure);
+      }
     }
     this.spare.push(pending);
     this.scheduleSettle();
   }
 
-  /** The error value for what a device threw. What is not a DeviceError is a bug of the device, and reported. */
-  errnoOf(error: unknown, flags: number): number {
+  /** What to tell of what a device threw. What is not a DeviceError is a bug of the device: reported, its text kept. */
+  failureOf(
+    error: unknown,
+    asked: { readonly flags: number; readonly offset: number; readonly length: number },
+  ): Failure {
     if (!(error instanceof DeviceError)) {
       this.host.observer.onDeviceError?.(error, { id: this.host.id, exportName: this.host.exportName });
-      return NBD_ERRNO.EIO;
+      return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };
     }
+    const { code, message } = error;
     // "The server SHOULD NOT return ENOTSUP except … when FAST_ZERO is supported"; "MUST NOT" without the flag.
-    if (error.code === 'ENOTSUP' && (flags & CMD_FLAG.FAST_ZERO) === 0) return NBD_ERRNO.EINVAL;
-    return NBD_ERRNO[error.code];
+    const isUnexpected = code === 'ENOTSUP' && (asked.flags & CMD_FLAG.FAST_ZERO) === 0;
+    // "an offset, which MUST lie within the original offset and length of the request"
+    const at = error.offset;
+    const isInside = at !== undefined && at >= asked.offset && at - asked.offset < asked.length;
+    return { errno: isUnexpected ? NBD_ERRNO.EINVAL : NBD_ERRNO[code], message, offset: isInside ? at : undefined };
   }
 
-  private refuse(errno: number): void {
+  private refuse(refusal: Refusal): void {
     this.errors++;
-    this.replies.status(this.request.cookieHigh, this.request.cookieLow, errno);
+    this.replies.error(this.request, refusal);
   }
 
   private violation(reason: string): void {
@@ -415,10 +648,15 @@ export class Transmission {
     for (const callback of callbacks) callback();
   }
 
-  private report(refusedWith: number): void {
+  private report(refusal: Refusal | undefined): void {
     const { type, flags, offset, length } = this.request;
-    this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith });
+    this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith: refusal?.errno ?? 0 });
   }
+}
+
+/** A copy that stays when the next request is decoded. */
+function addresseeOf({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): Addressee {
+  return { cookieHigh, cookieLow, offsetHigh, offsetLow };
 }
 
 function zeroMode(flags: number): ZeroMode {

@@ -7,6 +7,11 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { onTestFinished } from 'vitest';
 import {
+  CMD_FLAG,
+  EXTENDED_REPLY_MAGIC,
+  EXTENDED_REPLY_SIZE,
+  EXTENDED_REQUEST_MAGIC,
+  EXTENDED_REQUEST_SIZE,
   GREETING_SIZE,
   OPT,
   OPTION_MAGIC_HIGH,
@@ -20,6 +25,8 @@ import {
   REQUEST_MAGIC,
   SIMPLE_REPLY_MAGIC,
   SIMPLE_REPLY_SIZE,
+  STRUCTURED_REPLY_MAGIC,
+  STRUCTURED_REPLY_SIZE,
 } from '../src/protocol.js';
 
 /** How long a read may take before the test fails, milliseconds. */
@@ -40,12 +47,26 @@ export interface Reply {
   readonly data: Buffer;
 }
 
+/** A reply of any kind, or one chunk of it. */
+export interface Chunk {
+  readonly kind: 'simple' | 'structured' | 'extended';
+  /** Of a simple reply. */
+  readonly errno: number;
+  readonly isDone: boolean;
+  readonly flags: number;
+  readonly type: number;
+  readonly cookie: bigint;
+  /** Of an extended header. */
+  readonly offset: bigint;
+  readonly payload: Buffer;
+}
+
 export interface RequestFields {
   readonly type: number;
   readonly flags?: number;
   readonly cookie?: bigint;
   readonly offset?: number | bigint;
-  readonly length?: number;
+  readonly length?: number | bigint;
   readonly magic?: number;
 }
 
@@ -92,8 +113,44 @@ export function requestBytes(fields: RequestFields): Buffer {
   bytes.writeUInt16BE(fields.type, 6);
   bytes.writeBigUInt64BE(fields.cookie ?? 0n, 8);
   bytes.writeBigUInt64BE(BigInt(fields.offset ?? 0), 16);
-  bytes.writeUInt32BE(fields.length ?? 0, 24);
+  bytes.writeUInt32BE(Number(fields.length ?? 0), 24);
   return bytes;
+}
+
+export function extendedRequestBytes(fields: RequestFields): Buffer {
+  const bytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
+  bytes.writeUInt32BE(fields.magic ?? EXTENDED_REQUEST_MAGIC, 0);
+  bytes.writeUInt16BE(fields.flags ?? 0, 4);
+  bytes.writeUInt16BE(fields.type, 6);
+  bytes.writeBigUInt64BE(fields.cookie ?? 0n, 8);
+  bytes.writeBigUInt64BE(BigInt(fields.offset ?? 0), 16);
+  bytes.writeBigUInt64BE(BigInt(fields.length ?? 0), 24);
+  return bytes;
+}
+
+export function uint64(value: number | bigint): Buffer {
+  const bytes = Buffer.alloc(8);
+  bytes.writeBigUInt64BE(BigInt(value));
+  return bytes;
+}
+
+/** Data of LIST_META_CONTEXT and SET_META_CONTEXT; the count may be set apart from what follows it. */
+export function metaQueries(exportName: string, queries: readonly (string | Buffer)[] = [], count?: number): Buffer {
+  const withLength = (text: string | Buffer): Buffer => {
+    const bytes = Buffer.from(text);
+    return Buffer.concat([uint32(bytes.length), bytes]);
+  };
+  return Buffer.concat([withLength(exportName), uint32(count ?? queries.length), ...queries.map(withLength)]);
+}
+
+/** What an error chunk says. */
+export function errorOf(chunk: Chunk): { errno: number; message: string; rest: Buffer } {
+  const length = chunk.payload.readUInt16BE(4);
+  return {
+    errno: chunk.payload.readUInt32BE(0),
+    message: chunk.payload.toString('utf8', 6, 6 + length),
+    rest: chunk.payload.subarray(6 + length),
+  };
 }
 
 export class RawClient {
@@ -198,7 +255,55 @@ export class RawClient {
     if (last?.type !== REP.ACK) throw new Error(`GO was refused: ${last?.data.toString()}`);
   }
 
+  /** Into the transmission phase with structured replies or extended headers, and these contexts selected. */
+  async openWith(level: 'structured' | 'extended', exportName = 'disk', contexts: readonly string[] = []) {
+    await this.greet();
+    const option = level === 'extended' ? OPT.EXTENDED_HEADERS : OPT.STRUCTURED_REPLY;
+    const replies = [await this.option(option)];
+    if (contexts.length > 0) replies.push(await this.option(OPT.SET_META_CONTEXT, metaQueries(exportName, contexts)));
+    replies.push(await this.option(OPT.GO, infoQuery(exportName)));
+    for (const [last] of replies.map((list) => list.slice(-1))) {
+      if (last?.type !== REP.ACK) throw new Error(`option ${last?.option} was refused: ${last?.data.toString()}`);
+    }
+  }
+
   // --- Transmission ---
+
+  extendedRequest(fields: RequestFields, payload: Buffer = Buffer.alloc(0)): void {
+    const isLong = payload.length > 0 && fields.length === undefined;
+    const flags = (fields.flags ?? 0) | (payload.length > 0 ? CMD_FLAG.PAYLOAD_LEN : 0);
+    this.send(extendedRequestBytes({ ...fields, flags, length: isLong ? payload.length : fields.length }), payload);
+  }
+
+  /** The next reply that is not data of a simple one, or the next chunk. */
+  async readChunk(): Promise<Chunk> {
+    const magic = (await this.read(4)).readUInt32BE(0);
+    const none = { errno: 0, isDone: true, flags: 0, type: 0, offset: 0n, payload: Buffer.alloc(0) };
+    if (magic === SIMPLE_REPLY_MAGIC) {
+      const header = await this.read(SIMPLE_REPLY_SIZE - 4);
+      return { ...none, kind: 'simple', errno: header.readUInt32BE(0), cookie: header.readBigUInt64BE(4) };
+    }
+    const isExtended = magic === EXTENDED_REPLY_MAGIC;
+    if (!isExtended && magic !== STRUCTURED_REPLY_MAGIC) throw new Error(`not a reply: ${magic.toString(16)}`);
+    const header = await this.read((isExtended ? EXTENDED_REPLY_SIZE : STRUCTURED_REPLY_SIZE) - 4);
+    const flags = header.readUInt16BE(0);
+    const length = isExtended ? Number(header.readBigUInt64BE(20)) : header.readUInt32BE(12);
+    return {
+      ...{ kind: isExtended ? 'extended' : 'structured', errno: 0, flags, isDone: (flags & 1) !== 0 },
+      type: header.readUInt16BE(2),
+      cookie: header.readBigUInt64BE(4),
+      offset: isExtended ? header.readBigUInt64BE(12) : 0n,
+      payload: await this.read(length),
+    };
+  }
+
+  /** All chunks of one reply; nothing else must be in flight. */
+  async readChunks(): Promise<Chunk[]> {
+    const chunks: Chunk[] = [];
+    do chunks.push(await this.readChunk());
+    while (chunks.at(-1)?.isDone !== true);
+    return chunks;
+  }
 
   request(fields: RequestFields, payload: Buffer = Buffer.alloc(0)): void {
     this.send(requestBytes(fields), payload);

@@ -4,7 +4,10 @@
  */
 
 import {
+  ALLOCATION_CONTEXT,
   ExportError,
+  STATE_HOLE,
+  STATE_ZERO,
   type Awaitable,
   type BlockDevice,
   type ExportInfo,
@@ -16,11 +19,12 @@ import {
 
 /** One call of a device, as it came in. */
 export interface DeviceCall {
-  readonly method: 'read' | 'write' | 'zero' | 'trim' | 'flush' | 'cache';
+  readonly method: 'read' | 'write' | 'zero' | 'trim' | 'flush' | 'cache' | 'extents';
   readonly offset: number;
   readonly length: number;
   readonly fua?: boolean;
   readonly mode?: ZeroMode;
+  readonly context?: string;
 }
 
 /** Asked before a call is carried out: may throw, or return a promise to delay it. Synchronous by default. */
@@ -63,6 +67,7 @@ const EVERYTHING: Geometry = {
   canCache: true,
   multiConn: true,
   rotational: false,
+  contexts: [ALLOCATION_CONTEXT],
 };
 
 export class TestExport {
@@ -77,6 +82,22 @@ export class TestExport {
     const { size } = this.geometry;
     this.disk = Buffer.alloc(Number.isSafeInteger(size) && size > 0 ? size : 0);
     for (let at = 0; at + 4 <= this.disk.length; at += 4) this.disk.writeUInt32BE(at + 1, at);
+  }
+
+  /** What block status says: blocks of 4 KiB that are all zeros are holes, each an extent of its own. */
+  extents(context: string, offset: number, length: number, sink: ExtentSink): void {
+    const end = offset + length;
+    for (let at = offset; at < end;) {
+      const next = Math.min(end, (Math.floor(at / 4096) + 1) * 4096);
+      const isZero = context === ALLOCATION_CONTEXT && this.disk.subarray(at, next).every((byte) => byte === 0);
+      if (!sink(at, next - at, isZero ? STATE_HOLE | STATE_ZERO : 0)) return;
+      at = next;
+    }
+  }
+
+  /** Whether a range is known to be a hole without asking. */
+  isHole(_offset: number, _length: number): boolean {
+    return false;
   }
 }
 
@@ -129,6 +150,7 @@ export class TestProvider implements ExportProvider {
 class TestDevice implements BlockDevice {
   readonly geometry: Geometry;
   private readonly disk: Buffer;
+  private readonly exported: TestExport;
   private isClosed = false;
   private running = 0;
 
@@ -138,6 +160,7 @@ class TestDevice implements BlockDevice {
   ) {
     this.geometry = exported.geometry;
     this.disk = exported.disk;
+    this.exported = exported;
   }
 
   read(offset: number, into: Buffer): Awaitable<void> {
@@ -151,11 +174,11 @@ class TestDevice implements BlockDevice {
   }
 
   zero(offset: number, length: number, mode: ZeroMode): Awaitable<void> {
-    return this.run({ method: 'zero', offset, length, mode }, () => void this.disk.fill(0, offset, offset + length));
+    return this.run({ method: 'zero', offset, length, mode }, () => this.clear(offset, length));
   }
 
   trim(offset: number, length: number, fua: boolean): Awaitable<void> {
-    return this.run({ method: 'trim', offset, length, fua }, () => void this.disk.fill(0, offset, offset + length));
+    return this.run({ method: 'trim', offset, length, fua }, () => this.clear(offset, length));
   }
 
   flush(): Awaitable<void> {
@@ -166,8 +189,14 @@ class TestDevice implements BlockDevice {
     return this.run({ method: 'cache', offset, length }, () => undefined);
   }
 
-  extents(offset: number, length: number, sink: ExtentSink): void {
-    sink(offset, length, false, false);
+  extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    return this.run({ method: 'extents', offset, length, context }, () => {
+      this.exported.extents(context, offset, length, sink);
+    });
+  }
+
+  isHole(offset: number, length: number): boolean {
+    return this.exported.isHole(offset, length);
   }
 
   async close(): Promise<void> {
@@ -176,6 +205,11 @@ class TestDevice implements BlockDevice {
     this.isClosed = true;
     this.provider.closed++;
     await this.provider.closeHook();
+  }
+
+  /** A disk may be announced larger than it is, by a test that only zeroes it. */
+  private clear(offset: number, length: number): void {
+    if (offset < this.disk.length) this.disk.fill(0, offset, Math.min(offset + length, this.disk.length));
   }
 
   private run(call: DeviceCall, act: () => void): Awaitable<void> {

@@ -21,9 +21,9 @@ import {
   type TlsMaterial,
   type TlsMode,
 } from '../src/index.js';
-import { CMD, GREETING_SIZE, OPT, REP } from '../src/protocol.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP } from '../src/protocol.js';
 import { certificateNames } from '../src/tls.js';
-import { infoQuery, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
+import { infoQuery, metaQueries, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';
 
@@ -137,6 +137,10 @@ async function start(
 async function rawInTls(from: TlsServer, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   const plain = await from.raw();
   await plain.greet();
+  return upgrade(plain, options);
+}
+
+async function upgrade(plain: RawClient, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   expect((await plain.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
   plain.socket.removeAllListeners('data').removeAllListeners('end');
   const secure = tls.connect({ socket: plain.socket as net.Socket, rejectUnauthorized: false, ...options });
@@ -414,6 +418,26 @@ describe('injection and downgrade', () => {
       expect(from.provider.peers).toEqual([]);
     });
   }
+
+  test('what was negotiated in the clear is forgotten: replies are simple and no context is selected', async () => {
+    const from = await start('on');
+    const plain = await from.raw();
+    await plain.greet();
+    expect((await plain.option(OPT.STRUCTURED_REPLY))[0]?.type).toBe(REP.ACK);
+    const selected = await plain.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation']));
+    expect(selected.map(({ type }) => type)).toEqual([REP.META_CONTEXT, REP.ACK]);
+    expect((await plain.option(OPT.EXTENDED_HEADERS))[0]?.type).toBe(REP.ACK);
+    const inTls = await upgrade(plain);
+    // Meta contexts need structured replies, which have not been asked for in TLS.
+    expect((await inTls.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation'])))[0]?.type).toBe(
+      REP.ERR_INVALID,
+    );
+    await inTls.option(OPT.GO, infoQuery('disk'));
+    inTls.request({ type: CMD.BLOCK_STATUS, length: 4096, cookie: 1n });
+    expect(await inTls.readReply()).toMatchObject({ errno: NBD_ERRNO.EINVAL, cookie: 1n });
+    inTls.request({ type: CMD.READ, offset: 4, length: 4, cookie: 2n });
+    expect(await inTls.readReply(4)).toEqual({ errno: 0, cookie: 2n, data: uint32(5) });
+  });
 
   test('a second STARTTLS is invalid, and the connection stays in TLS', async () => {
     const raw = await rawInTls(await start('on'));

@@ -96,12 +96,6 @@ const ROUTES: readonly Route[] = [
   },
   {
     method: 'GET',
-    path: ['vdis', '*', 'extents'],
-    answer: ({ operations, names, query }) =>
-      operations.dataPage(first(names), wholeNumberOf('offset', query.get('offset'))),
-  },
-  {
-    method: 'GET',
     path: ['sessions', '*'],
     answer: async ({ sessions, names }) => {
       await sessions.get(first(names));
@@ -312,11 +306,6 @@ function wholeNumber(body: Body, field: string): number {
     throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
   }
   return value;
-}
-
-function wholeNumberOf(field: string, value: string | null): number {
-  if (value === null || !/^\d{1,15}$/.test(value)) throw badRequest(`"${field}" must be a whole number, not ${value}`);
-  return Number(value);
 }
 
 function flag(body: Body, field: string): boolean {

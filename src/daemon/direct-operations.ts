@@ -3,14 +3,13 @@
  * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
  * exports: those the NBD server opened are the server's.
  */
-import type { BlockDevice, ExportProvider, Peer } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { dataPageOf } from './data-page.js';
 import {
   asOperationError,
   type CheckReport,
-  type DataPage,
   type Disk,
   type ExportDescription,
   type Operations,
@@ -88,16 +87,6 @@ export class DirectOperations implements Operations {
     return { size: geometry.size, isReadOnly: geometry.readOnly };
   }
 
-  /** One page of where the data of an export is; for many pages of one export open it with openDisk. */
-  async dataPage(exportName: string, offset: number): Promise<DataPage> {
-    const { device } = await plainly(this.#exports.open(exportName, PEER));
-    try {
-      return await dataPageOf(device, offset);
-    } finally {
-      await device.close();
-    }
-  }
-
   async openDisk(exportName: string): Promise<Disk> {
     const { device } = await plainly(this.#exports.open(exportName, PEER));
     return diskOf(device);
@@ -109,15 +98,17 @@ export class DirectOperations implements Operations {
 }
 
 function diskOf(device: BlockDevice): Disk {
+  const { size, readOnly } = device.geometry;
   return {
-    size: device.geometry.size,
-    isReadOnly: device.geometry.readOnly,
+    size,
+    isReadOnly: readOnly,
     maxRequestBytes: MAX_REQUEST_BYTES,
     read: async (offset, into) => device.read(offset, into),
     write: async (offset, data) => device.write(offset, data, false),
     zero: async (offset, length) => device.zero(offset, length, { noHole: false, fua: false, fastZero: false }),
     flush: async () => device.flush(),
-    dataPage: (offset) => dataPageOf(device, offset),
+    dataPage: (offset) =>
+      dataPageOf(size, offset, (from, length, sink) => device.extents(ALLOCATION_CONTEXT, from, length, sink)),
     close: async () => device.close(),
   };
 }

@@ -5,6 +5,7 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { makeDirectory } from '../store/local/make-directory.js';
 import { OperationError } from './operations.js';
 
 type Environment = Readonly<Record<string, string | undefined>>;
@@ -44,7 +45,7 @@ export function controlSocketOf(store: string): string {
  */
 export function makeSocketDirectory(directory: string, uid = process.getuid?.() ?? -1): void {
   try {
-    fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+    makeDirectory(directory, 0o700);
   } catch (error) {
     throw new OperationError(
       'PERMISSION',

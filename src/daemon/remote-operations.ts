@@ -2,21 +2,18 @@
  * Operations done by a daemon: the catalog over its control API, data over NBD connections through the same socket, so
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
-import { MAX_PAYLOAD, NbdClient } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient } from 'nbd-server-ts';
 import { pathOf, type ControlClient } from './control-client.js';
+import { dataPageOf } from './data-page.js';
 import {
   OperationError,
   type CheckReport,
-  type DataPage,
   type Disk,
   type ExportDescription,
   type Operations,
   type VdiDetails,
   type VdiRecord,
 } from './operations.js';
-
-/** Of one zero request: its length has 32 bits on the wire. */
-const MAX_ZERO_BYTES = 2 ** 30;
 
 export class RemoteOperations implements Operations {
   readonly store: string;
@@ -80,14 +77,14 @@ export class RemoteOperations implements Operations {
         maxRequestBytes: MAX_PAYLOAD,
         read: (offset, into) => client.readInto(offset, into),
         write: (offset, data) => client.write(offset, data),
-        zero: async (offset, length) => {
-          for (let at = offset; at < offset + length; at += MAX_ZERO_BYTES) {
-            await client.zero(at, Math.min(MAX_ZERO_BYTES, offset + length - at));
-          }
-        },
+        zero: (offset, length) => client.zero(offset, length),
         flush: () => client.flush(),
         dataPage: (offset) =>
-          this.#control.call<DataPage>('GET', `${pathOf('vdis', exportName, 'extents')}?offset=${offset}`),
+          dataPageOf(size, offset, async (from, length, sink) => {
+            for (const extent of await client.blockStatus(ALLOCATION_CONTEXT, from, length)) {
+              if (!sink(extent.offset, extent.length, extent.flags)) return;
+            }
+          }),
         close: async () => {
           await client.disconnect();
           await this.#control.call('GET', pathOf('sessions', session));

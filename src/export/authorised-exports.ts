@@ -73,10 +73,12 @@ function readOnly(geometry: Geometry): Geometry {
 /** nbd/ refuses writes to a read-only geometry by itself; that this device refuses them too is the second lock. */
 class ReadOnlyDevice implements BlockDevice {
   readonly geometry: Geometry;
+  readonly isHole?: BlockDevice['isHole'];
   readonly #device: BlockDevice;
 
   constructor(device: BlockDevice) {
     this.#device = device;
+    if (device.isHole !== undefined) this.isHole = device.isHole.bind(device);
     this.geometry = readOnly(device.geometry);
   }
 
@@ -104,8 +106,8 @@ class ReadOnlyDevice implements BlockDevice {
     return this.#device.cache(offset, length);
   }
 
-  extents(offset: number, length: number, sink: ExtentSink): Awaitable<void> {
-    return this.#device.extents(offset, length, sink);
+  extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    return this.#device.extents(context, offset, length, sink);
   }
 
   close(): Awaitable<void> {

@@ -21,7 +21,11 @@ export class TemporarySnapshots {
     const spec = `${name}@${tag}`;
     return this.#alone(spec, async () => {
       const users = this.#users.get(spec) ?? 0;
-      if (users === 0) await this.#catalog.snapshotTemporary(name, tag);
+      if (users === 0) {
+        // One whose dropping failed would be an old state of the disk.
+        await this.#catalog.dropTemporary(name, tag);
+        await this.#catalog.snapshotTemporary(name, tag);
+      }
       try {
         const vdi = await this.#catalog.openVdi(spec);
         this.#users.set(spec, users + 1);
@@ -39,8 +43,11 @@ export class TemporarySnapshots {
       const users = (this.#users.get(spec) ?? 0) - 1;
       if (users > 0) this.#users.set(spec, users);
       else this.#users.delete(spec);
-      await this.#catalog.release(vdi);
-      if (users === 0) await this.#catalog.dropTemporary(name, tag);
+      try {
+        await this.#catalog.release(vdi);
+      } finally {
+        if (users <= 0) await this.#catalog.dropTemporary(name, tag);
+      }
     });
   }
 

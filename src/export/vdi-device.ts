@@ -3,7 +3,10 @@
  * into device errors. One per connection; what they share is the Vdi behind them.
  */
 import {
+  ALLOCATION_CONTEXT,
   DeviceError,
+  STATE_HOLE,
+  STATE_ZERO,
   type Awaitable,
   type BlockDevice,
   type DeviceErrorCode,
@@ -14,6 +17,7 @@ import {
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
+const CONTEXTS = [ALLOCATION_CONTEXT];
 
 /** How an export of this VDI looks. */
 export function geometryOf(record: VdiRecord): Geometry {
@@ -27,11 +31,12 @@ export function geometryOf(record: VdiRecord): Geometry {
     canFua: writable,
     canTrim: writable,
     canZero: writable,
-    // Zeroing changes maps and punches holes; it never writes zeros where the filesystem has holes.
+    // Zeroing changes maps and punches holes; what would need more than that is refused with ENOTSUP.
     canFastZero: writable,
     canCache: true,
     multiConn: true,
     rotational: false,
+    contexts: CONTEXTS,
   };
 }
 
@@ -95,8 +100,14 @@ export class VdiDevice implements BlockDevice {
     }
   }
 
-  extents(offset: number, length: number, sink: ExtentSink): Promise<void> {
-    return this.#vdi.extents(offset, length, (at, size, hole) => sink(at, size, hole, hole)).catch(rethrow);
+  extents(_context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    return this.#vdi
+      .extents(offset, length, (at, size, hole) => sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0))
+      ?.catch(rethrow);
+  }
+
+  isHole(offset: number, length: number): boolean {
+    return this.#vdi.isHole(offset, length);
   }
 
   close(): Awaitable<void> {
@@ -108,6 +119,7 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   NO_SPACE: 'ENOSPC',
   PERMISSION: 'EPERM',
   CLOSED: 'ESHUTDOWN',
+  SLOW: 'ENOTSUP',
 };
 
 function rethrow(error: unknown): never {

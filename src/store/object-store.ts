@@ -45,7 +45,10 @@ export interface OpenVdi {
   readonly map: Uint32Array;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
   exclusive(idx: number): boolean;
-  /** Point idx at (owner, idx), or at nothing with 0. Durable with the next flush, never before the data is. */
+  /**
+   * Point idx at the object that `createObject` has just made for it, or at nothing with 0. Durable with the next flush,
+   * never before the data is.
+   */
   setOwner(idx: number, owner: number): Awaitable<void>;
   /** All data and map changes that were complete when it was called are durable when it resolves. */
   flush(): Promise<void>;
@@ -58,6 +61,14 @@ export interface OpenVdi {
 export interface ZeroOptions {
   /** Keep the range allocated. */
   readonly noHole: boolean;
+}
+
+/** A snapshot in two steps, so that writers are held for the first only. */
+export interface Switch {
+  /** Writers held, synchronous: the map of the VDI is the snapshot's now, and the VDI goes on under a new vid. */
+  now(): void;
+  /** Make that durable. On failure it is undone as if the snapshot had been deleted at once. */
+  finish(): Promise<VdiRecord>;
 }
 
 export interface ObjectStore {
@@ -74,6 +85,8 @@ export interface ObjectStore {
   createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
   /** Zero a range of an existing exclusive object, giving its space back unless noHole. */
   zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Awaitable<void>;
+  /** Whether zeroObject does its work without writing zeros. */
+  canZeroFast(options: ZeroOptions): boolean;
   /** Bring a range into the operating system's cache; a hint. */
   cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void>;
   /** Report the data and hole ranges of an object, in order, without reading data. */
@@ -104,25 +117,24 @@ export interface Catalog {
   create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord>;
   /** Open for reading and, if it is not a snapshot, writing. */
   open(vid: number): Promise<OpenVdi>;
-  /**
-   * Two steps, so that writers are held for the first only. `switchOver` (synchronous, writers held) makes the map of
-   * `vdi` the snapshot's and moves `vdi` to a new vid; the returned function makes that durable, and on failure undoes
-   * it as if the snapshot had been deleted at once.
-   */
-  switchOver(vdi: OpenVdi, tag: string): () => Promise<VdiRecord>;
+  /** Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. */
+  prepareSwitch(vdi: OpenVdi, tag: string): Switch;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
   /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`. */
   rollback(vid: number, snapshotVid: number): Promise<VdiRecord>;
   resize(vdi: OpenVdi, size: number): Promise<VdiRecord>;
-  /** Drop the record and all references; objects that nobody refers to are removed. */
+  /** Drop the record and all references; objects that nobody refers to are removed, `reclaimed` tells when. */
   remove(vid: number): Promise<void>;
+  /** Resolves when the space of all that was dropped so far is given back. */
+  reclaimed(): Promise<void>;
   /** Allocated objects of a VDI, and how many of them nobody else refers to. */
   usage(vid: number): Awaitable<{ readonly allocated: number; readonly exclusive: number }>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
 }
 
-export type StoreErrorCode = 'NO_SPACE' | 'IO' | 'LOCKED' | 'FORMAT' | 'DAMAGED' | 'PERMISSION' | 'LIMIT' | 'CLOSED';
+export type StoreErrorCode =
+  'NO_SPACE' | 'IO' | 'LOCKED' | 'FORMAT' | 'DAMAGED' | 'PERMISSION' | 'LIMIT' | 'CLOSED' | 'SLOW';
 
 export class StoreError extends Error {
   constructor(

@@ -107,7 +107,9 @@ export class VdiCatalog {
   /** Drop a temporary snapshot, as if it had never been. */
   dropTemporary(name: string, tag: string): Promise<void> {
     return this.#alone(async () => {
-      const record = await this.#find({ name, tag: checkTemporaryTag(tag) });
+      checkTemporaryTag(tag);
+      const record = (await this.list()).find((other) => other.name === name && other.tag === tag);
+      if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
       await this.#store.catalog.remove(record.vid);
     });
@@ -130,14 +132,14 @@ export class VdiCatalog {
     return this.#using(record, async (vdi) => {
       // Most of what is dirty goes to disk before the writers are held, so little is left for after.
       await vdi.flush();
+      const change = this.#store.catalog.prepareSwitch(vdi.opened, tag);
       await vdi.gate.close();
-      let makeDurable: () => Promise<VdiRecord>;
       try {
-        makeDurable = this.#store.catalog.switchOver(vdi.opened, tag);
+        change.now();
       } finally {
         vdi.gate.open();
       }
-      return makeDurable();
+      return change.finish();
     });
   }
 
@@ -182,6 +184,7 @@ export class VdiCatalog {
       return this.#using(record, async (vdi) => {
         // Growing again must not bring back what was cut off.
         if (size < record.size) await vdi.zero(size, record.size - size, { noHole: false, fua: true });
+        await vdi.flush();
         await vdi.gate.close();
         try {
           return await this.#store.catalog.resize(vdi.opened, size);
@@ -193,12 +196,14 @@ export class VdiCatalog {
   }
 
   /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. */
-  remove(spec: string): Promise<void> {
-    return this.#alone(async () => {
+  async remove(spec: string): Promise<void> {
+    await this.#alone(async () => {
       const record = await this.find(spec);
       this.#mustBeClosed(record, 'deleted');
       await this.#store.catalog.remove(record.vid);
     });
+    // Others need not wait for this.
+    await this.#store.catalog.reclaimed();
   }
 
   check(options: { repair: boolean }): Promise<CheckReport> {

@@ -66,8 +66,18 @@ export class Vdi {
     return this.#writeInside(offset, data, fua);
   }
 
-  /** Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. */
-  zero(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
+  /**
+   * Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. With `fastZero` it
+   * fails (StoreError SLOW) before anything has changed where objects would have to be copied or zeros written.
+   */
+  zero(
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean; fastZero?: boolean },
+  ): Awaitable<void> {
+    if (options.fastZero && !this.#canZeroFast(offset, length, options.noHole)) {
+      throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs data to be copied or written`);
+    }
     if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#zeroInside(offset, length, options));
     return this.#zeroInside(offset, length, options);
   }
@@ -94,41 +104,43 @@ export class Vdi {
     if (parts.length > 0) return allDone(parts);
   }
 
-  /** Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. */
-  async extents(
+  /**
+   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Answers at once if
+   * nothing has to be asked of the filesystem.
+   */
+  extents(
     offset: number,
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Promise<void> {
-    const end = offset + length;
-    let start = offset;
-    let reported = offset;
-    let current: boolean | undefined;
-    let stopped = false;
-    const report = (from: number, partLength: number, hole: boolean): boolean => {
-      if (current !== undefined && hole !== current) {
-        stopped = !sink(start, from - start, current);
-        start = from;
-      }
-      current = hole;
-      reported = from + partLength;
-      return !stopped;
-    };
-    while (reported < end && !stopped) {
-      const idx = Math.floor(reported / this.#objectSize);
+  ): Awaitable<void> {
+    return this.#extentsFrom(new ExtentJoiner(offset, sink), offset, offset + length);
+  }
+
+  #extentsFrom(joiner: ExtentJoiner, from: number, end: number): Awaitable<void> {
+    while (from < end && !joiner.isStopped) {
+      const idx = Math.floor(from / this.#objectSize);
       const base = idx * this.#objectSize;
       const partEnd = Math.min(base + this.#objectSize, end);
       const owner = this.#open.map[idx] as number;
-      if (owner === 0) report(reported, partEnd - reported, true);
-      else {
-        const before = reported;
-        await this.#store.objectExtents(owner, idx, reported - base, partEnd - reported, (from, partLength, hole) =>
-          report(base + from, partLength, hole),
-        );
-        if (!stopped && reported === before) throw new StoreError('IO', `no extents for object ${idx}`);
+      if (owner === 0) {
+        joiner.add(partEnd - from, true);
+      } else {
+        const later = this.#store.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
+        if (later !== undefined) return later.then(() => this.#extentsFrom(joiner, partEnd, end));
       }
+      from = partEnd;
     }
-    if (!stopped && current !== undefined) sink(start, reported - start, current);
+    joiner.finish();
+  }
+
+  /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
+  isHole(offset: number, length: number): boolean {
+    const { map } = this.#open;
+    const last = Math.floor((offset + length - 1) / this.#objectSize);
+    for (let idx = Math.floor(offset / this.#objectSize); idx <= last; idx++) {
+      if (map[idx] !== 0) return false;
+    }
+    return true;
   }
 
   #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
@@ -220,12 +232,28 @@ export class Vdi {
     if (options.fua) return this.#open.flush();
   }
 
+  #canZeroFast(offset: number, length: number, noHole: boolean): boolean {
+    let isFast = true;
+    this.#eachPart(offset, length, (idx, from, partLength) => {
+      const owner = this.#open.map[idx] as number;
+      const whole = this.#isWhole(idx, from, partLength);
+      if (!noHole && (owner === 0 || whole)) return;
+      if (owner !== 0 && !whole && !this.#open.exclusive(idx)) isFast = false;
+      else if (!this.#store.canZeroFast({ noHole })) isFast = false;
+    });
+    return isFast;
+  }
+
+  /** The disk's last object may end before the object does; what lies behind the end is nobody's. */
+  #isWhole(idx: number, within: number, length: number): boolean {
+    return within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
+  }
+
   #zeroObject(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
     const transition = this.#transitions.get(idx);
     if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
     const owner = this.#open.map[idx] as number;
-    // The disk's last object may end before the object does; what lies behind the end is nobody's.
-    const whole = within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
+    const whole = this.#isWhole(idx, within, length);
     if (!noHole) {
       if (owner === 0) return;
       if (whole) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));
@@ -302,6 +330,40 @@ export class Vdi {
       visit(idx, within, part, done);
       done += part;
     }
+  }
+}
+
+/** Joins neighbouring extents of a kind and hands them on. */
+class ExtentJoiner {
+  isStopped = false;
+  #start: number;
+  #end: number;
+  #hole: boolean | undefined;
+  readonly #sink: (offset: number, length: number, hole: boolean) => boolean;
+
+  constructor(offset: number, sink: (offset: number, length: number, hole: boolean) => boolean) {
+    this.#start = offset;
+    this.#end = offset;
+    this.#sink = sink;
+  }
+
+  /** The next `length` bytes. Returns false if no more are wanted. */
+  add(length: number, hole: boolean): boolean {
+    if (this.#hole !== undefined && hole !== this.#hole) {
+      this.isStopped = !this.#sink(this.#start, this.#end - this.#start, this.#hole);
+      this.#start = this.#end;
+    }
+    this.#hole = hole;
+    this.#end += length;
+    return !this.isStopped;
+  }
+
+  /** For a store, whose offsets are within an object: extents come in order and without gaps. */
+  readonly addPart = (_offset: number, length: number, hole: boolean): boolean => this.add(length, hole);
+
+  finish(): void {
+    if (this.isStopped || this.#hole === undefined || this.#end === this.#start) return;
+    this.#sink(this.#start, this.#end - this.#start, this.#hole);
   }
 }
 

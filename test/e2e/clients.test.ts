@@ -5,7 +5,16 @@ import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { cli, haveCommand, run, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import {
+  cli,
+  haveCommand,
+  haveNbdsh,
+  nbdsh,
+  run,
+  startDaemon,
+  temporaryDirectory,
+  type Daemon,
+} from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
 
@@ -25,6 +34,12 @@ async function ok(command: string, args: readonly string[], options: Parameters<
     );
   }
   return result.stdout;
+}
+
+async function shellOk(args: readonly string[]): Promise<string> {
+  const { code, signal, stdout, stderr } = await nbdsh(args);
+  if (code !== 0) throw new Error(`nbdsh: exit ${code ?? signal}\n${stdout}${stderr}`);
+  return stdout;
 }
 
 async function withDaemon(size: string, use: (daemon: Daemon) => Promise<void>): Promise<void> {
@@ -68,7 +83,9 @@ describe('libnbd tools', () => {
         const result = await run('nbdinfo', [...flag, daemon.uri('disk')]);
         expect(result.code, can).toBe(can === 'write' ? 2 : 0);
       }
-      expect((await run('nbdinfo', [daemon.uri('missing')])).stderr).toMatch(/no VDI named "missing"/);
+      // libnbd 1.14 shows the server's words only among its debug messages.
+      const missing = await run('nbdinfo', [daemon.uri('missing')], { env: { LIBNBD_DEBUG: '1' } });
+      expect(missing.stderr).toMatch(/no VDI named "missing"/);
     });
   });
 
@@ -86,7 +103,7 @@ describe('libnbd tools', () => {
     });
   });
 
-  needs('nbdsh')(
+  (haveNbdsh() ? test : test.skip)(
     'odd, unaligned, zero-length and out-of-range requests are answered as the protocol says',
     async () => {
       await withDaemon('9M', async (daemon) => {
@@ -128,7 +145,7 @@ fails(lambda: h.zero(4096, size), errno.ENOSPC, errno.EINVAL)
 fails(lambda: h.pread(1, 2**63 - 1), errno.EINVAL, errno.EOVERFLOW)
 assert h.pread(size, 0) == model
 `;
-        await ok('nbdsh', ['-u', daemon.uri('disk'), '-c', script]);
+        await shellOk(['-u', daemon.uri('disk'), '-c', script]);
         const readOnly = `
 import errno
 for f in (lambda: h.pwrite(b'x', 0), lambda: h.zero(1, 0), lambda: h.trim(1, 0)):
@@ -137,7 +154,7 @@ for f in (lambda: h.pwrite(b'x', 0), lambda: h.zero(1, 0), lambda: h.trim(1, 0))
     else: raise AssertionError('a snapshot was written')
 `;
         expect((await cli(['vdi', 'snapshot', 'disk', 's'], { store: daemon.store })).code).toBe(0);
-        await ok('nbdsh', ['-u', daemon.uri('disk@s'), '-c', `h.set_strict_mode(0)\n${readOnly}`]);
+        await shellOk(['-u', daemon.uri('disk@s'), '-c', `h.set_strict_mode(0)\n${readOnly}`]);
       });
     },
   );
@@ -284,7 +301,7 @@ describe('filesystems', () => {
     });
   }
 
-  needs('nbdsh')('trimming all of an empty 4 TiB VDI takes milliseconds', async () => {
+  (haveNbdsh() ? test : test.skip)('trimming all of an empty 4 TiB VDI takes milliseconds', async () => {
     await withDaemon('4T', async (daemon) => {
       const script = `
 import time
@@ -293,7 +310,7 @@ while o < size:
     n = min(step, size - o); h.trim(n, o); o += n
 print(int((time.monotonic() - t) * 1000))
 `;
-      const took = Number(await ok('nbdsh', ['-u', daemon.uri('disk'), '-c', script]));
+      const took = Number(await shellOk(['-u', daemon.uri('disk'), '-c', script]));
       console.log(`trimming an empty 4 TiB VDI: ${took} ms in ${Math.ceil(2 ** 42 / (2 ** 32 - 65536))} requests`);
       expect(took).toBeLessThan(2000);
       const used = Number((await ok('du', ['-s', '-B1', daemon.store])).split('\t')[0]);

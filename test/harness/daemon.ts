@@ -3,7 +3,7 @@
  * process and temporary directory it makes and removes them when the test file ends, passed or failed. Never touches a
  * process it did not start, and never waits for a fixed time: only for conditions, with a bound.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -150,6 +150,31 @@ export function haveCommand(name: string): boolean {
       return false;
     }
   });
+}
+
+/** A Python that has libnbd's module. The one first on the PATH may be another than the system's, and lack it. */
+const nbdPython = ['python3', '/usr/bin/python3'].find((python) => {
+  try {
+    // Not only the import: our own folder nbd/ would pass for a package.
+    execFileSync(python, ['-c', 'import nbd; nbd.NBD'], { stdio: 'ignore' });
+    return true;
+  } catch {
+    return false;
+  }
+});
+
+/** Whether nbdsh() can be used; says why not. */
+export function haveNbdsh(): boolean {
+  if (nbdPython === undefined) {
+    console.log('skipped: no python3 can import nbd (sh test/install.sh installs python3-libnbd)');
+  }
+  return nbdPython !== undefined;
+}
+
+/** Run libnbd's shell. */
+export function nbdsh(args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
+  if (nbdPython === undefined) throw new Error('no python3 can import nbd: ask haveNbdsh() first');
+  return run(nbdPython, ['-m', 'nbd', ...args], options);
 }
 
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {

@@ -92,6 +92,16 @@ describe('opening', () => {
     fs.rmSync(directory, { recursive: true });
     await start();
   });
+
+  test('a metadata file that was cut off is refused with the reason', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    await catalog.close();
+    const file = path.join(directory, 'meta.mdb');
+    fs.truncateSync(file, fs.statSync(file).size - 4096);
+    await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED', message: /cut off/ });
+    fs.rmSync(directory, { recursive: true });
+    await start();
+  });
 });
 
 describe('after a crash', () => {
@@ -157,6 +167,8 @@ describe('check', () => {
     expect(repaired.repaired).toBe(1);
     expect((await catalog.check({ repair: false })).orphans).toBe(0);
     // the rest of the disk is still readable, the lost part is an error and not zeros
+    await catalog.close();
+    await start();
     const again = await catalog.openVdi('disk');
     let failed = 0;
     for (let idx = 0; idx < 4; idx++) {
@@ -239,7 +251,7 @@ describe('when the metadata cannot be stored', () => {
     await catalog.release(vdi);
     await catalog.snapshot('disk', 's');
     const before = await catalog.list();
-    failCommits(3);
+    failCommits(5); // a copy that fails also tries to remove what it prepared
     await expect(catalog.clone('disk@s', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
     await expect(catalog.rollback('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });
     await expect(catalog.remove('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });

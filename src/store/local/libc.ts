@@ -119,6 +119,16 @@ export async function zeroRange(fd: number, offset: number, length: number): Pro
   }
 }
 
+/** Whether the filesystem of this scratch file, of at least `length` bytes, has holes. */
+export function canPunchHole(fd: number, length: number): boolean {
+  return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, length) === 0;
+}
+
+/** Whether it can make allocated zeros without writing them. */
+export function canZeroRange(fd: number, length: number): boolean {
+  return fallocate(fd, FALLOC_FL_ZERO_RANGE, 0, length) === 0;
+}
+
 /** Reserve space beyond the end of the file without changing its size. Best effort: false if it cannot be had. */
 export function reserve(fd: number, offset: number, length: number): boolean {
   return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) === 0;

@@ -6,7 +6,6 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import {
-  MAX_DATA_OBJECTS,
   StoreError,
   type Awaitable,
   type Catalog,
@@ -14,16 +13,20 @@ import {
   type ObjectStore,
   type OpenVdi,
   type Owner,
+  type Switch,
   type VdiRecord,
   type ZeroOptions,
 } from '../object-store.js';
 import * as libc from './libc.js';
+import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { Metadata, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 
 const MAX_VID = 2 ** 24 - 1;
+/** References given up at a time before the event loop gets its turn. */
+const RELEASE_SLICE = 1024;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
 
@@ -67,7 +70,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const location = path.resolve(directory);
     let lockFd: number;
     try {
-      fs.mkdirSync(location, { recursive: true, mode: 0o700 });
+      makeDirectory(location, 0o700);
       lockFd = fs.openSync(path.join(location, 'lock'), fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
     } catch (error) {
       throw libc.asStoreError(error, `opening store ${location}`);
@@ -99,31 +102,56 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void> {
     const local = vdi as LocalVdi;
     const owner = local.map[idx] as number;
-    const later = this.files.write(owner, idx, offset, data);
-    if (later === undefined) local.noteWritten(owner, idx);
-    else return later.then(() => local.noteWritten(owner, idx));
+    let later: Awaitable<void>;
+    try {
+      later = this.files.write(owner, idx, offset, data);
+    } catch (error) {
+      later = Promise.reject(error as Error);
+    }
+    if (later === undefined) {
+      local.noteWritten(owner, idx);
+      return;
+    }
+    return later
+      .catch((error: unknown) =>
+        this.#afterFreeing(local, error, async () => this.files.write(owner, idx, offset, data)),
+      )
+      .then(() => local.noteWritten(owner, idx));
   }
 
+  /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
   async createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
     const { vid, blockSizeShift } = vdi.record;
+    const key = objectKey(vid, idx);
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
-    const create = (): Promise<void> => this.files.create(objectKey(vid, idx), 2 ** blockSizeShift, offset, data, from);
+    const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from);
+    this.references.add(vid, idx);
     try {
-      await create();
+      await create().catch((error: unknown) => this.#afterFreeing(vdi as LocalVdi, error, create));
     } catch (error) {
-      if ((error as StoreError).code !== 'NO_SPACE') throw error;
-      // Trimmed space may not be given back yet: do that, and try once more.
-      await vdi.flush();
-      await this.files.removed();
-      await create();
+      await this.release([key]);
+      throw error;
     }
+  }
+
+  /** When the disk is full: trimmed space may not be given back yet. Do that, and try once more. */
+  async #afterFreeing(vdi: LocalVdi, error: unknown, retry: () => Promise<void>): Promise<void> {
+    if ((error as StoreError).code !== 'NO_SPACE') throw error;
+    await vdi.flush();
+    await this.files.removed();
+    await retry();
   }
 
   async zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Promise<void> {
     const local = vdi as LocalVdi;
     const owner = local.map[idx] as number;
-    await this.files.zero(owner, idx, offset, length, options.noHole);
+    const zero = (): Promise<void> => this.files.zero(owner, idx, offset, length, options.noHole);
+    await zero().catch((error: unknown) => this.#afterFreeing(local, error, zero));
     local.noteWritten(owner, idx);
+  }
+
+  canZeroFast({ noHole }: ZeroOptions): boolean {
+    return this.files.canZeroFast(noHole);
   }
 
   cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void> {
@@ -140,15 +168,30 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     return this.files.extents(vid, idx, offset, length, sink);
   }
 
-  release(keys: readonly number[]): void {
+  async release(keys: readonly number[]): Promise<void> {
+    for (let from = 0; from < keys.length; from += RELEASE_SLICE) {
+      if (from > 0) await new Promise((resolve) => setImmediate(resolve));
+      this.#releaseNow(keys.slice(from, from + RELEASE_SLICE));
+    }
+  }
+
+  #releaseNow(keys: readonly number[]): void {
     const unreferenced: number[] = [];
     for (const key of keys) {
       // While a read of it is under way it still counts: nobody else may start to write it in place.
       const idle = this.files.idle(key);
-      if (idle) void idle.then(() => this.release([key]));
+      if (idle) void idle.then(() => this.#releaseNow([key]));
       else if (this.references.drop(vidOf(key), idxOf(key)) === 0) unreferenced.push(key);
     }
     this.files.remove(unreferenced, (error) => this.backgroundError(error));
+  }
+
+  discard(vdi: LocalVdi): void {
+    const stored = [vdi.record.vid, ...vdi.outgrown].map((vid) => this.metadata.record(vid)).find(Boolean);
+    const held = vdi.heldKeys();
+    if (stored) this.references.addAll(this.metadata.map(stored));
+    vdi.abandon();
+    void this.release(held);
   }
 
   backgroundError(error: unknown): void {
@@ -176,10 +219,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 
   /** Count the references; after a crash also remove what nothing refers to. */
   async #recover(clean: boolean): Promise<void> {
-    for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
-    if (clean) return;
     const strays = this.metadata.strayVids();
     if (strays.length > 0) await this.metadata.commit({ removed: strays });
+    for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
+    if (clean) return;
     const orphans: number[] = [];
     for await (const { key } of this.files.scan()) {
       if (key >= 0 && this.references.of(vidOf(key), idxOf(key)) === 0) orphans.push(key);
@@ -215,7 +258,8 @@ export class LocalCatalog implements Catalog {
 
   async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
     const record = this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1);
-    await this.#store.metadata.commit({ records: [record] });
+    // With whatever an operation that failed may have left under this vid.
+    await this.#store.metadata.commit({ removed: [record.vid], records: [record] });
     return record;
   }
 
@@ -230,23 +274,32 @@ export class LocalCatalog implements Catalog {
     return vdi;
   }
 
-  switchOver(vdi: OpenVdi, tag: string): () => Promise<VdiRecord> {
+  prepareSwitch(vdi: OpenVdi, tag: string): Switch {
     const local = vdi as LocalVdi;
-    const before = local.record;
-    const snapshot: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: Date.now() };
-    const record: VdiRecord = {
-      ...before,
-      vid: this.#nextVid(),
-      snapId: before.snapId + 1,
-      parentVid: before.vid,
-      createdAt: snapshot.snapshotAt,
-    };
-    const store = local.moveTo(record, snapshot);
-    this.#store.open.delete(before.vid);
-    this.#store.open.set(record.vid, local);
-    return async () => {
-      await local.enqueue(store);
-      return snapshot;
+    const vid = this.#nextVid();
+    let finish: (() => Promise<void>) | undefined;
+    let snapshot: VdiRecord | undefined;
+    return {
+      now: () => {
+        const before = local.record;
+        const taken: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: Date.now() };
+        const record: VdiRecord = {
+          ...before,
+          vid,
+          snapId: before.snapId + 1,
+          parentVid: before.vid,
+          createdAt: taken.snapshotAt,
+        };
+        finish = local.moveTo(record, taken);
+        snapshot = taken;
+        this.#store.open.delete(before.vid);
+        this.#store.open.set(vid, local);
+      },
+      finish: async () => {
+        if (!finish || !snapshot) throw new Error('invariant: a snapshot is finished that was not taken');
+        await finish();
+        return snapshot;
+      },
     };
   }
 
@@ -258,9 +311,8 @@ export class LocalCatalog implements Catalog {
   }
 
   async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
-    const working = this.#recordOf(vid);
+    const { keys, vids, record: working } = this.#held(vid);
     const base = this.#recordOf(snapshotVid);
-    const map = this.#store.metadata.map(working);
     const record = this.#working(
       this.#nextVid(),
       working.name,
@@ -269,8 +321,9 @@ export class LocalCatalog implements Catalog {
       base.vid,
       working.snapId,
     );
-    await this.#storeCopy(base, record, [vid]);
-    await this.#releaseMap(map);
+    await this.#storeCopy(base, record, vids);
+    this.#store.open.get(vid)?.abandon();
+    await this.#store.release(keys);
     return record;
   }
 
@@ -281,17 +334,29 @@ export class LocalCatalog implements Catalog {
   }
 
   async remove(vid: number): Promise<void> {
-    const record = this.#recordOf(vid);
-    const map = this.#store.metadata.map(record);
+    const { keys, vids, record } = this.#held(vid);
     const relinked = this.list()
       .filter((other) => other.parentVid === vid)
       .map((child) => adopted(child, record));
-    await this.#store.metadata.commit({ records: relinked, removed: [vid] });
+    await this.#store.metadata.commit({ records: relinked, removed: vids });
     for (const child of relinked) {
       const open = this.#store.open.get(child.vid);
       if (open) open.record = child;
     }
-    await this.#releaseMap(map);
+    this.#store.open.get(vid)?.abandon();
+    await this.#store.release(keys);
+  }
+
+  reclaimed(): Promise<void> {
+    return this.#store.files.removed();
+  }
+
+  /** What goes when a VDI goes that nobody uses. One that could not be flushed when it was closed is open still. */
+  #held(vid: number): { keys: number[]; vids: number[]; record: VdiRecord } {
+    const open = this.#store.open.get(vid);
+    if (open) return { keys: open.heldKeys(), vids: [vid, ...open.outgrown], record: open.record };
+    const record = this.#recordOf(vid);
+    return { keys: keysOf(this.#store.metadata.map(record)), vids: [vid], record };
   }
 
   usage(vid: number): { allocated: number; exclusive: number } {
@@ -311,6 +376,7 @@ export class LocalCatalog implements Catalog {
   /** Compare maps and object files. Nothing may be open: a check of moving parts would report phantoms. */
   async check(options: { readonly repair: boolean }): Promise<CheckReport> {
     const { metadata, files, references, open } = this.#store;
+    for (const vdi of open.values()) await vdi.close();
     if (open.size > 0) throw new StoreError('LOCKED', 'a check needs all VDIs closed; disconnect their clients first');
     await files.removed();
     const problems: string[] = [];
@@ -384,14 +450,11 @@ export class LocalCatalog implements Catalog {
       await metadata.preparePages(pagesOf(record.vid, map));
       await metadata.commit({ records: [record], removed });
     } catch (error) {
-      this.#store.release(keysOf(map));
+      await this.#store.release(keysOf(map));
+      // Best effort: pages without a record are removed by the next open at the latest, or with the vid's next use.
+      await metadata.commit({ removed: [record.vid] }).catch(() => undefined);
       throw error;
     }
-  }
-
-  async #releaseMap(map: Uint32Array): Promise<void> {
-    this.#store.release(keysOf(map));
-    await this.#store.files.removed();
   }
 
   #nextVid(): number {
@@ -422,7 +485,7 @@ function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
 
 function keysOf(map: Uint32Array): number[] {
   const keys: number[] = [];
-  for (let idx = 0; idx < Math.min(map.length, MAX_DATA_OBJECTS); idx++) {
+  for (let idx = 0; idx < map.length; idx++) {
     const owner = map[idx] as number;
     if (owner !== 0) keys.push(objectKey(owner, idx));
   }

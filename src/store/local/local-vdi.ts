@@ -4,7 +4,7 @@
  */
 import type { OpenVdi, VdiRecord } from '../object-store.js';
 import type { Metadata } from './metadata.js';
-import { PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
+import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
 import type { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 
@@ -21,10 +21,15 @@ export interface LocalVdiHost {
   readonly files: ObjectFiles;
   readonly references: ReferenceCounts;
   /** A durable map no longer refers to these: drop the references, remove (in the background) what nobody refers to. */
-  release(keys: readonly number[]): void;
+  release(keys: readonly number[]): Promise<void>;
+  /** What this VDI holds that is not durable is lost: go back to what is. */
+  discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
   backgroundError(error: unknown): void;
 }
+
+/** References are counted in slices of this many map entries, so that the event loop is not held for long. */
+const COUNT_SLICE = 16_384;
 
 /** What one flush took over from the VDI and gives back if it fails. */
 interface Batch {
@@ -35,6 +40,8 @@ interface Batch {
   readonly releases: readonly number[];
   readonly recordChanged: boolean;
   readonly obsolete: readonly number[];
+  /** The flush that took it over has succeeded. */
+  isDurable: boolean;
 }
 
 export class LocalVdi implements OpenVdi {
@@ -44,8 +51,12 @@ export class LocalVdi implements OpenVdi {
   #dirtyObjects = new Set<number>();
   #created = new Set<number>();
   #dirtyPages = new Set<number>();
-  #committingPages: readonly number[] = [];
-  #committingRecord = false;
+  /** What the flush under way has taken over. */
+  #committing: Batch | undefined;
+  /** The durable half of a snapshot, while it is not done: every later flush waits for it, and runs it if need be. */
+  #pendingMove: (() => Promise<void>) | undefined;
+  /** References of a snapshot just taken are not counted yet: nothing that it may share is exclusive. */
+  #isCounting = false;
   #releases: number[] = [];
   #obsolete: number[] = [];
   #recordChanged = false;
@@ -70,15 +81,13 @@ export class LocalVdi implements OpenVdi {
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
     // A working VDI's own objects are known to nobody else: with the first snapshot it gets a new vid.
-    return owner === this.record.vid || this.#host.references.of(owner, idx) === 1;
+    return owner === this.record.vid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
   setOwner(idx: number, owner: number): void {
     const before = this.map[idx] as number;
-    if (before === owner) return;
     if (owner !== 0) {
-      this.#host.references.add(owner, idx);
-      // Marked here and not when the file was made: a sync passes over objects that nobody refers to.
+      // Its reference was taken before it was made (LocalStore.createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
       this.#dirtyObjects.add(objectKey(owner, idx));
       this.#created.add(objectKey(owner, idx));
     }
@@ -108,8 +117,9 @@ export class LocalVdi implements OpenVdi {
     const page = Math.floor(idx / PAGE_ENTRIES);
     const key = objectKey(this.map[idx] as number, idx);
     const plain =
+      this.#pendingMove === undefined &&
       !this.#dirtyPages.has(page) &&
-      !this.#committingPages.includes(page) &&
+      !this.#committing?.pages.includes(page) &&
       !this.#recordChanged &&
       !this.#created.has(key);
     if (!plain) return this.flush();
@@ -119,15 +129,39 @@ export class LocalVdi implements OpenVdi {
     await this.#sync([key]);
   }
 
+  /**
+   * Flush, and be gone. If that fails it can be tried again, except after a failed sync: then there is nothing left that
+   * can be trusted, and the next open begins with what is durable.
+   */
   async close(): Promise<void> {
-    await this.flush();
+    try {
+      await this.flush();
+    } catch (error) {
+      if (this.#syncFailure !== undefined) this.#host.discard(this);
+      throw error;
+    }
+    this.abandon();
+  }
+
+  /** Stop here, whatever is not durable. */
+  abandon(): void {
     clearTimeout(this.#releaseTimer);
     this.onClosed();
   }
 
+  /** Every reference this VDI holds, one entry each. */
+  heldKeys(): number[] {
+    const keys = [...this.#releases];
+    for (let idx = 0; idx < this.map.length; idx++) {
+      const owner = this.map[idx] as number;
+      if (owner !== 0) keys.push(objectKey(owner, idx));
+    }
+    return keys;
+  }
+
   /** Records that this VDI has outgrown without the metadata saying so yet (a snapshot that failed): see its `record`. */
   get outgrown(): readonly number[] {
-    return this.#obsolete;
+    return this.#committing ? [...this.#committing.obsolete, ...this.#obsolete] : this.#obsolete;
   }
 
   /** Run `work` after everything that was asked to be made durable before it. */
@@ -142,35 +176,63 @@ export class LocalVdi implements OpenVdi {
 
   /**
    * Synchronous half of a snapshot: this VDI goes on as `record`, and what it was until now belongs to the snapshot.
-   * Returns the durable half, which must be run through `enqueue`.
+   * Returns the durable half. Later flushes run it before themselves, so it is done once whoever comes first.
    */
   moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
+    if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');
     const frozen = this.map.slice();
     const batch = this.#take();
-    // a flush under way may fail and give its pages back; they are the snapshot's too
-    const pages = new Set([...batch.pages, ...this.#committingPages]);
-    const recordWasDurable = !batch.recordChanged && !this.#committingRecord;
+    // A flush under way may fail and give back what it took over; that is the snapshot's too.
+    const flushing = this.#committing;
+    const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
+    const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
-    this.#host.references.addAll(frozen);
-    return async () => {
-      try {
-        await this.#sync(batch.objects);
-        await this.#host.files.syncDirectories(batch.created);
-        await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
-        const snapshotPages = recordWasDurable
+    this.#isCounting = true;
+    let run: Promise<void> | undefined;
+    const finish = (): Promise<void> => {
+      run ??= this.#finishMove(frozen, batch, snapshot, {
+        objects: flushing && !flushing.isDurable ? [...flushing.objects, ...batch.objects] : batch.objects,
+        created: flushing && !flushing.isDurable ? [...flushing.created, ...batch.created] : batch.created,
+        pages: recordWasDurable
           ? [...pages].map((page) => ({ vid: snapshot.vid, page, entries: pageOf(frozen, page) }))
-          : pagesOf(snapshot.vid, frozen);
-        await this.#host.metadata.commit({
-          records: [snapshot, record],
-          removed: batch.obsolete,
-          pages: snapshotPages,
-        });
-      } catch (error) {
-        this.#undoMove(batch, snapshot.vid, frozen);
-        throw error;
-      }
-      this.#host.release(batch.releases);
+          : pagesOf(snapshot.vid, frozen),
+      }).finally(() => {
+        this.#pendingMove = undefined;
+      });
+      return run;
     };
+    this.#pendingMove = finish;
+    return () => this.enqueue(finish);
+  }
+
+  async #finishMove(
+    frozen: Uint32Array,
+    batch: Batch,
+    snapshot: VdiRecord,
+    toStore: { objects: readonly number[]; created: readonly number[]; pages: readonly PageWrite[] },
+  ): Promise<void> {
+    const { record } = this;
+    // Before anything is released: this VDI gives up references only with a later flush.
+    for (let from = 0; from < frozen.length; from += COUNT_SLICE) {
+      this.#host.references.addAll(frozen, from, Math.min(from + COUNT_SLICE, frozen.length));
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+    this.#isCounting = false;
+    try {
+      if (this.#syncFailure !== undefined) throw this.#syncFailure;
+      await this.#sync(toStore.objects);
+      await this.#host.files.syncDirectories(toStore.created);
+      await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
+      await this.#host.metadata.commit({
+        records: [snapshot, record],
+        removed: batch.obsolete,
+        pages: toStore.pages,
+      });
+    } catch (error) {
+      this.#undoMove(batch, snapshot.vid, frozen);
+      throw error;
+    }
+    await this.#host.release(batch.releases);
   }
 
   /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
@@ -189,7 +251,7 @@ export class LocalVdi implements OpenVdi {
   /** Grow or cut the map; the record is stored with it in one transaction. */
   async resize(record: VdiRecord): Promise<void> {
     const length = Math.ceil(record.size / 2 ** record.blockSizeShift);
-    for (let idx = length; idx < this.map.length; idx++) this.setOwner(idx, 0);
+    for (let idx = length; idx < this.map.length; idx++) if (this.map[idx] !== 0) this.setOwner(idx, 0);
     await this.flush();
     await this.enqueue(() => this.#host.metadata.commit({ records: [record] }));
     const map = new Uint32Array(length);
@@ -220,6 +282,7 @@ export class LocalVdi implements OpenVdi {
       releases: this.#releases,
       recordChanged: this.#recordChanged,
       obsolete: this.#obsolete,
+      isDurable: false,
     };
     this.#dirtyObjects.clear();
     this.#created.clear();
@@ -240,12 +303,13 @@ export class LocalVdi implements OpenVdi {
   }
 
   async #commit(): Promise<void> {
+    // A snapshot that fails is told to whoever asked for it; what it gave back is ours.
+    if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
     const batch = this.#take();
     const pages = batch.pages.map((page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
-    this.#committingPages = batch.pages;
-    this.#committingRecord = batch.recordChanged;
+    this.#committing = batch;
     try {
       await this.#sync(batch.objects);
       await this.#host.files.syncDirectories(batch.created);
@@ -255,14 +319,14 @@ export class LocalVdi implements OpenVdi {
       } else if (pages.length > 0) {
         await this.#host.metadata.commit({ pages });
       }
+      batch.isDurable = true;
     } catch (error) {
       this.#giveBack(batch);
       throw error;
     } finally {
-      this.#committingPages = [];
-      this.#committingRecord = false;
+      this.#committing = undefined;
     }
-    this.#host.release(batch.releases);
+    await this.#host.release(batch.releases);
   }
 
   async #sync(keys: readonly number[]): Promise<void> {

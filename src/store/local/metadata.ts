@@ -3,10 +3,12 @@
  * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
  */
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
-import { open, type Database, type RootDatabase } from 'lmdb';
+import { ABORT, open, type Database, type RootDatabase } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
+import { lmdbFileProblem } from './lmdb-file.js';
 
 export const FORMAT_VERSION = 1;
 /** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
@@ -34,20 +36,20 @@ export interface MetadataChange {
 
 const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
 
+// Map pages are stored as they are in memory (FORMAT.md: little-endian): a map of 1 TiB is copied, not converted.
+if (os.endianness() !== 'LE') throw new Error('the local store needs a little-endian machine');
+
 /** The entries of one page of a map, copied: the map may change while the copy is on its way to disk. */
 export function pageOf(map: Uint32Array, page: number): Buffer {
-  const copy = Buffer.alloc(PAGE_ENTRIES * 4);
-  const end = Math.min(map.length, (page + 1) * PAGE_ENTRIES);
-  for (let idx = page * PAGE_ENTRIES, at = 0; idx < end; idx++, at += 4) copy.writeUInt32LE(map[idx] as number, at);
-  return copy;
+  const copy = new Uint32Array(PAGE_ENTRIES);
+  copy.set(map.subarray(page * PAGE_ENTRIES, (page + 1) * PAGE_ENTRIES));
+  return Buffer.from(copy.buffer);
 }
 
+/** All pages of a map, those of zeros too: storing them removes what an operation that failed may have left there. */
 export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
   const pages: PageWrite[] = [];
-  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) {
-    const entries = pageOf(map, page);
-    if (!entries.equals(ZERO_PAGE)) pages.push({ vid, page, entries });
-  }
+  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) pages.push({ vid, page, entries: pageOf(map, page) });
   return pages;
 }
 
@@ -56,6 +58,8 @@ export class Metadata {
   readonly #vdis: Database<VdiRecord, number>;
   readonly #pages: Database<Buffer, [number, number]>;
   readonly #fd: number;
+  /** What is stored, by vid: asked for far more often than it changes. */
+  readonly #records = new Map<number, VdiRecord>();
   #reservedTo = 0;
 
   private constructor(file: string) {
@@ -72,6 +76,7 @@ export class Metadata {
     this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
     this.#fd = fs.openSync(file, 'r+');
+    for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
 
   /** Open or make the metadata of the store in `directory`. Errors: FORMAT for a newer format, IO, NO_SPACE. */
@@ -79,6 +84,13 @@ export class Metadata {
     const file = path.join(directory, 'meta.mdb');
     let metadata: Metadata;
     try {
+      const problem = lmdbFileProblem(file);
+      if (problem !== undefined) {
+        throw new StoreError(
+          'DAMAGED',
+          `${file} cannot be used: ${problem}; restore it from a backup, or move it away`,
+        );
+      }
       metadata = new Metadata(file);
     } catch (error) {
       throw libc.asStoreError(error, `opening ${file}`);
@@ -101,19 +113,20 @@ export class Metadata {
   }
 
   records(): VdiRecord[] {
-    return [...this.#vdis.getRange({})].map(({ value }) => value);
+    return [...this.#records.values()];
   }
 
   record(vid: number): VdiRecord | undefined {
-    return this.#vdis.get(vid);
+    return this.#records.get(vid);
   }
 
   /** The stored map of a VDI, as long as its size asks for. */
   map(record: VdiRecord): Uint32Array {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
+    const bytes = new Uint8Array(map.buffer);
     for (const { key, value } of this.#pages.getRange({ start: [record.vid, 0], end: [record.vid + 1, 0] })) {
-      const first = key[1] * PAGE_ENTRIES;
-      for (let n = 0; n < PAGE_ENTRIES && first + n < map.length; n++) map[first + n] = value.readUInt32LE(n * 4);
+      const at = key[1] * PAGE_ENTRIES * Uint32Array.BYTES_PER_ELEMENT;
+      if (at < bytes.length) bytes.set(value.subarray(0, bytes.length - at), at);
     }
     return map;
   }
@@ -124,7 +137,7 @@ export class Metadata {
     for (let from = 0; ;) {
       const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
       if (!first) return strays;
-      if (!this.#vdis.doesExist(first[0])) strays.push(first[0]);
+      if (!this.#records.has(first[0])) strays.push(first[0]);
       from = first[0] + 1;
     }
   }
@@ -141,13 +154,15 @@ export class Metadata {
   async commit(change: MetadataChange): Promise<void> {
     const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
     await this.#transaction(() => {
-      this.#putPages(change.pages ?? []);
-      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
         for (const key of keys) void this.#pages.remove(key);
       }
+      this.#putPages(change.pages ?? []);
+      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
     });
+    for (const { vid } of gone) this.#records.delete(vid);
+    for (const record of change.records ?? []) this.#records.set(record.vid, record);
   }
 
   async close(options: { clean: boolean }): Promise<void> {
@@ -171,12 +186,23 @@ export class Metadata {
     return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
   }
 
-  /** `body` only puts and removes what was worked out before: it must not throw, lmdb would commit what it did so far. */
+  /** `body` puts and removes; if one of them throws, nothing of the transaction is stored. */
   async #transaction(body: () => void): Promise<void> {
+    let failure: { readonly error: unknown } | undefined;
     try {
-      await this.#env.transaction(body);
+      await this.#env.childTransaction(() => {
+        try {
+          body();
+        } catch (error) {
+          failure = { error };
+          return ABORT;
+        }
+      });
     } catch (error) {
-      const cause = error as Error & { commitError?: Error };
+      failure ??= { error };
+    }
+    if (failure) {
+      const cause = failure.error as Error & { commitError?: Error };
       throw asMetadataError(cause.commitError ?? cause);
     }
     this.#keepReserve();

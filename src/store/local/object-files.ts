@@ -1,13 +1,15 @@
 /**
- * Data objects as sparse files, one each, under objects/. Owns the cache of open descriptors and decides what may be done
- * on the event loop (what the page cache can answer at once) and what goes to the thread pool. Knows nothing of maps,
- * references or durability order; it syncs what it is told to sync.
+ * Data objects as sparse files, one each, under objects/. Decides what may be done on the event loop (what the page cache
+ * can answer at once) and what goes to the thread pool. Knows nothing of maps, references or durability order: it syncs
+ * what it is told to sync, and a file is only removed when its caller has seen to it that nobody refers to it.
  */
 import fs from 'node:fs';
 import { promisify } from 'node:util';
 import path from 'node:path';
 import { StoreError, type Awaitable } from '../object-store.js';
+import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import * as libc from './libc.js';
+import { makeDirectory } from './make-directory.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
 
 const OBJECT_DIRECTORIES = 256;
@@ -32,22 +34,6 @@ const fdatasyncAsync = promisify(fs.fdatasync);
 const fsyncAsync = promisify(fs.fsync);
 const unlinkAsync = promisify(fs.unlink);
 
-class ObjectFile {
-  /** Asynchronous operations under way; while there are any the descriptor stays open. */
-  busy = 0;
-  used = true;
-  /** Its name is gone or belongs to a new file; close as soon as nothing is under way. */
-  stale = false;
-  waiters: (() => void)[] | undefined;
-  /** Its place in the clock. */
-  slot = 0;
-
-  constructor(
-    readonly key: number,
-    readonly fd: number,
-  ) {}
-}
-
 function descriptorLimit(): number {
   try {
     const line = /^Max open files\s+(\d+)/m.exec(fs.readFileSync('/proc/self/limits', 'utf8'));
@@ -59,38 +45,46 @@ function descriptorLimit(): number {
   return DEFAULT_DESCRIPTORS;
 }
 
+/** What the filesystem under the store can do. */
+interface Abilities {
+  /** On tmpfs nothing is ever cold, and RWF_NOWAIT is refused: plain reads are right there. */
+  readonly plainReads: boolean;
+  readonly punchHole: boolean;
+  readonly zeroRange: boolean;
+}
+
 export class ObjectFiles {
   readonly #root: string;
-  readonly #files = new Map<number, ObjectFile[]>(); // vid -> files by idx, sparse
+  readonly #cache: DescriptorCache;
   readonly #opening = new Map<number, Promise<ObjectFile>>();
   readonly #removing = new Map<number, Promise<void>>();
   /** Waiting to be removed; creating an object of that name takes it out again. */
   readonly #toRemove = new Set<number>();
-  readonly #removers = new Set<Promise<void>>();
-  readonly #limit: number;
-  #clock: ObjectFile[] = [];
-  #hand = 0;
-  #lastVid = -1;
-  #last: ObjectFile[] = [];
-  /** On tmpfs nothing is ever cold, and RWF_NOWAIT is refused: plain reads are right there. */
-  readonly #plainReads: boolean;
+  #removers = 0;
+  #whenRemoved: (() => void)[] = [];
+  readonly #abilities: Abilities;
   #noWaitReads = true;
   #reflinks = true;
   #slowUntil = 0;
 
-  private constructor(root: string, plainReads: boolean, limit: number) {
+  private constructor(root: string, abilities: Abilities, limit: number) {
     this.#root = root;
-    this.#plainReads = plainReads;
-    this.#limit = limit;
+    this.#abilities = abilities;
+    this.#cache = new DescriptorCache(limit);
   }
 
-  /** `root` is the folder objects/; made with its subfolders where missing. */
+  /** `root` is the folder objects/; made with its subfolders where missing, durably. */
   static open(root: string, options: { maxDescriptors?: number } = {}): ObjectFiles {
-    fs.mkdirSync(root, { recursive: true });
-    for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
-      fs.mkdirSync(path.join(root, directoryName(n)), { recursive: true });
-    }
-    return new ObjectFiles(root, fs.statfsSync(root).type === TMPFS_MAGIC, options.maxDescriptors ?? descriptorLimit());
+    const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
+      .map((directory) => makeDirectory(directory))
+      .some((isNew) => isNew);
+    if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(directory);
+    return new ObjectFiles(root, abilitiesOf(root), options.maxDescriptors ?? descriptorLimit());
+  }
+
+  /** Whether zeroing part of an object costs no writing of zeros. */
+  canZeroFast(allocated: boolean): boolean {
+    return allocated ? this.#abilities.zeroRange : this.#abilities.punchHole;
   }
 
   path(key: number): string {
@@ -101,11 +95,11 @@ export class ObjectFiles {
   }
 
   read(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
-    const file = this.#cached(vid, idx);
+    const file = this.#cache.get(vid, idx);
     let done = 0;
     if (file && into.length <= MAX_LOOP_READ) {
       try {
-        if (this.#plainReads) done = fs.readSync(file.fd, into, 0, into.length, offset);
+        if (this.#abilities.plainReads) done = fs.readSync(file.fd, into, 0, into.length, offset);
         else if (this.#noWaitReads) {
           done = libc.readNoWait(file.fd, into, offset);
           if (done === libc.NOT_SUPPORTED) this.#noWaitReads = false;
@@ -119,7 +113,7 @@ export class ObjectFiles {
   }
 
   write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    const file = this.#cached(vid, idx);
+    const file = this.#cache.get(vid, idx);
     if (file && data.length <= MAX_LOOP_WRITE && this.#mayWriteOnLoop(file, offset, data.length)) {
       const start = performance.now();
       try {
@@ -134,34 +128,43 @@ export class ObjectFiles {
   }
 
   /**
-   * A new file of `size` bytes with `data` at `offset`, over a copy of `from` if given; whatever had the name before is
-   * replaced. Nothing is left behind if it fails.
+   * The object as a file of `size` bytes with `data` at `offset`, over a copy of `from` if given. A file that has the name
+   * is emptied first: it belongs to whoever creates. If this fails an empty object is left, for `remove`.
    */
   async create(key: number, size: number, offset: number, data: Buffer, from: number | undefined): Promise<void> {
     this.#toRemove.delete(key);
     await this.#removing.get(key);
-    this.#forget(key);
     const name = this.path(key);
-    let fd: number | undefined;
+    let file: ObjectFile | undefined;
     try {
-      fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT | fs.constants.O_TRUNC, 0o600);
+      const flags = fs.constants.O_RDWR | fs.constants.O_CREAT | fs.constants.O_TRUNC;
+      file = this.#cache.insert(key, await openAsync(name, flags, 0o600));
+      file.isDense = false;
+      const { fd } = file;
       await truncateAsync(fd, size);
-      if (from !== undefined) await this.#copy(from, fd, size, offset, data.length);
-      if (data.length > 0) await writeFully(fd, data, offset);
-    } catch (error) {
-      if (fd !== undefined) {
-        await closeAsync(fd).catch(() => undefined);
-        await unlinkAsync(name).catch(() => undefined);
+      try {
+        if (from !== undefined) await this.#copy(from, fd, size, offset, data.length);
+        if (data.length > 0) await writeFully(fd, data, offset);
+      } catch (error) {
+        await truncateAsync(fd, 0).catch(() => undefined);
+        await truncateAsync(fd, size).catch(() => undefined);
+        throw error;
       }
+    } catch (error) {
       throw libc.asStoreError(error, `creating object ${name}`);
+    } finally {
+      if (file) this.#cache.end(file);
     }
-    this.#remember(new ObjectFile(key, fd));
   }
 
   /** Zero a range, with its space given back or (`allocated`) kept. */
   async zero(vid: number, idx: number, offset: number, length: number, allocated: boolean): Promise<void> {
-    await this.#using(vid, idx, 'zeroing', async (fd) => {
+    await this.#using(vid, idx, 'zeroing', async (file) => {
+      const { fd } = file;
+      file.isDense = false;
       const done = allocated ? await libc.zeroRange(fd, offset, length) : await libc.punchHole(fd, offset, length);
+      // Whoever looked for holes meanwhile may have looked too early.
+      file.isDense = false;
       if (done) return;
       for (let at = offset; at < offset + length; at += ZEROS.length) {
         await writeFully(fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
@@ -170,33 +173,48 @@ export class ObjectFiles {
   }
 
   async willNeed(vid: number, idx: number, offset: number, length: number): Promise<void> {
-    await this.#using(vid, idx, 'reading ahead', (fd) => libc.willNeed(fd, offset, length));
+    await this.#using(vid, idx, 'reading ahead', ({ fd }) => libc.willNeed(fd, offset, length));
   }
 
-  async extents(
+  /** Data and holes of the range. At once if the object is known to have no holes. */
+  extents(
     vid: number,
     idx: number,
     offset: number,
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Promise<void> {
-    await this.#using(vid, idx, 'mapping', async (fd) => {
+  ): Awaitable<void> {
+    if (this.#cache.get(vid, idx)?.isDense) {
+      sink(offset, length, false);
+      return;
+    }
+    return this.#using(vid, idx, 'mapping', async (file) => {
+      const { fd } = file;
       const end = offset + length;
       for (let at = offset; at < end;) {
         const found = await libc.nextData(fd, at);
         const data = found < 0 ? end : Math.min(found, end);
         if (data > at && !sink(at, data - at, true)) return;
         if (data >= end) return;
-        const hole = Math.min(await libc.nextHole(fd, data), end);
+        const firstHole = await libc.nextHole(fd, data);
+        if (at === offset && data === offset && firstHole >= end) await this.#noteIfDense(file);
+        const hole = Math.min(firstHole, end);
         if (!sink(data, hole - data, false)) return;
         at = hole;
       }
     });
   }
 
+  /** Writes never make a hole, and those who do say so: what is dense once stays it until then. */
+  async #noteIfDense(file: ObjectFile): Promise<void> {
+    file.isDense = true;
+    const { size } = fs.fstatSync(file.fd);
+    if ((await libc.nextHole(file.fd, 0)) < size) file.isDense = false;
+  }
+
   /** Data of the object is on stable storage when this resolves (fdatasync). */
   async sync(key: number): Promise<void> {
-    await this.#using(vidOf(key), idxOf(key), 'syncing', (fd) => fdatasyncAsync(fd));
+    await this.#using(vidOf(key), idxOf(key), 'syncing', ({ fd }) => fdatasyncAsync(fd));
   }
 
   /** The folders of these objects are on stable storage: new names in them survive a crash. */
@@ -223,28 +241,40 @@ export class ObjectFiles {
    */
   remove(keys: Iterable<number>, onError: (error: unknown) => void): void {
     for (const key of keys) this.#toRemove.add(key);
-    while (this.#removers.size < PARALLEL_REMOVALS && this.#removers.size < this.#toRemove.size) {
-      const remover: Promise<void> = this.#removeQueued(onError).finally(() => this.#removers.delete(remover));
-      this.#removers.add(remover);
+    while (this.#removers < PARALLEL_REMOVALS && this.#removers < this.#toRemove.size) {
+      this.#removers++;
+      void this.#removeQueued(onError);
     }
   }
 
   /** Resolves when everything that was to be removed is gone. */
   async removed(): Promise<void> {
-    while (this.#removers.size > 0) await Promise.all(this.#removers);
+    while (this.#removers > 0) await new Promise<void>((resolve) => this.#whenRemoved.push(resolve));
   }
 
   async #removeQueued(onError: (error: unknown) => void): Promise<void> {
     for (const key of this.#toRemove) {
       this.#toRemove.delete(key);
-      this.#forget(key);
-      const removal = unlinkAsync(this.path(key))
-        .catch((error: NodeJS.ErrnoException) => {
-          if (error.code !== 'ENOENT') onError(libc.asStoreError(error, `removing object ${this.path(key)}`));
-        })
-        .finally(() => this.#removing.delete(key));
+      const removal = this.#unlink(key, onError).finally(() => this.#removing.delete(key));
       this.#removing.set(key, removal);
       await removal;
+    }
+    if (--this.#removers > 0) return;
+    const waiting = this.#whenRemoved;
+    this.#whenRemoved = [];
+    for (const wake of waiting) wake();
+  }
+
+  async #unlink(key: number, onError: (error: unknown) => void): Promise<void> {
+    await this.#opening.get(key)?.catch(() => undefined);
+    const file = this.#cache.get(vidOf(key), idxOf(key));
+    if (file) this.#cache.retire(file);
+    try {
+      await unlinkAsync(this.path(key));
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ENOENT') {
+        onError(libc.asStoreError(error, `removing object ${this.path(key)}`));
+      }
     }
   }
 
@@ -256,7 +286,7 @@ export class ObjectFiles {
         () => this.idle(key),
         () => undefined,
       );
-    const file = this.#files.get(vidOf(key))?.[idxOf(key)];
+    const file = this.#cache.get(vidOf(key), idxOf(key));
     if (!file || file.busy === 0) return undefined;
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
@@ -278,23 +308,7 @@ export class ObjectFiles {
   async close(): Promise<void> {
     await this.removed();
     await Promise.allSettled(this.#opening.values());
-    const files = this.#clock;
-    this.#clock = [];
-    this.#files.clear();
-    this.#lastVid = -1;
-    await Promise.all(files.map((file) => closeAsync(file.fd)));
-  }
-
-  #cached(vid: number, idx: number): ObjectFile | undefined {
-    if (vid !== this.#lastVid) {
-      const files = this.#files.get(vid);
-      if (!files) return undefined;
-      this.#last = files;
-      this.#lastVid = vid;
-    }
-    const file = this.#last[idx];
-    if (file) file.used = true;
-    return file;
+    this.#cache.close();
   }
 
   /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
@@ -303,7 +317,7 @@ export class ObjectFiles {
       if (performance.now() < this.#slowUntil) return false;
       this.#slowUntil = 0;
     }
-    if (this.#plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
+    if (this.#abilities.plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
     if (!this.#noWaitReads) return false;
     return libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1;
   }
@@ -316,7 +330,7 @@ export class ObjectFiles {
     into: Buffer,
     done: number,
   ): Promise<void> {
-    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
       while (done < into.length) {
         const count = await readOnce(file.fd, into, done, offset + done);
@@ -329,7 +343,7 @@ export class ObjectFiles {
     } catch (error) {
       throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
     } finally {
-      this.#end(file);
+      this.#cache.end(file);
     }
   }
 
@@ -340,51 +354,45 @@ export class ObjectFiles {
     offset: number,
     data: Buffer,
   ): Promise<void> {
-    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
       await writeFully(file.fd, data, offset);
     } catch (error) {
       throw libc.asStoreError(error, `writing object ${this.path(file.key)}`);
     } finally {
-      this.#end(file);
+      this.#cache.end(file);
     }
   }
 
-  async #using(vid: number, idx: number, doing: string, use: (fd: number) => Promise<void>): Promise<void> {
-    const cached = this.#cached(vid, idx);
-    const file = cached ? this.#begin(cached) : await this.#open(vid, idx);
+  async #using(vid: number, idx: number, doing: string, use: (file: ObjectFile) => Promise<void>): Promise<void> {
+    const cached = this.#cache.get(vid, idx);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
-      await use(file.fd);
+      await use(file);
     } catch (error) {
       throw libc.asStoreError(error, `${doing} object ${this.path(file.key)}`);
     } finally {
-      this.#end(file);
+      this.#cache.end(file);
     }
   }
 
-  /** Open an object that is not in the cache; the caller holds it busy and must `#end` it. */
+  /** Open an object that is not in the cache; it is busy on the caller's behalf, who must end that. */
   async #open(vid: number, idx: number): Promise<ObjectFile> {
     const key = objectKey(vid, idx);
-    for (;;) {
-      const pending = this.#opening.get(key);
-      if (!pending) break;
+    for (let pending = this.#opening.get(key); pending; pending = this.#opening.get(key)) {
       const file = await pending;
-      if (!file.stale) return this.#begin(file);
+      // Between its opening and our turn it may have had to make way for another.
+      if (!file.retired) return this.#cache.begin(file);
     }
-    const cached = this.#cached(vid, idx);
-    if (cached) return this.#begin(cached);
+    const cached = this.#cache.get(vid, idx);
+    if (cached) return this.#cache.begin(cached);
     const opening = openAsync(this.path(key), fs.constants.O_RDWR).then(
       (fd) => {
-        const created = this.#cached(vid, idx);
-        if (created) {
-          fs.close(fd, () => undefined);
-          return created;
-        }
-        const file = new ObjectFile(key, fd);
-        this.#remember(file);
-        return file;
+        this.#opening.delete(key);
+        return this.#cache.insert(key, fd);
       },
       (error: NodeJS.ErrnoException) => {
+        this.#opening.delete(key);
         if (error.code !== 'ENOENT') throw libc.asStoreError(error, `opening object ${this.path(key)}`);
         throw new StoreError(
           'DAMAGED',
@@ -393,68 +401,12 @@ export class ObjectFiles {
       },
     );
     this.#opening.set(key, opening);
-    try {
-      return this.#begin(await opening);
-    } finally {
-      this.#opening.delete(key);
-    }
-  }
-
-  #begin(file: ObjectFile): ObjectFile {
-    file.busy++;
-    return file;
-  }
-
-  #end(file: ObjectFile): void {
-    if (--file.busy > 0) return;
-    if (file.waiters) {
-      for (const wake of file.waiters) wake();
-      file.waiters = undefined;
-    }
-    if (file.stale) fs.close(file.fd, () => undefined);
-  }
-
-  #remember(file: ObjectFile): void {
-    const vid = vidOf(file.key);
-    let files = this.#files.get(vid);
-    if (!files) this.#files.set(vid, (files = []));
-    files[idxOf(file.key)] = file;
-    file.slot = this.#clock.push(file) - 1;
-    if (this.#clock.length > this.#limit) this.#evict();
-  }
-
-  /** Second chance: the first file the hand meets that was not used since it last came by, and is not busy. */
-  #evict(): void {
-    for (let steps = 2 * this.#clock.length; steps > 0; steps--) {
-      if (this.#hand >= this.#clock.length) this.#hand = 0;
-      const file = this.#clock[this.#hand] as ObjectFile;
-      if (file.busy === 0 && !file.used) {
-        this.#forget(file.key);
-        return;
-      }
-      file.used = false;
-      this.#hand++;
-    }
-  }
-
-  #forget(key: number): void {
-    const vid = vidOf(key);
-    const files = this.#files.get(vid);
-    const file = files?.[idxOf(key)];
-    if (!files || !file) return;
-    delete files[idxOf(key)];
-    const last = this.#clock.pop() as ObjectFile;
-    if (last !== file) {
-      this.#clock[file.slot] = last;
-      last.slot = file.slot;
-    }
-    file.stale = true;
-    if (file.busy === 0) fs.close(file.fd, () => undefined);
+    return opening;
   }
 
   /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
   async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
-    await this.#using(vidOf(from), idxOf(from), 'copying', async (source) => {
+    await this.#using(vidOf(from), idxOf(from), 'copying', async ({ fd: source }) => {
       if (this.#reflinks) {
         if (await libc.cloneFile(source, to)) return;
         this.#reflinks = false;
@@ -476,6 +428,32 @@ export class ObjectFiles {
         }
       }
     });
+  }
+}
+
+function syncDirectory(directory: string): void {
+  const fd = fs.openSync(directory, fs.constants.O_RDONLY);
+  try {
+    fs.fsyncSync(fd);
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+/** Found out on a scratch file: what fallocate(2) can do differs between filesystems, their versions and options. */
+function abilitiesOf(root: string): Abilities {
+  const scratch = path.join(root, 'scratch');
+  const fd = fs.openSync(scratch, 'w', 0o600);
+  try {
+    fs.ftruncateSync(fd, 2 * PAGE);
+    return {
+      plainReads: fs.statfsSync(root).type === TMPFS_MAGIC,
+      punchHole: libc.canPunchHole(fd, PAGE),
+      zeroRange: libc.canZeroRange(fd, PAGE),
+    };
+  } finally {
+    fs.closeSync(fd);
+    fs.unlinkSync(scratch);
   }
 }
 

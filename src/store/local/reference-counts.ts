@@ -20,44 +20,54 @@ export function idxOf(key: number): number {
   return key % MAX_DATA_OBJECTS;
 }
 
+/** Counts are kept in pages of this many objects, so that a VDI pays for the parts of the disk it has objects in. */
+const PAGE_SHIFT = 10;
+const PAGE_OBJECTS = 2 ** PAGE_SHIFT;
+
+type Pages = (Uint32Array | undefined)[];
+
 export class ReferenceCounts {
-  readonly #counts = new Map<number, Uint32Array>();
+  readonly #pages = new Map<number, Pages>();
   readonly #objects = new Map<number, number>(); // vid -> its objects with a count above 0
   #lastVid = -1;
-  #last: Uint32Array = new Uint32Array(0);
+  #last: Pages = [];
 
   of(vid: number, idx: number): number {
-    return this.#of(vid)[idx] ?? 0;
+    return this.#of(vid)[idx >>> PAGE_SHIFT]?.[idx & (PAGE_OBJECTS - 1)] ?? 0;
   }
 
   add(vid: number, idx: number): void {
-    let counts = this.#of(vid);
-    if (idx >= counts.length) counts = this.#grow(vid, idx);
-    const before = counts[idx] ?? 0;
-    counts[idx] = before + 1;
+    const page = this.#of(vid)[idx >>> PAGE_SHIFT] ?? this.#grow(vid, idx);
+    const at = idx & (PAGE_OBJECTS - 1);
+    const before = page[at] ?? 0;
+    page[at] = before + 1;
     if (before === 0) this.#objects.set(vid, (this.#objects.get(vid) ?? 0) + 1);
   }
 
   /** Returns what is left. */
   drop(vid: number, idx: number): number {
-    const counts = this.#of(vid);
-    const before = counts[idx] ?? 0;
-    if (before === 0) throw new Error(`invariant: object (${vid}, ${idx}) lost a reference it did not have`);
-    counts[idx] = before - 1;
+    const page = this.#of(vid)[idx >>> PAGE_SHIFT];
+    const at = idx & (PAGE_OBJECTS - 1);
+    const before = page?.[at] ?? 0;
+    if (page === undefined || before === 0) {
+      throw new Error(`invariant: object (${vid}, ${idx}) lost a reference it did not have`);
+    }
+    page[at] = before - 1;
     if (before === 1) {
       const left = (this.#objects.get(vid) ?? 1) - 1;
       if (left > 0) this.#objects.set(vid, left);
       else {
         this.#objects.delete(vid);
-        this.#counts.delete(vid);
+        this.#pages.delete(vid);
         this.#lastVid = -1;
       }
     }
     return before - 1;
   }
 
-  addAll(map: Uint32Array): void {
-    for (let idx = 0; idx < map.length; idx++) {
+  /** Count the entries [from, to) of a map. */
+  addAll(map: Uint32Array, from = 0, to = map.length): void {
+    for (let idx = from; idx < to; idx++) {
       const owner = map[idx] as number;
       if (owner !== 0) this.add(owner, idx);
     }
@@ -74,38 +84,35 @@ export class ReferenceCounts {
     return highest;
   }
 
-  get objects(): number {
-    let sum = 0;
-    for (const count of this.#objects.values()) sum += count;
-    return sum;
-  }
-
   *keys(): Generator<number> {
-    for (const [vid, counts] of this.#counts) {
-      for (let idx = 0; idx < counts.length; idx++) if (counts[idx] !== 0) yield objectKey(vid, idx);
+    for (const [vid, pages] of this.#pages) {
+      for (const [number, page] of pages.entries()) {
+        if (page === undefined) continue;
+        for (let at = 0; at < PAGE_OBJECTS; at++) {
+          if (page[at] !== 0) yield objectKey(vid, number * PAGE_OBJECTS + at);
+        }
+      }
     }
   }
 
-  #of(vid: number): Uint32Array {
+  #of(vid: number): Pages {
     if (vid !== this.#lastVid) {
-      const counts = this.#counts.get(vid);
-      if (!counts) return EMPTY;
+      const pages = this.#pages.get(vid);
+      if (!pages) return NO_PAGES;
       this.#lastVid = vid;
-      this.#last = counts;
+      this.#last = pages;
     }
     return this.#last;
   }
 
   #grow(vid: number, idx: number): Uint32Array {
     if (vid <= 0 || vid > MAX_VID) throw new Error(`invariant: vid ${vid} out of range`);
-    const old = this.#counts.get(vid);
-    const counts = new Uint32Array(Math.min(MAX_DATA_OBJECTS, Math.max(64, 2 ** Math.ceil(Math.log2(idx + 1)))));
-    if (old) counts.set(old);
-    this.#counts.set(vid, counts);
-    this.#lastVid = vid;
-    this.#last = counts;
-    return counts;
+    let pages = this.#pages.get(vid);
+    if (!pages) this.#pages.set(vid, (pages = []));
+    const page = new Uint32Array(PAGE_OBJECTS);
+    pages[idx >>> PAGE_SHIFT] = page;
+    return page;
   }
 }
 
-const EMPTY = new Uint32Array(0);
+const NO_PAGES: Pages = [];

@@ -1,0 +1,56 @@
+/**
+ * A look at an LMDB file before LMDB maps it: LMDB trusts what it finds there, and a file that is something else, or was
+ * cut off, would end the process instead of being an error. Reads the two meta pages, changes nothing.
+ * Layout: mdb.c of the LMDB that the package `lmdb` carries (struct MDB_page, struct MDB_meta; data version 2).
+ */
+import fs from 'node:fs';
+
+const PAGE_HEADER = 24;
+const MAGIC = 0xbeefc0de;
+const MAGIC_AT = PAGE_HEADER;
+/** md_pad of the free-list database holds the page size. */
+const PAGE_SIZE_AT = PAGE_HEADER + 24;
+const LAST_PAGE_AT = PAGE_HEADER + 24 + 2 * 48;
+const TRANSACTION_AT = LAST_PAGE_AT + 8;
+const META_BYTES = TRANSACTION_AT + 8;
+const MIN_PAGE_SIZE = 512;
+const MAX_PAGE_SIZE = 65_536;
+
+/** Why `file` is not a whole LMDB file; undefined if it is, or is absent or empty, which LMDB takes for a new one. */
+export function lmdbFileProblem(file: string): string | undefined {
+  const status = fs.statSync(file, { throwIfNoEntry: false });
+  if (!status || status.size === 0) return undefined;
+  const fd = fs.openSync(file, 'r');
+  try {
+    const first = metaAt(fd, 0);
+    if (!first) return 'it is no LMDB file';
+    const second = metaAt(fd, first.pageSize);
+    if (!second || second.pageSize !== first.pageSize) return 'its second meta page is damaged';
+    const { lastPage } = second.transaction > first.transaction ? second : first;
+    const needed = (lastPage + 1) * first.pageSize;
+    if (status.size < needed) return `it is cut off: ${status.size} bytes, but its data goes to ${needed}`;
+    return undefined;
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+interface Meta {
+  readonly pageSize: number;
+  readonly lastPage: number;
+  readonly transaction: bigint;
+}
+
+function metaAt(fd: number, offset: number): Meta | undefined {
+  const page = Buffer.alloc(META_BYTES);
+  if (fs.readSync(fd, page, 0, META_BYTES, offset) < META_BYTES) return undefined;
+  if (page.readUInt32LE(MAGIC_AT) !== MAGIC) return undefined;
+  const pageSize = page.readUInt32LE(PAGE_SIZE_AT);
+  const isPowerOfTwo = (pageSize & (pageSize - 1)) === 0;
+  if (!isPowerOfTwo || pageSize < MIN_PAGE_SIZE || pageSize > MAX_PAGE_SIZE) return undefined;
+  return {
+    pageSize,
+    lastPage: Number(page.readBigUInt64LE(LAST_PAGE_AT)),
+    transaction: page.readBigUInt64LE(TRANSACTION_AT),
+  };
+}

@@ -1,0 +1,235 @@
+/**
+ * Operations of the local store that overlap: each test is an interleaving that once lost data or would, if the order of
+ * its steps were wrong. They run the real store without hooks, often enough for the window to be hit.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, expect, test } from 'vitest';
+import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
+import { objectKey } from '../../src/store/local/reference-counts.js';
+import { StoreError } from '../../src/store/object-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+
+const OBJECT = 2 ** 20;
+const PAGE_OBJECTS = 1024;
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+
+async function start(options: LocalStoreOptions = {}): Promise<void> {
+  directory ??= fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-races-'));
+  store = await LocalStore.open(directory, options);
+  catalog = new VdiCatalog(store);
+}
+
+async function reopen(options: LocalStoreOptions = {}): Promise<void> {
+  await catalog.close();
+  await start(options);
+}
+
+afterEach(async () => {
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+  directory = undefined as unknown as string;
+});
+
+async function turns(count: number): Promise<void> {
+  for (let n = 0; n < count; n++) await new Promise((resolve) => setImmediate(resolve));
+}
+
+test('an object written again while the flush that removes its old self is under way is not removed with it', async () => {
+  const objects = 64;
+  await start();
+  await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  for (let idx = 0; idx < objects; idx++) await vdi.write(idx * OBJECT, Buffer.alloc(4096, 1), false);
+  await vdi.flush();
+  for (let idx = 0; idx < objects; idx++) {
+    await vdi.trim(idx * OBJECT, OBJECT, false);
+    const flushed = vdi.flush();
+    await turns(idx % 8);
+    await vdi.write(idx * OBJECT, Buffer.alloc(OBJECT, 2), true);
+    await flushed;
+  }
+  await catalog.release(vdi);
+  await reopen();
+  const again = await catalog.openVdi('disk');
+  const data = Buffer.alloc(OBJECT);
+  for (let idx = 0; idx < objects; idx++) {
+    await again.read(idx * OBJECT, data);
+    expect(data.equals(Buffer.alloc(OBJECT, 2)), `object ${idx}`).toBe(true);
+  }
+  await catalog.release(again);
+});
+
+test('map entries of writes that a waiting flush covers survive a snapshot taken meanwhile', async () => {
+  const pages = 64;
+  const writers = 8;
+  await start();
+  await catalog.create('disk', pages * PAGE_OBJECTS * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  const at = (page: number): number => page * PAGE_OBJECTS * OBJECT;
+  for (let page = 0; page < pages; page++) await vdi.write(at(page), Buffer.alloc(4096, 1), false);
+  await vdi.flush();
+  for (let round = 0; round < 12; round++) {
+    let stop = false;
+    let writes = 0;
+    const running = Array.from({ length: writers }, async (_, n) => {
+      for (let k = 0; !stop; k++) {
+        const page = ((k * 7) % (pages / writers)) * writers + n;
+        await vdi.write(at(page), Buffer.alloc(4096, round + 2), k % 2 === 0);
+        writes++;
+        if (k % 3 === 0) await turns(1);
+      }
+    });
+    const target = 20 + 3 * round;
+    while (writes < target) await turns(1);
+    await catalog.snapshot('disk', `s${round}`);
+    stop = true;
+    await Promise.all(running);
+    await vdi.flush();
+    const stored = store.metadata.map(vdi.record);
+    for (let page = 0; page < pages; page++) {
+      expect(stored[page * PAGE_OBJECTS], `round ${round}, page ${page}`).toBe(vdi.opened.map[page * PAGE_OBJECTS]);
+    }
+  }
+  await catalog.release(vdi);
+});
+
+test('with fewer descriptors than busy objects nobody reads or writes through another object’s descriptor', async () => {
+  const objects = 48;
+  await start();
+  await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });
+  let vdi: Vdi = await catalog.openVdi('disk');
+  for (let idx = 0; idx < objects; idx++) await vdi.write(idx * OBJECT, Buffer.alloc(OBJECT, 2 + idx), false);
+  await catalog.release(vdi);
+  await reopen({ maxDescriptors: 4 });
+  vdi = await catalog.openVdi('disk');
+  await Promise.all(
+    Array.from({ length: 12 }, async (_, n) => {
+      for (let k = 0; k < 60; k++) {
+        const idx = (k * 13 + n * 7) % objects;
+        if ((k + n) % 2 === 0) await vdi.write(idx * OBJECT, Buffer.alloc(160 * 1024, 2 + idx), false);
+        else {
+          const data = Buffer.alloc(OBJECT);
+          await vdi.read(idx * OBJECT, data);
+          expect(data.equals(Buffer.alloc(OBJECT, 2 + idx)), `read of object ${idx}`).toBe(true);
+        }
+      }
+    }),
+  );
+  for (let idx = 0; idx < objects; idx++) {
+    const file = fs.readFileSync(store.files.path(objectKey(vdi.record.vid, idx)));
+    expect(file.equals(Buffer.alloc(OBJECT, 2 + idx)), `file of object ${idx}`).toBe(true);
+  }
+  await catalog.release(vdi);
+});
+
+test('the number of open descriptors stays at its limit however objects come and go', async () => {
+  const limit = 32;
+  const objects = 200;
+  await start({ maxDescriptors: limit });
+  await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  const descriptors = (): number => fs.readdirSync('/proc/self/fd').length;
+  const before = descriptors();
+  for (let idx = 0; idx < objects; idx++) await vdi.write(idx * OBJECT, Buffer.alloc(512, 1), false);
+  await vdi.flush();
+  for (let round = 0; round < 60; round++) {
+    const idx = round % 8;
+    await vdi.write(idx * OBJECT, Buffer.alloc(512, 1), false);
+    await vdi.trim(idx * OBJECT, OBJECT, false);
+    await Promise.all([vdi.write(idx * OBJECT, Buffer.alloc(OBJECT, 2), false), vdi.flush()]);
+  }
+  for (let idx = 0; idx < objects; idx++) await vdi.read(idx * OBJECT, Buffer.alloc(512));
+  await expect.poll(() => descriptors() - before).toBeLessThanOrEqual(limit + 4);
+  await catalog.release(vdi);
+});
+
+test('pages that a failed clone left behind are nobody’s: a new VDI under the same vid is empty', async () => {
+  await start();
+  await catalog.create('secret', 4 * OBJECT, { blockSizeShift: 20 });
+  const secret = await catalog.openVdi('secret');
+  await secret.write(0, Buffer.alloc(OBJECT, 0x53), true);
+  await catalog.release(secret);
+  await catalog.snapshot('secret', 's');
+  const commit = store.metadata.commit.bind(store.metadata);
+  store.metadata.commit = () => Promise.reject(new StoreError('NO_SPACE', 'full'));
+  await expect(catalog.clone('secret@s', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
+  store.metadata.commit = commit;
+  await reopen();
+  await catalog.create('fresh', 4 * OBJECT, { blockSizeShift: 20 });
+  const fresh = await catalog.openVdi('fresh');
+  const data = Buffer.alloc(OBJECT, 1);
+  await fresh.read(0, data);
+  expect(data.equals(Buffer.alloc(OBJECT))).toBe(true);
+  await catalog.release(fresh);
+});
+
+test('a second client that opens a VDI while its failed snapshot is being undone shares it with the first', async () => {
+  await start();
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
+  const commit = store.metadata.commit.bind(store.metadata);
+  store.metadata.commit = () => Promise.reject(new StoreError('NO_SPACE', 'full'));
+  await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'NO_SPACE' });
+  store.metadata.commit = commit;
+  await vdi.write(OBJECT, Buffer.alloc(4096, 2), false);
+  const flushed = vdi.flush();
+  await turns(1);
+  const second = await catalog.openVdi('disk');
+  expect(second).toBe(vdi);
+  await second.write(3 * OBJECT, Buffer.alloc(4096, 7), true);
+  await flushed;
+  await catalog.release(second);
+  await catalog.release(vdi);
+  await reopen();
+  const again = await catalog.openVdi('disk');
+  const data = Buffer.alloc(4096);
+  await again.read(3 * OBJECT, data);
+  expect(data.equals(Buffer.alloc(4096, 7))).toBe(true);
+  await catalog.release(again);
+});
+
+test('a fast zero that would have to copy a shared object is refused before anything has changed', async () => {
+  await start();
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
+  await catalog.snapshot('disk', 's');
+  const fast = { noHole: false, fua: false, fastZero: true };
+  await expect((async () => vdi.zero(0, OBJECT + 4096, fast))()).rejects.toMatchObject({ code: 'SLOW' });
+  const data = Buffer.alloc(2 * OBJECT);
+  await vdi.read(0, data);
+  expect(data.equals(Buffer.alloc(2 * OBJECT, 1))).toBe(true);
+  await vdi.zero(0, OBJECT, fast);
+  expect(vdi.copies).toBe(0);
+  await catalog.release(vdi);
+});
+
+test('a VDI whose sync failed starts again from what is durable when it is opened the next time', async () => {
+  await start();
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(4096, 1), true);
+  await vdi.write(OBJECT, Buffer.alloc(4096, 2), false);
+  const sync = store.files.sync.bind(store.files);
+  const cause = Object.assign(new Error('EIO: i/o error, fdatasync'), { code: 'EIO', syscall: 'fdatasync' });
+  store.files.sync = () => Promise.reject(new StoreError('IO', 'syncing: EIO', { cause }));
+  await expect(catalog.release(vdi)).rejects.toMatchObject({ code: 'IO' });
+  store.files.sync = sync;
+  const again = await catalog.openVdi('disk');
+  expect(again).not.toBe(vdi);
+  await again.write(2 * OBJECT, Buffer.alloc(4096, 3), true);
+  const data = Buffer.alloc(4096);
+  await again.read(0, data);
+  expect(data[0]).toBe(1);
+  await catalog.release(again);
+  expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  await catalog.remove('disk');
+  expect((await catalog.list()).length).toBe(0);
+});

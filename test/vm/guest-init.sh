@@ -1,0 +1,27 @@
+#!/bin/busybox sh
+# The guest's only process: brings up modules and the network (10.0.2.2 is the host's loopback), runs /job, powers off.
+# It talks to the test over the first serial port: lines starting with "::" are for it, and it answers with lines.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+while read -r module; do
+  case $module in nbd.ko*) insmod "/modules/$module" nbds_max=4 ;; *) insmod "/modules/$module" ;; esac
+done < /modules/list
+ip link set lo up
+ip addr add 10.0.2.15/24 dev eth0
+ip link set eth0 up
+
+say() { echo "::$*"; }
+fail() { say "FAIL $*"; poweroff -f; sleep 60; }
+# Wait until the test sends this word.
+wait_for() {
+  while read -r word < /dev/ttyS0; do [ "$word" = "$1" ] && return 0; done
+  fail "the test said nothing"
+}
+stty -echo < /dev/ttyS0 2>/dev/null
+. /job
+say END
+poweroff -f

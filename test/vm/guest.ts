@@ -1,0 +1,122 @@
+/**
+ * A Linux guest under qemu, for tests with the kernel's NBD client. Owns the cache of its kernel and initramfs and the
+ * qemu processes; a guest runs one shell script, and talks with the test line by line over its serial port.
+ */
+import { spawn, spawnSync, type ChildProcess } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { afterAll } from 'vitest';
+import { ended, temporaryDirectory } from '../harness/daemon.js';
+
+const BUILD = fileURLToPath(new URL('build-guest.sh', import.meta.url));
+/** Downloads are kept between runs. */
+const CACHE = path.join(process.env.XDG_CACHE_HOME ?? path.join(os.homedir(), '.cache'), 'sheepgate-test-guest');
+const BUILD_TIMEOUT_MS = 5 * 60_000;
+const CANNOT = 3;
+/** The guest's disk cache and tmpfs have to fit. */
+const MEMORY_MIB = 512;
+
+const children = new Set<ChildProcess>();
+afterAll(async () => {
+  const running = [...children];
+  for (const child of running) child.kill('SIGKILL');
+  await Promise.all(running.map(ended));
+});
+
+/** Why there can be no guest here; undefined if there can. Builds it if need be. */
+export function guestProblem(): string | undefined {
+  const built = spawnSync('sh', [BUILD, CACHE], { encoding: 'utf8', timeout: BUILD_TIMEOUT_MS });
+  if (built.status === 0) return undefined;
+  if (built.status === CANNOT) return built.stderr.trim();
+  throw new Error(`building the guest failed (${built.status ?? built.signal}): ${built.stderr}`);
+}
+
+export interface Guest {
+  /** Resolves with the rest of the next line that starts with "::WORD". Fails if the guest fails, ends or is too slow. */
+  expect(word: string, timeoutMs?: number): Promise<string>;
+  /** Answer a `wait_for WORD`. */
+  send(word: string): void;
+  /** Wait for its power-off. */
+  end(): Promise<void>;
+  /** What it printed so far. */
+  console(): string;
+}
+
+const EXPECT_TIMEOUT_MS = 90_000;
+
+/** Boot a guest that runs `job` (shell, sourced by its init). */
+export function bootGuest(job: string): Guest {
+  const directory = temporaryDirectory();
+  const initramfs = path.join(directory, 'initramfs.gz');
+  // The kernel unpacks archives that follow each other: the job lies over the cached rest.
+  fs.copyFileSync(path.join(CACHE, 'initramfs.gz'), initramfs);
+  fs.writeFileSync(path.join(directory, 'job'), job);
+  const archive = spawnSync('sh', ['-c', 'echo job | cpio -o -H newc --quiet | gzip -1'], { cwd: directory });
+  if (archive.status !== 0) throw new Error(`cpio failed: ${String(archive.stderr)}`);
+  fs.appendFileSync(initramfs, archive.stdout);
+
+  const child = spawn(
+    'qemu-system-x86_64',
+    [
+      ...['-nodefaults', '-no-user-config', '-no-reboot', '-display', 'none', '-machine', 'q35,accel=tcg'],
+      ...['-cpu', 'max', '-smp', '1', '-m', String(MEMORY_MIB), '-serial', 'stdio'],
+      ...['-kernel', path.join(CACHE, 'vmlinuz'), '-initrd', initramfs],
+      ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off'],
+      ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
+    ],
+    { stdio: ['pipe', 'pipe', 'pipe'] },
+  );
+  children.add(child);
+  child.once('exit', () => children.delete(child));
+  let output = '';
+  let seen = 0;
+  const listeners = new Set<() => void>();
+  const onOutput = (text: string): void => {
+    output += text;
+    for (const listener of listeners) listener();
+  };
+  child.stdout.setEncoding('utf8').on('data', onOutput);
+  child.stderr.setEncoding('utf8').on('data', onOutput);
+  child.once('exit', () => onOutput(''));
+  const tail = (): string => output.slice(-4000);
+
+  return {
+    expect(word, timeoutMs = EXPECT_TIMEOUT_MS) {
+      return new Promise((resolve, reject) => {
+        const finish = (settle: () => void): void => {
+          clearTimeout(timer);
+          listeners.delete(look);
+          settle();
+        };
+        const timer = setTimeout(
+          () => finish(() => reject(new Error(`no "::${word}" within ${timeoutMs} ms:\n${tail()}`))),
+          timeoutMs,
+        );
+        const look = (): void => {
+          for (let end = output.indexOf('\n', seen); end >= 0; end = output.indexOf('\n', seen)) {
+            const line = output.slice(seen, end).trim();
+            seen = end + 1;
+            const said = line.slice(line.indexOf('::') + 2);
+            if (!line.includes('::')) continue;
+            if (said.startsWith('FAIL')) return finish(() => reject(new Error(`the guest says ${said}:\n${tail()}`)));
+            if (said.split(' ')[0] === word) return finish(() => resolve(said.slice(word.length + 1)));
+          }
+          if (child.exitCode !== null || child.signalCode !== null) {
+            finish(() => reject(new Error(`the guest ended before "::${word}":\n${tail()}`)));
+          }
+        };
+        listeners.add(look);
+        look();
+      });
+    },
+    send(word) {
+      child.stdin.write(`${word}\n`);
+    },
+    async end() {
+      await ended(child);
+    },
+    console: () => output,
+  };
+}
