@@ -8,8 +8,8 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from './block-device.js';
 import { ByteReader } from './byte-reader.js';
-import { connectTls, type ClientTls } from './tls.js';
 import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './client-replies.js';
+import { connectTls, type ClientTls } from './tls.js';
 import {
   CMD,
   CMD_FLAG,
@@ -46,10 +46,10 @@ export type ClientOptions = (
   | { readonly host: string; readonly port: number }
   | { readonly socket: Duplex; readonly head?: Buffer }
 ) & {
-  /** Go on over TLS only: a server that will not, or that does not prove itself, is refused. */
-  readonly tls?: ClientTls;
   /** The kind of replies to insist on. By default the best the server has: extended, else structured, else simple. */
   readonly replies?: ReplyLevel;
+  /** Go on over TLS only: a server that will not, or that does not prove itself, is refused. */
+  readonly tls?: ClientTls;
 };
 
 /** What a server says of an export. Sizes in bytes. */
@@ -402,26 +402,6 @@ export class NbdClient {
     this.socket.write(flags);
   }
 
-  /** The next bytes are under TLS, or there are none: from the first doubt on nothing more is sent. */
-  private async startTls(tls: ClientTls, host: string): Promise<void> {
-    const plain = this.socket;
-    try {
-      await this.option(OPT.STARTTLS, Buffer.alloc(0));
-      plain.off('data', this.onOptionData);
-      plain.off('end', this.onEnd);
-      plain.pause();
-      // Nothing may follow the acknowledgement in the clear.
-      if (this.reader.unread > 0) throw new Error('bytes in the clear after the acknowledgement of NBD_OPT_STARTTLS');
-      this.socket = await connectTls(plain, tls, host);
-    } catch (error) {
-      plain.destroy();
-      const why = `no TLS with the server, which was asked for: ${(error as Error).message}`;
-      throw new NbdClientError('TLS_FAILED', why, { cause: error });
-    }
-    this.reader.moveTo(this.socket);
-    this.listen(this.socket);
-  }
-
   /** Once, as late as possible: what was negotiated before TLS would not count. */
   private async negotiateReplies(): Promise<void> {
     if (this.level !== undefined) return;
@@ -440,6 +420,26 @@ export class NbdClient {
       if (name === undefined) throw this.protocolError('a malformed meta context');
       return { id: data.readUInt32BE(0), name };
     });
+  }
+
+  /** The next bytes are under TLS, or there are none: from the first doubt on nothing more is sent. */
+  private async startTls(tls: ClientTls, host: string): Promise<void> {
+    const plain = this.socket;
+    try {
+      await this.option(OPT.STARTTLS, Buffer.alloc(0));
+      plain.off('data', this.onOptionData);
+      plain.off('end', this.onEnd);
+      plain.pause();
+      // Nothing may follow the acknowledgement in the clear.
+      if (this.reader.unread > 0) throw new Error('bytes in the clear after the acknowledgement of NBD_OPT_STARTTLS');
+      this.socket = await connectTls(plain, tls, host);
+    } catch (error) {
+      plain.destroy();
+      const why = `no TLS with the server, which was asked for: ${(error as Error).message}`;
+      throw new NbdClientError('TLS_FAILED', why, { cause: error });
+    }
+    this.reader.moveTo(this.socket);
+    this.listen(this.socket);
   }
 
   /** Send an option; its replies up to the acknowledgement. Throws what an error reply says. */

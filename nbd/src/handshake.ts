@@ -110,11 +110,11 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     }
     throw new HandshakeError(`unknown client flags 0x${clientFlags.toString(16)}`);
   }
-  const clientSaid = {
+  const flags = {
     fixedNewstyle: (clientFlags & HANDSHAKE_FLAG.FIXED_NEWSTYLE) !== 0,
     noZeroes: (clientFlags & HANDSHAKE_FLAG.NO_ZEROES) !== 0,
   };
-  let negotiated = beginNegotiation({ ...clientSaid, tls: false });
+  let negotiated = beginNegotiation({ ...flags, tls: false });
 
   for (let count = 0; count < limits.maxOptionsPerHandshake; count++) {
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
@@ -146,7 +146,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     const data = await reader.read(length);
     if (option === OPT.STARTTLS) {
       // "the server MUST NOT preserve any negotiation state … issued before this command"
-      if (await answerStartTls(host, negotiated, data)) negotiated = beginNegotiation({ ...clientSaid, tls: true });
+      if (await answerStartTls(host, negotiated, data)) negotiated = beginNegotiation({ ...flags, tls: true });
       continue;
     }
     const outcome = await answerOption(host, negotiated, option, data);
@@ -156,7 +156,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
 }
 
 /** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
-async function answerStartTls(host: HandshakeHost, negotiated: Negotiation, data: Buffer): Promise<boolean> {
+async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<boolean> {
   const refuse = (type: number, message: string): Promise<void> => reply(host, OPT.STARTTLS, type, message);
   if (host.tlsMode === undefined) {
     await refuse(REP.ERR_UNSUP, 'this server has no TLS');

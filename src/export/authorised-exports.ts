@@ -73,12 +73,10 @@ function readOnly(geometry: Geometry): Geometry {
 /** nbd/ refuses writes to a read-only geometry by itself; that this device refuses them too is the second lock. */
 class ReadOnlyDevice implements BlockDevice {
   readonly geometry: Geometry;
-  readonly isHole?: BlockDevice['isHole'];
   readonly #device: BlockDevice;
 
   constructor(device: BlockDevice) {
     this.#device = device;
-    if (device.isHole !== undefined) this.isHole = device.isHole.bind(device);
     this.geometry = readOnly(device.geometry);
   }
 
@@ -108,6 +106,10 @@ class ReadOnlyDevice implements BlockDevice {
 
   extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     return this.#device.extents(context, offset, length, sink);
+  }
+
+  isHole(offset: number, length: number): boolean {
+    return this.#device.isHole?.(offset, length) ?? false;
   }
 
   close(): Awaitable<void> {
