@@ -21,9 +21,9 @@ import {
   type TlsMaterial,
   type TlsMode,
 } from '../src/index.js';
-import { CMD, GREETING_SIZE, OPT, REP } from '../src/protocol.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP } from '../src/protocol.js';
 import { certificateNames } from '../src/tls.js';
-import { infoQuery, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
+import { infoQuery, metaQueries, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';
 
@@ -134,14 +134,13 @@ async function start(
 }
 
 /** A raw client in TLS, having asked for it properly. */
-async function rawInTls(
-  from: TlsServer,
-  options: tls.ConnectionOptions = {},
-  before: (plain: RawClient) => Promise<void> = () => Promise.resolve(),
-): Promise<RawClient> {
+async function rawInTls(from: TlsServer, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   const plain = await from.raw();
   await plain.greet();
-  await before(plain);
+  return upgrade(plain, options);
+}
+
+async function upgrade(plain: RawClient, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   expect((await plain.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
   plain.socket.removeAllListeners('data').removeAllListeners('end');
   const secure = tls.connect({ socket: plain.socket as net.Socket, rejectUnauthorized: false, ...options });
@@ -420,16 +419,24 @@ describe('injection and downgrade', () => {
     });
   }
 
-  test('what was negotiated before STARTTLS is forgotten: replies are simple, no context is selected', async () => {
-    const raw = await rawInTls(await start('on'), {}, async (plain) => {
-      expect((await plain.option(OPT.STRUCTURED_REPLY)).map(({ type }) => type)).toEqual([REP.ACK]);
-    });
-    // Meta contexts need structured replies, and those are not agreed on any more.
-    const query = Buffer.concat([uint32(4), Buffer.from('disk'), uint32(0)]);
-    expect((await raw.option(OPT.LIST_META_CONTEXT, query)).at(-1)?.type).toBe(REP.ERR_INVALID);
-    expect((await raw.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
-    raw.send(requestBytes({ type: CMD.READ, offset: 4, length: 4 }));
-    expect((await raw.readReply(4)).data).toEqual(uint32(5));
+  test('what was negotiated in the clear is forgotten: replies are simple and no context is selected', async () => {
+    const from = await start('on');
+    const plain = await from.raw();
+    await plain.greet();
+    expect((await plain.option(OPT.STRUCTURED_REPLY))[0]?.type).toBe(REP.ACK);
+    const selected = await plain.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation']));
+    expect(selected.map(({ type }) => type)).toEqual([REP.META_CONTEXT, REP.ACK]);
+    expect((await plain.option(OPT.EXTENDED_HEADERS))[0]?.type).toBe(REP.ACK);
+    const inTls = await upgrade(plain);
+    // Meta contexts need structured replies, which have not been asked for in TLS.
+    expect((await inTls.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation'])))[0]?.type).toBe(
+      REP.ERR_INVALID,
+    );
+    await inTls.option(OPT.GO, infoQuery('disk'));
+    inTls.request({ type: CMD.BLOCK_STATUS, length: 4096, cookie: 1n });
+    expect(await inTls.readReply()).toMatchObject({ errno: NBD_ERRNO.EINVAL, cookie: 1n });
+    inTls.request({ type: CMD.READ, offset: 4, length: 4, cookie: 2n });
+    expect(await inTls.readReply(4)).toEqual({ errno: 0, cookie: 2n, data: uint32(5) });
   });
 
   test('a second STARTTLS is invalid, and the connection stays in TLS', async () => {

@@ -178,7 +178,15 @@ describe('a wrong line', () => {
 describe('exports behind rules', () => {
   const geometry: Geometry = {
     ...{ size: 1024, minimumBlockSize: 1, preferredBlockSize: 4096, readOnly: false, canFlush: true, canFua: true },
-    ...{ canTrim: true, canZero: true, canFastZero: true, canCache: true, multiConn: true, rotational: false },
+    ...{
+      canTrim: true,
+      canZero: true,
+      canFastZero: true,
+      canCache: true,
+      multiConn: true,
+      rotational: false,
+      contexts: [],
+    },
   };
   const calls: string[] = [];
   const device: BlockDevice = {
@@ -236,7 +244,7 @@ describe('exports behind rules', () => {
     await readOnly.read(0, Buffer.alloc(1));
     await readOnly.flush();
     await readOnly.cache(0, 1);
-    await readOnly.extents(0, 1, () => true);
+    await readOnly.extents('base:allocation', 0, 1, () => true);
     await readOnly.close();
     expect(calls).toEqual(['read', 'flush', 'cache', 'extents', 'close']);
   });
