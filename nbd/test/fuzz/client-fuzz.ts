@@ -325,8 +325,8 @@ async function ask(client: NbdClient, random: Random): Promise<void> {
     default: {
       const into = Buffer.alloc(length, 0x55);
       await client.readInto(offset, into, { df: random.oneIn(4) });
-      // Whatever it is, all of it came: the server sends no such byte unless it is mutated.
-      if (into.length > 5000 && into.every((byte) => byte === 0x55)) throw new Error('a read that brought nothing');
+      // Whatever it is, all of it came: the server sends no such byte, but for a few among mutations.
+      if (into.filter((byte) => byte === 0x55).length > 64) throw new Error('a read that did not bring everything');
     }
   }
 }
