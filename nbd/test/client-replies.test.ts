@@ -358,7 +358,7 @@ describe('servers that send what they must not', () => {
 
   const data = (offset: number, length: number): Buffer => Buffer.concat([uint64(offset), Buffer.alloc(length, 0xda)]);
   const hole = (offset: number, length: number): Buffer => Buffer.concat([uint64(offset), uint32(length)]);
-  const error = (errno: number, message: string, rest = Buffer.alloc(0)): Buffer =>
+  const error = (errno: number, message: string, rest: Buffer = Buffer.alloc(0)): Buffer =>
     Buffer.concat([uint32(errno), uint16(Buffer.byteLength(message)), Buffer.from(message), rest]);
   const status = (level: Header['level'], extents: readonly (readonly [number, number])[], id = 7): Buffer =>
     level === 'structured'

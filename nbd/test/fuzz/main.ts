@@ -1,0 +1,26 @@
+/** The command `npm run fuzz -- --inputs N [--seed N]`. Ends with 1 at the first input that fails, and tells its seed. */
+
+import { parseArgs } from 'node:util';
+import { fuzz } from './run.js';
+
+const { values } = parseArgs({
+  options: { inputs: { type: 'string', default: '100000' }, seed: { type: 'string', default: '1' } },
+});
+const inputs = Number(values.inputs);
+const seed = Number(values.seed);
+if (!Number.isSafeInteger(inputs) || inputs < 1 || !Number.isSafeInteger(seed) || seed < 0) {
+  console.error('fuzz: --inputs must be a positive and --seed a whole number');
+  process.exit(2);
+}
+try {
+  const report = await fuzz(seed, inputs, (done) => {
+    if (done % 50_000 === 0) console.error(`${done} of ${inputs}`);
+  });
+  const perSecond = Math.round((report.inputs / report.durationMs) * 1000);
+  const memory = Math.round(report.largestMemoryBytes / 2 ** 20);
+  console.log(`${report.inputs} inputs from seed ${seed}: no failure; ${perSecond} a second, at most ${memory} MiB`);
+  process.exit(0);
+} catch (error) {
+  console.error(error instanceof Error ? error.message : error);
+  process.exit(1);
+}
