@@ -93,7 +93,9 @@ test('a start that fails leaves nothing listening, and says why in one line', as
   busy.close();
   expect(refused.code).toBe(1);
   expect(refused.stderr).toMatch(/sheepgate: cannot listen on 127\.0\.0\.1:\d+: .*EADDRINUSE.*--listen\n$/);
-  expect((await serve('--listen', 'tcp:192.0.2.1:1')).stderr).toMatch(/cannot listen on 192\.0\.2\.1:1/);
+  expect((await serve('--listen', 'tcp:192.0.2.1:1', '--allow-plaintext')).stderr).toMatch(
+    /cannot listen on 192\.0\.2\.1:1/,
+  );
   expect(fs.existsSync(socket)).toBe(false);
   expect(fs.existsSync(path.join(store, 'control.sock'))).toBe(false);
   // The store was closed as it should be: no word of a recovery.
