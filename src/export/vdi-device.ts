@@ -17,10 +17,24 @@ import {
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
-const CONTEXTS = [ALLOCATION_CONTEXT];
+/** `sheepgate:changed:TAG`: bit 0 is set where the export may differ from the snapshot TAG. */
+const CHANGED_PREFIX = 'sheepgate:changed:';
+/** The same for tools that know qemu's dirty bitmaps (proto.md of qemu, docs/interop/nbd.rst): bit 0 is "dirty". */
+const DIRTY_BITMAP_PREFIX = 'qemu:dirty-bitmap:';
+const STATE_CHANGED = 1;
+/** Snapshots an export can be compared with, the newest ones: what a client that lists contexts is told. */
+const MAX_BASES = 256;
 
-/** How an export of this VDI looks. */
-export function geometryOf(record: VdiRecord): Geometry {
+/** The snapshots that a device's VDI can be compared with. */
+export interface Bases {
+  /** Their tags, newest first. */
+  readonly tags: readonly string[];
+  open(tag: string): Promise<Vdi>;
+  release(vdi: Vdi): Promise<void>;
+}
+
+/** How an export of this VDI looks; `tags` are those of the snapshots it can be compared with, newest first. */
+export function geometryOf(record: VdiRecord, tags: readonly string[]): Geometry {
   const writable = !record.isSnapshot;
   return {
     size: record.size,
@@ -36,18 +50,25 @@ export function geometryOf(record: VdiRecord): Geometry {
     canCache: true,
     multiConn: true,
     rotational: false,
-    contexts: CONTEXTS,
+    contexts: [
+      ALLOCATION_CONTEXT,
+      ...tags.slice(0, MAX_BASES).flatMap((tag) => [CHANGED_PREFIX + tag, DIRTY_BITMAP_PREFIX + tag]),
+    ],
   };
 }
 
 export class VdiDevice implements BlockDevice {
   readonly geometry: Geometry;
   readonly #vdi: Vdi;
+  readonly #bases: Bases;
+  /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */
+  readonly #opened = new Map<string, Promise<Vdi>>();
   readonly #onClose: () => Awaitable<void>;
 
-  constructor(vdi: Vdi, onClose: () => Awaitable<void>) {
+  constructor(vdi: Vdi, bases: Bases, onClose: () => Awaitable<void>) {
     this.#vdi = vdi;
-    this.geometry = geometryOf(vdi.record);
+    this.#bases = bases;
+    this.geometry = geometryOf(vdi.record, bases.tags);
     this.#onClose = onClose;
   }
 
@@ -100,18 +121,30 @@ export class VdiDevice implements BlockDevice {
     }
   }
 
-  extents(_context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+  extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    if (context !== ALLOCATION_CONTEXT) return this.#changes(context, offset, length, sink).catch(rethrow);
     return this.#vdi
       .extents(offset, length, (at, size, hole) => sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0))
       ?.catch(rethrow);
+  }
+
+  async #changes(context: string, offset: number, length: number, sink: ExtentSink): Promise<void> {
+    const prefix = context.startsWith(CHANGED_PREFIX) ? CHANGED_PREFIX : DIRTY_BITMAP_PREFIX;
+    const tag = context.slice(prefix.length);
+    let base = this.#opened.get(tag);
+    if (!base) this.#opened.set(tag, (base = this.#bases.open(tag)));
+    const report = (at: number, size: number, changed: boolean): boolean => sink(at, size, changed ? STATE_CHANGED : 0);
+    this.#vdi.changedSince(await base, offset, length, report);
   }
 
   isHole(offset: number, length: number): boolean {
     return this.#vdi.isHole(offset, length);
   }
 
-  close(): Awaitable<void> {
-    return this.#onClose();
+  async close(): Promise<void> {
+    const opened = await Promise.allSettled(this.#opened.values());
+    for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value);
+    await this.#onClose();
   }
 }
 

@@ -13,9 +13,9 @@ import {
 import { CatalogError } from '../vdi/catalog-error.js';
 import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, isTemporaryTag, parseSpec } from '../vdi/names.js';
-import type { VdiRecord } from '../vdi/vdi.js';
+import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { TemporarySnapshots } from './temporary-snapshots.js';
-import { geometryOf, VdiDevice } from './vdi-device.js';
+import { geometryOf, VdiDevice, type Bases } from './vdi-device.js';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
@@ -37,12 +37,12 @@ export class VdiExports implements ExportProvider {
       const { name: vdiName, tag } = parseSpec(name);
       if (tag === undefined || !isTemporaryTag(tag)) {
         const record = await this.#catalog.find(name);
-        return { geometry: geometryOf(record), info: infoOf(record) };
+        return { geometry: geometryOf(record, await this.#tagsOf(record)), info: infoOf(record) };
       }
       checkTemporaryTag(tag);
       const working = await this.#catalog.find(vdiName);
       const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
-      return { geometry: geometryOf(record), info: infoOf(record) };
+      return { geometry: geometryOf(record, await this.#tagsOf(record)), info: infoOf(record) };
     } catch (error) {
       throw asExportError(error);
     }
@@ -54,13 +54,31 @@ export class VdiExports implements ExportProvider {
       if (tag !== undefined && isTemporaryTag(tag)) {
         const vdi = await this.#temporary.open(vdiName, tag);
         const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
-        return { device: new VdiDevice(vdi, close), info: infoOf(vdi.record) };
+        return this.#opened(vdi, close);
       }
       const vdi = await this.#catalog.openVdi(name);
-      return { device: new VdiDevice(vdi, () => this.#catalog.release(vdi)), info: infoOf(vdi.record) };
+      return this.#opened(vdi, () => this.#catalog.release(vdi));
     } catch (error) {
       throw asExportError(error);
     }
+  }
+
+  async #opened(vdi: Vdi, close: () => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    const { name } = vdi.record;
+    const bases: Bases = {
+      tags: await this.#tagsOf(vdi.record),
+      open: (tag) => this.#catalog.openVdi(`${name}@${tag}`),
+      release: (base) => this.#catalog.release(base),
+    };
+    return { device: new VdiDevice(vdi, bases, close), info: infoOf(vdi.record) };
+  }
+
+  /** Tags of the snapshots of the same VDI, newest first. */
+  async #tagsOf({ name, vid }: VdiRecord): Promise<string[]> {
+    return (await this.#catalog.list())
+      .filter((other) => other.name === name && other.isSnapshot && other.vid !== vid && !isTemporaryTag(other.tag))
+      .map(({ tag }) => tag)
+      .reverse();
   }
 }
 
