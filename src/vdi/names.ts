@@ -36,7 +36,7 @@ export function checkTemporaryTag(tag: string): string {
   return tag;
 }
 
-/** A name for a VDI: 1 to 255 bytes of UTF-8, no "/", "@" or control characters, no space at either end. */
+/** A name for a VDI: 1 to 255 bytes of UTF-8, no "/", "@" or control characters, no space at either end, not "." or "..". */
 export function checkName(name: string): string {
   check('VDI name', name, MAX_NAME_BYTES);
   return name;
@@ -57,6 +57,7 @@ function check(what: string, text: string, maxBytes: number): void {
   if (text.includes('/') || text.includes('@')) throw bad('must not contain "/" or "@"');
   if (/[\u0000-\u001f\u007f]/.test(text)) throw bad('must not contain NUL or other control characters');
   if (!text.isWellFormed()) throw bad('is not valid Unicode');
+  if (text === '.' || text === '..') throw bad('is a directory everywhere, and no name');
   if (text !== text.trim()) throw bad('must not begin or end with a space');
   if (Buffer.byteLength(text) > maxBytes) throw bad(`is longer than ${maxBytes} bytes`);
 }

@@ -68,7 +68,7 @@ test('what is missing is named', async () => {
     const found = ['/usr/bin', '/bin'].map((place) => path.join(place, tool)).find((place) => fs.existsSync(place));
     fs.symlinkSync(found ?? '', path.join(bin, tool));
   }
-  for (const name of fs.readdirSync(EXAMPLES).filter((file) => file.endsWith('.sh'))) {
+  for (const name of fs.readdirSync(EXAMPLES).filter((each) => each.endsWith('.sh'))) {
     const result = await run(path.join(bin, 'sh'), [path.join(EXAMPLES, name)], { env: { PATH: bin } });
     expect(result.code, name).toBe(3);
     expect(result.stderr, name).toMatch(/: node is missing; 'sh test\/install\.sh' installs what the examples use\n$/);
