@@ -178,6 +178,7 @@ test('one log line when a connection opens and one when it closes, none per requ
   const nobody = await NbdClient.connect({ path: daemon.socket });
   await expect(nobody.go('missing')).rejects.toMatchObject({ code: 'UNKNOWN_EXPORT' });
   await nobody.disconnect();
+  await waitUntil(() => daemon.log().split('"connection closed"').length === 3, 'both closes are in the log');
   expect((await daemon.stop()).code).toBe(0);
   const lines = logLines(daemon.log());
   const messages = lines.map(({ msg }) => msg);
