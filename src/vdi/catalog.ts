@@ -135,7 +135,8 @@ export class VdiCatalog {
       const change = this.#store.catalog.prepareSwitch(vdi.opened, tag);
       await vdi.gate.close();
       try {
-        change.now();
+        const later = change.now();
+        if (later !== undefined) await later;
       } finally {
         vdi.gate.open();
       }
