@@ -128,7 +128,7 @@ export interface Catalog {
   /** Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. */
   prepareSwitch(vdi: OpenVdi, tag: string): Switch;
   /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
-  prepareTemporary?(vdi: OpenVdi, tag: string): Switch;
+  prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
   /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`. */

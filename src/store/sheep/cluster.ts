@@ -139,6 +139,12 @@ export class Cluster {
     return table;
   }
 
+  async readEntry(vid: number, idx: number): Promise<number> {
+    const bytes = Buffer.alloc(INODE_ENTRY_BYTES);
+    await this.readInodeBytes(vid, INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES, bytes);
+    return bytes.readUInt32LE();
+  }
+
   /**
    * Set the entries from `idx` on. Each must differ from what it is: the node gives up the old owner's reference and
    * forgets the entry's count. For the same reason it is looked at before it is repeated.
@@ -153,6 +159,17 @@ export class Cluster {
       return found.equals(data);
     };
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
+  }
+
+  /**
+   * Set the table from its beginning as plain bytes, for an inode whose table is still empty: no reference is given up
+   * and no count forgotten. Nodes take a write for a change of the table only if it lies within the table; this one
+   * begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
+   */
+  async fillTable(vid: number, table: Uint32Array): Promise<void> {
+    const data = Buffer.alloc((table.length + 1) * INODE_ENTRY_BYTES);
+    for (const [idx, owner] of table.entries()) data.writeUInt32LE(owner, (idx + 1) * INODE_ENTRY_BYTES);
+    await this.writeInodeBytes(vid, INODE_TABLE_OFFSET - INODE_ENTRY_BYTES, data);
   }
 
   /** Pairs of generation and count of the first `count` entries, as they are stored. */

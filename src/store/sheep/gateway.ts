@@ -4,7 +4,14 @@
  * safe to repeat, or say through `beforeRetry` whether it has happened already.
  */
 import { StoreError } from '../object-store.js';
-import { addressLabel, ConnectionLost, NodeConnection, type Answer, type NodeAddress, type WireRequest } from './connection.js';
+import {
+  addressLabel,
+  ConnectionLost,
+  NodeConnection,
+  type Answer,
+  type NodeAddress,
+  type WireRequest,
+} from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
 import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
 

@@ -250,6 +250,8 @@ export interface Inode {
   readonly parentVid: number;
   readonly createdAt: number;
   readonly snapshotAt: number;
+  /** vm_clock_nsec, which means nothing in a VDI without a machine's state: marks who keeps a temporary snapshot. */
+  readonly mark: Buffer;
   readonly copies: number;
   readonly copyPolicy: number;
   /** 0: a table of objects; 1: a B-tree (hyper volume). */
@@ -270,6 +272,7 @@ export function decodeInode(bytes: Buffer): Inode {
     parentVid: inode.parentVdiId,
     createdAt: milliseconds(inode.createSec, inode.createNsec),
     snapshotAt: milliseconds(inode.snapSec, inode.snapNsec),
+    mark: Buffer.from(inode.vmClockNsec),
     copies: inode.nrCopies,
     copyPolicy: inode.copyPolicy,
     storePolicy: inode.storePolicy,
