@@ -1,13 +1,27 @@
-/** What --cluster says: HOST[:PORT], several separated by commas. Owns the syntax, nothing else. */
+/**
+ * What --cluster says, HOST[:PORT] and several of them separated by commas, and the location of a store that comes of
+ * it. Owns the syntax, nothing else.
+ */
 import { StoreError } from '../object-store.js';
-import type { NodeAddress } from './connection.js';
+import { addressLabel, type NodeAddress } from './connection.js';
 import { DEFAULT_PORT } from './protocol.js';
 
-/** Errors: StoreError ADDRESS with what is wrong. IPv6 addresses go in brackets. */
-export function parseClusterAddress(text: string): NodeAddress[] {
-  const addresses = text.split(',').map((part) => parseNode(part.trim(), text));
-  if (addresses.length === 0) throw badAddress(text, 'there is no node in it');
-  return addresses;
+/** Marks a location as a cluster's; a directory never begins like this. */
+const CLUSTER_SCHEME = 'sheepdog://';
+
+/** "sheepdog://HOST:PORT,...", for what --cluster says. Errors: StoreError ADDRESS. */
+export function clusterLocation(text: string): string {
+  return CLUSTER_SCHEME + parseClusterAddress(text).map(addressLabel).join(',');
+}
+
+export function isClusterLocation(location: string): boolean {
+  return location.startsWith(CLUSTER_SCHEME);
+}
+
+/** The nodes in it, with or without the scheme. Errors: StoreError ADDRESS. IPv6 addresses go in brackets. */
+export function parseClusterAddress(location: string): NodeAddress[] {
+  const text = isClusterLocation(location) ? location.slice(CLUSTER_SCHEME.length) : location;
+  return text.split(',').map((part) => parseNode(part.trim(), text));
 }
 
 function parseNode(text: string, whole: string): NodeAddress {

@@ -244,10 +244,10 @@ export class Cluster {
     return vids;
   }
 
-  async info(): Promise<ClusterInfo> {
+  async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
     const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
     const header = encodeVdiRequest(Opcode.CLUSTER_INFO, 0, receive.length);
-    succeeded(await this.gateway.execute({ header, receive }), 'asking for the state of the cluster');
+    succeeded(await this.gateway.execute({ header, receive }, options), 'asking for the state of the cluster');
     return decodeClusterInfo(receive);
   }
 

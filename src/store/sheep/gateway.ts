@@ -46,6 +46,8 @@ export interface ExecuteOptions {
   readonly beforeRetry?: () => Promise<boolean>;
   /** Give up at once when it is not known whether the attempt took effect. */
   readonly once?: boolean;
+  /** How long it is repeated, if not as long as the gateway's options say. */
+  readonly retryMs?: number;
   /** A slow operation: how long one attempt may take. */
   readonly attemptMs?: number;
 }
@@ -144,7 +146,7 @@ export class Gateway {
     options: ExecuteOptions,
     first: Answer | ConnectionLost | undefined,
   ): Promise<Answer> {
-    const deadline = Date.now() + this.#options.retryMs;
+    const deadline = Date.now() + (options.retryMs ?? this.#options.retryMs);
     let backoff = FIRST_BACKOFF_MS;
     let trouble = 0;
     let last = first;

@@ -13,8 +13,7 @@ import {
   type ZeroOptions,
 } from '../object-store.js';
 import { Cluster } from './cluster.js';
-import { parseClusterAddress } from './cluster-address.js';
-import { addressLabel } from './connection.js';
+import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
 import { ClusterFlag } from './protocol.js';
@@ -25,11 +24,10 @@ import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
 import { objectKey } from './table.js';
 import { WriteOrder } from './write-order.js';
 
-/** Marks a location as a cluster's; a directory never begins like this. */
-export const CLUSTER_SCHEME = 'sheepdog://';
-
 /** enum sd_status. */
 const STATUS_RUNNING = 1;
+/** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
+const FIRST_CONTACT_MS = 3_000;
 
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
@@ -64,14 +62,14 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     const gateway = new Gateway(addresses, options);
     const cluster = new Cluster(gateway);
     try {
-      const info = await cluster.info();
+      const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
       if (info.status !== STATUS_RUNNING) {
         throw new StoreError(
           'IO',
           `the cluster at ${nodes} does not serve: it waits for nodes or for 'dog cluster format'`,
         );
       }
-      return new SheepStore(CLUSTER_SCHEME + addresses.map(addressLabel).join(','), cluster, info, options);
+      return new SheepStore(clusterLocation(nodes), cluster, info, options);
     } catch (error) {
       gateway.close();
       throw error;
