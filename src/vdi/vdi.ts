@@ -249,9 +249,11 @@ export class Vdi {
     const owner = this.#open.map[idx] as number;
     const whole = data.length === this.#objectSize;
     const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
+    // The vid it is made under: on a cluster another may have come until it is there.
+    const { vid } = this.#open.record;
     await this.#store.createObject(this.#open, idx, within, data, copyOf);
     if (copyOf) this.copies++;
-    await this.#open.setOwner(idx, this.#open.record.vid);
+    await this.#open.setOwner(idx, vid);
   }
 
   #zeroInside(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {

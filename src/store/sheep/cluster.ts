@@ -162,8 +162,7 @@ export class Cluster {
   }
 
   /**
-   * Set the table from its beginning as plain bytes, for an inode whose table is still empty: no reference is given up
-   * and no count forgotten. Nodes take a write for a change of the table only if it lies within the table; this one
+   * Set the table from its beginning as plain bytes: no reference is given up and no count forgotten. Nodes take a write for a change of the table only if it lies within the table; this one
    * begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
    */
   async fillTable(vid: number, table: Uint32Array): Promise<void> {

@@ -21,13 +21,17 @@ import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
-import { objectKey } from './table.js';
+import { objectKey, sleep } from './table.js';
 import { WriteOrder } from './write-order.js';
 
 /** enum sd_status. */
 const STATUS_RUNNING = 1;
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
+/** A missing object is asked for again this many times at least, and for as long as nodes have just come or gone. */
+const GONE_TRIES = 2;
+const GONE_BACKOFF_MS = 10;
+const SETTLING_MS = 60_000;
 
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
@@ -46,6 +50,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** The same for every process that may clean up after this one: whoever serves this cluster on this machine. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
+  #epoch: number;
+  #epochChangedAt = -Infinity;
 
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
@@ -53,6 +59,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
     this.owner = createHash('sha256').update(`${os.hostname()}\0${info.createdAt}`).digest().subarray(0, 8);
     this.#options = options;
+    this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
   }
 
@@ -86,9 +93,67 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
     if (isLost(vid)) return Promise.reject(lostError(idx));
-    const read = this.cluster.readData(vid, idx, offset, into);
-    if (this.reads.users > 0) return this.reads.track(objectKey(vid, idx), read);
-    return this.#options.missingIsZero ? zerosIfGone(read, into) : read;
+    const read = this.#read(vid, idx, offset, into);
+    return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
+  }
+
+  async #read(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    try {
+      await this.cluster.readData(vid, idx, offset, into);
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      await this.#readGone(vid, idx, offset, into, error as StoreError);
+    }
+  }
+
+  async #readGone(vid: number, idx: number, offset: number, into: Buffer, first: StoreError): Promise<void> {
+    try {
+      await this.#retryGone(first, () => this.cluster.readData(vid, idx, offset, into));
+    } catch (error) {
+      if (!this.#options.missingIsZero || (error as StoreError).code !== 'GONE') throw error;
+      into.fill(0);
+    }
+  }
+
+  async unlessGone(request: () => Promise<void>): Promise<void> {
+    try {
+      await request();
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      await this.#retryGone(error as StoreError, request);
+    }
+  }
+
+  /**
+   * While nodes leave and join, one that has not recovered an object yet may say that there is none. One that is missing
+   * with all nodes in their places is lost.
+   */
+  async #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
+    const deadline = Date.now() + this.cluster.gateway.retryMs;
+    let backoff = GONE_BACKOFF_MS;
+    let failure = first;
+    for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled()); tries++) {
+      if (Date.now() >= deadline) break;
+      await sleep(backoff);
+      backoff = Math.min(backoff * 2, 1000);
+      try {
+        return await request();
+      } catch (error) {
+        if ((error as StoreError).code !== 'GONE') throw error;
+        failure = error as StoreError;
+      }
+    }
+    throw failure;
+  }
+
+  /** Whether nodes have come or gone lately. */
+  async #isUnsettled(): Promise<boolean> {
+    const { epoch } = await this.cluster.info();
+    if (epoch !== this.#epoch) {
+      this.#epoch = epoch;
+      this.#epochChangedAt = Date.now();
+    }
+    return Date.now() - this.#epochChangedAt < SETTLING_MS;
   }
 
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Promise<void> {
@@ -157,14 +222,5 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     if (idx < 0 || idx >= map.length || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
       throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
     }
-  }
-}
-
-async function zerosIfGone(read: Promise<void>, into: Buffer): Promise<void> {
-  try {
-    await read;
-  } catch (error) {
-    if ((error as StoreError).code !== 'GONE') throw error;
-    into.fill(0);
   }
 }

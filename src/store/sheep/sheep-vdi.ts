@@ -7,6 +7,7 @@ import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { recordOf, type Inode } from './layouts.js';
 import type { Shadow } from './shadow.js';
+import { GREF_BYTES } from './protocol.js';
 import { inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
 import type { WriteOrder } from './write-order.js';
 
@@ -22,6 +23,8 @@ export interface SheepVdiHost {
   readonly order: WriteOrder;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
+  /** Do it again while objects seem to be missing because nodes come and go. */
+  unlessGone(request: () => Promise<void>): Promise<void>;
   /** The VDI goes on under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
   log(line: string, details?: object): void;
@@ -102,7 +105,7 @@ export class SheepVdi implements OpenVdi {
     if (this.map[idx] !== vid) throw movedError(this.record);
     try {
       await this.#host.order.run(objectKey(vid, idx), offset, data.length, () =>
-        this.#host.cluster.writeData(vid, idx, offset, data),
+        this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data)),
       );
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
@@ -117,13 +120,13 @@ export class SheepVdi implements OpenVdi {
 
   /** Make our object at idx; the entry is the caller's to set. Errors: MOVED, NO_SPACE, GONE. */
   async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
-    await this.#getReady();
     const { vid } = this.record;
+    await this.#getReady();
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
+    if (this.record.vid !== vid) throw movedError(this.record);
     try {
-      await this.#host.cluster.createData(vid, idx, offset, data, copyOf);
+      await this.#host.unlessGone(() => this.#host.cluster.createData(vid, idx, offset, data, copyOf));
     } catch (error) {
-      if ((error as StoreError).code === 'GONE' && this.record.vid !== vid) throw movedError(this.record);
       await this.#followIfReadOnly(error, vid);
     }
   }
@@ -240,6 +243,7 @@ export class SheepVdi implements OpenVdi {
         await this.#writeBatch(batch);
         for (const { resolve } of batch) resolve();
       } catch (error) {
+        if ((error as StoreError).code === 'MOVED') await this.#removeOrphans(batch);
         for (const { reject } of batch) reject(error);
       }
     }
@@ -251,14 +255,12 @@ export class SheepVdi implements OpenVdi {
     const { vid } = this.record;
     const { map } = this;
     await this.#getReady();
-    const removals = batch.filter(({ owner }) => owner === 0);
-    if (removals.length > 0) {
-      for (const { idx } of removals) if (map[idx] === vid) await this.#preserve(idx);
-      // An entry of a snapshot's inode can be cleared as well; nobody but us would keep its data.
-      if (await cluster.isReadOnly(vid, (removals[0] as TableChange).idx)) await this.#leave(vid);
-    }
     if (this.record.vid !== vid) throw movedError(this.record);
     if (batch.some(({ owner }) => owner !== 0 && owner !== vid)) throw movedError(this.record);
+    for (const { idx, owner } of batch) if (owner === 0 && map[idx] === vid) await this.#preserve(idx);
+    // The inode of a snapshot can be written as well, and what the nodes do while they make it one is read, change, write
+    // back: an entry that comes in between is undone, but the reference it replaced stays given up.
+    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
     try {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
     } catch (error) {
@@ -266,12 +268,61 @@ export class SheepVdi implements OpenVdi {
       for (const { idx } of batch) map[idx] = (await cluster.readEntry(vid, idx).catch(() => map[idx])) as number;
       throw error;
     }
-    // A snapshot may have come between the object and its entry, or just now: the nodes copy the table after they have
-    // made the vid read-only. Then our entry is in the snapshot at best, and the change must be repeated in what follows.
-    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) {
+      await this.follow(vid);
+      await this.#carryOver(vid, batch);
+      return;
+    }
     for (const { idx, owner } of batch) {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
+    }
+  }
+
+  /**
+   * Our entries were written while the nodes made `from` a snapshot, which they do by reading its whole inode and writing
+   * it back: they may be in it or not, in what was derived from it or not, with any count. The old references are given up
+   * in any case, so the one state that is right is made by hand: the change came before the snapshot, in all of them.
+   */
+  async #carryOver(from: number, batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    const lineage = await this.#lineage(from);
+    const last = batch.reduce((highest, { idx }) => Math.max(highest, idx), 0);
+    for (const [generation, vid] of lineage.entries()) {
+      const table = await cluster.readTable(vid, last + 1);
+      for (const { idx, owner } of batch) {
+        table[idx] = owner;
+        if (owner === 0) continue;
+        const counts = Buffer.alloc(GREF_BYTES);
+        counts.writeInt32LE(generation, 0);
+        counts.writeInt32LE(generation < lineage.length - 1 ? 1 : 0, 4);
+        await cluster.writeReferences(vid, idx, counts);
+      }
+      await cluster.fillTable(vid, table);
+    }
+    for (const { idx, owner } of batch) this.map[idx] = owner;
+  }
+
+  /** The vids from `from`, which we were, to what we are. */
+  async #lineage(from: number): Promise<number[]> {
+    const vids: number[] = [];
+    for (let { vid } = this.record; vid !== from; vid = (await this.#host.cluster.readInode(vid)).parentVid) {
+      if (vid === 0 || vids.length === MAX_GENERATIONS) throw new Error('invariant: followed a VDI of another family');
+      vids.push(vid);
+    }
+    return [...vids, from].reverse();
+  }
+
+  /** Objects that were made under a vid that is a snapshot's now, and that its table does not know. */
+  async #removeOrphans(batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    for (const { idx, owner } of batch) {
+      if (owner === 0 || owner === this.record.vid) continue;
+      try {
+        if ((await cluster.readEntry(owner, idx)) !== owner) await cluster.removeData(owner, idx);
+      } catch (error) {
+        this.#host.log(`object ${idx} of vid ${owner.toString(16)} may be left over`, { err: error });
+      }
     }
   }
 
