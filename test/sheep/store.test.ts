@@ -257,6 +257,8 @@ for (const { label, start, sequences, skip } of clusters) {
     });
 
     test('a node that is killed and comes back is no error to anybody', async () => {
+      // Nodes keep copies that are no longer theirs when the members change.
+      mayLeak = label === 'real nodes';
       const { disk } = await newDisk(6);
       let stop = false;
       const failures: unknown[] = [];
@@ -277,7 +279,7 @@ for (const { label, start, sequences, skip } of clusters) {
       expect(failures).toEqual([]);
       await disk.check();
       await catalog.release(disk.vdi);
-    });
+    }, 240_000);
 
     test('a disk that grows keeps its content and has zeros behind it', async () => {
       const { name, disk } = await newDisk(2);
