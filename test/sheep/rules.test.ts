@@ -217,6 +217,19 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('between making an object and hearing of it, while another write has followed already', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    failOnce(({ opcode }) => opcode === Op.CREATE, { answerDelayMs: 500 });
+    const slow = vdi.write(OBJECT, Buffer.alloc(10, 2), false);
+    while (!cluster.dataObjects().some((object) => object.endsWith('/1'))) await new Promise((r) => setTimeout(r, 1));
+    cluster.externalSnapshot('disk', 'theirs');
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await slow;
+    const data = await content();
+    expect([data[0], data[10], data[OBJECT + 9]]).toEqual([3, 1, 2]);
+    await expectNothingLeaks();
+  });
+
   test('a trim long after one does not reach into the snapshot', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     cluster.externalSnapshot('disk', 'theirs');
@@ -301,6 +314,40 @@ describe('the catalog', () => {
       await catalog.dropTemporary('disk', 'now');
     }
     expect(inodes()).toBe(before);
+    await expectNothingLeaks();
+  });
+
+  test('a reader of a temporary snapshot gets what was there, however long its answer takes', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    const now = await catalog.openVdi('disk@now');
+    failOnce(({ opcode, oid }) => opcode === Op.READ && (oid & VDI_BIT) === 0n, { delayMs: 200 });
+    const data = Buffer.alloc(4096);
+    await Promise.all([now.read(0, data), vdi.write(0, Buffer.alloc(OBJECT, 2), false)]);
+    expect(data.equals(Buffer.alloc(4096, 1))).toBe(true);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
+  test('a copy made anew where one has just been dropped is not removed in its place', async () => {
+    await catalog.close();
+    await cluster.stop();
+    cluster = await new StandIn({ reclaimMs: 700 }).start();
+    await connect();
+    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+    vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    await catalog.dropTemporary('disk', 'now');
+    await catalog.snapshotTemporary('disk', 'now');
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await cluster.settled();
+    const now = await catalog.openVdi('disk@now');
+    expect((await content(now))[0]).toBe(2);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
     await expectNothingLeaks();
   });
 

@@ -63,6 +63,8 @@ export interface Fault {
   /** End the connection: before doing it, or when it is done and not answered. */
   readonly cut?: 'before' | 'after';
   readonly delayMs?: number;
+  /** Between doing it and answering. */
+  readonly answerDelayMs?: number;
 }
 
 export interface StandInOptions {
@@ -222,6 +224,7 @@ export class StandIn {
     if (fault?.result !== undefined) answer = { result: fault.result };
     else if (header[0] !== version) answer = { result: Res.VER_MISMATCH };
     else answer = this.#execute(request, header, data);
+    if (fault?.answerDelayMs) await new Promise((resolve) => setTimeout(resolve, fault.answerDelayMs));
     if (fault?.cut === 'after') return void socket.destroy();
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
