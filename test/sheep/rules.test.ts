@@ -230,6 +230,31 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('while a temporary one is taken: it is taken again, and nothing leaks', async () => {
+    await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
+    let snapshot: Promise<number> | undefined;
+    cluster.fault = ({ opcode, oid, offset }) => {
+      // The counts of the source are written: the nodes have read them before, and write them back after.
+      if (
+        snapshot === undefined &&
+        opcode === Op.WRITE &&
+        offset === GREF &&
+        oid >> 32n === BigInt(hash('disk')) + (VDI_BIT >> 32n)
+      ) {
+        snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
+      }
+      return undefined;
+    };
+    await catalog.snapshotTemporary('disk', 'now');
+    expect(snapshot).toBeDefined();
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    const now = await catalog.openVdi('disk@now');
+    expect((await content(now))[0]).toBe(1);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
   test('a trim long after one does not reach into the snapshot', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     cluster.externalSnapshot('disk', 'theirs');

@@ -66,6 +66,8 @@ export class Shadow {
   readonly #copying = new Map<number, Promise<void>>();
   readonly #reclaiming = new Set<number>();
   #isLive = false;
+  /** The counts that taking it has written: those of the source, and its own. */
+  #taken: { readonly ranges: [number, number][]; readonly ours: Buffer; readonly theirs: Buffer } | undefined;
   /** Objects copied since it was taken. */
   copies = 0;
 
@@ -132,6 +134,31 @@ export class Shadow {
     this.map = map.slice();
     this.copies = 0;
     this.#isLive = true;
+    this.#taken = { ranges, ours, theirs };
+  }
+
+  /**
+   * Take it back, because somebody made the source a snapshot, which `next` goes on from, while it was taken: the counts of
+   * both may be anything. What they must be is known: those of a snapshot are what taking the shadow makes of them, too.
+   */
+  async retract(source: Inode, next: Inode): Promise<void> {
+    const cluster = this.#cluster;
+    if (!this.#taken || next.parentVid !== source.vid) {
+      throw new StoreError(
+        'IO',
+        `${source.name} is being snapshotted again and again; no temporary snapshot was taken`,
+      );
+    }
+    this.#isLive = false;
+    const { ranges, ours, theirs } = this.#taken;
+    await cluster.fillTable(this.vid, new Uint32Array(this.map.length));
+    for (const [from, to] of ranges) {
+      const part = (bytes: Buffer): Buffer => bytes.subarray(from * GREF_BYTES, to * GREF_BYTES);
+      await cluster.writeReferences(source.vid, from, part(theirs));
+      await cluster.writeReferences(next.vid, from, part(ours));
+    }
+    await this.#mark('', 0);
+    this.map = new Uint32Array(0);
   }
 
   /** (vid, idx) is about to be written: copy it if this shares it. Never fails: the writer comes first. */
@@ -169,6 +196,7 @@ export class Shadow {
   /** Give up everything: no copies any more, all references back, ready to be used again. */
   async drop(): Promise<void> {
     this.#isLive = false;
+    this.#taken = undefined;
     await Promise.all(this.#copying.values());
     const count = objectCount(this.inode.size, this.inode.blockSizeShift);
     // From the inode, not from memory: it may be another process's that we clean up after.

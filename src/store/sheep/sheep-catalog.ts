@@ -20,6 +20,10 @@ import { clearTable, objectCount, objectKey } from './table.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
+/** Snapshots that others may take while we take a temporary one. */
+const MAX_TAKE_ATTEMPTS = 5;
+/** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
+const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
 
@@ -111,11 +115,7 @@ export class SheepCatalog implements Catalog {
     const shadow = await this.#freeShadow(sheep.inode);
     return {
       now: async () => {
-        const { vid } = sheep.record;
-        if ((await this.#cluster.lookup(sheep.record.name)) !== vid || (await this.#cluster.isReadOnly(vid, 0))) {
-          await sheep.follow(vid);
-        }
-        await shadow.take(sheep.inode, sheep.map, tag, this.#store.owner);
+        await this.#takeShadow(shadow, sheep, tag);
         this.#store.reads.users++;
         sheep.shadows = [...sheep.shadows, shadow];
       },
@@ -127,6 +127,25 @@ export class SheepCatalog implements Catalog {
           ),
         ),
     };
+  }
+
+  async #takeShadow(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
+    for (let attempt = 0; ; attempt++) {
+      const source = sheep.inode;
+      if ((await this.#cluster.lookup(source.name)) !== source.vid || (await this.#cluster.isReadOnly(source.vid, 0))) {
+        await sheep.follow(source.vid);
+        if (attempt < MAX_TAKE_ATTEMPTS) continue;
+        throw new StoreError(
+          'IO',
+          `${source.name} is being snapshotted again and again; no temporary snapshot was taken`,
+        );
+      }
+      await shadow.take(source, sheep.map, tag, this.#store.owner);
+      // The nodes may have made a snapshot of it meanwhile, and have written back counts of before.
+      if (!(await this.#cluster.isReadOnly(source.vid, 0))) return;
+      await sheep.follow(source.vid);
+      await shadow.retract(source, sheep.inode);
+    }
   }
 
   async clone(vid: number, name: string): Promise<VdiRecord> {
@@ -352,9 +371,10 @@ export class SheepCatalog implements Catalog {
   /** All shadows of a disk that the cluster has, in use or not. */
   async #shadowsOf(name: string): Promise<Inode[]> {
     const inodes: Inode[] = [];
-    for (let slot = 0; slot < MAX_SHADOWS; slot++) {
+    for (let slot = 0, free = 0; slot < MAX_SHADOWS && free < MAX_FREE_SLOTS; slot++) {
       const inode = await this.#findShadow(shadowName(name, slot));
       if (inode) inodes.push(inode);
+      else free++;
     }
     return inodes;
   }
