@@ -7,10 +7,12 @@ import path from 'node:path';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
 import { defaultStore } from '../daemon/places.js';
+import { clusterLocation } from '../store/sheep/cluster-address.js';
 import { parseSize, SizeError } from './size.js';
 
 export interface CommonOptions {
   readonly store?: string;
+  /** Its location. */
   readonly cluster?: string;
   readonly control?: string;
   readonly json?: boolean;
@@ -25,10 +27,9 @@ export function withCommonOptions(command: Command): Command {
       ),
     )
     .addOption(
-      new Option(
-        '--cluster <nodes>',
-        'Sheepdog cluster, HOST[:PORT][,HOST[:PORT]...], instead of a local store',
-      ).conflicts('store'),
+      new Option('--cluster <nodes>', 'Sheepdog cluster, HOST[:PORT][,HOST[:PORT]...], instead of a local store')
+        .argParser(clusterArgument)
+        .conflicts('store'),
     )
     .addOption(
       new Option(
@@ -46,21 +47,25 @@ function notEmpty(option: string, what: string): (value: string) => string {
   };
 }
 
+function clusterArgument(text: string): string {
+  try {
+    return clusterLocation(text);
+  } catch (error) {
+    throw new InvalidArgumentError(`${(error as Error).message}.`);
+  }
+}
+
 export interface ChosenStore {
+  /** A directory, or a cluster's location. */
   readonly store: string;
   /** The store was asked for by name, so nothing but this one will do. */
   readonly isStoreGiven: boolean;
   readonly control: string | undefined;
 }
 
-/** The store the options and the environment name. What is on the command line wins. Errors: NO_CLUSTER, NO_STORE. */
+/** The store the options and the environment name. What is on the command line wins. Errors: NO_STORE. */
 export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = process.env): ChosenStore {
-  if (options.cluster !== undefined) {
-    throw new OperationError(
-      'NO_CLUSTER',
-      `cannot reach the cluster ${options.cluster}: this version serves local stores only, Sheepdog clusters come with a later one`,
-    );
-  }
+  if (options.cluster !== undefined) return { store: options.cluster, isStoreGiven: true, control: options.control };
   const given = options.store ?? (env.SHEEPGATE_STORE || undefined);
   // The control socket in the environment belongs to the store in the environment.
   const control = options.control ?? ((options.store === undefined && env.SHEEPGATE_CONTROL) || undefined);

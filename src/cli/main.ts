@@ -5,6 +5,7 @@
 import { Command, CommanderError } from 'commander';
 import { asOperationError } from '../daemon/operations.js';
 import { checkCommand } from './check.js';
+import { clusterCommand, nodeCommand } from './cluster.js';
 import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
@@ -31,6 +32,8 @@ function programme(): Command {
     .addCommand(importCommand())
     .addCommand(exportCommand())
     .addCommand(checkCommand())
+    .addCommand(clusterCommand())
+    .addCommand(nodeCommand())
     .addHelpText('after', EXAMPLES);
   throwInsteadOfExiting(program);
   return program;

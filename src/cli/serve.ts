@@ -16,12 +16,15 @@ interface ServeOptions extends CommonOptions, PeerOptions {
   readonly create?: readonly NewVdi[];
   readonly socketMode?: number;
   readonly debug?: boolean;
+  readonly clusterTimeout?: number;
 }
 
 interface NewVdi {
   readonly name: string;
   readonly size: number;
 }
+
+const MAX_CLUSTER_TIMEOUT_S = 86_400;
 
 export function serveCommand(): Command {
   const command = new Command('serve')
@@ -42,13 +45,20 @@ export function serveCommand(): Command {
         modeArgument,
       ),
     )
+    .addOption(
+      new Option(
+        '--cluster-timeout <seconds>',
+        'how long requests wait for a cluster that cannot serve them, before clients see an error (default: 60)',
+      ).argParser(secondsArgument),
+    )
     .option('--debug', 'log every request')
     .addHelpText(
       'after',
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
         'second one ends at once; SIGHUP reads TLS keys and the access file again. Started by a systemd socket unit, it\n' +
         'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
-        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809',
+        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
+        '  sheepgate serve --cluster node1,node2,node3',
     );
   return withCommonOptions(withPeerOptions(command)).action(serve);
 }
@@ -65,6 +75,7 @@ async function serve(options: ServeOptions): Promise<void> {
   const configuration: DaemonConfiguration = {
     ...peerConfiguration(options),
     store: place.store,
+    retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
     control: place.control,
     listeners,
     inherited,
@@ -153,6 +164,14 @@ function createArgument(text: string, before: readonly NewVdi[] = []): NewVdi[] 
   const colon = text.lastIndexOf(':');
   if (colon <= 0) throw new InvalidArgumentError(`"${text}": give NAME:SIZE, for example vm1:20G.`);
   return [...before, { name: text.slice(0, colon), size: sizeArgument(text.slice(colon + 1)) }];
+}
+
+function secondsArgument(text: string): number {
+  const seconds = Number(text);
+  if (!/^\d+$/.test(text) || seconds < 1 || seconds > MAX_CLUSTER_TIMEOUT_S) {
+    throw new InvalidArgumentError(`It must be 1 to ${MAX_CLUSTER_TIMEOUT_S}.`);
+  }
+  return seconds;
 }
 
 function modeArgument(text: string): number {

@@ -189,6 +189,7 @@ export class ControlServer {
   async #linkFromStore(): Promise<void> {
     const inStore = controlSocketOf(this.#options.operations.store);
     if (inStore === this.path || sameFile(inStore, this.path)) return;
+    makeSocketDirectory(path.dirname(inStore));
     await removeStaleSocket(inStore);
     fs.symlinkSync(this.path, inStore);
     this.#link = inStore;

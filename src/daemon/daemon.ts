@@ -25,7 +25,10 @@ export const DEFAULT_SOCKET_MODE = 0o600;
 const PLACEHOLDER = 'NAME';
 
 export interface DaemonConfiguration {
+  /** A directory, or a cluster's location. */
   readonly store: string;
+  /** How long requests to a cluster are repeated while it cannot serve them. */
+  readonly retryMs?: number;
   /** By default in the store. */
   readonly control?: string;
   readonly listeners: readonly ListenAddress[];
@@ -67,7 +70,12 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   const operations = await whileLocked(async () => {
     await refuseSecondDaemon(configuration.store);
-    return openDirectly({ store: configuration.store, log: (line, details) => log.warn(details ?? {}, line) });
+    return openDirectly({
+      store: configuration.store,
+      isDaemon: true,
+      retryMs: configuration.retryMs,
+      log: (line, details) => log.warn(details ?? {}, line),
+    });
   }, controlPath);
 
   /** By session: called when a connection that came through the control socket is over. */
@@ -157,7 +165,7 @@ async function refuseSecondDaemon(store: string): Promise<void> {
   if ((await socketState(socketPath)) !== 'alive') return;
   throw new OperationError(
     'IN_USE',
-    `a daemon serves the store ${path.resolve(store)} already (its control socket is ${socketPath}); stop it first, or give another --store`,
+    `a daemon serves the store ${store} already (its control socket is ${socketPath}); stop it first, or give another --store`,
   );
 }
 

@@ -5,6 +5,8 @@
 import fs from 'node:fs';
 import { LocalStore } from '../store/local/local-store.js';
 import { StoreError } from '../store/object-store.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import { VdiExports } from '../export/vdi-exports.js';
 import { ControlClient } from './control-client.js';
@@ -22,9 +24,9 @@ const LOCK_WAIT_MS = 3_000;
 const LOCK_POLL_MS = 50;
 
 export interface StorePlace {
-  /** The store's directory. */
+  /** The store's directory, or a cluster's location. */
   readonly store: string;
-  /** The directory was asked for by name: a daemon of another store will not do. */
+  /** The store was asked for by name: a daemon of another store will not do. */
   readonly isStoreGiven: boolean;
   /** Whether a store may be made where there is none. */
   readonly mayCreate: boolean;
@@ -32,6 +34,13 @@ export interface StorePlace {
   readonly control: string | undefined;
   /** Told what an operator should know and no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
+}
+
+export interface DirectPlace extends Pick<StorePlace, 'store' | 'log'> {
+  /** This process serves the store, and nobody else on this machine does. */
+  readonly isDaemon?: boolean;
+  /** How long requests to a cluster are repeated while it cannot serve them. */
+  readonly retryMs?: number;
 }
 
 /**
@@ -51,7 +60,7 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
           : `no daemon listens on ${socketPath} (${state}); leave --control out to open the store itself`,
       );
     }
-    if (!place.mayCreate && !fs.existsSync(place.store)) {
+    if (!place.mayCreate && !isClusterLocation(place.store) && !fs.existsSync(place.store)) {
       throw new OperationError(
         'NO_STORE',
         `no store in ${place.store}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
@@ -62,12 +71,18 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
 }
 
 /** The store, opened by this process. Errors: StoreError. */
-export async function openDirectly(
-  place: Pick<StorePlace, 'store' | 'log'>,
-): Promise<DirectOperations & { exports: VdiExports }> {
-  const catalog = new VdiCatalog(await LocalStore.open(place.store, { log: place.log }));
-  const leftovers = await catalog.dropLeftovers();
-  if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+export async function openDirectly(place: DirectPlace): Promise<DirectOperations & { exports: VdiExports }> {
+  const isCluster = isClusterLocation(place.store);
+  const catalog = new VdiCatalog(
+    isCluster
+      ? await SheepStore.open(place.store, { log: place.log, retryMs: place.retryMs })
+      : await LocalStore.open(place.store, { log: place.log }),
+  );
+  // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
+  if (!isCluster || place.isDaemon) {
+    const leftovers = await catalog.dropLeftovers();
+    if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+  }
   const exports = new VdiExports(catalog);
   return Object.assign(new DirectOperations(catalog, exports), { exports });
 }
@@ -97,7 +112,7 @@ async function connect(place: StorePlace, socketPath: string): Promise<Operation
   const client = new ControlClient(socketPath);
   // Answers with something else than a daemon's status if the socket is somebody else's.
   const { store } = await client.status();
-  if (place.isStoreGiven && !isSameDirectory(store, place.store)) {
+  if (place.isStoreGiven && !isSameStore(store, place.store)) {
     throw new OperationError(
       'OTHER_STORE',
       `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
@@ -106,7 +121,8 @@ async function connect(place: StorePlace, socketPath: string): Promise<Operation
   return new RemoteOperations(store, client);
 }
 
-function isSameDirectory(a: string, b: string): boolean {
+function isSameStore(a: string, b: string): boolean {
+  if (isClusterLocation(a) || isClusterLocation(b)) return a === b;
   const first = fs.statSync(a, { throwIfNoEntry: false });
   const second = fs.statSync(b, { throwIfNoEntry: false });
   return first !== undefined && second !== undefined && first.dev === second.dev && first.ino === second.ino;

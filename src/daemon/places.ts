@@ -2,10 +2,12 @@
  * Where things are when nobody says otherwise: the store, the runtime directory, the control socket of a store. Owns the
  * defaults and the rules for private directories; the daemon and the command line both ask here, so that they meet.
  */
+import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { makeDirectory } from '../store/local/make-directory.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { OperationError } from './operations.js';
 
 type Environment = Readonly<Record<string, string | undefined>>;
@@ -34,8 +36,15 @@ export function defaultListeners(env: Environment = process.env, uid = process.g
   return [`unix:${path.join(runtimeDirectory(env, uid), 'nbd.sock')}`, 'tcp:127.0.0.1:10809'];
 }
 
-/** In the store itself: whoever knows the store finds its daemon, and every store has one of its own. */
+/**
+ * In the store itself: whoever knows the store finds its daemon, and every store has one of its own. A cluster's is in the
+ * runtime directory, under the nodes as they were given.
+ */
 export function controlSocketOf(store: string): string {
+  if (isClusterLocation(store)) {
+    const id = createHash('sha256').update(store).digest('hex').slice(0, 16);
+    return path.join(runtimeDirectory(), `cluster-${id}.sock`);
+  }
   return path.join(path.resolve(store), CONTROL_SOCKET);
 }
 

@@ -1,6 +1,6 @@
 /**
  * What src/vdi asks of a store: objects addressed by (vid, idx), and the records of VDIs. Implemented by the local store
- * and, later, by the sheep store. Nothing here knows about exports, names with tags in them, or NBD.
+ * and the sheep store. Nothing here knows about exports, names with tags in them, or NBD.
  */
 
 export type Awaitable<T> = T | Promise<T>;
@@ -65,8 +65,11 @@ export interface ZeroOptions {
 
 /** A snapshot in two steps, so that writers are held for the first only. */
 export interface Switch {
-  /** Writers held, synchronous: the map of the VDI is the snapshot's now, and the VDI goes on under a new vid. */
-  now(): void;
+  /**
+   * Writers held: from here on the present content is the snapshot's. The local store does it synchronously, so that its
+   * writers wait for nothing; a cluster needs requests. If it fails nothing has changed.
+   */
+  now(): Awaitable<void>;
   /** Make that durable. On failure it is undone as if the snapshot had been deleted at once. */
   finish(): Promise<VdiRecord>;
 }
@@ -85,6 +88,11 @@ export interface ObjectStore {
   createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
   /** Zero a range of an existing exclusive object, giving its space back unless noHole. */
   zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Awaitable<void>;
+  /**
+   * Objects may vanish while they are read, because their last reference is given up meanwhile (GONE), and a VDI's map
+   * may be replaced under a write (MOVED): src/vdi then looks at the map again.
+   */
+  readonly objectsMove: boolean;
   /** Whether zeroObject does its work without writing zeros. */
   canZeroFast(options: ZeroOptions): boolean;
   /** Bring a range into the operating system's cache; a hint. */
@@ -119,6 +127,8 @@ export interface Catalog {
   open(vid: number): Promise<OpenVdi>;
   /** Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. */
   prepareSwitch(vdi: OpenVdi, tag: string): Switch;
+  /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
+  prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
   /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`. */
@@ -134,7 +144,25 @@ export interface Catalog {
 }
 
 export type StoreErrorCode =
-  'NO_SPACE' | 'IO' | 'LOCKED' | 'FORMAT' | 'DAMAGED' | 'PERMISSION' | 'LIMIT' | 'CLOSED' | 'SLOW';
+  | 'NO_SPACE'
+  | 'IO'
+  | 'LOCKED'
+  | 'FORMAT'
+  | 'DAMAGED'
+  | 'PERMISSION'
+  | 'LIMIT'
+  | 'CLOSED'
+  | 'SLOW'
+  /** The object is not there. */
+  | 'GONE'
+  /** The VDI has a new vid and a new map: decide again. */
+  | 'MOVED'
+  /** The object belongs to a snapshot by now. */
+  | 'READONLY'
+  /** Not what this store, or this version, can do. */
+  | 'UNSUPPORTED'
+  /** Where a store is was not said clearly. */
+  | 'ADDRESS';
 
 export class StoreError extends Error {
   constructor(

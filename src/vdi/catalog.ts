@@ -7,8 +7,11 @@ import {
   MAX_BLOCK_SIZE_SHIFT,
   MAX_DATA_OBJECTS,
   MIN_BLOCK_SIZE_SHIFT,
+  type Awaitable,
   type CheckReport,
   type ObjectStore,
+  type OpenVdi,
+  type Switch,
   type VdiRecord,
 } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
@@ -92,7 +95,7 @@ export class VdiCatalog {
   snapshot(name: string, tag: string): Promise<VdiRecord> {
     return this.#alone(async () => {
       checkTag(tag);
-      return this.#snapshot(name, tag);
+      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag));
     });
   }
 
@@ -100,7 +103,12 @@ export class VdiCatalog {
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
     return this.#alone(async () => {
       checkTemporaryTag(tag);
-      return this.#snapshot(name, tag);
+      const { catalog } = this.#store;
+      return this.#snapshot(
+        name,
+        tag,
+        (vdi) => catalog.prepareTemporary?.(vdi, tag) ?? catalog.prepareSwitch(vdi, tag),
+      );
     });
   }
 
@@ -124,7 +132,7 @@ export class VdiCatalog {
     });
   }
 
-  async #snapshot(name: string, tag: string): Promise<VdiRecord> {
+  async #snapshot(name: string, tag: string, prepare: (vdi: OpenVdi) => Awaitable<Switch>): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
     if ((await this.list()).some((other) => other.name === name && other.tag === tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
@@ -132,10 +140,11 @@ export class VdiCatalog {
     return this.#using(record, async (vdi) => {
       // Most of what is dirty goes to disk before the writers are held, so little is left for after.
       await vdi.flush();
-      const change = this.#store.catalog.prepareSwitch(vdi.opened, tag);
+      const change = await prepare(vdi.opened);
       await vdi.gate.close();
       try {
-        change.now();
+        const later = change.now();
+        if (later !== undefined) await later;
       } finally {
         vdi.gate.open();
       }

@@ -173,7 +173,38 @@ export class Vdi {
       into.fill(0);
       return;
     }
-    return this.#store.readObject(owner, idx, within, into);
+    const later = this.#store.readObject(owner, idx, within, into);
+    if (later === undefined || !this.#store.objectsMove) return later;
+    return this.#readAgainIfGone(later, owner, idx, within, into);
+  }
+
+  /** What took the object's place, if it went while it was read. */
+  async #readAgainIfGone(
+    later: Promise<void>,
+    owner: number,
+    idx: number,
+    within: number,
+    into: Buffer,
+  ): Promise<void> {
+    try {
+      await later;
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      // Its entry may be on its way to the map; and with the map as it was, it may have gone and come again.
+      await this.#transitions.get(idx)?.catch(() => undefined);
+      if (this.#open.map[idx] === owner) await this.#store.readObject(owner, idx, within, into);
+      else await this.#readObject(idx, within, into);
+    }
+  }
+
+  /** Do it again if the VDI has got a new map meanwhile: what was decided on the old one does not hold. */
+  async #againIfMoved(later: Promise<void>, again: () => Awaitable<void>): Promise<void> {
+    try {
+      await later;
+    } catch (error) {
+      if ((error as StoreError).code !== 'MOVED') throw error;
+      await again();
+    }
   }
 
   async #whenOpen(inside: () => Awaitable<void>): Promise<void> {
@@ -229,9 +260,14 @@ export class Vdi {
     const owner = this.#open.map[idx] as number;
     if (owner !== 0 && this.#open.exclusive(idx)) {
       const later = this.#store.writeObject(this.#open, idx, within, data);
-      return later === undefined ? undefined : this.#trackInPlace(idx, later);
+      if (later === undefined) return;
+      const tracked = this.#trackInPlace(idx, later);
+      if (!this.#store.objectsMove) return tracked;
+      return this.#againIfMoved(tracked, () => this.#writeObject(idx, within, data));
     }
-    return this.#transition(idx, () => this.#create(idx, within, data));
+    const created = this.#transition(idx, () => this.#create(idx, within, data));
+    if (!this.#store.objectsMove) return created;
+    return this.#againIfMoved(created, () => this.#writeObject(idx, within, data));
   }
 
   /** Object first, map entry second: a crash in between leaves an object that nobody refers to. */
@@ -239,9 +275,11 @@ export class Vdi {
     const owner = this.#open.map[idx] as number;
     const whole = data.length === this.#objectSize;
     const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
+    // The vid it is made under: on a cluster another may have come until it is there.
+    const { vid } = this.#open.record;
     await this.#store.createObject(this.#open, idx, within, data, copyOf);
     if (copyOf) this.copies++;
-    await this.#open.setOwner(idx, this.#open.record.vid);
+    await this.#open.setOwner(idx, vid);
   }
 
   #zeroInside(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
@@ -274,6 +312,12 @@ export class Vdi {
   }
 
   #zeroObject(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
+    const later = this.#zeroObjectOnce(idx, within, length, noHole);
+    if (later === undefined || !this.#store.objectsMove) return later;
+    return this.#againIfMoved(later, () => this.#zeroObject(idx, within, length, noHole));
+  }
+
+  #zeroObjectOnce(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
     const transition = this.#transitions.get(idx);
     if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
     const owner = this.#open.map[idx] as number;

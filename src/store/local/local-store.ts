@@ -39,6 +39,8 @@ export interface LocalStoreOptions {
 
 export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly location: string;
+  /** Whatever is being read keeps its file, and no one else has the store. */
+  readonly objectsMove = false;
   readonly metadata: Metadata;
   readonly files: ObjectFiles;
   readonly references = new ReferenceCounts();

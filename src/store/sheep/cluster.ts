@@ -1,0 +1,295 @@
+/**
+ * What a cluster can be asked, one method per operation: objects, inodes, tables of objects, VDIs. Turns results into
+ * StoreErrors. Owns no state of VDIs; the order in which these may be called is sheep-vdi.ts's and sheep-catalog.ts's.
+ */
+import { StoreError } from '../object-store.js';
+import type { Answer, WireRequest } from './connection.js';
+import type { ExecuteOptions, Gateway } from './gateway.js';
+import {
+  decodeClusterInfo,
+  decodeInode,
+  encodeName,
+  encodeObjectRequest,
+  encodeVdiRequest,
+  vdiResponse,
+  type ClusterInfo,
+  type Inode,
+} from './layouts.js';
+import {
+  CLUSTER_INFO_ROOM,
+  Flag,
+  GREF_BYTES,
+  INODE_ENTRY_BYTES,
+  INODE_GREF_OFFSET,
+  INODE_HEADER_BYTES,
+  INODE_TABLE_OFFSET,
+  inodeHigh,
+  LOCK_TYPE_NORMAL,
+  Opcode,
+  Result,
+  resultName,
+  VDI_BITMAP_BYTES,
+} from './protocol.js';
+
+/** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
+const CATALOG_ATTEMPT_MS = 120_000;
+/** Larger reads are split, so that all connections carry their part and small requests do not wait behind them. */
+const READ_CHUNK_BYTES = 1024 * 1024;
+const NOTHING = Buffer.alloc(0);
+
+export interface NewVdi {
+  readonly name: string;
+  readonly size: number;
+  /** 0: the cluster's default. */
+  readonly copies: number;
+  readonly copyPolicy: number;
+  readonly blockSizeShift: number;
+  /** The snapshot to start from; 0 for an empty VDI. */
+  readonly baseVid: number;
+  /** The working VDI of this name becomes a snapshot. */
+  readonly replacesWorking: boolean;
+}
+
+export class Cluster {
+  readonly gateway: Gateway;
+
+  constructor(gateway: Gateway) {
+    this.gateway = gateway;
+  }
+
+  /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
+  readData(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    if (into.length <= READ_CHUNK_BYTES) return this.#read(vid, idx, offset, into);
+    return this.#readSplit(vid, idx, offset, into);
+  }
+
+  async #readSplit(high: number, low: number, offset: number, into: Buffer): Promise<void> {
+    const parts: Promise<void>[] = [];
+    for (let at = 0; at < into.length; at += READ_CHUNK_BYTES) {
+      parts.push(this.#read(high, low, offset + at, into.subarray(at, Math.min(into.length, at + READ_CHUNK_BYTES))));
+    }
+    // All of them, also when one fails: none may write into the buffer after this has answered.
+    for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
+  }
+
+  async #read(high: number, low: number, offset: number, into: Buffer): Promise<void> {
+    const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
+    const { result } = await this.gateway.execute({ header, receive: into });
+    if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
+  }
+
+  /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
+  async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
+    const { result } = await this.gateway.execute({ header, data });
+    if (result !== Result.SUCCESS) throw objectError(result, 'writing', vid, idx);
+  }
+
+  /**
+   * Make the data object, zeros or a copy of (copyOf, idx), with `data` laid over it; one that exists is replaced whole.
+   * Errors: READONLY, NO_SPACE, GONE if what is to be copied is not there.
+   */
+  async createData(vid: number, idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+    const flags = copyOf === 0 ? Flag.WRITE : Flag.WRITE | Flag.COW;
+    const low = copyOf === 0 ? 0 : idx;
+    const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, flags, vid, idx, offset, data.length, copyOf, low);
+    const { result } = await this.gateway.execute({ header, data });
+    if (result !== Result.SUCCESS) throw objectError(result, 'creating', vid, idx);
+  }
+
+  /** Whether the vid has become a snapshot in the memory of the nodes: they say so before its inode does. */
+  async isReadOnly(vid: number, idx: number): Promise<boolean> {
+    // Of no bytes: changes nothing whether the object exists or not.
+    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, 0, 0);
+    const { result } = await this.gateway.execute({ header, data: NOTHING });
+    if (result === Result.READONLY) return true;
+    if (result === Result.SUCCESS || result === Result.NO_OBJ) return false;
+    throw objectError(result, 'looking at', vid, idx);
+  }
+
+  async removeData(vid: number, idx: number): Promise<void> {
+    const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, vid, idx, 0, 0);
+    const { result } = await this.gateway.execute({ header });
+    if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', vid, idx);
+  }
+
+  async readInode(vid: number): Promise<Inode> {
+    const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
+    await this.readInodeBytes(vid, 0, bytes);
+    return decodeInode(bytes);
+  }
+
+  readInodeBytes(vid: number, offset: number, into: Buffer): Promise<void> {
+    if (into.length > READ_CHUNK_BYTES) return this.#readSplit(inodeHigh(vid), 0, offset, into);
+    return this.#read(inodeHigh(vid), 0, offset, into);
+  }
+
+  async writeInodeBytes(vid: number, offset: number, data: Buffer, options: ExecuteOptions = {}): Promise<void> {
+    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, inodeHigh(vid), 0, offset, data.length);
+    const { result } = await this.gateway.execute({ header, data }, options);
+    if (result !== Result.SUCCESS) throw objectError(result, 'writing', inodeHigh(vid), 0);
+  }
+
+  /** Owners of the first `count` objects. */
+  async readTable(vid: number, count: number): Promise<Uint32Array> {
+    const table = new Uint32Array(count);
+    const bytes = Buffer.from(table.buffer, table.byteOffset, table.byteLength);
+    await this.readInodeBytes(vid, INODE_TABLE_OFFSET, bytes);
+    if (!IS_LITTLE_ENDIAN) bytes.swap32();
+    return table;
+  }
+
+  async readEntry(vid: number, idx: number): Promise<number> {
+    const bytes = Buffer.alloc(INODE_ENTRY_BYTES);
+    await this.readInodeBytes(vid, INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES, bytes);
+    return bytes.readUInt32LE();
+  }
+
+  /**
+   * Set the entries from `idx` on. Each must differ from what it is: the node gives up the old owner's reference and
+   * forgets the entry's count. For the same reason it is looked at before it is repeated.
+   */
+  writeTable(vid: number, idx: number, owners: readonly number[]): Promise<void> {
+    const data = Buffer.allocUnsafe(owners.length * INODE_ENTRY_BYTES);
+    for (const [n, owner] of owners.entries()) data.writeUInt32LE(owner, n * INODE_ENTRY_BYTES);
+    const offset = INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES;
+    const beforeRetry = async (): Promise<boolean> => {
+      const found = Buffer.alloc(data.length);
+      await this.readInodeBytes(vid, offset, found);
+      return found.equals(data);
+    };
+    return this.writeInodeBytes(vid, offset, data, { beforeRetry });
+  }
+
+  /**
+   * Set the table from its beginning as plain bytes: no reference is given up and no count forgotten. Nodes take a write for a change of the table only if it lies within the table; this one
+   * begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
+   */
+  async fillTable(vid: number, table: Uint32Array): Promise<void> {
+    const data = Buffer.alloc((table.length + 1) * INODE_ENTRY_BYTES);
+    for (const [idx, owner] of table.entries()) data.writeUInt32LE(owner, (idx + 1) * INODE_ENTRY_BYTES);
+    await this.writeInodeBytes(vid, INODE_TABLE_OFFSET - INODE_ENTRY_BYTES, data);
+  }
+
+  /** Pairs of generation and count of the first `count` entries, as they are stored. */
+  async readReferences(vid: number, count: number): Promise<Buffer> {
+    const bytes = Buffer.alloc(count * GREF_BYTES);
+    if (count > 0) await this.readInodeBytes(vid, INODE_GREF_OFFSET, bytes);
+    return bytes;
+  }
+
+  writeReferences(vid: number, idx: number, bytes: Buffer): Promise<void> {
+    return this.writeInodeBytes(vid, INODE_GREF_OFFSET + idx * GREF_BYTES, bytes);
+  }
+
+  /** The vid of a name's working VDI, or of its snapshot with that id; 0 if there is none. */
+  async lookup(name: string, snapId = 0): Promise<number> {
+    const data = encodeName(name, '');
+    const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
+    const answer = await this.gateway.execute({ header, data });
+    if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
+    return vidOf(succeeded(answer, `looking up "${name}"`));
+  }
+
+  async newVdi(vdi: NewVdi): Promise<number> {
+    const data = encodeName(vdi.name);
+    const header = encodeVdiRequest(Opcode.NEW_VDI, Flag.WRITE, data.length, {
+      vdiSize: vdi.size,
+      baseVid: vdi.baseVid,
+      copies: vdi.copies,
+      copyPolicy: vdi.copyPolicy,
+      blockSizeShift: vdi.blockSizeShift,
+      snapId: vdi.replacesWorking ? 1 : 0,
+    });
+    return vidOf(succeeded(await this.#catalogRequest({ header, data }), `creating "${vdi.name}"`));
+  }
+
+  /** The record only: its table must have been cleared, or every object leaks. */
+  async deleteVdi(name: string, snapId: number): Promise<void> {
+    const data = encodeName(name, '');
+    const header = encodeVdiRequest(Opcode.DEL_VDI, Flag.WRITE, data.length, { snapId });
+    const answer = await this.#catalogRequest({ header, data });
+    if (answer.result !== Result.NO_VDI && answer.result !== Result.NO_TAG) succeeded(answer, `deleting "${name}"`);
+  }
+
+  /** Errors: LOCKED. Where the cluster does not enforce locks this always succeeds. */
+  async lock(name: string): Promise<number> {
+    const data = encodeName(name, '');
+    const header = encodeVdiRequest(Opcode.LOCK_VDI, Flag.WRITE, data.length, { type: LOCK_TYPE_NORMAL });
+    const answer = await this.gateway.execute({ header, data }, { once: true });
+    if (answer.result === Result.VDI_LOCKED) {
+      throw new StoreError(
+        'LOCKED',
+        `"${name}" is locked by somebody else in the cluster; 'dog vdi lock list' shows who, and 'dog vdi lock unlock' ends a lock that was left behind`,
+      );
+    }
+    return vidOf(succeeded(answer, `locking "${name}"`));
+  }
+
+  async release(vid: number): Promise<void> {
+    const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type: LOCK_TYPE_NORMAL });
+    succeeded(await this.gateway.execute({ header }, { once: true }), `releasing the lock on ${vid.toString(16)}`);
+  }
+
+  /** Vids that have an inode and are not deleted. */
+  async vids(): Promise<number[]> {
+    const [used, deleted] = await Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]);
+    const vids: number[] = [];
+    for (let at = 0; at < used.length; at++) {
+      const bits = (used[at] as number) & ~(deleted[at] as number);
+      if (bits === 0) continue;
+      for (let bit = 0; bit < 8; bit++) if (bits & (1 << bit)) vids.push(at * 8 + bit);
+    }
+    return vids;
+  }
+
+  async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
+    const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
+    const header = encodeVdiRequest(Opcode.CLUSTER_INFO, 0, receive.length);
+    succeeded(await this.gateway.execute({ header, receive }, options), 'asking for the state of the cluster');
+    return decodeClusterInfo(receive);
+  }
+
+  async #bitmap(opcode: number): Promise<Buffer> {
+    const receive = Buffer.alloc(VDI_BITMAP_BYTES);
+    const header = encodeVdiRequest(opcode, 0, receive.length);
+    succeeded(await this.gateway.execute({ header, receive }), 'listing VDIs');
+    return receive;
+  }
+
+  #catalogRequest(request: WireRequest): Promise<Answer> {
+    return this.gateway.execute(request, { once: true, attemptMs: CATALOG_ATTEMPT_MS });
+  }
+}
+
+const IS_LITTLE_ENDIAN = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
+
+function vidOf(answer: Answer): number {
+  return vdiResponse.decode(answer.header).vid;
+}
+
+function succeeded(answer: Answer, what: string): Answer {
+  if (answer.result === Result.SUCCESS) return answer;
+  throw errorOf(answer.result, what);
+}
+
+function objectError(result: number, what: string, high: number, low: number): StoreError {
+  const oid = high.toString(16).padStart(8, '0') + low.toString(16).padStart(8, '0');
+  return errorOf(result, `${what} object ${oid}`);
+}
+
+function errorOf(result: number, what: string): StoreError {
+  const says = `${what}: the cluster answers ${resultName(result)}`;
+  switch (result) {
+    case Result.NO_SPACE:
+      return new StoreError('NO_SPACE', `${says}: it is full`);
+    case Result.NO_OBJ:
+      return new StoreError('GONE', `${says}: the object is missing`);
+    case Result.READONLY:
+      return new StoreError('READONLY', `${says}: the VDI has become a snapshot`);
+    case Result.FULL_VDI:
+      return new StoreError('LIMIT', `${says}: all VDI ids are in use`);
+    default:
+      return new StoreError('IO', says);
+  }
+}

@@ -1,0 +1,308 @@
+/**
+ * The way to a cluster: several connections to one node at a time, another node when that one goes away, and a bounded
+ * number of repetitions where the cluster says "not now". Owns nodes, connections and back-off. What it repeats must be
+ * safe to repeat, or say through `beforeRetry` whether it has happened already.
+ */
+import { StoreError } from '../object-store.js';
+import {
+  addressLabel,
+  ConnectionLost,
+  NodeConnection,
+  type Answer,
+  type NodeAddress,
+  type WireRequest,
+} from './connection.js';
+import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
+import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
+
+/** How long requests are repeated while no node can serve them. */
+export const DEFAULT_RETRY_MS = 60_000;
+/**
+ * How long one attempt may take. Generous: a node that is only slow goes on with a request that we gave up, and a
+ * repetition that overtakes it would be undone by it.
+ */
+const DEFAULT_ATTEMPT_MS = 30_000;
+const DEFAULT_CONNECTIONS = 4;
+const FIRST_BACKOFF_MS = 20;
+const LONGEST_BACKOFF_MS = 1_000;
+/** Trouble of a node with its disk or its peers: worth another node, not worth a minute. */
+const MAX_TROUBLE_RETRIES = 8;
+/** A node that could not be reached is not tried before the others for this long. */
+const NODE_REST_MS = 2_000;
+
+export interface GatewayOptions {
+  readonly retryMs?: number;
+  readonly attemptMs?: number;
+  /** To the node in use. */
+  readonly connections?: number;
+  readonly log?: (line: string, details?: object) => void;
+}
+
+export interface ExecuteOptions {
+  /**
+   * Asked before a repetition when it is not known whether the attempt before took effect: true if it has, so that it is
+   * not repeated. Without it requests are repeated as they are.
+   */
+  readonly beforeRetry?: () => Promise<boolean>;
+  /** Give up at once when it is not known whether the attempt took effect. */
+  readonly once?: boolean;
+  /** How long it is repeated, if not as long as the gateway's options say. */
+  readonly retryMs?: number;
+  /** A slow operation: how long one attempt may take. */
+  readonly attemptMs?: number;
+}
+
+interface Node {
+  readonly address: NodeAddress;
+  readonly connections: NodeConnection[];
+  opening: number;
+  restUntil: number;
+}
+
+/** The cluster is not serving now, or its membership is just changing: the request has not been carried out. */
+const NOT_NOW: ReadonlySet<number> = new Set([
+  Result.STARTUP,
+  Result.WAIT_FOR_FORMAT,
+  Result.WAIT_FOR_JOIN,
+  Result.HALT,
+  Result.SHUTDOWN,
+  Result.KILLED,
+  Result.COLLECTING_CINFO,
+  Result.OLD_NODE_VER,
+  Result.NEW_NODE_VER,
+  Result.AGAIN,
+  Result.NODE_IN_RECOVERY,
+]);
+/** The node had trouble, and may have done a part of it. */
+const TROUBLE: ReadonlySet<number> = new Set([Result.EIO, Result.SYSTEM_ERROR, Result.NETWORK_ERROR]);
+
+/** Says "done" in place of an answer that was lost. */
+const DONE: Answer = { result: Result.SUCCESS, length: 0, header: Buffer.alloc(HEADER_BYTES) };
+
+export class Gateway {
+  readonly #nodes: Node[];
+  readonly #options: Required<GatewayOptions>;
+  #current: Node;
+  #turn = 0;
+  #closed = false;
+  #learning = false;
+  /** Back-offs that close() ends. */
+  readonly #sleepers = new Set<() => void>();
+
+  /** `addresses`: at least one; the first is tried first. */
+  constructor(addresses: readonly NodeAddress[], options: GatewayOptions = {}) {
+    const [first, ...rest] = addresses.map(nodeAt);
+    if (!first) throw new Error('invariant: a gateway needs an address');
+    this.#nodes = [first, ...rest];
+    this.#current = first;
+    this.#options = {
+      retryMs: options.retryMs ?? DEFAULT_RETRY_MS,
+      attemptMs: options.attemptMs ?? DEFAULT_ATTEMPT_MS,
+      connections: options.connections ?? DEFAULT_CONNECTIONS,
+      log: options.log ?? (() => undefined),
+    };
+  }
+
+  get nodes(): NodeAddress[] {
+    return this.#nodes.map(({ address }) => address);
+  }
+
+  get retryMs(): number {
+    return this.#options.retryMs;
+  }
+
+  get connectionsPerNode(): number {
+    return this.#options.connections;
+  }
+
+  /**
+   * Send until a node carries it out, or the time for repeating is over. Answers any other result than "not now" and
+   * "trouble" for the caller to judge. Errors: StoreError IO, CLOSED.
+   */
+  async execute(request: WireRequest, options: ExecuteOptions = {}): Promise<Answer> {
+    const open = this.#idleConnection();
+    if (open) {
+      try {
+        const answer = await open.send(request, options.attemptMs ?? this.#options.attemptMs);
+        if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
+        return await this.#repeat(request, options, answer);
+      } catch (error) {
+        if (!(error instanceof ConnectionLost)) throw error;
+        return this.#repeat(request, options, error);
+      }
+    }
+    return this.#repeat(request, options, undefined);
+  }
+
+  /** Close all connections; what is in flight fails. */
+  close(): void {
+    this.#closed = true;
+    for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
+    for (const wake of this.#sleepers) wake();
+  }
+
+  async #repeat(
+    request: WireRequest,
+    options: ExecuteOptions,
+    first: Answer | ConnectionLost | undefined,
+  ): Promise<Answer> {
+    const deadline = Date.now() + (options.retryMs ?? this.#options.retryMs);
+    let backoff = FIRST_BACKOFF_MS;
+    let trouble = 0;
+    let last = first;
+    let isAmbiguous = first instanceof ConnectionLost || (first !== undefined && TROUBLE.has(first.result));
+    for (;;) {
+      if (last !== undefined) {
+        if (this.#closed) throw closedError();
+        const reason = last instanceof Error ? last.message : `the cluster answers ${resultName(last.result)}`;
+        if (!(last instanceof Error) && TROUBLE.has(last.result)) {
+          trouble++;
+          this.#leaveCurrent(resultName(last.result));
+        }
+        if (Date.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
+          throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`, {
+            cause: last instanceof Error ? last : undefined,
+          });
+        }
+        if (isAmbiguous && options.once) {
+          throw new StoreError('IO', `${reason}; whether it was done before that is not known`);
+        }
+        await this.#sleep(backoff);
+        backoff = Math.min(backoff * 2, LONGEST_BACKOFF_MS);
+        if (isAmbiguous && options.beforeRetry && (await options.beforeRetry())) return DONE;
+      }
+      try {
+        const connection = this.#idleConnection() ?? (await this.#connect());
+        // From here on the node may have seen it.
+        const answer = await connection.send(request, options.attemptMs ?? this.#options.attemptMs);
+        if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
+        if (TROUBLE.has(answer.result)) isAmbiguous = true;
+        last = answer;
+      } catch (error) {
+        if (!(error instanceof ConnectionLost)) throw error;
+        if (!(error instanceof NotConnected)) isAmbiguous = true;
+        last = error;
+      }
+    }
+  }
+
+  /** An open connection to the node in use; opens one more in the background while there are too few. */
+  #idleConnection(): NodeConnection | undefined {
+    if (this.#closed) throw closedError();
+    const { connections } = this.#current;
+    if (connections.length === 0) return undefined;
+    if (connections.length + this.#current.opening < this.#options.connections) {
+      this.#open(this.#current).catch(() => undefined);
+    }
+    this.#turn = (this.#turn + 1) % connections.length;
+    return connections[this.#turn];
+  }
+
+  /** A connection to whichever node can be reached, the one in use first. Errors: NotConnected. */
+  async #connect(): Promise<NodeConnection> {
+    const now = Date.now();
+    const start = this.#nodes.indexOf(this.#current);
+    const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
+    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now));
+    let failure: Error | undefined;
+    for (const node of order) {
+      if (this.#closed) throw closedError();
+      try {
+        const connection = node.connections[0] ?? (await this.#open(node));
+        if (this.#current !== node) {
+          this.#options.log(`now using the Sheepdog node ${addressLabel(node.address)}`);
+          this.#current = node;
+        }
+        void this.#learnNodes();
+        return connection;
+      } catch (error) {
+        failure = error as Error;
+        node.restUntil = Date.now() + NODE_REST_MS;
+      }
+    }
+    throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
+  }
+
+  async #open(node: Node): Promise<NodeConnection> {
+    node.opening++;
+    try {
+      const connection: NodeConnection = await NodeConnection.connect(node.address, () => {
+        const at = node.connections.indexOf(connection);
+        if (at >= 0) node.connections.splice(at, 1);
+      });
+      if (this.#closed) {
+        connection.destroy();
+        throw closedError();
+      }
+      node.connections.push(connection);
+      return connection;
+    } finally {
+      node.opening--;
+    }
+  }
+
+  /** Another node may be better off. Its requests in flight stay where they are. */
+  #leaveCurrent(why: string): void {
+    if (this.#nodes.length < 2) return;
+    const left = this.#current;
+    left.restUntil = Date.now() + NODE_REST_MS;
+    const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
+    this.#current = next;
+    this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: it answers ${why}`);
+  }
+
+  /** Ask the cluster for its other nodes, to have somewhere to go. A hint: failures change nothing. */
+  async #learnNodes(): Promise<void> {
+    if (this.#learning || this.#closed) return;
+    this.#learning = true;
+    try {
+      for (const { host, port } of await this.listNodes()) {
+        const label = addressLabel({ host, port });
+        if (this.#nodes.some(({ address }) => addressLabel(address) === label)) continue;
+        this.#nodes.push(nodeAt({ host, port }));
+      }
+    } catch (error) {
+      this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
+    } finally {
+      this.#learning = false;
+    }
+  }
+
+  /** The members of the cluster. Errors: StoreError. */
+  async listNodes(): Promise<ClusterNode[]> {
+    const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
+    const header = encodeVdiRequest(Opcode.GET_NODE_LIST, 0, receive.length);
+    const answer = await this.execute({ header, receive });
+    if (answer.result !== Result.SUCCESS) {
+      throw new StoreError('IO', `the cluster does not list its nodes: ${resultName(answer.result)}`);
+    }
+    return decodeNodes(receive.subarray(0, answer.length), nodeResponse.decode(answer.header).nrNodes);
+  }
+
+  #triedLabel(): string {
+    return this.#nodes.map(({ address }) => addressLabel(address)).join(', ');
+  }
+
+  #sleep(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const wake = (): void => {
+        clearTimeout(timer);
+        this.#sleepers.delete(wake);
+        resolve();
+      };
+      const timer = setTimeout(wake, ms);
+      this.#sleepers.add(wake);
+    });
+  }
+}
+
+/** No node could be reached at all: nothing was sent. */
+class NotConnected extends ConnectionLost {}
+
+function nodeAt(address: NodeAddress): Node {
+  return { address, connections: [], opening: 0, restUntil: 0 };
+}
+
+function closedError(): StoreError {
+  return new StoreError('CLOSED', 'the connection to the cluster is closed');
+}

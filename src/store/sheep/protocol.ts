@@ -1,0 +1,105 @@
+/**
+ * Numbers of the Sheepdog wire protocol, version 2, with the names its headers give them (sheepdog_proto.h,
+ * internal_proto.h). Owns no behaviour; layouts.ts has the structures.
+ */
+
+export const DEFAULT_PORT = 7000;
+/** SD_PROTO_VER, for opcodes below INTERNAL_OPCODES, and SD_SHEEP_PROTO_VER for those from there on. */
+export const PROTO_VER = 0x02;
+export const SHEEP_PROTO_VER = 0x0a;
+export const INTERNAL_OPCODES = 0x80;
+
+export const HEADER_BYTES = 48;
+
+export const Opcode = {
+  CREATE_AND_WRITE_OBJ: 0x01,
+  READ_OBJ: 0x02,
+  WRITE_OBJ: 0x03,
+  REMOVE_OBJ: 0x04,
+  NEW_VDI: 0x11,
+  LOCK_VDI: 0x12,
+  RELEASE_VDI: 0x13,
+  GET_VDI_INFO: 0x14,
+  READ_VDIS: 0x15,
+  DEL_VDI: 0x17,
+  GET_CLUSTER_DEFAULT: 0x18,
+  GET_NODE_LIST: 0x82,
+  STAT_SHEEP: 0x86,
+  CLUSTER_INFO: 0xbe,
+  READ_DEL_VDIS: 0xc9,
+} as const;
+
+export const Flag = { WRITE: 0x01, COW: 0x02 } as const;
+
+export const Result = {
+  SUCCESS: 0x00,
+  UNKNOWN: 0x01,
+  NO_OBJ: 0x02,
+  EIO: 0x03,
+  VDI_EXIST: 0x04,
+  INVALID_PARMS: 0x05,
+  SYSTEM_ERROR: 0x06,
+  VDI_LOCKED: 0x07,
+  NO_VDI: 0x08,
+  NO_TAG: 0x0e,
+  STARTUP: 0x0f,
+  VDI_NOT_LOCKED: 0x10,
+  SHUTDOWN: 0x11,
+  FULL_VDI: 0x13,
+  VER_MISMATCH: 0x14,
+  NO_SPACE: 0x15,
+  WAIT_FOR_FORMAT: 0x16,
+  WAIT_FOR_JOIN: 0x17,
+  HALT: 0x19,
+  READONLY: 0x1a,
+  OLD_NODE_VER: 0x81,
+  NEW_NODE_VER: 0x82,
+  NETWORK_ERROR: 0x86,
+  NODE_IN_RECOVERY: 0x8c,
+  KILLED: 0x8d,
+  AGAIN: 0x8f,
+  COLLECTING_CINFO: 0x95,
+} as const;
+
+const RESULT_NAMES = new Map<number, string>(Object.entries(Result).map(([name, value]) => [value, name]));
+
+/** "HALT (0x19)": how a result is told to people. */
+export function resultName(result: number): string {
+  return `${RESULT_NAMES.get(result) ?? 'result'} (0x${result.toString(16).padStart(2, '0')})`;
+}
+
+/** Flags of struct cluster_info. */
+export const ClusterFlag = { STRICT: 0x01, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
+
+export const LOCK_TYPE_NORMAL = 0;
+
+/** SD_MAX_VDI_LEN and SD_MAX_VDI_TAG_LEN, with the terminating NUL. */
+export const NAME_BYTES = 256;
+export const TAG_BYTES = 256;
+/** SD_NR_VDIS bits: what READ_VDIS and READ_DEL_VDIS answer. */
+export const VDI_BITMAP_BYTES = 2 ** 24 / 8;
+export const MAX_VID = 2 ** 24 - 1;
+
+/** Offsets in struct sd_inode. */
+export const INODE_TAG_OFFSET = 256;
+export const INODE_SNAP_CTIME_OFFSET = 520;
+export const INODE_VDI_SIZE_OFFSET = 536;
+export const INODE_HEADER_BYTES = 572;
+export const INODE_TABLE_OFFSET = 4664;
+export const INODE_ENTRY_BYTES = 4;
+export const INODE_GREF_OFFSET = 4_198_968;
+/** struct generation_reference: generation, then count. */
+export const GREF_BYTES = 8;
+
+/** The upper half of an inode's oid is this bit and the vid (VDI_BIT, VDI_SPACE_SHIFT); the lower half is 0. */
+const VDI_BIT_HIGH = 0x8000_0000;
+
+export function inodeHigh(vid: number): number {
+  return (VDI_BIT_HIGH | vid) >>> 0;
+}
+
+/** struct sd_node without HAVE_DISKVNODES, and the longest list of them. */
+export const NODE_BYTES = 80;
+export const MAX_NODES = 6144;
+/** Room for struct cluster_info. Nodes copy the whole of it whatever room they are told: never ask with less. */
+export const CLUSTER_INFO_ROOM = 512 * 1024;

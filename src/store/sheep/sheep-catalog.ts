@@ -1,0 +1,473 @@
+/**
+ * The catalog of a cluster: VDIs and snapshots as its own tools see them, and the temporary snapshots among them. Owns
+ * the order of requests that make one operation, so that a failure in between leaves everything reachable.
+ */
+import {
+  StoreError,
+  type Catalog,
+  type CheckReport,
+  type OpenVdi,
+  type Switch,
+  type VdiRecord,
+} from '../object-store.js';
+import type { Cluster } from './cluster.js';
+import { recordOf, type Inode } from './layouts.js';
+import { INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
+import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
+import type { SheepStore } from './sheep-store.js';
+import { SheepVdi } from './sheep-vdi.js';
+import { clearTable, objectCount, objectKey } from './table.js';
+
+/** Inodes and objects asked for at a time. */
+const PARALLEL_READS = 64;
+/** Snapshots that others may take while we take a temporary one. */
+const MAX_TAKE_ATTEMPTS = 5;
+/** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
+const MAX_FREE_SLOTS = 2;
+/** Findings a check spells out; it counts the rest. */
+const MAX_PROBLEMS = 1000;
+
+export class SheepCatalog implements Catalog {
+  readonly #store: SheepStore;
+  /** By vid: shadows this process has made or taken over, alive or waiting to be used again. */
+  readonly #shadows = new Map<number, Shadow>();
+
+  constructor(store: SheepStore) {
+    this.#store = store;
+  }
+
+  get #cluster(): Cluster {
+    return this.#store.cluster;
+  }
+
+  async list(): Promise<VdiRecord[]> {
+    const inodes = await this.#inodes();
+    // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
+    for (const inode of inodes) {
+      const open = this.#store.open.get(inode.vid);
+      if (open && inode.isSnapshot && !open.record.isSnapshot) await open.follow(inode.vid);
+    }
+    const names = new Map<string, string>();
+    for (const { name } of inodes) if (!isShadowName(name)) names.set(shadowPrefix(name), name);
+    const records: VdiRecord[] = [];
+    for (const inode of inodes) {
+      if (!isShadowName(inode.name)) records.push(recordOf(inode));
+      // Others wait to be used again, or are another gateway's; not for people.
+      else if (inode.isSnapshot && inode.mark.equals(this.#store.owner))
+        records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
+    }
+    return records;
+  }
+
+  async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
+    const vid = await this.#newVdi({ name, size, blockSizeShift, copies: 0, copyPolicy: 0 }, 0, false);
+    return recordOf(await this.#cluster.readInode(vid));
+  }
+
+  async open(vid: number): Promise<OpenVdi> {
+    const opened = this.#store.open.get(vid);
+    if (opened) return opened;
+    const inode = await this.#cluster.readInode(vid);
+    refuseHyper(inode);
+    if (isShadowName(inode.name)) return this.#openShadow(inode);
+    const map = await this.#cluster.readTable(vid, objectCount(inode.size, inode.blockSizeShift));
+    const isWorking = !inode.isSnapshot;
+    if (isWorking) await this.#claim(inode);
+    const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
+      if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
+      if (isWorking && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
+    });
+    this.#store.open.set(vid, vdi);
+    vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
+    return vdi;
+  }
+
+  prepareSwitch(vdi: OpenVdi, tag: string): Switch {
+    const sheep = vdi as SheepVdi;
+    const { inode } = sheep;
+    return {
+      now: async () => {
+        // A snapshot of what is one already would put the working VDI back to it.
+        if ((await this.#cluster.lookup(inode.name)) !== inode.vid || (await this.#cluster.isReadOnly(inode.vid, 0))) {
+          throw new StoreError(
+            'IO',
+            `somebody else is taking a snapshot of ${inode.name} at this moment; nothing was done, try again`,
+          );
+        }
+        await this.#writeTag(inode.vid, tag);
+        let vid: number;
+        try {
+          vid = await this.#newVdi(inode, inode.vid, true);
+        } catch (error) {
+          await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
+          throw error;
+        }
+        await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
+      },
+      finish: async () => recordOf(await this.#cluster.readInode(inode.vid)),
+    };
+  }
+
+  /** By copy-before-write (shadow.ts). */
+  async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
+    const sheep = vdi as SheepVdi;
+    await this.dropStaleShadows(sheep.record.name);
+    const shadow = await this.#freeShadow(sheep.inode);
+    return {
+      now: async () => {
+        await this.#takeShadow(shadow, sheep, tag);
+        this.#store.reads.users++;
+        sheep.shadows = [...sheep.shadows, shadow];
+      },
+      finish: () =>
+        Promise.resolve(
+          shadowRecord(
+            { ...shadow.inode, tag, isSnapshot: true, snapshotAt: shadow.takenAt, createdAt: sheep.inode.createdAt },
+            sheep.record.name,
+          ),
+        ),
+    };
+  }
+
+  async #takeShadow(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
+    for (let attempt = 0; ; attempt++) {
+      const source = sheep.inode;
+      if ((await this.#cluster.lookup(source.name)) !== source.vid || (await this.#cluster.isReadOnly(source.vid, 0))) {
+        await sheep.follow(source.vid);
+        if (attempt < MAX_TAKE_ATTEMPTS) continue;
+        throw new StoreError(
+          'IO',
+          `${source.name} is being snapshotted again and again; no temporary snapshot was taken`,
+        );
+      }
+      await shadow.take(source, sheep.map, tag, this.#store.owner);
+      // The nodes may have made a snapshot of it meanwhile, and have written back counts of before.
+      if (!(await this.#cluster.isReadOnly(source.vid, 0))) return;
+      await sheep.follow(source.vid);
+      await shadow.retract(source, sheep.inode);
+    }
+  }
+
+  async clone(vid: number, name: string): Promise<VdiRecord> {
+    const base = await this.#cluster.readInode(vid);
+    if (isShadowName(base.name)) {
+      throw new StoreError(
+        'UNSUPPORTED',
+        'a temporary snapshot cannot be cloned; take one that stays with "vdi snapshot"',
+      );
+    }
+    // Whoever writes a VDI that is cloned from finds it read-only.
+    if (!base.isSnapshot)
+      throw new StoreError('IO', `${base.name} is no snapshot (any more); only snapshots are cloned`);
+    refuseHyper(base);
+    const made = await this.#newVdi({ ...base, name }, vid, false);
+    return recordOf(await this.#cluster.readInode(made));
+  }
+
+  /**
+   * The nodes make the working VDI a snapshot and the new one the working VDI in one operation; only then the old one is
+   * deleted. Whatever fails, the name keeps a working VDI.
+   */
+  async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
+    const working = await this.#cluster.readInode(vid);
+    const base = await this.#cluster.readInode(snapshotVid);
+    if (isShadowName(base.name)) {
+      throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
+    }
+    refuseHyper(base);
+    const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
+    const record = recordOf(await this.#cluster.readInode(made));
+    await this.#delete(await this.#cluster.readInode(vid));
+    return record;
+  }
+
+  async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
+    const sheep = vdi as SheepVdi;
+    const count = objectCount(size, sheep.inode.blockSizeShift);
+    for (let idx = count; idx < sheep.map.length; idx++) {
+      if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
+    }
+    const bytes = Buffer.alloc(8);
+    bytes.writeBigUInt64LE(BigInt(size));
+    await this.#cluster.writeInodeBytes(sheep.record.vid, INODE_VDI_SIZE_OFFSET, bytes);
+    await sheep.resized({ ...sheep.inode, size });
+    return sheep.record;
+  }
+
+  async remove(vid: number): Promise<void> {
+    const inode = await this.#cluster.readInode(vid);
+    if (isShadowName(inode.name)) return this.#dropShadow(inode);
+    await this.#delete(inode);
+    if (!inode.isSnapshot) await this.#deleteIdleShadows(inode.name);
+  }
+
+  /** Nodes give space back by themselves, soon after. */
+  reclaimed(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
+    const inode = await this.#cluster.readInode(vid);
+    if (inode.storePolicy !== 0) return { allocated: 0, exclusive: 0 };
+    const count = objectCount(inode.size, inode.blockSizeShift);
+    const map = await this.#cluster.readTable(vid, count);
+    const shared = new Uint8Array(count);
+    if (inode.isSnapshot) {
+      // A working VDI's own objects are its alone. A snapshot's may be in any other table.
+      const others = (await this.#inodes()).filter((other) => other.vid !== vid && other.storePolicy === 0);
+      await inParallel(others, async (other) => {
+        const table = await this.#cluster.readTable(
+          other.vid,
+          Math.min(count, objectCount(other.size, other.blockSizeShift)),
+        );
+        for (let idx = 0; idx < table.length; idx++) if (table[idx] !== 0 && table[idx] === map[idx]) shared[idx] = 1;
+      });
+    }
+    let allocated = 0;
+    let exclusive = 0;
+    for (let idx = 0; idx < count; idx++) {
+      if (map[idx] === 0) continue;
+      allocated++;
+      if (inode.isSnapshot ? shared[idx] === 0 : map[idx] === vid) exclusive++;
+    }
+    return { allocated, exclusive };
+  }
+
+  /** Ask for every object that a table refers to. Objects nobody refers to are the cluster's own affair to find. */
+  async check({ repair }: { readonly repair: boolean }): Promise<CheckReport> {
+    if (repair) {
+      throw new StoreError(
+        'UNSUPPORTED',
+        "a cluster repairs itself ('dog vdi check', 'dog cluster recover'); check without --repair lists what is lost",
+      );
+    }
+    const inodes = (await this.#inodes()).filter(({ storePolicy }) => storePolicy === 0);
+    const problems: string[] = [];
+    let hidden = 0;
+    const known = new Map<number, boolean>();
+    const sector = Buffer.alloc(512);
+    for (const inode of inodes) {
+      const map = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
+      await inParallel(entries, async ([idx, owner]) => {
+        const key = objectKey(owner, idx);
+        if (known.has(key)) return;
+        known.set(key, await this.#exists(owner, idx, sector));
+      });
+      const label = inode.isSnapshot ? `${inode.name}@${recordOf(inode).tag}` : inode.name;
+      for (const [idx, owner] of entries) {
+        if (known.get(objectKey(owner, idx))) continue;
+        const from = idx * 2 ** inode.blockSizeShift;
+        const to = Math.min(from + 2 ** inode.blockSizeShift, inode.size) - 1;
+        if (problems.length < MAX_PROBLEMS) problems.push(`lost: ${label} bytes ${from} to ${to}`);
+        else hidden++;
+      }
+    }
+    if (hidden > 0) problems.push(`... and ${hidden} more`);
+    return { objects: known.size, vdis: inodes.length, problems, orphans: 0, orphanBytes: 0, repaired: 0 };
+  }
+
+  /** Before `name` is written: shadows of it that no process keeps up to date any more. */
+  async dropStaleShadows(name: string): Promise<void> {
+    for (const inode of await this.#shadowsOf(name)) {
+      if (!inode.isSnapshot || this.#shadows.get(inode.vid)?.isLive) continue;
+      this.#store.log(`dropping a temporary snapshot of ${name} that an earlier process left behind`);
+      await this.#shadowAt(inode, name).drop();
+    }
+  }
+
+  /** At the end: what is alive has lost its readers. */
+  async dropOwnShadows(): Promise<void> {
+    for (const shadow of this.#shadows.values()) if (shadow.isLive) await this.#dropLive(shadow);
+  }
+
+  /** Inodes of all VDIs that are not deleted. */
+  async #inodes(): Promise<Inode[]> {
+    const vids = await this.#cluster.vids();
+    const inodes: Inode[] = [];
+    await inParallel(vids, async (vid) => {
+      try {
+        const inode = await this.#cluster.readInode(vid);
+        if (inode.name !== '') inodes.push(inode);
+      } catch (error) {
+        // Just being made, or lost; a list of the others is worth more than none.
+        if ((error as StoreError).code !== 'GONE') throw error;
+        this.#store.log(`the inode of vid ${vid.toString(16)} cannot be read`, { err: error });
+      }
+    });
+    return inodes.sort((a, b) => a.vid - b.vid);
+  }
+
+  async #exists(vid: number, idx: number, sector: Buffer): Promise<boolean> {
+    try {
+      await this.#cluster.readData(vid, idx, 0, sector);
+      return true;
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      return false;
+    }
+  }
+
+  async #claim(inode: Inode): Promise<void> {
+    for (const open of this.#store.open.values()) {
+      if (open.record.isSnapshot || open.record.name !== inode.name) continue;
+      throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
+    }
+    if (this.#store.enforcesLocks) await this.#cluster.lock(inode.name);
+  }
+
+  #openShadow(inode: Inode): OpenVdi {
+    const shadow = this.#shadows.get(inode.vid);
+    if (!shadow?.isLive) {
+      throw new StoreError('IO', 'this temporary snapshot belongs to another process, or to one that has ended');
+    }
+    const vdi = new SheepVdi(
+      this.#store,
+      { ...inode, name: shadow.sourceName, tag: shadow.tag, isSnapshot: true },
+      shadow.map,
+      (closed) => {
+        this.#store.open.delete(closed.record.vid);
+        return Promise.resolve();
+      },
+    );
+    this.#store.open.set(inode.vid, vdi);
+    return vdi;
+  }
+
+  /** A request that makes a VDI cannot be repeated blindly: if its answer is lost, look whether it was made. */
+  async #newVdi(
+    like: Pick<Inode, 'name' | 'size' | 'copies' | 'copyPolicy' | 'blockSizeShift'>,
+    baseVid: number,
+    replacesWorking: boolean,
+    replacedVid = baseVid,
+  ): Promise<number> {
+    const { name, size, copies, copyPolicy, blockSizeShift } = like;
+    const before = replacesWorking ? replacedVid : 0;
+    try {
+      return await this.#cluster.newVdi({ name, size, copies, copyPolicy, blockSizeShift, baseVid, replacesWorking });
+    } catch (error) {
+      const vid = await this.#cluster.lookup(name).catch(() => 0);
+      if (vid === 0 || vid === before) throw error;
+      const inode = await this.#cluster.readInode(vid);
+      if (inode.isSnapshot || inode.name !== name || inode.parentVid !== baseVid) throw error;
+      return vid;
+    }
+  }
+
+  async #delete(inode: Inode): Promise<void> {
+    if (inode.storePolicy === 0) {
+      const table = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      await clearTable(this.#cluster, inode.vid, table);
+    }
+    await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
+  }
+
+  #writeTag(vid: number, tag: string): Promise<void> {
+    const bytes = Buffer.alloc(TAG_BYTES);
+    bytes.write(tag, 0, TAG_BYTES - 1);
+    return this.#cluster.writeInodeBytes(vid, INODE_TAG_OFFSET, bytes);
+  }
+
+  /** All shadows of a disk that the cluster has, in use or not. */
+  async #shadowsOf(name: string): Promise<Inode[]> {
+    const inodes: Inode[] = [];
+    for (let slot = 0, free = 0; slot < MAX_SHADOWS && free < MAX_FREE_SLOTS; slot++) {
+      const inode = await this.#findShadow(shadowName(name, slot));
+      if (inode) inodes.push(inode);
+      else free++;
+    }
+    return inodes;
+  }
+
+  async #findShadow(name: string): Promise<Inode | undefined> {
+    // One that is alive looks like a snapshot, and those are found by their id only.
+    const vid = (await this.#cluster.lookup(name)) || (await this.#cluster.lookup(name, 1));
+    if (vid === 0) return undefined;
+    const inode = await this.#cluster.readInode(vid);
+    return inode.name === name ? inode : undefined;
+  }
+
+  /** An empty shadow that fits the disk: one that waits to be used again, else a new one. */
+  async #freeShadow(source: Inode): Promise<Shadow> {
+    for (let slot = 0; slot < MAX_SHADOWS; slot++) {
+      const name = shadowName(source.name, slot);
+      let inode = await this.#findShadow(name);
+      if (inode?.isSnapshot) continue; // alive
+      if (inode && !(await this.#fits(inode, source))) {
+        await this.#delete(inode);
+        this.#shadows.delete(inode.vid);
+        inode = undefined;
+      }
+      if (!inode) inode = await this.#cluster.readInode(await this.#newVdi({ ...source, name }, 0, false));
+      return this.#shadowAt(inode, source.name);
+    }
+    throw new StoreError('LIMIT', `${source.name} has ${MAX_SHADOWS} temporary snapshots, and no more are possible`);
+  }
+
+  async #fits(inode: Inode, source: Inode): Promise<boolean> {
+    return (
+      inode.blockSizeShift === source.blockSizeShift &&
+      inode.copies === source.copies &&
+      inode.copyPolicy === source.copyPolicy &&
+      // Nodes that were started while it was alive take it for a snapshot.
+      !(await this.#cluster.isReadOnly(inode.vid, 0))
+    );
+  }
+
+  #shadowAt(inode: Inode, sourceName: string): Shadow {
+    const known = this.#shadows.get(inode.vid);
+    if (known) {
+      known.sourceName = sourceName;
+      return known;
+    }
+    const log = (line: string, details?: object): void => this.#store.log(line, details);
+    const shadow = new Shadow(this.#cluster, this.#store.reads, inode, sourceName, log);
+    this.#shadows.set(inode.vid, shadow);
+    return shadow;
+  }
+
+  async #dropShadow(inode: Inode): Promise<void> {
+    const known = this.#shadows.get(inode.vid);
+    if (known?.isLive) return this.#dropLive(known);
+    // Its source need not be known here; whoever uses it next says it anew.
+    await this.#shadowAt(inode, known?.sourceName ?? inode.name).drop();
+  }
+
+  async #dropLive(shadow: Shadow): Promise<void> {
+    for (const vdi of this.#store.open.values()) vdi.shadows = vdi.shadows.filter((other) => other !== shadow);
+    this.#store.reads.users--;
+    await shadow.drop();
+  }
+
+  async #deleteIdleShadows(name: string): Promise<void> {
+    for (const inode of await this.#shadowsOf(name)) {
+      if (inode.isSnapshot) continue;
+      await this.#delete(inode);
+      this.#shadows.delete(inode.vid);
+    }
+  }
+}
+
+function shadowRecord(inode: Inode, sourceName: string): VdiRecord {
+  return { ...recordOf(inode), name: sourceName, parentVid: 0 };
+}
+
+function prefixOf(name: string): string {
+  return name.slice(0, name.lastIndexOf('-') + 1);
+}
+
+function refuseHyper(inode: Inode): void {
+  if (inode.storePolicy === 0) return;
+  throw new StoreError(
+    'UNSUPPORTED',
+    `${inode.name} is a hyper volume, which this version cannot read; only VDIs made without -y are served`,
+  );
+}
+
+async function inParallel<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
+  let next = 0;
+  const worker = async (): Promise<void> => {
+    while (next < items.length) await work(items[next++] as T);
+  };
+  await Promise.all(Array.from({ length: Math.min(PARALLEL_READS, items.length) }, worker));
+}

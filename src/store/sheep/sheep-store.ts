@@ -1,0 +1,226 @@
+/**
+ * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
+ * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
+ */
+import { createHash } from 'node:crypto';
+import os from 'node:os';
+import {
+  StoreError,
+  type Awaitable,
+  type ObjectStore,
+  type OpenVdi,
+  type Owner,
+  type ZeroOptions,
+} from '../object-store.js';
+import { Cluster } from './cluster.js';
+import { clusterLocation, parseClusterAddress } from './cluster-address.js';
+import { Gateway, type GatewayOptions } from './gateway.js';
+import type { ClusterInfo, ClusterNode } from './layouts.js';
+import { ClusterFlag } from './protocol.js';
+import { ReadTracker } from './read-tracker.js';
+import { isLost, lostError } from './shadow.js';
+import { SheepCatalog } from './sheep-catalog.js';
+import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
+import { objectKey, sleep } from './table.js';
+import { WriteOrder } from './write-order.js';
+
+/** enum sd_status. */
+const STATUS_RUNNING = 1;
+/** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
+const FIRST_CONTACT_MS = 3_000;
+/** A missing object is asked for again this many times at least, and for as long as nodes have just come or gone. */
+const GONE_TRIES = 2;
+const GONE_BACKOFF_MS = 10;
+const SETTLING_MS = 60_000;
+
+export interface SheepStoreOptions extends GatewayOptions {
+  /** Read zeros in place of objects that are lost, and write nothing. */
+  readonly missingIsZero?: boolean;
+}
+
+export class SheepStore implements ObjectStore, SheepVdiHost {
+  readonly location: string;
+  readonly objectsMove = true;
+  readonly cluster: Cluster;
+  readonly catalog: SheepCatalog;
+  readonly order = new WriteOrder();
+  readonly reads = new ReadTracker();
+  readonly open = new Map<number, SheepVdi>();
+  readonly enforcesLocks: boolean;
+  /** The same for every process that may clean up after this one: whoever serves this cluster on this machine. */
+  readonly owner: Buffer;
+  readonly #options: SheepStoreOptions;
+  #epoch: number;
+  #epochChangedAt = -Infinity;
+
+  private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
+    this.location = location;
+    this.cluster = cluster;
+    this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
+    this.owner = createHash('sha256').update(`${os.hostname()}\0${info.createdAt}`).digest().subarray(0, 8);
+    this.#options = options;
+    this.#epoch = info.epoch;
+    this.catalog = new SheepCatalog(this);
+  }
+
+  /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
+  static async open(nodes: string, options: SheepStoreOptions = {}): Promise<SheepStore> {
+    const addresses = parseClusterAddress(nodes);
+    const gateway = new Gateway(addresses, options);
+    const cluster = new Cluster(gateway);
+    try {
+      const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
+      if (info.status !== STATUS_RUNNING) {
+        throw new StoreError(
+          'IO',
+          `the cluster at ${nodes} does not serve: it waits for nodes or for 'dog cluster format'`,
+        );
+      }
+      return new SheepStore(clusterLocation(nodes), cluster, info, options);
+    } catch (error) {
+      gateway.close();
+      throw error;
+    }
+  }
+
+  info(): Promise<ClusterInfo> {
+    return this.cluster.info();
+  }
+
+  nodes(): Promise<ClusterNode[]> {
+    return this.cluster.gateway.listNodes();
+  }
+
+  readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    if (isLost(vid)) return Promise.reject(lostError(idx));
+    const read = this.#read(vid, idx, offset, into);
+    return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
+  }
+
+  async #read(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    try {
+      await this.cluster.readData(vid, idx, offset, into);
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      await this.#readGone(vid, idx, offset, into, error as StoreError);
+    }
+  }
+
+  async #readGone(vid: number, idx: number, offset: number, into: Buffer, first: StoreError): Promise<void> {
+    try {
+      await this.#retryGone(first, () => this.cluster.readData(vid, idx, offset, into));
+    } catch (error) {
+      if (!this.#options.missingIsZero || (error as StoreError).code !== 'GONE') throw error;
+      into.fill(0);
+    }
+  }
+
+  async unlessGone(request: () => Promise<void>): Promise<void> {
+    try {
+      await request();
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      await this.#retryGone(error as StoreError, request);
+    }
+  }
+
+  /**
+   * While nodes leave and join, one that has not recovered an object yet may say that there is none. One that is missing
+   * with all nodes in their places is lost.
+   */
+  async #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
+    const deadline = Date.now() + this.cluster.gateway.retryMs;
+    let backoff = GONE_BACKOFF_MS;
+    let failure = first;
+    for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled()); tries++) {
+      if (Date.now() >= deadline) break;
+      await sleep(backoff);
+      backoff = Math.min(backoff * 2, 1000);
+      try {
+        return await request();
+      } catch (error) {
+        if ((error as StoreError).code !== 'GONE') throw error;
+        failure = error as StoreError;
+      }
+    }
+    throw failure;
+  }
+
+  /** Whether nodes have come or gone lately. */
+  async #isUnsettled(): Promise<boolean> {
+    const { epoch } = await this.cluster.info();
+    if (epoch !== this.#epoch) {
+      this.#epoch = epoch;
+      this.#epochChangedAt = Date.now();
+    }
+    return Date.now() - this.#epochChangedAt < SETTLING_MS;
+  }
+
+  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Promise<void> {
+    this.#checkRange(vdi, idx, offset, data.length);
+    return (vdi as SheepVdi).write(idx, offset, data);
+  }
+
+  createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
+    this.#checkRange(vdi, idx, offset, data.length);
+    if (copyOf && copyOf.idx !== idx) throw new Error('invariant: an object is copied to another place');
+    return (vdi as SheepVdi).create(idx, offset, data, copyOf?.vid ?? 0);
+  }
+
+  zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, _options: ZeroOptions): Promise<void> {
+    this.#checkRange(vdi, idx, offset, length);
+    return (vdi as SheepVdi).zero(idx, offset, length);
+  }
+
+  /** Nodes know no zeroing but writing zeros. */
+  canZeroFast(_options: ZeroOptions): boolean {
+    return false;
+  }
+
+  /** Nodes have caches of their own. */
+  cacheObject(): void {}
+
+  /** All that is known without reading is which objects there are. */
+  objectExtents(
+    _vid: number,
+    _idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Awaitable<void> {
+    sink(offset, length, false);
+  }
+
+  dropStaleShadows(name: string): Promise<void> {
+    return this.catalog.dropStaleShadows(name);
+  }
+
+  async moved(vdi: SheepVdi, from: number): Promise<void> {
+    this.open.delete(from);
+    this.open.set(vdi.record.vid, vdi);
+    if (!this.enforcesLocks) return;
+    await this.cluster.lock(vdi.record.name);
+    await this.cluster.release(from);
+  }
+
+  log(line: string, details?: object): void {
+    this.#options.log?.(line, details);
+  }
+
+  async close(): Promise<void> {
+    for (const vdi of [...this.open.values()]) await vdi.close();
+    await this.catalog.dropOwnShadows();
+    this.cluster.gateway.close();
+  }
+
+  /** Nodes take writes behind the end of an object, and behind the end of a disk. */
+  #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
+    const { map, record } = vdi;
+    if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
+    if (this.#options.missingIsZero)
+      throw new StoreError('PERMISSION', 'lost objects read as zeros: nothing is written');
+    if (idx < 0 || idx >= map.length || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
+      throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
+    }
+  }
+}

@@ -1,0 +1,348 @@
+/**
+ * An open VDI of a cluster: its map, and the rules in which order objects, table entries and inodes may be written so
+ * that nobody's data and no reference is lost, also while somebody else takes a snapshot of it. Owns the queue of table
+ * changes and the move to a new vid. Nothing is kept back: what was answered is in the cluster.
+ */
+import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
+import type { Cluster } from './cluster.js';
+import { recordOf, type Inode } from './layouts.js';
+import type { Shadow } from './shadow.js';
+import { GREF_BYTES } from './protocol.js';
+import { inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
+import type { WriteOrder } from './write-order.js';
+
+/** A VDI may be snapshotted this many times between two of our writes before we stop to look for our way. */
+const MAX_GENERATIONS = 4096;
+const FOLLOW_POLL_MS = 20;
+/** Zeros are written in pieces of this. */
+const ZEROS = Buffer.alloc(1024 * 1024);
+
+/** What a SheepVdi needs of its store. */
+export interface SheepVdiHost {
+  readonly cluster: Cluster;
+  readonly order: WriteOrder;
+  /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
+  dropStaleShadows(name: string): Promise<void>;
+  /** Do it again while objects seem to be missing because nodes come and go. */
+  unlessGone(request: () => Promise<void>): Promise<void>;
+  /** The VDI goes on under another vid. */
+  moved(vdi: SheepVdi, from: number): Promise<void>;
+  log(line: string, details?: object): void;
+}
+
+interface TableChange {
+  readonly idx: number;
+  readonly owner: number;
+  readonly resolve: () => void;
+  readonly reject: (error: unknown) => void;
+}
+
+export class SheepVdi implements OpenVdi {
+  record: VdiRecord;
+  map: Uint32Array;
+  inode: Inode;
+  /** Temporary snapshots that share objects with us and get their copy before we write one. */
+  shadows: readonly Shadow[] = [];
+  readonly #host: SheepVdiHost;
+  readonly #onClose: (vdi: SheepVdi) => Promise<void>;
+  #queue: TableChange[] = [];
+  #writingTable = false;
+  #following: Promise<void> | undefined;
+  #ready: Promise<void> | undefined;
+  #isReady = false;
+  /** Objects of ours that we let go and whose removal may not be done. */
+  readonly #reclaiming = new Set<number>();
+
+  constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
+    this.#host = host;
+    this.inode = inode;
+    this.record = recordOf(inode);
+    this.map = map;
+    this.#onClose = onClose;
+  }
+
+  /** Objects with our own vid are nobody else's to rely on: with a snapshot we get a new one. */
+  exclusive(idx: number): boolean {
+    return this.map[idx] === this.record.vid;
+  }
+
+  /** Resolves when the entry is in the inode, and the inode still the working VDI's. Errors: MOVED, and the cluster's. */
+  setOwner(idx: number, owner: number): Promise<void> {
+    if (this.map[idx] === owner) return Promise.resolve(); // an entry that is rewritten loses its count
+    return new Promise((resolve, reject) => {
+      this.#queue.push({ idx, owner, resolve, reject });
+      if (!this.#writingTable) void this.#writeTable();
+    });
+  }
+
+  /** What was answered is on the nodes already. */
+  flush(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  flushObject(_idx: number): Promise<void> {
+    return Promise.resolve();
+  }
+
+  close(): Promise<void> {
+    return this.#onClose(this);
+  }
+
+  /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
+  write(idx: number, offset: number, data: Buffer): Promise<void> {
+    if (!this.#isReady || this.shadows.length > 0) return this.#preserveThenWrite(idx, offset, data);
+    return this.#write(idx, offset, data);
+  }
+
+  async #preserveThenWrite(idx: number, offset: number, data: Buffer): Promise<void> {
+    await this.#getReady();
+    await this.#preserve(idx);
+    await this.#write(idx, offset, data);
+  }
+
+  async #write(idx: number, offset: number, data: Buffer): Promise<void> {
+    const { vid } = this.record;
+    if (this.map[idx] !== vid) throw movedError(this.record);
+    try {
+      await this.#host.order.run(objectKey(vid, idx), offset, data.length, () =>
+        this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data)),
+      );
+    } catch (error) {
+      await this.#followIfReadOnly(error, vid);
+    }
+  }
+
+  async zero(idx: number, offset: number, length: number): Promise<void> {
+    for (let done = 0; done < length; done += ZEROS.length) {
+      await this.write(idx, offset + done, ZEROS.subarray(0, Math.min(ZEROS.length, length - done)));
+    }
+  }
+
+  /** Make our object at idx; the entry is the caller's to set. Errors: MOVED, NO_SPACE, GONE. */
+  async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+    const { vid } = this.record;
+    await this.#getReady();
+    if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
+    if (this.record.vid !== vid) throw movedError(this.record);
+    try {
+      await this.#host.unlessGone(() => this.#host.cluster.createData(vid, idx, offset, data, copyOf));
+    } catch (error) {
+      await this.#followIfReadOnly(error, vid);
+    }
+  }
+
+  /**
+   * Go on as the working VDI that has taken our place: somebody has made `from`, what we were, a snapshot. Errors: IO if
+   * there is none, or if it does not descend from us.
+   */
+  follow(from: number): Promise<void> {
+    if (this.record.vid !== from) return Promise.resolve();
+    this.#following ??= this.#move(from).finally(() => (this.#following = undefined));
+    return this.#following;
+  }
+
+  /** The VDI goes on as `inode`, whose table is `map`. */
+  async become(inode: Inode, map: Uint32Array): Promise<void> {
+    const from = this.record.vid;
+    this.inode = inode;
+    this.record = recordOf(inode);
+    this.map = map;
+    this.#reclaiming.clear();
+    await this.#host.moved(this, from);
+  }
+
+  async resized(inode: Inode): Promise<void> {
+    const map = new Uint32Array(objectCount(inode.size, inode.blockSizeShift));
+    map.set(this.map.subarray(0, map.length));
+    this.inode = inode;
+    this.record = recordOf(inode);
+    this.map = map;
+    await Promise.resolve();
+  }
+
+  async #followIfReadOnly(error: unknown, vid: number): Promise<never> {
+    if ((error as StoreError).code !== 'READONLY') throw error;
+    await this.follow(vid);
+    throw movedError(this.record);
+  }
+
+  async #move(from: number): Promise<void> {
+    const { cluster } = this.#host;
+    const { name } = this.record;
+    const deadline = Date.now() + cluster.gateway.retryMs;
+    for (;;) {
+      const vid = await cluster.lookup(name);
+      if (vid !== 0 && vid !== from) {
+        const inode = await cluster.readInode(vid);
+        if (inode.name === name && !inode.isSnapshot) {
+          await this.#checkDescent(inode, from);
+          // Our clients may have been told of a larger disk than somebody has made of it.
+          const size = Math.max(inode.size, this.record.size);
+          const map = await cluster.readTable(vid, objectCount(size, inode.blockSizeShift));
+          await this.become({ ...inode, size }, map);
+          this.#host.log(`${name} was snapshotted by somebody else; going on as vid ${vid.toString(16)}`);
+          return;
+        }
+      }
+      if (Date.now() >= deadline) {
+        throw new StoreError(
+          'IO',
+          `${name} (vid ${from.toString(16)}) has become read-only in the cluster and no working VDI has taken its place; ` +
+            'was it deleted, or cloned from while it was in use?',
+        );
+      }
+      await sleep(FOLLOW_POLL_MS);
+    }
+  }
+
+  /** Somebody may also have rolled it back, or made another VDI of that name: writing on into that would mix two disks. */
+  async #checkDescent(inode: Inode, from: number): Promise<void> {
+    let { parentVid } = inode;
+    for (let n = 0; parentVid !== from; n++) {
+      if (parentVid === 0 || n === MAX_GENERATIONS) {
+        throw new StoreError(
+          'IO',
+          `${inode.name} is another disk now (vid ${inode.vid.toString(16)} does not descend from ${from.toString(16)}): ` +
+            'it was rolled back or replaced while it was in use; disconnect and connect again',
+        );
+      }
+      ({ parentVid } = await this.#host.cluster.readInode(parentVid));
+    }
+  }
+
+  /** Before the first change: what a process that died left behind must not see it. */
+  async #getReady(): Promise<void> {
+    if (this.#isReady) return;
+    this.#ready ??= this.#host.dropStaleShadows(this.record.name).then(
+      () => {
+        this.#isReady = true;
+      },
+      (error: unknown) => {
+        this.#ready = undefined;
+        throw error;
+      },
+    );
+    await this.#ready;
+  }
+
+  /** Temporary snapshots that share our object at idx get a copy of it. */
+  async #preserve(idx: number): Promise<void> {
+    const { vid } = this.record;
+    for (const shadow of this.shadows) await shadow.preserve(vid, idx);
+  }
+
+  /** Write what is queued, in one go; what comes meanwhile goes into the next batch. */
+  async #writeTable(): Promise<void> {
+    this.#writingTable = true;
+    // Creations that finish in the same turn of the loop go together.
+    await Promise.resolve();
+    while (this.#queue.length > 0) {
+      const batch = this.#queue;
+      this.#queue = [];
+      try {
+        await this.#writeBatch(batch);
+        for (const { resolve } of batch) resolve();
+      } catch (error) {
+        if ((error as StoreError).code === 'MOVED') await this.#removeOrphans(batch);
+        for (const { reject } of batch) reject(error);
+      }
+    }
+    this.#writingTable = false;
+  }
+
+  async #writeBatch(batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    const { vid } = this.record;
+    const { map } = this;
+    await this.#getReady();
+    if (this.record.vid !== vid) throw movedError(this.record);
+    if (batch.some(({ owner }) => owner !== 0 && owner !== vid)) throw movedError(this.record);
+    for (const { idx, owner } of batch) if (owner === 0 && map[idx] === vid) await this.#preserve(idx);
+    // The inode of a snapshot can be written as well, and what the nodes do while they make it one is read, change, write
+    // back: an entry that comes in between is undone, but the reference it replaced stays given up.
+    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    try {
+      await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
+    } catch (error) {
+      // A part of it may be there, and must not be written a second time.
+      for (const { idx } of batch) map[idx] = (await cluster.readEntry(vid, idx).catch(() => map[idx])) as number;
+      throw error;
+    }
+    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) {
+      await this.follow(vid);
+      await this.#carryOver(vid, batch);
+      return;
+    }
+    for (const { idx, owner } of batch) {
+      if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
+      map[idx] = owner;
+    }
+  }
+
+  /**
+   * Our entries were written while the nodes made `from` a snapshot, which they do by reading its whole inode and writing
+   * it back: they may be in it or not, in what was derived from it or not, with any count. The old references are given up
+   * in any case, so the one state that is right is made by hand: the change came before the snapshot, in all of them.
+   */
+  async #carryOver(from: number, batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    const lineage = await this.#lineage(from);
+    const last = batch.reduce((highest, { idx }) => Math.max(highest, idx), 0);
+    for (const [generation, vid] of lineage.entries()) {
+      const table = await cluster.readTable(vid, last + 1);
+      for (const { idx, owner } of batch) {
+        table[idx] = owner;
+        if (owner === 0) continue;
+        const counts = Buffer.alloc(GREF_BYTES);
+        counts.writeInt32LE(generation, 0);
+        counts.writeInt32LE(generation < lineage.length - 1 ? 1 : 0, 4);
+        await cluster.writeReferences(vid, idx, counts);
+      }
+      await cluster.fillTable(vid, table);
+    }
+    for (const { idx, owner } of batch) this.map[idx] = owner;
+  }
+
+  /** The vids from `from`, which we were, to what we are. */
+  async #lineage(from: number): Promise<number[]> {
+    const vids: number[] = [];
+    for (let { vid } = this.record; vid !== from; vid = (await this.#host.cluster.readInode(vid)).parentVid) {
+      if (vid === 0 || vids.length === MAX_GENERATIONS) throw new Error('invariant: followed a VDI of another family');
+      vids.push(vid);
+    }
+    return [...vids, from].reverse();
+  }
+
+  /** Objects that were made under a vid that is a snapshot's now, and that its table does not know. */
+  async #removeOrphans(batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    for (const { idx, owner } of batch) {
+      if (owner === 0 || owner === this.record.vid) continue;
+      try {
+        if ((await cluster.readEntry(owner, idx)) !== owner) await cluster.removeData(owner, idx);
+      } catch (error) {
+        this.#host.log(`object ${idx} of vid ${owner.toString(16)} may be left over`, { err: error });
+      }
+    }
+  }
+
+  async #leave(vid: number): Promise<never> {
+    await this.follow(vid);
+    throw movedError(this.record);
+  }
+
+  /**
+   * A node answers the clearing of an entry before the object is gone. One that is created meanwhile under the same id
+   * would be removed in its place.
+   */
+  async #waitForRemoval(vid: number, idx: number): Promise<void> {
+    if (!(await isRemoved(this.#host.cluster, vid, idx))) {
+      this.#host.log(`object ${idx} of ${this.record.name} was let go and is still there; it is replaced`);
+    }
+    this.#reclaiming.delete(idx);
+  }
+}
+
+function movedError(record: VdiRecord): StoreError {
+  return new StoreError('MOVED', `${record.name} goes on as vid ${record.vid.toString(16)}`);
+}

@@ -1,0 +1,192 @@
+/**
+ * The clusters that the suite runs against: the stand-in always, real nodes where `sheep` and `dog` are on the PATH.
+ * Owns their start and end, and how to look into them from outside.
+ */
+import { execFile, execFileSync, spawn, type ChildProcess } from 'node:child_process';
+import fs from 'node:fs';
+import net from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { promisify } from 'node:util';
+import { StandIn } from './stand-in.js';
+
+const run = promisify(execFile);
+const NODES = 3;
+const START_TIMEOUT_MS = 60_000;
+
+export interface TestCluster {
+  /** For --cluster. */
+  readonly address: string;
+  /** What `dog vdi snapshot` does, done by somebody else. */
+  snapshot(name: string, tag: string): Promise<void>;
+  /** Data objects and ledgers that exist, named by oid; after references given up so far have had their effect. */
+  objects(): Promise<string[]>;
+  killNode(n: number): Promise<void>;
+  restartNode(n: number): Promise<void>;
+  /** What it has to complain about. */
+  violations(): readonly string[];
+  stop(): Promise<void>;
+}
+
+export async function startStandIn(): Promise<TestCluster> {
+  const cluster = await new StandIn({ nodes: NODES }).start();
+  const ports = [...cluster.ports];
+  return {
+    address: cluster.address,
+    snapshot: (name, tag) => {
+      cluster.externalSnapshot(name, tag);
+      return Promise.resolve();
+    },
+    objects: async () => {
+      await cluster.settled();
+      return [...cluster.dataObjects(), ...[...cluster.ledgers.keys()].map((oid) => `ledger ${oid.toString(16)}`)];
+    },
+    killNode: (n) => cluster.stopNode(n),
+    restartNode: (n) => cluster.startNode(n, ports[n] as number),
+    violations: () => cluster.violations,
+    stop: () => cluster.stop(),
+  };
+}
+
+/** Why there are no real nodes to test against; undefined if there are. */
+export function realNodesMissing(): string | undefined {
+  for (const tool of ['sheep', 'dog']) {
+    try {
+      execFileSync('which', [tool], { stdio: 'ignore' });
+    } catch {
+      return `${tool} is not on the PATH`;
+    }
+  }
+  return undefined;
+}
+
+/** Three nodes with two copies, each with a directory of its own, on loopback. */
+export async function startRealNodes(): Promise<TestCluster> {
+  const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
+  const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-nodes-'));
+  const ports = await freePorts(NODES);
+  const nodes: (ChildProcess | undefined)[] = [];
+  const start = async (n: number): Promise<void> => {
+    const port = String(ports[n]);
+    const home = path.join(directory, `node${n}`);
+    fs.mkdirSync(home, { recursive: true });
+    nodes[n] = spawn(
+      'sheep',
+      // Without syncs: what is tested here is not the disk.
+      [
+        '-f',
+        '-n',
+        '-b',
+        '127.0.0.1',
+        '-y',
+        '127.0.0.1',
+        '-p',
+        port,
+        '-z',
+        String(n),
+        '-c',
+        `local:${directory}/shm`,
+        home,
+      ],
+      { stdio: 'ignore' },
+    );
+    await until(`node ${n} listens`, () => canConnect(ports[n] as number));
+  };
+  const dog = async (...args: string[]): Promise<string> => {
+    const port = ports[nodes.findIndex(Boolean)];
+    return (await run('dog', [...args.slice(0, 2), '-a', '127.0.0.1', '-p', String(port), ...args.slice(2)])).stdout;
+  };
+  for (let n = 0; n < NODES; n++) await start(n);
+  await until(
+    'all nodes have joined',
+    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === NODES,
+  );
+  await dog('cluster', 'format', '-c', '2');
+  const kill = async (n: number): Promise<void> => {
+    const node = nodes[n];
+    if (!node) return;
+    nodes[n] = undefined;
+    const ended = new Promise((resolve) => node.once('exit', resolve));
+    node.kill('SIGKILL');
+    await ended;
+  };
+  return {
+    address: ports.map((port) => `127.0.0.1:${port}`).join(','),
+    snapshot: async (name, tag) => {
+      await dog('vdi', 'snapshot', '-s', tag, name);
+    },
+    objects: () => settledObjects(directory),
+    killNode: kill,
+    restartNode: async (n) => {
+      // A node that comes back in the middle of a recovery may bring old copies with it, whoever the client is.
+      await until('the others have recovered', async () => {
+        const recovery = await dog('node', 'recovery', '-r');
+        return recovery.trim() === '';
+      });
+      await start(n);
+    },
+    violations: () => [],
+    stop: async () => {
+      for (let n = 0; n < NODES; n++) await kill(n);
+      fs.rmSync(directory, { recursive: true, force: true });
+    },
+  };
+}
+
+/** Nodes give references up in the background: what is there when nothing changes any more. */
+async function settledObjects(directory: string): Promise<string[]> {
+  let last: string[] = [];
+  let same = 0;
+  await until('the nodes have settled', () => {
+    const now = objectNames(directory);
+    same = now.join() === last.join() ? same + 1 : 0;
+    last = now;
+    return same >= 10;
+  });
+  return last;
+}
+
+function objectNames(directory: string): string[] {
+  const names = new Set<string>();
+  for (const node of fs.readdirSync(directory)) {
+    const objects = path.join(directory, node, 'obj');
+    if (!fs.existsSync(objects)) continue;
+    for (const name of fs.readdirSync(objects)) if (/^0[0-9a-f]{15}/.test(name)) names.add(name);
+  }
+  return [...names].sort();
+}
+
+async function freePorts(count: number): Promise<number[]> {
+  const servers = await Promise.all(
+    Array.from(
+      { length: count },
+      () =>
+        new Promise<net.Server>((resolve) => {
+          const server = net.createServer().listen(0, '127.0.0.1', () => resolve(server));
+        }),
+    ),
+  );
+  const ports = servers.map((server) => (server.address() as net.AddressInfo).port);
+  await Promise.all(servers.map((server) => new Promise((resolve) => server.close(resolve))));
+  return ports;
+}
+
+function canConnect(port: number): Promise<boolean> {
+  return new Promise((resolve) => {
+    const socket = net.connect(port, '127.0.0.1');
+    socket.once('connect', () => {
+      socket.destroy();
+      resolve(true);
+    });
+    socket.once('error', () => resolve(false));
+  });
+}
+
+/** Wait for a condition, with a bound. */
+export async function until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
+  const deadline = Date.now() + START_TIMEOUT_MS;
+  while (!(await condition())) {
+    if (Date.now() > deadline) throw new Error(`waited too long: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+}

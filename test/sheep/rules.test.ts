@@ -1,0 +1,402 @@
+/**
+ * The rules of the protocol that keep data and references, one test each, against the stand-in: what it sees of us, and
+ * what we make of nodes that fail at the worst moment.
+ */
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { hash, Op, Res, StandIn, type Seen } from './stand-in.js';
+
+const SHIFT = 20;
+const OBJECT = 2 ** SHIFT;
+const COW = 2;
+const TABLE = 4664;
+const GREF = 4_198_968;
+const VDI_BIT = 1n << 63n;
+
+let cluster: StandIn;
+let store: SheepStore;
+let catalog: VdiCatalog;
+let vdi: Vdi;
+
+async function connect(retryMs = 10_000): Promise<void> {
+  store = await SheepStore.open(cluster.address, { retryMs });
+  catalog = new VdiCatalog(store);
+}
+
+beforeEach(async () => {
+  cluster = await new StandIn().start();
+  await connect();
+  await catalog.create('disk', 16 * OBJECT, { blockSizeShift: SHIFT });
+  vdi = await catalog.openVdi('disk');
+});
+
+afterEach(async () => {
+  cluster.fault = () => undefined;
+  expect(cluster.violations).toEqual([]);
+  await catalog.close();
+  await cluster.stop();
+});
+
+function isTableWrite({ opcode, oid, offset }: Seen): boolean {
+  return opcode === Op.WRITE && (oid & VDI_BIT) !== 0n && offset >= TABLE && offset < GREF;
+}
+
+function isDataWrite({ opcode, oid, length }: Seen): boolean {
+  return opcode === Op.WRITE && (oid & VDI_BIT) === 0n && length > 0;
+}
+
+async function content(of: Vdi = vdi): Promise<Buffer> {
+  const data = Buffer.alloc(of.size, 0xaa);
+  await of.read(0, data);
+  return data;
+}
+
+/** Fails the first request that `matches` in the way given. */
+function failOnce(matches: (request: Seen) => boolean, fault: ReturnType<StandIn['fault']>): void {
+  let done = false;
+  cluster.fault = (request) => {
+    if (done || !matches(request)) return undefined;
+    done = true;
+    return fault;
+  };
+}
+
+describe('what goes over the wire', () => {
+  test('reading a hole asks nobody', async () => {
+    const before = cluster.seen.length;
+    expect((await content()).every((byte) => byte === 0)).toBe(true);
+    expect(cluster.seen.length).toBe(before);
+  });
+
+  test('neighbouring objects that are created together get their entries in few requests', async () => {
+    cluster.seen.length = 0;
+    await vdi.write(0, Buffer.alloc(16 * OBJECT, 1), false);
+    expect(cluster.seen.filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(16);
+    expect(cluster.seen.filter(isTableWrite).length).toBeLessThan(12);
+  });
+
+  test('a write of a whole shared object does not ask for a copy of it', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshot('disk', 'a');
+    cluster.seen.length = 0;
+    await vdi.write(0, Buffer.alloc(OBJECT, 2), false);
+    await vdi.write(OBJECT, Buffer.alloc(10, 2), false);
+    const created = cluster.seen.filter(({ opcode }) => opcode === Op.CREATE);
+    expect(created.map(({ flags }) => (flags & COW) !== 0)).toEqual([false, true]);
+  });
+
+  test('a large read is split, and small ones need not wait for it', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    cluster.seen.length = 0;
+    await vdi.read(0, Buffer.alloc(2 * OBJECT));
+    expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ).length).toBeGreaterThanOrEqual(2);
+  });
+
+  test('two writes to the same bytes are never in flight together', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await Promise.all(Array.from({ length: 20 }, async (_, n) => vdi.write(n * 100, Buffer.alloc(4096, n), false)));
+    expect((await content())[19 * 100 + 4095]).toBe(19); // the stand-in would have complained
+  });
+
+  test('ranges outside of an object are refused before they are sent', async () => {
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    expect(() => store.writeObject(vdi.opened, 0, OBJECT - 5, Buffer.alloc(10))).toThrow(/invariant/);
+    expect(() => store.createObject(vdi.opened, 16, 0, Buffer.alloc(10))).toThrow(/invariant/);
+  });
+});
+
+describe('nodes that fail', () => {
+  test('a lost answer to a table entry does not have it written twice', async () => {
+    failOnce(isTableWrite, { cut: 'after' });
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    expect(cluster.seen.filter(isTableWrite)).toHaveLength(1);
+    expect((await content())[9]).toBe(1);
+  });
+
+  test('a table entry that did not arrive is written by another node', async () => {
+    failOnce(isTableWrite, { cut: 'before' });
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    expect(cluster.seen.filter(isTableWrite)).toHaveLength(2);
+    expect((await content())[9]).toBe(1);
+  });
+
+  test('a write that is repeated does not overtake a later one to the same bytes', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    failOnce(isDataWrite, { cut: 'before' });
+    const first = vdi.write(0, Buffer.alloc(4096, 2), false);
+    const second = vdi.write(100, Buffer.alloc(4096, 3), false);
+    await Promise.all([first, second]);
+    const data = await content();
+    expect([data[0], data[100], data[4195]]).toEqual([2, 3, 3]);
+  });
+
+  test('a cluster that halts for a while is waited for', async () => {
+    const until = Date.now() + 400;
+    cluster.fault = ({ opcode }) => (opcode < 0x80 && Date.now() < until ? { result: Res.HALT } : undefined);
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    expect(Date.now()).toBeGreaterThanOrEqual(until);
+  });
+
+  test('what does not come back in time is an error that says where it was tried', async () => {
+    store.cluster.gateway.close();
+    await connect(300);
+    const other = await catalog.openVdi('disk');
+    cluster.fault = ({ opcode }) => (opcode < 0x80 ? { result: Res.HALT } : undefined);
+    await expect(other.write(0, Buffer.alloc(10, 1), false)).rejects.toThrow(/HALT .* given up after trying 127/);
+  });
+
+  test('a full cluster is told as such', async () => {
+    cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { result: Res.NO_SPACE } : undefined);
+    await expect(vdi.write(0, Buffer.alloc(10, 1), false)).rejects.toMatchObject({ code: 'NO_SPACE' });
+  });
+
+  test('an object that is lost is an error to who reads it, and check says where it is missing', async () => {
+    await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
+    for (const oid of [...cluster.objects.keys()])
+      if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
+    await expect(vdi.read(OBJECT, Buffer.alloc(10))).rejects.toMatchObject({ code: 'GONE' });
+    await vdi.read(0, Buffer.alloc(10));
+    await catalog.release(vdi);
+    const report = await catalog.check({ repair: false });
+    expect(report.problems).toEqual([`lost: disk bytes ${OBJECT} to ${2 * OBJECT - 1}`]);
+  });
+
+  test('with missing objects as zeros what is left can be read, and nothing is written', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    for (const oid of [...cluster.objects.keys()])
+      if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
+    const rescue = await SheepStore.open(cluster.address, { missingIsZero: true });
+    const rescued = await new VdiCatalog(rescue).openVdi('disk');
+    const data = await content(rescued);
+    expect([data[OBJECT - 1], data[OBJECT]]).toEqual([1, 0]);
+    expect(() => rescued.write(0, Buffer.alloc(1), false)).toThrow(/nothing is written/);
+    await rescue.close();
+  });
+});
+
+describe('snapshots that somebody else takes', () => {
+  test('between an object and its entry: the write is in the working VDI, and nothing leaks', async () => {
+    await vdi.write(OBJECT, Buffer.alloc(OBJECT, 1), false);
+    let taken: number | undefined;
+    const fault = ({ opcode, oid }: Seen): undefined => {
+      if (taken !== undefined || opcode !== Op.WRITE || oid & VDI_BIT) return undefined;
+      // The look at the vid before the entry is written comes right after the object was made.
+      taken = cluster.externalSnapshot('disk', 'theirs');
+      return undefined;
+    };
+    cluster.fault = fault;
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    expect(taken).toBeDefined();
+    expect((await content())[9]).toBe(2);
+    await expectNothingLeaks();
+  });
+
+  test('while the nodes copy the inode: the entry is carried over, and nothing leaks', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshot('disk', 'first'); // so that the entry replaces one that is shared
+    let snapshot: Promise<number> | undefined;
+    cluster.fault = (request) => {
+      if (snapshot === undefined && isTableWrite(request)) {
+        // The nodes have read the inode; our entry comes; they write back what they have read.
+        snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
+      }
+      return undefined;
+    };
+    await vdi.write(5, Buffer.alloc(10, 2), false);
+    await snapshot;
+    const data = await content();
+    expect([data[4], data[5], data[14], data[15]]).toEqual([1, 2, 2, 1]);
+    const theirs = await catalog.openVdi('disk@theirs');
+    expect((await content(theirs))[4]).toBe(1);
+    await catalog.release(theirs);
+    const first = await catalog.openVdi('disk@first');
+    expect((await content(first))[5]).toBe(1);
+    await catalog.release(first);
+    await expectNothingLeaks();
+  });
+
+  test('between making an object and hearing of it, while another write has followed already', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    failOnce(({ opcode }) => opcode === Op.CREATE, { answerDelayMs: 500 });
+    const slow = vdi.write(OBJECT, Buffer.alloc(10, 2), false);
+    while (!cluster.dataObjects().some((object) => object.endsWith('/1'))) await new Promise((r) => setTimeout(r, 1));
+    cluster.externalSnapshot('disk', 'theirs');
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await slow;
+    const data = await content();
+    expect([data[0], data[10], data[OBJECT + 9]]).toEqual([3, 1, 2]);
+    await expectNothingLeaks();
+  });
+
+  test('while a temporary one is taken: it is taken again, and nothing leaks', async () => {
+    await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
+    let snapshot: Promise<number> | undefined;
+    cluster.fault = ({ opcode, oid, offset }) => {
+      // The counts of the source are written: the nodes have read them before, and write them back after.
+      if (
+        snapshot === undefined &&
+        opcode === Op.WRITE &&
+        offset === GREF &&
+        oid >> 32n === BigInt(hash('disk')) + (VDI_BIT >> 32n)
+      ) {
+        snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
+      }
+      return undefined;
+    };
+    await catalog.snapshotTemporary('disk', 'now');
+    expect(snapshot).toBeDefined();
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    const now = await catalog.openVdi('disk@now');
+    expect((await content(now))[0]).toBe(1);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
+  test('a trim long after one does not reach into the snapshot', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    cluster.externalSnapshot('disk', 'theirs');
+    await vdi.trim(0, OBJECT, false);
+    const theirs = await catalog.openVdi('disk@theirs');
+    expect((await content(theirs))[0]).toBe(1);
+    await catalog.release(theirs);
+    expect((await content())[0]).toBe(0);
+    await expectNothingLeaks();
+  });
+
+  test('a VDI that was replaced by another of its name is not written into', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.close();
+    await connect(500);
+    vdi = await catalog.openVdi('disk');
+    cluster.readOnly.add(vdi.record.vid); // cloned from while in use
+    await expect(vdi.write(0, Buffer.alloc(10, 2), false)).rejects.toThrow(/read-only in the cluster/);
+  });
+});
+
+describe('the catalog', () => {
+  test('a rollback whose creation fails leaves the working VDI', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshot('disk', 'a');
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    await catalog.release(vdi);
+    cluster.fault = ({ opcode }) => (opcode === Op.NEW_VDI ? { result: Res.NO_SPACE } : undefined);
+    await expect(catalog.rollback('disk@a')).rejects.toMatchObject({ code: 'NO_SPACE' });
+    cluster.fault = () => undefined;
+    vdi = await catalog.openVdi('disk');
+    expect((await content())[0]).toBe(2);
+  });
+
+  test('a snapshot whose answer is lost is taken once', async () => {
+    failOnce(({ opcode }) => opcode === Op.NEW_VDI, { cut: 'after' });
+    await catalog.snapshot('disk', 'a');
+    expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['a', '']);
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+  });
+
+  test('ids are where other tools look for them', async () => {
+    expect(vdi.record.vid).toBe(hash('disk'));
+    expect(hash('')).toBe(Number(0xcbf29ce484222325n & 0xffffffn));
+    await Promise.resolve();
+  });
+
+  test('a hyper volume is refused with a word that explains it', async () => {
+    await catalog.release(vdi);
+    const inode = cluster.objects.get(VDI_BIT | (BigInt(hash('disk')) << 32n)) as Buffer;
+    inode[553] = 1;
+    await expect(catalog.openVdi('disk')).rejects.toThrow(/hyper volume/);
+  });
+
+  test('a lock somebody else holds is told, and ours is given back', async () => {
+    const locking = await new StandIn({ useLock: true }).start();
+    const ours = await SheepStore.open(locking.address);
+    const theirs = await SheepStore.open(locking.address);
+    const mine = new VdiCatalog(ours);
+    const yours = new VdiCatalog(theirs);
+    await mine.create('disk', OBJECT, { blockSizeShift: SHIFT });
+    const opened = await mine.openVdi('disk');
+    await expect(yours.openVdi('disk')).rejects.toMatchObject({ code: 'LOCKED' });
+    await mine.snapshot('disk', 'a');
+    await expect(yours.openVdi('disk')).rejects.toMatchObject({ code: 'LOCKED' });
+    await mine.release(opened);
+    await yours.release(await yours.openVdi('disk'));
+    await mine.close();
+    await yours.close();
+    await locking.stop();
+  });
+
+  test('a thousand temporary snapshots would need one vid', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    const inodes = (): number => [...cluster.objects.keys()].filter((oid) => oid & VDI_BIT).length;
+    await catalog.snapshotTemporary('disk', 'now');
+    await catalog.dropTemporary('disk', 'now');
+    const before = inodes();
+    for (let n = 0; n < 5; n++) {
+      await catalog.snapshotTemporary('disk', 'now');
+      await vdi.write(n * 10, Buffer.alloc(10, n), false);
+      await catalog.dropTemporary('disk', 'now');
+    }
+    expect(inodes()).toBe(before);
+    await expectNothingLeaks();
+  });
+
+  test('a reader of a temporary snapshot gets what was there, however long its answer takes', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    const now = await catalog.openVdi('disk@now');
+    failOnce(({ opcode, oid }) => opcode === Op.READ && (oid & VDI_BIT) === 0n, { delayMs: 200 });
+    const data = Buffer.alloc(4096);
+    await Promise.all([now.read(0, data), vdi.write(0, Buffer.alloc(OBJECT, 2), false)]);
+    expect(data.equals(Buffer.alloc(4096, 1))).toBe(true);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
+  test('a copy made anew where one has just been dropped is not removed in its place', async () => {
+    await catalog.close();
+    await cluster.stop();
+    cluster = await new StandIn({ reclaimMs: 700 }).start();
+    await connect();
+    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+    vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    await catalog.dropTemporary('disk', 'now');
+    await catalog.snapshotTemporary('disk', 'now');
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await cluster.settled();
+    const now = await catalog.openVdi('disk@now');
+    expect((await content(now))[0]).toBe(2);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
+  test('a temporary snapshot that cannot get its copy loses that object, and the writer notices nothing', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { result: Res.NO_SPACE } : undefined);
+    await vdi.write(0, Buffer.alloc(10, 2), false);
+    const now = await catalog.openVdi('disk@now');
+    await expect(now.read(0, Buffer.alloc(10))).rejects.toThrow(/lost/);
+    await now.read(OBJECT, Buffer.alloc(10));
+    await catalog.release(now);
+    cluster.fault = () => undefined;
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+});
+
+/** Delete everything, and see that it is gone. */
+async function expectNothingLeaks(): Promise<void> {
+  cluster.fault = () => undefined;
+  await catalog.release(vdi);
+  for (const { name, tag } of await catalog.list()) await catalog.remove(tag === '' ? name : `${name}@${tag}`);
+  await cluster.settled();
+  expect(cluster.dataObjects()).toEqual([]);
+  expect([...cluster.ledgers.keys()]).toEqual([]);
+}

@@ -1,0 +1,524 @@
+/**
+ * A Sheepdog cluster in memory, for tests: several listening nodes over one set of objects, speaking the wire protocol.
+ * Honest where it matters: answers come out of order, zeros are left out of reads, references are counted in ledgers and
+ * given up after the answer, a vid that became a snapshot refuses writes to its data, writes past the end are accepted.
+ * It also watches its clients: what real nodes would let pass and lose data by is written down in `violations`.
+ */
+import net from 'node:net';
+
+const HEADER = 48;
+const VDI_BIT = 1n << 63n;
+const INODE_BYTES = 12_587_576;
+const TABLE = 4664;
+const GREF = 4_198_968;
+const OBJECTS = 2 ** 20;
+const NODE_LIST_ENTRY = 80;
+const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
+
+export const Op = {
+  CREATE: 0x01,
+  READ: 0x02,
+  WRITE: 0x03,
+  REMOVE: 0x04,
+  NEW_VDI: 0x11,
+  LOCK_VDI: 0x12,
+  RELEASE_VDI: 0x13,
+  GET_VDI_INFO: 0x14,
+  READ_VDIS: 0x15,
+  DEL_VDI: 0x17,
+  GET_NODE_LIST: 0x82,
+  CLUSTER_INFO: 0xbe,
+  READ_DEL_VDIS: 0xc9,
+} as const;
+
+export const Res = {
+  SUCCESS: 0,
+  NO_OBJ: 2,
+  EIO: 3,
+  VDI_EXIST: 4,
+  INVALID_PARMS: 5,
+  VDI_LOCKED: 7,
+  NO_VDI: 8,
+  NO_TAG: 14,
+  VER_MISMATCH: 20,
+  NO_SPACE: 21,
+  HALT: 25,
+  READONLY: 26,
+} as const;
+
+export interface Seen {
+  readonly opcode: number;
+  readonly flags: number;
+  readonly oid: bigint;
+  readonly cowOid: bigint;
+  readonly offset: number;
+  readonly length: number;
+  readonly node: number;
+}
+
+/** What is to become of a request. */
+export interface Fault {
+  /** Answer this and do nothing. */
+  readonly result?: number;
+  /** End the connection: before doing it, or when it is done and not answered. */
+  readonly cut?: 'before' | 'after';
+  readonly delayMs?: number;
+  /** Between doing it and answering. */
+  readonly answerDelayMs?: number;
+}
+
+export interface StandInOptions {
+  readonly nodes?: number;
+  readonly useLock?: boolean;
+  /** Answers wait for a random time up to this. */
+  readonly jitterMs?: number;
+  /** References are given up this long after the answer. */
+  readonly reclaimMs?: number;
+}
+
+interface Answer {
+  readonly result: number;
+  readonly data?: Buffer;
+  readonly fill?: (header: Buffer) => void;
+}
+
+export class StandIn {
+  readonly objects = new Map<bigint, Buffer>();
+  readonly ledgers = new Map<bigint, Map<number, number>>();
+  readonly readOnly = new Set<number>();
+  readonly violations: string[] = [];
+  readonly seen: Seen[] = [];
+  /** Asked for every request. */
+  fault: (request: Seen) => Fault | undefined = () => undefined;
+  readonly #options: Required<StandInOptions>;
+  readonly #used = new Set<number>();
+  readonly #shifts = new Map<number, number>();
+  readonly #locked = new Set<number>();
+  readonly #servers: net.Server[] = [];
+  readonly #sockets: Set<net.Socket>[] = [];
+  readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
+  #reclaiming = 0;
+  ports: number[] = [];
+
+  constructor(options: StandInOptions = {}) {
+    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, ...options };
+  }
+
+  get address(): string {
+    return this.ports.map((port) => `127.0.0.1:${port}`).join(',');
+  }
+
+  async start(): Promise<this> {
+    for (let n = 0; n < this.#options.nodes; n++) await this.startNode(n, 0);
+    return this;
+  }
+
+  async startNode(n: number, port: number): Promise<void> {
+    const sockets = new Set<net.Socket>();
+    const server = net.createServer({ noDelay: true }, (socket) => {
+      sockets.add(socket);
+      socket.on('error', () => undefined);
+      socket.on('close', () => sockets.delete(socket));
+      this.#serve(socket, n);
+    });
+    await new Promise<void>((resolve) => server.listen(port, '127.0.0.1', resolve));
+    this.#servers[n] = server;
+    this.#sockets[n] = sockets;
+    this.ports[n] = (server.address() as net.AddressInfo).port;
+  }
+
+  /** As if it had been killed. */
+  async stopNode(n: number): Promise<void> {
+    const closed = new Promise<void>((resolve) => this.#servers[n]?.close(() => resolve()));
+    for (const socket of this.#sockets[n] ?? []) socket.destroy();
+    await closed;
+  }
+
+  async stop(): Promise<void> {
+    for (const [n, server] of this.#servers.entries()) if (server.listening) await this.stopNode(n);
+  }
+
+  /** When all references that were given up are accounted for. */
+  async settled(): Promise<void> {
+    while (this.#reclaiming > 0) await new Promise((resolve) => setTimeout(resolve, 2));
+  }
+
+  /** Data objects, as "vid/idx" in hex and decimal. */
+  dataObjects(): string[] {
+    return [...this.objects.keys()]
+      .filter((oid) => !(oid & VDI_BIT))
+      .map((oid) => `${(oid >> 32n).toString(16)}/${oid & 0xffffffffn}`)
+      .sort();
+  }
+
+  /** What `dog vdi snapshot` does. */
+  externalSnapshot(name: string, tag: string): number {
+    const vid = this.#lookup(name, 0);
+    if (typeof vid !== 'number') throw new Error(`no ${name}`);
+    const inode = this.#inode(vid);
+    inode.fill(0, 256, 512);
+    inode.write(tag, 256);
+    return this.#snapshot(name, vid, vid);
+  }
+
+  /** The same with the pause that real nodes make: writes to the inode in between are lost to the whole of it. */
+  async externalSnapshotSlowly(name: string, tag: string, meanwhile: () => Promise<void>): Promise<number> {
+    const vid = this.#lookup(name, 0);
+    if (typeof vid !== 'number') throw new Error(`no ${name}`);
+    this.readOnly.add(vid);
+    const read = Buffer.from(this.#inode(vid));
+    await meanwhile();
+    read.copy(this.#inode(vid));
+    return this.externalSnapshot(name, tag);
+  }
+
+  #serve(socket: net.Socket, node: number): void {
+    let buffered: Buffer = Buffer.alloc(0);
+    socket.on('data', (chunk) => {
+      buffered = buffered.length === 0 ? chunk : Buffer.concat([buffered, chunk]);
+      for (;;) {
+        if (buffered.length < HEADER) return;
+        const isWrite = (buffered.readUInt16LE(2) & 1) !== 0;
+        const total = HEADER + (isWrite ? buffered.readUInt32LE(12) : 0);
+        if (buffered.length < total) return;
+        const header = Buffer.from(buffered.subarray(0, HEADER));
+        const data = Buffer.from(buffered.subarray(HEADER, total));
+        buffered = buffered.subarray(total);
+        void this.#request(socket, node, header, data);
+      }
+    });
+  }
+
+  async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer): Promise<void> {
+    const request: Seen = {
+      opcode: header[1] as number,
+      flags: header.readUInt16LE(2),
+      oid: header.readBigUInt64LE(16),
+      cowOid: header.readBigUInt64LE(24),
+      offset: header.readUInt32LE(40),
+      length: header.readUInt32LE(12),
+      node,
+    };
+    this.seen.push(request);
+    const fault = this.fault(request);
+    const writing = request.opcode === Op.WRITE && {
+      oid: request.oid,
+      from: request.offset,
+      to: request.offset + request.length,
+    };
+    if (writing) {
+      for (const other of this.#writing) {
+        if (other.oid === writing.oid && other.from < writing.to && writing.from < other.to) {
+          this.violations.push(`two writes to one range of ${writing.oid.toString(16)} are in flight`);
+        }
+      }
+      this.#writing.add(writing);
+    }
+    if (fault?.delayMs) await new Promise((resolve) => setTimeout(resolve, fault.delayMs));
+    const jitter = Math.random() * this.#options.jitterMs;
+    if (jitter > 0.5) await new Promise((resolve) => setTimeout(resolve, jitter));
+    if (writing) this.#writing.delete(writing);
+    if (fault?.cut === 'before') return void socket.destroy();
+    const version = request.opcode < 0x80 ? 2 : 0x0a;
+    let answer: Answer;
+    if (fault?.result !== undefined) answer = { result: fault.result };
+    else if (header[0] !== version) answer = { result: Res.VER_MISMATCH };
+    else answer = this.#execute(request, header, data);
+    if (fault?.answerDelayMs) await new Promise((resolve) => setTimeout(resolve, fault.answerDelayMs));
+    if (fault?.cut === 'after') return void socket.destroy();
+    const response = Buffer.alloc(HEADER);
+    header.copy(response, 0, 0, 12);
+    response.writeUInt32LE(answer.data?.length ?? 0, 12);
+    response.writeUInt32LE(answer.result, 16);
+    answer.fill?.(response);
+    if (!socket.destroyed) socket.write(answer.data ? Buffer.concat([response, answer.data]) : response);
+  }
+
+  #execute(request: Seen, header: Buffer, data: Buffer): Answer {
+    switch (request.opcode) {
+      case Op.READ:
+        return this.#read(request);
+      case Op.WRITE:
+        return this.#write(request, data);
+      case Op.CREATE:
+        return this.#create(request, data);
+      case Op.REMOVE:
+        return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
+      case Op.READ_VDIS: {
+        const bitmap = Buffer.alloc(2 ** 21);
+        for (const vid of this.#used) bitmap[vid >> 3] = (bitmap[vid >> 3] as number) | (1 << (vid & 7));
+        return { result: Res.SUCCESS, data: bitmap };
+      }
+      case Op.READ_DEL_VDIS:
+        return { result: Res.SUCCESS, data: Buffer.alloc(2 ** 21) };
+      case Op.CLUSTER_INFO: {
+        if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
+        const info = Buffer.alloc(CLUSTER_INFO_BYTES);
+        info.writeInt16LE(this.#options.nodes, 2);
+        info.writeUInt32LE(1, 4);
+        info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
+        info.set([2, 0, 1, 22], 18);
+        info.write('plain', 25);
+        return { result: Res.SUCCESS, data: info };
+      }
+      case Op.GET_NODE_LIST: {
+        const list = Buffer.alloc(this.#options.nodes * NODE_LIST_ENTRY);
+        for (let n = 0; n < this.#options.nodes; n++) {
+          list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
+          list.writeUInt16LE(this.ports[n] as number, n * NODE_LIST_ENTRY + 40);
+        }
+        return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(this.#options.nodes, 20) };
+      }
+      default:
+        return this.#catalog(request, header, data);
+    }
+  }
+
+  #read({ oid, offset, length }: Seen): Answer {
+    const object = this.objects.get(oid);
+    if (!object) return { result: Res.NO_OBJ };
+    const data = Buffer.alloc(length);
+    object.copy(data, 0, offset, offset + length);
+    // Zero sectors at both ends may be left out.
+    let from = 0;
+    let to = length;
+    while (from + 512 <= to && isZero(data.subarray(from, from + 512))) from += 512;
+    while (to - 512 >= from && isZero(data.subarray(to - 512, to))) to -= 512;
+    return {
+      result: Res.SUCCESS,
+      data: data.subarray(from, to),
+      fill: (h) => h.writeBigUInt64LE(BigInt(from), 24),
+    };
+  }
+
+  #write({ oid, offset, length }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+    const object = this.objects.get(oid);
+    if (!object) return { result: Res.NO_OBJ };
+    this.#checkBounds(oid, offset, length);
+    const isTable = (oid & VDI_BIT) !== 0n && offset >= TABLE && offset + length <= TABLE + 4 * OBJECTS && length > 0;
+    if (isTable) this.#changeTable(object, vidOf(oid), (offset - TABLE) / 4, data);
+    else data.copy(object, offset);
+    return { result: Res.SUCCESS };
+  }
+
+  #changeTable(inode: Buffer, vid: number, first: number, data: Buffer): void {
+    for (let n = 0; n * 4 < data.length; n++) {
+      const idx = first + n;
+      const before = inode.readUInt32LE(TABLE + idx * 4);
+      const after = data.readUInt32LE(n * 4);
+      const generation = inode.readInt32LE(GREF + idx * 8);
+      const count = inode.readInt32LE(GREF + idx * 8 + 4);
+      if (before === after && after !== 0) this.violations.push(`entry ${idx} of ${vid.toString(16)} is rewritten`);
+      if (after !== 0 && !this.objects.has(dataOid(after, idx))) {
+        this.violations.push(`entry ${idx} of ${vid.toString(16)} is set before its object is there`);
+      }
+      inode.writeUInt32LE(after, TABLE + idx * 4);
+      inode.fill(0, GREF + idx * 8, GREF + idx * 8 + 8);
+      if (before === 0 || before === after) continue;
+      this.#reclaiming++;
+      setTimeout(() => {
+        this.#giveUp(dataOid(before, idx), generation, count);
+        this.#reclaiming--;
+      }, this.#options.reclaimMs);
+    }
+  }
+
+  #giveUp(oid: bigint, generation: number, count: number): void {
+    const ledger = this.ledgers.get(oid) ?? new Map([[0, 1]]);
+    const add = (at: number, n: number): void => {
+      const sum = (ledger.get(at) ?? 0) + n;
+      if (sum === 0) ledger.delete(at);
+      else ledger.set(at, sum);
+    };
+    add(generation, -1);
+    add(generation + 1, count);
+    if (ledger.size > 0) {
+      this.ledgers.set(oid, ledger);
+      return;
+    }
+    this.ledgers.delete(oid);
+    this.objects.delete(oid);
+  }
+
+  #create({ oid, cowOid, flags, offset, length }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+    const size = this.#objectSize(oid);
+    const object = Buffer.alloc(Math.max(size, offset + length));
+    if (flags & 2) {
+      if (length === size) this.violations.push('a write of a whole object asks for a copy of it first');
+      const source = this.objects.get(cowOid);
+      if (!source) return { result: Res.NO_OBJ };
+      source.copy(object);
+    }
+    this.#checkBounds(oid, offset, length);
+    data.copy(object, offset);
+    this.objects.set(oid, object);
+    return { result: Res.SUCCESS };
+  }
+
+  #checkBounds(oid: bigint, offset: number, length: number): void {
+    if (offset + length > this.#objectSize(oid)) this.violations.push(`write past the end of ${oid.toString(16)}`);
+  }
+
+  #objectSize(oid: bigint): number {
+    return oid & VDI_BIT ? INODE_BYTES : 2 ** (this.#shifts.get(vidOf(oid)) ?? 22);
+  }
+
+  #isReadOnly(oid: bigint): boolean {
+    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid));
+  }
+
+  #catalog({ opcode, length }: Seen, header: Buffer, data: Buffer): Answer {
+    const name = text(data, 0);
+    const snapId = header.readUInt32LE(32);
+    const baseVid = header.readUInt32LE(24);
+    const withVid = (vid: number): Answer => ({ result: Res.SUCCESS, fill: (h) => h.writeUInt32LE(vid, 24) });
+    switch (opcode) {
+      case Op.GET_VDI_INFO: {
+        const vid = this.#lookup(name, snapId);
+        return typeof vid === 'number' ? withVid(vid) : { result: vid.error };
+      }
+      case Op.LOCK_VDI: {
+        const vid = this.#lookup(name, snapId);
+        if (typeof vid !== 'number') return { result: vid.error };
+        if (this.#options.useLock && this.#locked.has(vid)) return { result: Res.VDI_LOCKED };
+        this.#locked.add(vid);
+        return withVid(vid);
+      }
+      case Op.RELEASE_VDI:
+        this.#locked.delete(baseVid);
+        return { result: Res.SUCCESS };
+      case Op.NEW_VDI: {
+        if (length !== 256) return { result: Res.INVALID_PARMS };
+        const working = this.#lookup(name, 0);
+        if (snapId !== 0) {
+          if (typeof working !== 'number') return { result: working.error };
+          return withVid(this.#snapshot(name, working, baseVid));
+        }
+        if (typeof working === 'number') return { result: Res.VDI_EXIST };
+        const vid = this.#freeVid(name);
+        const inode = Buffer.alloc(INODE_BYTES);
+        inode.write(name);
+        inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
+        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid);
+        if (baseVid !== 0) this.#derive(baseVid, inode);
+        return withVid(vid);
+      }
+      case Op.DEL_VDI: {
+        const vid = this.#lookup(name, snapId);
+        if (typeof vid !== 'number') return { result: vid.error };
+        const inode = this.#inode(vid);
+        if (!isZero(inode.subarray(TABLE, GREF))) {
+          this.violations.push(`"${name}" is deleted with objects in its table`);
+        }
+        inode.fill(0, 0, 256);
+        inode.fill(0, 536, 544);
+        return withVid(vid);
+      }
+      default:
+        return { result: Res.INVALID_PARMS };
+    }
+  }
+
+  #snapshot(name: string, working: number, baseVid: number): number {
+    this.readOnly.add(working);
+    const now = BigInt(Math.floor(Date.now() / 1000)) << 32n;
+    const before = this.#inode(working);
+    before.writeBigUInt64LE(now, 520);
+    const vid = this.#freeVid(name);
+    const base = this.#inode(baseVid);
+    const inode = Buffer.alloc(INODE_BYTES);
+    inode.write(name);
+    base.copy(inode, 536, 536, 544);
+    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid);
+    this.#derive(baseVid, inode);
+    return vid;
+  }
+
+  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number): void {
+    inode.writeBigUInt64LE(BigInt(Math.floor(Date.now() / 1000)) << 32n, 512);
+    inode.set([0, 0, 2, shift], 552);
+    inode.writeUInt32LE(snapId, 556);
+    inode.writeUInt32LE(vid, 560);
+    inode.writeUInt32LE(parent, 564);
+    this.#used.add(vid);
+    this.#shifts.set(vid, shift);
+    this.objects.set(VDI_BIT | (BigInt(vid) << 32n), inode);
+  }
+
+  /** The table of the base, one more for its counts, the next generation. */
+  #derive(baseVid: number, inode: Buffer): void {
+    this.readOnly.add(baseVid);
+    const base = this.#inode(baseVid);
+    for (let idx = 0; idx < OBJECTS; idx++) {
+      const owner = base.readUInt32LE(TABLE + idx * 4);
+      if (owner === 0) continue;
+      inode.writeUInt32LE(owner, TABLE + idx * 4);
+      inode.writeInt32LE(base.readInt32LE(GREF + idx * 8) + 1, GREF + idx * 8);
+      base.writeInt32LE(base.readInt32LE(GREF + idx * 8 + 4) + 1, GREF + idx * 8 + 4);
+    }
+  }
+
+  #inode(vid: number): Buffer {
+    const inode = this.objects.get(VDI_BIT | (BigInt(vid) << 32n));
+    if (!inode) throw new Error(`no inode of ${vid.toString(16)}`);
+    return inode;
+  }
+
+  /** sheep/vdi.c, fill_vdi_info_range: from the last vid of the chain back. */
+  #lookup(name: string, snapId: number): number | { error: number } {
+    const first = hash(name);
+    let right = first;
+    while (this.#used.has(right)) right++;
+    let found = false;
+    for (let vid = right - 1; vid >= first; vid--) {
+      const inode = this.#inode(vid);
+      if (text(inode, 0) !== name) continue;
+      const isSnapshot = inode.readBigUInt64LE(520) !== 0n;
+      if (snapId === 0) return isSnapshot ? { error: Res.NO_VDI } : vid;
+      if (!isSnapshot) found = true;
+      else if (inode.readUInt32LE(556) === snapId) return vid;
+    }
+    return { error: found ? Res.NO_TAG : Res.NO_VDI };
+  }
+
+  #freeVid(name: string): number {
+    let vid = hash(name);
+    while (this.#used.has(vid)) vid++;
+    return vid;
+  }
+
+  #nextSnapId(name: string): number {
+    let highest = 0;
+    for (const vid of this.#used) {
+      const inode = this.#inode(vid);
+      if (text(inode, 0) === name) highest = Math.max(highest, inode.readUInt32LE(556));
+    }
+    return highest + 1;
+  }
+}
+
+/** FNV-1a-64, its low 24 bits. */
+export function hash(name: string): number {
+  let value = 0xcbf29ce484222325n;
+  for (const byte of Buffer.from(name)) value = ((value ^ BigInt(byte)) * 0x100000001b3n) & 0xffffffffffffffffn;
+  return Number(value & 0xffffffn) || 1;
+}
+
+function vidOf(oid: bigint): number {
+  return Number((oid >> 32n) & 0xffffffn);
+}
+
+function dataOid(vid: number, idx: number): bigint {
+  return (BigInt(vid) << 32n) | BigInt(idx);
+}
+
+function text(buffer: Buffer, offset: number): string {
+  const end = buffer.indexOf(0, offset);
+  return buffer.toString('utf8', offset, end < 0 ? offset + 256 : end);
+}
+
+function isZero(buffer: Buffer): boolean {
+  return buffer.equals(Buffer.alloc(buffer.length));
+}
