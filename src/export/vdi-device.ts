@@ -142,9 +142,12 @@ export class VdiDevice implements BlockDevice {
   }
 
   async close(): Promise<void> {
-    const opened = await Promise.allSettled(this.#opened.values());
-    for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value);
-    await this.#onClose();
+    try {
+      const opened = await Promise.allSettled(this.#opened.values());
+      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value);
+    } finally {
+      await this.#onClose();
+    }
   }
 }
 

@@ -54,10 +54,10 @@ export class VdiExports implements ExportProvider {
       if (tag !== undefined && isTemporaryTag(tag)) {
         const vdi = await this.#temporary.open(vdiName, tag);
         const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
-        return this.#opened(vdi, close);
+        return await this.#opened(vdi, close);
       }
       const vdi = await this.#catalog.openVdi(name);
-      return this.#opened(vdi, () => this.#catalog.release(vdi));
+      return await this.#opened(vdi, () => this.#catalog.release(vdi));
     } catch (error) {
       throw asExportError(error);
     }
@@ -65,8 +65,15 @@ export class VdiExports implements ExportProvider {
 
   async #opened(vdi: Vdi, close: () => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
     const { name } = vdi.record;
+    let tags: string[];
+    try {
+      tags = await this.#tagsOf(vdi.record);
+    } catch (error) {
+      await close();
+      throw error;
+    }
     const bases: Bases = {
-      tags: await this.#tagsOf(vdi.record),
+      tags,
       open: (tag) => this.#catalog.openVdi(`${name}@${tag}`),
       release: (base) => this.#catalog.release(base),
     };
