@@ -56,7 +56,7 @@ function check(what: string, text: string, maxBytes: number): void {
   if (text === '') throw bad('must not be empty');
   if (text.includes('/') || text.includes('@')) throw bad('must not contain "/" or "@"');
   if (/\p{Cc}|\p{Zl}|\p{Zp}/u.test(text))
-    throw bad('must not contain NUL, other control characters or line separators');
+    throw bad('must not contain NUL or other control characters, nor line separators');
   if (!text.isWellFormed()) throw bad('is not valid Unicode');
   if (text === '.' || text === '..') throw bad('is a directory everywhere, and no name');
   if (text !== text.trim()) throw bad('must not begin or end with a space');
