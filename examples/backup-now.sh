@@ -4,65 +4,8 @@
 #   sh examples/backup-now.sh
 set -eu
 
-root=$(cd "$(dirname "$0")/.." && pwd)
-PATH=$PATH:/usr/sbin:/sbin
-say() { printf '\n== %s\n' "$*"; }
-show() { printf '$ %s\n' "$*"; "$@"; }
-sheepgate() { node "$root/bin/sheepgate.cjs" "$@"; }
-need() {
-  for tool in "$@"; do
-    command -v "$tool" >/dev/null 2>&1 && continue
-    echo "$0: $tool is missing; 'sh test/install.sh' installs what the examples use" >&2
-    exit 3
-  done
-}
-need node nbdcopy od
-if [ ! -f "$root/dist/cli/main.js" ]; then
-  echo "$0: not built yet; run 'npm ci && npm run build' in $root" >&2
-  exit 3
-fi
-
-# A store and sockets of its own, gone when this ends, however it ends.
-work=$(mktemp -d "${TMPDIR:-/tmp}/sheepgate-example.XXXXXX")
-export SHEEPGATE_STORE="$work/store"
-unset SHEEPGATE_CONTROL
-children=
-cleanup() {
-  for child in $children; do kill "$child" 2>/dev/null || true; done
-  for child in $children; do wait "$child" 2>/dev/null || true; done
-  rm -rf "$work"
-}
-trap cleanup EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# wait_for COMMAND...: until it succeeds, half a minute at most.
-wait_for() {
-  tries=300
-  until "$@"; do
-    tries=$((tries - 1))
-    if [ "$tries" -eq 0 ]; then
-      echo "$0: waited in vain for: $*" >&2
-      exit 1
-    fi
-    sleep 0.1
-  done
-}
-
-# serve ARGUMENTS...: the daemon in the background, on a unix socket.
-serve() {
-  node "$root/bin/sheepgate.cjs" serve --listen "unix:$work/nbd.sock" "$@" >"$work/ready" 2>"$work/log" &
-  daemon=$!
-  children="$children $daemon"
-  wait_for daemon_is_ready
-}
-daemon_is_ready() {
-  grep -q Ctrl-C "$work/ready" && return 0
-  kill -0 "$daemon" 2>/dev/null && return 1
-  cat "$work/log" >&2
-  exit 1
-}
-uri() { echo "nbd+unix:///$1?socket=$work/nbd.sock"; }
+needs="nbdcopy od"
+. "$(dirname "$0")/scratch-daemon.inc"
 
 # The writer: random 4 KiB writes, and after every hundred of them a number that goes up, first into the first block of
 # the disk, then into the last. A copy is of one moment if both ends have the same number, or the first is one ahead.
