@@ -5,7 +5,7 @@ import net from 'node:net';
 import path from 'node:path';
 import { gzipSync } from 'node:zlib';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { cli, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { cli, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import { oneLineOf, storeWith, testStore, WAYS, type TestStore } from './both-ways.js';
 
 const LONG = 'x'.repeat(256);
@@ -255,7 +255,7 @@ describe('stores and sockets that are not what they should be', () => {
       fs.rmSync(path.join(place, 'probe'));
       // root may write everywhere, except where nothing at all can be made
       fs.rmSync(place, { recursive: true });
-      if (!fs.existsSync('/sys/kernel')) return context.skip('needs a user other than root, or /sys');
+      if (!fs.existsSync('/sys/kernel')) return skipBecause(context, 'needs a user other than root, or /sys');
       const result = await cli(['vdi', 'create', 'x', '1M', '--store', '/sys/kernel/sheepgate']);
       expect(oneLineOf(result, 1, 'create')).toMatch(/\/sys\/kernel\/sheepgate.*(permitted|denied)/i);
     } catch (error) {

@@ -4,7 +4,17 @@ import { once } from 'node:events';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { BIN, cli, ended, haveCommand, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import {
+  BIN,
+  cli,
+  ended,
+  haveCommand,
+  run,
+  skipBecause,
+  startDaemon,
+  temporaryDirectory,
+  waitUntil,
+} from '../harness/daemon.js';
 import { attach, diskUsage, expectBytes, MIB, oneLineOf, patterned, storeWith, testStore, WAYS } from './both-ways.js';
 
 /** Space that a filesystem may need beyond the data itself. */
@@ -216,7 +226,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('a full device makes an export fail with the reason', async (context) => {
-    if (!fs.existsSync('/dev/full')) return context.skip('no /dev/full here');
+    if (!fs.existsSync('/dev/full')) return skipBecause(context, 'no /dev/full here');
     const target = await testStore(way);
     expect((await target.run(['import', '-', 'vm'], { input: patterned(4 * MIB, 1) })).code).toBe(0);
     const result = await target.run(['export', 'vm', '/dev/full']);
@@ -231,7 +241,7 @@ describe.each(WAYS)('%s', (way) => {
   });
 
   test('a named pipe takes an image in order', async (context) => {
-    if (!haveCommand('mkfifo')) return context.skip('no mkfifo here');
+    if (!haveCommand('mkfifo')) return skipBecause(context, 'no mkfifo here');
     const target = await testStore(way);
     const content = patterned(5 * MIB, 3);
     expect((await target.run(['import', '-', 'vm'], { input: content })).code).toBe(0);
@@ -268,7 +278,8 @@ test('an import under a name that a client has open meanwhile is refused by the 
 });
 
 test('progress is drawn on a terminal and nowhere else', async (context) => {
-  if (!haveCommand('script')) return context.skip('script (util-linux) is not installed, so there is no terminal');
+  if (!haveCommand('script'))
+    return skipBecause(context, 'script (util-linux) is not installed, so there is no terminal');
   const store = path.join(temporaryDirectory(), 'store');
   const image = path.join(temporaryDirectory(), 'vm.img');
   fs.writeFileSync(image, patterned(4 * MIB, 2));

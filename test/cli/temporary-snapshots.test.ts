@@ -3,7 +3,17 @@ import { spawn } from 'node:child_process';
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { BIN, cli, ended, haveCommand, run, startDaemon, waitUntil, type Daemon } from '../harness/daemon.js';
+import {
+  BIN,
+  cli,
+  type Daemon,
+  ended,
+  haveCommand,
+  run,
+  skipBecause,
+  startDaemon,
+  waitUntil,
+} from '../harness/daemon.js';
 import { attach, diskUsage, expectBytes, MIB, patterned, storeWith, type TestStore } from './both-ways.js';
 
 const SIZE = 32 * MIB;
@@ -172,7 +182,7 @@ test('the same leftovers are dropped by a command that finds no daemon', async (
 });
 
 test('sheepgate export NAME@now and nbdcopy with four connections see one point in time under a busy writer', async (context) => {
-  if (!haveCommand('nbdcopy')) return context.skip('nbdcopy is not installed (sh test/install.sh installs it)');
+  if (!haveCommand('nbdcopy')) return skipBecause(context, 'nbdcopy is not installed (sh test/install.sh installs it)');
   const { daemon, target, writer } = await daemonWithDisk(1);
   let isWriting = true;
   let generation = 0;

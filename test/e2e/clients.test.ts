@@ -7,13 +7,14 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import {
   cli,
+  type Daemon,
   haveCommand,
   haveNbdsh,
   nbdsh,
   run,
+  skipBecause,
   startDaemon,
   temporaryDirectory,
-  type Daemon,
 } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
@@ -225,7 +226,7 @@ describe('fio', () => {
       : (console.log('skipped: fio not installed'), test.skip as typeof test);
   supported('verifies crc32c over 512 B to 1 MiB at queue depth 32 on 4 connections', async (context) => {
     const engines = await run('fio', ['--enghelp']);
-    if (!/\bnbd\b/.test(engines.stdout)) return context.skip('this fio has no nbd engine');
+    if (!/\bnbd\b/.test(engines.stdout)) return skipBecause(context, 'this fio has no nbd engine');
     await withDaemon('128M', async (daemon) => {
       const directory = temporaryDirectory();
       const job = (n: number): string[] => [

@@ -3,7 +3,7 @@ import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
-import { cli, haveNbdsh, nbdsh, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { cli, haveNbdsh, nbdsh, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 
 function mountSmallTmpfs(directory: string): boolean {
   try {
@@ -46,10 +46,10 @@ assert h.pread(block, 4 * block) == bytes(block)
 `;
 
 test('ENOSPC reaches the client, flushed data stays, and space that is trimmed can be used again', async (context) => {
-  if (!haveNbdsh()) return context.skip('nbdsh not installed (sh test/install.sh installs it)');
+  if (!haveNbdsh()) return skipBecause(context, 'nbdsh not installed (sh test/install.sh installs it)');
   const mount = path.join(temporaryDirectory(), 'small');
   fs.mkdirSync(mount);
-  if (!mountSmallTmpfs(mount)) return context.skip('mounting a tmpfs needs root');
+  if (!mountSmallTmpfs(mount)) return skipBecause(context, 'mounting a tmpfs needs root');
   try {
     const store = path.join(mount, 'store');
     let daemon = await startDaemon({ store, args: ['--create', 'disk:256M'] });

@@ -8,7 +8,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll } from 'vitest';
+import { afterAll, type TestContext } from 'vitest';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
 
@@ -137,6 +137,12 @@ export async function cliJson<T = unknown>(
   const result = await cli([...args, '--json'], options);
   if (result.code !== 0) throw new Error(`sheepgate ${args.join(' ')}: exit ${result.code}: ${result.stderr}`);
   return JSON.parse(result.stdout) as T;
+}
+
+/** Skip the running test and print why: the reporter keeps reasons to itself. */
+export function skipBecause(context: TestContext, reason: string): never {
+  console.log(`skipped: ${reason}`);
+  return context.skip(reason);
 }
 
 /** Whether a program of that name is on the PATH (for `it.skipIf`). */
