@@ -2,6 +2,10 @@
  * One TCP connection to a node: requests are pipelined, answers are matched by id in whatever order they come, payloads
  * go straight into the buffers of those who asked. Owns ids, framing and deadlines; it never repeats a request and
  * knows nothing of what results mean.
+ *
+ * Requests made in one turn of the event loop leave in one write. What comes in is received into one buffer that is used
+ * again and again, and the larger part of a large payload into the buffer it is for: a fresh buffer for every 64 KiB that
+ * arrive, as sockets have it otherwise, keeps the garbage collector busy.
  */
 import net from 'node:net';
 import { DATA_LENGTH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
@@ -13,6 +17,15 @@ const DEADLINE_CHECK_MS = 250;
 /** A read of a whole VDI bitmap is the largest answer; more than this is no Sheepdog node. */
 const MAX_PAYLOAD_BYTES = 128 * 2 ** 20;
 const MAX_ID = 0xffff_ffff;
+/** What one receive may bring: several answers of a few KiB, or what a socket holds of a large one. */
+const RECEIVE_BYTES = 256 * 1024;
+/** As much of a payload as must be missing for it to be received in place. */
+const IN_PLACE_BYTES = 32 * 1024;
+/** Requests up to this size are gathered; what is larger is sent from where it lies. */
+const GATHER_BYTES = 8 * 1024;
+const SEND_SLAB_BYTES = 64 * 1024;
+/** Slabs kept for the next turn. */
+const KEPT_SLABS = 8;
 
 export interface NodeAddress {
   readonly host: string;
@@ -36,7 +49,7 @@ export interface Answer {
   readonly result: number;
   /** Payload bytes that came. */
   readonly length: number;
-  /** The response's header. */
+  /** The response's header; empty for requests on objects. */
   readonly header: Buffer;
 }
 
@@ -55,36 +68,61 @@ interface Pending {
   readonly reject: (error: Error) => void;
 }
 
+const NO_HEADER = Buffer.alloc(0);
+const NO_ANSWER: Answer = { result: 0, length: 0, header: NO_HEADER };
+/** Their answers' headers say nothing but what an Answer says. */
+const OBJECT_OPCODES: ReadonlySet<number> = new Set([
+  Opcode.CREATE_AND_WRITE_OBJ,
+  Opcode.READ_OBJ,
+  Opcode.WRITE_OBJ,
+  Opcode.REMOVE_OBJ,
+]);
+
 export class NodeConnection {
-  readonly #socket: net.Socket;
   readonly #label: string;
   readonly #onClose: () => void;
   readonly #pending = new Map<number, Pending>();
+  #socket: net.Socket | undefined;
   #lastId = 0;
   #lost: ConnectionLost | undefined;
   #timer: NodeJS.Timeout | undefined;
-  #header = Buffer.allocUnsafe(HEADER_BYTES);
+  /** What the socket receives into next: `#scratch`, or a part of the payload that is being received. */
+  readonly #scratch = Buffer.allocUnsafeSlow(RECEIVE_BYTES);
+  #isInPlace = false;
+  readonly #header = Buffer.allocUnsafeSlow(HEADER_BYTES);
   #headerFilled = 0;
   /** The answer whose payload is being received. */
   #receiving: Pending | undefined;
-  #payloadLength = 0;
+  #receivingId = 0;
+  #answer: Answer = NO_ANSWER;
   #payloadOffset = 0;
   #payloadDone = 0;
+  /** Requests of this turn. */
+  #slab: Buffer | undefined;
+  #slabUsed = 0;
+  #isSendScheduled = false;
+  readonly #spareSlabs: Buffer[] = [];
+  readonly #slabsLeaving: Buffer[] = [];
 
-  private constructor(socket: net.Socket, label: string, onClose: () => void) {
-    this.#socket = socket;
+  private constructor(label: string, onClose: () => void) {
     this.#label = label;
     this.#onClose = onClose;
-    socket.on('data', (chunk) => this.#take(chunk));
-    socket.on('error', (error) => this.#lose(new ConnectionLost(`${label}: ${error.message}`, { cause: error })));
-    socket.on('close', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
   }
 
   /** `onClose` is called once when the connection is gone. Errors: ConnectionLost. */
   static connect(address: NodeAddress, onClose: () => void): Promise<NodeConnection> {
     const label = addressLabel(address);
     return new Promise((resolve, reject) => {
-      const socket = net.connect({ host: address.host, port: address.port, noDelay: true });
+      const connection = new NodeConnection(label, onClose);
+      const socket = net.connect({
+        host: address.host,
+        port: address.port,
+        noDelay: true,
+        onread: {
+          buffer: () => connection.#nextBuffer(),
+          callback: (length, bytes) => connection.#received(length, bytes),
+        },
+      });
       const fail = (error: Error): void => {
         socket.destroy();
         reject(new ConnectionLost(`cannot connect to ${label}: ${error.message}`, { cause: error }));
@@ -95,9 +133,18 @@ export class NodeConnection {
         socket.setTimeout(0);
         socket.removeListener('error', fail);
         socket.setKeepAlive(true, KEEP_ALIVE_MS);
-        resolve(new NodeConnection(socket, label, onClose));
+        connection.#attach(socket);
+        resolve(connection);
       });
     });
+  }
+
+  #attach(socket: net.Socket): void {
+    this.#socket = socket;
+    const label = this.#label;
+    socket.on('error', (error) => this.#lose(new ConnectionLost(`${label}: ${error.message}`, { cause: error })));
+    socket.on('end', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
+    socket.on('close', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
   }
 
   get isOpen(): boolean {
@@ -119,20 +166,55 @@ export class NodeConnection {
         return;
       }
       const id = this.#nextId();
-      const { header, data } = request;
-      header.writeUInt32LE(id, ID_OFFSET);
+      request.header.writeUInt32LE(id, ID_OFFSET);
       this.#pending.set(id, { request, deadline: Date.now() + timeoutMs, resolve, reject });
       this.#timer ??= setInterval(() => this.#checkDeadlines(), DEADLINE_CHECK_MS).unref();
-      if (data !== undefined && data.length > 0) {
-        this.#socket.cork();
-        this.#socket.write(header);
-        this.#socket.write(data);
-        this.#socket.uncork();
-      } else {
-        this.#socket.write(header);
-      }
+      this.#gather(request);
     });
   }
+
+  #gather({ header, data }: WireRequest): void {
+    const length = data?.length ?? 0;
+    const isGathered = length <= GATHER_BYTES;
+    const needed = HEADER_BYTES + (isGathered ? length : 0);
+    if (this.#slab && this.#slabUsed + needed > SEND_SLAB_BYTES) this.#sendSlab();
+    const slab = (this.#slab ??= this.#spareSlabs.pop() ?? Buffer.allocUnsafeSlow(SEND_SLAB_BYTES));
+    header.copy(slab, this.#slabUsed);
+    this.#slabUsed += HEADER_BYTES;
+    if (data && isGathered) {
+      data.copy(slab, this.#slabUsed);
+      this.#slabUsed += length;
+    }
+    if (!this.#isSendScheduled) {
+      this.#isSendScheduled = true;
+      this.#socket?.cork();
+      process.nextTick(this.#sendGathered);
+    }
+    if (data && !isGathered) {
+      this.#sendSlab();
+      this.#socket?.write(data);
+    }
+  }
+
+  #sendSlab(): void {
+    const slab = this.#slab;
+    if (!slab) return;
+    this.#slab = undefined;
+    this.#slabsLeaving.push(slab);
+    this.#socket?.write(slab.subarray(0, this.#slabUsed), this.#slabHasLeft);
+    this.#slabUsed = 0;
+  }
+
+  readonly #sendGathered = (): void => {
+    this.#isSendScheduled = false;
+    this.#sendSlab();
+    this.#socket?.uncork();
+  };
+
+  readonly #slabHasLeft = (): void => {
+    const slab = this.#slabsLeaving.shift();
+    if (slab && this.#spareSlabs.length < KEPT_SLABS) this.#spareSlabs.push(slab);
+  };
 
   /** End it; what is in flight fails. */
   destroy(): void {
@@ -162,7 +244,7 @@ export class NodeConnection {
     if (this.#lost) return;
     this.#lost = reason;
     clearInterval(this.#timer);
-    this.#socket.destroy();
+    this.#socket?.destroy();
     const pending = [...this.#pending.values()];
     this.#pending.clear();
     this.#receiving = undefined;
@@ -170,64 +252,91 @@ export class NodeConnection {
     for (const { reject } of pending) reject(reason);
   }
 
+  /** Where the next bytes go. */
+  #nextBuffer(): Buffer {
+    const receive = this.#receiving?.request.receive;
+    const missing = this.#answer.length - this.#payloadDone;
+    this.#isInPlace = receive !== undefined && missing >= IN_PLACE_BYTES;
+    if (!receive || !this.#isInPlace) return this.#scratch;
+    const from = this.#payloadOffset + this.#payloadDone;
+    return receive.subarray(from, from + missing);
+  }
+
+  #received(length: number, bytes: Uint8Array): boolean {
+    if (this.#lost) return false;
+    if (this.#isInPlace && this.#receiving) {
+      this.#payloadDone += length;
+      if (this.#payloadDone === this.#answer.length) this.#finishAnswer(this.#receiving);
+    } else {
+      this.#take(Buffer.from(bytes.buffer, bytes.byteOffset, length));
+    }
+    return true;
+  }
+
   #take(chunk: Buffer): void {
     let at = 0;
     while (at < chunk.length && !this.#lost) {
       if (!this.#receiving) {
+        if (this.#headerFilled === 0 && chunk.length - at >= HEADER_BYTES) {
+          this.#beginAnswer(chunk, at);
+          at += HEADER_BYTES;
+          continue;
+        }
         const part = Math.min(HEADER_BYTES - this.#headerFilled, chunk.length - at);
         chunk.copy(this.#header, this.#headerFilled, at, at + part);
         this.#headerFilled += part;
         at += part;
-        if (this.#headerFilled === HEADER_BYTES) this.#beginAnswer();
+        if (this.#headerFilled < HEADER_BYTES) return;
+        this.#headerFilled = 0;
+        this.#beginAnswer(this.#header, 0);
         continue;
       }
-      const part = Math.min(this.#payloadLength - this.#payloadDone, chunk.length - at);
+      const part = Math.min(this.#answer.length - this.#payloadDone, chunk.length - at);
       const { receive } = this.#receiving.request;
       if (receive) chunk.copy(receive, this.#payloadOffset + this.#payloadDone, at, at + part);
       this.#payloadDone += part;
       at += part;
-      if (this.#payloadDone === this.#payloadLength) this.#finishAnswer(this.#receiving);
+      if (this.#payloadDone === this.#answer.length) this.#finishAnswer(this.#receiving);
     }
   }
 
-  #beginAnswer(): void {
-    const header = this.#header;
-    const id = header.readUInt32LE(ID_OFFSET);
-    const length = header.readUInt32LE(DATA_LENGTH_OFFSET);
+  /** A header has come; it lies in `bytes` at `at`. */
+  #beginAnswer(bytes: Buffer, at: number): void {
+    const id = bytes.readUInt32LE(at + ID_OFFSET);
+    const length = bytes.readUInt32LE(at + DATA_LENGTH_OFFSET);
     const pending = this.#pending.get(id);
     if (!pending || length > MAX_PAYLOAD_BYTES) {
       this.#lose(new ConnectionLost(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
       return;
     }
-    const receive = pending.request.receive;
+    const { receive, header: asked } = pending.request;
     // Only answers to object reads say where their payload belongs; the field means something else in others.
-    const offset = length > 0 && receive && length < receive.length ? this.#offsetOf(header, pending) : 0;
+    const saysWhere = length > 0 && receive && length < receive.length && asked[1] === Opcode.READ_OBJ;
+    const offset = saysWhere ? Number(bytes.readBigUInt64LE(at + PAYLOAD_OFFSET_OFFSET)) : 0;
     if (receive && offset + length > receive.length) {
       this.#lose(new ConnectionLost(`${this.#label} answered ${length} bytes at ${offset}, more than was asked for`));
       return;
     }
+    const isObject = OBJECT_OPCODES.has(asked[1] as number);
+    const header = isObject ? NO_HEADER : Buffer.from(bytes.subarray(at, at + HEADER_BYTES));
+    this.#answer = { result: bytes.readUInt32LE(at + RESULT_OFFSET), length, header };
     this.#receiving = pending;
-    this.#payloadLength = length;
+    this.#receivingId = id;
     this.#payloadOffset = offset;
     this.#payloadDone = 0;
     if (length === 0) this.#finishAnswer(pending);
   }
 
-  #offsetOf(header: Buffer, pending: Pending): number {
-    return pending.request.header[1] === Opcode.READ_OBJ ? Number(header.readBigUInt64LE(PAYLOAD_OFFSET_OFFSET)) : 0;
-  }
-
   #finishAnswer(pending: Pending): void {
-    const header = this.#header;
+    const answer = this.#answer;
     this.#receiving = undefined;
-    this.#headerFilled = 0;
-    this.#header = Buffer.allocUnsafe(HEADER_BYTES);
-    this.#pending.delete(header.readUInt32LE(ID_OFFSET));
+    this.#answer = NO_ANSWER;
+    this.#pending.delete(this.#receivingId);
     const { receive } = pending.request;
-    if (receive && this.#payloadLength < receive.length) {
+    if (receive && answer.length < receive.length) {
       receive.fill(0, 0, this.#payloadOffset);
-      receive.fill(0, this.#payloadOffset + this.#payloadLength);
+      receive.fill(0, this.#payloadOffset + answer.length);
     }
-    pending.resolve({ result: header.readUInt32LE(RESULT_OFFSET), length: this.#payloadLength, header });
+    pending.resolve(answer);
   }
 }
