@@ -45,7 +45,7 @@ function listCommand(): Command {
     .addHelpText('after', '\nExample:\n  sheepgate node list --cluster node1');
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const nodes = await withCluster(options, (store) => store.nodes());
-    if (options.json) return printJson(nodes);
+    if (options.json) return printJson(nodes.map(({ address: _, ...node }) => node));
     const rows = nodes.map(({ host, port, vnodes, zone, space }, id) => [
       String(id),
       `${host}:${port}`,

@@ -59,17 +59,14 @@ export class Cluster {
 
   /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
   readData(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    if (into.length <= READ_CHUNK_BYTES) return this.#read(vid, idx, offset, into);
-    return this.#readSplit(vid, idx, offset, into);
+    if (into.length <= READ_CHUNK_BYTES) return this.#readNear(vid, idx, offset, into);
+    return inChunks(into, (at, part) => this.#readNear(vid, idx, offset + at, part));
   }
 
-  async #readSplit(high: number, low: number, offset: number, into: Buffer): Promise<void> {
-    const parts: Promise<void>[] = [];
-    for (let at = 0; at < into.length; at += READ_CHUNK_BYTES) {
-      parts.push(this.#read(high, low, offset + at, into.subarray(at, Math.min(into.length, at + READ_CHUNK_BYTES))));
-    }
-    // All of them, also when one fails: none may write into the buffer after this has answered.
-    for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
+  async #readNear(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    const header = encodeObjectRequest(Opcode.READ_OBJ, 0, vid, idx, offset, into.length);
+    const { result } = await this.gateway.executeNear({ header, receive: into }, vid, idx);
+    if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
   }
 
   async #read(high: number, low: number, offset: number, into: Buffer): Promise<void> {
@@ -120,8 +117,9 @@ export class Cluster {
   }
 
   readInodeBytes(vid: number, offset: number, into: Buffer): Promise<void> {
-    if (into.length > READ_CHUNK_BYTES) return this.#readSplit(inodeHigh(vid), 0, offset, into);
-    return this.#read(inodeHigh(vid), 0, offset, into);
+    const high = inodeHigh(vid);
+    if (into.length <= READ_CHUNK_BYTES) return this.#read(high, 0, offset, into);
+    return inChunks(into, (at, part) => this.#read(high, 0, offset + at, part));
   }
 
   async writeInodeBytes(vid: number, offset: number, data: Buffer, options: ExecuteOptions = {}): Promise<void> {
@@ -260,6 +258,15 @@ export class Cluster {
   #catalogRequest(request: WireRequest): Promise<Answer> {
     return this.gateway.execute(request, { once: true, attemptMs: CATALOG_ATTEMPT_MS });
   }
+}
+
+async function inChunks(into: Buffer, read: (at: number, part: Buffer) => Promise<void>): Promise<void> {
+  const parts: Promise<void>[] = [];
+  for (let at = 0; at < into.length; at += READ_CHUNK_BYTES) {
+    parts.push(read(at, into.subarray(at, Math.min(into.length, at + READ_CHUNK_BYTES))));
+  }
+  // All of them, also when one fails: none may write into the buffer after this has answered.
+  for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
 }
 
 const IS_LITTLE_ENDIAN = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;

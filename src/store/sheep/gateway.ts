@@ -13,6 +13,7 @@ import {
   type WireRequest,
 } from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
+import { Placement } from './placement.js';
 import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
 
 /** How long requests are repeated while no node can serve them. */
@@ -29,6 +30,14 @@ const LONGEST_BACKOFF_MS = 1_000;
 const MAX_TROUBLE_RETRIES = 8;
 /** A node that could not be reached is not tried before the others for this long. */
 const NODE_REST_MS = 2_000;
+/** Of the connections for reads: to each node but the one in use. */
+const NEAR_CONNECTIONS = 2;
+/** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
+const NEAR_REST_MS = 30_000;
+/** Nodes that reads go to directly. */
+const MAX_NEAR_NODES = 64;
+/** How old the list of nodes may be by which reads are sent. */
+const PLACEMENT_AGE_MS = 10_000;
 
 export interface GatewayOptions {
   readonly retryMs?: number;
@@ -76,6 +85,8 @@ const NOT_NOW: ReadonlySet<number> = new Set([
 /** The node had trouble, and may have done a part of it. */
 const TROUBLE: ReadonlySet<number> = new Set([Result.EIO, Result.SYSTEM_ERROR, Result.NETWORK_ERROR]);
 
+const NO_OPTIONS: ExecuteOptions = {};
+
 /** Says "done" in place of an answer that was lost. */
 const DONE: Answer = { result: Result.SUCCESS, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
@@ -86,6 +97,10 @@ export class Gateway {
   #turn = 0;
   #closed = false;
   #learning = false;
+  /** Where objects lie, and the nodes it speaks of. */
+  #placement: Placement | undefined;
+  #placed: Node[] = [];
+  #placementAt = -Infinity;
   /** Back-offs that close() ends. */
   readonly #sleepers = new Set<() => void>();
 
@@ -119,8 +134,24 @@ export class Gateway {
    * Send until a node carries it out, or the time for repeating is over. Answers any other result than "not now" and
    * "trouble" for the caller to judge. Errors: StoreError IO, CLOSED.
    */
-  async execute(request: WireRequest, options: ExecuteOptions = {}): Promise<Answer> {
-    const open = this.#idleConnection();
+  execute(request: WireRequest, options: ExecuteOptions = {}): Promise<Answer> {
+    return this.#executeOn(this.#idleConnection(), request, options);
+  }
+
+  /**
+   * The same for a read of data object (vid, idx), sent to the node that has it where that is known and can be reached.
+   * Not for writes: nodes hear one after the other that somebody has made a snapshot, and of two writes that go different
+   * ways the later one could be in it and the earlier one not.
+   */
+  executeNear(request: WireRequest, vid: number, idx: number): Promise<Answer> {
+    return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
+  }
+
+  async #executeOn(
+    open: NodeConnection | undefined,
+    request: WireRequest,
+    options: ExecuteOptions,
+  ): Promise<Answer> {
     if (open) {
       try {
         const answer = await open.send(request, options.attemptMs ?? this.#options.attemptMs);
@@ -184,6 +215,24 @@ export class Gateway {
         last = error;
       }
     }
+  }
+
+  /** An open connection to the node with the first copy of the object; opens one in the background if there is none. */
+  #nearConnection(vid: number, idx: number): NodeConnection | undefined {
+    if (this.#closed) throw closedError();
+    const now = Date.now();
+    if (now - this.#placementAt > PLACEMENT_AGE_MS) {
+      this.#placementAt = now;
+      void this.#learnNodes();
+    }
+    const node = this.#placed[this.#placement?.nodeOf(vid, idx) ?? -1];
+    if (!node || node === this.#current) return undefined;
+    const { connections } = node;
+    if (connections.length + node.opening < NEAR_CONNECTIONS && node.restUntil <= now) {
+      this.#open(node).catch(() => (node.restUntil = Date.now() + NEAR_REST_MS));
+    }
+    this.#turn++;
+    return connections[this.#turn % connections.length];
   }
 
   /** An open connection to the node in use; opens one more in the background while there are too few. */
@@ -256,11 +305,19 @@ export class Gateway {
     if (this.#learning || this.#closed) return;
     this.#learning = true;
     try {
-      for (const { host, port } of await this.listNodes()) {
+      const members = await this.listNodes();
+      const placed = members.map(({ host, port }) => {
         const label = addressLabel({ host, port });
-        if (this.#nodes.some(({ address }) => addressLabel(address) === label)) continue;
-        this.#nodes.push(nodeAt({ host, port }));
-      }
+        const known = this.#nodes.find(({ address }) => addressLabel(address) === label);
+        if (known) return known;
+        const node = nodeAt({ host, port });
+        this.#nodes.push(node);
+        return node;
+      });
+      this.#placementAt = Date.now();
+      if (members.length > MAX_NEAR_NODES) return;
+      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members);
+      this.#placed = placed;
     } catch (error) {
       this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
     } finally {
@@ -294,6 +351,10 @@ export class Gateway {
       this.#sleepers.add(wake);
     });
   }
+}
+
+function isSame(before: readonly Node[], after: readonly Node[]): boolean {
+  return before.length === after.length && before.every((node, n) => node === after[n]);
 }
 
 /** No node could be reached at all: nothing was sent. */

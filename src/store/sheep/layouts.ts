@@ -309,6 +309,8 @@ export interface ClusterNode {
   readonly vnodes: number;
   readonly zone: number;
   readonly space: number;
+  /** The 16 bytes that stand for it in the hash that places objects. */
+  readonly address: Buffer;
 }
 
 interface NodeLayout {
@@ -339,7 +341,7 @@ export function decodeNodes(bytes: Buffer, count: number): ClusterNode[] {
   if (bytes.length !== count * NODE_BYTES) return nodes;
   for (let n = 0; n < count; n++) {
     const { addr, port, nrVnodes, zone, space } = nodeLayout.decode(bytes, n * NODE_BYTES);
-    nodes.push({ host: addressText(addr), port, vnodes: nrVnodes, zone, space });
+    nodes.push({ host: addressText(addr), port, vnodes: nrVnodes, zone, space, address: Buffer.from(addr) });
   }
   return nodes;
 }

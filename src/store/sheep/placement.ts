@@ -1,0 +1,79 @@
+/**
+ * Where objects lie: the ring of a cluster's nodes, by which it chooses the node of an object's first copy. A read that
+ * is sent there is answered from that node's disk; any other node would have to fetch it. Owns the arithmetic only. What
+ * it says is a hint: every node serves every object, and a membership that changes makes it wrong for a while.
+ *
+ * Source: sheepdog_proto.h (sd_hash, sd_hash_oid: FNV-1a of 64 bits, once more over its own result) and sheep.h
+ * (node_to_vnodes: as many points on the ring as a node has virtual nodes; the first point from the object's hash on).
+ */
+import type { ClusterNode } from './layouts.js';
+
+const FNV_INIT = 0xcbf29ce484222325n;
+const FNV_PRIME = 0x100000001b3n;
+const MASK = 0xffff_ffff_ffff_ffffn;
+/** struct node_id up to its port. */
+const NODE_ID_BYTES = 18;
+const NODE_ID_PORT_OFFSET = 16;
+/** Objects whose node is remembered. */
+const MAX_REMEMBERED = 2 ** 16;
+
+export class Placement {
+  readonly #hashes: BigUint64Array;
+  /** By point of the ring: position in `nodes`. */
+  readonly #owners: Uint16Array;
+  readonly #remembered = new Map<number, number>();
+
+  constructor(nodes: readonly ClusterNode[]) {
+    const points: { readonly hash: bigint; readonly node: number }[] = [];
+    for (const [node, { address, port, vnodes }] of nodes.entries()) {
+      const id = Buffer.alloc(NODE_ID_BYTES);
+      address.copy(id);
+      id.writeUInt16LE(port, NODE_ID_PORT_OFFSET);
+      let hash = hashOfHash(fnv(id, FNV_INIT));
+      for (let n = 0; n < vnodes; n++) points.push({ hash: (hash = hashOfHash(hash)), node });
+    }
+    points.sort((a, b) => (a.hash < b.hash ? -1 : 1));
+    this.#hashes = BigUint64Array.from(points, ({ hash }) => hash);
+    this.#owners = Uint16Array.from(points, ({ node }) => node);
+  }
+
+  /** Position, in the list it was made from, of the node with the first copy of data object (vid, idx); -1: none. */
+  nodeOf(vid: number, idx: number): number {
+    const key = vid * 2 ** 20 + idx;
+    let node = this.#remembered.get(key);
+    if (node === undefined) {
+      node = this.#find(vid, idx);
+      if (this.#remembered.size >= MAX_REMEMBERED) this.#remembered.clear();
+      this.#remembered.set(key, node);
+    }
+    return node;
+  }
+
+  #find(vid: number, idx: number): number {
+    const oid = Buffer.alloc(8);
+    oid.writeUInt32LE(idx, 0);
+    oid.writeUInt32LE(vid, 4);
+    const hash = hashOfHash(fnv(oid, FNV_INIT));
+    let low = 0;
+    let high = this.#hashes.length;
+    while (low < high) {
+      const middle = (low + high) >>> 1;
+      if ((this.#hashes[middle] as bigint) < hash) low = middle + 1;
+      else high = middle;
+    }
+    return this.#owners[low === this.#hashes.length ? 0 : low] ?? -1;
+  }
+}
+
+function fnv(bytes: Uint8Array, init: bigint): bigint {
+  let hash = init;
+  for (const byte of bytes) hash = ((hash ^ BigInt(byte)) * FNV_PRIME) & MASK;
+  return hash;
+}
+
+/** The hash goes on over its own bytes. */
+function hashOfHash(hash: bigint): bigint {
+  const bytes = Buffer.alloc(8);
+  bytes.writeBigUInt64LE(hash);
+  return fnv(bytes, hash);
+}
