@@ -79,6 +79,8 @@ export interface ObjectStore {
   readonly location: string;
   /** Fill `into` from the object; absent bytes read as zeros. The object must exist. */
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void>;
+  /** A client is about to read this range of the disk: a hint for stores that read ahead. */
+  noteRead?(vdi: OpenVdi, offset: number, length: number): void;
   /** In place, into an existing exclusive object. */
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void>;
   /**

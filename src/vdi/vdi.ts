@@ -44,6 +44,7 @@ export class Vdi {
 
   /** Fill `into` with the bytes at `offset`. The range must lie within the disk. */
   read(offset: number, into: Buffer): Awaitable<void> {
+    if (this.#store.noteRead !== undefined) this.#store.noteRead(this.#open, offset, into.length);
     const idx = Math.floor(offset / this.#objectSize);
     const within = offset - idx * this.#objectSize;
     if (within + into.length <= this.#objectSize) return this.#readObject(idx, within, into);

@@ -13,6 +13,7 @@ const TABLE = 4664;
 const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
+const NODE_VNODES = 128;
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
@@ -266,6 +267,7 @@ export class StandIn {
         for (let n = 0; n < this.#options.nodes; n++) {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
           list.writeUInt16LE(this.ports[n] as number, n * NODE_LIST_ENTRY + 40);
+          list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
         }
         return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(this.#options.nodes, 20) };
       }

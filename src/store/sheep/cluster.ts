@@ -30,6 +30,7 @@ import {
   resultName,
   VDI_BITMAP_BYTES,
 } from './protocol.js';
+import { ReadAhead } from './read-ahead.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
@@ -52,6 +53,8 @@ export interface NewVdi {
 
 export class Cluster {
   readonly gateway: Gateway;
+  /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
+  readonly readAhead = new ReadAhead((vid, idx, offset, into) => this.readData(vid, idx, offset, into));
 
   constructor(gateway: Gateway) {
     this.gateway = gateway;
@@ -78,7 +81,7 @@ export class Cluster {
   /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
   async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
-    const { result } = await this.gateway.execute({ header, data });
+    const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'writing', vid, idx);
   }
 
@@ -90,7 +93,7 @@ export class Cluster {
     const flags = copyOf === 0 ? Flag.WRITE : Flag.WRITE | Flag.COW;
     const low = copyOf === 0 ? 0 : idx;
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, flags, vid, idx, offset, data.length, copyOf, low);
-    const { result } = await this.gateway.execute({ header, data });
+    const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'creating', vid, idx);
   }
 
@@ -106,8 +109,17 @@ export class Cluster {
 
   async removeData(vid: number, idx: number): Promise<void> {
     const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, vid, idx, 0, 0);
-    const { result } = await this.gateway.execute({ header });
+    const { result } = await this.#change(vid, idx, { header });
     if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', vid, idx);
+  }
+
+  async #change(vid: number, idx: number, request: WireRequest): Promise<Answer> {
+    this.readAhead.forget(vid, idx);
+    try {
+      return await this.gateway.execute(request);
+    } finally {
+      this.readAhead.forget(vid, idx);
+    }
   }
 
   async readInode(vid: number): Promise<Inode> {

@@ -147,11 +147,7 @@ export class Gateway {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
   }
 
-  async #executeOn(
-    open: NodeConnection | undefined,
-    request: WireRequest,
-    options: ExecuteOptions,
-  ): Promise<Answer> {
+  async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     if (open) {
       try {
         const answer = await open.send(request, options.attemptMs ?? this.#options.attemptMs);

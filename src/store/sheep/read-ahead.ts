@@ -1,0 +1,186 @@
+/**
+ * Read-ahead for who reads a disk from front to back with few requests at a time, as a copying program or the kernel
+ * does: what comes next is on its way before it is asked for. Owns the pieces that were fetched and not used yet, and
+ * sees to it that none is used that is older than a write: every change of an object must be announced with `forget`,
+ * before and after it is made.
+ */
+import { objectKey } from './table.js';
+
+/** One request: a piece is used up by several reads of the kernel's usual 128 KiB. */
+const PIECE_BYTES = 512 * 1024;
+/** As far as is read ahead, at most; it begins with one piece and doubles. */
+const WINDOW_BYTES = 4 * 1024 * 1024;
+/** Reads in a row after which a reader is taken for a sequential one. */
+const MIN_RUN = 2;
+/** Reads under way with which a reader does well enough by itself. */
+const BUSY_READS = 4;
+/** Readers of one disk that are told apart. */
+const MAX_READERS = 8;
+/** Pieces held for all disks together: 64 MiB. What is not fetched by then is dropped, the oldest first. */
+const MAX_PIECES = 128;
+/** A piece nobody asked for in this time is not used any more: another gateway may have written the disk meanwhile. */
+const PIECE_LIFE_MS = 2_000;
+
+/** A disk that is read: its map of owners, and the size of its objects. */
+export interface ReadableDisk {
+  readonly map: Uint32Array;
+  readonly record: { readonly size: number; readonly blockSizeShift: number };
+}
+
+interface Reader {
+  /** Where its next read begins if it goes on. */
+  next: number;
+  run: number;
+  /** Up to where pieces have been asked for. */
+  ahead: number;
+  window: number;
+}
+
+interface Piece {
+  readonly object: number;
+  readonly offset: number;
+  readonly bytes: Buffer;
+  /** Whether it has come; or failed, and is of no use. */
+  readonly arrival: Promise<boolean>;
+  readonly expires: number;
+  /** Bytes used so far: with the last one it goes. */
+  used: number;
+  isStale: boolean;
+}
+
+export class ReadAhead {
+  readonly #fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>;
+  readonly #readers = new WeakMap<ReadableDisk, Reader[]>();
+  /** In the order in which they were asked for. */
+  readonly #pieces = new Set<Piece>();
+  readonly #byObject = new Map<number, Set<Piece>>();
+  /** Reads that clients wait for. */
+  inFlight = 0;
+
+  constructor(fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>) {
+    this.#fetch = fetch;
+  }
+
+  /** `length` bytes of `disk` at `offset` are about to be read. */
+  note(disk: ReadableDisk, offset: number, length: number): void {
+    let readers = this.#readers.get(disk);
+    if (!readers) this.#readers.set(disk, (readers = []));
+    const at = readers.findIndex(({ next }) => next === offset);
+    if (at < 0) {
+      if (readers.length >= MAX_READERS) readers.shift();
+      readers.push({ next: offset + length, run: 1, ahead: 0, window: PIECE_BYTES });
+      return;
+    }
+    const [reader] = readers.splice(at, 1) as [Reader];
+    readers.push(reader);
+    reader.next = offset + length;
+    reader.run++;
+    if (reader.run < MIN_RUN || this.inFlight >= BUSY_READS) return;
+    this.#goAhead(disk, reader);
+  }
+
+  /**
+   * Fill `into` with the bytes at `offset` of the object, as far as all of them have been read ahead; waits for what is on
+   * its way. False if they must be read after all, at once if nothing is known of them.
+   */
+  read(vid: number, idx: number, offset: number, into: Buffer): false | Promise<boolean> {
+    if (this.#pieces.size === 0) return false;
+    const pieces = this.#covering(objectKey(vid, idx), offset, offset + into.length);
+    return pieces !== undefined && this.#take(pieces, offset, into);
+  }
+
+  async #take(pieces: readonly Piece[], offset: number, into: Buffer): Promise<boolean> {
+    for (const piece of pieces) if (!(await piece.arrival)) return false;
+    // Looked at when all have come: one may have become old while another was waited for.
+    if (pieces.some(({ isStale }) => isStale)) return false;
+    const end = offset + into.length;
+    for (const piece of pieces) {
+      const from = Math.max(offset, piece.offset);
+      const to = Math.min(end, piece.offset + piece.bytes.length);
+      piece.bytes.copy(into, from - offset, from - piece.offset, to - piece.offset);
+      piece.used += to - from;
+      if (piece.used >= piece.bytes.length) this.#drop(piece);
+    }
+    return true;
+  }
+
+  /** The pieces of an object that hold these bytes, in order; undefined if some are missing. */
+  #covering(object: number, from: number, to: number): Piece[] | undefined {
+    const known = this.#byObject.get(object);
+    if (!known) return undefined;
+    const now = Date.now();
+    const pieces: Piece[] = [];
+    for (let at = from; at < to;) {
+      let found: Piece | undefined;
+      for (const piece of known) {
+        if (at < piece.offset || at >= piece.offset + piece.bytes.length) continue;
+        if (piece.expires >= now) found = piece;
+        else this.#drop(piece);
+      }
+      if (!found) return undefined;
+      pieces.push(found);
+      at = found.offset + found.bytes.length;
+    }
+    return pieces;
+  }
+
+  /** The object is being changed, or has just been: nothing fetched of it so far is true. */
+  forget(vid: number, idx: number): void {
+    if (this.#pieces.size === 0) return;
+    const pieces = this.#byObject.get(objectKey(vid, idx));
+    if (pieces) for (const piece of [...pieces]) this.#drop(piece);
+  }
+
+  #goAhead(disk: ReadableDisk, reader: Reader): void {
+    const objectSize = 2 ** disk.record.blockSizeShift;
+    if (reader.ahead < reader.next) reader.ahead = reader.next;
+    const end = Math.min(disk.record.size, reader.next + reader.window);
+    // Not before half of it is used up, so that it goes in whole pieces.
+    if (end - reader.ahead < Math.min(reader.window / 2, PIECE_BYTES)) return;
+    while (reader.ahead < end) {
+      const idx = Math.floor(reader.ahead / objectSize);
+      const within = reader.ahead - idx * objectSize;
+      const objectEnd = Math.min(objectSize, disk.record.size - idx * objectSize);
+      const length = Math.min(PIECE_BYTES - (within % PIECE_BYTES), objectEnd - within);
+      const owner = disk.map[idx];
+      if (owner) this.#ask(owner, idx, within, length);
+      reader.ahead += length;
+    }
+    reader.window = Math.min(WINDOW_BYTES, reader.window * 2);
+  }
+
+  #ask(vid: number, idx: number, offset: number, length: number): void {
+    const object = objectKey(vid, idx);
+    if (this.#covering(object, offset, offset + length)) return;
+    while (this.#pieces.size >= MAX_PIECES) {
+      const [oldest] = this.#pieces;
+      if (oldest) this.#drop(oldest);
+    }
+    const bytes = Buffer.allocUnsafeSlow(length);
+    const arrival = this.#fetch(vid, idx, offset, bytes).then(
+      () => true,
+      () => false,
+    );
+    const piece: Piece = {
+      object,
+      offset,
+      bytes,
+      arrival,
+      expires: Date.now() + PIECE_LIFE_MS,
+      used: 0,
+      isStale: false,
+    };
+    this.#pieces.add(piece);
+    const others = this.#byObject.get(object);
+    if (others) others.add(piece);
+    else this.#byObject.set(object, new Set([piece]));
+  }
+
+  #drop(piece: Piece): void {
+    piece.isStale = true;
+    this.#pieces.delete(piece);
+    const others = this.#byObject.get(piece.object);
+    others?.delete(piece);
+    if (others?.size === 0) this.#byObject.delete(piece.object);
+  }
+}
