@@ -9,6 +9,7 @@ import type { BlockDevice, ExportProvider, Peer } from './block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
 import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
+import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
@@ -20,6 +21,8 @@ export interface ConnectionOptions {
   readonly peer: Peer;
   /** Bytes already received on the socket, by whoever accepted it. */
   readonly head: Buffer | undefined;
+  /** The socket's way to receive into memory of ours, if it has one. */
+  readonly inPlace?: InPlaceSocket | undefined;
   readonly provider: ExportProvider;
   readonly limits: Limits;
   readonly observer: ServerObserver;
@@ -55,6 +58,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   /** performance.now() when the client was last heard or answered. */
   private lastActiveAt = 0;
   private readonly tls: ServerTls | undefined;
+  private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
 
   constructor(options: ConnectionOptions) {
@@ -66,6 +70,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.observer = options.observer;
     this.pool = options.pool;
     this.tls = options.tls;
+    this.inPlace = options.inPlace;
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
@@ -242,6 +247,13 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName });
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
+    this.inPlace?.receive({
+      nextBuffer: () => transmission.nextBuffer(),
+      received: (length) => {
+        if (this.idleTimer !== undefined) this.lastActiveAt = performance.now();
+        transmission.received(length);
+      },
+    });
     if (this.limits.idleTimeoutMs > 0) {
       this.lastActiveAt = performance.now();
       this.waitForIdleness(this.limits.idleTimeoutMs);

@@ -10,6 +10,7 @@ import { isMainThread } from 'node:worker_threads';
 import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
 import { BufferPool } from './buffer-pool.js';
 import { Connection } from './connection.js';
+import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { DEFAULT_LIMITS, type Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { ServerTls } from './tls.js';
@@ -108,9 +109,12 @@ export class NbdServer {
       keepAliveInitialDelay: KEEP_ALIVE_DELAY_MS,
     });
     let bound: BoundAddress;
-    listener.on('connection', (socket) =>
-      this.serveConnection(socket, { peer: this.peerOf(socket, listener, options) }),
-    );
+    listener.on('connection', (accepted) => {
+      // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
+      const inPlace = this.tls === undefined ? receiveInPlace(accepted) : undefined;
+      const socket = inPlace?.socket ?? accepted;
+      this.serve(socket, { peer: this.peerOf(socket, listener, options), inPlace });
+    });
     if ('fd' in options) bound = await adopt(listener, options);
     else bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
     if (this.isClosed) {
@@ -129,6 +133,13 @@ export class NbdServer {
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
   serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
+    return this.serve(socket, options);
+  }
+
+  private serve(
+    socket: Duplex,
+    options: { readonly peer?: Peer; readonly head?: Buffer; readonly inPlace?: InPlaceSocket | undefined },
+  ): number | undefined {
     const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
     const key = peerKey(peer);
     const refusal = this.refusalOf(key);
@@ -145,6 +156,7 @@ export class NbdServer {
       peer,
       tls: peer.transport === 'internal' ? undefined : this.tls,
       head: options.head,
+      inPlace: options.inPlace,
       provider: this.provider,
       limits: this.limits,
       observer: this.observer,

@@ -9,7 +9,7 @@
 import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
 import { ExtentCollector, isWideContext, MAX_REPLY_EXTENTS, statusChunkType } from './block-status.js';
-import { LARGE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
+import type { Block, BufferPool } from './buffer-pool.js';
 import type { Limits } from './limits.js';
 import type { ServerObserver } from './observer.js';
 import {
@@ -50,6 +50,18 @@ export interface TransmissionHost {
   /** The client broke the protocol: close now. */
   protocolViolated(reason: string): void;
 }
+
+/**
+ * Memory that small requests are received into, one after the other; room for several batches of 32 writes of 4 KiB. What
+ * a write of it is still busy with is left alone, so with `maxInFlightRequests` slow writes it is at most as many of these.
+ */
+const RECEIVE_BYTES = 256 * 1024;
+/** With less room than this left a receive would bring too little. */
+const MIN_RECEIVE_BYTES = 64 * 1024;
+/** What must be missing of a payload for it to be received where it belongs; less comes along with what follows. */
+const IN_PLACE_BYTES = 16 * 1024;
+/** Payloads that come in pieces and are longer than this take memory that is used again. */
+const POOLED_PAYLOAD_BYTES = 32 * 1024;
 
 /** Replies below this share of the bound before a held client is heard again, so that it is heard in batches. */
 const RESUME_BELOW = 1 / 2;
@@ -113,6 +125,11 @@ export class Transmission {
   private payload: Buffer | undefined;
   private payloadBlock: Block | undefined;
   private refusal: Refusal | undefined;
+  /** Where the next bytes are received, unless into a payload. */
+  private receiveBlock: Block | undefined;
+  private isReceivingPayload = false;
+  /** What is being parsed lies in this block: a write that goes on after the turn must pin it. */
+  private parsedBlock: Block | undefined;
   /** Input that waits for room. The socket is paused while there is any. */
   private held: Buffer | undefined;
   private inFlightBytes = 0;
@@ -158,6 +175,41 @@ export class Transmission {
     this.replies.flush();
   }
 
+  /** Where the socket shall put what comes next. */
+  nextBuffer(): Buffer {
+    const { payload } = this;
+    this.isReceivingPayload = payload !== undefined && this.payloadLeft >= IN_PLACE_BYTES;
+    if (payload !== undefined && this.isReceivingPayload) return payload.subarray(payload.length - this.payloadLeft);
+    let block = this.receiveBlock;
+    // Nobody else is busy with any of it: begin again at its front.
+    if (block?.pins === 1) block.used = 0;
+    if (block === undefined || block.buffer.length - block.used < MIN_RECEIVE_BYTES) {
+      if (block !== undefined) this.unpin(block);
+      block = this.host.pool.takeLarge(RECEIVE_BYTES);
+      block.pins = 1;
+      this.receiveBlock = block;
+    }
+    return block.buffer.subarray(block.used);
+  }
+
+  /** The socket has put so many bytes where it was told to. */
+  received(length: number): void {
+    if (this.isDeaf) return;
+    if (this.isReceivingPayload) {
+      this.isHeard = true;
+      this.payloadCame(length);
+      this.replies.flush();
+      return;
+    }
+    const block = this.receiveBlock;
+    if (block === undefined) throw new Error('transmission: received into nothing');
+    const chunk = block.buffer.subarray(block.used, block.used + length);
+    block.used += length;
+    this.parsedBlock = block;
+    this.feed(chunk);
+    this.parsedBlock = undefined;
+  }
+
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
   refuseNewRequests(): void {
     this.isRefusing = true;
@@ -170,7 +222,8 @@ export class Transmission {
   stopListening(): void {
     this.isDeaf = true;
     this.held = undefined;
-    if (this.payloadBlock !== undefined) this.host.pool.give(this.payloadBlock);
+    // What the socket has been told to receive into is no memory for anybody else.
+    if (this.payloadBlock !== undefined && !this.isReceivingPayload) this.unpin(this.payloadBlock);
     this.payloadBlock = undefined;
     this.payload = undefined;
   }
@@ -178,6 +231,8 @@ export class Transmission {
   /** The socket is gone: what is in flight is finished, its replies go nowhere. */
   socketClosed(): void {
     this.stopListening();
+    if (this.receiveBlock !== undefined) this.unpin(this.receiveBlock);
+    this.receiveBlock = undefined;
     this.replies.close();
   }
 
@@ -200,7 +255,8 @@ export class Transmission {
         continue;
       }
       if (this.isSaturated()) {
-        this.held = at === 0 ? chunk : chunk.subarray(at);
+        const held = at === 0 ? chunk : chunk.subarray(at);
+        this.held = this.parsedBlock === undefined ? held : Buffer.from(held);
         this.host.socket.pause();
         return;
       }
@@ -236,7 +292,8 @@ export class Transmission {
         if (refusal === undefined && end - at >= payloadLength) {
           const data = chunk.subarray(at, at + payloadLength);
           at += payloadLength;
-          this.take(data, undefined);
+          if (this.parsedBlock !== undefined) this.parsedBlock.pins++;
+          this.take(data, this.parsedBlock);
         } else if (!this.expectPayload(refusal)) {
           return;
         }
@@ -273,8 +330,9 @@ export class Transmission {
     } else {
       // requestError() has seen to it that it is at most MAX_PAYLOAD.
       if (length > MAX_PAYLOAD) throw new Error('transmission: an unchecked payload length');
-      if (length > LARGE_BYTES) {
+      if (length > POOLED_PAYLOAD_BYTES) {
         this.payloadBlock = this.host.pool.takeLarge(length);
+        this.payloadBlock.pins = 1;
         this.payload = this.payloadBlock.buffer.subarray(0, length);
       } else {
         this.payload = Buffer.allocUnsafe(length);
@@ -290,7 +348,12 @@ export class Transmission {
     if (this.payload !== undefined) {
       chunk.copy(this.payload, this.payload.length - this.payloadLeft, at, at + taken);
     }
-    this.payloadLeft -= taken;
+    this.payloadCame(taken);
+    return taken;
+  }
+
+  private payloadCame(length: number): void {
+    this.payloadLeft -= length;
     if (this.payloadLeft === 0) {
       const { payload, payloadBlock, refusal } = this;
       this.payload = undefined;
@@ -299,7 +362,6 @@ export class Transmission {
       if (payload !== undefined) this.take(payload, payloadBlock);
       else if (refusal !== undefined) this.refuse(refusal);
     }
-    return taken;
   }
 
   /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
@@ -313,6 +375,7 @@ export class Transmission {
     const refusal = requestError(request, this.rules);
     if (refusal !== undefined) this.refuse(refusal);
     else this.execute(undefined, undefined);
+    if (block !== undefined) this.unpin(block);
   }
 
   /** Ask the device. `data` is a write's payload, `block` the pooled memory it lies in, if any. */
@@ -358,7 +421,7 @@ export class Transmission {
     } catch (error) {
       const failure = this.failureOf(error, request);
       this.errors++;
-      if (block !== undefined) this.host.pool.give(block);
+      if (block !== undefined) this.unpin(block);
       if (type === CMD.READ) this.replies.failRead(request, failure);
       else this.replies.error(request, failure);
       return;
@@ -373,7 +436,7 @@ export class Transmission {
       return;
     }
     if (type === CMD.WRITE) this.bytesWritten += length;
-    if (block !== undefined) this.host.pool.give(block);
+    if (block !== undefined) this.unpin(block);
     this.replies.done(request.cookieHigh, request.cookieLow, offset);
   }
 
@@ -552,7 +615,7 @@ export class Transmission {
         this.replies.abandonRead(block, pending, failure);
       }
     } else {
-      if (block !== undefined) this.host.pool.give(block);
+      if (block !== undefined) this.unpin(block);
       if (failure === undefined) {
         if (pending.type === CMD.WRITE) this.bytesWritten += length;
         this.replies.done(cookieHigh, cookieLow, offset);
@@ -580,6 +643,11 @@ export class Transmission {
     const at = error.offset;
     const isInside = at !== undefined && at >= asked.offset && at - asked.offset < asked.length;
     return { errno: isUnexpected ? NBD_ERRNO.EINVAL : NBD_ERRNO[code], message, offset: isInside ? at : undefined };
+  }
+
+  private unpin(block: Block): void {
+    block.pins--;
+    if (block.pins === 0) this.host.pool.give(block);
   }
 
   private refuse(refusal: Refusal): void {

@@ -1,0 +1,84 @@
+/** Receiving into memory that is used again: what a slow device still works on must not be overwritten. */
+import { expect, test } from 'vitest';
+import { requestBytes } from './raw-client.js';
+import { DISK_SIZE, Gate, TestExport } from './test-device.js';
+import { startServer, until } from './test-server.js';
+
+const ROUNDS = 12;
+
+/** Ranges that cover `size` bytes: small ones that share a receive, large ones that come in pieces. */
+function ranges(size: number, random: () => number): { offset: number; length: number }[] {
+  const found: { offset: number; length: number }[] = [];
+  for (let at = 0; at < size;) {
+    const most = [64, 4096, 20_000, 70_000, 200_000][Math.floor(random() * 5)] ?? 64;
+    const length = Math.min(size - at, 1 + Math.floor(random() * most));
+    found.push({ offset: at, length });
+    at += length;
+  }
+  return found;
+}
+
+function generator(seed: number): () => number {
+  let state = seed;
+  return () => (state = (state * 48271) % 2147483647) / 2147483647;
+}
+
+test('writes of all sizes that finish late and in any order write what was sent', async () => {
+  const exported = new TestExport('disk');
+  const { provider, client, allOver } = await startServer({ exports: [exported] });
+  const random = generator(20101);
+  provider.hook = ({ method }) => {
+    const turns = Math.floor(random() * 6);
+    if (method !== 'write' || turns === 0) return undefined;
+    return (async () => {
+      for (let n = 0; n < turns; n++) await new Promise((resolve) => setImmediate(resolve));
+    })();
+  };
+  const connection = await client();
+  for (let round = 0; round < ROUNDS; round++) {
+    const wanted = Buffer.alloc(DISK_SIZE);
+    for (let at = 0; at < DISK_SIZE; at += 4) wanted.writeUInt32LE((at * 2654435761 + round * 97) >>> 0, at);
+    const parts = ranges(DISK_SIZE, random);
+    await Promise.all(
+      parts.map(({ offset, length }) => connection.write(offset, wanted.subarray(offset, offset + length))),
+    );
+    expect(exported.disk.equals(wanted), `round ${round}`).toBe(true);
+  }
+  await connection.disconnect();
+  await allOver();
+});
+
+test('a write that takes long keeps its data while thousands come after it', async () => {
+  const exported = new TestExport('disk');
+  const { provider, client } = await startServer({ exports: [exported] });
+  const gate = new Gate();
+  provider.hook = ({ method, offset }) => (method === 'write' && offset === 0 ? gate.opened : undefined);
+  const connection = await client();
+  const first = Buffer.alloc(512, 0xaa);
+  const slow = connection.write(0, first);
+  const other = Buffer.alloc(4096, 0xbb);
+  for (let n = 0; n < 40; n++) {
+    await Promise.all(Array.from({ length: 64 }, (_, at) => connection.write(4096 * (1 + at), other)));
+  }
+  gate.open();
+  await slow;
+  expect(exported.disk.subarray(0, 512).equals(first)).toBe(true);
+  await connection.disconnect();
+});
+
+test('a client that vanishes in the middle of a large write leaves the memory of others alone', async () => {
+  const exported = new TestExport('disk');
+  const { server, opened, client } = await startServer({ exports: [exported] });
+  const connection = await client();
+  const wanted = Buffer.alloc(300_000, 0xcc);
+  for (let n = 0; n < 10; n++) {
+    const raw = await opened();
+    raw.send(requestBytes({ type: 1, offset: 0, length: 300_000 }), Buffer.alloc(150_000, 0xdd));
+    await connection.write(0, wanted);
+    raw.vanish();
+    await connection.write(300_000, wanted);
+    expect(exported.disk.subarray(0, 600_000).every((byte) => byte === 0xcc)).toBe(true);
+  }
+  await until(() => server.connections.size === 1, 'the others are over');
+  await connection.disconnect();
+});
