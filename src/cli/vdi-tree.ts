@@ -21,7 +21,7 @@ export function treeOf(vdis: readonly VdiRecord[]): TreeNode[] {
   }
   const nodesUnder = (vid: number): TreeNode[] =>
     (byParent.get(vid) ?? [])
-      .sort((a, b) => a.createdAt - b.createdAt || a.vid - b.vid)
+      .sort((a, b) => a.createdAt - b.createdAt || Number(b.isSnapshot) - Number(a.isSnapshot) || a.vid - b.vid)
       .map((vdi) => ({ vdi, children: nodesUnder(vdi.vid) }));
   return nodesUnder(0);
 }

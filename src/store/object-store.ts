@@ -43,6 +43,10 @@ export interface OpenVdi {
   readonly record: VdiRecord;
   /** idx -> vid of the object's owner, 0 = unallocated. Length is the number of objects of the disk. */
   readonly map: Uint32Array;
+  /** The vid that createObject makes objects under now: the record's, or one that no snapshot has seen. */
+  readonly nameVid: number;
+  /** Reads its objects, if they are not what the store's own reading would say. */
+  readonly reader?: ObjectReader;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
   exclusive(idx: number): boolean;
   /**
@@ -72,19 +76,38 @@ export interface Switch {
   now(): Awaitable<void>;
   /** Make that durable. On failure it is undone as if the snapshot had been deleted at once. */
   finish(): Promise<VdiRecord>;
+  /**
+   * Writers need not be held: `now` is synchronous, and what is being written at that moment may be in the snapshot, in
+   * part too, until it is answered. `finish` is called when all of that is.
+   */
+  readonly holdsNobody?: boolean;
 }
 
-export interface ObjectStore {
-  /** For messages: where the store is. */
-  readonly location: string;
+/** How objects are read. `vid` is what the map of whoever reads says about idx, and not 0. */
+export interface ObjectReader {
   /** Fill `into` from the object; absent bytes read as zeros. The object must exist. */
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void>;
+  /** Bring a range into the operating system's cache; a hint. */
+  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void>;
+  /** Report the data and hole ranges of an object, in order, without reading data. */
+  objectExtents(
+    vid: number,
+    idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Awaitable<void>;
+}
+
+export interface ObjectStore extends ObjectReader {
+  /** For messages: where the store is. */
+  readonly location: string;
   /** A client is about to read this range of the disk: a hint for stores that read ahead. */
   noteRead?(vdi: OpenVdi, offset: number, length: number): void;
   /** In place, into an existing exclusive object. */
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void>;
   /**
-   * Make the object (vdi's vid, idx): all zeros, or reading as `copyOf`, with `data` laid over it at `offset`. Replaces
+   * Make the object (vdi's nameVid, idx): all zeros, or reading as `copyOf`, with `data` laid over it at `offset`. Replaces
    * leftovers of that name. The map is not touched: the caller swings it after this has succeeded.
    */
   createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
@@ -97,16 +120,6 @@ export interface ObjectStore {
   readonly objectsMove: boolean;
   /** Whether zeroObject does its work without writing zeros. */
   canZeroFast(options: ZeroOptions): boolean;
-  /** Bring a range into the operating system's cache; a hint. */
-  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void>;
-  /** Report the data and hole ranges of an object, in order, without reading data. */
-  objectExtents(
-    vid: number,
-    idx: number,
-    offset: number,
-    length: number,
-    sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Awaitable<void>;
   readonly catalog: Catalog;
   close(): Promise<void>;
 }

@@ -138,9 +138,15 @@ export class VdiCatalog {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
     }
     return this.#using(record, async (vdi) => {
+      const change = await prepare(vdi.opened);
+      if (change.holdsNobody) {
+        // Nothing to be awaited comes between the two: whoever enters after it must not be in the snapshot.
+        void change.now();
+        await vdi.gate.turn();
+        return change.finish();
+      }
       // Most of what is dirty goes to disk before the writers are held, so little is left for after.
       await vdi.flush();
-      const change = await prepare(vdi.opened);
       await vdi.gate.close();
       try {
         const later = change.now();

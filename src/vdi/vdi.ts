@@ -2,9 +2,16 @@
  * An open VDI as a flat disk: splits requests into objects and decides, per object, between in place, create and copy.
  * Owns the write gate and the single flight of creations; knows nothing of names, exports or how objects are kept.
  */
-import { StoreError, type Awaitable, type ObjectStore, type OpenVdi, type VdiRecord } from '../store/object-store.js';
+import {
+  StoreError,
+  type Awaitable,
+  type ObjectReader,
+  type ObjectStore,
+  type OpenVdi,
+  type VdiRecord,
+} from '../store/object-store.js';
 export type { VdiRecord } from '../store/object-store.js';
-import { WriteGate } from './write-gate.js';
+import { CLOSED, WriteGate } from './write-gate.js';
 
 /** Object changes one zero, trim or multi-object write has under way at a time. */
 const PARALLEL_OBJECTS = 8;
@@ -14,6 +21,7 @@ export class Vdi {
   readonly gate = new WriteGate();
   readonly #store: ObjectStore;
   readonly #open: OpenVdi;
+  readonly #reader: ObjectReader;
   readonly #objectSize: number;
   /** idx -> the creation, copy or removal of that object that is under way. */
   readonly #transitions = new Map<number, Promise<void>>();
@@ -26,6 +34,7 @@ export class Vdi {
   constructor(store: ObjectStore, open: OpenVdi) {
     this.#store = store;
     this.#open = open;
+    this.#reader = open.reader ?? store;
     this.#objectSize = 2 ** open.record.blockSizeShift;
   }
 
@@ -63,8 +72,9 @@ export class Vdi {
 
   /** With `fua`, durable when it answers. Errors: StoreError, NO_SPACE among them. */
   write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
-    if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#writeInside(offset, data, fua));
-    return this.#writeInside(offset, data, fua);
+    const turn = this.gate.tryEnter();
+    if (turn === CLOSED) return this.#whenOpen((later) => this.#writeInside(later, offset, data, fua));
+    return this.#writeInside(turn, offset, data, fua);
   }
 
   /**
@@ -79,8 +89,9 @@ export class Vdi {
     if (options.fastZero && !this.#canZeroFast(offset, length, options.noHole)) {
       throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs data to be copied or written`);
     }
-    if (!this.gate.tryEnter()) return this.#whenOpen(() => this.#zeroInside(offset, length, options));
-    return this.#zeroInside(offset, length, options);
+    const turn = this.gate.tryEnter();
+    if (turn === CLOSED) return this.#whenOpen((later) => this.#zeroInside(later, offset, length, options));
+    return this.#zeroInside(turn, offset, length, options);
   }
 
   /** Give the range's space back; it reads as zeros. */
@@ -99,7 +110,7 @@ export class Vdi {
     this.#eachPart(offset, length, (idx, from, partLength) => {
       const owner = this.#open.map[idx] as number;
       if (owner === 0) return;
-      const result = this.#store.cacheObject(owner, idx, from, partLength);
+      const result = this.#reader.cacheObject(owner, idx, from, partLength);
       if (result !== undefined) parts.push(result);
     });
     if (parts.length > 0) return allDone(parts);
@@ -126,7 +137,7 @@ export class Vdi {
       if (owner === 0) {
         joiner.add(partEnd - from, true);
       } else {
-        const later = this.#store.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
+        const later = this.#reader.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
         if (later !== undefined) return later.then(() => this.#extentsFrom(joiner, partEnd, end));
       }
       from = partEnd;
@@ -174,7 +185,7 @@ export class Vdi {
       into.fill(0);
       return;
     }
-    const later = this.#store.readObject(owner, idx, within, into);
+    const later = this.#reader.readObject(owner, idx, within, into);
     if (later === undefined || !this.#store.objectsMove) return later;
     return this.#readAgainIfGone(later, owner, idx, within, into);
   }
@@ -193,7 +204,7 @@ export class Vdi {
       if ((error as StoreError).code !== 'GONE') throw error;
       // Its entry may be on its way to the map; and with the map as it was, it may have gone and come again.
       await this.#transitions.get(idx)?.catch(() => undefined);
-      if (this.#open.map[idx] === owner) await this.#store.readObject(owner, idx, within, into);
+      if (this.#open.map[idx] === owner) await this.#reader.readObject(owner, idx, within, into);
       else await this.#readObject(idx, within, into);
     }
   }
@@ -208,12 +219,12 @@ export class Vdi {
     }
   }
 
-  async #whenOpen(inside: () => Awaitable<void>): Promise<void> {
-    await this.gate.enter();
-    await inside();
+  async #whenOpen(inside: (turn: number) => Awaitable<void>): Promise<void> {
+    const turn = await this.gate.enter();
+    await inside(turn);
   }
 
-  #writeInside(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+  #writeInside(turn: number, offset: number, data: Buffer, fua: boolean): Awaitable<void> {
     const idx = Math.floor(offset / this.#objectSize);
     const within = offset - idx * this.#objectSize;
     let later: Awaitable<void>;
@@ -221,19 +232,19 @@ export class Vdi {
       later =
         within + data.length <= this.#objectSize ? this.#writeObject(idx, within, data) : this.#writeMany(offset, data);
     } catch (error) {
-      this.gate.leave();
+      this.gate.leave(turn);
       throw error;
     }
-    if (later !== undefined) return this.#leaveAfter(later, offset, data.length, fua);
-    this.gate.leave();
+    if (later !== undefined) return this.#leaveAfter(turn, later, offset, data.length, fua);
+    this.gate.leave(turn);
     if (fua) return this.#makeDurable(offset, data.length);
   }
 
-  async #leaveAfter(later: Promise<void>, offset: number, length: number, fua: boolean): Promise<void> {
+  async #leaveAfter(turn: number, later: Promise<void>, offset: number, length: number, fua: boolean): Promise<void> {
     try {
       await later;
     } finally {
-      this.gate.leave();
+      this.gate.leave(turn);
     }
     // Outside the gate: a snapshot need not wait for the disk.
     if (fua) await this.#makeDurable(offset, length);
@@ -277,21 +288,26 @@ export class Vdi {
     const whole = data.length === this.#objectSize;
     const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
     // The vid it is made under: on a cluster another may have come until it is there.
-    const { vid } = this.#open.record;
+    const { nameVid } = this.#open;
     await this.#store.createObject(this.#open, idx, within, data, copyOf);
     if (copyOf) this.copies++;
-    await this.#open.setOwner(idx, vid);
+    await this.#open.setOwner(idx, nameVid);
   }
 
-  #zeroInside(offset: number, length: number, options: { noHole: boolean; fua: boolean }): Awaitable<void> {
+  #zeroInside(
+    turn: number,
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean },
+  ): Awaitable<void> {
     const parts: (() => Awaitable<void>)[] = [];
     this.#eachPart(offset, length, (idx, from, partLength) => {
       // Unallocated space is zeros already: an empty 4 TiB disk is trimmed by looking at its map.
       if (this.#open.map[idx] === 0 && !options.noHole && !this.#transitions.has(idx)) return;
       parts.push(() => this.#zeroObject(idx, from, partLength, options.noHole));
     });
-    if (parts.length > 0) return this.#leaveAfter(inParallel(parts), offset, length, options.fua);
-    this.gate.leave();
+    if (parts.length > 0) return this.#leaveAfter(turn, inParallel(parts), offset, length, options.fua);
+    this.gate.leave(turn);
     if (options.fua) return this.#open.flush();
   }
 

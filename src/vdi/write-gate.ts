@@ -1,38 +1,45 @@
 /**
  * The gate every write, zero and trim of a VDI passes. A snapshot closes it for the moment of the switch: it waits until
- * what is inside has finished and keeps the rest waiting outside. Nothing is allocated while the gate is open.
+ * what is inside has finished and keeps the rest waiting outside. One that needs no such moment only turns it, and learns
+ * when those that were inside at that time have left. Nothing is allocated while the gate is open.
  */
+
+/** Returned by tryEnter if the gate is closed. */
+export const CLOSED = -1;
+
 export class WriteGate {
-  #inside = 0;
+  /** How many are inside, of those that entered since the gate was last turned, and of those from before: by turn & 1. */
+  readonly #inside = [0, 0];
+  #turn = 0;
   #closed = false;
   #outside: (() => void)[] = [];
-  #drained: (() => void) | undefined;
+  #left: (() => void) | undefined;
 
-  /** Go in if the gate is open. Every true must be followed by one `leave`, before the request is answered. */
-  tryEnter(): boolean {
-    if (this.#closed) return false;
-    this.#inside++;
-    return true;
+  /** Go in if the gate is open, else CLOSED. What it returns is handed to one `leave`, before the request is answered. */
+  tryEnter(): number {
+    if (this.#closed) return CLOSED;
+    this.#inside[this.#turn]!++;
+    return this.#turn;
   }
 
   /** Go in as soon as the gate opens. */
-  async enter(): Promise<void> {
-    while (!this.tryEnter()) await new Promise<void>((resolve) => this.#outside.push(resolve));
+  async enter(): Promise<number> {
+    for (;;) {
+      const turn = this.tryEnter();
+      if (turn !== CLOSED) return turn;
+      await new Promise<void>((resolve) => this.#outside.push(resolve));
+    }
   }
 
-  leave(): void {
-    if (--this.#inside === 0 && this.#drained) {
-      const drained = this.#drained;
-      this.#drained = undefined;
-      drained();
-    }
+  leave(turn: number): void {
+    if (--this.#inside[turn]! === 0 && this.#left) this.#left();
   }
 
   /** Keep everybody out and wait until nobody is inside. One holder at a time; the caller serialises. */
   async close(): Promise<void> {
     if (this.#closed) throw new Error('invariant: the gate is closed already');
     this.#closed = true;
-    if (this.#inside > 0) await new Promise<void>((resolve) => (this.#drained = resolve));
+    await this.#until(() => this.#inside[0] === 0 && this.#inside[1] === 0);
   }
 
   open(): void {
@@ -40,5 +47,18 @@ export class WriteGate {
     const waiting = this.#outside;
     this.#outside = [];
     for (const wake of waiting) wake();
+  }
+
+  /** Wait until those that are inside now have left; others go on entering. */
+  async turn(): Promise<void> {
+    const before = this.#turn;
+    if (this.#inside[1 - before] !== 0) throw new Error('invariant: the gate is turned again before all have left');
+    this.#turn = 1 - before;
+    await this.#until(() => this.#inside[before] === 0);
+  }
+
+  async #until(isSo: () => boolean): Promise<void> {
+    while (!isSo()) await new Promise<void>((resolve) => (this.#left = resolve));
+    this.#left = undefined;
   }
 }

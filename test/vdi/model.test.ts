@@ -20,7 +20,7 @@ const MAX_SIZE = 3 * OBJECT;
 type Op =
   | { kind: 'write' | 'zero' | 'zero-allocated' | 'trim'; at: number; length: number; fill: number; fua: boolean }
   | { kind: 'flush' | 'reopen' | 'detach' }
-  | { kind: 'snapshot' | 'clone' | 'rollback' | 'delete' | 'read'; pick: number }
+  | { kind: 'snapshot' | 'temporary' | 'clone' | 'rollback' | 'delete' | 'read'; pick: number }
   | { kind: 'resize'; units: number };
 
 const range = fc.record({
@@ -46,6 +46,7 @@ const op: fc.Arbitrary<Op> = fc.oneof(
     arbitrary: fc.record({
       kind: fc.constantFrom(
         'snapshot' as const,
+        'temporary' as const,
         'clone' as const,
         'rollback' as const,
         'delete' as const,
@@ -66,7 +67,11 @@ class Model {
   working: string[] = [];
 
   get snapshots(): string[] {
-    return [...this.disks.keys()].filter((name) => name.includes('@'));
+    return [...this.disks.keys()].filter((name) => name.includes('@') && !name.includes('@now:'));
+  }
+
+  get temporary(): string[] {
+    return [...this.disks.keys()].filter((name) => name.includes('@now:'));
   }
 }
 
@@ -141,10 +146,18 @@ class Run {
         await this.detach();
         await this.catalog.close();
         await this.start();
+        for (const name of this.model.temporary) this.model.disks.delete(name);
         break;
       case 'snapshot': {
         const tag = `t${this.#counter++}`;
         await this.catalog.snapshot(current, tag);
+        this.model.disks.set(`${current}@${tag}`, Buffer.from(disk));
+        break;
+      }
+      case 'temporary': {
+        if (this.model.temporary.length >= 3) break;
+        const tag = `now:${this.#counter++}`;
+        await this.catalog.snapshotTemporary(current, tag);
         this.model.disks.set(`${current}@${tag}`, Buffer.from(disk));
         break;
       }
@@ -173,9 +186,7 @@ class Run {
         const all = [...this.model.disks.keys()].filter((name) => name !== this.model.working[0]);
         const name = pickOf(all, step.pick);
         if (!name) break;
-        await this.detach(name);
-        await this.catalog.remove(name);
-        this.model.disks.delete(name);
+        await this.remove(name);
         this.model.working = this.model.working.filter((other) => other !== name);
         break;
       }
@@ -194,6 +205,15 @@ class Run {
         break;
       }
     }
+  }
+
+  async remove(name: string): Promise<void> {
+    await this.detach(name);
+    if (this.model.temporary.includes(name)) {
+      const [vdi, tag] = name.split('@') as [string, string];
+      await this.catalog.dropTemporary(vdi, tag);
+    } else await this.catalog.remove(name);
+    this.model.disks.delete(name);
   }
 
   async compare(name: string): Promise<void> {
@@ -217,6 +237,7 @@ class Run {
 
   async finish(): Promise<void> {
     for (const name of this.model.disks.keys()) await this.compare(name);
+    for (const name of this.model.temporary) await this.remove(name);
     await this.detach();
     const report = await this.catalog.check({ repair: false });
     expect(report.problems).toEqual([]);

@@ -20,13 +20,14 @@ import {
 import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
+import { removeLeftScratch } from './before-images.js';
 import { Metadata, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { TemporaryVdi } from './temporary-vdi.js';
+import { TimeSlice } from './time-slice.js';
 
 const MAX_VID = 2 ** 24 - 1;
-/** References given up at a time before the event loop gets its turn. */
-const RELEASE_SLICE = 1024;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
 
@@ -48,6 +49,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly #lockFd: number;
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
+  /** References that are being given up in the background. */
+  readonly #releasing = new Set<Promise<void>>();
 
   private constructor(
     location: string,
@@ -104,6 +107,13 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void> {
     const local = vdi as LocalVdi;
     const owner = local.map[idx] as number;
+    const keeping =
+      local.temporaries.length > 0 ? keepFor(local.temporaries, owner, idx, offset, data.length) : undefined;
+    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(local, owner, idx, offset, data));
+    return this.#writeOwned(local, owner, idx, offset, data);
+  }
+
+  #writeOwned(local: LocalVdi, owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     let later: Awaitable<void>;
     try {
       later = this.files.write(owner, idx, offset, data);
@@ -123,7 +133,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 
   /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
   async createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
-    const { vid, blockSizeShift } = vdi.record;
+    const { blockSizeShift } = vdi.record;
+    const { nameVid: vid } = vdi as LocalVdi;
     const key = objectKey(vid, idx);
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
     const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from);
@@ -131,7 +142,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     try {
       await create().catch((error: unknown) => this.#afterFreeing(vdi as LocalVdi, error, create));
     } catch (error) {
-      await this.release([key]);
+      this.release([key]);
       throw error;
     }
   }
@@ -140,13 +151,15 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   async #afterFreeing(vdi: LocalVdi, error: unknown, retry: () => Promise<void>): Promise<void> {
     if ((error as StoreError).code !== 'NO_SPACE') throw error;
     await vdi.flush();
-    await this.files.removed();
+    await this.reclaimed();
     await retry();
   }
 
   async zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Promise<void> {
     const local = vdi as LocalVdi;
     const owner = local.map[idx] as number;
+    const keeping = keepFor(local.temporaries, owner, idx, offset, length);
+    if (keeping !== undefined) await keeping;
     const zero = (): Promise<void> => this.files.zero(owner, idx, offset, length, options.noHole);
     await zero().catch((error: unknown) => this.#afterFreeing(local, error, zero));
     local.noteWritten(owner, idx);
@@ -170,30 +183,79 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     return this.files.extents(vid, idx, offset, length, sink);
   }
 
-  async release(keys: readonly number[]): Promise<void> {
-    for (let from = 0; from < keys.length; from += RELEASE_SLICE) {
-      if (from > 0) await new Promise((resolve) => setImmediate(resolve));
-      this.#releaseNow(keys.slice(from, from + RELEASE_SLICE));
+  release(keys: readonly number[]): void {
+    this.#inBackground(this.#releaseKeys(keys));
+  }
+
+  async #releaseKeys(keys: readonly number[]): Promise<void> {
+    const slice = new TimeSlice();
+    for (const [step, key] of keys.entries()) {
+      const room = this.files.roomToRemove();
+      if (room) await room;
+      else if (slice.isOver(step)) await slice.next();
+      this.#releaseOne(key);
     }
   }
 
-  #releaseNow(keys: readonly number[]): void {
-    const unreferenced: number[] = [];
-    for (const key of keys) {
-      // While a read of it is under way it still counts: nobody else may start to write it in place.
-      const idle = this.files.idle(key);
-      if (idle) void idle.then(() => this.#releaseNow([key]));
-      else if (this.references.drop(vidOf(key), idxOf(key)) === 0) unreferenced.push(key);
+  /**
+   * The same for all references of a map, or those marked in `only`, in the background; the map is used up. What others
+   * refer to as well comes first: it may be theirs alone from then on, and they need not wait until the rest is removed.
+   */
+  releaseMap(map: Uint32Array, only?: Uint8Array): void {
+    this.#inBackground(this.#releaseAll(map, only));
+  }
+
+  #inBackground(work: Promise<void>): void {
+    const releasing = work
+      .catch((error: unknown) => this.backgroundError(error))
+      .finally(() => this.#releasing.delete(releasing));
+    this.#releasing.add(releasing);
+  }
+
+  async #releaseAll(map: Uint32Array, only: Uint8Array | undefined): Promise<void> {
+    const slice = new TimeSlice();
+    for (let idx = 0; idx < map.length; idx++) {
+      if (slice.isOver(idx)) await slice.next();
+      const owner = map[idx] as number;
+      if (owner === 0) continue;
+      const isShared = this.references.of(owner, idx) > 1;
+      if (isShared || only?.[idx] === 0) map[idx] = 0;
+      if (isShared && only?.[idx] !== 0) this.#releaseOne(objectKey(owner, idx));
     }
-    this.files.remove(unreferenced, (error) => this.backgroundError(error));
+    for (let idx = 0; idx < map.length; idx++) {
+      if (slice.isOver(idx)) await slice.next();
+      const owner = map[idx] as number;
+      if (owner === 0) continue;
+      const room = this.files.roomToRemove();
+      if (room) await room;
+      this.#releaseOne(objectKey(owner, idx));
+    }
+  }
+
+  #releaseOne(key: number): void {
+    // While a read of it is under way it still counts: nobody else may start to write it in place.
+    const idle = this.files.idle(key);
+    if (idle) {
+      void idle.then(() => this.#releaseOne(key));
+      return;
+    }
+    if (this.references.drop(vidOf(key), idxOf(key)) > 0) return;
+    this.files.remove(key, (error) => this.backgroundError(error));
+  }
+
+  /** Resolves when the space of all that was given up is back. */
+  async reclaimed(): Promise<void> {
+    while (this.#releasing.size > 0) await Promise.all(this.#releasing);
+    await this.files.removed();
   }
 
   discard(vdi: LocalVdi): void {
     const stored = [vdi.record.vid, ...vdi.outgrown].map((vid) => this.metadata.record(vid)).find(Boolean);
-    const held = vdi.heldKeys();
+    for (const temporary of vdi.temporaries) temporary.leaveAllNow();
     if (stored) this.references.addAll(this.metadata.map(stored));
     vdi.abandon();
-    void this.release(held);
+    this.release(vdi.releases);
+    this.releaseMap(vdi.map);
   }
 
   backgroundError(error: unknown): void {
@@ -204,6 +266,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   async close(): Promise<void> {
     let clean = true;
     let failure: unknown;
+    await this.catalog.dropTemporaries().catch((error: unknown) => (failure = error));
     for (const vdi of this.open.values()) {
       try {
         await vdi.close();
@@ -213,6 +276,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       }
     }
     this.open.clear();
+    await this.reclaimed();
     await this.files.close();
     await this.metadata.close({ clean });
     fs.closeSync(this.#lockFd);
@@ -221,6 +285,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 
   /** Count the references; after a crash also remove what nothing refers to. */
   async #recover(clean: boolean): Promise<void> {
+    removeLeftScratch(this.location);
     const strays = this.metadata.strayVids();
     if (strays.length > 0) await this.metadata.commit({ removed: strays });
     for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
@@ -229,7 +294,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     for await (const { key } of this.files.scan()) {
       if (key >= 0 && this.references.of(vidOf(key), idxOf(key)) === 0) orphans.push(key);
     }
-    this.files.remove(orphans, (error) => this.backgroundError(error));
+    for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
     this.#log(`store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`);
   }
@@ -242,6 +307,7 @@ function openFiles(location: string, options: LocalStoreOptions): ObjectFiles {
 /** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
 export class LocalCatalog implements Catalog {
   readonly #store: LocalStore;
+  readonly #temporaries = new Map<number, { readonly temporary: TemporaryVdi; readonly source: LocalVdi }>();
   #lastVid = 0;
 
   constructor(store: LocalStore) {
@@ -255,7 +321,7 @@ export class LocalCatalog implements Catalog {
       for (const vid of vdi.outgrown) records.delete(vid);
       records.set(vdi.record.vid, vdi.record);
     }
-    return [...records.values()];
+    return [...Array.from(this.#temporaries.values(), ({ temporary }) => temporary.record), ...records.values()];
   }
 
   async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
@@ -266,14 +332,54 @@ export class LocalCatalog implements Catalog {
   }
 
   async open(vid: number): Promise<OpenVdi> {
+    const temporary = this.#temporaries.get(vid);
+    if (temporary) return temporary.temporary;
     const opened = this.#store.open.get(vid);
-    if (opened) return opened;
+    if (opened) {
+      opened.resume();
+      return opened;
+    }
     const record = this.#recordOf(vid);
-    const vdi = new LocalVdi(this.#store, record, this.#store.metadata.map(record), () =>
+    const vdi = new LocalVdi(this.#store, record, await this.#store.metadata.loadMap(record), () =>
       this.#store.open.delete(vdi.record.vid),
     );
+    // One that had to be given up and is opened again: the temporary snapshots of it know its objects by name.
+    if (this.#temporaries.size > 0) vdi.nameAnew(this.#nextVid());
     this.#store.open.set(vid, vdi);
     return vdi;
+  }
+
+  /** By copy-before-write (temporary-vdi.ts). Nothing of it is stored, so nothing needs to be durable before it. */
+  async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
+    const source = vdi as LocalVdi;
+    const vid = this.#nextVid();
+    const nameVid = this.#nextVid();
+    let temporary: TemporaryVdi | undefined;
+    return {
+      holdsNobody: true,
+      now: () => {
+        const record: VdiRecord = { ...source.record, vid, tag, isSnapshot: true, snapshotAt: Date.now() };
+        temporary = new TemporaryVdi(this.#store, record, source.map);
+        source.takeTemporary(temporary, nameVid);
+        this.#temporaries.set(vid, { temporary, source });
+      },
+      finish: async () => {
+        if (!temporary) throw new Error('invariant: a snapshot is finished that was not taken');
+        await temporary.frozen();
+        return temporary.record;
+      },
+    };
+  }
+
+  async dropTemporaries(): Promise<void> {
+    for (const vid of this.#temporaries.keys()) await this.#dropTemporary(vid);
+  }
+
+  async #dropTemporary(vid: number): Promise<void> {
+    const found = this.#temporaries.get(vid);
+    if (!found) return;
+    this.#temporaries.delete(vid);
+    await found.source.dropTemporary(found.temporary);
   }
 
   prepareSwitch(vdi: OpenVdi, tag: string): Switch {
@@ -306,6 +412,7 @@ export class LocalCatalog implements Catalog {
   }
 
   async clone(vid: number, name: string): Promise<VdiRecord> {
+    this.#mustStay(vid, 'cloned');
     const base = this.#recordOf(vid);
     const record = this.#working(this.#nextVid(), name, base.size, base.blockSizeShift, base.vid, 1);
     await this.#storeCopy(base, record, []);
@@ -313,7 +420,8 @@ export class LocalCatalog implements Catalog {
   }
 
   async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
-    const { keys, vids, record: working } = this.#held(vid);
+    this.#mustStay(snapshotVid, 'rolled back to');
+    const { map, releases, vids, record: working } = await this.#held(vid);
     const base = this.#recordOf(snapshotVid);
     const record = this.#working(
       this.#nextVid(),
@@ -325,7 +433,8 @@ export class LocalCatalog implements Catalog {
     );
     await this.#storeCopy(base, record, vids);
     this.#store.open.get(vid)?.abandon();
-    await this.#store.release(keys);
+    this.#store.release(releases);
+    this.#store.releaseMap(map);
     return record;
   }
 
@@ -336,7 +445,8 @@ export class LocalCatalog implements Catalog {
   }
 
   async remove(vid: number): Promise<void> {
-    const { keys, vids, record } = this.#held(vid);
+    if (this.#temporaries.has(vid)) return this.#dropTemporary(vid);
+    const { map, releases, vids, record } = await this.#held(vid);
     const relinked = this.list()
       .filter((other) => other.parentVid === vid)
       .map((child) => adopted(child, record));
@@ -346,27 +456,43 @@ export class LocalCatalog implements Catalog {
       if (open) open.record = child;
     }
     this.#store.open.get(vid)?.abandon();
-    await this.#store.release(keys);
+    this.#store.release(releases);
+    this.#store.releaseMap(map);
   }
 
   reclaimed(): Promise<void> {
-    return this.#store.files.removed();
+    return this.#store.reclaimed();
+  }
+
+  #mustStay(vid: number, what: string): void {
+    if (!this.#temporaries.has(vid)) return;
+    throw new StoreError(
+      'UNSUPPORTED',
+      `a temporary snapshot cannot be ${what}; take one that stays with "vdi snapshot"`,
+    );
   }
 
   /** What goes when a VDI goes that nobody uses. One that could not be flushed when it was closed is open still. */
-  #held(vid: number): { keys: number[]; vids: number[]; record: VdiRecord } {
+  async #held(
+    vid: number,
+  ): Promise<{ map: Uint32Array; releases: readonly number[]; vids: number[]; record: VdiRecord }> {
     const open = this.#store.open.get(vid);
-    if (open) return { keys: open.heldKeys(), vids: [vid, ...open.outgrown], record: open.record };
+    if (open) {
+      for (const temporary of open.temporaries) await temporary.leaveAll();
+      return { map: open.map, releases: open.releases, vids: [vid, ...open.outgrown], record: open.record };
+    }
     const record = this.#recordOf(vid);
-    return { keys: keysOf(this.#store.metadata.map(record)), vids: [vid], record };
+    return { map: await this.#store.metadata.loadMap(record), releases: [], vids: [vid], record };
   }
 
-  usage(vid: number): { allocated: number; exclusive: number } {
-    const opened = this.#store.open.get(vid);
-    const map = opened?.map ?? this.#store.metadata.map(this.#recordOf(vid));
+  async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
+    const opened = this.#temporaries.get(vid)?.temporary ?? this.#store.open.get(vid);
+    const map = opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid)));
+    const slice = new TimeSlice();
     let allocated = 0;
     let exclusive = 0;
     for (let idx = 0; idx < map.length; idx++) {
+      if (slice.isOver(idx)) await slice.next();
       const owner = map[idx] as number;
       if (owner === 0) continue;
       allocated++;
@@ -380,7 +506,7 @@ export class LocalCatalog implements Catalog {
     const { metadata, files, references, open } = this.#store;
     for (const vdi of open.values()) await vdi.close();
     if (open.size > 0) throw new StoreError('LOCKED', 'a check needs all VDIs closed; disconnect their clients first');
-    await files.removed();
+    await this.#store.reclaimed();
     const problems: string[] = [];
     let hidden = 0;
     const report = (line: string): void => {
@@ -446,13 +572,18 @@ export class LocalCatalog implements Catalog {
   /** Store `record` with the map of `base`; references count before the transaction, so that nothing is freed under it. */
   async #storeCopy(base: VdiRecord, record: VdiRecord, removed: readonly number[]): Promise<void> {
     const { metadata, references } = this.#store;
-    const map = metadata.map(base);
-    references.addAll(map);
+    const map = await metadata.loadMap(base);
+    const slice = new TimeSlice();
+    for (let idx = 0; idx < map.length; idx++) {
+      if (slice.isOver(idx)) await slice.next();
+      const owner = map[idx] as number;
+      if (owner !== 0) references.add(owner, idx);
+    }
     try {
       await metadata.preparePages(pagesOf(record.vid, map));
       await metadata.commit({ records: [record], removed });
     } catch (error) {
-      await this.#store.release(keysOf(map));
+      this.#store.releaseMap(map);
       // Best effort: pages without a record are removed by the next open at the latest, or with the vid's next use.
       await metadata.commit({ removed: [record.vid] }).catch(() => undefined);
       throw error;
@@ -467,12 +598,35 @@ export class LocalCatalog implements Catalog {
     }
     for (let tries = 0; tries < MAX_VID; tries++) {
       this.#lastVid = (this.#lastVid % MAX_VID) + 1;
-      if (!metadata.record(this.#lastVid) && !references.uses(this.#lastVid) && !this.#store.open.has(this.#lastVid)) {
-        return this.#lastVid;
-      }
+      const vid = this.#lastVid;
+      if (metadata.record(vid) || references.uses(vid) || this.#temporaries.has(vid)) continue;
+      if (this.#store.open.has(vid) || this.#namesNow(vid)) continue;
+      return vid;
     }
     throw new StoreError('LIMIT', `all ${MAX_VID} VDI ids of ${this.#store.location} are in use`);
   }
+
+  /** Some open VDI makes objects of that name, though there may be none yet. */
+  #namesNow(vid: number): boolean {
+    for (const open of this.#store.open.values()) if (open.nameVid === vid) return true;
+    return false;
+  }
+}
+
+/** Have every temporary snapshot keep what it knows of the range that is about to change. */
+function keepFor(
+  temporaries: readonly TemporaryVdi[],
+  owner: number,
+  idx: number,
+  offset: number,
+  length: number,
+): Promise<void> | undefined {
+  let later: Promise<void>[] | undefined;
+  for (const temporary of temporaries) {
+    const keeping = temporary.keep(owner, idx, offset, length);
+    if (keeping !== undefined) (later ??= []).push(keeping);
+  }
+  return later && Promise.all(later).then(() => undefined);
 }
 
 /**
@@ -483,13 +637,4 @@ function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
   const { parentVid } = parent;
   if (!parent.isSnapshot || child.isSnapshot || child.name !== parent.name) return { ...child, parentVid };
   return { ...child, parentVid, createdAt: parent.createdAt };
-}
-
-function keysOf(map: Uint32Array): number[] {
-  const keys: number[] = [];
-  for (let idx = 0; idx < map.length; idx++) {
-    const owner = map[idx] as number;
-    if (owner !== 0) keys.push(objectKey(owner, idx));
-  }
-  return keys;
 }

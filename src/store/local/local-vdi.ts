@@ -7,6 +7,8 @@ import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
 import type { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import type { TemporaryVdi } from './temporary-vdi.js';
+import { TimeSlice } from './time-slice.js';
 
 /** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
 const PARALLEL_SYNCS = 8;
@@ -20,16 +22,13 @@ export interface LocalVdiHost {
   readonly metadata: Metadata;
   readonly files: ObjectFiles;
   readonly references: ReferenceCounts;
-  /** A durable map no longer refers to these: drop the references, remove (in the background) what nobody refers to. */
-  release(keys: readonly number[]): Promise<void>;
+  /** A durable map no longer refers to these: drop the references and remove what nobody refers to, in the background. */
+  release(keys: readonly number[]): void;
   /** What this VDI holds that is not durable is lost: go back to what is. */
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
   backgroundError(error: unknown): void;
 }
-
-/** References are counted in slices of this many map entries, so that the event loop is not held for long. */
-const COUNT_SLICE = 16_384;
 
 /** What one flush took over from the VDI and gives back if it fails. */
 interface Batch {
@@ -47,7 +46,13 @@ interface Batch {
 export class LocalVdi implements OpenVdi {
   record: VdiRecord;
   map: Uint32Array;
+  /** Temporary snapshots of it that are alive. */
+  temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
+  /** Whose name new objects bear: ours, or one that was never used when the last snapshot of us was taken. */
+  #nameVid: number;
+  /** Closed by all users, and open only because temporary snapshots live on its objects. */
+  #isIdle = false;
   #dirtyObjects = new Set<number>();
   #created = new Set<number>();
   #dirtyPages = new Set<number>();
@@ -76,16 +81,44 @@ export class LocalVdi implements OpenVdi {
     this.#host = host;
     this.record = record;
     this.map = map;
+    this.#nameVid = record.vid;
+  }
+
+  get nameVid(): number {
+    return this.#nameVid;
+  }
+
+  /** From here on new objects bear this name, which nobody has; there may be snapshots that know our older ones. */
+  nameAnew(vid: number): void {
+    this.#nameVid = vid;
+  }
+
+  /** From here on `temporary` is told what changes. What objects it knows are never made anew: `vid` is a fresh name. */
+  takeTemporary(temporary: TemporaryVdi, vid: number): void {
+    this.temporaries = [...this.temporaries, temporary];
+    this.#nameVid = vid;
+  }
+
+  async dropTemporary(temporary: TemporaryVdi): Promise<void> {
+    this.temporaries = this.temporaries.filter((other) => other !== temporary);
+    temporary.drop();
+    if (this.#isIdle && this.temporaries.length === 0) await this.close();
+  }
+
+  /** Somebody has it open again. */
+  resume(): void {
+    this.#isIdle = false;
   }
 
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
-    // A working VDI's own objects are known to nobody else: with the first snapshot it gets a new vid.
-    return owner === this.record.vid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
+    // What it has made since the last snapshot is known to nobody else: with every snapshot it gets a new name for that.
+    return owner === this.#nameVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
   setOwner(idx: number, owner: number): void {
     const before = this.map[idx] as number;
+    for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
       // Its reference was taken before it was made (LocalStore.createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
       this.#dirtyObjects.add(objectKey(owner, idx));
@@ -140,23 +173,21 @@ export class LocalVdi implements OpenVdi {
       if (this.#syncFailure !== undefined) this.#host.discard(this);
       throw error;
     }
-    this.abandon();
+    // What temporary snapshots have not taken over is kept alive by our references.
+    if (this.temporaries.length > 0) this.#isIdle = true;
+    else this.abandon();
   }
 
   /** Stop here, whatever is not durable. */
   abandon(): void {
     clearTimeout(this.#releaseTimer);
+    this.#isIdle = false;
     this.onClosed();
   }
 
-  /** Every reference this VDI holds, one entry each. */
-  heldKeys(): number[] {
-    const keys = [...this.#releases];
-    for (let idx = 0; idx < this.map.length; idx++) {
-      const owner = this.map[idx] as number;
-      if (owner !== 0) keys.push(objectKey(owner, idx));
-    }
-    return keys;
+  /** References this VDI holds beside those of its map, one entry each. */
+  get releases(): readonly number[] {
+    return this.#releases;
   }
 
   /** Records that this VDI has outgrown without the metadata saying so yet (a snapshot that failed): see its `record`. */
@@ -187,6 +218,7 @@ export class LocalVdi implements OpenVdi {
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
+    this.#nameVid = record.vid;
     this.#isCounting = true;
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
@@ -213,9 +245,11 @@ export class LocalVdi implements OpenVdi {
   ): Promise<void> {
     const { record } = this;
     // Before anything is released: this VDI gives up references only with a later flush.
-    for (let from = 0; from < frozen.length; from += COUNT_SLICE) {
-      this.#host.references.addAll(frozen, from, Math.min(from + COUNT_SLICE, frozen.length));
-      await new Promise((resolve) => setImmediate(resolve));
+    const slice = new TimeSlice();
+    for (let idx = 0; idx < frozen.length; idx++) {
+      const owner = frozen[idx] as number;
+      if (owner !== 0) this.#host.references.add(owner, idx);
+      if (slice.isOver(idx)) await slice.next();
     }
     this.#isCounting = false;
     try {
@@ -232,7 +266,7 @@ export class LocalVdi implements OpenVdi {
       this.#undoMove(batch, snapshot.vid, frozen);
       throw error;
     }
-    await this.#host.release(batch.releases);
+    this.#host.release(batch.releases);
   }
 
   /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
@@ -326,7 +360,7 @@ export class LocalVdi implements OpenVdi {
     } finally {
       this.#committing = undefined;
     }
-    await this.#host.release(batch.releases);
+    this.#host.release(batch.releases);
   }
 
   async #sync(keys: readonly number[]): Promise<void> {

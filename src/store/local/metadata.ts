@@ -9,6 +9,7 @@ import { ABORT, open, type Database, type RootDatabase } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
 import { lmdbFileProblem } from './lmdb-file.js';
+import { TimeSlice } from './time-slice.js';
 
 export const FORMAT_VERSION = 1;
 /** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
@@ -17,6 +18,7 @@ export const PAGE_ENTRIES = 1024;
 const MAP_SIZE = 64 * 2 ** 30;
 /** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
 const PAGES_PER_TRANSACTION = 128;
+const PAGES_PER_READ = 64;
 /** Kept allocated past the end of the file, so that a full disk can still record a delete or a flush. */
 const RESERVE_BYTES = 4 * 1024 * 1024;
 
@@ -123,12 +125,27 @@ export class Metadata {
   /** The stored map of a VDI, as long as its size asks for. */
   map(record: VdiRecord): Uint32Array {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
+    this.#readPages(record.vid, map, 0, Math.ceil(map.length / PAGE_ENTRIES));
+    return map;
+  }
+
+  /** The same in pieces, for while others are served; the map of this vid must not be stored meanwhile. */
+  async loadMap(record: VdiRecord): Promise<Uint32Array> {
+    const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
+    const slice = new TimeSlice();
+    for (let page = 0; page * PAGE_ENTRIES < map.length; page += PAGES_PER_READ) {
+      this.#readPages(record.vid, map, page, page + PAGES_PER_READ);
+      if (slice.isOver(0)) await slice.next();
+    }
+    return map;
+  }
+
+  #readPages(vid: number, map: Uint32Array, from: number, to: number): void {
     const bytes = new Uint8Array(map.buffer);
-    for (const { key, value } of this.#pages.getRange({ start: [record.vid, 0], end: [record.vid + 1, 0] })) {
+    for (const { key, value } of this.#pages.getRange({ start: [vid, from], end: [vid, to] })) {
       const at = key[1] * PAGE_ENTRIES * Uint32Array.BYTES_PER_ELEMENT;
       if (at < bytes.length) bytes.set(value.subarray(0, bytes.length - at), at);
     }
-    return map;
   }
 
   /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */

@@ -10,7 +10,9 @@ import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
+import { readFully, readOnce, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { WriteThrottle } from './write-throttle.js';
 
 const OBJECT_DIRECTORIES = 256;
 /** Writes up to this size go straight to the page cache; longer ones would hold the loop for too long. */
@@ -18,11 +20,10 @@ const MAX_LOOP_WRITE = 128 * 1024;
 /** Reads up to this size are copied out of the page cache on the loop. */
 const MAX_LOOP_READ = 1024 * 1024;
 const PAGE = 4096;
-/** A buffered write that took longer met writeback throttling; writes then go through the thread pool for a while. */
-const SLOW_WRITE_MS = 4;
-const SLOW_WRITE_PAUSE_MS = 200;
 const TMPFS_MAGIC = 0x01021994;
 const PARALLEL_REMOVALS = 4;
+/** Whoever has more to remove waits: a queue of a million names costs memory, and to grow it holds the loop. */
+const MAX_QUEUED_REMOVALS = 4096;
 const DESCRIPTOR_HEADROOM = 512;
 const MAX_DESCRIPTORS = 65_536;
 const DEFAULT_DESCRIPTORS = 512;
@@ -61,11 +62,12 @@ export class ObjectFiles {
   /** Waiting to be removed; creating an object of that name takes it out again. */
   readonly #toRemove = new Set<number>();
   #removers = 0;
-  #whenRemoved: (() => void)[] = [];
+  readonly #whenRemoved: (() => void)[] = [];
+  readonly #whenRoom: (() => void)[] = [];
   readonly #abilities: Abilities;
   #noWaitReads = true;
   #reflinks = true;
-  #slowUntil = 0;
+  readonly #throttle = new WriteThrottle();
 
   private constructor(root: string, abilities: Abilities, limit: number) {
     this.#root = root;
@@ -99,17 +101,28 @@ export class ObjectFiles {
     let done = 0;
     if (file && into.length <= MAX_LOOP_READ) {
       try {
-        if (this.#abilities.plainReads) done = fs.readSync(file.fd, into, 0, into.length, offset);
-        else if (this.#noWaitReads) {
-          done = libc.readNoWait(file.fd, into, offset);
-          if (done === libc.NOT_SUPPORTED) this.#noWaitReads = false;
-        }
+        done = this.readNow(file.fd, into, offset);
       } catch (error) {
         throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
       }
       if (done === into.length) return;
     }
-    return this.#readLater(file, vid, idx, offset, into, Math.max(done, 0));
+    return this.#readLater(file, vid, idx, offset, into, done);
+  }
+
+  /** Like `read`, but false if it cannot be answered at once. */
+  readCached(vid: number, idx: number, offset: number, into: Buffer): boolean {
+    const file = this.#cache.get(vid, idx);
+    return file !== undefined && this.readNow(file.fd, into, offset) === into.length;
+  }
+
+  /** Bytes of a file of this filesystem that the page cache has, without waiting for the disk; as a count from the start. */
+  readNow(fd: number, into: Buffer, offset: number): number {
+    if (this.#abilities.plainReads) return fs.readSync(fd, into, 0, into.length, offset);
+    if (!this.#noWaitReads) return 0;
+    const done = libc.readNoWait(fd, into, offset);
+    if (done === libc.NOT_SUPPORTED) this.#noWaitReads = false;
+    return Math.max(done, 0);
   }
 
   write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
@@ -118,7 +131,7 @@ export class ObjectFiles {
       const start = performance.now();
       try {
         const written = fs.writeSync(file.fd, data, 0, data.length, offset);
-        if (performance.now() - start > SLOW_WRITE_MS) this.#slowUntil = start + SLOW_WRITE_PAUSE_MS;
+        this.#throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
         throw libc.asStoreError(error, `writing object ${this.path(objectKey(vid, idx))}`);
@@ -236,15 +249,20 @@ export class ObjectFiles {
   }
 
   /**
-   * Remove object files in the background, a few at a time; readers that are under way finish on the open descriptor.
+   * Remove an object file in the background, a few at a time; readers that are under way finish on the open descriptor.
    * Errors go to `onError`: the file stays as an orphan that check finds.
    */
-  remove(keys: Iterable<number>, onError: (error: unknown) => void): void {
-    for (const key of keys) this.#toRemove.add(key);
-    while (this.#removers < PARALLEL_REMOVALS && this.#removers < this.#toRemove.size) {
-      this.#removers++;
-      void this.#removeQueued(onError);
-    }
+  remove(key: number, onError: (error: unknown) => void): void {
+    this.#toRemove.add(key);
+    if (this.#removers >= PARALLEL_REMOVALS) return;
+    this.#removers++;
+    void this.#removeQueued(onError);
+  }
+
+  /** Resolves when there is room in the queue for more to remove; at once (undefined) if there is. */
+  roomToRemove(): Promise<void> | undefined {
+    if (this.#toRemove.size < MAX_QUEUED_REMOVALS) return undefined;
+    return new Promise<void>((resolve) => this.#whenRoom.push(resolve));
   }
 
   /** Resolves when everything that was to be removed is gone. */
@@ -258,11 +276,11 @@ export class ObjectFiles {
       const removal = this.#unlink(key, onError).finally(() => this.#removing.delete(key));
       this.#removing.set(key, removal);
       await removal;
+      if (this.#whenRoom.length > 0 && this.#toRemove.size <= MAX_QUEUED_REMOVALS / 2) wakeAll(this.#whenRoom);
     }
+    wakeAll(this.#whenRoom);
     if (--this.#removers > 0) return;
-    const waiting = this.#whenRemoved;
-    this.#whenRemoved = [];
-    for (const wake of waiting) wake();
+    wakeAll(this.#whenRemoved);
   }
 
   async #unlink(key: number, onError: (error: unknown) => void): Promise<void> {
@@ -313,10 +331,7 @@ export class ObjectFiles {
 
   /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
   #mayWriteOnLoop(file: ObjectFile, offset: number, length: number): boolean {
-    if (this.#slowUntil !== 0) {
-      if (performance.now() < this.#slowUntil) return false;
-      this.#slowUntil = 0;
-    }
+    if (!this.#throttle.mayWrite()) return false;
     if (this.#abilities.plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
     if (!this.#noWaitReads) return false;
     return libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1;
@@ -332,14 +347,7 @@ export class ObjectFiles {
   ): Promise<void> {
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
-      while (done < into.length) {
-        const count = await readOnce(file.fd, into, done, offset + done);
-        if (count === 0) {
-          into.fill(0, done);
-          break;
-        }
-        done += count;
-      }
+      await readFully(file.fd, into, offset, done);
     } catch (error) {
       throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
     } finally {
@@ -431,6 +439,10 @@ export class ObjectFiles {
   }
 }
 
+function wakeAll(waiting: (() => void)[]): void {
+  for (const wake of waiting.splice(0)) wake();
+}
+
 function syncDirectory(directory: string): void {
   const fd = fs.openSync(directory, fs.constants.O_RDONLY);
   try {
@@ -467,22 +479,6 @@ function directoryOf(vid: number, idx: number): number {
 
 function directoryName(n: number): string {
   return n.toString(16).padStart(2, '0');
-}
-
-function readOnce(fd: number, into: Buffer, at: number, offset: number): Promise<number> {
-  return new Promise((resolve, reject) => {
-    fs.read(fd, into, at, into.length - at, offset, (error, count) => (error ? reject(error) : resolve(count)));
-  });
-}
-
-function writeOnce(fd: number, data: Buffer, from: number, offset: number): Promise<number> {
-  return new Promise((resolve, reject) => {
-    fs.write(fd, data, from, data.length - from, offset, (error, count) => (error ? reject(error) : resolve(count)));
-  });
-}
-
-async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
-  for (let done = 0; done < data.length;) done += await writeOnce(fd, data, done, offset + done);
 }
 
 async function copyByHand(from: number, to: number, offset: number, length: number): Promise<number> {

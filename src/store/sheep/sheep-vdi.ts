@@ -61,6 +61,10 @@ export class SheepVdi implements OpenVdi {
     this.#onClose = onClose;
   }
 
+  get nameVid(): number {
+    return this.record.vid;
+  }
+
   /** Objects with our own vid are nobody else's to rely on: with a snapshot we get a new one. */
   exclusive(idx: number): boolean {
     return this.map[idx] === this.record.vid;

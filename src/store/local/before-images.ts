@@ -1,0 +1,136 @@
+/**
+ * What blocks of a disk held at one moment, kept for those that were overwritten since: sparse scratch files without a
+ * name, so that whatever ends the process ends them too, and a bitmap of the 4 KiB blocks that are in them. Addressed by
+ * disk offset. Decides nothing about when a block must be kept; whoever writes it here does so once, before it changes.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { StoreError, type Awaitable } from '../object-store.js';
+import { readFully, writeFully } from './positioned-io.js';
+import { WriteThrottle } from './write-throttle.js';
+
+export const KEPT_BLOCK = 4096;
+/** Bits of one piece of the bitmap, 16 KiB: a disk pays for the parts that are written. */
+const PIECE_BLOCKS = 2 ** 17;
+/** Disk behind one scratch file: filesystems bound the size of a file (ext4: 16 TiB with 4 KiB blocks). */
+const FILE_BYTES = 2 ** 40;
+/** Its name for the moment between making and unlinking it. */
+const SCRATCH_NAME = 'scratch';
+
+/** Remove what a process that was killed in that moment has left in the store `directory`. */
+export function removeLeftScratch(directory: string): void {
+  fs.rmSync(path.join(directory, SCRATCH_NAME), { force: true });
+}
+
+export class BeforeImages {
+  readonly #directory: string;
+  readonly #readNow: (fd: number, into: Buffer, offset: number) => number;
+  readonly #bitmap: (Uint8Array | undefined)[] = [];
+  readonly #files: (number | undefined)[] = [];
+  readonly #throttle = new WriteThrottle();
+  /** Reads and writes on the thread pool; while there are any the files stay open. */
+  #busy = 0;
+  #isClosed = false;
+
+  /** `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. */
+  constructor(directory: string, readNow: (fd: number, into: Buffer, offset: number) => number) {
+    this.#directory = directory;
+    this.#readNow = readNow;
+  }
+
+  /** The first block at or after `offset`, up to `end`, that is kept or not: its offset, or `end`. Both are multiples of 4 KiB. */
+  next(offset: number, end: number, kept: boolean): number {
+    for (let at = offset; at < end;) {
+      const block = at / KEPT_BLOCK;
+      const bits = this.#bitmap[Math.floor(block / PIECE_BLOCKS)];
+      const within = block % PIECE_BLOCKS;
+      if (bits === undefined) {
+        if (!kept) return at;
+        at += (PIECE_BLOCKS - within) * KEPT_BLOCK;
+        continue;
+      }
+      const byte = bits[within >>> 3] as number;
+      if ((within & 7) === 0 && byte === (kept ? 0 : 255)) {
+        at += 8 * KEPT_BLOCK;
+        continue;
+      }
+      if (((byte >>> (within & 7)) & 1) === (kept ? 1 : 0)) return at;
+      at += KEPT_BLOCK;
+    }
+    return end;
+  }
+
+  /** From here on the blocks of the range are read from here. */
+  mark(offset: number, end: number): void {
+    for (let at = offset; at < end; at += KEPT_BLOCK) {
+      const block = at / KEPT_BLOCK;
+      const piece = Math.floor(block / PIECE_BLOCKS);
+      const within = block % PIECE_BLOCKS;
+      const bits = (this.#bitmap[piece] ??= new Uint8Array(PIECE_BLOCKS / 8));
+      bits[within >>> 3] = (bits[within >>> 3] as number) | (1 << (within & 7));
+    }
+  }
+
+  /** Write at once if that holds the loop for no longer than a copy; false if it must be done with `write`. */
+  writeNow(offset: number, data: Buffer): boolean {
+    if (!this.#throttle.mayWrite()) return false;
+    const start = performance.now();
+    const fd = this.#fileAt(offset);
+    const written = fs.writeSync(fd, data, 0, data.length, offset % FILE_BYTES);
+    this.#throttle.note(start);
+    return written === data.length;
+  }
+
+  async write(offset: number, data: Buffer): Promise<void> {
+    const fd = this.#fileAt(offset);
+    await this.#whileOpen(() => writeFully(fd, data, offset % FILE_BYTES));
+  }
+
+  /** Fill `into` with what was written at `offset`; zeros where nothing was. */
+  read(offset: number, into: Buffer): Awaitable<void> {
+    const fd = this.#files[Math.floor(offset / FILE_BYTES)];
+    if (fd === undefined) {
+      into.fill(0);
+      return;
+    }
+    const done = Math.max(this.#readNow(fd, into, offset % FILE_BYTES), 0);
+    if (done < into.length) return this.#whileOpen(() => readFully(fd, into, offset % FILE_BYTES, done));
+  }
+
+  /** Give the space back, as soon as nobody reads or writes. */
+  close(): void {
+    if (this.#isClosed) return;
+    this.#isClosed = true;
+    if (this.#busy === 0) this.#closeFiles();
+  }
+
+  async #whileOpen(work: () => Promise<void>): Promise<void> {
+    if (this.#isClosed) throw new StoreError('CLOSED', 'the temporary snapshot was dropped');
+    this.#busy++;
+    try {
+      await work();
+    } finally {
+      if (--this.#busy === 0 && this.#isClosed) this.#closeFiles();
+    }
+  }
+
+  #fileAt(offset: number): number {
+    if (this.#isClosed) throw new StoreError('CLOSED', 'the temporary snapshot was dropped');
+    const number = Math.floor(offset / FILE_BYTES);
+    return (this.#files[number] ??= this.#makeFile());
+  }
+
+  #makeFile(): number {
+    const name = path.join(this.#directory, SCRATCH_NAME);
+    const { O_RDWR, O_CREAT, O_TRUNC } = fs.constants;
+    const fd = fs.openSync(name, O_RDWR | O_CREAT | O_TRUNC, 0o600);
+    fs.unlinkSync(name);
+    return fd;
+  }
+
+  /** On the thread pool: the filesystem takes its time to free gigabytes. */
+  #closeFiles(): void {
+    for (const fd of this.#files) if (fd !== undefined) fs.close(fd, () => undefined);
+    this.#files.length = 0;
+  }
+}

@@ -1,0 +1,277 @@
+/**
+ * A temporary snapshot of a working VDI, by copy-before-write: the working VDI goes on writing in place, and what a block
+ * held is kept aside the first time it is overwritten. Taking it costs a copy of the map, a write after it costs the blocks
+ * it touches, dropping it costs closing a file. Nothing of it is ever stored: a process that ends takes it along.
+ *
+ * What it relies on: whoever changes an object in place calls `keep` first and waits for it; an object that the working
+ * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
+ * that this map cannot know (LocalVdi.takeTemporary).
+ */
+import type { Awaitable, ObjectReader, OpenVdi, VdiRecord } from '../object-store.js';
+import { BeforeImages, KEPT_BLOCK } from './before-images.js';
+import * as libc from './libc.js';
+import type { ObjectFiles } from './object-files.js';
+import { objectKey, type ReferenceCounts } from './reference-counts.js';
+import { TimeSlice } from './time-slice.js';
+
+/** Kept at once, on the loop, if the page cache has it; more is read and written on the thread pool. */
+const MAX_LOOP_KEEP = 128 * 1024;
+/** ... in pieces of this size. */
+const KEEP_PIECE = 1024 * 1024;
+/** The map is copied in pieces of this many entries, 256 KiB, while writers go on. */
+const FREEZE_ENTRIES = 2 ** 16;
+
+export interface TemporaryVdiHost {
+  readonly location: string;
+  readonly files: ObjectFiles;
+  readonly references: ReferenceCounts;
+  /** Give up the references of `map` that are marked in `only`, in the background. */
+  releaseMap(map: Uint32Array, only: Uint8Array): void;
+  backgroundError(error: unknown): void;
+}
+
+export class TemporaryVdi implements OpenVdi, ObjectReader {
+  readonly record: VdiRecord;
+  readonly nameVid: number;
+  /** What the working VDI's map was. Entries are there from `frozen` on, those that changed since earlier. */
+  readonly map: Uint32Array;
+  readonly reader: ObjectReader = this;
+  readonly #host: TemporaryVdiHost;
+  readonly #objectSize: number;
+  readonly #images: BeforeImages;
+  /** The working VDI's map until all of it is copied. */
+  #source: Uint32Array | undefined;
+  readonly #isFrozen: boolean[] = [];
+  /** idx -> 1: the working VDI has another object by now, and the reference to this one is ours. */
+  readonly #adopted: Uint8Array;
+  /** idx -> blocks of it are being kept on the thread pool. One at a time: two would keep each other's writes. */
+  readonly #keeping = new Map<number, Promise<void>>();
+  #failure: Error | undefined;
+  #isDropped = false;
+
+  /** `source` is the map of the working VDI as it is now. */
+  constructor(host: TemporaryVdiHost, record: VdiRecord, source: Uint32Array) {
+    this.#host = host;
+    this.record = record;
+    this.nameVid = record.vid;
+    this.#source = source;
+    this.map = new Uint32Array(source.length);
+    this.#adopted = new Uint8Array(source.length);
+    this.#objectSize = 2 ** record.blockSizeShift;
+    this.#images = new BeforeImages(host.location, (fd, into, offset) => host.files.readNow(fd, into, offset));
+  }
+
+  /** Copy the rest of the map. Nobody may read before. */
+  async frozen(): Promise<void> {
+    for (let idx = 0; idx < this.map.length; idx += FREEZE_ENTRIES) {
+      this.#freeze(idx);
+      await new Promise((resolve) => setImmediate(resolve));
+    }
+    this.#source = undefined;
+  }
+
+  /** The working VDI is about to have another object at idx than `before`. */
+  leave(idx: number, before: number): void {
+    if (idx >= this.map.length || this.#adopted[idx] === 1) return;
+    this.#freeze(idx);
+    this.#adopted[idx] = 1;
+    if (before !== 0) this.#host.references.add(before, idx);
+  }
+
+  /** The working VDI goes altogether: what is left of its objects that we know is ours from now on. */
+  async leaveAll(): Promise<void> {
+    const slice = new TimeSlice();
+    for (let idx = 0; idx < this.map.length; idx++) {
+      this.leave(idx, this.map[idx] as number);
+      if (slice.isOver(idx)) await slice.next();
+    }
+  }
+
+  /** The same, at once. */
+  leaveAllNow(): void {
+    for (let idx = 0; idx < this.map.length; idx++) this.leave(idx, this.map[idx] as number);
+  }
+
+  /**
+   * The range of the working VDI's object is about to be changed in place. It may be when this is answered; it never
+   * fails: if there is no room for what was there, it is the snapshot that is lost, and not the write.
+   */
+  keep(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
+    if (idx >= this.map.length) return;
+    this.#freeze(idx);
+    // Made since, or another one's: not what we have.
+    if (this.map[idx] !== owner) return;
+    if (this.#source !== undefined) {
+      // Writes from before the snapshot may be under way. A block is kept when they are done with the object, not half-way.
+      const idle = this.#host.files.idle(objectKey(owner, idx));
+      if (idle) return idle.then(() => this.keep(owner, idx, offset, length));
+    }
+    const base = idx * this.#objectSize;
+    const from = base + offset - (offset % KEPT_BLOCK);
+    return this.#keepRange(idx, from, base + Math.ceil((offset + length) / KEPT_BLOCK) * KEPT_BLOCK);
+  }
+
+  /** Fill `into` from the object as it was. Errors: IO if the snapshot was given up. */
+  readObject(owner: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
+    if (this.#failure !== undefined) throw this.#failure;
+    const [from, to] = this.#blocksOf(idx, offset, into.length);
+    if (this.#images.next(from, to, false) === to) return this.#readKept(idx, offset, into);
+    const later = this.#host.files.read(owner, idx, offset, into);
+    // What is kept by now was, perhaps, overwritten before it was read. What is not was read before that.
+    if (later === undefined) return this.#readKept(idx, offset, into);
+    return later.then(() => this.#readKept(idx, offset, into));
+  }
+
+  cacheObject(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
+    return this.#host.files.willNeed(owner, idx, offset, length);
+  }
+
+  /** Blocks that were overwritten count as data, whatever they held. */
+  objectExtents(
+    owner: number,
+    idx: number,
+    offset: number,
+    length: number,
+    sink: (offset: number, length: number, hole: boolean) => boolean,
+  ): Awaitable<void> {
+    const base = idx * this.#objectSize;
+    return this.#host.files.extents(owner, idx, offset, length, (at, size, hole) => {
+      if (!hole) return sink(at, size, false);
+      const end = at + size;
+      const blocksEnd = base + Math.ceil(end / KEPT_BLOCK) * KEPT_BLOCK;
+      for (let kept = false; at < end; kept = !kept) {
+        const block = base + at - (at % KEPT_BLOCK);
+        const next = Math.min(this.#images.next(block, blocksEnd, !kept) - base, end);
+        if (next > at && !sink(at, next - at, !kept)) return false;
+        at = Math.max(at, next);
+      }
+      return true;
+    });
+  }
+
+  exclusive(_idx: number): boolean {
+    return false;
+  }
+
+  setOwner(_idx: number, _owner: number): void {
+    throw new Error('invariant: a temporary snapshot is written');
+  }
+
+  flush(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  flushObject(_idx: number): Promise<void> {
+    return Promise.resolve();
+  }
+
+  /** Nobody reads it now; it is there until it is dropped. */
+  close(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  /** It is not needed any more; nobody calls `keep` or `leave` from here on. Space is given back in the background. */
+  drop(): void {
+    if (this.#isDropped) return;
+    this.#isDropped = true;
+    this.#images.close();
+    this.#host.releaseMap(this.map, this.#adopted);
+  }
+
+  #freeze(idx: number): void {
+    if (this.#source === undefined) return;
+    const piece = Math.floor(idx / FREEZE_ENTRIES);
+    if (this.#isFrozen[piece]) return;
+    this.#isFrozen[piece] = true;
+    const from = piece * FREEZE_ENTRIES;
+    this.map.set(this.#source.subarray(from, from + FREEZE_ENTRIES), from);
+  }
+
+  #blocksOf(idx: number, offset: number, length: number): [number, number] {
+    const base = idx * this.#objectSize;
+    return [base + offset - (offset % KEPT_BLOCK), base + Math.ceil((offset + length) / KEPT_BLOCK) * KEPT_BLOCK];
+  }
+
+  #keepRange(idx: number, from: number, to: number): Awaitable<void> {
+    if (this.#failure !== undefined || this.#isDropped || this.#images.next(from, to, false) === to) return;
+    const keeping = this.#keeping.get(idx);
+    if (keeping) return keeping.then(() => this.#keepRange(idx, from, to));
+    if (to - from <= MAX_LOOP_KEEP && this.#keepNow(idx, from, to)) return;
+    const later = this.#keepLater(idx, from, to).finally(() => this.#keeping.delete(idx));
+    this.#keeping.set(idx, later);
+    return later;
+  }
+
+  #keepNow(idx: number, from: number, to: number): boolean {
+    try {
+      for (let at = this.#images.next(from, to, false); at < to; at = this.#images.next(at, to, false)) {
+        const end = this.#images.next(at, to, true);
+        const data = LOOP_BUFFER.subarray(0, end - at);
+        const owner = this.map[idx] as number;
+        if (!this.#host.files.readCached(owner, idx, at - idx * this.#objectSize, data)) return false;
+        if (!isZeros(data) && !this.#images.writeNow(at, data)) return false;
+        this.#images.mark(at, end);
+      }
+    } catch (error) {
+      this.#giveUp(error);
+    }
+    return true;
+  }
+
+  async #keepLater(idx: number, from: number, to: number): Promise<void> {
+    const owner = this.map[idx] as number;
+    try {
+      const buffer = Buffer.allocUnsafe(Math.min(KEEP_PIECE, to - from));
+      for (let at = this.#images.next(from, to, false); at < to; at = this.#images.next(at, to, false)) {
+        const end = Math.min(this.#images.next(at, to, true), at + buffer.length);
+        const data = buffer.subarray(0, end - at);
+        const later = this.#host.files.read(owner, idx, at - idx * this.#objectSize, data);
+        if (later !== undefined) await later;
+        if (!isZeros(data)) await this.#images.write(at, data);
+        this.#images.mark(at, end);
+      }
+    } catch (error) {
+      this.#giveUp(error);
+    }
+  }
+
+  /** Lay what is kept of the range over what was read. */
+  #readKept(idx: number, offset: number, into: Buffer): Awaitable<void> {
+    if (this.#failure !== undefined) throw this.#failure;
+    const base = idx * this.#objectSize;
+    const [from, to] = this.#blocksOf(idx, offset, into.length);
+    const begin = base + offset;
+    let pending: Promise<void>[] | undefined;
+    for (let at = this.#images.next(from, to, true); at < to; at = this.#images.next(at, to, true)) {
+      const end = this.#images.next(at, to, false);
+      const first = Math.max(at, begin);
+      const last = Math.min(end, begin + into.length);
+      const later = this.#images.read(first, into.subarray(first - begin, last - begin));
+      if (later !== undefined) (pending ??= []).push(later);
+      at = end;
+    }
+    if (pending) return allDone(pending);
+  }
+
+  #giveUp(cause: unknown): void {
+    if (this.#isDropped) return;
+    const { name, tag } = this.record;
+    this.#failure ??= libc.asStoreError(
+      cause,
+      `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; open it again to take another`,
+    );
+    this.#host.backgroundError(this.#failure);
+  }
+}
+
+const LOOP_BUFFER = Buffer.alloc(MAX_LOOP_KEEP);
+const ZEROS = Buffer.alloc(KEEP_PIECE);
+
+function isZeros(data: Buffer): boolean {
+  return data[0] === 0 && data.equals(ZEROS.subarray(0, data.length));
+}
+
+async function allDone(parts: readonly Promise<void>[]): Promise<void> {
+  const results = await Promise.allSettled(parts);
+  for (const result of results) if (result.status === 'rejected') throw result.reason;
+}
