@@ -10,6 +10,8 @@ export interface Limits {
   readonly maxConnectionsPerPeer: number;
   /** Nothing asked and nothing to answer for so long ends a connection, milliseconds; 0: never. */
   readonly idleTimeoutMs: number;
+  /** A TCP peer that has said nothing for so long is asked whether it is there, milliseconds; ten seconds later it is given up. */
+  readonly keepAliveMs: number;
   /** From accept to the end of option haggling, milliseconds. */
   readonly handshakeTimeoutMs: number;
   /** Options a client may send in one handshake. */
@@ -35,6 +37,7 @@ export const DEFAULT_LIMITS: Limits = {
   maxConnectionsPerPeer: Infinity,
   // A disk may be mounted and quiet for days.
   idleTimeoutMs: 0,
+  keepAliveMs: 60_000,
   handshakeTimeoutMs: 30_000,
   // `nbdinfo --list` asks a handful of options per export on one connection.
   maxOptionsPerHandshake: 4096,

@@ -25,6 +25,8 @@ export interface ServerOptions {
   readonly tls?: ServerTls;
   /** Asks the kernel who is at the other end of a unix socket; undefined if it will not say. */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
+  /** Called for every socket that a listener accepts, before it is served: for options that Node does not know. */
+  readonly prepareSocket?: (socket: net.Socket) => void;
 }
 
 /**
@@ -63,8 +65,6 @@ export const DEFAULT_GRACE_MS = 10_000;
 const FORCED_CLOSE_WAIT_MS = 1_000;
 /** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
 const LISTEN_BACKLOG = 511;
-/** After so long without a word a TCP peer is asked whether it is still there; it is given up after ten more seconds. */
-const KEEP_ALIVE_DELAY_MS = 60_000;
 
 export class NbdServer {
   private readonly provider: ExportProvider;
@@ -72,6 +72,7 @@ export class NbdServer {
   private readonly limits: Limits;
   private readonly tls: ServerTls | undefined;
   private readonly peerCredentials: ServerOptions['peerCredentials'];
+  private readonly prepareSocket: ServerOptions['prepareSocket'];
   /** Open connections by who made them; see peerKey. */
   private readonly openOf = new Map<string, number>();
   private readonly pool = new BufferPool();
@@ -87,6 +88,7 @@ export class NbdServer {
     this.limits = withDefaults(options.limits);
     this.tls = options.tls;
     this.peerCredentials = options.peerCredentials;
+    this.prepareSocket = options.prepareSocket;
   }
 
   /** The connections open now, by id: `size` counts them, iterating tells about them. */
@@ -106,10 +108,11 @@ export class NbdServer {
       allowHalfOpen: true,
       noDelay: true,
       keepAlive: true,
-      keepAliveInitialDelay: KEEP_ALIVE_DELAY_MS,
+      keepAliveInitialDelay: this.limits.keepAliveMs,
     });
     let bound: BoundAddress;
     listener.on('connection', (accepted) => {
+      this.prepareSocket?.(accepted);
       // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
       const inPlace = this.tls === undefined ? receiveInPlace(accepted) : undefined;
       const socket = inPlace?.socket ?? accepted;

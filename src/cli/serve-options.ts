@@ -17,10 +17,13 @@ export interface PeerOptions {
   readonly maxConnectionsPerPeer?: number;
   readonly handshakeTimeout?: number;
   readonly idleTimeout?: number;
+  readonly keepAlive?: number;
 }
 
 /** setTimeout takes no longer delay. */
 const MAX_SECONDS = Math.floor((2 ** 31 - 1) / 1000);
+/** tcp(7), TCP_KEEPIDLE: what the kernel takes. */
+const MAX_KEEP_ALIVE_SECONDS = 32_767;
 const MAX_CONNECTIONS = 1_000_000;
 
 export function withPeerOptions(command: Command): Command {
@@ -59,6 +62,12 @@ export function withPeerOptions(command: Command): Command {
         '--idle-timeout <seconds>',
         'close connections that ask nothing for so long; 0: never (default)',
       ).argParser(wholeNumber(0, MAX_SECONDS)),
+    )
+    .addOption(
+      new Option(
+        '--keep-alive <seconds>',
+        'ask a TCP peer that is silent for so long whether it is there; it has ten more to answer (default: 60)',
+      ).argParser(wholeNumber(1, MAX_KEEP_ALIVE_SECONDS)),
     );
 }
 
@@ -74,6 +83,7 @@ export function peerConfiguration(
     maxConnectionsPerPeer: options.maxConnectionsPerPeer,
     handshakeTimeoutMs: seconds(options.handshakeTimeout),
     idleTimeoutMs: seconds(options.idleTimeout),
+    keepAliveMs: seconds(options.keepAlive),
   };
   return {
     security: {

@@ -4,7 +4,7 @@
  */
 import path from 'node:path';
 import type { Logger } from 'pino';
-import { ListenError, NbdServer, type ConnectionInfo, type Limits, type Peer } from 'nbd-server-ts';
+import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits, type Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
@@ -13,7 +13,7 @@ import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type SecurityConfiguration } from './security.js';
-import { boundAddress, peerCredentials } from './socket-calls.js';
+import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
@@ -21,6 +21,8 @@ import type { InheritedSocket } from './systemd.js';
 const STOP_GRACE_MS = 10_000;
 /** Of the NBD sockets; other users are let in with --socket-mode. */
 export const DEFAULT_SOCKET_MODE = 0o600;
+/** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
+const KEEP_ALIVE_ANSWER_MS = 10_000;
 /** Stands in a URI for the name of a VDI while there is none. */
 const PLACEHOLDER = 'NAME';
 
@@ -80,11 +82,13 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
 
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
+  const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
   const nbd = new NbdServer({
     provider: security.guard(operations.exports),
     tls: security.tls,
     limits: configuration.limits,
     peerCredentials,
+    prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
     observer: {
       onConnectionOpen: ({ id, peer, exportName }) =>
         log.info({ connection: id, ...identityOf(peer), export: exportName }, 'connection open'),

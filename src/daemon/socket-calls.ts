@@ -10,6 +10,8 @@ import type { PeerCredentials } from 'nbd-server-ts';
 const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
 const SO_PEERGROUPS = 59;
+const IPPROTO_TCP = 6; // netinet/in.h
+const TCP_USER_TIMEOUT = 18; // linux/tcp.h
 const AF_UNIX = 1;
 const AF_INET = 2;
 const AF_INET6 = 10;
@@ -23,6 +25,7 @@ const MAX_GROUPS = 1024;
 
 const libc = koffi.load('libc.so.6');
 const getsockopt = libc.func('int getsockopt(int fd, int level, int name, void *value, void *length)');
+const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *value, uint length)');
 const getsockname = libc.func('int getsockname(int fd, void *address, void *length)');
 const socket = libc.func('int socket(int domain, int type, int protocol)');
 const sendto = libc.func('long sendto(int fd, void *data, size_t length, int flags, void *address, uint size)');
@@ -41,6 +44,18 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
     gid: identity.readUInt32LE(8),
     ...(groups && { groups: Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)) }),
   };
+}
+
+/**
+ * Give `connection` up when the peer has not acknowledged what was sent to it for so long. Without it the kernel goes on
+ * sending for a quarter of an hour, and asks no keepalive questions meanwhile. Whether it could be set: not on unix sockets.
+ */
+export function setUserTimeout(connection: net.Socket, timeoutMs: number): boolean {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return false;
+  const value = Buffer.alloc(4);
+  value.writeUInt32LE(timeoutMs);
+  return setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, value.length) === 0;
 }
 
 /** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */

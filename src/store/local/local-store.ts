@@ -214,16 +214,22 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 
   async #releaseAll(map: Uint32Array, only: Uint8Array | undefined): Promise<void> {
     const slice = new TimeSlice();
-    for (let idx = 0; idx < map.length; idx++) {
-      if (slice.isOver(idx)) await slice.next();
+    const end = map.length;
+    const next = (idx: number): number => {
+      if (only === undefined) return idx;
+      const found = only.indexOf(1, idx);
+      return found < 0 ? end : found;
+    };
+    let step = 0;
+    for (let idx = next(0); idx < end; idx = next(idx + 1)) {
+      if (slice.isOver(++step)) await slice.next();
       const owner = map[idx] as number;
-      if (owner === 0) continue;
-      const isShared = this.references.of(owner, idx) > 1;
-      if (isShared || only?.[idx] === 0) map[idx] = 0;
-      if (isShared && only?.[idx] !== 0) this.#releaseOne(objectKey(owner, idx));
+      if (owner === 0 || this.references.of(owner, idx) === 1) continue;
+      map[idx] = 0;
+      this.#releaseOne(objectKey(owner, idx));
     }
-    for (let idx = 0; idx < map.length; idx++) {
-      if (slice.isOver(idx)) await slice.next();
+    for (let idx = next(0); idx < end; idx = next(idx + 1)) {
+      if (slice.isOver(++step)) await slice.next();
       const owner = map[idx] as number;
       if (owner === 0) continue;
       const room = this.files.roomToRemove();

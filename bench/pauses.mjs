@@ -1,0 +1,141 @@
+/**
+ * What a writer notices of snapshots on a large, fully allocated disk: the latencies of 4 KiB writes, and the longest time
+ * the event loop was held, while NAME@now is opened and closed in a loop and snapshots are taken, listed and deleted. The
+ * map is full but for most of its entries there is no file: maps are what is measured. Owns everything it makes.
+ *
+ *     npm run build && node bench/pauses.mjs [--objects 262144] [--depth 1] [--seconds 3] [--dist DIST] [--dir DIR]
+ *
+ * With --dist it runs another build, for a comparison; figures of different machines must not be compared.
+ */
+import { spawn } from 'node:child_process';
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
+import readline from 'node:readline';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+
+process.env.UV_THREADPOOL_SIZE ??= '16';
+const HERE = path.dirname(fileURLToPath(import.meta.url));
+const { values } = parseArgs({
+  options: {
+    objects: { type: 'string', default: '262144' },
+    depth: { type: 'string', default: '1' },
+    seconds: { type: 'string', default: '3' },
+    dist: { type: 'string', default: path.join(HERE, '../dist') },
+    dir: { type: 'string', default: os.tmpdir() },
+  },
+});
+const OBJECTS = Number(values.objects);
+const DEPTH = Number(values.depth);
+const SECONDS = Number(values.seconds);
+const OBJECT = 2 ** 22;
+/** Objects that have a file: what is written. */
+const REAL = 64;
+const OWNERS = 4000;
+const FIRST_OWNER = 100_000;
+
+const dist = path.resolve(values.dist);
+const load = (file) => import(path.join(dist, file));
+const { LocalStore } = await load('store/local/local-store.js');
+const { pagesOf } = await load('store/local/metadata.js');
+const { VdiCatalog } = await load('vdi/catalog.js');
+const { VdiExports } = await load('export/vdi-exports.js');
+const { NbdServer, NbdClient } = await import('nbd-server-ts');
+
+const directory = fs.mkdtempSync(path.join(path.resolve(values.dir), 'sheepgate-pauses-'));
+process.on('exit', () => fs.rmSync(directory, { recursive: true, force: true }));
+
+async function prepare() {
+  const store = await LocalStore.open(directory);
+  const catalog = new VdiCatalog(store);
+  await catalog.create('disk', OBJECTS * OBJECT);
+  const vdi = await catalog.openVdi('disk');
+  const data = Buffer.alloc(OBJECT, 7);
+  for (let idx = 0; idx < REAL; idx++) await vdi.write(idx * OBJECT, data, false);
+  await vdi.flush();
+  const map = vdi.opened.map.slice();
+  for (let idx = REAL; idx < map.length; idx++) map[idx] = FIRST_OWNER + Math.floor(Math.random() * OWNERS);
+  const { vid } = vdi.record;
+  await catalog.release(vdi);
+  await store.metadata.preparePages(pagesOf(vid, map));
+  await catalog.close();
+}
+
+await prepare();
+const store = await LocalStore.open(directory);
+const catalog = new VdiCatalog(store);
+const server = new NbdServer({ provider: new VdiExports(catalog) });
+const socket = path.join(directory, 'nbd.sock');
+await server.listen({ path: socket, mode: 0o600 });
+const writer = spawn(
+  '/usr/bin/python3',
+  [path.join(HERE, 'pauses-writer.py'), `nbd+unix:///disk?socket=${socket}`, String(DEPTH), String(REAL * OBJECT)],
+  { stdio: ['pipe', 'pipe', 'inherit'] },
+);
+const lines = readline.createInterface({ input: writer.stdout })[Symbol.asyncIterator]();
+await lines.next();
+
+const held = {};
+const took = {};
+async function phase(name, work) {
+  writer.stdin.write(`${name}\n`);
+  const delay = monitorEventLoopDelay({ resolution: 1 });
+  delay.enable();
+  const start = performance.now();
+  await work();
+  took[name] = performance.now() - start;
+  // What goes on behind is part of it.
+  const rest = SECONDS * 1000 - took[name];
+  if (rest > 0) await new Promise((resolve) => setTimeout(resolve, rest));
+  delay.disable();
+  held[name] = delay.max / 1e6;
+}
+
+const opens = [];
+await phase('nothing', async () => undefined);
+await phase('NAME@now in a loop', async () => {
+  for (const end = performance.now() + SECONDS * 1000; performance.now() < end;) {
+    const client = await NbdClient.connect({ path: socket });
+    const start = performance.now();
+    await client.go('disk@now');
+    opens.push(performance.now() - start);
+    await client.readInto(0, Buffer.alloc(4096));
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    await client.disconnect();
+  }
+});
+await phase('NAME@now held', async () => {
+  const client = await NbdClient.connect({ path: socket });
+  await client.go('disk@now');
+  await new Promise((resolve) => setTimeout(resolve, SECONDS * 1000));
+  await client.disconnect();
+});
+await phase('vdi snapshot', () => catalog.snapshot('disk', 's'));
+await phase('vdi list, show', async () => {
+  await catalog.list();
+  await catalog.show('disk@s');
+  await catalog.show('disk');
+});
+await phase('open, close snapshot', async () => catalog.release(await catalog.openVdi('disk@s')));
+await phase('vdi clone', () => catalog.clone('disk@s', 'clone'));
+await phase('vdi delete clone', () => catalog.remove('clone'));
+await phase('vdi delete snapshot', () => catalog.remove('disk@s'));
+writer.stdin.end();
+console.log(`${OBJECTS} objects of 4 MiB, ${DEPTH} writes of 4 KiB at a time; milliseconds`);
+console.log('phase                     took   loop held   writes  p50     p99     p99.9   max');
+for await (const line of lines) {
+  const { phase: name, writes, p50, p99, p999, max } = JSON.parse(line);
+  const ms = (us) => (us / 1000).toFixed(2).padEnd(8);
+  console.log(
+    `${name.padEnd(24)} ${took[name].toFixed(0).padStart(6)}   ${held[name].toFixed(1).padStart(6)}   ` +
+      `${String(writes).padStart(8)}  ${ms(p50)}${ms(p99)}${ms(p999)}${ms(max)}`,
+  );
+}
+opens.sort((a, b) => a - b);
+console.log(
+  `NAME@now opened ${opens.length} times: median ${opens[opens.length >> 1].toFixed(1)} ms, longest ${opens.at(-1).toFixed(1)} ms`,
+);
+await server.close({ graceMs: 1000 });
+process.exit(0);
