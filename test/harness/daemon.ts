@@ -200,6 +200,8 @@ export interface DaemonOptions {
   /** The store directory; by default a new temporary one. */
   readonly store?: string;
   readonly env?: RunOptions['env'];
+  /** A command that becomes the one that is given to it, with its arguments: where the daemon is to run. */
+  readonly under?: readonly string[];
 }
 
 /** What `serve --json` prints when it is ready. */
@@ -235,7 +237,8 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
   const args = [BIN, 'serve', '--json', '--store', store, '--listen', `unix:${socket}`, ...(options.args ?? [])];
-  const child = spawn(process.execPath, args, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });
+  const [command, ...rest] = [...(options.under ?? []), process.execPath, ...args] as [string, ...string[]];
+  const child = spawn(command, rest, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });
   children.add(child);
   child.once('exit', () => children.delete(child));
 
