@@ -6,7 +6,7 @@
 import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import { afterEach, expect, test } from 'vitest';
 import { ended, haveNbdsh, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
-import { storeWith } from '../cli/both-ways.js';
+import { attach, MIB, storeWith } from '../cli/both-ways.js';
 
 const SERVER_SIDE = `sheepgate-a-${process.pid}`;
 const CLIENT_SIDE = `sheepgate-b-${process.pid}`;
@@ -66,6 +66,9 @@ test('a network that drops silently lets go of NAME@now, also while answers are 
   const target = storeWith(daemon.store, daemon);
   const uri = (name: string): string =>
     (daemon.ready.uris.find((one) => one.startsWith('nbd://')) as string).replace(/[^/]*$/, encodeURIComponent(name));
+  const writer = await attach(daemon, 'disk');
+  for (let at = 0; at < 64 * MIB; at += 4 * MIB) await writer.write(at, Buffer.alloc(4 * MIB, 1));
+  await writer.disconnect();
   await shellInNamespace(`h.connect_uri("${uri('disk@now:quiet')}")`);
   // Asks for more than the sockets hold and takes none of it: the daemon is in the middle of sending.
   await shellInNamespace(
