@@ -34,6 +34,8 @@ const OBJECT = 2 ** 22;
 /** Objects that have a file: what is written. */
 const REAL = 64;
 const OWNERS = 4000;
+/** Neighbours have the same owner, as after sequential writes: counts are kept in pages. */
+const OWNER_RUN_SHIFT = 5;
 const FIRST_OWNER = 100_000;
 
 const dist = path.resolve(values.dist);
@@ -56,7 +58,7 @@ async function prepare() {
   for (let idx = 0; idx < REAL; idx++) await vdi.write(idx * OBJECT, data, false);
   await vdi.flush();
   const map = vdi.opened.map.slice();
-  for (let idx = REAL; idx < map.length; idx++) map[idx] = FIRST_OWNER + Math.floor(Math.random() * OWNERS);
+  for (let idx = REAL; idx < map.length; idx++) map[idx] = FIRST_OWNER + ((idx >>> OWNER_RUN_SHIFT) % OWNERS);
   const { vid } = vdi.record;
   await catalog.release(vdi);
   await store.metadata.preparePages(pagesOf(vid, map));

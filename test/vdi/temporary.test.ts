@@ -127,7 +127,7 @@ test('temporary snapshots under four writers are points in time, never change, a
   const load = new Load();
   const writers = Array.from({ length: WRITERS }, (_, n) => load.writer(vdi, n));
   const frozen = new Map<string, Buffer>();
-  for (let n = 0; n < 40; n++) {
+  for (let n = 0; n < 20; n++) {
     const target = load.writes + 100;
     while (load.writes < target) await turn();
     const before = load.acknowledged.slice();
