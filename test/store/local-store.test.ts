@@ -46,10 +46,18 @@ async function bytesOf(vdi: Vdi): Promise<Buffer> {
   return all;
 }
 
-/** Go on with a copy of the directory as it is now: what a process killed at this moment would leave. */
-async function crash(): Promise<void> {
+/**
+ * Go on with a copy of the directory as it is now: what a process killed at this moment would leave. Unless the machine
+ * lives on, another boot finds it, for which nothing in recent/ counts.
+ */
+async function crash(options: { readonly sameBoot?: boolean } = {}): Promise<void> {
   const copy = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-crash-'));
   fs.cpSync(directory, copy, { recursive: true });
+  for (const name of options.sameBoot ? [] : fs.readdirSync(path.join(copy, 'recent'))) {
+    const fd = fs.openSync(path.join(copy, 'recent', name), 'r+');
+    fs.writeSync(fd, 'another boot', 32);
+    fs.closeSync(fd);
+  }
   await catalog.close().catch(() => undefined);
   fs.rmSync(directory, { recursive: true });
   directory = copy;
@@ -118,6 +126,55 @@ describe('after a crash', () => {
     expect((await bytesOf(again)).subarray(5, 12).toString()).toBe('flushed');
     await catalog.release(again);
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('that the machine survives, what was acknowledged is there too, and durable', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(SIZE, 1), true);
+    await catalog.snapshot('disk', 's');
+    await vdi.write(0, Buffer.from('not flushed'), false);
+    await vdi.zero(OBJECT, OBJECT, { noHole: false, fua: false });
+    const expected = await bytesOf(vdi);
+    await crash({ sameBoot: true });
+    expect((await bytesOf(await catalog.openVdi('disk'))).equals(expected)).toBe(true);
+    await crash();
+    expect((await bytesOf(await catalog.openVdi('disk'))).equals(expected)).toBe(true);
+    expect((await bytesOf(await catalog.openVdi('disk@s'))).equals(Buffer.alloc(SIZE, 1))).toBe(true);
+  });
+
+  test('that the machine survives, what was acknowledged after a snapshot that was not finished is there', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
+    await vdi.write(OBJECT, Buffer.from('before'), false);
+    const [open] = store.open.values();
+    if (!open) throw new Error('no VDI is open');
+    await store.catalog.prepareSwitch(open, 'unfinished').now();
+    await vdi.write(0, Buffer.from('after'), false);
+    await vdi.write(2 * OBJECT, Buffer.from('after'), false);
+    const expected = await bytesOf(vdi);
+    await crash({ sameBoot: true });
+    expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
+    const again = await catalog.openVdi('disk');
+    expect((await bytesOf(again)).equals(expected)).toBe(true);
+    await catalog.release(again);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('a log of changes that flushes have made superfluous does not grow', async () => {
+    await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    const recent = path.join(directory, 'recent');
+    const bytes = (): number =>
+      fs.readdirSync(recent).reduce((sum, name) => sum + fs.statSync(path.join(recent, name)).size, 0);
+    for (let n = 0; n < 6000; n++) {
+      await vdi.write(0, Buffer.alloc(512, 1), false);
+      await vdi.zero(0, OBJECT, { noHole: false, fua: n % 100 === 0 });
+    }
+    expect(bytes()).toBeLessThan(100_000);
+    await catalog.release(vdi);
+    expect(bytes()).toBe(0);
   });
 
   test('an object is overwritten in place by one clone only after the other gave it up on disk', async () => {

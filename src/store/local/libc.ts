@@ -30,6 +30,7 @@ const copyFileRange = libc.func(
 );
 const flock = libc.func('int flock(int fd, int operation)');
 const ioctlInt = libc.func('int ioctl(int fd, ulong request, int argument)');
+const syncfs = libc.func('int syncfs(int fd)');
 const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)');
 
 /** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
@@ -181,6 +182,11 @@ export async function copyRange(from: number, to: number, offset: number, length
 /** Ask the kernel to read the range ahead. */
 export async function willNeed(fd: number, offset: number, length: number): Promise<void> {
   await offLoop('posix_fadvise', fadvise, fd, offset, length, POSIX_FADV_WILLNEED);
+}
+
+/** Wait until all that was written to the filesystem of this file is on disk. */
+export async function syncFilesystem(fd: number): Promise<void> {
+  await offLoop('syncfs', syncfs, fd);
 }
 
 /** Lock an open file for this process. False if somebody else has it. The lock goes with the descriptor. */

@@ -21,7 +21,8 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
-import { Metadata, pagesOf } from './metadata.js';
+import { MapLogs } from './map-log.js';
+import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 import { TemporaryVdi } from './temporary-vdi.js';
@@ -45,6 +46,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly metadata: Metadata;
   readonly files: ObjectFiles;
   readonly references = new ReferenceCounts();
+  readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
   readonly #lockFd: number;
   readonly #log: (line: string, details?: object) => void;
@@ -64,6 +66,9 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.metadata = metadata;
     this.files = files;
     this.#log = options.log ?? (() => undefined);
+    this.logs = new MapLogs(location, (error) =>
+      this.#log('what is written until the next flush would be lost if this process were killed', { err: error }),
+    );
     this.catalog = new LocalCatalog(this);
   }
 
@@ -289,9 +294,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     if (failure !== undefined) throw failure;
   }
 
-  /** Count the references; after a crash also remove what nothing refers to. */
+  /** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
   async #recover(clean: boolean): Promise<void> {
     removeLeftScratch(this.location);
+    if (!clean) await this.#restoreRecent();
+    this.logs.clear();
     const strays = this.metadata.strayVids();
     if (strays.length > 0) await this.metadata.commit({ removed: strays });
     for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
@@ -303,6 +310,28 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
     this.#log(`store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`);
+  }
+
+  /**
+   * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
+   * flush has to vouch for them: everything is synced.
+   */
+  async #restoreRecent(): Promise<void> {
+    await libc.syncFilesystem(this.#lockFd);
+    const restored = new Map<number, { map: Uint32Array; pages: Set<number> }>();
+    for (const { vid, idx, owner } of this.logs.read((each) => this.metadata.record(each))) {
+      let of = restored.get(vid);
+      if (!of) {
+        of = { map: this.metadata.map(this.metadata.record(vid) as VdiRecord), pages: new Set() };
+        restored.set(vid, of);
+      }
+      if (idx >= of.map.length) continue; // it was made smaller since
+      of.map[idx] = owner;
+      of.pages.add(Math.floor(idx / PAGE_ENTRIES));
+    }
+    for (const [vid, { map, pages }] of restored) {
+      await this.metadata.commit({ pages: [...pages].map((page) => ({ vid, page, entries: pageOf(map, page) })) });
+    }
   }
 }
 
@@ -346,7 +375,8 @@ export class LocalCatalog implements Catalog {
       return opened;
     }
     const record = this.#recordOf(vid);
-    const vdi = new LocalVdi(this.#store, record, await this.#store.metadata.loadMap(record), () =>
+    const { metadata, logs } = this.#store;
+    const vdi = new LocalVdi(this.#store, record, await metadata.loadMap(record), logs.logOf(vid), () =>
       this.#store.open.delete(vdi.record.vid),
     );
     // One that had to be given up and is opened again: the temporary snapshots of it know its objects by name.

@@ -3,6 +3,7 @@
  * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
  */
 import type { OpenVdi, VdiRecord } from '../object-store.js';
+import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
 import type { ObjectFiles } from './object-files.js';
@@ -71,17 +72,21 @@ export class LocalVdi implements OpenVdi {
   /** After a failed fsync the kernel may have dropped what it could not write: no later sync can vouch for it. */
   #syncFailure: unknown;
 
+  readonly #log: MapLog;
+
   /** `onClosed` is called once when nobody has the VDI open any more. */
   constructor(
     host: LocalVdiHost,
     record: VdiRecord,
     map: Uint32Array,
+    log: MapLog,
     private readonly onClosed: () => void,
   ) {
     this.#host = host;
     this.record = record;
     this.map = map;
     this.#nameVid = record.vid;
+    this.#log = log;
   }
 
   get nameVid(): number {
@@ -125,6 +130,7 @@ export class LocalVdi implements OpenVdi {
       this.#created.add(objectKey(owner, idx));
     }
     this.map[idx] = owner;
+    this.#log.changed(idx, owner);
     this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) {
       this.#releases.push(objectKey(before, idx));
@@ -182,6 +188,7 @@ export class LocalVdi implements OpenVdi {
   abandon(): void {
     clearTimeout(this.#releaseTimer);
     this.#isIdle = false;
+    this.#log.remove();
     this.onClosed();
   }
 
@@ -219,6 +226,7 @@ export class LocalVdi implements OpenVdi {
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
     this.#nameVid = record.vid;
+    this.#log.moved(record.vid);
     this.#isCounting = true;
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
@@ -340,6 +348,7 @@ export class LocalVdi implements OpenVdi {
     // A snapshot that fails is told to whoever asked for it; what it gave back is ours.
     if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
+    const logged = this.#log.flushing();
     const batch = this.#take();
     const pages = batch.pages.map((page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
@@ -354,6 +363,7 @@ export class LocalVdi implements OpenVdi {
         await this.#host.metadata.commit({ pages });
       }
       batch.isDurable = true;
+      logged();
     } catch (error) {
       this.#giveBack(batch);
       throw error;
