@@ -154,7 +154,9 @@ test('what was acknowledged and never flushed is there after SIGKILL: new, copie
     const client = await NbdClient.connect({ path: daemon.socket });
     await client.go('disk');
     for (let at = 0; at < model.length; at += MIB) {
-      expect((await client.read(at, MIB)).equals(model.subarray(at, at + MIB)), `round ${round}, byte ${at}`).toBe(true);
+      expect((await client.read(at, MIB)).equals(model.subarray(at, at + MIB)), `round ${round}, byte ${at}`).toBe(
+        true,
+      );
     }
     const write = async (idx: number, fill: number): Promise<void> => {
       await client.write(idx * MIB + 8192, Buffer.alloc(4096, fill));

@@ -109,11 +109,7 @@ export class MapLog {
   #bytes = 0;
   #isBroken = false;
 
-  constructor(
-    vid: number,
-    create: (first: Buffer) => { name: string; fd: number },
-    onError: (error: unknown) => void,
-  ) {
+  constructor(vid: number, create: (first: Buffer) => { name: string; fd: number }, onError: (error: unknown) => void) {
     this.#vid = vid;
     this.#create = create;
     this.#onError = onError;
