@@ -5,11 +5,12 @@ set -eu
 dir=$1
 here=$(cd "$(dirname "$0")" && pwd)
 stamp="$dir/stamp"
-want=$(cat "$0" "$here/guest-init.sh" | cksum)
+attach="$here/../../examples/nbd-attach.c"
+want=$(cat "$0" "$here/guest-init.sh" "$attach" | cksum)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
 
 cannot() { echo "$1" >&2; exit 3; }
-for program in qemu-system-x86_64 busybox nbd-client mkfs.ext4 e2fsck rsync cpio gzip modprobe depmod dpkg apt-get; do
+for program in qemu-system-x86_64 busybox nbd-client mkfs.ext4 e2fsck rsync cpio gzip modprobe depmod gcc dpkg apt-get; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || cannot "$program is not installed"
 done
 [ "$(dpkg --print-architecture)" = amd64 ] || cannot "the guest is built for amd64 only"
@@ -31,10 +32,10 @@ cp kernel/boot/vmlinuz-* vmlinuz
 version=$(ls kernel/lib/modules)
 depmod -b kernel "$version"
 
-mkdir -p root/bin root/modules root/proc root/sys root/dev root/tmp root/mnt root/snap root/etc
+mkdir -p root/bin root/modules root/proc root/sys root/dev root/tmp root/run root/mnt root/snap root/etc
 ln -s /proc/mounts root/etc/mtab
 # In dependency order, each once: insmod in the guest does not look for what is missing.
-for module in virtio_pci virtio_net nbd ext4 crc32c_generic; do
+for module in virtio_pci virtio_net virtio_blk nbd ext4 crc32c_generic; do
   modprobe -d "$dir/kernel" -S "$version" --show-depends "$module" | sed -n 's/^insmod \([^ ]*\).*/\1/p'
 done | awk '!seen[$0]++' > modules.paths
 : > root/modules/list
@@ -44,7 +45,9 @@ while read -r path; do
 done < modules.paths
 
 cp "$(command -v busybox)" root/bin/busybox
-for program in nbd-client mkfs.ext4 e2fsck rsync; do
+gcc -O2 -o nbd-attach "$attach"
+PATH="$PATH:$dir"
+for program in nbd-client nbd-attach mkfs.ext4 e2fsck rsync; do
   path=$(command -v "$program")
   cp -L "$path" "root/bin/$program"
   ldd "$path" | grep -o '/[^ ]*' | while read -r library; do
@@ -55,5 +58,5 @@ done
 cp "$here/guest-init.sh" root/init
 chmod +x root/init
 (cd root && find . | cpio -o -H newc --quiet | gzip -1) > initramfs.gz
-rm -rf root kernel
+rm -rf root kernel nbd-attach
 echo "$want" > "$stamp"

@@ -1,0 +1,102 @@
+/**
+ * The daemon ends and comes back under a filesystem that a Linux guest has mounted and writes to: once after SIGTERM,
+ * once after SIGKILL. The guest attaches with examples/nbd-attach.c, over several connections and over one.
+ */
+import { expect, test } from 'vitest';
+import { startDaemon, type Daemon } from '../harness/daemon.js';
+import { bootGuest, guestProblem } from './guest.js';
+
+const problem = guestProblem();
+if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
+
+/** Two disks, each with a filesystem, a writer, and the hashes of what the writer has synced. */
+const job = (port: number): string => `
+attach() { nbd-attach -t 3 -d 120 "$@" 2>> /tmp/attach || fail attach: $(cat /tmp/attach); }
+attach -c 4 10.0.2.2:${port} four /dev/nbd0
+attach 10.0.2.2:${port} one /dev/nbd1
+grep -q "4 connections" /tmp/attach || fail $(cat /tmp/attach)
+nbd-attach 10.0.2.2:${port} nosuch /dev/nbd2 2> /tmp/refused && fail attached what is not there
+grep -q "the server refuses 'nosuch'" /tmp/refused || fail $(cat /tmp/refused)
+for n in 0 1; do
+  mkfs.ext4 -q -E lazy_itable_init=1,lazy_journal_init=1 /dev/nbd$n 2> /tmp/mkfs || fail mkfs: $(cat /tmp/mkfs)
+  mkdir -p /mnt/$n
+  mount -t ext4 /dev/nbd$n /mnt/$n || fail mount
+done
+
+writer() {
+  count=0
+  while [ ! -e /tmp/stop ]; do
+    count=$((count + 1))
+    file=/mnt/$1/$((count % 40))
+    dd if=/dev/urandom of=/tmp/data.$1 bs=64k count=1 2>/dev/null
+    dd if=/tmp/data.$1 of=$file bs=16k conv=fsync 2>/tmp/dd.$1 || { cat /tmp/dd.$1 > /tmp/failed; break; }
+    sha256sum /tmp/data.$1 | cut -d ' ' -f 1 > /tmp/sums.$1/$((count % 40))
+    echo $count > /tmp/written.$1
+  done
+  touch /tmp/ended.$1
+}
+# Wait until each writer has made some more files, all of them begun after this was asked.
+progress() {
+  for n in 0 1; do
+    target=$(($(cat /tmp/written.$n 2>/dev/null || echo 0) + $1))
+    until [ "$(cat /tmp/written.$n 2>/dev/null || echo 0)" -ge $target ] || [ -e /tmp/failed ]; do sleep 0.1; done
+  done
+  [ -e /tmp/failed ] && fail the writer: $(cat /tmp/failed) $(dmesg | tail -n 5)
+}
+mkdir /tmp/sums.0 /tmp/sums.1
+writer 0 &
+writer 1 &
+progress 5
+say WRITING
+for death in SIGTERM SIGKILL; do
+  wait_for back
+  progress 5
+  say AGAIN
+done
+
+touch /tmp/stop
+for n in 0 1; do while [ ! -e /tmp/ended.$n ]; do sleep 0.1; done; done
+[ -e /tmp/failed ] && fail the writer: $(cat /tmp/failed)
+[ "$(grep -c 'connected again' /tmp/attach)" -ge 4 ] || fail $(cat /tmp/attach)
+for n in 0 1; do
+  grep -q "^/dev/nbd$n /mnt/$n ext4 rw" /proc/mounts || fail $(cat /proc/mounts)
+  touch /mnt/$n/writable || fail the filesystem is not writable
+  sync
+  umount /mnt/$n || fail umount
+  echo 3 > /proc/sys/vm/drop_caches
+  e2fsck -f -n /dev/nbd$n > /tmp/fsck 2>&1 || fail e2fsck: $(cat /tmp/fsck)
+  mount -t ext4 -o ro /dev/nbd$n /mnt/$n || fail mounting it again
+  for file in /tmp/sums.$n/*; do
+    sum=$(sha256sum /mnt/$n/$(basename $file) | cut -d ' ' -f 1)
+    [ "$sum" = "$(cat $file)" ] || fail file $(basename $file) of disk $n is not what was synced
+  done
+  umount /mnt/$n
+done
+dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
+kill $(cat /run/nbd-attach.nbd0.pid) $(cat /run/nbd-attach.nbd1.pid)
+while [ -e /sys/block/nbd0/pid ] || [ -e /sys/block/nbd1/pid ]; do sleep 0.1; done
+say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
+`;
+
+(problem === undefined ? test : test.skip)(
+  'the daemon is stopped and killed under mounted filesystems and comes back: no error, nothing that was synced is lost',
+  async () => {
+    let daemon: Daemon = await startDaemon({
+      args: ['--listen', 'tcp:127.0.0.1:0', '--create', 'four:128M', '--create', 'one:128M'],
+    });
+    const { store } = daemon;
+    const port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
+    const guest = bootGuest(job(port));
+    await guest.expect('WRITING');
+    for (const end of [() => daemon.stop(), () => daemon.kill()]) {
+      await end();
+      daemon = await startDaemon({ store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
+      guest.send('back');
+      await guest.expect('AGAIN');
+    }
+    await guest.expect('CLEAN');
+    await guest.end();
+    expect((await daemon.stop()).code, daemon.log()).toBe(0);
+  },
+  5 * 60_000,
+);
