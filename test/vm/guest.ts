@@ -46,8 +46,8 @@ export interface Guest {
 
 const EXPECT_TIMEOUT_MS = 90_000;
 
-/** Boot a guest that runs `job` (shell, sourced by its init). */
-export function bootGuest(job: string): Guest {
+/** Boot a guest that runs `job` (shell, sourced by its init), with more `devices` if given (arguments of qemu). */
+export function bootGuest(job: string, devices: readonly string[] = []): Guest {
   const directory = temporaryDirectory();
   const initramfs = path.join(directory, 'initramfs.gz');
   // The kernel unpacks archives that follow each other: the job lies over the cached rest.
@@ -65,6 +65,7 @@ export function bootGuest(job: string): Guest {
       ...['-kernel', path.join(CACHE, 'vmlinuz'), '-initrd', initramfs],
       ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off'],
       ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
+      ...devices,
     ],
     { stdio: ['pipe', 'pipe', 'pipe'] },
   );
