@@ -62,6 +62,25 @@ needs('nbdcopy')('backup-now.sh: three ways of copying are each of one moment, a
   expect(out.trimEnd().split('\n').at(-1)).toMatch(/^disk +\d+ +64 MiB/);
 });
 
+function needsFuse(...commands: string[]): typeof test {
+  if (fs.existsSync('/dev/fuse')) return needs('fusermount3', ...commands);
+  console.log('skipped: there is no /dev/fuse');
+  return test.skip as typeof test;
+}
+
+needsFuse(
+  'nbdfuse',
+  'fuse2fs',
+  'mkfs.ext4',
+  'rsync',
+)('rsync-from-snapshot.sh: the files of a mounted disk@now are copied, and nothing is left', async () => {
+  const out = await example('rsync-from-snapshot.sh');
+  expect(out).toMatch(/\ndisk +now +\d+ +256 MiB/);
+  expect(out).toMatch(/\n\d+ files, all identical\n/);
+  expect(out.trimEnd().split('\n').at(-2)).toMatch(/^NAME/);
+  expect(out.trimEnd().split('\n').at(-1)).toMatch(/^disk +\d+ +256 MiB/);
+});
+
 test('what is missing is named', async () => {
   const bin = temporaryDirectory();
   for (const tool of ['dirname', 'sh']) {
