@@ -6,7 +6,7 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { afterAll, beforeAll, beforeEach, describe, expect, onTestFailed, test } from 'vitest';
 import { cli, run, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 import { bootGuest, guestProblem, type Guest } from './guest.js';
 import { Qmp } from './qmp.js';
@@ -84,6 +84,15 @@ say CLEAN
   let qmp: Qmp;
   let keptHash: string;
 
+  const diskNode = (): object => ({
+    driver: 'nbd',
+    'node-name': 'disk0',
+    server: { type: 'inet', host: '127.0.0.1', port: String(port) },
+    export: 'disk',
+    discard: 'unmap',
+    'detect-zeroes': 'unmap',
+    'reconnect-delay': 60,
+  });
   const uri = (name: string): string => `nbd://127.0.0.1:${port}/${name}`;
   const used = (): number =>
     Number(execFileSync('du', ['-s', '-B1', daemon.store], { encoding: 'utf8' }).split('\t')[0]);
@@ -112,22 +121,19 @@ say CLEAN
     daemon = await startDaemon({ args: ['--listen', 'tcp:127.0.0.1:0', ...disks] });
     port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
     const socket = path.join(directory, 'qmp');
-    const node = {
-      driver: 'nbd',
-      'node-name': 'disk0',
-      server: { type: 'inet', host: '127.0.0.1', port: String(port) },
-      export: 'disk',
-      discard: 'unmap',
-      'detect-zeroes': 'unmap',
-      'reconnect-delay': 60,
-    };
     guest = bootGuest(job, [
-      ...['-blockdev', JSON.stringify(node), '-device', 'virtio-blk-pci,id=vda,drive=disk0'],
+      ...['-blockdev', JSON.stringify(diskNode()), '-device', 'virtio-blk-pci,id=vda,drive=disk0'],
       ...['-qmp', `unix:${socket},server=on,wait=off`],
     ]);
     qmp = await Qmp.connect(socket);
   });
   afterAll(() => qmp.close());
+  // They share the guest: after one has failed the others would only wait in vain.
+  let failed: string | undefined;
+  beforeEach((context) => {
+    if (failed !== undefined) context.skip(`needs: ${failed}`);
+    onTestFailed(() => (failed = context.task.name));
+  });
 
   test('discard=unmap: fstrim in the guest gives the space back on the host', async () => {
     await guest.expect('FILLED');
@@ -206,6 +212,17 @@ say CLEAN
     expect((await cli(['vdi', 'rollback', 'disk@then'], { store: daemon.store })).stderr).toBe('');
     await move('away', 'home', { target: uri('home'), format: 'raw', mode: 'existing' });
     fs.rmSync(file);
+  });
+
+  test('blockdev-mirror moves it onto an export that is opened with options of its own: the daemon may restart', async () => {
+    await qmp.execute('blockdev-add', { ...diskNode(), 'node-name': 'back' });
+    await qmp.execute('blockdev-mirror', { 'job-id': 'm', device: 'home', target: 'back', sync: 'full' });
+    await qmp.event('BLOCK_JOB_READY', 'm');
+    await qmp.execute('block-job-complete', { device: 'm' });
+    expect(await qmp.event('BLOCK_JOB_COMPLETED', 'm')).not.toHaveProperty('error');
+    await progress();
+    await daemon.kill();
+    daemon = await startDaemon({ store: daemon.store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
     await progress();
   });
 
@@ -213,8 +230,8 @@ say CLEAN
     guest.send('end');
     await guest.expect('CLEAN');
     await guest.end();
-    const image = path.join(directory, 'home.img');
-    await qemuImg('convert', '-f', 'raw', '-O', 'raw', uri('home'), image);
+    const image = path.join(directory, 'end.img');
+    await qemuImg('convert', '-f', 'raw', '-O', 'raw', uri('disk'), image);
     await expectFilesystem(image);
     expect((await daemon.stop()).code, daemon.log()).toBe(0);
   });
