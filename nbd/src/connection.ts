@@ -44,6 +44,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   readonly pool: BufferPool;
   readonly reader: ByteReader;
   isShuttingDown = false;
+  private isRefusing = true;
   exportName: string | undefined;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
@@ -114,10 +115,11 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     return this.transmission?.inFlight ?? 0;
   }
 
-  /** Finish what is in flight, refuse what comes, then close. Returns at once; see `over`. */
-  shutdown(): void {
+  /** Finish what is in flight, refuse or drop what comes, then close. Returns at once; see `over`. */
+  shutdown(options: { readonly refuse: boolean }): void {
     if (this.isShuttingDown) return;
     this.isShuttingDown = true;
+    this.isRefusing = options.refuse;
     const reason = 'the server is shutting down';
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
@@ -125,8 +127,13 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       if (this.isInTlsHandshake) this.abort(reason);
       return;
     }
-    this.transmission.refuseNewRequests();
+    this.takeNoRequests(this.transmission);
     this.endWhenIdle(reason);
+  }
+
+  private takeNoRequests(transmission: Transmission): void {
+    if (this.isRefusing) transmission.refuseNewRequests();
+    else transmission.dropNewRequests();
   }
 
   /** Close the socket now. The device is closed when its last request has finished. */
@@ -260,7 +267,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     }
     if (this.socket.readableEnded) this.onEnd();
     else if (this.isShuttingDown) {
-      transmission.refuseNewRequests();
+      this.takeNoRequests(transmission);
       this.endWhenIdle('the server is shutting down');
     }
   }

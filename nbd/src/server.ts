@@ -206,9 +206,12 @@ export class NbdServer {
    * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every
    * connection is over and its device closed. What is not done after `graceMs` milliseconds is cut off; then only a
    * device that never finishes a request can be left (`connections` shows whose).
+   *
+   * With `refuse: false` further requests are not answered at all. For a server that will be back: clients that connect
+   * again (Linux, qemu) repeat what was not answered, but make an I/O error of ESHUTDOWN.
    */
-  close(options: { readonly graceMs?: number } = {}): Promise<void> {
-    this.closing ??= this.shutDown(options.graceMs ?? DEFAULT_GRACE_MS);
+  close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
+    this.closing ??= this.shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
     return this.closing;
   }
 
@@ -218,9 +221,9 @@ export class NbdServer {
     for (const connection of this.open.values()) connection.abort('the server was stopped');
   }
 
-  private async shutDown(graceMs: number): Promise<void> {
+  private async shutDown(graceMs: number, refuse: boolean): Promise<void> {
     this.stopListening();
-    for (const connection of this.open.values()) connection.shutdown();
+    for (const connection of this.open.values()) connection.shutdown({ refuse });
     if (await within(graceMs, this.allOver())) return;
     this.destroy();
     await within(FORCED_CLOSE_WAIT_MS, this.allOver());

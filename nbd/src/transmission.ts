@@ -218,6 +218,18 @@ export class Transmission {
     this.scheduleSettle();
   }
 
+  /**
+   * The server is shutting down: no further request is carried out or answered. A client that connects again repeats them,
+   * while an error it would have to hand on.
+   */
+  dropNewRequests(): void {
+    // Not at once: this may be called from inside a request (see onIdle).
+    setImmediate(() => {
+      this.stopListening();
+      this.scheduleSettle();
+    });
+  }
+
   /** Nothing the client sends from now on is looked at. */
   stopListening(): void {
     this.isDeaf = true;

@@ -152,6 +152,42 @@ describe('close()', () => {
     expect(closes[0]?.reason).toBe('the server is shutting down');
   });
 
+  test('refuse: false answers what is in flight, and neither carries out nor answers what comes later', async () => {
+    const { opened, provider, server } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    client.request({ type: CMD.READ, offset: 4, length: 4, cookie: 1n });
+    await until(() => provider.unfinished === 1, 'a read is in flight');
+    const closed = server.close({ refuse: false });
+    await new Promise((resolve) => setImmediate(resolve));
+    client.request({ type: CMD.READ, offset: 8, length: 4, cookie: 2n });
+    client.request({ type: CMD.WRITE, offset: 8, length: 4, cookie: 3n }, uint32(REQUEST_MAGIC));
+    gate.open();
+    expect(await client.readReply(4)).toEqual({ errno: 0, cookie: 1n, data: uint32(5) });
+    expect(await client.readToEnd()).toHaveLength(0);
+    await closed;
+    expect(provider.calls).toHaveLength(1);
+    expect(provider.openNow).toBe(0);
+  });
+
+  test('refuse: false drops what was held back because too many requests were in flight', async () => {
+    const { opened, provider, server } = await startServer({ limits: { maxInFlightRequests: 2 } });
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    for (const cookie of [1n, 2n, 3n, 4n]) client.request({ type: CMD.READ, offset: 4, length: 4, cookie });
+    await until(() => provider.unfinished === 2, 'two reads are in flight');
+    const closed = server.close({ refuse: false });
+    await new Promise((resolve) => setImmediate(() => setImmediate(resolve)));
+    gate.open();
+    expect(await client.readReply(4)).toMatchObject({ errno: 0, cookie: 1n });
+    expect(await client.readReply(4)).toMatchObject({ errno: 0, cookie: 2n });
+    expect(await client.readToEnd()).toHaveLength(0);
+    await closed;
+    expect(provider.calls).toHaveLength(2);
+  });
+
   test('waits for the device to be closed', async () => {
     const { opened, provider, server } = await startServer();
     await opened();

@@ -73,8 +73,22 @@ for n in 0 1; do
   umount /mnt/$n
 done
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
-kill $(cat /run/nbd-attach.nbd0.pid) $(cat /run/nbd-attach.nbd1.pid)
-while [ -e /sys/block/nbd0/pid ] || [ -e /sys/block/nbd1/pid ]; do sleep 0.1; done
+
+# how it ends: asked to, asked to while in use, and because somebody else has detached the device
+said() { tries=0; until grep -q "$1" /tmp/attach; do sleep 0.1; tries=$((tries + 1)); [ $tries = 200 ] && fail it does not say "$1": $(cat /tmp/attach); done; }
+kill $(cat /run/nbd-attach.nbd0.pid)
+said 'nbd0: detached'
+[ -e /sys/block/nbd0/pid ] && fail nbd0 is still attached
+mount -t ext4 -o ro /dev/nbd1 /mnt/1
+kill $(cat /run/nbd-attach.nbd1.pid)
+said 'nbd1: is in use and stays attached'
+ls /mnt/1 > /tmp/list && grep -q writable /tmp/list || fail the mounted device is gone
+umount /mnt/1
+nbd-client -d /dev/nbd1 > /dev/null
+attach -r 10.0.2.2:${port} one /dev/nbd1
+[ "$(cat /sys/block/nbd1/ro)" = 1 ] || fail the device is not read-only
+nbd-client -d /dev/nbd1 > /dev/null
+said 'nbd1: was detached by somebody else'
 say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
 

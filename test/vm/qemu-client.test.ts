@@ -132,7 +132,9 @@ say CLEAN
   let failed: string | undefined;
   beforeEach((context) => {
     if (failed !== undefined) context.skip(`needs: ${failed}`);
-    onTestFailed(() => (failed = context.task.name));
+    onTestFailed(() => {
+      failed = context.task.name;
+    });
   });
 
   test('discard=unmap: fstrim in the guest gives the space back on the host', async () => {

@@ -3,6 +3,7 @@
  * write that it has answered: a client that connects again does not repeat those. Owns the files in recent/ (FORMAT.md).
  * They are never synced: they are for the death of the process, and are worth nothing after one of the machine.
  */
+import { randomUUID } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import type { VdiRecord } from '../object-store.js';
@@ -20,7 +21,6 @@ const VDI = 1;
 const OWNER = 2;
 /** [vid, 0]: a snapshot was taken, the VDI goes on under this vid. */
 const MOVED = 3;
-const BOOT_ID = '/proc/sys/kernel/random/boot_id';
 
 /** One map entry that was set, of the VDI that had `vid` when it was. */
 export interface LoggedChange {
@@ -191,6 +191,14 @@ function entryOf(kind: number, first: number): Buffer {
 function headerOfThisBoot(): Buffer {
   const header = Buffer.alloc(HEADER_BYTES);
   header.write(MAGIC, 0);
-  header.write(fs.readFileSync(BOOT_ID, 'latin1').trim().replaceAll('-', ''), 32, 'latin1');
+  header.write(bootId().trim().replaceAll('-', ''), 32, 'latin1');
   return header;
+}
+
+function bootId(): string {
+  try {
+    return fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1');
+  } catch {
+    return randomUUID(); // no procfs: nobody will take over what is logged
+  }
 }
