@@ -8,11 +8,17 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { promisify } from 'node:util';
-import { StandIn } from './stand-in.js';
+import { StandIn, type StandInOptions } from './stand-in.js';
 
 const run = promisify(execFile);
 const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
+
+export interface RealNodesOptions {
+  readonly nodes?: number;
+  /** For `dog cluster format`. */
+  readonly format?: readonly string[];
+}
 
 export interface TestCluster {
   /** For --cluster. */
@@ -28,8 +34,8 @@ export interface TestCluster {
   stop(): Promise<void>;
 }
 
-export async function startStandIn(): Promise<TestCluster> {
-  const cluster = await new StandIn({ nodes: NODES }).start();
+export async function startStandIn(options: StandInOptions = {}): Promise<TestCluster> {
+  const cluster = await new StandIn({ nodes: NODES, ...options }).start();
   const ports = [...cluster.ports];
   return {
     address: cluster.address,
@@ -60,11 +66,12 @@ export function realNodesMissing(): string | undefined {
   return undefined;
 }
 
-/** Three nodes with two copies, each with a directory of its own, on loopback. */
-export async function startRealNodes(): Promise<TestCluster> {
+/** Nodes on loopback, each with a directory of its own: three with two copies, if nothing else is asked for. */
+export async function startRealNodes(options: RealNodesOptions = {}): Promise<TestCluster> {
+  const { nodes: count = NODES, format = ['-c', '2'] } = options;
   const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
   const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-nodes-'));
-  const ports = await freePorts(NODES);
+  const ports = await freePorts(count);
   const nodes: (ChildProcess | undefined)[] = [];
   const start = async (n: number): Promise<void> => {
     const port = String(ports[n]);
@@ -96,12 +103,12 @@ export async function startRealNodes(): Promise<TestCluster> {
     const port = ports[nodes.findIndex(Boolean)];
     return (await run('dog', [...args.slice(0, 2), '-a', '127.0.0.1', '-p', String(port), ...args.slice(2)])).stdout;
   };
-  for (let n = 0; n < NODES; n++) await start(n);
+  for (let n = 0; n < count; n++) await start(n);
   await until(
     'all nodes have joined',
-    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === NODES,
+    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === count,
   );
-  await dog('cluster', 'format', '-c', '2');
+  await dog('cluster', 'format', ...format);
   const kill = async (n: number): Promise<void> => {
     const node = nodes[n];
     if (!node) return;
@@ -127,7 +134,7 @@ export async function startRealNodes(): Promise<TestCluster> {
     },
     violations: () => [],
     stop: async () => {
-      for (let n = 0; n < NODES; n++) await kill(n);
+      for (let n = 0; n < count; n++) await kill(n);
       fs.rmSync(directory, { recursive: true, force: true });
     },
   };

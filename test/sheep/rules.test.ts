@@ -100,6 +100,29 @@ describe('what goes over the wire', () => {
     expect((await content())[19 * 100 + 4095]).toBe(19); // the stand-in would have complained
   });
 
+  test('of an erasure-coded object nothing but whole stripes is written, one write of a stripe at a time', async () => {
+    await catalog.close();
+    await cluster.stop();
+    cluster = await new StandIn({ copyPolicy: 0x11 }).start();
+    await connect();
+    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+    vdi = await catalog.openVdi('disk');
+    const expected = Buffer.alloc(2 * OBJECT, 1);
+    await vdi.write(0, expected, false);
+    cluster.seen.length = 0;
+    // Beginnings, middles and ends of stripes, several in one; and what crosses them.
+    const pieces = [0, 100, 200, 412, 500, 512, 1024, 1100, 4000, OBJECT - 3].map((at, n) => ({
+      at,
+      data: Buffer.alloc(at === 4000 ? 2000 : 12, n + 2),
+    }));
+    for (const { at, data } of pieces) data.copy(expected, at);
+    await Promise.all(pieces.map(async ({ at, data }) => vdi.write(at, data, false)));
+    expect((await content()).equals(expected)).toBe(true);
+    const written = cluster.seen.filter(isDataWrite);
+    expect(written.length).toBeGreaterThan(0);
+    expect(written.filter(({ offset, length }) => offset % 512 !== 0 || length % 512 !== 0)).toEqual([]);
+  });
+
   test('ranges outside of an object are refused before they are sent', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     expect(() => store.writeObject(vdi.opened, 0, OBJECT - 5, Buffer.alloc(10))).toThrow(/invariant/);

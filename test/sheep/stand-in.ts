@@ -14,6 +14,8 @@ const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
+/** SD_EC_DATA_STRIPE_SIZE. */
+const STRIPE = 512;
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
@@ -75,6 +77,8 @@ export interface StandInOptions {
   readonly jitterMs?: number;
   /** References are given up this long after the answer. */
   readonly reclaimMs?: number;
+  /** VDIs are erasure-coded if they do not say otherwise: (data strips / 2) << 4 | parity strips. */
+  readonly copyPolicy?: number;
 }
 
 interface Answer {
@@ -102,7 +106,7 @@ export class StandIn {
   ports: number[] = [];
 
   constructor(options: StandInOptions = {}) {
-    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, ...options };
+    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, copyPolicy: 0, ...options };
   }
 
   get address(): string {
@@ -202,15 +206,17 @@ export class StandIn {
     };
     this.seen.push(request);
     const fault = this.fault(request);
+    // Of an erasure-coded object whole stripes are read, changed and written back.
+    const stripe = this.#isErasureCoded(request.oid) ? STRIPE : 1;
     const writing = request.opcode === Op.WRITE && {
       oid: request.oid,
-      from: request.offset,
-      to: request.offset + request.length,
+      from: Math.floor(request.offset / stripe) * stripe,
+      to: Math.ceil((request.offset + request.length) / stripe) * stripe,
     };
-    if (writing) {
+    if (writing && request.length > 0) {
       for (const other of this.#writing) {
         if (other.oid === writing.oid && other.from < writing.to && writing.from < other.to) {
-          this.violations.push(`two writes to one range of ${writing.oid.toString(16)} are in flight`);
+          this.violations.push(`two writes to one range or stripe of ${writing.oid.toString(16)} are in flight`);
         }
       }
       this.#writing.add(writing);
@@ -300,7 +306,14 @@ export class StandIn {
     this.#checkBounds(oid, offset, length);
     const isTable = (oid & VDI_BIT) !== 0n && offset >= TABLE && offset + length <= TABLE + 4 * OBJECTS && length > 0;
     if (isTable) this.#changeTable(object, vidOf(oid), (offset - TABLE) / 4, data);
-    else data.copy(object, offset);
+    else {
+      // sheep/gateway.c, init_erasure_buffer: the stripe a write begins in is read only if it does not begin with it.
+      const end = offset + length;
+      if (this.#isErasureCoded(oid) && offset % STRIPE === 0 && length > 0 && length < STRIPE) {
+        object.fill(0, end, Math.min(offset + STRIPE, object.length));
+      }
+      data.copy(object, offset);
+    }
     return { result: Res.SUCCESS };
   }
 
@@ -367,6 +380,12 @@ export class StandIn {
     return oid & VDI_BIT ? INODE_BYTES : 2 ** (this.#shifts.get(vidOf(oid)) ?? 22);
   }
 
+  #isErasureCoded(oid: bigint): boolean {
+    if (oid & VDI_BIT) return false;
+    const inode = this.objects.get(VDI_BIT | (BigInt(vidOf(oid)) << 32n));
+    return inode !== undefined && inode[552] !== 0;
+  }
+
   #isReadOnly(oid: bigint): boolean {
     return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid));
   }
@@ -403,7 +422,8 @@ export class StandIn {
         const inode = Buffer.alloc(INODE_BYTES);
         inode.write(name);
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
-        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid);
+        const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
+        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
         if (baseVid !== 0) this.#derive(baseVid, inode);
         return withVid(vid);
       }
@@ -433,14 +453,14 @@ export class StandIn {
     const inode = Buffer.alloc(INODE_BYTES);
     inode.write(name);
     base.copy(inode, 536, 536, 544);
-    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid);
+    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
     this.#derive(baseVid, inode);
     return vid;
   }
 
-  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number): void {
+  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number, copyPolicy: number): void {
     inode.writeBigUInt64LE(BigInt(Math.floor(Date.now() / 1000)) << 32n, 512);
-    inode.set([0, 0, 2, shift], 552);
+    inode.set([copyPolicy, 0, copyPolicy === 0 ? 2 : 3, shift], 552);
     inode.writeUInt32LE(snapId, 556);
     inode.writeUInt32LE(vid, 560);
     inode.writeUInt32LE(parent, 564);

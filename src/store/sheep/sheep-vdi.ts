@@ -8,6 +8,7 @@ import type { Cluster } from './cluster.js';
 import { recordOf, type Inode } from './layouts.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
+import { writeUnit, writeWholeStripes } from './stripes.js';
 import { inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
 import type { WriteOrder } from './write-order.js';
 
@@ -103,10 +104,20 @@ export class SheepVdi implements OpenVdi {
   async #write(idx: number, offset: number, data: Buffer): Promise<void> {
     const { vid } = this.record;
     if (this.map[idx] !== vid) throw movedError(this.record);
+    const { cluster, order } = this.#host;
+    const unit = writeUnit(this.inode.copyPolicy);
     try {
-      await this.#host.order.run(objectKey(vid, idx), offset, data.length, () =>
-        this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data)),
-      );
+      if (offset % unit === 0 && data.length % unit === 0) {
+        await order.run(objectKey(vid, idx), offset, data.length, () =>
+          this.#host.unlessGone(() => cluster.writeData(vid, idx, offset, data)),
+        );
+      } else {
+        const from = offset - (offset % unit);
+        const length = Math.ceil((offset + data.length) / unit) * unit - from;
+        await order.run(objectKey(vid, idx), from, length, () =>
+          this.#host.unlessGone(() => writeWholeStripes(cluster, vid, idx, offset, data)),
+        );
+      }
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
