@@ -199,6 +199,8 @@ export interface DaemonOptions {
   readonly args?: readonly string[];
   /** The store directory; by default a new temporary one. */
   readonly store?: string;
+  /** Serve this Sheepdog cluster instead of a store. */
+  readonly cluster?: string;
   readonly env?: RunOptions['env'];
 }
 
@@ -234,7 +236,11 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
-  const args = [BIN, 'serve', '--json', '--store', store, '--listen', `unix:${socket}`, ...(options.args ?? [])];
+  const place =
+    options.cluster === undefined
+      ? ['--store', store]
+      : ['--cluster', options.cluster, '--control', path.join(directory, 'control.sock')];
+  const args = [BIN, 'serve', '--json', ...place, '--listen', `unix:${socket}`, ...(options.args ?? [])];
   const child = spawn(process.execPath, args, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });
   children.add(child);
   child.once('exit', () => children.delete(child));

@@ -14,6 +14,14 @@ const run = promisify(execFile);
 const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
 
+export interface RealNodes extends TestCluster {
+  /** Run `dog`; its first two arguments are the command. */
+  dog(...args: string[]): Promise<string>;
+  /** SIGSTOP: the node is there and does nothing. */
+  pauseNode(n: number): void;
+  resumeNode(n: number): void;
+}
+
 export interface RealNodesOptions {
   readonly nodes?: number;
   /** For `dog cluster format`. */
@@ -25,6 +33,8 @@ export interface TestCluster {
   readonly address: string;
   /** What `dog vdi snapshot` does, done by somebody else. */
   snapshot(name: string, tag: string): Promise<void>;
+  /** What `dog vdi lock unlock` does with the lock that somebody who was killed has left; nothing without locks. */
+  unlock(name: string): Promise<void>;
   /** Data objects and ledgers that exist, named by oid; after references given up so far have had their effect. */
   objects(): Promise<string[]>;
   killNode(n: number): Promise<void>;
@@ -43,6 +53,7 @@ export async function startStandIn(options: StandInOptions = {}): Promise<TestCl
       cluster.externalSnapshot(name, tag);
       return Promise.resolve();
     },
+    unlock: () => Promise.resolve(),
     objects: async () => {
       await cluster.settled();
       return [...cluster.dataObjects(), ...[...cluster.ledgers.keys()].map((oid) => `ledger ${oid.toString(16)}`)];
@@ -67,7 +78,7 @@ export function realNodesMissing(): string | undefined {
 }
 
 /** Nodes on loopback, each with a directory of its own: three with two copies, if nothing else is asked for. */
-export async function startRealNodes(options: RealNodesOptions = {}): Promise<TestCluster> {
+export async function startRealNodes(options: RealNodesOptions = {}): Promise<RealNodes> {
   const { nodes: count = NODES, format = ['-c', '2'] } = options;
   const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
   const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-nodes-'));
@@ -122,6 +133,12 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Te
     snapshot: async (name, tag) => {
       await dog('vdi', 'snapshot', '-s', tag, name);
     },
+    unlock: async (name) => {
+      if (format.includes('-l')) await dog('vdi', 'lock', 'unlock', name);
+    },
+    dog,
+    pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
+    resumeNode: (n) => nodes[n]?.kill('SIGCONT'),
     objects: () => settledObjects(directory),
     killNode: kill,
     restartNode: async (n) => {

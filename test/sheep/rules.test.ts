@@ -253,6 +253,21 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('while VDIs are listed: the disk is in the list all the same', async () => {
+    let isTaken = false;
+    cluster.fault = ({ opcode, oid }) => {
+      // We have the vids that are in use by now, and read what they are.
+      if (isTaken || opcode !== Op.READ || !(oid & VDI_BIT)) return undefined;
+      isTaken = true;
+      cluster.externalSnapshot('disk', 'theirs');
+      return undefined;
+    };
+    const other = await SheepStore.open(cluster.address);
+    const listed = await new VdiCatalog(other).list();
+    expect(listed.map(({ name, tag }) => `${name}@${tag}`)).toEqual(['disk@theirs', 'disk@']);
+    await other.close();
+  });
+
   test('while a temporary one is taken: it is taken again, and nothing leaks', async () => {
     await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
     let snapshot: Promise<number> | undefined;

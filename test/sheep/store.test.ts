@@ -270,6 +270,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       await catalog.snapshotTemporary(name, 'now');
       await disk.write(100, OBJECT, 2);
       store.cluster.gateway.close(); // as if it had been killed: nothing is cleaned up
+      await cluster.unlock(name);
       await open();
       const again = new Disk(await catalog.openVdi(name), disk.content);
       await again.write(2 * OBJECT, 10, 3);

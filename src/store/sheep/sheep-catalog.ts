@@ -20,7 +20,7 @@ import { clearTable, objectCount, objectKey } from './table.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
-/** Snapshots that others may take while we take a temporary one. */
+/** Snapshots that others may take while we take a temporary one, or look what there is. */
 const MAX_TAKE_ATTEMPTS = 5;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
 const MAX_FREE_SLOTS = 2;
@@ -42,6 +42,7 @@ export class SheepCatalog implements Catalog {
 
   async list(): Promise<VdiRecord[]> {
     const inodes = await this.#inodes();
+    await this.#addLateWorking(inodes);
     // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
     for (const inode of inodes) {
       const open = this.#store.open.get(inode.vid);
@@ -296,6 +297,28 @@ export class SheepCatalog implements Catalog {
       }
     });
     return inodes.sort((a, b) => a.vid - b.vid);
+  }
+
+  /**
+   * Somebody may have taken a snapshot while we read: then we have the snapshot, but not what goes on in its place, and a
+   * disk that is in use would be missing. The nodes answer a look-up when they are through with it.
+   */
+  async #addLateWorking(inodes: Inode[]): Promise<void> {
+    const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
+    const names = new Set(inodes.map(({ name }) => name).filter((name) => !isShadowName(name) && !working.has(name)));
+    await inParallel([...names], async (name) => {
+      for (let attempt = 0; attempt < MAX_TAKE_ATTEMPTS; attempt++) {
+        const vid = await this.#cluster.lookup(name);
+        if (vid === 0) return;
+        const inode = await this.#cluster.readInode(vid);
+        if (inode.name !== name) return;
+        const at = inodes.findIndex((known) => known.vid === vid);
+        if (at >= 0) inodes[at] = inode;
+        else inodes.push(inode);
+        if (!inode.isSnapshot) return;
+      }
+    });
+    inodes.sort((a, b) => a.vid - b.vid);
   }
 
   async #exists(vid: number, idx: number, sector: Buffer): Promise<boolean> {
