@@ -15,6 +15,9 @@ const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
 
 export interface RealNodes extends TestCluster {
+  readonly directory: string;
+  /** Of the first node. */
+  readonly port: number;
   /** Run `dog`; its first two arguments are the command. */
   dog(...args: string[]): Promise<string>;
   /** SIGSTOP: the node is there and does nothing. */
@@ -136,6 +139,8 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     unlock: async (name) => {
       if (format.includes('-l')) await dog('vdi', 'lock', 'unlock', name);
     },
+    directory,
+    port: ports[0] as number,
     dog,
     pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
     resumeNode: (n) => nodes[n]?.kill('SIGCONT'),

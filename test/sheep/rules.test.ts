@@ -340,13 +340,6 @@ describe('the catalog', () => {
     await Promise.resolve();
   });
 
-  test('a hyper volume is refused with a word that explains it', async () => {
-    await catalog.release(vdi);
-    const inode = cluster.objects.get(VDI_BIT | (BigInt(hash('disk')) << 32n)) as Buffer;
-    inode[553] = 1;
-    await expect(catalog.openVdi('disk')).rejects.toThrow(/hyper volume/);
-  });
-
   test('a lock somebody else holds is told, and ours is given back', async () => {
     const locking = await new StandIn({ useLock: true }).start();
     const ours = await SheepStore.open(locking.address);

@@ -69,9 +69,11 @@ export class SheepCatalog implements Catalog {
     const opened = this.#store.open.get(vid);
     if (opened) return opened;
     const inode = await this.#cluster.readInode(vid);
-    refuseHyper(inode);
     if (isShadowName(inode.name)) return this.#openShadow(inode);
-    const map = await this.#cluster.readTable(vid, objectCount(inode.size, inode.blockSizeShift));
+    const map = await this.#cluster.readOwners(inode);
+    if (inode.storePolicy !== 0) {
+      this.#store.log(`${inode.name} is a hyper volume: it is served read-only, as it is now`);
+    }
     const isWorking = !inode.isSnapshot;
     if (isWorking) await this.#claim(inode);
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
@@ -86,6 +88,7 @@ export class SheepCatalog implements Catalog {
   prepareSwitch(vdi: OpenVdi, tag: string): Switch {
     const sheep = vdi as SheepVdi;
     const { inode } = sheep;
+    refuseHyper(inode, 'snapshotted');
     return {
       now: async () => {
         // A snapshot of what is one already would put the working VDI back to it.
@@ -112,6 +115,7 @@ export class SheepCatalog implements Catalog {
   /** By copy-before-write (shadow.ts). */
   async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
     const sheep = vdi as SheepVdi;
+    refuseHyper(sheep.inode, 'snapshotted');
     await this.dropStaleShadows(sheep.record.name);
     const shadow = await this.#freeShadow(sheep.inode);
     return {
@@ -160,7 +164,7 @@ export class SheepCatalog implements Catalog {
     // Whoever writes a VDI that is cloned from finds it read-only.
     if (!base.isSnapshot)
       throw new StoreError('IO', `${base.name} is no snapshot (any more); only snapshots are cloned`);
-    refuseHyper(base);
+    refuseHyper(base, 'cloned');
     const made = await this.#newVdi({ ...base, name }, vid, false);
     return recordOf(await this.#cluster.readInode(made));
   }
@@ -175,7 +179,7 @@ export class SheepCatalog implements Catalog {
     if (isShadowName(base.name)) {
       throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
     }
-    refuseHyper(base);
+    refuseHyper(base, 'rolled back to');
     const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
     const record = recordOf(await this.#cluster.readInode(made));
     await this.#delete(await this.#cluster.readInode(vid));
@@ -184,6 +188,7 @@ export class SheepCatalog implements Catalog {
 
   async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
     const sheep = vdi as SheepVdi;
+    refuseHyper(sheep.inode, 'resized');
     const count = objectCount(size, sheep.inode.blockSizeShift);
     for (let idx = count; idx < sheep.map.length; idx++) {
       if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
@@ -209,9 +214,8 @@ export class SheepCatalog implements Catalog {
 
   async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
     const inode = await this.#cluster.readInode(vid);
-    if (inode.storePolicy !== 0) return { allocated: 0, exclusive: 0 };
-    const count = objectCount(inode.size, inode.blockSizeShift);
-    const map = await this.#cluster.readTable(vid, count);
+    const map = await this.#cluster.readOwners(inode);
+    const count = map.length;
     const shared = new Uint8Array(count);
     if (inode.isSnapshot) {
       // A working VDI's own objects are its alone. A snapshot's may be in any other table.
@@ -242,13 +246,13 @@ export class SheepCatalog implements Catalog {
         "a cluster repairs itself ('dog vdi check', 'dog cluster recover'); check without --repair lists what is lost",
       );
     }
-    const inodes = (await this.#inodes()).filter(({ storePolicy }) => storePolicy === 0);
+    const inodes = await this.#inodes();
     const problems: string[] = [];
     let hidden = 0;
     const known = new Map<number, boolean>();
     const sector = Buffer.alloc(512);
     for (const inode of inodes) {
-      const map = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      const map = await this.#cluster.readOwners(inode);
       const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
       await inParallel(entries, async ([idx, owner]) => {
         const key = objectKey(owner, idx);
@@ -479,11 +483,12 @@ function prefixOf(name: string): string {
   return name.slice(0, name.lastIndexOf('-') + 1);
 }
 
-function refuseHyper(inode: Inode): void {
+/** Errors: UNSUPPORTED, saying that a hyper volume is not `done` here. */
+export function refuseHyper(inode: Inode, done: string): void {
   if (inode.storePolicy === 0) return;
   throw new StoreError(
     'UNSUPPORTED',
-    `${inode.name} is a hyper volume, which this version cannot read; only VDIs made without -y are served`,
+    `${inode.name} is a hyper volume (made with -y) and is not ${done}, only read; copy it into a VDI of another kind for that`,
   );
 }
 
