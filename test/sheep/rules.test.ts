@@ -20,8 +20,8 @@ let store: SheepStore;
 let catalog: VdiCatalog;
 let vdi: Vdi;
 
-async function connect(retryMs = 10_000): Promise<void> {
-  store = await SheepStore.open(cluster.address, { retryMs });
+async function connect(retryMs = 10_000, attemptMs = 30_000): Promise<void> {
+  store = await SheepStore.open(cluster.address, { retryMs, attemptMs });
   catalog = new VdiCatalog(store);
 }
 
@@ -153,6 +153,79 @@ describe('nodes that fail', () => {
     await Promise.all([first, second]);
     const data = await content();
     expect([data[0], data[100], data[4195]]).toEqual([2, 3, 3]);
+  });
+
+  describe('a node that stops answering', () => {
+    let resume: () => void;
+    const until = (): Promise<void> => new Promise((resolve) => (resume = resolve));
+    /** The first node does nothing from here on, until it is resumed. */
+    const stall = (): void => {
+      const resumed = until();
+      let isStalled = true;
+      void resumed.then(() => (isStalled = false));
+      cluster.fault = ({ node }) => (node === 0 && isStalled ? { until: resumed } : undefined);
+    };
+    const written = (value: number): number =>
+      cluster.seen.filter(({ opcode, node, length }) => opcode === Op.WRITE && node !== 0 && length === value).length;
+    const eventually = async (what: () => boolean): Promise<void> => {
+      while (!what()) await new Promise((r) => setTimeout(r, 5));
+    };
+
+    beforeEach(async () => {
+      await catalog.close();
+      await connect(20_000, 300);
+      vdi = await catalog.openVdi('disk');
+      await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+      cluster.seen.length = 0;
+    });
+
+    test('may still carry a write out, and so it is not repeated before the node answers again', async () => {
+      stall();
+      const first = vdi.write(0, Buffer.alloc(4096, 2), false);
+      const second = vdi.write(0, Buffer.alloc(4096, 3), false);
+      // Reading goes on elsewhere; nodes are asked for the members, again and again.
+      const lists = (): number =>
+        cluster.seen.filter(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0).length;
+      await eventually(() => lists() >= 2);
+      expect(written(4096)).toBe(0);
+      resume();
+      await Promise.all([first, second]);
+      expect((await content())[0]).toBe(3);
+    });
+
+    test('is not waited for when it is no member any more', async () => {
+      stall();
+      const first = vdi.write(0, Buffer.alloc(4096, 2), false);
+      await eventually(() => cluster.seen.some(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0));
+      cluster.left.add(0);
+      await first;
+      await vdi.write(0, Buffer.alloc(4096, 3), false);
+      resume();
+      expect((await content())[0]).toBe(3);
+    });
+
+    test('has the time for repeating: then the write is an error, and no other goes to its bytes before it is settled', async () => {
+      await catalog.close();
+      await connect(1_000, 300);
+      vdi = await catalog.openVdi('disk');
+      await vdi.write(0, Buffer.alloc(512, 1), false);
+      stall();
+      await expect((async () => vdi.write(0, Buffer.alloc(4096, 2), false))()).rejects.toThrow(/may still carry out/);
+      await expect((async () => vdi.write(100, Buffer.alloc(8, 3), false))()).rejects.toThrow(/given up/);
+      await vdi.write(8192, Buffer.alloc(8, 4), false);
+      resume();
+      for (const deadline = Date.now() + 10_000; ;) {
+        try {
+          await vdi.write(100, Buffer.alloc(8, 3), false);
+          break;
+        } catch (error) {
+          if (Date.now() > deadline) throw error;
+        }
+        await new Promise((r) => setTimeout(r, 20));
+      }
+      const data = await content();
+      expect([data[0], data[100], data[8192]]).toEqual([2, 3, 4]);
+    });
   });
 
   test('a cluster that halts for a while is waited for', async () => {

@@ -66,6 +66,8 @@ export interface Fault {
   /** End the connection: before doing it, or when it is done and not answered. */
   readonly cut?: 'before' | 'after';
   readonly delayMs?: number;
+  /** It is done when this resolves, whatever has become of the connection. */
+  readonly until?: Promise<void>;
   /** Between doing it and answering. */
   readonly answerDelayMs?: number;
 }
@@ -93,6 +95,8 @@ export class StandIn {
   readonly readOnly = new Set<number>();
   readonly violations: string[] = [];
   readonly seen: Seen[] = [];
+  /** Nodes that the others no longer count as members: they refuse what comes from them. */
+  readonly left = new Set<number>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
   readonly #options: Required<StandInOptions>;
@@ -206,6 +210,8 @@ export class StandIn {
     };
     this.seen.push(request);
     const fault = this.fault(request);
+    if (fault?.until) await fault.until;
+    if (this.left.has(node)) return void socket.destroy();
     // Of an erasure-coded object whole stripes are read, changed and written back.
     const stripe = this.#isErasureCoded(request.oid) ? STRIPE : 1;
     const writing = request.opcode === Op.WRITE && {
@@ -269,13 +275,14 @@ export class StandIn {
         return { result: Res.SUCCESS, data: info };
       }
       case Op.GET_NODE_LIST: {
-        const list = Buffer.alloc(this.#options.nodes * NODE_LIST_ENTRY);
-        for (let n = 0; n < this.#options.nodes; n++) {
+        const ports = this.ports.filter((_, n) => !this.left.has(n));
+        const list = Buffer.alloc(ports.length * NODE_LIST_ENTRY);
+        for (const [n, port] of ports.entries()) {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
-          list.writeUInt16LE(this.ports[n] as number, n * NODE_LIST_ENTRY + 40);
+          list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
           list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
         }
-        return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(this.#options.nodes, 20) };
+        return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }
       default:
         return this.#catalog(request, header, data);

@@ -152,7 +152,8 @@ export class Cluster {
       );
     }
     if (inode.storePolicy === 0) return this.readTable(inode.vid, count);
-    const read: ReadObject = (high, low, offset, into) => this.#readSplit(high, low, offset, into);
+    const read: ReadObject = (high, low, offset, into) =>
+      inChunks(into, (at, part) => this.#read(high, low, offset + at, part));
     return readIndex(read, inode.vid, count);
   }
 

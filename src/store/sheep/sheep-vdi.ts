@@ -135,8 +135,12 @@ export class SheepVdi implements OpenVdi {
     await this.#getReady();
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
+    const { cluster, order } = this.#host;
     try {
-      await this.#host.unlessGone(() => this.#host.cluster.createData(vid, idx, offset, data, copyOf));
+      // All of the object: one that comes late would replace the whole of it.
+      await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
+        this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
+      );
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
