@@ -2,6 +2,8 @@
  * The rules of the protocol that keep data and references, one test each, against the stand-in: what it sees of us, and
  * what we make of nodes that fail at the worst moment.
  */
+import { spawn } from 'node:child_process';
+import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -121,6 +123,30 @@ describe('what goes over the wire', () => {
     const written = cluster.seen.filter(isDataWrite);
     expect(written.length).toBeGreaterThan(0);
     expect(written.filter(({ offset, length }) => offset % 512 !== 0 || length % 512 !== 0)).toEqual([]);
+  });
+
+  test('an entry that is already what it shall be is not written again', async () => {
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    cluster.seen.length = 0;
+    await vdi.opened.setOwner(0, vdi.record.vid);
+    await vdi.opened.setOwner(5, 0);
+    expect(cluster.seen).toEqual([]);
+  });
+
+  test('zeros that a node has left out of its answer are zeros wherever they were, whatever the buffer held', async () => {
+    const expected = Buffer.alloc(OBJECT);
+    expected.fill(7, 2048, 4096);
+    await vdi.write(0, expected, false);
+    for (const [from, to] of [
+      [0, 8192],
+      [512, 3072],
+      [3072, 8192],
+      [8192, 16384],
+    ] as const) {
+      const data = Buffer.alloc(to - from, 0xaa);
+      await vdi.read(from, data);
+      expect(data.equals(expected.subarray(from, to))).toBe(true);
+    }
   });
 
   test('ranges outside of an object are refused before they are sent', async () => {
@@ -377,6 +403,18 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('a disk that somebody rolled back while it was open is not written on into', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshot('disk', 'a');
+    const other = new VdiCatalog(await SheepStore.open(cluster.address));
+    await other.rollback('disk@a');
+    await expect((async () => vdi.write(0, Buffer.alloc(10, 2), false))()).rejects.toThrow(/rolled back or replaced/);
+    const theirs = await other.openVdi('disk');
+    expect((await content(theirs))[0]).toBe(1);
+    await other.release(theirs);
+    await other.close();
+  });
+
   test('a VDI that was replaced by another of its name is not written into', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.close();
@@ -398,6 +436,25 @@ describe('the catalog', () => {
     cluster.fault = () => undefined;
     vdi = await catalog.openVdi('disk');
     expect((await content())[0]).toBe(2);
+  });
+
+  test('a working VDI is not cloned: its writer would find it read-only', async () => {
+    await expect(Promise.resolve(store.catalog.clone(vdi.record.vid, 'copy'))).rejects.toThrow(/no snapshot/);
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+  });
+
+  test('of a temporary snapshot an object is copied once, and one that came after it not at all', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    cluster.seen.length = 0;
+    await Promise.all([0, 4096, 8192].map(async (at) => vdi.write(at, Buffer.alloc(10, 2), false)));
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await vdi.write(5 * OBJECT, Buffer.alloc(10, 4), false);
+    await vdi.write(5 * OBJECT + 4096, Buffer.alloc(10, 5), false);
+    const copies = cluster.seen.filter(({ opcode, flags }) => opcode === Op.CREATE && (flags & COW) !== 0);
+    expect(copies.map(({ length }) => length)).toEqual([0]);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
   });
 
   test('a snapshot whose answer is lost is taken once', async () => {
@@ -443,6 +500,29 @@ describe('the catalog', () => {
       await catalog.dropTemporary('disk', 'now');
     }
     expect(inodes()).toBe(before);
+    await expectNothingLeaks();
+  });
+
+  test('a temporary snapshot of another process of this machine is left alone for as long as it runs', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    const shadow = [...cluster.objects.values()].find(
+      (object) => object.toString('utf8', 256, 259) === 'now',
+    ) as Buffer;
+    const child = spawn('sleep', ['1000']);
+    const stat = fs.readFileSync(`/proc/${child.pid}/stat`, 'utf8');
+    const started = Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19]);
+    shadow.writeUInt32LE((started % 1024) * 2 ** 22 + (child.pid as number), 532);
+    const other = new VdiCatalog(await SheepStore.open(cluster.address));
+    expect((await other.list()).map(({ tag }) => tag)).toEqual(['']);
+    expect(await other.dropLeftovers()).toBe(0);
+    const ended = new Promise((resolve) => child.once('exit', resolve));
+    child.kill('SIGKILL');
+    await ended;
+    expect((await other.list()).map(({ tag }) => tag)).toEqual(['now', '']);
+    expect(await other.dropLeftovers()).toBe(1);
+    await other.close();
+    await catalog.dropTemporary('disk', 'now');
     await expectNothingLeaks();
   });
 

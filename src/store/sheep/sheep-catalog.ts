@@ -12,6 +12,7 @@ import {
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { recordOf, type Inode } from './layouts.js';
+import { isOursToDrop } from './owner.js';
 import { INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
 import type { SheepStore } from './sheep-store.js';
@@ -54,7 +55,7 @@ export class SheepCatalog implements Catalog {
     for (const inode of inodes) {
       if (!isShadowName(inode.name)) records.push(recordOf(inode));
       // Others wait to be used again, or are another gateway's; not for people.
-      else if (inode.isSnapshot && inode.mark.equals(this.#store.owner))
+      else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
     }
     return records;

@@ -2,8 +2,6 @@
  * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
-import { createHash } from 'node:crypto';
-import os from 'node:os';
 import {
   StoreError,
   type Awaitable,
@@ -16,6 +14,7 @@ import { Cluster } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
+import { ownerMark } from './owner.js';
 import { ClusterFlag } from './protocol.js';
 import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
@@ -47,7 +46,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly reads = new ReadTracker();
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
-  /** The same for every process that may clean up after this one: whoever serves this cluster on this machine. */
+  /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
   #epoch: number;
@@ -57,7 +56,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.location = location;
     this.cluster = cluster;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
-    this.owner = createHash('sha256').update(`${os.hostname()}\0${info.createdAt}`).digest().subarray(0, 8);
+    this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
