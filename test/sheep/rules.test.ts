@@ -352,6 +352,25 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('while the node we ask has not heard of it yet: the entry is carried over all the same', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshot('disk', 'first');
+    const { vid } = vdi.record;
+    let snapshot: Promise<number> | undefined;
+    cluster.fault = (request) => {
+      if (snapshot === undefined && isTableWrite(request)) {
+        for (let node = 0; node < 3; node++) cluster.late.set(node, new Set([vid]));
+        snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
+      }
+      return undefined;
+    };
+    await vdi.write(5, Buffer.alloc(10, 2), false);
+    await snapshot;
+    const data = await content();
+    expect([data[4], data[5], data[14], data[15]]).toEqual([1, 2, 2, 1]);
+    await expectNothingLeaks();
+  });
+
   test('while VDIs are listed: the disk is in the list all the same', async () => {
     let isTaken = false;
     cluster.fault = ({ opcode, oid }) => {

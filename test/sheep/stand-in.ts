@@ -93,6 +93,8 @@ export class StandIn {
   readonly objects = new Map<bigint, Buffer>();
   readonly ledgers = new Map<bigint, Map<number, number>>();
   readonly readOnly = new Set<number>();
+  /** Nodes that do not know of a vid yet that it is a snapshot's; they hear of it with the next look-up they are asked. */
+  readonly late = new Map<number, Set<number>>();
   readonly violations: string[] = [];
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
@@ -107,6 +109,7 @@ export class StandIn {
   readonly #sockets: Set<net.Socket>[] = [];
   readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
   #reclaiming = 0;
+  #catalogBusy: Promise<void> | undefined;
   ports: number[] = [];
 
   constructor(options: StandInOptions = {}) {
@@ -176,9 +179,15 @@ export class StandIn {
     if (typeof vid !== 'number') throw new Error(`no ${name}`);
     this.readOnly.add(vid);
     const read = Buffer.from(this.#inode(vid));
+    // Operations on the catalog wait for each other, on all nodes.
+    let end: () => void = () => undefined;
+    this.#catalogBusy = new Promise((resolve) => (end = resolve));
     await meanwhile();
     read.copy(this.#inode(vid));
-    return this.externalSnapshot(name, tag);
+    const next = this.externalSnapshot(name, tag);
+    this.#catalogBusy = undefined;
+    end();
+    return next;
   }
 
   #serve(socket: net.Socket, node: number): void {
@@ -232,6 +241,10 @@ export class StandIn {
     if (jitter > 0.5) await new Promise((resolve) => setTimeout(resolve, jitter));
     if (writing) this.#writing.delete(writing);
     if (fault?.cut === 'before') return void socket.destroy();
+    if (request.opcode >= Op.NEW_VDI && request.opcode <= Op.DEL_VDI && request.opcode !== Op.READ_VDIS) {
+      await this.#catalogBusy;
+      this.late.delete(node);
+    }
     const version = request.opcode < 0x80 ? 2 : 0x0a;
     let answer: Answer;
     if (fault?.result !== undefined) answer = { result: fault.result };
@@ -306,8 +319,8 @@ export class StandIn {
     };
   }
 
-  #write({ oid, offset, length }: Seen, data: Buffer): Answer {
-    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+  #write({ oid, offset, length, node }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const object = this.objects.get(oid);
     if (!object) return { result: Res.NO_OBJ };
     this.#checkBounds(oid, offset, length);
@@ -363,8 +376,8 @@ export class StandIn {
     this.objects.delete(oid);
   }
 
-  #create({ oid, cowOid, flags, offset, length }: Seen, data: Buffer): Answer {
-    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+  #create({ oid, cowOid, flags, offset, length, node }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const size = this.#objectSize(oid);
     const object = Buffer.alloc(Math.max(size, offset + length));
     if (flags & 2) {
@@ -393,8 +406,8 @@ export class StandIn {
     return inode !== undefined && inode[552] !== 0;
   }
 
-  #isReadOnly(oid: bigint): boolean {
-    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid));
+  #isReadOnly(oid: bigint, node: number): boolean {
+    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid)) && !this.late.get(node)?.has(vidOf(oid));
   }
 
   #catalog({ opcode, length }: Seen, header: Buffer, data: Buffer): Answer {

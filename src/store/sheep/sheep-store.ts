@@ -46,6 +46,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly reads = new ReadTracker();
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
+  readonly recyclesVids: boolean;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
@@ -55,6 +56,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
     this.cluster = cluster;
+    this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
     this.owner = ownerMark(info.createdAt);
     this.#options = options;

@@ -22,6 +22,8 @@ const ZEROS = Buffer.alloc(1024 * 1024);
 export interface SheepVdiHost {
   readonly cluster: Cluster;
   readonly order: WriteOrder;
+  /** Formatted with -R. */
+  readonly recyclesVids: boolean;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
   /** Do it again while objects seem to be missing because nodes come and go. */
@@ -283,7 +285,7 @@ export class SheepVdi implements OpenVdi {
       for (const { idx } of batch) map[idx] = (await cluster.readEntry(vid, idx).catch(() => map[idx])) as number;
       throw error;
     }
-    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) {
+    if (await this.#wasSnapshotted(vid)) {
       await this.follow(vid);
       await this.#carryOver(vid, batch);
       return;
@@ -292,6 +294,17 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
+  }
+
+  /**
+   * Whether somebody has made `vid` a snapshot, or began to before this was called. A node may hear of it a moment after
+   * the one that does it. A look-up waits in the same queue as the making of a snapshot, whichever node is asked; only on
+   * clusters that use vids again it is too dear for this: there the nodes read every inode for it.
+   */
+  async #wasSnapshotted(vid: number): Promise<boolean> {
+    const { cluster } = this.#host;
+    if (this.#host.recyclesVids) return cluster.isReadOnly(vid, 0);
+    return (await cluster.lookup(this.record.name)) !== vid;
   }
 
   /**
