@@ -457,6 +457,23 @@ describe('the catalog', () => {
     expect((await content())[0]).toBe(2);
   });
 
+  test('a disk that is cut off gives back what lay behind its new end', async () => {
+    await vdi.write(0, Buffer.alloc(4 * OBJECT, 1), false);
+    await catalog.release(vdi);
+    await catalog.resize('disk', 2 * OBJECT, { force: true });
+    await cluster.settled();
+    expect(cluster.dataObjects()).toHaveLength(2);
+    vdi = await catalog.openVdi('disk');
+    expect((await content()).every((byte) => byte === 1)).toBe(true);
+    await expect(store.catalog.resize(vdi.opened, OBJECT)).rejects.toThrow(/in front of data/);
+    await expectNothingLeaks();
+  });
+
+  test('a repair is refused with a word of who can do it', async () => {
+    await catalog.release(vdi);
+    await expect(catalog.check({ repair: true })).rejects.toThrow(/dog vdi check NAME.*lists what is lost/s);
+  });
+
   test('a working VDI is not cloned: its writer would find it read-only', async () => {
     await expect(Promise.resolve(store.catalog.clone(vdi.record.vid, 'copy'))).rejects.toThrow(/no snapshot/);
     await vdi.write(0, Buffer.alloc(10, 1), false);

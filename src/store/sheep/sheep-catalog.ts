@@ -244,7 +244,9 @@ export class SheepCatalog implements Catalog {
     if (repair) {
       throw new StoreError(
         'UNSUPPORTED',
-        "a cluster repairs itself ('dog vdi check', 'dog cluster recover'); check without --repair lists what is lost",
+        'nothing of a cluster is repaired from here: which of two copies is right, and what no table refers to, only its ' +
+          "nodes can tell ('dog vdi check NAME' makes copies whole again). Check without --repair lists what is lost; " +
+          "'serve --missing=zero' serves what is left",
       );
     }
     const inodes = await this.#inodes();
