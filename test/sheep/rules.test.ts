@@ -194,8 +194,12 @@ describe('nodes that fail', () => {
     const written = (value: number): number =>
       cluster.seen.filter(({ opcode, node, length }) => opcode === Op.WRITE && node !== 0 && length === value).length;
     const eventually = async (what: () => boolean): Promise<void> => {
-      while (!what()) await new Promise((r) => setTimeout(r, 5));
+      for (const deadline = Date.now() + 10_000; !what();) {
+        if (Date.now() > deadline) throw new Error('waited too long');
+        await new Promise((r) => setTimeout(r, 5));
+      }
     };
+    afterEach(() => resume());
 
     beforeEach(async () => {
       await catalog.close();
