@@ -95,6 +95,8 @@ export class StandIn {
   readonly readOnly = new Set<number>();
   /** Nodes that do not know of a vid yet that it is a snapshot's; they hear of it with the next look-up they are asked. */
   readonly late = new Map<number, Set<number>>();
+  /** Connections that clients have reset. */
+  resets = 0;
   readonly violations: string[] = [];
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
@@ -129,7 +131,9 @@ export class StandIn {
     const sockets = new Set<net.Socket>();
     const server = net.createServer({ noDelay: true }, (socket) => {
       sockets.add(socket);
-      socket.on('error', () => undefined);
+      socket.on('error', (error: NodeJS.ErrnoException) => {
+        if (error.code === 'ECONNRESET') this.resets++;
+      });
       socket.on('close', () => sockets.delete(socket));
       this.#serve(socket, n);
     });
