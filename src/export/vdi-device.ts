@@ -35,7 +35,7 @@ export interface Bases {
 
 /** How an export of this VDI looks; `tags` are those of the snapshots it can be compared with, newest first. */
 export function geometryOf(record: VdiRecord, tags: readonly string[]): Geometry {
-  const writable = !record.isSnapshot;
+  const writable = !record.isSnapshot && record.isReadOnly !== true;
   return {
     size: record.size,
     minimumBlockSize: 1,

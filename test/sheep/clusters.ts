@@ -8,17 +8,36 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { promisify } from 'node:util';
-import { StandIn } from './stand-in.js';
+import { StandIn, type StandInOptions } from './stand-in.js';
 
 const run = promisify(execFile);
 const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
+
+export interface RealNodes extends TestCluster {
+  readonly directory: string;
+  /** Of the first node. */
+  readonly port: number;
+  /** Run `dog`; its first two arguments are the command. */
+  dog(...args: string[]): Promise<string>;
+  /** SIGSTOP: the node is there and does nothing. */
+  pauseNode(n: number): void;
+  resumeNode(n: number): void;
+}
+
+export interface RealNodesOptions {
+  readonly nodes?: number;
+  /** For `dog cluster format`. */
+  readonly format?: readonly string[];
+}
 
 export interface TestCluster {
   /** For --cluster. */
   readonly address: string;
   /** What `dog vdi snapshot` does, done by somebody else. */
   snapshot(name: string, tag: string): Promise<void>;
+  /** What `dog vdi lock unlock` does with the lock that somebody who was killed has left; nothing without locks. */
+  unlock(name: string): Promise<void>;
   /** Data objects and ledgers that exist, named by oid; after references given up so far have had their effect. */
   objects(): Promise<string[]>;
   killNode(n: number): Promise<void>;
@@ -28,8 +47,8 @@ export interface TestCluster {
   stop(): Promise<void>;
 }
 
-export async function startStandIn(): Promise<TestCluster> {
-  const cluster = await new StandIn({ nodes: NODES }).start();
+export async function startStandIn(options: StandInOptions = {}): Promise<TestCluster> {
+  const cluster = await new StandIn({ nodes: NODES, ...options }).start();
   const ports = [...cluster.ports];
   return {
     address: cluster.address,
@@ -37,6 +56,7 @@ export async function startStandIn(): Promise<TestCluster> {
       cluster.externalSnapshot(name, tag);
       return Promise.resolve();
     },
+    unlock: () => Promise.resolve(),
     objects: async () => {
       await cluster.settled();
       return [...cluster.dataObjects(), ...[...cluster.ledgers.keys()].map((oid) => `ledger ${oid.toString(16)}`)];
@@ -60,11 +80,12 @@ export function realNodesMissing(): string | undefined {
   return undefined;
 }
 
-/** Three nodes with two copies, each with a directory of its own, on loopback. */
-export async function startRealNodes(): Promise<TestCluster> {
+/** Nodes on loopback, each with a directory of its own: three with two copies, if nothing else is asked for. */
+export async function startRealNodes(options: RealNodesOptions = {}): Promise<RealNodes> {
+  const { nodes: count = NODES, format = ['-c', '2'] } = options;
   const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
   const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-nodes-'));
-  const ports = await freePorts(NODES);
+  const ports = await freePorts(count);
   const nodes: (ChildProcess | undefined)[] = [];
   const start = async (n: number): Promise<void> => {
     const port = String(ports[n]);
@@ -96,12 +117,12 @@ export async function startRealNodes(): Promise<TestCluster> {
     const port = ports[nodes.findIndex(Boolean)];
     return (await run('dog', [...args.slice(0, 2), '-a', '127.0.0.1', '-p', String(port), ...args.slice(2)])).stdout;
   };
-  for (let n = 0; n < NODES; n++) await start(n);
+  for (let n = 0; n < count; n++) await start(n);
   await until(
     'all nodes have joined',
-    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === NODES,
+    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === count,
   );
-  await dog('cluster', 'format', '-c', '2');
+  await dog('cluster', 'format', ...format);
   const kill = async (n: number): Promise<void> => {
     const node = nodes[n];
     if (!node) return;
@@ -115,6 +136,14 @@ export async function startRealNodes(): Promise<TestCluster> {
     snapshot: async (name, tag) => {
       await dog('vdi', 'snapshot', '-s', tag, name);
     },
+    unlock: async (name) => {
+      if (format.includes('-l')) await dog('vdi', 'lock', 'unlock', name);
+    },
+    directory,
+    port: ports[0] as number,
+    dog,
+    pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
+    resumeNode: (n) => nodes[n]?.kill('SIGCONT'),
     objects: () => settledObjects(directory),
     killNode: kill,
     restartNode: async (n) => {
@@ -127,7 +156,7 @@ export async function startRealNodes(): Promise<TestCluster> {
     },
     violations: () => [],
     stop: async () => {
-      for (let n = 0; n < NODES; n++) await kill(n);
+      for (let n = 0; n < count; n++) await kill(n);
       fs.rmSync(directory, { recursive: true, force: true });
     },
   };

@@ -2,6 +2,8 @@
  * The rules of the protocol that keep data and references, one test each, against the stand-in: what it sees of us, and
  * what we make of nodes that fail at the worst moment.
  */
+import { spawn } from 'node:child_process';
+import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -20,8 +22,8 @@ let store: SheepStore;
 let catalog: VdiCatalog;
 let vdi: Vdi;
 
-async function connect(retryMs = 10_000): Promise<void> {
-  store = await SheepStore.open(cluster.address, { retryMs });
+async function connect(retryMs = 10_000, attemptMs = 30_000): Promise<void> {
+  store = await SheepStore.open(cluster.address, { retryMs, attemptMs });
   catalog = new VdiCatalog(store);
 }
 
@@ -100,6 +102,53 @@ describe('what goes over the wire', () => {
     expect((await content())[19 * 100 + 4095]).toBe(19); // the stand-in would have complained
   });
 
+  test('of an erasure-coded object nothing but whole stripes is written, one write of a stripe at a time', async () => {
+    await catalog.close();
+    await cluster.stop();
+    cluster = await new StandIn({ copyPolicy: 0x11 }).start();
+    await connect();
+    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+    vdi = await catalog.openVdi('disk');
+    const expected = Buffer.alloc(2 * OBJECT, 1);
+    await vdi.write(0, expected, false);
+    cluster.seen.length = 0;
+    // Beginnings, middles and ends of stripes, several in one; and what crosses them.
+    const pieces = [0, 100, 200, 412, 500, 512, 1024, 1100, 4000, OBJECT - 3].map((at, n) => ({
+      at,
+      data: Buffer.alloc(at === 4000 ? 2000 : 12, n + 2),
+    }));
+    for (const { at, data } of pieces) data.copy(expected, at);
+    await Promise.all(pieces.map(async ({ at, data }) => vdi.write(at, data, false)));
+    expect((await content()).equals(expected)).toBe(true);
+    const written = cluster.seen.filter(isDataWrite);
+    expect(written.length).toBeGreaterThan(0);
+    expect(written.filter(({ offset, length }) => offset % 512 !== 0 || length % 512 !== 0)).toEqual([]);
+  });
+
+  test('an entry that is already what it shall be is not written again', async () => {
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    cluster.seen.length = 0;
+    await vdi.opened.setOwner(0, vdi.record.vid);
+    await vdi.opened.setOwner(5, 0);
+    expect(cluster.seen).toEqual([]);
+  });
+
+  test('zeros that a node has left out of its answer are zeros wherever they were, whatever the buffer held', async () => {
+    const expected = Buffer.alloc(OBJECT);
+    expected.fill(7, 2048, 4096);
+    await vdi.write(0, expected, false);
+    for (const [from, to] of [
+      [0, 8192],
+      [512, 3072],
+      [3072, 8192],
+      [8192, 16384],
+    ] as const) {
+      const data = Buffer.alloc(to - from, 0xaa);
+      await vdi.read(from, data);
+      expect(data.equals(expected.subarray(from, to))).toBe(true);
+    }
+  });
+
   test('ranges outside of an object are refused before they are sent', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     expect(() => store.writeObject(vdi.opened, 0, OBJECT - 5, Buffer.alloc(10))).toThrow(/invariant/);
@@ -130,6 +179,110 @@ describe('nodes that fail', () => {
     await Promise.all([first, second]);
     const data = await content();
     expect([data[0], data[100], data[4195]]).toEqual([2, 3, 3]);
+  });
+
+  describe('a node that stops answering', () => {
+    let resume: () => void;
+    const until = (): Promise<void> => new Promise((resolve) => (resume = resolve));
+    /** The first node does nothing from here on, until it is resumed. */
+    const stall = (): void => {
+      const resumed = until();
+      let isStalled = true;
+      void resumed.then(() => (isStalled = false));
+      cluster.fault = ({ node }) => (node === 0 && isStalled ? { until: resumed } : undefined);
+    };
+    const written = (value: number): number =>
+      cluster.seen.filter(({ opcode, node, length }) => opcode === Op.WRITE && node !== 0 && length === value).length;
+    const eventually = async (what: () => boolean): Promise<void> => {
+      for (const deadline = Date.now() + 10_000; !what();) {
+        if (Date.now() > deadline) throw new Error('waited too long');
+        await new Promise((r) => setTimeout(r, 5));
+      }
+    };
+    /** Write eight bytes as soon as they can be written again. */
+    const settledWrite = async (at: number, fill: number): Promise<void> => {
+      for (const deadline = Date.now() + 10_000; ;) {
+        try {
+          await vdi.write(at, Buffer.alloc(8, fill), false);
+          return;
+        } catch (error) {
+          if (Date.now() > deadline) throw error;
+        }
+        await new Promise((r) => setTimeout(r, 20));
+      }
+    };
+    afterEach(() => resume());
+
+    beforeEach(async () => {
+      await catalog.close();
+      await connect(30_000, 1_000);
+      vdi = await catalog.openVdi('disk');
+      await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+      cluster.seen.length = 0;
+    });
+
+    test('may still carry a write out, and so it is not repeated before the node answers again', async () => {
+      stall();
+      const first = vdi.write(0, Buffer.alloc(4096, 2), false);
+      const second = vdi.write(0, Buffer.alloc(4096, 3), false);
+      // Reading goes on elsewhere; nodes are asked for the members, again and again.
+      const lists = (): number =>
+        cluster.seen.filter(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0).length;
+      await eventually(() => lists() >= 2);
+      expect(written(4096)).toBe(0);
+      await eventually(() => cluster.resets > 0); // what a node has not read yet it then never reads
+      resume();
+      await Promise.all([first, second]);
+      expect((await content())[0]).toBe(3);
+    });
+
+    test('is not waited for when it is no member any more', async () => {
+      stall();
+      const first = vdi.write(0, Buffer.alloc(4096, 2), false);
+      await eventually(() => cluster.seen.some(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0));
+      cluster.left.add(0);
+      await first;
+      await vdi.write(0, Buffer.alloc(4096, 3), false);
+      resume();
+      expect((await content())[0]).toBe(3);
+    });
+
+    test('has the time for repeating: then the write is an error, and no other goes to its bytes before it is settled', async () => {
+      await catalog.close();
+      await connect(1_500, 1_000);
+      vdi = await catalog.openVdi('disk');
+      await vdi.write(0, Buffer.alloc(512, 1), false);
+      stall();
+      await expect((async () => vdi.write(0, Buffer.alloc(4096, 2), false))()).rejects.toThrow(/may still carry out/);
+      await expect((async () => vdi.write(100, Buffer.alloc(8, 3), false))()).rejects.toThrow(/given up/);
+      await vdi.write(8192, Buffer.alloc(8, 4), false);
+      resume();
+      for (const deadline = Date.now() + 10_000; ;) {
+        try {
+          await vdi.write(100, Buffer.alloc(8, 3), false);
+          break;
+        } catch (error) {
+          if (Date.now() > deadline) throw error;
+        }
+        await new Promise((r) => setTimeout(r, 20));
+      }
+      const data = await content();
+      expect([data[0], data[100], data[8192]]).toEqual([2, 3, 4]);
+    });
+
+    test('has the same when it makes an object: one that came late would replace all of it', async () => {
+      await catalog.close();
+      await connect(1_500, 1_000);
+      vdi = await catalog.openVdi('disk');
+      await vdi.write(0, Buffer.alloc(512, 1), false);
+      stall();
+      const at = 3 * OBJECT;
+      await expect((async () => vdi.write(at, Buffer.alloc(4096, 2), false))()).rejects.toThrow(/may still carry out/);
+      await expect((async () => vdi.write(at + 100, Buffer.alloc(8, 3), false))()).rejects.toThrow(/given up/);
+      resume();
+      await settledWrite(at + 100, 3);
+      expect((await content())[at + 100]).toBe(3);
+    });
   });
 
   test('a cluster that halts for a while is waited for', async () => {
@@ -230,6 +383,40 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('while the node we ask has not heard of it yet: the entry is carried over all the same', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshot('disk', 'first');
+    const { vid } = vdi.record;
+    let snapshot: Promise<number> | undefined;
+    cluster.fault = (request) => {
+      if (snapshot === undefined && isTableWrite(request)) {
+        for (let node = 0; node < 3; node++) cluster.late.set(node, new Set([vid]));
+        snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
+      }
+      return undefined;
+    };
+    await vdi.write(5, Buffer.alloc(10, 2), false);
+    await snapshot;
+    const data = await content();
+    expect([data[4], data[5], data[14], data[15]]).toEqual([1, 2, 2, 1]);
+    await expectNothingLeaks();
+  });
+
+  test('while VDIs are listed: the disk is in the list all the same', async () => {
+    let isTaken = false;
+    cluster.fault = ({ opcode, oid }) => {
+      // We have the vids that are in use by now, and read what they are.
+      if (isTaken || opcode !== Op.READ || !(oid & VDI_BIT)) return undefined;
+      isTaken = true;
+      cluster.externalSnapshot('disk', 'theirs');
+      return undefined;
+    };
+    const other = await SheepStore.open(cluster.address);
+    const listed = await new VdiCatalog(other).list();
+    expect(listed.map(({ name, tag }) => `${name}@${tag}`)).toEqual(['disk@theirs', 'disk@']);
+    await other.close();
+  });
+
   test('while a temporary one is taken: it is taken again, and nothing leaks', async () => {
     await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
     let snapshot: Promise<number> | undefined;
@@ -266,6 +453,18 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
+  test('a disk that somebody rolled back while it was open is not written on into', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshot('disk', 'a');
+    const other = new VdiCatalog(await SheepStore.open(cluster.address));
+    await other.rollback('disk@a');
+    await expect((async () => vdi.write(0, Buffer.alloc(10, 2), false))()).rejects.toThrow(/rolled back or replaced/);
+    const theirs = await other.openVdi('disk');
+    expect((await content(theirs))[0]).toBe(1);
+    await other.release(theirs);
+    await other.close();
+  });
+
   test('a VDI that was replaced by another of its name is not written into', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.close();
@@ -289,6 +488,42 @@ describe('the catalog', () => {
     expect((await content())[0]).toBe(2);
   });
 
+  test('a disk that is cut off gives back what lay behind its new end', async () => {
+    await vdi.write(0, Buffer.alloc(4 * OBJECT, 1), false);
+    await catalog.release(vdi);
+    await catalog.resize('disk', 2 * OBJECT, { force: true });
+    await cluster.settled();
+    expect(cluster.dataObjects()).toHaveLength(2);
+    vdi = await catalog.openVdi('disk');
+    expect((await content()).every((byte) => byte === 1)).toBe(true);
+    await expect(store.catalog.resize(vdi.opened, OBJECT)).rejects.toThrow(/in front of data/);
+    await expectNothingLeaks();
+  });
+
+  test('a repair is refused with a word of who can do it', async () => {
+    await catalog.release(vdi);
+    await expect(catalog.check({ repair: true })).rejects.toThrow(/dog vdi check NAME.*lists what is lost/s);
+  });
+
+  test('a working VDI is not cloned: its writer would find it read-only', async () => {
+    await expect(Promise.resolve(store.catalog.clone(vdi.record.vid, 'copy'))).rejects.toThrow(/no snapshot/);
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+  });
+
+  test('of a temporary snapshot an object is copied once, and one that came after it not at all', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    cluster.seen.length = 0;
+    await Promise.all([0, 4096, 8192].map(async (at) => vdi.write(at, Buffer.alloc(10, 2), false)));
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await vdi.write(5 * OBJECT, Buffer.alloc(10, 4), false);
+    await vdi.write(5 * OBJECT + 4096, Buffer.alloc(10, 5), false);
+    const copies = cluster.seen.filter(({ opcode, flags }) => opcode === Op.CREATE && (flags & COW) !== 0);
+    expect(copies.map(({ length }) => length)).toEqual([0]);
+    await catalog.dropTemporary('disk', 'now');
+    await expectNothingLeaks();
+  });
+
   test('a snapshot whose answer is lost is taken once', async () => {
     failOnce(({ opcode }) => opcode === Op.NEW_VDI, { cut: 'after' });
     await catalog.snapshot('disk', 'a');
@@ -300,13 +535,6 @@ describe('the catalog', () => {
     expect(vdi.record.vid).toBe(hash('disk'));
     expect(hash('')).toBe(Number(0xcbf29ce484222325n & 0xffffffn));
     await Promise.resolve();
-  });
-
-  test('a hyper volume is refused with a word that explains it', async () => {
-    await catalog.release(vdi);
-    const inode = cluster.objects.get(VDI_BIT | (BigInt(hash('disk')) << 32n)) as Buffer;
-    inode[553] = 1;
-    await expect(catalog.openVdi('disk')).rejects.toThrow(/hyper volume/);
   });
 
   test('a lock somebody else holds is told, and ours is given back', async () => {
@@ -339,6 +567,29 @@ describe('the catalog', () => {
       await catalog.dropTemporary('disk', 'now');
     }
     expect(inodes()).toBe(before);
+    await expectNothingLeaks();
+  });
+
+  test('a temporary snapshot of another process of this machine is left alone for as long as it runs', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    await catalog.snapshotTemporary('disk', 'now');
+    const shadow = [...cluster.objects.values()].find(
+      (object) => object.toString('utf8', 256, 259) === 'now',
+    ) as Buffer;
+    const child = spawn('sleep', ['1000']);
+    const stat = fs.readFileSync(`/proc/${child.pid}/stat`, 'utf8');
+    const started = Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[19]);
+    shadow.writeUInt32LE((started % 1024) * 2 ** 22 + (child.pid as number), 532);
+    const other = new VdiCatalog(await SheepStore.open(cluster.address));
+    expect((await other.list()).map(({ tag }) => tag)).toEqual(['']);
+    expect(await other.dropLeftovers()).toBe(0);
+    const ended = new Promise((resolve) => child.once('exit', resolve));
+    child.kill('SIGKILL');
+    await ended;
+    expect((await other.list()).map(({ tag }) => tag)).toEqual(['now', '']);
+    expect(await other.dropLeftovers()).toBe(1);
+    await other.close();
+    await catalog.dropTemporary('disk', 'now');
     await expectNothingLeaks();
   });
 

@@ -14,6 +14,8 @@ const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
+/** SD_EC_DATA_STRIPE_SIZE. */
+const STRIPE = 512;
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
@@ -64,6 +66,8 @@ export interface Fault {
   /** End the connection: before doing it, or when it is done and not answered. */
   readonly cut?: 'before' | 'after';
   readonly delayMs?: number;
+  /** It is done when this resolves, whatever has become of the connection. */
+  readonly until?: Promise<void>;
   /** Between doing it and answering. */
   readonly answerDelayMs?: number;
 }
@@ -75,6 +79,8 @@ export interface StandInOptions {
   readonly jitterMs?: number;
   /** References are given up this long after the answer. */
   readonly reclaimMs?: number;
+  /** VDIs are erasure-coded if they do not say otherwise: (data strips / 2) << 4 | parity strips. */
+  readonly copyPolicy?: number;
 }
 
 interface Answer {
@@ -87,8 +93,14 @@ export class StandIn {
   readonly objects = new Map<bigint, Buffer>();
   readonly ledgers = new Map<bigint, Map<number, number>>();
   readonly readOnly = new Set<number>();
+  /** Nodes that do not know of a vid yet that it is a snapshot's; they hear of it with the next look-up they are asked. */
+  readonly late = new Map<number, Set<number>>();
+  /** Connections that clients have reset. */
+  resets = 0;
   readonly violations: string[] = [];
   readonly seen: Seen[] = [];
+  /** Nodes that the others no longer count as members: they refuse what comes from them. */
+  readonly left = new Set<number>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
   readonly #options: Required<StandInOptions>;
@@ -99,10 +111,11 @@ export class StandIn {
   readonly #sockets: Set<net.Socket>[] = [];
   readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
   #reclaiming = 0;
+  #catalogBusy: Promise<void> | undefined;
   ports: number[] = [];
 
   constructor(options: StandInOptions = {}) {
-    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, ...options };
+    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, copyPolicy: 0, ...options };
   }
 
   get address(): string {
@@ -118,7 +131,9 @@ export class StandIn {
     const sockets = new Set<net.Socket>();
     const server = net.createServer({ noDelay: true }, (socket) => {
       sockets.add(socket);
-      socket.on('error', () => undefined);
+      socket.on('error', (error: NodeJS.ErrnoException) => {
+        if (error.code === 'ECONNRESET') this.resets++;
+      });
       socket.on('close', () => sockets.delete(socket));
       this.#serve(socket, n);
     });
@@ -168,9 +183,15 @@ export class StandIn {
     if (typeof vid !== 'number') throw new Error(`no ${name}`);
     this.readOnly.add(vid);
     const read = Buffer.from(this.#inode(vid));
+    // Operations on the catalog wait for each other, on all nodes.
+    let end: () => void = () => undefined;
+    this.#catalogBusy = new Promise((resolve) => (end = resolve));
     await meanwhile();
     read.copy(this.#inode(vid));
-    return this.externalSnapshot(name, tag);
+    const next = this.externalSnapshot(name, tag);
+    this.#catalogBusy = undefined;
+    end();
+    return next;
   }
 
   #serve(socket: net.Socket, node: number): void {
@@ -202,15 +223,19 @@ export class StandIn {
     };
     this.seen.push(request);
     const fault = this.fault(request);
+    if (fault?.until) await fault.until;
+    if (this.left.has(node)) return void socket.destroy();
+    // Of an erasure-coded object whole stripes are read, changed and written back.
+    const stripe = this.#isErasureCoded(request.oid) ? STRIPE : 1;
     const writing = request.opcode === Op.WRITE && {
       oid: request.oid,
-      from: request.offset,
-      to: request.offset + request.length,
+      from: Math.floor(request.offset / stripe) * stripe,
+      to: Math.ceil((request.offset + request.length) / stripe) * stripe,
     };
-    if (writing) {
+    if (writing && request.length > 0) {
       for (const other of this.#writing) {
         if (other.oid === writing.oid && other.from < writing.to && writing.from < other.to) {
-          this.violations.push(`two writes to one range of ${writing.oid.toString(16)} are in flight`);
+          this.violations.push(`two writes to one range or stripe of ${writing.oid.toString(16)} are in flight`);
         }
       }
       this.#writing.add(writing);
@@ -220,6 +245,10 @@ export class StandIn {
     if (jitter > 0.5) await new Promise((resolve) => setTimeout(resolve, jitter));
     if (writing) this.#writing.delete(writing);
     if (fault?.cut === 'before') return void socket.destroy();
+    if (request.opcode >= Op.NEW_VDI && request.opcode <= Op.DEL_VDI && request.opcode !== Op.READ_VDIS) {
+      await this.#catalogBusy;
+      this.late.delete(node);
+    }
     const version = request.opcode < 0x80 ? 2 : 0x0a;
     let answer: Answer;
     if (fault?.result !== undefined) answer = { result: fault.result };
@@ -263,13 +292,14 @@ export class StandIn {
         return { result: Res.SUCCESS, data: info };
       }
       case Op.GET_NODE_LIST: {
-        const list = Buffer.alloc(this.#options.nodes * NODE_LIST_ENTRY);
-        for (let n = 0; n < this.#options.nodes; n++) {
+        const ports = this.ports.filter((_, n) => !this.left.has(n));
+        const list = Buffer.alloc(ports.length * NODE_LIST_ENTRY);
+        for (const [n, port] of ports.entries()) {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
-          list.writeUInt16LE(this.ports[n] as number, n * NODE_LIST_ENTRY + 40);
+          list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
           list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
         }
-        return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(this.#options.nodes, 20) };
+        return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }
       default:
         return this.#catalog(request, header, data);
@@ -293,14 +323,21 @@ export class StandIn {
     };
   }
 
-  #write({ oid, offset, length }: Seen, data: Buffer): Answer {
-    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+  #write({ oid, offset, length, node }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const object = this.objects.get(oid);
     if (!object) return { result: Res.NO_OBJ };
     this.#checkBounds(oid, offset, length);
     const isTable = (oid & VDI_BIT) !== 0n && offset >= TABLE && offset + length <= TABLE + 4 * OBJECTS && length > 0;
     if (isTable) this.#changeTable(object, vidOf(oid), (offset - TABLE) / 4, data);
-    else data.copy(object, offset);
+    else {
+      // sheep/gateway.c, init_erasure_buffer: the stripe a write begins in is read only if it does not begin with it.
+      const end = offset + length;
+      if (this.#isErasureCoded(oid) && offset % STRIPE === 0 && length > 0 && length < STRIPE) {
+        object.fill(0, end, Math.min(offset + STRIPE, object.length));
+      }
+      data.copy(object, offset);
+    }
     return { result: Res.SUCCESS };
   }
 
@@ -343,8 +380,8 @@ export class StandIn {
     this.objects.delete(oid);
   }
 
-  #create({ oid, cowOid, flags, offset, length }: Seen, data: Buffer): Answer {
-    if (this.#isReadOnly(oid)) return { result: Res.READONLY };
+  #create({ oid, cowOid, flags, offset, length, node }: Seen, data: Buffer): Answer {
+    if (this.#isReadOnly(oid, node)) return { result: Res.READONLY };
     const size = this.#objectSize(oid);
     const object = Buffer.alloc(Math.max(size, offset + length));
     if (flags & 2) {
@@ -367,8 +404,14 @@ export class StandIn {
     return oid & VDI_BIT ? INODE_BYTES : 2 ** (this.#shifts.get(vidOf(oid)) ?? 22);
   }
 
-  #isReadOnly(oid: bigint): boolean {
-    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid));
+  #isErasureCoded(oid: bigint): boolean {
+    if (oid & VDI_BIT) return false;
+    const inode = this.objects.get(VDI_BIT | (BigInt(vidOf(oid)) << 32n));
+    return inode !== undefined && inode[552] !== 0;
+  }
+
+  #isReadOnly(oid: bigint, node: number): boolean {
+    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid)) && !this.late.get(node)?.has(vidOf(oid));
   }
 
   #catalog({ opcode, length }: Seen, header: Buffer, data: Buffer): Answer {
@@ -403,7 +446,8 @@ export class StandIn {
         const inode = Buffer.alloc(INODE_BYTES);
         inode.write(name);
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
-        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid);
+        const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
+        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
         if (baseVid !== 0) this.#derive(baseVid, inode);
         return withVid(vid);
       }
@@ -433,14 +477,14 @@ export class StandIn {
     const inode = Buffer.alloc(INODE_BYTES);
     inode.write(name);
     base.copy(inode, 536, 536, 544);
-    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid);
+    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
     this.#derive(baseVid, inode);
     return vid;
   }
 
-  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number): void {
+  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number, copyPolicy: number): void {
     inode.writeBigUInt64LE(BigInt(Math.floor(Date.now() / 1000)) << 32n, 512);
-    inode.set([0, 0, 2, shift], 552);
+    inode.set([copyPolicy, 0, copyPolicy === 0 ? 2 : 3, shift], 552);
     inode.writeUInt32LE(snapId, 556);
     inode.writeUInt32LE(vid, 560);
     inode.writeUInt32LE(parent, 564);

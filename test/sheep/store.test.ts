@@ -9,14 +9,41 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
 
-const SHIFT = 20;
+/**
+ * The real nodes are formatted with this (for `dog cluster format`) in place of the two formats below, and VDIs have
+ * objects of this shift: SHEEPGATE_TEST_FORMAT="-c 3 -l" SHEEPGATE_TEST_SHIFT=24.
+ */
+const { SHEEPGATE_TEST_FORMAT: onlyFormat, SHEEPGATE_TEST_NODES: onlyNodes = '4' } = process.env;
+const SHIFT = Number(process.env['SHEEPGATE_TEST_SHIFT'] ?? 20);
 const OBJECT = 2 ** SHIFT;
+/** copy_policy of two data strips and one of parity. */
+const ERASURE_2_1 = 0x11;
 const missing = realNodesMissing();
 if (missing !== undefined) console.log(`not run against real Sheepdog nodes: ${missing}`);
 
-const clusters = [
-  { label: 'stand-in', start: startStandIn, sequences: 40, skip: false },
-  { label: 'real nodes', start: startRealNodes, sequences: 12, skip: missing !== undefined },
+interface Kind {
+  readonly label: string;
+  readonly start: () => Promise<TestCluster>;
+  readonly sequences: number;
+  readonly isReal: boolean;
+}
+
+function realNodes(nodes: number, format: string): Kind {
+  const start = (): Promise<TestCluster> => startRealNodes({ nodes, format: format.split(' ') });
+  return { label: `${nodes} real nodes, ${format}`, start, sequences: 12, isReal: true };
+}
+
+const clusters: Kind[] = [
+  { label: 'stand-in', start: () => startStandIn(), sequences: 40, isReal: false },
+  {
+    label: 'stand-in, erasure-coded',
+    start: () => startStandIn({ copyPolicy: ERASURE_2_1 }),
+    sequences: 20,
+    isReal: false,
+  },
+  ...(onlyFormat !== undefined
+    ? [realNodes(Number(onlyNodes), onlyFormat)]
+    : [realNodes(3, '-c 2'), realNodes(4, '-c 2:1')]),
 ];
 
 /** A VDI and what it must read as. */
@@ -50,8 +77,8 @@ class Disk {
   }
 }
 
-for (const { label, start, sequences, skip } of clusters) {
-  describe.skipIf(skip)(`a cluster (${label})`, () => {
+for (const { label, start, sequences, isReal } of clusters) {
+  describe.skipIf(isReal && missing !== undefined)(`a cluster (${label})`, () => {
     let cluster: TestCluster;
     let store: SheepStore;
     let catalog: VdiCatalog;
@@ -243,6 +270,7 @@ for (const { label, start, sequences, skip } of clusters) {
       await catalog.snapshotTemporary(name, 'now');
       await disk.write(100, OBJECT, 2);
       store.cluster.gateway.close(); // as if it had been killed: nothing is cleaned up
+      await cluster.unlock(name);
       await open();
       const again = new Disk(await catalog.openVdi(name), disk.content);
       await again.write(2 * OBJECT, 10, 3);
@@ -258,7 +286,7 @@ for (const { label, start, sequences, skip } of clusters) {
 
     test('a node that is killed and comes back is no error to anybody', async () => {
       // Nodes keep copies that are no longer theirs when the members change.
-      mayLeak = label === 'real nodes';
+      mayLeak = isReal;
       const { disk } = await newDisk(6);
       let stop = false;
       const failures: unknown[] = [];

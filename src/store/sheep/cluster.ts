@@ -3,6 +3,7 @@
  * StoreErrors. Owns no state of VDIs; the order in which these may be called is sheep-vdi.ts's and sheep-catalog.ts's.
  */
 import { StoreError } from '../object-store.js';
+import { readIndex, type ReadObject } from './btree.js';
 import type { Answer, WireRequest } from './connection.js';
 import type { ExecuteOptions, Gateway } from './gateway.js';
 import {
@@ -31,6 +32,7 @@ import {
   VDI_BITMAP_BYTES,
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
+import { MAX_OBJECTS, objectCount } from './table.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
@@ -138,6 +140,21 @@ export class Cluster {
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, inodeHigh(vid), 0, offset, data.length);
     const { result } = await this.gateway.execute({ header, data }, options);
     if (result !== Result.SUCCESS) throw objectError(result, 'writing', inodeHigh(vid), 0);
+  }
+
+  /** Owners of all objects, whichever way the inode keeps them. Errors: UNSUPPORTED if there may be too many. */
+  async readOwners(inode: Inode): Promise<Uint32Array> {
+    const count = objectCount(inode.size, inode.blockSizeShift);
+    if (count > MAX_OBJECTS) {
+      throw new StoreError(
+        'UNSUPPORTED',
+        `${inode.name} has ${count} objects, and no more than ${MAX_OBJECTS} are read`,
+      );
+    }
+    if (inode.storePolicy === 0) return this.readTable(inode.vid, count);
+    const read: ReadObject = (high, low, offset, into) =>
+      inChunks(into, (at, part) => this.#read(high, low, offset + at, part));
+    return readIndex(read, inode.vid, count);
   }
 
   /** Owners of the first `count` objects. */

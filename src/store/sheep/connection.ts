@@ -61,6 +61,18 @@ export class ConnectionLost extends Error {
   }
 }
 
+/** The node did not answer in time. Unlike after another loss it may act on the request much later. */
+export class NoAnswer extends ConnectionLost {
+  /** `remote`: the address that `address` led to. */
+  constructor(
+    readonly address: NodeAddress,
+    readonly remote: NodeAddress,
+  ) {
+    super(`${addressLabel(address)} did not answer in time`);
+    this.name = 'NoAnswer';
+  }
+}
+
 interface Pending {
   readonly request: WireRequest;
   readonly deadline: number;
@@ -79,10 +91,12 @@ const OBJECT_OPCODES: ReadonlySet<number> = new Set([
 ]);
 
 export class NodeConnection {
+  readonly #address: NodeAddress;
   readonly #label: string;
   readonly #onClose: () => void;
   readonly #pending = new Map<number, Pending>();
   #socket: net.Socket | undefined;
+  #remote: NodeAddress | undefined;
   #lastId = 0;
   #lost: ConnectionLost | undefined;
   #timer: NodeJS.Timeout | undefined;
@@ -104,7 +118,8 @@ export class NodeConnection {
   readonly #spareSlabs: Buffer[] = [];
   readonly #slabsLeaving: Buffer[] = [];
 
-  private constructor(label: string, onClose: () => void) {
+  private constructor(address: NodeAddress, label: string, onClose: () => void) {
+    this.#address = address;
     this.#label = label;
     this.#onClose = onClose;
   }
@@ -113,7 +128,7 @@ export class NodeConnection {
   static connect(address: NodeAddress, onClose: () => void): Promise<NodeConnection> {
     const label = addressLabel(address);
     return new Promise((resolve, reject) => {
-      const connection = new NodeConnection(label, onClose);
+      const connection = new NodeConnection(address, label, onClose);
       const socket = net.connect({
         host: address.host,
         port: address.port,
@@ -141,6 +156,8 @@ export class NodeConnection {
 
   #attach(socket: net.Socket): void {
     this.#socket = socket;
+    const { port } = this.#address;
+    this.#remote = { host: socket.remoteAddress ?? this.#address.host, port };
     const label = this.#label;
     socket.on('error', (error) => this.#lose(new ConnectionLost(`${label}: ${error.message}`, { cause: error })));
     socket.on('end', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
@@ -231,7 +248,7 @@ export class NodeConnection {
     const now = Date.now();
     for (const { deadline } of this.#pending.values()) {
       if (now < deadline) continue;
-      this.#lose(new ConnectionLost(`${this.#label} did not answer in time`));
+      this.#lose(new NoAnswer(this.#address, this.#remote ?? this.#address));
       return;
     }
     if (this.#pending.size === 0) {
@@ -244,7 +261,9 @@ export class NodeConnection {
     if (this.#lost) return;
     this.#lost = reason;
     clearInterval(this.#timer);
-    this.#socket?.destroy();
+    // Reset, not closed: what the node has not read yet it must not read any more.
+    if (reason instanceof NoAnswer) this.#socket?.resetAndDestroy();
+    else this.#socket?.destroy();
     const pending = [...this.#pending.values()];
     this.#pending.clear();
     this.#receiving = undefined;

@@ -7,6 +7,7 @@ import { StoreError } from '../object-store.js';
 import {
   addressLabel,
   ConnectionLost,
+  NoAnswer,
   NodeConnection,
   type Answer,
   type NodeAddress,
@@ -14,15 +15,15 @@ import {
 } from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
+import { InDoubt, StalledNodes } from './stalled-nodes.js';
 import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
 
 /** How long requests are repeated while no node can serve them. */
 export const DEFAULT_RETRY_MS = 60_000;
-/**
- * How long one attempt may take. Generous: a node that is only slow goes on with a request that we gave up, and a
- * repetition that overtakes it would be undone by it.
- */
+/** How long one attempt may take. Generous: a write is repeated only when the node cannot go on with it any more. */
 const DEFAULT_ATTEMPT_MS = 30_000;
+/** For the list of members while a node is silent. */
+const MEMBERS_MS = 2_000;
 const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
@@ -101,6 +102,10 @@ export class Gateway {
   #placement: Placement | undefined;
   #placed: Node[] = [];
   #placementAt = -Infinity;
+  readonly #stalled = new StalledNodes(
+    () => this.listNodes({ retryMs: MEMBERS_MS, attemptMs: MEMBERS_MS }),
+    () => this.#closed,
+  );
   /** Back-offs that close() ends. */
   readonly #sleepers = new Set<() => void>();
 
@@ -184,7 +189,11 @@ export class Gateway {
         const reason = last instanceof Error ? last.message : `the cluster answers ${resultName(last.result)}`;
         if (!(last instanceof Error) && TROUBLE.has(last.result)) {
           trouble++;
-          this.#leaveCurrent(resultName(last.result));
+          this.#leaveCurrent(`it answers ${resultName(last.result)}`);
+        }
+        if (last instanceof NoAnswer) {
+          this.#leaveSilent(last.address);
+          if (isWrite(request) && !options.once) await this.#waitUntilHarmless(last, deadline);
         }
         if (Date.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
           throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`, {
@@ -229,6 +238,19 @@ export class Gateway {
     }
     this.#turn++;
     return connections[this.#turn % connections.length];
+  }
+
+  /** Errors: InDoubt when the time for repeating is over before. */
+  async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
+    const settled = this.#stalled.whenHarmless(lost.remote);
+    const isSettled = settled.then(() => true);
+    if (await Promise.race([isSettled, this.#sleep(deadline - Date.now()).then(() => false)])) return;
+    if (this.#closed) throw closedError();
+    throw new InDoubt(
+      `${lost.message}, and may still carry out what it was asked: it is a member of the cluster. ` +
+        "Nothing is repeated elsewhere before it has answered or left; 'dog node list' shows it",
+      settled,
+    );
   }
 
   /** An open connection to the node in use; opens one more in the background while there are too few. */
@@ -287,13 +309,22 @@ export class Gateway {
   }
 
   /** Another node may be better off. Its requests in flight stay where they are. */
-  #leaveCurrent(why: string): void {
-    if (this.#nodes.length < 2) return;
+  #leaveCurrent(why: string, from: NodeAddress = this.#current.address): void {
+    if (this.#nodes.length < 2 || this.#current.address !== from) return;
     const left = this.#current;
     left.restUntil = Date.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
-    this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: it answers ${why}`);
+    this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: ${why}`);
+  }
+
+  /** Nothing new goes to it for a while. What it was asked on other connections has its own time. */
+  #leaveSilent(address: NodeAddress): void {
+    this.#leaveCurrent('it does not answer', address);
+    const node = this.#nodes.find((other) => other.address === address);
+    if (!node || node === this.#current) return;
+    node.restUntil = Date.now() + NEAR_REST_MS;
+    for (const connection of [...node.connections]) if (connection.inFlight === 0) connection.destroy();
   }
 
   /** Ask the cluster for its other nodes, to have somewhere to go. A hint: failures change nothing. */
@@ -322,14 +353,16 @@ export class Gateway {
   }
 
   /** The members of the cluster. Errors: StoreError. */
-  async listNodes(): Promise<ClusterNode[]> {
+  async listNodes(options: ExecuteOptions = {}): Promise<ClusterNode[]> {
     const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
     const header = encodeVdiRequest(Opcode.GET_NODE_LIST, 0, receive.length);
-    const answer = await this.execute({ header, receive });
+    const answer = await this.execute({ header, receive }, options);
     if (answer.result !== Result.SUCCESS) {
       throw new StoreError('IO', `the cluster does not list its nodes: ${resultName(answer.result)}`);
     }
-    return decodeNodes(receive.subarray(0, answer.length), nodeResponse.decode(answer.header).nrNodes);
+    const nodes = decodeNodes(receive.subarray(0, answer.length), nodeResponse.decode(answer.header).nrNodes);
+    this.#stalled.saw(nodes);
+    return nodes;
   }
 
   #triedLabel(): string {
@@ -355,6 +388,14 @@ function isSame(before: readonly Node[], after: readonly Node[]): boolean {
 
 /** No node could be reached at all: nothing was sent. */
 class NotConnected extends ConnectionLost {}
+
+/** Whether it changes an object. */
+function isWrite({ header, data }: WireRequest): boolean {
+  const opcode = header[1];
+  return (
+    opcode === Opcode.CREATE_AND_WRITE_OBJ || (opcode === Opcode.WRITE_OBJ && data !== undefined && data.length > 0)
+  );
+}
 
 function nodeAt(address: NodeAddress): Node {
   return { address, connections: [], opening: 0, restUntil: 0 };

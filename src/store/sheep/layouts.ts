@@ -292,6 +292,7 @@ export function recordOf(inode: Inode): VdiRecord {
     parentVid: inode.parentVid,
     createdAt: inode.createdAt,
     snapshotAt: inode.snapshotAt,
+    ...(inode.storePolicy === 0 ? {} : { isReadOnly: true }),
   };
 }
 

@@ -12,6 +12,7 @@ import {
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { recordOf, type Inode } from './layouts.js';
+import { isOursToDrop } from './owner.js';
 import { INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
 import type { SheepStore } from './sheep-store.js';
@@ -20,7 +21,7 @@ import { clearTable, objectCount, objectKey } from './table.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
-/** Snapshots that others may take while we take a temporary one. */
+/** Snapshots that others may take while we take a temporary one, or look what there is. */
 const MAX_TAKE_ATTEMPTS = 5;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
 const MAX_FREE_SLOTS = 2;
@@ -42,6 +43,7 @@ export class SheepCatalog implements Catalog {
 
   async list(): Promise<VdiRecord[]> {
     const inodes = await this.#inodes();
+    await this.#addLateWorking(inodes);
     // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
     for (const inode of inodes) {
       const open = this.#store.open.get(inode.vid);
@@ -53,7 +55,7 @@ export class SheepCatalog implements Catalog {
     for (const inode of inodes) {
       if (!isShadowName(inode.name)) records.push(recordOf(inode));
       // Others wait to be used again, or are another gateway's; not for people.
-      else if (inode.isSnapshot && inode.mark.equals(this.#store.owner))
+      else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
     }
     return records;
@@ -68,9 +70,11 @@ export class SheepCatalog implements Catalog {
     const opened = this.#store.open.get(vid);
     if (opened) return opened;
     const inode = await this.#cluster.readInode(vid);
-    refuseHyper(inode);
     if (isShadowName(inode.name)) return this.#openShadow(inode);
-    const map = await this.#cluster.readTable(vid, objectCount(inode.size, inode.blockSizeShift));
+    const map = await this.#cluster.readOwners(inode);
+    if (inode.storePolicy !== 0) {
+      this.#store.log(`${inode.name} is a hyper volume: it is served read-only, as it is now`);
+    }
     const isWorking = !inode.isSnapshot;
     if (isWorking) await this.#claim(inode);
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
@@ -85,6 +89,7 @@ export class SheepCatalog implements Catalog {
   prepareSwitch(vdi: OpenVdi, tag: string): Switch {
     const sheep = vdi as SheepVdi;
     const { inode } = sheep;
+    refuseHyper(inode, 'snapshotted');
     return {
       now: async () => {
         // A snapshot of what is one already would put the working VDI back to it.
@@ -111,6 +116,7 @@ export class SheepCatalog implements Catalog {
   /** By copy-before-write (shadow.ts). */
   async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
     const sheep = vdi as SheepVdi;
+    refuseHyper(sheep.inode, 'snapshotted');
     await this.dropStaleShadows(sheep.record.name);
     const shadow = await this.#freeShadow(sheep.inode);
     return {
@@ -159,7 +165,7 @@ export class SheepCatalog implements Catalog {
     // Whoever writes a VDI that is cloned from finds it read-only.
     if (!base.isSnapshot)
       throw new StoreError('IO', `${base.name} is no snapshot (any more); only snapshots are cloned`);
-    refuseHyper(base);
+    refuseHyper(base, 'cloned');
     const made = await this.#newVdi({ ...base, name }, vid, false);
     return recordOf(await this.#cluster.readInode(made));
   }
@@ -174,7 +180,7 @@ export class SheepCatalog implements Catalog {
     if (isShadowName(base.name)) {
       throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
     }
-    refuseHyper(base);
+    refuseHyper(base, 'rolled back to');
     const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
     const record = recordOf(await this.#cluster.readInode(made));
     await this.#delete(await this.#cluster.readInode(vid));
@@ -183,6 +189,7 @@ export class SheepCatalog implements Catalog {
 
   async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
     const sheep = vdi as SheepVdi;
+    refuseHyper(sheep.inode, 'resized');
     const count = objectCount(size, sheep.inode.blockSizeShift);
     for (let idx = count; idx < sheep.map.length; idx++) {
       if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
@@ -208,9 +215,8 @@ export class SheepCatalog implements Catalog {
 
   async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
     const inode = await this.#cluster.readInode(vid);
-    if (inode.storePolicy !== 0) return { allocated: 0, exclusive: 0 };
-    const count = objectCount(inode.size, inode.blockSizeShift);
-    const map = await this.#cluster.readTable(vid, count);
+    const map = await this.#cluster.readOwners(inode);
+    const count = map.length;
     const shared = new Uint8Array(count);
     if (inode.isSnapshot) {
       // A working VDI's own objects are its alone. A snapshot's may be in any other table.
@@ -238,16 +244,18 @@ export class SheepCatalog implements Catalog {
     if (repair) {
       throw new StoreError(
         'UNSUPPORTED',
-        "a cluster repairs itself ('dog vdi check', 'dog cluster recover'); check without --repair lists what is lost",
+        'nothing of a cluster is repaired from here: which of two copies is right, and what no table refers to, only its ' +
+          "nodes can tell ('dog vdi check NAME' makes copies whole again). Check without --repair lists what is lost; " +
+          "'serve --missing=zero' serves what is left",
       );
     }
-    const inodes = (await this.#inodes()).filter(({ storePolicy }) => storePolicy === 0);
+    const inodes = await this.#inodes();
     const problems: string[] = [];
     let hidden = 0;
     const known = new Map<number, boolean>();
     const sector = Buffer.alloc(512);
     for (const inode of inodes) {
-      const map = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      const map = await this.#cluster.readOwners(inode);
       const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
       await inParallel(entries, async ([idx, owner]) => {
         const key = objectKey(owner, idx);
@@ -296,6 +304,28 @@ export class SheepCatalog implements Catalog {
       }
     });
     return inodes.sort((a, b) => a.vid - b.vid);
+  }
+
+  /**
+   * Somebody may have taken a snapshot while we read: then we have the snapshot, but not what goes on in its place, and a
+   * disk that is in use would be missing. The nodes answer a look-up when they are through with it.
+   */
+  async #addLateWorking(inodes: Inode[]): Promise<void> {
+    const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
+    const names = new Set(inodes.map(({ name }) => name).filter((name) => !isShadowName(name) && !working.has(name)));
+    await inParallel([...names], async (name) => {
+      for (let attempt = 0; attempt < MAX_TAKE_ATTEMPTS; attempt++) {
+        const vid = await this.#cluster.lookup(name);
+        if (vid === 0) return;
+        const inode = await this.#cluster.readInode(vid);
+        if (inode.name !== name) return;
+        const at = inodes.findIndex((known) => known.vid === vid);
+        if (at >= 0) inodes[at] = inode;
+        else inodes.push(inode);
+        if (!inode.isSnapshot) return;
+      }
+    });
+    inodes.sort((a, b) => a.vid - b.vid);
   }
 
   async #exists(vid: number, idx: number, sector: Buffer): Promise<boolean> {
@@ -456,11 +486,12 @@ function prefixOf(name: string): string {
   return name.slice(0, name.lastIndexOf('-') + 1);
 }
 
-function refuseHyper(inode: Inode): void {
+/** Errors: UNSUPPORTED, saying that a hyper volume is not `done` here. */
+export function refuseHyper(inode: Inode, done: string): void {
   if (inode.storePolicy === 0) return;
   throw new StoreError(
     'UNSUPPORTED',
-    `${inode.name} is a hyper volume, which this version cannot read; only VDIs made without -y are served`,
+    `${inode.name} is a hyper volume (made with -y) and is not ${done}, only read; copy it into a VDI of another kind for that`,
   );
 }
 

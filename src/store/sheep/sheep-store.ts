@@ -2,8 +2,6 @@
  * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
-import { createHash } from 'node:crypto';
-import os from 'node:os';
 import {
   StoreError,
   type Awaitable,
@@ -16,10 +14,11 @@ import { Cluster } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
+import { ownerMark } from './owner.js';
 import { ClusterFlag } from './protocol.js';
 import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
-import { SheepCatalog } from './sheep-catalog.js';
+import { refuseHyper, SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
 import { objectKey, sleep } from './table.js';
 import { WriteOrder } from './write-order.js';
@@ -47,7 +46,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly reads = new ReadTracker();
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
-  /** The same for every process that may clean up after this one: whoever serves this cluster on this machine. */
+  readonly recyclesVids: boolean;
+  /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
   #epoch: number;
@@ -56,8 +56,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
     this.cluster = cluster;
+    this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
-    this.owner = createHash('sha256').update(`${os.hostname()}\0${info.createdAt}`).digest().subarray(0, 8);
+    this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
@@ -227,6 +228,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
     const { map, record } = vdi;
     if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
+    refuseHyper((vdi as SheepVdi).inode, 'written');
     if (this.#options.missingIsZero)
       throw new StoreError('PERMISSION', 'lost objects read as zeros: nothing is written');
     if (idx < 0 || idx >= map.length || offset < 0 || offset + length > 2 ** record.blockSizeShift) {

@@ -8,6 +8,7 @@ import type { Cluster } from './cluster.js';
 import { recordOf, type Inode } from './layouts.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
+import { writeUnit, writeWholeStripes } from './stripes.js';
 import { inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
 import type { WriteOrder } from './write-order.js';
 
@@ -21,6 +22,8 @@ const ZEROS = Buffer.alloc(1024 * 1024);
 export interface SheepVdiHost {
   readonly cluster: Cluster;
   readonly order: WriteOrder;
+  /** Formatted with -R. */
+  readonly recyclesVids: boolean;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
   /** Do it again while objects seem to be missing because nodes come and go. */
@@ -107,10 +110,20 @@ export class SheepVdi implements OpenVdi {
   async #write(idx: number, offset: number, data: Buffer): Promise<void> {
     const { vid } = this.record;
     if (this.map[idx] !== vid) throw movedError(this.record);
+    const { cluster, order } = this.#host;
+    const unit = writeUnit(this.inode.copyPolicy);
     try {
-      await this.#host.order.run(objectKey(vid, idx), offset, data.length, () =>
-        this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data)),
-      );
+      if (offset % unit === 0 && data.length % unit === 0) {
+        await order.run(objectKey(vid, idx), offset, data.length, () =>
+          this.#host.unlessGone(() => cluster.writeData(vid, idx, offset, data)),
+        );
+      } else {
+        const from = offset - (offset % unit);
+        const length = Math.ceil((offset + data.length) / unit) * unit - from;
+        await order.run(objectKey(vid, idx), from, length, () =>
+          this.#host.unlessGone(() => writeWholeStripes(cluster, vid, idx, offset, data)),
+        );
+      }
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
@@ -128,8 +141,12 @@ export class SheepVdi implements OpenVdi {
     await this.#getReady();
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
+    const { cluster, order } = this.#host;
     try {
-      await this.#host.unlessGone(() => this.#host.cluster.createData(vid, idx, offset, data, copyOf));
+      // All of the object: one that comes late would replace the whole of it.
+      await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
+        this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
+      );
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
@@ -272,7 +289,7 @@ export class SheepVdi implements OpenVdi {
       for (const { idx } of batch) map[idx] = (await cluster.readEntry(vid, idx).catch(() => map[idx])) as number;
       throw error;
     }
-    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) {
+    if (await this.#wasSnapshotted(vid)) {
       await this.follow(vid);
       await this.#carryOver(vid, batch);
       return;
@@ -281,6 +298,17 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
+  }
+
+  /**
+   * Whether somebody has made `vid` a snapshot, or began to before this was called. A node may hear of it a moment after
+   * the one that does it. A look-up waits in the same queue as the making of a snapshot, whichever node is asked; only on
+   * clusters that use vids again it is too dear for this: there the nodes read every inode for it.
+   */
+  async #wasSnapshotted(vid: number): Promise<boolean> {
+    const { cluster } = this.#host;
+    if (this.#host.recyclesVids) return cluster.isReadOnly(vid, 0);
+    return (await cluster.lookup(this.record.name)) !== vid;
   }
 
   /**

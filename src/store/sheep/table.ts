@@ -13,9 +13,15 @@ const CLEAR_BATCH = 128;
 const RECLAIM_WAIT_MS = 10_000;
 const RECLAIM_POLL_MS = 5;
 
-/** One number for (vid, idx): both fit, 24 and 20 bits. */
+/**
+ * A hyper volume may have very many, and each is four bytes of memory here: 256 TiB in objects of 4 MiB. Others have
+ * MAX_DATA_OBJECTS at most.
+ */
+export const MAX_OBJECTS = 2 ** 26;
+
+/** One number for (vid, idx): both fit, 24 and 26 bits. */
 export function objectKey(vid: number, idx: number): number {
-  return vid * 2 ** 20 + idx;
+  return vid * MAX_OBJECTS + idx;
 }
 
 export function objectCount(size: number, blockSizeShift: number): number {

@@ -1,12 +1,17 @@
 /**
  * Order of writes to the same bytes. Nodes do not order requests that are in flight together, and copies of an object
  * on several nodes would come to differ; so an overlapping write waits until the one before it is answered, repetitions
- * and all. Owns only who waits for whom.
+ * and all. Owns only who waits for whom. A write that was given up and may take effect all the same keeps its place: until
+ * that is settled there are no others.
  */
+import { StoreError } from '../object-store.js';
+import { InDoubt } from './stalled-nodes.js';
+
 interface Range {
   readonly from: number;
   readonly to: number;
   waiters: (() => void)[] | undefined;
+  isInDoubt: boolean;
 }
 
 export class WriteOrder {
@@ -25,24 +30,45 @@ export class WriteOrder {
     for (;;) {
       const blocking = this.#inFlight.get(key)?.find((range) => overlaps(range, from, from + length));
       if (!blocking) return this.#now(key, from, length, write);
+      if (blocking.isInDoubt) {
+        throw new StoreError(
+          'IO',
+          'an earlier write to these bytes was given up and may still be carried out by its node',
+        );
+      }
       await new Promise<void>((wake) => (blocking.waiters ??= []).push(wake));
     }
   }
 
   async #now(key: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
-    const range: Range = { from, to: from + length, waiters: undefined };
+    const range: Range = { from, to: from + length, waiters: undefined, isInDoubt: false };
     const ranges = this.#inFlight.get(key);
     if (ranges) ranges.push(range);
     else this.#inFlight.set(key, [range]);
     try {
       await write();
+    } catch (error) {
+      range.isInDoubt = error instanceof InDoubt;
+      if (error instanceof InDoubt) void error.settled.then(() => this.#leave(key, range));
+      throw error;
     } finally {
-      const left = this.#inFlight.get(key) as Range[];
-      if (left.length === 1) this.#inFlight.delete(key);
-      else left.splice(left.indexOf(range), 1);
-      if (range.waiters) for (const wake of range.waiters) wake();
+      if (range.isInDoubt) wakeWaiters(range);
+      else this.#leave(key, range);
     }
   }
+
+  #leave(key: number, range: Range): void {
+    const left = this.#inFlight.get(key) as Range[];
+    if (left.length === 1) this.#inFlight.delete(key);
+    else left.splice(left.indexOf(range), 1);
+    wakeWaiters(range);
+  }
+}
+
+function wakeWaiters(range: Range): void {
+  const waiters = range.waiters ?? [];
+  range.waiters = undefined;
+  for (const wake of waiters) wake();
 }
 
 function overlaps(range: Range, from: number, to: number): boolean {
