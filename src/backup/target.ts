@@ -398,7 +398,8 @@ export class BackupTarget {
   #names(points: readonly Point[]): string[] {
     const names = new Set<string>();
     for (const point of points) {
-      for (const file of [...this.filesOf(point), this.hashesFileOf(point)]) names.add(path.relative(this.home, file));
+      const files = [this.baseFile(point.chain), this.fileOf(point), this.hashesFileOf(point)];
+      for (const file of files) names.add(path.relative(this.home, file));
     }
     return [...names];
   }
@@ -448,7 +449,15 @@ function makeHome({ home, image }: Place, given: string): boolean {
 
 function refuseForeign({ home, image }: Place, given: string, isNew: boolean): void {
   if (isNew) return;
-  const foreign = fs.readdirSync(home).find((name) => !EMPTY_ENOUGH.has(name));
+  const names = fs.readdirSync(home);
+  if (names.some((name) => OUR_FILES.test(name) && name.endsWith('.hashes'))) {
+    throw new OperationError(
+      'DAMAGED',
+      `${path.join(home, MANIFEST)} is missing: put it back from a copy, or give another place; ` +
+        `the backups in ${home} can be read with qemu-img`,
+    );
+  }
+  const foreign = names.find((name) => !EMPTY_ENOUGH.has(name));
   if (foreign !== undefined || (image !== undefined && fs.existsSync(image))) {
     throw new OperationError(
       'BAD_TARGET',

@@ -46,7 +46,7 @@ describe.each(WAYS)('%s', (way) => {
     expect(second).toMatchObject({ id: 2, kind: 'incremental', storedBytes: UNIT + 64 * KIB });
     expect(second.changedBytes).toBe(16 * UNIT);
     expect(diskUsage(second.file)).toBeLessThan(2 * UNIT);
-    expect(await disk.backup(to)).toMatchObject({ id: 3, kind: 'incremental', changedBytes: 0, storedBytes: 0 });
+    expect(await disk.backup(to)).toMatchObject({ id: 3, changedBytes: 0, storedBytes: 0, notes: [] });
     expect(await disk.checkAll(to)).toEqual([1, 2, 3]);
     await disk.checkRestored(to);
     await disk.checkSource();
@@ -389,6 +389,8 @@ describe('a target', () => {
     fs.writeFileSync(path.join(to, 'manifest.json'), '{"format":');
     expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is damaged/);
     expect(await target.fails('restore', to, '--list')).toMatch(/manifest\.json is damaged/);
+    fs.rmSync(path.join(to, 'manifest.json'));
+    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is missing: put it back/);
   });
 
   test('with a damaged chain gets a new one by --full, and what is whole can still be restored', async () => {

@@ -57,6 +57,6 @@ for (const { label, start, skip } of clusters) {
       await target.ok('vdi', 'delete', 'vm@by-dog');
       expect(await cluster.objects()).toEqual([]);
       expect(cluster.violations()).toEqual([]);
-    });
+    }, 240_000);
   });
 }
