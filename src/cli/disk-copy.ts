@@ -2,9 +2,9 @@
  * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
  * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
  */
-import fs from 'node:fs';
 import type { Readable, Writable } from 'node:stream';
-import { promisify } from 'node:util';
+import { readFully, writeFully } from '../backup/file-io.js';
+import { IN_FLIGHT, inFlight, type Flight } from '../backup/flight.js';
 import { OperationError, type Disk } from '../daemon/operations.js';
 import { nextData, nextHole } from '../store/local/libc.js';
 import type { Progress } from './progress.js';
@@ -13,11 +13,7 @@ import type { Progress } from './progress.js';
 const CHUNK_BYTES = 2 ** 20;
 /** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
-/** Requests under way at a time: enough to hide the latency of either side. */
-const IN_FLIGHT = 8;
 const ZEROS = Buffer.alloc(ZERO_UNIT_BYTES);
-
-const readAsync = promisify(fs.read);
 
 export interface Copied {
   /** Bytes that were really carried over. */
@@ -29,46 +25,6 @@ export interface Copied {
 interface CopyOptions {
   readonly progress: Progress;
   readonly signal: AbortSignal;
-}
-
-/** Runs jobs, at most IN_FLIGHT at a time; the first failure ends it. */
-class Flight {
-  readonly #jobs = new Set<Promise<void>>();
-  #failure: { readonly error: unknown } | undefined;
-
-  /** Resolves when there is room for the next; throws what an earlier job threw. */
-  async add(job: () => Promise<void>): Promise<void> {
-    while (this.#jobs.size >= IN_FLIGHT) await Promise.race(this.#jobs);
-    this.#throwFailure();
-    const running: Promise<void> = job()
-      .catch((error: unknown) => {
-        this.#failure ??= { error };
-      })
-      .finally(() => this.#jobs.delete(running));
-    this.#jobs.add(running);
-  }
-
-  /** All jobs have ended; throws the first failure. */
-  async landed(): Promise<void> {
-    await Promise.all(this.#jobs);
-    this.#throwFailure();
-  }
-
-  #throwFailure(): void {
-    if (this.#failure) throw this.#failure.error;
-  }
-}
-
-/** Run `work` with a flight and wait for all of it, also when it fails: nothing may use a buffer or file afterwards. */
-async function inFlight(work: (flight: Flight) => Promise<void>): Promise<void> {
-  const flight = new Flight();
-  try {
-    await work(flight);
-  } catch (error) {
-    await flight.landed().catch(() => undefined);
-    throw error;
-  }
-  await flight.landed();
 }
 
 /**
@@ -306,23 +262,4 @@ async function* chunksOf(stream: AsyncIterable<Buffer>): AsyncGenerator<Buffer> 
     }
   }
   if (filled > 0) yield filling.subarray(0, filled);
-}
-
-async function readFully(fd: number, into: Buffer, offset: number): Promise<void> {
-  for (let done = 0; done < into.length;) {
-    const { bytesRead } = await readAsync(fd, into, done, into.length - done, offset + done);
-    if (bytesRead === 0)
-      throw new OperationError('CHANGED', `the file became shorter while it was read: it ends at ${offset + done}`);
-    done += bytesRead;
-  }
-}
-
-async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
-  for (let done = 0; done < data.length;) {
-    done += await new Promise<number>((resolve, reject) => {
-      fs.write(fd, data, done, data.length - done, offset + done, (error, count) =>
-        error ? reject(error) : resolve(count),
-      );
-    });
-  }
 }

@@ -4,11 +4,13 @@
  */
 import { Command, CommanderError } from 'commander';
 import { asOperationError } from '../daemon/operations.js';
+import { backupCommand } from './backup.js';
 import { checkCommand } from './check.js';
 import { clusterCommand, nodeCommand } from './cluster.js';
 import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
+import { restoreCommand } from './restore.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
 import { version } from './version.js';
@@ -21,6 +23,7 @@ Examples:
   sheepgate serve --create vm1:20G          a thin 20 GiB disk, served until Ctrl-C
   sheepgate vdi snapshot vm1 monday         also while vm1 is being written
   sheepgate export vm1@monday monday.img
+  sheepgate backup vm1 --to /backup/vm1     all of it, then what has changed
   sheepgate vdi delete vm1@monday`;
 
 function programme(): Command {
@@ -31,6 +34,8 @@ function programme(): Command {
     .addCommand(vdiCommand())
     .addCommand(importCommand())
     .addCommand(exportCommand())
+    .addCommand(backupCommand())
+    .addCommand(restoreCommand())
     .addCommand(checkCommand())
     .addCommand(clusterCommand())
     .addCommand(nodeCommand())

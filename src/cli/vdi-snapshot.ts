@@ -1,6 +1,9 @@
 /** `sheepgate vdi snapshot`: freeze a VDI's present content under a tag, in use or not. */
 import { Command } from 'commander';
+import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
+import { interruptible } from './interrupt.js';
 import { labelOf, printJson, printLine, vdiJson } from './output.js';
 
 export function vdiSnapshotCommand(): Command {
@@ -9,9 +12,30 @@ export function vdiSnapshotCommand(): Command {
     .argument('<name>', 'name of the VDI')
     .argument('<tag>', 'tag of the snapshot')
     .addHelpText('after', '\nExample:\n  sheepgate vdi snapshot vm1 monday');
-  return withCommonOptions(command).action(async (name: string, tag: string, options: CommonOptions) => {
-    const vdi = await withOperations(options, (operations) => operations.snapshot(name, tag));
-    if (options.json) printJson(vdiJson(vdi));
-    else printLine(`took ${labelOf(vdi)}`);
+  return withFreezeOptions(withCommonOptions(command)).action(
+    async (name: string, tag: string, options: CommonOptions & FreezeOptions) => {
+      const vdi = await withOperations(options, (operations) => snapshot(operations, name, tag, options));
+      if (options.json) printJson(vdiJson(vdi));
+      else printLine(`took ${labelOf(vdi)}`);
+    },
+  );
+}
+
+/** A snapshot that came too late to be of a guest that held still is not left behind. */
+async function snapshot(operations: Operations, name: string, tag: string, options: FreezeOptions): Promise<VdiRecord> {
+  if (options.freezeCmd === undefined && options.thawCmd === undefined && options.freezeTimeout === undefined) {
+    return operations.snapshot(name, tag);
+  }
+  return interruptible(async (signal) => {
+    const moment = new FrozenMoment(options, signal);
+    let taken: VdiRecord | undefined;
+    try {
+      taken = await moment.during(async () => (taken = await operations.snapshot(name, tag)));
+    } catch (error) {
+      if (taken) await operations.remove(labelOf(taken)).catch(() => undefined);
+      throw error;
+    }
+    moment.throwIfFrozen(`took ${labelOf(taken)}`);
+    return taken;
   });
 }

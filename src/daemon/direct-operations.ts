@@ -6,12 +6,14 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
-import { dataPageOf } from './data-page.js';
+import { changedContext, changedPageOf, dataPageOf, notCompared } from './data-page.js';
 import {
   asOperationError,
+  OperationError,
   type CheckReport,
   type Disk,
   type ExportDescription,
+  type OpenOptions,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -87,9 +89,13 @@ export class DirectOperations implements Operations {
     return { size: geometry.size, isReadOnly: geometry.readOnly };
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
+  async openDisk(exportName: string, { since }: OpenOptions = {}): Promise<Disk> {
     const { device } = await plainly(this.#exports.open(exportName, PEER));
-    return diskOf(device);
+    if (since !== undefined && !device.geometry.contexts.includes(changedContext(since))) {
+      await device.close();
+      throw new OperationError('NO_TAG', `${exportName} cannot be compared with a snapshot "${since}": there is none`);
+    }
+    return diskOf(device, since);
   }
 
   close(): Promise<void> {
@@ -97,7 +103,7 @@ export class DirectOperations implements Operations {
   }
 }
 
-function diskOf(device: BlockDevice): Disk {
+function diskOf(device: BlockDevice, since: string | undefined): Disk {
   const { size, readOnly } = device.geometry;
   return {
     size,
@@ -109,6 +115,12 @@ function diskOf(device: BlockDevice): Disk {
     flush: async () => device.flush(),
     dataPage: (offset) =>
       dataPageOf(size, offset, (from, length, sink) => device.extents(ALLOCATION_CONTEXT, from, length, sink)),
+    changedPage: (offset) =>
+      since === undefined
+        ? notCompared()
+        : changedPageOf(size, offset, (from, length, sink) =>
+            device.extents(changedContext(since), from, length, sink),
+          ),
     close: async () => device.close(),
   };
 }

@@ -8,7 +8,7 @@ import type { VdiDetails } from '../vdi/catalog.js';
 
 export type { CheckReport, VdiDetails, VdiRecord };
 
-/** Ranges that may hold something other than zeros, in ascending order; all else reads as zeros. */
+/** Ranges of which something holds (data, or a change), in ascending order; it does not hold of all else. */
 export interface DataPage {
   readonly ranges: readonly { readonly offset: number; readonly length: number }[];
   /** Where the next page begins; null after the last. */
@@ -32,10 +32,17 @@ export interface Disk {
   zero(offset: number, length: number): Promise<void>;
   /** What was written before is durable when it resolves. */
   flush(): Promise<void>;
-  /** Where data is, from `offset` on. */
+  /** What may hold something other than zeros, from `offset` on. */
   dataPage(offset: number): Promise<DataPage>;
+  /** What may differ from the snapshot it was opened to be compared with, from `offset` on. Only if there is one. */
+  changedPage(offset: number): Promise<DataPage>;
   /** Resolves when the export is really closed: what is refused for open VDIs is possible then. */
   close(): Promise<void>;
+}
+
+export interface OpenOptions {
+  /** Tag of a snapshot of the same VDI, for `changedPage`. Errors: NO_TAG. */
+  readonly since?: string;
 }
 
 export interface ExportDescription {
@@ -57,7 +64,7 @@ export interface Operations {
   remove(spec: string): Promise<void>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
-  openDisk(exportName: string): Promise<Disk>;
+  openDisk(exportName: string, options?: OpenOptions): Promise<Disk>;
   close(): Promise<void>;
 }
 

@@ -2,14 +2,15 @@
  * Operations done by a daemon: the catalog over its control API, data over NBD connections through the same socket, so
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
-import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
 import { pathOf, type ControlClient } from './control-client.js';
-import { dataPageOf } from './data-page.js';
+import { changedContext, changedPageOf, dataPageOf, notCompared } from './data-page.js';
 import {
   OperationError,
   type CheckReport,
   type Disk,
   type ExportDescription,
+  type OpenOptions,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -64,13 +65,27 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', '/check', { body: { repair } });
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
+  async openDisk(exportName: string, { since }: OpenOptions = {}): Promise<Disk> {
     // NBD refuses an export with hardly a word; the control API says it as the catalog does.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
     const { socket, head, session } = await this.#control.upgrade();
     try {
       const client = await NbdClient.connect({ socket, head });
+      const compared = since === undefined ? undefined : changedContext(since);
+      if (compared !== undefined) {
+        const selected = await client.selectContexts(exportName, [ALLOCATION_CONTEXT, compared]);
+        if (!selected.includes(compared)) {
+          throw new OperationError('NO_TAG', `it cannot be compared with a snapshot "${since}": there is none`);
+        }
+      }
       const { size } = await client.go(exportName);
+      const extents =
+        (context: string) =>
+        async (from: number, length: number, sink: ExtentSink): Promise<void> => {
+          for (const extent of await client.blockStatus(context, from, length)) {
+            if (!sink(extent.offset, extent.length, extent.flags)) return;
+          }
+        };
       return {
         size,
         isReadOnly,
@@ -79,12 +94,9 @@ export class RemoteOperations implements Operations {
         write: (offset, data) => client.write(offset, data),
         zero: (offset, length) => client.zero(offset, length),
         flush: () => client.flush(),
-        dataPage: (offset) =>
-          dataPageOf(size, offset, async (from, length, sink) => {
-            for (const extent of await client.blockStatus(ALLOCATION_CONTEXT, from, length)) {
-              if (!sink(extent.offset, extent.length, extent.flags)) return;
-            }
-          }),
+        dataPage: (offset) => dataPageOf(size, offset, extents(ALLOCATION_CONTEXT)),
+        changedPage: (offset) =>
+          compared === undefined ? notCompared() : changedPageOf(size, offset, extents(compared)),
         close: async () => {
           await client.disconnect();
           await this.#control.call('GET', pathOf('sessions', session));
@@ -92,7 +104,7 @@ export class RemoteOperations implements Operations {
       };
     } catch (error) {
       socket.destroy();
-      throw new OperationError('FAILED', `cannot open the export ${exportName}: ${(error as Error).message}`, {
+      throw new OperationError(codeOf(error), `cannot open the export ${exportName}: ${(error as Error).message}`, {
         cause: error,
       });
     }
@@ -101,4 +113,8 @@ export class RemoteOperations implements Operations {
   close(): Promise<void> {
     return Promise.resolve();
   }
+}
+
+function codeOf(error: unknown): string {
+  return error instanceof OperationError ? error.code : 'FAILED';
 }

@@ -18,10 +18,10 @@ import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** `sheepgate:changed:TAG`: bit 0 is set where the export may differ from the snapshot TAG. */
-const CHANGED_PREFIX = 'sheepgate:changed:';
+export const CHANGED_CONTEXT_PREFIX = 'sheepgate:changed:';
 /** The same for tools that know qemu's dirty bitmaps (proto.md of qemu, docs/interop/nbd.rst): bit 0 is "dirty". */
 const DIRTY_BITMAP_PREFIX = 'qemu:dirty-bitmap:';
-const STATE_CHANGED = 1;
+export const STATE_CHANGED = 1;
 /** Snapshots an export can be compared with, the newest ones: what a client that lists contexts is told. */
 const MAX_BASES = 256;
 
@@ -52,7 +52,7 @@ export function geometryOf(record: VdiRecord, tags: readonly string[]): Geometry
     rotational: false,
     contexts: [
       ALLOCATION_CONTEXT,
-      ...tags.slice(0, MAX_BASES).flatMap((tag) => [CHANGED_PREFIX + tag, DIRTY_BITMAP_PREFIX + tag]),
+      ...tags.slice(0, MAX_BASES).flatMap((tag) => [CHANGED_CONTEXT_PREFIX + tag, DIRTY_BITMAP_PREFIX + tag]),
     ],
   };
 }
@@ -129,7 +129,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   async #changes(context: string, offset: number, length: number, sink: ExtentSink): Promise<void> {
-    const prefix = context.startsWith(CHANGED_PREFIX) ? CHANGED_PREFIX : DIRTY_BITMAP_PREFIX;
+    const prefix = context.startsWith(CHANGED_CONTEXT_PREFIX) ? CHANGED_CONTEXT_PREFIX : DIRTY_BITMAP_PREFIX;
     const tag = context.slice(prefix.length);
     let base = this.#opened.get(tag);
     if (!base) this.#opened.set(tag, (base = this.#bases.open(tag)));

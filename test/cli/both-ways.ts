@@ -36,8 +36,9 @@ export async function testStore(way: Way): Promise<TestStore> {
   return storeWith(store, daemon);
 }
 
-export function storeWith(store: string, daemon: Daemon | undefined): TestStore {
-  const run: TestStore['run'] = (args, options) => cli(args, { store, ...options });
+/** `always` goes with every command. */
+export function storeWith(store: string, daemon: Daemon | undefined, always: readonly string[] = []): TestStore {
+  const run: TestStore['run'] = (args, options) => cli([...args, ...always], { store, ...options });
   const ok: TestStore['ok'] = async (...args) => {
     const result = await run(args);
     expect({ code: result.code, stderr: result.stderr }, args.join(' ')).toEqual({ code: 0, stderr: '' });

@@ -234,7 +234,8 @@ describe('the example units', () => {
   if (!verify) console.log('skipped: systemd-analyze not installed, which checks unit files');
   (verify ? test : test.skip)('are what systemd understands', async () => {
     const directory = temporaryDirectory();
-    const units = ['sheepgate.service', 'sheepgate.socket'].map((name) => {
+    const names = fs.readdirSync(EXAMPLES).filter((name) => /\.(service|socket|timer)$/.test(name));
+    const units = names.map((name) => {
       const text = fs.readFileSync(path.join(EXAMPLES, name), 'utf8').replaceAll('/usr/bin/sheepgate', '/bin/true');
       fs.writeFileSync(path.join(directory, name), text);
       return path.join(directory, name);

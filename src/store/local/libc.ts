@@ -15,6 +15,7 @@ const LOCK_EX = 2;
 const LOCK_NB = 4;
 const FICLONE = 0x40049409; // linux/fs.h, _IOW(0x94, 9, int)
 const POSIX_FADV_WILLNEED = 3;
+const POSIX_FADV_DONTNEED = 4;
 
 const { EAGAIN, EOPNOTSUPP, ENXIO, EINTR, ENOSPC, EDQUOT, EXDEV, EINVAL, ENOSYS, ENOTTY } = koffi.os.errno as Record<
   string,
@@ -187,6 +188,11 @@ export async function willNeed(fd: number, offset: number, length: number): Prom
 /** Wait until all that was written to the filesystem of this file is on disk. */
 export async function syncFilesystem(fd: number): Promise<void> {
   await offLoop('syncfs', syncfs, fd);
+}
+
+/** Forget what is cached of a file that is in sync with its disk: who reads it next reads the disk. A hint. */
+export async function dropCached(fd: number): Promise<void> {
+  await offLoop('posix_fadvise', fadvise, fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 /** Lock an open file for this process. False if somebody else has it. The lock goes with the descriptor. */

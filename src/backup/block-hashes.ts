@@ -1,0 +1,92 @@
+/**
+ * SHA-256 of every block of a disk at one time: what a backup is checked against, wherever its bytes lie. Owns the form of
+ * the table: 32 bytes a block in order, zeros for a block of zeros. Its own hash stands for the whole disk.
+ */
+import { createHash } from 'node:crypto';
+import fs from 'node:fs';
+import { OperationError } from '../daemon/operations.js';
+import { replaceFile } from './file-io.js';
+
+const HASH_BYTES = 32;
+/** Of a block that holds only zeros. */
+const NO_HASH = Buffer.alloc(HASH_BYTES);
+/** Blocks are objects of the VDI, but not larger than this: several of them are in memory. */
+const MAX_BLOCK_BYTES = 16 * 2 ** 20;
+const ZEROS = Buffer.alloc(64 * 2 ** 10);
+
+/** Bytes of a block, for a VDI with objects of 2^blockSizeShift bytes. */
+export function blockBytesOf(blockSizeShift: number): number {
+  return Math.min(2 ** blockSizeShift, MAX_BLOCK_BYTES);
+}
+
+/** Whether it holds only zeros. */
+export function isZeros(data: Buffer): boolean {
+  for (let from = 0; from < data.length; from += ZEROS.length) {
+    const length = Math.min(ZEROS.length, data.length - from);
+    if (data.compare(ZEROS, 0, length, from, from + length) !== 0) return false;
+  }
+  return true;
+}
+
+/** The table's entry for a block of these bytes. */
+export function hashOf(block: Buffer): Buffer {
+  return isZeros(block) ? NO_HASH : createHash('sha256').update(block).digest();
+}
+
+export class BlockHashes {
+  /** Blocks of the disk; the last one may be shorter than blockBytes. */
+  readonly count: number;
+  readonly #table: Buffer;
+
+  /** All zeros, or as `previous`: what it lacks is zeros, what it has beyond `size` is left out. */
+  constructor(
+    readonly size: number,
+    readonly blockBytes: number,
+    previous?: BlockHashes,
+  ) {
+    this.count = Math.ceil(size / blockBytes);
+    this.#table = Buffer.alloc(this.count * HASH_BYTES);
+    if (previous) previous.#table.copy(this.#table);
+  }
+
+  /** Read a table. Errors: DAMAGED if it is not the one with this `sha256`. */
+  static async load(file: string, size: number, blockBytes: number, sha256: string): Promise<BlockHashes> {
+    const hashes = new BlockHashes(size, blockBytes);
+    const found = await fs.promises.readFile(file);
+    found.copy(hashes.#table);
+    if (found.length !== hashes.#table.length || hashes.sha256 !== sha256) {
+      throw new OperationError('DAMAGED', `${file} is damaged: it is not the list of hashes that was written`);
+    }
+    return hashes;
+  }
+
+  save(file: string): Promise<void> {
+    return replaceFile(file, this.#table);
+  }
+
+  /** Of the table; two disks with the same one have the same content. */
+  get sha256(): string {
+    return createHash('sha256').update(this.#table).digest('hex');
+  }
+
+  lengthOf(index: number): number {
+    return Math.min(this.blockBytes, this.size - index * this.blockBytes);
+  }
+
+  isZero(index: number): boolean {
+    return index >= this.count || this.#entry(index).equals(NO_HASH);
+  }
+
+  /** Whether the block has this hash; behind the end there are zeros. */
+  is(index: number, hash: Buffer): boolean {
+    return index >= this.count ? hash.equals(NO_HASH) : this.#entry(index).equals(hash);
+  }
+
+  set(index: number, hash: Buffer): void {
+    hash.copy(this.#table, index * HASH_BYTES);
+  }
+
+  #entry(index: number): Buffer {
+    return this.#table.subarray(index * HASH_BYTES, (index + 1) * HASH_BYTES);
+  }
+}

@@ -1,0 +1,183 @@
+/**
+ * A backup becomes a VDI: every block is compared with its hash before it is written and, unless that is not wanted, read
+ * back afterwards. Owns the choice of the backup and what becomes of a VDI whose restoring failed.
+ */
+import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
+import { hashOf, isZeros, type BlockHashes } from './block-hashes.js';
+import type { Chain } from './chain.js';
+import { inFlight } from './flight.js';
+import type { Point } from './manifest.js';
+import { CLUSTER_BYTES } from './qcow2-file.js';
+import type { BackupTarget } from './target.js';
+
+export interface RestoreOptions {
+  /** The VDI to make. */
+  readonly name: string;
+  /** Write over a VDI of that name. */
+  readonly overwrites: boolean;
+  readonly verifies: boolean;
+  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
+  readonly signal: AbortSignal;
+}
+
+/**
+ * The backup that is meant: an id, or the newest that is not younger than a time (ISO 8601, or its beginning: a day, an
+ * hour); the last one for undefined. Errors: NO_BACKUP, BAD_USAGE.
+ */
+export function pointAt(target: BackupTarget, at: string | undefined): Point {
+  const { points } = target;
+  const last = points.at(-1);
+  if (!last) {
+    throw new OperationError('NO_BACKUP', `no backup in ${target.image ?? target.home} was ever finished`);
+  }
+  if (at === undefined) return last;
+  const found = /^\d{1,7}$/.test(at)
+    ? points.find(({ id }) => id === Number(at))
+    : points.filter(({ time }) => Date.parse(time) <= endOf(at)).at(-1);
+  if (found) return found;
+  const first = points[0] as Point;
+  throw new OperationError(
+    'NO_BACKUP',
+    `there is no backup ${at}: kept are ${first.id} (${first.time}) to ${last.id} (${last.time}); --list shows all`,
+  );
+}
+
+/** The last moment that a time may mean: "2026-11-24" is the whole day, in local time. */
+function endOf(text: string): number {
+  const match = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(\.\d+)?)?)?(Z|[+-]\d\d:?\d\d)?)?$/.exec(text);
+  const [, day, hour, minute, second, fraction, zone] = match ?? [];
+  const time = Date.parse(
+    `${day}T${hour ?? '23'}:${minute ?? '59'}:${second ?? '59'}${fraction ?? '.999'}${zone ?? ''}`,
+  );
+  if (Number.isNaN(time)) {
+    throw new OperationError(
+      'BAD_USAGE',
+      `--at ${text}: give a backup's number, a day (2026-11-24) or a time (2026-11-24T03:00)`,
+    );
+  }
+  return time;
+}
+
+/** Errors: EXISTS, DAMAGED, BUSY, and those of the store. */
+export async function restoreBackup(
+  operations: Operations,
+  target: BackupTarget,
+  point: Point,
+  options: RestoreOptions,
+): Promise<{ readonly dataBytes: number }> {
+  const { name, overwrites } = options;
+  const hashes = await target.hashesOf(point);
+  const chain = await target.openChain(point);
+  try {
+    const isNew = await prepare(operations, point, name, overwrites);
+    try {
+      const disk = await operations.openDisk(name);
+      try {
+        if (disk.size !== point.size) {
+          throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
+        }
+        if (!isNew) await disk.zero(0, disk.size);
+        const dataBytes = await copyIn(chain, hashes, disk, options);
+        if (options.verifies) await readBack(hashes, disk, options);
+        return { dataBytes };
+      } finally {
+        await disk.close();
+      }
+    } catch (error) {
+      // Half a disk is worse than none.
+      if (isNew) await operations.remove(name).catch(() => undefined);
+      throw isNew ? error : torn(error, name);
+    }
+  } finally {
+    await chain.close();
+  }
+}
+
+/** A VDI of the right size. Returns whether it is a new one. */
+async function prepare(operations: Operations, point: Point, name: string, overwrites: boolean): Promise<boolean> {
+  const found = overwrites ? (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot) : undefined;
+  if (!found) {
+    await operations.create(name, point.size, { blockSizeShift: point.blockSizeShift });
+    return true;
+  }
+  const { open } = await operations.show(name);
+  if (open > 0) {
+    throw new OperationError(
+      'BUSY',
+      `${name} is open by ${open} connections; disconnect them before it is overwritten`,
+    );
+  }
+  if (found.size !== point.size) await operations.resize(name, point.size, { force: true });
+  return false;
+}
+
+async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<number> {
+  let dataBytes = 0;
+  const doing = options.progress(`restoring ${options.name}`, disk.size);
+  try {
+    await inFlight(async (flight) => {
+      for (let index = 0; index < hashes.count; index++) {
+        options.signal.throwIfAborted();
+        const length = hashes.lengthOf(index);
+        if (hashes.isZero(index)) {
+          doing.advance(length);
+          continue;
+        }
+        await flight.add(async () => {
+          const block = await chain.readChecked(hashes, index);
+          for (let from = 0; from < length;) {
+            const to = endOfRun(block, from);
+            const part = block.subarray(from, to);
+            if (!isZeros(part)) {
+              await disk.write(index * hashes.blockBytes + from, part);
+              dataBytes += part.length;
+            }
+            from = to;
+          }
+          doing.advance(length);
+        });
+      }
+    });
+    await disk.flush();
+  } finally {
+    doing.end();
+  }
+  return dataBytes;
+}
+
+/** Where clusters of one kind, zeros or not, end. */
+function endOfRun(block: Buffer, from: number): number {
+  const isZero = isZeros(block.subarray(from, from + CLUSTER_BYTES));
+  let to = from + CLUSTER_BYTES;
+  while (to < block.length && isZeros(block.subarray(to, to + CLUSTER_BYTES)) === isZero) to += CLUSTER_BYTES;
+  return Math.min(to, block.length);
+}
+
+async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<void> {
+  const doing = options.progress('verifying', disk.size);
+  try {
+    await inFlight(async (flight) => {
+      for (let index = 0; index < hashes.count; index++) {
+        options.signal.throwIfAborted();
+        const block = Buffer.allocUnsafe(hashes.lengthOf(index));
+        const offset = index * hashes.blockBytes;
+        await flight.add(async () => {
+          await disk.read(offset, block);
+          if (!hashes.is(index, hashOf(block))) {
+            throw new OperationError('DAMAGED', `${options.name} does not read at ${offset} as it was written`);
+          }
+          doing.advance(block.length);
+        });
+      }
+    });
+  } finally {
+    doing.end();
+  }
+}
+
+function torn(error: unknown, name: string): unknown {
+  if (!(error instanceof OperationError)) return error;
+  return new OperationError(error.code, `${error.message}; ${name} is not whole now: restore it again`, {
+    cause: error,
+  });
+}

@@ -1,0 +1,437 @@
+/**
+ * One backup of a VDI: take a snapshot, copy what differs from the backup before, make the copy the newest backup, and
+ * keep the snapshot as the base of the next one. Owns the snapshots of the target and their tags, and the order of things:
+ * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { blockBytesOf, BlockHashes, hashOf, isZeros } from './block-hashes.js';
+import { Chain } from './chain.js';
+import { moveFile, writeFully } from './file-io.js';
+import { inFlight } from './flight.js';
+import type { BaseSnapshot, Point } from './manifest.js';
+import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
+import { PagedRanges } from './paged-ranges.js';
+import { BackupTarget, PARTIAL, placeOf, stemOf } from './target.js';
+
+export interface TakeOptions {
+  /** NAME. */
+  readonly vdi: string;
+  /** Directory or image. */
+  readonly to: string;
+  /** How many backups to keep; undefined for all. An image holds one. */
+  readonly keep: number | undefined;
+  /** Copy all of it, over nothing. */
+  readonly isFull: boolean;
+  /** Find what changed by reading the whole disk. */
+  readonly compares: boolean;
+  /** Keep a snapshot for the next one. */
+  readonly keepsBase: boolean;
+  /** Read back what was written. */
+  readonly verifies: boolean;
+  /** Runs what takes the snapshot; what it throws ends the backup. */
+  readonly moment: <T>(take: () => Promise<T>) => Promise<T>;
+  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
+  readonly log: (line: string) => void;
+  readonly signal: AbortSignal;
+}
+
+export interface Taken {
+  readonly point: Point;
+  /** What to open: the image, or the newest file of the directory. */
+  readonly file: string;
+  readonly kept: readonly number[];
+  readonly dropped: readonly number[];
+}
+
+/** Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store. */
+export async function takeBackup(operations: Operations, options: TakeOptions): Promise<Taken> {
+  // First: a mistyped name must not leave a directory behind.
+  const working = await operations.show(options.vdi);
+  if (working.isSnapshot) {
+    throw new OperationError('IS_SNAPSHOT', `${options.vdi} is a snapshot; give the name of a VDI`);
+  }
+  const { image } = placeOf(options.to);
+  if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
+    throw new OperationError(
+      'BAD_USAGE',
+      `${options.to} is one image, which holds the newest backup; --keep ${options.keep} needs a directory`,
+    );
+  }
+  const target = await BackupTarget.openForBackup(options.to, options.vdi, operations.store, options.log);
+  try {
+    return await new Run(operations, target, options, working).run();
+  } catch (error) {
+    throw explained(error, target, options);
+  } finally {
+    await target.close();
+  }
+}
+
+/** What the new backup is over, and how to find what it must hold. */
+interface Previous {
+  readonly point: Point;
+  readonly hashes: BlockHashes;
+  /** Tag of the snapshot to compare with; undefined: read everything. */
+  readonly since: string | undefined;
+}
+
+class Run {
+  readonly #operations: Operations;
+  readonly #target: BackupTarget;
+  readonly #options: TakeOptions;
+  readonly #working: VdiRecord;
+  readonly #tagPrefix: string;
+
+  constructor(operations: Operations, target: BackupTarget, options: TakeOptions, working: VdiRecord) {
+    this.#operations = operations;
+    this.#target = target;
+    this.#options = options;
+    this.#working = working;
+    this.#tagPrefix = `backup-${target.manifest.target}-`;
+  }
+
+  async run(): Promise<Taken> {
+    const { vdi, keepsBase, moment, signal } = this.#options;
+    let previous = await this.#previous();
+    const id = (this.#target.last?.id ?? 0) + 1;
+    const tag = `${this.#tagPrefix}${id}`;
+    await this.#dropSnapshots(this.#target.last?.base?.tag, id);
+    signal.throwIfAborted();
+    let disk: Disk | undefined;
+    const open = async (spec: string): Promise<Disk> => {
+      try {
+        return (disk = await this.#operations.openDisk(spec, previous?.since === undefined ? {} : previous));
+      } catch (error) {
+        // It is there, but not among the newest, with which an export can be compared.
+        if (previous?.since === undefined || (error as OperationError).code !== 'NO_TAG') throw error;
+        this.#options.log(`${(error as OperationError).message}; reading all of it`);
+        previous = { ...previous, since: undefined };
+        return (disk = await this.#operations.openDisk(spec));
+      }
+    };
+    try {
+      const time = new Date().toISOString();
+      let base: BaseSnapshot | null = null;
+      let point: Point;
+      try {
+        let opened: Disk;
+        if (keepsBase) {
+          const { vid, snapshotAt } = await moment(() => this.#operations.snapshot(vdi, tag));
+          base = { tag, vid, snapshotAt };
+          signal.throwIfAborted();
+          opened = await open(`${vdi}@${tag}`);
+        } else {
+          opened = await moment(() => open(`${vdi}@now:${this.#target.manifest.target}`));
+        }
+        point = await this.#copy(opened, { id, time, base }, previous);
+      } finally {
+        await disk?.close();
+      }
+      const dropped = await this.#finish(point);
+      const file = this.#target.image ?? this.#target.fileOf(point);
+      return { point, file, kept: this.#target.points.map((each) => each.id), dropped };
+    } catch (error) {
+      const isKept = this.#target.points.some((point) => point.id === id);
+      if (keepsBase && !isKept) await this.#operations.remove(`${vdi}@${tag}`).catch(() => undefined);
+      throw error;
+    }
+  }
+
+  /** Errors: BASE_GONE, DAMAGED. */
+  async #previous(): Promise<Previous | undefined> {
+    const { isFull, compares, log } = this.#options;
+    const point = this.#target.last;
+    if (!point || isFull) return undefined;
+    await this.#target.checkUntouched(log);
+    const hashes = await this.#target.hashesOf(point);
+    if (compares || point.base === null) return { point, hashes, since: undefined };
+    await this.#checkBase(point.base);
+    return { point, hashes, since: point.base.tag };
+  }
+
+  async #checkBase(base: BaseSnapshot): Promise<void> {
+    const { vdi, to } = this.#options;
+    const snapshots = (await this.#operations.list()).filter(({ name, isSnapshot }) => name === vdi && isSnapshot);
+    const found = snapshots.find(({ tag }) => tag === base.tag);
+    if (found?.vid === base.vid && found.snapshotAt === base.snapshotAt) return;
+    const newer = snapshots.find(({ tag }) => tag.startsWith(this.#tagPrefix));
+    const why =
+      found !== undefined
+        ? `the snapshot ${vdi}@${base.tag} is another one than that of the last backup in ${to}: ${vdi} is another disk`
+        : newer !== undefined
+          ? `${vdi} has no snapshot "${base.tag}", but "${newer.tag}": ${to} is an older copy of a target in use`
+          : `${vdi} has no snapshot "${base.tag}", with which it was last backed up to ${to}: it was deleted, or ${vdi} ` +
+            'is another disk now';
+    throw new OperationError(
+      'BASE_GONE',
+      `${why}; say --compare to read all of ${vdi} and store what differs, or --full to begin with a full backup`,
+    );
+  }
+
+  /** Those of this target: of runs that did not end, and bases before the last. Not those of a copy that went on. */
+  async #dropSnapshots(keep: string | undefined, below: number): Promise<void> {
+    const { vdi, log } = this.#options;
+    for (const { name, tag, isSnapshot } of await this.#operations.list()) {
+      const number = tag.startsWith(this.#tagPrefix) ? Number(tag.slice(this.#tagPrefix.length)) : NaN;
+      if (name !== vdi || !isSnapshot || !(number <= below) || tag === keep) continue;
+      try {
+        await this.#operations.remove(`${vdi}@${tag}`);
+      } catch (error) {
+        const { code, message } = error as OperationError;
+        if (number === below || code === undefined) throw error;
+        if (code !== 'NO_TAG') log(`${message}; the next backup tries again`);
+      }
+    }
+  }
+
+  async #copy(disk: Disk, about: Pick<Point, 'id' | 'time' | 'base'>, previous: Previous | undefined): Promise<Point> {
+    const { vdi, verifies, progress, signal } = this.#options;
+    const { blockSizeShift } = this.#working;
+    const target = this.#target;
+    const blockBytes = previous?.point.blockBytes ?? blockBytesOf(blockSizeShift);
+    const hashes = new BlockHashes(disk.size, blockBytes, previous?.hashes);
+    const chain = previous?.point.chain ?? (target.last?.chain ?? 0) + 1;
+    const stem = path.join(target.home, stemOf(about));
+    const newBase = previous ? undefined : `base-${chain}.img`;
+    const partial = newBase === undefined ? `${stem}.qcow2${PARTIAL}` : path.join(target.home, `${newBase}${PARTIAL}`);
+    try {
+      const doing = progress(`backing up ${vdi}`, disk.size);
+      let copied: Copied;
+      try {
+        copied = previous
+          ? await this.#copyChanges(disk, partial, hashes, previous, doing.advance)
+          : await this.#copyAll(disk, partial, hashes, doing.advance);
+      } finally {
+        doing.end();
+      }
+      signal.throwIfAborted();
+      if (verifies) await this.#readBack(partial, disk.size, hashes, copied.blocks, previous);
+      await moveFile(partial, partial.slice(0, -PARTIAL.length));
+      if (newBase !== undefined) await target.writeEmpty(`${stem}.qcow2`, disk.size, chain);
+      await hashes.save(`${stem}.hashes`);
+      const point: Point = {
+        ...about,
+        isFull: previous === undefined,
+        chain,
+        size: disk.size,
+        blockSizeShift,
+        blockBytes,
+        changedBytes: copied.changedBytes,
+        storedBytes: copied.storedBytes,
+        sha256: hashes.sha256,
+      };
+      signal.throwIfAborted();
+      await target.commit(point, newBase, this.#operations.store);
+      return point;
+    } catch (error) {
+      // A failed commit may have been one: what the manifest says decides, not we.
+      await target.removeLeftovers().catch(() => undefined);
+      throw error;
+    }
+  }
+
+  /** Into a raw image, zeros left out. */
+  async #copyAll(disk: Disk, file: string, hashes: BlockHashes, advance: (bytes: number) => void): Promise<Copied> {
+    const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
+    const data = new PagedRanges((offset) => disk.dataPage(offset));
+    const handle = await fs.promises.open(file, 'w', 0o600);
+    try {
+      await handle.truncate(disk.size);
+      await inFlight(async (flight) => {
+        for (let index = 0; index < hashes.count; index++) {
+          this.#options.signal.throwIfAborted();
+          const offset = index * hashes.blockBytes;
+          const length = hashes.lengthOf(index);
+          copied.blocks.push(index);
+          if (!(await data.touch(offset, length))) {
+            advance(length);
+            continue;
+          }
+          await flight.add(async () => {
+            const block = await readBlock(disk, offset, length);
+            hashes.set(index, hashOf(block));
+            for (const { from, to, kind } of differences(block, undefined)) {
+              if (kind !== 'data') continue;
+              await writeFully(handle.fd, block.subarray(from, to), offset + from);
+              copied.storedBytes += to - from;
+            }
+            if (!hashes.isZero(index)) copied.changedBytes += length;
+            advance(length);
+          });
+        }
+      });
+      await handle.sync();
+    } finally {
+      await handle.close();
+    }
+    return copied;
+  }
+
+  /** Into an increment: of each block that may have changed what differs from the backup before. */
+  async #copyChanges(
+    disk: Disk,
+    file: string,
+    hashes: BlockHashes,
+    previous: Previous,
+    advance: (bytes: number) => void,
+  ): Promise<Copied> {
+    const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
+    const data = new PagedRanges((offset) => disk.dataPage(offset));
+    const changes = previous.since === undefined ? undefined : new PagedRanges((offset) => disk.changedPage(offset));
+    // The block that the end is in, or was in, is of another length now.
+    const ends = disk.size === previous.hashes.size ? [] : [disk.size, previous.hashes.size];
+    const cut = new Set(ends.map((end) => Math.floor(end / hashes.blockBytes)));
+    const chain = await this.#target.openChain(previous.point);
+    const backing = this.#target.backingOf(previous.point);
+    const writer = await IncrementWriter.create(file, disk.size, backing).catch(async (error: unknown) => {
+      await chain.close();
+      throw error;
+    });
+    const copyBlock = async (index: number, isData: boolean): Promise<void> => {
+      const offset = index * hashes.blockBytes;
+      const length = hashes.lengthOf(index);
+      const block = isData ? await readBlock(disk, offset, length) : Buffer.alloc(length);
+      const hash = hashOf(block);
+      if (!cut.has(index) && previous.hashes.is(index, hash)) return;
+      // What is there is read anyway, so that damage is found before anything is built on it.
+      const before = cut.has(index)
+        ? Buffer.alloc(length)
+        : await chain.readChecked(padded(previous.hashes, index), index);
+      if (cut.has(index)) await chain.read(offset, before);
+      hashes.set(index, hash);
+      copied.blocks.push(index);
+      copied.changedBytes += length;
+      for (const { from, to, kind } of differences(block, before)) {
+        if (kind === 'zeros') writer.zeros(offset + from, to - from);
+        if (kind !== 'data') continue;
+        await writer.data(offset + from, block.subarray(from, to));
+        copied.storedBytes += to - from;
+      }
+    };
+    try {
+      await inFlight(async (flight) => {
+        for (let index = 0; index < hashes.count; index++) {
+          this.#options.signal.throwIfAborted();
+          const offset = index * hashes.blockBytes;
+          const length = hashes.lengthOf(index);
+          const isChanged = changes === undefined || (await changes.touch(offset, length)) || cut.has(index);
+          const isData = isChanged && (await data.touch(offset, length));
+          const isSame = !isChanged || (!isData && !cut.has(index) && previous.hashes.isZero(index));
+          if (isSame) advance(length);
+          else await flight.add(() => copyBlock(index, isData).then(() => advance(length)));
+        }
+      });
+      await writer.finish();
+    } finally {
+      await writer.close();
+      await chain.close();
+    }
+    return copied;
+  }
+
+  /** What was written is what was read from the disk. */
+  async #readBack(
+    file: string,
+    size: number,
+    hashes: BlockHashes,
+    blocks: readonly number[],
+    previous: Previous | undefined,
+  ): Promise<void> {
+    const [base, ...increments] = previous ? [...this.#target.filesOf(previous.point), file] : [file];
+    const chain = await Chain.open(base as string, increments, size);
+    const doing = this.#options.progress('verifying', blocks.length * hashes.blockBytes);
+    try {
+      await chain.dropCached();
+      for (const index of blocks) {
+        this.#options.signal.throwIfAborted();
+        // Holes of a new image: nothing was written there.
+        if (previous || !hashes.isZero(index)) await chain.readChecked(hashes, index);
+        doing.advance(hashes.lengthOf(index));
+      }
+    } finally {
+      doing.end();
+      await chain.close();
+    }
+  }
+
+  /** The new backup is one: what it replaces goes, first on the source, whose writers it costs something. */
+  async #finish(point: Point): Promise<number[]> {
+    await this.#dropSnapshots(point.base?.tag, point.id);
+    const keep = this.#target.image === undefined ? this.#options.keep : 1;
+    if (keep === undefined) return [];
+    try {
+      return await this.#target.keep(keep);
+    } catch (error) {
+      if (!(error instanceof OperationError) || error.code !== 'DAMAGED') throw error;
+      throw new OperationError(
+        'DAMAGED',
+        `backup ${point.id} was taken, but an old one could not be dropped: ${error.message}`,
+        { cause: error },
+      );
+    }
+  }
+}
+
+interface Copied {
+  /** Those that were stored, in no order. */
+  readonly blocks: number[];
+  changedBytes: number;
+  storedBytes: number;
+}
+
+async function readBlock(disk: Disk, offset: number, length: number): Promise<Buffer> {
+  const block = Buffer.allocUnsafe(length);
+  for (let done = 0; done < length; done += disk.maxRequestBytes) {
+    await disk.read(offset + done, block.subarray(done, Math.min(done + disk.maxRequestBytes, length)));
+  }
+  return block;
+}
+
+interface Difference {
+  readonly from: number;
+  readonly to: number;
+  readonly kind: 'data' | 'zeros' | 'same';
+}
+
+/** The clusters of a block in runs, compared with what is there already, if anything. */
+function differences(block: Buffer, before: Buffer | undefined): Difference[] {
+  const runs: Difference[] = [];
+  for (let from = 0; from < block.length; from += CLUSTER_BYTES) {
+    const to = Math.min(from + CLUSTER_BYTES, block.length);
+    const cluster = block.subarray(from, to);
+    const isSame = before?.subarray(from, to).equals(cluster) ?? false;
+    const kind = isSame ? 'same' : isZeros(cluster) ? 'zeros' : 'data';
+    const last = runs.at(-1);
+    if (last?.kind === kind) runs[runs.length - 1] = { ...last, to };
+    else runs.push({ from, to, kind });
+  }
+  return runs;
+}
+
+/** A disk that has grown: the blocks it has got were zeros. */
+function padded(hashes: BlockHashes, index: number): BlockHashes {
+  return index < hashes.count ? hashes : new BlockHashes((index + 1) * hashes.blockBytes, hashes.blockBytes);
+}
+
+const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
+
+/** What went wrong with the target, and what to do. */
+function explained(error: unknown, target: BackupTarget, { to }: TakeOptions): unknown {
+  const { code, syscall } = error as NodeJS.ErrnoException;
+  const kept =
+    target.points.length === 0
+      ? ''
+      : `; the backups in it are unharmed: ${target.points.map(({ id }) => id).join(', ')}`;
+  if (code !== undefined && syscall !== undefined && SPACE_CODES.has(code)) {
+    return new OperationError('NO_SPACE', `no space left in ${to}: free some, or --keep fewer${kept}`, {
+      cause: error,
+    });
+  }
+  if (error instanceof OperationError && error.code === 'DAMAGED') {
+    const message = `${error.message}; 'sheepgate restore ${to} --verify' tells which backups are whole, and --full begins anew`;
+    return new OperationError('DAMAGED', message, { cause: error });
+  }
+  return error;
+}

@@ -1,0 +1,111 @@
+/** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { takeBackup, type Taken } from '../backup/take-backup.js';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
+import { interruptible } from './interrupt.js';
+import { printJson, printLine } from './output.js';
+import { startProgress } from './progress.js';
+import { formatSize } from './size.js';
+
+interface BackupOptions extends CommonOptions, FreezeOptions {
+  readonly to: string;
+  readonly keep?: number;
+  readonly full?: boolean;
+  readonly compare?: boolean;
+  readonly base: boolean;
+  readonly verify: boolean;
+}
+
+const HELP = `
+--to names a directory, which holds backups as qcow2 files, or a raw image (a name that ends in .img or .raw), which is
+brought up to date. The first backup is full; later ones hold what has changed. A snapshot of the VDI is kept for that.
+
+Examples:
+  sheepgate backup vm1 --to /backup/vm1 --keep 7
+  sheepgate backup vm1 --to /backup/vm1.img
+  sheepgate restore /backup/vm1 --list`;
+
+export function backupCommand(): Command {
+  const command = new Command('backup')
+    .description('back a VDI up, in use or not: all of it the first time, then what has changed')
+    .argument('<name>', 'name of the VDI')
+    .requiredOption('--to <target>', 'directory for backups of this VDI, or raw image')
+    .addOption(
+      new Option('--keep <count>', 'backups to keep in a directory, the newest ones (default: all)').argParser(
+        (text) => {
+          if (!/^[1-9]\d{0,5}$/.test(text)) throw new InvalidArgumentError('It must be a whole number from 1 on.');
+          return Number(text);
+        },
+      ),
+    )
+    .option('--full', 'begin anew with a full backup')
+    .addOption(new Option('--compare', 'find what has changed by reading all of the VDI').conflicts('full'))
+    .option('--no-base', 'keep no snapshot of the VDI: the next backup has to read all of it')
+    .option('--no-verify', 'do not read back what was written')
+    .addHelpText('after', HELP);
+  return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
+    const startedAt = Date.now();
+    const notes: string[] = [];
+    const log = (line: string): void => {
+      notes.push(line);
+      if (!options.json) process.stderr.write(`sheepgate: note: ${line}\n`);
+    };
+    const taken = await interruptible(async (signal) => {
+      const moment = new FrozenMoment(options, signal);
+      const result = await withOperations(options, (operations) =>
+        takeBackup(operations, {
+          vdi: name,
+          to: options.to,
+          keep: options.keep,
+          isFull: options.full ?? false,
+          compares: options.compare ?? false,
+          keepsBase: options.base,
+          verifies: options.verify,
+          moment: moment.during,
+          progress: startProgress,
+          log,
+          signal,
+        }),
+      );
+      moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
+      return result;
+    });
+    print(name, taken, options, (Date.now() - startedAt) / 1000, notes);
+  });
+}
+
+function print(
+  vdi: string,
+  { point, file, kept, dropped }: Taken,
+  options: BackupOptions,
+  seconds: number,
+  notes: readonly string[],
+): void {
+  const { id, time, isFull, size, changedBytes, storedBytes, sha256, base } = point;
+  if (options.json) {
+    printJson({
+      vdi,
+      target: options.to,
+      id,
+      time,
+      kind: isFull ? 'full' : 'incremental',
+      size,
+      changedBytes,
+      storedBytes,
+      file,
+      sha256,
+      base: base?.tag ?? null,
+      kept,
+      dropped,
+      notes,
+      seconds,
+    });
+    return;
+  }
+  const what = isFull
+    ? `full, ${formatSize(storedBytes)} of data of ${formatSize(size)}`
+    : `${formatSize(changedBytes)} changed of ${formatSize(size)}, ${formatSize(storedBytes)} stored`;
+  const gone = dropped.length === 0 ? '' : `; dropped backup ${dropped.join(', ')}`;
+  printLine(`backed up ${vdi}: ${what}, in ${seconds.toFixed(1)} s; backup ${id}, ${file}${gone}`);
+}

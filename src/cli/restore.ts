@@ -1,0 +1,166 @@
+/** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
+import { Command, Option } from 'commander';
+import { pointAt, restoreBackup } from '../backup/restore-backup.js';
+import { BackupTarget } from '../backup/target.js';
+import { OperationError } from '../daemon/operations.js';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { interruptible } from './interrupt.js';
+import { formatTime, printJson, printLine, table } from './output.js';
+import { startProgress } from './progress.js';
+import { formatSize } from './size.js';
+
+interface RestoreOptions extends CommonOptions {
+  readonly at?: string;
+  readonly list?: boolean;
+  /** undefined unless --verify or --no-verify is given. */
+  readonly verify?: boolean;
+  readonly overwrite?: boolean;
+}
+
+const HELP = `
+Examples:
+  sheepgate restore /backup/vm1 --list
+  sheepgate restore /backup/vm1 --verify
+  sheepgate restore /backup/vm1 vm1-yesterday --at 2026-11-24`;
+
+export function restoreCommand(): Command {
+  const command = new Command('restore')
+    .description('make a VDI from a backup; with --list or --verify look at the backups only')
+    .argument('<target>', 'what was given to backup with --to')
+    .argument('[name]', 'name of the VDI to make')
+    .option('--at <backup>', "backup's number, or a day or time: the newest that is not younger (default: the newest)")
+    .option('--list', 'show the backups')
+    .option('--verify', 'compare all backups with their hashes; exit code 1 if something is damaged')
+    .addOption(new Option('--no-verify', 'do not read back what was restored'))
+    .option('--overwrite', 'write over a VDI of that name, which nobody may have open')
+    .addHelpText('after', HELP);
+  return withCommonOptions(command).action(async (given: string, name: string | undefined, options: RestoreOptions) => {
+    const looks = options.list === true || (options.verify === true && name === undefined);
+    if (looks && (name !== undefined || options.at !== undefined || options.overwrite)) {
+      throw new OperationError('BAD_USAGE', '--list and --verify only look: leave NAME, --at and --overwrite out');
+    }
+    if (!looks && name === undefined) {
+      throw new OperationError('BAD_USAGE', 'name the VDI to make, or say --list to see what there is');
+    }
+    await interruptible(async (signal) => {
+      const target = await BackupTarget.openToRead(given);
+      try {
+        if (options.list) return list(given, target, options);
+        if (name === undefined) return await verify(given, target, options, signal);
+        await restore(given, target, name, options, signal);
+      } catch (error) {
+        throw withAdvice(error, given);
+      } finally {
+        await target.close();
+      }
+    });
+  });
+}
+
+async function restore(
+  given: string,
+  target: BackupTarget,
+  name: string,
+  options: RestoreOptions,
+  signal: AbortSignal,
+): Promise<void> {
+  const startedAt = Date.now();
+  const point = pointAt(target, options.at);
+  const { dataBytes } = await withOperations(
+    options,
+    (operations) =>
+      restoreBackup(operations, target, point, {
+        name,
+        overwrites: options.overwrite ?? false,
+        verifies: options.verify ?? true,
+        progress: startProgress,
+        signal,
+      }),
+    { mayCreate: true },
+  );
+  const seconds = (Date.now() - startedAt) / 1000;
+  const { id, time, size, sha256 } = point;
+  if (options.json) return printJson({ name, target: given, id, time, size, dataBytes, sha256, seconds });
+  printLine(
+    `restored ${name} from backup ${id} of ${target.manifest.vdi}, ${formatTime(Date.parse(time))}: ` +
+      `${formatSize(dataBytes)} of data of ${formatSize(size)}, in ${seconds.toFixed(1)} s`,
+  );
+}
+
+function list(given: string, target: BackupTarget, options: RestoreOptions): void {
+  const { manifest, points } = target;
+  if (options.json) {
+    const backups = points.map(({ id, time, isFull, size, changedBytes, storedBytes, sha256, base }, index) => ({
+      id,
+      time,
+      kind: isFull ? 'full' : 'incremental',
+      size,
+      changedBytes,
+      storedBytes,
+      file: fileOf(target, index),
+      sha256,
+      base: base?.tag ?? null,
+    }));
+    return printJson({ vdi: manifest.vdi, target: given, store: manifest.store, backups });
+  }
+  if (points.length === 0) return printLine(`no backup of ${manifest.vdi} in ${given} was ever finished`);
+  printLine(`backups of ${manifest.vdi} (${manifest.store})`);
+  const rows = points.map(({ id, time, isFull, size, changedBytes, storedBytes }, index) => [
+    String(id),
+    formatTime(Date.parse(time)),
+    isFull ? 'full' : 'incremental',
+    formatSize(size),
+    formatSize(changedBytes),
+    formatSize(storedBytes),
+    fileOf(target, index),
+  ]);
+  const right = ['ID', 'SIZE', 'CHANGED', 'STORED'];
+  process.stdout.write(table(['ID', 'TIME', 'KIND', 'SIZE', 'CHANGED', 'STORED', 'FILE'], rows, right));
+}
+
+/** What to open it with. */
+function fileOf(target: BackupTarget, index: number): string {
+  const point = target.points[index];
+  return target.image ?? (point ? target.fileOf(point) : '');
+}
+
+async function verify(
+  given: string,
+  target: BackupTarget,
+  options: RestoreOptions,
+  signal: AbortSignal,
+): Promise<void> {
+  const { points } = target;
+  const total = points.reduce((sum, { size }) => sum + size, 0);
+  const damage: { id: number; message: string }[] = [];
+  const progress = startProgress(`verifying ${given}`, total);
+  try {
+    for await (const found of target.verify(progress.advance, signal)) damage.push(found);
+  } finally {
+    progress.end();
+  }
+  const backups = points.map(({ id }) => {
+    const found = damage.find((each) => each.id === id);
+    return { id, isWhole: found === undefined, damage: found?.message ?? null };
+  });
+  const whole = backups.filter(({ isWhole }) => isWhole).map(({ id }) => id);
+  if (options.json) printJson({ vdi: target.manifest.vdi, target: given, backups });
+  else if (damage.length === 0) printLine(`${points.length} backups of ${target.manifest.vdi} in ${given}, all whole`);
+  const [first] = damage;
+  if (!first) return;
+  throw new OperationError(
+    'NOT_WHOLE',
+    `${first.message}; ${whole.length === 0 ? 'no backup is whole' : `whole are: ${whole.join(', ')}`}; ` +
+      "'sheepgate backup --full' begins anew",
+  );
+}
+
+/** What to do about a damaged backup. */
+function withAdvice(error: unknown, target: string): unknown {
+  if (!(error instanceof OperationError) || error.code !== 'DAMAGED') return error;
+  return new OperationError(
+    'DAMAGED',
+    `${error.message}; 'sheepgate restore ${target} --verify' tells which backups are whole, --at ID takes another`,
+    { cause: error },
+  );
+}

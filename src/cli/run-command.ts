@@ -1,0 +1,46 @@
+/** A command line of the operator's, run by sh, within a time. What it prints goes to stderr: stdout is for results. */
+import { spawn, type ChildProcess } from 'node:child_process';
+
+export interface RunCommandOptions {
+  readonly timeoutMs: number;
+  /** Ends it early. */
+  readonly signal?: AbortSignal;
+}
+
+/** Run it to its end. Returns null if it succeeded, otherwise what went wrong with it. */
+export async function runCommand(command: string, { timeoutMs, signal }: RunCommandOptions): Promise<string | null> {
+  // In a group of its own: a Ctrl-C is for sheepgate to handle, and what the command starts can be ended with it.
+  const child = spawn('/bin/sh', ['-c', command], { detached: true, stdio: ['ignore', 'pipe', 'pipe'] });
+  // Through us, and not straight to where nobody may listen any more: it must not die of that.
+  for (const stream of [child.stdout, child.stderr]) stream.on('data', (text: Buffer) => process.stderr.write(text));
+  let early: string | undefined;
+  const end = (why: string): void => {
+    early ??= why;
+    endGroup(child);
+  };
+  const timer = setTimeout(() => end(`did not end within ${timeoutMs / 1000} s`), timeoutMs);
+  const onAbort = (): void => end('was interrupted');
+  if (signal?.aborted) onAbort();
+  signal?.addEventListener('abort', onAbort, { once: true });
+  try {
+    // Not until its output ends: it may leave something running that holds it.
+    return await new Promise((resolve) => {
+      child.once('error', (error) => resolve(`could not be started: ${error.message}`));
+      child.once('exit', (code, by) => resolve(code === 0 && !early ? null : (early ?? `ended with ${by ?? code}`)));
+    });
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener('abort', onAbort);
+    for (const stream of [child.stdout, child.stderr]) (stream as unknown as { unref?(): void }).unref?.();
+    child.unref();
+  }
+}
+
+function endGroup({ pid }: ChildProcess): void {
+  if (pid === undefined) return;
+  try {
+    process.kill(-pid, 'SIGKILL');
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ESRCH') throw error;
+  }
+}
