@@ -60,7 +60,7 @@ class Flight {
 }
 
 /** Run `work` with a flight and wait for all of it, also when it fails: nothing may use a buffer or file afterwards. */
-async function inFlight(work: (flight: Flight) => Promise<void>): Promise<void> {
+export async function inFlight(work: (flight: Flight) => Promise<void>): Promise<void> {
   const flight = new Flight();
   try {
     await work(flight);

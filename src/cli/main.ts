@@ -9,6 +9,7 @@ import { clusterCommand, nodeCommand } from './cluster.js';
 import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
+import { migrateCommand } from './migrate.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
 import { version } from './version.js';
@@ -31,6 +32,7 @@ function programme(): Command {
     .addCommand(vdiCommand())
     .addCommand(importCommand())
     .addCommand(exportCommand())
+    .addCommand(migrateCommand())
     .addCommand(checkCommand())
     .addCommand(clusterCommand())
     .addCommand(nodeCommand())

@@ -74,6 +74,12 @@ const ROUTES: readonly Route[] = [
     },
   },
   {
+    method: 'GET',
+    path: ['vdis', '*', 'changes'],
+    answer: ({ operations, names, query }) =>
+      operations.changes(first(names), query.get('since') ?? '', offsetIn(query)),
+  },
+  {
     method: 'POST',
     path: ['vdis', '*', 'resize'],
     answer: ({ operations, names, body }) =>
@@ -82,7 +88,10 @@ const ROUTES: readonly Route[] = [
   {
     method: 'POST',
     path: ['vdis', '*', 'snapshots'],
-    answer: ({ operations, names, body }) => operations.snapshot(first(names), text(body, 'tag')),
+    answer: ({ operations, names, body }) =>
+      operations.snapshot(first(names), text(body, 'tag'), {
+        takenAt: body.takenAt === undefined ? undefined : wholeNumber(body, 'takenAt'),
+      }),
   },
   {
     method: 'POST',
@@ -307,6 +316,12 @@ function wholeNumber(body: Body, field: string): number {
     throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
   }
   return value;
+}
+
+function offsetIn(query: URLSearchParams): number {
+  const offset = query.get('offset') ?? '0';
+  if (!/^\d{1,16}$/.test(offset)) throw badRequest(`"offset" must be a whole number, not ${JSON.stringify(offset)}`);
+  return Number(offset);
 }
 
 function flag(body: Body, field: string): boolean {

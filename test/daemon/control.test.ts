@@ -222,7 +222,7 @@ test('the status tells who is connected, to what, and what has gone over', async
 
 test('snapshots, clones, growing and deleting go on around a writer, which notices nothing', async () => {
   const daemon = await startDaemon({ args: ['--create', 'vm:64M'] });
-  const operations = new RemoteOperations(daemon.store, new ControlClient(daemon.control));
+  const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const writer = await NbdClient.connect({ path: daemon.socket });
   await writer.go('vm');
   let isWriting = true;
@@ -279,7 +279,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
 
 test('many catalog operations at once are done one after the other, each whole', async () => {
   const daemon = await startDaemon();
-  const operations = new RemoteOperations(daemon.store, new ControlClient(daemon.control));
+  const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const outcomes = await Promise.allSettled(
     Array.from({ length: 40 }, (_, i) => operations.create(`vm${i % 20}`, MIB, {})),
   );
