@@ -199,6 +199,8 @@ export interface DaemonOptions {
   readonly args?: readonly string[];
   /** The store directory; by default a new temporary one. */
   readonly store?: string;
+  /** Serve this cluster instead. */
+  readonly cluster?: string;
   readonly env?: RunOptions['env'];
   /** A command that becomes the one that is given to it, with its arguments: where the daemon is to run. */
   readonly under?: readonly string[];
@@ -236,7 +238,11 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
-  const args = [BIN, 'serve', '--json', '--store', store, '--listen', `unix:${socket}`, ...(options.args ?? [])];
+  // A cluster's control socket is where this user's are: not in a developer's own place.
+  const control = path.join(directory, 'control.sock');
+  const place =
+    options.cluster === undefined ? ['--store', store] : ['--cluster', options.cluster, '--control', control];
+  const args = [BIN, 'serve', '--json', ...place, '--listen', `unix:${socket}`, ...(options.args ?? [])];
   const [command, ...rest] = [...(options.under ?? []), process.execPath, ...args] as [string, ...string[]];
   const child = spawn(command, rest, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });
   children.add(child);

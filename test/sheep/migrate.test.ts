@@ -4,15 +4,30 @@
  * and, where there are any, real nodes.
  */
 import { spawn } from 'node:child_process';
+import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import type { ObjectStore, VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/object-store.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { expectBytes, MIB, oneLineOf, patterned } from '../cli/both-ways.js';
-import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import type { VdiCatalog } from '../../src/vdi/catalog.js';
+import { attach, MIB, patterned } from '../cli/both-ways.js';
+import {
+  checkContents,
+  localPlace,
+  makeHistory,
+  migrate,
+  recordsOf,
+  refused,
+  withCatalog,
+  write,
+  type Contents,
+  type Place,
+  type Result,
+} from '../cli/migration-places.js';
+import { BIN, ended, startDaemon, waitUntil } from '../harness/daemon.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
+import { Op, StandIn } from './stand-in.js';
 
 const SHIFT = 20;
 const missing = realNodesMissing();
@@ -22,109 +37,6 @@ const clusters = [
   { label: 'stand-in', start: startStandIn, skip: false },
   { label: 'real nodes', start: startRealNodes, skip: missing !== undefined },
 ];
-
-interface Step {
-  readonly tag: string | null;
-  readonly size: number;
-  readonly copiedBytes: number;
-  readonly comparedBytes: number;
-  readonly sha256: string | null;
-}
-
-interface Result {
-  readonly snapshots: readonly Step[];
-  readonly working: Step | null;
-  readonly isFinished: boolean;
-}
-
-/** What a place must hold: tag, or '' for the working VDI, and content. */
-type Contents = Map<string, Buffer>;
-
-interface Place {
-  /** For --from and --to. */
-  readonly argument: string;
-  open(): Promise<ObjectStore>;
-}
-
-function localPlace(): Place {
-  const directory = path.join(temporaryDirectory(), 'store');
-  return { argument: directory, open: () => LocalStore.open(directory) };
-}
-
-async function withCatalog<T>(place: Place, work: (catalog: VdiCatalog) => Promise<T>): Promise<T> {
-  const catalog = new VdiCatalog(await place.open());
-  try {
-    return await work(catalog);
-  } finally {
-    await catalog.close();
-  }
-}
-
-async function write(catalog: VdiCatalog, name: string, content: Buffer, at: number, data: Buffer): Promise<void> {
-  data.copy(content, at);
-  const vdi = await catalog.openVdi(name);
-  await vdi.write(at, data, false);
-  await catalog.release(vdi);
-}
-
-async function trim(catalog: VdiCatalog, name: string, content: Buffer, at: number, length: number): Promise<void> {
-  content.fill(0, at, at + length);
-  const vdi = await catalog.openVdi(name);
-  await vdi.trim(at, length, false);
-  await catalog.release(vdi);
-}
-
-/** A disk that has seen everything a history can hold: changes, trims, growing, a rollback, shrinking. */
-async function makeHistory(place: Place, name: string): Promise<Contents> {
-  return withCatalog(place, async (catalog) => {
-    const contents: Contents = new Map();
-    await catalog.create(name, 9 * MIB + 512, { blockSizeShift: SHIFT });
-    let content = Buffer.alloc(9 * MIB + 512);
-    await write(catalog, name, content, 0, patterned(5 * MIB, 1));
-    await write(catalog, name, content, 9 * MIB, patterned(512, 2));
-    const take = async (tag: string): Promise<void> => {
-      await catalog.snapshot(name, tag);
-      contents.set(tag, Buffer.from(content));
-    };
-    await take('first');
-    await write(catalog, name, content, 2 * MIB + 4096, patterned(8192, 3));
-    await trim(catalog, name, content, 3 * MIB, MIB);
-    await take('second, with trims');
-    await catalog.resize(name, 14 * MIB);
-    content = Buffer.concat([content, Buffer.alloc(14 * MIB - content.length)]);
-    await write(catalog, name, content, 12 * MIB + 100, patterned(MIB, 4));
-    await take('grown');
-    await catalog.rollback(`${name}@first`);
-    content = Buffer.from(contents.get('first') as Buffer);
-    await write(catalog, name, content, MIB, patterned(512, 5));
-    await take('another way');
-    await catalog.resize(name, 4 * MIB + 512, { force: true });
-    content = content.subarray(0, 4 * MIB + 512);
-    await take('cut');
-    await write(catalog, name, content, 4 * MIB, patterned(512, 6));
-    contents.set('', content);
-    return contents;
-  });
-}
-
-async function recordsOf(catalog: VdiCatalog, name: string): Promise<VdiRecord[]> {
-  return (await catalog.list()).filter((record) => record.name === name);
-}
-
-async function checkContents(place: Place, name: string, contents: Contents): Promise<VdiRecord[]> {
-  return withCatalog(place, async (catalog) => {
-    const records = await recordsOf(catalog, name);
-    expect(records.map(({ tag }) => tag)).toEqual([...contents.keys()]);
-    for (const [tag, content] of contents) {
-      const vdi = await catalog.openVdi(tag === '' ? name : `${name}@${tag}`);
-      const found = Buffer.alloc(vdi.size);
-      await vdi.read(0, found);
-      await catalog.release(vdi);
-      expectBytes(found, content);
-    }
-    return records;
-  });
-}
 
 /** Blocks from the first to the last, each stamped with the number of the round it was written in. */
 async function writeRounds(
@@ -157,6 +69,13 @@ function expectPointInTime(content: Buffer): void {
   expect((stamps[0] as number) - (stamps.at(-1) as number)).toBeLessThanOrEqual(1);
 }
 
+/** Objects that a local store has, also while somebody else has it open. */
+function objectFiles(place: Place): number {
+  const objects = path.join(place.argument, 'objects');
+  if (!fs.existsSync(objects)) return 0;
+  return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
+}
+
 for (const { label, start, skip } of clusters) {
   describe.skipIf(skip)(`migrating (${label})`, () => {
     let cluster: TestCluster;
@@ -183,16 +102,6 @@ for (const { label, start, skip } of clusters) {
       expect(cluster.violations()).toEqual([]);
     });
     afterAll(() => cluster?.stop());
-
-    const migrate = async (from: Place, to: Place, ...args: string[]): Promise<Result> => {
-      const result = await cli(['migrate', 'vm', '--from', from.argument, '--to', to.argument, '--json', ...args]);
-      expect(result.code, result.stderr).toBe(0);
-      return JSON.parse(result.stdout) as Result;
-    };
-    const refused = async (from: Place, to: Place, ...args: string[]): Promise<string> => {
-      const all = ['migrate', 'vm', '--from', from.argument, '--to', to.argument, ...args];
-      return oneLineOf(await cli(all), 1, all.join(' '));
-    };
 
     test('a history arrives whole in the cluster, and whole again in another store', async () => {
       const local = localPlace();
@@ -224,26 +133,6 @@ for (const { label, start, skip } of clusters) {
       expect(await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).toEqual(records);
     });
 
-    test('holes stay holes, and what did not change is neither copied nor compared again', async () => {
-      const local = localPlace();
-      await withCatalog(local, async (catalog) => {
-        await catalog.create('vm', 2 ** 40);
-        const vdi = await catalog.openVdi('vm');
-        await vdi.write(2 ** 39, patterned(MIB, 1), false);
-        await vdi.write(2 ** 40 - MIB, Buffer.alloc(MIB), false);
-        await vdi.flush();
-        await catalog.snapshot('vm', 'a');
-        await vdi.write(0, patterned(4096, 2), false);
-        await catalog.release(vdi);
-      });
-      const result = await migrate(local, remote);
-      expect(result.snapshots[0]).toMatchObject({ copiedBytes: MIB, comparedBytes: 8 * MIB });
-      expect(result.working).toMatchObject({ copiedBytes: 4096, comparedBytes: 4 * MIB });
-      await withCatalog(remote, async (catalog) => {
-        expect(await catalog.show('vm')).toMatchObject({ allocatedBytes: 8 * MIB, size: 2 ** 40 });
-      });
-    });
-
     for (const way of ['into the cluster', 'out of the cluster']) {
       test(`killed at every stage ${way}, the same command goes on and repeats nothing that was done`, async () => {
         const local = localPlace();
@@ -261,31 +150,30 @@ for (const { label, start, skip } of clusters) {
           contents.set('', content);
         });
         const args = ['migrate', 'vm', '--from', from.argument, '--to', to.argument, '--json'];
-        const sizes = [300, 500, 700, 900, 1100, 1300];
-        let isKilled = 0;
-        for (const afterMs of sizes) {
+        // How far it is: its tags in a cluster, its objects in a store, which is locked while it runs.
+        const [reached, stages] =
+          to === remote
+            ? [async () => (await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'))).length - 1, [1, 2, 3, 4]]
+            : [async () => objectFiles(to), [3, 15, 27, 40]];
+        let kills = 0;
+        for (const stage of stages) {
           const child = spawn(process.execPath, [BIN, ...args], { stdio: 'ignore' });
           const over = ended(child);
-          // The moment does not matter: every one of them must do.
-          const timer = setTimeout(() => child.kill('SIGKILL'), afterMs);
-          const { signal } = await over;
-          clearTimeout(timer);
-          if (signal === null) break;
-          isKilled++;
+          await waitUntil(async () => child.exitCode !== null || (await reached()) >= stage, `stage ${stage}`, 60_000);
+          child.kill('SIGKILL');
+          if ((await over).signal !== null) kills++;
         }
-        expect(isKilled).toBeGreaterThan(0);
+        expect(kills).toBeGreaterThan(0);
         const records = await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'));
-        const mark = records.find(({ tag }) => tag.startsWith('migrating-'));
-        if (records.length > 1) {
-          const tags = records.map(({ tag }) => tag).filter((tag) => tag.startsWith('s'));
-          if (mark) {
-            const result = await migrate(from, to);
-            for (const [n, step] of result.snapshots.entries()) {
-              if (n < tags.length) expect(step.copiedBytes, `${step.tag}`).toBe(0);
-              expect(step.comparedBytes).toBeGreaterThan(0);
-            }
+        const done = records.map(({ tag }) => tag).filter((tag) => tag.startsWith('s'));
+        // It may have come to its end in spite of us.
+        if (records.some(({ tag }) => tag.startsWith('migrating-'))) {
+          const { snapshots } = await migrate(from, to);
+          for (const [n, { tag, copiedBytes, comparedBytes }] of snapshots.entries()) {
+            if (n < done.length) expect(copiedBytes, `${tag}`).toBe(0);
+            expect(comparedBytes, `${tag}`).toBeGreaterThan(0);
           }
-        } else await migrate(from, to);
+        }
         await checkContents(to, 'vm', contents);
         await checkContents(from, 'vm', contents);
       });
@@ -364,7 +252,6 @@ for (const { label, start, skip } of clusters) {
     test('with a daemon on either side it is the same, the source being written, its vid staying', async () => {
       const daemon = await startDaemon({ args: ['--create', 'vm:8M'] });
       const served = { argument: daemon.store, open: () => LocalStore.open(daemon.store) };
-      const { attach } = await import('../cli/both-ways.js');
       const client = await attach(daemon, 'vm');
       await client.write(0, patterned(8 * MIB, 1));
       const state = { round: 0, stop: false };
@@ -401,60 +288,45 @@ for (const { label, start, skip } of clusters) {
       await checkContents(served, 'copy', new Map([['', content]]));
       await checkContents(served, 'vm', new Map([['', content]]));
     });
-
-    test('a VDI of that name that it did not make is left alone', async () => {
-      const local = localPlace();
-      const contents = await makeHistory(local, 'vm');
-      const own = Buffer.alloc(2 * MIB);
-      await withCatalog(remote, async (catalog) => {
-        await catalog.create('vm', 2 * MIB, { blockSizeShift: SHIFT });
-        await write(catalog, 'vm', own, 0, patterned(MIB, 7));
-      });
-      expect(await refused(local, remote)).toMatch(/vm in sheepdog:.* exists, .*nothing was touched; .*--as/);
-      await checkContents(remote, 'vm', new Map([['', own]]));
-      // Nor what another migration has begun.
-      const other = localPlace();
-      await withCatalog(other, async (catalog) => {
-        await catalog.create('vm', MIB);
-        await catalog.snapshot('vm', 'mine');
-      });
-      await migrate(other, remote, '--as', 'half', '--sync');
-      expect(await refused(local, remote, '--as', 'half')).toMatch(/unfinished target of another migration/);
-      // Nor what it has finished.
-      await migrate(local, remote, '--as', 'done');
-      expect(await refused(local, remote, '--as', 'done')).toMatch(/exists/);
-      await checkContents(remote, 'done', contents);
-    });
-
-    test('what somebody wrote to the target between two runs is not undone', async () => {
-      const local = localPlace();
-      const content = Buffer.alloc(2 * MIB);
-      await withCatalog(local, async (catalog) => {
-        await catalog.create('vm', 2 * MIB);
-        await write(catalog, 'vm', content, 0, patterned(MIB, 1));
-      });
-      await migrate(local, remote, '--sync');
-      await withCatalog(remote, (catalog) => write(catalog, 'vm', content, MIB, patterned(512, 2)));
-      expect(await refused(local, remote)).toMatch(
-        /was written by somebody else since the last run.*delete vm@migrated-/,
-      );
-      await withCatalog(remote, async (catalog) => {
-        const vdi = await catalog.openVdi('vm');
-        const found = Buffer.alloc(vdi.size);
-        await vdi.read(0, found);
-        await catalog.release(vdi);
-        expectBytes(found, content);
-      });
-    });
-
-    test('a disk that was deleted arrives as its snapshots', async () => {
-      const local = localPlace();
-      const contents = await makeHistory(local, 'vm');
-      await withCatalog(local, (catalog) => catalog.remove('vm'));
-      contents.delete('');
-      const result = await migrate(local, remote);
-      expect(result).toMatchObject({ working: null, isFinished: true });
-      await checkContents(remote, 'vm', contents);
-    });
   });
 }
+
+test('what is damaged on its way is found before it gets its tag, and the next run mends it', async () => {
+  const cluster = await new StandIn().start();
+  const local = localPlace();
+  const remote: Place = { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) };
+  const content = Buffer.alloc(8 * MIB);
+  await withCatalog(local, async (catalog) => {
+    await catalog.create('vm', content.length);
+    await write(catalog, 'vm', content, 0, patterned(8 * MIB, 1));
+    await catalog.snapshot('vm', 'a');
+  });
+  let isDamaged = false;
+  cluster.fault = ({ opcode, oid }) => {
+    // The first that is read of it: it was written before.
+    const object = cluster.objects.get(oid);
+    if (isDamaged || opcode !== Op.READ || oid >> 63n !== 0n || (oid & 0xffffffffn) !== 1n || !object) return undefined;
+    object[12_345] = (object[12_345] as number) ^ 1;
+    isDamaged = true;
+    return undefined;
+  };
+  const from = 4 * MIB + 12_288;
+  expect(await refused(local, remote)).toMatch(
+    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy that anew`),
+  );
+  expect((await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).map(({ tag }) => tag)).toEqual([
+    expect.stringMatching(/^migrating-/),
+    '',
+  ]);
+  expect((await migrate(local, remote)).snapshots[0]?.copiedBytes).toBe(4096);
+  await checkContents(
+    remote,
+    'vm',
+    new Map([
+      ['a', content],
+      ['', content],
+    ]),
+  );
+  expect(cluster.violations).toEqual([]);
+  await cluster.stop();
+});
