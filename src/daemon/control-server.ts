@@ -124,6 +124,8 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   BAD_REQUEST: 400,
   BAD_NAME: 400,
   BAD_SIZE: 400,
+  BAD_TIME: 400,
+  READ_ONLY: 403,
   IS_SNAPSHOT: 400,
   NO_VDI: 404,
   NO_TAG: 404,

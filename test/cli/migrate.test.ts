@@ -2,6 +2,7 @@
  * `sheepgate migrate` between two stores: what it copies and what not, whose VDIs it leaves alone, and what it says when
  * the two sides are not the same. Clusters are in test/sheep/migrate.test.ts.
  */
+import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -13,6 +14,7 @@ import {
   makeHistory,
   migrate,
   refused,
+  trim,
   withCatalog,
   write,
   type Place,
@@ -92,6 +94,54 @@ test('holes stay holes, and what did not change is neither copied nor compared a
   expect(result.working).toMatchObject({ copiedBytes: 4096, comparedBytes: 4 * MIB });
   await withCatalog(there, async (catalog) => {
     expect(await catalog.show('vm')).toMatchObject({ allocatedBytes: 8 * MIB, size: 2 ** 40 });
+  });
+});
+
+/** As docs/migrate.md says it. */
+function hashOf(content: Buffer): string {
+  const hash = createHash('sha256');
+  const number = Buffer.alloc(8);
+  for (let at = 0; at < content.length; at += 4 * MIB) {
+    const unit = content.subarray(at, at + 4 * MIB);
+    if (unit.every((byte) => byte === 0)) continue;
+    number.writeBigUInt64BE(BigInt(at));
+    hash.update(number).update(createHash('sha256').update(unit).digest());
+  }
+  number.writeBigUInt64BE(BigInt(content.length));
+  return hash.update(number).digest('hex');
+}
+
+test('the hash is what the documentation says, of every snapshot, whatever it was compared with', async () => {
+  const local = localPlace();
+  const there = localPlace();
+  const contents = await makeHistory(local, 'vm');
+  const result = await migrate(local, there);
+  const steps = [...result.snapshots, result.working].map((step) => [step?.tag ?? '', step?.sha256]);
+  expect(steps).toEqual([...contents].map(([tag, content]) => [tag, hashOf(content)]));
+  await checkContents(there, 'vm', contents);
+});
+
+test('what was trimmed since the snapshot before is trimmed there, and takes up no space', async () => {
+  const local = localPlace();
+  const there = localPlace();
+  const contents = new Map<string, Buffer>();
+  await withCatalog(local, async (catalog) => {
+    await catalog.create('vm', 32 * MIB);
+    const content = Buffer.alloc(32 * MIB);
+    await write(catalog, 'vm', content, 0, patterned(32 * MIB, 1));
+    await catalog.snapshot('vm', 'full');
+    contents.set('full', Buffer.from(content));
+    await trim(catalog, 'vm', content, 8 * MIB, 16 * MIB);
+    // Not a whole object, and written over with zeros.
+    await trim(catalog, 'vm', content, 2 * MIB, MIB);
+    await write(catalog, 'vm', content, 28 * MIB, Buffer.alloc(4 * MIB));
+    contents.set('', content);
+  });
+  const { working } = await migrate(local, there);
+  expect(working).toMatchObject({ copiedBytes: 0, zeroedBytes: 21 * MIB });
+  await checkContents(there, 'vm', contents);
+  await withCatalog(there, async (catalog) => {
+    expect(await catalog.show('vm')).toMatchObject({ allocatedBytes: 12 * MIB });
   });
 });
 

@@ -16,6 +16,7 @@ export interface Step {
   readonly tag: string | null;
   readonly size: number;
   readonly copiedBytes: number;
+  readonly zeroedBytes: number;
   readonly comparedBytes: number;
   readonly sha256: string | null;
 }

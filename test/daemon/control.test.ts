@@ -62,6 +62,23 @@ describe('malformed', () => {
     ['an empty body', 'POST', '/vdis', '', 400, /"name" must be a string, not undefined/],
     ['JSON that is no object', 'POST', '/vdis', '[1]', 400, /must be a JSON object/],
     ['null', 'POST', '/vdis', 'null', 400, /must be a JSON object/],
+    [
+      'an offset that is no number',
+      'GET',
+      '/vdis/vm/changes?since=vm&offset=-1',
+      undefined,
+      400,
+      /"offset" must be a whole/,
+    ],
+    ['nothing to compare with', 'GET', '/vdis/vm/changes', undefined, 400, /must not be empty/],
+    [
+      'a time before time',
+      'POST',
+      '/vdis/vm/snapshots',
+      '{"tag":"t","takenAt":-1}',
+      400,
+      /cannot have been taken at -1/,
+    ],
     ['a missing field', 'POST', '/vdis', '{"name":"x"}', 400, /"size" must be a whole number, not undefined/],
     [
       'a string for a number',
