@@ -1,6 +1,6 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
-import { OperationError, type Operations } from '../daemon/operations.js';
+import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { interruptible, InterruptedError } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
@@ -79,10 +79,12 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
       try {
         return await migration.run();
       } catch (error) {
-        if (error instanceof InterruptedError && migration.hasClaimed) {
-          process.stderr.write(
-            `sheepgate: note: ${newName} in ${target.store} is not complete; the same command goes on from there\n`,
-          );
+        if (!migration.hasClaimed) throw error;
+        const rest = `${newName} in ${target.store} is not complete, and the same command goes on from there`;
+        if (error instanceof InterruptedError) process.stderr.write(`sheepgate: note: ${rest}\n`);
+        const expected = asOperationError(error);
+        if (expected && expected.code !== 'MISMATCH') {
+          throw new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
         }
         throw error;
       }
