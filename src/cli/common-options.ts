@@ -8,6 +8,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
 import { defaultStore } from '../daemon/places.js';
 import { clusterLocation } from '../store/sheep/cluster-address.js';
+import { closing } from './closing.js';
 import { parseSize, SizeError } from './size.js';
 
 export interface CommonOptions {
@@ -83,7 +84,7 @@ export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = pro
 export async function withOperations<T>(
   options: CommonOptions,
   work: (operations: Operations) => Promise<T>,
-  { mayCreate = false } = {},
+  { mayCreate = false, missingIsZero = false } = {},
 ): Promise<T> {
   const place = chosenStore(options);
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
@@ -91,18 +92,10 @@ export async function withOperations<T>(
   const operations = await openOperations({
     ...place,
     mayCreate,
+    missingIsZero,
     log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
   });
-  let result: T;
-  try {
-    result = await work(operations);
-  } catch (error) {
-    // The first failure is the one to tell.
-    await operations.close().catch(() => undefined);
-    throw error;
-  }
-  await operations.close();
-  return result;
+  return closing(operations, () => work(operations));
 }
 
 /** For commander: a size argument. */

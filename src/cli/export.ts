@@ -6,6 +6,7 @@ import { OperationError, type Disk } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
 import { interruptible } from './interrupt.js';
+import { missingOption } from './missing.js';
 import { printJson } from './output.js';
 import { startProgress, type Progress } from './progress.js';
 import { formatSize } from './size.js';
@@ -16,6 +17,7 @@ const PARTIAL = '.partial';
 
 interface ExportOptions extends CommonOptions {
   readonly force?: boolean;
+  readonly missing?: 'zero';
 }
 
 type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
@@ -26,6 +28,7 @@ export function exportCommand(): Command {
     .argument('<vdi>', 'NAME, NAME@TAG, or NAME@now for a snapshot that lasts as long as the copying')
     .argument('<file>', 'file, block device, or - for stdout')
     .option('--force', 'replace an existing file')
+    .addOption(missingOption())
     .addHelpText(
       'after',
       '\nExamples:\n  sheepgate export vm1@now vm1.img\n  sheepgate export vm1@monday - | zstd > vm1.zst',
@@ -42,18 +45,22 @@ export function exportCommand(): Command {
     }
     const startedAt = Date.now();
     const target = targetOf(file, options.force ?? false);
-    const { size, copied } = await withOperations(options, (operations) =>
-      interruptible(async (signal) => {
-        const disk = await operations.openDisk(spec);
-        const progress = startProgress(`exporting ${spec}`, disk.size);
-        try {
-          return { size: disk.size, copied: await target(disk, progress, signal) };
-        } finally {
-          progress.end();
-          await disk.close();
-        }
-      }),
+    const copying = withOperations(
+      options,
+      (operations) =>
+        interruptible(async (signal) => {
+          const disk = await operations.openDisk(spec);
+          const progress = startProgress(`exporting ${spec}`, disk.size);
+          try {
+            return { size: disk.size, copied: await target(disk, progress, signal) };
+          } finally {
+            progress.end();
+            await disk.close();
+          }
+        }),
+      { missingIsZero: options.missing === 'zero' },
     );
+    const { size, copied } = await copying;
     const seconds = (Date.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     process.stderr.write(

@@ -10,6 +10,7 @@ import { clusterCommand, nodeCommand } from './cluster.js';
 import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
+import { migrateCommand } from './migrate.js';
 import { restoreCommand } from './restore.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
@@ -36,6 +37,7 @@ function programme(): Command {
     .addCommand(exportCommand())
     .addCommand(backupCommand())
     .addCommand(restoreCommand())
+    .addCommand(migrateCommand())
     .addCommand(checkCommand())
     .addCommand(clusterCommand())
     .addCommand(nodeCommand())

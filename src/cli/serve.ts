@@ -7,6 +7,7 @@ import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBySignal } from './interrupt.js';
+import { missingOption } from './missing.js';
 import { printJson, printLine } from './output.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
@@ -17,6 +18,7 @@ interface ServeOptions extends CommonOptions, PeerOptions {
   readonly socketMode?: number;
   readonly debug?: boolean;
   readonly clusterTimeout?: number;
+  readonly missing?: 'zero';
 }
 
 interface NewVdi {
@@ -51,6 +53,7 @@ export function serveCommand(): Command {
         'how long requests wait for a cluster that cannot serve them, before clients see an error (default: 60)',
       ).argParser(secondsArgument),
     )
+    .addOption(missingOption())
     .option('--debug', 'log every request')
     .addHelpText(
       'after',
@@ -76,6 +79,7 @@ async function serve(options: ServeOptions): Promise<void> {
     ...peerConfiguration(options),
     store: place.store,
     retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
+    missingIsZero: options.missing === 'zero',
     control: place.control,
     listeners,
     inherited,

@@ -42,6 +42,8 @@ export interface StatusAnswer {
   readonly version: string;
   readonly pid: number;
   readonly store: string;
+  /** Tells the store from all others; earlier versions did not say. */
+  readonly identity?: string;
   readonly startedAt: string;
   readonly listeners: readonly string[];
   readonly connections: readonly ConnectionStatus[];

@@ -74,6 +74,12 @@ const ROUTES: readonly Route[] = [
     },
   },
   {
+    method: 'GET',
+    path: ['vdis', '*', 'changes'],
+    answer: ({ operations, names, query }) =>
+      operations.changes(first(names), query.get('since') ?? '', offsetIn(query)),
+  },
+  {
     method: 'POST',
     path: ['vdis', '*', 'resize'],
     answer: ({ operations, names, body }) =>
@@ -82,7 +88,10 @@ const ROUTES: readonly Route[] = [
   {
     method: 'POST',
     path: ['vdis', '*', 'snapshots'],
-    answer: ({ operations, names, body }) => operations.snapshot(first(names), text(body, 'tag')),
+    answer: ({ operations, names, body }) =>
+      operations.snapshot(first(names), text(body, 'tag'), {
+        takenAt: body.takenAt === undefined ? undefined : wholeNumber(body, 'takenAt'),
+      }),
   },
   {
     method: 'POST',
@@ -115,6 +124,8 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   BAD_REQUEST: 400,
   BAD_NAME: 400,
   BAD_SIZE: 400,
+  BAD_TIME: 400,
+  READ_ONLY: 403,
   IS_SNAPSHOT: 400,
   NO_VDI: 404,
   NO_TAG: 404,
@@ -307,6 +318,12 @@ function wholeNumber(body: Body, field: string): number {
     throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
   }
   return value;
+}
+
+function offsetIn(query: URLSearchParams): number {
+  const offset = query.get('offset') ?? '0';
+  if (!/^\d{1,16}$/.test(offset)) throw badRequest(`"offset" must be a whole number, not ${JSON.stringify(offset)}`);
+  return Number(offset);
 }
 
 function flag(body: Body, field: string): boolean {

@@ -31,6 +31,8 @@ export interface DaemonConfiguration {
   readonly store: string;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
+  /** Of a cluster: serve zeros in place of what is lost, read-only. */
+  readonly missingIsZero?: boolean;
   /** By default in the store. */
   readonly control?: string;
   readonly listeners: readonly ListenAddress[];
@@ -76,6 +78,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       store: configuration.store,
       isDaemon: true,
       retryMs: configuration.retryMs,
+      missingIsZero: configuration.missingIsZero,
       log: (line, details) => log.warn(details ?? {}, line),
     });
   }, controlPath);
@@ -109,6 +112,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       version: configuration.version,
       pid: process.pid,
       store: operations.store,
+      identity: operations.identity,
       startedAt,
       listeners: listening.map(formatListenAddress),
       connections: Array.from(nbd.connections.values(), statusOf),

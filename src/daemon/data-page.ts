@@ -1,6 +1,7 @@
 /** Turns what a disk says about its allocation and its changes into pages of bounded size. Never reads data. */
 import { STATE_ZERO, type Awaitable, type ExtentSink } from 'nbd-server-ts';
 import { CHANGED_CONTEXT_PREFIX, STATE_CHANGED } from '../export/vdi-device.js';
+import type { Vdi } from '../vdi/vdi.js';
 import { MAX_PAGE_BYTES, MAX_PAGE_RANGES, OperationError, type DataPage } from './operations.js';
 
 interface Range {
@@ -54,4 +55,25 @@ async function pageOf(
     });
   }
   return { ranges, next: next < size ? next : null };
+}
+
+/** Where `vdi` may differ from `base`, from `offset` on. Errors: BAD_SIZE. */
+export function changesPage(vdi: Vdi, base: Vdi, offset: number): DataPage {
+  if (vdi.record.blockSizeShift !== base.record.blockSizeShift) {
+    throw new OperationError(
+      'BAD_SIZE',
+      `${vdi.record.name} and ${base.record.name} have data objects of different sizes: they cannot be compared by object`,
+    );
+  }
+  const ranges: Range[] = [];
+  let next = offset;
+  if (offset < vdi.size) {
+    vdi.changedSince(base, offset, vdi.size - offset, (at, length, changed) => {
+      if (changed && ranges.length === MAX_PAGE_RANGES) return false;
+      if (changed) ranges.push({ offset: at, length });
+      next = at + length;
+      return true;
+    });
+  }
+  return { ranges, next: next < vdi.size ? next : null };
 }

@@ -6,11 +6,12 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
-import { changedContext, changedPageOf, dataPageOf, notCompared } from './data-page.js';
+import { changedContext, changedPageOf, changesPage, dataPageOf, notCompared } from './data-page.js';
 import {
   asOperationError,
   OperationError,
   type CheckReport,
+  type DataPage,
   type Disk,
   type ExportDescription,
   type OpenOptions,
@@ -25,11 +26,14 @@ const MAX_REQUEST_BYTES = 32 * 2 ** 20;
 
 export class DirectOperations implements Operations {
   readonly store: string;
+  readonly identity: string;
+  readonly isDaemon = false;
   readonly #catalog: VdiCatalog;
   readonly #exports: ExportProvider;
 
   constructor(catalog: VdiCatalog, exports: ExportProvider) {
     this.store = catalog.location;
+    this.identity = catalog.identity;
     this.#catalog = catalog;
     this.#exports = exports;
   }
@@ -59,8 +63,8 @@ export class DirectOperations implements Operations {
     return this.#catalog.create(name, size, options);
   }
 
-  snapshot(name: string, tag: string): Promise<VdiRecord> {
-    return this.#catalog.snapshot(name, tag);
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord> {
+    return this.#catalog.snapshot(name, tag, options);
   }
 
   clone(spec: string, newName: string): Promise<VdiRecord> {
@@ -81,6 +85,20 @@ export class DirectOperations implements Operations {
 
   check(options: { readonly repair: boolean }): Promise<CheckReport> {
     return this.#catalog.check(options);
+  }
+
+  async changes(spec: string, since: string, offset: number): Promise<DataPage> {
+    const vdi = await this.#catalog.openVdi(spec);
+    try {
+      const base = await this.#catalog.openVdi(since);
+      try {
+        return changesPage(vdi, base, offset);
+      } finally {
+        await this.#catalog.release(base);
+      }
+    } finally {
+      await this.#catalog.release(vdi);
+    }
   }
 
   /** What openDisk would find, without opening. */

@@ -32,11 +32,13 @@ export interface StorePlace {
   readonly mayCreate: boolean;
   /** The daemon's control socket, if it is not in the store. */
   readonly control: string | undefined;
+  /** Of a cluster: read zeros in place of lost objects, and write nothing. No daemon is asked then. */
+  readonly missingIsZero?: boolean;
   /** Told what an operator should know and no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
 }
 
-export interface DirectPlace extends Pick<StorePlace, 'store' | 'log'> {
+export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero'> {
   /** This process serves the store, and nobody else on this machine does. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
@@ -49,6 +51,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log'> {
  */
 export async function openOperations(place: StorePlace): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
+  // Whoever serves the cluster as it should be need not serve it with zeros, and nothing is written that could disturb.
+  if (place.missingIsZero) return openDirectly(place);
   return whileLocked(async () => {
     const state = await socketState(socketPath);
     if (state === 'alive') return connect(place, socketPath);
@@ -73,13 +77,23 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
 /** The store, opened by this process. Errors: StoreError. */
 export async function openDirectly(place: DirectPlace): Promise<DirectOperations & { exports: VdiExports }> {
   const isCluster = isClusterLocation(place.store);
+  if (place.missingIsZero && !isCluster) {
+    throw new OperationError(
+      'BAD_USAGE',
+      `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
+    );
+  }
   const catalog = new VdiCatalog(
     isCluster
-      ? await SheepStore.open(place.store, { log: place.log, retryMs: place.retryMs })
+      ? await SheepStore.open(place.store, {
+          log: place.log,
+          retryMs: place.retryMs,
+          missingIsZero: place.missingIsZero,
+        })
       : await LocalStore.open(place.store, { log: place.log }),
   );
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
-  if (!isCluster || place.isDaemon) {
+  if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
     const leftovers = await catalog.dropLeftovers();
     if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
   }
@@ -111,17 +125,19 @@ export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: stri
 async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
   const client = new ControlClient(socketPath);
   // Answers with something else than a daemon's status if the socket is somebody else's.
-  const { store } = await client.status();
+  const status = await client.status();
+  const { store } = status;
   if (place.isStoreGiven && !isSameStore(store, place.store)) {
     throw new OperationError(
       'OTHER_STORE',
       `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
     );
   }
-  return new RemoteOperations(store, client);
+  return new RemoteOperations(status, client);
 }
 
-function isSameStore(a: string, b: string): boolean {
+/** Whether two directories or clusters' locations are one, as far as can be told from outside. */
+export function isSameStore(a: string, b: string): boolean {
   if (isClusterLocation(a) || isClusterLocation(b)) return a === b;
   const first = fs.statSync(a, { throwIfNoEntry: false });
   const second = fs.statSync(b, { throwIfNoEntry: false });

@@ -8,7 +8,10 @@ import type { VdiDetails } from '../vdi/catalog.js';
 
 export type { CheckReport, VdiDetails, VdiRecord };
 
-/** Ranges of which something holds (data, or a change), in ascending order; it does not hold of all else. */
+/**
+ * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
+ * may differ, all else being the same.
+ */
 export interface DataPage {
   readonly ranges: readonly { readonly offset: number; readonly length: number }[];
   /** Where the next page begins; null after the last. */
@@ -53,16 +56,27 @@ export interface ExportDescription {
 export interface Operations {
   /** How this reaches the store, for messages: its directory. */
   readonly store: string;
+  /** Tells the store from all others, however it is reached. */
+  readonly identity: string;
+  /** A daemon does it; else this process. */
+  readonly isDaemon: boolean;
   list(): Promise<VdiRecord[]>;
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
   create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord>;
-  snapshot(name: string, tag: string): Promise<VdiRecord>;
+  /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord>;
   clone(spec: string, newName: string): Promise<VdiRecord>;
   rollback(spec: string): Promise<VdiRecord>;
   resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord>;
   remove(spec: string): Promise<void>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
+  /**
+   * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
+   * from their maps alone. A page has MAX_PAGE_RANGES at most, and no bound on its bytes. Errors: BAD_SIZE if their
+   * objects are not of one size.
+   */
+  changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
   openDisk(exportName: string, options?: OpenOptions): Promise<Disk>;
   close(): Promise<void>;

@@ -4,10 +4,12 @@
  */
 import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
 import { pathOf, type ControlClient } from './control-client.js';
+import type { StatusAnswer } from './control-protocol.js';
 import { changedContext, changedPageOf, dataPageOf, notCompared } from './data-page.js';
 import {
   OperationError,
   type CheckReport,
+  type DataPage,
   type Disk,
   type ExportDescription,
   type OpenOptions,
@@ -18,10 +20,13 @@ import {
 
 export class RemoteOperations implements Operations {
   readonly store: string;
+  readonly identity: string;
+  readonly isDaemon = true;
   readonly #control: ControlClient;
 
-  constructor(store: string, control: ControlClient) {
+  constructor({ store, identity }: Pick<StatusAnswer, 'store' | 'identity'>, control: ControlClient) {
     this.store = store;
+    this.identity = identity ?? store;
     this.#control = control;
   }
 
@@ -41,8 +46,8 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift } });
   }
 
-  snapshot(name: string, tag: string): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', name, 'snapshots'), { body: { tag } });
+  snapshot(name: string, tag: string, options: { readonly takenAt?: number } = {}): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'snapshots'), { body: { tag, ...options } });
   }
 
   clone(spec: string, newName: string): Promise<VdiRecord> {
@@ -63,6 +68,11 @@ export class RemoteOperations implements Operations {
 
   check({ repair }: { readonly repair: boolean }): Promise<CheckReport> {
     return this.#control.call('POST', '/check', { body: { repair } });
+  }
+
+  changes(spec: string, since: string, offset: number): Promise<DataPage> {
+    const query = new URLSearchParams({ since, offset: String(offset) });
+    return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
   }
 
   async openDisk(exportName: string, { since }: OpenOptions = {}): Promise<Disk> {

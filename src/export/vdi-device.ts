@@ -29,13 +29,18 @@ const MAX_BASES = 256;
 export interface Bases {
   /** Their tags, newest first. */
   readonly tags: readonly string[];
+  /** Nothing of their store may be changed. */
+  readonly isReadOnly: boolean;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi): Promise<void>;
 }
 
-/** How an export of this VDI looks; `tags` are those of the snapshots it can be compared with, newest first. */
-export function geometryOf(record: VdiRecord, tags: readonly string[]): Geometry {
-  const writable = !record.isSnapshot && record.isReadOnly !== true;
+/**
+ * How an export of this VDI looks; `tags` are those of the snapshots it can be compared with, newest first. `isReadOnly`:
+ * nothing of its store may be changed.
+ */
+export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnly: boolean): Geometry {
+  const writable = !record.isSnapshot && record.isReadOnly !== true && !isReadOnly;
   return {
     size: record.size,
     minimumBlockSize: 1,
@@ -68,7 +73,7 @@ export class VdiDevice implements BlockDevice {
   constructor(vdi: Vdi, bases: Bases, onClose: () => Awaitable<void>) {
     this.#vdi = vdi;
     this.#bases = bases;
-    this.geometry = geometryOf(vdi.record, bases.tags);
+    this.geometry = geometryOf(vdi.record, bases.tags, bases.isReadOnly);
     this.#onClose = onClose;
   }
 

@@ -34,15 +34,17 @@ export class VdiExports implements ExportProvider {
 
   async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
+      const { isReadOnly } = this.#catalog;
       const { name: vdiName, tag } = parseSpec(name);
       if (tag === undefined || !isTemporaryTag(tag)) {
         const record = await this.#catalog.find(name);
-        return { geometry: geometryOf(record, await this.#tagsOf(record)), info: infoOf(record) };
+        return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
       }
       checkTemporaryTag(tag);
+      this.#catalog.mustBeWritable();
       const working = await this.#catalog.find(vdiName);
       const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
-      return { geometry: geometryOf(record, await this.#tagsOf(record)), info: infoOf(record) };
+      return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
     } catch (error) {
       throw asExportError(error);
     }
@@ -74,6 +76,7 @@ export class VdiExports implements ExportProvider {
     }
     const bases: Bases = {
       tags,
+      isReadOnly: this.#catalog.isReadOnly,
       open: (tag) => this.#catalog.openVdi(`${name}@${tag}`),
       release: (base) => this.#catalog.release(base),
     };

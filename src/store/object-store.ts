@@ -104,6 +104,10 @@ export interface ObjectReader {
 export interface ObjectStore extends ObjectReader {
   /** For messages: where the store is. */
   readonly location: string;
+  /** Tells this store from all others, however it is reached. */
+  readonly identity: string;
+  /** Why nothing may be changed; undefined if it may. */
+  readonly readOnlyBecause: string | undefined;
   /** A client is about to read this range of the disk: a hint for stores that read ahead. */
   noteRead?(vdi: OpenVdi, offset: number, length: number): void;
   /** In place, into an existing exclusive object. */
@@ -142,8 +146,11 @@ export interface Catalog {
   create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord>;
   /** Open for reading and, if it is not a snapshot, writing. */
   open(vid: number): Promise<OpenVdi>;
-  /** Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. */
-  prepareSwitch(vdi: OpenVdi, tag: string): Switch;
+  /**
+   * Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. `takenAt`: what
+   * it shall say of when it was taken, if that is not now.
+   */
+  prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch;
   /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
   prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
   /** A new working VDI `name` that reads as snapshot `vid`. */

@@ -1,6 +1,15 @@
 /** What can be wrong with a catalog request: one class, a stable code for machines, a message for people. */
 export type CatalogErrorCode =
-  'BAD_NAME' | 'BAD_SIZE' | 'NO_VDI' | 'NO_TAG' | 'EXISTS' | 'BUSY' | 'NEEDS_FORCE' | 'IS_SNAPSHOT';
+  | 'BAD_NAME'
+  | 'BAD_SIZE'
+  | 'BAD_TIME'
+  | 'NO_VDI'
+  | 'NO_TAG'
+  | 'EXISTS'
+  | 'BUSY'
+  | 'NEEDS_FORCE'
+  | 'IS_SNAPSHOT'
+  | 'READ_ONLY';
 
 export class CatalogError extends Error {
   constructor(

@@ -20,6 +20,8 @@ import { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
 const SIZE_UNIT = 512;
+/** Times are stored as seconds in 32 bits by a cluster. */
+const MAX_TIME_MS = 2 ** 32 * 1000;
 
 export interface VdiDetails extends VdiRecord {
   /** Space of its allocated objects, full objects counted, whether shared or not. */
@@ -49,6 +51,21 @@ export class VdiCatalog {
     return this.#store.location;
   }
 
+  get identity(): string {
+    return this.#store.identity;
+  }
+
+  /** Nothing can be changed, and working VDIs are read-only as well. */
+  get isReadOnly(): boolean {
+    return this.#store.readOnlyBecause !== undefined;
+  }
+
+  /** Errors: READ_ONLY. */
+  mustBeWritable(): void {
+    const why = this.#store.readOnlyBecause;
+    if (why !== undefined) throw new CatalogError('READ_ONLY', why);
+  }
+
   /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */
   async list(): Promise<VdiRecord[]> {
     const records = [...(await this.#store.catalog.list())];
@@ -76,7 +93,7 @@ export class VdiCatalog {
 
   /** An empty VDI of `size` bytes. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
   create(name: string, size: number, options: { blockSizeShift?: number } = {}): Promise<VdiRecord> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
       if (!Number.isInteger(shift) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
         throw new CatalogError(
@@ -91,17 +108,23 @@ export class VdiCatalog {
     });
   }
 
-  /** Freeze the VDI's present content as NAME@TAG. It may be in use: its writers go on without noticing. */
-  snapshot(name: string, tag: string): Promise<VdiRecord> {
-    return this.#alone(async () => {
+  /**
+   * Freeze the VDI's present content as NAME@TAG. It may be in use: its writers go on without noticing. `takenAt`
+   * (milliseconds since the epoch): when it was taken in the store that it is a copy from.
+   */
+  snapshot(name: string, tag: string, { takenAt }: { readonly takenAt?: number } = {}): Promise<VdiRecord> {
+    return this.#change(async () => {
       checkTag(tag);
-      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag));
+      if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
+        throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
+      }
+      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag, takenAt));
     });
   }
 
   /** The same under a reserved tag ("now", "now:LABEL"), to be dropped with `dropTemporary` when its last reader is gone. */
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       checkTemporaryTag(tag);
       const { catalog } = this.#store;
       return this.#snapshot(
@@ -114,7 +137,7 @@ export class VdiCatalog {
 
   /** Drop a temporary snapshot, as if it had never been. */
   dropTemporary(name: string, tag: string): Promise<void> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       checkTemporaryTag(tag);
       const record = (await this.list()).find((other) => other.name === name && other.tag === tag);
       if (!record) return; // by somebody else
@@ -160,7 +183,7 @@ export class VdiCatalog {
 
   /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT if `spec` is not one, EXISTS. */
   clone(spec: string, newName: string): Promise<VdiRecord> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       checkName(newName);
       const base = await this.#findSnapshot(spec, 'clone');
       await this.#mustNotExist(newName);
@@ -170,7 +193,7 @@ export class VdiCatalog {
 
   /** The working VDI becomes what the snapshot is; what was written since is gone. Not while it is open. */
   rollback(spec: string): Promise<VdiRecord> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#findWorking(base.name);
       this.#mustBeClosed(working, 'rolled back');
@@ -183,7 +206,7 @@ export class VdiCatalog {
    * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE.
    */
   resize(name: string, size: number, options: { force?: boolean } = {}): Promise<VdiRecord> {
-    return this.#alone(async () => {
+    return this.#change(async () => {
       const record = await this.#findWorking(name);
       checkSize(size, record.blockSizeShift);
       if (size === record.size) return record;
@@ -212,7 +235,7 @@ export class VdiCatalog {
 
   /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. */
   async remove(spec: string): Promise<void> {
-    await this.#alone(async () => {
+    await this.#change(async () => {
       const record = await this.find(spec);
       this.#mustBeClosed(record, 'deleted');
       await this.#store.catalog.remove(record.vid);
@@ -329,6 +352,12 @@ export class VdiCatalog {
     } finally {
       await this.#release(vdi);
     }
+  }
+
+  /** #alone, for what changes something. Errors: READ_ONLY. */
+  async #change<T>(work: () => Promise<T>): Promise<T> {
+    this.mustBeWritable();
+    return this.#alone(work);
   }
 
   #alone<T>(work: () => Promise<T>): Promise<T> {

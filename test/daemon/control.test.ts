@@ -62,6 +62,23 @@ describe('malformed', () => {
     ['an empty body', 'POST', '/vdis', '', 400, /"name" must be a string, not undefined/],
     ['JSON that is no object', 'POST', '/vdis', '[1]', 400, /must be a JSON object/],
     ['null', 'POST', '/vdis', 'null', 400, /must be a JSON object/],
+    [
+      'an offset that is no number',
+      'GET',
+      '/vdis/vm/changes?since=vm&offset=-1',
+      undefined,
+      400,
+      /"offset" must be a whole/,
+    ],
+    ['nothing to compare with', 'GET', '/vdis/vm/changes', undefined, 400, /must not be empty/],
+    [
+      'a time before time',
+      'POST',
+      '/vdis/vm/snapshots',
+      '{"tag":"t","takenAt":-1}',
+      400,
+      /cannot have been taken at -1/,
+    ],
     ['a missing field', 'POST', '/vdis', '{"name":"x"}', 400, /"size" must be a whole number, not undefined/],
     [
       'a string for a number',
@@ -222,7 +239,7 @@ test('the status tells who is connected, to what, and what has gone over', async
 
 test('snapshots, clones, growing and deleting go on around a writer, which notices nothing', async () => {
   const daemon = await startDaemon({ args: ['--create', 'vm:64M'] });
-  const operations = new RemoteOperations(daemon.store, new ControlClient(daemon.control));
+  const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const writer = await NbdClient.connect({ path: daemon.socket });
   await writer.go('vm');
   let isWriting = true;
@@ -279,7 +296,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
 
 test('many catalog operations at once are done one after the other, each whole', async () => {
   const daemon = await startDaemon();
-  const operations = new RemoteOperations(daemon.store, new ControlClient(daemon.control));
+  const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const outcomes = await Promise.allSettled(
     Array.from({ length: 40 }, (_, i) => operations.create(`vm${i % 20}`, MIB, {})),
   );

@@ -238,10 +238,10 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
+  // A cluster's control socket is where this user's are: not in a developer's own place.
+  const control = path.join(directory, 'control.sock');
   const place =
-    options.cluster === undefined
-      ? ['--store', store]
-      : ['--cluster', options.cluster, '--control', path.join(directory, 'control.sock')];
+    options.cluster === undefined ? ['--store', store] : ['--cluster', options.cluster, '--control', control];
   const args = [BIN, 'serve', '--json', ...place, '--listen', `unix:${socket}`, ...(options.args ?? [])];
   const [command, ...rest] = [...(options.under ?? []), process.execPath, ...args] as [string, ...string[]];
   const child = spawn(command, rest, { env: environment(options.env), stdio: ['ignore', 'pipe', 'pipe'] });

@@ -40,6 +40,10 @@ export interface TestCluster {
   unlock(name: string): Promise<void>;
   /** Data objects and ledgers that exist, named by oid; after references given up so far have had their effect. */
   objects(): Promise<string[]>;
+  /** Remove a data object from everywhere, as disks that die together do. */
+  loseObject(vid: number, idx: number): void;
+  /** The snapshots of a VDI as the cluster's own tool lists them, oldest first; undefined where there is no such tool. */
+  tagsSeen(name: string): Promise<string[] | undefined>;
   killNode(n: number): Promise<void>;
   restartNode(n: number): Promise<void>;
   /** What it has to complain about. */
@@ -61,6 +65,10 @@ export async function startStandIn(options: StandInOptions = {}): Promise<TestCl
       await cluster.settled();
       return [...cluster.dataObjects(), ...[...cluster.ledgers.keys()].map((oid) => `ledger ${oid.toString(16)}`)];
     },
+    loseObject: (vid, idx) => {
+      if (!cluster.objects.delete((BigInt(vid) << 32n) | BigInt(idx))) throw new Error('there is no such object');
+    },
+    tagsSeen: () => Promise.resolve(undefined),
     killNode: (n) => cluster.stopNode(n),
     restartNode: (n) => cluster.startNode(n, ports[n] as number),
     violations: () => cluster.violations,
@@ -145,6 +153,15 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
     resumeNode: (n) => nodes[n]?.kill('SIGCONT'),
     objects: () => settledObjects(directory),
+    loseObject: (vid, idx) => loseObject(directory, vid, idx),
+    tagsSeen: async (name) => {
+      // s NAME ID SIZE USED SHARED TIME VID COPIES TAG: snapshots begin with an s.
+      const lines = (await dog('vdi', 'list', '-r')).split('\n').map((line) => line.trim().split(' '));
+      return lines
+        .filter(([kind, found]) => kind === 's' && found === name)
+        .sort((a, b) => Number(a[2]) - Number(b[2]))
+        .map((fields) => fields.slice(9, -1).join(' '));
+    },
     killNode: kill,
     restartNode: async (n) => {
       // A node that comes back in the middle of a recovery may bring old copies with it, whoever the client is.
@@ -183,6 +200,18 @@ function objectNames(directory: string): string[] {
     for (const name of fs.readdirSync(objects)) if (/^0[0-9a-f]{15}/.test(name)) names.add(name);
   }
   return [...names].sort();
+}
+
+function loseObject(directory: string, vid: number, idx: number): void {
+  const name = vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
+  let found = 0;
+  for (const node of fs.readdirSync(directory)) {
+    const file = path.join(directory, node, 'obj', name);
+    if (!fs.existsSync(file)) continue;
+    fs.unlinkSync(file);
+    found++;
+  }
+  if (found === 0) throw new Error(`no node has the object ${name}`);
 }
 
 async function freePorts(count: number): Promise<number[]> {

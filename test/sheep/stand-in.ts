@@ -105,6 +105,7 @@ export class StandIn {
   fault: (request: Seen) => Fault | undefined = () => undefined;
   readonly #options: Required<StandInOptions>;
   readonly #used = new Set<number>();
+  readonly #deleted = new Set<number>();
   readonly #shifts = new Map<number, number>();
   readonly #locked = new Set<number>();
   readonly #servers: net.Server[] = [];
@@ -274,13 +275,10 @@ export class StandIn {
         return this.#create(request, data);
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
-      case Op.READ_VDIS: {
-        const bitmap = Buffer.alloc(2 ** 21);
-        for (const vid of this.#used) bitmap[vid >> 3] = (bitmap[vid >> 3] as number) | (1 << (vid & 7));
-        return { result: Res.SUCCESS, data: bitmap };
-      }
+      case Op.READ_VDIS:
+        return { result: Res.SUCCESS, data: bitmapOf(this.#used) };
       case Op.READ_DEL_VDIS:
-        return { result: Res.SUCCESS, data: Buffer.alloc(2 ** 21) };
+        return { result: Res.SUCCESS, data: bitmapOf(this.#deleted) };
       case Op.CLUSTER_INFO: {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
         const info = Buffer.alloc(CLUSTER_INFO_BYTES);
@@ -460,6 +458,7 @@ export class StandIn {
         }
         inode.fill(0, 0, 256);
         inode.fill(0, 536, 544);
+        this.#deleted.add(vid);
         return withVid(vid);
       }
       default:
@@ -543,6 +542,13 @@ export class StandIn {
     }
     return highest + 1;
   }
+}
+
+/** A bit for each vid. */
+function bitmapOf(vids: ReadonlySet<number>): Buffer {
+  const bitmap = Buffer.alloc(2 ** 21);
+  for (const vid of vids) bitmap[vid >> 3] = (bitmap[vid >> 3] as number) | (1 << (vid & 7));
+  return bitmap;
 }
 
 /** FNV-1a-64, its low 24 bits. */

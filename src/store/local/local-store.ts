@@ -41,6 +41,8 @@ export interface LocalStoreOptions {
 
 export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly location: string;
+  readonly identity: string;
+  readonly readOnlyBecause = undefined;
   /** Whatever is being read keeps its file, and no one else has the store. */
   readonly objectsMove = false;
   readonly metadata: Metadata;
@@ -62,6 +64,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     options: LocalStoreOptions,
   ) {
     this.location = location;
+    this.identity = fs.realpathSync(location);
     this.#lockFd = lockFd;
     this.metadata = metadata;
     this.files = files;
@@ -418,7 +421,7 @@ export class LocalCatalog implements Catalog {
     await found.source.dropTemporary(found.temporary);
   }
 
-  prepareSwitch(vdi: OpenVdi, tag: string): Switch {
+  prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const local = vdi as LocalVdi;
     const vid = this.#nextVid();
     let finish: (() => Promise<void>) | undefined;
@@ -426,13 +429,14 @@ export class LocalCatalog implements Catalog {
     return {
       now: () => {
         const before = local.record;
-        const taken: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: Date.now() };
+        const now = Date.now();
+        const taken: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: takenAt ?? now };
         const record: VdiRecord = {
           ...before,
           vid,
           snapId: before.snapId + 1,
           parentVid: before.vid,
-          createdAt: taken.snapshotAt,
+          createdAt: now,
         };
         finish = local.moveTo(record, taken);
         snapshot = taken;

@@ -11,9 +11,9 @@ import {
   type VdiRecord,
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
-import { recordOf, type Inode } from './layouts.js';
+import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { isOursToDrop } from './owner.js';
-import { INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
+import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
@@ -75,18 +75,19 @@ export class SheepCatalog implements Catalog {
     if (inode.storePolicy !== 0) {
       this.#store.log(`${inode.name} is a hyper volume: it is served read-only, as it is now`);
     }
-    const isWorking = !inode.isSnapshot;
-    if (isWorking) await this.#claim(inode);
+    // Who writes nothing may look at what somebody else has locked.
+    const isOurs = !inode.isSnapshot && this.#store.readOnlyBecause === undefined;
+    if (isOurs) await this.#claim(inode);
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
-      if (isWorking && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
+      if (isOurs && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
     });
     this.#store.open.set(vid, vdi);
     vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
     return vdi;
   }
 
-  prepareSwitch(vdi: OpenVdi, tag: string): Switch {
+  prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const sheep = vdi as SheepVdi;
     const { inode } = sheep;
     refuseHyper(inode, 'snapshotted');
@@ -109,7 +110,13 @@ export class SheepCatalog implements Catalog {
         }
         await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
       },
-      finish: async () => recordOf(await this.#cluster.readInode(inode.vid)),
+      finish: async () => {
+        // The nodes have written the present time, and know no other request for it.
+        if (takenAt !== undefined) {
+          await this.#cluster.writeInodeBytes(inode.vid, INODE_SNAP_CTIME_OFFSET, encodeTime(takenAt));
+        }
+        return recordOf(await this.#cluster.readInode(inode.vid));
+      },
     };
   }
 

@@ -39,6 +39,8 @@ export interface SheepStoreOptions extends GatewayOptions {
 
 export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly location: string;
+  readonly identity: string;
+  readonly readOnlyBecause: string | undefined;
   readonly objectsMove = true;
   readonly cluster: Cluster;
   readonly catalog: SheepCatalog;
@@ -50,11 +52,17 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
+  /** Objects that are read as zeros. */
+  readonly #lost = new Set<number>();
   #epoch: number;
   #epochChangedAt = -Infinity;
 
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
+    this.identity = `sheepdog cluster of ${info.createdAt}`;
+    this.readOnlyBecause = options.missingIsZero
+      ? `${location} is served with zeros in place of what it has lost, and therefore only to be read`
+      : undefined;
     this.cluster = cluster;
     this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
@@ -118,12 +126,30 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   async #readGone(vid: number, idx: number, offset: number, into: Buffer, first: StoreError): Promise<void> {
+    const key = objectKey(vid, idx);
     try {
+      // What was looked for thoroughly once is not there the next moment either.
+      if (this.#lost.has(key)) throw first;
       await this.#retryGone(first, () => this.cluster.readData(vid, idx, offset, into));
     } catch (error) {
       if (!this.#options.missingIsZero || (error as StoreError).code !== 'GONE') throw error;
       into.fill(0);
+      if (this.#lost.has(key)) return;
+      this.#lost.add(key);
+      this.#logLost(vid, idx);
     }
+  }
+
+  /** Which bytes of what, as check says it. */
+  #logLost(vid: number, idx: number): void {
+    const ranges: string[] = [];
+    for (const { record, map } of this.open.values()) {
+      if (map[idx] !== vid) continue;
+      const from = idx * 2 ** record.blockSizeShift;
+      const to = Math.min(from + 2 ** record.blockSizeShift, record.size) - 1;
+      ranges.push(`${record.isSnapshot ? `${record.name}@${record.tag}` : record.name} bytes ${from} to ${to}`);
+    }
+    this.log(`lost: ${ranges.join(', ')} (object ${idx} of vid ${vid.toString(16)}); read as zeros`);
   }
 
   async unlessGone(request: () => Promise<void>): Promise<void> {
@@ -209,7 +235,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   async moved(vdi: SheepVdi, from: number): Promise<void> {
     this.open.delete(from);
     this.open.set(vdi.record.vid, vdi);
-    if (!this.enforcesLocks) return;
+    if (!this.enforcesLocks || this.readOnlyBecause !== undefined) return;
     await this.cluster.lock(vdi.record.name);
     await this.cluster.release(from);
   }

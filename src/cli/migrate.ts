@@ -1,0 +1,146 @@
+/** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
+import { Command, Option } from 'commander';
+import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
+import { closing } from './closing.js';
+import { interruptible, InterruptedError } from './interrupt.js';
+import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
+import { printJson, printLine, table } from './output.js';
+import { missingOption } from './missing.js';
+import { openPlace, placeArgument, PLACE_HELP } from './place.js';
+import { formatSize } from './size.js';
+
+interface MigrateOptions {
+  readonly from: string;
+  readonly to: string;
+  readonly fromControl?: string;
+  readonly toControl?: string;
+  readonly as?: string;
+  readonly sync?: boolean;
+  readonly verify: Verify;
+  readonly missing?: 'zero';
+  readonly json?: boolean;
+}
+
+const NOTES = `
+Copies the snapshots of NAME, the oldest first, with their tags and times, and then its present content; what is zeros or
+has not changed since the snapshot before is not copied. Every snapshot is compared by hash before it gets its tag in the
+target. The source may be in use.
+
+Until it is complete the target has a snapshot NAME@migrating-...: after an interruption, whatever it was, the same command
+goes on where it stopped. A NAME in the target that this command did not make is left alone.
+
+To move a disk that is in use: run it with --sync, as often as you like; then stop whoever writes, and run it without.
+
+Examples:
+  sheepgate migrate vm1 --from cluster:node1,node2 --to /var/lib/sheepgate
+  sheepgate migrate vm1 --from /var/lib/sheepgate --to cluster:node1 --sync
+  sheepgate migrate vm1 --from /var/lib/sheepgate --to cluster:node1 --verify changed`;
+
+export function migrateCommand(): Command {
+  return new Command('migrate')
+    .description('copy a VDI with its snapshots between stores and clusters')
+    .argument('<name>', 'name of the VDI')
+    .addOption(new Option('--from <place>', PLACE_HELP).argParser(placeArgument).makeOptionMandatory())
+    .addOption(new Option('--to <place>', 'the same').argParser(placeArgument).makeOptionMandatory())
+    .option('--as <name>', 'its name in the target, if not the same')
+    .option('--sync', 'more runs will follow: leave a mark, so that the next one copies what has changed')
+    .addOption(
+      new Option(
+        '--verify <what>',
+        'all: also what earlier runs copied; changed: only what this one copies; only: compare, and copy nothing',
+      )
+        .choices(['all', 'changed', 'only'])
+        .default('all'),
+    )
+    .addOption(missingOption())
+    .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
+    .option('--to-control <path>', "control socket of the target's daemon")
+    .option('--json', 'print JSON')
+    .addHelpText('after', NOTES)
+    .action(migrate);
+}
+
+async function migrate(name: string, options: MigrateOptions): Promise<void> {
+  const startedAt = Date.now();
+  const newName = options.as ?? name;
+  if (options.sync && options.verify === 'only') {
+    throw new OperationError('BAD_USAGE', '--sync copies, --verify only does not; leave out one of them');
+  }
+  const result = await withBoth(options, (source, target) =>
+    interruptible(async (signal) => {
+      const migration = new Migration(source, target, {
+        name,
+        newName,
+        sync: options.sync ?? false,
+        verify: options.verify,
+        isReadOnly: options.missing !== undefined,
+        signal,
+      });
+      try {
+        return await migration.run();
+      } catch (error) {
+        if (!migration.hasClaimed) throw error;
+        const rest = `${newName} in ${target.store} is not complete, and the same command goes on from there`;
+        if (error instanceof InterruptedError) process.stderr.write(`sheepgate: note: ${rest}\n`);
+        const expected = asOperationError(error);
+        if (expected && expected.code !== 'MISMATCH') {
+          throw new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
+        }
+        throw error;
+      }
+    }),
+  );
+  const seconds = (Date.now() - startedAt) / 1000;
+  const { from, to, verify } = options;
+  if (options.json) return printJson({ name, newName, from, to, verify, ...result, seconds });
+  printResult(name, newName, options, result, seconds);
+}
+
+/** Run `work` on both stores. Errors: SAME if they are one, and those of opening. */
+async function withBoth<T>(
+  options: MigrateOptions,
+  work: (source: Operations, target: Operations) => Promise<T>,
+): Promise<T> {
+  const { from, to } = options;
+  const { isSameStore } = await import('../daemon/open-operations.js');
+  const same = (): OperationError =>
+    new OperationError(
+      'BAD_USAGE',
+      `--from and --to are the same, ${from}; 'sheepgate vdi clone' copies within a store`,
+    );
+  if (isSameStore(from, to)) throw same();
+  const missingIsZero = options.missing === 'zero';
+  const source = await openPlace({ location: from, control: options.fromControl, mayCreate: false, missingIsZero });
+  return closing(source, async () => {
+    const target = await openPlace({ location: to, control: options.toControl, mayCreate: options.verify !== 'only' });
+    return closing(target, () => {
+      // One cluster by two of its nodes, one directory by two of its names.
+      if (source.identity === target.identity) throw same();
+      return work(source, target);
+    });
+  });
+}
+
+function printResult(
+  name: string,
+  newName: string,
+  { from, to, verify }: MigrateOptions,
+  { snapshots, working, isFinished }: MigrationResult,
+  seconds: number,
+): void {
+  const all: readonly Migrated[] = working ? [...snapshots, working] : snapshots;
+  const copied = all.reduce((sum, { copiedBytes }) => sum + copiedBytes, 0);
+  const rows = all.map(({ tag, size, copiedBytes, comparedBytes, sha256 }) => [
+    tag === null ? newName : `${newName}@${tag}`,
+    formatSize(size),
+    formatSize(copiedBytes),
+    formatSize(comparedBytes),
+    sha256 ?? '-',
+  ]);
+  const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'SHA256'];
+  process.stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
+  const what = `${name} from ${from} ${verify === 'only' ? 'and' : 'to'} ${newName} in ${to}`;
+  if (verify === 'only') printLine(`compared ${what} in ${seconds.toFixed(1)} s: they are the same`);
+  else printLine(`migrated ${what} in ${seconds.toFixed(1)} s: ${formatSize(copied)} copied, all of it compared`);
+  if (!isFinished) printLine(`${newName} is not finished; run it again without --sync to finish it`);
+}

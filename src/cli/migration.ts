@@ -1,0 +1,521 @@
+/**
+ * A VDI with its history, carried from one store to another: in which order, what marks the target until it is complete,
+ * and from where an interrupted run goes on. Owns those marks. It knows stores as Operations only, so that it is the same
+ * through a daemon or not, on a cluster or not; the bytes are disk-difference.ts's.
+ *
+ * Marks, snapshots of the target: NAME@migrating-ID from before its first write to the end of the last run, so that its
+ * content may be written over; NAME@migrated-ID in its place between two runs, which shows whether anybody else has
+ * written since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
+ */
+import { createHash } from 'node:crypto';
+import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { closing } from './closing.js';
+import { compare, describeDifferences, Fingerprint, makeSame, Units, type Work } from './disk-difference.js';
+import { startProgress } from './progress.js';
+
+/** What is read again when it is said to be there: everything; only what this run copies; everything, copying nothing. */
+export type Verify = 'all' | 'changed' | 'only';
+
+export interface MigrationOptions {
+  readonly name: string;
+  /** Its name in the target. */
+  readonly newName: string;
+  /** More runs follow: leave the mark that lets them go on. */
+  readonly sync: boolean;
+  readonly verify: Verify;
+  /** The source may only be read. */
+  readonly isReadOnly: boolean;
+  readonly signal: AbortSignal;
+}
+
+/** What became of one snapshot, or of the present content. Sizes in bytes. */
+export interface Migrated {
+  /** null for the present content. */
+  readonly tag: string | null;
+  readonly size: number;
+  readonly copiedBytes: number;
+  readonly zeroedBytes: number;
+  /** Read on both sides and compared. */
+  readonly comparedBytes: number;
+  /** Fingerprint.hash; null if not all of it was read. */
+  readonly sha256: string | null;
+}
+
+export interface MigrationResult {
+  readonly snapshots: readonly Migrated[];
+  /** null if the source has snapshots only. */
+  readonly working: Migrated | null;
+  /** No mark is left: the target is an ordinary VDI. */
+  readonly isFinished: boolean;
+}
+
+interface History {
+  /** Oldest first. */
+  readonly snapshots: readonly VdiRecord[];
+  readonly working: VdiRecord | undefined;
+}
+
+/** What the target is to become next. */
+interface Goal {
+  /** An export of the source. */
+  readonly spec: string;
+  /** undefined: the present content. */
+  readonly tag: string | undefined;
+  readonly size: number;
+  readonly takenAt: number;
+  /** A snapshot that both sides have, and from which this differs as little as is known. */
+  readonly base: VdiRecord | undefined;
+  /** For people. */
+  readonly label: string;
+}
+
+interface Present {
+  readonly spec: string;
+  readonly size: number;
+  close(): Promise<void>;
+}
+
+const ID_DIGITS = 12;
+const MIGRATING = 'migrating-';
+const MIGRATED = 'migrated-';
+/** Of the source, while its present content is read and a temporary snapshot is not possible. */
+const READING = 'migrate-';
+const MARK = new RegExp(`^(?:${MIGRATING}|${MIGRATED})[0-9a-f]{${ID_DIGITS}}$`);
+const READING_MARK = new RegExp(`^${READING}[0-9a-f]{${ID_DIGITS}}$`);
+
+export class Migration {
+  readonly #source: Operations;
+  readonly #target: Operations;
+  readonly #options: MigrationOptions;
+  readonly #migrating: string;
+  readonly #migrated: string;
+  readonly #reading: string;
+  /** By tag, of snapshots that a later one is compared with. */
+  readonly #fingerprints = new Map<string, Fingerprint>();
+  readonly #done = new Map<string, Migrated>();
+  /** From here on the target bears our mark: a failure can be mended by starting again. */
+  hasClaimed = false;
+
+  constructor(source: Operations, target: Operations, options: MigrationOptions) {
+    this.#source = source;
+    this.#target = target;
+    this.#options = options;
+    const id = idOf(source.identity, options.name);
+    this.#migrating = MIGRATING + id;
+    this.#migrated = MIGRATED + id;
+    // Two runs to two targets read from snapshots of their own.
+    this.#reading = READING + idOf(source.identity, options.name, target.identity, options.newName);
+  }
+
+  /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */
+  async run(): Promise<MigrationResult> {
+    checkName(this.#options.name);
+    checkName(this.#options.newName);
+    let history = await this.#history();
+    if (this.#options.verify === 'only') return this.#verifyOnly(history);
+    await this.#claim(history);
+    for (;;) {
+      await this.#migrateSnapshots(history);
+      if (!history.working) return this.#finish(history, null);
+      const { working } = history;
+      const present = await this.#openPresent(working);
+      const result = await closing(present, async () => {
+        const now = await this.#history();
+        // Taken since we looked: older than what we have just opened, so they come first.
+        if (now.snapshots.length > history.snapshots.length) {
+          history = now;
+          return undefined;
+        }
+        return this.#finish(history, await this.#migrate(this.#presentGoal(history, working, present)));
+      });
+      if (result) return result;
+    }
+  }
+
+  /** What there is to migrate. Errors: NO_VDI, BAD_NAME, UNSUPPORTED. */
+  async #history(): Promise<History> {
+    const { name } = this.#options;
+    const records = (await this.#source.list()).filter((record) => record.name === name);
+    const mark = records.find(({ tag }) => MARK.test(tag));
+    if (mark) {
+      throw new OperationError(
+        'UNFINISHED',
+        `${name} in ${this.#source.store} is itself the unfinished target of a migration (it has the snapshot ${name}@${mark.tag}); finish that one first`,
+      );
+    }
+    const snapshots = records
+      .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag) && !READING_MARK.test(tag))
+      .sort((a, b) => a.snapId - b.snapId);
+    const working = records.find(({ isSnapshot }) => !isSnapshot);
+    if (snapshots.length === 0 && !working) {
+      throw new OperationError(
+        'NO_VDI',
+        `no VDI named "${name}" in ${this.#source.store}; 'sheepgate vdi list' shows what is there`,
+      );
+    }
+    const tags = new Map<string, VdiRecord>();
+    for (const snapshot of snapshots) {
+      const other = tags.get(snapshot.tag);
+      if (other) {
+        throw new OperationError(
+          'UNSUPPORTED',
+          `${name} in ${this.#source.store} has two snapshots with the tag "${snapshot.tag}" (ids ${other.snapId} and ${snapshot.snapId}), and only one can be found by it; delete one`,
+        );
+      }
+      tags.set(checkTag(snapshot.tag), snapshot);
+    }
+    return { snapshots, working };
+  }
+
+  async #targetRecords(): Promise<VdiRecord[]> {
+    return (await this.#target.list()).filter((record) => record.name === this.#options.newName);
+  }
+
+  /** Make the target ours, or find that it is. Errors: EXISTS, BUSY, CHANGED. */
+  async #claim(history: History): Promise<void> {
+    const { newName } = this.#options;
+    const first = history.snapshots[0] ?? (history.working as VdiRecord);
+    const records = await this.#targetRecords();
+    if (records.length === 0) {
+      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift });
+      this.hasClaimed = true;
+      await this.#target.snapshot(newName, this.#migrating);
+      return;
+    }
+    const working = records.find(({ isSnapshot }) => !isSnapshot);
+    const hasTag = (tag: string): boolean => records.some((record) => record.isSnapshot && record.tag === tag);
+    if (!hasTag(this.#migrating) && !hasTag(this.#migrated)) {
+      // What a run leaves that was killed between its first two steps: nobody loses anything with it.
+      if (records.length > 1 || !working || !(await this.#isUntouched(working, first))) throw this.#foreign(records);
+      this.hasClaimed = true;
+      await this.#target.snapshot(newName, this.#migrating);
+      return;
+    }
+    if (working) {
+      const { open } = await this.#target.show(newName);
+      if (open > 0) {
+        throw new OperationError(
+          'BUSY',
+          `${newName} in ${this.#target.store} is open by ${open} connection${open === 1 ? '' : 's'}; disconnect first, it is the target of this migration`,
+        );
+      }
+    }
+    await this.#checkPrefix(history, records);
+    if (hasTag(this.#migrated)) {
+      await this.#refuseIfChanged();
+      if (!hasTag(this.#migrating)) await this.#target.snapshot(newName, this.#migrating);
+      await this.#target.remove(`${newName}@${this.#migrated}`);
+    }
+    this.hasClaimed = true;
+    if (!working && history.snapshots.some(({ tag }) => !hasTag(tag))) {
+      throw new OperationError(
+        'UNFINISHED',
+        `${newName} in ${this.#target.store} lacks its working VDI, without which its history cannot go on; delete its snapshots there and start again`,
+      );
+    }
+  }
+
+  async #isUntouched(working: VdiRecord, like: VdiRecord): Promise<boolean> {
+    if (working.size !== like.size || working.blockSizeShift !== like.blockSizeShift) return false;
+    const { allocatedBytes, open } = await this.#target.show(working.name);
+    return allocatedBytes === 0 && open === 0;
+  }
+
+  #foreign(records: readonly VdiRecord[]): OperationError {
+    const { newName } = this.#options;
+    const mark = records.find(({ tag }) => MARK.test(tag));
+    const why = mark
+      ? `is the unfinished target of another migration (it has the snapshot ${newName}@${mark.tag})`
+      : 'exists, and it is no unfinished migration of this one: nothing was touched';
+    return new OperationError(
+      'EXISTS',
+      `${newName} in ${this.#target.store} ${why}; give another name with --as, or delete it with its snapshots`,
+    );
+  }
+
+  /** The snapshots of the target must be the first ones of the source. */
+  async #checkPrefix(history: History, records: readonly VdiRecord[]): Promise<void> {
+    const { name, newName } = this.#options;
+    const there = records.filter(({ isSnapshot, tag }) => isSnapshot && !MARK.test(tag) && !isTemporaryTag(tag));
+    there.sort((a, b) => a.snapId - b.snapId);
+    for (const [n, { tag }] of there.entries()) {
+      if (history.snapshots[n]?.tag === tag) continue;
+      throw new OperationError(
+        'CHANGED',
+        `${newName}@${tag} in ${this.#target.store} is not the ${ordinal(n)} snapshot of ${name} in ${this.#source.store} (any more); delete it in the target if it is not wanted, and start again`,
+      );
+    }
+  }
+
+  async #refuseIfChanged(): Promise<void> {
+    const { newName } = this.#options;
+    const mark = `${newName}@${this.#migrated}`;
+    const { ranges } = await this.#target.changes(newName, mark, 0);
+    if (ranges.length === 0) return;
+    throw new OperationError(
+      'CHANGED',
+      `${newName} in ${this.#target.store} was written by somebody else since the last run, and migrating it again would undo that; to keep it as it is, delete ${mark}; to start again, delete it with its snapshots`,
+    );
+  }
+
+  async #migrateSnapshots(history: History): Promise<void> {
+    const { newName } = this.#options;
+    for (const [n, snapshot] of history.snapshots.entries()) {
+      const { tag } = snapshot;
+      if (this.#done.has(tag)) continue;
+      const goal = this.#goalOf(history, n);
+      const found = (await this.#targetRecords()).find((record) => record.isSnapshot && record.tag === tag);
+      if (found) {
+        // Of the same time it is the same one, and was compared before it got its tag.
+        const isTrusted = this.#options.verify === 'changed' && found.snapshotAt === snapshot.snapshotAt;
+        this.#done.set(tag, isTrusted ? trusted(goal) : await this.#verify(goal, `${newName}@${tag}`));
+        this.#forgetUnused(history, n);
+        continue;
+      }
+      const migrated = await this.#migrate(goal);
+      await this.#target.snapshot(newName, tag, { takenAt: snapshot.snapshotAt });
+      this.#done.set(tag, migrated);
+      this.#forgetUnused(history, n);
+    }
+  }
+
+  #goalOf(history: History, n: number): Goal {
+    const { name } = this.#options;
+    const { tag, size, snapshotAt } = history.snapshots[n] as VdiRecord;
+    const spec = `${name}@${tag}`;
+    return { spec, tag, size, takenAt: snapshotAt, base: baseOf(history, n), label: spec };
+  }
+
+  #presentGoal(history: History, { name }: VdiRecord, { spec, size }: Present): Goal {
+    const base = baseOf(history, history.snapshots.length);
+    return { spec, tag: undefined, size, takenAt: 0, base, label: name };
+  }
+
+  /** Make the working VDI of the target read as the goal, and compare. */
+  async #migrate(goal: Goal): Promise<Migrated> {
+    const { newName, signal } = this.#options;
+    await this.#chooseBranch(goal);
+    const working = (await this.#targetRecords()).find(({ isSnapshot }) => !isSnapshot);
+    if (working && working.size !== goal.size) await this.#target.resize(newName, goal.size, { force: true });
+    return this.#withDisks(goal, newName, async (source, target) => {
+      const units = await this.#unitsOf(goal, source, target, newName);
+      const written = await withProgress(`copying ${goal.label}`, units, signal, (work) =>
+        makeSame(source, target, units, work),
+      );
+      await target.flush();
+      const compared = await this.#compare(goal, source, target, newName, 'start again to copy that anew');
+      return migratedOf(goal, compared, written);
+    });
+  }
+
+  /**
+   * Where the history branches the target does too: it then shares what the source shares. A working VDI that is closer to
+   * the goal already, from a run before this one, is not put back.
+   */
+  async #chooseBranch({ base, spec, size }: Goal): Promise<void> {
+    const { name, newName } = this.#options;
+    if (!base) return;
+    const records = (await this.#targetRecords()).filter(({ tag }) => !MARK.test(tag) && !isTemporaryTag(tag));
+    const last = records.filter(({ isSnapshot }) => isSnapshot).sort((a, b) => b.snapId - a.snapId)[0];
+    if (!last || last.tag === base.tag) return;
+    const working = records.find(({ isSnapshot }) => !isSnapshot);
+    const wanted = await this.#bytesChanged(this.#source, spec, size, `${name}@${base.tag}`);
+    const found = await this.#bytesChanged(this.#target, newName, working?.size ?? 0, `${newName}@${base.tag}`);
+    if (found > wanted) await this.#target.rollback(`${newName}@${base.tag}`);
+  }
+
+  async #bytesChanged(operations: Operations, spec: string, size: number, since: string): Promise<number> {
+    const units = new Units(size);
+    await units.markPages((offset) => operations.changes(spec, since, offset), this.#options.signal);
+    return units.bytes;
+  }
+
+  /** Read the goal on both sides. */
+  async #verify(goal: Goal, targetSpec: string): Promise<Migrated> {
+    return this.#withDisks(goal, targetSpec, async (source, target) => {
+      if (target.size !== goal.size) {
+        throw new OperationError(
+          'MISMATCH',
+          `${targetSpec} in ${this.#target.store} has ${target.size} bytes, ${goal.spec} in ${this.#source.store} has ${goal.size}`,
+        );
+      }
+      const remedy =
+        goal.tag === undefined
+          ? 'one of them was written since'
+          : 'to copy it anew, delete it and the snapshots after it in the target, and start again';
+      return migratedOf(goal, await this.#compare(goal, source, target, targetSpec, remedy));
+    });
+  }
+
+  async #withDisks<T>(goal: Goal, targetSpec: string, work: (source: Disk, target: Disk) => Promise<T>): Promise<T> {
+    const source = await this.#source.openDisk(goal.spec);
+    return closing(source, async () => {
+      const target = await this.#target.openDisk(targetSpec);
+      return closing(target, () => work(source, target));
+    });
+  }
+
+  /** Where the two may differ: where either differs from a base that both have, or else where either has data. */
+  async #unitsOf(goal: Goal, source: Disk, target: Disk, targetSpec: string): Promise<Units> {
+    const { name, newName, signal } = this.#options;
+    const { base, spec, size } = goal;
+    const units = new Units(size);
+    if (base) {
+      await units.markPages((offset) => this.#source.changes(spec, `${name}@${base.tag}`, offset), signal);
+      await units.markPages((offset) => this.#target.changes(targetSpec, `${newName}@${base.tag}`, offset), signal);
+      // The unit that is cut off by the end of one of them is another one in the other.
+      if (base.size !== size) units.mark(Math.min(base.size, size) - 1, 1);
+    } else {
+      await units.markPages((offset) => source.dataPage(offset), signal);
+      await units.markPages((offset) => target.dataPage(offset), signal);
+    }
+    return units;
+  }
+
+  /** Errors: MISMATCH. */
+  async #compare(goal: Goal, source: Disk, target: Disk, targetSpec: string, remedy: string): Promise<ComparedUnits> {
+    const { signal } = this.#options;
+    const units = await this.#unitsOf(goal, source, target, targetSpec);
+    const before = goal.base && this.#fingerprints.get(goal.base.tag);
+    const fingerprint = new Fingerprint(goal.size, !goal.base || before?.isWhole === true, before);
+    const differing = await withProgress(`comparing ${goal.label}`, units, signal, (work) =>
+      compare(source, target, units, fingerprint, work),
+    );
+    if (differing.length > 0) {
+      const where = await describeDifferences(source, target, differing);
+      throw new OperationError(
+        'MISMATCH',
+        `${targetSpec} in ${this.#target.store} is not the same as ${goal.spec} in ${this.#source.store}: ${where}; ${remedy}`,
+      );
+    }
+    if (goal.tag !== undefined) this.#fingerprints.set(goal.tag, fingerprint);
+    return { fingerprint, bytes: units.bytes };
+  }
+
+  /** Hashes are kept for what is still compared with them. */
+  #forgetUnused(history: History, done: number): void {
+    const needed = new Set<string>();
+    for (let n = done + 1; n <= history.snapshots.length; n++) {
+      const base = baseOf(history, n);
+      if (base) needed.add(base.tag);
+    }
+    for (const tag of this.#fingerprints.keys()) if (!needed.has(tag)) this.#fingerprints.delete(tag);
+  }
+
+  /** The source's present content as a point in time. Errors: those of taking a snapshot. */
+  async #openPresent(working: VdiRecord): Promise<Present> {
+    const { name, isReadOnly, verify } = this.#options;
+    const { size } = working;
+    const source = this.#source;
+    const isForeign = isClusterLocation(source.store) && !source.isDaemon;
+    if (isReadOnly || (isForeign && verify === 'only')) return { spec: name, size, close: () => Promise.resolve() };
+    if (!isForeign) {
+      // Nobody else writes it than whom we ask.
+      const spec = `${name}@now:${this.#reading}`;
+      const disk = await source.openDisk(spec);
+      return { spec, size: disk.size, close: () => disk.close() };
+    }
+    // Others may write it whom only a snapshot by the cluster's own means reaches.
+    const spec = `${name}@${this.#reading}`;
+    const left = (await source.list()).some((record) => record.name === name && record.tag === this.#reading);
+    if (left) await source.remove(spec);
+    const taken = await source.snapshot(name, this.#reading);
+    return { spec, size: taken.size, close: () => source.remove(spec) };
+  }
+
+  async #finish({ snapshots, working }: History, present: Migrated | null): Promise<MigrationResult> {
+    const { newName, sync } = this.#options;
+    const target = this.#target;
+    if (sync && working) await target.snapshot(newName, this.#migrated);
+    const records = await this.#targetRecords();
+    // As in the source: a VDI that was deleted, and its snapshots.
+    if (!working && records.some(({ isSnapshot }) => !isSnapshot)) await target.remove(newName);
+    await target.remove(`${newName}@${this.#migrating}`);
+    this.hasClaimed = sync;
+    return {
+      snapshots: snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
+      working: present,
+      isFinished: !sync || !working,
+    };
+  }
+
+  /** Compare all there is, and write nothing. */
+  async #verifyOnly(history: History): Promise<MigrationResult> {
+    const { newName } = this.#options;
+    const records = await this.#targetRecords();
+    const missing = (what: string): OperationError =>
+      new OperationError('MISMATCH', `${this.#target.store} has no ${what}, which ${this.#source.store} has`);
+    if (records.length === 0) throw missing(newName);
+    await this.#checkPrefix(history, records);
+    for (const [n, { tag }] of history.snapshots.entries()) {
+      if (!records.some((record) => record.isSnapshot && record.tag === tag)) throw missing(`${newName}@${tag}`);
+      this.#done.set(tag, await this.#verify(this.#goalOf(history, n), `${newName}@${tag}`));
+      this.#forgetUnused(history, n);
+    }
+    let present: Migrated | null = null;
+    if (history.working) {
+      if (!records.some(({ isSnapshot }) => !isSnapshot)) throw missing(newName);
+      const { working } = history;
+      const opened = await this.#openPresent(working);
+      present = await closing(opened, () => this.#verify(this.#presentGoal(history, working, opened), newName));
+    }
+    const isFinished = !records.some(({ tag }) => MARK.test(tag));
+    return {
+      snapshots: history.snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
+      working: present,
+      isFinished,
+    };
+  }
+}
+
+interface ComparedUnits {
+  readonly fingerprint: Fingerprint;
+  readonly bytes: number;
+}
+
+/**
+ * What the nth snapshot, or the present content, is compared with: the snapshot it goes on from, which is another one than
+ * the one before where the VDI was rolled back; or that one, if its origin is gone or another VDI's.
+ */
+function baseOf({ snapshots, working }: History, n: number): VdiRecord | undefined {
+  const parentVid = (snapshots[n] ?? working)?.parentVid;
+  const before = snapshots.slice(0, n);
+  return before.find(({ vid }) => vid === parentVid) ?? before.at(-1);
+}
+
+async function withProgress<T>(
+  what: string,
+  units: Units,
+  signal: AbortSignal,
+  run: (work: Work) => Promise<T>,
+): Promise<T> {
+  const progress = startProgress(what, units.bytes);
+  try {
+    return await run({ progress, signal });
+  } finally {
+    progress.end();
+  }
+}
+
+function migratedOf(
+  { tag, size }: Goal,
+  { fingerprint, bytes }: ComparedUnits,
+  { copiedBytes, zeroedBytes } = { copiedBytes: 0, zeroedBytes: 0 },
+): Migrated {
+  const sha256 = fingerprint.hash() ?? null;
+  return { tag: tag ?? null, size, copiedBytes, zeroedBytes, comparedBytes: bytes, sha256 };
+}
+
+function trusted({ tag, size }: Goal): Migrated {
+  return { tag: tag ?? null, size, copiedBytes: 0, zeroedBytes: 0, comparedBytes: 0, sha256: null };
+}
+
+function idOf(...parts: readonly string[]): string {
+  return createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, ID_DIGITS);
+}
+
+function ordinal(n: number): string {
+  return ['first', 'second', 'third'][n] ?? `${n + 1}th`;
+}

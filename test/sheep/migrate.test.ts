@@ -1,0 +1,357 @@
+/**
+ * `sheepgate migrate` between a store and a cluster, both ways: every snapshot arrives with its content, tag and time; a
+ * run that is killed goes on; nothing that is not its own is touched; and nothing is left behind. Against the stand-in
+ * and, where there are any, real nodes.
+ */
+import { spawn } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import type { VdiRecord } from '../../src/store/object-store.js';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import type { VdiCatalog } from '../../src/vdi/catalog.js';
+import { attach, MIB, patterned } from '../cli/both-ways.js';
+import {
+  checkContents,
+  localPlace,
+  makeHistory,
+  migrate,
+  recordsOf,
+  refused,
+  withCatalog,
+  write,
+  type Contents,
+  type Place,
+  type Result,
+} from '../cli/migration-places.js';
+import { BIN, cli, ended, startDaemon, waitUntil } from '../harness/daemon.js';
+import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
+import { Op, Res, StandIn } from './stand-in.js';
+
+const SHIFT = 20;
+const missing = realNodesMissing();
+if (missing !== undefined) console.log(`not run against real Sheepdog nodes: ${missing}`);
+
+const clusters = [
+  { label: 'stand-in', start: startStandIn, skip: false },
+  { label: 'real nodes', start: startRealNodes, skip: missing !== undefined },
+];
+
+/** Blocks from the first to the last, each stamped with the number of the round it was written in. */
+async function writeRounds(
+  catalog: VdiCatalog,
+  name: string,
+  size: number,
+  state: { round: number; stop: boolean },
+): Promise<void> {
+  const vdi = await catalog.openVdi(name);
+  while (!state.stop) {
+    state.round++;
+    for (let at = 0; at < size; at += MIB) {
+      const stamp = Buffer.alloc(512);
+      stamp.writeUInt32LE(state.round);
+      await vdi.write(at, stamp, false);
+    }
+  }
+  await catalog.release(vdi);
+}
+
+/** As of one moment: stamps fall at one place at most, and by one. */
+function expectPointInTime(content: Buffer): void {
+  const stamps: number[] = [];
+  for (let at = 0; at < content.length; at += MIB) stamps.push(content.readUInt32LE(at));
+  const falls = stamps.slice(1).map((stamp, n) => (stamps[n] as number) - stamp);
+  expect(
+    falls.every((fall) => fall === 0 || fall === 1),
+    stamps.join(),
+  ).toBe(true);
+  expect((stamps[0] as number) - (stamps.at(-1) as number)).toBeLessThanOrEqual(1);
+}
+
+/** Objects that a local store has, also while somebody else has it open. */
+function objectFiles(place: Place): number {
+  const objects = path.join(place.argument, 'objects');
+  if (!fs.existsSync(objects)) return 0;
+  return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
+}
+
+for (const { label, start, skip } of clusters) {
+  describe.skipIf(skip)(`migrating (${label})`, () => {
+    let cluster: TestCluster;
+    let remote: Place;
+    let leftBefore: string[] = [];
+
+    beforeAll(async () => {
+      cluster = await start();
+      remote = {
+        argument: `cluster:${cluster.address}`,
+        open: () => SheepStore.open(cluster.address, { retryMs: 30_000 }),
+      };
+    });
+    afterEach(async () => {
+      await withCatalog(remote, async (catalog) => {
+        for (const { name, tag } of await catalog.list()) await catalog.remove(tag === '' ? name : `${name}@${tag}`);
+      });
+      const left = await cluster.objects();
+      expect(
+        left.filter((object) => !leftBefore.includes(object)),
+        'objects and ledgers left',
+      ).toEqual([]);
+      leftBefore = left;
+      expect(cluster.violations()).toEqual([]);
+    });
+    afterAll(() => cluster?.stop());
+
+    test('a history arrives whole in the cluster, and whole again in another store', async () => {
+      const local = localPlace();
+      const back = localPlace();
+      const contents = await makeHistory(local, 'vm');
+      const before = await checkContents(local, 'vm', contents);
+      const there = await migrate(local, remote);
+      expect(there.isFinished).toBe(true);
+      expect(there.snapshots.map(({ tag }) => tag)).toEqual([...contents.keys()].filter(Boolean));
+      const arrived = await checkContents(remote, 'vm', contents);
+      const seen = await cluster.tagsSeen('vm');
+      if (seen) expect(seen).toEqual([...contents.keys()].filter(Boolean));
+      const again = await migrate(remote, back, '--as', 'other');
+      const returned = await checkContents(back, 'other', contents);
+      const times = (records: VdiRecord[]): number[] => records.map(({ snapshotAt }) => snapshotAt);
+      expect(times(arrived)).toEqual(times(before));
+      expect(times(returned)).toEqual(times(before));
+      const hashes = ({ snapshots, working }: Result): unknown => [...snapshots, working].map((step) => step?.sha256);
+      expect(hashes(again)).toEqual(hashes(there));
+      expect(there.working?.sha256).toMatch(/^[0-9a-f]{64}$/);
+      // "another way" goes on from "first", there as here, and shares with it all but one object.
+      expect(there.snapshots[3]?.copiedBytes).toBeLessThan(MIB);
+      const parentTag = (records: VdiRecord[]): unknown =>
+        records.find(({ vid }) => vid === records.find(({ tag }) => tag === 'another way')?.parentVid)?.tag;
+      expect(parentTag(arrived)).toBe('first');
+      expect(parentTag(returned)).toBe('first');
+      const records = await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'));
+      expect(hashes(await migrate(remote, back, '--as', 'other', '--verify', 'only'))).toEqual(hashes(there));
+      expect(await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).toEqual(records);
+    });
+
+    for (const way of ['into the cluster', 'out of the cluster']) {
+      test(`killed at every stage ${way}, the same command goes on and repeats nothing that was done`, async () => {
+        const local = localPlace();
+        const [from, to] = way === 'into the cluster' ? [local, remote] : [remote, local];
+        const contents: Contents = new Map();
+        await withCatalog(from, async (catalog) => {
+          await catalog.create('vm', 24 * MIB, { blockSizeShift: SHIFT });
+          const content = Buffer.alloc(24 * MIB);
+          for (let n = 0; n < 4; n++) {
+            await write(catalog, 'vm', content, n * MIB, patterned(12 * MIB, n + 1));
+            await catalog.snapshot('vm', `s${n}`);
+            contents.set(`s${n}`, Buffer.from(content));
+          }
+          await write(catalog, 'vm', content, 100, patterned(12 * MIB, 9));
+          contents.set('', content);
+        });
+        const args = ['migrate', 'vm', '--from', from.argument, '--to', to.argument, '--json'];
+        // How far it is: its tags in a cluster, its objects in a store, which is locked while it runs.
+        const [reached, stages] =
+          to === remote
+            ? [async () => (await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'))).length - 1, [1, 2, 3, 4]]
+            : [async () => objectFiles(to), [3, 15, 27, 40]];
+        let kills = 0;
+        for (const stage of stages) {
+          const child = spawn(process.execPath, [BIN, ...args], { stdio: 'ignore' });
+          const over = ended(child);
+          await waitUntil(async () => child.exitCode !== null || (await reached()) >= stage, `stage ${stage}`, 60_000);
+          child.kill('SIGKILL');
+          if ((await over).signal !== null) kills++;
+        }
+        expect(kills).toBeGreaterThan(0);
+        const records = await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'));
+        const done = records.map(({ tag }) => tag).filter((tag) => tag.startsWith('s'));
+        // It may have come to its end in spite of us.
+        if (records.some(({ tag }) => tag.startsWith('migrating-'))) {
+          const { snapshots } = await migrate(from, to);
+          for (const [n, { tag, copiedBytes, comparedBytes }] of snapshots.entries()) {
+            if (n < done.length) expect(copiedBytes, `${tag}`).toBe(0);
+            expect(comparedBytes, `${tag}`).toBeGreaterThan(0);
+          }
+        }
+        await checkContents(to, 'vm', contents);
+        await checkContents(from, 'vm', contents);
+      });
+    }
+
+    test('interrupted by Ctrl-C it says so, leaves its mark only in the target, and goes on', async () => {
+      const local = localPlace();
+      const content = Buffer.alloc(64 * MIB);
+      await withCatalog(remote, async (catalog) => {
+        await catalog.create('vm', content.length, { blockSizeShift: SHIFT });
+        await write(catalog, 'vm', content, 0, patterned(64 * MIB, 1));
+      });
+      const args = ['migrate', 'vm', '--from', remote.argument, '--to', local.argument];
+      const child = spawn(process.execPath, [BIN, ...args], { stdio: ['ignore', 'ignore', 'pipe'] });
+      let said = '';
+      child.stderr.setEncoding('utf8').on('data', (text: string) => (said += text));
+      const over = ended(child);
+      // It reads: the source has its snapshot.
+      const isReading = async (): Promise<boolean> =>
+        child.exitCode !== null ||
+        (await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).some(({ tag }) =>
+          tag.startsWith('migrate-'),
+        );
+      await waitUntil(isReading, 'the present content is read');
+      child.kill('SIGINT');
+      const { code } = await over;
+      if (code !== 0) {
+        expect(code).toBe(130);
+        expect(said).toMatch(
+          /vm in .* is not complete, and the same command goes on from there\n.*interrupted by SIGINT/,
+        );
+        expect((await withCatalog(local, (c) => recordsOf(c, 'vm'))).map(({ tag }) => tag)).toEqual([
+          expect.stringMatching(/^migrating-/),
+          '',
+        ]);
+        await migrate(remote, local);
+      }
+      await checkContents(remote, 'vm', new Map([['', content]]));
+      await checkContents(local, 'vm', new Map([['', content]]));
+    });
+
+    test('while somebody else writes the cluster, the copy is of one moment, and the next run brings the rest', async () => {
+      const local = localPlace();
+      await withCatalog(remote, async (catalog) => {
+        await catalog.create('vm', 8 * MIB, { blockSizeShift: SHIFT });
+        const state = { round: 0, stop: false };
+        const writing = writeRounds(catalog, 'vm', 8 * MIB, state);
+        await waitUntil(() => state.round > 3, 'the writer writes');
+        const first = await migrate(remote, local, '--sync');
+        expect(first.isFinished).toBe(false);
+        await withCatalog(local, async (copy) => {
+          const vdi = await copy.openVdi('vm');
+          const content = Buffer.alloc(vdi.size);
+          await vdi.read(0, content);
+          await copy.release(vdi);
+          expectPointInTime(content);
+          expect((await recordsOf(copy, 'vm')).map(({ tag }) => tag)).toEqual([
+            expect.stringMatching(/^migrated-/),
+            '',
+          ]);
+        });
+        const seen = state.round;
+        await waitUntil(() => state.round > seen + 1, 'the writer still writes');
+        await migrate(remote, local, '--sync', '--verify', 'changed');
+        state.stop = true;
+        await writing;
+        expect((await migrate(remote, local, '--verify', 'changed')).isFinished).toBe(true);
+        const content = Buffer.alloc(8 * MIB);
+        const vdi = await catalog.openVdi('vm');
+        await vdi.read(0, content);
+        await catalog.release(vdi);
+        expect(content.readUInt32LE(7 * MIB)).toBe(state.round);
+        await checkContents(local, 'vm', new Map([['', content]]));
+        expect((await recordsOf(catalog, 'vm')).map(({ tag }) => tag)).toEqual(['']);
+      });
+    });
+
+    test('with a daemon on either side it is the same, the source being written, its vid staying', async () => {
+      const daemon = await startDaemon({ args: ['--create', 'vm:8M'] });
+      const served = { argument: daemon.store, open: () => LocalStore.open(daemon.store) };
+      const client = await attach(daemon, 'vm');
+      await client.write(0, patterned(8 * MIB, 1));
+      const state = { round: 0, stop: false };
+      const writing = (async () => {
+        while (!state.stop) {
+          state.round++;
+          for (let at = 0; at < 8 * MIB; at += MIB) {
+            const stamp = Buffer.alloc(512);
+            stamp.writeUInt32LE(state.round);
+            await client.write(at, stamp);
+          }
+        }
+      })();
+      await waitUntil(() => state.round > 3, 'the writer writes');
+      await migrate(served, remote, '--sync');
+      state.stop = true;
+      await writing;
+      await client.flush();
+      await withCatalog(remote, async (catalog) => {
+        const vdi = await catalog.openVdi('vm');
+        const content = Buffer.alloc(8 * MIB);
+        await vdi.read(0, content);
+        await catalog.release(vdi);
+        expectPointInTime(content);
+      });
+      await migrate(served, remote, '--verify', 'changed');
+      const content = Buffer.alloc(8 * MIB);
+      await client.readInto(0, content);
+      await client.disconnect();
+      await checkContents(remote, 'vm', new Map([['', content]]));
+      // And back through it, into the same store under another name.
+      await migrate(remote, served, '--as', 'copy');
+      expect((await daemon.stop()).code).toBe(0);
+      await checkContents(served, 'copy', new Map([['', content]]));
+      await checkContents(served, 'vm', new Map([['', content]]));
+    });
+  });
+}
+
+test('what is damaged on its way is found before it gets its tag, and the next run mends it', async () => {
+  const cluster = await new StandIn().start();
+  const local = localPlace();
+  const remote: Place = { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) };
+  const content = Buffer.alloc(8 * MIB);
+  await withCatalog(local, async (catalog) => {
+    await catalog.create('vm', content.length);
+    await write(catalog, 'vm', content, 0, patterned(8 * MIB, 1));
+    await catalog.snapshot('vm', 'a');
+  });
+  let isDamaged = false;
+  cluster.fault = ({ opcode, oid }) => {
+    // The first that is read of it: it was written before.
+    const object = cluster.objects.get(oid);
+    if (isDamaged || opcode !== Op.READ || oid >> 63n !== 0n || (oid & 0xffffffffn) !== 1n || !object) return undefined;
+    object[12_345] = (object[12_345] as number) ^ 1;
+    isDamaged = true;
+    return undefined;
+  };
+  const from = 4 * MIB + 12_288;
+  expect(await refused(local, remote)).toMatch(
+    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy that anew`),
+  );
+  expect((await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).map(({ tag }) => tag)).toEqual([
+    expect.stringMatching(/^migrating-/),
+    '',
+  ]);
+  expect((await migrate(local, remote)).snapshots[0]?.copiedBytes).toBe(4096);
+  await checkContents(
+    remote,
+    'vm',
+    new Map([
+      ['a', content],
+      ['', content],
+    ]),
+  );
+  expect(cluster.violations).toEqual([]);
+  await cluster.stop();
+});
+
+test('when the cluster goes away it is said that nothing is lost, and the next run goes on', async () => {
+  const cluster = await new StandIn().start();
+  const local = localPlace();
+  const remote: Place = { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) };
+  const content = Buffer.alloc(12 * MIB);
+  await withCatalog(local, async (catalog) => {
+    await catalog.create('vm', content.length);
+    await write(catalog, 'vm', content, 0, patterned(12 * MIB, 1));
+  });
+  // Trouble that no repetition overcomes, after the first object.
+  let objects = 0;
+  cluster.fault = ({ opcode }) => (opcode === Op.CREATE && objects++ > 0 ? { result: Res.EIO } : undefined);
+  const failed = await cli(['migrate', 'vm', '--from', local.argument, '--to', remote.argument]);
+  expect(failed.code).toBe(1);
+  // The notes before it say which nodes it tried.
+  const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete, and the same command goes on from there\n$/;
+  expect(failed.stderr).toMatch(last);
+  cluster.fault = () => undefined;
+  expect((await migrate(local, remote)).working).toMatchObject({ copiedBytes: 8 * MIB, comparedBytes: 12 * MIB });
+  await checkContents(remote, 'vm', new Map([['', content]]));
+  await cluster.stop();
+});
