@@ -73,8 +73,15 @@ export async function takeBackup(operations: Operations, options: TakeOptions): 
 interface Previous {
   readonly point: Point;
   readonly hashes: BlockHashes;
-  /** Tag of the snapshot to compare with; undefined: read everything. */
+  /** NAME@TAG of the snapshot to compare with; undefined: read everything. */
   readonly since: string | undefined;
+}
+
+/** The moment that is backed up. */
+interface Source {
+  /** NAME@TAG, and that opened. */
+  readonly spec: string;
+  readonly disk: Disk;
 }
 
 class Run {
@@ -94,38 +101,27 @@ class Run {
 
   async run(): Promise<Taken> {
     const { vdi, keepsBase, moment, signal } = this.#options;
-    let previous = await this.#previous();
+    const previous = await this.#previous();
     const id = (this.#target.last?.id ?? 0) + 1;
     const tag = `${this.#tagPrefix}${id}`;
     await this.#dropSnapshots(this.#target.last?.base?.tag, id);
     signal.throwIfAborted();
     let disk: Disk | undefined;
-    const open = async (spec: string): Promise<Disk> => {
-      try {
-        return (disk = await this.#operations.openDisk(spec, previous?.since === undefined ? {} : previous));
-      } catch (error) {
-        // It is there, but not among the newest, with which an export can be compared.
-        if (previous?.since === undefined || (error as OperationError).code !== 'NO_TAG') throw error;
-        this.#options.log(`${(error as OperationError).message}; reading all of it`);
-        previous = { ...previous, since: undefined };
-        return (disk = await this.#operations.openDisk(spec));
-      }
-    };
     try {
       const time = new Date().toISOString();
       let base: BaseSnapshot | null = null;
       let point: Point;
       try {
-        let opened: Disk;
+        const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${this.#target.manifest.target}`;
         if (keepsBase) {
           const { vid, snapshotAt } = await moment(() => this.#operations.snapshot(vdi, tag));
           base = { tag, vid, snapshotAt };
           signal.throwIfAborted();
-          opened = await open(`${vdi}@${tag}`);
+          disk = await this.#operations.openDisk(spec);
         } else {
-          opened = await moment(() => open(`${vdi}@now:${this.#target.manifest.target}`));
+          disk = await moment(() => this.#operations.openDisk(spec));
         }
-        point = await this.#copy(opened, { id, time, base }, previous);
+        point = await this.#copy({ spec, disk }, { id, time, base }, previous);
       } finally {
         await disk?.close();
       }
@@ -148,7 +144,7 @@ class Run {
     const hashes = await this.#target.hashesOf(point);
     if (compares || point.base === null) return { point, hashes, since: undefined };
     await this.#checkBase(point.base);
-    return { point, hashes, since: point.base.tag };
+    return { point, hashes, since: `${this.#options.vdi}@${point.base.tag}` };
   }
 
   async #checkBase(base: BaseSnapshot): Promise<void> {
@@ -186,7 +182,12 @@ class Run {
     }
   }
 
-  async #copy(disk: Disk, about: Pick<Point, 'id' | 'time' | 'base'>, previous: Previous | undefined): Promise<Point> {
+  async #copy(
+    source: Source,
+    about: Pick<Point, 'id' | 'time' | 'base'>,
+    previous: Previous | undefined,
+  ): Promise<Point> {
+    const { disk } = source;
     const { vdi, verifies, progress, signal } = this.#options;
     const { blockSizeShift } = this.#working;
     const target = this.#target;
@@ -201,7 +202,7 @@ class Run {
       let copied: Copied;
       try {
         copied = previous
-          ? await this.#copyChanges(disk, partial, hashes, previous, doing.advance)
+          ? await this.#copyChanges(source, partial, hashes, previous, doing.advance)
           : await this.#copyAll(disk, partial, hashes, doing.advance);
       } finally {
         doing.end();
@@ -271,7 +272,7 @@ class Run {
 
   /** Into an increment: of each block that may have changed what differs from the backup before. */
   async #copyChanges(
-    disk: Disk,
+    { spec, disk }: Source,
     file: string,
     hashes: BlockHashes,
     previous: Previous,
@@ -279,7 +280,9 @@ class Run {
   ): Promise<Copied> {
     const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
     const data = new PagedRanges((offset) => disk.dataPage(offset));
-    const changes = previous.since === undefined ? undefined : new PagedRanges((offset) => disk.changedPage(offset));
+    const { since } = previous;
+    const changes =
+      since === undefined ? undefined : new PagedRanges((offset) => this.#operations.changes(spec, since, offset));
     // The block that the end is in, or was in, is of another length now.
     const ends = disk.size === previous.hashes.size ? [] : [disk.size, previous.hashes.size];
     const cut = new Set(ends.map((end) => Math.floor(end / hashes.blockBytes)));

@@ -1,6 +1,5 @@
 /** Turns what a disk says about its allocation and its changes into pages of bounded size. Never reads data. */
 import { STATE_ZERO, type Awaitable, type ExtentSink } from 'nbd-server-ts';
-import { CHANGED_CONTEXT_PREFIX, STATE_CHANGED } from '../export/vdi-device.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { MAX_PAGE_BYTES, MAX_PAGE_RANGES, OperationError, type DataPage } from './operations.js';
 
@@ -9,43 +8,18 @@ interface Range {
   length: number;
 }
 
-/** Extents of a meta context; it may report less than it was asked for. */
+/** Extents of base:allocation; it may report less than it was asked for. */
 type Extents = (offset: number, length: number, sink: ExtentSink) => Awaitable<void>;
 
-/** The context that tells what has changed since the snapshot `tag`. */
-export function changedContext(tag: string): string {
-  return CHANGED_CONTEXT_PREFIX + tag;
-}
-
-/** For a Disk that was not opened to be compared. */
-export function notCompared(): Promise<never> {
-  return Promise.reject(new OperationError('FAILED', 'the disk was opened without a snapshot to compare it with'));
-}
-
-/** The ranges from `offset` on that may hold something other than zeros, by base:allocation. */
-export function dataPageOf(size: number, offset: number, extents: Extents): Promise<DataPage> {
-  return pageOf(size, offset, extents, (flags) => (flags & STATE_ZERO) === 0);
-}
-
-/** The ranges from `offset` on that may have changed, by the context of `changedContext`. */
-export function changedPageOf(size: number, offset: number, extents: Extents): Promise<DataPage> {
-  return pageOf(size, offset, extents, (flags) => (flags & STATE_CHANGED) !== 0);
-}
-
-/** Adjacent ranges are one. */
-async function pageOf(
-  size: number,
-  offset: number,
-  extents: Extents,
-  isWanted: (flags: number) => boolean,
-): Promise<DataPage> {
+/** The ranges from `offset` on that may hold something other than zeros, by base:allocation; adjacent ones are one. */
+export async function dataPageOf(size: number, offset: number, extents: Extents): Promise<DataPage> {
   const end = Math.min(size, offset + MAX_PAGE_BYTES);
   const ranges: Range[] = [];
   let next = offset;
   if (offset < end) {
     await extents(offset, end - offset, (at, length, flags) => {
       const last = ranges.at(-1);
-      if (isWanted(flags)) {
+      if ((flags & STATE_ZERO) === 0) {
         if (last && last.offset + last.length === at) last.length += length;
         else if (ranges.length === MAX_PAGE_RANGES) return false;
         else ranges.push({ offset: at, length });

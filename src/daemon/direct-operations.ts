@@ -6,15 +6,13 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
-import { changedContext, changedPageOf, changesPage, dataPageOf, notCompared } from './data-page.js';
+import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
-  OperationError,
   type CheckReport,
   type DataPage,
   type Disk,
   type ExportDescription,
-  type OpenOptions,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -107,13 +105,9 @@ export class DirectOperations implements Operations {
     return { size: geometry.size, isReadOnly: geometry.readOnly };
   }
 
-  async openDisk(exportName: string, { since }: OpenOptions = {}): Promise<Disk> {
+  async openDisk(exportName: string): Promise<Disk> {
     const { device } = await plainly(this.#exports.open(exportName, PEER));
-    if (since !== undefined && !device.geometry.contexts.includes(changedContext(since))) {
-      await device.close();
-      throw new OperationError('NO_TAG', `${exportName} cannot be compared with a snapshot "${since}": there is none`);
-    }
-    return diskOf(device, since);
+    return diskOf(device);
   }
 
   close(): Promise<void> {
@@ -121,7 +115,7 @@ export class DirectOperations implements Operations {
   }
 }
 
-function diskOf(device: BlockDevice, since: string | undefined): Disk {
+function diskOf(device: BlockDevice): Disk {
   const { size, readOnly } = device.geometry;
   return {
     size,
@@ -133,12 +127,6 @@ function diskOf(device: BlockDevice, since: string | undefined): Disk {
     flush: async () => device.flush(),
     dataPage: (offset) =>
       dataPageOf(size, offset, (from, length, sink) => device.extents(ALLOCATION_CONTEXT, from, length, sink)),
-    changedPage: (offset) =>
-      since === undefined
-        ? notCompared()
-        : changedPageOf(size, offset, (from, length, sink) =>
-            device.extents(changedContext(since), from, length, sink),
-          ),
     close: async () => device.close(),
   };
 }

@@ -37,15 +37,8 @@ export interface Disk {
   flush(): Promise<void>;
   /** What may hold something other than zeros, from `offset` on. */
   dataPage(offset: number): Promise<DataPage>;
-  /** What may differ from the snapshot it was opened to be compared with, from `offset` on. Only if there is one. */
-  changedPage(offset: number): Promise<DataPage>;
   /** Resolves when the export is really closed: what is refused for open VDIs is possible then. */
   close(): Promise<void>;
-}
-
-export interface OpenOptions {
-  /** Tag of a snapshot of the same VDI, for `changedPage`. Errors: NO_TAG. */
-  readonly since?: string;
 }
 
 export interface ExportDescription {
@@ -78,7 +71,7 @@ export interface Operations {
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
-  openDisk(exportName: string, options?: OpenOptions): Promise<Disk>;
+  openDisk(exportName: string): Promise<Disk>;
   close(): Promise<void>;
 }
 

@@ -5,14 +5,13 @@
 import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
 import { pathOf, type ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
-import { changedContext, changedPageOf, dataPageOf, notCompared } from './data-page.js';
+import { dataPageOf } from './data-page.js';
 import {
   OperationError,
   type CheckReport,
   type DataPage,
   type Disk,
   type ExportDescription,
-  type OpenOptions,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -75,27 +74,18 @@ export class RemoteOperations implements Operations {
     return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
   }
 
-  async openDisk(exportName: string, { since }: OpenOptions = {}): Promise<Disk> {
+  async openDisk(exportName: string): Promise<Disk> {
     // NBD refuses an export with hardly a word; the control API says it as the catalog does.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
     const { socket, head, session } = await this.#control.upgrade();
     try {
       const client = await NbdClient.connect({ socket, head });
-      const compared = since === undefined ? undefined : changedContext(since);
-      if (compared !== undefined) {
-        const selected = await client.selectContexts(exportName, [ALLOCATION_CONTEXT, compared]);
-        if (!selected.includes(compared)) {
-          throw new OperationError('NO_TAG', `it cannot be compared with a snapshot "${since}": there is none`);
-        }
-      }
       const { size } = await client.go(exportName);
-      const extents =
-        (context: string) =>
-        async (from: number, length: number, sink: ExtentSink): Promise<void> => {
-          for (const extent of await client.blockStatus(context, from, length)) {
-            if (!sink(extent.offset, extent.length, extent.flags)) return;
-          }
-        };
+      const extents = async (from: number, length: number, sink: ExtentSink): Promise<void> => {
+        for (const extent of await client.blockStatus(ALLOCATION_CONTEXT, from, length)) {
+          if (!sink(extent.offset, extent.length, extent.flags)) return;
+        }
+      };
       return {
         size,
         isReadOnly,
@@ -104,9 +94,7 @@ export class RemoteOperations implements Operations {
         write: (offset, data) => client.write(offset, data),
         zero: (offset, length) => client.zero(offset, length),
         flush: () => client.flush(),
-        dataPage: (offset) => dataPageOf(size, offset, extents(ALLOCATION_CONTEXT)),
-        changedPage: (offset) =>
-          compared === undefined ? notCompared() : changedPageOf(size, offset, extents(compared)),
+        dataPage: (offset) => dataPageOf(size, offset, extents),
         close: async () => {
           await client.disconnect();
           await this.#control.call('GET', pathOf('sessions', session));

@@ -18,10 +18,10 @@ import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** `sheepgate:changed:TAG`: bit 0 is set where the export may differ from the snapshot TAG. */
-export const CHANGED_CONTEXT_PREFIX = 'sheepgate:changed:';
+const CHANGED_CONTEXT_PREFIX = 'sheepgate:changed:';
 /** The same for tools that know qemu's dirty bitmaps (proto.md of qemu, docs/interop/nbd.rst): bit 0 is "dirty". */
 const DIRTY_BITMAP_PREFIX = 'qemu:dirty-bitmap:';
-export const STATE_CHANGED = 1;
+const STATE_CHANGED = 1;
 /** Snapshots an export can be compared with, the newest ones: what a client that lists contexts is told. */
 const MAX_BASES = 256;
 

@@ -101,6 +101,11 @@ export interface ObjectReader {
   ): Awaitable<void>;
 }
 
+/** Reads of a disk that are under way: one more when a read begins, one less when it has ended. */
+export interface ReadCount {
+  inFlight: number;
+}
+
 export interface ObjectStore extends ObjectReader {
   /** For messages: where the store is. */
   readonly location: string;
@@ -108,8 +113,8 @@ export interface ObjectStore extends ObjectReader {
   readonly identity: string;
   /** Why nothing may be changed; undefined if it may. */
   readonly readOnlyBecause: string | undefined;
-  /** A client is about to read this range of the disk: a hint for stores that read ahead. */
-  noteRead?(vdi: OpenVdi, offset: number, length: number): void;
+  /** A client is about to read this range of the disk: a hint for stores that read ahead, and want to be told the end too. */
+  noteRead?(vdi: OpenVdi, offset: number, length: number): ReadCount;
   /** In place, into an existing exclusive object. */
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void>;
   /**

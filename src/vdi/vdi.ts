@@ -8,6 +8,7 @@ import {
   type ObjectReader,
   type ObjectStore,
   type OpenVdi,
+  type ReadCount,
   type VdiRecord,
 } from '../store/object-store.js';
 export type { VdiRecord } from '../store/object-store.js';
@@ -53,7 +54,20 @@ export class Vdi {
 
   /** Fill `into` with the bytes at `offset`. The range must lie within the disk. */
   read(offset: number, into: Buffer): Awaitable<void> {
-    if (this.#store.noteRead !== undefined) this.#store.noteRead(this.#open, offset, into.length);
+    if (this.#store.noteRead === undefined) return this.#read(offset, into);
+    return this.#countedRead(this.#store.noteRead(this.#open, offset, into.length), offset, into);
+  }
+
+  async #countedRead(count: ReadCount, offset: number, into: Buffer): Promise<void> {
+    count.inFlight++;
+    try {
+      await this.#read(offset, into);
+    } finally {
+      count.inFlight--;
+    }
+  }
+
+  #read(offset: number, into: Buffer): Awaitable<void> {
     const idx = Math.floor(offset / this.#objectSize);
     const within = offset - idx * this.#objectSize;
     if (within + into.length <= this.#objectSize) return this.#readObject(idx, within, into);

@@ -4,6 +4,7 @@
  * sees to it that none is used that is older than a write: every change of an object must be announced with `forget`,
  * before and after it is made.
  */
+import type { ReadCount } from '../object-store.js';
 import { objectKey } from './table.js';
 
 /** One request: a piece is used up by several reads of the kernel's usual 128 KiB. */
@@ -12,12 +13,16 @@ const PIECE_BYTES = 512 * 1024;
 const WINDOW_BYTES = 4 * 1024 * 1024;
 /** Reads in a row after which a reader is taken for a sequential one. */
 const MIN_RUN = 2;
-/** Reads under way with which a reader does well enough by itself. */
+/** Reads of a disk under way with which its reader does well enough by itself. */
 const BUSY_READS = 4;
+/** Reads after which such a reader is looked at again: what it has under way goes up and down. */
+const BUSY_REST = 64;
 /** Readers of one disk that are told apart. */
 const MAX_READERS = 8;
 /** Pieces held for all disks together: 64 MiB. What is not fetched by then is dropped, the oldest first. */
 const MAX_PIECES = 128;
+/** Buffers kept for further pieces: a fresh one costs as much as filling it. */
+const KEPT_BUFFERS = 24;
 /** A piece nobody asked for in this time is not used any more: another gateway may have written the disk meanwhile. */
 const PIECE_LIFE_MS = 2_000;
 
@@ -36,6 +41,12 @@ interface Reader {
   window: number;
 }
 
+/** What is known of who reads a disk. */
+interface Reading extends ReadCount {
+  readonly readers: Reader[];
+  rest: number;
+}
+
 interface Piece {
   readonly object: number;
   readonly offset: number;
@@ -50,33 +61,35 @@ interface Piece {
 
 export class ReadAhead {
   readonly #fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>;
-  readonly #readers = new WeakMap<ReadableDisk, Reader[]>();
+  readonly #disks = new WeakMap<ReadableDisk, Reading>();
   /** In the order in which they were asked for. */
   readonly #pieces = new Set<Piece>();
   readonly #byObject = new Map<number, Set<Piece>>();
-  /** Reads that clients wait for. */
-  inFlight = 0;
-
+  /** Of PIECE_BYTES each. */
+  readonly #spare: Buffer[] = [];
   constructor(fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>) {
     this.#fetch = fetch;
   }
 
-  /** `length` bytes of `disk` at `offset` are about to be read. */
-  note(disk: ReadableDisk, offset: number, length: number): void {
-    let readers = this.#readers.get(disk);
-    if (!readers) this.#readers.set(disk, (readers = []));
+  /** `length` bytes of `disk` at `offset` are about to be read. The caller counts what it has under way in what it gets. */
+  note(disk: ReadableDisk, offset: number, length: number): ReadCount {
+    let reading = this.#disks.get(disk);
+    if (!reading) this.#disks.set(disk, (reading = { inFlight: 0, readers: [], rest: 0 }));
+    if (reading.inFlight >= BUSY_READS) reading.rest = BUSY_REST;
+    else if (reading.rest > 0) reading.rest--;
+    const { readers } = reading;
     const at = readers.findIndex(({ next }) => next === offset);
     if (at < 0) {
       if (readers.length >= MAX_READERS) readers.shift();
       readers.push({ next: offset + length, run: 1, ahead: 0, window: PIECE_BYTES });
-      return;
+      return reading;
     }
     const [reader] = readers.splice(at, 1) as [Reader];
     readers.push(reader);
     reader.next = offset + length;
     reader.run++;
-    if (reader.run < MIN_RUN || this.inFlight >= BUSY_READS) return;
-    this.#goAhead(disk, reader);
+    if (reader.run >= MIN_RUN && reading.rest === 0) this.#goAhead(disk, reader);
+    return reading;
   }
 
   /**
@@ -156,7 +169,7 @@ export class ReadAhead {
       const [oldest] = this.#pieces;
       if (oldest) this.#drop(oldest);
     }
-    const bytes = Buffer.allocUnsafeSlow(length);
+    const bytes = (this.#spare.pop() ?? Buffer.allocUnsafeSlow(PIECE_BYTES)).subarray(0, length);
     const arrival = this.#fetch(vid, idx, offset, bytes).then(
       () => true,
       () => false,
@@ -177,10 +190,16 @@ export class ReadAhead {
   }
 
   #drop(piece: Piece): void {
+    if (piece.isStale) return;
     piece.isStale = true;
     this.#pieces.delete(piece);
     const others = this.#byObject.get(piece.object);
     others?.delete(piece);
     if (others?.size === 0) this.#byObject.delete(piece.object);
+    // Not before it has come: until then it is being received into. Who waits for it looks at isStale after that.
+    void piece.arrival.then(() => {
+      const { buffer, byteOffset } = piece.bytes;
+      if (this.#spare.length < KEPT_BUFFERS) this.#spare.push(Buffer.from(buffer, byteOffset, PIECE_BYTES));
+    });
   }
 }

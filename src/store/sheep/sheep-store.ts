@@ -8,6 +8,7 @@ import {
   type ObjectStore,
   type OpenVdi,
   type Owner,
+  type ReadCount,
   type ZeroOptions,
 } from '../object-store.js';
 import { Cluster } from './cluster.js';
@@ -106,22 +107,18 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
   }
 
-  noteRead(vdi: OpenVdi, offset: number, length: number): void {
-    this.cluster.readAhead.note(vdi, offset, length);
+  noteRead(vdi: OpenVdi, offset: number, length: number): ReadCount {
+    return this.cluster.readAhead.note(vdi, offset, length);
   }
 
   async #read(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    const { readAhead } = this.cluster;
-    readAhead.inFlight++;
     try {
-      const ahead = readAhead.read(vid, idx, offset, into);
+      const ahead = this.cluster.readAhead.read(vid, idx, offset, into);
       if (ahead && (await ahead)) return;
       await this.cluster.readData(vid, idx, offset, into);
     } catch (error) {
       if ((error as StoreError).code !== 'GONE') throw error;
       await this.#readGone(vid, idx, offset, into, error as StoreError);
-    } finally {
-      readAhead.inFlight--;
     }
   }
 
