@@ -1,7 +1,8 @@
 /**
  * What a writer notices of snapshots on a large, fully allocated disk: the latencies of 4 KiB writes, and the longest turn
- * of the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a loop and snapshots are taken, listed and deleted. The
- * map is full but for most of its entries there is no file: maps are what is measured. Owns everything it makes.
+ * of the event loop (in CPU time, which other load on the machine does not change), while NAME@now is opened and closed in a
+ * loop and snapshots are taken, listed and deleted. The map is full but for most of its entries there is no file: maps are
+ * what is measured. Owns everything it makes.
  *
  *     npm run build && node bench/pauses.mjs [--objects 262144] [--depth 1] [--seconds 3] [--dist DIST] [--dir DIR]
  *

@@ -1,0 +1,172 @@
+/* sheepload: closed-loop load on Sheepdog nodes with nothing in between, to compare a gateway with.
+ * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write rand|seq seconds VID_HEX span_bytes
+ * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P").
+ * prints: requests/s MB/s p50us p99us
+ * gcc -O2 sheepload.c -o sheepload */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define MAX_CONNECTIONS 64
+#define OBJECT_BYTES (4u << 20)
+#define HEADER_BYTES 48
+#define MAX_SAMPLES (1u << 24)
+#define ID_MASK 0xfffffu /* start times are kept by the low bits of the request's id */
+
+struct connection {
+  int fd;
+  char *out; /* requests that the socket has not taken yet: out[sent..queued) */
+  size_t queued, sent;
+  char header[HEADER_BYTES];
+  size_t header_have, payload_left;
+  char *sink;
+};
+
+static struct connection conns[MAX_CONNECTIONS];
+static int n_conns;
+static char *data;
+static size_t block;
+static int is_write, is_random;
+static uint32_t vid, last_id, *latency;
+static uint64_t span, next_block, random_state = 88172645463325252ull;
+static double started[ID_MASK + 1];
+static size_t n_samples;
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + t.tv_nsec / 1e9;
+}
+
+static uint64_t next_random(void) {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  return random_state ^= random_state << 17;
+}
+
+static void queue_request(struct connection *c) {
+  uint64_t blocks = span / block;
+  uint64_t offset = (is_random ? next_random() % blocks : next_block++ % blocks) * block;
+  char header[HEADER_BYTES] = {0};
+  uint32_t id = ++last_id;
+  header[0] = 2;
+  header[1] = is_write ? 3 : 2;
+  header[2] = is_write ? 1 : 0;
+  *(uint32_t *)(header + 8) = id;
+  *(uint32_t *)(header + 12) = block;
+  *(uint64_t *)(header + 16) = (uint64_t)vid << 32 | offset / OBJECT_BYTES;
+  *(uint32_t *)(header + 40) = offset % OBJECT_BYTES;
+  started[id & ID_MASK] = now();
+  memmove(c->out, c->out + c->sent, c->queued - c->sent);
+  c->queued -= c->sent;
+  c->sent = 0;
+  memcpy(c->out + c->queued, header, HEADER_BYTES);
+  c->queued += HEADER_BYTES;
+  if (is_write) {
+    memcpy(c->out + c->queued, data, block);
+    c->queued += block;
+  }
+}
+
+/* One answer, or what there is of it. Returns whether one is complete. */
+static int receive(struct connection *c) {
+  ssize_t got;
+  while (c->header_have < HEADER_BYTES) {
+    got = read(c->fd, c->header + c->header_have, HEADER_BYTES - c->header_have);
+    if (got <= 0) return 0;
+    c->header_have += got;
+    if (c->header_have < HEADER_BYTES) continue;
+    c->payload_left = *(uint32_t *)(c->header + 12);
+    if (*(uint32_t *)(c->header + 16) != 0) {
+      fprintf(stderr, "a node answers %x\n", *(uint32_t *)(c->header + 16));
+      exit(1);
+    }
+  }
+  while (c->payload_left > 0) {
+    got = read(c->fd, c->sink, c->payload_left < block ? c->payload_left : block);
+    if (got <= 0) return 0;
+    c->payload_left -= got;
+  }
+  c->header_have = 0;
+  if (n_samples < MAX_SAMPLES) latency[n_samples++] = (now() - started[*(uint32_t *)(c->header + 8) & ID_MASK]) * 1e6;
+  return 1;
+}
+
+static int compare(const void *a, const void *b) {
+  uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+  return x < y ? -1 : x > y;
+}
+
+static void open_connection(int port, int depth) {
+  struct connection *c = &conns[n_conns++];
+  struct sockaddr_in address = {
+      .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+  int on = 1;
+  c->fd = socket(AF_INET, SOCK_STREAM, 0);
+  if (connect(c->fd, (void *)&address, sizeof address) < 0) {
+    perror("connect");
+    exit(1);
+  }
+  setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  fcntl(c->fd, F_SETFL, O_NONBLOCK);
+  c->out = malloc((size_t)depth * (HEADER_BYTES + block));
+  c->sink = malloc(block);
+}
+
+int main(int argc, char **argv) {
+  if (argc != 10) return 2;
+  int per_node = atoi(argv[2]), depth = atoi(argv[3]);
+  block = atol(argv[4]);
+  is_write = !strcmp(argv[5], "write");
+  is_random = !strcmp(argv[6], "rand");
+  double seconds = atof(argv[7]);
+  vid = strtoul(argv[8], 0, 16);
+  span = strtoull(argv[9], 0, 0);
+  data = malloc(block);
+  for (size_t i = 0; i < block; i++) data[i] = next_random();
+  latency = malloc(sizeof *latency * MAX_SAMPLES);
+  for (char *port = strtok(argv[1], ","); port; port = strtok(0, ","))
+    for (int i = 0; i < per_node && n_conns < MAX_CONNECTIONS; i++) open_connection(atoi(port), depth);
+
+  double begin = now();
+  uint64_t answered = 0;
+  int in_flight = 0, turn = 0;
+  for (; in_flight < depth; in_flight++) queue_request(&conns[turn++ % n_conns]);
+  while (in_flight > 0) {
+    struct pollfd polled[MAX_CONNECTIONS];
+    for (int i = 0; i < n_conns; i++)
+      polled[i] = (struct pollfd){conns[i].fd, POLLIN | (conns[i].queued > conns[i].sent ? POLLOUT : 0), 0};
+    poll(polled, n_conns, 1000);
+    int is_over = now() - begin >= seconds;
+    for (int i = 0; i < n_conns; i++) {
+      struct connection *c = &conns[i];
+      while (polled[i].revents & (POLLIN | POLLHUP) && receive(c)) {
+        answered++;
+        in_flight--;
+        if (is_over) continue;
+        queue_request(&conns[turn++ % n_conns]);
+        in_flight++;
+      }
+      while (c->queued > c->sent) {
+        ssize_t put = write(c->fd, c->out + c->sent, c->queued - c->sent);
+        if (put <= 0) break;
+        c->sent += put;
+      }
+    }
+  }
+  double took = now() - begin;
+  qsort(latency, n_samples, sizeof *latency, compare);
+  printf("%.0f %.1f %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
+         latency[n_samples * 99 / 100]);
+  return 0;
+}
