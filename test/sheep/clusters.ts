@@ -8,11 +8,18 @@ import net from 'node:net';
 import os from 'node:os';
 import path from 'node:path';
 import { promisify } from 'node:util';
+import { afterAll } from 'vitest';
 import { StandIn, type StandInOptions } from './stand-in.js';
 
 const run = promisify(execFile);
 const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
+
+/** Ends the real nodes of tests that did not get so far, or whose start failed half-way. */
+const stops: (() => Promise<void>)[] = [];
+afterAll(async () => {
+  for (const stop of stops) await stop();
+});
 
 export interface RealNodes extends TestCluster {
   readonly directory: string;
@@ -125,20 +132,26 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     const port = ports[nodes.findIndex(Boolean)];
     return (await run('dog', [...args.slice(0, 2), '-a', '127.0.0.1', '-p', String(port), ...args.slice(2)])).stdout;
   };
+  const kill = async (n: number): Promise<void> => {
+    const node = nodes[n];
+    if (!node) return;
+    nodes[n] = undefined;
+    if (node.exitCode !== null || node.signalCode !== null) return;
+    const ended = new Promise((resolve) => node.once('exit', resolve));
+    node.kill('SIGKILL');
+    await ended;
+  };
+  const stop = async (): Promise<void> => {
+    for (let n = 0; n < count; n++) await kill(n);
+    fs.rmSync(directory, { recursive: true, force: true });
+  };
+  stops.push(stop);
   for (let n = 0; n < count; n++) await start(n);
   await until(
     'all nodes have joined',
     async () => (await dog('node', 'list', '-r')).trim().split('\n').length === count,
   );
   await dog('cluster', 'format', ...format);
-  const kill = async (n: number): Promise<void> => {
-    const node = nodes[n];
-    if (!node) return;
-    nodes[n] = undefined;
-    const ended = new Promise((resolve) => node.once('exit', resolve));
-    node.kill('SIGKILL');
-    await ended;
-  };
   return {
     address: ports.map((port) => `127.0.0.1:${port}`).join(','),
     snapshot: async (name, tag) => {
@@ -172,10 +185,7 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
       await start(n);
     },
     violations: () => [],
-    stop: async () => {
-      for (let n = 0; n < count; n++) await kill(n);
-      fs.rmSync(directory, { recursive: true, force: true });
-    },
+    stop,
   };
 }
 

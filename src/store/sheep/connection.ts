@@ -164,8 +164,9 @@ export class NodeConnection {
     socket.on('close', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
   }
 
-  get isOpen(): boolean {
-    return this.#lost === undefined;
+  /** As it was given to connect. */
+  get address(): NodeAddress {
+    return this.#address;
   }
 
   get inFlight(): number {

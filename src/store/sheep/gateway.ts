@@ -123,16 +123,8 @@ export class Gateway {
     };
   }
 
-  get nodes(): NodeAddress[] {
-    return this.#nodes.map(({ address }) => address);
-  }
-
   get retryMs(): number {
     return this.#options.retryMs;
-  }
-
-  get connectionsPerNode(): number {
-    return this.#options.connections;
   }
 
   /**
@@ -157,13 +149,13 @@ export class Gateway {
       try {
         const answer = await open.send(request, options.attemptMs ?? this.#options.attemptMs);
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
-        return await this.#repeat(request, options, answer);
+        return await this.#repeat(request, options, answer, open.address);
       } catch (error) {
         if (!(error instanceof ConnectionLost)) throw error;
-        return this.#repeat(request, options, error);
+        return this.#repeat(request, options, error, open.address);
       }
     }
-    return this.#repeat(request, options, undefined);
+    return this.#repeat(request, options, undefined, undefined);
   }
 
   /** Close all connections; what is in flight fails. */
@@ -177,11 +169,13 @@ export class Gateway {
     request: WireRequest,
     options: ExecuteOptions,
     first: Answer | ConnectionLost | undefined,
+    askedFirst: NodeAddress | undefined,
   ): Promise<Answer> {
     const deadline = Date.now() + (options.retryMs ?? this.#options.retryMs);
     let backoff = FIRST_BACKOFF_MS;
     let trouble = 0;
     let last = first;
+    let asked = askedFirst;
     let isAmbiguous = first instanceof ConnectionLost || (first !== undefined && TROUBLE.has(first.result));
     for (;;) {
       if (last !== undefined) {
@@ -189,7 +183,7 @@ export class Gateway {
         const reason = last instanceof Error ? last.message : `the cluster answers ${resultName(last.result)}`;
         if (!(last instanceof Error) && TROUBLE.has(last.result)) {
           trouble++;
-          this.#leaveCurrent(`it answers ${resultName(last.result)}`);
+          this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
         if (last instanceof NoAnswer) {
           this.#leaveSilent(last.address);
@@ -209,6 +203,7 @@ export class Gateway {
       }
       try {
         const connection = this.#idleConnection() ?? (await this.#connect());
+        asked = connection.address;
         // From here on the node may have seen it.
         const answer = await connection.send(request, options.attemptMs ?? this.#options.attemptMs);
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
@@ -231,9 +226,9 @@ export class Gateway {
       void this.#learnNodes();
     }
     const node = this.#placed[this.#placement?.nodeOf(vid, idx) ?? -1];
-    if (!node || node === this.#current) return undefined;
+    if (!node || node === this.#current || node.restUntil > now) return undefined;
     const { connections } = node;
-    if (connections.length + node.opening < NEAR_CONNECTIONS && node.restUntil <= now) {
+    if (connections.length + node.opening < NEAR_CONNECTIONS) {
       this.#open(node).catch(() => (node.restUntil = Date.now() + NEAR_REST_MS));
     }
     this.#turn++;
@@ -309,13 +304,20 @@ export class Gateway {
   }
 
   /** Another node may be better off. Its requests in flight stay where they are. */
-  #leaveCurrent(why: string, from: NodeAddress = this.#current.address): void {
+  #leaveCurrent(why: string, from: NodeAddress): void {
     if (this.#nodes.length < 2 || this.#current.address !== from) return;
     const left = this.#current;
     left.restUntil = Date.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
     this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: ${why}`);
+  }
+
+  /** A node that has trouble with its disk or its peers: the one in use is left, another is not asked for reads for a while. */
+  #leaveTroubled(address: NodeAddress | undefined, why: string): void {
+    const node = this.#nodes.find((other) => other.address === address);
+    if (node === this.#current) this.#leaveCurrent(why, node.address);
+    else if (node) node.restUntil = Date.now() + NEAR_REST_MS;
   }
 
   /** Nothing new goes to it for a while. What it was asked on other connections has its own time. */

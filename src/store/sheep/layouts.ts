@@ -238,18 +238,9 @@ export const inodeLayout = struct<InodeLayout>([
 ]);
 
 /** What an inode's header says. */
-export interface Inode {
-  readonly vid: number;
-  readonly name: string;
+export interface Inode extends VdiRecord {
   /** As it is stored; snapshots may have none. */
   readonly tag: string;
-  readonly isSnapshot: boolean;
-  readonly snapId: number;
-  readonly size: number;
-  readonly blockSizeShift: number;
-  readonly parentVid: number;
-  readonly createdAt: number;
-  readonly snapshotAt: number;
   /** vm_clock_nsec, which means nothing in a VDI without a machine's state: marks who keeps a temporary snapshot. */
   readonly mark: Buffer;
   readonly copies: number;

@@ -7,6 +7,7 @@
  * (node_to_vnodes: as many points on the ring as a node has virtual nodes; the first point from the object's hash on).
  */
 import type { ClusterNode } from './layouts.js';
+import { objectKey } from './table.js';
 
 const FNV_INIT = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;
@@ -39,7 +40,7 @@ export class Placement {
 
   /** Position, in the list it was made from, of the node with the first copy of data object (vid, idx); -1: none. */
   nodeOf(vid: number, idx: number): number {
-    const key = vid * 2 ** 20 + idx;
+    const key = objectKey(vid, idx);
     let node = this.#remembered.get(key);
     if (node === undefined) {
       node = this.#find(vid, idx);

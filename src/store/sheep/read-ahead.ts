@@ -5,6 +5,7 @@
  * before and after it is made.
  */
 import type { ReadCount } from '../object-store.js';
+import { isLost } from './shadow.js';
 import { objectKey } from './table.js';
 
 /** One request: a piece is used up by several reads of the kernel's usual 128 KiB. */
@@ -67,6 +68,7 @@ export class ReadAhead {
   readonly #byObject = new Map<number, Set<Piece>>();
   /** Of PIECE_BYTES each. */
   readonly #spare: Buffer[] = [];
+
   constructor(fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>) {
     this.#fetch = fetch;
   }
@@ -156,7 +158,7 @@ export class ReadAhead {
       const objectEnd = Math.min(objectSize, disk.record.size - idx * objectSize);
       const length = Math.min(PIECE_BYTES - (within % PIECE_BYTES), objectEnd - within);
       const owner = disk.map[idx];
-      if (owner) this.#ask(owner, idx, within, length);
+      if (owner && !isLost(owner)) this.#ask(owner, idx, within, length);
       reader.ahead += length;
     }
     reader.window = Math.min(WINDOW_BYTES, reader.window * 2);

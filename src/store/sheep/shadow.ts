@@ -20,6 +20,7 @@ import {
   TAG_BYTES,
 } from './protocol.js';
 import type { ReadTracker } from './read-tracker.js';
+import { InDoubt } from './stalled-nodes.js';
 import { clearTable, isRemoved, objectCount, objectKey } from './table.js';
 
 const PREFIX = 'sheepgate-now-';
@@ -121,13 +122,20 @@ export class Shadow {
       await this.#mark(tag, this.takenAt, owner);
       await cluster.fillTable(this.vid, map);
     } catch (error) {
-      // As far as the cluster can still be told.
-      await cluster.fillTable(this.vid, new Uint32Array(map.length)).catch(() => undefined);
-      for (const [from, to] of ranges) {
-        const before = references.subarray(from * GREF_BYTES, to * GREF_BYTES);
-        await cluster.writeReferences(source.vid, from, before).catch(() => undefined);
+      // Counts go back only if no reference is left and none can still come: too high ones leak, too low ones lose objects.
+      const isEmpty =
+        !(error instanceof InDoubt) &&
+        (await cluster.fillTable(this.vid, new Uint32Array(map.length)).then(
+          () => true,
+          () => false,
+        ));
+      if (isEmpty) {
+        for (const [from, to] of ranges) {
+          const before = references.subarray(from * GREF_BYTES, to * GREF_BYTES);
+          await cluster.writeReferences(source.vid, from, before).catch(() => undefined);
+        }
+        await this.#mark('', 0).catch(() => undefined);
       }
-      await this.#mark('', 0).catch(() => undefined);
       throw error;
     }
     this.inode = { ...this.inode, size: source.size };
