@@ -3,6 +3,7 @@
  * it reads only where asked to; never writes.
  */
 import fs from 'node:fs';
+import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
 import { dropCached } from '../store/local/libc.js';
 import { hashOf, type BlockHashes } from './block-hashes.js';
@@ -55,7 +56,11 @@ export class Chain {
   async readChecked(hashes: BlockHashes, index: number): Promise<Buffer> {
     const block = Buffer.allocUnsafe(hashes.lengthOf(index));
     const offset = index * hashes.blockBytes;
-    await this.read(offset, block);
+    await this.read(offset, block).catch((error: NodeJS.ErrnoException) => {
+      if (error.code !== 'EIO') throw error;
+      const what = `a file of ${path.dirname(this.#baseFile)} cannot be read at ${offset} of the disk`;
+      throw new OperationError('DAMAGED', `${what}: ${error.message}`, { cause: error });
+    });
     if (!hashes.is(index, hashOf(block))) {
       const files = await this.filesOf(offset, block.length);
       throw new OperationError(

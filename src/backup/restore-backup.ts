@@ -20,6 +20,8 @@ export interface RestoreOptions {
   readonly verifies: boolean;
   readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
   readonly signal: AbortSignal;
+  /** Told what is left behind when it fails. */
+  readonly log: (line: string) => void;
 }
 
 /**
@@ -71,6 +73,8 @@ export async function restoreBackup(
   const hashes = await target.hashesOf(point);
   const chain = await target.openChain(point);
   try {
+    // What is there is not given up for a backup that turns out to be damaged.
+    if (overwrites) await checkAll(chain, hashes, options);
     const isNew = await prepare(operations, point, name, overwrites);
     try {
       const disk = await operations.openDisk(name);
@@ -87,11 +91,31 @@ export async function restoreBackup(
       }
     } catch (error) {
       // Half a disk is worse than none.
-      if (isNew) await operations.remove(name).catch(() => undefined);
-      throw isNew ? error : torn(error, name);
+      const isGone =
+        isNew &&
+        (await operations.remove(name).then(
+          () => true,
+          () => false,
+        ));
+      if (!isGone) options.log(`${name} is not whole now: restore it again, or delete it`);
+      throw error;
     }
   } finally {
     await chain.close();
+  }
+}
+
+/** Errors: DAMAGED. */
+async function checkAll(chain: Chain, hashes: BlockHashes, options: RestoreOptions): Promise<void> {
+  const doing = options.progress('checking the backup', hashes.size);
+  try {
+    for (let index = 0; index < hashes.count; index++) {
+      options.signal.throwIfAborted();
+      if (!hashes.isZero(index)) await chain.readChecked(hashes, index);
+      doing.advance(hashes.lengthOf(index));
+    }
+  } finally {
+    doing.end();
   }
 }
 
@@ -183,11 +207,4 @@ async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions
   } finally {
     doing.end();
   }
-}
-
-function torn(error: unknown, name: string): unknown {
-  if (!(error instanceof OperationError)) return error;
-  return new OperationError(error.code, `${error.message}; ${name} is not whole now: restore it again`, {
-    cause: error,
-  });
 }

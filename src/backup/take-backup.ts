@@ -59,7 +59,7 @@ export async function takeBackup(operations: Operations, options: TakeOptions): 
       `${options.to} is one image, which holds the newest backup; --keep ${options.keep} needs a directory`,
     );
   }
-  const target = await BackupTarget.openForBackup(options.to, options.vdi, operations.store, options.log);
+  const target = await BackupTarget.openForBackup(options.to, options.vdi, operations.store, options);
   try {
     return await new Run(operations, target, options, working).run();
   } catch (error) {
@@ -108,18 +108,21 @@ class Run {
     signal.throwIfAborted();
     let disk: Disk | undefined;
     try {
-      const time = new Date().toISOString();
       let base: BaseSnapshot | null = null;
       let point: Point;
       try {
+        let time: string;
         const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${this.#target.manifest.target}`;
         if (keepsBase) {
           const { vid, snapshotAt } = await moment(() => this.#operations.snapshot(vdi, tag));
           base = { tag, vid, snapshotAt };
+          time = new Date().toISOString();
           signal.throwIfAborted();
           disk = await this.#operations.openDisk(spec);
         } else {
-          disk = await moment(() => this.#operations.openDisk(spec));
+          // Set inside: a moment that was over too late throws with the disk open.
+          disk = await moment(async () => (disk = await this.#operations.openDisk(spec)));
+          time = new Date().toISOString();
         }
         point = await this.#copy({ spec, disk }, { id, time, base }, previous);
       } finally {

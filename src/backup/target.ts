@@ -89,7 +89,7 @@ export class BackupTarget {
     given: string,
     vdi: string,
     store: string,
-    log: (line: string) => void,
+    { log, isFull }: { readonly log: (line: string) => void; readonly isFull: boolean },
   ): Promise<BackupTarget> {
     const place = placeOf(given);
     const isNew = makeHome(place, given);
@@ -110,7 +110,7 @@ export class BackupTarget {
         await syncDirectory(path.dirname(place.home));
       }
       const target = new BackupTarget(place, manifest, lock);
-      await target.#recover(log);
+      await target.#recover(log, isFull);
       return target;
     } catch (error) {
       await lock?.close();
@@ -196,7 +196,8 @@ export class BackupTarget {
    */
   async checkUntouched(log: (line: string) => void): Promise<void> {
     const touched: string[] = [];
-    for (const name of this.#names(this.points)) {
+    const chain = this.last?.chain;
+    for (const name of this.#names(this.points.filter((point) => point.chain === chain))) {
       const file = path.join(this.home, name);
       const stamp = this.#manifest.stamps[name];
       const found = await stampOf(file).catch(() => undefined);
@@ -213,8 +214,6 @@ export class BackupTarget {
     if (touched.length === 0) return;
     const damage: Damage[] = [];
     for await (const found of this.verify()) damage.push(found);
-    const last = this.last;
-    const chain = last?.chain;
     const first = damage.find(({ id }) => this.points.some((each) => each.id === id && each.chain === chain));
     if (first) throw new OperationError('DAMAGED', first.message);
     log(`not as the last run left it: ${touched.join(', ')}; compared with the hashes, it is right`);
@@ -313,11 +312,12 @@ export class BackupTarget {
     return found;
   }
 
-  async #recover(log: (line: string) => void): Promise<void> {
+  /** A new chain must not fail for what is wrong with the one that it leaves: a fold that is not finished harms nothing. */
+  async #recover(log: (line: string) => void, isFull: boolean): Promise<void> {
     const { folding, installing } = this.#manifest;
     if (installing !== null) await this.#install();
     const folded = this.points.find(({ id }) => id === folding);
-    if (folded) {
+    if (folded && !isFull && folded.chain === this.last?.chain) {
       log('the last run was interrupted while it dropped an old backup; finishing that');
       await this.#fold(folded);
     }
@@ -406,7 +406,13 @@ export class BackupTarget {
 
   async #stamps(points: readonly Point[]): Promise<Manifest['stamps']> {
     const stamps: Record<string, { bytes: number; mtimeMs: number }> = {};
-    for (const name of this.#names(points)) stamps[name] = await stampOf(path.join(this.home, name));
+    for (const name of this.#names(points)) {
+      const stamp = await stampOf(path.join(this.home, name)).catch((error: NodeJS.ErrnoException) => {
+        if (error.code !== 'ENOENT') throw error;
+        return undefined; // of an older chain; verify says so
+      });
+      if (stamp) stamps[name] = stamp;
+    }
     return stamps;
   }
 }

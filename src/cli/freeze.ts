@@ -1,14 +1,13 @@
 /**
- * --freeze-cmd and --thaw-cmd: a snapshot taken while the guest holds still. Owns the order (guard, freeze, snapshot, thaw)
- * and that a snapshot is refused if the guest was thawed before it was there. Thawing itself is the guard's (thaw-guard.ts),
- * whatever becomes of this process.
+ * --freeze-cmd and --thaw-cmd: a snapshot taken while the guest holds still. Owns the order (freeze, snapshot, thaw) and that
+ * a snapshot is refused if the guest was thawed before it was there. Freezing and thawing themselves are the guard's
+ * (thaw-guard.ts), whatever becomes of this process.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError } from '../daemon/operations.js';
-import { runCommand } from './run-command.js';
 import type { GuardLine } from './thaw-guard.js';
 
 /** A guest that is frozen for longer has its users call: nothing that we do meanwhile takes as much. */
@@ -62,14 +61,11 @@ export class FrozenMoment {
   readonly during = async <T>(take: () => Promise<T>): Promise<T> => {
     const { freezeCmd, thawCmd, freezeTimeout = DEFAULT_TIMEOUT_S } = this.#options;
     if (freezeCmd === undefined || thawCmd === undefined) return take();
-    const timeoutMs = freezeTimeout * 1000;
-    const guard = new Guard(timeoutMs, thawCmd);
+    this.#signal.throwIfAborted();
+    const guard = new Guard(freezeTimeout * 1000, freezeCmd, thawCmd);
     let taken: T;
     try {
-      await guard.armed;
-      this.#signal.throwIfAborted();
-      const failure = await runCommand(freezeCmd, { timeoutMs, signal: this.#signal });
-      this.#signal.throwIfAborted();
+      const failure = await Promise.race([guard.frozen, aborted(this.#signal)]);
       if (failure !== null)
         throw new OperationError('FREEZE_FAILED', `no snapshot taken: the freeze command ${failure}`);
       taken = await take();
@@ -98,40 +94,49 @@ export class FrozenMoment {
   }
 }
 
+/** Rejects when the work is interrupted. */
+function aborted(signal: AbortSignal): Promise<never> {
+  const rejected = new Promise<never>((_, reject) => {
+    signal.addEventListener('abort', () => reject(signal.reason as Error), { once: true });
+  });
+  rejected.catch(() => undefined);
+  return rejected;
+}
+
 interface Thawed {
   readonly isLate: boolean;
   readonly failure: string | null;
 }
 
 class Guard {
-  /** It watches. */
-  readonly armed: Promise<void>;
+  /** What went wrong with freezing, or null. Errors: FREEZE_FAILED if there is nobody to do it. */
+  readonly frozen: Promise<string | null>;
   readonly #child: ChildProcess;
   readonly #thawed: Promise<Thawed>;
 
-  constructor(timeoutMs: number, thawCmd: string) {
+  constructor(timeoutMs: number, freezeCmd: string, thawCmd: string) {
     const script = fileURLToPath(new URL('./thaw-guard.js', import.meta.url));
-    const child = spawn(process.execPath, [script, String(timeoutMs), thawCmd], {
+    const child = spawn(process.execPath, [script, String(timeoutMs), freezeCmd, thawCmd], {
       detached: true,
       stdio: ['pipe', 'pipe', 'inherit'],
     });
     this.#child = child;
     child.stdin.on('error', () => undefined);
-    let arm = (): void => undefined;
+    let answer: (failure: string | null) => void = () => undefined;
     let refuse: (error: Error) => void = () => undefined;
-    this.armed = new Promise((resolve, reject) => {
-      arm = resolve;
+    this.frozen = new Promise((resolve, reject) => {
+      answer = resolve;
       refuse = reject;
     });
-    this.armed.catch(() => undefined);
+    this.frozen.catch(() => undefined);
     this.#thawed = new Promise((resolve) => {
       createInterface(child.stdout).on('line', (text) => {
         const line = JSON.parse(text) as GuardLine;
-        if (line.event === 'armed') arm();
+        if (line.event === 'frozen') answer(line.failure);
         else resolve(line);
       });
       const gone = (why: string): void => {
-        refuse(new OperationError('FREEZE_FAILED', `nothing was frozen: the process that would thaw ${why}`));
+        refuse(new OperationError('FREEZE_FAILED', `no snapshot taken: the process that freezes and thaws ${why}`));
         resolve({ isLate: true, failure: `may not have run: the process that would run it ${why}` });
       };
       child.once('error', (error) => gone(`could not be started: ${error.message}`));

@@ -124,7 +124,8 @@ export class Migration {
       const result = await closing(present, async () => {
         const now = await this.#history();
         // Taken since we looked: older than what we have just opened, so they come first.
-        if (now.snapshots.length > history.snapshots.length) {
+        const known = new Set(history.snapshots.map(({ vid }) => vid));
+        if (now.snapshots.some(({ vid }) => !known.has(vid))) {
           history = now;
           return undefined;
         }

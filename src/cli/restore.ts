@@ -75,6 +75,7 @@ async function restore(
         verifies: options.verify ?? true,
         progress: startProgress,
         signal,
+        log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
       }),
     { mayCreate: true },
   );

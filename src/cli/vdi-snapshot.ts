@@ -32,7 +32,12 @@ async function snapshot(operations: Operations, name: string, tag: string, optio
     try {
       taken = await moment.during(async () => (taken = await operations.snapshot(name, tag)));
     } catch (error) {
-      if (taken) await operations.remove(labelOf(taken)).catch(() => undefined);
+      if (taken) {
+        const label = labelOf(taken);
+        await operations.remove(label).catch((failure: Error) => {
+          process.stderr.write(`sheepgate: note: ${label} is left behind: ${failure.message}\n`);
+        });
+      }
       throw error;
     }
     moment.throwIfFrozen(`took ${labelOf(taken)}`);

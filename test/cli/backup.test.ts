@@ -408,6 +408,34 @@ describe('a target', () => {
     expect(await disk.checkAll(to)).toEqual([3, 4]);
   });
 
+  test('with a file missing gets a new chain by --full, which the old one does not hold up', async () => {
+    const disk = await diskWithData('directly on the store');
+    const to = newTarget();
+    await disk.backup(to);
+    await disk.write(UNIT, patterned(UNIT, 1));
+    const second = await disk.backup(to);
+    fs.rmSync(second.file);
+    expect(await disk.backup(to, '--full')).toMatchObject({ id: 3, kind: 'full' });
+    await disk.write(UNIT, patterned(UNIT, 2));
+    expect(await disk.backup(to)).toMatchObject({ id: 4, kind: 'incremental' });
+    await disk.target.ok('restore', to, 'one', '--at', '1');
+    expect(await disk.target.fails('restore', to, 'two', '--at', '2')).toMatch(/0002-.*qcow2 is missing/);
+  });
+
+  test('that is damaged is not restored over a disk: the disk stays as it was', async () => {
+    const disk = await diskWithData('directly on the store');
+    const to = newTarget();
+    await disk.backup(to);
+    await disk.write(UNIT, patterned(UNIT, 1));
+    const second = await disk.backup(to);
+    const fd = fs.openSync(second.file, 'r+');
+    fs.writeSync(fd, Buffer.from([9, 9, 9]), 0, 3, 65536);
+    fs.closeSync(fd);
+    const before = hashOf((await disk.target.run(['export', 'vm', '-'])).stdoutBytes);
+    expect(await disk.target.fails('restore', to, 'vm', '--overwrite')).toMatch(/0002-.*is damaged/);
+    expect(hashOf((await disk.target.run(['export', 'vm', '-'])).stdoutBytes)).toBe(before);
+  });
+
   test('with an increment damaged behind our back keeps that from the image below it', async () => {
     const disk = await diskWithData('directly on the store');
     const to = newTarget();

@@ -131,6 +131,38 @@ test.each(['SIGKILL', 'SIGTERM', 'SIGINT'] as const)(
   },
 );
 
+test('SIGKILL while the freeze command is still at work: it is ended before the thaw, and freezes nothing after it', async () => {
+  const { target } = await newDisk();
+  const { says, done, file } = guest();
+  const to = path.join(temporaryDirectory(), 'vm');
+  const go = `${file}.go`;
+  const hooks = [
+    ...['--freeze-cmd', `${says('begin')}; while [ ! -e ${go} ]; do sleep 0.1; done; ${says('freeze')}`],
+    ...['--thaw-cmd', says('thaw'), '--freeze-timeout', '600'],
+  ];
+  const child = spawn(process.execPath, [BIN, 'backup', 'vm', '--to', to, ...hooks], {
+    env: { ...process.env, SHEEPGATE_STORE: target.store },
+    stdio: 'ignore',
+  });
+  await waitUntil(() => done().includes('begin'), 'it is about to freeze');
+  child.kill('SIGKILL');
+  await ended(child);
+  await waitUntil(() => done().includes('thaw'), 'it is thawed');
+  fs.writeFileSync(go, '');
+  // A freeze command that was left alive would have frozen by the time that another one has.
+  await target.ok(
+    'vdi',
+    'snapshot',
+    'vm',
+    'next',
+    '--freeze-cmd',
+    `sleep 1; ${says('next')}`,
+    '--thaw-cmd',
+    says('end'),
+  );
+  expect(done()).toEqual(['begin', 'thaw', 'next', 'end']);
+});
+
 test('a thaw that fails is tried again, and if it never works the backup is there and it is said', async () => {
   const disk = await newDisk();
   const { target } = disk;
