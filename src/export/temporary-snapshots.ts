@@ -21,17 +21,16 @@ export class TemporarySnapshots {
     const spec = `${name}@${tag}`;
     return this.#alone(spec, async () => {
       const users = this.#users.get(spec) ?? 0;
-      if (users === 0) {
-        // One whose dropping failed would be an old state of the disk.
-        await this.#catalog.dropTemporary(name, tag);
-        await this.#catalog.snapshotTemporary(name, tag);
-      }
+      // One whose dropping failed would be an old state of the disk.
+      if (users === 0) await this.#catalog.dropTemporary(name, tag);
       try {
+        if (users === 0) await this.#catalog.snapshotTemporary(name, tag);
         const vdi = await this.#catalog.openVdi(spec);
         this.#users.set(spec, users + 1);
         return vdi;
       } catch (error) {
-        if (users === 0) await this.#catalog.dropTemporary(name, tag);
+        // It may be there although taking it failed. The first failure is the one to tell.
+        if (users === 0) await this.#catalog.dropTemporary(name, tag).catch(() => undefined);
         throw error;
       }
     });

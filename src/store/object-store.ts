@@ -49,6 +49,8 @@ export interface OpenVdi {
   readonly nameVid: number;
   /** Reads its objects, if they are not what the store's own reading would say. */
   readonly reader?: ObjectReader;
+  /** A snapshot by copy-before-write only: the object at idx was changed in place since, and has the same owner. */
+  overwritten?(idx: number): boolean;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
   exclusive(idx: number): boolean;
   /**

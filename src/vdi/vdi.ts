@@ -186,8 +186,12 @@ export class Vdi {
     for (let from = offset; from < offset + length && !joiner.isStopped;) {
       const idx = Math.floor(from / this.#objectSize);
       const end = Math.min((idx + 1) * this.#objectSize, offset + length);
-      // While the snapshot is there nobody writes its objects in place: another owner is what a change looks like.
-      joiner.add(end - from, (map[idx] ?? 0) !== (before[idx] ?? 0));
+      // While a snapshot is there nobody writes its objects in place, unless what was there is kept aside for it.
+      const isChanged =
+        (map[idx] ?? 0) !== (before[idx] ?? 0) ||
+        this.#open.overwritten?.(idx) === true ||
+        base.#open.overwritten?.(idx) === true;
+      joiner.add(end - from, isChanged);
       from = end;
     }
     joiner.finish();

@@ -320,3 +320,38 @@ test('one that is cloned or rolled back to is refused: it goes when its reader d
   await expect(catalog.rollback('disk@now')).rejects.toMatchObject({ code: 'UNSUPPORTED' });
   await catalog.dropTemporary('disk', 'now');
 });
+
+test('deleting the snapshot it came after leaves nothing of it behind when it is dropped', async () => {
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+  await catalog.snapshot('disk', 'before');
+  await catalog.snapshotTemporary('disk', 'now');
+  await catalog.remove('disk@before');
+  await catalog.dropTemporary('disk', 'now');
+  expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
+  await catalog.release(vdi);
+});
+
+test('what was overwritten under it has changed, though it is the same object', async () => {
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+  await catalog.snapshotTemporary('disk', 'now');
+  await vdi.write(OBJECT, Buffer.alloc(BLOCK, 2), false);
+  await catalog.snapshot('disk', 'after');
+  const [temporary, after] = [await catalog.openVdi('disk@now'), await catalog.openVdi('disk@after')];
+  for (const [one, other] of [
+    [temporary, after],
+    [after, temporary],
+  ] as const) {
+    const changed: number[] = [];
+    one.changedSince(other, 0, SIZE, (at, length, isChanged) => {
+      if (isChanged) changed.push(at, length);
+      return true;
+    });
+    expect(changed).toEqual([OBJECT, OBJECT]);
+  }
+  for (const each of [temporary, after, vdi]) await catalog.release(each);
+  await catalog.dropTemporary('disk', 'now');
+});

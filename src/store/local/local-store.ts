@@ -250,7 +250,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     // While a read of it is under way it still counts: nobody else may start to write it in place.
     const idle = this.files.idle(key);
     if (idle) {
-      void idle.then(() => this.#releaseOne(key));
+      this.#inBackground(idle.then(() => this.#releaseOne(key)));
       return;
     }
     if (this.references.drop(vidOf(key), idxOf(key)) > 0) return;
@@ -488,7 +488,7 @@ export class LocalCatalog implements Catalog {
     if (this.#temporaries.has(vid)) return this.#dropTemporary(vid);
     const { map, releases, vids, record } = await this.#held(vid);
     const relinked = this.list()
-      .filter((other) => other.parentVid === vid)
+      .filter((other) => other.parentVid === vid && !this.#temporaries.has(other.vid))
       .map((child) => adopted(child, record));
     await this.#store.metadata.commit({ records: relinked, removed: vids });
     for (const child of relinked) {

@@ -92,8 +92,15 @@ export class MapLogs {
   #create(first: Buffer): { name: string; fd: number } {
     const name = path.join(this.#directory, String(this.#next++));
     const fd = fs.openSync(name, 'ax', 0o600);
-    fs.writeSync(fd, Buffer.concat([this.#header, first]));
-    return { name, fd };
+    try {
+      const head = Buffer.concat([this.#header, first]);
+      if (fs.writeSync(fd, head) !== head.length) throw new Error(`${name}: written in part`);
+      return { name, fd };
+    } catch (error) {
+      fs.closeSync(fd);
+      fs.rmSync(name, { force: true });
+      throw error;
+    }
   }
 }
 

@@ -149,6 +149,11 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     });
   }
 
+  overwritten(idx: number): boolean {
+    const base = idx * this.#objectSize;
+    return this.#images.next(base, base + this.#objectSize, true) < base + this.#objectSize;
+  }
+
   exclusive(_idx: number): boolean {
     return false;
   }
