@@ -40,7 +40,7 @@ export interface Bases {
  * nothing of its store may be changed.
  */
 export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnly: boolean): Geometry {
-  const writable = !record.isSnapshot && record.isReadOnly !== true && !isReadOnly;
+  const writable = !record.isSnapshot && !isReadOnly;
   return {
     size: record.size,
     minimumBlockSize: 1,

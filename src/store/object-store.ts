@@ -33,8 +33,8 @@ export interface VdiRecord {
   readonly createdAt: number;
   /** When it became a snapshot; 0 for a working VDI. */
   readonly snapshotAt: number;
-  /** This store can only read it, although it is no snapshot. */
-  readonly isReadOnly?: boolean;
+  /** Objects that it may have, if they are not MAX_DATA_OBJECTS. */
+  readonly maxObjects?: number;
 }
 
 /**

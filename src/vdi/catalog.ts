@@ -208,7 +208,7 @@ export class VdiCatalog {
   resize(name: string, size: number, options: { force?: boolean } = {}): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
-      checkSize(size, record.blockSizeShift);
+      checkSize(size, record.blockSizeShift, record.maxObjects);
       if (size === record.size) return record;
       if (size < record.size) {
         if (!options.force) {
@@ -372,8 +372,8 @@ export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
 
-function checkSize(size: number, blockSizeShift: number): void {
-  const limit = MAX_DATA_OBJECTS * 2 ** blockSizeShift;
+function checkSize(size: number, blockSizeShift: number, maxObjects = MAX_DATA_OBJECTS): void {
+  const limit = maxObjects * 2 ** blockSizeShift;
   if (!Number.isSafeInteger(size) || size <= 0 || size % SIZE_UNIT !== 0) {
     throw new CatalogError('BAD_SIZE', `size ${size}: must be a positive multiple of ${SIZE_UNIT} bytes`);
   }

@@ -45,7 +45,7 @@ export interface TestCluster {
   snapshot(name: string, tag: string): Promise<void>;
   /** What `dog vdi lock unlock` does with the lock that somebody who was killed has left; nothing without locks. */
   unlock(name: string): Promise<void>;
-  /** Data objects and ledgers that exist, named by oid; after references given up so far have had their effect. */
+  /** Data objects, leaves of hyper volumes and ledgers that exist, named by oid; after references given up so far have had their effect. */
   objects(): Promise<string[]>;
   /** Remove a data object from everywhere, as disks that die together do. */
   loseObject(vid: number, idx: number): void;
@@ -207,7 +207,7 @@ function objectNames(directory: string): string[] {
   for (const node of fs.readdirSync(directory)) {
     const objects = path.join(directory, node, 'obj');
     if (!fs.existsSync(objects)) continue;
-    for (const name of fs.readdirSync(objects)) if (/^0[0-9a-f]{15}/.test(name)) names.add(name);
+    for (const name of fs.readdirSync(objects)) if (/^[01][0-9a-f]{15}/.test(name)) names.add(name);
   }
   return [...names].sort();
 }

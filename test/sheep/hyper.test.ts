@@ -1,6 +1,7 @@
 /**
- * Hyper volumes: read with every hole in its place, and not changed by anything. With an index in the inode, as real
- * nodes make it, and with one of two levels, which takes half a million objects and is made by hand here.
+ * Hyper volumes: read with every hole in its place, written, trimmed and deleted with all that is theirs, and not
+ * snapshotted. With an index in the inode, as real nodes make it, and with one of two levels, which takes them half a
+ * million objects.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -8,8 +9,9 @@ import { afterEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, run, startDaemon, temporaryDirectory } from '../harness/daemon.js';
-import { realNodesMissing, startRealNodes, type RealNodes } from './clusters.js';
-import { hash, StandIn } from './stand-in.js';
+import { InDoubt } from '../../src/store/sheep/stalled-nodes.js';
+import { realNodesMissing, startRealNodes, until, type RealNodes } from './clusters.js';
+import { hash, Op, Res, StandIn } from './stand-in.js';
 
 const OBJECT = 2 ** 22;
 const TABLE = 4664;
@@ -17,6 +19,8 @@ const VDI_BIT = 1n << 63n;
 const BTREE_BIT = 1n << 60n;
 const MAGIC = 0x6274;
 const HEADER = 8;
+/** Farther than any table reaches. */
+const FAR = 2 ** 21 + 17;
 
 const ends: (() => Promise<void>)[] = [];
 afterEach(async () => {
@@ -26,11 +30,10 @@ afterEach(async () => {
 /** One of 12 objects whose inode says it is a hyper volume; `write` fills in its index. */
 async function standIn(
   write: (inode: Buffer, objects: Map<bigint, Buffer>, vid: number) => void,
-): Promise<{ catalog: VdiCatalog; log: string[] }> {
+): Promise<{ cluster: StandIn; store: SheepStore; catalog: VdiCatalog }> {
   const cluster = await new StandIn().start();
   ends.push(() => cluster.stop());
-  const log: string[] = [];
-  const store = await SheepStore.open(cluster.address, { log: (line) => log.push(line) });
+  const store = await SheepStore.open(cluster.address, { retryMs: 300 });
   const catalog = new VdiCatalog(store);
   ends.push(() => catalog.close());
   await catalog.create('hyper', 12 * OBJECT);
@@ -38,7 +41,7 @@ async function standIn(
   const inode = cluster.objects.get(VDI_BIT | (BigInt(vid) << 32n)) as Buffer;
   inode[553] = 1;
   write(inode, cluster.objects, vid);
-  return { catalog, log };
+  return { cluster, store, catalog };
 }
 
 /** Header and entries of a leaf in which these objects are the vid's. */
@@ -62,8 +65,8 @@ async function owned(catalog: VdiCatalog): Promise<number[]> {
 }
 
 describe('a hyper volume', () => {
-  test('with an index in its inode is read, and the log says that nothing more is done', async () => {
-    const { catalog, log } = await standIn((inode, objects, vid) => {
+  test('with an index in its inode is read, and not snapshotted', async () => {
+    const { catalog } = await standIn((inode, objects, vid) => {
       leaf(vid, [1, 5, 11]).copy(inode, TABLE);
       for (const idx of [1, 5, 11]) objects.set((BigInt(vid) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, idx));
     });
@@ -74,15 +77,10 @@ describe('a hyper volume', () => {
       const fill = [1, 5, 11].includes(idx) ? idx : 0;
       expect(data.subarray(idx * OBJECT, (idx + 1) * OBJECT).equals(Buffer.alloc(OBJECT, fill))).toBe(true);
     }
-    expect(vdi.record.isReadOnly).toBe(true);
-    await expect(Promise.resolve(vdi.write(0, Buffer.alloc(10), false))).rejects.toThrow(/hyper volume/);
-    await expect((async () => vdi.write(OBJECT, Buffer.alloc(10), false))()).rejects.toThrow(/hyper volume/);
     await catalog.release(vdi);
-    expect(log.join()).toMatch(/hyper is a hyper volume: it is served read-only/);
     for (const refused of [catalog.snapshot('hyper', 'a'), catalog.snapshotTemporary('hyper', 'now')]) {
       await expect(refused).rejects.toThrow(/hyper volume .* not snapshotted/);
     }
-    await expect(catalog.resize('hyper', 13 * OBJECT)).rejects.toThrow(/not resized/);
     expect(await catalog.show('hyper')).toMatchObject({ allocatedBytes: 3 * OBJECT });
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
@@ -111,6 +109,114 @@ describe('a hyper volume', () => {
   });
 
   test.each([
+    ['a leaf in its inode', 1],
+    ['leaves of somebody else', 2],
+    ['nothing', 0],
+  ])('with %s is written and trimmed, reads so when it is opened again, and is deleted whole', async (_, depth) => {
+    const { cluster, catalog } = await standIn((inode, objects, own) => {
+      if (depth === 0) return;
+      for (const idx of [1, 5, 11]) objects.set((BigInt(own) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, idx));
+      if (depth === 1) return void leaf(own, [1, 5, 11]).copy(inode, TABLE);
+      inode.writeUInt32LE(1, 568);
+      inode.writeUInt16LE(MAGIC, TABLE);
+      inode.writeUInt16LE(2, TABLE + 2);
+      inode.writeUInt32LE(1, TABLE + 4);
+      inode.writeUInt32LE(11, TABLE + HEADER);
+      inode.writeBigUInt64LE((BigInt(own) << 32n) | BTREE_BIT, TABLE + HEADER + 8);
+      objects.set((BigInt(own) << 32n) | BTREE_BIT, leaf(own, [1, 5, 11]));
+    });
+    await catalog.resize('hyper', FAR * OBJECT + OBJECT);
+    const expected = new Map<number, Buffer>();
+    if (depth !== 0) for (const idx of [1, 5, 11]) expected.set(idx, Buffer.alloc(OBJECT, idx));
+    for (const round of [1, 2, 3]) {
+      const vdi = await catalog.openVdi('hyper');
+      const places = [0, 1, 2, 5, 9, 2 ** 16 - 1, 2 ** 16, 2 ** 20 + 3, FAR];
+      for (let step = 0; step < 20; step++) {
+        await Promise.all(
+          places
+            .filter(() => Math.random() < 0.4)
+            .map(async (idx) => {
+              const before = expected.get(idx) ?? Buffer.alloc(OBJECT);
+              if (Math.random() < 0.3) {
+                await vdi.zero(idx * OBJECT, OBJECT, { noHole: false, fua: false });
+                expected.delete(idx);
+                return;
+              }
+              const within = Math.floor(Math.random() * (OBJECT - 1000));
+              const data = Buffer.alloc(1000, 16 * round + step);
+              await vdi.write(idx * OBJECT + within, data, false);
+              data.copy(before, within);
+              expected.set(idx, before);
+            }),
+        );
+      }
+      await catalog.release(vdi);
+      const again = await catalog.openVdi('hyper');
+      const owned = [...again.opened.map.entries()].filter(([, owner]) => owner !== 0).map(([idx]) => idx);
+      expect(owned).toEqual([...expected.keys()].sort((a, b) => a - b));
+      for (const [idx, content] of expected) {
+        const data = Buffer.alloc(OBJECT);
+        await again.read(idx * OBJECT, data);
+        expect(data.equals(content)).toBe(true);
+      }
+      await catalog.release(again);
+    }
+    const own = [...cluster.objects.keys()].filter((oid) => !(oid & (VDI_BIT | BTREE_BIT)));
+    expect(own.map((oid) => Number(oid & 0xffffffffn)).sort((a, b) => a - b)).toEqual(
+      [...expected.keys()].sort((a, b) => a - b),
+    );
+    await catalog.remove('hyper');
+    expect(cluster.dataObjects()).toEqual([]);
+    expect(cluster.violations).toEqual([]);
+  });
+
+  test('whose index cannot be written says so, and what is on the nodes is what is read', async () => {
+    const { cluster, catalog } = await standIn((inode, objects, own) => {
+      leaf(own, [1]).copy(inode, TABLE);
+      objects.set((BigInt(own) << 32n) | 1n, Buffer.alloc(OBJECT, 1));
+    });
+    const vdi = await catalog.openVdi('hyper');
+    for (const failing of [Op.CREATE, Op.WRITE]) {
+      cluster.fault = ({ opcode, oid }) =>
+        opcode === failing && (oid & (BTREE_BIT | VDI_BIT)) !== 0n ? { result: Res.NO_SPACE } : undefined;
+      await expect((async () => vdi.write(3 * OBJECT, Buffer.alloc(10, 3), false))()).rejects.toThrow(/full/);
+    }
+    cluster.fault = () => undefined;
+    expect(vdi.opened.map[3]).toBe(0);
+    await vdi.write(3 * OBJECT, Buffer.alloc(10, 3), false);
+    await catalog.release(vdi);
+    expect(await owned(catalog)).toEqual([1, 3]);
+    await catalog.remove('hyper');
+    expect(cluster.dataObjects()).toEqual([]);
+  });
+
+  test('takes no writes where a node that stalled may still change the index, until it is known what it did', async () => {
+    const { cluster, store, catalog } = await standIn(() => undefined);
+    const vdi = await catalog.openVdi('hyper');
+    await vdi.write(0, Buffer.alloc(10, 1), false);
+    await vdi.write(OBJECT, Buffer.alloc(10, 1), false);
+    // A clearing of an entry that is given up, and done later all the same.
+    const index = vdi.opened as unknown as { setOwner(idx: number, owner: number): Promise<void> };
+    const original = store.cluster.writeObject.bind(store.cluster);
+    let settle: () => void = () => undefined;
+    const settled = new Promise<void>((resolve) => (settle = resolve));
+    store.cluster.writeObject = (...args) => {
+      const later = settled.then(() => original(...args));
+      return Promise.reject(new InDoubt('no answer', later));
+    };
+    await expect(index.setOwner(0, 0)).rejects.toThrow(/no answer/);
+    store.cluster.writeObject = original;
+    await expect((async () => vdi.write(0, Buffer.alloc(10, 2), false))()).rejects.toThrow(/given up/);
+    await vdi.write(OBJECT, Buffer.alloc(10, 2), false);
+    settle();
+    await until('the entry is what the node made of it', () => vdi.opened.map[0] === 0);
+    await vdi.write(0, Buffer.alloc(10, 3), false);
+    await catalog.release(vdi);
+    expect(await owned(catalog)).toEqual([0, 1]);
+    expect(cluster.violations).toEqual([]);
+  });
+
+  test.each([
     ['another magic', (inode: Buffer) => inode.writeUInt16LE(1, TABLE)],
     ['three levels', (inode: Buffer) => inode.writeUInt16LE(3, TABLE + 2)],
     ['more entries than have room', (inode: Buffer) => inode.writeUInt32LE(2 ** 20, TABLE + 4)],
@@ -127,7 +233,7 @@ const missing = realNodesMissing();
 if (missing !== undefined) console.log(`hyper volumes were not tried on real nodes: ${missing}`);
 
 describe.skipIf(missing !== undefined)('a hyper volume of real nodes', () => {
-  test('is an export that is read-only, equal to what dog reads, and deleted with all its objects', async () => {
+  test('is what dog wrote, dog reads what is written here, and it is deleted with all its objects', async () => {
     const cluster: RealNodes = await startRealNodes();
     ends.push(() => cluster.stop());
     const input = path.join(temporaryDirectory(), 'input');
@@ -140,11 +246,25 @@ describe.skipIf(missing !== undefined)('a hyper volume of real nodes', () => {
     const expected = Buffer.alloc(64 * OBJECT);
     for (const at of [0, 7 * OBJECT - 4096, 60 * OBJECT]) fs.readFileSync(input).copy(expected, at);
     const daemon = await startDaemon({ cluster: cluster.address });
-    const info = await run('nbdinfo', [daemon.uri('hyper')]);
-    expect(info.stdout).toMatch(/is_read_only: true/);
     const output = path.join(temporaryDirectory(), 'output');
     expect((await run('nbdcopy', [daemon.uri('hyper'), output])).code).toBe(0);
     expect(fs.readFileSync(output).equals(expected)).toBe(true);
+    for (let n = 0; n < 24; n++) {
+      const [from, length] = [
+        Math.floor(Math.random() * 63 * 1024) * 4096,
+        4096 * (1 + Math.floor(Math.random() * 500)),
+      ];
+      const io = n % 3 === 2 ? `discard ${((7 * n) % 64) * OBJECT} ${OBJECT}` : `write -P ${n + 1} ${from} ${length}`;
+      const wrote = await run('qemu-io', ['-f', 'raw', '-d', 'unmap', '-c', io, daemon.uri('hyper')]);
+      expect(wrote.code, wrote.stderr + wrote.stdout).toBe(0);
+      if (n % 3 === 2) expected.fill(0, ((7 * n) % 64) * OBJECT, (((7 * n) % 64) + 1) * OBJECT);
+      else expected.fill(n + 1, from, from + length);
+    }
+    expect((await run('nbdcopy', [daemon.uri('hyper'), output])).code).toBe(0);
+    expect(fs.readFileSync(output).equals(expected)).toBe(true);
+    const read = `dog vdi read -a 127.0.0.1 -p ${cluster.port} hyper 0 ${64 * OBJECT} > ${output}.dog`;
+    expect((await run('sh', ['-c', read])).code).toBe(0);
+    expect(fs.readFileSync(`${output}.dog`).equals(expected)).toBe(true);
     const at = ['--cluster', cluster.address, '--control', daemon.control];
     const exported = await cli(['export', 'hyper', `${output}.raw`, ...at]);
     expect(exported.code, exported.stderr).toBe(0);

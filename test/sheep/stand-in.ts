@@ -8,6 +8,9 @@ import net from 'node:net';
 
 const HEADER = 48;
 const VDI_BIT = 1n << 63n;
+const BTREE_BIT = 1n << 60n;
+/** SD_INODE_DATA_INDEX_SIZE. */
+const BTREE_NODE_BYTES = 2 ** 22;
 const INODE_BYTES = 12_587_576;
 const TABLE = 4664;
 const GREF = 4_198_968;
@@ -327,6 +330,7 @@ export class StandIn {
     if (!object) return { result: Res.NO_OBJ };
     this.#checkBounds(oid, offset, length);
     const isTable = (oid & VDI_BIT) !== 0n && offset >= TABLE && offset + length <= TABLE + 4 * OBJECTS && length > 0;
+    if (isTable && object[553] !== 0) this.violations.push(`the index of ${oid.toString(16)} is taken for a table`);
     if (isTable) this.#changeTable(object, vidOf(oid), (offset - TABLE) / 4, data);
     else {
       // sheep/gateway.c, init_erasure_buffer: the stripe a write begins in is read only if it does not begin with it.
@@ -399,17 +403,18 @@ export class StandIn {
   }
 
   #objectSize(oid: bigint): number {
+    if (oid & BTREE_BIT) return BTREE_NODE_BYTES;
     return oid & VDI_BIT ? INODE_BYTES : 2 ** (this.#shifts.get(vidOf(oid)) ?? 22);
   }
 
   #isErasureCoded(oid: bigint): boolean {
-    if (oid & VDI_BIT) return false;
+    if (oid & (VDI_BIT | BTREE_BIT)) return false;
     const inode = this.objects.get(VDI_BIT | (BigInt(vidOf(oid)) << 32n));
     return inode !== undefined && inode[552] !== 0;
   }
 
   #isReadOnly(oid: bigint, node: number): boolean {
-    return !(oid & VDI_BIT) && this.readOnly.has(vidOf(oid)) && !this.late.get(node)?.has(vidOf(oid));
+    return !(oid & (VDI_BIT | BTREE_BIT)) && this.readOnly.has(vidOf(oid)) && !this.late.get(node)?.has(vidOf(oid));
   }
 
   #catalog({ opcode, length }: Seen, header: Buffer, data: Buffer): Answer {
@@ -453,7 +458,11 @@ export class StandIn {
         const vid = this.#lookup(name, snapId);
         if (typeof vid !== 'number') return { result: vid.error };
         const inode = this.#inode(vid);
-        if (!isZero(inode.subarray(TABLE, GREF))) {
+        if (inode[553] !== 0) {
+          if (this.dataObjects().some((object) => object.split('/')[0]?.endsWith(vid.toString(16)))) {
+            this.violations.push(`"${name}" is deleted with objects of its own`);
+          }
+        } else if (!isZero(inode.subarray(TABLE, GREF))) {
           this.violations.push(`"${name}" is deleted with objects in its table`);
         }
         inode.fill(0, 0, 256);

@@ -26,13 +26,14 @@ import {
   INODE_TABLE_OFFSET,
   inodeHigh,
   LOCK_TYPE_NORMAL,
+  MAX_HYPER_OBJECTS,
   Opcode,
   Result,
   resultName,
   VDI_BITMAP_BYTES,
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
-import { MAX_OBJECTS, objectCount } from './table.js';
+import { objectCount } from './table.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
@@ -124,6 +125,31 @@ export class Cluster {
     }
   }
 
+  /** Of any object, by the halves of its oid. Errors: GONE. */
+  readonly readObject: ReadObject = (high, low, offset, into) =>
+    inChunks(into, (at, part) => this.#read(high, low, offset + at, part));
+
+  /** In place. Errors: GONE, NO_SPACE. */
+  async writeObject(high: number, low: number, offset: number, data: Buffer, options?: ExecuteOptions): Promise<void> {
+    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, offset, data.length);
+    const { result } = await this.gateway.execute({ header, data }, options);
+    if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
+  }
+
+  /** With `data` at its beginning; one that exists is replaced whole. Errors: NO_SPACE. */
+  async createObject(high: number, low: number, data: Buffer): Promise<void> {
+    const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, Flag.WRITE, high, low, 0, data.length);
+    const { result } = await this.gateway.execute({ header, data });
+    if (result !== Result.SUCCESS) throw objectError(result, 'creating', high, low);
+  }
+
+  /** It need not be there. */
+  async removeObject(high: number, low: number): Promise<void> {
+    const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, high, low, 0, 0);
+    const { result } = await this.gateway.execute({ header });
+    if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
+  }
+
   async readInode(vid: number): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
     await this.readInodeBytes(vid, 0, bytes);
@@ -131,30 +157,24 @@ export class Cluster {
   }
 
   readInodeBytes(vid: number, offset: number, into: Buffer): Promise<void> {
-    const high = inodeHigh(vid);
-    if (into.length <= READ_CHUNK_BYTES) return this.#read(high, 0, offset, into);
-    return inChunks(into, (at, part) => this.#read(high, 0, offset + at, part));
+    return this.readObject(inodeHigh(vid), 0, offset, into);
   }
 
-  async writeInodeBytes(vid: number, offset: number, data: Buffer, options: ExecuteOptions = {}): Promise<void> {
-    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, inodeHigh(vid), 0, offset, data.length);
-    const { result } = await this.gateway.execute({ header, data }, options);
-    if (result !== Result.SUCCESS) throw objectError(result, 'writing', inodeHigh(vid), 0);
+  writeInodeBytes(vid: number, offset: number, data: Buffer, options: ExecuteOptions = {}): Promise<void> {
+    return this.writeObject(inodeHigh(vid), 0, offset, data, options);
   }
 
   /** Owners of all objects, whichever way the inode keeps them. Errors: UNSUPPORTED if there may be too many. */
   async readOwners(inode: Inode): Promise<Uint32Array> {
     const count = objectCount(inode.size, inode.blockSizeShift);
-    if (count > MAX_OBJECTS) {
+    if (count > MAX_HYPER_OBJECTS) {
       throw new StoreError(
         'UNSUPPORTED',
-        `${inode.name} has ${count} objects, and no more than ${MAX_OBJECTS} are read`,
+        `${inode.name} has ${count} objects, and no more than ${MAX_HYPER_OBJECTS} are read`,
       );
     }
     if (inode.storePolicy === 0) return this.readTable(inode.vid, count);
-    const read: ReadObject = (high, low, offset, into) =>
-      inChunks(into, (at, part) => this.#read(high, low, offset + at, part));
-    return readIndex(read, inode.vid, count);
+    return readIndex(this.readObject, inode.vid, count);
   }
 
   /** Owners of the first `count` objects. */
@@ -188,14 +208,20 @@ export class Cluster {
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
   }
 
-  /**
-   * Set the table from its beginning as plain bytes: no reference is given up and no count forgotten. Nodes take a write for a change of the table only if it lies within the table; this one
-   * begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
-   */
+  /** Set the table from its beginning as plain bytes: no reference is given up and no count forgotten. */
   async fillTable(vid: number, table: Uint32Array): Promise<void> {
-    const data = Buffer.alloc((table.length + 1) * INODE_ENTRY_BYTES);
-    for (const [idx, owner] of table.entries()) data.writeUInt32LE(owner, (idx + 1) * INODE_ENTRY_BYTES);
-    await this.writeInodeBytes(vid, INODE_TABLE_OFFSET - INODE_ENTRY_BYTES, data);
+    const data = Buffer.alloc(table.length * INODE_ENTRY_BYTES);
+    for (const [idx, owner] of table.entries()) data.writeUInt32LE(owner, idx * INODE_ENTRY_BYTES);
+    await this.writeTableBytes(vid, data);
+  }
+
+  /**
+   * From the beginning of where the table is, or the index of a hyper volume. Nodes take a write for a change of the table
+   * only if it lies within the table; this one begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
+   */
+  writeTableBytes(vid: number, bytes: Buffer): Promise<void> {
+    const data = Buffer.concat([Buffer.alloc(INODE_ENTRY_BYTES), bytes]);
+    return this.writeInodeBytes(vid, INODE_TABLE_OFFSET - INODE_ENTRY_BYTES, data);
   }
 
   /** Pairs of generation and count of the first `count` entries, as they are stored. */

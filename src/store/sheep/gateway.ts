@@ -394,9 +394,8 @@ class NotConnected extends ConnectionLost {}
 /** Whether it changes an object. */
 function isWrite({ header, data }: WireRequest): boolean {
   const opcode = header[1];
-  return (
-    opcode === Opcode.CREATE_AND_WRITE_OBJ || (opcode === Opcode.WRITE_OBJ && data !== undefined && data.length > 0)
-  );
+  if (opcode === Opcode.WRITE_OBJ) return data !== undefined && data.length > 0;
+  return opcode === Opcode.CREATE_AND_WRITE_OBJ || opcode === Opcode.REMOVE_OBJ;
 }
 
 function nodeAt(address: NodeAddress): Node {

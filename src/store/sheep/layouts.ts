@@ -8,6 +8,7 @@ import {
   HEADER_BYTES,
   INODE_HEADER_BYTES,
   INTERNAL_OPCODES,
+  MAX_HYPER_OBJECTS,
   NAME_BYTES,
   NODE_BYTES,
   PROTO_VER,
@@ -283,7 +284,7 @@ export function recordOf(inode: Inode): VdiRecord {
     parentVid: inode.parentVid,
     createdAt: inode.createdAt,
     snapshotAt: inode.snapshotAt,
-    ...(inode.storePolicy === 0 ? {} : { isReadOnly: true }),
+    ...(inode.storePolicy === 0 ? {} : { maxObjects: MAX_HYPER_OBJECTS }),
   };
 }
 

@@ -80,10 +80,17 @@ export const TAG_BYTES = 256;
 export const VDI_BITMAP_BYTES = 2 ** 24 / 8;
 export const MAX_VID = 2 ** 24 - 1;
 
+/**
+ * A hyper volume may have very many objects, and each is four bytes of memory here: 256 TiB in objects of 4 MiB. Others
+ * have MAX_DATA_OBJECTS at most.
+ */
+export const MAX_HYPER_OBJECTS = 2 ** 26;
+
 /** Offsets in struct sd_inode. */
 export const INODE_TAG_OFFSET = 256;
 export const INODE_SNAP_CTIME_OFFSET = 520;
 export const INODE_VDI_SIZE_OFFSET = 536;
+export const INODE_BTREE_COUNTER_OFFSET = 568;
 export const INODE_HEADER_BYTES = 572;
 export const INODE_TABLE_OFFSET = 4664;
 export const INODE_ENTRY_BYTES = 4;

@@ -11,13 +11,14 @@ import {
   type VdiRecord,
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
+import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { isOursToDrop } from './owner.js';
 import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
-import { clearTable, objectCount, objectKey } from './table.js';
+import { clearTable, inParallel, objectCount, objectKey } from './table.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
@@ -72,9 +73,6 @@ export class SheepCatalog implements Catalog {
     const inode = await this.#cluster.readInode(vid);
     if (isShadowName(inode.name)) return this.#openShadow(inode);
     const map = await this.#cluster.readOwners(inode);
-    if (inode.storePolicy !== 0) {
-      this.#store.log(`${inode.name} is a hyper volume: it is served read-only, as it is now`);
-    }
     // Who writes nothing may look at what somebody else has locked.
     const isOurs = !inode.isSnapshot && this.#store.readOnlyBecause === undefined;
     if (isOurs) await this.#claim(inode);
@@ -196,7 +194,6 @@ export class SheepCatalog implements Catalog {
 
   async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
     const sheep = vdi as SheepVdi;
-    refuseHyper(sheep.inode, 'resized');
     const count = objectCount(size, sheep.inode.blockSizeShift);
     for (let idx = count; idx < sheep.map.length; idx++) {
       if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
@@ -228,7 +225,7 @@ export class SheepCatalog implements Catalog {
     if (inode.isSnapshot) {
       // A working VDI's own objects are its alone. A snapshot's may be in any other table.
       const others = (await this.#inodes()).filter((other) => other.vid !== vid && other.storePolicy === 0);
-      await inParallel(others, async (other) => {
+      await inParallel(PARALLEL_READS, others, async (other) => {
         const table = await this.#cluster.readTable(
           other.vid,
           Math.min(count, objectCount(other.size, other.blockSizeShift)),
@@ -264,7 +261,7 @@ export class SheepCatalog implements Catalog {
     for (const inode of inodes) {
       const map = await this.#cluster.readOwners(inode);
       const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
-      await inParallel(entries, async ([idx, owner]) => {
+      await inParallel(PARALLEL_READS, entries, async ([idx, owner]) => {
         const key = objectKey(owner, idx);
         if (known.has(key)) return;
         known.set(key, await this.#exists(owner, idx, sector));
@@ -300,7 +297,7 @@ export class SheepCatalog implements Catalog {
   async #inodes(): Promise<Inode[]> {
     const vids = await this.#cluster.vids();
     const inodes: Inode[] = [];
-    await inParallel(vids, async (vid) => {
+    await inParallel(PARALLEL_READS, vids, async (vid) => {
       try {
         const inode = await this.#cluster.readInode(vid);
         if (inode.name !== '') inodes.push(inode);
@@ -320,7 +317,7 @@ export class SheepCatalog implements Catalog {
   async #addLateWorking(inodes: Inode[]): Promise<void> {
     const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
     const names = new Set(inodes.map(({ name }) => name).filter((name) => !isShadowName(name) && !working.has(name)));
-    await inParallel([...names], async (name) => {
+    await inParallel(PARALLEL_READS, [...names], async (name) => {
       for (let attempt = 0; attempt < MAX_TAKE_ATTEMPTS; attempt++) {
         const vid = await this.#cluster.lookup(name);
         if (vid === 0) return;
@@ -395,6 +392,8 @@ export class SheepCatalog implements Catalog {
     if (inode.storePolicy === 0) {
       const table = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
       await clearTable(this.#cluster, inode.vid, table);
+    } else {
+      await clearHyper(this.#cluster, inode);
     }
     await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
   }
@@ -494,18 +493,11 @@ function prefixOf(name: string): string {
 }
 
 /** Errors: UNSUPPORTED, saying that a hyper volume is not `done` here. */
-export function refuseHyper(inode: Inode, done: string): void {
+function refuseHyper(inode: Inode, done: string): void {
   if (inode.storePolicy === 0) return;
   throw new StoreError(
     'UNSUPPORTED',
-    `${inode.name} is a hyper volume (made with -y) and is not ${done}, only read; copy it into a VDI of another kind for that`,
+    `${inode.name} is a hyper volume (made with -y) and is not ${done}: nodes do not count who shares its objects; copy it ` +
+      'into a VDI of another kind for that',
   );
-}
-
-async function inParallel<T>(items: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
-  let next = 0;
-  const worker = async (): Promise<void> => {
-    while (next < items.length) await work(items[next++] as T);
-  };
-  await Promise.all(Array.from({ length: Math.min(PARALLEL_READS, items.length) }, worker));
 }

@@ -5,16 +5,20 @@
  */
 import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
 import type { Cluster } from './cluster.js';
+import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
-import { inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
+import { InDoubt } from './stalled-nodes.js';
+import { inParallel, inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
 import type { WriteOrder } from './write-order.js';
 
 /** A VDI may be snapshotted this many times between two of our writes before we stop to look for our way. */
 const MAX_GENERATIONS = 4096;
 const FOLLOW_POLL_MS = 20;
+/** Objects of a hyper volume that one batch removes at a time. */
+const PARALLEL_REMOVALS = 16;
 /** Zeros are written in pieces of this. */
 const ZEROS = Buffer.alloc(1024 * 1024);
 
@@ -55,6 +59,10 @@ export class SheepVdi implements OpenVdi {
   #isReady = false;
   /** Objects of ours that we let go and whose removal may not be done. */
   readonly #reclaiming = new Set<number>();
+  /** In place of a table, in a hyper volume. */
+  readonly #index: HyperIndex | undefined;
+  /** Entries of which nobody knows yet whether they become what was asked last. */
+  readonly #doubtful = new Set<number>();
 
   constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
     this.#host = host;
@@ -62,6 +70,7 @@ export class SheepVdi implements OpenVdi {
     this.record = recordOf(inode);
     this.map = map;
     this.#onClose = onClose;
+    this.#index = inode.storePolicy === 0 ? undefined : new HyperIndex(host, inode.vid);
   }
 
   get nameVid(): number {
@@ -75,6 +84,7 @@ export class SheepVdi implements OpenVdi {
 
   /** Resolves when the entry is in the inode, and the inode still the working VDI's. Errors: MOVED, and the cluster's. */
   setOwner(idx: number, owner: number): Promise<void> {
+    if (this.#doubtful.has(idx)) return Promise.reject(doubtfulError(this.record, idx));
     if (this.map[idx] === owner) return Promise.resolve(); // an entry that is rewritten loses its count
     return new Promise((resolve, reject) => {
       this.#queue.push({ idx, owner, resolve, reject });
@@ -109,6 +119,7 @@ export class SheepVdi implements OpenVdi {
 
   async #write(idx: number, offset: number, data: Buffer): Promise<void> {
     const { vid } = this.record;
+    if (this.#doubtful.has(idx)) throw doubtfulError(this.record, idx);
     if (this.map[idx] !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
     const unit = writeUnit(this.inode.copyPolicy);
@@ -139,6 +150,7 @@ export class SheepVdi implements OpenVdi {
   async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { vid } = this.record;
     await this.#getReady();
+    if (this.#doubtful.has(idx)) throw doubtfulError(this.record, idx);
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
@@ -158,6 +170,10 @@ export class SheepVdi implements OpenVdi {
    */
   follow(from: number): Promise<void> {
     if (this.record.vid !== from) return Promise.resolve();
+    if (this.#index) {
+      const what = `${this.record.name} is a hyper volume, and has become read-only in the cluster`;
+      return Promise.reject(new StoreError('IO', `${what}: nothing more is written to it`));
+    }
     this.#following ??= this.#move(from).finally(() => (this.#following = undefined));
     return this.#following;
   }
@@ -261,7 +277,8 @@ export class SheepVdi implements OpenVdi {
       const batch = this.#queue;
       this.#queue = [];
       try {
-        await this.#writeBatch(batch);
+        if (this.#index) await this.#writeIndex(this.#index, batch);
+        else await this.#writeBatch(batch);
         for (const { resolve } of batch) resolve();
       } catch (error) {
         if ((error as StoreError).code === 'MOVED') await this.#removeOrphans(batch);
@@ -286,7 +303,7 @@ export class SheepVdi implements OpenVdi {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
     } catch (error) {
       // A part of it may be there, and must not be written a second time.
-      for (const { idx } of batch) map[idx] = (await cluster.readEntry(vid, idx).catch(() => map[idx])) as number;
+      await this.#lookAgain(batch, error);
       throw error;
     }
     if (await this.#wasSnapshotted(vid)) {
@@ -298,6 +315,50 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
+  }
+
+  /**
+   * The same in a hyper volume. Nodes count no references there: an object that is let go is ours to remove, after its
+   * entry. Killed in between we leave it behind, until the same place is written again.
+   */
+  async #writeIndex(index: HyperIndex, batch: readonly TableChange[]): Promise<void> {
+    const { cluster, order } = this.#host;
+    const { vid, blockSizeShift } = this.record;
+    const { map } = this;
+    await this.#getReady();
+    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    try {
+      await index.set(batch, map);
+    } catch (error) {
+      await this.#lookAgain(batch, error);
+      throw error;
+    }
+    const removed = batch.filter(({ idx, owner }) => owner === 0 && map[idx] === vid);
+    for (const { idx, owner } of batch) map[idx] = owner;
+    await inParallel(PARALLEL_REMOVALS, removed, ({ idx }) =>
+      order.run(objectKey(vid, idx), 0, 2 ** blockSizeShift, () => cluster.removeData(vid, idx)),
+    );
+  }
+
+  /** What has become of entries whose change failed, now, and once a node that may still change them cannot any more. */
+  async #lookAgain(batch: readonly TableChange[], error: unknown): Promise<void> {
+    const { cluster } = this.#host;
+    const { map, inode } = this;
+    const look = async (): Promise<void> => {
+      const owners = this.#index && (await cluster.readOwners(inode).catch(() => map));
+      for (const { idx } of batch) {
+        map[idx] = owners
+          ? (owners[idx] as number)
+          : ((await cluster.readEntry(inode.vid, idx).catch(() => map[idx])) as number);
+      }
+    };
+    if (error instanceof InDoubt) {
+      for (const { idx } of batch) this.#doubtful.add(idx);
+      void error.settled.then(look).finally(() => {
+        for (const { idx } of batch) this.#doubtful.delete(idx);
+      });
+    }
+    await look();
   }
 
   /**
@@ -373,6 +434,13 @@ export class SheepVdi implements OpenVdi {
     }
     this.#reclaiming.delete(idx);
   }
+}
+
+function doubtfulError(record: VdiRecord, idx: number): StoreError {
+  return new StoreError(
+    'IO',
+    `where object ${idx} of ${record.name} is was to be changed before; that was given up and may still be carried out by its node`,
+  );
 }
 
 function movedError(record: VdiRecord): StoreError {

@@ -4,6 +4,7 @@
  */
 import type { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
+import { MAX_HYPER_OBJECTS, MAX_VID } from './protocol.js';
 
 /** Runs of table entries one batch writes at a time. */
 const PARALLEL_RUNS = 8;
@@ -13,15 +14,14 @@ const CLEAR_BATCH = 128;
 const RECLAIM_WAIT_MS = 10_000;
 const RECLAIM_POLL_MS = 5;
 
-/**
- * A hyper volume may have very many, and each is four bytes of memory here: 256 TiB in objects of 4 MiB. Others have
- * MAX_DATA_OBJECTS at most.
- */
-export const MAX_OBJECTS = 2 ** 26;
-
-/** One number for (vid, idx): both fit, 24 and 26 bits. */
+/** One number for (vid, idx): both fit, 24 (or 25) and 26 bits. */
 export function objectKey(vid: number, idx: number): number {
-  return vid * MAX_OBJECTS + idx;
+  return vid * MAX_HYPER_OBJECTS + idx;
+}
+
+/** The same for a part of the index of a hyper volume, apart from those of objects. */
+export function indexKey(vid: number, part: number): number {
+  return objectKey(MAX_VID + 1 + vid, part);
 }
 
 export function objectCount(size: number, blockSizeShift: number): number {
@@ -55,14 +55,27 @@ export async function inRuns(
     if (last && last.idx + last.owners.length === idx) last.owners.push(owner);
     else runs.push({ idx, owners: [owner] });
   }
+  await inParallel(PARALLEL_RUNS, runs, (run) => write(run.idx, run.owners));
+}
+
+/** At most `limit` at a time. Nothing is under way any more when it rejects; what had not begun then is not done. */
+export async function inParallel<T>(
+  limit: number,
+  items: readonly T[],
+  work: (item: T) => Promise<void>,
+): Promise<void> {
   let next = 0;
   const worker = async (): Promise<void> => {
-    while (next < runs.length) {
-      const { idx, owners } = runs[next++] as { idx: number; owners: number[] };
-      await write(idx, owners);
+    while (next < items.length) {
+      try {
+        await work(items[next++] as T);
+      } catch (error) {
+        next = items.length;
+        throw error;
+      }
     }
   };
-  const results = await Promise.allSettled(Array.from({ length: Math.min(PARALLEL_RUNS, runs.length) }, worker));
+  const results = await Promise.allSettled(Array.from({ length: Math.min(limit, items.length) }, worker));
   for (const result of results) if (result.status === 'rejected') throw result.reason;
 }
 

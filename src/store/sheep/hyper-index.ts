@@ -1,0 +1,240 @@
+/**
+ * Changes the index of a hyper volume (btree.ts). Entries that are there are overwritten where they are, so a new object
+ * costs a write of eight bytes; for that every leaf has an entry for each idx of its region, and is in an object of its
+ * own. An index of another shape is laid out anew before its first change. Other tools read this shape like any other, and
+ * what they make of it is laid out anew in turn. Owns which leaf has which region; one change at a time.
+ *
+ * Nodes take every write that lies within the place of the table for a change of a table, and give up what they think it
+ * referred to (sheep_priv.h, is_data_vid_update): they know nothing of trees. What is written there begins in front of it.
+ */
+import type { StoreError } from '../object-store.js';
+import {
+  eachEntry,
+  encodeEntries,
+  encodeLeaf,
+  encodeRoot,
+  LEAF_ENTRY_BYTES,
+  leafHigh,
+  NODE_HEADER_BYTES,
+  readLeaf,
+  readRoot,
+  type IndexRoot,
+  type LeafPointer,
+} from './btree.js';
+import type { Cluster } from './cluster.js';
+import type { Inode } from './layouts.js';
+import { INODE_BTREE_COUNTER_OFFSET } from './protocol.js';
+import { indexKey, inParallel, inRuns } from './table.js';
+import type { WriteOrder } from './write-order.js';
+
+/** Entries of a leaf. A leaf of 512 KiB for 256 GiB of disk; nodes would have room for eight times as many. */
+const REGION = 2 ** 16;
+/** Requests at a time. */
+const PARALLEL_LEAVES = 8;
+const PARALLEL_REMOVALS = 64;
+/** Leaves are numbered from 0, and this stands for the root. */
+const ROOT_KEY = 0;
+
+export interface EntryChange {
+  readonly idx: number;
+  /** 0: none. */
+  readonly owner: number;
+}
+
+/** What a HyperIndex needs of its store. */
+export interface HyperIndexHost {
+  readonly cluster: Cluster;
+  readonly order: WriteOrder;
+  /** Do it again while objects seem to be missing because nodes come and go. */
+  unlessGone(request: () => Promise<void>): Promise<void>;
+  log(line: string, details?: object): void;
+}
+
+export class HyperIndex {
+  readonly #host: HyperIndexHost;
+  readonly #vid: number;
+  /** The number of the leaf that has a region; undefined while it is not known that all leaves have their shape. */
+  #leaves: Map<number, number> | undefined;
+
+  constructor(host: HyperIndexHost, vid: number) {
+    this.#host = host;
+    this.#vid = vid;
+  }
+
+  /**
+   * Set entries, none of them twice. `map` has all owners as they were before. After an error any part of it may have been
+   * done. Errors: those of the cluster.
+   */
+  async set(changes: readonly EntryChange[], map: Uint32Array): Promise<void> {
+    try {
+      const leaves = (this.#leaves ??= (await this.#recognise()) ?? (await this.#layOut(map)));
+      const byRegion = new Map<number, EntryChange[]>();
+      for (const change of changes) {
+        const region = regionOf(change.idx);
+        const part = byRegion.get(region);
+        if (part) part.push(change);
+        else byRegion.set(region, [change]);
+      }
+      const fresh = [...byRegion].filter(([region]) => !leaves.has(region));
+      const known = [...byRegion].filter(([region]) => leaves.has(region));
+      await inParallel(PARALLEL_LEAVES, known, ([region, part]) =>
+        inRuns(part, (idx, owners) => this.#overwrite(leaves.get(region) as number, idx, owners)),
+      );
+      const used = fresh.filter(([, part]) => part.some(({ owner }) => owner !== 0));
+      if (used.length > 0) await this.#addLeaves(leaves, used);
+    } catch (error) {
+      // Nobody knows what the cluster has: it is looked at again.
+      this.#leaves = undefined;
+      throw error;
+    }
+  }
+
+  #overwrite(leaf: number, idx: number, owners: readonly number[]): Promise<void> {
+    const { cluster } = this.#host;
+    const data = encodeEntries(idx, owners);
+    const offset = NODE_HEADER_BYTES + (idx % REGION) * LEAF_ENTRY_BYTES;
+    return this.#ordered(leaf + 1, offset, data.length, () =>
+      cluster.writeObject(leafHigh(this.#vid), leaf, offset, data),
+    );
+  }
+
+  async #addLeaves(leaves: Map<number, number>, regions: readonly [number, EntryChange[]][]): Promise<void> {
+    const made = await this.#makeLeaves(
+      regions.map(([region, changes]) => {
+        const owners = new Uint32Array(REGION);
+        for (const { idx, owner } of changes) owners[idx % REGION] = owner;
+        return [region, owners];
+      }),
+    );
+    const all = new Map([...leaves, ...made]);
+    await this.#writeRoot(all);
+    this.#leaves = all;
+  }
+
+  /** Write leaves that nothing points to yet. What is left of it if that fails is removed with the volume. */
+  async #makeLeaves(regions: readonly (readonly [number, Uint32Array])[]): Promise<Map<number, number>> {
+    const { cluster } = this.#host;
+    const first = await this.#takeNumbers(regions.length);
+    const numbered = regions.map(([region, owners], n) => ({ region, owners, leaf: first + n }));
+    await inParallel(PARALLEL_LEAVES, numbered, ({ region, owners, leaf }) => {
+      const data = encodeLeaf(region * REGION, owners);
+      return this.#ordered(leaf + 1, 0, data.length, () => cluster.createObject(leafHigh(this.#vid), leaf, data));
+    });
+    return new Map(numbered.map(({ region, leaf }) => [region, leaf]));
+  }
+
+  /** Counted before they are used, so that whoever deletes the volume knows of all leaves that may be there. */
+  async #takeNumbers(count: number): Promise<number> {
+    const { cluster } = this.#host;
+    const bytes = Buffer.alloc(4);
+    await cluster.readInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes);
+    const first = bytes.readUInt32LE();
+    bytes.writeUInt32LE(first + count);
+    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes));
+    return first;
+  }
+
+  async #writeRoot(leaves: ReadonlyMap<number, number>): Promise<void> {
+    const { cluster } = this.#host;
+    const pointers = [...leaves].sort(([a], [b]) => a - b).map(([region, leaf]) => this.#pointer(region, leaf));
+    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeTableBytes(this.#vid, encodeRoot(pointers)));
+  }
+
+  #pointer(region: number, leaf: number): LeafPointer {
+    return { lastIdx: (region + 1) * REGION - 1, high: leafHigh(this.#vid), low: leaf };
+  }
+
+  /** The leaves, if each has the shape that this gives them; undefined if any has not. */
+  async #recognise(): Promise<Map<number, number> | undefined> {
+    const { cluster } = this.#host;
+    const root = await readRoot(cluster.readObject, this.#vid);
+    if (!root.leaves) return undefined;
+    const leaves = new Map<number, number>();
+    for (const { lastIdx, high, low } of root.leaves) {
+      if (high !== leafHigh(this.#vid) || lastIdx % REGION !== REGION - 1) return undefined;
+      leaves.set(regionOf(lastIdx), low);
+    }
+    let isOurs = leaves.size === root.leaves.length;
+    await inParallel(PARALLEL_LEAVES, root.leaves, async (pointer) => {
+      isOurs = isOurs && isWhole(await readLeaf(cluster.readObject, this.#vid, pointer), pointer.lastIdx);
+    });
+    return isOurs ? leaves : undefined;
+  }
+
+  /** New leaves first, then the root, then away with the old ones: at any time there is one index that is whole. */
+  async #layOut(map: Uint32Array): Promise<Map<number, number>> {
+    const { cluster } = this.#host;
+    const before = await readRoot(cluster.readObject, this.#vid);
+    const regions: [number, Uint32Array][] = [];
+    for (let region = 0; region * REGION < map.length; region++) {
+      const part = map.subarray(region * REGION, (region + 1) * REGION);
+      if (part.every((owner) => owner === 0)) continue;
+      const owners = new Uint32Array(REGION);
+      owners.set(part);
+      regions.push([region, owners]);
+    }
+    const leaves = await this.#makeLeaves(regions);
+    await this.#writeRoot(leaves);
+    await this.#removeLeaves(before);
+    return leaves;
+  }
+
+  async #removeLeaves({ leaves = [] }: IndexRoot): Promise<void> {
+    const { cluster } = this.#host;
+    try {
+      await inParallel(PARALLEL_LEAVES, leaves, ({ high, low }) => cluster.removeObject(high, low));
+    } catch (error) {
+      this.#host.log(`a part of the old index of vid ${this.#vid.toString(16)} is left over`, { err: error });
+    }
+  }
+
+  #ordered(part: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
+    const { order } = this.#host;
+    return order.run(indexKey(this.#vid, part), from, length, () => this.#host.unlessGone(write));
+  }
+}
+
+/**
+ * Remove the objects of a hyper volume and its index, and leave its inode as if nothing had been written: what nodes do
+ * themselves when it is deleted leaves the leaves behind. Begun anew after a failure it goes on.
+ */
+export async function clearHyper(cluster: Cluster, { vid }: Inode): Promise<void> {
+  const root = await readRoot(cluster.readObject, vid);
+  if (root.entries) await removeOwned(cluster, vid, root.entries);
+  for (const leaf of root.leaves ?? []) {
+    let entries: Buffer;
+    try {
+      entries = await readLeaf(cluster.readObject, vid, leaf);
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      continue;
+    }
+    await removeOwned(cluster, vid, entries);
+  }
+  await cluster.writeTableBytes(vid, encodeLeaf(0, []));
+  const counter = Buffer.alloc(4);
+  await cluster.readInodeBytes(vid, INODE_BTREE_COUNTER_OFFSET, counter);
+  const numbers = Array.from({ length: counter.readUInt32LE() }, (_, leaf) => leaf);
+  await inParallel(PARALLEL_REMOVALS, numbers, (leaf) => cluster.removeObject(leafHigh(vid), leaf));
+}
+
+/** What belongs to another vid is not this volume's to remove. */
+async function removeOwned(cluster: Cluster, vid: number, entries: Buffer): Promise<void> {
+  const owned: number[] = [];
+  eachEntry(entries, (idx, owner) => {
+    if (owner === vid) owned.push(idx);
+  });
+  await inParallel(PARALLEL_REMOVALS, owned, (idx) => cluster.removeData(vid, idx));
+}
+
+function regionOf(idx: number): number {
+  return Math.floor(idx / REGION);
+}
+
+/** Whether there is an entry for each idx up to `lastIdx` of its region, in order. */
+function isWhole(entries: Buffer, lastIdx: number): boolean {
+  let isInOrder = entries.length === REGION * LEAF_ENTRY_BYTES;
+  let next = lastIdx - REGION + 1;
+  eachEntry(entries, (idx) => (isInOrder = isInOrder && idx === next++));
+  return isInOrder;
+}
