@@ -190,31 +190,40 @@ describe('a hyper volume', () => {
     expect(cluster.dataObjects()).toEqual([]);
   });
 
-  test('takes no writes where a node that stalled may still change the index, until it is known what it did', async () => {
-    const { cluster, store, catalog } = await standIn(() => undefined);
-    const vdi = await catalog.openVdi('hyper');
-    await vdi.write(0, Buffer.alloc(10, 1), false);
-    await vdi.write(OBJECT, Buffer.alloc(10, 1), false);
-    // A clearing of an entry that is given up, and done later all the same.
-    const index = vdi.opened as unknown as { setOwner(idx: number, owner: number): Promise<void> };
-    const original = store.cluster.writeObject.bind(store.cluster);
-    let settle: () => void = () => undefined;
-    const settled = new Promise<void>((resolve) => (settle = resolve));
-    store.cluster.writeObject = (...args) => {
-      const later = settled.then(() => original(...args));
-      return Promise.reject(new InDoubt('no answer', later));
-    };
-    await expect(index.setOwner(0, 0)).rejects.toThrow(/no answer/);
-    store.cluster.writeObject = original;
-    await expect((async () => vdi.write(0, Buffer.alloc(10, 2), false))()).rejects.toThrow(/given up/);
-    await vdi.write(OBJECT, Buffer.alloc(10, 2), false);
-    settle();
-    await until('the entry is what the node made of it', () => vdi.opened.map[0] === 0);
-    await vdi.write(0, Buffer.alloc(10, 3), false);
-    await catalog.release(vdi);
-    expect(await owned(catalog)).toEqual([0, 1]);
-    expect(cluster.violations).toEqual([]);
-  });
+  test.each([
+    ['a hyper volume', 1],
+    ['a table', 0],
+  ])(
+    'takes no writes where a node that stalled may still change the entry, until it is known what it did: %s',
+    async (_, policy) => {
+      const { cluster, store, catalog } = await standIn((inode) => {
+        inode[553] = policy;
+      });
+      const vdi = await catalog.openVdi('hyper');
+      await vdi.write(0, Buffer.alloc(10, 1), false);
+      await vdi.write(OBJECT, Buffer.alloc(10, 1), false);
+      // A clearing of an entry that is given up, and done later all the same.
+      const index = vdi.opened as unknown as { setOwner(idx: number, owner: number): Promise<void> };
+      const original = store.cluster.writeObject.bind(store.cluster);
+      let settle: () => void = () => undefined;
+      const settled = new Promise<void>((resolve) => (settle = resolve));
+      store.cluster.writeObject = (...args) => {
+        const later = settled.then(() => original(...args));
+        return Promise.reject(new InDoubt('no answer', later));
+      };
+      await expect(index.setOwner(0, 0)).rejects.toThrow(/no answer/);
+      store.cluster.writeObject = original;
+      await expect((async () => vdi.write(0, Buffer.alloc(10, 2), false))()).rejects.toThrow(/given up/);
+      await vdi.write(OBJECT, Buffer.alloc(10, 2), false);
+      settle();
+      await until('the entry is what the node made of it', () => vdi.opened.map[0] === 0);
+      await until('its object is gone', () => !cluster.objects.has(BigInt(hash('hyper')) << 32n));
+      await vdi.write(0, Buffer.alloc(10, 3), false);
+      await catalog.release(vdi);
+      expect(await owned(catalog)).toEqual([0, 1]);
+      expect(cluster.violations).toEqual([]);
+    },
+  );
 
   test.each([
     ['another magic', (inode: Buffer) => inode.writeUInt16LE(1, TABLE)],

@@ -322,8 +322,8 @@ export class SheepVdi implements OpenVdi {
    * entry. Killed in between we leave it behind, until the same place is written again.
    */
   async #writeIndex(index: HyperIndex, batch: readonly TableChange[]): Promise<void> {
-    const { cluster, order } = this.#host;
-    const { vid, blockSizeShift } = this.record;
+    const { cluster } = this.#host;
+    const { vid } = this.record;
     const { map } = this;
     await this.#getReady();
     if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
@@ -335,9 +335,24 @@ export class SheepVdi implements OpenVdi {
     }
     const removed = batch.filter(({ idx, owner }) => owner === 0 && map[idx] === vid);
     for (const { idx, owner } of batch) map[idx] = owner;
-    await inParallel(PARALLEL_REMOVALS, removed, ({ idx }) =>
-      order.run(objectKey(vid, idx), 0, 2 ** blockSizeShift, () => cluster.removeData(vid, idx)),
-    );
+    await inParallel(PARALLEL_REMOVALS, removed, ({ idx }) => this.#remove(vid, idx));
+  }
+
+  #remove(vid: number, idx: number): Promise<void> {
+    const { cluster, order } = this.#host;
+    const length = 2 ** this.record.blockSizeShift;
+    return order.run(objectKey(vid, idx), 0, length, () => cluster.removeData(vid, idx));
+  }
+
+  /** An entry of ours was cleared after all: in a table the nodes remove the object, in an index that is left to us. */
+  async #letGo(idx: number): Promise<void> {
+    const { vid, name } = this.record;
+    if (!this.#index) this.#reclaiming.add(idx);
+    else {
+      await this.#remove(vid, idx).catch((error: unknown) => {
+        this.#host.log(`object ${idx} of ${name} may be left over`, { err: error });
+      });
+    }
   }
 
   /** What has become of entries whose change failed, now, and once a node that may still change them cannot any more. */
@@ -347,9 +362,11 @@ export class SheepVdi implements OpenVdi {
     const look = async (): Promise<void> => {
       const owners = this.#index && (await cluster.readOwners(inode).catch(() => map));
       for (const { idx } of batch) {
+        const before = map[idx];
         map[idx] = owners
           ? (owners[idx] as number)
-          : ((await cluster.readEntry(inode.vid, idx).catch(() => map[idx])) as number);
+          : ((await cluster.readEntry(inode.vid, idx).catch(() => before)) as number);
+        if (before === inode.vid && map[idx] === 0) await this.#letGo(idx);
       }
     };
     if (error instanceof InDoubt) {
