@@ -170,6 +170,34 @@ describe('a hyper volume', () => {
     expect(cluster.violations).toEqual([]);
   });
 
+  test('with one leaf that has our shape and one that has not is laid out anew', async () => {
+    const REGION = 2 ** 16;
+    const { cluster, catalog } = await standIn((inode, objects, own) => {
+      inode.writeUInt32LE(2, 568);
+      inode.writeUInt16LE(MAGIC, TABLE);
+      inode.writeUInt16LE(2, TABLE + 2);
+      inode.writeUInt32LE(2, TABLE + 4);
+      const whole = leaf(
+        0,
+        Array.from({ length: REGION }, (_, n) => REGION + n),
+      );
+      for (const [n, node] of [leaf(own, [5, REGION - 1]), whole].entries()) {
+        const oid = (BigInt(own) << 32n) | BTREE_BIT | BigInt(n);
+        inode.writeUInt32LE((n + 1) * REGION - 1, TABLE + HEADER + n * 16);
+        inode.writeBigUInt64LE(oid, TABLE + HEADER + n * 16 + 8);
+        objects.set(oid, node);
+      }
+      for (const idx of [5, REGION - 1]) objects.set((BigInt(own) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, 1));
+    });
+    await catalog.resize('hyper', 2 * REGION * OBJECT);
+    const vdi = await catalog.openVdi('hyper');
+    for (const idx of [7, REGION + 7]) await vdi.write(idx * OBJECT, Buffer.alloc(10, 1), false);
+    await catalog.release(vdi);
+    expect(await owned(catalog)).toEqual([5, 7, REGION - 1, REGION + 7]);
+    await catalog.remove('hyper');
+    expect(cluster.dataObjects()).toEqual([]);
+  });
+
   test('whose index cannot be written says so, and what is on the nodes is what is read', async () => {
     const { cluster, catalog } = await standIn((inode, objects, own) => {
       leaf(own, [1]).copy(inode, TABLE);

@@ -156,7 +156,7 @@ export class HyperIndex {
     }
     let isOurs = leaves.size === root.leaves.length;
     await inParallel(PARALLEL_LEAVES, root.leaves, async (pointer) => {
-      isOurs = isOurs && isWhole(await readLeaf(cluster.readObject, this.#vid, pointer), pointer.lastIdx);
+      if (!isWhole(await readLeaf(cluster.readObject, this.#vid, pointer), pointer.lastIdx)) isOurs = false;
     });
     return isOurs ? leaves : undefined;
   }
