@@ -5,6 +5,7 @@
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { MAX_PIECE_BYTES } from '../../src/store/sheep/pieces.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
@@ -89,11 +90,26 @@ describe('what goes over the wire', () => {
     expect(created.map(({ flags }) => (flags & COW) !== 0)).toEqual([false, true]);
   });
 
-  test('a large read is split, and small ones need not wait for it', async () => {
+  test.each([
+    ['at blocks', 0],
+    ['between blocks', 1000],
+  ])('large reads and writes %s go in pieces that nodes have memory at hand for', async (_, from) => {
+    const size = 2 * OBJECT - from;
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     cluster.seen.length = 0;
-    await vdi.read(0, Buffer.alloc(2 * OBJECT));
-    expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ).length).toBeGreaterThanOrEqual(2);
+    const data = Buffer.from(Uint8Array.from({ length: size }, (_unused, n) => n % 251));
+    await vdi.write(from, data, false);
+    const back = Buffer.alloc(size);
+    await vdi.read(from, back);
+    expect(back.equals(data)).toBe(true);
+    const pieces = cluster.seen.filter(
+      ({ opcode, length }) => length > 0 && (opcode === Op.READ || opcode === Op.WRITE),
+    );
+    expect(pieces.length).toBe(12);
+    for (const { offset, length } of pieces) {
+      expect(length).toBeLessThanOrEqual(MAX_PIECE_BYTES);
+      if (offset !== from) expect(offset % 4096).toBe(0);
+    }
   });
 
   test('two writes to the same bytes are never in flight together', async () => {
@@ -343,6 +359,19 @@ describe('snapshots that somebody else takes', () => {
     await vdi.write(0, Buffer.alloc(10, 2), false);
     expect(taken).toBeDefined();
     expect((await content())[9]).toBe(2);
+    await expectNothingLeaks();
+  });
+
+  test('between the pieces of a large write: all of it is in the working VDI', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    let pieces = 0;
+    cluster.fault = (request) => {
+      if (isDataWrite(request) && pieces++ === 1) cluster.externalSnapshot('disk', 'theirs');
+      return undefined;
+    };
+    await vdi.write(0, Buffer.alloc(OBJECT, 2), false);
+    expect(pieces).toBeGreaterThan(2);
+    expect((await content()).subarray(0, OBJECT).every((byte) => byte === 2)).toBe(true);
     await expectNothingLeaks();
   });
 

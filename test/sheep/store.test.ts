@@ -104,7 +104,9 @@ for (const { label, start, sequences, isReal } of clusters) {
       await new Disk(vdi, expected).check();
       await catalog.release(vdi);
     };
+    /** Also what a test that failed has left open. */
     const removeAll = async (): Promise<void> => {
+      for (const { vdi } of disks.splice(0)) await catalog.release(vdi).catch(() => undefined);
       for (const { name, tag } of await catalog.list()) {
         await catalog.remove(tag === '' ? name : `${name}@${tag}`);
       }
@@ -115,7 +117,6 @@ for (const { label, start, sequences, isReal } of clusters) {
       await open();
     });
     afterEach(async () => {
-      for (const { vdi } of disks.splice(0)) await catalog.release(vdi).catch(() => undefined); // of a test that failed
       await removeAll();
       const left = await cluster.objects();
       const leaked = left.filter((object) => !leftBefore.includes(object));
@@ -333,6 +334,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       });
       await fc.assert(
         fc.asyncProperty(fc.array(step, { minLength: 5, maxLength: 25 }), async (steps) => {
+          await removeAll(); // so that a failure can be narrowed down
           const { name, disk } = await newDisk(3);
           const snapshots = new Map<string, Buffer>();
           let temporary: { vdi: Vdi; content: Buffer } | undefined;
@@ -356,6 +358,7 @@ for (const { label, start, sequences, isReal } of clusters) {
               } else {
                 await catalog.snapshotTemporary(name, 'now');
                 temporary = { vdi: await catalog.openVdi(`${name}@now`), content: Buffer.from(disk.content) };
+                disks.push(new Disk(temporary.vdi));
               }
             } else {
               const [spec] = [...snapshots.keys()];

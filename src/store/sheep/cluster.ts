@@ -16,6 +16,7 @@ import {
   type ClusterInfo,
   type Inode,
 } from './layouts.js';
+import { inPieces, MAX_PIECE_BYTES } from './pieces.js';
 import {
   CLUSTER_INFO_ROOM,
   Flag,
@@ -37,8 +38,6 @@ import { objectCount } from './table.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
-/** Larger reads are split, so that all connections carry their part and small requests do not wait behind them. */
-const READ_CHUNK_BYTES = 1024 * 1024;
 const NOTHING = Buffer.alloc(0);
 
 export interface NewVdi {
@@ -65,8 +64,8 @@ export class Cluster {
 
   /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
   readData(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    if (into.length <= READ_CHUNK_BYTES) return this.#readNear(vid, idx, offset, into);
-    return inChunks(into, (at, part) => this.#readNear(vid, idx, offset + at, part));
+    if (into.length <= MAX_PIECE_BYTES) return this.#readNear(vid, idx, offset, into);
+    return inPieces(offset, into, (at, part) => this.#readNear(vid, idx, at, part));
   }
 
   async #readNear(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
@@ -127,7 +126,7 @@ export class Cluster {
 
   /** Of any object, by the halves of its oid. Errors: GONE. */
   readonly readObject: ReadObject = (high, low, offset, into) =>
-    inChunks(into, (at, part) => this.#read(high, low, offset + at, part));
+    inPieces(offset, into, (at, part) => this.#read(high, low, at, part));
 
   /** In place. Errors: GONE, NO_SPACE. */
   async writeObject(high: number, low: number, offset: number, data: Buffer, options?: ExecuteOptions): Promise<void> {
@@ -313,15 +312,6 @@ export class Cluster {
   #catalogRequest(request: WireRequest): Promise<Answer> {
     return this.gateway.execute(request, { once: true, attemptMs: CATALOG_ATTEMPT_MS });
   }
-}
-
-async function inChunks(into: Buffer, read: (at: number, part: Buffer) => Promise<void>): Promise<void> {
-  const parts: Promise<void>[] = [];
-  for (let at = 0; at < into.length; at += READ_CHUNK_BYTES) {
-    parts.push(read(at, into.subarray(at, Math.min(into.length, at + READ_CHUNK_BYTES))));
-  }
-  // All of them, also when one fails: none may write into the buffer after this has answered.
-  for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
 }
 
 const IS_LITTLE_ENDIAN = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;

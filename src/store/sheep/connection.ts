@@ -21,6 +21,8 @@ const MAX_ID = 0xffff_ffff;
 const RECEIVE_BYTES = 256 * 1024;
 /** As much of a payload as must be missing for it to be received in place. */
 const IN_PLACE_BYTES = 32 * 1024;
+/** The same while a payload is awaited that is to be received in place: what comes with its header must be copied. */
+const RECEIVE_BEFORE_LARGE_BYTES = 8 * 1024;
 /** Requests up to this size are gathered; what is larger is sent from where it lies. */
 const GATHER_BYTES = 8 * 1024;
 const SEND_SLAB_BYTES = 64 * 1024;
@@ -102,7 +104,10 @@ export class NodeConnection {
   #timer: NodeJS.Timeout | undefined;
   /** What the socket receives into next: `#scratch`, or a part of the payload that is being received. */
   readonly #scratch = Buffer.allocUnsafeSlow(RECEIVE_BYTES);
+  readonly #startOfScratch = this.#scratch.subarray(0, RECEIVE_BEFORE_LARGE_BYTES);
   #isInPlace = false;
+  /** Requests whose answers are to be received in place. */
+  #largeAwaited = 0;
   readonly #header = Buffer.allocUnsafeSlow(HEADER_BYTES);
   #headerFilled = 0;
   /** The answer whose payload is being received. */
@@ -186,6 +191,7 @@ export class NodeConnection {
       const id = this.#nextId();
       request.header.writeUInt32LE(id, ID_OFFSET);
       this.#pending.set(id, { request, deadline: Date.now() + timeoutMs, resolve, reject });
+      if (isLarge(request)) this.#largeAwaited++;
       this.#timer ??= setInterval(() => this.#checkDeadlines(), DEADLINE_CHECK_MS).unref();
       this.#gather(request);
     });
@@ -277,7 +283,7 @@ export class NodeConnection {
     const receive = this.#receiving?.request.receive;
     const missing = this.#answer.length - this.#payloadDone;
     this.#isInPlace = receive !== undefined && missing >= IN_PLACE_BYTES;
-    if (!receive || !this.#isInPlace) return this.#scratch;
+    if (!receive || !this.#isInPlace) return this.#largeAwaited > 0 ? this.#startOfScratch : this.#scratch;
     const from = this.#payloadOffset + this.#payloadDone;
     return receive.subarray(from, from + missing);
   }
@@ -352,6 +358,7 @@ export class NodeConnection {
     this.#receiving = undefined;
     this.#answer = NO_ANSWER;
     this.#pending.delete(this.#receivingId);
+    if (isLarge(pending.request)) this.#largeAwaited--;
     const { receive } = pending.request;
     if (receive && answer.length < receive.length) {
       receive.fill(0, 0, this.#payloadOffset);
@@ -359,4 +366,8 @@ export class NodeConnection {
     }
     pending.resolve(answer);
   }
+}
+
+function isLarge({ receive }: WireRequest): boolean {
+  return receive !== undefined && receive.length >= IN_PLACE_BYTES;
 }

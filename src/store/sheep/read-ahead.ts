@@ -5,11 +5,12 @@
  * before and after it is made.
  */
 import type { ReadCount } from '../object-store.js';
+import { MAX_PIECE_BYTES } from './pieces.js';
 import { isLost } from './shadow.js';
 import { objectKey } from './table.js';
 
-/** One request: a piece is used up by several reads of the kernel's usual 128 KiB. */
-const PIECE_BYTES = 512 * 1024;
+/** One request; it is used up by several reads of the kernel's usual 128 KiB. */
+const PIECE_BYTES = MAX_PIECE_BYTES;
 /** As far as is read ahead, at most; it begins with one piece and doubles. */
 const WINDOW_BYTES = 4 * 1024 * 1024;
 /** Reads in a row after which a reader is taken for a sequential one. */

@@ -7,6 +7,7 @@ import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
+import { inPieces, MAX_PIECE_BYTES } from './pieces.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
@@ -108,13 +109,18 @@ export class SheepVdi implements OpenVdi {
   /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
   write(idx: number, offset: number, data: Buffer): Promise<void> {
     if (!this.#isReady || this.shadows.length > 0) return this.#preserveThenWrite(idx, offset, data);
-    return this.#write(idx, offset, data);
+    return this.#writePieces(idx, offset, data);
   }
 
   async #preserveThenWrite(idx: number, offset: number, data: Buffer): Promise<void> {
     await this.#getReady();
     await this.#preserve(idx);
-    await this.#write(idx, offset, data);
+    await this.#writePieces(idx, offset, data);
+  }
+
+  #writePieces(idx: number, offset: number, data: Buffer): Promise<void> {
+    if (data.length <= MAX_PIECE_BYTES) return this.#write(idx, offset, data);
+    return inPieces(offset, data, (at, part) => this.#write(idx, at, part));
   }
 
   async #write(idx: number, offset: number, data: Buffer): Promise<void> {

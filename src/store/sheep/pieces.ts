@@ -1,0 +1,29 @@
+/** How requests that are too large for nodes to take gladly are cut up. */
+
+const BLOCK_BYTES = 4096;
+/**
+ * The most that is read or written with one request. For 512 KiB and more a node maps memory, and unmaps it afterwards
+ * (sheep/sheep.c sets M_MMAP_THRESHOLD); with fresh pages each time it is 1.3 to 1.8 times slower. To align what it takes
+ * a node needs some more than it is asked for. Pieces also use all connections, and small requests wait less behind them.
+ */
+export const MAX_PIECE_BYTES = 124 * BLOCK_BYTES;
+
+/**
+ * Do `work` with all parts of `bytes` at once, each with its offset; they are about equally large and begin at blocks,
+ * except for the first. Rejects with the error of the first part that failed, when nothing is under way any more.
+ */
+export async function inPieces(
+  offset: number,
+  bytes: Buffer,
+  work: (offset: number, part: Buffer) => Promise<void>,
+): Promise<void> {
+  const count = Math.ceil(bytes.length / MAX_PIECE_BYTES);
+  const size = Math.ceil(bytes.length / count / BLOCK_BYTES) * BLOCK_BYTES;
+  const parts: Promise<void>[] = [];
+  for (let from = 0; from < bytes.length;) {
+    const to = Math.min(bytes.length, from + size - ((offset + from) % BLOCK_BYTES));
+    parts.push(work(offset + from, bytes.subarray(from, to)));
+    from = to;
+  }
+  for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
+}
