@@ -112,6 +112,35 @@ describe('what goes over the wire', () => {
     }
   });
 
+  test('small writes that come together and lie beside each other are one, and its error is one of each', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    cluster.seen.length = 0;
+    const expected = Buffer.alloc(2 * OBJECT, 1);
+    const write = async (at: number, length: number, fill: number): Promise<void> => {
+      expected.fill(fill, at, at + length);
+      await vdi.write(at, Buffer.alloc(length, fill), false);
+    };
+    const lengths = (): number[] => {
+      const seen = cluster.seen.splice(0).filter(isDataWrite);
+      return seen.map(({ length }) => length).sort((x, y) => x - y);
+    };
+    // Over the end of an object, last ones first; and one apart from it.
+    const run = Array.from({ length: 16 }, (_, n) => OBJECT + 7 * 4096 - n * 4096);
+    await Promise.all([...run, 0].map((at, n) => write(at, 4096, n + 2)));
+    expect(lengths()).toEqual([4096, 8 * 4096, 8 * 4096]);
+    // Of two to the same bytes the last one is there in the end, also if it is a large one.
+    await Promise.all([write(512, 512, 20), write(256, 512, 21), write(1024, 512, 22)]);
+    expect(lengths()).toEqual([512, 512, 512]);
+    await Promise.all([write(4096, 512, 23), write(4096, 65_536, 24), write(90_112, 512, 25), write(90_624, 512, 26)]);
+    expect(lengths()).toEqual([512, 1024, 65_536]);
+    expect((await content()).subarray(0, 2 * OBJECT).equals(expected)).toBe(true);
+    failOnce(isDataWrite, { result: Res.NO_SPACE });
+    const failed = await Promise.allSettled([write(0, 512, 1), write(512, 512, 1)]);
+    expect(failed.map(({ status }) => status)).toEqual(['rejected', 'rejected']);
+    await Promise.all([write(0, 512, 3), write(512, 512, 4)]);
+    expect((await content()).subarray(0, 2 * OBJECT).equals(expected)).toBe(true);
+  });
+
   test('two writes to the same bytes are never in flight together', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await Promise.all(Array.from({ length: 20 }, async (_, n) => vdi.write(n * 100, Buffer.alloc(4096, n), false)));

@@ -14,6 +14,7 @@ import { writeUnit, writeWholeStripes } from './stripes.js';
 import { InDoubt } from './stalled-nodes.js';
 import { inParallel, inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
 import type { WriteOrder } from './write-order.js';
+import { WriteRuns } from './write-runs.js';
 
 /** A VDI may be snapshotted this many times between two of our writes before we stop to look for our way. */
 const MAX_GENERATIONS = 4096;
@@ -62,6 +63,7 @@ export class SheepVdi implements OpenVdi {
   readonly #reclaiming = new Set<number>();
   /** In place of a table, in a hyper volume. */
   readonly #index: HyperIndex | undefined;
+  readonly #runs = new WriteRuns((idx, offset, data) => this.#writeNow(idx, offset, data));
   /** Entries of which nobody knows yet whether they become what was asked last. */
   readonly #doubtful = new Set<number>();
 
@@ -108,6 +110,10 @@ export class SheepVdi implements OpenVdi {
 
   /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
   write(idx: number, offset: number, data: Buffer): Promise<void> {
+    return this.#runs.write(idx, offset, data);
+  }
+
+  #writeNow(idx: number, offset: number, data: Buffer): Promise<void> {
     if (!this.#isReady || this.shadows.length > 0) return this.#preserveThenWrite(idx, offset, data);
     return this.#writePieces(idx, offset, data);
   }

@@ -1,0 +1,77 @@
+/**
+ * Small writes that come together and lie beside each other in an object go to the nodes as one: what a write costs them
+ * is little more than what a request costs. Owns what has been collected in this turn of the event loop; nothing waits
+ * longer than that.
+ */
+
+/** Larger writes are not worth the copying. */
+const MAX_PART_BYTES = 16 * 1024;
+const MAX_RUN_BYTES = 128 * 1024;
+
+interface Part {
+  readonly idx: number;
+  readonly offset: number;
+  readonly data: Buffer;
+  readonly resolve: (done: Promise<void>) => void;
+}
+
+export class WriteRuns {
+  readonly #write: (idx: number, offset: number, data: Buffer) => Promise<void>;
+  #parts: Part[] = [];
+
+  constructor(write: (idx: number, offset: number, data: Buffer) => Promise<void>) {
+    this.#write = write;
+  }
+
+  /** Resolves when it is written. What becomes of one write of a run becomes of all. */
+  write(idx: number, offset: number, data: Buffer): Promise<void> {
+    if (data.length > MAX_PART_BYTES) {
+      this.#send(); // so that what came first goes first
+      return this.#write(idx, offset, data);
+    }
+    if (this.#parts.length === 0) process.nextTick(this.#send);
+    return new Promise((resolve) => this.#parts.push({ idx, offset, data, resolve }));
+  }
+
+  readonly #send = (): void => {
+    const parts = this.#parts;
+    if (parts.length === 0) return;
+    this.#parts = [];
+    if (parts.length === 1) return this.#sendRun(parts);
+    const sorted = [...parts].sort((a, b) => a.idx - b.idx || a.offset - b.offset);
+    // Of writes to the same bytes the one that came last is to be there in the end.
+    if (sorted.some((part, n) => n > 0 && overlaps(sorted[n - 1] as Part, part))) {
+      for (const part of parts) this.#sendRun([part]);
+      return;
+    }
+    let run: Part[] = [];
+    let bytes = 0;
+    for (const part of sorted) {
+      const last = run.at(-1);
+      if (last && (part.idx !== last.idx || part.offset !== endOf(last) || bytes + part.data.length > MAX_RUN_BYTES)) {
+        this.#sendRun(run);
+        run = [];
+        bytes = 0;
+      }
+      run.push(part);
+      bytes += part.data.length;
+    }
+    this.#sendRun(run);
+  };
+
+  #sendRun(run: readonly Part[]): void {
+    const [first] = run as [Part];
+    const data = run.length === 1 ? first.data : Buffer.concat(run.map((part) => part.data));
+    const done = this.#write(first.idx, first.offset, data);
+    for (const { resolve } of run) resolve(done);
+  }
+}
+
+function endOf({ offset, data }: Part): number {
+  return offset + data.length;
+}
+
+/** `a` begins before `b`, or where it does. */
+function overlaps(a: Part, b: Part): boolean {
+  return a.idx === b.idx && b.offset < endOf(a);
+}
