@@ -170,6 +170,23 @@ describe('what goes over the wire', () => {
     expect(written.filter(({ offset, length }) => offset % 512 !== 0 || length % 512 !== 0)).toEqual([]);
   });
 
+  test('an erasure-coded object that was let go is made again when the last of its strips is gone', async () => {
+    await catalog.close();
+    await cluster.stop();
+    cluster = await new StandIn({ copyPolicy: 0x11, reclaimMs: 50 }).start();
+    await connect();
+    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+    vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    await vdi.trim(0, OBJECT, false);
+    await vdi.write(9, Buffer.alloc(9, 2), false);
+    await cluster.settled();
+    const expected = Buffer.alloc(2 * OBJECT, 1)
+      .fill(0, 0, OBJECT)
+      .fill(2, 9, 18);
+    expect((await content()).equals(expected)).toBe(true);
+  });
+
   test('an entry that is already what it shall be is not written again', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     cluster.seen.length = 0;

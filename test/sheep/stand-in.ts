@@ -33,6 +33,7 @@ export const Op = {
   READ_VDIS: 0x15,
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
+  EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
 } as const;
@@ -115,6 +116,8 @@ export class StandIn {
   readonly #sockets: Set<net.Socket>[] = [];
   readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
   #reclaiming = 0;
+  /** Objects of which only a part is left. */
+  readonly #strips = new Set<bigint>();
   #catalogBusy: Promise<void> | undefined;
   ports: number[] = [];
 
@@ -278,6 +281,8 @@ export class StandIn {
         return this.#create(request, data);
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
+      case Op.EXIST:
+        return { result: this.objects.has(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
       case Op.READ_VDIS:
         return { result: Res.SUCCESS, data: bitmapOf(this.#used) };
       case Op.READ_DEL_VDIS:
@@ -309,7 +314,7 @@ export class StandIn {
 
   #read({ oid, offset, length }: Seen): Answer {
     const object = this.objects.get(oid);
-    if (!object) return { result: Res.NO_OBJ };
+    if (!object || this.#strips.has(oid)) return { result: Res.NO_OBJ };
     const data = Buffer.alloc(length);
     object.copy(data, 0, offset, offset + length);
     // Zero sectors at both ends may be left out.
@@ -379,7 +384,15 @@ export class StandIn {
       return;
     }
     this.ledgers.delete(oid);
-    this.objects.delete(oid);
+    if (!this.#isErasureCoded(oid)) return void this.objects.delete(oid);
+    // Its strips go one after the other, each from its own node; and the last one also if it is a new object's by then.
+    this.#strips.add(oid);
+    this.#reclaiming++;
+    setTimeout(() => {
+      this.#strips.delete(oid);
+      this.objects.delete(oid);
+      this.#reclaiming--;
+    }, this.#options.reclaimMs);
   }
 
   #create({ oid, cowOid, flags, offset, length, node }: Seen, data: Buffer): Answer {

@@ -39,6 +39,7 @@ import { objectCount } from './table.js';
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
 const NOTHING = Buffer.alloc(0);
+const SECTOR_BYTES = 512;
 
 export interface NewVdi {
   readonly name: string;
@@ -97,6 +98,26 @@ export class Cluster {
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, flags, vid, idx, offset, data.length, copyOf, low);
     const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'creating', vid, idx);
+  }
+
+  /**
+   * Whether something of the data object is left on any node, or may be: not all can be asked just now. `copyPolicy` is the
+   * inode's; 0 says that it keeps plain copies. Errors: StoreError IO.
+   */
+  async isAnywhere(vid: number, idx: number, copyPolicy: number): Promise<boolean> {
+    if (copyPolicy !== 0) {
+      // Reading one does not tell: with one strip gone it is not found, though others are there.
+      const exist = (): Buffer => encodeObjectRequest(Opcode.EXIST, 0, vid, idx, 0, 0);
+      const answers = await this.gateway.executeOnAll(exist).catch(() => undefined);
+      return answers?.every(({ result }) => result === Result.NO_OBJ) !== true;
+    }
+    try {
+      await this.#readNear(vid, idx, 0, Buffer.alloc(SECTOR_BYTES));
+      return true;
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      return false;
+    }
   }
 
   /** Whether the vid has become a snapshot in the memory of the nodes: they say so before its inode does. */

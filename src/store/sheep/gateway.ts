@@ -144,6 +144,20 @@ export class Gateway {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
   }
 
+  /** What every member of the cluster answers for itself. Errors: StoreError IO, also if one of them cannot be asked. */
+  async executeOnAll(encode: () => Buffer): Promise<Answer[]> {
+    const nodes = (await this.listNodes()).map((member) => this.#nodeOf(member));
+    const ask = async (node: Node): Promise<Answer> => {
+      const connection = node.connections[0] ?? (await this.#open(node));
+      return connection.send({ header: encode() }, this.#options.attemptMs);
+    };
+    try {
+      return await Promise.all(nodes.map(ask));
+    } catch (error) {
+      throw new StoreError('IO', `not all nodes answer: ${(error as Error).message}`, { cause: error });
+    }
+  }
+
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     if (open) {
       try {
@@ -335,14 +349,7 @@ export class Gateway {
     this.#learning = true;
     try {
       const members = await this.listNodes();
-      const placed = members.map(({ host, port }) => {
-        const label = addressLabel({ host, port });
-        const known = this.#nodes.find(({ address }) => addressLabel(address) === label);
-        if (known) return known;
-        const node = nodeAt({ host, port });
-        this.#nodes.push(node);
-        return node;
-      });
+      const placed = members.map((member) => this.#nodeOf(member));
       this.#placementAt = Date.now();
       if (members.length > MAX_NEAR_NODES) return;
       if (!isSame(this.#placed, placed)) this.#placement = new Placement(members);
@@ -352,6 +359,15 @@ export class Gateway {
     } finally {
       this.#learning = false;
     }
+  }
+
+  #nodeOf({ host, port }: NodeAddress): Node {
+    const label = addressLabel({ host, port });
+    const known = this.#nodes.find(({ address }) => addressLabel(address) === label);
+    if (known) return known;
+    const node = nodeAt({ host, port });
+    this.#nodes.push(node);
+    return node;
   }
 
   /** The members of the cluster. Errors: StoreError. */

@@ -183,7 +183,7 @@ export class Shadow {
   async #copy(vid: number, idx: number): Promise<void> {
     try {
       if (this.#reclaiming.has(idx)) {
-        await isRemoved(this.#cluster, this.vid, idx);
+        await isRemoved(this.#cluster, this.vid, idx, this.inode.copyPolicy);
         this.#reclaiming.delete(idx);
       }
       // The nodes copy it; nothing of it travels here.

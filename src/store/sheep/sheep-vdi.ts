@@ -458,7 +458,7 @@ export class SheepVdi implements OpenVdi {
    * would be removed in its place.
    */
   async #waitForRemoval(vid: number, idx: number): Promise<void> {
-    if (!(await isRemoved(this.#host.cluster, vid, idx))) {
+    if (!(await isRemoved(this.#host.cluster, vid, idx, this.inode.copyPolicy))) {
       this.#host.log(`object ${idx} of ${this.record.name} was let go and is still there; it is replaced`);
     }
     this.#reclaiming.delete(idx);

@@ -2,7 +2,6 @@
  * Work on the table of an inode that more than one part does: writing scattered entries, clearing all of them, waiting
  * until what they referred to is gone. Owns no state.
  */
-import type { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { MAX_HYPER_OBJECTS, MAX_VID } from './protocol.js';
 
@@ -28,16 +27,10 @@ export function objectCount(size: number, blockSizeShift: number): number {
   return Math.ceil(size / 2 ** blockSizeShift);
 }
 
-/** Whether the object is gone, after waiting for it for a while. */
-export async function isRemoved(cluster: Cluster, vid: number, idx: number): Promise<boolean> {
-  const sector = Buffer.alloc(512);
+/** Whether nothing of the object is left, after waiting for it for a while. Parameters and errors: as of isAnywhere. */
+export async function isRemoved(cluster: Cluster, vid: number, idx: number, copyPolicy: number): Promise<boolean> {
   for (const deadline = Date.now() + RECLAIM_WAIT_MS; ;) {
-    try {
-      await cluster.readData(vid, idx, 0, sector);
-    } catch (error) {
-      if ((error as StoreError).code === 'GONE') return true;
-      throw error;
-    }
+    if (!(await cluster.isAnywhere(vid, idx, copyPolicy))) return true;
     if (Date.now() >= deadline) return false;
     await sleep(RECLAIM_POLL_MS);
   }
