@@ -55,8 +55,8 @@ export interface TestCluster {
   restartNode(n: number): Promise<void>;
   /** Resolves when objects are where they belong after the members have changed. */
   recovered(): Promise<void>;
-  /** The last words of a node that has ended by itself; undefined if none has. */
-  crash(): string | undefined;
+  /** The last words of each node that has ended by itself. */
+  crashes(): string[];
   /** What it has to complain about. */
   violations(): readonly string[];
   stop(): Promise<void>;
@@ -83,7 +83,7 @@ export async function startStandIn(options: StandInOptions = {}): Promise<TestCl
     killNode: (n) => cluster.stopNode(n),
     restartNode: (n) => cluster.startNode(n, ports[n] as number),
     recovered: () => Promise.resolve(),
-    crash: () => undefined,
+    crashes: () => [],
     violations: () => cluster.violations,
     stop: () => cluster.stop(),
   };
@@ -190,14 +190,15 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
       await start(n);
     },
     recovered,
-    crash: () => {
-      const n = nodes.findIndex((node) => node && (node.exitCode !== null || node.signalCode !== null));
-      if (n < 0) return undefined;
-      const lines = fs
-        .readFileSync(path.join(directory, `node${n}`, 'sheep.log'), 'utf8')
-        .trimEnd()
-        .split('\n');
-      return `node ${n}: ${lines.findLast((line) => line.includes('PANIC')) ?? lines.at(-1)}`;
+    crashes: () => {
+      const ended = [...nodes.keys()].filter((n) => nodes[n] && (nodes[n].exitCode ?? nodes[n].signalCode) !== null);
+      return ended.map((n) => {
+        const lines = fs
+          .readFileSync(path.join(directory, `node${n}`, 'sheep.log'), 'utf8')
+          .trimEnd()
+          .split('\n');
+        return `node ${n}: ${lines.filter((line) => line.includes('PANIC')).join(', ') || lines.at(-1)}`;
+      });
     },
     violations: () => [],
     stop,

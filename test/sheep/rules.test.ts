@@ -110,6 +110,9 @@ describe('what goes over the wire', () => {
       expect(length).toBeLessThanOrEqual(MAX_PIECE_BYTES);
       if (offset !== from) expect(offset % 4096).toBe(0);
     }
+    cluster.seen.length = 0;
+    await vdi.read(from + 4000, Buffer.alloc(20_000));
+    expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ)).toHaveLength(1);
   });
 
   test('small writes that come together and lie beside each other are one, and its error is one of each', async () => {
@@ -170,22 +173,29 @@ describe('what goes over the wire', () => {
     expect(written.filter(({ offset, length }) => offset % 512 !== 0 || length % 512 !== 0)).toEqual([]);
   });
 
-  test('an erasure-coded object that was let go is made again when the last of its strips is gone', async () => {
-    await catalog.close();
-    await cluster.stop();
-    cluster = await new StandIn({ copyPolicy: 0x11, reclaimMs: 50 }).start();
-    await connect();
-    await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
-    vdi = await catalog.openVdi('disk');
-    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
-    await vdi.trim(0, OBJECT, false);
-    await vdi.write(9, Buffer.alloc(9, 2), false);
-    await cluster.settled();
-    const expected = Buffer.alloc(2 * OBJECT, 1)
-      .fill(0, 0, OBJECT)
-      .fill(2, 9, 18);
-    expect((await content()).equals(expected)).toBe(true);
-  });
+  test.each([
+    ['is asked', true],
+    ['cannot be asked', false],
+  ])(
+    'an erasure-coded object is made again when the last strip of the old one is gone; a node %s',
+    async (_, isThere) => {
+      await catalog.close();
+      await cluster.stop();
+      cluster = await new StandIn({ copyPolicy: 0x11, reclaimMs: 50 }).start();
+      await connect();
+      await catalog.create('disk', 2 * OBJECT, { blockSizeShift: SHIFT });
+      vdi = await catalog.openVdi('disk');
+      if (!isThere) await cluster.stopNode(2);
+      await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+      await vdi.trim(0, OBJECT, false);
+      await vdi.write(9, Buffer.alloc(9, 2), false);
+      await cluster.settled();
+      const expected = Buffer.alloc(2 * OBJECT, 1)
+        .fill(0, 0, OBJECT)
+        .fill(2, 9, 18);
+      expect((await content()).equals(expected)).toBe(true);
+    },
+  );
 
   test('an entry that is already what it shall be is not written again', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);

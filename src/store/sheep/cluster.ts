@@ -16,7 +16,7 @@ import {
   type ClusterInfo,
   type Inode,
 } from './layouts.js';
-import { inPieces, MAX_PIECE_BYTES } from './pieces.js';
+import { inPieces } from './pieces.js';
 import {
   CLUSTER_INFO_ROOM,
   Flag,
@@ -65,7 +65,6 @@ export class Cluster {
 
   /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
   readData(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    if (into.length <= MAX_PIECE_BYTES) return this.#readNear(vid, idx, offset, into);
     return inPieces(offset, into, (at, part) => this.#readNear(vid, idx, at, part));
   }
 
@@ -100,17 +99,15 @@ export class Cluster {
     if (result !== Result.SUCCESS) throw objectError(result, 'creating', vid, idx);
   }
 
-  /**
-   * Whether something of the data object is left on any node, or may be: not all can be asked just now. `copyPolicy` is the
-   * inode's; 0 says that it keeps plain copies. Errors: StoreError IO.
-   */
-  async isAnywhere(vid: number, idx: number, copyPolicy: number): Promise<boolean> {
-    if (copyPolicy !== 0) {
-      // Reading one does not tell: with one strip gone it is not found, though others are there.
-      const exist = (): Buffer => encodeObjectRequest(Opcode.EXIST, 0, vid, idx, 0, 0);
-      const answers = await this.gateway.executeOnAll(exist).catch(() => undefined);
-      return answers?.every(({ result }) => result === Result.NO_OBJ) !== true;
-    }
+  /** Whether any node has a copy of the data object, or a strip. Errors: StoreError IO, also if one cannot be asked. */
+  async isAnywhere(vid: number, idx: number): Promise<boolean> {
+    const exist = (): Buffer => encodeObjectRequest(Opcode.EXIST, 0, vid, idx, 0, 0);
+    const answers = await this.gateway.executeOnAll(exist);
+    return answers.some(({ result }) => result !== Result.NO_OBJ);
+  }
+
+  /** Whether the data object can be read. Of an erasure-coded one all strips with data are needed for that. */
+  async isFound(vid: number, idx: number): Promise<boolean> {
     try {
       await this.#readNear(vid, idx, 0, Buffer.alloc(SECTOR_BYTES));
       return true;

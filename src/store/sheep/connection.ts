@@ -19,10 +19,10 @@ const MAX_PAYLOAD_BYTES = 128 * 2 ** 20;
 const MAX_ID = 0xffff_ffff;
 /** What one receive may bring: several answers of a few KiB, or what a socket holds of a large one. */
 const RECEIVE_BYTES = 256 * 1024;
+/** The same while an answer is awaited that is to be received in place: what comes with its header has to be copied. */
+const RECEIVE_BEFORE_LARGE_BYTES = 8 * 1024;
 /** As much of a payload as must be missing for it to be received in place. */
 const IN_PLACE_BYTES = 32 * 1024;
-/** The same while a payload is awaited that is to be received in place: what comes with its header must be copied. */
-const RECEIVE_BEFORE_LARGE_BYTES = 8 * 1024;
 /** Requests up to this size are gathered; what is larger is sent from where it lies. */
 const GATHER_BYTES = 8 * 1024;
 const SEND_SLAB_BYTES = 64 * 1024;

@@ -147,15 +147,21 @@ export class Gateway {
   /** What every member of the cluster answers for itself. Errors: StoreError IO, also if one of them cannot be asked. */
   async executeOnAll(encode: () => Buffer): Promise<Answer[]> {
     const nodes = (await this.listNodes()).map((member) => this.#nodeOf(member));
-    const ask = async (node: Node): Promise<Answer> => {
-      const connection = node.connections[0] ?? (await this.#open(node));
-      return connection.send({ header: encode() }, this.#options.attemptMs);
-    };
-    try {
-      return await Promise.all(nodes.map(ask));
-    } catch (error) {
-      throw new StoreError('IO', `not all nodes answer: ${(error as Error).message}`, { cause: error });
-    }
+    return Promise.all(
+      nodes.map(async (node) => {
+        try {
+          const [open] = node.connections;
+          if (!open && node.restUntil > Date.now()) throw new NotConnected('it could not be reached a moment ago');
+          const connection = open ?? (await this.#open(node));
+          return await connection.send({ header: encode() }, this.#options.attemptMs);
+        } catch (error) {
+          if (!(error instanceof ConnectionLost)) throw error;
+          node.restUntil = Math.max(node.restUntil, Date.now() + NODE_REST_MS);
+          const label = addressLabel(node.address);
+          throw new StoreError('IO', `the node ${label} cannot be asked: ${error.message}`, { cause: error });
+        }
+      }),
+    );
   }
 
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {

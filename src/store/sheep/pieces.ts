@@ -9,21 +9,25 @@ const BLOCK_BYTES = 4096;
 export const MAX_PIECE_BYTES = 124 * BLOCK_BYTES;
 
 /**
- * Do `work` with all parts of `bytes` at once, each with its offset; they are about equally large and begin at blocks,
- * except for the first. Rejects with the error of the first part that failed, when nothing is under way any more.
+ * Do `work` with all of `bytes` if nodes take that, otherwise with parts of it at once, each with its offset; they are about
+ * equally large and begin at blocks, except for the first. Rejects with the error of the first part that failed, when
+ * nothing is under way any more.
  */
-export async function inPieces(
-  offset: number,
-  bytes: Buffer,
-  work: (offset: number, part: Buffer) => Promise<void>,
-): Promise<void> {
-  const count = Math.ceil(bytes.length / MAX_PIECE_BYTES);
-  const size = Math.ceil(bytes.length / count / BLOCK_BYTES) * BLOCK_BYTES;
+export function inPieces(offset: number, bytes: Buffer, work: PieceWork): Promise<void> {
+  return bytes.length <= MAX_PIECE_BYTES ? work(offset, bytes) : inEqualPieces(offset, bytes, work);
+}
+
+type PieceWork = (offset: number, part: Buffer) => Promise<void>;
+
+async function inEqualPieces(offset: number, bytes: Buffer, work: PieceWork): Promise<void> {
+  const start = offset - (offset % BLOCK_BYTES);
+  const end = offset + bytes.length;
+  const count = Math.ceil((end - start) / MAX_PIECE_BYTES);
+  const size = Math.ceil((end - start) / count / BLOCK_BYTES) * BLOCK_BYTES;
   const parts: Promise<void>[] = [];
-  for (let from = 0; from < bytes.length;) {
-    const to = Math.min(bytes.length, from + size - ((offset + from) % BLOCK_BYTES));
-    parts.push(work(offset + from, bytes.subarray(from, to)));
-    from = to;
+  for (let at = start; at < end; at += size) {
+    const from = Math.max(at, offset);
+    parts.push(work(from, bytes.subarray(from - offset, at + size - offset)));
   }
   for (const result of await Promise.allSettled(parts)) if (result.status === 'rejected') throw result.reason;
 }

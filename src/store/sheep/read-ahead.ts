@@ -21,7 +21,7 @@ const BUSY_READS = 4;
 const BUSY_REST = 64;
 /** Readers of one disk that are told apart. */
 const MAX_READERS = 8;
-/** Pieces held for all disks together: 64 MiB. What is not fetched by then is dropped, the oldest first. */
+/** Pieces held for all disks together: 62 MiB. What is not fetched by then is dropped, the oldest first. */
 const MAX_PIECES = 128;
 /** Buffers kept for further pieces: a fresh one costs as much as filling it. */
 const KEPT_BUFFERS = 24;

@@ -7,7 +7,7 @@ import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
-import { inPieces, MAX_PIECE_BYTES } from './pieces.js';
+import { inPieces } from './pieces.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
@@ -115,18 +115,13 @@ export class SheepVdi implements OpenVdi {
 
   #writeNow(idx: number, offset: number, data: Buffer): Promise<void> {
     if (!this.#isReady || this.shadows.length > 0) return this.#preserveThenWrite(idx, offset, data);
-    return this.#writePieces(idx, offset, data);
+    return inPieces(offset, data, (at, part) => this.#write(idx, at, part));
   }
 
   async #preserveThenWrite(idx: number, offset: number, data: Buffer): Promise<void> {
     await this.#getReady();
     await this.#preserve(idx);
-    await this.#writePieces(idx, offset, data);
-  }
-
-  #writePieces(idx: number, offset: number, data: Buffer): Promise<void> {
-    if (data.length <= MAX_PIECE_BYTES) return this.#write(idx, offset, data);
-    return inPieces(offset, data, (at, part) => this.#write(idx, at, part));
+    await inPieces(offset, data, (at, part) => this.#write(idx, at, part));
   }
 
   async #write(idx: number, offset: number, data: Buffer): Promise<void> {

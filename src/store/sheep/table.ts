@@ -2,6 +2,7 @@
  * Work on the table of an inode that more than one part does: writing scattered entries, clearing all of them, waiting
  * until what they referred to is gone. Owns no state.
  */
+import type { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { MAX_HYPER_OBJECTS, MAX_VID } from './protocol.js';
 
@@ -12,6 +13,8 @@ const CLEAR_BATCH = 128;
 /** How long a removed object may take to go: nodes give references up after they have answered. */
 const RECLAIM_WAIT_MS = 10_000;
 const RECLAIM_POLL_MS = 5;
+/** Where not all nodes can be asked, the last strip of an object is taken to be gone so long after the first. */
+const LAST_STRIP_MS = 1_000;
 
 /** One number for (vid, idx): both fit, 24 (or 25) and 26 bits. */
 export function objectKey(vid: number, idx: number): number {
@@ -27,10 +30,27 @@ export function objectCount(size: number, blockSizeShift: number): number {
   return Math.ceil(size / 2 ** blockSizeShift);
 }
 
-/** Whether nothing of the object is left, after waiting for it for a while. Parameters and errors: as of isAnywhere. */
+/**
+ * Whether nothing of the object is left, after waiting for it for a while. `copyPolicy` is the inode's; 0 says that it keeps
+ * plain copies. Errors: StoreError IO, CLOSED.
+ */
 export async function isRemoved(cluster: Cluster, vid: number, idx: number, copyPolicy: number): Promise<boolean> {
-  for (const deadline = Date.now() + RECLAIM_WAIT_MS; ;) {
-    if (!(await cluster.isAnywhere(vid, idx, copyPolicy))) return true;
+  const deadline = Date.now() + RECLAIM_WAIT_MS;
+  if (!(await untilNot(deadline, () => cluster.isFound(vid, idx)))) return false;
+  if (copyPolicy === 0) return true;
+  // An erasure-coded object is not found any more with its first strip; the others go by themselves.
+  try {
+    return await untilNot(deadline, () => cluster.isAnywhere(vid, idx));
+  } catch (error) {
+    if ((error as StoreError).code !== 'IO') throw error;
+    await sleep(LAST_STRIP_MS);
+    return true;
+  }
+}
+
+async function untilNot(deadline: number, isSo: () => Promise<boolean>): Promise<boolean> {
+  for (;;) {
+    if (!(await isSo())) return true;
     if (Date.now() >= deadline) return false;
     await sleep(RECLAIM_POLL_MS);
   }

@@ -6,6 +6,7 @@
 
 /** Larger writes are not worth the copying. */
 const MAX_PART_BYTES = 16 * 1024;
+/** What one request gathers: the usual queue depth of 32 in writes of 4 KiB. */
 const MAX_RUN_BYTES = 128 * 1024;
 
 interface Part {
