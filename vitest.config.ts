@@ -1,13 +1,30 @@
 import { fileURLToPath } from 'node:url';
-import { defineConfig } from 'vitest/config';
+import { defineConfig, type TestProjectConfiguration } from 'vitest/config';
+import { clientSetProblem, SUITES } from './test/harness/client-set.js';
+
+/** What real clients do with us: these run once for each set of clients. */
+const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
+
+function project(name: string, include: string[]): TestProjectConfiguration {
+  return {
+    extends: true,
+    test: { name, include, env: { SHEEPGATE_TEST_CLIENTS: name }, globalSetup: ['test/clients/set-up.ts'] },
+  };
+}
+
+const problem = clientSetProblem();
+if (problem !== undefined) console.log(`skipped: the tests with other releases' clients: ${problem}`);
 
 export default defineConfig({
   resolve: { alias: { 'nbd-server-ts': fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) } },
   test: {
-    include: ['nbd/test/**/*.test.ts', 'test/**/*.test.ts'],
     pool: 'forks',
     maxWorkers: 2,
     testTimeout: 120_000,
     hookTimeout: 60_000,
+    projects: [
+      project('own', ['nbd/test/**/*.test.ts', 'test/**/*.test.ts']),
+      ...(problem === undefined ? Object.keys(SUITES).map((name) => project(name, WITH_CLIENTS)) : []),
+    ],
   },
 });

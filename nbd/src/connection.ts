@@ -14,6 +14,7 @@ import type { Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
 import { Transmission, type TransmissionHost } from './transmission.js';
+import type { Violations } from './violations.js';
 
 export interface ConnectionOptions {
   readonly id: number;
@@ -29,6 +30,9 @@ export interface ConnectionOptions {
   readonly pool: BufferPool;
   /** Undefined: this peer is not offered TLS. */
   readonly tls?: ServerTls;
+  readonly violations: Violations;
+  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
+  readonly offender: string | undefined;
 }
 
 export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost {
@@ -61,6 +65,14 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
+  private readonly violations: Violations;
+  private readonly offender: string | undefined;
+  private violationCount = 0;
+  /** Resolves when the client has broken the protocol and is kept waiting for its end. */
+  private readonly condemned: Promise<void>;
+  private condemn: () => void = () => undefined;
+  /** How long it is kept waiting, milliseconds; 0 if it is not. */
+  private sentenceMs = 0;
 
   constructor(options: ConnectionOptions) {
     this.id = options.id;
@@ -72,6 +84,11 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.pool = options.pool;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
+    this.violations = options.violations;
+    this.offender = options.offender;
+    this.condemned = new Promise((resolve) => {
+      this.condemn = resolve;
+    });
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
@@ -121,6 +138,10 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.isShuttingDown = true;
     this.isRefusing = options.refuse;
     const reason = 'the server is shutting down';
+    if (this.sentenceMs > 0) {
+      this.abort(reason);
+      return;
+    }
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
@@ -206,7 +227,31 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   protocolViolated(reason: string): void {
-    this.abort(`protocol violation: ${reason}`);
+    if (!this.noteViolation(reason)) this.abort(`protocol violation: ${reason}`);
+  }
+
+  /**
+   * Count a violation. True if the client, having done it before, is now kept waiting for its end: its connection is deaf
+   * and everything but its socket is cleared away. False if it is to be closed at once.
+   */
+  private noteViolation(reason: string): boolean {
+    if (this.isClosing) return false;
+    this.reason ??= `protocol violation: ${reason}`;
+    this.violationCount = 1;
+    const { offender } = this;
+    if (offender === undefined) return false;
+    const { count, delayMs } = this.violations.record(this.offenceOf(offender), performance.now());
+    this.violationCount = count;
+    if (delayMs === 0 || this.isShuttingDown) return false;
+    this.isClosing = true;
+    this.sentenceMs = delayMs;
+    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).pause();
+    this.condemn();
+    return true;
+  }
+
+  private offenceOf(offender: string): string {
+    return `${offender} ${this.exportName ?? ''}`;
   }
 
   // --- Its life ---
@@ -216,11 +261,12 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       () => this.abort(`no export chosen within ${this.limits.handshakeTimeoutMs} ms`),
       this.limits.handshakeTimeoutMs,
     );
-    let outcome: HandshakeOutcome;
+    let outcome: HandshakeOutcome | { readonly next: 'held' };
     try {
       outcome = await negotiate(this);
     } catch (error) {
       outcome = { next: 'close', reason: this.describeFailure(error) };
+      if (error instanceof HandshakeError && this.noteViolation(error.message)) outcome = { next: 'held' };
     }
     clearTimeout(handshakeTimer);
 
@@ -229,7 +275,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     } else if (outcome.next === 'close') {
       this.endSocket(outcome.reason);
     }
-    await this.socketGone;
+    await Promise.race([this.socketGone, this.condemned]);
     await this.requestsFinished();
     const { exportName } = this;
     await this.abandon();
@@ -238,12 +284,21 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       peer: this.peer,
       exportName,
       reason: this.reason ?? 'the client vanished',
+      violations: this.violationCount,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
       requests: this.requests,
       errors: this.errors,
       durationMs: Date.now() - this.openedAt,
     });
+    if (this.sentenceMs > 0) await this.serveSentence();
+  }
+
+  /** The device is closed and everything told; only the socket is kept, unless it goes first. */
+  private async serveSentence(): Promise<void> {
+    const timer = setTimeout(() => this.socket.destroy(), this.sentenceMs);
+    await this.socketGone;
+    clearTimeout(timer);
   }
 
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
@@ -251,7 +306,9 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.transmission = transmission;
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
-    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName });
+    const violations =
+      this.offender === undefined ? 0 : this.violations.countOf(this.offenceOf(this.offender), performance.now());
+    this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
     this.inPlace?.receive({

@@ -13,7 +13,7 @@ import {
   type Peer,
 } from './block-device.js';
 import type { ByteReader } from './byte-reader.js';
-import type { Limits } from './limits.js';
+import { OPTIONS_PER_LISTED_EXPORT, type Limits } from './limits.js';
 import type { TlsMode } from './tls.js';
 import {
   answerMetaContextOption,
@@ -116,7 +116,8 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   };
   let negotiated = beginNegotiation({ ...flags, tls: false });
 
-  for (let count = 0; count < limits.maxOptionsPerHandshake; count++) {
+  let maxOptions = limits.maxOptionsPerHandshake;
+  for (let count = 0; count < maxOptions; count++) {
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
     const header = await reader.read(OPTION_HEADER_SIZE);
     if (header.readUInt32BE(0) !== OPTION_MAGIC_HIGH || header.readUInt32BE(4) !== OPTION_MAGIC_LOW) {
@@ -127,10 +128,8 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     if (length > limits.maxDrainedOptionBytes) {
       throw new HandshakeError(`option ${option} with ${length} bytes of data`);
     }
-    // "This is the only valid option in nonfixed newstyle negotiation."
-    if (!negotiated.fixedNewstyle && option !== OPT.EXPORT_NAME) {
-      throw new HandshakeError(`option ${option} from a client without fixed newstyle`);
-    }
+    // Whatever the client's flags said: "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit",
+    // as go-nbd does not.
     if (host.tlsMode === 'require' && !negotiated.tls && option !== OPT.STARTTLS && option !== OPT.ABORT) {
       if (option === OPT.EXPORT_NAME) return { next: 'close', reason: 'an export was asked for without TLS' };
       await reader.skip(length);
@@ -149,10 +148,15 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
       if (await answerStartTls(host, negotiated, data)) negotiated = beginNegotiation({ ...flags, tls: true });
       continue;
     }
+    if (option === OPT.LIST) {
+      const listed = await answerList(host, data);
+      maxOptions = Math.max(maxOptions, limits.maxOptionsPerHandshake + OPTIONS_PER_LISTED_EXPORT * listed);
+      continue;
+    }
     const outcome = await answerOption(host, negotiated, option, data);
     if (outcome !== undefined) return outcome;
   }
-  throw new HandshakeError(`more than ${limits.maxOptionsPerHandshake} options`);
+  throw new HandshakeError(`more than ${maxOptions} options`);
 }
 
 /** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
@@ -189,9 +193,6 @@ async function answerOption(
       // "the server SHOULD gracefully handle the client … closing the connection without waiting for a reply"
       await reply(host, option, REP.ACK).catch(() => undefined);
       return { next: 'close', reason: 'the client aborted the handshake' };
-    case OPT.LIST:
-      await answerList(host, data);
-      return undefined;
     case OPT.INFO:
       await answerInfo(host, negotiated, data);
       return undefined;
@@ -215,7 +216,7 @@ async function answerOption(
 async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<HandshakeOutcome> {
   // "Once extended headers are successfully requested, a client MUST NOT use NBD_OPT_EXPORT_NAME."
   if (agreed.extendedHeaders) throw new HandshakeError('NBD_OPT_EXPORT_NAME after extended headers');
-  const name = decodeString(data);
+  const name = decodeString(withoutTerminator(data));
   if (name === undefined) throw new HandshakeError('an export name that is not a string');
   let opened: OpenExport;
   try {
@@ -232,6 +233,11 @@ async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: 
   const flags = transmissionFlags(device.geometry, negotiated);
   await host.send(encodeExportNameReply(device.geometry.size, flags, negotiated.noZeroes));
   return { next: 'transmission', negotiated, device, exportName: info.name };
+}
+
+/** XenServer's tapdisk counts the NUL behind a C string as a part of the name; no name has one. */
+function withoutTerminator(name: Buffer): Buffer {
+  return name.at(-1) === 0 ? name.subarray(0, -1) : name;
 }
 
 async function answerMetaContexts(
@@ -254,10 +260,11 @@ async function answerMetaContexts(
   await host.send(encodeAnswer(option, answer));
 }
 
-async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
+/** Returns how many exports the client was told of. */
+async function answerList(host: HandshakeHost, data: Buffer): Promise<number> {
   if (data.length > 0) {
     await reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
-    return;
+    return 0;
   }
   let exports: readonly ExportInfo[];
   try {
@@ -265,13 +272,14 @@ async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
   } catch (error) {
     const { type, message } = refusal(host, error);
     await reply(host, OPT.LIST, type, message);
-    return;
+    return 0;
   }
   const messages = exports.map(({ name, description }) =>
     encodeOptionReply(OPT.LIST, REP.SERVER, encodeServerEntry(name, encodeString(description).toString())),
   );
   messages.push(encodeOptionReply(OPT.LIST, REP.ACK));
   await host.send(Buffer.concat(messages));
+  return exports.length;
 }
 
 async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<void> {

@@ -14,7 +14,7 @@ export interface Limits {
   readonly keepAliveMs: number;
   /** From accept to the end of option haggling, milliseconds. */
   readonly handshakeTimeoutMs: number;
-  /** Options a client may send in one handshake. */
+  /** Options a client may send in one handshake, beside OPTIONS_PER_LISTED_EXPORT for each export that it was told of. */
   readonly maxOptionsPerHandshake: number;
   /** Data of one option that is looked at, bytes. More is drained and answered NBD_REP_ERR_TOO_BIG. */
   readonly maxOptionBytes: number;
@@ -28,9 +28,16 @@ export interface Limits {
   readonly maxInFlightBytes: number;
   /** Reply bytes of one connection that the socket has not taken yet; beyond it no further request is started. */
   readonly maxUnsentBytes: number;
+  /**
+   * A client that breaks the protocol again and again is closed later each time, up to this many milliseconds; 0: at once.
+   */
+  readonly maxViolationDelayMs: number;
   /** How long a connection being closed may take to receive its last replies, milliseconds. */
   readonly lingerMs: number;
 }
+
+/** `nbdinfo --list` and `qemu-nbd --list` ask two to four options for each export, all on one connection. */
+export const OPTIONS_PER_LISTED_EXPORT = 8;
 
 export const DEFAULT_LIMITS: Limits = {
   maxConnections: 1024,
@@ -39,7 +46,6 @@ export const DEFAULT_LIMITS: Limits = {
   idleTimeoutMs: 0,
   keepAliveMs: 60_000,
   handshakeTimeoutMs: 30_000,
-  // `nbdinfo --list` asks a handful of options per export on one connection.
   maxOptionsPerHandshake: 4096,
   // A name of 4096 bytes and 65535 information requests do not quite fit; no client asks for more than a dozen.
   maxOptionBytes: 64 * 1024,
@@ -50,5 +56,7 @@ export const DEFAULT_LIMITS: Limits = {
   maxInFlightRequests: 256,
   maxInFlightBytes: 64 * 1024 * 1024,
   maxUnsentBytes: 2 * 1024 * 1024,
+  // A guest that hangs on a request that no server takes hangs no better for being told so more often.
+  maxViolationDelayMs: 10_000,
   lingerMs: 5_000,
 };

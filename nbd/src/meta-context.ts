@@ -69,7 +69,8 @@ export async function answerMetaContextOption(
     negotiation.metaContexts = [];
     negotiation.metaExport = undefined;
   }
-  if (!negotiation.structuredReplies) {
+  // For a list the same is only a "SHOULD NOT" of the client, and libnbd lets its user ask.
+  if (isSet && !negotiation.structuredReplies) {
     return { type: REP.ERR_INVALID, message: 'meta contexts need structured replies or extended headers first' };
   }
   const request = decodeQueries(data);
@@ -141,7 +142,6 @@ function decodeQueries(
   for (let index = 0; index < count; index++) {
     const query = takeString();
     if (query === undefined) return invalid('a malformed query');
-    if (query.indexOf(':') < 1) return invalid(`query ${JSON.stringify(query)} has no namespace`);
     queries.push(query);
   }
   if (at !== data.length) return invalid('bytes behind the last query');

@@ -28,6 +28,8 @@ export interface ConnectionOpenEvent {
   readonly id: number;
   readonly peer: Peer;
   readonly exportName: string;
+  /** How often in a row this peer has lately broken the protocol on this export: 0 for all but a few. */
+  readonly violations: number;
 }
 
 export interface ConnectionCloseEvent {
@@ -37,6 +39,8 @@ export interface ConnectionCloseEvent {
   readonly exportName: string | undefined;
   /** In words, for a log: who ended the connection and why. */
   readonly reason: string;
+  /** If the client broke the protocol: how often in a row, this time included; else 0. */
+  readonly violations: number;
   readonly bytesRead: number;
   readonly bytesWritten: number;
   readonly requests: number;
@@ -66,7 +70,10 @@ export interface RequestEvent {
 export interface ServerObserver {
   /** A client has chosen an export and may send requests. */
   onConnectionOpen?(event: ConnectionOpenEvent): void;
-  /** A connection is over, its device is closed. Called for every connection, also one that chose no export. */
+  /**
+   * A connection is over, its device is closed. Called for every connection, also one that chose no export. After
+   * repeated violations its socket may stay open for a while (Limits.maxViolationDelayMs), and it in `connections`.
+   */
   onConnectionClose?(event: ConnectionCloseEvent): void;
   /** A connection was closed as soon as it came: there are too many. */
   onConnectionRefused?(event: ConnectionRefusedEvent): void;

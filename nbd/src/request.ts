@@ -53,7 +53,9 @@ export function decodeRequest(source: Buffer, at: number, request: Request): boo
 export function decodeExtendedRequest(source: Buffer, at: number, request: Request): boolean {
   decodeCommon(source, at, request);
   request.length = readUInt64(source, at + 24);
-  request.payloadLength = (request.flags & CMD_FLAG.PAYLOAD_LEN) !== 0 ? request.length : 0;
+  // A write without the flag breaks a MUST, and qemu has sent no other since 8.2: its data follow all the same.
+  const hasPayload = request.type === CMD.WRITE || (request.flags & CMD_FLAG.PAYLOAD_LEN) !== 0;
+  request.payloadLength = hasPayload ? request.length : 0;
   return request.magic === EXTENDED_REQUEST_MAGIC;
 }
 
@@ -100,9 +102,7 @@ const refusal = (errno: number, message: string): Refusal => Object.freeze({ err
 const UNKNOWN_COMMAND = refusal(NBD_ERRNO.EINVAL, 'the command is unknown or was not offered');
 const UNKNOWN_FLAG = refusal(NBD_ERRNO.EINVAL, 'a command flag that does not belong to the command or was not offered');
 const NO_CONTEXT = refusal(NBD_ERRNO.EINVAL, 'no meta context was selected for this export');
-const BAD_FLUSH = refusal(NBD_ERRNO.EINVAL, 'the offset and length of a flush must be 0');
 const READ_ONLY = refusal(NBD_ERRNO.EPERM, 'the export is read-only');
-const NO_PAYLOAD = refusal(NBD_ERRNO.EINVAL, 'with extended headers a write must have the payload flag');
 const BAD_STATUS_PAYLOAD = refusal(NBD_ERRNO.EINVAL, 'the payload is not a length and ids of selected contexts');
 const EMPTY_STATUS = refusal(NBD_ERRNO.EINVAL, 'the status of 0 bytes was asked for');
 const UNALIGNED = refusal(NBD_ERRNO.EINVAL, 'offset or length is not a multiple of the minimum block size');
@@ -113,7 +113,7 @@ const TOO_LONG_TO_SEND = refusal(NBD_ERRNO.EOVERFLOW, `more than ${MAX_PAYLOAD} 
 const TOO_LONG_TO_CACHE = refusal(NBD_ERRNO.EOVERFLOW, 'more than 4 GiB to be cached in one request');
 
 /**
- * Why `request` must not be executed, or undefined if it may be. Checked in this order: command, flags, read-only,
+ * Why `request` must not be executed, or undefined if it may be. Checked in this order: command, read-only, flags,
  * payload size, range, alignment (proto.md, "Request types", "Command flags", "Error values"). A length of 0 inside the
  * export is allowed ("unspecified" by proto.md): it succeeds and does nothing; except for a block status, whose answer
  * cannot be empty.
@@ -140,8 +140,9 @@ export function requestError(request: Request, rules: RequestRules): Refusal | u
     case CMD.FLUSH:
       if (!geometry.canFlush) return UNKNOWN_COMMAND;
       if ((flags & ~allowedFlags) !== 0) return UNKNOWN_FLAG;
-      // "For a flush request, length and offset are reserved, and MUST be set to all-zero."
-      return offset === 0 && length === 0 ? undefined : BAD_FLUSH;
+      // "For a flush request, length and offset are reserved, and MUST be set to all-zero." WNBD, on Windows, puts the range
+      // there that it wants flushed. All of the export is more than it asked for; an error would cost its durability.
+      return undefined;
     case CMD.TRIM:
       // On a read-only export TRIM and WRITE_ZEROES are not announced, yet the right answer to them is EPERM.
       if (!geometry.canTrim && !geometry.readOnly) return UNKNOWN_COMMAND;
@@ -167,10 +168,9 @@ export function requestError(request: Request, rules: RequestRules): Refusal | u
       return UNKNOWN_COMMAND;
   }
 
-  if ((flags & ~allowedFlags) !== 0) return UNKNOWN_FLAG;
   if (changesData && geometry.readOnly) return READ_ONLY;
+  if ((flags & ~allowedFlags) !== 0) return UNKNOWN_FLAG;
   if (request.type === CMD.WRITE) {
-    if (negotiated.extendedHeaders && (flags & CMD_FLAG.PAYLOAD_LEN) === 0) return NO_PAYLOAD;
     if (length > MAX_PAYLOAD) return TOO_LONG;
   } else if (request.type === CMD.READ && length > MAX_PAYLOAD) {
     // "the server is also permitted to reject large read requests up front with EOVERFLOW": with structured replies

@@ -14,6 +14,7 @@ import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { DEFAULT_LIMITS, type Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { ServerTls } from './tls.js';
+import { Violations } from './violations.js';
 
 export interface ServerOptions {
   readonly provider: ExportProvider;
@@ -76,6 +77,7 @@ export class NbdServer {
   /** Open connections by who made them; see peerKey. */
   private readonly openOf = new Map<string, number>();
   private readonly pool = new BufferPool();
+  private readonly violations: Violations;
   private readonly listeners = new Set<net.Server>();
   private readonly open = new Map<number, Connection>();
   private nextId = 1;
@@ -86,6 +88,7 @@ export class NbdServer {
     this.provider = options.provider;
     this.observer = options.observer ?? {};
     this.limits = withDefaults(options.limits);
+    this.violations = new Violations(this.limits.maxViolationDelayMs);
     this.tls = options.tls;
     this.peerCredentials = options.peerCredentials;
     this.prepareSocket = options.prepareSocket;
@@ -164,6 +167,8 @@ export class NbdServer {
       limits: this.limits,
       observer: this.observer,
       pool: this.pool,
+      violations: this.violations,
+      offender: key,
     });
     this.open.set(id, connection);
     if (key !== undefined) this.openOf.set(key, (this.openOf.get(key) ?? 0) + 1);

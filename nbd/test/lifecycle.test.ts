@@ -427,7 +427,8 @@ describe('serveConnection()', () => {
     await client.open('disk');
     client.request({ type: CMD.READ, offset: 4, length: 4 });
     expect((await client.readReply(4)).data).toEqual(uint32(5));
-    expect(opens).toEqual([{ id, exportName: 'disk', peer: { transport: 'internal', address: `connection ${id}` } }]);
+    const peer = { transport: 'internal', address: `connection ${id}` };
+    expect(opens).toEqual([{ id, exportName: 'disk', peer, violations: 0 }]);
   });
 
   test('takes bytes that were already read from the socket for the first of the client', async () => {
@@ -490,11 +491,11 @@ describe('reports', () => {
     await client.readToEnd();
     await allOver();
     const peer = { transport: 'unix', address: path };
-    expect(opens).toEqual([{ id: 1, peer, exportName: 'disk' }]);
+    expect(opens).toEqual([{ id: 1, peer, exportName: 'disk', violations: 0 }]);
     expect(closes).toHaveLength(1);
     expect(closes[0]).toMatchObject({
       ...{ id: 1, peer, exportName: 'disk', reason: 'the client disconnected' },
-      ...{ bytesRead: 1000, bytesWritten: 300, requests: 4, errors: 1 },
+      ...{ bytesRead: 1000, bytesWritten: 300, requests: 4, errors: 1, violations: 0 },
     });
   });
 

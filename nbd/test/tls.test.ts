@@ -333,14 +333,19 @@ describe('mode require', () => {
     expect(from.provider.opened).toBe(0);
   });
 
-  test('a client without fixed newstyle cannot begin TLS, and gets nothing', async () => {
+  test('a client without fixed newstyle gets nothing in the clear, and may begin TLS', async () => {
     const from = await start('require');
-    for (const option of [optionBytes(OPT.STARTTLS), optionBytes(OPT.EXPORT_NAME, Buffer.from('disk'))]) {
-      const raw = await from.raw();
-      await raw.greet(0);
-      raw.send(option);
-      expect(await raw.readToEnd()).toHaveLength(0);
+    const raw = await from.raw();
+    await raw.greet(0);
+    for (const option of [OPT.LIST, OPT.GO]) {
+      const replies = await raw.option(option, option === OPT.GO ? infoQuery('disk') : undefined);
+      expect(replies.map(({ type }) => type)).toEqual([REP.ERR_TLS_REQD]);
     }
+    expect((await raw.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
+    const other = await from.raw();
+    await other.greet(0);
+    other.send(optionBytes(OPT.EXPORT_NAME, Buffer.from('disk')));
+    expect(await other.readToEnd()).toHaveLength(0);
     expect(from.provider.opened).toBe(0);
   });
 

@@ -93,11 +93,17 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     peerCredentials,
     prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
     observer: {
-      onConnectionOpen: ({ id, peer, exportName }) =>
-        log.info({ connection: id, ...identityOf(peer), export: exportName }, 'connection open'),
+      onConnectionOpen: ({ id, peer, exportName, violations }) =>
+        log[violations > 1 ? 'debug' : 'info'](
+          { connection: id, ...identityOf(peer), export: exportName },
+          'connection open',
+        ),
       onConnectionRefused: ({ peer, reason }) => log.warn({ ...identityOf(peer), reason }, 'connection refused'),
       onConnectionClose: ({ id, peer, exportName, ...counted }) => {
-        log.info({ connection: id, ...identityOf(peer), export: exportName, ...counted }, 'connection closed');
+        log[levelOfClose(counted.violations)](
+          { connection: id, ...identityOf(peer), export: exportName, ...counted },
+          counted.violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
+        );
         if (peer.transport === 'internal') sessionEnds.get(peer.address)?.();
       },
       onDeviceError: (error, context) => log.error({ err: error, ...context }, 'request failed'),
@@ -248,6 +254,15 @@ function statusOf(connection: ConnectionInfo): ConnectionStatus {
     bytesWritten: connection.bytesWritten,
     requests: connection.requests,
   };
+}
+
+/**
+ * A client that breaks the protocol may come back for ever and do it again: told of the first time, the second, the
+ * fourth, the eighth and so on, and in between only to who debugs.
+ */
+function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
+  if (violations === 0) return 'info';
+  return Number.isInteger(Math.log2(violations)) ? 'warn' : 'debug';
 }
 
 /** For the log: where a peer comes from, and who the kernel or TLS say it is. */

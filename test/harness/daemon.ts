@@ -3,14 +3,18 @@
  * process and temporary directory it makes and removes them when the test file ends, passed or failed. Never touches a
  * process it did not start, and never waits for a fixed time: only for conditions, with a bound.
  */
-import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
+import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, type TestContext } from 'vitest';
+import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf } from './client-set.js';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
+
+/** The daemon and the command line run here, whatever set the clients are of. */
+const HERE = clientSetNamed('own');
 
 const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 30_000;
@@ -91,9 +95,14 @@ export interface RunResult {
   readonly stdoutBytes: Buffer;
 }
 
-/** Run a command to its end. A non-zero exit is a result, not an error; not being able to start it is an error. */
+/**
+ * Run a command of the client set to its end, or our own Node. A non-zero exit is a result, not an error; not being able
+ * to start it is an error.
+ */
 export async function run(command: string, args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
-  const child = spawn(command, args, {
+  const set = command === process.execPath ? HERE : clientSet;
+  const [program, ...rest] = inSet(set, command, args, options.cwd);
+  const child = spawn(program, rest, {
     cwd: options.cwd,
     env: environment(options.env),
     stdio: [options.input === undefined ? 'ignore' : 'pipe', 'pipe', 'pipe'],
@@ -145,29 +154,12 @@ export function skipBecause(context: TestContext, reason: string): never {
   return context.skip(reason);
 }
 
-/** Whether a program of that name is on the PATH (for `it.skipIf`). */
+/** Whether the client set has a program of that name (for `it.skipIf`). */
 export function haveCommand(name: string): boolean {
-  const places = `${process.env.PATH ?? ''}:/usr/sbin:/sbin`.split(':').filter((place) => place !== '');
-  return places.some((place) => {
-    try {
-      fs.accessSync(path.join(place, name), fs.constants.X_OK);
-      return true;
-    } catch {
-      return false;
-    }
-  });
+  return hasCommand(clientSet, name);
 }
 
-/** A Python that has libnbd's module. The one first on the PATH may be another than the system's, and lack it. */
-const nbdPython = ['python3', '/usr/bin/python3'].find((python) => {
-  try {
-    // Not only the import: our own folder nbd/ would pass for a package.
-    execFileSync(python, ['-c', 'import nbd; nbd.NBD'], { stdio: 'ignore' });
-    return true;
-  } catch {
-    return false;
-  }
-});
+const nbdPython = nbdPythonOf(clientSet);
 
 /** Whether nbdsh() can be used; says why not. */
 export function haveNbdsh(): boolean {
@@ -185,8 +177,8 @@ export function nbdsh(args: readonly string[], options: RunOptions = {}): Promis
 
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
-  // A developer's own settings must not lead a test to the developer's own store.
-  for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS']) delete env[name];
+  // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
+  for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS']) delete env[name];
   for (const [name, value] of Object.entries(extra ?? {})) {
     if (value === undefined) delete env[name];
     else env[name] = value;

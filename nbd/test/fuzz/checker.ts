@@ -125,7 +125,7 @@ function checkOptions(heard: Cursor, said: Cursor, clientFlags: number): Level |
       must(expected.get(option)?.includes(type) === true, `reply type ${type} to option ${option}`);
       if (type === REP.SERVER) must(data.length >= 4 && data.readUInt32BE(0) <= data.length - 4, 'a list entry');
       if (type === REP.META_CONTEXT) {
-        must(isStructured && data.includes(':', 4), 'a meta context');
+        must((isStructured || option === OPT.LIST_META_CONTEXT) && data.includes(':', 4), 'a meta context');
         isSelected ||= option === OPT.SET_META_CONTEXT;
       }
       if (type === REP.INFO) {
@@ -163,7 +163,7 @@ function readRequests(heard: Cursor, level: Level, waiting: Map<bigint, Asked[]>
     const type = header.readUInt16BE(6);
     if (type === CMD.DISC) return true;
     let length = isExtended ? header.readBigUInt64BE(24) : BigInt(header.readUInt32BE(24));
-    const hasPayload = isExtended ? (flags & CMD_FLAG.PAYLOAD_LEN) !== 0 : type === CMD.WRITE;
+    const hasPayload = type === CMD.WRITE || (isExtended && (flags & CMD_FLAG.PAYLOAD_LEN) !== 0);
     if (hasPayload) {
       if (length > (isExtended ? MAX_PAYLOAD : 2 * MAX_PAYLOAD)) return false;
       const payload = heard.take(Number(length));

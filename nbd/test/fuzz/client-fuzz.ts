@@ -85,7 +85,7 @@ class LyingServer {
     const flags = this.heard.readUInt16BE(4);
     const type = this.heard.readUInt16BE(6);
     const length = isExtended ? Number(this.heard.readBigUInt64BE(24)) : this.heard.readUInt32BE(24);
-    const hasPayload = isExtended ? (flags & CMD_FLAG.PAYLOAD_LEN) !== 0 : type === CMD.WRITE;
+    const hasPayload = type === CMD.WRITE || (isExtended && (flags & CMD_FLAG.PAYLOAD_LEN) !== 0);
     const request = this.take(size + (hasPayload ? length : 0));
     if (request === undefined) return false;
     if (type === CMD.DISC) {

@@ -1,0 +1,194 @@
+/**
+ * Data are never taken for requests: a client's client (a guest, a user of a filesystem) chooses what is in a block, and
+ * must not be able to ask for anything with it. Every block here is full of encoded requests of every kind.
+ */
+import { createHash } from 'node:crypto';
+import { describe, expect, test } from 'vitest';
+import { CMD, CMD_FLAG, MAX_PAYLOAD, NBD_ERRNO, REPLY_TYPE } from '../src/protocol.js';
+import { errorOf, extendedRequestBytes, RawClient, requestBytes, uint32, type Chunk } from './raw-client.js';
+import { TestExport } from './test-device.js';
+import { startServer, type TestServer } from './test-server.js';
+
+const KIB = 1024;
+/** The cookie of every request that is only data. An answer to it says that it was carried out. */
+const FORGED = 0xf0f0_f0f0n;
+const LEVELS = ['simple', 'structured', 'extended'] as const;
+type Level = (typeof LEVELS)[number];
+/** Sizes that come with their header, in pieces, and where they belong at once (see transmission.ts). */
+const SIZES = [512, 4 * KIB, 40 * KIB, 200 * KIB];
+
+/** One of each command, of either header, that would change or tell something if it were carried out. */
+function requestsOfEveryKind(): Buffer {
+  const fields = Object.values(CMD).map((type) => ({
+    type,
+    cookie: FORGED,
+    offset: type === CMD.FLUSH ? 0 : 64 * KIB,
+    length: type === CMD.FLUSH ? 0 : 4 * KIB,
+  }));
+  return Buffer.concat([
+    ...fields.map(requestBytes),
+    ...fields.map(extendedRequestBytes),
+    ...fields.map((each) => extendedRequestBytes({ ...each, flags: CMD_FLAG.PAYLOAD_LEN })),
+  ]);
+}
+
+/** A block of `size` bytes of nothing but requests, the first one right at its beginning. */
+function blockOfRequests(size: number): Buffer {
+  return Buffer.alloc(size, requestsOfEveryKind());
+}
+
+async function connected(server: TestServer, level: Level, exportName = 'disk'): Promise<RawClient> {
+  if (level === 'simple') return server.opened(exportName);
+  const client = await server.raw();
+  await client.openWith(level, exportName, ['base:allocation']);
+  return client;
+}
+
+function headerOf(level: Level, fields: Parameters<typeof requestBytes>[0]): Buffer {
+  return level === 'extended' ? extendedRequestBytes(fields) : requestBytes(fields);
+}
+
+/** The error value of a reply; 0 for success. */
+function errnoOf(chunk: Chunk): number {
+  if (chunk.kind === 'simple') return chunk.errno;
+  return chunk.type >= REPLY_TYPE.ERROR ? errorOf(chunk).errno : 0;
+}
+
+/** Sends a read of four bytes that must be answered, which proves that the server and we agree where requests begin. */
+async function expectInStep(client: RawClient, level: Level): Promise<void> {
+  client.send(headerOf(level, { type: CMD.READ, offset: 4, length: 4, cookie: 99n }));
+  const chunk = await client.readChunk();
+  expect(chunk.cookie).toBe(99n);
+  expect(errnoOf(chunk)).toBe(0);
+  const data = chunk.kind === 'simple' ? await client.read(4) : chunk.payload.subarray(8);
+  expect(data).toEqual(uint32(5));
+}
+
+/** Sends bytes in pieces of at most `size`, each a packet of its own where the kernel lets it. */
+async function sendInPieces(client: RawClient, bytes: Buffer, size: number): Promise<void> {
+  for (let at = 0; at < bytes.length; at += size) {
+    await new Promise((resolve) => client.socket.write(bytes.subarray(at, at + size), resolve));
+  }
+}
+
+interface Write {
+  readonly what: string;
+  /** Of the request, beside those of the flags that a level needs. */
+  readonly flags?: number;
+  readonly offset?: number | bigint;
+  readonly export?: string;
+  readonly errno: number;
+}
+
+const WRITES: readonly Write[] = [
+  { what: 'allowed', errno: 0 },
+  { what: 'allowed, with FUA', flags: CMD_FLAG.FUA, errno: 0 },
+  { what: 'to a read-only export', export: 'read-only', errno: NBD_ERRNO.EPERM },
+  { what: 'with a flag of another command', flags: CMD_FLAG.REQ_ONE, errno: NBD_ERRNO.EINVAL },
+  { what: 'with a flag that nobody knows', flags: 0x8000, errno: NBD_ERRNO.EINVAL },
+  { what: 'beyond the end', offset: 1024 * KIB - 1, errno: NBD_ERRNO.ENOSPC },
+  { what: 'at 2^64-1', offset: 2n ** 64n - 1n, errno: NBD_ERRNO.ENOSPC },
+  { what: 'that is not aligned', offset: 1, export: 'blocks', errno: NBD_ERRNO.EINVAL },
+];
+
+const everyExport = (): TestExport[] => [
+  new TestExport('disk'),
+  new TestExport('read-only', { readOnly: true }),
+  new TestExport('blocks', { minimumBlockSize: 512 }),
+];
+
+for (const level of LEVELS) {
+  describe(`blocks full of requests, ${level} replies`, () => {
+    for (const hasFlag of level === 'extended' ? [true, false] : [false]) {
+      const flagged = hasFlag ? ' with the payload flag' : level === 'extended' ? ' without the payload flag' : '';
+      for (const write of WRITES) {
+        test(`a write${flagged} ${write.what}: nothing but the write itself happens`, async () => {
+          const server = await startServer({ exports: everyExport() });
+          const name = write.export ?? 'disk';
+          const client = await connected(server, level, name);
+          const exported = server.provider.exports.get(name) as TestExport;
+          for (const size of SIZES) {
+            const expected = Buffer.from(exported.disk);
+            const data = blockOfRequests(size);
+            const offset = write.offset ?? 300 * KIB;
+            const flags = (write.flags ?? 0) | (hasFlag ? CMD_FLAG.PAYLOAD_LEN : 0);
+            const request = headerOf(level, { type: CMD.WRITE, flags, offset, length: size, cookie: 7n });
+            const message = Buffer.concat([request, data]);
+            // Whole, with header and data apart, and with the border of a piece inside of the header and of the data.
+            for (const piece of [message.length, request.length, 19 * KIB]) {
+              server.provider.calls.length = 0;
+              await sendInPieces(client, message, piece);
+              const chunk = await client.readChunk();
+              expect(chunk.cookie).toBe(7n);
+              expect(errnoOf(chunk)).toBe(write.errno);
+              if (write.errno === 0) data.copy(expected, Number(offset));
+              if (name === 'blocks') continue;
+              await expectInStep(client, level);
+              const methods = server.provider.calls.map(({ method }) => method);
+              expect(methods).toEqual(write.errno === 0 ? ['write', 'read'] : ['read']);
+            }
+            expect(exported.disk.equals(expected)).toBe(true);
+          }
+          expect(server.provider.calls.filter(({ method }) => method !== 'read' && method !== 'write')).toEqual([]);
+        });
+      }
+
+      test(`a write${flagged} to a server that shuts down: its data are taken, too`, async () => {
+        const server = await startServer();
+        const client = await connected(server, level);
+        const data = blockOfRequests(64 * KIB);
+        let release = (): void => undefined;
+        server.provider.hook = () => new Promise((resolve) => (release = resolve));
+        client.send(headerOf(level, { type: CMD.FLUSH, cookie: 1n }));
+        while (server.provider.unfinished === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+        const closed = server.server.close();
+        const flags = hasFlag ? CMD_FLAG.PAYLOAD_LEN : 0;
+        client.send(headerOf(level, { type: CMD.WRITE, flags, offset: 0, length: data.length, cookie: 7n }), data);
+        client.send(headerOf(level, { type: CMD.FLUSH, cookie: 8n }));
+        for (const cookie of [7n, 8n]) {
+          const chunk = await client.readChunk();
+          expect([chunk.cookie, errnoOf(chunk)]).toEqual([cookie, NBD_ERRNO.ESHUTDOWN]);
+        }
+        release();
+        expect((await client.readChunk()).cookie).toBe(1n);
+        await closed;
+        expect(server.provider.calls.map(({ method }) => method)).toEqual(['flush']);
+      });
+    }
+  });
+}
+
+test('a write without the payload flag of the largest size is taken; one that nobody can mean ends the connection', async () => {
+  const server = await startServer({ exports: [new TestExport('disk', { size: MAX_PAYLOAD })] });
+  const client = await connected(server, 'extended');
+  const data = blockOfRequests(MAX_PAYLOAD);
+  client.send(extendedRequestBytes({ type: CMD.WRITE, length: data.length, cookie: 1n }), data);
+  expect(await client.readChunk()).toMatchObject({ cookie: 1n, type: REPLY_TYPE.NONE });
+  const { disk } = server.provider.exports.get('disk') as TestExport;
+  const hash = (bytes: Buffer): string => createHash('sha256').update(bytes).digest('hex');
+  expect(hash(disk)).toBe(hash(data));
+  client.send(extendedRequestBytes({ type: CMD.WRITE, length: 2n ** 40n, cookie: 2n }), data.subarray(0, 64 * KIB));
+  expect(await client.readToEnd()).toHaveLength(0);
+  await server.allOver();
+  expect(server.provider.calls.map(({ method }) => method)).toEqual(['write']);
+  expect(server.closes.at(-1)?.reason).toMatch(/^protocol violation: .*1099511627776 bytes/);
+});
+
+/**
+ * The bytes that qemu 10.0.13 (Debian 13) and 11.1.3 send for `qemu-io -f raw -c 'write -P 5 0 4096'`, as they were seen
+ * on the wire: the cookie is qemu's own, the flags are 0.
+ */
+test("qemu's write with extended headers, byte for byte", async () => {
+  const server = await startServer();
+  const client = await connected(server, 'extended');
+  const header = Buffer.from(
+    '21e41c71' + '0000' + '0001' + '0000000000000001' + '0'.repeat(16) + '0000000000001000',
+    'hex',
+  );
+  client.send(header, Buffer.alloc(4096, 5));
+  const chunk = await client.readChunk();
+  expect(chunk).toMatchObject({ kind: 'extended', cookie: 1n, type: REPLY_TYPE.NONE, isDone: true });
+  const { disk } = server.provider.exports.get('disk') as TestExport;
+  expect(disk.subarray(0, 4096).equals(Buffer.alloc(4096, 5))).toBe(true);
+  expect(server.provider.calls).toEqual([{ method: 'write', offset: 0, length: 4096, fua: false }]);
+});

@@ -1,0 +1,38 @@
+#!/bin/sh
+# Makes a directory tree with the clients of one Debian release, to be entered with in-root.sh: build-root.sh SUITE DIR.
+# Takes about half a minute and 400 MB; a DIR that is complete, and for a moving suite not older than a week, is left
+# alone. Exit 3: cannot be had here (no root, no mmdebstrap, not amd64).
+set -eu
+suite=$1
+dir=$2
+packages="qemu-utils libnbd-bin python3-libnbd nbdkit nbd-client fio qemu-system-x86 busybox-static e2fsprogs xfsprogs
+fuse3 fuse2fs openssl rsync kmod cpio"
+# Only unpacked, by test/vm/build-guest.sh: an installed one would want an initramfs and a boot loader.
+kernel=linux-image-cloud-amd64
+
+cannot() { echo "$1" >&2; exit 3; }
+[ "$(id -u)" -eq 0 ] || cannot "only root can make and enter a root directory of $suite"
+command -v mmdebstrap >/dev/null || cannot "mmdebstrap is not installed"
+[ "$(dpkg --print-architecture)" = amd64 ] || cannot "the client sets are for amd64"
+
+mkdir -p "$(dirname "$dir")"
+# Two test runs may come at once.
+exec 9> "$dir.lock"
+flock 9
+want=$(cat "$0" | cksum)
+if [ "$(cat "$dir/stamp" 2>/dev/null)" = "$want" ]; then
+  case $suite in
+    sid | unstable | testing) [ -z "$(find "$dir/stamp" -mtime +7)" ] && exit 0 ;;
+    *) exit 0 ;;
+  esac
+fi
+rm -rf --one-file-system "$dir"
+mkdir -p "$dir"
+# A mirror that lags behind is good enough here; signatures are checked as ever.
+mmdebstrap --quiet --variant=apt --aptopt='Acquire::Check-Valid-Until "false"' \
+  --include="$(echo $packages | tr ' ' ',')" \
+  --customize-hook='mkdir "$1/kernel" && cd "$1/kernel" && chroot "$1" sh -c "apt-get update -qq &&
+    cd /kernel && apt-get download -qq -o APT::Sandbox::User=root \$(apt-cache depends '$kernel' | sed -n \"s/.*Depends: \(linux-image-[0-9].*\)/\1/p\" | head -n 1) &&
+    apt-get clean"' \
+  "$suite" "$dir/root"
+echo "$want" > "$dir/stamp"
