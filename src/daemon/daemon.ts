@@ -137,6 +137,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   });
 
   const stop = async (): Promise<void> => {
+    operations.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control.close(STOP_GRACE_MS)]);
     await operations.close();
   };

@@ -4,6 +4,7 @@
  */
 import fs from 'node:fs';
 import { LocalStore } from '../store/local/local-store.js';
+import { StoreLockedError, type Holder } from '../store/local/store-lock.js';
 import { StoreError } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { SheepStore } from '../store/sheep/sheep-store.js';
@@ -75,7 +76,9 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
 }
 
 /** The store, opened by this process. Errors: StoreError. */
-export async function openDirectly(place: DirectPlace): Promise<DirectOperations & { exports: VdiExports }> {
+export async function openDirectly(
+  place: DirectPlace,
+): Promise<DirectOperations & { exports: VdiExports; announceStop: () => void }> {
   const isCluster = isClusterLocation(place.store);
   if (place.missingIsZero && !isCluster) {
     throw new OperationError(
@@ -83,22 +86,22 @@ export async function openDirectly(place: DirectPlace): Promise<DirectOperations
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const catalog = new VdiCatalog(
-    isCluster
-      ? await SheepStore.open(place.store, {
-          log: place.log,
-          retryMs: place.retryMs,
-          missingIsZero: place.missingIsZero,
-        })
-      : await LocalStore.open(place.store, { log: place.log }),
-  );
+  const { log, retryMs, missingIsZero } = place;
+  const store = isCluster
+    ? await SheepStore.open(place.store, { log, retryMs, missingIsZero })
+    : await LocalStore.open(place.store, { log, role: place.isDaemon ? 'daemon' : 'command' });
+  const catalog = new VdiCatalog(store);
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
   if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
     const leftovers = await catalog.dropLeftovers();
     if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
   }
   const exports = new VdiExports(catalog);
-  return Object.assign(new DirectOperations(catalog, exports), { exports });
+  return Object.assign(new DirectOperations(catalog, exports), {
+    exports,
+    // Nobody waits for a cluster: it has no lock.
+    announceStop: () => void (store instanceof LocalStore && store.announceStop()),
+  });
 }
 
 /** Try again for a while if the store is locked, and then say who may have it. */
@@ -110,15 +113,35 @@ export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: stri
     } catch (error) {
       if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
       if (Date.now() >= deadline) {
-        throw new OperationError(
-          'LOCKED',
-          `another process holds the store, and no daemon answers on ${socketPath}: wait for that command to end, ` +
-            'or give --control PATH if a daemon has its control socket elsewhere',
-          { cause: error },
-        );
+        const holder = error instanceof StoreLockedError ? error.holder : undefined;
+        throw new OperationError('LOCKED', lockedMessage(holder, socketPath), { cause: error });
       }
     }
     await new Promise((resolve) => setTimeout(resolve, LOCK_POLL_MS));
+  }
+}
+
+/** Who has the store, and what to do about it. */
+function lockedMessage(holder: Holder | undefined, socketPath: string): string {
+  const silent = `no daemon answers on ${socketPath}`;
+  switch (holder?.role) {
+    case 'stopping daemon':
+      return (
+        `a daemon that is stopping (process ${holder.pid}) holds the store: it finishes the requests in flight and ` +
+        'flushes; wait for it to end, then try again'
+      );
+    case 'daemon':
+      return (
+        `a daemon (process ${holder.pid}) holds the store, and ${silent}: it is starting, or has its control socket ` +
+        'elsewhere: try again, or give --control PATH'
+      );
+    case 'command':
+      return `another command (process ${holder.pid}) holds the store, and ${silent}: wait for that command to end`;
+    default:
+      return (
+        `another process holds the store, and ${silent}: wait for that command to end, ` +
+        'or give --control PATH if a daemon has its control socket elsewhere'
+      );
   }
 }
 

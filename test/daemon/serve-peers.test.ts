@@ -1,9 +1,11 @@
 /** `sheepgate serve` and its clients: who they are, how many, for how long; what the log says of them at the end. */
+import { spawn } from 'node:child_process';
 import fs from 'node:fs';
+import net from 'node:net';
 import path from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient, type ClientOptions } from 'nbd-server-ts';
-import { cli, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
+import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 
 const UID = process.getuid?.() ?? -1;
 const GID = process.getgid?.() ?? -1;
@@ -168,4 +170,118 @@ test('SIGHUP does not end a daemon that has nothing to reload', async () => {
   await waitUntil(() => lines(daemon, 'reloaded').length === 1, 'it says that it has');
   await client.read(0, 512);
   expect((await daemon.stop()).code).toBe(0);
+});
+
+describe('a client that breaks the protocol', () => {
+  /** Opens `disk` and sends what is no request, again and again, as soon as it is let. */
+  function offender(daemon: Daemon, isOver: () => boolean): { readonly times: number; readonly over: Promise<void> } {
+    const state = { times: 0, over: Promise.resolve() };
+    const once = async (): Promise<void> => {
+      const socket = net.connect({ path: daemon.socket });
+      const closed = new Promise((resolve) => socket.on('error', () => undefined).once('close', resolve));
+      const option = Buffer.from(
+        '49484156454f5054' + '00000007' + '0000000a' + '00000004' + '6469736b' + '0000',
+        'hex',
+      );
+      // Client flags, GO, and a block of 5s where a request should be, as qemu 10 sent it once.
+      socket.write(Buffer.concat([Buffer.from([0, 0, 0, 3]), option, Buffer.alloc(4096, 5)]));
+      socket.resume();
+      await closed;
+      state.times++;
+    };
+    const loop = async (): Promise<void> => {
+      while (!isOver()) await once();
+    };
+    state.over = loop();
+    return state;
+  }
+
+  test('is slowed down, told of with a warning once in a while, and disturbs nobody', async () => {
+    const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--create', 'other:1M'] });
+    const neighbour = await connect({ path: daemon.socket });
+    await neighbour.go('disk');
+    let isOver = false;
+    const began = performance.now();
+    const bad = offender(daemon, () => isOver);
+    await waitUntil(() => bad.times >= 6, 'it has come six times');
+    // 0 + 100 + 200 + 400 + 800 + 1600 ms, of which a timer may miss one each.
+    expect(performance.now() - began).toBeGreaterThan(3_000);
+    isOver = true;
+    await neighbour.write(0, Buffer.from('undisturbed'));
+    const closes = daemon
+      .log()
+      .split('\n')
+      .filter((line) => line.includes('protocol violation: bad request magic 0x5050505'))
+      .map((line) => JSON.parse(line) as { level: number; violations: number; export: string });
+    // pino's level of a warning is 40. The third, fifth and sixth are not told of.
+    expect(closes.slice(0, 3)).toMatchObject([
+      { level: 40, violations: 1, export: 'disk' },
+      { level: 40, violations: 2, export: 'disk' },
+      { level: 40, violations: 4, export: 'disk' },
+    ]);
+    expect(closes.length).toBe(3);
+    const stopped = performance.now();
+    expect((await daemon.stop()).code).toBe(0);
+    await bad.over;
+    // Neither the one that waits for its end nor anybody else holds up the daemon's.
+    expect(performance.now() - stopped).toBeLessThan(10_000);
+  });
+});
+
+describe('who finds a store taken', () => {
+  test('is told that a daemon is stopping', async () => {
+    const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
+    const pid = daemon.child.pid;
+    // Takes none of its answers: the daemon waits for it a while, its control socket closed, the store still open.
+    const socket = net.connect({ path: daemon.socket });
+    onTestFinished(() => void socket.destroy());
+    const option = Buffer.from('49484156454f5054' + '00000007' + '0000000a' + '00000004' + '6469736b' + '0000', 'hex');
+    const read = Buffer.from('25609513' + '00000000' + '0'.repeat(16) + '0'.repeat(16) + '01000000', 'hex');
+    socket.write(Buffer.concat([Buffer.from([0, 0, 0, 3]), option, read, read, read]));
+    await waitUntil(() => lines(daemon, 'connection open').length === 1, 'it has the disk open');
+    daemon.child.kill('SIGTERM');
+    await waitUntil(() => lines(daemon, 'stopping').length === 1, 'the daemon is stopping');
+    const lock = path.join(daemon.store, 'lock');
+    await waitUntil(() => fs.readFileSync(lock, 'utf8') === `${pid} stopping daemon\n`, 'it has said so');
+    await waitUntil(() => !fs.existsSync(daemon.control), 'it takes no more commands');
+    // However slow this machine is now: it does not end meanwhile.
+    daemon.child.kill('SIGSTOP');
+    const { code, stderr } = await cli(['vdi', 'list'], { store: daemon.store });
+    daemon.child.kill('SIGCONT');
+    expect([code, stderr]).toEqual([
+      1,
+      `sheepgate: a daemon that is stopping (process ${pid}) holds the store: it finishes the requests in flight and flushes; ` +
+        'wait for it to end, then try again\n',
+    ]);
+    expect((await ended(daemon.child)).code).toBe(0);
+    expect((await cli(['vdi', 'list'], { store: daemon.store })).code).toBe(0);
+  });
+
+  test('is told of a daemon that cannot be reached, and of a command', async () => {
+    const control = path.join(temporaryDirectory(), 'elsewhere.sock');
+    const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--control', control] });
+    // What leads from the store to where it listens.
+    fs.unlinkSync(path.join(daemon.store, 'control.sock'));
+    const refused = await cli(['vdi', 'list'], { store: daemon.store });
+    expect(refused.code).toBe(1);
+    expect(refused.stderr).toMatch(
+      /a daemon \(process \d+\) holds the store, and no daemon answers on .*--control PATH/,
+    );
+    expect((await cli(['vdi', 'list', '--control', control], { store: daemon.store })).code).toBe(0);
+    expect((await daemon.stop()).code).toBe(0);
+
+    // Waits for the rest of what it imports, with the store open.
+    const child = spawn(process.execPath, [BIN, 'import', '-', 'new', '--size', '64M', '--store', daemon.store], {
+      stdio: ['pipe', 'ignore', 'ignore'],
+    });
+    onTestFinished(() => void child.kill('SIGKILL'));
+    const lock = path.join(daemon.store, 'lock');
+    await waitUntil(() => fs.readFileSync(lock, 'utf8') === `${child.pid} command\n`, 'the command has the store');
+    const beside = await cli(['vdi', 'list'], { store: daemon.store });
+    expect(beside.stderr).toMatch(
+      /another command \(process \d+\) holds the store, .*: wait for that command to end\n$/,
+    );
+    child.kill('SIGTERM');
+    await ended(child);
+  });
 });

@@ -68,7 +68,8 @@ describe('opening', () => {
   test('a second open of the same store is refused with the reason', async () => {
     await expect(LocalStore.open(directory)).rejects.toMatchObject({
       code: 'LOCKED',
-      message: /in use by another process/,
+      message: `store ${directory} is in use by process ${process.pid}, a command`,
+      holder: { pid: process.pid, role: 'command' },
     });
   });
 

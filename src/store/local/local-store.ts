@@ -25,6 +25,7 @@ import { MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { StoreLock, type HolderRole } from './store-lock.js';
 import { TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 
@@ -35,6 +36,8 @@ const MAX_PROBLEMS = 1000;
 export interface LocalStoreOptions {
   /** Told what an operator should know and no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
+  /** What this process is, for those who find the store taken; 'command' if not given. */
+  readonly role?: HolderRole;
   /** Open files to keep at most; by default what the process's limit allows. */
   readonly maxDescriptors?: number;
 }
@@ -50,7 +53,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly references = new ReferenceCounts();
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
-  readonly #lockFd: number;
+  readonly #lock: StoreLock;
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
   /** References that are being given up in the background. */
@@ -58,14 +61,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 
   private constructor(
     location: string,
-    lockFd: number,
+    lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
     options: LocalStoreOptions,
   ) {
     this.location = location;
     this.identity = fs.realpathSync(location);
-    this.#lockFd = lockFd;
+    this.#lock = lock;
     this.metadata = metadata;
     this.files = files;
     this.#log = options.log ?? (() => undefined);
@@ -81,31 +84,30 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
    */
   static async open(directory: string, options: LocalStoreOptions = {}): Promise<LocalStore> {
     const location = path.resolve(directory);
-    let lockFd: number;
+    let lock: StoreLock;
     try {
       makeDirectory(location, 0o700);
-      lockFd = fs.openSync(path.join(location, 'lock'), fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+      lock = StoreLock.take(location, options.role ?? 'command');
     } catch (error) {
       throw libc.asStoreError(error, `opening store ${location}`);
     }
     let metadata: Metadata | undefined;
     try {
-      if (!libc.tryLock(lockFd)) {
-        throw new StoreError(
-          'LOCKED',
-          `store ${location} is in use by another process; stop that daemon, or give --control if it listens elsewhere`,
-        );
-      }
       const opened = await Metadata.open(location);
       metadata = opened.metadata;
-      const store = new LocalStore(location, lockFd, metadata, openFiles(location, options), options);
+      const store = new LocalStore(location, lock, metadata, openFiles(location, options), options);
       await store.#recover(opened.clean);
       return store;
     } catch (error) {
       await metadata?.close({ clean: false }).catch(() => undefined);
-      fs.closeSync(lockFd);
+      lock.release();
       throw libc.asStoreError(error, `opening store ${location}`);
     }
+  }
+
+  /** This process will let go of the store as soon as it has finished what is under way. */
+  announceStop(): void {
+    this.#lock.say('stopping daemon');
   }
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
@@ -293,7 +295,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     await this.reclaimed();
     await this.files.close();
     await this.metadata.close({ clean });
-    fs.closeSync(this.#lockFd);
+    this.#lock.release();
     if (failure !== undefined) throw failure;
   }
 
@@ -320,7 +322,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
    * flush has to vouch for them: everything is synced.
    */
   async #restoreRecent(): Promise<void> {
-    await libc.syncFilesystem(this.#lockFd);
+    await libc.syncFilesystem(this.#lock.fd);
     const restored = new Map<number, { map: Uint32Array; pages: Set<number> }>();
     for (const { vid, idx, owner } of this.logs.read((each) => this.metadata.record(each))) {
       let of = restored.get(vid);
