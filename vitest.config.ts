@@ -18,6 +18,7 @@ if (problem !== undefined) console.log(`skipped: the tests with other releases' 
 export default defineConfig({
   resolve: { alias: { 'nbd-server-ts': fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) } },
   test: {
+    reporters: ['default', fileURLToPath(new URL('test/clients/table.ts', import.meta.url))],
     pool: 'forks',
     maxWorkers: 2,
     testTimeout: 120_000,

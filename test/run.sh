@@ -7,3 +7,5 @@ npm ci --no-fund --no-audit
 npm run build
 npm run lint
 npm test
+# The newest clients that Debian has change under us: what fails with them is reported, and is no failure of ours yet.
+npm run test:newest || echo "test/run.sh: tests with the newest clients failed (see above); this does not fail the run"

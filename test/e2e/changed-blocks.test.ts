@@ -1,18 +1,19 @@
 /** Which blocks differ from a snapshot, asked by real clients through meta contexts. */
-import { expect, test } from 'vitest';
-import { cli, cliJson, haveCommand, run, startDaemon } from '../harness/daemon.js';
+import { expect } from 'vitest';
+import { cli, cliJson, needs, run, startDaemon } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
-const needed = ['nbdinfo', 'qemu-io', 'qemu-img'].filter((command) => !haveCommand(command));
-if (needed.length > 0) console.log(`skipped: ${needed.join(', ')} not installed (sh test/install.sh installs it)`);
-
 interface MapEntry {
   readonly offset: number;
   readonly length: number;
   readonly type: number;
 }
 
-(needed.length === 0 ? test : test.skip)(
+needs(
+  'nbdinfo',
+  'qemu-io',
+  'qemu-img',
+)(
   'what was written, trimmed and left alone since a snapshot is told by sheepgate:changed:TAG and as a dirty bitmap',
   async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });

@@ -9,8 +9,9 @@ import {
   cli,
   type Daemon,
   haveCommand,
-  haveNbdsh,
   nbdsh,
+  needs,
+  ok,
   run,
   skipBecause,
   startDaemon,
@@ -18,24 +19,6 @@ import {
 } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
-
-/** `test`, or a skip that says why. */
-function needs(...commands: string[]): typeof test {
-  const missing = commands.filter((command) => !haveCommand(command));
-  if (missing.length === 0) return test;
-  console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
-  return test.skip as typeof test;
-}
-
-async function ok(command: string, args: readonly string[], options: Parameters<typeof run>[2] = {}): Promise<string> {
-  const result = await run(command, args, options);
-  if (result.code !== 0) {
-    throw new Error(
-      `${command} ${args.join(' ')}: exit ${result.code ?? result.signal}\n${result.stdout}${result.stderr}`,
-    );
-  }
-  return result.stdout;
-}
 
 async function shellOk(args: readonly string[]): Promise<string> {
   const { code, signal, stdout, stderr } = await nbdsh(args);
@@ -104,7 +87,7 @@ describe('libnbd tools', () => {
     });
   });
 
-  (haveNbdsh() ? test : test.skip)(
+  needs('nbdsh')(
     'odd, unaligned, zero-length and out-of-range requests are answered as the protocol says',
     async () => {
       await withDaemon('9M', async (daemon) => {
@@ -220,11 +203,7 @@ describe('qemu', () => {
 });
 
 describe('fio', () => {
-  const supported =
-    haveCommand('fio') && fs.existsSync('/dev') // one place to say why not
-      ? test
-      : (console.log('skipped: fio not installed'), test.skip as typeof test);
-  supported('verifies crc32c over 512 B to 1 MiB at queue depth 32 on 4 connections', async (context) => {
+  needs('fio')('verifies crc32c over 512 B to 1 MiB at queue depth 32 on 4 connections', async (context) => {
     const engines = await run('fio', ['--enghelp']);
     if (!/\bnbd\b/.test(engines.stdout)) return skipBecause(context, 'this fio has no nbd engine');
     await withDaemon('128M', async (daemon) => {
@@ -258,7 +237,7 @@ describe('fio', () => {
 describe('filesystems', () => {
   const fuse = fs.existsSync('/dev/fuse') && haveCommand('nbdfuse') && haveCommand('fusermount3');
   if (!fuse) console.log('skipped: nbdfuse, fusermount3 or /dev/fuse is missing');
-  (fuse && haveCommand('mkfs.ext4') ? test : test.skip)(
+  (fuse ? needs('mkfs.ext4', 'e2fsck', 'nbdcopy', 'nbdfuse') : test.skip)(
     'fsck finds a real ext4 image sound through nbdfuse',
     async () => {
       await withDaemon('256M', async (daemon) => {
@@ -281,7 +260,7 @@ describe('filesystems', () => {
   );
 
   for (const mkfs of ['mkfs.ext4', 'mkfs.xfs']) {
-    (fuse && haveCommand(mkfs) ? test : test.skip)(`${mkfs} on a 2 TiB VDI leaves only its metadata`, async () => {
+    (fuse ? needs(mkfs, 'nbdfuse') : test.skip)(`${mkfs} on a 2 TiB VDI leaves only its metadata`, async () => {
       await withDaemon('2T', async (daemon) => {
         const directory = temporaryDirectory();
         const file = path.join(directory, 'nbd.img');
@@ -302,7 +281,7 @@ describe('filesystems', () => {
     });
   }
 
-  (haveNbdsh() ? test : test.skip)('trimming all of an empty 4 TiB VDI takes milliseconds', async () => {
+  needs('nbdsh')('trimming all of an empty 4 TiB VDI takes milliseconds', async () => {
     await withDaemon('4T', async (daemon) => {
       const script = `
 import time

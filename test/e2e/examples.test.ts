@@ -2,16 +2,9 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
-import { haveCommand, run, temporaryDirectory } from '../harness/daemon.js';
+import { needs, run, temporaryDirectory } from '../harness/daemon.js';
 
 const EXAMPLES = path.resolve(import.meta.dirname, '../../examples');
-
-function needs(...commands: string[]): typeof test {
-  const missing = commands.filter((command) => !haveCommand(command));
-  if (missing.length === 0) return test;
-  console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
-  return test.skip as typeof test;
-}
 
 /** Run one from somewhere else, with a TMPDIR in which it must leave nothing. */
 async function example(name: string, ...args: string[]): Promise<string> {
@@ -62,10 +55,10 @@ needs('nbdcopy')('backup-now.sh: three ways of copying are each of one moment, a
   expect(out.trimEnd().split('\n').at(-1)).toMatch(/^disk +\d+ +64 MiB/);
 });
 
-function needsFuse(...commands: string[]): typeof test {
+function needsFuse(...commands: string[]): ReturnType<typeof needs> {
   if (fs.existsSync('/dev/fuse')) return needs('fusermount3', ...commands);
   console.log('skipped: there is no /dev/fuse');
-  return test.skip as typeof test;
+  return (name, body) => void test.skip(name, body);
 }
 
 needsFuse(

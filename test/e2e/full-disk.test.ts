@@ -2,8 +2,8 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { expect, test } from 'vitest';
-import { cli, haveNbdsh, nbdsh, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { expect } from 'vitest';
+import { cli, nbdsh, needs, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 
 function mountSmallTmpfs(directory: string): boolean {
   try {
@@ -45,32 +45,34 @@ assert h.pread(2 * block, 0) == b'x' * (2 * block)
 assert h.pread(block, 4 * block) == bytes(block)
 `;
 
-test('ENOSPC reaches the client, flushed data stays, and space that is trimmed can be used again', async (context) => {
-  if (!haveNbdsh()) return skipBecause(context, 'nbdsh not installed (sh test/install.sh installs it)');
-  const mount = path.join(temporaryDirectory(), 'small');
-  fs.mkdirSync(mount);
-  if (!mountSmallTmpfs(mount)) return skipBecause(context, 'mounting a tmpfs needs root');
-  try {
-    const store = path.join(mount, 'store');
-    let daemon = await startDaemon({ store, args: ['--create', 'disk:256M'] });
-    const filled = await nbdsh(['-u', daemon.uri('disk'), '-c', FILL]);
-    expect(filled.code, filled.stderr + daemon.log()).toBe(0);
-    const count = Number(filled.stdout);
-    expect(count).toBeGreaterThan(20);
-    // the same data after a crash on the full disk
-    await daemon.kill();
-    daemon = await startDaemon({ store });
-    expect((await nbdsh(['-u', daemon.uri('disk'), '-c', VERIFY(count)])).stderr).toBe('');
-    // a snapshot needs little space, a copy of an object needs much: it must fail alone
-    expect((await cli(['vdi', 'snapshot', 'disk', 's'], { store })).stderr).toBe('');
-    const copy = await nbdsh(['-u', daemon.uri('disk'), '-c', "[h.pwrite(b'y', o << 22) for o in range(10)]"]);
-    expect(copy.stderr).toMatch(/No space left/);
-    expect((await nbdsh(['-u', daemon.uri('disk@s'), '-c', VERIFY(count)])).stderr).toBe('');
-    expect((await cli(['vdi', 'delete', 'disk@s'], { store })).stderr).toBe('');
-    const goneOn = await nbdsh(['-u', daemon.uri('disk'), '-c', GO_ON]);
-    expect(goneOn.stderr, daemon.log()).toBe('');
-    expect((await daemon.stop()).code).toBe(0);
-  } finally {
-    execFileSync('umount', ['-l', mount]);
-  }
-});
+needs('nbdsh')(
+  'ENOSPC reaches the client, flushed data stays, and space that is trimmed can be used again',
+  async (context) => {
+    const mount = path.join(temporaryDirectory(), 'small');
+    fs.mkdirSync(mount);
+    if (!mountSmallTmpfs(mount)) return skipBecause(context, 'mounting a tmpfs needs root');
+    try {
+      const store = path.join(mount, 'store');
+      let daemon = await startDaemon({ store, args: ['--create', 'disk:256M'] });
+      const filled = await nbdsh(['-u', daemon.uri('disk'), '-c', FILL]);
+      expect(filled.code, filled.stderr + daemon.log()).toBe(0);
+      const count = Number(filled.stdout);
+      expect(count).toBeGreaterThan(20);
+      // the same data after a crash on the full disk
+      await daemon.kill();
+      daemon = await startDaemon({ store });
+      expect((await nbdsh(['-u', daemon.uri('disk'), '-c', VERIFY(count)])).stderr).toBe('');
+      // a snapshot needs little space, a copy of an object needs much: it must fail alone
+      expect((await cli(['vdi', 'snapshot', 'disk', 's'], { store })).stderr).toBe('');
+      const copy = await nbdsh(['-u', daemon.uri('disk'), '-c', "[h.pwrite(b'y', o << 22) for o in range(10)]"]);
+      expect(copy.stderr).toMatch(/No space left/);
+      expect((await nbdsh(['-u', daemon.uri('disk@s'), '-c', VERIFY(count)])).stderr).toBe('');
+      expect((await cli(['vdi', 'delete', 'disk@s'], { store })).stderr).toBe('');
+      const goneOn = await nbdsh(['-u', daemon.uri('disk'), '-c', GO_ON]);
+      expect(goneOn.stderr, daemon.log()).toBe('');
+      expect((await daemon.stop()).code).toBe(0);
+    } finally {
+      execFileSync('umount', ['-l', mount]);
+    }
+  },
+);

@@ -5,6 +5,7 @@
  */
 import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import { afterEach, expect, test } from 'vitest';
+import { clientSet, inSet } from '../harness/client-set.js';
 import { ended, haveNbdsh, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
 import { attach, MIB, storeWith } from '../cli/both-ways.js';
 
@@ -33,7 +34,7 @@ afterEach(async () => {
 /** libnbd's shell in the namespace: runs `script`, then waits. Resolves when it has printed a line. */
 async function shellInNamespace(script: string): Promise<ChildProcess> {
   const code = `import nbd, sys; h = nbd.NBD(); ${script}; print("open", flush=True); sys.stdin.read()`;
-  const shell = spawn('ip', ['netns', 'exec', CLIENT_SIDE, '/usr/bin/python3', '-c', code], {
+  const shell = spawn('ip', ['netns', 'exec', CLIENT_SIDE, ...inSet(clientSet, '/usr/bin/python3', ['-c', code])], {
     stdio: ['pipe', 'pipe', 'inherit'],
   });
   clients.push(shell);

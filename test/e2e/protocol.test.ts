@@ -1,36 +1,18 @@
 /**
  * What the protocol can say beyond plain reads and writes, said to real clients: structured replies, holes, block
- * status, errors in words. Debian's clients do not speak extended headers yet; those are shown with our own.
+ * status, errors in words. What needs extended headers is shown with our own client here, with others in client-sets.test.ts.
  */
 import fs from 'node:fs';
 import path from 'node:path';
 import { ALLOCATION_CONTEXT, NbdClient } from 'nbd-server-ts';
 import { describe, expect, onTestFinished, test } from 'vitest';
-import { haveCommand, haveNbdsh, nbdsh, run, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import { nbdsh, needs, ok, run, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
 
 const KIB = 2 ** 10;
 const MIB = 2 ** 20;
 const TIB = 2 ** 40;
 
-/** `test`, or a skip that says why. */
-function needs(...commands: string[]): typeof test {
-  const missing = commands.filter((command) => !haveCommand(command));
-  if (missing.length === 0) return test;
-  console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
-  return test.skip as typeof test;
-}
-
-const needsShell = haveNbdsh() ? test : (test.skip as typeof test);
-
-async function ok(command: string, args: readonly string[], options: Parameters<typeof run>[2] = {}): Promise<string> {
-  const result = await run(command, args, options);
-  if (result.code !== 0) {
-    throw new Error(
-      `${command} ${args.join(' ')}: exit ${result.code ?? result.signal}\n${result.stdout}${result.stderr}`,
-    );
-  }
-  return result.stdout;
-}
+const needsShell = needs('nbdsh');
 
 async function shell(daemon: Daemon, name: string, script: string, debug = false): Promise<string> {
   const args = ['--base-allocation', '-u', daemon.uri(name), '-c', script];

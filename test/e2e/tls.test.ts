@@ -5,12 +5,14 @@
 import { createHash, randomBytes } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
-import { beforeAll, describe, expect, test } from 'vitest';
+import { beforeAll, describe, expect } from 'vitest';
 import { Authority } from '../harness/certificates.js';
 import {
   BIN,
   cli,
   haveCommand,
+  needs,
+  ok,
   run,
   startDaemon,
   temporaryDirectory,
@@ -22,19 +24,8 @@ import {
 const MIB = 2 ** 20;
 const KEY = '00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff';
 
-function needs(...commands: string[]): typeof test {
-  const missing = ['openssl', ...commands].filter((command) => !haveCommand(command));
-  if (missing.length === 0) return test;
-  console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
-  return test.skip as typeof test;
-}
-
-async function ok(command: string, args: readonly string[]): Promise<string> {
-  const result = await run(command, args);
-  if (result.code !== 0)
-    throw new Error(`${command} ${args.join(' ')}: ${result.code}\n${result.stdout}${result.stderr}`);
-  return result.stdout;
-}
+/** Certificates are made with openssl. */
+const needsKeys = (...commands: string[]): ReturnType<typeof needs> => needs('openssl', ...commands);
 
 function refused(result: RunResult): string {
   expect(result.code, result.stdout).not.toBe(0);
@@ -97,34 +88,37 @@ function randomFile(size: number): string {
 }
 
 describe('certificates', () => {
-  needs('nbdcopy', 'nbdinfo')('nbdinfo and nbdcopy speak nbds:// with us, and nothing comes in the clear', async () => {
-    const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', server] });
-    expect(daemon.ready.uris[1]).toBe(`nbds://127.0.0.1:${portOf(daemon)}/disk`);
-    const uri = nbds(daemon, anonymous);
-    expect((await ok('nbdinfo', ['--size', uri])).trim()).toBe(String(16 * MIB));
-    expect(await ok('nbdinfo', ['--list', uri])).toContain('protocol: newstyle-fixed with TLS');
-    const source = randomFile(16 * MIB);
-    const copy = path.join(path.dirname(source), 'out.img');
-    await ok('nbdcopy', ['--flush', source, uri]);
-    await ok('nbdcopy', [uri, copy]);
-    expect(sha256(copy)).toBe(sha256(source));
-    refused(await run('nbdinfo', [`nbd://localhost:${portOf(daemon)}/disk`]));
-    // Who wants another authority, or another name, is not content with us.
-    refused(await run('nbdinfo', ['--size', nbds(daemon, path.join(pki, 'other-ca'))]));
-    // The command line's own way in needs none of it.
-    expect(
-      (await cli(['export', 'disk', path.join(path.dirname(source), 'own.img')], { store: daemon.store })).code,
-    ).toBe(0);
-    expect(daemon.log()).toMatch(/"tls":"TLSv1\.[23] /);
-    expect((await daemon.stop()).code).toBe(0);
-  });
+  needsKeys('nbdcopy', 'nbdinfo')(
+    'nbdinfo and nbdcopy speak nbds:// with us, and nothing comes in the clear',
+    async () => {
+      const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', server] });
+      expect(daemon.ready.uris[1]).toBe(`nbds://127.0.0.1:${portOf(daemon)}/disk`);
+      const uri = nbds(daemon, anonymous);
+      expect((await ok('nbdinfo', ['--size', uri])).trim()).toBe(String(16 * MIB));
+      expect(await ok('nbdinfo', ['--list', uri])).toContain('protocol: newstyle-fixed with TLS');
+      const source = randomFile(16 * MIB);
+      const copy = path.join(path.dirname(source), 'out.img');
+      await ok('nbdcopy', ['--flush', source, uri]);
+      await ok('nbdcopy', [uri, copy]);
+      expect(sha256(copy)).toBe(sha256(source));
+      refused(await run('nbdinfo', [`nbd://localhost:${portOf(daemon)}/disk`]));
+      // Who wants another authority, or another name, is not content with us.
+      refused(await run('nbdinfo', ['--size', nbds(daemon, path.join(pki, 'other-ca'))]));
+      // The command line's own way in needs none of it.
+      expect(
+        (await cli(['export', 'disk', path.join(path.dirname(source), 'own.img')], { store: daemon.store })).code,
+      ).toBe(0);
+      expect(daemon.log()).toMatch(/"tls":"TLSv1\.[23] /);
+      expect((await daemon.stop()).code).toBe(0);
+    },
+  );
 
-  needs('nbdinfo')('a client certificate is asked for, checked, and named in the log', async () => {
+  needsKeys('nbdinfo')('a client certificate is asked for, checked, and named in the log', async () => {
     const daemon = await startDaemon({
       args: [...tcp, '--tls', 'require', '--tls-certificates', server, '--tls-verify-peer'],
     });
     await ok('nbdinfo', ['--size', nbds(daemon, client)]);
-    expect(daemon.log()).toContain('"certificate":["backup-host"]');
+    await waitUntil(() => daemon.log().includes('"certificate":["backup-host"]'), 'the certificate is in the log');
     refused(await run('nbdinfo', ['--size', nbds(daemon, anonymous)]));
     refused(await run('nbdinfo', ['--size', nbds(daemon, stranger)]));
     await waitUntil(() => daemon.log().match(/TLS handshake failed/g)?.length === 2, 'both refusals are in the log');
@@ -132,7 +126,7 @@ describe('certificates', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  needs('nbdinfo')('rules by certificate decide who sees and opens what, and are reloaded on SIGHUP', async () => {
+  needsKeys('nbdinfo')('rules by certificate decide who sees and opens what, and are reloaded on SIGHUP', async () => {
     const access = path.join(temporaryDirectory(), 'access');
     fs.writeFileSync(access, `allow disk ro from cert:backup-host\nallow own from uid:${process.getuid?.()}\n`);
     const daemon = await startDaemon({
@@ -165,27 +159,30 @@ describe('certificates', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  needs('nbdinfo')('SIGHUP brings new certificates to the next connection, and bad ones change nothing', async () => {
-    const directory = path.join(temporaryDirectory(), 'server');
-    fs.cpSync(server, directory, { recursive: true });
-    const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', directory] });
-    await ok('nbdinfo', ['--size', nbds(daemon, anonymous)]);
-    fs.writeFileSync(path.join(directory, 'server-cert.pem'), 'nonsense');
-    daemon.child.kill('SIGHUP');
-    await waitUntil(() => daemon.log().includes('TLS keys not reloaded'), 'the bad certificate is refused');
-    await ok('nbdinfo', ['--size', nbds(daemon, anonymous)]);
-    const next = await Authority.make(path.join(pki, 'next-ca'), 'next authority');
-    await next.sign('server', 'localhost', directory, 'DNS:localhost');
-    daemon.child.kill('SIGHUP');
-    await waitUntil(() => daemon.log().includes('"msg":"reloaded"'), 'the new certificate is taken');
-    refused(await run('nbdinfo', ['--size', nbds(daemon, anonymous)]));
-    await ok('nbdinfo', ['--size', nbds(daemon, next.directory)]);
-    expect((await daemon.stop()).code).toBe(0);
-  });
+  needsKeys('nbdinfo')(
+    'SIGHUP brings new certificates to the next connection, and bad ones change nothing',
+    async () => {
+      const directory = path.join(temporaryDirectory(), 'server');
+      fs.cpSync(server, directory, { recursive: true });
+      const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', directory] });
+      await ok('nbdinfo', ['--size', nbds(daemon, anonymous)]);
+      fs.writeFileSync(path.join(directory, 'server-cert.pem'), 'nonsense');
+      daemon.child.kill('SIGHUP');
+      await waitUntil(() => daemon.log().includes('TLS keys not reloaded'), 'the bad certificate is refused');
+      await ok('nbdinfo', ['--size', nbds(daemon, anonymous)]);
+      const next = await Authority.make(path.join(pki, 'next-ca'), 'next authority');
+      await next.sign('server', 'localhost', directory, 'DNS:localhost');
+      daemon.child.kill('SIGHUP');
+      await waitUntil(() => daemon.log().includes('"msg":"reloaded"'), 'the new certificate is taken');
+      refused(await run('nbdinfo', ['--size', nbds(daemon, anonymous)]));
+      await ok('nbdinfo', ['--size', nbds(daemon, next.directory)]);
+      expect((await daemon.stop()).code).toBe(0);
+    },
+  );
 });
 
 describe('revocation', () => {
-  needs('nbdinfo')('a revoked client certificate stays out from the reload of ca-crl.pem on', async () => {
+  needsKeys('nbdinfo')('a revoked client certificate stays out from the reload of ca-crl.pem on', async () => {
     const directory = temporaryDirectory();
     const authority = await Authority.make(path.join(directory, 'ca'));
     const own = path.join(directory, 'server');
@@ -209,7 +206,7 @@ describe('revocation', () => {
 });
 
 describe('pre-shared keys', () => {
-  needs('nbdcopy', 'nbdinfo')('nbdcopy uses nbds+unix with a key, and a wrong key or user stays out', async () => {
+  needsKeys('nbdcopy', 'nbdinfo')('nbdcopy uses nbds+unix with a key, and a wrong key or user stays out', async () => {
     const daemon = await startDaemon({ args: [...tcp, '--tls-psk', keys] });
     const source = randomFile(16 * MIB);
     const copy = path.join(path.dirname(source), 'out.img');
@@ -226,7 +223,7 @@ describe('pre-shared keys', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  needs('nbdkit', 'nbdcopy')("nbdkit's nbd plugin with tls=require serves us on", async () => {
+  needsKeys('nbdkit', 'nbdcopy')("nbdkit's nbd plugin with tls=require serves us on", async () => {
     const daemon = await startDaemon({ args: [...tcp, '--tls-psk', keys, '--tls-certificates', server] });
     const source = randomFile(16 * MIB);
     const directory = path.dirname(source);
@@ -242,7 +239,7 @@ describe('pre-shared keys', () => {
 });
 
 describe('qemu', () => {
-  needs('qemu-img', 'qemu-io')('qemu-io writes and qemu-img reads with certificates and with a key', async () => {
+  needsKeys('qemu-img', 'qemu-io')('qemu-io writes and qemu-img reads with certificates and with a key', async () => {
     const daemon = await startDaemon({ args: [...tcp, '--tls-psk', keys, '--tls-certificates', server] });
     const pskDirectory = path.join(temporaryDirectory(), 'psk');
     fs.mkdirSync(pskDirectory);
@@ -269,15 +266,18 @@ describe('qemu', () => {
 });
 
 describe('what must not get in', () => {
-  needs()('openssl s_client, which speaks TLS from the first byte, is turned away and named in the log', async () => {
-    const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', server] });
-    refused(await run('openssl', ['s_client', '-connect', `127.0.0.1:${portOf(daemon)}`], { input: '' }));
-    await waitUntil(() => daemon.log().includes('NBD_OPT_STARTTLS'), 'the reason is in the log');
-    expect((await cli(['vdi', 'list'], { store: daemon.store })).code).toBe(0);
-    expect((await daemon.stop()).code).toBe(0);
-  });
+  needsKeys()(
+    'openssl s_client, which speaks TLS from the first byte, is turned away and named in the log',
+    async () => {
+      const daemon = await startDaemon({ args: [...tcp, '--tls', 'require', '--tls-certificates', server] });
+      refused(await run('openssl', ['s_client', '-connect', `127.0.0.1:${portOf(daemon)}`], { input: '' }));
+      await waitUntil(() => daemon.log().includes('NBD_OPT_STARTTLS'), 'the reason is in the log');
+      expect((await cli(['vdi', 'list'], { store: daemon.store })).code).toBe(0);
+      expect((await daemon.stop()).code).toBe(0);
+    },
+  );
 
-  needs()('an address others can reach is served in the clear only if that is asked for', async () => {
+  needsKeys()('an address others can reach is served in the clear only if that is asked for', async () => {
     const store = path.join(temporaryDirectory(), 'store');
     const serve = (...args: string[]): Promise<RunResult> =>
       run(process.execPath, [BIN, 'serve', '--store', store, '--listen', 'tcp:0.0.0.0:0', ...args]);
@@ -296,7 +296,7 @@ describe('what must not get in', () => {
     }
   });
 
-  needs()('keys and files that do not fit are one clear line at start', async () => {
+  needsKeys()('keys and files that do not fit are one clear line at start', async () => {
     const directory = temporaryDirectory();
     const write = (name: string, text: string): string => {
       fs.writeFileSync(path.join(directory, name), text, { mode: 0o600 });

@@ -105,12 +105,19 @@ export function versionsOf(set: ClientSet): Readonly<Record<string, string>> {
   for (const [program, args, pattern] of VERSIONS) {
     if (!hasCommand(set, program)) continue;
     const [command, ...rest] = inSet(set, program, args, '/');
-    // nbd-client 3.24 and later print their version and then fail for want of a host.
+    // nbd-client prints its version and then fails for want of a host; 3.27 does only the latter.
     const { stdout, stderr } = spawnSync(command, rest, { encoding: 'utf8' });
-    const version = pattern.exec(stdout + stderr)?.[1];
+    const version = pattern.exec(stdout + stderr)?.[1] ?? packageVersion(set, program);
     if (version !== undefined) versions[program] = version;
   }
   return versions;
+}
+
+/** The version of the Debian package that bears the name of the program. */
+function packageVersion(set: ClientSet, program: string): string | undefined {
+  const [command, ...args] = inSet(set, 'dpkg-query', ['-W', '-f', '${Version}', program], '/');
+  const { status, stdout } = spawnSync(command, args, { encoding: 'utf8' });
+  return status === 0 ? /^(?:\d+:)?([^-]+)/.exec(stdout)?.[1] : undefined;
 }
 
 /** The name of the release that a set is of. */

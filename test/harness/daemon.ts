@@ -3,15 +3,24 @@
  * process and temporary directory it makes and removes them when the test file ends, passed or failed. Never touches a
  * process it did not start, and never waits for a fixed time: only for conditions, with a bound.
  */
-import { spawn, type ChildProcess } from 'node:child_process';
+import { spawn, type ChildProcess, type ChildProcessWithoutNullStreams } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, type TestContext } from 'vitest';
+import { afterAll, test, type TestContext } from 'vitest';
 import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf } from './client-set.js';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
+
+declare module 'vitest' {
+  interface TaskMeta {
+    /** The client programs that the test has tried. */
+    tried?: readonly string[];
+    /** Versions that only the test could find out, by program. */
+    versions?: Readonly<Record<string, string>>;
+  }
+}
 
 /** The daemon and the command line run here, whatever set the clients are of. */
 const HERE = clientSetNamed('own');
@@ -129,6 +138,16 @@ export async function run(command: string, args: readonly string[], options: Run
   }
 }
 
+/** Start a command of the client set that goes on beside the test, with pipes for its standard streams. */
+export function start(command: string, args: readonly string[]): ChildProcessWithoutNullStreams {
+  const [program, ...rest] = inSet(clientSet, command, args);
+  const child = spawn(program, rest, { env: environment(undefined), stdio: ['pipe', 'pipe', 'pipe'] });
+  children.add(child);
+  child.once('exit', () => children.delete(child));
+  child.stdin.on('error', () => undefined); // it may end without reading all of it
+  return child;
+}
+
 /** Run the built `sheepgate` with `args`. `store` is handed over in SHEEPGATE_STORE. */
 export function cli(
   args: readonly string[],
@@ -152,6 +171,38 @@ export async function cliJson<T = unknown>(
 export function skipBecause(context: TestContext, reason: string): never {
   console.log(`skipped: ${reason}`);
   return context.skip(reason);
+}
+
+type Body = (context: TestContext) => unknown;
+
+/**
+ * `test`, or a skip that says why, if the client set lacks one of these programs. 'nbdsh' stands for a Python with
+ * libnbd's module. What a test needs is what it tries: the table of docs/clients.md is made from it.
+ */
+export function needs(...commands: string[]): (name: string, body: Body, timeoutMs?: number) => void {
+  const missing = commands.filter((command) => (command === 'nbdsh' ? !haveNbdsh() : !haveCommand(command)));
+  if (missing.length > 0) {
+    console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
+    return (name, body) => void test.skip(name, body);
+  }
+  return (name, body, timeoutMs) => {
+    const trying: Body = (context) => {
+      context.task.meta.tried = commands;
+      return body(context);
+    };
+    test(name, trying, timeoutMs);
+  };
+}
+
+/** Run a command of the client set that must succeed, and return what it printed. */
+export async function ok(command: string, args: readonly string[], options: RunOptions = {}): Promise<string> {
+  const result = await run(command, args, options);
+  if (result.code !== 0) {
+    throw new Error(
+      `${command} ${args.join(' ')}: exit ${result.code ?? result.signal}\n${result.stdout}${result.stderr}`,
+    );
+  }
+  return result.stdout;
 }
 
 /** Whether the client set has a program of that name (for `it.skipIf`). */

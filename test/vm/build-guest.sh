@@ -1,62 +1,96 @@
 #!/bin/sh
-# Makes a Linux guest for the kernel's own NBD client: DIR/vmlinuz and DIR/initramfs.gz, from Debian's kernel package (only
-# unpacked) and this machine's programs. Downloads once; a DIR that is complete is left alone. Exit 3: cannot be had here.
+# Makes a Linux guest for the kernel's own NBD client: build-guest.sh DIR [ROOT] leaves DIR/vmlinuz and DIR/initramfs.gz,
+# from Debian's kernel package (only unpacked) and the programs of this machine, or kernel and programs of the client set
+# in ROOT (see ../clients). Downloads once; a DIR that is complete is left alone. Exit 3: cannot be had here.
 set -eu
 dir=$1
+root=${2:-}
 here=$(cd "$(dirname "$0")" && pwd)
-stamp="$dir/stamp"
 attach="$here/../../examples/nbd-attach.c"
-want=$(cat "$0" "$here/guest-init.sh" "$attach" | cksum)
-[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
+# What the guest's programs need of the kernel, and what they are. nbd-attach comes with them.
+modules="virtio_pci virtio_net virtio_blk nbd ext4 xfs"
+programs="dash busybox nbd-client mkfs.ext4 e2fsck mkfs.xfs xfs_repair blkdiscard fallocate rsync"
 
 cannot() { echo "$1" >&2; exit 3; }
-for program in qemu-system-x86_64 busybox nbd-client mkfs.ext4 e2fsck rsync cpio gzip modprobe depmod gcc dpkg apt-get; do
-  PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || cannot "$program is not installed"
+here_and_sbin="$PATH:/usr/sbin:/sbin"
+places=$here_and_sbin
+[ -z "$root" ] || places=/usr/sbin:/usr/bin:/sbin:/bin
+# Where a program of the guest is, under ROOT.
+path_of() {
+  for place in $(echo "$places" | tr : ' '); do
+    [ -x "$root$place/$1" ] && echo "$place/$1" && return
+  done
+  cannot "$1 is not installed${root:+ in $root}"
+}
+in_root() { if [ -n "$root" ]; then chroot "$root" "$@"; else "$@"; fi; }
+for program in qemu-system-x86_64 $programs; do path_of "$program" >/dev/null; done
+PATH=$here_and_sbin
+for program in cpio gzip xz modprobe depmod gcc dpkg apt-get flock; do
+  command -v "$program" >/dev/null || cannot "$program is not installed"
 done
 [ "$(dpkg --print-architecture)" = amd64 ] || cannot "the guest is built for amd64 only"
-PATH="$PATH:/usr/sbin:/sbin"
 
 mkdir -p "$dir"
 cd "$dir"
-rm -rf root kernel stamp
-set -- linux-image-*-cloud-amd64_*.deb
-if [ ! -f "$1" ]; then
-  package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-  [ -n "$package" ] || cannot "no linux-image-cloud-amd64 in the package lists (apt-get update?)"
-  apt-get download -q "$package" >/dev/null 2>&1 || cannot "cannot download $package"
+# Test files start at once, and each wants a guest.
+exec 9> lock
+flock 9
+# With the programs' versions: an upgraded program is tried from then on.
+want=$( (cat "$here/build-guest.sh" "$here/guest-init.sh" "$attach" "$root/var/lib/dpkg/status" && ls "$root/kernel" 2>/dev/null) | cksum)
+[ "$(cat stamp 2>/dev/null)" = "$want" ] && exit 0
+
+rm -rf work stamp
+mkdir work
+if [ -n "$root" ]; then
+  set -- "$root"/kernel/*.deb
+  [ -f "$1" ] || cannot "no kernel package in $root/kernel"
+else
   set -- linux-image-*-cloud-amd64_*.deb
+  if [ ! -f "$1" ]; then
+    package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+    [ -n "$package" ] || cannot "no linux-image-cloud-amd64 in the package lists (apt-get update?)"
+    apt-get download -q "$package" >/dev/null 2>&1 || cannot "cannot download $package"
+    set -- linux-image-*-cloud-amd64_*.deb
+  fi
 fi
-mkdir kernel
-dpkg -x "$1" kernel
-cp kernel/boot/vmlinuz-* vmlinuz
-version=$(ls kernel/lib/modules)
-depmod -b kernel "$version"
+for package in "$@"; do dpkg -x "$package" work/kernel; done
+# Later releases have everything below usr/.
+[ -e work/kernel/lib ] || ln -s usr/lib work/kernel/lib
+version=$(ls work/kernel/lib/modules)
+for image in "boot/vmlinuz-$version" "lib/modules/$version/vmlinuz"; do
+  [ ! -f "work/kernel/$image" ] || cp "work/kernel/$image" work/vmlinuz
+done
+[ -f work/vmlinuz ] || cannot "no kernel image in $*"
+depmod -b work/kernel "$version"
 
-mkdir -p root/bin root/modules root/proc root/sys root/dev root/tmp root/run root/mnt root/snap root/etc
-ln -s /proc/mounts root/etc/mtab
-# In dependency order, each once: insmod in the guest does not look for what is missing.
-for module in virtio_pci virtio_net virtio_blk nbd ext4 crc32c_generic; do
-  modprobe -d "$dir/kernel" -S "$version" --show-depends "$module" | sed -n 's/^insmod \([^ ]*\).*/\1/p'
-done | awk '!seen[$0]++' > modules.paths
-: > root/modules/list
-while read -r path; do
-  cp "$path" root/modules/
-  basename "$path" >> root/modules/list
-done < modules.paths
+guest=work/root
+for directory in bin modules proc sys dev tmp run mnt snap etc; do mkdir -p "$guest/$directory"; done
+ln -s /proc/mounts "$guest/etc/mtab"
+# The modules that one needs, and itself, in order; nothing if it is built in.
+needs() { modprobe -d "$dir/work/kernel" -S "$version" --show-depends "$1" > work/needs && sed -n 's/^insmod \([^ ]*\).*/\1/p' work/needs; }
+for module in $modules; do needs "$module" >> work/paths || cannot "no module $module for Linux $version"; done
+# In this order, each once: insmod in the guest does not look for what is missing.
+awk '!seen[$0]++' work/paths | while read -r path; do
+  name=$(basename "$path" .xz)
+  case $path in *.xz) xz -dc "$path" > "$guest/modules/$name" ;; *) cp "$path" "$guest/modules/$name" ;; esac
+  echo "$name" >> "$guest/modules/list"
+done
 
-cp "$(command -v busybox)" root/bin/busybox
-gcc -O2 -o nbd-attach "$attach"
-PATH="$PATH:$dir"
-for program in nbd-client nbd-attach mkfs.ext4 e2fsck rsync; do
-  path=$(command -v "$program")
-  cp -L "$path" "root/bin/$program"
-  ldd "$path" | grep -o '/[^ ]*' | while read -r library; do
-    mkdir -p "root$(dirname "$library")"
-    cp -nL "$library" "root$library"
+for program in $programs; do
+  path=$(path_of "$program")
+  cp -L "$root$path" "$guest/bin/$program"
+  # Fails for what is linked statically.
+  in_root ldd "$path" > work/libraries 2>/dev/null || continue
+  grep -o '/[^ ]*' work/libraries | while read -r library; do
+    mkdir -p "$guest$(dirname "$library")"
+    [ -e "$guest$library" ] || cp -L "$root$library" "$guest$library"
   done
 done
-cp "$here/guest-init.sh" root/init
-chmod +x root/init
-(cd root && find . | cpio -o -H newc --quiet | gzip -1) > initramfs.gz
-rm -rf root kernel nbd-attach
-echo "$want" > "$stamp"
+# For whatever C library the guest has. The linker warns of names that need one's shared libraries; ours are numbers.
+gcc -O2 -static -o "$guest/bin/nbd-attach" "$attach" 2> work/warnings || { cat work/warnings >&2; exit 1; }
+cp "$here/guest-init.sh" "$guest/init"
+chmod +x "$guest/init"
+(cd "$guest" && find . | cpio -o -H newc --quiet | gzip -1) > work/initramfs.gz
+mv work/vmlinuz work/initramfs.gz .
+rm -rf work
+echo "$want" > stamp

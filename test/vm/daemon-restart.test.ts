@@ -4,7 +4,7 @@
  */
 import { expect, test } from 'vitest';
 import { startDaemon, type Daemon } from '../harness/daemon.js';
-import { bootGuest, guestProblem } from './guest.js';
+import { bootGuest, guestProblem, triesKernel } from './guest.js';
 
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
@@ -94,13 +94,14 @@ say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 
 (problem === undefined ? test : test.skip)(
   'the daemon is stopped and killed under mounted filesystems and comes back: no error, nothing that was synced is lost',
-  async () => {
+  async (context) => {
     let daemon: Daemon = await startDaemon({
       args: ['--listen', 'tcp:127.0.0.1:0', '--create', 'four:128M', '--create', 'one:128M'],
     });
     const { store } = daemon;
     const port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
-    const guest = bootGuest(job(port));
+    const guest = await bootGuest(job(port));
+    triesKernel(context, guest);
     await guest.expect('WRITING');
     for (const end of [() => daemon.stop(), () => daemon.kill()]) {
       await end();

@@ -1,6 +1,7 @@
-#!/bin/busybox sh
+#!/bin/dash
 # The guest's only process: brings up modules and the network (10.0.2.2 is the host's loopback), runs /job, powers off.
 # It talks to the test over the first serial port: lines starting with "::" are for it, and it answers with lines.
+# Not busybox's shell: that takes its own applets before the programs of that name, an nbd-client and a fallocate too.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc
@@ -22,6 +23,7 @@ wait_for() {
   fail "the test said nothing"
 }
 stty -echo < /dev/ttyS0 2>/dev/null
+say BOOTED $(uname -r)
 . /job
 say END
 poweroff -f

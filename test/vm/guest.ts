@@ -1,18 +1,24 @@
 /**
- * A Linux guest under qemu, for tests with the kernel's NBD client. Owns the cache of its kernel and initramfs and the
- * qemu processes; a guest runs one shell script, and talks with the test line by line over its serial port.
+ * A Linux guest under qemu, for tests with the kernel's NBD client. Kernel, programs and qemu are those of the client
+ * set. Owns the cache of its kernel and initramfs and the qemu processes; a guest runs one shell script, and talks with
+ * the test line by line over its serial port.
  */
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll } from 'vitest';
+import { afterAll, type TestContext } from 'vitest';
+import { clientSet, inSet } from '../harness/client-set.js';
 import { ended, temporaryDirectory } from '../harness/daemon.js';
 
 const BUILD = fileURLToPath(new URL('build-guest.sh', import.meta.url));
-/** Downloads are kept between runs. */
-const CACHE = path.join(process.env.XDG_CACHE_HOME ?? path.join(os.homedir(), '.cache'), 'sheepgate-test-guest');
+/** Downloads are kept between runs, and each client set has a guest of its own. */
+const CACHE = path.join(
+  process.env.XDG_CACHE_HOME ?? path.join(os.homedir(), '.cache'),
+  'sheepgate-test-guest',
+  clientSet.name,
+);
 const BUILD_TIMEOUT_MS = 5 * 60_000;
 const CANNOT = 3;
 /** The guest's disk cache and tmpfs have to fit. */
@@ -24,16 +30,28 @@ afterAll(async () => {
   for (const child of running) child.kill('SIGKILL');
   await Promise.all(running.map(ended));
 });
+process.on('exit', () => {
+  for (const child of children) child.kill('SIGKILL');
+});
 
 /** Why there can be no guest here; undefined if there can. Builds it if need be. */
 export function guestProblem(): string | undefined {
-  const built = spawnSync('sh', [BUILD, CACHE], { encoding: 'utf8', timeout: BUILD_TIMEOUT_MS });
+  const root = clientSet.root === undefined ? [] : [clientSet.root];
+  const built = spawnSync('sh', [BUILD, CACHE, ...root], { encoding: 'utf8', timeout: BUILD_TIMEOUT_MS });
   if (built.status === 0) return undefined;
   if (built.status === CANNOT) return built.stderr.trim();
   throw new Error(`building the guest failed (${built.status ?? built.signal}): ${built.stderr}`);
 }
 
+/** Note for the table of docs/clients.md that a test has tried the nbd driver of the guest's kernel, and nbd-client. */
+export function triesKernel({ task }: TestContext, { kernel }: Guest): void {
+  task.meta.tried = ['linux', 'nbd-client'];
+  task.meta.versions = { linux: kernel.replace(/[^\d.].*$/, '') };
+}
+
 export interface Guest {
+  /** What `uname -r` says in it: 6.12.118+deb13-cloud-amd64. */
+  readonly kernel: string;
   /** Resolves with the rest of the next line that starts with "::WORD". Fails if the guest fails, ends or is too slow. */
   expect(word: string, timeoutMs?: number): Promise<string>;
   /** Answer a `wait_for WORD`. */
@@ -46,10 +64,15 @@ export interface Guest {
 
 const EXPECT_TIMEOUT_MS = 90_000;
 
-/** Boot a guest that runs `job` (shell, sourced by its init), with more `devices` if given (arguments of qemu). */
-export function bootGuest(job: string, devices: readonly string[] = []): Guest {
+/**
+ * Boot a guest that runs `job` (shell, sourced by its init), with more `devices` if given (arguments of qemu), and print
+ * which kernel it has. What a device needs has to be below the temporary directory: qemu may see another release's root.
+ */
+export async function bootGuest(job: string, devices: readonly string[] = []): Promise<Guest> {
   const directory = temporaryDirectory();
   const initramfs = path.join(directory, 'initramfs.gz');
+  const vmlinuz = path.join(directory, 'vmlinuz');
+  fs.copyFileSync(path.join(CACHE, 'vmlinuz'), vmlinuz);
   // The kernel unpacks archives that follow each other: the job lies over the cached rest.
   fs.copyFileSync(path.join(CACHE, 'initramfs.gz'), initramfs);
   fs.writeFileSync(path.join(directory, 'job'), job);
@@ -57,18 +80,15 @@ export function bootGuest(job: string, devices: readonly string[] = []): Guest {
   if (archive.status !== 0) throw new Error(`cpio failed: ${String(archive.stderr)}`);
   fs.appendFileSync(initramfs, archive.stdout);
 
-  const child = spawn(
-    'qemu-system-x86_64',
-    [
-      ...['-nodefaults', '-no-user-config', '-no-reboot', '-display', 'none', '-machine', 'q35,accel=tcg'],
-      ...['-cpu', 'max', '-smp', '1', '-m', String(MEMORY_MIB), '-serial', 'stdio'],
-      ...['-kernel', path.join(CACHE, 'vmlinuz'), '-initrd', initramfs],
-      ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off'],
-      ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
-      ...devices,
-    ],
-    { stdio: ['pipe', 'pipe', 'pipe'] },
-  );
+  const [command, ...args] = inSet(clientSet, 'qemu-system-x86_64', [
+    ...['-nodefaults', '-no-user-config', '-no-reboot', '-display', 'none', '-machine', 'q35,accel=tcg'],
+    ...['-cpu', 'max', '-smp', '1', '-m', String(MEMORY_MIB), '-serial', 'stdio'],
+    ...['-kernel', vmlinuz, '-initrd', initramfs],
+    ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off'],
+    ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
+    ...devices,
+  ]);
+  const child = spawn(command, args, { stdio: ['pipe', 'pipe', 'pipe'] });
   children.add(child);
   child.once('exit', () => children.delete(child));
   let output = '';
@@ -83,35 +103,39 @@ export function bootGuest(job: string, devices: readonly string[] = []): Guest {
   child.once('exit', () => onOutput(''));
   const tail = (): string => output.slice(-4000);
 
+  const expectLine = (word: string, timeoutMs = EXPECT_TIMEOUT_MS): Promise<string> =>
+    new Promise((resolve, reject) => {
+      const finish = (settle: () => void): void => {
+        clearTimeout(timer);
+        listeners.delete(look);
+        settle();
+      };
+      const timer = setTimeout(
+        () => finish(() => reject(new Error(`no "::${word}" within ${timeoutMs} ms:\n${tail()}`))),
+        timeoutMs,
+      );
+      const look = (): void => {
+        for (let end = output.indexOf('\n', seen); end >= 0; end = output.indexOf('\n', seen)) {
+          const line = output.slice(seen, end).trim();
+          seen = end + 1;
+          const said = line.slice(line.indexOf('::') + 2);
+          if (!line.includes('::')) continue;
+          if (said.startsWith('FAIL')) return finish(() => reject(new Error(`the guest says ${said}:\n${tail()}`)));
+          if (said.split(' ')[0] === word) return finish(() => resolve(said.slice(word.length + 1)));
+        }
+        if (child.exitCode !== null || child.signalCode !== null) {
+          finish(() => reject(new Error(`the guest ended before "::${word}":\n${tail()}`)));
+        }
+      };
+      listeners.add(look);
+      look();
+    });
+
+  const kernel = await expectLine('BOOTED');
+  console.log(`guest of clients "${clientSet.name}": Linux ${kernel}`);
   return {
-    expect(word, timeoutMs = EXPECT_TIMEOUT_MS) {
-      return new Promise((resolve, reject) => {
-        const finish = (settle: () => void): void => {
-          clearTimeout(timer);
-          listeners.delete(look);
-          settle();
-        };
-        const timer = setTimeout(
-          () => finish(() => reject(new Error(`no "::${word}" within ${timeoutMs} ms:\n${tail()}`))),
-          timeoutMs,
-        );
-        const look = (): void => {
-          for (let end = output.indexOf('\n', seen); end >= 0; end = output.indexOf('\n', seen)) {
-            const line = output.slice(seen, end).trim();
-            seen = end + 1;
-            const said = line.slice(line.indexOf('::') + 2);
-            if (!line.includes('::')) continue;
-            if (said.startsWith('FAIL')) return finish(() => reject(new Error(`the guest says ${said}:\n${tail()}`)));
-            if (said.split(' ')[0] === word) return finish(() => resolve(said.slice(word.length + 1)));
-          }
-          if (child.exitCode !== null || child.signalCode !== null) {
-            finish(() => reject(new Error(`the guest ended before "::${word}":\n${tail()}`)));
-          }
-        };
-        listeners.add(look);
-        look();
-      });
-    },
+    kernel,
+    expect: expectLine,
     send(word) {
       child.stdin.write(`${word}\n`);
     },
