@@ -4,7 +4,7 @@
  */
 import { createHash } from 'node:crypto';
 import { describe, expect, test } from 'vitest';
-import { CMD, CMD_FLAG, MAX_PAYLOAD, NBD_ERRNO, REPLY_TYPE } from '../src/protocol.js';
+import { CMD, CMD_FLAG, GREETING_SIZE, MAX_PAYLOAD, NBD_ERRNO, REP, REPLY_TYPE } from '../src/protocol.js';
 import { errorOf, extendedRequestBytes, RawClient, requestBytes, uint32, type Chunk } from './raw-client.js';
 import { TestExport } from './test-device.js';
 import { startServer, type TestServer } from './test-server.js';
@@ -175,20 +175,53 @@ test('a write without the payload flag of the largest size is taken; one that no
 });
 
 /**
- * The bytes that qemu 10.0.13 (Debian 13) and 11.1.3 send for `qemu-io -f raw -c 'write -P 5 0 4096'`, as they were seen
- * on the wire: the cookie is qemu's own, the flags are 0.
+ * What qemu-io 10.0.13 (Debian 13) and 11.1.3 send for `-f raw -c 'write -P 5 0 4096'`, seen on the wire: handshake, a write
+ * with FUA and without the payload flag, a flush, and the end.
  */
-test("qemu's write with extended headers, byte for byte", async () => {
+const QEMU_SESSION = [
+  '00000003 49484156454f5054 0000000b 00000000',
+  '49484156454f5054 0000000a 0000001f 00000004 6469736b 00000001 0000000f 626173653a616c6c6f636174696f6e',
+  '49484156454f5054 00000007 0000000c 00000004 6469736b 0001 0003',
+  `21e41c71 0001 0001 0000000000000001 0000000000000000 0000000000001000 ${'05'.repeat(4096)}`,
+  '21e41c71 0000 0003 0000000000000001 0000000000000000 0000000000000000',
+  '21e41c71 0000 0002 0000000000000000 0000000000000000 0000000000000000',
+].map((hex) => Buffer.from(hex.replaceAll(' ', ''), 'hex'));
+
+test("qemu's session of one write, byte for byte", async () => {
   const server = await startServer();
-  const client = await connected(server, 'extended');
-  const header = Buffer.from(
-    '21e41c71' + '0000' + '0001' + '0000000000000001' + '0'.repeat(16) + '0000000000001000',
-    'hex',
-  );
-  client.send(header, Buffer.alloc(4096, 5));
-  const chunk = await client.readChunk();
-  expect(chunk).toMatchObject({ kind: 'extended', cookie: 1n, type: REPLY_TYPE.NONE, isDone: true });
+  const client = await server.raw();
+  await client.read(GREETING_SIZE);
+  const [headers, contexts, go, write, flush, disconnect] = QEMU_SESSION as [
+    Buffer,
+    Buffer,
+    Buffer,
+    Buffer,
+    Buffer,
+    Buffer,
+  ];
+  client.send(headers);
+  expect((await client.readOptionReply()).type).toBe(REP.ACK);
+  client.send(contexts);
+  for (const type of [REP.META_CONTEXT, REP.ACK]) expect((await client.readOptionReply()).type).toBe(type);
+  client.send(go);
+  for (const type of [REP.INFO, REP.INFO, REP.ACK]) expect((await client.readOptionReply()).type).toBe(type);
+  for (const message of [write, flush]) {
+    client.send(message);
+    expect(await client.readChunk()).toMatchObject({
+      kind: 'extended',
+      cookie: 1n,
+      type: REPLY_TYPE.NONE,
+      isDone: true,
+    });
+  }
+  client.send(disconnect);
+  expect(await client.readToEnd()).toHaveLength(0);
   const { disk } = server.provider.exports.get('disk') as TestExport;
   expect(disk.subarray(0, 4096).equals(Buffer.alloc(4096, 5))).toBe(true);
-  expect(server.provider.calls).toEqual([{ method: 'write', offset: 0, length: 4096, fua: false }]);
+  expect(server.provider.calls).toEqual([
+    { method: 'write', offset: 0, length: 4096, fua: true },
+    { method: 'flush', offset: 0, length: 0 },
+  ]);
+  await server.allOver();
+  expect(server.closes[0]).toMatchObject({ reason: 'the client disconnected', errors: 0, violations: 0 });
 });
