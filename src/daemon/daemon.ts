@@ -99,10 +99,13 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
           'connection open',
         ),
       onConnectionRefused: ({ peer, reason }) => log.warn({ ...identityOf(peer), reason }, 'connection refused'),
-      onConnectionClose: ({ id, peer, exportName, ...counted }) => {
-        log[levelOfClose(counted.violations)](
-          { connection: id, ...identityOf(peer), export: exportName, ...counted },
-          counted.violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
+      onConnectionClose: ({ id, peer, exportName, violations, ...counted }) => {
+        log[levelOfClose(violations)](
+          {
+            ...{ connection: id, ...identityOf(peer), export: exportName, ...counted },
+            ...(violations > 0 && { violations }),
+          },
+          violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
         );
         if (peer.transport === 'internal') sessionEnds.get(peer.address)?.();
       },

@@ -5,8 +5,10 @@
  */
 import fs from 'node:fs';
 import type { Reporter, TestCase, TestModule } from 'vitest/node';
-import { clientSetNamed, releaseOf, versionsOf } from '../harness/client-set.js';
+import { clientSetNamed, releaseOf, SUITES, versionsOf } from '../harness/client-set.js';
 
+/** In the order of the columns. */
+const SETS = ['own', ...Object.keys(SUITES)];
 const BEGIN = '<!-- clients: begin -->';
 const END = '<!-- clients: end -->';
 
@@ -39,7 +41,7 @@ export default class ClientsTable implements Reporter {
   onTestRunEnd(modules: readonly TestModule[]): void {
     const tests = modules.flatMap((module) => [...module.children.allTests()]);
     const tried = tests.filter((test) => test.meta().tried !== undefined);
-    const sets = [...new Set(tried.map((test) => test.project.name))];
+    const sets = SETS.filter((name) => tried.some((test) => test.project.name === name));
     if (sets.length === 0) return;
     const table = tableOf(tried, sets);
     console.log(`\n${table}`);

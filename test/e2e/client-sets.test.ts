@@ -2,6 +2,7 @@
  * What every set of clients is tried with (see docs/clients.md): each command in each kind of replies, lengths of 64 bits,
  * several meta contexts, reconnecting, temporary snapshots, copies from export to export, and qemu's block jobs.
  */
+import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, onTestFinished } from 'vitest';
 import {
@@ -19,6 +20,7 @@ import {
   waitUntil,
   type Daemon,
 } from '../harness/daemon.js';
+import { encodeExtendedRequest, encodeRequest } from '../../nbd/src/protocol.js';
 import { Qmp } from '../vm/qmp.js';
 
 const MIB = 2 ** 20;
@@ -236,6 +238,31 @@ describe('qemu', () => {
         [24, 4],
         [32, 32],
       ]);
+    });
+  });
+
+  needs('qemu-io')('blocks that hold encoded requests, as a guest may write them, are data', async () => {
+    await withDaemon(['disk:64M'], async (daemon) => {
+      const file = path.join(temporaryDirectory(), 'requests');
+      // WRITE_ZEROES, TRIM and DISC, with headers of both kinds, about the disk's second half.
+      const requests = [6, 4, 2].flatMap((type) => [
+        encodeRequest(type, 0, 1, 32 * MIB, 4 * MIB),
+        encodeExtendedRequest(type, 0, 1, 32 * MIB, 4 * MIB),
+      ]);
+      fs.writeFileSync(file, Buffer.alloc(MIB, Buffer.concat(requests)));
+      const uri = daemon.uri('disk');
+      await qemuIo(uri, 'write -P 0x71 32M 4M', `write -s ${file} 0 1M`, `write -f -s ${file} 4095 300k`, 'flush');
+      expect(await qemuIo(uri, 'read -P 0x71 32M 4M')).not.toMatch(/fail/i);
+      const copy = path.join(path.dirname(file), 'copy');
+      await ok('qemu-img', ['convert', '-f', 'raw', '-O', 'raw', uri, copy]);
+      const expected = fs.readFileSync(file);
+      const head = Buffer.alloc(MIB);
+      const opened = fs.openSync(copy, 'r');
+      fs.readSync(opened, head, 0, MIB, 0);
+      fs.closeSync(opened);
+      fs.readFileSync(file).copy(expected, 4095, 0, 300 * 1024);
+      expect(head.equals(expected)).toBe(true);
+      expect(daemon.log()).not.toMatch(/violation/);
     });
   });
 

@@ -46,7 +46,7 @@ export function guestProblem(): string | undefined {
 /** Note for the table of docs/clients.md that a test has tried the nbd driver of the guest's kernel, and nbd-client. */
 export function triesKernel({ task }: TestContext, { kernel }: Guest): void {
   task.meta.tried = ['linux', 'nbd-client'];
-  task.meta.versions = { linux: kernel.replace(/[^\d.].*$/, '') };
+  task.meta.versions = { linux: kernel.replace(/(\+deb\d+)?-cloud.*$/, '') };
 }
 
 export interface Guest {
