@@ -68,11 +68,10 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly violations: Violations;
   private readonly offender: string | undefined;
   private violationCount = 0;
-  /** Resolves when the client has broken the protocol and is kept waiting for its end. */
+  /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
   private readonly condemned: Promise<void>;
   private condemn: () => void = () => undefined;
-  /** How long it is kept waiting, milliseconds; 0 if it is not. */
-  private sentenceMs = 0;
+  private isCondemned = false;
 
   constructor(options: ConnectionOptions) {
     this.id = options.id;
@@ -138,10 +137,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.isShuttingDown = true;
     this.isRefusing = options.refuse;
     const reason = 'the server is shutting down';
-    if (this.sentenceMs > 0) {
-      this.abort(reason);
-      return;
-    }
+    // Nothing of it but its last requests is left.
+    if (this.isCondemned) return;
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
@@ -231,8 +228,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   /**
-   * Count a violation. True if the client, having done it before, is now kept waiting for its end: its connection is deaf
-   * and everything but its socket is cleared away. False if it is to be closed at once.
+   * Count a violation. True if the client, having done it before, is now kept waiting for its end: the connection is over
+   * when its requests in flight are finished, and only its socket is left. False if it is to be closed at once.
    */
   private noteViolation(reason: string): boolean {
     if (this.isClosing) return false;
@@ -243,9 +240,11 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const { count, delayMs } = this.violations.record(this.offenceOf(offender), performance.now());
     this.violationCount = count;
     if (delayMs === 0 || this.isShuttingDown) return false;
+    this.transmission?.dropReplies();
+    if (!this.violations.hold(this.socket, delayMs)) return false;
     this.isClosing = true;
-    this.sentenceMs = delayMs;
-    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).pause();
+    this.isCondemned = true;
+    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData);
     this.condemn();
     return true;
   }
@@ -291,14 +290,6 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       errors: this.errors,
       durationMs: Date.now() - this.openedAt,
     });
-    if (this.sentenceMs > 0) await this.serveSentence();
-  }
-
-  /** The device is closed and everything told; only the socket is kept, unless it goes first. */
-  private async serveSentence(): Promise<void> {
-    const timer = setTimeout(() => this.socket.destroy(), this.sentenceMs);
-    await this.socketGone;
-    clearTimeout(timer);
   }
 
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {

@@ -30,6 +30,7 @@ export interface Limits {
   readonly maxUnsentBytes: number;
   /**
    * A client that breaks the protocol again and again is closed later each time, up to this many milliseconds; 0: at once.
+   * Its socket, all that is left of it, is none of `maxConnections`.
    */
   readonly maxViolationDelayMs: number;
   /** How long a connection being closed may take to receive its last replies, milliseconds. */

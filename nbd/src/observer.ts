@@ -72,7 +72,7 @@ export interface ServerObserver {
   onConnectionOpen?(event: ConnectionOpenEvent): void;
   /**
    * A connection is over, its device is closed. Called for every connection, also one that chose no export. After
-   * repeated violations its socket may stay open for a while (Limits.maxViolationDelayMs), and it in `connections`.
+   * repeated violations its socket may stay open for a while (Limits.maxViolationDelayMs).
    */
   onConnectionClose?(event: ConnectionCloseEvent): void;
   /** A connection was closed as soon as it came: there are too many. */

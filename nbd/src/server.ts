@@ -223,11 +223,13 @@ export class NbdServer {
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
     this.stopListening();
+    this.violations.release();
     for (const connection of this.open.values()) connection.abort('the server was stopped');
   }
 
   private async shutDown(graceMs: number, refuse: boolean): Promise<void> {
     this.stopListening();
+    this.violations.release();
     for (const connection of this.open.values()) connection.shutdown({ refuse });
     if (await within(graceMs, this.allOver())) return;
     this.destroy();

@@ -240,6 +240,11 @@ export class Transmission {
     this.payload = undefined;
   }
 
+  /** What is in flight is finished, its replies go nowhere; those that are made already leave. */
+  dropReplies(): void {
+    this.replies.close();
+  }
+
   /** The socket is gone: what is in flight is finished, its replies go nowhere. */
   socketClosed(): void {
     this.stopListening();

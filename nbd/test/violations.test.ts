@@ -1,9 +1,10 @@
 /** What becomes of those who break the protocol: once, again, and while others work beside them. */
-import { describe, expect, test } from 'vitest';
+import { PassThrough } from 'node:stream';
+import { describe, expect, test, vi } from 'vitest';
 import { CMD } from '../src/protocol.js';
 import { Violations } from '../src/violations.js';
-import { requestBytes, uint32 } from './raw-client.js';
-import { TestExport } from './test-device.js';
+import { RawClient, requestBytes, uint32 } from './raw-client.js';
+import { Gate, TestExport } from './test-device.js';
 import { startServer, until, type TestServer } from './test-server.js';
 
 const MINUTE_MS = 60_000;
@@ -41,6 +42,50 @@ describe('the count of an offender', () => {
   });
 });
 
+describe('sockets that wait', () => {
+  test('are 64 at most, the longest goes first; none is kept that is gone or has much to send; all can be released', () => {
+    vi.useFakeTimers();
+    try {
+      const violations = new Violations(10_000);
+      const sockets = Array.from({ length: 70 }, () => new PassThrough());
+      for (const socket of sockets) expect(violations.hold(socket, 1000)).toBe(true);
+      expect(sockets[69]?.isPaused()).toBe(true);
+      expect(sockets.filter(({ destroyed }) => destroyed)).toEqual(sockets.slice(0, 6));
+      const gone = new PassThrough();
+      gone.destroy();
+      expect(violations.hold(gone, 1000)).toBe(false);
+      const busy = new PassThrough({ writableHighWaterMark: 1, readableHighWaterMark: 1 });
+      busy.write(Buffer.alloc(100));
+      busy.write(Buffer.alloc(70_000));
+      expect(violations.hold(busy, 1000)).toBe(false);
+      expect(busy.destroyed).toBe(false);
+      vi.advanceTimersByTime(999);
+      expect(sockets[69]?.destroyed).toBe(false);
+      vi.advanceTimersByTime(1);
+      expect(sockets.every(({ destroyed }) => destroyed)).toBe(true);
+
+      const last = new PassThrough();
+      violations.hold(last, 1000);
+      violations.release();
+      expect(last.destroyed).toBe(true);
+      // Nothing of it is left that would keep the process.
+    } finally {
+      vi.useRealTimers();
+    }
+  });
+
+  test('leave no timer behind when they are closed', async () => {
+    const violations = new Violations(10_000);
+    const socket = new PassThrough();
+    const cleared = vi.spyOn(globalThis, 'clearTimeout');
+    violations.hold(socket, 1_000_000);
+    violations.release();
+    await new Promise((resolve) => socket.once('close', resolve));
+    expect(cleared).toHaveBeenCalled();
+    cleared.mockRestore();
+  });
+});
+
 describe('a client that breaks the protocol again and again', () => {
   /** Opens `name`, sends bytes that are no request, and waits for the end. Returns how long that took, milliseconds. */
   async function violate({ opened }: TestServer, name = 'disk'): Promise<number> {
@@ -63,49 +108,120 @@ describe('a client that breaks the protocol again and again', () => {
     for (const { reason } of server.closes) expect(reason).toBe('protocol violation: bad request magic 0x5050505');
   });
 
+  /** Breaks the protocol until the peer is `times` old in it; the last connections are left waiting for their end. */
+  async function offend(server: TestServer, times: number): Promise<RawClient[]> {
+    const clients: RawClient[] = [];
+    for (let n = 0; n < times; n++) {
+      const client = await server.opened();
+      client.send(requestBytes({ type: CMD.READ, magic: 1 }), Buffer.alloc(100_000));
+      await until(() => server.closes.length === n + 1, 'it is told of');
+      clients.push(client);
+    }
+    return clients;
+  }
+
   test('holds no device, and no other connection, while it waits', async () => {
     const server = await startServer({
       exports: [new TestExport('disk'), new TestExport('other')],
-      limits: { maxViolationDelayMs: 60 * MINUTE_MS },
+      limits: { maxViolationDelayMs: 60 * MINUTE_MS, maxConnections: 3, maxConnectionsPerPeer: 3 },
     });
     const neighbour = await server.opened();
-    for (let n = 0; n < 3; n++) await violate(server);
-    // Eight more would take their time: their connections are left as they are.
-    for (let n = 0; n < 8; n++) {
-      const client = await server.opened();
-      client.send(requestBytes({ type: CMD.READ, magic: 1 }), Buffer.alloc(100_000));
-      await until(() => server.closes.length === 4 + n, 'it is told of');
-    }
+    const offenders = await offend(server, 12);
     expect(server.provider.openNow).toBe(1);
+    expect(server.server.connections.size).toBe(1);
     neighbour.request({ type: CMD.READ, offset: 4, length: 4, cookie: 5n });
     expect(await neighbour.readReply(4)).toEqual({ errno: 0, cookie: 5n, data: uint32(5) });
     // The same peer, another export: nobody who has to wait.
     await violate(server, 'other');
-    await until(() => server.closes.length === 12, 'it is told of');
+    await until(() => server.closes.length === 13, 'it is told of');
     expect(server.closes.at(-1)).toMatchObject({ exportName: 'other', violations: 1 });
-    const waiting = Array.from(server.server.connections.values()).filter(({ phase }) => phase === 'closing');
-    expect(waiting.length).toBeGreaterThanOrEqual(1);
     neighbour.request({ type: CMD.DISC });
     await neighbour.readToEnd();
     // It does not hold up the end of the server either.
-    await server.server.close();
+    const before = performance.now();
+    await server.server.close({ graceMs: 30_000 });
+    expect(performance.now() - before).toBeLessThan(20_000);
+    for (const each of offenders) await each.readToEnd();
     await server.allOver();
   });
 
-  test('has what was asked before finished and answered', async () => {
-    const server = await startServer();
-    for (let n = 0; n < 2; n++) {
-      let release = (): void => undefined;
-      server.provider.hook = () => new Promise((resolve) => (release = resolve));
+  test('is not heard any more: what it sends after that is nothing', async () => {
+    const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
+    const clients = await offend(server, 12);
+    const last = clients.at(-1);
+    last?.request({ type: CMD.WRITE, offset: 0, length: 4, cookie: 1n }, uint32(7));
+    // Long after that a request of somebody else is answered.
+    const other = await server.opened();
+    for (let n = 0; n < 20; n++) {
+      other.request({ type: CMD.FLUSH, cookie: 2n });
+      await other.readReply();
+    }
+    expect(server.provider.calls.filter(({ method }) => method !== 'flush')).toEqual([]);
+  });
+
+  test('and leaves before its end keeps nobody out, however many do', async () => {
+    const server = await startServer({ limits: { maxConnections: 8, maxViolationDelayMs: 60 * MINUTE_MS } });
+    for (let n = 0; n < 200; n++) {
+      const client = await server.raw();
+      client.send(Buffer.from('GET / HTTP/1.1\r\n\r\n'));
+      await until(() => server.closes.length === n + 1, 'it is told of');
+      client.vanish();
+    }
+    await violatesNothing(server);
+  });
+
+  async function violatesNothing(server: TestServer): Promise<void> {
+    const client = await server.opened();
+    client.request({ type: CMD.READ, offset: 4, length: 4, cookie: 5n });
+    expect(await client.readReply(4)).toMatchObject({ errno: 0, cookie: 5n });
+  }
+
+  test('while the server shuts down is closed at once', async () => {
+    const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
+    await offend(server, 12);
+    const gate = new Gate();
+    server.provider.hook = () => gate.opened;
+    const client = await server.opened();
+    client.request({ type: CMD.FLUSH, cookie: 1n });
+    await until(() => server.provider.unfinished === 1, 'a request is under way');
+    const closed = server.server.close();
+    client.send(requestBytes({ type: CMD.READ, magic: 1 }));
+    await client.readToEnd();
+    gate.open();
+    await closed;
+    await server.allOver();
+    expect(server.closes.at(-1)?.violations).toBe(13);
+  });
+
+  test('has what was asked before finished', async () => {
+    const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
+    for (let n = 0; n < 3; n++) {
+      const gate = new Gate();
+      server.provider.hook = () => gate.opened;
       const client = await server.opened();
       client.request({ type: CMD.WRITE, offset: n, length: 1, cookie: 1n }, Buffer.of(0x77));
       client.send(requestBytes({ type: CMD.READ, magic: 1 }));
       await until(() => server.provider.unfinished === 1, 'the write is under way');
-      release();
-      await client.readToEnd();
+      gate.open();
       await until(() => server.closes.length === n + 1, 'it is told of');
     }
-    expect(server.provider.exports.get('disk')?.disk.subarray(0, 2)).toEqual(Buffer.of(0x77, 0x77));
+    expect(server.provider.exports.get('disk')?.disk.subarray(0, 3)).toEqual(Buffer.of(0x77, 0x77, 0x77));
+    await server.allOver();
+  });
+
+  test('does not wait for its requests in flight as well', async () => {
+    const server = await startServer({ limits: { maxViolationDelayMs: 200 } });
+    const gate = new Gate();
+    server.provider.hook = () => gate.opened;
+    for (let n = 0; n < 3; n++) {
+      const client = await server.opened();
+      client.request({ type: CMD.FLUSH, cookie: 1n });
+      client.send(requestBytes({ type: CMD.READ, magic: 1 }));
+      // The device answers none of them.
+      expect(await client.readToEnd()).toHaveLength(0);
+    }
+    expect(server.provider.unfinished).toBe(3);
+    gate.open();
     await server.allOver();
   });
 

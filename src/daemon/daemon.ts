@@ -23,6 +23,8 @@ const STOP_GRACE_MS = 10_000;
 export const DEFAULT_SOCKET_MODE = 0o600;
 /** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
 const KEEP_ALIVE_ANSWER_MS = 10_000;
+/** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
+const OPEN_UNTOLD_MS = 1_000;
 /** Stands in a URI for the name of a VDI while there is none. */
 const PLACEHOLDER = 'NAME';
 
@@ -86,6 +88,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
+  const untold = new UntoldConnections();
   const nbd = new NbdServer({
     provider: security.guard(operations.exports),
     tls: security.tls,
@@ -93,13 +96,15 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     peerCredentials,
     prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
     observer: {
-      onConnectionOpen: ({ id, peer, exportName, violations }) =>
-        log[violations > 1 ? 'debug' : 'info'](
-          { connection: id, ...identityOf(peer), export: exportName },
-          'connection open',
-        ),
+      onConnectionOpen: ({ id, peer, exportName, violations }) => {
+        const tell = (): void =>
+          log.info({ connection: id, ...identityOf(peer), export: exportName }, 'connection open');
+        if (violations > 1) untold.add(id, tell);
+        else tell();
+      },
       onConnectionRefused: ({ peer, reason }) => log.warn({ ...identityOf(peer), reason }, 'connection refused'),
       onConnectionClose: ({ id, peer, exportName, violations, ...counted }) => {
+        untold.closed(id, violations);
         log[levelOfClose(violations)](
           {
             ...{ connection: id, ...identityOf(peer), export: exportName, ...counted },
@@ -258,6 +263,32 @@ function statusOf(connection: ConnectionInfo): ConnectionStatus {
     bytesWritten: connection.bytesWritten,
     requests: connection.requests,
   };
+}
+
+/**
+ * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
+ * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
+ */
+class UntoldConnections {
+  readonly #waiting = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
+
+  add(id: number, tell: () => void): void {
+    const timer = setTimeout(() => this.#take(id)?.(), OPEN_UNTOLD_MS);
+    this.#waiting.set(id, { tell, timer: timer.unref() });
+  }
+
+  closed(id: number, violations: number): void {
+    const tell = this.#take(id);
+    if (violations === 0) tell?.();
+  }
+
+  #take(id: number): (() => void) | undefined {
+    const found = this.#waiting.get(id);
+    if (found === undefined) return undefined;
+    clearTimeout(found.timer);
+    this.#waiting.delete(id);
+    return found.tell;
+  }
 }
 
 /**

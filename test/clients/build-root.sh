@@ -27,8 +27,9 @@ if [ "$(cat "$dir/stamp" 2>/dev/null)" = "$want" ]; then
 fi
 rm -rf --one-file-system "$dir"
 mkdir -p "$dir"
-# A mirror that lags behind is good enough here; signatures are checked as ever.
-mmdebstrap --quiet --variant=apt --aptopt='Acquire::Check-Valid-Until "false"' \
+# In mounts of its own: one that is killed leaves none behind. A mirror that lags is good enough here; signatures are
+# checked as ever.
+unshare --mount mmdebstrap --quiet --variant=apt --aptopt='Acquire::Check-Valid-Until "false"' \
   --include="$(echo $packages | tr ' ' ',')" \
   --customize-hook='cp "'"$here"'/download-kernel.sh" "$1/tmp/" && chroot "$1" sh /tmp/download-kernel.sh' \
   "$suite" "$dir/root"

@@ -1,9 +1,26 @@
-/** Before the tests of a client set: builds its root directory if need be, and prints which versions are tried. */
+/**
+ * Before the tests of a client set: builds its root directory if need be, and prints which versions are tried. Where that
+ * fails, the tests of this set fail, each with the reason; those of others run.
+ */
 import type { TestProject } from 'vitest/node';
 import { buildClientSet, clientSetNamed, releaseOf, versionsOf } from '../harness/client-set.js';
 
+declare module 'vitest' {
+  interface ProvidedContext {
+    /** Why the set of this project could not be built. */
+    clientSetFailure: string | undefined;
+  }
+}
+
 export default function setUp(project: TestProject): void {
-  buildClientSet(project.name);
+  try {
+    buildClientSet(project.name);
+  } catch (error) {
+    console.log((error as Error).message);
+    project.provide('clientSetFailure', (error as Error).message);
+    return;
+  }
+  project.provide('clientSetFailure', undefined);
   const set = clientSetNamed(project.name);
   const versions = Object.entries(versionsOf(set)).map(([program, version]) => `${program} ${version}`);
   console.log(`clients "${set.name}", ${releaseOf(set)}: ${versions.join(', ')}`);

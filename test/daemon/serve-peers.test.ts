@@ -220,6 +220,16 @@ describe('a client that breaks the protocol', () => {
       { level: 40, violations: 4, export: 'disk' },
     ]);
     expect(closes.length).toBe(3);
+    // Of its openings only those are told of that came before it was known; of anybody else's, all.
+    const told = (): number => lines(daemon, 'connection open').filter((line) => line.export === 'disk').length;
+    expect(told()).toBe(3);
+    const good = await connect({ path: daemon.socket });
+    await good.go('disk');
+    await waitUntil(() => told() === 4, 'the good one is told of while it is open');
+    const short = await connect({ path: daemon.socket });
+    await short.go('disk');
+    await short.disconnect();
+    await waitUntil(() => told() === 5, 'and one that has left already');
     const stopped = performance.now();
     expect((await daemon.stop()).code).toBe(0);
     await bad.over;

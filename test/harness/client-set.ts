@@ -45,8 +45,11 @@ export const clientSet = clientSetNamed(process.env.SHEEPGATE_TEST_CLIENTS ?? OW
 /** Why there can be no set of that name on this machine, or undefined. */
 export function clientSetProblem(): string | undefined {
   if (process.getuid?.() !== 0) return 'only root can make and enter root directories of other releases';
-  const found = spawnSync('mmdebstrap', ['--version'], { stdio: 'ignore' });
-  return found.error === undefined ? undefined : 'mmdebstrap is not installed (sh test/install.sh installs it)';
+  if (spawnSync('mmdebstrap', ['--version'], { stdio: 'ignore' }).error !== undefined) {
+    return 'mmdebstrap is not installed (sh test/install.sh installs it)';
+  }
+  const { stdout } = spawnSync('dpkg', ['--print-architecture'], { encoding: 'utf8' });
+  return stdout?.trim() === 'amd64' ? undefined : 'they are made on Debian, for amd64';
 }
 
 /** Build the root directory of a set if it is not there yet. Throws with the reason if that fails. */

@@ -8,10 +8,13 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, test, type TestContext } from 'vitest';
+import { afterAll, inject, test, type TestContext } from 'vitest';
 import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf } from './client-set.js';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
+
+const failure = inject('clientSetFailure');
+if (failure !== undefined) throw new Error(failure);
 
 declare module 'vitest' {
   interface TaskMeta {

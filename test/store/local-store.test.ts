@@ -1,4 +1,5 @@
 /** The local store by itself: its lock, its format, what it does after a crash and when the disk refuses. */
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -71,6 +72,53 @@ describe('opening', () => {
       message: `store ${directory} is in use by process ${process.pid}, a command`,
       holder: { pid: process.pid, role: 'command' },
     });
+  });
+
+  describe('the lock file', () => {
+    const lock = (): string => path.join(directory, 'lock');
+    const victim = (): string => path.join(directory, 'victim');
+
+    test('says who holds the store, and nothing afterwards; a number of nobody is not believed', async () => {
+      expect(fs.readFileSync(lock(), 'utf8')).toBe(`${process.pid} command\n`);
+      store.announceStop();
+      expect(fs.readFileSync(lock(), 'utf8')).toBe(`${process.pid} stopping daemon\n`);
+      for (const text of ['', '0 daemon\n', '4194305 daemon\n', '1 tyrant\n', '\u001b[2J\n', 'x'.repeat(100_000)]) {
+        fs.writeFileSync(lock(), text);
+        await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'LOCKED', holder: undefined });
+      }
+      await catalog.close();
+      expect(fs.readFileSync(lock(), 'utf8')).toBe('');
+    });
+
+    test('that is a symbolic link is refused, and what it leads to left alone', async () => {
+      await catalog.close();
+      fs.writeFileSync(victim(), 'precious');
+      fs.rmSync(lock());
+      fs.symlinkSync(victim(), lock());
+      await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED', message: /symbolic link/ });
+      fs.rmSync(lock());
+      fs.symlinkSync(path.join(directory, 'nothing'), lock());
+      await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED' });
+      expect(fs.readFileSync(victim(), 'utf8')).toBe('precious');
+      expect(fs.existsSync(path.join(directory, 'nothing'))).toBe(false);
+    });
+
+    for (const kind of ['hard link', 'fifo'] as const) {
+      test(`that is a ${kind} locks, and is not written to`, async () => {
+        await catalog.close();
+        fs.writeFileSync(victim(), 'precious');
+        fs.rmSync(lock());
+        if (kind === 'fifo') execFileSync('mkfifo', [lock()]);
+        else fs.linkSync(victim(), lock());
+        store = await LocalStore.open(directory);
+        await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'LOCKED', holder: undefined });
+        store.announceStop();
+        await store.close();
+        expect(fs.readFileSync(victim(), 'utf8')).toBe('precious');
+        fs.rmSync(lock());
+        await start();
+      });
+    }
   });
 
   test('a store of a newer format is refused and left alone', async () => {

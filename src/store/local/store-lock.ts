@@ -1,6 +1,7 @@
 /**
  * The lock of a store's directory: one process has the store open. Owns the file `lock`; in it stands who that process
- * is, for whoever finds the store taken. The words are for people: nothing is decided by them.
+ * is, for whoever finds the store taken. The words are for people: nothing is decided by them. Another user may own the
+ * directory, and have put there what they like: nothing but a plain file of the store's own is ever written to.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -35,15 +36,34 @@ export class StoreLockedError extends StoreError {
 export class StoreLock {
   /** Open for as long as the lock is held; on the filesystem of the store. */
   readonly fd: number;
+  /** Whether what is said goes into the file. */
+  #speaks: boolean;
 
-  private constructor(fd: number) {
+  private constructor(fd: number, location: string) {
     this.fd = fd;
+    this.#speaks = isOwnFile(fd, location);
   }
 
-  /** Take the lock of the store in `location`, a directory. Errors: StoreLockedError, and those of the system. */
+  /**
+   * Take the lock of the store in `location`, a directory. Errors: StoreLockedError; DAMAGED if it is a symbolic link;
+   * and those of the system.
+   */
   static take(location: string, role: HolderRole): StoreLock {
     const file = path.join(location, 'lock');
-    const fd = fs.openSync(file, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+    const { O_RDWR, O_CREAT, O_NOFOLLOW } = fs.constants;
+    let fd: number;
+    try {
+      fd = fs.openSync(file, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'ELOOP') throw error;
+      throw new StoreError(
+        'DAMAGED',
+        `${file} is a symbolic link; the lock of a store is a file of its own: remove it`,
+        {
+          cause: error,
+        },
+      );
+    }
     let isTaken = false;
     try {
       isTaken = libc.tryLock(fd);
@@ -51,31 +71,63 @@ export class StoreLock {
     } finally {
       if (!isTaken) fs.closeSync(fd);
     }
-    const lock = new StoreLock(fd);
+    const lock = new StoreLock(fd, location);
     lock.say(role);
     return lock;
   }
 
   /** Tell those who find the store taken what its holder is doing. */
   say(role: HolderRole): void {
+    this.#write(`${process.pid} ${role}\n`);
+  }
+
+  release(): void {
+    // An older sheepgate that takes the lock says nothing: ours must not stand there for it.
+    this.#write('');
+    this.#speaks = false;
+    fs.closeSync(this.fd);
+  }
+
+  #write(text: string): void {
+    if (!this.#speaks) return;
     try {
-      const text = Buffer.from(`${process.pid} ${role}\n`);
-      fs.writeSync(this.fd, text, 0, text.length, 0);
-      fs.ftruncateSync(this.fd, text.length);
+      const bytes = Buffer.from(text);
+      fs.writeSync(this.fd, bytes, 0, bytes.length, 0);
+      fs.ftruncateSync(this.fd, bytes.length);
     } catch {
       // The disk may be full. The lock holds; only its message stays less clear.
     }
   }
-
-  release(): void {
-    fs.closeSync(this.fd);
-  }
 }
 
+/** A plain file under no second name, of whoever has the directory or of us. */
+function isOwnFile(fd: number, location: string): boolean {
+  const stat = fs.fstatSync(fd);
+  const isOurs = stat.uid === process.geteuid?.() || stat.uid === fs.statSync(location).uid;
+  return stat.isFile() && stat.nlink === 1 && isOurs;
+}
+
+/** Who has taken the lock, if it says so in words that we know and is alive. */
 function readHolder(fd: number): Holder | undefined {
   const bytes = Buffer.alloc(MAX_HOLDER_BYTES);
-  const length = fs.readSync(fd, bytes, 0, bytes.length, 0);
-  const [, pid, role] = /^(\d{1,10}) ([a-z ]+)\n$/.exec(bytes.toString('latin1', 0, length)) ?? [];
+  let length: number;
+  try {
+    length = fs.readSync(fd, bytes, 0, bytes.length, 0);
+  } catch {
+    return undefined; // a fifo, a device
+  }
+  const [, pid, role] = /^([1-9]\d{0,9}) ([a-z ]+)\n$/.exec(bytes.toString('latin1', 0, length)) ?? [];
   const known = ROLES.find((each) => each === role);
-  return pid === undefined || known === undefined ? undefined : { pid: Number(pid), role: known };
+  return pid === undefined || known === undefined || !isAlive(Number(pid))
+    ? undefined
+    : { pid: Number(pid), role: known };
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code === 'EPERM';
+  }
 }
