@@ -244,7 +244,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     if (!this.violations.hold(this.socket, delayMs)) return false;
     this.isClosing = true;
     this.isCondemned = true;
-    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData);
+    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
     this.condemn();
     return true;
   }

@@ -1,7 +1,7 @@
 /**
  * Who has broken the protocol lately. A client that does it once is closed at once; one that comes back and does it again
  * is closed later and later, so that it cannot go round as fast as the two machines can. Owns the count of each offender,
- * and the sockets that wait for their end: nothing else of their connections is left, and only so many wait.
+ * and the sockets that wait for their end: their connections have no device and no request any more, and count for nobody.
  */
 
 import type { Duplex } from 'node:stream';
@@ -26,7 +26,7 @@ interface Offender {
 export interface Violation {
   /** How often in a row this peer has broken the protocol on this export, this time included. */
   readonly count: number;
-  /** How long its connection is kept, deaf, before it is closed, milliseconds. */
+  /** How long its socket is kept before it is closed, milliseconds. */
   readonly delayMs: number;
 }
 
