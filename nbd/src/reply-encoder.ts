@@ -44,8 +44,15 @@ export interface ReplyEncoder {
     offset: number,
     length: number,
   ): void;
-  /** Success of anything but a read. */
-  writeDone(target: Buffer, at: number, cookieHigh: number, cookieLow: number, offset: number): void;
+  /** Success of anything but a read. The offset is the request's as it came, in halves like the cookie. */
+  writeDone(
+    target: Buffer,
+    at: number,
+    cookieHigh: number,
+    cookieLow: number,
+    offsetHigh: number,
+    offsetLow: number,
+  ): void;
   /** With simple replies, the reply that is an error. Chunked ones send an error chunk instead. */
   writeError(target: Buffer, at: number, cookieHigh: number, cookieLow: number, errno: number): void;
   /** The header of a chunk with a payload of `length` bytes. */
@@ -104,9 +111,10 @@ const extendedReplies: ReplyEncoder = {
     writeUInt64(target, offset, at + 16);
     writeUInt64(target, offset, at + EXTENDED_REPLY_SIZE);
   },
-  writeDone(target, at, cookieHigh, cookieLow, offset) {
+  writeDone(target, at, cookieHigh, cookieLow, offsetHigh, offsetLow) {
     writeExtended(target, at, REPLY_FLAG_DONE, REPLY_TYPE.NONE, cookieHigh, cookieLow, 0);
-    writeUInt64(target, offset, at + 16);
+    target.writeUInt32BE(offsetHigh, at + 16);
+    target.writeUInt32BE(offsetLow, at + 20);
   },
   writeError: unreachable,
   writeChunkHeader(target, at, flags, type, to, length) {

@@ -62,17 +62,17 @@ export class ReplyQueue {
   ) {}
 
   /** Success of a request that is not a read. */
-  done(cookieHigh: number, cookieLow: number, offset: number): void {
+  done(cookieHigh: number, cookieLow: number, offsetHigh: number, offsetLow: number): void {
     if (this.isClosed) return;
     const size = this.encoder.doneSize;
     const block = this.reserve(size);
-    this.encoder.writeDone(block.buffer, block.used - size, cookieHigh, cookieLow, offset);
+    this.encoder.writeDone(block.buffer, block.used - size, cookieHigh, cookieLow, offsetHigh, offsetLow);
     this.unsentBytes += size;
   }
 
   /** Success of a read of nothing, which must not be told like that of other requests if replies are structured. */
   doneEmptyRead(to: Addressee): void {
-    if (this.encoder.chunkHeaderSize === 0) this.done(to.cookieHigh, to.cookieLow, 0);
+    if (this.encoder.chunkHeaderSize === 0) this.done(to.cookieHigh, to.cookieLow, to.offsetHigh, to.offsetLow);
     else this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.NONE, to, 0);
   }
 

@@ -318,7 +318,7 @@ export class Transmission {
         this.refuse(refusal);
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
         if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
-        else this.replies.done(request.cookieHigh, request.cookieLow, request.offset);
+        else this.succeed(request);
       } else {
         this.execute(undefined, undefined);
       }
@@ -454,7 +454,7 @@ export class Transmission {
     }
     if (type === CMD.WRITE) this.bytesWritten += length;
     if (block !== undefined) this.unpin(block);
-    this.replies.done(request.cookieHigh, request.cookieLow, offset);
+    this.succeed(request);
   }
 
   /** Answer the read just decoded with holes, if there are any to be known of. False if it is to be read as a whole. */
@@ -635,7 +635,7 @@ export class Transmission {
       if (block !== undefined) this.unpin(block);
       if (failure === undefined) {
         if (pending.type === CMD.WRITE) this.bytesWritten += length;
-        this.replies.done(cookieHigh, cookieLow, offset);
+        this.succeed(pending);
       } else {
         this.replies.error(pending, failure);
       }
@@ -665,6 +665,10 @@ export class Transmission {
   private unpin(block: Block): void {
     block.pins--;
     if (block.pins === 0) this.host.pool.give(block);
+  }
+
+  private succeed({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): void {
+    this.replies.done(cookieHigh, cookieLow, offsetHigh, offsetLow);
   }
 
   private refuse(refusal: Refusal): void {

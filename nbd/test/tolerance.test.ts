@@ -3,8 +3,8 @@
  * the bytes that their sources say (see docs/conformance.md, "Strict and tolerant").
  */
 import { describe, expect, test } from 'vitest';
-import { CMD, EXPORT_NAME_PADDING, OPT, REP } from '../src/protocol.js';
-import { infoQuery, optionBytes, requestBytes, uint32, type RawClient } from './raw-client.js';
+import { CMD, EXPORT_NAME_PADDING, OPT, REP, REPLY_TYPE } from '../src/protocol.js';
+import { extendedRequestBytes, infoQuery, optionBytes, requestBytes, uint32, type RawClient } from './raw-client.js';
 import { TestExport } from './test-device.js';
 import { startServer } from './test-server.js';
 
@@ -14,19 +14,33 @@ async function readsAWord(client: RawClient): Promise<void> {
 }
 
 describe("WNBD's flush, which has the range of a SYNCHRONIZE CACHE", () => {
-  for (const [offset, length] of [
-    [4096, 65536],
-    [1, 1],
-    [2n ** 64n - 1n, 0xffff_ffff],
-    [0, 0],
-  ] as const) {
-    test(`at ${offset} of ${length} bytes flushes all`, async () => {
-      const server = await startServer({ exports: [new TestExport('disk', { minimumBlockSize: 512 })] });
-      const client = await server.opened();
-      client.request({ type: CMD.FLUSH, offset, length, cookie: 3n });
-      expect(await client.readReply()).toMatchObject({ errno: 0, cookie: 3n });
-      expect(server.provider.calls).toEqual([{ method: 'flush', offset: 0, length: 0 }]);
-    });
+  for (const level of ['simple', 'structured', 'extended'] as const) {
+    for (const [offset, length] of [
+      [4096, 65536],
+      [1, 1],
+      [2n ** 64n - 1n, 0xffff_ffffn],
+      [0, 0],
+      ...(level === 'extended' ? ([[2n ** 64n - 3n, 2n ** 64n - 1n]] as const) : []),
+    ] as const) {
+      for (const isLate of [false, true]) {
+        const how = `${level} replies, device ${isLate ? 'late' : 'at once'}`;
+        test(`at ${offset} of ${length} bytes flushes all (${how})`, async () => {
+          const server = await startServer({ exports: [new TestExport('disk', { minimumBlockSize: 512 })] });
+          if (isLate) server.provider.hook = () => new Promise((resolve) => setImmediate(resolve));
+          const client = await server.raw();
+          if (level === 'simple') await client.open('disk');
+          else await client.openWith(level);
+          const fields = { type: CMD.FLUSH, offset, length, cookie: 3n };
+          client.send(level === 'extended' ? extendedRequestBytes(fields) : requestBytes(fields));
+          // An extended reply repeats the offset as it came, also one that no number holds.
+          expect(await client.readChunk()).toMatchObject({
+            ...{ errno: 0, cookie: 3n, type: REPLY_TYPE.NONE, isDone: true },
+            ...(level === 'extended' && { offset: BigInt(offset) }),
+          });
+          expect(server.provider.calls).toEqual([{ method: 'flush', offset: 0, length: 0 }]);
+        });
+      }
+    }
   }
 });
 

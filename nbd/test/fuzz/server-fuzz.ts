@@ -223,7 +223,8 @@ export class ServerFuzzer {
     const own = { [CMD.READ]: CMD_FLAG.DF, [CMD.WRITE_ZEROES]: 18, [CMD.BLOCK_STATUS]: CMD_FLAG.REQ_ONE }[type] ?? 0;
     let flags = (random.oneIn(3) ? own : 0) | (random.oneIn(6) ? CMD_FLAG.FUA : 0);
     if (random.oneIn(25)) flags ^= 1 << random.below(16);
-    const isFlush = type === CMD.FLUSH;
+    // Most flushes are about nothing, as they should be.
+    const isFlush = type === CMD.FLUSH && !random.oneIn(4);
     let offset = isFlush ? 0 : random.interesting(DISK_BYTES);
     let length = isFlush ? 0 : random.interesting(DISK_BYTES);
     if (type === CMD.READ && random.oneIn(3)) length = 128 * 1024 + random.below(DISK_BYTES / 2);
@@ -232,6 +233,8 @@ export class ServerFuzzer {
       offset = Math.floor((offset % DISK_BYTES) / 4096) * 4096;
       length = Math.min(Math.floor(length / 4096) * 4096 + 4096, DISK_BYTES - offset);
     }
+    // More than a number holds exactly.
+    if (random.oneIn(40)) offset = 2 ** 64 - 2 ** (11 + random.below(50));
     let payload: Buffer = Buffer.alloc(0);
     if (type === CMD.WRITE) {
       length = random.oneIn(40) ? length : Math.min(length, random.pick([1, 512, 5000, 150_000]));
