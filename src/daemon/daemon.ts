@@ -4,8 +4,9 @@
  */
 import path from 'node:path';
 import type { Logger } from 'pino';
-import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits, type Peer } from 'nbd-server-ts';
+import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
+import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
@@ -23,8 +24,6 @@ const STOP_GRACE_MS = 10_000;
 export const DEFAULT_SOCKET_MODE = 0o600;
 /** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
 const KEEP_ALIVE_ANSWER_MS = 10_000;
-/** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
-const OPEN_UNTOLD_MS = 1_000;
 /** Stands in a URI for the name of a VDI while there is none. */
 const PLACEHOLDER = 'NAME';
 
@@ -88,7 +87,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
-  const untold = new UntoldConnections();
+  const connections = new ConnectionLog(log);
   const nbd = new NbdServer({
     provider: security.guard(operations.exports),
     tls: security.tls,
@@ -96,23 +95,11 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     peerCredentials,
     prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
     observer: {
-      onConnectionOpen: ({ id, peer, exportName, violations }) => {
-        const tell = (): void =>
-          log.info({ connection: id, ...identityOf(peer), export: exportName }, 'connection open');
-        if (violations > 1) untold.add(id, tell);
-        else tell();
-      },
-      onConnectionRefused: ({ peer, reason }) => log.warn({ ...identityOf(peer), reason }, 'connection refused'),
-      onConnectionClose: ({ id, peer, exportName, violations, ...counted }) => {
-        untold.closed(id, violations);
-        log[levelOfClose(violations)](
-          {
-            ...{ connection: id, ...identityOf(peer), export: exportName, ...counted },
-            ...(violations > 0 && { violations }),
-          },
-          violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
-        );
-        if (peer.transport === 'internal') sessionEnds.get(peer.address)?.();
+      onConnectionOpen: (event) => connections.opened(event),
+      onConnectionRefused: (event) => connections.refused(event),
+      onConnectionClose: (event) => {
+        connections.closed(event);
+        if (event.peer.transport === 'internal') sessionEnds.get(event.peer.address)?.();
       },
       onDeviceError: (error, context) => log.error({ err: error, ...context }, 'request failed'),
       onListenerError: (error) => log.error({ err: error }, 'cannot accept a connection'),
@@ -263,57 +250,4 @@ function statusOf(connection: ConnectionInfo): ConnectionStatus {
     bytesWritten: connection.bytesWritten,
     requests: connection.requests,
   };
-}
-
-/**
- * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
- * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
- */
-class UntoldConnections {
-  readonly #waiting = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
-
-  add(id: number, tell: () => void): void {
-    const timer = setTimeout(() => this.#take(id)?.(), OPEN_UNTOLD_MS);
-    this.#waiting.set(id, { tell, timer: timer.unref() });
-  }
-
-  closed(id: number, violations: number): void {
-    const tell = this.#take(id);
-    if (violations === 0) tell?.();
-  }
-
-  #take(id: number): (() => void) | undefined {
-    const found = this.#waiting.get(id);
-    if (found === undefined) return undefined;
-    clearTimeout(found.timer);
-    this.#waiting.delete(id);
-    return found.tell;
-  }
-}
-
-/**
- * A client that breaks the protocol may come back for ever and do it again: told of the first time, the second, the
- * fourth, the eighth and so on, and in between only to who debugs.
- */
-function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
-  if (violations === 0) return 'info';
-  return Number.isInteger(Math.log2(violations)) ? 'warn' : 'debug';
-}
-
-/** For the log: where a peer comes from, and who the kernel or TLS say it is. */
-function identityOf(peer: Peer): object {
-  const { credentials, tls } = peer;
-  return {
-    peer: labelOf(peer),
-    ...(credentials && { pid: credentials.pid, uid: credentials.uid }),
-    ...(tls && {
-      tls: `${tls.protocol} ${tls.cipher}`,
-      ...(tls.certificateNames.length > 0 && { certificate: tls.certificateNames }),
-      ...(tls.pskUser !== undefined && { pskUser: tls.pskUser }),
-    }),
-  };
-}
-
-function labelOf(peer: Peer): string {
-  return peer.transport === 'internal' ? 'control socket' : `${peer.transport} ${peer.address}`;
 }

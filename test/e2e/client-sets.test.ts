@@ -62,7 +62,7 @@ class QemuIo {
     const file = ['driver=nbd', 'server.type=unix', `server.path=${daemon.socket}`, `export=${name}`, option];
     const options = ['driver=raw', ...file.map((each) => `file.${each}`)].join(',');
     const io = new QemuIo([...(name.includes('@') ? ['-r'] : []), '--image-opts', options]);
-    await waitUntil(() => io.#said.endsWith('qemu-io> '), `qemu-io is ready; it says: ${io.#said}`);
+    await io.#prompt('its start');
     return io;
   }
 
@@ -70,8 +70,16 @@ class QemuIo {
   async does(command: string): Promise<void> {
     this.#said = '';
     this.#child.stdin.write(`${command}\n`);
-    await waitUntil(() => this.#said.endsWith('qemu-io> '), `${command}; it says: ${this.#said}`, 60_000);
+    await this.#prompt(command);
     if (/fail|error/i.test(this.#said)) throw new Error(`${command}: ${this.#said}`);
+  }
+
+  async #prompt(after: string): Promise<void> {
+    await waitUntil(() => this.#said.endsWith('qemu-io> '), `qemu-io is ready after ${after}`, 60_000).catch(
+      (error: unknown) => {
+        throw new Error(`${(error as Error).message}; it says: ${this.#said}`, { cause: error });
+      },
+    );
   }
 
   async close(): Promise<void> {
