@@ -5,6 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { open } from 'lmdb';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { logHeader, placeOf } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -54,9 +55,11 @@ async function bytesOf(vdi: Vdi): Promise<Buffer> {
 async function crash(options: { readonly sameBoot?: boolean } = {}): Promise<void> {
   const copy = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-crash-'));
   fs.cpSync(directory, copy, { recursive: true });
-  for (const name of options.sameBoot ? [] : fs.readdirSync(path.join(copy, 'recent'))) {
+  for (const name of fs.readdirSync(path.join(copy, 'recent'))) {
     const fd = fs.openSync(path.join(copy, 'recent', name), 'r+');
-    fs.writeSync(fd, 'another boot', 32);
+    const header = logHeader(placeOf(copy), store.logs.session, fd);
+    if (!options.sameBoot) header.write('another', header.indexOf('boot ') + 5);
+    fs.writeSync(fd, header, 0, header.length, 0);
     fs.closeSync(fd);
   }
   await catalog.close().catch(() => undefined);

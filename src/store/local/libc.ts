@@ -16,6 +16,12 @@ const LOCK_NB = 4;
 const FICLONE = 0x40049409; // linux/fs.h, _IOW(0x94, 9, int)
 const POSIX_FADV_WILLNEED = 3;
 const POSIX_FADV_DONTNEED = 4;
+const AT_FDCWD = -100; // linux/fcntl.h
+const STATX_MNT_ID = 0x1000; // linux/stat.h, since Linux 5.8
+const STATX_MNT_ID_UNIQUE = 0x4000; // since Linux 6.8
+const STATX_BYTES = 256;
+/** stx_mnt_id in struct statx. */
+const MNT_ID_AT = 144;
 
 const { EAGAIN, EOPNOTSUPP, ENXIO, EINTR, ENOSPC, EDQUOT, EXDEV, EINVAL, ENOSYS, ENOTTY } = koffi.os.errno as Record<
   string,
@@ -32,6 +38,7 @@ const copyFileRange = libc.func(
 const flock = libc.func('int flock(int fd, int operation)');
 const ioctlInt = libc.func('int ioctl(int fd, ulong request, int argument)');
 const syncfs = libc.func('int syncfs(int fd)');
+const statx = libc.func('int statx(int fd, str path, int flags, uint mask, _Out_ uint8_t *into)');
 const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)');
 
 /** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
@@ -188,6 +195,22 @@ export async function willNeed(fd: number, offset: number, length: number): Prom
 /** Wait until all that was written to the filesystem of this file is on disk. */
 export async function syncFilesystem(fd: number): Promise<void> {
   await offLoop('syncfs', syncfs, fd);
+}
+
+/** The number of the mount that `path` is on, as in /proc/self/mountinfo; given again after an unmount. Undefined before Linux 5.8. */
+export function mountId(path: string): bigint | undefined {
+  return mountIdOf(path, STATX_MNT_ID);
+}
+
+/** The number of the mount that `path` is on, never given again on this boot. Undefined before Linux 6.8. */
+export function uniqueMountId(path: string): bigint | undefined {
+  return mountIdOf(path, STATX_MNT_ID_UNIQUE);
+}
+
+function mountIdOf(path: string, field: number): bigint | undefined {
+  const into = Buffer.alloc(STATX_BYTES);
+  if (statx(AT_FDCWD, path, 0, field, into) !== 0) return undefined;
+  return (into.readUInt32LE(0) & field) === 0 ? undefined : into.readBigUInt64LE(MNT_ID_AT);
 }
 
 /** Forget what is cached of a file that is in sync with its disk: who reads it next reads the disk. A hint. */

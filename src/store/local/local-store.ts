@@ -21,7 +21,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
-import { MapLogs } from './map-log.js';
+import { logsSetAside, MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
@@ -56,6 +56,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly #lock: StoreLock;
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
+  /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
+  keptVids: ReadonlySet<number> = new Set();
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -299,45 +301,128 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     if (failure !== undefined) throw failure;
   }
 
+  namesLost(keys: readonly number[], error: unknown): void {
+    const folders = new Set(keys.map((key) => path.dirname(this.files.path(key))));
+    for (const vdi of this.open.values())
+      vdi.loseNames((key) => folders.has(path.dirname(this.files.path(key))), error);
+  }
+
   /** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
   async #recover(clean: boolean): Promise<void> {
     removeLeftScratch(this.location);
-    if (!clean) await this.#restoreRecent();
-    this.logs.clear();
+    const doubt = clean ? undefined : await this.#restoreRecent();
+    if (doubt === undefined || doubt.failure === undefined) this.logs.clear();
     const strays = this.metadata.strayVids();
     if (strays.length > 0) await this.metadata.commit({ removed: strays });
-    for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
-    if (clean) return;
+    for (const record of this.metadata.records()) this.#count(record);
+    const { kept } = this.metadata;
+    const vids = new Set(kept?.vids);
     const orphans: number[] = [];
-    for await (const { key } of this.files.scan()) {
-      if (key >= 0 && this.references.of(vidOf(key), idxOf(key)) === 0) orphans.push(key);
+    if (!clean) {
+      for await (const { key } of this.files.scan()) {
+        if (key < 0 || this.references.of(vidOf(key), idxOf(key)) > 0) continue;
+        if (doubt !== undefined) vids.add(vidOf(key));
+        else if (!vids.has(vidOf(key))) orphans.push(key);
+      }
     }
+    this.keptVids = vids;
+    const keptNow = doubt === undefined ? kept : { since: Date.now(), why: doubt.why, vids: [...vids] };
+    await this.metadata.begin(this.logs.session, keptNow);
+    if (clean) return;
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
-    this.#log(`store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`);
+    this.#log(
+      doubt === undefined
+        ? `store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`
+        : `store ${this.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
+            `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${doubt.where}, objects that no ` +
+            `VDI refers to are kept; if nothing is missing, stop the daemon and let 'sheepgate check --repair' remove them`,
+      doubt === undefined ? undefined : { files: doubt.files, err: doubt.failure },
+    );
+  }
+
+  /** The references of its map; and how long the objects are that it refers to. */
+  #count(record: VdiRecord): void {
+    const map = this.metadata.map(record);
+    const length = 2 ** record.blockSizeShift;
+    let last = 0;
+    for (let idx = 0; idx < map.length; idx++) {
+      const owner = map[idx] as number;
+      if (owner === 0) continue;
+      this.references.add(owner, idx);
+      if (owner !== last) this.files.expectLength((last = owner), length);
+    }
   }
 
   /**
    * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
-   * flush has to vouch for them: everything is synced.
+   * flush has to vouch for them: everything is synced. Returns why not all of it could be taken over, if so: then nothing
+   * was, unless a log that nobody can believe just lay beside those that fit.
    */
-  async #restoreRecent(): Promise<void> {
-    await libc.syncFilesystem(this.#lock.fd);
-    const restored = new Map<number, { map: Uint32Array; pages: Set<number> }>();
-    for (const { vid, idx, owner } of this.logs.read((each) => this.metadata.record(each))) {
+  async #restoreRecent(): Promise<Doubt | undefined> {
+    const { changes, files, doubtful } = this.logs.read(this.metadata.session, this.metadata);
+    const setAside = (names: readonly string[], why: string): Doubt => {
+      const { moved, failure } = this.logs.setAside(names);
+      const where = path.dirname((failure === undefined ? moved[0] : names[0]) ?? '');
+      return { why, where, files: failure === undefined ? moved : names, failure };
+    };
+    const restored = new Map<number, { map: Uint32Array; changed: Map<number, number>; generation: number }>();
+    for (const { vid, idx, owner, generation } of changes) {
       let of = restored.get(vid);
       if (!of) {
-        of = { map: this.metadata.map(this.metadata.record(vid) as VdiRecord), pages: new Set() };
-        restored.set(vid, of);
+        const map = this.metadata.map(this.metadata.record(vid) as VdiRecord);
+        restored.set(vid, (of = { map, changed: new Map(), generation: 0 }));
       }
-      if (idx >= of.map.length) continue; // it was made smaller since
-      of.map[idx] = owner;
-      of.pages.add(Math.floor(idx / PAGE_ENTRIES));
+      of.generation = Math.max(of.generation, generation);
+      if (idx < of.map.length) of.changed.set(idx, owner); // else it was made smaller since
     }
-    for (const [vid, { map, pages }] of restored) {
-      await this.metadata.commit({ pages: [...pages].map((page) => ({ vid, page, entries: pageOf(map, page) })) });
+    const problem = await this.#whyNotThere(restored);
+    if (problem !== undefined) return setAside([...files, ...doubtful.map(({ file }) => file)], problem);
+    for (const [vid, { map, changed, generation }] of restored) {
+      for (const [idx, owner] of changed) map[idx] = owner;
+      const pages = new Set(Array.from(changed.keys(), (idx) => Math.floor(idx / PAGE_ENTRIES)));
+      await this.metadata.commit({
+        pages: [...pages].map((page) => ({ vid, page, entries: pageOf(map, page) })),
+        flushed: [{ vid, generation }],
+      });
     }
+    if (doubtful.length === 0) return undefined;
+    const [{ why } = { why: '' }] = doubtful;
+    const names = doubtful.map(({ file }) => file);
+    return setAside(names, `${names[0]}${names.length > 1 ? ` and ${names.length - 1} more` : ''}: ${why}`);
   }
+
+  /** Why what the logs say of the objects cannot be so; undefined if all of it is there, and on disk. */
+  async #whyNotThere(
+    restored: ReadonlyMap<number, { readonly changed: ReadonlyMap<number, number> }>,
+  ): Promise<string | undefined> {
+    try {
+      await libc.syncFilesystem(this.#lock.fd);
+    } catch (error) {
+      return `what was written could not be stored: ${(error as Error).message}`;
+    }
+    for (const [vid, { changed }] of restored) {
+      const { blockSizeShift } = this.metadata.record(vid) as VdiRecord;
+      for (const [idx, owner] of changed) {
+        if (owner === 0) continue;
+        const name = this.files.path(objectKey(owner, idx));
+        const stat = fs.lstatSync(name, { throwIfNoEntry: false });
+        if (!stat) return `the object ${name} is missing`;
+        if (stat.size !== 2 ** blockSizeShift) return `the object ${name} is ${stat.size} bytes long`;
+      }
+    }
+    return undefined;
+  }
+}
+
+/** Answered writes that were not taken over when the store was opened. */
+interface Doubt {
+  readonly why: string;
+  /** The folder of the logs. */
+  readonly where: string;
+  readonly files: readonly string[];
+  /** Why they could not be moved there, if so. */
+  readonly failure: unknown;
 }
 
 function openFiles(location: string, options: LocalStoreOptions): ObjectFiles {
@@ -381,11 +466,13 @@ export class LocalCatalog implements Catalog {
     }
     const record = this.#recordOf(vid);
     const { metadata, logs } = this.#store;
-    const vdi = new LocalVdi(this.#store, record, await metadata.loadMap(record), logs.logOf(vid), () =>
+    const generation = metadata.flushedGeneration(vid) + 1;
+    const map = await metadata.loadMap(record);
+    const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
       this.#store.open.delete(vdi.record.vid),
     );
     // One that had to be given up and is opened again: the temporary snapshots of it know its objects by name.
-    if (this.#temporaries.size > 0) vdi.nameAnew(this.#nextVid());
+    if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) vdi.nameAnew(this.#nextVid());
     this.#store.open.set(vid, vdi);
     return vdi;
   }
@@ -556,17 +643,31 @@ export class LocalCatalog implements Catalog {
       else hidden++;
     };
     const missing = new Set(references.keys());
+    /** Objects whose file is not as long as it has to be, with its length. */
+    const misshapen = new Map<number, number>();
     const orphans: { key: number; name: string }[] = [];
     let orphanBytes = 0;
     let objects = 0;
-    for await (const { key, bytes, name } of files.scan()) {
+    for await (const { key, bytes, length, name } of files.scan()) {
       objects++;
-      if (missing.delete(key)) continue;
+      if (missing.delete(key)) {
+        if (length !== files.lengthOf(key)) misshapen.set(key, length);
+        continue;
+      }
       orphanBytes += bytes;
       orphans.push({ key, name });
     }
     const records = metadata.records();
-    if (missing.size > 0) this.#reportMissing(records, missing, report);
+    if (missing.size + misshapen.size > 0) this.#reportDamage(records, missing, misshapen, report);
+    const aside = logsSetAside(this.#store.location);
+    const { kept } = metadata;
+    if (kept) {
+      const since = new Date(kept.since).toISOString();
+      report(
+        `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); --repair removes them`,
+      );
+    }
+    for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
     for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
     for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
     if (hidden > 0) problems.push(`... and ${hidden} more`);
@@ -575,20 +676,34 @@ export class LocalCatalog implements Catalog {
       const strays = metadata.strayVids();
       if (strays.length > 0) await metadata.commit({ removed: strays });
       for (const { name } of orphans) await fs.promises.unlink(name);
-      repaired = orphans.length + strays.length;
+      for (const name of aside) await fs.promises.unlink(name);
+      if (kept) await metadata.forgetKept();
+      this.#store.keptVids = new Set();
+      repaired = orphans.length + strays.length + aside.length;
     }
     return { objects, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
   }
 
-  #reportMissing(records: readonly VdiRecord[], missing: ReadonlySet<number>, report: (line: string) => void): void {
+  #reportDamage(
+    records: readonly VdiRecord[],
+    missing: ReadonlySet<number>,
+    misshapen: ReadonlyMap<number, number>,
+    report: (line: string) => void,
+  ): void {
     for (const record of records) {
       const map = this.#store.metadata.map(record);
       const label = record.tag === '' ? record.name : `${record.name}@${record.tag}`;
+      const objectSize = 2 ** record.blockSizeShift;
       for (let idx = 0; idx < map.length; idx++) {
         const owner = map[idx] as number;
-        if (owner === 0 || !missing.has(objectKey(owner, idx))) continue;
-        const from = idx * 2 ** record.blockSizeShift;
-        report(`lost: ${label} bytes ${from} to ${from + 2 ** record.blockSizeShift - 1} (object file is missing)`);
+        if (owner === 0) continue;
+        const key = objectKey(owner, idx);
+        const length = misshapen.get(key);
+        if (length === undefined && !missing.has(key)) continue;
+        const from = idx * objectSize;
+        const end = Math.min(from + objectSize, record.size);
+        const why = length === undefined ? 'object file is missing' : `object file is ${length} bytes long`;
+        report(`lost: ${label} bytes ${from} to ${end - 1} (${why})`);
       }
     }
   }
@@ -642,6 +757,7 @@ export class LocalCatalog implements Catalog {
       this.#lastVid = (this.#lastVid % MAX_VID) + 1;
       const vid = this.#lastVid;
       if (metadata.record(vid) || references.uses(vid) || this.#temporaries.has(vid)) continue;
+      if (this.#store.keptVids.has(vid)) continue;
       if (this.#store.open.has(vid) || this.#namesNow(vid)) continue;
       return vid;
     }

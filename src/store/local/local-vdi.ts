@@ -25,6 +25,8 @@ export interface LocalVdiHost {
   readonly references: ReferenceCounts;
   /** A durable map no longer refers to these: drop the references and remove what nobody refers to, in the background. */
   release(keys: readonly number[]): void;
+  /** The folders of these objects could not be synced: what is new in them is not durable, and never will be. */
+  namesLost(keys: readonly number[], error: unknown): void;
   /** What this VDI holds that is not durable is lost: go back to what is. */
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
@@ -34,6 +36,7 @@ export interface LocalVdiHost {
 /** What one flush took over from the VDI and gives back if it fails. */
 interface Batch {
   readonly vid: number;
+  readonly generation: number;
   readonly objects: readonly number[];
   readonly created: readonly number[];
   readonly pages: readonly number[];
@@ -61,6 +64,8 @@ export class LocalVdi implements OpenVdi {
   #committing: Batch | undefined;
   /** The durable half of a snapshot, while it is not done: every later flush waits for it, and runs it if need be. */
   #pendingMove: (() => Promise<void>) | undefined;
+  /** New objects whose names that makes durable. */
+  #moving: readonly number[] = [];
   /** References of a snapshot just taken are not counted yet: nothing that it may share is exclusive. */
   #isCounting = false;
   #releases: number[] = [];
@@ -69,19 +74,26 @@ export class LocalVdi implements OpenVdi {
   #queue: Promise<void> = Promise.resolve();
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
-  /** After a failed fsync the kernel may have dropped what it could not write: no later sync can vouch for it. */
+  /** After a failed sync the kernel may have dropped what it could not write: no later sync can vouch for it. */
   #syncFailure: unknown;
+  /** Of the next flush; every one has a number of its own, over all openings of the VDI. */
+  #generation: number;
 
   readonly #log: MapLog;
 
-  /** `onClosed` is called once when nobody has the VDI open any more. */
+  /**
+   * `log` and we begin with flush `generation`, one more than the stored map has. `onClosed` is called once when nobody
+   * has the VDI open any more.
+   */
   constructor(
     host: LocalVdiHost,
     record: VdiRecord,
     map: Uint32Array,
+    generation: number,
     log: MapLog,
     private readonly onClosed: () => void,
   ) {
+    this.#generation = generation;
     this.#host = host;
     this.record = record;
     this.map = map;
@@ -226,7 +238,7 @@ export class LocalVdi implements OpenVdi {
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
     this.#nameVid = record.vid;
-    this.#log.moved(record.vid);
+    this.#log.moved(record.vid, this.#generation);
     this.#isCounting = true;
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
@@ -238,10 +250,12 @@ export class LocalVdi implements OpenVdi {
           : pagesOf(snapshot.vid, frozen),
       }).finally(() => {
         this.#pendingMove = undefined;
+        this.#moving = [];
       });
       return run;
     };
     this.#pendingMove = finish;
+    this.#moving = [...batch.created, ...(flushing?.created ?? [])];
     return () => this.enqueue(finish);
   }
 
@@ -263,10 +277,11 @@ export class LocalVdi implements OpenVdi {
     try {
       if (this.#syncFailure !== undefined) throw this.#syncFailure;
       await this.#sync(toStore.objects);
-      await this.#host.files.syncDirectories(toStore.created);
+      await this.#syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
       await this.#host.metadata.commit({
         records: [snapshot, record],
+        flushed: [{ vid: record.vid, generation: batch.generation }],
         removed: batch.obsolete,
         pages: toStore.pages,
       });
@@ -318,6 +333,7 @@ export class LocalVdi implements OpenVdi {
   #take(): Batch {
     const batch: Batch = {
       vid: this.record.vid,
+      generation: this.#generation++,
       objects: [...this.#dirtyObjects],
       created: [...this.#created],
       pages: [...this.#dirtyPages],
@@ -348,19 +364,20 @@ export class LocalVdi implements OpenVdi {
     // A snapshot that fails is told to whoever asked for it; what it gave back is ours.
     if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
-    const logged = this.#log.flushing();
     const batch = this.#take();
+    const logged = this.#log.flushing(this.#generation);
     const pages = batch.pages.map((page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
+    const flushed = [{ vid: batch.vid, generation: batch.generation }];
     this.#committing = batch;
     try {
       await this.#sync(batch.objects);
-      await this.#host.files.syncDirectories(batch.created);
+      await this.#syncNames(batch.created);
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
-        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete });
+        await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed });
       } else if (pages.length > 0) {
-        await this.#host.metadata.commit({ pages });
+        await this.#host.metadata.commit({ pages, flushed });
       }
       batch.isDurable = true;
       logged();
@@ -371,6 +388,24 @@ export class LocalVdi implements OpenVdi {
       this.#committing = undefined;
     }
     this.#host.release(batch.releases);
+  }
+
+  /** Make the names of new objects durable. */
+  async #syncNames(created: readonly number[]): Promise<void> {
+    try {
+      await this.#host.files.syncDirectories(created);
+    } catch (error) {
+      // One fsync is told of a failure, and later ones of the same folder are not.
+      if (causeOf(error)?.syscall === 'fsync') this.#host.namesLost(created, error);
+      throw error;
+    }
+    if (this.#syncFailure !== undefined) throw this.#syncFailure;
+  }
+
+  /** Names could not be made durable. If objects that we made and have not vouched for are among them, we never can. */
+  loseNames(isLost: (key: number) => boolean, error: unknown): void {
+    const pending = [...this.#created, ...(this.#committing?.created ?? []), ...this.#moving];
+    if (pending.some(isLost)) this.#syncFailure ??= error;
   }
 
   async #sync(keys: readonly number[]): Promise<void> {
@@ -384,12 +419,16 @@ export class LocalVdi implements OpenVdi {
         try {
           await this.#host.files.sync(key);
         } catch (error) {
-          const cause = (error as Error).cause as NodeJS.ErrnoException | undefined;
-          if (cause?.syscall === 'fdatasync') this.#syncFailure = error;
+          if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error;
           throw error;
         }
       }
     };
     await Promise.all(Array.from({ length: Math.min(PARALLEL_SYNCS, keys.length) }, worker));
   }
+}
+
+/** The system call that failed. */
+function causeOf(error: unknown): NodeJS.ErrnoException | undefined {
+  return (error as Error).cause as NodeJS.ErrnoException | undefined;
 }

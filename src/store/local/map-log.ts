@@ -1,20 +1,24 @@
 /**
  * What the maps in memory have over the maps in meta.mdb, written down as it happens, so that a killed daemon loses no
  * write that it has answered: a client that connects again does not repeat those. Owns the files in recent/ (FORMAT.md).
- * They are never synced: they are for the death of the process, and are worth nothing after one of the machine.
+ * They are never synced: they are for the death of the process, and are worth nothing after one of the machine, or of
+ * the disk. What they say is only believed where it is certain that all they speak of is still there: see LogReader.
  */
 import { randomUUID } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
+import zlib from 'node:zlib';
 import type { VdiRecord } from '../object-store.js';
 import { makeDirectory } from './make-directory.js';
+import { mountIdentity } from './mount-identity.js';
 
 /** A flush starts a new file when the present one is longer: often enough to keep them small, too seldom to be felt. */
 const ROTATE_BYTES = 64 * 1024;
-/** Kind, then two numbers, then 0; u32 little-endian each. */
-const ENTRY_BYTES = 16;
-const HEADER_BYTES = 64;
-const MAGIC = 'sheepgate map log 1';
+/** Kind, two numbers, the generation in two halves, and the CRC-32 of those; u32 little-endian each. */
+const ENTRY_BYTES = 24;
+const CHECK_AT = 20;
+const HEADER_BYTES = 512;
+const MAGIC = 'sheepgate map log 2\n';
 /** [vid, 0]: what follows is of this VDI. First in every file. */
 const VDI = 1;
 /** [idx, owner]: the map entry of idx is this now. */
@@ -22,70 +26,93 @@ const OWNER = 2;
 /** [vid, 0]: a snapshot was taken, the VDI goes on under this vid. */
 const MOVED = 3;
 
-/** One map entry that was set, of the VDI that had `vid` when it was. */
+/** One map entry that was set, of the VDI that is stored as `vid`, to be stored by the flush of that generation. */
 export interface LoggedChange {
   readonly vid: number;
   readonly idx: number;
   readonly owner: number;
+  readonly generation: number;
+}
+
+/** What meta.mdb says of VDIs. */
+export interface StoredVdis {
+  record(vid: number): VdiRecord | undefined;
+  /** The last flush that its stored map has in it; 0 if none. */
+  flushedGeneration(vid: number): number;
+}
+
+/** What was found in recent/ when a store was opened that had not been closed. */
+export interface LoggedState {
+  /** Answered, and in no stored map: oldest first. */
+  readonly changes: readonly LoggedChange[];
+  /** The files that say so. */
+  readonly files: readonly string[];
+  /** Files that say more than the stored maps and cannot be believed, with the reason. */
+  readonly doubtful: readonly { readonly file: string; readonly why: string }[];
 }
 
 /** The folder recent/ of one store. */
 export class MapLogs {
+  readonly #store: string;
   readonly #directory: string;
-  readonly #header: Buffer;
   readonly #onError: (error: unknown) => void;
+  readonly #place: string;
+  /** Tells the logs of this opening of the store from those of all others. */
+  readonly session = randomUUID();
   #next = 1;
 
   /** `onError` is told when a log cannot be written; nothing fails for that. */
   constructor(store: string, onError: (error: unknown) => void) {
+    this.#store = store;
     this.#directory = path.join(store, 'recent');
     makeDirectory(this.#directory, 0o700);
-    this.#header = headerOfThisBoot();
+    this.#place = placeOf(store);
     this.#onError = onError;
   }
 
-  /** A log for a VDI that is opened. It has no file until it has something to say. */
-  logOf(vid: number): MapLog {
-    return new MapLog(vid, (first) => this.#create(first), this.#onError);
+  /** A log for a VDI that is opened, whose next flush is `generation`. It has no file until it has something to say. */
+  logOf(vid: number, generation: number): MapLog {
+    return new MapLog(vid, generation, (first) => this.#create(first), this.#onError);
   }
 
-  /**
-   * What was logged and may not be durable, oldest first, for the VDIs that `record` still knows. A snapshot that was not
-   * made durable was not taken: what came after it is the VDI's as it was before.
-   */
-  read(record: (vid: number) => VdiRecord | undefined): LoggedChange[] {
-    const changes: LoggedChange[] = [];
-    const formerly = new Map<number, number>();
-    for (const name of this.#names()) {
-      const bytes = fs.readFileSync(path.join(this.#directory, name));
-      if (!bytes.subarray(0, HEADER_BYTES).equals(this.#header)) continue; // of another boot: its objects may be lost
-      let vid = 0;
-      for (let at = HEADER_BYTES; at + ENTRY_BYTES <= bytes.length; at += ENTRY_BYTES) {
-        const kind = bytes.readUInt32LE(at);
-        const first = bytes.readUInt32LE(at + 4);
-        if (kind === OWNER) changes.push({ vid, idx: first, owner: bytes.readUInt32LE(at + 8) });
-        else if (kind === MOVED) formerly.set(first, vid);
-        if (kind === VDI || kind === MOVED) vid = first;
-      }
-    }
-    const stored = (vid: number): number => {
-      for (let at: number | undefined = vid; at !== undefined; at = formerly.get(at)) if (record(at)) return at;
-      return vid;
-    };
-    return changes
-      .map((change) => ({ ...change, vid: stored(change.vid) }))
-      .filter(({ vid }) => record(vid)?.isSnapshot === false);
+  /** What the logs of the opening `session`, the last one, have over what is stored. */
+  read(session: string | undefined, stored: StoredVdis): LoggedState {
+    const reader = new LogReader(this.#place, session, stored);
+    for (const name of this.#names()) reader.add(path.join(this.#directory, name));
+    return reader.result();
   }
 
-  /** Remove all of them: everything is durable. */
+  /** Remove all of them: everything is durable. Those that are set aside are not among them. */
   clear(): void {
     for (const name of this.#names()) fs.unlinkSync(path.join(this.#directory, name));
   }
 
+  /**
+   * Move these files to the folder set-aside/, never to be read again. Returns where they are now. If one cannot be moved
+   * (a full disk) it stays, and `clear` must not be called.
+   */
+  setAside(files: readonly string[]): { readonly moved: readonly string[]; readonly failure?: unknown } {
+    const aside = path.join(this.#store, SET_ASIDE);
+    const moved: string[] = [];
+    try {
+      makeDirectory(aside, 0o700);
+      for (const file of files) {
+        const name = path.join(aside, `${new Date().toISOString()}-${randomUUID().slice(0, 8)}`);
+        fs.renameSync(file, name);
+        moved.push(name);
+      }
+    } catch (error) {
+      for (const name of this.#names()) this.#next = Math.max(this.#next, Number(name) + 1);
+      return { moved, failure: error };
+    }
+    return { moved };
+  }
+
   #names(): string[] {
     return fs
-      .readdirSync(this.#directory)
-      .filter((name) => /^\d+$/.test(name))
+      .readdirSync(this.#directory, { withFileTypes: true })
+      .filter((entry) => entry.isFile() && /^\d{1,15}$/.test(entry.name))
+      .map(({ name }) => name)
       .sort((a, b) => Number(a) - Number(b));
   }
 
@@ -93,7 +120,7 @@ export class MapLogs {
     const name = path.join(this.#directory, String(this.#next++));
     const fd = fs.openSync(name, 'ax', 0o600);
     try {
-      const head = Buffer.concat([this.#header, first]);
+      const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
       if (fs.writeSync(fd, head) !== head.length) throw new Error(`${name}: written in part`);
       return { name, fd };
     } catch (error) {
@@ -104,9 +131,18 @@ export class MapLogs {
   }
 }
 
+const SET_ASIDE = 'set-aside';
+
+/** Logs that were set aside in the store `directory`. */
+export function logsSetAside(directory: string): string[] {
+  const aside = path.join(directory, SET_ASIDE);
+  return fs.existsSync(aside) ? fs.readdirSync(aside).map((name) => path.join(aside, name)) : [];
+}
+
 /** The log of one open VDI: a file, or several while flushes fail. */
 export class MapLog {
   #vid: number;
+  #generation: number;
   readonly #create: (first: Buffer) => { name: string; fd: number };
   readonly #onError: (error: unknown) => void;
   readonly #entry = Buffer.alloc(ENTRY_BYTES);
@@ -116,8 +152,14 @@ export class MapLog {
   #bytes = 0;
   #isBroken = false;
 
-  constructor(vid: number, create: (first: Buffer) => { name: string; fd: number }, onError: (error: unknown) => void) {
+  constructor(
+    vid: number,
+    generation: number,
+    create: (first: Buffer) => { name: string; fd: number },
+    onError: (error: unknown) => void,
+  ) {
     this.#vid = vid;
+    this.#generation = generation;
     this.#create = create;
     this.#onError = onError;
   }
@@ -127,17 +169,20 @@ export class MapLog {
     this.#append(OWNER, idx, owner);
   }
 
-  /** A snapshot takes the VDI's vid, and the VDI goes on under `vid`. */
-  moved(vid: number): void {
+  /** A snapshot takes the VDI's vid, and the VDI goes on under `vid`; the flushes up to now are the snapshot's. */
+  moved(vid: number, generation: number): void {
     this.#append(MOVED, vid, 0);
     this.#vid = vid;
+    this.#generation = generation;
   }
 
   /**
-   * A flush takes over what has changed until now. Returns what to call when that is durable; if it fails, nothing. Not
-   * while a snapshot is not durable: a file has to tell of the move as long as it may be undone.
+   * A flush takes over what has changed until now; what comes is for the one of `generation`. Returns what to call when
+   * that is durable; if it fails, nothing. Not while a snapshot is not durable: a file has to tell of the move as long as
+   * it may be undone.
    */
-  flushing(): () => void {
+  flushing(generation: number): () => void {
+    this.#generation = generation;
     this.#isBroken = false;
     if (this.#bytes > ROTATE_BYTES) this.#endFile();
     const { length } = this.#old;
@@ -152,12 +197,9 @@ export class MapLog {
 
   #append(kind: number, first: number, second: number): void {
     if (this.#isBroken) return;
-    const entry = this.#entry;
-    entry.writeUInt32LE(kind, 0);
-    entry.writeUInt32LE(first, 4);
-    entry.writeUInt32LE(second, 8);
     try {
-      this.#file ??= this.#create(entryOf(VDI, this.#vid));
+      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, this.#vid, 0, this.#generation));
+      const entry = fillEntry(this.#entry, kind, first, second, this.#generation);
       if (fs.writeSync(this.#file.fd, entry) !== ENTRY_BYTES) throw new Error(`${this.#file.name}: written in part`);
       this.#bytes += ENTRY_BYTES;
     } catch (error) {
@@ -187,25 +229,163 @@ export class MapLog {
   }
 }
 
-function entryOf(kind: number, first: number): Buffer {
-  const entry = Buffer.alloc(ENTRY_BYTES);
+/**
+ * Reads logs, oldest first. An entry counts if it is newer than the map in meta.mdb: of a later flush than the last one
+ * that was committed. And it is believed if its file is where it was written: this file, in this directory, on this
+ * mounting of the filesystem, on this boot, by the process that had the store open last. A copy of a store, a volume
+ * snapshot, a backup that was restored, a disk that was away for a moment: there the log may have arrived, and the
+ * object that it speaks of not.
+ */
+class LogReader {
+  readonly #place: string;
+  readonly #session: string | undefined;
+  readonly #stored: StoredVdis;
+  readonly #logs: ReadLog[] = [];
+
+  constructor(place: string, session: string | undefined, stored: StoredVdis) {
+    this.#place = place;
+    this.#session = session;
+    this.#stored = stored;
+  }
+
+  add(file: string): void {
+    const fd = fs.openSync(file, 'r');
+    try {
+      const bytes = fs.readFileSync(fd);
+      if (bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // nothing was answered for it yet
+      const boot = field(bytes, 'boot') ?? bytes.toString('latin1', 32, 64);
+      if (boot !== bootId()) return; // the objects that it speaks of may be lost
+      const log: ReadLog = { file, misfit: this.#misfit(bytes, fd), damage: undefined, entries: [] };
+      if (isLog(bytes)) log.damage = parse(bytes, log.entries);
+      this.#logs.push(log);
+    } finally {
+      fs.closeSync(fd);
+    }
+  }
+
+  result(): LoggedState {
+    const believed = this.#logs.filter(({ misfit, damage }) => misfit === undefined && damage === undefined);
+    const others = this.#logs.filter((log) => !believed.includes(log));
+    const doubtful = others
+      .filter((log) => !isLogWhole(log) || this.#newer([log]).length > 0)
+      .map(({ file, misfit, damage }) => ({ file, why: misfit ?? damage ?? '' }));
+    return { changes: this.#newer(believed), files: believed.map(({ file }) => file), doubtful };
+  }
+
+  /** Why what the file says is not to be believed; undefined if it is. */
+  #misfit(bytes: Buffer, fd: number): string | undefined {
+    if (!isLog(bytes)) return 'it is no log that this version knows';
+    if (bytes.subarray(0, HEADER_BYTES).equals(logHeader(this.#place, this.#session ?? '', fd))) return undefined;
+    if (field(bytes, 'session') !== this.#session) return 'it is of an earlier opening of the store';
+    return 'it was written elsewhere, or before the filesystem was mounted the last time';
+  }
+
+  /** What the logs have over the stored maps, under the vids that are stored. */
+  #newer(logs: readonly ReadLog[]): LoggedChange[] {
+    const changes: LoggedChange[] = [];
+    const formerly = new Map<number, number>();
+    for (const { entries } of logs) {
+      let vid = 0;
+      for (const { kind, first, second, generation } of entries) {
+        if (kind === OWNER) changes.push({ vid, idx: first, owner: second, generation });
+        else if (kind === MOVED) formerly.set(first, vid);
+        if (kind === VDI || kind === MOVED) vid = first;
+      }
+    }
+    // A snapshot that was not made durable was not taken: what came after it is the VDI's as it was before.
+    const storedVid = (vid: number): number => {
+      for (let at: number | undefined = vid; at !== undefined; at = formerly.get(at))
+        if (this.#stored.record(at)) return at;
+      return vid;
+    };
+    return changes
+      .map((change) => ({ ...change, vid: storedVid(change.vid) }))
+      .filter(({ vid, generation }) => {
+        const isWorking = this.#stored.record(vid)?.isSnapshot === false;
+        return isWorking && generation > this.#stored.flushedGeneration(vid);
+      });
+  }
+}
+
+interface Entry {
+  readonly kind: number;
+  readonly first: number;
+  readonly second: number;
+  readonly generation: number;
+}
+
+interface ReadLog {
+  readonly file: string;
+  /** Why it is not to be believed. */
+  readonly misfit: string | undefined;
+  /** Why the rest of it could not be read. */
+  damage: string | undefined;
+  readonly entries: Entry[];
+}
+
+function isLog(bytes: Buffer): boolean {
+  return bytes.toString('latin1', 0, MAGIC.length) === MAGIC;
+}
+
+/** All that it says is known. */
+function isLogWhole({ entries, damage }: ReadLog): boolean {
+  return damage === undefined && entries.length > 0;
+}
+
+/** Returns what is wrong with the rest, if so. The beginning of an entry at the end is of a write that was not answered. */
+function parse(bytes: Buffer, entries: Entry[]): string | undefined {
+  for (let at = HEADER_BYTES; at + ENTRY_BYTES <= bytes.length; at += ENTRY_BYTES) {
+    const entry = bytes.subarray(at, at + ENTRY_BYTES);
+    if (zlib.crc32(entry.subarray(0, CHECK_AT)) !== entry.readUInt32LE(CHECK_AT)) return 'an entry in it is damaged';
+    entries.push({
+      kind: entry.readUInt32LE(0),
+      first: entry.readUInt32LE(4),
+      second: entry.readUInt32LE(8),
+      generation: entry.readUInt32LE(12) + entry.readUInt32LE(16) * 2 ** 32,
+    });
+  }
+  return undefined;
+}
+
+function fillEntry(entry: Buffer, kind: number, first: number, second: number, generation: number): Buffer {
   entry.writeUInt32LE(kind, 0);
   entry.writeUInt32LE(first, 4);
+  entry.writeUInt32LE(second, 8);
+  entry.writeUInt32LE(generation % 2 ** 32, 12);
+  entry.writeUInt32LE(Math.floor(generation / 2 ** 32), 16);
+  entry.writeUInt32LE(zlib.crc32(entry.subarray(0, CHECK_AT)), CHECK_AT);
   return entry;
 }
 
-/** Magic and boot id: page cache that was not synced is there as long as the kernel that has it. */
-function headerOfThisBoot(): Buffer {
+/**
+ * The header of the log that is open as `fd`: where and by whom it is written. Lines of text, so that people can read
+ * what was set aside. Not the directory's name: a store may be moved.
+ */
+export function logHeader(place: string, session: string, fd: number): Buffer {
   const header = Buffer.alloc(HEADER_BYTES);
-  header.write(MAGIC, 0);
-  header.write(bootId().trim().replaceAll('-', ''), 32, 'latin1');
+  header.write(
+    `${MAGIC}boot ${bootId()}\nsession ${session}\n${place}file ${fs.fstatSync(fd, { bigint: true }).ino}\n`,
+  );
   return header;
 }
 
+/** The directory and its mounting, as it stands in the header. */
+export function placeOf(store: string): string {
+  return `mounting ${mountIdentity(store)}\ndirectory ${fs.statSync(store, { bigint: true }).ino}\n`;
+}
+
+function field(header: Buffer, name: string): string | undefined {
+  const text = header.toString('latin1', 0, HEADER_BYTES);
+  return new RegExp(`^${name} (.*)$`, 'm').exec(text)?.[1];
+}
+
+let boot: string | undefined;
+
 function bootId(): string {
   try {
-    return fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1');
+    boot ??= fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim().replaceAll('-', '');
   } catch {
-    return randomUUID(); // no procfs: nobody will take over what is logged
+    boot ??= randomUUID().replaceAll('-', ''); // no procfs: nobody will take over what is logged
   }
+  return boot;
 }

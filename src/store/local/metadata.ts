@@ -19,6 +19,7 @@ const MAP_SIZE = 64 * 2 ** 30;
 /** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
 const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
+const MAX_DATABASES = 8;
 /** Kept allocated past the end of the file, so that a full disk can still record a delete or a flush. */
 const RESERVE_BYTES = 4 * 1024 * 1024;
 
@@ -29,8 +30,17 @@ export interface PageWrite {
   readonly entries: Buffer;
 }
 
+/** Why object files are kept that no map refers to, and the vids in their names, which nothing new may bear. */
+export interface KeptObjects {
+  readonly since: number;
+  readonly why: string;
+  readonly vids: readonly number[];
+}
+
 export interface MetadataChange {
   readonly records?: readonly VdiRecord[];
+  /** The flushes that the stored maps have in them with this change. */
+  readonly flushed?: readonly { readonly vid: number; readonly generation: number }[];
   /** Records that go, with all their pages. */
   readonly removed?: readonly number[];
   readonly pages?: readonly PageWrite[];
@@ -59,6 +69,8 @@ export class Metadata {
   readonly #env: RootDatabase<Buffer, string>;
   readonly #vdis: Database<VdiRecord, number>;
   readonly #pages: Database<Buffer, [number, number]>;
+  /** vid -> the last flush that is in its stored map. */
+  readonly #flushed: Database<number, number>;
   readonly #fd: number;
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new Map<number, VdiRecord>();
@@ -72,11 +84,12 @@ export class Metadata {
       // a commit is answered when it is on disk, not when it is only visible
       overlappingSync: false,
       mapSize: MAP_SIZE,
-      maxDbs: 4,
+      maxDbs: MAX_DATABASES,
       commitDelay: 0,
     });
     this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    this.#flushed = this.#env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
     this.#fd = fs.openSync(file, 'r+');
     for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
@@ -120,6 +133,35 @@ export class Metadata {
 
   record(vid: number): VdiRecord | undefined {
     return this.#records.get(vid);
+  }
+
+  /** The last flush that is in the stored map of `vid`; 0 if none. */
+  flushedGeneration(vid: number): number {
+    return this.#flushed.get(vid) ?? 0;
+  }
+
+  /** Who had the store open last, as `begin` was told. */
+  get session(): string | undefined {
+    return this.#env.get('session')?.toString();
+  }
+
+  /** Object files that an earlier start has left alone, if any. */
+  get kept(): KeptObjects | undefined {
+    const json = this.#env.get('kept');
+    return json === undefined ? undefined : (JSON.parse(json.toString()) as KeptObjects);
+  }
+
+  /** From here on logs of `session` count. `kept`: what `kept` shall say from now on; nothing if undefined. */
+  async begin(session: string, kept: KeptObjects | undefined): Promise<void> {
+    await this.#transaction(() => {
+      this.#putInfo('session', session);
+      this.#putKept(kept);
+    });
+  }
+
+  /** Nothing is kept any more. */
+  async forgetKept(): Promise<void> {
+    await this.#transaction(() => this.#putKept(undefined));
   }
 
   /** The stored map of a VDI, as long as its size asks for. */
@@ -173,10 +215,12 @@ export class Metadata {
     await this.#transaction(() => {
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
+        void this.#flushed.remove(vid);
         for (const key of keys) void this.#pages.remove(key);
       }
       this.#putPages(change.pages ?? []);
       for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
+      for (const { vid, generation } of change.flushed ?? []) void this.#flushed.put(vid, generation);
     });
     for (const { vid } of gone) this.#records.delete(vid);
     for (const record of change.records ?? []) this.#records.set(record.vid, record);
@@ -190,6 +234,11 @@ export class Metadata {
 
   #putInfo(key: string, value: string): void {
     void this.#env.put(key, Buffer.from(value));
+  }
+
+  #putKept(kept: KeptObjects | undefined): void {
+    if (kept) this.#putInfo('kept', JSON.stringify(kept));
+    else void this.#env.remove('kept');
   }
 
   #putPages(pages: readonly PageWrite[]): void {

@@ -10,7 +10,7 @@ import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
-import { readFully, readOnce, writeFully } from './positioned-io.js';
+import { readOnce, readToEnd, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
 import { WriteThrottle } from './write-throttle.js';
 
@@ -57,6 +57,8 @@ interface Abilities {
 export class ObjectFiles {
   readonly #root: string;
   readonly #cache: DescriptorCache;
+  /** vid -> how long the files of its objects are. */
+  readonly #lengths = new Map<number, number>();
   readonly #opening = new Map<number, Promise<ObjectFile>>();
   readonly #removing = new Map<number, Promise<void>>();
   /** Waiting to be removed; creating an object of that name takes it out again. */
@@ -94,6 +96,16 @@ export class ObjectFiles {
     const idx = idxOf(key);
     const oid = vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
     return path.join(this.#root, directoryName(directoryOf(vid, idx)), oid);
+  }
+
+  /** Object files that bear `vid` in their name are `length` bytes long; any that is not is damaged. */
+  expectLength(vid: number, length: number): void {
+    this.#lengths.set(vid, length);
+  }
+
+  /** How long the file of this object has to be; undefined if nobody has said. */
+  lengthOf(key: number): number | undefined {
+    return this.#lengths.get(vidOf(key));
   }
 
   read(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
@@ -142,25 +154,25 @@ export class ObjectFiles {
 
   /**
    * The object as a file of `size` bytes with `data` at `offset`, over a copy of `from` if given. A file that has the name
-   * is emptied first: it belongs to whoever creates. If this fails an empty object is left, for `remove`.
+   * is emptied first: it belongs to whoever creates. Never by making it shorter: the map on disk may still refer to it.
+   * If this fails an empty object is left, for `remove`.
    */
   async create(key: number, size: number, offset: number, data: Buffer, from: number | undefined): Promise<void> {
     this.#toRemove.delete(key);
     await this.#removing.get(key);
     const name = this.path(key);
+    this.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
     try {
-      const flags = fs.constants.O_RDWR | fs.constants.O_CREAT | fs.constants.O_TRUNC;
-      file = this.#cache.insert(key, await openAsync(name, flags, 0o600));
+      const fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+      file = this.#cache.insert(key, fd);
       file.isDense = false;
-      const { fd } = file;
-      await truncateAsync(fd, size);
+      await this.#makeEmpty(file.fd, size);
       try {
-        if (from !== undefined) await this.#copy(from, fd, size, offset, data.length);
-        if (data.length > 0) await writeFully(fd, data, offset);
+        if (from !== undefined) await this.#copy(from, file.fd, size, offset, data.length);
+        if (data.length > 0) await writeFully(file.fd, data, offset);
       } catch (error) {
-        await truncateAsync(fd, 0).catch(() => undefined);
-        await truncateAsync(fd, size).catch(() => undefined);
+        await this.#makeEmpty(file.fd, size).catch(() => undefined);
         throw error;
       }
     } catch (error) {
@@ -168,6 +180,12 @@ export class ObjectFiles {
     } finally {
       if (file) this.#cache.end(file);
     }
+  }
+
+  async #makeEmpty(fd: number, size: number): Promise<void> {
+    const before = fs.fstatSync(fd).size;
+    if (before !== size) await truncateAsync(fd, size);
+    if (before > 0 && !(await libc.punchHole(fd, 0, size))) await writeZeros(fd, 0, size);
   }
 
   /** Zero a range, with its space given back or (`allocated`) kept. */
@@ -178,10 +196,7 @@ export class ObjectFiles {
       const done = allocated ? await libc.zeroRange(fd, offset, length) : await libc.punchHole(fd, offset, length);
       // Whoever looked for holes meanwhile may have looked too early.
       file.isDense = false;
-      if (done) return;
-      for (let at = offset; at < offset + length; at += ZEROS.length) {
-        await writeFully(fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
-      }
+      if (!done) await writeZeros(fd, offset, length);
     });
   }
 
@@ -203,6 +218,8 @@ export class ObjectFiles {
     }
     return this.#using(vid, idx, 'mapping', async (file) => {
       const { fd } = file;
+      // Behind its end there would be nothing but a hole.
+      this.#mustBeWhole(file.key, fd);
       const end = offset + length;
       for (let at = offset; at < end;) {
         const found = await libc.nextData(fd, at);
@@ -309,16 +326,18 @@ export class ObjectFiles {
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
 
-  /** Every object file's key and allocated bytes, in no order. For check and for the scan after a crash. */
-  async *scan(): AsyncGenerator<{ key: number; bytes: number; name: string }> {
+  /** Every object file's key, allocated bytes and length, in no order. For check and for the scan after a crash. */
+  async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       const directory = path.join(this.#root, directoryName(n));
       for (const entry of await fs.promises.readdir(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
         const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
-        const stat = await fs.promises.stat(name).catch(() => undefined);
-        if (stat) yield { key: key >= 0 && this.path(key) === name ? key : -1, bytes: stat.blocks * 512, name };
+        const stat = await fs.promises.lstat(name).catch(() => undefined);
+        if (!stat) continue;
+        const isNamedWell = key >= 0 && this.path(key) === name;
+        yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name };
       }
     }
   }
@@ -347,7 +366,11 @@ export class ObjectFiles {
   ): Promise<void> {
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
-      await readFully(file.fd, into, offset, done);
+      const count = await readToEnd(file.fd, into, offset, done);
+      if (count < into.length) {
+        this.#mustBeWhole(file.key, file.fd);
+        throw new StoreError('IO', `reading object ${this.path(file.key)}: it ended at ${offset + count}`);
+      }
     } catch (error) {
       throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
     } finally {
@@ -397,6 +420,12 @@ export class ObjectFiles {
     const opening = openAsync(this.path(key), fs.constants.O_RDWR).then(
       (fd) => {
         this.#opening.delete(key);
+        try {
+          this.#mustBeWhole(key, fd);
+        } catch (error) {
+          fs.close(fd, () => undefined);
+          throw error;
+        }
         return this.#cache.insert(key, fd);
       },
       (error: NodeJS.ErrnoException) => {
@@ -410,6 +439,17 @@ export class ObjectFiles {
     );
     this.#opening.set(key, opening);
     return opening;
+  }
+
+  /** Errors: DAMAGED if the file that is open as `fd` is not as long as the object. What it lacks must not pass for zeros. */
+  #mustBeWhole(key: number, fd: number): void {
+    const expected = this.lengthOf(key);
+    const { size } = fs.fstatSync(fd);
+    if (expected === undefined || size === expected) return;
+    throw new StoreError(
+      'DAMAGED',
+      `object ${this.path(key)} is ${size} bytes long and has to be ${expected}; 'sheepgate check' lists what is damaged`,
+    );
   }
 
   /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
@@ -430,12 +470,21 @@ export class ObjectFiles {
         if (data < skip && end > skip && skipLength > 0) end = skip;
         for (at = data; at < end;) {
           let count = await libc.copyRange(source, to, at, end - at);
-          if (count < 0) count = await copyByHand(source, to, at, end - at);
-          if (count === 0) return; // the source is shorter than its object: the rest is zeros
+          if (count <= 0) count = await copyByHand(source, to, at, end - at);
+          if (count === 0) {
+            this.#mustBeWhole(from, source);
+            throw new StoreError('IO', `copying object ${this.path(from)}: it ended at ${at}`);
+          }
           at += count;
         }
       }
     });
+  }
+}
+
+async function writeZeros(fd: number, offset: number, length: number): Promise<void> {
+  for (let at = offset; at < offset + length; at += ZEROS.length) {
+    await writeFully(fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
   }
 }
 

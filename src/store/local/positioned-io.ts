@@ -13,16 +13,19 @@ function writeOnce(fd: number, data: Buffer, from: number, offset: number): Prom
   });
 }
 
-/** Fill `into` from `offset`; what lies behind the end of the file is zeros. */
-export async function readFully(fd: number, into: Buffer, offset: number, done = 0): Promise<void> {
+/** Read until `into` is full or the file ends. Resolves to how much of it is filled, with the `done` bytes that were. */
+export async function readToEnd(fd: number, into: Buffer, offset: number, done = 0): Promise<number> {
   while (done < into.length) {
     const count = await readOnce(fd, into, done, offset + done);
-    if (count === 0) {
-      into.fill(0, done);
-      return;
-    }
+    if (count === 0) break;
     done += count;
   }
+  return done;
+}
+
+/** Fill `into` from `offset`; what lies behind the end of the file is zeros. */
+export async function readFully(fd: number, into: Buffer, offset: number, done = 0): Promise<void> {
+  into.fill(0, await readToEnd(fd, into, offset, done));
 }
 
 export async function writeFully(fd: number, data: Buffer, offset: number): Promise<void> {
