@@ -17,6 +17,7 @@ import {
   type VdiRecord,
   type ZeroOptions,
 } from '../object-store.js';
+import { makeNamesDurable } from './durable-names.js';
 import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
@@ -310,6 +311,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   /** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
   async #recover(clean: boolean): Promise<void> {
     removeLeftScratch(this.location);
+    // Made now, or by a process that did not come this far.
+    if (this.metadata.session === undefined) await makeNamesDurable(this.files.root, this.#lock.fd);
     const doubt = clean ? undefined : await this.#restoreRecent();
     if (doubt === undefined || doubt.failure === undefined) this.logs.clear();
     const strays = this.metadata.strayVids();

@@ -55,7 +55,8 @@ interface Abilities {
 }
 
 export class ObjectFiles {
-  readonly #root: string;
+  /** The folder objects/. */
+  readonly root: string;
   readonly #cache: DescriptorCache;
   /** vid -> how long the files of its objects are. */
   readonly #lengths = new Map<number, number>();
@@ -72,7 +73,7 @@ export class ObjectFiles {
   readonly #throttle = new WriteThrottle();
 
   private constructor(root: string, abilities: Abilities, limit: number) {
-    this.#root = root;
+    this.root = root;
     this.#abilities = abilities;
     this.#cache = new DescriptorCache(limit);
   }
@@ -95,7 +96,7 @@ export class ObjectFiles {
     const vid = vidOf(key);
     const idx = idxOf(key);
     const oid = vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
-    return path.join(this.#root, directoryName(directoryOf(vid, idx)), oid);
+    return path.join(this.root, directoryName(directoryOf(vid, idx)), oid);
   }
 
   /** Object files that bear `vid` in their name are `length` bytes long; any that is not is damaged. */
@@ -329,7 +330,7 @@ export class ObjectFiles {
   /** Every object file's key, allocated bytes and length, in no order. For check and for the scan after a crash. */
   async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
-      const directory = path.join(this.#root, directoryName(n));
+      const directory = path.join(this.root, directoryName(n));
       for (const entry of await fs.promises.readdir(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);

@@ -1,0 +1,313 @@
+/**
+ * What a killed process has left in recent/, under everything that can have happened to it and to the disk since: it is
+ * applied if all that it speaks of is certain to be there, and otherwise set aside, with nothing of the store harmed.
+ */
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { NbdClient } from 'nbd-server-ts';
+import { afterEach, describe, expect, test } from 'vitest';
+import { logHeader, placeOf } from '../../src/store/local/map-log.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { cli, skipBecause, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import { ShutDownFilesystem } from '../harness/loop-filesystem.js';
+
+const OBJECT = 2 ** 20;
+const SIZE = 8 * OBJECT;
+
+interface Opened {
+  readonly directory: string;
+  readonly store: LocalStore;
+  readonly catalog: VdiCatalog;
+  readonly lines: string[];
+}
+
+const opened: Opened[] = [];
+
+async function open(directory: string): Promise<Opened> {
+  const lines: string[] = [];
+  const store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
+  const result = { directory, store, catalog: new VdiCatalog(store), lines };
+  opened.push(result);
+  return result;
+}
+
+afterEach(async () => {
+  for (const { catalog } of opened.splice(0)) await catalog.close().catch(() => undefined);
+});
+
+function logsOf(directory: string): string[] {
+  const folder = path.join(directory, 'recent');
+  return fs.readdirSync(folder).map((name) => path.join(folder, name));
+}
+
+function setAside(directory: string): string[] {
+  const folder = path.join(directory, 'set-aside');
+  return fs.existsSync(folder) ? fs.readdirSync(folder) : [];
+}
+
+function objectFiles(directory: string): string[] {
+  return fs
+    .readdirSync(path.join(directory, 'objects'), { recursive: true, encoding: 'utf8' })
+    .filter((name) => name.length > 2)
+    .sort();
+}
+
+/** As if the logs of this copy of the store of `session` had been written where they are. */
+function makeFit(directory: string, session: string): void {
+  for (const log of logsOf(directory)) {
+    const fd = fs.openSync(log, 'r+');
+    const header = logHeader(placeOf(directory), session, fd);
+    fs.writeSync(fd, header, 0, header.length, 0);
+    fs.closeSync(fd);
+  }
+}
+
+async function read(vdi: Vdi, idx: number): Promise<string> {
+  const into = Buffer.alloc(8);
+  await vdi.read(idx * OBJECT, into);
+  return into.toString('latin1').replaceAll('\0', '');
+}
+
+const write = (vdi: Vdi, idx: number, text: string): Promise<void> =>
+  Promise.resolve(vdi.write(idx * OBJECT, Buffer.from(text), false));
+
+async function newStore(): Promise<Opened & { vdi: Vdi }> {
+  const made = await open(path.join(temporaryDirectory(), 'store'));
+  await made.catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  return { ...made, vdi: await made.catalog.openVdi('disk') };
+}
+
+function copyOf(directory: string): string {
+  const copy = path.join(temporaryDirectory(), 'copy');
+  execFileSync('cp', ['-a', directory, copy]);
+  return copy;
+}
+
+test('an older log over a newer map takes nothing back: each entry belongs to a flush', async () => {
+  const { directory, store, vdi } = await newStore();
+  await write(vdi, 0, 'first');
+  await vdi.trim(0, OBJECT, false);
+  const [log = ''] = logsOf(directory);
+  const older = fs.readFileSync(log);
+  await write(vdi, 0, 'flushed');
+  await write(vdi, 1, 'too');
+  await vdi.flush();
+  await write(vdi, 2, 'answered');
+  const copy = copyOf(directory);
+  const newer = fs.readFileSync(log);
+  // Both what is older and what is newer, as one log that spans the flush, and as one that lacks what came after it.
+  for (const [bytes, third] of [
+    [newer, 'answered'],
+    [older, ''],
+  ] as const) {
+    const one = copyOf(copy);
+    fs.writeFileSync(path.join(one, 'recent', path.basename(log)), bytes);
+    makeFit(one, store.logs.session);
+    const after = await open(one);
+    const again = await after.catalog.openVdi('disk');
+    expect(await Promise.all([0, 1, 2].map((idx) => read(again, idx)))).toEqual(['flushed', 'too', third]);
+    expect(setAside(one)).toEqual([]);
+    expect(objectFiles(one)).toHaveLength(third === '' ? 2 : 3);
+  }
+});
+
+test('of a snapshot that was not stored the log says what the VDI holds, and of one that was, too', async () => {
+  const { directory, store, catalog, vdi } = await newStore();
+  await write(vdi, 0, 'before');
+  await catalog.snapshot('disk', 'one');
+  await write(vdi, 1, 'after');
+  await vdi.flush();
+  await vdi.trim(OBJECT, OBJECT, false);
+  await write(vdi, 2, 'then');
+  const copy = copyOf(directory);
+  makeFit(copy, store.logs.session);
+  const after = await open(copy);
+  const again = await after.catalog.openVdi('disk');
+  expect(await Promise.all([0, 1, 2].map((idx) => read(again, idx)))).toEqual(['before', '', 'then']);
+  expect(await read(await after.catalog.openVdi('disk@one'), 2)).toBe('');
+});
+
+describe('set aside, said so, and nothing deleted', () => {
+  const cases: Record<string, { readonly spoil: (copy: string, session: string) => void; readonly says: RegExp }> = {
+    'the log of a store that was copied (cp -a) and opened beside it': {
+      spoil: () => undefined,
+      says: /written elsewhere/,
+    },
+    'the log of an earlier opening': {
+      spoil: (copy) => makeFit(copy, '00000000-0000-4000-8000-000000000000'),
+      says: /an earlier opening/,
+    },
+    'a log with a bit flipped': {
+      spoil: (copy, session) => {
+        makeFit(copy, session);
+        const [log = ''] = logsOf(copy);
+        const bytes = fs.readFileSync(log);
+        bytes[bytes.length - 10] = (bytes[bytes.length - 10] ?? 0) ^ 4;
+        fs.writeFileSync(log, bytes);
+      },
+      says: /damaged/,
+    },
+    'a log that speaks of an object that is not there': {
+      spoil: (copy, session) => {
+        makeFit(copy, session);
+        const last = objectFiles(copy).at(-1) ?? '';
+        fs.rmSync(path.join(copy, 'objects', last));
+      },
+      says: /is missing/,
+    },
+    'a log that speaks of an object that is too short': {
+      spoil: (copy, session) => {
+        makeFit(copy, session);
+        const last = objectFiles(copy).at(-1) ?? '';
+        fs.truncateSync(path.join(copy, 'objects', last), 4096);
+      },
+      says: /is 4096 bytes long/,
+    },
+    'a log of another version on the same boot': {
+      spoil: (copy) => {
+        const [log = ''] = logsOf(copy);
+        const boot = fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim().replaceAll('-', '');
+        const header = Buffer.alloc(64);
+        header.write('sheepgate map log 1', 0);
+        header.write(boot, 32, 'latin1');
+        fs.writeFileSync(log, Buffer.concat([header, Buffer.alloc(4096)]));
+      },
+      says: /no log that this version knows/,
+    },
+  };
+  for (const [name, { spoil, says }] of Object.entries(cases)) {
+    test(name, async () => {
+      const { directory, store, vdi } = await newStore();
+      await write(vdi, 0, 'flushed');
+      await vdi.flush();
+      await write(vdi, 1, 'answered');
+      const copy = copyOf(directory);
+      spoil(copy, store.logs.session);
+      const files = objectFiles(copy);
+      const after = await open(copy);
+      expect(after.lines.join('\n')).toMatch(says);
+      expect(setAside(copy)).toHaveLength(1);
+      expect(logsOf(copy)).toEqual([]);
+      expect(objectFiles(copy)).toEqual(files);
+      const again = await after.catalog.openVdi('disk');
+      expect([await read(again, 0), await read(again, 1)]).toEqual(['flushed', '']);
+      // New objects get names that nobody has: what was kept is not overwritten, now or after further starts.
+      const kept = (): string[] =>
+        files.map((file) => fs.readFileSync(path.join(copy, 'objects', file)).toString('latin1', 0, 8));
+      const before = kept();
+      await write(again, 1, 'new');
+      await write(again, 3, 'new');
+      await again.flush();
+      await after.catalog.release(again);
+      await after.catalog.create('second', SIZE, { blockSizeShift: 20 });
+      expect(kept()).toEqual(before);
+      await after.catalog.close();
+      const third = await open(copy);
+      await write(await third.catalog.openVdi('disk'), 1, 'newer');
+      expect(kept()).toEqual(before);
+      // The operator is told, until the operator says that it may go.
+      await third.catalog.close();
+      const fourth = await open(copy);
+      const report = await fourth.catalog.check({ repair: false });
+      expect(report.problems.join('\n')).toMatch(says);
+      expect(report.problems.filter((line) => line.startsWith('set aside:'))).toHaveLength(1);
+      await fourth.catalog.check({ repair: true });
+      expect((await fourth.catalog.check({ repair: false })).problems).toEqual([]);
+      expect(setAside(copy)).toEqual([]);
+    });
+  }
+
+  test('not after a power loss: another boot is a matter of course', async () => {
+    const { directory, vdi } = await newStore();
+    await write(vdi, 1, 'answered');
+    const copy = copyOf(directory);
+    const [log = ''] = logsOf(copy);
+    const bytes = fs.readFileSync(log);
+    bytes.write('another', bytes.indexOf('boot ') + 5);
+    fs.writeFileSync(log, bytes);
+    const after = await open(copy);
+    expect(after.lines).toEqual([`store ${copy} was not shut down cleanly; removed 1 unreferenced objects`]);
+    expect(objectFiles(copy)).toEqual([]);
+    expect((await after.catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('if the folder for them cannot be made, they stay where they are, and the store opens', async () => {
+    const { directory, vdi } = await newStore();
+    await write(vdi, 1, 'answered');
+    const copy = copyOf(directory);
+    fs.writeFileSync(path.join(copy, 'set-aside'), '');
+    const after = await open(copy);
+    const again = await after.catalog.openVdi('disk');
+    expect(logsOf(copy)).toHaveLength(1);
+    await write(again, 2, 'new');
+    expect(logsOf(copy)).toHaveLength(2);
+    expect(objectFiles(copy)).toHaveLength(2);
+  });
+});
+
+describe('with a daemon', () => {
+  /** The client stays: when it goes, the daemon flushes. */
+  async function written(daemon: Daemon): Promise<NbdClient> {
+    const client = await NbdClient.connect({ path: daemon.socket });
+    await client.go('disk');
+    await client.write(0, Buffer.from('flushed'));
+    await client.flush();
+    await client.write(OBJECT, Buffer.from('answered'));
+    return client;
+  }
+
+  async function found(daemon: Daemon): Promise<string[]> {
+    const client = await NbdClient.connect({ path: daemon.socket });
+    await client.go('disk');
+    const texts = [await client.read(0, 8), await client.read(OBJECT, 8)];
+    await client.disconnect();
+    return texts.map((text) => text.toString('latin1').replaceAll('\0', ''));
+  }
+
+  const create = async (store: string): Promise<void> => {
+    const { code } = await cli(['vdi', 'create', 'disk', String(SIZE), '--block-size-shift', '20'], { store });
+    expect(code).toBe(0);
+  };
+
+  for (const type of ['ext4', 'xfs'] as const) {
+    test(`after the disk went away and came back on the same boot (${type}), flushed data is there`, async (context) => {
+      const disk = ShutDownFilesystem.make(type, temporaryDirectory());
+      if (typeof disk === 'string') return skipBecause(context, disk);
+      try {
+        const store = path.join(disk.directory, 'store');
+        await create(store);
+        let daemon = await startDaemon({ store });
+        const client = await written(daemon);
+        // The worst that write-back can do: the log has reached the disk, the object that it speaks of has not.
+        for (const log of logsOf(store)) execFileSync('sync', [log, path.dirname(log)]);
+        disk.shutDown();
+        await daemon.kill();
+        client.destroy();
+        disk.mountAgain();
+        daemon = await startDaemon({ store });
+        expect(await found(daemon)).toEqual(['flushed', '']);
+        expect(setAside(store)).toHaveLength(1);
+        await daemon.stop();
+      } finally {
+        disk.remove();
+      }
+    });
+  }
+
+  test('killed and started again in a mount namespace of its own, as systemd does: nothing answered is lost', async (context) => {
+    if (process.getuid?.() !== 0) return skipBecause(context, 'needs root, for a mount namespace');
+    const store = path.join(temporaryDirectory(), 'store');
+    await create(store);
+    let daemon = await startDaemon({ store });
+    const client = await written(daemon);
+    await daemon.kill();
+    client.destroy();
+    daemon = await startDaemon({ store, under: ['unshare', '--mount', '--'] });
+    expect(await found(daemon)).toEqual(['flushed', 'answered']);
+    expect(setAside(store)).toEqual([]);
+    await daemon.stop();
+  });
+});
