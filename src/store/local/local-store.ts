@@ -25,6 +25,7 @@ import { MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { directoryState, removeCreation } from './store-directory.js';
 import { StoreLock, type HolderRole } from './store-lock.js';
 import { TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -38,6 +39,8 @@ export interface LocalStoreOptions {
   readonly log?: (line: string, details?: object) => void;
   /** What this process is, for those who find the store taken; 'command' if not given. */
   readonly role?: HolderRole;
+  /** Whether a store is made in a directory that is missing or empty; true if not given. */
+  readonly mayCreate?: boolean;
   /** Open files to keep at most; by default what the process's limit allows. */
   readonly maxDescriptors?: number;
 }
@@ -45,7 +48,7 @@ export interface LocalStoreOptions {
 export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly location: string;
   readonly identity: string;
-  readonly readOnlyBecause = undefined;
+  readonly readOnlyBecause: string | undefined;
   /** Whatever is being read keeps its file, and no one else has the store. */
   readonly objectsMove = false;
   readonly metadata: Metadata;
@@ -64,9 +67,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
-    options: LocalStoreOptions,
+    options: LocalStoreOptions & { readonly readOnlyBecause: string | undefined },
   ) {
     this.location = location;
+    this.readOnlyBecause = options.readOnlyBecause;
     this.identity = fs.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
@@ -79,27 +83,36 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   /**
-   * Open the store in `directory`, made if missing. Errors (StoreError): LOCKED if another process has it, FORMAT if a
-   * newer sheepgate wrote it, PERMISSION, NO_SPACE, IO.
+   * Open the store in `directory`. One is made where there is none if `mayCreate`, in a directory that is missing or empty
+   * (or has what a creation has left that did not come to its end). On a read-only filesystem it can only be read.
+   * Errors (StoreError): NO_STORE, LOCKED if another process has it, FORMAT if a newer sheepgate wrote it, DAMAGED,
+   * PERMISSION, NO_SPACE, IO. What a creation that failed has made is removed.
    */
   static async open(directory: string, options: LocalStoreOptions = {}): Promise<LocalStore> {
     const location = path.resolve(directory);
-    let lock: StoreLock;
+    let found: Found;
     try {
-      makeDirectory(location, 0o700);
-      lock = StoreLock.take(location, options.role ?? 'command');
+      found = lockDirectory(location, options);
     } catch (error) {
       throw libc.asStoreError(error, `opening store ${location}`);
     }
+    const { lock, isNew, hasMadeDirectory, isReadOnly } = found;
+    const readOnlyBecause = isReadOnly
+      ? `store ${location} is on a read-only filesystem: nothing in it can be changed`
+      : undefined;
     let metadata: Metadata | undefined;
     try {
-      const opened = await Metadata.open(location);
+      const files = openFiles(location, options, isReadOnly);
+      if (isNew) makeDirectory(path.join(location, 'recent'), 0o700);
+      const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, openFiles(location, options), options);
-      await store.#recover(opened.clean);
+      const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
+      if (readOnlyBecause === undefined) await store.#recover(opened.clean);
+      else store.#takeAsItIs(readOnlyBecause, opened.clean);
       return store;
     } catch (error) {
       await metadata?.close({ clean: false }).catch(() => undefined);
+      if (isNew) removeCreation(location, hasMadeDirectory);
       lock.release();
       throw libc.asStoreError(error, `opening store ${location}`);
     }
@@ -268,7 +281,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   discard(vdi: LocalVdi): void {
     const stored = [vdi.record.vid, ...vdi.outgrown].map((vid) => this.metadata.record(vid)).find(Boolean);
     for (const temporary of vdi.temporaries) temporary.leaveAllNow();
-    if (stored) this.references.addAll(this.metadata.map(stored));
+    try {
+      if (stored) this.references.addAll(this.metadata.map(stored));
+    } catch (error) {
+      // The disk is gone. Nothing is released then: who refers to what is counted again by the next open.
+      this.backgroundError(error);
+      vdi.abandon();
+      return;
+    }
     vdi.abandon();
     this.release(vdi.releases);
     this.releaseMap(vdi.map);
@@ -294,9 +314,19 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.open.clear();
     await this.reclaimed();
     await this.files.close();
-    await this.metadata.close({ clean });
+    await this.metadata.close({ clean }).catch((error: unknown) => (failure ??= error));
     this.#lock.release();
     if (failure !== undefined) throw failure;
+  }
+
+  /**
+   * On a read-only filesystem nothing can be recovered, and need not be: the maps show what was last flushed, and whatever
+   * those refer to is there.
+   */
+  #takeAsItIs(because: string, clean: boolean): void {
+    for (const record of this.metadata.records()) this.references.addAll(this.metadata.map(record));
+    const unclean = '; it was not closed cleanly: what was written after the last flush is not shown';
+    this.#log(clean ? because : because + unclean);
   }
 
   /** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
@@ -340,8 +370,51 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 }
 
-function openFiles(location: string, options: LocalStoreOptions): ObjectFiles {
-  return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors: options.maxDescriptors });
+/** A directory that this process has locked, to open a store in it or to make one. */
+interface Found {
+  readonly lock: StoreLock;
+  readonly isNew: boolean;
+  readonly hasMadeDirectory: boolean;
+  readonly isReadOnly: boolean;
+}
+
+function lockDirectory(location: string, { role = 'command', mayCreate = true }: LocalStoreOptions): Found {
+  if (directoryState(location) !== 'store') {
+    if (!mayCreate) throw noStore(location, role);
+    const hasMadeDirectory = makeDirectory(location, 0o700);
+    const lock = StoreLock.take(location, role);
+    try {
+      // Another process may have made one meanwhile.
+      return { lock, isNew: directoryState(location) !== 'store', hasMadeDirectory, isReadOnly: false };
+    } catch (error) {
+      lock.release();
+      throw error;
+    }
+  }
+  try {
+    return { lock: StoreLock.take(location, role), isNew: false, hasMadeDirectory: false, isReadOnly: false };
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EROFS') throw error;
+    const lock = StoreLock.take(location, role, { isReadOnly: true });
+    return { lock, isNew: false, hasMadeDirectory: false, isReadOnly: true };
+  }
+}
+
+/** NO_STORE, or LOCKED if somebody is making one at this moment. */
+function noStore(location: string, role: HolderRole): StoreError {
+  try {
+    if (directoryState(location) === 'unfinished') StoreLock.take(location, role, { isReadOnly: true }).release();
+  } catch (error) {
+    if (error instanceof StoreError && error.code === 'LOCKED') return error;
+  }
+  return new StoreError(
+    'NO_STORE',
+    `no store in ${location}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
+  );
+}
+
+function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isReadOnly: boolean): ObjectFiles {
+  return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors, isReadOnly });
 }
 
 /** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
@@ -365,6 +438,7 @@ export class LocalCatalog implements Catalog {
   }
 
   async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
+    this.#store.metadata.mustHaveRoom();
     const record = this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1);
     // With whatever an operation that failed may have left under this vid.
     await this.#store.metadata.commit({ removed: [record.vid], records: [record] });
@@ -425,6 +499,7 @@ export class LocalCatalog implements Catalog {
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const local = vdi as LocalVdi;
+    this.#store.metadata.mustHaveRoom(local.map);
     const vid = this.#nextVid();
     let finish: (() => Promise<void>) | undefined;
     let snapshot: VdiRecord | undefined;
@@ -615,6 +690,7 @@ export class LocalCatalog implements Catalog {
   async #storeCopy(base: VdiRecord, record: VdiRecord, removed: readonly number[]): Promise<void> {
     const { metadata, references } = this.#store;
     const map = await metadata.loadMap(base);
+    metadata.mustHaveRoom(map);
     const slice = new TimeSlice();
     for (let idx = 0; idx < map.length; idx++) {
       if (slice.isOver(idx)) await slice.next();

@@ -65,23 +65,29 @@ export class ObjectFiles {
   readonly #whenRemoved: (() => void)[] = [];
   readonly #whenRoom: (() => void)[] = [];
   readonly #abilities: Abilities;
+  readonly #isReadOnly: boolean;
   #noWaitReads = true;
   #reflinks = true;
   readonly #throttle = new WriteThrottle();
 
-  private constructor(root: string, abilities: Abilities, limit: number) {
+  private constructor(root: string, abilities: Abilities, limit: number, isReadOnly: boolean) {
     this.#root = root;
     this.#abilities = abilities;
+    this.#isReadOnly = isReadOnly;
     this.#cache = new DescriptorCache(limit);
   }
 
-  /** `root` is the folder objects/; made with its subfolders where missing, durably. */
-  static open(root: string, options: { maxDescriptors?: number } = {}): ObjectFiles {
+  /** `root` is the folder objects/; made with its subfolders where missing, durably. `isReadOnly`: nothing is written. */
+  static open(root: string, options: { maxDescriptors?: number; isReadOnly?: boolean } = {}): ObjectFiles {
+    const limit = options.maxDescriptors ?? descriptorLimit();
+    if (options.isReadOnly) {
+      return new ObjectFiles(root, { plainReads: isTmpfs(root), punchHole: false, zeroRange: false }, limit, true);
+    }
     const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
       .map((directory) => makeDirectory(directory))
       .some((isNew) => isNew);
     if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(directory);
-    return new ObjectFiles(root, abilitiesOf(root), options.maxDescriptors ?? descriptorLimit());
+    return new ObjectFiles(root, abilitiesOf(root), limit, false);
   }
 
   /** Whether zeroing part of an object costs no writing of zeros. */
@@ -394,7 +400,7 @@ export class ObjectFiles {
     }
     const cached = this.#cache.get(vid, idx);
     if (cached) return this.#cache.begin(cached);
-    const opening = openAsync(this.path(key), fs.constants.O_RDWR).then(
+    const opening = openAsync(this.path(key), this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR).then(
       (fd) => {
         this.#opening.delete(key);
         return this.#cache.insert(key, fd);
@@ -452,6 +458,10 @@ function syncDirectory(directory: string): void {
   }
 }
 
+function isTmpfs(root: string): boolean {
+  return fs.statfsSync(root).type === TMPFS_MAGIC;
+}
+
 /** Found out on a scratch file: what fallocate(2) can do differs between filesystems, their versions and options. */
 function abilitiesOf(root: string): Abilities {
   const scratch = path.join(root, 'scratch');
@@ -459,7 +469,7 @@ function abilitiesOf(root: string): Abilities {
   try {
     fs.ftruncateSync(fd, 2 * PAGE);
     return {
-      plainReads: fs.statfsSync(root).type === TMPFS_MAGIC,
+      plainReads: isTmpfs(root),
       punchHole: libc.canPunchHole(fd, PAGE),
       zeroRange: libc.canZeroRange(fd, PAGE),
     };
