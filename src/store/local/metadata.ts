@@ -7,6 +7,7 @@ import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
+import * as libc from './libc.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError, MetadataFile } from './metadata-file.js';
@@ -20,6 +21,10 @@ const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
 /** A stored page takes two of LMDB's: it has a header. */
 const STORED_PAGE_BYTES = 2 * 4096;
+/** What LMDB writes into a new file. */
+const FIRST_BYTES = 64 * 1024;
+/** What a new store must have: it can be told then that something is deleted, whatever happens to the disk. */
+const LEAST_BYTES = 2 * 2 ** 20;
 export const META_FILE = 'meta.mdb';
 /** What meta.mdb is called until it is complete. */
 export const NEW_META_FILE = 'new.mdb';
@@ -97,10 +102,10 @@ export class Metadata {
     fs.rmSync(file, { force: true });
     let made: Metadata | undefined;
     try {
+      makeRoomIn(file);
       const metadata = new Metadata(file, false);
       made = metadata;
-      // Without it a full disk would be one on which nothing can be deleted.
-      metadata.#file.mustHaveRoom(0);
+      metadata.#file.keepReserve();
       await metadata.#markOpen();
       fs.renameSync(file, path.join(directory, META_FILE));
       metadata.#file.renamed(path.join(directory, META_FILE));
@@ -264,6 +269,24 @@ export class Metadata {
   #pageKeys(vid: number): [number, number][] {
     this.#file.mustBeReadable();
     return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
+  }
+}
+
+/**
+ * Make an empty file that has the space to grow, before LMDB writes to it: LMDB ends the process if that fails. Without the
+ * space a full disk would be one on which nothing can be deleted. Errors: NO_SPACE, and those of files.
+ */
+function makeRoomIn(file: string): void {
+  const fd = fs.openSync(file, 'wx', 0o600);
+  try {
+    const first = Buffer.alloc(FIRST_BYTES);
+    if (fs.writeSync(fd, first) < first.length || libc.reserve(fd, 0, LEAST_BYTES) === 'no space') {
+      throw new StoreError('NO_SPACE', `no space left: a store needs ${LEAST_BYTES} bytes for its metadata`);
+    }
+    fs.ftruncateSync(fd, 0);
+    libc.reserve(fd, 0, LEAST_BYTES); // truncating may have given it back
+  } finally {
+    fs.closeSync(fd);
   }
 }
 
