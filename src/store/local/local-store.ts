@@ -24,6 +24,7 @@ import { removeLeftScratch } from './before-images.js';
 import { MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
+import { Owners } from './owners.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 import { directoryState, removeCreation } from './store-directory.js';
 import { StoreLock, type HolderRole } from './store-lock.js';
@@ -634,14 +635,18 @@ export class LocalCatalog implements Catalog {
     const orphans: { key: number; name: string }[] = [];
     let orphanBytes = 0;
     let objects = 0;
-    for await (const { key, bytes, name } of files.scan()) {
+    const owners = new Owners(this.#store.location);
+    owners.noteParts();
+    for await (const { key, bytes, name, uid } of files.scan()) {
       objects++;
+      owners.note(name, uid);
       if (missing.delete(key)) continue;
       orphanBytes += bytes;
       orphans.push({ key, name });
     }
     const records = metadata.records();
     if (missing.size > 0) this.#reportMissing(records, missing, report);
+    if (owners.problem !== undefined) report(owners.problem);
     for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
     for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
     if (hidden > 0) problems.push(`... and ${hidden} more`);

@@ -232,7 +232,7 @@ function runIn(env: Environment, pending: Pending): void {
 
 /** lmdb-js rejects a commit with an error that says nothing, and with a promise that is rejected with the cause later. */
 async function commitErrorOf(error: unknown): Promise<unknown> {
-  const { commitError } = error as { commitError?: unknown };
+  const { commitError } = error as { commitError?: Promise<unknown> };
   if (commitError === undefined) return error;
   try {
     await commitError;

@@ -315,8 +315,8 @@ export class ObjectFiles {
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
 
-  /** Every object file's key and allocated bytes, in no order. For check and for the scan after a crash. */
-  async *scan(): AsyncGenerator<{ key: number; bytes: number; name: string }> {
+  /** Every object file's key, allocated bytes and owner, in no order. For check and for the scan after a crash. */
+  async *scan(): AsyncGenerator<{ key: number; bytes: number; name: string; uid: number }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       const directory = path.join(this.#root, directoryName(n));
       for (const entry of await fs.promises.readdir(directory)) {
@@ -324,7 +324,9 @@ export class ObjectFiles {
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
         const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
         const stat = await fs.promises.stat(name).catch(() => undefined);
-        if (stat) yield { key: key >= 0 && this.path(key) === name ? key : -1, bytes: stat.blocks * 512, name };
+        if (!stat) continue;
+        const { uid, blocks } = stat;
+        yield { key: key >= 0 && this.path(key) === name ? key : -1, bytes: blocks * 512, name, uid };
       }
     }
   }
@@ -465,7 +467,14 @@ function isTmpfs(root: string): boolean {
 /** Found out on a scratch file: what fallocate(2) can do differs between filesystems, their versions and options. */
 function abilitiesOf(root: string): Abilities {
   const scratch = path.join(root, 'scratch');
-  const fd = fs.openSync(scratch, 'w', 0o600);
+  let fd: number;
+  try {
+    fd = fs.openSync(scratch, 'w', 0o600);
+  } catch (error) {
+    if (libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
+    // A disk that has no room for a name. It must be possible to open the store, to delete something.
+    return { plainReads: isTmpfs(root), punchHole: true, zeroRange: false };
+  }
   try {
     fs.ftruncateSync(fd, 2 * PAGE);
     return {
