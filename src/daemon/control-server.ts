@@ -29,8 +29,6 @@ export interface ControlServerOptions {
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
-  /** Whether a socket that is elsewhere is linked to from the store. */
-  readonly isFoundFromStore: boolean;
   readonly onFault: (error: unknown, request: string) => void;
 }
 
@@ -202,7 +200,6 @@ export class ControlServer {
   }
 
   async #linkFromStore(): Promise<void> {
-    if (!this.#options.isFoundFromStore) return;
     if (!this.#options.isFoundFromStore) return;
     const inStore = controlSocketOf(this.#options.operations.store);
     if (inStore === this.path || sameFile(inStore, this.path)) return;

@@ -43,6 +43,18 @@ export function takeOwner(directory: string): () => void {
   return once(giveBack);
 }
 
+/** Who lacks a permission that root has is told why it is not root at that moment. */
+export function explainIdentity(error: unknown): unknown {
+  const { code, message } = error as NodeJS.ErrnoException;
+  if (taken === undefined || (code !== 'EACCES' && code !== 'EPERM')) return error;
+  return new OperationError(
+    'PERMISSION',
+    `${message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it has that open; ` +
+      'use a place that this user may write to, or start the daemon, which then has the store',
+    { cause: error },
+  );
+}
+
 /** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
 export function refuseOthersStore(directory: string): void {
   const status = fs.statSync(directory, { throwIfNoEntry: false });

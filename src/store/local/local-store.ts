@@ -60,6 +60,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly #lock: StoreLock;
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
+  /** Why it is not known any more what refers to what, so that the next open has to find out. */
+  #lost: unknown;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -286,6 +288,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       if (stored) this.references.addAll(this.metadata.map(stored));
     } catch (error) {
       // The disk is gone. Nothing is released then: who refers to what is counted again by the next open.
+      this.#lost ??= error;
       this.backgroundError(error);
       vdi.abandon();
       return;
@@ -315,7 +318,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.open.clear();
     await this.reclaimed();
     await this.files.close();
-    await this.metadata.close({ clean }).catch((error: unknown) => (failure ??= error));
+    failure ??= this.#lost;
+    await this.metadata.close({ clean: clean && this.#lost === undefined }).catch((error: unknown) => (failure ??= error));
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }

@@ -108,7 +108,7 @@ export class MetadataFile {
   /** Returns what failed, or undefined; a body's own failure is noted with it. */
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
-      if (this.#isSuspect) this.mustBeReadable();
+      this.mustBeReadable(); // LMDB reads in a transaction, too
       if (this.#mustReopen) this.#reopen();
       const env = this.#env;
       await env.transaction(() => {
@@ -116,7 +116,7 @@ export class MetadataFile {
       });
       this.#isSuspect = false;
     } catch (error) {
-      const failure = asMetadataError(await commitErrorOf(error), `storing metadata in ${this.file}`);
+      const failure = this.#asCommitError(await commitErrorOf(error));
       this.#mustReopen = true;
       if (failure.code !== 'NO_SPACE') this.#isSuspect = true;
       return failure;
@@ -127,6 +127,19 @@ export class MetadataFile {
       // What was committed is; the next one will tell.
     }
     return undefined;
+  }
+
+  /** A write that was cut short by the end of the disk is EIO for LMDB (mdb.c, mdb_page_flush). */
+  #asCommitError(error: unknown): StoreError {
+    const doing = `storing metadata in ${this.file}`;
+    const failure = asMetadataError(error, doing);
+    if (failure.code !== 'IO') return failure;
+    try {
+      if (libc.reserve(this.#fd, this.#size(), RESERVE_STEP) !== 'no space') return failure;
+    } catch {
+      return failure;
+    }
+    return new StoreError('NO_SPACE', `${doing}: no space left on device`, { cause: error });
   }
 
   /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */

@@ -46,7 +46,7 @@ export class Owners {
     const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
     return (
       `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
-      `daemon stopped, as root: find ${this.#location} ! -uid ${this.#uid} -exec chown -h ${this.#uid} {} +`
+      `daemon stopped, as root: find ${this.#location} ! -uid ${this.#uid} -execdir chown -h ${this.#uid} {} +`
     );
   }
 }
