@@ -62,46 +62,51 @@ function endOf(text: string): number {
   return time;
 }
 
+/** One backup, all of its files open. */
+export interface OpenedPoint {
+  readonly point: Point;
+  readonly hashes: BlockHashes;
+  readonly chain: Chain;
+}
+
+/** To be called before the store is opened: root may be the store's owner then, who cannot read what root can. */
+export async function openPoint(target: BackupTarget, point: Point): Promise<OpenedPoint> {
+  return { point, hashes: await target.hashesOf(point), chain: await target.openChain(point) };
+}
+
 /** Errors: EXISTS, DAMAGED, BUSY, and those of the store. */
 export async function restoreBackup(
   operations: Operations,
-  target: BackupTarget,
-  point: Point,
+  { point, hashes, chain }: OpenedPoint,
   options: RestoreOptions,
 ): Promise<{ readonly dataBytes: number }> {
   const { name, overwrites } = options;
-  const hashes = await target.hashesOf(point);
-  const chain = await target.openChain(point);
+  // What is there is not given up for a backup that turns out to be damaged.
+  if (overwrites) await checkAll(chain, hashes, options);
+  const isNew = await prepare(operations, point, name, overwrites);
   try {
-    // What is there is not given up for a backup that turns out to be damaged.
-    if (overwrites) await checkAll(chain, hashes, options);
-    const isNew = await prepare(operations, point, name, overwrites);
+    const disk = await operations.openDisk(name);
     try {
-      const disk = await operations.openDisk(name);
-      try {
-        if (disk.size !== point.size) {
-          throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
-        }
-        if (!isNew) await disk.zero(0, disk.size);
-        const dataBytes = await copyIn(chain, hashes, disk, options);
-        if (options.verifies) await readBack(hashes, disk, options);
-        return { dataBytes };
-      } finally {
-        await disk.close();
+      if (disk.size !== point.size) {
+        throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
       }
-    } catch (error) {
-      // Half a disk is worse than none.
-      const isGone =
-        isNew &&
-        (await operations.remove(name).then(
-          () => true,
-          () => false,
-        ));
-      if (!isGone) options.log(`${name} is not whole now: restore it again, or delete it`);
-      throw error;
+      if (!isNew) await disk.zero(0, disk.size);
+      const dataBytes = await copyIn(chain, hashes, disk, options);
+      if (options.verifies) await readBack(hashes, disk, options);
+      return { dataBytes };
+    } finally {
+      await disk.close();
     }
-  } finally {
-    await chain.close();
+  } catch (error) {
+    // Half a disk is worse than none.
+    const isGone =
+      isNew &&
+      (await operations.remove(name).then(
+        () => true,
+        () => false,
+      ));
+    if (!isGone) options.log(`${name} is not whole now: restore it again, or delete it`);
+    throw error;
   }
 }
 

@@ -1,6 +1,7 @@
 /** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { takeBackup, type Taken } from '../backup/take-backup.js';
+import { asOperationError, OperationError } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
@@ -66,6 +67,8 @@ export function backupCommand(): Command {
           progress: startProgress,
           log,
           signal,
+        }).catch((error: unknown) => {
+          throw withAdvice(error, options);
         }),
       );
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
@@ -73,6 +76,13 @@ export function backupCommand(): Command {
     });
     print(name, taken, options, (Date.now() - startedAt) / 1000, notes);
   });
+}
+
+/** A store on a read-only filesystem can be backed up all the same. */
+function withAdvice(error: unknown, options: BackupOptions): unknown {
+  const expected = asOperationError(error);
+  if (expected?.code !== 'READ_ONLY' || !options.base) return error;
+  return new OperationError('READ_ONLY', `${expected.message}; --no-base backs up without a snapshot that stays`);
 }
 
 function print(

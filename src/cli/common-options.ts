@@ -95,7 +95,14 @@ export async function withOperations<T>(
     missingIsZero,
     log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
   });
-  return closing(operations, () => work(operations));
+  const { explainIdentity } = await import('../daemon/store-owner.js');
+  return closing(operations, async () => {
+    try {
+      return await work(operations);
+    } catch (error) {
+      throw explainIdentity(error);
+    }
+  });
 }
 
 /** For commander: a size argument. */

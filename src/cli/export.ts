@@ -22,6 +22,15 @@ interface ExportOptions extends CommonOptions {
 
 type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
 
+/** Where the image goes. Opened before the store is and finished after it: meanwhile root may be the store's owner. */
+interface Target {
+  readonly copy: Copy;
+  /** It is complete. */
+  finish(): Promise<void>;
+  /** It is not, and never will be. Does not fail. */
+  abandon(): Promise<void>;
+}
+
 export function exportCommand(): Command {
   const command = new Command('export')
     .description('copy a VDI or snapshot into a raw image; zeros become holes')
@@ -44,23 +53,30 @@ export function exportCommand(): Command {
       );
     }
     const startedAt = Date.now();
-    const target = targetOf(file, options.force ?? false);
-    const copying = withOperations(
-      options,
-      (operations) =>
-        interruptible(async (signal) => {
-          const disk = await operations.openDisk(spec);
-          const progress = startProgress(`exporting ${spec}`, disk.size);
-          try {
-            return { size: disk.size, copied: await target(disk, progress, signal) };
-          } finally {
-            progress.end();
-            await disk.close();
-          }
-        }),
-      { missingIsZero: options.missing === 'zero' },
-    );
-    const { size, copied } = await copying;
+    const target = await openTarget(file, options.force ?? false);
+    let done: { readonly size: number; readonly copied: Copied };
+    try {
+      done = await withOperations(
+        options,
+        (operations) =>
+          interruptible(async (signal) => {
+            const disk = await operations.openDisk(spec);
+            const progress = startProgress(`exporting ${spec}`, disk.size);
+            try {
+              return { size: disk.size, copied: await target.copy(disk, progress, signal) };
+            } finally {
+              progress.end();
+              await disk.close();
+            }
+          }),
+        { missingIsZero: options.missing === 'zero' },
+      );
+      await target.finish();
+    } catch (error) {
+      await target.abandon();
+      throw error;
+    }
+    const { size, copied } = done;
     const seconds = (Date.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     process.stderr.write(
@@ -69,23 +85,23 @@ export function exportCommand(): Command {
   });
 }
 
-/** How to fill `file`. Looked at before anything is copied, so that a mistake costs no time. */
-function targetOf(file: string, mayReplace: boolean): Copy {
+/** Looked at before anything is copied, so that a mistake costs no time. */
+async function openTarget(file: string, mayReplace: boolean): Promise<Target> {
   if (file === STDOUT) return toStream(process.stdout, 'stdout');
   const status = fs.statSync(file, { throwIfNoEntry: false });
   if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
   if (status?.isFIFO() || status?.isCharacterDevice()) {
     return toStream(fs.createWriteStream(file, { flags: 'r+' }), file);
   }
-  if (status?.isBlockDevice()) return (disk, progress, signal) => toBlockDevice(file, disk, progress, signal);
+  if (status?.isBlockDevice()) return toBlockDevice(file);
   if (status && !mayReplace) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
-  return (disk, progress, signal) => toFile(file, disk, progress, signal);
+  return toFile(file);
 }
 
-function toStream(stream: Writable, name: string): Copy {
+function toStream(stream: Writable, name: string): Target {
   // The write that failed says it; without a listener the stream would end the process before anything is cleaned up.
   stream.on('error', () => undefined);
-  return async (disk, progress, signal) => {
+  const copy: Copy = async (disk, progress, signal) => {
     try {
       return await copyDiskToStream(disk, stream, { progress, signal });
     } catch (error) {
@@ -95,38 +111,41 @@ function toStream(stream: Writable, name: string): Copy {
       throw new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
     }
   };
+  const nothing = (): Promise<void> => Promise.resolve();
+  return { copy, finish: nothing, abandon: nothing };
 }
 
 /** Under another name until it is complete and on disk: a file of this name is a whole image, also after a crash. */
-async function toFile(file: string, disk: Disk, progress: Progress, signal: AbortSignal): Promise<Copied> {
+async function toFile(file: string): Promise<Target> {
   const partial = `${file}${PARTIAL}`;
   const handle = await fs.promises.open(partial, 'w', 0o600);
-  try {
-    const copied = await (async () => {
-      try {
-        await handle.truncate(disk.size);
-        const result = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: true });
-        await handle.sync();
-        return result;
-      } finally {
-        await handle.close();
-      }
-    })();
-    await fs.promises.rename(partial, file);
-    return copied;
-  } catch (error) {
-    await fs.promises.unlink(partial).catch(() => undefined);
-    throw error;
-  }
+  return {
+    copy: async (disk, progress, signal) => {
+      await handle.truncate(disk.size);
+      const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: true });
+      await handle.sync();
+      return copied;
+    },
+    finish: async () => {
+      await handle.close();
+      await fs.promises.rename(partial, file);
+    },
+    abandon: async () => {
+      await handle.close().catch(() => undefined);
+      await fs.promises.unlink(partial).catch(() => undefined);
+    },
+  };
 }
 
-async function toBlockDevice(file: string, disk: Disk, progress: Progress, signal: AbortSignal): Promise<Copied> {
+async function toBlockDevice(file: string): Promise<Target> {
   const handle = await fs.promises.open(file, 'r+');
-  try {
-    const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: false });
-    await handle.sync();
-    return copied;
-  } finally {
-    await handle.close();
-  }
+  return {
+    copy: async (disk, progress, signal) => {
+      const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: false });
+      await handle.sync();
+      return copied;
+    },
+    finish: () => handle.close(),
+    abandon: () => handle.close().catch(() => undefined),
+  };
 }

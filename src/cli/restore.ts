@@ -1,8 +1,9 @@
 /** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
 import { Command, Option } from 'commander';
-import { pointAt, restoreBackup } from '../backup/restore-backup.js';
+import { openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
 import { BackupTarget } from '../backup/target.js';
 import { OperationError } from '../daemon/operations.js';
+import { closing } from './closing.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { interruptible } from './interrupt.js';
 import { formatTime, printJson, printLine, table } from './output.js';
@@ -66,18 +67,21 @@ async function restore(
 ): Promise<void> {
   const startedAt = Date.now();
   const point = pointAt(target, options.at);
-  const { dataBytes } = await withOperations(
-    options,
-    (operations) =>
-      restoreBackup(operations, target, point, {
-        name,
-        overwrites: options.overwrite ?? false,
-        verifies: options.verify ?? true,
-        progress: startProgress,
-        signal,
-        log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
-      }),
-    { mayCreate: true },
+  const opened = await openPoint(target, point);
+  const { dataBytes } = await closing(opened.chain, () =>
+    withOperations(
+      options,
+      (operations) =>
+        restoreBackup(operations, opened, {
+          name,
+          overwrites: options.overwrite ?? false,
+          verifies: options.verify ?? true,
+          progress: startProgress,
+          signal,
+          log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
+        }),
+      { mayCreate: true },
+    ),
   );
   const seconds = (Date.now() - startedAt) / 1000;
   const { id, time, size, sha256 } = point;

@@ -15,6 +15,7 @@ import { version } from './version.js';
 interface ServeOptions extends CommonOptions, PeerOptions {
   readonly listen?: readonly ListenAddress[];
   readonly create?: readonly NewVdi[];
+  readonly createStore?: 'yes' | 'no';
   readonly socketMode?: number;
   readonly debug?: boolean;
   readonly clusterTimeout?: number;
@@ -41,6 +42,12 @@ export function serveCommand(): Command {
       new Option('--create <name:size>', 'make this VDI if it does not exist; may be repeated').argParser(
         createArgument,
       ),
+    )
+    .addOption(
+      new Option(
+        '--create-store <yes|no>',
+        'whether to make a store where there is none (default: yes); no: a directory that is not mounted is an error',
+      ).choices(['yes', 'no']),
     )
     .addOption(
       new Option('--socket-mode <octal>', 'permissions of the unix sockets for NBD (default: 600)').argParser(
@@ -78,6 +85,7 @@ async function serve(options: ServeOptions): Promise<void> {
   const configuration: DaemonConfiguration = {
     ...peerConfiguration(options),
     store: place.store,
+    mayCreateStore: options.createStore !== 'no',
     retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
     missingIsZero: options.missing === 'zero',
     control: place.control,

@@ -26,6 +26,8 @@ export interface ControlServerOptions {
   readonly status: () => StatusAnswer;
   /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
+  /** Whether a socket that is elsewhere is linked to from the store. */
+  readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
   readonly onFault: (error: unknown, request: string) => void;
 }
@@ -198,6 +200,7 @@ export class ControlServer {
   }
 
   async #linkFromStore(): Promise<void> {
+    if (!this.#options.isFoundFromStore) return;
     const inStore = controlSocketOf(this.#options.operations.store);
     if (inStore === this.path || sameFile(inStore, this.path)) return;
     makeSocketDirectory(path.dirname(inStore));

@@ -5,6 +5,7 @@
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
@@ -12,7 +13,7 @@ import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError } from './operations.js';
-import { controlSocketOf, makeSocketDirectory } from './places.js';
+import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { socketState } from './stale-socket.js';
@@ -30,6 +31,8 @@ const PLACEHOLDER = 'NAME';
 export interface DaemonConfiguration {
   /** A directory, or a cluster's location. */
   readonly store: string;
+  /** Whether a store is made where there is none; true if not given. */
+  readonly mayCreateStore?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
   /** Of a cluster: serve zeros in place of what is lost, read-only. */
@@ -68,7 +71,7 @@ export interface Daemon {
 
 /** Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog. */
 export async function startDaemon(configuration: DaemonConfiguration, log: Logger): Promise<Daemon> {
-  const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
+  let controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
   const security = new Security(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
@@ -78,11 +81,16 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     return openDirectly({
       store: configuration.store,
       isDaemon: true,
+      mayCreate: configuration.mayCreateStore ?? true,
       retryMs: configuration.retryMs,
       missingIsZero: configuration.missingIsZero,
       log: (line, details) => log.warn(details ?? {}, line),
     });
   }, controlPath);
+
+  // Nothing can be made on a read-only filesystem; who looks for a daemon there opens the store beside it, to read.
+  const isFixed = operations.isReadOnly && !isClusterLocation(configuration.store);
+  if (isFixed && configuration.control === undefined) controlPath = controlSocketElsewhere(operations.identity);
 
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
@@ -128,6 +136,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
           end();
       }),
+    isFoundFromStore: !isFixed,
     onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
   });
 

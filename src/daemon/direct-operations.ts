@@ -28,8 +28,11 @@ export class DirectOperations implements Operations {
   readonly isDaemon = false;
   readonly #catalog: VdiCatalog;
   readonly #exports: ExportProvider;
+  readonly #closed: () => void;
 
-  constructor(catalog: VdiCatalog, exports: ExportProvider) {
+  /** `closed` is called when the store is closed, or could not be. */
+  constructor(catalog: VdiCatalog, exports: ExportProvider, closed: () => void = () => undefined) {
+    this.#closed = closed;
     this.store = catalog.location;
     this.identity = catalog.identity;
     this.#catalog = catalog;
@@ -110,8 +113,12 @@ export class DirectOperations implements Operations {
     return diskOf(device);
   }
 
-  close(): Promise<void> {
-    return this.#catalog.close();
+  async close(): Promise<void> {
+    try {
+      await this.#catalog.close();
+    } finally {
+      this.#closed();
+    }
   }
 }
 

@@ -16,6 +16,7 @@ import { OperationError, type Operations } from './operations.js';
 import { controlSocketOf } from './places.js';
 import { RemoteOperations } from './remote-operations.js';
 import { socketState } from './stale-socket.js';
+import { refuseOthersStore, takeOwner } from './store-owner.js';
 
 /**
  * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
@@ -39,7 +40,7 @@ export interface StorePlace {
   readonly log?: (line: string, details?: object) => void;
 }
 
-export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero'> {
+export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero' | 'mayCreate'> {
   /** This process serves the store, and nobody else on this machine does. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
@@ -65,20 +66,21 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
           : `no daemon listens on ${socketPath} (${state}); leave --control out to open the store itself`,
       );
     }
-    if (!place.mayCreate && !isClusterLocation(place.store) && !fs.existsSync(place.store)) {
-      throw new OperationError(
-        'NO_STORE',
-        `no store in ${place.store}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
-      );
-    }
     return openDirectly(place);
   }, socketPath);
 }
 
-/** The store, opened by this process. Errors: StoreError. */
-export async function openDirectly(
-  place: DirectPlace,
-): Promise<DirectOperations & { exports: VdiExports; announceStop: () => void }> {
+type OpenedStore = DirectOperations & {
+  readonly exports: VdiExports;
+  readonly isReadOnly: boolean;
+  readonly announceStop: () => void;
+};
+
+/**
+ * The store, opened by this process; one of another user's by root as that user (store-owner.ts). Errors: StoreError;
+ * OWNER, PERMISSION.
+ */
+export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
   if (place.missingIsZero && !isCluster) {
     throw new OperationError(
@@ -86,19 +88,41 @@ export async function openDirectly(
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const { log, retryMs, missingIsZero } = place;
-  const store = isCluster
-    ? await SheepStore.open(place.store, { log, retryMs, missingIsZero })
-    : await LocalStore.open(place.store, { log, role: place.isDaemon ? 'daemon' : 'command' });
+  const { log, retryMs, missingIsZero, mayCreate } = place;
+  if (isCluster) return operationsOn(await SheepStore.open(place.store, { log, retryMs, missingIsZero }), place);
+  if (place.isDaemon) refuseOthersStore(place.store);
+  const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
+  try {
+    const role = place.isDaemon ? 'daemon' : 'command';
+    return await operationsOn(await LocalStore.open(place.store, { log, role, mayCreate }), place, leave);
+  } catch (error) {
+    leave();
+    throw error;
+  }
+}
+
+/** `closed` is called when the store is closed. */
+async function operationsOn(
+  store: LocalStore | SheepStore,
+  place: DirectPlace,
+  closed: () => void = () => undefined,
+): Promise<OpenedStore> {
+  const isCluster = store instanceof SheepStore;
   const catalog = new VdiCatalog(store);
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
   if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
-    const leftovers = await catalog.dropLeftovers();
-    if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+    try {
+      const leftovers = await catalog.dropLeftovers();
+      if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+    } catch (error) {
+      await store.close().catch(() => undefined);
+      throw error;
+    }
   }
   const exports = new VdiExports(catalog);
-  return Object.assign(new DirectOperations(catalog, exports), {
+  return Object.assign(new DirectOperations(catalog, exports, closed), {
     exports,
+    isReadOnly: catalog.isReadOnly,
     // Nobody waits for a cluster: it has no lock.
     announceStop: () => void (store instanceof LocalStore && store.announceStop()),
   });

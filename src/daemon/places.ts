@@ -41,11 +41,17 @@ export function defaultListeners(env: Environment = process.env, uid = process.g
  * runtime directory, under the nodes as they were given.
  */
 export function controlSocketOf(store: string): string {
-  if (isClusterLocation(store)) {
-    const id = createHash('sha256').update(store).digest('hex').slice(0, 16);
-    return path.join(runtimeDirectory(), `cluster-${id}.sock`);
-  }
+  if (isClusterLocation(store)) return path.join(runtimeDirectory(), `cluster-${idOf(store)}.sock`);
   return path.join(path.resolve(store), CONTROL_SOCKET);
+}
+
+/** Of a store that no socket can be made in. */
+export function controlSocketElsewhere(store: string): string {
+  return path.join(runtimeDirectory(), `store-${idOf(store)}.sock`);
+}
+
+function idOf(store: string): string {
+  return createHash('sha256').update(store).digest('hex').slice(0, 16);
 }
 
 /**

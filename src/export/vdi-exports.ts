@@ -41,7 +41,7 @@ export class VdiExports implements ExportProvider {
         return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
       }
       checkTemporaryTag(tag);
-      this.#catalog.mustBeWritable();
+      this.#catalog.mustTakeTemporaries();
       const working = await this.#catalog.find(vdiName);
       const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
       return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };

@@ -175,6 +175,7 @@ export interface Catalog {
 }
 
 export type StoreErrorCode =
+  | 'NO_STORE'
   | 'NO_SPACE'
   | 'IO'
   | 'LOCKED'

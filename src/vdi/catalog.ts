@@ -66,6 +66,11 @@ export class VdiCatalog {
     if (why !== undefined) throw new CatalogError('READ_ONLY', why);
   }
 
+  /** Temporary snapshots that are in memory can be taken of a store that cannot be changed, too. Errors: READ_ONLY. */
+  mustTakeTemporaries(): void {
+    if (this.#store.catalog.prepareTemporary === undefined) this.mustBeWritable();
+  }
+
   /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */
   async list(): Promise<VdiRecord[]> {
     const records = [...(await this.#store.catalog.list())];
@@ -124,7 +129,7 @@ export class VdiCatalog {
 
   /** The same under a reserved tag ("now", "now:LABEL"), to be dropped with `dropTemporary` when its last reader is gone. */
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
-    return this.#change(async () => {
+    return this.#changeTemporaries(async () => {
       checkTemporaryTag(tag);
       const { catalog } = this.#store;
       return this.#snapshot(
@@ -137,7 +142,7 @@ export class VdiCatalog {
 
   /** Drop a temporary snapshot, as if it had never been. */
   dropTemporary(name: string, tag: string): Promise<void> {
-    return this.#change(async () => {
+    return this.#changeTemporaries(async () => {
       checkTemporaryTag(tag);
       const record = (await this.list()).find((other) => other.name === name && other.tag === tag);
       if (!record) return; // by somebody else
@@ -357,6 +362,12 @@ export class VdiCatalog {
   /** #alone, for what changes something. Errors: READ_ONLY. */
   async #change<T>(work: () => Promise<T>): Promise<T> {
     this.mustBeWritable();
+    return this.#alone(work);
+  }
+
+  /** #alone, for what takes or drops temporary snapshots. Errors: READ_ONLY. */
+  async #changeTemporaries<T>(work: () => Promise<T>): Promise<T> {
+    this.mustTakeTemporaries();
     return this.#alone(work);
   }
 

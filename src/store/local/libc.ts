@@ -2,6 +2,7 @@
  * The system calls that Node does not offer: reads that refuse to wait for the disk, holes, in-kernel copies, advisory
  * locks. The only file that speaks koffi; everything above it sees numbers and Buffers.
  */
+import fs from 'node:fs';
 import koffi from 'koffi';
 import { StoreError } from '../object-store.js';
 
@@ -9,8 +10,10 @@ const RWF_NOWAIT = 8; // linux/fs.h
 const FALLOC_FL_KEEP_SIZE = 1; // linux/falloc.h
 const FALLOC_FL_PUNCH_HOLE = 2;
 const FALLOC_FL_ZERO_RANGE = 16;
+const MFD_CLOEXEC = 1; // linux/memfd.h
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
+const LOCK_SH = 1;
 const LOCK_EX = 2;
 const LOCK_NB = 4;
 const FICLONE = 0x40049409; // linux/fs.h, _IOW(0x94, 9, int)
@@ -39,6 +42,7 @@ const flock = libc.func('int flock(int fd, int operation)');
 const ioctlInt = libc.func('int ioctl(int fd, ulong request, int argument)');
 const syncfs = libc.func('int syncfs(int fd)');
 const statx = libc.func('int statx(int fd, str path, int flags, uint mask, _Out_ uint8_t *into)');
+const memfdCreate = libc.func('int memfd_create(const char *name, uint flags)');
 const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)');
 
 /** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
@@ -138,9 +142,25 @@ export function canZeroRange(fd: number, length: number): boolean {
   return fallocate(fd, FALLOC_FL_ZERO_RANGE, 0, length) === 0;
 }
 
-/** Reserve space beyond the end of the file without changing its size. Best effort: false if it cannot be had. */
-export function reserve(fd: number, offset: number, length: number): boolean {
-  return fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) === 0;
+export type Reserved = 'done' | 'no space' | 'not supported';
+
+/** Reserve space beyond the end of the file without changing its size. fallocate(2). */
+export function reserve(fd: number, offset: number, length: number): Reserved {
+  if (fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) === 0) return 'done';
+  const errno = koffi.errno();
+  return errno === ENOSPC || errno === EDQUOT ? 'no space' : 'not supported';
+}
+
+/**
+ * A file of `length` zeros without a name, in memory that is allocated when this returns; undefined where that cannot be
+ * had (no memory, no memfd_create(2)).
+ */
+export function memoryFile(name: string, length: number): number | undefined {
+  const fd = memfdCreate(name, MFD_CLOEXEC) as number;
+  if (fd < 0) return undefined;
+  if (fallocate(fd, 0, 0, length) === 0) return fd;
+  fs.closeSync(fd);
+  return undefined;
 }
 
 /** The next byte at or after `offset` that holds data, or -1 if only a hole follows. */
@@ -218,9 +238,12 @@ export async function dropCached(fd: number): Promise<void> {
   await offLoop('posix_fadvise', fadvise, fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
-/** Lock an open file for this process. False if somebody else has it. The lock goes with the descriptor. */
-export function tryLock(fd: number): boolean {
-  if (flock(fd, LOCK_EX | LOCK_NB) === 0) return true;
+/**
+ * Lock an open file for this process, or `shared` with others that read only. False if somebody else has it. The lock goes
+ * with the descriptor.
+ */
+export function tryLock(fd: number, { shared = false } = {}): boolean {
+  if (flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) === 0) return true;
   const errno = koffi.errno();
   if (errno === EAGAIN) return false;
   throw systemError('flock', errno);

@@ -23,9 +23,11 @@ import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
 import { logsSetAside, MapLogs } from './map-log.js';
-import { Metadata, PAGE_ENTRIES, pageOf, pagesOf } from './metadata.js';
+import { Metadata, PAGE_ENTRIES, type KeptObjects, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
+import { Owners } from './owners.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { directoryState, removeCreation } from './store-directory.js';
 import { StoreLock, type HolderRole } from './store-lock.js';
 import { TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -39,6 +41,8 @@ export interface LocalStoreOptions {
   readonly log?: (line: string, details?: object) => void;
   /** What this process is, for those who find the store taken; 'command' if not given. */
   readonly role?: HolderRole;
+  /** Whether a store is made in a directory that is missing or empty; true if not given. */
+  readonly mayCreate?: boolean;
   /** Open files to keep at most; by default what the process's limit allows. */
   readonly maxDescriptors?: number;
 }
@@ -46,7 +50,7 @@ export interface LocalStoreOptions {
 export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly location: string;
   readonly identity: string;
-  readonly readOnlyBecause = undefined;
+  readonly readOnlyBecause: string | undefined;
   /** Whatever is being read keeps its file, and no one else has the store. */
   readonly objectsMove = false;
   readonly metadata: Metadata;
@@ -59,6 +63,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
   keptVids: ReadonlySet<number> = new Set();
+  /** Why it is not known any more what refers to what, so that the next open has to find out. */
+  #lost: unknown;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -67,9 +73,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
-    options: LocalStoreOptions,
+    options: LocalStoreOptions & { readonly readOnlyBecause: string | undefined },
   ) {
     this.location = location;
+    this.readOnlyBecause = options.readOnlyBecause;
     this.identity = fs.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
@@ -82,27 +89,36 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   /**
-   * Open the store in `directory`, made if missing. Errors (StoreError): LOCKED if another process has it, FORMAT if a
-   * newer sheepgate wrote it, PERMISSION, NO_SPACE, IO.
+   * Open the store in `directory`. One is made where there is none if `mayCreate`, in a directory that is missing or empty
+   * (or has what a creation has left that did not come to its end). On a read-only filesystem it can only be read.
+   * Errors (StoreError): NO_STORE, LOCKED if another process has it, FORMAT if a newer sheepgate wrote it, DAMAGED,
+   * PERMISSION, NO_SPACE, IO. What a creation that failed has made is removed.
    */
   static async open(directory: string, options: LocalStoreOptions = {}): Promise<LocalStore> {
     const location = path.resolve(directory);
-    let lock: StoreLock;
+    let found: Found;
     try {
-      makeDirectory(location, 0o700);
-      lock = StoreLock.take(location, options.role ?? 'command');
+      found = lockDirectory(location, options);
     } catch (error) {
       throw libc.asStoreError(error, `opening store ${location}`);
     }
+    const { lock, isNew, hasMadeDirectory, isReadOnly } = found;
+    const readOnlyBecause = isReadOnly
+      ? `store ${location} is on a read-only filesystem: nothing in it can be changed`
+      : undefined;
     let metadata: Metadata | undefined;
     try {
-      const opened = await Metadata.open(location);
+      const files = openFiles(location, options, isReadOnly);
+      if (isNew) makeDirectory(path.join(location, 'recent'), 0o700);
+      const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, openFiles(location, options), options);
-      await store.#recover(opened.clean);
+      const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
+      if (readOnlyBecause === undefined) await store.#recover(opened.clean);
+      else store.#takeAsItIs(readOnlyBecause, opened.clean);
       return store;
     } catch (error) {
       await metadata?.close({ clean: false }).catch(() => undefined);
+      if (isNew) removeCreation(location, hasMadeDirectory);
       lock.release();
       throw libc.asStoreError(error, `opening store ${location}`);
     }
@@ -271,7 +287,15 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   discard(vdi: LocalVdi): void {
     const stored = [vdi.record.vid, ...vdi.outgrown].map((vid) => this.metadata.record(vid)).find(Boolean);
     for (const temporary of vdi.temporaries) temporary.leaveAllNow();
-    if (stored) this.references.addAll(this.metadata.map(stored));
+    try {
+      if (stored) this.references.addAll(this.metadata.map(stored));
+    } catch (error) {
+      // The disk is gone. Nothing is released then: who refers to what is counted again by the next open.
+      this.#lost ??= error;
+      this.backgroundError(error);
+      vdi.abandon();
+      return;
+    }
     vdi.abandon();
     this.release(vdi.releases);
     this.releaseMap(vdi.map);
@@ -297,7 +321,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.open.clear();
     await this.reclaimed();
     await this.files.close();
-    await this.metadata.close({ clean });
+    failure ??= this.#lost;
+    await this.metadata
+      .close({ clean: clean && this.#lost === undefined })
+      .catch((error: unknown) => (failure ??= error));
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
@@ -306,6 +333,16 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const folders = new Set(keys.map((key) => path.dirname(this.files.path(key))));
     for (const vdi of this.open.values())
       vdi.loseNames((key) => folders.has(path.dirname(this.files.path(key))), error);
+  }
+
+  /**
+   * On a read-only filesystem nothing can be recovered, and need not be: the maps show what was last flushed, and whatever
+   * those refer to is there.
+   */
+  #takeAsItIs(because: string, clean: boolean): void {
+    for (const record of this.metadata.records()) this.#count(record);
+    const unclean = '; it was not closed cleanly: what was written after the last flush is not shown';
+    this.#log(clean ? because : because + unclean);
   }
 
   /** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
@@ -330,7 +367,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     }
     this.keptVids = vids;
     const keptNow = doubt === undefined ? kept : { since: Date.now(), why: doubt.why, vids: [...vids] };
-    await this.metadata.begin(this.logs.session, keptNow);
+    await this.#begin(keptNow);
     if (clean) return;
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
@@ -342,6 +379,18 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
             `VDI refers to are kept; if nothing is missing, stop the daemon and let 'sheepgate check --repair' remove them`,
       doubt === undefined ? undefined : { files: doubt.files, err: doubt.failure },
     );
+  }
+
+  /** On a full disk the logs stay those of the last opening, of which there are none any more: a disk must open to be emptied. */
+  async #begin(kept: KeptObjects | undefined): Promise<void> {
+    try {
+      await this.metadata.begin(this.logs.session, kept);
+    } catch (error) {
+      const { session } = this.metadata;
+      if ((error as StoreError).code !== 'NO_SPACE' || session === undefined) throw error;
+      this.logs.session = session;
+      this.backgroundError(error);
+    }
   }
 
   /** The references of its map; and how long the objects are that it refers to. */
@@ -428,8 +477,51 @@ interface Doubt {
   readonly failure: unknown;
 }
 
-function openFiles(location: string, options: LocalStoreOptions): ObjectFiles {
-  return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors: options.maxDescriptors });
+/** A directory that this process has locked, to open a store in it or to make one. */
+interface Found {
+  readonly lock: StoreLock;
+  readonly isNew: boolean;
+  readonly hasMadeDirectory: boolean;
+  readonly isReadOnly: boolean;
+}
+
+function lockDirectory(location: string, { role = 'command', mayCreate = true }: LocalStoreOptions): Found {
+  if (directoryState(location) !== 'store') {
+    if (!mayCreate) throw noStore(location, role);
+    const hasMadeDirectory = makeDirectory(location, 0o700);
+    const lock = StoreLock.take(location, role);
+    try {
+      // Another process may have made one meanwhile.
+      return { lock, isNew: directoryState(location) !== 'store', hasMadeDirectory, isReadOnly: false };
+    } catch (error) {
+      lock.release();
+      throw error;
+    }
+  }
+  try {
+    return { lock: StoreLock.take(location, role), isNew: false, hasMadeDirectory: false, isReadOnly: false };
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EROFS') throw error;
+    const lock = StoreLock.take(location, role, { isReadOnly: true });
+    return { lock, isNew: false, hasMadeDirectory: false, isReadOnly: true };
+  }
+}
+
+/** NO_STORE, or LOCKED if somebody is making one at this moment. */
+function noStore(location: string, role: HolderRole): StoreError {
+  try {
+    if (directoryState(location) === 'unfinished') StoreLock.take(location, role, { isReadOnly: true }).release();
+  } catch (error) {
+    if (error instanceof StoreError && error.code === 'LOCKED') return error;
+  }
+  return new StoreError(
+    'NO_STORE',
+    `no store in ${location}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
+  );
+}
+
+function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isReadOnly: boolean): ObjectFiles {
+  return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors, isReadOnly });
 }
 
 /** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
@@ -453,6 +545,7 @@ export class LocalCatalog implements Catalog {
   }
 
   async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
+    this.#store.metadata.mustHaveRoom();
     const record = this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1);
     // With whatever an operation that failed may have left under this vid.
     await this.#store.metadata.commit({ removed: [record.vid], records: [record] });
@@ -515,6 +608,7 @@ export class LocalCatalog implements Catalog {
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const local = vdi as LocalVdi;
+    this.#store.metadata.mustHaveRoom(local.map);
     const vid = this.#nextVid();
     let finish: (() => Promise<void>) | undefined;
     let snapshot: VdiRecord | undefined;
@@ -651,8 +745,11 @@ export class LocalCatalog implements Catalog {
     const orphans: { key: number; name: string }[] = [];
     let orphanBytes = 0;
     let objects = 0;
-    for await (const { key, bytes, length, name } of files.scan()) {
+    const owners = new Owners(this.#store.location);
+    owners.noteParts();
+    for await (const { key, bytes, length, name, uid } of files.scan()) {
       objects++;
+      owners.note(name, uid);
       if (missing.delete(key)) {
         if (length !== files.lengthOf(key)) misshapen.set(key, length);
         continue;
@@ -662,6 +759,7 @@ export class LocalCatalog implements Catalog {
     }
     const records = metadata.records();
     if (missing.size + misshapen.size > 0) this.#reportDamage(records, missing, misshapen, report);
+    if (owners.problem !== undefined) report(owners.problem);
     const aside = logsSetAside(this.#store.location);
     const { kept } = metadata;
     if (kept) {
@@ -733,6 +831,7 @@ export class LocalCatalog implements Catalog {
   async #storeCopy(base: VdiRecord, record: VdiRecord, removed: readonly number[]): Promise<void> {
     const { metadata, references } = this.#store;
     const map = await metadata.loadMap(base);
+    metadata.mustHaveRoom(map);
     const slice = new TimeSlice();
     for (let idx = 0; idx < map.length; idx++) {
       if (slice.isOver(idx)) await slice.next();

@@ -58,7 +58,7 @@ export class MapLogs {
   readonly #onError: (error: unknown) => void;
   readonly #place: string;
   /** Tells the logs of this opening of the store from those of all others. */
-  readonly session = randomUUID();
+  session: string = randomUUID();
   #next = 1;
 
   /** `onError` is told when a log cannot be written; nothing fails for that. */

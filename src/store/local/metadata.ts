@@ -5,23 +5,31 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
-import { ABORT, open, type Database, type RootDatabase } from 'lmdb';
+import type { Database } from 'lmdb';
 import { StoreError, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
+import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
+import { asMetadataError, MetadataFile } from './metadata-file.js';
 import { TimeSlice } from './time-slice.js';
 
 export const FORMAT_VERSION = 1;
 /** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
 export const PAGE_ENTRIES = 1024;
-/** Address space, not disk: room for the maps of some ten thousand snapshots of 1 TiB. */
-const MAP_SIZE = 64 * 2 ** 30;
 /** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
 const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
-const MAX_DATABASES = 8;
-/** Kept allocated past the end of the file, so that a full disk can still record a delete or a flush. */
-const RESERVE_BYTES = 4 * 1024 * 1024;
+/** A stored page takes two of LMDB's: it has a header. */
+const STORED_PAGE_BYTES = 2 * 4096;
+/** What LMDB writes into a new file. */
+const FIRST_BYTES = 64 * 1024;
+/** What a new store must have: it can be told then that something is deleted, whatever happens to the disk. */
+const LEAST_BYTES = 2 * 2 ** 20;
+export const META_FILE = 'meta.mdb';
+/** What meta.mdb is called until it is complete. */
+export const NEW_META_FILE = 'new.mdb';
+/** Where LMDB had its lock file before that was in memory. */
+const OLD_LOCK_FILE = 'meta.mdb-lock';
 
 /** A page of a map as it is to be stored; all zeros means the page is removed. */
 export interface PageWrite {
@@ -65,38 +73,75 @@ export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
   return pages;
 }
 
+/** How many pages of a map are stored: those that are not all zeros. */
+function storedPages(map: Uint32Array): number {
+  let pages = 0;
+  for (let idx = 0; idx < map.length; idx++) {
+    if (map[idx] === 0) continue;
+    pages++;
+    idx |= PAGE_ENTRIES - 1; // on to the next page
+  }
+  return pages;
+}
+
 export class Metadata {
-  readonly #env: RootDatabase<Buffer, string>;
-  readonly #vdis: Database<VdiRecord, number>;
-  readonly #pages: Database<Buffer, [number, number]>;
+  #env!: Environment;
+  #vdis!: Database<VdiRecord, number>;
+  #pages!: Database<Buffer, [number, number]>;
   /** vid -> the last flush that is in its stored map. */
-  readonly #flushed: Database<number, number>;
-  readonly #fd: number;
+  #flushed!: Database<number, number>;
+  readonly #file: MetadataFile;
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new Map<number, VdiRecord>();
-  #reservedTo = 0;
 
-  private constructor(file: string) {
-    this.#env = open<Buffer, string>({
-      path: file,
-      noSubdir: true,
-      encoding: 'binary',
-      // a commit is answered when it is on disk, not when it is only visible
-      overlappingSync: false,
-      mapSize: MAP_SIZE,
-      maxDbs: MAX_DATABASES,
-      commitDelay: 0,
-    });
-    this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
-    this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
-    this.#flushed = this.#env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
-    this.#fd = fs.openSync(file, 'r+');
+  private constructor(file: string, readOnly: boolean) {
+    this.#file = new MetadataFile(file, { readOnly }, (env) => this.#use(env));
+  }
+
+  #use(env: Environment): void {
+    this.#env = env;
+    this.#vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
+    this.#pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    this.#flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
+    this.#records.clear();
     for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
 
-  /** Open or make the metadata of the store in `directory`. Errors: FORMAT for a newer format, IO, NO_SPACE. */
-  static async open(directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
-    const file = path.join(directory, 'meta.mdb');
+  /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
+  static async create(directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
+    const file = path.join(directory, NEW_META_FILE);
+    const doing = `making ${path.join(directory, META_FILE)}`;
+    fs.rmSync(file, { force: true });
+    let made: Metadata | undefined;
+    try {
+      makeRoomIn(file);
+      const metadata = new Metadata(file, false);
+      made = metadata;
+      metadata.#file.keepReserve();
+      await metadata.#markOpen();
+      fs.renameSync(file, path.join(directory, META_FILE));
+      metadata.#file.renamed(path.join(directory, META_FILE));
+      syncDirectory(directory);
+      return { metadata, clean: true };
+    } catch (error) {
+      await made?.close({ clean: false }).catch(() => undefined);
+      throw asMetadataError(error, doing);
+    }
+  }
+
+  #markOpen(): Promise<void> {
+    return this.#file.transaction(() => {
+      this.#putInfo('format', String(FORMAT_VERSION));
+      this.#putInfo('clean', 'no');
+    });
+  }
+
+  /**
+   * Open the metadata of the store in `directory`. `readOnly`: of a store on a read-only filesystem, which nobody changes.
+   * Errors: FORMAT for a newer format, DAMAGED, IO, NO_SPACE.
+   */
+  static async open(directory: string, { readOnly = false } = {}): Promise<{ metadata: Metadata; clean: boolean }> {
+    const file = path.join(directory, META_FILE);
     let metadata: Metadata;
     try {
       const problem = lmdbFileProblem(file);
@@ -106,9 +151,9 @@ export class Metadata {
           `${file} cannot be used: ${problem}; restore it from a backup, or move it away`,
         );
       }
-      metadata = new Metadata(file);
+      metadata = new Metadata(file, readOnly);
     } catch (error) {
-      throw libc.asStoreError(error, `opening ${file}`);
+      throw asMetadataError(error, `opening ${file}`);
     }
     const format = metadata.#env.get('format')?.toString();
     if (format !== undefined && format !== String(FORMAT_VERSION)) {
@@ -119,11 +164,17 @@ export class Metadata {
       );
     }
     const clean = format === undefined || metadata.#env.get('clean')?.toString() === 'yes';
-    metadata.#keepReserve();
-    await metadata.#transaction(() => {
-      metadata.#putInfo('format', String(FORMAT_VERSION));
-      metadata.#putInfo('clean', 'no');
-    });
+    if (readOnly) return { metadata, clean };
+    try {
+      // It may be the last space of a full disk.
+      fs.rmSync(path.join(directory, OLD_LOCK_FILE), { force: true });
+      metadata.#file.keepReserve();
+      // A crash on a full disk has left it as it has to be.
+      if (clean) await metadata.#markOpen();
+    } catch (error) {
+      await metadata.close({ clean: false }).catch(() => undefined);
+      throw asMetadataError(error, `opening ${file}`);
+    }
     return { metadata, clean };
   }
 
@@ -137,6 +188,7 @@ export class Metadata {
 
   /** The last flush that is in the stored map of `vid`; 0 if none. */
   flushedGeneration(vid: number): number {
+    this.#file.mustBeReadable();
     return this.#flushed.get(vid) ?? 0;
   }
 
@@ -153,7 +205,7 @@ export class Metadata {
 
   /** From here on logs of `session` count. `kept`: what `kept` shall say from now on; nothing if undefined. */
   async begin(session: string, kept: KeptObjects | undefined): Promise<void> {
-    await this.#transaction(() => {
+    await this.#file.transaction(() => {
       this.#putInfo('session', session);
       this.#putKept(kept);
     });
@@ -161,11 +213,12 @@ export class Metadata {
 
   /** Nothing is kept any more. */
   async forgetKept(): Promise<void> {
-    await this.#transaction(() => this.#putKept(undefined));
+    await this.#file.transaction(() => this.#putKept(undefined));
   }
 
   /** The stored map of a VDI, as long as its size asks for. */
   map(record: VdiRecord): Uint32Array {
+    this.#file.mustBeReadable();
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
     this.#readPages(record.vid, map, 0, Math.ceil(map.length / PAGE_ENTRIES));
     return map;
@@ -176,6 +229,7 @@ export class Metadata {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
     const slice = new TimeSlice();
     for (let page = 0; page * PAGE_ENTRIES < map.length; page += PAGES_PER_READ) {
+      if (page === 0) this.#file.mustBeReadable();
       this.#readPages(record.vid, map, page, page + PAGES_PER_READ);
       if (slice.isOver(0)) await slice.next();
     }
@@ -193,6 +247,7 @@ export class Metadata {
   /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */
   strayVids(): number[] {
     const strays: number[] = [];
+    this.#file.mustBeReadable();
     for (let from = 0; ;) {
       const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
       if (!first) return strays;
@@ -205,14 +260,23 @@ export class Metadata {
   async preparePages(pages: readonly PageWrite[]): Promise<void> {
     for (let from = 0; from < pages.length; from += PAGES_PER_TRANSACTION) {
       const part = pages.slice(from, from + PAGES_PER_TRANSACTION);
-      await this.#transaction(() => this.#putPages(part));
+      await this.#file.transaction(() => this.#putPages(part));
     }
+  }
+
+  /**
+   * Before anything that makes the metadata grow for good: `maps` are the maps that are stored anew. Deleting must be
+   * possible after it, on a full disk, too. Errors: NO_SPACE, with nothing changed.
+   */
+  mustHaveRoom(...maps: readonly Uint32Array[]): void {
+    const pages = maps.reduce((sum, map) => sum + storedPages(map), 0);
+    this.#file.mustHaveRoom(pages * STORED_PAGE_BYTES);
   }
 
   /** One transaction: all of it or nothing. */
   async commit(change: MetadataChange): Promise<void> {
     const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
-    await this.#transaction(() => {
+    await this.#file.transaction(() => {
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
         void this.#flushed.remove(vid);
@@ -226,10 +290,13 @@ export class Metadata {
     for (const record of change.records ?? []) this.#records.set(record.vid, record);
   }
 
+  /** `clean`: all that was answered is in it. Closed in any case; if that cannot be said in it, this fails. */
   async close(options: { clean: boolean }): Promise<void> {
-    if (options.clean) await this.#transaction(() => this.#putInfo('clean', 'yes'));
-    fs.closeSync(this.#fd);
-    await this.#env.close();
+    try {
+      if (options.clean && !this.#file.readOnly) await this.#file.transaction(() => this.#putInfo('clean', 'yes'));
+    } finally {
+      await this.#file.close();
+    }
   }
 
   #putInfo(key: string, value: string): void {
@@ -249,41 +316,34 @@ export class Metadata {
   }
 
   #pageKeys(vid: number): [number, number][] {
+    this.#file.mustBeReadable();
     return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
-  }
-
-  /** `body` puts and removes; if one of them throws, nothing of the transaction is stored. */
-  async #transaction(body: () => void): Promise<void> {
-    let failure: { readonly error: unknown } | undefined;
-    try {
-      await this.#env.childTransaction(() => {
-        try {
-          body();
-        } catch (error) {
-          failure = { error };
-          return ABORT;
-        }
-      });
-    } catch (error) {
-      failure ??= { error };
-    }
-    if (failure) {
-      const cause = failure.error as Error & { commitError?: Error };
-      throw asMetadataError(cause.commitError ?? cause);
-    }
-    this.#keepReserve();
-  }
-
-  #keepReserve(): void {
-    const { size } = fs.fstatSync(this.#fd);
-    if (size + RESERVE_BYTES / 2 <= this.#reservedTo) return;
-    if (libc.reserve(this.#fd, size, RESERVE_BYTES)) this.#reservedTo = size + RESERVE_BYTES;
   }
 }
 
-function asMetadataError(error: Error): StoreError {
-  if (/no space|ENOSPC|MDB_MAP_FULL/i.test(error.message)) {
-    return new StoreError('NO_SPACE', `storing metadata: ${error.message}`, { cause: error });
+/**
+ * Make an empty file that has the space to grow, before LMDB writes to it: LMDB ends the process if that fails. Without the
+ * space a full disk would be one on which nothing can be deleted. Errors: NO_SPACE, and those of files.
+ */
+function makeRoomIn(file: string): void {
+  const fd = fs.openSync(file, 'wx', 0o600);
+  try {
+    const first = Buffer.alloc(FIRST_BYTES);
+    if (fs.writeSync(fd, first) < first.length || libc.reserve(fd, 0, LEAST_BYTES) === 'no space') {
+      throw new StoreError('NO_SPACE', `no space left: a store needs ${LEAST_BYTES} bytes for its metadata`);
+    }
+    fs.ftruncateSync(fd, 0);
+    libc.reserve(fd, 0, LEAST_BYTES); // truncating may have given it back
+  } finally {
+    fs.closeSync(fd);
   }
-  return libc.asStoreError(error, 'storing metadata');
+}
+
+function syncDirectory(directory: string): void {
+  const fd = fs.openSync(directory, fs.constants.O_RDONLY);
+  try {
+    fs.fsyncSync(fd);
+  } finally {
+    fs.closeSync(fd);
+  }
 }

@@ -68,23 +68,29 @@ export class ObjectFiles {
   readonly #whenRemoved: (() => void)[] = [];
   readonly #whenRoom: (() => void)[] = [];
   readonly #abilities: Abilities;
+  readonly #isReadOnly: boolean;
   #noWaitReads = true;
   #reflinks = true;
   readonly #throttle = new WriteThrottle();
 
-  private constructor(root: string, abilities: Abilities, limit: number) {
+  private constructor(root: string, abilities: Abilities, limit: number, isReadOnly: boolean) {
     this.root = root;
     this.#abilities = abilities;
+    this.#isReadOnly = isReadOnly;
     this.#cache = new DescriptorCache(limit);
   }
 
-  /** `root` is the folder objects/; made with its subfolders where missing, durably. */
-  static open(root: string, options: { maxDescriptors?: number } = {}): ObjectFiles {
+  /** `root` is the folder objects/; made with its subfolders where missing, durably. `isReadOnly`: nothing is written. */
+  static open(root: string, options: { maxDescriptors?: number; isReadOnly?: boolean } = {}): ObjectFiles {
+    const limit = options.maxDescriptors ?? descriptorLimit();
+    if (options.isReadOnly) {
+      return new ObjectFiles(root, { plainReads: isTmpfs(root), punchHole: false, zeroRange: false }, limit, true);
+    }
     const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
       .map((directory) => makeDirectory(directory))
       .some((isNew) => isNew);
     if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(directory);
-    return new ObjectFiles(root, abilitiesOf(root), options.maxDescriptors ?? descriptorLimit());
+    return new ObjectFiles(root, abilitiesOf(root), limit, false);
   }
 
   /** Whether zeroing part of an object costs no writing of zeros. */
@@ -327,8 +333,8 @@ export class ObjectFiles {
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
 
-  /** Every object file's key, allocated bytes and length, in no order. For check and for the scan after a crash. */
-  async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string }> {
+  /** Every object file's key, allocated bytes, length and owner, in no order. For check and for the scan after a crash. */
+  async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string; uid: number }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       const directory = path.join(this.root, directoryName(n));
       for (const entry of await fs.promises.readdir(directory)) {
@@ -338,7 +344,7 @@ export class ObjectFiles {
         const stat = await fs.promises.lstat(name).catch(() => undefined);
         if (!stat) continue;
         const isNamedWell = key >= 0 && this.path(key) === name;
-        yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name };
+        yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name, uid: stat.uid };
       }
     }
   }
@@ -418,7 +424,7 @@ export class ObjectFiles {
     }
     const cached = this.#cache.get(vid, idx);
     if (cached) return this.#cache.begin(cached);
-    const opening = openAsync(this.path(key), fs.constants.O_RDWR).then(
+    const opening = openAsync(this.path(key), this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR).then(
       (fd) => {
         this.#opening.delete(key);
         try {
@@ -502,14 +508,25 @@ function syncDirectory(directory: string): void {
   }
 }
 
+function isTmpfs(root: string): boolean {
+  return fs.statfsSync(root).type === TMPFS_MAGIC;
+}
+
 /** Found out on a scratch file: what fallocate(2) can do differs between filesystems, their versions and options. */
 function abilitiesOf(root: string): Abilities {
   const scratch = path.join(root, 'scratch');
-  const fd = fs.openSync(scratch, 'w', 0o600);
+  let fd: number;
+  try {
+    fd = fs.openSync(scratch, 'w', 0o600);
+  } catch (error) {
+    if (libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
+    // A disk that has no room for a name. It must be possible to open the store, to delete something.
+    return { plainReads: isTmpfs(root), punchHole: true, zeroRange: false };
+  }
   try {
     fs.ftruncateSync(fd, 2 * PAGE);
     return {
-      plainReads: fs.statfsSync(root).type === TMPFS_MAGIC,
+      plainReads: isTmpfs(root),
       punchHole: libc.canPunchHole(fd, PAGE),
       zeroRange: libc.canZeroRange(fd, PAGE),
     };

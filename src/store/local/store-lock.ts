@@ -39,21 +39,24 @@ export class StoreLock {
   /** Whether what is said goes into the file. */
   #speaks: boolean;
 
-  private constructor(fd: number, location: string) {
+  private constructor(fd: number, location: string, options: { readonly isReadOnly: boolean }) {
     this.fd = fd;
-    this.#speaks = isOwnFile(fd, location);
+    this.#speaks = !options.isReadOnly && isOwnFile(fd, location);
   }
 
   /**
-   * Take the lock of the store in `location`, a directory. Errors: StoreLockedError; DAMAGED if it is a symbolic link;
-   * and those of the system.
+   * Take the lock of the store in `location`, a directory. `isReadOnly`: of a store that is on a read-only filesystem, and
+   * may be shared with others that only read; then a lock file that is missing does not matter: the directory is locked.
+   * Errors: StoreLockedError; DAMAGED if it is a symbolic link; and those of the system.
    */
-  static take(location: string, role: HolderRole): StoreLock {
+  static take(location: string, role: HolderRole, { isReadOnly = false } = {}): StoreLock {
     const file = path.join(location, 'lock');
-    const { O_RDWR, O_CREAT, O_NOFOLLOW } = fs.constants;
+    const { O_RDONLY, O_RDWR, O_CREAT, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
     let fd: number;
     try {
-      fd = fs.openSync(file, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600);
+      if (!isReadOnly) fd = fs.openSync(file, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600);
+      else if (fs.existsSync(file)) fd = fs.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
+      else fd = fs.openSync(location, O_RDONLY);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ELOOP') throw error;
       throw new StoreError(
@@ -66,12 +69,12 @@ export class StoreLock {
     }
     let isTaken = false;
     try {
-      isTaken = libc.tryLock(fd);
+      isTaken = libc.tryLock(fd, { shared: isReadOnly });
       if (!isTaken) throw new StoreLockedError(location, readHolder(fd));
     } finally {
       if (!isTaken) fs.closeSync(fd);
     }
-    const lock = new StoreLock(fd, location);
+    const lock = new StoreLock(fd, location, { isReadOnly });
     lock.say(role);
     return lock;
   }
@@ -85,7 +88,11 @@ export class StoreLock {
     // An older sheepgate that takes the lock says nothing: ours must not stand there for it.
     this.#write('');
     this.#speaks = false;
-    fs.closeSync(this.fd);
+    try {
+      fs.closeSync(this.fd);
+    } catch {
+      // Of a disk that is gone: the descriptor is closed, and the lock with it.
+    }
   }
 
   #write(text: string): void {

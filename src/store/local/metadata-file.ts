@@ -1,0 +1,265 @@
+/**
+ * The LMDB file of a local store as something that fails like a file: a failed commit is an error of those whose change it
+ * held, and of nobody else; the next one works as soon as the disk does. Owns the LMDB environment, the order of
+ * transactions, and the space that is kept for deleting on a full disk. Knows no keys.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import { ABORT } from 'lmdb';
+import { StoreError } from '../object-store.js';
+import * as libc from './libc.js';
+import { MAP_SIZE, openEnvironment, type Environment } from './lmdb-environment.js';
+
+/**
+ * Kept allocated past the end of the file while the disk has it, so that what gives space back (a delete, a flush of what
+ * was trimmed) can still be recorded when the disk is full.
+ */
+const RESERVE_BYTES = 4 * 2 ** 20;
+/** It is filled up again when less than this is left. */
+const REFILL_BYTES = RESERVE_BYTES / 2;
+/** What makes the metadata grow for good (a new VDI, a snapshot) leaves this much of it. */
+const FLOOR_BYTES = 2 ** 20;
+/** A disk that is nearly full may have part of the reserve. */
+const RESERVE_STEP = 256 * 1024;
+/** What any transaction may need beside the pages that it stores: copies of inner pages, the list of free pages. */
+const TRANSACTION_BYTES = 64 * 1024;
+/** lmdb.h. */
+const MDB_MAP_FULL = -30792;
+const PROBE_BYTES = 4096;
+const PROBE_CHUNK = 2 ** 20;
+
+interface Pending {
+  readonly body: () => void;
+  readonly resolve: () => void;
+  readonly reject: (error: Error) => void;
+  failure: unknown;
+}
+
+export class MetadataFile {
+  file: string;
+  readonly readOnly: boolean;
+  #env: Environment;
+  /** Of the same file: for its size, its reserve, and for reads that fail with an error. */
+  readonly #fd: number;
+  readonly #opened: (env: Environment) => void;
+  readonly #queue: Pending[] = [];
+  #isCommitting = false;
+  /** A commit has failed, after which LMDB may refuse all further ones (MDB_PANIC): it has to be opened anew. */
+  #mustReopen = false;
+  /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
+  #isSuspect = false;
+  #reservedTo = 0;
+  readonly #probe = Buffer.alloc(PROBE_BYTES);
+
+  /** `opened` is told of the environment, now and whenever it is opened anew. Errors: as `asMetadataError` has them. */
+  constructor(file: string, options: { readonly readOnly: boolean }, opened: (env: Environment) => void) {
+    this.file = file;
+    this.readOnly = options.readOnly;
+    this.#opened = opened;
+    this.#env = this.#open();
+    this.#fd = fs.openSync(file, options.readOnly ? 'r' : 'r+');
+  }
+
+  #open(): Environment {
+    const env = openEnvironment(this.file, { readOnly: this.readOnly });
+    try {
+      this.#opened(env);
+      return env;
+    } catch (error) {
+      void env.close();
+      throw error;
+    }
+  }
+
+  /**
+   * Run `body`, which puts and removes, in a transaction; what it did is on disk when this resolves. If this fails nothing
+   * of it is stored. `body` runs again if the transaction failed for reasons that may be another's.
+   * Errors: NO_SPACE, IO.
+   */
+  transaction(body: () => void): Promise<void> {
+    const done = new Promise<void>((resolve, reject) => {
+      this.#queue.push({ body, resolve, reject, failure: undefined });
+    });
+    if (!this.#isCommitting) void this.#commitQueued();
+    return done;
+  }
+
+  /** One at a time: whoever comes meanwhile is in the next one, with all others that came. */
+  async #commitQueued(): Promise<void> {
+    this.#isCommitting = true;
+    while (this.#queue.length > 0) {
+      const batch: Pending[] = [];
+      const error = await this.#commit(() => {
+        batch.push(...this.#queue.splice(0));
+        return batch;
+      });
+      // It may have failed before it asked who takes part.
+      if (error !== undefined && batch.length === 0) batch.push(...this.#queue.splice(0));
+      if (error !== undefined && batch.length > 1) {
+        // One that is too large for what is left must not fail those that are not.
+        for (const pending of batch) settle(pending, await this.#commit(() => [pending]));
+      } else {
+        for (const pending of batch) settle(pending, error);
+      }
+    }
+    this.#isCommitting = false;
+  }
+
+  /** Returns what failed, or undefined; a body's own failure is noted with it. */
+  async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
+    try {
+      this.mustBeReadable(); // LMDB reads in a transaction, too
+      if (this.#mustReopen) this.#reopen();
+      const env = this.#env;
+      await env.transaction(() => {
+        for (const pending of take()) runIn(env, pending);
+      });
+      this.#isSuspect = false;
+    } catch (error) {
+      const failure = this.#asCommitError(await commitErrorOf(error));
+      this.#mustReopen = true;
+      if (failure.code !== 'NO_SPACE') this.#isSuspect = true;
+      return failure;
+    }
+    try {
+      this.keepReserve();
+    } catch {
+      // What was committed is; the next one will tell.
+    }
+    return undefined;
+  }
+
+  /** A write that was cut short by the end of the disk is EIO for LMDB (mdb.c, mdb_page_flush). */
+  #asCommitError(error: unknown): StoreError {
+    const doing = `storing metadata in ${this.file}`;
+    const failure = asMetadataError(error, doing);
+    if (failure.code !== 'IO') return failure;
+    try {
+      if (libc.reserve(this.#fd, this.#size(), RESERVE_STEP) !== 'no space') return failure;
+    } catch {
+      return failure;
+    }
+    return new StoreError('NO_SPACE', `${doing}: no space left on device`, { cause: error });
+  }
+
+  /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
+  #reopen(): void {
+    const before = this.#env;
+    this.#env = this.#open();
+    this.#mustReopen = false;
+    before.close().catch(() => undefined);
+  }
+
+  /**
+   * Before anything that makes the metadata grow by `bytes` for good: it must leave the space that deleting needs.
+   * Errors: NO_SPACE, with nothing changed.
+   */
+  mustHaveRoom(bytes: number): void {
+    const size = this.#size();
+    const needed = bytes + TRANSACTION_BYTES + FLOOR_BYTES;
+    if (size + needed > MAP_SIZE) {
+      throw new StoreError('NO_SPACE', `${this.file} cannot grow beyond ${MAP_SIZE} bytes; delete snapshots or VDIs`);
+    }
+    if (this.#reservedTo - size >= needed) return;
+    const reserved = libc.reserve(this.#fd, size, needed);
+    if (reserved === 'done') this.#reservedTo = Math.max(this.#reservedTo, size + needed);
+    if (reserved !== 'no space') return;
+    throw new StoreError(
+      'NO_SPACE',
+      `no space left for metadata in ${this.file}: its disk is full, and what is reserved there is for deleting; ` +
+        'delete snapshots or VDIs, or make room on that disk',
+    );
+  }
+
+  #size(): number {
+    try {
+      return fs.fstatSync(this.#fd).size;
+    } catch (error) {
+      throw asMetadataError(error, `reading metadata in ${this.file}`);
+    }
+  }
+
+  /** Have the reserve, or as much of it as the disk has. */
+  keepReserve(): void {
+    const size = this.#size();
+    if (this.#reservedTo - size >= REFILL_BYTES) return;
+    for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
+      const reserved = libc.reserve(this.#fd, size, length);
+      if (reserved === 'done') this.#reservedTo = size + length;
+      if (reserved !== 'no space') return;
+    }
+  }
+
+  /**
+   * To be called before reading: LMDB reads through a mapping, and a page that its disk does not give would end the process
+   * (SIGBUS) instead of being an error. A filesystem that was shut down is found out by any read; after a failure all of the
+   * file is read. Errors: IO.
+   */
+  mustBeReadable(): void {
+    try {
+      if (!this.#isSuspect) {
+        fs.readSync(this.#fd, this.#probe, 0, PROBE_BYTES, 0);
+        return;
+      }
+      const { size } = fs.fstatSync(this.#fd);
+      const chunk = Buffer.allocUnsafe(PROBE_CHUNK);
+      for (let at = 0; at < size; at += PROBE_CHUNK) fs.readSync(this.#fd, chunk, 0, PROBE_CHUNK, at);
+    } catch (error) {
+      throw asMetadataError(error, `reading metadata in ${this.file}`);
+    }
+  }
+
+  /** It has another name now, under which it is opened anew if need be. */
+  renamed(file: string): void {
+    this.file = file;
+  }
+
+  async close(): Promise<void> {
+    fs.closeSync(this.#fd);
+    await this.#env.close();
+  }
+}
+
+function settle(pending: Pending, error: StoreError | undefined): void {
+  if (pending.failure !== undefined) pending.reject(asMetadataError(pending.failure, 'storing metadata'));
+  else if (error !== undefined) pending.reject(error);
+  else pending.resolve();
+}
+
+/** In a transaction of its own within the one of all, so that one that throws stores nothing. */
+function runIn(env: Environment, pending: Pending): void {
+  pending.failure = undefined;
+  try {
+    void env.childTransaction(() => {
+      try {
+        pending.body();
+      } catch (error) {
+        pending.failure = error;
+        return ABORT;
+      }
+    });
+  } catch (error) {
+    pending.failure ??= error;
+  }
+}
+
+/** lmdb-js rejects a commit with an error that says nothing, and with a promise that is rejected with the cause later. */
+async function commitErrorOf(error: unknown): Promise<unknown> {
+  const { commitError } = error as { commitError?: Promise<unknown> };
+  if (commitError === undefined) return error;
+  try {
+    await commitError;
+    return error;
+  } catch (cause) {
+    return cause;
+  }
+}
+
+/** LMDB's errors, which have the errno as a number, and those of files. */
+export function asMetadataError(error: unknown, doing: string): StoreError {
+  const { code, message } = error as { code?: unknown; message?: string };
+  if (error instanceof StoreError || typeof code !== 'number') return libc.asStoreError(error, doing);
+  if (code === MDB_MAP_FULL) return new StoreError('NO_SPACE', `${doing}: ${message}`, { cause: error });
+  const name = Object.entries(os.constants.errno).find(([, errno]) => errno === code)?.[0];
+  return libc.asStoreError(Object.assign(new Error(message, { cause: error }), { code: name }), doing);
+}

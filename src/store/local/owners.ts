@@ -1,0 +1,52 @@
+/**
+ * Whose the files of a store are: all must be of the user who has its directory, or that user's daemon cannot open what
+ * somebody else, root as a rule, has made there. Looks only: in a directory that somebody else controls nothing is chowned.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+
+/** The parts of a store beside the objects. */
+const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
+
+export class Owners {
+  readonly #location: string;
+  /** The owner of the store's directory. */
+  readonly #uid: number;
+  #wrong = 0;
+  #first: string | undefined;
+
+  constructor(location: string) {
+    this.#location = location;
+    this.#uid = fs.statSync(location).uid;
+  }
+
+  note(name: string, uid: number): void {
+    if (uid === this.#uid) return;
+    this.#wrong++;
+    this.#first ??= `${name} belongs to uid ${uid}`;
+  }
+
+  /** Everything that is not an object file. */
+  noteParts(): void {
+    for (const name of PARTS) this.#noteName(path.join(this.#location, name));
+    for (const folder of ['objects', 'recent']) {
+      const directory = path.join(this.#location, folder);
+      for (const name of fs.readdirSync(directory)) this.#noteName(path.join(directory, name));
+    }
+  }
+
+  #noteName(name: string): void {
+    const status = fs.lstatSync(name, { throwIfNoEntry: false });
+    if (status) this.note(name, status.uid);
+  }
+
+  /** One line for all of them, which says what to do; undefined if all is well. */
+  get problem(): string | undefined {
+    if (this.#first === undefined) return undefined;
+    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
+    return (
+      `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
+      `daemon stopped, as root: find ${this.#location} ! -uid ${this.#uid} -execdir chown -h ${this.#uid} {} +`
+    );
+  }
+}

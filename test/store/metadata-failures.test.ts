@@ -1,0 +1,160 @@
+/** What becomes of a store whose metadata cannot be stored: a full disk, from its first moment on; a disk that is gone. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { expect, onTestFinished, test } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { MetadataFile } from '../../src/store/local/metadata-file.js';
+import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { cli, temporaryDirectory, skipBecause, startDaemon } from '../harness/daemon.js';
+import { fill, mountImage, mountTmpfs, shutDown } from '../harness/filesystems.js';
+
+const NEEDS_ROOT = 'mounting needs root';
+
+async function opened(directory: string) {
+  const lines: string[] = [];
+  const store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
+  const catalog = new VdiCatalog(store);
+  onTestFinished(() => catalog.close().catch(() => undefined));
+  return { store, catalog, lines };
+}
+
+test('a new store on a full disk is an error that says so, and leaves nothing behind', async (context) => {
+  const directory = mountTmpfs('1m');
+  if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
+  const filler = fill(directory);
+  const store = path.join(directory, 'store');
+  const refused = await cli(['vdi', 'create', 'disk', '1G', '--store', store]);
+  expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringMatching(/no space left/i) });
+  expect(fs.existsSync(store)).toBe(false);
+  fs.mkdirSync(store);
+  expect((await cli(['serve', '--store', store])).stderr).toMatch(/no space left/i);
+  expect(fs.readdirSync(store)).toEqual([]);
+  fs.rmSync(filler);
+});
+
+test('on a full disk growth is refused before it begins, and everything can be deleted, also after a restart', async (context) => {
+  const directory = mountTmpfs('8m');
+  if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
+  const place = path.join(directory, 'store');
+  const first = await opened(place);
+  // A map of 1024 entries in each of 40 pages: every snapshot stores 320 KiB.
+  await first.catalog.create('disk', 40 * PAGE_ENTRIES * 2 ** 20, { blockSizeShift: 20 });
+  const vdi = await first.catalog.openVdi('disk');
+  for (let page = 0; page < 40; page++) await vdi.write(page * PAGE_ENTRIES * 2 ** 20, Buffer.alloc(512, 1), false);
+  await vdi.flush();
+  const filler = fill(directory);
+  const tags: string[] = [];
+  const growing = async (): Promise<void> => {
+    for (;;) {
+      await first.catalog.snapshot('disk', `s${tags.length}`);
+      tags.push(`s${tags.length}`);
+    }
+  };
+  await expect(growing()).rejects.toMatchObject({ code: 'NO_SPACE', message: /disk is full.*delete snapshots/ });
+  await expect(first.catalog.clone('disk@s0', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
+  expect((await first.catalog.list()).map(({ tag }) => tag)).toEqual([...tags, '']);
+  const read = Buffer.alloc(512);
+  await vdi.read(0, read);
+  expect(read).toEqual(Buffer.alloc(512, 1));
+  await first.catalog.release(vdi);
+  await first.catalog.close();
+  fill(directory);
+
+  const second = await opened(place);
+  for (const tag of tags) await second.catalog.remove(`disk@${tag}`);
+  await second.catalog.remove('disk');
+  expect(await second.catalog.list()).toEqual([]);
+  expect((await second.catalog.check({ repair: false })).problems).toEqual([]);
+  fs.rmSync(filler);
+  await second.catalog.create('disk', 2 ** 30);
+});
+
+test('a store that was killed on a full disk opens on the full disk', async (context) => {
+  const directory = mountTmpfs('8m');
+  if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
+  const store = path.join(directory, 'store');
+  let daemon = await startDaemon({ store, args: ['--create', 'disk:1G'] });
+  fill(directory);
+  for (const tag of ['one', 'two', 'three']) {
+    expect((await cli(['vdi', 'snapshot', 'disk', tag], { store })).stderr).toBe('');
+  }
+  await daemon.kill();
+  fill(directory);
+  daemon = await startDaemon({ store });
+  expect((await cli(['vdi', 'delete', 'disk@two'], { store })).stderr).toBe('');
+  expect((await daemon.stop()).code).toBe(0);
+});
+
+test('a commit that fails, fails those that need the space, and nobody beside them; later ones work', async (context) => {
+  const directory = mountTmpfs('8m');
+  if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
+  const { store } = await opened(path.join(directory, 'store'));
+  const { metadata } = store;
+  const filler = fill(directory);
+  const record = {
+    ...{ name: 'x', tag: '', isSnapshot: false, snapId: 1, size: 2 ** 40, blockSizeShift: 20 },
+    ...{ parentVid: 0, createdAt: 1, snapshotAt: 0 },
+  };
+  const large = pagesOf(9, new Uint32Array(2 ** 20).fill(9)).slice(0, 100);
+  const commits = [1, 2, 3].flatMap((vid) => [
+    metadata.commit({ records: [{ ...record, vid }] }),
+    ...Array.from({ length: 4 }, (_, n) =>
+      metadata.commit({ pages: large.map((page) => ({ ...page, vid: 100 + 10 * vid + n })) }),
+    ),
+  ]);
+  const results = await Promise.allSettled(commits);
+  expect(results.filter(({ status }) => status === 'rejected').length).toBeGreaterThan(0);
+  for (const result of results) {
+    if (result.status === 'rejected')
+      expect(result.reason).toMatchObject({ code: 'NO_SPACE', message: /no space left/i });
+  }
+  for (const vid of [1, 2, 3]) expect(results[(vid - 1) * 5]?.status).toBe('fulfilled');
+  fs.rmSync(filler);
+  await metadata.commit({ records: [{ ...record, vid: 4 }] });
+  expect(metadata.records().map(({ vid }) => vid)).toEqual([1, 2, 3, 4]);
+  expect(metadata.strayVids()).toHaveLength(results.filter(({ status }) => status === 'fulfilled').length - 3);
+});
+
+test('of changes that are committed together one that throws stores nothing, and the others do', async () => {
+  let env!: { put(key: string, value: Buffer): unknown; get(key: string): Buffer | undefined };
+  const file = new MetadataFile(
+    path.join(temporaryDirectory(), 'm.mdb'),
+    { readOnly: false },
+    (opened) => (env = opened),
+  );
+  const put = (key: string, fails = false) =>
+    file.transaction(() => {
+      void env.put(key, Buffer.from(key));
+      if (fails) throw new Error(`not ${key}`);
+    });
+  const results = await Promise.allSettled([put('a'), put('b', true), put('c'), put('d', true)]);
+  expect(results.map(({ status }) => status)).toEqual(['fulfilled', 'rejected', 'fulfilled', 'rejected']);
+  expect(['a', 'b', 'c', 'd'].map((key) => env.get(key)?.toString())).toEqual(['a', undefined, 'c', undefined]);
+  await file.close();
+});
+
+for (const type of ['ext4', 'xfs'] as const) {
+  test(`when a disk with ${type} is gone, errors name the cause, and SIGTERM ends the daemon in order`, async (context) => {
+    const directory = mountImage(type, 400 * 2 ** 20);
+    if (directory === undefined) return skipBecause(context, `mounting ${type} on a loop device needs root and mkfs`);
+    const daemon = await startDaemon({ store: path.join(directory, 'store'), args: ['--create', 'disk:1G'] });
+    // By its own socket: its name in the store can be looked up as long as the kernel remembers it.
+    expect((await cli(['vdi', 'snapshot', 'disk', 'before'], { store: daemon.store })).stderr).toBe('');
+    shutDown(directory);
+    for (const args of [
+      ['vdi', 'list'],
+      ['vdi', 'create', 'other', '1G'],
+      ['vdi', 'snapshot', 'disk', 'after'],
+      ['vdi', 'delete', 'disk@before'],
+      ['vdi', 'clone', 'disk@before', 'copy'],
+    ]) {
+      const refused = await cli([...args, '--control', daemon.control]);
+      expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringContaining('EIO') });
+    }
+    expect(await daemon.stop()).toEqual({ code: 1, signal: null });
+    const last = daemon.log().trimEnd().split('\n').at(-1);
+    expect(last).toMatch(/^sheepgate: .*meta\.mdb: .*EIO/);
+    expect(daemon.log()).not.toMatch(/undefined|internal error|unhandled/i);
+  });
+}
