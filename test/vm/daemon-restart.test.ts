@@ -1,11 +1,15 @@
 /**
  * The daemon ends and comes back under a filesystem that a Linux guest has mounted and writes to: once after SIGTERM,
- * once after SIGKILL. The guest attaches with examples/nbd-attach.c, over several connections and over one.
+ * once after SIGKILL, and then the disks have grown. The guest attaches with examples/nbd-attach.c, over several
+ * connections and over one.
  */
 import { expect, test } from 'vitest';
-import { startDaemon, type Daemon } from '../harness/daemon.js';
+import { cliJson, startDaemon, type Daemon } from '../harness/daemon.js';
 import { bootGuest, guestProblem, triesKernel } from './guest.js';
 
+const MIB = 2 ** 20;
+const SIZE = 128 * MIB;
+const GROWN = 192 * MIB;
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
@@ -54,6 +58,19 @@ for death in SIGTERM SIGKILL; do
   say AGAIN
 done
 
+# The disks have grown while the daemon was away: the devices do so, too, under their filesystems.
+said() { tries=0; until grep -q "$1" /tmp/attach; do sleep 0.1; tries=$((tries + 1)); [ $tries = 200 ] && fail it does not say "$1": $(cat /tmp/attach); done; }
+for n in 0 1; do
+  said "nbd$n: has grown to ${GROWN} bytes"
+  [ "$(blockdev --getsize64 /dev/nbd$n)" = ${GROWN} ] || fail the device has $(blockdev --getsize64 /dev/nbd$n) bytes
+  resize2fs /dev/nbd$n > /tmp/resize 2>&1 || fail resize2fs: $(cat /tmp/resize)
+  blocks=$(stat -f -c %b /mnt/$n)
+  [ $((blocks * $(stat -f -c %S /mnt/$n))) -gt ${SIZE} ] || fail the filesystem has $blocks blocks
+  # More than there was room for.
+  dd if=/dev/zero of=/mnt/$n/large bs=1M count=${SIZE / MIB} conv=fsync 2>/tmp/dd.large || fail writing behind the old end: $(cat /tmp/dd.large)
+done
+progress 5
+
 touch /tmp/stop
 for n in 0 1; do while [ ! -e /tmp/ended.$n ]; do sleep 0.1; done; done
 [ -e /tmp/failed ] && fail the writer: $(cat /tmp/failed)
@@ -75,7 +92,6 @@ done
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
 
 # how it ends: asked to, asked to while in use, and because somebody else has detached the device
-said() { tries=0; until grep -q "$1" /tmp/attach; do sleep 0.1; tries=$((tries + 1)); [ $tries = 200 ] && fail it does not say "$1": $(cat /tmp/attach); done; }
 kill $(cat /run/nbd-attach.nbd0.pid)
 said 'nbd0: detached'
 [ -e /sys/block/nbd0/pid ] && fail nbd0 is still attached
@@ -85,6 +101,17 @@ said 'nbd1: is in use and stays attached'
 ls /mnt/1 > /tmp/list && grep -q writable /tmp/list || fail the mounted device is gone
 umount /mnt/1
 nbd-client -d /dev/nbd1 > /dev/null
+# One that has become smaller is not taken, and is again once it has its size back.
+attach 10.0.2.2:${port} small /dev/nbd1
+say SMALL
+said "nbd1: 'small' has become smaller, ${SIZE / 2} bytes and not ${SIZE}; not taken"
+say SMALLER
+wait_for whole
+said 'nbd1: connected again'
+[ "$(blockdev --getsize64 /dev/nbd1)" = ${SIZE} ] || fail the device has $(blockdev --getsize64 /dev/nbd1) bytes
+dd if=/dev/nbd1 of=/dev/null bs=1M 2>/tmp/dd.small || fail reading it: $(cat /tmp/dd.small)
+nbd-client -d /dev/nbd1 > /dev/null
+: > /tmp/attach
 attach -r 10.0.2.2:${port} one /dev/nbd1
 [ "$(cat /sys/block/nbd1/ro)" = 1 ] || fail the device is not read-only
 nbd-client -d /dev/nbd1 > /dev/null
@@ -93,22 +120,43 @@ say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
 
 (problem === undefined ? test : test.skip)(
-  'the daemon is stopped and killed under mounted filesystems and comes back: no error, nothing that was synced is lost',
+  'the daemon is stopped and killed under mounted filesystems and comes back, with larger disks, too: no error, nothing lost',
   async (context) => {
     let daemon: Daemon = await startDaemon({
-      args: ['--listen', 'tcp:127.0.0.1:0', '--create', 'four:128M', '--create', 'one:128M'],
+      args: [
+        '--listen',
+        'tcp:127.0.0.1:0',
+        ...['four', 'one', 'small'].flatMap((name) => ['--create', `${name}:128M`]),
+      ],
     });
     const { store } = daemon;
     const port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
     const guest = await bootGuest(job(port));
     triesKernel(context, guest);
     await guest.expect('WRITING');
+    const resize = (name: string, size: number, ...options: string[]): Promise<unknown> =>
+      cliJson(['vdi', 'resize', name, String(size), ...options], { store });
+    const comeBack = async (): Promise<void> => {
+      daemon = await startDaemon({ store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
+    };
     for (const end of [() => daemon.stop(), () => daemon.kill()]) {
       await end();
-      daemon = await startDaemon({ store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
+      await comeBack();
       guest.send('back');
       await guest.expect('AGAIN');
     }
+    await daemon.stop();
+    for (const name of ['four', 'one']) await resize(name, GROWN);
+    await comeBack();
+    await guest.expect('SMALL');
+    await daemon.stop();
+    await resize('small', SIZE / 2, '--force');
+    await comeBack();
+    await guest.expect('SMALLER');
+    await daemon.stop();
+    await resize('small', SIZE);
+    await comeBack();
+    guest.send('whole');
     await guest.expect('CLEAN');
     await guest.end();
     expect((await daemon.stop()).code, daemon.log()).toBe(0);
