@@ -554,14 +554,6 @@ static _Noreturn void usage(int code)
 	exit(code);
 }
 
-static bool is_attached(uint32_t index)
-{
-	char path[64];
-
-	snprintf(path, sizeof(path), "/sys/block/nbd%u/pid", index);
-	return access(path, F_OK) == 0;
-}
-
 /* A number from the device's directory in sysfs, the first of the file or the sum of all. */
 static bool look_up(uint32_t index, const char *file, bool sum, uint64_t *value)
 {
@@ -577,6 +569,14 @@ static bool look_up(uint32_t index, const char *file, bool sum, uint64_t *value)
 		*value += each;
 	fclose(from);
 	return found;
+}
+
+/* Attached, and by us: who attached it, says the kernel. Somebody may have detached it and attached another export since. */
+static bool is_attached(uint32_t index, uint64_t attacher)
+{
+	uint64_t found;
+
+	return look_up(index, "pid", false, &found) && found == attacher;
 }
 
 /* Before Linux 5.3 a new size is ignored; before 5.10 the block size is set along with it, under a mounted filesystem. */
@@ -618,6 +618,19 @@ static bool grow(int netlink, uint16_t family, uint32_t index, uint64_t size)
 	}
 	say("has grown to %llu bytes", (unsigned long long)size);
 	return true;
+}
+
+/* Unless it is of one who has attached the device since. */
+static void remove_pid_file(const char *path)
+{
+	int pid = 0;
+	FILE *file = fopen(path, "r");
+
+	if (file == NULL)
+		return;
+	if (fscanf(file, "%d", &pid) == 1 && pid == getpid())
+		unlink(path);
+	fclose(file);
 }
 
 static uint64_t seconds_now(void)
@@ -710,6 +723,8 @@ int main(int count_of_arguments, char **arguments)
 		leave_all(connections, wanted);
 		return 1;
 	}
+	uint64_t attacher = 0;
+	look_up(index, "pid", false, &attacher);
 	/* The kernel has its own references to them; ours show which have ended. */
 	say("attached to '%s' at %s: %llu bytes, %d connection%s%s", name, address, (unsigned long long)size, wanted,
 	    wanted == 1 ? "" : "s", (export.flags & NBD_FLAG_READ_ONLY) || read_only ? ", read-only" : "");
@@ -741,9 +756,9 @@ int main(int count_of_arguments, char **arguments)
 		if (died > 0 && dead == 0)
 			say("connection lost; connecting again");
 		dead = dead + died < wanted ? dead + died : wanted;
-		if (!is_attached(index)) {
+		if (!is_attached(index, attacher)) {
 			say("was detached by somebody else");
-			unlink(pid_file);
+			remove_pid_file(pid_file);
 			return 0;
 		}
 		if (dead == 0) {
@@ -795,6 +810,10 @@ int main(int count_of_arguments, char **arguments)
 			continue;
 		}
 		pause = FIRST_PAUSE_MS;
+		if (!is_attached(index, attacher)) {
+			leave(fresh.socket);
+			continue;
+		}
 		begin(&message, family, NBD_CMD_RECONFIGURE);
 		add_u32(&message, NBD_ATTR_INDEX, index);
 		add_sockets(&message, &fresh, 1);
@@ -815,7 +834,7 @@ int main(int count_of_arguments, char **arguments)
 	}
 
 	int in_use = open(node, O_RDONLY | O_EXCL | O_CLOEXEC);
-	unlink(pid_file);
+	remove_pid_file(pid_file);
 	if (in_use < 0 && errno == EBUSY) {
 		say("is in use and stays attached, with nobody to connect it again; unmount it and run 'nbd-client -d %s'", node);
 		return 1;

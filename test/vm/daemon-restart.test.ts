@@ -3,7 +3,8 @@
  * once after SIGKILL, and then the disks have grown. The guest attaches with examples/nbd-attach.c, over several
  * connections and over one.
  */
-import { expect, test } from 'vitest';
+import net from 'node:net';
+import { expect, onTestFinished, test } from 'vitest';
 import { cliJson, startDaemon, type Daemon } from '../harness/daemon.js';
 import { bootGuest, guestProblem, triesKernel } from './guest.js';
 
@@ -14,7 +15,7 @@ const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
 /** Two disks, each with a filesystem, a writer, and the hashes of what the writer has synced. */
-const job = (port: number): string => `
+const job = (port: number, relay: number): string => `
 attach() { nbd-attach -t 3 -d 120 "$@" 2>> /tmp/attach || fail attach: $(cat /tmp/attach); }
 attach -c 4 10.0.2.2:${port} four /dev/nbd0
 attach 10.0.2.2:${port} one /dev/nbd1
@@ -111,6 +112,19 @@ said 'nbd1: connected again'
 [ "$(blockdev --getsize64 /dev/nbd1)" = ${SIZE} ] || fail the device has $(blockdev --getsize64 /dev/nbd1) bytes
 dd if=/dev/nbd1 of=/dev/null bs=1M 2>/tmp/dd.small || fail reading it: $(cat /tmp/dd.small)
 nbd-client -d /dev/nbd1 > /dev/null
+# With several connections the device grows once all of them know of it, and not before: the others refuse what is behind.
+# Who had attached it before may not have noticed yet that it is another's now, and keeps its hands off it.
+: > /tmp/attach
+attach -c 2 10.0.2.2:${relay} small /dev/nbd1
+say CONNECTED
+said 'nbd1: connected again'
+say AGAIN
+said "nbd1: has grown to ${GROWN} bytes"
+[ "$(grep -c 'connected again' /tmp/attach)" = 2 ] || fail it has grown too early: $(cat /tmp/attach)
+dd if=/dev/urandom of=/dev/nbd1 bs=1M seek=${SIZE / MIB} count=8 oflag=direct 2>/tmp/dd.small || fail writing behind the old end: $(cat /tmp/dd.small)
+[ "$(cat /run/nbd-attach.nbd1.pid)" -gt 0 ] || fail the file with the number of the process is gone
+nbd-client -d /dev/nbd1 > /dev/null
+said 'nbd1: was detached by somebody else'
 : > /tmp/attach
 attach -r 10.0.2.2:${port} one /dev/nbd1
 [ "$(cat /sys/block/nbd1/ro)" = 1 ] || fail the device is not read-only
@@ -118,6 +132,28 @@ nbd-client -d /dev/nbd1 > /dev/null
 said 'nbd1: was detached by somebody else'
 say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
+
+/** Passes connections on to `port`. */
+async function startRelay(port: number): Promise<{ port: number; cutOldest: () => void }> {
+  const sockets: net.Socket[] = [];
+  const server = net.createServer((client) => {
+    const upstream = net.connect(port, '127.0.0.1');
+    sockets.push(client);
+    for (const [from, to] of [
+      [client, upstream],
+      [upstream, client],
+    ] as const) {
+      from.pipe(to).on('error', () => undefined);
+      from.on('close', () => to.destroy());
+    }
+  });
+  onTestFinished(() => {
+    server.close();
+    for (const socket of sockets) socket.destroy();
+  });
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  return { port: (server.address() as net.AddressInfo).port, cutOldest: () => sockets.shift()?.destroy() };
+}
 
 (problem === undefined ? test : test.skip)(
   'the daemon is stopped and killed under mounted filesystems and comes back, with larger disks, too: no error, nothing lost',
@@ -131,7 +167,8 @@ say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
     });
     const { store } = daemon;
     const port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
-    const guest = await bootGuest(job(port));
+    const relay = await startRelay(port);
+    const guest = await bootGuest(job(port, relay.port));
     triesKernel(context, guest);
     await guest.expect('WRITING');
     const resize = (name: string, size: number, ...options: string[]): Promise<unknown> =>
@@ -157,6 +194,11 @@ say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
     await resize('small', SIZE);
     await comeBack();
     guest.send('whole');
+    await guest.expect('CONNECTED');
+    await resize('small', GROWN);
+    relay.cutOldest();
+    await guest.expect('AGAIN');
+    relay.cutOldest();
     await guest.expect('CLEAN');
     await guest.end();
     expect((await daemon.stop()).code, daemon.log()).toBe(0);
