@@ -1,7 +1,8 @@
 /*
  * Attaches an NBD export as /dev/nbdN and keeps it attached: when the server goes away and comes back (a restart, a lost
  * network), it connects again and hands the kernel the new connections, and the requests under way are sent again.
- * Filesystems on the device see a pause and no error. Talks to the kernel by netlink; Linux 4.12 or later.
+ * Filesystems on the device see a pause and no error. If the export has grown meanwhile, so does the device (Linux 5.10 or
+ * later), and 'resize2fs /dev/nbd0' or 'xfs_growfs /mnt' does the rest. Talks to the kernel by netlink; Linux 4.12 or later.
  *
  *   cc -O2 -o nbd-attach nbd-attach.c
  *   modprobe nbd && ./nbd-attach 192.0.2.1:10809 disk /dev/nbd0 && mount /dev/nbd0 /mnt
@@ -28,6 +29,8 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/utsname.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -54,6 +57,12 @@ struct export {
 	uint64_t size;
 	uint16_t flags;
 	uint32_t min_block;
+};
+
+/* One that the kernel has, too. The server answers on it for the size that the export had when it was opened. */
+struct connection {
+	int socket;
+	uint64_t size;
 };
 
 static const char *device = "nbd";
@@ -284,6 +293,44 @@ static int open_export(const char *address, const char *name, struct export *exp
 	return fd;
 }
 
+/* Close a connection that the kernel does not have, in good order: one that breaks off looks to a server like a lost client. */
+static void leave(int fd)
+{
+	const struct nbd_request goodbye = {.magic = htobe32(NBD_REQUEST_MAGIC), .type = htobe32(NBD_CMD_DISC)};
+
+	transmit(fd, &goodbye, sizeof(goodbye));
+	close(fd);
+}
+
+static void leave_all(const struct connection *connections, int count)
+{
+	for (int n = 0; n < count; n++)
+		leave(connections[n].socket);
+}
+
+/* What all connections can do: a request behind that would be refused on some of them. */
+static uint64_t smallest_size(const struct connection *connections, int count)
+{
+	uint64_t size = UINT64_MAX;
+
+	for (int n = 0; n < count; n++)
+		if (connections[n].size < size)
+			size = connections[n].size;
+	return size;
+}
+
+/* The first connection that has ended, by the peer or by the kernel, or -1. */
+static int find_ended(const struct connection *connections, int count)
+{
+	for (int n = 0; n < count; n++) {
+		struct pollfd state = {.fd = connections[n].socket};
+
+		if (poll(&state, 1, 0) == 1 && (state.revents & POLLHUP))
+			return n;
+	}
+	return -1;
+}
+
 /* ---- the kernel ---- */
 
 struct message {
@@ -336,14 +383,14 @@ static void end_nest(struct message *message, struct nlattr *nest)
 	nest->nla_len = (uint16_t)(message->bytes + message->header.nlmsg_len - (char *)nest);
 }
 
-static void add_sockets(struct message *message, const int *sockets, int count)
+static void add_sockets(struct message *message, const struct connection *connections, int count)
 {
 	struct nlattr *all = add(message, NBD_ATTR_SOCKETS, NULL, 0);
 
 	for (int n = 0; n < count; n++) {
 		struct nlattr *item = add(message, NBD_SOCK_ITEM, NULL, 0);
 
-		add_u32(message, NBD_SOCK_FD, (uint32_t)sockets[n]);
+		add_u32(message, NBD_SOCK_FD, (uint32_t)connections[n].socket);
 		end_nest(message, item);
 	}
 	end_nest(message, all);
@@ -507,12 +554,91 @@ static _Noreturn void usage(int code)
 	exit(code);
 }
 
-static bool is_attached(uint32_t index)
+/* A number from the device's directory in sysfs, the first of the file or the sum of all. */
+static bool look_up(uint32_t index, const char *file, bool sum, uint64_t *value)
 {
 	char path[64];
+	unsigned long long each;
+	bool found = false;
 
-	snprintf(path, sizeof(path), "/sys/block/nbd%u/pid", index);
-	return access(path, F_OK) == 0;
+	snprintf(path, sizeof(path), "/sys/block/nbd%u/%s", index, file);
+	FILE *from = fopen(path, "r");
+	if (from == NULL)
+		return false;
+	for (*value = 0; fscanf(from, "%llu", &each) == 1 && (sum || !found); found = true)
+		*value += each;
+	fclose(from);
+	return found;
+}
+
+/* Attached, and by us: who attached it, says the kernel. Somebody may have detached it and attached another export since. */
+static bool is_attached(uint32_t index, uint64_t attacher)
+{
+	uint64_t found;
+
+	return look_up(index, "pid", false, &found) && found == attacher;
+}
+
+/* Before Linux 5.3 a new size is ignored; before 5.10 the block size is set along with it, under a mounted filesystem. */
+static bool kernel_can_grow(void)
+{
+	struct utsname system;
+	int major = 0, minor = 0;
+
+	if (uname(&system) < 0 || sscanf(system.release, "%d.%d", &major, &minor) != 2)
+		return false;
+	return major > 5 || (major == 5 && minor >= 10);
+}
+
+/*
+ * Tell the kernel that the device is larger now. By itself, and when nothing is under way: since Linux 6.9 the kernel waits
+ * with this until all requests are answered, and takes no new connection meanwhile.
+ */
+static bool grow(int netlink, uint16_t family, uint32_t index, uint64_t size)
+{
+	struct message message;
+	uint64_t sectors;
+
+	if (!kernel_can_grow()) {
+		say("the export has grown, the device cannot: that needs Linux 5.10; detach and attach it to use %llu bytes",
+		    (unsigned long long)size);
+		return false;
+	}
+	begin(&message, family, NBD_CMD_RECONFIGURE);
+	add_u32(&message, NBD_ATTR_INDEX, index);
+	add_u64(&message, NBD_ATTR_SIZE_BYTES, size);
+	int problem = ask(netlink, &message, NULL);
+	if (problem != 0) {
+		say("growing to %llu bytes: %s; detach and attach it", (unsigned long long)size, strerror(-problem));
+		return false;
+	}
+	if (!look_up(index, "size", false, &sectors) || sectors * 512 != size) {
+		say("the kernel has not taken the new size, %llu bytes; detach and attach it", (unsigned long long)size);
+		return false;
+	}
+	say("has grown to %llu bytes", (unsigned long long)size);
+	return true;
+}
+
+/* Unless it is of one who has attached the device since. */
+static void remove_pid_file(const char *path)
+{
+	int pid = 0;
+	FILE *file = fopen(path, "r");
+
+	if (file == NULL)
+		return;
+	if (fscanf(file, "%d", &pid) == 1 && pid == getpid())
+		unlink(path);
+	fclose(file);
+}
+
+static uint64_t seconds_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec;
 }
 
 static bool pause_ms(int milliseconds)
@@ -525,7 +651,7 @@ int main(int count_of_arguments, char **arguments)
 {
 	struct export export;
 	struct message message;
-	int sockets[MAX_CONNECTIONS];
+	struct connection connections[MAX_CONNECTIONS];
 	int wanted = 1, request_seconds = 30, dead_seconds = 3600, block = 0;
 	bool read_only = false, foreground = false;
 	uint32_t group, index;
@@ -559,28 +685,30 @@ int main(int count_of_arguments, char **arguments)
 		return 1;
 	}
 
-	sockets[0] = open_export(address, name, &export);
-	if (sockets[0] < 0)
-		return 1;
-	if (wanted > 1 && !(export.flags & NBD_FLAG_CAN_MULTI_CONN)) {
-		say("'%s' allows one connection only", name);
-		wanted = 1;
-	}
-	for (int n = 1; n < wanted; n++) {
-		sockets[n] = open_export(address, name, &export);
-		if (sockets[n] < 0)
+	for (int n = 0; n < wanted; n++) {
+		connections[n].socket = open_export(address, name, &export);
+		if (connections[n].socket < 0) {
+			leave_all(connections, n);
 			return 1;
+		}
+		connections[n].size = export.size;
+		if (n == 0 && wanted > 1 && !(export.flags & NBD_FLAG_CAN_MULTI_CONN)) {
+			say("'%s' allows one connection only", name);
+			wanted = 1;
+		}
 	}
+	uint64_t size = smallest_size(connections, wanted);
 	if (block == 0)
 		block = export.min_block > MIN_BLOCK_SIZE ? (int)export.min_block : MIN_BLOCK_SIZE;
-	if ((uint32_t)block < export.min_block || block > MAX_BLOCK_SIZE || export.size % (uint64_t)block != 0) {
+	if ((uint32_t)block < export.min_block || block > MAX_BLOCK_SIZE || size % (uint64_t)block != 0) {
 		say("blocks of %d bytes do not go with '%s': %llu bytes, at least %u a block", block, name,
-		    (unsigned long long)export.size, export.min_block);
+		    (unsigned long long)size, export.min_block);
+		leave_all(connections, wanted);
 		return 1;
 	}
 	begin(&message, family, NBD_CMD_CONNECT);
 	add_u32(&message, NBD_ATTR_INDEX, index);
-	add_u64(&message, NBD_ATTR_SIZE_BYTES, export.size);
+	add_u64(&message, NBD_ATTR_SIZE_BYTES, size);
 	add_u64(&message, NBD_ATTR_BLOCK_SIZE_BYTES, (uint64_t)block);
 	/* Without a timeout the kernel never sends a request again that was under way when its connection died. */
 	add_u64(&message, NBD_ATTR_TIMEOUT, (uint64_t)request_seconds);
@@ -588,16 +716,17 @@ int main(int count_of_arguments, char **arguments)
 	add_u64(&message, NBD_ATTR_DEAD_CONN_TIMEOUT, (uint64_t)dead_seconds);
 	add_u64(&message, NBD_ATTR_SERVER_FLAGS, export.flags | (read_only ? NBD_FLAG_READ_ONLY : 0u));
 	add_u64(&message, NBD_ATTR_CLIENT_FLAGS, 0);
-	add_sockets(&message, sockets, wanted);
+	add_sockets(&message, connections, wanted);
 	int problem = ask(netlink, &message, NULL);
 	if (problem != 0) {
 		say(problem == -EBUSY ? "is in use already" : "attaching it: %s", strerror(-problem));
+		leave_all(connections, wanted);
 		return 1;
 	}
-	/* The kernel has its own references. */
-	for (int n = 0; n < wanted; n++)
-		close(sockets[n]);
-	say("attached to '%s' at %s: %llu bytes, %d connection%s%s", name, address, (unsigned long long)export.size, wanted,
+	uint64_t attacher = 0;
+	look_up(index, "pid", false, &attacher);
+	/* The kernel has its own references to them; ours show which have ended. */
+	say("attached to '%s' at %s: %llu bytes, %d connection%s%s", name, address, (unsigned long long)size, wanted,
 	    wanted == 1 ? "" : "s", (export.flags & NBD_FLAG_READ_ONLY) || read_only ? ", read-only" : "");
 
 	const struct sigaction ending = {.sa_handler = on_signal};
@@ -615,52 +744,97 @@ int main(int count_of_arguments, char **arguments)
 		fclose(pid);
 	}
 
+	bool had_ended = false;
+	uint64_t asked_for = size, connected_at = seconds_now();
 	for (int dead = 0, pause = FIRST_PAUSE_MS; !asked_to_end;) {
+		const uint64_t possible = smallest_size(connections, wanted) / (uint64_t)block * (uint64_t)block;
+		const bool can_grow = possible > size && possible != asked_for;
 		struct pollfd heard = {.fd = events, .events = POLLIN};
 
-		poll(&heard, 1, dead > 0 ? 0 : LOOK_MS);
+		poll(&heard, 1, dead > 0 ? 0 : can_grow ? FIRST_PAUSE_MS : LOOK_MS);
 		int died = count_dead(events, family, index, wanted);
 		if (died > 0 && dead == 0)
 			say("connection lost; connecting again");
 		dead = dead + died < wanted ? dead + died : wanted;
-		if (!is_attached(index)) {
+		if (!is_attached(index, attacher)) {
 			say("was detached by somebody else");
-			unlink(pid_file);
+			remove_pid_file(pid_file);
 			return 0;
 		}
-		if (dead == 0)
+		if (dead == 0) {
+			uint64_t under_way = 0;
+
+			/* What was under way when its connection died is sent again after request_seconds, give or take. */
+			if (can_grow && (seconds_now() - connected_at > 2 * (uint64_t)request_seconds ||
+					 (look_up(index, "inflight", true, &under_way) && under_way == 0))) {
+				asked_for = possible;
+				if (grow(netlink, family, index, possible))
+					size = possible;
+			}
+			/* Should the kernel's word have been lost: one that has ended by the next look, too, it knows of. */
+			const bool has_ended = !can_grow && !(heard.revents & POLLIN) && find_ended(connections, wanted) >= 0;
+			if (has_ended && had_ended)
+				dead = 1;
+			had_ended = has_ended;
 			continue;
-		struct export now;
-		int fd = open_export(address, name, &now);
-		if (fd >= 0 && (now.size != export.size || (now.flags & NBD_FLAG_READ_ONLY) != (export.flags & NBD_FLAG_READ_ONLY))) {
-			say("'%s' is another one than before (%llu bytes); not taken", name, (unsigned long long)now.size);
-			close(fd);
-			fd = -1;
 		}
-		if (fd < 0) {
+		had_ended = false;
+		int ended = find_ended(connections, wanted);
+		if (ended < 0) {
+			/* The kernel tells of it and shuts it down in the next moment. Or it told more than there was. */
+			if (!pause_ms(FIRST_PAUSE_MS))
+				break;
+			ended = find_ended(connections, wanted);
+			if (ended < 0) {
+				dead = 0;
+				continue;
+			}
+		}
+		struct export now;
+		struct connection fresh = {.socket = open_export(address, name, &now)};
+		if (fresh.socket >= 0 && now.size < size) {
+			say("'%s' has become smaller, %llu bytes and not %llu; not taken", name, (unsigned long long)now.size,
+			    (unsigned long long)size);
+			leave(fresh.socket);
+			fresh.socket = -1;
+		}
+		if (fresh.socket >= 0 && (now.flags & NBD_FLAG_READ_ONLY) != (export.flags & NBD_FLAG_READ_ONLY)) {
+			say("'%s' has become %s; not taken", name, now.flags & NBD_FLAG_READ_ONLY ? "read-only" : "writable");
+			leave(fresh.socket);
+			fresh.socket = -1;
+		}
+		if (fresh.socket < 0) {
 			if (!pause_ms(pause))
 				break;
 			pause = pause * 2 < LAST_PAUSE_MS ? pause * 2 : LAST_PAUSE_MS;
 			continue;
 		}
 		pause = FIRST_PAUSE_MS;
+		if (!is_attached(index, attacher)) {
+			leave(fresh.socket);
+			continue;
+		}
 		begin(&message, family, NBD_CMD_RECONFIGURE);
 		add_u32(&message, NBD_ATTR_INDEX, index);
-		add_sockets(&message, &fd, 1);
+		add_sockets(&message, &fresh, 1);
 		problem = ask(netlink, &message, NULL);
-		close(fd);
 		if (problem != 0) {
 			say("handing a new connection to the kernel: %s", strerror(-problem));
+			leave(fresh.socket);
 			if (!pause_ms(LAST_PAUSE_MS))
 				break;
 			continue;
 		}
+		close(connections[ended].socket);
+		fresh.size = now.size;
+		connections[ended] = fresh;
+		connected_at = seconds_now();
 		if (--dead == 0)
 			say("connected again");
 	}
 
 	int in_use = open(node, O_RDONLY | O_EXCL | O_CLOEXEC);
-	unlink(pid_file);
+	remove_pid_file(pid_file);
 	if (in_use < 0 && errno == EBUSY) {
 		say("is in use and stays attached, with nobody to connect it again; unmount it and run 'nbd-client -d %s'", node);
 		return 1;

@@ -53,6 +53,8 @@ export interface OpenVdi {
   overwritten?(idx: number): boolean;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
   exclusive(idx: number): boolean;
+  /** Before the exclusive object at idx is changed in place, what is there is kept aside for a temporary snapshot. */
+  isKeptAside?(idx: number): boolean;
   /**
    * Point idx at the object that `createObject` has just made for it, or at nothing with 0. Durable with the next flush,
    * never before the data is.

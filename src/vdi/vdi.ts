@@ -12,6 +12,7 @@ import {
   type VdiRecord,
 } from '../store/object-store.js';
 export type { VdiRecord } from '../store/object-store.js';
+import { isHoleIn, readsAsZeros } from './reads-as-zeros.js';
 import { CLOSED, WriteGate } from './write-gate.js';
 
 /** Object changes one zero, trim or multi-object write has under way at a time. */
@@ -92,20 +93,18 @@ export class Vdi {
   }
 
   /**
-   * Make the range zeros; unless `noHole`, its space is given back. Costs only what is allocated. With `fastZero` it
-   * fails (StoreError SLOW) before anything has changed where objects would have to be copied or zeros written.
+   * Make the range zeros; unless `noHole`, its space is given back, and what is zeros already in objects that a snapshot
+   * shares is left as it is. Costs only what is allocated. With `fastZero` it fails (StoreError SLOW) before anything has
+   * changed where objects would have to be copied or zeros written.
    */
   zero(
     offset: number,
     length: number,
     options: { noHole: boolean; fua: boolean; fastZero?: boolean },
   ): Awaitable<void> {
-    if (options.fastZero && !this.#canZeroFast(offset, length, options.noHole)) {
-      throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs data to be copied or written`);
-    }
     const turn = this.gate.tryEnter();
-    if (turn === CLOSED) return this.#whenOpen((later) => this.#zeroInside(later, offset, length, options));
-    return this.#zeroInside(turn, offset, length, options);
+    if (turn === CLOSED) return this.#whenOpen((later) => this.#zeroEntered(later, offset, length, options));
+    return this.#zeroEntered(turn, offset, length, options);
   }
 
   /** Give the range's space back; it reads as zeros. */
@@ -152,11 +151,17 @@ export class Vdi {
         joiner.add(partEnd - from, true);
       } else {
         const later = this.#reader.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
-        if (later !== undefined) return later.then(() => this.#extentsFrom(joiner, partEnd, end));
+        if (later !== undefined) return later.then(() => this.#extentsAfter(joiner, partEnd, end));
+        joiner.fillUpTo(partEnd);
       }
       from = partEnd;
     }
     joiner.finish();
+  }
+
+  #extentsAfter(joiner: ExtentJoiner, partEnd: number, end: number): Awaitable<void> {
+    joiner.fillUpTo(partEnd);
+    return this.#extentsFrom(joiner, partEnd, end);
   }
 
   /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
@@ -312,6 +317,34 @@ export class Vdi {
     await this.#open.setOwner(idx, nameVid);
   }
 
+  #zeroEntered(
+    turn: number,
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean; fastZero?: boolean },
+  ): Awaitable<void> {
+    if (options.fastZero) return this.#zeroIfFast(turn, offset, length, options);
+    return this.#zeroInside(turn, offset, length, options);
+  }
+
+  /** Decided inside the gate: no snapshot can make objects shared between the decision and the deed. */
+  async #zeroIfFast(
+    turn: number,
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean },
+  ): Promise<void> {
+    try {
+      if (!(await this.#canZeroFast(offset, length, options.noHole))) {
+        throw new StoreError('SLOW', `zeroing ${length} bytes at ${offset} needs data to be copied or written`);
+      }
+    } catch (error) {
+      this.gate.leave(turn);
+      throw error;
+    }
+    await this.#zeroInside(turn, offset, length, options);
+  }
+
   #zeroInside(
     turn: number,
     offset: number,
@@ -329,15 +362,22 @@ export class Vdi {
     if (options.fua) return this.#open.flush();
   }
 
-  #canZeroFast(offset: number, length: number, noHole: boolean): boolean {
+  async #canZeroFast(offset: number, length: number, noHole: boolean): Promise<boolean> {
     let isFast = true;
+    // Objects that would have to be copied, unless there is nothing to be done: the first and the last of the range at most.
+    const shared: { owner: number; idx: number; from: number; length: number }[] = [];
     this.#eachPart(offset, length, (idx, from, partLength) => {
       const owner = this.#open.map[idx] as number;
       const whole = this.#isWhole(idx, from, partLength);
       if (!noHole && (owner === 0 || whole)) return;
-      if (owner !== 0 && !whole && !this.#open.exclusive(idx)) isFast = false;
-      else if (!this.#store.canZeroFast({ noHole })) isFast = false;
+      if (owner !== 0 && !whole && !this.#open.exclusive(idx)) {
+        if (noHole) isFast = false;
+        else shared.push({ owner, idx, from, length: partLength });
+      } else if (!this.#store.canZeroFast({ noHole })) isFast = false;
     });
+    for (const { owner, idx, from, length: partLength } of shared) {
+      isFast &&= await isHoleIn(this.#reader, owner, idx, from, partLength);
+    }
     return isFast;
   }
 
@@ -346,19 +386,21 @@ export class Vdi {
     return within === 0 && length === Math.min(this.#objectSize, this.size - idx * this.#objectSize);
   }
 
-  #zeroObject(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
-    const later = this.#zeroObjectOnce(idx, within, length, noHole);
+  /** `looked`: the owner whose object was looked at already and is not zeros there; 0 for none. */
+  #zeroObject(idx: number, within: number, length: number, noHole: boolean, looked = 0): Awaitable<void> {
+    const later = this.#zeroObjectOnce(idx, within, length, noHole, looked);
     if (later === undefined || !this.#store.objectsMove) return later;
     return this.#againIfMoved(later, () => this.#zeroObject(idx, within, length, noHole));
   }
 
-  #zeroObjectOnce(idx: number, within: number, length: number, noHole: boolean): Awaitable<void> {
+  #zeroObjectOnce(idx: number, within: number, length: number, noHole: boolean, looked: number): Awaitable<void> {
     const transition = this.#transitions.get(idx);
     if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
     const owner = this.#open.map[idx] as number;
     const whole = this.#isWhole(idx, within, length);
     if (!noHole) {
       if (owner === 0) return;
+      if (owner !== looked && this.#isRelied(idx)) return this.#zeroUnlessZeros(idx, within, length, owner);
       if (whole) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));
     }
     if (owner !== 0 && this.#open.exclusive(idx)) {
@@ -366,6 +408,25 @@ export class Vdi {
       return later === undefined ? undefined : this.#trackInPlace(idx, later);
     }
     return this.#createThenZero(idx, within, length, noHole, whole);
+  }
+
+  /** Somebody else's snapshot relies on the object at idx: changing it costs a copy, and makes it count as changed. */
+  #isRelied(idx: number): boolean {
+    return !this.#open.exclusive(idx) || this.#open.isKeptAside?.(idx) === true;
+  }
+
+  /**
+   * A range that is zeros in `owner`'s object is done: it came to be so before this, or while this was under way. Whatever
+   * is written meanwhile, there or into a copy, counts as having come later.
+   */
+  async #zeroUnlessZeros(idx: number, within: number, length: number, owner: number): Promise<void> {
+    let isDone = false;
+    try {
+      isDone = await readsAsZeros(this.#reader, owner, idx, within, length);
+    } catch {
+      // What cannot be read can still be given up; and if it has to be copied, the copying tells.
+    }
+    if (!isDone) await this.#zeroObject(idx, within, length, false, owner);
   }
 
   async #createThenZero(idx: number, within: number, length: number, noHole: boolean, whole: boolean): Promise<void> {
@@ -452,6 +513,7 @@ class ExtentJoiner {
 
   /** The next `length` bytes. Returns false if no more are wanted. */
   add(length: number, hole: boolean): boolean {
+    if (length <= 0) return !this.isStopped;
     if (this.#hole !== undefined && hole !== this.#hole) {
       this.isStopped = !this.#sink(this.#start, this.#end - this.#start, this.#hole);
       this.#start = this.#end;
@@ -463,6 +525,11 @@ class ExtentJoiner {
 
   /** For a store, whose offsets are within an object: extents come in order and without gaps. */
   readonly addPart = (_offset: number, length: number, hole: boolean): boolean => this.add(length, hole);
+
+  /** What is missing up to `end` counts as data: extents that are short must not move what follows to a wrong place. */
+  fillUpTo(end: number): void {
+    if (!this.isStopped && this.#end < end) this.add(end - this.#end, false);
+  }
 
   finish(): void {
     if (this.isStopped || this.#hole === undefined || this.#end === this.#start) return;

@@ -91,6 +91,37 @@ describe('what goes over the wire', () => {
   });
 
   test.each([
+    ['a snapshot', () => catalog.snapshot('disk', 's')],
+    ['a temporary snapshot', () => catalog.snapshotTemporary('disk', 'now')],
+  ])(
+    'under %s, trims of what is zeros copy and write nothing, and of the rest read no more than shows it',
+    async (_, take) => {
+      await vdi.write(0, Buffer.alloc(OBJECT), false);
+      await vdi.write(OBJECT, Buffer.alloc(2 * OBJECT, 1), false);
+      await vdi.write(3 * OBJECT, Buffer.alloc(10, 1), false);
+      await take();
+      cluster.seen.length = 0;
+      await vdi.trim(0, OBJECT, false);
+      await vdi.zero(1000, OBJECT / 2, { noHole: false, fua: false });
+      await vdi.trim(3 * OBJECT + 4096, OBJECT - 4096, false);
+      const changes = [Op.CREATE, Op.WRITE, Op.REMOVE] as readonly number[];
+      expect(cluster.seen.filter(({ opcode }) => changes.includes(opcode))).toEqual([]);
+      cluster.seen.length = 0;
+      await vdi.trim(OBJECT, OBJECT, false);
+      await vdi.trim(2 * OBJECT, 8192, false);
+      const read = cluster.seen.filter(({ opcode, oid }) => opcode === Op.READ && (oid & VDI_BIT) === 0n);
+      expect(read.reduce((sum, { length }) => sum + length, 0)).toBe(2 * 4096);
+      const expected = Buffer.alloc(vdi.size);
+      expected.fill(1, 2 * OBJECT + 8192, 3 * OBJECT + 10);
+      expect((await content()).equals(expected)).toBe(true);
+      cluster.seen.length = 0;
+      // An object of its own that nobody relies on is not looked at.
+      await vdi.trim(2 * OBJECT, 8192, false);
+      expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ)).toEqual([]);
+    },
+  );
+
+  test.each([
     ['at blocks', 0],
     ['between blocks', 1000],
   ])('large reads and writes %s go in pieces that nodes have memory at hand for', async (_, from) => {

@@ -16,6 +16,7 @@ const SHIFT = 20;
 const OBJECT = 2 ** SHIFT;
 const UNIT = 512;
 const MAX_SIZE = 3 * OBJECT;
+const ZEROS = Buffer.alloc(MAX_SIZE);
 
 type Op =
   | { kind: 'write' | 'zero' | 'zero-allocated' | 'trim'; at: number; length: number; fill: number; fua: boolean }
@@ -61,10 +62,53 @@ const op: fc.Arbitrary<Op> = fc.oneof(
   },
 );
 
-/** The reference: per VDI and snapshot simply all its bytes. */
+/**
+ * The reference: per VDI and snapshot simply all its bytes, and per object a number that is another one whenever it was
+ * written, or zeroed where it was not zeros. Two of a line may differ in the objects whose numbers differ, and in no other.
+ */
 class Model {
   readonly disks = new Map<string, Buffer>();
+  readonly versions = new Map<string, number[]>();
   working: string[] = [];
+  #version = 0;
+
+  add(name: string, content: Buffer, versions: readonly number[] = []): void {
+    this.disks.set(name, content);
+    this.versions.set(name, [...versions]);
+  }
+
+  /** `name` as `from` is now. */
+  copy(name: string, from: string): void {
+    this.add(name, Buffer.from(this.disks.get(from) as Buffer), this.versions.get(from));
+  }
+
+  delete(name: string): void {
+    this.disks.delete(name);
+    this.versions.delete(name);
+  }
+
+  /** Objects of the range were written, or may have been. */
+  touch(name: string, at: number, length: number): void {
+    const versions = this.versions.get(name) as number[];
+    for (let idx = Math.floor(at / OBJECT); idx * OBJECT < at + length; idx++) versions[idx] = ++this.#version;
+  }
+
+  /** The range becomes zeros. Whether it was not yet. */
+  zero(name: string, at: number, length: number): boolean {
+    const disk = this.disks.get(name) as Buffer;
+    let isChange = false;
+    for (let done = 0; done < length;) {
+      const from = at + done;
+      const part = Math.min(OBJECT - (from % OBJECT), length - done);
+      if (!isZeros(disk.subarray(from, from + part))) {
+        isChange = true;
+        this.touch(name, from, part);
+      }
+      done += part;
+    }
+    disk.fill(0, at, at + length);
+    return isChange;
+  }
 
   get snapshots(): string[] {
     return [...this.disks.keys()].filter((name) => name.includes('@') && !name.includes('@now:'));
@@ -105,7 +149,7 @@ class Run {
 
   async create(name: string, size: number): Promise<void> {
     await this.catalog.create(name, size, { blockSizeShift: SHIFT });
-    this.model.disks.set(name, Buffer.alloc(size));
+    this.model.add(name, Buffer.alloc(size));
     this.model.working.push(name);
   }
 
@@ -128,11 +172,15 @@ class Run {
           const data = Buffer.alloc(length, step.fill);
           data.writeUInt8(step.fill ^ 0x55, length - 1);
           data.copy(disk, at);
+          this.model.touch(current, at, length);
           await vdi.write(at, data, step.fua);
         } else {
-          disk.fill(0, at, at + length);
+          const { copies } = vdi;
+          const isChange = this.model.zero(current, at, length);
+          if (step.kind === 'zero-allocated') this.model.touch(current, at, length);
           if (step.kind === 'trim') await vdi.trim(at, length, step.fua);
           else await vdi.zero(at, length, { noHole: step.kind === 'zero-allocated', fua: step.fua });
+          if (!isChange && step.kind !== 'zero-allocated') expect(vdi.copies, 'copies for zeros').toBe(copies);
         }
         break;
       }
@@ -146,19 +194,19 @@ class Run {
         await this.detach();
         await this.catalog.close();
         await this.start();
-        for (const name of this.model.temporary) this.model.disks.delete(name);
+        for (const name of this.model.temporary) this.model.delete(name);
         break;
       case 'snapshot': {
         const tag = `t${this.#counter++}`;
         await this.catalog.snapshot(current, tag);
-        this.model.disks.set(`${current}@${tag}`, Buffer.from(disk));
+        this.model.copy(`${current}@${tag}`, current);
         break;
       }
       case 'temporary': {
         if (this.model.temporary.length >= 3) break;
         const tag = `now:${this.#counter++}`;
         await this.catalog.snapshotTemporary(current, tag);
-        this.model.disks.set(`${current}@${tag}`, Buffer.from(disk));
+        this.model.copy(`${current}@${tag}`, current);
         break;
       }
       case 'clone': {
@@ -166,7 +214,7 @@ class Run {
         if (!from || this.model.working.length >= 3) break;
         const name = `c${this.#counter++}`;
         await this.catalog.clone(from, name);
-        this.model.disks.set(name, Buffer.from(this.model.disks.get(from) as Buffer));
+        this.model.copy(name, from);
         this.model.working.push(name);
         break;
       }
@@ -179,7 +227,7 @@ class Run {
         const name = from.split('@')[0] as string;
         await this.detach(name);
         await this.catalog.rollback(from);
-        this.model.disks.set(name, Buffer.from(this.model.disks.get(from) as Buffer));
+        this.model.copy(name, from);
         break;
       }
       case 'delete': {
@@ -193,15 +241,22 @@ class Run {
       case 'read': {
         const name = pickOf([...this.model.disks.keys()], step.pick) as string;
         await this.compare(name);
+        if (name.includes('@')) await this.compareChanges(name);
         break;
       }
       case 'resize': {
         const size = step.units * UNIT;
         if (size < disk.length) await this.detach(current);
         await this.catalog.resize(current, size, { force: true });
+        if (size < disk.length) {
+          this.model.zero(current, size, disk.length - size);
+          // Objects that are cut off are gone, whatever they held.
+          const cut = Math.ceil(size / OBJECT) * OBJECT;
+          if (cut < disk.length) this.model.touch(current, cut, disk.length - cut);
+        }
         const resized = Buffer.alloc(size);
         disk.copy(resized);
-        this.model.disks.set(current, resized);
+        this.model.add(current, resized, this.model.versions.get(current));
         break;
       }
     }
@@ -213,7 +268,28 @@ class Run {
       const [vdi, tag] = name.split('@') as [string, string];
       await this.catalog.dropTemporary(vdi, tag);
     } else await this.catalog.remove(name);
-    this.model.disks.delete(name);
+    this.model.delete(name);
+  }
+
+  /** What counts as changed between a snapshot and its working VDI: all that differs, and nothing but what was touched. */
+  async compareChanges(base: string): Promise<void> {
+    const name = base.split('@')[0] as string;
+    if (!this.model.working.includes(name)) return;
+    const [now, before] = [await this.device(name), await this.device(base)];
+    const content = this.model.disks.get(name) as Buffer;
+    const old = Buffer.alloc(content.length);
+    (this.model.disks.get(base) as Buffer).copy(old);
+    const [versions, oldVersions] = [this.model.versions.get(name) ?? [], this.model.versions.get(base) ?? []];
+    now.changedSince(before, 0, content.length, (at, length, isChanged) => {
+      if (!isChanged && !content.subarray(at, at + length).equals(old.subarray(at, at + length))) {
+        throw new Error(`${name} differs from ${base} in ${length} bytes at ${at}, which count as unchanged`);
+      }
+      for (let idx = at / OBJECT; isChanged && idx * OBJECT < at + length; idx++) {
+        if (versions[idx] === oldVersions[idx])
+          throw new Error(`object ${idx} of ${name} counts as changed since ${base}`);
+      }
+      return true;
+    });
   }
 
   async compare(name: string): Promise<void> {
@@ -237,12 +313,17 @@ class Run {
 
   async finish(): Promise<void> {
     for (const name of this.model.disks.keys()) await this.compare(name);
+    for (const name of this.model.disks.keys()) if (name.includes('@')) await this.compareChanges(name);
     for (const name of this.model.temporary) await this.remove(name);
     await this.detach();
     const report = await this.catalog.check({ repair: false });
     expect(report.problems).toEqual([]);
     await this.catalog.close();
   }
+}
+
+function isZeros(data: Buffer): boolean {
+  return data.equals(ZEROS.subarray(0, data.length));
 }
 
 function pickOf<T>(from: readonly T[], pick: number): T | undefined {

@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 attach="$here/../../examples/nbd-attach.c"
 # What the guest's programs need of the kernel, and what they are. nbd-attach comes with them.
 modules="virtio_pci virtio_net virtio_blk nbd ext4 xfs"
-programs="dash busybox nbd-client mkfs.ext4 e2fsck mkfs.xfs xfs_repair blkdiscard fallocate rsync"
+programs="dash busybox nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair blkdiscard fallocate rsync"
 
 cannot() { echo "$1" >&2; exit 3; }
 here_and_sbin="$PATH:/usr/sbin:/sbin"

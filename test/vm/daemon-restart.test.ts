@@ -1,16 +1,21 @@
 /**
  * The daemon ends and comes back under a filesystem that a Linux guest has mounted and writes to: once after SIGTERM,
- * once after SIGKILL. The guest attaches with examples/nbd-attach.c, over several connections and over one.
+ * once after SIGKILL, and then the disks have grown. The guest attaches with examples/nbd-attach.c, over several
+ * connections and over one.
  */
-import { expect, test } from 'vitest';
-import { startDaemon, type Daemon } from '../harness/daemon.js';
+import net from 'node:net';
+import { expect, onTestFinished, test } from 'vitest';
+import { cliJson, startDaemon, type Daemon } from '../harness/daemon.js';
 import { bootGuest, guestProblem, triesKernel } from './guest.js';
 
+const MIB = 2 ** 20;
+const SIZE = 128 * MIB;
+const GROWN = 192 * MIB;
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
 /** Two disks, each with a filesystem, a writer, and the hashes of what the writer has synced. */
-const job = (port: number): string => `
+const job = (port: number, relay: number): string => `
 attach() { nbd-attach -t 3 -d 120 "$@" 2>> /tmp/attach || fail attach: $(cat /tmp/attach); }
 attach -c 4 10.0.2.2:${port} four /dev/nbd0
 attach 10.0.2.2:${port} one /dev/nbd1
@@ -54,6 +59,19 @@ for death in SIGTERM SIGKILL; do
   say AGAIN
 done
 
+# The disks have grown while the daemon was away: the devices do so, too, under their filesystems.
+said() { tries=0; until grep -q "$1" /tmp/attach; do sleep 0.1; tries=$((tries + 1)); [ $tries = 200 ] && fail it does not say "$1": $(cat /tmp/attach); done; }
+for n in 0 1; do
+  said "nbd$n: has grown to ${GROWN} bytes"
+  [ "$(blockdev --getsize64 /dev/nbd$n)" = ${GROWN} ] || fail the device has $(blockdev --getsize64 /dev/nbd$n) bytes
+  resize2fs /dev/nbd$n > /tmp/resize 2>&1 || fail resize2fs: $(cat /tmp/resize)
+  blocks=$(stat -f -c %b /mnt/$n)
+  [ $((blocks * $(stat -f -c %S /mnt/$n))) -gt ${SIZE} ] || fail the filesystem has $blocks blocks
+  # More than there was room for.
+  dd if=/dev/zero of=/mnt/$n/large bs=1M count=${SIZE / MIB} conv=fsync 2>/tmp/dd.large || fail writing behind the old end: $(cat /tmp/dd.large)
+done
+progress 5
+
 touch /tmp/stop
 for n in 0 1; do while [ ! -e /tmp/ended.$n ]; do sleep 0.1; done; done
 [ -e /tmp/failed ] && fail the writer: $(cat /tmp/failed)
@@ -75,7 +93,6 @@ done
 dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting' > /tmp/errors && fail $(cat /tmp/errors)
 
 # how it ends: asked to, asked to while in use, and because somebody else has detached the device
-said() { tries=0; until grep -q "$1" /tmp/attach; do sleep 0.1; tries=$((tries + 1)); [ $tries = 200 ] && fail it does not say "$1": $(cat /tmp/attach); done; }
 kill $(cat /run/nbd-attach.nbd0.pid)
 said 'nbd0: detached'
 [ -e /sys/block/nbd0/pid ] && fail nbd0 is still attached
@@ -85,6 +102,30 @@ said 'nbd1: is in use and stays attached'
 ls /mnt/1 > /tmp/list && grep -q writable /tmp/list || fail the mounted device is gone
 umount /mnt/1
 nbd-client -d /dev/nbd1 > /dev/null
+# One that has become smaller is not taken, and is again once it has its size back.
+attach 10.0.2.2:${port} small /dev/nbd1
+say SMALL
+said "nbd1: 'small' has become smaller, ${SIZE / 2} bytes and not ${SIZE}; not taken"
+say SMALLER
+wait_for whole
+said 'nbd1: connected again'
+[ "$(blockdev --getsize64 /dev/nbd1)" = ${SIZE} ] || fail the device has $(blockdev --getsize64 /dev/nbd1) bytes
+dd if=/dev/nbd1 of=/dev/null bs=1M 2>/tmp/dd.small || fail reading it: $(cat /tmp/dd.small)
+nbd-client -d /dev/nbd1 > /dev/null
+# With several connections the device grows once all of them know of it, and not before: the others refuse what is behind.
+# Who had attached it before may not have noticed yet that it is another's now, and keeps its hands off it.
+: > /tmp/attach
+attach -c 2 10.0.2.2:${relay} small /dev/nbd1
+say CONNECTED
+said 'nbd1: connected again'
+say AGAIN
+said "nbd1: has grown to ${GROWN} bytes"
+[ "$(grep -c 'connected again' /tmp/attach)" = 2 ] || fail it has grown too early: $(cat /tmp/attach)
+dd if=/dev/urandom of=/dev/nbd1 bs=1M seek=${SIZE / MIB} count=8 oflag=direct 2>/tmp/dd.small || fail writing behind the old end: $(cat /tmp/dd.small)
+[ "$(cat /run/nbd-attach.nbd1.pid)" -gt 0 ] || fail the file with the number of the process is gone
+nbd-client -d /dev/nbd1 > /dev/null
+said 'nbd1: was detached by somebody else'
+: > /tmp/attach
 attach -r 10.0.2.2:${port} one /dev/nbd1
 [ "$(cat /sys/block/nbd1/ro)" = 1 ] || fail the device is not read-only
 nbd-client -d /dev/nbd1 > /dev/null
@@ -92,23 +133,72 @@ said 'nbd1: was detached by somebody else'
 say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
 
+/** Passes connections on to `port`. */
+async function startRelay(port: number): Promise<{ port: number; cutOldest: () => void }> {
+  const sockets: net.Socket[] = [];
+  const server = net.createServer((client) => {
+    const upstream = net.connect(port, '127.0.0.1');
+    sockets.push(client);
+    for (const [from, to] of [
+      [client, upstream],
+      [upstream, client],
+    ] as const) {
+      from.pipe(to).on('error', () => undefined);
+      from.on('close', () => to.destroy());
+    }
+  });
+  onTestFinished(() => {
+    server.close();
+    for (const socket of sockets) socket.destroy();
+  });
+  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
+  return { port: (server.address() as net.AddressInfo).port, cutOldest: () => sockets.shift()?.destroy() };
+}
+
 (problem === undefined ? test : test.skip)(
-  'the daemon is stopped and killed under mounted filesystems and comes back: no error, nothing that was synced is lost',
+  'the daemon is stopped and killed under mounted filesystems and comes back, with larger disks, too: no error, nothing lost',
   async (context) => {
     let daemon: Daemon = await startDaemon({
-      args: ['--listen', 'tcp:127.0.0.1:0', '--create', 'four:128M', '--create', 'one:128M'],
+      args: [
+        '--listen',
+        'tcp:127.0.0.1:0',
+        ...['four', 'one', 'small'].flatMap((name) => ['--create', `${name}:128M`]),
+      ],
     });
     const { store } = daemon;
     const port = Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
-    const guest = await bootGuest(job(port));
+    const relay = await startRelay(port);
+    const guest = await bootGuest(job(port, relay.port));
     triesKernel(context, guest);
     await guest.expect('WRITING');
+    const resize = (name: string, size: number, ...options: string[]): Promise<unknown> =>
+      cliJson(['vdi', 'resize', name, String(size), ...options], { store });
+    const comeBack = async (): Promise<void> => {
+      daemon = await startDaemon({ store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
+    };
     for (const end of [() => daemon.stop(), () => daemon.kill()]) {
       await end();
-      daemon = await startDaemon({ store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
+      await comeBack();
       guest.send('back');
       await guest.expect('AGAIN');
     }
+    await daemon.stop();
+    for (const name of ['four', 'one']) await resize(name, GROWN);
+    await comeBack();
+    await guest.expect('SMALL');
+    await daemon.stop();
+    await resize('small', SIZE / 2, '--force');
+    await comeBack();
+    await guest.expect('SMALLER');
+    await daemon.stop();
+    await resize('small', SIZE);
+    await comeBack();
+    guest.send('whole');
+    await guest.expect('CONNECTED');
+    await resize('small', GROWN);
+    relay.cutOldest();
+    await guest.expect('AGAIN');
+    relay.cutOldest();
     await guest.expect('CLEAN');
     await guest.end();
     expect((await daemon.stop()).code, daemon.log()).toBe(0);

@@ -133,6 +133,11 @@ export class LocalVdi implements OpenVdi {
     return owner === this.#nameVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
+  isKeptAside(idx: number): boolean {
+    const owner = this.map[idx] as number;
+    return this.temporaries.some((temporary) => temporary.shares(owner, idx));
+  }
+
   setOwner(idx: number, owner: number): void {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);

@@ -24,6 +24,8 @@ const TMPFS_MAGIC = 0x01021994;
 const PARALLEL_REMOVALS = 4;
 /** Whoever has more to remove waits: a queue of a million names costs memory, and to grow it holds the loop. */
 const MAX_QUEUED_REMOVALS = 4096;
+/** After so many contradicting answers the rest of a range counts as data: a range may be punched and written for ever. */
+const MAX_CONTRADICTIONS = 16;
 const DESCRIPTOR_HEADROOM = 512;
 const MAX_DESCRIPTORS = 65_536;
 const DEFAULT_DESCRIPTORS = 512;
@@ -228,6 +230,7 @@ export class ObjectFiles {
       // Behind its end there would be nothing but a hole.
       this.#mustBeWhole(file.key, fd);
       const end = offset + length;
+      let contradictions = 0;
       for (let at = offset; at < end;) {
         const found = await libc.nextData(fd, at);
         const data = found < 0 ? end : Math.min(found, end);
@@ -235,6 +238,15 @@ export class ObjectFiles {
         if (data >= end) return;
         const firstHole = await libc.nextHole(fd, data);
         if (at === offset && data === offset && firstHole >= end) await this.#noteIfDense(file);
+        if (firstHole <= data) {
+          // Data a moment ago, a hole by now: it was punched out between the two questions.
+          if (contradictions++ < MAX_CONTRADICTIONS) {
+            at = data;
+            continue;
+          }
+          sink(data, end - data, false);
+          return;
+        }
         const hole = Math.min(firstHole, end);
         if (!sink(data, hole - data, false)) return;
         at = hole;
@@ -246,7 +258,8 @@ export class ObjectFiles {
   async #noteIfDense(file: ObjectFile): Promise<void> {
     file.isDense = true;
     const { size } = fs.fstatSync(file.fd);
-    if ((await libc.nextHole(file.fd, 0)) < size) file.isDense = false;
+    // Empty: it is being made anew this moment, and what it will be nobody knows.
+    if (size === 0 || (await libc.nextHole(file.fd, 0)) < size) file.isDense = false;
   }
 
   /** Data of the object is on stable storage when this resolves (fdatasync). */

@@ -92,15 +92,20 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     for (let idx = 0; idx < this.map.length; idx++) this.leave(idx, this.map[idx] as number);
   }
 
+  /** Whether the working VDI's object at idx, which is `owner`'s, is the one that it had when this was taken. */
+  shares(owner: number, idx: number): boolean {
+    if (idx >= this.map.length) return false;
+    this.#freeze(idx);
+    return this.map[idx] === owner;
+  }
+
   /**
    * The range of the working VDI's object is about to be changed in place. It may be when this is answered; it never
    * fails: if there is no room for what was there, it is the snapshot that is lost, and not the write.
    */
   keep(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
-    if (idx >= this.map.length) return;
-    this.#freeze(idx);
     // Made since, or another one's: not what we have.
-    if (this.map[idx] !== owner) return;
+    if (!this.shares(owner, idx)) return;
     if (this.#source !== undefined) {
       // Writes from before the snapshot may be under way. A block is kept when they are done with the object, not half-way.
       const idle = this.#host.files.idle(objectKey(owner, idx));
@@ -126,7 +131,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     return this.#host.files.willNeed(owner, idx, offset, length);
   }
 
-  /** Blocks that were overwritten count as data, whatever they held. */
+  /** Blocks that were overwritten count as data, whatever they held. Errors: IO if the snapshot was given up. */
   objectExtents(
     owner: number,
     idx: number,
@@ -134,9 +139,12 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
   ): Awaitable<void> {
+    if (this.#failure !== undefined) return Promise.reject(this.#failure);
     const base = idx * this.#objectSize;
     return this.#host.files.extents(owner, idx, offset, length, (at, size, hole) => {
       if (!hole) return sink(at, size, false);
+      // A hole may be what the working VDI has made of data that could not be kept.
+      if (this.#failure !== undefined) throw this.#failure;
       const end = at + size;
       const blocksEnd = base + Math.ceil(end / KEPT_BLOCK) * KEPT_BLOCK;
       for (let kept = false; at < end; kept = !kept) {
@@ -150,6 +158,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   }
 
   overwritten(idx: number): boolean {
+    if (this.#failure !== undefined) return true;
     const base = idx * this.#objectSize;
     return this.#images.next(base, base + this.#objectSize, true) < base + this.#objectSize;
   }

@@ -85,6 +85,10 @@ export class SheepVdi implements OpenVdi {
     return this.map[idx] === this.record.vid;
   }
 
+  isKeptAside(idx: number): boolean {
+    return this.shadows.some((shadow) => shadow.isLive && shadow.map[idx] === this.record.vid);
+  }
+
   /** Resolves when the entry is in the inode, and the inode still the working VDI's. Errors: MOVED, and the cluster's. */
   setOwner(idx: number, owner: number): Promise<void> {
     if (this.#doubtful.has(idx)) return Promise.reject(doubtfulError(this.record, idx));

@@ -1,0 +1,150 @@
+/**
+ * What the local store says about data and holes while others punch, write, remove and make anew the objects that it is
+ * asked about. What is said must be usable (in order, without gaps, nothing empty) and must never be a hole where data
+ * was written before the question.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import * as libc from '../../src/store/local/libc.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+
+vi.mock('../../src/store/local/libc.js', async (original) => {
+  const real = await original<typeof libc>();
+  return { ...real, nextData: vi.fn(real.nextData), nextHole: vi.fn(real.nextHole) };
+});
+const nextData = vi.mocked(libc.nextData);
+const nextHole = vi.mocked(libc.nextHole);
+
+const BLOCK = 4096;
+const OBJECT = 2 ** 20;
+const SIZE = 2 * OBJECT;
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+let vdi: Vdi;
+
+beforeEach(async () => {
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-extents-'));
+  store = await LocalStore.open(directory);
+  catalog = new VdiCatalog(store);
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  vdi = await catalog.openVdi('disk');
+});
+
+afterEach(async () => {
+  nextData.mockReset();
+  nextHole.mockReset();
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+interface Extent {
+  readonly at: number;
+  readonly length: number;
+  readonly hole: boolean;
+}
+
+/** All extents of the range; fails if they are not in order, have a gap, or one is empty. */
+async function extentsOf(of: Vdi, offset = 0, length = of.size): Promise<Extent[]> {
+  const found: Extent[] = [];
+  let reached = offset;
+  await of.extents(offset, length, (at, size, hole) => {
+    expect(at).toBe(reached);
+    expect(size).toBeGreaterThan(0);
+    reached = at + size;
+    found.push({ at, length: size, hole });
+    return true;
+  });
+  expect(reached).toBe(offset + length);
+  return found;
+}
+
+/** Every block but the last of an object, so that there is always a hole to look for. */
+async function fill(idx: number): Promise<void> {
+  await vdi.write(idx * OBJECT, Buffer.alloc(OBJECT - BLOCK, 1), false);
+}
+
+test('data that is punched out between two looks is asked for again, and what follows is told as it is', async () => {
+  await fill(0);
+  nextHole.mockImplementationOnce(async (fd, at) => {
+    const real = await vi.importActual<typeof libc>('../../src/store/local/libc.js');
+    await real.punchHole(fd, 0, OBJECT / 2);
+    return real.nextHole(fd, at);
+  });
+  expect(await extentsOf(vdi, 0, OBJECT)).toEqual([
+    { at: 0, length: OBJECT / 2, hole: true },
+    { at: OBJECT / 2, length: OBJECT / 2 - BLOCK, hole: false },
+    { at: OBJECT - BLOCK, length: BLOCK, hole: true },
+  ]);
+});
+
+test('where every look contradicts the one before it, the range counts as data', async () => {
+  await fill(0);
+  nextData.mockImplementation((_fd, at) => Promise.resolve(at));
+  nextHole.mockImplementation((_fd, at) => Promise.resolve(at));
+  expect(await extentsOf(vdi, 0, OBJECT)).toEqual([{ at: 0, length: OBJECT, hole: false }]);
+  expect(nextData.mock.calls.length).toBeLessThan(100);
+});
+
+test('extents can be used, and hide nothing that was written, while the object is punched, emptied and written anew', async () => {
+  await fill(0);
+  await vdi.write(OBJECT + BLOCK, Buffer.alloc(BLOCK, 9), false);
+  let stop = false;
+  const churn = async (): Promise<void> => {
+    for (let n = 0; !stop; n++) {
+      if (n % 5 === 4) await vdi.trim(0, OBJECT, false);
+      else await vdi.trim((n % 16) * 16 * BLOCK, 16 * BLOCK, false);
+      if (n % 3 === 0) await vdi.write((n % 16) * 16 * BLOCK, Buffer.alloc(16 * BLOCK, (n % 255) | 1), n % 7 === 0);
+      else await vdi.write(0, Buffer.alloc(OBJECT - BLOCK, (n % 255) | 1), false);
+    }
+  };
+  const churning = Promise.all([churn(), churn()]);
+  try {
+    for (let n = 0; n < 1000; n++) {
+      const found = await extentsOf(vdi);
+      const kept = found.find(({ at, length }) => at <= OBJECT + BLOCK && at + length >= OBJECT + 2 * BLOCK);
+      expect(kept?.hole).toBe(false);
+    }
+  } finally {
+    stop = true;
+    await churning;
+  }
+});
+
+test('a temporary snapshot that is lost tells no holes where it cannot be read', async () => {
+  await fill(0);
+  await catalog.snapshotTemporary('disk', 'now');
+  // A directory in its place: the scratch file cannot be made.
+  fs.mkdirSync(path.join(directory, 'scratch'));
+  await vdi.trim(0, OBJECT / 2, false);
+  fs.rmdirSync(path.join(directory, 'scratch'));
+  const now = await catalog.openVdi('disk@now');
+  await expect(extentsOf(now)).rejects.toThrow(/disk@now is lost/);
+  await catalog.snapshot('disk', 'after');
+  const after = await catalog.openVdi('disk@after');
+  const changed: boolean[] = [];
+  after.changedSince(now, 0, OBJECT, (_at, _length, isChanged) => changed.push(isChanged) > 0);
+  expect(changed).toEqual([true]);
+  await catalog.release(now);
+  await catalog.release(after);
+});
+
+test('one that is lost while its extents are looked for tells none either', async () => {
+  await fill(0);
+  await catalog.snapshotTemporary('disk', 'now');
+  const now = await catalog.openVdi('disk@now');
+  fs.mkdirSync(path.join(directory, 'scratch'));
+  nextData.mockImplementationOnce(async (fd, at) => {
+    const real = await vi.importActual<typeof libc>('../../src/store/local/libc.js');
+    await vdi.trim(0, OBJECT / 2, false);
+    return real.nextData(fd, at);
+  });
+  await expect(extentsOf(now)).rejects.toThrow(/disk@now is lost/);
+  fs.rmdirSync(path.join(directory, 'scratch'));
+  await catalog.release(now);
+});

@@ -1,0 +1,234 @@
+/**
+ * TRIM and WRITE_ZEROES in objects that a snapshot shares, on the local store: what reads the same before and after costs
+ * no space, copies nothing and does not count as changed; what does not, does.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+
+const BLOCK = 4096;
+const OBJECT = 2 ** 20;
+const SIZE = 8 * OBJECT;
+const TRIM = { noHole: false, fua: false };
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+let vdi: Vdi;
+
+beforeEach(async () => {
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-trim-'));
+  store = await LocalStore.open(directory);
+  catalog = new VdiCatalog(store);
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  vdi = await catalog.openVdi('disk');
+});
+
+afterEach(async () => {
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+/** Object files and the bytes that they take up. */
+function objects(): { files: number; bytes: number } {
+  let files = 0;
+  let bytes = 0;
+  const root = path.join(directory, 'objects');
+  for (const folder of fs.readdirSync(root)) {
+    for (const file of fs.readdirSync(path.join(root, folder))) {
+      files++;
+      bytes += fs.statSync(path.join(root, folder, file)).blocks * 512;
+    }
+  }
+  return { files, bytes };
+}
+
+/** Objects that count as changed since the snapshot. */
+async function changedSince(spec: string): Promise<number[]> {
+  const base = await catalog.openVdi(spec);
+  const changed: number[] = [];
+  vdi.changedSince(base, 0, SIZE, (at, length, isChanged) => {
+    if (isChanged) for (let each = at; each < at + length; each += OBJECT) changed.push(each / OBJECT);
+    return true;
+  });
+  await catalog.release(base);
+  return changed;
+}
+
+async function content(of: Vdi): Promise<Buffer> {
+  const all = Buffer.alloc(SIZE, 0xaa);
+  await of.read(0, all);
+  return all;
+}
+
+/** 0: data but for its second half; 1: zeros that were written; 2: a little data amid a hole; 3: not allocated; 4: data. */
+async function layOut(): Promise<void> {
+  await vdi.write(0, Buffer.alloc(OBJECT / 2, 1), false);
+  await vdi.write(OBJECT, Buffer.alloc(OBJECT), false);
+  await vdi.write(2 * OBJECT + OBJECT / 2, Buffer.alloc(BLOCK, 2), false);
+  await vdi.write(4 * OBJECT, Buffer.alloc(OBJECT, 4), true);
+}
+
+describe.each([
+  ['a snapshot', 'disk@s', () => catalog.snapshot('disk', 's')],
+  ['a temporary snapshot', 'disk@now', () => catalog.snapshotTemporary('disk', 'now')],
+] as const)('under %s', (_, spec, take) => {
+  test('trims of what is zeros, whole objects and parts, copy nothing, cost nothing and change nothing', async () => {
+    await layOut();
+    await take();
+    const before = objects();
+    await vdi.trim(OBJECT / 2, OBJECT / 2, false);
+    await vdi.trim(OBJECT / 2 + 512, 5000, true);
+    await vdi.trim(OBJECT, OBJECT, false);
+    await vdi.zero(OBJECT + 1000, OBJECT / 2, TRIM);
+    await vdi.zero(2 * OBJECT, OBJECT / 2, TRIM);
+    await vdi.trim(2 * OBJECT + OBJECT / 2 + BLOCK, OBJECT + OBJECT / 2 - BLOCK, false);
+    await vdi.trim(5 * OBJECT, 3 * OBJECT, true);
+    await vdi.flush();
+    await store.reclaimed();
+    expect(vdi.copies).toBe(0);
+    expect(objects()).toEqual(before);
+    expect(await changedSince(spec)).toEqual([]);
+  });
+
+  test('trims of what is not zeros everywhere do what they did: zeros here, the old content there', async () => {
+    await layOut();
+    await take();
+    const old = await content(vdi);
+    // A single byte at the very end of a long stretch of zeros, too.
+    await vdi.trim(OBJECT / 2 - 1, OBJECT / 2 + 1, false);
+    await vdi.trim(2 * OBJECT, OBJECT / 2 + 1, false);
+    await vdi.trim(4 * OBJECT, OBJECT, false);
+    const expected = Buffer.from(old);
+    expected.fill(0, OBJECT / 2 - 1, OBJECT);
+    expected.fill(0, 2 * OBJECT, 2 * OBJECT + OBJECT / 2 + 1);
+    expected.fill(0, 4 * OBJECT, 5 * OBJECT);
+    expect((await content(vdi)).equals(expected)).toBe(true);
+    const snapshot = await catalog.openVdi(spec);
+    expect((await content(snapshot)).equals(old)).toBe(true);
+    await catalog.release(snapshot);
+    expect(await changedSince(spec)).toEqual([0, 2, 4]);
+  });
+
+  test('zeros that must be allocated are, and count as changed', async () => {
+    await layOut();
+    await take();
+    await vdi.zero(OBJECT / 2, OBJECT / 2, { noHole: true, fua: false });
+    await vdi.zero(OBJECT, OBJECT, { noHole: true, fua: false });
+    await vdi.zero(3 * OBJECT, OBJECT, { noHole: true, fua: false });
+    await vdi.flush();
+    expect(await changedSince(spec)).toEqual([0, 1, 3]);
+  });
+
+  test('a fast zero of a hole in a shared object is done, of data refused before anything has changed', async () => {
+    await layOut();
+    await catalog.snapshot('disk', 'kept');
+    await take();
+    const fast = { ...TRIM, fastZero: true };
+    await vdi.zero(OBJECT / 2, OBJECT / 2, fast);
+    await vdi.zero(OBJECT / 2, OBJECT / 2 + OBJECT + BLOCK, fast);
+    expect(await changedSince(spec)).toEqual([]);
+    expect(await changedSince('disk@kept')).toEqual([]);
+    const old = await content(vdi);
+    await expect(vdi.zero(2 * OBJECT, OBJECT / 2 + 1, fast)).rejects.toMatchObject({ code: 'SLOW' });
+    await expect(vdi.zero(OBJECT / 2, 4 * OBJECT, fast)).rejects.toMatchObject({ code: 'SLOW' });
+    await expect(vdi.zero(OBJECT / 2, BLOCK, { ...fast, noHole: true })).rejects.toMatchObject({ code: 'SLOW' });
+    expect((await content(vdi)).equals(old)).toBe(true);
+    expect(vdi.copies).toBe(0);
+    // The gate is not left shut, nor left too often.
+    await catalog.snapshot('disk', 'again');
+    await vdi.write(0, Buffer.alloc(BLOCK, 9), true);
+  });
+});
+
+test('a weekly trim of all that is free neither grows the store nor counts as change, however often', async () => {
+  // A disk half full, in objects that are each used in part.
+  for (let idx = 0; idx < 8; idx++)
+    await vdi.write(idx * OBJECT + 16 * BLOCK, Buffer.alloc(OBJECT / 2, idx + 1), false);
+  await vdi.flush();
+  const before = objects();
+  for (let week = 0; week < 3; week++) {
+    await catalog.snapshot('disk', `w${week}`);
+    for (let idx = 0; idx < 8; idx++) {
+      await vdi.trim(idx * OBJECT, 16 * BLOCK, false);
+      await vdi.trim(idx * OBJECT + OBJECT / 2 + 16 * BLOCK, OBJECT / 2 - 16 * BLOCK, false);
+    }
+    await vdi.flush();
+    expect(objects()).toEqual(before);
+    expect(await changedSince(`disk@w${week}`)).toEqual([]);
+  }
+});
+
+test('an object of the disk’s own that is zeros gives its space back when all of it is trimmed', async () => {
+  await layOut();
+  await catalog.snapshot('disk', 's');
+  await vdi.write(3 * OBJECT, Buffer.alloc(OBJECT), true);
+  const { files } = objects();
+  await vdi.trim(3 * OBJECT, OBJECT, false);
+  await vdi.flush();
+  await store.reclaimed();
+  expect(objects().files).toBe(files - 1);
+  expect(await changedSince('disk@s')).toEqual([]);
+});
+
+test('an object that cannot be read is given up by a trim of all of it', async () => {
+  await layOut();
+  await catalog.snapshot('disk', 's');
+  const read = store.files.read.bind(store.files);
+  store.files.read = (vid, idx, offset, into) =>
+    idx === 4 ? Promise.reject(new Error('a bad sector')) : read(vid, idx, offset, into);
+  await vdi.trim(4 * OBJECT, OBJECT, false);
+  expect(await changedSince('disk@s')).toEqual([4]);
+  store.files.read = read;
+});
+
+test('trims beside writes, in the same objects, under snapshots of both kinds: no write is lost, what is trimmed is zeros', async () => {
+  const half = OBJECT / 2;
+  let stop = false;
+  /** Owns the first half of each object: writes it, reads it back. */
+  const writer = async (): Promise<void> => {
+    for (let n = 1; !stop; n++) {
+      const at = (n % 8) * OBJECT + ((n * 7) % 32) * 4 * BLOCK;
+      const data = Buffer.alloc(4 * BLOCK, (n % 254) + 1);
+      await vdi.write(at, data, false);
+      const back = Buffer.alloc(data.length);
+      await vdi.read(at, back);
+      expect(back.equals(data), `what write ${n} left at ${at}`).toBe(true);
+    }
+  };
+  /** Owns the second: writes, trims once or twice, reads zeros. */
+  const trimmer = async (): Promise<void> => {
+    for (let n = 1; !stop; n++) {
+      const at = (n % 8) * OBJECT + half;
+      if (n % 3 === 0) await vdi.write(at + ((n * 5) % 64) * BLOCK, Buffer.alloc(BLOCK, 1), false);
+      const once = vdi.trim(at, half, false);
+      if (n % 2 === 0) await vdi.trim(at, half / 2, true);
+      await once;
+      const back = Buffer.alloc(half, 1);
+      await vdi.read(at, back);
+      expect(back.equals(Buffer.alloc(half)), `what trim ${n} left at ${at}`).toBe(true);
+    }
+  };
+  const work = Promise.all([writer(), trimmer()]).finally(() => (stop = true));
+  work.catch(() => undefined);
+  for (let n = 0; n < 8 && !stop; n++) {
+    await catalog.snapshot('disk', `s${n}`);
+    await catalog.snapshotTemporary('disk', 'now');
+    const [kept, now] = [await catalog.openVdi(`disk@s${n}`), await catalog.openVdi('disk@now')];
+    const [first, second] = [await content(kept), await content(now)];
+    expect((await content(kept)).equals(first)).toBe(true);
+    expect((await content(now)).equals(second)).toBe(true);
+    await catalog.release(kept);
+    await catalog.release(now);
+    await catalog.dropTemporary('disk', 'now');
+    if (n % 2 === 0) await catalog.remove(`disk@s${n}`);
+  }
+  stop = true;
+  await work;
+  await catalog.release(vdi);
+  expect((await catalog.check({ repair: false })).problems).toEqual([]);
+});
