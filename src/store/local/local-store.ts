@@ -97,7 +97,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     try {
       found = lockDirectory(location, options);
     } catch (error) {
-      throw libc.asStoreError(error, `opening store ${location}`);
+      throw openingError(location, error);
     }
     const { lock, isNew, hasMadeDirectory, isReadOnly } = found;
     const readOnlyBecause = isReadOnly
@@ -117,7 +117,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       await metadata?.close({ clean: false }).catch(() => undefined);
       if (isNew) removeCreation(location, hasMadeDirectory);
       lock.release();
-      throw libc.asStoreError(error, `opening store ${location}`);
+      throw openingError(location, error);
     }
   }
 
@@ -319,7 +319,9 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     await this.reclaimed();
     await this.files.close();
     failure ??= this.#lost;
-    await this.metadata.close({ clean: clean && this.#lost === undefined }).catch((error: unknown) => (failure ??= error));
+    await this.metadata
+      .close({ clean: clean && this.#lost === undefined })
+      .catch((error: unknown) => (failure ??= error));
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
@@ -373,6 +375,21 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       await this.metadata.commit({ pages: [...pages].map((page) => ({ vid, page, entries: pageOf(map, page) })) });
     }
   }
+}
+
+function openingError(location: string, error: unknown): StoreError {
+  const failure = libc.asStoreError(error, `opening store ${location}`);
+  if (failure.code !== 'PERMISSION') return failure;
+  let problem: string | undefined;
+  try {
+    const owners = new Owners(location);
+    owners.noteParts();
+    ({ problem } = owners);
+  } catch {
+    // The directory itself may be closed to us.
+  }
+  if (problem === undefined) return failure;
+  return new StoreError('PERMISSION', `${failure.message}; ${problem}`, { cause: error });
 }
 
 /** A directory that this process has locked, to open a store in it or to make one. */
