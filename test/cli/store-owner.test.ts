@@ -31,6 +31,19 @@ function places() {
   return { store, roots, directory };
 }
 
+/** The service. */
+async function serving(store: string, directory: string) {
+  const sockets = path.join(directory, 'sockets');
+  fs.mkdirSync(sockets);
+  fs.chownSync(sockets, UID, GID);
+  const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, 'serve', '--create-store=no', '--store', store];
+  const daemon = start(command as string, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
+  let log = '';
+  daemon.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+  await waitUntil(() => fs.existsSync(path.join(store, 'control.sock')), 'the daemon listens');
+  return { daemon, log: () => log };
+}
+
 function ownersOf(directory: string): string[] {
   const names = ['.', ...fs.readdirSync(directory, { recursive: true, encoding: 'utf8' })];
   const owners = names.map((name) => fs.lstatSync(path.join(directory, name))).map(({ uid, gid }) => `${uid}:${gid}`);
@@ -97,17 +110,34 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const image = path.join(roots, 'image');
     fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
     expect((await cli(['import', image, 'disk', '--store', store])).code).toBe(0);
-    const sockets = path.join(directory, 'sockets');
-    fs.mkdirSync(sockets);
-    fs.chownSync(sockets, UID, GID);
-    const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, 'serve', '--store', store];
-    const daemon = start(command as string, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
-    await waitUntil(() => fs.existsSync(path.join(store, 'control.sock')), 'the daemon listens');
+    const { daemon } = await serving(store, directory);
     const copied = path.join(roots, 'copied');
     expect((await cli(['export', 'disk@now', copied, '--store', store])).code).toBe(0);
     expect(fs.readFileSync(copied).equals(fs.readFileSync(image))).toBe(true);
     daemon.kill('SIGTERM');
     expect((await ended(daemon)).code).toBe(0);
+  });
+
+  test('a file there that an earlier version made as root is named in the daemon’s log when a client needs it', async () => {
+    const { store, roots, directory } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
+    expect((await cli(['import', image, 'disk', '--store', store])).code).toBe(0);
+    const names = fs.readdirSync(path.join(store, 'objects'), { recursive: true, encoding: 'utf8' });
+    const object = names.find((name) => name.length > 2) ?? '';
+    fs.chownSync(path.join(store, 'objects', object), 0, 0);
+    const { daemon, log } = await serving(store, directory);
+    expect((await cli(['export', 'disk', path.join(roots, 'copied'), '--store', store])).code).toBe(1);
+    await waitUntil(() => log().includes('"msg":"a request failed"'), 'it is in the log');
+    const line =
+      log()
+        .split('\n')
+        .find((text) => text.includes('a request failed')) ?? '';
+    expect(line).toContain(object);
+    expect(JSON.parse(line)).toMatchObject({ level: 50, code: 'EPERM', err: { code: 'PERMISSION' } });
+    daemon.kill('SIGTERM');
+    await ended(daemon);
+    expect((await cli(['check', '--store', store])).stdout).toContain(`${object} belongs to uid 0`);
   });
 
   test('two stores of different users are not opened by one command', async () => {
