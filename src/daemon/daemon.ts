@@ -10,6 +10,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError } from './operations.js';
@@ -96,6 +97,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
   const connections = new ConnectionLog(log);
+  const stopLoggingFailures = logFailures(log);
   const nbd = new NbdServer({
     provider: security.guard(operations.exports),
     tls: security.tls,
@@ -143,6 +145,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   const stop = async (): Promise<void> => {
     operations.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control.close(STOP_GRACE_MS)]);
+    stopLoggingFailures();
     await operations.close();
   };
   try {

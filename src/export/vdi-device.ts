@@ -15,6 +15,7 @@ import {
   type ZeroMode,
 } from 'nbd-server-ts';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
+import { deviceFailures, type DeviceFailure } from './device-failures.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** `sheepgate:changed:TAG`: bit 0 is set where the export may differ from the snapshot TAG. */
@@ -164,6 +165,10 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
 };
 
 function rethrow(error: unknown): never {
-  const { code, message } = error as { code?: string; message: string };
-  throw new DeviceError(DEVICE_CODES[code ?? ''] ?? 'EIO', message, { cause: error });
+  const { code: reason, message } = error as { code?: string; message: string };
+  const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
+  if (code !== 'ENOTSUP' && code !== 'ESHUTDOWN' && deviceFailures.hasSubscribers) {
+    deviceFailures.publish({ code, error } satisfies DeviceFailure);
+  }
+  throw new DeviceError(code, message, { cause: error });
 }

@@ -249,7 +249,8 @@ export class VdiCatalog {
     await this.#store.catalog.reclaimed();
   }
 
-  check(options: { repair: boolean }): Promise<CheckReport> {
+  async check(options: { repair: boolean }): Promise<CheckReport> {
+    if (options.repair) this.mustBeWritable();
     return this.#alone(async () => {
       for (const entry of this.#open) {
         throw new CatalogError('BUSY', `${labelOf(entry.vdi.record)} is open; a check needs all clients disconnected`);

@@ -100,7 +100,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     try {
       found = lockDirectory(location, options);
     } catch (error) {
-      throw libc.asStoreError(error, `opening store ${location}`);
+      throw openingError(location, error);
     }
     const { lock, isNew, hasMadeDirectory, isReadOnly } = found;
     const readOnlyBecause = isReadOnly
@@ -120,7 +120,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       await metadata?.close({ clean: false }).catch(() => undefined);
       if (isNew) removeCreation(location, hasMadeDirectory);
       lock.release();
-      throw libc.asStoreError(error, `opening store ${location}`);
+      throw openingError(location, error);
     }
   }
 
@@ -475,6 +475,21 @@ interface Doubt {
   readonly files: readonly string[];
   /** Why they could not be moved there, if so. */
   readonly failure: unknown;
+}
+
+function openingError(location: string, error: unknown): StoreError {
+  const failure = libc.asStoreError(error, `opening store ${location}`);
+  if (failure.code !== 'PERMISSION') return failure;
+  let problem: string | undefined;
+  try {
+    const owners = new Owners(location);
+    owners.noteParts();
+    ({ problem } = owners);
+  } catch {
+    // The directory itself may be closed to us.
+  }
+  if (problem === undefined) return failure;
+  return new StoreError('PERMISSION', `${failure.message}; ${problem}`, { cause: error });
 }
 
 /** A directory that this process has locked, to open a store in it or to make one. */

@@ -31,7 +31,7 @@ export class Owners {
     for (const name of PARTS) this.#noteName(path.join(this.#location, name));
     for (const folder of ['objects', 'recent']) {
       const directory = path.join(this.#location, folder);
-      for (const name of fs.readdirSync(directory)) this.#noteName(path.join(directory, name));
+      for (const name of namesIn(directory)) this.#noteName(path.join(directory, name));
     }
   }
 
@@ -48,5 +48,13 @@ export class Owners {
       `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
       `daemon stopped, as root: find ${this.#location} ! -uid ${this.#uid} -execdir chown -h ${this.#uid} {} +`
     );
+  }
+}
+
+function namesIn(directory: string): string[] {
+  try {
+    return fs.readdirSync(directory);
+  } catch {
+    return []; // of somebody else, which is noted
   }
 }

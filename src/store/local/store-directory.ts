@@ -59,6 +59,7 @@ export function directoryState(directory: string): DirectoryState {
 function hasObjects(directory: string): boolean {
   const objects = path.join(directory, 'objects');
   for (const name of readNames(objects)) {
+    if (name === 'scratch') continue; // of finding out what the filesystem can do
     if (!/^[0-9a-f]{2}$/.test(name) || readNames(path.join(objects, name)).length > 0) return true;
   }
   return readNames(path.join(directory, 'recent')).length > 0;

@@ -1,0 +1,169 @@
+/** Root beside a service: what it makes in the store of another user must be that user's. Needs root and setpriv. */
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { BIN, cli, ended, haveCommand, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+
+/** A user and a group without names: nobody's on any machine. */
+const UID = 54_321;
+const GID = 54_322;
+
+const isRoot = process.geteuid?.() === 0 && haveCommand('setpriv');
+if (!isRoot) console.log('skipped: root beside a service user needs root and setpriv');
+
+const AS_OWNER = ['setpriv', `--reuid=${UID}`, `--regid=${GID}`, '--clear-groups'];
+
+function asOwner(...args: string[]) {
+  const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, ...args];
+  return run(command as string, rest, { env: { HOME: '/nonexistent', XDG_RUNTIME_DIR: undefined } });
+}
+
+/** The directory of a service's store, empty, and one that only root can enter. */
+function places() {
+  const directory = temporaryDirectory();
+  fs.chmodSync(directory, 0o755);
+  const store = path.join(directory, 'store');
+  fs.mkdirSync(store, { mode: 0o700 });
+  fs.chownSync(store, UID, GID);
+  const roots = path.join(directory, 'roots');
+  fs.mkdirSync(roots, { mode: 0o700 });
+  return { store, roots, directory };
+}
+
+/** The service. */
+async function serving(store: string, directory: string) {
+  const sockets = path.join(directory, 'sockets');
+  fs.mkdirSync(sockets);
+  fs.chownSync(sockets, UID, GID);
+  const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, 'serve', '--create-store=no', '--store', store];
+  const daemon = start(command as string, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
+  let log = '';
+  daemon.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+  await waitUntil(() => fs.existsSync(path.join(store, 'control.sock')), 'the daemon listens');
+  return { daemon, log: () => log };
+}
+
+function ownersOf(directory: string): string[] {
+  const names = ['.', ...fs.readdirSync(directory, { recursive: true, encoding: 'utf8' })];
+  const owners = names.map((name) => fs.lstatSync(path.join(directory, name))).map(({ uid, gid }) => `${uid}:${gid}`);
+  return [...new Set(owners)];
+}
+
+describe.skipIf(!isRoot)('as root on the store of a service user', () => {
+  test('whatever is made there is that user’s, from what only root can read to where only root can write', async () => {
+    const { store, roots } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(9 * 2 ** 20, 7), { mode: 0o600 });
+    const done = async (...args: string[]): Promise<void> => {
+      expect(await cli([...args, '--store', store]), args.join(' ')).toMatchObject({ code: 0 });
+    };
+    await done('import', image, 'disk');
+    await done('vdi', 'create', 'other', '64M');
+    await done('vdi', 'snapshot', 'disk', 's');
+    await done('import', image, 'disk', '--overwrite');
+    await done('vdi', 'clone', 'disk@s', 'copy');
+    await done('export', 'copy', path.join(roots, 'exported'));
+    await done('check');
+    expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
+    expect(fs.readFileSync(path.join(roots, 'exported')).equals(fs.readFileSync(image))).toBe(true);
+    expect(fs.statSync(path.join(roots, 'exported')).uid).toBe(0);
+    // The service can do with it what it likes.
+    expect(await asOwner('vdi', 'delete', 'copy', '--store', store)).toMatchObject({ code: 0, stderr: '' });
+    expect(await asOwner('check', '--store', store)).toMatchObject({ code: 0 });
+  });
+
+  test('a backup goes where that user may write, and is restored from where only root can read', async () => {
+    const { store, roots, directory } = places();
+    expect((await cli(['vdi', 'create', 'disk', '8M', '--store', store])).code).toBe(0);
+    const refused = await cli(['backup', 'disk', '--to', path.join(roots, 'backup'), '--store', store]);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining(`works as uid ${UID}, the owner of the store`),
+    });
+    const backups = path.join(directory, 'backups');
+    fs.mkdirSync(backups);
+    fs.chownSync(backups, UID, GID);
+    const frozen = path.join(roots, 'frozen');
+    const freezing = ['--freeze-cmd', `id -u > ${frozen}`, '--thaw-cmd', 'true'];
+    const taken = await cli(['backup', 'disk', '--to', path.join(backups, 'disk'), ...freezing, '--store', store]);
+    expect(taken).toMatchObject({ code: 0, stderr: '' });
+    expect(fs.readFileSync(frozen, 'utf8')).toBe('0\n');
+    fs.renameSync(path.join(backups, 'disk'), path.join(roots, 'disk'));
+    execFileSync('chown', ['-R', '0:0', path.join(roots, 'disk')]);
+    expect(await cli(['restore', path.join(roots, 'disk'), 'again', '--store', store])).toMatchObject({ code: 0 });
+    expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
+  });
+
+  test('serve is refused with the line to type, and leaves the store alone', async () => {
+    const { store } = places();
+    const refused = await cli(['serve', '--store', store]);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`),
+    });
+    expect(fs.readdirSync(store)).toEqual([]);
+  });
+
+  test('a service’s daemon serves what root has imported before', async () => {
+    const { store, roots, directory } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
+    expect((await cli(['import', image, 'disk', '--store', store])).code).toBe(0);
+    const { daemon } = await serving(store, directory);
+    const copied = path.join(roots, 'copied');
+    expect((await cli(['export', 'disk@now', copied, '--store', store])).code).toBe(0);
+    expect(fs.readFileSync(copied).equals(fs.readFileSync(image))).toBe(true);
+    daemon.kill('SIGTERM');
+    expect((await ended(daemon)).code).toBe(0);
+  });
+
+  test('a file there that an earlier version made as root is named in the daemon’s log when a client needs it', async () => {
+    const { store, roots, directory } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
+    expect((await cli(['import', image, 'disk', '--store', store])).code).toBe(0);
+    const names = fs.readdirSync(path.join(store, 'objects'), { recursive: true, encoding: 'utf8' });
+    const object = names.find((name) => name.length > 2) ?? '';
+    fs.chownSync(path.join(store, 'objects', object), 0, 0);
+    const { daemon, log } = await serving(store, directory);
+    expect((await cli(['export', 'disk', path.join(roots, 'copied'), '--store', store])).code).toBe(1);
+    await waitUntil(() => log().includes('"msg":"a request failed"'), 'it is in the log');
+    const line =
+      log()
+        .split('\n')
+        .find((text) => text.includes('a request failed')) ?? '';
+    expect(line).toContain(object);
+    expect(JSON.parse(line)).toMatchObject({ level: 50, code: 'EPERM', err: { code: 'PERMISSION' } });
+    daemon.kill('SIGTERM');
+    await ended(daemon);
+    expect((await cli(['check', '--store', store])).stdout).toContain(`${object} belongs to uid 0`);
+  });
+
+  test('two stores of different users are not opened by one command', async () => {
+    const { store, directory } = places();
+    const own = path.join(directory, 'own');
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', own])).code).toBe(0);
+    const refused = await cli(['migrate', 'disk', '--from', own, '--to', store]);
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('start a daemon for one of them') });
+    expect(fs.readdirSync(store)).toEqual([]);
+  });
+
+  test('check tells files with another owner, and how to mend it', async () => {
+    const { store } = places();
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
+    for (const folder of ['objects/07', 'objects/08']) fs.chownSync(path.join(store, folder), 0, 0);
+    const found = await cli(['check', '--store', store]);
+    expect(found.code).toBe(1);
+    expect(found.stdout).toMatch(/^wrong owner: .* belongs to uid 0, the store to uid 54321, and 1 more/m);
+    execFileSync('sh', ['-c', /find .*/.exec(found.stdout)?.[0] ?? 'false']);
+    expect((await cli(['check', '--store', store])).code).toBe(0);
+    // What keeps the store from being opened is told as well.
+    fs.chownSync(path.join(store, 'recent'), 0, 0);
+    const refused = await asOwner('vdi', 'list', '--store', store);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/EACCES.*recent.*wrong owner.*as root: find/),
+    });
+  });
+});

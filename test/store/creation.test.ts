@@ -1,0 +1,153 @@
+/** Where a store is made, who may make one, and what is left when making one is cut off. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { pathToFileURL } from 'node:url';
+import { describe, expect, test } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { cli, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+
+const BUILT = pathToFileURL(path.resolve('dist/store/local/local-store.js')).href;
+
+/** Makes a store, and is killed before the call number argv[2] that changes a file; prints the calls. */
+const MAKE = `
+import fs from 'node:fs';
+const [, directory, at] = process.argv;
+const calls = [];
+const names = ['mkdirSync', 'openSync', 'symlinkSync', 'renameSync', 'rmSync', 'writeSync', 'ftruncateSync', 'fsyncSync'];
+for (const name of names) {
+  const real = fs[name];
+  fs[name] = (...args) => {
+    if (calls.length === Number(at)) process.kill(process.pid, 'SIGKILL');
+    calls.push(name + ' ' + args[0]);
+    return real(...args);
+  };
+}
+const { LocalStore } = await import(${JSON.stringify(BUILT)});
+const store = await LocalStore.open(directory);
+console.log(JSON.stringify(calls));
+await store.close();
+`;
+
+function make(directory: string, killedAt: number) {
+  return run(process.execPath, ['--input-type=module', '-e', MAKE, directory, String(killedAt)]);
+}
+
+test('a creation that is killed at any point is no store, or a whole one, and the next one finishes it', async () => {
+  const calls = JSON.parse((await make(path.join(temporaryDirectory(), 'store'), -1)).stdout) as string[];
+  // The folders of objects are made one as the other.
+  const points = calls.flatMap((call, at) => (/mkdirSync .*objects\/(?!00|80|ff)..$/.test(call) ? [] : [at]));
+  expect(points.length).toBeGreaterThan(15);
+  for (const point of points) {
+    const directory = path.join(temporaryDirectory(), 'store');
+    expect((await make(directory, point)).signal, calls[point]).toBe('SIGKILL');
+    const isMade = fs.existsSync(path.join(directory, 'meta.mdb'));
+    const before = isMade || !fs.existsSync(directory) ? [] : fs.readdirSync(directory).sort();
+    const looking = LocalStore.open(directory, { mayCreate: false });
+    if (isMade) await (await looking).close();
+    else await expect(looking, calls[point]).rejects.toMatchObject({ code: 'NO_STORE' });
+    if (!isMade && before.length > 0) expect(fs.readdirSync(directory).sort()).toEqual(before);
+    const catalog = new VdiCatalog(await LocalStore.open(directory));
+    await catalog.create('disk', 2 ** 20);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+    await catalog.close();
+    expect(fs.readdirSync(directory).sort()).toEqual(['lock', 'meta.mdb', 'objects', 'recent']);
+  }
+});
+
+describe('a store is made', () => {
+  test('in a directory that is missing, empty, or has nothing but lost+found', async () => {
+    for (const names of [undefined, [], ['lost+found']]) {
+      const directory = path.join(temporaryDirectory(), 'store');
+      for (const name of names ?? []) fs.mkdirSync(path.join(directory, name), { recursive: true });
+      if (names?.length === 0) fs.mkdirSync(directory);
+      await (await LocalStore.open(directory)).close();
+      expect(fs.existsSync(path.join(directory, 'meta.mdb'))).toBe(true);
+    }
+  });
+
+  test('in no directory that has anything else, whoever asks for it', async () => {
+    const directory = temporaryDirectory();
+    fs.writeFileSync(path.join(directory, 'hosts'), 'precious');
+    const image = path.join(temporaryDirectory(), 'image');
+    fs.writeFileSync(image, Buffer.alloc(512));
+    for (const args of [
+      ['vdi', 'create', 'disk', '1M'],
+      ['import', image, 'disk'],
+      ['serve', '--listen', `unix:${path.join(directory, 'nbd.sock')}`],
+    ]) {
+      const refused = await cli([...args, '--store', directory]);
+      expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(/no store in .*not empty.*hosts/) });
+      expect(fs.readdirSync(directory)).toEqual(['hosts']);
+    }
+  });
+
+  test('not where the metadata of one is lost: that is damage, not an empty store', async () => {
+    const directory = path.join(temporaryDirectory(), 'store');
+    const store = await LocalStore.open(directory);
+    const catalog = new VdiCatalog(store);
+    await catalog.create('disk', 2 ** 20, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(4096, 1), true);
+    await catalog.release(vdi);
+    await catalog.close();
+    for (const lose of [
+      () => fs.truncateSync(path.join(directory, 'meta.mdb')),
+      () => fs.rmSync(path.join(directory, 'meta.mdb')),
+    ]) {
+      lose();
+      await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED', message: /meta\.mdb is/ });
+    }
+  });
+
+  test('by no command that only looks, or changes what is there; and it leaves nothing behind', async () => {
+    const directory = temporaryDirectory();
+    const empty = path.join(directory, 'empty');
+    fs.mkdirSync(empty);
+    for (const store of [empty, path.join(directory, 'missing')]) {
+      const commands = [
+        'vdi list',
+        'vdi show disk',
+        'vdi tree',
+        'vdi snapshot disk s',
+        'vdi clone disk@s copy',
+        'vdi rollback disk@s',
+        'vdi resize disk 2G',
+        'vdi delete disk',
+        `export disk ${directory}/image`,
+        `backup disk --to ${directory}/backup`,
+        'check',
+        'check --repair',
+      ];
+      await Promise.all(
+        commands.map(async (command) => {
+          const refused = await cli([...command.split(' '), '--store', store]);
+          const stderr = expect.stringMatching(/^sheepgate: no store in [^\n]*\n$/);
+          expect(refused, command).toMatchObject({ code: 1, stderr });
+        }),
+      );
+    }
+    const migrate = await cli(['migrate', 'disk', '--from', empty, '--to', path.join(directory, 'target')]);
+    expect(migrate).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${empty}`) });
+    expect(fs.readdirSync(directory)).toEqual(['empty']);
+    expect(fs.readdirSync(empty)).toEqual([]);
+  }, 240_000);
+
+  test('not by serve --create-store=no, which tells an unmounted mount point from a store', async () => {
+    const directory = temporaryDirectory();
+    const refused = await cli(['serve', '--create-store=no', '--store', directory]);
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${directory}`) });
+    expect(fs.readdirSync(directory)).toEqual([]);
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', directory])).code).toBe(0);
+    const daemon = await startDaemon({ store: directory, args: ['--create-store=no'] });
+    expect((await daemon.stop()).code).toBe(0);
+  });
+
+  test('whoever comes while it is being made waits for it', async () => {
+    const directory = path.join(temporaryDirectory(), 'store');
+    const serving = startDaemon({ store: directory });
+    await waitUntil(() => fs.existsSync(path.join(directory, 'lock')), 'the creation has begun');
+    expect(await cli(['vdi', 'list', '--store', directory])).toMatchObject({ code: 0, stderr: '' });
+    await (await serving).stop();
+  });
+});
