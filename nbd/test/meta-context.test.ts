@@ -506,7 +506,7 @@ for (const level of LEVELS) {
       ]);
     });
 
-    for (const sizes of [
+    for (const sizes of <Record<string, number>[]>[
       { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 2 ** 22 },
       { [ALLOCATION_CONTEXT]: 2 ** 22, [CHANGED]: 512 },
       { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 512, [OTHER]: 4096 },
