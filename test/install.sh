@@ -10,10 +10,15 @@ missing=""
 for package in $packages; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"
 done
-[ -z "$missing" ] && exit 0
+unpack() { sh "$(dirname "$0")/clients/unpack-virtnbdbackup.sh" "${XDG_CACHE_HOME:-$HOME/.cache}/sheepgate-test-clients/virtnbdbackup"; }
+if [ -z "$missing" ]; then
+  unpack
+  exit
+fi
 sudo=""
 [ "$(id -u)" -eq 0 ] || sudo="sudo"
 export DEBIAN_FRONTEND=noninteractive
 $sudo apt-get update -qq || exit 1
 # shellcheck disable=SC2086  # a list of words
-$sudo apt-get install -qq -y --no-install-recommends $missing
+$sudo apt-get install -qq -y --no-install-recommends $missing || exit 1
+unpack

@@ -26,7 +26,8 @@ export interface Geometry {
   readonly rotational: boolean;
   /**
    * The meta contexts `extents` answers for, each named NAMESPACE:LEAF (proto.md, "Metadata querying"): 'base:allocation'
-   * if the device can tell holes from data, and any of its own.
+   * if the device can tell holes from data, and any of its own. `extents` is asked for those that were selected, which
+   * are those that `describe` had.
    */
   readonly contexts: readonly string[];
   /** Those of `contexts` whose flags need more than 32 bits; only clients with extended headers can select them. */
@@ -72,7 +73,7 @@ export interface BlockDevice {
   /** Bring the range into cache; a hint. */
   cache(offset: number, length: number): Awaitable<void>;
   /**
-   * What `context`, one of `geometry.contexts`, says of [offset, offset+length), reported to `sink` from `offset` on,
+   * What `context`, one that the client has selected, says of [offset, offset+length), reported to `sink` from `offset` on,
    * without reading data. May stop before the end, but not before the first extent; an extent may reach beyond the end.
    * Extents should begin and end at multiples of the minimum block size.
    */
@@ -130,6 +131,11 @@ export interface Peer {
 export interface ExportInfo {
   readonly name: string;
   readonly description: string;
+  /**
+   * What the export is one of, if several names lead to the same: a client's breaches of the protocol are counted for all
+   * of them together. By default its name.
+   */
+  readonly countedAs?: string;
 }
 
 /**
@@ -150,8 +156,16 @@ export class ExportError extends Error {
 /** The exports of a server. */
 export interface ExportProvider {
   list(peer: Peer): Awaitable<readonly ExportInfo[]>;
-  /** For NBD_OPT_INFO: what `open` would give, without opening. Throws ExportError. */
-  describe(name: string, peer: Peer): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
+  /**
+   * For NBD_OPT_INFO, and for meta contexts: what `open` would give, without opening. `contexts`: what the client asks for
+   * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none
+   * that is asked for by its name. Throws ExportError.
+   */
+  describe(
+    name: string,
+    peer: Peer,
+    contexts?: readonly string[],
+  ): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
   /** For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. Throws ExportError. */
   open(name: string, peer: Peer): Awaitable<{ readonly device: BlockDevice; readonly info: ExportInfo }>;
 }

@@ -50,6 +50,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   isShuttingDown = false;
   private isRefusing = true;
   exportName: string | undefined;
+  /** What its violations are counted for; see ExportInfo. */
+  private countedAs: string | undefined;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
 
@@ -199,6 +201,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const opened = await this.provider.open(name, this.peer);
     this.device = opened.device;
     this.exportName = opened.info.name;
+    this.countedAs = opened.info.countedAs ?? opened.info.name;
     return opened;
   }
 
@@ -211,6 +214,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       this.unexpected(error);
     }
     this.exportName = undefined;
+    this.countedAs = undefined;
   }
 
   unexpected(error: unknown): void {
@@ -250,7 +254,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   private offenceOf(offender: string): string {
-    return `${offender} ${this.exportName ?? ''}`;
+    return `${offender} ${this.countedAs ?? ''}`;
   }
 
   // --- Its life ---

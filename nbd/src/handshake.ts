@@ -246,8 +246,8 @@ async function answerMetaContexts(
   option: number,
   data: Buffer,
 ): Promise<void> {
-  const describe = async (name: string): Promise<Geometry> => {
-    const { geometry } = await host.provider.describe(name, host.peer);
+  const describe = async (name: string, contexts: readonly string[]): Promise<Geometry> => {
+    const { geometry } = await host.provider.describe(name, host.peer, contexts);
     checkGeometry(name, geometry);
     return geometry;
   };

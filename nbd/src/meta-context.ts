@@ -56,12 +56,12 @@ export function answerReplyOption(negotiation: Negotiation, option: number, data
   return encodeOptionReply(option, REP.ACK);
 }
 
-/** `describe` gives the geometry of an export, or throws as ExportProvider.describe does. */
+/** `describe` gives the geometry of an export, or throws as ExportProvider.describe does; it is told what is asked for. */
 export async function answerMetaContextOption(
   negotiation: Negotiation,
   option: number,
   data: Buffer,
-  describe: (name: string) => Promise<Geometry>,
+  describe: (name: string, contexts: readonly string[]) => Promise<Geometry>,
 ): Promise<OptionAnswer> {
   const isSet = option === OPT.SET_META_CONTEXT;
   // "Issuing this command replaces all previously-set metadata contexts (including when this command fails)"
@@ -75,7 +75,7 @@ export async function answerMetaContextOption(
   }
   const request = decodeQueries(data);
   if ('type' in request) return request;
-  const geometry = await describe(request.exportName);
+  const geometry = await describe(request.exportName, request.queries);
   const { contexts, wideContexts = [] } = geometry;
   const isAvailable = (name: string): boolean => negotiation.extendedHeaders || !wideContexts.includes(name);
 

@@ -8,7 +8,7 @@
 
 import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
-import { ExtentCollector, isWideContext, MAX_REPLY_EXTENTS, statusChunkType } from './block-status.js';
+import { blockStatusMemory, isWideContext, StatusReply, statusChunkType } from './block-status.js';
 import type { Block, BufferPool } from './buffer-pool.js';
 import type { Limits } from './limits.js';
 import type { ServerObserver } from './observer.js';
@@ -552,7 +552,7 @@ export class Transmission {
     return { ...failure, offset: failure.offset ?? part.offset };
   }
 
-  /** One chunk of extents for each context; or an error, if a context cannot be answered for. */
+  /** One chunk of extents for each context, all of the same length; or an error, if a context cannot be answered for. */
   private async answerBlockStatus(
     to: Addressee,
     flags: number,
@@ -562,33 +562,34 @@ export class Transmission {
   ): Promise<void> {
     const { device, extendedHeaders } = this;
     const { wideContexts } = this.rules.geometry;
-    const reqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
-    const most = reqOne ? 1 : Math.max(1, Math.floor(MAX_REPLY_EXTENTS / contexts.length));
-    const collectors: ExtentCollector[] = [];
+    const status = new StatusReply(offset, length, contexts.length, (flags & CMD_FLAG.REQ_ONE) !== 0);
+    const memory = blockStatusMemory(length, contexts.length);
     this.inFlight++;
+    this.inFlightBytes += memory;
+    let failure: Failure | undefined;
     try {
       for (const { name } of contexts) {
-        const isWide = extendedHeaders && isWideContext(name, wideContexts);
-        const collector = new ExtentCollector(name, offset, length, most, isWide);
-        const answer = device.extents(name, offset, length, collector.sink);
+        const collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
+        const answer = device.extents(name, offset, status.length, collector.sink);
         if (answer !== undefined && isPromise(answer)) await answer;
-        collector.finish();
-        collectors.push(collector);
+        status.add(collector);
       }
     } catch (error) {
-      this.inFlight--;
-      this.errors++;
-      this.replies.error(to, this.failureOf(error, { flags, offset, length }));
-      this.scheduleSettle();
-      return;
+      failure = this.failureOf(error, { flags, offset, length });
     }
     this.inFlight--;
-    collectors.forEach((collector, index) => {
-      const done = index === collectors.length - 1 ? REPLY_FLAG_DONE : 0;
-      const size = collector.payloadSize(extendedHeaders);
-      const payload = this.replies.chunk(done, statusChunkType(extendedHeaders), to, size);
-      collector.writePayload(payload, contexts[index]?.id ?? 0, extendedHeaders);
-    });
+    this.inFlightBytes -= memory;
+    if (failure === undefined) {
+      status.collectors.forEach((collector, index) => {
+        const done = index === contexts.length - 1 ? REPLY_FLAG_DONE : 0;
+        const size = collector.payloadSize(extendedHeaders);
+        const payload = this.replies.chunk(done, statusChunkType(extendedHeaders), to, size);
+        collector.writePayload(payload, contexts[index]?.id ?? 0, extendedHeaders);
+      });
+    } else {
+      this.errors++;
+      this.replies.error(to, failure);
+    }
     this.scheduleSettle();
   }
 

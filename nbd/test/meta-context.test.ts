@@ -16,7 +16,7 @@ import {
   type RequestFields,
 } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport } from './test-device.js';
-import { startServer, type TestServer } from './test-server.js';
+import { startServer, until, type TestServer } from './test-server.js';
 
 const KIB = 1024;
 const LEVELS = ['structured', 'extended'] as const;
@@ -127,6 +127,39 @@ describe('LIST_META_CONTEXT', () => {
     await client.option(OPT.GO, infoQuery('disk'));
     client.request({ type: CMD.BLOCK_STATUS, length: 4096 });
     expect(errorOf(await client.readChunk()).errno).toBe(NBD_ERRNO.EINVAL);
+  });
+});
+
+describe('an export with more contexts than it lists', () => {
+  /** Lists x-test:1 to x-test:3, and has every x-test:NUMBER. */
+  async function manyServer(): Promise<TestServer> {
+    const server = await startServer();
+    const { provider } = server;
+    const describeAll = provider.describe.bind(provider);
+    provider.describe = (name: string, _peer?: unknown, contexts: readonly string[] = []) => {
+      const { geometry, info } = describeAll(name);
+      const asked = contexts.filter((context) => /^x-test:\d+$/.test(context));
+      return {
+        geometry: { ...geometry, contexts: [...new Set(['x-test:1', 'x-test:2', 'x-test:3', ...asked])] },
+        info,
+      };
+    };
+    return server;
+  }
+
+  test('gives one that it does not list to those who ask for it by name, when listing and when selecting', async () => {
+    const client = await greeted(await manyServer(), OPT.STRUCTURED_REPLY);
+    const listed = await client.option(OPT.LIST_META_CONTEXT, metaQueries('disk', ['x-test:']));
+    expect([...contextsIn(listed).keys()]).toEqual(['x-test:1', 'x-test:2', 'x-test:3']);
+    const queries = ['x-test:4711', 'x-test:none', 'x-test:'];
+    const found = contextsIn(await client.option(OPT.LIST_META_CONTEXT, metaQueries('disk', queries.slice(0, 2))));
+    expect([...found.keys()]).toEqual(['x-test:4711']);
+    expect([...contextsIn(await client.option(OPT.SET_META_CONTEXT, metaQueries('disk', queries))).keys()]).toEqual([
+      'x-test:4711',
+    ]);
+    await client.option(OPT.GO, infoQuery('disk'));
+    client.request({ type: CMD.BLOCK_STATUS, length: 4096 });
+    expect(statusOf(await client.readChunk()).extents).toEqual([[4096, 0]]);
   });
 });
 
@@ -425,6 +458,92 @@ for (const level of LEVELS) {
       );
     });
 
+    /** Extents of `size` bytes each with alternating flags, in every context that has a size. */
+    function striped(sizes: Readonly<Record<string, number>>): TestExport {
+      const exported = rich();
+      Object.assign(exported, { geometry: { ...exported.geometry, size: 2 ** 31 } });
+      exported.extents = (context, offset, length, sink) => {
+        const size = sizes[context] ?? length;
+        for (let at = offset; at < offset + length;) {
+          const index = Math.floor(at / size);
+          const next = (index + 1) * size;
+          if (!sink(at, next - at, index % 2)) return;
+          at = next;
+        }
+      };
+      return exported;
+    }
+
+    const bytesOf = ({ extents }: Status): number => extents.reduce((sum, [length]) => sum + length, 0);
+
+    test('with REQ_ONE all contexts have one extent, as long as the shortest of them', async () => {
+      const exported = striped({ [ALLOCATION_CONTEXT]: 12 * KIB, [CHANGED]: 4 * KIB, [OTHER]: 64 * KIB });
+      const client = await opened(await startServer({ exports: [exported] }), [ALLOCATION_CONTEXT, CHANGED, OTHER]);
+      const seen: [number, number][][] = [];
+      for (let offset = 0; offset < 16 * KIB; offset += 4 * KIB) {
+        const answers = await status(client, { offset, length: 1024 * KIB, flags: CMD_FLAG.REQ_ONE });
+        seen.push(...answers.map(({ extents }) => extents as [number, number][]));
+      }
+      expect(seen.every((extents) => extents.length === 1 && extents[0]?.[0] === 4 * KIB)).toBe(true);
+      expect(seen.map((extents) => extents[0]?.[1])).toEqual([0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0]);
+    });
+
+    test('where one context stops early, all others end with it, in the middle of an extent too', async () => {
+      const exported = rich();
+      exported.extents = (context, offset, length, sink) => {
+        if (context !== CHANGED) sink(offset, length, 1);
+        else if (sink(offset, 4 * KIB, 1)) sink(offset + 4 * KIB, 1 * KIB, 0);
+      };
+      const client = await opened(await startServer({ exports: [exported] }), [ALLOCATION_CONTEXT, CHANGED, OTHER]);
+      const answers = await status(client, { offset: 512, length: 64 * KIB });
+      expect(answers.map(({ extents }) => extents)).toEqual([
+        [[5 * KIB, 1]],
+        [
+          [4 * KIB, 1],
+          [1 * KIB, 0],
+        ],
+        [[5 * KIB, 1]],
+      ]);
+    });
+
+    for (const sizes of <Record<string, number>[]>[
+      { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 2 ** 22 },
+      { [ALLOCATION_CONTEXT]: 2 ** 22, [CHANGED]: 512 },
+      { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 512, [OTHER]: 4096 },
+      { [ALLOCATION_CONTEXT]: 1536, [CHANGED]: 512 },
+    ]) {
+      test(`contexts of very many extents share one total, cover the same bytes, and what follows is asked on from there: ${JSON.stringify(sizes)}`, async () => {
+        const contexts = Object.keys(sizes);
+        const client = await opened(await startServer({ exports: [striped(sizes)] }), contexts);
+        let offset = 0;
+        for (let round = 0; round < 3; round++) {
+          const answers = await status(client, { offset, length: 2 ** 31 - offset });
+          const count = answers.reduce((sum, { extents }) => sum + extents.length, 0);
+          // The next extent of the finest would be one too many, or as many as there are contexts.
+          expect(count).toBeGreaterThan(128 * KIB - contexts.length);
+          expect(count).toBeLessThanOrEqual(128 * KIB);
+          const covered = answers.map(bytesOf);
+          expect(new Set(covered).size).toBe(1);
+          expect(answers).toHaveLength(contexts.length);
+          offset += covered[0] ?? 0;
+        }
+        expect(offset).toBeGreaterThan(2 ** 26);
+      });
+    }
+
+    test('no more block statuses are under way than their extents have memory for', async () => {
+      const server = await startServer({ exports: [striped({ [ALLOCATION_CONTEXT]: 512 })] });
+      const gate = new Gate();
+      server.provider.hook = ({ method }) => (method === 'extents' ? gate.opened : undefined);
+      const client = await opened(server);
+      for (let n = 0; n < 40; n++) ask(client, level, { type: CMD.BLOCK_STATUS, length: 2 ** 31, cookie: BigInt(n) });
+      await until(() => server.provider.calls.length >= 16, '16 of them have begun');
+      await new Promise((resolve) => setImmediate(resolve));
+      expect(server.server.connections.get(1)?.inFlight).toBe(16);
+      gate.open();
+      for (let n = 0; n < 40; n++) expect((await client.readChunk()).payload.length).toBeGreaterThan(2 ** 20);
+    });
+
     test('a map of very many extents is answered in part, and asked on from there complete', async () => {
       const exported = new TestExport('disk', { size: 0 });
       Object.assign(exported, { geometry: { ...exported.geometry, size: 2 ** 31 } });
@@ -433,7 +552,7 @@ for (const level of LEVELS) {
       };
       const client = await opened(await startServer({ exports: [exported] }));
       const [answer] = await status(client, { length: 2 ** 31 });
-      expect(answer?.extents).toHaveLength(16384);
+      expect(answer?.extents).toHaveLength(128 * KIB);
       const reached = answer?.extents.reduce((sum, [length]) => sum + length, 0) ?? 0;
       const [next] = await status(client, { offset: reached, length: 4096 });
       expect(next?.extents[0]).toEqual([512, 0]);

@@ -120,6 +120,23 @@ describe('a client that breaks the protocol again and again', () => {
     return clients;
   }
 
+  test('is counted for what several names lead to, if the export says so', async () => {
+    const forms = ['disk', 'disk/since=a', 'disk/since=b'].map((name) => new TestExport(name));
+    for (const { info } of forms) Object.assign(info, { countedAs: 'disk' });
+    const server = await startServer({
+      exports: [...forms, new TestExport('other')],
+      limits: { maxViolationDelayMs: 100 },
+    });
+    for (const name of ['disk', 'disk/since=a', 'other', 'disk/since=b']) await violate(server, name);
+    await server.allOver();
+    expect(server.closes.map(({ exportName, violations }) => [exportName, violations])).toEqual([
+      ['disk', 1],
+      ['disk/since=a', 2],
+      ['other', 1],
+      ['disk/since=b', 3],
+    ]);
+  });
+
   test('holds no device, and no other connection, while it waits', async () => {
     const server = await startServer({
       exports: [new TestExport('disk'), new TestExport('other')],

@@ -34,7 +34,7 @@ interface Target {
 export function exportCommand(): Command {
   const command = new Command('export')
     .description('copy a VDI or snapshot into a raw image; zeros become holes')
-    .argument('<vdi>', 'NAME, NAME@TAG, or NAME@now for a snapshot that lasts as long as the copying')
+    .argument('<vdi>', 'NAME, NAME@TAG, @ID, or NAME@now for a snapshot that lasts as long as the copying')
     .argument('<file>', 'file, block device, or - for stdout')
     .option('--force', 'replace an existing file')
     .addOption(missingOption())

@@ -7,7 +7,7 @@ import { formatSize } from './size.js';
 export function vdiShowCommand(): Command {
   const command = new Command('show')
     .description('show one VDI or snapshot')
-    .argument('<vdi>', 'NAME, or NAME@TAG for a snapshot')
+    .argument('<vdi>', 'NAME, NAME@TAG for a snapshot, or @ID')
     .addHelpText('after', '\nExample:\n  sheepgate vdi show vm1@monday');
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions) => {
     const { vdi, parent } = await withOperations(options, async (operations) => {

@@ -7,6 +7,7 @@ import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { CatalogError } from '../vdi/catalog-error.js';
+import { specOf } from '../vdi/names.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
@@ -170,8 +171,8 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
   }
-  const example =
-    configuration.create[0]?.name ?? (await operations.list()).find((vdi) => !vdi.isSnapshot)?.name ?? PLACEHOLDER;
+  const existing = (await operations.list()).find((vdi) => !vdi.isSnapshot);
+  const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
   return {
     store: operations.store,
     control: control.path,

@@ -6,6 +6,7 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
+import { specOf } from '../vdi/names.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
@@ -47,7 +48,7 @@ export class DirectOperations implements Operations {
     const details: VdiDetails[] = [];
     for (const record of await this.#catalog.list()) {
       try {
-        details.push(await this.#catalog.show(record.isSnapshot ? `${record.name}@${record.tag}` : record.name));
+        details.push(await this.#catalog.show(specOf(record)));
       } catch (error) {
         // Deleted since it was listed.
         if (!(error instanceof CatalogError)) throw error;

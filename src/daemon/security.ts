@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs';
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
-import { AuthorisedExports, type Access } from '../export/authorised-exports.js';
+import { AuthorisedExports, type Access, type SubjectExports } from '../export/authorised-exports.js';
 import { AccessRules, parseAccess } from './access.js';
 import { OperationError } from './operations.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
@@ -49,7 +49,7 @@ export class Security {
   }
 
   /** `exports` as the rules let them be seen. */
-  guard(exports: ExportProvider): ExportProvider {
+  guard(exports: SubjectExports): ExportProvider {
     if (this.#configuration.access === undefined) return exports;
     return new AuthorisedExports(exports, {
       decide: (name, peer): Access => this.#rules?.decide(name, peer) ?? 'refused',

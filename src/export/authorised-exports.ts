@@ -1,7 +1,8 @@
 /**
  * Exports as one peer may see them: what it may not open is not listed and not told about, what it may only read is
- * read-only. Owns the filtering; who may do what is the policy's affair. Whoever came through a private socket of the
- * daemon's own ("internal") is the daemon's user and is let through.
+ * read-only. Judged is the VDI or snapshot that a name leads to, and every snapshot that its changes are told since; never
+ * the name as it was sent. Owns the filtering; who may do what is the policy's affair. Whoever came through a private socket
+ * of the daemon's own ("internal") is the daemon's user and is let through.
  */
 import {
   DeviceError,
@@ -14,56 +15,137 @@ import {
   type Geometry,
   type Peer,
 } from 'nbd-server-ts';
+import type { VdiSpec } from '../vdi/names.js';
+import { baseOfContext } from './changed-contexts.js';
+import { accessName, parseExportName, subjectText } from './export-name.js';
+
+/** Exports that can say whose data a name leads to. */
+export interface SubjectExports extends ExportProvider {
+  /** Undefined if nothing has the id that is named. Errors: ExportError, for what is no name. */
+  subjectOf(name: string): Promise<Subject | undefined>;
+}
+
+type Subject = Pick<VdiSpec, 'name' | 'tag'>;
 
 /** 'needs-tls': not like this, but perhaps for the one it turns out to be over TLS. */
 export type Access = 'read-write' | 'read-only' | 'needs-tls' | 'refused';
 
 export interface AccessPolicy {
-  decide(exportName: string, peer: Peer): Access;
+  /** `accessName`: as of export-name.ts. */
+  decide(accessName: string, peer: Peer): Access;
 }
 
 export class AuthorisedExports implements ExportProvider {
-  readonly #provider: ExportProvider;
+  readonly #provider: SubjectExports;
   readonly #policy: AccessPolicy;
 
-  constructor(provider: ExportProvider, policy: AccessPolicy) {
+  constructor(provider: SubjectExports, policy: AccessPolicy) {
     this.#provider = provider;
     this.#policy = policy;
   }
 
   async list(peer: Peer): Promise<readonly ExportInfo[]> {
     const all = await this.#provider.list(peer);
-    return all.filter(({ name }) => {
-      const access = this.#decide(name, peer);
-      return access === 'read-write' || access === 'read-only';
-    });
+    const listed: ExportInfo[] = [];
+    for (const info of all) {
+      const subject = await this.#provider.subjectOf(info.name);
+      if (subject !== undefined && this.#mayOpen(subject, peer)) listed.push(info);
+    }
+    return listed;
   }
 
-  async describe(name: string, peer: Peer): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
-    const isReadOnly = this.#admit(name, peer);
-    const described = await this.#provider.describe(name, peer);
-    return isReadOnly ? { ...described, geometry: readOnly(described.geometry) } : described;
+  async describe(
+    name: string,
+    peer: Peer,
+    contexts?: readonly string[],
+  ): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
+    const { isReadOnly, subject } = await this.#admit(name, peer);
+    const described = await this.#provider.describe(name, peer, contexts);
+    const geometry = this.#withoutHidden(described.geometry, subject, peer);
+    return { ...described, geometry: isReadOnly ? readOnly(geometry) : geometry };
   }
 
   async open(name: string, peer: Peer): Promise<{ readonly device: BlockDevice; readonly info: ExportInfo }> {
-    const isReadOnly = this.#admit(name, peer);
+    const { isReadOnly, subject } = await this.#admit(name, peer);
     const opened = await this.#provider.open(name, peer);
+    // An id may have been given away, and to somebody else, since it was judged.
+    const found = subject && (await this.#provider.subjectOf(opened.info.name));
+    if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
+      await opened.device.close();
+      throw refused(name);
+    }
     if (!isReadOnly || opened.device.geometry.readOnly) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
   }
 
-  /** Whether read-only. Refused before anybody looks whether there is such an export: the answer is the same if not. */
-  #admit(name: string, peer: Peer): boolean {
-    const access = this.#decide(name, peer);
+  /** Refused before anybody looks whether there is such an export: the answer is the same if not. */
+  async #admit(name: string, peer: Peer): Promise<{ readonly isReadOnly: boolean; readonly subject?: Subject }> {
+    if (peer.transport === 'internal') return { isReadOnly: false };
+    const text = subjectText(name);
+    let subject: Subject | undefined;
+    try {
+      subject = await this.#provider.subjectOf(name);
+    } catch (error) {
+      // No name of anything. Whoever may open everything is told what is wrong with it.
+      if (!(error instanceof ExportError) || error.code !== 'UNKNOWN') throw error;
+      return { isReadOnly: this.#judge(text, name, peer) };
+    }
+    // Whether something has an id is told to nobody who may not open it, so not by asking for TLS either.
+    if (subject === undefined) throw refused(name);
+    if (isById(text) && !this.#mayOpen(subject, peer)) throw refused(name);
+    const isReadOnly = this.#judge(accessName(subject), name, peer);
+    const since = sinceOf(name);
+    if (since !== undefined) this.#judge(accessName({ name: subject.name, tag: since }), name, peer);
+    return { isReadOnly, subject };
+  }
+
+  /** Whether read-only. */
+  #judge(judged: string, name: string, peer: Peer): boolean {
+    const access = this.#policy.decide(judged, peer);
     if (access === 'read-write') return false;
     if (access === 'read-only') return true;
     if (access === 'needs-tls') throw new ExportError('TLS_REQUIRED', `TLS is needed to open ${JSON.stringify(name)}`);
-    throw new ExportError('POLICY', `you are not allowed to open ${JSON.stringify(name)}`);
+    throw refused(name);
   }
 
-  #decide(name: string, peer: Peer): Access {
-    return peer.transport === 'internal' ? 'read-write' : this.#policy.decide(name, peer);
+  #mayOpen(subject: Subject, peer: Peer): boolean {
+    if (peer.transport === 'internal') return true;
+    const access = this.#policy.decide(accessName(subject), peer);
+    return access === 'read-write' || access === 'read-only';
   }
+
+  /** Without the contexts that tell of snapshots which the peer may not open. */
+  #withoutHidden(geometry: Geometry, subject: Subject | undefined, peer: Peer): Geometry {
+    if (subject === undefined) return geometry;
+    const decided = new Map<string, boolean>();
+    const contexts = geometry.contexts.filter((context) => {
+      const tag = baseOfContext(context);
+      if (tag === undefined) return true;
+      let isTold = decided.get(tag);
+      if (isTold === undefined) decided.set(tag, (isTold = this.#mayOpen({ name: subject.name, tag }, peer)));
+      return isTold;
+    });
+    return contexts.length === geometry.contexts.length ? geometry : { ...geometry, contexts };
+  }
+}
+
+/** The same words whether there is such an export or not. */
+function refused(name: string): ExportError {
+  const hint = isById(subjectText(name)) ? ', or there is nothing with this id' : '';
+  return new ExportError('POLICY', `you are not allowed to open ${JSON.stringify(name)}${hint}`);
+}
+
+/** Undefined also for options that are wrong: the exports say so, to those who are let in. */
+function sinceOf(name: string): string | undefined {
+  try {
+    return parseExportName(name).options.since;
+  } catch {
+    return undefined;
+  }
+}
+
+function isById(subject: string): boolean {
+  return subject.startsWith('@') && !subject.startsWith('@=');
 }
 
 function readOnly(geometry: Geometry): Geometry {

@@ -16,29 +16,25 @@ import {
 } from 'nbd-server-ts';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
+import { baseOfContext, changedContexts } from './changed-contexts.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
-/** `sheepgate:changed:TAG`: bit 0 is set where the export may differ from the snapshot TAG. */
-const CHANGED_CONTEXT_PREFIX = 'sheepgate:changed:';
-/** The same for tools that know qemu's dirty bitmaps (proto.md of qemu, docs/interop/nbd.rst): bit 0 is "dirty". */
-const DIRTY_BITMAP_PREFIX = 'qemu:dirty-bitmap:';
+/** Bit 0 of the contexts of changed-contexts.ts. */
 const STATE_CHANGED = 1;
-/** Snapshots an export can be compared with, the newest ones: what a client that lists contexts is told. */
-const MAX_BASES = 256;
 
 /** The snapshots that a device's VDI can be compared with. */
 export interface Bases {
-  /** Their tags, newest first. */
+  /** Tags of those that clients are told of, newest first. Others can be opened all the same. */
   readonly tags: readonly string[];
-  /** Nothing of their store may be changed. */
+  /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi): Promise<void>;
 }
 
 /**
- * How an export of this VDI looks; `tags` are those of the snapshots it can be compared with, newest first. `isReadOnly`:
- * nothing of its store may be changed.
+ * How an export of this VDI looks; `tags` are those of the snapshots whose contexts it tells of. `isReadOnly`: nothing of
+ * it may be changed.
  */
 export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnly: boolean): Geometry {
   const writable = !record.isSnapshot && !isReadOnly;
@@ -56,10 +52,7 @@ export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnl
     canCache: true,
     multiConn: true,
     rotational: false,
-    contexts: [
-      ALLOCATION_CONTEXT,
-      ...tags.slice(0, MAX_BASES).flatMap((tag) => [CHANGED_CONTEXT_PREFIX + tag, DIRTY_BITMAP_PREFIX + tag]),
-    ],
+    contexts: [ALLOCATION_CONTEXT, ...tags.flatMap(changedContexts)],
   };
 }
 
@@ -135,12 +128,18 @@ export class VdiDevice implements BlockDevice {
   }
 
   async #changes(context: string, offset: number, length: number, sink: ExtentSink): Promise<void> {
-    const prefix = context.startsWith(CHANGED_CONTEXT_PREFIX) ? CHANGED_CONTEXT_PREFIX : DIRTY_BITMAP_PREFIX;
-    const tag = context.slice(prefix.length);
+    const tag = baseOfContext(context);
+    if (tag === undefined) throw new Error(`invariant: ${context} is no context of a VDI`);
+    const base = await this.hold(tag);
+    const report = (at: number, size: number, changed: boolean): boolean => sink(at, size, changed ? STATE_CHANGED : 0);
+    this.#vdi.changedSince(base, offset, length, report);
+  }
+
+  /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `Bases.open`. */
+  hold(tag: string): Promise<Vdi> {
     let base = this.#opened.get(tag);
     if (!base) this.#opened.set(tag, (base = this.#bases.open(tag)));
-    const report = (at: number, size: number, changed: boolean): boolean => sink(at, size, changed ? STATE_CHANGED : 0);
-    this.#vdi.changedSince(await base, offset, length, report);
+    return base;
   }
 
   isHole(offset: number, length: number): boolean {

@@ -1,6 +1,6 @@
 /**
- * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one. Owns
- * nothing but the translation of names and errors between nbd/ and src/vdi.
+ * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one; what other
+ * names mean export-name.ts says. Owns nothing but the translation of names and errors between nbd/ and src/vdi.
  */
 import {
   ExportError,
@@ -11,11 +11,16 @@ import {
   type Peer,
 } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
-import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
-import { checkTemporaryTag, isTemporaryTag, parseSpec } from '../vdi/names.js';
+import type { VdiCatalog } from '../vdi/catalog.js';
+import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
+import { isContextTag, toldBases } from './changed-contexts.js';
+import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
 import { TemporarySnapshots } from './temporary-snapshots.js';
 import { geometryOf, VdiDevice, type Bases } from './vdi-device.js';
+
+/** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
+const ANY_TEMPORARY = 'now';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
@@ -29,22 +34,40 @@ export class VdiExports implements ExportProvider {
   /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
   async list(_peer: Peer): Promise<ExportInfo[]> {
     const records = await this.#catalog.list();
-    return records.filter(({ tag }) => !isTemporaryTag(tag)).map(infoOf);
+    return records.filter(({ tag }) => !isTemporaryTag(tag)).map((record) => infoOf(record));
   }
 
-  async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
+  /**
+   * Whose data an export name is about, by name and tag, whatever form it has; looked up for an id only, and undefined if
+   * nothing has it. Errors: ExportError, for what is no name.
+   */
+  async subjectOf(name: string): Promise<Pick<VdiSpec, 'name' | 'tag'> | undefined> {
     try {
+      const subject = parseSpec(subjectText(name));
+      if (subject.vid === undefined) return subject;
+      const record = await this.#catalog.find(subjectText(name));
+      return { name: record.name, tag: record.isSnapshot ? record.tag : undefined };
+    } catch (error) {
+      if (error instanceof CatalogError && error.code === 'NO_VDI') return undefined;
+      throw asExportError(error);
+    }
+  }
+
+  async describe(
+    name: string,
+    _peer: Peer,
+    contexts: readonly string[] = [],
+  ): Promise<{ geometry: Geometry; info: ExportInfo }> {
+    try {
+      const { subject, options } = parseExportName(name);
       const { isReadOnly } = this.#catalog;
-      const { name: vdiName, tag } = parseSpec(name);
-      if (tag === undefined || !isTemporaryTag(tag)) {
-        const record = await this.#catalog.find(name);
-        return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
+      let record = await this.#find(subject);
+      if (isTemporary(subject)) {
+        this.#catalog.mustTakeTemporaries();
+        record = { ...record, tag: subject.tag, isSnapshot: true, snapshotAt: Date.now() };
       }
-      checkTemporaryTag(tag);
-      this.#catalog.mustTakeTemporaries();
-      const working = await this.#catalog.find(vdiName);
-      const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
-      return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
+      const tags = toldBases(await this.#basesOf(record, options), contexts);
+      return { geometry: geometryOf(record, tags, isReadOnly || isById(subject)), info: infoOf(record, options) };
     } catch (error) {
       throw asExportError(error);
     }
@@ -52,51 +75,110 @@ export class VdiExports implements ExportProvider {
 
   async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
-      const { name: vdiName, tag } = parseSpec(name);
-      if (tag !== undefined && isTemporaryTag(tag)) {
+      const { subject, options } = parseExportName(name);
+      // Before anything is opened: a snapshot that is not there must not cost a temporary one.
+      if (options.since !== undefined) await this.#basesOf(await this.#find(subject), options);
+      if (isTemporary(subject)) {
+        const { tag } = subject;
+        const vdiName = formatSpec({ name: subject.name, tag: undefined });
         const vdi = await this.#temporary.open(vdiName, tag);
         const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
-        return await this.#opened(vdi, close);
+        return await this.#opened(vdi, subject, options, close);
       }
-      const vdi = await this.#catalog.openVdi(name);
-      return await this.#opened(vdi, () => this.#catalog.release(vdi));
+      const vdi = await this.#catalog.openVdi(subjectText(name));
+      return await this.#opened(vdi, subject, options, () => this.#catalog.release(vdi));
     } catch (error) {
       throw asExportError(error);
     }
   }
 
-  async #opened(vdi: Vdi, close: () => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
-    const { name } = vdi.record;
-    let tags: string[];
+  async #opened(
+    vdi: Vdi,
+    subject: VdiSpec,
+    options: ExportOptions,
+    close: () => Promise<void>,
+  ): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    const { record } = vdi;
+    let tags: readonly string[];
     try {
-      tags = await this.#tagsOf(vdi.record);
+      tags = toldBases(await this.#basesOf(record, options), []);
     } catch (error) {
       await close();
       throw error;
     }
     const bases: Bases = {
       tags,
-      isReadOnly: this.#catalog.isReadOnly,
-      open: (tag) => this.#catalog.openVdi(`${name}@${tag}`),
+      isReadOnly: this.#catalog.isReadOnly || isById(subject),
+      open: (tag) => this.#catalog.openVdi(formatSpec({ name: record.name, tag })),
       release: (base) => this.#catalog.release(base),
     };
-    return { device: new VdiDevice(vdi, bases, close), info: infoOf(vdi.record) };
+    const device = new VdiDevice(vdi, bases, close);
+    try {
+      // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
+      if (options.since !== undefined) await device.hold(options.since);
+    } catch (error) {
+      await device.close();
+      throw error;
+    }
+    return { device, info: infoOf(record, options) };
   }
 
-  /** Tags of the snapshots of the same VDI, newest first. */
-  async #tagsOf({ name, vid }: VdiRecord): Promise<string[]> {
-    return (await this.#catalog.list())
-      .filter((other) => other.name === name && other.isSnapshot && other.vid !== vid && !isTemporaryTag(other.tag))
-      .map(({ tag }) => tag)
-      .reverse();
+  /** What a subject is about; of a temporary snapshot the VDI that it is, or would be, taken of. */
+  async #find(subject: VdiSpec): Promise<VdiRecord> {
+    const { name, vid } = subject;
+    if (vid !== undefined) return this.#catalog.find(`@${vid.toString(16)}`);
+    if (!isTemporary(subject)) return this.#catalog.find(formatSpec(subject));
+    checkTemporaryTag(subject.tag);
+    return this.#catalog.find(formatSpec({ name, tag: undefined }));
+  }
+
+  /**
+   * Tags of the snapshots that the VDI or snapshot can be compared with, newest first: all those of the same VDI, or the
+   * one that the options name. Errors: NO_TAG, BAD_SIZE.
+   */
+  async #basesOf({ name, vid, blockSizeShift }: VdiRecord, { since }: ExportOptions): Promise<readonly string[]> {
+    const snapshots = (await this.#catalog.list()).filter(
+      (other) => other.name === name && other.isSnapshot && !isTemporaryTag(other.tag),
+    );
+    // Other tools may give one tag twice: what has changed since cannot be told by it.
+    const count = new Map<string, number>();
+    for (const { tag } of snapshots) count.set(tag, (count.get(tag) ?? 0) + 1);
+    if (since === undefined) {
+      return snapshots
+        .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
+        .filter(({ tag }) => count.get(tag) === 1 && isContextTag(tag))
+        .map(({ tag }) => tag)
+        .reverse();
+    }
+    const base = await this.#catalog.find(formatSpec({ name, tag: since }));
+    const refuse = (why: string): CatalogError =>
+      new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
+    if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
+    if (count.get(since) !== 1) throw refuse('several snapshots have this tag');
+    if (!isContextTag(since)) throw refuse('its tag has control characters');
+    return [since];
   }
 }
 
-function infoOf(record: VdiRecord): ExportInfo {
-  const description = record.isSnapshot
-    ? `snapshot of ${record.name}, taken ${new Date(record.snapshotAt).toISOString()}`
+function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: string } {
+  return subject.tag !== undefined && isTemporaryTag(subject.tag);
+}
+
+/**
+ * A working VDI gets another id with every snapshot, and the snapshot keeps the old one: a client that connects again
+ * under an id may find an older state of the disk. Nobody writes on that.
+ */
+function isById({ vid }: VdiSpec): boolean {
+  return vid !== undefined;
+}
+
+function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {
+  const { name, tag, isSnapshot } = record;
+  const description = isSnapshot
+    ? `snapshot of ${formatSpec({ name, tag: undefined })}, taken ${new Date(record.snapshotAt).toISOString()}`
     : `VDI, created ${new Date(record.createdAt).toISOString()}`;
-  return { name: labelOf(record), description };
+  const countedAs = isSnapshot && isTemporaryTag(tag) ? formatSpec({ name, tag: ANY_TEMPORARY }) : specOf(record);
+  return { name: formatExportName({ name, tag: isSnapshot ? tag : undefined }, options), description, countedAs };
 }
 
 function asExportError(error: unknown): ExportError {

@@ -77,7 +77,7 @@ export class VdiCatalog {
     return records.sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId));
   }
 
-  /** Errors: BAD_NAME, NO_VDI, NO_TAG. */
+  /** "NAME", "NAME@TAG" or another form of names.ts. Errors: BAD_NAME, NO_VDI, NO_TAG. */
   async find(spec: string): Promise<VdiRecord> {
     return this.#find(parseSpec(spec));
   }
@@ -144,7 +144,8 @@ export class VdiCatalog {
   dropTemporary(name: string, tag: string): Promise<void> {
     return this.#changeTemporaries(async () => {
       checkTemporaryTag(tag);
-      const record = (await this.list()).find((other) => other.name === name && other.tag === tag);
+      const { name: own } = parseSpec(name);
+      const record = (await this.list()).find((other) => other.name === own && other.tag === tag);
       if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
       await this.#store.catalog.remove(record.vid);
@@ -162,7 +163,7 @@ export class VdiCatalog {
 
   async #snapshot(name: string, tag: string, prepare: (vdi: OpenVdi) => Awaitable<Switch>): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
-    if ((await this.list()).some((other) => other.name === name && other.tag === tag)) {
+    if ((await this.list()).some((other) => other.name === record.name && other.tag === tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
     }
     return this.#using(record, async (vdi) => {
@@ -200,7 +201,7 @@ export class VdiCatalog {
   rollback(spec: string): Promise<VdiRecord> {
     return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
-      const working = await this.#findWorking(base.name);
+      const working = await this.#find({ name: base.name, tag: undefined });
       this.#mustBeClosed(working, 'rolled back');
       return this.#store.catalog.rollback(working.vid, base.vid);
     });
@@ -274,7 +275,8 @@ export class VdiCatalog {
     return this.#alone(() => this.#store.close());
   }
 
-  async #find({ name, tag }: VdiSpec): Promise<VdiRecord> {
+  async #find({ name, tag, vid }: VdiSpec): Promise<VdiRecord> {
+    if (vid !== undefined) return this.#findById(vid);
     const named = (await this.list()).filter((record) => record.name === name);
     const found = named.find((record) =>
       tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
@@ -292,19 +294,32 @@ export class VdiCatalog {
     throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
   }
 
+  /** Temporary snapshots come and go with those who have them open: they are nobody else's to open or delete. */
+  async #findById(vid: number): Promise<VdiRecord> {
+    const found = (await this.list()).find((record) => record.vid === vid);
+    if (found && !(found.isSnapshot && isTemporaryTag(found.tag))) return found;
+    throw new CatalogError(
+      'NO_VDI',
+      `nothing has the id ${vid.toString(16)} in ${this.location}; 'sheepgate vdi list' shows the ids, and a VDI gets ` +
+        'another one with every snapshot',
+    );
+  }
+
   async #findWorking(name: string): Promise<VdiRecord> {
     const spec = parseSpec(name);
-    if (spec.tag !== undefined)
+    const found = spec.tag === undefined ? await this.#find(spec) : undefined;
+    if (found === undefined || found.isSnapshot)
       throw new CatalogError('IS_SNAPSHOT', `${name} is a snapshot; give the VDI's name alone`);
-    return this.#find(spec);
+    return found;
   }
 
   async #findSnapshot(text: string, purpose: string): Promise<VdiRecord> {
     const spec = parseSpec(text);
-    if (spec.tag === undefined) {
+    const found = spec.tag !== undefined || spec.vid !== undefined ? await this.#find(spec) : undefined;
+    if (!found?.isSnapshot) {
       throw new CatalogError('IS_SNAPSHOT', `can only ${purpose} a snapshot: give NAME@TAG, not "${text}"`);
     }
-    return this.#find(spec);
+    return found;
   }
 
   /** Snapshots outlive their VDI, and a name stands for all of them. */

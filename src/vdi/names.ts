@@ -1,4 +1,9 @@
-/** What VDI names and tags may look like, and how NAME@TAG is taken apart. The same rules as for export names. */
+/**
+ * What VDI names and tags may look like, and how people say which VDI or snapshot they mean: NAME, NAME@TAG, and two forms
+ * for those that other tools have made, whose names and tags may have any character: @=NAME@TAG with percent signs, and @ID.
+ * None of our names begins with an @, so these two are nobody's name.
+ */
+import type { VdiRecord } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 
 /** sheepdog_proto.h: SD_MAX_VDI_LEN and SD_MAX_VDI_TAG_LEN are 256 bytes including the terminating NUL. */
@@ -7,19 +12,83 @@ const MAX_TAG_BYTES = 255;
 /** Tags with a meaning of their own: NAME@now is a temporary snapshot. */
 const RESERVED_TAG = 'now';
 
+/** What follows the @ of "@ID" if it is no id but a name with percent signs. */
+const ENCODED = '=';
+/** Ids have 24 bits (sheepdog_proto.h, SD_NR_VDIS), in hex as `vdi list` and `dog` show them. */
+const ID = /^[0-9a-f]{1,6}$/i;
+
 export interface VdiSpec {
+  /** Empty if it is said by its id. */
   readonly name: string;
   /** undefined: the working VDI. */
   readonly tag: string | undefined;
+  /** Whatever has this id, a snapshot or a working VDI. */
+  readonly vid?: number;
 }
 
-/** Split "NAME" or "NAME@TAG". Errors: BAD_NAME. */
+/** Take "NAME", "NAME@TAG", "@ID" or "@=NAME[@TAG]" apart. Errors: BAD_NAME. */
 export function parseSpec(spec: string): VdiSpec {
   const at = spec.indexOf('@');
+  if (at === 0) return parseForeign(spec);
   if (at < 0) return { name: checkName(spec), tag: undefined };
   const tag = spec.slice(at + 1);
   if (tag === '') throw new CatalogError('BAD_NAME', `"${spec}": a tag must follow the @`);
   return { name: checkName(spec.slice(0, at)), tag };
+}
+
+function parseForeign(spec: string): VdiSpec {
+  const text = spec.slice(1);
+  if (ID.test(text) && Number.parseInt(text, 16) > 0) {
+    return { name: '', tag: undefined, vid: Number.parseInt(text, 16) };
+  }
+  const bad = (why: string): CatalogError => new CatalogError('BAD_NAME', `${JSON.stringify(spec)}: ${why}`);
+  if (!text.startsWith(ENCODED)) {
+    throw bad("a name must stand before the @, or the hexadecimal ID of 'sheepgate vdi list' behind it");
+  }
+  const [name, tag] = splitAt(text.slice(ENCODED.length)).map((part) => part && decodePercent(part, bad));
+  if (!name || tag === '') throw bad('what follows "@=" is a name, or NAME@TAG, and neither is empty');
+  return { name, tag };
+}
+
+/** Before and behind the first @; [text, undefined] if there is none. */
+function splitAt(text: string): [string, string | undefined] {
+  const at = text.indexOf('@');
+  return at < 0 ? [text, undefined] : [text.slice(0, at), text.slice(at + 1)];
+}
+
+/** %2F is a slash, %2C a comma, %40 an @, %25 a percent sign; every other character is itself. */
+export function decodePercent(text: string, bad: (why: string) => Error): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    throw bad('a % must be followed by two hexadecimal digits that make UTF-8; %25 is a % itself');
+  }
+}
+
+/** So that decodePercent gives it back, with as few percent signs as may be. */
+export function encodePercent(text: string): string {
+  return text.toWellFormed().replace(/[%@/,\p{Cc}\p{Zl}\p{Zp}]|^\s|\s$/gu, encodeURIComponent);
+}
+
+/**
+ * How a VDI or snapshot is said so that `parseSpec` finds it again: NAME or NAME@TAG where that does, else with percent
+ * signs. Not by its id, since a working VDI gets another one with every snapshot.
+ */
+export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string {
+  const plain = tag === undefined ? name : `${name}@${tag}`;
+  try {
+    checkName(name);
+    if (tag !== undefined) check('tag', tag, MAX_TAG_BYTES);
+    return plain;
+  } catch {
+    // A name that none of ours can be.
+  }
+  return `@=${encodePercent(name)}${tag === undefined ? '' : `@${encodePercent(tag)}`}`;
+}
+
+/** The same of a record. */
+export function specOf({ name, tag, isSnapshot }: Pick<VdiRecord, 'name' | 'tag' | 'isSnapshot'>): string {
+  return formatSpec({ name, tag: isSnapshot ? tag : undefined });
 }
 
 /** Whether `tag` is a temporary snapshot's: "now" or "now:LABEL". */

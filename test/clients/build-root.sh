@@ -18,7 +18,7 @@ mkdir -p "$(dirname "$dir")"
 # Two test runs may come at once.
 exec 9> "$dir.lock"
 flock 9
-want=$(cat "$0" "$here/download-kernel.sh" | cksum)
+want=$(cat "$0" "$here/download-kernel.sh" "$here/unpack-virtnbdbackup.sh" | cksum)
 if [ "$(cat "$dir/stamp" 2>/dev/null)" = "$want" ]; then
   case $suite in
     sid | unstable | testing) [ -z "$(find "$dir/stamp" -mtime +7)" ] && exit 0 ;;
@@ -32,5 +32,7 @@ mkdir -p "$dir"
 unshare --mount mmdebstrap --quiet --variant=apt --aptopt='Acquire::Check-Valid-Until "false"' \
   --include="$(echo $packages | tr ' ' ',')" \
   --customize-hook='cp "'"$here"'/download-kernel.sh" "$1/tmp/" && chroot "$1" sh /tmp/download-kernel.sh' \
+  --customize-hook='cp "'"$here"'/unpack-virtnbdbackup.sh" "$1/tmp/"' \
+  --customize-hook='chroot "$1" sh /tmp/unpack-virtnbdbackup.sh /opt/virtnbdbackup' \
   "$suite" "$dir/root"
 echo "$want" > "$dir/stamp"

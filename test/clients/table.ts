@@ -27,6 +27,7 @@ const ROWS: readonly { readonly label: string; readonly programs: readonly strin
   },
   { label: "nbdkit's nbd plugin", programs: ['nbdkit'], version: 'nbdkit' },
   { label: 'fio, its nbd engine', programs: ['fio'], version: 'fio' },
+  { label: 'virtnbdbackup, its reading of extents', programs: ['virtnbdbackup'], version: 'virtnbdbackup' },
   { label: 'Linux, its nbd driver', programs: ['linux'], version: 'linux' },
   { label: 'nbd-client', programs: ['nbd-client'], version: 'nbd-client' },
 ];

@@ -1,8 +1,10 @@
 /** The access file: what its lines mean, what is wrong with a wrong one, and what a peer gets to see. */
 import { describe, expect, test } from 'vitest';
-import type { BlockDevice, ExportProvider, Geometry, Peer } from 'nbd-server-ts';
+import { ExportError, type BlockDevice, type Geometry, type Peer } from 'nbd-server-ts';
 import { AccessRules, parseAccess } from '../../src/daemon/access.js';
-import { AuthorisedExports } from '../../src/export/authorised-exports.js';
+import { AuthorisedExports, type SubjectExports } from '../../src/export/authorised-exports.js';
+import { subjectText } from '../../src/export/export-name.js';
+import { formatSpec, parseSpec } from '../../src/vdi/names.js';
 
 const FILE = '/etc/sheepgate/access';
 
@@ -201,20 +203,48 @@ describe('exports behind rules', () => {
     close: () => void calls.push('close'),
   };
   const asked: string[] = [];
-  const provider: ExportProvider = {
+  /** By id: of a VDI that may be opened, of one that may not, and one whose name looks like a snapshot's. */
+  const ids = new Map<string, { name: string; tag: string | undefined }>([
+    ['@1', { name: 'a', tag: undefined }],
+    ['@2', { name: 'vault', tag: 'one' }],
+    ['@3', { name: 'c', tag: undefined }],
+    ['@4', { name: 'a@monday', tag: undefined }],
+  ]);
+  const provider: SubjectExports = {
+    subjectOf: (name) => {
+      const text = subjectText(name);
+      try {
+        const { vid, ...subject } = parseSpec(text);
+        return Promise.resolve(vid === undefined ? subject : ids.get(text));
+      } catch (error) {
+        return Promise.reject(new ExportError('UNKNOWN', (error as Error).message));
+      }
+    },
     list: () => ['a', 'b', 'c'].map((name) => ({ name, description: '' })),
     describe: (name) => {
       asked.push(name);
-      return { geometry, info: { name, description: '' } };
+      const { name: vdi } = ids.get(subjectText(name)) ?? parseSpec(subjectText(name));
+      const contexts = [
+        'base:allocation',
+        'sheepgate:changed:monday',
+        'qemu:dirty-bitmap:monday',
+        'sheepgate:changed:x',
+      ];
+      return { geometry: vdi === 'd' ? { ...geometry, contexts } : geometry, info: { name, description: '' } };
     },
     open: (name) => {
       asked.push(name);
-      return { device, info: { name, description: '' } };
+      const subject = ids.get(subjectText(name));
+      return { device, info: { name: subject ? formatSpec(subject) : name, description: '' } };
     },
   };
   const guarded = new AuthorisedExports(
     provider,
-    rules('allow a from any\nallow b ro from any\nallow c from psk:x', true),
+    rules(
+      'allow a from any\nallow b ro from any\nallow c from psk:x\nallow a@* ro from any\n' +
+        'allow d from any\nallow d@monday from any',
+      true,
+    ),
   );
 
   test('only what may be opened is listed', async () => {
@@ -247,6 +277,78 @@ describe('exports behind rules', () => {
     await readOnly.extents('base:allocation', 0, 1, () => true);
     await readOnly.close();
     expect(calls).toEqual(['read', 'flush', 'cache', 'extents', 'close']);
+  });
+
+  const refusalOf = async (name: string): Promise<{ code: string; message: string }> => {
+    asked.length = 0;
+    const errors = await Promise.all(
+      [guarded.open(name, LOCAL), guarded.describe(name, LOCAL)].map((attempt) =>
+        attempt.then(
+          () => new Error('let in'),
+          (error: unknown) => error as Error,
+        ),
+      ),
+    );
+    expect(asked).toEqual([]);
+    expect(errors[0]).toEqual(errors[1]);
+    const { code, message } = errors[0] as Error & { code: string };
+    return { code, message: message.replace(JSON.stringify(name), 'EXPORT') };
+  };
+
+  test('no form of a name gets past a rule: options, percent signs and ids are judged as what they lead to', async () => {
+    for (const name of [
+      'a',
+      'a/since=monday',
+      '@1',
+      '@=a',
+      '@=%61',
+      'a@monday',
+      '@=a@%6Donday',
+      '@=%61/since=monday',
+    ]) {
+      await guarded.open(name, LOCAL);
+      await guarded.describe(name, LOCAL);
+    }
+    for (const name of ['vault', 'vault/since=a', 'vault/a', 'vault@one', '@=vault', '@=v%61ult@one', 'c@now', 'x@a']) {
+      expect(await refusalOf(name), name).toEqual({ code: 'POLICY', message: 'you are not allowed to open EXPORT' });
+    }
+    for (const name of ['c', '@=c', 'c/since=x']) expect((await refusalOf(name)).code, name).toBe('TLS_REQUIRED');
+    // Not the snapshot "monday" of a, which may be opened.
+    expect((await refusalOf('@=a%40monday')).code).toBe('POLICY');
+  });
+
+  test('an id that nothing has is refused like one that a peer may not open, and like one that needs TLS', async () => {
+    const message = 'you are not allowed to open EXPORT, or there is nothing with this id';
+    for (const id of ['@2', '@3', '@4', '@5', '@2/since=x', '@5/since=x']) {
+      expect(await refusalOf(id), id).toEqual({ code: 'POLICY', message });
+    }
+  });
+
+  test('changes since a snapshot are told to those only who may open it, by option or by context', async () => {
+    await guarded.open('d/since=monday', LOCAL);
+    expect((await refusalOf('d/since=x')).code).toBe('POLICY');
+    expect((await refusalOf('d/since=nothing')).code).toBe('POLICY');
+    expect((await guarded.describe('d', LOCAL)).geometry.contexts).toEqual([
+      'base:allocation',
+      'sheepgate:changed:monday',
+      'qemu:dirty-bitmap:monday',
+    ]);
+  });
+
+  test('options that are wrong are told to those who may open the export', async () => {
+    asked.length = 0;
+    await guarded.open('a/exclusive', LOCAL);
+    expect(asked).toEqual(['a/exclusive']);
+    expect((await refusalOf('vault/exclusive')).code).toBe('POLICY');
+  });
+
+  test('an id that leads elsewhere when it is opened is closed again and refused', async () => {
+    const { open } = provider;
+    provider.open = (name) => ({ device, info: { name: 'vault', description: name } });
+    calls.length = 0;
+    await expect(guarded.open('@1', LOCAL)).rejects.toMatchObject({ code: 'POLICY' });
+    expect(calls).toEqual(['close']);
+    provider.open = open;
   });
 
   test("the daemon's own connections are let through", async () => {

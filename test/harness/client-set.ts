@@ -146,3 +146,10 @@ export function nbdPythonOf(set: ClientSet): string | undefined {
     }
   });
 }
+
+/** Where a set has the Python code of virtnbdbackup (unpack-virtnbdbackup.sh), as the set's programs see it. */
+export function virtnbdbackupOf(set: ClientSet): string | undefined {
+  const unpacked = set.root === undefined ? directoryOf('virtnbdbackup') : '/opt/virtnbdbackup';
+  const code = path.join(unpacked, 'usr/lib/python3/dist-packages');
+  return fs.existsSync(path.join(set.root ?? '/', code, 'libvirtnbdbackup')) ? code : undefined;
+}

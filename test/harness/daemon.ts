@@ -9,7 +9,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, inject, test, type TestContext } from 'vitest';
-import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf } from './client-set.js';
+import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf, virtnbdbackupOf } from './client-set.js';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
 
@@ -180,10 +180,14 @@ type Body = (context: TestContext) => unknown;
 
 /**
  * `test`, or a skip that says why, if the client set lacks one of these programs. 'nbdsh' stands for a Python with
- * libnbd's module. What a test needs is what it tries: the table of docs/clients.md is made from it.
+ * libnbd's module, 'virtnbdbackup' for its Python code. What a test needs is what it tries: the table of docs/clients.md is made from it.
  */
 export function needs(...commands: string[]): (name: string, body: Body, timeoutMs?: number) => void {
-  const missing = commands.filter((command) => (command === 'nbdsh' ? !haveNbdsh() : !haveCommand(command)));
+  const have = (command: string): boolean => {
+    if (command === 'nbdsh') return haveNbdsh();
+    return command === 'virtnbdbackup' ? virtnbdbackupOf(clientSet) !== undefined : haveCommand(command);
+  };
+  const missing = commands.filter((command) => !have(command));
   // What a set lacks is missing in build-root.sh: no reason to pass over a test.
   if (missing.length > 0 && clientSet.root !== undefined) {
     throw new Error(`clients "${clientSet.name}" have no ${missing.join(', ')}`);

@@ -29,6 +29,9 @@ interface Asked {
   covered: bigint;
   pieces: [bigint, bigint][];
   contexts: Set<number>;
+  /** Bytes that the contexts so far cover, and their extents together. */
+  statusBytes: bigint | undefined;
+  statusExtents: number;
   hasFailed: boolean;
 }
 
@@ -173,7 +176,15 @@ function readRequests(heard: Cursor, level: Level, waiting: Map<bigint, Asked[]>
     const cookie = header.readBigUInt64BE(8);
     const asked = { type, flags, cookie, offset: header.readBigUInt64BE(16), length };
     const list = waiting.get(cookie) ?? [];
-    list.push({ ...asked, covered: 0n, pieces: [], contexts: new Set(), hasFailed: false });
+    list.push({
+      ...asked,
+      covered: 0n,
+      pieces: [],
+      contexts: new Set(),
+      statusBytes: undefined,
+      statusExtents: 0,
+      hasFailed: false,
+    });
     waiting.set(cookie, list);
   }
 }
@@ -277,10 +288,12 @@ function checkChunk(level: Level, type: number, payload: Buffer, asked: Asked): 
         before = status;
         sum += size;
       }
-      return must(
-        (asked.flags & CMD_FLAG.REQ_ONE) === 0 || (count === 1 && sum <= asked.length),
-        'more than one extent',
-      );
+      must(sum <= asked.length, 'more than was asked for');
+      must(asked.statusBytes === undefined || asked.statusBytes === sum, 'contexts of different lengths');
+      asked.statusBytes = sum;
+      asked.statusExtents += count;
+      must(asked.statusExtents <= 128 * 1024, 'too many extents in one reply');
+      return must((asked.flags & CMD_FLAG.REQ_ONE) === 0 || count === 1, 'more than one extent');
     }
     case REPLY_TYPE.ERROR:
     case REPLY_TYPE.ERROR_OFFSET: {

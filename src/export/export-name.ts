@@ -1,0 +1,79 @@
+/**
+ * The grammar of export names (docs/exports.md):
+ *
+ *     EXPORT  = SUBJECT [ "/" OPTION { "," OPTION } ]
+ *     SUBJECT = NAME [ "@" TAG ]  |  "@" ID  |  "@=" NAME [ "@" TAG ] with percent signs     (src/vdi/names.ts)
+ *     OPTION  = KEY [ "=" VALUE ], the VALUE with percent signs
+ *
+ * Neither names nor tags of ours have a slash, so what follows the first one is options, and every option that is still
+ * to come has its place. Owns how a name is taken apart and put together; looks nothing up and decides nothing.
+ */
+import { CatalogError } from '../vdi/catalog-error.js';
+import { decodePercent, encodePercent, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
+
+export interface ExportOptions {
+  /** Tag of the one snapshot that the export tells the changes since. */
+  readonly since?: string;
+}
+
+export interface ExportName {
+  readonly subject: VdiSpec;
+  readonly options: ExportOptions;
+}
+
+const OPTIONS_BEGIN = '/';
+const OPTIONS_SEPARATOR = ',';
+/** For messages: all options there are, and how they are written. */
+const KNOWN_OPTIONS = 'since=TAG';
+
+/** The text before the options, which alone says whose data it is. */
+export function subjectText(exportName: string): string {
+  const slash = exportName.indexOf(OPTIONS_BEGIN);
+  return slash < 0 ? exportName : exportName.slice(0, slash);
+}
+
+/** Errors: BAD_NAME, for a subject or an option that is none. */
+export function parseExportName(exportName: string): ExportName {
+  const text = subjectText(exportName);
+  const subject = parseSpec(text);
+  if (text.length === exportName.length) return { subject, options: {} };
+  return { subject, options: parseOptions(exportName, exportName.slice(text.length + 1)) };
+}
+
+function parseOptions(exportName: string, text: string): ExportOptions {
+  const bad = (why: string): CatalogError =>
+    new CatalogError('BAD_NAME', `export ${JSON.stringify(exportName)}: ${why}`);
+  const options: { since?: string } = {};
+  for (const option of text.split(OPTIONS_SEPARATOR)) {
+    const equals = option.indexOf('=');
+    const key = equals < 0 ? option : option.slice(0, equals);
+    const value = equals < 0 ? undefined : decodePercent(option.slice(equals + 1), bad);
+    if (key !== 'since') {
+      throw bad(
+        `what follows the slash is options, and ${JSON.stringify(key)} is none; there is ${KNOWN_OPTIONS}. A VDI whose ` +
+          "name or tag has a slash is @=NAME@TAG with %2F for the slash, or @ID with the ID of 'sheepgate vdi list'",
+      );
+    }
+    if (options.since !== undefined) throw bad('the option since stands twice; one snapshot is compared with');
+    if (!value) throw bad('since needs the tag of a snapshot: since=TAG');
+    if (isTemporaryTag(value))
+      throw bad('since needs a snapshot that stays: a temporary one goes with its last reader');
+    options.since = value;
+  }
+  return options;
+}
+
+/** A name that is parsed as the same. Not of an id. */
+export function formatExportName(subject: Pick<VdiSpec, 'name' | 'tag'>, { since }: ExportOptions = {}): string {
+  const options = since === undefined ? '' : `${OPTIONS_BEGIN}since=${encodePercent(since)}`;
+  return formatSpec(subject) + options;
+}
+
+/**
+ * What access rules are written about: NAME, NAME@TAG. An @ within a NAME, which none of ours has, is a NUL here, which no
+ * name can have at all: a VDI that is called "vm1@x" is not the snapshot x of vm1.
+ */
+export function accessName({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string {
+  const plain = name.replaceAll('@', '\0');
+  return tag === undefined ? plain : `${plain}@${tag}`;
+}

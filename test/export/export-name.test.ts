@@ -1,0 +1,106 @@
+/** The grammar of export names: what each form means, what is refused with which words, and that nothing collides. */
+import fc from 'fast-check';
+import { describe, expect, test } from 'vitest';
+import { formatExportName, parseExportName, subjectText } from '../../src/export/export-name.js';
+import { CatalogError } from '../../src/vdi/catalog-error.js';
+import { checkName, checkTag, formatSpec, parseSpec } from '../../src/vdi/names.js';
+
+describe('an export name', () => {
+  for (const [text, subject, since] of [
+    ['vm1', { name: 'vm1', tag: undefined }],
+    ['vm1@monday', { name: 'vm1', tag: 'monday' }],
+    ['vm1@now', { name: 'vm1', tag: 'now' }],
+    ['vm1@now:nightly', { name: 'vm1', tag: 'now:nightly' }],
+    ['vm1@#7c+1', { name: 'vm1', tag: '#7c+1' }],
+    ['vm1@a@b', { name: 'vm1', tag: 'a@b' }],
+    ['100%', { name: '100%', tag: undefined }],
+    ['@7c2b25', { name: '', tag: undefined, vid: 0x7c2b25 }],
+    ['@1', { name: '', tag: undefined, vid: 1 }],
+    ['@=a%2Fb', { name: 'a/b', tag: undefined }],
+    ['@=a%40b@c@d', { name: 'a@b', tag: 'c@d' }],
+    ['@=vm1@now', { name: 'vm1', tag: 'now' }],
+    ['vm1/since=monday', { name: 'vm1', tag: undefined }, 'monday'],
+    ['vm1@now/since=monday', { name: 'vm1', tag: 'now' }, 'monday'],
+    ['vm1@now:x/since=50%25%2C#1', { name: 'vm1', tag: 'now:x' }, '50%,#1'],
+    ['vm1@two/since=a=b', { name: 'vm1', tag: 'two' }, 'a=b'],
+    ['vm1/since=a/b', { name: 'vm1', tag: undefined }, 'a/b'],
+    ['@7c/since=a%20b', { name: '', tag: undefined, vid: 0x7c }, 'a b'],
+  ] as const) {
+    test(`${JSON.stringify(text)} is ${JSON.stringify(subject)}${since === undefined ? '' : ` since ${since}`}`, () => {
+      expect(parseExportName(text)).toEqual({ subject, options: since === undefined ? {} : { since } });
+    });
+  }
+
+  for (const [text, message] of [
+    ['', /must not be empty/],
+    ['vm1@', /a tag must follow the @/],
+    ['@', /a name must stand before the @, or the hexadecimal ID/],
+    ['@0', /hexadecimal ID/],
+    ['@1000000', /hexadecimal ID/],
+    ['@monday', /hexadecimal ID/],
+    ['@=', /neither is empty/],
+    ['@=@x', /neither is empty/],
+    ['@=a@', /neither is empty/],
+    ['@=50%', /%25 is a % itself/],
+    ['/since=x', /must not be empty/],
+    ['vm1/', /"" is none; there is since=TAG/],
+    ['vm1/exclusive', /"exclusive" is none; there is since=TAG.*%2F for the slash, or @ID/],
+    ['vm1@monday/rw', /"rw" is none/],
+    ['vm1/since', /since needs the tag of a snapshot/],
+    ['vm1/since=', /since needs the tag of a snapshot/],
+    ['vm1/since=a,', /"" is none/],
+    ['vm1/since=a,since=a', /stands twice/],
+    ['vm1/since=a,b', /"b" is none/],
+    ['vm1/since=50%', /%25 is a % itself/],
+    ['vm1/since=%ff', /%25 is a % itself/],
+    ['vm1/since=now', /a snapshot that stays/],
+    ['vm1/since=now:x', /a snapshot that stays/],
+    ['vm1/SINCE=x', /"SINCE" is none/],
+    ['a/b', /"b" is none.*a slash is @=NAME@TAG/],
+  ] as const) {
+    test(`${JSON.stringify(text)} is refused in words`, () => {
+      expect(() => parseExportName(text)).toThrow(message);
+      expect(() => parseExportName(text)).toThrow(CatalogError);
+    });
+  }
+
+  const ours = fc.string({ unit: 'grapheme', minLength: 1, maxLength: 20 }).filter((text) => {
+    try {
+      return checkTag(text) !== '' && checkName(text) !== '';
+    } catch {
+      return false;
+    }
+  });
+  const anybodys = fc
+    .oneof(ours, fc.string({ unit: fc.constantFrom('a', '/', '@', '%', ',', '=', '#', ' ', '\n', 'ß') }))
+    .filter((text) => text !== '');
+
+  test('names and tags that ours may be mean themselves, whatever characters they have', () => {
+    fc.assert(
+      fc.property(ours, ours, (name, tag) => {
+        expect(parseExportName(name)).toEqual({ subject: { name, tag: undefined }, options: {} });
+        expect(parseExportName(`${name}@${tag}`)).toEqual({ subject: { name, tag }, options: {} });
+        expect(formatSpec({ name, tag })).toBe(`${name}@${tag}`);
+      }),
+    );
+  });
+
+  test('every name and tag that any tool has made has a form that leads back to it', () => {
+    fc.assert(
+      fc.property(
+        anybodys,
+        fc.option(anybodys, { nil: undefined }),
+        fc.option(ours, { nil: undefined }),
+        (name, tag, since) => {
+          const text = formatExportName({ name, tag }, { since });
+          expect(parseExportName(text)).toEqual({
+            subject: { name, tag },
+            options: since === undefined ? {} : { since },
+          });
+          expect(parseSpec(subjectText(text))).toEqual({ name, tag });
+          expect(text).not.toMatch(/[\p{Cc}]|^\//u);
+        },
+      ),
+    );
+  });
+});
