@@ -127,7 +127,7 @@ function diskOf(device: BlockDevice): Disk {
     flush: async () => device.flush(),
     dataPage: (offset) =>
       dataPageOf(size, offset, (from, length, sink) => device.extents(ALLOCATION_CONTEXT, from, length, sink)),
-    close: async () => device.close(),
+    close: async () => device.close('disconnect'),
   };
 }
 

@@ -8,6 +8,7 @@ import {
   ExportError,
   type Awaitable,
   type BlockDevice,
+  type Ending,
   type ExportInfo,
   type ExportProvider,
   type ExtentSink,
@@ -50,6 +51,10 @@ export class AuthorisedExports implements ExportProvider {
     const opened = await this.#provider.open(name, peer);
     if (!isReadOnly || opened.device.geometry.readOnly) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
+  }
+
+  left(peer: Peer): void {
+    this.#provider.left?.(peer);
   }
 
   /** Whether read-only. Refused before anybody looks whether there is such an export: the answer is the same if not. */
@@ -112,7 +117,7 @@ class ReadOnlyDevice implements BlockDevice {
     return this.#device.isHole?.(offset, length) ?? false;
   }
 
-  close(): Awaitable<void> {
-    return this.#device.close();
+  close(ending: Ending): Awaitable<void> {
+    return this.#device.close(ending);
   }
 }

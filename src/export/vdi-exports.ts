@@ -14,16 +14,17 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, isTemporaryTag, parseSpec } from '../vdi/names.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
-import { TemporarySnapshots } from './temporary-snapshots.js';
-import { geometryOf, VdiDevice, type Bases } from './vdi-device.js';
+import { clientOf } from './peer-client.js';
+import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
+import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
 
-  constructor(catalog: VdiCatalog) {
+  constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
-    this.#temporary = new TemporarySnapshots(catalog);
+    this.#temporary = new TemporarySnapshots(catalog, options);
   }
 
   /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
@@ -32,7 +33,8 @@ export class VdiExports implements ExportProvider {
     return records.filter(({ tag }) => !isTemporaryTag(tag)).map(infoOf);
   }
 
-  async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
+  /** Of a temporary snapshot: the moment that `open` on the same connection gives is taken here, for its size and time. */
+  async describe(name: string, peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
       const { isReadOnly } = this.#catalog;
       const { name: vdiName, tag } = parseSpec(name);
@@ -42,6 +44,12 @@ export class VdiExports implements ExportProvider {
       }
       checkTemporaryTag(tag);
       this.#catalog.mustBeWritable();
+      const client = clientOf(peer);
+      if (client) {
+        const { record } = await this.#temporary.ask(vdiName, tag, peer, client);
+        return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
+      }
+      // A command of ours wants to know only whether it can be had.
       const working = await this.#catalog.find(vdiName);
       const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
       return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
@@ -50,28 +58,40 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(name: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
+      const client = clientOf(peer);
       const { name: vdiName, tag } = parseSpec(name);
       if (tag !== undefined && isTemporaryTag(tag)) {
-        const vdi = await this.#temporary.open(vdiName, tag);
-        const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
-        return await this.#opened(vdi, close);
+        const held = await this.#temporary.open(vdiName, tag, peer, client);
+        return await this.#opened(held.vdi, ({ ending, hadErrors }) => this.#temporary.close(held, ending, hadErrors));
       }
       const vdi = await this.#catalog.openVdi(name);
-      return await this.#opened(vdi, () => this.#catalog.release(vdi));
+      // Nothing of a store that nobody changes can be taken away from anybody.
+      if (!client || this.#catalog.isReadOnly) return await this.#opened(vdi, () => this.#catalog.release(vdi));
+      const { inUse } = this.#catalog;
+      const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot);
+      return await this.#opened(vdi, ({ ending, hasWritten }) => {
+        // First: it must not look unused in between.
+        inUse.end(use, { isOver: ending === 'disconnect', hasWritten });
+        return this.#catalog.release(vdi);
+      });
     } catch (error) {
       throw asExportError(error);
     }
   }
 
-  async #opened(vdi: Vdi, close: () => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  left(peer: Peer): void {
+    this.#temporary.left(peer);
+  }
+
+  async #opened(vdi: Vdi, close: (closing: Closing) => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
     const { name } = vdi.record;
     let tags: string[];
     try {
       tags = await this.#tagsOf(vdi.record);
     } catch (error) {
-      await close();
+      await close({ ending: 'lost', hadErrors: false, hasWritten: false });
       throw error;
     }
     const bases: Bases = {

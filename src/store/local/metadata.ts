@@ -59,6 +59,7 @@ export class Metadata {
   readonly #env: RootDatabase<Buffer, string>;
   readonly #vdis: Database<VdiRecord, number>;
   readonly #pages: Database<Buffer, [number, number]>;
+  readonly #state: Database<unknown, string>;
   readonly #fd: number;
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new Map<number, VdiRecord>();
@@ -77,6 +78,7 @@ export class Metadata {
     });
     this.#vdis = this.#env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     this.#pages = this.#env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    this.#state = this.#env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
     this.#fd = fs.openSync(file, 'r+');
     for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
@@ -180,6 +182,21 @@ export class Metadata {
     });
     for (const { vid } of gone) this.#records.delete(vid);
     for (const record of change.records ?? []) this.#records.set(record.vid, record);
+  }
+
+  /** What src/vdi remembers of its clients; see StoreState. */
+  state(): Map<string, unknown> {
+    return new Map(Array.from(this.#state.getRange({}), ({ key, value }) => [key, value]));
+  }
+
+  /** One transaction; undefined removes. */
+  async storeState(changes: ReadonlyMap<string, unknown>): Promise<void> {
+    await this.#transaction(() => {
+      for (const [key, value] of changes) {
+        if (value === undefined) void this.#state.remove(key);
+        else void this.#state.put(key, value);
+      }
+    });
   }
 
   async close(options: { clean: boolean }): Promise<void> {
