@@ -13,7 +13,7 @@ import { VdiExports } from '../export/vdi-exports.js';
 import { ControlClient } from './control-client.js';
 import { DirectOperations } from './direct-operations.js';
 import { OperationError, type Operations } from './operations.js';
-import { controlSocketOf } from './places.js';
+import { controlSocketOf, stateDirectory } from './places.js';
 import { RemoteOperations } from './remote-operations.js';
 import { socketState } from './stale-socket.js';
 
@@ -44,6 +44,10 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
+  /** How long NAME@now is kept for a client that was cut off. */
+  readonly keepMs?: number;
+  /** How long such a client counts as a user of a VDI. */
+  readonly inUseMs?: number;
 }
 
 /**
@@ -88,15 +92,16 @@ export async function openDirectly(
   }
   const { log, retryMs, missingIsZero } = place;
   const store = isCluster
-    ? await SheepStore.open(place.store, { log, retryMs, missingIsZero })
+    ? await SheepStore.open(place.store, { log, retryMs, missingIsZero, stateDirectory: stateDirectory() })
     : await LocalStore.open(place.store, { log, role: place.isDaemon ? 'daemon' : 'command' });
-  const catalog = new VdiCatalog(store);
+  const { keepMs, inUseMs, isDaemon: serves } = place;
+  const catalog = new VdiCatalog(store, { inUseMs, log });
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
   if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
     const leftovers = await catalog.dropLeftovers();
     if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
   }
-  const exports = new VdiExports(catalog);
+  const exports = new VdiExports(catalog, { keepMs, serves, log });
   return Object.assign(new DirectOperations(catalog, exports), {
     exports,
     // Nobody waits for a cluster: it has no lock.

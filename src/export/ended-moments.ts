@@ -150,9 +150,7 @@ export class EndedMoments {
     const full = ofDisk.length >= MAX_LABELS_PER_DISK ? ofDisk : all.length >= MAX_LABELS ? all : undefined;
     if (!full) return;
     // Only those go for which nobody can come back; else somebody would get another moment.
-    const oldest = full
-      .filter(([, { isOver }]) => isOver)
-      .sort(([, a], [, b]) => a.usedAt.at - b.usedAt.at)[0];
+    const oldest = full.filter(([, { isOver }]) => isOver).sort(([, a], [, b]) => a.usedAt.at - b.usedAt.at)[0];
     if (oldest) {
       this.#memory.putSoon(oldest[0], undefined);
       return;

@@ -7,7 +7,6 @@
 import type { Ending, Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
-import type { OpenVdi } from '../store/object-store.js';
 import type { Client } from '../vdi/in-use.js';
 import { isLabelled } from '../vdi/names.js';
 import type { Vdi } from '../vdi/vdi.js';
@@ -46,7 +45,7 @@ interface Moment {
   readonly tag: string;
   readonly vid: number;
   readonly takenAt: number;
-  readonly opened: OpenVdi;
+  readonly vdi: Vdi;
   /** Connections that have it open, and those that were told of it and have not opened it. */
   users: number;
   askers: number;
@@ -186,7 +185,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const { vid } = await this.#take(name, tag);
     const vdi = await this.#catalog.openTemporary(vid);
     const moment: Moment = {
-      ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, opened: vdi.opened },
+      ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
       ...{ users: 0, askers: 0, wasOpened: false, isRemembered: false, readers: new Map<string, Reader>() },
     };
     const spec = `${name}@${tag}`;
@@ -209,7 +208,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
       // Whoever is here comes before whoever may come back.
       const oldest = this.#keptMoments().find((moment) => moment.name === name);
       if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
-      const end = (): Promise<void> => this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
+      const end = (): Promise<void> =>
+        this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
       // A label that is kept is not taken at the same time: nobody waits for us there.
       if (oldest.tag === tag) await end();
       else await this.#alone(`${oldest.name}@${oldest.tag}`, end);
@@ -252,7 +252,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
     const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
-    const { failure } = moment.opened;
+    const { failure } = moment.vdi;
     if (failure) return this.#end(moment, failure.message);
     if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
     const kept = this.#keptMoments();
@@ -260,7 +260,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
     for (const { client } of lost) {
       const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.lost ?? 0) > 0);
-      if (ofClient.length > MAX_KEPT_PER_CLIENT) this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
+      if (ofClient.length > MAX_KEPT_PER_CLIENT)
+        this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
     }
     this.#tickIfNeeded();
   }
@@ -277,7 +278,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
     const isAwaited = [...moment.readers.values()].some(({ lost }) => lost > 0);
-    const reason = isAwaited ? moment.opened.failure?.message : 'its client was cut off and did not come back in time';
+    const reason = isAwaited ? moment.vdi.failure?.message : 'its client was cut off and did not come back in time';
     const because = why ?? reason;
     if (because !== undefined) await this.#end(moment, because);
   }
@@ -286,7 +287,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   async #end(moment: Moment, why: string, isOver = false): Promise<void> {
     if (this.#byVid(moment.vid) !== moment) return;
     this.#noteGone(moment, why, isOver);
-    await this.#catalog.dropTemporary(moment.vid);
+    await this.#catalog.dropTemporary(moment.name, moment.tag, moment.vid);
   }
 
   #noteGone(moment: Moment, why: string, isOver = false): void {

@@ -85,7 +85,10 @@ export class VdiExports implements ExportProvider {
     this.#temporary.left(peer);
   }
 
-  async #opened(vdi: Vdi, close: (closing: Closing) => Promise<void>): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async #opened(
+    vdi: Vdi,
+    close: (closing: Closing) => Promise<void>,
+  ): Promise<{ device: BlockDevice; info: ExportInfo }> {
     const { name } = vdi.record;
     let tags: string[];
     try {

@@ -200,13 +200,16 @@ export class VdiCatalog {
     });
   }
 
-  /** Drop a temporary snapshot, as if it had never been. */
-  dropTemporary(vid: number): Promise<void> {
+  /** Drop a temporary snapshot, as if it had never been; of several of a tag, this `vid`. */
+  dropTemporary(name: string, tag: string, vid?: number): Promise<void> {
     return this.#change(async () => {
-      const record = (await this.list()).find((other) => other.vid === vid && isTemporaryTag(other.tag));
+      checkTemporaryTag(tag);
+      const record = (await this.list()).find(
+        (other) => other.name === name && other.tag === tag && (vid === undefined || other.vid === vid),
+      );
       if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
-      await this.#store.catalog.remove(vid);
+      await this.#store.catalog.remove(record.vid);
     });
   }
 

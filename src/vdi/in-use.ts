@@ -95,7 +95,12 @@ export class InUse {
     const known = use?.record;
     if (use === undefined) {
       const since = Date.now();
-      use = { key, live: 0, lost: 0, record: { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs } };
+      use = {
+        key,
+        live: 0,
+        lost: 0,
+        record: { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs },
+      };
       this.#uses.set(key, use);
     } else if (tookOver) {
       use.lost--;

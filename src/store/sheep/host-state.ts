@@ -30,7 +30,8 @@ export class HostState implements StoreState {
       for (const name of fs.readdirSync(directory)) {
         // What a process left that was killed before the rename.
         const writer = /\.new-(\d+)$/.exec(name)?.[1];
-        if (writer !== undefined && !fs.existsSync(`/proc/${writer}`)) fs.rmSync(path.join(directory, name), { force: true });
+        if (writer !== undefined && !fs.existsSync(`/proc/${writer}`))
+          fs.rmSync(path.join(directory, name), { force: true });
       }
       for (const made of [directory, root, path.dirname(root)]) syncDirectory(made);
     } catch (error) {
@@ -107,6 +108,11 @@ function syncDirectory(directory: string): void {
 
 function asStoreError(error: unknown, what: string): StoreError {
   const { code, message } = error as NodeJS.ErrnoException;
-  const kind = code === 'ENOSPC' || code === 'EDQUOT' ? 'NO_SPACE' : code === 'EACCES' || code === 'EPERM' || code === 'EROFS' ? 'PERMISSION' : 'IO';
+  const kind =
+    code === 'ENOSPC' || code === 'EDQUOT'
+      ? 'NO_SPACE'
+      : code === 'EACCES' || code === 'EPERM' || code === 'EROFS'
+        ? 'PERMISSION'
+        : 'IO';
   return new StoreError(kind, `${what}: ${message}`, { cause: error });
 }
