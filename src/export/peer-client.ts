@@ -22,7 +22,8 @@ function ofUnix({ credentials }: Peer): Client {
   // In another PID namespace the kernel has no number for it.
   if (startTime === undefined) return { id: `unix uid ${uid}`, label: `a process of uid ${uid}`, isExact: false };
   const name = command === undefined ? '' : ` (${printable(command)})`;
-  return { id: `unix ${processKey(pid, startTime)}`, label: `process ${pid}${name}`, isExact: true };
+  const process = processKey(pid, startTime);
+  return { id: `unix ${process}`, label: `process ${pid}${name}`, isExact: true, process };
 }
 
 /** A process chooses its name. */

@@ -9,6 +9,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
 import type { Client } from '../vdi/in-use.js';
 import { isLabelled } from '../vdi/names.js';
+import { isRunning } from '../vdi/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { EndedMoments } from './ended-moments.js';
 
@@ -250,6 +251,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   /** Keep it or drop it, if nobody has it. */
   async #settle(moment: Moment): Promise<void> {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
+    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.lost = 0;
     const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
     const { failure } = moment.vdi;
@@ -355,7 +357,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
       for (const reader of moment.readers.values()) {
         if (reader.lost === 0) continue;
         reader.leftMs -= passed;
-        if (reader.leftMs <= 0) reader.lost = 0;
+        if (reader.leftMs <= 0 || isGone(moment, reader)) reader.lost = 0;
         if (reader.lost === 0 && reader.live === 0) this.#forgetReader(moment, reader);
       }
       if (moment.users + moment.askers === 0) this.#endSoon(moment, undefined);
@@ -377,4 +379,12 @@ export class TemporarySnapshots implements TemporaryKeeper {
     });
     return result;
   }
+}
+
+/**
+ * Whether nobody can come back: NAME@now is given back to the same process only, and it has ended. Under a label somebody else
+ * may take up its work, through another process of a proxy for instance.
+ */
+function isGone({ tag }: Moment, { client }: Reader): boolean {
+  return !isLabelled(tag) && client.process !== undefined && !isRunning(client.process);
 }

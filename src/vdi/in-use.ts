@@ -26,6 +26,8 @@ export interface Client {
   readonly label: string;
   /** `id` stands for one process; else others may come under it as well. */
   readonly isExact: boolean;
+  /** That process: see processKey. */
+  readonly process?: string;
 }
 
 /** One user, for people. Times are Date.now(). */

@@ -14,7 +14,7 @@ export interface RunningProcess {
   readonly command: string;
 }
 
-/** Undefined if there is no such process that this one can see. */
+/** Undefined if there is no such process that this one can see, or only what is left of it until its parent has looked. */
 export function lookAtProcess(pid: number): RunningProcess | undefined {
   let stat: string;
   try {
@@ -23,8 +23,19 @@ export function lookAtProcess(pid: number): RunningProcess | undefined {
     return undefined;
   }
   const end = stat.lastIndexOf(')');
-  const startTime = Number(stat.slice(end + 2).split(' ')[STARTTIME_FIELD]);
+  const fields = stat.slice(end + 2).split(' ');
+  if (fields[0] === 'Z' && threadsOf(pid) <= 1) return undefined;
+  const startTime = Number(fields[STARTTIME_FIELD]);
   return { startTime, command: stat.slice(stat.indexOf('(') + 1, end) };
+}
+
+/** A process whose first thread has ended may go on with others. */
+function threadsOf(pid: number): number {
+  try {
+    return fs.readdirSync(`/proc/${pid}/task`).length;
+  } catch {
+    return 0;
+  }
 }
 
 /** Of the kernel that runs now: what was noted under another one is of processes that are gone. */
