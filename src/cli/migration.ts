@@ -27,6 +27,8 @@ export interface MigrationOptions {
   readonly verify: Verify;
   /** The source may only be read. */
   readonly isReadOnly: boolean;
+  /** Also if a client that was cut off from the target may come back. */
+  readonly force?: boolean | undefined;
   readonly signal: AbortSignal;
 }
 
@@ -179,11 +181,11 @@ export class Migration {
 
   /** Make the target ours, or find that it is. Errors: EXISTS, BUSY, CHANGED. */
   async #claim(history: History): Promise<void> {
-    const { newName } = this.#options;
+    const { newName, force } = this.#options;
     const first = history.snapshots[0] ?? (history.working as VdiRecord);
     const records = await this.#targetRecords();
     if (records.length === 0) {
-      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift });
+      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift, force });
       this.hasClaimed = true;
       await this.#target.snapshot(newName, this.#migrating);
       return;
@@ -198,7 +200,7 @@ export class Migration {
       return;
     }
     if (working) {
-      await this.#target.mustBeReplaceable(newName, 'migrated to');
+      await this.#target.mustBeReplaceable(newName, 'migrated to', { force: this.#options.force });
     }
     await this.#checkPrefix(history, records);
     if (hasTag(this.#migrated)) {

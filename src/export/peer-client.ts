@@ -4,7 +4,7 @@
  */
 import type { Peer } from 'nbd-server-ts';
 import type { Client } from '../vdi/in-use.js';
-import { processKey } from '../vdi/process-identity.js';
+import { bootId, processKey } from '../vdi/process-identity.js';
 
 /** Undefined for commands of our own, which never come back by themselves. */
 export function clientOf(peer: Peer): Client | undefined {
@@ -20,7 +20,11 @@ function ofUnix({ credentials }: Peer): Client {
   if (credentials === undefined) return { id: 'unix', label: 'a unix socket client', isExact: false };
   const { pid, uid, startTime, command } = credentials;
   // In another PID namespace the kernel has no number for it.
-  if (startTime === undefined) return { id: `unix uid ${uid}`, label: `a process of uid ${uid}`, isExact: false };
+  if (pid <= 0) return { id: `unix uid ${uid}`, label: `a process of uid ${uid}`, isExact: false };
+  // Hidden from us (ProtectProc= of systemd, hidepid= of /proc): numbers are given out again, but not soon.
+  if (startTime === undefined) {
+    return { id: `unix ${bootId}:${pid} uid ${uid}`, label: `process ${pid} of uid ${uid}`, isExact: true };
+  }
   const name = command === undefined ? '' : ` (${printable(command)})`;
   const process = processKey(pid, startTime);
   return { id: `unix ${process}`, label: `process ${pid}${name}`, isExact: true, process };
