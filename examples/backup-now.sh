@@ -13,18 +13,21 @@ serve --create disk:64M
 start_writer
 echo "a writer has made $(writes) writes"
 
+# A label is for one run: a copy that has to connect again finds the same moment under it, or gets an error.
+run=$(date +%Y%m%dT%H%M%S)-$$
+
 say "2. Copy disk@now, over several connections: they all see the same moment"
 before=$(writes)
-show nbdcopy --connections=4 "$(uri disk@now)" "$work/backup.img"
+show nbdcopy --connections=4 "$(uri "disk@now:$run")" "$work/backup.img"
 went_on() { [ "$(writes)" -gt "$before" ]; }
 wait_for went_on
 check_one_moment "$work/backup.img"
 echo "the writer has made $(($(writes) - before)) writes meanwhile"
 
 say "3. Two backups side by side have a label each"
-nbdcopy "$(uri disk@now:nightly)" "$work/nightly.img" &
+nbdcopy "$(uri "disk@now:nightly-$run")" "$work/nightly.img" &
 nightly=$!
-nbdcopy "$(uri disk@now:weekly)" "$work/weekly.img"
+nbdcopy "$(uri "disk@now:weekly-$run")" "$work/weekly.img"
 wait "$nightly"
 check_one_moment "$work/nightly.img"
 check_one_moment "$work/weekly.img"

@@ -83,9 +83,16 @@ export interface BlockDevice {
    * holes, so it must be cheap; false is always allowed.
    */
   isHole?(offset: number, length: number): boolean;
-  /** Called once, when the connection is gone and no request is in flight. */
-  close(): Awaitable<void>;
+  /** Called once, when the connection is gone and no request is in flight. `ending`: whether the client may come back. */
+  close(ending: Ending): Awaitable<void>;
 }
+
+/**
+ * How a client left. 'disconnect': it said NBD_CMD_DISC, and has all it wanted. 'lost': anything else. The connection broke,
+ * the client was killed or broke the protocol, or the server ended it; a client that connects again by itself takes up its
+ * work where it was.
+ */
+export type Ending = 'disconnect' | 'lost';
 
 /** Causes a device may give for a failed request; the server maps them to NBD error values in one table. */
 export type DeviceErrorCode = 'EPERM' | 'EIO' | 'ENOMEM' | 'EINVAL' | 'ENOSPC' | 'EOVERFLOW' | 'ENOTSUP' | 'ESHUTDOWN';
@@ -113,6 +120,10 @@ export interface PeerCredentials {
   readonly gid: number;
   /** Supplementary groups, if they are known. */
   readonly groups?: readonly number[];
+  /** When the process began, in the kernel's clock ticks since the boot: with the pid it names one process. */
+  readonly startTime?: number;
+  /** The program's name as the process gives it: for people only. */
+  readonly command?: string;
 }
 
 /** Who is asking, for logs and authorisation. */
@@ -168,4 +179,10 @@ export interface ExportProvider {
   ): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
   /** For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. Throws ExportError. */
   open(name: string, peer: Peer): Awaitable<{ readonly device: BlockDevice; readonly info: ExportInfo }>;
+  /**
+   * The connection is over on which `describe` or `open` were asked: what was held for its sake can go. `peer` is the very
+   * object that was given to them; it is one per connection, and another one once TLS has begun. Called after the device is
+   * closed.
+   */
+  left?(peer: Peer): void;
 }

@@ -5,7 +5,7 @@
  */
 
 import type { Duplex } from 'node:stream';
-import type { BlockDevice, ExportProvider, Peer } from './block-device.js';
+import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
 import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
@@ -57,6 +57,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   private transmission: Transmission | undefined;
   private device: BlockDevice | undefined;
+  /** Until the client has said goodbye. */
+  private ending: Ending = 'lost';
   private isClosing = false;
   private isInTlsHandshake = false;
   private reason: string | undefined;
@@ -190,6 +192,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       this.isInTlsHandshake = false;
     }
     this.socket = accepted.socket;
+    // "the server MUST NOT preserve any negotiation state … issued before this command"
+    this.tellLeft();
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
     this.socket.on('data', this.onHandshakeData);
@@ -209,7 +213,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const { device } = this;
     this.device = undefined;
     try {
-      await device?.close();
+      await device?.close(this.ending);
     } catch (error) {
       this.unexpected(error);
     }
@@ -224,6 +228,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   // --- For the transmission ---
 
   disconnectRequested(): void {
+    this.ending = 'disconnect';
     this.endWhenIdle('the client disconnected');
   }
 
@@ -282,6 +287,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     await this.requestsFinished();
     const { exportName } = this;
     await this.abandon();
+    this.tellLeft();
     this.observer.onConnectionClose?.({
       id: this.id,
       peer: this.peer,
@@ -294,6 +300,14 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       errors: this.errors,
       durationMs: Date.now() - this.openedAt,
     });
+  }
+
+  private tellLeft(): void {
+    try {
+      this.provider.left?.(this.peer);
+    } catch (error) {
+      this.unexpected(error);
+    }
   }
 
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {

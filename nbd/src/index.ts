@@ -4,6 +4,7 @@ export type {
   Awaitable,
   BlockDevice,
   DeviceErrorCode,
+  Ending,
   ExportInfo,
   ExportProvider,
   ExtentSink,

@@ -127,6 +127,45 @@ describe('clients that vanish', () => {
   });
 });
 
+describe('what a device is told of how its client has left', () => {
+  test('"disconnect" after NBD_CMD_DISC, whatever was in flight', async () => {
+    const { opened, provider, allOver } = await startServer();
+    const client = await opened();
+    client.send(requestBytes({ type: CMD.READ, length: 512 }), requestBytes({ type: CMD.DISC }));
+    await allOver();
+    expect(provider.endings).toEqual(['disconnect']);
+  });
+
+  test('"lost" when it vanishes, shuts its side down, breaks the protocol, or the server ends the connection', async () => {
+    const { opened, server, provider, allOver } = await startServer();
+    (await opened()).vanish();
+    await until(() => provider.closed === 1, 'the first is closed');
+    (await opened()).halfClose();
+    await until(() => provider.closed === 2, 'the second is closed');
+    (await opened()).send(Buffer.alloc(28, 0xff));
+    await until(() => provider.closed === 3, 'the third is closed');
+    await opened();
+    await server.close();
+    await allOver();
+    expect(provider.endings).toEqual(['lost', 'lost', 'lost', 'lost']);
+  });
+
+  test('the provider is told when a connection is over that has asked, whether it opened anything or not', async () => {
+    const { raw, opened, provider, allOver } = await startServer();
+    const asking = await raw();
+    await asking.greet();
+    asking.send(optionBytes(OPT.INFO, infoQuery('disk')));
+    await until(() => provider.askers.size === 1, 'it has asked');
+    asking.send(optionBytes(OPT.ABORT));
+    await until(() => provider.gone.length === 1, 'it is over');
+    (await opened()).vanish();
+    await until(() => provider.gone.length === 2, 'the other is over');
+    await allOver();
+    expect(new Set(provider.gone)).toEqual(provider.askers);
+    expect([...provider.askers].every((peer) => provider.gone.includes(peer))).toBe(true);
+  });
+});
+
 describe('close()', () => {
   test('answers what is in flight, refuses what comes later with ESHUTDOWN, and resolves when all is closed', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();

@@ -10,10 +10,12 @@ import {
   STATE_ZERO,
   type Awaitable,
   type BlockDevice,
+  type Ending,
   type ExportInfo,
   type ExportProvider,
   type ExtentSink,
   type Geometry,
+  type Peer,
   type ZeroMode,
 } from '../src/index.js';
 
@@ -111,6 +113,11 @@ export class TestProvider implements ExportProvider {
   closeHook: () => Awaitable<void> = () => undefined;
   opened = 0;
   closed = 0;
+  /** How each device was told that its client has left. */
+  readonly endings: Ending[] = [];
+  /** Peers whose connections are over, and all that were given to describe and open. */
+  readonly gone: Peer[] = [];
+  readonly askers = new Set<Peer>();
   /** Calls of devices that have not finished. */
   unfinished = 0;
   /** Breaches of the contract of BlockDevice. */
@@ -128,16 +135,22 @@ export class TestProvider implements ExportProvider {
     return Array.from(this.exports.values(), ({ info }) => info);
   }
 
-  describe(name: string): { geometry: Geometry; info: ExportInfo } {
+  describe(name: string, peer?: Peer): { geometry: Geometry; info: ExportInfo } {
+    if (peer !== undefined) this.askers.add(peer);
     const { geometry, info } = this.find(name);
     return { geometry, info };
   }
 
-  async open(name: string): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(name: string, peer?: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    if (peer !== undefined) this.askers.add(peer);
     await this.openHook(name);
     const found = this.find(name);
     this.opened++;
     return { device: new TestDevice(this, found), info: found.info };
+  }
+
+  left(peer: Peer): void {
+    this.gone.push(peer);
   }
 
   private find(name: string): TestExport {
@@ -199,7 +212,8 @@ class TestDevice implements BlockDevice {
     return this.exported.isHole(offset, length);
   }
 
-  async close(): Promise<void> {
+  async close(ending: Ending): Promise<void> {
+    this.provider.endings.push(ending);
     if (this.isClosed) this.provider.breaches.push('closed twice');
     if (this.running > 0) this.provider.breaches.push(`closed with ${this.running} calls unfinished`);
     this.isClosed = true;

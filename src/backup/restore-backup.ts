@@ -17,6 +17,8 @@ export interface RestoreOptions {
   readonly name: string;
   /** Write over a VDI of that name. */
   readonly overwrites: boolean;
+  /** Also if a client that was cut off from it may come back. */
+  readonly force?: boolean | undefined;
   readonly verifies: boolean;
   readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
   readonly signal: AbortSignal;
@@ -80,13 +82,15 @@ export async function restoreBackup(
   { point, hashes, chain }: OpenedPoint,
   options: RestoreOptions,
 ): Promise<{ readonly dataBytes: number }> {
-  const { name, overwrites } = options;
+  const { name, overwrites, force } = options;
   // What is there is not given up for a backup that turns out to be damaged.
   if (overwrites) await checkAll(chain, hashes, options);
-  const isNew = await prepare(operations, point, name, overwrites);
+  const isNew = await prepare(operations, point, name, options);
   try {
     const disk = await operations.openDisk(name);
     try {
+      // Who came in between is seen now.
+      await operations.mustBeReplaceable(name, 'overwritten', { force, ours: 1 });
       if (disk.size !== point.size) {
         throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
       }
@@ -125,19 +129,18 @@ async function checkAll(chain: Chain, hashes: BlockHashes, options: RestoreOptio
 }
 
 /** A VDI of the right size. Returns whether it is a new one. */
-async function prepare(operations: Operations, point: Point, name: string, overwrites: boolean): Promise<boolean> {
+async function prepare(
+  operations: Operations,
+  point: Point,
+  name: string,
+  { overwrites, force }: RestoreOptions,
+): Promise<boolean> {
   const found = overwrites ? (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot) : undefined;
   if (!found) {
-    await operations.create(name, point.size, { blockSizeShift: point.blockSizeShift });
+    await operations.create(name, point.size, { blockSizeShift: point.blockSizeShift, force });
     return true;
   }
-  const { open } = await operations.show(name);
-  if (open > 0) {
-    throw new OperationError(
-      'BUSY',
-      `${name} is open by ${open} connections; disconnect them before it is overwritten`,
-    );
-  }
+  await operations.mustBeReplaceable(name, 'overwritten', { force });
   if (found.size !== point.size) await operations.resize(name, point.size, { force: true });
   return false;
 }

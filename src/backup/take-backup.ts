@@ -3,6 +3,7 @@
  * keep the snapshot as the base of the next one. Owns the snapshots of the target and their tags, and the order of things:
  * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
  */
+import { randomBytes } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
@@ -112,7 +113,9 @@ class Run {
       let point: Point;
       try {
         let time: string;
-        const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${this.#target.manifest.target}`;
+        // Of this run alone: one that was killed may still have its snapshot.
+        const label = `${this.#target.manifest.target}-${id}-${randomBytes(4).toString('hex')}`;
+        const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${label}`;
         if (keepsBase) {
           const { vid, snapshotAt } = await moment(() => this.#operations.snapshot(vdi, tag));
           base = { tag, vid, snapshotAt };

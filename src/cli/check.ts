@@ -1,7 +1,7 @@
 /** `sheepgate check`: compare what the maps of a store say with the objects that are there. */
 import { Command } from 'commander';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { printJson, printLine } from './output.js';
+import { endedJson, endedLines, printJson, printLine } from './output.js';
 import { formatSize } from './size.js';
 
 export function checkCommand(): Command {
@@ -16,7 +16,8 @@ export function checkCommand(): Command {
       return { report: first, left: again.problems.length };
     });
     if (left > 0) process.exitCode = 1;
-    if (options.json) return printJson({ ...report, problemsLeft: left });
+    if (options.json) return printJson({ ...report, ended: endedJson(report), problemsLeft: left });
+    for (const line of endedLines(report)) printLine(line);
     for (const problem of report.problems) printLine(problem);
     printLine(`${report.vdis} VDIs and snapshots, ${report.objects} objects, ${report.problems.length} problems`);
     if (report.repaired > 0) printLine(`repaired ${report.repaired}, freed ${formatSize(report.orphanBytes)}`);

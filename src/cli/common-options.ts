@@ -41,6 +41,11 @@ export function withCommonOptions(command: Command): Command {
     .option('--json', 'print JSON');
 }
 
+/** --force, of commands that replace something or take it away. */
+export function forceOption(): Option {
+  return new Option('--force', 'also if a client that was cut off from it may come back: it will not');
+}
+
 function notEmpty(option: string, what: string): (value: string) => string {
   return (value) => {
     if (value === '' || value.includes('\0')) throw new InvalidArgumentError(`${option} needs ${what}.`);

@@ -4,7 +4,7 @@ import type { Readable } from 'node:stream';
 import { Command, Option } from 'commander';
 import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
-import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
 import { interruptible } from './interrupt.js';
@@ -31,6 +31,7 @@ const MARK_BYTES = Math.max(...FOREIGN_FORMATS.map(({ mark }) => mark.length));
 interface ImportOptions extends CommonOptions {
   readonly overwrite?: boolean;
   readonly raw?: boolean;
+  readonly force?: boolean;
   readonly size?: number;
   readonly blockSizeShift?: number;
 }
@@ -52,6 +53,7 @@ export function importCommand(): Command {
     .argument('<file>', 'image file, block device, or - for stdin')
     .argument('<name>', 'name of the VDI')
     .option('--overwrite', 'write over an existing VDI, which must be large enough')
+    .addOption(forceOption())
     .option('--raw', 'import the bytes as they are, even if they look like qcow2 or another format')
     .addOption(new Option('--size <size>', 'size of the new VDI, if larger than the image').argParser(sizeArgument))
     .addOption(blockSizeShiftOption())
@@ -140,12 +142,15 @@ async function importInto(
   if (isNew) {
     // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
     const size = source.size === undefined && options.size === undefined ? MAX_DATA_OBJECTS * 2 ** shift : wanted;
-    await operations.create(name, size, { blockSizeShift: options.blockSizeShift });
+    await operations.create(name, size, { blockSizeShift: options.blockSizeShift, force: options.force });
   }
   try {
+    if (!isNew) await operations.mustBeReplaceable(name, 'overwritten', { force: options.force });
     const disk = await operations.openDisk(name);
     let copied: Copied & { size: number };
     try {
+      // Who came in between is seen now.
+      await operations.mustBeReplaceable(name, 'overwritten', { force: options.force, ours: 1 });
       copied = await copyIn(disk, name, source, isNew, signal);
     } finally {
       await disk.close();

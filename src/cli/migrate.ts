@@ -2,6 +2,7 @@
 import { Command, Option } from 'commander';
 import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
 import { closing } from './closing.js';
+import { forceOption } from './common-options.js';
 import { interruptible, InterruptedError } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
 import { printJson, printLine, table } from './output.js';
@@ -18,6 +19,7 @@ interface MigrateOptions {
   readonly sync?: boolean;
   readonly verify: Verify;
   readonly missing?: 'zero';
+  readonly force?: boolean;
   readonly json?: boolean;
 }
 
@@ -53,6 +55,7 @@ export function migrateCommand(): Command {
         .default('all'),
     )
     .addOption(missingOption())
+    .addOption(forceOption())
     .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
     .option('--to-control <path>', "control socket of the target's daemon")
     .option('--json', 'print JSON')
@@ -74,6 +77,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         sync: options.sync ?? false,
         verify: options.verify,
         isReadOnly: options.missing !== undefined,
+        force: options.force,
         signal,
       });
       try {

@@ -7,7 +7,7 @@
  * content may be written over; NAME@migrated-ID in its place between two runs, which shows whether anybody else has
  * written since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
  */
-import { createHash } from 'node:crypto';
+import { createHash, randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
@@ -27,6 +27,8 @@ export interface MigrationOptions {
   readonly verify: Verify;
   /** The source may only be read. */
   readonly isReadOnly: boolean;
+  /** Also if a client that was cut off from the target may come back. */
+  readonly force?: boolean | undefined;
   readonly signal: AbortSignal;
 }
 
@@ -92,6 +94,7 @@ export class Migration {
   readonly #migrating: string;
   readonly #migrated: string;
   readonly #reading: string;
+  readonly #label: string;
   /** By tag, of snapshots that a later one is compared with. */
   readonly #fingerprints = new Map<string, Fingerprint>();
   readonly #done = new Map<string, Migrated>();
@@ -107,6 +110,8 @@ export class Migration {
     this.#migrated = MIGRATED + id;
     // Two runs to two targets read from snapshots of their own.
     this.#reading = READING + idOf(source.identity, options.name, target.identity, options.newName);
+    // A run that was killed may still have its snapshot: this one takes its own.
+    this.#label = `${this.#reading}-${randomBytes(4).toString('hex')}`;
   }
 
   /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */
@@ -176,11 +181,11 @@ export class Migration {
 
   /** Make the target ours, or find that it is. Errors: EXISTS, BUSY, CHANGED. */
   async #claim(history: History): Promise<void> {
-    const { newName } = this.#options;
+    const { newName, force } = this.#options;
     const first = history.snapshots[0] ?? (history.working as VdiRecord);
     const records = await this.#targetRecords();
     if (records.length === 0) {
-      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift });
+      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift, force });
       this.hasClaimed = true;
       await this.#target.snapshot(newName, this.#migrating);
       return;
@@ -195,13 +200,7 @@ export class Migration {
       return;
     }
     if (working) {
-      const { open } = await this.#target.show(newName);
-      if (open > 0) {
-        throw new OperationError(
-          'BUSY',
-          `${newName} in ${this.#target.store} is open by ${open} connection${open === 1 ? '' : 's'}; disconnect first, it is the target of this migration`,
-        );
-      }
+      await this.#target.mustBeReplaceable(newName, 'migrated to', { force: this.#options.force });
     }
     await this.#checkPrefix(history, records);
     if (hasTag(this.#migrated)) {
@@ -414,7 +413,7 @@ export class Migration {
     if (isReadOnly || (isForeign && verify === 'only')) return { spec: name, size, close: () => Promise.resolve() };
     if (!isForeign) {
       // Nobody else writes it than whom we ask.
-      const spec = `${name}@now:${this.#reading}`;
+      const spec = `${name}@now:${this.#label}`;
       const disk = await source.openDisk(spec);
       return { spec, size: disk.size, close: () => disk.close() };
     }
@@ -423,7 +422,7 @@ export class Migration {
     const left = (await source.list()).some((record) => record.name === name && record.tag === this.#reading);
     if (left) await source.remove(spec);
     const taken = await source.snapshot(name, this.#reading);
-    return { spec, size: taken.size, close: () => source.remove(spec) };
+    return { spec, size: taken.size, close: async () => void (await source.remove(spec)) };
   }
 
   async #finish({ snapshots, working }: History, present: Migrated | null): Promise<MigrationResult> {

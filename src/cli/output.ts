@@ -2,7 +2,7 @@
  * How results look: aligned tables and local times for people, one JSON value with stable fields for machines. Owns the
  * field names of `--json`; asks nobody anything.
  */
-import type { VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { Ended, KeptSnapshot, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
@@ -64,6 +64,33 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,
       open: record.open,
+      clients: (record.clients ?? []).map(({ client, since, lostAt, until }) => ({
+        client,
+        since: isoTime(since),
+        lostAt: lostAt === null ? null : isoTime(lostAt),
+        until: until === null ? null : isoTime(until),
+      })),
+      kept: (record.kept ?? []).map(keptJson),
     }),
   };
+}
+
+/** Temporary snapshots that ended with what was done; earlier daemons do not say. */
+export function endedJson({ ended }: Partial<Ended>): object[] {
+  return (ended ?? []).map(keptJson);
+}
+
+export function endedLines({ ended }: Partial<Ended>): string[] {
+  return (ended ?? []).map(
+    ({ spec, takenAt, client, until }) =>
+      `ended ${spec} of ${formatTime(takenAt)}, which was kept for ${client} until ${formatTime(until)}`,
+  );
+}
+
+function keptJson({ spec, takenAt, client, until }: KeptSnapshot): object {
+  return { snapshot: spec, takenAt: isoTime(takenAt), client, until: isoTime(until) };
+}
+
+function isoTime(timeMs: number): string {
+  return new Date(timeMs).toISOString();
 }

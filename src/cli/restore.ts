@@ -4,7 +4,7 @@ import { openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
 import { BackupTarget } from '../backup/target.js';
 import { OperationError } from '../daemon/operations.js';
 import { closing } from './closing.js';
-import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { interruptible } from './interrupt.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { startProgress } from './progress.js';
@@ -16,6 +16,7 @@ interface RestoreOptions extends CommonOptions {
   /** undefined unless --verify or --no-verify is given. */
   readonly verify?: boolean;
   readonly overwrite?: boolean;
+  readonly force?: boolean;
 }
 
 const HELP = `
@@ -34,6 +35,7 @@ export function restoreCommand(): Command {
     .option('--verify', 'compare all backups with their hashes; exit code 1 if something is damaged')
     .addOption(new Option('--no-verify', 'do not read back what was restored'))
     .option('--overwrite', 'write over a VDI of that name, which nobody may have open')
+    .addOption(forceOption())
     .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (given: string, name: string | undefined, options: RestoreOptions) => {
     const looks = options.list === true || (options.verify === true && name === undefined);
@@ -75,6 +77,7 @@ async function restore(
         restoreBackup(operations, opened, {
           name,
           overwrites: options.overwrite ?? false,
+          force: options.force,
           verifies: options.verify ?? true,
           progress: startProgress,
           signal,

@@ -5,6 +5,8 @@
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Limits } from 'nbd-server-ts';
 import type { DaemonConfiguration } from '../daemon/daemon.js';
+import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
+import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
 
 export interface PeerOptions {
   readonly tls?: 'off' | 'on' | 'require';
@@ -18,6 +20,8 @@ export interface PeerOptions {
   readonly handshakeTimeout?: number;
   readonly idleTimeout?: number;
   readonly keepAlive?: number;
+  readonly keepNow?: number;
+  readonly inUseTime?: number;
 }
 
 /** setTimeout takes no longer delay. */
@@ -68,13 +72,27 @@ export function withPeerOptions(command: Command): Command {
         '--keep-alive <seconds>',
         'ask a TCP peer that is silent for so long whether it is there; it has ten more to answer (default: 60)',
       ).argParser(wholeNumber(1, MAX_KEEP_ALIVE_SECONDS)),
+    )
+    .addOption(
+      new Option(
+        '--keep-now <seconds>',
+        'how long NAME@now waits for a client that was cut off, so that it finds the same moment; at least its reconnect delay ' +
+          `(default: ${DEFAULT_KEEP_MS / 1000})`,
+      ).argParser(wholeNumber(0, MAX_SECONDS)),
+    )
+    .addOption(
+      new Option(
+        '--in-use-time <seconds>',
+        'how long a VDI counts as in use by a client that was cut off: it is not replaced or deleted without --force ' +
+          `(default: ${DEFAULT_IN_USE_MS / 1000})`,
+      ).argParser(wholeNumber(0, MAX_SECONDS)),
     );
 }
 
 /** What of a DaemonConfiguration the options say. */
 export function peerConfiguration(
   options: PeerOptions,
-): Pick<DaemonConfiguration, 'security' | 'allowPlaintext' | 'limits'> {
+): Pick<DaemonConfiguration, 'security' | 'allowPlaintext' | 'limits' | 'keepMs' | 'inUseMs'> {
   const hasKeys = options.tlsCertificates !== undefined || options.tlsPsk !== undefined;
   // Whoever gives keys wants them used: without a word about the mode nobody is let in past them.
   const mode = options.tls ?? (hasKeys || options.tlsVerifyPeer ? 'require' : undefined);
@@ -99,6 +117,8 @@ export function peerConfiguration(
     },
     allowPlaintext: options.allowPlaintext ?? false,
     limits,
+    keepMs: seconds(options.keepNow),
+    inUseMs: seconds(options.inUseTime),
   };
 }
 

@@ -1,6 +1,6 @@
 /** `sheepgate vdi clone`: a new VDI that starts as a snapshot and shares its data. */
 import { Command } from 'commander';
-import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine, vdiJson } from './output.js';
 
 export function vdiCloneCommand(): Command {
@@ -8,10 +8,14 @@ export function vdiCloneCommand(): Command {
     .description('create a VDI that starts as a snapshot; data is shared until one of them writes')
     .argument('<snapshot>', 'NAME@TAG')
     .argument('<new-name>', 'name of the new VDI')
+    .addOption(forceOption())
     .addHelpText('after', '\nExample:\n  sheepgate vdi clone debian@golden vm7');
-  return withCommonOptions(command).action(async (spec: string, newName: string, options: CommonOptions) => {
-    const vdi = await withOperations(options, (operations) => operations.clone(spec, newName));
-    if (options.json) printJson(vdiJson(vdi));
-    else printLine(`created ${vdi.name} from ${spec}`);
-  });
+  return withCommonOptions(command).action(
+    async (spec: string, newName: string, options: CommonOptions & { force?: boolean }) => {
+      const { force } = options;
+      const vdi = await withOperations(options, (operations) => operations.clone(spec, newName, { force }));
+      if (options.json) printJson(vdiJson(vdi));
+      else printLine(`created ${vdi.name} from ${spec}`);
+    },
+  );
 }

@@ -1,7 +1,8 @@
 /** `sheepgate vdi create`: an empty VDI. */
 import { Argument, Command, InvalidArgumentError, Option } from 'commander';
+import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
-import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
 
@@ -25,13 +26,14 @@ export function vdiCreateCommand(): Command {
     .argument('<name>', 'name of the VDI')
     .addArgument(new Argument('<size>', 'for example 10G, 512M, 1.5T').argParser(sizeArgument))
     .addOption(blockSizeShiftOption())
+    .addOption(forceOption())
     .addHelpText('after', '\nExample:\n  sheepgate vdi create vm1 20G');
   return withCommonOptions(command).action(
-    async (name: string, size: number, options: CommonOptions & { blockSizeShift?: number }) => {
-      const { blockSizeShift } = options;
-      const vdi = await withOperations(options, (operations) => operations.create(name, size, { blockSizeShift }), {
-        mayCreate: true,
-      });
+    async (name: string, size: number, options: CommonOptions & { blockSizeShift?: number; force?: boolean }) => {
+      const { blockSizeShift, force } = options;
+      const create = (operations: Operations): Promise<VdiRecord> =>
+        operations.create(name, size, { blockSizeShift, force });
+      const vdi = await withOperations(options, create, { mayCreate: true });
       if (options.json) printJson(vdiJson(vdi));
       else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
     },

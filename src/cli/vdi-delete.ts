@@ -1,16 +1,19 @@
 /** `sheepgate vdi delete`: a snapshot, or a VDI that nobody has open. */
 import { Command } from 'commander';
-import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { printJson, printLine } from './output.js';
+import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { endedJson, endedLines, printJson, printLine } from './output.js';
 
 export function vdiDeleteCommand(): Command {
   const command = new Command('delete')
     .description('delete a snapshot, or a VDI (its snapshots stay); data that nobody else shares is gone')
     .argument('<vdi>', 'NAME, or NAME@TAG for a snapshot')
+    .addOption(forceOption())
     .addHelpText('after', '\nExample:\n  sheepgate vdi delete vm1@monday');
-  return withCommonOptions(command).action(async (spec: string, options: CommonOptions) => {
-    await withOperations(options, (operations) => operations.remove(spec));
-    if (options.json) printJson({ deleted: spec });
-    else printLine(`deleted ${spec}`);
+  return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { force?: boolean }) => {
+    const { force } = options;
+    const result = await withOperations(options, (operations) => operations.remove(spec, { force }));
+    if (options.json) return printJson({ deleted: spec, ended: endedJson(result) });
+    for (const line of endedLines(result)) printLine(line);
+    printLine(`deleted ${spec}`);
   });
 }

@@ -10,12 +10,12 @@ export function vdiResizeCommand(): Command {
     .argument('<name>', 'name of the VDI')
     .addArgument(new Argument('<size>', 'the new size, for example 40G').argParser(sizeArgument))
     .option('--force', 'allow shrinking, which destroys what is behind the new end')
+    .option('--force-in-use', 'shrink also if a client that was cut off from it may come back: it will not')
     .addHelpText('after', '\nExample:\n  sheepgate vdi resize vm1 40G');
   return withCommonOptions(command).action(
-    async (name: string, size: number, options: CommonOptions & { force?: boolean }) => {
-      const vdi = await withOperations(options, (operations) =>
-        operations.resize(name, size, { force: options.force }),
-      );
+    async (name: string, size: number, options: CommonOptions & { force?: boolean; forceInUse?: boolean }) => {
+      const { force, forceInUse } = options;
+      const vdi = await withOperations(options, (operations) => operations.resize(name, size, { force, forceInUse }));
       if (options.json) printJson(vdiJson(vdi));
       else printLine(`${vdi.name} has ${formatSize(vdi.size)} now`);
     },

@@ -1,8 +1,18 @@
 /** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
 import { Command } from 'commander';
+import type { VdiDetails } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, formatVid, labelOf, printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
+
+function useLine({ client, since, lostAt, until }: VdiDetails['clients'][number]): [string, string] {
+  const cut = lostAt === null ? '' : `, cut off ${formatTime(lostAt)}, may come back until ${formatTime(until ?? 0)}`;
+  return ['in use', `by ${client}, since ${formatTime(since)}${cut}`];
+}
+
+function keptLine({ spec, takenAt, client, until }: VdiDetails['kept'][number]): [string, string] {
+  return ['kept', `${spec} of ${formatTime(takenAt)} for ${client}, until ${formatTime(until)}`];
+}
 
 export function vdiShowCommand(): Command {
   const command = new Command('show')
@@ -28,6 +38,9 @@ export function vdiShowCommand(): Command {
       ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
       ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
+      // A daemon of an earlier version does not say.
+      ...(vdi.clients ?? []).map(useLine),
+      ...(vdi.kept ?? []).map(keptLine),
     ];
     const width = Math.max(...lines.map(([title]) => title.length));
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);

@@ -64,16 +64,14 @@ const ROUTES: readonly Route[] = [
     answer: ({ operations, body }) =>
       operations.create(text(body, 'name'), wholeNumber(body, 'size'), {
         blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+        force: flag(body, 'force'),
       }),
   },
   { method: 'GET', path: ['vdis', '*'], answer: ({ operations, names }) => operations.show(first(names)) },
   {
     method: 'DELETE',
     path: ['vdis', '*'],
-    answer: async ({ operations, names }) => {
-      await operations.remove(first(names));
-      return null;
-    },
+    answer: ({ operations, names, query }) => operations.remove(first(names), { force: query.get('force') === '1' }),
   },
   {
     method: 'GET',
@@ -85,7 +83,10 @@ const ROUTES: readonly Route[] = [
     method: 'POST',
     path: ['vdis', '*', 'resize'],
     answer: ({ operations, names, body }) =>
-      operations.resize(first(names), wholeNumber(body, 'size'), { force: flag(body, 'force') }),
+      operations.resize(first(names), wholeNumber(body, 'size'), {
+        force: flag(body, 'force'),
+        forceInUse: flag(body, 'forceInUse'),
+      }),
   },
   {
     method: 'POST',
@@ -93,17 +94,28 @@ const ROUTES: readonly Route[] = [
     answer: ({ operations, names, body }) =>
       operations.snapshot(first(names), text(body, 'tag'), {
         takenAt: body.takenAt === undefined ? undefined : wholeNumber(body, 'takenAt'),
+        force: flag(body, 'force'),
       }),
   },
   {
     method: 'POST',
     path: ['vdis', '*', 'clone'],
-    answer: ({ operations, names, body }) => operations.clone(first(names), text(body, 'name')),
+    answer: ({ operations, names, body }) =>
+      operations.clone(first(names), text(body, 'name'), { force: flag(body, 'force') }),
   },
   {
     method: 'POST',
     path: ['vdis', '*', 'rollback'],
-    answer: ({ operations, names }) => operations.rollback(first(names)),
+    answer: ({ operations, names, body }) => operations.rollback(first(names), { force: flag(body, 'force') }),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'replaceable'],
+    answer: async ({ operations, names, body }) => {
+      const ours = body.ours === undefined ? 0 : wholeNumber(body, 'ours');
+      await operations.mustBeReplaceable(first(names), text(body, 'what'), { force: flag(body, 'force'), ours });
+      return null;
+    },
   },
   {
     method: 'GET',
@@ -136,6 +148,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   EXISTS: 409,
   BUSY: 409,
   NEEDS_FORCE: 409,
+  ENDED: 410,
   NO_SPACE: 507,
 };
 

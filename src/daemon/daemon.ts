@@ -47,6 +47,10 @@ export interface DaemonConfiguration {
   readonly security?: SecurityConfiguration;
   /** Listen in the clear also where others than this machine can reach it. */
   readonly allowPlaintext?: boolean;
+  /** How long NAME@now is kept for a client that was cut off; see DEFAULT_KEEP_MS. */
+  readonly keepMs?: number;
+  /** How long such a client counts as a user of a VDI; see DEFAULT_IN_USE_MS. */
+  readonly inUseMs?: number;
   /** Bounds other than the NBD server's own. */
   readonly limits?: Partial<Limits>;
   /** By default DEFAULT_SOCKET_MODE. */
@@ -86,6 +90,8 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       mayCreate: configuration.mayCreateStore ?? true,
       retryMs: configuration.retryMs,
       missingIsZero: configuration.missingIsZero,
+      keepMs: configuration.keepMs,
+      inUseMs: configuration.inUseMs,
       log: (line, details) => log.warn(details ?? {}, line),
     });
   }, controlPath);

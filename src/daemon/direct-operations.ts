@@ -13,7 +13,9 @@ import {
   type CheckReport,
   type DataPage,
   type Disk,
+  type Ended,
   type ExportDescription,
+  type ForceOption,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -61,31 +63,35 @@ export class DirectOperations implements Operations {
     return this.#catalog.show(spec);
   }
 
-  create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord> {
+  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord> {
     return this.#catalog.create(name, size, options);
   }
 
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord> {
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & ForceOption): Promise<VdiRecord> {
     return this.#catalog.snapshot(name, tag, options);
   }
 
-  clone(spec: string, newName: string): Promise<VdiRecord> {
-    return this.#catalog.clone(spec, newName);
+  clone(spec: string, newName: string, options?: ForceOption): Promise<VdiRecord> {
+    return this.#catalog.clone(spec, newName, options);
   }
 
-  rollback(spec: string): Promise<VdiRecord> {
-    return this.#catalog.rollback(spec);
+  rollback(spec: string, options?: ForceOption): Promise<VdiRecord & Ended> {
+    return this.#catalog.rollback(spec, options);
   }
 
-  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord> {
+  mustBeReplaceable(spec: string, what: string, options?: ForceOption & { readonly ours?: number }): Promise<void> {
+    return this.#catalog.mustBeReplaceable(spec, what, options);
+  }
+
+  resize(name: string, size: number, options: ForceOption & { readonly forceInUse?: boolean }): Promise<VdiRecord> {
     return this.#catalog.resize(name, size, options);
   }
 
-  remove(spec: string): Promise<void> {
-    return this.#catalog.remove(spec);
+  remove(spec: string, options?: ForceOption): Promise<Ended> {
+    return this.#catalog.remove(spec, options);
   }
 
-  check(options: { readonly repair: boolean }): Promise<CheckReport> {
+  check(options: { readonly repair: boolean }): Promise<CheckReport & Ended> {
     return this.#catalog.check(options);
   }
 
@@ -135,7 +141,7 @@ function diskOf(device: BlockDevice): Disk {
     flush: async () => device.flush(),
     dataPage: (offset) =>
       dataPageOf(size, offset, (from, length, sink) => device.extents(ALLOCATION_CONTEXT, from, length, sink)),
-    close: async () => device.close(),
+    close: async () => device.close('disconnect'),
   };
 }
 

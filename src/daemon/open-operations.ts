@@ -13,7 +13,7 @@ import { VdiExports } from '../export/vdi-exports.js';
 import { ControlClient } from './control-client.js';
 import { DirectOperations } from './direct-operations.js';
 import { OperationError, type Operations } from './operations.js';
-import { controlSocketOf } from './places.js';
+import { controlSocketOf, stateDirectory } from './places.js';
 import { RemoteOperations } from './remote-operations.js';
 import { socketState } from './stale-socket.js';
 import { refuseOthersStore, takeOwner } from './store-owner.js';
@@ -45,6 +45,10 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
+  /** How long NAME@now is kept for a client that was cut off. */
+  readonly keepMs?: number;
+  /** How long such a client counts as a user of a VDI. */
+  readonly inUseMs?: number;
 }
 
 /**
@@ -89,7 +93,10 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
     );
   }
   const { log, retryMs, missingIsZero, mayCreate } = place;
-  if (isCluster) return operationsOn(await SheepStore.open(place.store, { log, retryMs, missingIsZero }), place);
+  if (isCluster) {
+    const options = { log, retryMs, missingIsZero, stateDirectory: stateDirectory() };
+    return operationsOn(await SheepStore.open(place.store, options), place);
+  }
   if (place.isDaemon) refuseOthersStore(place.store);
   const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
   try {
@@ -108,7 +115,8 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = store instanceof SheepStore;
-  const catalog = new VdiCatalog(store);
+  const { keepMs, inUseMs, log, isDaemon: serves } = place;
+  const catalog = new VdiCatalog(store, { inUseMs, log });
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
   if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
     try {
@@ -119,7 +127,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog);
+  const exports = new VdiExports(catalog, { keepMs, serves, log });
   return Object.assign(new DirectOperations(catalog, exports, closed), {
     exports,
     isReadOnly: catalog.isReadOnly,

@@ -4,9 +4,9 @@
  * with the code and the message of the layer that refused, the same both ways.
  */
 import type { CheckReport, VdiRecord } from '../store/object-store.js';
-import type { VdiDetails } from '../vdi/catalog.js';
+import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
 
-export type { CheckReport, VdiDetails, VdiRecord };
+export type { CheckReport, Ended, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
  * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
@@ -56,14 +56,19 @@ export interface Operations {
   list(): Promise<VdiRecord[]>;
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
-  create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord>;
+  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord>;
   /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord>;
-  clone(spec: string, newName: string): Promise<VdiRecord>;
-  rollback(spec: string): Promise<VdiRecord>;
-  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord>;
-  remove(spec: string): Promise<void>;
-  check(options: { readonly repair: boolean }): Promise<CheckReport>;
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & ForceOption): Promise<VdiRecord>;
+  clone(spec: string, newName: string, options?: ForceOption): Promise<VdiRecord>;
+  rollback(spec: string, options?: ForceOption): Promise<VdiRecord & Ended>;
+  resize(name: string, size: number, options: ForceOption & { readonly forceInUse?: boolean }): Promise<VdiRecord>;
+  remove(spec: string, options?: ForceOption): Promise<Ended>;
+  check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
+  /**
+   * Before content is replaced by writing: errors (BUSY) as `rollback` has them. `what` completes "it cannot be". `ours`: how
+   * often the caller himself has it open.
+   */
+  mustBeReplaceable(spec: string, what: string, options?: ForceOption & { readonly ours?: number }): Promise<void>;
   /**
    * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
    * from their maps alone. A page has MAX_PAGE_RANGES at most, and no bound on its bytes. Errors: BAD_SIZE if their

@@ -24,6 +24,18 @@ export function defaultStore(env: Environment = process.env, uid = process.getui
   return path.join(env.HOME || os.homedir(), '.local/share/sheepgate');
 }
 
+/** What is remembered of a cluster's clients: $SHEEPGATE_STATE, systemd's StateDirectory=, or this user's place for state. */
+export function stateDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
+  if (env.SHEEPGATE_STATE) return env.SHEEPGATE_STATE;
+  // systemd.exec(5): several are separated by colons.
+  const ofUnit = env.STATE_DIRECTORY?.split(':')[0];
+  if (ofUnit) return path.join(ofUnit, 'clusters');
+  if (env.XDG_STATE_HOME) return path.join(env.XDG_STATE_HOME, 'sheepgate');
+  // Not in /var/lib/sheepgate: that is a store.
+  if (uid === 0) return '/var/lib/sheepgate-clusters';
+  return path.join(env.HOME || os.homedir(), '.local/state/sheepgate');
+}
+
 /** The directory for sockets of this user: $XDG_RUNTIME_DIR, /run for root, or one below the temporary directory. */
 export function runtimeDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
   if (env.XDG_RUNTIME_DIR) return path.join(env.XDG_RUNTIME_DIR, 'sheepgate');

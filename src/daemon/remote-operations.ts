@@ -11,7 +11,9 @@ import {
   type CheckReport,
   type DataPage,
   type Disk,
+  type Ended,
   type ExportDescription,
+  type ForceOption,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -41,32 +43,50 @@ export class RemoteOperations implements Operations {
     return this.#control.call('GET', pathOf('vdis', spec));
   }
 
-  create(name: string, size: number, { blockSizeShift }: { readonly blockSizeShift?: number }): Promise<VdiRecord> {
-    return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift } });
+  create(
+    name: string,
+    size: number,
+    { blockSizeShift, force }: { readonly blockSizeShift?: number } & ForceOption,
+  ): Promise<VdiRecord> {
+    return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift, force } });
   }
 
-  snapshot(name: string, tag: string, options: { readonly takenAt?: number } = {}): Promise<VdiRecord> {
+  snapshot(name: string, tag: string, options: { readonly takenAt?: number } & ForceOption = {}): Promise<VdiRecord> {
     return this.#control.call('POST', pathOf('vdis', name, 'snapshots'), { body: { tag, ...options } });
   }
 
-  clone(spec: string, newName: string): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', spec, 'clone'), { body: { name: newName } });
+  clone(spec: string, newName: string, { force }: ForceOption = {}): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', spec, 'clone'), { body: { name: newName, force } });
   }
 
-  rollback(spec: string): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'));
+  rollback(spec: string, { force }: ForceOption = {}): Promise<VdiRecord & Ended> {
+    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'), { body: { force } });
   }
 
-  resize(name: string, size: number, { force }: { readonly force?: boolean }): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force } });
+  resize(
+    name: string,
+    size: number,
+    { force, forceInUse }: ForceOption & { readonly forceInUse?: boolean },
+  ): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force, forceInUse } });
   }
 
-  async remove(spec: string): Promise<void> {
-    await this.#control.call('DELETE', pathOf('vdis', spec));
+  async remove(spec: string, { force }: ForceOption = {}): Promise<Ended> {
+    const path = pathOf('vdis', spec) + (force ? '?force=1' : '');
+    // An earlier version's daemon has nothing to tell.
+    return (await this.#control.call<Ended | null>('DELETE', path)) ?? { ended: [] };
   }
 
-  check({ repair }: { readonly repair: boolean }): Promise<CheckReport> {
+  check({ repair }: { readonly repair: boolean }): Promise<CheckReport & Ended> {
     return this.#control.call('POST', '/check', { body: { repair } });
+  }
+
+  async mustBeReplaceable(
+    spec: string,
+    what: string,
+    { force, ours }: ForceOption & { readonly ours?: number } = {},
+  ): Promise<void> {
+    await this.#control.call('POST', pathOf('vdis', spec, 'replaceable'), { body: { what, force, ours } });
   }
 
   changes(spec: string, since: string, offset: number): Promise<DataPage> {

@@ -6,6 +6,7 @@
 import type net from 'node:net';
 import koffi from 'koffi';
 import type { PeerCredentials } from 'nbd-server-ts';
+import { lookAtProcess } from '../vdi/process-identity.js';
 
 const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
@@ -38,8 +39,10 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
   const identity = option(fd, SO_PEERCRED, 12);
   if (identity?.length !== 12) return undefined;
   const groups = option(fd, SO_PEERGROUPS, 4 * MAX_GROUPS);
+  const pid = identity.readInt32LE(0);
   return {
-    pid: identity.readInt32LE(0),
+    pid,
+    ...lookAtProcess(pid),
     uid: identity.readUInt32LE(4),
     gid: identity.readUInt32LE(8),
     ...(groups && { groups: Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)) }),

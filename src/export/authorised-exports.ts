@@ -9,6 +9,7 @@ import {
   ExportError,
   type Awaitable,
   type BlockDevice,
+  type Ending,
   type ExportInfo,
   type ExportProvider,
   type ExtentSink,
@@ -71,11 +72,15 @@ export class AuthorisedExports implements ExportProvider {
     // An id may have been given away, and to somebody else, since it was judged.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
-      await opened.device.close();
+      await opened.device.close('lost');
       throw refused(name);
     }
     if (!isReadOnly || opened.device.geometry.readOnly) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
+  }
+
+  left(peer: Peer): void {
+    this.#provider.left?.(peer);
   }
 
   /** Refused before anybody looks whether there is such an export: the answer is the same if not. */
@@ -194,7 +199,7 @@ class ReadOnlyDevice implements BlockDevice {
     return this.#device.isHole?.(offset, length) ?? false;
   }
 
-  close(): Awaitable<void> {
-    return this.#device.close();
+  close(ending: Ending): Awaitable<void> {
+    return this.#device.close(ending);
   }
 }

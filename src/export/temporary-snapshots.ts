@@ -1,53 +1,370 @@
 /**
- * The life of NAME@now and NAME@now:LABEL: taken when the first connection opens it, shared by all that have it open at
- * the same time, dropped when the last one closes. Owns the counts; what a snapshot is, the catalog knows. One that a
- * killed process leaves behind is dropped when the catalog is opened the next time.
+ * The life of NAME@now and NAME@now:LABEL: taken when the first connection asks for it, shared by all that have it open at
+ * the same time, dropped when the last one has left in order. A client that was cut off may come back and must find the same
+ * moment, or else its image would be of two: until it does, or its time has passed, the moment is kept. Owns the counts
+ * and that time; what a snapshot is, the catalog knows, and ended-moments.ts what is remembered when it is gone.
  */
-import type { VdiCatalog } from '../vdi/catalog.js';
+import type { Ending, Peer } from 'nbd-server-ts';
+import { CatalogError } from '../vdi/catalog-error.js';
+import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
+import type { Client } from '../vdi/in-use.js';
+import { isLabelled } from '../vdi/names.js';
+import { isRunning } from '../vdi/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
+import { EndedMoments } from './ended-moments.js';
 
-export class TemporarySnapshots {
+/** How long a client that was cut off may come back, unless told otherwise: the reconnect delay that docs/clients.md names. */
+export const DEFAULT_KEEP_MS = 300_000;
+/** Moments without a connection; a cluster has room for MAX_SHADOWS of a disk altogether. */
+const MAX_KEPT_PER_DISK = 4;
+const MAX_KEPT_PER_CLIENT = 16;
+/** Clients of one moment that read it or may come back. */
+const MAX_READERS = 1024;
+const TICK_MS = 1_000;
+const MIN_TICK_MS = 50;
+/** A process that was stopped, or a machine that slept, served nobody meanwhile: no tick counts for more than this many. */
+const MAX_TICKS_AT_ONCE = 2;
+
+export interface TemporaryOptions {
+  readonly keepMs?: number | undefined;
+  /** Clients can come: their time passes. */
+  readonly serves?: boolean | undefined;
+  readonly log?: ((line: string, details?: object) => void) | undefined;
+}
+
+/** One client of a moment: its connections, and those that were cut off and have not come back. */
+interface Reader {
+  readonly client: Client;
+  live: number;
+  lost: number;
+  /** How long those may yet come back. */
+  leftMs: number;
+}
+
+interface Moment {
+  readonly name: string;
+  readonly tag: string;
+  readonly vid: number;
+  readonly takenAt: number;
+  readonly vdi: Vdi;
+  /** Connections that have it open, and those that were told of it and have not opened it. */
+  users: number;
+  askers: number;
+  /** Somebody has had it open. */
+  wasOpened: boolean;
+  /** Its label is remembered to have been used. */
+  isRemembered: boolean;
+  readonly readers: Map<string, Reader>;
+}
+
+/** A moment that one connection holds. */
+export interface HeldMoment {
+  readonly vdi: Vdi;
+  readonly moment: Moment;
+  readonly client: Client | undefined;
+}
+
+export class TemporarySnapshots implements TemporaryKeeper {
   readonly #catalog: VdiCatalog;
-  readonly #users = new Map<string, number>();
+  readonly #keepMs: number;
+  readonly #log: (line: string, details?: object) => void;
+  readonly #serves: boolean;
+  readonly #ended: EndedMoments;
+  /** By NAME@TAG, the oldest first: of a label there is one at most. */
+  readonly #moments = new Map<string, Moment[]>();
+  /** What a connection was told of, by its peer: it opens the same. */
+  readonly #asked = new Map<Peer, HeldMoment>();
   /** By NAME@TAG: opening and closing it, one after the other. */
   readonly #queues = new Map<string, Promise<void>>();
+  #ticking: NodeJS.Timeout | undefined;
+  #tickedAt = 0;
 
-  constructor(catalog: VdiCatalog) {
+  constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
+    this.#keepMs = options.keepMs ?? DEFAULT_KEEP_MS;
+    this.#log = options.log ?? (() => undefined);
+    this.#serves = options.serves ?? false;
+    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log);
+    catalog.keeper = this;
+    this.#tickIfNeeded();
   }
 
-  /** Every open needs one `close`. Errors: those of the catalog. */
-  open(name: string, tag: string): Promise<Vdi> {
-    const spec = `${name}@${tag}`;
-    return this.#alone(spec, async () => {
-      const users = this.#users.get(spec) ?? 0;
-      // One whose dropping failed would be an old state of the disk.
-      if (users === 0) await this.#catalog.dropTemporary(name, tag);
+  /** Every open needs one `close`. Errors: ENDED if there would be another moment than before, and those of the catalog. */
+  open(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<HeldMoment> {
+    return this.#alone(`${name}@${tag}`, async () => {
+      const asked = this.#asked.get(peer);
+      let held: HeldMoment;
+      if (asked?.moment.name === name && asked.moment.tag === tag) {
+        this.#asked.delete(peer);
+        asked.moment.askers--;
+        held = asked;
+      } else {
+        held = await this.#hold(name, tag, client, true);
+      }
+      const { moment } = held;
+      moment.users++;
       try {
-        if (users === 0) await this.#catalog.snapshotTemporary(name, tag);
-        const vdi = await this.#catalog.openVdi(spec);
-        this.#users.set(spec, users + 1);
-        return vdi;
+        await this.#arrive(moment, client);
+        return held;
       } catch (error) {
-        // It may be there although taking it failed. The first failure is the one to tell.
-        if (users === 0) await this.#catalog.dropTemporary(name, tag).catch(() => undefined);
+        moment.users--;
+        await this.#letGo(held).catch(() => undefined);
         throw error;
       }
     });
   }
 
-  close(vdi: Vdi, name: string, tag: string): Promise<void> {
-    const spec = `${name}@${tag}`;
-    return this.#alone(spec, async () => {
-      const users = (this.#users.get(spec) ?? 0) - 1;
-      if (users > 0) this.#users.set(spec, users);
-      else this.#users.delete(spec);
-      try {
-        await this.#catalog.release(vdi);
-      } finally {
-        if (users <= 0) await this.#catalog.dropTemporary(name, tag);
-      }
+  /** What `open` on the same connection gives. It is held until then, or until the connection is over: see `left`. */
+  ask(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<Vdi> {
+    return this.#alone(`${name}@${tag}`, async () => {
+      const asked = this.#asked.get(peer);
+      if (asked?.moment.name === name && asked.moment.tag === tag) return asked.vdi;
+      // One for each connection: else one that asks for many labels would hold as many snapshots.
+      if (asked) this.left(peer);
+      const held = await this.#hold(name, tag, client, false);
+      held.moment.askers++;
+      this.#asked.set(peer, held);
+      return held.vdi;
     });
+  }
+
+  /** The connection is over. */
+  left(peer: Peer): void {
+    const held = this.#asked.get(peer);
+    if (!held) return;
+    this.#asked.delete(peer);
+    const { name, tag } = held.moment;
+    this.#alone(`${name}@${tag}`, () => {
+      held.moment.askers--;
+      return this.#letGo(held);
+    }).catch((error: unknown) => this.#log(`${name}@${tag} could not be dropped`, { err: error }));
+  }
+
+  /** `hadErrors`: the client was told that something could not be read, and may try that again. */
+  close(held: HeldMoment, ending: Ending, hadErrors: boolean): Promise<void> {
+    const { moment, client } = held;
+    return this.#alone(`${moment.name}@${moment.tag}`, async () => {
+      moment.users--;
+      const reader = client && moment.readers.get(client.id);
+      if (reader) {
+        reader.live--;
+        if (ending === 'lost' || hadErrors) {
+          reader.lost++;
+          reader.leftMs = this.#keepMs;
+          if (!isLabelled(moment.tag)) this.#ended.readerLost(moment.name, reader.client);
+        } else if (reader.live === 0 && reader.lost === 0) {
+          this.#forgetReader(moment, reader);
+        }
+      }
+      await this.#letGo(held);
+    });
+  }
+
+  kept(vid: number): { readonly client: string; readonly until: number } | undefined {
+    const moment = this.#byVid(vid);
+    if (!moment || moment.users + moment.askers > 0) return undefined;
+    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    if (lost.length === 0) return undefined;
+    const client = lost.map((reader) => reader.client.label).join(', ');
+    return { client, until: Date.now() + Math.max(...lost.map(({ leftMs }) => leftMs)) };
+  }
+
+  dropped(vid: number, why: string): void {
+    const moment = this.#byVid(vid);
+    if (moment) this.#noteGone(moment, why);
+  }
+
+  /** The moment that is open, kept, or taken now; with one more user in the catalog. */
+  async #hold(name: string, tag: string, client: Client | undefined, isOpening: boolean): Promise<HeldMoment> {
+    const known = this.#find(name, tag, client);
+    if (known) {
+      if (client && !isLabelled(tag)) this.#ended.checkReader(name, client, isOpening);
+      return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid) };
+    }
+    if (isLabelled(tag)) this.#ended.checkLabel(name, tag);
+    else if (client) this.#ended.checkReader(name, client, isOpening);
+    const { vid } = await this.#take(name, tag);
+    const vdi = await this.#catalog.openTemporary(vid);
+    const moment: Moment = {
+      ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
+      ...{ users: 0, askers: 0, wasOpened: false, isRemembered: false, readers: new Map<string, Reader>() },
+    };
+    const spec = `${name}@${tag}`;
+    this.#moments.set(spec, [...(this.#moments.get(spec) ?? []), moment]);
+    return { moment, client, vdi };
+  }
+
+  /** A client that was cut off gets its own moment back; others share what is open, and not what is only kept. */
+  #find(name: string, tag: string, client: Client | undefined): Moment | undefined {
+    const moments = this.#moments.get(`${name}@${tag}`) ?? [];
+    if (isLabelled(tag)) return moments[0];
+    const own = client && moments.findLast(({ readers }) => readers.has(client.id));
+    return own ?? moments.findLast(({ users, askers }) => users + askers > 0);
+  }
+
+  async #take(name: string, tag: string): Promise<{ readonly vid: number }> {
+    try {
+      return await this.#catalog.snapshotTemporary(name, tag);
+    } catch (error) {
+      // Whoever is here comes before whoever may come back.
+      const oldest = this.#keptMoments().find((moment) => moment.name === name);
+      if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
+      const end = (): Promise<void> =>
+        this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
+      // A label that is kept is not taken at the same time: nobody waits for us there.
+      if (oldest.tag === tag) await end();
+      else await this.#alone(`${oldest.name}@${oldest.tag}`, end);
+      return this.#catalog.snapshotTemporary(name, tag);
+    }
+  }
+
+  /** A connection of this client has opened the moment: remembered before the client is answered. */
+  async #arrive(moment: Moment, client: Client | undefined): Promise<void> {
+    const { name, tag, takenAt } = moment;
+    if (client) {
+      if (!moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
+        throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
+      }
+      if (!isLabelled(tag)) {
+        await this.#ended.reads(name, client, takenAt);
+      } else if (!moment.isRemembered) {
+        await this.#ended.useLabel(name, tag);
+        moment.isRemembered = true;
+      }
+      let reader = moment.readers.get(client.id);
+      if (!reader) moment.readers.set(client.id, (reader = { client, live: 0, lost: 0, leftMs: 0 }));
+      if (reader.lost > 0) reader.lost--;
+      reader.live++;
+    }
+    moment.wasOpened = true;
+  }
+
+  /** The connection has no part in it any more. */
+  async #letGo({ moment, vdi }: HeldMoment): Promise<void> {
+    try {
+      await this.#catalog.release(vdi);
+    } finally {
+      await this.#settle(moment);
+    }
+  }
+
+  /** Keep it or drop it, if nobody has it. */
+  async #settle(moment: Moment): Promise<void> {
+    if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
+    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.lost = 0;
+    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
+    const { failure } = moment.vdi;
+    if (failure) return this.#end(moment, failure.message);
+    if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
+    const kept = this.#keptMoments();
+    const ofDisk = kept.filter(({ name }) => name === moment.name);
+    if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
+    for (const { client } of lost) {
+      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.lost ?? 0) > 0);
+      if (ofClient.length > MAX_KEPT_PER_CLIENT)
+        this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
+    }
+    this.#tickIfNeeded();
+  }
+
+  /** When whoever is opening or closing it is done. */
+  #endSoon(moment: Moment, why: string | undefined): void {
+    const spec = `${moment.name}@${moment.tag}`;
+    this.#alone(spec, () => this.#endIfKept(moment, why)).catch((error: unknown) =>
+      this.#log(`${spec} could not be dropped`, { err: error }),
+    );
+  }
+
+  /** If nobody has it open. Without a `why` only if nobody comes back for it, or it cannot be read any more. */
+  async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
+    if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
+    const isAwaited = [...moment.readers.values()].some(({ lost }) => lost > 0);
+    const reason = isAwaited ? moment.vdi.failure?.message : 'its client was cut off and did not come back in time';
+    const because = why ?? reason;
+    if (because !== undefined) await this.#end(moment, because);
+  }
+
+  /** Drop it. `isOver`: nobody comes back for it. */
+  async #end(moment: Moment, why: string, isOver = false): Promise<void> {
+    if (this.#byVid(moment.vid) !== moment) return;
+    this.#noteGone(moment, why, isOver);
+    await this.#catalog.dropTemporary(moment.name, moment.tag, moment.vid);
+  }
+
+  #noteGone(moment: Moment, why: string, isOver = false): void {
+    const { name, tag, takenAt } = moment;
+    const spec = `${name}@${tag}`;
+    const left = (this.#moments.get(spec) ?? []).filter((other) => other !== moment);
+    if (left.length > 0) this.#moments.set(spec, left);
+    else this.#moments.delete(spec);
+    if (isLabelled(tag)) {
+      if (moment.isRemembered) this.#ended.labelEnded(name, tag, why, isOver);
+      return;
+    }
+    for (const reader of [...moment.readers.values()]) {
+      if (reader.lost > 0) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
+      else this.#forgetReader(moment, reader);
+    }
+    this.#tickIfNeeded();
+  }
+
+  /** It has no part in this moment any more. */
+  #forgetReader(moment: Moment, { client }: Reader): void {
+    const { name, tag } = moment;
+    moment.readers.delete(client.id);
+    if (isLabelled(tag)) return;
+    const readsOn = (this.#moments.get(`${name}@${tag}`) ?? []).some(({ readers }) => readers.has(client.id));
+    if (!readsOn) this.#ended.hasRead(name, client);
+  }
+
+  /** Those that nobody has open, the oldest first. */
+  #keptMoments(): Moment[] {
+    const kept = [...this.#moments.values()].flat().filter(({ users, askers }) => users + askers === 0);
+    return kept.sort((a, b) => a.takenAt - b.takenAt);
+  }
+
+  #byVid(vid: number): Moment | undefined {
+    for (const moments of this.#moments.values()) {
+      const found = moments.find((moment) => moment.vid === vid);
+      if (found) return found;
+    }
+    return undefined;
+  }
+
+  #isWaiting(): boolean {
+    if (this.#ended.isWaiting) return true;
+    for (const moments of this.#moments.values()) {
+      if (moments.some(({ readers }) => [...readers.values()].some(({ lost }) => lost > 0))) return true;
+    }
+    return false;
+  }
+
+  #tickIfNeeded(): void {
+    if (!this.#serves || this.#ticking !== undefined || !this.#isWaiting()) return;
+    this.#tickedAt = performance.now();
+    const period = Math.min(TICK_MS, Math.max(MIN_TICK_MS, this.#keepMs / 4));
+    this.#ticking = setInterval(() => this.#tick(period), period).unref();
+  }
+
+  /** Time passes for those who may come back, by a clock that nobody sets. */
+  #tick(period: number): void {
+    const now = performance.now();
+    const passed = Math.min(now - this.#tickedAt, MAX_TICKS_AT_ONCE * period);
+    this.#tickedAt = now;
+    this.#ended.age(passed);
+    for (const moment of [...this.#moments.values()].flat()) {
+      for (const reader of moment.readers.values()) {
+        if (reader.lost === 0) continue;
+        reader.leftMs -= passed;
+        if (reader.leftMs <= 0 || isGone(moment, reader)) reader.lost = 0;
+        if (reader.lost === 0 && reader.live === 0) this.#forgetReader(moment, reader);
+      }
+      if (moment.users + moment.askers === 0) this.#endSoon(moment, undefined);
+    }
+    if (this.#isWaiting()) return;
+    clearInterval(this.#ticking);
+    this.#ticking = undefined;
   }
 
   #alone<T>(spec: string, work: () => Promise<T>): Promise<T> {
@@ -62,4 +379,12 @@ export class TemporarySnapshots {
     });
     return result;
   }
+}
+
+/**
+ * Whether nobody can come back: NAME@now is given back to the same process only, and it has ended. Under a label somebody else
+ * may take up its work, through another process of a proxy for instance.
+ */
+function isGone({ tag }: Moment, { client }: Reader): boolean {
+  return !isLabelled(tag) && client.process !== undefined && !isRunning(client.process);
 }

@@ -10,6 +10,7 @@ import {
   type Awaitable,
   type BlockDevice,
   type DeviceErrorCode,
+  type Ending,
   type ExtentSink,
   type Geometry,
   type ZeroMode,
@@ -21,6 +22,14 @@ import { baseOfContext, changedContexts } from './changed-contexts.js';
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
 const STATE_CHANGED = 1;
+
+/** What is to be known of a device's client when it has left. */
+export interface Closing {
+  readonly ending: Ending;
+  /** It was told that something failed, and may try that again on another connection. */
+  readonly hadErrors: boolean;
+  readonly hasWritten: boolean;
+}
 
 /** The snapshots that a device's VDI can be compared with. */
 export interface Bases {
@@ -62,39 +71,48 @@ export class VdiDevice implements BlockDevice {
   readonly #bases: Bases;
   /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */
   readonly #opened = new Map<string, Promise<Vdi>>();
-  readonly #onClose: () => Awaitable<void>;
+  readonly #onClose: (closing: Closing) => Awaitable<void>;
+  #hadErrors = false;
+  #hasWritten = false;
 
-  constructor(vdi: Vdi, bases: Bases, onClose: () => Awaitable<void>) {
+  constructor(vdi: Vdi, bases: Bases, onClose: (closing: Closing) => Awaitable<void>) {
     this.#vdi = vdi;
     this.#bases = bases;
     this.geometry = geometryOf(vdi.record, bases.tags, bases.isReadOnly);
     this.#onClose = onClose;
   }
 
+  readonly #rethrow = (error: unknown): never => {
+    this.#hadErrors = true;
+    throw asDeviceError(error);
+  };
+
   read(offset: number, into: Buffer): Awaitable<void> {
     try {
       const later = this.#vdi.read(offset, into);
-      return later?.catch(rethrow);
+      return later?.catch(this.#rethrow);
     } catch (error) {
-      rethrow(error);
+      this.#rethrow(error);
     }
   }
 
   write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+    this.#hasWritten = true;
     try {
       const later = this.#vdi.write(offset, data, fua);
-      return later?.catch(rethrow);
+      return later?.catch(this.#rethrow);
     } catch (error) {
-      rethrow(error);
+      this.#rethrow(error);
     }
   }
 
   zero(offset: number, length: number, mode: ZeroMode): Awaitable<void> {
+    this.#hasWritten = true;
     try {
       const later = this.#vdi.zero(offset, length, mode);
-      return later?.catch(rethrow);
+      return later?.catch(this.#rethrow);
     } catch (error) {
-      rethrow(error);
+      this.#rethrow(error);
     }
   }
 
@@ -105,26 +123,26 @@ export class VdiDevice implements BlockDevice {
   flush(): Awaitable<void> {
     try {
       const later = this.#vdi.flush();
-      return later?.catch(rethrow);
+      return later?.catch(this.#rethrow);
     } catch (error) {
-      rethrow(error);
+      this.#rethrow(error);
     }
   }
 
   cache(offset: number, length: number): Awaitable<void> {
     try {
       const later = this.#vdi.cache(offset, length);
-      return later?.catch(rethrow);
+      return later?.catch(this.#rethrow);
     } catch (error) {
-      rethrow(error);
+      this.#rethrow(error);
     }
   }
 
   extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
-    if (context !== ALLOCATION_CONTEXT) return this.#changes(context, offset, length, sink).catch(rethrow);
+    if (context !== ALLOCATION_CONTEXT) return this.#changes(context, offset, length, sink).catch(this.#rethrow);
     return this.#vdi
       .extents(offset, length, (at, size, hole) => sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0))
-      ?.catch(rethrow);
+      ?.catch(this.#rethrow);
   }
 
   async #changes(context: string, offset: number, length: number, sink: ExtentSink): Promise<void> {
@@ -146,12 +164,12 @@ export class VdiDevice implements BlockDevice {
     return this.#vdi.isHole(offset, length);
   }
 
-  async close(): Promise<void> {
+  async close(ending: Ending): Promise<void> {
     try {
       const opened = await Promise.allSettled(this.#opened.values());
       for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value);
     } finally {
-      await this.#onClose();
+      await this.#onClose({ ending, hadErrors: this.#hadErrors, hasWritten: this.#hasWritten });
     }
   }
 }
@@ -163,11 +181,11 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   SLOW: 'ENOTSUP',
 };
 
-function rethrow(error: unknown): never {
+function asDeviceError(error: unknown): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };
   const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
   if (code !== 'ENOTSUP' && code !== 'ESHUTDOWN' && deviceFailures.hasSubscribers) {
     deviceFailures.publish({ code, error } satisfies DeviceFailure);
   }
-  throw new DeviceError(code, message, { cause: error });
+  return new DeviceError(code, message, { cause: error });
 }

@@ -16,8 +16,9 @@ import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type 
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
 import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
-import { TemporarySnapshots } from './temporary-snapshots.js';
-import { geometryOf, VdiDevice, type Bases } from './vdi-device.js';
+import { clientOf } from './peer-client.js';
+import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
+import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
 
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
@@ -26,9 +27,9 @@ export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
 
-  constructor(catalog: VdiCatalog) {
+  constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
-    this.#temporary = new TemporarySnapshots(catalog);
+    this.#temporary = new TemporarySnapshots(catalog, options);
   }
 
   /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
@@ -53,9 +54,10 @@ export class VdiExports implements ExportProvider {
     }
   }
 
+  /** Of a temporary snapshot: the moment that `open` on the same connection gives is taken here, for its size and time. */
   async describe(
     name: string,
-    _peer: Peer,
+    peer: Peer,
     contexts: readonly string[] = [],
   ): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
@@ -66,44 +68,63 @@ export class VdiExports implements ExportProvider {
         this.#catalog.mustTakeTemporaries();
         record = { ...record, tag: subject.tag, isSnapshot: true, snapshotAt: Date.now() };
       }
-      const tags = toldBases(await this.#basesOf(record, options), contexts);
+      let tags = toldBases(await this.#basesOf(record, options), contexts);
+      const client = clientOf(peer);
+      // A command of ours wants to know only whether it can be had.
+      if (isTemporary(subject) && client !== undefined) {
+        ({ record } = await this.#temporary.ask(workingName(subject), subject.tag, peer, client));
+        tags = toldBases(await this.#basesOf(record, options), contexts);
+      }
       return { geometry: geometryOf(record, tags, isReadOnly || isById(subject)), info: infoOf(record, options) };
     } catch (error) {
       throw asExportError(error);
     }
   }
 
-  async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(name: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
       const { subject, options } = parseExportName(name);
+      const client = clientOf(peer);
       // Before anything is opened: a snapshot that is not there must not cost a temporary one.
       if (options.since !== undefined) await this.#basesOf(await this.#find(subject), options);
       if (isTemporary(subject)) {
-        const { tag } = subject;
-        const vdiName = formatSpec({ name: subject.name, tag: undefined });
-        const vdi = await this.#temporary.open(vdiName, tag);
-        const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
-        return await this.#opened(vdi, subject, options, close);
+        const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
+        const close = ({ ending, hadErrors }: Closing): Promise<void> => this.#temporary.close(held, ending, hadErrors);
+        return await this.#opened(held.vdi, subject, options, close);
       }
       const vdi = await this.#catalog.openVdi(subjectText(name));
-      return await this.#opened(vdi, subject, options, () => this.#catalog.release(vdi));
+      // Nothing of a store that nobody changes can be taken away from anybody.
+      if (!client || this.#catalog.isReadOnly) {
+        return await this.#opened(vdi, subject, options, () => this.#catalog.release(vdi));
+      }
+      const { inUse } = this.#catalog;
+      const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot);
+      return await this.#opened(vdi, subject, options, ({ ending, hasWritten }) => {
+        // First: it must not look unused in between.
+        inUse.end(use, { isOver: ending === 'disconnect', hasWritten });
+        return this.#catalog.release(vdi);
+      });
     } catch (error) {
       throw asExportError(error);
     }
+  }
+
+  left(peer: Peer): void {
+    this.#temporary.left(peer);
   }
 
   async #opened(
     vdi: Vdi,
     subject: VdiSpec,
     options: ExportOptions,
-    close: () => Promise<void>,
+    close: (closing: Closing) => Promise<void>,
   ): Promise<{ device: BlockDevice; info: ExportInfo }> {
     const { record } = vdi;
     let tags: readonly string[];
     try {
       tags = toldBases(await this.#basesOf(record, options), []);
     } catch (error) {
-      await close();
+      await close({ ending: 'lost', hadErrors: false, hasWritten: false });
       throw error;
     }
     const bases: Bases = {
@@ -117,7 +138,7 @@ export class VdiExports implements ExportProvider {
       // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
       if (options.since !== undefined) await device.hold(options.since);
     } catch (error) {
-      await device.close();
+      await device.close('lost');
       throw error;
     }
     return { device, info: infoOf(record, options) };
@@ -158,6 +179,11 @@ export class VdiExports implements ExportProvider {
     if (!isContextTag(since)) throw refuse('its tag has control characters');
     return [since];
   }
+}
+
+/** The VDI that a temporary snapshot is taken of, as the catalog's specs have it. */
+function workingName({ name }: VdiSpec): string {
+  return formatSpec({ name, tag: undefined });
 }
 
 function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: string } {

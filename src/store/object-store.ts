@@ -49,6 +49,8 @@ export interface OpenVdi {
   readonly nameVid: number;
   /** Reads its objects, if they are not what the store's own reading would say. */
   readonly reader?: ObjectReader;
+  /** A temporary snapshot only: why it can be read no more. */
+  readonly failure?: Error | undefined;
   /** A snapshot by copy-before-write only: the object at idx was changed in place since, and has the same owner. */
   overwritten?(idx: number): boolean;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
@@ -105,6 +107,18 @@ export interface ObjectReader {
   ): Awaitable<void>;
 }
 
+/**
+ * Small facts that are to outlive the process, few and short, for src/vdi: keys of less than 1900 bytes, values that JSON can
+ * say. The store does not know what they mean.
+ */
+export interface StoreState {
+  /** Other processes may store something at the same time: `entries` is to be asked again. */
+  readonly isShared: boolean;
+  entries(): ReadonlyMap<string, unknown>;
+  /** Durable when it resolves; undefined forgets. Errors: StoreError. */
+  commit(changes: ReadonlyMap<string, unknown>): Promise<void>;
+}
+
 /** Reads of a disk that are under way: one more when a read begins, one less when it has ended. */
 export interface ReadCount {
   inFlight: number;
@@ -117,6 +131,8 @@ export interface ObjectStore extends ObjectReader {
   readonly identity: string;
   /** Why nothing may be changed; undefined if it may. */
   readonly readOnlyBecause: string | undefined;
+  /** Undefined if nothing can be stored. */
+  readonly state: StoreState | undefined;
   /** A client is about to read this range of the disk: a hint for stores that read ahead, and want to be told the end too. */
   noteRead?(vdi: OpenVdi, offset: number, length: number): ReadCount;
   /** In place, into an existing exclusive object. */

@@ -9,7 +9,10 @@ export type CatalogErrorCode =
   | 'BUSY'
   | 'NEEDS_FORCE'
   | 'IS_SNAPSHOT'
-  | 'READ_ONLY';
+  | 'READ_ONLY'
+  /** What was asked for was a moment that is gone. */
+  | 'ENDED'
+  | 'LIMIT';
 
 export class CatalogError extends Error {
   constructor(

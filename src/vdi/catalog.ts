@@ -15,6 +15,8 @@ import {
   type VdiRecord,
 } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
+import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
+import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, type VdiSpec } from './names.js';
 import { Vdi } from './vdi.js';
 
@@ -30,6 +32,44 @@ export interface VdiDetails extends VdiRecord {
   readonly exclusiveBytes: number;
   /** How many have it open. */
   readonly open: number;
+  /** Who has it open, or was cut off from it and may come back. Commands of ours are not among them. */
+  readonly clients: readonly ClientUse[];
+  /** Temporary snapshots of it, or this one, that nobody has open and that are kept for clients that may come back. */
+  readonly kept: readonly KeptSnapshot[];
+}
+
+/** A temporary snapshot that waits for its client. Times are Date.now(). */
+export interface KeptSnapshot {
+  readonly spec: string;
+  readonly takenAt: number;
+  readonly client: string;
+  readonly until: number;
+}
+
+/** Who keeps temporary snapshots when nobody has them open (src/export/temporary-snapshots.ts). */
+export interface TemporaryKeeper {
+  /** For whom this one is kept; undefined if somebody has it open, or nobody comes back to it. */
+  kept(vid: number): { readonly client: string; readonly until: number } | undefined;
+  /** It was dropped, for the sake of something else: whoever comes back to it gets an error that says `why`. */
+  dropped(vid: number, why: string): void;
+}
+
+export interface CatalogOptions {
+  /** How long a client that was cut off counts as a user. */
+  readonly inUseMs?: number | undefined;
+  /** Told what an operator should know and no caller waits for. */
+  readonly log?: ((line: string, details?: object) => void) | undefined;
+}
+
+/** What may not be done to something that is in use. */
+export interface ForceOption {
+  /** Whoever was cut off will not come back. Whoever is connected is not overruled. */
+  readonly force?: boolean | undefined;
+}
+
+/** For results: temporary snapshots that were kept for clients that may come back, and have ended with this. */
+export interface Ended {
+  readonly ended: readonly KeptSnapshot[];
 }
 
 interface OpenEntry {
@@ -42,9 +82,16 @@ export class VdiCatalog {
   /** By current vid; a working VDI changes its vid with every snapshot. */
   readonly #open = new Set<OpenEntry>();
   #queue: Promise<unknown> = Promise.resolve();
+  /** What outlives this process. */
+  readonly memory: Memory;
+  readonly inUse: InUse;
+  keeper: TemporaryKeeper | undefined;
 
-  constructor(store: ObjectStore) {
+  constructor(store: ObjectStore, options: CatalogOptions = {}) {
     this.#store = store;
+    const { inUseMs = DEFAULT_IN_USE_MS, log = () => undefined } = options;
+    this.memory = new Memory(store.state, log);
+    this.inUse = new InUse(this.memory, { forMs: inUseMs, log });
   }
 
   get location(): string {
@@ -85,6 +132,9 @@ export class VdiCatalog {
   show(spec: string): Promise<VdiDetails> {
     return this.#alone(async () => {
       const record = await this.find(spec);
+      const kept = (await this.list()).filter(
+        ({ vid, name }) => vid === record.vid || (!record.isSnapshot && name === record.name),
+      );
       const { allocated, exclusive } = await this.#store.catalog.usage(record.vid);
       const objectSize = 2 ** record.blockSizeShift;
       return {
@@ -92,12 +142,18 @@ export class VdiCatalog {
         allocatedBytes: allocated * objectSize,
         exclusiveBytes: exclusive * objectSize,
         open: this.#entryOf(record.vid)?.users ?? 0,
+        clients: this.inUse.of(record.name, record.tag),
+        kept: kept.flatMap((each) => this.#keptOf(each) ?? []),
       };
     });
   }
 
   /** An empty VDI of `size` bytes. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
-  create(name: string, size: number, options: { blockSizeShift?: number } = {}): Promise<VdiRecord> {
+  create(
+    name: string,
+    size: number,
+    options: { readonly blockSizeShift?: number | undefined } & ForceOption = {},
+  ): Promise<VdiRecord> {
     return this.#change(async () => {
       const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
       if (!Number.isInteger(shift) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
@@ -109,6 +165,7 @@ export class VdiCatalog {
       checkName(name);
       checkSize(size, shift);
       await this.#mustNotExist(name);
+      this.#mustBeUnused({ name, tag: '' }, 'made anew', options);
       return this.#store.catalog.create(name, size, shift);
     });
   }
@@ -117,9 +174,14 @@ export class VdiCatalog {
    * Freeze the VDI's present content as NAME@TAG. It may be in use: its writers go on without noticing. `takenAt`
    * (milliseconds since the epoch): when it was taken in the store that it is a copy from.
    */
-  snapshot(name: string, tag: string, { takenAt }: { readonly takenAt?: number } = {}): Promise<VdiRecord> {
+  snapshot(
+    name: string,
+    tag: string,
+    { takenAt, force }: { readonly takenAt?: number | undefined } & ForceOption = {},
+  ): Promise<VdiRecord> {
     return this.#change(async () => {
       checkTag(tag);
+      this.#mustBeUnused({ name, tag }, 'taken anew', { force });
       if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
         throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
       }
@@ -127,7 +189,10 @@ export class VdiCatalog {
     });
   }
 
-  /** The same under a reserved tag ("now", "now:LABEL"), to be dropped with `dropTemporary` when its last reader is gone. */
+  /**
+   * The same under a reserved tag ("now", "now:LABEL"), to be dropped with `dropTemporary` when its last reader is gone. There
+   * may be several of a tag; they are told apart by their vid.
+   */
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
     return this.#changeTemporaries(async () => {
       checkTemporaryTag(tag);
@@ -140,15 +205,26 @@ export class VdiCatalog {
     });
   }
 
-  /** Drop a temporary snapshot, as if it had never been. */
-  dropTemporary(name: string, tag: string): Promise<void> {
+  /** Drop a temporary snapshot, as if it had never been; of several of a tag, this `vid`. */
+  dropTemporary(name: string, tag: string, vid?: number): Promise<void> {
     return this.#changeTemporaries(async () => {
       checkTemporaryTag(tag);
       const { name: own } = parseSpec(name);
-      const record = (await this.list()).find((other) => other.name === own && other.tag === tag);
+      const record = (await this.list()).find(
+        (other) => other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
+      );
       if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
       await this.#store.catalog.remove(record.vid);
+    });
+  }
+
+  /** As openVdi. Errors: NO_TAG if it is not there any more. */
+  openTemporary(vid: number): Promise<Vdi> {
+    return this.#alone(async () => {
+      const record = (await this.list()).find((other) => other.vid === vid && isTemporaryTag(other.tag));
+      if (!record) throw new CatalogError('NO_TAG', 'this temporary snapshot has ended');
+      return this.#acquire(record);
     });
   }
 
@@ -163,7 +239,8 @@ export class VdiCatalog {
 
   async #snapshot(name: string, tag: string, prepare: (vdi: OpenVdi) => Awaitable<Switch>): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
-    if ((await this.list()).some((other) => other.name === record.name && other.tag === tag)) {
+    const isTaken = (await this.list()).some((other) => other.name === record.name && other.tag === tag);
+    if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
     }
     return this.#using(record, async (vdi) => {
@@ -188,30 +265,50 @@ export class VdiCatalog {
   }
 
   /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT if `spec` is not one, EXISTS. */
-  clone(spec: string, newName: string): Promise<VdiRecord> {
+  clone(spec: string, newName: string, options: ForceOption = {}): Promise<VdiRecord> {
     return this.#change(async () => {
       checkName(newName);
       const base = await this.#findSnapshot(spec, 'clone');
       await this.#mustNotExist(newName);
+      this.#mustBeUnused({ name: newName, tag: '' }, 'made anew', options);
       return this.#store.catalog.clone(base.vid, newName);
     });
   }
 
-  /** The working VDI becomes what the snapshot is; what was written since is gone. Not while it is open. */
-  rollback(spec: string): Promise<VdiRecord> {
+  /**
+   * The working VDI becomes what the snapshot is; what was written since is gone. Not while it is in use. Temporary
+   * snapshots that are kept for somebody end with it.
+   */
+  rollback(spec: string, options: ForceOption = {}): Promise<VdiRecord & Ended> {
     return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#find({ name: base.name, tag: undefined });
-      this.#mustBeClosed(working, 'rolled back');
-      return this.#store.catalog.rollback(working.vid, base.vid);
+      this.#mustBeFree(working, 'rolled back', options);
+      const ended = await this.#endKept(({ name }) => name === base.name, `${base.name} was rolled back`);
+      return { ...(await this.#store.catalog.rollback(working.vid, base.vid)), ended };
     });
+  }
+
+  /**
+   * Before the content of NAME or NAME@TAG is replaced, by a writer that has it open `ours` times himself. Errors: BUSY if
+   * anybody else has it open, or was cut off from it and may come back; the latter not with `force`.
+   */
+  mustBeReplaceable(spec: string, what: string, options: ForceOption & { readonly ours?: number } = {}): Promise<void> {
+    return this.#change(async () => this.#mustBeFree(await this.find(spec), what, options));
   }
 
   /**
    * Grow, also while it is open (connections made later see the new size), or shrink with `force`, which cuts off what
    * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE.
    */
-  resize(name: string, size: number, options: { force?: boolean } = {}): Promise<VdiRecord> {
+  resize(
+    name: string,
+    size: number,
+    options: ForceOption & {
+      /** Also if somebody was cut off from it and may come back. */
+      readonly forceInUse?: boolean | undefined;
+    } = {},
+  ): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
       checkSize(size, record.blockSizeShift, record.maxObjects);
@@ -223,7 +320,7 @@ export class VdiCatalog {
             `${name} has ${record.size} bytes; shrinking it to ${size} destroys the rest: say --force if that is meant`,
           );
         }
-        this.#mustBeClosed(record, 'shrunk');
+        this.#mustBeFree(record, 'shrunk', { force: options.forceInUse }, '--force-in-use');
       }
       return this.#using(record, async (vdi) => {
         // Growing again must not bring back what was cut off.
@@ -240,23 +337,33 @@ export class VdiCatalog {
   }
 
   /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. */
-  async remove(spec: string): Promise<void> {
-    await this.#change(async () => {
+  async remove(spec: string, options: ForceOption = {}): Promise<Ended> {
+    const ended = await this.#change(async () => {
       const record = await this.find(spec);
-      this.#mustBeClosed(record, 'deleted');
+      if (isTemporaryTag(record.tag)) {
+        const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
+        const gone = await this.#endKept(same, `${spec} was deleted`);
+        if (gone.length > 0) return gone;
+      }
+      this.#mustBeFree(record, 'deleted', options);
+      const gone = record.isSnapshot
+        ? []
+        : await this.#endKept(({ name }) => name === record.name, `${record.name} was deleted`);
       await this.#store.catalog.remove(record.vid);
+      return gone;
     });
     // Others need not wait for this.
     await this.#store.catalog.reclaimed();
+    return { ended };
   }
 
-  async check(options: { repair: boolean }): Promise<CheckReport> {
+  /** Temporary snapshots that are kept for somebody end with it: they are a part of what moves. */
+  async check(options: { repair: boolean }): Promise<CheckReport & Ended> {
     if (options.repair) this.mustBeWritable();
     return this.#alone(async () => {
-      for (const entry of this.#open) {
-        throw new CatalogError('BUSY', `${labelOf(entry.vdi.record)} is open; a check needs all clients disconnected`);
-      }
-      return this.#store.catalog.check(options);
+      for (const entry of this.#open) this.#mustBeClosed(entry.vdi.record, 'checked');
+      const ended = await this.#endKept(() => true, 'the store was checked');
+      return { ...(await this.#store.catalog.check(options)), ended };
     });
   }
 
@@ -272,15 +379,24 @@ export class VdiCatalog {
 
   /** Finish the operation under way, flush and close everything, and the store with it. */
   close(): Promise<void> {
-    return this.#alone(() => this.#store.close());
+    return this.#alone(async () => {
+      try {
+        await this.memory.flush();
+      } finally {
+        await this.#store.close();
+      }
+    });
   }
 
   async #find({ name, tag, vid }: VdiSpec): Promise<VdiRecord> {
     if (vid !== undefined) return this.#findById(vid);
     const named = (await this.list()).filter((record) => record.name === name);
-    const found = named.find((record) =>
+    const fitting = named.filter((record) =>
       tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
     );
+    // Of temporary snapshots of one tag, the newest that somebody reads.
+    const newest = fitting.length > 1 && isTemporaryTag(tag ?? '') ? fitting.reverse() : fitting;
+    const found = newest.find(({ vid }) => this.#entryOf(vid)) ?? newest[0];
     if (found) return found;
     if (named.length === 0) {
       throw new CatalogError(
@@ -334,14 +450,76 @@ export class VdiCatalog {
     return undefined;
   }
 
-  #mustBeClosed(record: VdiRecord, what: string): void {
-    const users = this.#entryOf(record.vid)?.users ?? 0;
-    if (users > 0) {
+  #mustBeClosed(record: VdiRecord, what: string, ours = 0): void {
+    const users = (this.#entryOf(record.vid)?.users ?? 0) - ours;
+    if (users <= 0) return;
+    const known = this.inUse.of(record.name, record.tag).filter(({ lostAt }) => lostAt === null);
+    throw new CatalogError(
+      'BUSY',
+      `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'}${inBrackets(known)} and cannot be ${what} now; disconnect first`,
+    );
+  }
+
+  /** The one check for all that replaces content, or takes it away. Errors: BUSY. */
+  #mustBeFree(
+    record: VdiRecord,
+    what: string,
+    { force, ours }: ForceOption & { readonly ours?: number },
+    forceOption?: string,
+  ): void {
+    this.#mustBeClosed(record, what, ours);
+    this.#mustBeUnused(record, what, { force }, forceOption);
+  }
+
+  /** Nobody was cut off from this who may come back and take it for what it was. It need not exist. Errors: BUSY. */
+  #mustBeUnused(
+    record: Pick<VdiRecord, 'name' | 'tag'>,
+    what: string,
+    { force }: ForceOption,
+    forceOption = '--force',
+  ): void {
+    const { name, tag } = record;
+    const spec = tag === '' ? name : `${name}@${tag}`;
+    const uses = this.inUse.of(name, tag);
+    const elsewhere = uses.find(({ isElsewhere }) => isElsewhere);
+    if (elsewhere) {
       throw new CatalogError(
         'BUSY',
-        `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; disconnect first`,
+        `${spec} is open by ${elsewhere.client} through another daemon of this machine and cannot be ${what} now; disconnect first`,
       );
     }
+    if (force) {
+      this.inUse.forgetLost(name, tag);
+      return;
+    }
+    const [first, ...others] = uses.filter(({ lostAt }) => lostAt !== null);
+    if (!first) return;
+    const more = others.length === 0 ? '' : `, and by ${others.length} more`;
+    throw new CatalogError(
+      'BUSY',
+      `${spec} is in use by ${first.client}${more}, whose connection was cut off at ${timeOf(first.lostAt ?? 0)} and who may ` +
+        `come back until ${timeOf(first.until ?? 0)}: it cannot be ${what}, unless ${forceOption} says that nobody will`,
+    );
+  }
+
+  #keptOf(record: VdiRecord): KeptSnapshot | undefined {
+    if (!isTemporaryTag(record.tag)) return undefined;
+    const kept = this.keeper?.kept(record.vid);
+    return kept && { spec: labelOf(record), takenAt: record.snapshotAt, ...kept };
+  }
+
+  /** Drop the temporary snapshots that fit and that nobody has open, though somebody may come back to them. */
+  async #endKept(fits: (record: VdiRecord) => boolean, why: string): Promise<KeptSnapshot[]> {
+    const ended: KeptSnapshot[] = [];
+    if (this.isReadOnly) return ended;
+    for (const record of await this.list()) {
+      const kept = fits(record) && !this.#entryOf(record.vid) ? this.#keptOf(record) : undefined;
+      if (!kept) continue;
+      await this.#store.catalog.remove(record.vid);
+      this.keeper?.dropped(record.vid, why);
+      ended.push(kept);
+    }
+    return ended;
   }
 
   async #acquire(record: VdiRecord): Promise<Vdi> {
@@ -397,6 +575,19 @@ export class VdiCatalog {
 /** NAME or NAME@TAG, as people write it. */
 export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+}
+
+/** Who has it open, as far as is known: commands of ours are not named. */
+function inBrackets(uses: readonly ClientUse[]): string {
+  const most = 4;
+  if (uses.length === 0) return '';
+  const named = uses.slice(0, most).map(({ client, since }) => `${client}, since ${timeOf(since)}`);
+  if (uses.length > most) named.push(`and ${uses.length - most} more`);
+  return ` (${named.join('; ')})`;
+}
+
+function timeOf(ms: number): string {
+  return new Date(ms).toISOString().replace(/\.\d+/, '');
 }
 
 function checkSize(size: number, blockSizeShift: number, maxObjects = MAX_DATA_OBJECTS): void {

@@ -96,6 +96,11 @@ export function isTemporaryTag(tag: string): boolean {
   return tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`);
 }
 
+/** Whether a temporary snapshot's tag has a label: "now:LABEL". */
+export function isLabelled(tag: string): boolean {
+  return tag !== RESERVED_TAG;
+}
+
 /** Check what follows the @ of a temporary snapshot's name. Errors: BAD_NAME. */
 export function checkTemporaryTag(tag: string): string {
   check('tag', tag, MAX_TAG_BYTES);

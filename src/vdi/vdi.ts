@@ -49,6 +49,11 @@ export class Vdi {
     return this.#open;
   }
 
+  /** Of a temporary snapshot: why it can be read no more. */
+  get failure(): Error | undefined {
+    return this.#open.failure;
+  }
+
   get size(): number {
     return this.#open.record.size;
   }

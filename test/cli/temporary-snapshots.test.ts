@@ -116,7 +116,7 @@ test('two labels are two snapshots side by side, each with its own point in time
   await writer.disconnect();
 });
 
-test('it is not listed as an export, can be asked about without being taken, and cannot be deleted while it is read', async () => {
+test('it is not listed as an export, can be asked about without being left behind, and cannot be deleted while it is read', async () => {
   const { daemon, target, writer } = await daemonWithDisk(1);
   const asking = await NbdClient.connect({ path: daemon.socket });
   expect(await asking.info('disk@now')).toMatchObject({ size: SIZE, readOnly: true });

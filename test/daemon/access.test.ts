@@ -275,7 +275,7 @@ describe('exports behind rules', () => {
     await readOnly.flush();
     await readOnly.cache(0, 1);
     await readOnly.extents('base:allocation', 0, 1, () => true);
-    await readOnly.close();
+    await readOnly.close('disconnect');
     expect(calls).toEqual(['read', 'flush', 'cache', 'extents', 'close']);
   });
 

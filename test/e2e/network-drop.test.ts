@@ -62,7 +62,17 @@ test('a network that drops silently lets go of NAME@now, also while answers are 
   }
   const daemon = await startDaemon({
     under: ['ip', 'netns', 'exec', SERVER_SIDE],
-    args: ['--listen', `tcp:${SERVER}:0`, '--allow-plaintext', '--create', 'disk:256M', '--keep-alive', '1'],
+    args: [
+      '--listen',
+      `tcp:${SERVER}:0`,
+      '--allow-plaintext',
+      '--create',
+      'disk:256M',
+      '--keep-alive',
+      '1',
+      '--keep-now',
+      '1',
+    ],
   });
   const target = storeWith(daemon.store, daemon);
   const uri = (name: string): string =>

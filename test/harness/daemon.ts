@@ -34,6 +34,7 @@ const RUN_TIMEOUT_MS = 90_000;
 
 const children = new Set<ChildProcess>();
 const directories = new Set<string>();
+let stateDirectory: string | undefined;
 
 /** An empty directory that is removed when the test file ends. Short enough to hold unix sockets. */
 export function temporaryDirectory(): string {
@@ -48,6 +49,7 @@ export function cleanUp(): void {
   children.clear();
   for (const directory of directories) fs.rmSync(directory, { recursive: true, force: true });
   directories.clear();
+  stateDirectory = undefined;
 }
 
 afterAll(async () => {
@@ -241,6 +243,8 @@ function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
   // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
   for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS']) delete env[name];
+  // What is remembered of a cluster's clients.
+  env.SHEEPGATE_STATE = stateDirectory ??= temporaryDirectory();
   for (const [name, value] of Object.entries(extra ?? {})) {
     if (value === undefined) delete env[name];
     else env[name] = value;

@@ -30,7 +30,7 @@ afterAll(async () => {
 async function fill(name: string, byte: number): Promise<void> {
   const { device } = await exports.open(name, PEER);
   await device.write(0, Buffer.alloc(4096, byte), false);
-  await device.close();
+  await device.close('disconnect');
 }
 
 /** The first byte, and how the export looks. */
@@ -40,7 +40,7 @@ async function look(name: string): Promise<{ byte: number | undefined; name: str
   const into = Buffer.alloc(1);
   await device.read(0, into);
   const { geometry } = device;
-  await device.close();
+  await device.close('disconnect');
   expect(described.geometry).toEqual(geometry);
   expect(described.info.name).toBe(info.name);
   return { byte: into[0], name: info.name, geometry };
@@ -101,7 +101,7 @@ test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot b
   await expect(exports.open(byId, PEER)).rejects.toMatchObject({ code: 'UNKNOWN' });
   await expect(catalog.remove(byId)).rejects.toMatchObject({ code: 'NO_VDI' });
   await expect(catalog.find('@ffffff')).rejects.toThrow(/nothing has the id ffffff/);
-  await device.close();
+  await device.close('disconnect');
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
 });
 

@@ -13,6 +13,7 @@ import {
   type ObjectStore,
   type OpenVdi,
   type Owner,
+  type StoreState,
   type Switch,
   type VdiRecord,
   type ZeroOptions,
@@ -58,6 +59,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly references = new ReferenceCounts();
   readonly logs: MapLogs;
   readonly catalog: LocalCatalog;
+  readonly state: StoreState;
   readonly #lock: StoreLock;
   readonly #log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
@@ -86,6 +88,12 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       this.#log('what is written until the next flush would be lost if this process were killed', { err: error }),
     );
     this.catalog = new LocalCatalog(this);
+    this.state = {
+      isShared: false,
+      entries: () => metadata.state(),
+      // Where nothing changes, nothing can be taken away from anybody, and every moment is the same.
+      commit: (changes) => (this.readOnlyBecause === undefined ? metadata.storeState(changes) : Promise.resolve()),
+    };
   }
 
   /**

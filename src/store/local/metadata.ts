@@ -90,6 +90,7 @@ export class Metadata {
   #pages!: Database<Buffer, [number, number]>;
   /** vid -> the last flush that is in its stored map. */
   #flushed!: Database<number, number>;
+  #state!: Database<unknown, string>;
   readonly #file: MetadataFile;
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new Map<number, VdiRecord>();
@@ -103,6 +104,7 @@ export class Metadata {
     this.#vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     this.#pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
     this.#flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
+    this.#state = env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
     this.#records.clear();
     for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
   }
@@ -288,6 +290,22 @@ export class Metadata {
     });
     for (const { vid } of gone) this.#records.delete(vid);
     for (const record of change.records ?? []) this.#records.set(record.vid, record);
+  }
+
+  /** What src/vdi remembers of its clients; see StoreState. */
+  state(): Map<string, unknown> {
+    this.#file.mustBeReadable();
+    return new Map(Array.from(this.#state.getRange({}), ({ key, value }) => [key, value]));
+  }
+
+  /** One transaction; undefined removes. */
+  async storeState(changes: ReadonlyMap<string, unknown>): Promise<void> {
+    await this.#file.transaction(() => {
+      for (const [key, value] of changes) {
+        if (value === undefined) void this.#state.remove(key);
+        else void this.#state.put(key, value);
+      }
+    });
   }
 
   /** `clean`: all that was answered is in it. Closed in any case; if that cannot be said in it, this fails. */

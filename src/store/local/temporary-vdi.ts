@@ -61,6 +61,10 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     this.#images = new BeforeImages(host.location, (fd, into, offset) => host.files.readNow(fd, into, offset));
   }
 
+  get failure(): Error | undefined {
+    return this.#failure;
+  }
+
   /** Copy the rest of the map. Nobody may read before. */
   async frozen(): Promise<void> {
     for (let idx = 0; idx < this.map.length; idx += FREEZE_ENTRIES) {

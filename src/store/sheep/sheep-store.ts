@@ -9,11 +9,13 @@ import {
   type OpenVdi,
   type Owner,
   type ReadCount,
+  type StoreState,
   type ZeroOptions,
 } from '../object-store.js';
 import { Cluster } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
+import { HostState } from './host-state.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
 import { ownerMark } from './owner.js';
 import { ClusterFlag } from './protocol.js';
@@ -36,6 +38,8 @@ const SETTLING_MS = 60_000;
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
   readonly missingIsZero?: boolean;
+  /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
+  readonly stateDirectory?: string;
 }
 
 export class SheepStore implements ObjectStore, SheepVdiHost {
@@ -50,6 +54,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
   readonly recyclesVids: boolean;
+  readonly state: StoreState | undefined;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
@@ -69,6 +74,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
+    this.state = this.#openState();
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
   }
@@ -90,6 +96,20 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     } catch (error) {
       gateway.close();
       throw error;
+    }
+  }
+
+  #openState(): StoreState | undefined {
+    const { stateDirectory } = this.#options;
+    if (stateDirectory === undefined || this.readOnlyBecause !== undefined) return undefined;
+    try {
+      return HostState.open(stateDirectory, this.identity);
+    } catch (error) {
+      this.log(
+        `who has what open is forgotten with this process, and NAME@now:LABEL is refused: ${(error as Error).message}; ` +
+          'SHEEPGATE_STATE names another directory',
+      );
+      return undefined;
     }
   }
 

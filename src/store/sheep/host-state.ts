@@ -1,0 +1,118 @@
+/**
+ * What this machine remembers of the clients of a cluster: a directory of this host, for a cluster has no room for it. One
+ * small file per fact, replaced by rename, so that several processes may write at a time and a crash leaves the old fact
+ * or the new one. Files that are not whole are passed over.
+ */
+import { createHash } from 'node:crypto';
+import fs from 'node:fs';
+import path from 'node:path';
+import { StoreError, type StoreState } from '../object-store.js';
+
+const SUFFIX = '.json';
+/** Larger than any fact; what is larger is none. */
+const MAX_FACT_BYTES = 64 * 1024;
+
+export class HostState implements StoreState {
+  readonly isShared = true;
+  readonly #directory: string;
+
+  private constructor(directory: string) {
+    this.#directory = directory;
+  }
+
+  /** Below `root`, for the cluster of this identity. Errors: StoreError, PERMISSION and NO_SPACE among them. */
+  static open(root: string, identity: string): HostState {
+    const id = createHash('sha256').update(identity).digest('hex').slice(0, 16);
+    const directory = path.join(root, `cluster-${id}`);
+    try {
+      fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+      fs.accessSync(directory, fs.constants.R_OK | fs.constants.W_OK | fs.constants.X_OK);
+      for (const name of fs.readdirSync(directory)) {
+        // What a process left that was killed before the rename.
+        const writer = /\.new-(\d+)$/.exec(name)?.[1];
+        if (writer !== undefined && !fs.existsSync(`/proc/${writer}`))
+          fs.rmSync(path.join(directory, name), { force: true });
+      }
+      for (const made of [directory, root, path.dirname(root)]) syncDirectory(made);
+    } catch (error) {
+      throw asStoreError(error, `the directory ${directory}`);
+    }
+    return new HostState(directory);
+  }
+
+  entries(): Map<string, unknown> {
+    const found = new Map<string, unknown>();
+    for (const name of fs.readdirSync(this.#directory)) {
+      if (!name.endsWith(SUFFIX)) continue;
+      const fact = readFact(path.join(this.#directory, name));
+      if (fact && fileOf(fact.key) === name) found.set(fact.key, fact.value);
+    }
+    return found;
+  }
+
+  async commit(changes: ReadonlyMap<string, unknown>): Promise<void> {
+    try {
+      for (const [key, value] of changes) {
+        const file = path.join(this.#directory, fileOf(key));
+        if (value === undefined) await fs.promises.rm(file, { force: true });
+        else await replaceFile(file, JSON.stringify({ key, value }));
+      }
+      syncDirectory(this.#directory);
+    } catch (error) {
+      throw asStoreError(error, `storing in ${this.#directory}`);
+    }
+  }
+}
+
+async function replaceFile(file: string, text: string): Promise<void> {
+  const fresh = `${file}.new-${process.pid}`;
+  const handle = await fs.promises.open(fresh, 'w', 0o600);
+  try {
+    await handle.writeFile(text);
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await fs.promises.rename(fresh, file);
+}
+
+function readFact(file: string): { readonly key: string; readonly value: unknown } | undefined {
+  try {
+    const fd = fs.openSync(file, fs.constants.O_RDONLY | fs.constants.O_NOFOLLOW | fs.constants.O_NONBLOCK);
+    try {
+      const status = fs.fstatSync(fd);
+      if (!status.isFile() || status.size > MAX_FACT_BYTES) return undefined;
+      const fact: unknown = JSON.parse(fs.readFileSync(fd, 'utf8'));
+      const { key, value } = (fact ?? {}) as { key?: unknown; value?: unknown };
+      return typeof key === 'string' && value !== undefined ? { key, value } : undefined;
+    } finally {
+      fs.closeSync(fd);
+    }
+  } catch {
+    return undefined; // gone since it was listed, or not whole
+  }
+}
+
+function fileOf(key: string): string {
+  return createHash('sha256').update(key).digest('hex').slice(0, 32) + SUFFIX;
+}
+
+function syncDirectory(directory: string): void {
+  const fd = fs.openSync(directory, fs.constants.O_RDONLY | fs.constants.O_DIRECTORY);
+  try {
+    fs.fsyncSync(fd);
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+function asStoreError(error: unknown, what: string): StoreError {
+  const { code, message } = error as NodeJS.ErrnoException;
+  const kind =
+    code === 'ENOSPC' || code === 'EDQUOT'
+      ? 'NO_SPACE'
+      : code === 'EACCES' || code === 'EPERM' || code === 'EROFS'
+        ? 'PERMISSION'
+        : 'IO';
+  return new StoreError(kind, `${what}: ${message}`, { cause: error });
+}

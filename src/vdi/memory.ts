@@ -1,0 +1,108 @@
+/**
+ * What a store remembers beyond the process that serves it: who has what open, which labels have ended. Owns when that is
+ * made durable: what must be before a client is answered is awaited, many at a time in one commit; the rest follows
+ * soon after. Knows no meaning of it.
+ */
+import type { StoreState } from '../store/object-store.js';
+
+/** What may come late is collected for so long. */
+const SOON_MS = 500;
+
+export class Memory {
+  readonly #state: StoreState | undefined;
+  readonly #log: (line: string, details?: object) => void;
+  readonly #known = new Map<string, unknown>();
+  /** Keys whose value is not stored yet. */
+  #dirty = new Set<string>();
+  #last: Promise<void> = Promise.resolve();
+  #next: Promise<void> | undefined;
+  #timer: NodeJS.Timeout | undefined;
+
+  /** `state`: undefined if nothing can be stored; then all is forgotten with the process. */
+  constructor(state: StoreState | undefined, log: (line: string, details?: object) => void) {
+    this.#state = state;
+    this.#log = log;
+    for (const [key, value] of state?.entries() ?? []) this.#known.set(key, value);
+  }
+
+  /** Whether anything outlives this process. */
+  get isDurable(): boolean {
+    return this.#state !== undefined;
+  }
+
+  get(key: string): unknown {
+    return this.#known.get(key);
+  }
+
+  /** Those whose keys begin with `prefix`. */
+  *entries(prefix: string): Generator<[string, unknown]> {
+    for (const entry of this.#known) if (entry[0].startsWith(prefix)) yield entry;
+  }
+
+  /** Take in what other processes have stored; for stores that may have several. */
+  refresh(): void {
+    if (this.#state?.isShared !== true) return;
+    const stored = this.#state.entries();
+    for (const key of this.#known.keys()) if (!stored.has(key) && !this.#dirty.has(key)) this.#known.delete(key);
+    for (const [key, value] of stored) if (!this.#dirty.has(key)) this.#known.set(key, value);
+  }
+
+  /** Durable when it resolves. Errors: those of the store; then it is not remembered. */
+  async put(key: string, value: object): Promise<void> {
+    this.#set(key, value);
+    try {
+      await this.flush();
+    } catch (error) {
+      if (this.#known.get(key) === value) this.#set(key, undefined);
+      throw error;
+    }
+  }
+
+  /** Durable soon; undefined forgets it. */
+  putSoon(key: string, value: object | undefined): void {
+    if (value === undefined && !this.#known.has(key)) return;
+    this.#set(key, value);
+    if (this.#state === undefined) return;
+    this.#timer ??= setTimeout(() => {
+      this.#timer = undefined;
+      this.flush().catch((error: unknown) => this.#log('cannot store who has what open', { err: error }));
+    }, SOON_MS).unref();
+  }
+
+  /** All of it is durable when it resolves. */
+  flush(): Promise<void> {
+    // One commit runs, one waits: whoever comes while one runs is served by the next.
+    if (this.#next === undefined) {
+      const next = this.#last.then(() => {
+        this.#next = undefined;
+        return this.#commit();
+      });
+      this.#next = next;
+      this.#last = next.catch(() => undefined);
+    }
+    return this.#next;
+  }
+
+  #set(key: string, value: object | undefined): void {
+    if (value === undefined) this.#known.delete(key);
+    else this.#known.set(key, value);
+    if (this.#state !== undefined) this.#dirty.add(key);
+  }
+
+  async #commit(): Promise<void> {
+    const keys = this.#dirty;
+    if (keys.size === 0 || this.#state === undefined) return;
+    this.#dirty = new Set();
+    try {
+      await this.#state.commit(new Map(Array.from(keys, (key) => [key, this.#known.get(key)])));
+    } catch (error) {
+      for (const key of keys) this.#dirty.add(key);
+      throw error;
+    }
+  }
+}
+
+/** A key of parts that may hold anything. */
+export function memoryKey(...parts: readonly string[]): string {
+  return parts.map(encodeURIComponent).join('/');
+}

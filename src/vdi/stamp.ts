@@ -1,0 +1,29 @@
+/**
+ * A point in time that is stored, and how long it is ago. A wall clock jumps; the time since the boot does not, but ends
+ * with it. So both are kept: within one boot the latter decides, and after it the former, never by less than nothing.
+ */
+import os from 'node:os';
+import { bootId } from './process-identity.js';
+
+export interface Stamp {
+  /** Date.now() */
+  readonly at: number;
+  readonly boot: string;
+  /** Milliseconds since the boot, a suspended machine's included. */
+  readonly uptime: number;
+}
+
+export function stampNow(): Stamp {
+  return { at: Date.now(), boot: bootId, uptime: os.uptime() * 1000 };
+}
+
+export function msSince(stamp: Stamp): number {
+  if (stamp.boot === bootId) return Math.max(0, os.uptime() * 1000 - stamp.uptime);
+  return Math.max(0, Date.now() - stamp.at);
+}
+
+/** What was read from a disk, which anybody may have written. */
+export function isStamp(value: unknown): value is Stamp {
+  const { at, boot, uptime } = (value ?? {}) as Partial<Stamp>;
+  return Number.isFinite(at) && typeof boot === 'string' && Number.isFinite(uptime);
+}

@@ -1,0 +1,79 @@
+/**
+ * A proxy in front of a daemon's unix socket that cuts connections when it is told to, as a network does: neither side has
+ * said goodbye. Owns its socket and what is connected through it.
+ */
+import net from 'node:net';
+import path from 'node:path';
+import { onTestFinished } from 'vitest';
+import { temporaryDirectory } from './daemon.js';
+
+export class CuttingProxy {
+  readonly socket: string;
+  /** Connections that were made through it so far. */
+  count = 0;
+  /** Bytes that the daemon has sent so far. */
+  bytes = 0;
+  readonly #target: string;
+  readonly #server: net.Server;
+  readonly #open: [client: net.Socket, daemon: net.Socket][] = [];
+  #cutAfter: number | undefined;
+
+  private constructor(target: string) {
+    this.#target = target;
+    this.socket = path.join(temporaryDirectory(), 'proxy.sock');
+    this.#server = net.createServer({ pauseOnConnect: true }, (client) => this.#connect(client));
+    onTestFinished(() => this.close());
+  }
+
+  /** In front of the socket `target`. */
+  static async start(target: string): Promise<CuttingProxy> {
+    const proxy = new CuttingProxy(target);
+    await new Promise<void>((resolve) => proxy.#server.listen({ path: proxy.socket }, resolve));
+    return proxy;
+  }
+
+  uri(name: string): string {
+    return `nbd+unix:///${encodeURIComponent(name)}?socket=${this.socket}`;
+  }
+
+  /** Cut all that is connected now, or the nth of it. */
+  cut(nth?: number): void {
+    const cut = nth === undefined ? this.#open.splice(0) : this.#open.splice(nth, 1);
+    for (const pair of cut) for (const end of pair) end.destroy();
+  }
+
+  /** Cut all once, when so many bytes more have come from the daemon. */
+  cutAfter(bytes: number): void {
+    this.#cutAfter = this.bytes + bytes;
+  }
+
+  close(): void {
+    this.#server.close();
+    this.cut();
+  }
+
+  #connect(client: net.Socket): void {
+    this.count++;
+    const daemon = net.connect({ path: this.#target });
+    const pair: [net.Socket, net.Socket] = [client, daemon];
+    this.#open.push(pair);
+    const end = (): void => {
+      for (const each of pair) each.destroy();
+      const at = this.#open.indexOf(pair);
+      if (at >= 0) this.#open.splice(at, 1);
+    };
+    for (const each of pair) each.on('error', end).on('close', end);
+    client.pipe(daemon);
+    daemon.on('data', (chunk: Buffer) => {
+      this.bytes += chunk.length;
+      if (this.#cutAfter !== undefined && this.bytes >= this.#cutAfter) {
+        this.#cutAfter = undefined;
+        this.cut();
+        return;
+      }
+      if (!client.write(chunk)) daemon.pause();
+    });
+    client.on('drain', () => daemon.resume());
+    client.on('end', () => daemon.end());
+  }
+}
