@@ -16,7 +16,10 @@ export function checkCommand(): Command {
       return { report: first, left: again.problems.length };
     });
     if (left > 0) process.exitCode = 1;
-    if (options.json) return printJson({ ...report, ended: endedJson(report), problemsLeft: left });
+    if (options.json) {
+      const { ended, ...rest } = report;
+      return printJson({ ...rest, ...endedJson({ ended }), problemsLeft: left });
+    }
     for (const line of endedLines(report)) printLine(line);
     for (const problem of report.problems) printLine(problem);
     printLine(`${report.vdis} VDIs and snapshots, ${report.objects} objects, ${report.problems.length} problems`);

@@ -8,7 +8,7 @@
  * written since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
  */
 import { createHash, randomBytes } from 'node:crypto';
-import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { closing } from './closing.js';
@@ -200,7 +200,15 @@ export class Migration {
       return;
     }
     if (working) {
-      await this.#target.mustBeReplaceable(newName, 'migrated to', { force: this.#options.force });
+      await this.#target
+        .mustBeReplaceable(newName, 'migrated to', { force: this.#options.force })
+        .catch((error: unknown) => {
+          const { code, message } = asOperationError(error) ?? {};
+          // There are two stores.
+          if (code !== undefined)
+            throw new OperationError(code, `in ${this.#target.store}, ${message}`, { cause: error });
+          throw error;
+        });
     }
     await this.#checkPrefix(history, records);
     if (hasTag(this.#migrated)) {

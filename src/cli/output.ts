@@ -75,9 +75,9 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
   };
 }
 
-/** Temporary snapshots that ended with what was done; earlier daemons do not say. */
-export function endedJson({ ended }: Partial<Ended>): object[] {
-  return (ended ?? []).map(keptJson);
+/** `ended`, the temporary snapshots that ended with what was done, if there are any; earlier daemons do not say. */
+export function endedJson({ ended }: Partial<Ended>): object {
+  return ended?.length ? { ended: ended.map(keptJson) } : {};
 }
 
 export function endedLines({ ended }: Partial<Ended>): string[] {

@@ -12,7 +12,7 @@ export function vdiDeleteCommand(): Command {
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { force?: boolean }) => {
     const { force } = options;
     const result = await withOperations(options, (operations) => operations.remove(spec, { force }));
-    if (options.json) return printJson({ deleted: spec, ended: endedJson(result) });
+    if (options.json) return printJson({ deleted: spec, ...endedJson(result) });
     for (const line of endedLines(result)) printLine(line);
     printLine(`deleted ${spec}`);
   });

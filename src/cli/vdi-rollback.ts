@@ -12,7 +12,7 @@ export function vdiRollbackCommand(): Command {
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { force?: boolean }) => {
     const { force } = options;
     const vdi = await withOperations(options, (operations) => operations.rollback(spec, { force }));
-    if (options.json) return printJson({ ...vdiJson(vdi), ended: endedJson(vdi) });
+    if (options.json) return printJson({ ...vdiJson(vdi), ...endedJson(vdi) });
     for (const line of endedLines(vdi)) printLine(line);
     printLine(`${vdi.name} is ${spec} again`);
   });

@@ -54,6 +54,8 @@ interface Moment {
   wasOpened: boolean;
   /** Its label is remembered to have been used. */
   isRemembered: boolean;
+  /** The time of somebody who was cut off has passed: he may ask for it yet. */
+  hasLateReader: boolean;
   readonly readers: Map<string, Reader>;
 }
 
@@ -187,7 +189,14 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const vdi = await this.#catalog.openTemporary(vid);
     const moment: Moment = {
       ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
-      ...{ users: 0, askers: 0, wasOpened: false, isRemembered: false, readers: new Map<string, Reader>() },
+      ...{
+        users: 0,
+        askers: 0,
+        wasOpened: false,
+        isRemembered: false,
+        hasLateReader: false,
+        readers: new Map<string, Reader>(),
+      },
     };
     const spec = `${name}@${tag}`;
     this.#moments.set(spec, [...(this.#moments.get(spec) ?? []), moment]);
@@ -250,6 +259,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
 
   /** Keep it or drop it, if nobody has it. */
   async #settle(moment: Moment): Promise<void> {
+    this.#tickIfNeeded();
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
     for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.lost = 0;
     const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
@@ -265,7 +275,6 @@ export class TemporarySnapshots implements TemporaryKeeper {
       if (ofClient.length > MAX_KEPT_PER_CLIENT)
         this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
     }
-    this.#tickIfNeeded();
   }
 
   /** When whoever is opening or closing it is done. */
@@ -299,7 +308,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (left.length > 0) this.#moments.set(spec, left);
     else this.#moments.delete(spec);
     if (isLabelled(tag)) {
-      if (moment.isRemembered) this.#ended.labelEnded(name, tag, why, isOver);
+      if (moment.isRemembered) this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
       return;
     }
     for (const reader of [...moment.readers.values()]) {
@@ -357,6 +366,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
       for (const reader of moment.readers.values()) {
         if (reader.lost === 0) continue;
         reader.leftMs -= passed;
+        if (reader.leftMs <= 0) moment.hasLateReader = true;
         if (reader.leftMs <= 0 || isGone(moment, reader)) reader.lost = 0;
         if (reader.lost === 0 && reader.live === 0) this.#forgetReader(moment, reader);
       }

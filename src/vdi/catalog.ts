@@ -24,6 +24,8 @@ import { Vdi } from './vdi.js';
 const SIZE_UNIT = 512;
 /** Times are stored as seconds in 32 bits by a cluster. */
 const MAX_TIME_MS = 2 ** 32 * 1000;
+/** Clients that a message names. */
+const MAX_NAMED = 4;
 
 export interface VdiDetails extends VdiRecord {
   /** Space of its allocated objects, full objects counted, whether shared or not. */
@@ -361,7 +363,10 @@ export class VdiCatalog {
   async check(options: { repair: boolean }): Promise<CheckReport & Ended> {
     if (options.repair) this.mustBeWritable();
     return this.#alone(async () => {
-      for (const entry of this.#open) this.#mustBeClosed(entry.vdi.record, 'checked');
+      for (const { vdi } of this.#open) {
+        const who = this.#whoHas(vdi.record);
+        throw new CatalogError('BUSY', `${labelOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
+      }
       const ended = await this.#endKept(() => true, 'the store was checked');
       return { ...(await this.#store.catalog.check(options)), ended };
     });
@@ -453,11 +458,20 @@ export class VdiCatalog {
   #mustBeClosed(record: VdiRecord, what: string, ours = 0): void {
     const users = (this.#entryOf(record.vid)?.users ?? 0) - ours;
     if (users <= 0) return;
-    const known = this.inUse.of(record.name, record.tag).filter(({ lostAt }) => lostAt === null);
     throw new CatalogError(
       'BUSY',
-      `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'}${inBrackets(known)} and cannot be ${what} now; disconnect first`,
+      `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; ` +
+        `disconnect first${this.#whoHas(record)}`,
     );
+  }
+
+  /** Who is connected, behind a colon, as far as is known: commands of ours are not named. */
+  #whoHas({ name, tag }: VdiRecord): string {
+    const uses = this.inUse.of(name, tag).filter(({ lostAt }) => lostAt === null);
+    if (uses.length === 0) return '';
+    const named = uses.slice(0, MAX_NAMED).map(({ client, since }) => `${client}, since ${timeOf(since)}`);
+    if (uses.length > MAX_NAMED) named.push(`and ${uses.length - MAX_NAMED} more`);
+    return `: ${named.join('; ')}`;
   }
 
   /** The one check for all that replaces content, or takes it away. Errors: BUSY. */
@@ -575,15 +589,6 @@ export class VdiCatalog {
 /** NAME or NAME@TAG, as people write it. */
 export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
-}
-
-/** Who has it open, as far as is known: commands of ours are not named. */
-function inBrackets(uses: readonly ClientUse[]): string {
-  const most = 4;
-  if (uses.length === 0) return '';
-  const named = uses.slice(0, most).map(({ client, since }) => `${client}, since ${timeOf(since)}`);
-  if (uses.length > most) named.push(`and ${uses.length - most} more`);
-  return ` (${named.join('; ')})`;
 }
 
 function timeOf(ms: number): string {

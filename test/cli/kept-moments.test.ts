@@ -1,8 +1,9 @@
 /** NAME@now and NAME@now:LABEL when connections break: the same moment comes back, or an error; never another moment. */
 import path from 'node:path';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
+import { startStandIn } from '../sheep/clusters.js';
 import { expectBytes, MIB, patterned, storeWith, type TestStore } from './both-ways.js';
 
 const SIZE = 8 * MIB;
@@ -314,4 +315,27 @@ test('commands of sheepgate leave nothing behind, and may use a label again', as
     expect((await target.run(['export', 'disk@now:mine', image, '--force'])).code).toBe(0);
     expect(await target.names()).toEqual(['disk']);
   }
+});
+
+test('on a cluster: the moment of a client that was cut off is kept, found again, and ended by who needs it gone', async () => {
+  const cluster = await startStandIn();
+  onTestFinished(() => cluster.stop());
+  const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', `disk:${SIZE}`] });
+  const target = storeWith(daemon.store, daemon, ['--cluster', cluster.address, '--control', daemon.control]);
+  const writer = await attach(daemon, 'disk');
+  await fill(writer, 1);
+  await lose(target, 'disk@now', await attach(daemon, 'disk@now'));
+  await fill(writer, 2);
+  const other = await attach(daemon, 'disk@now:run');
+  const back = await attach(daemon, 'disk@now');
+  await isMoment(back, 1);
+  await isMoment(other, 2);
+  await lose(target, 'disk@now', back);
+  await other.disconnect();
+  await writer.disconnect();
+  await isGone(target, 'disk@now:run');
+  expect(await target.ok('check')).toMatch(/^ended disk@now of /);
+  await expect(attach(daemon, 'disk@now')).rejects.toThrow(/the store was checked/);
+  expect((await daemon.stop()).code, daemon.log()).toBe(0);
+  expect(cluster.violations()).toEqual([]);
 });

@@ -219,7 +219,9 @@ test('a target that somebody has open is refused, and so is a source that is a t
   const there = { ...localPlace(), argument: daemon.store };
   await migrate(local, there, '--sync');
   const client = await attach(daemon, 'vm');
-  expect(await refused(local, there)).toMatch(/vm in .* is open by 1 connection; disconnect first/);
+  expect(await refused(local, there)).toMatch(
+    /vm is open by 1 connection and cannot be migrated to now; disconnect first: process /,
+  );
   await client.disconnect();
   expect(await refused(there, localPlace())).toMatch(/itself the unfinished target of a migration/);
   expect((await daemon.stop()).code).toBe(0);

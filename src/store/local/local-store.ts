@@ -187,6 +187,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   /** When the disk is full: trimmed space may not be given back yet. Do that, and try once more. */
   async #afterFreeing(vdi: LocalVdi, error: unknown, retry: () => Promise<void>): Promise<void> {
     if ((error as StoreError).code !== 'NO_SPACE') throw error;
+    this.catalog.makeRoom();
     await vdi.flush();
     await this.reclaimed();
     await retry();
@@ -577,7 +578,10 @@ export class LocalCatalog implements Catalog {
 
   async open(vid: number): Promise<OpenVdi> {
     const temporary = this.#temporaries.get(vid);
-    if (temporary) return temporary.temporary;
+    if (temporary) {
+      temporary.temporary.resume();
+      return temporary.temporary;
+    }
     const opened = this.#store.open.get(vid);
     if (opened) {
       opened.resume();
@@ -616,6 +620,11 @@ export class LocalCatalog implements Catalog {
         return temporary.record;
       },
     };
+  }
+
+  /** The disk is full: temporary snapshots that nobody reads give their space back. */
+  makeRoom(): void {
+    for (const { temporary } of this.#temporaries.values()) temporary.makeRoom();
   }
 
   async dropTemporaries(): Promise<void> {

@@ -48,6 +48,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   readonly #keeping = new Map<number, Promise<void>>();
   #failure: Error | undefined;
   #isDropped = false;
+  #isIdle = false;
 
   /** `source` is the map of the working VDI as it is now. */
   constructor(host: TemporaryVdiHost, record: VdiRecord, source: Uint32Array) {
@@ -185,7 +186,18 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
 
   /** Nobody reads it now; it is there until it is dropped. */
   close(): Promise<void> {
+    this.#isIdle = true;
     return Promise.resolve();
+  }
+
+  /** Somebody reads it again. */
+  resume(): void {
+    this.#isIdle = false;
+  }
+
+  /** The disk is full. What is only kept for somebody who may come back gives way to who is here. */
+  makeRoom(): void {
+    if (this.#isIdle) this.#giveUp(Object.assign(new Error('the disk is full'), { code: 'ENOSPC' }));
   }
 
   /** It is not needed any more; nobody calls `keep` or `leave` from here on. Space is given back in the background. */
@@ -272,12 +284,14 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   }
 
   #giveUp(cause: unknown): void {
-    if (this.#isDropped) return;
+    if (this.#isDropped || this.#failure !== undefined) return;
     const { name, tag } = this.record;
-    this.#failure ??= libc.asStoreError(
+    this.#failure = libc.asStoreError(
       cause,
-      `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; open it again to take another`,
+      `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`,
     );
+    // Nobody can use what was kept.
+    this.#images.close();
     this.#host.backgroundError(this.#failure);
   }
 }
