@@ -87,12 +87,16 @@ export class Metadata {
     this.#file = new MetadataFile(file, { readOnly }, (env) => this.#use(env));
   }
 
+  /** All of it or nothing: what this throws leaves the environment before in use. */
   #use(env: Environment): void {
+    const vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
+    const pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    const records = Array.from(vdis.getRange({}), ({ key, value }) => [key, value] as const);
     this.#env = env;
-    this.#vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
-    this.#pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    this.#vdis = vdis;
+    this.#pages = pages;
     this.#records.clear();
-    for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
+    for (const [vid, record] of records) this.#records.set(vid, record);
   }
 
   /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
