@@ -2,7 +2,7 @@
 import fs from 'node:fs';
 import type { Writable } from 'node:stream';
 import { Command } from 'commander';
-import { OperationError, type Disk } from '../daemon/operations.js';
+import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
 import { interruptible } from './interrupt.js';
@@ -53,36 +53,43 @@ export function exportCommand(): Command {
       );
     }
     const startedAt = Date.now();
-    const target = await openTarget(file, options.force ?? false);
-    let done: { readonly size: number; readonly copied: Copied };
-    try {
-      done = await withOperations(
-        options,
-        (operations) =>
-          interruptible(async (signal) => {
-            const disk = await operations.openDisk(spec);
-            const progress = startProgress(`exporting ${spec}`, disk.size);
-            try {
-              return { size: disk.size, copied: await target.copy(disk, progress, signal) };
-            } finally {
-              progress.end();
-              await disk.close();
-            }
-          }),
-        { missingIsZero: options.missing === 'zero' },
-      );
-      await target.finish();
-    } catch (error) {
-      await target.abandon();
-      throw error;
-    }
-    const { size, copied } = done;
+    const missingIsZero = options.missing === 'zero';
+    // From before the file is made to after it has its name: whatever interrupts this, no half of one is left.
+    const { size, copied } = await interruptible(async (signal) => {
+      const target = await openTarget(file, options.force ?? false);
+      try {
+        const copying = (operations: Operations): Promise<Exported> => copyOut(operations, spec, target, signal);
+        const done = await withOperations(options, copying, { missingIsZero });
+        await target.finish();
+        return done;
+      } catch (error) {
+        await target.abandon();
+        throw error;
+      }
+    });
     const seconds = (Date.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     process.stderr.write(
       `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s: ${formatSize(copied.dataBytes)} of data\n`,
     );
   });
+}
+
+interface Exported {
+  readonly size: number;
+  readonly copied: Copied;
+}
+
+async function copyOut(operations: Operations, spec: string, target: Target, signal: AbortSignal): Promise<Exported> {
+  signal.throwIfAborted();
+  const disk = await operations.openDisk(spec);
+  const progress = startProgress(`exporting ${spec}`, disk.size);
+  try {
+    return { size: disk.size, copied: await target.copy(disk, progress, signal) };
+  } finally {
+    progress.end();
+    await disk.close();
+  }
 }
 
 /** Looked at before anything is copied, so that a mistake costs no time. */

@@ -57,7 +57,12 @@ export class MetadataFile {
     this.readOnly = options.readOnly;
     this.#opened = opened;
     this.#env = this.#open();
-    this.#fd = fs.openSync(file, options.readOnly ? 'r' : 'r+');
+    try {
+      this.#fd = fs.openSync(file, options.readOnly ? 'r' : 'r+');
+    } catch (error) {
+      void this.#env.close();
+      throw error;
+    }
   }
 
   #open(): Environment {

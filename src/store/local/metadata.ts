@@ -88,9 +88,9 @@ export class Metadata {
   #env!: Environment;
   #vdis!: Database<VdiRecord, number>;
   #pages!: Database<Buffer, [number, number]>;
-  /** vid -> the last flush that is in its stored map. */
-  #flushed!: Database<number, number>;
-  #state!: Database<unknown, string>;
+  /** vid -> the last flush that is in its stored map. Older stores have none, and cannot get it where they are read-only. */
+  #flushed: Database<number, number> | undefined;
+  #state: Database<unknown, string> | undefined;
   readonly #file: MetadataFile;
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new Map<number, VdiRecord>();
@@ -99,14 +99,20 @@ export class Metadata {
     this.#file = new MetadataFile(file, { readOnly }, (env) => this.#use(env));
   }
 
+  /** All of it or nothing: what this throws leaves the environment before in use. */
   #use(env: Environment): void {
+    const vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
+    const pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
+    const flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
+    const state = env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
+    const records = Array.from(vdis.getRange({}), ({ key, value }) => [key, value] as const);
     this.#env = env;
-    this.#vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
-    this.#pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
-    this.#flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
-    this.#state = env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
+    this.#vdis = vdis;
+    this.#pages = pages;
+    this.#flushed = flushed;
+    this.#state = state;
     this.#records.clear();
-    for (const { key, value } of this.#vdis.getRange({})) this.#records.set(key, value);
+    for (const [vid, record] of records) this.#records.set(vid, record);
   }
 
   /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
@@ -191,7 +197,7 @@ export class Metadata {
   /** The last flush that is in the stored map of `vid`; 0 if none. */
   flushedGeneration(vid: number): number {
     this.#file.mustBeReadable();
-    return this.#flushed.get(vid) ?? 0;
+    return this.#flushed?.get(vid) ?? 0;
   }
 
   /** Who had the store open last, as `begin` was told. */
@@ -281,12 +287,12 @@ export class Metadata {
     await this.#file.transaction(() => {
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
-        void this.#flushed.remove(vid);
+        void this.#flushed?.remove(vid);
         for (const key of keys) void this.#pages.remove(key);
       }
       this.#putPages(change.pages ?? []);
       for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
-      for (const { vid, generation } of change.flushed ?? []) void this.#flushed.put(vid, generation);
+      for (const { vid, generation } of change.flushed ?? []) void this.#flushed?.put(vid, generation);
     });
     for (const { vid } of gone) this.#records.delete(vid);
     for (const record of change.records ?? []) this.#records.set(record.vid, record);
@@ -295,15 +301,15 @@ export class Metadata {
   /** What src/vdi remembers of its clients; see StoreState. */
   state(): Map<string, unknown> {
     this.#file.mustBeReadable();
-    return new Map(Array.from(this.#state.getRange({}), ({ key, value }) => [key, value]));
+    return new Map(Array.from(this.#state?.getRange({}) ?? [], ({ key, value }) => [key, value]));
   }
 
   /** One transaction; undefined removes. */
   async storeState(changes: ReadonlyMap<string, unknown>): Promise<void> {
     await this.#file.transaction(() => {
       for (const [key, value] of changes) {
-        if (value === undefined) void this.#state.remove(key);
-        else void this.#state.put(key, value);
+        if (value === undefined) void this.#state?.remove(key);
+        else void this.#state?.put(key, value);
       }
     });
   }

@@ -74,6 +74,11 @@ export class StoreLock {
     } finally {
       if (!isTaken) fs.closeSync(fd);
     }
+    // Whoever fails to make a store removes what it has made, the lock with it: what we have opened may be of nobody.
+    if (!isReadOnly && fs.fstatSync(fd).ino !== fs.lstatSync(file, { throwIfNoEntry: false })?.ino) {
+      fs.closeSync(fd);
+      return StoreLock.take(location, role);
+    }
     const lock = new StoreLock(fd, location, { isReadOnly });
     lock.say(role);
     return lock;
