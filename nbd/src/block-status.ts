@@ -11,7 +11,7 @@
 import { ALLOCATION_CONTEXT, type ExtentSink } from './block-device.js';
 import { REPLY_TYPE, writeUInt64 } from './protocol.js';
 
-/** Extents of one reply, all contexts together; as many as qemu gives for one. A client asks on from where a reply ends. */
+/** Extents of one reply, all contexts together: 2 MiB at most; as many as qemu gives for one. A client asks on from there. */
 export const MAX_REPLY_EXTENTS = 128 * 1024;
 /** Bytes of an extent, with extended headers; half of it without. */
 const WIDE_EXTENT_SIZE = 16;
