@@ -62,7 +62,9 @@ function endOf(text: string): number {
   return time;
 }
 
-/** Errors: EXISTS, DAMAGED, BUSY, and those of the store. */
+/**
+ * What is written over is given up at once: ask checkBackup first. Errors: EXISTS, DAMAGED, BUSY, and those of the store.
+ */
 export async function restoreBackup(
   operations: Operations,
   target: BackupTarget,
@@ -73,8 +75,6 @@ export async function restoreBackup(
   const hashes = await target.hashesOf(point);
   const chain = await target.openChain(point);
   try {
-    // What is there is not given up for a backup that turns out to be damaged.
-    if (overwrites) await checkAll(chain, hashes, options);
     const isNew = await prepare(operations, point, name, overwrites);
     try {
       const disk = await operations.openDisk(name);
@@ -105,8 +105,17 @@ export async function restoreBackup(
   }
 }
 
-/** Errors: DAMAGED. */
-async function checkAll(chain: Chain, hashes: BlockHashes, options: RestoreOptions): Promise<void> {
+/**
+ * Compare all of a backup with its hashes, before anything is given up for it; the store need not be open meanwhile.
+ * Errors: DAMAGED.
+ */
+export async function checkBackup(
+  target: BackupTarget,
+  point: Point,
+  options: Pick<RestoreOptions, 'progress' | 'signal'>,
+): Promise<void> {
+  const hashes = await target.hashesOf(point);
+  const chain = await target.openChain(point);
   const doing = options.progress('checking the backup', hashes.size);
   try {
     for (let index = 0; index < hashes.count; index++) {
@@ -116,6 +125,7 @@ async function checkAll(chain: Chain, hashes: BlockHashes, options: RestoreOptio
     }
   } finally {
     doing.end();
+    await chain.close();
   }
 }
 

@@ -4,7 +4,7 @@ import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
-import { labelOf, printJson, printLine, vdiJson } from './output.js';
+import { labelOf, printJson, printLine, printNote, vdiJson } from './output.js';
 
 export function vdiSnapshotCommand(): Command {
   const command = new Command('snapshot')
@@ -35,7 +35,7 @@ async function snapshot(operations: Operations, name: string, tag: string, optio
       if (taken) {
         const label = labelOf(taken);
         await operations.remove(label).catch((failure: Error) => {
-          process.stderr.write(`sheepgate: note: ${label} is left behind: ${failure.message}\n`);
+          printNote(`${label} is left behind: ${failure.message}`);
         });
       }
       throw error;
