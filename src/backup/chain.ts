@@ -2,44 +2,66 @@
  * The content of one backup: a raw image and the increments over it, read as one disk. Owns the open files. Checks what
  * it reads only where asked to; never writes.
  */
-import fs from 'node:fs';
+import type fs from 'node:fs';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
-import { dropCached } from '../store/local/libc.js';
+import { dropCached, nextData } from '../store/local/libc.js';
 import { hashOf, type BlockHashes } from './block-hashes.js';
 import { readWithin } from './file-io.js';
 import { IncrementReader } from './qcow2-file.js';
+import { openRegular } from './target-files.js';
+
+/** One file over the image, and the size of the disk it is of. */
+export interface Link {
+  readonly file: string;
+  readonly size: number;
+}
 
 export class Chain {
-  readonly size: number;
+  #size: number;
   readonly #base: fs.promises.FileHandle;
   readonly #baseFile: string;
+  /** Of so many files, the image first, the cache was dropped. */
+  #dropped = 0;
   /** From the bottom to the top. */
-  readonly #links: readonly IncrementReader[];
+  readonly #links: IncrementReader[] = [];
 
-  private constructor(base: fs.promises.FileHandle, baseFile: string, links: readonly IncrementReader[], size: number) {
+  private constructor(base: fs.promises.FileHandle, baseFile: string, size: number) {
     this.#base = base;
     this.#baseFile = baseFile;
-    this.#links = links;
-    this.size = size;
+    this.#size = size;
   }
 
-  /** Open an image of `size` bytes made of these files, the lowest first. Errors: DAMAGED. */
-  static async open(baseFile: string, increments: readonly string[], size: number): Promise<Chain> {
-    const base = await openFile(baseFile);
-    const links: IncrementReader[] = [];
+  /** Open an image of `size` bytes, without what is over it. Errors: DAMAGED, BAD_TARGET. */
+  static async openImage(file: string, size: number): Promise<Chain> {
+    return new Chain(await present(file, () => openRegular(file, 'r')), file, size);
+  }
+
+  /** Open the image and the increments over it, the lowest first. Errors: DAMAGED, BAD_TARGET. */
+  static async open(image: Link, increments: readonly Link[]): Promise<Chain> {
+    const chain = await Chain.openImage(image.file, image.size);
     try {
-      for (const file of increments) links.push(await present(file, () => IncrementReader.open(file)));
-      const top = links.at(-1);
-      if (top && top.size !== size) {
-        throw new OperationError('DAMAGED', `${top.file} is damaged: it is of ${top.size} bytes, not ${size}`);
-      }
-      return new Chain(base, baseFile, links, size);
+      for (const link of increments) await chain.add(link);
+      return chain;
     } catch (error) {
-      for (const link of links) await link.close();
-      await base.close();
+      await chain.close();
       throw error;
     }
+  }
+
+  /** From now on it is the disk with this increment over what it was. Errors: DAMAGED, BAD_TARGET. */
+  async add({ file, size }: Link): Promise<void> {
+    const link = await present(file, () => IncrementReader.open(file));
+    this.#links.push(link); // to be closed with the others
+    if (link.size !== size) {
+      throw new OperationError('DAMAGED', `${file} is damaged: it is of ${link.size} bytes, not ${size}`);
+    }
+    this.#size = size;
+  }
+
+  /** Of the disk. */
+  get size(): number {
+    return this.#size;
   }
 
   /** Fill `into`; behind the end are zeros. */
@@ -50,6 +72,21 @@ export class Chain {
   /** What is in the uppermost increment itself. */
   get top(): IncrementReader | undefined {
     return this.#links.at(-1);
+  }
+
+  /**
+   * The first place from `offset` on where a file holds something, or the size of the disk: before it all reads as zeros.
+   * `only`: of this increment, before that place everything is as below.
+   */
+  async nextStored(offset: number, only?: IncrementReader): Promise<number> {
+    if (only) return only.nextOwn(offset);
+    const found = await nextData(this.#base.fd, offset);
+    let next = found < 0 ? this.#size : Math.min(found, this.#size);
+    for (const link of this.#links) {
+      if (next <= offset) break;
+      next = Math.min(next, await link.nextOwn(offset));
+    }
+    return next;
   }
 
   /** Read a block and compare it with its hash. Errors: DAMAGED, naming the files it came from. */
@@ -71,10 +108,13 @@ export class Chain {
     return block;
   }
 
-  /** Read anew from the disk, not from the cache of the operating system, as far as it lets go of it. */
+  /**
+   * Read anew from the disk, not from the cache of the operating system, as far as it lets go of it: each file once, those
+   * that are added later too if this is called again.
+   */
   async dropCached(): Promise<void> {
-    for (const link of this.#links) await dropCached(link.fd);
-    await dropCached(this.#base.fd);
+    const fds = [this.#base.fd, ...this.#links.map(({ fd }) => fd)];
+    for (; this.#dropped < fds.length; this.#dropped++) await dropCached(fds[this.#dropped] as number);
   }
 
   /** The files that a range is made of, uppermost first. */
@@ -106,10 +146,6 @@ export class Chain {
     }
     into.fill(0, done);
   }
-}
-
-function openFile(file: string): Promise<fs.promises.FileHandle> {
-  return present(file, () => fs.promises.open(file, 'r'));
 }
 
 async function present<T>(file: string, open: () => Promise<T>): Promise<T> {

@@ -1,9 +1,5 @@
-/**
- * Files read and written whole, and made durable in the order that a crash needs. Owns no file; the callers' descriptors
- * stay theirs.
- */
+/** Reads and writes of open files, whole whatever the kernel does at a time. Owns no file; descriptors stay the callers'. */
 import fs from 'node:fs';
-import path from 'node:path';
 import { promisify } from 'node:util';
 import { OperationError } from '../daemon/operations.js';
 
@@ -39,35 +35,5 @@ export async function readWithin(fd: number, into: Buffer, offset: number): Prom
       return;
     }
     done += bytesRead;
-  }
-}
-
-/** Replace a file by a whole new one: after a crash it is the old one or the new one. */
-export async function replaceFile(file: string, content: string | Uint8Array): Promise<void> {
-  const partial = `${file}.partial`;
-  const handle = await fs.promises.open(partial, 'w', 0o600);
-  try {
-    await handle.writeFile(content);
-    await handle.sync();
-  } finally {
-    await handle.close();
-  }
-  await moveFile(partial, file);
-}
-
-/** Rename, durably. */
-export async function moveFile(from: string, to: string): Promise<void> {
-  await fs.promises.rename(from, to);
-  await syncDirectory(path.dirname(to));
-  if (path.dirname(from) !== path.dirname(to)) await syncDirectory(path.dirname(from));
-}
-
-/** What was created, renamed and removed in the directory stays so after a crash. */
-export async function syncDirectory(directory: string): Promise<void> {
-  const handle = await fs.promises.open(directory, 'r');
-  try {
-    await handle.sync();
-  } finally {
-    await handle.close();
   }
 }

@@ -2,14 +2,20 @@
  * What a backup target says of itself: manifest.json, replaced as a whole. Owns its form and the checking of what is read.
  * It is the only place where a backup becomes one, or stops being one; files that it does not name are left-overs.
  */
-import fs from 'node:fs';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
-import { replaceFile } from './file-io.js';
+import { MAX_BLOCK_BYTES, MAX_BLOCKS } from './block-hashes.js';
+import { readWhole, replaceFile } from './target-files.js';
 
 export const MANIFEST = 'manifest.json';
 const FORMAT = 'sheepgate-backup';
-const VERSION = 1;
+/** In version 1 the tree hash was called sha256. */
+const VERSION = 2;
+/** Backups in one target: more than a year of hourly ones. Each is a file that is open while a later one is read. */
+export const MAX_POINTS = 10_000;
+/** A backup takes about 700 bytes of it. */
+const MAX_MANIFEST_BYTES = 16 * 2 ** 20;
+const MIN_BLOCK_BYTES = 2 ** 16;
 
 /** Which snapshot of the source has the content of a backup. */
 export interface BaseSnapshot {
@@ -36,8 +42,10 @@ export interface Point {
   readonly changedBytes: number;
   /** ... of which so much was written, other than zeros. */
   readonly storedBytes: number;
-  /** Of the table of hashes. */
-  readonly sha256: string;
+  /** BlockHashes.treeHash. */
+  readonly treeHash: string;
+  /** Of the whole image, as sha256sum says it; only where it was asked for. */
+  readonly sha256?: string;
   /** null where none is kept. */
   readonly base: BaseSnapshot | null;
 }
@@ -80,15 +88,14 @@ export function newManifest(target: string, vdi: string, store: string): Manifes
   };
 }
 
-/** undefined if there is none. Errors: DAMAGED, FORMAT. */
+/** undefined if there is none. Errors: DAMAGED, FORMAT, BAD_TARGET. */
 export async function readManifest(directory: string): Promise<Manifest | undefined> {
   const file = path.join(directory, MANIFEST);
   let text: string;
   try {
-    text = await fs.promises.readFile(file, 'utf8');
+    text = (await readWhole(file, MAX_MANIFEST_BYTES)).toString();
   } catch (error) {
-    const { code } = error as NodeJS.ErrnoException;
-    if (code === 'ENOENT' || code === 'ENOTDIR') return undefined;
+    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;
   }
   let found: unknown;
@@ -99,11 +106,16 @@ export async function readManifest(directory: string): Promise<Manifest | undefi
   }
   const { format, version } = (found ?? {}) as Partial<Record<'format' | 'version', unknown>>;
   if (format !== FORMAT) throw new OperationError('FORMAT', `${file} is not of a sheepgate backup`);
-  if (version !== VERSION) {
-    throw new OperationError('FORMAT', `${file} is of a version ${String(version)} that this sheepgate does not know`);
+  if (version !== VERSION && version !== 1) {
+    throw new OperationError(
+      'FORMAT',
+      `${file} is of a version ${JSON.stringify(version)?.slice(0, 20)} that this sheepgate does not know`,
+    );
   }
-  if (!isManifest(found)) throw new OperationError('DAMAGED', `${file} is damaged: fields are missing`);
-  return found;
+  const current = version === 1 ? fromVersion1(found as Fields) : found;
+  const wrong = whatIsWrong(current);
+  if (wrong !== undefined) throw new OperationError('DAMAGED', `${file} is damaged: ${wrong}`);
+  return current as Manifest;
 }
 
 export function writeManifest(directory: string, manifest: Manifest): Promise<void> {
@@ -112,39 +124,76 @@ export function writeManifest(directory: string, manifest: Manifest): Promise<vo
 
 type Fields = Readonly<Record<string, unknown>>;
 
-function isManifest(found: unknown): found is Manifest {
-  if (!isObject(found)) return false;
-  return (
-    typeof found.target === 'string' &&
-    /^[0-9a-f]{8}$/.test(found.target) &&
-    typeof found.vdi === 'string' &&
-    typeof found.store === 'string' &&
-    Array.isArray(found.points) &&
-    found.points.every(isPoint) &&
-    isObject(found.stamps) &&
-    Object.values(found.stamps).every((stamp) => isObject(stamp) && isCount(stamp.bytes) && isCount(stamp.mtimeMs)) &&
-    (found.folding === null || isCount(found.folding)) &&
-    (found.installing === null || (typeof found.installing === 'string' && /^base-\d+\.img$/.test(found.installing)))
-  );
+/** Its hash had another name; nothing else has changed. */
+function fromVersion1(found: Fields): Fields {
+  if (!Array.isArray(found.points)) return found;
+  const points = found.points.map((point: unknown) => {
+    if (!isObject(point)) return point;
+    const { sha256, ...rest } = point;
+    return { ...rest, treeHash: sha256 };
+  });
+  return { ...found, version: VERSION, points };
 }
 
-function isPoint(found: unknown): boolean {
+/** undefined if it is as we write it. Its text may be anybody's: it is escaped where it is printed. */
+function whatIsWrong(found: unknown): string | undefined {
+  const fields = 'fields are missing, or are not what they should be';
+  if (!isObject(found)) return fields;
+  const { target, points, stamps, folding, installing } = found;
+  const isWhole =
+    typeof target === 'string' &&
+    /^[0-9a-f]{8}$/.test(target) &&
+    typeof found.vdi === 'string' &&
+    typeof found.store === 'string' &&
+    Array.isArray(points) &&
+    isObject(stamps) &&
+    (folding === null || isCount(folding)) &&
+    (installing === null || (typeof installing === 'string' && /^base-\d{1,16}\.img$/.test(installing)));
+  if (!isWhole) return fields;
+  if (points.length > MAX_POINTS) return `it names ${points.length} backups, and a target has at most ${MAX_POINTS}`;
+  if (!Object.values(stamps).every((stamp) => isObject(stamp) && isCount(stamp.bytes) && isCount(stamp.mtimeMs))) {
+    return fields;
+  }
+  let before = { id: 0, chain: 0 };
+  for (const point of points) {
+    if (!isPoint(point, target)) return fields;
+    if (point.id <= before.id || point.chain < before.chain) return 'its backups are not in their order';
+    if (Math.ceil(point.size / point.blockBytes) > MAX_BLOCKS) {
+      return `backup ${point.id} is of ${point.size} bytes in blocks of ${point.blockBytes}, more than a backup can have`;
+    }
+    before = point;
+  }
+  return undefined;
+}
+
+function isPoint(found: unknown, target: string): found is Point {
   return (
     isObject(found) &&
     ['id', 'chain', 'size', 'blockSizeShift', 'blockBytes', 'changedBytes', 'storedBytes'].every((field) =>
       isCount(found[field]),
     ) &&
-    (found.blockBytes as number) > 0 &&
+    isBlockSize(found.blockBytes as number) &&
     typeof found.isFull === 'boolean' &&
     typeof found.time === 'string' &&
+    // It is a part of file names.
+    /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z$/.test(found.time) &&
     !Number.isNaN(Date.parse(found.time)) &&
-    typeof found.sha256 === 'string' &&
-    (found.base === null ||
-      (isObject(found.base) &&
-        typeof found.base.tag === 'string' &&
-        isCount(found.base.vid) &&
-        isCount(found.base.snapshotAt)))
+    isHash(found.treeHash) &&
+    (found.sha256 === undefined || isHash(found.sha256)) &&
+    (found.base === null || isBase(found.base, `backup-${target}-${found.id as number}`))
   );
+}
+
+function isBase(found: unknown, tag: string): boolean {
+  return isObject(found) && found.tag === tag && isCount(found.vid) && isCount(found.snapshotAt);
+}
+
+function isBlockSize(bytes: number): boolean {
+  return bytes >= MIN_BLOCK_BYTES && bytes <= MAX_BLOCK_BYTES && Number.isInteger(Math.log2(bytes));
+}
+
+function isHash(found: unknown): boolean {
+  return typeof found === 'string' && /^[0-9a-f]{64}$/.test(found);
 }
 
 function isObject(found: unknown): found is Fields {

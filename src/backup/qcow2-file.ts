@@ -3,9 +3,10 @@
  * layout (qemu's docs/interop/qcow2.txt, version 3, 64 KiB clusters, no snapshots, nothing compressed). A file that was
  * not finished has no header, so that nobody can take it for an image. Files of other programs are refused, not guessed at.
  */
-import fs from 'node:fs';
+import type fs from 'node:fs';
 import { OperationError } from '../daemon/operations.js';
 import { readFully, writeFully } from './file-io.js';
+import { createFile, openRegular } from './target-files.js';
 
 const CLUSTER_BITS = 16;
 /** The unit in which an increment says "data", "zeros" or "as below". */
@@ -73,7 +74,7 @@ export class IncrementWriter {
 
   /** A new file for a disk of `size` bytes that reads as the one below it. */
   static async create(file: string, size: number, backing: Backing): Promise<IncrementWriter> {
-    return new IncrementWriter(await fs.promises.open(file, 'w', 0o600), size, backing);
+    return new IncrementWriter(await createFile(file), size, backing);
   }
 
   /** `offset` is a multiple of CLUSTER_BYTES, and so is the length, except at the end of the disk. */
@@ -219,7 +220,7 @@ export class IncrementReader {
 
   /** Errors: DAMAGED if it is not a file that IncrementWriter finished. */
   static async open(file: string): Promise<IncrementReader> {
-    const handle = await fs.promises.open(file, 'r');
+    const handle = await openRegular(file, 'r');
     try {
       const { size: fileBytes } = await handle.stat();
       if (fileBytes < CLUSTER_BYTES) throw damaged(file, 'it is too short');
@@ -239,7 +240,8 @@ export class IncrementReader {
       const entries = header.readUInt32BE(FIELD.l1Entries);
       const l1Offset = Number(header.readBigUInt64BE(FIELD.l1Offset));
       const isWithin = entries * ENTRY_BYTES <= MAX_L1_BYTES && l1Offset + entries * ENTRY_BYTES <= fileBytes;
-      if (!isWithin || entries * TABLE_SPAN_BYTES < size) throw damaged(file, 'its header does not fit its length');
+      if (!isWithin || entries !== Math.ceil(size / TABLE_SPAN_BYTES))
+        throw damaged(file, 'its header does not fit its length');
       const l1 = Buffer.alloc(entries * ENTRY_BYTES);
       await readFully(handle.fd, l1, l1Offset);
       return new IncrementReader(handle, file, { size, backing: backingOf(header, file), l1, fileBytes });
@@ -270,6 +272,20 @@ export class IncrementReader {
       from = to;
     }
     return runs;
+  }
+
+  /** The first place from `offset` on that it says something about, data or zeros; or the size of the disk. */
+  async nextOwn(offset: number): Promise<number> {
+    for (let at = offset; at < this.size;) {
+      const index = Math.floor(at / TABLE_SPAN_BYTES);
+      const table = await this.#tableAt(index);
+      for (let n = Math.floor((at % TABLE_SPAN_BYTES) / CLUSTER_BYTES); table && n < ENTRIES_PER_TABLE; n++) {
+        const isOwn = table.readUInt32BE(n * ENTRY_BYTES) !== 0 || table.readUInt32BE(n * ENTRY_BYTES + 4) !== 0;
+        if (isOwn) return Math.min(Math.max(at, index * TABLE_SPAN_BYTES + n * CLUSTER_BYTES), this.size);
+      }
+      at = (index + 1) * TABLE_SPAN_BYTES;
+    }
+    return this.size;
   }
 
   /** Fill `into` from a run of data. */

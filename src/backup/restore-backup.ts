@@ -76,15 +76,15 @@ export async function openPoint(target: BackupTarget, point: Point): Promise<Ope
   return { point, hashes: await target.hashesOf(point), chain: await target.openChain(point) };
 }
 
-/** Errors: EXISTS, DAMAGED, BUSY, and those of the store. */
+/**
+ * What is written over is given up at once: ask checkBackup first. Errors: EXISTS, DAMAGED, BUSY, and those of the store.
+ */
 export async function restoreBackup(
   operations: Operations,
   { point, hashes, chain }: OpenedPoint,
   options: RestoreOptions,
 ): Promise<{ readonly dataBytes: number }> {
-  const { name, overwrites, force } = options;
-  // What is there is not given up for a backup that turns out to be damaged.
-  if (overwrites) await checkAll(chain, hashes, options);
+  const { name, force } = options;
   const isNew = await prepare(operations, point, name, options);
   try {
     const disk = await operations.openDisk(name);
@@ -114,8 +114,14 @@ export async function restoreBackup(
   }
 }
 
-/** Errors: DAMAGED. */
-async function checkAll(chain: Chain, hashes: BlockHashes, options: RestoreOptions): Promise<void> {
+/**
+ * Compare all of a backup with its hashes, before anything is given up for it; the store need not be open meanwhile.
+ * Errors: DAMAGED.
+ */
+export async function checkBackup(
+  { hashes, chain }: OpenedPoint,
+  options: Pick<RestoreOptions, 'progress' | 'signal'>,
+): Promise<void> {
   const doing = options.progress('checking the backup', hashes.size);
   try {
     for (let index = 0; index < hashes.count; index++) {

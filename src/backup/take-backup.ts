@@ -4,19 +4,20 @@
  * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
  */
 import { randomBytes } from 'node:crypto';
-import fs from 'node:fs';
 import path from 'node:path';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { blockBytesOf, BlockHashes, hashOf, isZeros } from './block-hashes.js';
-import { Chain } from './chain.js';
-import { moveFile, writeFully } from './file-io.js';
+import { Chain, type Link } from './chain.js';
+import { writeFully } from './file-io.js';
 import { inFlight } from './flight.js';
-import type { BaseSnapshot, Point } from './manifest.js';
+import { MAX_POINTS, type BaseSnapshot, type Point } from './manifest.js';
 import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
 import { PagedRanges } from './paged-ranges.js';
-import { BackupTarget, PARTIAL, placeOf, stemOf } from './target.js';
+import { BackupTarget, PARTIAL, placeOf, stemOf, type TargetWork } from './target.js';
+import { createFile, moveFile } from './target-files.js';
+import { whoIsBehind } from './who-is-behind.js';
 
-export interface TakeOptions {
+export interface TakeOptions extends TargetWork {
   /** NAME. */
   readonly vdi: string;
   /** Directory or image. */
@@ -33,10 +34,12 @@ export interface TakeOptions {
   readonly verifies: boolean;
   /** Runs what takes the snapshot; what it throws ends the backup. */
   readonly moment: <T>(take: () => Promise<T>) => Promise<T>;
-  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
-  readonly log: (line: string) => void;
-  readonly signal: AbortSignal;
+  /** Compute the SHA-256 of the image. */
+  readonly sha256: boolean;
 }
+
+/** Opens the store, does the work, and closes it. */
+export type WithStore = <T>(work: (operations: Operations) => Promise<T>) => Promise<T>;
 
 export interface Taken {
   readonly point: Point;
@@ -46,28 +49,70 @@ export interface Taken {
   readonly dropped: readonly number[];
 }
 
-/** Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store. */
-export async function takeBackup(operations: Operations, options: TakeOptions): Promise<Taken> {
+/**
+ * The store is open only while something is asked of it: what concerns the target alone, and may take hours, comes before
+ * and after. Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
+ */
+export async function takeBackup(withStore: WithStore, options: TakeOptions): Promise<Taken> {
+  const { vdi, to, isFull, log } = options;
   // First: a mistyped name must not leave a directory behind.
-  const working = await operations.show(options.vdi);
-  if (working.isSnapshot) {
-    throw new OperationError('IS_SNAPSHOT', `${options.vdi} is a snapshot; give the name of a VDI`);
-  }
-  const { image } = placeOf(options.to);
+  const store = await withStore(async (operations) => {
+    await showWorking(operations, vdi);
+    return operations.store;
+  });
+  const { image } = placeOf(to);
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
     throw new OperationError(
       'BAD_USAGE',
-      `${options.to} is one image, which holds the newest backup; --keep ${options.keep} needs a directory`,
+      `${to} is one image, which holds the newest backup; --keep ${options.keep} needs a directory`,
     );
   }
-  const target = await BackupTarget.openForBackup(options.to, options.vdi, operations.store, options);
+  const keep = image === undefined ? options.keep : 1;
+  const target = await BackupTarget.openForBackup(to, vdi, store, options, isFull);
   try {
-    return await new Run(operations, target, options, working).run();
+    const dropped = await makeRoom(target, keep, options);
+    if (target.last && !isFull) await target.checkUntouched(options);
+    const point = await withStore(async (operations) =>
+      new Run(operations, target, options, await showWorking(operations, vdi)).run(),
+    );
+    const sha256 = options.sha256 ? await target.addSha256(point, options) : undefined;
+    try {
+      if (keep !== undefined) dropped.push(...(await target.keep(keep, options)));
+      const file = target.image ?? target.fileOf(point);
+      return { point: { ...point, sha256 }, file, kept: target.points.map((each) => each.id), dropped };
+    } catch (error) {
+      if (options.signal.aborted) log(`backup ${point.id} was taken; the next run goes on with dropping old ones`);
+      throw notDropped(error, point);
+    }
   } catch (error) {
     throw explained(error, target, options);
   } finally {
     await target.close();
   }
+}
+
+/** Errors: IS_SNAPSHOT, NO_VDI. */
+async function showWorking(operations: Operations, vdi: string): Promise<VdiRecord> {
+  const working = await operations.show(vdi);
+  if (working.isSnapshot) throw new OperationError('IS_SNAPSHOT', `${vdi} is a snapshot; give the name of a VDI`);
+  return working;
+}
+
+/** A target that is full. Returns what was dropped. Errors: BAD_TARGET. */
+async function makeRoom(target: BackupTarget, keep: number | undefined, options: TakeOptions): Promise<number[]> {
+  if (target.points.length < MAX_POINTS) return [];
+  if (keep !== undefined && keep < MAX_POINTS) return target.keep(keep, options);
+  throw new OperationError(
+    'BAD_TARGET',
+    `${options.to} has ${target.points.length} backups, and no more fit; drop some with --keep, or give another place`,
+  );
+}
+
+/** The new backup is one, whatever became of the old ones. */
+function notDropped(error: unknown, { id }: Point): unknown {
+  if (!(error instanceof OperationError)) return error;
+  const message = `backup ${id} was taken, but an old one could not be dropped: ${error.message}`;
+  return new OperationError(error.code, message, { cause: error });
 }
 
 /** What the new backup is over, and how to find what it must hold. */
@@ -100,7 +145,7 @@ class Run {
     this.#tagPrefix = `backup-${target.manifest.target}-`;
   }
 
-  async run(): Promise<Taken> {
+  async run(): Promise<Point> {
     const { vdi, keepsBase, moment, signal } = this.#options;
     const previous = await this.#previous();
     const id = (this.#target.last?.id ?? 0) + 1;
@@ -131,9 +176,9 @@ class Run {
       } finally {
         await disk?.close();
       }
-      const dropped = await this.#finish(point);
-      const file = this.#target.image ?? this.#target.fileOf(point);
-      return { point, file, kept: this.#target.points.map((each) => each.id), dropped };
+      // It is a backup now: what it replaces goes from the source, whose writers it costs something.
+      await this.#dropSnapshots(point.base?.tag, point.id);
+      return point;
     } catch (error) {
       const isKept = this.#target.points.some((point) => point.id === id);
       if (keepsBase && !isKept) await this.#operations.remove(`${vdi}@${tag}`).catch(() => undefined);
@@ -143,10 +188,9 @@ class Run {
 
   /** Errors: BASE_GONE, DAMAGED. */
   async #previous(): Promise<Previous | undefined> {
-    const { isFull, compares, log } = this.#options;
+    const { isFull, compares } = this.#options;
     const point = this.#target.last;
     if (!point || isFull) return undefined;
-    await this.#target.checkUntouched(log);
     const hashes = await this.#target.hashesOf(point);
     if (compares || point.base === null) return { point, hashes, since: undefined };
     await this.#checkBase(point.base);
@@ -156,20 +200,15 @@ class Run {
   async #checkBase(base: BaseSnapshot): Promise<void> {
     const { vdi, to } = this.#options;
     const snapshots = (await this.#operations.list()).filter(({ name, isSnapshot }) => name === vdi && isSnapshot);
-    const found = snapshots.find(({ tag }) => tag === base.tag);
-    if (found?.vid === base.vid && found.snapshotAt === base.snapshotAt) return;
-    const newer = snapshots.find(({ tag }) => tag.startsWith(this.#tagPrefix));
-    const why =
-      found !== undefined
-        ? `the snapshot ${vdi}@${base.tag} is another one than that of the last backup in ${to}: ${vdi} is another disk`
-        : newer !== undefined
-          ? `${vdi} has no snapshot "${base.tag}", but "${newer.tag}": ${to} is an older copy of a target in use`
-          : `${vdi} has no snapshot "${base.tag}", with which it was last backed up to ${to}: it was deleted, or ${vdi} ` +
-            'is another disk now';
-    throw new OperationError(
-      'BASE_GONE',
-      `${why}; say --compare to read all of ${vdi} and store what differs, or --full to begin with a full backup`,
-    );
+    const why = whoIsBehind({
+      vdi,
+      to,
+      store: this.#operations.store,
+      base,
+      points: this.#target.points,
+      snapshots: snapshots.filter(({ tag }) => tag.startsWith(this.#tagPrefix)),
+    });
+    if (why !== undefined) throw new OperationError('BASE_GONE', why);
   }
 
   /** Those of this target: of runs that did not end, and bases before the last. Not those of a copy that went on. */
@@ -227,7 +266,7 @@ class Run {
         blockBytes,
         changedBytes: copied.changedBytes,
         storedBytes: copied.storedBytes,
-        sha256: hashes.sha256,
+        treeHash: hashes.treeHash,
       };
       signal.throwIfAborted();
       await target.commit(point, newBase, this.#operations.store);
@@ -243,7 +282,7 @@ class Run {
   async #copyAll(disk: Disk, file: string, hashes: BlockHashes, advance: (bytes: number) => void): Promise<Copied> {
     const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
     const data = new PagedRanges((offset) => disk.dataPage(offset));
-    const handle = await fs.promises.open(file, 'w', 0o600);
+    const handle = await createFile(file);
     try {
       await handle.truncate(disk.size);
       await inFlight(async (flight) => {
@@ -348,8 +387,9 @@ class Run {
     blocks: readonly number[],
     previous: Previous | undefined,
   ): Promise<void> {
-    const [base, ...increments] = previous ? [...this.#target.filesOf(previous.point), file] : [file];
-    const chain = await Chain.open(base as string, increments, size);
+    const written: Link = { file, size };
+    const [image, below] = previous ? this.#target.linksOf(previous.point) : [written, []];
+    const chain = await Chain.open(image, previous ? [...below, written] : []);
     const doing = this.#options.progress('verifying', blocks.length * hashes.blockBytes);
     try {
       await chain.dropCached();
@@ -362,23 +402,6 @@ class Run {
     } finally {
       doing.end();
       await chain.close();
-    }
-  }
-
-  /** The new backup is one: what it replaces goes, first on the source, whose writers it costs something. */
-  async #finish(point: Point): Promise<number[]> {
-    await this.#dropSnapshots(point.base?.tag, point.id);
-    const keep = this.#target.image === undefined ? this.#options.keep : 1;
-    if (keep === undefined) return [];
-    try {
-      return await this.#target.keep(keep);
-    } catch (error) {
-      if (!(error instanceof OperationError) || error.code !== 'DAMAGED') throw error;
-      throw new OperationError(
-        'DAMAGED',
-        `backup ${point.id} was taken, but an old one could not be dropped: ${error.message}`,
-        { cause: error },
-      );
     }
   }
 }

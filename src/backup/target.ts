@@ -2,6 +2,8 @@
  * A backup target: a directory with the backups of one VDI, or a raw image kept up to date with such a directory beside
  * it. Owns the files and the order in which they change, so that whatever happens every backup in the manifest can be
  * read: a new one is whole before it is named, an old one is named no more before its data goes. Asks nobody about VDIs.
+ * Others may be able to write there: files are opened by target-files.ts only, and their names come from numbers and times
+ * of the manifest, never from the text in it or in another file.
  *
  *   manifest.json                  what there is
  *   base-C.img                     raw image: the oldest backup of chain C, or the image FILE itself instead
@@ -14,10 +16,28 @@ import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
 import { punchHole, tryLock } from '../store/local/libc.js';
 import { BlockHashes } from './block-hashes.js';
-import { Chain } from './chain.js';
-import { moveFile, syncDirectory, writeFully } from './file-io.js';
-import { MANIFEST, newManifest, readManifest, writeManifest, type Manifest, type Point } from './manifest.js';
+import { Chain, type Link } from './chain.js';
+import { writeFully } from './file-io.js';
+import { imageSha256 } from './image-sha256.js';
+import {
+  MANIFEST,
+  newManifest,
+  readManifest,
+  writeManifest,
+  type Manifest,
+  type Point,
+  type Stamp,
+} from './manifest.js';
 import { CLUSTER_BYTES, IncrementReader, IncrementWriter, type Backing } from './qcow2-file.js';
+import {
+  inDirectory,
+  moveFile,
+  openLock,
+  openRegular,
+  removeFile,
+  statRegular,
+  syncDirectory,
+} from './target-files.js';
 
 /** Beside an image, what belongs to it. */
 const BESIDE = '.sheepgate';
@@ -29,6 +49,8 @@ export const PARTIAL = '.partial';
 const OUR_FILES = /^(\d{4,}-\d{8}T\d{6}Z\.(qcow2|hashes)|base-\d+\.img|manifest\.json)(\.partial)?$/;
 /** Times that are further apart are not the same: who copies a file may round its time. */
 const TIME_SLACK_MS = 1;
+/** Files that a message names. */
+const MAX_NAMED = 5;
 /** May be in a directory that is otherwise empty. */
 const EMPTY_ENOUGH = new Set([LOCK, 'lost+found', `${MANIFEST}${PARTIAL}`]);
 
@@ -41,9 +63,7 @@ export interface Place {
 
 /** Which target a path names. Errors: BAD_TARGET. */
 export function placeOf(given: string): Place {
-  const absolute = path.resolve(given);
-  // What a link points to: a new image would take the place of the link.
-  const where = fs.existsSync(absolute) ? fs.realpathSync(absolute) : absolute;
+  const where = realPath(path.resolve(given));
   const status = fs.statSync(where, { throwIfNoEntry: false });
   if (status?.isDirectory()) return { home: where, image: undefined };
   if (status && !status.isFile()) {
@@ -57,6 +77,13 @@ export function placeOf(given: string): Place {
   return isImage ? { home: beside, image: where } : { home: where, image: undefined };
 }
 
+/** What links on the way point to: a new image would take the place of the last one, and target-files.ts follows none. */
+function realPath(absolute: string): string {
+  if (fs.existsSync(absolute)) return fs.realpathSync(absolute);
+  const parent = path.dirname(absolute);
+  return fs.existsSync(parent) ? path.join(fs.realpathSync(parent), path.basename(absolute)) : absolute;
+}
+
 /** The part of a backup's file names before the ending. */
 export function stemOf({ id, time }: Pick<Point, 'id' | 'time'>): string {
   const compact = new Date(time).toISOString().replaceAll(/[-:]|\.\d+/g, '');
@@ -68,11 +95,23 @@ interface Damage {
   readonly message: string;
 }
 
+/** Long work on the files, without anybody's store: shown, and ended by the signal. Bytes are the disk's. */
+export interface TargetWork {
+  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
+  readonly log: (line: string) => void;
+  readonly signal: AbortSignal;
+}
+
+/** Blocks between two looks at whether to stop, where nothing else is waited for. */
+const BLOCKS_AT_ONCE = 2 ** 16;
+
 export class BackupTarget {
   readonly home: string;
   readonly image: string | undefined;
   #manifest: Manifest;
   readonly #lock: fs.promises.FileHandle | undefined;
+  /** The new image that waits for the place of the old one, if it is still there. */
+  #waiting: string | undefined;
 
   private constructor(place: Place, manifest: Manifest, lock: fs.promises.FileHandle | undefined) {
     this.home = place.home;
@@ -89,10 +128,11 @@ export class BackupTarget {
     given: string,
     vdi: string,
     store: string,
-    { log, isFull }: { readonly log: (line: string) => void; readonly isFull: boolean },
+    work: TargetWork,
+    isFull: boolean,
   ): Promise<BackupTarget> {
     const place = placeOf(given);
-    const isNew = makeHome(place, given);
+    const isNew = await makeHome(place, given);
     const lock = await lockOf(place.home, 'r+');
     try {
       let manifest = await readManifest(place.home);
@@ -104,13 +144,13 @@ export class BackupTarget {
         );
       }
       if (!manifest) {
-        refuseForeign(place, given, isNew);
+        await refuseForeign(place, given, isNew);
         manifest = newManifest(randomBytes(4).toString('hex'), vdi, store);
         await writeManifest(place.home, manifest);
         await syncDirectory(path.dirname(place.home));
       }
-      const target = new BackupTarget(place, manifest, lock);
-      await target.#recover(log, isFull);
+      const target = await BackupTarget.#at(place, manifest, lock);
+      await target.#recover(work, isFull);
       return target;
     } catch (error) {
       await lock?.close();
@@ -126,11 +166,17 @@ export class BackupTarget {
     const lock = await lockOf(place.home, 'r');
     try {
       // Again: it may have changed until we had the lock.
-      return new BackupTarget(place, (await readManifest(place.home)) ?? manifest, lock);
+      return await BackupTarget.#at(place, (await readManifest(place.home)) ?? manifest, lock);
     } catch (error) {
       await lock?.close();
       throw error;
     }
+  }
+
+  static async #at(place: Place, manifest: Manifest, lock: fs.promises.FileHandle | undefined): Promise<BackupTarget> {
+    const target = new BackupTarget(place, manifest, lock);
+    await target.#look();
+    return target;
   }
 
   get manifest(): Manifest {
@@ -149,12 +195,6 @@ export class BackupTarget {
     await this.#lock?.close();
   }
 
-  /** What a backup's files are, the raw image first; each reads over the ones before it. */
-  filesOf(point: Point): string[] {
-    const below = this.points.filter(({ chain, id }) => chain === point.chain && id <= point.id);
-    return [this.baseFile(point.chain), ...below.map((each) => this.fileOf(each))];
-  }
-
   /** For qemu, and for people. */
   fileOf(point: Point): string {
     return path.join(this.home, `${stemOf(point)}.qcow2`);
@@ -165,19 +205,23 @@ export class BackupTarget {
   }
 
   baseFile(chain: number): string {
-    const { installing } = this.#manifest;
     if (this.image === undefined) return path.join(this.home, `base-${chain}.img`);
-    const waiting = installing === null ? undefined : path.join(this.home, installing);
-    return waiting !== undefined && fs.existsSync(waiting) ? waiting : this.image;
+    return this.#waiting ?? this.image;
   }
 
   openChain(point: Point): Promise<Chain> {
-    const [base, ...increments] = this.filesOf(point);
-    return Chain.open(base as string, increments, point.size);
+    return Chain.open(...this.linksOf(point));
+  }
+
+  /** The raw image, and what is over it. */
+  linksOf(point: Point): [image: Link, increments: Link[]] {
+    const below = this.points.filter(({ chain, id }) => chain === point.chain && id <= point.id);
+    const links = below.map((each) => ({ file: this.fileOf(each), size: each.size }));
+    return [{ file: this.baseFile(point.chain), size: (below[0] ?? point).size }, links];
   }
 
   hashesOf(point: Point): Promise<BlockHashes> {
-    return BlockHashes.load(this.hashesFileOf(point), point.size, point.blockBytes, point.sha256).catch(
+    return BlockHashes.load(this.hashesFileOf(point), point.size, point.blockBytes, point.treeHash).catch(
       (error: NodeJS.ErrnoException) => {
         if (error.code !== 'ENOENT') throw error;
         throw new OperationError('DAMAGED', `${this.hashesFileOf(point)} is missing`);
@@ -192,15 +236,16 @@ export class BackupTarget {
 
   /**
    * Before something is added: all files are there and as they were left. One with another time is read and compared
-   * with its hashes; that is how a copied target goes on being one. Errors: DAMAGED.
+   * with its hashes; that is how a copied target goes on being one. Errors: DAMAGED, BAD_TARGET.
    */
-  async checkUntouched(log: (line: string) => void): Promise<void> {
+  async checkUntouched(work: TargetWork): Promise<void> {
     const touched: string[] = [];
     const chain = this.last?.chain;
-    for (const name of this.#names(this.points.filter((point) => point.chain === chain))) {
+    const points = this.points.filter((point) => point.chain === chain);
+    for (const name of this.#names(points)) {
       const file = path.join(this.home, name);
       const stamp = this.#manifest.stamps[name];
-      const found = await stampOf(file).catch(() => undefined);
+      const found = await stampOf(file);
       if (!found) throw new OperationError('DAMAGED', `${file} is missing`);
       if (!stamp) {
         touched.push(file); // a run was interrupted before it was written down
@@ -212,42 +257,86 @@ export class BackupTarget {
       if (Math.abs(found.mtimeMs - stamp.mtimeMs) > TIME_SLACK_MS) touched.push(file);
     }
     if (touched.length === 0) return;
-    const damage: Damage[] = [];
-    for await (const found of this.verify()) damage.push(found);
-    const first = damage.find(({ id }) => this.points.some((each) => each.id === id && each.chain === chain));
-    if (first) throw new OperationError('DAMAGED', first.message);
-    log(`not as the last run left it: ${touched.join(', ')}; compared with the hashes, it is right`);
+    const more = touched.length > MAX_NAMED ? ` and ${touched.length - MAX_NAMED} more` : '';
+    const which = `${touched.slice(0, MAX_NAMED).join(', ')}${more}`;
+    work.log(`not as the last run left it: ${which}; what is stored is compared with the hashes, which takes a while`);
+    const progress = work.progress('comparing with the hashes', bytesOf(points));
+    try {
+      for await (const { message } of this.verify(points, progress.advance, work.signal)) {
+        throw new OperationError('DAMAGED', message);
+      }
+    } finally {
+      progress.end();
+    }
+    work.log('compared with the hashes, it is right');
     await this.#write({ stamps: await this.#stamps(this.points) });
   }
 
   /**
-   * Read everything that is kept and compare it with its hashes, each byte once; backups over a damaged one as a whole,
-   * because they may be damaged with it, or have a copy of their own of what is. Yields the first finding in each backup.
+   * Read what is stored for these backups, which are in their order, and compare it with its hashes, each byte once;
+   * backups over a damaged one as a whole, because they may be damaged with it, or have a copy of their own of what is.
+   * Where nothing is stored nothing is read: the hashes must say zeros there, or the same as in the backup before. Yields
+   * the first finding in each backup.
    */
-  async *verify(advance: (bytes: number) => void = () => undefined, signal?: AbortSignal): AsyncGenerator<Damage> {
-    const damaged = new Set<number>();
-    for (const point of this.points) {
-      const isOldest = this.points.find(({ chain }) => chain === point.chain) === point;
-      const readsAll = isOldest || damaged.has(point.chain);
-      try {
-        const hashes = await this.hashesOf(point);
-        const chain = await this.openChain(point);
-        try {
-          await chain.dropCached();
-          for (let index = 0; index < hashes.count; index++) {
-            signal?.throwIfAborted();
-            const isHere = readsAll || (await hasOwn(chain.top, index * hashes.blockBytes, hashes.lengthOf(index)));
-            if (isHere) await chain.readChecked(hashes, index);
-            advance(hashes.lengthOf(index));
-          }
-        } finally {
-          await chain.close();
+  async *verify(
+    points: readonly Point[],
+    advance: (bytes: number) => void = () => undefined,
+    signal?: AbortSignal,
+  ): AsyncGenerator<Damage> {
+    let chain: Chain | undefined;
+    /** What is wrong with the files of the chain that is open, for all that come after in it. */
+    let broken: OperationError | undefined;
+    let before: { readonly point: Point; readonly hashes: BlockHashes | undefined } | undefined;
+    try {
+      for (const point of points) {
+        signal?.throwIfAborted();
+        if (before?.point.chain !== point.chain) {
+          await chain?.close();
+          chain = broken = before = undefined;
         }
-      } catch (error) {
-        if (!(error instanceof OperationError) || error.code !== 'DAMAGED') throw error;
-        damaged.add(point.chain);
-        yield { id: point.id, message: error.message };
+        let hashes: BlockHashes | undefined;
+        try {
+          if (broken) throw broken;
+          try {
+            chain ??= await Chain.openImage(this.baseFile(point.chain), point.size);
+            await chain.add({ file: this.fileOf(point), size: point.size });
+          } catch (error) {
+            if (isDamage(error)) broken = error;
+            throw error;
+          }
+          await chain.dropCached();
+          const found = await this.hashesOf(point);
+          await verifyStored(chain, found, before?.hashes, advance, signal);
+          hashes = found;
+        } catch (error) {
+          if (!isDamage(error)) throw error;
+          yield { id: point.id, message: error.message };
+        }
+        before = { point, hashes };
       }
+    } finally {
+      await chain?.close();
+    }
+  }
+
+  /** The SHA-256 of a backup's image, as sha256sum says it, noted down. Reads what is stored, hashes the zeros too. */
+  async addSha256(point: Point, work: TargetWork): Promise<string> {
+    const chain = await this.openChain(point);
+    const progress = work.progress('SHA-256 of the image', chain.size);
+    try {
+      const sha256 = await imageSha256(
+        {
+          size: chain.size,
+          isData: async (offset, length) => (await chain.nextStored(offset)) < offset + length,
+          read: (offset, into) => chain.read(offset, into),
+        },
+        { progress, signal: work.signal },
+      );
+      await this.#write({ points: this.points.map((each) => (each.id === point.id ? { ...each, sha256 } : each)) });
+      return sha256;
+    } finally {
+      progress.end();
+      await chain.close();
     }
   }
 
@@ -270,9 +359,10 @@ export class BackupTarget {
 
   /**
    * Keep the newest `count`. The oldest of the newest chain go by having the next one written into the image below it;
-   * an older chain goes as a whole, when none of it is wanted. Returns the ids of those that went. Errors: DAMAGED.
+   * an older chain goes as a whole, when none of it is wanted. Told to stop, it leaves what the next run goes on with.
+   * Returns the ids of those that went. Errors: DAMAGED, BAD_TARGET.
    */
-  async keep(count: number): Promise<number[]> {
+  async keep(count: number, work: TargetWork): Promise<number[]> {
     const dropped: number[] = [];
     for (;;) {
       const [oldest, next] = this.points;
@@ -288,9 +378,11 @@ export class BackupTarget {
         continue;
       }
       if (!next) break;
-      await this.#checkIncrement(next);
+      work.signal.throwIfAborted();
+      await this.#checkIncrement(next, work.signal);
+      await this.#checkFoldable(next);
       await this.#write({ points: this.points.slice(1), folding: next.id, stamps: {} });
-      await this.#fold(next);
+      await this.#fold(next, work);
       dropped.push(oldest.id);
     }
     if (dropped.length > 0) await this.removeLeftovers();
@@ -301,74 +393,94 @@ export class BackupTarget {
   async removeLeftovers(): Promise<boolean> {
     // A write that failed may have taken place.
     this.#manifest = (await readManifest(this.home)) ?? this.#manifest;
+    await this.#look();
     const { installing } = this.#manifest;
     const named = new Set([MANIFEST, ...this.#names(this.points), installing]);
     let found = false;
-    for (const name of await fs.promises.readdir(this.home)) {
+    for (const name of await namesIn(this.home)) {
       if (!OUR_FILES.test(name) || named.has(name)) continue;
-      await fs.promises.unlink(path.join(this.home, name));
+      await removeFile(path.join(this.home, name));
       found = true;
     }
     return found;
   }
 
   /** A new chain must not fail for what is wrong with the one that it leaves: a fold that is not finished harms nothing. */
-  async #recover(log: (line: string) => void, isFull: boolean): Promise<void> {
+  async #recover(work: TargetWork, isFull: boolean): Promise<void> {
     const { folding, installing } = this.#manifest;
     if (installing !== null) await this.#install();
     const folded = this.points.find(({ id }) => id === folding);
     if (folded && !isFull && folded.chain === this.last?.chain) {
-      log('the last run was interrupted while it dropped an old backup; finishing that');
-      await this.#fold(folded);
+      work.log('the last run was interrupted while it dropped an old backup; finishing that');
+      await this.#fold(folded, work);
     }
-    if (await this.removeLeftovers()) log('the last run was interrupted; what it left behind is removed');
+    if (await this.removeLeftovers()) work.log('the last run was interrupted; what it left behind is removed');
   }
 
   async #install(): Promise<void> {
-    const { installing } = this.#manifest;
-    if (installing === null || this.image === undefined) return;
-    const waiting = path.join(this.home, installing);
-    if (fs.existsSync(waiting)) await moveFile(waiting, this.image);
+    if (this.#manifest.installing === null || this.image === undefined) return;
+    if (this.#waiting !== undefined) await moveFile(this.#waiting, this.image);
+    this.#waiting = undefined;
     await this.#write({ installing: null, stamps: await this.#stamps(this.points) });
   }
 
+  /** Whether the image that is to be installed still waits. Errors: BAD_TARGET. */
+  async #look(): Promise<void> {
+    const { installing } = this.#manifest;
+    const waiting = installing === null || this.image === undefined ? undefined : path.join(this.home, installing);
+    this.#waiting = waiting !== undefined && (await statRegular(waiting)) ? waiting : undefined;
+  }
+
   /** It must not carry damage into the image below it, on which others stand. */
-  async #checkIncrement(point: Point): Promise<void> {
+  async #checkIncrement(point: Point, signal: AbortSignal): Promise<void> {
     const hashes = await this.hashesOf(point);
     const chain = await this.openChain(point);
     try {
       for (let index = 0; index < hashes.count; index++) {
-        if (await hasOwn(chain.top, index * hashes.blockBytes, hashes.lengthOf(index))) {
-          await chain.readChecked(hashes, index);
-        }
+        index = Math.floor((await chain.nextStored(index * hashes.blockBytes, chain.top)) / hashes.blockBytes);
+        signal.throwIfAborted();
+        if (index < hashes.count) await chain.readChecked(hashes, index);
       }
     } finally {
       await chain.close();
     }
   }
 
+  /** Before anything is written down that only writing into the image can finish. Errors: BAD_TARGET. */
+  async #checkFoldable(point: Point): Promise<void> {
+    await (await openRegular(this.baseFile(point.chain), 'r+')).close();
+  }
+
   /**
    * Write an increment into the image below it. Done again from the beginning if it was interrupted: until the increment
    * is replaced by one that holds nothing it hides what changes below.
    */
-  async #fold(point: Point): Promise<void> {
+  async #fold(point: Point, work: TargetWork): Promise<void> {
     const baseFile = this.baseFile(point.chain);
     const increment = await IncrementReader.open(this.fileOf(point));
-    const base = await fs.promises.open(baseFile, 'r+');
+    const progress = work.progress('dropping an old backup', point.size);
+    let base: fs.promises.FileHandle | undefined;
     try {
+      base = await openRegular(baseFile, 'r+');
       await base.truncate(point.size);
-      for (let offset = 0; offset < point.size; offset += point.blockBytes) {
-        for (const run of await increment.runs(offset, point.blockBytes)) {
+      for (let offset = 0; offset < point.size;) {
+        work.signal.throwIfAborted();
+        const next = await increment.nextOwn(offset);
+        const length = Math.min(point.blockBytes, point.size - next);
+        for (const run of await increment.runs(next, length)) {
           if (run.kind === 'zeros') await zeroOut(base.fd, run.offset, run.length);
           if (run.kind !== 'data') continue;
           const data = Buffer.allocUnsafe(run.length);
           await increment.read(run, data);
           await writeFully(base.fd, data, run.offset);
         }
+        progress.advance(next + length - offset);
+        offset = next + length;
       }
       await base.sync();
     } finally {
-      await base.close();
+      progress.end();
+      await base?.close();
       await increment.close();
     }
     await this.writeEmpty(this.fileOf(point), point.size, point.chain);
@@ -392,6 +504,7 @@ export class BackupTarget {
     const manifest = { ...this.#manifest, ...change };
     await writeManifest(this.home, manifest);
     this.#manifest = manifest;
+    await this.#look();
   }
 
   /** Names, relative to the directory, of the files that backups are made of. */
@@ -405,22 +518,56 @@ export class BackupTarget {
   }
 
   async #stamps(points: readonly Point[]): Promise<Manifest['stamps']> {
-    const stamps: Record<string, { bytes: number; mtimeMs: number }> = {};
+    const stamps: Record<string, Stamp> = {};
     for (const name of this.#names(points)) {
-      const stamp = await stampOf(path.join(this.home, name)).catch((error: NodeJS.ErrnoException) => {
-        if (error.code !== 'ENOENT') throw error;
-        return undefined; // of an older chain; verify says so
-      });
-      if (stamp) stamps[name] = stamp;
+      const stamp = await stampOf(path.join(this.home, name));
+      if (stamp) stamps[name] = stamp; // else it is of an older chain; verify says so
     }
     return stamps;
   }
 }
 
-/** Whether the increment itself says anything about the range. */
-async function hasOwn(increment: IncrementReader | undefined, offset: number, length: number): Promise<boolean> {
-  const runs = (await increment?.runs(offset, length)) ?? [];
-  return runs.some(({ kind }) => kind !== 'below');
+/** Compare what is stored with its hashes; `before`: the hashes of the backup below the uppermost increment, if right. */
+async function verifyStored(
+  chain: Chain,
+  hashes: BlockHashes,
+  before: BlockHashes | undefined,
+  advance: (bytes: number) => void,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  const only = before && chain.top;
+  /** The block that the next stored byte is in. */
+  let stored = -1;
+  let looked = 0;
+  for (let index = 0; index < hashes.count; index++) {
+    if (stored < index) {
+      const next = await chain.nextStored(index * hashes.blockBytes, only);
+      stored = next >= hashes.size ? hashes.count : Math.floor(next / hashes.blockBytes);
+    }
+    const isExpected = before ? hashes.agrees(index, before) : hashes.isZero(index);
+    if (stored === index || !isExpected) {
+      signal?.throwIfAborted();
+      await chain.readChecked(hashes, index);
+    } else if (++looked % BLOCKS_AT_ONCE === 0) {
+      // Promises alone never let a signal in.
+      await new Promise((resolve) => setImmediate(resolve));
+      signal?.throwIfAborted();
+    }
+    advance(hashes.lengthOf(index));
+  }
+}
+
+function isDamage(error: unknown): error is OperationError {
+  return error instanceof OperationError && error.code === 'DAMAGED';
+}
+
+/** Of the disks, together. */
+export function bytesOf(points: readonly Point[]): number {
+  return points.reduce((sum, { size }) => sum + size, 0);
+}
+
+function namesIn(directory: string): Promise<string[]> {
+  return inDirectory(directory, (at) => fs.promises.readdir(at('.')));
 }
 
 async function zeroOut(fd: number, offset: number, length: number): Promise<void> {
@@ -431,14 +578,18 @@ async function zeroOut(fd: number, offset: number, length: number): Promise<void
   }
 }
 
-async function stampOf(file: string): Promise<{ bytes: number; mtimeMs: number }> {
-  const { size, mtimeMs } = await fs.promises.stat(file);
-  return { bytes: size, mtimeMs: Math.floor(mtimeMs) };
+/** undefined if there is no such file. Errors: BAD_TARGET. */
+async function stampOf(file: string): Promise<Stamp | undefined> {
+  const found = await statRegular(file);
+  return found && { bytes: found.size, mtimeMs: Math.floor(found.mtimeMs) };
 }
 
 /** Make the directory, but not those above it: a backup disk that is not mounted must not be taken for an empty one. */
-function makeHome({ home, image }: Place, given: string): boolean {
-  if (fs.existsSync(home)) return false;
+async function makeHome({ home, image }: Place, given: string): Promise<boolean> {
+  if (fs.lstatSync(home, { throwIfNoEntry: false })) {
+    await namesIn(home); // it is a directory, and not a link to one
+    return false;
+  }
   if (image !== undefined && fs.existsSync(image)) {
     throw new OperationError(
       'BAD_TARGET',
@@ -453,9 +604,9 @@ function makeHome({ home, image }: Place, given: string): boolean {
   return true;
 }
 
-function refuseForeign({ home, image }: Place, given: string, isNew: boolean): void {
+async function refuseForeign({ home, image }: Place, given: string, isNew: boolean): Promise<void> {
   if (isNew) return;
-  const names = fs.readdirSync(home);
+  const names = await namesIn(home);
   if (names.some((name) => OUR_FILES.test(name) && name.endsWith('.hashes'))) {
     throw new OperationError(
       'DAMAGED',
@@ -483,8 +634,9 @@ function notATarget(given: string, { home, image }: Place): OperationError {
   const within = fs.existsSync(home)
     ? fs.readdirSync(home).filter((name) => fs.existsSync(path.join(home, name, MANIFEST)))
     : [];
+  const named = within.slice(0, MAX_NAMED).map((name) => path.join(given, name));
   const hint =
-    within.length === 0 ? '' : `; there are some in ${within.map((name) => path.join(given, name)).join(', ')}`;
+    within.length === 0 ? '' : `; there are some in ${named.join(', ')}${within.length > MAX_NAMED ? ', …' : ''}`;
   return new OperationError('BAD_TARGET', `there are no backups in ${given}${hint}`);
 }
 
@@ -493,7 +645,7 @@ async function lockOf(home: string, flags: 'r' | 'r+'): Promise<fs.promises.File
   const file = path.join(home, LOCK);
   let handle: fs.promises.FileHandle;
   try {
-    handle = await fs.promises.open(file, flags === 'r' ? 'r' : 'a', 0o600);
+    handle = await openLock(file, flags);
   } catch (error) {
     if (flags === 'r' && (error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;

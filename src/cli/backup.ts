@@ -5,7 +5,7 @@ import { asOperationError, OperationError } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
-import { printJson, printLine } from './output.js';
+import { printJson, printLine, printNote } from './output.js';
 import { startProgress } from './progress.js';
 import { formatSize } from './size.js';
 
@@ -16,6 +16,7 @@ interface BackupOptions extends CommonOptions, FreezeOptions {
   readonly compare?: boolean;
   readonly base: boolean;
   readonly verify: boolean;
+  readonly sha256?: boolean;
 }
 
 const HELP = `
@@ -44,33 +45,33 @@ export function backupCommand(): Command {
     .addOption(new Option('--compare', 'find what has changed by reading all of the VDI').conflicts('full'))
     .option('--no-base', 'keep no snapshot of the VDI: the next backup has to read all of it')
     .option('--no-verify', 'do not read back what was written')
+    .option('--sha256', 'compute the SHA-256 of the whole image, its zeros too, and keep it with the backup')
     .addHelpText('after', HELP);
   return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
     const startedAt = Date.now();
     const notes: string[] = [];
     const log = (line: string): void => {
       notes.push(line);
-      if (!options.json) process.stderr.write(`sheepgate: note: ${line}\n`);
+      if (!options.json) printNote(line);
     };
     const taken = await interruptible(async (signal) => {
       const moment = new FrozenMoment(options, signal);
-      const result = await withOperations(options, (operations) =>
-        takeBackup(operations, {
-          vdi: name,
-          to: options.to,
-          keep: options.keep,
-          isFull: options.full ?? false,
-          compares: options.compare ?? false,
-          keepsBase: options.base,
-          verifies: options.verify,
-          moment: moment.during,
-          progress: startProgress,
-          log,
-          signal,
-        }).catch((error: unknown) => {
-          throw withAdvice(error, options);
-        }),
-      );
+      const result = await takeBackup((work) => withOperations(options, work), {
+        vdi: name,
+        to: options.to,
+        keep: options.keep,
+        isFull: options.full ?? false,
+        compares: options.compare ?? false,
+        keepsBase: options.base,
+        verifies: options.verify,
+        sha256: options.sha256 ?? false,
+        moment: moment.during,
+        progress: startProgress,
+        log,
+        signal,
+      }).catch((error: unknown) => {
+        throw withAdvice(error, options);
+      });
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
       return result;
     });
@@ -92,7 +93,7 @@ function print(
   seconds: number,
   notes: readonly string[],
 ): void {
-  const { id, time, isFull, size, changedBytes, storedBytes, sha256, base } = point;
+  const { id, time, isFull, size, changedBytes, storedBytes, treeHash, blockBytes, sha256, base } = point;
   if (options.json) {
     printJson({
       vdi,
@@ -104,7 +105,9 @@ function print(
       changedBytes,
       storedBytes,
       file,
-      sha256,
+      treeHash,
+      treeBlockBytes: blockBytes,
+      sha256: sha256 ?? null,
       base: base?.tag ?? null,
       kept,
       dropped,
@@ -117,5 +120,6 @@ function print(
     ? `full, ${formatSize(storedBytes)} of data of ${formatSize(size)}`
     : `${formatSize(changedBytes)} changed of ${formatSize(size)}, ${formatSize(storedBytes)} stored`;
   const gone = dropped.length === 0 ? '' : `; dropped backup ${dropped.join(', ')}`;
-  printLine(`backed up ${vdi}: ${what}, in ${seconds.toFixed(1)} s; backup ${id}, ${file}${gone}`);
+  const hash = sha256 === undefined ? '' : `; SHA-256 ${sha256}`;
+  printLine(`backed up ${vdi}: ${what}, in ${seconds.toFixed(1)} s; backup ${id}, ${file}${gone}${hash}`);
 }

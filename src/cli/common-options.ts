@@ -9,6 +9,7 @@ import { OperationError, type Operations } from '../daemon/operations.js';
 import { defaultStore } from '../daemon/places.js';
 import { clusterLocation } from '../store/sheep/cluster-address.js';
 import { closing } from './closing.js';
+import { printNote } from './output.js';
 import { parseSize, SizeError } from './size.js';
 
 export interface CommonOptions {
@@ -98,7 +99,7 @@ export async function withOperations<T>(
     ...place,
     mayCreate,
     missingIsZero,
-    log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
+    log: printNote,
   });
   const { explainIdentity } = await import('../daemon/store-owner.js');
   return closing(operations, async () => {

@@ -11,6 +11,8 @@ import type { Progress } from './progress.js';
 
 /** One request. */
 const CHUNK_BYTES = 2 ** 20;
+/** Zeros that are not written, at a time: so that a signal is seen between. */
+const ZERO_PIECE_BYTES = 256 * 2 ** 20;
 /** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
 const ZEROS = Buffer.alloc(ZERO_UNIT_BYTES);
@@ -95,35 +97,38 @@ export async function zeroRest(disk: Disk, from: number): Promise<void> {
 }
 
 /**
- * Copy the disk into a file from its beginning. `holesAreZeros`: what is not written reads as zeros (a new file);
- * otherwise zeros are written (a block device).
+ * Copy the disk into a file or device from its beginning. `zero` makes a range of it zeros; without it what is not written
+ * reads as zeros already (a new file).
  */
 export async function copyDiskToFile(
   disk: Disk,
   fd: number,
-  options: CopyOptions & { readonly holesAreZeros: boolean },
+  options: CopyOptions & { readonly zero?: (offset: number, length: number) => Promise<void> },
 ): Promise<Copied> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const { progress, signal, zero } = options;
   await inFlight(async (flight) => {
-    for await (const { offset, length, isData } of piecesOf(disk)) {
-      options.signal.throwIfAborted();
-      if (!isData && options.holesAreZeros) {
+    for await (const { offset, length, isData } of piecesOf(disk, ZERO_PIECE_BYTES)) {
+      signal.throwIfAborted();
+      if (!isData) {
         copied.zeroBytes += length;
-        options.progress.advance(length);
+        if (zero) await flight.add(() => zero(offset, length).then(() => progress.advance(length)));
+        else progress.advance(length);
         continue;
       }
       await flight.add(async () => {
-        const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
-        if (isData) await disk.read(offset, buffer);
+        const buffer = Buffer.allocUnsafe(length);
+        await disk.read(offset, buffer);
         for (const part of splitZeros(buffer)) {
-          if (part.isZero && options.holesAreZeros) {
+          if (part.isZero) {
+            await zero?.(offset + part.from, part.length);
             copied.zeroBytes += part.length;
             continue;
           }
           await writeFully(fd, buffer.subarray(part.from, part.from + part.length), offset + part.from);
           copied.dataBytes += part.length;
         }
-        options.progress.advance(length);
+        progress.advance(length);
       });
     }
   });
@@ -172,14 +177,15 @@ function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<v
   });
 }
 
-/** The disk in order, in pieces of at most CHUNK_BYTES, from what it says about its allocation. */
+/** The disk in order, from what it says about its allocation: data in pieces of at most CHUNK_BYTES. */
 async function* piecesOf(
   disk: Disk,
+  maxZeroBytes = CHUNK_BYTES,
 ): AsyncGenerator<{ readonly offset: number; readonly length: number; readonly isData: boolean }> {
   let done = 0;
   function* upTo(end: number, isData: boolean): Generator<{ offset: number; length: number; isData: boolean }> {
     while (done < end) {
-      const piece = { offset: done, length: Math.min(CHUNK_BYTES, end - done), isData };
+      const piece = { offset: done, length: Math.min(isData ? CHUNK_BYTES : maxZeroBytes, end - done), isData };
       done += piece.length;
       yield piece;
     }

@@ -3,23 +3,19 @@
  * the hashes of both sides. Owns the units in which that is done and the requests in flight; knows no names, snapshots or
  * stores.
  */
-import { createHash } from 'node:crypto';
 import type { DataPage, Disk } from '../daemon/operations.js';
+import { hashOf, isZeros, NO_HASH, type BlockHashes } from '../backup/block-hashes.js';
 import { inFlight } from '../backup/flight.js';
 import type { Progress } from './progress.js';
 
-/** What is read, compared and hashed at a time: a data object of the usual size, so that a new one is written whole. */
+/** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */
 export const UNIT_BYTES = 4 * 2 ** 20;
 /** Differences are found in blocks of this size. */
 const BLOCK_BYTES = 4096;
 /** Differences that are no further apart than this are written in one request. */
 const BRIDGE_BYTES = 32 * 2 ** 10;
-const DIGEST_BYTES = 32;
 /** Ranges that a mismatch spells out. */
 const MAX_MISMATCHES = 8;
-const ZEROS = Buffer.alloc(UNIT_BYTES);
-/** Of a unit that is all zeros, however it is stored. */
-const ZERO_DIGEST = Buffer.alloc(DIGEST_BYTES);
 
 export interface Range {
   readonly from: number;
@@ -31,21 +27,23 @@ export interface Work {
   readonly signal: AbortSignal;
 }
 
-/** The units of a disk of `size` bytes that must be looked at. */
+/** The units of a disk of `size` bytes that must be looked at: of `unitBytes` each, the last one shorter. */
 export class Units {
   readonly size: number;
+  readonly unitBytes: number;
   readonly #marked: Uint8Array;
 
-  constructor(size: number) {
+  constructor(size: number, unitBytes = UNIT_BYTES) {
     this.size = size;
-    this.#marked = new Uint8Array(Math.ceil(size / UNIT_BYTES));
+    this.unitBytes = unitBytes;
+    this.#marked = new Uint8Array(Math.ceil(size / unitBytes));
   }
 
   /** What lies behind the end does not count. */
   mark(offset: number, length: number): void {
     const end = Math.min(offset + length, this.size);
     if (end <= offset) return;
-    this.#marked.fill(1, Math.floor(offset / UNIT_BYTES), Math.ceil(end / UNIT_BYTES));
+    this.#marked.fill(1, Math.floor(offset / this.unitBytes), Math.ceil(end / this.unitBytes));
   }
 
   /** Mark the ranges of all pages, from the first on. */
@@ -68,7 +66,7 @@ export class Units {
   *ranges(): Generator<Range> {
     for (let n = 0; n < this.#marked.length; n++) {
       if (this.#marked[n] === 0) continue;
-      yield { from: n * UNIT_BYTES, to: Math.min((n + 1) * UNIT_BYTES, this.size) };
+      yield { from: n * this.unitBytes, to: Math.min((n + 1) * this.unitBytes, this.size) };
     }
   }
 }
@@ -184,7 +182,7 @@ export function differences(want: Buffer, have: Buffer | undefined): (Range & { 
   const runs: { from: number; to: number; isZero: boolean }[] = [];
   for (let from = 0; from < want.length; from += BLOCK_BYTES) {
     const to = Math.min(from + BLOCK_BYTES, want.length);
-    const isZero = ZEROS.compare(want, from, to, 0, to - from) === 0;
+    const isZero = isZeros(want.subarray(from, to));
     if (have ? have.compare(want, from, to, from, to) === 0 : isZero) continue;
     const last = runs.at(-1);
     if (isZero) {
@@ -209,50 +207,19 @@ async function readPart(disk: Disk, from: number, to: number, data: Range): Prom
   return buffer;
 }
 
-/** The hashes of a disk's units: what its content is, however it is stored. */
-export class Fingerprint {
-  readonly size: number;
-  readonly #digests: Buffer;
-  /** Whether every unit's hash is known; else they are those of the units that were compared. */
+/** Hashes of the blocks of a disk, by which it is compared; all of them, or those of the blocks that were compared. */
+export interface Fingerprint {
+  readonly hashes: BlockHashes;
+  /** Whether every block's hash is known. */
   readonly isWhole: boolean;
-
-  /** `before`: of a disk that has the same content but for the units that are set afterwards. */
-  constructor(size: number, isWhole: boolean, before?: Fingerprint) {
-    this.size = size;
-    this.isWhole = isWhole;
-    this.#digests = Buffer.alloc(Math.ceil(size / UNIT_BYTES) * DIGEST_BYTES);
-    if (before) before.#digests.copy(this.#digests);
-  }
-
-  set(offset: number, digest: Buffer): void {
-    digest.copy(this.#digests, (offset / UNIT_BYTES) * DIGEST_BYTES);
-  }
-
-  /**
-   * One hash for all: SHA-256 over, for every unit of 4 MiB that is not all zeros, its offset (8 bytes, big-endian) and the
-   * SHA-256 of its bytes, and at last the size of the disk (8 bytes). undefined if units are not known.
-   */
-  hash(): string | undefined {
-    if (!this.isWhole) return undefined;
-    const hash = createHash('sha256');
-    const number = Buffer.alloc(8);
-    for (let at = 0; at < this.#digests.length; at += DIGEST_BYTES) {
-      const digest = this.#digests.subarray(at, at + DIGEST_BYTES);
-      if (digest.equals(ZERO_DIGEST)) continue;
-      number.writeBigUInt64BE(BigInt((at / DIGEST_BYTES) * UNIT_BYTES));
-      hash.update(number).update(digest);
-    }
-    number.writeBigUInt64BE(BigInt(this.size));
-    return hash.update(number).digest('hex');
-  }
 }
 
-/** Read the marked units of both disks into `fingerprint`. Returns the units that differ. */
+/** Read the marked units of both disks, which are the blocks of `hashes`, into it. Returns the units that differ. */
 export async function compare(
   source: Disk,
   target: Disk,
   units: Units,
-  fingerprint: Fingerprint,
+  hashes: BlockHashes,
   work: Work,
 ): Promise<Range[]> {
   const differing: Range[] = [];
@@ -265,10 +232,10 @@ export async function compare(
       const other = await right.within(from, to);
       await flight.add(async () => {
         const [digest, otherDigest] = await Promise.all([
-          digestOf(source, from, to, data),
-          digestOf(target, from, to, other),
+          hashOfUnit(source, from, to, data),
+          hashOfUnit(target, from, to, other),
         ]);
-        fingerprint.set(from, digest);
+        hashes.set(from / units.unitBytes, digest);
         if (!digest.equals(otherDigest)) differing.push({ from, to });
         work.progress.advance(to - from);
       });
@@ -277,11 +244,8 @@ export async function compare(
   return differing.sort((a, b) => a.from - b.from);
 }
 
-async function digestOf(disk: Disk, from: number, to: number, data: Range | undefined): Promise<Buffer> {
-  if (!data) return ZERO_DIGEST;
-  const bytes = await readPart(disk, from, to, data);
-  if (ZEROS.compare(bytes, 0, bytes.length, 0, bytes.length) === 0) return ZERO_DIGEST;
-  return createHash('sha256').update(bytes).digest();
+async function hashOfUnit(disk: Disk, from: number, to: number, data: Range | undefined): Promise<Buffer> {
+  return data ? hashOf(await readPart(disk, from, to, data)) : NO_HASH;
 }
 
 /** For people: where exactly the units differ. */

@@ -1,13 +1,18 @@
 /** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
 import fs from 'node:fs';
+import path from 'node:path';
 import type { Writable } from 'node:stream';
 import { Command } from 'commander';
+import { createFile, moveFile, openRegular, removeFile } from '../backup/target-files.js';
 import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
+import { tryLock } from '../store/local/libc.js';
+import { BlockDevice } from './block-device.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
 import { interruptible } from './interrupt.js';
 import { missingOption } from './missing.js';
-import { printJson } from './output.js';
+import { printJson, printNote } from './output.js';
+import { printable } from './printable.js';
 import { startProgress, type Progress } from './progress.js';
 import { formatSize } from './size.js';
 
@@ -36,7 +41,7 @@ export function exportCommand(): Command {
     .description('copy a VDI or snapshot into a raw image; zeros become holes')
     .argument('<vdi>', 'NAME, NAME@TAG, @ID, or NAME@now for a snapshot that lasts as long as the copying')
     .argument('<file>', 'file, block device, or - for stdout')
-    .option('--force', 'replace an existing file')
+    .option('--force', 'replace an existing file, overwrite a device that holds something')
     .addOption(missingOption())
     .addHelpText(
       'after',
@@ -69,9 +74,8 @@ export function exportCommand(): Command {
     });
     const seconds = (Date.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
-    process.stderr.write(
-      `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s: ${formatSize(copied.dataBytes)} of data\n`,
-    );
+    const what = `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s`;
+    process.stderr.write(`${printable(what)}: ${formatSize(copied.dataBytes)} of data\n`);
   });
 }
 
@@ -100,9 +104,16 @@ async function openTarget(file: string, mayReplace: boolean): Promise<Target> {
   if (status?.isFIFO() || status?.isCharacterDevice()) {
     return toStream(fs.createWriteStream(file, { flags: 'r+' }), file);
   }
-  if (status?.isBlockDevice()) return toBlockDevice(file);
-  if (status && !mayReplace) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
+  if (status?.isBlockDevice()) return toBlockDevice(await BlockDevice.open(file, mayReplace));
+  // A link that leads nowhere is something that is there, too.
+  if (!mayReplace && fs.lstatSync(file, { throwIfNoEntry: false })) {
+    throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
+  }
   return toFile(file);
+}
+
+function nothing(): Promise<void> {
+  return Promise.resolve();
 }
 
 function toStream(stream: Writable, name: string): Target {
@@ -112,47 +123,89 @@ function toStream(stream: Writable, name: string): Target {
     try {
       return await copyDiskToStream(disk, stream, { progress, signal });
     } catch (error) {
-      const { code, syscall, message } = error as NodeJS.ErrnoException;
-      if (syscall === undefined) throw error;
-      const why = code === 'EPIPE' ? 'its reader is gone' : message;
-      throw new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
+      throw notComplete(error, name);
     }
   };
-  const nothing = (): Promise<void> => Promise.resolve();
   return { copy, finish: nothing, abandon: nothing };
 }
 
+/** What is there now is no image, and nothing else either. */
+function notComplete(error: unknown, name: string): unknown {
+  const { code, syscall, message } = error as NodeJS.ErrnoException;
+  if (syscall === undefined) return error;
+  const why = code === 'EPIPE' ? 'its reader is gone' : message;
+  return new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
+}
+
 /** Under another name until it is complete and on disk: a file of this name is a whole image, also after a crash. */
-async function toFile(file: string): Promise<Target> {
+async function toFile(given: string): Promise<Target> {
+  const file = path.join(fs.realpathSync(path.dirname(path.resolve(given))), path.basename(given));
   const partial = `${file}${PARTIAL}`;
-  const handle = await fs.promises.open(partial, 'w', 0o600);
+  await refuseIfWritten(partial, given);
+  const handle = await createFile(partial);
+  // For others who want to write it: see refuseIfWritten.
+  isOurs(handle.fd);
   return {
     copy: async (disk, progress, signal) => {
       await handle.truncate(disk.size);
-      const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: true });
+      const copied = await copyDiskToFile(disk, handle.fd, { progress, signal });
       await handle.sync();
       return copied;
     },
     finish: async () => {
       await handle.close();
-      await fs.promises.rename(partial, file);
+      await moveFile(partial, file);
     },
     abandon: async () => {
       await handle.close().catch(() => undefined);
-      await fs.promises.unlink(partial).catch(() => undefined);
+      await removeFile(partial).catch(() => undefined);
     },
   };
 }
 
-async function toBlockDevice(file: string): Promise<Target> {
-  const handle = await fs.promises.open(file, 'r+');
-  return {
-    copy: async (disk, progress, signal) => {
-      const copied = await copyDiskToFile(disk, handle.fd, { progress, signal, holesAreZeros: false });
-      await handle.sync();
+/** What a killed export left is replaced; what another one is writing is not. Errors: BUSY, BAD_TARGET. */
+async function refuseIfWritten(partial: string, file: string): Promise<void> {
+  const handle = await openRegular(partial, 'r+').catch((error: NodeJS.ErrnoException) => {
+    if (error.code !== 'ENOENT') throw error;
+    return undefined;
+  });
+  if (!handle) return;
+  try {
+    if (!isOurs(handle.fd)) throw new OperationError('BUSY', `another export is writing ${file}; wait for it to end`);
+  } finally {
+    await handle.close();
+  }
+}
+
+/** Lock it. Where the filesystem has no locks, there is nobody to tell of. */
+function isOurs(fd: number): boolean {
+  try {
+    return tryLock(fd);
+  } catch {
+    return true;
+  }
+}
+
+function toBlockDevice(device: BlockDevice): Target {
+  const copy: Copy = async (disk, progress, signal) => {
+    const { file, size } = device;
+    if (size < disk.size) {
+      throw new OperationError(
+        'BAD_SIZE',
+        `${file} has ${size} bytes, and the image ${disk.size}: it does not fit; nothing was written`,
+      );
+    }
+    try {
+      const zero = (offset: number, length: number): Promise<void> => device.zero(offset, length);
+      const copied = await copyDiskToFile(disk, device.fd, { progress, signal, zero });
+      await device.sync();
       return copied;
-    },
-    finish: () => handle.close(),
-    abandon: () => handle.close().catch(() => undefined),
+    } catch (error) {
+      const told = notComplete(error, file);
+      // Interrupted, or it could not be read: that is the error, and this what it leaves behind.
+      if (told === error) printNote(`the image on ${file} is not complete: export it again`);
+      throw told;
+    }
   };
+  return { copy, finish: () => device.close(), abandon: () => device.close().catch(() => undefined) };
 }

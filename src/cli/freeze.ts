@@ -8,6 +8,7 @@ import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError } from '../daemon/operations.js';
+import { printNote } from './output.js';
 import type { GuardLine } from './thaw-guard.js';
 
 /** A guest that is frozen for longer has its users call: nothing that we do meanwhile takes as much. */
@@ -73,7 +74,7 @@ export class FrozenMoment {
       const { failure } = await guard.thaw();
       if (failure !== null) {
         this.#thawFailure = `the thaw command ${failure}: thaw by hand what is frozen`;
-        process.stderr.write(`sheepgate: note: ${this.#thawFailure}\n`);
+        printNote(this.#thawFailure);
       }
     }
     const { isLate } = await guard.thaw();

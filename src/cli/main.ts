@@ -11,6 +11,7 @@ import { exportCommand } from './export.js';
 import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { migrateCommand } from './migrate.js';
+import { printable } from './printable.js';
 import { restoreCommand } from './restore.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
@@ -78,7 +79,7 @@ function endWith(error: unknown): number {
 }
 
 function oneLine(text: string): string {
-  return text.replaceAll(/\s*\n\s*/g, ' ');
+  return printable(text.replaceAll(/\s*\n\s*/g, ' '));
 }
 
 // `sheepgate vdi list | head`: whoever reads no further wants no error either. Without a reader there is nothing to say.

@@ -5,7 +5,7 @@ import { closing } from './closing.js';
 import { forceOption } from './common-options.js';
 import { interruptible, InterruptedError } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
-import { printJson, printLine, table } from './output.js';
+import { printJson, printLine, printNote, table } from './output.js';
 import { missingOption } from './missing.js';
 import { openPlace, placeArgument, PLACE_HELP } from './place.js';
 import { formatSize } from './size.js';
@@ -18,6 +18,7 @@ interface MigrateOptions {
   readonly as?: string;
   readonly sync?: boolean;
   readonly verify: Verify;
+  readonly sha256?: boolean;
   readonly missing?: 'zero';
   readonly force?: boolean;
   readonly json?: boolean;
@@ -54,6 +55,7 @@ export function migrateCommand(): Command {
         .choices(['all', 'changed', 'only'])
         .default('all'),
     )
+    .option('--sha256', 'compute the SHA-256 of the whole images, their zeros too, as sha256sum says it')
     .addOption(missingOption())
     .addOption(forceOption())
     .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
@@ -76,6 +78,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         newName,
         sync: options.sync ?? false,
         verify: options.verify,
+        sha256: options.sha256 ?? false,
         isReadOnly: options.missing !== undefined,
         force: options.force,
         signal,
@@ -85,7 +88,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
       } catch (error) {
         if (!migration.hasClaimed) throw error;
         const rest = `${newName} in ${target.store} is not complete, and the same command goes on from there`;
-        if (error instanceof InterruptedError) process.stderr.write(`sheepgate: note: ${rest}\n`);
+        if (error instanceof InterruptedError) printNote(rest);
         const expected = asOperationError(error);
         if (expected && expected.code !== 'MISMATCH') {
           throw new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
@@ -128,20 +131,21 @@ async function withBoth<T>(
 function printResult(
   name: string,
   newName: string,
-  { from, to, verify }: MigrateOptions,
+  { from, to, verify, sha256: hasSha256 }: MigrateOptions,
   { snapshots, working, isFinished }: MigrationResult,
   seconds: number,
 ): void {
   const all: readonly Migrated[] = working ? [...snapshots, working] : snapshots;
   const copied = all.reduce((sum, { copiedBytes }) => sum + copiedBytes, 0);
-  const rows = all.map(({ tag, size, copiedBytes, comparedBytes, sha256 }) => [
+  const rows = all.map(({ tag, size, copiedBytes, comparedBytes, treeHash, sha256 }) => [
     tag === null ? newName : `${newName}@${tag}`,
     formatSize(size),
     formatSize(copiedBytes),
     formatSize(comparedBytes),
-    sha256 ?? '-',
+    treeHash ?? '-',
+    ...(hasSha256 ? [sha256 ?? '-'] : []),
   ]);
-  const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'SHA256'];
+  const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'TREEHASH', ...(hasSha256 ? ['SHA256'] : [])];
   process.stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
   const what = `${name} from ${from} ${verify === 'only' ? 'and' : 'to'} ${newName} in ${to}`;
   if (verify === 'only') printLine(`compared ${what} in ${seconds.toFixed(1)} s: they are the same`);

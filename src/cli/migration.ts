@@ -8,11 +8,21 @@
  * written since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
  */
 import { createHash, randomBytes } from 'node:crypto';
+import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
+import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { closing } from './closing.js';
-import { compare, describeDifferences, Fingerprint, makeSame, Units, type Work } from './disk-difference.js';
+import {
+  compare,
+  describeDifferences,
+  makeSame,
+  Units,
+  UNIT_BYTES,
+  type Fingerprint,
+  type Work,
+} from './disk-difference.js';
 import { startProgress } from './progress.js';
 
 /** What is read again when it is said to be there: everything; only what this run copies; everything, copying nothing. */
@@ -25,6 +35,8 @@ export interface MigrationOptions {
   /** More runs follow: leave the mark that lets them go on. */
   readonly sync: boolean;
   readonly verify: Verify;
+  /** Compute the SHA-256 of the images. */
+  readonly sha256: boolean;
   /** The source may only be read. */
   readonly isReadOnly: boolean;
   /** Also if a client that was cut off from the target may come back. */
@@ -41,7 +53,10 @@ export interface Migrated {
   readonly zeroedBytes: number;
   /** Read on both sides and compared. */
   readonly comparedBytes: number;
-  /** Fingerprint.hash; null if not all of it was read. */
+  /** BlockHashes.treeHash, over blocks of so many bytes; null if not all of it was read. */
+  readonly treeHash: string | null;
+  readonly treeBlockBytes: number;
+  /** Of the whole image in the target, as sha256sum says it; null if it was not asked for. */
   readonly sha256: string | null;
 }
 
@@ -66,6 +81,8 @@ interface Goal {
   /** undefined: the present content. */
   readonly tag: string | undefined;
   readonly size: number;
+  /** Of the blocks that are compared. */
+  readonly blockBytes: number;
   readonly takenAt: number;
   /** A snapshot that both sides have, and from which this differs as little as is known. */
   readonly base: VdiRecord | undefined;
@@ -278,7 +295,8 @@ export class Migration {
       if (found) {
         // Of the same time it is the same one, and was compared before it got its tag.
         const isTrusted = this.#options.verify === 'changed' && found.snapshotAt === snapshot.snapshotAt;
-        this.#done.set(tag, isTrusted ? trusted(goal) : await this.#verify(goal, `${newName}@${tag}`));
+        const label = `${newName}@${tag}`;
+        this.#done.set(tag, isTrusted ? await this.#trust(goal, label) : await this.#verify(goal, label));
         this.#forgetUnused(history, n);
         continue;
       }
@@ -291,14 +309,15 @@ export class Migration {
 
   #goalOf(history: History, n: number): Goal {
     const { name } = this.#options;
-    const { tag, size, snapshotAt } = history.snapshots[n] as VdiRecord;
+    const { tag, size, blockSizeShift, snapshotAt } = history.snapshots[n] as VdiRecord;
     const spec = `${name}@${tag}`;
-    return { spec, tag, size, takenAt: snapshotAt, base: baseOf(history, n), label: spec };
+    const blockBytes = blockBytesOf(blockSizeShift);
+    return { spec, tag, size, blockBytes, takenAt: snapshotAt, base: baseOf(history, n), label: spec };
   }
 
-  #presentGoal(history: History, { name }: VdiRecord, { spec, size }: Present): Goal {
+  #presentGoal(history: History, { name, blockSizeShift }: VdiRecord, { spec, size }: Present): Goal {
     const base = baseOf(history, history.snapshots.length);
-    return { spec, tag: undefined, size, takenAt: 0, base, label: name };
+    return { spec, tag: undefined, size, blockBytes: blockBytesOf(blockSizeShift), takenAt: 0, base, label: name };
   }
 
   /** Make the working VDI of the target read as the goal, and compare. */
@@ -308,13 +327,13 @@ export class Migration {
     const working = (await this.#targetRecords()).find(({ isSnapshot }) => !isSnapshot);
     if (working && working.size !== goal.size) await this.#target.resize(newName, goal.size, { force: true });
     return this.#withDisks(goal, newName, async (source, target) => {
-      const units = await this.#unitsOf(goal, source, target, newName);
+      const units = await this.#unitsOf(goal, source, target, newName, UNIT_BYTES);
       const written = await withProgress(`copying ${goal.label}`, units, signal, (work) =>
         makeSame(source, target, units, work),
       );
       await target.flush();
       const compared = await this.#compare(goal, source, target, newName, 'start again to copy that anew');
-      return migratedOf(goal, compared, written);
+      return migratedOf(goal, compared, await this.#sha256Of(target, goal), written);
     });
   }
 
@@ -353,8 +372,28 @@ export class Migration {
         goal.tag === undefined
           ? 'one of them was written since'
           : 'to copy it anew, delete it and the snapshots after it in the target, and start again';
-      return migratedOf(goal, await this.#compare(goal, source, target, targetSpec, remedy));
+      const compared = await this.#compare(goal, source, target, targetSpec, remedy);
+      return migratedOf(goal, compared, await this.#sha256Of(target, goal));
     });
+  }
+
+  /** It is there and was compared before. */
+  async #trust(goal: Goal, targetSpec: string): Promise<Migrated> {
+    if (!this.#options.sha256) return trusted(goal, null);
+    const target = await this.#target.openDisk(targetSpec);
+    return closing(target, async () => trusted(goal, await this.#sha256Of(target, goal)));
+  }
+
+  /** null if it was not asked for. */
+  async #sha256Of(disk: Disk, { label }: Goal): Promise<string | null> {
+    const { sha256, signal } = this.#options;
+    if (!sha256) return null;
+    const progress = startProgress(`SHA-256 of ${label}`, disk.size);
+    try {
+      return await diskSha256(disk, { progress, signal });
+    } finally {
+      progress.end();
+    }
   }
 
   async #withDisks<T>(goal: Goal, targetSpec: string, work: (source: Disk, target: Disk) => Promise<T>): Promise<T> {
@@ -366,10 +405,10 @@ export class Migration {
   }
 
   /** Where the two may differ: where either differs from a base that both have, or else where either has data. */
-  async #unitsOf(goal: Goal, source: Disk, target: Disk, targetSpec: string): Promise<Units> {
+  async #unitsOf(goal: Goal, source: Disk, target: Disk, targetSpec: string, unitBytes: number): Promise<Units> {
     const { name, newName, signal } = this.#options;
     const { base, spec, size } = goal;
-    const units = new Units(size);
+    const units = new Units(size, unitBytes);
     if (base) {
       await units.markPages((offset) => this.#source.changes(spec, `${name}@${base.tag}`, offset), signal);
       await units.markPages((offset) => this.#target.changes(targetSpec, `${newName}@${base.tag}`, offset), signal);
@@ -385,11 +424,12 @@ export class Migration {
   /** Errors: MISMATCH. */
   async #compare(goal: Goal, source: Disk, target: Disk, targetSpec: string, remedy: string): Promise<ComparedUnits> {
     const { signal } = this.#options;
-    const units = await this.#unitsOf(goal, source, target, targetSpec);
+    const units = await this.#unitsOf(goal, source, target, targetSpec, goal.blockBytes);
     const before = goal.base && this.#fingerprints.get(goal.base.tag);
-    const fingerprint = new Fingerprint(goal.size, !goal.base || before?.isWhole === true, before);
+    const hashes = new BlockHashes(goal.size, goal.blockBytes, before?.hashes);
+    const fingerprint: Fingerprint = { hashes, isWhole: !goal.base || before?.isWhole === true };
     const differing = await withProgress(`comparing ${goal.label}`, units, signal, (work) =>
-      compare(source, target, units, fingerprint, work),
+      compare(source, target, units, hashes, work),
     );
     if (differing.length > 0) {
       const where = await describeDifferences(source, target, differing);
@@ -508,16 +548,19 @@ async function withProgress<T>(
 }
 
 function migratedOf(
-  { tag, size }: Goal,
+  { tag, size, blockBytes }: Goal,
   { fingerprint, bytes }: ComparedUnits,
+  sha256: string | null,
   { copiedBytes, zeroedBytes } = { copiedBytes: 0, zeroedBytes: 0 },
 ): Migrated {
-  const sha256 = fingerprint.hash() ?? null;
-  return { tag: tag ?? null, size, copiedBytes, zeroedBytes, comparedBytes: bytes, sha256 };
+  const treeHash = fingerprint.isWhole ? fingerprint.hashes.treeHash : null;
+  const hashes = { treeHash, treeBlockBytes: blockBytes, sha256 };
+  return { tag: tag ?? null, size, copiedBytes, zeroedBytes, comparedBytes: bytes, ...hashes };
 }
 
-function trusted({ tag, size }: Goal): Migrated {
-  return { tag: tag ?? null, size, copiedBytes: 0, zeroedBytes: 0, comparedBytes: 0, sha256: null };
+function trusted({ tag, size, blockBytes }: Goal, sha256: string | null): Migrated {
+  const hashes = { treeHash: null, treeBlockBytes: blockBytes, sha256 };
+  return { tag: tag ?? null, size, copiedBytes: 0, zeroedBytes: 0, comparedBytes: 0, ...hashes };
 }
 
 function idOf(...parts: readonly string[]): string {

@@ -1,25 +1,36 @@
 /**
  * How results look: aligned tables and local times for people, one JSON value with stable fields for machines. Owns the
- * field names of `--json`; asks nobody anything.
+ * field names of `--json`, and that nothing of what others chose reaches the terminal as a control sequence; asks nobody
+ * anything.
  */
+import { printable, printableJson } from './printable.js';
 import type { Ended, KeptSnapshot, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
-  process.stdout.write(`${JSON.stringify(value)}\n`);
+  process.stdout.write(`${printableJson(JSON.stringify(value))}\n`);
 }
 
 export function printLine(line: string): void {
-  process.stdout.write(`${line}\n`);
+  process.stdout.write(`${printable(line)}\n`);
+}
+
+/** One line on stderr about something that is no failure. */
+export function printNote(line: string): void {
+  process.stderr.write(`sheepgate: note: ${printable(line)}\n`);
 }
 
 /** Columns as wide as their widest cell; `right` names those that are aligned to the right. */
 export function table(
   header: readonly string[],
-  rows: readonly (readonly string[])[],
+  cells: readonly (readonly string[])[],
   right: readonly string[] = [],
 ): string {
-  const widths = header.map((title, i) => Math.max(title.length, ...rows.map((row) => (row[i] ?? '').length)));
+  const rows = cells.map((row) => row.map(printable));
+  // Not Math.max(...): there may be more rows than a call takes arguments.
+  const widths = header.map((title, i) =>
+    rows.reduce((width, row) => Math.max(width, row[i]?.length ?? 0), title.length),
+  );
   const line = (cells: readonly string[]): string =>
     cells
       .map((cell, i) => (right.includes(header[i] ?? '') ? cell.padStart(widths[i] ?? 0) : cell.padEnd(widths[i] ?? 0)))

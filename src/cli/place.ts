@@ -7,6 +7,7 @@ import path from 'node:path';
 import { InvalidArgumentError } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
 import { clusterLocation, isClusterLocation } from '../store/sheep/cluster-address.js';
+import { printNote } from './output.js';
 
 /** "./cluster:x" is a directory of that name. */
 const CLUSTER_PREFIX = 'cluster:';
@@ -48,6 +49,6 @@ export async function openPlace(place: Place): Promise<Operations> {
     mayCreate: place.mayCreate,
     control: place.control,
     missingIsZero: place.missingIsZero,
-    log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
+    log: printNote,
   });
 }

@@ -1,4 +1,5 @@
 /** Progress of long work: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
+import { printable } from './printable.js';
 import { formatSize } from './size.js';
 
 const EVERY_MS = 200;
@@ -19,7 +20,7 @@ export function startProgress(what: string, total: number | undefined, stream = 
   const draw = (): void => {
     const seconds = (Date.now() - startedAt) / 1000;
     const rate = done / Math.max(seconds, 0.001);
-    const parts = [`${what}: ${formatSize(done)}`];
+    const parts = [`${printable(what)}: ${formatSize(done)}`];
     if (total !== undefined && total > 0) {
       parts.push(`of ${formatSize(total)}, ${Math.floor((100 * done) / total)} %`);
     }

@@ -1,12 +1,12 @@
 /** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
 import { Command, Option } from 'commander';
-import { openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
-import { BackupTarget } from '../backup/target.js';
+import { checkBackup, openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
+import { BackupTarget, bytesOf } from '../backup/target.js';
 import { OperationError } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { interruptible } from './interrupt.js';
-import { formatTime, printJson, printLine, table } from './output.js';
+import { formatTime, printJson, printLine, printNote, table } from './output.js';
 import { startProgress } from './progress.js';
 import { formatSize } from './size.js';
 
@@ -70,8 +70,10 @@ async function restore(
   const startedAt = Date.now();
   const point = pointAt(target, options.at);
   const opened = await openPoint(target, point);
-  const { dataBytes } = await closing(opened.chain, () =>
-    withOperations(
+  const { dataBytes } = await closing(opened.chain, async () => {
+    // What is there is not given up for a backup that turns out to be damaged.
+    if (options.overwrite) await checkBackup(opened, { progress: startProgress, signal });
+    return withOperations(
       options,
       (operations) =>
         restoreBackup(operations, opened, {
@@ -81,14 +83,17 @@ async function restore(
           verifies: options.verify ?? true,
           progress: startProgress,
           signal,
-          log: (line) => process.stderr.write(`sheepgate: note: ${line}\n`),
+          log: printNote,
         }),
       { mayCreate: true },
-    ),
-  );
+    );
+  });
   const seconds = (Date.now() - startedAt) / 1000;
-  const { id, time, size, sha256 } = point;
-  if (options.json) return printJson({ name, target: given, id, time, size, dataBytes, sha256, seconds });
+  const { id, time, size, treeHash, blockBytes, sha256 = null } = point;
+  if (options.json) {
+    const hashes = { treeHash, treeBlockBytes: blockBytes, sha256 };
+    return printJson({ name, target: given, id, time, size, dataBytes, ...hashes, seconds });
+  }
   printLine(
     `restored ${name} from backup ${id} of ${target.manifest.vdi}, ${formatTime(Date.parse(time))}: ` +
       `${formatSize(dataBytes)} of data of ${formatSize(size)}, in ${seconds.toFixed(1)} s`,
@@ -98,16 +103,18 @@ async function restore(
 function list(given: string, target: BackupTarget, options: RestoreOptions): void {
   const { manifest, points } = target;
   if (options.json) {
-    const backups = points.map(({ id, time, isFull, size, changedBytes, storedBytes, sha256, base }, index) => ({
-      id,
-      time,
-      kind: isFull ? 'full' : 'incremental',
-      size,
-      changedBytes,
-      storedBytes,
+    const backups = points.map((point, index) => ({
+      id: point.id,
+      time: point.time,
+      kind: point.isFull ? 'full' : 'incremental',
+      size: point.size,
+      changedBytes: point.changedBytes,
+      storedBytes: point.storedBytes,
       file: fileOf(target, index),
-      sha256,
-      base: base?.tag ?? null,
+      treeHash: point.treeHash,
+      treeBlockBytes: point.blockBytes,
+      sha256: point.sha256 ?? null,
+      base: point.base?.tag ?? null,
     }));
     return printJson({ vdi: manifest.vdi, target: given, store: manifest.store, backups });
   }
@@ -139,11 +146,10 @@ async function verify(
   signal: AbortSignal,
 ): Promise<void> {
   const { points } = target;
-  const total = points.reduce((sum, { size }) => sum + size, 0);
   const damage: { id: number; message: string }[] = [];
-  const progress = startProgress(`verifying ${given}`, total);
+  const progress = startProgress(`verifying ${given}`, bytesOf(points));
   try {
-    for await (const found of target.verify(progress.advance, signal)) damage.push(found);
+    for await (const found of target.verify(points, progress.advance, signal)) damage.push(found);
   } finally {
     progress.end();
   }

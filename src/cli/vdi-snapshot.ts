@@ -4,7 +4,7 @@ import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
-import { labelOf, printJson, printLine, vdiJson } from './output.js';
+import { labelOf, printJson, printLine, printNote, vdiJson } from './output.js';
 
 interface SnapshotOptions extends CommonOptions, FreezeOptions {
   readonly force?: boolean;
@@ -46,7 +46,7 @@ async function snapshot(
       if (taken) {
         const label = labelOf(taken);
         await operations.remove(label).catch((failure: Error) => {
-          process.stderr.write(`sheepgate: note: ${label} is left behind: ${failure.message}\n`);
+          printNote(`${label} is left behind: ${failure.message}`);
         });
       }
       throw error;

@@ -70,6 +70,12 @@ export function oneLineOf(result: RunResult, code: number, what: string): string
   return result.stderr;
 }
 
+/** The line of a refusal that comes after notes. */
+export function lastLineOf(result: RunResult, code: number, what: string): string {
+  const lines = result.stderr.split('\n').filter((line) => !line.startsWith('sheepgate: note: '));
+  return oneLineOf({ ...result, stderr: lines.join('\n') }, code, what);
+}
+
 /** A client that has the export open. */
 export async function attach(daemon: Daemon, name: string): Promise<NbdClient> {
   const client = await NbdClient.connect({ path: daemon.socket });

@@ -11,12 +11,17 @@ function count() {
   if (calls === Number(KILL_AT)) process.kill(process.pid, 'SIGKILL');
 }
 
-const isBelow = (file) => String(file).startsWith(KILL_BELOW);
+// Files are opened by way of the directory that holds them: /proc/self/fd/7/name.
+const realPath = (file) => String(file).replace(/^\/proc\/self\/fd\/\d+/, (directory) => fs.readlinkSync(directory));
+const isBelow = (file) => realPath(file).startsWith(KILL_BELOW);
+const { O_WRONLY, O_RDWR } = fs.constants;
+const isWritten = (flags) => (typeof flags === 'number' ? (flags & (O_WRONLY | O_RDWR)) !== 0 : flags !== 'r');
 const { open, rename, unlink } = fs.promises;
 fs.promises.open = async (file, flags, mode) => {
-  if (isBelow(file) && flags !== 'r') count();
+  const isOurs = isBelow(file);
+  if (isOurs && isWritten(flags)) count();
   const handle = await open(file, flags, mode);
-  if (!isBelow(file)) return handle;
+  if (!isOurs) return handle;
   watched.add(handle.fd);
   for (const name of ['truncate', 'sync', 'writeFile']) {
     const real = handle[name].bind(handle);

@@ -18,6 +18,8 @@ export interface Step {
   readonly copiedBytes: number;
   readonly zeroedBytes: number;
   readonly comparedBytes: number;
+  readonly treeHash: string | null;
+  readonly treeBlockBytes: number;
   readonly sha256: string | null;
 }
 

@@ -1,9 +1,29 @@
 /** The small pure parts of the command line: sizes, zero runs, trees. */
 import { describe, expect, test } from 'vitest';
 import { splitZeros } from '../../src/cli/disk-copy.js';
+import { table } from '../../src/cli/output.js';
+import { printable, printableJson } from '../../src/cli/printable.js';
 import { formatSize, parseSize, SizeError } from '../../src/cli/size.js';
 import { treeLines, treeOf } from '../../src/cli/vdi-tree.js';
 import type { VdiRecord } from '../../src/daemon/operations.js';
+
+describe('text of others', () => {
+  test('has no control characters when it is printed, and is otherwise as it was', () => {
+    expect(printable('\x1b[2J\x07\x9b\x7f\u202eab\u2066\u2028\ud800')).toBe(
+      '\\x1b[2J\\x07\\x9b\\x7f\\u202eab\\u2066\\u2028\\ud800',
+    );
+    expect(printable('Grüße, 磁盘, 👩\u200d💻 \\ │')).toBe('Grüße, 磁盘, 👩\u200d💻 \\ │');
+    const value = { name: '\x1b\x9b\u202e' };
+    expect(printableJson(JSON.stringify(value))).toBe('{"name":"\\u001b\\u009b\\u202e"}');
+    expect(JSON.parse(printableJson(JSON.stringify(value)))).toEqual(value);
+  });
+
+  test('is aligned as it is printed, in a table of any length', () => {
+    expect(table(['A', 'B'], [['\x1b', '1']])).toBe('A     B\n\\x1b  1\n');
+    const rows = Array.from({ length: 300_000 }, (_, n) => [String(n)]);
+    expect(table(['N'], rows, ['N']).split('\n')).toHaveLength(300_002);
+  });
+});
 
 describe('sizes', () => {
   test.each([

@@ -11,6 +11,7 @@ const FALLOC_FL_KEEP_SIZE = 1; // linux/falloc.h
 const FALLOC_FL_PUNCH_HOLE = 2;
 const FALLOC_FL_ZERO_RANGE = 16;
 const MFD_CLOEXEC = 1; // linux/memfd.h
+const SEEK_END = 2;
 const SEEK_DATA = 3;
 const SEEK_HOLE = 4;
 const LOCK_SH = 1;
@@ -181,6 +182,11 @@ export async function nextHole(fd: number, offset: number): Promise<number> {
     if (codeOf(error) === ENXIO) return offset;
     throw error;
   }
+}
+
+/** The size of what is open: of a block device too, of which fstat does not tell it. Moves the position of the file. */
+export function endOf(fd: number): Promise<number> {
+  return offLoop('lseek', lseek, fd, 0, SEEK_END);
 }
 
 /** Share all blocks of `from` with `to` (FICLONE). False where the filesystem has no reflinks. */

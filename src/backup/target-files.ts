@@ -1,0 +1,212 @@
+/**
+ * Files by name, in directories that others may be able to write to: a backup target on a shared disk, the place an image
+ * is exported to. Nothing but regular files of that very directory is opened: no symbolic link is followed, no fifo waited
+ * for, no device touched, nothing written that has a second name elsewhere; a new file is one that was not there before.
+ * Owns how files are created, replaced, renamed and removed there, durably in the order that a crash needs.
+ *
+ * Names are relative to an open directory (openat(2), by way of /proc/self/fd): whoever puts a link in the place of the
+ * directory meanwhile wins nothing. The directory's own path is the caller's to resolve; its last part is not a link.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { OperationError } from '../daemon/operations.js';
+
+const { O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW, O_NONBLOCK, O_DIRECTORY } = fs.constants;
+const DESCRIPTORS = '/proc/self/fd';
+const PARTIAL = '.partial';
+
+/** Where there is no /proc, names are what is left. */
+const hasDescriptors = fs.existsSync(DESCRIPTORS);
+
+/**
+ * Run `work` with a directory held open; `at` gives the path of a name in it, which stays in that directory whatever is
+ * done to its own path. Errors: BAD_TARGET if it is a symbolic link or no directory.
+ */
+export async function inDirectory<T>(
+  directory: string,
+  work: (at: (name: string) => string) => Promise<T>,
+): Promise<T> {
+  const handle = await openDirectory(directory);
+  const pinned = hasDescriptors ? `${DESCRIPTORS}/${handle.fd}` : directory;
+  try {
+    return await work((name) => `${pinned}/${name}`);
+  } catch (error) {
+    throw withPath(error, pinned, directory);
+  } finally {
+    await handle.close();
+  }
+}
+
+/** Open a file to read, or to write into. Errors: BAD_TARGET if it is not a regular file, ENOENT. */
+export function openRegular(file: string, access: 'r' | 'r+'): Promise<fs.promises.FileHandle> {
+  const mode = access === 'r' ? O_RDONLY : O_RDWR;
+  return inDirectory(path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    // First: even the opening of a device may do something.
+    checkRegular(await fs.promises.lstat(where), file);
+    const handle = await openChecked(where, mode, file);
+    if (access === 'r') return handle;
+    const { nlink } = await handle.stat();
+    if (nlink <= 1) return handle;
+    await handle.close();
+    throw new OperationError(
+      'BAD_TARGET',
+      `${file} has ${nlink} names (hard links), and writing into it would change the others too; ` +
+        `make it a file of its own: cp -p --sparse=always ${file} ${file}.own && mv ${file}.own ${file}`,
+    );
+  });
+}
+
+/** Open the file for locking; `access` 'r+' makes it if it is not there. Errors: as openRegular. */
+export function openLock(file: string, access: 'r' | 'r+'): Promise<fs.promises.FileHandle> {
+  return inDirectory(path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    const found = await fs.promises.lstat(where).catch(ignoring('ENOENT'));
+    if (found) checkRegular(found, file);
+    return openChecked(where, access === 'r' ? O_RDONLY : O_RDWR | O_CREAT, file);
+  });
+}
+
+/** A new, empty file, to be written; what has its name now is removed, and not written through. */
+export function createFile(file: string): Promise<fs.promises.FileHandle> {
+  return inDirectory(path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    await fs.promises.unlink(where).catch(ignoring('ENOENT'));
+    return fs.promises.open(where, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600);
+  });
+}
+
+/** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger. */
+export async function readWhole(file: string, maxBytes: number): Promise<Buffer> {
+  const handle = await openRegular(file, 'r');
+  try {
+    const { size } = await handle.stat();
+    if (size > maxBytes) {
+      throw new OperationError(
+        'DAMAGED',
+        `${file} is damaged: it has ${size} bytes, and at most ${maxBytes} belong there`,
+      );
+    }
+    const content = Buffer.alloc(size);
+    let done = 0;
+    while (done < size) {
+      const { bytesRead } = await handle.read(content, done, size - done, done);
+      if (bytesRead === 0) break;
+      done += bytesRead;
+    }
+    return content.subarray(0, done);
+  } finally {
+    await handle.close();
+  }
+}
+
+/** What the file is; undefined if there is none. Errors: BAD_TARGET if it is not a regular file. */
+export async function statRegular(file: string): Promise<fs.Stats | undefined> {
+  const found = await fs.promises.lstat(file).catch(ignoring('ENOENT', 'ENOTDIR'));
+  if (found) checkRegular(found, file);
+  return found;
+}
+
+export function removeFile(file: string): Promise<void> {
+  return inDirectory(path.dirname(file), (at) => fs.promises.unlink(at(path.basename(file))));
+}
+
+/** Replace a file by a whole new one: after a crash it is the old one or the new one. */
+export async function replaceFile(file: string, content: string | Uint8Array): Promise<void> {
+  const partial = `${file}${PARTIAL}`;
+  const handle = await createFile(partial);
+  try {
+    await handle.writeFile(content);
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await moveFile(partial, file);
+}
+
+/** Rename, durably. What has the new name is replaced, and not followed. */
+export async function moveFile(from: string, to: string): Promise<void> {
+  await inDirectory(path.dirname(from), (at) =>
+    inDirectory(path.dirname(to), (atNew) => fs.promises.rename(at(path.basename(from)), atNew(path.basename(to)))),
+  );
+  await syncDirectory(path.dirname(to));
+  if (path.dirname(from) !== path.dirname(to)) await syncDirectory(path.dirname(from));
+}
+
+/** What was created, renamed and removed in the directory stays so after a crash. */
+export async function syncDirectory(directory: string): Promise<void> {
+  const handle = await openDirectory(directory);
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+async function openDirectory(directory: string): Promise<fs.promises.FileHandle> {
+  try {
+    return await fs.promises.open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code !== 'ELOOP' && code !== 'ENOTDIR') throw error;
+    throw new OperationError('BAD_TARGET', `${directory} is not a directory; look who put it there, and remove it`, {
+      cause: error,
+    });
+  }
+}
+
+async function openChecked(where: string, flags: number, file: string): Promise<fs.promises.FileHandle> {
+  let handle: fs.promises.FileHandle;
+  try {
+    // Not waiting: a fifo in its place would keep us for ever.
+    handle = await fs.promises.open(where, flags | O_NOFOLLOW | O_NONBLOCK, 0o600);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ELOOP') throw notRegular(file, 'a symbolic link');
+    if (code === 'ENXIO') throw notRegular(file, 'a fifo, socket or device');
+    throw error;
+  }
+  try {
+    checkRegular(await handle.stat(), file);
+    return handle;
+  } catch (error) {
+    await handle.close();
+    throw error;
+  }
+}
+
+/** Errors: BAD_TARGET. */
+function checkRegular(found: fs.Stats, file: string): void {
+  if (found.isFile()) return;
+  const what = found.isSymbolicLink()
+    ? 'a symbolic link'
+    : found.isDirectory()
+      ? 'a directory'
+      : found.isFIFO()
+        ? 'a fifo'
+        : found.isSocket()
+          ? 'a socket'
+          : 'a device';
+  throw notRegular(file, what);
+}
+
+function notRegular(file: string, what: string): OperationError {
+  return new OperationError(
+    'BAD_TARGET',
+    `${file} is ${what}, not a regular file: it was not made by sheepgate; look who put it there, and remove it`,
+  );
+}
+
+function ignoring(...codes: string[]): (error: NodeJS.ErrnoException) => undefined {
+  return (error) => {
+    if (!codes.includes(error.code ?? '')) throw error;
+    return undefined;
+  };
+}
+
+/** The directory's own path in the message, in place of the descriptor's. */
+function withPath(error: unknown, pinned: string, directory: string): unknown {
+  if (!(error instanceof Error) || pinned === directory || !error.message.includes(pinned)) return error;
+  error.message = error.message.replaceAll(`${pinned}/`, `${directory}/`);
+  return error;
+}

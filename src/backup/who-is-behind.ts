@@ -1,0 +1,64 @@
+/**
+ * A target and a store that do not fit together: which of the two is the older copy, and by what. The last backup's
+ * snapshot should be in the store; what the store has of the target's snapshots instead tells the rest. Asks nobody.
+ */
+import type { BaseSnapshot, Point } from './manifest.js';
+
+export interface Sides {
+  readonly vdi: string;
+  /** Path of the target, as it was given. */
+  readonly to: string;
+  readonly store: string;
+  /** Snapshot of the target's last backup. */
+  readonly base: BaseSnapshot;
+  /** Backups in the target, the oldest first. */
+  readonly points: readonly Point[];
+  /** Snapshots in the store whose tags are the target's, with the number of their backup at the end. */
+  readonly snapshots: readonly { readonly tag: string; readonly vid: number; readonly snapshotAt: number }[];
+}
+
+/** undefined if they fit; else what is wrong and what to do. */
+export function whoIsBehind({ vdi, to, store, base, points, snapshots }: Sides): string | undefined {
+  const found = snapshots.find(({ tag }) => tag === base.tag);
+  if (found && found.vid === base.vid && found.snapshotAt === base.snapshotAt) return undefined;
+  const last = points.at(-1);
+  if (!last) return undefined;
+  const goOn = `say --compare to read all of ${vdi} and store in ${to} what differs, or --full to begin there with a full backup`;
+  const numbered = snapshots.map((snapshot) => ({ ...snapshot, id: Number(/\d+$/.exec(snapshot.tag)?.[0]) }));
+  const newest = numbered.reduce((one, other) => (one && !(other.id > one.id) ? one : other), numbered[0]);
+  if (newest === undefined) {
+    return (
+      `${vdi} in ${store} has no snapshot "${base.tag}", with which backup ${last.id} of ${last.time} was taken, nor an ` +
+      `older one of ${to}: it was deleted, or ${vdi} is another disk now, or the store a copy from before; ${goOn}`
+    );
+  }
+  const stored = `the snapshot "${newest.tag}" of ${timeOf(newest.snapshotAt)}`;
+  if (newest.id > last.id) {
+    return (
+      `the target is behind: ${to} ends with backup ${last.id} of ${last.time}, and ${vdi} in ${store} has ${stored}, ` +
+      `${backups(newest.id - last.id)} later; ${to} is an older copy of a target in use: back up to that one, or ${goOn}`
+    );
+  }
+  if (found) {
+    return (
+      `the snapshot ${vdi}@${base.tag} is another one than that of the last backup in ${to}: it is of ` +
+      `${timeOf(found.snapshotAt)}, backup ${last.id} of ${last.time}; ${vdi} is another disk, or the store and the ` +
+      `target were copied and went on apart; ${goOn}`
+    );
+  }
+  const newer = points.filter(({ id }) => id > newest.id).length;
+  return (
+    `the store is behind: ${vdi} in ${store} ends with ${stored}, and ${to} has ${backups(newer)} after that, up to ` +
+    `backup ${last.id} of ${last.time}; the store is an older copy, and the target has newer data: ` +
+    `'sheepgate restore ${to} NEW-NAME' brings them back; if ${vdi} as it is now is the right one, ${goOn}`
+  );
+}
+
+function backups(count: number): string {
+  return `${count} backup${count === 1 ? '' : 's'}`;
+}
+
+function timeOf(ms: number): string {
+  const date = new Date(ms);
+  return Number.isNaN(date.getTime()) ? 'an unknown time' : date.toISOString();
+}

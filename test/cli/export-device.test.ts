@@ -1,0 +1,212 @@
+/** An image onto a block device: not over what is in use, not over what it holds without being told, never in part, thin. */
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { expect, test } from 'vitest';
+import { tryLock } from '../../src/store/local/libc.js';
+import { haveCommand, run, skipBecause, temporaryDirectory } from '../harness/daemon.js';
+import { loopDevice, mounted } from '../harness/loop-device.js';
+import { diskUsage, expectBytes, MIB, oneLineOf, patterned, testStore, type TestStore } from './both-ways.js';
+
+const SIZE = 16 * MIB;
+const DATA_AT = 9 * MIB;
+
+/** A VDI "vm" with 3 MiB of data in it. */
+async function storeWithDisk(): Promise<{ target: TestStore; content: Buffer }> {
+  const target = await testStore('directly on the store');
+  const content = Buffer.alloc(SIZE);
+  patterned(3 * MIB, 1).copy(content, DATA_AT);
+  const image = path.join(temporaryDirectory(), 'vm.img');
+  fs.writeFileSync(image, content);
+  await target.ok('import', image, 'vm');
+  return { target, content };
+}
+
+/** What the device holds, read through itself. */
+function bytesOf(device: string, length: number): Buffer {
+  const fd = fs.openSync(device, 'r');
+  const bytes = Buffer.alloc(length);
+  for (let done = 0; done < length;) done += fs.readSync(fd, bytes, done, length - done, done);
+  fs.closeSync(fd);
+  return bytes;
+}
+
+test('a device that is mounted is not overwritten, with --force neither', async (context) => {
+  if (!haveCommand('mkfs.ext4')) return skipBecause(context, 'mkfs.ext4 is not installed');
+  const { target } = await storeWithDisk();
+  const { device } = loopDevice(context, SIZE);
+  const files = temporaryDirectory();
+  fs.writeFileSync(path.join(files, 'precious'), 'data');
+  execFileSync('mkfs.ext4', ['-q', '-d', files, device], { stdio: 'pipe' });
+  // Read-only, so that nothing else changes it.
+  const directory = mounted(context, device, '-oro');
+  const before = bytesOf(device, SIZE);
+  for (const force of [[], ['--force']]) {
+    const refused = oneLineOf(await target.run(['export', 'vm', device, ...force]), 1, 'export');
+    expect(refused).toMatch(/is in use: it, or a part of it, is mounted.*lsblk.*nothing was written/);
+  }
+  expectBytes(bytesOf(device, SIZE), before);
+  expect(fs.readFileSync(path.join(directory, 'precious'), 'utf8')).toBe('data');
+});
+
+test('a device that is too small is not touched', async (context) => {
+  const { target } = await storeWithDisk();
+  const { device } = loopDevice(context, SIZE - MIB);
+  const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
+  expect(refused).toMatch(/has 15728640 bytes, and the image 16777216: it does not fit; nothing was written/);
+  expect(bytesOf(device, SIZE - MIB).equals(Buffer.alloc(SIZE - MIB))).toBe(true);
+});
+
+test.each([
+  ['an ext2, ext3 or ext4 filesystem', 'mkfs.ext4', ['-q']],
+  ['an XFS filesystem', 'mkfs.xfs', ['-q', '-f', '-d', 'size=320m']],
+  ['a btrfs filesystem', 'mkfs.btrfs', ['-q']],
+  ['swap space', 'mkswap', []],
+  ['an LVM physical volume', 'pvcreate', ['-q', '-y']],
+] as const)('%s on a device asks for --force (%s)', async (what, command, args) => {
+  if (!haveCommand(command)) return console.log(`skipped: ${command} is not installed`);
+  const { target } = await storeWithDisk();
+  const file = path.join(temporaryDirectory(), 'made');
+  fs.closeSync(fs.openSync(file, 'w'));
+  fs.truncateSync(file, 320 * MIB);
+  const made = await run(command, [...args, file]);
+  if (made.code !== 0) return console.log(`skipped: ${command}: ${made.stderr}`);
+  const image = (await target.run(['export', 'vm', '-'])).stdoutBytes;
+  await onDevice(file, async (device) => {
+    await expectRefused(target, device, what);
+    const forced = await target.run(['export', 'vm', device, '--force', '--json']);
+    expect(forced.code, forced.stderr).toBe(0);
+    expectBytes(bytesOf(device, SIZE), image);
+  });
+});
+
+test.each([
+  ['a GPT partition table', 'EFI PART', 512],
+  ['a GPT partition table', 'EFI PART', SIZE - 512],
+  ['a partition table or boot sector', '\x55\xaa', 510],
+  ['a LUKS volume', 'LUKS\xba\xbe', 0],
+  ['a member of a RAID (md)', '\xfc\x4e\x2b\xa9', 4096],
+  ['a member of a RAID (md)', '\xfc\x4e\x2b\xa9', SIZE - 64 * 1024],
+  ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', 128 * 1024 + 4096],
+  ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', SIZE - 128 * 1024],
+  ['data, of a kind that is not known', 'what is this', 500_000],
+])('%s asks for --force', async (what, mark, at) => {
+  const { target } = await storeWithDisk();
+  const file = path.join(temporaryDirectory(), 'made');
+  const content = Buffer.alloc(SIZE);
+  Buffer.from(mark, 'latin1').copy(content, at);
+  fs.writeFileSync(file, content);
+  await onDevice(file, (device) => expectRefused(target, device, what));
+});
+
+/** With the file as a device, where there can be one. */
+async function onDevice(file: string, work: (device: string) => Promise<void>): Promise<void> {
+  let device: string;
+  try {
+    device = execFileSync('losetup', ['-f', '--show', file], { encoding: 'utf8', stdio: 'pipe' }).trim();
+  } catch {
+    return console.log('skipped: no loop device can be had');
+  }
+  try {
+    await work(device);
+  } finally {
+    execFileSync('losetup', ['-d', device]);
+  }
+}
+
+async function expectRefused(target: TestStore, device: string, what: string): Promise<void> {
+  const before = bytesOf(device, SIZE);
+  const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
+  expect(refused).toContain(`${device} holds ${what}; --force overwrites it; nothing was written`);
+  expectBytes(bytesOf(device, SIZE), before);
+}
+
+test('zeros are given back: a device that was full is as thin as the disk', async (context) => {
+  const { target, content } = await storeWithDisk();
+  const { device, backing } = loopDevice(context, SIZE + 3 * MIB);
+  const full = patterned(SIZE + 3 * MIB, 7);
+  fs.writeFileSync(device, full);
+  execFileSync('sync', [backing]);
+  const before = diskUsage(backing);
+  expect(before).toBeGreaterThan(SIZE);
+  const punched = execFileSync('cat', [`/sys/block/${path.basename(device)}/queue/write_zeroes_max_bytes`]);
+  if (punched.toString().trim() === '0') return skipBecause(context, 'loop devices cannot give space back here');
+  const result = await target.run(['export', 'vm', device, '--force', '--json']);
+  expect(result.code, result.stderr).toBe(0);
+  expect(JSON.parse(result.stdout)).toMatchObject({ dataBytes: 3 * MIB, zeroBytes: SIZE - 3 * MIB });
+  // What lies behind the image is not ours.
+  expectBytes(bytesOf(device, SIZE + 3 * MIB), Buffer.concat([content, full.subarray(SIZE)]));
+  expect(diskUsage(backing)).toBeLessThan(8 * MIB);
+});
+
+test('zeros are written where the device cannot give space back', async (context) => {
+  const { target, content } = await storeWithDisk();
+  const directory = path.join(temporaryDirectory(), 'ramfs');
+  fs.mkdirSync(directory);
+  try {
+    // It knows no holes to punch, so that a loop device over it does not either.
+    execFileSync('mount', ['-t', 'ramfs', 'none', directory], { stdio: 'pipe' });
+  } catch {
+    return skipBecause(context, 'no ramfs can be mounted');
+  }
+  try {
+    const file = path.join(directory, 'device');
+    fs.writeFileSync(file, patterned(SIZE, 7));
+    await onDevice(file, async (device) => {
+      const result = await target.run(['export', 'vm', device, '--force', '--json']);
+      expect(result.code, result.stderr).toBe(0);
+      expectBytes(bytesOf(device, SIZE), content);
+    });
+  } finally {
+    execFileSync('umount', [directory]);
+  }
+});
+
+test('an empty thin device stays thin', async (context) => {
+  const { target, content } = await storeWithDisk();
+  const { device, backing } = loopDevice(context, SIZE);
+  const result = await target.run(['export', 'vm', device, '--json']);
+  expect(result.code, result.stderr).toBe(0);
+  expectBytes(bytesOf(device, SIZE), content);
+  expect(diskUsage(backing)).toBeLessThan(4 * MIB);
+});
+
+test('what is where the new image is made is not written through: links, fifos, and another export', async (context) => {
+  const { target, content } = await storeWithDisk();
+  const directory = temporaryDirectory();
+  const outside = path.join(temporaryDirectory(), 'precious');
+  fs.writeFileSync(outside, 'precious');
+  const out = path.join(directory, 'vm.img');
+  fs.symlinkSync(outside, `${out}.partial`);
+  expect(await target.fails('export', 'vm', out)).toMatch(/vm\.img\.partial is a symbolic link, not a regular file/);
+  fs.rmSync(`${out}.partial`);
+  if (!haveCommand('mkfifo')) return skipBecause(context, 'no mkfifo here');
+  await run('mkfifo', [`${out}.partial`]);
+  expect(await target.fails('export', 'vm', out)).toMatch(/vm\.img\.partial is a fifo, not a regular file/);
+  fs.rmSync(`${out}.partial`);
+  // Another one is at it; and then it was killed.
+  const other = fs.openSync(`${out}.partial`, 'w');
+  fs.writeSync(other, 'half');
+  expect(tryLock(other)).toBe(true);
+  expect(await target.fails('export', 'vm', out)).toMatch(/another export is writing .*vm\.img; wait for it to end/);
+  expect(fs.readFileSync(`${out}.partial`, 'utf8')).toBe('half');
+  fs.closeSync(other);
+  expect((await target.run(['export', 'vm', out])).code).toBe(0);
+  expectBytes(fs.readFileSync(out), content);
+  expect(fs.readFileSync(outside, 'utf8')).toBe('precious');
+  // A link that leads nowhere is there, too.
+  const link = path.join(directory, 'link');
+  fs.symlinkSync(path.join(directory, 'nowhere'), link);
+  expect(await target.fails('export', 'vm', link)).toMatch(/exists; --force replaces it/);
+  expect(fs.existsSync(path.join(directory, 'nowhere'))).toBe(false);
+});
+
+test('a link to a directory on the way to the image is the operator’s, and is followed', async () => {
+  const { target, content } = await storeWithDisk();
+  const directory = temporaryDirectory();
+  const real = path.join(directory, 'real');
+  fs.mkdirSync(real);
+  fs.symlinkSync(real, path.join(directory, 'images'));
+  expect((await target.run(['export', 'vm', path.join(directory, 'images', 'vm.img')])).code).toBe(0);
+  expectBytes(fs.readFileSync(path.join(real, 'vm.img')), content);
+});
