@@ -2,6 +2,7 @@
 import { Command } from 'commander';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine, vdiJson } from './output.js';
+import { formatSizes } from './size.js';
 
 export function vdiRollbackCommand(): Command {
   const command = new Command('rollback')
@@ -9,8 +10,13 @@ export function vdiRollbackCommand(): Command {
     .argument('<snapshot>', 'NAME@TAG')
     .addHelpText('after', '\nNot while the VDI is open.\n\nExample:\n  sheepgate vdi rollback vm1@monday');
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions) => {
-    const vdi = await withOperations(options, (operations) => operations.rollback(spec));
-    if (options.json) printJson(vdiJson(vdi));
-    else printLine(`${vdi.name} is ${spec} again`);
+    const { before, vdi } = await withOperations(options, async (operations) => {
+      const records = await operations.list();
+      const after = await operations.rollback(spec);
+      return { before: records.find(({ name, isSnapshot }) => name === after.name && !isSnapshot), vdi: after };
+    });
+    if (options.json) return printJson({ ...vdiJson(vdi), sizeBefore: before?.size ?? vdi.size });
+    const [was, is] = formatSizes(before?.size ?? vdi.size, vdi.size);
+    printLine(`${vdi.name} is ${spec} again${was === is ? '' : `; its size was ${was} and is ${is} now`}`);
   });
 }

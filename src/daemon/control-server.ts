@@ -17,7 +17,8 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import type { DirectOperations } from './direct-operations.js';
-import { asOperationError, OperationError } from './operations.js';
+import { FILLERS } from '../store/object-store.js';
+import { asOperationError, OperationError, type Beginning } from './operations.js';
 import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
 import { removeStaleSocket } from './stale-socket.js';
 
@@ -31,6 +32,10 @@ export interface ControlServerOptions {
 }
 
 type Body = Readonly<Record<string, unknown>>;
+
+/** What a store has room for in the mark of an unfinished VDI. */
+const MAX_RUN_DIGITS = 32;
+const MAX_OF_DIGITS = 64;
 
 interface Call {
   readonly operations: DirectOperations;
@@ -68,8 +73,8 @@ const ROUTES: readonly Route[] = [
   {
     method: 'DELETE',
     path: ['vdis', '*'],
-    answer: async ({ operations, names }) => {
-      await operations.remove(first(names));
+    answer: async ({ operations, names, query }) => {
+      await operations.remove(first(names), { run: query.get('run') ?? undefined });
       return null;
     },
   },
@@ -83,7 +88,7 @@ const ROUTES: readonly Route[] = [
     method: 'POST',
     path: ['vdis', '*', 'resize'],
     answer: ({ operations, names, body }) =>
-      operations.resize(first(names), wholeNumber(body, 'size'), { force: flag(body, 'force') }),
+      operations.resize(first(names), wholeNumber(body, 'size'), { force: flag(body, 'force'), run: runIn(body) }),
   },
   {
     method: 'POST',
@@ -91,7 +96,18 @@ const ROUTES: readonly Route[] = [
     answer: ({ operations, names, body }) =>
       operations.snapshot(first(names), text(body, 'tag'), {
         takenAt: body.takenAt === undefined ? undefined : wholeNumber(body, 'takenAt'),
+        run: runIn(body),
       }),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'begin'],
+    answer: ({ operations, names, body }) => operations.begin(first(names), beginningIn(body)),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'finish'],
+    answer: ({ operations, names, body }) => operations.finish(first(names), hex(body, 'run', MAX_RUN_DIGITS)),
   },
   {
     method: 'POST',
@@ -101,7 +117,7 @@ const ROUTES: readonly Route[] = [
   {
     method: 'POST',
     path: ['vdis', '*', 'rollback'],
-    answer: ({ operations, names }) => operations.rollback(first(names)),
+    answer: ({ operations, names, body }) => operations.rollback(first(names), { run: runIn(body) }),
   },
   {
     method: 'GET',
@@ -132,6 +148,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   UNKNOWN: 404,
   NO_ROUTE: 404,
   EXISTS: 409,
+  UNFINISHED: 409,
   BUSY: 409,
   NEEDS_FORCE: 409,
   NO_SPACE: 507,
@@ -330,6 +347,34 @@ function flag(body: Body, field: string): boolean {
   const value = body[field] ?? false;
   if (typeof value !== 'boolean') throw badRequest(`"${field}" must be true or false, not ${JSON.stringify(value)}`);
   return value;
+}
+
+function hex(body: Body, field: string, mostDigits: number): string {
+  const value = text(body, field);
+  if (!/^[0-9a-f]*$/.test(value) || value.length > mostDigits) {
+    throw badRequest(`"${field}" must be at most ${mostDigits} hex digits, not ${JSON.stringify(value)}`);
+  }
+  return value;
+}
+
+function runIn(body: Body): string | undefined {
+  return body.run === undefined ? undefined : hex(body, 'run', MAX_RUN_DIGITS);
+}
+
+function beginningIn(body: Body): Beginning {
+  const by = FILLERS.find((each) => each === body.by);
+  if (by === undefined) throw badRequest(`"by" must be one of ${FILLERS.join(', ')}, not ${JSON.stringify(body.by)}`);
+  const run = hex(body, 'run', MAX_RUN_DIGITS);
+  if (run === '') throw badRequest('"run" must not be empty');
+  return {
+    by,
+    of: hex(body, 'of', MAX_OF_DIGITS),
+    run,
+    size: wholeNumber(body, 'size'),
+    blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+    overwrites: flag(body, 'overwrites'),
+    goesOn: flag(body, 'goesOn'),
+  };
 }
 
 function badRequest(message: string): OperationError {

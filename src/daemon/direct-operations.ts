@@ -6,13 +6,16 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
+import { unfinishedExport } from '../export/unfinished-export.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
+  type Beginning,
   type CheckReport,
   type DataPage,
   type Disk,
   type ExportDescription,
+  type Filling,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -61,7 +64,15 @@ export class DirectOperations implements Operations {
     return this.#catalog.create(name, size, options);
   }
 
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord> {
+  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    return this.#catalog.begin(name, beginning);
+  }
+
+  finish(name: string, run: string): Promise<VdiRecord> {
+    return this.#catalog.finish(name, run);
+  }
+
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & Filling): Promise<VdiRecord> {
     return this.#catalog.snapshot(name, tag, options);
   }
 
@@ -69,16 +80,16 @@ export class DirectOperations implements Operations {
     return this.#catalog.clone(spec, newName);
   }
 
-  rollback(spec: string): Promise<VdiRecord> {
-    return this.#catalog.rollback(spec);
+  rollback(spec: string, options?: Filling): Promise<VdiRecord> {
+    return this.#catalog.rollback(spec, options);
   }
 
-  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord> {
+  resize(name: string, size: number, options: { readonly force?: boolean } & Filling): Promise<VdiRecord> {
     return this.#catalog.resize(name, size, options);
   }
 
-  remove(spec: string): Promise<void> {
-    return this.#catalog.remove(spec);
+  remove(spec: string, options?: Filling): Promise<void> {
+    return this.#catalog.remove(spec, options);
   }
 
   check(options: { readonly repair: boolean }): Promise<CheckReport> {
@@ -86,9 +97,9 @@ export class DirectOperations implements Operations {
   }
 
   async changes(spec: string, since: string, offset: number): Promise<DataPage> {
-    const vdi = await this.#catalog.openVdi(spec);
+    const vdi = await this.#catalog.openVdi(spec, { mapOnly: true });
     try {
-      const base = await this.#catalog.openVdi(since);
+      const base = await this.#catalog.openVdi(since, { mapOnly: true });
       try {
         return changesPage(vdi, base, offset);
       } finally {
@@ -105,8 +116,9 @@ export class DirectOperations implements Operations {
     return { size: geometry.size, isReadOnly: geometry.readOnly };
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
-    const { device } = await plainly(this.#exports.open(exportName, PEER));
+  async openDisk(exportName: string, { run }: Filling = {}): Promise<Disk> {
+    const name = run === undefined ? exportName : unfinishedExport(exportName, run);
+    const { device } = await plainly(this.#exports.open(name, PEER));
     return diskOf(device);
   }
 

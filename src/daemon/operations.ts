@@ -5,8 +5,9 @@
  */
 import type { CheckReport, VdiRecord } from '../store/object-store.js';
 import type { VdiDetails } from '../vdi/catalog.js';
+import type { Beginning } from '../vdi/unfinished.js';
 
-export type { CheckReport, VdiDetails, VdiRecord };
+export type { Beginning, CheckReport, VdiDetails, VdiRecord };
 
 /**
  * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
@@ -46,6 +47,11 @@ export interface ExportDescription {
   readonly isReadOnly: boolean;
 }
 
+/** By whoever has begun to fill the VDI. */
+export interface Filling {
+  readonly run?: string;
+}
+
 export interface Operations {
   /** How this reaches the store, for messages: its directory. */
   readonly store: string;
@@ -57,12 +63,20 @@ export interface Operations {
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
   create(name: string, size: number, options: { readonly blockSizeShift?: number }): Promise<VdiRecord>;
+  /**
+   * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
+   * `run` open or change it. Errors: EXISTS, BUSY.
+   */
+  begin(name: string, beginning: Beginning): Promise<VdiRecord>;
+  /** All of it is there: it is made durable, and its mark is taken away. Errors: UNFINISHED if it is not that run's. */
+  finish(name: string, run: string): Promise<VdiRecord>;
   /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number }): Promise<VdiRecord>;
+  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & Filling): Promise<VdiRecord>;
   clone(spec: string, newName: string): Promise<VdiRecord>;
-  rollback(spec: string): Promise<VdiRecord>;
-  resize(name: string, size: number, options: { readonly force?: boolean }): Promise<VdiRecord>;
-  remove(spec: string): Promise<void>;
+  rollback(spec: string, options?: Filling): Promise<VdiRecord>;
+  resize(name: string, size: number, options: { readonly force?: boolean } & Filling): Promise<VdiRecord>;
+  /** With `run`: only if it is still that run's. */
+  remove(spec: string, options?: Filling): Promise<void>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
   /**
    * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
@@ -71,7 +85,7 @@ export interface Operations {
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
-  openDisk(exportName: string): Promise<Disk>;
+  openDisk(exportName: string, options?: Filling): Promise<Disk>;
   close(): Promise<void>;
 }
 

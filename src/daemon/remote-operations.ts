@@ -3,15 +3,18 @@
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
 import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
+import { unfinishedExport } from '../export/unfinished-export.js';
 import { pathOf, type ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { dataPageOf } from './data-page.js';
 import {
   OperationError,
+  type Beginning,
   type CheckReport,
   type DataPage,
   type Disk,
   type ExportDescription,
+  type Filling,
   type Operations,
   type VdiDetails,
   type VdiRecord,
@@ -45,7 +48,15 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift } });
   }
 
-  snapshot(name: string, tag: string, options: { readonly takenAt?: number } = {}): Promise<VdiRecord> {
+  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'begin'), { body: { ...beginning } });
+  }
+
+  finish(name: string, run: string): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'finish'), { body: { run } });
+  }
+
+  snapshot(name: string, tag: string, options: { readonly takenAt?: number } & Filling = {}): Promise<VdiRecord> {
     return this.#control.call('POST', pathOf('vdis', name, 'snapshots'), { body: { tag, ...options } });
   }
 
@@ -53,16 +64,17 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', pathOf('vdis', spec, 'clone'), { body: { name: newName } });
   }
 
-  rollback(spec: string): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'));
+  rollback(spec: string, { run }: Filling = {}): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'), { body: { run } });
   }
 
-  resize(name: string, size: number, { force }: { readonly force?: boolean }): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force } });
+  resize(name: string, size: number, { force, run }: { readonly force?: boolean } & Filling): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force, run } });
   }
 
-  async remove(spec: string): Promise<void> {
-    await this.#control.call('DELETE', pathOf('vdis', spec));
+  async remove(spec: string, { run }: Filling = {}): Promise<void> {
+    const query = run === undefined ? '' : `?${new URLSearchParams({ run })}`;
+    await this.#control.call('DELETE', pathOf('vdis', spec) + query);
   }
 
   check({ repair }: { readonly repair: boolean }): Promise<CheckReport> {
@@ -74,7 +86,8 @@ export class RemoteOperations implements Operations {
     return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
+  async openDisk(name: string, { run }: Filling = {}): Promise<Disk> {
+    const exportName = run === undefined ? name : unfinishedExport(name, run);
     // NBD refuses an export with hardly a word; the control API says it as the catalog does.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
     const { socket, head, session } = await this.#control.upgrade();

@@ -13,8 +13,10 @@ import {
 import { CatalogError } from '../vdi/catalog-error.js';
 import { labelOf, type VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, isTemporaryTag, parseSpec } from '../vdi/names.js';
+import { mustBeHeldBy } from '../vdi/unfinished.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { TemporarySnapshots } from './temporary-snapshots.js';
+import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases } from './vdi-device.js';
 
 export class VdiExports implements ExportProvider {
@@ -26,23 +28,29 @@ export class VdiExports implements ExportProvider {
     this.#temporary = new TemporarySnapshots(catalog);
   }
 
-  /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
+  /**
+   * Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. Nor is what is
+   * unfinished: nobody can open it.
+   */
   async list(_peer: Peer): Promise<ExportInfo[]> {
     const records = await this.#catalog.list();
-    return records.filter(({ tag }) => !isTemporaryTag(tag)).map(infoOf);
+    return records.filter(({ tag, unfinished }) => !isTemporaryTag(tag) && !unfinished).map(infoOf);
   }
 
-  async describe(name: string, _peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
+  async describe(exportName: string, peer: Peer): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
       const { isReadOnly } = this.#catalog;
+      const { name, run } = parseUnfinishedExport(exportName, peer);
       const { name: vdiName, tag } = parseSpec(name);
       if (tag === undefined || !isTemporaryTag(tag)) {
         const record = await this.#catalog.find(name);
+        mustBeHeldBy(record, run);
         return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
       }
       checkTemporaryTag(tag);
       this.#catalog.mustBeWritable();
       const working = await this.#catalog.find(vdiName);
+      mustBeHeldBy(working, undefined);
       const record = { ...working, tag, isSnapshot: true, snapshotAt: Date.now() };
       return { geometry: geometryOf(record, await this.#tagsOf(record), isReadOnly), info: infoOf(record) };
     } catch (error) {
@@ -50,15 +58,16 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  async open(name: string, _peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(exportName: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
+      const { name, run } = parseUnfinishedExport(exportName, peer);
       const { name: vdiName, tag } = parseSpec(name);
       if (tag !== undefined && isTemporaryTag(tag)) {
         const vdi = await this.#temporary.open(vdiName, tag);
         const close = (): Promise<void> => this.#temporary.close(vdi, vdiName, tag);
         return await this.#opened(vdi, close);
       }
-      const vdi = await this.#catalog.openVdi(name);
+      const vdi = await this.#catalog.openVdi(name, { run });
       return await this.#opened(vdi, () => this.#catalog.release(vdi));
     } catch (error) {
       throw asExportError(error);
