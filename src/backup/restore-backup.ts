@@ -1,16 +1,20 @@
 /**
  * A backup becomes a VDI: every block is compared with its hash before it is written and, unless that is not wanted, read
- * back afterwards. Owns the choice of the backup and what becomes of a VDI whose restoring failed.
+ * back afterwards. The VDI is marked as unfinished until then. Owns the choice of the backup and what becomes of a VDI
+ * whose restoring failed.
  */
-import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
+import { randomBytes } from 'node:crypto';
+import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { MAX_DATA_OBJECTS } from '../store/object-store.js';
 import { hashOf, isZeros, type BlockHashes } from './block-hashes.js';
 import type { Chain } from './chain.js';
 import { inFlight } from './flight.js';
-
 import type { Point } from './manifest.js';
 import { PagedRanges } from './paged-ranges.js';
 import { CLUSTER_BYTES } from './qcow2-file.js';
 import type { BackupTarget } from './target.js';
+
+const RUN_BYTES = 8;
 
 export interface RestoreOptions {
   /** The VDI to make. */
@@ -84,32 +88,46 @@ export async function restoreBackup(
   { point, hashes, chain }: OpenedPoint,
   options: RestoreOptions,
 ): Promise<{ readonly dataBytes: number }> {
-  const { name, force } = options;
-  const isNew = await prepare(operations, point, name, options);
+  const { name, overwrites } = options;
+  const found = (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot);
+  if (found && overwrites) mustFit(found, point);
+  const run = randomBytes(RUN_BYTES).toString('hex');
+  const { size, unfinished } = await operations.begin(name, {
+    by: 'restore',
+    of: '',
+    run,
+    size: point.size,
+    blockSizeShift: point.blockSizeShift,
+    overwrites,
+    goesOn: false,
+    force: options.force,
+  });
+  const isNew = unfinished?.isNew ?? false;
   try {
-    const disk = await operations.openDisk(name);
+    if (size !== point.size) await operations.resize(name, point.size, { force: true, run });
+    const disk = await operations.openDisk(name, { run });
+    let dataBytes: number;
     try {
-      // Who came in between is seen now.
-      await operations.mustBeReplaceable(name, 'overwritten', { force, ours: 1 });
       if (disk.size !== point.size) {
         throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
       }
       if (!isNew) await disk.zero(0, disk.size);
-      const dataBytes = await copyIn(chain, hashes, disk, options);
+      dataBytes = await copyIn(chain, hashes, disk, options);
       if (options.verifies) await readBack(hashes, disk, options);
-      return { dataBytes };
     } finally {
       await disk.close();
     }
+    await operations.finish(name, run);
+    return { dataBytes };
   } catch (error) {
     // Half a disk is worse than none.
     const isGone =
       isNew &&
-      (await operations.remove(name).then(
+      (await operations.remove(name, { run }).then(
         () => true,
         () => false,
       ));
-    if (!isGone) options.log(`${name} is not whole now: restore it again, or delete it`);
+    if (!isGone) options.log(`${name} is unfinished now and cannot be opened: restore it again, or delete it`);
     throw error;
   }
 }
@@ -134,21 +152,14 @@ export async function checkBackup(
   }
 }
 
-/** A VDI of the right size. Returns whether it is a new one. */
-async function prepare(
-  operations: Operations,
-  point: Point,
-  name: string,
-  { overwrites, force }: RestoreOptions,
-): Promise<boolean> {
-  const found = overwrites ? (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot) : undefined;
-  if (!found) {
-    await operations.create(name, point.size, { blockSizeShift: point.blockSizeShift, force });
-    return true;
-  }
-  await operations.mustBeReplaceable(name, 'overwritten', { force });
-  if (found.size !== point.size) await operations.resize(name, point.size, { force: true });
-  return false;
+/** Errors: BAD_SIZE if the VDI cannot have the backup's size. */
+function mustFit({ name, blockSizeShift, maxObjects, unfinished }: VdiRecord, { size }: Point): void {
+  const most = (maxObjects ?? MAX_DATA_OBJECTS) * 2 ** blockSizeShift;
+  if (unfinished?.isNew || size <= most) return;
+  throw new OperationError(
+    'BAD_SIZE',
+    `${name} can have at most ${most} bytes, the backup has ${size}; nothing was written: restore it under another name`,
+  );
 }
 
 async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<number> {

@@ -2,7 +2,7 @@
  * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
  * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
  */
-import type { Readable, Writable } from 'node:stream';
+import type { Writable } from 'node:stream';
 import { readFully, writeFully } from '../backup/file-io.js';
 import { IN_FLIGHT, inFlight, type Flight } from '../backup/flight.js';
 import { OperationError, type Disk } from '../daemon/operations.js';
@@ -16,6 +16,8 @@ const ZERO_PIECE_BYTES = 256 * 2 ** 20;
 /** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
 const ZEROS = Buffer.alloc(ZERO_UNIT_BYTES);
+/** Of a stream: what its end is told by. */
+const TAIL_BYTES = 512;
 
 export interface Copied {
   /** Bytes that were really carried over. */
@@ -64,31 +66,33 @@ export async function copyFileToDisk(
 }
 
 /**
- * Copy a stream to the beginning of the disk. Returns the stream's length too; throws if it is longer than the disk.
- * `inspect` sees the first chunk before anything is written.
+ * Copy what comes in `chunks` (chunksOf) to the beginning of the disk. Returns its length and its last TAIL_BYTES too.
+ * Errors: TOO_LONG if it is longer than `limit`.
  */
 export async function copyStreamToDisk(
-  stream: Readable,
+  chunks: AsyncIterable<Buffer>,
   disk: Disk,
-  options: CopyOptions & { readonly isEmpty: boolean; readonly inspect: (head: Buffer) => void },
-): Promise<Copied & { size: number }> {
+  options: CopyOptions & { readonly isEmpty: boolean; readonly limit: number },
+): Promise<Copied & { size: number; tail: Buffer }> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const { limit } = options;
   let size = 0;
-  // Ends the waiting for a stream from which nothing comes.
-  const stop = (): void => void stream.destroy(options.signal.reason as Error);
-  options.signal.addEventListener('abort', stop, { once: true });
+  let tail: Buffer = Buffer.alloc(0);
   await inFlight(async (flight) => {
-    for await (const buffer of chunksOf(stream)) {
+    for await (const buffer of chunks) {
       options.signal.throwIfAborted();
-      if (size === 0) options.inspect(buffer);
-      if (size + buffer.length > disk.size)
-        throw new OperationError('TOO_LONG', `the input is longer than the ${disk.size} bytes of the disk`);
+      if (size + buffer.length > limit) {
+        const of = limit === disk.size ? 'of the disk' : 'that --size says';
+        throw new OperationError('TOO_LONG', `the input is longer than the ${limit} bytes ${of}`);
+      }
       const at = size;
       size += buffer.length;
+      const end = buffer.subarray(Math.max(0, buffer.length - TAIL_BYTES));
+      tail = end.length === TAIL_BYTES ? end : Buffer.concat([tail, end]).subarray(-TAIL_BYTES);
       await flight.add(() => writeSparsely(disk, at, buffer, copied, options));
     }
-  }).finally(() => options.signal.removeEventListener('abort', stop));
-  return { ...copied, size };
+  });
+  return { ...copied, size, tail };
 }
 
 /** Zero the rest of a disk that may hold something there. */
@@ -253,7 +257,7 @@ export function splitZeros(buffer: Buffer): Part[] {
 }
 
 /** The stream in buffers of CHUNK_BYTES, the last one shorter. */
-async function* chunksOf(stream: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+export async function* chunksOf(stream: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
   let filling = Buffer.allocUnsafe(CHUNK_BYTES);
   let filled = 0;
   for await (const piece of stream) {

@@ -1,12 +1,17 @@
-/** `sheepgate import`: a raw disk image, from a file or stdin, becomes a VDI. */
-import fs from 'node:fs';
-import type { Readable } from 'node:stream';
+/**
+ * `sheepgate import`: a raw disk image, from a file or stdin, becomes a VDI. Owns the order that lets nobody take half an
+ * image for a whole one: what can be known is looked at first, then the VDI is marked as unfinished, and it is an ordinary
+ * one when all of it is durable.
+ */
+import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
-import { OperationError, type Disk, type Operations } from '../daemon/operations.js';
+import { asOperationError, OperationError, type Disk, type Operations } from '../daemon/operations.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
+import { openSource, type ImageSource } from './image-source.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine } from './output.js';
 import { startProgress, type Progress } from './progress.js';
@@ -14,19 +19,7 @@ import { formatSize } from './size.js';
 
 /** Sizes of VDIs are multiples of this; an image is filled up with zeros. */
 const SIZE_UNIT = 512;
-const STDIN = '-';
-
-/** Formats whose images start with a mark of their own: stored as they are they would be no disk to anybody. */
-const FOREIGN_FORMATS: readonly { readonly name: string; readonly mark: Buffer }[] = [
-  { name: 'qcow2', mark: Buffer.from('QFI\xfb', 'latin1') },
-  { name: 'vmdk', mark: Buffer.from('KDMV', 'latin1') },
-  { name: 'vhdx', mark: Buffer.from('vhdxfile', 'latin1') },
-  { name: 'gzip', mark: Buffer.from([0x1f, 0x8b]) },
-  { name: 'xz', mark: Buffer.from([0xfd, 0x37, 0x7a, 0x58, 0x5a]) },
-  { name: 'zstd', mark: Buffer.from([0x28, 0xb5, 0x2f, 0xfd]) },
-];
-
-const MARK_BYTES = Math.max(...FOREIGN_FORMATS.map(({ mark }) => mark.length));
+const RUN_BYTES = 8;
 
 interface ImportOptions extends CommonOptions {
   readonly overwrite?: boolean;
@@ -36,16 +29,20 @@ interface ImportOptions extends CommonOptions {
   readonly blockSizeShift?: number;
 }
 
-interface Source {
-  /** undefined for a stream. */
-  readonly fd: number | undefined;
-  readonly size: number | undefined;
-  readonly stream: Readable | undefined;
-  /** For messages. */
-  readonly name: string;
-  /** Throws if the image begins like something other than a disk. */
-  readonly inspect: (head: Buffer) => void;
+interface Imported extends Copied {
+  /** Of the image, in bytes. */
+  readonly size: number;
 }
+
+const HELP = `
+--size of a file makes the VDI larger than the image. From a pipe it says how much has to come: the end of a pipe looks the
+same whether its writer has finished or failed, and fewer bytes are an error, after which the VDI stays marked as unfinished.
+
+Until it is complete the VDI is unfinished: 'vdi list' says so, and nobody can open it. The same command again starts over.
+
+Examples:
+  sheepgate import disk.img vm1
+  zcat disk.img.gz | sheepgate import - vm1 --size 20G`;
 
 export function importCommand(): Command {
   const command = new Command('import')
@@ -55,12 +52,18 @@ export function importCommand(): Command {
     .option('--overwrite', 'write over an existing VDI, which must be large enough')
     .addOption(forceOption())
     .option('--raw', 'import the bytes as they are, even if they look like qcow2 or another format')
-    .addOption(new Option('--size <size>', 'size of the new VDI, if larger than the image').argParser(sizeArgument))
+    .addOption(
+      new Option(
+        '--size <size>',
+        'size of the new VDI, if larger than the file; of a pipe: bytes that must come',
+      ).argParser(sizeArgument),
+    )
     .addOption(blockSizeShiftOption())
-    .addHelpText('after', '\nExamples:\n  sheepgate import disk.img vm1\n  zcat disk.img.gz | sheepgate import - vm1');
+    .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (file: string, name: string, options: ImportOptions) => {
     const startedAt = Date.now();
-    const source = openSource(file, options.raw ?? false);
+    checkName(name);
+    const source = openSource(file, { isRaw: options.raw ?? false, vdi: name });
     try {
       const result = await withOperations(
         options,
@@ -74,132 +77,156 @@ export function importCommand(): Command {
           `imported ${formatSize(result.size)} into ${name} in ${seconds.toFixed(1)} s: ` +
             `${formatSize(result.dataBytes)} of data, the rest is zeros`,
         );
+      if (source.length === undefined && options.size === undefined) noteUnknownLength(source, result.size);
     } finally {
-      if (source.fd !== undefined) fs.closeSync(source.fd);
+      source.close();
     }
   });
 }
 
-function openSource(file: string, isRaw: boolean): Source {
-  const name = file === STDIN ? 'stdin' : file;
-  const inspect = isRaw ? () => undefined : (head: Buffer) => refuseForeignFormat(head, name);
-  if (file === STDIN) return { fd: undefined, size: undefined, stream: process.stdin, name, inspect };
-  const fd = fs.openSync(file, 'r');
-  try {
-    const status = fs.fstatSync(fd);
-    if (status.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory, not a disk image`);
-    if (!status.isFile() && !status.isBlockDevice()) {
-      const stream = fs.createReadStream('', { fd, autoClose: true });
-      return { fd: undefined, size: undefined, stream, name, inspect };
-    }
-    const size = status.isFile() ? status.size : blockDeviceSize(fd, file);
-    if (size === 0) throw new OperationError('BAD_FILE', `${file} is empty`);
-    const head = Buffer.alloc(MARK_BYTES);
-    inspect(head.subarray(0, fs.readSync(fd, head, 0, head.length, 0)));
-    return { fd, size, stream: undefined, name, inspect };
-  } catch (error) {
-    fs.closeSync(fd);
-    throw error;
-  }
+/** How long the image is, and what becomes of the VDI's size. */
+interface Plan {
+  /** Bytes of the image; undefined if only its end will tell. */
+  readonly length: number | undefined;
+  /** Of the VDI, if it is made. */
+  readonly size: number;
+  /** The VDI is made for an image whose length is not known, and cut to it at the end. */
+  readonly isOpenEnded: boolean;
 }
 
-/** The size of a block device, from sysfs: fstat does not tell it. */
-function blockDeviceSize(fd: number, file: string): number {
-  const { rdev } = fs.fstatSync(fd);
-  const major = (rdev >> 8) & 0xfff;
-  const minor = (rdev & 0xff) | ((rdev >> 12) & 0xfff00);
-  const sectors = Number(fs.readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'utf8'));
-  if (!Number.isSafeInteger(sectors)) throw new OperationError('BAD_FILE', `cannot tell the size of ${file}`);
-  return sectors * 512;
-}
-
-function refuseForeignFormat(head: Buffer, file: string): void {
-  const format = FOREIGN_FORMATS.find(({ mark }) => head.subarray(0, mark.length).equals(mark));
-  if (!format) return;
-  const remedy =
-    format.name === 'gzip' || format.name === 'xz' || format.name === 'zstd'
-      ? `unpack it into the command: ${format.name} -dc ${file} | sheepgate import - NAME`
-      : `copy it in with "qemu-img convert -n -f ${format.name} -O raw ${file} nbd+unix:///NAME?socket=…" into a VDI of its size`;
-  throw new OperationError('BAD_FORMAT', `${file} is ${format.name}, not a raw image: ${remedy}, or say --raw`);
-}
-
-async function importInto(
+/** Exported for tests, which end it at each of its steps. */
+export async function importInto(
   operations: Operations,
   name: string,
-  source: Source,
+  source: ImageSource,
   options: ImportOptions,
   signal: AbortSignal,
-): Promise<Copied & { size: number }> {
-  const isNew = !(options.overwrite && (await exists(operations, name)));
-  const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
-  const wanted = options.size ?? roundUp(source.size ?? 0);
-  if (!isNew && options.size !== undefined) {
-    throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
-  }
-  if (source.size !== undefined && wanted < source.size) {
-    throw new OperationError('BAD_SIZE', `${source.name} has ${source.size} bytes, --size says only ${wanted}`);
-  }
-  if (isNew) {
-    // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
-    const size = source.size === undefined && options.size === undefined ? MAX_DATA_OBJECTS * 2 ** shift : wanted;
-    await operations.create(name, size, { blockSizeShift: options.blockSizeShift, force: options.force });
-  }
+): Promise<Imported> {
+  const plan = await planOf(operations, name, source, options);
+  // Nothing is touched for what turns out to be no image.
+  if (source.kind === 'stream') await source.begin(signal);
+  const run = randomBytes(RUN_BYTES).toString('hex');
+  const { unfinished } = await operations.begin(name, {
+    by: 'import',
+    of: '',
+    run,
+    size: plan.size,
+    blockSizeShift: options.blockSizeShift,
+    overwrites: options.overwrite ?? false,
+    goesOn: false,
+    force: options.force,
+  });
+  const isNew = unfinished?.isNew ?? false;
   try {
-    if (!isNew) await operations.mustBeReplaceable(name, 'overwritten', { force: options.force });
-    const disk = await operations.openDisk(name);
-    let copied: Copied & { size: number };
+    const disk = await operations.openDisk(name, { run });
+    let imported: Imported;
     try {
-      // Who came in between is seen now.
-      await operations.mustBeReplaceable(name, 'overwritten', { force: options.force, ours: 1 });
-      copied = await copyIn(disk, name, source, isNew, signal);
+      imported = await copyIn(disk, name, source, plan, isNew, signal);
     } finally {
       await disk.close();
     }
-    if (isNew && source.size === undefined && options.size === undefined) {
-      if (copied.size === 0) throw new OperationError('BAD_FILE', `${source.name} is empty`);
-      await operations.resize(name, roundUp(copied.size), { force: true });
-    }
-    return copied;
+    if (isNew && plan.isOpenEnded) await operations.resize(name, roundUp(imported.size), { force: true, run });
+    await operations.finish(name, run);
+    return imported;
   } catch (error) {
-    // Half an image is worse than none; what was there before the import is not ours to remove.
-    if (isNew) await operations.remove(name).catch(() => undefined);
-    throw error;
+    throw await afterFailure(operations, name, run, isNew, error);
   }
+}
+
+/** Errors: what can be known to be wrong before anything is written. */
+async function planOf(
+  operations: Operations,
+  name: string,
+  source: ImageSource,
+  options: ImportOptions,
+): Promise<Plan> {
+  const found = (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot);
+  const isOpenEnded = source.length === undefined && options.size === undefined;
+  const length = source.length ?? options.size;
+  const says = `${source.name} has ${length} bytes`;
+  if (found && (options.overwrite || found.unfinished?.by === 'import') && !found.unfinished?.isNew) {
+    if (options.size !== undefined && source.length !== undefined) {
+      throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
+    }
+    if (length !== undefined && length > found.size) {
+      throw new OperationError('TOO_LONG', `${says}, ${name} only ${found.size}; nothing was written; resize it first`);
+    }
+    return { length, size: found.size, isOpenEnded };
+  }
+  const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
+  // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
+  if (length === undefined) return { length, size: MAX_DATA_OBJECTS * 2 ** shift, isOpenEnded };
+  if (source.length === undefined) return { length, size: roundUp(length), isOpenEnded };
+  const size = options.size ?? roundUp(length);
+  if (size < length) throw new OperationError('BAD_SIZE', `${says}, --size says only ${size}`);
+  return { length, size, isOpenEnded };
 }
 
 async function copyIn(
   disk: Disk,
   name: string,
-  source: Source,
+  source: ImageSource,
+  { length }: Plan,
   isEmpty: boolean,
   signal: AbortSignal,
-): Promise<Copied & { size: number }> {
-  if (disk.isReadOnly) throw new OperationError('IS_SNAPSHOT', `${name} is read-only; import into a VDI`);
-  if (source.size !== undefined && source.size > disk.size) {
-    throw new OperationError(
-      'TOO_LONG',
-      `the image has ${source.size} bytes, ${name} only ${disk.size}; resize it first`,
-    );
-  }
-  const progress: Progress = startProgress(`importing ${name}`, source.size);
+): Promise<Imported> {
+  const progress: Progress = startProgress(`importing ${name}`, length);
   try {
-    const options = { progress, signal, isEmpty, inspect: source.inspect };
-    let copied: Copied & { size: number };
-    if (source.fd !== undefined && source.size !== undefined) {
-      copied = { ...(await copyFileToDisk(source.fd, source.size, disk, options)), size: source.size };
+    const options = { progress, signal, isEmpty };
+    let imported: Imported;
+    if (source.kind === 'file') {
+      imported = { ...(await copyFileToDisk(source.fd, source.length, disk, options)), size: source.length };
     } else {
-      copied = await copyStreamToDisk(source.stream ?? process.stdin, disk, options);
+      const limit = Math.min(length ?? disk.size, disk.size);
+      const { tail, ...copied } = await copyStreamToDisk(source.chunks(signal), disk, { ...options, limit });
+      source.inspectTail(tail);
+      if (length !== undefined && copied.size < length) {
+        throw new OperationError('INCOMPLETE', `${source.name} ended after ${copied.size} of ${length} bytes`);
+      }
+      imported = copied;
     }
-    if (!isEmpty) await zeroRest(disk, copied.size);
+    if (!isEmpty) await zeroRest(disk, imported.size);
     await disk.flush();
-    return copied;
+    return imported;
   } finally {
     progress.end();
   }
 }
 
-async function exists(operations: Operations, name: string): Promise<boolean> {
-  return (await operations.list()).some((vdi) => vdi.name === name && !vdi.isSnapshot);
+/**
+ * What to throw when it has failed. Half an image is worse than none, so a VDI that was made for it goes; but one that was
+ * there stays and keeps its mark, and so does what a broken pipe has left, for whoever wants to see how far it came.
+ */
+async function afterFailure(
+  operations: Operations,
+  name: string,
+  run: string,
+  isNew: boolean,
+  error: unknown,
+): Promise<unknown> {
+  const expected = asOperationError(error);
+  const isKept = !isNew || expected?.code === 'INCOMPLETE';
+  if (!isKept) {
+    const isGone = await operations.remove(name, { run }).then(
+      () => true,
+      () => false,
+    );
+    if (isGone) return error;
+  }
+  const rest = `${name} is unfinished now and cannot be opened: import again, or delete it`;
+  if (expected) return new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
+  process.stderr.write(`sheepgate: note: ${rest}\n`);
+  return error;
+}
+
+/** Nobody has said how much has to come, and a writer that has failed looks like one that has finished. */
+function noteUnknownLength({ name }: ImageSource, size: number): void {
+  const odd =
+    size % SIZE_UNIT === 0 ? '' : `; ${size} bytes are no whole number of sectors, so it was probably cut off there`;
+  process.stderr.write(
+    `sheepgate: note: ${name} ended after ${size} bytes, and nothing says whether that was all${odd}; ` +
+      `--size SIZE makes a short one an error\n`,
+  );
 }
 
 function roundUp(size: number): number {

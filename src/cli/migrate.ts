@@ -29,8 +29,8 @@ Copies the snapshots of NAME, the oldest first, with their tags and times, and t
 has not changed since the snapshot before is not copied. Every snapshot is compared by hash before it gets its tag in the
 target. The source may be in use.
 
-Until it is complete the target has a snapshot NAME@migrating-...: after an interruption, whatever it was, the same command
-goes on where it stopped. A NAME in the target that this command did not make is left alone.
+Until it is complete the target is unfinished: 'vdi list' says so, and nobody can open it. After an interruption, whatever it
+was, the same command goes on where it stopped. A NAME in the target that this command did not make is left alone.
 
 To move a disk that is in use: run it with --sync, as often as you like; then stop whoever writes, and run it without.
 

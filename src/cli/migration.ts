@@ -3,9 +3,9 @@
  * and from where an interrupted run goes on. Owns those marks. It knows stores as Operations only, so that it is the same
  * through a daemon or not, on a cluster or not; the bytes are disk-difference.ts's.
  *
- * Marks, snapshots of the target: NAME@migrating-ID from before its first write to the end of the last run, so that its
- * content may be written over; NAME@migrated-ID in its place between two runs, which shows whether anybody else has
- * written since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
+ * From before its first write to the end of a run the target is marked as unfinished, by this migration: nobody else opens
+ * it, and its content may be written over. Between two runs a snapshot, NAME@migrated-ID, shows whether anybody has written
+ * since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
  */
 import { createHash, randomBytes } from 'node:crypto';
 import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
@@ -13,6 +13,7 @@ import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { closing } from './closing.js';
 import {
   compare,
@@ -97,18 +98,20 @@ interface Present {
 }
 
 const ID_DIGITS = 12;
-const MIGRATING = 'migrating-';
+const RUN_BYTES = 8;
 const MIGRATED = 'migrated-';
 /** Of the source, while its present content is read and a temporary snapshot is not possible. */
 const READING = 'migrate-';
-const MARK = new RegExp(`^(?:${MIGRATING}|${MIGRATED})[0-9a-f]{${ID_DIGITS}}$`);
+const MARK = new RegExp(`^${MIGRATED}[0-9a-f]{${ID_DIGITS}}$`);
 const READING_MARK = new RegExp(`^${READING}[0-9a-f]{${ID_DIGITS}}$`);
 
 export class Migration {
   readonly #source: Operations;
   readonly #target: Operations;
   readonly #options: MigrationOptions;
-  readonly #migrating: string;
+  /** In the mark of the target: which migration it is, and which run of it. */
+  readonly #id: string;
+  readonly #run = randomBytes(RUN_BYTES).toString('hex');
   readonly #migrated: string;
   readonly #reading: string;
   readonly #label: string;
@@ -122,9 +125,8 @@ export class Migration {
     this.#source = source;
     this.#target = target;
     this.#options = options;
-    const id = idOf(source.identity, options.name);
-    this.#migrating = MIGRATING + id;
-    this.#migrated = MIGRATED + id;
+    this.#id = idOf(source.identity, options.name);
+    this.#migrated = MIGRATED + this.#id;
     // Two runs to two targets read from snapshots of their own.
     this.#reading = READING + idOf(source.identity, options.name, target.identity, options.newName);
     // A run that was killed may still have its snapshot: this one takes its own.
@@ -161,13 +163,16 @@ export class Migration {
   async #history(): Promise<History> {
     const { name } = this.#options;
     const records = (await this.#source.list()).filter((record) => record.name === name);
+    const { store } = this.#source;
     const mark = records.find(({ tag }) => MARK.test(tag));
     if (mark) {
       throw new OperationError(
         'UNFINISHED',
-        `${name} in ${this.#source.store} is itself the unfinished target of a migration (it has the snapshot ${name}@${mark.tag}); finish that one first`,
+        `${name} in ${store} is itself the unfinished target of a migration (it has the snapshot ${name}@${mark.tag}); finish that one first`,
       );
     }
+    const unfinished = records.find((record) => record.unfinished);
+    if (unfinished) throw new OperationError('UNFINISHED', `in ${store} ${describeUnfinished(unfinished)}`);
     const snapshots = records
       .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag) && !READING_MARK.test(tag))
       .sort((a, b) => a.snapId - b.snapId);
@@ -201,59 +206,68 @@ export class Migration {
     const { newName, force } = this.#options;
     const first = history.snapshots[0] ?? (history.working as VdiRecord);
     const records = await this.#targetRecords();
-    if (records.length === 0) {
-      await this.#target.create(newName, first.size, { blockSizeShift: first.blockSizeShift, force });
-      this.hasClaimed = true;
-      await this.#target.snapshot(newName, this.#migrating);
-      return;
-    }
     const working = records.find(({ isSnapshot }) => !isSnapshot);
-    const hasTag = (tag: string): boolean => records.some((record) => record.isSnapshot && record.tag === tag);
-    if (!hasTag(this.#migrating) && !hasTag(this.#migrated)) {
-      // What a run leaves that was killed between its first two steps: nobody loses anything with it.
-      if (records.length > 1 || !working || !(await this.#isUntouched(working, first))) throw this.#foreign(records);
-      this.hasClaimed = true;
-      await this.#target.snapshot(newName, this.#migrating);
-      return;
-    }
-    if (working) {
-      await this.#target
-        .mustBeReplaceable(newName, 'migrated to', { force: this.#options.force })
-        .catch((error: unknown) => {
-          const { code, message } = asOperationError(error) ?? {};
-          // There are two stores.
-          if (code !== undefined)
-            throw new OperationError(code, `in ${this.#target.store}, ${message}`, { cause: error });
-          throw error;
-        });
-    }
-    await this.#checkPrefix(history, records);
-    if (hasTag(this.#migrated)) {
-      await this.#refuseIfChanged();
-      if (!hasTag(this.#migrating)) await this.#target.snapshot(newName, this.#migrating);
-      await this.#target.remove(`${newName}@${this.#migrated}`);
-    }
-    this.hasClaimed = true;
-    if (!working && history.snapshots.some(({ tag }) => !hasTag(tag))) {
+    const isOurs = isOfSame(working?.unfinished, { by: 'migrate', of: this.#id });
+    const isBetweenRuns = records.some(({ tag }) => tag === this.#migrated);
+    // Half of something else now, whatever it was before.
+    if (working?.unfinished && !isOurs) throw this.#foreign(records);
+    const isKnown = isOurs || isBetweenRuns;
+    if (isKnown && !working) {
       throw new OperationError(
         'UNFINISHED',
         `${newName} in ${this.#target.store} lacks its working VDI, without which its history cannot go on; delete its snapshots there and start again`,
       );
     }
+    try {
+      await this.#target.begin(newName, {
+        by: 'migrate',
+        of: this.#id,
+        run: this.#run,
+        size: first.size,
+        blockSizeShift: first.blockSizeShift,
+        // What a run before this one has brought to its end, or what nobody loses anything with.
+        overwrites: isBetweenRuns || (records.length === 1 && (await this.#isUntouched(working, first))),
+        goesOn: true,
+        force,
+      });
+    } catch (error) {
+      const { code, message } = asOperationError(error) ?? {};
+      if (code === 'EXISTS') throw this.#foreign(records);
+      // There are two stores.
+      if (code !== undefined) throw new OperationError(code, `in ${this.#target.store}, ${message}`, { cause: error });
+      throw error;
+    }
+    if (isKnown) await this.#checkGoesOn(history, isOurs);
+    if (isBetweenRuns) await this.#target.remove(`${newName}@${this.#migrated}`);
+    this.hasClaimed = true;
   }
 
-  async #isUntouched(working: VdiRecord, like: VdiRecord): Promise<boolean> {
+  async #isUntouched(working: VdiRecord | undefined, like: VdiRecord): Promise<boolean> {
+    if (!working || working.unfinished) return false;
     if (working.size !== like.size || working.blockSizeShift !== like.blockSizeShift) return false;
     const { allocatedBytes, open } = await this.#target.show(working.name);
     return allocatedBytes === 0 && open === 0;
   }
 
+  /** Errors: CHANGED if the target is not what a run before this one has left; it is then as it was. */
+  async #checkGoesOn(history: History, wasUnfinished: boolean): Promise<void> {
+    try {
+      await this.#checkPrefix(history, await this.#targetRecords());
+      // What is unfinished nobody else could write.
+      if (!wasUnfinished) await this.#refuseIfChanged();
+    } catch (error) {
+      if (!wasUnfinished) await this.#target.finish(this.#options.newName, this.#run);
+      throw error;
+    }
+  }
+
   #foreign(records: readonly VdiRecord[]): OperationError {
     const { newName } = this.#options;
     const mark = records.find(({ tag }) => MARK.test(tag));
-    const why = mark
-      ? `is the unfinished target of another migration (it has the snapshot ${newName}@${mark.tag})`
-      : 'exists, and it is no unfinished migration of this one: nothing was touched';
+    const unfinished = records.find((record) => record.unfinished)?.unfinished;
+    let why = 'exists, and it is no unfinished migration of this one: nothing was touched';
+    if (unfinished) why = `is unfinished, of another migration or another command (${unfinished.by})`;
+    else if (mark) why = `is the unfinished target of another migration (it has the snapshot ${newName}@${mark.tag})`;
     return new OperationError(
       'EXISTS',
       `${newName} in ${this.#target.store} ${why}; give another name with --as, or delete it with its snapshots`,
@@ -301,7 +315,7 @@ export class Migration {
         continue;
       }
       const migrated = await this.#migrate(goal);
-      await this.#target.snapshot(newName, tag, { takenAt: snapshot.snapshotAt });
+      await this.#target.snapshot(newName, tag, { takenAt: snapshot.snapshotAt, run: this.#run });
       this.#done.set(tag, migrated);
       this.#forgetUnused(history, n);
     }
@@ -325,8 +339,10 @@ export class Migration {
     const { newName, signal } = this.#options;
     await this.#chooseBranch(goal);
     const working = (await this.#targetRecords()).find(({ isSnapshot }) => !isSnapshot);
-    if (working && working.size !== goal.size) await this.#target.resize(newName, goal.size, { force: true });
-    return this.#withDisks(goal, newName, async (source, target) => {
+    if (working && working.size !== goal.size) {
+      await this.#target.resize(newName, goal.size, { force: true, run: this.#run });
+    }
+    return this.#withDisks(goal, newName, this.#run, async (source, target) => {
       const units = await this.#unitsOf(goal, source, target, newName, UNIT_BYTES);
       const written = await withProgress(`copying ${goal.label}`, units, signal, (work) =>
         makeSame(source, target, units, work),
@@ -350,7 +366,7 @@ export class Migration {
     const working = records.find(({ isSnapshot }) => !isSnapshot);
     const wanted = await this.#bytesChanged(this.#source, spec, size, `${name}@${base.tag}`);
     const found = await this.#bytesChanged(this.#target, newName, working?.size ?? 0, `${newName}@${base.tag}`);
-    if (found > wanted) await this.#target.rollback(`${newName}@${base.tag}`);
+    if (found > wanted) await this.#target.rollback(`${newName}@${base.tag}`, { run: this.#run });
   }
 
   async #bytesChanged(operations: Operations, spec: string, size: number, since: string): Promise<number> {
@@ -361,7 +377,7 @@ export class Migration {
 
   /** Read the goal on both sides. */
   async #verify(goal: Goal, targetSpec: string): Promise<Migrated> {
-    return this.#withDisks(goal, targetSpec, async (source, target) => {
+    return this.#withDisks(goal, targetSpec, undefined, async (source, target) => {
       if (target.size !== goal.size) {
         throw new OperationError(
           'MISMATCH',
@@ -396,10 +412,16 @@ export class Migration {
     }
   }
 
-  async #withDisks<T>(goal: Goal, targetSpec: string, work: (source: Disk, target: Disk) => Promise<T>): Promise<T> {
+  /** `run`: it is written, and therefore ours. */
+  async #withDisks<T>(
+    goal: Goal,
+    targetSpec: string,
+    run: string | undefined,
+    work: (source: Disk, target: Disk) => Promise<T>,
+  ): Promise<T> {
     const source = await this.#source.openDisk(goal.spec);
     return closing(source, async () => {
-      const target = await this.#target.openDisk(targetSpec);
+      const target = await this.#target.openDisk(targetSpec, { run });
       return closing(target, () => work(source, target));
     });
   }
@@ -476,11 +498,11 @@ export class Migration {
   async #finish({ snapshots, working }: History, present: Migrated | null): Promise<MigrationResult> {
     const { newName, sync } = this.#options;
     const target = this.#target;
-    if (sync && working) await target.snapshot(newName, this.#migrated);
-    const records = await this.#targetRecords();
+    const run = this.#run;
+    if (sync && working) await target.snapshot(newName, this.#migrated, { run });
+    if (working) await target.finish(newName, run);
     // As in the source: a VDI that was deleted, and its snapshots.
-    if (!working && records.some(({ isSnapshot }) => !isSnapshot)) await target.remove(newName);
-    await target.remove(`${newName}@${this.#migrating}`);
+    else await target.remove(newName, { run });
     this.hasClaimed = sync;
     return {
       snapshots: snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
@@ -496,6 +518,9 @@ export class Migration {
     const missing = (what: string): OperationError =>
       new OperationError('MISMATCH', `${this.#target.store} has no ${what}, which ${this.#source.store} has`);
     if (records.length === 0) throw missing(newName);
+    const unfinished = records.find((record) => record.unfinished);
+    if (unfinished)
+      throw new OperationError('UNFINISHED', `in ${this.#target.store} ${describeUnfinished(unfinished)}`);
     await this.#checkPrefix(history, records);
     for (const [n, { tag }] of history.snapshots.entries()) {
       if (!records.some((record) => record.isSnapshot && record.tag === tag)) throw missing(`${newName}@${tag}`);

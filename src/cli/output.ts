@@ -71,6 +71,9 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
     parentVid: record.parentVid || null,
     createdAt: new Date(record.createdAt).toISOString(),
     snapshotAt: record.snapshotAt ? new Date(record.snapshotAt).toISOString() : null,
+    unfinished: record.unfinished
+      ? { by: record.unfinished.by, since: new Date(record.unfinished.since).toISOString() }
+      : null,
     ...('allocatedBytes' in record && {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,

@@ -1,7 +1,7 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { pino } from 'pino';
-import type { DaemonConfiguration } from '../daemon/daemon.js';
+import type { DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
@@ -9,6 +9,7 @@ import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from
 import { endBySignal } from './interrupt.js';
 import { missingOption } from './missing.js';
 import { printJson, printLine } from './output.js';
+import { formatSizes } from './size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
 
@@ -113,6 +114,7 @@ async function serve(options: ServeOptions): Promise<void> {
   } else {
     printLine(`serving ${daemon.store}`);
     for (const uri of daemon.uris) printLine(`  ${uri}`);
+    for (const kept of daemon.kept) printLine(`note: ${keptText(kept)}`);
     printLine("'sheepgate vdi list' shows the VDIs, Ctrl-C stops");
   }
 
@@ -130,6 +132,14 @@ async function serve(options: ServeOptions): Promise<void> {
   await daemon.stop();
   notifier.close();
   log.info('stopped');
+}
+
+/** What --create has found in place of what it was to make. */
+function keptText({ name, size, wantedSize, unfinished }: KeptVdi): string {
+  if (unfinished)
+    return `${name} exists and is unfinished, so nobody can open it; 'sheepgate vdi show ${name}' says why`;
+  const [is, wanted] = formatSizes(size, wantedSize);
+  return `${name} exists and has ${is}, not ${wanted}; it was left as it is ('sheepgate vdi resize' changes it)`;
 }
 
 /** SIGHUP from the first moment on, so that one that comes while we start is served late instead of ending us. */

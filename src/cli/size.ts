@@ -28,6 +28,12 @@ function notASize(text: string): SizeError {
 }
 
 /** "10 GiB", "1.5 GiB", "512 B": at most four significant digits. */
+/** Two sizes side by side, exact to the byte where they would look the same. */
+export function formatSizes(a: number, b: number): [string, string] {
+  const texts: [string, string] = [formatSize(a), formatSize(b)];
+  return a === b || texts[0] !== texts[1] ? texts : [`${a} bytes`, `${b} bytes`];
+}
+
 export function formatSize(bytes: number): string {
   let exponent = 0;
   while (exponent < UNITS.length - 1 && bytes >= 1024 ** (exponent + 1)) exponent++;

@@ -9,11 +9,13 @@ export function vdiListCommand(): Command {
     .description('list VDIs and their snapshots')
     .addHelpText(
       'after',
-      '\nUSED is the space of the data objects, shared ones counted with everybody who shares them.\n\nExample:\n  sheepgate vdi list',
+      '\nUSED is the space of the data objects, shared ones counted with everybody who shares them. STATE is there if a VDI is\n' +
+        'unfinished: a command that fills it has not come to its end, and nobody else can open it.\n\nExample:\n  sheepgate vdi list',
     );
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const vdis = await withOperations(options, (operations) => operations.listDetails());
     if (options.json) return printJson(vdis.map(vdiJson));
+    const hasState = vdis.some(({ unfinished }) => unfinished);
     const rows = vdis.map((vdi) => [
       vdi.name,
       vdi.tag,
@@ -21,7 +23,9 @@ export function vdiListCommand(): Command {
       formatSize(vdi.size),
       formatSize(vdi.allocatedBytes),
       formatTime(vdi.isSnapshot ? vdi.snapshotAt : vdi.createdAt),
+      ...(hasState ? [vdi.unfinished ? `unfinished ${vdi.unfinished.by}` : ''] : []),
     ]);
-    process.stdout.write(table(['NAME', 'TAG', 'ID', 'SIZE', 'USED', 'CREATED'], rows, ['ID', 'SIZE', 'USED']));
+    const header = ['NAME', 'TAG', 'ID', 'SIZE', 'USED', 'CREATED', ...(hasState ? ['STATE'] : [])];
+    process.stdout.write(table(header, rows, ['ID', 'SIZE', 'USED']));
   });
 }

@@ -2,6 +2,7 @@
 import { Command } from 'commander';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine, vdiJson } from './output.js';
+import { formatSizes } from './size.js';
 
 export function vdiRollbackCommand(): Command {
   const command = new Command('rollback')
@@ -11,9 +12,14 @@ export function vdiRollbackCommand(): Command {
     .addHelpText('after', '\nNot while the VDI is in use.\n\nExample:\n  sheepgate vdi rollback vm1@monday');
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { force?: boolean }) => {
     const { force } = options;
-    const vdi = await withOperations(options, (operations) => operations.rollback(spec, { force }));
-    if (options.json) return printJson({ ...vdiJson(vdi), ...endedJson(vdi) });
+    const { before, vdi } = await withOperations(options, async (operations) => {
+      const records = await operations.list();
+      const after = await operations.rollback(spec, { force });
+      return { before: records.find(({ name, isSnapshot }) => name === after.name && !isSnapshot), vdi: after };
+    });
+    if (options.json) return printJson({ ...vdiJson(vdi), ...endedJson(vdi), sizeBefore: before?.size ?? vdi.size });
     for (const line of endedLines(vdi)) printLine(line);
-    printLine(`${vdi.name} is ${spec} again`);
+    const [was, is] = formatSizes(before?.size ?? vdi.size, vdi.size);
+    printLine(`${vdi.name} is ${spec} again${was === is ? '' : `; its size was ${was} and is ${is} now`}`);
   });
 }

@@ -36,6 +36,7 @@ export function vdiShowCommand(): Command {
       ['object size', formatSize(2 ** vdi.blockSizeShift)],
       ['created', formatTime(vdi.createdAt)],
       ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
+      ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi)] as [string, string]] : []),
       ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
       // A daemon of an earlier version does not say.
@@ -45,4 +46,12 @@ export function vdiShowCommand(): Command {
     const width = Math.max(...lines.map(([title]) => title.length));
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);
   });
+}
+
+function unfinishedText({ name, unfinished, open }: VdiDetails): string {
+  const { by, since, isNew } = unfinished ?? {};
+  const began = `${by}, begun ${formatTime(since ?? 0)}`;
+  if (open > 0) return `${began}, at work now`;
+  const giveUp = isNew ? `'sheepgate vdi delete ${name}'` : 'a rollback, or deleting it,';
+  return `${began}: cannot be opened; 'sheepgate ${by}' again completes it, ${giveUp} gives it up`;
 }

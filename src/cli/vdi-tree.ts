@@ -58,7 +58,7 @@ export function treeLines(roots: readonly TreeNode[]): string[] {
 
 function describe(vdi: VdiRecord): string {
   if (vdi.isSnapshot) return `${labelOf(vdi)}  [${formatTime(vdi.snapshotAt)}]`;
-  return `${vdi.name}  (you are here)`;
+  return `${vdi.name}  (you are here${vdi.unfinished ? `, unfinished ${vdi.unfinished.by}` : ''})`;
 }
 
 function nodeJson(node: TreeNode): object {

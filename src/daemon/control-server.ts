@@ -17,7 +17,8 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import type { DirectOperations } from './direct-operations.js';
-import { asOperationError, OperationError } from './operations.js';
+import { FILLERS } from '../store/object-store.js';
+import { asOperationError, OperationError, type Beginning } from './operations.js';
 import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
 import { removeStaleSocket } from './stale-socket.js';
 
@@ -33,6 +34,10 @@ export interface ControlServerOptions {
 }
 
 type Body = Readonly<Record<string, unknown>>;
+
+/** What a store has room for in the mark of an unfinished VDI. */
+const MAX_RUN_DIGITS = 32;
+const MAX_OF_DIGITS = 64;
 
 interface Call {
   readonly operations: DirectOperations;
@@ -71,7 +76,8 @@ const ROUTES: readonly Route[] = [
   {
     method: 'DELETE',
     path: ['vdis', '*'],
-    answer: ({ operations, names, query }) => operations.remove(first(names), { force: query.get('force') === '1' }),
+    answer: ({ operations, names, query }) =>
+      operations.remove(first(names), { force: query.get('force') === '1', run: query.get('run') ?? undefined }),
   },
   {
     method: 'GET',
@@ -86,6 +92,7 @@ const ROUTES: readonly Route[] = [
       operations.resize(first(names), wholeNumber(body, 'size'), {
         force: flag(body, 'force'),
         forceInUse: flag(body, 'forceInUse'),
+        run: runIn(body),
       }),
   },
   {
@@ -95,7 +102,18 @@ const ROUTES: readonly Route[] = [
       operations.snapshot(first(names), text(body, 'tag'), {
         takenAt: body.takenAt === undefined ? undefined : wholeNumber(body, 'takenAt'),
         force: flag(body, 'force'),
+        run: runIn(body),
       }),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'begin'],
+    answer: ({ operations, names, body }) => operations.begin(first(names), beginningIn(body)),
+  },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'finish'],
+    answer: ({ operations, names, body }) => operations.finish(first(names), hex(body, 'run', MAX_RUN_DIGITS)),
   },
   {
     method: 'POST',
@@ -106,16 +124,8 @@ const ROUTES: readonly Route[] = [
   {
     method: 'POST',
     path: ['vdis', '*', 'rollback'],
-    answer: ({ operations, names, body }) => operations.rollback(first(names), { force: flag(body, 'force') }),
-  },
-  {
-    method: 'POST',
-    path: ['vdis', '*', 'replaceable'],
-    answer: async ({ operations, names, body }) => {
-      const ours = body.ours === undefined ? 0 : wholeNumber(body, 'ours');
-      await operations.mustBeReplaceable(first(names), text(body, 'what'), { force: flag(body, 'force'), ours });
-      return null;
-    },
+    answer: ({ operations, names, body }) =>
+      operations.rollback(first(names), { force: flag(body, 'force'), run: runIn(body) }),
   },
   {
     method: 'GET',
@@ -146,6 +156,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   UNKNOWN: 404,
   NO_ROUTE: 404,
   EXISTS: 409,
+  UNFINISHED: 409,
   BUSY: 409,
   NEEDS_FORCE: 409,
   ENDED: 410,
@@ -346,6 +357,34 @@ function flag(body: Body, field: string): boolean {
   const value = body[field] ?? false;
   if (typeof value !== 'boolean') throw badRequest(`"${field}" must be true or false, not ${JSON.stringify(value)}`);
   return value;
+}
+
+function hex(body: Body, field: string, mostDigits: number): string {
+  const value = text(body, field);
+  if (!/^[0-9a-f]*$/.test(value) || value.length > mostDigits) {
+    throw badRequest(`"${field}" must be at most ${mostDigits} hex digits, not ${JSON.stringify(value)}`);
+  }
+  return value;
+}
+
+function runIn(body: Body): string | undefined {
+  return body.run === undefined ? undefined : hex(body, 'run', MAX_RUN_DIGITS);
+}
+
+function beginningIn(body: Body): Beginning {
+  const by = FILLERS.find((each) => each === body.by);
+  if (by === undefined) throw badRequest(`"by" must be one of ${FILLERS.join(', ')}, not ${JSON.stringify(body.by)}`);
+  const run = hex(body, 'run', MAX_RUN_DIGITS);
+  if (run === '') throw badRequest('"run" must not be empty');
+  return {
+    by,
+    of: hex(body, 'of', MAX_OF_DIGITS),
+    run,
+    size: wholeNumber(body, 'size'),
+    blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+    overwrites: flag(body, 'overwrites'),
+    goesOn: flag(body, 'goesOn'),
+  };
 }
 
 function badRequest(message: string): OperationError {

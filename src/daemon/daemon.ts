@@ -1,11 +1,16 @@
 /**
  * The daemon: one store, the NBD server in front of it, the control socket beside it. Owns the order in which these
- * start and stop; the order is what makes a stop lose nothing and a failed start leave nothing behind.
+ * start and stop; the order is what makes a stop lose nothing and a failed start leave nothing behind, no new store and no
+ * new VDI: what can fail comes before what makes something.
  */
+import fs from 'node:fs';
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
+import { ExportsWhenOpen } from '../export/exports-when-open.js';
+import type { Unfinished } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
@@ -14,11 +19,11 @@ import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly, whileLocked } from './open-operations.js';
-import { OperationError } from './operations.js';
+import { OperationError, type VdiRecord } from './operations.js';
 import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
-import { socketState } from './stale-socket.js';
+import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */
@@ -62,10 +67,20 @@ export interface DaemonConfiguration {
   readonly version: string;
 }
 
+/** A VDI that was to be made, and exists with another size, or unfinished. Sizes in bytes. */
+export interface KeptVdi {
+  readonly name: string;
+  readonly size: number;
+  readonly wantedSize: number;
+  readonly unfinished: Unfinished | undefined;
+}
+
 export interface Daemon {
   readonly store: string;
   /** Path of the control socket. */
   readonly control: string;
+  /** VDIs of `create` that were there, and are not what it says. */
+  readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
@@ -75,38 +90,27 @@ export interface Daemon {
   stop(): Promise<void>;
 }
 
+type OpenedStore = Awaited<ReturnType<typeof openDirectly>>;
+
 /** Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog. */
 export async function startDaemon(configuration: DaemonConfiguration, log: Logger): Promise<Daemon> {
-  let controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
+  const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
   const security = new Security(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
-  const operations = await whileLocked(async () => {
-    await refuseSecondDaemon(configuration.store);
-    return openDirectly({
-      store: configuration.store,
-      isDaemon: true,
-      mayCreate: configuration.mayCreateStore ?? true,
-      retryMs: configuration.retryMs,
-      missingIsZero: configuration.missingIsZero,
-      keepMs: configuration.keepMs,
-      inUseMs: configuration.inUseMs,
-      log: (line, details) => log.warn(details ?? {}, line),
-    });
-  }, controlPath);
-
-  // Nothing can be made on a read-only filesystem; who looks for a daemon there opens the store beside it, to read.
-  const isFixed = operations.isReadOnly && !isClusterLocation(configuration.store);
-  if (isFixed && configuration.control === undefined) controlPath = controlSocketElsewhere(operations.identity);
+  for (const { name, size } of configuration.create) checkNewVdi(name, size);
+  await refuseSecondDaemon(configuration.store);
+  await checkControlSocket(controlPath, configuration.store);
 
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
   const connections = new ConnectionLog(log);
   const stopLoggingFailures = logFailures(log);
+  const exports = new ExportsWhenOpen();
   const nbd = new NbdServer({
-    provider: security.guard(operations.exports),
+    provider: exports,
     tls: security.tls,
     limits: configuration.limits,
     peerCredentials,
@@ -124,39 +128,45 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     },
   });
   const listening: ListenAddress[] = [];
-  const control = new ControlServer(controlPath, {
-    operations,
-    status: (): StatusAnswer => ({
-      version: configuration.version,
-      pid: process.pid,
-      store: operations.store,
-      identity: operations.identity,
-      startedAt,
-      listeners: listening.map(formatListenAddress),
-      connections: Array.from(nbd.connections.values(), statusOf),
-    }),
-    serveNbd: (socket, head, session) =>
-      new Promise<void>((resolve) => {
-        const end = (): void => {
-          sessionEnds.delete(session);
-          resolve();
-        };
-        sessionEnds.set(session, end);
-        if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
-          end();
+  const controlOf = (operations: OpenedStore): ControlServer => {
+    // Nothing can be made on a read-only filesystem; who looks for a daemon there opens the store beside it, to read.
+    const isFixed = operations.isReadOnly && !isClusterLocation(configuration.store);
+    const isElsewhere = isFixed && configuration.control === undefined;
+    return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {
+      operations,
+      isFoundFromStore: !isFixed,
+      status: (): StatusAnswer => ({
+        version: configuration.version,
+        pid: process.pid,
+        store: operations.store,
+        identity: operations.identity,
+        startedAt,
+        listeners: listening.map(formatListenAddress),
+        connections: Array.from(nbd.connections.values(), statusOf),
       }),
-    isFoundFromStore: !isFixed,
-    onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
-  });
+      serveNbd: (socket, head, session) =>
+        new Promise<void>((resolve) => {
+          const end = (): void => {
+            sessionEnds.delete(session);
+            resolve();
+          };
+          sessionEnds.set(session, end);
+          if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
+            end();
+        }),
+      onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
+    });
+  };
 
+  let operations: OpenedStore | undefined;
+  let control: ControlServer | undefined;
   const stop = async (): Promise<void> => {
-    operations.announceStop();
-    await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control.close(STOP_GRACE_MS)]);
+    operations?.announceStop();
+    await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
-    await operations.close();
+    await operations?.close();
   };
   try {
-    for (const { name, size } of configuration.create) await createIfMissing(operations, name, size, log);
     for (const address of configuration.listeners) {
       listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
     }
@@ -172,21 +182,58 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
       );
     }
+    const opened = await whileLocked(async () => {
+      await refuseSecondDaemon(configuration.store);
+      return openDirectly({
+        store: configuration.store,
+        isDaemon: true,
+        mayCreate: configuration.mayCreateStore ?? true,
+        retryMs: configuration.retryMs,
+        missingIsZero: configuration.missingIsZero,
+        keepMs: configuration.keepMs,
+        inUseMs: configuration.inUseMs,
+        log: (line, details) => log.warn(details ?? {}, line),
+      });
+    }, controlPath);
+    operations = opened;
+    control = controlOf(opened);
     await control.listen();
+    const kept = await createMissing(opened, configuration.create, log);
+    const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
+    const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
+    exports.opened(security.guard(opened.exports));
+    return {
+      store: opened.store,
+      control: control.path,
+      kept,
+      listeners: listening,
+      uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
+      reload: () => void security.reload(),
+      stop,
+    };
   } catch (error) {
+    exports.failed();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
   }
-  const existing = (await operations.list()).find((vdi) => !vdi.isSnapshot);
-  const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
-  return {
-    store: operations.store,
-    control: control.path,
-    listeners: listening,
-    uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
-    reload: () => void security.reload(),
-    stop,
-  };
+}
+
+/** What would be found wrong with it when the store is open. Errors: IN_USE, PERMISSION. */
+async function checkControlSocket(controlPath: string, store: string): Promise<void> {
+  await refuseUsedSocket(controlPath);
+  const directory = path.dirname(controlPath);
+  // The store's own is made with the store.
+  if (!isClusterLocation(store) && directory === path.resolve(store)) return;
+  makeSocketDirectory(directory);
+  try {
+    fs.accessSync(directory, fs.constants.W_OK | fs.constants.X_OK);
+  } catch (error) {
+    throw new OperationError(
+      'PERMISSION',
+      `cannot make the control socket ${controlPath}: ${(error as Error).message}; give --control PATH to have it elsewhere`,
+      { cause: error },
+    );
+  }
 }
 
 async function refuseSecondDaemon(store: string): Promise<void> {
@@ -198,20 +245,51 @@ async function refuseSecondDaemon(store: string): Promise<void> {
   );
 }
 
-async function createIfMissing(
-  operations: Awaited<ReturnType<typeof openDirectly>>,
-  name: string,
-  size: number,
+/** Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, and those of making. */
+async function createMissing(
+  operations: OpenedStore,
+  wanted: DaemonConfiguration['create'],
   log: Logger,
-): Promise<void> {
+): Promise<KeptVdi[]> {
+  const names = new Set((await operations.list()).map(({ name }) => name));
+  // A name that only snapshots bear cannot be served as asked.
+  for (const { name } of wanted) if (names.has(name)) await operations.show(name);
+  const kept: KeptVdi[] = [];
+  const made: string[] = [];
+  try {
+    for (const { name, size } of wanted) {
+      const there = await createIfMissing(operations, name, size);
+      if (!there) {
+        made.push(name);
+        log.info({ vdi: name, size }, 'created');
+      } else if (there.size === size && !there.unfinished) {
+        log.info({ vdi: name }, 'exists already, left as it is');
+      } else {
+        const { unfinished } = there;
+        kept.push({ name, size: there.size, wantedSize: size, unfinished });
+        const how = unfinished ? 'unfinished, and cannot be opened' : 'with another size than was asked for';
+        log.warn({ vdi: name, size: there.size, wantedSize: size }, `exists already, left as it is: ${how}`);
+      }
+    }
+  } catch (error) {
+    for (const name of made) {
+      await operations.remove(name).catch((failure: unknown) => {
+        log.error({ err: failure, vdi: name }, 'left behind by the failed start');
+      });
+    }
+    throw error;
+  }
+  return kept;
+}
+
+/** undefined if it was made; what is there if it was not. */
+async function createIfMissing(operations: OpenedStore, name: string, size: number): Promise<VdiRecord | undefined> {
   try {
     await operations.create(name, size, {});
-    log.info({ vdi: name, size }, 'created');
+    return undefined;
   } catch (error) {
     if (!(error instanceof CatalogError) || error.code !== 'EXISTS') throw error;
-    // A name that only snapshots bear cannot be served as asked.
-    await operations.show(name);
-    log.info({ vdi: name }, 'exists already, left as it is');
+    return operations.show(name);
   }
 }
 

@@ -6,15 +6,18 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
+import { unfinishedExport } from '../export/unfinished-export.js';
 import { specOf } from '../vdi/names.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
+  type Beginning,
   type CheckReport,
   type DataPage,
   type Disk,
   type Ended,
   type ExportDescription,
+  type Filling,
   type ForceOption,
   type Operations,
   type VdiDetails,
@@ -67,7 +70,19 @@ export class DirectOperations implements Operations {
     return this.#catalog.create(name, size, options);
   }
 
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & ForceOption): Promise<VdiRecord> {
+  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    return this.#catalog.begin(name, beginning);
+  }
+
+  finish(name: string, run: string): Promise<VdiRecord> {
+    return this.#catalog.finish(name, run);
+  }
+
+  snapshot(
+    name: string,
+    tag: string,
+    options?: { readonly takenAt?: number } & Filling & ForceOption,
+  ): Promise<VdiRecord> {
     return this.#catalog.snapshot(name, tag, options);
   }
 
@@ -75,19 +90,19 @@ export class DirectOperations implements Operations {
     return this.#catalog.clone(spec, newName, options);
   }
 
-  rollback(spec: string, options?: ForceOption): Promise<VdiRecord & Ended> {
+  rollback(spec: string, options?: Filling & ForceOption): Promise<VdiRecord & Ended> {
     return this.#catalog.rollback(spec, options);
   }
 
-  mustBeReplaceable(spec: string, what: string, options?: ForceOption & { readonly ours?: number }): Promise<void> {
-    return this.#catalog.mustBeReplaceable(spec, what, options);
-  }
-
-  resize(name: string, size: number, options: ForceOption & { readonly forceInUse?: boolean }): Promise<VdiRecord> {
+  resize(
+    name: string,
+    size: number,
+    options: Filling & ForceOption & { readonly forceInUse?: boolean },
+  ): Promise<VdiRecord> {
     return this.#catalog.resize(name, size, options);
   }
 
-  remove(spec: string, options?: ForceOption): Promise<Ended> {
+  remove(spec: string, options?: Filling & ForceOption): Promise<Ended> {
     return this.#catalog.remove(spec, options);
   }
 
@@ -96,9 +111,9 @@ export class DirectOperations implements Operations {
   }
 
   async changes(spec: string, since: string, offset: number): Promise<DataPage> {
-    const vdi = await this.#catalog.openVdi(spec);
+    const vdi = await this.#catalog.openVdi(spec, { mapOnly: true });
     try {
-      const base = await this.#catalog.openVdi(since);
+      const base = await this.#catalog.openVdi(since, { mapOnly: true });
       try {
         return changesPage(vdi, base, offset);
       } finally {
@@ -115,8 +130,9 @@ export class DirectOperations implements Operations {
     return { size: geometry.size, isReadOnly: geometry.readOnly };
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
-    const { device } = await plainly(this.#exports.open(exportName, PEER));
+  async openDisk(exportName: string, { run }: Filling = {}): Promise<Disk> {
+    const name = run === undefined ? exportName : unfinishedExport(exportName, run);
+    const { device } = await plainly(this.#exports.open(name, PEER));
     return diskOf(device);
   }
 

@@ -5,8 +5,9 @@
  */
 import type { CheckReport, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
+import type { Beginning, Filling } from '../vdi/unfinished.js';
 
-export type { CheckReport, Ended, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
+export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
  * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
@@ -57,18 +58,29 @@ export interface Operations {
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
   create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord>;
-  /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
-  snapshot(name: string, tag: string, options?: { readonly takenAt?: number } & ForceOption): Promise<VdiRecord>;
-  clone(spec: string, newName: string, options?: ForceOption): Promise<VdiRecord>;
-  rollback(spec: string, options?: ForceOption): Promise<VdiRecord & Ended>;
-  resize(name: string, size: number, options: ForceOption & { readonly forceInUse?: boolean }): Promise<VdiRecord>;
-  remove(spec: string, options?: ForceOption): Promise<Ended>;
-  check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
   /**
-   * Before content is replaced by writing: errors (BUSY) as `rollback` has them. `what` completes "it cannot be". `ours`: how
-   * often the caller himself has it open.
+   * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
+   * `run` open or change it. Errors: EXISTS, BUSY.
    */
-  mustBeReplaceable(spec: string, what: string, options?: ForceOption & { readonly ours?: number }): Promise<void>;
+  begin(name: string, beginning: Beginning): Promise<VdiRecord>;
+  /** All of it is there: it is made durable, and its mark is taken away. Errors: UNFINISHED if it is not that run's. */
+  finish(name: string, run: string): Promise<VdiRecord>;
+  /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
+  snapshot(
+    name: string,
+    tag: string,
+    options?: { readonly takenAt?: number } & Filling & ForceOption,
+  ): Promise<VdiRecord>;
+  clone(spec: string, newName: string, options?: ForceOption): Promise<VdiRecord>;
+  rollback(spec: string, options?: Filling & ForceOption): Promise<VdiRecord & Ended>;
+  resize(
+    name: string,
+    size: number,
+    options: Filling & ForceOption & { readonly forceInUse?: boolean },
+  ): Promise<VdiRecord>;
+  /** With `run`: only if it is still that run's. */
+  remove(spec: string, options?: Filling & ForceOption): Promise<Ended>;
+  check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
   /**
    * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
    * from their maps alone. A page has MAX_PAGE_RANGES at most, and no bound on its bytes. Errors: BAD_SIZE if their
@@ -76,7 +88,7 @@ export interface Operations {
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
-  openDisk(exportName: string): Promise<Disk>;
+  openDisk(exportName: string, options?: Filling): Promise<Disk>;
   close(): Promise<void>;
 }
 

@@ -3,16 +3,19 @@
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
 import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
+import { unfinishedExport } from '../export/unfinished-export.js';
 import { pathOf, type ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { dataPageOf } from './data-page.js';
 import {
   OperationError,
+  type Beginning,
   type CheckReport,
   type DataPage,
   type Disk,
   type Ended,
   type ExportDescription,
+  type Filling,
   type ForceOption,
   type Operations,
   type VdiDetails,
@@ -51,7 +54,19 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift, force } });
   }
 
-  snapshot(name: string, tag: string, options: { readonly takenAt?: number } & ForceOption = {}): Promise<VdiRecord> {
+  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'begin'), { body: { ...beginning } });
+  }
+
+  finish(name: string, run: string): Promise<VdiRecord> {
+    return this.#control.call('POST', pathOf('vdis', name, 'finish'), { body: { run } });
+  }
+
+  snapshot(
+    name: string,
+    tag: string,
+    options: { readonly takenAt?: number } & Filling & ForceOption = {},
+  ): Promise<VdiRecord> {
     return this.#control.call('POST', pathOf('vdis', name, 'snapshots'), { body: { tag, ...options } });
   }
 
@@ -59,20 +74,23 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', pathOf('vdis', spec, 'clone'), { body: { name: newName, force } });
   }
 
-  rollback(spec: string, { force }: ForceOption = {}): Promise<VdiRecord & Ended> {
-    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'), { body: { force } });
+  rollback(spec: string, { run, force }: Filling & ForceOption = {}): Promise<VdiRecord & Ended> {
+    return this.#control.call('POST', pathOf('vdis', spec, 'rollback'), { body: { run, force } });
   }
 
   resize(
     name: string,
     size: number,
-    { force, forceInUse }: ForceOption & { readonly forceInUse?: boolean },
+    { force, forceInUse, run }: Filling & ForceOption & { readonly forceInUse?: boolean },
   ): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force, forceInUse } });
+    return this.#control.call('POST', pathOf('vdis', name, 'resize'), { body: { size, force, forceInUse, run } });
   }
 
-  async remove(spec: string, { force }: ForceOption = {}): Promise<Ended> {
-    const path = pathOf('vdis', spec) + (force ? '?force=1' : '');
+  async remove(spec: string, { run, force }: Filling & ForceOption = {}): Promise<Ended> {
+    const query = new URLSearchParams();
+    if (force) query.set('force', '1');
+    if (run !== undefined) query.set('run', run);
+    const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query}` : '');
     // An earlier version's daemon has nothing to tell.
     return (await this.#control.call<Ended | null>('DELETE', path)) ?? { ended: [] };
   }
@@ -81,20 +99,13 @@ export class RemoteOperations implements Operations {
     return this.#control.call('POST', '/check', { body: { repair } });
   }
 
-  async mustBeReplaceable(
-    spec: string,
-    what: string,
-    { force, ours }: ForceOption & { readonly ours?: number } = {},
-  ): Promise<void> {
-    await this.#control.call('POST', pathOf('vdis', spec, 'replaceable'), { body: { what, force, ours } });
-  }
-
   changes(spec: string, since: string, offset: number): Promise<DataPage> {
     const query = new URLSearchParams({ since, offset: String(offset) });
     return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
   }
 
-  async openDisk(exportName: string): Promise<Disk> {
+  async openDisk(name: string, { run }: Filling = {}): Promise<Disk> {
+    const exportName = run === undefined ? name : unfinishedExport(name, run);
     // NBD refuses an export with hardly a word; the control API says it as the catalog does.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
     const { socket, head, session } = await this.#control.upgrade();

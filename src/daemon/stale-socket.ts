@@ -36,13 +36,17 @@ export async function socketState(socketPath: string): Promise<SocketState> {
 
 /** Make way for listening on `socketPath`. Errors: IN_USE if somebody does, or if it is no socket. */
 export async function removeStaleSocket(socketPath: string): Promise<void> {
+  await refuseUsedSocket(socketPath);
+  fs.rmSync(socketPath, { force: true });
+}
+
+/** Whether it could be listened on; nothing is changed. Errors: IN_USE if somebody does, or if it is no socket. */
+export async function refuseUsedSocket(socketPath: string): Promise<void> {
   const state = await socketState(socketPath);
-  if (state === 'absent') return;
   if (state === 'not a socket')
     throw new OperationError('IN_USE', `${socketPath} exists and is not a socket; choose another path`);
   if (state === 'alive')
     throw new OperationError('IN_USE', `another process listens on ${socketPath}; stop it or choose another path`);
-  fs.rmSync(socketPath, { force: true });
 }
 
 function tryConnect(socketPath: string): Promise<string> {

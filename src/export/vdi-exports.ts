@@ -12,12 +12,14 @@ import {
 } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
+import { mustBeHeldBy } from '../vdi/unfinished.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
 import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
 import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
+import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
 
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
@@ -32,10 +34,13 @@ export class VdiExports implements ExportProvider {
     this.#temporary = new TemporarySnapshots(catalog, options);
   }
 
-  /** Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. */
+  /**
+   * Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. Nor is what is
+   * unfinished: nobody can open it.
+   */
   async list(_peer: Peer): Promise<ExportInfo[]> {
     const records = await this.#catalog.list();
-    return records.filter(({ tag }) => !isTemporaryTag(tag)).map((record) => infoOf(record));
+    return records.filter(({ tag, unfinished }) => !isTemporaryTag(tag) && !unfinished).map((record) => infoOf(record));
   }
 
   /**
@@ -56,14 +61,16 @@ export class VdiExports implements ExportProvider {
 
   /** Of a temporary snapshot: the moment that `open` on the same connection gives is taken here, for its size and time. */
   async describe(
-    name: string,
+    exportName: string,
     peer: Peer,
     contexts: readonly string[] = [],
   ): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
+      const { name, run } = parseUnfinishedExport(exportName, peer);
       const { subject, options } = parseExportName(name);
       const { isReadOnly } = this.#catalog;
       let record = await this.#find(subject);
+      mustBeHeldBy(record, run);
       if (isTemporary(subject)) {
         this.#catalog.mustTakeTemporaries();
         record = { ...record, tag: subject.tag, isSnapshot: true, snapshotAt: Date.now() };
@@ -81,8 +88,9 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  async open(name: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(exportName: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
     try {
+      const { name, run } = parseUnfinishedExport(exportName, peer);
       const { subject, options } = parseExportName(name);
       const client = clientOf(peer);
       // Before anything is opened: a snapshot that is not there must not cost a temporary one.
@@ -92,7 +100,7 @@ export class VdiExports implements ExportProvider {
         const close = ({ ending, hadErrors }: Closing): Promise<void> => this.#temporary.close(held, ending, hadErrors);
         return await this.#opened(held.vdi, subject, options, close);
       }
-      const vdi = await this.#catalog.openVdi(subjectText(name));
+      const vdi = await this.#catalog.openVdi(subjectText(name), { run });
       // Nothing of a store that nobody changes can be taken away from anybody.
       if (!client || this.#catalog.isReadOnly) {
         return await this.#opened(vdi, subject, options, () => this.#catalog.release(vdi));

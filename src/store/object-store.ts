@@ -17,6 +17,25 @@ export const MIN_BLOCK_SIZE_SHIFT = 20;
 export const MAX_BLOCK_SIZE_SHIFT = 26;
 export const DEFAULT_BLOCK_SIZE_SHIFT = 22;
 
+/** Commands that fill a VDI from elsewhere, and can be ended midway. */
+export const FILLERS = ['import', 'restore', 'migrate'] as const;
+
+/**
+ * What a working VDI bears from before the first byte of a command that fills it until all of it is durable: what is in
+ * it is neither what it was nor what it shall be.
+ */
+export interface Unfinished {
+  readonly by: (typeof FILLERS)[number];
+  /** What is carried there, as hex digits: only a command that carries the same goes on with it. Empty: any of its kind. */
+  readonly of: string;
+  /** The run of the command that is at work on it, or was the last: hex digits that no other run has. */
+  readonly run: string;
+  /** Milliseconds since the epoch. */
+  readonly since: number;
+  /** The command has made the VDI: nothing was in it before. */
+  readonly isNew: boolean;
+}
+
 /** One VDI or snapshot. `size` in bytes, times in milliseconds since the epoch. */
 export interface VdiRecord {
   readonly vid: number;
@@ -35,6 +54,8 @@ export interface VdiRecord {
   readonly snapshotAt: number;
   /** Objects that it may have, if they are not MAX_DATA_OBJECTS. */
   readonly maxObjects?: number;
+  /** Of a working VDI that a command has begun to fill and not finished. */
+  readonly unfinished?: Unfinished;
 }
 
 /**
@@ -168,20 +189,25 @@ export interface CheckReport {
 /** VDI records and maps. Each method is all or nothing. Callers (src/vdi) serialise them. */
 export interface Catalog {
   list(): Awaitable<readonly VdiRecord[]>;
-  create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord>;
+  /** With the mark `unfinished` from its first moment on, if that is given. */
+  create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord>;
+  /** Set the mark of a working VDI, or take it away; durable when it resolves. */
+  mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord>;
+  /** Whether `create` was cut off before it could set the mark, if that can be: nothing is in the VDI then. */
+  isBarelyMade?(record: VdiRecord): Promise<boolean>;
   /** Open for reading and, if it is not a snapshot, writing. */
   open(vid: number): Promise<OpenVdi>;
   /**
    * Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. `takenAt`: what
-   * it shall say of when it was taken, if that is not now.
+   * it shall say of when it was taken, if that is not now. A mark of being unfinished stays with the working VDI.
    */
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch;
   /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
   prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
-  /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`. */
-  rollback(vid: number, snapshotVid: number): Promise<VdiRecord>;
+  /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`, and bears no mark but `unfinished`. */
+  rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord>;
   resize(vdi: OpenVdi, size: number): Promise<VdiRecord>;
   /** Drop the record and all references; objects that nobody refers to are removed, `reclaimed` tells when. */
   remove(vid: number): Promise<void>;

@@ -9,6 +9,8 @@ export type CatalogErrorCode =
   | 'BUSY'
   | 'NEEDS_FORCE'
   | 'IS_SNAPSHOT'
+  /** A command has begun to fill the VDI and not come to its end; or it is not this command's any more. */
+  | 'UNFINISHED'
   | 'READ_ONLY'
   /** What was asked for was a moment that is gone. */
   | 'ENDED'

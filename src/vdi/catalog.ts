@@ -18,6 +18,7 @@ import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, type VdiSpec } from './names.js';
+import { describeUnfinished, isOfSame, mustBeHeldBy, type Beginning, type Filling } from './unfinished.js';
 import { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
@@ -157,15 +158,7 @@ export class VdiCatalog {
     options: { readonly blockSizeShift?: number | undefined } & ForceOption = {},
   ): Promise<VdiRecord> {
     return this.#change(async () => {
-      const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
-      if (!Number.isInteger(shift) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
-        throw new CatalogError(
-          'BAD_SIZE',
-          `block size shift ${shift}: must be ${MIN_BLOCK_SIZE_SHIFT} to ${MAX_BLOCK_SIZE_SHIFT}`,
-        );
-      }
-      checkName(name);
-      checkSize(size, shift);
+      const shift = checkNewVdi(name, size, options.blockSizeShift);
       await this.#mustNotExist(name);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', options);
       return this.#store.catalog.create(name, size, shift);
@@ -173,13 +166,54 @@ export class VdiCatalog {
   }
 
   /**
+   * Make the VDI `name`, or take one that is there, to be filled by one run of a command. From here on until `finish` it
+   * is unfinished: only who names that run can open or change it. Errors: EXISTS unless what is there was left unfinished
+   * by the same command, or it overwrites; BUSY; those of `create`.
+   */
+  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    return this.#change(async () => {
+      const { by, of, run, size, overwrites, goesOn, force } = beginning;
+      checkName(name);
+      const found = (await this.list()).find((record) => record.name === name && !record.isSnapshot);
+      const before = found?.unfinished;
+      const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
+      const isSame = isOfSame(before, beginning);
+      if (found && !isNobodys && !isSame && !overwrites) throw this.#existing(found);
+      if (found) this.#mustBeFree(found, 'overwritten', { force });
+      if (found && !isNobodys && (!before?.isNew || (isSame && goesOn))) {
+        const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
+        return this.#using(found, (vdi) => this.#store.catalog.mark(vdi.opened, unfinished));
+      }
+      const shift = checkNewVdi(name, size, beginning.blockSizeShift);
+      // What a command has made and not finished holds nothing that was there before it.
+      if (found) await this.#store.catalog.remove(found.vid);
+      await this.#mustNotExist(name);
+      this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
+      return this.#store.catalog.create(name, size, shift, { by, of, run, since: Date.now(), isNew: true });
+    });
+  }
+
+  /** What `begin` began is complete: make it durable, and an ordinary VDI. Errors: UNFINISHED if it is not that run's. */
+  finish(name: string, run: string): Promise<VdiRecord> {
+    return this.#change(async () => {
+      const record = await this.#findWorking(name);
+      mustBeHeldBy(record, run);
+      return this.#using(record, async (vdi) => {
+        await vdi.flush();
+        return this.#store.catalog.mark(vdi.opened, undefined);
+      });
+    });
+  }
+
+  /**
    * Freeze the VDI's present content as NAME@TAG. It may be in use: its writers go on without noticing. `takenAt`
-   * (milliseconds since the epoch): when it was taken in the store that it is a copy from.
+   * (milliseconds since the epoch): when it was taken in the store that it is a copy from. `run`: of a VDI that is being
+   * filled, which stays unfinished; the snapshot is not.
    */
   snapshot(
     name: string,
     tag: string,
-    { takenAt, force }: { readonly takenAt?: number | undefined } & ForceOption = {},
+    { takenAt, run, force }: { readonly takenAt?: number | undefined } & Filling & ForceOption = {},
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       checkTag(tag);
@@ -187,7 +221,7 @@ export class VdiCatalog {
       if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
         throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
       }
-      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag, takenAt));
+      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag, takenAt), run);
     });
   }
 
@@ -239,8 +273,14 @@ export class VdiCatalog {
     });
   }
 
-  async #snapshot(name: string, tag: string, prepare: (vdi: OpenVdi) => Awaitable<Switch>): Promise<VdiRecord> {
+  async #snapshot(
+    name: string,
+    tag: string,
+    prepare: (vdi: OpenVdi) => Awaitable<Switch>,
+    run?: string,
+  ): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
+    mustBeHeldBy(record, run);
     const isTaken = (await this.list()).some((other) => other.name === record.name && other.tag === tag);
     if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
@@ -278,41 +318,37 @@ export class VdiCatalog {
   }
 
   /**
-   * The working VDI becomes what the snapshot is; what was written since is gone. Not while it is in use. Temporary
-   * snapshots that are kept for somebody end with it.
+   * The working VDI becomes what the snapshot is; what was written since is gone, and that it was unfinished: with `run`,
+   * by whoever fills it, it stays so. Not while it is in use. Temporary snapshots that are kept for somebody end with it.
    */
-  rollback(spec: string, options: ForceOption = {}): Promise<VdiRecord & Ended> {
+  rollback(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<VdiRecord & Ended> {
     return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#find({ name: base.name, tag: undefined });
+      if (run !== undefined) mustBeHeldBy(working, run);
       this.#mustBeFree(working, 'rolled back', options);
       const ended = await this.#endKept(({ name }) => name === base.name, `${base.name} was rolled back`);
-      return { ...(await this.#store.catalog.rollback(working.vid, base.vid)), ended };
+      const unfinished = run === undefined ? undefined : working.unfinished;
+      return { ...(await this.#store.catalog.rollback(working.vid, base.vid, unfinished)), ended };
     });
   }
 
   /**
-   * Before the content of NAME or NAME@TAG is replaced, by a writer that has it open `ours` times himself. Errors: BUSY if
-   * anybody else has it open, or was cut off from it and may come back; the latter not with `force`.
-   */
-  mustBeReplaceable(spec: string, what: string, options: ForceOption & { readonly ours?: number } = {}): Promise<void> {
-    return this.#change(async () => this.#mustBeFree(await this.find(spec), what, options));
-  }
-
-  /**
    * Grow, also while it is open (connections made later see the new size), or shrink with `force`, which cuts off what
-   * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE.
+   * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE, UNFINISHED.
    */
   resize(
     name: string,
     size: number,
-    options: ForceOption & {
-      /** Also if somebody was cut off from it and may come back. */
-      readonly forceInUse?: boolean | undefined;
-    } = {},
+    options: ForceOption &
+      Filling & {
+        /** Also if somebody was cut off from it and may come back. */
+        readonly forceInUse?: boolean | undefined;
+      } = {},
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
+      mustBeHeldBy(record, options.run);
       checkSize(size, record.blockSizeShift, record.maxObjects);
       if (size === record.size) return record;
       if (size < record.size) {
@@ -338,10 +374,11 @@ export class VdiCatalog {
     });
   }
 
-  /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. */
-  async remove(spec: string, options: ForceOption = {}): Promise<Ended> {
+  /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. With `run` only what it fills. */
+  async remove(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<Ended> {
     const ended = await this.#change(async () => {
       const record = await this.find(spec);
+      if (run !== undefined) mustBeHeldBy(record, run);
       if (isTemporaryTag(record.tag)) {
         const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
         const gone = await this.#endKept(same, `${spec} was deleted`);
@@ -372,9 +409,16 @@ export class VdiCatalog {
     });
   }
 
-  /** Open "NAME" or "NAME@TAG"; every open needs one `release`. All who have it open share one Vdi. */
-  openVdi(spec: string): Promise<Vdi> {
-    return this.#alone(async () => this.#acquire(await this.find(spec)));
+  /**
+   * Open "NAME" or "NAME@TAG"; every open needs one `release`. All who have it open share one Vdi. Errors: UNFINISHED if
+   * it is, unless by its own `run`, or for who says that its map is all that is looked at.
+   */
+  openVdi(spec: string, options: { readonly run?: string; readonly mapOnly?: boolean } = {}): Promise<Vdi> {
+    return this.#alone(async () => {
+      const record = await this.find(spec);
+      if (!options.mapOnly) mustBeHeldBy(record, options.run);
+      return this.#acquire(record);
+    });
   }
 
   /** The counterpart of openVdi; with the last one the VDI is flushed and closed. */
@@ -445,9 +489,17 @@ export class VdiCatalog {
 
   /** Snapshots outlive their VDI, and a name stands for all of them. */
   async #mustNotExist(name: string): Promise<void> {
-    if ((await this.list()).some((record) => record.name === name)) {
-      throw new CatalogError('EXISTS', `a VDI or snapshot named "${name}" exists already in ${this.location}`);
-    }
+    const named = (await this.list()).filter((record) => record.name === name);
+    const [first] = named;
+    if (first) throw this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first);
+  }
+
+  #existing(record: VdiRecord): CatalogError {
+    const left = record.unfinished ? ` (${describeUnfinished(record)})` : '';
+    return new CatalogError(
+      'EXISTS',
+      `a VDI or snapshot named "${record.name}" exists already in ${this.location}${left}`,
+    );
   }
 
   #entryOf(vid: number): OpenEntry | undefined {
@@ -455,9 +507,9 @@ export class VdiCatalog {
     return undefined;
   }
 
-  #mustBeClosed(record: VdiRecord, what: string, ours = 0): void {
-    const users = (this.#entryOf(record.vid)?.users ?? 0) - ours;
-    if (users <= 0) return;
+  #mustBeClosed(record: VdiRecord, what: string): void {
+    const users = this.#entryOf(record.vid)?.users ?? 0;
+    if (users === 0) return;
     throw new CatalogError(
       'BUSY',
       `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; ` +
@@ -475,13 +527,8 @@ export class VdiCatalog {
   }
 
   /** The one check for all that replaces content, or takes it away. Errors: BUSY. */
-  #mustBeFree(
-    record: VdiRecord,
-    what: string,
-    { force, ours }: ForceOption & { readonly ours?: number },
-    forceOption?: string,
-  ): void {
-    this.#mustBeClosed(record, what, ours);
+  #mustBeFree(record: VdiRecord, what: string, { force }: ForceOption, forceOption?: string): void {
+    this.#mustBeClosed(record, what);
     this.#mustBeUnused(record, what, { force }, forceOption);
   }
 
@@ -589,6 +636,19 @@ export class VdiCatalog {
 /** NAME or NAME@TAG, as people write it. */
 export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+}
+
+/** Errors: BAD_NAME, BAD_SIZE. Returns its block size shift. */
+export function checkNewVdi(name: string, size: number, shift = DEFAULT_BLOCK_SIZE_SHIFT): number {
+  if (!Number.isInteger(shift) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {
+    throw new CatalogError(
+      'BAD_SIZE',
+      `block size shift ${shift}: must be ${MIN_BLOCK_SIZE_SHIFT} to ${MAX_BLOCK_SIZE_SHIFT}`,
+    );
+  }
+  checkName(name);
+  checkSize(size, shift);
+  return shift;
 }
 
 function timeOf(ms: number): string {

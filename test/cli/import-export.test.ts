@@ -291,9 +291,13 @@ test('progress is drawn on a terminal and nowhere else', async (context) => {
   expect(shown.code, shown.stdout).toBe(0);
   expect(shown.stdout).toMatch(/\r\x1b\[Kimporting vm: [\d.]+ MiB, [\d.]+ [KM]iB\/s/);
   expect(shown.stdout).toMatch(/\r\x1b\[Kimported 8 MiB into vm in/);
-  const piped = await run('sh', ['-c', `(cat '${image}'; sleep 1; cat '${image}') | ${command('import - vm2')}`], {
-    env,
-  });
+  const piped = await run(
+    'sh',
+    ['-c', `(cat '${image}'; sleep 1; cat '${image}') | ${command('import - vm2 --size 8M')}`],
+    {
+      env,
+    },
+  );
   expect({ code: piped.code, stderr: piped.stderr }).toEqual({ code: 0, stderr: '' });
   expect(piped.stdout).not.toMatch(/\x1b|\r/);
   const refused = await run('script', ['-qec', command('export vm -'), '/dev/null'], { env });

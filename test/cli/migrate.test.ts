@@ -218,14 +218,38 @@ test('a target that somebody has open is refused, and so is a source that is a t
   await migrate(local, there, '--sync');
   const client = await attach(daemon, 'vm');
   expect(await refused(local, there)).toMatch(
-    /vm is open by 1 connection and cannot be migrated to now; disconnect first: process /,
+    /vm is open by 1 connection and cannot be overwritten now; disconnect first: process /,
   );
   await client.disconnect();
   expect(await refused(there, localPlace())).toMatch(/itself the unfinished target of a migration/);
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('an empty VDI of the same name and size is taken over: a run that was killed at its start leaves one', async () => {
+test('a target that is half an import is neither gone on with nor migrated from', async () => {
+  const local = localPlace();
+  const there = localPlace();
+  await makeHistory(local, 'vm');
+  await withCatalog(there, (catalog) =>
+    catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: false, goesOn: false }),
+  );
+  expect(await refused(local, there)).toMatch(
+    /vm in .* is unfinished, of another migration or another command \(import\)/,
+  );
+  expect(await refused(there, localPlace())).toMatch(/vm is unfinished: an import that began/);
+  // Nor one that an import began to overwrite between two runs.
+  const between = localPlace();
+  await migrate(local, between, '--sync');
+  await withCatalog(between, (catalog) =>
+    catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: true, goesOn: false }),
+  );
+  expect(await refused(local, between)).toMatch(/is unfinished, of another migration or another command \(import\)/);
+  await withCatalog(between, async (catalog) => {
+    await expect(catalog.openVdi('vm')).rejects.toMatchObject({ code: 'UNFINISHED' });
+  });
+  expect(await refused(local, there, '--verify', 'only')).toMatch(/vm is unfinished: an import that began/);
+});
+
+test('an empty VDI of the same name and size is taken over: nobody loses anything with it', async () => {
   const local = localPlace();
   const there = localPlace();
   const contents = await makeHistory(local, 'vm');

@@ -5,6 +5,7 @@ import net from 'node:net';
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
+import { LocalStore } from '../../src/store/local/local-store.js';
 import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { attach, expectBytes, MIB, oneLineOf, patterned, storeWith } from './both-ways.js';
 
@@ -98,9 +99,95 @@ test('a start that fails leaves nothing listening, and says why in one line', as
   );
   expect(fs.existsSync(socket)).toBe(false);
   expect(fs.existsSync(path.join(store, 'control.sock'))).toBe(false);
-  // The store was closed as it should be: no word of a recovery.
-  const after = await cli(['vdi', 'list', '--json'], { store });
-  expect({ code: after.code, stderr: after.stderr }).toEqual({ code: 0, stderr: '' });
+});
+
+test('a start that fails leaves no new store, and no new VDI in one that was there', async () => {
+  const directory = temporaryDirectory();
+  const socket = path.join(directory, 'nbd.sock');
+  const file = path.join(directory, 'file');
+  fs.writeFileSync(file, 'mine');
+  const there = path.join(directory, 'there');
+  const made = storeWith(there, undefined);
+  await made.ok('vdi', 'create', 'old', '1M');
+  await made.ok('vdi', 'snapshot', 'old', 's');
+  await made.ok('vdi', 'delete', 'old');
+  const other = await startDaemon();
+  const busy = net.createServer().listen(0, '127.0.0.1');
+  await new Promise((resolve) => busy.once('listening', resolve));
+  const { port } = busy.address() as net.AddressInfo;
+  const failures: readonly (readonly [readonly string[], RegExp])[] = [
+    [['--listen', `tcp:127.0.0.1:${port}`], /EADDRINUSE/],
+    [['--listen', `unix:${file}`], /is not a socket/],
+    [['--listen', `unix:${other.socket}`], /another server is listening/],
+    [['--control', file], /is not a socket; choose another path/],
+    [['--control', other.control], /another process listens on/],
+    [['--control', path.join(file, 'c')], /file/],
+    [['--create', 'a/b:1G'], /"a\/b"/],
+    [['--create', 'huge:5T'], /at most 4398046511104 bytes/],
+    [['--tls-certificates', path.join(directory, 'nowhere')], /nowhere/],
+    [['--tls-psk', file], /file/],
+    [['--access', file], /file/],
+  ];
+  for (const [args, says] of failures) {
+    for (const store of [path.join(directory, 'new'), there]) {
+      const failed = await cli(['serve', '--listen', `unix:${socket}`, '--create', 'vm:1G', ...args], { store });
+      expect({ args, code: failed.code }).toEqual({ args, code: 1 });
+      expect(failed.stderr).toMatch(says);
+      expect(fs.existsSync(socket)).toBe(false);
+    }
+    expect(fs.existsSync(path.join(directory, 'new')), args.join(' ')).toBe(false);
+  }
+  busy.close();
+  const snapshotsOnly = await cli(['serve', '--listen', `unix:${socket}`, '--create', 'vm:1G', '--create', 'old:1G'], {
+    store: there,
+  });
+  expect(oneLineOf(snapshotsOnly, 1, 'serve')).toMatch(/"old" has snapshots only/);
+  // It was closed as it should be: no word of a recovery.
+  expect(await made.names()).toEqual(['old@s']);
+});
+
+test('--create of a VDI that has another size says so on the terminal and in the log', async () => {
+  const directory = temporaryDirectory();
+  const store = path.join(directory, 'store');
+  const target = storeWith(store, undefined);
+  await target.ok('vdi', 'create', 'e', '16M');
+  await target.ok('vdi', 'create', 'same', '1M');
+  const args = ['serve', '--store', store, '--listen', `unix:${directory}/nbd.sock`];
+  for (const create of ['e:32M', 'same:1M', 'new:1M', 'e:16777728']) args.push('--create', create);
+  const child = spawn(process.execPath, [BIN, ...args], { stdio: ['ignore', 'pipe', 'pipe'] });
+  let out = '';
+  let log = '';
+  child.stdout.setEncoding('utf8').on('data', (text: string) => (out += text));
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+  await waitUntil(() => out.includes('Ctrl-C'), 'it is ready');
+  expect(out.split('\n').filter((line) => line.startsWith('note: '))).toEqual([
+    "note: e exists and has 16 MiB, not 32 MiB; it was left as it is ('sheepgate vdi resize' changes it)",
+    "note: e exists and has 16777216 bytes, not 16777728 bytes; it was left as it is ('sheepgate vdi resize' changes it)",
+  ]);
+  child.kill('SIGTERM');
+  expect(await ended(child)).toEqual({ code: 0, signal: null });
+  const [warning] = logLines(log).filter(({ vdi }) => vdi === 'e');
+  expect(warning).toMatchObject({ level: 40, size: 16 * MIB, wantedSize: 32 * MIB });
+});
+
+test('a client that comes while a store is being opened is served when it is', async () => {
+  const store = path.join(temporaryDirectory(), 'store');
+  const socket = path.join(temporaryDirectory(), 'nbd.sock');
+  // Somebody has the store for a while.
+  const held = await LocalStore.open(store);
+  const child = spawn(
+    process.execPath,
+    [BIN, 'serve', '--json', '--store', store, '--listen', `unix:${socket}`, '--create', 'vm:1M'],
+    { stdio: ['ignore', 'pipe', 'ignore'] },
+  );
+  await waitUntil(() => fs.existsSync(socket), 'it listens');
+  const client = await NbdClient.connect({ path: socket });
+  const opening = client.go('vm');
+  await held.close();
+  expect(await opening).toMatchObject({ size: MIB });
+  await client.disconnect();
+  child.kill('SIGTERM');
+  expect(await ended(child)).toEqual({ code: 0, signal: null });
 });
 
 test('a second daemon of a store is refused, two stores have two daemons', async () => {

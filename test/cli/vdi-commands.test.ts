@@ -47,6 +47,7 @@ describe.each(WAYS)('%s', (way) => {
       parentVid: null,
       createdAt: expect.stringMatching(TIME) as string,
       snapshotAt: null,
+      unfinished: null,
     });
     expect(await target.names()).toEqual(['größe 2.img', 'vm1']);
   });
@@ -135,6 +136,17 @@ describe.each(WAYS)('%s', (way) => {
         { name: 'copy', tag: null },
       ],
     });
+  });
+
+  test('a rollback that changes the size says so', async () => {
+    const target = await testStore(way);
+    await target.ok('vdi', 'create', 'vm', '9M');
+    await target.ok('vdi', 'snapshot', 'vm', 's');
+    await target.ok('vdi', 'resize', 'vm', '10M');
+    await target.ok('vdi', 'snapshot', 'vm', 'grown');
+    expect(await target.ok('vdi', 'rollback', 'vm@s')).toBe('vm is vm@s again; its size was 10 MiB and is 9 MiB now\n');
+    expect(await target.json('vdi', 'rollback', 'vm@grown')).toMatchObject({ size: 10 * MIB, sizeBefore: 9 * MIB });
+    expect(await target.ok('vdi', 'rollback', 'vm@grown')).toBe('vm is vm@grown again\n');
   });
 
   test('snapshot, write, rollback, clone: every name reads what it should', async () => {

@@ -15,6 +15,7 @@ import {
   type Owner,
   type StoreState,
   type Switch,
+  type Unfinished,
   type VdiRecord,
   type ZeroOptions,
 } from '../object-store.js';
@@ -568,9 +569,9 @@ export class LocalCatalog implements Catalog {
     return [...Array.from(this.#temporaries.values(), ({ temporary }) => temporary.record), ...records.values()];
   }
 
-  async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
+  async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
     this.#store.metadata.mustHaveRoom();
-    const record = this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1);
+    const record = { ...this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1), unfinished };
     // With whatever an operation that failed may have left under this vid.
     await this.#store.metadata.commit({ removed: [record.vid], records: [record] });
     return record;
@@ -648,7 +649,13 @@ export class LocalCatalog implements Catalog {
       now: () => {
         const before = local.record;
         const now = Date.now();
-        const taken: VdiRecord = { ...before, tag, isSnapshot: true, snapshotAt: takenAt ?? now };
+        const taken: VdiRecord = {
+          ...before,
+          tag,
+          isSnapshot: true,
+          snapshotAt: takenAt ?? now,
+          unfinished: undefined,
+        };
         const record: VdiRecord = {
           ...before,
           vid,
@@ -677,18 +684,20 @@ export class LocalCatalog implements Catalog {
     return record;
   }
 
-  async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
+  async mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord> {
+    const local = vdi as LocalVdi;
+    await local.restate({ ...local.record, unfinished });
+    return local.record;
+  }
+
+  async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     this.#mustStay(snapshotVid, 'rolled back to');
     const { map, releases, vids, record: working } = await this.#held(vid);
     const base = this.#recordOf(snapshotVid);
-    const record = this.#working(
-      this.#nextVid(),
-      working.name,
-      base.size,
-      base.blockSizeShift,
-      base.vid,
-      working.snapId,
-    );
+    const record = {
+      ...this.#working(this.#nextVid(), working.name, base.size, base.blockSizeShift, base.vid, working.snapId),
+      unfinished,
+    };
     await this.#storeCopy(base, record, vids);
     this.#store.open.get(vid)?.abandon();
     this.#store.release(releases);

@@ -322,6 +322,13 @@ export class LocalVdi implements OpenVdi {
     this.record = record;
   }
 
+  /** Go on with another record that has the same map; durable when it resolves. */
+  async restate(record: VdiRecord): Promise<void> {
+    await this.flush();
+    await this.enqueue(() => this.#host.metadata.commit({ records: [record] }));
+    this.record = record;
+  }
+
   #releaseSoon(): void {
     if (this.#releases.length >= RELEASE_BATCH) {
       clearTimeout(this.#releaseTimer);

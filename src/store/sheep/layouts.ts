@@ -4,6 +4,7 @@
  */
 import { blob, nu64, s16, struct, u16, u32, u8, type Layout } from 'buffer-layout';
 import type { VdiRecord } from '../object-store.js';
+import { parseUnfinishedTag } from './unfinished-tag.js';
 import {
   HEADER_BYTES,
   INODE_HEADER_BYTES,
@@ -273,6 +274,7 @@ export function decodeInode(bytes: Buffer): Inode {
 
 /** As src/vdi knows it. Snapshots may have no tag in a cluster; people give their id then, as with `dog`. */
 export function recordOf(inode: Inode): VdiRecord {
+  const unfinished = inode.isSnapshot ? undefined : parseUnfinishedTag(inode.tag);
   return {
     vid: inode.vid,
     name: inode.name,
@@ -285,6 +287,7 @@ export function recordOf(inode: Inode): VdiRecord {
     createdAt: inode.createdAt,
     snapshotAt: inode.snapshotAt,
     ...(inode.storePolicy === 0 ? {} : { maxObjects: MAX_HYPER_OBJECTS }),
+    ...(unfinished && { unfinished }),
   };
 }
 

@@ -8,6 +8,7 @@ import {
   type CheckReport,
   type OpenVdi,
   type Switch,
+  type Unfinished,
   type VdiRecord,
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
@@ -19,6 +20,7 @@ import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './s
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
 import { clearTable, inParallel, objectCount, objectKey } from './table.js';
+import { parseUnfinishedTag, unfinishedTag } from './unfinished-tag.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
@@ -28,6 +30,8 @@ const MAX_TAKE_ATTEMPTS = 5;
 const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
+/** Size of a VDI between its making and its mark: nobody uses one that small. */
+const BARELY_MADE_BYTES = 512;
 
 export class SheepCatalog implements Catalog {
   readonly #store: SheepStore;
@@ -53,8 +57,9 @@ export class SheepCatalog implements Catalog {
     const names = new Map<string, string>();
     for (const { name } of inodes) if (!isShadowName(name)) names.set(shadowPrefix(name), name);
     const records: VdiRecord[] = [];
+    const marks = leftMarks(inodes);
     for (const inode of inodes) {
-      if (!isShadowName(inode.name)) records.push(recordOf(inode));
+      if (!isShadowName(inode.name)) records.push(withMark(recordOf(inode), marks));
       // Others wait to be used again, or are another gateway's; not for people.
       else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
@@ -62,9 +67,32 @@ export class SheepCatalog implements Catalog {
     return records;
   }
 
-  async create(name: string, size: number, blockSizeShift: number): Promise<VdiRecord> {
-    const vid = await this.#newVdi({ name, size, blockSizeShift, copies: 0, copyPolicy: 0 }, 0, false);
+  /**
+   * A mark is set with a request of its own, after the one that makes the VDI. Until then the VDI is too small for anybody
+   * to use, so that it is known for what it is if we do not live to set it (isBarelyMade).
+   */
+  async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
+    const firstSize = unfinished ? BARELY_MADE_BYTES : size;
+    const vid = await this.#newVdi({ name, size: firstSize, blockSizeShift, copies: 0, copyPolicy: 0 }, 0, false);
+    if (unfinished) {
+      await this.#writeTag(vid, unfinishedTag(unfinished));
+      await this.#writeSize(vid, size);
+    }
     return recordOf(await this.#cluster.readInode(vid));
+  }
+
+  async isBarelyMade({ vid, size, parentVid, unfinished }: VdiRecord): Promise<boolean> {
+    if (size !== BARELY_MADE_BYTES || parentVid !== 0 || unfinished) return false;
+    return (await this.usage(vid)).allocated === 0;
+  }
+
+  async mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord> {
+    const sheep = vdi as SheepVdi;
+    const tag = unfinished ? unfinishedTag(unfinished) : '';
+    await this.#writeTag(sheep.inode.vid, tag);
+    sheep.retagged(tag);
+    await this.#deleteLeftMarks(sheep.record.name);
+    return sheep.record;
   }
 
   async open(vid: number): Promise<OpenVdi> {
@@ -88,6 +116,7 @@ export class SheepCatalog implements Catalog {
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const sheep = vdi as SheepVdi;
     const { inode } = sheep;
+    const { unfinished } = sheep.record;
     refuseHyper(inode, 'snapshotted');
     return {
       now: async () => {
@@ -98,17 +127,23 @@ export class SheepCatalog implements Catalog {
             `somebody else is taking a snapshot of ${inode.name} at this moment; nothing was done, try again`,
           );
         }
-        await this.#writeTag(inode.vid, tag);
+        // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
+        if (!unfinished) await this.#writeTag(inode.vid, tag);
         let vid: number;
         try {
           vid = await this.#newVdi(inode, inode.vid, true);
         } catch (error) {
-          await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
+          if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
           throw error;
         }
         await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
       },
       finish: async () => {
+        if (unfinished) {
+          await this.#writeTag(sheep.inode.vid, inode.tag);
+          sheep.retagged(inode.tag);
+          await this.#writeTag(inode.vid, tag);
+        }
         // The nodes have written the present time, and know no other request for it.
         if (takenAt !== undefined) {
           await this.#cluster.writeInodeBytes(inode.vid, INODE_SNAP_CTIME_OFFSET, encodeTime(takenAt));
@@ -177,9 +212,9 @@ export class SheepCatalog implements Catalog {
 
   /**
    * The nodes make the working VDI a snapshot and the new one the working VDI in one operation; only then the old one is
-   * deleted. Whatever fails, the name keeps a working VDI.
+   * deleted. Whatever fails, the name keeps a working VDI; and a mark, which the old one keeps until it is deleted.
    */
-  async rollback(vid: number, snapshotVid: number): Promise<VdiRecord> {
+  async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     const working = await this.#cluster.readInode(vid);
     const base = await this.#cluster.readInode(snapshotVid);
     if (isShadowName(base.name)) {
@@ -187,8 +222,10 @@ export class SheepCatalog implements Catalog {
     }
     refuseHyper(base, 'rolled back to');
     const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
+    if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
     const record = recordOf(await this.#cluster.readInode(made));
     await this.#delete(await this.#cluster.readInode(vid));
+    await this.#deleteLeftMarks(working.name);
     return record;
   }
 
@@ -198,9 +235,7 @@ export class SheepCatalog implements Catalog {
     for (let idx = count; idx < sheep.map.length; idx++) {
       if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
     }
-    const bytes = Buffer.alloc(8);
-    bytes.writeBigUInt64LE(BigInt(size));
-    await this.#cluster.writeInodeBytes(sheep.record.vid, INODE_VDI_SIZE_OFFSET, bytes);
+    await this.#writeSize(sheep.record.vid, size);
     await sheep.resized({ ...sheep.inode, size });
     return sheep.record;
   }
@@ -209,7 +244,9 @@ export class SheepCatalog implements Catalog {
     const inode = await this.#cluster.readInode(vid);
     if (isShadowName(inode.name)) return this.#dropShadow(inode);
     await this.#delete(inode);
-    if (!inode.isSnapshot) await this.#deleteIdleShadows(inode.name);
+    if (inode.isSnapshot) return;
+    await this.#deleteIdleShadows(inode.name);
+    await this.#deleteLeftMarks(inode.name);
   }
 
   /** Nodes give space back by themselves, soon after. */
@@ -404,6 +441,17 @@ export class SheepCatalog implements Catalog {
     return this.#cluster.writeInodeBytes(vid, INODE_TAG_OFFSET, bytes);
   }
 
+  #writeSize(vid: number, size: number): Promise<void> {
+    const bytes = Buffer.alloc(8);
+    bytes.writeBigUInt64LE(BigInt(size));
+    return this.#cluster.writeInodeBytes(vid, INODE_VDI_SIZE_OFFSET, bytes);
+  }
+
+  /** Snapshots that bear a mark in place of a tag: of a snapshot or a rollback that was cut off. Nobody asked for them. */
+  async #deleteLeftMarks(name: string): Promise<void> {
+    for (const inode of await this.#inodes()) if (inode.name === name && isLeftMark(inode)) await this.#delete(inode);
+  }
+
   /** All shadows of a disk that the cluster has, in use or not. */
   async #shadowsOf(name: string): Promise<Inode[]> {
     const inodes: Inode[] = [];
@@ -482,6 +530,25 @@ export class SheepCatalog implements Catalog {
       this.#shadows.delete(inode.vid);
     }
   }
+}
+
+function isLeftMark({ isSnapshot, tag }: Inode): boolean {
+  return isSnapshot && parseUnfinishedTag(tag) !== undefined;
+}
+
+/** By name: marks that are left on snapshots, and are their working VDIs'. */
+function leftMarks(inodes: readonly Inode[]): ReadonlyMap<string, Unfinished> {
+  const marks = new Map<string, Unfinished>();
+  for (const inode of inodes) {
+    const unfinished = inode.isSnapshot ? parseUnfinishedTag(inode.tag) : undefined;
+    if (unfinished) marks.set(inode.name, unfinished);
+  }
+  return marks;
+}
+
+function withMark(record: VdiRecord, marks: ReadonlyMap<string, Unfinished>): VdiRecord {
+  const unfinished = record.isSnapshot ? undefined : (record.unfinished ?? marks.get(record.name));
+  return unfinished ? { ...record, unfinished } : record;
 }
 
 function shadowRecord(inode: Inode, sourceName: string): VdiRecord {

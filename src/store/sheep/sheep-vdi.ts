@@ -208,6 +208,12 @@ export class SheepVdi implements OpenVdi {
     await Promise.resolve();
   }
 
+  /** Its inode has another tag now. */
+  retagged(tag: string): void {
+    this.inode = { ...this.inode, tag };
+    this.record = recordOf(this.inode);
+  }
+
   async #followIfReadOnly(error: unknown, vid: number): Promise<never> {
     if ((error as StoreError).code !== 'READONLY') throw error;
     await this.follow(vid);

@@ -1,0 +1,130 @@
+/** Images that are not raw: every format that qemu makes is recognised, refused with the line that helps, and --raw takes it. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { foreignHead, foreignTail } from '../../src/cli/image-formats.js';
+import { cli, needs, ok, temporaryDirectory } from '../harness/daemon.js';
+import { expectBytes, MIB, oneLineOf, patterned, storeWith } from './both-ways.js';
+
+/** Format for -f, its options, and what it is called. */
+const MADE: readonly (readonly [string, string | undefined, RegExp])[] = [
+  ['qcow', undefined, /qcow,/],
+  ['qcow2', undefined, /qcow2,/],
+  ['qed', undefined, /qed,/],
+  ['vdi', undefined, /vdi \(VirtualBox\),/],
+  ['vdi', 'static=on', /vdi \(VirtualBox\),/],
+  ['vpc', undefined, /vpc \(dynamic VHD\),/],
+  ['vpc', 'subformat=fixed,force_size=on', /vpc \(fixed VHD\),/],
+  ['vhdx', undefined, /vhdx,/],
+  ['vmdk', undefined, /vmdk,/],
+  ['vmdk', 'subformat=streamOptimized', /vmdk,/],
+  ['vmdk', 'subformat=monolithicFlat', /vmdk descriptor,/],
+  ['vmdk', 'subformat=twoGbMaxExtentSparse', /vmdk descriptor,/],
+  ['parallels', undefined, /parallels,/],
+];
+
+function image(directory: string, n: number): string {
+  return path.join(directory, `it's image ${n}`);
+}
+
+describe('images made by qemu-img', () => {
+  needs('qemu-img')('are refused, from files and pipes, with a line that works', async () => {
+    const directory = temporaryDirectory();
+    const raw = path.join(directory, 'raw');
+    const content = patterned(MIB, 3);
+    fs.writeFileSync(raw, content);
+    const store = path.join(temporaryDirectory(), 'store');
+    for (const [n, [format, options, name]] of MADE.entries()) {
+      const file = image(directory, n);
+      const how = options === undefined ? [] : ['-o', options];
+      await ok('qemu-img', ['convert', '-f', 'raw', '-O', format, ...how, raw, file]);
+      const refusal = oneLineOf(await cli(['import', file, 'vm'], { store }), 1, `${format} ${options}`);
+      expect(refusal).toMatch(
+        new RegExp(`image ${n} is ${name.source} not a raw image: convert it: .*; --raw imports`),
+      );
+      const piped = await cli(['import', '-', 'vm'], { store, input: fs.readFileSync(file) });
+      expect(oneLineOf(piped, 1, format)).toMatch(new RegExp(`stdin is ${name.source} not a raw .* raw FILE disk.raw`));
+      // The line, up to the import.
+      const [, line] = /convert it: (.*) && sheepgate import disk\.raw vm;/.exec(refusal) ?? [];
+      await ok('sh', ['-c', `cd '${directory}' && rm -f disk.raw && ${line}`]);
+      expectBytes(fs.readFileSync(path.join(directory, 'disk.raw')).subarray(0, content.length), content);
+    }
+    // Not one of them has left anything.
+    expect(await storeWith(store, undefined).names()).toEqual([]);
+    const forced = await cli(['import', image(directory, 4), 'forced', '--raw'], { store });
+    expect(forced.code, forced.stderr).toBe(0);
+    const back = await cli(['export', 'forced', '-'], { store });
+    const stored = fs.readFileSync(image(directory, 4));
+    expectBytes(back.stdoutBytes.subarray(0, stored.length), stored);
+  });
+
+  needs('qemu-img', 'tar')('in archives are refused too: an OVA is a tar', async () => {
+    const directory = temporaryDirectory();
+    await ok('qemu-img', ['create', '-q', '-f', 'vmdk', path.join(directory, 'disk.vmdk'), '8M']);
+    const ova = path.join(directory, 'vm.ova');
+    await ok('tar', ['-C', directory, '-cf', ova, 'disk.vmdk']);
+    const store = path.join(directory, 'store');
+    expect(oneLineOf(await cli(['import', ova, 'vm'], { store }), 1, 'ova')).toMatch(
+      /vm\.ova is tar, not a raw image: unpack it with tar -xf \S*vm\.ova/,
+    );
+  });
+});
+
+test('what a guest may have on its disk is no other format', async () => {
+  const sector = (text: string, offset = 0): Buffer => {
+    const bytes = Buffer.alloc(1024);
+    bytes.write(text, offset, 'latin1');
+    return bytes;
+  };
+  for (const head of [
+    Buffer.alloc(1024),
+    sector('LUKS\xba\xbe\0\x02'),
+    sector('\xeb\x3c\x90MSDOS5.0'),
+    sector('EFI PART', 512),
+    sector('BZh9'),
+    sector('# Disk of mine'),
+    sector('conectix', 1),
+    Buffer.from('Q'),
+  ]) {
+    expect(foreignHead(head)).toBe(undefined);
+  }
+  // The eight bytes alone are no footer; a file shorter than one has none.
+  expect(foreignTail(sector('conectix').subarray(0, 512))).toBe(undefined);
+  expect(foreignTail(Buffer.from('conectix'))).toBe(undefined);
+  expect(foreignTail(sector('koly').subarray(0, 512))).toBe(undefined);
+  const luks = path.join(temporaryDirectory(), 'luks');
+  fs.writeFileSync(luks, Buffer.concat([sector('LUKS\xba\xbe\0\x02'), patterned(4096, 1)]));
+  const store = path.join(temporaryDirectory(), 'store');
+  expect((await cli(['import', luks, 'vm'], { store })).code).toBe(0);
+});
+
+test('the marks of packed and rare formats', () => {
+  const bytes = (...parts: (string | readonly number[])[]): Buffer =>
+    Buffer.concat([
+      ...parts.map((part) => (typeof part === 'string' ? Buffer.from(part, 'latin1') : Buffer.from(part))),
+      Buffer.alloc(64),
+    ]);
+  const heads: readonly (readonly [string, Buffer, RegExp])[] = [
+    ['gzip', bytes([0x1f, 0x8b, 8]), /gzip -dc disk \| sheepgate import - vm --size SIZE/],
+    ['xz', bytes([0xfd], '7zXZ', [0]), /xz -dc/],
+    ['zstd', bytes([0x28, 0xb5, 0x2f, 0xfd]), /zstd -dc/],
+    ['lz4', bytes([0x04, 0x22, 0x4d, 0x18]), /lz4 -dc/],
+    ['lzop', bytes([0x89], 'LZO', [0, 0x0d, 0x0a, 0x1a]), /lzop -dc/],
+    ['bzip2', bytes('BZh91AY&SY'), /bzip2 -dc/],
+    ['zip', bytes('PK\x03\x04'), /unzip disk/],
+    ['7z', bytes([0x37, 0x7a, 0xbc, 0xaf, 0x27, 0x1c]), /7z x disk/],
+    ['vmdk', bytes('COWD'), /convert -f vmdk/],
+    ['bochs', bytes('Bochs Virtual HD Image'), /convert -f bochs/],
+    ['cloop', bytes('#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0'), /convert -f cloop/],
+    ['android sparse', bytes([0x3a, 0xff, 0x26, 0xed]), /simg2img disk disk\.raw/],
+    ['vmdk descriptor', bytes('\n# Disk DescriptorFile\nversion=1\n'), /convert -f vmdk/],
+  ];
+  for (const [name, head, remedy] of heads) {
+    const format = foreignHead(head);
+    expect(format?.name).toBe(name);
+    expect(format?.remedy('disk', 'vm')).toMatch(remedy);
+  }
+  const koly = Buffer.alloc(512);
+  koly.write('koly\0\0\0\x04\0\0\x02\0', 'latin1');
+  expect(foreignTail(koly)?.name).toBe('dmg');
+});

@@ -1,0 +1,312 @@
+/**
+ * Commands that fill a VDI, ended before each of their steps in turn, as SIGKILL ends them: nothing is cleaned up. Whatever
+ * the step, the VDI is not there, or marked as unfinished, or whole; and the same command again completes it. In a local
+ * store and in a cluster.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
+import { BackupTarget } from '../../src/backup/target.js';
+import { openPoint, pointAt, restoreBackup } from '../../src/backup/restore-backup.js';
+import { importInto } from '../../src/cli/import.js';
+import { openSource } from '../../src/cli/image-source.js';
+import { closing } from '../../src/cli/closing.js';
+import { Migration } from '../../src/cli/migration.js';
+import { DirectOperations } from '../../src/daemon/direct-operations.js';
+import type { Disk, Operations } from '../../src/daemon/operations.js';
+import { VdiExports } from '../../src/export/vdi-exports.js';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import type { VdiCatalog } from '../../src/vdi/catalog.js';
+import { cli, temporaryDirectory } from '../harness/daemon.js';
+import { StandIn } from '../sheep/stand-in.js';
+import { expectBytes, MIB, patterned } from './both-ways.js';
+import { localPlace, recordsOf, withCatalog, write, type Contents, type Place } from './migration-places.js';
+
+const SHIFT = 20;
+const NAME = 'vm';
+/** Of a command that must not end by itself before. */
+const NEVER = Number.MAX_SAFE_INTEGER;
+
+/** A history of snapshots has many steps, and a cluster of ours takes its time: of those every third. */
+const CLUSTER_HISTORY_STRIDE = 3;
+
+// Notes of the commands.
+beforeAll(() => void vi.spyOn(process.stderr, 'write').mockReturnValue(true));
+afterAll(() => vi.restoreAllMocks());
+
+class Killed extends Error {}
+
+/** What changes something: before one of these a command ends. */
+const STEPS = new Set(['create', 'begin', 'finish', 'snapshot', 'rollback', 'resize', 'remove', 'openDisk']);
+const DISK_STEPS = new Set(['write', 'zero', 'flush', 'close']);
+
+/** `operations` until call number `at` of what changes something; from then on nothing is done any more. */
+class Mortal {
+  readonly operations: Operations;
+  calls = 0;
+  readonly #at: number;
+  readonly #disks: Disk[] = [];
+
+  constructor(operations: Operations, at: number) {
+    this.#at = at;
+    this.operations = this.#wrap(operations, STEPS);
+  }
+
+  /** What the system does for a process that is gone. */
+  async bury(): Promise<void> {
+    for (const disk of this.#disks) await disk.close().catch(() => undefined);
+  }
+
+  #wrap<T extends object>(whole: T, steps: ReadonlySet<string>): T {
+    return new Proxy(whole, {
+      get: (target, key) => {
+        const value = Reflect.get(target, key) as unknown;
+        if (typeof value !== 'function') return value;
+        return (...of: unknown[]): unknown => {
+          if (steps.has(String(key))) this.calls++;
+          if (this.calls >= this.#at) return Promise.reject(new Killed(`before call ${this.#at}, ${String(key)}`));
+          const result = (value as (...of: unknown[]) => unknown).apply(target, of);
+          return key === 'openDisk' ? (result as Promise<Disk>).then((disk) => this.#opened(disk)) : result;
+        };
+      },
+    });
+  }
+
+  #opened(disk: Disk): Disk {
+    this.#disks.push(disk);
+    return this.#wrap(disk, DISK_STEPS);
+  }
+}
+
+interface Command {
+  readonly label: string;
+  /** What is in the target before. */
+  readonly before?: (catalog: VdiCatalog) => Promise<Contents>;
+  readonly run: (target: Operations) => Promise<unknown>;
+  readonly after: Contents;
+}
+
+const signal = new AbortController().signal;
+const quiet = { progress: () => ({ advance: () => undefined, end: () => undefined }), signal, log: () => undefined };
+
+async function someDisk(catalog: VdiCatalog): Promise<Contents> {
+  const content = Buffer.alloc(4 * MIB);
+  await catalog.create(NAME, content.length, { blockSizeShift: SHIFT });
+  await write(catalog, NAME, content, 0, patterned(2 * MIB, 77));
+  const kept = Buffer.from(content);
+  await catalog.snapshot(NAME, 'kept');
+  await write(catalog, NAME, content, 3 * MIB, patterned(4096, 78));
+  return new Map([
+    ['kept', kept],
+    ['', content],
+  ]);
+}
+
+async function importing(overwrite: boolean): Promise<Command> {
+  const file = path.join(temporaryDirectory(), 'image');
+  const image = Buffer.alloc(3 * MIB);
+  patterned(MIB, 5).copy(image, 0);
+  patterned(8192, 6).copy(image, 2 * MIB);
+  fs.writeFileSync(file, image);
+  const whole = overwrite ? Buffer.concat([image, Buffer.alloc(MIB)]) : image;
+  const before = overwrite ? someDisk : undefined;
+  return {
+    label: `import${overwrite ? ' --overwrite' : ''}`,
+    ...(before && { before }),
+    run: async (target) => {
+      const source = openSource(file, { isRaw: true, vdi: NAME });
+      try {
+        await importInto(target, NAME, source, { overwrite }, signal);
+      } finally {
+        source.close();
+      }
+    },
+    after: new Map([['', whole]]),
+  };
+}
+
+async function restoring(overwrites: boolean): Promise<Command> {
+  const store = path.join(temporaryDirectory(), 'store');
+  const to = path.join(temporaryDirectory(), 'backup');
+  const content = Buffer.alloc(6 * MIB);
+  patterned(2 * MIB, 9).copy(content, MIB);
+  const made = await cli(['import', '-', NAME, '--size', '6M', '--block-size-shift', '20'], { store, input: content });
+  expect(made.code, made.stderr).toBe(0);
+  const taken = await cli(['backup', NAME, '--to', to], { store });
+  expect(taken.code, taken.stderr).toBe(0);
+  return {
+    label: `restore${overwrites ? ' --overwrite' : ''}`,
+    ...(overwrites && { before: someDisk }),
+    run: async (target) => {
+      const backup = await BackupTarget.openToRead(to);
+      try {
+        const opened = await openPoint(backup, pointAt(backup, undefined));
+        await closing(opened.chain, () =>
+          restoreBackup(target, opened, { name: NAME, overwrites, verifies: true, ...quiet }),
+        );
+      } finally {
+        await backup.close();
+      }
+    },
+    after: new Map([['', content]]),
+  };
+}
+
+/** Three snapshots, the last of which goes on from the first. */
+async function migrating(sync: boolean): Promise<Command> {
+  const from = localPlace();
+  const after: Contents = new Map();
+  await withCatalog(from, async (catalog) => {
+    let content = Buffer.alloc(3 * MIB);
+    await catalog.create(NAME, content.length, { blockSizeShift: SHIFT });
+    for (const tag of ['first', 'second', 'third', '']) {
+      if (tag === 'third') {
+        await catalog.rollback(`${NAME}@first`);
+        content = Buffer.from(after.get('first') as Buffer);
+      }
+      await write(catalog, NAME, content, MIB, patterned(4096, tag.length + 1));
+      if (tag === 'second') await write(catalog, NAME, content, 0, patterned(MIB, 8));
+      after.set(tag, Buffer.from(content));
+      if (tag !== '') await catalog.snapshot(NAME, tag);
+    }
+  });
+  const run = (target: Operations, isSync: boolean): Promise<unknown> =>
+    withCatalog(from, (catalog) =>
+      new Migration(new DirectOperations(catalog, new VdiExports(catalog)), target, {
+        name: NAME,
+        newName: NAME,
+        sync: isSync,
+        verify: 'all',
+        sha256: false,
+        isReadOnly: false,
+        signal,
+      }).run(),
+    );
+  return {
+    label: `migrate${sync ? ' after --sync' : ''}`,
+    ...(sync && {
+      before: async (catalog) => {
+        await run(new DirectOperations(catalog, new VdiExports(catalog)), true);
+        return after;
+      },
+    }),
+    run: (target) => run(target, false),
+    after,
+  };
+}
+
+async function contentOf(catalog: VdiCatalog, spec: string): Promise<Buffer> {
+  const vdi = await catalog.openVdi(spec);
+  try {
+    const content = Buffer.alloc(vdi.size);
+    await vdi.read(0, content);
+    return content;
+  } finally {
+    await catalog.release(vdi);
+  }
+}
+
+const withOperations = <T>(
+  place: Place,
+  work: (operations: Operations, catalog: VdiCatalog) => Promise<T>,
+): Promise<T> => withCatalog(place, (catalog) => work(new DirectOperations(catalog, new VdiExports(catalog)), catalog));
+
+/** Run it, ended before call number `at`. Returns the number of calls. */
+function ended(place: Place, { run }: Command, at: number): Promise<number> {
+  return withOperations(place, async (operations) => {
+    const mortal = new Mortal(operations, at);
+    await run(mortal.operations).catch((error: unknown) => {
+      if (!(error instanceof Killed) && !((error as Error).cause instanceof Killed)) throw error;
+    });
+    await mortal.bury();
+    return mortal.calls;
+  });
+}
+
+type State = 'absent' | 'unfinished' | 'as before' | 'complete';
+
+/** Errors if what is there can be taken for what it is not. */
+async function stateOf(catalog: VdiCatalog, before: Contents | undefined, after: Contents): Promise<State> {
+  const records = await recordsOf(catalog, NAME);
+  const working = records.find(({ isSnapshot }) => !isSnapshot);
+  for (const { tag, isSnapshot } of records) {
+    const wanted = before?.get(tag) ?? after.get(tag);
+    if (isSnapshot && wanted) expectBytes(await contentOf(catalog, `${NAME}@${tag}`), wanted);
+  }
+  if (!working) {
+    expect(records).toEqual([]);
+    return 'absent';
+  }
+  const listed = (await new VdiExports(catalog).list({ transport: 'internal', address: '' })).map(({ name }) => name);
+  if (working.unfinished) {
+    await expect(catalog.openVdi(NAME)).rejects.toMatchObject({ code: 'UNFINISHED' });
+    await expect(catalog.snapshot(NAME, 'mine')).rejects.toMatchObject({ code: 'UNFINISHED' });
+    expect(listed).not.toContain(NAME);
+    return 'unfinished';
+  }
+  expect(listed).toContain(NAME);
+  const content = await contentOf(catalog, NAME);
+  if (before?.get('')?.equals(content)) return 'as before';
+  expectBytes(content, after.get('') as Buffer);
+  return 'complete';
+}
+
+const KINDS = [
+  () => importing(false),
+  () => importing(true),
+  () => restoring(false),
+  () => restoring(true),
+  () => migrating(false),
+  () => migrating(true),
+];
+
+async function clusterPlace(): Promise<{ place: Place; stop(): Promise<void> }> {
+  const cluster = await new StandIn({ jitterMs: 0 }).start();
+  return {
+    place: { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) },
+    async stop() {
+      await cluster.stop();
+      expect(cluster.violations).toEqual([]);
+    },
+  };
+}
+
+describe.each(['a local store', 'a cluster'])('%s', (where) => {
+  test.each(KINDS)(
+    'ended before any of its steps, a VDI is absent, unfinished or whole, and the next run completes it (%#)',
+    async (kind) => {
+      const command = await kind();
+      const scene = async (): Promise<{ place: Place; before: Contents | undefined; stop(): Promise<void> }> => {
+        const { place, stop } =
+          where === 'a cluster' ? await clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
+        const before = command.before && (await withCatalog(place, command.before));
+        return { place, before, stop };
+      };
+      const first = await scene();
+      const steps = await ended(first.place, command, NEVER);
+      await first.stop();
+      const seen = new Set<State>();
+      const stride = where === 'a cluster' && command.label.startsWith('migrate') ? CLUSTER_HISTORY_STRIDE : 1;
+      for (let at = 1; at <= steps; at += stride) {
+        const { place, before, stop } = await scene();
+        await ended(place, command, at);
+        const state = await withCatalog(place, (catalog) => stateOf(catalog, before, command.after));
+        // Past its last step nothing is left to do.
+        expect(state, `before call ${at} of ${steps} of ${command.label}`).not.toBe('complete' satisfies State);
+        seen.add(state);
+        await ended(place, command, NEVER);
+        await withCatalog(place, async (catalog) => {
+          expect(['as before', 'complete']).toContain(await stateOf(catalog, before, command.after));
+          expectBytes(await contentOf(catalog, NAME), command.after.get('') as Buffer);
+          for (const { unfinished, tag } of await recordsOf(catalog, NAME)) {
+            expect(unfinished).toBe(undefined);
+            expect(tag).not.toMatch(/unfinished|migrat/);
+          }
+        });
+        await stop();
+      }
+      expect([...seen].sort()).toEqual([command.before ? 'as before' : 'absent', 'unfinished']);
+    },
+    180_000,
+  );
+});

@@ -1,0 +1,290 @@
+/**
+ * What a killed import or restore leaves, as operators and NBD clients see it: marked, refused, completed by the same
+ * command, removed by delete; with a daemon and without, the command killed and the daemon killed.
+ */
+import { spawn, type ChildProcess } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { NbdClient } from 'nbd-server-ts';
+import { BIN, cli, ended, needs, run, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { expectBytes, MIB, oneLineOf, patterned, storeWith, testStore, WAYS, type TestStore } from './both-ways.js';
+
+interface Listed {
+  readonly name: string;
+  readonly tag: string | null;
+  readonly unfinished: { readonly by: string; readonly since: string } | null;
+}
+
+function objectFiles(store: string): number {
+  const objects = path.join(store, 'objects');
+  if (!fs.existsSync(objects)) return 0;
+  return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
+}
+
+/** An import from a pipe that has given `data` and gives nothing more; resolves when there are `objects` more objects. */
+async function importing(store: string, data: Buffer, objects: number, ...args: string[]): Promise<ChildProcess> {
+  const before = objectFiles(store);
+  const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--raw', ...args], {
+    env: { ...process.env, SHEEPGATE_STORE: store },
+    stdio: ['pipe', 'ignore', 'ignore'],
+  });
+  child.stdin?.on('error', () => undefined);
+  child.stdin?.write(data);
+  await waitUntil(() => objectFiles(store) >= before + objects, 'the import has written');
+  return child;
+}
+
+async function killed(child: ChildProcess, target: TestStore): Promise<void> {
+  child.kill('SIGKILL');
+  await ended(child);
+  // What it says of a store that was not shut down cleanly is said once.
+  if (!target.daemon) return void (await target.run(['vdi', 'list']));
+  const isClosed = async (): Promise<boolean> => (await target.json('vdi', 'show', 'vm')).open === 0;
+  await waitUntil(isClosed, 'the daemon has noticed');
+}
+
+async function stateOf(target: TestStore): Promise<Listed['unfinished'] | undefined> {
+  const listed = await target.json<Listed[] & Record<string, unknown>>('vdi', 'list');
+  return listed.find(({ name, tag }) => name === 'vm' && tag === null)?.unfinished;
+}
+
+async function expectRefusals(target: TestStore, by: string): Promise<void> {
+  const began = new RegExp(`vm is unfinished: an? ${by} that began at \\d{4}-.*'sheepgate ${by}' again completes it`);
+  for (const args of [
+    ['export', 'vm', '-'],
+    ['export', 'vm@now', path.join(temporaryDirectory(), 'out')],
+    ['backup', 'vm', '--to', path.join(temporaryDirectory(), 'to')],
+    ['vdi', 'snapshot', 'vm', 'tag'],
+    ['vdi', 'resize', 'vm', '4T'],
+    ['vdi', 'create', 'vm', '1M'],
+    ['migrate', 'vm', '--from', target.store, '--to', path.join(temporaryDirectory(), 'there')],
+  ]) {
+    const { code, stderr } = await target.run(args);
+    expect({ args, code, stderr }).toEqual({ args, code: 1, stderr: expect.stringMatching(began) as string });
+  }
+}
+
+describe.each(WAYS)('%s', (way) => {
+  test.each([1, 9])(
+    'an import that was killed after %d MiB is marked, refused, and completed by the same command',
+    async (mib) => {
+      const target = await testStore(way);
+      const content = patterned(9 * MIB, 1);
+      const begun = Date.now();
+      const child = await importing(target.store, content.subarray(0, mib * MIB), Math.ceil(mib / 4));
+      if (target.daemon) {
+        expect(await target.ok('vdi', 'show', 'vm')).toMatch(/\nunfinished +import, begun \S+, at work now\n/);
+        expect(await target.fails('import', BIN, 'vm')).toMatch(/vm is open by 1 connection/);
+      }
+      await killed(child, target);
+      const unfinished = await stateOf(target);
+      expect(unfinished?.by).toBe('import');
+      expect(Date.parse(unfinished?.since ?? '')).toBeGreaterThanOrEqual(begun - 1000);
+      expect(await target.ok('vdi', 'list')).toMatch(/CREATED +STATE\nvm .* unfinished import\n/);
+      expect(await target.ok('vdi', 'show', 'vm')).toMatch(
+        /unfinished +import, begun \S+: cannot be opened; 'sheepgate import' again completes it, 'sheepgate vdi delete vm' gives/,
+      );
+      expect(await target.ok('vdi', 'tree')).toMatch(/vm {2}\(you are here, unfinished import\)/);
+      if (mib > 1) await expectRefusals(target, 'import');
+      const again = await target.run(['import', '-', 'vm', '--size', '9M'], { input: content });
+      expect({ code: again.code, stderr: again.stderr }).toEqual({ code: 0, stderr: '' });
+      expect(await stateOf(target)).toBe(null);
+      expect(await target.ok('vdi', 'list')).not.toMatch(/STATE|unfinished/);
+      expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, content);
+      expect(await target.ok('check')).toMatch(/ 0 problems/);
+    },
+  );
+
+  test('what a killed import has left is deleted like any VDI, and nothing of it stays', async () => {
+    const target = await testStore(way);
+    await killed(await importing(target.store, patterned(8 * MIB, 1), 1), target);
+    await target.ok('vdi', 'delete', 'vm');
+    expect(await target.names()).toEqual([]);
+    expect(await target.ok('check')).toMatch(/ 0 objects, 0 problems/);
+  });
+
+  test('an import --overwrite that was killed takes the old disk out of use, until it is done again or rolled back', async () => {
+    const target = await testStore(way);
+    const old = patterned(16 * MIB, 2);
+    expect((await target.run(['import', '-', 'vm', '--size', '16M'], { input: old })).code).toBe(0);
+    await target.ok('vdi', 'snapshot', 'vm', 'kept');
+    await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
+    expect(await target.fails('export', 'vm', '-')).toMatch(
+      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or deleting it, gives/,
+    );
+    // Another command must be told that it may.
+    expect(await target.fails('vdi', 'create', 'vm', '1M')).toMatch(/exists already/);
+    expectBytes((await target.run(['export', 'vm@kept', '-'])).stdoutBytes, old);
+    await target.ok('vdi', 'rollback', 'vm@kept');
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, old);
+    await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
+    const image = path.join(temporaryDirectory(), 'image');
+    fs.writeFileSync(image, patterned(4 * MIB, 4));
+    await target.ok('import', image, 'vm');
+    const whole = Buffer.concat([patterned(4 * MIB, 4), Buffer.alloc(12 * MIB)]);
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, whole);
+    expect(await target.names()).toEqual(['vm@kept', 'vm']);
+  });
+
+  test('a restore that was killed is marked as one, and an import does not take it for its own', async () => {
+    const target = await testStore(way);
+    const content = patterned(24 * MIB, 5);
+    expect((await target.run(['import', '-', 'original', '--size', '24M'], { input: content })).code).toBe(0);
+    const to = path.join(temporaryDirectory(), 'backup');
+    await target.ok('backup', 'original', '--to', to);
+    const before = objectFiles(target.store);
+    const child = spawn(process.execPath, [BIN, 'restore', to, 'vm'], {
+      env: { ...process.env, SHEEPGATE_STORE: target.store },
+      stdio: 'ignore',
+    });
+    await waitUntil(() => objectFiles(target.store) > before || child.exitCode !== null, 'it restores');
+    // It must not be done before it is killed.
+    child.kill('SIGSTOP');
+    await killed(child, target);
+    expect((await stateOf(target))?.by).toBe('restore');
+    await expectRefusals(target, 'restore');
+    expect(await target.fails('import', BIN, 'vm')).toMatch(/exists already .*'sheepgate restore' again completes it/);
+    await target.ok('restore', to, 'vm');
+    expect(await stateOf(target)).toBe(null);
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, content);
+  });
+});
+
+test('when the daemon is killed the import fails, and the next daemon serves nothing of it', async () => {
+  const store = path.join(temporaryDirectory(), 'store');
+  const first = await startDaemon({ store });
+  const child = await importing(store, patterned(8 * MIB, 1), 1);
+  await first.kill();
+  child.stdin?.end();
+  expect((await ended(child)).code).toBe(1);
+  const second = await startDaemon({ store, args: ['--create', 'vm:8M'] });
+  expect(second.log()).toMatch(/exists already, left as it is: unfinished/);
+  const client = await NbdClient.connect({ path: second.socket });
+  await expect(client.go('vm')).rejects.toThrow(/vm is unfinished: an import that began at/);
+  await client.disconnect();
+  const target = storeWith(store, second);
+  const again = await target.run(['import', '-', 'vm', '--size', '8M', '--raw'], { input: patterned(8 * MIB, 1) });
+  expect(again.code, again.stderr).toBe(0);
+  const later = await NbdClient.connect({ path: second.socket });
+  expect(await later.go('vm')).toMatchObject({ size: 8 * MIB });
+  await later.disconnect();
+});
+
+needs('qemu-img', 'nbdinfo')('qemu and libnbd are told why they cannot open it, and do not see it listed', async () => {
+  const store = path.join(temporaryDirectory(), 'store');
+  const daemon = await startDaemon({ store, args: ['--create', 'other:1M'] });
+  const target = storeWith(store, daemon);
+  const child = await importing(store, patterned(8 * MIB, 1), 1);
+  for (const name of ['vm', 'vm@now']) {
+    const info = await run('qemu-img', ['info', '-f', 'raw', daemon.uri(name)]);
+    expect(info.code).not.toBe(0);
+    expect(info.stderr).toMatch(/vm is unfinished: an import that began/);
+  }
+  const list = await run('nbdinfo', ['--list', '--json', `nbd+unix://?socket=${daemon.socket}`]);
+  expect(list.stdout).toMatch(/"other"/);
+  expect(list.stdout).not.toMatch(/"vm/);
+  // Not even whoever knows the form in which the command opens it.
+  const { socket } = daemon;
+  const client = await NbdClient.connect({ path: socket });
+  await expect(client.go('vm/unfinished=0123456789abcdef')).rejects.toThrow();
+  await client.disconnect();
+  await killed(child, target);
+});
+
+describe('a pipe', () => {
+  test('that ends early is an error with --size, and its VDI stays marked; a whole one is not', async () => {
+    const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
+    const input = patterned(4 * MIB, 1);
+    const short = await target.run(['import', '-', 'vm', '--size', '8M'], { input });
+    expect(oneLineOf(short, 1, 'import')).toMatch(
+      /stdin ended after 4194304 of 8388608 bytes; vm is unfinished now and cannot be opened: import again, or delete it/,
+    );
+    expect((await stateOf(target))?.by).toBe('import');
+    const long = await target.run(['import', '-', 'vm', '--size', '2M'], { input });
+    expect(oneLineOf(long, 1, 'import')).toMatch(/the input is longer than the 2097152 bytes/);
+    const whole = await target.run(['import', '-', 'vm', '--size', '4M'], { input });
+    expect({ code: whole.code, stderr: whole.stderr }).toEqual({ code: 0, stderr: '' });
+    expect(await stateOf(target)).toBe(null);
+  });
+
+  test('from a broken archive does not give half a disk that looks whole', async () => {
+    const store = path.join(temporaryDirectory(), 'store');
+    const file = path.join(temporaryDirectory(), 'cut.gz');
+    const script = (args: string): string =>
+      `head -c 3000000 /dev/urandom | gzip > '${file}'; truncate -s -1000000 '${file}'; ` +
+      `zcat '${file}' 2>/dev/null | '${process.execPath}' '${BIN}' import - vm ${args}`;
+    const env = { SHEEPGATE_STORE: store };
+    const checked = await run('sh', ['-c', script('--size 3000000')], { env });
+    expect(checked.code).toBe(1);
+    expect(checked.stderr).toMatch(/stdin ended after \d+ of 3000000 bytes/);
+    expect((await stateOf(storeWith(store, undefined)))?.by).toBe('import');
+    // Whoever does not say how much has to come is told that nothing was checked.
+    const unchecked = await run('sh', ['-c', script('')], { env });
+    expect(unchecked.code).toBe(0);
+    expect(unchecked.stderr).toMatch(
+      /note: stdin ended after \d+ bytes, and nothing says whether that was all.*--size/,
+    );
+  });
+
+  test('whose length is known does not touch a disk that is too small for it', async () => {
+    const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
+    const old = patterned(4 * MIB, 1);
+    expect((await target.run(['import', '-', 'vm', '--size', '4M'], { input: old })).code).toBe(0);
+    const image = path.join(temporaryDirectory(), 'image');
+    fs.writeFileSync(image, patterned(5 * MIB, 2));
+    const env = { SHEEPGATE_STORE: target.store };
+    const redirected = (args: string): Promise<Awaited<ReturnType<typeof run>>> =>
+      run('sh', ['-c', `'${process.execPath}' '${BIN}' ${args}`], { env });
+    const untouched = /has \d+ bytes, vm only 4194304; nothing was written/;
+    expect(await target.fails('import', image, 'vm', '--overwrite')).toMatch(untouched);
+    expect((await redirected(`import - vm --overwrite < '${image}'`)).stderr).toMatch(untouched);
+    expect((await redirected(`import - vm --overwrite --size 5M < /dev/zero`)).stderr).toMatch(untouched);
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, old);
+    // A part of the file is read by somebody else: what is left fits.
+    const command = `'${process.execPath}' '${BIN}' import - vm --overwrite --raw`;
+    const rest = await run('sh', ['-c', `(dd bs=1M count=1 of=/dev/null status=none; ${command}) < '${image}'`], {
+      env,
+    });
+    expect({ code: rest.code, stderr: rest.stderr }).toEqual({ code: 0, stderr: '' });
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, patterned(5 * MIB, 2).subarray(MIB));
+  });
+
+  test('that gives another format, or nothing, leaves a disk it should overwrite as it was', async () => {
+    const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
+    const old = patterned(4 * MIB, 1);
+    expect((await target.run(['import', '-', 'vm', '--size', '4M'], { input: old })).code).toBe(0);
+    const gzip = Buffer.concat([Buffer.from([0x1f, 0x8b, 0x08]), Buffer.alloc(100)]);
+    for (const [input, says] of [
+      [gzip, /stdin is gzip/],
+      [Buffer.alloc(0), /stdin is empty/],
+    ] as const) {
+      expect(oneLineOf(await target.run(['import', '-', 'vm', '--overwrite'], { input }), 1, 'import')).toMatch(says);
+    }
+    expect(await stateOf(target)).toBe(null);
+    expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, old);
+  });
+});
+
+test('a run whose VDI was rolled back meanwhile does not finish it, and says so', async () => {
+  const daemon = await startDaemon();
+  const target = storeWith(daemon.store, daemon);
+  const content = patterned(4 * MIB, 1);
+  expect((await target.run(['import', '-', 'vm', '--size', '4M'], { input: content })).code).toBe(0);
+  await target.ok('vdi', 'snapshot', 'vm', 's');
+  const body = { by: 'import', of: '', run: 'aa', size: MIB, overwrites: true, goesOn: false };
+  const call = async (route: string, json: object): Promise<string> => {
+    const { stdout } = await run('curl', [
+      ...['-s', '--unix-socket', daemon.control, '-X', 'POST', '-d', JSON.stringify(json)],
+      `http://control/vdis/vm/${route}`,
+    ]);
+    return stdout;
+  };
+  expect(await call('begin', body)).toMatch(/"unfinished":\{"by":"import"/);
+  expect(await call('finish', { run: 'bb' })).toMatch(/UNFINISHED.*an import is at work on it/);
+  await target.ok('vdi', 'rollback', 'vm@s');
+  expect(await call('finish', { run: 'aa' })).toMatch(/UNFINISHED.*bears no mark of this command any more/);
+  expect(await call('begin', { ...body, by: 'somebody' })).toMatch(/\\"by\\" must be one of import, restore, migrate/);
+  expect(await call('begin', { ...body, run: '../..' })).toMatch(/hex digits/);
+  expectBytes((await cli(['export', 'vm', '-'], { store: target.store })).stdoutBytes, content);
+});
