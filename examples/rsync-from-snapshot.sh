@@ -32,8 +32,7 @@ rm "$work/disk.img"
 serve
 
 say "2. disk@now as a file: the snapshot is taken when nbdfuse opens it"
-# A label is for one run: if nbdfuse has to connect again, it finds the same moment under it, or gets an error.
-export="disk@now:rsync-$(date +%Y%m%dT%H%M%S)-$$"
+# nbdfuse never connects again by itself, so it needs no label; and it says no goodbye, but its process is gone with it.
 image="$work/now.img"
 mounted="$work/mounted"
 mkdir "$mounted"
@@ -51,8 +50,8 @@ release() {
   nbdfuse=
 }
 trap 'release; cleanup' EXIT
-printf '$ nbdfuse -r %s %s &\n' "$image" "$(uri "$export")"
-nbdfuse -r "$image" "$(uri "$export")" 2>"$work/nbdfuse.log" &
+printf '$ nbdfuse -r %s %s &\n' "$image" "$(uri disk@now)"
+nbdfuse -r "$image" "$(uri disk@now)" 2>"$work/nbdfuse.log" &
 nbdfuse=$!
 is_there() {
   [ -s "$image" ] && return 0

@@ -76,8 +76,11 @@ const ROUTES: readonly Route[] = [
   {
     method: 'DELETE',
     path: ['vdis', '*'],
-    answer: ({ operations, names, query }) =>
-      operations.remove(first(names), { force: query.get('force') === '1', run: query.get('run') ?? undefined }),
+    answer: async ({ operations, names, query }) => {
+      const options = { force: query.get('force') === '1', run: query.get('run') ?? undefined };
+      const result = await operations.remove(first(names), options);
+      return result.ended.length > 0 ? result : null;
+    },
   },
   {
     method: 'GET',
@@ -384,6 +387,7 @@ function beginningIn(body: Body): Beginning {
     blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
     overwrites: flag(body, 'overwrites'),
     goesOn: flag(body, 'goesOn'),
+    force: flag(body, 'force'),
   };
 }
 

@@ -91,7 +91,7 @@ export class RemoteOperations implements Operations {
     if (force) query.set('force', '1');
     if (run !== undefined) query.set('run', run);
     const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query}` : '');
-    // An earlier version's daemon has nothing to tell.
+    // null: nothing has ended with it.
     return (await this.#control.call<Ended | null>('DELETE', path)) ?? { ended: [] };
   }
 
