@@ -178,7 +178,9 @@ export class InUse {
     }
   }
 
-  #counts({ record: { lostAt, forMs } }: Use): boolean {
+  #counts({ record: { lostAt, forMs, client, writable } }: Use): boolean {
+    // Who only read, and has ended, comes back to nothing. Behind one that may write there may be a proxy with its client.
+    if (!writable && client.process !== undefined && !isRunning(client.process)) return false;
     return lostAt === undefined || msSince(lostAt) < forMs;
   }
 

@@ -2,6 +2,8 @@
  * What is remembered of clients, without a daemon: moments that are lost on a full disk, stores that cannot remember, the
  * bounds, and clocks that jump.
  */
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
@@ -146,6 +148,25 @@ test('of one export 32 clients that were cut off are told apart, and none is for
   expect(store.metadata.state().size).toBeLessThanOrEqual(100);
   await expect(catalog.remove('disk')).rejects.toThrow(/and by 32 more/);
   await catalog.remove('disk', { force: true });
+});
+
+test('a process that only read a snapshot and has ended does not count; one that could write does', async () => {
+  await catalog.snapshot('disk', 'monday');
+  const child = spawn('sleep', ['1000']);
+  const { pid = 0 } = child;
+  const from: Peer = {
+    transport: 'unix',
+    address: '/run/nbd.sock',
+    credentials: { pid, uid: 0, gid: 0, ...lookAtProcess(pid) },
+  };
+  await (await open('disk@monday', from)).close('lost');
+  await (await open('disk', from)).close('lost');
+  await expect(catalog.remove('disk@monday')).rejects.toThrow(/is in use by process \d+ \(sleep\)/);
+  const gone = once(child, 'exit');
+  child.kill('SIGKILL');
+  await gone;
+  await catalog.remove('disk@monday');
+  await expect(catalog.remove('disk')).rejects.toThrow(/is in use by process/);
 });
 
 class FakeState implements StoreState {
