@@ -1,7 +1,8 @@
 /** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { takeBackup, type Taken } from '../backup/take-backup.js';
-import { asOperationError, OperationError } from '../daemon/operations.js';
+import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
@@ -56,7 +57,13 @@ export function backupCommand(): Command {
     };
     const taken = await interruptible(async (signal) => {
       const moment = new FrozenMoment(options, signal);
-      const result = await takeBackup((work) => withOperations(options, work), {
+      const identity = new HeldIdentity();
+      const withStore = <T>(work: (operations: Operations) => Promise<T>): Promise<T> =>
+        withOperations(options, async (operations) => {
+          await identity.hold(operations);
+          return work(operations);
+        });
+      const result = await takeBackup(withStore, {
         vdi: name,
         to: options.to,
         keep: options.keep,
@@ -69,14 +76,40 @@ export function backupCommand(): Command {
         progress: startProgress,
         log,
         signal,
-      }).catch((error: unknown) => {
-        throw withAdvice(error, options);
-      });
+      })
+        .catch((error: unknown) => {
+          throw withAdvice(identity.explain(error), options);
+        })
+        .finally(() => identity.leave());
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
       return result;
     });
     print(name, taken, options, (Date.now() - startedAt) / 1000, notes);
   });
+}
+
+/**
+ * The store is opened several times, and the target belongs to one user: whoever this process was while it had the store
+ * open the first time, it is to the end.
+ */
+class HeldIdentity {
+  #leave: (() => void) | undefined;
+  #explain: (error: unknown) => unknown = (error) => error;
+
+  async hold({ isDaemon, store }: Operations): Promise<void> {
+    if (this.#leave !== undefined || isDaemon || isClusterLocation(store)) return;
+    const { explainIdentity, takeOwner } = await import('../daemon/store-owner.js');
+    this.#leave = takeOwner(store);
+    this.#explain = explainIdentity;
+  }
+
+  explain(error: unknown): unknown {
+    return this.#explain(error);
+  }
+
+  leave(): void {
+    this.#leave?.();
+  }
 }
 
 /** A store on a read-only filesystem can be backed up all the same. */

@@ -99,7 +99,7 @@ export async function withOperations<T>(
     ...place,
     mayCreate,
     missingIsZero,
-    log: printNote,
+    log: noteOnce,
   });
   const { explainIdentity } = await import('../daemon/store-owner.js');
   return closing(operations, async () => {
@@ -109,6 +109,14 @@ export async function withOperations<T>(
       throw explainIdentity(error);
     }
   });
+}
+
+const noted = new Set<string>();
+
+/** A command that opens its store several times says what it finds there once. */
+function noteOnce(line: string): void {
+  if (!noted.has(line)) printNote(line);
+  noted.add(line);
 }
 
 /** For commander: a size argument. */

@@ -84,6 +84,8 @@ export class VdiExports implements ExportProvider {
       }
       return { geometry: geometryOf(record, tags, isReadOnly || isById(subject)), info: infoOf(record, options) };
     } catch (error) {
+      // The connection is about something else by now.
+      this.#temporary.left(peer);
       throw asExportError(error);
     }
   }
