@@ -188,7 +188,7 @@ async function startRelay(port: number): Promise<{ port: number; cutOldest: () =
     await guest.expect('GROWN');
     await guest.expect('SMALL');
     await daemon.stop();
-    await resize('small', SIZE / 2, '--force');
+    await resize('small', SIZE / 2, '--force', '--force-in-use');
     await comeBack();
     await guest.expect('SMALLER');
     await daemon.stop();
