@@ -204,6 +204,8 @@ export interface Catalog {
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch;
   /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
   prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
+  /** Those are in memory only: they can be taken of a store that must not be changed, too. */
+  readonly temporariesStoreNothing?: boolean;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
   /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`, and bears no mark but `unfinished`. */

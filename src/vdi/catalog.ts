@@ -118,7 +118,7 @@ export class VdiCatalog {
 
   /** Temporary snapshots that are in memory can be taken of a store that cannot be changed, too. Errors: READ_ONLY. */
   mustTakeTemporaries(): void {
-    if (this.#store.catalog.prepareTemporary === undefined) this.mustBeWritable();
+    if (!this.#store.catalog.temporariesStoreNothing) this.mustBeWritable();
   }
 
   /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */

@@ -6,6 +6,7 @@ import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { startStandIn, type TestCluster } from './clusters.js';
+import { temporaryDirectory } from '../harness/daemon.js';
 
 const PEER: Peer = { transport: 'unix', address: '/run/nbd.sock' };
 const SHIFT = 20;
@@ -18,7 +19,7 @@ let exports: VdiExports;
 
 beforeAll(async () => {
   cluster = await startStandIn();
-  store = await SheepStore.open(cluster.address, {});
+  store = await SheepStore.open(cluster.address, { stateDirectory: temporaryDirectory() });
   catalog = new VdiCatalog(store);
   exports = new VdiExports(catalog);
 });

@@ -551,6 +551,7 @@ function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isRe
 
 /** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
 export class LocalCatalog implements Catalog {
+  readonly temporariesStoreNothing = true;
   readonly #store: LocalStore;
   readonly #temporaries = new Map<number, { readonly temporary: TemporaryVdi; readonly source: LocalVdi }>();
   #lastVid = 0;
