@@ -82,6 +82,30 @@ describe('a store is made', () => {
     }
   });
 
+  test('not beside files and folders of other people that have the names of its parts, and leaves them alone', async () => {
+    const theirs: Record<string, (directory: string) => void> = {
+      'scratch/thesis': (directory) => fs.mkdirSync(path.join(directory, 'scratch')),
+      scratch: () => undefined,
+      'objects/aa': (directory) => fs.mkdirSync(path.join(directory, 'objects')),
+      'objects/notes': (directory) => fs.mkdirSync(path.join(directory, 'objects')),
+      'recent/photo': (directory) => fs.mkdirSync(path.join(directory, 'recent')),
+      'new.mdb/x': (directory) => fs.mkdirSync(path.join(directory, 'new.mdb')),
+      'lock/x': (directory) => fs.mkdirSync(path.join(directory, 'lock')),
+      lock: () => undefined,
+      'control.sock': () => undefined,
+      'meta.mdb/x': (directory) => fs.mkdirSync(path.join(directory, 'meta.mdb')),
+    };
+    const text = 'precious'.repeat(20);
+    for (const [name, make] of Object.entries(theirs)) {
+      const directory = temporaryDirectory();
+      make(directory);
+      fs.writeFileSync(path.join(directory, name), text);
+      await expect(LocalStore.open(directory), name).rejects.toMatchObject({ name: 'StoreError' });
+      expect(fs.readFileSync(path.join(directory, name), 'utf8'), name).toBe(text);
+      expect(fs.readdirSync(directory), name).toHaveLength(1);
+    }
+  });
+
   test('not where the metadata of one is lost: that is damage, not an empty store', async () => {
     const directory = path.join(temporaryDirectory(), 'store');
     const store = await LocalStore.open(directory);

@@ -222,6 +222,25 @@ describe('set aside, said so, and nothing deleted', () => {
     });
   }
 
+  test('also by the start after one that was interrupted between setting aside and remembering what it kept', async () => {
+    const { directory, vdi } = await newStore();
+    await write(vdi, 0, 'flushed');
+    await vdi.flush();
+    await write(vdi, 1, 'answered');
+    const copy = copyOf(directory);
+    const [log = ''] = logsOf(copy);
+    fs.mkdirSync(path.join(copy, 'set-aside'));
+    fs.renameSync(log, path.join(copy, 'set-aside', 'a log'));
+    const files = objectFiles(copy);
+    const after = await open(copy);
+    expect(objectFiles(copy)).toEqual(files);
+    const again = await after.catalog.openVdi('disk');
+    await write(again, 1, 'new');
+    expect(objectFiles(copy)).toHaveLength(files.length + 1);
+    await after.catalog.close();
+    expect((await (await open(copy)).catalog.check({ repair: false })).problems.join()).toMatch(/kept since/);
+  });
+
   test('not after a power loss: another boot is a matter of course', async () => {
     const { directory, vdi } = await newStore();
     await write(vdi, 1, 'answered');

@@ -360,15 +360,18 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     removeLeftScratch(this.location);
     // Made now, or by a process that did not come this far.
     if (this.metadata.session === undefined) await makeNamesDurable(this.files.root, this.#lock.fd);
-    const doubt = clean ? undefined : await this.#restoreRecent();
-    if (doubt === undefined || doubt.failure === undefined) this.logs.clear();
+    const stored = this.metadata.kept;
+    let doubt = clean ? undefined : await this.#restoreRecent();
+    // A start before this one did not come to remember what it kept.
+    if (stored === undefined && logsSetAside(this.location).length > 0) {
+      doubt ??= { why: 'logs were set aside by a start that did not come to its end', logs: [] };
+    }
     const strays = this.metadata.strayVids();
     if (strays.length > 0) await this.metadata.commit({ removed: strays });
     for (const record of this.metadata.records()) this.#count(record);
-    const { kept } = this.metadata;
-    const vids = new Set(kept?.vids);
+    const vids = new Set(stored?.vids);
     const orphans: number[] = [];
-    if (!clean) {
+    if (!clean || doubt !== undefined) {
       for await (const { key } of this.files.scan()) {
         if (key < 0 || this.references.of(vidOf(key), idxOf(key)) > 0) continue;
         if (doubt !== undefined) vids.add(vidOf(key));
@@ -376,19 +379,40 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       }
     }
     this.keptVids = vids;
-    const keptNow = doubt === undefined ? kept : { since: Date.now(), why: doubt.why, vids: [...vids] };
-    await this.#begin(keptNow);
-    if (clean) return;
+    const kept = doubt === undefined ? stored : { since: Date.now(), why: doubt.why, vids: [...vids] };
+    const aside = doubt === undefined ? undefined : await this.#setAside(doubt, kept);
+    if (aside?.failure === undefined) this.logs.clear();
+    await this.#begin(kept);
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
-    this.#log(
-      doubt === undefined
-        ? `store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`
-        : `store ${this.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
-            `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${doubt.where}, objects that no ` +
-            `VDI refers to are kept; if nothing is missing, stop the daemon and let 'sheepgate check --repair' remove them`,
-      doubt === undefined ? undefined : { files: doubt.files, err: doubt.failure },
-    );
+    if (doubt !== undefined) {
+      this.#log(
+        `store ${this.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
+          `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${this.location}/set-aside, ` +
+          "objects that no VDI refers to are kept; if nothing is missing, stop the daemon and let 'sheepgate check " +
+          "--repair' remove them",
+        { files: aside?.moved, err: aside?.failure },
+      );
+    } else if (!clean) {
+      this.#log(`store ${this.location} was not shut down cleanly; removed ${orphans.length} unreferenced objects`);
+    }
+  }
+
+  /**
+   * What is kept is remembered before the logs go: whoever is interrupted in between finds one of the two. Errors: NO_SPACE
+   * if neither can be done.
+   */
+  async #setAside(doubt: Doubt, kept: KeptObjects | undefined): Promise<ReturnType<MapLogs['setAside']>> {
+    let unremembered: unknown;
+    try {
+      await this.metadata.keep(kept);
+    } catch (error) {
+      if ((error as StoreError).code !== 'NO_SPACE') throw error;
+      unremembered = error;
+    }
+    const aside = this.logs.setAside(doubt.logs);
+    if (unremembered !== undefined && aside.failure !== undefined) throw unremembered;
+    return aside;
   }
 
   /** On a full disk the logs stay those of the last opening, of which there are none any more: a disk must open to be emptied. */
@@ -423,11 +447,6 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
    */
   async #restoreRecent(): Promise<Doubt | undefined> {
     const { changes, files, doubtful } = this.logs.read(this.metadata.session, this.metadata);
-    const setAside = (names: readonly string[], why: string): Doubt => {
-      const { moved, failure } = this.logs.setAside(names);
-      const where = path.dirname((failure === undefined ? moved[0] : names[0]) ?? '');
-      return { why, where, files: failure === undefined ? moved : names, failure };
-    };
     const restored = new Map<number, { map: Uint32Array; changed: Map<number, number>; generation: number }>();
     for (const { vid, idx, owner, generation } of changes) {
       let of = restored.get(vid);
@@ -439,7 +458,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       if (idx < of.map.length) of.changed.set(idx, owner); // else it was made smaller since
     }
     const problem = await this.#whyNotThere(restored);
-    if (problem !== undefined) return setAside([...files, ...doubtful.map(({ file }) => file)], problem);
+    const logs = doubtful.map(({ file }) => file);
+    if (problem !== undefined) return { why: problem, logs: [...files, ...logs] };
     for (const [vid, { map, changed, generation }] of restored) {
       for (const [idx, owner] of changed) map[idx] = owner;
       const pages = new Set(Array.from(changed.keys(), (idx) => Math.floor(idx / PAGE_ENTRIES)));
@@ -450,8 +470,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     }
     if (doubtful.length === 0) return undefined;
     const [{ why } = { why: '' }] = doubtful;
-    const names = doubtful.map(({ file }) => file);
-    return setAside(names, `${names[0]}${names.length > 1 ? ` and ${names.length - 1} more` : ''}: ${why}`);
+    return { why: `${logs[0]}${logs.length > 1 ? ` and ${logs.length - 1} more` : ''}: ${why}`, logs };
   }
 
   /** Why what the logs say of the objects cannot be so; undefined if all of it is there, and on disk. */
@@ -480,11 +499,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
 /** Answered writes that were not taken over when the store was opened. */
 interface Doubt {
   readonly why: string;
-  /** The folder of the logs. */
-  readonly where: string;
-  readonly files: readonly string[];
-  /** Why they could not be moved there, if so. */
-  readonly failure: unknown;
+  /** The logs that tell of them. */
+  readonly logs: readonly string[];
 }
 
 function openingError(location: string, error: unknown): StoreError {
@@ -820,7 +836,7 @@ export class LocalCatalog implements Catalog {
       if (strays.length > 0) await metadata.commit({ removed: strays });
       for (const { name } of orphans) await fs.promises.unlink(name);
       for (const name of aside) await fs.promises.unlink(name);
-      if (kept) await metadata.forgetKept();
+      if (kept) await metadata.keep(undefined);
       this.#store.keptVids = new Set();
       repaired = orphans.length + strays.length + aside.length;
     }

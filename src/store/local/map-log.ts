@@ -136,7 +136,9 @@ const SET_ASIDE = 'set-aside';
 /** Logs that were set aside in the store `directory`. */
 export function logsSetAside(directory: string): string[] {
   const aside = path.join(directory, SET_ASIDE);
-  return fs.existsSync(aside) ? fs.readdirSync(aside).map((name) => path.join(aside, name)) : [];
+  return fs.statSync(aside, { throwIfNoEntry: false })?.isDirectory()
+    ? fs.readdirSync(aside).map((name) => path.join(aside, name))
+    : [];
 }
 
 /** The log of one open VDI: a file, or several while flushes fail. */

@@ -48,6 +48,7 @@ export class MetadataFile {
   #mustReopen = false;
   /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
   #isSuspect = false;
+  #isOpen = true;
   #reservedTo = 0;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
 
@@ -113,8 +114,8 @@ export class MetadataFile {
   /** Returns what failed, or undefined; a body's own failure is noted with it. */
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
-      this.mustBeReadable(); // LMDB reads in a transaction, too
-      if (this.#mustReopen) this.#reopen();
+      this.#probeFile(); // LMDB reads in a transaction, too
+      if (this.#mustReopen) await this.#reopen();
       const env = this.#env;
       await env.transaction(() => {
         for (const pending of take()) runIn(env, pending);
@@ -122,8 +123,11 @@ export class MetadataFile {
       this.#isSuspect = false;
     } catch (error) {
       const failure = this.#asCommitError(await commitErrorOf(error));
+      if (failure.code === 'NO_SPACE') return failure;
+      this.#isSuspect = true;
       this.#mustReopen = true;
-      if (failure.code !== 'NO_SPACE') this.#isSuspect = true;
+      // At once, for those who read; if the disk is still ill, the next commit tries again.
+      await this.#reopen().catch(() => undefined);
       return failure;
     }
     try {
@@ -148,11 +152,15 @@ export class MetadataFile {
   }
 
   /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
-  #reopen(): void {
-    const before = this.#env;
+  async #reopen(): Promise<void> {
+    if (this.#isOpen) {
+      // First: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
+      this.#isOpen = false;
+      await this.#env.close().catch(() => undefined);
+    }
     this.#env = this.#open();
+    this.#isOpen = true;
     this.#mustReopen = false;
-    before.close().catch(() => undefined);
   }
 
   /**
@@ -201,6 +209,16 @@ export class MetadataFile {
    * file is read. Errors: IO.
    */
   mustBeReadable(): void {
+    if (!this.#isOpen) {
+      throw new StoreError(
+        'IO',
+        `${this.file} cannot be read: its disk has failed, and it could not be opened again yet`,
+      );
+    }
+    this.#probeFile();
+  }
+
+  #probeFile(): void {
     try {
       if (!this.#isSuspect) {
         fs.readSync(this.#fd, this.#probe, 0, PROBE_BYTES, 0);
@@ -221,7 +239,7 @@ export class MetadataFile {
 
   async close(): Promise<void> {
     fs.closeSync(this.#fd);
-    await this.#env.close();
+    if (this.#isOpen) await this.#env.close();
   }
 }
 

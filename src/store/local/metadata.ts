@@ -219,9 +219,9 @@ export class Metadata {
     });
   }
 
-  /** Nothing is kept any more. */
-  async forgetKept(): Promise<void> {
-    await this.#file.transaction(() => this.#putKept(undefined));
+  /** What `kept` shall say from now on; nothing if undefined. */
+  async keep(kept: KeptObjects | undefined): Promise<void> {
+    await this.#file.transaction(() => this.#putKept(kept));
   }
 
   /** The stored map of a VDI, as long as its size asks for. */
@@ -237,7 +237,7 @@ export class Metadata {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
     const slice = new TimeSlice();
     for (let page = 0; page * PAGE_ENTRIES < map.length; page += PAGES_PER_READ) {
-      if (page === 0) this.#file.mustBeReadable();
+      this.#file.mustBeReadable();
       this.#readPages(record.vid, map, page, page + PAGES_PER_READ);
       if (slice.isOver(0)) await slice.next();
     }

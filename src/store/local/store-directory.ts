@@ -11,20 +11,27 @@ import { META_FILE, NEW_META_FILE } from './metadata.js';
 
 /** Made by mkfs in the root of a filesystem. */
 const LOST_AND_FOUND = 'lost+found';
-/** The names that making a store makes; nothing else may be there before. */
-const MADE_BY_CREATION: ReadonlySet<string> = new Set([
-  'lock',
-  'objects',
-  'recent',
-  'scratch',
-  ...OPENING_NAMES,
-  NEW_META_FILE,
-  // of a sheepgate that gave meta.mdb its name at once
-  META_FILE,
-  `${META_FILE}-lock`,
-  // of a daemon that was killed
-  'control.sock',
-]);
+const SCRATCH = 'scratch';
+/** More than a lock file ever says. */
+const MAX_LOCK_BYTES = 64;
+
+/**
+ * What making a store makes before meta.mdb has its name, and an older sheepgate's meta.mdb, which had it at once. Judged
+ * by more than the name: folders called "objects" and files called "lock" are other people's, too.
+ */
+const MADE_BY_CREATION: Readonly<Record<string, (file: string, status: fs.Stats) => boolean>> = {
+  lock: (_, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
+  objects: (file, status) => status.isDirectory() && readNames(file).every((name) => isOfObjects(file, name)),
+  recent: (file, status) => status.isDirectory() && isEmptyFolder(file),
+  [NEW_META_FILE]: (_, status) => status.isFile(),
+  [META_FILE]: (_, status) => status.isFile() && status.size === 0,
+  [`${META_FILE}-lock`]: (_, status) => status.isFile(),
+  ...Object.fromEntries(OPENING_NAMES.map((name) => [name, (_: string, status: fs.Stats) => status.isSymbolicLink()])),
+};
+/** What ObjectFiles.open makes: empty folders, and for a moment a file of two pages. */
+const MAX_SCRATCH_BYTES = 8192;
+/** Of a store that is older than what is left of it; said so, and never made anew over it. */
+const OF_A_STORE = new Set([...Object.keys(MADE_BY_CREATION), 'set-aside', 'control.sock']);
 
 export type DirectoryState = 'missing' | 'empty' | 'unfinished' | 'store';
 
@@ -39,30 +46,48 @@ export function directoryState(directory: string): DirectoryState {
   const names = fs.readdirSync(directory).filter((name) => name !== LOST_AND_FOUND);
   if (names.length === 0) return 'empty';
   const metadata = fs.statSync(path.join(directory, META_FILE), { throwIfNoEntry: false });
-  if (metadata !== undefined && metadata.size > 0) return 'store';
-  const foreign = names.find((name) => !MADE_BY_CREATION.has(name));
+  if (metadata?.isFile() && metadata.size > 0) return 'store';
+  if (names.every((name) => OF_A_STORE.has(name)) && hasObjects(directory)) {
+    throw new StoreError(
+      'DAMAGED',
+      `${directory} has objects of a store, but ${META_FILE} is ${metadata ? 'empty' : 'missing'}: restore it from a backup`,
+    );
+  }
+  const foreign = names.find((name) => !isOfCreation(directory, name));
   if (foreign !== undefined) {
     throw new StoreError(
       'NO_STORE',
       `no store in ${directory}, and none can be made there: it is not empty (it has ${JSON.stringify(foreign)})`,
     );
   }
-  if (hasObjects(directory)) {
-    throw new StoreError(
-      'DAMAGED',
-      `${directory} has objects of a store, but ${META_FILE} is ${metadata ? 'empty' : 'missing'}: restore it from a backup`,
-    );
-  }
   return 'unfinished';
 }
 
+function isOfCreation(directory: string, name: string): boolean {
+  const file = path.join(directory, name);
+  const status = fs.lstatSync(file, { throwIfNoEntry: false });
+  // Gone again: another process is making one.
+  return status === undefined || (MADE_BY_CREATION[name]?.(file, status) ?? false);
+}
+
+/** Files where a store has them. */
 function hasObjects(directory: string): boolean {
   const objects = path.join(directory, 'objects');
-  for (const name of readNames(objects)) {
-    if (name === 'scratch') continue; // of finding out what the filesystem can do
-    if (!/^[0-9a-f]{2}$/.test(name) || readNames(path.join(objects, name)).length > 0) return true;
-  }
-  return readNames(path.join(directory, 'recent')).length > 0;
+  const isObject = (name: string): boolean => /^[0-9a-f]{16}$/.test(name);
+  const folders = readNames(objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
+  if (folders.some((name) => readNames(path.join(objects, name)).some(isObject))) return true;
+  return readNames(path.join(directory, 'recent')).some((name) => /^\d+$/.test(name));
+}
+
+function isOfObjects(objects: string, name: string): boolean {
+  const file = path.join(objects, name);
+  if (/^[0-9a-f]{2}$/.test(name)) return isEmptyFolder(file);
+  const status = fs.lstatSync(file, { throwIfNoEntry: false });
+  return name === SCRATCH && status?.isFile() === true && status.size <= MAX_SCRATCH_BYTES;
+}
+
+function isEmptyFolder(directory: string): boolean {
+  return fs.lstatSync(directory).isDirectory() && readNames(directory).length === 0;
 }
 
 function readNames(directory: string): string[] {
@@ -76,10 +101,24 @@ function readNames(directory: string): string[] {
   }
 }
 
-/** Remove what a creation that failed has made in `directory`, and that itself if `hasMade`. Best effort. */
+/**
+ * Remove what a creation that failed has made in `directory`, and that itself if `hasMade`. Only what it could have made, and
+ * folders only if they are empty. Best effort.
+ */
 export function removeCreation(directory: string, hasMade: boolean): void {
   try {
-    for (const name of MADE_BY_CREATION) fs.rmSync(path.join(directory, name), { recursive: true, force: true });
+    for (const name of Object.keys(MADE_BY_CREATION)) {
+      const file = path.join(directory, name);
+      if (!fs.lstatSync(file, { throwIfNoEntry: false }) || !isOfCreation(directory, name)) continue;
+      if (name === 'objects') {
+        fs.rmSync(path.join(file, SCRATCH), { force: true });
+        for (const each of readNames(file)) fs.rmdirSync(path.join(file, each));
+      }
+      if (name === 'objects' || name === 'recent') fs.rmdirSync(file);
+      else fs.unlinkSync(file);
+    }
+    // It has its name only when it is complete; then the store was new, and nobody has had it.
+    fs.rmSync(path.join(directory, META_FILE), { force: true });
     if (hasMade) fs.rmdirSync(directory);
   } catch {
     // The next creation finishes it.
