@@ -71,11 +71,11 @@ export class EndedMoments {
     this.#log = log;
     for (const [key, value] of [...memory.entries(LABEL_PREFIX)]) {
       if (!isLabelRecord(value)) continue;
-      if (value.endedAt || value.server === ownKey || isRunning(value.server)) continue;
+      if (value.endedAt || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
       memory.putSoon(key, { ...value, endedAt: stampNow(), why: 'the daemon ended' });
     }
     for (const [key, value] of [...memory.entries(READER_PREFIX)]) {
-      if (!isReaderRecord(value) || value.server === ownKey || isRunning(value.server)) continue;
+      if (!isReaderRecord(value) || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
       if (value.lostAt && msSince(value.lostAt) >= READER_MEMORY_MS) {
         memory.putSoon(key, undefined);
         continue;

@@ -38,7 +38,7 @@ export interface Bases {
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
   open(tag: string): Promise<Vdi>;
-  release(vdi: Vdi): Promise<void>;
+  release(vdi: Vdi, ending: Ending): Promise<void>;
 }
 
 /**
@@ -167,7 +167,7 @@ export class VdiDevice implements BlockDevice {
   async close(ending: Ending): Promise<void> {
     try {
       const opened = await Promise.allSettled(this.#opened.values());
-      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value);
+      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, ending);
     } finally {
       await this.#onClose({ ending, hadErrors: this.#hadErrors, hasWritten: this.#hasWritten });
     }

@@ -14,6 +14,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { mustBeHeldBy } from '../vdi/unfinished.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
+import type { Client, UseOfConnection } from '../vdi/in-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
 import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
@@ -100,16 +101,16 @@ export class VdiExports implements ExportProvider {
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = ({ ending, hadErrors }: Closing): Promise<void> => this.#temporary.close(held, ending, hadErrors);
-        return await this.#opened(held.vdi, subject, options, close);
+        return await this.#opened(held.vdi, subject, options, client, close);
       }
       const vdi = await this.#catalog.openVdi(subjectText(name), { run });
       // Nothing of a store that nobody changes can be taken away from anybody.
       if (!client || this.#catalog.isReadOnly) {
-        return await this.#opened(vdi, subject, options, () => this.#catalog.release(vdi));
+        return await this.#opened(vdi, subject, options, client, () => this.#catalog.release(vdi));
       }
       const { inUse } = this.#catalog;
       const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot);
-      return await this.#opened(vdi, subject, options, ({ ending, hasWritten }) => {
+      return await this.#opened(vdi, subject, options, client, ({ ending, hasWritten }) => {
         // First: it must not look unused in between.
         inUse.end(use, { isOver: ending === 'disconnect', hasWritten });
         return this.#catalog.release(vdi);
@@ -127,6 +128,7 @@ export class VdiExports implements ExportProvider {
     vdi: Vdi,
     subject: VdiSpec,
     options: ExportOptions,
+    client: Client | undefined,
     close: (closing: Closing) => Promise<void>,
   ): Promise<{ device: BlockDevice; info: ExportInfo }> {
     const { record } = vdi;
@@ -137,11 +139,27 @@ export class VdiExports implements ExportProvider {
       await close({ ending: 'lost', hadErrors: false, hasWritten: false });
       throw error;
     }
+    const uses = new Map<Vdi, UseOfConnection>();
     const bases: Bases = {
       tags,
       isReadOnly: this.#catalog.isReadOnly || isById(subject),
-      open: (tag) => this.#catalog.openVdi(formatSpec({ name: record.name, tag })),
-      release: (base) => this.#catalog.release(base),
+      open: async (tag) => {
+        const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
+        if (!client || this.#catalog.isReadOnly) return base;
+        try {
+          // Who comes back to the same moment finds the same base, or it is refused to take it away.
+          uses.set(base, await this.#catalog.inUse.begin(base.record, client, false));
+          return base;
+        } catch (error) {
+          await this.#catalog.release(base);
+          throw error;
+        }
+      },
+      release: (base, ending) => {
+        const use = uses.get(base);
+        if (use) this.#catalog.inUse.end(use, { isOver: ending === 'disconnect', hasWritten: false });
+        return this.#catalog.release(base);
+      },
     };
     const device = new VdiDevice(vdi, bases, close);
     try {

@@ -69,6 +69,8 @@ export interface UseOfConnection {
   readonly use: Use;
   /** It may be one that was cut off, come back. */
   readonly tookOver: boolean;
+  /** Since when that one had been away. */
+  readonly lostBefore: Stamp | undefined;
 }
 
 export class InUse {
@@ -95,6 +97,7 @@ export class InUse {
     if (use !== undefined && !this.#counts(use)) use.lost = 0;
     const tookOver = use !== undefined && use.lost > 0;
     const known = use?.record;
+    const lostBefore = tookOver ? known?.lostAt : undefined;
     if (use === undefined) {
       const since = Date.now();
       use = {
@@ -121,11 +124,14 @@ export class InUse {
         });
       }
     }
-    return { use, tookOver };
+    return { use, tookOver, lostBefore };
   }
 
   /** The connection is over. `isOver`: its client said goodbye. */
-  end({ use, tookOver }: UseOfConnection, { isOver, hasWritten }: { isOver: boolean; hasWritten: boolean }): void {
+  end(
+    { use, tookOver, lostBefore }: UseOfConnection,
+    { isOver, hasWritten }: { isOver: boolean; hasWritten: boolean },
+  ): void {
     const { client, writable } = use.record;
     use.live--;
     if (!isOver) {
@@ -136,7 +142,8 @@ export class InUse {
     }
     if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
     if (use.lost > 0) {
-      if (!isOver || use.record.lostAt === undefined) this.#noteLost(use);
+      // Whoever only looked gives back the place of the one that is away, who has been so for as long as before.
+      if (!isOver || use.record.lostAt === undefined) this.#noteLost(use, isOver ? lostBefore : undefined);
     } else if (use.live === 0) {
       this.#drop(use);
     }
@@ -162,7 +169,7 @@ export class InUse {
     }
     // Another daemon of this machine serves it, for a cluster.
     for (const record of this.#records()) {
-      if (record.name !== name || record.tag !== tag || record.lostAt || !isForeign(record)) continue;
+      if (record.name !== name || record.tag !== tag || record.lostAt || !this.#isForeign(record)) continue;
       const { client, since } = record;
       found.push({ client: client.label, since, lostAt: null, until: null, isElsewhere: true });
     }
@@ -184,8 +191,8 @@ export class InUse {
     return lostAt === undefined || msSince(lostAt) < forMs;
   }
 
-  #noteLost(use: Use): void {
-    use.record = { ...use.record, lostAt: stampNow(), forMs: this.#forMs };
+  #noteLost(use: Use, since: Stamp = stampNow()): void {
+    use.record = { ...use.record, lostAt: since, forMs: this.#forMs };
     if (this.#forMs === 0) {
       use.lost = 0;
       if (use.live === 0) this.#drop(use);
@@ -231,7 +238,7 @@ export class InUse {
     }
     for (const record of this.#records()) {
       const key = PREFIX + memoryKey(record.name, record.tag, record.client.id);
-      if (this.#uses.has(key) || record.server === ownKey || (!record.lostAt && isForeign(record))) continue;
+      if (this.#uses.has(key) || record.server === ownKey || (!record.lostAt && this.#isForeign(record))) continue;
       const use: Use = { key, live: 0, lost: 1, record: record.lostAt ? record : { ...record, lostAt: stampNow() } };
       if (!this.#counts(use)) {
         this.#memory.putSoon(key, undefined);
@@ -242,13 +249,14 @@ export class InUse {
     }
   }
 
+  /** A store that is not shared has a lock: what is recorded there of another process is of one that had it, or of the original of a copy. */
+  #isForeign({ server }: UseRecord): boolean {
+    return this.#memory.isShared && server !== ownKey && isRunning(server);
+  }
+
   *#records(): Generator<UseRecord> {
     for (const [, value] of [...this.#memory.entries(PREFIX)]) if (isUseRecord(value)) yield value;
   }
-}
-
-function isForeign({ server }: UseRecord): boolean {
-  return server !== ownKey && isRunning(server);
 }
 
 function label(name: string, tag: string): string {

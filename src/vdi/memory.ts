@@ -30,6 +30,11 @@ export class Memory {
     return this.#state !== undefined;
   }
 
+  /** Other processes may serve the same at the same time. */
+  get isShared(): boolean {
+    return this.#state?.isShared === true;
+  }
+
   get(key: string): unknown {
     return this.#known.get(key);
   }
