@@ -237,7 +237,7 @@ export class Migration {
       if (code !== undefined) throw new OperationError(code, `in ${this.#target.store}, ${message}`, { cause: error });
       throw error;
     }
-    if (isKnown) await this.#checkGoesOn(history, isOurs);
+    if (isKnown) await this.#checkGoesOn(history, isBetweenRuns);
     if (isBetweenRuns) await this.#target.remove(`${newName}@${this.#migrated}`);
     this.hasClaimed = true;
   }
@@ -249,14 +249,18 @@ export class Migration {
     return allocatedBytes === 0 && open === 0;
   }
 
-  /** Errors: CHANGED if the target is not what a run before this one has left; it is then as it was. */
-  async #checkGoesOn(history: History, wasUnfinished: boolean): Promise<void> {
+  /**
+   * As long as the snapshot between two runs is there, no run has written since it was taken: whatever has changed was
+   * changed by somebody else, also if a run that was cut off has set its mark already. Errors: CHANGED if the target is not
+   * what a run before this one has left; it is whole then, for whoever wrote it.
+   */
+  async #checkGoesOn(history: History, isBetweenRuns: boolean): Promise<void> {
     try {
       await this.#checkPrefix(history, await this.#targetRecords());
-      // What is unfinished nobody else could write.
-      if (!wasUnfinished) await this.#refuseIfChanged();
+      if (isBetweenRuns) await this.#refuseIfChanged();
     } catch (error) {
-      if (!wasUnfinished) await this.#target.finish(this.#options.newName, this.#run);
+      // If that fails as well, the next run finds what this one has found.
+      if (isBetweenRuns) await this.#target.finish(this.#options.newName, this.#run).catch(() => undefined);
       throw error;
     }
   }

@@ -174,7 +174,8 @@ export class VdiCatalog {
     return this.#change(async () => {
       const { by, of, run, size, overwrites, goesOn, force } = beginning;
       checkName(name);
-      const found = (await this.list()).find((record) => record.name === name && !record.isSnapshot);
+      const named = (await this.list()).filter((record) => record.name === name);
+      const found = named.find(({ isSnapshot }) => !isSnapshot);
       const before = found?.unfinished;
       const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
       const isSame = isOfSame(before, beginning);
@@ -185,9 +186,11 @@ export class VdiCatalog {
         return this.#using(found, (vdi) => this.#store.catalog.mark(vdi.opened, unfinished));
       }
       const shift = checkNewVdi(name, size, beginning.blockSizeShift);
+      // Looked at before anything goes: what a migration has carried over so far are the snapshots.
+      const [other] = named.filter((record) => record !== found);
+      if (other) throw this.#existing(found ?? other);
       // What a command has made and not finished holds nothing that was there before it.
       if (found) await this.#store.catalog.remove(found.vid);
-      await this.#mustNotExist(name);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
       return this.#store.catalog.create(name, size, shift, { by, of, run, since: Date.now(), isNew: true });
     });

@@ -309,4 +309,46 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
     },
     180_000,
   );
+
+  const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>
+    where === 'a cluster' ? clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
+
+  test('what somebody else wrote between two runs of a migration stays, also if a run was cut off before it saw that', async () => {
+    const command = await migrating(true);
+    const { place: to, stop } = await place();
+    await withCatalog(to, command.before as NonNullable<Command['before']>);
+    const content = Buffer.from(command.after.get('') as Buffer);
+    await withCatalog(to, (catalog) => write(catalog, NAME, content, 0, patterned(8192, 99)));
+    // Its first step is the mark. It cannot take that away any more when it has seen what was written.
+    await ended(to, command, 2).catch(() => undefined);
+    await withCatalog(to, async (catalog) => {
+      expect((await catalog.find(NAME)).unfinished).toMatchObject({ by: 'migrate' });
+    });
+    await expect(ended(to, command, NEVER)).rejects.toThrow(/was written by somebody else/);
+    await withCatalog(to, async (catalog) => expectBytes(await contentOf(catalog, NAME), content));
+    await stop();
+  }, 60_000);
+
+  test('what a migration that was cut off has carried over is not given up for an import or a restore', async () => {
+    const command = await migrating(false);
+    const { place: to, stop } = await place();
+    const steps = await ended(to, command, NEVER);
+    await withCatalog(to, async (catalog) => {
+      for (const { tag } of await recordsOf(catalog, NAME)) await catalog.remove(tag === '' ? NAME : `${NAME}@${tag}`);
+    });
+    await ended(to, command, steps - 3);
+    const before = await withCatalog(to, (catalog) => recordsOf(catalog, NAME));
+    expect(before.filter(({ isSnapshot }) => isSnapshot).length).toBeGreaterThan(0);
+    for (const other of [await importing(true), await restoring(true)]) {
+      await expect(ended(to, other, NEVER), other.label).rejects.toMatchObject({ code: 'EXISTS' });
+      expect(await withCatalog(to, (catalog) => recordsOf(catalog, NAME))).toEqual(before);
+    }
+    await ended(to, command, NEVER);
+    await withCatalog(to, async (catalog) => {
+      for (const [tag, content] of command.after) {
+        expectBytes(await contentOf(catalog, tag === '' ? NAME : `${NAME}@${tag}`), content);
+      }
+    });
+    await stop();
+  }, 60_000);
 });
