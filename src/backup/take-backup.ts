@@ -75,14 +75,17 @@ export async function takeBackup(withStore: WithStore, options: TakeOptions): Pr
     const point = await withStore(async (operations) =>
       new Run(operations, target, options, await showWorking(operations, vdi)).run(),
     );
-    const sha256 = options.sha256 ? await target.addSha256(point, options) : undefined;
+    let isKept = false;
     try {
       if (keep !== undefined) dropped.push(...(await target.keep(keep, options)));
+      isKept = true;
+      const sha256 = options.sha256 ? await target.addSha256(point, options) : undefined;
       const file = target.image ?? target.fileOf(point);
       return { point: { ...point, sha256 }, file, kept: target.points.map((each) => each.id), dropped };
     } catch (error) {
-      if (options.signal.aborted) log(`backup ${point.id} was taken; the next run goes on with dropping old ones`);
-      throw notDropped(error, point);
+      const rest = isKept ? 'its SHA-256 was not computed' : 'the next run goes on with dropping old ones';
+      if (options.signal.aborted) log(`backup ${point.id} was taken; ${rest}`);
+      throw notComplete(error, point, isKept ? 'its SHA-256 could not be computed' : 'an old one could not be dropped');
     }
   } catch (error) {
     throw explained(error, target, options);
@@ -109,9 +112,9 @@ async function makeRoom(target: BackupTarget, keep: number | undefined, options:
 }
 
 /** The new backup is one, whatever became of the old ones. */
-function notDropped(error: unknown, { id }: Point): unknown {
+function notComplete(error: unknown, { id }: Point, what: string): unknown {
   if (!(error instanceof OperationError)) return error;
-  const message = `backup ${id} was taken, but an old one could not be dropped: ${error.message}`;
+  const message = `backup ${id} was taken, but ${what}: ${error.message}`;
   return new OperationError(error.code, message, { cause: error });
 }
 

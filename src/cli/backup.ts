@@ -2,6 +2,7 @@
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { takeBackup, type Taken } from '../backup/take-backup.js';
 import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
+import { explainIdentity, takeOwner } from '../daemon/store-owner.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
@@ -60,7 +61,7 @@ export function backupCommand(): Command {
       const identity = new HeldIdentity();
       const withStore = <T>(work: (operations: Operations) => Promise<T>): Promise<T> =>
         withOperations(options, async (operations) => {
-          await identity.hold(operations);
+          identity.hold(operations);
           return work(operations);
         });
       const result = await takeBackup(withStore, {
@@ -94,17 +95,14 @@ export function backupCommand(): Command {
  */
 class HeldIdentity {
   #leave: (() => void) | undefined;
-  #explain: (error: unknown) => unknown = (error) => error;
 
-  async hold({ isDaemon, store }: Operations): Promise<void> {
+  hold({ isDaemon, store }: Operations): void {
     if (this.#leave !== undefined || isDaemon || isClusterLocation(store)) return;
-    const { explainIdentity, takeOwner } = await import('../daemon/store-owner.js');
     this.#leave = takeOwner(store);
-    this.#explain = explainIdentity;
   }
 
   explain(error: unknown): unknown {
-    return this.#explain(error);
+    return explainIdentity(error);
   }
 
   leave(): void {

@@ -95,13 +95,14 @@ export async function withOperations<T>(
   const place = chosenStore(options);
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
   const { openOperations } = await import('../daemon/open-operations.js');
+  // Before the store is opened: as its owner this process may not be able to read its own program.
+  const { explainIdentity } = await import('../daemon/store-owner.js');
   const operations = await openOperations({
     ...place,
     mayCreate,
     missingIsZero,
     log: noteOnce,
   });
-  const { explainIdentity } = await import('../daemon/store-owner.js');
   return closing(operations, async () => {
     try {
       return await work(operations);

@@ -120,6 +120,8 @@ class Guard {
     const child = spawn(process.execPath, [script, String(timeoutMs), freezeCmd, thawCmd], {
       detached: true,
       stdio: ['pipe', 'pipe', 'inherit'],
+      // It freezes and thaws as whoever gave the command, also where root works as the owner of a store.
+      ...(process.getuid?.() === 0 && { uid: 0, gid: process.getgid?.() }),
     });
     this.#child = child;
     child.stdin.on('error', () => undefined);

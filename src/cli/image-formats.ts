@@ -4,6 +4,7 @@
  * among them: it is what a guest writes to its disk. Marks: the probe functions of qemu's block drivers (block/*.c), the
  * VHD Image Format Specification 1.0 ("Hard Disk Footer"), and the formats' own descriptions.
  */
+import { shellWord } from '../store/shell-word.js';
 
 /** What is looked at, from the beginning and of the end. */
 export const HEAD_BYTES = 1024;
@@ -12,7 +13,8 @@ export const TAIL_BYTES = 512;
 interface Format {
   /** As messages call it. */
   readonly name: string;
-  /** In a shell: how to get at the raw image; `file` is a quoted name, `next` the import of what comes out. */
+  /** In a shell: how to get at the raw image; `file` is a quoted name, `next` the import { shellWord } from '../store/shell-word.js';
+import of what comes out. */
   readonly remedy: (file: string, name: string) => string;
   readonly isHead?: (head: Buffer) => boolean;
   readonly isTail?: (tail: Buffer) => boolean;
@@ -86,7 +88,7 @@ export function foreignTail(tail: Buffer): ForeignFormat | undefined {
 function told(format: Format | undefined): ForeignFormat | undefined {
   if (!format) return undefined;
   const { name, remedy } = format;
-  return { name, remedy: (file, vdi) => remedy(file === undefined ? SOME_FILE : quoted(file), quoted(vdi)) };
+  return { name, remedy: (file, vdi) => remedy(file === undefined ? SOME_FILE : shellWord(file), shellWord(vdi)) };
 }
 
 /** A text file that names the extents; block/vmdk.c looks for its version after comments and empty lines. */
@@ -113,8 +115,4 @@ function isDmgTrailer(tail: Buffer): boolean {
 /** "BZh", the size of its blocks, and the mark of the first of them. */
 function isBzip2(head: Buffer): boolean {
   return /^BZh[1-9](?:1AY&SY|\x17rE8P\x90)/.test(head.toString('latin1', 0, 10));
-}
-
-function quoted(word: string): string {
-  return /^[\w./:@%+=,-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`;
 }

@@ -13,7 +13,7 @@ import { blockSizeShiftOption } from './vdi-create.js';
 import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
 import { openSource, type ImageSource } from './image-source.js';
 import { interruptible } from './interrupt.js';
-import { printJson, printLine } from './output.js';
+import { printJson, printLine, printNote } from './output.js';
 import { startProgress, type Progress } from './progress.js';
 import { formatSize } from './size.js';
 
@@ -143,7 +143,10 @@ async function planOf(
   const found = (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot);
   const isOpenEnded = source.length === undefined && options.size === undefined;
   const length = source.length ?? options.size;
-  const says = `${source.name} has ${length} bytes`;
+  const says =
+    source.length === undefined
+      ? `--size says that ${source.name} has ${length} bytes`
+      : `${source.name} has ${length} bytes`;
   if (found && (options.overwrite || found.unfinished?.by === 'import') && !found.unfinished?.isNew) {
     if (options.size !== undefined && source.length !== undefined) {
       throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
@@ -213,19 +216,30 @@ async function afterFailure(
     );
     if (isGone) return error;
   }
-  const rest = `${name} is unfinished now and cannot be opened: import again, or delete it`;
+  const rest = await whatIsLeft(operations, name, run);
   if (expected) return new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
-  process.stderr.write(`sheepgate: note: ${rest}\n`);
+  printNote(rest);
   return error;
+}
+
+/** The answer to the last step may have been lost, and with it that the VDI is whole. */
+async function whatIsLeft(operations: Operations, name: string, run: string): Promise<string> {
+  try {
+    const { unfinished } = await operations.show(name);
+    if (unfinished?.run !== run)
+      return `${name} is not this import's any more: 'sheepgate vdi show ${name}' says what it is`;
+    return `${name} is unfinished now and cannot be opened: import again, or delete it`;
+  } catch {
+    return `${name} may be unfinished: 'sheepgate vdi show ${name}' says whether it is`;
+  }
 }
 
 /** Nobody has said how much has to come, and a writer that has failed looks like one that has finished. */
 function noteUnknownLength({ name }: ImageSource, size: number): void {
   const odd =
     size % SIZE_UNIT === 0 ? '' : `; ${size} bytes are no whole number of sectors, so it was probably cut off there`;
-  process.stderr.write(
-    `sheepgate: note: ${name} ended after ${size} bytes, and nothing says whether that was all${odd}; ` +
-      `--size SIZE makes a short one an error\n`,
+  printNote(
+    `${name} ended after ${size} bytes, and nothing says whether that was all${odd}; --size SIZE makes a short one an error`,
   );
 }
 

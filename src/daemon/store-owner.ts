@@ -4,6 +4,7 @@
  * of this process. Nothing is ever chowned: the directory is controlled by somebody else.
  */
 import fs from 'node:fs';
+import { shellWord } from '../store/shell-word.js';
 import { OperationError } from './operations.js';
 
 /** What @types/node does not know. */
@@ -63,7 +64,7 @@ export function refuseOthersStore(directory: string): void {
     'OWNER',
     `${directory} belongs to the user with uid ${status.uid}, who could not open what a daemon of root makes there: ` +
       `start the service, or say 'setpriv --reuid=${status.uid} --regid=${status.gid} --init-groups sheepgate serve …'; ` +
-      `if it is to be root's store from now on: 'chown -hR 0:0 ${directory}'`,
+      `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`,
   );
 }
 

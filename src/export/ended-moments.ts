@@ -135,11 +135,6 @@ export class EndedMoments {
     this.#memory.putSoon(key, { ...record, endedAt: stampNow(), why, isOver });
   }
 
-  /** Nobody has read from it after all. */
-  labelUnused(name: string, tag: string): void {
-    this.#memory.putSoon(LABEL_PREFIX + memoryKey(name, tag), undefined);
-  }
-
   #makeRoom(name: string): void {
     const all: [string, LabelRecord][] = [];
     for (const [key, value] of [...this.#memory.entries(LABEL_PREFIX)]) {

@@ -50,8 +50,6 @@ interface Moment {
   /** Connections that have it open, and those that were told of it and have not opened it. */
   users: number;
   askers: number;
-  /** Somebody has had it open. */
-  wasOpened: boolean;
   /** Its label is remembered to have been used. */
   isRemembered: boolean;
   /** The time of somebody who was cut off has passed: he may ask for it yet. */
@@ -192,7 +190,6 @@ export class TemporarySnapshots implements TemporaryKeeper {
       ...{
         users: 0,
         askers: 0,
-        wasOpened: false,
         isRemembered: false,
         hasLateReader: false,
         readers: new Map<string, Reader>(),
@@ -245,7 +242,6 @@ export class TemporarySnapshots implements TemporaryKeeper {
       if (reader.lost > 0) reader.lost--;
       reader.live++;
     }
-    moment.wasOpened = true;
   }
 
   /** The connection has no part in it any more. */

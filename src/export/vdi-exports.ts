@@ -109,7 +109,7 @@ export class VdiExports implements ExportProvider {
         return await this.#opened(vdi, subject, options, client, () => this.#catalog.release(vdi));
       }
       const { inUse } = this.#catalog;
-      const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot);
+      const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot && !isById(subject));
       return await this.#opened(vdi, subject, options, client, ({ ending, hasWritten }) => {
         // First: it must not look unused in between.
         inUse.end(use, { isOver: ending === 'disconnect', hasWritten });

@@ -220,7 +220,8 @@ export class VdiCatalog {
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       checkTag(tag);
-      this.#mustBeUnused({ name, tag }, 'taken anew', { force });
+      const { name: own } = await this.#findWorking(name);
+      this.#mustBeUnused({ name: own, tag }, 'taken anew', { force });
       if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
         throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
       }

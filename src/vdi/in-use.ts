@@ -134,7 +134,10 @@ export class InUse {
   ): void {
     const { client, writable } = use.record;
     use.live--;
-    if (!isOver) {
+    if (isOver && use.live === 0 && client.isExact) {
+      // One process: when its last connection has said goodbye, none of those that broke before will come back.
+      use.lost = 0;
+    } else if (!isOver) {
       use.lost++;
     } else if (tookOver && writable && !hasWritten && !client.isExact) {
       // Somebody else behind the same address, who only looked: whoever was cut off may write yet.

@@ -201,6 +201,7 @@ export class ObjectFiles {
   async zero(vid: number, idx: number, offset: number, length: number, allocated: boolean): Promise<void> {
     await this.#using(vid, idx, 'zeroing', async (file) => {
       const { fd } = file;
+      this.#mustBeWhole(file.key, fd);
       file.isDense = false;
       const done = allocated ? await libc.zeroRange(fd, offset, length) : await libc.punchHole(fd, offset, length);
       // Whoever looked for holes meanwhile may have looked too early.
@@ -407,6 +408,7 @@ export class ObjectFiles {
   ): Promise<void> {
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
     try {
+      this.#mustBeWhole(file.key, file.fd);
       await writeFully(file.fd, data, offset);
     } catch (error) {
       throw libc.asStoreError(error, `writing object ${this.path(file.key)}`);
@@ -475,6 +477,7 @@ export class ObjectFiles {
   /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
   async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
     await this.#using(vidOf(from), idxOf(from), 'copying', async ({ fd: source }) => {
+      this.#mustBeWhole(from, source);
       if (this.#reflinks) {
         if (await libc.cloneFile(source, to)) return;
         this.#reflinks = false;

@@ -4,6 +4,7 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
+import { shellWord } from '../shell-word.js';
 
 /** The parts of a store beside the objects. */
 const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
@@ -44,9 +45,12 @@ export class Owners {
   get problem(): string | undefined {
     if (this.#first === undefined) return undefined;
     const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
+    const who = `! -uid ${this.#uid}`;
+    // A second name may stand somewhere else: that is not given away.
+    const what = '\\( -type d -o -links 1 \\)';
     return (
       `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
-      `daemon stopped, as root: find ${this.#location} ! -uid ${this.#uid} -execdir chown -h ${this.#uid} {} +`
+      `daemon stopped, as root: find ${shellWord(this.#location)} ${who} ${what} -execdir chown -h ${this.#uid} {} +`
     );
   }
 }

@@ -6,6 +6,7 @@
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
+import { makeDirectory } from '../local/make-directory.js';
 import { StoreError, type StoreState } from '../object-store.js';
 
 const SUFFIX = '.json';
@@ -25,7 +26,7 @@ export class HostState implements StoreState {
     const id = createHash('sha256').update(identity).digest('hex').slice(0, 16);
     const directory = path.join(root, `cluster-${id}`);
     try {
-      fs.mkdirSync(directory, { recursive: true, mode: 0o700 });
+      makeDirectory(directory, 0o700);
       fs.accessSync(directory, fs.constants.R_OK | fs.constants.W_OK | fs.constants.X_OK);
       for (const name of fs.readdirSync(directory)) {
         // What a process left that was killed before the rename.
