@@ -18,24 +18,30 @@ export async function makeNamesDurable(directory: string, fd: number): Promise<v
   const { dev } = fs.statSync(at);
   let needsMore = false;
   for (let above = path.dirname(at); ; above = path.dirname(at)) {
-    if (!syncDirectory(at)) needsMore = true;
+    if (!couldSync(at)) needsMore = true;
     if (above === at || fs.statSync(above).dev !== dev) break;
     at = above;
   }
   if (needsMore) await libc.syncFilesystem(fd);
 }
 
-/** False if it cannot be done. */
-function syncDirectory(directory: string): boolean {
-  let fd: number | undefined;
+/** The names in it are on stable storage when this returns. Errors: those of the system. */
+export function syncDirectory(directory: string): void {
+  const fd = fs.openSync(directory, fs.constants.O_RDONLY);
   try {
-    fd = fs.openSync(directory, fs.constants.O_RDONLY);
     fs.fsyncSync(fd);
+  } finally {
+    fs.closeSync(fd);
+  }
+}
+
+/** False if it cannot be done. */
+function couldSync(directory: string): boolean {
+  try {
+    syncDirectory(directory);
     return true;
   } catch (error) {
     if (CANNOT_SYNC.has((error as NodeJS.ErrnoException).code ?? '')) return false;
     throw error;
-  } finally {
-    if (fd !== undefined) fs.closeSync(fd);
   }
 }

@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
+import { syncDirectory } from './durable-names.js';
 import { StoreError, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
 import type { Environment } from './lmdb-environment.js';
@@ -358,15 +359,6 @@ function makeRoomIn(file: string): void {
     }
     fs.ftruncateSync(fd, 0);
     libc.reserve(fd, 0, LEAST_BYTES); // truncating may have given it back
-  } finally {
-    fs.closeSync(fd);
-  }
-}
-
-function syncDirectory(directory: string): void {
-  const fd = fs.openSync(directory, fs.constants.O_RDONLY);
-  try {
-    fs.fsyncSync(fd);
   } finally {
     fs.closeSync(fd);
   }

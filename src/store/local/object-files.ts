@@ -6,6 +6,7 @@
 import fs from 'node:fs';
 import { promisify } from 'node:util';
 import path from 'node:path';
+import { syncDirectory } from './durable-names.js';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import * as libc from './libc.js';
@@ -513,15 +514,6 @@ async function writeZeros(fd: number, offset: number, length: number): Promise<v
 
 function wakeAll(waiting: (() => void)[]): void {
   for (const wake of waiting.splice(0)) wake();
-}
-
-function syncDirectory(directory: string): void {
-  const fd = fs.openSync(directory, fs.constants.O_RDONLY);
-  try {
-    fs.fsyncSync(fd);
-  } finally {
-    fs.closeSync(fd);
-  }
 }
 
 function isTmpfs(root: string): boolean {

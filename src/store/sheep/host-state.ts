@@ -6,6 +6,7 @@
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
+import { syncDirectory } from '../local/durable-names.js';
 import { makeDirectory } from '../local/make-directory.js';
 import { StoreError, type StoreState } from '../object-store.js';
 
@@ -96,15 +97,6 @@ function readFact(file: string): { readonly key: string; readonly value: unknown
 
 function fileOf(key: string): string {
   return createHash('sha256').update(key).digest('hex').slice(0, 32) + SUFFIX;
-}
-
-function syncDirectory(directory: string): void {
-  const fd = fs.openSync(directory, fs.constants.O_RDONLY | fs.constants.O_DIRECTORY);
-  try {
-    fs.fsyncSync(fd);
-  } finally {
-    fs.closeSync(fd);
-  }
 }
 
 function asStoreError(error: unknown, what: string): StoreError {
