@@ -12,10 +12,22 @@ const GID = 54_322;
 const isRoot = process.geteuid?.() === 0 && haveCommand('setpriv');
 if (!isRoot) console.log('skipped: root beside a service user needs root and setpriv');
 
+/** Our program where every user can read it, as it is installed: this checkout may lie where only its owner can go. */
+function installed(): string {
+  const checkout = path.dirname(path.dirname(BIN));
+  const directory = temporaryDirectory();
+  fs.chmodSync(directory, 0o755);
+  const parts = ['package.json', 'bin', 'dist', 'nbd', 'node_modules'];
+  execFileSync('cp', ['-a', ...parts.map((part) => path.join(checkout, part)), directory]);
+  return path.join(directory, 'bin', path.basename(BIN));
+}
+
+const program = isRoot ? installed() : BIN;
+
 const AS_OWNER = ['setpriv', `--reuid=${UID}`, `--regid=${GID}`, '--clear-groups'];
 
 function asOwner(...args: string[]) {
-  const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, ...args];
+  const [command, ...rest] = [...AS_OWNER, process.execPath, program, ...args];
   return run(command as string, rest, { env: { HOME: '/nonexistent', XDG_RUNTIME_DIR: undefined } });
 }
 
@@ -36,7 +48,7 @@ async function serving(store: string, directory: string) {
   const sockets = path.join(directory, 'sockets');
   fs.mkdirSync(sockets);
   fs.chownSync(sockets, UID, GID);
-  const [command, ...rest] = [...AS_OWNER, process.execPath, BIN, 'serve', '--create-store=no', '--store', store];
+  const [command, ...rest] = [...AS_OWNER, process.execPath, program, 'serve', '--create-store=no', '--store', store];
   const daemon = start(command as string, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
   let log = '';
   daemon.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
