@@ -44,6 +44,8 @@ async function killed(child: ChildProcess, target: TestStore): Promise<void> {
   await waitUntil(isClosed, 'the daemon has noticed');
 }
 
+const STALL_READS = path.resolve(import.meta.dirname, 'stall-reads.mjs');
+
 async function stateOf(target: TestStore): Promise<Listed['unfinished'] | undefined> {
   const listed = await target.json<Listed[] & Record<string, unknown>>('vdi', 'list');
   return listed.find(({ name, tag }) => name === 'vm' && tag === null)?.unfinished;
@@ -134,13 +136,11 @@ describe.each(WAYS)('%s', (way) => {
     const to = path.join(temporaryDirectory(), 'backup');
     await target.ok('backup', 'original', '--to', to);
     const before = objectFiles(target.store);
-    const child = spawn(process.execPath, [BIN, 'restore', to, 'vm'], {
+    const child = spawn(process.execPath, ['--import', STALL_READS, BIN, 'restore', to, 'vm'], {
       env: { ...process.env, SHEEPGATE_STORE: target.store },
       stdio: 'ignore',
     });
     await waitUntil(() => objectFiles(target.store) > before || child.exitCode !== null, 'it restores');
-    // It must not be done before it is killed.
-    child.kill('SIGSTOP');
     await killed(child, target);
     expect((await stateOf(target))?.by).toBe('restore');
     await expectRefusals(target, 'restore');
