@@ -22,6 +22,8 @@ export interface SourceOptions {
 interface Common {
   /** For messages. */
   readonly name: string;
+  /** Not a file or device that was named: a pipe, or what the shell has redirected. */
+  readonly isFed: boolean;
   /** Errors: BAD_FORMAT if it ends like something other than a raw image. `tail`: its last bytes, TAIL_BYTES or fewer. */
   inspectTail(tail: Buffer): void;
   close(): void;
@@ -90,7 +92,7 @@ function fileSource(
   refuse(foreignHead(readAt(fd, 0, Math.min(HEAD_BYTES, length))));
   const tailBytes = Math.min(TAIL_BYTES, length);
   refuse(foreignTail(readAt(fd, length - tailBytes, tailBytes)));
-  return { kind: 'file', name, fd, length, inspectTail: () => undefined, close };
+  return { kind: 'file', name, isFed: path === undefined, fd, length, inspectTail: () => undefined, close };
 }
 
 function streamSource(
@@ -106,6 +108,7 @@ function streamSource(
   return {
     kind: 'stream',
     name,
+    isFed: true,
     length,
     begin: (signal) =>
       stoppable(stream, signal, async () => {

@@ -1,11 +1,11 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
-import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
+import { OperationError, type Operations } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption } from './common-options.js';
-import { interruptible, InterruptedError } from './interrupt.js';
+import { interruptible } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
-import { printJson, printLine, printNote, table } from './output.js';
+import { printJson, printLine, table } from './output.js';
 import { missingOption } from './missing.js';
 import { openPlace, placeArgument, PLACE_HELP } from './place.js';
 import { formatSize } from './size.js';
@@ -83,18 +83,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         force: options.force,
         signal,
       });
-      try {
-        return await migration.run();
-      } catch (error) {
-        if (!migration.hasClaimed) throw error;
-        const rest = `${newName} in ${target.store} is not complete, and the same command goes on from there`;
-        if (error instanceof InterruptedError) printNote(rest);
-        const expected = asOperationError(error);
-        if (expected && expected.code !== 'MISMATCH') {
-          throw new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
-        }
-        throw error;
-      }
+      return migration.run();
     }),
   );
   const seconds = (Date.now() - startedAt) / 1000;

@@ -11,6 +11,7 @@ import { createHash, randomBytes } from 'node:crypto';
 import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
 import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { whatIsLeft } from '../daemon/what-is-left.js';
 import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
@@ -24,6 +25,8 @@ import {
   type Fingerprint,
   type Work,
 } from './disk-difference.js';
+import { InterruptedError } from './interrupt.js';
+import { printNote } from './output.js';
 import { startProgress } from './progress.js';
 
 /** What is read again when it is said to be there: everything; only what this run copies; everything, copying nothing. */
@@ -119,7 +122,9 @@ export class Migration {
   readonly #fingerprints = new Map<string, Fingerprint>();
   readonly #done = new Map<string, Migrated>();
   /** From here on the target bears our mark: a failure can be mended by starting again. */
-  hasClaimed = false;
+  #hasClaimed = false;
+  /** The working VDI of the target, from when its mark is being taken away. */
+  #finishing: VdiRecord | undefined;
 
   constructor(source: Operations, target: Operations, options: MigrationOptions) {
     this.#source = source;
@@ -135,6 +140,27 @@ export class Migration {
 
   /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */
   async run(): Promise<MigrationResult> {
+    try {
+      return await this.#migrateAll();
+    } catch (error) {
+      throw this.#hasClaimed ? await this.#afterFailure(error) : error;
+    }
+  }
+
+  /** What to throw when it has failed: with what is left in the target. */
+  async #afterFailure(error: unknown): Promise<unknown> {
+    const { newName } = this.#options;
+    const where = `in ${this.#target.store}`;
+    const rest = this.#finishing
+      ? `${where}, ${await whatIsLeft(this.#target, this.#finishing, { isFinishing: true })}`
+      : `${newName} ${where} is not complete, and the same command goes on from there`;
+    if (error instanceof InterruptedError) printNote(rest);
+    const expected = asOperationError(error);
+    if (!expected || expected.code === 'MISMATCH') return error;
+    return new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
+  }
+
+  async #migrateAll(): Promise<MigrationResult> {
     checkName(this.#options.name);
     checkName(this.#options.newName);
     let history = await this.#history();
@@ -239,7 +265,7 @@ export class Migration {
     }
     if (isKnown) await this.#checkGoesOn(history, isBetweenRuns);
     if (isBetweenRuns) await this.#target.remove(`${newName}@${this.#migrated}`);
-    this.hasClaimed = true;
+    this.#hasClaimed = true;
   }
 
   async #isUntouched(working: VdiRecord | undefined, like: VdiRecord): Promise<boolean> {
@@ -504,10 +530,12 @@ export class Migration {
     const target = this.#target;
     const run = this.#run;
     if (sync && working) await target.snapshot(newName, this.#migrated, { run });
+    // With `sync` the next run goes on from here, whether this step was its last or not.
+    if (!sync) this.#finishing = (await this.#targetRecords()).find(({ unfinished }) => unfinished?.run === run);
     if (working) await target.finish(newName, run);
     // As in the source: a VDI that was deleted, and its snapshots.
     else await target.remove(newName, { run });
-    this.hasClaimed = sync;
+    this.#hasClaimed = sync;
     return {
       snapshots: snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
       working: present,

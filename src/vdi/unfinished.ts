@@ -23,7 +23,8 @@ export interface Filling {
   readonly run?: string | undefined;
 }
 
-const NOUNS: Readonly<Record<Unfinished['by'], string>> = {
+/** For messages. */
+export const NOUNS: Readonly<Record<Unfinished['by'], string>> = {
   import: 'an import',
   restore: 'a restore',
   migrate: 'a migration',

@@ -22,6 +22,18 @@ function objectFiles(store: string): number {
   return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
 }
 
+/** Whether the process polls its stdin; see proc_pid_fdinfo(5). */
+function waitsForStdin(pid: number): boolean {
+  const directory = `/proc/${pid}/fdinfo`;
+  return fs.readdirSync(directory).some((fd) => {
+    try {
+      return /^tfd:\s+0\s/m.test(fs.readFileSync(path.join(directory, fd), 'utf8'));
+    } catch {
+      return false; // closed since it was listed
+    }
+  });
+}
+
 /** An import from a pipe that has given `data` and gives nothing more; resolves when there are `objects` more objects. */
 async function importing(store: string, data: Buffer, objects: number, ...args: string[]): Promise<ChildProcess> {
   const before = objectFiles(store);
@@ -248,6 +260,53 @@ describe('a pipe', () => {
     });
     expect({ code: rest.code, stderr: rest.stderr }).toEqual({ code: 0, stderr: '' });
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, patterned(5 * MIB, 2).subarray(MIB));
+  });
+
+  test('from which nothing comes makes no store and holds none', async () => {
+    const store = path.join(temporaryDirectory(), 'store');
+    const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--size', '4M'], {
+      env: { ...process.env, SHEEPGATE_STORE: store },
+      stdio: ['pipe', 'ignore', 'pipe'],
+    });
+    let said = '';
+    child.stderr?.setEncoding('utf8').on('data', (text: string) => (said += text));
+    await waitUntil(() => waitsForStdin(child.pid as number), 'it waits for its input');
+    expect(fs.existsSync(store)).toBe(false);
+    const target = storeWith(store, undefined);
+    await target.ok('vdi', 'create', 'other', '1M');
+    expect(await target.names()).toEqual(['other']);
+    child.stdin?.end();
+    expect(await ended(child)).toMatchObject({ code: 1 });
+    expect(said).toMatch(/^sheepgate: .*stdin is empty\n$/);
+    expect(await target.names()).toEqual(['other']);
+    for (const input of [Buffer.alloc(0), Buffer.concat([Buffer.from([0x1f, 0x8b, 0x08]), Buffer.alloc(100)])]) {
+      const fresh = path.join(temporaryDirectory(), 'store');
+      expect((await cli(['import', '-', 'vm'], { store: fresh, input })).code).toBe(1);
+      expect(fs.existsSync(fresh)).toBe(false);
+    }
+  });
+
+  test('or a redirected file of another length than --size says is refused before anything is done', async () => {
+    const store = path.join(temporaryDirectory(), 'store');
+    const image = path.join(temporaryDirectory(), 'image');
+    fs.writeFileSync(image, patterned(4 * MIB, 2));
+    const redirected = (args: string): Promise<Awaited<ReturnType<typeof run>>> =>
+      run('sh', ['-c', `'${process.execPath}' '${BIN}' import - vm --raw ${args} < '${image}'`], {
+        env: { SHEEPGATE_STORE: store },
+      });
+    for (const [size, says] of [
+      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must come; nothing was done/],
+      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 come; nothing was done/],
+    ] as const) {
+      expect(oneLineOf(await redirected(`--size ${size}`), 1, size)).toMatch(says);
+      expect(fs.existsSync(store)).toBe(false);
+    }
+    expect((await redirected('--size 4M')).code).toBe(0);
+    const target = storeWith(store, undefined);
+    expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ size: 4 * MIB });
+    // Over a disk that is there it says the same.
+    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must come; nothing was done/);
+    expect(await redirected('--overwrite --size 4M')).toMatchObject({ code: 0, stderr: '' });
   });
 
   test('that gives another format, or nothing, leaves a disk it should overwrite as it was', async () => {
