@@ -16,7 +16,7 @@ import { OperationError, type Operations } from './operations.js';
 import { controlSocketOf, stateDirectory } from './places.js';
 import { RemoteOperations } from './remote-operations.js';
 import { socketState } from './stale-socket.js';
-import { refuseOthersStore, takeOwner } from './store-owner.js';
+import { hasTakenOwner, refuseOthersStore, takeOwner } from './store-owner.js';
 
 /**
  * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
@@ -94,7 +94,8 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   }
   const { log, retryMs, missingIsZero, mayCreate } = place;
   if (isCluster) {
-    const options = { log, retryMs, missingIsZero, stateDirectory: stateDirectory() };
+    const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
+    const options = { log, retryMs, missingIsZero, ...state };
     return operationsOn(await SheepStore.open(place.store, options), place);
   }
   if (place.isDaemon) refuseOthersStore(place.store);

@@ -9,7 +9,6 @@ import {
   type OpenVdi,
   type Owner,
   type ReadCount,
-  type StoreState,
   type ZeroOptions,
 } from '../object-store.js';
 import { Cluster } from './cluster.js';
@@ -40,6 +39,8 @@ export interface SheepStoreOptions extends GatewayOptions {
   readonly missingIsZero?: boolean;
   /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
   readonly stateDirectory?: string;
+  /** While it says so this process may not use that directory: what is to be stored there waits. */
+  readonly isStateOutOfReach?: () => boolean;
 }
 
 export class SheepStore implements ObjectStore, SheepVdiHost {
@@ -54,7 +55,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
   readonly recyclesVids: boolean;
-  readonly state: StoreState | undefined;
+  readonly state: HostState | undefined;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
@@ -99,11 +100,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     }
   }
 
-  #openState(): StoreState | undefined {
-    const { stateDirectory } = this.#options;
+  #openState(): HostState | undefined {
+    const { stateDirectory, isStateOutOfReach } = this.#options;
     if (stateDirectory === undefined || this.readOnlyBecause !== undefined) return undefined;
     try {
-      return HostState.open(stateDirectory, this.identity);
+      return HostState.open(stateDirectory, this.identity, isStateOutOfReach);
     } catch (error) {
       this.log(
         `who has what open is forgotten with this process, and NAME@now:LABEL is refused: ${(error as Error).message}; ` +
@@ -265,6 +266,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     for (const vdi of [...this.open.values()]) await vdi.close();
     await this.catalog.dropOwnShadows();
     this.cluster.gateway.close();
+    await this.state?.close();
   }
 
   /** Nodes take writes behind the end of an object, and behind the end of a disk. */
