@@ -16,10 +16,12 @@ interface Listed {
   readonly unfinished: { readonly by: string; readonly since: string } | null;
 }
 
+/** Not the file that a store tries its filesystem with while it is opened. */
 function objectFiles(store: string): number {
   const objects = path.join(store, 'objects');
   if (!fs.existsSync(objects)) return 0;
-  return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
+  const entries = fs.readdirSync(objects, { recursive: true, withFileTypes: true });
+  return entries.filter((entry) => entry.isFile() && entry.parentPath !== objects).length;
 }
 
 /** Whether the process polls its stdin; see proc_pid_fdinfo(5). */
