@@ -17,7 +17,8 @@ import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
-import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
+import { stampNow } from '../../src/vdi/stamp.js';
 
 const SIZE = 8 * 2 ** 20;
 const BLOCK = 4096;
@@ -289,6 +290,28 @@ test('on a store that several processes serve, who was cut off from this one sti
   expect(inUse.of('disk', '')).toMatchObject([{ client: 'x' }]);
   state.stored.clear(); // --force, there
   expect(inUse.of('disk', '')).toEqual([]);
+});
+
+test('in a copy of a store that another process serves still, its clients were cut off; where both serve it, they are elsewhere', async () => {
+  const child = spawn('sleep', ['1000']);
+  const { pid = 0 } = child;
+  const server = processKey(pid, lookAtProcess(pid)?.startTime ?? 0);
+  for (const isShared of [false, true]) {
+    const state = new FakeState(isShared);
+    const client = { id: 'x', label: 'x', isExact: false };
+    const record = { name: 'disk', tag: '', client, since: 1, writable: true, server, forMs: 60_000 };
+    state.stored.set('use/disk//x', record);
+    const [use] = new InUse(memoryOf(state), { forMs: 60_000, log: () => undefined }).of('disk', '');
+    if (isShared) expect(use).toEqual({ client: 'x', since: 1, lostAt: null, until: null, isElsewhere: true });
+    else expect(use).toEqual({ client: 'x', since: 1, lostAt: expect.any(Number), until: expect.any(Number) });
+    // A label that is being read there: nobody reads it in the copy.
+    state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: stampNow(), server });
+    const ended = new EndedMoments(memoryOf(state), 1000, () => undefined);
+    expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
+      isShared ? /another daemon has it open/ : /has ended \(the daemon ended\)/,
+    );
+  }
+  child.kill('SIGKILL');
 });
 
 test('a client that is refused because its base has vanished leaves nothing behind, and may use its label again', async () => {
