@@ -12,7 +12,7 @@ import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
 import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
+import { checkName, checkTag } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { closing } from './closing.js';
@@ -200,7 +200,7 @@ export class Migration {
     const unfinished = records.find((record) => record.unfinished);
     if (unfinished) throw new OperationError('UNFINISHED', `in ${store} ${describeUnfinished(unfinished)}`);
     const snapshots = records
-      .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag) && !READING_MARK.test(tag))
+      .filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !isTemporary && !READING_MARK.test(tag))
       .sort((a, b) => a.snapId - b.snapId);
     const working = records.find(({ isSnapshot }) => !isSnapshot);
     if (snapshots.length === 0 && !working) {
@@ -307,7 +307,7 @@ export class Migration {
   /** The snapshots of the target must be the first ones of the source. */
   async #checkPrefix(history: History, records: readonly VdiRecord[]): Promise<void> {
     const { name, newName } = this.#options;
-    const there = records.filter(({ isSnapshot, tag }) => isSnapshot && !MARK.test(tag) && !isTemporaryTag(tag));
+    const there = records.filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !MARK.test(tag) && !isTemporary);
     there.sort((a, b) => a.snapId - b.snapId);
     for (const [n, { tag }] of there.entries()) {
       if (history.snapshots[n]?.tag === tag) continue;
@@ -390,7 +390,7 @@ export class Migration {
   async #chooseBranch({ base, spec, size }: Goal): Promise<void> {
     const { name, newName } = this.#options;
     if (!base) return;
-    const records = (await this.#targetRecords()).filter(({ tag }) => !MARK.test(tag) && !isTemporaryTag(tag));
+    const records = (await this.#targetRecords()).filter(({ tag, isTemporary }) => !MARK.test(tag) && !isTemporary);
     const last = records.filter(({ isSnapshot }) => isSnapshot).sort((a, b) => b.snapId - a.snapId)[0];
     if (!last || last.tag === base.tag) return;
     const working = records.find(({ isSnapshot }) => !isSnapshot);

@@ -135,6 +135,11 @@ export class EndedMoments {
     this.#memory.putSoon(key, { ...record, endedAt: stampNow(), why, isOver });
   }
 
+  /** Everybody who was about to read the moment of this label was refused: it may stand for another. */
+  labelUnused(name: string, tag: string): void {
+    this.#memory.putSoon(LABEL_PREFIX + memoryKey(name, tag), undefined);
+  }
+
   #makeRoom(name: string): void {
     const all: [string, LabelRecord][] = [];
     for (const [key, value] of [...this.#memory.entries(LABEL_PREFIX)]) {

@@ -39,6 +39,8 @@ interface Reader {
   lost: number;
   /** How long those may yet come back. */
   leftMs: number;
+  /** Its last connection has said goodbye, while others of it were cut off and may come back. */
+  hasLeft: boolean;
 }
 
 interface Moment {
@@ -54,6 +56,10 @@ interface Moment {
   isRemembered: boolean;
   /** The time of somebody who was cut off has passed: he may ask for it yet. */
   hasLateReader: boolean;
+  /** Somebody has had it, and was not refused after all. */
+  hasBeenRead: boolean;
+  /** The snapshots that it was compared with, by tag: another one of that tag would tell of other changes. */
+  readonly bases: Map<string, number>;
   readonly readers: Map<string, Reader>;
 }
 
@@ -62,6 +68,17 @@ export interface HeldMoment {
   readonly vdi: Vdi;
   readonly moment: Moment;
   readonly client: Client | undefined;
+  /** It may be one that was cut off, come back. */
+  tookOver: boolean;
+}
+
+/** How a connection's part in a moment ends. */
+export interface EndOfReading {
+  readonly ending: Ending;
+  /** The client was told that something could not be read, and may try that again. */
+  readonly hadErrors: boolean;
+  /** It was refused after all: all is as if it had not come. */
+  readonly isRefused: boolean;
 }
 
 export class TemporarySnapshots implements TemporaryKeeper {
@@ -93,18 +110,14 @@ export class TemporarySnapshots implements TemporaryKeeper {
   open(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<HeldMoment> {
     return this.#alone(`${name}@${tag}`, async () => {
       const asked = this.#asked.get(peer);
-      let held: HeldMoment;
-      if (asked?.moment.name === name && asked.moment.tag === tag) {
-        this.#asked.delete(peer);
-        asked.moment.askers--;
-        held = asked;
-      } else {
-        held = await this.#hold(name, tag, client, true);
-      }
+      const isAsked = asked?.moment.name === name && asked.moment.tag === tag;
+      if (isAsked) this.#asked.delete(peer);
+      const held = isAsked ? asked : await this.#hold(name, tag, client, true);
       const { moment } = held;
+      moment.askers--;
       moment.users++;
       try {
-        await this.#arrive(moment, client);
+        held.tookOver = await this.#arrive(moment, client);
         return held;
       } catch (error) {
         moment.users--;
@@ -122,7 +135,6 @@ export class TemporarySnapshots implements TemporaryKeeper {
       // One for each connection: else one that asks for many labels would hold as many snapshots.
       if (asked) this.left(peer);
       const held = await this.#hold(name, tag, client, false);
-      held.moment.askers++;
       this.#asked.set(peer, held);
       return held.vdi;
     });
@@ -140,24 +152,30 @@ export class TemporarySnapshots implements TemporaryKeeper {
     }).catch((error: unknown) => this.#log(`${name}@${tag} could not be dropped`, { err: error }));
   }
 
-  /** `hadErrors`: the client was told that something could not be read, and may try that again. */
-  close(held: HeldMoment, ending: Ending, hadErrors: boolean): Promise<void> {
+  close(held: HeldMoment, end: EndOfReading): Promise<void> {
     const { moment, client } = held;
     return this.#alone(`${moment.name}@${moment.tag}`, async () => {
       moment.users--;
+      if (!end.isRefused) moment.hasBeenRead = true;
       const reader = client && moment.readers.get(client.id);
-      if (reader) {
-        reader.live--;
-        if (ending === 'lost' || hadErrors) {
-          reader.lost++;
-          reader.leftMs = this.#keepMs;
-          if (!isLabelled(moment.tag)) this.#ended.readerLost(moment.name, reader.client);
-        } else if (reader.live === 0 && reader.lost === 0) {
-          this.#forgetReader(moment, reader);
-        }
-      }
+      if (reader) this.#leave(held, reader, end);
       await this.#letGo(held);
     });
+  }
+
+  #leave({ moment, tookOver }: HeldMoment, reader: Reader, { ending, hadErrors, isRefused }: EndOfReading): void {
+    reader.live--;
+    if (isRefused ? tookOver : ending === 'lost' || hadErrors) {
+      reader.lost++;
+      // Who was refused has been away for as long as before.
+      if (!isRefused) reader.leftMs = this.#keepMs;
+      if (!isLabelled(moment.tag)) this.#ended.readerLost(moment.name, reader.client);
+    } else if (reader.live === 0 && reader.lost === 0) {
+      this.#forgetReader(moment, reader);
+    } else if (reader.live === 0 && !isRefused) {
+      // Those of one process may work side by side: what was cut off comes back though the others are done.
+      reader.hasLeft = true;
+    }
   }
 
   kept(vid: number): { readonly client: string; readonly until: number } | undefined {
@@ -174,12 +192,19 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (moment) this.#noteGone(moment, why);
   }
 
-  /** The moment that is open, kept, or taken now; with one more user in the catalog. */
+  /** The moment that is open, kept, or taken now; with one more user in the catalog, and one more who asks. */
   async #hold(name: string, tag: string, client: Client | undefined, isOpening: boolean): Promise<HeldMoment> {
     const known = this.#find(name, tag, client);
     if (known) {
       if (client && !isLabelled(tag)) this.#ended.checkReader(name, client, isOpening);
-      return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid) };
+      // Before it is waited for: nobody is to end it meanwhile.
+      known.askers++;
+      try {
+        return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid), tookOver: false };
+      } catch (error) {
+        known.askers--;
+        throw error;
+      }
     }
     if (isLabelled(tag)) this.#ended.checkLabel(name, tag);
     else if (client) this.#ended.checkReader(name, client, isOpening);
@@ -189,15 +214,17 @@ export class TemporarySnapshots implements TemporaryKeeper {
       ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
       ...{
         users: 0,
-        askers: 0,
+        askers: 1,
         isRemembered: false,
         hasLateReader: false,
+        hasBeenRead: false,
+        bases: new Map<string, number>(),
         readers: new Map<string, Reader>(),
       },
     };
     const spec = `${name}@${tag}`;
     this.#moments.set(spec, [...(this.#moments.get(spec) ?? []), moment]);
-    return { moment, client, vdi };
+    return { moment, client, vdi, tookOver: false };
   }
 
   /** A client that was cut off gets its own moment back; others share what is open, and not what is only kept. */
@@ -208,47 +235,55 @@ export class TemporarySnapshots implements TemporaryKeeper {
     return own ?? moments.findLast(({ users, askers }) => users + askers > 0);
   }
 
+  /**
+   * Whoever is here comes before whoever may come back. Nobody's turn is waited for: whoever opens another label of the disk
+   * may be waiting for ours. None is needed, since a moment that somebody is about to open has one who asks.
+   */
   async #take(name: string, tag: string): Promise<{ readonly vid: number }> {
-    try {
-      return await this.#catalog.snapshotTemporary(name, tag);
-    } catch (error) {
-      // Whoever is here comes before whoever may come back.
-      const oldest = this.#keptMoments().find((moment) => moment.name === name);
-      if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
-      const end = (): Promise<void> =>
-        this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
-      // A label that is kept is not taken at the same time: nobody waits for us there.
-      if (oldest.tag === tag) await end();
-      else await this.#alone(`${oldest.name}@${oldest.tag}`, end);
-      return this.#catalog.snapshotTemporary(name, tag);
+    for (;;) {
+      try {
+        return await this.#catalog.snapshotTemporary(name, tag);
+      } catch (error) {
+        const oldest = this.#keptMoments().find((moment) => moment.name === name);
+        if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
+        await this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
+      }
     }
   }
 
-  /** A connection of this client has opened the moment: remembered before the client is answered. */
-  async #arrive(moment: Moment, client: Client | undefined): Promise<void> {
+  /**
+   * A connection of this client has opened the moment: remembered before the client is answered. Whether it may be one that
+   * was cut off.
+   */
+  async #arrive(moment: Moment, client: Client | undefined): Promise<boolean> {
     const { name, tag, takenAt } = moment;
-    if (client) {
-      if (!moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
-        throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
-      }
-      if (!isLabelled(tag)) {
-        await this.#ended.reads(name, client, takenAt);
-      } else if (!moment.isRemembered) {
-        await this.#ended.useLabel(name, tag);
-        moment.isRemembered = true;
-      }
-      let reader = moment.readers.get(client.id);
-      if (!reader) moment.readers.set(client.id, (reader = { client, live: 0, lost: 0, leftMs: 0 }));
-      if (reader.lost > 0) reader.lost--;
-      reader.live++;
+    if (!client) return false;
+    if (!moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
+      throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
     }
+    if (!isLabelled(tag)) {
+      await this.#ended.reads(name, client, takenAt);
+    } else if (!moment.isRemembered) {
+      await this.#ended.useLabel(name, tag);
+      moment.isRemembered = true;
+    }
+    let reader = moment.readers.get(client.id);
+    if (!reader) moment.readers.set(client.id, (reader = { client, live: 0, lost: 0, leftMs: 0, hasLeft: false }));
+    reader.hasLeft = false;
+    reader.live++;
+    if (reader.lost === 0) return false;
+    reader.lost--;
+    return true;
   }
 
   /** The connection has no part in it any more. */
   async #letGo({ moment, vdi }: HeldMoment): Promise<void> {
+    // Until it is closed nobody is to end it.
+    moment.askers++;
     try {
       await this.#catalog.release(vdi);
     } finally {
+      moment.askers--;
       await this.#settle(moment);
     }
   }
@@ -304,7 +339,11 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (left.length > 0) this.#moments.set(spec, left);
     else this.#moments.delete(spec);
     if (isLabelled(tag)) {
-      if (moment.isRemembered) this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
+      if (moment.isRemembered && moment.hasBeenRead) {
+        this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
+      } else if (moment.isRemembered) {
+        this.#ended.labelUnused(name, tag);
+      }
       return;
     }
     for (const reader of [...moment.readers.values()]) {
@@ -389,8 +428,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
 
 /**
  * Whether nobody can come back: NAME@now is given back to the same process only, and it has ended. Under a label somebody else
- * may take up its work, through another process of a proxy for instance.
+ * may take up its work, through another process of a proxy for instance, unless it has left in order.
  */
-function isGone({ tag }: Moment, { client }: Reader): boolean {
-  return !isLabelled(tag) && client.process !== undefined && !isRunning(client.process);
+function isGone({ tag }: Moment, { client, hasLeft }: Reader): boolean {
+  return (!isLabelled(tag) || hasLeft) && client.process !== undefined && !isRunning(client.process);
 }

@@ -29,6 +29,8 @@ export interface Closing {
   /** It was told that something failed, and may try that again on another connection. */
   readonly hadErrors: boolean;
   readonly hasWritten: boolean;
+  /** It never had it: it was refused after all. */
+  readonly isRefused: boolean;
 }
 
 /** The snapshots that a device's VDI can be compared with. */
@@ -38,7 +40,7 @@ export interface Bases {
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
   open(tag: string): Promise<Vdi>;
-  release(vdi: Vdi, ending: Ending): Promise<void>;
+  release(vdi: Vdi, closing: Closing): Promise<void>;
 }
 
 /**
@@ -83,8 +85,10 @@ export class VdiDevice implements BlockDevice {
   }
 
   readonly #rethrow = (error: unknown): never => {
-    this.#hadErrors = true;
-    throw asDeviceError(error);
+    const told = asDeviceError(error);
+    // A FAST_ZERO that would be slow is refused in the course of things.
+    if (told.code !== 'ENOTSUP') this.#hadErrors = true;
+    throw told;
   };
 
   read(offset: number, into: Buffer): Awaitable<void> {
@@ -164,12 +168,21 @@ export class VdiDevice implements BlockDevice {
     return this.#vdi.isHole(offset, length);
   }
 
-  async close(ending: Ending): Promise<void> {
+  close(ending: Ending): Promise<void> {
+    return this.#end({ ending, hadErrors: this.#hadErrors, hasWritten: this.#hasWritten, isRefused: false });
+  }
+
+  /** In place of `close`, if nobody is given the device after all. */
+  refuse(): Promise<void> {
+    return this.#end({ ending: 'disconnect', hadErrors: false, hasWritten: false, isRefused: true });
+  }
+
+  async #end(closing: Closing): Promise<void> {
     try {
       const opened = await Promise.allSettled(this.#opened.values());
-      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, ending);
+      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, closing);
     } finally {
-      await this.#onClose({ ending, hadErrors: this.#hadErrors, hasWritten: this.#hasWritten });
+      await this.#onClose(closing);
     }
   }
 }

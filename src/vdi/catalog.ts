@@ -17,7 +17,7 @@ import {
 import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { Memory } from './memory.js';
-import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, type VdiSpec } from './names.js';
+import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
 import { describeUnfinished, isOfSame, mustBeHeldBy, type Beginning, type Filling } from './unfinished.js';
 import { Vdi } from './vdi.js';
 
@@ -84,6 +84,7 @@ export class VdiCatalog {
   readonly #store: ObjectStore;
   /** By current vid; a working VDI changes its vid with every snapshot. */
   readonly #open = new Set<OpenEntry>();
+  readonly #log: (line: string, details?: object) => void;
   #queue: Promise<unknown> = Promise.resolve();
   /** What outlives this process. */
   readonly memory: Memory;
@@ -93,6 +94,7 @@ export class VdiCatalog {
   constructor(store: ObjectStore, options: CatalogOptions = {}) {
     this.#store = store;
     const { inUseMs = DEFAULT_IN_USE_MS, log = () => undefined } = options;
+    this.#log = log;
     this.memory = new Memory(store.state, log);
     this.inUse = new InUse(this.memory, { forMs: inUseMs, log });
   }
@@ -176,6 +178,7 @@ export class VdiCatalog {
       checkName(name);
       const named = (await this.list()).filter((record) => record.name === name);
       const found = named.find(({ isSnapshot }) => !isSnapshot);
+      const isKept = (record: VdiRecord): boolean => !this.#entryOf(record.vid) && this.#keptOf(record) !== undefined;
       const before = found?.unfinished;
       const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
       const isSame = isOfSame(before, beginning);
@@ -187,8 +190,11 @@ export class VdiCatalog {
       }
       const shift = checkNewVdi(name, size, beginning.blockSizeShift);
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
-      const [other] = named.filter((record) => record !== found);
+      const [other] = named.filter((record) => record !== found && !isKept(record));
       if (other) throw this.#existing(found ?? other);
+      const ended = await this.#endKept((record) => record.name === name, `${name} was made anew`);
+      for (const { spec, client } of ended)
+        this.#log(`ended ${spec}, which was kept for ${client}: ${name} was made anew`);
       // What a command has made and not finished holds nothing that was there before it.
       if (found) await this.#store.catalog.remove(found.vid);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
@@ -251,7 +257,8 @@ export class VdiCatalog {
       checkTemporaryTag(tag);
       const { name: own } = parseSpec(name);
       const record = (await this.list()).find(
-        (other) => other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
+        (other) =>
+          other.isTemporary && other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
       );
       if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
@@ -262,7 +269,7 @@ export class VdiCatalog {
   /** As openVdi. Errors: NO_TAG if it is not there any more. */
   openTemporary(vid: number): Promise<Vdi> {
     return this.#alone(async () => {
-      const record = (await this.list()).find((other) => other.vid === vid && isTemporaryTag(other.tag));
+      const record = (await this.list()).find((other) => other.vid === vid && other.isTemporary);
       if (!record) throw new CatalogError('NO_TAG', 'this temporary snapshot has ended');
       return this.#acquire(record);
     });
@@ -271,7 +278,11 @@ export class VdiCatalog {
   /** Drop the temporary snapshots of a process that did not live to do it. Returns how many. */
   dropLeftovers(): Promise<number> {
     return this.#alone(async () => {
-      const leftovers = (await this.list()).filter((record) => record.isSnapshot && isTemporaryTag(record.tag));
+      // Earlier versions stored them in a local store, where nobody else gives a tag.
+      const isOurs = this.#store.catalog.temporariesStoreNothing === true;
+      const leftovers = (await this.list()).filter(
+        ({ isSnapshot, isTemporary, tag }) => isTemporary || (isOurs && isSnapshot && isTemporaryTag(tag)),
+      );
       for (const { vid } of leftovers) await this.#store.catalog.remove(vid);
       return leftovers.length;
     });
@@ -383,7 +394,7 @@ export class VdiCatalog {
     const ended = await this.#change(async () => {
       const record = await this.find(spec);
       if (run !== undefined) mustBeHeldBy(record, run);
-      if (isTemporaryTag(record.tag)) {
+      if (record.isTemporary) {
         const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
         const gone = await this.#endKept(same, `${spec} was deleted`);
         if (gone.length > 0) return gone;
@@ -393,6 +404,8 @@ export class VdiCatalog {
         ? []
         : await this.#endKept(({ name }) => name === record.name, `${record.name} was deleted`);
       await this.#store.catalog.remove(record.vid);
+      // Somebody may be about to come back to it.
+      if (record.isTemporary) this.keeper?.dropped(record.vid, `${spec} was deleted`);
       return gone;
     });
     // Others need not wait for this.
@@ -444,11 +457,14 @@ export class VdiCatalog {
   async #find({ name, tag, vid }: VdiSpec): Promise<VdiRecord> {
     if (vid !== undefined) return this.#findById(vid);
     const named = (await this.list()).filter((record) => record.name === name);
-    const fitting = named.filter((record) =>
+    const tagged = named.filter((record) =>
       tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
     );
+    // What another tool has given such a tag is not what the tag says, and is not dropped as if it were.
+    const saysTemporary = isTemporaryTag(tag ?? '');
+    const fitting = saysTemporary ? tagged.filter(({ isTemporary }) => isTemporary) : tagged;
     // Of temporary snapshots of one tag, the newest that somebody reads.
-    const newest = fitting.length > 1 && isTemporaryTag(tag ?? '') ? fitting.reverse() : fitting;
+    const newest = fitting.length > 1 && saysTemporary ? fitting.reverse() : fitting;
     const found = newest.find(({ vid }) => this.#entryOf(vid)) ?? newest[0];
     if (found) return found;
     if (named.length === 0) {
@@ -460,13 +476,20 @@ export class VdiCatalog {
     if (tag === undefined) {
       throw new CatalogError('NO_VDI', `"${name}" has snapshots only, no working VDI; clone one to go on writing`);
     }
+    const [other] = tagged;
+    if (other) {
+      throw new CatalogError(
+        'NO_TAG',
+        `"${name}" has no temporary snapshot "${tag}"; the one that another tool has given this tag is ${specOf(other)}`,
+      );
+    }
     throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
   }
 
   /** Temporary snapshots come and go with those who have them open: they are nobody else's to open or delete. */
   async #findById(vid: number): Promise<VdiRecord> {
     const found = (await this.list()).find((record) => record.vid === vid);
-    if (found && !(found.isSnapshot && isTemporaryTag(found.tag))) return found;
+    if (found && !found.isTemporary) return found;
     throw new CatalogError(
       'NO_VDI',
       `nothing has the id ${vid.toString(16)} in ${this.location}; 'sheepgate vdi list' shows the ids, and a VDI gets ` +
@@ -568,7 +591,7 @@ export class VdiCatalog {
   }
 
   #keptOf(record: VdiRecord): KeptSnapshot | undefined {
-    if (!isTemporaryTag(record.tag)) return undefined;
+    if (!record.isTemporary) return undefined;
     const kept = this.keeper?.kept(record.vid);
     return kept && { spec: labelOf(record), takenAt: record.snapshotAt, ...kept };
   }

@@ -86,12 +86,17 @@ export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string
   return `@=${encodePercent(name)}${tag === undefined ? '' : `@${encodePercent(tag)}`}`;
 }
 
-/** The same of a record. */
-export function specOf({ name, tag, isSnapshot }: Pick<VdiRecord, 'name' | 'tag' | 'isSnapshot'>): string {
-  return formatSpec({ name, tag: isSnapshot ? tag : undefined });
+/**
+ * The same of a record. A snapshot that another tool has given the tag of a temporary one is said by its id, which stays
+ * with a snapshot: NAME@now is something else.
+ */
+export function specOf(record: Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary'>): string {
+  const { vid, name, tag, isSnapshot, isTemporary } = record;
+  if (!isSnapshot) return formatSpec({ name, tag: undefined });
+  return isTemporaryTag(tag) && !isTemporary ? `@${vid.toString(16)}` : formatSpec({ name, tag });
 }
 
-/** Whether `tag` is a temporary snapshot's: "now" or "now:LABEL". */
+/** Whether NAME@`tag` says a temporary snapshot: "now" or "now:LABEL". Whether a record is one, it says itself. */
 export function isTemporaryTag(tag: string): boolean {
   return tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`);
 }

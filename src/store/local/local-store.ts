@@ -627,7 +627,14 @@ export class LocalCatalog implements Catalog {
     return {
       holdsNobody: true,
       now: () => {
-        const record: VdiRecord = { ...source.record, vid, tag, isSnapshot: true, snapshotAt: Date.now() };
+        const record: VdiRecord = {
+          ...source.record,
+          vid,
+          tag,
+          isSnapshot: true,
+          isTemporary: true,
+          snapshotAt: Date.now(),
+        };
         temporary = new TemporaryVdi(this.#store, record, source.map);
         source.takeTemporary(temporary, nameVid);
         this.#temporaries.set(vid, { temporary, source });

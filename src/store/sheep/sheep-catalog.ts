@@ -395,15 +395,12 @@ export class SheepCatalog implements Catalog {
     if (!shadow?.isLive) {
       throw new StoreError('IO', 'this temporary snapshot belongs to another process, or to one that has ended');
     }
-    const vdi = new SheepVdi(
-      this.#store,
-      { ...inode, name: shadow.sourceName, tag: shadow.tag, isSnapshot: true },
-      shadow.map,
-      (closed) => {
-        this.#store.open.delete(closed.record.vid);
-        return Promise.resolve();
-      },
-    );
+    const taken = { ...inode, name: shadow.sourceName, tag: shadow.tag, isSnapshot: true };
+    const vdi = new SheepVdi(this.#store, taken, shadow.map, (closed) => {
+      this.#store.open.delete(closed.record.vid);
+      return Promise.resolve();
+    });
+    vdi.record = shadowRecord(taken, shadow.sourceName);
     this.#store.open.set(inode.vid, vdi);
     return vdi;
   }
@@ -555,7 +552,7 @@ function withMark(record: VdiRecord, marks: ReadonlyMap<string, Unfinished>): Vd
 }
 
 function shadowRecord(inode: Inode, sourceName: string): VdiRecord {
-  return { ...recordOf(inode), name: sourceName, parentVid: 0 };
+  return { ...recordOf(inode), name: sourceName, parentVid: 0, isTemporary: true };
 }
 
 function prefixOf(name: string): string {
