@@ -16,7 +16,12 @@ const problem = clientSetProblem();
 if (problem !== undefined) console.log(`skipped: the tests with other releases' clients: ${problem}`);
 
 export default defineConfig({
-  resolve: { alias: { 'nbd-server-ts': fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) } },
+  resolve: {
+    alias: [
+      { find: /^nbd-server-ts$/, replacement: fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) },
+      { find: /^nbd-server-ts\/(.+)$/, replacement: fileURLToPath(new URL('nbd/src/$1.ts', import.meta.url)) },
+    ],
+  },
   test: {
     reporters: ['default', fileURLToPath(new URL('test/clients/table.ts', import.meta.url))],
     pool: 'forks',

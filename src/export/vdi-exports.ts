@@ -9,7 +9,7 @@ import {
   type ExportProvider,
   type Geometry,
   type Peer,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { mustBeHeldBy } from '../vdi/unfinished.js';
