@@ -1,6 +1,7 @@
 import { fileURLToPath } from 'node:url';
 import { defineConfig, type TestProjectConfiguration } from 'vitest/config';
 import { clientSetProblem, SUITES } from './test/harness/client-set.js';
+import { LongestFirst } from './test/harness/longest-first.js';
 
 /** What real clients do with us: these run once for each set of clients. */
 const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
@@ -25,7 +26,9 @@ export default defineConfig({
   test: {
     reporters: ['default', fileURLToPath(new URL('test/clients/table.ts', import.meta.url))],
     pool: 'forks',
-    maxWorkers: 2,
+    // One more than the cores that this must do with: tests also wait, for time-outs and for clients that are slow on purpose.
+    maxWorkers: 3,
+    sequence: { sequencer: LongestFirst },
     testTimeout: 120_000,
     hookTimeout: 60_000,
     projects: [
