@@ -10,7 +10,8 @@ export type Loaders = Readonly<Record<string, (words: readonly string[]) => Prom
 /** Add to `parent` the commands that `words`, what follows its name on the command line, can mean. */
 export async function addCommands(parent: Command, loaders: Loaders, words: readonly string[]): Promise<Command> {
   const [name, ...rest] = words;
-  if (name !== undefined && Object.hasOwn(loaders, name)) return parent.addCommand(await loaders[name]!(rest));
+  const asked = name !== undefined && Object.hasOwn(loaders, name) ? loaders[name] : undefined;
+  if (asked) return parent.addCommand(await asked(rest));
   for (const load of Object.values(loaders)) parent.addCommand(await load([]));
   return parent;
 }

@@ -8,7 +8,7 @@ import type { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import { VdiExports } from '../export/vdi-exports.js';
 import { DirectOperations } from './direct-operations.js';
-import type { StorePlace } from './open-operations.js';
+import { loadEverything, type StorePlace } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { stateDirectory } from './places.js';
 import { isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
@@ -51,7 +51,7 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   if (place.isDaemon) refuseOthersStore(place.store);
   // Before another user's identity is taken, which may not be able to read this program.
   const { LocalStore } = await import('../store/local/local-store.js');
-  if (!place.isDaemon && isOthersStore(place.store)) await loadOtherPlaces();
+  if (!place.isDaemon && isOthersStore(place.store)) await loadEverything();
   const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
   try {
     const role = place.isDaemon ? 'daemon' : 'command';
@@ -60,15 +60,6 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
     leave();
     throw error;
   }
-}
-
-/** A command that has this store open may open another one, or reach it through a daemon. */
-async function loadOtherPlaces(): Promise<void> {
-  await Promise.all([
-    import('../store/sheep/sheep-store.js'),
-    import('./control-client.js'),
-    import('./remote-operations.js'),
-  ]);
 }
 
 /** `closed` is called when the store is closed. */

@@ -56,6 +56,21 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
   }, socketPath);
 }
 
+/**
+ * Load what openOperations may need later, whatever that is: for who opens stores again and again, while a daemon comes or
+ * goes and perhaps another version of this program is installed; and for who is about to be another user, who may not be
+ * able to read this program.
+ */
+export async function loadEverything(): Promise<void> {
+  await Promise.all([
+    import('./open-directly.js'),
+    import('../store/local/local-store.js'),
+    import('../store/sheep/sheep-store.js'),
+    import('./control-client.js'),
+    import('./remote-operations.js'),
+  ]);
+}
+
 async function directly(place: StorePlace): Promise<Operations> {
   const { openDirectly } = await import('./open-directly.js');
   return openDirectly(place);
