@@ -1,6 +1,5 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { pino } from 'pino';
 import type { DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import { defaultListeners } from '../daemon/places.js';
@@ -76,11 +75,13 @@ export function serveCommand(): Command {
 
 async function serve(options: ServeOptions): Promise<void> {
   const place = chosenStore(options);
+  const reloads = hangups();
+  // Loaded late, as the daemon is: usage errors and --help need none of it.
+  const { pino } = await import('pino');
   const log = pino(
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
     pino.destination({ dest: 2, sync: true }),
   );
-  const reloads = hangups();
   const inherited = takeInheritedSockets();
   const listeners = options.listen ?? (inherited.length > 0 ? [] : defaultListeners().map(parseListenAddress));
   const configuration: DaemonConfiguration = {

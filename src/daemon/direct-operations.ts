@@ -3,7 +3,7 @@
  * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
  * exports: those the NBD server opened are the server's.
  */
-import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { unfinishedExport } from '../export/unfinished-export.js';

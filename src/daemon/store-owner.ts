@@ -21,6 +21,11 @@ let taken: (Identity & { readonly store: string; users: number }) | undefined;
 /** Stores that root has open as root. */
 let asRoot = 0;
 
+/** Whether this is root, and the directory another user's, or will be when it is made. */
+export function isOthersStore(directory: string): boolean {
+  return process.geteuid?.() === 0 && ownerOf(directory).uid !== 0;
+}
+
 /**
  * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
  * root and the directory is another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.

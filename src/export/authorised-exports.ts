@@ -15,7 +15,7 @@ import {
   type ExtentSink,
   type Geometry,
   type Peer,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
 import type { VdiSpec } from '../vdi/names.js';
 import { baseOfContext } from './changed-contexts.js';
 import { accessName, parseExportName, subjectText } from './export-name.js';

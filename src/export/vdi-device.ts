@@ -14,7 +14,7 @@ import {
   type ExtentSink,
   type Geometry,
   type ZeroMode,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';

@@ -2,7 +2,13 @@
  * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one; what other
  * names mean export-name.ts says. Owns nothing but the translation of names and errors between nbd/ and src/vdi.
  */
-import { ExportError, type ExportInfo, type ExportProvider, type Geometry, type Peer } from 'nbd-server-ts';
+import {
+  ExportError,
+  type ExportInfo,
+  type ExportProvider,
+  type Geometry,
+  type Peer,
+} from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { mustBeHeldBy } from '../vdi/unfinished.js';

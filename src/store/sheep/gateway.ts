@@ -4,15 +4,8 @@
  * safe to repeat, or say through `beforeRetry` whether it has happened already.
  */
 import { StoreError } from '../object-store.js';
-import {
-  addressLabel,
-  ConnectionLost,
-  NoAnswer,
-  NodeConnection,
-  type Answer,
-  type NodeAddress,
-  type WireRequest,
-} from './connection.js';
+import { addressLabel, type NodeAddress } from './cluster-address.js';
+import { ConnectionLost, NoAnswer, NodeConnection, type Answer, type WireRequest } from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
 import { InDoubt, StalledNodes } from './stalled-nodes.js';
