@@ -24,7 +24,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
-import { logsSetAside, MapLogs } from './map-log.js';
+import { logsSetAside, makeLogFolder, MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, type KeptObjects, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { Owners } from './owners.js';
@@ -118,7 +118,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     let metadata: Metadata | undefined;
     try {
       const files = openFiles(location, options, isReadOnly);
-      if (isNew) makeDirectory(path.join(location, 'recent'), 0o700);
+      if (!isReadOnly) openLogFolder(location, isNew);
       const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
       const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
@@ -381,8 +381,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.keptVids = vids;
     const kept = doubt === undefined ? stored : { since: Date.now(), why: doubt.why, vids: [...vids] };
     const aside = doubt === undefined ? undefined : await this.#setAside(doubt, kept);
-    if (aside?.failure === undefined) this.logs.clear();
-    await this.#begin(kept);
+    if (aside?.failure === undefined) {
+      const failure = this.logs.clear();
+      if (failure !== undefined) this.backgroundError(libc.asStoreError(failure, 'removing logs'));
+    }
+    if (this.metadata.session !== this.logs.session) await this.#begin(kept);
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
     if (doubt !== undefined) {
@@ -399,13 +402,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   /**
-   * What is kept is remembered before the logs go: whoever is interrupted in between finds one of the two. Errors: NO_SPACE
-   * if neither can be done.
+   * Before the first log goes, what is kept is remembered, and the logs become those of an earlier opening: whoever is
+   * interrupted in between must not find some of them, and believe what they say without the others. Errors: NO_SPACE if
+   * neither that nor moving them can be done.
    */
   async #setAside(doubt: Doubt, kept: KeptObjects | undefined): Promise<ReturnType<MapLogs['setAside']>> {
     let unremembered: unknown;
     try {
-      await this.metadata.keep(kept);
+      await this.metadata.begin(this.logs.session, kept);
     } catch (error) {
       if ((error as StoreError).code !== 'NO_SPACE') throw error;
       unremembered = error;
@@ -443,7 +447,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   /**
    * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
    * flush has to vouch for them: everything is synced. Returns why not all of it could be taken over, if so: then nothing
-   * was, unless a log that nobody can believe just lay beside those that fit.
+   * was, except of VDIs whose logs can all be believed.
    */
   async #restoreRecent(): Promise<Doubt | undefined> {
     const { changes, files, doubtful } = this.logs.read(this.metadata.session, this.metadata);
@@ -559,6 +563,15 @@ function noStore(location: string, role: HolderRole): StoreError {
     'NO_STORE',
     `no store in ${location}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
   );
+}
+
+/** On a full disk a store that lacks the folder is opened all the same, to delete something; nothing is logged then. */
+function openLogFolder(location: string, isNew: boolean): void {
+  try {
+    makeLogFolder(location);
+  } catch (error) {
+    if (isNew || libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
+  }
 }
 
 function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isReadOnly: boolean): ObjectFiles {
