@@ -352,7 +352,7 @@ export class ObjectFiles {
   async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string; uid: number }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       const directory = path.join(this.root, directoryName(n));
-      for (const entry of await fs.promises.readdir(directory)) {
+      for (const entry of await this.#namesIn(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
         const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
@@ -361,6 +361,16 @@ export class ObjectFiles {
         const isNamedWell = key >= 0 && this.path(key) === name;
         yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name, uid: stat.uid };
       }
+    }
+  }
+
+  async #namesIn(directory: string): Promise<string[]> {
+    try {
+      return await fs.promises.readdir(directory);
+    } catch (error) {
+      // Tools that copy files leave out empty folders, and on a read-only filesystem nobody can make them.
+      if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
+      throw error;
     }
   }
 
