@@ -85,9 +85,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.metadata = metadata;
     this.files = files;
     this.#log = options.log ?? (() => undefined);
-    this.logs = new MapLogs(location, (error) =>
-      this.#log('what is written until the next flush would be lost if this process were killed', { err: error }),
-    );
+    files.onDiskError = () => metadata.suspectDisk();
+    this.logs = new MapLogs(location, (error) => {
+      if (libc.isDiskError(error)) metadata.suspectDisk();
+      this.#log('what is written until the next flush would be lost if this process were killed', { err: error });
+    });
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,
@@ -312,6 +314,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   backgroundError(error: unknown): void {
+    if (libc.isDiskError(error)) this.metadata.suspectDisk();
     this.#log((error as Error).message, { err: error });
   }
 
