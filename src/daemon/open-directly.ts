@@ -72,18 +72,20 @@ async function operationsOn(
   const isCluster = isClusterLocation(place.store);
   const { keepMs, inUseMs, log, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
+  const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
   if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
     try {
       const leftovers = await catalog.dropLeftovers();
       if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
     } catch (error) {
+      takeBackCreation();
       await store.close().catch(() => undefined);
       throw error;
     }
   }
   const exports = new VdiExports(catalog, { keepMs, serves, log });
-  return Object.assign(new DirectOperations(catalog, exports, closed), {
+  return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,
     // Nobody waits for a cluster: it has no lock.

@@ -28,7 +28,7 @@ export function isOthersStore(directory: string): boolean {
 
 /**
  * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
- * root and the directory is another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
+ * root and the directory is, or will be, another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
  */
 export function takeOwner(directory: string): () => void {
   if (taken === undefined && process.geteuid?.() !== 0) return () => undefined;
@@ -100,13 +100,16 @@ function isDenied(error: unknown): boolean {
 
 /** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
 export function refuseOthersStore(directory: string): void {
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
-  if (process.geteuid?.() !== 0 || !status || status.uid === 0) return;
+  if (process.geteuid?.() !== 0) return;
+  const { uid, gid } = ownerOf(directory);
+  if (uid === 0) return;
+  const own = fs.existsSync(directory)
+    ? `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`
+    : `if it is to be root's store: 'mkdir -m 700 ${shellWord(directory)}'`;
   throw new OperationError(
     'OWNER',
-    `${directory} belongs to the user with uid ${status.uid}, who could not open what a daemon of root makes there: ` +
-      `start the service, or say 'setpriv --reuid=${status.uid} --regid=${status.gid} --init-groups sheepgate serve …'; ` +
-      `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`,
+    `${directory} belongs to the user with uid ${uid}, who could not open what a daemon of root makes there: ` +
+      `start the service, or say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
   );
 }
 

@@ -256,7 +256,15 @@ export function tryLock(fd: number, { shared = false } = {}): boolean {
 }
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
+/** What the kernel says of a disk that fails, is gone, or holds what makes no sense. UNKNOWN is EUCLEAN as Node has it. */
+const DISK_CODES = new Set(['EIO', 'ENXIO', 'ENODEV', 'ESTALE', 'EBADMSG', 'EUCLEAN', 'UNKNOWN']);
 const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
+
+/** Whether this, or what it was made of, is the disk's failure: others may find out next. */
+export function isDiskError(error: unknown): boolean {
+  const { code, cause } = error as NodeJS.ErrnoException;
+  return DISK_CODES.has(code ?? '') || (cause instanceof Error && isDiskError(cause));
+}
 
 /** Turn whatever a file operation threw into this layer's error, saying what was being done. */
 export function asStoreError(error: unknown, doing: string): StoreError {

@@ -24,7 +24,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
-import { logsSetAside, MapLogs } from './map-log.js';
+import { logsSetAside, makeLogFolder, MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, type KeptObjects, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { Owners } from './owners.js';
@@ -66,6 +66,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
   keptVids: ReadonlySet<number> = new Set();
+  /** Made by this opening; and whether its directory was, too. */
+  readonly #made: { readonly hasMadeDirectory: boolean } | undefined;
+  /** What this opening has made goes when it is closed, if nothing is in it. */
+  #isUnwanted = false;
   /** Why it is not known any more what refers to what, so that the next open has to find out. */
   #lost: unknown;
   /** References that are being given up in the background. */
@@ -76,18 +80,21 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
-    options: LocalStoreOptions & { readonly readOnlyBecause: string | undefined },
+    options: LocalStoreOptions & Pick<LocalStore, 'readOnlyBecause'> & Pick<Found, 'isNew' | 'hasMadeDirectory'>,
   ) {
     this.location = location;
+    this.#made = options.isNew ? options : undefined;
     this.readOnlyBecause = options.readOnlyBecause;
     this.identity = fs.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
     this.files = files;
     this.#log = options.log ?? (() => undefined);
-    this.logs = new MapLogs(location, (error) =>
-      this.#log('what is written until the next flush would be lost if this process were killed', { err: error }),
-    );
+    files.onDiskError = () => metadata.suspectDisk();
+    this.logs = new MapLogs(location, (error) => {
+      if (libc.isDiskError(error)) metadata.suspectDisk();
+      this.#log('what is written until the next flush would be lost if this process were killed', { err: error });
+    });
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,
@@ -118,10 +125,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     let metadata: Metadata | undefined;
     try {
       const files = openFiles(location, options, isReadOnly);
-      if (isNew) makeDirectory(path.join(location, 'recent'), 0o700);
+      if (!isReadOnly) openLogFolder(location, isNew);
       const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
+      const store = new LocalStore(location, lock, metadata, files, { ...options, ...found, readOnlyBecause });
       if (readOnlyBecause === undefined) await store.#recover(opened.clean);
       else store.#takeAsItIs(readOnlyBecause, opened.clean);
       return store;
@@ -312,7 +319,13 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   backgroundError(error: unknown): void {
+    if (libc.isDiskError(error)) this.metadata.suspectDisk();
     this.#log((error as Error).message, { err: error });
+  }
+
+  /** Whoever opened the store has failed: if that made it, and nothing is in it when it is closed, it is removed again. */
+  takeBackCreation(): void {
+    this.#isUnwanted = true;
   }
 
   /** Flush and close everything; the next open then needs no recovery. */
@@ -335,6 +348,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error));
+    const isEmpty = failure === undefined && this.metadata.records().length === 0;
+    if (this.#isUnwanted && this.#made && isEmpty) removeCreation(this.location, this.#made.hasMadeDirectory);
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
@@ -381,8 +396,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.keptVids = vids;
     const kept = doubt === undefined ? stored : { since: Date.now(), why: doubt.why, vids: [...vids] };
     const aside = doubt === undefined ? undefined : await this.#setAside(doubt, kept);
-    if (aside?.failure === undefined) this.logs.clear();
-    await this.#begin(kept);
+    if (aside?.failure === undefined) {
+      const failure = this.logs.clear();
+      if (failure !== undefined) this.backgroundError(libc.asStoreError(failure, 'removing logs'));
+    }
+    if (this.metadata.session !== this.logs.session) await this.#begin(kept);
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
     if (doubt !== undefined) {
@@ -399,13 +417,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   /**
-   * What is kept is remembered before the logs go: whoever is interrupted in between finds one of the two. Errors: NO_SPACE
-   * if neither can be done.
+   * Before the first log goes, what is kept is remembered, and the logs become those of an earlier opening: whoever is
+   * interrupted in between must not find some of them, and believe what they say without the others. Errors: NO_SPACE if
+   * neither that nor moving them can be done.
    */
   async #setAside(doubt: Doubt, kept: KeptObjects | undefined): Promise<ReturnType<MapLogs['setAside']>> {
     let unremembered: unknown;
     try {
-      await this.metadata.keep(kept);
+      await this.metadata.begin(this.logs.session, kept);
     } catch (error) {
       if ((error as StoreError).code !== 'NO_SPACE') throw error;
       unremembered = error;
@@ -443,7 +462,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   /**
    * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
    * flush has to vouch for them: everything is synced. Returns why not all of it could be taken over, if so: then nothing
-   * was, unless a log that nobody can believe just lay beside those that fit.
+   * was, except of VDIs whose logs can all be believed.
    */
   async #restoreRecent(): Promise<Doubt | undefined> {
     const { changes, files, doubtful } = this.logs.read(this.metadata.session, this.metadata);
@@ -559,6 +578,15 @@ function noStore(location: string, role: HolderRole): StoreError {
     'NO_STORE',
     `no store in ${location}: 'sheepgate vdi create' or 'sheepgate serve' makes one, --store DIR names another`,
   );
+}
+
+/** On a full disk a store that lacks the folder is opened all the same, to delete something; nothing is logged then. */
+function openLogFolder(location: string, isNew: boolean): void {
+  try {
+    makeLogFolder(location);
+  } catch (error) {
+    if (isNew || libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
+  }
 }
 
 function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isReadOnly: boolean): ObjectFiles {

@@ -48,6 +48,10 @@ export class MetadataFile {
   #mustReopen = false;
   /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
   #isSuspect = false;
+  /** Not all of the file has been read since it was opened, or since its disk has failed somewhere else. */
+  #isUnread = true;
+  /** LMDB never makes the file shorter. */
+  #size = 0;
   #isOpen = true;
   #reservedTo = 0;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
@@ -57,16 +61,20 @@ export class MetadataFile {
     this.file = file;
     this.readOnly = options.readOnly;
     this.#opened = opened;
-    this.#env = this.#open();
+    const { O_RDONLY, O_RDWR, O_CREAT } = fs.constants;
+    this.#fd = fs.openSync(file, options.readOnly ? O_RDONLY : O_RDWR | O_CREAT, 0o600);
     try {
-      this.#fd = fs.openSync(file, options.readOnly ? 'r' : 'r+');
+      this.#env = this.#open();
     } catch (error) {
-      void this.#env.close();
+      fs.closeSync(this.#fd);
       throw error;
     }
   }
 
+  /** Opening reads records, through a mapping. */
   #open(): Environment {
+    this.#isUnread = true;
+    this.#probeFile();
     const env = openEnvironment(this.file, { readOnly: this.readOnly });
     try {
       this.#opened(env);
@@ -123,8 +131,8 @@ export class MetadataFile {
       this.#isSuspect = false;
     } catch (error) {
       const failure = this.#asCommitError(await commitErrorOf(error));
-      if (failure.code === 'NO_SPACE') return failure;
-      this.#isSuspect = true;
+      this.#isSuspect ||= failure.code !== 'NO_SPACE';
+      // On a full disk, too: if it was full for the page that makes a commit valid, LMDB never again begins a transaction.
       this.#mustReopen = true;
       // At once, for those who read; if the disk is still ill, the next commit tries again.
       await this.#reopen().catch(() => undefined);
@@ -144,7 +152,7 @@ export class MetadataFile {
     const failure = asMetadataError(error, doing);
     if (failure.code !== 'IO') return failure;
     try {
-      if (libc.reserve(this.#fd, this.#size(), RESERVE_STEP) !== 'no space') return failure;
+      if (libc.reserve(this.#fd, this.#sizeNow(), RESERVE_STEP) !== 'no space') return failure;
     } catch {
       return failure;
     }
@@ -154,7 +162,7 @@ export class MetadataFile {
   /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
   async #reopen(): Promise<void> {
     if (this.#isOpen) {
-      // First: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
+      // Before opening: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
       this.#isOpen = false;
       await this.#env.close().catch(() => undefined);
     }
@@ -168,7 +176,7 @@ export class MetadataFile {
    * Errors: NO_SPACE, with nothing changed.
    */
   mustHaveRoom(bytes: number): void {
-    const size = this.#size();
+    const size = this.#sizeNow();
     const needed = bytes + TRANSACTION_BYTES + FLOOR_BYTES;
     if (size + needed > MAP_SIZE) {
       throw new StoreError('NO_SPACE', `${this.file} cannot grow beyond ${MAP_SIZE} bytes; delete snapshots or VDIs`);
@@ -184,7 +192,7 @@ export class MetadataFile {
     );
   }
 
-  #size(): number {
+  #sizeNow(): number {
     try {
       return fs.fstatSync(this.#fd).size;
     } catch (error) {
@@ -194,7 +202,7 @@ export class MetadataFile {
 
   /** Have the reserve, or as much of it as the disk has. */
   keepReserve(): void {
-    const size = this.#size();
+    const size = this.#sizeNow();
     if (this.#reservedTo - size >= REFILL_BYTES) return;
     for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
       const reserved = libc.reserve(this.#fd, size, length);
@@ -206,7 +214,7 @@ export class MetadataFile {
   /**
    * To be called before reading: LMDB reads through a mapping, and a page that its disk does not give would end the process
    * (SIGBUS) instead of being an error. A filesystem that was shut down is found out by any read; after a failure all of the
-   * file is read. Errors: IO.
+   * file is read, so that what the mapping needs is in memory. Errors: IO, DAMAGED.
    */
   mustBeReadable(): void {
     if (!this.#isOpen) {
@@ -218,15 +226,28 @@ export class MetadataFile {
     this.#probeFile();
   }
 
+  /** Its disk has failed to give or take something else: what of this file is not in memory may be lost as well. */
+  suspectDisk(): void {
+    this.#isUnread = true;
+  }
+
   #probeFile(): void {
     try {
-      if (!this.#isSuspect) {
+      const { size } = fs.fstatSync(this.#fd);
+      if (size < this.#size) {
+        throw new StoreError(
+          'DAMAGED',
+          `${this.file} was cut off while it was open: it has ${size} bytes and had ${this.#size}`,
+        );
+      }
+      this.#size = size;
+      if (!this.#isSuspect && !this.#isUnread) {
         fs.readSync(this.#fd, this.#probe, 0, PROBE_BYTES, 0);
         return;
       }
-      const { size } = fs.fstatSync(this.#fd);
       const chunk = Buffer.allocUnsafe(PROBE_CHUNK);
       for (let at = 0; at < size; at += PROBE_CHUNK) fs.readSync(this.#fd, chunk, 0, PROBE_CHUNK, at);
+      this.#isUnread = false;
     } catch (error) {
       throw asMetadataError(error, `reading metadata in ${this.file}`);
     }

@@ -187,6 +187,11 @@ export class Metadata {
     return { metadata, clean };
   }
 
+  /** The disk of the store has failed, with something that is not ours. */
+  suspectDisk(): void {
+    this.#file.suspectDisk();
+  }
+
   records(): VdiRecord[] {
     return [...this.#records.values()];
   }
@@ -203,11 +208,13 @@ export class Metadata {
 
   /** Who had the store open last, as `begin` was told. */
   get session(): string | undefined {
+    this.#file.mustBeReadable();
     return this.#env.get('session')?.toString();
   }
 
   /** Object files that an earlier start has left alone, if any. */
   get kept(): KeptObjects | undefined {
+    this.#file.mustBeReadable();
     const json = this.#env.get('kept');
     return json === undefined ? undefined : (JSON.parse(json.toString()) as KeptObjects);
   }
