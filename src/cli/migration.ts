@@ -198,7 +198,7 @@ export class Migration {
       );
     }
     const unfinished = records.find((record) => record.unfinished);
-    if (unfinished) throw new OperationError('UNFINISHED', `in ${store} ${describeUnfinished(unfinished)}`);
+    if (unfinished) throw await unfinishedIn(this.#source, unfinished, records);
     const snapshots = records
       .filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !isTemporary && !READING_MARK.test(tag))
       .sort((a, b) => a.snapId - b.snapId);
@@ -551,8 +551,7 @@ export class Migration {
       new OperationError('MISMATCH', `${this.#target.store} has no ${what}, which ${this.#source.store} has`);
     if (records.length === 0) throw missing(newName);
     const unfinished = records.find((record) => record.unfinished);
-    if (unfinished)
-      throw new OperationError('UNFINISHED', `in ${this.#target.store} ${describeUnfinished(unfinished)}`);
+    if (unfinished) throw await unfinishedIn(this.#target, unfinished, records);
     await this.#checkPrefix(history, records);
     for (const [n, { tag }] of history.snapshots.entries()) {
       if (!records.some((record) => record.isSnapshot && record.tag === tag)) throw missing(`${newName}@${tag}`);
@@ -626,4 +625,15 @@ function idOf(...parts: readonly string[]): string {
 
 function ordinal(n: number): string {
   return ['first', 'second', 'third'][n] ?? `${n + 1}th`;
+}
+
+async function unfinishedIn(
+  operations: Pick<Operations, 'store' | 'show'>,
+  unfinished: VdiRecord,
+  records: readonly VdiRecord[],
+): Promise<OperationError> {
+  const { open } = await operations.show(unfinished.name);
+  const hasSnapshots = records.some(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
+  const what = describeUnfinished(unfinished, { isAtWork: open > 0 || undefined, hasSnapshots });
+  return new OperationError('UNFINISHED', `in ${operations.store} ${what}`);
 }

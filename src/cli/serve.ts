@@ -7,7 +7,7 @@ import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBySignal } from './interrupt.js';
 import { missingOption } from './missing.js';
-import { printJson, printLine } from './output.js';
+import { printJson, printLine, unfinishedJson } from './output.js';
 import { formatSizes } from './size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
@@ -111,7 +111,7 @@ async function serve(options: ServeOptions): Promise<void> {
   process.stdout.on('error', (error) => log.warn({ err: error }, 'cannot write to stdout'));
   if (options.json) {
     const { store, control, uris } = daemon;
-    printJson({ event: 'ready', store, control, listeners: addresses, uris });
+    printJson({ event: 'ready', store, control, listeners: addresses, uris, kept: daemon.kept.map(keptJson) });
   } else {
     printLine(`serving ${daemon.store}`);
     for (const uri of daemon.uris) printLine(`  ${uri}`);
@@ -136,6 +136,11 @@ async function serve(options: ServeOptions): Promise<void> {
 }
 
 /** What --create has found in place of what it was to make. */
+function keptJson({ unfinished, ...kept }: KeptVdi): object {
+  return { ...kept, unfinished: unfinishedJson(unfinished) };
+}
+
+/** The same for people. */
 function keptText({ name, size, wantedSize, unfinished }: KeptVdi): string {
   if (unfinished)
     return `${name} exists and is unfinished, so nobody can open it; 'sheepgate vdi show ${name}' says why`;

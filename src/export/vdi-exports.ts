@@ -11,7 +11,6 @@ import {
 } from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
-import { mustBeHeldBy } from '../vdi/unfinished.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/in-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
@@ -78,7 +77,7 @@ export class VdiExports implements ExportProvider {
       const { subject, options } = parseExportName(name);
       const { isReadOnly } = this.#catalog;
       let record = await this.#find(subject);
-      mustBeHeldBy(record, run);
+      await this.#catalog.mustBeHeldBy(record, run);
       if (isTemporary(subject)) {
         this.#catalog.mustTakeTemporaries();
         record = { ...record, tag: subject.tag, isSnapshot: true, isTemporary: true, snapshotAt: Date.now() };

@@ -18,13 +18,24 @@ import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
-import { describeUnfinished, isOfSame, mustBeHeldBy, type Beginning, type Filling } from './unfinished.js';
+import {
+  describeUnfinished,
+  isHeldBy,
+  isOfSame,
+  notHeldBy,
+  type Beginning,
+  type Circumstances,
+  type Filling,
+} from './unfinished.js';
 import { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
 const SIZE_UNIT = 512;
 /** Times are stored as seconds in 32 bits by a cluster. */
 const MAX_TIME_MS = 2 ** 32 * 1000;
+/** For a command that could be told to write over what is there; unless it cannot. */
+const OVERWRITE = ', and --overwrite writes over it';
+const NO_HINT = '';
 /** Clients that a message names. */
 const MAX_NAMED = 4;
 
@@ -182,7 +193,8 @@ export class VdiCatalog {
       const before = found?.unfinished;
       const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
       const isSame = isOfSame(before, beginning);
-      if (found && !isNobodys && !isSame && !overwrites) throw this.#existing(found);
+      if (found && !isNobodys && !isSame && !overwrites)
+        throw await this.#existing(found, by === 'migrate' ? NO_HINT : OVERWRITE);
       if (found) this.#mustBeFree(found, 'overwritten', { force });
       if (found && !isNobodys && (!before?.isNew || (isSame && goesOn))) {
         const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
@@ -191,7 +203,7 @@ export class VdiCatalog {
       const shift = checkNewVdi(name, size, beginning.blockSizeShift);
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
       const [other] = named.filter((record) => record !== found && !isKept(record));
-      if (other) throw this.#existing(found ?? other);
+      if (other) throw await this.#existing(found ?? other, NO_HINT);
       const ended = await this.#endKept((record) => record.name === name, `${name} was made anew`);
       for (const { spec, client } of ended)
         this.#log(`ended ${spec}, which was kept for ${client}: ${name} was made anew`);
@@ -206,7 +218,7 @@ export class VdiCatalog {
   finish(name: string, run: string): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
-      mustBeHeldBy(record, run);
+      await this.mustBeHeldBy(record, run);
       return this.#using(record, async (vdi) => {
         await vdi.flush();
         return this.#store.catalog.mark(vdi.opened, undefined);
@@ -295,7 +307,7 @@ export class VdiCatalog {
     run?: string,
   ): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
-    mustBeHeldBy(record, run);
+    await this.mustBeHeldBy(record, run);
     const isTaken = (await this.list()).some((other) => other.name === record.name && other.tag === tag);
     if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
@@ -340,7 +352,7 @@ export class VdiCatalog {
     return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#find({ name: base.name, tag: undefined });
-      if (run !== undefined) mustBeHeldBy(working, run);
+      if (run !== undefined) await this.mustBeHeldBy(working, run);
       this.#mustBeFree(working, 'rolled back', options);
       const ended = await this.#endKept(({ name }) => name === base.name, `${base.name} was rolled back`);
       const unfinished = run === undefined ? undefined : working.unfinished;
@@ -363,7 +375,7 @@ export class VdiCatalog {
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
-      mustBeHeldBy(record, options.run);
+      await this.mustBeHeldBy(record, options.run);
       checkSize(size, record.blockSizeShift, record.maxObjects);
       if (size === record.size) return record;
       if (size < record.size) {
@@ -393,7 +405,7 @@ export class VdiCatalog {
   async remove(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<Ended> {
     const ended = await this.#change(async () => {
       const record = await this.find(spec);
-      if (run !== undefined) mustBeHeldBy(record, run);
+      if (run !== undefined) await this.mustBeHeldBy(record, run);
       if (record.isTemporary) {
         const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
         const gone = await this.#endKept(same, `${spec} was deleted`);
@@ -433,7 +445,7 @@ export class VdiCatalog {
   openVdi(spec: string, options: { readonly run?: string; readonly mapOnly?: boolean } = {}): Promise<Vdi> {
     return this.#alone(async () => {
       const record = await this.find(spec);
-      if (!options.mapOnly) mustBeHeldBy(record, options.run);
+      if (!options.mapOnly) await this.mustBeHeldBy(record, options.run);
       return this.#acquire(record);
     });
   }
@@ -518,15 +530,31 @@ export class VdiCatalog {
   async #mustNotExist(name: string): Promise<void> {
     const named = (await this.list()).filter((record) => record.name === name);
     const [first] = named;
-    if (first) throw this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first);
+    if (first) throw await this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first, NO_HINT);
   }
 
-  #existing(record: VdiRecord): CatalogError {
-    const left = record.unfinished ? ` (${describeUnfinished(record)})` : '';
-    return new CatalogError(
-      'EXISTS',
-      `a VDI or snapshot named "${record.name}" exists already in ${this.location}${left}`,
-    );
+  async #existing(record: VdiRecord, hint: string): Promise<CatalogError> {
+    const exists = `a VDI or snapshot named "${record.name}" exists already in ${this.location}`;
+    if (!record.unfinished) return new CatalogError('EXISTS', exists);
+    const circumstances = await this.#circumstancesOf(record);
+    const left = describeUnfinished(record, circumstances);
+    return new CatalogError('EXISTS', `${exists}: ${left}${circumstances.isAtWork ? '' : hint}`);
+  }
+
+  /**
+   * Errors: UNFINISHED unless `run` is the run that is at work on the VDI, or there is no run and nothing to be at work on.
+   */
+  async mustBeHeldBy(record: VdiRecord, run: string | undefined): Promise<void> {
+    if (!isHeldBy(record, run)) throw notHeldBy(record, run, await this.#circumstancesOf(record));
+  }
+
+  async #circumstancesOf({ name, vid }: VdiRecord): Promise<Circumstances> {
+    const isOpen = (this.#entryOf(vid)?.users ?? 0) > 0;
+    const hasSnapshots = (await this.list()).some((other) => {
+      return other.name === name && other.isSnapshot && !other.isTemporary;
+    });
+    // Only of this store's own clients is it known that there are none.
+    return { isAtWork: isOpen || (this.#store.state?.isShared ? undefined : false), hasSnapshots };
   }
 
   #entryOf(vid: number): OpenEntry | undefined {

@@ -92,6 +92,14 @@ describe.each(WAYS)('%s', (way) => {
       if (target.daemon) {
         expect(await target.ok('vdi', 'show', 'vm')).toMatch(/\nunfinished +import, begun \S+, at work now\n/);
         expect(await target.fails('import', BIN, 'vm')).toMatch(/vm is open by 1 connection/);
+        for (const args of [
+          ['snapshot', 'vm', 'tag'],
+          ['create', 'vm', '1M'],
+        ]) {
+          const said = await target.fails('vdi', ...args);
+          expect(said).toMatch(/vm is unfinished: an import that began at \S+ is at work on it now; wait until/);
+          expect(said).not.toMatch(/again completes it|--overwrite/);
+        }
       }
       await killed(child, target);
       const unfinished = await stateOf(target);
@@ -127,7 +135,10 @@ describe.each(WAYS)('%s', (way) => {
     await target.ok('vdi', 'snapshot', 'vm', 'kept');
     await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
     expect(await target.fails('export', 'vm', '-')).toMatch(
-      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or deleting it, gives/,
+      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or 'sheepgate vdi delete vm', gives/,
+    );
+    expect(await target.ok('vdi', 'show', 'vm')).toMatch(
+      /a rollback to one of its snapshots, or 'sheepgate vdi delete vm'/,
     );
     // Another command must be told that it may.
     expect(await target.fails('vdi', 'create', 'vm', '1M')).toMatch(/exists already/);
@@ -141,6 +152,16 @@ describe.each(WAYS)('%s', (way) => {
     const whole = Buffer.concat([patterned(4 * MIB, 4), Buffer.alloc(12 * MIB)]);
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, whole);
     expect(await target.names()).toEqual(['vm@kept', 'vm']);
+  });
+
+  test('no rollback is advised where there is no snapshot', async () => {
+    const target = await testStore(way);
+    await target.ok('vdi', 'create', 'vm', '16M');
+    await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
+    for (const said of [await target.fails('export', 'vm', '-'), await target.ok('vdi', 'show', 'vm')]) {
+      expect(said).toMatch(/'sheepgate import' again completes it, 'sheepgate vdi delete vm' gives it up/);
+      expect(said).not.toMatch(/rollback/);
+    }
   });
 
   test('a restore that was killed is marked as one, and an import does not take it for its own', async () => {
@@ -158,7 +179,9 @@ describe.each(WAYS)('%s', (way) => {
     await killed(child, target);
     expect((await stateOf(target))?.by).toBe('restore');
     await expectRefusals(target, 'restore');
-    expect(await target.fails('import', BIN, 'vm')).toMatch(/exists already .*'sheepgate restore' again completes it/);
+    expect(await target.fails('import', BIN, 'vm')).toMatch(
+      /exists already .*'sheepgate restore' again completes it, 'sheepgate vdi delete vm' gives it up, and --overwrite writes/,
+    );
     await target.ok('restore', to, 'vm');
     expect(await stateOf(target)).toBe(null);
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, content);

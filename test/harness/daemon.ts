@@ -278,6 +278,8 @@ export interface ReadyLine {
   readonly control: string;
   readonly listeners: readonly string[];
   readonly uris: readonly string[];
+  /** VDIs of --create that were there, and are not what it says. */
+  readonly kept: readonly object[];
 }
 
 export interface Daemon {

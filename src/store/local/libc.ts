@@ -164,12 +164,15 @@ export function memoryFile(name: string, length: number): number | undefined {
   return undefined;
 }
 
-/** The next byte at or after `offset` that holds data, or -1 if only a hole follows. */
+/** The next byte at or after `offset` that holds data, or -1 if only a hole follows. A block device is all data. */
 export async function nextData(fd: number, offset: number): Promise<number> {
   try {
     return await offLoop('lseek', lseek, fd, offset, SEEK_DATA);
   } catch (error) {
-    if (codeOf(error) === ENXIO) return -1;
+    const errno = codeOf(error);
+    if (errno === ENXIO) return -1;
+    // linux block/fops.c, blkdev_llseek: it knows of no holes. Every filesystem does, as lseek(2) has it.
+    if (errno === EINVAL) return offset;
     throw error;
   }
 }
@@ -179,7 +182,9 @@ export async function nextHole(fd: number, offset: number): Promise<number> {
   try {
     return await offLoop('lseek', lseek, fd, offset, SEEK_HOLE);
   } catch (error) {
-    if (codeOf(error) === ENXIO) return offset;
+    const errno = codeOf(error);
+    if (errno === ENXIO) return offset;
+    if (errno === EINVAL) return endOf(fd);
     throw error;
   }
 }
