@@ -110,7 +110,7 @@ export class MetadataFile {
 
   /** One at a time: whoever comes meanwhile is in the next one, with all others that came. */
   async #commitQueued(): Promise<void> {
-    await undefined; // until it is known that it runs
+    await Promise.resolve(); // until it is known that it runs
     while (this.#queue.length > 0) {
       const batch: Pending[] = [];
       const error = await this.#commit(() => {
