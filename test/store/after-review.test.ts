@@ -5,6 +5,7 @@ import path from 'node:path';
 import { expect, onTestFinished, test, vi } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';
+import { VdiExports } from '../../src/export/vdi-exports.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { msSince, stampNow } from '../../src/vdi/stamp.js';
 import { temporaryDirectory } from '../harness/daemon.js';
@@ -82,4 +83,18 @@ test('check --repair leaves what the start that it runs in has kept, says so, an
   expect(fs.readdirSync(path.join(copy, 'set-aside'))).toHaveLength(1);
   expect((await second.check({ repair: true })).repaired).toBe(2);
   expect((await second.check({ repair: false })).problems).toEqual([]);
+});
+
+test('an export that its store cannot open is in the log with the cause, once, though clients come back', async () => {
+  const store = await LocalStore.open(path.join(temporaryDirectory(), 'store'));
+  const catalog = new VdiCatalog(store);
+  onTestFinished(() => catalog.close().catch(() => undefined));
+  await catalog.create('disk', OBJECT, { blockSizeShift: 20 });
+  const lines: string[] = [];
+  const exports = new VdiExports(catalog, { log: (line) => lines.push(line) });
+  store.catalog.open = () => Promise.reject(new StoreError('IO', 'reading metadata: EIO'));
+  const peer = {} as Parameters<VdiExports['open']>[1];
+  for (let n = 0; n < 3; n++) await expect(exports.open('disk', peer)).rejects.toMatchObject({ code: 'FAILED' });
+  await expect(exports.open('other', peer)).rejects.toMatchObject({ code: 'UNKNOWN' });
+  expect(lines).toEqual(['export "disk" cannot be opened: reading metadata: EIO']);
 });
