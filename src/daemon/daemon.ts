@@ -213,6 +213,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     };
   } catch (error) {
     exports.failed();
+    operations?.takeBackCreation();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
   }

@@ -35,10 +35,17 @@ export class DirectOperations implements Operations {
   readonly #catalog: VdiCatalog;
   readonly #exports: ExportProvider;
   readonly #closed: () => void;
+  readonly takeBackCreation: () => void;
 
   /** `closed` is called when the store is closed, or could not be. */
-  constructor(catalog: VdiCatalog, exports: ExportProvider, closed: () => void = () => undefined) {
+  constructor(
+    catalog: VdiCatalog,
+    exports: ExportProvider,
+    closed: () => void = () => undefined,
+    takeBackCreation: () => void = () => undefined,
+  ) {
     this.#closed = closed;
+    this.takeBackCreation = takeBackCreation;
     this.store = catalog.location;
     this.identity = catalog.identity;
     this.#catalog = catalog;

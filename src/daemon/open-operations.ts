@@ -123,12 +123,14 @@ async function operationsOn(
       const leftovers = await catalog.dropLeftovers();
       if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
     } catch (error) {
+      if (!isCluster) store.takeBackCreation();
       await store.close().catch(() => undefined);
       throw error;
     }
   }
   const exports = new VdiExports(catalog, { keepMs, serves, log });
-  return Object.assign(new DirectOperations(catalog, exports, closed), {
+  const takeBackCreation = (): void => void (!isCluster && store.takeBackCreation());
+  return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,
     // Nobody waits for a cluster: it has no lock.

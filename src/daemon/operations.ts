@@ -89,6 +89,11 @@ export interface Operations {
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
   openDisk(exportName: string, options?: Filling): Promise<Disk>;
+  /**
+   * What this was opened for has failed: a store that was made for it and that holds nothing is removed when it is closed.
+   * A daemon's store is the daemon's.
+   */
+  takeBackCreation?(): void;
   close(): Promise<void>;
 }
 

@@ -4,6 +4,7 @@
  * of this process. Nothing is ever chowned: the directory is controlled by somebody else.
  */
 import fs from 'node:fs';
+import path from 'node:path';
 import { shellWord } from '../store/shell-word.js';
 import { OperationError } from './operations.js';
 
@@ -20,14 +21,22 @@ let taken: (Identity & { readonly store: string; users: number }) | undefined;
 /** Stores that root has open as root. */
 let asRoot = 0;
 
+/** Who has the directory; if it is still to be made, who has the nearest one above that is there, and will look for it. */
+function ownerOf(directory: string): Identity {
+  for (let at = path.resolve(directory); ; at = path.dirname(at)) {
+    const status = fs.statSync(at, { throwIfNoEntry: false });
+    if (status !== undefined) return { uid: status.uid, gid: status.gid };
+    if (at === path.dirname(at)) return { uid: 0, gid: 0 };
+  }
+}
+
 /**
  * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
- * root and the directory is another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
+ * root and the directory is, or will be, another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
  */
 export function takeOwner(directory: string): () => void {
   if (taken === undefined && process.geteuid?.() !== 0) return () => undefined;
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
-  const uid = status?.uid ?? 0;
+  const { uid, gid } = ownerOf(directory);
   if (taken !== undefined ? taken.uid !== uid : uid !== 0 && asRoot > 0) {
     throw new OperationError(
       'OWNER',
@@ -35,11 +44,11 @@ export function takeOwner(directory: string): () => void {
         'both: start a daemon for one of them, which then does the work on it',
     );
   }
-  if (status === undefined || uid === 0) {
+  if (uid === 0) {
     asRoot++;
     return once(() => void asRoot--);
   }
-  taken ??= become({ uid, gid: status.gid }, directory);
+  taken ??= become({ uid, gid }, directory);
   taken.users++;
   return once(giveBack);
 }
@@ -58,13 +67,16 @@ export function explainIdentity(error: unknown): unknown {
 
 /** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
 export function refuseOthersStore(directory: string): void {
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
-  if (process.geteuid?.() !== 0 || !status || status.uid === 0) return;
+  if (process.geteuid?.() !== 0) return;
+  const { uid, gid } = ownerOf(directory);
+  if (uid === 0) return;
+  const own = fs.existsSync(directory)
+    ? `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`
+    : `if it is to be root's store: 'mkdir -m 700 ${shellWord(directory)}'`;
   throw new OperationError(
     'OWNER',
-    `${directory} belongs to the user with uid ${status.uid}, who could not open what a daemon of root makes there: ` +
-      `start the service, or say 'setpriv --reuid=${status.uid} --regid=${status.gid} --init-groups sheepgate serve …'; ` +
-      `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`,
+    `${directory} belongs to the user with uid ${uid}, who could not open what a daemon of root makes there: ` +
+      `start the service, or say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
   );
 }
 

@@ -107,6 +107,25 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
   });
 
+  test('a store that is made below that user’s directory is that user’s', async () => {
+    const { store: home, roots } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
+    const below = path.join(home, 'a', 'store');
+    const refused = await cli(['serve', '--store', below]);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`),
+    });
+    expect(fs.readdirSync(home)).toEqual([]);
+    expect(await cli(['import', image, 'disk', '--store', below])).toMatchObject({ code: 0 });
+    expect(ownersOf(home)).toEqual([`${UID}:${GID}`]);
+    expect(await asOwner('check', '--store', below)).toMatchObject({ code: 0 });
+    // Below a directory of root's it is root's.
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', path.join(roots, 'store')])).code).toBe(0);
+    expect(ownersOf(roots)).toEqual(['0:0']);
+  });
+
   test('serve is refused with the line to type, and leaves the store alone', async () => {
     const { store } = places();
     const refused = await cli(['serve', '--store', store]);

@@ -68,6 +68,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   keptVids: ReadonlySet<number> = new Set();
   /** What this opening has kept or set aside, no check has told of yet: so none may remove it. */
   keepsUntold = false;
+  /** Made by this opening; and whether its directory was, too. */
+  readonly #made: { readonly hasMadeDirectory: boolean } | undefined;
+  /** What this opening has made goes when it is closed, if nothing is in it. */
+  #isUnwanted = false;
   /** Why it is not known any more what refers to what, so that the next open has to find out. */
   #lost: unknown;
   /** References that are being given up in the background. */
@@ -78,9 +82,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
-    options: LocalStoreOptions & { readonly readOnlyBecause: string | undefined },
+    options: LocalStoreOptions & Pick<LocalStore, 'readOnlyBecause'> & Pick<Found, 'isNew' | 'hasMadeDirectory'>,
   ) {
     this.location = location;
+    this.#made = options.isNew ? options : undefined;
     this.readOnlyBecause = options.readOnlyBecause;
     this.identity = fs.realpathSync(location);
     this.#lock = lock;
@@ -125,7 +130,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       if (!isReadOnly) openLogFolder(location, isNew);
       const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
+      const store = new LocalStore(location, lock, metadata, files, { ...options, ...found, readOnlyBecause });
       if (readOnlyBecause === undefined) await store.#recover(opened.clean);
       else store.#takeAsItIs(readOnlyBecause, opened.clean);
       return store;
@@ -322,6 +327,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.#log((error as Error).message, { err: error });
   }
 
+  /** Whoever opened the store has failed: if that made it, and nothing is in it when it is closed, it is removed again. */
+  takeBackCreation(): void {
+    this.#isUnwanted = true;
+  }
+
   /** Flush and close everything; the next open then needs no recovery. */
   async close(): Promise<void> {
     let clean = true;
@@ -342,6 +352,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error));
+    const isEmpty = failure === undefined && this.metadata.records().length === 0;
+    if (this.#isUnwanted && this.#made && isEmpty) removeCreation(this.location, this.#made.hasMadeDirectory);
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
