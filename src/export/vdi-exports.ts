@@ -20,6 +20,7 @@ import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
+import { RefusalLog } from './refusal-log.js';
 
 /** What a connection is about to have. */
 interface Opening {
@@ -35,10 +36,12 @@ const ANY_TEMPORARY = 'now';
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
+  readonly #refusals: RefusalLog;
 
   constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
     this.#temporary = new TemporarySnapshots(catalog, options);
+    this.#refusals = new RefusalLog(options.log ?? (() => undefined));
   }
 
   /**
@@ -93,7 +96,7 @@ export class VdiExports implements ExportProvider {
     } catch (error) {
       // The connection is about something else by now.
       this.#temporary.left(peer);
-      throw asExportError(error);
+      throw this.#refused(exportName, error);
     }
   }
 
@@ -125,8 +128,14 @@ export class VdiExports implements ExportProvider {
       };
       return await this.#opened({ vdi, close }, { options, client, isReadOnly });
     } catch (error) {
-      throw asExportError(error);
+      throw this.#refused(exportName, error);
     }
+  }
+
+  #refused(exportName: string, error: unknown): ExportError {
+    const refused = asExportError(error);
+    if (refused.code === 'FAILED') this.#refusals.tell(exportName, error as Error);
+    return refused;
   }
 
   left(peer: Peer): void {

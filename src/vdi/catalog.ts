@@ -459,7 +459,7 @@ export class VdiCatalog {
   close(): Promise<void> {
     return this.#alone(async () => {
       try {
-        await this.memory.flush();
+        await this.memory.close();
       } finally {
         await this.#store.close();
       }

@@ -17,6 +17,7 @@ export class Memory {
   #last: Promise<void> = Promise.resolve();
   #next: Promise<void> | undefined;
   #timer: NodeJS.Timeout | undefined;
+  #isClosed = false;
 
   /** `state`: undefined if nothing can be stored; then all is forgotten with the process. */
   constructor(state: StoreState | undefined, log: (line: string, details?: object) => void) {
@@ -67,11 +68,19 @@ export class Memory {
   putSoon(key: string, value: object | undefined): void {
     if (value === undefined && !this.#known.has(key)) return;
     this.#set(key, value);
-    if (this.#state === undefined) return;
+    if (this.#state === undefined || this.#isClosed) return;
     this.#timer ??= setTimeout(() => {
       this.#timer = undefined;
       this.flush().catch((error: unknown) => this.#log('cannot store who has what open', { err: error }));
     }, SOON_MS).unref();
+  }
+
+  /** All of it is durable when it resolves, and nothing is stored later. Errors: those of the store. */
+  async close(): Promise<void> {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#isClosed = true;
+    await this.flush();
   }
 
   /** All of it is durable when it resolves. */

@@ -66,6 +66,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
   keptVids: ReadonlySet<number> = new Set();
+  /** What this opening has kept or set aside, no check has told of yet: so none may remove it. */
+  keepsUntold = false;
   /** Made by this opening; and whether its directory was, too. */
   readonly #made: { readonly hasMadeDirectory: boolean } | undefined;
   /** What this opening has made goes when it is closed, if nothing is in it. */
@@ -184,9 +186,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
     const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from);
     this.references.add(vid, idx);
+    (vdi as LocalVdi).creating(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(vdi as LocalVdi, error, create));
     } catch (error) {
+      (vdi as LocalVdi).notCreated(key);
       this.release([key]);
       throw error;
     }
@@ -394,6 +398,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       }
     }
     this.keptVids = vids;
+    this.keepsUntold = doubt !== undefined;
     const kept = doubt === undefined ? stored : { since: Date.now(), why: doubt.why, vids: [...vids] };
     const aside = doubt === undefined ? undefined : await this.#setAside(doubt, kept);
     if (aside?.failure === undefined) {
@@ -635,6 +640,7 @@ export class LocalCatalog implements Catalog {
     }
     const record = this.#recordOf(vid);
     const { metadata, logs } = this.#store;
+    await metadata.settled();
     const generation = metadata.flushedGeneration(vid) + 1;
     const map = await metadata.loadMap(record);
     const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
@@ -854,11 +860,15 @@ export class LocalCatalog implements Catalog {
     if (missing.size + misshapen.size > 0) this.#reportDamage(records, missing, misshapen, report);
     if (owners.problem !== undefined) report(owners.problem);
     const aside = logsSetAside(this.#store.location);
+    await metadata.settled();
     const { kept } = metadata;
+    const isUntold = this.#store.keepsUntold;
+    this.#store.keepsUntold = false;
     if (kept) {
       const since = new Date(kept.since).toISOString();
       report(
-        `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); --repair removes them`,
+        `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); ` +
+          (isUntold ? 'kept by this very start: look first, then say check --repair again' : '--repair removes them'),
       );
     }
     for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
@@ -869,11 +879,17 @@ export class LocalCatalog implements Catalog {
     if (options.repair) {
       const strays = metadata.strayVids();
       if (strays.length > 0) await metadata.commit({ removed: strays });
-      for (const { name } of orphans) await fs.promises.unlink(name);
-      for (const name of aside) await fs.promises.unlink(name);
-      if (kept) await metadata.keep(undefined);
-      this.#store.keptVids = new Set();
-      repaired = orphans.length + strays.length + aside.length;
+      const { keptVids } = this.#store;
+      // The operator must have been told of what a start has kept, and had time to look, before it goes.
+      const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
+      for (const { name } of removable) await fs.promises.unlink(name);
+      repaired = removable.length + strays.length;
+      if (!isUntold) {
+        for (const name of aside) await fs.promises.unlink(name);
+        if (kept) await metadata.keep(undefined);
+        this.#store.keptVids = new Set();
+        repaired += aside.length;
+      }
     }
     return { objects, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
   }

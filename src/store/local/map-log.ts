@@ -18,6 +18,8 @@ const ROTATE_BYTES = 64 * 1024;
 const ENTRY_BYTES = 24;
 const CHECK_AT = 20;
 const HEADER_BYTES = 512;
+/** Changes that are remembered while a log cannot be written, until the flush under way is durable. */
+const MAX_MISSED = 4096;
 const MAGIC = 'sheepgate map log 2\n';
 /** [vid, 0]: what follows is of this VDI. First in every file. */
 const VDI = 1;
@@ -177,6 +179,8 @@ export class MapLog {
   #file: { name: string; fd: number } | undefined;
   #bytes = 0;
   #isBroken = false;
+  /** What has changed since the flush under way began, while nothing could be logged; undefined if not all is known. */
+  #missed: { readonly vid: number; readonly entries: [number, number, number, number][] } | undefined;
 
   constructor(
     vid: number,
@@ -209,10 +213,13 @@ export class MapLog {
    */
   flushing(generation: number): () => void {
     this.#generation = generation;
-    this.#isBroken = false;
+    this.#missed = this.#isBroken ? { vid: this.#vid, entries: [] } : undefined;
     if (this.#bytes > ROTATE_BYTES) this.#endFile();
     const { length } = this.#old;
-    return () => this.#unlink(length);
+    return () => {
+      this.#unlink(length);
+      this.#mend();
+    };
   }
 
   /** Everything is durable, or given up. */
@@ -221,16 +228,34 @@ export class MapLog {
     this.#unlink(this.#old.length);
   }
 
+  /** A flush has succeeded: if all is known that has changed since it began, the log is whole again from there. */
+  #mend(): void {
+    const missed = this.#missed;
+    if (!this.#isBroken || missed === undefined) return;
+    this.#isBroken = false;
+    this.#missed = undefined;
+    for (const [kind, first, second, generation] of missed.entries)
+      this.#write(missed.vid, kind, first, second, generation);
+  }
+
   #append(kind: number, first: number, second: number): void {
+    if (!this.#isBroken) this.#write(this.#vid, kind, first, second, this.#generation);
+    else if (this.#missed !== undefined && this.#missed.entries.length < MAX_MISSED)
+      this.#missed.entries.push([kind, first, second, this.#generation]);
+    else this.#missed = undefined;
+  }
+
+  #write(vid: number, kind: number, first: number, second: number, generation: number): void {
     if (this.#isBroken) return;
     try {
-      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, this.#vid, 0, this.#generation));
-      const entry = fillEntry(this.#entry, kind, first, second, this.#generation);
+      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation));
+      const entry = fillEntry(this.#entry, kind, first, second, generation);
       if (fs.writeSync(this.#file.fd, entry) !== ENTRY_BYTES) throw new Error(`${this.#file.name}: written in part`);
       this.#bytes += ENTRY_BYTES;
     } catch (error) {
       // A full disk. The beginning of a log must not be restored: what it points at may be removed by then.
       this.#isBroken = true;
+      this.#missed = undefined;
       this.remove();
       this.#onError(error);
     }
@@ -329,6 +354,8 @@ class LogReader {
 class LogsOfOpening {
   readonly #logs: readonly ReadLog[];
   readonly #stored: StoredVdis;
+  /** Logs that speak of a VDI that nobody knows: it may be one of the stored under another vid. */
+  readonly #ofUnknown = new Set<ReadLog>();
   /** Vid after a snapshot -> vid before it. */
   readonly #formerly = new Map<number, number>();
 
@@ -337,10 +364,28 @@ class LogsOfOpening {
     this.#stored = stored;
     for (const log of logs)
       for (const { kind, vid, first } of placed(log)) if (kind === MOVED) this.#formerly.set(first, vid);
+    for (const log of logs) {
+      const unknown = this.#unknownOf(log);
+      if (unknown === undefined) continue;
+      log.misfit ??= `it speaks of a VDI that is not stored, with vid ${unknown.toString(16)}`;
+      this.#ofUnknown.add(log);
+    }
+  }
+
+  /** The vid of a VDI that is neither stored nor was removed, and of which it tells something; undefined if none. */
+  #unknownOf(log: ReadLog): number | undefined {
+    for (const { kind, vid, generation } of placed(log)) {
+      if (kind !== OWNER) continue;
+      const stored = this.#storedVid(vid);
+      if (this.#stored.record(stored) === undefined && generation > this.#stored.flushedGeneration(stored)) return vid;
+    }
+    return undefined;
   }
 
   judge(): LoggedState {
-    const bad = this.#logs.filter((log) => isBad(log) && (!isLogWhole(log) || this.#newer(log).length > 0));
+    const bad = this.#logs.filter(
+      (log) => isBad(log) && (!isLogWhole(log) || this.#ofUnknown.has(log) || this.#newer(log).length > 0),
+    );
     const names = new Set(bad.flatMap((log) => this.#namesOf(log)));
     const cutOff = bad.filter((log) => !isLogWhole(log));
     const isOfAny = cutOff.some((log) => this.#namesOf(log).every((name) => name === undefined));
@@ -417,7 +462,7 @@ interface ReadLog {
   /** Of which opening of the store, as it says. */
   readonly session: string | undefined;
   /** Why it is not to be believed. */
-  readonly misfit: string | undefined;
+  misfit: string | undefined;
   /** Why the rest of it could not be read. */
   damage: string | undefined;
   readonly entries: Entry[];

@@ -5,6 +5,7 @@
  */
 import fs from 'node:fs';
 import os from 'node:os';
+import timers from 'node:timers/promises';
 import { ABORT } from 'lmdb';
 import { StoreError } from '../object-store.js';
 import * as libc from './libc.js';
@@ -25,6 +26,10 @@ const RESERVE_STEP = 256 * 1024;
 const TRANSACTION_BYTES = 64 * 1024;
 /** lmdb.h. */
 const MDB_MAP_FULL = -30792;
+/** lmdb.h: the page that makes a commit valid could not be written; nothing works any more until it is opened anew. */
+const MDB_PANIC = -30795;
+/** lmdb-js tells why a commit failed after it has told that it failed: at once, but nobody promises that. */
+const COMMIT_ERROR_MS = 5000;
 const PROBE_BYTES = 4096;
 const PROBE_CHUNK = 2 ** 20;
 
@@ -43,7 +48,11 @@ export class MetadataFile {
   readonly #fd: number;
   readonly #opened: (env: Environment) => void;
   readonly #queue: Pending[] = [];
-  #isCommitting = false;
+  /** Commits of what is queued; undefined if none runs. */
+  #committing: Promise<void> | undefined;
+  #reopening: Promise<void> | undefined;
+  /** Somebody else may have the store: nothing is read, written or opened here any more. */
+  #isClosed = false;
   /** A commit has failed, after which LMDB may refuse all further ones (MDB_PANIC): it has to be opened anew. */
   #mustReopen = false;
   /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
@@ -88,19 +97,20 @@ export class MetadataFile {
   /**
    * Run `body`, which puts and removes, in a transaction; what it did is on disk when this resolves. If this fails nothing
    * of it is stored. `body` runs again if the transaction failed for reasons that may be another's.
-   * Errors: NO_SPACE, IO.
+   * Errors: NO_SPACE, IO, CLOSED.
    */
   transaction(body: () => void): Promise<void> {
+    if (this.#isClosed) return Promise.reject(this.#closed());
     const done = new Promise<void>((resolve, reject) => {
       this.#queue.push({ body, resolve, reject, failure: undefined });
     });
-    if (!this.#isCommitting) void this.#commitQueued();
+    this.#committing ??= this.#commitQueued();
     return done;
   }
 
   /** One at a time: whoever comes meanwhile is in the next one, with all others that came. */
   async #commitQueued(): Promise<void> {
-    this.#isCommitting = true;
+    await Promise.resolve(); // until it is known that it runs
     while (this.#queue.length > 0) {
       const batch: Pending[] = [];
       const error = await this.#commit(() => {
@@ -116,14 +126,14 @@ export class MetadataFile {
         for (const pending of batch) settle(pending, error);
       }
     }
-    this.#isCommitting = false;
+    this.#committing = undefined;
   }
 
   /** Returns what failed, or undefined; a body's own failure is noted with it. */
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
       this.#probeFile(); // LMDB reads in a transaction, too
-      if (this.#mustReopen) await this.#reopen();
+      if (this.#mustReopen || hasPanicked(this.#env)) await this.#reopen();
       const env = this.#env;
       await env.transaction(() => {
         for (const pending of take()) runIn(env, pending);
@@ -160,7 +170,17 @@ export class MetadataFile {
   }
 
   /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
-  async #reopen(): Promise<void> {
+  #reopen(): Promise<void> {
+    this.#reopening ??= this.#openAnew().finally(() => (this.#reopening = undefined));
+    return this.#reopening;
+  }
+
+  /** Resolves when nobody is opening it anew, whatever has come of that: others' failed commits are not the reader's. */
+  async settled(): Promise<void> {
+    while (this.#reopening !== undefined) await this.#reopening.catch(() => undefined);
+  }
+
+  async #openAnew(): Promise<void> {
     if (this.#isOpen) {
       // Before opening: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
       this.#isOpen = false;
@@ -192,7 +212,12 @@ export class MetadataFile {
     );
   }
 
+  #closed(): StoreError {
+    return new StoreError('CLOSED', `${this.file} is closed`);
+  }
+
   #sizeNow(): number {
+    if (this.#isClosed && this.#committing === undefined) throw this.#closed();
     try {
       return fs.fstatSync(this.#fd).size;
     } catch (error) {
@@ -214,9 +239,10 @@ export class MetadataFile {
   /**
    * To be called before reading: LMDB reads through a mapping, and a page that its disk does not give would end the process
    * (SIGBUS) instead of being an error. A filesystem that was shut down is found out by any read; after a failure all of the
-   * file is read, so that what the mapping needs is in memory. Errors: IO, DAMAGED.
+   * file is read, so that what the mapping needs is in memory. Errors: IO, DAMAGED, CLOSED.
    */
   mustBeReadable(): void {
+    if (this.#isClosed) throw this.#closed();
     if (!this.#isOpen) {
       throw new StoreError(
         'IO',
@@ -258,9 +284,18 @@ export class MetadataFile {
     this.file = file;
   }
 
-  async close(): Promise<void> {
-    fs.closeSync(this.#fd);
-    if (this.#isOpen) await this.#env.close();
+  /** After what was asked for until now is stored, and `last`. Closed in any case. Errors: those of `last`. */
+  async close(last?: () => void): Promise<void> {
+    if (this.#isClosed) return;
+    const stored = last === undefined ? undefined : this.transaction(last);
+    this.#isClosed = true;
+    try {
+      await stored;
+    } finally {
+      await this.#committing;
+      fs.closeSync(this.#fd);
+      if (this.#isOpen) await this.#env.close();
+    }
   }
 }
 
@@ -292,10 +327,19 @@ async function commitErrorOf(error: unknown): Promise<unknown> {
   const { commitError } = error as { commitError?: Promise<unknown> };
   if (commitError === undefined) return error;
   try {
-    await commitError;
-    return error;
+    return await Promise.race([commitError, timers.setTimeout(COMMIT_ERROR_MS, error, { ref: false })]);
   } catch (cause) {
     return cause;
+  }
+}
+
+/** To begin a transaction then would never end, and neither would closing after that. */
+function hasPanicked(env: Environment): boolean {
+  try {
+    env.get('format');
+    return false;
+  } catch (error) {
+    return (error as { code?: unknown }).code === MDB_PANIC;
   }
 }
 
