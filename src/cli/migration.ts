@@ -12,7 +12,7 @@ import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
 import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { checkName, checkTag } from '../vdi/names.js';
+import { checkName, checkTag, labelOfRun } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { closing } from './closing.js';
@@ -135,7 +135,7 @@ export class Migration {
     // Two runs to two targets read from snapshots of their own.
     this.#reading = READING + idOf(source.identity, options.name, target.identity, options.newName);
     // A run that was killed may still have its snapshot: this one takes its own.
-    this.#label = `${this.#reading}-${randomBytes(4).toString('hex')}`;
+    this.#label = labelOfRun(this.#reading);
   }
 
   /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */

@@ -287,7 +287,7 @@ async function createMissing(
 /** undefined if it was made; what is there if it was not. */
 async function createIfMissing(operations: OpenedStore, name: string, size: number): Promise<VdiRecord | undefined> {
   try {
-    await operations.create(name, size, {});
+    await operations.create(name, size, { forceHint: `'sheepgate vdi create ${name} ${size} --force'` });
     return undefined;
   } catch (error) {
     if (!(error instanceof CatalogError) || error.code !== 'EXISTS') throw error;

@@ -73,7 +73,11 @@ export class DirectOperations implements Operations {
     return this.#catalog.show(spec);
   }
 
-  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord> {
+  create(
+    name: string,
+    size: number,
+    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
+  ): Promise<VdiRecord> {
     return this.#catalog.create(name, size, options);
   }
 

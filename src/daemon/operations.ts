@@ -7,6 +7,7 @@ import type { CheckReport, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
+export { labelOfRun } from '../vdi/names.js';
 export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
@@ -57,7 +58,11 @@ export interface Operations {
   list(): Promise<VdiRecord[]>;
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
-  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord>;
+  create(
+    name: string,
+    size: number,
+    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
+  ): Promise<VdiRecord>;
   /**
    * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
    * `run` open or change it. Errors: EXISTS, BUSY.

@@ -7,8 +7,9 @@
 import type { Ending, Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
+import { Connections, type ConnectionSpan } from '../vdi/connections.js';
 import type { Client } from '../vdi/in-use.js';
-import { isLabelled } from '../vdi/names.js';
+import { isLabelled, isLabelOfRun } from '../vdi/names.js';
 import { isRunning } from '../vdi/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { EndedMoments } from './ended-moments.js';
@@ -20,6 +21,8 @@ const MAX_KEPT_PER_DISK = 4;
 const MAX_KEPT_PER_CLIENT = 16;
 /** Clients of one moment that read it or may come back. */
 const MAX_READERS = 1024;
+/** Of NAME@now without a label. */
+const PLAIN_TAG = 'now';
 const TICK_MS = 1_000;
 const MIN_TICK_MS = 50;
 /** A process that was stopped, or a machine that slept, served nobody meanwhile: no tick counts for more than this many. */
@@ -29,15 +32,16 @@ export interface TemporaryOptions {
   readonly keepMs?: number | undefined;
   /** Clients can come: their time passes. */
   readonly serves?: boolean | undefined;
+  /** How long a reader that was cut off is remembered by the next process; see ended-moments.ts. */
+  readonly readerMemoryMs?: number | undefined;
   readonly log?: ((line: string, details?: object) => void) | undefined;
 }
 
-/** One client of a moment: its connections, and those that were cut off and have not come back. */
+/** One client of a moment. */
 interface Reader {
   readonly client: Client;
-  live: number;
-  lost: number;
-  /** How long those may yet come back. */
+  readonly connections: Connections;
+  /** How long those that were cut off may yet come back. */
   leftMs: number;
   /** Its last connection has said goodbye, while others of it were cut off and may come back. */
   hasLeft: boolean;
@@ -79,6 +83,7 @@ export interface EndOfReading {
   readonly hadErrors: boolean;
   /** It was refused after all: all is as if it had not come. */
   readonly isRefused: boolean;
+  readonly span: ConnectionSpan;
 }
 
 export class TemporarySnapshots implements TemporaryKeeper {
@@ -101,7 +106,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#keepMs = options.keepMs ?? DEFAULT_KEEP_MS;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
-    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log);
+    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log, options.readerMemoryMs);
     catalog.keeper = this;
     this.#tickIfNeeded();
   }
@@ -163,25 +168,41 @@ export class TemporarySnapshots implements TemporaryKeeper {
     });
   }
 
-  #leave({ moment, tookOver }: HeldMoment, reader: Reader, { ending, hadErrors, isRefused }: EndOfReading): void {
-    reader.live--;
-    if (isRefused ? tookOver : ending === 'lost' || hadErrors) {
-      reader.lost++;
+  #leave({ moment, tookOver }: HeldMoment, reader: Reader, { ending, hadErrors, isRefused, span }: EndOfReading): void {
+    const { connections, client } = reader;
+    connections.live--;
+    const isCutOff = !isRefused && (ending === 'lost' || hadErrors);
+    if (isCutOff) {
+      connections.loseAll(1, span);
+      reader.leftMs = this.#keepMs;
+    } else if (isRefused) {
       // Who was refused has been away for as long as before.
-      if (!isRefused) reader.leftMs = this.#keepMs;
-      if (!isLabelled(moment.tag)) this.#ended.readerLost(moment.name, reader.client);
-    } else if (reader.live === 0 && reader.lost === 0) {
-      this.#forgetReader(moment, reader);
-    } else if (reader.live === 0 && !isRefused) {
-      // Those of one process may work side by side: what was cut off comes back though the others are done.
-      reader.hasLeft = true;
+      if (tookOver) connections.loseAll(1);
+    } else if (!tookOver) {
+      connections.leave(span);
     }
+    connections.settle();
+    if (connections.live > 0) return;
+    if (connections.lost === 0) {
+      this.#forgetReader(moment, reader);
+      return;
+    }
+    // Those of one process may work side by side: what was cut off comes back though the others are done.
+    if (!isCutOff && !isRefused) reader.hasLeft = true;
+    // As long as one reads, the end of this process would cut it off just then.
+    if (!isLabelled(moment.tag) && !this.#reads(moment.name, client)) this.#ended.readerLost(moment.name, client);
+  }
+
+  /** One of its connections has a moment of NAME@now open. */
+  #reads(name: string, client: Client): boolean {
+    const moments = this.#moments.get(`${name}@${PLAIN_TAG}`) ?? [];
+    return moments.some(({ readers }) => (readers.get(client.id)?.connections.live ?? 0) > 0);
   }
 
   kept(vid: number): { readonly client: string; readonly until: number } | undefined {
     const moment = this.#byVid(vid);
     if (!moment || moment.users + moment.askers > 0) return undefined;
-    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return undefined;
     const client = lost.map((reader) => reader.client.label).join(', ');
     return { client, until: Date.now() + Math.max(...lost.map(({ leftMs }) => leftMs)) };
@@ -209,7 +230,15 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (isLabelled(tag)) this.#ended.checkLabel(name, tag);
     else if (client) this.#ended.checkReader(name, client, isOpening);
     const { vid } = await this.#take(name, tag);
-    const vdi = await this.#catalog.openTemporary(vid);
+    let vdi: Vdi;
+    try {
+      vdi = await this.#catalog.openTemporary(vid);
+    } catch (error) {
+      await this.#catalog.dropTemporary(name, tag, vid).catch((failure: unknown) => {
+        this.#log(`${name}@${tag} could not be dropped`, { err: failure });
+      });
+      throw error;
+    }
     const moment: Moment = {
       ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
       ...{
@@ -257,23 +286,25 @@ export class TemporarySnapshots implements TemporaryKeeper {
    */
   async #arrive(moment: Moment, client: Client | undefined): Promise<boolean> {
     const { name, tag, takenAt } = moment;
-    if (!client) return false;
-    if (!moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
+    if (client && !moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
       throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
     }
     if (!isLabelled(tag)) {
-      await this.#ended.reads(name, client, takenAt);
-    } else if (!moment.isRemembered) {
+      if (client) await this.#ended.reads(name, client, takenAt);
+    } else if (!moment.isRemembered && (client || !isLabelOfRun(tag))) {
+      // Also for a command of ours: the label is the user's. One that was drawn for the run nobody gives again.
       await this.#ended.useLabel(name, tag);
       moment.isRemembered = true;
     }
+    if (!client) return false;
     let reader = moment.readers.get(client.id);
-    if (!reader) moment.readers.set(client.id, (reader = { client, live: 0, lost: 0, leftMs: 0, hasLeft: false }));
+    if (!reader) {
+      reader = { client, connections: new Connections(), leftMs: 0, hasLeft: false };
+      moment.readers.set(client.id, reader);
+    }
     reader.hasLeft = false;
-    reader.live++;
-    if (reader.lost === 0) return false;
-    reader.lost--;
-    return true;
+    reader.connections.live++;
+    return reader.connections.takeOver();
   }
 
   /** The connection has no part in it any more. */
@@ -292,8 +323,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
   async #settle(moment: Moment): Promise<void> {
     this.#tickIfNeeded();
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.lost = 0;
-    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.connections.forget();
+    const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
     const { failure } = moment.vdi;
     if (failure) return this.#end(moment, failure.message);
@@ -302,7 +333,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const ofDisk = kept.filter(({ name }) => name === moment.name);
     if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
     for (const { client } of lost) {
-      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.lost ?? 0) > 0);
+      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.connections.lost ?? 0) > 0);
       if (ofClient.length > MAX_KEPT_PER_CLIENT)
         this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
     }
@@ -319,7 +350,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   /** If nobody has it open. Without a `why` only if nobody comes back for it, or it cannot be read any more. */
   async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    const isAwaited = [...moment.readers.values()].some(({ lost }) => lost > 0);
+    const isAwaited = [...moment.readers.values()].some(isAway);
     const reason = isAwaited ? moment.vdi.failure?.message : 'its client was cut off and did not come back in time';
     const because = why ?? reason;
     if (because !== undefined) await this.#end(moment, because);
@@ -347,7 +378,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
       return;
     }
     for (const reader of [...moment.readers.values()]) {
-      if (reader.lost > 0) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
+      if (isAway(reader)) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
       else this.#forgetReader(moment, reader);
     }
     this.#tickIfNeeded();
@@ -379,7 +410,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   #isWaiting(): boolean {
     if (this.#ended.isWaiting) return true;
     for (const moments of this.#moments.values()) {
-      if (moments.some(({ readers }) => [...readers.values()].some(({ lost }) => lost > 0))) return true;
+      if (moments.some(({ readers }) => [...readers.values()].some(isAway))) return true;
     }
     return false;
   }
@@ -399,11 +430,12 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#ended.age(passed);
     for (const moment of [...this.#moments.values()].flat()) {
       for (const reader of moment.readers.values()) {
-        if (reader.lost === 0) continue;
+        if (!isAway(reader)) continue;
+        const { connections } = reader;
         reader.leftMs -= passed;
         if (reader.leftMs <= 0) moment.hasLateReader = true;
-        if (reader.leftMs <= 0 || isGone(moment, reader)) reader.lost = 0;
-        if (reader.lost === 0 && reader.live === 0) this.#forgetReader(moment, reader);
+        if (reader.leftMs <= 0 || isGone(moment, reader)) connections.forget();
+        if (connections.lost === 0 && connections.live === 0) this.#forgetReader(moment, reader);
       }
       if (moment.users + moment.askers === 0) this.#endSoon(moment, undefined);
     }
@@ -424,6 +456,11 @@ export class TemporarySnapshots implements TemporaryKeeper {
     });
     return result;
   }
+}
+
+/** Connections of it were cut off, and may come back. */
+function isAway({ connections }: Reader): boolean {
+  return connections.lost > 0;
 }
 
 /**

@@ -30,6 +30,11 @@ interface Opening {
   readonly close: (closing: Closing) => Promise<void>;
 }
 
+const REFUSED: Closing = {
+  ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
+  span: { opened: 0, lastRequest: 0 },
+};
+
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
 
@@ -151,7 +156,7 @@ export class VdiExports implements ExportProvider {
     try {
       tags = toldBases(await this.#basesOf(record, options), []);
     } catch (error) {
-      await close({ ending: 'disconnect', hadErrors: false, hasWritten: false, isRefused: true });
+      await close(REFUSED);
       throw error;
     }
     const uses = new Map<Vdi, UseOfConnection | undefined>();
@@ -201,10 +206,10 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  #endUse(use: UseOfConnection | undefined, { ending, hadErrors, hasWritten, isRefused }: Closing): void {
+  #endUse(use: UseOfConnection | undefined, { ending, isRefused, ...closing }: Closing): void {
     if (!use) return;
     if (isRefused) this.#catalog.inUse.withdraw(use);
-    else this.#catalog.inUse.end(use, { isOver: ending === 'disconnect', hadErrors, hasWritten });
+    else this.#catalog.inUse.end(use, { ...closing, isOver: ending === 'disconnect' });
   }
 
   /** What a subject is about; of a temporary snapshot the VDI that it is, or would be, taken of. */

@@ -164,16 +164,16 @@ export class VdiCatalog {
     });
   }
 
-  /** An empty VDI of `size` bytes. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
+  /** An empty VDI of `size` bytes. `forceHint`: what stands for --force where that cannot be given. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
   create(
     name: string,
     size: number,
-    options: { readonly blockSizeShift?: number | undefined } & ForceOption = {},
+    options: { readonly blockSizeShift?: number | undefined; readonly forceHint?: string } & ForceOption = {},
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       const shift = checkNewVdi(name, size, options.blockSizeShift);
       await this.#mustNotExist(name);
-      this.#mustBeUnused({ name, tag: '' }, 'made anew', options);
+      this.#mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
       return this.#store.catalog.create(name, size, shift);
     });
   }

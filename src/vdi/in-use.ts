@@ -3,6 +3,7 @@
  * as a user until it has come back and left in order, or a time has passed. Owns the counts and what is stored of them. It
  * does not know what may not be done meanwhile; the catalog does.
  */
+import { Connections, type ConnectionSpan } from './connections.js';
 import { memoryKey, type Memory } from './memory.js';
 import { isRunning, ownKey } from './process-identity.js';
 import { isStamp, msSince, stampNow, type Stamp } from './stamp.js';
@@ -63,12 +64,6 @@ interface UseRecord {
   readonly hasLeft?: boolean | undefined;
 }
 
-/** Connections, and those that were cut off and have not come back. */
-interface Connections {
-  live: number;
-  lost: number;
-}
-
 interface Use {
   record: UseRecord;
   readonly key: string;
@@ -101,6 +96,7 @@ export interface EndOfUse {
   /** ... having been told of errors: it may try that again. */
   readonly hadErrors: boolean;
   readonly hasWritten: boolean;
+  readonly span: ConnectionSpan;
 }
 
 export class InUse {
@@ -136,8 +132,7 @@ export class InUse {
     }
     const { writers, readers } = use;
     // Who may only read is not one that could write.
-    const tookOver = writable && writers.lost > 0 ? writers : readers.lost > 0 ? readers : undefined;
-    if (tookOver) tookOver.lost--;
+    const tookOver = writable && writers.takeOver() ? writers : readers.takeOver() ? readers : undefined;
     (writable ? writers : readers).live++;
     const isStored = this.#memory.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
     if (!isStored || (writable && !known.writable)) {
@@ -146,33 +141,38 @@ export class InUse {
       use.storing = this.#store(use.record);
     }
     // Also another connection's, if it is the same.
-    await use.storing;
-    use.storing = undefined;
+    const { storing } = use;
+    await storing;
+    if (use.storing === storing) use.storing = undefined;
     return { use, writable, tookOver };
   }
 
   /** The connection is over. */
-  end({ use, writable, tookOver }: UseOfConnection, { isOver, hadErrors, hasWritten }: EndOfUse): void {
+  end({ use, writable, tookOver }: UseOfConnection, { isOver, hadErrors, hasWritten, span }: EndOfUse): void {
     const { writers, readers } = use;
     const own = writable ? writers : readers;
     own.live--;
     const isInOrder = isOver && !hadErrors;
     if (!isInOrder) {
-      own.lost++;
+      own.loseAll(1, span);
     } else if (use.record.client.isExact) {
       // One process: when its last connection has said goodbye, none of those that broke before will come back. One that
       // could only read does not speak for one that writes.
-      if (own.live === 0) own.lost = 0;
-      if (live(use) === 0 && writable) readers.lost = 0;
+      if (own.live === 0) own.forget();
+      if (live(use) === 0 && writable) readers.forget();
     } else if (hasWritten) {
       use.hasWritten = true;
     } else if (tookOver === writers) {
       use.onlyLooked++;
     }
+    // Behind an address who only looks speaks for no writer. Who took over has been counted for the one that he was.
+    const speaks = use.record.client.isExact || !writable || hasWritten;
+    if (isInOrder && tookOver === undefined && speaks) own.leave(span);
+    own.settle();
     if (writers.live === 0) {
       // Those behind one address: if none has written, they only looked, and whoever was cut off may write yet.
-      if (!use.hasWritten) writers.lost += use.onlyLooked;
-      else if (isInOrder) writers.lost = 0;
+      if (!use.hasWritten) writers.loseAll(use.onlyLooked);
+      else if (isInOrder) writers.forget();
       use.onlyLooked = 0;
       use.hasWritten = false;
     }
@@ -194,7 +194,7 @@ export class InUse {
   /** The connection was refused after all: all is as if it had not come. */
   withdraw({ use, writable, tookOver }: UseOfConnection): void {
     (writable ? use.writers : use.readers).live--;
-    if (tookOver) tookOver.lost++;
+    tookOver?.loseAll(1);
     if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
     if (lost(use) > 0) this.#noteLost(use);
     else if (live(use) === 0) this.#drop(use);
@@ -280,7 +280,10 @@ export class InUse {
       (other) =>
         other.record.name === name && other.record.tag === tag && live(other) === 0 && other.record.client.id !== '*',
     );
-    if (others.length > MAX_LOST_CLIENTS) this.#countTogether(others[0] as Use);
+    // Those that were here last are the likeliest to come back. A place in the map says when somebody first came.
+    if (others.length > MAX_LOST_CLIENTS) {
+      this.#countTogether(others.reduce((oldest, other) => (leftMs(other) < leftMs(oldest) ? other : oldest)));
+    }
     if (this.#uses.size > MAX_RECORDS) {
       for (const other of [...this.#uses.values()]) if (live(other) === 0 && !this.#counts(other)) this.#drop(other);
     }
@@ -296,18 +299,19 @@ export class InUse {
     const { name, tag } = oldest.record;
     const key = PREFIX + memoryKey(name, tag, EARLIER_CLIENTS.id);
     const before = this.#uses.get(key);
+    // Until the last of them counts no more.
     const last = before && leftMs(before) > leftMs(oldest) ? before : oldest;
-    const since = before?.record.since ?? oldest.record.since;
-    const record = { ...last.record, client: EARLIER_CLIENTS, since, hasLeft: undefined };
+    const since = Math.min(before?.record.since ?? Infinity, oldest.record.since);
+    const writable = oldest.record.writable || before?.record.writable === true;
+    const record = { ...last.record, client: EARLIER_CLIENTS, since, writable, hasLeft: undefined };
     this.#uses.set(key, this.#lostUse(key, record));
     this.#memory.putSoon(key, record);
     this.#drop(oldest);
   }
 
   #newUse(key: string, record: UseRecord): Use {
-    const none = (): Connections => ({ live: 0, lost: 0 });
     return {
-      ...{ key, record, writers: none(), readers: none(), onlyLooked: 0, hasWritten: false },
+      ...{ key, record, writers: new Connections(), readers: new Connections(), onlyLooked: 0, hasWritten: false },
       ...{ lostSince: undefined, lostForMs: this.#forMs, hasLeft: false },
     };
   }
@@ -315,7 +319,7 @@ export class InUse {
   /** Of which only the record is known: how many connections there were does not matter. */
   #lostUse(key: string, record: UseRecord): Use {
     const use = this.#newUse(key, record);
-    (record.writable ? use.writers : use.readers).lost = 1;
+    (record.writable ? use.writers : use.readers).loseAll(1);
     use.lostSince = record.lostAt;
     use.lostForMs = record.forMs;
     use.hasLeft = record.hasLeft === true;
@@ -375,8 +379,8 @@ function mayWrite({ writers, onlyLooked }: Use): boolean {
 
 /** Those that were cut off do not count any more. */
 function forget(use: Use): void {
-  use.writers.lost = 0;
-  use.readers.lost = 0;
+  use.writers.forget();
+  use.readers.forget();
   use.onlyLooked = 0;
   use.lostSince = undefined;
 }

@@ -17,6 +17,7 @@ import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
+import { labelOfRun } from '../../src/vdi/names.js';
 import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
 import { stampNow } from '../../src/vdi/stamp.js';
 
@@ -285,7 +286,7 @@ test('on a store that several processes serve, who was cut off from this one sti
   const inUse = new InUse(memory, { forMs: 60_000, log: () => undefined });
   const client = { id: 'x', label: 'x', isExact: false };
   const use = await inUse.begin({ name: 'disk', tag: '' }, client, true);
-  inUse.end(use, { isOver: false, hadErrors: false, hasWritten: false });
+  inUse.end(use, { isOver: false, hadErrors: false, hasWritten: false, span: { opened: 1, lastRequest: 1 } });
   await memory.flush();
   expect(inUse.of('disk', '')).toMatchObject([{ client: 'x' }]);
   state.stored.clear(); // --force, there
@@ -380,6 +381,7 @@ test('one of several connections was cut off: the moment goes with the process t
     const credentials = { pid, uid: 0, gid: 0, ...lookAtProcess(pid) };
     const from: Peer = { transport: 'unix', address: '/run/nbd.sock', credentials };
     const [first, second] = [await open(spec, from), await open(spec, from)];
+    await read(first);
     await first.close('lost');
     await second.close('disconnect');
     expect((await catalog.show('disk')).kept, spec).toHaveLength(1);
@@ -392,7 +394,8 @@ test('one of several connections was cut off: the moment goes with the process t
 
 test('two that make room for their moments at the same time do not wait for each other', async () => {
   const command: Peer = { transport: 'internal', address: '' };
-  const first = await open('disk@now:y', command);
+  const label = `disk@now:${labelOfRun('y')}`;
+  const first = await open(label, command);
   for (const host of ['192.0.2.3', '192.0.2.4']) await (await open('disk@now', tcp(host))).close('lost');
   // The first one is closing: nobody has it open any more, but it is not gone yet.
   let goOn: () => void = () => undefined;
@@ -407,7 +410,7 @@ test('two that make room for their moments at the same time do not wait for each
   full.mockImplementation(take);
   const closing = first.close('disconnect');
   await vi.waitFor(() => expect(catalog.release).toHaveBeenCalled());
-  const opening = [open('disk@now:y', tcp('192.0.2.1')), open('disk@now', tcp('192.0.2.2'))];
+  const opening = [open(label, tcp('192.0.2.1')), open('disk@now', tcp('192.0.2.2'))];
   await new Promise((resolve) => setImmediate(resolve));
   goOn();
   const opened = await Promise.allSettled([closing, ...opening]);
