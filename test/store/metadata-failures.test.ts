@@ -1,7 +1,10 @@
 /** What becomes of a store whose metadata cannot be stored: a full disk, from its first moment on; a disk that is gone. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { NbdClient } from 'nbd-server-ts';
 import { expect, onTestFinished, test, vi } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
@@ -153,6 +156,86 @@ needs('prlimit')(
     limit('unlimited');
     expect(await snapshot('three')).toMatchObject({ code: 0, stderr: '' });
     expect((await daemon.stop()).code).toBe(0);
+  },
+);
+
+/** A daemon whose LMDB fails as `order` says: see failing-lmdb.c. */
+async function daemonThatFails() {
+  const directory = temporaryDirectory();
+  const library = path.join(directory, 'failing-lmdb.so');
+  const source = fileURLToPath(new URL('../harness/failing-lmdb.c', import.meta.url));
+  execFileSync('gcc', ['-shared', '-fPIC', '-Wall', '-Werror', '-o', library, source, '-ldl']);
+  const orders = path.join(directory, 'orders');
+  fs.mkdirSync(orders);
+  const daemon = await startDaemon({
+    args: ['--create', 'disk:16M', '--create', 'other:16M'],
+    env: { LD_PRELOAD: library, FAILING_LMDB: orders },
+  });
+  const order = (what: 'meta-page' | 'begin', code: 'ENOSPC' | 'EIO' | 'ENOMEM'): void =>
+    fs.writeFileSync(path.join(orders, what), String(os.constants.errno[code]));
+  const clients = await Promise.all(
+    ['disk', 'other'].map(async (name) => {
+      const client = await NbdClient.connect({ path: daemon.socket });
+      await client.go(name);
+      return client;
+    }),
+  );
+  const [disk, other] = clients as [NbdClient, NbdClient];
+  return { daemon, order, orders, disk, other };
+}
+
+needs('gcc')(
+  'when the page that makes a commit valid cannot be written once, that commit is an error with the cause, and all goes on',
+  async () => {
+    const { daemon, order, orders, disk, other } = await daemonThatFails();
+    const snapshot = (tag: string) => cli(['vdi', 'snapshot', 'disk', tag, '--control', daemon.control]);
+    for (const [n, code, says] of [
+      [1, 'ENOSPC', /meta\.mdb: .*no space left/i],
+      [2, 'EIO', /meta\.mdb: .*(EIO|input\/output error)/i],
+    ] as const) {
+      await disk.write(n * 2 ** 22, Buffer.from(code));
+      await other.write(n * 2 ** 22, Buffer.from(code));
+      order('meta-page', code);
+      await expect(disk.flush()).rejects.toMatchObject({ code });
+      expect(fs.readdirSync(orders)).toEqual([]);
+      expect(daemon.log()).toMatch(says);
+      await other.flush();
+      await disk.flush();
+      order('meta-page', code);
+      expect(await snapshot(`not-${n}`)).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+      expect(await snapshot(`s${n}`)).toMatchObject({ code: 0, stderr: '' });
+    }
+    const list = await cli(['vdi', 'list', '--control', daemon.control]);
+    expect(list.stdout).toMatch(/s1[^]*s2/);
+    expect(list.stdout).not.toContain('not-');
+    for (const client of [disk, other]) expect((await client.read(2 * 2 ** 22, 3)).toString()).toBe('EIO');
+    order('meta-page', 'ENOSPC');
+    expect(await daemon.stop()).toEqual({ code: 1, signal: null });
+    expect(fs.readdirSync(orders)).toEqual([]);
+    // All that this page had to say is that the store was closed.
+    const { stdout } = await cli(['export', 'disk@s2', '-'], { store: daemon.store });
+    expect(stdout.slice(2 * 2 ** 22, 2 * 2 ** 22 + 3)).toBe('EIO');
+  },
+);
+
+needs('gcc')(
+  'when a transaction does not begin, changes are errors that say so, and the daemon reads on and ends when it is told',
+  async () => {
+    const { daemon, order, disk, other } = await daemonThatFails();
+    await disk.write(0, Buffer.from('flushed'));
+    await disk.flush();
+    await other.write(0, Buffer.from('new'));
+    order('begin', 'ENOMEM');
+    await expect(other.flush()).rejects.toMatchObject({ code: 'EIO' });
+    const says = /LMDB does not begin a transaction.*started again/;
+    expect(daemon.log()).toMatch(says);
+    const refused = await cli(['vdi', 'snapshot', 'disk', 's', '--control', daemon.control]);
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+    expect((await disk.read(0, 7)).toString()).toBe('flushed');
+    expect(await daemon.stop()).toEqual({ code: 1, signal: null });
+    const again = await startDaemon({ store: daemon.store });
+    expect(await cli(['vdi', 'snapshot', 'disk', 's', '--control', again.control])).toMatchObject({ code: 0 });
+    expect((await again.stop()).code).toBe(0);
   },
 );
 
