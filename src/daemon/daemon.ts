@@ -194,6 +194,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
         log: (line, details) => log.warn(details ?? {}, line),
+        logError: (line, details) => log.error(details ?? {}, line),
       });
     }, controlPath);
     operations = opened;
