@@ -6,12 +6,28 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { NbdClient } from 'nbd-server-ts';
 import { expect, onTestFinished, test, vi } from 'vitest';
+import type { Environment } from '../../src/store/local/lmdb-environment.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
 import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, needs, temporaryDirectory, skipBecause, startDaemon } from '../harness/daemon.js';
+import { cli, needs, temporaryDirectory, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
 import { fill, mountImage, mountThin, mountTmpfs, shutDown } from '../harness/filesystems.js';
+
+/** What LMDB was opened as, in their order. */
+const environments = vi.hoisted(() => [] as Environment[]);
+
+vi.mock('../../src/store/local/lmdb-environment.js', async (load) => {
+  const real = await load<typeof import('../../src/store/local/lmdb-environment.js')>();
+  return {
+    ...real,
+    openEnvironment: (...args: Parameters<typeof real.openEnvironment>) => {
+      const environment = real.openEnvironment(...args);
+      environments.push(environment);
+      return environment;
+    },
+  };
+});
 
 const NEEDS_ROOT = 'mounting needs root';
 
@@ -280,6 +296,42 @@ test('after an error of its disk, all of the metadata is read before LMDB maps i
   expect(reading.mock.calls.filter(([fd]) => fails(fd, file))).toHaveLength(1);
 });
 
+test('while LMDB is being opened anew after a failed commit, other disks are opened a moment later, not refused', async () => {
+  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
+  const written = await catalog.openVdi('disk');
+  await written.write(0, Buffer.from('text'), true);
+  await catalog.release(written);
+  const env = environments.at(-1) as Environment;
+  env.transaction = () => Promise.reject(Object.assign(new Error('i/o error'), { code: os.constants.errno.EIO }));
+  const close = env.close.bind(env);
+  let closeNow!: () => void;
+  const mayClose = new Promise<void>((resolve) => (closeNow = resolve));
+  env.close = () => mayClose.then(close);
+  const failed = expect(store.state.commit(new Map([['a', 1]]))).rejects.toMatchObject({ code: 'IO' });
+  const isBeingOpened = (): boolean => {
+    try {
+      store.metadata.state();
+      return false;
+    } catch (error) {
+      return /could not be opened again yet/.test((error as Error).message);
+    }
+  };
+  await waitUntil(isBeingOpened, 'LMDB is being opened anew');
+  const opening = catalog.openVdi('disk');
+  void opening.catch(() => undefined);
+  // As long as it takes: nothing that the opening could wait for beside this goes on any more.
+  const sooner = await Promise.race([opening.then(() => 'opened', String), catalog.list().then(() => undefined)]);
+  expect(sooner).toBe(undefined);
+  closeNow();
+  const vdi = await opening;
+  const read = Buffer.alloc(4);
+  await vdi.read(0, read);
+  expect(read.toString()).toBe('text');
+  await failed;
+  expect(environments.at(-1)).not.toBe(env);
+});
+
 test('metadata that somebody cuts off while it is open is damage that is told, not the end of the process', async () => {
   const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 30);
@@ -324,6 +376,17 @@ for (const type of ['ext4', 'xfs'] as const) {
       const refused = await cli([...args, '--control', daemon.control]);
       expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringContaining('EIO') });
     }
+    const client = await NbdClient.connect({ path: daemon.socket });
+    await expect(client.go('disk')).rejects.toThrow();
+    client.destroy();
+    const refusal = daemon
+      .log()
+      .split('\n')
+      .find((line) => line.includes('cannot be opened'));
+    expect(JSON.parse(refusal ?? '{}')).toMatchObject({
+      level: 50,
+      msg: expect.stringMatching(/^export "disk" cannot be opened: .*EIO/),
+    });
     expect(await daemon.stop()).toEqual({ code: 1, signal: null });
     const last = daemon.log().trimEnd().split('\n').at(-1);
     expect(last).toMatch(/^sheepgate: .*meta\.mdb: .*EIO/);
