@@ -177,11 +177,9 @@ test('a log that could not be written counts for nothing until a flush has succe
   expect(setAside(copy)).toEqual([]);
 });
 
-for (const [what, isMoved] of [
-  ['', false],
-  [' and its snapshot', true],
-] as const) {
-  test(`killed between the removal of a VDI${what} and that of its log: nothing is in doubt`, async () => {
+for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush had failed']) {
+  const isMoved = what.endsWith('snapshot');
+  test(`killed between the removal of ${what} and that of its log: nothing is in doubt`, async () => {
     const { directory, store, catalog, vdi } = await newStore();
     await write(vdi, 0, 'flushed');
     await vdi.flush();
@@ -192,7 +190,12 @@ for (const [what, isMoved] of [
     }
     const logs = logsOf(directory).map((log) => [path.basename(log), fs.readFileSync(log)] as const);
     expect(logs).not.toEqual([]);
-    await catalog.release(vdi);
+    const { metadata } = store;
+    const commit = metadata.commit.bind(metadata);
+    const full = new StoreError('NO_SPACE', 'storing metadata: full');
+    if (what.endsWith('failed')) metadata.commit = () => Promise.reject(full);
+    await catalog.release(vdi).catch((error: unknown) => expect(error).toBe(full));
+    metadata.commit = commit;
     if (isMoved) await catalog.remove('disk@one');
     await catalog.remove('disk');
     const copy = copyOf(directory);
