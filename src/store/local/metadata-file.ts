@@ -151,7 +151,7 @@ export class MetadataFile {
       await this.#run(this.#env, take);
       this.#isSuspect = false;
     } catch (error) {
-      if (this.#isStuck) return this.#asCommitError(error);
+      if (this.#isStuck) return asMetadataError(error, `storing metadata in ${this.file}`);
       const failure = this.#asCommitError(await commitErrorOf(error));
       this.#isSuspect ||= failure.code !== 'NO_SPACE';
       // On a full disk, too: if it was full for the page that makes a commit valid, LMDB never again begins a transaction.
