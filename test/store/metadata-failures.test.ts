@@ -226,7 +226,8 @@ needs('gcc')(
     expect(list.stdout).not.toContain('not-');
     for (const client of [disk, other]) expect((await client.read(2 * 2 ** 22, 3)).toString()).toBe('EIO');
     order('meta-page', 'ENOSPC');
-    expect(await daemon.stop()).toEqual({ code: 1, signal: null });
+    // 0 if what failed was the commit of who has what open, which is tried again; 1 if it was the last one.
+    expect(await daemon.stop()).toEqual({ code: expect.toBeOneOf([0, 1]), signal: null });
     expect(fs.readdirSync(orders)).toEqual([]);
     // All that this page had to say is that the store was closed.
     const { stdout } = await cli(['export', 'disk@s2', '-'], { store: daemon.store });
