@@ -9,6 +9,7 @@ import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import type { Unfinished } from '../store/object-store.js';
+import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
@@ -289,7 +290,7 @@ async function createMissing(
 /** undefined if it was made; what is there if it was not. */
 async function createIfMissing(operations: OpenedStore, name: string, size: number): Promise<VdiRecord | undefined> {
   try {
-    await operations.create(name, size, { forceHint: `'sheepgate vdi create ${name} ${size} --force'` });
+    await operations.create(name, size, { forceHint: `'sheepgate vdi create ${shellWord(name)} ${size} --force'` });
     return undefined;
   } catch (error) {
     if (!(error instanceof CatalogError) || error.code !== 'EXISTS') throw error;

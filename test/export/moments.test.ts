@@ -20,9 +20,9 @@ import { Memory } from '../../src/vdi/memory.js';
 import { labelOfRun } from '../../src/vdi/names.js';
 import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
 import { stampNow } from '../../src/vdi/stamp.js';
+import { BLOCK, readFirst, writeFirst } from './first-block.js';
 
 const SIZE = 8 * 2 ** 20;
-const BLOCK = 4096;
 
 let directory: string;
 let store: LocalStore;
@@ -58,17 +58,8 @@ async function open(spec: string, from: Peer = peer()): Promise<BlockDevice> {
   return (await exports.open(spec, from)).device;
 }
 
-async function read(device: BlockDevice): Promise<number> {
-  const block = Buffer.alloc(BLOCK);
-  await device.read(0, block);
-  return block[0] ?? -1;
-}
-
-async function write(value: number): Promise<void> {
-  const vdi = await catalog.openVdi('disk');
-  await vdi.write(0, Buffer.alloc(BLOCK, value), true);
-  await catalog.release(vdi);
-}
+const read = readFirst;
+const write = (value: number): Promise<void> => writeFirst(catalog, value);
 
 for (const spec of ['disk@now', 'disk@now:run']) {
   test(`${spec}: lost on a full disk, it is no other moment for who tries again, though it said goodbye`, async () => {

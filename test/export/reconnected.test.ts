@@ -15,9 +15,9 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
 import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { BLOCK, readFirst, writeFirst } from './first-block.js';
 
 const SIZE = 8 * 2 ** 20;
-const BLOCK = 4096;
 const HOUR_S = 3600;
 const CLIENT: Peer = { transport: 'tcp', address: '192.0.2.1:1', host: '192.0.2.1' };
 const COMMAND: Peer = { transport: 'internal', address: 'command line' };
@@ -47,17 +47,8 @@ async function open(spec: string, from: Peer = CLIENT): Promise<BlockDevice> {
   return (await exports.open(spec, from)).device;
 }
 
-async function read(device: BlockDevice): Promise<number> {
-  const block = Buffer.alloc(BLOCK);
-  await device.read(0, block);
-  return block[0] ?? -1;
-}
-
-async function write(value: number): Promise<void> {
-  const vdi = await catalog.openVdi('disk');
-  await vdi.write(0, Buffer.alloc(BLOCK, value), true);
-  await catalog.release(vdi);
-}
+const read = readFirst;
+const write = (value: number): Promise<void> => writeFirst(catalog, value);
 
 const tags = async (): Promise<string[]> => (await catalog.list()).map(({ tag }) => tag);
 
