@@ -28,6 +28,11 @@ import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */
 const STOP_GRACE_MS = 10_000;
+/**
+ * How long a cluster's nodes may take, after that, to be told what the end of its users means (locks, temporary snapshots).
+ * What they do not answer by then is left as after a crash: the next start finds it.
+ */
+const CLUSTER_CLOSE_MS = 10_000;
 /** Of the NBD sockets; other users are let in with --socket-mode. */
 export const DEFAULT_SOCKET_MODE = 0o600;
 /** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
@@ -90,10 +95,24 @@ export interface Daemon {
   stop(): Promise<void>;
 }
 
+export interface StartOptions {
+  /** Aborted when the daemon is to stop. While it starts it gives up then; later `stop` is for that. */
+  readonly stop?: AbortSignal;
+  /** Told when the start has failed, before it is cleaned up after. */
+  readonly onFailure?: () => void;
+}
+
 type OpenedStore = Awaited<ReturnType<typeof openDirectly>>;
 
-/** Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog. */
-export async function startDaemon(configuration: DaemonConfiguration, log: Logger): Promise<Daemon> {
+/**
+ * Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog; the signal's
+ * reason.
+ */
+export async function startDaemon(
+  configuration: DaemonConfiguration,
+  log: Logger,
+  { stop: toldToStop, onFailure }: StartOptions = {},
+): Promise<Daemon> {
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
   const security = new Security(configuration.security ?? {}, log);
@@ -160,13 +179,18 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
 
   let operations: OpenedStore | undefined;
   let control: ControlServer | undefined;
+  /** Aborted when a cluster is not waited for any more. */
+  const leaving = new AbortController();
+  const leave = (): void => leaving.abort();
   const stop = async (): Promise<void> => {
     operations?.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
-    await operations?.close();
+    if (operations !== undefined) await closeStore(operations, leaving);
   };
+  toldToStop?.addEventListener('abort', leave, { once: true });
   try {
+    toldToStop?.throwIfAborted();
     for (const address of configuration.listeners) {
       listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
     }
@@ -193,14 +217,18 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
         log: (line, details) => log.warn(details ?? {}, line),
+        signal: leaving.signal,
       });
     }, controlPath);
     operations = opened;
+    toldToStop?.throwIfAborted();
     control = controlOf(opened);
     await control.listen();
     const kept = await createMissing(opened, configuration.create, log);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
+    toldToStop?.throwIfAborted();
+    toldToStop?.removeEventListener('abort', leave);
     exports.opened(security.guard(opened.exports));
     return {
       store: opened.store,
@@ -212,9 +240,28 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       stop,
     };
   } catch (error) {
+    onFailure?.();
     exports.failed();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
+  }
+}
+
+/** Errors: CLOSED if a cluster has not answered in its time, and those of closing. */
+async function closeStore(operations: OpenedStore, leaving: AbortController): Promise<void> {
+  const timer = setTimeout(() => leaving.abort(), CLUSTER_CLOSE_MS);
+  try {
+    await operations.close();
+  } catch (error) {
+    if (!leaving.signal.aborted) throw error;
+    throw new OperationError(
+      'CLOSED',
+      `${operations.store} was left without a word: its nodes did not answer in time. Locks and temporary snapshots of this ` +
+        'daemon may still be there; the next start drops the snapshots',
+      { cause: error },
+    );
+  } finally {
+    clearTimeout(timer);
   }
 }
 

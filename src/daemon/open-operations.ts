@@ -49,6 +49,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
+  /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
+  readonly signal?: AbortSignal;
 }
 
 /**
@@ -92,9 +94,9 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const { log, retryMs, missingIsZero, mayCreate } = place;
+  const { log, retryMs, missingIsZero, mayCreate, signal } = place;
   if (isCluster) {
-    const options = { log, retryMs, missingIsZero, stateDirectory: stateDirectory() };
+    const options = { log, retryMs, missingIsZero, signal, stateDirectory: stateDirectory() };
     return operationsOn(await SheepStore.open(place.store, options), place);
   }
   if (place.isDaemon) refuseOthersStore(place.store);
@@ -138,13 +140,13 @@ async function operationsOn(
 
 /** Try again for a while if the store is locked, and then say who may have it. */
 export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: string): Promise<T> {
-  const deadline = Date.now() + LOCK_WAIT_MS;
+  const deadline = performance.now() + LOCK_WAIT_MS;
   for (;;) {
     try {
       return await attempt();
     } catch (error) {
       if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
-      if (Date.now() >= deadline) {
+      if (performance.now() >= deadline) {
         const holder = error instanceof StoreLockedError ? error.holder : undefined;
         throw new OperationError('LOCKED', lockedMessage(holder, socketPath), { cause: error });
       }
