@@ -215,7 +215,9 @@ describe('a daemon', () => {
       'print("closed", flush=True)',
       'print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)',
     ].join('\n');
-    const python = spawn('python3', ['-c', terminal, process.execPath, ...args], { stdio: ['pipe', 'pipe', 'inherit'] });
+    const python = spawn('python3', ['-c', terminal, process.execPath, ...args], {
+      stdio: ['pipe', 'pipe', 'inherit'],
+    });
     let out = '';
     python.stdout.setEncoding('utf8').on('data', (text: string) => (out += text));
     await work(socket, 10);
