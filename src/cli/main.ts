@@ -13,6 +13,7 @@ import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { migrateCommand } from './migrate.js';
 import { printable } from './printable.js';
+import { reloadCommand } from './reload.js';
 import { restoreCommand } from './restore.js';
 import { serveCommand } from './serve.js';
 import { vdiCommand } from './vdi.js';
@@ -34,6 +35,7 @@ function programme(): Command {
     .description('NBD server for Sheepdog virtual disks (VDIs): thin, snapshotable disks for any NBD client')
     .version(version())
     .addCommand(serveCommand())
+    .addCommand(reloadCommand())
     .addCommand(vdiCommand())
     .addCommand(importCommand())
     .addCommand(exportCommand())

@@ -78,7 +78,7 @@ export function serveCommand(): Command {
     .addHelpText(
       'after',
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
-        'second one ends at once; SIGHUP reads TLS keys and the access file again. Started by a systemd socket unit, it\n' +
+        'second one ends at once; SIGHUP reads TLS keys and the access file again, "sheepgate reload" does and says. Started by a systemd socket unit, it\n' +
         'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
         '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
         '  sheepgate serve --cluster node1,node2,node3',
@@ -154,8 +154,9 @@ async function serve(options: ServeOptions): Promise<void> {
   notifier.ready(status);
   reloads.serve(() => {
     notifier.reloading();
-    daemon.reload();
-    notifier.ready(status);
+    void daemon.reload().then(({ failures }) => {
+      notifier.ready(failures.length === 0 ? status : `${status}; not reloaded: ${failures.join('; ')}`);
+    });
   });
 
   await toldToStop;

@@ -21,7 +21,7 @@ import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from 
 import { openDirectly, whileLocked } from './open-operations.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
-import { Security, type SecurityConfiguration } from './security.js';
+import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
@@ -89,8 +89,8 @@ export interface Daemon {
   readonly listeners: readonly ListenAddress[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
-  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. */
-  reload(): void;
+  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
+  reload(): Promise<ReloadReport>;
   /** Take no more connections, finish the requests in flight, flush, and let go of the store. */
   stop(): Promise<void>;
 }
@@ -115,7 +115,7 @@ export async function startDaemon(
 ): Promise<Daemon> {
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
-  const security = new Security(configuration.security ?? {}, log);
+  const security = await Security.load(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   for (const { name, size } of configuration.create) checkNewVdi(name, size);
@@ -173,6 +173,7 @@ export async function startDaemon(
           if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
             end();
         }),
+      reload: () => security.reload(),
       onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
     });
   };
@@ -236,7 +237,7 @@ export async function startDaemon(
       kept,
       listeners: listening,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
-      reload: () => void security.reload(),
+      reload: () => security.reload(),
       stop,
     };
   } catch (error) {

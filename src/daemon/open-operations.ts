@@ -11,6 +11,7 @@ import { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import { VdiExports } from '../export/vdi-exports.js';
 import { ControlClient } from './control-client.js';
+import type { StatusAnswer } from './control-protocol.js';
 import { DirectOperations } from './direct-operations.js';
 import { OperationError, type Operations } from './operations.js';
 import { controlSocketOf, stateDirectory } from './places.js';
@@ -179,8 +180,35 @@ function lockedMessage(holder: Holder | undefined, socketPath: string): string {
   }
 }
 
+/** The control API of the store's daemon, which must run. Errors: UNREACHABLE, OTHER_STORE. */
+export async function controlOfDaemon(
+  place: Pick<StorePlace, 'store' | 'isStoreGiven' | 'control'>,
+): Promise<ControlClient> {
+  const socketPath = place.control ?? controlSocketOf(place.store);
+  const state = await socketState(socketPath);
+  if (state !== 'alive') {
+    const found = state === 'absent' ? `there is no control socket ${socketPath}` : `nobody listens on ${socketPath}`;
+    throw new OperationError(
+      'UNREACHABLE',
+      `no daemon: ${found}; is it another store's (--store), or elsewhere (--control)?`,
+    );
+  }
+  const client = new ControlClient(socketPath);
+  await statusOf(place, client, socketPath);
+  return client;
+}
+
 async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
   const client = new ControlClient(socketPath);
+  return new RemoteOperations(await statusOf(place, client, socketPath), client);
+}
+
+/** Errors: UNREACHABLE, OTHER_STORE. */
+async function statusOf(
+  place: Pick<StorePlace, 'store' | 'isStoreGiven'>,
+  client: ControlClient,
+  socketPath: string,
+): Promise<StatusAnswer> {
   // Answers with something else than a daemon's status if the socket is somebody else's.
   const status = await client.status();
   const { store } = status;
@@ -190,7 +218,7 @@ async function connect(place: StorePlace, socketPath: string): Promise<Operation
       `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
     );
   }
-  return new RemoteOperations(status, client);
+  return status;
 }
 
 /** Whether two directories or clusters' locations are one, as far as can be told from outside. */
