@@ -42,6 +42,9 @@ type Body = Readonly<Record<string, unknown>>;
 const MAX_RUN_DIGITS = 32;
 const MAX_OF_DIGITS = 64;
 
+/** How late after its time a request that does not come to its end may be noticed; Node's own choice is 30 s. */
+const TIMEOUT_CHECK_MS = 2_000;
+
 interface Call {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
@@ -185,7 +188,12 @@ export class ControlServer {
     this.path = path.resolve(socketPath);
     this.#options = options;
     this.#http = http.createServer(
-      { requestTimeout: REQUEST_TIMEOUT_MS, headersTimeout: REQUEST_TIMEOUT_MS, keepAlive: false },
+      {
+        requestTimeout: REQUEST_TIMEOUT_MS,
+        headersTimeout: REQUEST_TIMEOUT_MS,
+        connectionsCheckingInterval: TIMEOUT_CHECK_MS,
+        keepAlive: false,
+      },
       (request, response) => {
         this.#serve(request, response).catch((error: unknown) => {
           this.#options.onFault(error, 'answering');
@@ -284,7 +292,8 @@ export class ControlServer {
     // From here on it is not HTTP's any more, and its end nobody's fault.
     socket.on('error', () => undefined);
     if (request.headers.upgrade?.toLowerCase() !== NBD_UPGRADE) {
-      socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n');
+      // Nobody reads from it, so nobody would see its end: it is closed as soon as this has left.
+      socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n', () => socket.destroy());
       return;
     }
     const session = String(++this.#lastSession);

@@ -12,7 +12,7 @@ export const MAX_SETTINGS_BYTES = 16 * 2 ** 20;
 const WRITTEN_BY_ALL = 0o002;
 const USED_BY_ALL = 0o007;
 
-/** Why a file is not taken, to follow its name. */
+/** Why a file is not taken: what follows "FILE cannot be read: ". */
 export class SettingsError extends Error {}
 
 export interface SettingsFile {
@@ -27,9 +27,9 @@ export async function readSettings(file: string): Promise<SettingsFile> {
     const handle = await fs.open(file, constants.O_RDONLY | constants.O_NONBLOCK);
     try {
       const { mode, size } = await handle.stat();
-      if (!isRegular(mode)) throw new SettingsError(`is ${kindOf(mode)}, not a file`);
+      if (!isRegular(mode)) throw new SettingsError(`it is ${kindOf(mode)}, not a file`);
       if (size > MAX_SETTINGS_BYTES)
-        throw new SettingsError(`has ${size} bytes; at most ${MAX_SETTINGS_BYTES} are read`);
+        throw new SettingsError(`it has ${size} bytes; at most ${MAX_SETTINGS_BYTES} are read`);
       return { bytes: await handle.readFile(), mode };
     } finally {
       await handle.close();
@@ -37,7 +37,7 @@ export async function readSettings(file: string): Promise<SettingsFile> {
   } catch (error) {
     if (error instanceof SettingsError) throw error;
     const { code, message } = error as NodeJS.ErrnoException;
-    throw new SettingsError(code === 'ENOENT' ? 'is not there' : `cannot be read: ${message}`, { cause: error });
+    throw new SettingsError(code === 'ENOENT' ? 'it is not there' : message, { cause: error });
   }
 }
 

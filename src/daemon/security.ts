@@ -124,7 +124,7 @@ export class Security {
       if (warning !== undefined) warnings.push(warning);
     } catch (error) {
       if (!(error instanceof SettingsError)) throw error;
-      throw new OperationError('ACCESS', `the access file ${file}: ${error.message}`, { cause: error });
+      throw new OperationError('ACCESS', `the access file ${file} cannot be read: ${error.message}`, { cause: error });
     }
     const rules = parseAccess(text, file);
     this.#checkProvable(rules, file, warnings);

@@ -151,7 +151,7 @@ async function readFile(file: string, what: string, { mayBeMissing = false } = {
     if (!(error instanceof SettingsError)) throw error;
     const { cause, message } = error;
     if (mayBeMissing && (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT') return undefined;
-    throw failure(`${file} ${message} (${what})`, error);
+    throw failure(`${file} cannot be read: ${message} (${what})`, error);
   }
 }
 
@@ -159,7 +159,7 @@ function settingsOf<T>(file: string, what: string, read: () => T): T {
   try {
     return read();
   } catch (error) {
-    throw failure(`${file}: ${(error as Error).message} (${what})`, error);
+    throw failure(`${file} cannot be read: ${(error as Error).message} (${what})`, error);
   }
 }
 
