@@ -150,8 +150,9 @@ async function readFile(file: string, what: string, { mayBeMissing = false } = {
   } catch (error) {
     if (!(error instanceof SettingsError)) throw error;
     const { cause, message } = error;
-    if (mayBeMissing && (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT') return undefined;
-    throw failure(`${file} cannot be read: ${message} (${what})`, error);
+    const isMissing = (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT';
+    if (isMissing && mayBeMissing) return undefined;
+    throw failure(`${file} ${isMissing ? 'is not there' : `cannot be read: ${message}`} (${what})`, error);
   }
 }
 
@@ -177,10 +178,11 @@ function parsed<T>(file: string, what: string, parse: () => T): T {
 
 function warnOfDates(file: string, certificate: X509Certificate, warnings: string[]): void {
   const until = Date.parse(certificate.validTo);
-  if (Date.parse(certificate.validFrom) > Date.now()) {
+  const today = Date.now();
+  if (Date.parse(certificate.validFrom) > today) {
     warnings.push(`${file} is valid only from ${certificate.validFrom}; clients refuse it until then`);
-  } else if (until < Date.now()) warnings.push(`${file} expired on ${certificate.validTo}; clients refuse it`);
-  else if (until < Date.now() + SOON_MS) warnings.push(`${file} expires on ${certificate.validTo}`);
+  } else if (until < today) warnings.push(`${file} expired on ${certificate.validTo}; clients refuse it`);
+  else if (until < today + SOON_MS) warnings.push(`${file} expires on ${certificate.validTo}`);
 }
 
 function failure(message: string, cause?: unknown): OperationError {

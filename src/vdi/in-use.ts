@@ -166,6 +166,7 @@ export class InUse {
       const { client, since, lostAt, forMs } = record;
       if (use.live > 0) found.push({ client: client.label, since, lostAt: null, until: null });
       if (use.lost > 0 && lostAt) {
+        // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
         const until = Date.now() + Math.max(0, forMs - msSince(lostAt));
         found.push({ client: client.label, since, lostAt: lostAt.at, until });
       }
