@@ -202,8 +202,8 @@ export class ControlServer {
       },
     );
     this.#http.maxConnections = MAX_CONTROL_CONNECTIONS;
-    // More than one may come, of accept(2) for example; those of listening are told by listen().
-    this.#http.on('error', (error) => this.#options.onFault(error, 'accepting a connection'));
+    // There is always somebody to hear of an error; who asked to listen hears of those of listening.
+    this.#http.on('error', () => undefined);
     this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));
   }
 
@@ -231,6 +231,7 @@ export class ControlServer {
         `cannot listen on the control socket ${this.path}: ${error.message}; give --control PATH to have it elsewhere`,
       );
     });
+    this.#http.on('error', (error) => this.#options.onFault(error, 'accepting a connection'));
     await this.#linkFromStore();
   }
 

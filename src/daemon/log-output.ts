@@ -29,6 +29,7 @@ export type DroppedNote = (count: number, why: string) => string;
 type Outlet = (bytes: Buffer, done: (error: Error | null, written: number) => void) => number | 'later';
 
 export class LogOutput {
+  readonly #fd: number;
   readonly #outlet: Outlet;
   readonly #note: DroppedNote;
   #waiting: Buffer[] = [];
@@ -41,6 +42,7 @@ export class LogOutput {
   #drained: (() => void)[] = [];
 
   constructor(fd: number, note: DroppedNote) {
+    this.#fd = fd;
     this.#outlet = outletOf(fd);
     this.#note = note;
   }
@@ -59,6 +61,16 @@ export class LogOutput {
   /** A last attempt, for a process that is about to die. pino calls it after a line of level fatal. */
   flushSync(): void {
     this.#writeOut();
+    if (!this.#isWriting) return;
+    // A file's thread has the first piece already; nobody is left to give it the others.
+    const rest = this.#waiting.splice(1);
+    if (rest.length === 0) return;
+    this.#waitingBytes = this.#waiting[0]?.length ?? 0;
+    try {
+      fs.writeSync(this.#fd, Buffer.concat(rest));
+    } catch {
+      // As lines that have no room.
+    }
   }
 
   /** Whether all is written within `ms`. */

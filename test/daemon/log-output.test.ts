@@ -9,7 +9,7 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { LogOutput, WAITING_BYTES } from '../../src/daemon/log-output.js';
-import { BIN, cli, ended, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const LINE = `${'x'.repeat(199)}\n`;
 /** More than a pipe holds and the output keeps. */
@@ -142,6 +142,18 @@ test('lines reach a file in their order', async () => {
   expect(fs.readFileSync(file, 'utf8')).toBe(expected);
 });
 
+test('the last line before a death is in the file', async () => {
+  const file = path.join(temporaryDirectory(), 'log');
+  const output = new LogOutput(fs.openSync(file, 'w'), note);
+  output.write('one\n');
+  output.write('two\n');
+  output.write('dead\n');
+  output.flushSync();
+  expect(fs.readFileSync(file, 'utf8')).toContain('two\ndead\n');
+  expect(await output.drain(1_000)).toBe(true);
+  expect(fs.readFileSync(file, 'utf8').split('\n').sort()).toEqual(['', 'dead', 'one', 'two']);
+});
+
 describe('a daemon', () => {
   const places = (): { readonly socket: string; readonly args: string[] } => {
     const directory = temporaryDirectory();
@@ -198,7 +210,8 @@ describe('a daemon', () => {
     expect(await ended(child)).toEqual({ code: 1, signal: null });
   });
 
-  test('on a terminal that is stopped with Ctrl-S, and then closed, serves on', async () => {
+  test('on a terminal that is stopped with Ctrl-S, and then closed, serves on', async (context) => {
+    if (!haveCommand('python3')) skipBecause(context, 'no python3 to make a terminal with');
     const { socket, args } = places();
     // Runs its arguments on a new terminal; Ctrl-S is typed at the first line it is given, and the end closes the terminal.
     const terminal = [
