@@ -78,8 +78,10 @@ export function serveCommand(): Command {
     .addHelpText(
       'after',
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
-        'second one ends at once; SIGHUP reads TLS keys and the access file again, "sheepgate reload" does and says. Started by a systemd socket unit, it\n' +
-        'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
+        'second one ends at once; SIGHUP reads TLS keys and the access file again;\n' +
+        '"sheepgate reload" does, too, and says what came of it. The log never holds the daemon up: lines that nobody takes are\n' +
+        'dropped and counted. Started by a systemd socket unit, it serves the sockets of that unit instead of the default\n' +
+        'addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
         '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
         '  sheepgate serve --cluster node1,node2,node3',
     );
