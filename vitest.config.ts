@@ -1,6 +1,7 @@
 import { fileURLToPath } from 'node:url';
 import { defineConfig, type TestProjectConfiguration } from 'vitest/config';
 import { clientSetProblem, SUITES } from './test/harness/client-set.js';
+import { LongestFirst } from './test/harness/longest-first.js';
 
 /** What real clients do with us: these run once for each set of clients. */
 const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
@@ -16,11 +17,18 @@ const problem = clientSetProblem();
 if (problem !== undefined) console.log(`skipped: the tests with other releases' clients: ${problem}`);
 
 export default defineConfig({
-  resolve: { alias: { 'nbd-server-ts': fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) } },
+  resolve: {
+    alias: [
+      { find: /^nbd-server-ts$/, replacement: fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) },
+      { find: /^nbd-server-ts\/(.+)$/, replacement: fileURLToPath(new URL('nbd/src/$1.ts', import.meta.url)) },
+    ],
+  },
   test: {
     reporters: ['default', fileURLToPath(new URL('test/clients/table.ts', import.meta.url))],
     pool: 'forks',
-    maxWorkers: 2,
+    // One more than the cores that this must do with: tests also wait, for time-outs and for clients that are slow on purpose.
+    maxWorkers: 3,
+    sequence: { sequencer: LongestFirst },
     testTimeout: 120_000,
     hookTimeout: 60_000,
     projects: [

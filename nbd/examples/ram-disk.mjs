@@ -11,7 +11,7 @@ const device = {
   write: (offset, data) => void data.copy(disk, offset),
   zero: (offset, length) => void disk.fill(0, offset, offset + length),
   trim: (offset, length) => void disk.fill(0, offset, offset + length),
-  ...{ flush() {}, cache() {}, extents() {}, close() {} },
+  ...{ flush() {}, cache() {}, extents() {}, close(_ending) {} },
 };
 const info = { name: 'ram', description: `${megabytes} MiB of memory` };
 const only = (name, answer) => {

@@ -40,6 +40,9 @@ import {
   writeUInt64,
 } from './protocol.js';
 
+/** The longest read or write. */
+export { MAX_PAYLOAD } from './protocol.js';
+
 /** Where the server is: an address, or a socket somebody else connected (`head`: bytes already received on it). */
 export type ClientOptions = (
   | { readonly path: string }

@@ -3,13 +3,12 @@
  * it reads only where asked to; never writes.
  */
 import type fs from 'node:fs';
-import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
 import { dropCached, nextData } from '../store/local/libc.js';
 import { hashOf, type BlockHashes } from './block-hashes.js';
 import { readWithin } from './file-io.js';
 import { IncrementReader } from './qcow2-file.js';
-import { openRegular } from './target-files.js';
+import { openRegular, readable } from './target-files.js';
 
 /** One file over the image, and the size of the disk it is of. */
 export interface Link {
@@ -64,7 +63,7 @@ export class Chain {
     return this.#size;
   }
 
-  /** Fill `into`; behind the end are zeros. */
+  /** Fill `into`; behind the end are zeros. Errors: DAMAGED, naming the file that cannot be read. */
   read(offset: number, into: Buffer): Promise<void> {
     return this.#read(this.#links.length, offset, into);
   }
@@ -80,7 +79,7 @@ export class Chain {
    */
   async nextStored(offset: number, only?: IncrementReader): Promise<number> {
     if (only) return only.nextOwn(offset);
-    const found = await nextData(this.#base.fd, offset);
+    const found = await readable(this.#baseFile, () => nextData(this.#base.fd, offset));
     let next = found < 0 ? this.#size : Math.min(found, this.#size);
     for (const link of this.#links) {
       if (next <= offset) break;
@@ -93,11 +92,7 @@ export class Chain {
   async readChecked(hashes: BlockHashes, index: number): Promise<Buffer> {
     const block = Buffer.allocUnsafe(hashes.lengthOf(index));
     const offset = index * hashes.blockBytes;
-    await this.read(offset, block).catch((error: NodeJS.ErrnoException) => {
-      if (error.code !== 'EIO') throw error;
-      const what = `a file of ${path.dirname(this.#baseFile)} cannot be read at ${offset} of the disk`;
-      throw new OperationError('DAMAGED', `${what}: ${error.message}`, { cause: error });
-    });
+    await this.read(offset, block);
     if (!hashes.is(index, hashOf(block))) {
       const files = await this.filesOf(offset, block.length);
       throw new OperationError(
@@ -135,7 +130,7 @@ export class Chain {
 
   async #read(level: number, offset: number, into: Buffer): Promise<void> {
     const link = this.#links[level - 1];
-    if (!link) return readWithin(this.#base.fd, into, offset);
+    if (!link) return readable(this.#baseFile, () => readWithin(this.#base.fd, into, offset));
     let done = 0;
     for (const run of await link.runs(offset, into.length)) {
       const part = into.subarray(run.offset - offset, run.offset - offset + run.length);
@@ -150,7 +145,7 @@ export class Chain {
 
 async function present<T>(file: string, open: () => Promise<T>): Promise<T> {
   try {
-    return await open();
+    return await readable(file, open);
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
     throw new OperationError('DAMAGED', `${file} is missing`, { cause: error });

@@ -18,7 +18,7 @@ export interface Image {
 
 export interface HashingWork {
   readonly progress: { advance(bytes: number): void };
-  readonly signal: AbortSignal;
+  readonly signal: AbortSignal | undefined;
 }
 
 /** In hexadecimal. */
@@ -26,7 +26,7 @@ export async function imageSha256(image: Image, { progress, signal }: HashingWor
   const hash = createHash('sha256');
   const chunk = Buffer.allocUnsafe(CHUNK_BYTES);
   for (let offset = 0; offset < image.size; offset += CHUNK_BYTES) {
-    signal.throwIfAborted();
+    signal?.throwIfAborted();
     const length = Math.min(CHUNK_BYTES, image.size - offset);
     if (await image.isData(offset, length)) {
       const part = chunk.subarray(0, length);

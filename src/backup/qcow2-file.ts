@@ -6,7 +6,7 @@
 import type fs from 'node:fs';
 import { OperationError } from '../daemon/operations.js';
 import { readFully, writeFully } from './file-io.js';
-import { createFile, openRegular } from './target-files.js';
+import { createFile, openRegular, readable } from './target-files.js';
 
 const CLUSTER_BITS = 16;
 /** The unit in which an increment says "data", "zeros" or "as below". */
@@ -218,8 +218,12 @@ export class IncrementReader {
     this.#fileBytes = header.fileBytes;
   }
 
-  /** Errors: DAMAGED if it is not a file that IncrementWriter finished. */
-  static async open(file: string): Promise<IncrementReader> {
+  /** Errors: DAMAGED if it is not a file that IncrementWriter finished, or cannot be read. */
+  static open(file: string): Promise<IncrementReader> {
+    return readable(file, () => IncrementReader.#open(file));
+  }
+
+  static async #open(file: string): Promise<IncrementReader> {
     const handle = await openRegular(file, 'r');
     try {
       const { size: fileBytes } = await handle.stat();
@@ -290,7 +294,7 @@ export class IncrementReader {
 
   /** Fill `into` from a run of data. */
   read(run: Run, into: Buffer): Promise<void> {
-    return readFully(this.#handle.fd, into, run.at);
+    return this.#fill(into, run.at);
   }
 
   close(): Promise<void> {
@@ -320,8 +324,12 @@ export class IncrementReader {
     const at = Number(entry & OFFSET_MASK);
     if (at + CLUSTER_BYTES > this.#fileBytes) throw damaged(this.file, `its table ${index} is outside of the file`);
     const table = Buffer.alloc(CLUSTER_BYTES);
-    await readFully(this.#handle.fd, table, at);
+    await this.#fill(table, at);
     return table;
+  }
+
+  #fill(into: Buffer, at: number): Promise<void> {
+    return readable(this.file, () => readFully(this.#handle.fd, into, at));
   }
 }
 

@@ -5,6 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { whatIsLeft } from '../daemon/what-is-left.js';
 import { MAX_DATA_OBJECTS } from '../store/object-store.js';
 import { hashOf, isZeros, type BlockHashes } from './block-hashes.js';
 import type { Chain } from './chain.js';
@@ -92,7 +93,7 @@ export async function restoreBackup(
   const found = (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot);
   if (found && overwrites) mustFit(found, point);
   const run = randomBytes(RUN_BYTES).toString('hex');
-  const { size, unfinished } = await operations.begin(name, {
+  const begun = await operations.begin(name, {
     by: 'restore',
     of: '',
     run,
@@ -102,9 +103,10 @@ export async function restoreBackup(
     goesOn: false,
     force: options.force,
   });
-  const isNew = unfinished?.isNew ?? false;
+  const isNew = begun.unfinished?.isNew ?? false;
+  let isFinishing = false;
   try {
-    if (size !== point.size) await operations.resize(name, point.size, { force: true, run });
+    if (begun.size !== point.size) await operations.resize(name, point.size, { force: true, run });
     const disk = await operations.openDisk(name, { run });
     let dataBytes: number;
     try {
@@ -117,6 +119,7 @@ export async function restoreBackup(
     } finally {
       await disk.close();
     }
+    isFinishing = true;
     await operations.finish(name, run);
     return { dataBytes };
   } catch (error) {
@@ -127,7 +130,7 @@ export async function restoreBackup(
         () => true,
         () => false,
       ));
-    if (!isGone) options.log(`${name} is unfinished now and cannot be opened: restore it again, or delete it`);
+    if (!isGone) options.log(await whatIsLeft(operations, begun, { isFinishing }));
     throw error;
   }
 }

@@ -3,9 +3,8 @@
  * keep the snapshot as the base of the next one. Owns the snapshots of the target and their tags, and the order of things:
  * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
  */
-import { randomBytes } from 'node:crypto';
 import path from 'node:path';
-import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { labelOfRun, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { blockBytesOf, BlockHashes, hashOf, isZeros } from './block-hashes.js';
 import { Chain, type Link } from './chain.js';
 import { writeFully } from './file-io.js';
@@ -162,7 +161,7 @@ class Run {
       try {
         let time: string;
         // Of this run alone: one that was killed may still have its snapshot.
-        const label = `${this.#target.manifest.target}-${id}-${randomBytes(4).toString('hex')}`;
+        const label = labelOfRun(`${this.#target.manifest.target}-${id}`);
         const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${label}`;
         if (keepsBase) {
           const { vid, snapshotAt } = await moment(() => this.#operations.snapshot(vdi, tag));

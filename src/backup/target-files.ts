@@ -8,6 +8,7 @@
  * directory meanwhile wins nothing. The directory's own path is the caller's to resolve; its last part is not a link.
  */
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
 
@@ -67,17 +68,41 @@ export function openLock(file: string, access: 'r' | 'r+'): Promise<fs.promises.
   });
 }
 
-/** A new, empty file, to be written; what has its name now is removed, and not written through. */
-export function createFile(file: string): Promise<fs.promises.FileHandle> {
+/**
+ * A new, empty file, to be written; what has its name now is removed, and not written through, or with `mayReplace` false is
+ * an error (EEXIST).
+ */
+export function createFile(file: string, { mayReplace = true } = {}): Promise<fs.promises.FileHandle> {
   return inDirectory(path.dirname(file), async (at) => {
     const where = at(path.basename(file));
-    await fs.promises.unlink(where).catch(ignoring('ENOENT'));
+    if (mayReplace) await fs.promises.unlink(where).catch(ignoring('ENOENT'));
     return fs.promises.open(where, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600);
   });
 }
 
-/** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger. */
-export async function readWhole(file: string, maxBytes: number): Promise<Buffer> {
+/** What a disk answers when it cannot read: the block layer's and the filesystems' (linux block/blk-core.c, fs/xfs, fs/ext4). */
+const { EIO, EBADMSG, ENODATA, EILSEQ } = os.constants.errno;
+const EUCLEAN = 117;
+const EREMOTEIO = 121;
+const UNREADABLE = new Set([EIO, EBADMSG, ENODATA, EILSEQ, EUCLEAN, EREMOTEIO]);
+
+/** Run `read`, which reads `file`; that it cannot be read is damage of that file, like any other. Errors: DAMAGED. */
+export async function readable<T>(file: string, read: () => Promise<T>): Promise<T> {
+  try {
+    return await read();
+  } catch (error) {
+    const { errno, message } = error as NodeJS.ErrnoException;
+    if (errno === undefined || !UNREADABLE.has(-errno)) throw error;
+    throw new OperationError('DAMAGED', `${file} is damaged: it cannot be read (${message})`, { cause: error });
+  }
+}
+
+/** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger, or cannot be read. */
+export function readWhole(file: string, maxBytes: number): Promise<Buffer> {
+  return readable(file, () => wholeOf(file, maxBytes));
+}
+
+async function wholeOf(file: string, maxBytes: number): Promise<Buffer> {
   const handle = await openRegular(file, 'r');
   try {
     const { size } = await handle.stat();

@@ -18,7 +18,7 @@ import { punchHole, tryLock } from '../store/local/libc.js';
 import { BlockHashes } from './block-hashes.js';
 import { Chain, type Link } from './chain.js';
 import { writeFully } from './file-io.js';
-import { imageSha256 } from './image-sha256.js';
+import { imageSha256, type Image } from './image-sha256.js';
 import {
   MANIFEST,
   newManifest,
@@ -276,12 +276,14 @@ export class BackupTarget {
    * Read what is stored for these backups, which are in their order, and compare it with its hashes, each byte once;
    * backups over a damaged one as a whole, because they may be damaged with it, or have a copy of their own of what is.
    * Where nothing is stored nothing is read: the hashes must say zeros there, or the same as in the backup before. Yields
-   * the first finding in each backup.
+   * the first finding in each backup. With `sha256` the hash of the image is computed where the manifest has one, which
+   * takes reading all of it once more.
    */
   async *verify(
     points: readonly Point[],
     advance: (bytes: number) => void = () => undefined,
     signal?: AbortSignal,
+    { sha256 = false } = {},
   ): AsyncGenerator<Damage> {
     let chain: Chain | undefined;
     /** What is wrong with the files of the chain that is open, for all that come after in it. */
@@ -308,6 +310,7 @@ export class BackupTarget {
           const found = await this.hashesOf(point);
           await verifyStored(chain, found, before?.hashes, advance, signal);
           hashes = found;
+          if (sha256) await this.#verifySha256(point, chain, advance, signal);
         } catch (error) {
           if (!isDamage(error)) throw error;
           yield { id: point.id, message: error.message };
@@ -319,19 +322,30 @@ export class BackupTarget {
     }
   }
 
+  /** Errors: DAMAGED if the manifest says another one than the image has. */
+  async #verifySha256(
+    { id, sha256 }: Point,
+    chain: Chain,
+    advance: (bytes: number) => void,
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
+    if (sha256 === undefined) return;
+    const found = await imageSha256(imageOf(chain), { progress: { advance }, signal });
+    if (found === sha256) return;
+    const file = path.join(this.home, MANIFEST);
+    throw new OperationError(
+      'DAMAGED',
+      `${file} is damaged: it says that the SHA-256 of backup ${id} is ${sha256}, and its image, which is as its hashes say, ` +
+        `has ${found}`,
+    );
+  }
+
   /** The SHA-256 of a backup's image, as sha256sum says it, noted down. Reads what is stored, hashes the zeros too. */
   async addSha256(point: Point, work: TargetWork): Promise<string> {
     const chain = await this.openChain(point);
     const progress = work.progress('SHA-256 of the image', chain.size);
     try {
-      const sha256 = await imageSha256(
-        {
-          size: chain.size,
-          isData: async (offset, length) => (await chain.nextStored(offset)) < offset + length,
-          read: (offset, into) => chain.read(offset, into),
-        },
-        { progress, signal: work.signal },
-      );
+      const sha256 = await imageSha256(imageOf(chain), { progress, signal: work.signal });
       await this.#write({ points: this.points.map((each) => (each.id === point.id ? { ...each, sha256 } : each)) });
       return sha256;
     } finally {
@@ -555,6 +569,15 @@ async function verifyStored(
     }
     advance(hashes.lengthOf(index));
   }
+}
+
+/** What is stored of it is read, the rest is zeros. */
+function imageOf(chain: Chain): Image {
+  return {
+    size: chain.size,
+    isData: async (offset, length) => (await chain.nextStored(offset)) < offset + length,
+    read: (offset, into) => chain.read(offset, into),
+  };
 }
 
 function isDamage(error: unknown): error is OperationError {

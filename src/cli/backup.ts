@@ -56,6 +56,9 @@ export function backupCommand(): Command {
       notes.push(line);
       if (!options.json) printNote(line);
     };
+    // It opens the store several times, perhaps hours apart.
+    const { loadEverything } = await import('../daemon/open-operations.js');
+    await loadEverything();
     const taken = await interruptible(async (signal) => {
       const moment = new FrozenMoment(options, signal);
       const identity = new HeldIdentity();

@@ -6,9 +6,14 @@ import fs from 'node:fs';
 import { readWithin, writeFully } from '../backup/file-io.js';
 import { OperationError } from '../daemon/operations.js';
 import { endOf, punchHole } from '../store/local/libc.js';
+import { shellWord } from '../store/shell-word.js';
+import { blockDeviceAttribute } from './sysfs.js';
 
 /** Read at both ends of a device: all signs that are looked for are in there. */
 const END_BYTES = 2 ** 20;
+/** Between them so much is read at so many places, evenly spread. */
+const SAMPLE_BYTES = 64 * 1024;
+const SAMPLES = 256;
 /** Zeros are given back in whole pages; no device has smaller blocks that matter. */
 const ALIGNMENT = 4096;
 const SCAN_BYTES = 2 ** 20;
@@ -98,9 +103,10 @@ export class BlockDevice {
 
   /**
    * Open it to be overwritten. Nobody else can claim it (mount it, make it part of something) until it is closed. Errors:
-   * BUSY if somebody has; EXISTS if it holds something and `mayReplace` is not set.
+   * BUSY if somebody has; READ_ONLY; EXISTS if it holds something and `mayReplace` is not set.
    */
   static async open(file: string, mayReplace: boolean): Promise<BlockDevice> {
+    refuseReadOnly(file, fs.statSync(file).rdev);
     let handle: fs.promises.FileHandle;
     try {
       handle = await fs.promises.open(file, fs.constants.O_RDWR | fs.constants.O_EXCL);
@@ -133,13 +139,16 @@ export class BlockDevice {
     return this.#handle.fd;
   }
 
-  /** Make the range zeros: given back where the device can that, else written where it does not read as zeros already. */
-  async zero(offset: number, length: number): Promise<void> {
+  /**
+   * Make the range zeros: given back where the device can that, else written where it does not read as zeros already, which
+   * the signal ends.
+   */
+  async zero(offset: number, length: number, signal: AbortSignal): Promise<void> {
     const from = Math.ceil(offset / ALIGNMENT) * ALIGNMENT;
     const to = Math.floor((offset + length) / ALIGNMENT) * ALIGNMENT;
-    if (to <= from || !(await this.#punch(from, to - from))) return this.#writeZeros(offset, length);
-    await this.#writeZeros(offset, from - offset);
-    await this.#writeZeros(to, offset + length - to);
+    if (to <= from || !(await this.#punch(from, to - from))) return this.#writeZeros(offset, length, signal);
+    await this.#writeZeros(offset, from - offset, signal);
+    await this.#writeZeros(to, offset + length - to, signal);
   }
 
   /** All that was written is on the device. */
@@ -168,9 +177,10 @@ export class BlockDevice {
     return this.#isThin;
   }
 
-  async #writeZeros(offset: number, length: number): Promise<void> {
+  async #writeZeros(offset: number, length: number, signal: AbortSignal): Promise<void> {
     const found = Buffer.allocUnsafe(Math.min(length, SCAN_BYTES));
     for (let done = 0; done < length; done += SCAN_BYTES) {
+      signal.throwIfAborted();
       const part = found.subarray(0, Math.min(SCAN_BYTES, length - done));
       await readWithin(this.fd, part, offset + done);
       // A thin device stays as thin as it was.
@@ -188,9 +198,28 @@ export class BlockDevice {
     if (found) return found.name;
     if (tail.includes(MD_MAGIC, Math.max(0, tail.length - 2 * MD_END_BYTES))) return 'a member of a RAID (md)';
     if (hasZfs(head, tail)) return 'a member of a ZFS pool';
-    if (!isZeros(head) || !isZeros(tail)) return 'data, of a kind that is not known';
+    if (!isZeros(head) || !isZeros(tail) || (await this.#hasDataBetween())) return 'data, of a kind that is not known';
     return undefined;
   }
+
+  /** Looked for in samples: to read all of a device would take hours. */
+  async #hasDataBetween(): Promise<boolean> {
+    const sample = Buffer.alloc(SAMPLE_BYTES);
+    for (let n = 0; n < SAMPLES; n++) {
+      const at = Math.floor((this.size / SAMPLES) * n);
+      const part = sample.subarray(0, Math.min(SAMPLE_BYTES, this.size - at));
+      await readWithin(this.fd, part, at - (at % ALIGNMENT));
+      if (!isZeros(part)) return true;
+    }
+    return false;
+  }
+}
+
+/** Before the first write, which would fail: opening such a device to write does not. */
+function refuseReadOnly(file: string, rdev: number): void {
+  if (blockDeviceAttribute(rdev, 'ro') !== '1') return;
+  const how = `'blockdev --setrw ${shellWord(file)}' changes that, if it is not made so by what it is on`;
+  throw new OperationError('READ_ONLY', `${file} is a read-only device; nothing was written; ${how}`);
 }
 
 function isAt(end: Buffer, place: number, bytes: Buffer): boolean {

@@ -13,8 +13,7 @@ export const TAIL_BYTES = 512;
 interface Format {
   /** As messages call it. */
   readonly name: string;
-  /** In a shell: how to get at the raw image; `file` is a quoted name, `next` the import { shellWord } from '../store/shell-word.js';
-import of what comes out. */
+  /** In a shell: how to get at the raw image and import it; `file` and `name`, the VDI's, are quoted. */
   readonly remedy: (file: string, name: string) => string;
   readonly isHead?: (head: Buffer) => boolean;
   readonly isTail?: (tail: Buffer) => boolean;

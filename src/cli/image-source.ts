@@ -7,6 +7,7 @@ import type { Readable } from 'node:stream';
 import { OperationError } from '../daemon/operations.js';
 import { chunksOf } from './disk-copy.js';
 import { foreignHead, foreignTail, HEAD_BYTES, TAIL_BYTES, type ForeignFormat } from './image-formats.js';
+import { blockDeviceAttribute } from './sysfs.js';
 
 const STDIN = '-';
 const STDIN_FD = 0;
@@ -22,6 +23,8 @@ export interface SourceOptions {
 interface Common {
   /** For messages. */
   readonly name: string;
+  /** Not a file or device that was named: a pipe, or what the shell has redirected. */
+  readonly isFed: boolean;
   /** Errors: BAD_FORMAT if it ends like something other than a raw image. `tail`: its last bytes, TAIL_BYTES or fewer. */
   inspectTail(tail: Buffer): void;
   close(): void;
@@ -68,13 +71,16 @@ export function openSource(file: string, options: SourceOptions): ImageSource {
 /** What the shell has put there: a pipe, or a file, of which somebody may have read a part. */
 function openStdin(options: SourceOptions): ImageSource {
   const status = fs.fstatSync(STDIN_FD);
+  if (status.isDirectory()) throw new OperationError('BAD_FILE', 'stdin is a directory, not a disk image');
   if (!status.isFile() && !status.isBlockDevice()) {
     return streamSource(process.stdin, 'stdin', undefined, undefined, options);
   }
   const position = positionOf(STDIN_FD);
   if (position === 0) return fileSource(STDIN_FD, 'stdin', undefined, options, () => undefined);
   const length = Math.max(0, lengthOf(STDIN_FD, 'stdin') - position);
-  return streamSource(process.stdin, 'stdin', undefined, length, options);
+  // From where it stands. Not process.stdin: of a block device Node makes a stream that is empty.
+  const rest = fs.createReadStream('', { fd: STDIN_FD, autoClose: false });
+  return streamSource(rest, 'stdin', undefined, length, options);
 }
 
 function fileSource(
@@ -90,7 +96,7 @@ function fileSource(
   refuse(foreignHead(readAt(fd, 0, Math.min(HEAD_BYTES, length))));
   const tailBytes = Math.min(TAIL_BYTES, length);
   refuse(foreignTail(readAt(fd, length - tailBytes, tailBytes)));
-  return { kind: 'file', name, fd, length, inspectTail: () => undefined, close };
+  return { kind: 'file', name, isFed: path === undefined, fd, length, inspectTail: () => undefined, close };
 }
 
 function streamSource(
@@ -108,6 +114,7 @@ function streamSource(
   return {
     kind: 'stream',
     name,
+    isFed: true,
     length,
     begin: (signal) =>
       stoppable(stream, signal, async () => {
@@ -174,9 +181,7 @@ function lengthOf(fd: number, name: string): number {
 
 /** The size of a block device, from sysfs: fstat does not tell it. */
 function blockDeviceSize(rdev: number, name: string): number {
-  const major = (rdev >> 8) & 0xfff;
-  const minor = (rdev & 0xff) | ((rdev >> 12) & 0xfff00);
-  const sectors = Number(fs.readFileSync(`/sys/dev/block/${major}:${minor}/size`, 'utf8'));
+  const sectors = Number(blockDeviceAttribute(rdev, 'size'));
   if (!Number.isSafeInteger(sectors)) throw new OperationError('BAD_FILE', `cannot tell the size of ${name}`);
   return sectors * SECTOR_BYTES;
 }

@@ -5,7 +5,8 @@
  */
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
-import { asOperationError, OperationError, type Disk, type Operations } from '../daemon/operations.js';
+import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import { whatIsLeft } from '../daemon/what-is-left.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -35,8 +36,9 @@ interface Imported extends Copied {
 }
 
 const HELP = `
---size of a file makes the VDI larger than the image. From a pipe it says how much has to come: the end of a pipe looks the
+--size of a file makes the VDI larger than the image. From stdin it says how much has to come: the end of a pipe looks the
 same whether its writer has finished or failed, and fewer bytes are an error, after which the VDI stays marked as unfinished.
+The store is opened when the first bytes have come.
 
 Until it is complete the VDI is unfinished: 'vdi list' says so, and nobody can open it. The same command again starts over.
 
@@ -55,7 +57,7 @@ export function importCommand(): Command {
     .addOption(
       new Option(
         '--size <size>',
-        'size of the new VDI, if larger than the file; of a pipe: bytes that must come',
+        'size of the new VDI, if larger than the file; from stdin: bytes that must come',
       ).argParser(sizeArgument),
     )
     .addOption(blockSizeShiftOption())
@@ -65,11 +67,14 @@ export function importCommand(): Command {
     checkName(name);
     const source = openSource(file, { isRaw: options.raw ?? false, vdi: name });
     try {
-      const result = await withOperations(
-        options,
-        (operations) => interruptible((signal) => importInto(operations, name, source, options, signal)),
-        { mayCreate: true },
-      );
+      const result = await interruptible(async (signal) => {
+        checkLength(source, options.size);
+        // No store is made for what turns out to be no image, and none is held while nothing comes.
+        if (source.kind === 'stream') await source.begin(signal);
+        return withOperations(options, (operations) => importInto(operations, name, source, options, signal), {
+          mayCreate: true,
+        });
+      });
       const seconds = (performance.now() - startedAt) / 1000;
       if (options.json) printJson({ name, ...result, seconds });
       else
@@ -94,7 +99,7 @@ interface Plan {
   readonly isOpenEnded: boolean;
 }
 
-/** Exported for tests, which end it at each of its steps. */
+/** Exported for tests, which end it at each of its steps. A stream has begun already. */
 export async function importInto(
   operations: Operations,
   name: string,
@@ -102,11 +107,10 @@ export async function importInto(
   options: ImportOptions,
   signal: AbortSignal,
 ): Promise<Imported> {
+  signal.throwIfAborted();
   const plan = await planOf(operations, name, source, options);
-  // Nothing is touched for what turns out to be no image.
-  if (source.kind === 'stream') await source.begin(signal);
   const run = randomBytes(RUN_BYTES).toString('hex');
-  const { unfinished } = await operations.begin(name, {
+  const begun = await operations.begin(name, {
     by: 'import',
     of: '',
     run,
@@ -116,7 +120,8 @@ export async function importInto(
     goesOn: false,
     force: options.force,
   });
-  const isNew = unfinished?.isNew ?? false;
+  const isNew = begun.unfinished?.isNew ?? false;
+  let isFinishing = false;
   try {
     const disk = await operations.openDisk(name, { run });
     let imported: Imported;
@@ -126,14 +131,25 @@ export async function importInto(
       await disk.close();
     }
     if (isNew && plan.isOpenEnded) await operations.resize(name, roundUp(imported.size), { force: true, run });
+    isFinishing = true;
     await operations.finish(name, run);
     return imported;
   } catch (error) {
-    throw await afterFailure(operations, name, run, isNew, error);
+    throw await afterFailure(operations, begun, isFinishing, error);
   }
 }
 
-/** Errors: what can be known to be wrong before anything is written. */
+/** Errors: what the lengths tell without the store, BAD_SIZE, INCOMPLETE, TOO_LONG. */
+function checkLength({ name, length, isFed }: ImageSource, size: number | undefined): void {
+  if (length === undefined || size === undefined) return;
+  const says = `${name} has ${length} bytes, --size says`;
+  if (!isFed && size < length) throw new OperationError('BAD_SIZE', `${says} only ${size}`);
+  if (isFed && size > length)
+    throw new OperationError('INCOMPLETE', `${says} that ${size} must come; nothing was done`);
+  if (isFed && size < length) throw new OperationError('TOO_LONG', `${says} that only ${size} come; nothing was done`);
+}
+
+/** Errors: what the store tells to be wrong before anything is written. */
 async function planOf(
   operations: Operations,
   name: string,
@@ -148,7 +164,7 @@ async function planOf(
       ? `--size says that ${source.name} has ${length} bytes`
       : `${source.name} has ${length} bytes`;
   if (found && (options.overwrite || found.unfinished?.by === 'import') && !found.unfinished?.isNew) {
-    if (options.size !== undefined && source.length !== undefined) {
+    if (options.size !== undefined && !source.isFed) {
       throw new OperationError('BAD_USAGE', `${name} exists and keeps its size; leave --size out, or resize it first`);
     }
     if (length !== undefined && length > found.size) {
@@ -159,9 +175,7 @@ async function planOf(
   const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
   // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
   if (length === undefined) return { length, size: MAX_DATA_OBJECTS * 2 ** shift, isOpenEnded };
-  if (source.length === undefined) return { length, size: roundUp(length), isOpenEnded };
-  const size = options.size ?? roundUp(length);
-  if (size < length) throw new OperationError('BAD_SIZE', `${says}, --size says only ${size}`);
+  const size = (source.isFed ? undefined : options.size) ?? roundUp(length);
   return { length, size, isOpenEnded };
 }
 
@@ -202,36 +216,24 @@ async function copyIn(
  */
 async function afterFailure(
   operations: Operations,
-  name: string,
-  run: string,
-  isNew: boolean,
+  begun: VdiRecord,
+  isFinishing: boolean,
   error: unknown,
 ): Promise<unknown> {
+  const { name, unfinished } = begun;
   const expected = asOperationError(error);
-  const isKept = !isNew || expected?.code === 'INCOMPLETE';
+  const isKept = !unfinished?.isNew || expected?.code === 'INCOMPLETE';
   if (!isKept) {
-    const isGone = await operations.remove(name, { run }).then(
+    const isGone = await operations.remove(name, { run: unfinished.run }).then(
       () => true,
       () => false,
     );
     if (isGone) return error;
   }
-  const rest = await whatIsLeft(operations, name, run);
+  const rest = await whatIsLeft(operations, begun, { isFinishing });
   if (expected) return new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
   printNote(rest);
   return error;
-}
-
-/** The answer to the last step may have been lost, and with it that the VDI is whole. */
-async function whatIsLeft(operations: Operations, name: string, run: string): Promise<string> {
-  try {
-    const { unfinished } = await operations.show(name);
-    if (unfinished?.run !== run)
-      return `${name} is not this import's any more: 'sheepgate vdi show ${name}' says what it is`;
-    return `${name} is unfinished now and cannot be opened: import again, or delete it`;
-  } catch {
-    return `${name} may be unfinished: 'sheepgate vdi show ${name}' says whether it is`;
-  }
 }
 
 /** Nobody has said how much has to come, and a writer that has failed looks like one that has finished. */

@@ -4,23 +4,28 @@
  */
 import { Command, CommanderError } from 'commander';
 import { asOperationError } from '../daemon/operations.js';
-import { backupCommand } from './backup.js';
-import { checkCommand } from './check.js';
-import { clusterCommand, nodeCommand } from './cluster.js';
 import { finish, lastWords } from './ending.js';
-import { exportCommand } from './export.js';
-import { importCommand } from './import.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
-import { migrateCommand } from './migrate.js';
+import { addCommands, type Loaders } from './loaders.js';
 import { printable } from './printable.js';
-import { reloadCommand } from './reload.js';
-import { restoreCommand } from './restore.js';
-import { serveCommand } from './serve.js';
-import { vdiCommand } from './vdi.js';
 import { version } from './version.js';
 
 const EXIT_FAILED = 1;
 const EXIT_USAGE = 2;
+
+const COMMANDS: Loaders = {
+  serve: async () => (await import('./serve.js')).serveCommand(),
+  reload: async () => (await import('./reload.js')).reloadCommand(),
+  vdi: async (words) => (await import('./vdi.js')).vdiCommand(words),
+  import: async () => (await import('./import.js')).importCommand(),
+  export: async () => (await import('./export.js')).exportCommand(),
+  backup: async () => (await import('./backup.js')).backupCommand(),
+  restore: async () => (await import('./restore.js')).restoreCommand(),
+  migrate: async () => (await import('./migrate.js')).migrateCommand(),
+  check: async () => (await import('./check.js')).checkCommand(),
+  cluster: async () => (await import('./cluster.js')).clusterCommand(),
+  node: async () => (await import('./cluster.js')).nodeCommand(),
+};
 
 const EXAMPLES = `
 Examples:
@@ -30,22 +35,12 @@ Examples:
   sheepgate backup vm1 --to /backup/vm1     all of it, then what has changed
   sheepgate vdi delete vm1@monday`;
 
-function programme(): Command {
+async function programme(words: readonly string[]): Promise<Command> {
   const program = new Command('sheepgate')
     .description('NBD server for Sheepdog virtual disks (VDIs): thin, snapshotable disks for any NBD client')
-    .version(version())
-    .addCommand(serveCommand())
-    .addCommand(reloadCommand())
-    .addCommand(vdiCommand())
-    .addCommand(importCommand())
-    .addCommand(exportCommand())
-    .addCommand(backupCommand())
-    .addCommand(restoreCommand())
-    .addCommand(migrateCommand())
-    .addCommand(checkCommand())
-    .addCommand(clusterCommand())
-    .addCommand(nodeCommand())
-    .addHelpText('after', EXAMPLES);
+    .version(version());
+  await addCommands(program, COMMANDS, words);
+  program.addHelpText('after', EXAMPLES);
   throwInsteadOfExiting(program);
   return program;
 }
@@ -102,7 +97,7 @@ process.on('uncaughtException', (error) => {
 });
 
 try {
-  await programme().parseAsync();
+  await (await programme(process.argv.slice(2))).parseAsync();
   await finish(Number(process.exitCode ?? 0));
 } catch (error) {
   const code = endWith(error);

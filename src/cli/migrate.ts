@@ -1,13 +1,14 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
-import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
+import { OperationError, type Operations } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption } from './common-options.js';
-import { interruptible, InterruptedError } from './interrupt.js';
+import { interruptible } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
-import { printJson, printLine, printNote, table } from './output.js';
+import { printJson, printLine, table } from './output.js';
 import { missingOption } from './missing.js';
-import { openPlace, placeArgument, PLACE_HELP } from './place.js';
+import { openPlace, placeArgument, PLACE_HELP, type Place } from './place.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { formatSize } from './size.js';
 
 interface MigrateOptions {
@@ -83,18 +84,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         force: options.force,
         signal,
       });
-      try {
-        return await migration.run();
-      } catch (error) {
-        if (!migration.hasClaimed) throw error;
-        const rest = `${newName} in ${target.store} is not complete, and the same command goes on from there`;
-        if (error instanceof InterruptedError) printNote(rest);
-        const expected = asOperationError(error);
-        if (expected && expected.code !== 'MISMATCH') {
-          throw new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
-        }
-        throw error;
-      }
+      return migration.run();
     }),
   );
   const seconds = (performance.now() - startedAt) / 1000;
@@ -103,13 +93,20 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
   printResult(name, newName, options, result, seconds);
 }
 
-/** Run `work` on both stores. Errors: SAME if they are one, and those of opening. */
+/**
+ * Run `work` on both stores. Errors: BAD_USAGE if they are one, and those of opening.
+ *
+ * For a store root may become its owner. So a cluster is opened before and closed after a store: what this host remembers
+ * of it, and the daemon that may serve it, are root's.
+ */
 async function withBoth<T>(
   options: MigrateOptions,
   work: (source: Operations, target: Operations) => Promise<T>,
 ): Promise<T> {
   const { from, to } = options;
   const { isSameStore } = await import('../daemon/open-operations.js');
+  // Before the stores are opened: as another user this process may not be able to read its own program.
+  const { explainIdentity } = await import('../daemon/store-owner.js');
   const same = (): OperationError =>
     new OperationError(
       'BAD_USAGE',
@@ -117,15 +114,28 @@ async function withBoth<T>(
     );
   if (isSameStore(from, to)) throw same();
   const missingIsZero = options.missing === 'zero';
-  const source = await openPlace({ location: from, control: options.fromControl, mayCreate: false, missingIsZero });
-  return closing(source, async () => {
-    const target = await openPlace({ location: to, control: options.toControl, mayCreate: options.verify !== 'only' });
-    return closing(target, () => {
-      // One cluster by two of its nodes, one directory by two of its names.
-      if (source.identity === target.identity) throw same();
-      return work(source, target);
+  const source: Place = { location: from, control: options.fromControl, mayCreate: false, missingIsZero };
+  const target: Place = { location: to, control: options.toControl, mayCreate: options.verify !== 'only' };
+  const isTargetFirst = isClusterLocation(to) && !isClusterLocation(from);
+  const explained = <R>(part: () => Promise<R>): Promise<R> =>
+    part().catch((error: unknown) => {
+      throw explainIdentity(error);
     });
-  });
+  const first = await openPlace(isTargetFirst ? target : source);
+  return closing(first, () =>
+    explained(async () => {
+      const second = await openPlace(isTargetFirst ? source : target);
+      return closing(second, () =>
+        explained(async () => {
+          // One cluster by two of its nodes, one directory by two of its names.
+          if (first.identity === second.identity) throw same();
+          // By now this process may be somebody whom the daemon of the first does not let in.
+          if (first.isDaemon && !second.isDaemon) await first.list();
+          return isTargetFirst ? work(second, first) : work(first, second);
+        }),
+      );
+    }),
+  );
 }
 
 function printResult(

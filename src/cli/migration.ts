@@ -11,7 +11,8 @@ import { createHash, randomBytes } from 'node:crypto';
 import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
 import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
-import { checkName, checkTag, isTemporaryTag } from '../vdi/names.js';
+import { whatIsLeft } from '../daemon/what-is-left.js';
+import { checkName, checkTag, labelOfRun } from '../vdi/names.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { closing } from './closing.js';
@@ -24,6 +25,8 @@ import {
   type Fingerprint,
   type Work,
 } from './disk-difference.js';
+import { InterruptedError } from './interrupt.js';
+import { printNote } from './output.js';
 import { startProgress } from './progress.js';
 
 /** What is read again when it is said to be there: everything; only what this run copies; everything, copying nothing. */
@@ -119,7 +122,9 @@ export class Migration {
   readonly #fingerprints = new Map<string, Fingerprint>();
   readonly #done = new Map<string, Migrated>();
   /** From here on the target bears our mark: a failure can be mended by starting again. */
-  hasClaimed = false;
+  #hasClaimed = false;
+  /** The working VDI of the target, from when its mark is being taken away. */
+  #finishing: VdiRecord | undefined;
 
   constructor(source: Operations, target: Operations, options: MigrationOptions) {
     this.#source = source;
@@ -130,11 +135,32 @@ export class Migration {
     // Two runs to two targets read from snapshots of their own.
     this.#reading = READING + idOf(source.identity, options.name, target.identity, options.newName);
     // A run that was killed may still have its snapshot: this one takes its own.
-    this.#label = `${this.#reading}-${randomBytes(4).toString('hex')}`;
+    this.#label = labelOfRun(this.#reading);
   }
 
   /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */
   async run(): Promise<MigrationResult> {
+    try {
+      return await this.#migrateAll();
+    } catch (error) {
+      throw this.#hasClaimed ? await this.#afterFailure(error) : error;
+    }
+  }
+
+  /** What to throw when it has failed: with what is left in the target. */
+  async #afterFailure(error: unknown): Promise<unknown> {
+    const { newName } = this.#options;
+    const where = `in ${this.#target.store}`;
+    const rest = this.#finishing
+      ? `${where}, ${await whatIsLeft(this.#target, this.#finishing, { isFinishing: true })}`
+      : `${newName} ${where} is not complete, and the same command goes on from there`;
+    if (error instanceof InterruptedError) printNote(rest);
+    const expected = asOperationError(error);
+    if (!expected || expected.code === 'MISMATCH') return error;
+    return new OperationError(expected.code, `${expected.message}; ${rest}`, { cause: error });
+  }
+
+  async #migrateAll(): Promise<MigrationResult> {
     checkName(this.#options.name);
     checkName(this.#options.newName);
     let history = await this.#history();
@@ -172,9 +198,9 @@ export class Migration {
       );
     }
     const unfinished = records.find((record) => record.unfinished);
-    if (unfinished) throw new OperationError('UNFINISHED', `in ${store} ${describeUnfinished(unfinished)}`);
+    if (unfinished) throw await unfinishedIn(this.#source, unfinished, records);
     const snapshots = records
-      .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag) && !READING_MARK.test(tag))
+      .filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !isTemporary && !READING_MARK.test(tag))
       .sort((a, b) => a.snapId - b.snapId);
     const working = records.find(({ isSnapshot }) => !isSnapshot);
     if (snapshots.length === 0 && !working) {
@@ -239,7 +265,7 @@ export class Migration {
     }
     if (isKnown) await this.#checkGoesOn(history, isBetweenRuns);
     if (isBetweenRuns) await this.#target.remove(`${newName}@${this.#migrated}`);
-    this.hasClaimed = true;
+    this.#hasClaimed = true;
   }
 
   async #isUntouched(working: VdiRecord | undefined, like: VdiRecord): Promise<boolean> {
@@ -281,7 +307,7 @@ export class Migration {
   /** The snapshots of the target must be the first ones of the source. */
   async #checkPrefix(history: History, records: readonly VdiRecord[]): Promise<void> {
     const { name, newName } = this.#options;
-    const there = records.filter(({ isSnapshot, tag }) => isSnapshot && !MARK.test(tag) && !isTemporaryTag(tag));
+    const there = records.filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !MARK.test(tag) && !isTemporary);
     there.sort((a, b) => a.snapId - b.snapId);
     for (const [n, { tag }] of there.entries()) {
       if (history.snapshots[n]?.tag === tag) continue;
@@ -364,7 +390,7 @@ export class Migration {
   async #chooseBranch({ base, spec, size }: Goal): Promise<void> {
     const { name, newName } = this.#options;
     if (!base) return;
-    const records = (await this.#targetRecords()).filter(({ tag }) => !MARK.test(tag) && !isTemporaryTag(tag));
+    const records = (await this.#targetRecords()).filter(({ tag, isTemporary }) => !MARK.test(tag) && !isTemporary);
     const last = records.filter(({ isSnapshot }) => isSnapshot).sort((a, b) => b.snapId - a.snapId)[0];
     if (!last || last.tag === base.tag) return;
     const working = records.find(({ isSnapshot }) => !isSnapshot);
@@ -504,10 +530,12 @@ export class Migration {
     const target = this.#target;
     const run = this.#run;
     if (sync && working) await target.snapshot(newName, this.#migrated, { run });
+    // With `sync` the next run goes on from here, whether this step was its last or not.
+    if (!sync) this.#finishing = (await this.#targetRecords()).find(({ unfinished }) => unfinished?.run === run);
     if (working) await target.finish(newName, run);
     // As in the source: a VDI that was deleted, and its snapshots.
     else await target.remove(newName, { run });
-    this.hasClaimed = sync;
+    this.#hasClaimed = sync;
     return {
       snapshots: snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
       working: present,
@@ -523,8 +551,7 @@ export class Migration {
       new OperationError('MISMATCH', `${this.#target.store} has no ${what}, which ${this.#source.store} has`);
     if (records.length === 0) throw missing(newName);
     const unfinished = records.find((record) => record.unfinished);
-    if (unfinished)
-      throw new OperationError('UNFINISHED', `in ${this.#target.store} ${describeUnfinished(unfinished)}`);
+    if (unfinished) throw await unfinishedIn(this.#target, unfinished, records);
     await this.#checkPrefix(history, records);
     for (const [n, { tag }] of history.snapshots.entries()) {
       if (!records.some((record) => record.isSnapshot && record.tag === tag)) throw missing(`${newName}@${tag}`);
@@ -598,4 +625,15 @@ function idOf(...parts: readonly string[]): string {
 
 function ordinal(n: number): string {
   return ['first', 'second', 'third'][n] ?? `${n + 1}th`;
+}
+
+async function unfinishedIn(
+  operations: Pick<Operations, 'store' | 'show'>,
+  unfinished: VdiRecord,
+  records: readonly VdiRecord[],
+): Promise<OperationError> {
+  const { open } = await operations.show(unfinished.name);
+  const hasSnapshots = records.some(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
+  const what = describeUnfinished(unfinished, { isAtWork: open > 0 || undefined, hasSnapshots });
+  return new OperationError('UNFINISHED', `in ${operations.store} ${what}`);
 }

@@ -71,9 +71,7 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
     parentVid: record.parentVid || null,
     createdAt: new Date(record.createdAt).toISOString(),
     snapshotAt: record.snapshotAt ? new Date(record.snapshotAt).toISOString() : null,
-    unfinished: record.unfinished
-      ? { by: record.unfinished.by, since: new Date(record.unfinished.since).toISOString() }
-      : null,
+    unfinished: unfinishedJson(record.unfinished),
     ...('allocatedBytes' in record && {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,
@@ -87,6 +85,11 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
       kept: (record.kept ?? []).map(keptJson),
     }),
   };
+}
+
+/** By which command, and since when it is. */
+export function unfinishedJson(unfinished: VdiRecord['unfinished']): object | null {
+  return unfinished ? { by: unfinished.by, since: isoTime(unfinished.since) } : null;
 }
 
 /** `ended`, the temporary snapshots that ended with what was done, if there are any; earlier daemons do not say. */

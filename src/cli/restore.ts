@@ -147,9 +147,12 @@ async function verify(
 ): Promise<void> {
   const { points } = target;
   const damage: { id: number; message: string }[] = [];
-  const progress = startProgress(`verifying ${given}`, bytesOf(points));
+  const progress = startProgress(
+    `verifying ${given}`,
+    bytesOf(points) + bytesOf(points.filter(({ sha256 }) => sha256 !== undefined)),
+  );
   try {
-    for await (const found of target.verify(points, progress.advance, signal)) damage.push(found);
+    for await (const found of target.verify(points, progress.advance, signal, { sha256: true })) damage.push(found);
   } finally {
     progress.end();
   }

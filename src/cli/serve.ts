@@ -1,6 +1,6 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { pino, type Logger } from 'pino';
+import type { Logger } from 'pino';
 import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import type { LogOutput } from '../daemon/log-output.js';
@@ -10,6 +10,7 @@ import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from
 import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
 import { missingOption } from './missing.js';
+import { unfinishedJson } from './output.js';
 import { printable, printableJson } from './printable.js';
 import { formatSizes } from './size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
@@ -89,19 +90,20 @@ export function serveCommand(): Command {
 }
 
 async function serve(options: ServeOptions): Promise<void> {
-  // Loaded late, as all that needs native parts.
+  const place = chosenStore(options);
+  const reloads = hangups();
+  // Loaded late, as the daemon is: usage errors and --help need none of it.
   const { LogOutput: Output } = await import('../daemon/log-output.js');
   const output = new Output(STDERR_FD, droppedLine);
   const screen = new Output(STDOUT_FD, () => '');
   const { exitNow } = await import('../daemon/exit-now.js');
   endBy({ say: (text) => output.write(text), finish: (code) => finish([output, screen], code, exitNow) });
+  const { pino } = await import('pino');
   const log = pino(
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
     output,
   );
   tellFaults(log);
-  const place = chosenStore(options);
-  const reloads = hangups();
   const inherited = takeInheritedSockets();
   const listeners = options.listen ?? (inherited.length > 0 ? [] : defaultListeners().map(parseListenAddress));
   const configuration: DaemonConfiguration = {
@@ -167,8 +169,9 @@ async function serve(options: ServeOptions): Promise<void> {
   log.info('stopped');
 }
 
-function readyJson({ store, control, uris }: Daemon, listeners: readonly string[]): string {
-  return `${printableJson(JSON.stringify({ event: 'ready', store, control, listeners, uris }))}\n`;
+function readyJson({ store, control, uris, kept }: Daemon, listeners: readonly string[]): string {
+  const ready = { event: 'ready', store, control, listeners, uris, kept: kept.map(keptJson) };
+  return `${printableJson(JSON.stringify(ready))}\n`;
 }
 
 function readyText(daemon: Daemon): string {
@@ -207,6 +210,11 @@ async function finish(outputs: readonly LogOutput[], code: number, exitNow: (cod
 }
 
 /** What --create has found in place of what it was to make. */
+function keptJson({ unfinished, ...kept }: KeptVdi): object {
+  return { ...kept, unfinished: unfinishedJson(unfinished) };
+}
+
+/** The same for people. */
 function keptText({ name, size, wantedSize, unfinished }: KeptVdi): string {
   if (unfinished)
     return `${name} exists and is unfinished, so nobody can open it; 'sheepgate vdi show ${name}' says why`;

@@ -27,13 +27,13 @@ function notASize(text: string): SizeError {
   return new SizeError(`"${text}" is no size; give a number and a unit, for example 10G, 512M, 1.5T, or bytes: 4096`);
 }
 
-/** "10 GiB", "1.5 GiB", "512 B": at most four significant digits. */
 /** Two sizes side by side, exact to the byte where they would look the same. */
 export function formatSizes(a: number, b: number): [string, string] {
   const texts: [string, string] = [formatSize(a), formatSize(b)];
   return a === b || texts[0] !== texts[1] ? texts : [`${a} bytes`, `${b} bytes`];
 }
 
+/** "10 GiB", "1.5 GiB", "512 B": at most four significant digits. */
 export function formatSize(bytes: number): string {
   let exponent = 0;
   while (exponent < UNITS.length - 1 && bytes >= 1024 ** (exponent + 1)) exponent++;

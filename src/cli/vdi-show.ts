@@ -1,6 +1,8 @@
 /** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
 import { Command } from 'commander';
-import type { VdiDetails } from '../daemon/operations.js';
+import type { VdiDetails, VdiRecord } from '../daemon/operations.js';
+import { isTemporaryTag } from '../vdi/names.js';
+import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, formatVid, labelOf, printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
@@ -20,10 +22,16 @@ export function vdiShowCommand(): Command {
     .argument('<vdi>', 'NAME, NAME@TAG for a snapshot, or @ID')
     .addHelpText('after', '\nExample:\n  sheepgate vdi show vm1@monday');
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions) => {
-    const { vdi, parent } = await withOperations(options, async (operations) => {
+    const { vdi, parent, hasSnapshots } = await withOperations(options, async (operations) => {
       const found = await operations.show(spec);
       const all = found.parentVid === 0 ? [] : await operations.list();
-      return { vdi: found, parent: all.find((other) => other.vid === found.parentVid) };
+      const isOwn = ({ name, isSnapshot, tag }: VdiRecord): boolean =>
+        name === found.name && isSnapshot && !isTemporaryTag(tag);
+      return {
+        vdi: found,
+        parent: all.find((other) => other.vid === found.parentVid),
+        hasSnapshots: all.some(isOwn),
+      };
     });
     if (options.json) return printJson(vdiJson(vdi));
     const lines: [string, string][] = [
@@ -36,7 +44,7 @@ export function vdiShowCommand(): Command {
       ['object size', formatSize(2 ** vdi.blockSizeShift)],
       ['created', formatTime(vdi.createdAt)],
       ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
-      ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi)] as [string, string]] : []),
+      ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi, hasSnapshots)] as [string, string]] : []),
       ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
       // A daemon of an earlier version does not say.
@@ -48,10 +56,9 @@ export function vdiShowCommand(): Command {
   });
 }
 
-function unfinishedText({ name, unfinished, open }: VdiDetails): string {
-  const { by, since, isNew } = unfinished ?? {};
+function unfinishedText(vdi: VdiDetails, hasSnapshots: boolean): string {
+  const { by, since } = vdi.unfinished ?? {};
   const began = `${by}, begun ${formatTime(since ?? 0)}`;
-  if (open > 0) return `${began}, at work now`;
-  const giveUp = isNew ? `'sheepgate vdi delete ${name}'` : 'a rollback, or deleting it,';
-  return `${began}: cannot be opened; 'sheepgate ${by}' again completes it, ${giveUp} gives it up`;
+  if (vdi.open > 0) return `${began}, at work now`;
+  return `${began}: cannot be opened; 'sheepgate ${by}' again completes it, ${waysOut(vdi, hasSnapshots)} gives it up`;
 }

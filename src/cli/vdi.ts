@@ -1,25 +1,21 @@
 /** `sheepgate vdi`: the group of commands about VDIs and snapshots. */
 import { Command } from 'commander';
-import { vdiCloneCommand } from './vdi-clone.js';
-import { vdiCreateCommand } from './vdi-create.js';
-import { vdiDeleteCommand } from './vdi-delete.js';
-import { vdiListCommand } from './vdi-list.js';
-import { vdiResizeCommand } from './vdi-resize.js';
-import { vdiRollbackCommand } from './vdi-rollback.js';
-import { vdiShowCommand } from './vdi-show.js';
-import { vdiSnapshotCommand } from './vdi-snapshot.js';
-import { vdiTreeCommand } from './vdi-tree.js';
+import { addCommands, type Loaders } from './loaders.js';
 
-export function vdiCommand(): Command {
-  return new Command('vdi')
-    .description('create, list, snapshot, clone and delete VDIs')
-    .addCommand(vdiCreateCommand())
-    .addCommand(vdiListCommand())
-    .addCommand(vdiShowCommand())
-    .addCommand(vdiTreeCommand())
-    .addCommand(vdiDeleteCommand())
-    .addCommand(vdiResizeCommand())
-    .addCommand(vdiSnapshotCommand())
-    .addCommand(vdiCloneCommand())
-    .addCommand(vdiRollbackCommand());
+const COMMANDS: Loaders = {
+  create: async () => (await import('./vdi-create.js')).vdiCreateCommand(),
+  list: async () => (await import('./vdi-list.js')).vdiListCommand(),
+  show: async () => (await import('./vdi-show.js')).vdiShowCommand(),
+  tree: async () => (await import('./vdi-tree.js')).vdiTreeCommand(),
+  delete: async () => (await import('./vdi-delete.js')).vdiDeleteCommand(),
+  resize: async () => (await import('./vdi-resize.js')).vdiResizeCommand(),
+  snapshot: async () => (await import('./vdi-snapshot.js')).vdiSnapshotCommand(),
+  clone: async () => (await import('./vdi-clone.js')).vdiCloneCommand(),
+  rollback: async () => (await import('./vdi-rollback.js')).vdiRollbackCommand(),
+};
+
+/** `words`: what follows `vdi` on the command line. */
+export async function vdiCommand(words: readonly string[]): Promise<Command> {
+  const command = new Command('vdi').description('create, list, snapshot, clone and delete VDIs');
+  return addCommands(command, COMMANDS, words);
 }

@@ -18,7 +18,8 @@ import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
-import { openDirectly, whileLocked } from './open-operations.js';
+import { openDirectly } from './open-directly.js';
+import { whileLocked } from './open-operations.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
@@ -225,10 +226,10 @@ export async function startDaemon(
     toldToStop?.throwIfAborted();
     control = controlOf(opened);
     await control.listen();
-    const kept = await createMissing(opened, configuration.create, log);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
-    toldToStop?.throwIfAborted();
+    // The last that can fail: whatever fails after it would leave new VDIs behind.
+    const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
     toldToStop?.removeEventListener('abort', leave);
     exports.opened(security.guard(opened.exports));
     return {
@@ -243,6 +244,7 @@ export async function startDaemon(
   } catch (error) {
     onFailure?.();
     exports.failed();
+    operations?.takeBackCreation();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
   }
@@ -293,11 +295,14 @@ async function refuseSecondDaemon(store: string): Promise<void> {
   );
 }
 
-/** Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, and those of making. */
+/**
+ * Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, those of making, and the
+ * signal's reason.
+ */
 async function createMissing(
   operations: OpenedStore,
   wanted: DaemonConfiguration['create'],
-  log: Logger,
+  { log, stop }: { readonly log: Logger; readonly stop: AbortSignal | undefined },
 ): Promise<KeptVdi[]> {
   const names = new Set((await operations.list()).map(({ name }) => name));
   // A name that only snapshots bear cannot be served as asked.
@@ -318,6 +323,7 @@ async function createMissing(
         const how = unfinished ? 'unfinished, and cannot be opened' : 'with another size than was asked for';
         log.warn({ vdi: name, size: there.size, wantedSize: size }, `exists already, left as it is: ${how}`);
       }
+      stop?.throwIfAborted();
     }
   } catch (error) {
     for (const name of made) {
@@ -333,7 +339,7 @@ async function createMissing(
 /** undefined if it was made; what is there if it was not. */
 async function createIfMissing(operations: OpenedStore, name: string, size: number): Promise<VdiRecord | undefined> {
   try {
-    await operations.create(name, size, {});
+    await operations.create(name, size, { forceHint: `'sheepgate vdi create ${name} ${size} --force'` });
     return undefined;
   } catch (error) {
     if (!(error instanceof CatalogError) || error.code !== 'EXISTS') throw error;

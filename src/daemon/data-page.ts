@@ -1,5 +1,5 @@
 /** Turns what a disk says about its allocation and its changes into pages of bounded size. Never reads data. */
-import { STATE_ZERO, type Awaitable, type ExtentSink } from 'nbd-server-ts';
+import { STATE_ZERO, type Awaitable, type ExtentSink } from 'nbd-server-ts/block-device';
 import type { Vdi } from '../vdi/vdi.js';
 import { MAX_PAGE_BYTES, MAX_PAGE_RANGES, OperationError, type DataPage } from './operations.js';
 

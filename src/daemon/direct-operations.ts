@@ -3,7 +3,7 @@
  * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
  * exports: those the NBD server opened are the server's.
  */
-import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { unfinishedExport } from '../export/unfinished-export.js';
@@ -35,10 +35,17 @@ export class DirectOperations implements Operations {
   readonly #catalog: VdiCatalog;
   readonly #exports: ExportProvider;
   readonly #closed: () => void;
+  readonly takeBackCreation: () => void;
 
   /** `closed` is called when the store is closed, or could not be. */
-  constructor(catalog: VdiCatalog, exports: ExportProvider, closed: () => void = () => undefined) {
+  constructor(
+    catalog: VdiCatalog,
+    exports: ExportProvider,
+    closed: () => void = () => undefined,
+    takeBackCreation: () => void = () => undefined,
+  ) {
     this.#closed = closed;
+    this.takeBackCreation = takeBackCreation;
     this.store = catalog.location;
     this.identity = catalog.identity;
     this.#catalog = catalog;
@@ -66,7 +73,11 @@ export class DirectOperations implements Operations {
     return this.#catalog.show(spec);
   }
 
-  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord> {
+  create(
+    name: string,
+    size: number,
+    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
+  ): Promise<VdiRecord> {
     return this.#catalog.create(name, size, options);
   }
 

@@ -1,23 +1,17 @@
 /**
  * Decides who works on a store: the daemon that has it, or this process. Owns the order in which that is tried, and
- * what is said if neither is possible.
+ * what is said if neither is possible. Whoever does the work is loaded when that is known: a command that a daemon does
+ * needs no store, and most of the time that a short command takes is spent on loading.
  */
 import fs from 'node:fs';
-import { LocalStore } from '../store/local/local-store.js';
-import { StoreLockedError, type Holder } from '../store/local/store-lock.js';
+import type { Holder, StoreLockedError } from '../store/local/store-lock.js';
 import { StoreError } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
-import { SheepStore } from '../store/sheep/sheep-store.js';
-import { VdiCatalog } from '../vdi/catalog.js';
-import { VdiExports } from '../export/vdi-exports.js';
-import { ControlClient } from './control-client.js';
+import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
-import { DirectOperations } from './direct-operations.js';
 import { OperationError, type Operations } from './operations.js';
-import { controlSocketOf, stateDirectory } from './places.js';
-import { RemoteOperations } from './remote-operations.js';
+import { controlSocketOf } from './places.js';
 import { socketState } from './stale-socket.js';
-import { refuseOthersStore, takeOwner } from './store-owner.js';
 
 /**
  * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
@@ -41,19 +35,6 @@ export interface StorePlace {
   readonly log?: (line: string, details?: object) => void;
 }
 
-export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero' | 'mayCreate'> {
-  /** This process serves the store, and nobody else on this machine does. */
-  readonly isDaemon?: boolean;
-  /** How long requests to a cluster are repeated while it cannot serve them. */
-  readonly retryMs?: number;
-  /** How long NAME@now is kept for a client that was cut off. */
-  readonly keepMs?: number;
-  /** How long such a client counts as a user of a VDI. */
-  readonly inUseMs?: number;
-  /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
-  readonly signal?: AbortSignal;
-}
-
 /**
  * Operations on a store: through its daemon if one listens, else directly. A control socket that was asked for by name
  * must answer. Errors: UNREACHABLE, LOCKED, and whatever opening the store says.
@@ -61,7 +42,7 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
 export async function openOperations(place: StorePlace): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
   // Whoever serves the cluster as it should be need not serve it with zeros, and nothing is written that could disturb.
-  if (place.missingIsZero) return openDirectly(place);
+  if (place.missingIsZero) return directly(place);
   return whileLocked(async () => {
     const state = await socketState(socketPath);
     if (state === 'alive') return connect(place, socketPath);
@@ -73,70 +54,28 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
           : `no daemon listens on ${socketPath} (${state}); leave --control out to open the store itself`,
       );
     }
-    return openDirectly(place);
+    return directly(place);
   }, socketPath);
 }
 
-type OpenedStore = DirectOperations & {
-  readonly exports: VdiExports;
-  readonly isReadOnly: boolean;
-  readonly announceStop: () => void;
-};
-
 /**
- * The store, opened by this process; one of another user's by root as that user (store-owner.ts). Errors: StoreError;
- * OWNER, PERMISSION.
+ * Load what openOperations may need later, whatever that is: for who opens stores again and again, while a daemon comes or
+ * goes and perhaps another version of this program is installed; and for who is about to be another user, who may not be
+ * able to read this program.
  */
-export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
-  const isCluster = isClusterLocation(place.store);
-  if (place.missingIsZero && !isCluster) {
-    throw new OperationError(
-      'BAD_USAGE',
-      `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
-    );
-  }
-  const { log, retryMs, missingIsZero, mayCreate, signal } = place;
-  if (isCluster) {
-    const options = { log, retryMs, missingIsZero, signal, stateDirectory: stateDirectory() };
-    return operationsOn(await SheepStore.open(place.store, options), place);
-  }
-  if (place.isDaemon) refuseOthersStore(place.store);
-  const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
-  try {
-    const role = place.isDaemon ? 'daemon' : 'command';
-    return await operationsOn(await LocalStore.open(place.store, { log, role, mayCreate }), place, leave);
-  } catch (error) {
-    leave();
-    throw error;
-  }
+export async function loadEverything(): Promise<void> {
+  await Promise.all([
+    import('./open-directly.js'),
+    import('../store/local/local-store.js'),
+    import('../store/sheep/sheep-store.js'),
+    import('./control-client.js'),
+    import('./remote-operations.js'),
+  ]);
 }
 
-/** `closed` is called when the store is closed. */
-async function operationsOn(
-  store: LocalStore | SheepStore,
-  place: DirectPlace,
-  closed: () => void = () => undefined,
-): Promise<OpenedStore> {
-  const isCluster = store instanceof SheepStore;
-  const { keepMs, inUseMs, log, isDaemon: serves } = place;
-  const catalog = new VdiCatalog(store, { inUseMs, log });
-  // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
-  if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
-    try {
-      const leftovers = await catalog.dropLeftovers();
-      if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
-    } catch (error) {
-      await store.close().catch(() => undefined);
-      throw error;
-    }
-  }
-  const exports = new VdiExports(catalog, { keepMs, serves, log });
-  return Object.assign(new DirectOperations(catalog, exports, closed), {
-    exports,
-    isReadOnly: catalog.isReadOnly,
-    // Nobody waits for a cluster: it has no lock.
-    announceStop: () => void (store instanceof LocalStore && store.announceStop()),
-  });
+async function directly(place: StorePlace): Promise<Operations> {
+  const { openDirectly } = await import('./open-directly.js');
+  return openDirectly(place);
 }
 
 /** Try again for a while if the store is locked, and then say who may have it. */
@@ -148,7 +87,7 @@ export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: stri
     } catch (error) {
       if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
       if (performance.now() >= deadline) {
-        const holder = error instanceof StoreLockedError ? error.holder : undefined;
+        const { holder } = error as Partial<StoreLockedError>;
         throw new OperationError('LOCKED', lockedMessage(holder, socketPath), { cause: error });
       }
     }
@@ -193,12 +132,15 @@ export async function controlOfDaemon(
       `no daemon: ${found}; is it another store's (--store), or elsewhere (--control)?`,
     );
   }
+  const { ControlClient } = await import('./control-client.js');
   const client = new ControlClient(socketPath);
   await statusOf(place, client, socketPath);
   return client;
 }
 
 async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
+  const { ControlClient } = await import('./control-client.js');
+  const { RemoteOperations } = await import('./remote-operations.js');
   const client = new ControlClient(socketPath);
   return new RemoteOperations(await statusOf(place, client, socketPath), client);
 }

@@ -7,6 +7,7 @@ import type { CheckReport, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
+export { labelOfRun } from '../vdi/names.js';
 export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
@@ -57,7 +58,11 @@ export interface Operations {
   list(): Promise<VdiRecord[]>;
   listDetails(): Promise<VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
-  create(name: string, size: number, options: { readonly blockSizeShift?: number } & ForceOption): Promise<VdiRecord>;
+  create(
+    name: string,
+    size: number,
+    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
+  ): Promise<VdiRecord>;
   /**
    * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
    * `run` open or change it. Errors: EXISTS, BUSY.
@@ -89,6 +94,11 @@ export interface Operations {
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
   openDisk(exportName: string, options?: Filling): Promise<Disk>;
+  /**
+   * What this was opened for has failed: a store that was made for it and that holds nothing is removed when it is closed.
+   * A daemon's store is the daemon's.
+   */
+  takeBackCreation?(): void;
   close(): Promise<void>;
 }
 

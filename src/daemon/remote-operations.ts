@@ -2,7 +2,8 @@
  * Operations done by a daemon: the catalog over its control API, data over NBD connections through the same socket, so
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
-import { ALLOCATION_CONTEXT, MAX_PAYLOAD, NbdClient, type ExtentSink } from 'nbd-server-ts';
+import { ALLOCATION_CONTEXT, type ExtentSink } from 'nbd-server-ts/block-device';
+import { MAX_PAYLOAD, NbdClient } from 'nbd-server-ts/client';
 import { unfinishedExport } from '../export/unfinished-export.js';
 import { pathOf, type ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';

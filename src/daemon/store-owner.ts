@@ -4,6 +4,7 @@
  * of this process. Nothing is ever chowned: the directory is controlled by somebody else.
  */
 import fs from 'node:fs';
+import path from 'node:path';
 import { shellWord } from '../store/shell-word.js';
 import { OperationError } from './operations.js';
 
@@ -20,51 +21,95 @@ let taken: (Identity & { readonly store: string; users: number }) | undefined;
 /** Stores that root has open as root. */
 let asRoot = 0;
 
+/** Whether this is root, and the directory another user's, or will be when it is made. */
+export function isOthersStore(directory: string): boolean {
+  return process.geteuid?.() === 0 && ownerOf(directory).uid !== 0;
+}
+
 /**
  * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
- * root and the directory is another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
+ * root and the directory is, or will be, another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
  */
 export function takeOwner(directory: string): () => void {
   if (taken === undefined && process.geteuid?.() !== 0) return () => undefined;
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
-  const uid = status?.uid ?? 0;
+  const owner = ownerOf(directory);
+  const { uid } = owner;
   if (taken !== undefined ? taken.uid !== uid : uid !== 0 && asRoot > 0) {
     throw new OperationError(
       'OWNER',
-      `${directory} belongs to another user than ${taken?.store ?? 'the other store'}, and this command would have to be ` +
-        'both: start a daemon for one of them, which then does the work on it',
+      twoOwners(directory, owner, taken ?? { uid: 0, gid: 0, store: 'the other store' }),
     );
   }
-  if (status === undefined || uid === 0) {
+  if (uid === 0) {
     asRoot++;
     return once(() => void asRoot--);
   }
-  taken ??= become({ uid, gid: status.gid }, directory);
+  taken ??= become(owner, directory);
   taken.users++;
   return once(giveBack);
 }
 
+/** Whoever a directory belongs to, or will when it is made. */
+function ownerOf(directory: string): Identity & { readonly isThere: boolean } {
+  for (let place = path.resolve(directory); ; place = path.dirname(place)) {
+    const status = fs.statSync(place, { throwIfNoEntry: false });
+    if (status) return { uid: status.uid, gid: status.gid, isThere: place === path.resolve(directory) };
+  }
+}
+
+function twoOwners(
+  directory: string,
+  { uid, isThere }: Identity & { readonly isThere: boolean },
+  other: Identity & { readonly store: string },
+): string {
+  const both = `${other.store} belongs to uid ${other.uid}, and this command would have to be both`;
+  if (isThere) {
+    const others = shellWord(uid === 0 ? other.store : directory);
+    return `${directory} belongs to uid ${uid}, ${both}: start the daemon of ${others}, which then does the work on it`;
+  }
+  return (
+    `${directory} is not there yet and would belong to uid ${uid}, as what it lies in does, but ${both}: ` +
+    `'install -d -m 700 -o ${other.uid} -g ${other.gid} ${shellWord(directory)}' makes it that user's`
+  );
+}
+
+/** Whether root is somebody else at this moment. */
+export function hasTakenOwner(): boolean {
+  return taken !== undefined;
+}
+
 /** Who lacks a permission that root has is told why it is not root at that moment. */
 export function explainIdentity(error: unknown): unknown {
-  const { code, message } = error as NodeJS.ErrnoException;
-  if (taken === undefined || (code !== 'EACCES' && code !== 'EPERM')) return error;
+  if (taken === undefined || !isDenied(error)) return error;
+  const place = shellWord(taken.store);
   return new OperationError(
     'PERMISSION',
-    `${message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it has that open; ` +
-      'use a place that this user may write to, or start the daemon, which then has the store',
+    `${(error as Error).message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
+      `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
     { cause: error },
   );
 }
 
+/** By the system; also where that was said in connecting to a daemon. What a store says of its own files is another matter. */
+function isDenied(error: unknown): boolean {
+  const { code, cause } = (error ?? {}) as { readonly code?: unknown; readonly cause?: unknown };
+  if (code === 'EACCES' || code === 'EPERM') return true;
+  if (code === 'UNREACHABLE') return isDenied(cause);
+  return code === 'PERMISSION' && error instanceof OperationError && cause === undefined;
+}
+
 /** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
 export function refuseOthersStore(directory: string): void {
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
-  if (process.geteuid?.() !== 0 || !status || status.uid === 0) return;
+  if (process.geteuid?.() !== 0) return;
+  const { uid, gid } = ownerOf(directory);
+  if (uid === 0) return;
+  const own = fs.existsSync(directory)
+    ? `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`
+    : `if it is to be root's store: 'mkdir -m 700 ${shellWord(directory)}'`;
   throw new OperationError(
     'OWNER',
-    `${directory} belongs to the user with uid ${status.uid}, who could not open what a daemon of root makes there: ` +
-      `start the service, or say 'setpriv --reuid=${status.uid} --regid=${status.gid} --init-groups sheepgate serve …'; ` +
-      `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`,
+    `${directory} belongs to the user with uid ${uid}, who could not open what a daemon of root makes there: ` +
+      `start the service, or say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
   );
 }
 

@@ -15,7 +15,7 @@ import {
   type ExtentSink,
   type Geometry,
   type Peer,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
 import type { VdiSpec } from '../vdi/names.js';
 import { baseOfContext } from './changed-contexts.js';
 import { accessName, parseExportName, subjectText } from './export-name.js';
@@ -24,6 +24,17 @@ import { accessName, parseExportName, subjectText } from './export-name.js';
 export interface SubjectExports extends ExportProvider {
   /** Undefined if nothing has the id that is named. Errors: ExportError, for what is no name. */
   subjectOf(name: string): Promise<Subject | undefined>;
+  /** `access`: who may only read does not count as a writer. */
+  open(
+    name: string,
+    peer: Peer,
+    access?: { readonly isReadOnly?: boolean },
+  ): Awaitable<{ readonly device: RefusableDevice; readonly info: ExportInfo }>;
+}
+
+interface RefusableDevice extends BlockDevice {
+  /** In place of `close`, if the peer is not given the device after all. */
+  refuse?(): Awaitable<void>;
 }
 
 type Subject = Pick<VdiSpec, 'name' | 'tag'>;
@@ -68,14 +79,15 @@ export class AuthorisedExports implements ExportProvider {
 
   async open(name: string, peer: Peer): Promise<{ readonly device: BlockDevice; readonly info: ExportInfo }> {
     const { isReadOnly, subject } = await this.#admit(name, peer);
-    const opened = await this.#provider.open(name, peer);
+    const opened = await this.#provider.open(name, peer, { isReadOnly });
     // An id may have been given away, and to somebody else, since it was judged.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
-      await opened.device.close('lost');
+      await (opened.device.refuse?.() ?? opened.device.close('disconnect'));
       throw refused(name);
     }
-    if (!isReadOnly || opened.device.geometry.readOnly) return opened;
+    // Of a snapshot nobody can write anything.
+    if (!isReadOnly || subject?.tag !== undefined) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
   }
 

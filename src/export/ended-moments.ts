@@ -65,8 +65,17 @@ export class EndedMoments {
   /** Labels that the log has told of. */
   readonly #told = new Set<string>();
 
-  /** `keptMs`: how long a reader that an earlier process left behind may come back. */
-  constructor(memory: Memory, keptMs: number, log: (line: string, details?: object) => void) {
+  /**
+   * `keptMs`: how long a reader that an earlier process left behind may come back. `readerMemoryMs`: how long that is known of
+   * one that was cut off before; not less than it may come back.
+   */
+  constructor(
+    memory: Memory,
+    keptMs: number,
+    log: (line: string, details?: object) => void,
+    readerMemoryMs = READER_MEMORY_MS,
+  ) {
+    const rememberedMs = Math.max(readerMemoryMs, keptMs);
     this.#memory = memory;
     this.#log = log;
     for (const [key, value] of [...memory.entries(LABEL_PREFIX)]) {
@@ -76,7 +85,7 @@ export class EndedMoments {
     }
     for (const [key, value] of [...memory.entries(READER_PREFIX)]) {
       if (!isReaderRecord(value) || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
-      if (value.lostAt && msSince(value.lostAt) >= READER_MEMORY_MS) {
+      if (value.lostAt && msSince(value.lostAt) >= rememberedMs) {
         memory.putSoon(key, undefined);
         continue;
       }
@@ -135,6 +144,11 @@ export class EndedMoments {
     this.#memory.putSoon(key, { ...record, endedAt: stampNow(), why, isOver });
   }
 
+  /** Everybody who was about to read the moment of this label was refused: it may stand for another. */
+  labelUnused(name: string, tag: string): void {
+    this.#memory.putSoon(LABEL_PREFIX + memoryKey(name, tag), undefined);
+  }
+
   #makeRoom(name: string): void {
     const all: [string, LabelRecord][] = [];
     for (const [key, value] of [...this.#memory.entries(LABEL_PREFIX)]) {
@@ -184,7 +198,7 @@ export class EndedMoments {
     await this.#memory.put(key, record);
   }
 
-  /** The client was cut off. */
+  /** The client was cut off, and none of its connections reads on. */
   readerLost(name: string, client: Client): void {
     const key = readerKey(name, client);
     const known = this.#memory.get(key);

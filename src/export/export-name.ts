@@ -9,7 +9,7 @@
  * to come has its place. Owns how a name is taken apart and put together; looks nothing up and decides nothing.
  */
 import { CatalogError } from '../vdi/catalog-error.js';
-import { decodePercent, encodePercent, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
+import { decodePercent, encodePercent, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 
 export interface ExportOptions {
   /** Tag of the one snapshot that the export tells the changes since. */
@@ -63,10 +63,9 @@ function parseOptions(exportName: string, text: string): ExportOptions {
   return options;
 }
 
-/** A name that is parsed as the same. Not of an id. */
-export function formatExportName(subject: Pick<VdiSpec, 'name' | 'tag'>, { since }: ExportOptions = {}): string {
-  const options = since === undefined ? '' : `${OPTIONS_BEGIN}since=${encodePercent(since)}`;
-  return formatSpec(subject) + options;
+/** A name that is parsed as the same. `subject`: as formatSpec or specOf gives it. */
+export function formatExportName(subject: string, { since }: ExportOptions = {}): string {
+  return since === undefined ? subject : `${subject}${OPTIONS_BEGIN}since=${encodePercent(since)}`;
 }
 
 /**

@@ -2,7 +2,7 @@
  * The exports of a store that is about to be opened: whoever asks waits until it is, or is told that it will not be. So a
  * server can take its addresses before anything is made. Owns the waiting; decides nothing.
  */
-import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts';
+import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 
 export class ExportsWhenOpen implements ExportProvider {
   readonly #opened: Promise<ExportProvider>;

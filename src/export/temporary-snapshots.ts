@@ -7,8 +7,9 @@
 import type { Ending, Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
+import { Connections, type ConnectionSpan } from '../vdi/connections.js';
 import type { Client } from '../vdi/in-use.js';
-import { isLabelled } from '../vdi/names.js';
+import { isLabelled, isLabelOfRun } from '../vdi/names.js';
 import { isRunning } from '../vdi/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { EndedMoments } from './ended-moments.js';
@@ -20,6 +21,8 @@ const MAX_KEPT_PER_DISK = 4;
 const MAX_KEPT_PER_CLIENT = 16;
 /** Clients of one moment that read it or may come back. */
 const MAX_READERS = 1024;
+/** Of NAME@now without a label. */
+const PLAIN_TAG = 'now';
 const TICK_MS = 1_000;
 const MIN_TICK_MS = 50;
 /** A process that was stopped, or a machine that slept, served nobody meanwhile: no tick counts for more than this many. */
@@ -29,16 +32,19 @@ export interface TemporaryOptions {
   readonly keepMs?: number | undefined;
   /** Clients can come: their time passes. */
   readonly serves?: boolean | undefined;
+  /** How long a reader that was cut off is remembered by the next process; see ended-moments.ts. */
+  readonly readerMemoryMs?: number | undefined;
   readonly log?: ((line: string, details?: object) => void) | undefined;
 }
 
-/** One client of a moment: its connections, and those that were cut off and have not come back. */
+/** One client of a moment. */
 interface Reader {
   readonly client: Client;
-  live: number;
-  lost: number;
-  /** How long those may yet come back. */
+  readonly connections: Connections;
+  /** How long those that were cut off may yet come back. */
   leftMs: number;
+  /** Its last connection has said goodbye, while others of it were cut off and may come back. */
+  hasLeft: boolean;
 }
 
 interface Moment {
@@ -54,6 +60,10 @@ interface Moment {
   isRemembered: boolean;
   /** The time of somebody who was cut off has passed: he may ask for it yet. */
   hasLateReader: boolean;
+  /** Somebody has had it, and was not refused after all. */
+  hasBeenRead: boolean;
+  /** The snapshots that it was compared with, by tag: another one of that tag would tell of other changes. */
+  readonly bases: Map<string, number>;
   readonly readers: Map<string, Reader>;
 }
 
@@ -62,6 +72,18 @@ export interface HeldMoment {
   readonly vdi: Vdi;
   readonly moment: Moment;
   readonly client: Client | undefined;
+  /** It may be one that was cut off, come back. */
+  tookOver: boolean;
+}
+
+/** How a connection's part in a moment ends. */
+export interface EndOfReading {
+  readonly ending: Ending;
+  /** The client was told that something could not be read, and may try that again. */
+  readonly hadErrors: boolean;
+  /** It was refused after all: all is as if it had not come. */
+  readonly isRefused: boolean;
+  readonly span: ConnectionSpan;
 }
 
 export class TemporarySnapshots implements TemporaryKeeper {
@@ -84,7 +106,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#keepMs = options.keepMs ?? DEFAULT_KEEP_MS;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
-    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log);
+    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log, options.readerMemoryMs);
     catalog.keeper = this;
     this.#tickIfNeeded();
   }
@@ -93,18 +115,14 @@ export class TemporarySnapshots implements TemporaryKeeper {
   open(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<HeldMoment> {
     return this.#alone(`${name}@${tag}`, async () => {
       const asked = this.#asked.get(peer);
-      let held: HeldMoment;
-      if (asked?.moment.name === name && asked.moment.tag === tag) {
-        this.#asked.delete(peer);
-        asked.moment.askers--;
-        held = asked;
-      } else {
-        held = await this.#hold(name, tag, client, true);
-      }
+      const isAsked = asked?.moment.name === name && asked.moment.tag === tag;
+      if (isAsked) this.#asked.delete(peer);
+      const held = isAsked ? asked : await this.#hold(name, tag, client, true);
       const { moment } = held;
+      moment.askers--;
       moment.users++;
       try {
-        await this.#arrive(moment, client);
+        held.tookOver = await this.#arrive(moment, client);
         return held;
       } catch (error) {
         moment.users--;
@@ -122,7 +140,6 @@ export class TemporarySnapshots implements TemporaryKeeper {
       // One for each connection: else one that asks for many labels would hold as many snapshots.
       if (asked) this.left(peer);
       const held = await this.#hold(name, tag, client, false);
-      held.moment.askers++;
       this.#asked.set(peer, held);
       return held.vdi;
     });
@@ -140,30 +157,52 @@ export class TemporarySnapshots implements TemporaryKeeper {
     }).catch((error: unknown) => this.#log(`${name}@${tag} could not be dropped`, { err: error }));
   }
 
-  /** `hadErrors`: the client was told that something could not be read, and may try that again. */
-  close(held: HeldMoment, ending: Ending, hadErrors: boolean): Promise<void> {
+  close(held: HeldMoment, end: EndOfReading): Promise<void> {
     const { moment, client } = held;
     return this.#alone(`${moment.name}@${moment.tag}`, async () => {
       moment.users--;
+      if (!end.isRefused) moment.hasBeenRead = true;
       const reader = client && moment.readers.get(client.id);
-      if (reader) {
-        reader.live--;
-        if (ending === 'lost' || hadErrors) {
-          reader.lost++;
-          reader.leftMs = this.#keepMs;
-          if (!isLabelled(moment.tag)) this.#ended.readerLost(moment.name, reader.client);
-        } else if (reader.live === 0 && reader.lost === 0) {
-          this.#forgetReader(moment, reader);
-        }
-      }
+      if (reader) this.#leave(held, reader, end);
       await this.#letGo(held);
     });
+  }
+
+  #leave({ moment, tookOver }: HeldMoment, reader: Reader, { ending, hadErrors, isRefused, span }: EndOfReading): void {
+    const { connections, client } = reader;
+    connections.live--;
+    const isCutOff = !isRefused && (ending === 'lost' || hadErrors);
+    if (isCutOff) {
+      connections.loseAll(1, span);
+      reader.leftMs = this.#keepMs;
+    } else if (isRefused) {
+      // Who was refused has been away for as long as before.
+      if (tookOver) connections.loseAll(1);
+    } else if (!tookOver) {
+      connections.leave(span);
+    }
+    connections.settle();
+    if (connections.live > 0) return;
+    if (connections.lost === 0) {
+      this.#forgetReader(moment, reader);
+      return;
+    }
+    // Those of one process may work side by side: what was cut off comes back though the others are done.
+    if (!isCutOff && !isRefused) reader.hasLeft = true;
+    // As long as one reads, the end of this process would cut it off just then.
+    if (!isLabelled(moment.tag) && !this.#reads(moment.name, client)) this.#ended.readerLost(moment.name, client);
+  }
+
+  /** One of its connections has a moment of NAME@now open. */
+  #reads(name: string, client: Client): boolean {
+    const moments = this.#moments.get(`${name}@${PLAIN_TAG}`) ?? [];
+    return moments.some(({ readers }) => (readers.get(client.id)?.connections.live ?? 0) > 0);
   }
 
   kept(vid: number): { readonly client: string; readonly until: number } | undefined {
     const moment = this.#byVid(vid);
     if (!moment || moment.users + moment.askers > 0) return undefined;
-    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return undefined;
     const client = lost.map((reader) => reader.client.label).join(', ');
     // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
@@ -175,30 +214,47 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (moment) this.#noteGone(moment, why);
   }
 
-  /** The moment that is open, kept, or taken now; with one more user in the catalog. */
+  /** The moment that is open, kept, or taken now; with one more user in the catalog, and one more who asks. */
   async #hold(name: string, tag: string, client: Client | undefined, isOpening: boolean): Promise<HeldMoment> {
     const known = this.#find(name, tag, client);
     if (known) {
       if (client && !isLabelled(tag)) this.#ended.checkReader(name, client, isOpening);
-      return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid) };
+      // Before it is waited for: nobody is to end it meanwhile.
+      known.askers++;
+      try {
+        return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid), tookOver: false };
+      } catch (error) {
+        known.askers--;
+        throw error;
+      }
     }
     if (isLabelled(tag)) this.#ended.checkLabel(name, tag);
     else if (client) this.#ended.checkReader(name, client, isOpening);
     const { vid } = await this.#take(name, tag);
-    const vdi = await this.#catalog.openTemporary(vid);
+    let vdi: Vdi;
+    try {
+      vdi = await this.#catalog.openTemporary(vid);
+    } catch (error) {
+      await this.#catalog.dropTemporary(name, tag, vid).catch((failure: unknown) => {
+        this.#log(`${name}@${tag} could not be dropped`, { err: failure });
+      });
+      throw error;
+    }
     const moment: Moment = {
       ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
       ...{
         users: 0,
-        askers: 0,
+        askers: 1,
         isRemembered: false,
         hasLateReader: false,
+        hasBeenRead: false,
+        bases: new Map<string, number>(),
         readers: new Map<string, Reader>(),
       },
     };
     const spec = `${name}@${tag}`;
     this.#moments.set(spec, [...(this.#moments.get(spec) ?? []), moment]);
-    return { moment, client, vdi };
+    return { moment, client, vdi, tookOver: false };
   }
 
   /** A client that was cut off gets its own moment back; others share what is open, and not what is only kept. */
@@ -209,47 +265,57 @@ export class TemporarySnapshots implements TemporaryKeeper {
     return own ?? moments.findLast(({ users, askers }) => users + askers > 0);
   }
 
+  /**
+   * Whoever is here comes before whoever may come back. Nobody's turn is waited for: whoever opens another label of the disk
+   * may be waiting for ours. None is needed, since a moment that somebody is about to open has one who asks.
+   */
   async #take(name: string, tag: string): Promise<{ readonly vid: number }> {
-    try {
-      return await this.#catalog.snapshotTemporary(name, tag);
-    } catch (error) {
-      // Whoever is here comes before whoever may come back.
-      const oldest = this.#keptMoments().find((moment) => moment.name === name);
-      if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
-      const end = (): Promise<void> =>
-        this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
-      // A label that is kept is not taken at the same time: nobody waits for us there.
-      if (oldest.tag === tag) await end();
-      else await this.#alone(`${oldest.name}@${oldest.tag}`, end);
-      return this.#catalog.snapshotTemporary(name, tag);
+    for (;;) {
+      try {
+        return await this.#catalog.snapshotTemporary(name, tag);
+      } catch (error) {
+        const oldest = this.#keptMoments().find((moment) => moment.name === name);
+        if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
+        await this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
+      }
     }
   }
 
-  /** A connection of this client has opened the moment: remembered before the client is answered. */
-  async #arrive(moment: Moment, client: Client | undefined): Promise<void> {
+  /**
+   * A connection of this client has opened the moment: remembered before the client is answered. Whether it may be one that
+   * was cut off.
+   */
+  async #arrive(moment: Moment, client: Client | undefined): Promise<boolean> {
     const { name, tag, takenAt } = moment;
-    if (client) {
-      if (!moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
-        throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
-      }
-      if (!isLabelled(tag)) {
-        await this.#ended.reads(name, client, takenAt);
-      } else if (!moment.isRemembered) {
-        await this.#ended.useLabel(name, tag);
-        moment.isRemembered = true;
-      }
-      let reader = moment.readers.get(client.id);
-      if (!reader) moment.readers.set(client.id, (reader = { client, live: 0, lost: 0, leftMs: 0 }));
-      if (reader.lost > 0) reader.lost--;
-      reader.live++;
+    if (client && !moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
+      throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
     }
+    if (!isLabelled(tag)) {
+      if (client) await this.#ended.reads(name, client, takenAt);
+    } else if (!moment.isRemembered && (client || !isLabelOfRun(tag))) {
+      // Also for a command of ours: the label is the user's. One that was drawn for the run nobody gives again.
+      await this.#ended.useLabel(name, tag);
+      moment.isRemembered = true;
+    }
+    if (!client) return false;
+    let reader = moment.readers.get(client.id);
+    if (!reader) {
+      reader = { client, connections: new Connections(), leftMs: 0, hasLeft: false };
+      moment.readers.set(client.id, reader);
+    }
+    reader.hasLeft = false;
+    reader.connections.live++;
+    return reader.connections.takeOver();
   }
 
   /** The connection has no part in it any more. */
   async #letGo({ moment, vdi }: HeldMoment): Promise<void> {
+    // Until it is closed nobody is to end it.
+    moment.askers++;
     try {
       await this.#catalog.release(vdi);
     } finally {
+      moment.askers--;
       await this.#settle(moment);
     }
   }
@@ -258,8 +324,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
   async #settle(moment: Moment): Promise<void> {
     this.#tickIfNeeded();
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.lost = 0;
-    const lost = [...moment.readers.values()].filter((reader) => reader.lost > 0);
+    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.connections.forget();
+    const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
     const { failure } = moment.vdi;
     if (failure) return this.#end(moment, failure.message);
@@ -268,7 +334,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const ofDisk = kept.filter(({ name }) => name === moment.name);
     if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
     for (const { client } of lost) {
-      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.lost ?? 0) > 0);
+      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.connections.lost ?? 0) > 0);
       if (ofClient.length > MAX_KEPT_PER_CLIENT)
         this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
     }
@@ -285,7 +351,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   /** If nobody has it open. Without a `why` only if nobody comes back for it, or it cannot be read any more. */
   async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    const isAwaited = [...moment.readers.values()].some(({ lost }) => lost > 0);
+    const isAwaited = [...moment.readers.values()].some(isAway);
     const reason = isAwaited ? moment.vdi.failure?.message : 'its client was cut off and did not come back in time';
     const because = why ?? reason;
     if (because !== undefined) await this.#end(moment, because);
@@ -305,11 +371,15 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (left.length > 0) this.#moments.set(spec, left);
     else this.#moments.delete(spec);
     if (isLabelled(tag)) {
-      if (moment.isRemembered) this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
+      if (moment.isRemembered && moment.hasBeenRead) {
+        this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
+      } else if (moment.isRemembered) {
+        this.#ended.labelUnused(name, tag);
+      }
       return;
     }
     for (const reader of [...moment.readers.values()]) {
-      if (reader.lost > 0) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
+      if (isAway(reader)) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
       else this.#forgetReader(moment, reader);
     }
     this.#tickIfNeeded();
@@ -341,7 +411,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   #isWaiting(): boolean {
     if (this.#ended.isWaiting) return true;
     for (const moments of this.#moments.values()) {
-      if (moments.some(({ readers }) => [...readers.values()].some(({ lost }) => lost > 0))) return true;
+      if (moments.some(({ readers }) => [...readers.values()].some(isAway))) return true;
     }
     return false;
   }
@@ -361,11 +431,12 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#ended.age(passed);
     for (const moment of [...this.#moments.values()].flat()) {
       for (const reader of moment.readers.values()) {
-        if (reader.lost === 0) continue;
+        if (!isAway(reader)) continue;
+        const { connections } = reader;
         reader.leftMs -= passed;
         if (reader.leftMs <= 0) moment.hasLateReader = true;
-        if (reader.leftMs <= 0 || isGone(moment, reader)) reader.lost = 0;
-        if (reader.lost === 0 && reader.live === 0) this.#forgetReader(moment, reader);
+        if (reader.leftMs <= 0 || isGone(moment, reader)) connections.forget();
+        if (connections.lost === 0 && connections.live === 0) this.#forgetReader(moment, reader);
       }
       if (moment.users + moment.askers === 0) this.#endSoon(moment, undefined);
     }
@@ -388,10 +459,15 @@ export class TemporarySnapshots implements TemporaryKeeper {
   }
 }
 
+/** Connections of it were cut off, and may come back. */
+function isAway({ connections }: Reader): boolean {
+  return connections.lost > 0;
+}
+
 /**
  * Whether nobody can come back: NAME@now is given back to the same process only, and it has ended. Under a label somebody else
- * may take up its work, through another process of a proxy for instance.
+ * may take up its work, through another process of a proxy for instance, unless it has left in order.
  */
-function isGone({ tag }: Moment, { client }: Reader): boolean {
-  return !isLabelled(tag) && client.process !== undefined && !isRunning(client.process);
+function isGone({ tag }: Moment, { client, hasLeft }: Reader): boolean {
+  return (!isLabelled(tag) || hasLeft) && client.process !== undefined && !isRunning(client.process);
 }

@@ -14,7 +14,8 @@ import {
   type ExtentSink,
   type Geometry,
   type ZeroMode,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
+import type { ConnectionSpan } from '../vdi/connections.js';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
@@ -23,12 +24,18 @@ const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
 const STATE_CHANGED = 1;
 
+/** Devices opened so far, in this process. */
+let opened = 0;
+
 /** What is to be known of a device's client when it has left. */
 export interface Closing {
   readonly ending: Ending;
-  /** It was told that something failed, and may try that again on another connection. */
+  /** The last that it was told is that something failed which may not fail again: it may try that on another connection. */
   readonly hadErrors: boolean;
   readonly hasWritten: boolean;
+  readonly span: ConnectionSpan;
+  /** It never had it: it was refused after all. */
+  readonly isRefused: boolean;
 }
 
 /** The snapshots that a device's VDI can be compared with. */
@@ -38,7 +45,7 @@ export interface Bases {
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
   open(tag: string): Promise<Vdi>;
-  release(vdi: Vdi, ending: Ending): Promise<void>;
+  release(vdi: Vdi, closing: Closing): Promise<void>;
 }
 
 /**
@@ -72,7 +79,9 @@ export class VdiDevice implements BlockDevice {
   /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */
   readonly #opened = new Map<string, Promise<Vdi>>();
   readonly #onClose: (closing: Closing) => Awaitable<void>;
-  #hadErrors = false;
+  readonly #openedAs = ++opened;
+  /** How many devices were open at the last request: less than zero if nothing was asked since an error. */
+  #lastRequest = this.#openedAs;
   #hasWritten = false;
 
   constructor(vdi: Vdi, bases: Bases, onClose: (closing: Closing) => Awaitable<void>) {
@@ -83,11 +92,13 @@ export class VdiDevice implements BlockDevice {
   }
 
   readonly #rethrow = (error: unknown): never => {
-    this.#hadErrors = true;
-    throw asDeviceError(error);
+    const told = asDeviceError(error);
+    if (mayBeCured(error, told)) this.#lastRequest = -Math.abs(this.#lastRequest);
+    throw told;
   };
 
   read(offset: number, into: Buffer): Awaitable<void> {
+    this.#lastRequest = opened;
     try {
       const later = this.#vdi.read(offset, into);
       return later?.catch(this.#rethrow);
@@ -97,6 +108,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
+    this.#lastRequest = opened;
     this.#hasWritten = true;
     try {
       const later = this.#vdi.write(offset, data, fua);
@@ -107,6 +119,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   zero(offset: number, length: number, mode: ZeroMode): Awaitable<void> {
+    this.#lastRequest = opened;
     this.#hasWritten = true;
     try {
       const later = this.#vdi.zero(offset, length, mode);
@@ -121,6 +134,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   flush(): Awaitable<void> {
+    this.#lastRequest = opened;
     try {
       const later = this.#vdi.flush();
       return later?.catch(this.#rethrow);
@@ -130,6 +144,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   cache(offset: number, length: number): Awaitable<void> {
+    this.#lastRequest = opened;
     try {
       const later = this.#vdi.cache(offset, length);
       return later?.catch(this.#rethrow);
@@ -139,6 +154,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    this.#lastRequest = opened;
     if (context !== ALLOCATION_CONTEXT) return this.#changes(context, offset, length, sink).catch(this.#rethrow);
     return this.#vdi
       .extents(offset, length, (at, size, hole) => sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0))
@@ -155,8 +171,12 @@ export class VdiDevice implements BlockDevice {
 
   /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `Bases.open`. */
   hold(tag: string): Promise<Vdi> {
-    let base = this.#opened.get(tag);
-    if (!base) this.#opened.set(tag, (base = this.#bases.open(tag)));
+    const known = this.#opened.get(tag);
+    if (known) return known;
+    const base = this.#bases.open(tag);
+    this.#opened.set(tag, base);
+    // What failed once may go well the next time.
+    base.catch(() => this.#opened.delete(tag));
     return base;
   }
 
@@ -164,12 +184,27 @@ export class VdiDevice implements BlockDevice {
     return this.#vdi.isHole(offset, length);
   }
 
-  async close(ending: Ending): Promise<void> {
+  close(ending: Ending): Promise<void> {
+    return this.#end({ ...this.#state(), ending, isRefused: false });
+  }
+
+  /** In place of `close`, if nobody is given the device after all. */
+  refuse(): Promise<void> {
+    return this.#end({ ...this.#state(), ending: 'disconnect', isRefused: true });
+  }
+
+  #state(): Pick<Closing, 'hadErrors' | 'hasWritten' | 'span'> {
+    const hadErrors = this.#lastRequest < 0;
+    const span = { opened: this.#openedAs, lastRequest: Math.abs(this.#lastRequest) };
+    return { hadErrors, hasWritten: this.#hasWritten, span };
+  }
+
+  async #end(closing: Closing): Promise<void> {
     try {
       const opened = await Promise.allSettled(this.#opened.values());
-      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, ending);
+      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, closing);
     } finally {
-      await this.#onClose({ ending, hadErrors: this.#hadErrors, hasWritten: this.#hasWritten });
+      await this.#onClose(closing);
     }
   }
 }
@@ -180,6 +215,14 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   CLOSED: 'ESHUTDOWN',
   SLOW: 'ENOTSUP',
 };
+
+/**
+ * Whether the same may go well on another connection, which some try (nbdkit's retry filter). A FAST_ZERO that would be slow is
+ * refused in the course of things, and what is damaged stays so.
+ */
+function mayBeCured(error: unknown, told: DeviceError): boolean {
+  return told.code !== 'ENOTSUP' && (error as { code?: string }).code !== 'DAMAGED';
+}
 
 function asDeviceError(error: unknown): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };

@@ -4,15 +4,13 @@
  */
 import {
   ExportError,
-  type BlockDevice,
   type ExportInfo,
   type ExportProvider,
   type Geometry,
   type Peer,
-} from 'nbd-server-ts';
+} from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
-import { mustBeHeldBy } from '../vdi/unfinished.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/in-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
@@ -22,6 +20,20 @@ import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
+import { RefusalLog } from './refusal-log.js';
+
+/** What a connection is about to have. */
+interface Opening {
+  readonly vdi: Vdi;
+  /** Of a moment: the snapshots that it was compared with so far, by tag. */
+  readonly bases?: Map<string, number>;
+  readonly close: (closing: Closing) => Promise<void>;
+}
+
+const REFUSED: Closing = {
+  ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
+  span: { opened: 0, lastRequest: 0 },
+};
 
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
@@ -29,10 +41,12 @@ const ANY_TEMPORARY = 'now';
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
+  readonly #refusals: RefusalLog;
 
   constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
     this.#temporary = new TemporarySnapshots(catalog, options);
+    this.#refusals = new RefusalLog(options.log ?? (() => undefined));
   }
 
   /**
@@ -41,7 +55,7 @@ export class VdiExports implements ExportProvider {
    */
   async list(_peer: Peer): Promise<ExportInfo[]> {
     const records = await this.#catalog.list();
-    return records.filter(({ tag, unfinished }) => !isTemporaryTag(tag) && !unfinished).map((record) => infoOf(record));
+    return records.filter(({ isTemporary, unfinished }) => !isTemporary && !unfinished).map((record) => infoOf(record));
   }
 
   /**
@@ -71,10 +85,10 @@ export class VdiExports implements ExportProvider {
       const { subject, options } = parseExportName(name);
       const { isReadOnly } = this.#catalog;
       let record = await this.#find(subject);
-      mustBeHeldBy(record, run);
+      await this.#catalog.mustBeHeldBy(record, run);
       if (isTemporary(subject)) {
         this.#catalog.mustTakeTemporaries();
-        record = { ...record, tag: subject.tag, isSnapshot: true, snapshotAt: Date.now() };
+        record = { ...record, tag: subject.tag, isSnapshot: true, isTemporary: true, snapshotAt: Date.now() };
       }
       let tags = toldBases(await this.#basesOf(record, options), contexts);
       const client = clientOf(peer);
@@ -87,37 +101,46 @@ export class VdiExports implements ExportProvider {
     } catch (error) {
       // The connection is about something else by now.
       this.#temporary.left(peer);
-      throw asExportError(error);
+      throw this.#refused(exportName, error);
     }
   }
 
-  async open(exportName: string, peer: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  /** `access`: of the peer, if it may not do what the export could. */
+  async open(
+    exportName: string,
+    peer: Peer,
+    access: { readonly isReadOnly?: boolean } = {},
+  ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     try {
       const { name, run } = parseUnfinishedExport(exportName, peer);
       const { subject, options } = parseExportName(name);
       const client = clientOf(peer);
+      const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
       // Before anything is opened: a snapshot that is not there must not cost a temporary one.
       if (options.since !== undefined) await this.#basesOf(await this.#find(subject), options);
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
-        const close = ({ ending, hadErrors }: Closing): Promise<void> => this.#temporary.close(held, ending, hadErrors);
-        return await this.#opened(held.vdi, subject, options, client, close);
+        const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
+        const { vdi, moment } = held;
+        return await this.#opened({ vdi, bases: moment.bases, close }, { options, client, isReadOnly: true });
       }
       const vdi = await this.#catalog.openVdi(subjectText(name), { run });
-      // Nothing of a store that nobody changes can be taken away from anybody.
-      if (!client || this.#catalog.isReadOnly) {
-        return await this.#opened(vdi, subject, options, client, () => this.#catalog.release(vdi));
-      }
-      const { inUse } = this.#catalog;
-      const use = await inUse.begin(vdi.record, client, !vdi.record.isSnapshot && !isById(subject));
-      return await this.#opened(vdi, subject, options, client, ({ ending, hasWritten }) => {
+      const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isReadOnly);
+      const close = (closing: Closing): Promise<void> => {
         // First: it must not look unused in between.
-        inUse.end(use, { isOver: ending === 'disconnect', hasWritten });
+        this.#endUse(use, closing);
         return this.#catalog.release(vdi);
-      });
+      };
+      return await this.#opened({ vdi, close }, { options, client, isReadOnly });
     } catch (error) {
-      throw asExportError(error);
+      throw this.#refused(exportName, error);
     }
+  }
+
+  #refused(exportName: string, error: unknown): ExportError {
+    const refused = asExportError(error);
+    if (refused.code === 'FAILED') this.#refusals.tell(exportName, error as Error);
+    return refused;
   }
 
   left(peer: Peer): void {
@@ -125,39 +148,38 @@ export class VdiExports implements ExportProvider {
   }
 
   async #opened(
-    vdi: Vdi,
-    subject: VdiSpec,
-    options: ExportOptions,
-    client: Client | undefined,
-    close: (closing: Closing) => Promise<void>,
-  ): Promise<{ device: BlockDevice; info: ExportInfo }> {
+    { vdi, bases: known, close }: Opening,
+    { options, client, isReadOnly }: { options: ExportOptions; client: Client | undefined; isReadOnly: boolean },
+  ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     const { record } = vdi;
     let tags: readonly string[];
     try {
       tags = toldBases(await this.#basesOf(record, options), []);
     } catch (error) {
-      await close({ ending: 'lost', hadErrors: false, hasWritten: false });
+      await close(REFUSED);
       throw error;
     }
-    const uses = new Map<Vdi, UseOfConnection>();
+    const uses = new Map<Vdi, UseOfConnection | undefined>();
     const bases: Bases = {
       tags,
-      isReadOnly: this.#catalog.isReadOnly || isById(subject),
+      isReadOnly,
       open: async (tag) => {
         const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
-        if (!client || this.#catalog.isReadOnly) return base;
-        try {
-          // Who comes back to the same moment finds the same base, or it is refused to take it away.
-          uses.set(base, await this.#catalog.inUse.begin(base.record, client, false));
-          return base;
-        } catch (error) {
+        const { vid } = base.record;
+        if ((known?.get(tag) ?? vid) !== vid) {
           await this.#catalog.release(base);
-          throw error;
+          throw new CatalogError(
+            'ENDED',
+            `${specOf(base.record)} was taken anew since ${specOf(record)} was compared with it`,
+          );
         }
+        known?.set(tag, vid);
+        // Who comes back to the same moment finds the same base, or it is refused to take it away.
+        uses.set(base, await this.#use(base, client, false));
+        return base;
       },
-      release: (base, ending) => {
-        const use = uses.get(base);
-        if (use) this.#catalog.inUse.end(use, { isOver: ending === 'disconnect', hasWritten: false });
+      release: (base, closing) => {
+        this.#endUse(uses.get(base), closing);
         return this.#catalog.release(base);
       },
     };
@@ -166,10 +188,28 @@ export class VdiExports implements ExportProvider {
       // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
       if (options.since !== undefined) await device.hold(options.since);
     } catch (error) {
-      await device.close('lost');
+      await device.refuse();
       throw error;
     }
     return { device, info: infoOf(record, options) };
+  }
+
+  /** `vdi`, which was opened for it, is in use by this client. Undefined if that need not be known. */
+  async #use(vdi: Vdi, client: Client | undefined, writable: boolean): Promise<UseOfConnection | undefined> {
+    // Nothing of a store that nobody changes can be taken away from anybody.
+    if (!client || this.#catalog.isReadOnly) return undefined;
+    try {
+      return await this.#catalog.inUse.begin(vdi.record, client, writable);
+    } catch (error) {
+      await this.#catalog.release(vdi);
+      throw error;
+    }
+  }
+
+  #endUse(use: UseOfConnection | undefined, { ending, isRefused, ...closing }: Closing): void {
+    if (!use) return;
+    if (isRefused) this.#catalog.inUse.withdraw(use);
+    else this.#catalog.inUse.end(use, { ...closing, isOver: ending === 'disconnect' });
   }
 
   /** What a subject is about; of a temporary snapshot the VDI that it is, or would be, taken of. */
@@ -227,12 +267,12 @@ function isById({ vid }: VdiSpec): boolean {
 }
 
 function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {
-  const { name, tag, isSnapshot } = record;
+  const { name, isSnapshot, isTemporary } = record;
   const description = isSnapshot
     ? `snapshot of ${formatSpec({ name, tag: undefined })}, taken ${new Date(record.snapshotAt).toISOString()}`
     : `VDI, created ${new Date(record.createdAt).toISOString()}`;
-  const countedAs = isSnapshot && isTemporaryTag(tag) ? formatSpec({ name, tag: ANY_TEMPORARY }) : specOf(record);
-  return { name: formatExportName({ name, tag: isSnapshot ? tag : undefined }, options), description, countedAs };
+  const countedAs = isTemporary ? formatSpec({ name, tag: ANY_TEMPORARY }) : specOf(record);
+  return { name: formatExportName(specOf(record), options), description, countedAs };
 }
 
 function asExportError(error: unknown): ExportError {

@@ -56,6 +56,11 @@ export interface VdiRecord {
   readonly maxObjects?: number;
   /** Of a working VDI that a command has begun to fill and not finished. */
   readonly unfinished?: Unfinished;
+  /**
+   * A temporary snapshot that this machine has taken (`prepareTemporary`), and may drop. Not said by its tag: other tools of a
+   * cluster may give any tag to a snapshot that stays.
+   */
+  readonly isTemporary?: true;
 }
 
 /**

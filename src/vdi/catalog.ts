@@ -17,14 +17,25 @@ import {
 import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { Memory } from './memory.js';
-import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, type VdiSpec } from './names.js';
-import { describeUnfinished, isOfSame, mustBeHeldBy, type Beginning, type Filling } from './unfinished.js';
+import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
+import {
+  describeUnfinished,
+  isHeldBy,
+  isOfSame,
+  notHeldBy,
+  type Beginning,
+  type Circumstances,
+  type Filling,
+} from './unfinished.js';
 import { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
 const SIZE_UNIT = 512;
 /** Times are stored as seconds in 32 bits by a cluster. */
 const MAX_TIME_MS = 2 ** 32 * 1000;
+/** For a command that could be told to write over what is there; unless it cannot. */
+const OVERWRITE = ', and --overwrite writes over it';
+const NO_HINT = '';
 /** Clients that a message names. */
 const MAX_NAMED = 4;
 
@@ -84,6 +95,7 @@ export class VdiCatalog {
   readonly #store: ObjectStore;
   /** By current vid; a working VDI changes its vid with every snapshot. */
   readonly #open = new Set<OpenEntry>();
+  readonly #log: (line: string, details?: object) => void;
   #queue: Promise<unknown> = Promise.resolve();
   /** What outlives this process. */
   readonly memory: Memory;
@@ -93,6 +105,7 @@ export class VdiCatalog {
   constructor(store: ObjectStore, options: CatalogOptions = {}) {
     this.#store = store;
     const { inUseMs = DEFAULT_IN_USE_MS, log = () => undefined } = options;
+    this.#log = log;
     this.memory = new Memory(store.state, log);
     this.inUse = new InUse(this.memory, { forMs: inUseMs, log });
   }
@@ -151,16 +164,16 @@ export class VdiCatalog {
     });
   }
 
-  /** An empty VDI of `size` bytes. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
+  /** An empty VDI of `size` bytes. `forceHint`: what stands for --force where that cannot be given. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
   create(
     name: string,
     size: number,
-    options: { readonly blockSizeShift?: number | undefined } & ForceOption = {},
+    options: { readonly blockSizeShift?: number | undefined; readonly forceHint?: string } & ForceOption = {},
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       const shift = checkNewVdi(name, size, options.blockSizeShift);
       await this.#mustNotExist(name);
-      this.#mustBeUnused({ name, tag: '' }, 'made anew', options);
+      this.#mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
       return this.#store.catalog.create(name, size, shift);
     });
   }
@@ -176,10 +189,12 @@ export class VdiCatalog {
       checkName(name);
       const named = (await this.list()).filter((record) => record.name === name);
       const found = named.find(({ isSnapshot }) => !isSnapshot);
+      const isKept = (record: VdiRecord): boolean => !this.#entryOf(record.vid) && this.#keptOf(record) !== undefined;
       const before = found?.unfinished;
       const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
       const isSame = isOfSame(before, beginning);
-      if (found && !isNobodys && !isSame && !overwrites) throw this.#existing(found);
+      if (found && !isNobodys && !isSame && !overwrites)
+        throw await this.#existing(found, by === 'migrate' ? NO_HINT : OVERWRITE);
       if (found) this.#mustBeFree(found, 'overwritten', { force });
       if (found && !isNobodys && (!before?.isNew || (isSame && goesOn))) {
         const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
@@ -187,8 +202,11 @@ export class VdiCatalog {
       }
       const shift = checkNewVdi(name, size, beginning.blockSizeShift);
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
-      const [other] = named.filter((record) => record !== found);
-      if (other) throw this.#existing(found ?? other);
+      const [other] = named.filter((record) => record !== found && !isKept(record));
+      if (other) throw await this.#existing(found ?? other, NO_HINT);
+      const ended = await this.#endKept((record) => record.name === name, `${name} was made anew`);
+      for (const { spec, client } of ended)
+        this.#log(`ended ${spec}, which was kept for ${client}: ${name} was made anew`);
       // What a command has made and not finished holds nothing that was there before it.
       if (found) await this.#store.catalog.remove(found.vid);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
@@ -200,7 +218,7 @@ export class VdiCatalog {
   finish(name: string, run: string): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
-      mustBeHeldBy(record, run);
+      await this.mustBeHeldBy(record, run);
       return this.#using(record, async (vdi) => {
         await vdi.flush();
         return this.#store.catalog.mark(vdi.opened, undefined);
@@ -251,7 +269,8 @@ export class VdiCatalog {
       checkTemporaryTag(tag);
       const { name: own } = parseSpec(name);
       const record = (await this.list()).find(
-        (other) => other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
+        (other) =>
+          other.isTemporary && other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
       );
       if (!record) return; // by somebody else
       this.#mustBeClosed(record, 'dropped');
@@ -262,7 +281,7 @@ export class VdiCatalog {
   /** As openVdi. Errors: NO_TAG if it is not there any more. */
   openTemporary(vid: number): Promise<Vdi> {
     return this.#alone(async () => {
-      const record = (await this.list()).find((other) => other.vid === vid && isTemporaryTag(other.tag));
+      const record = (await this.list()).find((other) => other.vid === vid && other.isTemporary);
       if (!record) throw new CatalogError('NO_TAG', 'this temporary snapshot has ended');
       return this.#acquire(record);
     });
@@ -271,7 +290,11 @@ export class VdiCatalog {
   /** Drop the temporary snapshots of a process that did not live to do it. Returns how many. */
   dropLeftovers(): Promise<number> {
     return this.#alone(async () => {
-      const leftovers = (await this.list()).filter((record) => record.isSnapshot && isTemporaryTag(record.tag));
+      // Earlier versions stored them in a local store, where nobody else gives a tag.
+      const isOurs = this.#store.catalog.temporariesStoreNothing === true;
+      const leftovers = (await this.list()).filter(
+        ({ isSnapshot, isTemporary, tag }) => isTemporary || (isOurs && isSnapshot && isTemporaryTag(tag)),
+      );
       for (const { vid } of leftovers) await this.#store.catalog.remove(vid);
       return leftovers.length;
     });
@@ -284,7 +307,7 @@ export class VdiCatalog {
     run?: string,
   ): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
-    mustBeHeldBy(record, run);
+    await this.mustBeHeldBy(record, run);
     const isTaken = (await this.list()).some((other) => other.name === record.name && other.tag === tag);
     if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
@@ -329,7 +352,7 @@ export class VdiCatalog {
     return this.#change(async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#find({ name: base.name, tag: undefined });
-      if (run !== undefined) mustBeHeldBy(working, run);
+      if (run !== undefined) await this.mustBeHeldBy(working, run);
       this.#mustBeFree(working, 'rolled back', options);
       const ended = await this.#endKept(({ name }) => name === base.name, `${base.name} was rolled back`);
       const unfinished = run === undefined ? undefined : working.unfinished;
@@ -352,7 +375,7 @@ export class VdiCatalog {
   ): Promise<VdiRecord> {
     return this.#change(async () => {
       const record = await this.#findWorking(name);
-      mustBeHeldBy(record, options.run);
+      await this.mustBeHeldBy(record, options.run);
       checkSize(size, record.blockSizeShift, record.maxObjects);
       if (size === record.size) return record;
       if (size < record.size) {
@@ -382,8 +405,8 @@ export class VdiCatalog {
   async remove(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<Ended> {
     const ended = await this.#change(async () => {
       const record = await this.find(spec);
-      if (run !== undefined) mustBeHeldBy(record, run);
-      if (isTemporaryTag(record.tag)) {
+      if (run !== undefined) await this.mustBeHeldBy(record, run);
+      if (record.isTemporary) {
         const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
         const gone = await this.#endKept(same, `${spec} was deleted`);
         if (gone.length > 0) return gone;
@@ -393,6 +416,8 @@ export class VdiCatalog {
         ? []
         : await this.#endKept(({ name }) => name === record.name, `${record.name} was deleted`);
       await this.#store.catalog.remove(record.vid);
+      // Somebody may be about to come back to it.
+      if (record.isTemporary) this.keeper?.dropped(record.vid, `${spec} was deleted`);
       return gone;
     });
     // Others need not wait for this.
@@ -420,7 +445,7 @@ export class VdiCatalog {
   openVdi(spec: string, options: { readonly run?: string; readonly mapOnly?: boolean } = {}): Promise<Vdi> {
     return this.#alone(async () => {
       const record = await this.find(spec);
-      if (!options.mapOnly) mustBeHeldBy(record, options.run);
+      if (!options.mapOnly) await this.mustBeHeldBy(record, options.run);
       return this.#acquire(record);
     });
   }
@@ -434,7 +459,7 @@ export class VdiCatalog {
   close(): Promise<void> {
     return this.#alone(async () => {
       try {
-        await this.memory.flush();
+        await this.memory.close();
       } finally {
         await this.#store.close();
       }
@@ -444,11 +469,14 @@ export class VdiCatalog {
   async #find({ name, tag, vid }: VdiSpec): Promise<VdiRecord> {
     if (vid !== undefined) return this.#findById(vid);
     const named = (await this.list()).filter((record) => record.name === name);
-    const fitting = named.filter((record) =>
+    const tagged = named.filter((record) =>
       tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
     );
+    // What another tool has given such a tag is not what the tag says, and is not dropped as if it were.
+    const saysTemporary = isTemporaryTag(tag ?? '');
+    const fitting = saysTemporary ? tagged.filter(({ isTemporary }) => isTemporary) : tagged;
     // Of temporary snapshots of one tag, the newest that somebody reads.
-    const newest = fitting.length > 1 && isTemporaryTag(tag ?? '') ? fitting.reverse() : fitting;
+    const newest = fitting.length > 1 && saysTemporary ? fitting.reverse() : fitting;
     const found = newest.find(({ vid }) => this.#entryOf(vid)) ?? newest[0];
     if (found) return found;
     if (named.length === 0) {
@@ -460,13 +488,20 @@ export class VdiCatalog {
     if (tag === undefined) {
       throw new CatalogError('NO_VDI', `"${name}" has snapshots only, no working VDI; clone one to go on writing`);
     }
+    const [other] = tagged;
+    if (other) {
+      throw new CatalogError(
+        'NO_TAG',
+        `"${name}" has no temporary snapshot "${tag}"; the one that another tool has given this tag is ${specOf(other)}`,
+      );
+    }
     throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
   }
 
   /** Temporary snapshots come and go with those who have them open: they are nobody else's to open or delete. */
   async #findById(vid: number): Promise<VdiRecord> {
     const found = (await this.list()).find((record) => record.vid === vid);
-    if (found && !(found.isSnapshot && isTemporaryTag(found.tag))) return found;
+    if (found && !found.isTemporary) return found;
     throw new CatalogError(
       'NO_VDI',
       `nothing has the id ${vid.toString(16)} in ${this.location}; 'sheepgate vdi list' shows the ids, and a VDI gets ` +
@@ -495,15 +530,31 @@ export class VdiCatalog {
   async #mustNotExist(name: string): Promise<void> {
     const named = (await this.list()).filter((record) => record.name === name);
     const [first] = named;
-    if (first) throw this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first);
+    if (first) throw await this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first, NO_HINT);
   }
 
-  #existing(record: VdiRecord): CatalogError {
-    const left = record.unfinished ? ` (${describeUnfinished(record)})` : '';
-    return new CatalogError(
-      'EXISTS',
-      `a VDI or snapshot named "${record.name}" exists already in ${this.location}${left}`,
-    );
+  async #existing(record: VdiRecord, hint: string): Promise<CatalogError> {
+    const exists = `a VDI or snapshot named "${record.name}" exists already in ${this.location}`;
+    if (!record.unfinished) return new CatalogError('EXISTS', exists);
+    const circumstances = await this.#circumstancesOf(record);
+    const left = describeUnfinished(record, circumstances);
+    return new CatalogError('EXISTS', `${exists}: ${left}${circumstances.isAtWork ? '' : hint}`);
+  }
+
+  /**
+   * Errors: UNFINISHED unless `run` is the run that is at work on the VDI, or there is no run and nothing to be at work on.
+   */
+  async mustBeHeldBy(record: VdiRecord, run: string | undefined): Promise<void> {
+    if (!isHeldBy(record, run)) throw notHeldBy(record, run, await this.#circumstancesOf(record));
+  }
+
+  async #circumstancesOf({ name, vid }: VdiRecord): Promise<Circumstances> {
+    const isOpen = (this.#entryOf(vid)?.users ?? 0) > 0;
+    const hasSnapshots = (await this.list()).some((other) => {
+      return other.name === name && other.isSnapshot && !other.isTemporary;
+    });
+    // Only of this store's own clients is it known that there are none.
+    return { isAtWork: isOpen || (this.#store.state?.isShared ? undefined : false), hasSnapshots };
   }
 
   #entryOf(vid: number): OpenEntry | undefined {
@@ -568,7 +619,7 @@ export class VdiCatalog {
   }
 
   #keptOf(record: VdiRecord): KeptSnapshot | undefined {
-    if (!isTemporaryTag(record.tag)) return undefined;
+    if (!record.isTemporary) return undefined;
     const kept = this.keeper?.kept(record.vid);
     return kept && { spec: labelOf(record), takenAt: record.snapshotAt, ...kept };
   }

@@ -3,12 +3,18 @@
  * as a user until it has come back and left in order, or a time has passed. Owns the counts and what is stored of them. It
  * does not know what may not be done meanwhile; the catalog does.
  */
+import { Connections, type ConnectionSpan } from './connections.js';
 import { memoryKey, type Memory } from './memory.js';
 import { isRunning, ownKey } from './process-identity.js';
 import { isStamp, msSince, stampNow, type Stamp } from './stamp.js';
 
 /** How long a client that was cut off counts as a user. An idle guest comes back with its next request only. */
 export const DEFAULT_IN_USE_MS = 60 * 60_000;
+/**
+ * How long one that said goodbye after it was told of errors does: some try that again on another connection (nbdkit's retry
+ * filter), which they open soon after.
+ */
+const AFTER_ERRORS_MS = 5 * 60_000;
 /** Clients of one export that are told apart when they were cut off; earlier ones are then counted together. */
 const MAX_LOST_CLIENTS = 32;
 /** Of one store. */
@@ -48,29 +54,49 @@ interface UseRecord {
   readonly tag: string;
   readonly client: Client;
   readonly since: number;
-  /** It may write. */
+  /** One of its connections may write. */
   readonly writable: boolean;
   /** The process that serves it, as long as it is not cut off. */
   readonly server: string;
   readonly lostAt?: Stamp | undefined;
   readonly forMs: number;
+  /** It was not cut off: it said goodbye, having been told of errors. Once its process has ended it tries nothing again. */
+  readonly hasLeft?: boolean | undefined;
 }
 
 interface Use {
   record: UseRecord;
   readonly key: string;
-  /** Connections, and those that were cut off and have not come back. */
-  live: number;
-  lost: number;
+  readonly writers: Connections;
+  readonly readers: Connections;
+  /** Of those that were cut off: the last one's time, for how long they count, and UseRecord's `hasLeft`. */
+  lostSince: Stamp | undefined;
+  lostForMs: number;
+  hasLeft: boolean;
+  /** Writers of a client that is not exact, since nobody was connected: those that took over, wrote nothing and have left ... */
+  onlyLooked: number;
+  /** ... and whether one has written and left in order. */
+  hasWritten: boolean;
+  /** Its record is on its way to the disk. */
+  storing?: Promise<void> | undefined;
 }
 
 /** One connection's. */
 export interface UseOfConnection {
   readonly use: Use;
-  /** It may be one that was cut off, come back. */
-  readonly tookOver: boolean;
-  /** Since when that one had been away. */
-  readonly lostBefore: Stamp | undefined;
+  readonly writable: boolean;
+  /** It may be one of those that were cut off, come back. */
+  readonly tookOver: Connections | undefined;
+}
+
+/** How a connection has ended. */
+export interface EndOfUse {
+  /** Its client said goodbye. */
+  readonly isOver: boolean;
+  /** ... having been told of errors: it may try that again. */
+  readonly hadErrors: boolean;
+  readonly hasWritten: boolean;
+  readonly span: ConnectionSpan;
 }
 
 export class InUse {
@@ -86,7 +112,10 @@ export class InUse {
     this.#takeOver();
   }
 
-  /** A connection has opened the export. When it resolves, that is remembered, whatever becomes of this process. */
+  /**
+   * A connection has opened the export; `writable`: to write, as well. When it resolves, that is remembered, whatever
+   * becomes of this process.
+   */
   async begin(
     { name, tag }: { readonly name: string; readonly tag: string },
     client: Client,
@@ -94,62 +123,81 @@ export class InUse {
   ): Promise<UseOfConnection> {
     const key = PREFIX + memoryKey(name, tag, client.id);
     let use = this.#uses.get(key);
-    if (use !== undefined && !this.#counts(use)) use.lost = 0;
-    const tookOver = use !== undefined && use.lost > 0;
+    if (use !== undefined && !this.#counts(use)) forget(use);
     const known = use?.record;
-    const lostBefore = tookOver ? known?.lostAt : undefined;
     if (use === undefined) {
       const since = Date.now();
-      use = {
-        key,
-        live: 0,
-        lost: 0,
-        record: { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs },
-      };
+      use = this.#newUse(key, { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs });
       this.#uses.set(key, use);
-    } else if (tookOver) {
-      use.lost--;
     }
-    use.live++;
+    const { writers, readers } = use;
+    // Who may only read is not one that could write.
+    const tookOver = writable && writers.takeOver() ? writers : readers.takeOver() ? readers : undefined;
+    (writable ? writers : readers).live++;
     const isStored = this.#memory.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
     if (!isStored || (writable && !known.writable)) {
-      const { record } = use;
-      use.record = { ...record, client, writable: writable || record.writable, server: ownKey, lostAt: undefined };
-      try {
-        await this.#memory.put(key, use.record);
-      } catch (error) {
-        // The guest is more important than the guard against what others may do while it is cut off.
-        this.#log(`${label(name, tag)} is open by ${client.label}, which is forgotten if this process is killed`, {
-          err: error,
-        });
-      }
+      use.record = { ...use.record, client, server: ownKey };
+      this.#state(use);
+      use.storing = this.#store(use.record);
     }
-    return { use, tookOver, lostBefore };
+    // Also another connection's, if it is the same.
+    const { storing } = use;
+    await storing;
+    if (use.storing === storing) use.storing = undefined;
+    return { use, writable, tookOver };
   }
 
-  /** The connection is over. `isOver`: its client said goodbye. */
-  end(
-    { use, tookOver, lostBefore }: UseOfConnection,
-    { isOver, hasWritten }: { isOver: boolean; hasWritten: boolean },
-  ): void {
-    const { client, writable } = use.record;
-    use.live--;
-    if (isOver && use.live === 0 && client.isExact) {
-      // One process: when its last connection has said goodbye, none of those that broke before will come back.
-      use.lost = 0;
-    } else if (!isOver) {
-      use.lost++;
-    } else if (tookOver && writable && !hasWritten && !client.isExact) {
-      // Somebody else behind the same address, who only looked: whoever was cut off may write yet.
-      use.lost++;
+  /** The connection is over. */
+  end({ use, writable, tookOver }: UseOfConnection, { isOver, hadErrors, hasWritten, span }: EndOfUse): void {
+    const { writers, readers } = use;
+    const own = writable ? writers : readers;
+    own.live--;
+    const isInOrder = isOver && !hadErrors;
+    if (!isInOrder) {
+      own.loseAll(1, span);
+    } else if (use.record.client.isExact) {
+      // One process: when its last connection has said goodbye, none of those that broke before will come back. One that
+      // could only read does not speak for one that writes.
+      if (own.live === 0) own.forget();
+      if (live(use) === 0 && writable) readers.forget();
+    } else if (hasWritten) {
+      use.hasWritten = true;
+    } else if (tookOver === writers) {
+      use.onlyLooked++;
+    }
+    // Behind an address who only looks speaks for no writer. Who took over has been counted for the one that he was.
+    const speaks = use.record.client.isExact || !writable || hasWritten;
+    if (isInOrder && tookOver === undefined && speaks) own.leave(span);
+    own.settle();
+    if (writers.live === 0) {
+      // Those behind one address: if none has written, they only looked, and whoever was cut off may write yet.
+      if (!use.hasWritten) writers.loseAll(use.onlyLooked);
+      else if (isInOrder) writers.forget();
+      use.onlyLooked = 0;
+      use.hasWritten = false;
     }
     if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
-    if (use.lost > 0) {
-      // Whoever only looked gives back the place of the one that is away, who has been so for as long as before.
-      if (!isOver || use.record.lostAt === undefined) this.#noteLost(use, isOver ? lostBefore : undefined);
-    } else if (use.live === 0) {
-      this.#drop(use);
+    if (lost(use) === 0) {
+      if (live(use) === 0) this.#drop(use);
+    } else if (!isInOrder) {
+      use.lostSince = stampNow();
+      // If others of it were cut off, they count for longer.
+      use.hasLeft = isOver && (lost(use) === 1 || use.hasLeft);
+      use.lostForMs = use.hasLeft ? Math.min(this.#forMs, AFTER_ERRORS_MS) : this.#forMs;
+      this.#noteLost(use);
+    } else if (live(use) === 0) {
+      // Whoever came meanwhile changes nothing for the one that is away, who has been so for as long as before.
+      this.#noteLost(use);
     }
+  }
+
+  /** The connection was refused after all: all is as if it had not come. */
+  withdraw({ use, writable, tookOver }: UseOfConnection): void {
+    (writable ? use.writers : use.readers).live--;
+    tookOver?.loseAll(1);
+    if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
+    if (lost(use) > 0) this.#noteLost(use);
+    else if (live(use) === 0) this.#drop(use);
   }
 
   /** Who uses this, connected or cut off. */
@@ -160,15 +208,16 @@ export class InUse {
       const { record } = use;
       if (record.name !== name || record.tag !== tag) continue;
       if (!this.#counts(use)) {
-        use.lost = 0;
-        if (use.live === 0) this.#drop(use);
+        forget(use);
+        if (live(use) === 0) this.#drop(use);
       }
-      const { client, since, lostAt, forMs } = record;
-      if (use.live > 0) found.push({ client: client.label, since, lostAt: null, until: null });
-      if (use.lost > 0 && lostAt) {
+      const { client, since } = record;
+      const { lostSince } = use;
+      if (live(use) > 0) found.push({ client: client.label, since, lostAt: null, until: null });
+      if (lost(use) > 0 && lostSince) {
         // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
-        const until = Date.now() + Math.max(0, forMs - msSince(lostAt));
-        found.push({ client: client.label, since, lostAt: lostAt.at, until });
+        const until = Date.now() + Math.max(0, leftMs(use));
+        found.push({ client: client.label, since, lostAt: lostSince.at, until });
       }
     }
     // Another daemon of this machine serves it, for a cluster.
@@ -184,35 +233,64 @@ export class InUse {
   forgetLost(name: string, tag: string): void {
     for (const use of [...this.#uses.values()]) {
       if (use.record.name !== name || use.record.tag !== tag) continue;
-      use.lost = 0;
-      if (use.live === 0) this.#drop(use);
+      forget(use);
+      if (live(use) === 0) this.#drop(use);
     }
   }
 
-  #counts({ record: { lostAt, forMs, client, writable } }: Use): boolean {
-    // Who only read, and has ended, comes back to nothing. Behind one that may write there may be a proxy with its client.
-    if (!writable && client.process !== undefined && !isRunning(client.process)) return false;
-    return lostAt === undefined || msSince(lostAt) < forMs;
+  /** Whether those that were cut off still do. */
+  #counts(use: Use): boolean {
+    const { process } = use.record.client;
+    // Who only read, or has left, and has ended, comes back to nothing. Behind one that could write and was cut off there may
+    // be a proxy with its client.
+    if ((use.writers.lost === 0 || use.hasLeft) && process !== undefined && !isRunning(process)) return false;
+    return use.lostSince === undefined || leftMs(use) > 0;
   }
 
-  #noteLost(use: Use, since: Stamp = stampNow()): void {
-    use.record = { ...use.record, lostAt: since, forMs: this.#forMs };
-    if (this.#forMs === 0) {
-      use.lost = 0;
-      if (use.live === 0) this.#drop(use);
+  /** What is stored is for whoever comes after this process: then all that are connected now were cut off, and just then. */
+  #state(use: Use): void {
+    const isLost = live(use) === 0;
+    use.record = {
+      ...{ ...use.record, writable: mayWrite(use), lostAt: isLost ? use.lostSince : undefined },
+      ...{ forMs: isLost ? use.lostForMs : this.#forMs, hasLeft: isLost && use.hasLeft ? true : undefined },
+    };
+  }
+
+  async #store(record: UseRecord): Promise<void> {
+    const { name, tag, client } = record;
+    try {
+      await this.#memory.put(PREFIX + memoryKey(name, tag, client.id), record);
+    } catch (error) {
+      // The guest is more important than the guard against what others may do while it is cut off.
+      this.#log(`${label(name, tag)} is open by ${client.label}, which is forgotten if this process is killed`, {
+        err: error,
+      });
+    }
+  }
+
+  #noteLost(use: Use): void {
+    use.lostSince ??= stampNow();
+    if (use.lostForMs === 0) {
+      forget(use);
+      if (live(use) === 0) this.#drop(use);
       return;
     }
+    this.#state(use);
     const { name, tag } = use.record;
-    const lost = [...this.#uses.values()].filter(
-      ({ record, live }) => record.name === name && record.tag === tag && live === 0 && record.client.id !== '*',
+    const others = [...this.#uses.values()].filter(
+      (other) =>
+        other.record.name === name && other.record.tag === tag && live(other) === 0 && other.record.client.id !== '*',
     );
-    if (lost.length > MAX_LOST_CLIENTS) this.#countTogether(lost[0] as Use);
+    // Those that were here last are the likeliest to come back. A place in the map says when somebody first came.
+    if (others.length > MAX_LOST_CLIENTS) {
+      this.#countTogether(others.reduce((oldest, other) => (leftMs(other) < leftMs(oldest) ? other : oldest)));
+    }
     if (this.#uses.size > MAX_RECORDS) {
-      for (const other of [...this.#uses.values()]) if (other.live === 0 && !this.#counts(other)) this.#drop(other);
+      for (const other of [...this.#uses.values()]) if (live(other) === 0 && !this.#counts(other)) this.#drop(other);
     }
     if (this.#uses.size > MAX_RECORDS) {
       this.#log(`${label(name, tag)}: too many clients were cut off, ${use.record.client.label} is not remembered`);
-      if (use.live === 0) this.#drop(use);
+      if (live(use) === 0) this.#drop(use);
       return;
     }
     this.#memory.putSoon(use.key, use.record);
@@ -222,10 +300,31 @@ export class InUse {
     const { name, tag } = oldest.record;
     const key = PREFIX + memoryKey(name, tag, EARLIER_CLIENTS.id);
     const before = this.#uses.get(key);
-    const record = { ...oldest.record, client: EARLIER_CLIENTS, since: before?.record.since ?? oldest.record.since };
-    this.#uses.set(key, { key, record, live: 0, lost: 1 });
+    // Until the last of them counts no more.
+    const last = before && leftMs(before) > leftMs(oldest) ? before : oldest;
+    const since = Math.min(before?.record.since ?? Infinity, oldest.record.since);
+    const writable = oldest.record.writable || before?.record.writable === true;
+    const record = { ...last.record, client: EARLIER_CLIENTS, since, writable, hasLeft: undefined };
+    this.#uses.set(key, this.#lostUse(key, record));
     this.#memory.putSoon(key, record);
     this.#drop(oldest);
+  }
+
+  #newUse(key: string, record: UseRecord): Use {
+    return {
+      ...{ key, record, writers: new Connections(), readers: new Connections(), onlyLooked: 0, hasWritten: false },
+      ...{ lostSince: undefined, lostForMs: this.#forMs, hasLeft: false },
+    };
+  }
+
+  /** Of which only the record is known: how many connections there were does not matter. */
+  #lostUse(key: string, record: UseRecord): Use {
+    const use = this.#newUse(key, record);
+    (record.writable ? use.writers : use.readers).loseAll(1);
+    use.lostSince = record.lostAt;
+    use.lostForMs = record.forMs;
+    use.hasLeft = record.hasLeft === true;
+    return use;
   }
 
   #drop(use: Use): void {
@@ -238,12 +337,16 @@ export class InUse {
     this.#memory.refresh();
     // What another process of this machine has stored anew is looked at anew.
     for (const [key, use] of this.#uses) {
-      if (use.live === 0 && this.#memory.get(key) !== use.record) this.#uses.delete(key);
+      const stored = this.#memory.get(key);
+      if (live(use) > 0 || stored === use.record) continue;
+      // Who was cut off from this process is in nobody else's hands, unless it is not there any more: somebody has said --force.
+      if (use.record.server === ownKey && isUseRecord(stored) && stored.server === ownKey) continue;
+      this.#uses.delete(key);
     }
     for (const record of this.#records()) {
       const key = PREFIX + memoryKey(record.name, record.tag, record.client.id);
       if (this.#uses.has(key) || record.server === ownKey || (!record.lostAt && this.#isForeign(record))) continue;
-      const use: Use = { key, live: 0, lost: 1, record: record.lostAt ? record : { ...record, lostAt: stampNow() } };
+      const use = this.#lostUse(key, record.lostAt ? record : { ...record, lostAt: stampNow() });
       if (!this.#counts(use)) {
         this.#memory.putSoon(key, undefined);
         continue;
@@ -261,6 +364,31 @@ export class InUse {
   *#records(): Generator<UseRecord> {
     for (const [, value] of [...this.#memory.entries(PREFIX)]) if (isUseRecord(value)) yield value;
   }
+}
+
+function live({ writers, readers }: Use): number {
+  return writers.live + readers.live;
+}
+
+function lost({ writers, readers }: Use): number {
+  return writers.lost + readers.lost;
+}
+
+function mayWrite({ writers, onlyLooked }: Use): boolean {
+  return writers.live + writers.lost + onlyLooked > 0;
+}
+
+/** Those that were cut off do not count any more. */
+function forget(use: Use): void {
+  use.writers.forget();
+  use.readers.forget();
+  use.onlyLooked = 0;
+  use.lostSince = undefined;
+}
+
+/** How long those that were cut off count yet. */
+function leftMs({ lostSince, lostForMs }: Use): number {
+  return lostSince ? lostForMs - msSince(lostSince) : lostForMs;
 }
 
 function label(name: string, tag: string): string {

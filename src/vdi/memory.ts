@@ -3,10 +3,19 @@
  * made durable: what must be before a client is answered is awaited, many at a time in one commit; the rest follows
  * soon after. Knows no meaning of it.
  */
+import { createHash } from 'node:crypto';
 import type { StoreState } from '../store/object-store.js';
 
 /** What may come late is collected for so long. */
 const SOON_MS = 500;
+
+/** LMDB takes 1978 bytes: names, tags and what certificates say are longer with percent signs. */
+const MAX_KEY_LENGTH = 512;
+/** After so many that fail one by one the store is taken for what is wrong. */
+const MAX_TRIED = 8;
+
+/** By key. */
+type Failures = ReadonlyMap<string, unknown>;
 
 export class Memory {
   readonly #state: StoreState | undefined;
@@ -15,8 +24,9 @@ export class Memory {
   /** Keys whose value is not stored yet. */
   #dirty = new Set<string>();
   #last: Promise<void> = Promise.resolve();
-  #next: Promise<void> | undefined;
+  #next: Promise<Failures> | undefined;
   #timer: NodeJS.Timeout | undefined;
+  #isClosed = false;
 
   /** `state`: undefined if nothing can be stored; then all is forgotten with the process. */
   constructor(state: StoreState | undefined, log: (line: string, details?: object) => void) {
@@ -55,27 +65,38 @@ export class Memory {
   /** Durable when it resolves. Errors: those of the store; then it is not remembered. */
   async put(key: string, value: object): Promise<void> {
     this.#set(key, value);
-    try {
-      await this.flush();
-    } catch (error) {
-      if (this.#known.get(key) === value) this.#set(key, undefined);
-      throw error;
-    }
+    const failed = await this.#flush();
+    if (!failed.has(key)) return;
+    if (this.#known.get(key) === value) this.#set(key, undefined);
+    throw failed.get(key);
   }
 
   /** Durable soon; undefined forgets it. */
   putSoon(key: string, value: object | undefined): void {
     if (value === undefined && !this.#known.has(key)) return;
     this.#set(key, value);
-    if (this.#state === undefined) return;
+    if (this.#state === undefined || this.#isClosed) return;
     this.#timer ??= setTimeout(() => {
       this.#timer = undefined;
       this.flush().catch((error: unknown) => this.#log('cannot store who has what open', { err: error }));
     }, SOON_MS).unref();
   }
 
-  /** All of it is durable when it resolves. */
-  flush(): Promise<void> {
+  /** All of it is durable when it resolves, and nothing is stored later. Errors: those of the store. */
+  async close(): Promise<void> {
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    this.#isClosed = true;
+    await this.flush();
+  }
+
+  /** All of it is durable when it resolves. Errors: those of the store, if any of it is not. */
+  async flush(): Promise<void> {
+    for (const error of (await this.#flush()).values()) throw error;
+  }
+
+  /** Returns what could not be stored, and why. */
+  #flush(): Promise<Failures> {
     // One commit runs, one waits: whoever comes while one runs is served by the next.
     if (this.#next === undefined) {
       const next = this.#last.then(() => {
@@ -83,7 +104,7 @@ export class Memory {
         return this.#commit();
       });
       this.#next = next;
-      this.#last = next.catch(() => undefined);
+      this.#last = next.then(() => undefined);
     }
     return this.#next;
   }
@@ -94,20 +115,46 @@ export class Memory {
     if (this.#state !== undefined) this.#dirty.add(key);
   }
 
-  async #commit(): Promise<void> {
+  async #commit(): Promise<Failures> {
     const keys = this.#dirty;
-    if (keys.size === 0 || this.#state === undefined) return;
+    const failed = new Map<string, unknown>();
+    if (keys.size === 0 || this.#state === undefined) return failed;
     this.#dirty = new Set();
     try {
       await this.#state.commit(new Map(Array.from(keys, (key) => [key, this.#known.get(key)])));
     } catch (error) {
-      for (const key of keys) this.#dirty.add(key);
-      throw error;
+      for (const key of keys) failed.set(key, error);
+      if (keys.size > 1) await this.#commitOneByOne(failed);
+      // What fails while others go well cannot be stored, and would be tried for ever. On a full disk it is only a matter of room.
+      const isAlone = failed.size < keys.size;
+      const again: string[] = [];
+      for (const [key, why] of failed) {
+        if (!isAlone || (why as { code?: string }).code === 'NO_SPACE') again.push(key);
+        else this.#log('one fact is not remembered', { err: why, key });
+      }
+      for (const key of again) this.#dirty.add(key);
+    }
+    return failed;
+  }
+
+  /** Those that can be stored leave `failed`. If the first ones all cannot, the store is to blame, and the rest is not tried. */
+  async #commitOneByOne(failed: Map<string, unknown>): Promise<void> {
+    let tried = 0;
+    const { size } = failed;
+    for (const key of [...failed.keys()]) {
+      if (tried++ === MAX_TRIED && failed.size === size) return;
+      try {
+        await this.#state?.commit(new Map([[key, this.#known.get(key)]]));
+        failed.delete(key);
+      } catch (error) {
+        failed.set(key, error);
+      }
     }
   }
 }
 
-/** A key of parts that may hold anything. */
+/** A key of parts that may hold anything. What it stands for is in its value: a long one is its own hash. */
 export function memoryKey(...parts: readonly string[]): string {
-  return parts.map(encodeURIComponent).join('/');
+  const key = parts.map(encodeURIComponent).join('/');
+  return key.length <= MAX_KEY_LENGTH ? key : createHash('sha256').update(key).digest('hex');
 }

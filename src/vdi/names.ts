@@ -3,6 +3,7 @@
  * for those that other tools have made, whose names and tags may have any character: @=NAME@TAG with percent signs, and @ID.
  * None of our names begins with an @, so these two are nobody's name.
  */
+import { randomBytes } from 'node:crypto';
 import type { VdiRecord } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 
@@ -11,6 +12,10 @@ const MAX_NAME_BYTES = 255;
 const MAX_TAG_BYTES = 255;
 /** Tags with a meaning of their own: NAME@now is a temporary snapshot. */
 const RESERVED_TAG = 'now';
+
+/** What labels of labelOfRun end in. */
+const RUN_MARK = '.run-';
+const LABEL_OF_RUN = /\.run-[0-9a-f]{16}$/;
 
 /** What follows the @ of "@ID" if it is no id but a name with percent signs. */
 const ENCODED = '=';
@@ -86,12 +91,17 @@ export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string
   return `@=${encodePercent(name)}${tag === undefined ? '' : `@${encodePercent(tag)}`}`;
 }
 
-/** The same of a record. */
-export function specOf({ name, tag, isSnapshot }: Pick<VdiRecord, 'name' | 'tag' | 'isSnapshot'>): string {
-  return formatSpec({ name, tag: isSnapshot ? tag : undefined });
+/**
+ * The same of a record. A snapshot that another tool has given the tag of a temporary one is said by its id, which stays
+ * with a snapshot: NAME@now is something else.
+ */
+export function specOf(record: Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary'>): string {
+  const { vid, name, tag, isSnapshot, isTemporary } = record;
+  if (!isSnapshot) return formatSpec({ name, tag: undefined });
+  return isTemporaryTag(tag) && !isTemporary ? `@${vid.toString(16)}` : formatSpec({ name, tag });
 }
 
-/** Whether `tag` is a temporary snapshot's: "now" or "now:LABEL". */
+/** Whether NAME@`tag` says a temporary snapshot: "now" or "now:LABEL". Whether a record is one, it says itself. */
 export function isTemporaryTag(tag: string): boolean {
   return tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`);
 }
@@ -99,6 +109,16 @@ export function isTemporaryTag(tag: string): boolean {
 /** Whether a temporary snapshot's tag has a label: "now:LABEL". */
 export function isLabelled(tag: string): boolean {
   return tag !== RESERVED_TAG;
+}
+
+/** A label that nobody has given or will give: drawn for one run of a command. `of` says what for. */
+export function labelOfRun(of: string): string {
+  return `${of}${RUN_MARK}${randomBytes(8).toString('hex')}`;
+}
+
+/** Whether it is the tag of such a label. */
+export function isLabelOfRun(tag: string): boolean {
+  return LABEL_OF_RUN.test(tag);
 }
 
 /** Check what follows the @ of a temporary snapshot's name. Errors: BAD_NAME. */

@@ -1,6 +1,7 @@
 /**
  * A point in time that is stored, and how long it is ago. A wall clock jumps; the time since the boot does not, but ends
- * with it. So both are kept: within one boot the latter decides, and after it the former, never by less than nothing.
+ * with it. So both are kept: within one boot the latter decides, and after it the former, never by less than nothing. In a
+ * container the boot may be its host's and the time its own: where that has gone back, it is not the same boot.
  */
 import os from 'node:os';
 import { bootId } from './process-identity.js';
@@ -18,7 +19,8 @@ export function stampNow(): Stamp {
 }
 
 export function msSince(stamp: Stamp): number {
-  if (stamp.boot === bootId) return Math.max(0, os.uptime() * 1000 - stamp.uptime);
+  const uptime = os.uptime() * 1000;
+  if (stamp.boot === bootId && uptime >= stamp.uptime) return uptime - stamp.uptime;
   // eslint-disable-next-line no-restricted-syntax -- from another boot: there is no other clock
   return Math.max(0, Date.now() - stamp.at);
 }

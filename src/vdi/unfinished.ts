@@ -3,6 +3,7 @@
  * mark says is the store's (src/store/object-store.ts, Unfinished); when it is set and taken away, the catalog's.
  */
 import type { Unfinished, VdiRecord } from '../store/object-store.js';
+import { shellWord } from '../store/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 
 /** A command that is about to fill a VDI. */
@@ -23,7 +24,8 @@ export interface Filling {
   readonly run?: string | undefined;
 }
 
-const NOUNS: Readonly<Record<Unfinished['by'], string>> = {
+/** For messages. */
+export const NOUNS: Readonly<Record<Unfinished['by'], string>> = {
   import: 'an import',
   restore: 'a restore',
   migrate: 'a migration',
@@ -34,29 +36,44 @@ export function isOfSame(unfinished: Unfinished | undefined, { by, of }: Pick<Be
   return unfinished?.by === by && unfinished.of === of;
 }
 
-/** What is wrong with an unfinished VDI, and the ways out; for messages. */
-export function describeUnfinished({ name, unfinished }: VdiRecord): string {
-  if (!unfinished) throw new Error('invariant: a whole VDI is told to be unfinished');
-  const { by, since, isNew } = unfinished;
-  const content = isNew ? 'not all of it is there' : 'it is partly what it was and partly what was put over it';
-  const others = isNew ? "'sheepgate vdi delete'" : 'a rollback to one of its snapshots, or deleting it,';
-  return (
-    `${name} is unfinished: ${NOUNS[by]} that began at ${new Date(since).toISOString()} has not come to its end, ` +
-    `and ${content}; 'sheepgate ${by}' again completes it, ${others} gives it up`
-  );
+/** What else is known of an unfinished VDI. */
+export interface Circumstances {
+  /** The command has it open: undefined where that cannot be known, in another store or on a cluster with other hosts. */
+  readonly isAtWork: boolean | undefined;
+  /** There is something to roll back to. */
+  readonly hasSnapshots: boolean;
 }
 
-/**
- * Errors: UNFINISHED unless `run` is the run that is at work on the VDI, or there is no run and nothing to be at work on.
- * Snapshots are never unfinished.
- */
-export function mustBeHeldBy(record: VdiRecord, run: string | undefined): void {
-  if (record.isSnapshot || record.unfinished?.run === run) return;
-  if (run === undefined) throw new CatalogError('UNFINISHED', describeUnfinished(record));
+/** What is wrong with an unfinished VDI, and the ways out; for messages. */
+export function describeUnfinished(record: VdiRecord, { isAtWork, hasSnapshots }: Circumstances): string {
+  const { name, unfinished } = record;
+  if (!unfinished) throw new Error('invariant: a whole VDI is told to be unfinished');
+  const { by, since, isNew } = unfinished;
+  const began = `${name} is unfinished: ${NOUNS[by]} that began at ${new Date(since).toISOString()}`;
+  if (isAtWork) return `${began} is at work on it now; wait until that has come to its end`;
+  const content = isNew ? 'not all of it is there' : 'it is partly what it was and partly what was put over it';
+  const state = isAtWork === undefined ? 'is at work on it, or has ended without finishing it' : 'was not finished';
+  return `${began} ${state}, and ${content}; 'sheepgate ${by}' again completes it, ${waysOut(record, hasSnapshots)} gives it up`;
+}
+
+/** What gives an unfinished VDI up, as the subject of a sentence. */
+export function waysOut({ name, unfinished }: VdiRecord, hasSnapshots: boolean): string {
+  const deletion = `'sheepgate vdi delete ${shellWord(name)}'`;
+  return !unfinished?.isNew && hasSnapshots ? `a rollback to one of its snapshots, or ${deletion},` : deletion;
+}
+
+/** Whether that run may touch the VDI, or everybody if it is undefined. Snapshots are never unfinished. */
+export function isHeldBy({ isSnapshot, unfinished }: VdiRecord, run: string | undefined): boolean {
+  return isSnapshot || unfinished?.run === run;
+}
+
+/** What to throw where isHeldBy is false. */
+export function notHeldBy(record: VdiRecord, run: string | undefined, circumstances: Circumstances): CatalogError {
+  if (run === undefined) return new CatalogError('UNFINISHED', describeUnfinished(record, circumstances));
   const now = record.unfinished
     ? `${NOUNS[record.unfinished.by]} is at work on it, or was`
     : 'it bears no mark of this command any more';
-  throw new CatalogError(
+  return new CatalogError(
     'UNFINISHED',
     `${record.name} was deleted, rolled back, snapshotted by other means or begun anew while it was being filled: ${now}`,
   );

@@ -9,7 +9,7 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { BIN, ended, haveCommand, ok, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { BackedUpDisk, bases, hashOf, type BackupResult } from './backups.js';
-import { GIB, lastLineOf, MIB, oneLineOf, patterned, storeWith, testStore } from './both-ways.js';
+import { GIB, lastLineOf, MIB, oneLineOf, patterned, storeWith, testStore, type TestStore } from './both-ways.js';
 
 const SIZE = 8 * MIB;
 const TIB = 2 ** 40;
@@ -89,6 +89,49 @@ describe('hashes', () => {
 });
 
 describe('verifying', () => {
+  test('a file that cannot be read is damage of that file, and all backups are looked at', async () => {
+    const target = await testStore('directly on the store');
+    const disk = new BackedUpDisk(target, 4 * MIB);
+    await disk.create();
+    const to = path.join(temporaryDirectory(), 'backup');
+    for (let n = 1; n <= 3; n++) {
+      await disk.write(n * MIB, patterned(MIB, n));
+      await target.ok('backup', 'vm', '--to', to);
+    }
+    const names = fs.readdirSync(to);
+    const named = (start: RegExp): string => names.find((name) => start.test(name)) ?? '';
+    const verify = (name: string): ReturnType<TestStore['run']> =>
+      target.run(['restore', to, '--verify'], {
+        env: { EIO_ON: name, NODE_OPTIONS: `--import=${path.resolve(import.meta.dirname, 'failing-reads.mjs')}` },
+      });
+    for (const [name, whole] of [
+      [named(/^0003-.*qcow2/), 'whole are: 1, 2;'],
+      [named(/^0002-.*hashes/), 'whole are: 1, 3;'],
+      [named(/^base-1/), 'no backup is whole;'],
+    ] as const) {
+      const said = oneLineOf(await verify(name), 1, name);
+      expect(said).toContain(`${path.join(to, name)} is damaged: it cannot be read (EIO: i/o error, read)`);
+      expect(said).toContain(whole);
+    }
+    expect(oneLineOf(await verify('manifest.json'), 1, 'manifest')).toMatch(
+      /manifest\.json is damaged: it cannot be read/,
+    );
+  });
+
+  test('--verify compares the SHA-256 of the image where there is one', async () => {
+    const target = await testStore('directly on the store');
+    await target.ok('vdi', 'create', 'vm', '4M');
+    const to = path.join(temporaryDirectory(), 'backup');
+    await target.ok('backup', 'vm', '--to', to, '--sha256');
+    expect(await target.ok('restore', to, '--verify')).toMatch(/all whole/);
+    const manifest = path.join(to, 'manifest.json');
+    const text = fs.readFileSync(manifest, 'utf8').replace(/("sha256": ")[0-9a-f]{4}/, '$1ffff');
+    fs.writeFileSync(manifest, text);
+    expect(await target.fails('restore', to, '--verify')).toMatch(
+      /manifest\.json is damaged: .*SHA-256 of backup 1 is ffff/,
+    );
+  });
+
   test('reads what is stored: 4 TiB with 5 MB in it take seconds, after a touch and with restore --verify', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '4T');

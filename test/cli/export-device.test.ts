@@ -2,9 +2,11 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
+import { BlockDevice } from '../../src/cli/block-device.js';
+import { PartialFile } from '../../src/cli/partial-file.js';
 import { tryLock } from '../../src/store/local/libc.js';
-import { haveCommand, run, skipBecause, temporaryDirectory } from '../harness/daemon.js';
+import { BIN, haveCommand, run, skipBecause, temporaryDirectory, type RunResult } from '../harness/daemon.js';
 import { loopDevice, mounted } from '../harness/loop-device.js';
 import { diskUsage, expectBytes, MIB, oneLineOf, patterned, testStore, type TestStore } from './both-ways.js';
 
@@ -90,6 +92,7 @@ test.each([
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', 128 * 1024 + 4096],
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', SIZE - 128 * 1024],
   ['data, of a kind that is not known', 'what is this', 500_000],
+  ['data, of a kind that is not known', 'in a sample between the ends', SIZE / 2 + 4096],
 ])('%s asks for --force', async (what, mark, at) => {
   const { target } = await storeWithDisk();
   const file = path.join(temporaryDirectory(), 'made');
@@ -197,7 +200,9 @@ test('what is where the new image is made is not written through: links, fifos, 
   // A link that leads nowhere is there, too.
   const link = path.join(directory, 'link');
   fs.symlinkSync(path.join(directory, 'nowhere'), link);
-  expect(await target.fails('export', 'vm', link)).toMatch(/exists; --force replaces it/);
+  for (const force of [[], ['--force']]) {
+    expect(await target.fails('export', 'vm', link, ...force)).toMatch(/link is a symbolic link that leads nowhere/);
+  }
   expect(fs.existsSync(path.join(directory, 'nowhere'))).toBe(false);
 });
 
@@ -209,4 +214,155 @@ test('a link to a directory on the way to the image is the operator’s, and is 
   fs.symlinkSync(real, path.join(directory, 'images'));
   expect((await target.run(['export', 'vm', path.join(directory, 'images', 'vm.img')])).code).toBe(0);
   expectBytes(fs.readFileSync(path.join(real, 'vm.img')), content);
+});
+
+/** By the shell, which redirects as an operator does. */
+function shell(target: TestStore, command: string, ...words: string[]): Promise<RunResult> {
+  const env = { SHEEPGATE_STORE: target.store };
+  return run('sh', ['-c', command.replaceAll('sheepgate', `'${process.execPath}' '${BIN}'`), 'sh', ...words], { env });
+}
+
+test('a block device as stdout or stdin: stdout is refused with the name to give, stdin is imported', async (context) => {
+  const { target, content } = await storeWithDisk();
+  const { device } = loopDevice(context, SIZE);
+  for (const name of ['-', '/dev/stdout']) {
+    const refused = oneLineOf(await shell(target, 'sheepgate export vm "$1" 1<>"$2"', name, device), 2, 'export');
+    expect(refused).toContain(
+      `stdout is a block device: name a file or device instead of redirecting to it (${device})`,
+    );
+  }
+  expectBytes(bytesOf(device, SIZE), Buffer.alloc(SIZE));
+  expect((await target.run(['export', 'vm', device])).code).toBe(0);
+  expect(await target.json('import', device, 'named')).toMatchObject({ size: SIZE, dataBytes: 3 * MIB });
+  const fed = await shell(target, 'sheepgate import - fed < "$1"', device);
+  expect({ code: fed.code, stderr: fed.stderr }).toEqual({ code: 0, stderr: '' });
+  const rest = await shell(target, '(head -c 1048576 > /dev/null; sheepgate import - rest) < "$1"', device);
+  expect({ code: rest.code, stderr: rest.stderr }).toEqual({ code: 0, stderr: '' });
+  expectBytes((await target.run(['export', 'named', '-'])).stdoutBytes, content);
+  expectBytes((await target.run(['export', 'fed', '-'])).stdoutBytes, content);
+  expectBytes((await target.run(['export', 'rest', '-'])).stdoutBytes, content.subarray(MIB));
+});
+
+test('a read-only device is refused before anything is copied', async (context) => {
+  const { target } = await storeWithDisk();
+  const { device } = loopDevice(context, SIZE);
+  if (!haveCommand('blockdev')) return skipBecause(context, 'blockdev (util-linux) is not installed');
+  execFileSync('blockdev', ['--setro', device]);
+  // Loop devices are used again, and stay what they were made.
+  onTestFinished(() => void execFileSync('blockdev', ['--setrw', device]));
+  const refused = oneLineOf(await target.run(['export', 'vm', device, '--force']), 1, 'export');
+  expect(refused).toMatch(/is a read-only device; nothing was written; 'blockdev --setrw/);
+});
+
+test('writing zeros to a device ends when it is told to', async (context) => {
+  const { device: file } = loopDevice(context, SIZE);
+  const device = await BlockDevice.open(file, false);
+  try {
+    const stop = new AbortController();
+    stop.abort(new Error('told to stop'));
+    await expect(device.zero(1, 4094, stop.signal)).rejects.toThrow('told to stop');
+  } finally {
+    await device.close();
+  }
+});
+
+test('--force replaces what a link leads to, and the link stays', async () => {
+  const { target, content } = await storeWithDisk();
+  const directory = temporaryDirectory();
+  const real = path.join(temporaryDirectory(), 'real.img');
+  const link = path.join(directory, 'link.img');
+  fs.writeFileSync(real, 'old');
+  fs.symlinkSync(real, link);
+  expect(await target.fails('export', 'vm', link)).toMatch(/exists; --force replaces it/);
+  expect((await target.run(['export', 'vm', link, '--force'])).code).toBe(0);
+  expect(fs.readlinkSync(link)).toBe(real);
+  expectBytes(fs.readFileSync(real), content);
+});
+
+test('/dev/stdout is stdout, and no file is made among the devices or in /proc', async () => {
+  const { target, content } = await storeWithDisk();
+  const out = path.join(temporaryDirectory(), 'out.img');
+  const result = await shell(target, 'sheepgate export vm /dev/stdout --force > "$1"', out);
+  expect(result.code, result.stderr).toBe(0);
+  expectBytes(fs.readFileSync(out), content);
+  const missing = `/dev/sheepgate-${process.pid}`;
+  expect(await target.fails('export', 'vm', missing)).toMatch(/is in \/dev, and no device/);
+  expect(await target.fails('export', 'vm', '/proc/self/comm', '--force')).toMatch(/is in \/proc, and no device/);
+  expect(fs.existsSync(missing)).toBe(false);
+});
+
+test('an image that has no room, and one that has no directory, say where and what to do', async (context) => {
+  const { target } = await storeWithDisk();
+  const nowhere = path.join(temporaryDirectory(), 'nodir');
+  expect(await target.fails('export', 'vm', path.join(nowhere, 'x.img'))).toContain(
+    `${nowhere} does not exist; make it`,
+  );
+  const directory = path.join(temporaryDirectory(), 'small');
+  fs.mkdirSync(directory);
+  try {
+    execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=1m', 'none', directory], { stdio: 'pipe' });
+  } catch {
+    return skipBecause(context, 'no tmpfs can be mounted');
+  }
+  try {
+    const out = path.join(directory, 'x.img');
+    expect(await target.fails('export', 'vm', out)).toContain(
+      `no space left for ${out} (ENOSPC), and nothing of it was kept`,
+    );
+    expect(fs.readdirSync(directory)).toEqual([]);
+  } finally {
+    execFileSync('umount', [directory]);
+  }
+});
+
+test('two exports to one file: whatever their order, one writes it and the other is refused', async () => {
+  const directory = temporaryDirectory();
+  const file = path.join(directory, 'vm.img');
+  const { unlink, open } = fs.promises;
+  const others: Promise<PartialFile>[] = [];
+  const another = async (): Promise<void> => {
+    const other = PartialFile.open(file);
+    others.push(other);
+    await other.catch(() => undefined);
+  };
+  // Between any two steps of the first one another one runs to its end: before and after the old file goes, and when the
+  // new one is there and not yet locked.
+  for (const step of ['before', 'after', 'made'] as const) {
+    fs.writeFileSync(`${file}.partial`, 'left');
+    others.length = 0;
+    let isFirst = true;
+    fs.promises.unlink = async (name) => {
+      const isOurs = isFirst && step !== 'made';
+      isFirst &&= !isOurs;
+      if (isOurs && step === 'before') await another();
+      await unlink(name);
+      if (isOurs && step === 'after') await another();
+    };
+    fs.promises.open = async (...args) => {
+      const handle = await open(...args);
+      const isOurs = isFirst && step === 'made' && (Number(args[1]) & fs.constants.O_EXCL) !== 0;
+      isFirst &&= !isOurs;
+      if (isOurs) await another();
+      return handle;
+    };
+    let results: PromiseSettledResult<PartialFile>[];
+    try {
+      const first = PartialFile.open(file);
+      await Promise.allSettled([first]);
+      results = await Promise.allSettled([first, ...others]);
+    } finally {
+      Object.assign(fs.promises, { unlink, open });
+    }
+    const owners = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+    expect({ step, tried: results.length, owners: owners.length }).toEqual({ step, tried: 2, owners: 1 });
+    for (const result of results) {
+      if (result.status === 'rejected') expect(String(result.reason)).toMatch(/another export is writing .*vm\.img/);
+    }
+    await expect(PartialFile.open(file)).rejects.toThrow(/another export is writing/);
+    fs.writeSync(owners[0]?.fd ?? -1, 'whole');
+    await owners[0]?.finish();
+    expect(fs.readdirSync(directory)).toEqual(['vm.img']);
+    expect(fs.readFileSync(file, 'utf8')).toBe('whole');
+    fs.rmSync(file);
+  }
 });

@@ -259,6 +259,25 @@ describe.each(WAYS)('%s', (way) => {
   });
 });
 
+test('an export to a fifo fails when its reader leaves, and ends by a signal while it has none', async (context) => {
+  if (!haveCommand('mkfifo')) return skipBecause(context, 'no mkfifo here');
+  const target = await testStore('directly on the store');
+  expect((await target.run(['import', '-', 'vm'], { input: patterned(4 * MIB, 1) })).code).toBe(0);
+  const fifo = path.join(temporaryDirectory(), 'fifo');
+  await run('mkfifo', [fifo]);
+  const [exported] = await Promise.all([
+    target.run(['export', 'vm', fifo], { timeoutMs: 20_000 }),
+    run('head', ['-c', '100', fifo]),
+  ]);
+  expect({ code: exported.code, stdout: exported.stdout }).toEqual({ code: 1, stdout: '' });
+  expect(exported.stderr).toContain(`the image on ${fifo} is not complete: its reader is gone`);
+  const child = start(target.store, ['export', 'vm', fifo], ['ignore', 'ignore', 'pipe']);
+  const stderr = collected(child);
+  await waitUntil(() => stderr().includes(`waiting for somebody to read ${fifo}`), 'it waits');
+  child.kill('SIGTERM');
+  expect((await ended(child)).code).toBe(143);
+});
+
 test('`vdi list | head`: a reader that has enough is no error', async () => {
   const target = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
   await target.ok('vdi', 'create', 'vm', '1M');

@@ -178,6 +178,8 @@ test('one of four connections is lost and comes back, though the others have lef
   const four = [];
   for (let n = 0; n < 4; n++) four.push(await attach(daemon, 'disk@now'));
   await fill(writer, 2);
+  // They work side by side: none of them is another one come back.
+  for (const each of four) await isMoment(each, 1);
   four[0]?.destroy();
   for (const other of four.slice(1)) await other.disconnect();
   await waitUntil(async () => /kept/.test(await target.ok('vdi', 'show', 'disk@now')), 'it is kept');
@@ -308,13 +310,16 @@ test('a daemon that is stopped for longer than the time has not let it pass for 
   await back.disconnect();
 });
 
-test('commands of sheepgate leave nothing behind, and may use a label again', async () => {
+test('commands of sheepgate leave nothing behind, and a label that one was given stands for one moment', async () => {
   const { target } = await served();
   const image = path.join(temporaryDirectory(), 'image');
-  for (let n = 0; n < 2; n++) {
-    expect((await target.run(['export', 'disk@now:mine', image, '--force'])).code).toBe(0);
+  for (const spec of ['disk@now', 'disk@now', 'disk@now:mine']) {
+    expect((await target.run(['export', spec, image, '--force'])).code).toBe(0);
     expect(await target.names()).toEqual(['disk']);
   }
+  expect(await target.fails('export', 'disk@now:mine', image, '--force')).toMatch(
+    /disk@now:mine was a moment of .* has ended/,
+  );
 });
 
 test('on a cluster: the moment of a client that was cut off is kept, found again, and ended by who needs it gone', async () => {

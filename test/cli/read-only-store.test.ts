@@ -47,6 +47,28 @@ test('a store on a read-only filesystem is listed, exported, backed up and migra
   expect((await cliJson<unknown[]>(['vdi', 'list', '--store', target])).length).toBe(2);
 });
 
+test('a copy without the empty folders and the lock is read there like the store, and written to like it elsewhere', async (context) => {
+  const { directory, image } = await store();
+  fs.rmSync(path.join(directory, 'lock'));
+  fs.rmdirSync(path.join(directory, 'recent'));
+  for (const folder of fs.readdirSync(path.join(directory, 'objects'))) {
+    const name = path.join(directory, 'objects', folder);
+    if (fs.readdirSync(name).length === 0) fs.rmdirSync(name);
+  }
+  const mounted = mountReadOnly(directory);
+  if (mounted === undefined) return skipBecause(context, 'mounting needs root');
+  expect(await cli(['check', '--store', mounted])).toMatchObject({
+    code: 0,
+    stdout: expect.stringContaining('0 problems'),
+  });
+  const exported = path.join(temporaryDirectory(), 'exported');
+  expect((await cli(['export', 'disk', exported, '--store', mounted])).code).toBe(0);
+  expect(fs.readFileSync(exported).equals(fs.readFileSync(image))).toBe(true);
+  expect(fs.existsSync(path.join(directory, 'recent'))).toBe(false);
+  expect((await cli(['import', image, 'other', '--store', directory])).code).toBe(0);
+  expect(fs.readdirSync(path.join(directory, 'objects'))).toHaveLength(256);
+});
+
 test('a store on a read-only filesystem refuses every change with that reason', async (context) => {
   const { directory, image } = await store();
   const mounted = mountReadOnly(directory);

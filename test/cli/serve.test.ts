@@ -40,6 +40,7 @@ test('the ready line names store, sockets and URIs, and the default is for peopl
     control: path.join(daemon.store, 'control.sock'),
     listeners: [`unix:${daemon.socket}`, `tcp:127.0.0.1:${port}`],
     uris: [`nbd+unix:///my%20disk?socket=${daemon.socket}`, `nbd://127.0.0.1:${port}/my%20disk`],
+    kept: [],
   });
   const overTcp = await NbdClient.connect({ host: '127.0.0.1', port });
   expect(await overTcp.go('my disk')).toMatchObject({ size: 2 ** 30 });
@@ -168,6 +169,9 @@ test('--create of a VDI that has another size says so on the terminal and in the
   expect(await ended(child)).toEqual({ code: 0, signal: null });
   const [warning] = logLines(log).filter(({ vdi }) => vdi === 'e');
   expect(warning).toMatchObject({ level: 40, size: 16 * MIB, wantedSize: 32 * MIB });
+  const daemon = await startDaemon({ store, args: ['--create', 'e:32M', '--create', 'same:1M'] });
+  expect(daemon.ready.kept).toEqual([{ name: 'e', size: 16 * MIB, wantedSize: 32 * MIB, unfinished: null }]);
+  await daemon.stop();
 });
 
 test('a client that comes while a store is being opened is served when it is', async () => {

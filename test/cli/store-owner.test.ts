@@ -3,7 +3,20 @@ import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { BIN, cli, ended, haveCommand, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { NbdClient } from 'nbd-server-ts';
+import {
+  BIN,
+  cli,
+  ended,
+  haveCommand,
+  run,
+  start,
+  startDaemon,
+  temporaryDirectory,
+  waitUntil,
+} from '../harness/daemon.js';
+import { StandIn } from '../sheep/stand-in.js';
+import { oneLineOf, patterned } from './both-ways.js';
 
 /** A user and a group without names: nobody's on any machine. */
 const UID = 54_321;
@@ -107,6 +120,25 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
   });
 
+  test('a store that is made below that user’s directory is that user’s', async () => {
+    const { store: home, roots } = places();
+    const image = path.join(roots, 'image');
+    fs.writeFileSync(image, Buffer.alloc(5 * 2 ** 20, 3), { mode: 0o600 });
+    const below = path.join(home, 'a', 'store');
+    const refused = await cli(['serve', '--store', below]);
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`),
+    });
+    expect(fs.readdirSync(home)).toEqual([]);
+    expect(await cli(['import', image, 'disk', '--store', below])).toMatchObject({ code: 0 });
+    expect(ownersOf(home)).toEqual([`${UID}:${GID}`]);
+    expect(await asOwner('check', '--store', below)).toMatchObject({ code: 0 });
+    // Below a directory of root's it is root's.
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', path.join(roots, 'store')])).code).toBe(0);
+    expect(ownersOf(roots)).toEqual(['0:0']);
+  });
+
   test('serve is refused with the line to type, and leaves the store alone', async () => {
     const { store } = places();
     const refused = await cli(['serve', '--store', store]);
@@ -157,8 +189,83 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const own = path.join(directory, 'own');
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', own])).code).toBe(0);
     const refused = await cli(['migrate', 'disk', '--from', own, '--to', store]);
-    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('start a daemon for one of them') });
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`start the daemon of ${store}, which`) });
     expect(fs.readdirSync(store)).toEqual([]);
+  });
+
+  test('a disk is migrated between a cluster and the store, both ways, and what is remembered of the cluster stays root’s', async () => {
+    const { store, roots, directory } = places();
+    const cluster = await new StandIn({ jitterMs: 0 }).start();
+    const there = `cluster:${cluster.address}`;
+    const state = path.join(roots, 'state');
+    const options = { env: { SHEEPGATE_STATE: state, XDG_RUNTIME_DIR: roots } };
+    const image = patterned(6 * 2 ** 20, 1);
+    const done = async (...args: string[]): Promise<void> => {
+      expect(await cli(args, options), args.join(' ')).toMatchObject({ code: 0, stderr: '' });
+    };
+    expect((await cli(['import', '-', 'disk', '--size', '6M', '--store', store], { input: image })).code).toBe(0);
+    // A guest that was cut off, of a daemon that was killed: the migration has something to remember.
+    const socket = path.join(directory, 'nbd.sock');
+    const daemon = await startDaemon({
+      cluster: cluster.address,
+      args: ['--listen', `unix:${socket}`, '--create', 'back:1M'],
+      ...options,
+    });
+    const client = await NbdClient.connect({ path: socket });
+    await client.go('back');
+    await daemon.kill();
+    await client.disconnect().catch(() => undefined);
+    await done('migrate', 'disk', '--from', store, '--to', there);
+    await done('migrate', 'disk', '--from', there, '--to', store, '--as', 'again');
+    expect(ownersOf(store)).toEqual([`${UID}:${GID}`]);
+    expect(ownersOf(state)).toEqual(['0:0']);
+    const copied = path.join(roots, 'copied');
+    expect((await cli(['export', 'again', copied, '--store', store])).code).toBe(0);
+    expect(fs.readFileSync(copied).equals(image)).toBe(true);
+    // What came up meanwhile was stored at the end: that the guest was cut off.
+    const [directoryOfCluster = ''] = fs.readdirSync(state);
+    const facts = fs.readdirSync(path.join(state, directoryOfCluster));
+    const texts = facts.map((name) => fs.readFileSync(path.join(state, directoryOfCluster, name), 'utf8'));
+    expect(texts.filter((text) => text.includes('"back"') && text.includes('"lostAt"'))).toHaveLength(1);
+    expect((await cli(['vdi', 'delete', 'back', '--cluster', cluster.address], options)).code).toBe(1);
+    await done('vdi', 'delete', 'back', '--force', '--cluster', cluster.address);
+    await cluster.stop();
+  }, 60_000);
+
+  test('beside a daemon that lets only root in, migrate says which daemon to start', async () => {
+    const { store, roots } = places();
+    const own = path.join(roots, 'own');
+    const daemon = await startDaemon({ store: own, args: ['--create', 'disk:1M'] });
+    expect((await cli(['vdi', 'create', 'other', '1M', '--store', store])).code).toBe(0);
+    for (const args of [
+      ['disk', '--from', own, '--to', store],
+      ['other', '--from', store, '--to', own],
+    ]) {
+      const refused = await cli(['migrate', ...args]);
+      expect(oneLineOf(refused, 1, args.join(' '))).toMatch(
+        new RegExp(`as uid ${UID}, the owner of the store .* start the daemon of ${store}, which then has the store`),
+      );
+    }
+    await daemon.stop();
+  });
+
+  test('a store that is to be made is its parent’s owner’s, and migrate says how to make it another’s', async () => {
+    const { store, directory } = places();
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
+    const fresh = path.join(directory, 'fresh');
+    const refused = oneLineOf(await cli(['migrate', 'disk', '--from', store, '--to', fresh]), 1, 'migrate');
+    expect(refused).toContain(`${fresh} is not there yet and would belong to uid 0`);
+    expect(refused).toContain(`${store} belongs to uid ${UID}`);
+    expect(fs.existsSync(fresh)).toBe(false);
+    execFileSync('sh', ['-c', /'(install [^']*)'/.exec(refused)?.[1] ?? 'false']);
+    expect(await cli(['migrate', 'disk', '--from', store, '--to', fresh])).toMatchObject({ code: 0, stderr: '' });
+    expect(ownersOf(fresh)).toEqual([`${UID}:${GID}`]);
+    const home = path.join(directory, 'home');
+    fs.mkdirSync(home);
+    fs.chownSync(home, UID, GID);
+    const below = path.join(home, 'deep', 'store');
+    expect(await cli(['migrate', 'disk', '--from', store, '--to', below])).toMatchObject({ code: 0, stderr: '' });
+    expect(ownersOf(home)).toEqual([`${UID}:${GID}`]);
   });
 
   test('check tells files with another owner, and how to mend it', async () => {

@@ -269,7 +269,7 @@ test('sheepgate export NAME@now and nbdcopy with four connections see one point 
     const copied = await run('nbdcopy', ['--connections=4', daemon.uri('disk@now'), '-']);
     expect(copied.code, copied.stderr).toBe(0);
     pointInTime(copied.stdoutBytes);
-    const exported = await target.run(['export', 'disk@now:mine', '-']);
+    const exported = await target.run(['export', `disk@now:mine${round}`, '-']);
     expect(exported.code, exported.stderr).toBe(0);
     pointInTime(exported.stdoutBytes);
   }

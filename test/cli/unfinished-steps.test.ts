@@ -13,7 +13,8 @@ import { openSource } from '../../src/cli/image-source.js';
 import { closing } from '../../src/cli/closing.js';
 import { Migration } from '../../src/cli/migration.js';
 import { DirectOperations } from '../../src/daemon/direct-operations.js';
-import type { Disk, Operations } from '../../src/daemon/operations.js';
+import { OperationError, type Disk, type Operations } from '../../src/daemon/operations.js';
+import type { VdiRecord } from '../../src/store/object-store.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -87,7 +88,13 @@ interface Command {
 }
 
 const signal = new AbortController().signal;
-const quiet = { progress: () => ({ advance: () => undefined, end: () => undefined }), signal, log: () => undefined };
+/** What a restore has said beside its error. */
+const restoreNotes: string[] = [];
+const quiet = {
+  progress: () => ({ advance: () => undefined, end: () => undefined }),
+  signal,
+  log: (line: string) => void restoreNotes.push(line),
+};
 
 async function someDisk(catalog: VdiCatalog): Promise<Contents> {
   const content = Buffer.alloc(4 * MIB);
@@ -312,6 +319,35 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
 
   const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>
     where === 'a cluster' ? clusterPlace() : { place: localPlace(), stop: () => Promise.resolve() };
+
+  test('whoever lost the answer to the last step says that the disk is complete, and leaves it there', async () => {
+    const lost = 'no answer from the daemon';
+    for (const command of [await importing(false), await restoring(false), await migrating(false)]) {
+      const { place: to, stop } = await place();
+      const notes = vi.mocked(process.stderr.write).mock.calls.length;
+      const error = await withOperations(to, (operations) => {
+        const finish = async (...of: Parameters<Operations['finish']>): Promise<VdiRecord> => {
+          await operations.finish(...of);
+          throw new OperationError('UNREACHABLE', lost);
+        };
+        const deaf = new Proxy(operations, {
+          get: (target, key) => {
+            const value = Reflect.get(target, key) as unknown;
+            if (key === 'finish') return finish;
+            return typeof value === 'function' ? (value.bind(target) as unknown) : value;
+          },
+        });
+        return command.run(deaf).then(
+          () => undefined,
+          (thrown: unknown) => thrown as Error,
+        );
+      });
+      const said = vi.mocked(process.stderr.write).mock.calls.slice(notes).join('') + restoreNotes.splice(0).join('');
+      expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is complete all the same`);
+      expect(await withCatalog(to, (catalog) => stateOf(catalog, undefined, command.after))).toBe('complete');
+      await stop();
+    }
+  }, 60_000);
 
   test('what somebody else wrote between two runs of a migration stays, also if a run was cut off before it saw that', async () => {
     const command = await migrating(true);

@@ -16,10 +16,24 @@ interface Listed {
   readonly unfinished: { readonly by: string; readonly since: string } | null;
 }
 
+/** Not the file that a store tries its filesystem with while it is opened. */
 function objectFiles(store: string): number {
   const objects = path.join(store, 'objects');
   if (!fs.existsSync(objects)) return 0;
-  return fs.readdirSync(objects, { recursive: true, withFileTypes: true }).filter((entry) => entry.isFile()).length;
+  const entries = fs.readdirSync(objects, { recursive: true, withFileTypes: true });
+  return entries.filter((entry) => entry.isFile() && entry.parentPath !== objects).length;
+}
+
+/** Whether the process polls its stdin; see proc_pid_fdinfo(5). */
+function waitsForStdin(pid: number): boolean {
+  const directory = `/proc/${pid}/fdinfo`;
+  return fs.readdirSync(directory).some((fd) => {
+    try {
+      return /^tfd:\s+0\s/m.test(fs.readFileSync(path.join(directory, fd), 'utf8'));
+    } catch {
+      return false; // closed since it was listed
+    }
+  });
 }
 
 /** An import from a pipe that has given `data` and gives nothing more; resolves when there are `objects` more objects. */
@@ -78,6 +92,14 @@ describe.each(WAYS)('%s', (way) => {
       if (target.daemon) {
         expect(await target.ok('vdi', 'show', 'vm')).toMatch(/\nunfinished +import, begun \S+, at work now\n/);
         expect(await target.fails('import', BIN, 'vm')).toMatch(/vm is open by 1 connection/);
+        for (const args of [
+          ['snapshot', 'vm', 'tag'],
+          ['create', 'vm', '1M'],
+        ]) {
+          const said = await target.fails('vdi', ...args);
+          expect(said).toMatch(/vm is unfinished: an import that began at \S+ is at work on it now; wait until/);
+          expect(said).not.toMatch(/again completes it|--overwrite/);
+        }
       }
       await killed(child, target);
       const unfinished = await stateOf(target);
@@ -113,7 +135,10 @@ describe.each(WAYS)('%s', (way) => {
     await target.ok('vdi', 'snapshot', 'vm', 'kept');
     await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
     expect(await target.fails('export', 'vm', '-')).toMatch(
-      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or deleting it, gives/,
+      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or 'sheepgate vdi delete vm', gives/,
+    );
+    expect(await target.ok('vdi', 'show', 'vm')).toMatch(
+      /a rollback to one of its snapshots, or 'sheepgate vdi delete vm'/,
     );
     // Another command must be told that it may.
     expect(await target.fails('vdi', 'create', 'vm', '1M')).toMatch(/exists already/);
@@ -127,6 +152,16 @@ describe.each(WAYS)('%s', (way) => {
     const whole = Buffer.concat([patterned(4 * MIB, 4), Buffer.alloc(12 * MIB)]);
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, whole);
     expect(await target.names()).toEqual(['vm@kept', 'vm']);
+  });
+
+  test('no rollback is advised where there is no snapshot', async () => {
+    const target = await testStore(way);
+    await target.ok('vdi', 'create', 'vm', '16M');
+    await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
+    for (const said of [await target.fails('export', 'vm', '-'), await target.ok('vdi', 'show', 'vm')]) {
+      expect(said).toMatch(/'sheepgate import' again completes it, 'sheepgate vdi delete vm' gives it up/);
+      expect(said).not.toMatch(/rollback/);
+    }
   });
 
   test('a restore that was killed is marked as one, and an import does not take it for its own', async () => {
@@ -144,7 +179,9 @@ describe.each(WAYS)('%s', (way) => {
     await killed(child, target);
     expect((await stateOf(target))?.by).toBe('restore');
     await expectRefusals(target, 'restore');
-    expect(await target.fails('import', BIN, 'vm')).toMatch(/exists already .*'sheepgate restore' again completes it/);
+    expect(await target.fails('import', BIN, 'vm')).toMatch(
+      /exists already .*'sheepgate restore' again completes it, 'sheepgate vdi delete vm' gives it up, and --overwrite writes/,
+    );
     await target.ok('restore', to, 'vm');
     expect(await stateOf(target)).toBe(null);
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, content);
@@ -248,6 +285,53 @@ describe('a pipe', () => {
     });
     expect({ code: rest.code, stderr: rest.stderr }).toEqual({ code: 0, stderr: '' });
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, patterned(5 * MIB, 2).subarray(MIB));
+  });
+
+  test('from which nothing comes makes no store and holds none', async () => {
+    const store = path.join(temporaryDirectory(), 'store');
+    const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--size', '4M'], {
+      env: { ...process.env, SHEEPGATE_STORE: store },
+      stdio: ['pipe', 'ignore', 'pipe'],
+    });
+    let said = '';
+    child.stderr?.setEncoding('utf8').on('data', (text: string) => (said += text));
+    await waitUntil(() => waitsForStdin(child.pid as number), 'it waits for its input');
+    expect(fs.existsSync(store)).toBe(false);
+    const target = storeWith(store, undefined);
+    await target.ok('vdi', 'create', 'other', '1M');
+    expect(await target.names()).toEqual(['other']);
+    child.stdin?.end();
+    expect(await ended(child)).toMatchObject({ code: 1 });
+    expect(said).toMatch(/^sheepgate: .*stdin is empty\n$/);
+    expect(await target.names()).toEqual(['other']);
+    for (const input of [Buffer.alloc(0), Buffer.concat([Buffer.from([0x1f, 0x8b, 0x08]), Buffer.alloc(100)])]) {
+      const fresh = path.join(temporaryDirectory(), 'store');
+      expect((await cli(['import', '-', 'vm'], { store: fresh, input })).code).toBe(1);
+      expect(fs.existsSync(fresh)).toBe(false);
+    }
+  });
+
+  test('or a redirected file of another length than --size says is refused before anything is done', async () => {
+    const store = path.join(temporaryDirectory(), 'store');
+    const image = path.join(temporaryDirectory(), 'image');
+    fs.writeFileSync(image, patterned(4 * MIB, 2));
+    const redirected = (args: string): Promise<Awaited<ReturnType<typeof run>>> =>
+      run('sh', ['-c', `'${process.execPath}' '${BIN}' import - vm --raw ${args} < '${image}'`], {
+        env: { SHEEPGATE_STORE: store },
+      });
+    for (const [size, says] of [
+      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must come; nothing was done/],
+      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 come; nothing was done/],
+    ] as const) {
+      expect(oneLineOf(await redirected(`--size ${size}`), 1, size)).toMatch(says);
+      expect(fs.existsSync(store)).toBe(false);
+    }
+    expect((await redirected('--size 4M')).code).toBe(0);
+    const target = storeWith(store, undefined);
+    expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ size: 4 * MIB });
+    // Over a disk that is there it says the same.
+    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must come; nothing was done/);
+    expect(await redirected('--overwrite --size 4M')).toMatchObject({ code: 0, stderr: '' });
   });
 
   test('that gives another format, or nothing, leaves a disk it should overwrite as it was', async () => {

@@ -130,6 +130,33 @@ describe('a client that was cut off', () => {
     await target.ok('vdi', 'snapshot', 'disk', 'monday');
   });
 
+  test('its old connection ends only after it has come back: it is still in use after kill -9', async () => {
+    const daemon = await daemonWith(['--listen', 'tcp:127.0.0.1:0', '--in-use-time', '3']);
+    const target = storeWith(daemon.store, daemon);
+    const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
+    const connect = async (): Promise<NbdClient> => {
+      const client = await NbdClient.connect({ host: '127.0.0.1', port });
+      await client.go('disk');
+      return client;
+    };
+    const old = await connect();
+    await old.write(0, Buffer.alloc(512, 1));
+    const back = await connect();
+    old.destroy();
+    await waitUntil(async () => /cut off/.test(await target.ok('vdi', 'show', 'disk')), 'the old one is seen to end');
+    await waitUntil(async () => !/cut off/.test(await target.ok('vdi', 'show', 'disk')), 'its time has passed');
+    await back.write(0, Buffer.alloc(512, 2));
+    await back.flush();
+    await daemon.kill();
+    back.destroy();
+    const offline = storeWith(daemon.store, undefined);
+    const { code, stderr } = await offline.run(['vdi', 'delete', 'disk']);
+    expect({ code, stderr }).toMatchObject({
+      code: 1,
+      stderr: expect.stringMatching(/is in use by tcp 127\.0\.0\.1,/),
+    });
+  });
+
   test('somebody else behind its address who only looks does not speak for it', async () => {
     const daemon = await daemonWith(['--listen', 'tcp:127.0.0.1:0']);
     const target = storeWith(daemon.store, daemon);

@@ -92,7 +92,7 @@ describe('an export name', () => {
         fc.option(anybodys, { nil: undefined }),
         fc.option(ours, { nil: undefined }),
         (name, tag, since) => {
-          const text = formatExportName({ name, tag }, { since });
+          const text = formatExportName(formatSpec({ name, tag }), { since });
           expect(parseExportName(text)).toEqual({
             subject: { name, tag },
             options: since === undefined ? {} : { since },

@@ -9,6 +9,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import type { BlockDevice, Peer } from 'nbd-server-ts';
+import { AuthorisedExports } from '../../src/export/authorised-exports.js';
 import { EndedMoments } from '../../src/export/ended-moments.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
@@ -16,7 +17,9 @@ import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
-import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { labelOfRun } from '../../src/vdi/names.js';
+import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
+import { stampNow } from '../../src/vdi/stamp.js';
 
 const SIZE = 8 * 2 ** 20;
 const BLOCK = 4096;
@@ -169,12 +172,269 @@ test('a process that only read a snapshot and has ended does not count; one that
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by process/);
 });
 
+test('who may only read is no writer: ended, it does not count, and it does not speak for one that writes', async () => {
+  const child = spawn('sleep', ['1000']);
+  const { pid = 0 } = child;
+  const from: Peer = {
+    transport: 'unix',
+    address: '/run/nbd.sock',
+    credentials: { pid, uid: 0, gid: 0, ...lookAtProcess(pid) },
+  };
+  const guarded = (ro: boolean): AuthorisedExports =>
+    new AuthorisedExports(exports, { decide: () => (ro ? 'read-only' : 'read-write') });
+  const openAs = async (ro: boolean, who: Peer, spec = 'disk'): Promise<BlockDevice> =>
+    (await guarded(ro).open(spec, who)).device;
+  const byId = `@${(await catalog.find('disk')).vid.toString(16)}`;
+  const reader = await openAs(true, from);
+  expect(reader.geometry.readOnly).toBe(true);
+  expect(() => reader.write(0, Buffer.alloc(BLOCK), false)).toThrow('may only read');
+  await reader.close('lost');
+  await (await openAs(false, from, byId)).close('lost');
+  await expect(catalog.create('disk', SIZE)).rejects.toThrow(/exists/);
+  await expect(catalog.remove('disk')).rejects.toThrow(/is in use by process \d+ \(sleep\)/);
+  // The writer of the same process, and one behind an address, are away: who only reads there leaves it so.
+  await (await openAs(false, from)).close('lost');
+  await (await openAs(false, tcp('192.0.2.1'))).close('lost');
+  for (const who of [from, tcp('192.0.2.1')]) {
+    await (await openAs(true, who)).close('disconnect');
+    await (await openAs(false, who, byId)).close('disconnect');
+  }
+  expect((await catalog.show('disk')).clients.filter(({ lostAt }) => lostAt !== null)).toHaveLength(2);
+  for (const who of [from, tcp('192.0.2.1')]) {
+    const writer = await openAs(false, who);
+    await writer.write(0, Buffer.alloc(BLOCK, 1), false);
+    await writer.close('disconnect');
+  }
+  expect((await catalog.show('disk')).clients).toEqual([]);
+  await (await openAs(true, from)).close('lost');
+  const gone = once(child, 'exit');
+  child.kill('SIGKILL');
+  await gone;
+  await catalog.remove('disk');
+});
+
+test('who said goodbye after an error may try again: it counts, but not once its process has ended, and never for long', async () => {
+  const child = spawn('sleep', ['1000']);
+  const { pid = 0 } = child;
+  const credentials = { pid, uid: 0, gid: 0, ...lookAtProcess(pid) };
+  const process: Peer = { transport: 'unix', address: '/run/nbd.sock', credentials };
+  const fail = async (from: Peer): Promise<void> => {
+    const device = await open('disk', from);
+    const full = vi.spyOn(store.files, 'write').mockImplementation(() => {
+      throw new StoreError('NO_SPACE', 'no space left');
+    });
+    await expect((async () => device.write(0, Buffer.alloc(BLOCK, 1), false))()).rejects.toThrow('no space left');
+    full.mockRestore();
+    await device.close('disconnect');
+  };
+  await write(1);
+  for (const [others, from] of [process, tcp('192.0.2.1')].entries()) {
+    await fail(from);
+    await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
+    // What a client is told in the course of things is no error.
+    const again = await open('disk', from);
+    await again.write(0, Buffer.alloc(BLOCK, 1), false);
+    const slow = vi.spyOn(store.files, 'write').mockImplementation(() => {
+      throw new StoreError('SLOW', 'not fast');
+    });
+    await expect((async () => again.write(0, Buffer.alloc(BLOCK, 1), false))()).rejects.toMatchObject({
+      code: 'ENOTSUP',
+    });
+    slow.mockRestore();
+    await again.close('disconnect');
+    expect((await catalog.show('disk')).clients).toHaveLength(others);
+    await fail(from);
+  }
+  expect((await catalog.show('disk')).clients).toHaveLength(2);
+  const gone = once(child, 'exit');
+  child.kill('SIGKILL');
+  await gone;
+  const [left, ...more] = (await catalog.show('disk')).clients;
+  expect(more).toEqual([]);
+  expect((left?.until ?? 0) - Date.now()).toBeLessThanOrEqual(300_000);
+  // Cut off as well, it counts for the whole time.
+  await (await open('disk', tcp('192.0.2.1'))).close('lost');
+  expect(((await catalog.show('disk')).clients[0]?.until ?? 0) - Date.now()).toBeGreaterThan(3_000_000);
+});
+
+test('several connections of one address come back and leave in order: one that has written speaks for all', async () => {
+  const four = await Promise.all(Array.from({ length: 4 }, () => open('disk', tcp('192.0.2.1'))));
+  for (const device of four) await device.close('lost');
+  const again = await Promise.all(Array.from({ length: 4 }, () => open('disk', tcp('192.0.2.1'))));
+  await again[1]?.write(0, Buffer.alloc(BLOCK, 1), false);
+  for (const device of again) await device.close('disconnect');
+  expect((await catalog.show('disk')).clients).toEqual([]);
+});
+
+test('who only looks does not make it longer for the one that was cut off from that address', async () => {
+  const hours = (n: number): void => void vi.spyOn(os, 'uptime').mockReturnValue(uptime + n * 3600);
+  const uptime = os.uptime();
+  hours(0);
+  await (await open('disk', tcp('192.0.2.1'))).close('lost');
+  const { lostAt } = (await catalog.show('disk')).clients[0] ?? {};
+  hours(0.9);
+  await (await open('disk', tcp('192.0.2.1'))).close('disconnect');
+  expect((await catalog.show('disk')).clients[0]?.lostAt).toBe(lostAt);
+  await expect(catalog.remove('disk')).rejects.toThrow(/is in use by tcp 192\.0\.2\.1/);
+  hours(1.1);
+  await catalog.remove('disk');
+});
+
+test('on a store that several processes serve, who was cut off from this one still counts when that is stored', async () => {
+  const state = new FakeState(true);
+  const memory = memoryOf(state);
+  const inUse = new InUse(memory, { forMs: 60_000, log: () => undefined });
+  const client = { id: 'x', label: 'x', isExact: false };
+  const use = await inUse.begin({ name: 'disk', tag: '' }, client, true);
+  inUse.end(use, { isOver: false, hadErrors: false, hasWritten: false, span: { opened: 1, lastRequest: 1 } });
+  await memory.flush();
+  expect(inUse.of('disk', '')).toMatchObject([{ client: 'x' }]);
+  state.stored.clear(); // --force, there
+  expect(inUse.of('disk', '')).toEqual([]);
+});
+
+test('in a copy of a store that another process serves still, its clients were cut off; where both serve it, they are elsewhere', async () => {
+  const child = spawn('sleep', ['1000']);
+  const { pid = 0 } = child;
+  const server = processKey(pid, lookAtProcess(pid)?.startTime ?? 0);
+  for (const isShared of [false, true]) {
+    const state = new FakeState(isShared);
+    const client = { id: 'x', label: 'x', isExact: false };
+    const record = { name: 'disk', tag: '', client, since: 1, writable: true, server, forMs: 60_000 };
+    state.stored.set('use/disk//x', record);
+    const [use] = new InUse(memoryOf(state), { forMs: 60_000, log: () => undefined }).of('disk', '');
+    if (isShared) expect(use).toEqual({ client: 'x', since: 1, lostAt: null, until: null, isElsewhere: true });
+    else expect(use).toEqual({ client: 'x', since: 1, lostAt: expect.any(Number), until: expect.any(Number) });
+    // A label that is being read there: nobody reads it in the copy.
+    state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: stampNow(), server });
+    const ended = new EndedMoments(memoryOf(state), 1000, () => undefined);
+    expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
+      isShared ? /another daemon has it open/ : /has ended \(the daemon ended\)/,
+    );
+  }
+  child.kill('SIGKILL');
+});
+
+test('a client that is refused because its base has vanished leaves nothing behind, and may use its label again', async () => {
+  await catalog.snapshot('disk', 'monday');
+  // It is there when it is looked for, and gone when the moment is taken, or when it is to be opened.
+  const take = catalog.snapshotTemporary.bind(catalog);
+  vi.spyOn(catalog, 'snapshotTemporary').mockImplementationOnce(async (...of) => {
+    await catalog.remove('disk@monday');
+    return take(...of);
+  });
+  const openVdi = catalog.openVdi.bind(catalog);
+  vi.spyOn(catalog, 'openVdi').mockImplementation(async (spec, options) => {
+    if (spec === 'disk@monday') await catalog.remove(spec);
+    return openVdi(spec, options);
+  });
+  for (const spec of ['disk@now/since=monday', 'disk@now:run/since=monday', 'disk/since=monday']) {
+    await expect(open(spec), spec).rejects.toThrow(/has no snapshot "monday"/);
+    expect(
+      (await catalog.list()).map(({ tag }) => tag),
+      spec,
+    ).toEqual(['']);
+    expect((await catalog.show('disk')).clients, spec).toEqual([]);
+    if (spec !== 'disk/since=monday') await catalog.snapshot('disk', 'monday');
+  }
+  vi.restoreAllMocks();
+  await (await open('disk@now:run')).close('disconnect');
+});
+
+test('one that was cut off and is refused for its base stays cut off: its moment and its disk are kept for it', async () => {
+  await write(1);
+  await catalog.snapshot('disk', 'monday');
+  await (await open('disk@now')).close('lost');
+  await (await open('disk')).close('lost');
+  vi.spyOn(catalog, 'openVdi').mockRejectedValueOnce(new StoreError('IO', 'a bad sector'));
+  await expect(open('disk@now/since=monday')).rejects.toThrow('a bad sector');
+  await write(2);
+  expect((await catalog.show('disk')).clients).toMatchObject([{ until: expect.any(Number) as number }]);
+  const back = await open('disk@now/since=monday');
+  expect(await read(back)).toBe(1);
+  await back.close('disconnect');
+  expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
+});
+
+test('a base is held as long as a moment that was compared with it is kept, and another of its tag is not taken for it', async () => {
+  await catalog.snapshot('disk', 'monday');
+  for (const spec of ['disk@now/since=monday', 'disk@now:run/since=monday']) {
+    await (await open(spec)).close('lost');
+    await expect(catalog.remove('disk@monday'), spec).rejects.toThrow(/is in use by process/);
+    await catalog.remove('disk@monday', { force: true });
+    await catalog.snapshot('disk', 'monday');
+    await expect(open(spec), spec).rejects.toThrow(/disk@monday was taken anew since disk@now\S* was compared with it/);
+    // Without its base it is what it was.
+    const back = await open(spec.replace('/since=monday', ''));
+    await back.close('disconnect');
+  }
+  const device = await open('disk@now/since=monday');
+  await device.close('lost');
+  await (await open('disk@now/since=monday')).close('disconnect');
+  await catalog.remove('disk@monday');
+});
+
+test('one of several connections was cut off: the moment goes with the process that has left in order, and not before', async () => {
+  for (const spec of ['disk@now', 'disk@now:run']) {
+    const child = spawn('sleep', ['1000']);
+    const { pid = 0 } = child;
+    const credentials = { pid, uid: 0, gid: 0, ...lookAtProcess(pid) };
+    const from: Peer = { transport: 'unix', address: '/run/nbd.sock', credentials };
+    const [first, second] = [await open(spec, from), await open(spec, from)];
+    await read(first);
+    await first.close('lost');
+    await second.close('disconnect');
+    expect((await catalog.show('disk')).kept, spec).toHaveLength(1);
+    const gone = once(child, 'exit');
+    child.kill('SIGKILL');
+    await gone;
+    await vi.waitFor(async () => expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']), 10_000);
+  }
+});
+
+test('two that make room for their moments at the same time do not wait for each other', async () => {
+  const command: Peer = { transport: 'internal', address: '' };
+  const label = `disk@now:${labelOfRun('y')}`;
+  const first = await open(label, command);
+  for (const host of ['192.0.2.3', '192.0.2.4']) await (await open('disk@now', tcp(host))).close('lost');
+  // The first one is closing: nobody has it open any more, but it is not gone yet.
+  let goOn: () => void = () => undefined;
+  const release = catalog.release.bind(catalog);
+  vi.spyOn(catalog, 'release').mockImplementationOnce(async (vdi) => {
+    await new Promise<void>((resolve) => (goOn = resolve));
+    await release(vdi);
+  });
+  const take = catalog.snapshotTemporary.bind(catalog);
+  const full = vi.spyOn(catalog, 'snapshotTemporary');
+  for (let n = 0; n < 2; n++) full.mockRejectedValueOnce(new StoreError('LIMIT', 'no more are possible'));
+  full.mockImplementation(take);
+  const closing = first.close('disconnect');
+  await vi.waitFor(() => expect(catalog.release).toHaveBeenCalled());
+  const opening = [open(label, tcp('192.0.2.1')), open('disk@now', tcp('192.0.2.2'))];
+  await new Promise((resolve) => setImmediate(resolve));
+  goOn();
+  const opened = await Promise.allSettled([closing, ...opening]);
+  expect(opened.map(({ status }) => status)).toEqual(['fulfilled', 'fulfilled', 'fulfilled']);
+}, 10_000);
+
+test('a VDI that is made anew ends the moments that are kept of what it was', async () => {
+  Object.assign(store.catalog, { isBarelyMade: () => Promise.resolve(true) });
+  await (await open('disk@now:run')).close('lost');
+  const beginning = { by: 'import', of: '', run: 'a1', size: SIZE, overwrites: false, goesOn: false } as const;
+  await catalog.begin('disk', beginning);
+  expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
+  expect(lines.join('\n')).toMatch(/ended disk@now:run, which was kept for process .*: disk was made anew/);
+  await catalog.finish('disk', 'a1');
+  await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk was made anew\)/);
+});
+
 class FakeState implements StoreState {
-  readonly isShared = false;
   readonly stored = new Map<string, unknown>();
 
+  constructor(readonly isShared = false) {}
+
   entries(): Map<string, unknown> {
-    return new Map(this.stored);
+    return structuredClone(this.stored);
   }
 
   commit(changes: ReadonlyMap<string, unknown>): Promise<void> {

@@ -31,6 +31,8 @@ const HERE = clientSetNamed('own');
 const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 30_000;
 const RUN_TIMEOUT_MS = 90_000;
+const POLL_MS = 10;
+const MAX_POLL_MS = 500;
 
 const children = new Set<ChildProcess>();
 const directories = new Set<string>();
@@ -76,7 +78,10 @@ function within<T>(promise: Promise<T>, timeoutMs: number, what: () => string): 
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
 }
 
-/** Poll `condition` until it gives something truthy, and return that. */
+/**
+ * Poll `condition` until it gives something truthy, and return that. Between two polls passes as much time as the last one
+ * took: one that starts a process leaves room for what is waited for.
+ */
 export async function waitUntil<T>(
   condition: () => T | Promise<T>,
   what: string,
@@ -84,10 +89,12 @@ export async function waitUntil<T>(
 ): Promise<NonNullable<T>> {
   const deadline = Date.now() + timeoutMs;
   for (;;) {
+    const askedAt = Date.now();
     const value = await condition();
     if (value) return value;
     if (Date.now() > deadline) throw new Error(`not within ${timeoutMs} ms: ${what}`);
-    await new Promise((resolve) => setTimeout(resolve, 20));
+    const pauseMs = Math.max(POLL_MS, Math.min(Date.now() - askedAt, MAX_POLL_MS));
+    await new Promise((resolve) => setTimeout(resolve, pauseMs));
   }
 }
 
@@ -271,6 +278,8 @@ export interface ReadyLine {
   readonly control: string;
   readonly listeners: readonly string[];
   readonly uris: readonly string[];
+  /** VDIs of --create that were there, and are not what it says. */
+  readonly kept: readonly object[];
 }
 
 export interface Daemon {

@@ -20,7 +20,7 @@ const ioctl = libc.func('int ioctl(int fd, ulong request, void *argument)');
 const mounted = new Map<string, string | undefined>();
 
 afterAll(() => {
-  for (const directory of mounted.keys()) unmount(directory);
+  for (const directory of [...mounted.keys()].reverse()) unmount(directory);
 });
 
 function mount(args: readonly string[], image?: string): string | undefined {
@@ -46,6 +46,20 @@ export function mountImage(type: 'ext4' | 'xfs', bytes: number): string | undefi
   fs.truncateSync(image, bytes);
   try {
     execFileSync(`mkfs.${type}`, ['-q', image], { stdio: 'ignore' });
+  } catch {
+    return undefined;
+  }
+  return mount(['-o', 'loop', image], image);
+}
+
+/** A disk that says it has `bytes`, and can store what fits in `within`: a thin volume of a pool that is too small. */
+export function mountThin(within: string, bytes: number): string | undefined {
+  const image = path.join(within, 'thin');
+  fs.closeSync(fs.openSync(image, 'w'));
+  fs.truncateSync(image, bytes);
+  try {
+    // Without a journal, which would end the filesystem at the first error.
+    execFileSync('mkfs.ext4', ['-q', '-O', '^has_journal', image], { stdio: 'ignore' });
   } catch {
     return undefined;
   }

@@ -106,6 +106,40 @@ test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot b
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
 });
 
+test('a snapshot that another tool has given the tag of a temporary one stays: it is no leftover, and is said by its id', async () => {
+  await catalog.create('vm3', SIZE, { blockSizeShift: SHIFT });
+  for (const [n, tag] of ['now', 'now:nightly'].entries()) {
+    await fill('vm3', n + 1);
+    await cluster.snapshot('vm3', tag);
+  }
+  await fill('vm3', 3);
+  const records = (await catalog.list()).filter(({ name, isSnapshot }) => name === 'vm3' && isSnapshot);
+  const ids = records.map(({ vid }) => `@${vid.toString(16)}`);
+  // As a daemon does at its start, and at the end of a moment.
+  expect(await catalog.dropLeftovers()).toBe(0);
+  for (const tag of ['now', 'now:nightly']) {
+    await catalog.dropTemporary('vm3', tag);
+    expect(await look(`vm3@${tag}`)).toMatchObject({ byte: 3, name: `vm3@${tag}` });
+    await expect(catalog.remove(`vm3@${tag}`)).rejects.toThrow(
+      /has no temporary snapshot "now\S*"; the one that another tool has given this tag is @[0-9a-f]+$/,
+    );
+  }
+  const listed = (await exports.list(PEER)).map(({ name }) => name).filter((name) => /^@[0-9a-f]|^vm3/.test(name));
+  expect(listed).toEqual([...ids, 'vm3']);
+  for (const [n, id] of ids.entries()) expect(await look(id)).toMatchObject({ byte: n + 1, name: id });
+  const operations = new DirectOperations(catalog, exports);
+  const details = (await operations.listDetails()).filter(({ name }) => name === 'vm3');
+  expect(details.map(({ tag, vid }) => [tag, vid])).toEqual([
+    ...records.map(({ tag, vid }) => [tag, vid]),
+    ['', expect.any(Number)],
+  ]);
+  await catalog.clone(ids[0] ?? '', 'vm3-first');
+  expect((await look('vm3-first')).byte).toBe(1);
+  await catalog.remove('vm3-first');
+  for (const id of ids) await catalog.remove(id);
+  expect((await catalog.list()).filter(({ name }) => name === 'vm3')).toHaveLength(1);
+});
+
 test('two snapshots with one tag keep nobody from the VDI, are no base, and are opened by their ids', async () => {
   await catalog.create('vm2', SIZE, { blockSizeShift: SHIFT });
   await fill('vm2', 1);

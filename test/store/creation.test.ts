@@ -55,6 +55,58 @@ test('a creation that is killed at any point is no store, or a whole one, and th
   }
 });
 
+describe('what fails after it has made a store removes it again', () => {
+  const failures: Record<string, (directory: string) => string[]> = {
+    // Root may write to /proc, says access(2), and nobody can make anything there.
+    'a start whose control socket cannot be bound': (directory) => [
+      ...[
+        'serve',
+        '--create',
+        'disk:1M',
+        '--listen',
+        `unix:${directory}/nbd.sock`,
+        '--control',
+        '/proc/sheepgate.sock',
+      ],
+    ],
+    'a VDI that cannot be made': () => ['vdi', 'create', 'a@b', '1M'],
+    'an import of what is no raw image': (directory) => {
+      const image = path.join(directory, 'image');
+      fs.writeFileSync(image, Buffer.concat([Buffer.from('QFI\xfb\0\0\0\x03', 'latin1'), Buffer.alloc(2 ** 16)]));
+      return ['import', image, 'disk'];
+    },
+    'a restore of what is no backup': (directory) => ['restore', path.join(directory, 'nothing'), 'disk'],
+  };
+  for (const [name, of] of Object.entries(failures)) {
+    test(name, async () => {
+      const directory = temporaryDirectory();
+      const args = of(directory);
+      const missing = path.join(directory, 'missing');
+      const empty = path.join(directory, 'empty');
+      fs.mkdirSync(empty);
+      for (const store of [missing, empty]) {
+        expect(await cli([...args, '--store', store])).toMatchObject({ code: 1, signal: null });
+      }
+      expect(fs.existsSync(missing)).toBe(false);
+      expect(fs.readdirSync(empty)).toEqual([]);
+      // One that was there is not its to remove.
+      await (await LocalStore.open(empty)).close();
+      expect((await cli([...args, '--store', empty])).code).toBe(1);
+      expect(fs.existsSync(path.join(empty, 'meta.mdb'))).toBe(true);
+    });
+  }
+
+  test('but not if somebody has put something in it meanwhile', async () => {
+    const directory = path.join(temporaryDirectory(), 'store');
+    const store = await LocalStore.open(directory);
+    const catalog = new VdiCatalog(store);
+    await catalog.create('disk', 2 ** 20);
+    store.takeBackCreation();
+    await catalog.close();
+    expect(await cli(['vdi', 'show', 'disk', '--store', directory])).toMatchObject({ code: 0, stderr: '' });
+  });
+});
+
 describe('a store is made', () => {
   test('in a directory that is missing, empty, or has nothing but lost+found', async () => {
     for (const names of [undefined, [], ['lost+found']]) {

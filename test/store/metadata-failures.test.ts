@@ -1,13 +1,14 @@
 /** What becomes of a store whose metadata cannot be stored: a full disk, from its first moment on; a disk that is gone. */
+import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { expect, onTestFinished, test } from 'vitest';
+import { expect, onTestFinished, test, vi } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
 import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, temporaryDirectory, skipBecause, startDaemon } from '../harness/daemon.js';
-import { fill, mountImage, mountTmpfs, shutDown } from '../harness/filesystems.js';
+import { cli, needs, temporaryDirectory, skipBecause, startDaemon } from '../harness/daemon.js';
+import { fill, mountImage, mountThin, mountTmpfs, shutDown } from '../harness/filesystems.js';
 
 const NEEDS_ROOT = 'mounting needs root';
 
@@ -114,6 +115,94 @@ test('a commit that fails, fails those that need the space, and nobody beside th
   await metadata.commit({ records: [{ ...record, vid: 4 }] });
   expect(metadata.records().map(({ vid }) => vid)).toEqual([1, 2, 3, 4]);
   expect(metadata.strayVids()).toHaveLength(results.filter(({ status }) => status === 'fulfilled').length - 3);
+});
+
+test('when the pool of a thin disk is full, commits fail in any of their writes, and go on when there is room', async (context) => {
+  const pool = mountTmpfs('40m');
+  const directory = pool === undefined ? undefined : mountThin(pool, 64 * 2 ** 20);
+  if (pool === undefined || directory === undefined) return skipBecause(context, NEEDS_ROOT);
+  const { catalog } = await opened(path.join(directory, 'store'));
+  await catalog.create('disk', 2 ** 30);
+  execFileSync('sync', ['-f', directory]);
+  const filler = fill(pool);
+  const tags = ['one', 'two', 'three', 'four'];
+  const results = await Promise.all(tags.map((tag) => catalog.snapshot('disk', tag).catch((error: unknown) => error)));
+  const failed = results.filter((result) => result instanceof Error);
+  expect(failed.length).toBeGreaterThan(1);
+  for (const failure of failed) expect(failure).toMatchObject({ code: expect.stringMatching(/^(NO_SPACE|IO)$/) });
+  fs.rmSync(filler);
+  await catalog.snapshot('disk', 'after');
+  const taken = tags.filter((_, n) => !(results[n] instanceof Error));
+  expect((await catalog.list()).map(({ tag }) => tag)).toEqual([...taken, 'after', '']);
+});
+
+needs('prlimit')(
+  'after a commit that failed for another reason than space, the next works as soon as it can',
+  async () => {
+    const daemon = await startDaemon({ args: ['--create', 'disk:1G'] });
+    // Every write is EFBIG, which is no full disk: for a commit an error like any other of the disk.
+    const limit = (to: string): unknown =>
+      execFileSync('prlimit', ['--pid', String(daemon.child.pid), `--fsize=${to}:`]);
+    const snapshot = (tag: string) => cli(['vdi', 'snapshot', 'disk', tag, '--control', daemon.control]);
+    limit('0');
+    for (const tag of ['one', 'two']) {
+      const refused = await snapshot(tag);
+      expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(/meta\.mdb.*(EFBIG|too large)/i) });
+    }
+    expect((await cli(['vdi', 'list', '--control', daemon.control])).stdout).not.toMatch(/one|two/);
+    limit('unlimited');
+    expect(await snapshot('three')).toMatchObject({ code: 0, stderr: '' });
+    expect((await daemon.stop()).code).toBe(0);
+  },
+);
+
+test('after an error of its disk, all of the metadata is read before LMDB maps it: an error, not the end of the process', async () => {
+  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.from('text'), true);
+  const file = path.join(store.location, 'meta.mdb');
+  const object = store.files.path(2 ** 20);
+  expect(fs.existsSync(object)).toBe(true);
+  const eio = Object.assign(new Error('EIO: i/o error'), { code: 'EIO' });
+  const fails = (fd: number, name: string): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`) === name;
+  let isIll = true;
+  const { readSync } = fs;
+  // Page 0 can be read, and what comes after it cannot.
+  const reading = vi.spyOn(fs, 'readSync').mockImplementation(((
+    fd: number,
+    into: Buffer,
+    ...rest: [number, number, number]
+  ) => {
+    if (isIll && fails(fd, file) && rest[1] > 4096) throw eio;
+    return readSync(fd, into, ...rest);
+  }) as typeof readSync);
+  onTestFinished(() => reading.mockRestore());
+  expect(store.metadata.session).toBeDefined();
+  store.backgroundError(Object.assign(new Error('reading an object'), { cause: eio }));
+  const reads = [
+    () => store.metadata.session,
+    () => store.metadata.kept,
+    () => store.metadata.state(),
+    () => store.metadata.map(vdi.record),
+  ];
+  for (const read of reads) expect(read).toThrow(/reading metadata in .*meta\.mdb: EIO/);
+  await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'IO', message: /EIO/ });
+  isIll = false;
+  await catalog.snapshot('disk', 's');
+  for (const read of reads) expect(read).not.toThrow();
+  // It is not read as a whole for ever.
+  reading.mockClear();
+  expect(store.metadata.session).toBeDefined();
+  expect(reading.mock.calls.filter(([fd]) => fails(fd, file))).toHaveLength(1);
+});
+
+test('metadata that somebody cuts off while it is open is damage that is told, not the end of the process', async () => {
+  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  await catalog.create('disk', 2 ** 30);
+  fs.truncateSync(path.join(store.location, 'meta.mdb'), 4096);
+  await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'DAMAGED', message: /cut off/ });
+  expect(() => store.metadata.state()).toThrow(/meta\.mdb/);
 });
 
 test('of changes that are committed together one that throws stores nothing, and the others do', async () => {

@@ -5,8 +5,9 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
+import zlib from 'node:zlib';
 import { NbdClient } from 'nbd-server-ts';
-import { afterEach, describe, expect, test } from 'vitest';
+import { afterEach, describe, expect, test, vi } from 'vitest';
 import { logHeader, placeOf } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -130,6 +131,123 @@ test('of a snapshot that was not stored the log says what the VDI holds, and of 
   const again = await after.catalog.openVdi('disk');
   expect(await Promise.all([0, 1, 2].map((idx) => read(again, idx)))).toEqual(['before', '', 'then']);
   expect(await read(await after.catalog.openVdi('disk@one'), 2)).toBe('');
+});
+
+describe('of a VDI that has several logs', () => {
+  const ENTRY = 24;
+  const MOVED = 3;
+
+  /** The entry that begins a log: it is of `vid`. */
+  function begins(vid: number): Buffer {
+    const entry = Buffer.alloc(ENTRY);
+    entry.writeUInt32LE(1, 0);
+    entry.writeUInt32LE(vid, 4);
+    entry.writeUInt32LE(zlib.crc32(entry.subarray(0, 20)), 20);
+    return entry;
+  }
+
+  /** A store as it is after a kill: "disk" has two logs, with a snapshot between them that was not stored, "other" has one. */
+  async function killed(): Promise<{ copy: string; session: string; logs: [string, string]; files: string[] }> {
+    const { directory, store, catalog, vdi } = await newStore();
+    await catalog.create('other', SIZE, { blockSizeShift: 20 });
+    await write(vdi, 0, 'flushed');
+    await vdi.flush();
+    await write(vdi, 1, 'first');
+    const before = copyOf(directory);
+    const other = await catalog.openVdi('other');
+    await write(other, 0, 'other');
+    await catalog.snapshot('disk', 'one');
+    await write(vdi, 2, 'second');
+    const copy = copyOf(directory);
+    fs.copyFileSync(path.join(before, 'meta.mdb'), path.join(copy, 'meta.mdb'));
+    const [first = ''] = logsOf(copy);
+    const bytes = fs.readFileSync(first);
+    let at = 512;
+    while (bytes.readUInt32LE(at) !== MOVED) at += ENTRY;
+    const second = path.join(path.dirname(first), '9');
+    fs.writeFileSync(
+      second,
+      Buffer.concat([bytes.subarray(0, 512), begins(bytes.readUInt32LE(at + 4)), bytes.subarray(at + ENTRY)]),
+    );
+    fs.truncateSync(first, at + ENTRY);
+    makeFit(copy, store.logs.session);
+    return { copy, session: store.logs.session, logs: [first, second], files: objectFiles(copy) };
+  }
+
+  function spoil(log: string, offset: number): void {
+    const bytes = fs.readFileSync(log);
+    bytes[offset] = (bytes[offset] ?? 0) ^ 4;
+    fs.writeFileSync(log, bytes);
+  }
+
+  async function found(after: Opened): Promise<string[]> {
+    const disk = await after.catalog.openVdi('disk');
+    const texts = [await read(disk, 0), await read(disk, 1), await read(disk, 2)];
+    return [...texts, await read(await after.catalog.openVdi('other'), 0)];
+  }
+
+  test('the older one tells to whom the newer one belongs', async () => {
+    const { copy } = await killed();
+    expect(await found(await open(copy))).toEqual(['flushed', 'first', 'second', 'other']);
+    expect(setAside(copy)).toEqual([]);
+  });
+
+  for (const [what, offset] of [
+    ['at its end', -10],
+    ['in its middle', 512 + ENTRY + 4],
+  ] as const) {
+    for (const which of [0, 1] as const) {
+      test(`all are set aside if ${['the older', 'the newer'][which]} one is damaged ${what}; other VDIs lose nothing`, async () => {
+        const { copy, logs, files } = await killed();
+        const log = logs[which];
+        spoil(log, offset < 0 ? fs.statSync(log).size + offset : offset);
+        const after = await open(copy);
+        expect(await found(after)).toEqual(['flushed', '', '', 'other']);
+        expect(after.lines.join()).toContain(`${log} and 1 more: an entry in it is damaged`);
+        expect(setAside(copy)).toHaveLength(2);
+        expect(objectFiles(copy)).toEqual(files);
+      });
+    }
+  }
+
+  test('all logs are set aside beside one that does not say whose it is', async () => {
+    const { copy, logs, files } = await killed();
+    spoil(logs[0], 512 + 4);
+    expect(await found(await open(copy))).toEqual(['flushed', '', '', '']);
+    expect(setAside(copy)).toHaveLength(3);
+    expect(objectFiles(copy)).toEqual(files);
+  });
+
+  test('all logs are set aside beside one that the disk does not give', async () => {
+    const { copy, logs } = await killed();
+    const real = fs.readFileSync;
+    vi.spyOn(fs, 'readFileSync').mockImplementation(((file: number, ...rest: [never]) => {
+      if (typeof file === 'number' && fs.readlinkSync(`/proc/self/fd/${file}`) === logs[1])
+        throw Object.assign(new Error('EIO: i/o error, read'), { code: 'EIO' });
+      return real(file, ...rest);
+    }) as typeof real);
+    const after = await open(copy).finally(() => vi.restoreAllMocks());
+    expect(await found(after)).toEqual(['flushed', '', '', '']);
+    expect(after.lines.join()).toMatch(/9 and 2 more: EIO: i\/o error/);
+  });
+
+  test('none is believed by the start after one that was interrupted while it set them aside', async () => {
+    const { copy, session, logs } = await killed();
+    spoil(logs[0], fs.statSync(logs[0]).size - 10);
+    let interrupted = '';
+    const real = fs.renameSync;
+    let moved = 0;
+    vi.spyOn(fs, 'renameSync').mockImplementation((from, to) => {
+      real(from, to);
+      if (from === logs[0] || from === logs[1]) moved++;
+      if (moved === 1) interrupted ||= copyOf(copy);
+    });
+    await open(copy).finally(() => vi.restoreAllMocks());
+    makeFit(interrupted, session);
+    expect(logsOf(interrupted)).toHaveLength(2);
+    expect(await found(await open(interrupted))).toEqual(['flushed', '', '', 'other']);
+    expect(setAside(interrupted)).toHaveLength(2);
+  });
 });
 
 describe('set aside, said so, and nothing deleted', () => {

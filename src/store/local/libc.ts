@@ -164,12 +164,15 @@ export function memoryFile(name: string, length: number): number | undefined {
   return undefined;
 }
 
-/** The next byte at or after `offset` that holds data, or -1 if only a hole follows. */
+/** The next byte at or after `offset` that holds data, or -1 if only a hole follows. A block device is all data. */
 export async function nextData(fd: number, offset: number): Promise<number> {
   try {
     return await offLoop('lseek', lseek, fd, offset, SEEK_DATA);
   } catch (error) {
-    if (codeOf(error) === ENXIO) return -1;
+    const errno = codeOf(error);
+    if (errno === ENXIO) return -1;
+    // linux block/fops.c, blkdev_llseek: it knows of no holes. Every filesystem does, as lseek(2) has it.
+    if (errno === EINVAL) return offset;
     throw error;
   }
 }
@@ -179,7 +182,9 @@ export async function nextHole(fd: number, offset: number): Promise<number> {
   try {
     return await offLoop('lseek', lseek, fd, offset, SEEK_HOLE);
   } catch (error) {
-    if (codeOf(error) === ENXIO) return offset;
+    const errno = codeOf(error);
+    if (errno === ENXIO) return offset;
+    if (errno === EINVAL) return endOf(fd);
     throw error;
   }
 }
@@ -256,7 +261,15 @@ export function tryLock(fd: number, { shared = false } = {}): boolean {
 }
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
+/** What the kernel says of a disk that fails, is gone, or holds what makes no sense. UNKNOWN is EUCLEAN as Node has it. */
+const DISK_CODES = new Set(['EIO', 'ENXIO', 'ENODEV', 'ESTALE', 'EBADMSG', 'EUCLEAN', 'UNKNOWN']);
 const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
+
+/** Whether this, or what it was made of, is the disk's failure: others may find out next. */
+export function isDiskError(error: unknown): boolean {
+  const { code, cause } = error as NodeJS.ErrnoException;
+  return DISK_CODES.has(code ?? '') || (cause instanceof Error && isDiskError(cause));
+}
 
 /** Turn whatever a file operation threw into this layer's error, saying what was being done. */
 export function asStoreError(error: unknown, doing: string): StoreError {

@@ -24,7 +24,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import { removeLeftScratch } from './before-images.js';
-import { logsSetAside, MapLogs } from './map-log.js';
+import { logsSetAside, makeLogFolder, MapLogs } from './map-log.js';
 import { Metadata, PAGE_ENTRIES, type KeptObjects, pageOf, pagesOf } from './metadata.js';
 import { ObjectFiles } from './object-files.js';
 import { Owners } from './owners.js';
@@ -66,6 +66,12 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   readonly open = new Map<number, LocalVdi>();
   /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
   keptVids: ReadonlySet<number> = new Set();
+  /** What this opening has kept or set aside, no check has told of yet: so none may remove it. */
+  keepsUntold = false;
+  /** Made by this opening; and whether its directory was, too. */
+  readonly #made: { readonly hasMadeDirectory: boolean } | undefined;
+  /** What this opening has made goes when it is closed, if nothing is in it. */
+  #isUnwanted = false;
   /** Why it is not known any more what refers to what, so that the next open has to find out. */
   #lost: unknown;
   /** References that are being given up in the background. */
@@ -76,18 +82,21 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     lock: StoreLock,
     metadata: Metadata,
     files: ObjectFiles,
-    options: LocalStoreOptions & { readonly readOnlyBecause: string | undefined },
+    options: LocalStoreOptions & Pick<LocalStore, 'readOnlyBecause'> & Pick<Found, 'isNew' | 'hasMadeDirectory'>,
   ) {
     this.location = location;
+    this.#made = options.isNew ? options : undefined;
     this.readOnlyBecause = options.readOnlyBecause;
     this.identity = fs.realpathSync(location);
     this.#lock = lock;
     this.metadata = metadata;
     this.files = files;
     this.#log = options.log ?? (() => undefined);
-    this.logs = new MapLogs(location, (error) =>
-      this.#log('what is written until the next flush would be lost if this process were killed', { err: error }),
-    );
+    files.onDiskError = () => metadata.suspectDisk();
+    this.logs = new MapLogs(location, (error) => {
+      if (libc.isDiskError(error)) metadata.suspectDisk();
+      this.#log('what is written until the next flush would be lost if this process were killed', { err: error });
+    });
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,
@@ -118,10 +127,10 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     let metadata: Metadata | undefined;
     try {
       const files = openFiles(location, options, isReadOnly);
-      if (isNew) makeDirectory(path.join(location, 'recent'), 0o700);
+      if (!isReadOnly) openLogFolder(location, isNew);
       const opened = isNew ? await Metadata.create(location) : await Metadata.open(location, { readOnly: isReadOnly });
       metadata = opened.metadata;
-      const store = new LocalStore(location, lock, metadata, files, { ...options, readOnlyBecause });
+      const store = new LocalStore(location, lock, metadata, files, { ...options, ...found, readOnlyBecause });
       if (readOnlyBecause === undefined) await store.#recover(opened.clean);
       else store.#takeAsItIs(readOnlyBecause, opened.clean);
       return store;
@@ -177,9 +186,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
     const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from);
     this.references.add(vid, idx);
+    (vdi as LocalVdi).creating(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(vdi as LocalVdi, error, create));
     } catch (error) {
+      (vdi as LocalVdi).notCreated(key);
       this.release([key]);
       throw error;
     }
@@ -312,7 +323,13 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   backgroundError(error: unknown): void {
+    if (libc.isDiskError(error)) this.metadata.suspectDisk();
     this.#log((error as Error).message, { err: error });
+  }
+
+  /** Whoever opened the store has failed: if that made it, and nothing is in it when it is closed, it is removed again. */
+  takeBackCreation(): void {
+    this.#isUnwanted = true;
   }
 
   /** Flush and close everything; the next open then needs no recovery. */
@@ -335,6 +352,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
       .catch((error: unknown) => (failure ??= error));
+    const isEmpty = failure === undefined && this.metadata.records().length === 0;
+    if (this.#isUnwanted && this.#made && isEmpty) removeCreation(this.location, this.#made.hasMadeDirectory);
     this.#lock.release();
     if (failure !== undefined) throw failure;
   }
@@ -379,10 +398,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       }
     }
     this.keptVids = vids;
+    this.keepsUntold = doubt !== undefined;
     const kept = doubt === undefined ? stored : { since: Date.now(), why: doubt.why, vids: [...vids] };
     const aside = doubt === undefined ? undefined : await this.#setAside(doubt, kept);
-    if (aside?.failure === undefined) this.logs.clear();
-    await this.#begin(kept);
+    if (aside?.failure === undefined) {
+      const failure = this.logs.clear();
+      if (failure !== undefined) this.backgroundError(libc.asStoreError(failure, 'removing logs'));
+    }
+    if (this.metadata.session !== this.logs.session) await this.#begin(kept);
     for (const key of orphans) this.files.remove(key, (error) => this.backgroundError(error));
     await this.files.removed();
     if (doubt !== undefined) {
@@ -399,13 +422,14 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   }
 
   /**
-   * What is kept is remembered before the logs go: whoever is interrupted in between finds one of the two. Errors: NO_SPACE
-   * if neither can be done.
+   * Before the first log goes, what is kept is remembered, and the logs become those of an earlier opening: whoever is
+   * interrupted in between must not find some of them, and believe what they say without the others. Errors: NO_SPACE if
+   * neither that nor moving them can be done.
    */
   async #setAside(doubt: Doubt, kept: KeptObjects | undefined): Promise<ReturnType<MapLogs['setAside']>> {
     let unremembered: unknown;
     try {
-      await this.metadata.keep(kept);
+      await this.metadata.begin(this.logs.session, kept);
     } catch (error) {
       if ((error as StoreError).code !== 'NO_SPACE') throw error;
       unremembered = error;
@@ -443,7 +467,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   /**
    * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
    * flush has to vouch for them: everything is synced. Returns why not all of it could be taken over, if so: then nothing
-   * was, unless a log that nobody can believe just lay beside those that fit.
+   * was, except of VDIs whose logs can all be believed.
    */
   async #restoreRecent(): Promise<Doubt | undefined> {
     const { changes, files, doubtful } = this.logs.read(this.metadata.session, this.metadata);
@@ -561,6 +585,15 @@ function noStore(location: string, role: HolderRole): StoreError {
   );
 }
 
+/** On a full disk a store that lacks the folder is opened all the same, to delete something; nothing is logged then. */
+function openLogFolder(location: string, isNew: boolean): void {
+  try {
+    makeLogFolder(location);
+  } catch (error) {
+    if (isNew || libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
+  }
+}
+
 function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isReadOnly: boolean): ObjectFiles {
   return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors, isReadOnly });
 }
@@ -607,6 +640,7 @@ export class LocalCatalog implements Catalog {
     }
     const record = this.#recordOf(vid);
     const { metadata, logs } = this.#store;
+    await metadata.settled();
     const generation = metadata.flushedGeneration(vid) + 1;
     const map = await metadata.loadMap(record);
     const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
@@ -627,7 +661,14 @@ export class LocalCatalog implements Catalog {
     return {
       holdsNobody: true,
       now: () => {
-        const record: VdiRecord = { ...source.record, vid, tag, isSnapshot: true, snapshotAt: Date.now() };
+        const record: VdiRecord = {
+          ...source.record,
+          vid,
+          tag,
+          isSnapshot: true,
+          isTemporary: true,
+          snapshotAt: Date.now(),
+        };
         temporary = new TemporaryVdi(this.#store, record, source.map);
         source.takeTemporary(temporary, nameVid);
         this.#temporaries.set(vid, { temporary, source });
@@ -819,11 +860,15 @@ export class LocalCatalog implements Catalog {
     if (missing.size + misshapen.size > 0) this.#reportDamage(records, missing, misshapen, report);
     if (owners.problem !== undefined) report(owners.problem);
     const aside = logsSetAside(this.#store.location);
+    await metadata.settled();
     const { kept } = metadata;
+    const isUntold = this.#store.keepsUntold;
+    this.#store.keepsUntold = false;
     if (kept) {
       const since = new Date(kept.since).toISOString();
       report(
-        `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); --repair removes them`,
+        `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); ` +
+          (isUntold ? 'kept by this very start: look first, then say check --repair again' : '--repair removes them'),
       );
     }
     for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
@@ -834,11 +879,17 @@ export class LocalCatalog implements Catalog {
     if (options.repair) {
       const strays = metadata.strayVids();
       if (strays.length > 0) await metadata.commit({ removed: strays });
-      for (const { name } of orphans) await fs.promises.unlink(name);
-      for (const name of aside) await fs.promises.unlink(name);
-      if (kept) await metadata.keep(undefined);
-      this.#store.keptVids = new Set();
-      repaired = orphans.length + strays.length + aside.length;
+      const { keptVids } = this.#store;
+      // The operator must have been told of what a start has kept, and had time to look, before it goes.
+      const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
+      for (const { name } of removable) await fs.promises.unlink(name);
+      repaired = removable.length + strays.length;
+      if (!isUntold) {
+        for (const name of aside) await fs.promises.unlink(name);
+        if (kept) await metadata.keep(undefined);
+        this.#store.keptVids = new Set();
+        repaired += aside.length;
+      }
     }
     return { objects, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
   }

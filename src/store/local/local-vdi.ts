@@ -59,6 +59,8 @@ export class LocalVdi implements OpenVdi {
   #isIdle = false;
   #dirtyObjects = new Set<number>();
   #created = new Set<number>();
+  /** New objects whose files are being made, or are made and not in the map yet. */
+  readonly #creating = new Set<number>();
   #dirtyPages = new Set<number>();
   /** What the flush under way has taken over. */
   #committing: Batch | undefined;
@@ -138,6 +140,15 @@ export class LocalVdi implements OpenVdi {
     return this.temporaries.some((temporary) => temporary.shares(owner, idx));
   }
 
+  /** A file of that name is about to be made. Until it is in the map, or `notCreated`. */
+  creating(key: number): void {
+    this.#creating.add(key);
+  }
+
+  notCreated(key: number): void {
+    this.#creating.delete(key);
+  }
+
   setOwner(idx: number, owner: number): void {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
@@ -145,6 +156,7 @@ export class LocalVdi implements OpenVdi {
       // Its reference was taken before it was made (LocalStore.createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
       this.#dirtyObjects.add(objectKey(owner, idx));
       this.#created.add(objectKey(owner, idx));
+      this.#creating.delete(objectKey(owner, idx));
     }
     this.map[idx] = owner;
     this.#log.changed(idx, owner);
@@ -416,7 +428,7 @@ export class LocalVdi implements OpenVdi {
 
   /** Names could not be made durable. If objects that we made and have not vouched for are among them, we never can. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
-    const pending = [...this.#created, ...(this.#committing?.created ?? []), ...this.#moving];
+    const pending = [...this.#creating, ...this.#created, ...(this.#committing?.created ?? []), ...this.#moving];
     if (pending.some(isLost)) this.#syncFailure ??= error;
   }
 

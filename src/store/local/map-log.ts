@@ -18,6 +18,8 @@ const ROTATE_BYTES = 64 * 1024;
 const ENTRY_BYTES = 24;
 const CHECK_AT = 20;
 const HEADER_BYTES = 512;
+/** Changes that are remembered while a log cannot be written, until the flush under way is durable. */
+const MAX_MISSED = 4096;
 const MAGIC = 'sheepgate map log 2\n';
 /** [vid, 0]: what follows is of this VDI. First in every file. */
 const VDI = 1;
@@ -64,8 +66,7 @@ export class MapLogs {
   /** `onError` is told when a log cannot be written; nothing fails for that. */
   constructor(store: string, onError: (error: unknown) => void) {
     this.#store = store;
-    this.#directory = path.join(store, 'recent');
-    makeDirectory(this.#directory, 0o700);
+    this.#directory = path.join(store, RECENT);
     this.#place = placeOf(store);
     this.#onError = onError;
   }
@@ -82,9 +83,21 @@ export class MapLogs {
     return reader.result();
   }
 
-  /** Remove all of them: everything is durable. Those that are set aside are not among them. */
-  clear(): void {
-    for (const name of this.#names()) fs.unlinkSync(path.join(this.#directory, name));
+  /**
+   * Remove all of them: everything is durable. Those that are set aside are not among them. Returns what failed, if so: what
+   * is left is older than the stored maps, and harmless.
+   */
+  clear(): unknown {
+    let failure: unknown;
+    for (const name of this.#names()) {
+      try {
+        fs.unlinkSync(path.join(this.#directory, name));
+      } catch (error) {
+        failure ??= error;
+      }
+    }
+    this.#goOnAfterAll();
+    return failure;
   }
 
   /**
@@ -96,19 +109,26 @@ export class MapLogs {
     const moved: string[] = [];
     try {
       makeDirectory(aside, 0o700);
-      for (const file of files) {
+      // Those that the others go with are first in the list, and go last: what is left after half of it is in doubt as before.
+      for (const file of files.toReversed()) {
         const name = path.join(aside, `${new Date().toISOString()}-${randomUUID().slice(0, 8)}`);
         fs.renameSync(file, name);
         moved.push(name);
       }
     } catch (error) {
-      for (const name of this.#names()) this.#next = Math.max(this.#next, Number(name) + 1);
+      this.#goOnAfterAll();
       return { moved, failure: error };
     }
     return { moved };
   }
 
+  #goOnAfterAll(): void {
+    this.#next = Math.max(this.#next, Number(this.#names().at(-1) ?? 0) + 1);
+  }
+
   #names(): string[] {
+    // A store that lacks the folder may be on a disk that has no room to make it.
+    if (!fs.existsSync(this.#directory)) return [];
     return fs
       .readdirSync(this.#directory, { withFileTypes: true })
       .filter((entry) => entry.isFile() && /^\d{1,15}$/.test(entry.name))
@@ -131,7 +151,13 @@ export class MapLogs {
   }
 }
 
+const RECENT = 'recent';
 const SET_ASIDE = 'set-aside';
+
+/** Make the folder for the logs of the store `directory`. */
+export function makeLogFolder(directory: string): void {
+  makeDirectory(path.join(directory, RECENT), 0o700);
+}
 
 /** Logs that were set aside in the store `directory`. */
 export function logsSetAside(directory: string): string[] {
@@ -153,6 +179,8 @@ export class MapLog {
   #file: { name: string; fd: number } | undefined;
   #bytes = 0;
   #isBroken = false;
+  /** What has changed since the flush under way began, while nothing could be logged; undefined if not all is known. */
+  #missed: { readonly vid: number; readonly entries: [number, number, number, number][] } | undefined;
 
   constructor(
     vid: number,
@@ -185,10 +213,13 @@ export class MapLog {
    */
   flushing(generation: number): () => void {
     this.#generation = generation;
-    this.#isBroken = false;
+    this.#missed = this.#isBroken ? { vid: this.#vid, entries: [] } : undefined;
     if (this.#bytes > ROTATE_BYTES) this.#endFile();
     const { length } = this.#old;
-    return () => this.#unlink(length);
+    return () => {
+      this.#unlink(length);
+      this.#mend();
+    };
   }
 
   /** Everything is durable, or given up. */
@@ -197,16 +228,34 @@ export class MapLog {
     this.#unlink(this.#old.length);
   }
 
+  /** A flush has succeeded: if all is known that has changed since it began, the log is whole again from there. */
+  #mend(): void {
+    const missed = this.#missed;
+    if (!this.#isBroken || missed === undefined) return;
+    this.#isBroken = false;
+    this.#missed = undefined;
+    for (const [kind, first, second, generation] of missed.entries)
+      this.#write(missed.vid, kind, first, second, generation);
+  }
+
   #append(kind: number, first: number, second: number): void {
+    if (!this.#isBroken) this.#write(this.#vid, kind, first, second, this.#generation);
+    else if (this.#missed !== undefined && this.#missed.entries.length < MAX_MISSED)
+      this.#missed.entries.push([kind, first, second, this.#generation]);
+    else this.#missed = undefined;
+  }
+
+  #write(vid: number, kind: number, first: number, second: number, generation: number): void {
     if (this.#isBroken) return;
     try {
-      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, this.#vid, 0, this.#generation));
-      const entry = fillEntry(this.#entry, kind, first, second, this.#generation);
+      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation));
+      const entry = fillEntry(this.#entry, kind, first, second, generation);
       if (fs.writeSync(this.#file.fd, entry) !== ENTRY_BYTES) throw new Error(`${this.#file.name}: written in part`);
       this.#bytes += ENTRY_BYTES;
     } catch (error) {
       // A full disk. The beginning of a log must not be restored: what it points at may be removed by then.
       this.#isBroken = true;
+      this.#missed = undefined;
       this.remove();
       this.#onError(error);
     }
@@ -253,11 +302,12 @@ class LogReader {
   add(file: string): void {
     const fd = fs.openSync(file, 'r');
     try {
-      const bytes = fs.readFileSync(fd);
-      if (bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // nothing was answered for it yet
+      const bytes = this.#bytesOf(file, fd);
+      if (bytes === undefined || bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // nothing was answered for it yet
       const boot = field(bytes, 'boot') ?? bytes.toString('latin1', 32, 64);
       if (boot !== bootId()) return; // the objects that it speaks of may be lost
-      const log: ReadLog = { file, misfit: this.#misfit(bytes, fd), damage: undefined, entries: [] };
+      const session = field(bytes, 'session');
+      const log: ReadLog = { file, session, misfit: this.#misfit(bytes, fd), damage: undefined, entries: [] };
       if (isLog(bytes)) log.damage = parse(bytes, log.entries);
       this.#logs.push(log);
     } finally {
@@ -265,13 +315,27 @@ class LogReader {
     }
   }
 
+  /** Undefined if the disk does not give it: then anything may stand in it. */
+  #bytesOf(file: string, fd: number): Buffer | undefined {
+    try {
+      return fs.readFileSync(fd);
+    } catch (error) {
+      const { code, message } = error as NodeJS.ErrnoException;
+      if (code !== 'EIO') throw error;
+      this.#logs.push({ file, session: this.#session, misfit: undefined, damage: message, entries: [] });
+      return undefined;
+    }
+  }
+
   result(): LoggedState {
-    const believed = this.#logs.filter(({ misfit, damage }) => misfit === undefined && damage === undefined);
-    const others = this.#logs.filter((log) => !believed.includes(log));
-    const doubtful = others
-      .filter((log) => !isLogWhole(log) || this.#newer([log]).length > 0)
-      .map(({ file, misfit, damage }) => ({ file, why: misfit ?? damage ?? '' }));
-    return { changes: this.#newer(believed), files: believed.map(({ file }) => file), doubtful };
+    const openings = new Map<string | undefined, ReadLog[]>();
+    for (const log of this.#logs) openings.set(log.session, [...(openings.get(log.session) ?? []), log]);
+    const judged = Array.from(openings.values(), (logs) => new LogsOfOpening(logs, this.#stored).judge());
+    return {
+      changes: judged.flatMap(({ changes }) => changes),
+      files: judged.flatMap(({ files }) => files),
+      doubtful: judged.flatMap(({ doubtful }) => doubtful),
+    };
   }
 
   /** Why what the file says is not to be believed; undefined if it is. */
@@ -281,32 +345,109 @@ class LogReader {
     if (field(bytes, 'session') !== this.#session) return 'it is of an earlier opening of the store';
     return 'it was written elsewhere, or before the filesystem was mounted the last time';
   }
+}
 
-  /** What the logs have over the stored maps, under the vids that are stored. */
-  #newer(logs: readonly ReadLog[]): LoggedChange[] {
-    const changes: LoggedChange[] = [];
-    const formerly = new Map<number, number>();
-    for (const { entries } of logs) {
-      let vid = 0;
-      for (const { kind, first, second, generation } of entries) {
-        if (kind === OWNER) changes.push({ vid, idx: first, owner: second, generation });
-        else if (kind === MOVED) formerly.set(first, vid);
-        if (kind === VDI || kind === MOVED) vid = first;
-      }
+/**
+ * Logs that one process wrote. A VDI may have several, which tell one story: where it has been moved stands in an older
+ * one. So they are read together, and if one of them cannot be believed none of that VDI is.
+ */
+class LogsOfOpening {
+  readonly #logs: readonly ReadLog[];
+  readonly #stored: StoredVdis;
+  /** Logs that speak of a VDI that nobody knows: it may be one of the stored under another vid. */
+  readonly #ofUnknown = new Set<ReadLog>();
+  /** Vid after a snapshot -> vid before it. */
+  readonly #formerly = new Map<number, number>();
+
+  constructor(logs: readonly ReadLog[], stored: StoredVdis) {
+    this.#logs = logs;
+    this.#stored = stored;
+    for (const log of logs)
+      for (const { kind, vid, first } of placed(log)) if (kind === MOVED) this.#formerly.set(first, vid);
+    for (const log of logs) {
+      const unknown = this.#unknownOf(log);
+      if (unknown === undefined) continue;
+      log.misfit ??= `it speaks of a VDI that is not stored, with vid ${unknown.toString(16)}`;
+      this.#ofUnknown.add(log);
     }
-    // A snapshot that was not made durable was not taken: what came after it is the VDI's as it was before.
-    const storedVid = (vid: number): number => {
-      for (let at: number | undefined = vid; at !== undefined; at = formerly.get(at))
-        if (this.#stored.record(at)) return at;
-      return vid;
-    };
-    return changes
-      .map((change) => ({ ...change, vid: storedVid(change.vid) }))
-      .filter(({ vid, generation }) => {
-        const isWorking = this.#stored.record(vid)?.isSnapshot === false;
-        return isWorking && generation > this.#stored.flushedGeneration(vid);
-      });
   }
+
+  /** The vid of a VDI that is neither stored nor was removed, and of which it tells something; undefined if none. */
+  #unknownOf(log: ReadLog): number | undefined {
+    for (const { kind, vid, generation } of placed(log)) {
+      if (kind !== OWNER) continue;
+      const stored = this.#storedVid(vid);
+      if (this.#stored.record(stored) === undefined && generation > this.#stored.flushedGeneration(stored)) return vid;
+    }
+    return undefined;
+  }
+
+  judge(): LoggedState {
+    const bad = this.#logs.filter(
+      (log) => isBad(log) && (!isLogWhole(log) || this.#ofUnknown.has(log) || this.#newer(log).length > 0),
+    );
+    const names = new Set(bad.flatMap((log) => this.#namesOf(log)));
+    const cutOff = bad.filter((log) => !isLogWhole(log));
+    const isOfAny = cutOff.some((log) => this.#namesOf(log).every((name) => name === undefined));
+    // What was cut off may have told where a VDI was moved to: one that nobody else tells of is that.
+    const mayBeTold = (name: string | undefined): boolean =>
+      isOfAny || (name === undefined ? cutOff.length > 0 : names.has(name));
+    const isDrawnIn = (log: ReadLog): boolean =>
+      this.#namesOf(log).some((name) => mayBeTold(name) && (name === undefined || this.#newer(log).length > 0));
+    const drawnIn = this.#logs.filter((log) => !isBad(log) && isDrawnIn(log));
+    const believed = this.#logs.filter((log) => !isBad(log) && !drawnIn.includes(log));
+    return {
+      changes: believed.flatMap((log) => this.#newer(log)),
+      files: believed.map(({ file }) => file),
+      doubtful: [
+        ...bad.map(({ file, misfit, damage }) => ({ file, why: misfit ?? damage ?? '' })),
+        ...drawnIn.map(({ file }) => ({ file, why: `it goes with ${bad[0]?.file}` })),
+      ],
+    };
+  }
+
+  /** What the log has over the stored maps, under the vids that are stored. */
+  #newer(log: ReadLog): LoggedChange[] {
+    const changes: LoggedChange[] = [];
+    for (const { kind, vid, first, second, generation } of placed(log)) {
+      if (kind !== OWNER) continue;
+      const stored = this.#storedVid(vid);
+      const isWorking = this.#stored.record(stored)?.isSnapshot === false;
+      if (!isWorking || generation <= this.#stored.flushedGeneration(stored)) continue;
+      changes.push({ vid: stored, idx: first, owner: second, generation });
+    }
+    return changes;
+  }
+
+  /** A snapshot that was not made durable was not taken: what came after it is the VDI's as it was before. */
+  #storedVid(vid: number): number {
+    let at: number | undefined = vid;
+    for (let steps = 0; at !== undefined && steps <= this.#formerly.size; steps++, at = this.#formerly.get(at))
+      if (this.#stored.record(at)) return at;
+    return vid;
+  }
+
+  /** The names of the VDIs of which it speaks; undefined for one that is not stored. */
+  #namesOf({ entries }: ReadLog): (string | undefined)[] {
+    const names = new Set<string | undefined>();
+    for (const { kind, first } of entries) {
+      if (kind !== OWNER) names.add(this.#stored.record(this.#storedVid(first))?.name);
+    }
+    return [...names];
+  }
+}
+
+/** The entries of a log, each with the vid that the VDI had before it. */
+function* placed({ entries }: ReadLog): Generator<Entry & { readonly vid: number }> {
+  let vid = 0;
+  for (const entry of entries) {
+    yield { ...entry, vid };
+    if (entry.kind === VDI || entry.kind === MOVED) vid = entry.first;
+  }
+}
+
+function isBad({ misfit, damage }: ReadLog): boolean {
+  return misfit !== undefined || damage !== undefined;
 }
 
 interface Entry {
@@ -318,8 +459,10 @@ interface Entry {
 
 interface ReadLog {
   readonly file: string;
+  /** Of which opening of the store, as it says. */
+  readonly session: string | undefined;
   /** Why it is not to be believed. */
-  readonly misfit: string | undefined;
+  misfit: string | undefined;
   /** Why the rest of it could not be read. */
   damage: string | undefined;
   readonly entries: Entry[];

@@ -5,6 +5,7 @@
  */
 import fs from 'node:fs';
 import os from 'node:os';
+import timers from 'node:timers/promises';
 import { ABORT } from 'lmdb';
 import { StoreError } from '../object-store.js';
 import * as libc from './libc.js';
@@ -25,6 +26,10 @@ const RESERVE_STEP = 256 * 1024;
 const TRANSACTION_BYTES = 64 * 1024;
 /** lmdb.h. */
 const MDB_MAP_FULL = -30792;
+/** lmdb.h: the page that makes a commit valid could not be written; nothing works any more until it is opened anew. */
+const MDB_PANIC = -30795;
+/** lmdb-js tells why a commit failed after it has told that it failed: at once, but nobody promises that. */
+const COMMIT_ERROR_MS = 5000;
 const PROBE_BYTES = 4096;
 const PROBE_CHUNK = 2 ** 20;
 
@@ -43,11 +48,19 @@ export class MetadataFile {
   readonly #fd: number;
   readonly #opened: (env: Environment) => void;
   readonly #queue: Pending[] = [];
-  #isCommitting = false;
+  /** Commits of what is queued; undefined if none runs. */
+  #committing: Promise<void> | undefined;
+  #reopening: Promise<void> | undefined;
+  /** Somebody else may have the store: nothing is read, written or opened here any more. */
+  #isClosed = false;
   /** A commit has failed, after which LMDB may refuse all further ones (MDB_PANIC): it has to be opened anew. */
   #mustReopen = false;
   /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
   #isSuspect = false;
+  /** Not all of the file has been read since it was opened, or since its disk has failed somewhere else. */
+  #isUnread = true;
+  /** LMDB never makes the file shorter. */
+  #size = 0;
   #isOpen = true;
   #reservedTo = 0;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
@@ -57,16 +70,20 @@ export class MetadataFile {
     this.file = file;
     this.readOnly = options.readOnly;
     this.#opened = opened;
-    this.#env = this.#open();
+    const { O_RDONLY, O_RDWR, O_CREAT } = fs.constants;
+    this.#fd = fs.openSync(file, options.readOnly ? O_RDONLY : O_RDWR | O_CREAT, 0o600);
     try {
-      this.#fd = fs.openSync(file, options.readOnly ? 'r' : 'r+');
+      this.#env = this.#open();
     } catch (error) {
-      void this.#env.close();
+      fs.closeSync(this.#fd);
       throw error;
     }
   }
 
+  /** Opening reads records, through a mapping. */
   #open(): Environment {
+    this.#isUnread = true;
+    this.#probeFile();
     const env = openEnvironment(this.file, { readOnly: this.readOnly });
     try {
       this.#opened(env);
@@ -80,19 +97,20 @@ export class MetadataFile {
   /**
    * Run `body`, which puts and removes, in a transaction; what it did is on disk when this resolves. If this fails nothing
    * of it is stored. `body` runs again if the transaction failed for reasons that may be another's.
-   * Errors: NO_SPACE, IO.
+   * Errors: NO_SPACE, IO, CLOSED.
    */
   transaction(body: () => void): Promise<void> {
+    if (this.#isClosed) return Promise.reject(this.#closed());
     const done = new Promise<void>((resolve, reject) => {
       this.#queue.push({ body, resolve, reject, failure: undefined });
     });
-    if (!this.#isCommitting) void this.#commitQueued();
+    this.#committing ??= this.#commitQueued();
     return done;
   }
 
   /** One at a time: whoever comes meanwhile is in the next one, with all others that came. */
   async #commitQueued(): Promise<void> {
-    this.#isCommitting = true;
+    await Promise.resolve(); // until it is known that it runs
     while (this.#queue.length > 0) {
       const batch: Pending[] = [];
       const error = await this.#commit(() => {
@@ -108,14 +126,14 @@ export class MetadataFile {
         for (const pending of batch) settle(pending, error);
       }
     }
-    this.#isCommitting = false;
+    this.#committing = undefined;
   }
 
   /** Returns what failed, or undefined; a body's own failure is noted with it. */
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
       this.#probeFile(); // LMDB reads in a transaction, too
-      if (this.#mustReopen) await this.#reopen();
+      if (this.#mustReopen || hasPanicked(this.#env)) await this.#reopen();
       const env = this.#env;
       await env.transaction(() => {
         for (const pending of take()) runIn(env, pending);
@@ -123,8 +141,8 @@ export class MetadataFile {
       this.#isSuspect = false;
     } catch (error) {
       const failure = this.#asCommitError(await commitErrorOf(error));
-      if (failure.code === 'NO_SPACE') return failure;
-      this.#isSuspect = true;
+      this.#isSuspect ||= failure.code !== 'NO_SPACE';
+      // On a full disk, too: if it was full for the page that makes a commit valid, LMDB never again begins a transaction.
       this.#mustReopen = true;
       // At once, for those who read; if the disk is still ill, the next commit tries again.
       await this.#reopen().catch(() => undefined);
@@ -144,7 +162,7 @@ export class MetadataFile {
     const failure = asMetadataError(error, doing);
     if (failure.code !== 'IO') return failure;
     try {
-      if (libc.reserve(this.#fd, this.#size(), RESERVE_STEP) !== 'no space') return failure;
+      if (libc.reserve(this.#fd, this.#sizeNow(), RESERVE_STEP) !== 'no space') return failure;
     } catch {
       return failure;
     }
@@ -152,9 +170,19 @@ export class MetadataFile {
   }
 
   /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
-  async #reopen(): Promise<void> {
+  #reopen(): Promise<void> {
+    this.#reopening ??= this.#openAnew().finally(() => (this.#reopening = undefined));
+    return this.#reopening;
+  }
+
+  /** Resolves when nobody is opening it anew, whatever has come of that: others' failed commits are not the reader's. */
+  async settled(): Promise<void> {
+    while (this.#reopening !== undefined) await this.#reopening.catch(() => undefined);
+  }
+
+  async #openAnew(): Promise<void> {
     if (this.#isOpen) {
-      // First: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
+      // Before opening: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
       this.#isOpen = false;
       await this.#env.close().catch(() => undefined);
     }
@@ -168,7 +196,7 @@ export class MetadataFile {
    * Errors: NO_SPACE, with nothing changed.
    */
   mustHaveRoom(bytes: number): void {
-    const size = this.#size();
+    const size = this.#sizeNow();
     const needed = bytes + TRANSACTION_BYTES + FLOOR_BYTES;
     if (size + needed > MAP_SIZE) {
       throw new StoreError('NO_SPACE', `${this.file} cannot grow beyond ${MAP_SIZE} bytes; delete snapshots or VDIs`);
@@ -184,7 +212,12 @@ export class MetadataFile {
     );
   }
 
-  #size(): number {
+  #closed(): StoreError {
+    return new StoreError('CLOSED', `${this.file} is closed`);
+  }
+
+  #sizeNow(): number {
+    if (this.#isClosed && this.#committing === undefined) throw this.#closed();
     try {
       return fs.fstatSync(this.#fd).size;
     } catch (error) {
@@ -194,7 +227,7 @@ export class MetadataFile {
 
   /** Have the reserve, or as much of it as the disk has. */
   keepReserve(): void {
-    const size = this.#size();
+    const size = this.#sizeNow();
     if (this.#reservedTo - size >= REFILL_BYTES) return;
     for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
       const reserved = libc.reserve(this.#fd, size, length);
@@ -206,9 +239,10 @@ export class MetadataFile {
   /**
    * To be called before reading: LMDB reads through a mapping, and a page that its disk does not give would end the process
    * (SIGBUS) instead of being an error. A filesystem that was shut down is found out by any read; after a failure all of the
-   * file is read. Errors: IO.
+   * file is read, so that what the mapping needs is in memory. Errors: IO, DAMAGED, CLOSED.
    */
   mustBeReadable(): void {
+    if (this.#isClosed) throw this.#closed();
     if (!this.#isOpen) {
       throw new StoreError(
         'IO',
@@ -218,15 +252,28 @@ export class MetadataFile {
     this.#probeFile();
   }
 
+  /** Its disk has failed to give or take something else: what of this file is not in memory may be lost as well. */
+  suspectDisk(): void {
+    this.#isUnread = true;
+  }
+
   #probeFile(): void {
     try {
-      if (!this.#isSuspect) {
+      const { size } = fs.fstatSync(this.#fd);
+      if (size < this.#size) {
+        throw new StoreError(
+          'DAMAGED',
+          `${this.file} was cut off while it was open: it has ${size} bytes and had ${this.#size}`,
+        );
+      }
+      this.#size = size;
+      if (!this.#isSuspect && !this.#isUnread) {
         fs.readSync(this.#fd, this.#probe, 0, PROBE_BYTES, 0);
         return;
       }
-      const { size } = fs.fstatSync(this.#fd);
       const chunk = Buffer.allocUnsafe(PROBE_CHUNK);
       for (let at = 0; at < size; at += PROBE_CHUNK) fs.readSync(this.#fd, chunk, 0, PROBE_CHUNK, at);
+      this.#isUnread = false;
     } catch (error) {
       throw asMetadataError(error, `reading metadata in ${this.file}`);
     }
@@ -237,9 +284,18 @@ export class MetadataFile {
     this.file = file;
   }
 
-  async close(): Promise<void> {
-    fs.closeSync(this.#fd);
-    if (this.#isOpen) await this.#env.close();
+  /** After what was asked for until now is stored, and `last`. Closed in any case. Errors: those of `last`. */
+  async close(last?: () => void): Promise<void> {
+    if (this.#isClosed) return;
+    const stored = last === undefined ? undefined : this.transaction(last);
+    this.#isClosed = true;
+    try {
+      await stored;
+    } finally {
+      await this.#committing;
+      fs.closeSync(this.#fd);
+      if (this.#isOpen) await this.#env.close();
+    }
   }
 }
 
@@ -271,10 +327,19 @@ async function commitErrorOf(error: unknown): Promise<unknown> {
   const { commitError } = error as { commitError?: Promise<unknown> };
   if (commitError === undefined) return error;
   try {
-    await commitError;
-    return error;
+    return await Promise.race([commitError, timers.setTimeout(COMMIT_ERROR_MS, error, { ref: false })]);
   } catch (cause) {
     return cause;
+  }
+}
+
+/** To begin a transaction then would never end, and neither would closing after that. */
+function hasPanicked(env: Environment): boolean {
+  try {
+    env.get('format');
+    return false;
+  } catch (error) {
+    return (error as { code?: unknown }).code === MDB_PANIC;
   }
 }
 

@@ -55,6 +55,9 @@ export interface MetadataChange {
   readonly pages?: readonly PageWrite[];
 }
 
+/** What `flushed` says of a VDI that is gone: whatever its log still tells is older than that. */
+const REMOVED = Number.MAX_SAFE_INTEGER;
+
 const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
 
 // Map pages are stored as they are in memory (FORMAT.md: little-endian): a map of 1 TiB is copied, not converted.
@@ -187,6 +190,11 @@ export class Metadata {
     return { metadata, clean };
   }
 
+  /** The disk of the store has failed, with something that is not ours. */
+  suspectDisk(): void {
+    this.#file.suspectDisk();
+  }
+
   records(): VdiRecord[] {
     return [...this.#records.values()];
   }
@@ -195,7 +203,12 @@ export class Metadata {
     return this.#records.get(vid);
   }
 
-  /** The last flush that is in the stored map of `vid`; 0 if none. */
+  /** Resolves when it can be read, or cannot for a reason of its own: it may be opened anew at the moment. */
+  settled(): Promise<void> {
+    return this.#file.settled();
+  }
+
+  /** The last flush that is in the stored map of `vid`; 0 if none, REMOVED if it was removed in this opening. */
   flushedGeneration(vid: number): number {
     this.#file.mustBeReadable();
     return this.#flushed?.get(vid) ?? 0;
@@ -203,11 +216,13 @@ export class Metadata {
 
   /** Who had the store open last, as `begin` was told. */
   get session(): string | undefined {
+    this.#file.mustBeReadable();
     return this.#env.get('session')?.toString();
   }
 
   /** Object files that an earlier start has left alone, if any. */
   get kept(): KeptObjects | undefined {
+    this.#file.mustBeReadable();
     const json = this.#env.get('kept');
     return json === undefined ? undefined : (JSON.parse(json.toString()) as KeptObjects);
   }
@@ -216,6 +231,8 @@ export class Metadata {
   async begin(session: string, kept: KeptObjects | undefined): Promise<void> {
     await this.#file.transaction(() => {
       this.#putInfo('session', session);
+      for (const { key, value } of [...(this.#flushed?.getRange({}) ?? [])])
+        if (value === REMOVED) void this.#flushed?.remove(key);
       this.#putKept(kept);
     });
   }
@@ -238,6 +255,7 @@ export class Metadata {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
     const slice = new TimeSlice();
     for (let page = 0; page * PAGE_ENTRIES < map.length; page += PAGES_PER_READ) {
+      await this.#file.settled();
       this.#file.mustBeReadable();
       this.#readPages(record.vid, map, page, page + PAGES_PER_READ);
       if (slice.isOver(0)) await slice.next();
@@ -288,11 +306,14 @@ export class Metadata {
     await this.#file.transaction(() => {
       for (const { vid, keys } of gone) {
         void this.#vdis.remove(vid);
-        void this.#flushed?.remove(vid);
+        void this.#flushed?.put(vid, REMOVED);
         for (const key of keys) void this.#pages.remove(key);
       }
       this.#putPages(change.pages ?? []);
-      for (const record of change.records ?? []) void this.#vdis.put(record.vid, record);
+      for (const record of change.records ?? []) {
+        void this.#vdis.put(record.vid, record);
+        if (this.#flushed?.get(record.vid) === REMOVED) void this.#flushed.remove(record.vid);
+      }
       for (const { vid, generation } of change.flushed ?? []) void this.#flushed?.put(vid, generation);
     });
     for (const { vid } of gone) this.#records.delete(vid);
@@ -317,11 +338,7 @@ export class Metadata {
 
   /** `clean`: all that was answered is in it. Closed in any case; if that cannot be said in it, this fails. */
   async close(options: { clean: boolean }): Promise<void> {
-    try {
-      if (options.clean && !this.#file.readOnly) await this.#file.transaction(() => this.#putInfo('clean', 'yes'));
-    } finally {
-      await this.#file.close();
-    }
+    await this.#file.close(options.clean && !this.#file.readOnly ? () => this.#putInfo('clean', 'yes') : undefined);
   }
 
   #putInfo(key: string, value: string): void {

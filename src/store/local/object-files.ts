@@ -75,6 +75,8 @@ export class ObjectFiles {
   #noWaitReads = true;
   #reflinks = true;
   readonly #throttle = new WriteThrottle();
+  /** Called when the disk has failed. */
+  onDiskError: () => void = () => undefined;
 
   private constructor(root: string, abilities: Abilities, limit: number, isReadOnly: boolean) {
     this.root = root;
@@ -125,7 +127,7 @@ export class ObjectFiles {
       try {
         done = this.readNow(file.fd, into, offset);
       } catch (error) {
-        throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
+        throw this.#failed(error, `reading object ${this.path(file.key)}`);
       }
       if (done === into.length) return;
     }
@@ -156,7 +158,7 @@ export class ObjectFiles {
         this.#throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
-        throw libc.asStoreError(error, `writing object ${this.path(objectKey(vid, idx))}`);
+        throw this.#failed(error, `writing object ${this.path(objectKey(vid, idx))}`);
       }
     }
     return this.#writeLater(file, vid, idx, offset, data);
@@ -186,7 +188,7 @@ export class ObjectFiles {
         throw error;
       }
     } catch (error) {
-      throw libc.asStoreError(error, `creating object ${name}`);
+      throw this.#failed(error, `creating object ${name}`);
     } finally {
       if (file) this.#cache.end(file);
     }
@@ -279,7 +281,7 @@ export class ObjectFiles {
         try {
           await fsyncAsync(fd);
         } catch (error) {
-          throw libc.asStoreError(error, `syncing ${name}`);
+          throw this.#failed(error, `syncing ${name}`);
         } finally {
           await closeAsync(fd);
         }
@@ -330,7 +332,7 @@ export class ObjectFiles {
       await unlinkAsync(this.path(key));
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') {
-        onError(libc.asStoreError(error, `removing object ${this.path(key)}`));
+        onError(this.#failed(error, `removing object ${this.path(key)}`));
       }
     }
   }
@@ -352,7 +354,7 @@ export class ObjectFiles {
   async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string; uid: number }> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
       const directory = path.join(this.root, directoryName(n));
-      for (const entry of await fs.promises.readdir(directory)) {
+      for (const entry of await this.#namesIn(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
         const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
@@ -361,6 +363,16 @@ export class ObjectFiles {
         const isNamedWell = key >= 0 && this.path(key) === name;
         yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name, uid: stat.uid };
       }
+    }
+  }
+
+  async #namesIn(directory: string): Promise<string[]> {
+    try {
+      return await fs.promises.readdir(directory);
+    } catch (error) {
+      // Tools that copy files leave out empty folders, and on a read-only filesystem nobody can make them.
+      if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
+      throw error;
     }
   }
 
@@ -394,7 +406,7 @@ export class ObjectFiles {
         throw new StoreError('IO', `reading object ${this.path(file.key)}: it ended at ${offset + count}`);
       }
     } catch (error) {
-      throw libc.asStoreError(error, `reading object ${this.path(file.key)}`);
+      throw this.#failed(error, `reading object ${this.path(file.key)}`);
     } finally {
       this.#cache.end(file);
     }
@@ -412,7 +424,7 @@ export class ObjectFiles {
       this.#mustBeWhole(file.key, file.fd);
       await writeFully(file.fd, data, offset);
     } catch (error) {
-      throw libc.asStoreError(error, `writing object ${this.path(file.key)}`);
+      throw this.#failed(error, `writing object ${this.path(file.key)}`);
     } finally {
       this.#cache.end(file);
     }
@@ -424,7 +436,7 @@ export class ObjectFiles {
     try {
       await use(file);
     } catch (error) {
-      throw libc.asStoreError(error, `${doing} object ${this.path(file.key)}`);
+      throw this.#failed(error, `${doing} object ${this.path(file.key)}`);
     } finally {
       this.#cache.end(file);
     }
@@ -453,7 +465,7 @@ export class ObjectFiles {
       },
       (error: NodeJS.ErrnoException) => {
         this.#opening.delete(key);
-        if (error.code !== 'ENOENT') throw libc.asStoreError(error, `opening object ${this.path(key)}`);
+        if (error.code !== 'ENOENT') throw this.#failed(error, `opening object ${this.path(key)}`);
         throw new StoreError(
           'DAMAGED',
           `the map refers to object ${this.path(key)}, which does not exist; 'sheepgate check' lists what is missing`,
@@ -462,6 +474,12 @@ export class ObjectFiles {
     );
     this.#opening.set(key, opening);
     return opening;
+  }
+
+  /** `error` as this layer's, saying what was being done. */
+  #failed(error: unknown, doing: string): StoreError {
+    if (libc.isDiskError(error)) this.onDiskError();
+    return libc.asStoreError(error, doing);
   }
 
   /** Errors: DAMAGED if the file that is open as `fd` is not as long as the object. What it lacks must not pass for zeros. */

@@ -12,6 +12,7 @@ import { META_FILE, NEW_META_FILE } from './metadata.js';
 /** Made by mkfs in the root of a filesystem. */
 const LOST_AND_FOUND = 'lost+found';
 const SCRATCH = 'scratch';
+const LOCK = 'lock';
 /** More than a lock file ever says. */
 const MAX_LOCK_BYTES = 64;
 
@@ -20,7 +21,7 @@ const MAX_LOCK_BYTES = 64;
  * by more than the name: folders called "objects" and files called "lock" are other people's, too.
  */
 const MADE_BY_CREATION: Readonly<Record<string, (file: string, status: fs.Stats) => boolean>> = {
-  lock: (_, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
+  [LOCK]: (_, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
   objects: (file, status) => status.isDirectory() && readNames(file).every((name) => isOfObjects(file, name)),
   recent: (file, status) => status.isDirectory() && isEmptyFolder(file),
   [NEW_META_FILE]: (_, status) => status.isFile(),
@@ -102,12 +103,15 @@ function readNames(directory: string): string[] {
 }
 
 /**
- * Remove what a creation that failed has made in `directory`, and that itself if `hasMade`. Only what it could have made, and
- * folders only if they are empty. Best effort.
+ * Remove what making a store has made in `directory`, and that itself if `hasMade`. Only what it could have made, and
+ * folders only if they are empty. To be called with the lock held: that goes last, so that whoever comes meanwhile finds it
+ * taken. Best effort.
  */
 export function removeCreation(directory: string, hasMade: boolean): void {
   try {
-    for (const name of Object.keys(MADE_BY_CREATION)) {
+    // It has its name only when it is complete; then the store was new, and nothing is in it.
+    fs.rmSync(path.join(directory, META_FILE), { force: true });
+    for (const name of [...Object.keys(MADE_BY_CREATION).filter((each) => each !== LOCK), LOCK]) {
       const file = path.join(directory, name);
       if (!fs.lstatSync(file, { throwIfNoEntry: false }) || !isOfCreation(directory, name)) continue;
       if (name === 'objects') {
@@ -117,8 +121,6 @@ export function removeCreation(directory: string, hasMade: boolean): void {
       if (name === 'objects' || name === 'recent') fs.rmdirSync(file);
       else fs.unlinkSync(file);
     }
-    // It has its name only when it is complete; then the store was new, and nobody has had it.
-    fs.rmSync(path.join(directory, META_FILE), { force: true });
     if (hasMade) fs.rmdirSync(directory);
   } catch {
     // The next creation finishes it.

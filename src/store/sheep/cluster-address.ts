@@ -1,10 +1,18 @@
 /**
  * What --cluster says, HOST[:PORT] and several of them separated by commas, and the location of a store that comes of
- * it. Owns the syntax, nothing else.
+ * it. Owns the syntax, nothing else; every command reads it, so it loads nothing of what speaks to a cluster.
  */
 import { StoreError } from '../object-store.js';
-import { addressLabel, type NodeAddress } from './connection.js';
 import { DEFAULT_PORT } from './protocol.js';
+
+export interface NodeAddress {
+  readonly host: string;
+  readonly port: number;
+}
+
+export function addressLabel({ host, port }: NodeAddress): string {
+  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
+}
 
 /** Marks a location as a cluster's; a directory never begins like this. */
 const CLUSTER_SCHEME = 'sheepdog://';

@@ -8,6 +8,7 @@
  * arrive, as sockets have it otherwise, keeps the garbage collector busy.
  */
 import net from 'node:net';
+import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { DATA_LENGTH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
 import { HEADER_BYTES, Opcode } from './protocol.js';
 
@@ -28,15 +29,6 @@ const GATHER_BYTES = 8 * 1024;
 const SEND_SLAB_BYTES = 64 * 1024;
 /** Slabs kept for the next turn. */
 const KEPT_SLABS = 8;
-
-export interface NodeAddress {
-  readonly host: string;
-  readonly port: number;
-}
-
-export function addressLabel({ host, port }: NodeAddress): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
-}
 
 export interface WireRequest {
   /** HEADER_BYTES; the id is filled in here. */

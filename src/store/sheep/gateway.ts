@@ -4,14 +4,13 @@
  * safe to repeat, or say through `beforeRetry` whether it has happened already.
  */
 import { StoreError } from '../object-store.js';
+import { addressLabel, type NodeAddress } from './cluster-address.js';
 import {
-  addressLabel,
   CONNECT_TIMEOUT_MS,
   ConnectionLost,
   NoAnswer,
   NodeConnection,
   type Answer,
-  type NodeAddress,
   type WireRequest,
 } from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';

@@ -1,7 +1,8 @@
 /**
  * What this machine remembers of the clients of a cluster: a directory of this host, for a cluster has no room for it. One
  * small file per fact, replaced by rename, so that several processes may write at a time and a crash leaves the old fact
- * or the new one. Files that are not whole are passed over.
+ * or the new one. Files that are not whole are passed over. While this process is somebody who may not use the directory, what
+ * was known is told, and what is to be stored waits.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -17,13 +18,19 @@ const MAX_FACT_BYTES = 64 * 1024;
 export class HostState implements StoreState {
   readonly isShared = true;
   readonly #directory: string;
+  readonly #isOutOfReach: () => boolean;
+  /** As of when it was read last, and what waits. */
+  #known = new Map<string, unknown>();
+  #waiting = new Map<string, unknown>();
 
-  private constructor(directory: string) {
+  private constructor(directory: string, isOutOfReach: () => boolean) {
     this.#directory = directory;
+    this.#isOutOfReach = isOutOfReach;
+    this.entries();
   }
 
   /** Below `root`, for the cluster of this identity. Errors: StoreError, PERMISSION and NO_SPACE among them. */
-  static open(root: string, identity: string): HostState {
+  static open(root: string, identity: string, isOutOfReach: () => boolean = () => false): HostState {
     const id = createHash('sha256').update(identity).digest('hex').slice(0, 16);
     const directory = path.join(root, `cluster-${id}`);
     try {
@@ -39,30 +46,53 @@ export class HostState implements StoreState {
     } catch (error) {
       throw asStoreError(error, `the directory ${directory}`);
     }
-    return new HostState(directory);
+    return new HostState(directory, isOutOfReach);
   }
 
   entries(): Map<string, unknown> {
+    if (this.#isOutOfReach()) return new Map(this.#known);
     const found = new Map<string, unknown>();
     for (const name of fs.readdirSync(this.#directory)) {
       if (!name.endsWith(SUFFIX)) continue;
       const fact = readFact(path.join(this.#directory, name));
       if (fact && fileOf(fact.key) === name) found.set(fact.key, fact.value);
     }
+    change(found, this.#waiting);
+    this.#known = new Map(found);
     return found;
   }
 
+  /** Store what waits, if that is possible now. Errors: those of commit. */
+  async close(): Promise<void> {
+    if (this.#waiting.size > 0) await this.commit(new Map());
+  }
+
   async commit(changes: ReadonlyMap<string, unknown>): Promise<void> {
+    for (const [key, value] of changes) this.#waiting.set(key, value);
+    change(this.#known, changes);
+    if (this.#isOutOfReach()) return;
+    const all = this.#waiting;
+    this.#waiting = new Map();
     try {
-      for (const [key, value] of changes) {
+      for (const [key, value] of all) {
         const file = path.join(this.#directory, fileOf(key));
         if (value === undefined) await fs.promises.rm(file, { force: true });
         else await replaceFile(file, JSON.stringify({ key, value }));
       }
       syncDirectory(this.#directory);
     } catch (error) {
+      // Whoever asked for it asks again; what waited before waits on.
+      for (const [key, value] of all) if (!changes.has(key) && !this.#waiting.has(key)) this.#waiting.set(key, value);
       throw asStoreError(error, `storing in ${this.#directory}`);
     }
+  }
+}
+
+/** undefined takes a key away. */
+function change(facts: Map<string, unknown>, changes: ReadonlyMap<string, unknown>): void {
+  for (const [key, value] of changes) {
+    if (value === undefined) facts.delete(key);
+    else facts.set(key, value);
   }
 }
 

@@ -30,8 +30,11 @@ const MAX_TAKE_ATTEMPTS = 5;
 const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
-/** Size of a VDI between its making and its mark: nobody uses one that small. */
-const BARELY_MADE_BYTES = 512;
+/**
+ * Size of a VDI between its making and its mark: no whole sector, so that nobody uses it, and a size that nobody chooses. Of
+ * ours no command takes it.
+ */
+const BARELY_MADE_BYTES = 509;
 
 export class SheepCatalog implements Catalog {
   readonly #store: SheepStore;
@@ -392,15 +395,12 @@ export class SheepCatalog implements Catalog {
     if (!shadow?.isLive) {
       throw new StoreError('IO', 'this temporary snapshot belongs to another process, or to one that has ended');
     }
-    const vdi = new SheepVdi(
-      this.#store,
-      { ...inode, name: shadow.sourceName, tag: shadow.tag, isSnapshot: true },
-      shadow.map,
-      (closed) => {
-        this.#store.open.delete(closed.record.vid);
-        return Promise.resolve();
-      },
-    );
+    const taken = { ...inode, name: shadow.sourceName, tag: shadow.tag, isSnapshot: true };
+    const vdi = new SheepVdi(this.#store, taken, shadow.map, (closed) => {
+      this.#store.open.delete(closed.record.vid);
+      return Promise.resolve();
+    });
+    vdi.record = shadowRecord(taken, shadow.sourceName);
     this.#store.open.set(inode.vid, vdi);
     return vdi;
   }
@@ -552,7 +552,7 @@ function withMark(record: VdiRecord, marks: ReadonlyMap<string, Unfinished>): Vd
 }
 
 function shadowRecord(inode: Inode, sourceName: string): VdiRecord {
-  return { ...recordOf(inode), name: sourceName, parentVid: 0 };
+  return { ...recordOf(inode), name: sourceName, parentVid: 0, isTemporary: true };
 }
 
 function prefixOf(name: string): string {

@@ -9,7 +9,6 @@ import {
   type OpenVdi,
   type Owner,
   type ReadCount,
-  type StoreState,
   type ZeroOptions,
 } from '../object-store.js';
 import { Cluster } from './cluster.js';
@@ -44,6 +43,8 @@ export interface SheepStoreOptions extends GatewayOptions {
   readonly signal?: AbortSignal;
   /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
   readonly stateDirectory?: string;
+  /** While it says so this process may not use that directory: what is to be stored there waits. */
+  readonly isStateOutOfReach?: () => boolean;
 }
 
 export class SheepStore implements ObjectStore, SheepVdiHost {
@@ -58,7 +59,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly open = new Map<number, SheepVdi>();
   readonly enforcesLocks: boolean;
   readonly recyclesVids: boolean;
-  readonly state: StoreState | undefined;
+  readonly state: HostState | undefined;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
@@ -105,11 +106,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     }
   }
 
-  #openState(): StoreState | undefined {
-    const { stateDirectory } = this.#options;
+  #openState(): HostState | undefined {
+    const { stateDirectory, isStateOutOfReach } = this.#options;
     if (stateDirectory === undefined || this.readOnlyBecause !== undefined) return undefined;
     try {
-      return HostState.open(stateDirectory, this.identity);
+      return HostState.open(stateDirectory, this.identity, isStateOutOfReach);
     } catch (error) {
       this.log(
         `who has what open is forgotten with this process, and NAME@now:LABEL is refused: ${(error as Error).message}; ` +
@@ -279,6 +280,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     } finally {
       clearTimeout(timer);
       this.cluster.gateway.close();
+      // What waits for this directory is stored whatever the nodes say.
+      await this.state?.close();
     }
   }
 

@@ -4,7 +4,8 @@
  * that cannot happen any more; repeats and sends no writes itself.
  */
 import { StoreError } from '../object-store.js';
-import { addressLabel, NodeConnection, NoAnswer, type NodeAddress } from './connection.js';
+import { addressLabel, type NodeAddress } from './cluster-address.js';
+import { NodeConnection, NoAnswer } from './connection.js';
 import { encodeVdiRequest } from './layouts.js';
 import { MAX_NODES, NODE_BYTES, Opcode } from './protocol.js';
 

@@ -1,0 +1,96 @@
+/**
+ * Opens a store in this process: the daemon's, or a command's if no daemon has it. Owns what is done with a store before
+ * anybody uses it. Of the two kinds of store only the one that is asked for is loaded.
+ */
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import type { LocalStore } from '../store/local/local-store.js';
+import type { SheepStore } from '../store/sheep/sheep-store.js';
+import { VdiCatalog } from '../vdi/catalog.js';
+import { VdiExports } from '../export/vdi-exports.js';
+import { DirectOperations } from './direct-operations.js';
+import { loadEverything, type StorePlace } from './open-operations.js';
+import { OperationError } from './operations.js';
+import { stateDirectory } from './places.js';
+import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
+
+export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero' | 'mayCreate'> {
+  /** This process serves the store, and nobody else on this machine does. */
+  readonly isDaemon?: boolean;
+  /** How long requests to a cluster are repeated while it cannot serve them. */
+  readonly retryMs?: number;
+  /** How long NAME@now is kept for a client that was cut off. */
+  readonly keepMs?: number;
+  /** How long such a client counts as a user of a VDI. */
+  readonly inUseMs?: number;
+  /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
+  readonly signal?: AbortSignal;
+}
+
+type OpenedStore = DirectOperations & {
+  readonly exports: VdiExports;
+  readonly isReadOnly: boolean;
+  readonly announceStop: () => void;
+};
+
+/**
+ * The store, opened by this process; one of another user's by root as that user (store-owner.ts). Errors: StoreError;
+ * OWNER, PERMISSION.
+ */
+export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
+  const isCluster = isClusterLocation(place.store);
+  if (place.missingIsZero && !isCluster) {
+    throw new OperationError(
+      'BAD_USAGE',
+      `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
+    );
+  }
+  const { log, retryMs, missingIsZero, mayCreate, signal } = place;
+  if (isCluster) {
+    const { SheepStore } = await import('../store/sheep/sheep-store.js');
+    const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
+    const options = { log, retryMs, missingIsZero, signal, ...state };
+    return operationsOn(await SheepStore.open(place.store, options), place);
+  }
+  if (place.isDaemon) refuseOthersStore(place.store);
+  // Before another user's identity is taken, which may not be able to read this program.
+  const { LocalStore } = await import('../store/local/local-store.js');
+  if (!place.isDaemon && isOthersStore(place.store)) await loadEverything();
+  const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
+  try {
+    const role = place.isDaemon ? 'daemon' : 'command';
+    return await operationsOn(await LocalStore.open(place.store, { log, role, mayCreate }), place, leave);
+  } catch (error) {
+    leave();
+    throw error;
+  }
+}
+
+/** `closed` is called when the store is closed. */
+async function operationsOn(
+  store: LocalStore | SheepStore,
+  place: DirectPlace,
+  closed: () => void = () => undefined,
+): Promise<OpenedStore> {
+  const isCluster = isClusterLocation(place.store);
+  const { keepMs, inUseMs, log, isDaemon: serves } = place;
+  const catalog = new VdiCatalog(store, { inUseMs, log });
+  const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
+  // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
+  if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
+    try {
+      const leftovers = await catalog.dropLeftovers();
+      if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+    } catch (error) {
+      takeBackCreation();
+      await store.close().catch(() => undefined);
+      throw error;
+    }
+  }
+  const exports = new VdiExports(catalog, { keepMs, serves, log });
+  return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
+    exports,
+    isReadOnly: catalog.isReadOnly,
+    // Nobody waits for a cluster: it has no lock.
+    announceStop: () => void ('announceStop' in store && store.announceStop()),
+  });
+}

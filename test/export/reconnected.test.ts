@@ -1,0 +1,331 @@
+/**
+ * Clients that come back before the end of their old connection is seen, without a daemon: what is stored of them, what the
+ * next process makes of it, and what is left when they have said goodbye.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import type { BlockDevice, Peer } from 'nbd-server-ts';
+import { AuthorisedExports } from '../../src/export/authorised-exports.js';
+import { VdiExports } from '../../src/export/vdi-exports.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { StoreError, type StoreState } from '../../src/store/object-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { InUse } from '../../src/vdi/in-use.js';
+import { Memory } from '../../src/vdi/memory.js';
+import { lookAtProcess } from '../../src/vdi/process-identity.js';
+
+const SIZE = 8 * 2 ** 20;
+const BLOCK = 4096;
+const HOUR_S = 3600;
+const CLIENT: Peer = { transport: 'tcp', address: '192.0.2.1:1', host: '192.0.2.1' };
+const COMMAND: Peer = { transport: 'internal', address: 'command line' };
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+let exports: VdiExports;
+
+beforeEach(async () => {
+  hours = 0;
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-reconnected-'));
+  store = await LocalStore.open(directory, {});
+  catalog = new VdiCatalog(store);
+  exports = new VdiExports(catalog, { serves: true });
+  await catalog.create('disk', SIZE);
+  await write(1);
+});
+
+afterEach(async () => {
+  vi.restoreAllMocks();
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+async function open(spec: string, from: Peer = CLIENT): Promise<BlockDevice> {
+  return (await exports.open(spec, from)).device;
+}
+
+async function read(device: BlockDevice): Promise<number> {
+  const block = Buffer.alloc(BLOCK);
+  await device.read(0, block);
+  return block[0] ?? -1;
+}
+
+async function write(value: number): Promise<void> {
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(BLOCK, value), true);
+  await catalog.release(vdi);
+}
+
+const tags = async (): Promise<string[]> => (await catalog.list()).map(({ tag }) => tag);
+
+const ownProcess = (): Peer => ({
+  transport: 'unix',
+  address: '/run/nbd.sock',
+  credentials: { pid: process.pid, uid: 0, gid: 0, ...lookAtProcess(process.pid) },
+});
+
+let hours = 0;
+const realUptime = os.uptime.bind(os);
+function pass(more: number): void {
+  hours += more;
+  vi.spyOn(os, 'uptime').mockImplementation(() => realUptime() + hours * HOUR_S);
+}
+
+/** What this process has stored is of one that was killed; another one takes over. */
+async function startAgain(): Promise<{ catalog: VdiCatalog; exports: VdiExports }> {
+  await catalog.memory.flush();
+  const killed = new Map<string, unknown>();
+  for (const [key, value] of store.metadata.state()) killed.set(key, { ...(value as object), server: 'gone:1:1' });
+  await store.metadata.storeState(killed);
+  const again = new VdiCatalog(store);
+  return { catalog: again, exports: new VdiExports(again, { readerMemoryMs: 1000 }) };
+}
+
+test('a client whose old connection is seen to end only after it has come back is still in use after kill -9', async () => {
+  const old = await open('disk');
+  await old.write(0, Buffer.alloc(BLOCK, 1), false);
+  const back = await open('disk');
+  await old.close('lost');
+  pass(2);
+  await back.write(0, Buffer.alloc(BLOCK, 2), true);
+  const next = await startAgain();
+  await expect(next.catalog.remove('disk')).rejects.toThrow(/is in use by tcp 192\.0\.2\.1/);
+  pass(0.9);
+  await expect(next.catalog.remove('disk')).rejects.toThrow(/is in use by/);
+});
+
+test('a reader of NAME@now whose old connection is seen to end late is refused after kill -9, and gets no other moment', async () => {
+  const old = await open('disk@now');
+  const back = await open('disk@now');
+  await old.close('lost');
+  expect(await read(back)).toBe(1);
+  pass(2);
+  await write(2);
+  const next = await startAgain();
+  await expect(next.exports.open('disk@now', CLIENT)).rejects.toThrow(/has ended \(the daemon ended\)/);
+});
+
+test('a reader that reads another moment of NAME@now is not one that was cut off', async () => {
+  const first = await open('disk@now');
+  await first.close('lost');
+  pass(2);
+  const next = await startAgain();
+  await (await next.exports.open('disk@now', CLIENT)).device.close('disconnect');
+});
+
+for (const order of ['before its goodbye', 'after its goodbye'] as const) {
+  for (const spec of ['disk@now', 'disk@now:run']) {
+    test(`${spec}: a run that came back and ended in order leaves nothing to the next, its old end seen ${order}`, async () => {
+      const old = await open(spec);
+      await read(old);
+      const back = await open(spec);
+      if (order === 'before its goodbye') await old.close('lost');
+      expect(await read(back)).toBe(1);
+      await back.close('disconnect');
+      if (order === 'after its goodbye') await old.close('lost');
+      expect(await tags()).toEqual(['']);
+      await write(2);
+      if (spec === 'disk@now') expect(await read(await open(spec))).toBe(2);
+    });
+  }
+
+  test(`a disk and a snapshot are free when their client has come back and left in order, its old end seen ${order}`, async () => {
+    await catalog.snapshot('disk', 'monday');
+    for (const from of [CLIENT, ownProcess()]) {
+      for (const spec of ['disk', 'disk@monday']) {
+        const use = async (device: BlockDevice): Promise<void> => {
+          if (spec === 'disk') await device.write(0, Buffer.alloc(BLOCK, 3), true);
+          else await read(device);
+        };
+        const old = await open(spec, from);
+        await use(old);
+        const back = await open(spec, from);
+        if (order === 'before its goodbye') await old.close('lost');
+        await use(back);
+        await back.close('disconnect');
+        if (order === 'after its goodbye') await old.close('lost');
+        expect((await catalog.show(spec)).clients, `${spec} ${from.transport}`).toEqual([]);
+      }
+    }
+    await catalog.remove('disk');
+  });
+}
+
+test('one of four that worked side by side was cut off: the moment is kept, though the others have left in order', async () => {
+  const four = await Promise.all(Array.from({ length: 4 }, () => open('disk@now')));
+  for (const device of four) await read(device);
+  await four[0]?.close('lost');
+  await write(2);
+  for (const device of four.slice(1)) await device.close('disconnect');
+  const back = await open('disk@now');
+  expect(await read(back)).toBe(1);
+  await back.close('disconnect');
+  expect(await tags()).toEqual(['']);
+});
+
+test('who looks at a disk beside a guest that is cut off then does not speak for it', async () => {
+  const guest = await open('disk');
+  await guest.write(0, Buffer.alloc(BLOCK, 1), false);
+  const looker = await open('disk');
+  await guest.close('lost');
+  await looker.close('disconnect');
+  await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
+});
+
+test('a label that a command was given stands for one moment; one drawn for a run costs nothing', async () => {
+  const first = await open('disk@now:L2', COMMAND);
+  await first.close('disconnect');
+  await write(2);
+  for (const from of [COMMAND, CLIENT]) {
+    await expect(open('disk@now:L2', from)).rejects.toThrow(/disk@now:L2 was a moment of .* that has ended/);
+  }
+  const { labelOfRun } = await import('../../src/vdi/names.js');
+  await (await open(`disk@now:${labelOfRun('backup')}`, COMMAND)).close('disconnect');
+  await catalog.memory.flush();
+  expect([...store.metadata.state().keys()].filter((key) => key.startsWith('label/'))).toEqual(['label/disk/now%3AL2']);
+});
+
+test('who goes on after an error and leaves in order tries nothing again: its moment and its disk are free', async () => {
+  for (const spec of ['disk@now', 'disk']) {
+    const device = await open(spec);
+    vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
+      throw new StoreError('IO', 'a bad sector');
+    });
+    await expect((async () => read(device))()).rejects.toThrow('a bad sector');
+    expect(await read(device)).toBe(1);
+    await device.close('disconnect');
+    expect(await tags()).toEqual(['']);
+    expect((await catalog.show('disk')).clients).toEqual([]);
+  }
+});
+
+test('what is damaged stays so: a goodbye after that is the end of the moment', async () => {
+  const device = await open('disk@now');
+  vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
+    throw new StoreError('DAMAGED', 'an object is too short');
+  });
+  await expect((async () => read(device))()).rejects.toThrow('too short');
+  await device.close('disconnect');
+  expect(await tags()).toEqual(['']);
+});
+
+test('a base that could not be opened once is asked for again', async () => {
+  await catalog.snapshot('disk', 'monday');
+  const device = await open('disk');
+  const ask = async (): Promise<void> => device.extents('sheepgate:changed:monday', 0, BLOCK, () => true);
+  vi.spyOn(catalog, 'openVdi').mockRejectedValueOnce(new StoreError('IO', 'a bad sector'));
+  await expect(ask()).rejects.toThrow('a bad sector');
+  await ask();
+  await device.close('disconnect');
+});
+
+test('a peer that is refused, for the name leads elsewhere since it was judged, is no user', async () => {
+  let asked = 0;
+  const subjectOf = exports.subjectOf.bind(exports);
+  vi.spyOn(exports, 'subjectOf').mockImplementation(async (name) =>
+    ++asked % 2 === 0 ? { name: 'other', tag: undefined } : subjectOf(name),
+  );
+  const guarded = new AuthorisedExports(exports, { decide: () => 'read-write' });
+  for (const spec of ['disk', 'disk@now']) {
+    await expect(guarded.open(spec, CLIENT)).rejects.toThrow(/not allowed/);
+    expect((await catalog.show('disk')).clients).toEqual([]);
+    expect(await tags()).toEqual(['']);
+  }
+});
+
+test('a temporary snapshot that was taken and cannot be opened is dropped', async () => {
+  vi.spyOn(catalog, 'openTemporary').mockRejectedValueOnce(new StoreError('IO', 'a bad sector'));
+  await expect(open('disk@now')).rejects.toThrow('a bad sector');
+  expect(await tags()).toEqual(['']);
+});
+
+test('clients are counted together when they were the first to be cut off, and until the last of them counts no more', async () => {
+  const first = await open('disk', { ...CLIENT, host: '192.0.2.99' });
+  for (let n = 0; n < 32; n++) {
+    await (
+      await open('disk', { transport: 'tcp', address: `198.51.100.${n}:1`, host: `198.51.100.${n}` })
+    ).close('lost');
+    pass(0.01);
+  }
+  await first.close('lost');
+  const named = (await catalog.show('disk')).clients.map(({ client }) => client);
+  expect(named).toContain('tcp 192.0.2.99');
+  expect(named).not.toContain('tcp 198.51.100.0');
+  expect(named).toContain('clients that were cut off earlier');
+});
+
+test('names, tags and certificates may be as long as they may be, and cost nobody else his memory', async () => {
+  const long = 'ä'.repeat(120);
+  await catalog.create(long, SIZE);
+  await catalog.snapshot(long, 'ö'.repeat(120));
+  const from: Peer = { ...CLIENT, tls: { pskUser: 'ü'.repeat(2000) } as NonNullable<Peer['tls']> };
+  await (await open(`${long}@${'ö'.repeat(120)}`, from)).close('lost');
+  await (await open(long, from)).close('lost');
+  await catalog.memory.flush();
+  const next = await startAgain();
+  await expect(next.catalog.remove(long)).rejects.toThrow(/is in use by/);
+});
+
+test('a disk that is about to be made where a client may come back is refused with what can be typed there', async () => {
+  const use = await catalog.inUse.begin({ name: 'new', tag: '' }, { id: 'x', label: 'x', isExact: false }, true);
+  const span = { opened: 1, lastRequest: 1 };
+  catalog.inUse.end(use, { isOver: false, hadErrors: false, hasWritten: true, span });
+  const forceHint = "'sheepgate vdi create new 8M --force'";
+  await expect(catalog.create('new', SIZE, { forceHint })).rejects.toThrow(
+    /cannot be made anew, unless 'sheepgate vdi create new 8M --force' says that nobody will/,
+  );
+});
+
+/** Commits one after the other, when told; fails for some keys. */
+class SlowState implements StoreState {
+  readonly isShared = false;
+  readonly stored = new Map<string, unknown>();
+  readonly waiting: (() => void)[] = [];
+  isSlow = false;
+  poison = '';
+
+  entries(): Map<string, unknown> {
+    return new Map(this.stored);
+  }
+
+  async commit(changes: ReadonlyMap<string, unknown>): Promise<void> {
+    if (this.isSlow) await new Promise<void>((resolve) => this.waiting.push(resolve));
+    if (this.poison !== '' && changes.has(this.poison)) throw new StoreError('IO', 'this key is too long');
+    for (const [key, value] of changes) this.stored.set(key, value);
+  }
+}
+
+test('a fact that cannot be stored does not keep others from it, now or later', async () => {
+  const state = new SlowState();
+  const memory = new Memory(state, () => undefined);
+  state.poison = 'bad';
+  memory.putSoon('bad', {});
+  await memory.put('good', {});
+  expect([...state.stored.keys()]).toEqual(['good']);
+  await memory.put('later', {});
+  await memory.flush();
+  await expect(memory.put('bad', {})).rejects.toThrow('too long');
+});
+
+test('whoever opens while the commit of another connection runs waits for it', async () => {
+  const state = new SlowState();
+  const inUse = new InUse(new Memory(state, () => undefined), { forMs: 60_000, log: () => undefined });
+  const client = { id: 'x', label: 'x', isExact: false };
+  const disk = { name: 'disk', tag: '' };
+  state.isSlow = true;
+  let open = 0;
+  const first = inUse.begin(disk, client, false).then(() => open++);
+  await vi.waitFor(() => expect(state.waiting).toHaveLength(1));
+  // The second one may write, which is stored anew; the third finds that under way.
+  const second = inUse.begin(disk, client, true).then(() => open++);
+  state.waiting.shift()?.();
+  await first;
+  const third = inUse.begin(disk, client, true).then(() => open++);
+  await vi.waitFor(() => expect(state.waiting).toHaveLength(1));
+  expect(open).toBe(1);
+  state.waiting.shift()?.();
+  await Promise.all([second, third]);
+});
