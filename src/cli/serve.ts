@@ -90,14 +90,14 @@ export function serveCommand(): Command {
 }
 
 async function serve(options: ServeOptions): Promise<void> {
-  const place = chosenStore(options);
   const reloads = hangups();
-  // Loaded late, as the daemon is: usage errors and --help need none of it.
+  // Loaded late, as the daemon is: --help needs none of it. First of all, for whatever is wrong must have a way to say so.
   const { LogOutput: Output } = await import('../daemon/log-output.js');
   const output = new Output(STDERR_FD, droppedLine);
   const screen = new Output(STDOUT_FD, () => '');
   const { exitNow } = await import('../daemon/exit-now.js');
   endBy({ say: (text) => output.write(text), finish: (code) => finish([output, screen], code, exitNow) });
+  const place = chosenStore(options);
   const { pino } = await import('pino');
   const log = pino(
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
