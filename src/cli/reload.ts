@@ -28,12 +28,15 @@ async function reload(options: CommonOptions): Promise<void> {
   for (const warning of report.warnings) printNote(warning);
   if (options.json) printJson(report);
   if (report.failures.length > 0) {
-    throw new OperationError('NOT_RELOADED', `not reloaded, the old stay in force: ${report.failures.join('; ')}`);
+    const others = report.reloaded.length > 0 ? `; ${textOf(report)}` : '';
+    const failures = report.failures.join('; ');
+    throw new OperationError('NOT_RELOADED', `not reloaded, the old stay in force: ${failures}${others}`);
   }
   if (!options.json) printLine(textOf(report));
 }
 
 function textOf({ reloaded, rules }: ReloadReport): string {
   if (reloaded.length === 0) return 'nothing to reload: the daemon has neither TLS keys nor an access file';
-  return `reloaded: ${reloaded.map((what) => (what === 'access rules' ? `${rules ?? 0} ${what}` : what)).join(', ')}`;
+  const counted = rules === 1 ? '1 access rule' : `${rules ?? 0} access rules`;
+  return `reloaded: ${reloaded.map((what) => (what === 'access rules' ? counted : what)).join(', ')}`;
 }

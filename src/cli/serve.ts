@@ -141,9 +141,14 @@ async function serve(options: ServeOptions): Promise<void> {
     reloads.serve(() => undefined);
     stopping.abort();
   });
+  let tellReloaded: (failures: readonly string[]) => void = () => undefined;
   let daemon: Daemon;
   try {
-    daemon = await startDaemon(configuration, log, { stop: stopping.signal, onFailure: endInTime });
+    daemon = await startDaemon(configuration, log, {
+      stop: stopping.signal,
+      onFailure: endInTime,
+      onReloaded: ({ failures }) => tellReloaded(failures),
+    });
   } catch (error) {
     // Told to stop while it started: that is what it has done.
     if (!stopping.signal.aborted) throw error;
@@ -156,11 +161,13 @@ async function serve(options: ServeOptions): Promise<void> {
   screen.write(options.json ? readyJson(daemon, addresses) : readyText(daemon));
 
   notifier.ready(status);
+  tellReloaded = (failures) => {
+    if (stopping.signal.aborted) return;
+    notifier.ready(failures.length === 0 ? status : `${status}; not reloaded: ${failures.join('; ')}`);
+  };
   reloads.serve(() => {
     notifier.reloading();
-    void daemon.reload().then(({ failures }) => {
-      notifier.ready(failures.length === 0 ? status : `${status}; not reloaded: ${failures.join('; ')}`);
-    });
+    void daemon.reload();
   });
 
   await toldToStop;

@@ -101,6 +101,8 @@ export interface StartOptions {
   readonly stop?: AbortSignal;
   /** Told when the start has failed, before it is cleaned up after. */
   readonly onFailure?: () => void;
+  /** Told what came of each reload, whoever asked for it. */
+  readonly onReloaded?: (report: ReloadReport) => void;
 }
 
 type OpenedStore = Awaited<ReturnType<typeof openDirectly>>;
@@ -112,7 +114,7 @@ type OpenedStore = Awaited<ReturnType<typeof openDirectly>>;
 export async function startDaemon(
   configuration: DaemonConfiguration,
   log: Logger,
-  { stop: toldToStop, onFailure }: StartOptions = {},
+  { stop: toldToStop, onFailure, onReloaded }: StartOptions = {},
 ): Promise<Daemon> {
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
@@ -122,6 +124,12 @@ export async function startDaemon(
   for (const { name, size } of configuration.create) checkNewVdi(name, size);
   await refuseSecondDaemon(configuration.store);
   await checkControlSocket(controlPath, configuration.store);
+
+  const reload = async (): Promise<ReloadReport> => {
+    const report = await security.reload();
+    onReloaded?.(report);
+    return report;
+  };
 
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
@@ -174,7 +182,7 @@ export async function startDaemon(
           if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
             end();
         }),
-      reload: () => security.reload(),
+      reload,
       onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
     });
   };
@@ -238,7 +246,7 @@ export async function startDaemon(
       kept,
       listeners: listening,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
-      reload: () => security.reload(),
+      reload,
       stop,
     };
   } catch (error) {
@@ -256,7 +264,7 @@ async function closeStore(operations: OpenedStore, leaving: AbortController): Pr
   try {
     await operations.close();
   } catch (error) {
-    if (!leaving.signal.aborted) throw error;
+    if (!leaving.signal.aborted || !isClusterLocation(operations.store)) throw error;
     throw new OperationError(
       'CLOSED',
       `${operations.store} was left without a word: its nodes did not answer in time. Locks and temporary snapshots of this ` +

@@ -50,11 +50,13 @@ export class LogOutput {
   /** Whole lines. Never waits, never throws. */
   write(text: string): void {
     const bytes = Buffer.from(text);
+    if (bytes.length > WAITING_BYTES) this.#failure ??= `it was longer than ${WAITING_BYTES} bytes`;
     if (this.#dropped > 0 || this.#waitingBytes + bytes.length > WAITING_BYTES) {
       this.#dropped++;
-      return;
-    }
-    this.#keep(bytes);
+      // Nothing leaves after which it could be told.
+      if (!this.#isDrained()) return;
+      this.#tellDropped();
+    } else this.#keep(bytes);
     if (this.#timer === undefined) this.#writeOut();
   }
 

@@ -8,6 +8,8 @@ import fs from 'node:fs/promises';
 
 /** Ten thousand rules, or a long chain of certificates; revocation lists are the longest. */
 export const MAX_SETTINGS_BYTES = 16 * 2 ** 20;
+/** In one read. */
+const PIECE_BYTES = 64 * 1024;
 
 const WRITTEN_BY_ALL = 0o002;
 const USED_BY_ALL = 0o007;
@@ -24,13 +26,12 @@ export interface SettingsFile {
 export async function readSettings(file: string): Promise<SettingsFile> {
   try {
     // Opening a fifo waits for whoever writes to it.
-    const handle = await fs.open(file, constants.O_RDONLY | constants.O_NONBLOCK);
+    const handle = await fs.open(file, constants.O_RDONLY | constants.O_NONBLOCK | constants.O_NOCTTY);
     try {
       const { mode, size } = await handle.stat();
       if (!isRegular(mode)) throw new SettingsError(`it is ${kindOf(mode)}, not a file`);
-      if (size > MAX_SETTINGS_BYTES)
-        throw new SettingsError(`it has ${size} bytes; at most ${MAX_SETTINGS_BYTES} are read`);
-      return { bytes: await handle.readFile(), mode };
+      if (size > MAX_SETTINGS_BYTES) throw tooLong(`${size} bytes`);
+      return { bytes: await readAll(handle), mode };
     } finally {
       await handle.close();
     }
@@ -39,6 +40,22 @@ export async function readSettings(file: string): Promise<SettingsFile> {
     const { code, message } = error as NodeJS.ErrnoException;
     throw new SettingsError(code === 'ENOENT' ? 'it is not there' : message, { cause: error });
   }
+}
+
+/** Files of /proc have no size and may have no end. */
+async function readAll(handle: fs.FileHandle): Promise<Buffer> {
+  const pieces: Buffer[] = [];
+  for (let length = 0; length <= MAX_SETTINGS_BYTES;) {
+    const { bytesRead, buffer } = await handle.read(Buffer.allocUnsafe(PIECE_BYTES), 0, PIECE_BYTES, null);
+    if (bytesRead === 0) return Buffer.concat(pieces);
+    pieces.push(buffer.subarray(0, bytesRead));
+    length += bytesRead;
+  }
+  throw tooLong(`more than ${MAX_SETTINGS_BYTES} bytes`);
+}
+
+function tooLong(size: string): SettingsError {
+  return new SettingsError(`it has ${size}; at most ${MAX_SETTINGS_BYTES} are read`);
 }
 
 /** Errors: SettingsError, with the line that is not UTF-8. A byte order mark is left out. */

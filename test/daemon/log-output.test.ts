@@ -142,6 +142,15 @@ test('lines reach a file in their order', async () => {
   expect(fs.readFileSync(file, 'utf8')).toBe(expected);
 });
 
+test('a line that never has room is counted, and those after it are written', async () => {
+  const file = path.join(temporaryDirectory(), 'log');
+  const output = new LogOutput(fs.openSync(file, 'w'), note);
+  output.write(`${'x'.repeat(WAITING_BYTES)}\n`);
+  output.write('one\n');
+  expect(await output.drain(1_000)).toBe(true);
+  expect(fs.readFileSync(file, 'utf8')).toBe(`dropped 1: it was longer than ${WAITING_BYTES} bytes\none\n`);
+});
+
 test('the last line before a death is in the file', async () => {
   const file = path.join(temporaryDirectory(), 'log');
   const output = new LogOutput(fs.openSync(file, 'w'), note);

@@ -43,6 +43,12 @@ const IN_PLACE: readonly (readonly [string, (file: string) => void, RegExp])[] =
     (file) => fs.writeFileSync(file, Buffer.from('# one\nallow disk from psk:\xe9 any\n', 'latin1')),
     /cannot be read: line 2 is not UTF-8/,
   ],
+  [
+    'a file without an end',
+    (file) => fs.symlinkSync('/proc/self/pagemap', file),
+    /it has more than \d+ bytes; at most/,
+  ],
+  ['a file of one long word', (file) => fs.writeFileSync(file, 'x'.repeat(2 ** 22)), /:1: /],
 ];
 
 beforeAll(async () => {
@@ -96,6 +102,8 @@ describe.each(IN_PLACE)('%s in place of a file', (_, put, says) => {
     expect(result.stderr).toMatch(/^sheepgate: not reloaded, the old stay in force: .*\n$/);
     expect(result.stderr).toMatch(says);
     expect(result.stderr).toContain(file);
+    expect(result.stderr.length).toBeLessThan(2_000);
+    expect(result.stderr).toContain(`; reloaded: ${which === 'access' ? 'TLS keys' : '1 access rule'}`);
     expect(await mayOpen('disk')).toBe(true);
   });
 

@@ -273,16 +273,13 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   async close(): Promise<void> {
     // Nodes that do not answer are not waited for as long as requests of clients wait.
     const timer = setTimeout(() => this.cluster.gateway.close(), CLOSE_MS);
-    try {
-      const closed = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
-      await this.catalog.dropOwnShadows();
-      for (const each of closed) if (each.status === 'rejected') throw each.reason;
-    } finally {
-      clearTimeout(timer);
-      this.cluster.gateway.close();
-      // What waits for this directory is stored whatever the nodes say.
-      await this.state?.close();
-    }
+    const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
+    steps.push(...(await Promise.allSettled([this.catalog.dropOwnShadows()])));
+    clearTimeout(timer);
+    this.cluster.gateway.close();
+    // Whatever the nodes say.
+    if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
+    for (const each of steps) if (each.status === 'rejected') throw each.reason;
   }
 
   /** Nodes take writes behind the end of an object, and behind the end of a disk. */
