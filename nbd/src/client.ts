@@ -9,6 +9,7 @@ import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from './block-device.js';
 import { ByteReader } from './byte-reader.js';
 import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './client-replies.js';
+import { socketPathProblem } from './socket-path.js';
 import { connectTls, type ClientTls } from './tls.js';
 import {
   CMD,
@@ -596,6 +597,10 @@ export class NbdClient {
 }
 
 function connectSocket(address: { path: string } | { host: string; port: number }): Promise<net.Socket> {
+  const problem = 'path' in address ? socketPathProblem(address.path) : undefined;
+  if (problem !== undefined && 'path' in address) {
+    return Promise.reject(new NbdClientError('CLOSED', `cannot connect to ${address.path}: ${problem}`));
+  }
   return new Promise((resolve, reject) => {
     const socket = net.connect({ ...address, noDelay: true });
     const refuse = (error: Error): void => {

@@ -13,6 +13,7 @@ import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { DEFAULT_LIMITS, type Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import { socketPathProblem } from './socket-path.js';
 import type { ServerTls } from './tls.js';
 import { Violations } from './violations.js';
 
@@ -307,6 +308,8 @@ async function bindTcp(listener: net.Server, options: { host: string; port: numb
 
 async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {
   const { path, mode } = options;
+  const problem = socketPathProblem(path);
+  if (problem !== undefined) throw new ListenError('FAILED', `cannot listen on ${path}: ${problem}`);
   try {
     await bind(listener, { path }, mode);
   } catch (error) {

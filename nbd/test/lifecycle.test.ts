@@ -1,7 +1,7 @@
 /** How connections, listeners and servers begin and end; and that whatever happens, every device is closed once. */
 
 import { fork } from 'node:child_process';
-import { lstat, mkdir, readFile, stat, writeFile } from 'node:fs/promises';
+import { lstat, mkdir, readdir, readFile, stat, writeFile } from 'node:fs/promises';
 import net from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
@@ -398,6 +398,21 @@ describe('listening', () => {
     const path = join(await temporaryDirectory(), 'directory');
     await mkdir(path);
     expect((await listenError(idleServer().server, { path })).code).toBe('NOT_A_SOCKET');
+  });
+
+  test('a path that is too long for a unix socket is refused by server and client, not cut off', async () => {
+    const directory = await temporaryDirectory();
+    const path = join(directory, 'x'.repeat(108));
+    const says = new RegExp(`${path}: the path has \\d+ bytes, and that of a unix socket at most \\d+$`);
+    expect(await listenError(idleServer().server, { path })).toMatchObject({
+      code: 'FAILED',
+      message: expect.stringMatching(says),
+    });
+    expect(await readdir(directory)).toEqual([]);
+    await expect(NbdClient.connect({ path })).rejects.toMatchObject({
+      code: 'CLOSED',
+      message: expect.stringMatching(says),
+    });
   });
 
   test('a path in a directory that does not exist is refused with the path in the message', async () => {

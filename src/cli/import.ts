@@ -7,7 +7,7 @@ import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { blockSizeShiftOption } from './vdi-create.js';
@@ -141,6 +141,9 @@ export async function importInto(
 
 /** Errors: what the lengths tell without the store, BAD_SIZE, INCOMPLETE, TOO_LONG. */
 function checkLength({ name, length, isFed }: ImageSource, size: number | undefined): void {
+  const most = MAX_DATA_OBJECTS * 2 ** MAX_BLOCK_SIZE_SHIFT;
+  const wanted = Math.max(length ?? 0, size ?? 0);
+  if (wanted > most) throw new OperationError('BAD_SIZE', `${name}: ${wanted} bytes, and no VDI has more than ${most}`);
   if (length === undefined || size === undefined) return;
   const says = `${name} has ${length} bytes, --size says`;
   if (!isFed && size < length) throw new OperationError('BAD_SIZE', `${says} only ${size}`);

@@ -21,7 +21,7 @@ import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from 
 import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
 import { OperationError, type VdiRecord } from './operations.js';
-import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
+import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
@@ -227,6 +227,7 @@ export async function startDaemon(
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
         log: (line, details) => log.warn(details ?? {}, line),
+        logError: (line, details) => log.error(details ?? {}, line),
         signal: leaving.signal,
       });
     }, controlPath);
@@ -276,8 +277,9 @@ async function closeStore(operations: OpenedStore, leaving: AbortController): Pr
   }
 }
 
-/** What would be found wrong with it when the store is open. Errors: IN_USE, PERMISSION. */
+/** What would be found wrong with it when the store is open. Errors: BAD_USAGE, IN_USE, PERMISSION. */
 async function checkControlSocket(controlPath: string, store: string): Promise<void> {
+  checkSocketPath(controlPath);
   await refuseUsedSocket(controlPath);
   const directory = path.dirname(controlPath);
   // The store's own is made with the store.

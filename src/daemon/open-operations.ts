@@ -4,13 +4,14 @@
  * needs no store, and most of the time that a short command takes is spent on loading.
  */
 import fs from 'node:fs';
+import path from 'node:path';
 import type { Holder, StoreLockedError } from '../store/local/store-lock.js';
 import { StoreError } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
-import { controlSocketOf } from './places.js';
+import { checkSocketPath, controlSocketOf } from './places.js';
 import { socketState } from './stale-socket.js';
 
 /**
@@ -41,6 +42,7 @@ export interface StorePlace {
  */
 export async function openOperations(place: StorePlace): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
+  checkSocketPath(path.resolve(socketPath));
   // Whoever serves the cluster as it should be need not serve it with zeros, and nothing is written that could disturb.
   if (place.missingIsZero) return directly(place);
   return whileLocked(async () => {

@@ -35,6 +35,11 @@ const REFUSED: Closing = {
   span: { opened: 0, lastRequest: 0 },
 };
 
+export interface ExportsOptions extends TemporaryOptions {
+  /** Told what is an error for somebody: an export that cannot be opened. By default `log`. */
+  readonly logError?: TemporaryOptions['log'];
+}
+
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
 
@@ -43,10 +48,10 @@ export class VdiExports implements ExportProvider {
   readonly #temporary: TemporarySnapshots;
   readonly #refusals: RefusalLog;
 
-  constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
+  constructor(catalog: VdiCatalog, options: ExportsOptions = {}) {
     this.#catalog = catalog;
     this.#temporary = new TemporarySnapshots(catalog, options);
-    this.#refusals = new RefusalLog(options.log ?? (() => undefined));
+    this.#refusals = new RefusalLog(options.logError ?? options.log ?? (() => undefined));
   }
 
   /**

@@ -91,7 +91,7 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['export', 'old', path.join(directory, 'out')], /snapshots only/],
   [['export', 'vm', directory], /is a directory; give a file's name/],
   [['export', 'vm', SMALL], /small\.img exists; --force replaces it/],
-  [['export', 'vm', path.join(directory, 'no', 'out')], /no such file or directory/],
+  [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; make it, or mount/],
 ];
 
 /** What no command can mean; looked at before any store is. */

@@ -102,6 +102,27 @@ test('a start that fails leaves nothing listening, and says why in one line', as
   expect(fs.existsSync(path.join(store, 'control.sock'))).toBe(false);
 });
 
+test('a control socket whose name is too long is refused with the limit; a long path to a short name is served', async () => {
+  const directory = temporaryDirectory();
+  const store = path.join(directory, 'new');
+  const refused = path.join(directory, `${'x'.repeat(110)}.sock`);
+  for (const args of [
+    ['serve', '--listen', `unix:${directory}/nbd.sock`],
+    ['vdi', 'list'],
+  ]) {
+    const failed = await cli([...args, '--control', refused], { store });
+    expect(oneLineOf(failed, 2, args.join(' '))).toMatch(/at most 107 .*choose a shorter/);
+  }
+  expect(fs.readdirSync(directory)).toEqual([]);
+  const listen = await cli(['serve', '--listen', `unix:${refused}`], { store });
+  expect(listen).toMatchObject({ code: 2, stderr: expect.stringMatching(/at most 107/) });
+  const control = path.join(directory, 'd'.repeat(110), 'control.sock');
+  const daemon = await startDaemon({ args: ['--control', control, '--create', 'disk:1M'] });
+  expect(fs.statSync(control).isSocket()).toBe(true);
+  expect((await cli(['vdi', 'list', '--control', control])).stdout).toContain('disk');
+  await daemon.stop();
+});
+
 test('a start that fails leaves no new store, and no new VDI in one that was there', async () => {
   const directory = temporaryDirectory();
   const socket = path.join(directory, 'nbd.sock');

@@ -287,6 +287,18 @@ describe('a pipe', () => {
     expectBytes((await target.run(['export', 'vm', '-'])).stdoutBytes, patterned(5 * MIB, 2).subarray(MIB));
   });
 
+  test('that is too large for a VDI, or for any, leaves no new store', async () => {
+    for (const [size, says] of [
+      ['5T', /at most 4398046511104 bytes; a larger --block-size-shift allows more/],
+      ['65T', /no VDI has more than 70368744177664/],
+    ] as const) {
+      const store = path.join(temporaryDirectory(), 'store');
+      const failed = await cli(['import', '-', 'vm', '--size', size], { store, input: Buffer.alloc(MIB) });
+      expect(failed).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+      expect(fs.existsSync(store)).toBe(false);
+    }
+  });
+
   test('from which nothing comes makes no store and holds none', async () => {
     const store = path.join(temporaryDirectory(), 'store');
     const child = spawn(process.execPath, [BIN, 'import', '-', 'vm', '--size', '4M'], {

@@ -77,7 +77,7 @@ describe('qemu-img convert with a reconnect delay', () => {
         const { daemon, writer } = await served();
         const proxy = await CuttingProxy.start(daemon.socket);
         const image = path.join(temporaryDirectory(), 'image');
-        const options = blockdev(proxy.socket, spec).replace('=20', '=8');
+        const options = blockdev(proxy.socket, spec).replace('=20', '=15');
         const copying = run('qemu-img', ['convert', '-U', '-r', '20M', '--image-opts', options, '-O', 'raw', image]);
         await waitUntil(() => proxy.bytes >= CUT_AT, 'it is in the middle');
         await fill(writer, 2);

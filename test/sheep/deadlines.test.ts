@@ -83,7 +83,7 @@ test('of several nodes a silent one is left in time for another to answer', asyn
   silence(0);
   const before = performance.now();
   await vdi.read(0, Buffer.alloc(BLOCK));
-  expect(performance.now() - before).toBeLessThan(RETRY_MS);
+  expect(performance.now() - before).toBeLessThan(RETRY_MS + MARGIN_MS);
 });
 
 test('a slow operation is waited for as long as its node answers other requests', async () => {

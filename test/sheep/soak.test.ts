@@ -150,10 +150,10 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
         // Not of every one, so that there is one about every second.
         kept.push({ tag, newest, hash: taken % HASH_EVERY === 0 ? await hashOf(`fio@${tag}`) : undefined });
         if (kept.length <= KEPT) continue;
-        const [oldest] = kept.splice(0, 1) as [{ tag: string }];
+        const [{ tag: oldest } = { tag: '' }] = kept.splice(0, 1);
         for (const name of ['fio', 'counted']) {
-          if (taken % 2 === 0) await cluster.dog('vdi', 'delete', '-s', oldest.tag, name);
-          else await sheepgate('vdi', 'delete', `${name}@${oldest.tag}`);
+          if (taken % 2 === 0) await cluster.dog('vdi', 'delete', '-s', oldest, name);
+          else await sheepgate('vdi', 'delete', `${name}@${oldest}`);
         }
       }
       fs.writeFileSync(`${progress}.stop`, '');

@@ -87,6 +87,35 @@ describe('a sync of a folder that failed', () => {
     await expect(second.flush()).rejects.toMatchObject({ code: 'IO' });
     await third.flush();
   });
+
+  test('is final for an object that is being made in it at that moment, too', async () => {
+    for (const name of ['first', 'second']) await catalog.create(name, 1024 * OBJECT, { blockSizeShift: 20 });
+    const [first, second] = [await catalog.openVdi('first'), await catalog.openVdi('second')];
+    const { files } = store;
+    const create = files.create.bind(files);
+    let goOn!: () => void;
+    const isHeld = new Promise<void>((resolve) => (goOn = resolve));
+    let made!: () => void;
+    const isMade = new Promise<void>((resolve) => (made = resolve));
+    // Objects of vid 1 at idx 0 and of vid 2 at idx 768 are in one folder.
+    files.create = async (...args) => {
+      await create(...args);
+      made();
+      await isHeld;
+    };
+    const writing = second.write(768 * OBJECT, Buffer.from('new'), false);
+    await isMade;
+    files.create = create;
+    await first.write(0, Buffer.from('new'), false);
+    const cause = Object.assign(new Error('EIO: i/o error, fsync'), { code: 'EIO', syscall: 'fsync' });
+    const sync = files.syncDirectories.bind(files);
+    files.syncDirectories = () => Promise.reject(new StoreError('IO', 'syncing a folder: EIO', { cause }));
+    await expect(first.flush()).rejects.toMatchObject({ code: 'IO' });
+    files.syncDirectories = sync;
+    goOn();
+    await writing;
+    await expect(second.flush()).rejects.toMatchObject({ code: 'IO' });
+  });
 });
 
 describe('an object file that is not as long as its object', () => {

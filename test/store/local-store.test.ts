@@ -374,6 +374,19 @@ describe('when the metadata cannot be stored', () => {
   });
 });
 
+test('a store that is closed stores nothing any more, and is not opened again by what comes late', async () => {
+  const early = store.state.commit(new Map([['early', { a: 1 }]]));
+  await store.close();
+  await early;
+  const second = await LocalStore.open(directory);
+  for (const value of [1, 2]) {
+    await expect(store.state.commit(new Map([['late', { value }]]))).rejects.toMatchObject({ code: 'CLOSED' });
+  }
+  expect(() => store.state.entries()).toThrow(/is closed/);
+  expect([...second.state.entries().keys()]).toEqual(['early']);
+  await second.close();
+});
+
 test('a sync that failed with an I/O error is not vouched for by a later one', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');

@@ -1,14 +1,33 @@
 /** What becomes of a store whose metadata cannot be stored: a full disk, from its first moment on; a disk that is gone. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
+import os from 'node:os';
 import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { NbdClient } from 'nbd-server-ts';
 import { expect, onTestFinished, test, vi } from 'vitest';
+import type { Environment } from '../../src/store/local/lmdb-environment.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
 import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { cli, needs, temporaryDirectory, skipBecause, startDaemon } from '../harness/daemon.js';
+import { cli, needs, temporaryDirectory, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
 import { fill, mountImage, mountThin, mountTmpfs, shutDown } from '../harness/filesystems.js';
+
+/** What LMDB was opened as, in their order. */
+const environments = vi.hoisted(() => [] as Environment[]);
+
+vi.mock('../../src/store/local/lmdb-environment.js', async (load) => {
+  const real = await load<typeof import('../../src/store/local/lmdb-environment.js')>();
+  return {
+    ...real,
+    openEnvironment: (...args: Parameters<typeof real.openEnvironment>) => {
+      const environment = real.openEnvironment(...args);
+      environments.push(environment);
+      return environment;
+    },
+  };
+});
 
 const NEEDS_ROOT = 'mounting needs root';
 
@@ -156,6 +175,87 @@ needs('prlimit')(
   },
 );
 
+/** A daemon whose LMDB fails as `order` says: see failing-lmdb.c. */
+async function daemonThatFails() {
+  const directory = temporaryDirectory();
+  const library = path.join(directory, 'failing-lmdb.so');
+  const source = fileURLToPath(new URL('../harness/failing-lmdb.c', import.meta.url));
+  execFileSync('gcc', ['-shared', '-fPIC', '-Wall', '-Werror', '-o', library, source, '-ldl']);
+  const orders = path.join(directory, 'orders');
+  fs.mkdirSync(orders);
+  const daemon = await startDaemon({
+    args: ['--create', 'disk:16M', '--create', 'other:16M'],
+    env: { LD_PRELOAD: library, FAILING_LMDB: orders },
+  });
+  const order = (what: 'meta-page' | 'begin', code: 'ENOSPC' | 'EIO' | 'ENOMEM'): void =>
+    fs.writeFileSync(path.join(orders, what), String(os.constants.errno[code]));
+  const clients = await Promise.all(
+    ['disk', 'other'].map(async (name) => {
+      const client = await NbdClient.connect({ path: daemon.socket });
+      await client.go(name);
+      return client;
+    }),
+  );
+  const [disk, other] = clients as [NbdClient, NbdClient];
+  return { daemon, order, orders, disk, other };
+}
+
+needs('gcc')(
+  'when the page that makes a commit valid cannot be written once, that commit is an error with the cause, and all goes on',
+  async () => {
+    const { daemon, order, orders, disk, other } = await daemonThatFails();
+    const snapshot = (tag: string) => cli(['vdi', 'snapshot', 'disk', tag, '--control', daemon.control]);
+    for (const [n, code, says] of [
+      [1, 'ENOSPC', /meta\.mdb: .*no space left/i],
+      [2, 'EIO', /meta\.mdb: .*(EIO|input\/output error)/i],
+    ] as const) {
+      await disk.write(n * 2 ** 22, Buffer.from(code));
+      await other.write(n * 2 ** 22, Buffer.from(code));
+      order('meta-page', code);
+      await expect(disk.flush()).rejects.toMatchObject({ code });
+      expect(fs.readdirSync(orders)).toEqual([]);
+      expect(daemon.log()).toMatch(says);
+      await other.flush();
+      await disk.flush();
+      order('meta-page', code);
+      expect(await snapshot(`not-${n}`)).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+      expect(await snapshot(`s${n}`)).toMatchObject({ code: 0, stderr: '' });
+    }
+    const list = await cli(['vdi', 'list', '--control', daemon.control]);
+    expect(list.stdout).toMatch(/s1[^]*s2/);
+    expect(list.stdout).not.toContain('not-');
+    for (const client of [disk, other]) expect((await client.read(2 * 2 ** 22, 3)).toString()).toBe('EIO');
+    order('meta-page', 'ENOSPC');
+    // 0 if what failed was the commit of who has what open, which is tried again; 1 if it was the last one.
+    expect(await daemon.stop()).toEqual({ code: expect.toBeOneOf([0, 1]), signal: null });
+    expect(fs.readdirSync(orders)).toEqual([]);
+    // All that this page had to say is that the store was closed.
+    const { stdout } = await cli(['export', 'disk@s2', '-'], { store: daemon.store });
+    expect(stdout.slice(2 * 2 ** 22, 2 * 2 ** 22 + 3)).toBe('EIO');
+  },
+);
+
+needs('gcc')(
+  'when a transaction does not begin, changes are errors that say so, and the daemon reads on and ends when it is told',
+  async () => {
+    const { daemon, order, disk, other } = await daemonThatFails();
+    await disk.write(0, Buffer.from('flushed'));
+    await disk.flush();
+    await other.write(0, Buffer.from('new'));
+    order('begin', 'ENOMEM');
+    await expect(other.flush()).rejects.toMatchObject({ code: 'EIO' });
+    const says = /LMDB does not begin a transaction.*started again/;
+    expect(daemon.log()).toMatch(says);
+    const refused = await cli(['vdi', 'snapshot', 'disk', 's', '--control', daemon.control]);
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+    expect((await disk.read(0, 7)).toString()).toBe('flushed');
+    expect(await daemon.stop()).toEqual({ code: 1, signal: null });
+    const again = await startDaemon({ store: daemon.store });
+    expect(await cli(['vdi', 'snapshot', 'disk', 's', '--control', again.control])).toMatchObject({ code: 0 });
+    expect((await again.stop()).code).toBe(0);
+  },
+);
+
 test('after an error of its disk, all of the metadata is read before LMDB maps it: an error, not the end of the process', async () => {
   const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
@@ -195,6 +295,42 @@ test('after an error of its disk, all of the metadata is read before LMDB maps i
   reading.mockClear();
   expect(store.metadata.session).toBeDefined();
   expect(reading.mock.calls.filter(([fd]) => fails(fd, file))).toHaveLength(1);
+});
+
+test('while LMDB is being opened anew after a failed commit, other disks are opened a moment later, not refused', async () => {
+  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
+  const written = await catalog.openVdi('disk');
+  await written.write(0, Buffer.from('text'), true);
+  await catalog.release(written);
+  const env = environments.at(-1) as Environment;
+  env.transaction = () => Promise.reject(Object.assign(new Error('i/o error'), { code: os.constants.errno.EIO }));
+  const close = env.close.bind(env);
+  let closeNow!: () => void;
+  const mayClose = new Promise<void>((resolve) => (closeNow = resolve));
+  env.close = () => mayClose.then(close);
+  const failed = expect(store.state.commit(new Map([['a', 1]]))).rejects.toMatchObject({ code: 'IO' });
+  const isBeingOpened = (): boolean => {
+    try {
+      store.metadata.state();
+      return false;
+    } catch (error) {
+      return /could not be opened again yet/.test((error as Error).message);
+    }
+  };
+  await waitUntil(isBeingOpened, 'LMDB is being opened anew');
+  const opening = catalog.openVdi('disk');
+  void opening.catch(() => undefined);
+  // As long as it takes: nothing that the opening could wait for beside this goes on any more.
+  const sooner = await Promise.race([opening.then(() => 'opened', String), catalog.list().then(() => undefined)]);
+  expect(sooner).toBe(undefined);
+  closeNow();
+  const vdi = await opening;
+  const read = Buffer.alloc(4);
+  await vdi.read(0, read);
+  expect(read.toString()).toBe('text');
+  await failed;
+  expect(environments.at(-1)).not.toBe(env);
 });
 
 test('metadata that somebody cuts off while it is open is damage that is told, not the end of the process', async () => {
@@ -241,6 +377,17 @@ for (const type of ['ext4', 'xfs'] as const) {
       const refused = await cli([...args, '--control', daemon.control]);
       expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringContaining('EIO') });
     }
+    const client = await NbdClient.connect({ path: daemon.socket });
+    await expect(client.go('disk')).rejects.toThrow();
+    client.destroy();
+    const refusal = daemon
+      .log()
+      .split('\n')
+      .find((line) => line.includes('cannot be opened'));
+    expect(JSON.parse(refusal ?? '{}')).toMatchObject({
+      level: 50,
+      msg: expect.stringMatching(/^export "disk" cannot be opened: .*EIO/),
+    });
     expect(await daemon.stop()).toEqual({ code: 1, signal: null });
     const last = daemon.log().trimEnd().split('\n').at(-1);
     expect(last).toMatch(/^sheepgate: .*meta\.mdb: .*EIO/);

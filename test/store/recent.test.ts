@@ -10,6 +10,7 @@ import { NbdClient } from 'nbd-server-ts';
 import { afterEach, describe, expect, test, vi } from 'vitest';
 import { logHeader, placeOf } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
+import { StoreError } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { cli, skipBecause, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
@@ -133,18 +134,93 @@ test('of a snapshot that was not stored the log says what the VDI holds, and of 
   expect(await read(await after.catalog.openVdi('disk@one'), 2)).toBe('');
 });
 
-describe('of a VDI that has several logs', () => {
-  const ENTRY = 24;
-  const MOVED = 3;
+test('a log that could not be written counts for nothing until a flush has succeeded, and then from its beginning on', async () => {
+  const { directory, store, catalog, vdi, lines } = await newStore();
+  const { writeSync } = fs;
+  const recent = path.join(directory, 'recent', '');
+  const isLog = (fd: number): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`).startsWith(recent);
+  const full = vi.spyOn(fs, 'writeSync').mockImplementation(((fd: number, ...rest: [Buffer]) => {
+    if (isLog(fd)) throw Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
+    return writeSync(fd, ...rest);
+  }) as typeof writeSync);
+  await write(vdi, 0, 'unlogged');
+  full.mockRestore();
+  expect(lines.join()).toMatch(/would be lost if this process were killed/);
+  const { metadata } = store;
+  const commit = metadata.commit.bind(metadata);
+  /** A flush, and `during` at the moment when its maps are to be stored. */
+  const flushed = async (during: () => Promise<void>, fails: boolean): Promise<void> => {
+    metadata.commit = async (change) => {
+      metadata.commit = commit;
+      await during();
+      if (fails) throw new StoreError('NO_SPACE', 'storing metadata: full');
+      return commit(change);
+    };
+    if (fails) await expect(vdi.flush()).rejects.toMatchObject({ code: 'NO_SPACE' });
+    else await vdi.flush();
+  };
+  await flushed(() => write(vdi, 1, 'failed'), true);
+  await write(vdi, 2, 'after');
+  expect(logsOf(directory)).toEqual([]);
+  await flushed(async () => {
+    await write(vdi, 3, 'during');
+    expect(logsOf(directory)).toEqual([]);
+  }, false);
+  expect(logsOf(directory)).toHaveLength(1);
+  await write(vdi, 4, 'then');
+  const copy = copyOf(directory);
+  makeFit(copy, store.logs.session);
+  await catalog.close();
+  const again = await (await open(copy)).catalog.openVdi('disk');
+  const found = await Promise.all([0, 1, 2, 3, 4].map((idx) => read(again, idx)));
+  expect(found).toEqual(['unlogged', 'failed', 'after', 'during', 'then']);
+  expect(setAside(copy)).toEqual([]);
+});
 
-  /** The entry that begins a log: it is of `vid`. */
-  function begins(vid: number): Buffer {
-    const entry = Buffer.alloc(ENTRY);
-    entry.writeUInt32LE(1, 0);
-    entry.writeUInt32LE(vid, 4);
-    entry.writeUInt32LE(zlib.crc32(entry.subarray(0, 20)), 20);
-    return entry;
-  }
+for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush had failed']) {
+  const isMoved = what.endsWith('snapshot');
+  test(`killed between the removal of ${what} and that of its log: nothing is in doubt`, async () => {
+    const { directory, store, catalog, vdi } = await newStore();
+    await write(vdi, 0, 'flushed');
+    await vdi.flush();
+    await write(vdi, 1, 'answered');
+    if (isMoved) {
+      await catalog.snapshot('disk', 'one');
+      await write(vdi, 2, 'moved');
+    }
+    const logs = logsOf(directory).map((log) => [path.basename(log), fs.readFileSync(log)] as const);
+    expect(logs).not.toEqual([]);
+    const { metadata } = store;
+    const commit = metadata.commit.bind(metadata);
+    const full = new StoreError('NO_SPACE', 'storing metadata: full');
+    if (what.endsWith('failed')) metadata.commit = () => Promise.reject(full);
+    await catalog.release(vdi).catch((error: unknown) => expect(error).toBe(full));
+    metadata.commit = commit;
+    if (isMoved) await catalog.remove('disk@one');
+    await catalog.remove('disk');
+    const copy = copyOf(directory);
+    for (const [name, bytes] of logs) fs.writeFileSync(path.join(copy, 'recent', name), bytes);
+    makeFit(copy, store.logs.session);
+    const after = await open(copy);
+    expect(after.lines).toEqual([`store ${copy} was not shut down cleanly; removed 0 unreferenced objects`]);
+    expect(setAside(copy)).toEqual([]);
+    expect((await after.catalog.check({ repair: false })).problems).toEqual([]);
+  });
+}
+
+const ENTRY = 24;
+
+/** The entry that begins a log: it is of `vid`. */
+function begins(vid: number): Buffer {
+  const entry = Buffer.alloc(ENTRY);
+  entry.writeUInt32LE(1, 0);
+  entry.writeUInt32LE(vid, 4);
+  entry.writeUInt32LE(zlib.crc32(entry.subarray(0, 20)), 20);
+  return entry;
+}
+
+describe('of a VDI that has several logs', () => {
+  const MOVED = 3;
 
   /** A store as it is after a kill: "disk" has two logs, with a snapshot between them that was not stored, "other" has one. */
   async function killed(): Promise<{ copy: string; session: string; logs: [string, string]; files: string[] }> {
@@ -286,6 +362,16 @@ describe('set aside, said so, and nothing deleted', () => {
       },
       says: /is 4096 bytes long/,
     },
+    'a log that speaks of a VDI that nobody knows': {
+      spoil: (copy, session) => {
+        const [log = ''] = logsOf(copy);
+        const bytes = fs.readFileSync(log);
+        begins(0x77).copy(bytes, 512);
+        fs.writeFileSync(log, bytes);
+        makeFit(copy, session);
+      },
+      says: /a VDI that is not stored, with vid 77/,
+    },
     'a log of another version on the same boot': {
       spoil: (copy) => {
         const [log = ''] = logsOf(copy);
@@ -339,6 +425,21 @@ describe('set aside, said so, and nothing deleted', () => {
       expect(setAside(copy)).toEqual([]);
     });
   }
+
+  test('check --repair leaves what the start that it runs in has kept, says so, and removes it when it is said again', async () => {
+    const { directory, vdi } = await newStore();
+    await write(vdi, 0, 'answered');
+    const copy = copyOf(directory);
+    const { catalog, lines } = await open(copy);
+    expect(lines.join()).toMatch(/look with 'sheepgate check'.* 'sheepgate check --repair' after that removes them/);
+    expect(lines.join()).not.toContain('stop the daemon');
+    const first = await catalog.check({ repair: true });
+    expect(first.problems.join('\n')).toContain('kept by this very start: look first, then say check --repair again');
+    expect(first.repaired).toBe(0);
+    expect(setAside(copy)).toHaveLength(1);
+    expect((await catalog.check({ repair: true })).repaired).toBe(2);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
 
   test('also by the start after one that was interrupted between setting aside and remembering what it kept', async () => {
     const { directory, vdi } = await newStore();

@@ -412,8 +412,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
       this.#log(
         `store ${this.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
           `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${this.location}/set-aside, ` +
-          "objects that no VDI refers to are kept; if nothing is missing, stop the daemon and let 'sheepgate check " +
-          "--repair' remove them",
+          "objects that no VDI refers to are kept; look with 'sheepgate check', which tells of both; if nothing is missing, " +
+          "'sheepgate check --repair' after that removes them",
         { files: aside?.moved, err: aside?.failure },
       );
     } else if (!clean) {

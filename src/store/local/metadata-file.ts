@@ -3,6 +3,7 @@
  * held, and of nobody else; the next one works as soon as the disk does. Owns the LMDB environment, the order of
  * transactions, and the space that is kept for deleting on a full disk. Knows no keys.
  */
+import { randomBytes } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 import timers from 'node:timers/promises';
@@ -30,6 +31,13 @@ const MDB_MAP_FULL = -30792;
 const MDB_PANIC = -30795;
 /** lmdb-js tells why a commit failed after it has told that it failed: at once, but nobody promises that. */
 const COMMIT_ERROR_MS = 5000;
+/**
+ * lmdb-js tells nobody that a transaction could not begin (ENOMEM, a lock of it that is broken): what waits for it waits for
+ * ever. It begins as soon as a thread takes it up, or a few seconds later (lmdb-js tries a lock again four times). Counted in
+ * steps: a process that was stopped for a while has lost one of them, and not its time.
+ */
+const BEGIN_STEPS = 6;
+const BEGIN_STEP_MS = 1000;
 const PROBE_BYTES = 4096;
 const PROBE_CHUNK = 2 ** 20;
 
@@ -59,6 +67,11 @@ export class MetadataFile {
   #isSuspect = false;
   /** Not all of the file has been read since it was opened, or since its disk has failed somewhere else. */
   #isUnread = true;
+  /**
+   * A transaction did not begin. Then lmdb-js holds a lock for ever: nothing can be stored any more, and to close the
+   * environment would never end, not at the end of the process either. What is stored can be read.
+   */
+  #isStuck = false;
   /** LMDB never makes the file shorter. */
   #size = 0;
   #isOpen = true;
@@ -133,13 +146,12 @@ export class MetadataFile {
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
       this.#probeFile(); // LMDB reads in a transaction, too
+      if (this.#isStuck) throw this.#stuck();
       if (this.#mustReopen || hasPanicked(this.#env)) await this.#reopen();
-      const env = this.#env;
-      await env.transaction(() => {
-        for (const pending of take()) runIn(env, pending);
-      });
+      await this.#run(this.#env, take);
       this.#isSuspect = false;
     } catch (error) {
+      if (this.#isStuck) return asMetadataError(error, `storing metadata in ${this.file}`);
       const failure = this.#asCommitError(await commitErrorOf(error));
       this.#isSuspect ||= failure.code !== 'NO_SPACE';
       // On a full disk, too: if it was full for the page that makes a commit valid, LMDB never again begins a transaction.
@@ -154,6 +166,42 @@ export class MetadataFile {
       // What was committed is; the next one will tell.
     }
     return undefined;
+  }
+
+  /** The transaction of all that take part. Errors: its own; IO if it does not begin, and then nothing of it is ever stored. */
+  async #run(env: Environment, take: () => readonly Pending[]): Promise<void> {
+    let hasBegun = false;
+    const done = env.transaction(() => {
+      hasBegun = true;
+      if (this.#isStuck) return; // too late: they were told that it has failed
+      for (const pending of take()) runIn(env, pending);
+    });
+    let stopWatching!: () => void;
+    const late = new Promise<never>((_, reject) => {
+      stopWatching = watchBegin(
+        () => hasBegun,
+        () => {
+          this.#isStuck = true;
+          process.on('exit', endWithoutClosing);
+          reject(this.#stuck());
+        },
+      );
+    });
+    const ended = (): void => {
+      stopWatching();
+      this.#isStuck = false;
+      process.off('exit', endWithoutClosing);
+    };
+    done.then(ended, ended);
+    await Promise.race([done, late]);
+  }
+
+  #stuck(): StoreError {
+    return new StoreError(
+      'IO',
+      `storing metadata in ${this.file}: LMDB does not begin a transaction (no memory?); nothing can be changed until this ` +
+        'process is started again, what is flushed stays as it is',
+    );
   }
 
   /** A write that was cut short by the end of the disk is EIO for LMDB (mdb.c, mdb_page_flush). */
@@ -294,9 +342,30 @@ export class MetadataFile {
     } finally {
       await this.#committing;
       fs.closeSync(this.#fd);
-      if (this.#isOpen) await this.#env.close();
+      if (this.#isOpen && !this.#isStuck) await this.#env.close();
     }
   }
+}
+
+/** Called while the process ends, this leaves out what Node does then: it would have lmdb-js close the environment. */
+function endWithoutClosing(): void {
+  process.exit();
+}
+
+/** Calls `late` if what a thread has to begin has not begun, although one must have taken it up. Returns how to stop watching. */
+function watchBegin(hasBegun: () => boolean, late: () => void): () => void {
+  let steps = 0;
+  let isTakenUp = false;
+  const timer = setInterval(() => {
+    // Threads take up in order what is handed to them; they may all be busy with a slow disk.
+    if (steps === 0) randomBytes(1, () => (isTakenUp = true));
+    if (hasBegun()) return clearInterval(timer);
+    if (steps === 0 || isTakenUp) steps++;
+    if (steps <= BEGIN_STEPS) return;
+    clearInterval(timer);
+    late();
+  }, BEGIN_STEP_MS);
+  return () => clearInterval(timer);
 }
 
 function settle(pending: Pending, error: StoreError | undefined): void {
