@@ -45,6 +45,18 @@ export default tseslint.config(
     },
   },
   {
+    files: ['src/**/*.ts', 'nbd/src/**/*.ts'],
+    rules: {
+      'no-restricted-syntax': [
+        'error',
+        {
+          selector: "BinaryExpression > CallExpression[callee.object.name='Date'][callee.property.name='now']",
+          message: 'durations and deadlines go by performance.now(): the clock may be set meanwhile',
+        },
+      ],
+    },
+  },
+  {
     files: ['nbd/**/*.ts'],
     rules: {
       'no-restricted-imports': [

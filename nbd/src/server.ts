@@ -115,6 +115,8 @@ export class NbdServer {
       keepAliveInitialDelay: this.limits.keepAliveMs,
     });
     let bound: BoundAddress;
+    // There is always somebody to hear of an error; who asked to listen hears of those of listening.
+    listener.on('error', () => undefined);
     listener.on('connection', (accepted) => {
       this.prepareSocket?.(accepted);
       // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
@@ -331,13 +333,14 @@ async function bind(
   // returns; a worker thread may not set the umask and makes do with the chmod below.
   await new Promise<void>((resolve, reject) => {
     listener.once('error', reject);
+    listener.once('listening', () => listener.off('error', reject));
     const umask = mode !== undefined && isMainThread ? process.umask(0o777 & ~mode) : undefined;
     try {
       listener.listen({ ...address, backlog: LISTEN_BACKLOG }, resolve);
     } finally {
       if (umask !== undefined) process.umask(umask);
     }
-  }).finally(() => listener.removeAllListeners('error').removeAllListeners('listening'));
+  }).finally(() => listener.removeAllListeners('listening'));
   if (mode !== undefined && 'path' in address) await chmod(address.path, mode);
 }
 

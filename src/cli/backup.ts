@@ -50,7 +50,7 @@ export function backupCommand(): Command {
     .option('--sha256', 'compute the SHA-256 of the whole image, its zeros too, and keep it with the backup')
     .addHelpText('after', HELP);
   return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
-    const startedAt = Date.now();
+    const startedAt = performance.now();
     const notes: string[] = [];
     const log = (line: string): void => {
       notes.push(line);
@@ -88,7 +88,7 @@ export function backupCommand(): Command {
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
       return result;
     });
-    print(name, taken, options, (Date.now() - startedAt) / 1000, notes);
+    print(name, taken, options, (performance.now() - startedAt) / 1000, notes);
   });
 }
 

@@ -37,7 +37,7 @@ export function exportCommand(): Command {
     if (options.json && isStdout(file)) {
       throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave --json out');
     }
-    const startedAt = Date.now();
+    const startedAt = performance.now();
     const missingIsZero = options.missing === 'zero';
     // From before the file is made to after it has its name: whatever interrupts this, no half of one is left.
     const { size, copied } = await interruptible(async (signal) => {
@@ -52,7 +52,7 @@ export function exportCommand(): Command {
         throw error;
       }
     });
-    const seconds = (Date.now() - startedAt) / 1000;
+    const seconds = (performance.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     const what = `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s`;
     process.stderr.write(`${printable(what)}: ${formatSize(copied.dataBytes)} of data\n`);

@@ -125,6 +125,7 @@ class Guard {
     });
     this.#child = child;
     child.stdin.on('error', () => undefined);
+    child.stdout.on('error', () => undefined);
     let answer: (failure: string | null) => void = () => undefined;
     let refuse: (error: Error) => void = () => undefined;
     this.frozen = new Promise((resolve, reject) => {
@@ -142,7 +143,7 @@ class Guard {
         refuse(new OperationError('FREEZE_FAILED', `no snapshot taken: the process that freezes and thaws ${why}`));
         resolve({ isLate: true, failure: `may not have run: the process that would run it ${why}` });
       };
-      child.once('error', (error) => gone(`could not be started: ${error.message}`));
+      child.on('error', (error) => gone(`could not be started: ${error.message}`));
       child.once('close', (code, signal) => gone(`ended with ${signal ?? code}`));
     });
   }

@@ -107,6 +107,8 @@ function streamSource(
   options: SourceOptions,
 ): StreamSource {
   const refuse = refusalOf(name, path, options);
+  // Whoever takes pieces of it hears of its errors; before the first and after the last nobody would.
+  stream.on('error', () => undefined);
   const pieces = chunksOf(stream)[Symbol.asyncIterator]();
   let first: Buffer | undefined;
   return {

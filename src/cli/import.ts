@@ -63,7 +63,7 @@ export function importCommand(): Command {
     .addOption(blockSizeShiftOption())
     .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (file: string, name: string, options: ImportOptions) => {
-    const startedAt = Date.now();
+    const startedAt = performance.now();
     checkName(name);
     const source = openSource(file, { isRaw: options.raw ?? false, vdi: name });
     try {
@@ -75,7 +75,7 @@ export function importCommand(): Command {
           mayCreate: true,
         });
       });
-      const seconds = (Date.now() - startedAt) / 1000;
+      const seconds = (performance.now() - startedAt) / 1000;
       if (options.json) printJson({ name, ...result, seconds });
       else
         printLine(

@@ -4,6 +4,7 @@
  */
 import { Command, CommanderError } from 'commander';
 import { asOperationError } from '../daemon/operations.js';
+import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { addCommands, type Loaders } from './loaders.js';
 import { printable } from './printable.js';
@@ -14,6 +15,7 @@ const EXIT_USAGE = 2;
 
 const COMMANDS: Loaders = {
   serve: async () => (await import('./serve.js')).serveCommand(),
+  reload: async () => (await import('./reload.js')).reloadCommand(),
   vdi: async (words) => (await import('./vdi.js')).vdiCommand(words),
   import: async () => (await import('./import.js')).importCommand(),
   export: async () => (await import('./export.js')).exportCommand(),
@@ -57,20 +59,20 @@ function throwInsteadOfExiting(command: Command): void {
 function endWith(error: unknown): number {
   if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : EXIT_USAGE; // commander has said it
   if (error instanceof InterruptedError) {
-    process.stderr.write(`sheepgate: ${error.message}\n`);
+    lastWords(`sheepgate: ${error.message}\n`);
     return error.exitCode;
   }
   const expected = asOperationError(error);
   if (expected) {
-    process.stderr.write(`sheepgate: ${oneLine(expected.message)}\n`);
+    lastWords(`sheepgate: ${oneLine(expected.message)}\n`);
     return expected.code === 'BAD_USAGE' ? EXIT_USAGE : EXIT_FAILED;
   }
   const systemCall = error as NodeJS.ErrnoException;
   if (typeof systemCall?.syscall === 'string' && typeof systemCall.code === 'string') {
-    process.stderr.write(`sheepgate: ${oneLine(systemCall.message)}\n`);
+    lastWords(`sheepgate: ${oneLine(systemCall.message)}\n`);
     return EXIT_FAILED;
   }
-  process.stderr.write(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
+  lastWords(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
   return EXIT_FAILED;
 }
 
@@ -86,6 +88,8 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   process.stderr.write(`sheepgate: cannot write to stdout: ${error.message}\n`);
   process.exit(EXIT_FAILED);
 });
+// A note that nobody reads is no reason to end.
+process.stderr.on('error', () => undefined);
 // A fault of ours ends the process by a signal: leaving it to Node can wait for ever (see endBySignal).
 process.on('uncaughtException', (error) => {
   process.stderr.write(`sheepgate: internal error, please report it: ${error?.stack ?? String(error)}\n`);
@@ -94,8 +98,10 @@ process.on('uncaughtException', (error) => {
 
 try {
   await (await programme(process.argv.slice(2))).parseAsync();
+  await finish(Number(process.exitCode ?? 0));
 } catch (error) {
   const code = endWith(error);
+  await finish(code);
   // What was printed goes out first; a pipe takes it later. An interrupted image need not.
   if (error instanceof InterruptedError) process.exit(code);
   if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));

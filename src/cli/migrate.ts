@@ -67,7 +67,7 @@ export function migrateCommand(): Command {
 }
 
 async function migrate(name: string, options: MigrateOptions): Promise<void> {
-  const startedAt = Date.now();
+  const startedAt = performance.now();
   const newName = options.as ?? name;
   if (options.sync && options.verify === 'only') {
     throw new OperationError('BAD_USAGE', '--sync copies, --verify only does not; leave out one of them');
@@ -87,7 +87,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
       return migration.run();
     }),
   );
-  const seconds = (Date.now() - startedAt) / 1000;
+  const seconds = (performance.now() - startedAt) / 1000;
   const { from, to, verify } = options;
   if (options.json) return printJson({ name, newName, from, to, verify, ...result, seconds });
   printResult(name, newName, options, result, seconds);

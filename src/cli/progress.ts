@@ -15,10 +15,10 @@ export interface Progress {
 /** `total` in bytes, or undefined if it is not known. */
 export function startProgress(what: string, total: number | undefined, stream = process.stderr): Progress {
   if (!stream.isTTY) return NOTHING;
-  const startedAt = Date.now();
+  const startedAt = performance.now();
   let done = 0;
   const draw = (): void => {
-    const seconds = (Date.now() - startedAt) / 1000;
+    const seconds = (performance.now() - startedAt) / 1000;
     const rate = done / Math.max(seconds, 0.001);
     const parts = [`${printable(what)}: ${formatSize(done)}`];
     if (total !== undefined && total > 0) {

@@ -67,7 +67,7 @@ async function restore(
   options: RestoreOptions,
   signal: AbortSignal,
 ): Promise<void> {
-  const startedAt = Date.now();
+  const startedAt = performance.now();
   const point = pointAt(target, options.at);
   const opened = await openPoint(target, point);
   const { dataBytes } = await closing(opened.chain, async () => {
@@ -88,7 +88,7 @@ async function restore(
       { mayCreate: true },
     );
   });
-  const seconds = (Date.now() - startedAt) / 1000;
+  const seconds = (performance.now() - startedAt) / 1000;
   const { id, time, size, treeHash, blockBytes, sha256 = null } = point;
   if (options.json) {
     const hashes = { treeHash, treeBlockBytes: blockBytes, sha256 };

@@ -12,7 +12,8 @@ export async function runCommand(command: string, { timeoutMs, signal }: RunComm
   // In a group of its own: a Ctrl-C is for sheepgate to handle, and what the command starts can be ended with it.
   const child = spawn('/bin/sh', ['-c', command], { detached: true, stdio: ['ignore', 'pipe', 'pipe'] });
   // Through us, and not straight to where nobody may listen any more: it must not die of that.
-  for (const stream of [child.stdout, child.stderr]) stream.on('data', (text: Buffer) => process.stderr.write(text));
+  for (const stream of [child.stdout, child.stderr])
+    stream.on('data', (text: Buffer) => process.stderr.write(text)).on('error', () => undefined);
   let early: string | undefined;
   const end = (why: string): void => {
     early ??= why;
@@ -25,7 +26,7 @@ export async function runCommand(command: string, { timeoutMs, signal }: RunComm
   try {
     // Not until its output ends: it may leave something running that holds it.
     return await new Promise((resolve) => {
-      child.once('error', (error) => resolve(`could not be started: ${error.message}`));
+      child.on('error', (error) => resolve(`could not be started: ${error.message}`));
       child.once('exit', (code, by) => resolve(code === 0 && !early ? null : (early ?? `ended with ${by ?? code}`)));
     });
   } finally {

@@ -1,13 +1,17 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import type { DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
+import type { Logger } from 'pino';
+import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
+import type { LogOutput } from '../daemon/log-output.js';
 import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
+import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
 import { missingOption } from './missing.js';
-import { printJson, printLine, unfinishedJson } from './output.js';
+import { unfinishedJson } from './output.js';
+import { printable, printableJson } from './printable.js';
 import { formatSizes } from './size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
@@ -28,6 +32,16 @@ interface NewVdi {
 }
 
 const MAX_CLUSTER_TIMEOUT_S = 86_400;
+const STDOUT_FD = 1;
+const STDERR_FD = 2;
+/**
+ * From the signal, or from what a start failed of, to the end of the process, whatever hangs. Shorter than TimeoutStopSec in
+ * examples/systemd. What clients were answered is in files by then, if not on the disk.
+ */
+const END_LIMIT_MS = 50_000;
+/** For the last lines to be written, and then for Node to find that nothing is left to do. */
+const LAST_WORDS_MS = 1_000;
+const LEFTOVERS_MS = 2_000;
 
 export function serveCommand(): Command {
   const command = new Command('serve')
@@ -65,8 +79,10 @@ export function serveCommand(): Command {
     .addHelpText(
       'after',
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
-        'second one ends at once; SIGHUP reads TLS keys and the access file again. Started by a systemd socket unit, it\n' +
-        'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
+        'second one ends at once; SIGHUP reads TLS keys and the access file again;\n' +
+        '"sheepgate reload" does, too, and says what came of it. The log never holds the daemon up: lines that nobody takes are\n' +
+        'dropped and counted. Started by a systemd socket unit, it serves the sockets of that unit instead of the default\n' +
+        'addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
         '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
         '  sheepgate serve --cluster node1,node2,node3',
     );
@@ -74,14 +90,20 @@ export function serveCommand(): Command {
 }
 
 async function serve(options: ServeOptions): Promise<void> {
-  const place = chosenStore(options);
   const reloads = hangups();
-  // Loaded late, as the daemon is: usage errors and --help need none of it.
+  // Loaded late, as the daemon is: --help needs none of it. First of all, for whatever is wrong must have a way to say so.
+  const { LogOutput: Output } = await import('../daemon/log-output.js');
+  const output = new Output(STDERR_FD, droppedLine);
+  const screen = new Output(STDOUT_FD, () => '');
+  const { exitNow } = await import('../daemon/exit-now.js');
+  endBy({ say: (text) => output.write(text), finish: (code) => finish([output, screen], code, exitNow) });
+  const place = chosenStore(options);
   const { pino } = await import('pino');
   const log = pino(
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
-    pino.destination({ dest: 2, sync: true }),
+    output,
   );
+  tellFaults(log);
   const inherited = takeInheritedSockets();
   const listeners = options.listen ?? (inherited.length > 0 ? [] : defaultListeners().map(parseListenAddress));
   const configuration: DaemonConfiguration = {
@@ -99,40 +121,99 @@ async function serve(options: ServeOptions): Promise<void> {
     version: version(),
   };
   // From here on: a supervisor may ask to stop the moment it reads "ready", or sooner.
-  const toldToStop = firstSignal();
+  const stopping = new AbortController();
   const { startDaemon } = await import('../daemon/daemon.js');
   const { sendDatagram } = await import('../daemon/socket-calls.js');
   const notifier = openNotifier({ send: sendDatagram, onFailure: (message) => log.warn(message) });
-  const daemon = await startDaemon(configuration, log);
+  /** Nothing that hangs keeps the process for longer. */
+  const endInTime = (): void => {
+    const giveUp = (): void => {
+      log.error(`gave up: something does not end within ${END_LIMIT_MS / 1000} s`);
+      void finish([output, screen], 1, exitNow).finally(() => exitNow(1));
+    };
+    setTimeout(giveUp, END_LIMIT_MS).unref();
+  };
+  const toldToStop = firstSignal();
+  void toldToStop.then((signal) => {
+    log.info({ signal }, 'stopping');
+    notifier.stopping();
+    endInTime();
+    reloads.serve(() => undefined);
+    stopping.abort();
+  });
+  let tellReloaded: (failures: readonly string[]) => void = () => undefined;
+  let daemon: Daemon;
+  try {
+    daemon = await startDaemon(configuration, log, {
+      stop: stopping.signal,
+      onFailure: endInTime,
+      onReloaded: ({ failures }) => tellReloaded(failures),
+    });
+  } catch (error) {
+    // Told to stop while it started: that is what it has done.
+    if (!stopping.signal.aborted) throw error;
+    log.info('stopped before it was ready');
+    return;
+  }
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
   log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
-  // A daemon goes on when nobody reads what it said at its start.
-  process.stdout.on('error', (error) => log.warn({ err: error }, 'cannot write to stdout'));
-  if (options.json) {
-    const { store, control, uris } = daemon;
-    printJson({ event: 'ready', store, control, listeners: addresses, uris, kept: daemon.kept.map(keptJson) });
-  } else {
-    printLine(`serving ${daemon.store}`);
-    for (const uri of daemon.uris) printLine(`  ${uri}`);
-    for (const kept of daemon.kept) printLine(`note: ${keptText(kept)}`);
-    printLine("'sheepgate vdi list' shows the VDIs, Ctrl-C stops");
-  }
+  screen.write(options.json ? readyJson(daemon, addresses) : readyText(daemon));
 
   notifier.ready(status);
+  tellReloaded = (failures) => {
+    if (stopping.signal.aborted) return;
+    notifier.ready(failures.length === 0 ? status : `${status}; not reloaded: ${failures.join('; ')}`);
+  };
   reloads.serve(() => {
     notifier.reloading();
-    daemon.reload();
-    notifier.ready(status);
+    void daemon.reload();
   });
 
-  const signal = await toldToStop;
-  reloads.serve(() => undefined);
-  log.info({ signal }, 'stopping');
-  notifier.stopping();
+  await toldToStop;
   await daemon.stop();
   notifier.close();
   log.info('stopped');
+}
+
+function readyJson({ store, control, uris, kept }: Daemon, listeners: readonly string[]): string {
+  const ready = { event: 'ready', store, control, listeners, uris, kept: kept.map(keptJson) };
+  return `${printableJson(JSON.stringify(ready))}\n`;
+}
+
+function readyText(daemon: Daemon): string {
+  const lines = [
+    `serving ${daemon.store}`,
+    ...daemon.uris.map((uri) => `  ${uri}`),
+    ...daemon.kept.map((kept) => `note: ${keptText(kept)}`),
+    "'sheepgate vdi list' shows the VDIs, Ctrl-C stops",
+  ];
+  return lines.map((line) => `${printable(line)}\n`).join('');
+}
+
+/** In the log, in place of lines that were dropped; pino's level 40 is a warning. */
+function droppedLine(count: number, reason: string): string {
+  const time = new Date().toISOString();
+  return `${JSON.stringify({ level: 40, time, dropped: count, reason, msg: 'lines of the log were dropped' })}\n`;
+}
+
+/** A fault of ours ends the process with its cause in the log; what Node has to say goes there, too. */
+function tellFaults(log: Logger): void {
+  // Before the handler that all commands have: that one writes to stderr, which can wait for ever.
+  process.prependListener('uncaughtException', (error) => {
+    log.fatal({ err: error }, 'internal error, please report it');
+    endBySignal('SIGABRT');
+  });
+  process.removeAllListeners('warning');
+  process.on('warning', (warning) => log.warn({ err: warning }, 'a warning of Node'));
+}
+
+/** The last lines are written, or given up; Node ends by itself, or is ended. */
+async function finish(outputs: readonly LogOutput[], code: number, exitNow: (code: number) => never): Promise<void> {
+  const isWritten = await Promise.all(outputs.map((output) => output.drain(LAST_WORDS_MS)));
+  // A write that hangs in a thread would be waited for.
+  if (isWritten.includes(false)) exitNow(code);
+  setTimeout(() => exitNow(code), LEFTOVERS_MS).unref();
 }
 
 /** What --create has found in place of what it was to make. */

@@ -27,6 +27,8 @@ export interface AccessRule {
 
 /** More would be a mistake, and costs time at every LIST. */
 const MAX_RULES = 10_000;
+/** A word is part of the message about it. Names of certificates and keys have 256 bytes at most, each written as %XX. */
+const MAX_WORD_CHARS = 4096;
 const MAX_ID = 0xffff_fffe;
 
 const FORM = 'allow EXPORT [ro] from SOURCE...  or  deny EXPORT from SOURCE...';
@@ -87,6 +89,8 @@ export function parseAccess(text: string, file: string): AccessRule[] {
 class RuleError extends Error {}
 
 function parseRule(words: readonly string[], line: number): AccessRule {
+  const long = words.find(({ length }) => length > MAX_WORD_CHARS);
+  if (long !== undefined) throw new RuleError(`a word of ${long.length} characters; no name has so many`);
   const [verb, pattern, ...rest] = words;
   if (verb !== 'allow' && verb !== 'deny') throw new RuleError(`"${verb}" begins no rule; write ${FORM}`);
   if (pattern === undefined) throw new RuleError(`no export after "${verb}"; write ${FORM}`);

@@ -52,7 +52,7 @@ export class ControlClient {
     });
     const response = await new Promise<http.IncomingMessage>((resolve, reject) => {
       request.once('response', resolve);
-      request.once('error', (error) => reject(this.#unreachable(error)));
+      request.on('error', (error) => reject(this.#unreachable(error)));
       request.end(body);
     });
     const text = await this.#readAll(response);
@@ -77,6 +77,8 @@ export class ControlClient {
     });
     return new Promise((resolve, reject) => {
       request.once('upgrade', (response, socket, head) => {
+        // Until whoever it is for listens.
+        socket.on('error', () => undefined);
         socket.setTimeout(0);
         resolve({ socket: socket as net.Socket, head, session: String(response.headers[SESSION_HEADER] ?? '') });
       });
@@ -86,7 +88,7 @@ export class ControlClient {
           new OperationError('UNREACHABLE', `the daemon on ${this.path} refuses NBD here (${response.statusCode})`),
         );
       });
-      request.once('error', (error) => reject(this.#unreachable(error)));
+      request.on('error', (error) => reject(this.#unreachable(error)));
       request.end();
     });
   }

@@ -17,6 +17,7 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import type { DirectOperations } from './direct-operations.js';
+import type { ReloadReport } from './security.js';
 import { FILLERS } from '../store/object-store.js';
 import { asOperationError, OperationError, type Beginning } from './operations.js';
 import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
@@ -25,6 +26,8 @@ import { removeStaleSocket } from './stale-socket.js';
 export interface ControlServerOptions {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
+  /** Reads TLS keys and access rules again. */
+  readonly reload: () => Promise<ReloadReport>;
   /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
   /** Whether a socket that is elsewhere is linked to from the store. */
@@ -39,9 +42,13 @@ type Body = Readonly<Record<string, unknown>>;
 const MAX_RUN_DIGITS = 32;
 const MAX_OF_DIGITS = 64;
 
+/** How late after its time a request that does not come to its end may be noticed; Node's own choice is 30 s. */
+const TIMEOUT_CHECK_MS = 2_000;
+
 interface Call {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
+  readonly reload: () => Promise<ReloadReport>;
   readonly sessions: ReadonlyMap<string, Promise<void>>;
   /** The decoded path segments that the route leaves open. */
   readonly names: readonly string[];
@@ -58,6 +65,7 @@ interface Route {
 
 const ROUTES: readonly Route[] = [
   { method: 'GET', path: ['status'], answer: ({ status }) => status() },
+  { method: 'POST', path: ['reload'], answer: ({ reload }) => reload() },
   {
     method: 'GET',
     path: ['vdis'],
@@ -180,10 +188,22 @@ export class ControlServer {
     this.path = path.resolve(socketPath);
     this.#options = options;
     this.#http = http.createServer(
-      { requestTimeout: REQUEST_TIMEOUT_MS, headersTimeout: REQUEST_TIMEOUT_MS, keepAlive: false },
-      (request, response) => void this.#serve(request, response),
+      {
+        requestTimeout: REQUEST_TIMEOUT_MS,
+        headersTimeout: REQUEST_TIMEOUT_MS,
+        connectionsCheckingInterval: TIMEOUT_CHECK_MS,
+        keepAlive: false,
+      },
+      (request, response) => {
+        this.#serve(request, response).catch((error: unknown) => {
+          this.#options.onFault(error, 'answering');
+          response.destroy();
+        });
+      },
     );
     this.#http.maxConnections = MAX_CONTROL_CONNECTIONS;
+    // There is always somebody to hear of an error; who asked to listen hears of those of listening.
+    this.#http.on('error', () => undefined);
     this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));
   }
 
@@ -211,6 +231,7 @@ export class ControlServer {
         `cannot listen on the control socket ${this.path}: ${error.message}; give --control PATH to have it elsewhere`,
       );
     });
+    this.#http.on('error', (error) => this.#options.onFault(error, 'accepting a connection'));
     await this.#linkFromStore();
   }
 
@@ -238,8 +259,10 @@ export class ControlServer {
 
   async #serve(request: http.IncomingMessage, response: http.ServerResponse): Promise<void> {
     const name = `${request.method} ${request.url}`;
+    request.on('error', () => undefined);
+    response.on('error', () => undefined);
     try {
-      const { pathname, searchParams } = new URL(request.url ?? '/', 'http://control');
+      const { pathname, searchParams } = urlOf(request);
       const segments = decodeSegments(pathname);
       const route = ROUTES.find((each) => each.method === request.method && matches(each.path, segments));
       if (!route) {
@@ -248,6 +271,7 @@ export class ControlServer {
       const result = await route.answer({
         operations: this.#options.operations,
         status: this.#options.status,
+        reload: this.#options.reload,
         names: segments.filter((_, i) => route.path[i] === '*'),
         sessions: this.#sessions,
         query: searchParams,
@@ -266,8 +290,11 @@ export class ControlServer {
   }
 
   #upgrade(request: http.IncomingMessage, socket: net.Socket, head: Buffer): void {
+    // From here on it is not HTTP's any more, and its end nobody's fault.
+    socket.on('error', () => undefined);
     if (request.headers.upgrade?.toLowerCase() !== NBD_UPGRADE) {
-      socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n');
+      // Nobody reads from it, so nobody would see its end: it is closed as soon as this has left.
+      socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n', () => socket.destroy());
       return;
     }
     const session = String(++this.#lastSession);
@@ -276,8 +303,20 @@ export class ControlServer {
         `${SESSION_HEADER}: ${session}\r\n\r\n`,
     );
     socket.setTimeout(0);
-    const over = this.#options.serveNbd(socket, head, session).finally(() => this.#sessions.delete(session));
+    const over = this.#options
+      .serveNbd(socket, head, session)
+      .catch((error: unknown) => this.#options.onFault(error, 'serving NBD'))
+      .finally(() => this.#sessions.delete(session));
     this.#sessions.set(session, over);
+  }
+}
+
+/** Errors: BAD_REQUEST. */
+function urlOf(request: http.IncomingMessage): URL {
+  try {
+    return new URL(request.url ?? '/', 'http://control');
+  } catch {
+    throw badRequest(`the path ${JSON.stringify(request.url)} is none`);
   }
 }
 
@@ -304,11 +343,17 @@ function matches(pattern: readonly string[], segments: readonly string[]): boole
 async function readBody(request: http.IncomingMessage): Promise<Body> {
   const chunks: Buffer[] = [];
   let length = 0;
-  for await (const chunk of request as AsyncIterable<Buffer>) {
-    length += chunk.length;
-    if (length > MAX_REQUEST_BODY_BYTES) throw badRequest(`the body is longer than ${MAX_REQUEST_BODY_BYTES} bytes`);
-    chunks.push(chunk);
+  try {
+    for await (const chunk of request as AsyncIterable<Buffer>) {
+      length += chunk.length;
+      if (length > MAX_REQUEST_BODY_BYTES) break;
+      chunks.push(chunk);
+    }
+  } catch (error) {
+    // Its client has left, and reads no answer either.
+    throw badRequest(`the body ended early: ${(error as Error).message}`);
   }
+  if (length > MAX_REQUEST_BODY_BYTES) throw badRequest(`the body is longer than ${MAX_REQUEST_BODY_BYTES} bytes`);
   if (length === 0) return {};
   let body: unknown;
   try {

@@ -23,13 +23,18 @@ import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
-import { Security, type SecurityConfiguration } from './security.js';
+import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */
 const STOP_GRACE_MS = 10_000;
+/**
+ * How long a cluster's nodes may take, after that, to be told what the end of its users means (locks, temporary snapshots).
+ * What they do not answer by then is left as after a crash: the next start finds it.
+ */
+const CLUSTER_CLOSE_MS = 10_000;
 /** Of the NBD sockets; other users are let in with --socket-mode. */
 export const DEFAULT_SOCKET_MODE = 0o600;
 /** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
@@ -86,24 +91,46 @@ export interface Daemon {
   readonly listeners: readonly ListenAddress[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
-  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. */
-  reload(): void;
+  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
+  reload(): Promise<ReloadReport>;
   /** Take no more connections, finish the requests in flight, flush, and let go of the store. */
   stop(): Promise<void>;
 }
 
+export interface StartOptions {
+  /** Aborted when the daemon is to stop. While it starts it gives up then; later `stop` is for that. */
+  readonly stop?: AbortSignal;
+  /** Told when the start has failed, before it is cleaned up after. */
+  readonly onFailure?: () => void;
+  /** Told what came of each reload, whoever asked for it. */
+  readonly onReloaded?: (report: ReloadReport) => void;
+}
+
 type OpenedStore = Awaited<ReturnType<typeof openDirectly>>;
 
-/** Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog. */
-export async function startDaemon(configuration: DaemonConfiguration, log: Logger): Promise<Daemon> {
+/**
+ * Start serving. Errors: IN_USE if a daemon or socket is in the way, and those of the store and the catalog; the signal's
+ * reason.
+ */
+export async function startDaemon(
+  configuration: DaemonConfiguration,
+  log: Logger,
+  { stop: toldToStop, onFailure, onReloaded }: StartOptions = {},
+): Promise<Daemon> {
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
   const startedAt = new Date().toISOString();
-  const security = new Security(configuration.security ?? {}, log);
+  const security = await Security.load(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   for (const { name, size } of configuration.create) checkNewVdi(name, size);
   await refuseSecondDaemon(configuration.store);
   await checkControlSocket(controlPath, configuration.store);
+
+  const reload = async (): Promise<ReloadReport> => {
+    const report = await security.reload();
+    onReloaded?.(report);
+    return report;
+  };
 
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
@@ -156,19 +183,25 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
           if (nbd.serveConnection(socket, { peer: { transport: 'internal', address: session }, head }) === undefined)
             end();
         }),
+      reload,
       onFault: (error, request) => log.error({ err: error, request }, 'control request failed'),
     });
   };
 
   let operations: OpenedStore | undefined;
   let control: ControlServer | undefined;
+  /** Aborted when a cluster is not waited for any more. */
+  const leaving = new AbortController();
+  const leave = (): void => leaving.abort();
   const stop = async (): Promise<void> => {
     operations?.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
-    await operations?.close();
+    if (operations !== undefined) await closeStore(operations, leaving);
   };
+  toldToStop?.addEventListener('abort', leave, { once: true });
   try {
+    toldToStop?.throwIfAborted();
     for (const address of configuration.listeners) {
       listening.push(await listen(nbd, address, configuration.socketMode ?? DEFAULT_SOCKET_MODE));
     }
@@ -196,14 +229,18 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         inUseMs: configuration.inUseMs,
         log: (line, details) => log.warn(details ?? {}, line),
         logError: (line, details) => log.error(details ?? {}, line),
+        signal: leaving.signal,
       });
     }, controlPath);
     operations = opened;
+    toldToStop?.throwIfAborted();
     control = controlOf(opened);
     await control.listen();
-    const kept = await createMissing(opened, configuration.create, log);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
+    // The last that can fail: whatever fails after it would leave new VDIs behind.
+    const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
+    toldToStop?.removeEventListener('abort', leave);
     exports.opened(security.guard(opened.exports));
     return {
       store: opened.store,
@@ -211,14 +248,33 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       kept,
       listeners: listening,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
-      reload: () => void security.reload(),
+      reload,
       stop,
     };
   } catch (error) {
+    onFailure?.();
     exports.failed();
     operations?.takeBackCreation();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
+  }
+}
+
+/** Errors: CLOSED if a cluster has not answered in its time, and those of closing. */
+async function closeStore(operations: OpenedStore, leaving: AbortController): Promise<void> {
+  const timer = setTimeout(() => leaving.abort(), CLUSTER_CLOSE_MS);
+  try {
+    await operations.close();
+  } catch (error) {
+    if (!leaving.signal.aborted || !isClusterLocation(operations.store)) throw error;
+    throw new OperationError(
+      'CLOSED',
+      `${operations.store} was left without a word: its nodes did not answer in time. Locks and temporary snapshots of this ` +
+        'daemon may still be there; the next start drops the snapshots',
+      { cause: error },
+    );
+  } finally {
+    clearTimeout(timer);
   }
 }
 
@@ -250,11 +306,14 @@ async function refuseSecondDaemon(store: string): Promise<void> {
   );
 }
 
-/** Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, and those of making. */
+/**
+ * Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, those of making, and the
+ * signal's reason.
+ */
 async function createMissing(
   operations: OpenedStore,
   wanted: DaemonConfiguration['create'],
-  log: Logger,
+  { log, stop }: { readonly log: Logger; readonly stop: AbortSignal | undefined },
 ): Promise<KeptVdi[]> {
   const names = new Set((await operations.list()).map(({ name }) => name));
   // A name that only snapshots bear cannot be served as asked.
@@ -275,6 +334,7 @@ async function createMissing(
         const how = unfinished ? 'unfinished, and cannot be opened' : 'with another size than was asked for';
         log.warn({ vdi: name, size: there.size, wantedSize: size }, `exists already, left as it is: ${how}`);
       }
+      stop?.throwIfAborted();
     }
   } catch (error) {
     for (const name of made) {

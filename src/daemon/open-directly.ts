@@ -22,6 +22,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
+  /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
+  readonly signal?: AbortSignal;
   /** As `log`, for what is an error for a client. */
   readonly logError?: StorePlace['log'];
 }
@@ -44,11 +46,11 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const { log, retryMs, missingIsZero, mayCreate } = place;
+  const { log, retryMs, missingIsZero, mayCreate, signal } = place;
   if (isCluster) {
     const { SheepStore } = await import('../store/sheep/sheep-store.js');
     const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
-    const options = { log, retryMs, missingIsZero, ...state };
+    const options = { log, retryMs, missingIsZero, signal, ...state };
     return operationsOn(await SheepStore.open(place.store, options), place);
   }
   if (place.isDaemon) refuseOthersStore(place.store);

@@ -8,6 +8,8 @@ import path from 'node:path';
 import type { Holder, StoreLockedError } from '../store/local/store-lock.js';
 import { StoreError } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import type { ControlClient } from './control-client.js';
+import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
 import { checkSocketPath, controlSocketOf } from './places.js';
 import { socketState } from './stale-socket.js';
@@ -80,13 +82,13 @@ async function directly(place: StorePlace): Promise<Operations> {
 
 /** Try again for a while if the store is locked, and then say who may have it. */
 export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: string): Promise<T> {
-  const deadline = Date.now() + LOCK_WAIT_MS;
+  const deadline = performance.now() + LOCK_WAIT_MS;
   for (;;) {
     try {
       return await attempt();
     } catch (error) {
       if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
-      if (Date.now() >= deadline) {
+      if (performance.now() >= deadline) {
         const { holder } = error as Partial<StoreLockedError>;
         throw new OperationError('LOCKED', lockedMessage(holder, socketPath), { cause: error });
       }
@@ -119,10 +121,38 @@ function lockedMessage(holder: Holder | undefined, socketPath: string): string {
   }
 }
 
+/** The control API of the store's daemon, which must run. Errors: UNREACHABLE, OTHER_STORE. */
+export async function controlOfDaemon(
+  place: Pick<StorePlace, 'store' | 'isStoreGiven' | 'control'>,
+): Promise<ControlClient> {
+  const socketPath = place.control ?? controlSocketOf(place.store);
+  const state = await socketState(socketPath);
+  if (state !== 'alive') {
+    const found = state === 'absent' ? `there is no control socket ${socketPath}` : `nobody listens on ${socketPath}`;
+    throw new OperationError(
+      'UNREACHABLE',
+      `no daemon: ${found}; is it another store's (--store), or elsewhere (--control)?`,
+    );
+  }
+  const { ControlClient } = await import('./control-client.js');
+  const client = new ControlClient(socketPath);
+  await statusOf(place, client, socketPath);
+  return client;
+}
+
 async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
   const { ControlClient } = await import('./control-client.js');
   const { RemoteOperations } = await import('./remote-operations.js');
   const client = new ControlClient(socketPath);
+  return new RemoteOperations(await statusOf(place, client, socketPath), client);
+}
+
+/** Errors: UNREACHABLE, OTHER_STORE. */
+async function statusOf(
+  place: Pick<StorePlace, 'store' | 'isStoreGiven'>,
+  client: ControlClient,
+  socketPath: string,
+): Promise<StatusAnswer> {
   // Answers with something else than a daemon's status if the socket is somebody else's.
   const status = await client.status();
   const { store } = status;
@@ -132,7 +162,7 @@ async function connect(place: StorePlace, socketPath: string): Promise<Operation
       `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
     );
   }
-  return new RemoteOperations(status, client);
+  return status;
 }
 
 /** Whether two directories or clusters' locations are one, as far as can be told from outside. */

@@ -2,11 +2,11 @@
  * What decides who is served and how: TLS material and access rules, loaded from their files and loaded again on SIGHUP.
  * Owns the pair that is in force; a reload replaces each if its files are good, and leaves it if they are not.
  */
-import fs from 'node:fs';
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
 import { AuthorisedExports, type Access, type SubjectExports } from '../export/authorised-exports.js';
 import { AccessRules, parseAccess } from './access.js';
 import { OperationError } from './operations.js';
+import { readSettings, SettingsError, textOf, warningOfWritable } from './read-settings.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
 
 export interface SecurityConfiguration {
@@ -21,18 +21,37 @@ export interface SecurityLog {
   error(details: object, message: string): void;
 }
 
+/** What a reload has found: what is in force now, and what is not because its file is wrong. */
+export interface ReloadReport {
+  /** "TLS keys", "access rules": those that there are and that were good. */
+  readonly reloaded: readonly string[];
+  /** Access rules in force; null without an access file. */
+  readonly rules: number | null;
+  readonly failures: readonly string[];
+  readonly warnings: readonly string[];
+}
+
 export class Security {
   readonly #configuration: SecurityConfiguration;
   readonly #log: SecurityLog;
   #tls: LoadedTls | undefined;
   #rules: AccessRules | undefined;
+  /** The reload under way, or the last one: they are done one after the other. */
+  #reloading: Promise<unknown> = Promise.resolve();
 
-  /** Load everything. Errors: TLS, ACCESS. */
-  constructor(configuration: SecurityConfiguration, log: SecurityLog) {
+  private constructor(configuration: SecurityConfiguration, log: SecurityLog) {
     this.#configuration = configuration;
     this.#log = log;
-    this.#tls = this.#loadTls();
-    this.#rules = this.#loadRules();
+  }
+
+  /** Load everything. Errors: TLS, ACCESS. */
+  static async load(configuration: SecurityConfiguration, log: SecurityLog): Promise<Security> {
+    const security = new Security(configuration, log);
+    const warnings: string[] = [];
+    security.#tls = await security.#loadTls(warnings);
+    security.#rules = await security.#loadRules(warnings);
+    for (const warning of warnings) log.warn({}, warning);
+    return security;
   }
 
   /** For the NBD server; undefined if TLS was never mentioned. */
@@ -57,53 +76,64 @@ export class Security {
   }
 
   /**
-   * Read all files again. Connections that are open stay as they are. Whether everything was good; what was not is
-   * logged, and what was in force before stays so.
+   * Read all files again. Connections that are open stay as they are. What was not good is logged, and what was in force
+   * before stays so.
    */
-  reload(): boolean {
-    let isGood = true;
-    const attempt = (what: string, load: () => void): void => {
-      try {
-        load();
-      } catch (error) {
-        if (!(error instanceof OperationError)) throw error;
-        isGood = false;
-        this.#log.error({ reason: error.message }, `${what} not reloaded, the old stay in force`);
-      }
-    };
-    attempt('TLS keys', () => (this.#tls = this.#loadTls()));
-    attempt('access rules', () => (this.#rules = this.#loadRules()));
-    if (isGood) this.#log.info({ rules: this.#rules?.rules.length }, 'reloaded');
-    return isGood;
+  reload(): Promise<ReloadReport> {
+    const report = this.#reloading.then(() => this.#reload());
+    this.#reloading = report.catch(() => undefined);
+    return report;
   }
 
-  #loadTls(): LoadedTls | undefined {
+  async #reload(): Promise<ReloadReport> {
+    const reloaded: string[] = [];
+    const failures: string[] = [];
+    const warnings: string[] = [];
+    const attempt = async (what: string, load: () => Promise<boolean>): Promise<void> => {
+      try {
+        if (await load()) reloaded.push(what);
+      } catch (error) {
+        failures.push((error as Error).message);
+        this.#log.error({ reason: (error as Error).message }, `${what} not reloaded, the old stay in force`);
+      }
+    };
+    await attempt('TLS keys', async () => (this.#tls = await this.#loadTls(warnings)) !== undefined);
+    await attempt('access rules', async () => (this.#rules = await this.#loadRules(warnings)) !== undefined);
+    for (const warning of warnings) this.#log.warn({}, warning);
+    const rules = this.#rules?.rules.length ?? null;
+    if (failures.length === 0) this.#log.info({ ...(rules !== null && { rules }) }, 'reloaded');
+    return { reloaded, rules, failures, warnings };
+  }
+
+  async #loadTls(warnings: string[]): Promise<LoadedTls | undefined> {
     const { tls } = this.#configuration;
     if (tls === undefined || tls.mode === 'off') return undefined;
-    const loaded = loadTls(tls);
-    for (const warning of loaded.warnings) this.#log.warn({}, warning);
+    const loaded = await loadTls(tls);
+    warnings.push(...loaded.warnings);
     return loaded;
   }
 
-  #loadRules(): AccessRules | undefined {
+  async #loadRules(warnings: string[]): Promise<AccessRules | undefined> {
     const { access: file } = this.#configuration;
     if (file === undefined) return undefined;
     let text: string;
     try {
-      text = fs.readFileSync(file, 'utf8');
+      const read = await readSettings(file);
+      text = textOf(read);
+      const warning = warningOfWritable(file, read);
+      if (warning !== undefined) warnings.push(warning);
     } catch (error) {
-      throw new OperationError('ACCESS', `the access file ${file} cannot be read: ${(error as Error).message}`, {
-        cause: error,
-      });
+      if (!(error instanceof SettingsError)) throw error;
+      throw new OperationError('ACCESS', `the access file ${file} cannot be read: ${error.message}`, { cause: error });
     }
     const rules = parseAccess(text, file);
-    this.#checkProvable(rules, file);
-    if (rules.length === 0) this.#log.warn({ file }, 'the access file has no rules: nobody may open anything');
+    this.#checkProvable(rules, file, warnings);
+    if (rules.length === 0) warnings.push(`the access file ${file} has no rules: nobody may open anything`);
     return new AccessRules(rules, { offersTls: this.#tls !== undefined });
   }
 
   /** A rule that can never hold is a mistake. Errors: ACCESS. */
-  #checkProvable(rules: AccessRules['rules'], file: string): void {
+  #checkProvable(rules: AccessRules['rules'], file: string, warnings: string[]): void {
     for (const { line, sources } of rules) {
       for (const source of sources.flat()) {
         const bad = (what: string): OperationError => new OperationError('ACCESS', `${file}:${line}: ${what}`);
@@ -115,7 +145,7 @@ export class Security {
           throw bad(`psk:${source.name} is never proven without --tls-psk FILE; add that option`);
         }
         if (!this.#tls.pskUsers.has(source.name)) {
-          this.#log.warn({ file, line }, `psk:${source.name} has no key in the --tls-psk file`);
+          warnings.push(`${file}:${line}: psk:${source.name} has no key in the --tls-psk file`);
         }
       }
     }

@@ -1,7 +1,7 @@
 /**
- * The system calls on sockets that Node does not offer: who is at the other end of a unix socket, and datagrams to one.
- * The only file of the daemon that speaks koffi; where it cannot be loaded, or the system is another, nothing here works
- * and the callers say so.
+ * The system calls on sockets that Node does not offer: who is at the other end of a unix socket, datagrams to one, and
+ * writing to any descriptor without waiting. Where koffi cannot be loaded, or the system is another, nothing here works and the
+ * callers say so.
  */
 import type net from 'node:net';
 import koffi from 'koffi';
@@ -21,6 +21,7 @@ const SOCK_CLOEXEC = 0o2000000;
 const MSG_DONTWAIT = 0x40;
 const MSG_NOSIGNAL = 0x4000;
 const SUN_PATH_BYTES = 108;
+const POLLOUT = 4; // asm-generic/poll.h
 /** NGROUPS_MAX is 65536; nobody who needs as many is told by group. */
 const MAX_GROUPS = 1024;
 
@@ -30,6 +31,8 @@ const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *
 const getsockname = libc.func('int getsockname(int fd, void *address, void *length)');
 const socket = libc.func('int socket(int domain, int type, int protocol)');
 const sendto = libc.func('long sendto(int fd, void *data, size_t length, int flags, void *address, uint size)');
+const send = libc.func('long send(int fd, void *data, size_t length, int flags)');
+const poll = libc.func('int poll(void *descriptors, ulong count, int timeout)');
 const close = libc.func('int close(int fd)');
 
 /** Who connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
@@ -106,6 +109,28 @@ export function sendDatagram(address: string, text: string): boolean {
   const sent = sendto(fd, data, data.length, MSG_DONTWAIT | MSG_NOSIGNAL, target, target.length) as number | bigint;
   close(fd);
   return Number(sent) === data.length;
+}
+
+/**
+ * Send what a stream socket takes at once, whatever its mode is: how many bytes it took, 0 if it takes none now. Errors: those
+ * of send(2), with their code.
+ */
+export function sendNow(fd: number, bytes: Buffer): number {
+  const sent = Number(send(fd, bytes, bytes.length, MSG_DONTWAIT | MSG_NOSIGNAL) as number | bigint);
+  if (sent >= 0) return sent;
+  const errno = koffi.errno();
+  const names = koffi.os.errno as Readonly<Record<string, number>>;
+  if (errno === names.EAGAIN || errno === names.EINTR) return 0;
+  const code = Object.keys(names).find((name) => names[name] === errno) ?? `errno ${errno}`;
+  throw Object.assign(new Error(`${code}: send`), { code, errno: -errno, syscall: 'send' });
+}
+
+/** Whether a write would take something, or fail, at once. */
+export function isWritable(fd: number): boolean {
+  const descriptor = Buffer.alloc(8); // struct pollfd
+  descriptor.writeInt32LE(fd, 0);
+  descriptor.writeInt16LE(POLLOUT, 4);
+  return poll(descriptor, 1, 0) !== 0;
 }
 
 function option(fd: number, name: number, maxBytes: number): Buffer | undefined {

@@ -60,7 +60,7 @@ function tryConnect(socketPath: string): Promise<string> {
   return new Promise<string>((resolve) => {
     socket.setTimeout(CONNECT_TIMEOUT_MS, () => resolve('timeout'));
     socket.once('connect', () => resolve('connected'));
-    socket.once('error', (error: NodeJS.ErrnoException) => resolve(error.code ?? 'EIO'));
+    socket.on('error', (error: NodeJS.ErrnoException) => resolve(error.code ?? 'EIO'));
   }).finally(() => {
     socket.destroy();
     address.release();

@@ -4,11 +4,18 @@
  * holds nothing, whoever reloads calls again.
  */
 import { createPrivateKey, X509Certificate } from 'node:crypto';
-import fs from 'node:fs';
 import path from 'node:path';
 import tls from 'node:tls';
 import type { TlsMaterial, TlsMode } from 'nbd-server-ts';
 import { OperationError } from './operations.js';
+import {
+  readSettings,
+  SettingsError,
+  textOf,
+  warningOfSecret,
+  warningOfWritable,
+  type SettingsFile,
+} from './read-settings.js';
 
 export interface TlsConfiguration {
   readonly mode: TlsMode;
@@ -39,7 +46,7 @@ const MAX_USER_BYTES = 256;
 const SOON_MS = 14 * 24 * 3600_000;
 
 /** Read and check all files. Errors: TLS. */
-export function loadTls(configuration: TlsConfiguration): LoadedTls {
+export async function loadTls(configuration: TlsConfiguration): Promise<LoadedTls> {
   const { certificates, psk, verifyPeer } = configuration;
   const warnings: string[] = [];
   if (certificates === undefined && psk === undefined) {
@@ -50,10 +57,10 @@ export function loadTls(configuration: TlsConfiguration): LoadedTls {
       '--tls-verify-peer checks certificates of clients, and needs --tls-certificates DIR with ca-cert.pem',
     );
   }
-  const keys = psk === undefined ? undefined : loadPsk(psk, warnings);
+  const keys = psk === undefined ? undefined : await loadPsk(psk, warnings);
   return {
     material: {
-      ...(certificates !== undefined && loadCertificates(certificates, verifyPeer, warnings)),
+      ...(certificates !== undefined && (await loadCertificates(certificates, verifyPeer, warnings))),
       verifyPeer,
       ...(keys !== undefined && { pskKey: (user: string) => keys.get(user) }),
     },
@@ -62,24 +69,35 @@ export function loadTls(configuration: TlsConfiguration): LoadedTls {
   };
 }
 
-function loadCertificates(directory: string, verifyPeer: boolean, warnings: string[]): Omit<TlsMaterial, 'verifyPeer'> {
+async function loadCertificates(
+  directory: string,
+  verifyPeer: boolean,
+  warnings: string[],
+): Promise<Omit<TlsMaterial, 'verifyPeer'>> {
   const place = (name: string): string => path.join(directory, name);
-  const chain = readFile(place(CERTIFICATE), 'the certificate of this server');
-  const key = readFile(place(KEY), 'the private key of this server');
+  const chainFile = await readFile(place(CERTIFICATE), 'the certificate of this server');
+  const keyFile = await readFile(place(KEY), 'the private key of this server');
+  const { bytes: chain } = chainFile;
+  const { bytes: key } = keyFile;
   const certificate = parsed(place(CERTIFICATE), 'a certificate in PEM form', () => new X509Certificate(chain));
   const privateKey = parsed(place(KEY), 'a private key in PEM form without a passphrase', () => createPrivateKey(key));
   if (!certificate.checkPrivateKey(privateKey)) {
     throw failure(`${place(KEY)} is not the key of ${place(CERTIFICATE)}; put the pair that belongs together there`);
   }
-  warnOfMode(place(KEY), warnings);
+  warn(warnings, warningOfSecret(place(KEY), keyFile));
+  warn(warnings, warningOfWritable(place(CERTIFICATE), chainFile));
   warnOfDates(place(CERTIFICATE), certificate, warnings);
   let authorities: Buffer | undefined;
   let revocations: Buffer | undefined;
   if (verifyPeer) {
-    authorities = readFile(place(AUTHORITIES), '--tls-verify-peer needs the authority that signs the clients');
-    const authority = authorities;
+    const file = await readFile(place(AUTHORITIES), '--tls-verify-peer needs the authority that signs the clients');
+    warn(warnings, warningOfWritable(place(AUTHORITIES), file));
+    const authority = file.bytes;
+    authorities = authority;
     parsed(place(AUTHORITIES), 'a certificate in PEM form', () => new X509Certificate(authority));
-    if (fs.existsSync(place(REVOCATIONS))) revocations = readFile(place(REVOCATIONS), 'the revoked certificates');
+    const revoked = await readFile(place(REVOCATIONS), 'the revoked certificates', { mayBeMissing: true });
+    if (revoked !== undefined) warn(warnings, warningOfWritable(place(REVOCATIONS), revoked));
+    revocations = revoked?.bytes;
   }
   parsed(directory, 'what OpenSSL takes', () =>
     tls.createSecureContext({ cert: chain, key, ca: authorities, crl: revocations }),
@@ -88,9 +106,10 @@ function loadCertificates(directory: string, verifyPeer: boolean, warnings: stri
 }
 
 /** Lines `user:hexkey`, as psktool(1) writes them; a user that begins with # is in hexadecimal itself. */
-function loadPsk(file: string, warnings: string[]): Map<string, Buffer> {
+async function loadPsk(file: string, warnings: string[]): Promise<Map<string, Buffer>> {
   const keys = new Map<string, Buffer>();
-  const text = readFile(file, 'the pre-shared keys').toString();
+  const read = await readFile(file, 'the pre-shared keys');
+  const text = settingsOf(file, 'the pre-shared keys', () => textOf(read));
   for (const [index, full] of text.split('\n').entries()) {
     const line = full.trim();
     if (line === '') continue;
@@ -111,7 +130,7 @@ function loadPsk(file: string, warnings: string[]): Map<string, Buffer> {
     keys.set(user, key);
   }
   if (keys.size === 0) throw failure(`${file} has no keys; make one with 'psktool -u USER -p ${file}'`);
-  warnOfMode(file, warnings);
+  warn(warnings, warningOfSecret(file, read));
   return keys;
 }
 
@@ -119,14 +138,34 @@ function hexadecimal(text: string): Buffer | undefined {
   return /^(?:[0-9a-fA-F]{2})+$/.test(text) ? Buffer.from(text, 'hex') : undefined;
 }
 
-function readFile(file: string, what: string): Buffer {
+async function readFile(file: string, what: string): Promise<SettingsFile>;
+async function readFile(
+  file: string,
+  what: string,
+  options: { readonly mayBeMissing: true },
+): Promise<SettingsFile | undefined>;
+async function readFile(file: string, what: string, { mayBeMissing = false } = {}): Promise<SettingsFile | undefined> {
   try {
-    return fs.readFileSync(file);
+    return await readSettings(file);
   } catch (error) {
-    const { code, message } = error as NodeJS.ErrnoException;
-    const why = code === 'ENOENT' ? 'is not there' : `cannot be read: ${message}`;
-    throw failure(`${file} ${why} (${what})`, error);
+    if (!(error instanceof SettingsError)) throw error;
+    const { cause, message } = error;
+    const isMissing = (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT';
+    if (isMissing && mayBeMissing) return undefined;
+    throw failure(`${file} ${isMissing ? 'is not there' : `cannot be read: ${message}`} (${what})`, error);
   }
+}
+
+function settingsOf<T>(file: string, what: string, read: () => T): T {
+  try {
+    return read();
+  } catch (error) {
+    throw failure(`${file} cannot be read: ${(error as Error).message} (${what})`, error);
+  }
+}
+
+function warn(warnings: string[], warning: string | undefined): void {
+  if (warning !== undefined) warnings.push(warning);
 }
 
 function parsed<T>(file: string, what: string, parse: () => T): T {
@@ -137,17 +176,13 @@ function parsed<T>(file: string, what: string, parse: () => T): T {
   }
 }
 
-function warnOfMode(file: string, warnings: string[]): void {
-  const { mode } = fs.statSync(file);
-  if ((mode & 0o007) !== 0) warnings.push(`${file} can be read by every user of this machine; chmod 600 it`);
-}
-
 function warnOfDates(file: string, certificate: X509Certificate, warnings: string[]): void {
   const until = Date.parse(certificate.validTo);
-  if (Date.parse(certificate.validFrom) > Date.now()) {
+  const today = Date.now();
+  if (Date.parse(certificate.validFrom) > today) {
     warnings.push(`${file} is valid only from ${certificate.validFrom}; clients refuse it until then`);
-  } else if (until < Date.now()) warnings.push(`${file} expired on ${certificate.validTo}; clients refuse it`);
-  else if (until < Date.now() + SOON_MS) warnings.push(`${file} expires on ${certificate.validTo}`);
+  } else if (until < today) warnings.push(`${file} expired on ${certificate.validTo}; clients refuse it`);
+  else if (until < today + SOON_MS) warnings.push(`${file} expires on ${certificate.validTo}`);
 }
 
 function failure(message: string, cause?: unknown): OperationError {

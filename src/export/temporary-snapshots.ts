@@ -205,6 +205,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return undefined;
     const client = lost.map((reader) => reader.client.label).join(', ');
+    // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
     return { client, until: Date.now() + Math.max(...lost.map(({ leftMs }) => leftMs)) };
   }
 

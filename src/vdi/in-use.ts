@@ -215,6 +215,7 @@ export class InUse {
       const { lostSince } = use;
       if (live(use) > 0) found.push({ client: client.label, since, lostAt: null, until: null });
       if (lost(use) > 0 && lostSince) {
+        // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
         const until = Date.now() + Math.max(0, leftMs(use));
         found.push({ client: client.label, since, lostAt: lostSince.at, until });
       }

@@ -168,6 +168,27 @@ test('a start that fails leaves no new store, and no new VDI in one that was the
   expect(await made.names()).toEqual(['old@s']);
 });
 
+test('SIGTERM during a start leaves no new store, and no new VDI in one that was there', async () => {
+  const directory = temporaryDirectory();
+  const there = path.join(directory, 'there');
+  await storeWith(there, undefined).ok('vdi', 'create', 'old', '1M');
+  const creations = Array.from({ length: 200 }, (_, n) => ['--create', `vm${n}:1M`]).flat();
+  for (const store of [path.join(directory, 'new'), there]) {
+    const listen = `unix:${path.join(directory, 'nbd.sock')}`;
+    const child = spawn(process.execPath, [BIN, 'serve', '--store', store, '--listen', listen, ...creations], {
+      stdio: ['ignore', 'ignore', 'pipe'],
+    });
+    let log = '';
+    child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+    await waitUntil(() => log.includes('"created"'), 'it makes VDIs', 30_000);
+    child.kill('SIGTERM');
+    expect(await ended(child)).toEqual({ code: 0, signal: null });
+    expect(log).toContain('"stopped before it was ready"');
+  }
+  expect(fs.readdirSync(directory)).toEqual(['there']);
+  expect(await storeWith(there, undefined).names()).toEqual(['old']);
+});
+
 test('--create of a VDI that has another size says so on the terminal and in the log', async () => {
   const directory = temporaryDirectory();
   const store = path.join(directory, 'store');

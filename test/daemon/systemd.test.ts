@@ -10,7 +10,7 @@ import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { openNotifier, takeInheritedSockets } from '../../src/daemon/systemd.js';
 import { sendDatagram } from '../../src/daemon/socket-calls.js';
-import { BIN, ended, haveCommand, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { BIN, cli, ended, haveCommand, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const EXAMPLES = fileURLToPath(new URL('../../examples/systemd', import.meta.url));
 
@@ -251,13 +251,16 @@ describe('notification', () => {
       const directory = temporaryDirectory();
       const address =
         kind === 'a path' ? path.join(directory, 'notify') : `@sheepgate-test-${path.basename(directory)}`;
+      const store = path.join(directory, 'store');
+      const access = path.join(directory, 'access');
+      fs.writeFileSync(access, 'allow * from any\n');
       const receiver = start('python3', ['-c', RECEIVE, address]);
       await waitUntil(() => receiver.out().includes('listening'), 'the receiver listens');
       const heard = (line: RegExp): Promise<unknown> =>
         waitUntil(() => line.test(receiver.out()), `${line} is heard in: ${receiver.out()}`);
       const started = start(
         process.execPath,
-        [BIN, 'serve', '--store', path.join(directory, 'store'), '--listen', `unix:${directory}/s`],
+        [BIN, 'serve', '--store', store, '--listen', `unix:${directory}/s`, '--access', access],
         { NOTIFY_SOCKET: address, WATCHDOG_USEC: '100000' },
       );
       await heard(/^READY=1 STATUS=serving .*nbd|^READY=1 STATUS=serving /m);
@@ -265,6 +268,13 @@ describe('notification', () => {
       started.child.kill('SIGHUP');
       await heard(/^RELOADING=1 MONOTONIC_USEC=\d+$/m);
       await waitUntil(() => receiver.out().match(/^READY=1/gm)?.length === 2, 'ready again after the reload');
+      // Whoever asked for a reload, the status tells what is in force.
+      fs.writeFileSync(access, 'nonsense\n');
+      expect((await cli(['reload'], { store })).code).toBe(1);
+      await heard(/^READY=1 STATUS=serving .*; not reloaded: .*access:1: /m);
+      fs.writeFileSync(access, 'allow * from any\n');
+      expect((await cli(['reload'], { store })).code).toBe(0);
+      await waitUntil(() => receiver.out().match(/^READY=1 (?!.*not reloaded)/gm)?.length === 3, 'all is well again');
       started.child.kill('SIGTERM');
       expect(await ended(started.child)).toEqual({ code: 0, signal: null });
       await heard(/^STOPPING=1/m);

@@ -67,6 +67,8 @@ export interface Seen {
 export interface Fault {
   /** Answer this and do nothing. */
   readonly result?: number;
+  /** Answer with what is no answer at all. */
+  readonly garbage?: boolean;
   /** End the connection: before doing it, or when it is done and not answered. */
   readonly cut?: 'before' | 'after';
   readonly delayMs?: number;
@@ -263,6 +265,7 @@ export class StandIn {
     else answer = this.#execute(request, header, data);
     if (fault?.answerDelayMs) await new Promise((resolve) => setTimeout(resolve, fault.answerDelayMs));
     if (fault?.cut === 'after') return void socket.destroy();
+    if (fault?.garbage) return void socket.write(Buffer.alloc(HEADER, 0xa5));
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
     response.writeUInt32LE(answer.data?.length ?? 0, 12);

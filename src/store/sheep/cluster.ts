@@ -74,9 +74,9 @@ export class Cluster {
     if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
   }
 
-  async #read(high: number, low: number, offset: number, into: Buffer): Promise<void> {
+  async #read(high: number, low: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
     const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
-    const { result } = await this.gateway.execute({ header, receive: into });
+    const { result } = await this.gateway.execute({ header, receive: into }, options);
     if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
   }
 
@@ -173,8 +173,8 @@ export class Cluster {
     return decodeInode(bytes);
   }
 
-  readInodeBytes(vid: number, offset: number, into: Buffer): Promise<void> {
-    return this.readObject(inodeHigh(vid), 0, offset, into);
+  readInodeBytes(vid: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
+    return inPieces(offset, into, (at, part) => this.#read(inodeHigh(vid), 0, at, part, options));
   }
 
   writeInodeBytes(vid: number, offset: number, data: Buffer, options: ExecuteOptions = {}): Promise<void> {
@@ -217,9 +217,9 @@ export class Cluster {
     const data = Buffer.allocUnsafe(owners.length * INODE_ENTRY_BYTES);
     for (const [n, owner] of owners.entries()) data.writeUInt32LE(owner, n * INODE_ENTRY_BYTES);
     const offset = INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES;
-    const beforeRetry = async (): Promise<boolean> => {
+    const beforeRetry = async (retryMs: number): Promise<boolean> => {
       const found = Buffer.alloc(data.length);
-      await this.readInodeBytes(vid, offset, found);
+      await this.readInodeBytes(vid, offset, found, { retryMs });
       return found.equals(data);
     };
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
@@ -328,7 +328,7 @@ export class Cluster {
   }
 
   #catalogRequest(request: WireRequest): Promise<Answer> {
-    return this.gateway.execute(request, { once: true, attemptMs: CATALOG_ATTEMPT_MS });
+    return this.gateway.execute(request, { once: true, slowMs: CATALOG_ATTEMPT_MS });
   }
 }
 

@@ -12,7 +12,7 @@ import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { DATA_LENGTH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
 import { HEADER_BYTES, Opcode } from './protocol.js';
 
-const CONNECT_TIMEOUT_MS = 5_000;
+export const CONNECT_TIMEOUT_MS = 5_000;
 const KEEP_ALIVE_MS = 10_000;
 const DEADLINE_CHECK_MS = 250;
 /** A read of a whole VDI bitmap is the largest answer; more than this is no Sheepdog node. */
@@ -69,6 +69,7 @@ export class NoAnswer extends ConnectionLost {
 
 interface Pending {
   readonly request: WireRequest;
+  /** By performance.now(), as all deadlines: a clock that is set changes none of them. */
   readonly deadline: number;
   readonly resolve: (answer: Answer) => void;
   readonly reject: (error: Error) => void;
@@ -122,7 +123,7 @@ export class NodeConnection {
   }
 
   /** `onClose` is called once when the connection is gone. Errors: ConnectionLost. */
-  static connect(address: NodeAddress, onClose: () => void): Promise<NodeConnection> {
+  static connect(address: NodeAddress, onClose: () => void, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
     const label = addressLabel(address);
     return new Promise((resolve, reject) => {
       const connection = new NodeConnection(address, label, onClose);
@@ -139,7 +140,7 @@ export class NodeConnection {
         socket.destroy();
         reject(new ConnectionLost(`cannot connect to ${label}: ${error.message}`, { cause: error }));
       };
-      socket.setTimeout(CONNECT_TIMEOUT_MS, () => fail(new Error(`no answer within ${CONNECT_TIMEOUT_MS} ms`)));
+      socket.setTimeout(timeoutMs, () => fail(new Error(`no answer within ${Math.round(timeoutMs)} ms`)));
       socket.once('error', fail);
       socket.once('connect', () => {
         socket.setTimeout(0);
@@ -182,7 +183,7 @@ export class NodeConnection {
       }
       const id = this.#nextId();
       request.header.writeUInt32LE(id, ID_OFFSET);
-      this.#pending.set(id, { request, deadline: Date.now() + timeoutMs, resolve, reject });
+      this.#pending.set(id, { request, deadline: performance.now() + timeoutMs, resolve, reject });
       if (isLarge(request)) this.#largeAwaited++;
       this.#timer ??= setInterval(() => this.#checkDeadlines(), DEADLINE_CHECK_MS).unref();
       this.#gather(request);
@@ -232,6 +233,11 @@ export class NodeConnection {
     if (slab && this.#spareSlabs.length < KEPT_SLABS) this.#spareSlabs.push(slab);
   };
 
+  /** The node does not answer: the same as an answer that is not there in time. */
+  giveUp(): void {
+    this.#lose(new NoAnswer(this.#address, this.#remote ?? this.#address));
+  }
+
   /** End it; what is in flight fails. */
   destroy(): void {
     this.#lose(new ConnectionLost(`the connection to ${this.#label} was closed by us`));
@@ -244,10 +250,10 @@ export class NodeConnection {
   }
 
   #checkDeadlines(): void {
-    const now = Date.now();
+    const now = performance.now();
     for (const { deadline } of this.#pending.values()) {
       if (now < deadline) continue;
-      this.#lose(new NoAnswer(this.#address, this.#remote ?? this.#address));
+      this.giveUp();
       return;
     }
     if (this.#pending.size === 0) {

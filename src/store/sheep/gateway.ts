@@ -5,18 +5,32 @@
  */
 import { StoreError } from '../object-store.js';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
-import { ConnectionLost, NoAnswer, NodeConnection, type Answer, type WireRequest } from './connection.js';
+import {
+  CONNECT_TIMEOUT_MS,
+  ConnectionLost,
+  NoAnswer,
+  NodeConnection,
+  type Answer,
+  type WireRequest,
+} from './connection.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
-import { InDoubt, StalledNodes } from './stalled-nodes.js';
+import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
 import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
 
 /** How long requests are repeated while no node can serve them. */
 export const DEFAULT_RETRY_MS = 60_000;
-/** How long one attempt may take. Generous: a write is repeated only when the node cannot go on with it any more. */
+/**
+ * How long one attempt may take, or half of the time for repeating if that is less: another node has its chance then.
+ * Generous: a write is repeated only when the node cannot go on with it any more.
+ */
 const DEFAULT_ATTEMPT_MS = 30_000;
 /** For the list of members while a node is silent. */
 const MEMBERS_MS = 2_000;
+/** For asking a node that is slow with something whether it answers at all. */
+const SLOW_PROBE_CONNECT_MS = 2_000;
+/** Whatever is left of the time for repeating, an attempt that is made at all takes so long. */
+const LEAST_ATTEMPT_MS = 250;
 const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
@@ -44,15 +58,15 @@ export interface GatewayOptions {
 export interface ExecuteOptions {
   /**
    * Asked before a repetition when it is not known whether the attempt before took effect: true if it has, so that it is
-   * not repeated. Without it requests are repeated as they are.
+   * not repeated. Without it requests are repeated as they are. `retryMs` is what is left of the time for repeating.
    */
-  readonly beforeRetry?: () => Promise<boolean>;
+  readonly beforeRetry?: (retryMs: number) => Promise<boolean>;
   /** Give up at once when it is not known whether the attempt took effect. */
   readonly once?: boolean;
   /** How long it is repeated, if not as long as the gateway's options say. */
   readonly retryMs?: number;
-  /** A slow operation: how long one attempt may take. */
-  readonly attemptMs?: number;
+  /** Of a slow operation: how long one attempt may take while its node answers other requests. */
+  readonly slowMs?: number;
 }
 
 interface Node {
@@ -96,7 +110,7 @@ export class Gateway {
   #placed: Node[] = [];
   #placementAt = -Infinity;
   readonly #stalled = new StalledNodes(
-    () => this.listNodes({ retryMs: MEMBERS_MS, attemptMs: MEMBERS_MS }),
+    () => this.listNodes({ retryMs: MEMBERS_MS }),
     () => this.#closed,
   );
   /** Back-offs that close() ends. */
@@ -108,9 +122,10 @@ export class Gateway {
     if (!first) throw new Error('invariant: a gateway needs an address');
     this.#nodes = [first, ...rest];
     this.#current = first;
+    const retryMs = options.retryMs ?? DEFAULT_RETRY_MS;
     this.#options = {
-      retryMs: options.retryMs ?? DEFAULT_RETRY_MS,
-      attemptMs: options.attemptMs ?? DEFAULT_ATTEMPT_MS,
+      retryMs,
+      attemptMs: options.attemptMs ?? Math.min(DEFAULT_ATTEMPT_MS, retryMs / 2),
       connections: options.connections ?? DEFAULT_CONNECTIONS,
       log: options.log ?? (() => undefined),
     };
@@ -144,12 +159,13 @@ export class Gateway {
       nodes.map(async (node) => {
         try {
           const [open] = node.connections;
-          if (!open && node.restUntil > Date.now()) throw new NotConnected('it could not be reached a moment ago');
+          if (!open && node.restUntil > performance.now())
+            throw new NotConnected('it could not be reached a moment ago');
           const connection = open ?? (await this.#open(node));
           return await connection.send({ header: encode() }, this.#options.attemptMs);
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;
-          node.restUntil = Math.max(node.restUntil, Date.now() + NODE_REST_MS);
+          node.restUntil = Math.max(node.restUntil, performance.now() + NODE_REST_MS);
           const label = addressLabel(node.address);
           throw new StoreError('IO', `the node ${label} cannot be asked: ${error.message}`, { cause: error });
         }
@@ -158,17 +174,46 @@ export class Gateway {
   }
 
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
+    const retryMs = options.retryMs ?? this.#options.retryMs;
+    const deadline = performance.now() + retryMs;
     if (open) {
       try {
-        const answer = await open.send(request, options.attemptMs ?? this.#options.attemptMs);
+        const answer = await this.#attempt(open, request, options, retryMs);
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
-        return await this.#repeat(request, options, answer, open.address);
+        return await this.#repeat(request, options, deadline, answer, open.address);
       } catch (error) {
         if (!(error instanceof ConnectionLost)) throw error;
-        return this.#repeat(request, options, error, open.address);
+        return this.#repeat(request, options, deadline, error, open.address);
       }
     }
-    return this.#repeat(request, options, undefined, undefined);
+    return this.#repeat(request, options, deadline, undefined, undefined);
+  }
+
+  /** Send it once; `leftMs` of the time for repeating are left. Errors: ConnectionLost. */
+  #attempt(
+    connection: NodeConnection,
+    request: WireRequest,
+    { slowMs }: ExecuteOptions,
+    leftMs: number,
+  ): Promise<Answer> {
+    if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
+    return connection.send(request, Math.min(this.#options.attemptMs, Math.max(leftMs, LEAST_ATTEMPT_MS)));
+  }
+
+  /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */
+  async #attemptSlowly(connection: NodeConnection, request: WireRequest, slowMs: number): Promise<Answer> {
+    let isOver = false;
+    const giveUpIfSilent = async (): Promise<void> => {
+      const state = await probe(connection.address, SLOW_PROBE_CONNECT_MS);
+      if (state !== 'answers' && !isOver) connection.giveUp();
+    };
+    const timer = setInterval(() => void giveUpIfSilent(), this.#options.attemptMs);
+    try {
+      return await connection.send(request, slowMs);
+    } finally {
+      isOver = true;
+      clearInterval(timer);
+    }
   }
 
   /** Close all connections; what is in flight fails. */
@@ -181,10 +226,10 @@ export class Gateway {
   async #repeat(
     request: WireRequest,
     options: ExecuteOptions,
+    deadline: number,
     first: Answer | ConnectionLost | undefined,
     askedFirst: NodeAddress | undefined,
   ): Promise<Answer> {
-    const deadline = Date.now() + (options.retryMs ?? this.#options.retryMs);
     let backoff = FIRST_BACKOFF_MS;
     let trouble = 0;
     let last = first;
@@ -202,23 +247,26 @@ export class Gateway {
           this.#leaveSilent(last.address);
           if (isWrite(request) && !options.once) await this.#waitUntilHarmless(last, deadline);
         }
-        if (Date.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
+        if (isAmbiguous && options.once) {
+          throw new StoreError('IO', `${reason}; whether it was done before that is not known`);
+        }
+        if (performance.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
           throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`, {
             cause: last instanceof Error ? last : undefined,
           });
         }
-        if (isAmbiguous && options.once) {
-          throw new StoreError('IO', `${reason}; whether it was done before that is not known`);
-        }
         await this.#sleep(backoff);
         backoff = Math.min(backoff * 2, LONGEST_BACKOFF_MS);
-        if (isAmbiguous && options.beforeRetry && (await options.beforeRetry())) return DONE;
+        if (isAmbiguous && options.beforeRetry) {
+          const left = Math.max(LEAST_ATTEMPT_MS, deadline - performance.now());
+          if (await options.beforeRetry(left)) return DONE;
+        }
       }
       try {
-        const connection = this.#idleConnection() ?? (await this.#connect());
+        const connection = this.#idleConnection() ?? (await this.#connect(deadline));
         asked = connection.address;
         // From here on the node may have seen it.
-        const answer = await connection.send(request, options.attemptMs ?? this.#options.attemptMs);
+        const answer = await this.#attempt(connection, request, options, deadline - performance.now());
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
         if (TROUBLE.has(answer.result)) isAmbiguous = true;
         last = answer;
@@ -233,7 +281,7 @@ export class Gateway {
   /** An open connection to the node with the first copy of the object; opens one in the background if there is none. */
   #nearConnection(vid: number, idx: number): NodeConnection | undefined {
     if (this.#closed) throw closedError();
-    const now = Date.now();
+    const now = performance.now();
     if (now - this.#placementAt > PLACEMENT_AGE_MS) {
       this.#placementAt = now;
       void this.#learnNodes();
@@ -242,7 +290,7 @@ export class Gateway {
     if (!node || node === this.#current || node.restUntil > now) return undefined;
     const { connections } = node;
     if (connections.length + node.opening < NEAR_CONNECTIONS) {
-      this.#open(node).catch(() => (node.restUntil = Date.now() + NEAR_REST_MS));
+      this.#open(node).catch(() => (node.restUntil = performance.now() + NEAR_REST_MS));
     }
     this.#turn++;
     return connections[this.#turn % connections.length];
@@ -252,7 +300,7 @@ export class Gateway {
   async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
     const settled = this.#stalled.whenHarmless(lost.remote);
     const isSettled = settled.then(() => true);
-    if (await Promise.race([isSettled, this.#sleep(deadline - Date.now()).then(() => false)])) return;
+    if (await Promise.race([isSettled, this.#sleep(deadline - performance.now()).then(() => false)])) return;
     if (this.#closed) throw closedError();
     throw new InDoubt(
       `${lost.message}, and may still carry out what it was asked: it is a member of the cluster. ` +
@@ -273,9 +321,9 @@ export class Gateway {
     return connections[this.#turn];
   }
 
-  /** A connection to whichever node can be reached, the one in use first. Errors: NotConnected. */
-  async #connect(): Promise<NodeConnection> {
-    const now = Date.now();
+  /** A connection to whichever node can be reached by then, the one in use first. Errors: NotConnected. */
+  async #connect(deadline: number): Promise<NodeConnection> {
+    const now = performance.now();
     const start = this.#nodes.indexOf(this.#current);
     const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
     order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now));
@@ -283,7 +331,11 @@ export class Gateway {
     for (const node of order) {
       if (this.#closed) throw closedError();
       try {
-        const connection = node.connections[0] ?? (await this.#open(node));
+        const left = deadline - performance.now();
+        if (failure !== undefined && left <= 0) break;
+        // Half of what is left: another node has its chance then.
+        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, left / 2));
+        const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
           this.#options.log(`now using the Sheepdog node ${addressLabel(node.address)}`);
           this.#current = node;
@@ -292,19 +344,20 @@ export class Gateway {
         return connection;
       } catch (error) {
         failure = error as Error;
-        node.restUntil = Date.now() + NODE_REST_MS;
+        node.restUntil = performance.now() + NODE_REST_MS;
       }
     }
     throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
   }
 
-  async #open(node: Node): Promise<NodeConnection> {
+  async #open(node: Node, timeoutMs?: number): Promise<NodeConnection> {
     node.opening++;
     try {
-      const connection: NodeConnection = await NodeConnection.connect(node.address, () => {
+      const onClose = (): void => {
         const at = node.connections.indexOf(connection);
         if (at >= 0) node.connections.splice(at, 1);
-      });
+      };
+      const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
       if (this.#closed) {
         connection.destroy();
         throw closedError();
@@ -320,7 +373,7 @@ export class Gateway {
   #leaveCurrent(why: string, from: NodeAddress): void {
     if (this.#nodes.length < 2 || this.#current.address !== from) return;
     const left = this.#current;
-    left.restUntil = Date.now() + NODE_REST_MS;
+    left.restUntil = performance.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
     this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: ${why}`);
@@ -330,7 +383,7 @@ export class Gateway {
   #leaveTroubled(address: NodeAddress | undefined, why: string): void {
     const node = this.#nodes.find((other) => other.address === address);
     if (node === this.#current) this.#leaveCurrent(why, node.address);
-    else if (node) node.restUntil = Date.now() + NEAR_REST_MS;
+    else if (node) node.restUntil = performance.now() + NEAR_REST_MS;
   }
 
   /** Nothing new goes to it for a while. What it was asked on other connections has its own time. */
@@ -338,7 +391,7 @@ export class Gateway {
     this.#leaveCurrent('it does not answer', address);
     const node = this.#nodes.find((other) => other.address === address);
     if (!node || node === this.#current) return;
-    node.restUntil = Date.now() + NEAR_REST_MS;
+    node.restUntil = performance.now() + NEAR_REST_MS;
     for (const connection of [...node.connections]) if (connection.inFlight === 0) connection.destroy();
   }
 
@@ -349,7 +402,7 @@ export class Gateway {
     try {
       const members = await this.listNodes();
       const placed = members.map((member) => this.#nodeOf(member));
-      this.#placementAt = Date.now();
+      this.#placementAt = performance.now();
       if (members.length > MAX_NEAR_NODES) return;
       if (!isSame(this.#placed, placed)) this.#placement = new Placement(members);
       this.#placed = placed;

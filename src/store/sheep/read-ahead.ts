@@ -124,7 +124,7 @@ export class ReadAhead {
   #covering(object: number, from: number, to: number): Piece[] | undefined {
     const known = this.#byObject.get(object);
     if (!known) return undefined;
-    const now = Date.now();
+    const now = performance.now();
     const pieces: Piece[] = [];
     for (let at = from; at < to;) {
       let found: Piece | undefined;
@@ -182,7 +182,7 @@ export class ReadAhead {
       offset,
       bytes,
       arrival,
-      expires: Date.now() + PIECE_LIFE_MS,
+      expires: performance.now() + PIECE_LIFE_MS,
       used: 0,
       isStale: false,
     };

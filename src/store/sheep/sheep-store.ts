@@ -29,6 +29,8 @@ import { WriteOrder } from './write-order.js';
 const STATUS_RUNNING = 1;
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
+/** For closing what is open, and dropping temporary snapshots. */
+const CLOSE_MS = 15_000;
 /** A missing object is asked for again this many times at least, and for as long as nodes have just come or gone. */
 const GONE_TRIES = 2;
 const GONE_BACKOFF_MS = 10;
@@ -37,6 +39,8 @@ const SETTLING_MS = 60_000;
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
   readonly missingIsZero?: boolean;
+  /** Aborted when nobody waits for the cluster any more: all that is asked of it fails then. */
+  readonly signal?: AbortSignal;
   /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
   readonly stateDirectory?: string;
   /** While it says so this process may not use that directory: what is to be stored there waits. */
@@ -85,7 +89,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     const addresses = parseClusterAddress(nodes);
     const gateway = new Gateway(addresses, options);
     const cluster = new Cluster(gateway);
+    options.signal?.addEventListener('abort', () => gateway.close(), { once: true });
     try {
+      options.signal?.throwIfAborted();
       const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
       if (info.status !== STATUS_RUNNING) {
         throw new StoreError(
@@ -184,11 +190,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
    * with all nodes in their places is lost.
    */
   async #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
-    const deadline = Date.now() + this.cluster.gateway.retryMs;
+    const deadline = performance.now() + this.cluster.gateway.retryMs;
     let backoff = GONE_BACKOFF_MS;
     let failure = first;
-    for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled()); tries++) {
-      if (Date.now() >= deadline) break;
+    for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled(deadline)); tries++) {
+      if (performance.now() >= deadline) break;
       await sleep(backoff);
       backoff = Math.min(backoff * 2, 1000);
       try {
@@ -202,13 +208,14 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   /** Whether nodes have come or gone lately. */
-  async #isUnsettled(): Promise<boolean> {
-    const { epoch } = await this.cluster.info();
+  async #isUnsettled(deadline: number): Promise<boolean> {
+    const retryMs = Math.max(0, deadline - performance.now());
+    const { epoch } = await this.cluster.info({ retryMs });
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
-      this.#epochChangedAt = Date.now();
+      this.#epochChangedAt = performance.now();
     }
-    return Date.now() - this.#epochChangedAt < SETTLING_MS;
+    return performance.now() - this.#epochChangedAt < SETTLING_MS;
   }
 
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Promise<void> {
@@ -262,11 +269,17 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.#options.log?.(line, details);
   }
 
+  /** Whatever of it fails, nothing is connected after it. */
   async close(): Promise<void> {
-    for (const vdi of [...this.open.values()]) await vdi.close();
-    await this.catalog.dropOwnShadows();
+    // Nodes that do not answer are not waited for as long as requests of clients wait.
+    const timer = setTimeout(() => this.cluster.gateway.close(), CLOSE_MS);
+    const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
+    steps.push(...(await Promise.allSettled([this.catalog.dropOwnShadows()])));
+    clearTimeout(timer);
     this.cluster.gateway.close();
-    await this.state?.close();
+    // Whatever the nodes say.
+    if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
+    for (const each of steps) if (each.status === 'rejected') throw each.reason;
   }
 
   /** Nodes take writes behind the end of an object, and behind the end of a disk. */

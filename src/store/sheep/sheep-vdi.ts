@@ -223,7 +223,7 @@ export class SheepVdi implements OpenVdi {
   async #move(from: number): Promise<void> {
     const { cluster } = this.#host;
     const { name } = this.record;
-    const deadline = Date.now() + cluster.gateway.retryMs;
+    const deadline = performance.now() + cluster.gateway.retryMs;
     for (;;) {
       const vid = await cluster.lookup(name);
       if (vid !== 0 && vid !== from) {
@@ -238,7 +238,7 @@ export class SheepVdi implements OpenVdi {
           return;
         }
       }
-      if (Date.now() >= deadline) {
+      if (performance.now() >= deadline) {
         throw new StoreError(
           'IO',
           `${name} (vid ${from.toString(16)}) has become read-only in the cluster and no working VDI has taken its place; ` +

@@ -90,10 +90,10 @@ export class StalledNodes {
  * A node whose process is stopped takes connections, for its system does that. One that takes none has ended, or is cut
  * off from us: then it has long done what it had received.
  */
-async function probe(address: NodeAddress): Promise<'answers' | 'silent' | 'gone'> {
+export async function probe(address: NodeAddress, connectMs?: number): Promise<'answers' | 'silent' | 'gone'> {
   let connection: NodeConnection;
   try {
-    connection = await NodeConnection.connect(address, () => undefined);
+    connection = await NodeConnection.connect(address, () => undefined, connectMs);
   } catch {
     return 'gone';
   }

@@ -35,7 +35,7 @@ export function objectCount(size: number, blockSizeShift: number): number {
  * plain copies. Errors: StoreError IO, CLOSED.
  */
 export async function isRemoved(cluster: Cluster, vid: number, idx: number, copyPolicy: number): Promise<boolean> {
-  const deadline = Date.now() + RECLAIM_WAIT_MS;
+  const deadline = performance.now() + RECLAIM_WAIT_MS;
   if (!(await untilNot(deadline, () => cluster.isFound(vid, idx)))) return false;
   if (copyPolicy === 0) return true;
   // An erasure-coded object is not found any more with its first strip; the others go by themselves.
@@ -51,7 +51,7 @@ export async function isRemoved(cluster: Cluster, vid: number, idx: number, copy
 async function untilNot(deadline: number, isSo: () => Promise<boolean>): Promise<boolean> {
   for (;;) {
     if (!(await isSo())) return true;
-    if (Date.now() >= deadline) return false;
+    if (performance.now() >= deadline) return false;
     await sleep(RECLAIM_POLL_MS);
   }
 }

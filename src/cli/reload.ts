@@ -1,0 +1,42 @@
+/** `sheepgate reload`: the daemon reads its TLS keys and access rules again, and says what came of it. */
+import { Command } from 'commander';
+import type { ReloadReport } from '../daemon/security.js';
+import { OperationError } from '../daemon/operations.js';
+import { chosenStore, withCommonOptions, type CommonOptions } from './common-options.js';
+import { printJson, printLine, printNote } from './output.js';
+
+/** Reading a few files; of a share that does not answer it is not waited for. */
+const RELOAD_TIMEOUT_MS = 30_000;
+
+export function reloadCommand(): Command {
+  const command = new Command('reload')
+    .description("have a store's daemon read TLS keys and access rules again, and wait until it has")
+    .addHelpText(
+      'after',
+      '\nOpen connections stay as they are. If a file is wrong, what was in force before stays so, and this ends with 1.\n\n' +
+        'Example:\n  sheepgate reload --store /var/lib/sheepgate',
+    );
+  return withCommonOptions(command).action(reload);
+}
+
+async function reload(options: CommonOptions): Promise<void> {
+  const place = chosenStore(options);
+  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  const { controlOfDaemon } = await import('../daemon/open-operations.js');
+  const control = await controlOfDaemon(place);
+  const report = await control.call<ReloadReport>('POST', '/reload', { body: {}, timeoutMs: RELOAD_TIMEOUT_MS });
+  for (const warning of report.warnings) printNote(warning);
+  if (options.json) printJson(report);
+  if (report.failures.length > 0) {
+    const others = report.reloaded.length > 0 ? `; ${textOf(report)}` : '';
+    const failures = report.failures.join('; ');
+    throw new OperationError('NOT_RELOADED', `not reloaded, the old stay in force: ${failures}${others}`);
+  }
+  if (!options.json) printLine(textOf(report));
+}
+
+function textOf({ reloaded, rules }: ReloadReport): string {
+  if (reloaded.length === 0) return 'nothing to reload: the daemon has neither TLS keys nor an access file';
+  const counted = rules === 1 ? '1 access rule' : `${rules ?? 0} access rules`;
+  return `reloaded: ${reloaded.map((what) => (what === 'access rules' ? counted : what)).join(', ')}`;
+}

@@ -1,0 +1,68 @@
+/**
+ * An error event without a listener ends the process. Here is every place that makes something that has such events, and where
+ * its listener is: a new place must be looked at and added.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { expect, test } from 'vitest';
+
+const ROOT = fileURLToPath(new URL('../..', import.meta.url));
+const MAKES = new RegExp(
+  [
+    /\bnet\.(?:connect|createServer|createConnection)\(/,
+    /\bnew (?:net\.)?(?:Socket|Worker|EventEmitter|Duplex|Readable|Writable|Transform|PassThrough)\(/,
+    /\bhttps?\.(?:request|get|createServer)\(/,
+    /\btls\.(?:connect|createServer)\(/,
+    /(?<!\.)\b(?:spawn|fork|exec|execFile)\(/,
+    /\bcreate(?:Read|Write)Stream\(/,
+    /\bcreateInterface\(/,
+    /\bprocess\.std(?:in|out|err)\b/,
+    /\bon\('upgrade'|\bonce\('upgrade'/,
+  ]
+    .map(({ source }) => source)
+    .join('|'),
+);
+
+/** Why no error of it can be without a listener. */
+const KNOWN: Readonly<Record<string, string>> = {
+  'nbd/src/client.ts':
+    'connectSocket: until connected; the constructor listens from then on, under TLS connectTls in between',
+  'nbd/src/in-place-socket.ts': 'handed to Connection in the same turn, which listens for its whole life',
+  'nbd/src/server.ts':
+    'a listener of servers from the first moment; sockets go to Connection, or are refused with a listener',
+  'nbd/src/tls.ts':
+    'the server never listens; Node hands errors of its sockets to tlsClientError, the client listens itself',
+  'src/cli/cluster.ts': 'process.stdout: main.ts',
+  'src/cli/ending.ts': 'process.stderr: main.ts',
+  'src/cli/export.ts': 'process.stderr: main.ts',
+  'src/cli/freeze.ts': 'the child and its streams, where they are made; reading lines hears of nothing but lines',
+  'src/cli/image-source.ts': 'where it is taken; who iterates over it hears of errors as well',
+  'src/cli/image-target.ts': 'toStream listens to what it is given, before anything is written',
+  'src/cli/main.ts': 'process.stdout and process.stderr have listeners here, for all commands',
+  'src/cli/migrate.ts': 'process.stdout: main.ts',
+  'src/cli/output.ts': 'process.stdout and process.stderr: main.ts',
+  'src/cli/progress.ts': 'process.stderr: main.ts',
+  'src/cli/restore.ts': 'process.stdout: main.ts',
+  'src/cli/run-command.ts': 'the child and its streams, where they are made; process.stderr: main.ts',
+  'src/cli/thaw-guard.ts': 'a process of its own, with listeners on all three',
+  'src/cli/vdi-list.ts': 'process.stdout: main.ts',
+  'src/daemon/control-client.ts': 'the request, where it is made; upgraded sockets where they come',
+  'src/daemon/control-server.ts': 'the server, requests, answers and upgraded sockets, where they are made or come',
+  'src/daemon/stale-socket.ts': 'where it is made',
+  'src/store/sheep/connection.ts': 'until connected where it is made, from then on #attach',
+};
+
+function sources(directory: string): string[] {
+  return fs
+    .readdirSync(path.join(ROOT, directory), { recursive: true, encoding: 'utf8' })
+    .flatMap((name) => (name.endsWith('.ts') && !name.endsWith('.d.ts') ? [`${directory}/${name}`] : []));
+}
+
+test('every place that makes a socket, a stream, a server or a child is known to have a listener for its errors', () => {
+  const found = [...sources('src'), ...sources('nbd/src')].filter((file) => {
+    const code = fs.readFileSync(path.join(ROOT, file), 'utf8');
+    return code.split('\n').some((line) => !/^\s*(?:\*|\/\/|\/\*)/.test(line) && MAKES.test(line));
+  });
+  expect(found.sort()).toEqual(Object.keys(KNOWN).sort());
+});
