@@ -35,7 +35,7 @@ export function serveCommand(): Command {
     .addOption(
       new Option(
         '--listen <address>',
-        `unix:PATH or tcp:HOST:PORT; may be repeated (default: ${defaultListeners().join(' ')})`,
+        `unix:PATH or tcp:HOST:PORT; may be repeated (default: ${defaultListeners().join(' ')}, and no TCP)`,
       ).argParser(listenArgument),
     )
     .addOption(
@@ -67,7 +67,7 @@ export function serveCommand(): Command {
       '\nThe log goes to stderr, one JSON object a line. SIGTERM and Ctrl-C finish the requests in flight and flush; a\n' +
         'second one ends at once; SIGHUP reads TLS keys and the access file again. Started by a systemd socket unit, it\n' +
         'serves the sockets of that unit instead of the default addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
-        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
+        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:0.0.0.0:10809 --tls-psk keys.psk\n' +
         '  sheepgate serve --cluster node1,node2,node3',
     );
   return withCommonOptions(withPeerOptions(command)).action(serve);
@@ -115,6 +115,7 @@ async function serve(options: ServeOptions): Promise<void> {
   } else {
     printLine(`serving ${daemon.store}`);
     for (const uri of daemon.uris) printLine(`  ${uri}`);
+    for (const warning of daemon.warnings) printLine(`note: ${warning}`);
     for (const kept of daemon.kept) printLine(`note: ${keptText(kept)}`);
     printLine("'sheepgate vdi list' shows the VDIs, Ctrl-C stops");
   }

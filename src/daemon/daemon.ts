@@ -16,6 +16,7 @@ import { specOf } from '../vdi/names.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { exposureOf } from './exposure.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
@@ -24,6 +25,7 @@ import { OperationError, type VdiRecord } from './operations.js';
 import { controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
+import { trustedSocket } from './socket-trust.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
@@ -83,6 +85,8 @@ export interface Daemon {
   /** VDIs of `create` that were there, and are not what it says. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
+  /** What an operator should know of them: who can reach them with nothing in the way. */
+  readonly warnings: readonly string[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. */
@@ -176,13 +180,11 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       log.info({ listener: formatListenAddress(address), name: inherited.name }, 'took over a socket');
       listening.push(address);
     }
-    for (const address of listening) {
-      if (isLocalOnly(address) || isTlsRequired || configuration.security?.access !== undefined) continue;
-      log.warn(
-        { listener: formatListenAddress(address) },
-        'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
-      );
-    }
+    const warnings = listening.flatMap((address) => {
+      const warning = exposureOf(address, configuration.security);
+      if (warning !== undefined) log.warn({ listener: formatListenAddress(address) }, warning);
+      return warning ?? [];
+    });
     const opened = await whileLocked(async () => {
       await refuseSecondDaemon(configuration.store);
       return openDirectly({
@@ -199,6 +201,8 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     operations = opened;
     control = controlOf(opened);
     await control.listen();
+    const doubt = doubtOf(control.path);
+    if (doubt !== undefined) log.warn({ control: control.path }, doubt);
     const kept = await createMissing(opened, configuration.create, log);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
@@ -208,6 +212,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       control: control.path,
       kept,
       listeners: listening,
+      warnings,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
       reload: () => void security.reload(),
       stop,
@@ -217,6 +222,16 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     operations?.takeBackCreation();
     await stop().catch((stopError: unknown) => log.error({ err: stopError }, 'cleaning up after the failed start'));
     throw error;
+  }
+}
+
+/** Why commands will send nothing to our own control socket, if that is so. */
+function doubtOf(controlPath: string): string | undefined {
+  try {
+    trustedSocket(controlPath);
+    return undefined;
+  } catch (error) {
+    return (error as Error).message;
   }
 }
 
