@@ -8,6 +8,7 @@ import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
+import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Unfinished } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkNewVdi } from '../vdi/catalog.js';
@@ -206,7 +207,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     const kept = await createMissing(opened, configuration.create, log);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
-    exports.opened(security.guard(opened.exports));
+    exports.opened(new ExportsToldToClients(security.guard(opened.exports)));
     return {
       store: opened.store,
       control: control.path,

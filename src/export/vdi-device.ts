@@ -18,6 +18,7 @@ import {
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
+import { toldToClients } from './told-to-clients.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
@@ -39,6 +40,8 @@ export interface Bases {
   readonly tags: readonly string[];
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
+  /** The client is a command of ours, which is told everything. */
+  readonly isOurs?: boolean;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi, closing: Closing): Promise<void>;
 }
@@ -85,7 +88,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   readonly #rethrow = (error: unknown): never => {
-    const told = asDeviceError(error);
+    const told = asDeviceError(error, this.#bases.isOurs === true);
     // A FAST_ZERO that would be slow is refused in the course of things.
     if (told.code !== 'ENOTSUP') this.#hadErrors = true;
     throw told;
@@ -194,11 +197,11 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   SLOW: 'ENOTSUP',
 };
 
-function asDeviceError(error: unknown): DeviceError {
+function asDeviceError(error: unknown, isOurs: boolean): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };
   const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
   if (code !== 'ENOTSUP' && code !== 'ESHUTDOWN' && deviceFailures.hasSubscribers) {
     deviceFailures.publish({ code, error } satisfies DeviceFailure);
   }
-  return new DeviceError(code, message, { cause: error });
+  return new DeviceError(code, isOurs ? message : toldToClients(error), { cause: error });
 }

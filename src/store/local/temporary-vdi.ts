@@ -7,7 +7,7 @@
  * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
  * that this map cannot know (LocalVdi.takeTemporary).
  */
-import type { Awaitable, ObjectReader, OpenVdi, VdiRecord } from '../object-store.js';
+import { StoreError, type Awaitable, type ObjectReader, type OpenVdi, type VdiRecord } from '../object-store.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
 import * as libc from './libc.js';
 import type { ObjectFiles } from './object-files.js';
@@ -286,10 +286,9 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   #giveUp(cause: unknown): void {
     if (this.#isDropped || this.#failure !== undefined) return;
     const { name, tag } = this.record;
-    this.#failure = libc.asStoreError(
-      cause,
-      `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`,
-    );
+    const forClients = `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`;
+    const { code, message, cause: first } = libc.asStoreError(cause, forClients);
+    this.#failure = new StoreError(code, message, { cause: first, forClients });
     // Nobody can use what was kept.
     this.#images.close();
     this.#host.backgroundError(this.#failure);
