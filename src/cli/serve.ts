@@ -49,7 +49,7 @@ export function serveCommand(): Command {
     .addOption(
       new Option(
         '--listen <address>',
-        `unix:PATH or tcp:HOST:PORT; may be repeated (default: ${defaultListeners().join(' ')})`,
+        `unix:PATH or tcp:HOST:PORT; may be repeated (default: ${defaultListeners().join(' ')}, and no TCP)`,
       ).argParser(listenArgument),
     )
     .addOption(
@@ -83,7 +83,7 @@ export function serveCommand(): Command {
         '"sheepgate reload" does, too, and says what came of it. The log never holds the daemon up: lines that nobody takes are\n' +
         'dropped and counted. Started by a systemd socket unit, it serves the sockets of that unit instead of the default\n' +
         'addresses.\n\nExamples:\n  sheepgate serve --create vm1:20G\n' +
-        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:127.0.0.1:10809\n' +
+        '  sheepgate serve --listen unix:/run/vm.sock --listen tcp:0.0.0.0:10809 --tls-psk keys.psk\n' +
         '  sheepgate serve --cluster node1,node2,node3',
     );
   return withCommonOptions(withPeerOptions(command)).action(serve);
@@ -185,6 +185,7 @@ function readyText(daemon: Daemon): string {
   const lines = [
     `serving ${daemon.store}`,
     ...daemon.uris.map((uri) => `  ${uri}`),
+    ...daemon.warnings.map((warning) => `note: ${warning}`),
     ...daemon.kept.map((kept) => `note: ${keptText(kept)}`),
     "'sheepgate vdi list' shows the VDIs, Ctrl-C stops",
   ];

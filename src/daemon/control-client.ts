@@ -1,9 +1,10 @@
 /**
  * The client's end of the control socket: one HTTP request per call, and connections upgraded to NBD. Owns no state
- * between calls. Turns error answers back into the OperationErrors they were.
+ * between calls. Sends nothing before it knows who listens (socket-trust.ts). Turns error answers back into the
+ * OperationErrors they were.
  */
 import http from 'node:http';
-import type net from 'node:net';
+import net from 'node:net';
 import {
   ANSWER_TIMEOUT_MS,
   CONNECT_TIMEOUT_MS,
@@ -15,6 +16,8 @@ import {
 } from './control-protocol.js';
 import { OperationError } from './operations.js';
 import { socketAddress } from './places.js';
+import { peerUid } from './socket-calls.js';
+import { mustBeTrusted, trustedSocket } from './socket-trust.js';
 
 export type Method = 'GET' | 'POST' | 'DELETE';
 
@@ -43,10 +46,10 @@ export class ControlClient {
     return this.call<StatusAnswer>('GET', '/status', { timeoutMs: CONNECT_TIMEOUT_MS });
   }
 
-  /** Errors: whatever the daemon answers, or UNREACHABLE. */
+  /** Errors: whatever the daemon answers, UNREACHABLE, or UNTRUSTED. */
   async call<T>(method: Method, path: string, options: { body?: object; timeoutMs?: number } = {}): Promise<T> {
     const body = options.body && Buffer.from(JSON.stringify(options.body));
-    const request = this.#request(method, path, {
+    const request = await this.#request(method, path, {
       timeoutMs: options.timeoutMs ?? ANSWER_TIMEOUT_MS,
       headers: body ? { 'content-type': 'application/json', 'content-length': body.length } : {},
     });
@@ -69,9 +72,9 @@ export class ControlClient {
     throw errorOf(answer, this.path);
   }
 
-  /** A connection that speaks NBD from here on. */
-  upgrade(): Promise<NbdConnection> {
-    const request = this.#request('GET', '/nbd', {
+  /** A connection that speaks NBD from here on. Errors: UNREACHABLE, UNTRUSTED. */
+  async upgrade(): Promise<NbdConnection> {
+    const request = await this.#request('GET', '/nbd', {
       timeoutMs: CONNECT_TIMEOUT_MS,
       headers: { connection: 'Upgrade', upgrade: NBD_UPGRADE },
     });
@@ -93,28 +96,49 @@ export class ControlClient {
     });
   }
 
-  #request(
+  async #request(
     method: Method,
     path: string,
     options: { readonly timeoutMs: number; readonly headers: http.OutgoingHttpHeaders },
-  ): http.ClientRequest {
-    let address;
-    try {
-      address = socketAddress(this.path);
-    } catch (error) {
-      throw this.#unreachable(error as Error);
-    }
+  ): Promise<http.ClientRequest> {
+    const socket = await this.#connect();
     const request = http.request({
-      socketPath: address.path,
+      createConnection: () => socket,
       method,
       path,
-      agent: false,
       headers: { host: 'control', ...options.headers },
       timeout: options.timeoutMs,
     });
+    socket.setTimeout(options.timeoutMs);
     request.once('timeout', () => request.destroy(new Error(`no answer within ${options.timeoutMs / 1000} s`)));
-    request.once('close', () => address.release());
     return request;
+  }
+
+  /** A connection to a daemon that may be believed; nothing was sent yet. */
+  async #connect(): Promise<net.Socket> {
+    let address;
+    try {
+      const trusted = trustedSocket(this.path);
+      address = socketAddress(trusted.path);
+      const socket = net.connect({ path: address.path });
+      // Until the request listens, and after it has ended.
+      socket.on('error', () => undefined);
+      await new Promise<void>((resolve, reject) => {
+        socket.once('connect', resolve);
+        socket.once('error', reject);
+      });
+      try {
+        mustBeTrusted(trusted, peerUid(socket));
+      } catch (error) {
+        socket.destroy();
+        throw error;
+      }
+      return socket;
+    } catch (error) {
+      throw error instanceof OperationError ? error : this.#unreachable(error as Error);
+    } finally {
+      address?.release();
+    }
   }
 
   async #readAll(response: http.IncomingMessage): Promise<string> {

@@ -8,6 +8,7 @@ import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
+import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
@@ -17,6 +18,7 @@ import { specOf } from '../vdi/names.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { exposureOf } from './exposure.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
@@ -25,6 +27,7 @@ import { OperationError, type VdiRecord } from './operations.js';
 import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
+import { trustedSocket } from './socket-trust.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
@@ -89,6 +92,8 @@ export interface Daemon {
   /** VDIs of `create` that were there, and are not what it says. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
+  /** What an operator should know of them: who can reach them with nothing in the way. */
+  readonly warnings: readonly string[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
@@ -210,13 +215,11 @@ export async function startDaemon(
       log.info({ listener: formatListenAddress(address), name: inherited.name }, 'took over a socket');
       listening.push(address);
     }
-    for (const address of listening) {
-      if (isLocalOnly(address) || isTlsRequired || configuration.security?.access !== undefined) continue;
-      log.warn(
-        { listener: formatListenAddress(address) },
-        'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
-      );
-    }
+    const warnings = listening.flatMap((address) => {
+      const warning = exposureOf(address, configuration.security);
+      if (warning !== undefined) log.warn({ listener: formatListenAddress(address) }, warning);
+      return warning ?? [];
+    });
     const opened = await whileLocked(async () => {
       await refuseSecondDaemon(configuration.store);
       return openDirectly({
@@ -236,17 +239,20 @@ export async function startDaemon(
     toldToStop?.throwIfAborted();
     control = controlOf(opened);
     await control.listen();
+    const doubt = doubtOf(control.path);
+    if (doubt !== undefined) log.warn({ control: control.path }, doubt);
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
     toldToStop?.removeEventListener('abort', leave);
-    exports.opened(security.guard(opened.exports));
+    exports.opened(new ExportsToldToClients(security.guard(opened.exports)));
     return {
       store: opened.store,
       control: control.path,
       kept,
       listeners: listening,
+      warnings,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
       reload,
       stop,
@@ -275,6 +281,16 @@ async function closeStore(operations: OpenedStore, leaving: AbortController): Pr
     );
   } finally {
     clearTimeout(timer);
+  }
+}
+
+/** Why commands will send nothing to our own control socket, if that is so. */
+function doubtOf(controlPath: string): string | undefined {
+  try {
+    trustedSocket(controlPath);
+    return undefined;
+  } catch (error) {
+    return (error as Error).message;
   }
 }
 

@@ -41,16 +41,25 @@ export function stateDirectory(env: Environment = process.env, uid = process.get
   return path.join(env.HOME || os.homedir(), '.local/state/sheepgate');
 }
 
-/** The directory for sockets of this user: $XDG_RUNTIME_DIR, /run for root, or one below the temporary directory. */
+/**
+ * The directory for sockets of this user: $XDG_RUNTIME_DIR, /run for root; for others what systemd has made for them, which
+ * cron jobs and `su` are not told of, or else one below the temporary directory.
+ */
 export function runtimeDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
-  if (env.XDG_RUNTIME_DIR) return path.join(env.XDG_RUNTIME_DIR, 'sheepgate');
-  if (uid === 0) return '/run/sheepgate';
-  return path.join(os.tmpdir(), `sheepgate-${uid}`, 'sheepgate');
+  return path.join(runtimeBase(env, uid), 'sheepgate');
 }
 
-/** Where `serve` listens for NBD clients if no --listen is given. */
+function runtimeBase(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
+  if (env.XDG_RUNTIME_DIR) return env.XDG_RUNTIME_DIR;
+  if (uid === 0) return '/run';
+  const ofSession = `/run/user/${uid}`;
+  if (fs.lstatSync(ofSession, { throwIfNoEntry: false })?.uid === uid) return ofSession;
+  return path.join(os.tmpdir(), `sheepgate-${uid}`);
+}
+
+/** Where `serve` listens for NBD clients if no --listen is given: where other users cannot connect. */
 export function defaultListeners(env: Environment = process.env, uid = process.getuid?.() ?? -1): string[] {
-  return [`unix:${path.join(runtimeDirectory(env, uid), 'nbd.sock')}`, 'tcp:127.0.0.1:10809'];
+  return [`unix:${path.join(runtimeDirectory(env, uid), 'nbd.sock')}`];
 }
 
 /**
@@ -72,10 +81,15 @@ function idOf(store: string): string {
 }
 
 /**
- * Make the directory that a socket goes into, for this user only. What exists stays as it is, except that a directory
- * of ours in a place where everybody may write must really be ours. Errors: PERMISSION.
+ * Make the directory that a socket goes into, for this user only. What exists stays as it is, except that the runtime
+ * directory must really be ours: others may have made it first, or be able to put a socket in the place of ours. Errors:
+ * PERMISSION.
  */
-export function makeSocketDirectory(directory: string, uid = process.getuid?.() ?? -1): void {
+export function makeSocketDirectory(directory: string, uid = process.geteuid?.() ?? -1): void {
+  const runtime = runtimeDirectory();
+  const isOurs = directory === runtime || directory.startsWith(`${runtime}/`);
+  // Before anything is made in it.
+  if (isOurs) mustBeOurs(runtimeBase(), uid);
   try {
     makeDirectory(directory, 0o700);
   } catch (error) {
@@ -84,15 +98,25 @@ export function makeSocketDirectory(directory: string, uid = process.getuid?.() 
       `cannot make the directory ${directory} for a socket: ${(error as Error).message}`,
     );
   }
-  const ours = path.join(os.tmpdir(), `sheepgate-${uid}`);
-  if (directory !== ours && !directory.startsWith(`${ours}/`)) return;
-  const status = fs.lstatSync(ours);
-  if (!status.isDirectory() || status.uid !== uid || (status.mode & 0o077) !== 0) {
-    throw new OperationError(
-      'PERMISSION',
-      `${ours} is not a directory that only this user can enter; remove it, or set XDG_RUNTIME_DIR or --listen`,
-    );
-  }
+  if (!isOurs) return;
+  mustBeOurs(runtimeBase(), uid);
+  mustBeOurs(runtime, uid);
+}
+
+/** Nothing is wrong with a directory that is not there. Errors: PERMISSION. */
+function mustBeOurs(directory: string, uid: number): void {
+  // A link that we were given is as good as what it leads to; one that somebody else can have put there is not.
+  const isGiven = directory === process.env.XDG_RUNTIME_DIR;
+  const status = (isGiven ? fs.statSync : fs.lstatSync)(directory, { throwIfNoEntry: false });
+  if (!status) return;
+  // In root's /run, or in a directory as /tmp is, nobody can touch what is ours.
+  const isRoots = status.uid === 0 && ((status.mode & 0o022) === 0 || (status.mode & 0o1000) !== 0);
+  if (status.isDirectory() && (isRoots || (status.uid === uid && (status.mode & 0o022) === 0))) return;
+  throw new OperationError(
+    'PERMISSION',
+    `${directory} is not a directory that only this user can write to; remove it, or set XDG_RUNTIME_DIR, or --listen and ` +
+      '--control, to have the sockets elsewhere',
+  );
 }
 
 /** A unix socket's path in a form that bind(2) and connect(2) take, however long the path is. */

@@ -52,6 +52,13 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
   };
 }
 
+/** The same for the uid alone; of the connecting side's socket it is whoever called listen(2). */
+export function peerUid(connection: net.Socket): number | undefined {
+  const fd = descriptorOf(connection);
+  const identity = fd === undefined ? undefined : option(fd, SO_PEERCRED, 12);
+  return identity?.length === 12 ? identity.readUInt32LE(4) : undefined;
+}
+
 /**
  * Give `connection` up when the peer has not acknowledged what was sent to it for so long. Without it the kernel goes on
  * sending for a quarter of an hour, and asks no keepalive questions meanwhile. Whether it could be set: not on unix sockets.

@@ -12,7 +12,7 @@ export type SocketState = 'absent' | 'stale' | 'alive' | 'not a socket';
 
 /** What is at `socketPath`. Errors: PERMISSION if it may not be asked, IO. */
 export async function socketState(socketPath: string): Promise<SocketState> {
-  const status = fs.lstatSync(socketPath, { throwIfNoEntry: false });
+  const status = lookAt(socketPath);
   if (!status) return 'absent';
   if (!status.isSocket() && !status.isSymbolicLink()) return 'not a socket';
   const code = await tryConnect(socketPath);
@@ -28,10 +28,24 @@ export async function socketState(socketPath: string): Promise<SocketState> {
       return 'not a socket';
     case 'EACCES':
     case 'EPERM':
-      throw new OperationError('PERMISSION', `no permission to connect to ${socketPath}; it belongs to another user`);
+      throw noPermission(socketPath);
     default:
       throw new OperationError('IO', `cannot tell whether anybody listens on ${socketPath}: ${code}`);
   }
+}
+
+function lookAt(socketPath: string): fs.Stats | undefined {
+  try {
+    return fs.lstatSync(socketPath, { throwIfNoEntry: false });
+  } catch (error) {
+    // Its directory cannot be entered.
+    if ((error as NodeJS.ErrnoException).code === 'EACCES') throw noPermission(socketPath);
+    throw error;
+  }
+}
+
+function noPermission(socketPath: string): OperationError {
+  return new OperationError('PERMISSION', `no permission to connect to ${socketPath}; it belongs to another user`);
 }
 
 /** Make way for listening on `socketPath`. Errors: IN_USE if somebody does, or if it is no socket. */

@@ -51,7 +51,7 @@ function parseOptions(exportName: string, text: string): ExportOptions {
     if (key !== 'since') {
       throw bad(
         `what follows the slash is options, and ${JSON.stringify(key)} is none; there is ${KNOWN_OPTIONS}. A VDI whose ` +
-          "name or tag has a slash is @=NAME@TAG with %2F for the slash, or @ID with the ID of 'sheepgate vdi list'",
+          'name or tag has a slash is @=NAME@TAG with %2F for the slash, or @ID with its hexadecimal ID',
       );
     }
     if (options.since !== undefined) throw bad('the option since stands twice; one snapshot is compared with');

@@ -13,6 +13,7 @@ import { isLabelled, isLabelOfRun } from '../vdi/names.js';
 import { isRunning } from '../vdi/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { EndedMoments } from './ended-moments.js';
+import { toldToClients } from './told-to-clients.js';
 
 /** How long a client that was cut off may come back, unless told otherwise: the reconnect delay that docs/clients.md names. */
 export const DEFAULT_KEEP_MS = 300_000;
@@ -328,7 +329,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
     const { failure } = moment.vdi;
-    if (failure) return this.#end(moment, failure.message);
+    if (failure) return this.#end(moment, toldToClients(failure));
     if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
     const kept = this.#keptMoments();
     const ofDisk = kept.filter(({ name }) => name === moment.name);
@@ -352,8 +353,10 @@ export class TemporarySnapshots implements TemporaryKeeper {
   async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
     if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
     const isAwaited = [...moment.readers.values()].some(isAway);
-    const reason = isAwaited ? moment.vdi.failure?.message : 'its client was cut off and did not come back in time';
-    const because = why ?? reason;
+    const { failure } = moment.vdi;
+    // It is told to the clients who come back.
+    const failed = failure && toldToClients(failure);
+    const because = why ?? (isAwaited ? failed : 'its client was cut off and did not come back in time');
     if (because !== undefined) await this.#end(moment, because);
   }
 

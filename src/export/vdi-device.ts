@@ -19,6 +19,7 @@ import type { ConnectionSpan } from '../vdi/connections.js';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
+import { toldToClients } from './told-to-clients.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
@@ -44,6 +45,8 @@ export interface Bases {
   readonly tags: readonly string[];
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
+  /** The client is a command of ours, which is told everything. */
+  readonly isOurs?: boolean;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi, closing: Closing): Promise<void>;
 }
@@ -92,7 +95,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   readonly #rethrow = (error: unknown): never => {
-    const told = asDeviceError(error);
+    const told = asDeviceError(error, this.#bases.isOurs === true);
     if (mayBeCured(error, told)) this.#lastRequest = -Math.abs(this.#lastRequest);
     throw told;
   };
@@ -224,11 +227,11 @@ function mayBeCured(error: unknown, told: DeviceError): boolean {
   return told.code !== 'ENOTSUP' && (error as { code?: string }).code !== 'DAMAGED';
 }
 
-function asDeviceError(error: unknown): DeviceError {
+function asDeviceError(error: unknown, isOurs: boolean): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };
   const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
   if (code !== 'ENOTSUP' && code !== 'ESHUTDOWN' && deviceFailures.hasSubscribers) {
     deviceFailures.publish({ code, error } satisfies DeviceFailure);
   }
-  return new DeviceError(code, message, { cause: error });
+  return new DeviceError(code, isOurs ? message : toldToClients(error), { cause: error });
 }

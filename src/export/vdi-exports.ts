@@ -168,6 +168,7 @@ export class VdiExports implements ExportProvider {
     const bases: Bases = {
       tags,
       isReadOnly,
+      isOurs: client === undefined,
       open: async (tag) => {
         const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
         const { vid } = base.record;

@@ -247,13 +247,18 @@ export type StoreErrorCode =
   /** Where a store is was not said clearly. */
   | 'ADDRESS';
 
+/** `message` is for the operator: it names files and nodes. */
 export class StoreError extends Error {
+  /** In words for whoever uses the disk, if there is more to tell than the code: it can do something about it. */
+  readonly forClients: string | undefined;
+
   constructor(
     readonly code: StoreErrorCode,
     message: string,
-    options?: ErrorOptions,
+    options?: ErrorOptions & { readonly forClients?: string },
   ) {
     super(message, options);
     this.name = 'StoreError';
+    this.forClients = options?.forClients;
   }
 }

@@ -48,7 +48,7 @@ function parseForeign(spec: string): VdiSpec {
   }
   const bad = (why: string): CatalogError => new CatalogError('BAD_NAME', `${JSON.stringify(spec)}: ${why}`);
   if (!text.startsWith(ENCODED)) {
-    throw bad("a name must stand before the @, or the hexadecimal ID of 'sheepgate vdi list' behind it");
+    throw bad('a name must stand before the @, or the hexadecimal ID behind it');
   }
   const [name, tag] = splitAt(text.slice(ENCODED.length)).map((part) => part && decodePercent(part, bad));
   if (!name || tag === '') throw bad('what follows "@=" is a name, or NAME@TAG, and neither is empty');

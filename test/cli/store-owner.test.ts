@@ -162,6 +162,30 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     expect((await ended(daemon)).code).toBe(0);
   });
 
+  test('a member of the service’s group commands its daemon through a socket that the group may use', async () => {
+    const { store, directory } = places();
+    expect((await cli(['vdi', 'create', 'disk', '1M', '--store', store])).code).toBe(0);
+    fs.chmodSync(store, 0o750);
+    const { daemon } = await serving(store, directory);
+    const member = (...args: string[]) => {
+      const identity = ['--reuid=54323', `--regid=${GID}`, '--clear-groups'];
+      const command = [...identity, process.execPath, program, ...args, '--store', store];
+      return run('setpriv', command, { env: { HOME: '/nonexistent', XDG_RUNTIME_DIR: undefined } });
+    };
+    expect((await member('vdi', 'list')).stderr).toMatch(/no permission to connect to .*control\.sock/);
+    fs.chmodSync(path.join(store, 'control.sock'), 0o660);
+    expect(await member('vdi', 'snapshot', 'disk', 'one')).toMatchObject({ code: 0, stderr: '' });
+    expect(await cli(['vdi', 'list', '--store', store])).toMatchObject({ code: 0, stderr: '' });
+    // As in a home: root has not made that directory for a service, and whoever owns it could be anybody.
+    fs.chownSync(directory, UID, GID);
+    for (const refused of [await member('vdi', 'list'), await cli(['vdi', 'list', '--store', store])]) {
+      expect(oneLineOf(refused, 1, 'vdi list')).toMatch(/nothing was sent to .*: its directory belongs to uid 54321/);
+    }
+    expect(await asOwner('vdi', 'list', '--store', store)).toMatchObject({ code: 0, stderr: '' });
+    daemon.kill('SIGTERM');
+    expect((await ended(daemon)).code).toBe(0);
+  });
+
   test('a file there that an earlier version made as root is named in the daemon’s log when a client needs it', async () => {
     const { store, roots, directory } = places();
     const image = path.join(roots, 'image');

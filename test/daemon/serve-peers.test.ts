@@ -285,7 +285,8 @@ describe('who finds a store taken', () => {
       stdio: ['pipe', 'ignore', 'ignore'],
     });
     onTestFinished(() => void child.kill('SIGKILL'));
-    child.stdin?.write(Buffer.alloc(2 ** 20, 1));
+    // It opens the store when the first bytes have come.
+    child.stdin.on('error', () => undefined).write(Buffer.alloc(2 ** 20, 1));
     const lock = path.join(daemon.store, 'lock');
     await waitUntil(() => fs.readFileSync(lock, 'utf8') === `${child.pid} command\n`, 'the command has the store');
     const beside = await cli(['vdi', 'list'], { store: daemon.store });

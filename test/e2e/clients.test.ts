@@ -69,7 +69,7 @@ describe('libnbd tools', () => {
       }
       // libnbd 1.14 shows the server's words only among its debug messages.
       const missing = await run('nbdinfo', [daemon.uri('missing')], { env: { LIBNBD_DEBUG: '1' } });
-      expect(missing.stderr).toMatch(/no VDI named "missing"/);
+      expect(missing.stderr).toMatch(/there is no such VDI: "missing"/);
     });
   });
 

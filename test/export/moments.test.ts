@@ -69,10 +69,11 @@ for (const spec of ['disk@now', 'disk@now:run']) {
     fs.mkdirSync(path.join(directory, 'scratch'));
     await write(2);
     fs.rmdirSync(path.join(directory, 'scratch'));
-    await expect(read(device)).rejects.toThrow(/is lost, because what disk overwrites could not be kept aside/);
+    // Without the file: the log has that.
+    await expect(read(device)).rejects.toThrow(/is lost, because what disk overwrites could not be kept aside; [^/]*$/);
     // As nbdkit's retry filter does.
     await device.close('disconnect');
-    await expect(open(spec)).rejects.toThrow(/has ended \(disk@now\S* is lost, because/);
+    await expect(open(spec)).rejects.toThrow(/has ended \(disk@now\S* is lost, because[^/]*$/);
     expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
   });
 
@@ -82,7 +83,7 @@ for (const spec of ['disk@now', 'disk@now:run']) {
     vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
       throw new StoreError('IO', 'a bad sector');
     });
-    await expect(read(device)).rejects.toThrow('a bad sector');
+    await expect(read(device)).rejects.toThrow("the server's storage failed");
     await device.close('disconnect');
     await write(2);
     const again = await open(spec);

@@ -286,12 +286,9 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   #giveUp(cause: unknown): void {
     if (this.#isDropped || this.#failure !== undefined) return;
     const { name, tag } = this.record;
-    const { code, message } = libc.asStoreError(cause, 'scratch space');
-    this.#failure = new StoreError(
-      code,
-      `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside: ${message}`,
-      { cause },
-    );
+    const forClients = `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`;
+    const { code, message, cause: first } = libc.asStoreError(cause, forClients);
+    this.#failure = new StoreError(code, message, { cause: first, forClients });
     // Nobody can use what was kept.
     this.#images.close();
     this.#host.backgroundError(this.#failure);

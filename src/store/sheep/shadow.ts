@@ -228,9 +228,11 @@ export class Shadow {
 
 /** An owner that a reader of a shadow may meet. */
 export function lostError(idx: number): StoreError {
+  const forClients = 'a part of this temporary snapshot is lost: it was overwritten and could not be copied before';
   return new StoreError(
     'IO',
     `object ${idx} of this temporary snapshot is lost: it was overwritten and could not be copied before (is the cluster full?)`,
+    { forClients },
   );
 }
 

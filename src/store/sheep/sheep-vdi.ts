@@ -243,6 +243,7 @@ export class SheepVdi implements OpenVdi {
           'IO',
           `${name} (vid ${from.toString(16)}) has become read-only in the cluster and no working VDI has taken its place; ` +
             'was it deleted, or cloned from while it was in use?',
+          { forClients: `${name} is read-only by now: it was deleted, or cloned from, while it was in use` },
         );
       }
       await sleep(FOLLOW_POLL_MS);
@@ -258,6 +259,7 @@ export class SheepVdi implements OpenVdi {
           'IO',
           `${inode.name} is another disk now (vid ${inode.vid.toString(16)} does not descend from ${from.toString(16)}): ` +
             'it was rolled back or replaced while it was in use; disconnect and connect again',
+          { forClients: `${inode.name} was rolled back or replaced while it was in use; disconnect and connect again` },
         );
       }
       ({ parentVid } = await this.#host.cluster.readInode(parentVid));

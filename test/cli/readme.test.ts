@@ -1,0 +1,72 @@
+/** The tour of README.md, typed as it stands there, on the addresses and in the store that nobody has named. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { expect } from 'vitest';
+import { BIN, ended, needs, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+
+const README = path.resolve(import.meta.dirname, '../../README.md');
+/** What the tour calls a disk's size is too much to copy around here. */
+const SMALLER = [
+  [/\b10G\b/g, '64M'],
+  [/\b20G\b/g, '128M'],
+] as const;
+
+/** The lines of one chapter that a user types, not those for root. */
+function typedIn(chapter: string): string[] {
+  const text = fs.readFileSync(README, 'utf8').split(`\n## ${chapter}\n`)[1]?.split('\n## ')[0] ?? '';
+  return [...text.matchAll(/^ {4}\$ (.*)$/gm)].map(([, line]) => line as string);
+}
+
+needs(
+  'nbdcopy',
+  'nbdinfo',
+  'qemu-img',
+  'mkfs.ext4',
+  'zstd',
+)('every line of the tour does what it says, on the default socket and store', async () => {
+  const directory = temporaryDirectory();
+  const runtime = path.join(directory, 'runtime');
+  const backups = path.join(directory, 'backups');
+  for (const each of [runtime, backups]) fs.mkdirSync(each, { mode: 0o700 });
+  const env = {
+    XDG_RUNTIME_DIR: runtime,
+    XDG_DATA_HOME: path.join(directory, 'data'),
+    SHEEPGATE_STORE: undefined,
+    SHEEPGATE_CONTROL: undefined,
+  };
+  const places = [`XDG_RUNTIME_DIR=${runtime}`, `XDG_DATA_HOME=${env.XDG_DATA_HOME}`];
+  const daemon = start('env', [...places, process.execPath, BIN, 'serve', '--create', 'disk:64M']);
+  let out = '';
+  daemon.stdout.setEncoding('utf8').on('data', (text: string) => (out += text));
+  await waitUntil(() => out.includes('Ctrl-C'), 'the daemon is ready');
+
+  const typed = typedIn('A tour');
+  expect(typed.length).toBeGreaterThan(20);
+  expect(typed[1]).toBe('S=/run/user/1000/sheepgate/nbd.sock');
+  const socket = /socket=(.*)/.exec(out)?.[1] ?? '';
+  const lines = typed.map((line) => {
+    const here = line
+      .replace('/run/user/1000/sheepgate/nbd.sock', socket)
+      .replaceAll('npx sheepgate', 'sheepgate')
+      .replaceAll('/backup/', `${backups}/`)
+      .replace('--at 2026-11-24', '--at "$(date -u +%FT%TZ)"');
+    return SMALLER.reduce((text, [size, smaller]) => text.replace(size, smaller), here);
+  });
+  const script = [
+    'set -e; PATH=$PATH:/usr/sbin:/sbin',
+    `sheepgate() { '${process.execPath}' '${BIN}' "$@"; }`,
+    ...lines.flatMap((line) => [`echo '$' '${line.replaceAll("'", `'\\''`)}'`, line]),
+  ].join('\n');
+  const result = await run('sh', ['-c', script], { cwd: directory, env });
+  expect(result.code, result.stdout + result.stderr).toBe(0);
+  expect(result.stdout).toMatch(/\n\d+ VDIs and snapshots, \d+ objects, 0 problems\n$/);
+  const bytes = (name: string): Buffer => fs.readFileSync(path.join(directory, name));
+  expect(
+    bytes('copy.img')
+      .subarray(0, 64 * 2 ** 20)
+      .equals(bytes('fs.img')),
+  ).toBe(true);
+  expect(bytes('now.img').equals(bytes('fs.img'))).toBe(true);
+  daemon.kill('SIGINT');
+  expect(await ended(daemon)).toEqual({ code: 0, signal: null });
+});
