@@ -12,6 +12,8 @@ import { WriteThrottle } from './write-throttle.js';
 export const KEPT_BLOCK = 4096;
 /** Bits of one piece of the bitmap, 16 KiB: a disk pays for the parts that are written. */
 const PIECE_BLOCKS = 2 ** 17;
+/** A word of the bitmap. */
+const ALL_KEPT = 0xffff_ffff;
 /** Disk behind one scratch file: filesystems bound the size of a file (ext4: 16 TiB with 4 KiB blocks). */
 const FILE_BYTES = 2 ** 40;
 /** Its name for the moment between making and unlinking it. */
@@ -25,7 +27,7 @@ export function removeLeftScratch(directory: string): void {
 export class BeforeImages {
   readonly #directory: string;
   readonly #readNow: (fd: number, into: Buffer, offset: number) => number;
-  readonly #bitmap: (Uint8Array | undefined)[] = [];
+  readonly #bitmap: (Uint32Array | undefined)[] = [];
   readonly #files: (number | undefined)[] = [];
   readonly #throttle = new WriteThrottle();
   /** Reads and writes on the thread pool; while there are any the files stay open. */
@@ -49,12 +51,12 @@ export class BeforeImages {
         at += (PIECE_BLOCKS - within) * KEPT_BLOCK;
         continue;
       }
-      const byte = bits[within >>> 3] as number;
-      if ((within & 7) === 0 && byte === (kept ? 0 : 255)) {
-        at += 8 * KEPT_BLOCK;
+      const word = bits[within >>> 5] as number;
+      if ((within & 31) === 0 && word === (kept ? 0 : ALL_KEPT)) {
+        at += 32 * KEPT_BLOCK;
         continue;
       }
-      if (((byte >>> (within & 7)) & 1) === (kept ? 1 : 0)) return at;
+      if (((word >>> (within & 31)) & 1) === (kept ? 1 : 0)) return at;
       at += KEPT_BLOCK;
     }
     return end;
@@ -66,8 +68,8 @@ export class BeforeImages {
       const block = at / KEPT_BLOCK;
       const piece = Math.floor(block / PIECE_BLOCKS);
       const within = block % PIECE_BLOCKS;
-      const bits = (this.#bitmap[piece] ??= new Uint8Array(PIECE_BLOCKS / 8));
-      bits[within >>> 3] = (bits[within >>> 3] as number) | (1 << (within & 7));
+      const bits = (this.#bitmap[piece] ??= new Uint32Array(PIECE_BLOCKS / 32));
+      bits[within >>> 5] = (bits[within >>> 5] as number) | (1 << (within & 31));
     }
   }
 

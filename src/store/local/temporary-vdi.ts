@@ -162,10 +162,10 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     });
   }
 
-  overwritten(idx: number): boolean {
-    if (this.#failure !== undefined) return true;
-    const base = idx * this.#objectSize;
-    return this.#images.next(base, base + this.#objectSize, true) < base + this.#objectSize;
+  nextOverwritten(idx: number, end: number): number {
+    if (this.#failure !== undefined) return idx;
+    const kept = this.#images.next(idx * this.#objectSize, end * this.#objectSize, true);
+    return Math.floor(kept / this.#objectSize);
   }
 
   exclusive(_idx: number): boolean {
