@@ -136,7 +136,7 @@ export class Vdi {
   }
 
   cache(offset: number, length: number): Awaitable<void> {
-    if (this.isHole(offset, length)) return;
+    if (length <= FEW_OBJECTS * this.#objectSize && this.isHole(offset, length)) return;
     return this.#cacheEach(offset, offset + length);
   }
 

@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { readFully, writeFully } from './positioned-io.js';
+import { CHANGES, READS, type ThreadShare } from './thread-shares.js';
 import { WriteThrottle } from './write-throttle.js';
 
 export const KEPT_BLOCK = 4096;
@@ -85,7 +86,11 @@ export class BeforeImages {
 
   async write(offset: number, data: Buffer): Promise<void> {
     const fd = this.#fileAt(offset);
-    await this.#whileOpen(() => writeFully(fd, data, offset % FILE_BYTES));
+    await this.#whileOpen(CHANGES, async () => {
+      const start = performance.now();
+      await writeFully(fd, data, offset % FILE_BYTES);
+      this.#throttle.noteOffLoop(start);
+    });
   }
 
   /** Fill `into` with what was written at `offset`; zeros where nothing was. */
@@ -96,7 +101,7 @@ export class BeforeImages {
       return;
     }
     const done = Math.max(this.#readNow(fd, into, offset % FILE_BYTES), 0);
-    if (done < into.length) return this.#whileOpen(() => readFully(fd, into, offset % FILE_BYTES, done));
+    if (done < into.length) return this.#whileOpen(READS, () => readFully(fd, into, offset % FILE_BYTES, done));
   }
 
   /** Give the space back, as soon as nobody reads or writes. */
@@ -106,12 +111,15 @@ export class BeforeImages {
     if (this.#busy === 0) this.#closeFiles();
   }
 
-  async #whileOpen(work: () => Promise<void>): Promise<void> {
+  async #whileOpen(share: ThreadShare, work: () => Promise<void>): Promise<void> {
     if (this.#isClosed) throw new StoreError('CLOSED', 'the temporary snapshot was dropped');
     this.#busy++;
+    const turn = share.enter(this);
+    if (turn) await turn;
     try {
       await work();
     } finally {
+      share.leave(this);
       if (--this.#busy === 0 && this.#isClosed) this.#closeFiles();
     }
   }

@@ -1,0 +1,176 @@
+/**
+ * A disk that takes its time: writes that block leave the event loop and come back when they are quick again, and whatever
+ * waits for the disk leaves threads of the pool to reads and to other disks. The disk is slowed down at node:fs.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/local/thread-shares.js';
+import { WriteThrottle } from '../../src/store/local/write-throttle.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { waitUntil } from '../harness/daemon.js';
+
+const OBJECT = 2 ** 20;
+const BLOCK = 4096;
+const SIZE = 64 * OBJECT;
+const STALL_MS = 45;
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+
+beforeEach(async () => {
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-slow-'));
+  store = await LocalStore.open(directory);
+  catalog = new VdiCatalog(store);
+});
+
+afterEach(async () => {
+  vi.restoreAllMocks();
+  await catalog.close();
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+async function disk(name: string): Promise<Vdi> {
+  await catalog.create(name, SIZE, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi(name);
+  await vdi.write(0, Buffer.alloc(4 * OBJECT, 1), false);
+  return vdi;
+}
+
+const isObject = (fd: number): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`).includes('/objects/');
+
+/** Writes of objects take STALL_MS while `isSlow`. Returns what is counted: those on the loop, and those under way in the pool. */
+function slowWrites(): { isSlow: boolean; onLoop: number; inPool: number; mostInPool: number } {
+  const state = { isSlow: true, onLoop: 0, inPool: 0, mostInPool: 0 };
+  const { writeSync, write } = fs;
+  vi.spyOn(fs, 'writeSync').mockImplementation(((fd: number, ...rest: [Buffer]) => {
+    if (isObject(fd)) {
+      state.onLoop++;
+      if (state.isSlow) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, STALL_MS);
+    }
+    return writeSync(fd, ...rest);
+  }) as typeof fs.writeSync);
+  vi.spyOn(fs, 'write').mockImplementation(((fd: number, ...rest: [Buffer, number, number, number, () => void]) => {
+    const done = rest[4] as (...of: unknown[]) => void;
+    state.mostInPool = Math.max(state.mostInPool, ++state.inPool);
+    rest[4] = (...of: unknown[]) => {
+      state.inPool--;
+      done(...of);
+    };
+    const start = (): void => write(fd, ...rest);
+    if (state.isSlow) setTimeout(start, STALL_MS);
+    else start();
+  }) as typeof fs.write);
+  return state;
+}
+
+const page = Buffer.alloc(BLOCK, 2);
+
+test('on a slow disk one write holds the loop, all others go to the pool, and come back when writes are quick again', async () => {
+  const vdi = await disk('disk');
+  const state = slowWrites();
+  for (let n = 0; n < 8; n++) await vdi.write(n * BLOCK, page, false);
+  await Promise.all(Array.from({ length: 16 }, async (_, n) => vdi.write(n * BLOCK, page, false)));
+  expect(state.onLoop).toBe(1);
+  // Longer than any pause: nobody writes meanwhile, so nobody can know that the disk is quick again.
+  const now = performance.now();
+  vi.spyOn(performance, 'now').mockReturnValue(now + 60_000);
+  await vdi.write(0, page, false);
+  expect(state.onLoop).toBe(1);
+  vi.mocked(performance.now).mockRestore();
+  state.isSlow = false;
+  await waitUntil(async () => {
+    await vdi.write(0, page, false);
+    return state.onLoop > 1;
+  }, 'writes on the loop');
+  await catalog.release(vdi);
+});
+
+test('writes that wait for a slow disk leave threads to others, and one disk leaves some to another', async () => {
+  const [one, other] = [await disk('one'), await disk('other')];
+  const state = slowWrites();
+  await one.write(0, page, false);
+  // Seen while they are under way: how many the pool has of them, and that another disk's write is not behind all of them.
+  const many = Array.from({ length: 24 }, async (_, n) => one.write(n * BLOCK, page, false));
+  await waitUntil(() => state.inPool > 0, 'writes in the pool');
+  let done = 0;
+  for (const each of many) void each.then(() => done++);
+  await other.write(0, page, false);
+  expect(done).toBeLessThan(many.length / 2);
+  await Promise.all(many);
+  const threads = Number(process.env.UV_THREADPOOL_SIZE) || 4;
+  expect(state.mostInPool).toBeLessThanOrEqual(Math.max(1, Math.floor(threads / 3)));
+  for (const vdi of [one, other]) await catalog.release(vdi);
+});
+
+test('syncs, removals, copies and look-ups are all counted in and out: afterwards nobody holds a thread', async () => {
+  const vdi = await disk('disk');
+  await vdi.flush();
+  await catalog.snapshot('disk', 's');
+  await Promise.all(Array.from({ length: 16 }, async (_, n) => vdi.write(n * OBJECT + BLOCK, page, false)));
+  await vdi.zero(BLOCK / 2, BLOCK, { noHole: false, fua: true });
+  await vdi.extents(0, SIZE, () => true);
+  await vdi.cache(0, SIZE);
+  await vdi.trim(0, SIZE, true);
+  await catalog.release(vdi);
+  await catalog.remove('disk@s');
+  await catalog.remove('disk');
+  await store.reclaimed();
+  for (const share of [READS, CHANGES, SYNCS, LOOKUPS]) expect(share.busy).toBe(0);
+});
+
+test('a share of threads is never exceeded, leaves one to a second disk, and is given to disks in turn', async () => {
+  const share = new ThreadShare(4);
+  const order: string[] = [];
+  const enter = (disk: string): void => {
+    const turn = share.enter(disk);
+    if (turn) void turn.then(() => order.push(disk));
+    else order.push(disk);
+  };
+  for (let n = 0; n < 8; n++) enter('greedy');
+  expect(order).toEqual(['greedy', 'greedy', 'greedy']);
+  enter('other');
+  expect(order).toEqual(['greedy', 'greedy', 'greedy', 'other']);
+  enter('other');
+  enter('third');
+  expect(share.busy).toBe(4);
+  share.leave('greedy');
+  share.leave('greedy');
+  share.leave('greedy');
+  await Promise.resolve();
+  expect(order.slice(4)).toEqual(['greedy', 'other', 'third']);
+  expect(share.busy).toBe(4);
+});
+
+test('a stall soon after writes have come back to the loop keeps them off it for longer each time', () => {
+  let now = 1000;
+  vi.spyOn(performance, 'now').mockImplementation(() => now);
+  const throttle = new WriteThrottle();
+  const write = (took: number): void => {
+    const start = now;
+    now += took;
+    throttle.note(start);
+  };
+  const pauses: number[] = [];
+  for (let n = 0; n < 8; n++) {
+    write(200);
+    const stalledAt = now;
+    while (!throttle.mayWrite()) {
+      const start = now;
+      now += 1;
+      throttle.noteOffLoop(start);
+    }
+    pauses.push(now - stalledAt);
+  }
+  expect(pauses).toEqual([200, 400, 800, 1600, 3200, 5000, 5000, 5000]);
+  now += 60_000;
+  write(200);
+  expect(throttle.mayWrite()).toBe(false);
+  for (let n = 0; n < 20; n++) throttle.noteOffLoop(now);
+  now += 200;
+  expect(throttle.mayWrite()).toBe(true);
+});
