@@ -5,13 +5,14 @@
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { NbdClient } from 'nbd-server-ts';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/local/thread-shares.js';
 import { WriteThrottle } from '../../src/store/local/write-throttle.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
-import { waitUntil } from '../harness/daemon.js';
+import { cli, needs, ok, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const OBJECT = 2 ** 20;
 const BLOCK = 4096;
@@ -173,4 +174,44 @@ test('a stall soon after writes have come back to the loop keeps them off it for
   for (let n = 0; n < 20; n++) throttle.noteOffLoop(now);
   now += 200;
   expect(throttle.mayWrite()).toBe(true);
+});
+
+needs('gcc')('what was answered while the disk was slow, and never flushed, is there after SIGKILL', async () => {
+  const library = path.join(temporaryDirectory(), 'slow-disk.so');
+  const source = path.join(import.meta.dirname, '../../bench/slow-disk.c');
+  await ok('gcc', ['-O2', '-shared', '-fPIC', source, '-o', library, '-ldl']);
+  const served = path.join(temporaryDirectory(), 'store');
+  const count = 24;
+  expect((await cli(['vdi', 'create', 'disk', `${count}M`, '--block-size-shift', '20'], { store: served })).code).toBe(
+    0,
+  );
+  const model = Buffer.alloc(count * OBJECT);
+  const env = { LD_PRELOAD: library, SLOW_DISK: fs.realpathSync(served), SLOW_WRITE_MS: `${STALL_MS}` };
+  for (let round = 1; round <= 2; round++) {
+    const daemon = await startDaemon({ store: served, env });
+    const client = await NbdClient.connect({ path: daemon.socket });
+    await client.go('disk');
+    expect((await client.read(0, model.length)).equals(model), `before round ${round}`).toBe(true);
+    const write = async (idx: number, fill: number): Promise<void> => {
+      await client.write(idx * OBJECT + BLOCK, Buffer.alloc(BLOCK, fill));
+      model.fill(fill, idx * OBJECT + BLOCK, idx * OBJECT + 2 * BLOCK);
+    };
+    const indexes = Array.from({ length: count / 2 }, (_, n) => 2 * n);
+    await Promise.all(indexes.map((idx) => write(idx, 16 * round + 1)));
+    expect((await cli(['vdi', 'snapshot', 'disk', `s${round}`], { store: served })).stderr).toBe('');
+    await Promise.all(indexes.map((idx) => write(idx + (idx % 4 === 0 ? 1 : 0), 16 * round + 2)));
+    await Promise.all([4, 6, 10].map((idx) => client.zero(idx * OBJECT, OBJECT)));
+    for (const idx of [4, 6, 10]) model.fill(0, idx * OBJECT, (idx + 1) * OBJECT);
+    await write(6, 16 * round + 3);
+    await daemon.kill();
+    await client.disconnect().catch(() => undefined);
+  }
+  const daemon = await startDaemon({ store: served });
+  const client = await NbdClient.connect({ path: daemon.socket });
+  await client.go('disk');
+  expect((await client.read(0, model.length)).equals(model)).toBe(true);
+  await client.disconnect();
+  await daemon.stop();
+  const check = await cli(['check', '--json'], { store: served });
+  expect(JSON.parse(check.stdout)).toMatchObject({ problems: [] });
 });

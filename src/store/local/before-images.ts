@@ -30,13 +30,21 @@ export class BeforeImages {
   readonly #readNow: (fd: number, into: Buffer, offset: number) => number;
   readonly #bitmap: (Uint32Array | undefined)[] = [];
   readonly #files: (number | undefined)[] = [];
-  readonly #throttle = new WriteThrottle();
+  readonly #throttle: WriteThrottle;
   /** Reads and writes on the thread pool; while there are any the files stay open. */
   #busy = 0;
   #isClosed = false;
 
-  /** `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. */
-  constructor(directory: string, readNow: (fd: number, into: Buffer, offset: number) => number) {
+  /**
+   * `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. `throttle`: of the disk that the
+   * directory is on.
+   */
+  constructor(
+    directory: string,
+    readNow: (fd: number, into: Buffer, offset: number) => number,
+    throttle = new WriteThrottle(),
+  ) {
+    this.#throttle = throttle;
     this.#directory = directory;
     this.#readNow = readNow;
   }

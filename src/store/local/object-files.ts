@@ -75,7 +75,8 @@ export class ObjectFiles {
   readonly #isReadOnly: boolean;
   #noWaitReads = true;
   #reflinks = true;
-  readonly #throttle = new WriteThrottle();
+  /** Of the disk that they are on, for whoever else writes there. */
+  readonly throttle = new WriteThrottle();
   /** Called when the disk has failed. */
   onDiskError: () => void = () => undefined;
 
@@ -153,12 +154,12 @@ export class ObjectFiles {
   write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
     if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false);
-    if (!this.#throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true);
+    if (!this.throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true);
     if (this.#areEdgesCached(file, offset, data.length)) {
       const start = performance.now();
       try {
         const written = fs.writeSync(file.fd, data, 0, data.length, offset);
-        this.#throttle.note(start);
+        this.throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
         throw this.#failed(error, `writing object ${this.path(objectKey(vid, idx))}`);
@@ -450,7 +451,7 @@ export class ObjectFiles {
       this.#mustBeWhole(file.key, file.fd);
       const start = performance.now();
       await writeFully(file.fd, data, offset);
-      if (isHeldOff) this.#throttle.noteOffLoop(start);
+      if (isHeldOff) this.throttle.noteOffLoop(start);
     } catch (error) {
       throw this.#failed(error, `writing object ${this.path(file.key)}`);
     } finally {

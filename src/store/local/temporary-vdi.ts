@@ -59,7 +59,11 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     this.map = new Uint32Array(source.length);
     this.#adopted = new Uint8Array(source.length);
     this.#objectSize = 2 ** record.blockSizeShift;
-    this.#images = new BeforeImages(host.location, (fd, into, offset) => host.files.readNow(fd, into, offset));
+    this.#images = new BeforeImages(
+      host.location,
+      (fd, into, offset) => host.files.readNow(fd, into, offset),
+      host.files.throttle,
+    );
   }
 
   get failure(): Error | undefined {
