@@ -519,7 +519,7 @@ export class Vdi {
         const idx = Math.floor(at / this.#objectSize);
         const within = at - idx * this.#objectSize;
         const part = Math.min(this.#objectSize - within, end - at);
-        if (this.#open.map[idx] === 0 && !noHole && !this.#transitions.has(idx)) {
+        if ((this.#open.map[idx] ?? 0) === 0 && !noHole && !this.#transitions.has(idx)) {
           at = this.#endOfIdleHole(idx, end);
         } else {
           const later = this.#zeroObject(idx, within, part, noHole);
