@@ -6,7 +6,9 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
-import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import type { VdiRecord } from '../../src/store/object-store.js';
+import { makeLogFolder, MapLogs } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/local/thread-shares.js';
 import { WriteThrottle } from '../../src/store/local/write-throttle.js';
@@ -71,22 +73,24 @@ function slowWrites(): { isSlow: boolean; onLoop: number; inPool: number; mostIn
 
 const page = Buffer.alloc(BLOCK, 2);
 
-test('on a slow disk one write holds the loop, all others go to the pool, and come back when writes are quick again', async () => {
+test('on a slow disk one write at most holds the loop, all others go to the pool, and come back when writes are quick again', async () => {
   const vdi = await disk('disk');
   const state = slowWrites();
   for (let n = 0; n < 8; n++) await vdi.write(n * BLOCK, page, false);
   await Promise.all(Array.from({ length: 16 }, async (_, n) => vdi.write(n * BLOCK, page, false)));
-  expect(state.onLoop).toBe(1);
+  // None, if the machine was busy and a write before this one was slow already.
+  expect(state.onLoop).toBeLessThanOrEqual(1);
+  const { onLoop } = state;
   // Longer than any pause: nobody writes meanwhile, so nobody can know that the disk is quick again.
   const now = performance.now();
   vi.spyOn(performance, 'now').mockReturnValue(now + 60_000);
   await vdi.write(0, page, false);
-  expect(state.onLoop).toBe(1);
+  expect(state.onLoop).toBe(onLoop);
   vi.mocked(performance.now).mockRestore();
   state.isSlow = false;
   await waitUntil(async () => {
     await vdi.write(0, page, false);
-    return state.onLoop > 1;
+    return state.onLoop > onLoop;
   }, 'writes on the loop');
   await catalog.release(vdi);
 });
@@ -176,12 +180,80 @@ test('a stall soon after writes have come back to the loop keeps them off it for
   expect(throttle.mayWrite()).toBe(true);
 });
 
+describe('the log of map changes, written off the loop', () => {
+  const slow = { mayWrite: () => false, note: () => undefined, noteOffLoop: () => undefined };
+  const errors: unknown[] = [];
+  let logs: MapLogs;
+
+  beforeEach(() => {
+    const place = temporaryDirectory();
+    makeLogFolder(place);
+    errors.length = 0;
+    logs = new MapLogs(place, (error) => errors.push(error), slow as unknown as WriteThrottle);
+  });
+
+  /** What a start after a kill would apply: [vid, idx, owner]. */
+  function logged(flushed = 0): number[][] {
+    const record = (vid: number): VdiRecord => ({ vid, name: 'disk', isSnapshot: vid === 1 }) as VdiRecord;
+    const { changes, doubtful } = logs.read(logs.session, { record, flushedGeneration: () => flushed });
+    expect(doubtful).toEqual([]);
+    return changes.map(({ vid, idx, owner }) => [vid, idx, owner]);
+  }
+
+  test('has everything in order when it is answered, over a snapshot and over files that end', async () => {
+    const log = logs.logOf(1, 1);
+    const answers = [log.changed(0, 1)];
+    log.moved(2, 1);
+    const expected: number[][] = [];
+    const change = (idx: number, owner: number): void => {
+      answers.push(log.changed(idx, owner));
+      expected.push([2, idx, owner]);
+    };
+    for (let round = 0; round < 4; round++) {
+      for (let idx = 0; idx < 3000; idx++) change(idx, 2 + round);
+      log.flushing(2 + round);
+      if (round % 2 === 0) await answers.at(-1);
+      change(round, 9);
+    }
+    await Promise.all(answers.map(async (each) => each));
+    expect(logged()).toEqual(expected);
+    const done = log.flushing(7);
+    await log.changed(5, 2);
+    done();
+    expect(logged(6)).toEqual([[2, 5, 2]]);
+    log.remove();
+    expect(logged()).toEqual([]);
+  });
+
+  test('is removed if it cannot be written, and begins anew with the next flush', async () => {
+    const log = logs.logOf(2, 1);
+    await log.changed(0, 2);
+    vi.spyOn(fs, 'write').mockImplementationOnce(((...all: [number, Buffer, number, number, number, () => void]) => {
+      const done = all[5] as (error: Error) => void;
+      setImmediate(() => {
+        log.flushing(2);
+        done(Object.assign(new Error('ENOSPC: no space left'), { code: 'ENOSPC' }));
+      });
+    }) as typeof fs.write);
+    const failed = log.changed(1, 2);
+    await waitUntil(() => vi.mocked(fs.write).mock.calls.length > 0, 'the write that fails');
+    await failed;
+    await log.changed(2, 2);
+    expect(errors).toHaveLength(1);
+    expect(logged()).toEqual([]);
+    log.flushing(3);
+    await log.changed(3, 2);
+    expect(logged(2)).toEqual([[2, 3, 2]]);
+    log.remove();
+  });
+});
+
 needs('gcc')('what was answered while the disk was slow, and never flushed, is there after SIGKILL', async () => {
   const library = path.join(temporaryDirectory(), 'slow-disk.so');
   const source = path.join(import.meta.dirname, '../../bench/slow-disk.c');
   await ok('gcc', ['-O2', '-shared', '-fPIC', source, '-o', library, '-ldl']);
   const served = path.join(temporaryDirectory(), 'store');
-  const count = 24;
+  const count = 12;
   expect((await cli(['vdi', 'create', 'disk', `${count}M`, '--block-size-shift', '20'], { store: served })).code).toBe(
     0,
   );

@@ -282,6 +282,10 @@ export class MapLog {
       this.#isRemoved = true;
       return;
     }
+    this.#removeFiles();
+  }
+
+  #removeFiles(): void {
     this.#endFile();
     this.#unlink(this.#old.length);
   }
@@ -324,20 +328,18 @@ export class MapLog {
     this.#writing = this.#queued;
     this.#queued = undefined;
     try {
-      if (!this.#isRemoved) await this.#write(entries, head);
+      if (!this.#isRemoved && entries.length > 0) await this.#write(entries, head);
     } catch (error) {
-      this.#isBroken = true;
-      this.#isRemoved = true;
-      this.#onError(error);
+      // What was made before it was broken goes with it; what comes after the next flush has begun does not.
+      this.#queue = [];
+      this.#queueHead = undefined;
+      this.#fail(error);
     }
     CHANGES.leave(this);
     this.#writing = undefined;
     if (this.#isBusy) return; // the next one sees to it
     if (this.#endsSoon) this.#endFile();
-    if (this.#isRemoved) {
-      this.#isRemoved = false;
-      this.remove();
-    }
+    if (this.#isRemoved) this.#removeFiles();
   }
 
   async #write(entries: Buffer, head: Buffer): Promise<void> {
@@ -357,7 +359,7 @@ export class MapLog {
   /** A full disk. The beginning of a log must not be restored: what it points at may be removed by then. */
   #fail(error: unknown): void {
     this.#isBroken = true;
-    this.remove();
+    this.#removeFiles();
     this.#onError(error);
   }
 
