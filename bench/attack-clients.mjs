@@ -20,6 +20,8 @@ const CMD = { read: 0, write: 1, flush: 3, trim: 4, cache: 5, writeZeroes: 6, bl
 const FAST_ZERO = 1 << 4;
 const GREETING_BYTES = 18;
 const OPTION_REPLY_BYTES = 20;
+/** A reply without content, with extended headers. */
+const CHUNK_BYTES = 32;
 /** Requests or options that are sent at once. */
 const BATCH = 256;
 
@@ -211,6 +213,26 @@ const ATTACKS = {
       await client.closed;
     }
   },
+  /** In place, 32 at a time. */
+  async 'slow-writes'(path) {
+    const client = await Client.open(path, 'holes');
+    await writeAtOnce(client, 32, (index) => (index % 32) * 8 * MIB);
+  },
+  async 'slow-new'(path) {
+    const client = await Client.open(path, 'scratch');
+    await writeAtOnce(client, 32, (index) => (index * 4 * MIB) % (64 * GIB));
+  },
+  async 'slow-syncs'(path) {
+    const one = async (name) => {
+      const client = await Client.open(path, name);
+      for (;;) {
+        await writeAtOnce(client, 16, (index) => index * 4 * MIB, 16);
+        await client.send(client.request(CMD.flush, 0, 0));
+        await client.read(CHUNK_BYTES);
+      }
+    };
+    await Promise.all(Array.from({ length: 8 }, (_, index) => one(`flushed-${index}`)));
+  },
   async 'vdi-list'(socketPath) {
     const command = path.join(import.meta.dirname, '../bin/sheepgate.cjs');
     for (;;) {
@@ -241,6 +263,17 @@ const ATTACKS = {
     }
   },
 };
+
+/** Writes of 4 KiB, so many under way at a time, until `total` of them are answered. */
+async function writeAtOnce(client, depth, offsetOf, total = Infinity) {
+  const page = Buffer.alloc(4 * KIB, 1);
+  for (let sent = 0, answered = 0; answered < total; answered++) {
+    for (; sent < Math.min(answered + depth, total); sent++) {
+      await client.send(Buffer.concat([client.request(CMD.write, offsetOf(sent), page.length), page]));
+    }
+    await client.read(CHUNK_BYTES);
+  }
+}
 
 function uint32(value) {
   const bytes = Buffer.alloc(4);

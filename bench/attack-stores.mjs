@@ -11,7 +11,7 @@ const FIRST_OWNER = 100_000;
 const OWNER_RUN_SHIFT = 5;
 const OWNERS = 4000;
 
-/** `kind`: few (data, empty with the snapshot s, holes, full, scratch) or many (data, and `vdis` empty ones). */
+/** `kind`: few (data, empty with the snapshot s, holes, full, scratch, flushed-0 …) or many (data, and `vdis` empty ones). */
 export async function prepare({ dist, store: location, kind, vdis }) {
   const { LocalStore } = await import(path.join(dist, 'store/local/local-store.js'));
   const { pagesOf } = await import(path.join(dist, 'store/local/metadata.js'));
@@ -36,6 +36,7 @@ export async function prepare({ dist, store: location, kind, vdis }) {
     await catalog.create('empty', 4 * TIB);
     await catalog.snapshot('empty', 's');
     await catalog.create('scratch', 64 * GIB);
+    for (let index = 0; index < 8; index++) await catalog.create(`flushed-${index}`, GIB);
     await filled('holes', 256 * MIB, async (vdi) => {
       const page = Buffer.alloc(PAGE, 7);
       for (let at = 0; at < 256 * MIB; at += 2 * PAGE) await vdi.write(at, page, false);

@@ -13,7 +13,7 @@ import os from 'node:os';
 import path from 'node:path';
 import readline from 'node:readline';
 import { parseArgs } from 'node:util';
-import { BenchError, buildNbdload, NBDLOAD } from './nbdload.mjs';
+import { BenchError, buildNbdload, buildSlowDisk, NBDLOAD, SLOW_DISK } from './nbdload.mjs';
 
 const HERE = import.meta.dirname;
 const CLIENTS = path.join(HERE, 'attack-clients.mjs');
@@ -28,7 +28,10 @@ const PATIENCE_SECONDS = 20;
 const LIMIT_P99_MS = 10;
 const LIMIT_MAX_MS = 50;
 
-/** `item`: of the list of what one client must not do to others. `store`: which one is served. */
+/**
+ * `item`: of the list of what one client must not do to others. `store`: which one is served. `slow`: how much longer, in ms,
+ * each write or sync of its disk takes (slow-disk.c).
+ */
 const SCENARIOS = [
   { item: '-', name: 'nobody', store: 'few' },
   { item: '1', name: 'status-empty', what: 'BLOCK_STATUS of an empty 4 TiB disk', store: 'few' },
@@ -47,6 +50,22 @@ const SCENARIOS = [
   { item: '4', name: 'options', what: '4,096 options in one send', store: 'few' },
   { item: '4', name: 'list', what: '20 clients list all exports', store: 'many' },
   { item: '5', name: 'idle', what: '1,000 idle connections, 1,024 descriptors', store: 'few', descriptors: 1024 },
+  { item: '6', name: 'slow-writes', what: '32 writes at once, each takes 200 ms', store: 'few', slow: { write: 200 } },
+  {
+    item: '6',
+    name: 'slow-new',
+    what: '32 writes of new objects, each takes 200 ms',
+    store: 'few',
+    slow: { write: 200 },
+  },
+  {
+    item: '6',
+    name: 'slow-syncs',
+    what: '8 disks flush, each sync takes 1 s; reads of 2 MiB',
+    store: 'few',
+    slow: { sync: 1000 },
+    readBytes: 2 * MIB,
+  },
   { item: '7', name: 'vdi-list', what: 'vdi list, again and again', store: 'many' },
 ];
 
@@ -111,10 +130,10 @@ function cells({ p50, p99, max }) {
   return [p50, p99, max].map((ms) => ms.toFixed(ms < 100 ? 2 : 0).padStart(7)).join(' ');
 }
 
-async function measure({ name, store, descriptors }) {
+async function measure({ name, store, descriptors, slow, readBytes = PAGE }) {
   const where = path.join(directory, store);
   const socket = path.join(where, 'nbd.sock');
-  const daemon = await serve(where, socket, descriptors);
+  const daemon = await serve(where, socket, descriptors, slow);
   const attacker = name === 'nobody' ? undefined : start(process.execPath, [CLIENTS, name, socket]);
   await sleep(WARM_UP_MS);
   const visits = [];
@@ -129,7 +148,7 @@ async function measure({ name, store, descriptors }) {
     `nbd+unix:///data?socket=${socket}`,
     '1',
     '1',
-    String(PAGE),
+    String(readBytes),
     'read',
     'rand',
     String(seconds),
@@ -177,7 +196,7 @@ async function prepare(name) {
 
 // --- processes
 
-async function serve(store, socket, descriptors) {
+async function serve(store, socket, descriptors, slow) {
   const args = [
     path.join(dist, '../bin/sheepgate.cjs'),
     'serve',
@@ -188,9 +207,10 @@ async function serve(store, socket, descriptors) {
     `unix:${socket}`,
   ];
   args.push(...values['serve-arg']);
+  const environment = slow === undefined ? undefined : slowDisk(store, slow);
   const daemon =
     descriptors === undefined
-      ? start(process.execPath, args, 'ignore')
+      ? start(process.execPath, args, 'ignore', environment)
       : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args], 'ignore');
   let timer;
   await Promise.race([
@@ -207,8 +227,15 @@ async function serve(store, socket, descriptors) {
   return daemon;
 }
 
-function start(command, args, errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore') {
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors] });
+/** Not LMDB's file: who comes to a slow disk waits for its commits, which is no other client's doing. */
+function slowDisk(store, { write = 0, sync = 0 }) {
+  buildSlowDisk();
+  const directory = fs.realpathSync(store);
+  return { LD_PRELOAD: SLOW_DISK, SLOW_DISK: directory, SLOW_WRITE_MS: `${write}`, SLOW_SYNC_MS: `${sync}` };
+}
+
+function start(command, args, errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore', environment = {}) {
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors], env: { ...process.env, ...environment } });
   children.add(child);
   child.over = new Promise((resolve) => {
     child.once('error', () => resolve(-1));

@@ -1,9 +1,12 @@
-/** The load generator (nbdload.c, on libnbd), built when it is needed. Owns bench/.build. */
+/** The load generator (nbdload.c, on libnbd) and the slow disk (slow-disk.c), built when they are needed. Owns bench/.build. */
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 
 const SOURCE = path.join(import.meta.dirname, 'nbdload.c');
+const SLOW_DISK_SOURCE = path.join(import.meta.dirname, 'slow-disk.c');
+/** To be preloaded. */
+export const SLOW_DISK = path.join(import.meta.dirname, '.build/slow-disk.so');
 export const NBDLOAD = path.join(import.meta.dirname, '.build/nbdload');
 
 /** What whoever runs a benchmark is told in one line. */
@@ -11,21 +14,30 @@ export class BenchError extends Error {}
 
 /** Errors: BenchError if the compiler or libnbd is missing. */
 export function buildNbdload() {
-  const built = fs.statSync(NBDLOAD, { throwIfNoEntry: false });
-  if (built && built.mtimeMs >= fs.statSync(SOURCE).mtimeMs) return;
+  build(SOURCE, NBDLOAD, ['-lnbd', '-lpthread']);
+}
+
+/** Errors: BenchError if the compiler is missing. */
+export function buildSlowDisk() {
+  build(SLOW_DISK_SOURCE, SLOW_DISK, ['-shared', '-fPIC', '-ldl']);
+}
+
+function build(source, target, options) {
+  const built = fs.statSync(target, { throwIfNoEntry: false });
+  if (built && built.mtimeMs >= fs.statSync(source).mtimeMs) return;
   requireCommand('gcc', 'gcc');
-  fs.mkdirSync(path.dirname(NBDLOAD), { recursive: true });
+  fs.mkdirSync(path.dirname(target), { recursive: true });
   // Linked under another name first: a build that was interrupted must not look finished.
-  const result = spawnSync('gcc', ['-O2', SOURCE, '-o', `${NBDLOAD}.new`, '-lnbd', '-lpthread'], { encoding: 'utf8' });
+  const result = spawnSync('gcc', ['-O2', source, '-o', `${target}.new`, ...options], { encoding: 'utf8' });
   if (result.status !== 0) {
     const isHeaderMissing = /libnbd\.h|-lnbd/.test(result.stderr);
     throw new BenchError(
       isHeaderMissing
         ? 'libnbd is missing, which the load generator is built on; apt-get install libnbd-dev'
-        : `gcc could not build ${SOURCE}:\n${result.stderr}`,
+        : `gcc could not build ${source}:\n${result.stderr}`,
     );
   }
-  fs.renameSync(`${NBDLOAD}.new`, NBDLOAD);
+  fs.renameSync(`${target}.new`, target);
 }
 
 /** Errors: BenchError that names the package. */

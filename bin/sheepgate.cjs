@@ -1,7 +1,8 @@
 #!/usr/bin/env node
 // CommonJS on purpose: libuv reads the size of its thread pool at the pool's first use, and loading an ES module is
-// already a use. Object files are read and synced there, so four threads (libuv's default) are too few.
-process.env.UV_THREADPOOL_SIZE ??= '16';
+// already a use. Object files are read and synced there, so four threads (libuv's default) are too few. How
+// they are shared out is in src/store/local/thread-shares.ts.
+process.env.UV_THREADPOOL_SIZE ??= '24';
 // lmdb loads msgpackr, whose native part takes longer to load than a short command takes, and nothing here is msgpack.
 process.env.MSGPACKR_NATIVE_ACCELERATION_DISABLED ??= 'true';
 import('../dist/cli/main.js').catch((error) => {

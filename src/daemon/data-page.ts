@@ -32,7 +32,7 @@ export async function dataPageOf(size: number, offset: number, extents: Extents)
 }
 
 /** Where `vdi` may differ from `base`, from `offset` on. Errors: BAD_SIZE. */
-export function changesPage(vdi: Vdi, base: Vdi, offset: number): DataPage {
+export async function changesPage(vdi: Vdi, base: Vdi, offset: number): Promise<DataPage> {
   if (vdi.record.blockSizeShift !== base.record.blockSizeShift) {
     throw new OperationError(
       'BAD_SIZE',
@@ -42,7 +42,7 @@ export function changesPage(vdi: Vdi, base: Vdi, offset: number): DataPage {
   const ranges: Range[] = [];
   let next = offset;
   if (offset < vdi.size) {
-    vdi.changedSince(base, offset, vdi.size - offset, (at, length, changed) => {
+    await vdi.changedSince(base, offset, vdi.size - offset, (at, length, changed) => {
       if (changed && ranges.length === MAX_PAGE_RANGES) return false;
       if (changed) ranges.push({ offset: at, length });
       next = at + length;

@@ -126,7 +126,7 @@ export class DirectOperations implements Operations {
     try {
       const base = await this.#catalog.openVdi(since, { mapOnly: true });
       try {
-        return changesPage(vdi, base, offset);
+        return await changesPage(vdi, base, offset);
       } finally {
         await this.#catalog.release(base);
       }

@@ -169,7 +169,7 @@ export class VdiDevice implements BlockDevice {
     if (tag === undefined) throw new Error(`invariant: ${context} is no context of a VDI`);
     const base = await this.hold(tag);
     const report = (at: number, size: number, changed: boolean): boolean => sink(at, size, changed ? STATE_CHANGED : 0);
-    this.#vdi.changedSince(base, offset, length, report);
+    await this.#vdi.changedSince(base, offset, length, report);
   }
 
   /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `Bases.open`. */

@@ -77,8 +77,11 @@ export interface OpenVdi {
   readonly reader?: ObjectReader;
   /** A temporary snapshot only: why it can be read no more. */
   readonly failure?: Error | undefined;
-  /** A snapshot by copy-before-write only: the object at idx was changed in place since, and has the same owner. */
-  overwritten?(idx: number): boolean;
+  /**
+   * A snapshot by copy-before-write only: the first index in [idx, end) whose object was changed in place since, and has the
+   * same owner; `end` if there is none.
+   */
+  nextOverwritten?(idx: number, end: number): number;
   /** No other VDI or snapshot refers to the object at idx, so it may be written in place. Only for allocated idx. */
   exclusive(idx: number): boolean;
   /** Before the exclusive object at idx is changed in place, what is there is kept aside for a temporary snapshot. */

@@ -12,11 +12,22 @@ import {
   type VdiRecord,
 } from '../store/object-store.js';
 export type { VdiRecord } from '../store/object-store.js';
+import { Admission } from './admission.js';
+import { LongWork, STEPS_PER_LOOK } from './loop-share.js';
+import { endOfDifferent, endOfSame, endOfZeros } from './map-runs.js';
+import { Several } from './several.js';
 import { isHoleIn, readsAsZeros } from './reads-as-zeros.js';
 import { CLOSED, WriteGate } from './write-gate.js';
 
 /** Object changes one zero, trim or multi-object write has under way at a time. */
 const PARALLEL_OBJECTS = 8;
+/** Objects of a disk that the store is asked about at a time, for where data is and for reading ahead, by all requests together. */
+const PARALLEL_LOOKUPS = 4;
+/** Requests about more objects than this take their share of the loop. */
+const FEW_OBJECTS = 64;
+/** Objects whose kept blocks are looked for in one step, and objects that are compared one by one. */
+const OVERWRITTEN_STEP = 1024;
+const DIFFERENT_STEP = 16_384;
 const NOTHING = Buffer.alloc(0);
 
 export class Vdi {
@@ -30,6 +41,7 @@ export class Vdi {
   /** idx -> in-place operations under way off the loop; a transition waits until there are none. */
   readonly #inPlace = new Map<number, number>();
   #inPlaceWaiters: { idx: number; wake: () => void }[] = [];
+  readonly #lookups = new Admission(PARALLEL_LOOKUPS);
   /** Objects copied because they were shared: what a snapshot costs. */
   copies = 0;
 
@@ -124,56 +136,150 @@ export class Vdi {
   }
 
   cache(offset: number, length: number): Awaitable<void> {
-    const parts: Promise<void>[] = [];
-    this.#eachPart(offset, length, (idx, from, partLength) => {
-      const owner = this.#open.map[idx] as number;
-      if (owner === 0) return;
-      const result = this.#reader.cacheObject(owner, idx, from, partLength);
-      if (result !== undefined) parts.push(result);
-    });
-    if (parts.length > 0) return allDone(parts);
+    if (length <= FEW_OBJECTS * this.#objectSize && this.isHole(offset, length)) return;
+    return this.#cacheEach(offset, offset + length);
+  }
+
+  async #cacheEach(offset: number, end: number): Promise<void> {
+    const work = new LongWork(this);
+    const begin = work.begin();
+    if (begin) await begin;
+    const pending = new Several(PARALLEL_LOOKUPS);
+    try {
+      for (let at = offset; at < end && !pending.hasFailed;) {
+        const idx = Math.floor(at / this.#objectSize);
+        if ((this.#open.map[idx] ?? 0) === 0) at = this.#endOfHole(idx, end);
+        else {
+          const turn = this.#lookups.enter();
+          if (turn) {
+            work.pause();
+            await turn;
+            work.resume();
+          }
+          const from = at - idx * this.#objectSize;
+          const length = Math.min(this.#objectSize - from, end - at);
+          at += length;
+          const later = this.#cacheObject(idx, from, length);
+          if (later === undefined) this.#lookups.leave();
+          else pending.add(later.finally(this.#lookups.leave));
+        }
+        if (work.isOver()) await work.next();
+      }
+    } finally {
+      work.pause();
+      await pending.settled();
+    }
+    await pending.all();
+  }
+
+  #cacheObject(idx: number, from: number, length: number): Awaitable<void> {
+    const owner = this.#open.map[idx] ?? 0;
+    if (owner === 0) return;
+    try {
+      return this.#reader.cacheObject(owner, idx, from, length);
+    } catch (error) {
+      return Promise.reject(error as Error);
+    }
   }
 
   /**
-   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Answers at once if
-   * nothing has to be asked of the filesystem.
+   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Each object is told of
+   * as it is when its turn comes, never as it was before the question. Answers at once if nothing has to be asked of the
+   * filesystem and it does not take long.
    */
   extents(
     offset: number,
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
   ): Awaitable<void> {
-    return this.#extentsFrom(new ExtentJoiner(offset, sink), offset, offset + length);
+    const end = offset + length;
+    const work = length <= FEW_OBJECTS * this.#objectSize ? undefined : new LongWork(this);
+    const walk = new Walk(new ExtentJoiner(offset, sink), offset, end, work);
+    const later = work?.begin() ?? this.#extentsOn(walk);
+    if (later !== undefined) return this.#untilDone(later, () => this.#extentsOn(walk));
   }
 
-  #extentsFrom(joiner: ExtentJoiner, from: number, end: number): Awaitable<void> {
-    while (from < end && !joiner.isStopped) {
-      const idx = Math.floor(from / this.#objectSize);
-      const base = idx * this.#objectSize;
-      const partEnd = Math.min(base + this.#objectSize, end);
-      const owner = this.#open.map[idx] as number;
+  /** Go on with it. Returns what has to be awaited before it can be gone on with again; undefined if it is done. */
+  #extentsOn(walk: Walk): Promise<void> | undefined {
+    const { joiner, end, work } = walk;
+    work?.resume();
+    // Of an object that was looked at: what the store has not told.
+    joiner.fillUpTo(walk.at);
+    while (walk.at < end && !joiner.isStopped) {
+      const idx = Math.floor(walk.at / this.#objectSize);
+      // The map may be another one by now, and a shorter one.
+      const owner = this.#open.map[idx] ?? 0;
       if (owner === 0) {
-        joiner.add(partEnd - from, true);
+        const next = this.#endOfHole(idx, end);
+        joiner.add(next - walk.at, true);
+        walk.at = next;
       } else {
-        const later = this.#reader.objectExtents(owner, idx, from - base, partEnd - from, joiner.addPart);
-        if (later !== undefined) return later.then(() => this.#extentsAfter(joiner, partEnd, end));
-        joiner.fillUpTo(partEnd);
+        if (!walk.isAdmitted) {
+          const turn = this.#lookups.enter();
+          walk.isAdmitted = true;
+          if (turn) {
+            work?.pause();
+            return turn;
+          }
+        }
+        const later = this.#lookAt(walk, owner, idx);
+        if (later) return later;
       }
-      from = partEnd;
+      if (work?.isOver()) {
+        this.#endLookups(walk);
+        return work.next();
+      }
     }
+    this.#endLookups(walk);
+    work?.pause();
     joiner.finish();
+    return undefined;
   }
 
-  #extentsAfter(joiner: ExtentJoiner, partEnd: number, end: number): Awaitable<void> {
-    joiner.fillUpTo(partEnd);
-    return this.#extentsFrom(joiner, partEnd, end);
+  /** What the store says of the rest of the object at idx, or of as much of it as is asked about. */
+  #lookAt(walk: Walk, owner: number, idx: number): Promise<void> | undefined {
+    const base = idx * this.#objectSize;
+    const { at, joiner } = walk;
+    walk.at = Math.min(base + this.#objectSize, walk.end);
+    let later: Awaitable<void>;
+    try {
+      later = this.#reader.objectExtents(owner, idx, at - base, walk.at - at, joiner.addPart);
+    } catch (error) {
+      this.#endLookups(walk);
+      throw error;
+    }
+    if (later === undefined) {
+      joiner.fillUpTo(walk.at);
+      return undefined;
+    }
+    walk.work?.pause();
+    walk.isAdmitted = false;
+    return later.finally(this.#lookups.leave);
+  }
+
+  #endLookups(walk: Walk): void {
+    if (!walk.isAdmitted) return;
+    walk.isAdmitted = false;
+    this.#lookups.leave();
+  }
+
+  async #untilDone(later: Promise<void>, goOn: () => Promise<void> | undefined): Promise<void> {
+    for (let next: Promise<void> | undefined = later; next !== undefined; next = goOn()) await next;
+  }
+
+  /** Where the objects that are not allocated from `idx` on end, at `end` at most. */
+  #endOfHole(idx: number, end: number): number {
+    const last = endOfZeros(this.#open.map, idx, Math.ceil(end / this.#objectSize));
+    return Math.min(last * this.#objectSize, end);
   }
 
   /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
   isHole(offset: number, length: number): boolean {
     const { map } = this.#open;
     const last = Math.floor((offset + length - 1) / this.#objectSize);
-    for (let idx = Math.floor(offset / this.#objectSize); idx <= last; idx++) {
+    const first = Math.floor(offset / this.#objectSize);
+    if (last - first >= FEW_OBJECTS) return last < map.length && endOfZeros(map, first, last + 1) > last;
+    for (let idx = first; idx <= last; idx++) {
       if (map[idx] !== 0) return false;
     }
     return true;
@@ -181,30 +287,50 @@ export class Vdi {
 
   /**
    * Where this VDI may differ from `base`, a snapshot of the same line: objects that are not the same ones. Exact to the
-   * object, from the two maps alone; neighbours joined, `sink` returns false to stop.
+   * object, from the two maps alone; neighbours joined, `sink` returns false to stop. Answers at once if it does not take
+   * long.
    */
   changedSince(
     base: Vdi,
     offset: number,
     length: number,
     sink: (offset: number, length: number, changed: boolean) => boolean,
-  ): void {
+  ): Awaitable<void> {
     if (base.#objectSize !== this.#objectSize) throw new Error('invariant: snapshots of one VDI have one object size');
-    const { map } = this.#open;
-    const before = base.#open.map;
-    const joiner = new ExtentJoiner(offset, sink);
-    for (let from = offset; from < offset + length && !joiner.isStopped;) {
-      const idx = Math.floor(from / this.#objectSize);
-      const end = Math.min((idx + 1) * this.#objectSize, offset + length);
-      // While a snapshot is there nobody writes its objects in place, unless what was there is kept aside for it.
-      const isChanged =
-        (map[idx] ?? 0) !== (before[idx] ?? 0) ||
-        this.#open.overwritten?.(idx) === true ||
-        base.#open.overwritten?.(idx) === true;
-      joiner.add(end - from, isChanged);
-      from = end;
+    const walk = new Walk(new ExtentJoiner(offset, sink), offset, offset + length, new LongWork(this));
+    const later = walk.work?.begin() ?? this.#changesOn(base, walk);
+    if (later !== undefined) return this.#untilDone(later, () => this.#changesOn(base, walk));
+  }
+
+  /** Like #extentsOn. */
+  #changesOn(base: Vdi, walk: Walk): Promise<void> | undefined {
+    const { joiner, end, work } = walk;
+    const last = Math.ceil(end / this.#objectSize);
+    work?.resume();
+    while (walk.at < end && !joiner.isStopped) {
+      const idx = Math.floor(walk.at / this.#objectSize);
+      const { map } = this.#open;
+      const before = base.#open.map;
+      const looksForKept = this.#open.nextOverwritten !== undefined || base.#open.nextOverwritten !== undefined;
+      const stepEnd = looksForKept ? Math.min(last, idx + OVERWRITTEN_STEP) : last;
+      const isOther = (map[idx] ?? 0) !== (before[idx] ?? 0);
+      let next: number;
+      if (isOther) next = endOfDifferent(map, before, idx, Math.min(last, idx + DIFFERENT_STEP));
+      else {
+        // While a snapshot is there nobody writes its objects in place, unless what was there is kept aside for it.
+        next = endOfSame(map, before, idx, stepEnd);
+        next = this.#open.nextOverwritten?.(idx, next) ?? next;
+        next = base.#open.nextOverwritten?.(idx, next) ?? next;
+      }
+      const isChanged = isOther || next === idx;
+      const to = Math.min(Math.max(next, idx + 1) * this.#objectSize, end);
+      joiner.add(to - walk.at, isChanged);
+      walk.at = to;
+      if (work?.isOver(looksForKept || isOther ? STEPS_PER_LOOK : 1)) return work.next();
     }
+    work?.pause();
     joiner.finish();
+    return undefined;
   }
 
   #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
@@ -332,7 +458,7 @@ export class Vdi {
     return this.#zeroInside(turn, offset, length, options);
   }
 
-  /** Decided inside the gate: no snapshot can make objects shared between the decision and the deed. */
+  /** Decided inside the gate, and begun: a snapshot that comes later may make it slow, but not wrong. */
   async #zeroIfFast(
     turn: number,
     offset: number,
@@ -356,34 +482,103 @@ export class Vdi {
     length: number,
     options: { noHole: boolean; fua: boolean },
   ): Awaitable<void> {
-    const parts: (() => Awaitable<void>)[] = [];
-    this.#eachPart(offset, length, (idx, from, partLength) => {
-      // Unallocated space is zeros already: an empty 4 TiB disk is trimmed by looking at its map.
-      if (this.#open.map[idx] === 0 && !options.noHole && !this.#transitions.has(idx)) return;
-      parts.push(() => this.#zeroObject(idx, from, partLength, options.noHole));
-    });
-    if (parts.length > 0) return this.#leaveAfter(turn, inParallel(parts), offset, length, options.fua);
+    const idx = Math.floor(offset / this.#objectSize);
+    const within = offset - idx * this.#objectSize;
+    if (within + length > this.#objectSize) return this.#zeroMany(turn, offset, length, options);
+    let later: Awaitable<void>;
+    try {
+      later = this.#zeroObject(idx, within, length, options.noHole);
+    } catch (error) {
+      this.gate.leave(turn);
+      throw error;
+    }
+    if (later !== undefined) return this.#leaveAfter(turn, later, offset, length, options.fua);
     this.gate.leave(turn);
     if (options.fua) return this.#open.flush();
   }
 
-  async #canZeroFast(offset: number, length: number, noHole: boolean): Promise<boolean> {
-    let isFast = true;
-    // Objects that would have to be copied, unless there is nothing to be done: the first and the last of the range at most.
-    const shared: { owner: number; idx: number; from: number; length: number }[] = [];
-    this.#eachPart(offset, length, (idx, from, partLength) => {
-      const owner = this.#open.map[idx] as number;
-      const whole = this.#isWhole(idx, from, partLength);
-      if (!noHole && (owner === 0 || whole)) return;
-      if (owner !== 0 && !whole && !this.#open.exclusive(idx)) {
-        if (noHole) isFast = false;
-        else shared.push({ owner, idx, from, length: partLength });
-      } else if (!this.#store.canZeroFast({ noHole })) isFast = false;
-    });
-    for (const { owner, idx, from, length: partLength } of shared) {
-      isFast &&= await isHoleIn(this.#reader, owner, idx, from, partLength);
+  /**
+   * A range of many objects. What is not allocated is zeros already: an empty 4 TiB disk is trimmed by looking at its map.
+   * Between two objects it makes way for a snapshot: that may have the one zeroed and the other not, as long as this is not answered.
+   */
+  async #zeroMany(
+    turn: number,
+    offset: number,
+    length: number,
+    options: { noHole: boolean; fua: boolean },
+  ): Promise<void> {
+    const { noHole } = options;
+    const end = offset + length;
+    const work = new LongWork(this);
+    const pending = new Several(PARALLEL_OBJECTS);
+    let isInside = true;
+    try {
+      const begin = work.begin();
+      if (begin) await begin;
+      for (let at = offset; at < end && !pending.hasFailed;) {
+        const idx = Math.floor(at / this.#objectSize);
+        const within = at - idx * this.#objectSize;
+        const part = Math.min(this.#objectSize - within, end - at);
+        if ((this.#open.map[idx] ?? 0) === 0 && !noHole && !this.#transitions.has(idx)) {
+          at = this.#endOfIdleHole(idx, end);
+        } else {
+          const later = this.#zeroObject(idx, within, part, noHole);
+          at += part;
+          if (later !== undefined) pending.add(later);
+          if (pending.isFull) {
+            work.pause();
+            await pending.one();
+            work.resume();
+          }
+        }
+        if (work.isOver()) await work.next();
+        if (this.gate.isAwaited(turn)) {
+          work.pause();
+          await pending.settled();
+          this.gate.leave(turn);
+          isInside = false;
+          turn = await this.gate.enter();
+          isInside = true;
+          work.resume();
+        }
+      }
+    } catch (error) {
+      pending.fail(error);
     }
-    return isFast;
+    work.pause();
+    await pending.settled();
+    if (isInside) this.gate.leave(turn);
+    await pending.all();
+    if (options.fua) await this.#open.flush();
+  }
+
+  /** The same, but no further than the next object that is being made or removed. */
+  #endOfIdleHole(idx: number, end: number): number {
+    let to = this.#endOfHole(idx, end);
+    for (const other of this.#transitions.keys()) if (other > idx) to = Math.min(to, other * this.#objectSize);
+    return to;
+  }
+
+  /**
+   * Only the first and the last object of the range can be changed in part. Those may have to be copied; that the store has
+   * to write zeros is the same for all.
+   */
+  async #canZeroFast(offset: number, length: number, noHole: boolean): Promise<boolean> {
+    const end = offset + length;
+    const first = Math.floor(offset / this.#objectSize);
+    const last = Math.floor((end - 1) / this.#objectSize);
+    const canStore = this.#store.canZeroFast({ noHole });
+    if (noHole && !canStore) return false;
+    for (const idx of first === last ? [first] : [first, last]) {
+      const from = Math.max(offset - idx * this.#objectSize, 0);
+      const partLength = Math.min(end - idx * this.#objectSize, this.#objectSize) - from;
+      const owner = this.#open.map[idx] ?? 0;
+      if (owner === 0 || this.#isWhole(idx, from, partLength)) continue;
+      if (this.#open.exclusive(idx)) {
+        if (!canStore) return false;
+      } else if (noHole || !(await isHoleIn(this.#reader, owner, idx, from, partLength))) return false;
+    }
+    return true;
   }
 
   /** The disk's last object may end before the object does; what lies behind the end is nobody's. */
@@ -406,13 +601,20 @@ export class Vdi {
     if (!noHole) {
       if (owner === 0) return;
       if (owner !== looked && this.#isRelied(idx)) return this.#zeroUnlessZeros(idx, within, length, owner);
-      if (whole) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));
+      if (whole) return this.#giveUp(idx);
     }
     if (owner !== 0 && this.#open.exclusive(idx)) {
       const later = this.#store.zeroObject(this.#open, idx, within, length, { noHole });
       return later === undefined ? undefined : this.#trackInPlace(idx, later);
     }
     return this.#createThenZero(idx, within, length, noHole, whole);
+  }
+
+  /** The object at idx is not ours any more. */
+  #giveUp(idx: number): Awaitable<void> {
+    if (this.#inPlace.has(idx)) return this.#transition(idx, async () => this.#open.setOwner(idx, 0));
+    const later = this.#open.setOwner(idx, 0);
+    if (later !== undefined) return this.#transition(idx, () => later);
   }
 
   /** Somebody else's snapshot relies on the object at idx: changing it costs a copy, and makes it count as changed. */
@@ -500,6 +702,20 @@ export class Vdi {
       done += part;
     }
   }
+}
+
+/** How far a question about a range has come. */
+class Walk {
+  /** It counts among the look-ups that are under way. */
+  isAdmitted = false;
+
+  constructor(
+    readonly joiner: ExtentJoiner,
+    public at: number,
+    readonly end: number,
+    /** Undefined if it is about few objects. */
+    readonly work: LongWork | undefined,
+  ) {}
 }
 
 /** Joins neighbouring extents of a kind and hands them on. */

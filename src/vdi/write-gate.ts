@@ -15,6 +15,11 @@ export class WriteGate {
   #outside: (() => void)[] = [];
   #left: (() => void) | undefined;
 
+  /** Somebody waits until those that entered with `turn` have left. Who is inside for long leaves then, and enters again. */
+  isAwaited(turn: number): boolean {
+    return this.#closed || (this.#left !== undefined && turn !== this.#turn);
+  }
+
   /** Go in if the gate is open, else CLOSED. What it returns is handed to one `leave`, before the request is answered. */
   tryEnter(): number {
     if (this.#closed) return CLOSED;

@@ -128,7 +128,7 @@ test('a temporary snapshot that is lost tells no holes where it cannot be read',
   await catalog.snapshot('disk', 'after');
   const after = await catalog.openVdi('disk@after');
   const changed: boolean[] = [];
-  after.changedSince(now, 0, OBJECT, (_at, _length, isChanged) => changed.push(isChanged) > 0);
+  await after.changedSince(now, 0, OBJECT, (_at, _length, isChanged) => changed.push(isChanged) > 0);
   expect(changed).toEqual([true]);
   await catalog.release(now);
   await catalog.release(after);

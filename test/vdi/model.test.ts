@@ -280,7 +280,7 @@ class Run {
     const old = Buffer.alloc(content.length);
     (this.model.disks.get(base) as Buffer).copy(old);
     const [versions, oldVersions] = [this.model.versions.get(name) ?? [], this.model.versions.get(base) ?? []];
-    now.changedSince(before, 0, content.length, (at, length, isChanged) => {
+    await now.changedSince(before, 0, content.length, (at, length, isChanged) => {
       if (!isChanged && !content.subarray(at, at + length).equals(old.subarray(at, at + length))) {
         throw new Error(`${name} differs from ${base} in ${length} bytes at ${at}, which count as unchanged`);
       }

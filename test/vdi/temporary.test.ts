@@ -346,7 +346,7 @@ test('what was overwritten under it has changed, though it is the same object', 
     [after, temporary],
   ] as const) {
     const changed: number[] = [];
-    one.changedSince(other, 0, SIZE, (at, length, isChanged) => {
+    await one.changedSince(other, 0, SIZE, (at, length, isChanged) => {
       if (isChanged) changed.push(at, length);
       return true;
     });

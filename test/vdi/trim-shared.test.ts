@@ -51,7 +51,7 @@ function objects(): { files: number; bytes: number } {
 async function changedSince(spec: string): Promise<number[]> {
   const base = await catalog.openVdi(spec);
   const changed: number[] = [];
-  vdi.changedSince(base, 0, SIZE, (at, length, isChanged) => {
+  await vdi.changedSince(base, 0, SIZE, (at, length, isChanged) => {
     if (isChanged) for (let each = at; each < at + length; each += OBJECT) changed.push(each / OBJECT);
     return true;
   });

@@ -7,11 +7,14 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { readFully, writeFully } from './positioned-io.js';
+import { CHANGES, READS, type ThreadShare } from './thread-shares.js';
 import { WriteThrottle } from './write-throttle.js';
 
 export const KEPT_BLOCK = 4096;
 /** Bits of one piece of the bitmap, 16 KiB: a disk pays for the parts that are written. */
 const PIECE_BLOCKS = 2 ** 17;
+/** A word of the bitmap. */
+const ALL_KEPT = 0xffff_ffff;
 /** Disk behind one scratch file: filesystems bound the size of a file (ext4: 16 TiB with 4 KiB blocks). */
 const FILE_BYTES = 2 ** 40;
 /** Its name for the moment between making and unlinking it. */
@@ -25,15 +28,23 @@ export function removeLeftScratch(directory: string): void {
 export class BeforeImages {
   readonly #directory: string;
   readonly #readNow: (fd: number, into: Buffer, offset: number) => number;
-  readonly #bitmap: (Uint8Array | undefined)[] = [];
+  readonly #bitmap: (Uint32Array | undefined)[] = [];
   readonly #files: (number | undefined)[] = [];
-  readonly #throttle = new WriteThrottle();
+  readonly #throttle: WriteThrottle;
   /** Reads and writes on the thread pool; while there are any the files stay open. */
   #busy = 0;
   #isClosed = false;
 
-  /** `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. */
-  constructor(directory: string, readNow: (fd: number, into: Buffer, offset: number) => number) {
+  /**
+   * `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. `throttle`: of the disk that the
+   * directory is on.
+   */
+  constructor(
+    directory: string,
+    readNow: (fd: number, into: Buffer, offset: number) => number,
+    throttle = new WriteThrottle(),
+  ) {
+    this.#throttle = throttle;
     this.#directory = directory;
     this.#readNow = readNow;
   }
@@ -49,12 +60,12 @@ export class BeforeImages {
         at += (PIECE_BLOCKS - within) * KEPT_BLOCK;
         continue;
       }
-      const byte = bits[within >>> 3] as number;
-      if ((within & 7) === 0 && byte === (kept ? 0 : 255)) {
-        at += 8 * KEPT_BLOCK;
+      const word = bits[within >>> 5] as number;
+      if ((within & 31) === 0 && word === (kept ? 0 : ALL_KEPT)) {
+        at += 32 * KEPT_BLOCK;
         continue;
       }
-      if (((byte >>> (within & 7)) & 1) === (kept ? 1 : 0)) return at;
+      if (((word >>> (within & 31)) & 1) === (kept ? 1 : 0)) return at;
       at += KEPT_BLOCK;
     }
     return end;
@@ -66,8 +77,8 @@ export class BeforeImages {
       const block = at / KEPT_BLOCK;
       const piece = Math.floor(block / PIECE_BLOCKS);
       const within = block % PIECE_BLOCKS;
-      const bits = (this.#bitmap[piece] ??= new Uint8Array(PIECE_BLOCKS / 8));
-      bits[within >>> 3] = (bits[within >>> 3] as number) | (1 << (within & 7));
+      const bits = (this.#bitmap[piece] ??= new Uint32Array(PIECE_BLOCKS / 32));
+      bits[within >>> 5] = (bits[within >>> 5] as number) | (1 << (within & 31));
     }
   }
 
@@ -83,7 +94,11 @@ export class BeforeImages {
 
   async write(offset: number, data: Buffer): Promise<void> {
     const fd = this.#fileAt(offset);
-    await this.#whileOpen(() => writeFully(fd, data, offset % FILE_BYTES));
+    await this.#whileOpen(CHANGES, async () => {
+      const start = performance.now();
+      await writeFully(fd, data, offset % FILE_BYTES);
+      this.#throttle.noteOffLoop(start);
+    });
   }
 
   /** Fill `into` with what was written at `offset`; zeros where nothing was. */
@@ -94,7 +109,7 @@ export class BeforeImages {
       return;
     }
     const done = Math.max(this.#readNow(fd, into, offset % FILE_BYTES), 0);
-    if (done < into.length) return this.#whileOpen(() => readFully(fd, into, offset % FILE_BYTES, done));
+    if (done < into.length) return this.#whileOpen(READS, () => readFully(fd, into, offset % FILE_BYTES, done));
   }
 
   /** Give the space back, as soon as nobody reads or writes. */
@@ -104,12 +119,15 @@ export class BeforeImages {
     if (this.#busy === 0) this.#closeFiles();
   }
 
-  async #whileOpen(work: () => Promise<void>): Promise<void> {
+  async #whileOpen(share: ThreadShare, work: () => Promise<void>): Promise<void> {
     if (this.#isClosed) throw new StoreError('CLOSED', 'the temporary snapshot was dropped');
     this.#busy++;
+    const turn = share.enter(this);
+    if (turn) await turn;
     try {
       await work();
     } finally {
+      share.leave(this);
       if (--this.#busy === 0 && this.#isClosed) this.#closeFiles();
     }
   }

@@ -93,10 +93,11 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     this.files = files;
     this.#log = options.log ?? (() => undefined);
     files.onDiskError = () => metadata.suspectDisk();
-    this.logs = new MapLogs(location, (error) => {
+    const logFailed = (error: unknown): void => {
       if (libc.isDiskError(error)) metadata.suspectDisk();
       this.#log('what is written until the next flush would be lost if this process were killed', { err: error });
-    });
+    };
+    this.logs = new MapLogs(location, logFailed, files.throttle);
     this.catalog = new LocalCatalog(this);
     this.state = {
       isShared: false,

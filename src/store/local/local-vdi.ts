@@ -2,7 +2,7 @@
  * An open VDI of the local store: its map, and what of it and of its data is not durable yet. Owns the order "data, then
  * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
  */
-import type { OpenVdi, VdiRecord } from '../object-store.js';
+import type { Awaitable, OpenVdi, VdiRecord } from '../object-store.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
@@ -149,7 +149,8 @@ export class LocalVdi implements OpenVdi {
     this.#creating.delete(key);
   }
 
-  setOwner(idx: number, owner: number): void {
+  /** Its log has it when this returns, or on a slow disk when what it returns resolves. */
+  setOwner(idx: number, owner: number): Awaitable<void> {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
@@ -159,12 +160,13 @@ export class LocalVdi implements OpenVdi {
       this.#creating.delete(objectKey(owner, idx));
     }
     this.map[idx] = owner;
-    this.#log.changed(idx, owner);
+    const logged = this.#log.changed(idx, owner);
     this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) {
       this.#releases.push(objectKey(before, idx));
       this.#releaseSoon();
     }
+    return logged;
   }
 
   /** Called when a write has reached the file, not before: a sync in between must not count as having covered it. */
@@ -325,7 +327,8 @@ export class LocalVdi implements OpenVdi {
   /** Grow or cut the map; the record is stored with it in one transaction. */
   async resize(record: VdiRecord): Promise<void> {
     const length = Math.ceil(record.size / 2 ** record.blockSizeShift);
-    for (let idx = length; idx < this.map.length; idx++) if (this.map[idx] !== 0) this.setOwner(idx, 0);
+    // The flush makes durable what is logged.
+    for (let idx = length; idx < this.map.length; idx++) if (this.map[idx] !== 0) void this.setOwner(idx, 0);
     await this.flush();
     await this.enqueue(() => this.#host.metadata.commit({ records: [record] }));
     const map = new Uint32Array(length);

@@ -7,10 +7,14 @@
 import { randomUUID } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
+import { promisify } from 'node:util';
 import zlib from 'node:zlib';
-import type { VdiRecord } from '../object-store.js';
+import type { Awaitable, VdiRecord } from '../object-store.js';
 import { makeDirectory } from './make-directory.js';
 import { mountIdentity } from './mount-identity.js';
+import { writeFully } from './positioned-io.js';
+import { CHANGES } from './thread-shares.js';
+import { WriteThrottle } from './write-throttle.js';
 
 /** A flush starts a new file when the present one is longer: often enough to keep them small, too seldom to be felt. */
 const ROTATE_BYTES = 64 * 1024;
@@ -61,11 +65,13 @@ export class MapLogs {
   readonly #place: string;
   /** Tells the logs of this opening of the store from those of all others. */
   session: string = randomUUID();
+  readonly #throttle: WriteThrottle;
   #next = 1;
 
-  /** `onError` is told when a log cannot be written; nothing fails for that. */
-  constructor(store: string, onError: (error: unknown) => void) {
+  /** `onError` is told when a log cannot be written; nothing fails for that. `throttle`: of the disk that the store is on. */
+  constructor(store: string, onError: (error: unknown) => void, throttle = new WriteThrottle()) {
     this.#store = store;
+    this.#throttle = throttle;
     this.#directory = path.join(store, RECENT);
     this.#place = placeOf(store);
     this.#onError = onError;
@@ -73,7 +79,7 @@ export class MapLogs {
 
   /** A log for a VDI that is opened, whose next flush is `generation`. It has no file until it has something to say. */
   logOf(vid: number, generation: number): MapLog {
-    return new MapLog(vid, generation, (first) => this.#create(first), this.#onError);
+    return new MapLog(vid, generation, this.#throttle, this.#folder, this.#onError);
   }
 
   /** What the logs of the opening `session`, the last one, have over what is stored. */
@@ -136,19 +142,53 @@ export class MapLogs {
       .sort((a, b) => Number(a) - Number(b));
   }
 
-  #create(first: Buffer): { name: string; fd: number } {
-    const name = path.join(this.#directory, String(this.#next++));
-    const fd = fs.openSync(name, 'ax', 0o600);
-    try {
-      const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
-      if (fs.writeSync(fd, head) !== head.length) throw new Error(`${name}: written in part`);
-      return { name, fd };
-    } catch (error) {
-      fs.closeSync(fd);
-      fs.rmSync(name, { force: true });
-      throw error;
-    }
-  }
+  readonly #folder: LogFolder = {
+    create: (first) => {
+      const name = path.join(this.#directory, String(this.#next++));
+      const fd = fs.openSync(name, 'wx', 0o600);
+      try {
+        const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
+        writeWhole(name, fd, head, 0);
+        return { name, fd, length: head.length };
+      } catch (error) {
+        fs.closeSync(fd);
+        fs.rmSync(name, { force: true });
+        throw error;
+      }
+    },
+    createLater: async (first) => {
+      const name = path.join(this.#directory, String(this.#next++));
+      const fd = await openAsync(name, 'wx', 0o600);
+      try {
+        const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
+        await writeFully(fd, head, 0);
+        return { name, fd, length: head.length };
+      } catch (error) {
+        fs.closeSync(fd);
+        fs.rmSync(name, { force: true });
+        throw error;
+      }
+    },
+  };
+}
+
+/** A file of a log, and how long it is. */
+interface LogFile {
+  readonly name: string;
+  readonly fd: number;
+  length: number;
+}
+
+/** Where logs get their files: a new one with a header and `first` in it. */
+interface LogFolder {
+  create(first: Buffer): LogFile;
+  createLater(first: Buffer): Promise<LogFile>;
+}
+
+const openAsync = promisify(fs.open);
+
+function writeWhole(name: string, fd: number, bytes: Buffer, offset: number): void {
+  if (fs.writeSync(fd, bytes, 0, bytes.length, offset) !== bytes.length) throw new Error(`${name}: written in part`);
 }
 
 const RECENT = 'recent';
@@ -167,41 +207,59 @@ export function logsSetAside(directory: string): string[] {
     : [];
 }
 
-/** The log of one open VDI: a file, or several while flushes fail. */
+/**
+ * The log of one open VDI: a file, or several while flushes fail. Entries are written at once, or where the disk is too slow
+ * for that, in the thread pool: many together, in the order in which they were made.
+ */
 export class MapLog {
   #vid: number;
   #generation: number;
-  readonly #create: (first: Buffer) => { name: string; fd: number };
+  readonly #throttle: WriteThrottle;
+  readonly #folder: LogFolder;
   readonly #onError: (error: unknown) => void;
   readonly #entry = Buffer.alloc(ENTRY_BYTES);
   /** Files that the next successful flush makes superfluous. */
   #old: string[] = [];
-  #file: { name: string; fd: number } | undefined;
-  #bytes = 0;
+  #file: LogFile | undefined;
   #isBroken = false;
   /** What has changed since the flush under way began, while nothing could be logged; undefined if not all is known. */
   #missed: { readonly vid: number; readonly entries: [number, number, number, number][] } | undefined;
+  /** Entries that wait for the thread pool, and the first entry of the file, should they begin one. */
+  #queue: Buffer[] = [];
+  #queueHead: Buffer | undefined;
+  /** They are in the file when it resolves. It never rejects. */
+  #queued: Promise<void> | undefined;
+  /** The same of those that are being written. */
+  #writing: Promise<void> | undefined;
+  /** What cannot be done to a file that is being written comes after it. */
+  #endsSoon = false;
+  #isRemoved = false;
 
   constructor(
     vid: number,
     generation: number,
-    create: (first: Buffer) => { name: string; fd: number },
+    throttle: WriteThrottle,
+    folder: LogFolder,
     onError: (error: unknown) => void,
   ) {
     this.#vid = vid;
     this.#generation = generation;
-    this.#create = create;
+    this.#throttle = throttle;
+    this.#folder = folder;
     this.#onError = onError;
   }
 
-  /** The map entry of idx is `owner` now. In the file when this returns. */
-  changed(idx: number, owner: number): void {
-    this.#append(OWNER, idx, owner);
+  /** The map entry of idx is `owner` now. In the file when this returns, or when what it returns resolves. */
+  changed(idx: number, owner: number): Awaitable<void> {
+    return this.#append(OWNER, idx, owner);
   }
 
-  /** A snapshot takes the VDI's vid, and the VDI goes on under `vid`; the flushes up to now are the snapshot's. */
+  /**
+   * A snapshot takes the VDI's vid, and the VDI goes on under `vid`; the flushes up to now are the snapshot's. In the file
+   * before anything that comes after it is.
+   */
   moved(vid: number, generation: number): void {
-    this.#append(MOVED, vid, 0);
+    void this.#append(MOVED, vid, 0);
     this.#vid = vid;
     this.#generation = generation;
   }
@@ -214,7 +272,10 @@ export class MapLog {
   flushing(generation: number): () => void {
     this.#generation = generation;
     this.#missed = this.#isBroken ? { vid: this.#vid, entries: [] } : undefined;
-    if (this.#bytes > ROTATE_BYTES) this.#endFile();
+    if (this.#file !== undefined && this.#file.length > ROTATE_BYTES) {
+      if (this.#isBusy) this.#endsSoon = true;
+      else this.#endFile();
+    }
     const { length } = this.#old;
     return () => {
       this.#unlink(length);
@@ -224,6 +285,14 @@ export class MapLog {
 
   /** Everything is durable, or given up. */
   remove(): void {
+    if (this.#isBusy) {
+      this.#isRemoved = true;
+      return;
+    }
+    this.#removeFiles();
+  }
+
+  #removeFiles(): void {
     this.#endFile();
     this.#unlink(this.#old.length);
   }
@@ -235,38 +304,91 @@ export class MapLog {
     this.#isBroken = false;
     this.#missed = undefined;
     for (const [kind, first, second, generation] of missed.entries)
-      this.#write(missed.vid, kind, first, second, generation);
+      void this.#write(missed.vid, kind, first, second, generation);
   }
 
-  #append(kind: number, first: number, second: number): void {
-    if (!this.#isBroken) this.#write(this.#vid, kind, first, second, this.#generation);
-    else if (this.#missed !== undefined && this.#missed.entries.length < MAX_MISSED)
+  #append(kind: number, first: number, second: number): Awaitable<void> {
+    if (!this.#isBroken) return this.#write(this.#vid, kind, first, second, this.#generation);
+    if (this.#missed !== undefined && this.#missed.entries.length < MAX_MISSED)
       this.#missed.entries.push([kind, first, second, this.#generation]);
     else this.#missed = undefined;
   }
 
-  #write(vid: number, kind: number, first: number, second: number, generation: number): void {
+  #write(vid: number, kind: number, first: number, second: number, generation: number): Awaitable<void> {
     if (this.#isBroken) return;
+    if (this.#isBusy || !this.#throttle.mayWrite()) return this.#writeLater(vid, kind, first, second, generation);
+    const start = performance.now();
     try {
-      this.#file ??= this.#create(fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation));
+      this.#file ??= this.#folder.create(headOf(vid, generation));
       const entry = fillEntry(this.#entry, kind, first, second, generation);
-      if (fs.writeSync(this.#file.fd, entry) !== ENTRY_BYTES) throw new Error(`${this.#file.name}: written in part`);
-      this.#bytes += ENTRY_BYTES;
+      writeWhole(this.#file.name, this.#file.fd, entry, this.#file.length);
+      this.#file.length += ENTRY_BYTES;
+      this.#throttle.note(start);
     } catch (error) {
-      // A full disk. The beginning of a log must not be restored: what it points at may be removed by then.
-      this.#isBroken = true;
-      this.#missed = undefined;
-      this.remove();
-      this.#onError(error);
+      this.#fail(error);
     }
   }
 
+  get #isBusy(): boolean {
+    return this.#queued !== undefined || this.#writing !== undefined;
+  }
+
+  #writeLater(vid: number, kind: number, first: number, second: number, generation: number): Promise<void> {
+    this.#queueHead ??= headOf(vid, generation);
+    this.#queue.push(fillEntry(Buffer.alloc(ENTRY_BYTES), kind, first, second, generation));
+    this.#queued ??= this.#writeQueued();
+    return this.#queued;
+  }
+
+  /** What is queued when those before it are written. */
+  async #writeQueued(): Promise<void> {
+    await this.#writing;
+    const turn = CHANGES.enter(this);
+    if (turn) await turn;
+    const entries = Buffer.concat(this.#queue);
+    const head = this.#queueHead ?? headOf(this.#vid, this.#generation);
+    this.#queue = [];
+    this.#queueHead = undefined;
+    this.#writing = this.#queued;
+    this.#queued = undefined;
+    try {
+      if (!this.#isRemoved && entries.length > 0) await this.#writeAll(entries, head);
+    } catch (error) {
+      // What waits was made before it was broken.
+      this.#queue = [];
+      this.#queueHead = undefined;
+      this.#fail(error);
+    }
+    CHANGES.leave(this);
+    this.#writing = undefined;
+    if (this.#isBusy) return; // the next one sees to it
+    if (this.#endsSoon) this.#endFile();
+    if (this.#isRemoved) this.#removeFiles();
+  }
+
+  async #writeAll(entries: Buffer, head: Buffer): Promise<void> {
+    if (this.#endsSoon) this.#endFile();
+    const start = performance.now();
+    this.#file ??= await this.#folder.createLater(head);
+    await writeFully(this.#file.fd, entries, this.#file.length);
+    this.#file.length += entries.length;
+    this.#throttle.noteOffLoop(start);
+  }
+
+  /** A full disk. The beginning of a log must not be restored: what it points at may be removed by then. */
+  #fail(error: unknown): void {
+    this.#isBroken = true;
+    this.#missed = undefined;
+    this.#removeFiles();
+    this.#onError(error);
+  }
+
   #endFile(): void {
+    this.#endsSoon = false;
     if (!this.#file) return;
     fs.closeSync(this.#file.fd);
     this.#old.push(this.#file.name);
     this.#file = undefined;
-    this.#bytes = 0;
   }
 
   #unlink(count: number): void {
@@ -278,6 +400,11 @@ export class MapLog {
       }
     }
   }
+}
+
+/** The first entry of a file. */
+function headOf(vid: number, generation: number): Buffer {
+  return fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation);
 }
 
 /**

@@ -13,6 +13,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { readOnce, readToEnd, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
 import { WriteThrottle } from './write-throttle.js';
 
 const OBJECT_DIRECTORIES = 256;
@@ -74,7 +75,8 @@ export class ObjectFiles {
   readonly #isReadOnly: boolean;
   #noWaitReads = true;
   #reflinks = true;
-  readonly #throttle = new WriteThrottle();
+  /** Of the disk that they are on, for whoever else writes there. */
+  readonly throttle = new WriteThrottle();
   /** Called when the disk has failed. */
   onDiskError: () => void = () => undefined;
 
@@ -151,17 +153,19 @@ export class ObjectFiles {
 
   write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
-    if (file && data.length <= MAX_LOOP_WRITE && this.#mayWriteOnLoop(file, offset, data.length)) {
+    if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false);
+    if (!this.throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true);
+    if (this.#areEdgesCached(file, offset, data.length)) {
       const start = performance.now();
       try {
         const written = fs.writeSync(file.fd, data, 0, data.length, offset);
-        this.#throttle.note(start);
+        this.throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
         throw this.#failed(error, `writing object ${this.path(objectKey(vid, idx))}`);
       }
     }
-    return this.#writeLater(file, vid, idx, offset, data);
+    return this.#writeLater(file, vid, idx, offset, data, false);
   }
 
   /**
@@ -175,6 +179,9 @@ export class ObjectFiles {
     const name = this.path(key);
     this.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
+    // Not before the removal of the old one has had its own.
+    const turn = CHANGES.enter(vidOf(key));
+    if (turn) await turn;
     try {
       const fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
       file = this.#cache.insert(key, fd);
@@ -190,6 +197,7 @@ export class ObjectFiles {
     } catch (error) {
       throw this.#failed(error, `creating object ${name}`);
     } finally {
+      CHANGES.leave(vidOf(key));
       if (file) this.#cache.end(file);
     }
   }
@@ -202,7 +210,7 @@ export class ObjectFiles {
 
   /** Zero a range, with its space given back or (`allocated`) kept. */
   async zero(vid: number, idx: number, offset: number, length: number, allocated: boolean): Promise<void> {
-    await this.#using(vid, idx, 'zeroing', async (file) => {
+    await this.#using(vid, idx, 'zeroing', CHANGES, async (file) => {
       const { fd } = file;
       this.#mustBeWhole(file.key, fd);
       file.isDense = false;
@@ -214,7 +222,7 @@ export class ObjectFiles {
   }
 
   async willNeed(vid: number, idx: number, offset: number, length: number): Promise<void> {
-    await this.#using(vid, idx, 'reading ahead', ({ fd }) => libc.willNeed(fd, offset, length));
+    await this.#using(vid, idx, 'reading ahead', LOOKUPS, ({ fd }) => libc.willNeed(fd, offset, length));
   }
 
   /** Data and holes of the range. At once if the object is known to have no holes. */
@@ -229,7 +237,7 @@ export class ObjectFiles {
       sink(offset, length, false);
       return;
     }
-    return this.#using(vid, idx, 'mapping', async (file) => {
+    return this.#using(vid, idx, 'mapping', LOOKUPS, async (file) => {
       const { fd } = file;
       // Behind its end there would be nothing but a hole.
       this.#mustBeWhole(file.key, fd);
@@ -268,7 +276,7 @@ export class ObjectFiles {
 
   /** Data of the object is on stable storage when this resolves (fdatasync). */
   async sync(key: number): Promise<void> {
-    await this.#using(vidOf(key), idxOf(key), 'syncing', ({ fd }) => fdatasyncAsync(fd));
+    await this.#using(vidOf(key), idxOf(key), 'syncing', SYNCS, ({ fd }) => fdatasyncAsync(fd));
   }
 
   /** The folders of these objects are on stable storage: new names in them survive a crash. */
@@ -277,16 +285,26 @@ export class ObjectFiles {
     for (const key of keys) names.add(path.dirname(this.path(key)));
     await Promise.all(
       [...names].map(async (name) => {
-        const fd = await openAsync(name, fs.constants.O_RDONLY);
+        const turn = SYNCS.enter(names);
+        if (turn) await turn;
         try {
-          await fsyncAsync(fd);
-        } catch (error) {
-          throw this.#failed(error, `syncing ${name}`);
+          await this.#syncDirectory(name);
         } finally {
-          await closeAsync(fd);
+          SYNCS.leave(names);
         }
       }),
     );
+  }
+
+  async #syncDirectory(name: string): Promise<void> {
+    const fd = await openAsync(name, fs.constants.O_RDONLY);
+    try {
+      await fsyncAsync(fd);
+    } catch (error) {
+      throw this.#failed(error, `syncing ${name}`);
+    } finally {
+      await closeAsync(fd);
+    }
   }
 
   /**
@@ -328,12 +346,16 @@ export class ObjectFiles {
     await this.#opening.get(key)?.catch(() => undefined);
     const file = this.#cache.get(vidOf(key), idxOf(key));
     if (file) this.#cache.retire(file);
+    const turn = CHANGES.enter(REMOVALS);
+    if (turn) await turn;
     try {
       await unlinkAsync(this.path(key));
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') {
         onError(this.#failed(error, `removing object ${this.path(key)}`));
       }
+    } finally {
+      CHANGES.leave(REMOVALS);
     }
   }
 
@@ -383,8 +405,7 @@ export class ObjectFiles {
   }
 
   /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
-  #mayWriteOnLoop(file: ObjectFile, offset: number, length: number): boolean {
-    if (!this.#throttle.mayWrite()) return false;
+  #areEdgesCached(file: ObjectFile, offset: number, length: number): boolean {
     if (this.#abilities.plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
     if (!this.#noWaitReads) return false;
     return libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1;
@@ -399,6 +420,8 @@ export class ObjectFiles {
     done: number,
   ): Promise<void> {
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
+    const turn = READS.enter(vid);
+    if (turn) await turn;
     try {
       const count = await readToEnd(file.fd, into, offset, done);
       if (count < into.length) {
@@ -408,6 +431,7 @@ export class ObjectFiles {
     } catch (error) {
       throw this.#failed(error, `reading object ${this.path(file.key)}`);
     } finally {
+      READS.leave(vid);
       this.#cache.end(file);
     }
   }
@@ -418,26 +442,42 @@ export class ObjectFiles {
     idx: number,
     offset: number,
     data: Buffer,
+    isHeldOff: boolean,
   ): Promise<void> {
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
+    const turn = CHANGES.enter(vid);
+    if (turn) await turn;
     try {
       this.#mustBeWhole(file.key, file.fd);
+      const start = performance.now();
       await writeFully(file.fd, data, offset);
+      if (isHeldOff) this.throttle.noteOffLoop(start);
     } catch (error) {
       throw this.#failed(error, `writing object ${this.path(file.key)}`);
     } finally {
+      CHANGES.leave(vid);
       this.#cache.end(file);
     }
   }
 
-  async #using(vid: number, idx: number, doing: string, use: (file: ObjectFile) => Promise<void>): Promise<void> {
+  /** `share`: whose threads it takes. The file is in use from now on, while it waits for one too. */
+  async #using(
+    vid: number,
+    idx: number,
+    doing: string,
+    share: ThreadShare | undefined,
+    use: (file: ObjectFile) => Promise<void>,
+  ): Promise<void> {
     const cached = this.#cache.get(vid, idx);
     const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
+    const turn = share?.enter(vid);
+    if (turn) await turn;
     try {
       await use(file);
     } catch (error) {
       throw this.#failed(error, `${doing} object ${this.path(file.key)}`);
     } finally {
+      share?.leave(vid);
       this.#cache.end(file);
     }
   }
@@ -495,7 +535,8 @@ export class ObjectFiles {
 
   /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
   async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
-    await this.#using(vidOf(from), idxOf(from), 'copying', async ({ fd: source }) => {
+    // Its thread is that of the creation.
+    await this.#using(vidOf(from), idxOf(from), 'copying', undefined, async ({ fd: source }) => {
       this.#mustBeWhole(from, source);
       if (this.#reflinks) {
         if (await libc.cloneFile(source, to)) return;
@@ -564,6 +605,8 @@ function abilitiesOf(root: string): Abilities {
 
 const ZEROS = Buffer.alloc(1024 * 1024);
 const PROBE = Buffer.alloc(1);
+/** For whom removals take their threads: nobody's disk waits for them. */
+const REMOVALS = Symbol('removals');
 
 /** 256 neighbouring objects share a folder, so that flushing a sequential write syncs one folder and not 256. */
 function directoryOf(vid: number, idx: number): number {

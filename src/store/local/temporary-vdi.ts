@@ -59,7 +59,11 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     this.map = new Uint32Array(source.length);
     this.#adopted = new Uint8Array(source.length);
     this.#objectSize = 2 ** record.blockSizeShift;
-    this.#images = new BeforeImages(host.location, (fd, into, offset) => host.files.readNow(fd, into, offset));
+    this.#images = new BeforeImages(
+      host.location,
+      (fd, into, offset) => host.files.readNow(fd, into, offset),
+      host.files.throttle,
+    );
   }
 
   get failure(): Error | undefined {
@@ -162,10 +166,10 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     });
   }
 
-  overwritten(idx: number): boolean {
-    if (this.#failure !== undefined) return true;
-    const base = idx * this.#objectSize;
-    return this.#images.next(base, base + this.#objectSize, true) < base + this.#objectSize;
+  nextOverwritten(idx: number, end: number): number {
+    if (this.#failure !== undefined) return idx;
+    const kept = this.#images.next(idx * this.#objectSize, end * this.#objectSize, true);
+    return Math.floor(kept / this.#objectSize);
   }
 
   exclusive(_idx: number): boolean {

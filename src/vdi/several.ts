@@ -1,0 +1,57 @@
+/** Operations that are under way together, a bounded number of them, and the first of their failures. */
+export class Several {
+  readonly #most: number;
+  #count = 0;
+  #failure: { readonly error: unknown } | undefined;
+  #wake: (() => void) | undefined;
+
+  constructor(most: number) {
+    this.#most = most;
+  }
+
+  get hasFailed(): boolean {
+    return this.#failure !== undefined;
+  }
+
+  get isFull(): boolean {
+    return this.#count >= this.#most;
+  }
+
+  add(operation: Promise<void>): void {
+    this.#count++;
+    operation.then(this.#ended, this.#failed);
+  }
+
+  /** The failure of one that was not begun. */
+  fail(error: unknown): void {
+    this.#failure ??= { error };
+  }
+
+  /** Resolves when one of them has ended. One waits at a time. */
+  one(): Promise<void> {
+    return new Promise((resolve) => (this.#wake = resolve));
+  }
+
+  /** Resolves when all have ended, whether or not they failed: nothing of a request may still be running when it is answered. */
+  async settled(): Promise<void> {
+    while (this.#count > 0) await this.one();
+  }
+
+  /** The same, and throws the first failure. */
+  async all(): Promise<void> {
+    await this.settled();
+    if (this.#failure) throw this.#failure.error;
+  }
+
+  readonly #ended = (): void => {
+    this.#count--;
+    const wake = this.#wake;
+    this.#wake = undefined;
+    wake?.();
+  };
+
+  readonly #failed = (error: unknown): void => {
+    this.fail(error);
+    this.#ended();
+  };
+}
