@@ -7,6 +7,7 @@
 import type { BufferPool } from './buffer-pool.js';
 import { MIN_MOVED_BYTES, type Limits } from './limits.js';
 
+const MIB = 1024 * 1024;
 /** How often is looked. */
 const LOOK_MS = 500;
 
@@ -85,8 +86,8 @@ export class StallWatch {
       const { memoryBytes } = connection;
       missing -= memoryBytes;
       connection.abort(
-        `others wait for memory, and this client holds ${memoryBytes} bytes of replies that it does not take, or of a request ` +
-          `that it does not send, for ${memoryStallMs} ms`,
+        `others wait for memory, and this client held ${Math.ceil(memoryBytes / MIB)} MiB for ${memoryStallMs} ms: it takes no ` +
+          'replies, or does not send the rest of a request',
       );
     }
   };

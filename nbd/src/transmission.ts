@@ -770,6 +770,8 @@ export class Transmission implements LoopTask {
     offset: number,
     length: number,
   ): Promise<void> {
+    // There is room for all of it. How much it takes is known when the extents are.
+    this.host.pool.claim(this.account, length);
     this.inFlight++;
     this.inFlightBytes += length;
     if (extents !== undefined) {
@@ -788,6 +790,7 @@ export class Transmission implements LoopTask {
       this.readsNotToAsk = this.askInterval;
     }
     const bytes = sizeOfParts(parts, this.encoder);
+    this.host.pool.unclaim(this.account, length);
     const block = this.replies.beginParts(bytes);
     const data = layParts(block.buffer, parts, to, this.encoder);
     const failure = await this.readParts(parts, data, flags);
