@@ -1,10 +1,12 @@
 /** Where the daemon's bound for memory comes from: the machine, its cgroups of either version, or --max-memory. */
+import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import { expect, test } from 'vitest';
+import { expect, onTestFinished, test } from 'vitest';
+import { NbdClient } from 'nbd-server-ts';
 import { machineMemory } from '../../src/daemon/machine-memory.js';
 import { defaultMemoryBudget } from '../../src/daemon/memory-budget.js';
-import { cli, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { cli, ended, haveCommand, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;
@@ -67,6 +69,29 @@ test('the budget is an eighth of it, not less than the longest requests need, no
   expect(defaultMemoryBudget(4 * GIB)).toBe(512 * MIB);
   expect(defaultMemoryBudget(256 * GIB)).toBe(GIB);
   expect(defaultMemoryBudget(128 * MIB)).toBe(96 * MIB);
+});
+
+test('nbdcopy from one export of a daemon to another one goes through with as little memory as there may be', async (context) => {
+  if (!haveCommand('nbdcopy')) return skipBecause(context, 'nbdcopy is not installed');
+  const daemon = await startDaemon({
+    args: ['--create', 'from:256M', '--create', 'to:256M', '--max-memory', '96M'],
+  });
+  const uri = (name: string): string => `nbd+unix:///${name}?socket=${daemon.socket}`;
+  const client = await NbdClient.connect({ path: daemon.socket });
+  await client.go('from');
+  const data = Buffer.alloc(16 * MIB, 'sheepgate');
+  for (let at = 0; at < 256 * MIB; at += data.length) await client.write(at, data);
+  await client.disconnect();
+  const sizes = ['--connections=4', '--requests=64', '--request-size=33554432', '--queue-size=1073741824'];
+  const copy = spawn('nbdcopy', [...sizes, uri('from'), uri('to')], { stdio: 'ignore' });
+  onTestFinished(() => void copy.kill('SIGKILL'));
+  expect((await ended(copy)).code).toBe(0);
+  const check = await NbdClient.connect({ path: daemon.socket });
+  await check.go('to');
+  for (let at = 0; at < 256 * MIB; at += data.length)
+    expect((await check.read(at, data.length)).equals(data)).toBe(true);
+  await check.disconnect();
+  expect((await daemon.stop()).code).toBe(0);
 });
 
 test('serve says how much it is, and takes it from --max-memory', async () => {
