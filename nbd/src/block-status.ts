@@ -13,16 +13,25 @@ import { REPLY_TYPE, writeUInt64 } from './protocol.js';
 
 /** Extents of one reply, all contexts together: 2 MiB at most; as many as qemu gives for one. A client asks on from there. */
 export const MAX_REPLY_EXTENTS = 128 * 1024;
-/** Bytes of an extent, with extended headers; half of it without. */
+/** Bytes of an extent, in memory and with extended headers; half of it without. */
 const WIDE_EXTENT_SIZE = 16;
+/** Extents come in chunks of this size, which are used again: 64 KiB. Most answers have few, in a first chunk of 1 KiB. */
+const CHUNK_EXTENTS = 4096;
+const FIRST_EXTENTS = 64;
+/** Extents of one reply where there is no memory for more: no chunk is needed. Not less than the contexts of a request. */
+export const OWN_REPLY_EXTENTS = FIRST_EXTENTS;
+/** Chunks kept for reuse: 4 MiB, which is what the longest answer takes. */
+const KEPT_CHUNKS = 64;
 const MAX_FLAGS_32 = 0xffff_ffff;
 
 /**
  * Bytes of memory that a block status may take until it is answered, at most: what was collected for the contexts so far,
- * and for one more. A short range has few extents, whatever the device says: none is shorter than a byte.
+ * and for one more, or for the reply. A short range has few extents, whatever the device says: none is shorter than a byte.
  */
 export function blockStatusMemory(length: number, contextCount: number): number {
-  return 2 * WIDE_EXTENT_SIZE * Math.min(MAX_REPLY_EXTENTS, contextCount * length);
+  const extents = Math.min(MAX_REPLY_EXTENTS, contextCount * length);
+  // The last chunk of each context may be almost empty.
+  return WIDE_EXTENT_SIZE * (2 * extents + contextCount * Math.min(CHUNK_EXTENTS, length));
 }
 
 /** The collectors of one request, in the order of its contexts. */
@@ -33,12 +42,14 @@ export class StatusReply {
   /**
    * @param contextCount how many contexts there will be
    * @param reqOne NBD_CMD_FLAG_REQ_ONE: one extent for each
+   * @param most extents of all contexts together
    */
   constructor(
     private readonly offset: number,
     length: number,
     private readonly contextCount: number,
     private readonly reqOne: boolean,
+    private readonly most = MAX_REPLY_EXTENTS,
   ) {
     this.end = offset + length;
   }
@@ -50,7 +61,7 @@ export class StatusReply {
 
   /** For the next context; to be filled by the device, then given to `add`. */
   next(context: string, isWide: boolean): ExtentCollector {
-    return new ExtentCollector(context, this.offset, this.length, this.reqOne ? 1 : MAX_REPLY_EXTENTS, isWide);
+    return new ExtentCollector(context, this.offset, this.length, this.reqOne ? 1 : this.most, isWide);
   }
 
   /**
@@ -62,47 +73,57 @@ export class StatusReply {
     const { collectors } = this;
     collectors.push(collector);
     // Each context still to come needs one extent at least.
-    const most = this.reqOne ? collectors.length : MAX_REPLY_EXTENTS - (this.contextCount - collectors.length);
+    const most = this.reqOne ? collectors.length : this.most - (this.contextCount - collectors.length);
     this.end = this.offset + commonLength(collectors, most);
     for (const each of collectors) each.cutTo(this.length);
   }
+
+  /** The reply is written: the memory of the extents can be used again. */
+  release(): void {
+    for (const collector of this.collectors) collector.release();
+  }
 }
 
-/** The most bytes that all collectors cover with `most` extents together; `most` is not less than their number. */
+/**
+ * The most bytes that all collectors cover with `most` extents together; `most` is not less than their number. A search for
+ * it takes as many steps as a length has bits, however many extents there are.
+ */
 function commonLength(collectors: readonly ExtentCollector[], most: number): number {
-  let shortest = Infinity;
-  let count = 0;
-  for (const collector of collectors) {
-    shortest = Math.min(shortest, collector.length);
-    count += collector.count;
+  let longest = Infinity;
+  for (const collector of collectors) longest = Math.min(longest, collector.length);
+  if (extentsWithin(collectors, longest) <= most) return longest;
+  // A byte needs one extent of each.
+  let enough = 1;
+  let tooMuch = longest;
+  while (tooMuch - enough > 1) {
+    const middle = enough + Math.floor((tooMuch - enough) / 2);
+    if (extentsWithin(collectors, middle) <= most) enough = middle;
+    else tooMuch = middle;
   }
-  if (count <= most) return shortest;
-  /** Of each: which extent covers the byte behind `common`, and where that ends. */
-  const at = collectors.map(() => 0);
-  const ends = collectors.map((collector) => collector.lengthOf(0));
-  count = collectors.length;
-  for (;;) {
-    let common = Infinity;
-    for (const end of ends) if (end < common) common = end;
-    for (let i = 0; i < collectors.length; i++) {
-      if (ends[i] !== common || common === shortest) continue;
-      const next = (at[i] as number) + 1;
-      at[i] = next;
-      ends[i] = common + (collectors[i] as ExtentCollector).lengthOf(next);
-      count++;
-    }
-    if (common === shortest || count > most) return common;
-  }
+  return enough;
 }
+
+/** How many extents cover the first `length` bytes of all contexts. */
+function extentsWithin(collectors: readonly ExtentCollector[], length: number): number {
+  let count = 0;
+  for (const collector of collectors) count += collector.countWithin(length);
+  return count;
+}
+
+/** Of CHUNK_EXTENTS each. */
+const spareChunks: Float64Array[] = [];
 
 /** The extents of one context. */
 export class ExtentCollector {
-  /** Length and flags of each extent, one after the other. */
-  private readonly extents: number[] = [];
+  /** How many extents there are. */
+  count = 0;
+  /** The end of each extent, counted from where the first one begins, and its flags, one after the other. */
+  private readonly first: Float64Array;
+  private readonly chunks: Float64Array[] = [];
   private readonly end: number;
   private reached: number;
-  private lastLength = 0;
   private lastFlags = 0;
+  private isFinished = false;
   /** What the device did that it must not do. */
   private breach: string | undefined;
 
@@ -117,69 +138,67 @@ export class ExtentCollector {
     private readonly most: number,
     private readonly isWide: boolean,
   ) {
+    this.first = new Float64Array(2 * Math.min(most, FIRST_EXTENTS));
     this.reached = begin;
     this.end = begin + length;
   }
 
   readonly sink: ExtentSink = (offset, length, flags) => {
+    if (this.isFinished) return false;
     if (offset !== this.reached || !(length > 0) || !this.areFlags(flags)) {
       this.breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected what is at ${this.reached}`;
       return false;
     }
-    // Never beyond what was asked: it must not with REQ_ONE, and a length of 32 bits always holds it.
-    const reached = Math.min(offset + length, this.end);
-    const taken = reached - offset;
-    if (this.lastLength > 0 && flags === this.lastFlags) {
-      this.lastLength += taken;
-    } else {
-      if (this.lastLength > 0) {
-        this.extents.push(this.lastLength, this.lastFlags);
-        if (this.extents.length === 2 * this.most) {
-          this.lastLength = 0;
-          return false;
-        }
-      }
-      this.lastLength = taken;
+    if (this.count === 0 || flags !== this.lastFlags) {
+      if (this.count === this.most) return false;
+      this.count++;
       this.lastFlags = flags;
     }
+    // Never beyond what was asked: it must not with REQ_ONE, and a length of 32 bits always holds it.
+    const reached = Math.min(offset + length, this.end);
     this.reached = reached;
+    this.set(this.count - 1, reached - this.begin, flags);
     return reached < this.end;
   };
 
   /** All extents are in. @throws Error if the device gave none: at least one must be sent. */
   finish(): void {
-    if (this.lastLength > 0) this.extents.push(this.lastLength, this.lastFlags);
-    this.lastLength = 0;
-    if (this.extents.length === 0) {
+    this.isFinished = true;
+    if (this.count === 0) {
       throw new Error(`the device ${this.breach ?? 'reported no extent'} (extents of ${JSON.stringify(this.context)})`);
     }
   }
 
-  /** How many extents there are. */
-  get count(): number {
-    return this.extents.length / 2;
-  }
-
-  /** Bytes they cover. */
+  /** Bytes that the extents cover. */
   get length(): number {
     return this.reached - this.begin;
   }
 
-  /** Bytes of one of them. */
-  lengthOf(index: number): number {
-    return this.extents[2 * index] as number;
+  /** How many extents cover the first `length` bytes, of which there are so many at least. */
+  countWithin(length: number): number {
+    let low = 0;
+    let high = this.count - 1;
+    while (low < high) {
+      const middle = (low + high) >>> 1;
+      if (this.endOf(middle) >= length) high = middle;
+      else low = middle + 1;
+    }
+    return low + 1;
   }
 
   /** Leave out what lies behind the first `length` bytes, of which there are so many at least. */
   cutTo(length: number): void {
-    let behind = this.length - length;
-    while (behind > 0) {
-      const last = this.lengthOf(this.count - 1);
-      if (last > behind) this.extents[this.extents.length - 2] = last - behind;
-      else this.extents.length -= 2;
-      behind -= last;
-    }
+    if (length === this.length) return;
+    this.count = this.countWithin(length);
+    this.set(this.count - 1, length, this.flagsOf(this.count - 1));
     this.reached = this.begin + length;
+    const chunks = Math.ceil(Math.max(0, this.count - FIRST_EXTENTS) / CHUNK_EXTENTS);
+    while (this.chunks.length > chunks) this.releaseChunk();
+  }
+
+  /** Its memory is another one's: it is not used any more. */
+  release(): void {
+    while (this.chunks.length > 0) this.releaseChunk();
   }
 
   payloadSize(extendedHeaders: boolean): number {
@@ -187,22 +206,63 @@ export class ExtentCollector {
   }
 
   writePayload(target: Buffer, contextId: number, extendedHeaders: boolean): void {
-    const { extents } = this;
     target.writeUInt32BE(contextId, 0);
     let at = 4;
     if (extendedHeaders) {
-      target.writeUInt32BE(extents.length / 2, 4);
+      target.writeUInt32BE(this.count, 4);
       at = 8;
-      for (const value of extents) {
-        writeUInt64(target, value, at);
-        at += 8;
+    }
+    let begin = 0;
+    for (let index = 0; index < this.count; index++) {
+      const end = this.endOf(index);
+      if (extendedHeaders) {
+        writeUInt64(target, end - begin, at);
+        writeUInt64(target, this.flagsOf(index), at + 8);
+        at += WIDE_EXTENT_SIZE;
+      } else {
+        target.writeUInt32BE(end - begin, at);
+        target.writeUInt32BE(this.flagsOf(index), at + 4);
+        at += WIDE_EXTENT_SIZE / 2;
       }
+      begin = end;
+    }
+  }
+
+  private set(index: number, end: number, flags: number): void {
+    if (index < FIRST_EXTENTS) {
+      this.first[2 * index] = end;
+      this.first[2 * index + 1] = flags;
       return;
     }
-    for (const value of extents) {
-      target.writeUInt32BE(value, at);
-      at += 4;
+    const at = index - FIRST_EXTENTS;
+    const number = Math.floor(at / CHUNK_EXTENTS);
+    let chunk = this.chunks[number];
+    if (chunk === undefined) {
+      chunk = spareChunks.pop() ?? new Float64Array(2 * CHUNK_EXTENTS);
+      this.chunks.push(chunk);
     }
+    chunk[2 * (at % CHUNK_EXTENTS)] = end;
+    chunk[2 * (at % CHUNK_EXTENTS) + 1] = flags;
+  }
+
+  private endOf(index: number): number {
+    return this.at(index, 0);
+  }
+
+  private flagsOf(index: number): number {
+    return this.at(index, 1);
+  }
+
+  private at(index: number, what: 0 | 1): number {
+    if (index < FIRST_EXTENTS) return this.first[2 * index + what] as number;
+    const at = index - FIRST_EXTENTS;
+    const chunk = this.chunks[Math.floor(at / CHUNK_EXTENTS)] as Float64Array;
+    return chunk[2 * (at % CHUNK_EXTENTS) + what] as number;
+  }
+
+  private releaseChunk(): void {
+    const chunk = this.chunks.pop();
+    if (chunk !== undefined && spareChunks.length < KEPT_CHUNKS) spareChunks.push(chunk);
   }
 
   private areFlags(flags: number): boolean {

@@ -11,7 +11,9 @@ import { ByteReader } from './byte-reader.js';
 import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
 import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
+import type { LoopShare } from './loop-share.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import type { Watched } from './stall-watch.js';
 import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
 import { Transmission, type TransmissionHost } from './transmission.js';
 import type { Violations } from './violations.js';
@@ -28,6 +30,9 @@ export interface ConnectionOptions {
   readonly limits: Limits;
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
+  readonly loop: LoopShare;
+  /** Called once, when the client has said goodbye or its end was seen: it may come again, although its socket is still there. */
+  readonly leaving: () => void;
   /** Undefined: this peer is not offered TLS. */
   readonly tls?: ServerTls;
   readonly violations: Violations;
@@ -35,7 +40,7 @@ export interface ConnectionOptions {
   readonly offender: string | undefined;
 }
 
-export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost {
+export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost, Watched {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
@@ -48,6 +53,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   readonly limits: Limits;
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
+  readonly loop: LoopShare;
   readonly reader: ByteReader;
   isShuttingDown = false;
   private isRefusing = true;
@@ -68,6 +74,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private idleTimer: NodeJS.Timeout | undefined;
   /** performance.now() when the client was last heard or answered. */
   private lastActiveAt = 0;
+  private readonly leaving: () => void;
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
@@ -87,6 +94,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.limits = options.limits;
     this.observer = options.observer;
     this.pool = options.pool;
+    this.loop = options.loop;
+    this.leaving = options.leaving;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
     this.violations = options.violations;
@@ -135,6 +144,19 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   get inFlight(): number {
     return this.transmission?.inFlight ?? 0;
+  }
+
+  /** Bytes of the server's memory that it holds for requests and replies. */
+  get memoryBytes(): number {
+    return this.transmission?.memoryBytes ?? 0;
+  }
+
+  get movedBytes(): number {
+    return this.transmission?.movedBytes ?? 0;
+  }
+
+  get waitsForClient(): boolean {
+    return this.transmission?.waitsForClient ?? false;
   }
 
   /** Finish what is in flight, refuse or drop what comes, then close. Returns at once; see `over`. */
@@ -231,6 +253,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   disconnectRequested(): void {
     this.ending = 'disconnect';
+    this.leaving();
     this.endWhenIdle('the client disconnected');
   }
 
@@ -345,7 +368,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const { idleTimeoutMs } = this.limits;
     this.idleTimer = setTimeout(() => {
       if (this.isClosing) return;
-      if (this.inFlight > 0) this.lastActiveAt = performance.now();
+      if (this.transmission?.isBusy === true) this.lastActiveAt = performance.now();
       const left = this.lastActiveAt + idleTimeoutMs - performance.now();
       if (left > 0) this.waitForIdleness(left);
       else this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
@@ -369,6 +392,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private endSocket(reason: string): void {
     this.reason ??= reason;
     this.isClosing = true;
+    this.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
     if (socket.destroyed || this.lingerTimer !== undefined) return;
@@ -397,6 +421,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   };
 
   private readonly onEnd = (): void => {
+    this.leaving();
     if (this.transmission === undefined) {
       this.reader.fail(new Error('the client left during the handshake'));
       return;

@@ -16,8 +16,9 @@ export type {
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
 export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server.js';
 export type { BoundAddress, ListenOptions, ServerOptions } from './server.js';
-export { DEFAULT_LIMITS } from './limits.js';
+export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './limits.js';
 export type { Limits } from './limits.js';
+export type { MemoryUse } from './buffer-pool.js';
 export type {
   ConnectionCloseEvent,
   ConnectionInfo,

@@ -29,6 +29,19 @@ export interface Limits {
   /** Reply bytes of one connection that the socket has not taken yet; beyond it no further request is started. */
   readonly maxUnsentBytes: number;
   /**
+   * Memory for the requests and replies of all connections, bytes: a read until the client has taken its reply, a write until
+   * it is done. Who asks for more waits. Beside it every connection has 128 KiB, so that small requests always go on. At
+   * least MIN_MEMORY_BYTES.
+   */
+  readonly maxMemoryBytes: number;
+  /**
+   * While others wait for memory, a connection that holds some and whose client does not take its replies, or does not send the
+   * rest of a payload, is closed after so long, milliseconds: if it has moved less than MIN_MOVED_BYTES in that time.
+   */
+  readonly memoryStallMs: number;
+  /** The same for everybody at any time, who has moved nothing at all, milliseconds; 0: never. */
+  readonly stallTimeoutMs: number;
+  /**
    * A client that breaks the protocol again and again is closed later each time, up to this many milliseconds; 0: at once.
    * Its socket, all that is left of it, is none of `maxConnections`.
    */
@@ -36,6 +49,11 @@ export interface Limits {
   /** How long a connection being closed may take to receive its last replies, milliseconds. */
   readonly lingerMs: number;
 }
+
+/** Less than this would not do for two of the longest requests at a time. */
+export const MIN_MEMORY_BYTES = 96 * 1024 * 1024;
+/** Of memoryStallMs: what a line of 64 kbit/s moves in ten seconds. */
+export const MIN_MOVED_BYTES = 64 * 1024;
 
 /** `nbdinfo --list` and `qemu-nbd --list` ask two to four options for each export, all on one connection. */
 export const OPTIONS_PER_LISTED_EXPORT = 8;
@@ -57,6 +75,11 @@ export const DEFAULT_LIMITS: Limits = {
   maxInFlightRequests: 256,
   maxInFlightBytes: 64 * 1024 * 1024,
   maxUnsentBytes: 2 * 1024 * 1024,
+  // A program that embeds the server knows better what there is.
+  maxMemoryBytes: 1024 * 1024 * 1024,
+  memoryStallMs: 10_000,
+  // A client that is stopped (a frozen guest, a debugger) is served when it goes on; memory that others need it loses anyway.
+  stallTimeoutMs: 0,
   // A guest that hangs on a request that no server takes hangs no better for being told so more often.
   maxViolationDelayMs: 10_000,
   lingerMs: 5_000,

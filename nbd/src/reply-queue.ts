@@ -7,11 +7,11 @@
  */
 
 import type { Duplex } from 'node:stream';
-import { LARGE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
+import { LARGE_BYTES, OWN_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
 import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from './protocol.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
-/** Slabs one connection may hold at a time; with more pinned by slow reads, replies get memory of their own. */
+/** Slabs one connection may hold at a time; with more pinned by slow reads, each reply gets a block for itself. */
 const MAX_SLABS_PER_CONNECTION = 8;
 /** Replies of this many bytes are handed to the socket at once, so that the client reads while the next are made. */
 const FLUSH_AT_BYTES = 256 * 1024;
@@ -40,6 +40,8 @@ interface Piece {
 export class ReplyQueue {
   /** Reply bytes made and not yet taken by the socket. */
   unsentBytes = 0;
+  /** Reply bytes that the socket has taken. */
+  takenBytes = 0;
 
   private current: Block | undefined;
   /** Where in `current` the replies begin that are not yet in `ready`. */
@@ -56,6 +58,7 @@ export class ReplyQueue {
   constructor(
     private readonly socket: Duplex,
     private readonly pool: BufferPool,
+    private readonly account: MemoryAccount,
     private readonly encoder: ReplyEncoder,
     /** Called when the socket took something: there may be room for further requests. */
     private readonly onRoom: () => void,
@@ -110,7 +113,7 @@ export class ReplyQueue {
     if (this.isClosed) return Buffer.allocUnsafe(length);
     let block: Block;
     if (total > LARGE_BYTES) {
-      block = this.pool.takeLarge(total);
+      block = this.pool.takeLarge(this.account, total);
       block.used = total;
       this.closeOpenPiece();
       this.pushReady(block, 0, total);
@@ -125,7 +128,7 @@ export class ReplyQueue {
 
   /** Memory for a reply of several chunks, laid out by the caller; to be given back with sendParts or dropParts. */
   beginParts(bytes: number): Block {
-    const block = this.pool.takeLarge(bytes);
+    const block = this.pool.takeLarge(this.account, bytes);
     block.used = bytes;
     block.pins = 1;
     return block;
@@ -144,16 +147,27 @@ export class ReplyQueue {
     this.unpin(block);
   }
 
+  /** Whether there is memory for the reply to a read of `length` bytes; if not, see BufferPool.wait. */
+  hasRoomFor(length: number): boolean {
+    const total = this.readSize(length);
+    return (length <= LARGE_BYTES && this.makeRoom(total)) || this.pool.hasRoom(this.account, total);
+  }
+
+  /** Bytes of the reply to a read of `length` bytes. */
+  readSize(length: number): number {
+    return this.encoder.readHeaderSize + length;
+  }
+
   /**
-   * Memory for the data of a read of `length` bytes. Must be followed, before anything else is asked of the queue, by
+   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). Must be followed, before anything else is asked of the queue, by
    * finishRead, failRead or detachRead.
    */
   beginRead(length: number): Buffer {
     const header = this.encoder.readHeaderSize;
     const total = header + length;
     let block: Block;
-    if (length > LARGE_BYTES) {
-      block = this.pool.takeLarge(total);
+    if (length > LARGE_BYTES || !this.makeRoom(total)) {
+      block = this.pool.takeLarge(this.account, total);
       block.used = total;
       block.pins = 1;
     } else {
@@ -223,7 +237,11 @@ export class ReplyQueue {
   flush(): void {
     this.closeOpenPiece();
     const pieces = this.ready;
-    if (pieces.length === 0) return;
+    if (pieces.length === 0) {
+      // Room was made for what then needed none.
+      if (this.current?.pins === 1) this.leaveCurrent();
+      return;
+    }
     this.ready = [];
     this.readyBytes = 0;
     if (this.isClosed || !this.socket.writable) {
@@ -242,9 +260,7 @@ export class ReplyQueue {
   close(): void {
     this.isClosed = true;
     this.flush();
-    const { current } = this;
-    this.current = undefined;
-    if (current !== undefined) this.unpin(current);
+    this.leaveCurrent();
   }
 
   private readonly onWritten = (error?: Error | null): void => {
@@ -252,9 +268,11 @@ export class ReplyQueue {
     if (piece === undefined) return;
     if (error) {
       // The socket is being destroyed and calls back in no certain order: the memory is left to the collector.
-      this.unsentBytes -= piece.end - piece.start;
+      piece.block.isLost = true;
+      this.forget(piece);
       return;
     }
+    this.takenBytes += piece.end - piece.start;
     this.forget(piece);
     this.onRoom();
   };
@@ -264,30 +282,50 @@ export class ReplyQueue {
     this.unpin(piece.block);
   }
 
-  /** `size` bytes at the end of the current slab; they lie before the returned block's `used`. */
+  /** `size` bytes at the end of the current block; they lie before the returned block's `used`. */
   private reserve(size: number): Block {
+    if (!this.makeRoom(size)) {
+      // Few bytes, which are not worth waiting for: a request is answered whether there is memory or not.
+      this.leaveCurrent();
+      this.begin(this.pool.takeLarge(this.account, size));
+    }
+    const current = this.current as Block;
+    current.used += size;
+    return current;
+  }
+
+  /** Whether there are `size` bytes at the end of the current block, which may be a new one. */
+  private makeRoom(size: number): boolean {
     const { current } = this;
-    if (current !== undefined && current.used + size <= current.buffer.length) {
-      current.used += size;
-      return current;
-    }
-    if (current !== undefined) {
-      this.closeOpenPiece();
-      this.current = undefined;
-      this.unpin(current);
-    }
-    let next: Block;
-    if (this.slabsHeld < MAX_SLABS_PER_CONNECTION) {
-      next = this.pool.takeSlab();
+    if (current !== undefined && current.used + size <= current.buffer.length) return true;
+    let next: Block | undefined;
+    if (this.slabsHeld < MAX_SLABS_PER_CONNECTION && (next = this.pool.takeSlab(this.account)) !== undefined) {
       this.slabsHeld++;
     } else {
-      next = this.pool.takePrivate(size);
+      // It may be what is there to be taken.
+      this.leaveCurrent();
+      if (size > OWN_BYTES) return false;
+      next = this.pool.takeOwn(this.account);
+      if (next === undefined) return false;
     }
-    next.pins = 1;
-    next.used = size;
+    this.leaveCurrent();
+    this.begin(next);
+    return true;
+  }
+
+  private begin(block: Block): void {
+    block.pins = 1;
+    block.used = 0;
     this.openStart = 0;
-    this.current = next;
-    return next;
+    this.current = block;
+  }
+
+  private leaveCurrent(): void {
+    const { current } = this;
+    if (current === undefined) return;
+    this.closeOpenPiece();
+    this.current = undefined;
+    this.unpin(current);
   }
 
   private closeOpenPiece(): void {
@@ -310,13 +348,14 @@ export class ReplyQueue {
 
   private unpin(block: Block): void {
     block.pins--;
+    if (block.pins === 1 && block === this.current && this.openStart === block.used) {
+      // Everything in it has left: whoever is next begins at its front, which is still in the processor's cache.
+      this.current = undefined;
+      block.pins = 0;
+    }
     if (block.pins === 0) {
-      if (block.isSlab) this.slabsHeld--;
+      if (block.kind === 'slab') this.slabsHeld--;
       this.pool.give(block);
-    } else if (block.pins === 1 && block === this.current && this.openStart === block.used) {
-      // Everything in it has left: begin again at its front, which is still in the processor's cache.
-      block.used = 0;
-      this.openStart = 0;
     }
   }
 

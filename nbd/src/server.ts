@@ -8,12 +8,14 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { isMainThread } from 'node:worker_threads';
 import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
-import { BufferPool } from './buffer-pool.js';
+import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
-import { DEFAULT_LIMITS, type Limits } from './limits.js';
+import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, type Limits } from './limits.js';
+import { LoopShare } from './loop-share.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { socketPathProblem } from './socket-path.js';
+import { StallWatch } from './stall-watch.js';
 import type { ServerTls } from './tls.js';
 import { Violations } from './violations.js';
 
@@ -27,7 +29,10 @@ export interface ServerOptions {
   readonly tls?: ServerTls;
   /** Asks the kernel who is at the other end of a unix socket; undefined if it will not say. */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
-  /** Called for every socket that a listener accepts, before it is served: for options that Node does not know. */
+  /**
+   * Called for every socket that a listener accepts, before it is served: for options that Node does not know. It is the
+   * socket's own object until it is closed.
+   */
   readonly prepareSocket?: (socket: net.Socket) => void;
 }
 
@@ -75,9 +80,11 @@ export class NbdServer {
   private readonly tls: ServerTls | undefined;
   private readonly peerCredentials: ServerOptions['peerCredentials'];
   private readonly prepareSocket: ServerOptions['prepareSocket'];
-  /** Open connections by who made them; see peerKey. */
-  private readonly openOf = new Map<string, number>();
-  private readonly pool = new BufferPool();
+  /** Open connections by who made them; see peerKey. `staying`: those that have not begun to leave. */
+  private readonly openOf = new Map<string, { open: number; staying: number }>();
+  private readonly pool: BufferPool;
+  private readonly loop = new LoopShare();
+  private readonly stallWatch: StallWatch;
   private readonly violations: Violations;
   private readonly listeners = new Set<net.Server>();
   private readonly open = new Map<number, Connection>();
@@ -90,6 +97,12 @@ export class NbdServer {
     this.observer = options.observer ?? {};
     this.limits = withDefaults(options.limits);
     this.violations = new Violations(this.limits.maxViolationDelayMs);
+    const { maxMemoryBytes } = this.limits;
+    if (!(maxMemoryBytes >= MIN_MEMORY_BYTES)) {
+      throw new RangeError(`maxMemoryBytes is ${maxMemoryBytes}, and must be ${MIN_MEMORY_BYTES} at least`);
+    }
+    this.pool = new BufferPool(maxMemoryBytes);
+    this.stallWatch = new StallWatch(() => this.open.values(), this.pool, this.limits);
     this.tls = options.tls;
     this.peerCredentials = options.peerCredentials;
     this.prepareSocket = options.prepareSocket;
@@ -98,6 +111,11 @@ export class NbdServer {
   /** The connections open now, by id: `size` counts them, iterating tells about them. */
   get connections(): ReadonlyMap<number, ConnectionInfo> {
     return this.open;
+  }
+
+  /** The memory that requests and replies take now. */
+  get memory(): MemoryUse {
+    return this.pool.use;
   }
 
   /**
@@ -118,10 +136,10 @@ export class NbdServer {
     // There is always somebody to hear of an error; who asked to listen hears of those of listening.
     listener.on('error', () => undefined);
     listener.on('connection', (accepted) => {
-      this.prepareSocket?.(accepted);
       // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
       const inPlace = this.tls === undefined ? receiveInPlace(accepted) : undefined;
       const socket = inPlace?.socket ?? accepted;
+      this.prepareSocket?.(socket);
       this.serve(socket, { peer: this.peerOf(socket, listener, options), inPlace });
     });
     if ('fd' in options) bound = await adopt(listener, options);
@@ -159,6 +177,14 @@ export class NbdServer {
       return undefined;
     }
     const id = this.nextId++;
+    const counts = this.countsOf(key);
+    counts.open++;
+    counts.staying++;
+    let isLeaving = false;
+    const leaving = (): void => {
+      if (!isLeaving) counts.staying--;
+      isLeaving = true;
+    };
     const connection = new Connection({
       id,
       socket,
@@ -170,19 +196,27 @@ export class NbdServer {
       limits: this.limits,
       observer: this.observer,
       pool: this.pool,
+      loop: this.loop,
+      leaving,
       violations: this.violations,
       offender: key,
     });
     this.open.set(id, connection);
-    if (key !== undefined) this.openOf.set(key, (this.openOf.get(key) ?? 0) + 1);
     void connection.over.then(() => {
       this.open.delete(id);
-      if (key === undefined) return;
-      const left = (this.openOf.get(key) ?? 1) - 1;
-      if (left > 0) this.openOf.set(key, left);
-      else this.openOf.delete(key);
+      leaving();
+      if (--counts.open === 0 && key !== undefined) this.openOf.delete(key);
     });
     return id;
+  }
+
+  private countsOf(key: string | undefined): { open: number; staying: number } {
+    let counts = key === undefined ? undefined : this.openOf.get(key);
+    if (counts === undefined) {
+      counts = { open: 0, staying: 0 };
+      if (key !== undefined) this.openOf.set(key, counts);
+    }
+    return counts;
   }
 
   /** Why no further connection of this peer is served, or undefined. */
@@ -190,7 +224,9 @@ export class NbdServer {
     const { maxConnections, maxConnectionsPerPeer } = this.limits;
     if (this.isClosed) return 'the server is closed';
     if (this.open.size >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
-    if (key !== undefined && (this.openOf.get(key) ?? 0) >= maxConnectionsPerPeer) {
+    const counts = key === undefined ? undefined : this.openOf.get(key);
+    // Who has left may come again at once, though its socket is still there; but not leave one behind each time.
+    if (counts && (counts.staying >= maxConnectionsPerPeer || counts.open >= 2 * maxConnectionsPerPeer)) {
       return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
     }
     return undefined;
@@ -245,6 +281,7 @@ export class NbdServer {
 
   private stopListening(): void {
     this.isClosed = true;
+    this.stallWatch.stop();
     for (const listener of this.listeners) listener.close();
     this.listeners.clear();
   }

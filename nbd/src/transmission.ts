@@ -8,9 +8,18 @@
 
 import type { Duplex } from 'node:stream';
 import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
-import { blockStatusMemory, isWideContext, StatusReply, statusChunkType } from './block-status.js';
-import type { Block, BufferPool } from './buffer-pool.js';
+import {
+  blockStatusMemory,
+  isWideContext,
+  MAX_REPLY_EXTENTS,
+  OWN_REPLY_EXTENTS,
+  StatusReply,
+  statusChunkType,
+  type ExtentCollector,
+} from './block-status.js';
+import { MemoryAccount, OWN_BYTES, OWN_RECEIVE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
 import type { Limits } from './limits.js';
+import { LoopUser, UNITS_PER_LOOK, type LoopShare, type LoopTask } from './loop-share.js';
 import type { ServerObserver } from './observer.js';
 import {
   CMD,
@@ -43,6 +52,7 @@ export interface TransmissionHost {
   readonly exportName: string | undefined;
   readonly socket: Duplex;
   readonly pool: BufferPool;
+  readonly loop: LoopShare;
   readonly limits: Limits;
   readonly observer: ServerObserver;
   /** The client said goodbye: answer what is in flight, then close. */
@@ -51,17 +61,18 @@ export interface TransmissionHost {
   protocolViolated(reason: string): void;
 }
 
-/**
- * Memory that small requests are received into, one after the other; room for several batches of 32 writes of 4 KiB. What
- * a write of it is still busy with is left alone, so with `maxInFlightRequests` slow writes it is at most as many of these.
- */
-const RECEIVE_BYTES = 256 * 1024;
-/** With less room than this left a receive would bring too little. */
+/** With less room than this left a receive would bring too little; of the block that a connection has for itself, less will do. */
 const MIN_RECEIVE_BYTES = 64 * 1024;
+const MIN_OWN_RECEIVE_BYTES = 8 * 1024;
+/** Receives in a row of less than half of its own block after which a connection needs no larger one any more. */
+const SMALL_RECEIVES = 64;
+/** For what comes while all other memory is in use: enough to learn what is asked for. */
+const SCRATCH_BYTES = 4 * 1024;
 /** What must be missing of a payload for it to be received where it belongs; less comes along with what follows. */
 const IN_PLACE_BYTES = 16 * 1024;
-/** Payloads that come in pieces and are longer than this take memory that is used again. */
-const POOLED_PAYLOAD_BYTES = 32 * 1024;
+
+/** Under TLS data are in memory twice: as they are, and encrypted. */
+const TLS_COPIES = 2;
 
 /** Replies below this share of the bound before a held client is heard again, so that it is heard in batches. */
 const RESUME_BELOW = 1 / 2;
@@ -76,6 +87,9 @@ const MAX_ASK_INTERVAL = 31;
 const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
+
+/** Nothing is held back but the next thing to be received. */
+const NOTHING = Buffer.alloc(0);
 
 const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
 
@@ -101,7 +115,49 @@ class PendingRequest {
   }
 }
 
-export class Transmission {
+/** In the order in which they are looked for. */
+type Receiving = 'payload' | 'block' | 'scratch';
+
+/** A block status under way: it goes from context to context, and lets others have their turn in between. */
+class StatusRequest implements LoopTask {
+  /** The context that is to be asked for, or whose extents are being collected. */
+  next = 0;
+  /** Being filled by the device. */
+  collector: ExtentCollector | undefined;
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+
+  constructor(
+    private readonly owner: Transmission,
+    readonly to: Addressee,
+    { flags, offset, length }: Request,
+    readonly contexts: readonly SelectedContext[],
+    readonly status: StatusReply,
+    /** Claimed for it, bytes. */
+    readonly memory: number,
+    /** Taken instead. */
+    readonly own: Block | undefined,
+  ) {
+    this.flags = flags;
+    this.offset = offset;
+    this.length = length;
+  }
+
+  get loopUser(): LoopUser {
+    return this.owner.loopUser;
+  }
+
+  serveTurn(): void {
+    this.goOn();
+  }
+
+  readonly goOn = (): void => this.owner.askContexts(this);
+  readonly fail = (error: unknown): void => this.owner.finishedStatus(this, this.owner.failureOf(error, this));
+}
+
+export class Transmission implements LoopTask {
+  readonly loopUser = new LoopUser();
   requests = 0;
   errors = 0;
   bytesRead = 0;
@@ -127,11 +183,29 @@ export class Transmission {
   private refusal: Refusal | undefined;
   /** Where the next bytes are received, unless into a payload. */
   private receiveBlock: Block | undefined;
-  private isReceivingPayload = false;
+  /** The one that is outside of the budget; `receiveBlock` may be another one. */
+  private ownReceive: Block | undefined;
+  private scratch: Buffer | undefined;
+  private receiving: Receiving = 'block';
+  /** Bytes that the socket may put there, and whether it has used all of them lately. */
+  private receiveRoom = 0;
+  private wantsLargeReceive = false;
+  private smallReceives = 0;
+  /** There is nowhere to receive into until a write of `ownReceive` is done. The socket is paused. */
+  private isStarved = false;
   /** What is being parsed lies in this block: a write that goes on after the turn must pin it. */
   private parsedBlock: Block | undefined;
-  /** Input that waits for room. The socket is paused while there is any. */
+  /** Input that waits: for room, for memory, or for its turn. The socket is paused while there is any. */
   private held: Buffer | undefined;
+  /** `held` lies in it. */
+  private heldBlock: Block | undefined;
+  /** `request` is decoded and waits for memory. */
+  private isShortOfMemory = false;
+  /** It waits for its turn of the loop. */
+  private isQueued = false;
+  private readonly account: MemoryAccount;
+  /** Bytes of payloads that came in pieces. */
+  private payloadBytes = 0;
   private inFlightBytes = 0;
   /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
   private readsNotToAsk = 0;
@@ -155,7 +229,8 @@ export class Transmission {
     this.headerSize = negotiated.extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
     this.sendsHoles = negotiated.structuredReplies;
     this.knowsHoles = this.rules.geometry.contexts.includes(ALLOCATION_CONTEXT);
-    this.replies = new ReplyQueue(host.socket, host.pool, this.encoder, () => this.resume());
+    this.account = new MemoryAccount(() => this.queue(), 'encrypted' in host.socket ? TLS_COPIES : 1);
+    this.replies = new ReplyQueue(host.socket, host.pool, this.account, this.encoder, () => this.resume());
   }
 
   /** Whether the input so far ends inside a request. */
@@ -163,12 +238,37 @@ export class Transmission {
     return this.headerFill > 0 || this.payloadLeft > 0;
   }
 
+  /** Bytes of the server's memory that it holds. */
+  get memoryBytes(): number {
+    return this.account.held;
+  }
+
+  /** Bytes that the client has sent of payloads, or taken of replies: they grow if it is there. */
+  get movedBytes(): number {
+    return this.payloadBytes + this.replies.takenBytes;
+  }
+
+  /** Whether the client is the one who has to do something: take a reply, or send the rest of a payload. */
+  get waitsForClient(): boolean {
+    return this.replies.unsentBytes > 0 || this.payloadLeft > 0;
+  }
+
+  /** Whether the client waits for us. */
+  get isBusy(): boolean {
+    return this.inFlight > 0 || this.isQueued || this.isShortOfMemory;
+  }
+
   /** Bytes from the client, as they came. `chunk` is the transmission's from now on. */
   feed(chunk: Buffer): void {
     if (this.isDeaf) return;
     this.isHeard = true;
     if (this.held !== undefined) {
-      this.held = Buffer.concat([this.held, chunk]);
+      this.holdBack(Buffer.concat([this.held, chunk]), undefined);
+      return;
+    }
+    if (this.host.loop.isSpent) {
+      this.hold(chunk);
+      this.queue();
       return;
     }
     this.parse(chunk);
@@ -177,37 +277,138 @@ export class Transmission {
 
   /** Where the socket shall put what comes next. */
   nextBuffer(): Buffer {
+    if (this.isDeaf) return this.bufferForNobody();
     const { payload } = this;
-    this.isReceivingPayload = payload !== undefined && this.payloadLeft >= IN_PLACE_BYTES;
-    if (payload !== undefined && this.isReceivingPayload) return payload.subarray(payload.length - this.payloadLeft);
-    let block = this.receiveBlock;
-    // Nobody else is busy with any of it: begin again at its front.
-    if (block?.pins === 1) block.used = 0;
-    if (block === undefined || block.buffer.length - block.used < MIN_RECEIVE_BYTES) {
-      if (block !== undefined) this.unpin(block);
-      block = this.host.pool.takeLarge(RECEIVE_BYTES);
-      block.pins = 1;
-      this.receiveBlock = block;
+    if (payload !== undefined && this.payloadLeft >= IN_PLACE_BYTES) {
+      this.receiving = 'payload';
+      return payload.subarray(payload.length - this.payloadLeft);
     }
+    const block = this.chooseReceiveBlock();
+    if (block === undefined) {
+      this.receiving = 'scratch';
+      this.isStarved = true;
+      this.host.socket.pause();
+      return (this.scratch ??= Buffer.allocUnsafeSlow(SCRATCH_BYTES));
+    }
+    this.receiving = 'block';
+    this.receiveRoom = block.buffer.length - block.used;
     return block.buffer.subarray(block.used);
+  }
+
+  /** What comes is not looked at any more. */
+  private bufferForNobody(): Buffer {
+    const { payloadBlock } = this;
+    this.receiving = 'scratch';
+    this.payloadBlock = undefined;
+    if (payloadBlock !== undefined) this.unpin(payloadBlock);
+    return (this.scratch ??= Buffer.allocUnsafeSlow(SCRATCH_BYTES));
+  }
+
+  /** A block with room to receive into. Undefined if there is none before a write is done. */
+  private chooseReceiveBlock(): Block | undefined {
+    let block = this.receiveBlock;
+    if (block !== undefined) {
+      const isFree = block.pins === 1;
+      // Nobody else is busy with any of it: begin again at its front.
+      if (isFree) block.used = 0;
+      const isOwn = block === this.ownReceive;
+      const isWanted = isOwn ? !this.wantsLargeReceive : !(isFree && this.smallReceives >= SMALL_RECEIVES);
+      const least = isOwn ? MIN_OWN_RECEIVE_BYTES : MIN_RECEIVE_BYTES;
+      if (isWanted && block.buffer.length - block.used >= least) return block;
+      if (!isOwn) {
+        this.receiveBlock = undefined;
+        if (isFree) this.wantsLargeReceive = false;
+        this.unpin(block);
+      }
+    }
+    let own = this.ownReceive;
+    if (own === undefined) {
+      this.ownReceive = own = this.host.pool.takeOwnReceive();
+      own.pins = 1;
+    }
+    const isOwnFree = own.pins === 1;
+    if (isOwnFree) own.used = 0;
+    block = this.wantsLargeReceive || !isOwnFree ? this.host.pool.takeReceive(this.account) : undefined;
+    if (block !== undefined) {
+      block.pins = 1;
+      this.smallReceives = 0;
+    } else {
+      if (own.buffer.length - own.used < MIN_OWN_RECEIVE_BYTES) return undefined;
+      block = own;
+    }
+    this.receiveBlock = block;
+    return block;
   }
 
   /** The socket has put so many bytes where it was told to. */
   received(length: number): void {
     if (this.isDeaf) return;
-    if (this.isReceivingPayload) {
+    if (this.receiving === 'payload') {
       this.isHeard = true;
       this.payloadCame(length);
       this.replies.flush();
+      this.yieldAfterPayload();
+      return;
+    }
+    if (this.receiving === 'scratch') {
+      if (this.scratch === undefined) throw new Error('transmission: received into nothing');
+      // Not often: the scratch is the next one's again.
+      this.feed(Buffer.from(this.scratch.subarray(0, length)));
       return;
     }
     const block = this.receiveBlock;
     if (block === undefined) throw new Error('transmission: received into nothing');
+    if (length === this.receiveRoom) this.wantsLargeReceive = true;
+    else if (length >= OWN_RECEIVE_BYTES / 2) this.smallReceives = 0;
+    else this.smallReceives++;
     const chunk = block.buffer.subarray(block.used, block.used + length);
     block.used += length;
     this.parsedBlock = block;
     this.feed(chunk);
     this.parsedBlock = undefined;
+  }
+
+  /** The payload of a write has been received where it belongs: what comes next may have to wait for its turn. */
+  private yieldAfterPayload(): void {
+    const { loop } = this.host;
+    if (this.payloadLeft > 0 || this.isDeaf || this.held !== undefined) return;
+    if (loop.mustYield(this.loopUser, UNITS_PER_LOOK)) {
+      this.hold(NOTHING);
+      this.queue();
+    }
+    loop.finish(this.loopUser);
+  }
+
+  /** Its turn of the loop has come. */
+  serveTurn(): void {
+    this.isQueued = false;
+    this.resume();
+  }
+
+  private queue(): void {
+    if (this.isQueued || this.isDeaf) return;
+    this.isQueued = true;
+    this.host.loop.enqueue(this);
+  }
+
+  /** Go on with `rest`, which is the transmission's, when there is room, memory, or its turn. */
+  private hold(rest: Buffer): void {
+    const block = this.parsedBlock;
+    if (block === undefined) this.holdBack(rest, undefined);
+    // The rest of its own block is not worth keeping it from what comes.
+    else if (rest.length <= OWN_RECEIVE_BYTES) this.holdBack(Buffer.from(rest), undefined);
+    else {
+      block.pins++;
+      this.holdBack(rest, block);
+    }
+    this.host.socket.pause();
+  }
+
+  private holdBack(held: Buffer | undefined, block: Block | undefined): void {
+    const before = this.heldBlock;
+    this.held = held;
+    this.heldBlock = block;
+    if (before !== undefined) this.unpin(before);
   }
 
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
@@ -233,11 +434,24 @@ export class Transmission {
   /** Nothing the client sends from now on is looked at. */
   stopListening(): void {
     this.isDeaf = true;
-    this.held = undefined;
-    // What the socket has been told to receive into is no memory for anybody else.
-    if (this.payloadBlock !== undefined && !this.isReceivingPayload) this.unpin(this.payloadBlock);
-    this.payloadBlock = undefined;
+    this.holdBack(undefined, undefined);
+    this.endWaits();
+    // What the socket has been told to receive into is no memory for anybody else, until the socket is gone.
+    const { payloadBlock } = this;
+    if (payloadBlock !== undefined && this.receiving !== 'payload') {
+      this.payloadBlock = undefined;
+      this.unpin(payloadBlock);
+    }
     this.payload = undefined;
+    this.payloadLeft = 0;
+  }
+
+  /** It waits neither for its turn nor for memory any more. */
+  private endWaits(): void {
+    this.isShortOfMemory = false;
+    this.host.pool.endWait(this.account);
+    if (this.isQueued) this.host.loop.leave(this);
+    this.isQueued = false;
   }
 
   /** What is in flight is finished, its replies go nowhere; those that are made already leave. */
@@ -248,8 +462,11 @@ export class Transmission {
   /** The socket is gone: what is in flight is finished, its replies go nowhere. */
   socketClosed(): void {
     this.stopListening();
-    if (this.receiveBlock !== undefined) this.unpin(this.receiveBlock);
-    this.receiveBlock = undefined;
+    const { receiveBlock, ownReceive, payloadBlock } = this;
+    this.receiveBlock = this.ownReceive = this.payloadBlock = undefined;
+    if (receiveBlock !== undefined && receiveBlock !== ownReceive) this.unpin(receiveBlock);
+    if (ownReceive !== undefined) this.unpin(ownReceive);
+    if (payloadBlock !== undefined) this.unpin(payloadBlock);
     this.replies.close();
   }
 
@@ -263,22 +480,33 @@ export class Transmission {
   }
 
   private parse(chunk: Buffer): void {
-    const { request, headerSize } = this;
+    this.parseSlice(chunk);
+    this.host.loop.finish(this.loopUser);
+  }
+
+  private parseSlice(chunk: Buffer): void {
+    const { request, headerSize, loopUser } = this;
+    const { loop } = this.host;
     const end = chunk.length;
     let at = 0;
+    // A request that the device answers at once counts, too, until others have had their turn.
+    let requestsLeft = this.host.limits.maxInFlightRequests;
     while (at < end) {
       if (this.payloadLeft > 0) {
         at += this.takePayload(chunk, at);
         continue;
       }
       if (this.isSaturated()) {
-        const held = at === 0 ? chunk : chunk.subarray(at);
-        this.held = this.parsedBlock === undefined ? held : Buffer.from(held);
-        this.host.socket.pause();
+        this.hold(chunk.subarray(at));
         return;
       }
       let isRequest: boolean;
       if (this.headerFill === 0 && end - at >= headerSize) {
+        if (requestsLeft-- === 0 || loop.mustYield(loopUser, unitsOf(chunk, at, headerSize))) {
+          this.hold(chunk.subarray(at));
+          this.queue();
+          return;
+        }
         isRequest = this.decode(chunk, at);
         at += headerSize;
       } else {
@@ -306,12 +534,15 @@ export class Transmission {
 
       const { payloadLength } = request;
       if (payloadLength > 0) {
-        if (refusal === undefined && end - at >= payloadLength) {
+        if (refusal !== undefined) {
+          if (!this.skipPayload(refusal)) return;
+        } else if (end - at >= payloadLength) {
           const data = chunk.subarray(at, at + payloadLength);
           at += payloadLength;
           if (this.parsedBlock !== undefined) this.parsedBlock.pins++;
           this.take(data, this.parsedBlock);
-        } else if (!this.expectPayload(refusal)) {
+        } else if (!this.beginPayload()) {
+          this.waitForMemory(payloadLength, chunk.subarray(at));
           return;
         }
       } else if (refusal !== undefined) {
@@ -319,10 +550,50 @@ export class Transmission {
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
         if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
         else this.succeed(request);
+      } else if (!this.hasMemory()) {
+        this.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
+        return;
       } else {
         this.execute(undefined, undefined);
       }
     }
+  }
+
+  /** Whether there is memory for the request just decoded, which has no payload. */
+  private hasMemory(): boolean {
+    const { type, length } = this.request;
+    if (type === CMD.READ) return this.replies.hasRoomFor(length);
+    if (type !== CMD.BLOCK_STATUS) return true;
+    // There may be less memory than for the longest answer, which then is a shorter one.
+    return !this.account.isOwnTaken || this.host.pool.hasRoom(this.account, this.memoryNeeded());
+  }
+
+  private memoryNeeded(): number {
+    const { type, length } = this.request;
+    if (type === CMD.READ) return this.replies.readSize(length);
+    return blockStatusMemory(length, this.rules.negotiated.metaContexts.length);
+  }
+
+  /** The request just decoded needs `bytes` of memory that others have. `rest` is what came behind its header. */
+  private waitForMemory(bytes: number, rest: Buffer): void {
+    this.isShortOfMemory = true;
+    this.host.pool.wait(this.account, bytes);
+    this.hold(rest);
+  }
+
+  /** Begin the request that waits for memory. False if there still is none. */
+  private beginWaiting(): boolean {
+    const hasPayload = this.request.payloadLength > 0;
+    if (this.isRefusing) {
+      this.endWaits();
+      if (hasPayload) return this.skipPayload(SHUTTING_DOWN);
+      this.refuse(SHUTTING_DOWN);
+      return true;
+    }
+    if (hasPayload ? !this.beginPayload() : !this.hasMemory()) return false;
+    if (!hasPayload) this.execute(undefined, undefined);
+    this.endWaits();
+    return true;
   }
 
   private decode(source: Buffer, at: number): boolean {
@@ -331,30 +602,35 @@ export class Transmission {
       : decodeRequest(source, at, this.request);
   }
 
-  /** The payload of the request just decoded comes in pieces, or is to be skipped. False if it is too long for that. */
-  private expectPayload(refusal: Refusal | undefined): boolean {
+  /** The payload of the request just decoded is not looked at. False if it is too long for that. */
+  private skipPayload(refusal: Refusal): boolean {
     const length = this.request.payloadLength;
-    if (refusal !== undefined) {
-      // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
-      // length larger than a server's advertised … maximum payload length".
-      const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
-      if (length > most) {
-        this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
-        return false;
-      }
-      this.refusal = refusal;
-      this.payload = undefined;
-    } else {
-      // requestError() has seen to it that it is at most MAX_PAYLOAD.
-      if (length > MAX_PAYLOAD) throw new Error('transmission: an unchecked payload length');
-      if (length > POOLED_PAYLOAD_BYTES) {
-        this.payloadBlock = this.host.pool.takeLarge(length);
-        this.payloadBlock.pins = 1;
-        this.payload = this.payloadBlock.buffer.subarray(0, length);
-      } else {
-        this.payload = Buffer.allocUnsafe(length);
-      }
+    // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
+    // length larger than a server's advertised … maximum payload length".
+    const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
+    if (length > most) {
+      this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
+      return false;
     }
+    this.refusal = refusal;
+    this.payload = undefined;
+    this.payloadLeft = length;
+    return true;
+  }
+
+  /** The payload of the request just decoded comes in pieces. False if there is no memory for it. */
+  private beginPayload(): boolean {
+    const length = this.request.payloadLength;
+    // requestError() has seen to it that it is at most MAX_PAYLOAD.
+    if (length > MAX_PAYLOAD) throw new Error('transmission: an unchecked payload length');
+    const { pool } = this.host;
+    let block: Block | undefined;
+    if (pool.hasRoom(this.account, length)) block = pool.takeLarge(this.account, length);
+    else if (length <= OWN_BYTES) block = pool.takeOwn(this.account);
+    if (block === undefined) return false;
+    block.pins = 1;
+    this.payloadBlock = block;
+    this.payload = block.buffer.subarray(0, length);
     this.payloadLeft = length;
     return true;
   }
@@ -371,6 +647,7 @@ export class Transmission {
 
   private payloadCame(length: number): void {
     this.payloadLeft -= length;
+    this.payloadBytes += length;
     if (this.payloadLeft === 0) {
       const { payload, payloadBlock, refusal } = this;
       this.payload = undefined;
@@ -424,13 +701,7 @@ export class Transmission {
           answer = device.cache(offset, length);
           break;
         case CMD.BLOCK_STATUS:
-          void this.answerBlockStatus(
-            addresseeOf(request),
-            flags,
-            offset,
-            length,
-            wantedContexts(request, this.rules.negotiated.metaContexts),
-          );
+          this.beginBlockStatus();
           return;
         default:
           throw new Error(`transmission: command ${type} was not refused`);
@@ -499,6 +770,8 @@ export class Transmission {
     offset: number,
     length: number,
   ): Promise<void> {
+    // There is room for all of it. How much it takes is known when the extents are.
+    this.host.pool.claim(this.account, length);
     this.inFlight++;
     this.inFlightBytes += length;
     if (extents !== undefined) {
@@ -517,6 +790,7 @@ export class Transmission {
       this.readsNotToAsk = this.askInterval;
     }
     const bytes = sizeOfParts(parts, this.encoder);
+    this.host.pool.unclaim(this.account, length);
     const block = this.replies.beginParts(bytes);
     const data = layParts(block.buffer, parts, to, this.encoder);
     const failure = await this.readParts(parts, data, flags);
@@ -552,33 +826,70 @@ export class Transmission {
     return { ...failure, offset: failure.offset ?? part.offset };
   }
 
-  /** One chunk of extents for each context, all of the same length; or an error, if a context cannot be answered for. */
-  private async answerBlockStatus(
-    to: Addressee,
-    flags: number,
-    offset: number,
-    length: number,
-    contexts: readonly SelectedContext[],
-  ): Promise<void> {
-    const { device, extendedHeaders } = this;
-    const { wideContexts } = this.rules.geometry;
-    const status = new StatusReply(offset, length, contexts.length, (flags & CMD_FLAG.REQ_ONE) !== 0);
-    const memory = blockStatusMemory(length, contexts.length);
+  private beginBlockStatus(): void {
+    const { request, account } = this;
+    const { flags, offset, length } = request;
+    const { pool } = this.host;
+    const contexts = wantedContexts(request, this.rules.negotiated.metaContexts);
+    let memory = blockStatusMemory(length, contexts.length);
+    let most = MAX_REPLY_EXTENTS;
+    let own: Block | undefined;
+    if (!pool.hasRoom(account, memory)) {
+      own = pool.takeOwn(account);
+      most = OWN_REPLY_EXTENTS;
+      memory = 0;
+    }
+    pool.claim(account, memory);
     this.inFlight++;
     this.inFlightBytes += memory;
+    const isReqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
+    const status = new StatusReply(offset, length, contexts.length, isReqOne, most);
+    new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
+  }
+
+  /** For StatusRequest only: ask for the contexts from `asked.next` on, as long as it is its turn. */
+  askContexts(asked: StatusRequest): void {
+    const { device, extendedHeaders, loopUser } = this;
+    const { loop } = this.host;
+    const { contexts, status, offset } = asked;
+    const { wideContexts } = this.rules.geometry;
     let failure: Failure | undefined;
     try {
-      for (const { name } of contexts) {
-        const collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
-        const answer = device.extents(name, offset, status.length, collector.sink);
-        if (answer !== undefined && isPromise(answer)) await answer;
+      for (let { collector } = asked; asked.next < contexts.length; collector = undefined) {
+        if (collector === undefined) {
+          if (asked.next > 0 && loop.mustYield(loopUser, UNITS_PER_LOOK)) {
+            loop.enqueue(asked);
+            return;
+          }
+          const { name } = contexts[asked.next] as SelectedContext;
+          collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
+          const answer = device.extents(name, offset, status.length, collector.sink);
+          if (answer !== undefined && isPromise(answer)) {
+            asked.collector = collector;
+            answer.then(asked.goOn, asked.fail);
+            return;
+          }
+        }
+        asked.collector = undefined;
         status.add(collector);
+        asked.next++;
       }
     } catch (error) {
-      failure = this.failureOf(error, { flags, offset, length });
+      failure = this.failureOf(error, asked);
+    } finally {
+      loop.finish(loopUser);
     }
+    this.finishedStatus(asked, failure);
+  }
+
+  /** For StatusRequest only. One chunk of extents for each context, all of the same length; or an error. */
+  finishedStatus({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
+    const { extendedHeaders } = this;
     this.inFlight--;
     this.inFlightBytes -= memory;
+    // What was claimed covers the reply.
+    this.host.pool.unclaim(this.account, memory);
+    if (own !== undefined) this.host.pool.give(own);
     if (failure === undefined) {
       status.collectors.forEach((collector, index) => {
         const done = index === contexts.length - 1 ? REPLY_FLAG_DONE : 0;
@@ -590,6 +901,7 @@ export class Transmission {
       this.errors++;
       this.replies.error(to, failure);
     }
+    status.release();
     this.scheduleSettle();
   }
 
@@ -666,6 +978,10 @@ export class Transmission {
   private unpin(block: Block): void {
     block.pins--;
     if (block.pins === 0) this.host.pool.give(block);
+    else if (this.isStarved && block === this.ownReceive && block.pins === 1) {
+      this.isStarved = false;
+      if (this.held === undefined && !this.isDeaf) this.host.socket.resume();
+    }
   }
 
   private succeed({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): void {
@@ -695,16 +1011,30 @@ export class Transmission {
     );
   }
 
-  /** Go on with held input if there is room again. */
+  /** Go on with held input if there is room again, and memory, and time. */
   private resume(): void {
-    const { held } = this;
-    if (held === undefined || this.isDeaf) return;
-    const isBacklogged = this.replies.unsentBytes > this.host.limits.maxUnsentBytes * RESUME_BELOW;
-    if ((isBacklogged && !this.isRefusing) || this.isSaturated()) return;
+    if (this.held === undefined || this.isDeaf || this.isQueued) return;
+    // There was room when the request that is short of memory was decoded. It may not wait with that set aside for it.
+    if (!this.isShortOfMemory) {
+      const isBacklogged = this.replies.unsentBytes > this.host.limits.maxUnsentBytes * RESUME_BELOW;
+      if ((isBacklogged && !this.isRefusing) || this.isSaturated()) return;
+    }
+    if (this.host.loop.isSpent) {
+      this.queue();
+      return;
+    }
+    if (this.isShortOfMemory && !this.beginWaiting()) return;
+    const { held, heldBlock } = this;
+    // What has just begun may have ended the connection.
+    if (held === undefined) return;
     this.held = undefined;
+    this.heldBlock = undefined;
+    this.parsedBlock = heldBlock;
     this.parse(held);
+    this.parsedBlock = undefined;
+    if (heldBlock !== undefined) this.unpin(heldBlock);
     this.replies.flush();
-    if (this.held === undefined && !this.isDeaf) this.host.socket.resume();
+    if (this.held === undefined && !this.isDeaf && !this.isStarved) this.host.socket.resume();
     this.tellIfIdle();
   }
 
@@ -742,6 +1072,15 @@ export class Transmission {
     const { type, flags, offset, length } = this.request;
     this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith: refusal?.errno ?? 0 });
   }
+}
+
+/** How much work the request is whose header lies in `chunk` from `at` on, for LoopShare.mustYield. */
+function unitsOf(chunk: Buffer, at: number, headerSize: number): number {
+  // The low byte of the type. What is neither read nor written may be about a whole disk.
+  if ((chunk[at + 7] as number) > CMD.WRITE) return UNITS_PER_LOOK;
+  // The length in steps of 64 KiB: bytes of its low half.
+  const length = at + headerSize - 4;
+  return 1 + (((chunk[length] as number) << 8) | (chunk[length + 1] as number));
 }
 
 /** A copy that stays when the next request is decoded. */

@@ -57,6 +57,49 @@ describe('connections of one peer', () => {
     await (await connect('127.0.0.1')).open('disk');
   });
 
+  test('a client that has said goodbye, or shut its side, may come again although its socket is still there', async () => {
+    const { path, server } = await startServer({ limits: { maxConnectionsPerPeer: 1, lingerMs: 60_000 } });
+    // Not closed by the client: the server waits for its end.
+    const connect = (): RawClient => new RawClient(net.connect({ path, allowHalfOpen: true }));
+    const first = connect();
+    await first.open('disk');
+    first.request({ type: CMD.DISC });
+    expect(await first.readToEnd()).toHaveLength(0);
+    const second = connect();
+    await second.open('disk');
+    expect(server.connections.size).toBe(2);
+    // But not leave a socket behind each time.
+    second.request({ type: CMD.DISC });
+    await second.readToEnd();
+    expect(await connect().readToEnd()).toHaveLength(0);
+    first.socket.destroy();
+    await until(() => server.connections.size === 1, 'one is gone');
+    await connect().open('disk');
+  });
+
+  test('a client that has shut its side while its request takes long may come again', async () => {
+    const { connect, server, provider } = await overTcp({ maxConnectionsPerPeer: 1 });
+    const gate = new Gate();
+    provider.hook = ({ offset }) => (offset === 8 ? gate.opened : undefined);
+    const first = await connect();
+    await first.open('disk');
+    first.request({ type: CMD.READ, offset: 8, length: 4 });
+    await until(() => provider.unfinished === 1, 'its request is in flight');
+    first.halfClose();
+    await until(() => [...server.connections.values()][0]?.inFlight === 1, 'it is not answered yet');
+    let second: RawClient | undefined;
+    const again = async (): Promise<boolean> => {
+      second = await connect();
+      return second.open('disk').then(
+        () => true,
+        () => false,
+      );
+    };
+    while (!(await again()));
+    gate.open();
+    expect((await first.readReply(4)).data).toEqual(uint32(9));
+  });
+
   test('come from the same address whether IPv4 is spoken through an IPv6 socket or not', async () => {
     const { connect, server } = await overTcp({}, '::');
     await (await connect()).open('disk');
@@ -123,6 +166,36 @@ describe('an idle connection', () => {
     gate.open();
     expect((await waiting.readReply(4)).data).toEqual(uint32(9));
     expect(await waiting.readToEnd()).toHaveLength(0);
+  });
+});
+
+describe('a client that does not do its part', () => {
+  test('is served when it goes on, however long that takes, unless there is a limit', async () => {
+    const { opened, closes } = await startServer({ limits: { stallTimeoutMs: 0, memoryStallMs: 100 } });
+    const client = await opened();
+    client.socket.pause();
+    client.send(...Array.from({ length: 20 }, () => requestBytes({ type: CMD.READ, length: 1024 * 1024 })));
+    const began = performance.now();
+    await until(() => performance.now() - began > 1500, 'it has read nothing for a while');
+    expect(closes).toHaveLength(0);
+    client.socket.resume();
+    for (let i = 0; i < 20; i++) expect((await client.readReply(1024 * 1024)).errno).toBe(0);
+  });
+
+  test('is closed after stallTimeoutMs without reading, or in the middle of a write; who is only quiet is not', async () => {
+    const { opened, closes, server } = await startServer({ limits: { stallTimeoutMs: 1000 } });
+    const quiet = await opened();
+    const unread = await opened();
+    unread.socket.pause();
+    unread.send(...Array.from({ length: 20 }, () => requestBytes({ type: CMD.READ, length: 1024 * 1024 })));
+    const unsent = await opened();
+    unsent.send(requestBytes({ type: CMD.WRITE, length: 65536 }), Buffer.alloc(1000));
+    await until(() => closes.length === 2, 'both are closed');
+    for (const { reason } of closes)
+      expect(reason).toMatch(/taken nothing of its replies, and sent nothing, for 1000 ms/);
+    expect(server.connections.size).toBe(1);
+    quiet.request({ type: CMD.READ, length: 4 });
+    expect((await quiet.readReply(4)).errno).toBe(0);
   });
 });
 

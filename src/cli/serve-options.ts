@@ -4,9 +4,12 @@
  */
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Limits } from 'nbd-server-ts';
+import { MIN_MEMORY_BYTES } from 'nbd-server-ts/limits';
 import type { DaemonConfiguration } from '../daemon/daemon.js';
 import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
 import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
+import { sizeArgument } from './common-options.js';
+import { formatSize } from './size.js';
 
 export interface PeerOptions {
   readonly tls?: 'off' | 'on' | 'require';
@@ -20,6 +23,8 @@ export interface PeerOptions {
   readonly handshakeTimeout?: number;
   readonly idleTimeout?: number;
   readonly keepAlive?: number;
+  readonly stallTimeout?: number;
+  readonly maxMemory?: number;
   readonly keepNow?: number;
   readonly inUseTime?: number;
 }
@@ -64,13 +69,29 @@ export function withPeerOptions(command: Command): Command {
     .addOption(
       new Option(
         '--idle-timeout <seconds>',
-        'close connections that ask nothing for so long; 0: never (default)',
+        'close connections that ask nothing for so long; 0: never (default). For clients that connect again by themselves: ' +
+          'a guest or a kernel that does not gets I/O errors when it next asks for something',
       ).argParser(wholeNumber(0, MAX_SECONDS)),
     )
     .addOption(
       new Option(
+        '--stall-timeout <seconds>',
+        'close connections whose client takes none of its replies, or sends nothing more of a request, for so long; 0: never ' +
+          '(default). Until then a client that is stopped is served when it goes on, over TCP and unix sockets alike',
+      ).argParser(wholeNumber(0, MAX_SECONDS)),
+    )
+    .addOption(
+      new Option(
+        '--max-memory <size>',
+        'memory for the requests and replies of all clients; who asks for more waits (default: an eighth of what the machine ' +
+          'or the cgroup has, at most 1G)',
+      ).argParser(memoryArgument),
+    )
+    .addOption(
+      new Option(
         '--keep-alive <seconds>',
-        'ask a TCP peer that is silent for so long whether it is there; it has ten more to answer (default: 60)',
+        'ask a TCP peer that is silent for so long whether it is there; it has ten more to answer (default: 60). A client that ' +
+          'does not read, on a machine that answers, is there: see --stall-timeout',
       ).argParser(wholeNumber(1, MAX_KEEP_ALIVE_SECONDS)),
     )
     .addOption(
@@ -102,6 +123,8 @@ export function peerConfiguration(
     handshakeTimeoutMs: seconds(options.handshakeTimeout),
     idleTimeoutMs: seconds(options.idleTimeout),
     keepAliveMs: seconds(options.keepAlive),
+    stallTimeoutMs: seconds(options.stallTimeout),
+    maxMemoryBytes: options.maxMemory,
   };
   return {
     security: {
@@ -120,6 +143,12 @@ export function peerConfiguration(
     keepMs: seconds(options.keepNow),
     inUseMs: seconds(options.inUseTime),
   };
+}
+
+function memoryArgument(text: string): number {
+  const bytes = sizeArgument(text);
+  if (bytes < MIN_MEMORY_BYTES) throw new InvalidArgumentError(`It must be ${formatSize(MIN_MEMORY_BYTES)} at least.`);
+  return bytes;
 }
 
 function seconds(value: number | undefined): number | undefined {

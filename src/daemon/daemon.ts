@@ -15,6 +15,7 @@ import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
+import { ClosedWindows } from './closed-windows.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
@@ -23,10 +24,12 @@ import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
+import { machineMemory } from './machine-memory.js';
+import { defaultMemoryBudget } from './memory-budget.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
-import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
+import { boundAddress, peerCredentials } from './socket-calls.js';
 import { trustedSocket } from './socket-trust.js';
 import { refuseUsedSocket, socketState } from './stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
@@ -140,15 +143,18 @@ export async function startDaemon(
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
+  const closedWindows = new ClosedWindows(keepAliveMs + KEEP_ALIVE_ANSWER_MS);
+  const maxMemoryBytes = configuration.limits?.maxMemoryBytes ?? defaultMemoryBudget(machineMemory());
+  log.info({ maxMemoryBytes }, 'memory for requests and replies, at most');
   const connections = new ConnectionLog(log);
   const stopLoggingFailures = logFailures(log);
   const exports = new ExportsWhenOpen();
   const nbd = new NbdServer({
     provider: exports,
     tls: security.tls,
-    limits: configuration.limits,
+    limits: { ...configuration.limits, maxMemoryBytes },
     peerCredentials,
-    prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
+    prepareSocket: (socket) => closedWindows.watch(socket),
     observer: {
       onConnectionOpen: (event) => connections.opened(event),
       onConnectionRefused: (event) => connections.refused(event),
@@ -202,6 +208,7 @@ export async function startDaemon(
     operations?.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
+    closedWindows.stop();
     if (operations !== undefined) await closeStore(operations, leaving);
   };
   toldToStop?.addEventListener('abort', leave, { once: true });

@@ -12,7 +12,14 @@ const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
 const SO_PEERGROUPS = 59;
 const IPPROTO_TCP = 6; // netinet/in.h
-const TCP_USER_TIMEOUT = 18; // linux/tcp.h
+const TCP_INFO = 11; // linux/tcp.h
+const TCP_USER_TIMEOUT = 18;
+/** struct tcp_info of linux/tcp.h: as much of it as is looked at, which Linux has had since 4.6, and where that is. */
+const TCP_INFO_BYTES = 148;
+const TCPI_PROBES = 3;
+const TCPI_UNACKED = 24;
+const TCPI_LAST_ACK_RECV = 56;
+const TCPI_NOTSENT_BYTES = 144;
 const AF_UNIX = 1;
 const AF_INET = 2;
 const AF_INET6 = 10;
@@ -60,8 +67,9 @@ export function peerUid(connection: net.Socket): number | undefined {
 }
 
 /**
- * Give `connection` up when the peer has not acknowledged what was sent to it for so long. Without it the kernel goes on
- * sending for a quarter of an hour, and asks no keepalive questions meanwhile. Whether it could be set: not on unix sockets.
+ * Give `connection` up when the peer has not acknowledged what was sent to it for so long, or has had no room for more of it.
+ * Without it the kernel goes on sending for a quarter of an hour, and asks no keepalive questions meanwhile. 0: without it.
+ * Whether it could be set: not on unix sockets.
  */
 export function setUserTimeout(connection: net.Socket, timeoutMs: number): boolean {
   const fd = descriptorOf(connection);
@@ -69,6 +77,29 @@ export function setUserTimeout(connection: net.Socket, timeoutMs: number): boole
   const value = Buffer.alloc(4);
   value.writeUInt32LE(timeoutMs);
   return setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, value.length) === 0;
+}
+
+/** How the sending half of a TCP connection is. */
+export interface SendState {
+  /** There is more to send, and the peer has no room for it: it does not read. */
+  readonly isWindowClosed: boolean;
+  /** How often in a row the peer was asked for room, and has not answered. */
+  readonly unansweredProbes: number;
+  /** How long ago it acknowledged anything, milliseconds. */
+  readonly lastAckMs: number;
+}
+
+/** Undefined if the kernel does not say; so it is for unix sockets. */
+export function sendState(connection: net.Socket): SendState | undefined {
+  const fd = descriptorOf(connection);
+  const info = fd === undefined ? undefined : option(fd, TCP_INFO, TCP_INFO_BYTES, IPPROTO_TCP);
+  if (info?.length !== TCP_INFO_BYTES) return undefined;
+  return {
+    // Nothing is on its way, and yet there is something to send.
+    isWindowClosed: info.readUInt32LE(TCPI_NOTSENT_BYTES) > 0 && info.readUInt32LE(TCPI_UNACKED) === 0,
+    unansweredProbes: info.readUInt8(TCPI_PROBES),
+    lastAckMs: info.readUInt32LE(TCPI_LAST_ACK_RECV),
+  };
 }
 
 /** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */
@@ -140,11 +171,11 @@ export function isWritable(fd: number): boolean {
   return poll(descriptor, 1, 0) !== 0;
 }
 
-function option(fd: number, name: number, maxBytes: number): Buffer | undefined {
+function option(fd: number, name: number, maxBytes: number, level = SOL_SOCKET): Buffer | undefined {
   const value = Buffer.alloc(maxBytes);
   const length = Buffer.alloc(4);
   length.writeUInt32LE(maxBytes, 0);
-  if (getsockopt(fd, SOL_SOCKET, name, value, length) !== 0) return undefined;
+  if (getsockopt(fd, level, name, value, length) !== 0) return undefined;
   return value.subarray(0, length.readUInt32LE(0));
 }
 

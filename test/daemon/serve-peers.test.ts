@@ -121,6 +121,8 @@ describe('limits', () => {
       ['--max-connections-per-peer', 'x'],
       ['--handshake-timeout', '-1'],
       ['--idle-timeout', '9999999'],
+      ['--stall-timeout', 'x'],
+      ['--max-memory', '1K'],
       ['--tls', 'maybe'],
     ] as const) {
       const result = await cli(['serve', option, value], { store: path.join(temporaryDirectory(), 'store') });

@@ -1,0 +1,103 @@
+/**
+ * Clients that do not do their part: replies wait for them to be taken, or the rest of a payload to be sent. Owns the clock
+ * that looks at them and the decision who is closed for it: everybody after `stallTimeoutMs`, and while others wait for
+ * memory those who hold most of it after `memoryStallMs`.
+ */
+
+import type { BufferPool } from './buffer-pool.js';
+import { MIN_MOVED_BYTES, type Limits } from './limits.js';
+
+const MIB = 1024 * 1024;
+/** How often is looked. */
+const LOOK_MS = 500;
+
+/** What is to be known of a connection. Bytes moved are those of payloads received and replies taken; they only grow. */
+export interface Watched {
+  readonly movedBytes: number;
+  readonly waitsForClient: boolean;
+  /** Bytes of the budget that it holds. */
+  readonly memoryBytes: number;
+  abort(reason: string): void;
+}
+
+/** Since when a connection has not moved so many bytes, though it should. */
+class Stall {
+  private movedBytes = 0;
+  private movedAt: number;
+
+  constructor(
+    private readonly leastBytes: number,
+    now: number,
+  ) {
+    this.movedAt = now;
+  }
+
+  lasts({ movedBytes, waitsForClient }: Watched, now: number): number {
+    if (!waitsForClient || movedBytes - this.movedBytes >= this.leastBytes) {
+      this.movedBytes = movedBytes;
+      this.movedAt = now;
+    }
+    return now - this.movedAt;
+  }
+}
+
+interface Stalls {
+  /** Of anything, and of enough to hold memory that others wait for. */
+  readonly any: Stall;
+  readonly enough: Stall;
+}
+
+export class StallWatch {
+  private readonly stalls = new WeakMap<Watched, Stalls>();
+  private readonly timer: NodeJS.Timeout;
+
+  /** @param connections those open now; iterated at each look */
+  constructor(
+    private readonly connections: () => Iterable<Watched>,
+    private readonly pool: BufferPool,
+    private readonly limits: Limits,
+  ) {
+    this.timer = setInterval(this.look, LOOK_MS).unref();
+  }
+
+  stop(): void {
+    clearInterval(this.timer);
+  }
+
+  private readonly look = (): void => {
+    const { memoryStallMs, stallTimeoutMs } = this.limits;
+    const { missingBytes } = this.pool;
+    const now = performance.now();
+    const holders: Watched[] = [];
+    for (const connection of this.connections()) {
+      const { any, enough } = this.stallsOf(connection, now);
+      const enoughMs = enough.lasts(connection, now);
+      if (any.lasts(connection, now) >= stallTimeoutMs && stallTimeoutMs > 0) {
+        connection.abort(`the client has taken nothing of its replies, and sent nothing, for ${stallTimeoutMs} ms`);
+      } else if (enoughMs >= memoryStallMs && connection.memoryBytes > 0) {
+        holders.push(connection);
+      }
+    }
+    // As few as it takes.
+    holders.sort((a, b) => b.memoryBytes - a.memoryBytes);
+    let missing = missingBytes;
+    for (const connection of holders) {
+      if (missing <= 0) return;
+      const { memoryBytes } = connection;
+      missing -= memoryBytes;
+      connection.abort(
+        `others wait for memory, and this client held ${Math.ceil(memoryBytes / MIB)} MiB for ${memoryStallMs} ms: it takes no ` +
+          'replies, or does not send the rest of a request',
+      );
+    }
+  };
+
+  private stallsOf(connection: Watched, now: number): Stalls {
+    let stalls = this.stalls.get(connection);
+    if (stalls === undefined) {
+      stalls = { any: new Stall(1, now), enough: new Stall(MIN_MOVED_BYTES, now) };
+      this.stalls.set(connection, stalls);
+    }
+    return stalls;
+  }
+}

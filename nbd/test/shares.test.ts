@@ -1,0 +1,399 @@
+/** What one client may take of the event loop and of the server's memory while others want some, too. */
+
+import { describe, expect, test } from 'vitest';
+import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/buffer-pool.js';
+import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, NbdServer } from '../src/index.js';
+import { LoopShare, LoopUser, UNITS_PER_LOOK, type LoopTask } from '../src/loop-share.js';
+import { CMD, NBD_ERRNO } from '../src/protocol.js';
+import { releaseMemory } from '../src/release-memory.js';
+import { extendedRequestBytes, RawClient, requestBytes } from './raw-client.js';
+import { Gate, TestExport, TestProvider } from './test-device.js';
+import { startServer, until } from './test-server.js';
+
+const KIB = 1024;
+const MIB = 1024 * KIB;
+/** What connections that were busy keep to receive into. */
+const LITTLE = 4 * MIB;
+
+/** Keeps the processor busy. */
+function work(ms: number): void {
+  for (const end = performance.now() + ms; performance.now() < end;);
+}
+
+/** A disk that is announced larger than the memory it has. */
+function wideExport(): TestExport {
+  const exported = new TestExport('wide', { size: 4096 });
+  return Object.assign(Object.create(exported) as TestExport, { geometry: { ...exported.geometry, size: 2 ** 40 } });
+}
+
+const disk = new TestExport('disk', { size: 64 * MIB });
+
+async function withMemory(maxMemoryBytes = MIN_MEMORY_BYTES, memoryStallMs = 60_000) {
+  const server = await startServer({
+    exports: [disk],
+    limits: { maxMemoryBytes, memoryStallMs },
+  });
+  /** Of the large requests. */
+  const room = Math.floor((maxMemoryBytes * 3) / 4 / (32 * MIB));
+  return { ...server, room };
+}
+
+/** Takes all memory there is: with large replies that are not read, and with small ones. */
+async function exhaust(server: NbdServer, opened: () => Promise<RawClient>): Promise<void> {
+  const hoard = async (length: number): Promise<number> => {
+    const client = await opened();
+    client.socket.pause();
+    const before = server.memory.usedBytes;
+    client.send(...Array.from({ length: 64 }, () => requestBytes({ type: CMD.READ, length })));
+    await until(() => [...server.connections.values()].at(-1)?.requests !== 0, 'its requests are there');
+    return server.memory.usedBytes - before;
+  };
+  while ((await hoard(32 * MIB)) > 0);
+  while ((await hoard(64 * KIB)) >= SLAB_BYTES);
+}
+
+describe('the event loop', () => {
+  test.each(['BLOCK_STATUS', 'TRIM', 'CACHE', 'WRITE_ZEROES'] as const)(
+    'hundreds of slow %s that the device answers at once leave another client its turns',
+    async (command) => {
+      const { raw, provider, opened } = await startServer({ exports: [wideExport(), new TestExport('disk')] });
+      const greedy = await raw();
+      await greedy.openWith('extended', 'wide', ['base:allocation']);
+      const other = await opened();
+      let done = 0;
+      provider.hook = ({ method }) => {
+        if (method === 'read') return;
+        done++;
+        work(2);
+      };
+      const count = 64;
+      greedy.socket.resume();
+      greedy.send(
+        ...Array.from({ length: count }, (_, i) =>
+          extendedRequestBytes({ type: CMD[command], length: 4096, cookie: BigInt(i) }),
+        ),
+      );
+      await until(() => done > 0, 'the greedy one is at it');
+      for (let i = 0; i < 20; i++) {
+        const before = done;
+        other.request({ type: CMD.READ, length: 4 });
+        await other.readReply(4);
+        // One slice, and what had begun before; not all of them.
+        expect(done - before).toBeLessThan(10);
+      }
+      expect(done).toBeLessThan(count);
+      await until(() => done === count, 'all are answered');
+    },
+  );
+
+  test('no more requests than may be in flight are answered at once before others have had their turn', async () => {
+    const { opened, provider } = await startServer({ limits: { maxInFlightRequests: 4 } });
+    const client = await opened();
+    let turns = 0;
+    const inTurn: number[] = [0];
+    let isOver = false;
+    const count = (): void => {
+      if (isOver) return;
+      turns++;
+      inTurn[turns] = 0;
+      setImmediate(count);
+    };
+    setImmediate(count);
+    provider.hook = () => void (inTurn[turns] = (inTurn[turns] ?? 0) + 1);
+    client.send(...Array.from({ length: 100 }, () => requestBytes({ type: CMD.READ, length: 4 })));
+    for (let i = 0; i < 100; i++) await client.readReply(4);
+    isOver = true;
+    expect(Math.max(...inTurn)).toBeLessThanOrEqual(8);
+  });
+
+  test('who used least lately is served first, and everybody in the end', async () => {
+    const loop = new LoopShare();
+    const served: string[] = [];
+    const task = (name: string, used: number): LoopTask => {
+      const loopUser = new LoopUser();
+      Object.assign(loopUser, { used, period: Math.floor(performance.now() / 100) });
+      return { loopUser, serveTurn: () => void served.push(name) };
+    };
+    for (const [name, used] of [
+      ['much', 50],
+      ['some', 5],
+      ['none', 0],
+      ['none too', 0],
+    ] as const) {
+      loop.enqueue(task(name, used));
+    }
+    await until(() => served.length === 4, 'all are served');
+    expect(served).toEqual(['none', 'none too', 'some', 'much']);
+  });
+
+  test('a turn is over for all when it has lasted too long', async () => {
+    const loop = new LoopShare();
+    const users = Array.from({ length: 5 }, () => new LoopUser());
+    let yielded = 0;
+    for (const user of users) {
+      if (loop.mustYield(user, UNITS_PER_LOOK)) yielded++;
+      else work(2);
+      loop.finish(user);
+    }
+    expect(yielded).toBeGreaterThan(0);
+    expect(loop.isSpent).toBe(true);
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(loop.isSpent).toBe(false);
+  });
+
+  test('a block status of sixteen contexts lets others have their turn between two of them', async () => {
+    const contexts = Array.from({ length: 16 }, (_, i) => `x-test:${i}`);
+    const { raw, provider, opened } = await startServer({
+      exports: [new TestExport('many', { contexts }), new TestExport('disk')],
+    });
+    const greedy = await raw();
+    await greedy.openWith('extended', 'many', contexts);
+    const other = await opened();
+    let done = 0;
+    provider.hook = ({ method }) => {
+      if (method !== 'extents') return;
+      done++;
+      work(5);
+    };
+    greedy.extendedRequest({ type: CMD.BLOCK_STATUS, length: 8192 });
+    await until(() => done > 0, 'it is under way');
+    other.request({ type: CMD.READ, length: 4 });
+    await other.readReply(4);
+    expect(done).toBeLessThan(16);
+    expect(await greedy.readChunks()).toHaveLength(16);
+  });
+});
+
+describe('the memory of a server', () => {
+  test('clients that ask and do not read get no more than the budget, and small requests of others go on', async () => {
+    const { opened, server, provider, room } = await withMemory();
+    const silent = await Promise.all(Array.from({ length: room + 3 }, () => opened()));
+    for (const client of silent) {
+      client.socket.pause();
+      client.request({ type: CMD.READ, length: 32 * MIB });
+    }
+    await until(() => server.memory.waiting > 0 && provider.calls.length === room, 'there is no memory left');
+    const other = await opened();
+    for (let i = 0; i < 50; i++) {
+      other.request({ type: CMD.READ, length: 4096 });
+      expect((await other.readReply(4096)).errno).toBe(0);
+      other.request({ type: CMD.WRITE, length: 32 * KIB }, Buffer.alloc(32 * KIB));
+      expect((await other.readReply()).errno).toBe(0);
+    }
+    expect(server.memory.usedBytes).toBeLessThanOrEqual(MIN_MEMORY_BYTES);
+    // Whoever reads gets all of it, and so do those who wait.
+    for (const client of silent) client.socket.resume();
+    for (const client of silent) expect((await client.readReply(32 * MIB)).errno).toBe(0);
+    await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
+  });
+
+  test('a request waits holding nothing: half-sent writes do not keep each other from their end', async () => {
+    const { opened, server, provider, room } = await withMemory();
+    const writers = await Promise.all(Array.from({ length: 2 * room + 2 }, () => opened()));
+    const data = Buffer.alloc(32 * MIB, 7);
+    for (const writer of writers) writer.request({ type: CMD.WRITE, length: data.length }, data.subarray(1));
+    await until(() => server.memory.waiting > 0, 'there is no memory left');
+    expect(server.memory.usedBytes).toBeLessThanOrEqual(MIN_MEMORY_BYTES);
+    expect(provider.calls).toHaveLength(0);
+    for (const writer of writers) writer.send(data.subarray(0, 1));
+    for (const writer of writers) expect((await writer.readReply()).errno).toBe(0);
+    expect(provider.calls).toHaveLength(writers.length);
+    await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
+  });
+
+  test('who holds memory and does not move is closed when others wait for it, and only then', async () => {
+    const { opened, server, closes, room } = await withMemory(MIN_MEMORY_BYTES, 300);
+    const silent = await Promise.all(Array.from({ length: room }, () => opened()));
+    for (const client of silent) {
+      client.socket.pause();
+      client.request({ type: CMD.READ, length: 32 * MIB });
+    }
+    await until(() => server.memory.usedBytes > room * 32 * MIB, 'they hold all of it');
+    const began = performance.now();
+    await until(() => performance.now() - began > 1500, 'three times as long as it takes to be closed');
+    expect(closes).toHaveLength(0);
+    const other = await opened();
+    other.request({ type: CMD.READ, length: 32 * MIB });
+    expect((await other.readReply(32 * MIB)).errno).toBe(0);
+    await until(() => closes.length > 0, 'one is closed');
+    expect(closes).toHaveLength(1);
+    expect(closes[0]?.reason).toMatch(/others wait for memory, and this client held 33 MiB for 300 ms/);
+  });
+
+  test('who waits for a slow device is not closed for it', async () => {
+    const { opened, server, closes, provider, room } = await withMemory(MIN_MEMORY_BYTES, 200);
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const clients = await Promise.all(Array.from({ length: room + 1 }, () => opened()));
+    for (const client of clients) client.request({ type: CMD.READ, length: 32 * MIB });
+    await until(() => server.memory.waiting === 1, 'one waits');
+    const began = performance.now();
+    await until(() => performance.now() - began > 1000, 'five times as long as it takes to be closed');
+    expect(closes).toHaveLength(0);
+    gate.open();
+  });
+
+  test('a request that waits for memory is refused when the server shuts down', async () => {
+    const { opened, server, room, allOver } = await withMemory();
+    const silent = await Promise.all(Array.from({ length: room }, () => opened()));
+    for (const client of silent) {
+      client.socket.pause();
+      client.request({ type: CMD.READ, length: 32 * MIB });
+    }
+    await until(() => server.memory.usedBytes > room * 32 * MIB, 'there is no memory left');
+    const waiting = await opened();
+    waiting.request({ type: CMD.READ, length: 32 * MIB });
+    await until(() => server.memory.waiting === 1, 'it waits');
+    const closed = server.close({ graceMs: 1000 });
+    expect((await waiting.readReply()).errno).toBe(NBD_ERRNO.ESHUTDOWN);
+    await closed;
+    await allOver();
+    await until(() => server.memory.usedBytes === 0, 'all of it is back');
+  });
+
+  test('a connection that is gone takes nothing with it, in whatever it was', async () => {
+    const { opened, server, provider, room, allOver } = await withMemory();
+    const gate = new Gate();
+    provider.hook = ({ offset }) => (offset === 1024 ? gate.opened : undefined);
+    const clients = await Promise.all(Array.from({ length: room + 4 }, () => opened()));
+    clients.forEach((client, index) => {
+      client.socket.pause();
+      if (index % 3 === 0) client.request({ type: CMD.READ, length: 32 * MIB });
+      if (index % 3 === 1) client.request({ type: CMD.WRITE, length: 32 * MIB }, Buffer.alloc(MIB));
+      if (index % 3 === 2) client.request({ type: CMD.READ, offset: 1024, length: 20 * MIB });
+    });
+    await until(() => server.memory.waiting > 0, 'some wait');
+    for (const client of clients) client.socket.destroy();
+    gate.open();
+    await allOver();
+    await until(() => server.memory.usedBytes === 0 && server.memory.waiting === 0, 'all of it is back');
+  });
+
+  test('with no memory left block statuses, small reads and writes of many at once are answered all the same', async () => {
+    const { opened, raw, server } = await withMemory();
+    await exhaust(server, opened);
+    const client = await raw();
+    await client.openWith('structured', 'disk', ['base:allocation']);
+    const batch = 64;
+    client.send(
+      ...Array.from({ length: batch }, (_, i) => [
+        requestBytes({ type: CMD.READ, offset: 4096 * i, length: 4096, cookie: BigInt(3 * i) }),
+        requestBytes({ type: CMD.WRITE, length: 4096, cookie: BigInt(3 * i + 1) }),
+        Buffer.alloc(4096),
+        requestBytes({ type: CMD.BLOCK_STATUS, length: 64 * MIB, cookie: BigInt(3 * i + 2) }),
+      ]).flat(),
+    );
+    for (let i = 0; i < 3 * batch; i++) {
+      const [chunk] = await client.readChunks();
+      expect(chunk?.type).toBeLessThan(0x8000);
+    }
+  });
+
+  test('writes that are slow, of a client that has only its own memory, keep their data', async () => {
+    const { opened, provider, server } = await withMemory();
+    await exhaust(server, opened);
+    const gates: Gate[] = [];
+    provider.hook = ({ method }) => {
+      if (method !== 'write') return;
+      const gate = new Gate();
+      gates.push(gate);
+      return gate.opened;
+    };
+    const client = await opened();
+    const count = 200;
+    client.send(
+      ...Array.from({ length: count }, (_, i) => [
+        requestBytes({ type: CMD.WRITE, offset: 4096 * i, length: 4096, cookie: BigInt(i) }),
+        Buffer.alloc(4096, i + 1),
+      ]).flat(),
+    );
+    for (let i = 0; i < count; i++) {
+      await until(() => gates.length > 0, 'a write has begun');
+      gates.pop()?.open();
+      await client.readReply();
+    }
+    for (let i = 0; i < count; i++) {
+      client.request({ type: CMD.READ, offset: 4096 * i, length: 4096 });
+      expect((await client.readReply(4096)).data[17]).toBe((i + 1) % 256);
+    }
+  });
+
+  test('a budget that two of the longest requests do not fit into is refused', () => {
+    const provider = new TestProvider([]);
+    expect(() => new NbdServer({ provider, limits: { maxMemoryBytes: MIN_MEMORY_BYTES - 1 } })).toThrow(RangeError);
+    expect(DEFAULT_LIMITS.maxMemoryBytes).toBeGreaterThanOrEqual(MIN_MEMORY_BYTES);
+  });
+});
+
+describe('the pool', () => {
+  test('grants in the order in which was asked, each when there is all of its memory', async () => {
+    const pool = new BufferPool(MIN_MEMORY_BYTES);
+    const granted: string[] = [];
+    const accounts = new Map(
+      ['holder', 'large', 'small'].map((name) => [name, new MemoryAccount(() => granted.push(name), 1)]),
+    );
+    const of = (name: string): MemoryAccount => accounts.get(name) as MemoryAccount;
+    const held: Block[] = [];
+    while (pool.hasRoom(of('holder'), 16 * MIB)) held.push(pool.takeLarge(of('holder'), 16 * MIB));
+    pool.wait(of('large'), 32 * MIB);
+    pool.wait(of('small'), MIB);
+    expect(pool.hasRoom(of('holder'), 1)).toBe(false);
+    pool.give(held.pop() as Block);
+    await new Promise((resolve) => setTimeout(resolve, 0));
+    expect(granted).toEqual([]);
+    pool.give(held.pop() as Block);
+    await until(() => granted.length > 0, 'the first one has it');
+    expect(granted[0]).toBe('large');
+    // Set aside for it, whatever others ask.
+    expect(pool.hasRoom(of('holder'), 16 * MIB)).toBe(false);
+    expect(pool.hasRoom(of('large'), 32 * MIB)).toBe(true);
+    pool.endWait(of('large'));
+    await until(() => granted.length === 2, 'the other one has it, too');
+  });
+
+  test('a connection has its own block once, and no slab beyond the share of small requests', () => {
+    const pool = new BufferPool(MIN_MEMORY_BYTES);
+    const account = new MemoryAccount(() => undefined, 1);
+    let slabs = 0;
+    while (pool.takeSlab(account) !== undefined) slabs++;
+    expect(slabs * SLAB_BYTES).toBeLessThanOrEqual(MIN_MEMORY_BYTES / 4);
+    expect(pool.hasRoom(account, 32 * MIB)).toBe(true);
+    const own = pool.takeOwn(account);
+    expect(own?.buffer).toHaveLength(OWN_BYTES);
+    expect(pool.takeOwn(account)).toBeUndefined();
+    pool.give(own as Block);
+    expect(pool.takeOwn(account)).toBeDefined();
+  });
+
+  test('what is kept for reuse makes room for what is needed, and never adds to the budget', () => {
+    const pool = new BufferPool(MIN_MEMORY_BYTES);
+    const account = new MemoryAccount(() => undefined, 1);
+    for (let i = 1; i < 200; i++) {
+      const block = pool.takeLarge(account, i * 160 * KIB);
+      expect(pool.use.usedBytes + pool.use.keptBytes).toBeLessThanOrEqual(MIN_MEMORY_BYTES);
+      pool.give(block);
+      expect(pool.use.usedBytes + pool.use.keptBytes).toBeLessThanOrEqual(MIN_MEMORY_BYTES);
+    }
+    const again = pool.takeLarge(account, 199 * 160 * KIB);
+    pool.give(again);
+    expect(pool.takeLarge(account, 199 * 160 * KIB)).toBe(again);
+  });
+
+  test('memory that is given back to the system is gone at once', () => {
+    const before = process.memoryUsage().arrayBuffers;
+    const buffer = Buffer.allocUnsafeSlow(64 * MIB);
+    expect(process.memoryUsage().arrayBuffers - before).toBeGreaterThan(60 * MIB);
+    releaseMemory(buffer);
+    expect(buffer).toHaveLength(0);
+    expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(4 * MIB);
+  });
+
+  test('what nobody has used for a while is given back to the system', async () => {
+    const pool = new BufferPool(MIN_MEMORY_BYTES);
+    const account = new MemoryAccount(() => undefined, 1);
+    const blocks = [pool.takeLarge(account, 8 * MIB), pool.takeLarge(account, 2 * MIB)];
+    for (const block of blocks) pool.give(block);
+    expect(pool.use.keptBytes).toBeGreaterThan(10 * MIB);
+    await until(() => pool.use.keptBytes === 0, 'nothing is kept');
+  });
+});
