@@ -5,6 +5,7 @@
  */
 
 import type { Duplex } from 'node:stream';
+import type { Occupant, Place } from './admission.js';
 import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
@@ -33,9 +34,11 @@ export interface ConnectionOptions {
   readonly violations: Violations;
   /** Whose violations are counted together with this peer's; undefined: they are not counted. */
   readonly offender: string | undefined;
+  /** Its place among the connections of listeners; undefined: it is none of them. */
+  readonly place?: Place | undefined;
 }
 
-export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost {
+export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost, Occupant {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
@@ -71,6 +74,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly socketGone: Promise<void>;
   private readonly violations: Violations;
   private readonly offender: string | undefined;
+  private readonly place: Place | undefined;
+  private isCrowdedOut = false;
   private violationCount = 0;
   /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
   private readonly condemned: Promise<void>;
@@ -89,6 +94,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.inPlace = options.inPlace;
     this.violations = options.violations;
     this.offender = options.offender;
+    this.place = options.place;
+    if (this.place) this.place.occupant = this;
     this.condemned = new Promise((resolve) => {
       this.condemn = resolve;
     });
@@ -166,7 +173,24 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.socket.destroy();
   }
 
+  // --- For whoever counts connections ---
+
+  get isWaitedFor(): boolean {
+    if (this.isClosing || this.transmission !== undefined) return this.isClosing;
+    // Also who does not take what we have said.
+    return this.reader.isWaiting || this.isInTlsHandshake || this.socket.writableLength > 0;
+  }
+
+  crowdOut(reason: string): void {
+    this.isCrowdedOut = true;
+    this.abort(reason);
+  }
+
   // --- For the handshake ---
+
+  advanced(): void {
+    this.place?.advanced();
+  }
 
   send(bytes: Buffer): Promise<void> {
     return new Promise((resolve, reject) => {
@@ -229,6 +253,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   disconnectRequested(): void {
     this.ending = 'disconnect';
+    this.place?.leaving();
     this.endWhenIdle('the client disconnected');
   }
 
@@ -294,6 +319,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       exportName,
       reason: this.reason ?? 'the client vanished',
       violations: this.violationCount,
+      isCrowdedOut: this.isCrowdedOut,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
       requests: this.requests,
@@ -313,6 +339,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
     const transmission = new Transmission(this, outcome.device, outcome.negotiated);
     this.transmission = transmission;
+    this.place?.settled();
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
     const violations =
@@ -367,6 +394,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private endSocket(reason: string): void {
     this.reason ??= reason;
     this.isClosing = true;
+    this.place?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
     if (socket.destroyed || this.lingerTimer !== undefined) return;
@@ -399,6 +427,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       this.reader.fail(new Error('the client left during the handshake'));
       return;
     }
+    this.place?.leaving();
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
     // Half a connection is enough to be answered: what was asked before it is still finished and sent.
     this.endWhenIdle(`the client left ${where}`);

@@ -7,11 +7,12 @@ import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { isMainThread } from 'node:worker_threads';
+import { Admission, type Place } from './admission.js';
 import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
 import { BufferPool } from './buffer-pool.js';
 import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
-import { DEFAULT_LIMITS, type Limits } from './limits.js';
+import { limitsFrom, type Limits } from './limits.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { ServerTls } from './tls.js';
 import { Violations } from './violations.js';
@@ -74,8 +75,9 @@ export class NbdServer {
   private readonly tls: ServerTls | undefined;
   private readonly peerCredentials: ServerOptions['peerCredentials'];
   private readonly prepareSocket: ServerOptions['prepareSocket'];
-  /** Open connections by who made them; see peerKey. */
-  private readonly openOf = new Map<string, number>();
+  private readonly admission: Admission;
+  /** Open connections that were handed over. */
+  private internalCount = 0;
   private readonly pool = new BufferPool();
   private readonly violations: Violations;
   private readonly listeners = new Set<net.Server>();
@@ -87,7 +89,8 @@ export class NbdServer {
   constructor(options: ServerOptions) {
     this.provider = options.provider;
     this.observer = options.observer ?? {};
-    this.limits = withDefaults(options.limits);
+    this.limits = limitsFrom(options.limits);
+    this.admission = new Admission(this.limits);
     this.violations = new Violations(this.limits.maxViolationDelayMs);
     this.tls = options.tls;
     this.peerCredentials = options.peerCredentials;
@@ -129,6 +132,7 @@ export class NbdServer {
     }
     listener.on('error', (error) => this.observer.onListenerError?.(error));
     this.listeners.add(listener);
+    if (bound.transport === 'unix') this.admission.keepsRoomForUnix = true;
     return bound;
   }
 
@@ -148,11 +152,11 @@ export class NbdServer {
   ): number | undefined {
     const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
     const key = peerKey(peer);
-    const refusal = this.refusalOf(key);
-    if (refusal !== undefined) {
+    const place = this.placeFor(key, peer);
+    if (typeof place === 'string') {
       socket.on('error', () => undefined);
       socket.destroy();
-      this.observer.onConnectionRefused?.({ peer, reason: refusal });
+      this.observer.onConnectionRefused?.({ peer, reason: place });
       return undefined;
     }
     const id = this.nextId++;
@@ -169,27 +173,25 @@ export class NbdServer {
       pool: this.pool,
       violations: this.violations,
       offender: key,
+      place,
     });
     this.open.set(id, connection);
-    if (key !== undefined) this.openOf.set(key, (this.openOf.get(key) ?? 0) + 1);
+    if (place === undefined) this.internalCount++;
     void connection.over.then(() => {
       this.open.delete(id);
-      if (key === undefined) return;
-      const left = (this.openOf.get(key) ?? 1) - 1;
-      if (left > 0) this.openOf.set(key, left);
-      else this.openOf.delete(key);
+      if (place === undefined) this.internalCount--;
+      else place.left();
     });
     return id;
   }
 
-  /** Why no further connection of this peer is served, or undefined. */
-  private refusalOf(key: string | undefined): string | undefined {
-    const { maxConnections, maxConnectionsPerPeer } = this.limits;
+  /** Its place, if its kind has one; or why no further connection of this peer is served. */
+  private placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
+    const { maxConnections } = this.limits;
     if (this.isClosed) return 'the server is closed';
-    if (this.open.size >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
-    if (key !== undefined && (this.openOf.get(key) ?? 0) >= maxConnectionsPerPeer) {
-      return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
-    }
+    if (key !== undefined) return this.admission.enter(key, peer.transport);
+    // Whoever hands them over keeps count of them as well; strangers at the listeners keep none of them out.
+    if (this.internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
   }
 
@@ -260,16 +262,11 @@ async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> 
 
 const IPV4_MAPPED = '::ffff:';
 
-/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are not counted. */
+/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are none of a listener's. */
 function peerKey(peer: Peer): string | undefined {
   if (peer.transport === 'internal') return undefined;
   if (peer.transport === 'tcp') return `host ${peer.host ?? peer.address}`;
   return peer.credentials === undefined ? `socket ${peer.address}` : `uid ${peer.credentials.uid}`;
-}
-
-/** An option that is there but undefined is one that is not given. */
-function withDefaults(given: Partial<Limits> = {}): Limits {
-  return { ...DEFAULT_LIMITS, ...Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) };
 }
 
 async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {
