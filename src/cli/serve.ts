@@ -106,7 +106,14 @@ async function serve(options: ServeOptions): Promise<void> {
   const daemon = await startDaemon(configuration, log);
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
-  log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
+  const { limit: openFiles, connections: maxConnections, objectFiles } = daemon.descriptors;
+  log.info(
+    {
+      ...{ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid },
+      ...{ openFiles, maxConnections, objectFiles },
+    },
+    'ready',
+  );
   // A daemon goes on when nobody reads what it said at its start.
   process.stdout.on('error', (error) => log.warn({ err: error }, 'cannot write to stdout'));
   if (options.json) {

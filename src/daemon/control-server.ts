@@ -27,6 +27,8 @@ export interface ControlServerOptions {
   readonly status: () => StatusAnswer;
   /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
+  /** At the same time, upgraded ones as well; MAX_CONTROL_CONNECTIONS if not given. */
+  readonly maxConnections?: number;
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
@@ -183,7 +185,7 @@ export class ControlServer {
       { requestTimeout: REQUEST_TIMEOUT_MS, headersTimeout: REQUEST_TIMEOUT_MS, keepAlive: false },
       (request, response) => void this.#serve(request, response),
     );
-    this.#http.maxConnections = MAX_CONTROL_CONNECTIONS;
+    this.#http.maxConnections = options.maxConnections ?? MAX_CONTROL_CONNECTIONS;
     this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));
   }
 

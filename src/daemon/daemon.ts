@@ -8,6 +8,7 @@ import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
+import { descriptorLimit } from '../store/descriptor-limit.js';
 import type { Unfinished } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkNewVdi } from '../vdi/catalog.js';
@@ -16,6 +17,7 @@ import { specOf } from '../vdi/names.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
@@ -83,6 +85,8 @@ export interface Daemon {
   /** VDIs of `create` that were there, and are not what it says. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
+  /** What the limit of open files allows. */
+  readonly descriptors: DescriptorBudget;
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. */
@@ -99,6 +103,10 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   const startedAt = new Date().toISOString();
   const security = new Security(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
+  const wanted = configuration.limits?.maxConnections ?? DEFAULT_LIMITS.maxConnections;
+  const descriptors = divideDescriptors(descriptorLimit(), wanted);
+  const few = tooFew(descriptors);
+  if (few !== undefined) throw new OperationError('TOO_FEW_FILES', few);
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   for (const { name, size } of configuration.create) checkNewVdi(name, size);
   await refuseSecondDaemon(configuration.store);
@@ -113,7 +121,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
   const nbd = new NbdServer({
     provider: exports,
     tls: security.tls,
-    limits: configuration.limits,
+    limits: { ...configuration.limits, maxConnections: descriptors.connections },
     peerCredentials,
     prepareSocket: (socket) => void setUserTimeout(socket, keepAliveMs + KEEP_ALIVE_ANSWER_MS),
     observer: {
@@ -136,6 +144,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
     return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {
       operations,
       isFoundFromStore: !isFixed,
+      maxConnections: descriptors.controlConnections,
       status: (): StatusAnswer => ({
         version: configuration.version,
         pid: process.pid,
@@ -183,6 +192,8 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         'anybody who can reach this address can read and write every VDI: NBD without TLS knows no passwords',
       );
     }
+    const shortage = shortageOf(descriptors, wanted);
+    if (shortage !== undefined) log.warn(shortage);
     const opened = await whileLocked(async () => {
       await refuseSecondDaemon(configuration.store);
       return openDirectly({
@@ -193,6 +204,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
         missingIsZero: configuration.missingIsZero,
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
+        maxDescriptors: descriptors.objectFiles,
         log: (line, details) => log.warn(details ?? {}, line),
       });
     }, controlPath);
@@ -208,6 +220,7 @@ export async function startDaemon(configuration: DaemonConfiguration, log: Logge
       control: control.path,
       kept,
       listeners: listening,
+      descriptors,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
       reload: () => void security.reload(),
       stop,

@@ -22,6 +22,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
+  /** Files of objects to have open at most; by default what the process's limit allows. */
+  readonly maxDescriptors?: number;
 }
 
 type OpenedStore = DirectOperations & {
@@ -42,7 +44,7 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const { log, retryMs, missingIsZero, mayCreate } = place;
+  const { log, retryMs, missingIsZero, mayCreate, maxDescriptors } = place;
   if (isCluster) {
     const { SheepStore } = await import('../store/sheep/sheep-store.js');
     const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
@@ -56,7 +58,11 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
   try {
     const role = place.isDaemon ? 'daemon' : 'command';
-    return await operationsOn(await LocalStore.open(place.store, { log, role, mayCreate }), place, leave);
+    return await operationsOn(
+      await LocalStore.open(place.store, { log, role, mayCreate, maxDescriptors }),
+      place,
+      leave,
+    );
   } catch (error) {
     leave();
     throw error;
