@@ -28,7 +28,13 @@ const PATIENCE_SECONDS = 20;
 const LIMIT_P99_MS = 10;
 const LIMIT_MAX_MS = 50;
 
-/** `item`: of the list of what one client must not do to others. `store`: which one is served. */
+/** Whoever is not root is measured beside its own clients: those share its bounds, and its visits are refused. */
+const STRANGER = process.getuid() === 0 ? 65534 : undefined;
+
+/**
+ * `item`: of the list of what one client must not do to others. `store`: which one is served. `isStranger`: the clients are
+ * another user's, as connections of one user are bounded together.
+ */
 const SCENARIOS = [
   { item: '-', name: 'nobody', store: 'few' },
   { item: '1', name: 'status-empty', what: 'BLOCK_STATUS of an empty 4 TiB disk', store: 'few' },
@@ -46,7 +52,10 @@ const SCENARIOS = [
   { item: '4', name: 'handshakes', what: 'connections that never choose an export', store: 'few' },
   { item: '4', name: 'options', what: '4,096 options in one send', store: 'few' },
   { item: '4', name: 'list', what: '20 clients list all exports', store: 'many' },
-  { item: '5', name: 'idle', what: '1,000 idle connections, 1,024 descriptors', store: 'few', descriptors: 1024 },
+  {
+    ...{ item: '5', name: 'idle', what: '1,000 idle connections of another user, 1,024 descriptors', store: 'few' },
+    ...{ descriptors: 1024, isStranger: true },
+  },
   { item: '7', name: 'vdi-list', what: 'vdi list, again and again', store: 'many' },
 ];
 
@@ -63,6 +72,8 @@ const { values } = parseArgs({
 const seconds = Number(values.seconds);
 const dist = path.resolve(values.dist);
 const directory = fs.mkdtempSync(path.join(path.resolve(values.dir), 'sheepgate-attacks-'));
+// For another user to reach a socket in it.
+fs.chmodSync(directory, 0o711);
 const children = new Set();
 process.on('exit', () => {
   for (const child of children) child.kill('SIGKILL');
@@ -111,11 +122,14 @@ function cells({ p50, p99, max }) {
   return [p50, p99, max].map((ms) => ms.toFixed(ms < 100 ? 2 : 0).padStart(7)).join(' ');
 }
 
-async function measure({ name, store, descriptors }) {
+async function measure({ name, store, descriptors, isStranger = false }) {
   const where = path.join(directory, store);
-  const socket = path.join(where, 'nbd.sock');
+  const socket = path.join(isStranger ? directory : where, 'nbd.sock');
   const daemon = await serve(where, socket, descriptors);
-  const attacker = name === 'nobody' ? undefined : start(process.execPath, [CLIENTS, name, socket]);
+  const attacker =
+    name === 'nobody'
+      ? undefined
+      : start(process.execPath, [CLIENTS, name, socket], { uid: isStranger ? STRANGER : undefined });
   await sleep(WARM_UP_MS);
   const visits = [];
   let failures = 0;
@@ -186,12 +200,14 @@ async function serve(store, socket, descriptors) {
     store,
     '--listen',
     `unix:${socket}`,
+    // Only in a directory that others can enter do they reach it.
+    ...['--socket-mode', '666'],
   ];
   args.push(...values['serve-arg']);
   const daemon =
     descriptors === undefined
-      ? start(process.execPath, args, 'ignore')
-      : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args], 'ignore');
+      ? start(process.execPath, args)
+      : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args]);
   let timer;
   await Promise.race([
     new Promise((resolve) => daemon.stdout.once('data', resolve)),
@@ -207,8 +223,9 @@ async function serve(store, socket, descriptors) {
   return daemon;
 }
 
-function start(command, args, errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore') {
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors] });
+function start(command, args, options = {}) {
+  const errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore';
+  const child = spawn(command, args, { ...options, stdio: ['ignore', 'pipe', errors] });
   children.add(child);
   child.over = new Promise((resolve) => {
     child.once('error', () => resolve(-1));
