@@ -38,7 +38,7 @@ export class Place {
     this.admission.settled(this);
   }
 
-  /** The client is done, or has been told all; what is left is the end of its socket. It counts for its peer no more. */
+  /** All that there was to say is with the socket; what is left is the socket's end. It counts for its peer no more. */
   leaving(): void {
     this.admission.leaving(this);
   }

@@ -253,7 +253,6 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   disconnectRequested(): void {
     this.ending = 'disconnect';
-    this.place?.leaving();
     this.endWhenIdle('the client disconnected');
   }
 
@@ -394,6 +393,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private endSocket(reason: string): void {
     this.reason ??= reason;
     this.isClosing = true;
+    // Not sooner: a client that asks for much and says goodbye would count for nobody while it is being answered.
     this.place?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
@@ -427,7 +427,6 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       this.reader.fail(new Error('the client left during the handshake'));
       return;
     }
-    this.place?.leaving();
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
     // Half a connection is enough to be answered: what was asked before it is still finished and sent.
     this.endWhenIdle(`the client left ${where}`);

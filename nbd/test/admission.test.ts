@@ -1,5 +1,6 @@
 /** Who is let in, who is turned away and who makes room, with many clients that ask nothing. */
 
+import net from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import {
@@ -51,7 +52,8 @@ async function crowd(limits: Partial<Limits>): Promise<Crowd> {
     ...{ server, provider, closes, refusals },
     comes: async (as) => {
       uid = as;
-      const client = await RawClient.connect({ path });
+      // Half-open: it does not close its side when the server does.
+      const client = new RawClient(net.connect({ path, allowHalfOpen: true }));
       // It is accepted before the next one can come as another user.
       await until(() => client.available > 0 || client.isOver, 'it is greeted or closed');
       return client;
@@ -175,20 +177,29 @@ describe('connections with an export', () => {
     await isServed(local);
   });
 
-  test('do not count for their peer once they have said that they leave, and make room if need be', async () => {
-    const { comes, closes } = await crowd({ maxConnections: 2, maxConnectionsPerPeer: 1 });
+  test('do not count for their peer once they have left and are answered, and make room if need be', async () => {
+    const { comes, closes, provider } = await crowd({ maxConnections: 2, maxConnectionsPerPeer: 1 });
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
     const first = await comes(7);
     await first.open('disk');
-    // It reads to the end and does not close its side.
+    first.request({ type: CMD.READ, length: 4 });
     first.request({ type: CMD.DISC });
-    const second = await comes(7);
-    await second.open('disk');
-    second.request({ type: CMD.DISC });
-    const third = await comes(7);
-    await third.open('disk');
-    await isServed(third);
+    await until(() => provider.unfinished === 1, 'it asks and leaves');
+    await wasTurnedAway(await comes(7));
+    gate.open();
+    await first.readReply(4);
+    // The server has ended; the client never does.
+    expect(await first.readToEnd()).toHaveLength(0);
+    for (let i = 0; i < 2; i++) {
+      const next = await comes(7);
+      await next.open('disk');
+      await isServed(next);
+      next.request({ type: CMD.DISC });
+      await next.readToEnd();
+    }
     await until(() => closes.length > 0, 'one is over');
-    expect(closes[0]).toMatchObject({ exportName: 'disk', reason: 'the client disconnected' });
+    expect(closes[0]).toMatchObject({ exportName: 'disk', reason: 'the client disconnected', isCrowdedOut: true });
   });
 });
 
