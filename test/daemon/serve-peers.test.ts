@@ -92,7 +92,8 @@ describe('limits', () => {
     await (await connect({ path: daemon.socket })).go('disk');
     for (let i = 0; i < 3; i++) await expect(NbdClient.connect({ path: daemon.socket })).rejects.toBeDefined();
     await (await connect(tcp)).go('disk');
-    await expect(NbdClient.connect({ ...tcp, localAddress: '127.0.0.2' })).rejects.toBeDefined();
+    const fromElsewhere = { ...tcp, localAddress: '127.0.0.2' };
+    await expect(NbdClient.connect(fromElsewhere)).rejects.toBeDefined();
     await waitUntil(() => lines(daemon, 'connection refused').length === 2, 'both are logged, each once');
     expect(lines(daemon, 'connection refused').map(({ reason }) => reason)).toEqual([
       '1 connections of this peer are open, as many as allowed',
