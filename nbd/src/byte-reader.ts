@@ -22,6 +22,11 @@ export class ByteReader {
     return this.available;
   }
 
+  /** Whether somebody waits for bytes that have not come. */
+  get isWaiting(): boolean {
+    return this.wake !== undefined;
+  }
+
   /**
    * The bytes to come are another stream's, the one under which the old one goes on encrypted. What came in the clear
    * before and was not read must never be taken for it.

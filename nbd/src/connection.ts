@@ -5,6 +5,7 @@
  */
 
 import type { Duplex } from 'node:stream';
+import type { Occupant, Place } from './admission.js';
 import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
@@ -31,16 +32,16 @@ export interface ConnectionOptions {
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
-  /** Called once, when the client has said goodbye or its end was seen: it may come again, although its socket is still there. */
-  readonly leaving: () => void;
   /** Undefined: this peer is not offered TLS. */
   readonly tls?: ServerTls;
   readonly violations: Violations;
   /** Whose violations are counted together with this peer's; undefined: they are not counted. */
   readonly offender: string | undefined;
+  /** Its place among the connections of listeners; undefined: it is none of them. */
+  readonly place?: Place | undefined;
 }
 
-export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost, Watched {
+export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost, Watched, Occupant {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
@@ -74,12 +75,13 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private idleTimer: NodeJS.Timeout | undefined;
   /** performance.now() when the client was last heard or answered. */
   private lastActiveAt = 0;
-  private readonly leaving: () => void;
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
   private readonly violations: Violations;
   private readonly offender: string | undefined;
+  private readonly place: Place | undefined;
+  private isCrowdedOut = false;
   private violationCount = 0;
   /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
   private readonly condemned: Promise<void>;
@@ -95,11 +97,12 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.observer = options.observer;
     this.pool = options.pool;
     this.loop = options.loop;
-    this.leaving = options.leaving;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
     this.violations = options.violations;
     this.offender = options.offender;
+    this.place = options.place;
+    if (this.place) this.place.occupant = this;
     this.condemned = new Promise((resolve) => {
       this.condemn = resolve;
     });
@@ -190,7 +193,24 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.socket.destroy();
   }
 
+  // --- For whoever counts connections ---
+
+  get isWaitedFor(): boolean {
+    if (this.isClosing || this.transmission !== undefined) return this.isClosing;
+    // Also who does not take what we have said.
+    return this.reader.isWaiting || this.isInTlsHandshake || this.socket.writableLength > 0;
+  }
+
+  crowdOut(reason: string): void {
+    this.isCrowdedOut = true;
+    this.abort(reason);
+  }
+
   // --- For the handshake ---
+
+  advanced(): void {
+    this.place?.advanced();
+  }
 
   send(bytes: Buffer): Promise<void> {
     return new Promise((resolve, reject) => {
@@ -253,7 +273,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   disconnectRequested(): void {
     this.ending = 'disconnect';
-    this.leaving();
+    this.place?.leaving();
     this.endWhenIdle('the client disconnected');
   }
 
@@ -319,6 +339,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       exportName,
       reason: this.reason ?? 'the client vanished',
       violations: this.violationCount,
+      isCrowdedOut: this.isCrowdedOut,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
       requests: this.requests,
@@ -338,6 +359,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
     const transmission = new Transmission(this, outcome.device, outcome.negotiated);
     this.transmission = transmission;
+    this.place?.settled();
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
     const violations =
@@ -392,7 +414,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private endSocket(reason: string): void {
     this.reason ??= reason;
     this.isClosing = true;
-    this.leaving();
+    this.place?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
     if (socket.destroyed || this.lingerTimer !== undefined) return;
@@ -421,7 +443,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   };
 
   private readonly onEnd = (): void => {
-    this.leaving();
+    this.place?.leaving();
     if (this.transmission === undefined) {
       this.reader.fail(new Error('the client left during the handshake'));
       return;

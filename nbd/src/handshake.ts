@@ -14,6 +14,7 @@ import {
 } from './block-device.js';
 import type { ByteReader } from './byte-reader.js';
 import { OPTIONS_PER_LISTED_EXPORT, type Limits } from './limits.js';
+import { LoopSlice } from './loop-slices.js';
 import type { TlsMode } from './tls.js';
 import {
   answerMetaContextOption,
@@ -59,6 +60,8 @@ export interface HandshakeHost {
   readonly tlsMode: TlsMode | undefined;
   /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
   startTls(acknowledgement: Buffer): Promise<void>;
+  /** The client has asked for something: it is not idling. */
+  advanced(): void;
   /** Resolves when the socket has taken the bytes; fails when it is gone. */
   send(bytes: Buffer): Promise<void>;
   /** Open an export; from then on the connection sees to its closing. */
@@ -116,10 +119,16 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   };
   let negotiated = beginNegotiation({ ...flags, tls: false });
 
+  const slice = new LoopSlice();
   let maxOptions = limits.maxOptionsPerHandshake;
   for (let count = 0; count < maxOptions; count++) {
-    if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
+    const isHere = reader.unread >= OPTION_HEADER_SIZE;
     const header = await reader.read(OPTION_HEADER_SIZE);
+    // Options that are here already are taken without waiting for anything: others are served in between.
+    if (!isHere) slice.restart();
+    if (slice.isOver) await slice.next();
+    if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
+    host.advanced();
     if (header.readUInt32BE(0) !== OPTION_MAGIC_HIGH || header.readUInt32BE(4) !== OPTION_MAGIC_LOW) {
       throw new HandshakeError(`bad option magic 0x${header.toString('hex', 0, 8)}`);
     }

@@ -20,6 +20,9 @@ export interface Receiver {
 /** Enough for any option; a handshake that has more to say needs another turn. */
 const HANDSHAKE_BYTES = 8 * 1024;
 
+/** Of all handshakes: what is read into it is copied out before anything else is read. */
+const scratch = Buffer.allocUnsafeSlow(HANDSHAKE_BYTES);
+
 /** `receive` sends what comes from now on to `receiver`; until then it comes as 'data', each piece the listener's own. */
 export interface InPlaceSocket {
   readonly socket: net.Socket;
@@ -40,8 +43,7 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
   let receiver: Receiver | undefined;
   /** Whose buffer the socket has: not the receiver's yet when that has just come. */
   let filling: Receiver | undefined;
-  let scratch: Buffer | undefined = Buffer.allocUnsafeSlow(HANDSHAKE_BYTES);
-  let rest = scratch;
+  let rest: Buffer = scratch;
   // What Node takes, and its types do not all know.
   const options: net.SocketConstructorOpts & { readonly handle: Handle; readonly onread: net.OnReadOpts } = {
     handle,
@@ -49,11 +51,7 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
     onread: {
       buffer: () => {
         filling = receiver;
-        if (filling) {
-          scratch = undefined;
-          return (rest = filling.nextBuffer());
-        }
-        return (rest = scratch ??= Buffer.allocUnsafeSlow(HANDSHAKE_BYTES));
+        return (rest = filling ? filling.nextBuffer() : scratch);
       },
       callback: (length) => {
         if (filling && filling === receiver) filling.received(length);

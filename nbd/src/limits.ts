@@ -4,10 +4,18 @@
  */
 
 export interface Limits {
-  /** Connections open at the same time; further ones are closed at once. */
+  /**
+   * Connections from listeners open at the same time; further ones are closed at once. With a unix socket beside TCP, an
+   * eighth of them is for unix sockets only. Of those that were handed over (internal peers) there may be as many again.
+   */
   readonly maxConnections: number;
-  /** Of those, connections of one peer: of one address (tcp) or one user (unix). */
+  /** Of those, connections of one peer: of one address (tcp) or one user (unix). By default DEFAULT_SHARE_OF_ONE_PEER of them. */
   readonly maxConnectionsPerPeer: number;
+  /**
+   * Of those, connections that have chosen no export, and whose clients are waited for. With one more, the one that has been
+   * quiet for longest, of the peer that has most of them, is closed.
+   */
+  readonly maxHandshakes: number;
   /** Nothing asked and nothing to answer for so long ends a connection, milliseconds; 0: never. */
   readonly idleTimeoutMs: number;
   /** A TCP peer that has said nothing for so long is asked whether it is there, milliseconds; ten seconds later it is given up. */
@@ -60,7 +68,9 @@ export const OPTIONS_PER_LISTED_EXPORT = 8;
 
 export const DEFAULT_LIMITS: Limits = {
   maxConnections: 1024,
-  maxConnectionsPerPeer: Infinity,
+  maxConnectionsPerPeer: 768,
+  // A handshake takes some round trips. When hundreds of clients come back at once no more than some dozens are in it.
+  maxHandshakes: 256,
   // A disk may be mounted and quiet for days.
   idleTimeoutMs: 0,
   keepAliveMs: 60_000,
@@ -84,3 +94,14 @@ export const DEFAULT_LIMITS: Limits = {
   maxViolationDelayMs: 10_000,
   lingerMs: 5_000,
 };
+
+/** Whoever takes all connections that one peer may have leaves some for the others. */
+export const DEFAULT_SHARE_OF_ONE_PEER = 3 / 4;
+
+/** `given`, and the defaults for what is not. An option that is there but undefined is one that is not given. */
+export function limitsFrom(given: Partial<Limits> = {}): Limits {
+  const said = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as Partial<Limits>;
+  const maxConnections = said.maxConnections ?? DEFAULT_LIMITS.maxConnections;
+  const maxConnectionsPerPeer = Math.ceil(maxConnections * DEFAULT_SHARE_OF_ONE_PEER);
+  return { ...DEFAULT_LIMITS, maxConnectionsPerPeer, ...said };
+}

@@ -41,6 +41,8 @@ export interface ConnectionCloseEvent {
   readonly reason: string;
   /** If the client broke the protocol: how often in a row, this time included; else 0. */
   readonly violations: number;
+  /** It had chosen no export, or was done, and made room for another connection. */
+  readonly isCrowdedOut: boolean;
   readonly bytesRead: number;
   readonly bytesWritten: number;
   readonly requests: number;

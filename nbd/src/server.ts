@@ -7,11 +7,12 @@ import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { isMainThread } from 'node:worker_threads';
+import { Admission, type Place } from './admission.js';
 import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
-import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, type Limits } from './limits.js';
+import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { socketPathProblem } from './socket-path.js';
@@ -80,8 +81,9 @@ export class NbdServer {
   private readonly tls: ServerTls | undefined;
   private readonly peerCredentials: ServerOptions['peerCredentials'];
   private readonly prepareSocket: ServerOptions['prepareSocket'];
-  /** Open connections by who made them; see peerKey. `staying`: those that have not begun to leave. */
-  private readonly openOf = new Map<string, { open: number; staying: number }>();
+  private readonly admission: Admission;
+  /** Open connections that were handed over. */
+  private internalCount = 0;
   private readonly pool: BufferPool;
   private readonly loop = new LoopShare();
   private readonly stallWatch: StallWatch;
@@ -95,7 +97,8 @@ export class NbdServer {
   constructor(options: ServerOptions) {
     this.provider = options.provider;
     this.observer = options.observer ?? {};
-    this.limits = withDefaults(options.limits);
+    this.limits = limitsFrom(options.limits);
+    this.admission = new Admission(this.limits);
     this.violations = new Violations(this.limits.maxViolationDelayMs);
     const { maxMemoryBytes } = this.limits;
     if (!(maxMemoryBytes >= MIN_MEMORY_BYTES)) {
@@ -150,6 +153,7 @@ export class NbdServer {
     }
     listener.on('error', (error) => this.observer.onListenerError?.(error));
     this.listeners.add(listener);
+    if (bound.transport === 'unix') this.admission.keepsRoomForUnix = true;
     return bound;
   }
 
@@ -169,22 +173,14 @@ export class NbdServer {
   ): number | undefined {
     const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
     const key = peerKey(peer);
-    const refusal = this.refusalOf(key);
-    if (refusal !== undefined) {
+    const place = this.placeFor(key, peer);
+    if (typeof place === 'string') {
       socket.on('error', () => undefined);
       socket.destroy();
-      this.observer.onConnectionRefused?.({ peer, reason: refusal });
+      this.observer.onConnectionRefused?.({ peer, reason: place });
       return undefined;
     }
     const id = this.nextId++;
-    const counts = this.countsOf(key);
-    counts.open++;
-    counts.staying++;
-    let isLeaving = false;
-    const leaving = (): void => {
-      if (!isLeaving) counts.staying--;
-      isLeaving = true;
-    };
     const connection = new Connection({
       id,
       socket,
@@ -197,38 +193,27 @@ export class NbdServer {
       observer: this.observer,
       pool: this.pool,
       loop: this.loop,
-      leaving,
       violations: this.violations,
       offender: key,
+      place,
     });
     this.open.set(id, connection);
+    if (place === undefined) this.internalCount++;
     void connection.over.then(() => {
       this.open.delete(id);
-      leaving();
-      if (--counts.open === 0 && key !== undefined) this.openOf.delete(key);
+      if (place === undefined) this.internalCount--;
+      else place.left();
     });
     return id;
   }
 
-  private countsOf(key: string | undefined): { open: number; staying: number } {
-    let counts = key === undefined ? undefined : this.openOf.get(key);
-    if (counts === undefined) {
-      counts = { open: 0, staying: 0 };
-      if (key !== undefined) this.openOf.set(key, counts);
-    }
-    return counts;
-  }
-
-  /** Why no further connection of this peer is served, or undefined. */
-  private refusalOf(key: string | undefined): string | undefined {
-    const { maxConnections, maxConnectionsPerPeer } = this.limits;
+  /** Its place, if its kind has one; or why no further connection of this peer is served. */
+  private placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
+    const { maxConnections } = this.limits;
     if (this.isClosed) return 'the server is closed';
-    if (this.open.size >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
-    const counts = key === undefined ? undefined : this.openOf.get(key);
-    // Who has left may come again at once, though its socket is still there; but not leave one behind each time.
-    if (counts && (counts.staying >= maxConnectionsPerPeer || counts.open >= 2 * maxConnectionsPerPeer)) {
-      return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
-    }
+    if (key !== undefined) return this.admission.enter(key, peer.transport);
+    // Whoever hands them over keeps count of them as well; strangers at the listeners keep none of them out.
+    if (this.internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
   }
 
@@ -300,16 +285,11 @@ async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> 
 
 const IPV4_MAPPED = '::ffff:';
 
-/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are not counted. */
+/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are none of a listener's. */
 function peerKey(peer: Peer): string | undefined {
   if (peer.transport === 'internal') return undefined;
   if (peer.transport === 'tcp') return `host ${peer.host ?? peer.address}`;
   return peer.credentials === undefined ? `socket ${peer.address}` : `uid ${peer.credentials.uid}`;
-}
-
-/** An option that is there but undefined is one that is not given. */
-function withDefaults(given: Partial<Limits> = {}): Limits {
-  return { ...DEFAULT_LIMITS, ...Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) };
 }
 
 async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {

@@ -155,8 +155,10 @@ export function errorOf(chunk: Chunk): { errno: number; message: string; rest: B
 
 export class RawClient {
   private chunks: Buffer[] = [];
-  private available = 0;
-  private isOver = false;
+  /** Bytes that have come and were not read. */
+  available = 0;
+  /** The server has ended the connection. */
+  isOver = false;
   private wake: (() => void) | undefined;
 
   /** Over a stream that is connected already; it is destroyed when the test is over. */

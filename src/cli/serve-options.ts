@@ -20,6 +20,7 @@ export interface PeerOptions {
   readonly allowPlaintext?: boolean;
   readonly maxConnections?: number;
   readonly maxConnectionsPerPeer?: number;
+  readonly maxHandshakes?: number;
   readonly handshakeTimeout?: number;
   readonly idleTimeout?: number;
   readonly keepAlive?: number;
@@ -51,14 +52,21 @@ export function withPeerOptions(command: Command): Command {
     .addOption(new Option('--access <file>', 'who may open which export (docs/access.md); default: everybody, all'))
     .addOption(new Option('--allow-plaintext', 'listen without TLS where other machines can reach it'))
     .addOption(
-      new Option('--max-connections <n>', 'connections at the same time (default: 1024)').argParser(
-        wholeNumber(1, MAX_CONNECTIONS),
-      ),
+      new Option(
+        '--max-connections <n>',
+        'connections at the same time, as far as the limit of open files allows (default: 1024)',
+      ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
     )
     .addOption(
       new Option(
         '--max-connections-per-peer <n>',
-        'of those, from one address (tcp) or of one user (unix); default: no limit',
+        'of those, from one address (tcp) or of one user (unix) (default: three quarters)',
+      ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
+    )
+    .addOption(
+      new Option(
+        '--max-handshakes <n>',
+        'of those, that have chosen no export; with one more the one that has been quiet longest is closed (default: 256)',
       ).argParser(wholeNumber(1, MAX_CONNECTIONS)),
     )
     .addOption(
@@ -120,6 +128,7 @@ export function peerConfiguration(
   const limits: Partial<Limits> = {
     maxConnections: options.maxConnections,
     maxConnectionsPerPeer: options.maxConnectionsPerPeer,
+    maxHandshakes: options.maxHandshakes,
     handshakeTimeoutMs: seconds(options.handshakeTimeout),
     idleTimeoutMs: seconds(options.idleTimeout),
     keepAliveMs: seconds(options.keepAlive),

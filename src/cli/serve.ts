@@ -157,7 +157,14 @@ async function serve(options: ServeOptions): Promise<void> {
   }
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
-  log.info({ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid }, 'ready');
+  const { limit: openFiles, connections: maxConnections, objectFiles } = daemon.descriptors;
+  log.info(
+    {
+      ...{ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid },
+      ...{ openFiles, maxConnections, objectFiles },
+    },
+    'ready',
+  );
   screen.write(options.json ? readyJson(daemon, addresses) : readyText(daemon));
 
   notifier.ready(status);

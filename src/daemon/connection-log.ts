@@ -7,17 +7,24 @@ import type { ConnectionCloseEvent, ConnectionOpenEvent, ConnectionRefusedEvent,
 
 /** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
 const OPEN_UNTOLD_MS = 1_000;
+/** Of connections that are turned away for being too many: one line of one peer and reason in this time. */
+const CROWD_INTERVAL_MS = 10_000;
+/** Peers and reasons that are remembered for that. */
+const MAX_CROWDS = 1024;
 
 export class ConnectionLog {
   readonly #log: Logger;
+  readonly #crowd: Crowd;
   /**
    * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
    * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
    */
   readonly #untold = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
 
-  constructor(log: Logger) {
+  /** `now`: milliseconds of a clock that nobody sets. */
+  constructor(log: Logger, now: () => number = () => performance.now()) {
     this.#log = log;
+    this.#crowd = new Crowd(now);
   }
 
   opened({ id, peer, exportName, violations }: ConnectionOpenEvent): void {
@@ -32,11 +39,18 @@ export class ConnectionLog {
   }
 
   refused({ peer, reason }: ConnectionRefusedEvent): void {
-    this.#log.warn({ ...identityOf(peer), reason }, 'connection refused');
+    const more = this.#crowd.note(`refused ${whoOf(peer)} ${reason}`);
+    if (more !== undefined) this.#log.warn({ ...identityOf(peer), reason, ...more }, 'connection refused');
   }
 
-  closed({ id, peer, exportName, violations, ...counted }: ConnectionCloseEvent): void {
+  closed({ id, peer, exportName, violations, isCrowdedOut, ...counted }: ConnectionCloseEvent): void {
     const tellOpened = this.#takeUntold(id);
+    if (isCrowdedOut && exportName === undefined) {
+      const more = this.#crowd.note(`crowded out ${whoOf(peer)}`);
+      const reason = { reason: counted.reason, ...more };
+      if (more !== undefined) this.#log.warn({ connection: id, ...identityOf(peer), ...reason }, 'connection closed');
+      return;
+    }
     if (violations === 0) tellOpened?.();
     this.#log[levelOfClose(violations)](
       {
@@ -56,6 +70,34 @@ export class ConnectionLog {
   }
 }
 
+/** Who comes in crowds is told of once in a while, with the number of those between. */
+class Crowd {
+  readonly #kinds = new Map<string, { until: number; unsaid: number }>();
+  readonly #now: () => number;
+
+  constructor(now: () => number) {
+    this.#now = now;
+  }
+
+  /** What to say of this one beside itself; undefined: nothing at all. */
+  note(kind: string): { readonly more?: number } | undefined {
+    const time = this.#now();
+    const known = this.#kinds.get(kind);
+    if (known !== undefined && time < known.until) {
+      known.unsaid++;
+      return undefined;
+    }
+    // In the order of their last lines.
+    this.#kinds.delete(kind);
+    this.#kinds.set(kind, { until: time + CROWD_INTERVAL_MS, unsaid: 0 });
+    if (this.#kinds.size > MAX_CROWDS) {
+      const [oldest] = this.#kinds.keys();
+      if (oldest !== undefined) this.#kinds.delete(oldest);
+    }
+    return known !== undefined && known.unsaid > 0 ? { more: known.unsaid } : {};
+  }
+}
+
 /**
  * A client that breaks the protocol may come back for ever and do it again: told of the first time, the second, the
  * fourth, the eighth and so on, and in between only to who debugs.
@@ -63,6 +105,11 @@ export class ConnectionLog {
 function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
   if (violations === 0) return 'info';
   return Number.isInteger(Math.log2(violations)) ? 'warn' : 'debug';
+}
+
+/** Whose connections are told of together: a host's, or a user's. */
+function whoOf(peer: Peer): string {
+  return `${peer.host ?? peer.address} ${peer.credentials?.uid ?? ''}`;
 }
 
 /** For the log: where a peer comes from, and who the kernel or TLS say it is. */

@@ -30,6 +30,8 @@ export interface ControlServerOptions {
   readonly reload: () => Promise<ReloadReport>;
   /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
+  /** At the same time, upgraded ones as well; MAX_CONTROL_CONNECTIONS if not given. */
+  readonly maxConnections?: number;
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
@@ -201,7 +203,7 @@ export class ControlServer {
         });
       },
     );
-    this.#http.maxConnections = MAX_CONTROL_CONNECTIONS;
+    this.#http.maxConnections = options.maxConnections ?? MAX_CONTROL_CONNECTIONS;
     // There is always somebody to hear of an error; who asked to listen hears of those of listening.
     this.#http.on('error', () => undefined);
     this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));

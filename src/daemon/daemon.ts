@@ -9,6 +9,7 @@ import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import { ExportsToldToClients } from '../export/told-to-clients.js';
+import { descriptorLimit } from '../store/descriptor-limit.js';
 import type { Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
@@ -19,6 +20,7 @@ import { ClosedWindows } from './closed-windows.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
 import { exposureOf } from './exposure.js';
 import { logFailures } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
@@ -97,6 +99,8 @@ export interface Daemon {
   readonly listeners: readonly ListenAddress[];
   /** What an operator should know of them: who can reach them with nothing in the way. */
   readonly warnings: readonly string[];
+  /** What the limit of open files allows. */
+  readonly descriptors: DescriptorBudget;
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
@@ -129,6 +133,10 @@ export async function startDaemon(
   const startedAt = new Date().toISOString();
   const security = await Security.load(configuration.security ?? {}, log);
   const isTlsRequired = security.tls?.mode === 'require';
+  const wanted = configuration.limits?.maxConnections ?? DEFAULT_LIMITS.maxConnections;
+  const descriptors = divideDescriptors(descriptorLimit(), wanted);
+  const few = tooFew(descriptors);
+  if (few !== undefined) throw new OperationError('TOO_FEW_FILES', few);
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   for (const { name, size } of configuration.create) checkNewVdi(name, size);
   await refuseSecondDaemon(configuration.store);
@@ -152,7 +160,7 @@ export async function startDaemon(
   const nbd = new NbdServer({
     provider: exports,
     tls: security.tls,
-    limits: { ...configuration.limits, maxMemoryBytes },
+    limits: { ...configuration.limits, maxMemoryBytes, maxConnections: descriptors.connections },
     peerCredentials,
     prepareSocket: (socket) => closedWindows.watch(socket),
     observer: {
@@ -175,6 +183,7 @@ export async function startDaemon(
     return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {
       operations,
       isFoundFromStore: !isFixed,
+      maxConnections: descriptors.controlConnections,
       status: (): StatusAnswer => ({
         version: configuration.version,
         pid: process.pid,
@@ -227,6 +236,8 @@ export async function startDaemon(
       if (warning !== undefined) log.warn({ listener: formatListenAddress(address) }, warning);
       return warning ?? [];
     });
+    const shortage = shortageOf(descriptors, wanted);
+    if (shortage !== undefined) log.warn(shortage);
     const opened = await whileLocked(async () => {
       await refuseSecondDaemon(configuration.store);
       return openDirectly({
@@ -237,6 +248,7 @@ export async function startDaemon(
         missingIsZero: configuration.missingIsZero,
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
+        maxDescriptors: descriptors.objectFiles,
         log: (line, details) => log.warn(details ?? {}, line),
         logError: (line, details) => log.error(details ?? {}, line),
         signal: leaving.signal,
@@ -260,6 +272,7 @@ export async function startDaemon(
       kept,
       listeners: listening,
       warnings,
+      descriptors,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
       reload,
       stop,

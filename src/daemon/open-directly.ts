@@ -26,6 +26,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly signal?: AbortSignal;
   /** As `log`, for what is an error for a client. */
   readonly logError?: StorePlace['log'];
+  /** Files of objects to have open at most; by default what the process's limit allows. */
+  readonly maxDescriptors?: number;
 }
 
 type OpenedStore = DirectOperations & {
@@ -46,7 +48,7 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
       `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
     );
   }
-  const { log, retryMs, missingIsZero, mayCreate, signal } = place;
+  const { log, retryMs, missingIsZero, mayCreate, maxDescriptors, signal } = place;
   if (isCluster) {
     const { SheepStore } = await import('../store/sheep/sheep-store.js');
     const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
@@ -60,7 +62,11 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
   try {
     const role = place.isDaemon ? 'daemon' : 'command';
-    return await operationsOn(await LocalStore.open(place.store, { log, role, mayCreate }), place, leave);
+    return await operationsOn(
+      await LocalStore.open(place.store, { log, role, mayCreate, maxDescriptors }),
+      place,
+      leave,
+    );
   } catch (error) {
     leave();
     throw error;

@@ -6,7 +6,7 @@
 import type net from 'node:net';
 import koffi from 'koffi';
 import type { PeerCredentials } from 'nbd-server-ts';
-import { lookAtProcess } from '../vdi/process-identity.js';
+import { lookAtProcess, type RunningProcess } from '../vdi/process-identity.js';
 
 const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
@@ -49,14 +49,39 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
   const identity = option(fd, SO_PEERCRED, 12);
   if (identity?.length !== 12) return undefined;
   const groups = option(fd, SO_PEERGROUPS, 4 * MAX_GROUPS);
-  const pid = identity.readInt32LE(0);
-  return {
-    pid,
-    ...lookAtProcess(pid),
-    uid: identity.readUInt32LE(4),
-    gid: identity.readUInt32LE(8),
-    ...(groups && { groups: Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)) }),
-  };
+  return new SocketCredentials(
+    identity.readInt32LE(0),
+    identity.readUInt32LE(4),
+    identity.readUInt32LE(8),
+    groups && Array.from({ length: groups.length / 4 }, (_, i) => groups.readUInt32LE(4 * i)),
+  );
+}
+
+/** What /proc says of the process is read when somebody asks: whoever opens nothing costs no reading of files. */
+class SocketCredentials implements PeerCredentials {
+  #process: RunningProcess | undefined;
+  #isLookedAt = false;
+
+  constructor(
+    readonly pid: number,
+    readonly uid: number,
+    readonly gid: number,
+    readonly groups: readonly number[] | undefined,
+  ) {}
+
+  get startTime(): number | undefined {
+    return this.#look()?.startTime;
+  }
+
+  get command(): string | undefined {
+    return this.#look()?.command;
+  }
+
+  #look(): RunningProcess | undefined {
+    if (!this.#isLookedAt) this.#process = lookAtProcess(this.pid);
+    this.#isLookedAt = true;
+    return this.#process;
+  }
 }
 
 /** The same for the uid alone; of the connecting side's socket it is whoever called listen(2). */

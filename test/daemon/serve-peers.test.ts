@@ -88,15 +88,20 @@ describe('limits', () => {
         ...['--max-connections', '2', '--max-connections-per-peer', '1'],
       ],
     });
-    await connect({ path: daemon.socket });
-    await expect(NbdClient.connect({ path: daemon.socket })).rejects.toMatchObject({ code: 'CLOSED' });
-    await connect({ host: '127.0.0.1', port: portOf(daemon) });
-    await expect(NbdClient.connect({ host: '127.0.0.1', port: portOf(daemon) })).rejects.toBeDefined();
-    await waitUntil(() => lines(daemon, 'connection refused').length === 2, 'both are logged');
+    const tcp = { host: '127.0.0.1', port: portOf(daemon) };
+    await (await connect({ path: daemon.socket })).go('disk');
+    for (let i = 0; i < 3; i++) await expect(NbdClient.connect({ path: daemon.socket })).rejects.toBeDefined();
+    await (await connect(tcp)).go('disk');
+    const fromElsewhere = { ...tcp, localAddress: '127.0.0.2' };
+    await expect(NbdClient.connect(fromElsewhere)).rejects.toBeDefined();
+    await waitUntil(() => lines(daemon, 'connection refused').length === 2, 'both are logged, each once');
     expect(lines(daemon, 'connection refused').map(({ reason }) => reason)).toEqual([
       '1 connections of this peer are open, as many as allowed',
       '2 connections are open, as many as allowed',
     ]);
+    // Commands come in beside them.
+    expect((await cli(['vdi', 'list', '--json'], { store: daemon.store })).code).toBe(0);
+    expect(daemon.log()).not.toContain('"level":50');
     expect((await daemon.stop()).code).toBe(0);
   });
 

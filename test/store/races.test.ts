@@ -128,6 +128,46 @@ test('with fewer descriptors than busy objects nobody reads or writes through an
   await catalog.release(vdi);
 });
 
+test('objects that are asked for at once, and copied, are never more open than there may be, and none waits for ever', async () => {
+  const limit = 6;
+  const objects = 160;
+  await start();
+  await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });
+  let vdi: Vdi = await catalog.openVdi('disk');
+  for (let idx = 0; idx < objects; idx++) await vdi.write(idx * OBJECT, Buffer.alloc(4096, 2 + idx), false);
+  await catalog.release(vdi);
+  await catalog.snapshot('disk', 's');
+  await reopen({ maxDescriptors: limit });
+  const source = await catalog.openVdi('disk@s');
+  vdi = await catalog.openVdi('disk');
+  const descriptors = (): number => fs.readdirSync('/proc/self/fd').length;
+  const before = descriptors();
+  let most = before;
+  let isDone = false;
+  const watched = (async () => {
+    while (!isDone) {
+      most = Math.max(most, descriptors());
+      await turns(1);
+    }
+  })();
+  await Promise.all(
+    Array.from({ length: objects }, async (_, idx) => {
+      const data = Buffer.alloc(4096);
+      // The first write copies what is read at the same time.
+      await Promise.all([source.read(idx * OBJECT, data), vdi.write(idx * OBJECT + 8192, Buffer.alloc(512, 1), false)]);
+      expect(data.equals(Buffer.alloc(4096, 2 + idx)), `object ${idx}`).toBe(true);
+      await vdi.read(idx * OBJECT, data);
+      expect(data.equals(Buffer.alloc(4096, 2 + idx)), `copy of object ${idx}`).toBe(true);
+    }),
+  );
+  isDone = true;
+  await watched;
+  // Beside them the log of the map, and the folder that is being looked at.
+  expect(most - before).toBeLessThanOrEqual(limit + 2);
+  await catalog.release(vdi);
+  await catalog.release(source);
+});
+
 test('the number of open descriptors stays at its limit however objects come and go', async () => {
   const limit = 32;
   const objects = 200;

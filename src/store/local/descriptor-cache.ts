@@ -1,7 +1,8 @@
 /**
- * Open descriptors of object files, at most so many at a time. Owns them from `insert` until they are closed: a file
- * that somebody is using (`busy`) stays open, also when it has left the cache; a file that has left it is `retired` and
- * must not be used for anything new. Knows nothing of names and directories.
+ * Open descriptors of object files, never more than so many at a time: those that are being opened, in use and being closed
+ * are counted, and whoever would open one too many waits. Owns them from `insert` until they are closed: a file that somebody
+ * is using (`busy`) stays open, also when it has left the cache; a file that has left it is `retired` and must not be used for
+ * anything new. Knows nothing of names and directories.
  */
 import fs from 'node:fs';
 import { idxOf, vidOf } from './reference-counts.js';
@@ -30,20 +31,68 @@ interface VidFiles {
   count: number;
 }
 
+/** Of the descriptors one in so many is left free, so that who opens a file need not wait for another to be closed. */
+const SPARE_DIVISOR = 8;
+const MAX_SPARE = 64;
+
 export class DescriptorCache {
+  /** What is never exceeded. */
   readonly #limit: number;
+  /** With more files than this those that were not used lately are closed. */
+  readonly #comfort: number;
+  /** Descriptors that are open, will be in a moment, or are being closed. */
+  #held = 0;
+  /** Of those, being closed. */
+  #closing = 0;
+  /** While somebody waits: no file is left that nobody uses. */
+  #areAllBusy = false;
+  /** Who waits for descriptors, in the order of coming. */
+  readonly #waiting: { readonly count: number; readonly wake: () => void }[] = [];
   readonly #files = new Map<number, VidFiles>();
   readonly #clock: ObjectFile[] = [];
   #hand = 0;
   #lastVid = -1;
   #last: (ObjectFile | undefined)[] = [];
 
+  /** `limit`: at least 2, for a copy of one object to another. */
   constructor(limit: number) {
     this.#limit = limit;
+    this.#comfort = limit - Math.max(1, Math.min(MAX_SPARE, Math.floor(limit / SPARE_DIVISOR)));
   }
 
   get size(): number {
     return this.#clock.length;
+  }
+
+  /** Descriptors that are taken, for `insert` or `giveBack` to account for. */
+  get held(): number {
+    return this.#held;
+  }
+
+  /**
+   * Take `count` descriptors, before opening so many files; undefined if they are there, else when it resolves. Each is owed an
+   * `insert` or a `giveBack`. Whoever waits here must have no file in use: those who have them may wait for each other.
+   */
+  take(count: number): Promise<void> | undefined {
+    if (this.#waiting.length === 0 && this.#held + count <= this.#limit) {
+      this.#held += count;
+      return undefined;
+    }
+    return new Promise((resolve) => {
+      this.#waiting.push({ count, wake: resolve });
+      this.#closeForThoseWhoWait();
+    });
+  }
+
+  /** What was taken and is not needed, or what was closed. */
+  giveBack(count: number): void {
+    this.#held -= count;
+    for (let next = this.#waiting[0]; next && this.#held + next.count <= this.#limit; next = this.#waiting[0]) {
+      this.#waiting.shift();
+      this.#held += next.count;
+      next.wake();
+    }
+    if (this.#waiting.length === 0) this.#areAllBusy = false;
   }
 
   get(vid: number, idx: number): ObjectFile | undefined {
@@ -59,14 +108,14 @@ export class DescriptorCache {
   }
 
   /**
-   * Take over `fd`, a descriptor of the object's file. Returns the cached file, busy once on the caller's behalf; it is
-   * another one if the object was there already, and `fd` is closed then.
+   * Own `fd`, a descriptor of the object's file, for which one was taken. Returns the cached file, busy once on the caller's
+   * behalf; it is another one if the object was there already, and `fd` is closed then.
    */
   insert(key: number, fd: number): ObjectFile {
     const vid = vidOf(key);
     const known = this.get(vid, idxOf(key));
     if (known) {
-      fs.close(fd, () => undefined);
+      this.#close(fd);
       return this.begin(known);
     }
     const file = this.begin(new ObjectFile(key, fd));
@@ -92,8 +141,9 @@ export class DescriptorCache {
       for (const wake of waiters) wake();
     }
     if (file.busy > 0) return;
-    if (file.retired) fs.close(file.fd, () => undefined);
-    else if (this.#clock.length > this.#limit) this.#shrink();
+    if (file.retired) this.#close(file.fd);
+    else if (this.#waiting.length > 0) this.retire(file);
+    else if (this.#clock.length > this.#comfort) this.#shrink();
   }
 
   /** Take the file out of the cache; it is closed as soon as nobody uses it. */
@@ -114,7 +164,15 @@ export class DescriptorCache {
       this.#clock[file.slot] = last;
       last.slot = file.slot;
     }
-    if (file.busy === 0) fs.close(file.fd, () => undefined);
+    if (file.busy === 0) this.#close(file.fd);
+  }
+
+  #close(fd: number): void {
+    this.#closing++;
+    fs.close(fd, () => {
+      this.#closing--;
+      this.giveBack(1);
+    });
   }
 
   /** Close what is not in use, and the rest as its users end. */
@@ -124,8 +182,22 @@ export class DescriptorCache {
 
   /** Second chance: the files the hand meets that were not used since it last came by, and are not busy. */
   #shrink(): void {
+    this.#closeDownTo(this.#comfort);
+  }
+
+  /** So many files as are waited for, of those that nobody uses. Those that are used now are closed when their users end. */
+  #closeForThoseWhoWait(): void {
+    if (this.#areAllBusy) return;
+    let wanted = this.#held - this.#closing - this.#limit;
+    for (const { count } of this.#waiting) wanted += count;
+    const target = Math.max(0, this.#clock.length - wanted);
+    this.#closeDownTo(target);
+    this.#areAllBusy = this.#clock.length > target;
+  }
+
+  #closeDownTo(count: number): void {
     let steps = 2 * this.#clock.length;
-    while (this.#clock.length > this.#limit && steps-- > 0) {
+    while (this.#clock.length > count && steps-- > 0) {
       if (this.#hand >= this.#clock.length) this.#hand = 0;
       const file = this.#clock[this.#hand] as ObjectFile;
       // The last file of the clock takes the place of one that is retired: the hand looks at it next.

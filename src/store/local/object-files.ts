@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import { promisify } from 'node:util';
 import path from 'node:path';
 import { syncDirectory } from './durable-names.js';
+import { descriptorLimit } from '../descriptor-limit.js';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import * as libc from './libc.js';
@@ -28,9 +29,12 @@ const PARALLEL_REMOVALS = 4;
 const MAX_QUEUED_REMOVALS = 4096;
 /** After so many contradicting answers the rest of a range counts as data: a range may be punched and written for ever. */
 const MAX_CONTRADICTIONS = 16;
+/** Of the process's descriptors, for all else that a command has open. */
 const DESCRIPTOR_HEADROOM = 512;
 const MAX_DESCRIPTORS = 65_536;
-const DEFAULT_DESCRIPTORS = 512;
+const MIN_DESCRIPTORS = 64;
+/** For an object, and for the one that it is copied from. */
+const COPY_DESCRIPTORS = 2;
 
 const openAsync = promisify(fs.open);
 const closeAsync = promisify(fs.close);
@@ -39,15 +43,10 @@ const fdatasyncAsync = promisify(fs.fdatasync);
 const fsyncAsync = promisify(fs.fsync);
 const unlinkAsync = promisify(fs.unlink);
 
-function descriptorLimit(): number {
-  try {
-    const line = /^Max open files\s+(\d+)/m.exec(fs.readFileSync('/proc/self/limits', 'utf8'));
-    const limit = Number(line?.[1]);
-    if (limit > 0) return Math.max(64, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
-  } catch {
-    // no procfs: the default is small enough for any limit
-  }
-  return DEFAULT_DESCRIPTORS;
+/** For a process that has the store to itself. A daemon has others to think of. */
+function usualDescriptors(): number {
+  const limit = descriptorLimit() ?? 2 * DESCRIPTOR_HEADROOM;
+  return Math.max(MIN_DESCRIPTORS, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
 }
 
 /** What the filesystem under the store can do. */
@@ -84,12 +83,12 @@ export class ObjectFiles {
     this.root = root;
     this.#abilities = abilities;
     this.#isReadOnly = isReadOnly;
-    this.#cache = new DescriptorCache(limit);
+    this.#cache = new DescriptorCache(Math.max(COPY_DESCRIPTORS, limit));
   }
 
   /** `root` is the folder objects/; made with its subfolders where missing, durably. `isReadOnly`: nothing is written. */
   static open(root: string, options: { maxDescriptors?: number; isReadOnly?: boolean } = {}): ObjectFiles {
-    const limit = options.maxDescriptors ?? descriptorLimit();
+    const limit = options.maxDescriptors ?? usualDescriptors();
     if (options.isReadOnly) {
       return new ObjectFiles(root, { plainReads: isTmpfs(root), punchHole: false, zeroRange: false }, limit, true);
     }
@@ -179,16 +178,24 @@ export class ObjectFiles {
     const name = this.path(key);
     this.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
+    // Both at once, and before anything else that others may have: who has a file may wait for a thread, not the other way.
+    let owed = from === undefined ? 1 : COPY_DESCRIPTORS;
+    const taking = this.#cache.take(owed);
+    if (taking) await taking;
     // Not before the removal of the old one has had its own.
     const turn = CHANGES.enter(vidOf(key));
     if (turn) await turn;
     try {
       const fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+      owed--;
       file = this.#cache.insert(key, fd);
       file.isDense = false;
       await this.#makeEmpty(file.fd, size);
       try {
-        if (from !== undefined) await this.#copy(from, file.fd, size, offset, data.length);
+        if (from !== undefined) {
+          owed--;
+          await this.#copy(from, file.fd, size, offset, data.length);
+        }
         if (data.length > 0) await writeFully(file.fd, data, offset);
       } catch (error) {
         await this.#makeEmpty(file.fd, size).catch(() => undefined);
@@ -198,6 +205,7 @@ export class ObjectFiles {
       throw this.#failed(error, `creating object ${name}`);
     } finally {
       CHANGES.leave(vidOf(key));
+      if (owed > 0) this.#cache.giveBack(owed);
       if (file) this.#cache.end(file);
     }
   }
@@ -492,19 +500,27 @@ export class ObjectFiles {
     }
     const cached = this.#cache.get(vid, idx);
     if (cached) return this.#cache.begin(cached);
-    const opening = openAsync(this.path(key), this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR).then(
+    return this.#openWith(this.#cache.take(1), key);
+  }
+
+  /** Open the object with a descriptor that has been taken for it, or will be. Nobody else may be opening it. */
+  #openWith(taking: Promise<void> | undefined, key: number): Promise<ObjectFile> {
+    const name = this.path(key);
+    const flags = this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR;
+    const opening = (taking ? taking.then(() => openAsync(name, flags)) : openAsync(name, flags)).then(
       (fd) => {
         this.#opening.delete(key);
         try {
           this.#mustBeWhole(key, fd);
         } catch (error) {
-          fs.close(fd, () => undefined);
+          fs.close(fd, () => this.#cache.giveBack(1));
           throw error;
         }
         return this.#cache.insert(key, fd);
       },
       (error: NodeJS.ErrnoException) => {
         this.#opening.delete(key);
+        this.#cache.giveBack(1);
         if (error.code !== 'ENOENT') throw this.#failed(error, `opening object ${this.path(key)}`);
         throw new StoreError(
           'DAMAGED',
@@ -514,6 +530,40 @@ export class ObjectFiles {
     );
     this.#opening.set(key, opening);
     return opening;
+  }
+
+  /**
+   * Like `#using`, with a descriptor that was taken already. Not to wait for another one who is opening the object and waits
+   * for a descriptor: they may all be those of copies.
+   */
+  async #usingSource(key: number, use: (fd: number) => Promise<void>): Promise<void> {
+    const cached = this.#cache.get(vidOf(key), idxOf(key));
+    if (cached) this.#cache.giveBack(1);
+    else if (this.#opening.has(key)) return this.#usingApart(key, use);
+    const file = cached ? this.#cache.begin(cached) : await this.#openWith(undefined, key);
+    try {
+      await use(file.fd);
+    } catch (error) {
+      throw this.#failed(error, `copying object ${this.path(key)}`);
+    } finally {
+      this.#cache.end(file);
+    }
+  }
+
+  /** With a file that the cache knows nothing of: whoever is opening the object may find that its name is gone. */
+  async #usingApart(key: number, use: (fd: number) => Promise<void>): Promise<void> {
+    try {
+      const fd = await openAsync(this.path(key), fs.constants.O_RDONLY);
+      try {
+        await use(fd);
+      } finally {
+        await closeAsync(fd);
+      }
+    } catch (error) {
+      throw this.#failed(error, `copying object ${this.path(key)}`);
+    } finally {
+      this.#cache.giveBack(1);
+    }
   }
 
   /** `error` as this layer's, saying what was being done. */
@@ -536,7 +586,7 @@ export class ObjectFiles {
   /** Copy the data ranges of `from` into `to`, leaving holes holes; what [skip, skip+skipLength) holds may be left out. */
   async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
     // Its thread is that of the creation.
-    await this.#using(vidOf(from), idxOf(from), 'copying', undefined, async ({ fd: source }) => {
+    await this.#usingSource(from, async (source) => {
       this.#mustBeWhole(from, source);
       if (this.#reflinks) {
         if (await libc.cloneFile(source, to)) return;

@@ -1,0 +1,13 @@
+/** How many descriptors this process may have open. Node has raised the soft limit to the hard one at its start. */
+import fs from 'node:fs';
+
+/** RLIMIT_NOFILE as the kernel tells it; undefined where there is no procfs. */
+export function descriptorLimit(): number | undefined {
+  try {
+    const line = /^Max open files\s+(\d+)/m.exec(fs.readFileSync('/proc/self/limits', 'utf8'));
+    const limit = Number(line?.[1]);
+    return limit > 0 ? limit : undefined;
+  } catch {
+    return undefined;
+  }
+}

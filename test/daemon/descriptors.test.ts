@@ -1,0 +1,74 @@
+/** The daemon's descriptors: who may have how many, and that those who come too many take none from others. */
+import { describe, expect, onTestFinished, test } from 'vitest';
+import { NbdClient } from 'nbd-server-ts';
+import { divideDescriptors, shortageOf } from '../../src/daemon/descriptor-budget.js';
+import { cli, startDaemon, waitUntil } from '../harness/daemon.js';
+
+const OBJECT = 4 * 2 ** 20;
+const LIMIT = 256;
+const TIGHT = ['/bin/sh', '-c', `ulimit -n ${LIMIT} && exec "$@"`, 'sh'];
+
+describe('the division', () => {
+  test('never gives out more than there is, whatever is asked for', () => {
+    for (let limit = 128; limit < 70_000; limit = Math.ceil(limit * 1.3)) {
+      for (const wanted of [1, 16, 1024, 1_000_000]) {
+        const { connections, controlConnections, objectFiles } = divideDescriptors(limit, wanted);
+        const given = 2 * connections + controlConnections + objectFiles;
+        expect(given, `${limit}, ${wanted}`).toBeLessThanOrEqual(limit - Math.min(192, Math.floor(limit / 6)));
+        expect(Math.min(connections, controlConnections), `${limit}, ${wanted}`).toBeGreaterThan(0);
+        expect(objectFiles, `${limit}, ${wanted}`).toBeGreaterThanOrEqual(16);
+      }
+    }
+  });
+
+  test('gives all connections that are asked for if the limit is the one it names, and not with less', () => {
+    for (const wanted of [100, 1024, 10_000]) {
+      const { neededLimit } = divideDescriptors(128, wanted);
+      expect(divideDescriptors(neededLimit, wanted)).toMatchObject({ connections: wanted, neededLimit: undefined });
+      expect(divideDescriptors((neededLimit ?? 0) - 128, wanted).connections).toBeLessThan(wanted);
+    }
+  });
+
+  test('says nothing if the limit is enough', () => {
+    expect(shortageOf(divideDescriptors(65_536, 1024), 1024)).toBeUndefined();
+    expect(shortageOf(divideDescriptors(1024, 1024), 1024)).toContain('allows 308 connections, not 1024');
+  });
+});
+
+test('connections of nobody are refused before others lack a file, and the start says how many there may be', async () => {
+  const daemon = await startDaemon({
+    args: ['--create', 'disk:1G', '--max-connections-per-peer', '1000'],
+    under: TIGHT,
+  });
+  const { connections } = divideDescriptors(LIMIT, 1024);
+  expect(daemon.log()).toContain(`the limit of ${LIMIT} open files allows ${connections} connections, not 1024`);
+  expect(daemon.log()).toMatch(new RegExp(`"openFiles":${LIMIT},"maxConnections":${connections},"objectFiles":\\d+`));
+  const open = async (): Promise<NbdClient> => {
+    const client = await NbdClient.connect({ path: daemon.socket });
+    onTestFinished(() => client.destroy());
+    await client.go('disk');
+    return client;
+  };
+  const client = await open();
+  let refused = 0;
+  for (let n = 0; n < LIMIT; n++) await open().catch(() => refused++);
+  expect(refused).toBe(LIMIT - (connections - 1));
+  // More objects than there are descriptors for, all at once.
+  const objects = Array.from({ length: 250 }, (_, n) => n * OBJECT);
+  await Promise.all(objects.map((offset) => client.write(offset, Buffer.alloc(4096, 7))));
+  await client.flush();
+  const data = await Promise.all(objects.map((offset) => client.read(offset, 4096)));
+  expect(data.every((each) => each.equals(Buffer.alloc(4096, 7)))).toBe(true);
+  expect((await cli(['vdi', 'snapshot', 'disk', 's'], { store: daemon.store })).code).toBe(0);
+  await Promise.all(objects.map((offset) => client.write(offset + 8192, Buffer.alloc(512, 8))));
+  await client.flush();
+  await waitUntil(() => daemon.log().includes('connection refused'), 'the refusals are logged');
+  expect(daemon.log()).not.toContain('"level":50');
+  expect((await daemon.stop()).code).toBe(0);
+});
+
+test('a limit with which nothing can be served is an error at the start', async () => {
+  await expect(startDaemon({ under: ['/bin/sh', '-c', 'ulimit -n 100 && exec "$@"', 'sh'] })).rejects.toThrow(
+    /the limit of 100 open files is too low/,
+  );
+});
