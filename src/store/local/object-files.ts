@@ -13,6 +13,7 @@ import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
 import { readOnce, readToEnd, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { TimeSlice } from './time-slice.js';
 import { WriteThrottle } from './write-throttle.js';
 
 const OBJECT_DIRECTORIES = 256;
@@ -273,10 +274,16 @@ export class ObjectFiles {
 
   /** The folders of these objects are on stable storage: new names in them survive a crash. */
   async syncDirectories(keys: Iterable<number>): Promise<void> {
-    const names = new Set<string>();
-    for (const key of keys) names.add(path.dirname(this.path(key)));
+    const folders = new Set<number>();
+    const slice = new TimeSlice();
+    let step = 0;
+    for (const key of keys) {
+      folders.add(directoryOf(vidOf(key), idxOf(key)));
+      if (slice.isOver(++step)) await slice.next();
+    }
     await Promise.all(
-      [...names].map(async (name) => {
+      [...folders].map(async (folder) => {
+        const name = path.join(this.root, directoryName(folder));
         const fd = await openAsync(name, fs.constants.O_RDONLY);
         try {
           await fsyncAsync(fd);
