@@ -166,7 +166,8 @@ export class ExportError extends Error {
 
 /** The exports of a server. */
 export interface ExportProvider {
-  list(peer: Peer): Awaitable<readonly ExportInfo[]>;
+  /** Any iterable: of very many the next ones are asked for as the client reads, with others served in between. */
+  list(peer: Peer): Awaitable<Iterable<ExportInfo>>;
   /**
    * For NBD_OPT_INFO, and for meta contexts: what `open` would give, without opening. `contexts`: what the client asks for
    * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none

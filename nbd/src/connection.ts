@@ -9,6 +9,7 @@ import type { Occupant, Place } from './admission.js';
 import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
+import { HandshakeClock } from './handshake-clock.js';
 import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
 import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
@@ -56,6 +57,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly reader: ByteReader;
+  /** From the greeting on. */
+  readonly clock: HandshakeClock;
   isShuttingDown = false;
   private isRefusing = true;
   exportName: string | undefined;
@@ -109,6 +112,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
+    this.clock = new HandshakeClock(this.limits, (reason) => this.abort(reason));
     this.socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
@@ -310,10 +314,6 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   // --- Its life ---
 
   private async live(): Promise<void> {
-    const handshakeTimer = setTimeout(
-      () => this.abort(`no export chosen within ${this.limits.handshakeTimeoutMs} ms`),
-      this.limits.handshakeTimeoutMs,
-    );
     let outcome: HandshakeOutcome | { readonly next: 'held' };
     try {
       outcome = await negotiate(this);
@@ -321,7 +321,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       outcome = { next: 'close', reason: this.describeFailure(error) };
       if (error instanceof HandshakeError && this.noteViolation(error.message)) outcome = { next: 'held' };
     }
-    clearTimeout(handshakeTimer);
+    this.clock.stop();
 
     if (outcome.next === 'transmission' && !this.socket.destroyed) {
       this.beginTransmission(outcome);

@@ -13,7 +13,8 @@ import {
   type Peer,
 } from './block-device.js';
 import type { ByteReader } from './byte-reader.js';
-import { OPTIONS_PER_LISTED_EXPORT, type Limits } from './limits.js';
+import type { HandshakeClock } from './handshake-clock.js';
+import type { Limits } from './limits.js';
 import { LoopSlice } from './loop-slices.js';
 import type { TlsMode } from './tls.js';
 import {
@@ -55,6 +56,7 @@ export interface HandshakeHost {
   readonly provider: ExportProvider;
   readonly limits: Limits;
   readonly reader: ByteReader;
+  readonly clock: HandshakeClock;
   readonly isShuttingDown: boolean;
   /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
   readonly tlsMode: TlsMode | undefined;
@@ -85,6 +87,9 @@ export type HandshakeOutcome =
       readonly exportName: string;
     }
   | { readonly next: 'close'; readonly reason: string };
+
+/** Of a list, sent at once: few system calls, and little memory for a client that does not read. */
+const LIST_CHUNK_BYTES = 64 * 1024;
 
 /** First two bytes of a TLS connection: a handshake record of TLS 1.0, whatever version is meant. */
 const TLS_RECORD = 0x1603;
@@ -120,8 +125,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   let negotiated = beginNegotiation({ ...flags, tls: false });
 
   const slice = new LoopSlice();
-  let maxOptions = limits.maxOptionsPerHandshake;
-  for (let count = 0; count < maxOptions; count++) {
+  for (;;) {
     const isHere = reader.unread >= OPTION_HEADER_SIZE;
     const header = await reader.read(OPTION_HEADER_SIZE);
     // Options that are here already are taken without waiting for anything: others are served in between.
@@ -129,6 +133,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     if (slice.isOver) await slice.next();
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
     host.advanced();
+    host.clock.heard();
     if (header.readUInt32BE(0) !== OPTION_MAGIC_HIGH || header.readUInt32BE(4) !== OPTION_MAGIC_LOW) {
       throw new HandshakeError(`bad option magic 0x${header.toString('hex', 0, 8)}`);
     }
@@ -158,14 +163,12 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
       continue;
     }
     if (option === OPT.LIST) {
-      const listed = await answerList(host, data);
-      maxOptions = Math.max(maxOptions, limits.maxOptionsPerHandshake + OPTIONS_PER_LISTED_EXPORT * listed);
+      await answerList(host, data);
       continue;
     }
     const outcome = await answerOption(host, negotiated, option, data);
     if (outcome !== undefined) return outcome;
   }
-  throw new HandshakeError(`more than ${maxOptions} options`);
 }
 
 /** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
@@ -256,7 +259,7 @@ async function answerMetaContexts(
   data: Buffer,
 ): Promise<void> {
   const describe = async (name: string, contexts: readonly string[]): Promise<Geometry> => {
-    const { geometry } = await host.provider.describe(name, host.peer, contexts);
+    const { geometry } = await describeExport(host, name, contexts);
     checkGeometry(name, geometry);
     return geometry;
   };
@@ -269,26 +272,47 @@ async function answerMetaContexts(
   await host.send(encodeAnswer(option, answer));
 }
 
-/** Returns how many exports the client was told of. */
-async function answerList(host: HandshakeHost, data: Buffer): Promise<number> {
-  if (data.length > 0) {
-    await reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
-    return 0;
-  }
-  let exports: readonly ExportInfo[];
+/** In slices, and no faster than the client reads: there may be very many. */
+async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
+  if (data.length > 0) return reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
+  const slice = new LoopSlice();
+  let count = 0;
+  let messages: Buffer[] = [];
+  let bytes = 0;
   try {
-    exports = await host.provider.list(host.peer);
+    const exports = await host.clock.during('listed its exports', host.provider.list(host.peer));
+    slice.restart();
+    for (const { name, description } of exports) {
+      const entry = encodeServerEntry(name, encodeString(description).toString());
+      const message = encodeOptionReply(OPT.LIST, REP.SERVER, entry);
+      messages.push(message);
+      bytes += message.length;
+      count++;
+      if (bytes >= LIST_CHUNK_BYTES) {
+        await host.send(Buffer.concat(messages));
+        messages = [];
+        bytes = 0;
+      }
+      if (slice.isOver) await slice.next();
+    }
   } catch (error) {
+    // Also of the client, that it is gone: whoever sends finds out.
+    if (count > 0) throw error;
     const { type, message } = refusal(host, error);
-    await reply(host, OPT.LIST, type, message);
-    return 0;
+    return reply(host, OPT.LIST, type, message);
   }
-  const messages = exports.map(({ name, description }) =>
-    encodeOptionReply(OPT.LIST, REP.SERVER, encodeServerEntry(name, encodeString(description).toString())),
-  );
+  host.clock.listed(count);
   messages.push(encodeOptionReply(OPT.LIST, REP.ACK));
   await host.send(Buffer.concat(messages));
-  return exports.length;
+}
+
+function describeExport(
+  host: HandshakeHost,
+  name: string,
+  contexts?: readonly string[],
+): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
+  const described = host.provider.describe(name, host.peer, contexts);
+  return host.clock.during(`described the export ${JSON.stringify(name)}`, described);
 }
 
 async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<void> {
@@ -299,7 +323,7 @@ async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer
   }
   let described: { readonly geometry: Geometry; readonly info: ExportInfo };
   try {
-    described = await host.provider.describe(query.name, host.peer);
+    described = await describeExport(host, query.name);
     checkGeometry(query.name, described.geometry);
   } catch (error) {
     const { type, message } = refusal(host, error);
@@ -375,7 +399,7 @@ function encodeInfos(
 }
 
 async function openChecked(host: HandshakeHost, name: string): Promise<OpenExport> {
-  const opened = await host.open(name);
+  const opened = await host.clock.during(`opened the export ${JSON.stringify(name)}`, host.open(name));
   try {
     checkGeometry(name, opened.device.geometry);
   } catch (error) {

@@ -20,10 +20,15 @@ export interface Limits {
   readonly idleTimeoutMs: number;
   /** A TCP peer that has said nothing for so long is asked whether it is there, milliseconds; ten seconds later it is given up. */
   readonly keepAliveMs: number;
-  /** From accept to the end of option haggling, milliseconds. */
+  /**
+   * From accept to the end of option haggling, and for each option, milliseconds. What the server takes for its own part is
+   * not counted: see `openTimeoutMs`.
+   */
   readonly handshakeTimeoutMs: number;
-  /** Options a client may send in one handshake, beside OPTIONS_PER_LISTED_EXPORT for each export that it was told of. */
-  readonly maxOptionsPerHandshake: number;
+  /** So much longer for each export that a client was told of: it may ask about every one, on this connection. */
+  readonly handshakeMsPerListedExport: number;
+  /** For the server to open or describe one export, or to list all, milliseconds. */
+  readonly openTimeoutMs: number;
   /** Data of one option that is looked at, bytes. More is drained and answered NBD_REP_ERR_TOO_BIG. */
   readonly maxOptionBytes: number;
   /** Data of one option that is drained, bytes. More closes the connection. */
@@ -63,9 +68,6 @@ export const MIN_MEMORY_BYTES = 96 * 1024 * 1024;
 /** Of memoryStallMs: what a line of 64 kbit/s moves in ten seconds. */
 export const MIN_MOVED_BYTES = 64 * 1024;
 
-/** `nbdinfo --list` and `qemu-nbd --list` ask two to four options for each export, all on one connection. */
-export const OPTIONS_PER_LISTED_EXPORT = 8;
-
 export const DEFAULT_LIMITS: Limits = {
   maxConnections: 1024,
   maxConnectionsPerPeer: 768,
@@ -75,7 +77,10 @@ export const DEFAULT_LIMITS: Limits = {
   idleTimeoutMs: 0,
   keepAliveMs: 60_000,
   handshakeTimeoutMs: 30_000,
-  maxOptionsPerHandshake: 4096,
+  // `nbdinfo --list` and `qemu-nbd --list` ask two to four options for each export, one after the other.
+  handshakeMsPerListedExport: 20,
+  // More than a cluster may take to be asked again and again before it says no: the client hears that.
+  openTimeoutMs: 120_000,
   // A name of 4096 bytes and 65535 information requests do not quite fit; no client asks for more than a dozen.
   maxOptionBytes: 64 * 1024,
   maxDrainedOptionBytes: 1024 * 1024,

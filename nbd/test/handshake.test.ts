@@ -1,7 +1,7 @@
 /** The handshake with clients that keep to the protocol: what they are told, and that they get where they want to go. */
 
-import { describe, expect, test } from 'vitest';
-import { DeviceError, ExportError } from '../src/index.js';
+import { describe, expect, test, vi } from 'vitest';
+import { DeviceError, ExportError, type ExportInfo, type ExportProvider } from '../src/index.js';
 import { CMD, GREETING_SIZE, INFO, OPT, REP, TRANSMISSION_FLAG } from '../src/protocol.js';
 import { infoQuery, optionBytes, requestBytes, uint16, uint32, type OptionReply } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport } from './test-device.js';
@@ -102,6 +102,29 @@ describe('options', () => {
       ['', 'about '],
     ]);
     expect(lastType(replies)).toBe(REP.ACK);
+  });
+
+  test('a list of very many exports is told whole, in order, with others served in between', async () => {
+    const { raw, opened, provider } = await startServer();
+    const count = 50_000;
+    let asked = 0;
+    function* many(): Generator<ExportInfo> {
+      for (; asked < count; asked++) yield { name: `disk-${asked}`, description: 'one of many' };
+    }
+    vi.spyOn(provider as ExportProvider, 'list').mockImplementation(many);
+    const neighbour = await opened();
+    const client = await raw();
+    await client.greet();
+    const listing = client.option(OPT.LIST);
+    let reads = 0;
+    for (; asked < count; reads++) {
+      neighbour.request({ type: CMD.READ, offset: 4, length: 4 });
+      expect((await neighbour.readReply(4)).data).toEqual(uint32(5));
+    }
+    expect(reads).toBeGreaterThan(10);
+    const replies = await listing;
+    expect(replies).toHaveLength(count + 1);
+    expect(replies[1234]?.data.toString('utf8', 4)).toBe('disk-1234one of many');
   });
 
   test('LIST of a server without exports is an empty list', async () => {

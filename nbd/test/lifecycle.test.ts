@@ -6,7 +6,7 @@ import net from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { ListenError, NbdClient, NbdServer } from '../src/index.js';
-import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REQUEST_MAGIC } from '../src/protocol.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol.js';
 import { duplexPair } from './duplex-pair.js';
 import { infoQuery, optionBytes, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport, TestProvider } from './test-device.js';
@@ -340,8 +340,73 @@ describe('limits', () => {
     expect(closes).toHaveLength(1);
   });
 
-  test('a client whose export takes too long to open is closed, and the device when it has opened', async () => {
-    const { raw, provider, allOver } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
+  test('options come to an end by time, however many are sent at once, and others are served meanwhile', async () => {
+    const { raw, opened, closes, allOver } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
+    const neighbour = await opened();
+    const pushy = await raw();
+    await pushy.greet();
+    const many = Buffer.concat(Array.from({ length: 4096 }, () => optionBytes(99)));
+    let answered = 0;
+    const push = async (): Promise<void> => {
+      for (;;) {
+        pushy.send(many);
+        for (let n = 0; n < 4096; n++) {
+          await pushy.readOptionReply();
+          answered++;
+        }
+      }
+    };
+    const pushing = push().catch(() => undefined);
+    // More than any count would let it have, and the neighbour is answered all the time.
+    let reads = 0;
+    for (; closes.length === 0; reads++) {
+      neighbour.request({ type: CMD.READ, offset: 4, length: 4 });
+      expect((await neighbour.readReply(4)).data).toEqual(uint32(5));
+    }
+    await pushing;
+    expect(answered).toBeGreaterThan(4096);
+    expect(answered / reads).toBeLessThan(1000);
+    expect(closes[0]?.reason).toBe('no export chosen within 1000 ms');
+    neighbour.request({ type: CMD.DISC });
+    await allOver();
+  });
+
+  test('who was told of many exports has time to ask about each', async () => {
+    const exports = Array.from({ length: 200 }, (_, n) => new TestExport(`disk-${n}`));
+    const { raw, closes, allOver } = await startServer({
+      exports,
+      limits: { handshakeTimeoutMs: 200, handshakeMsPerListedExport: 20 },
+    });
+    const client = await raw();
+    await client.greet();
+    expect(await client.option(OPT.LIST)).toHaveLength(exports.length + 1);
+    const end = performance.now() + 600;
+    while (performance.now() < end) {
+      const replies = await client.option(OPT.INFO, infoQuery('disk-7'));
+      expect(replies.at(-1)?.type).toBe(REP.ACK);
+    }
+    // Silence is what it may not have more of.
+    await client.readToEnd();
+    await allOver();
+    expect(closes[0]?.reason).toBe('no export chosen within 200 ms');
+  });
+
+  test('what the server takes to open an export is not the client’s time', async () => {
+    const { raw, provider, closes } = await startServer({ limits: { handshakeTimeoutMs: 200 } });
+    const gate = new Gate();
+    provider.openHook = () => gate.opened;
+    const client = await raw();
+    await client.greet();
+    client.send(optionBytes(OPT.GO, infoQuery('disk')));
+    const from = performance.now();
+    await until(() => performance.now() > from + 500, 'more than its time has passed');
+    expect(closes).toEqual([]);
+    gate.open();
+    expect((await client.readOptionReply()).type).toBe(REP.INFO);
+  });
+
+  test('a server that does not open an export in time says so of itself, and closes the device when it has opened', async () => {
+    const { raw, provider, allOver, closes } = await startServer({ limits: { openTimeoutMs: 1000 } });
     const gate = new Gate();
     provider.openHook = () => gate.opened;
     const client = await raw();
@@ -351,6 +416,7 @@ describe('limits', () => {
     gate.open();
     await allOver();
     expect(provider).toMatchObject({ opened: 1, closed: 1 });
+    expect(closes[0]?.reason).toBe('the server has not opened the export "disk" within 1000 ms');
   });
 
   test('one connection more than allowed is closed at once, and let in when another has left', async () => {

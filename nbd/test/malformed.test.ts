@@ -5,7 +5,6 @@
  */
 
 import { describe, expect, test } from 'vitest';
-import { OPTIONS_PER_LISTED_EXPORT } from '../src/limits.js';
 import { CMD, CMD_FLAG, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol.js';
 import {
   infoQuery,
@@ -25,7 +24,6 @@ const UNKNOWN_OPTION = 0x4e;
 const MIB = 1024 * 1024;
 const { EINVAL, ENOSPC, EPERM } = NBD_ERRNO;
 /** Limits small enough to be reached in a test. */
-const LIMITS = { maxOptionsPerHandshake: 32 };
 
 const EXPORTS = [
   new TestExport('disk'),
@@ -51,7 +49,7 @@ const NO_TEXT = {
 };
 
 async function withHealthyNeighbour(victim: (server: TestServer) => Promise<void>): Promise<void> {
-  const server = await startServer({ exports: EXPORTS, limits: LIMITS });
+  const server = await startServer({ exports: EXPORTS });
   const neighbour = await server.opened();
   await victim(server);
 
@@ -128,27 +126,6 @@ describe('a handshake is ended without a word by', () => {
       }),
     );
   }
-
-  test('more options than a handshake may have, each answered up to then', () =>
-    withHealthyNeighbour(async ({ raw }) => {
-      const client = await raw();
-      await client.greet();
-      const count = LIMITS.maxOptionsPerHandshake;
-      client.send(...Array.from({ length: count + 10 }, () => optionBytes(UNKNOWN_OPTION)));
-      for (let i = 0; i < count; i++) expect((await client.readOptionReply()).type).toBe(REP.ERR_UNSUP);
-      await isClosedWithoutAWord(client);
-    }));
-
-  test('more options than that for what it was told of; each listed export is good for some, however often listed', async () => {
-    const { raw } = await startServer({ exports: EXPORTS, limits: LIMITS });
-    const client = await raw();
-    await client.greet();
-    for (let i = 0; i < 2; i++) expect((await client.option(OPT.LIST)).length).toBe(EXPORTS.length + 1);
-    const count = LIMITS.maxOptionsPerHandshake + OPTIONS_PER_LISTED_EXPORT * EXPORTS.length - 2;
-    client.send(...Array.from({ length: count + 10 }, () => optionBytes(UNKNOWN_OPTION)));
-    for (let i = 0; i < count; i++) expect((await client.readOptionReply()).type).toBe(REP.ERR_UNSUP);
-    await isClosedWithoutAWord(client);
-  });
 });
 
 // --- Options that are refused, after which haggling goes on ---

@@ -17,6 +17,7 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import type { DirectOperations } from './direct-operations.js';
+import { answerList } from './list-answer.js';
 import type { ReloadReport } from './security.js';
 import { FILLERS } from '../store/object-store.js';
 import { asOperationError, OperationError, type Beginning } from './operations.js';
@@ -279,7 +280,8 @@ export class ControlServer {
         query: searchParams,
         body: route.method === 'POST' ? await readBody(request) : {},
       });
-      answer(response, 200, result);
+      if (Array.isArray(result)) await answerList(response, result);
+      else answer(response, 200, result);
     } catch (error) {
       const expected = asOperationError(error);
       if (!expected) this.#options.onFault(error, name);

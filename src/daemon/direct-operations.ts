@@ -5,9 +5,7 @@
  */
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
-import { CatalogError } from '../vdi/catalog-error.js';
 import { unfinishedExport } from '../export/unfinished-export.js';
-import { specOf } from '../vdi/names.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
@@ -52,21 +50,12 @@ export class DirectOperations implements Operations {
     this.#exports = exports;
   }
 
-  list(): Promise<VdiRecord[]> {
+  list(): Promise<readonly VdiRecord[]> {
     return this.#catalog.list();
   }
 
-  async listDetails(): Promise<VdiDetails[]> {
-    const details: VdiDetails[] = [];
-    for (const record of await this.#catalog.list()) {
-      try {
-        details.push(await this.#catalog.show(specOf(record)));
-      } catch (error) {
-        // Deleted since it was listed.
-        if (!(error instanceof CatalogError)) throw error;
-      }
-    }
-    return details;
+  listDetails(): Promise<readonly VdiDetails[]> {
+    return this.#catalog.details();
   }
 
   show(spec: string): Promise<VdiDetails> {

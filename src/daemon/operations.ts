@@ -55,8 +55,8 @@ export interface Operations {
   readonly identity: string;
   /** A daemon does it; else this process. */
   readonly isDaemon: boolean;
-  list(): Promise<VdiRecord[]>;
-  listDetails(): Promise<VdiDetails[]>;
+  list(): Promise<readonly VdiRecord[]>;
+  listDetails(): Promise<readonly VdiDetails[]>;
   show(spec: string): Promise<VdiDetails>;
   create(
     name: string,

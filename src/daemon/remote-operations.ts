@@ -35,11 +35,11 @@ export class RemoteOperations implements Operations {
     this.#control = control;
   }
 
-  list(): Promise<VdiRecord[]> {
+  list(): Promise<readonly VdiRecord[]> {
     return this.#control.call('GET', '/vdis');
   }
 
-  listDetails(): Promise<VdiDetails[]> {
+  listDetails(): Promise<readonly VdiDetails[]> {
     return this.#control.call('GET', '/vdis?details=1');
   }
 

@@ -24,6 +24,8 @@ import { accessName, parseExportName, subjectText } from './export-name.js';
 export interface SubjectExports extends ExportProvider {
   /** Undefined if nothing has the id that is named. Errors: ExportError, for what is no name. */
   subjectOf(name: string): Promise<Subject | undefined>;
+  /** Of those subjects only that `isTold` says. */
+  list(peer: Peer, isTold?: (subject: Subject) => boolean): Awaitable<Iterable<ExportInfo>>;
   /** `access`: who may only read does not count as a writer. */
   open(
     name: string,
@@ -56,14 +58,8 @@ export class AuthorisedExports implements ExportProvider {
     this.#policy = policy;
   }
 
-  async list(peer: Peer): Promise<readonly ExportInfo[]> {
-    const all = await this.#provider.list(peer);
-    const listed: ExportInfo[] = [];
-    for (const info of all) {
-      const subject = await this.#provider.subjectOf(info.name);
-      if (subject !== undefined && this.#mayOpen(subject, peer)) listed.push(info);
-    }
-    return listed;
+  async list(peer: Peer): Promise<Iterable<ExportInfo>> {
+    return this.#provider.list(peer, (subject) => this.#mayOpen(subject, peer));
   }
 
   async describe(

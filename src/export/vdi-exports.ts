@@ -56,11 +56,10 @@ export class VdiExports implements ExportProvider {
 
   /**
    * Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. Nor is what is
-   * unfinished: nobody can open it.
+   * unfinished: nobody can open it. `isTold`: whether a subject is to be in it.
    */
-  async list(_peer: Peer): Promise<ExportInfo[]> {
-    const records = await this.#catalog.list();
-    return records.filter(({ isTemporary, unfinished }) => !isTemporary && !unfinished).map((record) => infoOf(record));
+  async list(_peer: Peer, isTold?: (subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean): Promise<Iterable<ExportInfo>> {
+    return infosOf(await this.#catalog.list(), isTold);
   }
 
   /**
@@ -232,8 +231,8 @@ export class VdiExports implements ExportProvider {
    * one that the options name. Errors: NO_TAG, BAD_SIZE.
    */
   async #basesOf({ name, vid, blockSizeShift }: VdiRecord, { since }: ExportOptions): Promise<readonly string[]> {
-    const snapshots = (await this.#catalog.list()).filter(
-      (other) => other.name === name && other.isSnapshot && !isTemporaryTag(other.tag),
+    const snapshots = (await this.#catalog.named(name)).filter(
+      (other) => other.isSnapshot && !isTemporaryTag(other.tag),
     );
     // Other tools may give one tag twice: what has changed since cannot be told by it.
     const count = new Map<string, number>();
@@ -270,6 +269,18 @@ function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: str
  */
 function isById({ vid }: VdiSpec): boolean {
   return vid !== undefined;
+}
+
+/** One after the other, as they are asked for: there may be very many. */
+function* infosOf(
+  records: readonly VdiRecord[],
+  isTold: ((subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean) | undefined,
+): Generator<ExportInfo> {
+  for (const record of records) {
+    if (record.isTemporary || record.unfinished) continue;
+    const { name, tag, isSnapshot } = record;
+    if (isTold === undefined || isTold({ name, tag: isSnapshot ? tag : undefined })) yield infoOf(record);
+  }
 }
 
 function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {

@@ -63,6 +63,11 @@ export interface VdiRecord {
   readonly isTemporary?: true;
 }
 
+/** The order of `Catalog.list`: by name, then as snapshots were taken. */
+export function inOrder(a: VdiRecord, b: VdiRecord): number {
+  return a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId;
+}
+
 /**
  * A VDI that is open: its record and its object map. The map is the truth about who owns what; the store persists it
  * with `flush`. Held by src/vdi for as long as anybody has the VDI open.
@@ -194,9 +199,24 @@ export interface CheckReport {
   readonly repaired: number;
 }
 
-/** VDI records and maps. Each method is all or nothing. Callers (src/vdi) serialise them. */
+/** Allocated objects of a VDI, and how many of them no other VDI or snapshot refers to. */
+export interface Usage {
+  readonly allocated: number;
+  readonly exclusive: number;
+}
+
+/**
+ * VDI records and maps. Each method is all or nothing. Callers (src/vdi) see to it that what changes something is the only
+ * one at work on the names that it touches; on different names several may be at work at a time.
+ */
 export interface Catalog {
+  /** In the order of names, and of one name in that of snapIds. What is returned does not change afterwards. */
   list(): Awaitable<readonly VdiRecord[]>;
+  /** Those of one name, in that order: costs as much as there are of it, and not what the store has. */
+  named(name: string): Awaitable<readonly VdiRecord[]>;
+  record(vid: number): Awaitable<VdiRecord | undefined>;
+  /** Other names whose records change when this one is removed. */
+  touchedBy?(vid: number): readonly string[];
   /** With the mark `unfinished` from its first moment on, if that is given. */
   create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord>;
   /** Set the mark of a working VDI, or take it away; durable when it resolves. */
@@ -223,8 +243,9 @@ export interface Catalog {
   remove(vid: number): Promise<void>;
   /** Resolves when the space of all that was dropped so far is given back. */
   reclaimed(): Promise<void>;
-  /** Allocated objects of a VDI, and how many of them nobody else refers to. */
-  usage(vid: number): Awaitable<{ readonly allocated: number; readonly exclusive: number }>;
+  usage(vid: number): Awaitable<Usage>;
+  /** Of all that `list` has, by vid, in one pass; what comes or goes meanwhile may be missing. */
+  usages(): Awaitable<ReadonlyMap<number, Usage>>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
 }
 

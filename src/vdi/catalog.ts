@@ -1,6 +1,7 @@
 /**
  * The catalog people work with: VDIs and snapshots by name, whether they are being served or not. Owns which VDIs are
- * open and by how many, and runs one catalog operation at a time; reads and writes of open VDIs go on meanwhile.
+ * open and by how many, and runs one catalog operation at a time on each name; reads and writes of open VDIs go on
+ * meanwhile, and what may take long (a flush) is done before a name is taken or after it is given back.
  */
 import {
   DEFAULT_BLOCK_SIZE_SHIFT,
@@ -12,12 +13,14 @@ import {
   type ObjectStore,
   type OpenVdi,
   type Switch,
+  type Usage,
   type VdiRecord,
 } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
+import { Turns } from './turns.js';
 import {
   describeUnfinished,
   isHeldBy,
@@ -38,6 +41,8 @@ const OVERWRITE = ', and --overwrite writes over it';
 const NO_HINT = '';
 /** Clients that a message names. */
 const MAX_NAMED = 4;
+/** Records that are worked on in one turn of the loop when there are very many. */
+const RECORDS_PER_TURN = 500;
 
 export interface VdiDetails extends VdiRecord {
   /** Space of its allocated objects, full objects counted, whether shared or not. */
@@ -88,7 +93,11 @@ export interface Ended {
 
 interface OpenEntry {
   readonly vdi: Vdi;
+  /** 0: its last user has left, it is being flushed, and whoever comes before it is closed takes it over. */
   users: number;
+  /** The flush after the last user. Never fails: closing does it again. */
+  leaving?: Promise<unknown>;
+  closed?: Promise<void>;
 }
 
 export class VdiCatalog {
@@ -96,7 +105,8 @@ export class VdiCatalog {
   /** By current vid; a working VDI changes its vid with every snapshot. */
   readonly #open = new Set<OpenEntry>();
   readonly #log: (line: string, details?: object) => void;
-  #queue: Promise<unknown> = Promise.resolve();
+  readonly #turns = new Turns();
+  #isClosed = false;
   /** What outlives this process. */
   readonly memory: Memory;
   readonly inUse: InUse;
@@ -135,9 +145,13 @@ export class VdiCatalog {
   }
 
   /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */
-  async list(): Promise<VdiRecord[]> {
-    const records = [...(await this.#store.catalog.list())];
-    return records.sort((a, b) => (a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId));
+  async list(): Promise<readonly VdiRecord[]> {
+    return this.#store.catalog.list();
+  }
+
+  /** Those of one name, in the same order; nothing of the others is looked at. */
+  async named(name: string): Promise<readonly VdiRecord[]> {
+    return this.#store.catalog.named(name);
   }
 
   /** "NAME", "NAME@TAG" or another form of names.ts. Errors: BAD_NAME, NO_VDI, NO_TAG. */
@@ -146,22 +160,43 @@ export class VdiCatalog {
   }
 
   show(spec: string): Promise<VdiDetails> {
-    return this.#alone(async () => {
+    return this.#on(spec, async () => {
       const record = await this.find(spec);
-      const kept = (await this.list()).filter(
-        ({ vid, name }) => vid === record.vid || (!record.isSnapshot && name === record.name),
-      );
-      const { allocated, exclusive } = await this.#store.catalog.usage(record.vid);
-      const objectSize = 2 ** record.blockSizeShift;
-      return {
-        ...record,
-        allocatedBytes: allocated * objectSize,
-        exclusiveBytes: exclusive * objectSize,
-        open: this.#entryOf(record.vid)?.users ?? 0,
-        clients: this.inUse.of(record.name, record.tag),
-        kept: kept.flatMap((each) => this.#keptOf(each) ?? []),
-      };
+      const kept = (await this.named(record.name)).filter(({ vid }) => vid === record.vid || !record.isSnapshot);
+      const usage = await this.#store.catalog.usage(record.vid);
+      const clients = this.inUse.of(record.name, record.tag);
+      const open = this.#entryOf(record.vid)?.users ?? 0;
+      return detailsOf(record, usage, { open, clients, kept: kept.flatMap((each) => this.#keptOf(each) ?? []) });
     });
+  }
+
+  /** The same of all, in one pass; who comes or goes meanwhile is in it or not. */
+  async details(): Promise<VdiDetails[]> {
+    const records = await this.list();
+    const usages = await this.#store.catalog.usages();
+    const clients = this.inUse.all();
+    const open = new Map(Array.from(this.#open, ({ vdi, users }) => [vdi.record.vid, users]));
+    const kept = new Map<string, KeptSnapshot[]>();
+    for (const record of records) {
+      const one = this.#keptOf(record);
+      if (one) kept.set(record.name, [...(kept.get(record.name) ?? []), one]);
+    }
+    const all: VdiDetails[] = [];
+    for (const [n, record] of records.entries()) {
+      if (n % RECORDS_PER_TURN === RECORDS_PER_TURN - 1) await new Promise((resolve) => setImmediate(resolve));
+      const usage = usages.get(record.vid);
+      if (usage === undefined) continue; // deleted since
+      const ofName = kept.get(record.name) ?? [];
+      const label = labelOf(record);
+      all.push(
+        detailsOf(record, usage, {
+          open: open.get(record.vid) ?? 0,
+          clients: clients.of(record.name, record.tag),
+          kept: record.isSnapshot ? ofName.filter(({ spec }) => record.isTemporary && spec === label) : ofName,
+        }),
+      );
+    }
+    return all;
   }
 
   /** An empty VDI of `size` bytes. `forceHint`: what stands for --force where that cannot be given. Errors: BAD_NAME, BAD_SIZE, EXISTS. */
@@ -170,7 +205,7 @@ export class VdiCatalog {
     size: number,
     options: { readonly blockSizeShift?: number | undefined; readonly forceHint?: string } & ForceOption = {},
   ): Promise<VdiRecord> {
-    return this.#change(async () => {
+    return this.#changeOn([name], async () => {
       const shift = checkNewVdi(name, size, options.blockSizeShift);
       await this.#mustNotExist(name);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
@@ -184,12 +219,13 @@ export class VdiCatalog {
    * by the same command, or it overwrites; BUSY; those of `create`.
    */
   begin(name: string, beginning: Beginning): Promise<VdiRecord> {
-    return this.#change(async () => {
+    return this.#changeOn([name], async () => {
       const { by, of, run, size, overwrites, goesOn, force } = beginning;
       checkName(name);
-      const named = (await this.list()).filter((record) => record.name === name);
+      const named = await this.named(name);
       const found = named.find(({ isSnapshot }) => !isSnapshot);
-      const isKept = (record: VdiRecord): boolean => !this.#entryOf(record.vid) && this.#keptOf(record) !== undefined;
+      if (found) await this.#settle(found);
+      const isKept = (record: VdiRecord): boolean => !this.#isUsed(record.vid) && this.#keptOf(record) !== undefined;
       const before = found?.unfinished;
       const isNobodys = found !== undefined && ((await this.#store.catalog.isBarelyMade?.(found)) ?? false);
       const isSame = isOfSame(before, beginning);
@@ -204,7 +240,7 @@ export class VdiCatalog {
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
       const [other] = named.filter((record) => record !== found && !isKept(record));
       if (other) throw await this.#existing(found ?? other, NO_HINT);
-      const ended = await this.#endKept((record) => record.name === name, `${name} was made anew`);
+      const ended = await this.#endKept(named, `${name} was made anew`);
       for (const { spec, client } of ended)
         this.#log(`ended ${spec}, which was kept for ${client}: ${name} was made anew`);
       // What a command has made and not finished holds nothing that was there before it.
@@ -215,8 +251,9 @@ export class VdiCatalog {
   }
 
   /** What `begin` began is complete: make it durable, and an ordinary VDI. Errors: UNFINISHED if it is not that run's. */
-  finish(name: string, run: string): Promise<VdiRecord> {
-    return this.#change(async () => {
+  async finish(name: string, run: string): Promise<VdiRecord> {
+    await this.#flushAhead(name);
+    return this.#change(name, async () => {
       const record = await this.#findWorking(name);
       await this.mustBeHeldBy(record, run);
       return this.#using(record, async (vdi) => {
@@ -231,12 +268,13 @@ export class VdiCatalog {
    * (milliseconds since the epoch): when it was taken in the store that it is a copy from. `run`: of a VDI that is being
    * filled, which stays unfinished; the snapshot is not.
    */
-  snapshot(
+  async snapshot(
     name: string,
     tag: string,
     { takenAt, run, force }: { readonly takenAt?: number | undefined } & Filling & ForceOption = {},
   ): Promise<VdiRecord> {
-    return this.#change(async () => {
+    await this.#flushAhead(name);
+    return this.#change(name, async () => {
       checkTag(tag);
       const { name: own } = await this.#findWorking(name);
       this.#mustBeUnused({ name: own, tag }, 'taken anew', { force });
@@ -252,7 +290,7 @@ export class VdiCatalog {
    * may be several of a tag; they are told apart by their vid.
    */
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
-    return this.#changeTemporaries(async () => {
+    return this.#changeTemporaries(name, async () => {
       checkTemporaryTag(tag);
       const { catalog } = this.#store;
       return this.#snapshot(
@@ -265,14 +303,14 @@ export class VdiCatalog {
 
   /** Drop a temporary snapshot, as if it had never been; of several of a tag, this `vid`. */
   dropTemporary(name: string, tag: string, vid?: number): Promise<void> {
-    return this.#changeTemporaries(async () => {
+    return this.#changeTemporaries(name, async () => {
       checkTemporaryTag(tag);
       const { name: own } = parseSpec(name);
-      const record = (await this.list()).find(
-        (other) =>
-          other.isTemporary && other.name === own && other.tag === tag && (vid === undefined || other.vid === vid),
+      const record = (await this.named(own)).find(
+        (other) => other.isTemporary && other.tag === tag && (vid === undefined || other.vid === vid),
       );
       if (!record) return; // by somebody else
+      await this.#settle(record);
       this.#mustBeClosed(record, 'dropped');
       await this.#store.catalog.remove(record.vid);
     });
@@ -280,16 +318,16 @@ export class VdiCatalog {
 
   /** As openVdi. Errors: NO_TAG if it is not there any more. */
   openTemporary(vid: number): Promise<Vdi> {
-    return this.#alone(async () => {
-      const record = (await this.list()).find((other) => other.vid === vid && other.isTemporary);
-      if (!record) throw new CatalogError('NO_TAG', 'this temporary snapshot has ended');
+    return this.#onVid(vid, async () => {
+      const record = await this.#store.catalog.record(vid);
+      if (!record?.isTemporary) throw new CatalogError('NO_TAG', 'this temporary snapshot has ended');
       return this.#acquire(record);
     });
   }
 
   /** Drop the temporary snapshots of a process that did not live to do it. Returns how many. */
   dropLeftovers(): Promise<number> {
-    return this.#alone(async () => {
+    return this.#turns.takeAll(async () => {
       // Earlier versions stored them in a local store, where nobody else gives a tag.
       const isOurs = this.#store.catalog.temporariesStoreNothing === true;
       const leftovers = (await this.list()).filter(
@@ -308,7 +346,7 @@ export class VdiCatalog {
   ): Promise<VdiRecord> {
     const record = await this.#findWorking(name);
     await this.mustBeHeldBy(record, run);
-    const isTaken = (await this.list()).some((other) => other.name === record.name && other.tag === tag);
+    const isTaken = (await this.named(record.name)).some((other) => other.tag === tag);
     if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
     }
@@ -335,13 +373,13 @@ export class VdiCatalog {
 
   /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT if `spec` is not one, EXISTS. */
   clone(spec: string, newName: string, options: ForceOption = {}): Promise<VdiRecord> {
-    return this.#change(async () => {
+    return this.#change(spec, async () => {
       checkName(newName);
       const base = await this.#findSnapshot(spec, 'clone');
       await this.#mustNotExist(newName);
       this.#mustBeUnused({ name: newName, tag: '' }, 'made anew', options);
       return this.#store.catalog.clone(base.vid, newName);
-    });
+    }, [newName]);
   }
 
   /**
@@ -349,12 +387,13 @@ export class VdiCatalog {
    * by whoever fills it, it stays so. Not while it is in use. Temporary snapshots that are kept for somebody end with it.
    */
   rollback(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<VdiRecord & Ended> {
-    return this.#change(async () => {
+    return this.#change(spec, async () => {
       const base = await this.#findSnapshot(spec, 'roll back to');
       const working = await this.#find({ name: base.name, tag: undefined });
       if (run !== undefined) await this.mustBeHeldBy(working, run);
+      await this.#settle(working);
       this.#mustBeFree(working, 'rolled back', options);
-      const ended = await this.#endKept(({ name }) => name === base.name, `${base.name} was rolled back`);
+      const ended = await this.#endKept(await this.named(base.name), `${base.name} was rolled back`);
       const unfinished = run === undefined ? undefined : working.unfinished;
       return { ...(await this.#store.catalog.rollback(working.vid, base.vid, unfinished)), ended };
     });
@@ -364,7 +403,7 @@ export class VdiCatalog {
    * Grow, also while it is open (connections made later see the new size), or shrink with `force`, which cuts off what
    * is behind the new end, and not while it is open. Errors: NEEDS_FORCE, BUSY, BAD_SIZE, UNFINISHED.
    */
-  resize(
+  async resize(
     name: string,
     size: number,
     options: ForceOption &
@@ -373,7 +412,8 @@ export class VdiCatalog {
         readonly forceInUse?: boolean | undefined;
       } = {},
   ): Promise<VdiRecord> {
-    return this.#change(async () => {
+    await this.#flushAhead(name);
+    return this.#change(name, async () => {
       const record = await this.#findWorking(name);
       await this.mustBeHeldBy(record, options.run);
       checkSize(size, record.blockSizeShift, record.maxObjects);
@@ -385,6 +425,7 @@ export class VdiCatalog {
             `${name} has ${record.size} bytes; shrinking it to ${size} destroys the rest: say --force if that is meant`,
           );
         }
+        await this.#settle(record);
         this.#mustBeFree(record, 'shrunk', { force: options.forceInUse }, '--force-in-use');
       }
       return this.#using(record, async (vdi) => {
@@ -403,18 +444,17 @@ export class VdiCatalog {
 
   /** Delete a snapshot or a working VDI that nobody has open; snapshots of a deleted VDI stay. With `run` only what it fills. */
   async remove(spec: string, { run, ...options }: Filling & ForceOption = {}): Promise<Ended> {
-    const ended = await this.#change(async () => {
-      const record = await this.find(spec);
+    const ended = await this.#removing(spec, async (record) => {
       if (run !== undefined) await this.mustBeHeldBy(record, run);
+      const named = await this.named(record.name);
       if (record.isTemporary) {
-        const same = ({ name, tag }: VdiRecord): boolean => name === record.name && tag === record.tag;
+        const same = named.filter(({ tag }) => tag === record.tag);
         const gone = await this.#endKept(same, `${spec} was deleted`);
         if (gone.length > 0) return gone;
       }
+      await this.#settle(record);
       this.#mustBeFree(record, 'deleted', options);
-      const gone = record.isSnapshot
-        ? []
-        : await this.#endKept(({ name }) => name === record.name, `${record.name} was deleted`);
+      const gone = record.isSnapshot ? [] : await this.#endKept(named, `${record.name} was deleted`);
       await this.#store.catalog.remove(record.vid);
       // Somebody may be about to come back to it.
       if (record.isTemporary) this.keeper?.dropped(record.vid, `${spec} was deleted`);
@@ -425,15 +465,35 @@ export class VdiCatalog {
     return { ended };
   }
 
-  /** Temporary snapshots that are kept for somebody end with it: they are a part of what moves. */
+  /** A turn on its name, and on those of other VDIs that are changed along with it. */
+  async #removing<T>(spec: string, work: (record: VdiRecord) => Promise<T>): Promise<T> {
+    const more = new Set<string>();
+    for (;;) {
+      const known = more.size;
+      const done = await this.#change(spec, async () => {
+        const record = await this.find(spec);
+        for (const name of this.#store.catalog.touchedBy?.(record.vid) ?? []) {
+          if (name !== record.name) more.add(name);
+        }
+        return more.size > known ? undefined : { result: await work(record) };
+      }, [...more]);
+      if (done) return done.result;
+    }
+  }
+
+  /**
+   * Temporary snapshots that are kept for somebody end with it: they are a part of what moves. Everything else waits until
+   * it is done.
+   */
   async check(options: { repair: boolean }): Promise<CheckReport & Ended> {
     if (options.repair) this.mustBeWritable();
-    return this.#alone(async () => {
+    return this.#turns.takeAll(async () => {
+      for (const { vdi } of [...this.#open]) await this.#settle(vdi.record);
       for (const { vdi } of this.#open) {
         const who = this.#whoHas(vdi.record);
         throw new CatalogError('BUSY', `${labelOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
       }
-      const ended = await this.#endKept(() => true, 'the store was checked');
+      const ended = await this.#endKept(await this.list(), 'the store was checked');
       return { ...(await this.#store.catalog.check(options)), ended };
     });
   }
@@ -443,21 +503,31 @@ export class VdiCatalog {
    * it is, unless by its own `run`, or for who says that its map is all that is looked at.
    */
   openVdi(spec: string, options: { readonly run?: string; readonly mapOnly?: boolean } = {}): Promise<Vdi> {
-    return this.#alone(async () => {
+    return this.#on(spec, async () => {
       const record = await this.find(spec);
       if (!options.mapOnly) await this.mustBeHeldBy(record, options.run);
       return this.#acquire(record);
     });
   }
 
-  /** The counterpart of openVdi; with the last one the VDI is flushed and closed. */
-  release(vdi: Vdi): Promise<void> {
-    return this.#alone(() => this.#release(vdi));
+  /**
+   * The counterpart of openVdi; with the last one the VDI is flushed and closed. Nobody waits for that flush but who asks for
+   * what needs the VDI closed: who opens it meanwhile has it as it is.
+   */
+  async release(vdi: Vdi): Promise<void> {
+    const entry = [...this.#open].find((each) => each.vdi === vdi);
+    if (!entry || entry.users === 0) throw new Error('invariant: released a VDI that is not open');
+    if (--entry.users > 0) return;
+    const { name } = vdi.record;
+    entry.leaving = flushQuietly(vdi);
+    await entry.leaving;
+    await this.#turns.take([name], () => this.#closeUnused(entry));
   }
 
   /** Finish the operation under way, flush and close everything, and the store with it. */
   close(): Promise<void> {
-    return this.#alone(async () => {
+    return this.#turns.takeAll(async () => {
+      this.#isClosed = true;
       try {
         await this.memory.close();
       } finally {
@@ -468,7 +538,7 @@ export class VdiCatalog {
 
   async #find({ name, tag, vid }: VdiSpec): Promise<VdiRecord> {
     if (vid !== undefined) return this.#findById(vid);
-    const named = (await this.list()).filter((record) => record.name === name);
+    const named = await this.named(name);
     const tagged = named.filter((record) =>
       tag === undefined ? !record.isSnapshot : record.isSnapshot && record.tag === tag,
     );
@@ -477,7 +547,7 @@ export class VdiCatalog {
     const fitting = saysTemporary ? tagged.filter(({ isTemporary }) => isTemporary) : tagged;
     // Of temporary snapshots of one tag, the newest that somebody reads.
     const newest = fitting.length > 1 && saysTemporary ? fitting.reverse() : fitting;
-    const found = newest.find(({ vid }) => this.#entryOf(vid)) ?? newest[0];
+    const found = newest.find(({ vid }) => this.#isUsed(vid)) ?? newest[0];
     if (found) return found;
     if (named.length === 0) {
       throw new CatalogError(
@@ -500,7 +570,7 @@ export class VdiCatalog {
 
   /** Temporary snapshots come and go with those who have them open: they are nobody else's to open or delete. */
   async #findById(vid: number): Promise<VdiRecord> {
-    const found = (await this.list()).find((record) => record.vid === vid);
+    const found = await this.#store.catalog.record(vid);
     if (found && !found.isTemporary) return found;
     throw new CatalogError(
       'NO_VDI',
@@ -528,7 +598,7 @@ export class VdiCatalog {
 
   /** Snapshots outlive their VDI, and a name stands for all of them. */
   async #mustNotExist(name: string): Promise<void> {
-    const named = (await this.list()).filter((record) => record.name === name);
+    const named = await this.named(name);
     const [first] = named;
     if (first) throw await this.#existing(named.find(({ isSnapshot }) => !isSnapshot) ?? first, NO_HINT);
   }
@@ -550,9 +620,7 @@ export class VdiCatalog {
 
   async #circumstancesOf({ name, vid }: VdiRecord): Promise<Circumstances> {
     const isOpen = (this.#entryOf(vid)?.users ?? 0) > 0;
-    const hasSnapshots = (await this.list()).some((other) => {
-      return other.name === name && other.isSnapshot && !other.isTemporary;
-    });
+    const hasSnapshots = (await this.named(name)).some((other) => other.isSnapshot && !other.isTemporary);
     // Only of this store's own clients is it known that there are none.
     return { isAtWork: isOpen || (this.#store.state?.isShared ? undefined : false), hasSnapshots };
   }
@@ -560,6 +628,10 @@ export class VdiCatalog {
   #entryOf(vid: number): OpenEntry | undefined {
     for (const entry of this.#open) if (entry.vdi.record.vid === vid) return entry;
     return undefined;
+  }
+
+  #isUsed(vid: number): boolean {
+    return (this.#entryOf(vid)?.users ?? 0) > 0;
   }
 
   #mustBeClosed(record: VdiRecord, what: string): void {
@@ -624,13 +696,14 @@ export class VdiCatalog {
     return kept && { spec: labelOf(record), takenAt: record.snapshotAt, ...kept };
   }
 
-  /** Drop the temporary snapshots that fit and that nobody has open, though somebody may come back to them. */
-  async #endKept(fits: (record: VdiRecord) => boolean, why: string): Promise<KeptSnapshot[]> {
+  /** Drop those of these that are temporary snapshots and that nobody has open, though somebody may come back to them. */
+  async #endKept(records: readonly VdiRecord[], why: string): Promise<KeptSnapshot[]> {
     const ended: KeptSnapshot[] = [];
     if (this.isReadOnly) return ended;
-    for (const record of await this.list()) {
-      const kept = fits(record) && !this.#entryOf(record.vid) ? this.#keptOf(record) : undefined;
+    for (const record of records) {
+      const kept = this.#isUsed(record.vid) ? undefined : this.#keptOf(record);
       if (!kept) continue;
+      await this.#settle(record);
       await this.#store.catalog.remove(record.vid);
       this.keeper?.dropped(record.vid, why);
       ended.push(kept);
@@ -648,44 +721,101 @@ export class VdiCatalog {
     return entry.vdi;
   }
 
-  async #release(vdi: Vdi): Promise<void> {
-    for (const entry of this.#open) {
-      if (entry.vdi !== vdi) continue;
-      if (--entry.users > 0) return;
-      this.#open.delete(entry);
+  /** If nobody has come meanwhile. Only in a turn on its name. */
+  async #closeUnused(entry: OpenEntry): Promise<void> {
+    if (entry.users > 0 || this.#isClosed) return;
+    if (this.#open.delete(entry)) {
       // If this fails the store keeps what could not be flushed, and the next open or close tries again.
-      await vdi.opened.close();
-      return;
+      entry.closed = entry.vdi.opened.close();
     }
-    throw new Error('invariant: released a VDI that is not open');
+    await entry.closed;
+  }
+
+  /** Whoever has left this has really gone: it is closed, or is in use. Only in a turn on its name. */
+  async #settle({ vid }: VdiRecord): Promise<void> {
+    const entry = this.#entryOf(vid);
+    if (!entry || entry.users > 0) return;
+    await entry.leaving;
+    // Who has left is told of it.
+    await this.#closeUnused(entry).catch(() => undefined);
   }
 
   async #using<T>(record: VdiRecord, work: (vdi: Vdi) => Promise<T>): Promise<T> {
+    const wasLeft = this.#entryOf(record.vid)?.users === 0;
     const vdi = await this.#acquire(record);
     try {
       return await work(vdi);
     } finally {
-      await this.#release(vdi);
+      const entry = [...this.#open].find((each) => each.vdi === vdi);
+      // What was being left when we came is closed by those who left it.
+      if (entry && --entry.users === 0 && !wasLeft) await this.#closeUnused(entry);
     }
   }
 
-  /** #alone, for what changes something. Errors: READ_ONLY. */
-  async #change<T>(work: () => Promise<T>): Promise<T> {
+  /**
+   * Before a turn in which a working VDI is flushed: most of what is dirty goes to disk while nobody waits for that turn. What
+   * goes wrong here the operation itself will meet, and tell.
+   */
+  async #flushAhead(name: string): Promise<void> {
+    let meant: VdiSpec;
+    try {
+      meant = parseSpec(name);
+    } catch {
+      return;
+    }
+    for (const { vdi } of [...this.#open]) {
+      const { isSnapshot, ...record } = vdi.record;
+      if (!isSnapshot && (meant.vid ?? record.vid) === record.vid && (meant.name || record.name) === record.name) {
+        await flushQuietly(vdi);
+      }
+    }
+  }
+
+  /** #on, for what changes something. Errors: READ_ONLY. */
+  async #change<T>(spec: string, work: () => Promise<T>, more: readonly string[] = []): Promise<T> {
     this.mustBeWritable();
-    return this.#alone(work);
+    return this.#on(spec, work, more);
   }
 
-  /** #alone, for what takes or drops temporary snapshots. Errors: READ_ONLY. */
-  async #changeTemporaries<T>(work: () => Promise<T>): Promise<T> {
+  /** The same for plain names, of what need not exist. */
+  async #changeOn<T>(names: readonly string[], work: () => Promise<T>): Promise<T> {
+    this.mustBeWritable();
+    return this.#turns.take(names, work);
+  }
+
+  /** #on, for what takes or drops temporary snapshots. Errors: READ_ONLY. */
+  async #changeTemporaries<T>(spec: string, work: () => Promise<T>): Promise<T> {
     this.mustTakeTemporaries();
-    return this.#alone(work);
+    return this.#on(spec, work);
   }
 
-  #alone<T>(work: () => Promise<T>): Promise<T> {
-    const result = this.#queue.then(work);
-    this.#queue = result.catch(() => undefined);
-    return result;
+  /** A turn on the name that `spec` is about, and on `more`. Errors: BAD_NAME. */
+  async #on<T>(spec: string, work: () => Promise<T>, more: readonly string[] = []): Promise<T> {
+    const { name, vid } = parseSpec(spec);
+    return vid === undefined ? this.#turns.take([name, ...more], work) : this.#onVid(vid, work, more);
   }
+
+  async #onVid<T>(vid: number, work: () => Promise<T>, more: readonly string[] = []): Promise<T> {
+    const record = await this.#store.catalog.record(vid);
+    return this.#turns.take(record === undefined ? more : [record.name, ...more], work);
+  }
+}
+
+async function flushQuietly(vdi: Vdi): Promise<void> {
+  try {
+    await vdi.flush();
+  } catch {
+    // Closing, or whatever needs it durable, flushes again.
+  }
+}
+
+function detailsOf(
+  record: VdiRecord,
+  { allocated, exclusive }: Usage,
+  more: Pick<VdiDetails, 'open' | 'clients' | 'kept'>,
+): VdiDetails {
+  const objectSize = 2 ** record.blockSizeShift;
+  return { ...record, allocatedBytes: allocated * objectSize, exclusiveBytes: exclusive * objectSize, ...more };
 }
 
 /** NAME or NAME@TAG, as people write it. */

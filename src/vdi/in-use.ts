@@ -99,6 +99,22 @@ export interface EndOfUse {
   readonly span: ConnectionSpan;
 }
 
+/** Uses by what is used. */
+class AllUses {
+  readonly #lists = new Map<string, ClientUse[]>();
+
+  of(name: string, tag: string): ClientUse[] {
+    return (this.#lists.size > 0 && this.#lists.get(memoryKey(name, tag))) || [];
+  }
+
+  list({ name, tag }: Pick<UseRecord, 'name' | 'tag'>): ClientUse[] {
+    const key = memoryKey(name, tag);
+    let list = this.#lists.get(key);
+    if (!list) this.#lists.set(key, (list = []));
+    return list;
+  }
+}
+
 export class InUse {
   readonly #memory: Memory;
   readonly #forMs: number;
@@ -202,11 +218,21 @@ export class InUse {
 
   /** Who uses this, connected or cut off. */
   of(name: string, tag: string): ClientUse[] {
+    return this.#find((record) => record.name === name && record.tag === tag).of(name, tag);
+  }
+
+  /** The same of all, looked up once. */
+  all(): AllUses {
+    return this.#find(() => true);
+  }
+
+  #find(isMeant: (record: UseRecord) => boolean): AllUses {
     this.#takeOver();
-    const found: ClientUse[] = [];
+    const all = new AllUses();
     for (const use of [...this.#uses.values()]) {
       const { record } = use;
-      if (record.name !== name || record.tag !== tag) continue;
+      if (!isMeant(record)) continue;
+      const found = all.list(record);
       if (!this.#counts(use)) {
         forget(use);
         if (live(use) === 0) this.#drop(use);
@@ -222,11 +248,11 @@ export class InUse {
     }
     // Another daemon of this machine serves it, for a cluster.
     for (const record of this.#records()) {
-      if (record.name !== name || record.tag !== tag || record.lostAt || !this.#isForeign(record)) continue;
+      if (!isMeant(record) || record.lostAt || !this.#isForeign(record)) continue;
       const { client, since } = record;
-      found.push({ client: client.label, since, lostAt: null, until: null, isElsewhere: true });
+      all.list(record).push({ client: client.label, since, lostAt: null, until: null, isElsewhere: true });
     }
-    return found;
+    return all;
   }
 
   /** Whoever was cut off from this will not come back: somebody has said so. */

@@ -244,7 +244,9 @@ async function stateOf(catalog: VdiCatalog, before: Contents | undefined, after:
     expect(records).toEqual([]);
     return 'absent';
   }
-  const listed = (await new VdiExports(catalog).list({ transport: 'internal', address: '' })).map(({ name }) => name);
+  const listed = [...(await new VdiExports(catalog).list({ transport: 'internal', address: '' }))].map(
+    ({ name }) => name,
+  );
   if (working.unfinished) {
     await expect(catalog.openVdi(NAME)).rejects.toMatchObject({ code: 'UNFINISHED' });
     await expect(catalog.snapshot(NAME, 'mine')).rejects.toMatchObject({ code: 'UNFINISHED' });

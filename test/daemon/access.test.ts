@@ -220,7 +220,10 @@ describe('exports behind rules', () => {
         return Promise.reject(new ExportError('UNKNOWN', (error as Error).message));
       }
     },
-    list: () => ['a', 'b', 'c'].map((name) => ({ name, description: '' })),
+    list: (_peer, isTold) =>
+      ['a', 'b', 'c']
+        .filter((name) => isTold?.({ name, tag: undefined }) ?? true)
+        .map((name) => ({ name, description: '' })),
     describe: (name) => {
       asked.push(name);
       const { name: vdi } = ids.get(subjectText(name)) ?? parseSpec(subjectText(name));
@@ -248,7 +251,7 @@ describe('exports behind rules', () => {
   );
 
   test('only what may be opened is listed', async () => {
-    expect((await guarded.list(LOCAL)).map(({ name }) => name)).toEqual(['a', 'b']);
+    expect([...(await guarded.list(LOCAL))].map(({ name }) => name)).toEqual(['a', 'b']);
   });
 
   test('what may not be opened is refused without looking whether it exists', async () => {
@@ -353,7 +356,7 @@ describe('exports behind rules', () => {
 
   test("the daemon's own connections are let through", async () => {
     const own: Peer = { transport: 'internal', address: 'session' };
-    expect(await guarded.list(own)).toHaveLength(3);
+    expect([...(await guarded.list(own))]).toHaveLength(3);
     expect((await guarded.open('b', own)).device).toBe(device);
   });
 });

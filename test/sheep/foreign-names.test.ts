@@ -55,7 +55,7 @@ test('a VDI with a slash in its name, and snapshots with one in their tags, are 
   await cluster.snapshot('a/b', 'p@q');
   await fill('@=a%2Fb', 3);
 
-  const listed = (await exports.list(PEER)).map(({ name }) => name);
+  const listed = [...(await exports.list(PEER))].map(({ name }) => name);
   expect(listed).toEqual(['@=a%2Fb@x%2Fy', '@=a%2Fb@p%40q', '@=a%2Fb']);
   const looked = [];
   for (const name of listed) looked.push(await look(name));
@@ -124,7 +124,7 @@ test('a snapshot that another tool has given the tag of a temporary one stays: i
       /has no temporary snapshot "now\S*"; the one that another tool has given this tag is @[0-9a-f]+$/,
     );
   }
-  const listed = (await exports.list(PEER)).map(({ name }) => name).filter((name) => /^@[0-9a-f]|^vm3/.test(name));
+  const listed = [...(await exports.list(PEER))].map(({ name }) => name).filter((name) => /^@[0-9a-f]|^vm3/.test(name));
   expect(listed).toEqual([...ids, 'vm3']);
   for (const [n, id] of ids.entries()) expect(await look(id)).toMatchObject({ byte: n + 1, name: id });
   const operations = new DirectOperations(catalog, exports);

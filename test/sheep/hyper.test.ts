@@ -78,8 +78,8 @@ describe('a hyper volume', () => {
       expect(data.subarray(idx * OBJECT, (idx + 1) * OBJECT).equals(Buffer.alloc(OBJECT, fill))).toBe(true);
     }
     await catalog.release(vdi);
-    for (const refused of [catalog.snapshot('hyper', 'a'), catalog.snapshotTemporary('hyper', 'now')]) {
-      await expect(refused).rejects.toThrow(/hyper volume .* not snapshotted/);
+    for (const refused of [() => catalog.snapshot('hyper', 'a'), () => catalog.snapshotTemporary('hyper', 'now')]) {
+      await expect(refused()).rejects.toThrow(/hyper volume .* not snapshotted/);
     }
     expect(await catalog.show('hyper')).toMatchObject({ allocatedBytes: 3 * OBJECT });
     expect((await catalog.check({ repair: false })).problems).toEqual([]);

@@ -6,6 +6,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import {
+  inOrder,
   StoreError,
   type Awaitable,
   type Catalog,
@@ -16,6 +17,7 @@ import {
   type StoreState,
   type Switch,
   type Unfinished,
+  type Usage,
   type VdiRecord,
   type ZeroOptions,
 } from '../object-store.js';
@@ -37,6 +39,7 @@ import { TimeSlice } from './time-slice.js';
 const MAX_VID = 2 ** 24 - 1;
 /** Findings a check spells out; it counts the rest. */
 const MAX_PROBLEMS = 1000;
+const NOTHING_USED: Usage = { allocated: 0, exclusive: 0 };
 
 export interface LocalStoreOptions {
   /** Told what an operator should know and no caller waits for. */
@@ -359,8 +362,8 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     if (failure !== undefined) throw failure;
   }
 
-  namesLost(keys: readonly number[], error: unknown): void {
-    const folders = new Set(keys.map((key) => path.dirname(this.files.path(key))));
+  namesLost(keys: Iterable<number>, error: unknown): void {
+    const folders = new Set(Array.from(keys, (key) => path.dirname(this.files.path(key))));
     for (const vdi of this.open.values())
       vdi.loseNames((key) => folders.has(path.dirname(this.files.path(key))), error);
   }
@@ -610,14 +613,43 @@ export class LocalCatalog implements Catalog {
     this.#store = store;
   }
 
-  list(): VdiRecord[] {
-    const records = new Map(this.#store.metadata.records().map((record) => [record.vid, record]));
+  list(): readonly VdiRecord[] {
+    return this.#withUnstored(this.#store.metadata.records());
+  }
+
+  named(name: string): readonly VdiRecord[] {
+    return this.#withUnstored(this.#store.metadata.recordsNamed(name), name);
+  }
+
+  record(vid: number): VdiRecord | undefined {
+    const temporary = this.#temporaries.get(vid)?.temporary.record;
+    if (temporary) return temporary;
     for (const vdi of this.#store.open.values()) {
-      if (vdi.outgrown.length === 0) continue;
-      for (const vid of vdi.outgrown) records.delete(vid);
-      records.set(vdi.record.vid, vdi.record);
+      if (vdi.record.vid === vid && vdi.outgrown.length > 0) return vdi.record;
+      if (vdi.outgrown.includes(vid)) return undefined;
     }
-    return [...Array.from(this.#temporaries.values(), ({ temporary }) => temporary.record), ...records.values()];
+    return this.#store.metadata.record(vid);
+  }
+
+  /** With what is in memory only, of all names or of one: temporary snapshots, and what an open VDI has become since. */
+  #withUnstored(stored: readonly VdiRecord[], name?: string): readonly VdiRecord[] {
+    const isMeant = (record: VdiRecord): boolean => name === undefined || record.name === name;
+    const gone = new Set<number>();
+    const added: VdiRecord[] = [];
+    for (const { temporary } of this.#temporaries.values()) if (isMeant(temporary.record)) added.push(temporary.record);
+    for (const vdi of this.#store.open.values()) {
+      if (vdi.outgrown.length === 0 || !isMeant(vdi.record)) continue;
+      for (const vid of [...vdi.outgrown, vdi.record.vid]) gone.add(vid);
+      added.push(vdi.record);
+    }
+    if (added.length === 0) return stored;
+    const left = gone.size === 0 ? stored : stored.filter(({ vid }) => !gone.has(vid));
+    // Sorting keeps the order of what is alike: temporary snapshots before what they are of, in the order they were taken.
+    return [...added, ...left].sort(inOrder);
+  }
+
+  touchedBy(vid: number): readonly string[] {
+    return this.#store.metadata.childrenOf(vid).map(({ name }) => name);
   }
 
   async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
@@ -773,9 +805,7 @@ export class LocalCatalog implements Catalog {
   async remove(vid: number): Promise<void> {
     if (this.#temporaries.has(vid)) return this.#dropTemporary(vid);
     const { map, releases, vids, record } = await this.#held(vid);
-    const relinked = this.list()
-      .filter((other) => other.parentVid === vid && !this.#temporaries.has(other.vid))
-      .map((child) => adopted(child, record));
+    const relinked = this.#childrenOf(vid).map((child) => adopted(child, record));
     await this.#store.metadata.commit({ records: relinked, removed: vids });
     for (const child of relinked) {
       const open = this.#store.open.get(child.vid);
@@ -784,6 +814,17 @@ export class LocalCatalog implements Catalog {
     this.#store.open.get(vid)?.abandon();
     this.#store.release(releases);
     this.#store.releaseMap(map);
+  }
+
+  /** What is stored of them, or what they have become since if that is not stored yet. */
+  #childrenOf(vid: number): VdiRecord[] {
+    const children = new Map(this.#store.metadata.childrenOf(vid).map((child) => [child.vid, child]));
+    for (const vdi of this.#store.open.values()) {
+      if (vdi.outgrown.length === 0) continue;
+      for (const outgrown of vdi.outgrown) children.delete(outgrown);
+      if (vdi.record.parentVid === vid) children.set(vdi.record.vid, vdi.record);
+    }
+    return [...children.values()];
   }
 
   reclaimed(): Promise<void> {
@@ -811,9 +852,22 @@ export class LocalCatalog implements Catalog {
     return { map: await this.#store.metadata.loadMap(record), releases: [], vids: [vid], record };
   }
 
-  async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
+  async usage(vid: number): Promise<Usage> {
     const opened = this.#temporaries.get(vid)?.temporary ?? this.#store.open.get(vid);
-    const map = opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid)));
+    return this.#usageOf(opened?.map ?? (await this.#store.metadata.loadMap(this.#recordOf(vid))));
+  }
+
+  async usages(): Promise<ReadonlyMap<number, Usage>> {
+    const { metadata, references, open } = this.#store;
+    const usages = await metadata.countEntries((owner, idx) => references.of(owner, idx) === 1);
+    for (const record of metadata.records()) if (!usages.has(record.vid)) usages.set(record.vid, NOTHING_USED);
+    // Of what is open the map in memory is the truth.
+    const maps = Array.from(this.#temporaries.values(), ({ temporary }): OpenVdi => temporary);
+    for (const { record, map } of [...maps, ...open.values()]) usages.set(record.vid, await this.#usageOf(map));
+    return usages;
+  }
+
+  async #usageOf(map: Uint32Array): Promise<Usage> {
     const slice = new TimeSlice();
     let allocated = 0;
     let exclusive = 0;

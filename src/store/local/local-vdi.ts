@@ -26,7 +26,7 @@ export interface LocalVdiHost {
   /** A durable map no longer refers to these: drop the references and remove what nobody refers to, in the background. */
   release(keys: readonly number[]): void;
   /** The folders of these objects could not be synced: what is new in them is not durable, and never will be. */
-  namesLost(keys: readonly number[], error: unknown): void;
+  namesLost(keys: Iterable<number>, error: unknown): void;
   /** What this VDI holds that is not durable is lost: go back to what is. */
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
@@ -37,9 +37,9 @@ export interface LocalVdiHost {
 interface Batch {
   readonly vid: number;
   readonly generation: number;
-  readonly objects: readonly number[];
-  readonly created: readonly number[];
-  readonly pages: readonly number[];
+  readonly objects: ReadonlySet<number>;
+  readonly created: ReadonlySet<number>;
+  readonly pages: ReadonlySet<number>;
   readonly releases: readonly number[];
   readonly recordChanged: boolean;
   readonly obsolete: readonly number[];
@@ -67,7 +67,7 @@ export class LocalVdi implements OpenVdi {
   /** The durable half of a snapshot, while it is not done: every later flush waits for it, and runs it if need be. */
   #pendingMove: (() => Promise<void>) | undefined;
   /** New objects whose names that makes durable. */
-  #moving: readonly number[] = [];
+  #moving: readonly ReadonlySet<number>[] = [];
   /** References of a snapshot just taken are not counted yet: nothing that it may share is exclusive. */
   #isCounting = false;
   #releases: number[] = [];
@@ -189,7 +189,7 @@ export class LocalVdi implements OpenVdi {
     const plain =
       this.#pendingMove === undefined &&
       !this.#dirtyPages.has(page) &&
-      !this.#committing?.pages.includes(page) &&
+      !this.#committing?.pages.has(page) &&
       !this.#recordChanged &&
       !this.#created.has(key);
     if (!plain) return this.flush();
@@ -262,8 +262,8 @@ export class LocalVdi implements OpenVdi {
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
       run ??= this.#finishMove(frozen, batch, snapshot, {
-        objects: flushing && !flushing.isDurable ? [...flushing.objects, ...batch.objects] : batch.objects,
-        created: flushing && !flushing.isDurable ? [...flushing.created, ...batch.created] : batch.created,
+        objects: flushing && !flushing.isDurable ? both(flushing.objects, batch.objects) : batch.objects,
+        created: flushing && !flushing.isDurable ? both(flushing.created, batch.created) : batch.created,
         pages: recordWasDurable
           ? [...pages].map((page) => ({ vid: snapshot.vid, page, entries: pageOf(frozen, page) }))
           : pagesOf(snapshot.vid, frozen),
@@ -274,7 +274,7 @@ export class LocalVdi implements OpenVdi {
       return run;
     };
     this.#pendingMove = finish;
-    this.#moving = [...batch.created, ...(flushing?.created ?? [])];
+    this.#moving = flushing ? [batch.created, flushing.created] : [batch.created];
     return () => this.enqueue(finish);
   }
 
@@ -282,7 +282,7 @@ export class LocalVdi implements OpenVdi {
     frozen: Uint32Array,
     batch: Batch,
     snapshot: VdiRecord,
-    toStore: { objects: readonly number[]; created: readonly number[]; pages: readonly PageWrite[] },
+    toStore: { objects: Iterable<number>; created: Iterable<number>; pages: readonly PageWrite[] },
   ): Promise<void> {
     const { record } = this;
     // Before anything is released: this VDI gives up references only with a later flush.
@@ -361,17 +361,18 @@ export class LocalVdi implements OpenVdi {
     const batch: Batch = {
       vid: this.record.vid,
       generation: this.#generation++,
-      objects: [...this.#dirtyObjects],
-      created: [...this.#created],
-      pages: [...this.#dirtyPages],
+      objects: this.#dirtyObjects,
+      created: this.#created,
+      pages: this.#dirtyPages,
       releases: this.#releases,
       recordChanged: this.#recordChanged,
       obsolete: this.#obsolete,
       isDurable: false,
     };
-    this.#dirtyObjects.clear();
-    this.#created.clear();
-    this.#dirtyPages.clear();
+    // Handed over, and not copied: there may be very many.
+    this.#dirtyObjects = new Set();
+    this.#created = new Set();
+    this.#dirtyPages = new Set();
     this.#releases = [];
     this.#recordChanged = false;
     this.#obsolete = [];
@@ -393,7 +394,7 @@ export class LocalVdi implements OpenVdi {
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
     const batch = this.#take();
     const logged = this.#log.flushing(this.#generation);
-    const pages = batch.pages.map((page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
+    const pages = Array.from(batch.pages, (page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
     const flushed = [{ vid: batch.vid, generation: batch.generation }];
     this.#committing = batch;
@@ -418,7 +419,7 @@ export class LocalVdi implements OpenVdi {
   }
 
   /** Make the names of new objects durable. */
-  async #syncNames(created: readonly number[]): Promise<void> {
+  async #syncNames(created: Iterable<number>): Promise<void> {
     try {
       await this.#host.files.syncDirectories(created);
     } catch (error) {
@@ -431,15 +432,20 @@ export class LocalVdi implements OpenVdi {
 
   /** Names could not be made durable. If objects that we made and have not vouched for are among them, we never can. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
-    const pending = [...this.#creating, ...this.#created, ...(this.#committing?.created ?? []), ...this.#moving];
-    if (pending.some(isLost)) this.#syncFailure ??= error;
+    for (const keys of [this.#creating, this.#created, this.#committing?.created ?? [], ...this.#moving]) {
+      for (const key of keys) {
+        if (!isLost(key)) continue;
+        this.#syncFailure ??= error;
+        return;
+      }
+    }
   }
 
-  async #sync(keys: readonly number[]): Promise<void> {
-    let next = 0;
+  async #sync(keys: Iterable<number>): Promise<void> {
+    const left = keys[Symbol.iterator]();
     const worker = async (): Promise<void> => {
-      while (next < keys.length) {
-        const key = keys[next++] as number;
+      for (let next = left.next(); !next.done; next = left.next()) {
+        const key = next.value;
         // Trimmed meanwhile: nobody will read it, and its file may be gone.
         const owner = vidOf(key);
         if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
@@ -451,8 +457,18 @@ export class LocalVdi implements OpenVdi {
         }
       }
     };
-    await Promise.all(Array.from({ length: Math.min(PARALLEL_SYNCS, keys.length) }, worker));
+    await Promise.all(Array.from({ length: PARALLEL_SYNCS }, worker));
   }
+}
+
+/** As often as it is asked for. */
+function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
+  return {
+    *[Symbol.iterator]() {
+      yield* first;
+      yield* second;
+    },
+  };
 }
 
 /** The system call that failed. */

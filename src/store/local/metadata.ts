@@ -7,11 +7,12 @@ import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
 import { syncDirectory } from './durable-names.js';
-import { StoreError, type VdiRecord } from '../object-store.js';
+import { StoreError, type Usage, type VdiRecord } from '../object-store.js';
 import * as libc from './libc.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError, MetadataFile } from './metadata-file.js';
+import { RecordIndex } from './record-index.js';
 import { TimeSlice } from './time-slice.js';
 
 export const FORMAT_VERSION = 1;
@@ -97,7 +98,7 @@ export class Metadata {
   #state: Database<unknown, string> | undefined;
   readonly #file: MetadataFile;
   /** What is stored, by vid: asked for far more often than it changes. */
-  readonly #records = new Map<number, VdiRecord>();
+  readonly #records = new RecordIndex();
 
   private constructor(file: string, readOnly: boolean) {
     this.#file = new MetadataFile(file, { readOnly }, (env) => this.#use(env));
@@ -109,14 +110,13 @@ export class Metadata {
     const pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
     const flushed = env.openDB<number, number>({ name: 'flushed', encoding: 'json' });
     const state = env.openDB<unknown, string>({ name: 'state', encoding: 'json' });
-    const records = Array.from(vdis.getRange({}), ({ key, value }) => [key, value] as const);
+    const records = Array.from(vdis.getRange({}), ({ value }) => value);
     this.#env = env;
     this.#vdis = vdis;
     this.#pages = pages;
     this.#flushed = flushed;
     this.#state = state;
-    this.#records.clear();
-    for (const [vid, record] of records) this.#records.set(vid, record);
+    this.#records.reset(records);
   }
 
   /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
@@ -195,8 +195,17 @@ export class Metadata {
     this.#file.suspectDisk();
   }
 
-  records(): VdiRecord[] {
-    return [...this.#records.values()];
+  /** In the order that people see; the array does not change. */
+  records(): readonly VdiRecord[] {
+    return this.#records.all();
+  }
+
+  recordsNamed(name: string): VdiRecord[] {
+    return this.#records.named(name);
+  }
+
+  childrenOf(vid: number): VdiRecord[] {
+    return this.#records.childrenOf(vid);
   }
 
   record(vid: number): VdiRecord | undefined {
@@ -271,6 +280,35 @@ export class Metadata {
     }
   }
 
+  /**
+   * How many entries of each stored map are owned, and how many of those `isExclusive`; by vid, without maps that are empty.
+   * In pieces: what is stored meanwhile is counted or not.
+   */
+  async countEntries(isExclusive: (owner: number, idx: number) => boolean): Promise<Map<number, Usage>> {
+    const counts = new Map<number, { allocated: number; exclusive: number }>();
+    const slice = new TimeSlice();
+    for (let start: [number, number] | undefined = [0, 0]; start;) {
+      this.#file.mustBeReadable();
+      let last: [number, number] | undefined;
+      for (const { key, value } of this.#pages.getRange({ start, limit: PAGES_PER_READ })) {
+        last = key;
+        const [vid, page] = key;
+        let count = counts.get(vid);
+        if (!count) counts.set(vid, (count = { allocated: 0, exclusive: 0 }));
+        for (let at = 0; at < value.length; at += Uint32Array.BYTES_PER_ELEMENT) {
+          const owner = value.readUInt32LE(at);
+          if (owner === 0) continue;
+          count.allocated++;
+          if (isExclusive(owner, page * PAGE_ENTRIES + at / Uint32Array.BYTES_PER_ELEMENT)) count.exclusive++;
+        }
+        if (slice.isOver(0)) break;
+      }
+      start = last && [last[0], last[1] + 1];
+      if (slice.isOver(0)) await slice.next();
+    }
+    return counts;
+  }
+
   /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */
   strayVids(): number[] {
     const strays: number[] = [];
@@ -278,7 +316,7 @@ export class Metadata {
     for (let from = 0; ;) {
       const [first] = [...this.#pages.getKeys({ start: [from, 0], limit: 1 })];
       if (!first) return strays;
-      if (!this.#records.has(first[0])) strays.push(first[0]);
+      if (!this.#records.get(first[0])) strays.push(first[0]);
       from = first[0] + 1;
     }
   }
@@ -317,7 +355,7 @@ export class Metadata {
       for (const { vid, generation } of change.flushed ?? []) void this.#flushed?.put(vid, generation);
     });
     for (const { vid } of gone) this.#records.delete(vid);
-    for (const record of change.records ?? []) this.#records.set(record.vid, record);
+    for (const record of change.records ?? []) this.#records.set(record);
   }
 
   /** What src/vdi remembers of its clients; see StoreState. */

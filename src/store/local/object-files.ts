@@ -15,6 +15,7 @@ import { makeDirectory } from './make-directory.js';
 import { readOnce, readToEnd, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
+import { TimeSlice } from './time-slice.js';
 import { WriteThrottle } from './write-throttle.js';
 
 const OBJECT_DIRECTORIES = 256;
@@ -289,16 +290,22 @@ export class ObjectFiles {
 
   /** The folders of these objects are on stable storage: new names in them survive a crash. */
   async syncDirectories(keys: Iterable<number>): Promise<void> {
-    const names = new Set<string>();
-    for (const key of keys) names.add(path.dirname(this.path(key)));
+    const folders = new Set<number>();
+    const slice = new TimeSlice();
+    let step = 0;
+    for (const key of keys) {
+      folders.add(directoryOf(vidOf(key), idxOf(key)));
+      if (slice.isOver(++step)) await slice.next();
+    }
     await Promise.all(
-      [...names].map(async (name) => {
-        const turn = SYNCS.enter(names);
+      [...folders].map(async (folder) => {
+        const name = path.join(this.root, directoryName(folder));
+        const turn = SYNCS.enter(folders);
         if (turn) await turn;
         try {
           await this.#syncDirectory(name);
         } finally {
-          SYNCS.leave(names);
+          SYNCS.leave(folders);
         }
       }),
     );

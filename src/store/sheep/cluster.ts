@@ -35,6 +35,7 @@ import {
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
 import { objectCount } from './table.js';
+import { VidsInUse } from './vids-in-use.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
@@ -56,6 +57,8 @@ export interface NewVdi {
 
 export class Cluster {
   readonly gateway: Gateway;
+  /** What the nodes last said of which vids are in use. */
+  #vids: { readonly askedAt: number; readonly answer: Promise<VidsInUse> } | undefined;
   /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
   readonly readAhead = new ReadAhead((vid, idx, offset, into) => this.readData(vid, idx, offset, into));
 
@@ -301,16 +304,19 @@ export class Cluster {
     succeeded(await this.gateway.execute({ header }, { once: true }), `releasing the lock on ${vid.toString(16)}`);
   }
 
-  /** Vids that have an inode and are not deleted. */
-  async vids(): Promise<number[]> {
-    const [used, deleted] = await Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]);
-    const vids: number[] = [];
-    for (let at = 0; at < used.length; at++) {
-      const bits = (used[at] as number) & ~(deleted[at] as number);
-      if (bits === 0) continue;
-      for (let bit = 0; bit < 8; bit++) if (bits & (1 << bit)) vids.push(at * 8 + bit);
-    }
-    return vids;
+  /** Which vids are in use; not older than `maxAgeMs`, nor than what we have made or deleted since. */
+  vids(maxAgeMs = 0): Promise<VidsInUse> {
+    const known = this.#vids;
+    if (known !== undefined && performance.now() - known.askedAt < maxAgeMs) return known.answer;
+    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]).then(
+      ([used, deleted]) => new VidsInUse(used, deleted),
+    );
+    const asked = { askedAt: performance.now(), answer };
+    this.#vids = asked;
+    answer.catch(() => {
+      if (this.#vids === asked) this.#vids = undefined;
+    });
+    return answer;
   }
 
   async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
@@ -327,8 +333,13 @@ export class Cluster {
     return receive;
   }
 
-  #catalogRequest(request: WireRequest): Promise<Answer> {
-    return this.gateway.execute(request, { once: true, slowMs: CATALOG_ATTEMPT_MS });
+  async #catalogRequest(request: WireRequest): Promise<Answer> {
+    try {
+      return await this.gateway.execute(request, { once: true, slowMs: CATALOG_ATTEMPT_MS });
+    } finally {
+      // Also what was asked for meanwhile: it may be from before.
+      this.#vids = undefined;
+    }
   }
 }
 

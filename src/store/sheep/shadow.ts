@@ -38,6 +38,12 @@ export function shadowName(name: string, slot: number): string {
   return `${shadowPrefix(name)}${slot}`;
 }
 
+/** All that a disk may have. */
+export function shadowNames(name: string): string[] {
+  const prefix = shadowPrefix(name);
+  return Array.from({ length: MAX_SHADOWS }, (_, slot) => `${prefix}${slot}`);
+}
+
 export function shadowPrefix(name: string): string {
   return `${PREFIX}${createHash('sha256').update(name).digest('hex').slice(0, 24)}-`;
 }

@@ -3,12 +3,14 @@
  * the order of requests that make one operation, so that a failure in between leaves everything reachable.
  */
 import {
+  inOrder,
   StoreError,
   type Catalog,
   type CheckReport,
   type OpenVdi,
   type Switch,
   type Unfinished,
+  type Usage,
   type VdiRecord,
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
@@ -16,14 +18,22 @@ import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { isOursToDrop } from './owner.js';
 import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
-import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowPrefix } from './shadow.js';
+import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
 import { clearTable, inParallel, objectCount, objectKey } from './table.js';
 import { parseUnfinishedTag, unfinishedTag } from './unfinished-tag.js';
+import { UsageCount } from './usage-count.js';
+import type { VidsInUse } from './vids-in-use.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
+/** Tables, of 4 MiB at most, that are held at a time to count what is in them. */
+const PARALLEL_TABLES = 16;
+/** Table entries that are looked at in one turn of the loop: about a millisecond. */
+const ENTRIES_PER_TURN = 2 ** 15;
+/** How old may be what is known of the vids in use when one name is looked up; what is not found is looked up anew. */
+const VIDS_AGE_MS = 1000;
 /** Snapshots that others may take while we take a temporary one, or look what there is. */
 const MAX_TAKE_ATTEMPTS = 5;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
@@ -52,6 +62,10 @@ export class SheepCatalog implements Catalog {
   async list(): Promise<VdiRecord[]> {
     const inodes = await this.#inodes();
     await this.#addLateWorking(inodes);
+    return this.#recordsOf(inodes);
+  }
+
+  async #recordsOf(inodes: readonly Inode[]): Promise<VdiRecord[]> {
     // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
     for (const inode of inodes) {
       const open = this.#store.open.get(inode.vid);
@@ -67,7 +81,62 @@ export class SheepCatalog implements Catalog {
       else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
     }
-    return records;
+    return records.sort(inOrder);
+  }
+
+  /** The nodes look a name up by its place among the vids in use; the same is done here, without reading any other inode. */
+  async named(name: string): Promise<VdiRecord[]> {
+    if (this.#isFoundByListing(name)) return (await this.list()).filter((record) => record.name === name);
+    const shadows = shadowNames(name);
+    for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
+      const vids = await this.#cluster.vids(maxAgeMs);
+      const inodes = await this.#inodesNamed([name, ...shadows], vids);
+      await this.#addLateWorking(inodes);
+      const isThere = inodes.some((inode) => inode.name === name);
+      // What the nodes show by now is younger than what was known of their vids.
+      const isOutdated = !isThere || inodes.some(({ vid }) => !vids.isUsed(vid));
+      if (maxAgeMs > 0 && isOutdated) continue;
+      // Nodes of some other kind, that give names other places; or it was made this moment.
+      if (!isThere && (await this.#cluster.lookup(name)) !== 0) {
+        return (await this.list()).filter((record) => record.name === name);
+      }
+      return (await this.#recordsOf(inodes)).filter((record) => record.name === name);
+    }
+  }
+
+  async record(vid: number): Promise<VdiRecord | undefined> {
+    const isInUse = async (): Promise<boolean> =>
+      (await this.#cluster.vids(VIDS_AGE_MS)).isLive(vid) || (await this.#cluster.vids()).isLive(vid);
+    if (!(await isInUse())) return undefined;
+    const [inode] = await this.#readInodes([vid]);
+    if (!inode) return undefined;
+    const name = isShadowName(inode.name) ? this.#shadows.get(vid)?.sourceName : inode.name;
+    const records = name === undefined ? await this.list() : await this.named(name);
+    return records.find((record) => record.vid === vid);
+  }
+
+  /** Clusters that use vids again leave gaps among those of a name; and a name that is no text has no place that is known here. */
+  #isFoundByListing(name: string): boolean {
+    return this.#store.recyclesVids || name.includes('\ufffd');
+  }
+
+  async usages(): Promise<ReadonlyMap<number, Usage>> {
+    const counts = new UsageCount();
+    let counting: Promise<void> = Promise.resolve();
+    await inParallel(PARALLEL_TABLES, await this.#inodes(), async (inode) => {
+      let map: Uint32Array;
+      try {
+        map = await this.#cluster.readOwners(inode);
+      } catch (error) {
+        // Deleted since; or one that cannot be read, which is no reason not to show the others.
+        this.#store.log(`what ${inode.name} uses cannot be counted`, { err: error });
+        return;
+      }
+      // One at a time: else every one of them would have a slice of each turn.
+      counting = counting.then(() => countTable(counts, inode, map));
+      await counting;
+    });
+    return counts.result();
   }
 
   /**
@@ -257,7 +326,7 @@ export class SheepCatalog implements Catalog {
     return Promise.resolve();
   }
 
-  async usage(vid: number): Promise<{ allocated: number; exclusive: number }> {
+  async usage(vid: number): Promise<Usage> {
     const inode = await this.#cluster.readInode(vid);
     const map = await this.#cluster.readOwners(inode);
     const count = map.length;
@@ -335,7 +404,17 @@ export class SheepCatalog implements Catalog {
 
   /** Inodes of all VDIs that are not deleted. */
   async #inodes(): Promise<Inode[]> {
-    const vids = await this.#cluster.vids();
+    return this.#readInodes((await this.#cluster.vids()).live());
+  }
+
+  /** The same of those that bear one of these names. */
+  async #inodesNamed(names: readonly string[], vids: VidsInUse): Promise<Inode[]> {
+    const wanted = new Set(names);
+    const places = new Set(names.flatMap((name) => vids.placesOf(name)));
+    return (await this.#readInodes([...places])).filter(({ name }) => wanted.has(name));
+  }
+
+  async #readInodes(vids: readonly number[]): Promise<Inode[]> {
     const inodes: Inode[] = [];
     await inParallel(PARALLEL_READS, vids, async (vid) => {
       try {
@@ -449,7 +528,9 @@ export class SheepCatalog implements Catalog {
 
   /** Snapshots that bear a mark in place of a tag: of a snapshot or a rollback that was cut off. Nobody asked for them. */
   async #deleteLeftMarks(name: string): Promise<void> {
-    for (const inode of await this.#inodes()) if (inode.name === name && isLeftMark(inode)) await this.#delete(inode);
+    const isListed = this.#isFoundByListing(name);
+    const inodes = isListed ? await this.#inodes() : await this.#inodesNamed([name], await this.#cluster.vids());
+    for (const inode of inodes) if (inode.name === name && isLeftMark(inode)) await this.#delete(inode);
   }
 
   /** All shadows of a disk that the cluster has, in use or not. */
@@ -530,6 +611,14 @@ export class SheepCatalog implements Catalog {
       this.#shadows.delete(inode.vid);
     }
   }
+}
+
+async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): Promise<void> {
+  for (let from = 0; from < map.length; from += ENTRIES_PER_TURN) {
+    counts.add(inode, map, from, Math.min(from + ENTRIES_PER_TURN, map.length));
+    await new Promise((resolve) => setImmediate(resolve));
+  }
+  counts.note(inode);
 }
 
 function isLeftMark({ isSnapshot, tag }: Inode): boolean {

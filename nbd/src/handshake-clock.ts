@@ -1,0 +1,99 @@
+/**
+ * The time that a handshake may take, the client's part and the server's each: a client is cut off for being silent or slow,
+ * never for waiting for us; and nobody waits for us for ever. It owns one timer. By a clock that nobody sets.
+ */
+import type { Limits } from './limits.js';
+
+export class HandshakeClock {
+  private readonly limits: Limits;
+  private readonly onOver: (reason: string) => void;
+  private readonly startedAt = performance.now();
+  private heardAt = this.startedAt;
+  /** What the client was told takes time to ask about. */
+  private moreMs = 0;
+  /** What the server took so far, milliseconds ... */
+  private servedMs = 0;
+  /** ... and what it is doing now, and since when. */
+  private doing: string | undefined;
+  private doingSince = 0;
+  private timer: NodeJS.Timeout | undefined;
+  private isStopped = false;
+
+  /** `onOver` is called once, with the reason, unless it is stopped before. */
+  constructor(limits: Limits, onOver: (reason: string) => void) {
+    this.limits = limits;
+    this.onOver = onOver;
+    this.wait();
+  }
+
+  /** The client has said something. */
+  heard(): void {
+    this.heardAt = performance.now();
+  }
+
+  /** The client was told of so many exports, and may ask about each. */
+  listed(count: number): void {
+    this.moreMs = Math.max(this.moreMs, count * this.limits.handshakeMsPerListedExport);
+  }
+
+  /** What `work` takes is the server's time; `doing` says in the reason what was not done. */
+  async during<T>(doing: string, work: T | Promise<T>): Promise<T> {
+    if (!(work instanceof Promise)) return work;
+    this.doing = doing;
+    this.doingSince = performance.now();
+    this.wait();
+    try {
+      return await work;
+    } finally {
+      this.doing = undefined;
+      const took = performance.now() - this.doingSince;
+      // Short ones count: however many a client asks for, its time passes.
+      if (took >= SHORT_MS) {
+        this.servedMs += took;
+        this.heardAt += took;
+      }
+      this.wait();
+    }
+  }
+
+  stop(): void {
+    this.isStopped = true;
+    clearTimeout(this.timer);
+  }
+
+  private wait(): void {
+    // It looks again when it is due, instead of being restarted by every option.
+    if (this.isStopped) return;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.look(), Math.max(1, Math.ceil(this.left())));
+  }
+
+  private look(): void {
+    if (this.left() > 0) {
+      this.wait();
+      return;
+    }
+    this.isStopped = true;
+    const { handshakeTimeoutMs, openTimeoutMs } = this.limits;
+    if (this.doing !== undefined) {
+      this.onOver(`the server has not ${this.doing} within ${openTimeoutMs} ms`);
+      return;
+    }
+    // Of silence, since it was last heard; else since it came, but for what the server took.
+    const isSilent = performance.now() - this.heardAt >= handshakeTimeoutMs;
+    const allowed = isSilent ? handshakeTimeoutMs : Math.round(handshakeTimeoutMs + this.moreMs);
+    this.onOver(`no export chosen within ${allowed} ms`);
+  }
+
+  private left(): number {
+    const now = performance.now();
+    const { handshakeTimeoutMs, openTimeoutMs } = this.limits;
+    if (this.doing !== undefined) return this.doingSince + openTimeoutMs - now;
+    const silence = this.heardAt + handshakeTimeoutMs - now;
+    const whole = this.startedAt + handshakeTimeoutMs + this.moreMs + this.servedMs - now;
+    return Math.min(silence, whole);
+  }
+}
+
+/** Of the server's answers: less than this is no waiting. */
+const SHORT_MS = 1000;

@@ -1,0 +1,68 @@
+/**
+ * What every VDI and snapshot of a cluster uses, counted from all tables in one pass: how many objects, and how many that
+ * no other table refers to. Owns the counts; reads nothing.
+ */
+import type { Usage } from '../object-store.js';
+import type { Inode } from './layouts.js';
+
+/** Several tables refer to the object. */
+const SHARED = 2 ** 32 - 1;
+
+export class UsageCount {
+  /** Owner -> by idx: the vid of the one table that refers to the object, or SHARED. */
+  readonly #referrers = new Map<number, Uint32Array>();
+  /** By vid: objects that no other table refers to, as far as counted. */
+  readonly #alone = new Map<number, number>();
+  readonly #allocated = new Map<number, number>();
+  /** Of working VDIs, and of those with an index of their own. */
+  readonly #own = new Map<number, number>();
+  readonly #inodes: Inode[] = [];
+
+  /** The entries [from, to) of the inode's table. Each once. */
+  add(inode: Inode, table: Uint32Array, from: number, to: number): void {
+    const { vid, isSnapshot, storePolicy } = inode;
+    let allocated = 0;
+    let own = 0;
+    for (let idx = from; idx < to; idx++) {
+      const owner = table[idx] as number;
+      if (owner === 0) continue;
+      allocated++;
+      // A working VDI's own objects are its alone, and so are those of a hyper volume, which nobody shares.
+      if (isSnapshot ? storePolicy !== 0 : owner === vid) own++;
+      if (storePolicy === 0) this.#refer(owner, idx, vid, table.length);
+    }
+    this.#allocated.set(vid, (this.#allocated.get(vid) ?? 0) + allocated);
+    this.#own.set(vid, (this.#own.get(vid) ?? 0) + own);
+  }
+
+  /** All of its table is counted. */
+  note(inode: Inode): void {
+    this.#inodes.push(inode);
+  }
+
+  result(): Map<number, Usage> {
+    const usages = new Map<number, Usage>();
+    for (const { vid, isSnapshot, storePolicy } of this.#inodes) {
+      const exclusive = isSnapshot && storePolicy === 0 ? this.#alone.get(vid) : this.#own.get(vid);
+      usages.set(vid, { allocated: this.#allocated.get(vid) ?? 0, exclusive: exclusive ?? 0 });
+    }
+    return usages;
+  }
+
+  #refer(owner: number, idx: number, vid: number, length: number): void {
+    let referrers = this.#referrers.get(owner);
+    if (referrers === undefined || idx >= referrers.length) {
+      const longer = new Uint32Array(Math.max(length, idx + 1));
+      if (referrers) longer.set(referrers);
+      this.#referrers.set(owner, (referrers = longer));
+    }
+    const other = referrers[idx] as number;
+    if (other === 0) {
+      referrers[idx] = vid;
+      this.#alone.set(vid, (this.#alone.get(vid) ?? 0) + 1);
+    } else if (other !== SHARED) {
+      referrers[idx] = SHARED;
+      this.#alone.set(other, (this.#alone.get(other) ?? 1) - 1);
+    }
+  }
+}

@@ -1,0 +1,190 @@
+/**
+ * Operations of the catalog beside each other, on the local store: what takes long on one disk is nobody else's affair, and
+ * what concerns one disk looks at no other.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
+import { VdiExports } from '../../src/export/vdi-exports.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+
+const OBJECT = 2 ** 22;
+const SIZE = 4 * OBJECT;
+const PEER = { transport: 'internal', address: 'test' } as const;
+
+let directory: string;
+let store: LocalStore;
+let catalog: VdiCatalog;
+
+beforeEach(async () => {
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-turns-'));
+  store = await LocalStore.open(directory);
+  catalog = new VdiCatalog(store);
+});
+
+afterEach(async () => {
+  vi.restoreAllMocks();
+  await catalog.close().catch(() => undefined);
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+/** From here on no data reaches the disk until `open` is called; `stopped` is asked whether somebody waits for that. */
+function holdSyncs(): { open: () => void; stopped: () => Promise<void> } {
+  let open = (): void => undefined;
+  const opened = new Promise<void>((resolve) => (open = resolve));
+  const { files } = store;
+  const sync = files.sync.bind(files);
+  const held = vi.spyOn(files, 'sync').mockImplementation(async (key) => {
+    await opened;
+    await sync(key);
+  });
+  return { open, stopped: () => vi.waitFor(() => expect(held).toHaveBeenCalled(), 10_000) };
+}
+
+async function written(name: string): Promise<void> {
+  const vdi = await catalog.openVdi(name);
+  await vdi.write(0, Buffer.alloc(4096, 7), false);
+  void catalog.release(vdi);
+}
+
+describe('while what was written to a disk that its last user has left goes to the disk,', () => {
+  let disk: ReturnType<typeof holdSyncs>;
+  let leaving: Promise<void>;
+
+  beforeEach(async () => {
+    await catalog.create('slow', SIZE);
+    await catalog.create('other', SIZE);
+    const vdi = await catalog.openVdi('slow');
+    await vdi.write(0, Buffer.alloc(4096, 7), false);
+    disk = holdSyncs();
+    leaving = catalog.release(vdi);
+    await disk.stopped();
+  });
+
+  test('any other disk is opened, made, snapshotted, cloned, shown and deleted', async () => {
+    const other = await catalog.openVdi('other');
+    await catalog.release(other);
+    await catalog.create('new', SIZE);
+    await catalog.snapshot('other', 's');
+    await catalog.clone('other@s', 'copy');
+    await catalog.remove('copy');
+    expect(await catalog.details()).toHaveLength(4);
+    expect((await catalog.show('new')).open).toBe(0);
+    disk.open();
+    await leaving;
+  });
+
+  test('whoever opens the same disk has it at once, with what was written', async () => {
+    const again = await catalog.openVdi('slow');
+    const data = Buffer.alloc(4096);
+    await again.read(0, data);
+    expect(data.equals(Buffer.alloc(4096, 7))).toBe(true);
+    expect((await catalog.show('slow')).open).toBe(1);
+    disk.open();
+    await leaving;
+    // It is still open: nobody has closed it under its new user.
+    await again.write(OBJECT, Buffer.alloc(4096, 8), true);
+    await expect(catalog.remove('slow')).rejects.toThrow(/open by 1 connection/);
+    await catalog.release(again);
+    await catalog.remove('slow');
+  });
+
+  test('a delete, a rollback or a check waits for it, and is not refused', async () => {
+    let isDone = false;
+    const removing = catalog.remove('slow').then(() => (isDone = true));
+    const other = await catalog.openVdi('other');
+    await catalog.release(other);
+    expect(isDone).toBe(false);
+    disk.open();
+    await removing;
+    await leaving;
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('closing the store waits for it, and nothing is lost', async () => {
+    const closing = catalog.close();
+    disk.open();
+    await closing;
+    await leaving;
+    store = await LocalStore.open(directory);
+    catalog = new VdiCatalog(store);
+    const vdi = await catalog.openVdi('slow');
+    const data = Buffer.alloc(4096);
+    await vdi.read(0, data);
+    expect(data.equals(Buffer.alloc(4096, 7))).toBe(true);
+    await catalog.release(vdi);
+  });
+});
+
+test('while a snapshot waits for its disk, others are opened', async () => {
+  await catalog.create('slow', SIZE);
+  await catalog.create('other', SIZE);
+  const vdi = await catalog.openVdi('slow');
+  await vdi.write(0, Buffer.alloc(4096, 7), false);
+  const disk = holdSyncs();
+  const taking = catalog.snapshot('slow', 's');
+  await disk.stopped();
+  await catalog.release(await catalog.openVdi('other'));
+  // And the same one, as long as only what was written before the snapshot goes to disk.
+  await catalog.release(await catalog.openVdi('slow'));
+  disk.open();
+  await taking;
+  await catalog.release(vdi);
+});
+
+test('a clone that is changed while its snapshot is deleted keeps both changes', async () => {
+  for (let n = 0; n < 20; n++) {
+    const base = `base-${n}`;
+    const clone = `clone-${n}`;
+    await catalog.create(base, SIZE);
+    await catalog.snapshot(base, 's');
+    await catalog.clone(`${base}@s`, clone);
+    await written(clone);
+    await Promise.all([catalog.snapshot(clone, 'a'), catalog.remove(`${base}@s`), catalog.resize(clone, 2 * SIZE)]);
+    const vids = new Set((await catalog.list()).map(({ vid }) => vid));
+    const [first, working] = await catalog.named(clone);
+    expect(vids.has(first?.parentVid ?? -1) || first?.parentVid === 0).toBe(true);
+    expect(working).toMatchObject({ size: 2 * SIZE, parentVid: first?.vid });
+  }
+});
+
+test('what concerns one disk looks at no other: opening, showing, making, snapshotting, deleting, exporting', async () => {
+  for (let n = 0; n < 50; n++) await catalog.create(`disk-${n}`, SIZE);
+  const exports = new VdiExports(catalog);
+  const all = vi.spyOn(store.metadata, 'records');
+  const vdi = await catalog.openVdi('disk-7');
+  await catalog.release(vdi);
+  await catalog.show('disk-7');
+  await catalog.create('new', SIZE);
+  await catalog.snapshot('new', 's');
+  await catalog.clone('new@s', 'copy');
+  await catalog.remove('copy');
+  await exports.describe('disk-8', PEER);
+  const { device } = await exports.open('disk-8@now', PEER);
+  await device.close('disconnect');
+  const { vid } = await catalog.find('disk-9');
+  await catalog.find(`@${vid.toString(16)}`);
+  // The first id is looked for among all.
+  expect(all.mock.calls.length).toBeLessThanOrEqual(1);
+});
+
+test('details in one pass are those that each one has alone', async () => {
+  for (let n = 0; n < 5; n++) {
+    await catalog.create(`disk-${n}`, SIZE);
+    await written(`disk-${n}`);
+    await catalog.snapshot(`disk-${n}`, 's');
+    await written(`disk-${n}`);
+  }
+  const open = await catalog.openVdi('disk-3');
+  await open.write(2 * OBJECT, Buffer.alloc(4096, 1), false);
+  await catalog.snapshotTemporary('disk-4', 'now');
+  const details = await catalog.details();
+  expect(details).toHaveLength(11);
+  for (const each of details.filter(({ isTemporary }) => !isTemporary)) {
+    expect(each).toEqual(await catalog.show(each.tag === '' ? each.name : `${each.name}@${each.tag}`));
+  }
+  await catalog.release(open);
+  await catalog.dropTemporary('disk-4', 'now');
+});
