@@ -12,13 +12,13 @@ import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { BenchError, buildNbdload, haveCommand, NBDLOAD, requireCommand } from './nbdload.mjs';
 
 const KIB = 2 ** 10;
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;
 const HERE = path.dirname(fileURLToPath(import.meta.url));
 const SHEEPGATE = path.join(HERE, '../bin/sheepgate.cjs');
-const NBDLOAD = path.join(HERE, '.build/nbdload');
 
 const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 10_000;
@@ -104,8 +104,6 @@ const SERVERS = [
 const QEMU_NBD = ['-t', '-e', '16', '--cache=writeback', '--aio=threads', '--discard=unmap'];
 
 /** An expected failure: told in one line, without a stack. */
-class BenchError extends Error {}
-
 const options = readOptions();
 const children = new Set();
 const directories = [];
@@ -231,40 +229,6 @@ function isWanted(server) {
 }
 
 // --- preparing
-
-function buildNbdload() {
-  const source = path.join(HERE, 'nbdload.c');
-  const built = fs.statSync(NBDLOAD, { throwIfNoEntry: false });
-  if (built && built.mtimeMs >= fs.statSync(source).mtimeMs) return;
-  requireCommand('gcc', 'gcc');
-  fs.mkdirSync(path.dirname(NBDLOAD), { recursive: true });
-  // Linked under another name first: a build that was interrupted must not look finished.
-  const result = spawnSync('gcc', ['-O2', source, '-o', `${NBDLOAD}.new`, '-lnbd', '-lpthread'], { encoding: 'utf8' });
-  if (result.status !== 0) {
-    const isHeaderMissing = /libnbd\.h|-lnbd/.test(result.stderr);
-    throw new BenchError(
-      isHeaderMissing
-        ? 'libnbd is missing, which the load generator is built on; apt-get install libnbd-dev'
-        : `gcc could not build ${source}:\n${result.stderr}`,
-    );
-  }
-  fs.renameSync(`${NBDLOAD}.new`, NBDLOAD);
-}
-
-function requireCommand(name, debianPackage) {
-  if (!haveCommand(name)) throw new BenchError(`${name} is missing; apt-get install ${debianPackage}`);
-}
-
-function haveCommand(name) {
-  return (process.env.PATH ?? '').split(':').some((place) => {
-    try {
-      fs.accessSync(path.join(place, name), fs.constants.X_OK);
-      return place !== '';
-    } catch {
-      return false;
-    }
-  });
-}
 
 function requireSpace(bytes) {
   const { bavail, bsize } = fs.statfsSync(options.directory);
