@@ -9,10 +9,12 @@ import net from 'node:net';
 import path from 'node:path';
 import {
   MAX_CONTROL_CONNECTIONS,
+  MAX_KEEP_OUT_MS,
   MAX_REQUEST_BODY_BYTES,
   NBD_UPGRADE,
   SESSION_HEADER,
   REQUEST_TIMEOUT_MS,
+  type Disconnected,
   type ErrorAnswer,
   type StatusAnswer,
 } from './control-protocol.js';
@@ -27,6 +29,8 @@ export interface ControlServerOptions {
   readonly status: () => StatusAnswer;
   /** Takes an upgraded connection over, `head` being what the client sent already; resolves when it is over and its export closed. */
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
+  /** Cut a connection of the NBD server off, and keep its client from writing the same disk for `keepOutMs`. Errors: NO_CLIENT. */
+  readonly disconnect: (id: number, keepOutMs: number) => Promise<Disconnected>;
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
@@ -42,6 +46,7 @@ const MAX_OF_DIGITS = 64;
 interface Call {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
+  readonly disconnect: ControlServerOptions['disconnect'];
   readonly sessions: ReadonlyMap<string, Promise<void>>;
   /** The decoded path segments that the route leaves open. */
   readonly names: readonly string[];
@@ -138,6 +143,11 @@ const ROUTES: readonly Route[] = [
       return null;
     },
   },
+  {
+    method: 'POST',
+    path: ['connections', '*', 'disconnect'],
+    answer: ({ disconnect, names, body }) => disconnect(connectionId(first(names)), keepOutIn(body)),
+  },
   { method: 'GET', path: ['exports', '*'], answer: ({ operations, names }) => operations.describe(first(names)) },
   {
     method: 'POST',
@@ -158,6 +168,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   NO_TAG: 404,
   UNKNOWN: 404,
   NO_ROUTE: 404,
+  NO_CLIENT: 404,
   EXISTS: 409,
   UNFINISHED: 409,
   BUSY: 409,
@@ -248,6 +259,7 @@ export class ControlServer {
       const result = await route.answer({
         operations: this.#options.operations,
         status: this.#options.status,
+        disconnect: this.#options.disconnect,
         names: segments.filter((_, i) => route.path[i] === '*'),
         sessions: this.#sessions,
         query: searchParams,
@@ -348,6 +360,17 @@ function wholeNumber(body: Body, field: string): number {
     throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
   }
   return value;
+}
+
+function connectionId(name: string): number {
+  if (!/^\d{1,15}$/.test(name)) throw badRequest(`${JSON.stringify(name)} is no number of a connection`);
+  return Number(name);
+}
+
+function keepOutIn(body: Body): number {
+  const ms = body.keepOutMs === undefined ? 0 : wholeNumber(body, 'keepOutMs');
+  if (ms < 0 || ms > MAX_KEEP_OUT_MS) throw badRequest(`"keepOutMs" must be 0 to ${MAX_KEEP_OUT_MS}, not ${ms}`);
+  return ms;
 }
 
 function offsetIn(query: URLSearchParams): number {

@@ -6,6 +6,7 @@ import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import type { LocalStore } from '../store/local/local-store.js';
 import type { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
+import type { Exclusive } from '../export/exclusive.js';
 import { VdiExports } from '../export/vdi-exports.js';
 import { DirectOperations } from './direct-operations.js';
 import { loadEverything, type StorePlace } from './open-operations.js';
@@ -22,6 +23,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
+  /** Each disk is written by one connection at a time. */
+  readonly exclusive?: Exclusive | undefined;
 }
 
 type OpenedStore = DirectOperations & {
@@ -70,7 +73,7 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
-  const { keepMs, inUseMs, log, isDaemon: serves } = place;
+  const { keepMs, inUseMs, log, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
@@ -84,7 +87,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog, { keepMs, serves, log });
+  const exports = new VdiExports(catalog, { keepMs, serves, exclusive, log });
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,

@@ -12,7 +12,18 @@ const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
 const SO_PEERGROUPS = 59;
 const IPPROTO_TCP = 6; // netinet/in.h
-const TCP_USER_TIMEOUT = 18; // linux/tcp.h
+const TCP_KEEPIDLE = 4; // linux/tcp.h
+const TCP_KEEPINTVL = 5;
+const TCP_INFO = 11;
+const TCP_USER_TIMEOUT = 18;
+/** struct tcp_info: tcpi_state, and the milliseconds since data and since an acknowledgement came. */
+const TCP_INFO_BYTES = 104;
+const TCP_INFO_LAST_DATA_RECV = 52;
+const TCP_INFO_LAST_ACK_RECV = 56;
+/** net/tcp_states.h */
+const TCP_ESTABLISHED = 1;
+const POLLHUP = 0x10; // asm-generic/poll.h
+const POLLRDHUP = 0x2000;
 const AF_UNIX = 1;
 const AF_INET = 2;
 const AF_INET6 = 10;
@@ -30,6 +41,7 @@ const setsockopt = libc.func('int setsockopt(int fd, int level, int name, void *
 const getsockname = libc.func('int getsockname(int fd, void *address, void *length)');
 const socket = libc.func('int socket(int domain, int type, int protocol)');
 const sendto = libc.func('long sendto(int fd, void *data, size_t length, int flags, void *address, uint size)');
+const poll = libc.func('int poll(void *fds, ulong count, int timeout)');
 const close = libc.func('int close(int fd)');
 
 /** Who connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
@@ -59,6 +71,53 @@ export function setUserTimeout(connection: net.Socket, timeoutMs: number): boole
   const value = Buffer.alloc(4);
   value.writeUInt32LE(timeoutMs);
   return setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, value.length) === 0;
+}
+
+/**
+ * Whether the other end of `connection` has closed it, or shut down what it sends, whatever is left to be read. False also where
+ * that cannot be found out.
+ */
+export function hasPeerEnded(connection: net.Socket): boolean {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return connection.destroyed;
+  // struct pollfd: fd, events, revents
+  const polled = Buffer.alloc(8);
+  polled.writeInt32LE(fd, 0);
+  polled.writeInt16LE(POLLRDHUP, 4);
+  return poll(polled, 1, 0) === 1 && (polled.readInt16LE(6) & (POLLHUP | POLLRDHUP)) !== 0;
+}
+
+/** Milliseconds since anything came from the other end, be it an acknowledgement; undefined if it is no open TCP connection. */
+export function msSinceHeard(connection: net.Socket): number | undefined {
+  const fd = descriptorOf(connection);
+  const info = fd === undefined ? undefined : option(fd, TCP_INFO, TCP_INFO_BYTES, IPPROTO_TCP);
+  if (info?.length !== TCP_INFO_BYTES || info[0] !== TCP_ESTABLISHED) return undefined;
+  return Math.min(info.readUInt32LE(TCP_INFO_LAST_DATA_RECV), info.readUInt32LE(TCP_INFO_LAST_ACK_RECV));
+}
+
+/**
+ * Ask the other end of a TCP connection, from now on every `seconds`, whether it is there; the kernel does, and the other
+ * kernel answers. Returns what sets the times back; undefined if it could not be set.
+ */
+export function askOften(connection: net.Socket, seconds: number): (() => void) | undefined {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return undefined;
+  const names = [TCP_KEEPINTVL, TCP_KEEPIDLE];
+  const before = names.map((name) => option(fd, name, 4, IPPROTO_TCP));
+  const set = (target: number, name: number, value: Buffer): boolean =>
+    setsockopt(target, IPPROTO_TCP, name, value, value.length) === 0;
+  const often = Buffer.alloc(4);
+  often.writeUInt32LE(seconds);
+  if (!names.every((name) => set(fd, name, often))) return undefined;
+  return () => {
+    // The descriptor may be closed by now, and another connection's.
+    const still = descriptorOf(connection);
+    if (still === undefined) return;
+    names.forEach((name, i) => {
+      const value = before[i];
+      if (value) set(still, name, value);
+    });
+  };
 }
 
 /** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */
@@ -108,11 +167,11 @@ export function sendDatagram(address: string, text: string): boolean {
   return Number(sent) === data.length;
 }
 
-function option(fd: number, name: number, maxBytes: number): Buffer | undefined {
+function option(fd: number, name: number, maxBytes: number, level = SOL_SOCKET): Buffer | undefined {
   const value = Buffer.alloc(maxBytes);
   const length = Buffer.alloc(4);
   length.writeUInt32LE(maxBytes, 0);
-  if (getsockopt(fd, SOL_SOCKET, name, value, length) !== 0) return undefined;
+  if (getsockopt(fd, level, name, value, length) !== 0) return undefined;
   return value.subarray(0, length.readUInt32LE(0));
 }
 
