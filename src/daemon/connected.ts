@@ -26,7 +26,9 @@ export class ServerConnections implements Connected {
 
   isEnding(peer: Peer): boolean {
     const found = this.#find(peer);
-    if (found === undefined || found.phase === 'closing') return true;
+    // Not the server's: a command in this process.
+    if (found === undefined) return false;
+    if (found.phase === 'closing') return true;
     const socket = socketOf(this.#server.transportOf(found.id));
     // Seen by us only when what came before it has been read.
     return socket !== undefined && hasPeerEnded(socket);
@@ -34,8 +36,7 @@ export class ServerConnections implements Connected {
 
   async isThere(peer: Peer): Promise<boolean> {
     const found = this.#find(peer);
-    if (found === undefined) return false;
-    const socket = socketOf(this.#server.transportOf(found.id));
+    const socket = found && socketOf(this.#server.transportOf(found.id));
     if (socket === undefined) return true;
     if (hasPeerEnded(socket)) return false;
     if (peer.transport === 'tcp') return answersWithin(socket, PROBE_MS);

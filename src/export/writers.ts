@@ -242,7 +242,7 @@ export class Writers {
 
   #begin(disk: string, claimant: Claimant, exclusive: Exclusive | undefined, mayWrite: boolean): Claim {
     // Who has found an exclusive writer may be one of several connections that believe in each other: not here.
-    const isExclusive = exclusive !== undefined || !mayWrite;
+    const isExclusive = claimant.client !== undefined && (exclusive !== undefined || !mayWrite);
     const otherwise = exclusive === 'unsaid' ? undefined : exclusive;
     const claim = new Claim(this, disk, claimant, { mayWrite, isExclusive, otherwise });
     let claims = this.#disks.get(disk);
