@@ -168,16 +168,12 @@ export class Writers {
   /** Whether `claim` would give the right to write, as far as is known without asking anybody. Errors: CatalogError BUSY. */
   look(disk: string, claimant: Claimant, exclusive: Exclusive | undefined): boolean {
     this.#mustNotBeKeptOut(disk, claimant.client);
-    const staying = this.#obstacles(disk, claimant, exclusive).filter(({ peer }) => !this.connected.isEnding(peer));
+    const obstacles = this.#obstacles(disk, claimant, exclusive);
+    const staying = obstacles.filter(({ peer, isFenced }) => !isFenced && !this.connected.isEnding(peer));
     if (staying.length === 0) return true;
     const otherwise = whatOtherwise(exclusive, staying);
     if (otherwise === 'refuse') throw inUse(disk, staying);
     return otherwise === 'take-over';
-  }
-
-  /** Whether anybody has the disk exclusively. */
-  isExclusive(disk: string): boolean {
-    return this.#claimsOf(disk).some(({ mayWrite, isExclusive }) => mayWrite && isExclusive);
   }
 
   of(disk: string): readonly WriterInfo[] {
@@ -262,7 +258,8 @@ export class Writers {
     if (client === undefined) return [];
     return this.#claimsOf(disk).filter((other) => {
       if (!other.mayWrite || (other.client === undefined && other.firstWriteAt === null)) return false;
-      return exclusive !== undefined || other.isExclusive;
+      // What was cut off is over before anybody else begins, exclusively or not.
+      return exclusive !== undefined || other.isExclusive || other.isFenced;
     });
   }
 

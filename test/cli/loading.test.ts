@@ -48,7 +48,22 @@ test('the help lists all commands all the same, and a wrong name is told the rig
   const { run: runs } = storeWith(store, undefined);
   const commandsIn = (help: string): string[] =>
     [...help.replace(/^[\s\S]*Commands:/, '').matchAll(/^ {2}([a-z]+) /gm)].map(([, name]) => name as string);
-  const all = ['serve', 'vdi', 'import', 'export', 'backup', 'restore', 'migrate', 'check', 'cluster', 'node', 'help'];
+  const all = [
+    ...[
+      'serve',
+      'vdi',
+      'client',
+      'import',
+      'export',
+      'backup',
+      'restore',
+      'migrate',
+      'check',
+      'cluster',
+      'node',
+      'help',
+    ],
+  ];
   expect(commandsIn((await runs(['--help'])).stdout).slice(0, all.length)).toEqual(all);
   const ofVdi = ['create', 'list', 'show', 'tree', 'delete', 'resize', 'snapshot', 'clone', 'rollback', 'help'];
   for (const args of [

@@ -318,8 +318,18 @@ describe('nothing of an old connection has an effect once another one may write'
     );
     await expect(connect('disk/exclusive', gone(1))).rejects.toThrow(/kept out/);
     expect(await mayDo('disk@now', gone(1))).toBe('reads, as one of several');
+    // Also one that does not ask to be alone.
+    let isIn = false;
+    const plain = connect('disk', gone(2)).then((client) => {
+      isIn = true;
+      return client;
+    });
+    await waitUntil(() => server.connections.size >= 4, 'another one comes');
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(isIn).toBe(false);
     await held.open();
     await over;
+    await (await plain).disconnect();
     old.destroy();
     expect(await mayDo('disk/exclusive', gone(2))).toBe('writes');
   });
