@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { ControlClient, pathOf } from '../../src/daemon/control-client.js';
 import { attach, storeWith, testStore, type TestStore } from '../cli/both-ways.js';
 import { cli, needs, ok, run, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 
@@ -91,6 +92,16 @@ describe('a daemon', () => {
         "there is no connection 99999; 'sheepgate client list' shows those there are",
       );
       expect((await target.run(['client', 'disconnect', 'disk'])).code).toBe(2);
+      const control = new ControlClient(daemon.control);
+      for (const [one, keepOutMs] of [
+        ['x', 0],
+        [id, -1],
+        [id, 1.5],
+        [id, 1e12],
+      ] as const) {
+        const call = control.call('POST', pathOf('connections', one, 'disconnect'), { body: { keepOutMs } });
+        await expect(call).rejects.toMatchObject({ code: 'BAD_REQUEST' });
+      }
       expect((await target.run(['client', 'disconnect', id, '--keep-out', 'x'])).code).toBe(2);
       expect(await target.ok('client', 'disconnect', id)).toMatch(
         new RegExp(`^cut off connection ${id} of ${ME} from disk/exclusive\n$`),
