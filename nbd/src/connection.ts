@@ -72,12 +72,16 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   /** Until the client has said goodbye. */
   private ending: Ending = 'lost';
   private isClosing = false;
+  /** It will end when its requests in flight are finished. */
+  private isEnding = false;
   private isInTlsHandshake = false;
   private reason: string | undefined;
   private lingerTimer: NodeJS.Timeout | undefined;
   private idleTimer: NodeJS.Timeout | undefined;
   /** performance.now() when the client was last heard or answered. */
   private lastActiveAt = 0;
+  /** What was accepted: under TLS what lies below it. */
+  readonly transport: Duplex;
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
@@ -95,6 +99,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.id = options.id;
     this.peer = options.peer;
     this.socket = options.socket;
+    this.transport = options.socket;
     this.provider = options.provider;
     this.limits = options.limits;
     this.observer = options.observer;
@@ -129,7 +134,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   get phase(): ConnectionInfo['phase'] {
-    if (this.isClosing) return 'closing';
+    if (this.isClosing || this.isEnding) return 'closing';
     return this.transmission === undefined ? 'handshake' : 'transmission';
   }
 
@@ -195,6 +200,15 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.isClosing = true;
     this.reader.fail(new Error(reason));
     this.socket.destroy();
+  }
+
+  /**
+   * Close the socket now, and carry out nothing more of what was received; see `over`. Not to be called from inside a
+   * request.
+   */
+  disconnect(reason: string): void {
+    this.transmission?.stopListening();
+    this.abort(reason);
   }
 
   // --- For whoever counts connections ---
@@ -407,6 +421,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   private endWhenIdle(reason: string): void {
     this.reason ??= reason;
+    this.isEnding = true;
     this.transmission?.onIdle(() => this.endSocket(reason));
   }
 

@@ -11,6 +11,7 @@ export interface ConnectionInfo {
   readonly peer: Peer;
   /** Undefined until the handshake has chosen an export. */
   readonly exportName: string | undefined;
+  /** 'closing': also while requests of a client that has said goodbye are still worked on. */
   readonly phase: 'handshake' | 'transmission' | 'closing';
   /** Date.now() at accept. */
   readonly openedAt: number;

@@ -167,6 +167,24 @@ export class NbdServer {
     return this.serve(socket, options);
   }
 
+  /**
+   * Cut a connection off. When it resolves, its device is closed: nothing that was received from it is under way, and nothing
+   * more of it will be carried out. The client is not told; one that connects again by itself will do so at once.
+   * @returns false if there is no such connection
+   */
+  async disconnect(id: number, reason: string): Promise<boolean> {
+    const connection = this.open.get(id);
+    if (connection === undefined) return false;
+    connection.disconnect(reason);
+    await connection.over;
+    return true;
+  }
+
+  /** The stream that a connection came on, below TLS: to ask the system about its other end, not to be read or written. */
+  transportOf(id: number): Duplex | undefined {
+    return this.open.get(id)?.transport;
+  }
+
   private serve(
     socket: Duplex,
     options: { readonly peer?: Peer; readonly head?: Buffer; readonly inPlace?: InPlaceSocket | undefined },

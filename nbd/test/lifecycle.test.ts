@@ -48,6 +48,58 @@ async function leaveStaleSocket(path: string): Promise<void> {
   expect((await lstat(path)).isSocket()).toBe(true);
 }
 
+describe('a connection that is cut off', () => {
+  test('is over when its requests in flight are finished; what was held back, and what comes, is not carried out', async () => {
+    const { opened, provider, server, closes } = await startServer({ limits: { maxInFlightRequests: 2 } });
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    const other = await opened();
+    const write = (offset: number): Buffer =>
+      Buffer.concat([requestBytes({ type: CMD.WRITE, offset, length: 4 }), Buffer.from('new!')]);
+    client.send(write(0), write(4096), write(8192), write(12288));
+    // Half of a payload that is received where it belongs.
+    client.send(requestBytes({ type: CMD.WRITE, offset: 16384, length: 65536 }), Buffer.alloc(40_000));
+    await until(() => provider.unfinished === 2, 'two writes are in flight');
+    const [id] = server.connections.keys();
+    let isOver = false;
+    const over = server.disconnect(id ?? 0, 'told to').then((wasThere) => {
+      isOver = true;
+      return wasThere;
+    });
+    await until(() => server.connections.get(id ?? 0)?.phase === 'closing', 'it is closing');
+    await new Promise((resolve) => setImmediate(() => setImmediate(resolve)));
+    expect(isOver).toBe(false);
+    gate.open();
+    expect(await over).toBe(true);
+    expect(provider.calls.map(({ offset }) => offset)).toEqual([0, 4096]);
+    expect(provider).toMatchObject({ closed: 1, endings: ['lost'], breaches: [] });
+    expect(closes).toMatchObject([{ id, reason: 'told to' }]);
+    expect(await server.disconnect(id ?? 0, 'again')).toBe(false);
+    // Others go on.
+    other.request({ type: CMD.READ, offset: 4, length: 4, cookie: 1n });
+    expect(await other.readReply(4)).toMatchObject({ errno: 0 });
+    client.vanish();
+  });
+
+  test('is closing from its goodbye on, while its last requests are worked on', async () => {
+    const { opened, provider, server, allOver } = await startServer();
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const client = await opened();
+    client.send(requestBytes({ type: CMD.READ, offset: 0, length: 4 }));
+    await until(() => provider.unfinished === 1, 'it is in flight');
+    const [connection] = server.connections.values();
+    expect(connection?.phase).toBe('transmission');
+    client.send(requestBytes({ type: CMD.DISC }));
+    await until(() => connection?.phase === 'closing', 'it is closing');
+    expect(provider.unfinished).toBe(1);
+    gate.open();
+    client.vanish();
+    await allOver();
+  });
+});
+
 describe('clients that vanish', () => {
   test('with requests in flight: the device is closed once, after the last of them has finished', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();

@@ -17,6 +17,7 @@ const COMMANDS: Loaders = {
   serve: async () => (await import('./serve.js')).serveCommand(),
   reload: async () => (await import('./reload.js')).reloadCommand(),
   vdi: async (words) => (await import('./vdi.js')).vdiCommand(words),
+  client: async (words) => (await import('./client.js')).clientCommand(words),
   import: async () => (await import('./import.js')).importCommand(),
   export: async () => (await import('./export.js')).exportCommand(),
   backup: async () => (await import('./backup.js')).backupCommand(),

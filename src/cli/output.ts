@@ -4,7 +4,7 @@
  * anything.
  */
 import { printable, printableJson } from './printable.js';
-import type { Ended, KeptSnapshot, VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
@@ -59,7 +59,7 @@ export function labelOf(record: VdiRecord): string {
 }
 
 /** A VDI in JSON. Times are ISO 8601 in UTC; null for what does not apply. */
-export function vdiJson(record: VdiRecord | VdiDetails): object {
+export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
   return {
     name: record.name,
     tag: record.isSnapshot ? record.tag : null,
@@ -83,6 +83,12 @@ export function vdiJson(record: VdiRecord | VdiDetails): object {
         until: until === null ? null : isoTime(until),
       })),
       kept: (record.kept ?? []).map(keptJson),
+    }),
+    ...('writers' in record && {
+      writers: (record.writers ?? []).map(({ client, isExclusive, firstWriteAt }) => ({
+        ...{ client, isExclusive, firstWriteAt: firstWriteAt === null ? null : isoTime(firstWriteAt) },
+      })),
+      twoWriters: record.twoWriters ? { clients: record.twoWriters.clients, at: isoTime(record.twoWriters.at) } : null,
     }),
   };
 }

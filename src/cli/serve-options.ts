@@ -6,6 +6,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Limits } from 'nbd-server-ts';
 import { MIN_MEMORY_BYTES } from 'nbd-server-ts/limits';
 import type { DaemonConfiguration } from '../daemon/daemon.js';
+import { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.js';
 import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
 import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
 import { sizeArgument } from './common-options.js';
@@ -17,6 +18,7 @@ export interface PeerOptions {
   readonly tlsVerifyPeer?: boolean;
   readonly tlsPsk?: string;
   readonly access?: string;
+  readonly exclusive?: Exclusive;
   readonly allowPlaintext?: boolean;
   readonly maxConnections?: number;
   readonly maxConnectionsPerPeer?: number;
@@ -50,6 +52,15 @@ export function withPeerOptions(command: Command): Command {
     .addOption(new Option('--tls-verify-peer', 'clients must show a certificate that ca-cert.pem signed'))
     .addOption(new Option('--tls-psk <file>', 'pre-shared keys, lines USER:HEXKEY as psktool writes them'))
     .addOption(new Option('--access <file>', 'who may open which export (docs/access.md); default: everybody, all'))
+    .addOption(
+      new Option(
+        '--exclusive [otherwise]',
+        'only one connection writes a disk; another one that wants to is read-only (default), is refused, or takes over from one ' +
+          'that does not answer: read-only, refuse or take-over (docs/exclusive.md). Live migration needs it off',
+      )
+        .preset('unsaid')
+        .argParser(exclusiveArgument),
+    )
     .addOption(new Option('--allow-plaintext', 'listen without TLS where other machines can reach it'))
     .addOption(
       new Option(
@@ -121,7 +132,7 @@ export function withPeerOptions(command: Command): Command {
 /** What of a DaemonConfiguration the options say. */
 export function peerConfiguration(
   options: PeerOptions,
-): Pick<DaemonConfiguration, 'security' | 'allowPlaintext' | 'limits' | 'keepMs' | 'inUseMs'> {
+): Pick<DaemonConfiguration, 'security' | 'exclusive' | 'allowPlaintext' | 'limits' | 'keepMs' | 'inUseMs'> {
   const hasKeys = options.tlsCertificates !== undefined || options.tlsPsk !== undefined;
   // Whoever gives keys wants them used: without a word about the mode nobody is let in past them.
   const mode = options.tls ?? (hasKeys || options.tlsVerifyPeer ? 'require' : undefined);
@@ -147,6 +158,7 @@ export function peerConfiguration(
       }),
       access: options.access,
     },
+    exclusive: options.exclusive,
     allowPlaintext: options.allowPlaintext ?? false,
     limits,
     keepMs: seconds(options.keepNow),
@@ -158,6 +170,12 @@ function memoryArgument(text: string): number {
   const bytes = sizeArgument(text);
   if (bytes < MIN_MEMORY_BYTES) throw new InvalidArgumentError(`It must be ${formatSize(MIN_MEMORY_BYTES)} at least.`);
   return bytes;
+}
+
+function exclusiveArgument(text: string): Exclusive {
+  const otherwise = text === 'unsaid' ? text : parseOtherwise(text);
+  if (otherwise === undefined) throw new InvalidArgumentError(`Give ${OTHERWISE.join(', ')}, or nothing.`);
+  return otherwise;
 }
 
 function seconds(value: number | undefined): number | undefined {

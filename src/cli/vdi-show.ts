@@ -1,6 +1,6 @@
 /** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
 import { Command } from 'commander';
-import type { VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -10,6 +10,19 @@ import { formatSize } from './size.js';
 function useLine({ client, since, lostAt, until }: VdiDetails['clients'][number]): [string, string] {
   const cut = lostAt === null ? '' : `, cut off ${formatTime(lostAt)}, may come back until ${formatTime(until ?? 0)}`;
   return ['in use', `by ${client}, since ${formatTime(since)}${cut}`];
+}
+
+function writerLine({ client, isExclusive, firstWriteAt }: NonNullable<ShownVdi['writers']>[number]): [string, string] {
+  const since = firstWriteAt === null ? 'has not written yet' : `writes since ${formatTime(firstWriteAt)}`;
+  return ['writer', `${client}${isExclusive ? ', exclusively' : ''}, ${since}`];
+}
+
+function twoWritersLine({ at, clients }: NonNullable<ShownVdi['twoWriters']>): [string, string] {
+  return [
+    'WARNING',
+    `written by two clients at once, ${clients.join(' and ')}, at ${formatTime(at)}: unless they know of each other, check its ` +
+      'filesystem',
+  ];
 }
 
 function keptLine({ spec, takenAt, client, until }: VdiDetails['kept'][number]): [string, string] {
@@ -49,6 +62,8 @@ export function vdiShowCommand(): Command {
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
       // A daemon of an earlier version does not say.
       ...(vdi.clients ?? []).map(useLine),
+      ...(vdi.writers ?? []).map(writerLine),
+      ...(vdi.twoWriters ? [twoWritersLine(vdi.twoWriters)] : []),
       ...(vdi.kept ?? []).map(keptLine),
     ];
     const width = Math.max(...lines.map(([title]) => title.length));

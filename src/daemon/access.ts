@@ -5,6 +5,7 @@
 import net from 'node:net';
 import type { Peer } from 'nbd-server-ts';
 import type { Access, AccessPolicy } from '../export/authorised-exports.js';
+import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../export/exclusive.js';
 import { OperationError } from './operations.js';
 
 /** One thing a rule asks of a peer. */
@@ -31,7 +32,7 @@ const MAX_RULES = 10_000;
 const MAX_WORD_CHARS = 4096;
 const MAX_ID = 0xffff_fffe;
 
-const FORM = 'allow EXPORT [ro] from SOURCE...  or  deny EXPORT from SOURCE...';
+const FORM = `allow EXPORT [ro|${EXCLUSIVE_FORM}] from SOURCE...  or  deny EXPORT from SOURCE...`;
 const SOURCES = 'any, cert:NAME, psk:USER, addr:ADDRESS[/BITS], uid:N, gid:N';
 
 export class AccessRules implements AccessPolicy {
@@ -94,9 +95,9 @@ function parseRule(words: readonly string[], line: number): AccessRule {
   const [verb, pattern, ...rest] = words;
   if (verb !== 'allow' && verb !== 'deny') throw new RuleError(`"${verb}" begins no rule; write ${FORM}`);
   if (pattern === undefined) throw new RuleError(`no export after "${verb}"; write ${FORM}`);
-  const isReadOnly = rest[0] === 'ro';
-  if (isReadOnly) rest.shift();
-  if (isReadOnly && verb === 'deny') throw new RuleError('a deny rule has no "ro"; leave it out');
+  const access = parseHow(rest[0]);
+  if (access !== undefined && verb === 'deny') throw new RuleError(`a deny rule has no "${rest[0]}"; leave it out`);
+  if (access !== undefined) rest.shift();
   if (rest[0] !== 'from') {
     const found = rest[0] === undefined ? 'the rule ends' : `"${rest[0]}" stands`;
     throw new RuleError(`${found} where "from" must be; write ${FORM}`);
@@ -105,10 +106,20 @@ function parseRule(words: readonly string[], line: number): AccessRule {
   if (sources.length === 0) throw new RuleError(`no source after "from"; give one or more of ${SOURCES}`);
   return {
     line,
-    allows: verb === 'deny' ? 'refused' : isReadOnly ? 'read-only' : 'read-write',
+    allows: verb === 'deny' ? 'refused' : (access ?? 'read-write'),
     pattern: parsePattern(pattern),
     sources,
   };
+}
+
+/** The word between export and "from"; undefined if there is none. */
+function parseHow(word = ''): AccessRule['allows'] | undefined {
+  if (word === 'ro') return 'read-only';
+  if (word === 'exclusive') return 'exclusive';
+  if (!word.startsWith('exclusive=')) return undefined;
+  const otherwise = parseOtherwise(word.slice('exclusive='.length));
+  if (otherwise === undefined) throw new RuleError(`"${word}": after exclusive= comes one of ${OTHERWISE.join(', ')}`);
+  return `exclusive=${otherwise}`;
 }
 
 /** `*` is any text, also none; everything else is itself. */

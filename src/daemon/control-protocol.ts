@@ -13,6 +13,10 @@ export const CONNECT_TIMEOUT_MS = 5_000;
 /** For an answer: deleting or checking a large store takes its time. */
 export const ANSWER_TIMEOUT_MS = 30 * 60_000;
 export const MAX_CONTROL_CONNECTIONS = 256;
+/** A day: who is to stay out for longer needs an access rule. */
+export const MAX_KEEP_OUT_MS = 24 * 60 * 60_000;
+/** For the requests of a connection that is cut off to end; `client disconnect` says how many there are if that is not enough. */
+export const DISCONNECT_WAIT_MS = 30_000;
 
 /** The value of the Upgrade header that turns a control connection into an NBD connection. */
 export const NBD_UPGRADE = 'nbd';
@@ -32,10 +36,22 @@ export interface ConnectionStatus {
   readonly peer: string;
   /** null until the client has chosen one. */
   readonly export: string | null;
+  /** Who that is, over all its connections, for people; null for commands. Earlier versions did not say. */
+  readonly client?: string | null;
+  /** null without an export, and for commands. */
+  readonly access?: 'read-write' | 'exclusive' | 'read-only' | null;
   readonly openedAt: string;
   readonly bytesRead: number;
   readonly bytesWritten: number;
   readonly requests: number;
+}
+
+/** What has become of a connection that was to be cut off. */
+export interface Disconnected {
+  readonly connection: ConnectionStatus;
+  /** Nothing that was received from it has an effect any more. Else requests are still under way, which `inFlight` counts. */
+  readonly isOver: boolean;
+  readonly inFlight: number;
 }
 
 export interface StatusAnswer {

@@ -9,10 +9,12 @@ import net from 'node:net';
 import path from 'node:path';
 import {
   MAX_CONTROL_CONNECTIONS,
+  MAX_KEEP_OUT_MS,
   MAX_REQUEST_BODY_BYTES,
   NBD_UPGRADE,
   SESSION_HEADER,
   REQUEST_TIMEOUT_MS,
+  type Disconnected,
   type ErrorAnswer,
   type StatusAnswer,
 } from './control-protocol.js';
@@ -33,6 +35,8 @@ export interface ControlServerOptions {
   readonly serveNbd: (socket: net.Socket, head: Buffer, session: string) => Promise<void>;
   /** At the same time, upgraded ones as well; MAX_CONTROL_CONNECTIONS if not given. */
   readonly maxConnections?: number;
+  /** Cut a connection of the NBD server off, and keep its client from writing the same disk for `keepOutMs`. Errors: NO_CLIENT. */
+  readonly disconnect: (id: number, keepOutMs: number) => Promise<Disconnected>;
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
@@ -52,6 +56,7 @@ interface Call {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
   readonly reload: () => Promise<ReloadReport>;
+  readonly disconnect: ControlServerOptions['disconnect'];
   readonly sessions: ReadonlyMap<string, Promise<void>>;
   /** The decoded path segments that the route leaves open. */
   readonly names: readonly string[];
@@ -149,6 +154,11 @@ const ROUTES: readonly Route[] = [
       return null;
     },
   },
+  {
+    method: 'POST',
+    path: ['connections', '*', 'disconnect'],
+    answer: ({ disconnect, names, body }) => disconnect(connectionId(first(names)), keepOutIn(body)),
+  },
   { method: 'GET', path: ['exports', '*'], answer: ({ operations, names }) => operations.describe(first(names)) },
   {
     method: 'POST',
@@ -169,6 +179,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   NO_TAG: 404,
   UNKNOWN: 404,
   NO_ROUTE: 404,
+  NO_CLIENT: 404,
   EXISTS: 409,
   UNFINISHED: 409,
   BUSY: 409,
@@ -275,6 +286,7 @@ export class ControlServer {
         operations: this.#options.operations,
         status: this.#options.status,
         reload: this.#options.reload,
+        disconnect: this.#options.disconnect,
         names: segments.filter((_, i) => route.path[i] === '*'),
         sessions: this.#sessions,
         query: searchParams,
@@ -397,6 +409,17 @@ function wholeNumber(body: Body, field: string): number {
     throw badRequest(`"${field}" must be a whole number, not ${JSON.stringify(value)}`);
   }
   return value;
+}
+
+function connectionId(name: string): number {
+  if (!/^\d{1,15}$/.test(name)) throw badRequest(`${JSON.stringify(name)} is no number of a connection`);
+  return Number(name);
+}
+
+function keepOutIn(body: Body): number {
+  const ms = body.keepOutMs === undefined ? 0 : wholeNumber(body, 'keepOutMs');
+  if (ms < 0 || ms > MAX_KEEP_OUT_MS) throw badRequest(`"keepOutMs" must be 0 to ${MAX_KEEP_OUT_MS}, not ${ms}`);
+  return ms;
 }
 
 function offsetIn(query: URLSearchParams): number {

@@ -7,8 +7,11 @@ import fs from 'node:fs';
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
+import type { Exclusive } from '../export/exclusive.js';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
+import { clientOf } from '../export/peer-client.js';
 import { ExportsToldToClients } from '../export/told-to-clients.js';
+import type { Claim, Writers } from '../export/writers.js';
 import { descriptorLimit } from '../store/descriptor-limit.js';
 import type { Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
@@ -17,9 +20,10 @@ import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
 import { ClosedWindows } from './closed-windows.js';
+import { ServerConnections } from './connected.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
-import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
+import { DISCONNECT_WAIT_MS, type ConnectionStatus, type Disconnected, type StatusAnswer } from './control-protocol.js';
 import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
 import { exposureOf } from './exposure.js';
 import { logFailures } from './failure-log.js';
@@ -71,6 +75,8 @@ export interface DaemonConfiguration {
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI; see DEFAULT_IN_USE_MS. */
   readonly inUseMs?: number;
+  /** Each disk is written by one connection at a time; see exclusive.ts. */
+  readonly exclusive?: Exclusive | undefined;
   /** Bounds other than the NBD server's own. */
   readonly limits?: Partial<Limits>;
   /** By default DEFAULT_SOCKET_MODE. */
@@ -191,8 +197,11 @@ export async function startDaemon(
         identity: operations.identity,
         startedAt,
         listeners: listening.map(formatListenAddress),
-        connections: Array.from(nbd.connections.values(), statusOf),
+        connections: Array.from(nbd.connections.values(), (connection) =>
+          statusOf(connection, operations.exports.writers),
+        ),
       }),
+      disconnect: (id, keepOutMs) => disconnect(nbd, operations.exports.writers, id, keepOutMs),
       serveNbd: (socket, head, session) =>
         new Promise<void>((resolve) => {
           const end = (): void => {
@@ -249,6 +258,7 @@ export async function startDaemon(
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
         maxDescriptors: descriptors.objectFiles,
+        exclusive: configuration.exclusive,
         log: (line, details) => log.warn(details ?? {}, line),
         logError: (line, details) => log.error(details ?? {}, line),
         signal: leaving.signal,
@@ -256,6 +266,7 @@ export async function startDaemon(
     }, controlPath);
     operations = opened;
     toldToStop?.throwIfAborted();
+    opened.exports.writers.connected = new ServerConnections(nbd);
     control = controlOf(opened);
     await control.listen();
     const doubt = doubtOf(control.path);
@@ -438,14 +449,43 @@ async function listen(nbd: NbdServer, address: ListenAddress, socketMode: number
   }
 }
 
-function statusOf(connection: ConnectionInfo): ConnectionStatus {
+/** Cut a connection off; answers when it is over, or has requests that take too long. Errors: NO_CLIENT. */
+async function disconnect(nbd: NbdServer, writers: Writers, id: number, keepOutMs: number): Promise<Disconnected> {
+  const found = nbd.connections.get(id);
+  if (found === undefined) {
+    throw new OperationError(
+      'NO_CLIENT',
+      `there is no connection ${id}; 'sheepgate client list' shows those there are`,
+    );
+  }
+  const connection = statusOf(found, writers);
+  writers.keepOut(found.peer, keepOutMs);
+  const over = nbd.disconnect(id, 'disconnected by the operator');
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<boolean>((resolve) => {
+    timer = setTimeout(() => resolve(false), DISCONNECT_WAIT_MS);
+  });
+  const isOver = await Promise.race([over.then(() => true), late]);
+  clearTimeout(timer);
+  return { connection, isOver, inFlight: isOver ? 0 : found.inFlight };
+}
+
+function statusOf(connection: ConnectionInfo, writers: Writers): ConnectionStatus {
+  const { peer, exportName } = connection;
   return {
     id: connection.id,
-    peer: labelOf(connection.peer),
-    export: connection.exportName ?? null,
+    peer: labelOf(peer),
+    export: exportName ?? null,
+    client: clientOf(peer)?.label ?? null,
+    access: exportName === undefined || peer.transport === 'internal' ? null : accessOf(writers.claimOf(peer)),
     openedAt: new Date(connection.openedAt).toISOString(),
     bytesRead: connection.bytesRead,
     bytesWritten: connection.bytesWritten,
     requests: connection.requests,
   };
+}
+
+function accessOf(claim: Claim | undefined): ConnectionStatus['access'] {
+  if (claim === undefined || !claim.mayWrite) return 'read-only';
+  return claim.isExclusive ? 'exclusive' : 'read-write';
 }

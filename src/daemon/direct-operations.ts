@@ -5,19 +5,24 @@
  */
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
+import type { Writers } from '../export/writers.js';
 import { unfinishedExport } from '../export/unfinished-export.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
   asOperationError,
+  OperationError,
   type Beginning,
   type CheckReport,
+  type ConnectionStatus,
   type DataPage,
+  type Disconnected,
   type Disk,
   type Ended,
   type ExportDescription,
   type Filling,
   type ForceOption,
   type Operations,
+  type ShownVdi,
   type VdiDetails,
   type VdiRecord,
 } from './operations.js';
@@ -26,19 +31,22 @@ const PEER: Peer = { transport: 'internal', address: 'command line' };
 /** A device takes any length; this bounds what one request keeps busy. */
 const MAX_REQUEST_BYTES = 32 * 2 ** 20;
 
+/** As far as they watch over who writes. */
+type Exports = ExportProvider & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf'> };
+
 export class DirectOperations implements Operations {
   readonly store: string;
   readonly identity: string;
   readonly isDaemon = false;
   readonly #catalog: VdiCatalog;
-  readonly #exports: ExportProvider;
+  readonly #exports: Exports;
   readonly #closed: () => void;
   readonly takeBackCreation: () => void;
 
   /** `closed` is called when the store is closed, or could not be. */
   constructor(
     catalog: VdiCatalog,
-    exports: ExportProvider,
+    exports: Exports,
     closed: () => void = () => undefined,
     takeBackCreation: () => void = () => undefined,
   ) {
@@ -58,8 +66,26 @@ export class DirectOperations implements Operations {
     return this.#catalog.details();
   }
 
-  show(spec: string): Promise<VdiDetails> {
-    return this.#catalog.show(spec);
+  async show(spec: string): Promise<ShownVdi> {
+    const details = await this.#catalog.show(spec);
+    const { writers } = this.#exports;
+    if (writers === undefined || details.isSnapshot) return details;
+    const { name } = details;
+    return { ...details, writers: writers.of(name), twoWriters: writers.twoWritersOf(name) ?? null };
+  }
+
+  /** A daemon's are the NBD server's to tell of; see ControlServer. */
+  clients(): Promise<readonly ConnectionStatus[]> {
+    return Promise.resolve([]);
+  }
+
+  disconnect(id: number): Promise<Disconnected> {
+    return Promise.reject(
+      new OperationError(
+        'NO_CLIENT',
+        `there is no connection ${id}: no daemon serves ${this.store}, so nobody is connected`,
+      ),
+    );
   }
 
   create(

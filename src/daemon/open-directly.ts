@@ -6,6 +6,7 @@ import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import type { LocalStore } from '../store/local/local-store.js';
 import type { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
+import type { Exclusive } from '../export/exclusive.js';
 import { VdiExports } from '../export/vdi-exports.js';
 import { DirectOperations } from './direct-operations.js';
 import { loadEverything, type StorePlace } from './open-operations.js';
@@ -28,6 +29,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly logError?: StorePlace['log'];
   /** Files of objects to have open at most; by default what the process's limit allows. */
   readonly maxDescriptors?: number;
+  /** Each disk is written by one connection at a time. */
+  readonly exclusive?: Exclusive | undefined;
 }
 
 type OpenedStore = DirectOperations & {
@@ -80,7 +83,7 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
-  const { keepMs, inUseMs, log, logError, isDaemon: serves } = place;
+  const { keepMs, inUseMs, log, logError, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
@@ -94,7 +97,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog, { keepMs, serves, log, logError });
+  const exports = new VdiExports(catalog, { keepMs, serves, exclusive, log, logError });
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,

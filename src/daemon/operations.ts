@@ -5,9 +5,12 @@
  */
 import type { CheckReport, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
+import type { TwoWriters, WriterInfo } from '../export/writers.js';
+import type { ConnectionStatus, Disconnected } from './control-protocol.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
 export { labelOfRun } from '../vdi/names.js';
+export type { ConnectionStatus, Disconnected };
 export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
@@ -43,6 +46,14 @@ export interface Disk {
   close(): Promise<void>;
 }
 
+/** What `show` knows besides; a daemon of an earlier version does not say. */
+export interface ShownVdi extends VdiDetails {
+  /** Connections that may write it. */
+  readonly writers?: readonly WriterInfo[];
+  /** The last time that two clients which know nothing of each other wrote it at once, since the daemon began. */
+  readonly twoWriters?: TwoWriters | null;
+}
+
 export interface ExportDescription {
   readonly size: number;
   readonly isReadOnly: boolean;
@@ -57,7 +68,7 @@ export interface Operations {
   readonly isDaemon: boolean;
   list(): Promise<readonly VdiRecord[]>;
   listDetails(): Promise<readonly VdiDetails[]>;
-  show(spec: string): Promise<VdiDetails>;
+  show(spec: string): Promise<ShownVdi>;
   create(
     name: string,
     size: number,
@@ -92,6 +103,13 @@ export interface Operations {
    * objects are not of one size.
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
+  /** The connections of NBD clients. Without a daemon there are none. */
+  clients(): Promise<readonly ConnectionStatus[]>;
+  /**
+   * Cut a connection off. Its client does not get the same disk to write for `keepOutMs`, by whatever connection. Errors:
+   * NO_CLIENT.
+   */
+  disconnect(id: number, options: { readonly keepOutMs: number }): Promise<Disconnected>;
   /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
   openDisk(exportName: string, options?: Filling): Promise<Disk>;
   /**

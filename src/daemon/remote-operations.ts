@@ -12,13 +12,16 @@ import {
   OperationError,
   type Beginning,
   type CheckReport,
+  type ConnectionStatus,
   type DataPage,
+  type Disconnected,
   type Disk,
   type Ended,
   type ExportDescription,
   type Filling,
   type ForceOption,
   type Operations,
+  type ShownVdi,
   type VdiDetails,
   type VdiRecord,
 } from './operations.js';
@@ -43,7 +46,7 @@ export class RemoteOperations implements Operations {
     return this.#control.call('GET', '/vdis?details=1');
   }
 
-  show(spec: string): Promise<VdiDetails> {
+  show(spec: string): Promise<ShownVdi> {
     return this.#control.call('GET', pathOf('vdis', spec));
   }
 
@@ -103,6 +106,14 @@ export class RemoteOperations implements Operations {
   changes(spec: string, since: string, offset: number): Promise<DataPage> {
     const query = new URLSearchParams({ since, offset: String(offset) });
     return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
+  }
+
+  async clients(): Promise<readonly ConnectionStatus[]> {
+    return (await this.#control.status()).connections;
+  }
+
+  disconnect(id: number, { keepOutMs }: { readonly keepOutMs: number }): Promise<Disconnected> {
+    return this.#control.call('POST', pathOf('connections', String(id), 'disconnect'), { body: { keepOutMs } });
   }
 
   async openDisk(name: string, { run }: Filling = {}): Promise<Disk> {

@@ -12,14 +12,22 @@ const SOL_SOCKET = 1; // asm-generic/socket.h
 const SO_PEERCRED = 17;
 const SO_PEERGROUPS = 59;
 const IPPROTO_TCP = 6; // netinet/in.h
-const TCP_INFO = 11; // linux/tcp.h
+const TCP_KEEPIDLE = 4; // linux/tcp.h
+const TCP_KEEPINTVL = 5;
+const TCP_INFO = 11;
 const TCP_USER_TIMEOUT = 18;
 /** struct tcp_info of linux/tcp.h: as much of it as is looked at, which Linux has had since 4.6, and where that is. */
 const TCP_INFO_BYTES = 148;
+const TCPI_STATE = 0;
 const TCPI_PROBES = 3;
 const TCPI_UNACKED = 24;
+const TCPI_LAST_DATA_RECV = 52;
 const TCPI_LAST_ACK_RECV = 56;
 const TCPI_NOTSENT_BYTES = 144;
+/** net/tcp_states.h */
+const TCP_ESTABLISHED = 1;
+const POLLHUP = 0x10; // asm-generic/poll.h
+const POLLRDHUP = 0x2000;
 const AF_UNIX = 1;
 const AF_INET = 2;
 const AF_INET6 = 10;
@@ -116,14 +124,63 @@ export interface SendState {
 
 /** Undefined if the kernel does not say; so it is for unix sockets. */
 export function sendState(connection: net.Socket): SendState | undefined {
+  const info = tcpInfo(connection);
+  return (
+    info && {
+      // Nothing is on its way, and yet there is something to send.
+      isWindowClosed: info.readUInt32LE(TCPI_NOTSENT_BYTES) > 0 && info.readUInt32LE(TCPI_UNACKED) === 0,
+      unansweredProbes: info.readUInt8(TCPI_PROBES),
+      lastAckMs: info.readUInt32LE(TCPI_LAST_ACK_RECV),
+    }
+  );
+}
+
+function tcpInfo(connection: net.Socket): Buffer | undefined {
   const fd = descriptorOf(connection);
   const info = fd === undefined ? undefined : option(fd, TCP_INFO, TCP_INFO_BYTES, IPPROTO_TCP);
-  if (info?.length !== TCP_INFO_BYTES) return undefined;
-  return {
-    // Nothing is on its way, and yet there is something to send.
-    isWindowClosed: info.readUInt32LE(TCPI_NOTSENT_BYTES) > 0 && info.readUInt32LE(TCPI_UNACKED) === 0,
-    unansweredProbes: info.readUInt8(TCPI_PROBES),
-    lastAckMs: info.readUInt32LE(TCPI_LAST_ACK_RECV),
+  return info?.length === TCP_INFO_BYTES ? info : undefined;
+}
+
+/**
+ * Whether the other end of `connection` has closed it, or shut down what it sends, whatever is left to be read. False also where
+ * that cannot be found out.
+ */
+export function hasPeerEnded(connection: net.Socket): boolean {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return connection.destroyed;
+  const { found, events } = pollNow(fd, POLLRDHUP);
+  return found && (events & (POLLHUP | POLLRDHUP)) !== 0;
+}
+
+/** Milliseconds since anything came from the other end, be it an acknowledgement; undefined if it is no open TCP connection. */
+export function msSinceHeard(connection: net.Socket): number | undefined {
+  const info = tcpInfo(connection);
+  if (info?.[TCPI_STATE] !== TCP_ESTABLISHED) return undefined;
+  return Math.min(info.readUInt32LE(TCPI_LAST_DATA_RECV), info.readUInt32LE(TCPI_LAST_ACK_RECV));
+}
+
+/**
+ * Ask the other end of a TCP connection, from now on every `seconds`, whether it is there; the kernel does, and the other
+ * kernel answers. Returns what sets the times back; undefined if it could not be set.
+ */
+export function askOften(connection: net.Socket, seconds: number): (() => void) | undefined {
+  const fd = descriptorOf(connection);
+  if (fd === undefined) return undefined;
+  const names = [TCP_KEEPINTVL, TCP_KEEPIDLE];
+  const before = names.map((name) => option(fd, name, 4, IPPROTO_TCP));
+  const set = (target: number, name: number, value: Buffer): boolean =>
+    setsockopt(target, IPPROTO_TCP, name, value, value.length) === 0;
+  const often = Buffer.alloc(4);
+  often.writeUInt32LE(seconds);
+  if (!names.every((name) => set(fd, name, often))) return undefined;
+  return () => {
+    // The descriptor may be closed by now, and another connection's.
+    const still = descriptorOf(connection);
+    if (still === undefined) return;
+    names.forEach((name, i) => {
+      const value = before[i];
+      if (value) set(still, name, value);
+    });
   };
 }
 
@@ -190,10 +247,16 @@ export function sendNow(fd: number, bytes: Buffer): number {
 
 /** Whether a write would take something, or fail, at once. */
 export function isWritable(fd: number): boolean {
-  const descriptor = Buffer.alloc(8); // struct pollfd
+  return pollNow(fd, POLLOUT).found;
+}
+
+/** poll(2) that does not wait: whether something has happened, or is wrong, and what. */
+function pollNow(fd: number, wanted: number): { readonly found: boolean; readonly events: number } {
+  const descriptor = Buffer.alloc(8); // struct pollfd: fd, events, revents
   descriptor.writeInt32LE(fd, 0);
-  descriptor.writeInt16LE(POLLOUT, 4);
-  return poll(descriptor, 1, 0) !== 0;
+  descriptor.writeInt16LE(wanted, 4);
+  const found = (poll(descriptor, 1, 0) as number) !== 0;
+  return { found, events: descriptor.readInt16LE(6) };
 }
 
 function option(fd: number, name: number, maxBytes: number, level = SOL_SOCKET): Buffer | undefined {

@@ -18,6 +18,7 @@ import {
 } from 'nbd-server-ts/block-device';
 import type { VdiSpec } from '../vdi/names.js';
 import { baseOfContext } from './changed-contexts.js';
+import { parseOtherwise, type Exclusive } from './exclusive.js';
 import { accessName, parseExportName, subjectText } from './export-name.js';
 
 /** Exports that can say whose data a name leads to. */
@@ -27,11 +28,24 @@ export interface SubjectExports extends ExportProvider {
   /** Of those subjects only that `isTold` says. */
   list(peer: Peer, isTold?: (subject: Subject) => boolean): Awaitable<Iterable<ExportInfo>>;
   /** `access`: who may only read does not count as a writer. */
+  describe(
+    name: string,
+    peer: Peer,
+    contexts?: readonly string[],
+    access?: PeerAccess,
+  ): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
   open(
     name: string,
     peer: Peer,
-    access?: { readonly isReadOnly?: boolean },
+    access?: PeerAccess,
   ): Awaitable<{ readonly device: RefusableDevice; readonly info: ExportInfo }>;
+}
+
+/** What the peer may do with what it asks for. */
+export interface PeerAccess {
+  readonly isReadOnly?: boolean;
+  /** It may write, and then nobody else does. */
+  readonly exclusive?: Exclusive | undefined;
 }
 
 interface RefusableDevice extends BlockDevice {
@@ -41,8 +55,12 @@ interface RefusableDevice extends BlockDevice {
 
 type Subject = Pick<VdiSpec, 'name' | 'tag'>;
 
-/** 'needs-tls': not like this, but perhaps for the one it turns out to be over TLS. */
-export type Access = 'read-write' | 'read-only' | 'needs-tls' | 'refused';
+/**
+ * 'needs-tls': not like this, but perhaps for the one it turns out to be over TLS. 'exclusive': to write, and nobody else at the
+ * same time; see exclusive.ts.
+ */
+export type Access = 'read-write' | ExclusiveAccess | 'read-only' | 'needs-tls' | 'refused';
+export type ExclusiveAccess = 'exclusive' | `exclusive=${Exclude<Exclusive, 'unsaid'>}`;
 
 export interface AccessPolicy {
   /** `accessName`: as of export-name.ts. */
@@ -67,15 +85,15 @@ export class AuthorisedExports implements ExportProvider {
     peer: Peer,
     contexts?: readonly string[],
   ): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
-    const { isReadOnly, subject } = await this.#admit(name, peer);
-    const described = await this.#provider.describe(name, peer, contexts);
+    const { subject, ...access } = await this.#admit(name, peer);
+    const described = await this.#provider.describe(name, peer, contexts, access);
     const geometry = this.#withoutHidden(described.geometry, subject, peer);
-    return { ...described, geometry: isReadOnly ? readOnly(geometry) : geometry };
+    return { ...described, geometry: access.isReadOnly ? readOnly(geometry) : geometry };
   }
 
   async open(name: string, peer: Peer): Promise<{ readonly device: BlockDevice; readonly info: ExportInfo }> {
-    const { isReadOnly, subject } = await this.#admit(name, peer);
-    const opened = await this.#provider.open(name, peer, { isReadOnly });
+    const { subject, ...access } = await this.#admit(name, peer);
+    const opened = await this.#provider.open(name, peer, access);
     // An id may have been given away, and to somebody else, since it was judged.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
@@ -83,7 +101,7 @@ export class AuthorisedExports implements ExportProvider {
       throw refused(name);
     }
     // Of a snapshot nobody can write anything.
-    if (!isReadOnly || subject?.tag !== undefined) return opened;
+    if (!access.isReadOnly || subject?.tag !== undefined) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
   }
 
@@ -92,7 +110,7 @@ export class AuthorisedExports implements ExportProvider {
   }
 
   /** Refused before anybody looks whether there is such an export: the answer is the same if not. */
-  async #admit(name: string, peer: Peer): Promise<{ readonly isReadOnly: boolean; readonly subject?: Subject }> {
+  async #admit(name: string, peer: Peer): Promise<PeerAccess & { readonly subject?: Subject }> {
     if (peer.transport === 'internal') return { isReadOnly: false };
     const text = subjectText(name);
     let subject: Subject | undefined;
@@ -101,30 +119,31 @@ export class AuthorisedExports implements ExportProvider {
     } catch (error) {
       // No name of anything. Whoever may open everything is told what is wrong with it.
       if (!(error instanceof ExportError) || error.code !== 'UNKNOWN') throw error;
-      return { isReadOnly: this.#judge(text, name, peer) };
+      return this.#judge(text, name, peer);
     }
     // Whether something has an id is told to nobody who may not open it, so not by asking for TLS either.
     if (subject === undefined) throw refused(name);
     if (isById(text) && !this.#mayOpen(subject, peer)) throw refused(name);
-    const isReadOnly = this.#judge(accessName(subject), name, peer);
+    const access = this.#judge(accessName(subject), name, peer);
     const since = sinceOf(name);
     if (since !== undefined) this.#judge(accessName({ name: subject.name, tag: since }), name, peer);
-    return { isReadOnly, subject };
+    return { ...access, subject };
   }
 
-  /** Whether read-only. */
-  #judge(judged: string, name: string, peer: Peer): boolean {
+  #judge(judged: string, name: string, peer: Peer): PeerAccess {
     const access = this.#policy.decide(judged, peer);
-    if (access === 'read-write') return false;
-    if (access === 'read-only') return true;
+    if (access === 'read-write') return { isReadOnly: false };
+    if (access === 'read-only') return { isReadOnly: true };
     if (access === 'needs-tls') throw new ExportError('TLS_REQUIRED', `TLS is needed to open ${JSON.stringify(name)}`);
-    throw refused(name);
+    if (access === 'refused') throw refused(name);
+    const [, otherwise = ''] = access.split('=');
+    return { isReadOnly: false, exclusive: parseOtherwise(otherwise) ?? 'unsaid' };
   }
 
   #mayOpen(subject: Subject, peer: Peer): boolean {
     if (peer.transport === 'internal') return true;
     const access = this.#policy.decide(accessName(subject), peer);
-    return access === 'read-write' || access === 'read-only';
+    return access !== 'needs-tls' && access !== 'refused';
   }
 
   /** Without the contexts that tell of snapshots which the peer may not open. */

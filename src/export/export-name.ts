@@ -9,11 +9,14 @@
  * to come has its place. Owns how a name is taken apart and put together; looks nothing up and decides nothing.
  */
 import { CatalogError } from '../vdi/catalog-error.js';
+import { EXCLUSIVE_FORM, formatExclusive, OTHERWISE, parseOtherwise, type Exclusive } from './exclusive.js';
 import { decodePercent, encodePercent, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 
 export interface ExportOptions {
   /** Tag of the one snapshot that the export tells the changes since. */
   readonly since?: string;
+  /** Nobody else shall write it. */
+  readonly exclusive?: Exclusive;
 }
 
 export interface ExportName {
@@ -24,7 +27,7 @@ export interface ExportName {
 const OPTIONS_BEGIN = '/';
 const OPTIONS_SEPARATOR = ',';
 /** For messages: all options there are, and how they are written. */
-const KNOWN_OPTIONS = 'since=TAG';
+const KNOWN_OPTIONS = `since=TAG and ${EXCLUSIVE_FORM}`;
 
 /** The text before the options, which alone says whose data it is. */
 export function subjectText(exportName: string): string {
@@ -43,29 +46,49 @@ export function parseExportName(exportName: string): ExportName {
 function parseOptions(exportName: string, text: string): ExportOptions {
   const bad = (why: string): CatalogError =>
     new CatalogError('BAD_NAME', `export ${JSON.stringify(exportName)}: ${why}`);
-  const options: { since?: string } = {};
+  const options: { since?: string; exclusive?: Exclusive } = {};
   for (const option of text.split(OPTIONS_SEPARATOR)) {
     const equals = option.indexOf('=');
     const key = equals < 0 ? option : option.slice(0, equals);
     const value = equals < 0 ? undefined : decodePercent(option.slice(equals + 1), bad);
-    if (key !== 'since') {
+    if (key === 'since') {
+      if (options.since !== undefined) throw bad('the option since stands twice; one snapshot is compared with');
+      options.since = sinceValue(value, bad);
+    } else if (key === 'exclusive') {
+      if (options.exclusive !== undefined) throw bad('the option exclusive stands twice');
+      options.exclusive = exclusiveValue(value, bad);
+    } else {
       throw bad(
         `what follows the slash is options, and ${JSON.stringify(key)} is none; there is ${KNOWN_OPTIONS}. A VDI whose ` +
           'name or tag has a slash is @=NAME@TAG with %2F for the slash, or @ID with its hexadecimal ID',
       );
     }
-    if (options.since !== undefined) throw bad('the option since stands twice; one snapshot is compared with');
-    if (!value) throw bad('since needs the tag of a snapshot: since=TAG');
-    if (isTemporaryTag(value))
-      throw bad('since needs a snapshot that stays: a temporary one goes with its last reader');
-    options.since = value;
   }
   return options;
 }
 
+function sinceValue(value: string | undefined, bad: (why: string) => CatalogError): string {
+  if (!value) throw bad('since needs the tag of a snapshot: since=TAG');
+  if (isTemporaryTag(value)) throw bad('since needs a snapshot that stays: a temporary one goes with its last reader');
+  return value;
+}
+
+function exclusiveValue(value: string | undefined, bad: (why: string) => CatalogError): Exclusive {
+  if (value === undefined) return 'unsaid';
+  const otherwise = parseOtherwise(value);
+  if (otherwise === undefined) {
+    throw bad(`exclusive=${value} is none; it stands alone, or with one of ${OTHERWISE.join(', ')}`);
+  }
+  return otherwise;
+}
+
 /** A name that is parsed as the same. `subject`: as formatSpec or specOf gives it. */
-export function formatExportName(subject: string, { since }: ExportOptions = {}): string {
-  return since === undefined ? subject : `${subject}${OPTIONS_BEGIN}since=${encodePercent(since)}`;
+export function formatExportName(subject: string, { since, exclusive }: ExportOptions = {}): string {
+  const options = [
+    ...(since === undefined ? [] : [`since=${encodePercent(since)}`]),
+    ...(exclusive === undefined ? [] : [formatExclusive(exclusive)]),
+  ];
+  return options.length === 0 ? subject : `${subject}${OPTIONS_BEGIN}${options.join(OPTIONS_SEPARATOR)}`;
 }
 
 /**

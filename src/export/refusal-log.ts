@@ -15,12 +15,17 @@ export class RefusalLog {
   }
 
   tell(exportName: string, error: Error): void {
-    const key = `${exportName}\n${error.message}`;
+    const line = `export ${JSON.stringify(exportName)} cannot be opened: ${error.message}`;
+    this.once(`${exportName}\n${error.message}`, line, { err: error });
+  }
+
+  /** `line`, unless one under the same `key` was told of lately. */
+  once(key: string, line: string, details: object): void {
     const now = performance.now();
     const toldAt = this.#toldAt.get(key);
     if (toldAt !== undefined && now - toldAt < REPEAT_MS) return;
     if (this.#toldAt.size >= MAX_KNOWN) this.#toldAt.clear();
     this.#toldAt.set(key, now);
-    this.#log(`export ${JSON.stringify(exportName)} cannot be opened: ${error.message}`, { err: error });
+    this.#log(line, details);
   }
 }

@@ -20,6 +20,7 @@ import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
 import { toldToClients } from './told-to-clients.js';
+import type { Claim } from './writers.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
@@ -47,15 +48,22 @@ export interface Bases {
   readonly isReadOnly: boolean;
   /** The client is a command of ours, which is told everything. */
   readonly isOurs?: boolean;
+  /** Of who may write it; undefined if nobody asks who else does. */
+  readonly claim?: Claim | undefined;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi, closing: Closing): Promise<void>;
 }
 
 /**
  * How an export of this VDI looks; `tags` are those of the snapshots whose contexts it tells of. `isReadOnly`: nothing of
- * it may be changed.
+ * it may be changed. `isExclusive`: one connection writes, and several of one client would be one writer and its readers.
  */
-export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnly: boolean): Geometry {
+export function geometryOf(
+  record: VdiRecord,
+  tags: readonly string[],
+  isReadOnly: boolean,
+  isExclusive = false,
+): Geometry {
   const writable = !record.isSnapshot && !isReadOnly;
   return {
     size: record.size,
@@ -69,7 +77,7 @@ export function geometryOf(record: VdiRecord, tags: readonly string[], isReadOnl
     // Zeroing changes maps and punches holes; what would need more than that is refused with ENOTSUP.
     canFastZero: writable,
     canCache: true,
-    multiConn: true,
+    multiConn: !isExclusive,
     rotational: false,
     contexts: [ALLOCATION_CONTEXT, ...tags.flatMap(changedContexts)],
   };
@@ -86,12 +94,16 @@ export class VdiDevice implements BlockDevice {
   /** How many devices were open at the last request: less than zero if nothing was asked since an error. */
   #lastRequest = this.#openedAs;
   #hasWritten = false;
+  /** It was asked whether this may write, and may still. */
+  #isWriting = false;
 
   constructor(vdi: Vdi, bases: Bases, onClose: (closing: Closing) => Awaitable<void>) {
     this.#vdi = vdi;
     this.#bases = bases;
-    this.geometry = geometryOf(vdi.record, bases.tags, bases.isReadOnly);
+    const { tags, isReadOnly, claim } = bases;
+    this.geometry = geometryOf(vdi.record, tags, isReadOnly, claim?.isExclusive);
     this.#onClose = onClose;
+    if (claim) claim.onFenced = () => (this.#isWriting = false);
   }
 
   readonly #rethrow = (error: unknown): never => {
@@ -112,8 +124,8 @@ export class VdiDevice implements BlockDevice {
 
   write(offset: number, data: Buffer, fua: boolean): Awaitable<void> {
     this.#lastRequest = opened;
-    this.#hasWritten = true;
     try {
+      if (!this.#isWriting) this.#beginWriting();
       const later = this.#vdi.write(offset, data, fua);
       return later?.catch(this.#rethrow);
     } catch (error) {
@@ -123,13 +135,19 @@ export class VdiDevice implements BlockDevice {
 
   zero(offset: number, length: number, mode: ZeroMode): Awaitable<void> {
     this.#lastRequest = opened;
-    this.#hasWritten = true;
     try {
+      if (!this.#isWriting) this.#beginWriting();
       const later = this.#vdi.zero(offset, length, mode);
       return later?.catch(this.#rethrow);
     } catch (error) {
       this.#rethrow(error);
     }
+  }
+
+  #beginWriting(): void {
+    this.#bases.claim?.beginWriting();
+    this.#hasWritten = true;
+    this.#isWriting = true;
   }
 
   trim(offset: number, length: number, fua: boolean): Awaitable<void> {
@@ -203,6 +221,10 @@ export class VdiDevice implements BlockDevice {
   }
 
   async #end(closing: Closing): Promise<void> {
+    const { claim } = this.#bases;
+    // No request of it is under way: the next one who is to write need not wait for what is still closed here.
+    claim?.fence();
+    claim?.end();
     try {
       const opened = await Promise.allSettled(this.#opened.values());
       for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, closing);
@@ -215,6 +237,7 @@ export class VdiDevice implements BlockDevice {
 const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   NO_SPACE: 'ENOSPC',
   PERMISSION: 'EPERM',
+  BUSY: 'EPERM',
   CLOSED: 'ESHUTDOWN',
   SLOW: 'ENOTSUP',
 };

@@ -15,18 +15,28 @@ import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type 
 import type { Client, UseOfConnection } from '../vdi/in-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
+import type { PeerAccess } from './authorised-exports.js';
+import { joinExclusive, type Exclusive } from './exclusive.js';
 import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
 import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
 import { RefusalLog } from './refusal-log.js';
+import { Writers, type Claim } from './writers.js';
+
+export interface ExportsOptions extends TemporaryOptions {
+  /** All disks are written by one connection at a time each. */
+  readonly exclusive?: Exclusive | undefined;
+}
 
 /** What a connection is about to have. */
 interface Opening {
   readonly vdi: Vdi;
   /** Of a moment: the snapshots that it was compared with so far, by tag. */
   readonly bases?: Map<string, number>;
+  /** Of a VDI that is opened to be written. */
+  readonly claim?: Claim | undefined;
   readonly close: (closing: Closing) => Promise<void>;
 }
 
@@ -47,11 +57,16 @@ export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
   readonly #refusals: RefusalLog;
+  readonly #exclusive: Exclusive | undefined;
+  readonly writers: Writers;
 
   constructor(catalog: VdiCatalog, options: ExportsOptions = {}) {
     this.#catalog = catalog;
+    this.#exclusive = options.exclusive;
     this.#temporary = new TemporarySnapshots(catalog, options);
-    this.#refusals = new RefusalLog(options.logError ?? options.log ?? (() => undefined));
+    const log = options.log ?? ((): void => undefined);
+    this.#refusals = new RefusalLog(options.logError ?? log);
+    this.writers = new Writers(log, new RefusalLog(log));
   }
 
   /**
@@ -83,11 +98,13 @@ export class VdiExports implements ExportProvider {
     exportName: string,
     peer: Peer,
     contexts: readonly string[] = [],
+    access: PeerAccess = {},
   ): Promise<{ geometry: Geometry; info: ExportInfo }> {
     try {
       const { name, run } = parseUnfinishedExport(exportName, peer);
       const { subject, options } = parseExportName(name);
-      const { isReadOnly } = this.#catalog;
+      mustBeWritable(subject, options);
+      const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
       let record = await this.#find(subject);
       await this.#catalog.mustBeHeldBy(record, run);
       if (isTemporary(subject)) {
@@ -101,7 +118,11 @@ export class VdiExports implements ExportProvider {
         ({ record } = await this.#temporary.ask(workingName(subject), subject.tag, peer, client));
         tags = toldBases(await this.#basesOf(record, options), contexts);
       }
-      return { geometry: geometryOf(record, tags, isReadOnly || isById(subject)), info: infoOf(record, options) };
+      const may = this.#mayWrite(record, { peer, client, isReadOnly, run }, options, access);
+      return {
+        geometry: geometryOf(record, tags, isReadOnly || !may.write, may.isAlone),
+        info: infoOf(record, options),
+      };
     } catch (error) {
       // The connection is about something else by now.
       this.#temporary.left(peer);
@@ -113,11 +134,12 @@ export class VdiExports implements ExportProvider {
   async open(
     exportName: string,
     peer: Peer,
-    access: { readonly isReadOnly?: boolean } = {},
+    access: PeerAccess = {},
   ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     try {
       const { name, run } = parseUnfinishedExport(exportName, peer);
       const { subject, options } = parseExportName(name);
+      mustBeWritable(subject, options);
       const client = clientOf(peer);
       const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
       // Before anything is opened: a snapshot that is not there must not cost a temporary one.
@@ -129,21 +151,54 @@ export class VdiExports implements ExportProvider {
         return await this.#opened({ vdi, bases: moment.bases, close }, { options, client, isReadOnly: true });
       }
       const vdi = await this.#catalog.openVdi(subjectText(name), { run });
-      const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isReadOnly);
+      const claim = await this.#claim(vdi, { peer, client, isReadOnly, run }, options, access);
+      const isOnlyRead = isReadOnly || claim?.mayWrite === false;
+      const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isOnlyRead, claim);
       const close = (closing: Closing): Promise<void> => {
         // First: it must not look unused in between.
         this.#endUse(use, closing);
         return this.#catalog.release(vdi);
       };
-      return await this.#opened({ vdi, close }, { options, client, isReadOnly });
+      return await this.#opened({ vdi, claim, close }, { options, client, isReadOnly: isOnlyRead });
     } catch (error) {
       throw this.#refused(exportName, error);
     }
   }
 
+  /** The right to write `vdi`, which was opened for that; undefined if it is not to be written, or by a command of ours only. */
+  async #claim(vdi: Vdi, asking: Asking, options: ExportOptions, access: PeerAccess): Promise<Claim | undefined> {
+    if (!asksToWrite(vdi.record, asking)) return undefined;
+    const { peer, client } = asking;
+    try {
+      return await this.writers.claim(vdi.record.name, { peer, client }, this.#exclusively(options, access));
+    } catch (error) {
+      await this.#catalog.release(vdi);
+      throw error;
+    }
+  }
+
+  /** The same for who only asks. */
+  #mayWrite(
+    record: VdiRecord,
+    asking: Asking,
+    options: ExportOptions,
+    access: PeerAccess,
+  ): { readonly write: boolean; readonly isAlone: boolean } {
+    if (!asksToWrite(record, asking)) return { write: !record.isSnapshot && !asking.isReadOnly, isAlone: false };
+    const exclusive = this.#exclusively(options, access);
+    const write = this.writers.look(record.name, asking, exclusive);
+    return { write, isAlone: exclusive !== undefined || !write };
+  }
+
+  /** What the client says of itself, what its rule says, and what the server says of all. */
+  #exclusively(options: ExportOptions, access: PeerAccess): Exclusive | undefined {
+    return joinExclusive(options.exclusive, access.exclusive, this.#exclusive);
+  }
+
   #refused(exportName: string, error: unknown): ExportError {
     const refused = asExportError(error);
-    if (refused.code === 'FAILED') this.#refusals.tell(exportName, error as Error);
+    if (refused.code === 'FAILED' || (error as Partial<CatalogError>).code === 'BUSY')
+      this.#refusals.tell(exportName, error as Error);
     return refused;
   }
 
@@ -152,7 +207,7 @@ export class VdiExports implements ExportProvider {
   }
 
   async #opened(
-    { vdi, bases: known, close }: Opening,
+    { vdi, bases: known, claim, close }: Opening,
     { options, client, isReadOnly }: { options: ExportOptions; client: Client | undefined; isReadOnly: boolean },
   ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     const { record } = vdi;
@@ -160,6 +215,7 @@ export class VdiExports implements ExportProvider {
     try {
       tags = toldBases(await this.#basesOf(record, options), []);
     } catch (error) {
+      claim?.end();
       await close(REFUSED);
       throw error;
     }
@@ -168,6 +224,7 @@ export class VdiExports implements ExportProvider {
       tags,
       isReadOnly,
       isOurs: client === undefined,
+      claim,
       open: async (tag) => {
         const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
         const { vid } = base.record;
@@ -200,12 +257,18 @@ export class VdiExports implements ExportProvider {
   }
 
   /** `vdi`, which was opened for it, is in use by this client. Undefined if that need not be known. */
-  async #use(vdi: Vdi, client: Client | undefined, writable: boolean): Promise<UseOfConnection | undefined> {
+  async #use(
+    vdi: Vdi,
+    client: Client | undefined,
+    writable: boolean,
+    claim?: Claim,
+  ): Promise<UseOfConnection | undefined> {
     // Nothing of a store that nobody changes can be taken away from anybody.
     if (!client || this.#catalog.isReadOnly) return undefined;
     try {
       return await this.#catalog.inUse.begin(vdi.record, client, writable);
     } catch (error) {
+      claim?.end();
       await this.#catalog.release(vdi);
       throw error;
     }
@@ -254,6 +317,26 @@ export class VdiExports implements ExportProvider {
   }
 }
 
+/** Who asks to open something. */
+interface Asking {
+  readonly peer: Peer;
+  readonly client: Client | undefined;
+  readonly isReadOnly: boolean;
+  /** It fills what nobody else can open. */
+  readonly run: string | undefined;
+}
+
+function asksToWrite({ isSnapshot }: VdiRecord, { isReadOnly, run }: Asking): boolean {
+  return !isSnapshot && !isReadOnly && run === undefined;
+}
+
+/** Errors: BAD_NAME, for what nobody can write and somebody wants to write alone. */
+function mustBeWritable(subject: VdiSpec, { exclusive }: ExportOptions): void {
+  if (exclusive === undefined || (subject.tag === undefined && !isById(subject))) return;
+  const what = isById(subject) ? 'what is opened by its ID' : 'a snapshot';
+  throw new CatalogError('BAD_NAME', `exclusive is for a VDI that is written: ${what} is read-only for everybody`);
+}
+
 /** The VDI that a temporary snapshot is taken of, as the catalog's specs have it. */
 function workingName({ name }: VdiSpec): string {
   return formatSpec({ name, tag: undefined });
@@ -293,6 +376,6 @@ function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {
 }
 
 function asExportError(error: unknown): ExportError {
-  const code = error instanceof CatalogError ? 'UNKNOWN' : 'FAILED';
+  const code = error instanceof CatalogError ? (error.code === 'BUSY' ? 'POLICY' : 'UNKNOWN') : 'FAILED';
   return new ExportError(code, (error as Error).message, { cause: error });
 }

@@ -50,17 +50,20 @@ test('the help lists all commands all the same, and a wrong name is told the rig
   const commandsIn = (help: string): string[] =>
     [...help.replace(/^[\s\S]*Commands:/, '').matchAll(/^ {2}([a-z]+) /gm)].map(([, name]) => name as string);
   const all = [
-    'serve',
-    'reload',
-    'vdi',
-    'import',
-    'export',
-    'backup',
-    'restore',
-    'migrate',
-    'check',
-    'cluster',
-    'node',
+    ...[
+      'serve',
+      'reload',
+      'vdi',
+      'client',
+      'import',
+      'export',
+      'backup',
+      'restore',
+      'migrate',
+      'check',
+      'cluster',
+      'node',
+    ],
     'help',
   ];
   expect(commandsIn((await runs(['--help'])).stdout).slice(0, all.length)).toEqual(all);

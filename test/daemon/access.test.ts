@@ -87,6 +87,12 @@ describe('one rule', () => {
     ['allow * from psk:alice', 'x', ALICE, 'read-write'],
     ['allow * from psk:alice', 'x', CERT, 'refused'],
     ['allow * from psk:bob', 'x', ALICE, 'refused'],
+    // To write alone.
+    ['allow x exclusive from any', 'x', LOCAL, 'exclusive'],
+    ['allow x exclusive=read-only from any', 'x', LOCAL, 'exclusive=read-only'],
+    ['allow x exclusive=refuse from any', 'x', LOCAL, 'exclusive=refuse'],
+    ['allow x exclusive=take-over from any', 'x', LOCAL, 'exclusive=take-over'],
+    ['allow exclusive from any', 'exclusive', LOCAL, 'read-write'],
     // Several.
     ['allow * from psk:bob uid:5 psk:alice', 'x', ALICE, 'read-write'],
     ['allow * from psk:alice+addr:192.0.2.0/24', 'x', ALICE, 'read-write'],
@@ -148,12 +154,16 @@ describe('several rules', () => {
 
 describe('a wrong line', () => {
   const table: readonly (readonly [string, RegExp])[] = [
-    ['permit x from any', /"permit" begins no rule; write allow EXPORT \[ro\] from SOURCE/],
+    ['permit x from any', /"permit" begins no rule; write allow EXPORT \[ro\|exclusive.*\] from SOURCE/],
     ['allow', /no export after "allow"/],
     ['allow x', /the rule ends where "from" must be/],
     ['allow x rw from any', /"rw" stands where "from" must be/],
     ['allow x from', /no source after "from"; give one or more of any, cert:NAME/],
     ['deny x ro from any', /a deny rule has no "ro"/],
+    ['deny x exclusive from any', /a deny rule has no "exclusive"/],
+    ['allow x exclusive=no from any', /after exclusive= comes one of read-only, refuse, take-over/],
+    ['allow x exclusive= from any', /after exclusive= comes one of/],
+    ['allow x ro exclusive from any', /"exclusive" stands where "from" must be/],
     ['allow x from everybody', /source "everybody": is not one of any, cert:NAME/],
     ['allow x from user:1', /is not one of/],
     ['allow x from any+', /source "": is not one of/],
@@ -340,9 +350,9 @@ describe('exports behind rules', () => {
 
   test('options that are wrong are told to those who may open the export', async () => {
     asked.length = 0;
-    await guarded.open('a/exclusive', LOCAL);
-    expect(asked).toEqual(['a/exclusive']);
-    expect((await refusalOf('vault/exclusive')).code).toBe('POLICY');
+    await guarded.open('a/alone', LOCAL);
+    expect(asked).toEqual(['a/alone']);
+    expect((await refusalOf('vault/alone')).code).toBe('POLICY');
   });
 
   test('an id that leads elsewhere when it is opened is closed again and refused', async () => {

@@ -147,7 +147,7 @@ print(json.dumps([bitmaps, ranges]))`;
   for (const [name, words] of [
     ['disk@now/since=nothing', 'has no snapshot "nothing"'],
     ['disk/since=now', 'needs a snapshot that stays'],
-    ['disk/exclusive', '"exclusive" is none; there is since=TAG'],
+    ['disk/alone', '"alone" is none; there is since=TAG'],
   ] as const) {
     const refused = await nbdsh(['-u', daemon.uri(name), '-c', 'pass']);
     expect(refused.code, name).not.toBe(0);

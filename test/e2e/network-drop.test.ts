@@ -86,7 +86,16 @@ test('a network that drops silently lets go of NAME@now, also while answers are 
     `h.connect_uri("${uri('disk@now:busy')}"); [h.aio_pread(nbd.Buffer(2**24), n * 2**24) for n in range(4)]`,
   );
   expect((await target.names()).sort()).toEqual(['disk', 'disk@now:busy', 'disk@now:quiet']);
+  // Who writes alone and is gone loses its place to one who asks for that.
+  await shellInNamespace(`h.connect_uri("${uri('disk/exclusive')}"); h.pwrite(b"1" * 4096, 0)`);
+  await expect(attach(daemon, 'disk/exclusive=take-over')).rejects.toThrow(
+    /tcp 192.0.2.2, which was asked, and is there/,
+  );
   ip('-n', CLIENT_SIDE, 'link', 'set', CABLE, 'down');
+  const newcomer = await attach(daemon, 'disk/exclusive=take-over');
+  expect(daemon.log()).toContain('disk: tcp 192.0.2.2 did not answer and is cut off');
+  await newcomer.write(0, Buffer.alloc(MIB, 2));
+  await newcomer.disconnect();
   await waitUntil(async () => (await target.names()).length === 1, 'both are gone', 60_000);
   expect(await target.names()).toEqual(['disk']);
 }, 120_000);

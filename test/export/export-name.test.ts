@@ -31,6 +31,20 @@ describe('an export name', () => {
     });
   }
 
+  for (const [text, options] of [
+    ['vm1/exclusive', { exclusive: 'unsaid' }],
+    ['vm1/exclusive=read-only', { exclusive: 'read-only' }],
+    ['vm1/exclusive=refuse', { exclusive: 'refuse' }],
+    ['@=a%2Fb/exclusive=take-over', { exclusive: 'take-over' }],
+    ['vm1/since=monday,exclusive=refuse', { since: 'monday', exclusive: 'refuse' }],
+    ['vm1/exclusive,since=monday', { since: 'monday', exclusive: 'unsaid' }],
+  ] as const) {
+    test(`${JSON.stringify(text)} has the options ${JSON.stringify(options)}, and is written as the same`, () => {
+      expect(parseExportName(text).options).toEqual(options);
+      expect(parseExportName(formatExportName(subjectText(text), options)).options).toEqual(options);
+    });
+  }
+
   for (const [text, message] of [
     ['', /must not be empty/],
     ['vm1@', /a tag must follow the @/],
@@ -43,8 +57,13 @@ describe('an export name', () => {
     ['@=a@', /neither is empty/],
     ['@=50%', /%25 is a % itself/],
     ['/since=x', /must not be empty/],
-    ['vm1/', /"" is none; there is since=TAG/],
-    ['vm1/exclusive', /"exclusive" is none; there is since=TAG.*%2F for the slash, or @ID/],
+    ['vm1/', /"" is none; there is since=TAG and exclusive/],
+    ['vm1/alone', /"alone" is none; there is since=TAG and exclusive.*%2F for the slash, or @ID/],
+    ['vm1/exclusive=', /exclusive= is none; it stands alone, or with one of read-only, refuse, take-over/],
+    ['vm1/exclusive=yes', /exclusive=yes is none/],
+    ['vm1/exclusive,exclusive', /stands twice/],
+    ['vm1/exclusive=refuse,since=a,exclusive', /stands twice/],
+    ['vm1/EXCLUSIVE', /"EXCLUSIVE" is none/],
     ['vm1@monday/rw', /"rw" is none/],
     ['vm1/since', /since needs the tag of a snapshot/],
     ['vm1/since=', /since needs the tag of a snapshot/],

@@ -1,0 +1,76 @@
+/**
+ * `sheepgate client disconnect`: cut connections off, and keep their clients from writing for a while. Owns that it only says "cut
+ * off" of a connection whose last request has ended.
+ */
+import { Command, InvalidArgumentError, Option } from 'commander';
+import { MAX_KEEP_OUT_MS } from '../daemon/control-protocol.js';
+import { OperationError, type Disconnected } from '../daemon/operations.js';
+import { clientJson } from './client-list.js';
+import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { printJson, printLine } from './output.js';
+
+/** Clients that connect again by themselves do so at once, or after some seconds: somebody else is to come before them. */
+const DEFAULT_KEEP_OUT_S = 60;
+
+interface DisconnectOptions extends CommonOptions {
+  readonly keepOut?: number;
+}
+
+export function clientDisconnectCommand(): Command {
+  const command = new Command('disconnect')
+    .description('cut connections of NBD clients off')
+    .argument('<id...>', "numbers of connections, from 'sheepgate client list'", idArgument)
+    .addOption(
+      new Option(
+        '--keep-out <seconds>',
+        `how long the client may not open the same disk to write, if it could write it; 0: it may at once (default: ${DEFAULT_KEEP_OUT_S})`,
+      ).argParser(secondsArgument),
+    )
+    .addHelpText(
+      'after',
+      '\nRequests that the daemon works on are finished, the rest of what the client has sent is thrown away, and then the command\n' +
+        'ends: nothing that came over the connection has an effect any more, and somebody else may write. The client is not told;\n' +
+        'most connect again by themselves.\n\nExample:\n  sheepgate client disconnect 12',
+    );
+  return withCommonOptions(command).action(async (ids: readonly number[], options: DisconnectOptions) => {
+    const keepOutMs = (options.keepOut ?? DEFAULT_KEEP_OUT_S) * 1000;
+    const results = await withOperations(options, async (operations) => {
+      const asked = ids.map((id) => operations.disconnect(id, { keepOutMs }));
+      // Each of them, also if one is not there.
+      const settled = await Promise.allSettled(asked);
+      for (const result of settled) if (result.status === 'fulfilled' && !options.json) printLine(textOf(result.value));
+      const failed = settled.find((result) => result.status === 'rejected');
+      if (failed) throw failed.reason;
+      return settled.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+    });
+    if (options.json) {
+      printJson(results.map(({ connection, ...rest }) => ({ ...rest, connection: clientJson(connection) })));
+    }
+    const late = results.filter(({ isOver }) => !isOver);
+    if (late.length === 0) return;
+    const which = late.map(({ connection, inFlight }) => `${connection.id} (${inFlight})`).join(', ');
+    throw new OperationError(
+      'NOT_OVER',
+      `requests of ${which} are still under way, and may still have an effect; see whether the disk of the store is stuck`,
+    );
+  });
+}
+
+function textOf({ connection, isOver }: Disconnected): string {
+  const { id, client, peer } = connection;
+  const what = connection.export === null ? '' : ` from ${connection.export}`;
+  const who = `connection ${id} of ${client ?? peer}${what}`;
+  return isOver ? `cut off ${who}` : `${who} gets no further, but is not over`;
+}
+
+function idArgument(text: string, before: readonly number[] = []): number[] {
+  if (!/^\d{1,15}$/.test(text)) throw new InvalidArgumentError(`"${text}" is no number of a connection.`);
+  return [...before, Number(text)];
+}
+
+function secondsArgument(text: string): number {
+  const most = MAX_KEEP_OUT_MS / 1000;
+  const seconds = /^\d{1,10}$/.test(text) ? Number(text) : NaN;
+  if (!(seconds <= most)) throw new InvalidArgumentError(`"${text}" is no whole number from 0 to ${most}.`);
+  return seconds;
+}

@@ -1,0 +1,81 @@
+/**
+ * What the exports may ask of the NBD server's connections: whether a client is about to end, whether it is still there, and
+ * that it be cut off. Owns how long the other machine is given to answer. Decides nothing.
+ */
+import net from 'node:net';
+import type { Duplex } from 'node:stream';
+import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
+import type { Connected } from '../export/writers.js';
+import { isRunning, processKey } from '../vdi/process-identity.js';
+import { askOften, hasPeerEnded, msSinceHeard } from './socket-calls.js';
+
+/**
+ * How long the kernel of a TCP client has to answer, being asked once a second: four questions. One that was cut off before
+ * cannot write any more, so that a wrong answer costs it its connection and nobody any data.
+ */
+const PROBE_MS = 5_000;
+const PROBE_SECONDS = 1;
+const POLL_MS = 100;
+
+export class ServerConnections implements Connected {
+  readonly #server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>;
+
+  constructor(server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>) {
+    this.#server = server;
+  }
+
+  isEnding(peer: Peer): boolean {
+    const found = this.#find(peer);
+    // Not the server's: a command in this process.
+    if (found === undefined) return false;
+    if (found.phase === 'closing') return true;
+    const socket = socketOf(this.#server.transportOf(found.id));
+    // Seen by us only when what came before it has been read.
+    return socket !== undefined && hasPeerEnded(socket);
+  }
+
+  async isThere(peer: Peer): Promise<boolean> {
+    const found = this.#find(peer);
+    const socket = found && socketOf(this.#server.transportOf(found.id));
+    if (socket === undefined) return true;
+    if (hasPeerEnded(socket)) return false;
+    if (peer.transport === 'tcp') return answersWithin(socket, PROBE_MS);
+    const { pid = 0, startTime } = peer.credentials ?? {};
+    // Others may have its socket, a child or whoever it was handed to; then the kernel has not told us of an end.
+    return pid <= 0 || startTime === undefined || isRunning(processKey(pid, startTime));
+  }
+
+  async cutOff(peer: Peer, reason: string): Promise<void> {
+    const found = this.#find(peer);
+    if (found !== undefined) await this.#server.disconnect(found.id, reason);
+  }
+
+  #find(peer: Peer): ConnectionInfo | undefined {
+    for (const connection of this.#server.connections.values()) if (connection.peer === peer) return connection;
+    return undefined;
+  }
+}
+
+/** Whether the machine at the other end says anything within `ms`, an acknowledgement at least. */
+async function answersWithin(socket: net.Socket, ms: number): Promise<boolean> {
+  const began = performance.now();
+  const restore = askOften(socket, PROBE_SECONDS);
+  // Without questions its silence would prove nothing.
+  if (restore === undefined) return !socket.destroyed;
+  try {
+    for (;;) {
+      await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+      const heard = socket.destroyed ? undefined : msSinceHeard(socket);
+      if (heard === undefined) return false;
+      const passed = performance.now() - began;
+      if (heard < passed) return true;
+      if (passed >= ms) return false;
+    }
+  } finally {
+    restore();
+  }
+}
+
+function socketOf(stream: Duplex | undefined): net.Socket | undefined {
+  return stream instanceof net.Socket ? stream : undefined;
+}

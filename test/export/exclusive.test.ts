@@ -1,0 +1,433 @@
+/**
+ * Disks that are opened exclusively, without a daemon: who may write, who is told what, and that nothing of an old connection has
+ * an effect once a new one is let in. The NBD server and the store are real, in this process; clients are told apart by
+ * process numbers that the tests choose.
+ */
+import fs from 'node:fs';
+import os from 'node:os';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { NbdClient, NbdServer, type ExportDetails, type Peer, type PeerCredentials } from 'nbd-server-ts';
+import { ServerConnections } from '../../src/daemon/connected.js';
+import { AuthorisedExports, type Access } from '../../src/export/authorised-exports.js';
+import { VdiExports, type ExportsOptions } from '../../src/export/vdi-exports.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { waitUntil } from '../harness/daemon.js';
+
+const SIZE = 64 * 2 ** 20;
+const BLOCK = 4096;
+const OBJECT = 4 * 2 ** 20;
+/** Above any number that Linux gives to a process. */
+const NO_PROCESS = 2 ** 23;
+const ME: PeerCredentials = {
+  ...{ pid: process.pid, uid: 0, gid: 0, command: 'me' },
+  startTime: lookAtProcess(process.pid)?.startTime ?? 0,
+};
+
+let directory: string;
+let catalog: VdiCatalog;
+let exports: VdiExports;
+let server: NbdServer;
+let log: string[];
+let clients: NbdClient[];
+/** Who the next one to connect is. */
+let next: PeerCredentials;
+let access: Access | undefined;
+/** What each client was told when it opened its export. */
+const details = new WeakMap<NbdClient, ExportDetails>();
+
+async function serve(options: ExportsOptions = {}): Promise<void> {
+  exports = new VdiExports(catalog, { ...options, serves: true, log: (line) => void log.push(line) });
+  const guarded = new AuthorisedExports(exports, { decide: () => access ?? 'read-write' });
+  server = new NbdServer({ provider: guarded, peerCredentials: () => next });
+  exports.writers.connected = new ServerConnections(server);
+  await server.listen({ path: path.join(directory, 'nbd.sock') });
+}
+
+beforeEach(async () => {
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-exclusive-'));
+  log = [];
+  clients = [];
+  access = undefined;
+  next = ME;
+  catalog = new VdiCatalog(await LocalStore.open(path.join(directory, 'store'), { mayCreate: true }));
+  await catalog.create('disk', SIZE);
+});
+
+afterEach(async () => {
+  for (const client of clients) client.destroy();
+  await server.close();
+  await catalog.close();
+  fs.rmSync(directory, { recursive: true, force: true });
+});
+
+/** Another process than that of any other number. It does not run. */
+function gone(number: number): PeerCredentials {
+  return { pid: NO_PROCESS + number, uid: 0, gid: 0, startTime: number, command: `client${number}` };
+}
+
+async function connect(name: string, who: PeerCredentials = ME): Promise<NbdClient> {
+  next = who;
+  const client = await NbdClient.connect({ path: path.join(directory, 'nbd.sock') });
+  clients.push(client);
+  details.set(client, await client.go(name));
+  return client;
+}
+
+/** What the client may do. */
+function mayOf(client: NbdClient): string {
+  return wordsOf(details.get(client));
+}
+
+function wordsOf({ readOnly, multiConn }: Partial<ExportDetails> = {}): string {
+  return `${readOnly ? 'reads' : 'writes'}${multiConn ? ', as one of several' : ''}`;
+}
+
+async function mayDo(name: string, who: PeerCredentials = ME): Promise<string> {
+  return mayOf(await connect(name, who));
+}
+
+function holders(): string[] {
+  return exports.writers.of('disk').map(({ client, isExclusive }) => `${client}${isExclusive ? ' alone' : ''}`);
+}
+
+async function byteAt(offset: number): Promise<number> {
+  const vdi = await catalog.openVdi('disk');
+  const block = Buffer.alloc(1);
+  await vdi.read(offset, block);
+  await catalog.release(vdi);
+  return block[0] ?? -1;
+}
+
+/** Keep all writes of the disk outside until `open` is called. */
+async function closeGate(): Promise<{ vdi: Vdi; open: () => Promise<void> }> {
+  const vdi = await catalog.openVdi('disk');
+  await vdi.gate.close();
+  return {
+    vdi,
+    open: async () => {
+      vdi.gate.open();
+      await catalog.release(vdi);
+    },
+  };
+}
+
+describe('one connection writes', () => {
+  test('the others read, none of them is told that it is one of several, and the place is free when it has left', async () => {
+    await serve();
+    const first = await connect('disk/exclusive', gone(1));
+    expect(mayOf(first)).toBe('writes');
+    await first.write(0, Buffer.alloc(BLOCK, 1));
+    for (const name of ['disk/exclusive', 'disk', 'disk/exclusive=read-only', '@=d%69sk/exclusive']) {
+      expect(await mayDo(name, gone(2)), name).toBe('reads');
+    }
+    const reader = clients.at(-1) as NbdClient;
+    const block = Buffer.alloc(BLOCK);
+    await reader.readInto(0, block);
+    expect(block[0]).toBe(1);
+    await expect(reader.write(0, block)).rejects.toThrow(/EPERM|read-only/i);
+    expect(log.filter((line) => line.includes('disk is read-only for'))).toEqual([
+      `disk is read-only for process ${NO_PROCESS + 2} (client2): only one may write it, and process ${NO_PROCESS + 1} (client1) has it open for that`,
+    ]);
+    expect(holders()).toEqual([`process ${NO_PROCESS + 1} (client1) alone`]);
+    // At once: its socket may be closed here later than there.
+    await first.disconnect();
+    const second = await connect('disk/exclusive', gone(3));
+    expect(mayOf(second)).toBe('writes');
+    // Who reads stays so.
+    await expect(reader.write(0, block)).rejects.toThrow();
+    await second.disconnect();
+    expect(await mayDo('disk', gone(4))).toBe('writes, as one of several');
+  });
+
+  test('one that finds another writer, exclusive or not, reads, or is refused in words that name that', async () => {
+    await serve();
+    const plain = await connect('disk', gone(1));
+    expect(mayOf(plain)).toBe('writes, as one of several');
+    expect(await mayDo('disk', gone(2))).toBe('writes, as one of several');
+    expect(await mayDo('disk/exclusive', gone(3))).toBe('reads');
+    await expect(connect('disk/exclusive=refuse', gone(3))).rejects.toThrow(
+      /disk is open for writing by process \d+ \(client1\), and by 1 more, and only one may write it/,
+    );
+    expect(log.join('\n')).toContain('export "disk/exclusive=refuse" cannot be opened: disk is open for writing by');
+    for (const client of clients.splice(0)) await client.disconnect();
+    const owner = await connect('disk/exclusive=refuse', gone(4));
+    expect(mayOf(owner)).toBe('writes');
+    // What the owner says counts for those who say nothing.
+    for (const name of ['disk', 'disk/exclusive']) {
+      await expect(connect(name, gone(5)), name).rejects.toThrow(/by process \d+ \(client4\)/);
+    }
+    expect(await mayDo('disk/exclusive=read-only', gone(5))).toBe('reads');
+    expect(await mayDo('disk@now', gone(5))).toBe('reads, as one of several');
+  });
+
+  test('the server says so of all disks, or a rule of one client; snapshots and readers are nobody else’s concern', async () => {
+    await serve({ exclusive: 'refuse' });
+    await catalog.snapshot('disk', 'monday');
+    const first = await connect('disk', gone(1));
+    expect(mayOf(first)).toBe('writes');
+    await expect(connect('disk', gone(2))).rejects.toThrow(/client1/);
+    expect(await mayDo('disk/exclusive=read-only', gone(2))).toBe('reads');
+    for (const name of ['disk@monday', 'disk@now']) expect(await mayDo(name, gone(2))).toBe('reads, as one of several');
+    access = 'exclusive=read-only';
+    expect(await mayDo('disk', gone(2))).toBe('reads');
+    access = 'read-only';
+    expect(await mayDo('disk', gone(2))).toBe('reads, as one of several');
+    await first.disconnect();
+    // Readers are in nobody's way.
+    access = 'exclusive';
+    expect(await mayDo('disk', gone(3))).toBe('writes');
+    for (const name of ['disk@monday/exclusive', 'disk@now/exclusive', '@1/exclusive']) {
+      await expect(connect(name), name).rejects.toThrow(/exclusive is for a VDI that is written/);
+    }
+  });
+
+  test('what is asked about without opening is what opening would give, and takes nobody’s place', async () => {
+    await serve();
+    const ask = async (name: string): Promise<string> => {
+      const asking = await NbdClient.connect({ path: path.join(directory, 'nbd.sock') });
+      clients.push(asking);
+      return wordsOf(await asking.info(name));
+    };
+    expect(await ask('disk/exclusive')).toBe('writes');
+    expect(await mayDo('disk/exclusive', gone(1))).toBe('writes');
+    expect(await ask('disk/exclusive')).toBe('reads');
+    expect(await ask('disk')).toBe('reads');
+    await expect(ask('disk/exclusive=refuse')).rejects.toThrow(/client1/);
+  });
+
+  test('commands of ours neither take the place nor wait for it, and do not write beside who has it', async () => {
+    await serve({ exclusive: 'refuse' });
+    const command: Peer = { transport: 'internal', address: 'command line' };
+    const early = await exports.open('disk', command);
+    const owner = await connect('disk', gone(1));
+    expect(mayOf(owner)).toBe('writes');
+    const late = await exports.open('disk', command);
+    for (const { device } of [early, late]) {
+      await device.read(0, Buffer.alloc(BLOCK));
+      expect(() => device.write(0, Buffer.alloc(BLOCK, 9), false)).toThrow(
+        /open exclusively by process \d+ \(client1\)/,
+      );
+    }
+    await owner.disconnect();
+    await waitUntil(() => holders().length === 0, 'the owner has left');
+    await late.device.write(0, Buffer.alloc(BLOCK, 9), false);
+    // Now it does write.
+    await expect(connect('disk', gone(2))).rejects.toThrow(/by a command/);
+    await early.device.close('disconnect');
+    await late.device.close('disconnect');
+    expect(await mayDo('disk', gone(3))).toBe('writes');
+  });
+});
+
+describe('nothing of an old connection has an effect once another one may write', () => {
+  /** Writes that wait at the gate, the last one half sent; and more than are carried out at a time. */
+  async function busyWriter(name: string): Promise<NbdClient> {
+    const old = await connect(name, gone(1));
+    for (let n = 0; n < 300; n++) {
+      old.write((n % 16) * OBJECT, Buffer.alloc(BLOCK, 7)).catch(() => undefined);
+    }
+    const [connection] = server.connections.values();
+    await waitUntil(() => (connection?.inFlight ?? 0) >= 256, 'its writes wait');
+    return old;
+  }
+
+  async function isTakenOverIntact(): Promise<void> {
+    const held = await closeGate();
+    await busyWriter('disk/exclusive');
+    let isIn = false;
+    const coming = connect('disk/exclusive=take-over', gone(2)).then((client) => {
+      isIn = true;
+      return client;
+    });
+    await waitUntil(() => log.some((line) => line.includes('did not answer and is cut off')), 'the old one is cut off');
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(isIn).toBe(false);
+    await held.open();
+    const newcomer = await coming;
+    expect(mayOf(newcomer)).toBe('writes');
+    // From here on it is the newcomer's alone.
+    for (let n = 0; n < 16; n++) await newcomer.write(n * OBJECT, Buffer.alloc(BLOCK, 8));
+    await newcomer.flush();
+    for (let n = 0; n < 16; n++) expect(await byteAt(n * OBJECT), `object ${n}`).toBe(8);
+    expect(holders()).toEqual([`process ${NO_PROCESS + 2} (client2) alone`]);
+    expect(server.connections.size).toBe(1);
+  }
+
+  test('taken over from while its writes wait at the gate, for the same objects', async () => {
+    await serve();
+    await isTakenOverIntact();
+  });
+
+  test('of many writers that are gone all end before the one that takes over is let in', async () => {
+    await serve();
+    const held = await closeGate();
+    for (const number of [1, 2, 3]) {
+      const old = await connect('disk', gone(number));
+      old.write(0, Buffer.alloc(BLOCK, number)).catch(() => undefined);
+    }
+    await waitUntil(() => [...server.connections.values()].every(({ inFlight }) => inFlight === 1), 'all are writing');
+    const coming = connect('disk/exclusive=take-over', gone(4));
+    await waitUntil(() => log.filter((line) => line.includes('is cut off')).length === 3, 'all are cut off');
+    await held.open();
+    expect(mayOf(await coming)).toBe('writes');
+    expect(holders()).toHaveLength(1);
+  });
+
+  test('left with a goodbye, or closed, with requests in flight: the next one waits for their end', async () => {
+    await serve({ exclusive: 'refuse' });
+    for (const how of ['goodbye', 'closed'] as const) {
+      const held = await closeGate();
+      const old = await connect('disk', gone(1));
+      old.write(0, Buffer.alloc(BLOCK, 5)).catch(() => undefined);
+      const [connection] = server.connections.values();
+      await waitUntil(() => connection?.inFlight === 1, 'it is in flight');
+      if (how === 'goodbye') void old.disconnect();
+      else old.destroy();
+      let isIn = false;
+      const coming = connect('disk', gone(2)).then((client) => {
+        isIn = true;
+        return client;
+      });
+      await waitUntil(() => server.connections.size === 2, 'the next one is here');
+      await waitUntil(() => connection?.phase === 'closing', 'the old one is seen to end');
+      expect(isIn).toBe(false);
+      await held.open();
+      const newcomer = await coming;
+      expect(mayOf(newcomer), how).toBe('writes');
+      await newcomer.write(0, Buffer.alloc(BLOCK, 6));
+      expect(await byteAt(0)).toBe(6);
+      await newcomer.disconnect();
+      await waitUntil(() => server.connections.size === 0, 'all have left');
+    }
+  });
+
+  test('cut off by the operator: it is out for a while, on all its connections, and what it had sent is not written', async () => {
+    await serve();
+    const held = await closeGate();
+    const old = await busyWriter('disk');
+    const [connection] = server.connections.values();
+    if (connection === undefined) throw new Error('no connection');
+    exports.writers.keepOut(connection.peer, 60_000);
+    const over = server.disconnect(connection.id, 'disconnected by the operator');
+    await expect(connect('disk', gone(1))).rejects.toThrow(
+      /client1\) was disconnected from disk at .* kept out for 60 s more/,
+    );
+    await expect(connect('disk/exclusive', gone(1))).rejects.toThrow(/kept out/);
+    expect(await mayDo('disk@now', gone(1))).toBe('reads, as one of several');
+    // Also one that does not ask to be alone.
+    let isIn = false;
+    const plain = connect('disk', gone(2)).then((client) => {
+      isIn = true;
+      return client;
+    });
+    await waitUntil(() => server.connections.size >= 4, 'another one comes');
+    await new Promise((resolve) => setImmediate(resolve));
+    expect(isIn).toBe(false);
+    await held.open();
+    await over;
+    await (await plain).disconnect();
+    old.destroy();
+    expect(await mayDo('disk/exclusive', gone(2))).toBe('writes');
+  });
+
+  test('a device that was fenced writes nothing, whoever still has it', async () => {
+    await serve();
+    const peer: Peer = { transport: 'tcp', address: '192.0.2.1:7', host: '192.0.2.1' };
+    const { device } = await exports.open('disk', peer);
+    await device.write(0, Buffer.alloc(BLOCK, 1), false);
+    exports.writers.keepOut(peer, 0);
+    for (const change of [
+      () => device.write(0, Buffer.alloc(BLOCK, 2), false),
+      () => device.trim(0, BLOCK, false),
+      () => device.zero(0, BLOCK, { noHole: true, fua: false, fastZero: false }),
+    ]) {
+      expect(change).toThrow(/was cut off/);
+    }
+    await device.read(0, Buffer.alloc(BLOCK));
+    await device.close('lost');
+    expect(() => device.write(0, Buffer.alloc(BLOCK, 2), false)).toThrow(/was cut off/);
+    expect(await byteAt(0)).toBe(1);
+  });
+});
+
+describe('taking over', () => {
+  test('from a client that is there is refused, and that one goes on', async () => {
+    await serve({ exclusive: 'take-over' });
+    const first = await connect('disk', ME);
+    await expect(connect('disk', gone(2))).rejects.toThrow(/by process \d+ \(me\), which was asked, and is there/);
+    await first.write(0, Buffer.alloc(BLOCK, 3));
+    expect(await byteAt(0)).toBe(3);
+    // Of several that come at once to take over from one that is gone, one gets it.
+    await first.disconnect();
+    await connect('disk', gone(1));
+    const coming = await Promise.allSettled(['disk', 'disk', 'disk'].map((name) => connect(name, ME)));
+    expect(coming.map(({ status }) => status).sort()).toEqual(['fulfilled', 'rejected', 'rejected']);
+    expect(holders()).toEqual([`process ${process.pid} (me) alone`]);
+  });
+
+  test('one that says goodbye while it is asked is not cut off', async () => {
+    await serve();
+    const first = await connect('disk/exclusive', gone(1));
+    const real = exports.writers.connected;
+    let asked: (() => void) | undefined;
+    exports.writers.connected = {
+      isEnding: (peer) => real.isEnding(peer),
+      isThere: async () => {
+        await new Promise<void>((resolve) => (asked = resolve));
+        return true;
+      },
+      cutOff: () => Promise.reject(new Error('cut off')),
+    };
+    const coming = connect('disk/exclusive=take-over', gone(2));
+    await waitUntil(() => asked, 'it is asked');
+    await first.disconnect();
+    await waitUntil(() => holders().length === 0, 'it has left');
+    asked?.();
+    expect(mayOf(await coming)).toBe('writes');
+  });
+});
+
+describe('two writers that know nothing of each other', () => {
+  test('are warned of at the first write of the second, not when they open, and once', async () => {
+    await serve();
+    const first = await connect('disk', gone(1));
+    const same = await connect('disk', gone(1));
+    const second = await connect('disk', gone(2));
+    await first.write(0, Buffer.alloc(BLOCK, 1));
+    await same.write(0, Buffer.alloc(BLOCK, 1));
+    await second.readInto(0, Buffer.alloc(BLOCK));
+    await second.flush();
+    expect(log).toEqual([]);
+    expect(exports.writers.twoWritersOf('disk')).toBeUndefined();
+    await second.zero(0, BLOCK);
+    await second.write(0, Buffer.alloc(BLOCK, 2));
+    expect(log).toHaveLength(1);
+    expect(log[0]).toMatch(
+      /^disk is written by two clients at once, process \d+ \(client1\) and process \d+ \(client2\)/,
+    );
+    expect(exports.writers.twoWritersOf('disk')?.clients.join()).toMatch(/client1.*client2/);
+    // Again and again, by ever new processes: once in a while.
+    for (let number = 3; number < 6; number++) {
+      const other = await connect('disk', gone(number));
+      await other.write(0, Buffer.alloc(BLOCK, number));
+      await other.disconnect();
+    }
+    expect(log).toHaveLength(1);
+    expect(exports.writers.twoWritersOf('disk')?.clients.join()).toMatch(/client1.*client5/);
+  });
+
+  test('one after the other are nothing to warn of', async () => {
+    await serve();
+    for (const number of [1, 2]) {
+      const client = await connect('disk', gone(number));
+      await client.write(0, Buffer.alloc(BLOCK, number));
+      await client.disconnect();
+      await waitUntil(() => holders().length === 0, 'it has left');
+    }
+    expect(log).toEqual([]);
+  });
+});
