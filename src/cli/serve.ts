@@ -161,7 +161,7 @@ async function serve(options: ServeOptions): Promise<void> {
   log.info(
     {
       ...{ store: daemon.store, listeners: addresses, control: daemon.control, pid: process.pid },
-      ...{ openFiles, maxConnections, objectFiles },
+      ...{ openFiles, maxConnections, objectFiles, maxMemoryBytes: daemon.maxMemoryBytes },
     },
     'ready',
   );

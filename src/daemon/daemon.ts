@@ -107,6 +107,8 @@ export interface Daemon {
   readonly warnings: readonly string[];
   /** What the limit of open files allows. */
   readonly descriptors: DescriptorBudget;
+  /** Of requests and replies of all clients. */
+  readonly maxMemoryBytes: number;
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
   /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
@@ -159,7 +161,6 @@ export async function startDaemon(
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
   const closedWindows = new ClosedWindows(keepAliveMs + KEEP_ALIVE_ANSWER_MS);
   const maxMemoryBytes = configuration.limits?.maxMemoryBytes ?? defaultMemoryBudget(machineMemory());
-  log.info({ maxMemoryBytes }, 'memory for requests and replies, at most');
   const connections = new ConnectionLog(log);
   const stopLoggingFailures = logFailures(log);
   const exports = new ExportsWhenOpen();
@@ -284,6 +285,7 @@ export async function startDaemon(
       listeners: listening,
       warnings,
       descriptors,
+      maxMemoryBytes,
       uris: listening.map((address) => exportUri(address, example, isTlsRequired)),
       reload,
       stop,
