@@ -40,7 +40,7 @@ const OF_STORE: Readonly<Record<string, string>> = {
 /** For a client, whatever has failed. */
 export function toldToClients(error: unknown): string {
   if (error instanceof CatalogError) {
-    return OF_THE_NAME.has(error.code) ? error.message : (OF_CATALOG[error.code] ?? `refused; ${SEE_LOG}`);
+    return wordsOf(error) ?? OF_CATALOG[error.code] ?? `refused; ${SEE_LOG}`;
   }
   const { name, code, forClients } = (error ?? {}) as {
     readonly name?: string;
@@ -50,6 +50,11 @@ export function toldToClients(error: unknown): string {
   // What Node throws has codes, too.
   const told = name === 'StoreError' ? (forClients ?? OF_STORE[code ?? '']) : undefined;
   return told ?? `the server failed; ${SEE_LOG}`;
+}
+
+/** Those that say all, the name as well; if there are any. */
+function wordsOf(error: CatalogError): string | undefined {
+  return error.forClients ?? (OF_THE_NAME.has(error.code) ? error.message : undefined);
 }
 
 /** Exports whose refusals are in words for clients. */
@@ -78,7 +83,7 @@ async function inWords<T>(exportName: string, peer: Peer, ask: () => Awaitable<T
     // Without a cause the words are those of the access rules, or of a server that stops.
     if (peer.transport === 'internal' || !(error instanceof ExportError) || error.cause === undefined) throw error;
     const { cause } = error;
-    const isWhole = cause instanceof CatalogError && OF_THE_NAME.has(cause.code);
+    const isWhole = cause instanceof CatalogError && wordsOf(cause) !== undefined;
     const words = toldToClients(cause);
     throw new ExportError(error.code, isWhole ? words : `${words}: ${JSON.stringify(exportName)}`, { cause: error });
   }

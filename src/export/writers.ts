@@ -214,12 +214,12 @@ export class Writers {
   /** For Claim only. */
   beginsWriting(claim: Claim): void {
     const { disk, client } = claim;
-    if (!claim.mayWrite) throw new CatalogError('BUSY', `${disk} is open by another client that alone may write it`);
-    if (claim.isFenced) throw new CatalogError('BUSY', `${disk} is not yours any more: this connection was cut off`);
+    if (!claim.mayWrite) throw refusal(`${disk} is open by another client that alone may write it`);
+    if (claim.isFenced) throw refusal(`${disk} is not yours any more: this connection was cut off`);
     const others = this.#claimsOf(disk).filter((other) => other !== claim && other.mayWrite);
     const owner = others.find(({ isExclusive }) => isExclusive);
     // Only a command's: it is let in beside an exclusive writer, since it means to read.
-    if (owner) throw new CatalogError('BUSY', `${disk} is open exclusively by ${owner.label}: nobody else writes it`);
+    if (owner) throw refusal(`${disk} is open exclusively by ${owner.label}: nobody else writes it`);
     claim.firstWriteAt ??= Date.now();
     if (client === undefined) return;
     const first = others.find(
@@ -290,8 +290,7 @@ export class Writers {
       this.#keptOut.delete(key);
       return;
     }
-    throw new CatalogError(
-      'BUSY',
+    throw refusal(
       `${found.label} was disconnected from ${disk} at ${timeOf(found.since)} by the operator and is kept out for ` +
         `${Math.ceil(leftMs / 1000)} s more`,
     );
@@ -337,19 +336,22 @@ function inUse(disk: string, staying: readonly Claim[], how = ''): CatalogError 
   const [first] = staying;
   const more = staying.length > 1 ? `, and by ${staying.length - 1} more` : '';
   const asked = how === '' ? '' : `, which ${how}`;
-  return new CatalogError(
-    'BUSY',
-    `${disk} is open for writing by ${first?.label ?? 'another client'}${asked}${more}, and only one may write it: disconnect ` +
-      "that, or 'sheepgate client disconnect' does",
-  );
+  const why = `${disk} is open for writing by ${first?.label ?? 'another client'}${asked}${more}, and only one may write it`;
+  return new CatalogError('BUSY', `${why}: disconnect that, or 'sheepgate client disconnect' does`, {
+    forClients: why,
+  });
 }
 
 function stillEnding(disk: string, claims: readonly Claim[]): CatalogError {
-  return new CatalogError(
-    'BUSY',
+  return refusal(
     `${disk}: the connection of ${claims[0]?.label ?? 'another client'} has ended, but its last requests are not finished ` +
       `after ${END_WAIT_MS / 1000} s, and nobody may write before; try again`,
   );
+}
+
+/** Who is refused is told all of it. */
+function refusal(why: string): CatalogError {
+  return new CatalogError('BUSY', why, { forClients: why });
 }
 
 async function endWithin(claims: readonly Claim[], deadline: number): Promise<boolean> {

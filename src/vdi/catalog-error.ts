@@ -17,11 +17,16 @@ export type CatalogErrorCode =
   | 'LIMIT';
 
 export class CatalogError extends Error {
+  /** What NBD clients may be told of it, who may be strangers; undefined: by the code alone. */
+  readonly forClients: string | undefined;
+
   constructor(
     readonly code: CatalogErrorCode,
     message: string,
+    options?: { readonly forClients?: string },
   ) {
     super(message);
     this.name = 'CatalogError';
+    this.forClients = options?.forClients;
   }
 }

@@ -33,6 +33,7 @@ const KNOWN: Readonly<Record<string, string>> = {
     'a listener of servers from the first moment; sockets go to Connection, or are refused with a listener',
   'nbd/src/tls.ts':
     'the server never listens; Node hands errors of its sockets to tlsClientError, the client listens itself',
+  'src/cli/client-list.ts': 'process.stdout: main.ts',
   'src/cli/cluster.ts': 'process.stdout: main.ts',
   'src/cli/ending.ts': 'process.stderr: main.ts',
   'src/cli/export.ts': 'process.stderr: main.ts',

@@ -225,7 +225,7 @@ describe('the log of map changes, written off the loop', () => {
     expect(logged()).toEqual([]);
   });
 
-  test('is removed if it cannot be written, and begins anew with the next flush', async () => {
+  test('is removed if it cannot be written, and begins anew when a flush has succeeded, with what has changed since that began', async () => {
     const log = logs.logOf(2, 1);
     await log.changed(0, 2);
     vi.spyOn(fs, 'write').mockImplementationOnce(((...all: [number, Buffer, number, number, number, () => void]) => {
@@ -241,9 +241,15 @@ describe('the log of map changes, written off the loop', () => {
     await log.changed(2, 2);
     expect(errors).toHaveLength(1);
     expect(logged()).toEqual([]);
-    log.flushing(3);
+    const isFlushed = log.flushing(3);
     await log.changed(3, 2);
-    expect(logged(2)).toEqual([[2, 3, 2]]);
+    expect(logged(2)).toEqual([]);
+    isFlushed();
+    await log.changed(4, 2);
+    expect(logged(2)).toEqual([
+      [2, 3, 2],
+      [2, 4, 2],
+    ]);
     log.remove();
   });
 });
