@@ -308,6 +308,8 @@ test('one log line when a connection opens and one when it closes, none per requ
   for (let i = 0; i < 25; i++) await client.read(i * 4096, 4096);
   await expect(client.read(64 * MIB, 512)).rejects.toMatchObject({ code: 'EINVAL' });
   await client.disconnect();
+  // It flushes what was written.
+  await waitUntil(() => daemon.log().includes('"connection closed"'), 'the first close is in the log');
   const nobody = await NbdClient.connect({ path: daemon.socket });
   await expect(nobody.go('missing')).rejects.toMatchObject({ code: 'UNKNOWN_EXPORT' });
   await nobody.disconnect();
