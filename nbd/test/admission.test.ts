@@ -177,20 +177,27 @@ describe('connections with an export', () => {
     await isServed(local);
   });
 
-  test('do not count for their peer once they have left and are answered, and make room if need be', async () => {
-    const { comes, closes, provider } = await crowd({ maxConnections: 2, maxConnectionsPerPeer: 1 });
+  test('do not count for their peer once they have left, but for as many again, and make room if need be', async () => {
+    const { comes, closes, provider, refusals } = await crowd({ maxConnections: 3, maxConnectionsPerPeer: 1 });
     const gate = new Gate();
     provider.hook = () => gate.opened;
-    const first = await comes(7);
-    await first.open('disk');
-    first.request({ type: CMD.READ, length: 4 });
-    first.request({ type: CMD.DISC });
-    await until(() => provider.unfinished === 1, 'it asks and leaves');
+    const leaving: RawClient[] = [];
+    for (let i = 1; i <= 2; i++) {
+      const one = await comes(7);
+      leaving.push(one);
+      await one.open('disk');
+      one.request({ type: CMD.READ, length: 4 });
+      one.request({ type: CMD.DISC });
+      await until(() => provider.unfinished === i, 'it asks and leaves');
+    }
     await wasTurnedAway(await comes(7));
+    expect(refusals).toMatchObject([{ reason: expect.stringMatching(/^2 connections of this peer that are leaving/) }]);
     gate.open();
-    await first.readReply(4);
-    // The server has ended; the client never does.
-    expect(await first.readToEnd()).toHaveLength(0);
+    for (const one of leaving) {
+      await one.readReply(4);
+      // The server has ended; the client never does.
+      expect(await one.readToEnd()).toHaveLength(0);
+    }
     for (let i = 0; i < 2; i++) {
       const next = await comes(7);
       await next.open('disk');

@@ -33,7 +33,7 @@ async function standIn(
 ): Promise<{ cluster: StandIn; store: SheepStore; catalog: VdiCatalog }> {
   const cluster = await new StandIn().start();
   ends.push(() => cluster.stop());
-  const store = await SheepStore.open(cluster.address, { retryMs: 300 });
+  const store = await SheepStore.open(cluster.address, { retryMs: 300, attemptMs: 30_000 });
   const catalog = new VdiCatalog(store);
   ends.push(() => catalog.close());
   await catalog.create('hyper', 12 * OBJECT);

@@ -26,7 +26,7 @@ const RETRY_MS = 100;
 const WRITING = new Set<number>([Op.CREATE, Op.WRITE, Op.REMOVE, Op.NEW_VDI, Op.DEL_VDI]);
 
 async function withCatalog<T>(cluster: StandIn, work: (catalog: VdiCatalog) => Promise<T>): Promise<T> {
-  const catalog = new VdiCatalog(await SheepStore.open(cluster.address, { retryMs: RETRY_MS }));
+  const catalog = new VdiCatalog(await SheepStore.open(cluster.address, { retryMs: RETRY_MS, attemptMs: 30_000 }));
   try {
     return await work(catalog);
   } finally {
