@@ -4,20 +4,23 @@
  */
 import type { Logger } from 'pino';
 import type { ConnectionCloseEvent, ConnectionOpenEvent, ConnectionRefusedEvent, Peer } from 'nbd-server-ts';
+import { counted, times, type RepeatedLines } from './repeated-lines.js';
 
 /** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
 const OPEN_UNTOLD_MS = 1_000;
 
 export class ConnectionLog {
   readonly #log: Logger;
+  readonly #lines: RepeatedLines;
   /**
    * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
    * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
    */
   readonly #untold = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
 
-  constructor(log: Logger) {
+  constructor(log: Logger, lines: RepeatedLines) {
     this.#log = log;
+    this.#lines = lines;
   }
 
   opened({ id, peer, exportName, violations }: ConnectionOpenEvent): void {
@@ -32,15 +35,18 @@ export class ConnectionLog {
   }
 
   refused({ peer, reason }: ConnectionRefusedEvent): void {
-    this.#log.warn({ ...identityOf(peer), reason }, 'connection refused');
+    this.#lines.tell(`peer ${originOf(peer)}`, `connection ${reason}`, (repetition) => {
+      const details = { ...identityOf(peer), reason, ...counted(repetition) };
+      this.#log.warn(details, `connection refused${times(repetition)}`);
+    });
   }
 
-  closed({ id, peer, exportName, violations, ...counted }: ConnectionCloseEvent): void {
+  closed({ id, peer, exportName, refused, violations, ...counted }: ConnectionCloseEvent): void {
     const tellOpened = this.#takeUntold(id);
     if (violations === 0) tellOpened?.();
     this.#log[levelOfClose(violations)](
       {
-        ...{ connection: id, ...identityOf(peer), export: exportName, ...counted },
+        ...{ connection: id, ...identityOf(peer), export: exportName, refused, ...counted },
         ...(violations > 0 && { violations }),
       },
       violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
@@ -66,7 +72,7 @@ function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
 }
 
 /** For the log: where a peer comes from, and who the kernel or TLS say it is. */
-function identityOf(peer: Peer): object {
+export function identityOf(peer: Peer): object {
   const { credentials, tls } = peer;
   return {
     peer: labelOf(peer),
@@ -82,4 +88,12 @@ function identityOf(peer: Peer): object {
 /** Where a peer comes from, in words. */
 export function labelOf(peer: Peer): string {
   return peer.transport === 'internal' ? 'control socket' : `${peer.transport} ${peer.address}`;
+}
+
+/** Whom a line is about, also when it comes back: not its port, nor the number of its process. */
+export function originOf(peer: Peer): string {
+  const { transport, credentials, tls } = peer;
+  const proven = tls?.pskUser ?? tls?.certificateNames[0] ?? '';
+  if (transport === 'tcp') return `tcp ${peer.host ?? peer.address} ${proven}`;
+  return `${transport} uid ${credentials?.uid ?? 'unknown'} ${proven}`;
 }

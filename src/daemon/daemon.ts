@@ -25,6 +25,8 @@ import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
+import { LoggedExports } from './refusal-log.js';
+import { causeOf, RepeatedLines, times } from './repeated-lines.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials, setUserTimeout } from './socket-calls.js';
 import { trustedSocket } from './socket-trust.js';
@@ -140,8 +142,9 @@ export async function startDaemon(
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
-  const connections = new ConnectionLog(log);
-  const stopLoggingFailures = logFailures(log);
+  const repeated = new RepeatedLines();
+  const connections = new ConnectionLog(log, repeated);
+  const stopLoggingFailures = logFailures(log, repeated);
   const exports = new ExportsWhenOpen();
   const nbd = new NbdServer({
     provider: exports,
@@ -156,8 +159,14 @@ export async function startDaemon(
         connections.closed(event);
         if (event.peer.transport === 'internal') sessionEnds.get(event.peer.address)?.();
       },
-      onDeviceError: (error, context) => log.error({ err: error, ...context }, 'request failed'),
-      onListenerError: (error) => log.error({ err: error }, 'cannot accept a connection'),
+      onDeviceError: (error, context) =>
+        repeated.tell(`fault ${context.exportName}`, causeOf(error), (repetition) =>
+          log.error({ err: error, ...context }, `request failed${times(repetition)}`),
+        ),
+      onListenerError: (error) =>
+        repeated.tell('listeners', causeOf(error), (repetition) =>
+          log.error({ err: error }, `cannot accept a connection${times(repetition)}`),
+        ),
       onRequest: configuration.debug ? (request) => log.debug(request, 'request') : undefined,
     },
   });
@@ -202,6 +211,7 @@ export async function startDaemon(
     operations?.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
+    repeated.close();
     if (operations !== undefined) await closeStore(operations, leaving);
   };
   toldToStop?.addEventListener('abort', leave, { once: true });
@@ -231,7 +241,6 @@ export async function startDaemon(
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
         log: (line, details) => log.warn(details ?? {}, line),
-        logError: (line, details) => log.error(details ?? {}, line),
         signal: leaving.signal,
       });
     }, controlPath);
@@ -246,7 +255,8 @@ export async function startDaemon(
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
     toldToStop?.removeEventListener('abort', leave);
-    exports.opened(new ExportsToldToClients(security.guard(opened.exports)));
+    const told = new ExportsToldToClients(security.guard(opened.exports));
+    exports.opened(new LoggedExports(told, log, repeated));
     return {
       store: opened.store,
       control: control.path,

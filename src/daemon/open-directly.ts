@@ -24,8 +24,6 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly inUseMs?: number;
   /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
   readonly signal?: AbortSignal;
-  /** As `log`, for what is an error for a client. */
-  readonly logError?: StorePlace['log'];
 }
 
 type OpenedStore = DirectOperations & {
@@ -74,7 +72,7 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
-  const { keepMs, inUseMs, log, logError, isDaemon: serves } = place;
+  const { keepMs, inUseMs, log, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
@@ -88,7 +86,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog, { keepMs, serves, log, logError });
+  const exports = new VdiExports(catalog, { keepMs, serves, log });
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,

@@ -20,7 +20,6 @@ import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
-import { RefusalLog } from './refusal-log.js';
 
 /** What a connection is about to have. */
 interface Opening {
@@ -30,15 +29,19 @@ interface Opening {
   readonly close: (closing: Closing) => Promise<void>;
 }
 
+/** Who has opened what, and as what. */
+interface OpenedBy {
+  readonly options: ExportOptions;
+  readonly client: Client | undefined;
+  readonly isReadOnly: boolean;
+  readonly exportName: string;
+  readonly peer: Peer;
+}
+
 const REFUSED: Closing = {
   ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
   span: { opened: 0, lastRequest: 0 },
 };
-
-export interface ExportsOptions extends TemporaryOptions {
-  /** Told what is an error for somebody: an export that cannot be opened. By default `log`. */
-  readonly logError?: TemporaryOptions['log'];
-}
 
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
@@ -46,12 +49,10 @@ const ANY_TEMPORARY = 'now';
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
-  readonly #refusals: RefusalLog;
 
-  constructor(catalog: VdiCatalog, options: ExportsOptions = {}) {
+  constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
     this.#temporary = new TemporarySnapshots(catalog, options);
-    this.#refusals = new RefusalLog(options.logError ?? options.log ?? (() => undefined));
   }
 
   /**
@@ -106,7 +107,7 @@ export class VdiExports implements ExportProvider {
     } catch (error) {
       // The connection is about something else by now.
       this.#temporary.left(peer);
-      throw this.#refused(exportName, error);
+      throw asExportError(error);
     }
   }
 
@@ -127,7 +128,10 @@ export class VdiExports implements ExportProvider {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
         const { vdi, moment } = held;
-        return await this.#opened({ vdi, bases: moment.bases, close }, { options, client, isReadOnly: true });
+        return await this.#opened(
+          { vdi, bases: moment.bases, close },
+          { options, client, isReadOnly: true, exportName, peer },
+        );
       }
       const vdi = await this.#catalog.openVdi(subjectText(name), { run });
       const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isReadOnly);
@@ -136,16 +140,10 @@ export class VdiExports implements ExportProvider {
         this.#endUse(use, closing);
         return this.#catalog.release(vdi);
       };
-      return await this.#opened({ vdi, close }, { options, client, isReadOnly });
+      return await this.#opened({ vdi, close }, { options, client, isReadOnly, exportName, peer });
     } catch (error) {
-      throw this.#refused(exportName, error);
+      throw asExportError(error);
     }
-  }
-
-  #refused(exportName: string, error: unknown): ExportError {
-    const refused = asExportError(error);
-    if (refused.code === 'FAILED') this.#refusals.tell(exportName, error as Error);
-    return refused;
   }
 
   left(peer: Peer): void {
@@ -154,7 +152,7 @@ export class VdiExports implements ExportProvider {
 
   async #opened(
     { vdi, bases: known, close }: Opening,
-    { options, client, isReadOnly }: { options: ExportOptions; client: Client | undefined; isReadOnly: boolean },
+    { options, client, isReadOnly, exportName, peer }: OpenedBy,
   ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     const { record } = vdi;
     let tags: readonly string[];
@@ -169,6 +167,8 @@ export class VdiExports implements ExportProvider {
       tags,
       isReadOnly,
       isOurs: client === undefined,
+      exportName,
+      peer,
       open: async (tag) => {
         const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
         const { vid } = base.record;
