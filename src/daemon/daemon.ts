@@ -19,7 +19,7 @@ import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
 import type { ConnectionStatus, StatusAnswer } from './control-protocol.js';
 import { exposureOf } from './exposure.js';
-import { logFailures } from './failure-log.js';
+import { logFailures, logOfStore } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
@@ -211,8 +211,11 @@ export async function startDaemon(
     operations?.announceStop();
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
-    repeated.close();
-    if (operations !== undefined) await closeStore(operations, leaving);
+    try {
+      if (operations !== undefined) await closeStore(operations, leaving);
+    } finally {
+      repeated.close();
+    }
   };
   toldToStop?.addEventListener('abort', leave, { once: true });
   try {
@@ -240,7 +243,7 @@ export async function startDaemon(
         missingIsZero: configuration.missingIsZero,
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
-        log: (line, details) => log.warn(details ?? {}, line),
+        log: logOfStore(log, repeated),
         signal: leaving.signal,
       });
     }, controlPath);

@@ -24,6 +24,20 @@ export function logFailures(log: Logger, lines: RepeatedLines): () => void {
   return () => deviceFailures.unsubscribe(listener);
 }
 
+/**
+ * What the store says by itself. Of a node that is left again and again, and of errors that come with every object (a disk is
+ * gone while a snapshot is deleted), there can be as many lines as requests.
+ */
+export function logOfStore(log: Logger, lines: RepeatedLines): (line: string, details?: object) => void {
+  return (line, details = {}) => {
+    const { node, err } = details as { readonly node?: string; readonly err?: unknown };
+    if (node === undefined && err === undefined) return log.warn(details, line);
+    lines.tell(node === undefined ? 'store' : `node ${node}`, line, (repetition) =>
+      log.warn({ ...details, ...counted(repetition) }, line + times(repetition)),
+    );
+  };
+}
+
 /** What somebody has closed, or taken away, has not failed. */
 function levelOf({ code, error }: DeviceFailure): 'error' | 'warn' {
   return code === 'ESHUTDOWN' || error instanceof CatalogError ? 'warn' : 'error';

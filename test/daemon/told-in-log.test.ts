@@ -32,7 +32,7 @@ interface Line {
 
 function linesOf(daemon: Daemon): Line[] {
   const texts = daemon.log().split('\n');
-  return texts.filter((text) => text.startsWith('{')).map((text) => JSON.parse(text) as Line);
+  return texts.filter((text) => text.startsWith('{') && text.endsWith('}')).map((text) => JSON.parse(text) as Line);
 }
 
 function failuresOf(daemon: Daemon): Line[] {
@@ -45,6 +45,12 @@ async function toldOf(daemon: Daemon, what: string): Promise<Line> {
   return waitUntil(find, `the log has "${what}"`).catch((error: unknown) => {
     throw new Error(`${(error as Error).message}; it has ${daemon.log()}`);
   });
+}
+
+/** SIGTERM, and all of the log: some of it comes after the end of the process. */
+async function stopped(daemon: Daemon): Promise<void> {
+  await daemon.stop();
+  await toldOf(daemon, 'stopped');
 }
 
 async function opened(daemon: Daemon, name: string): Promise<NbdClient> {
@@ -76,7 +82,7 @@ describe('a local store', () => {
       expect(line.msg).toContain(`${daemon.store}/objects/`);
       expect(failuresOf(daemon).length).toBeLessThanOrEqual(3);
       fs.rmSync(fillIt);
-      await daemon.stop();
+      await stopped(daemon);
       // Those that were not told at once are counted.
       const told = failuresOf(daemon).reduce((sum, { count }) => sum + ((count as number | undefined) ?? 1), 0);
       const { errors } = linesOf(daemon).find(({ msg }) => msg === 'connection closed') as { errors?: number } & Line;
@@ -110,7 +116,7 @@ describe('a local store', () => {
       for (let n = 0; n < 500; n++) await expect(reader.read(n * 4096 + MIB, 4096)).rejects.toThrow();
       expect(failuresOf(daemon).filter(({ disk }) => disk === 'vm1@now')).toHaveLength(1);
       await reader.disconnect();
-      await daemon.stop();
+      await stopped(daemon);
       expect(failuresOf(daemon).at(-1)).toMatchObject({ disk: 'vm1@now', count: 500 });
     },
   );
@@ -154,7 +160,7 @@ describe('an export that a client does not get', () => {
       const missing = await toldOf(daemon, 'export "missing" refused: no VDI named "missing" in');
       expect(missing).toMatchObject({ level: 30, export: 'missing', uid: UID });
       expect(missing.msg).toContain(daemon.store);
-      await daemon.stop();
+      await stopped(daemon);
       const lines = linesOf(daemon);
       // The first, and what was held back until the stop.
       for (const name of ['secret', 'missing']) {
@@ -192,6 +198,16 @@ describe('a cluster', () => {
     await expect(client.write(0, Buffer.alloc(4096, 2))).rejects.toThrow();
     const halted = await toldOf(daemon, 'vm2: a request failed with EIO');
     expect(halted.msg).toMatch(/the cluster answers .*HALT.*; given up after trying 127\.0\.0\.1:\d+, /);
+    // Tried with one node after the other, again and again.
+    cluster.fault = (request) => (isWrite(request) ? { result: Res.EIO } : undefined);
+    for (let n = 0; n < 3; n++) await expect(client.write(0, Buffer.alloc(4096, 2))).rejects.toThrow();
+    expect(await toldOf(daemon, 'leaving the Sheepdog node')).toMatchObject({
+      ...{ level: WARNING, node: expect.stringMatching(/^127\.0\.0\.1:/) as string },
+      msg: expect.stringContaining('it answers EIO') as string,
+    });
+    expect(linesOf(daemon).filter(({ msg }) => msg.includes('leaving')).length).toBeLessThanOrEqual(
+      cluster.ports.length,
+    );
     await cluster.stop();
     await expect(client.read(0, 4096)).rejects.toThrow();
     const gone = await waitUntil(
@@ -221,7 +237,7 @@ describe('a cluster', () => {
     expect((await writing).code).toBe(0);
     expect((await toldOf(daemon, 'no request waits for the cluster any more')).msg).toMatch(/^vm1: .*, after [5-9] s$/);
     expect(linesOf(daemon).filter(({ msg }) => msg.includes('waits for'))).toHaveLength(2);
-    await daemon.stop();
+    await stopped(daemon);
     await cluster.stop();
   });
 });

@@ -417,7 +417,8 @@ export class Gateway {
         const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, left / 2));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
-          this.#options.log(`now using the Sheepdog node ${addressLabel(node.address)}`);
+          const label = addressLabel(node.address);
+          this.#options.log(`now using the Sheepdog node ${label}`, { node: label });
           this.#current = node;
         }
         void this.#learnNodes();
@@ -456,7 +457,8 @@ export class Gateway {
     left.restUntil = performance.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
-    this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: ${why}`);
+    const label = addressLabel(left.address);
+    this.#options.log(`leaving the Sheepdog node ${label}: ${why}`, { node: label });
   }
 
   /** A node that has trouble with its disk or its peers: the one in use is left, another is not asked for reads for a while. */
