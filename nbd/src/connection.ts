@@ -15,7 +15,6 @@ import {
   type HandshakeHost,
   type HandshakeOutcome,
   type OpenExport,
-  type RefusedExport,
 } from './handshake.js';
 import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
@@ -60,7 +59,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   isShuttingDown = false;
   private isRefusing = true;
   exportName: string | undefined;
-  refused: RefusedExport | undefined;
+  refused: string | undefined;
   /** What its violations are counted for; see ExportInfo. */
   private countedAs: string | undefined;
   /** Resolves when the connection is over and its device closed. Never fails. */
@@ -304,7 +303,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       id: this.id,
       peer: this.peer,
       exportName,
-      refused: exportName === undefined ? this.refused?.name : undefined,
+      refused: exportName === undefined ? this.refused : undefined,
       reason: this.reason ?? 'the client vanished',
       violations: this.violationCount,
       bytesRead: this.bytesRead,

@@ -57,8 +57,8 @@ export interface HandshakeHost {
   readonly isShuttingDown: boolean;
   /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
   readonly tlsMode: TlsMode | undefined;
-  /** The export that the client was last told it cannot have, and why. */
-  refused: RefusedExport | undefined;
+  /** The export that the client was last told it cannot have. */
+  refused: string | undefined;
   /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
   startTls(acknowledgement: Buffer): Promise<void>;
   /** Resolves when the socket has taken the bytes; fails when it is gone. */
@@ -68,12 +68,6 @@ export interface HandshakeHost {
   /** Close what `open` gave: the client will not get it. */
   abandon(): Promise<void>;
   unexpected(error: unknown): void;
-}
-
-export interface RefusedExport {
-  readonly name: string;
-  /** As the client was told it. */
-  readonly message: string;
 }
 
 export interface OpenExport {
@@ -402,7 +396,7 @@ function refusal(
 ): { readonly type: number; readonly message: string } {
   const isExpected = error instanceof ExportError;
   const message = isExpected ? error.message : 'the export cannot be opened: internal error';
-  if (exportName !== undefined) host.refused = { name: exportName, message };
+  if (exportName !== undefined) host.refused = exportName;
   if (!isExpected) {
     host.unexpected(error);
     return { type: REP.ERR_UNKNOWN, message };
@@ -418,8 +412,8 @@ function refusal(
 }
 
 /** Of a client that leaves without an export: undefined if it was refused none. */
-export function whyLeft(refused: RefusedExport | undefined): string | undefined {
-  return refused && `the client left when it was refused ${JSON.stringify(refused.name)}`;
+export function whyLeft(refused: string | undefined): string | undefined {
+  return refused === undefined ? undefined : `the client left when it was refused ${JSON.stringify(refused)}`;
 }
 
 function reply(host: HandshakeHost, option: number, type: number, message?: string): Promise<void> {

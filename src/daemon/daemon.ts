@@ -142,9 +142,10 @@ export async function startDaemon(
   /** By session: called when a connection that came through the control socket is over. */
   const sessionEnds = new Map<string, () => void>();
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
-  const repeated = new RepeatedLines();
-  const connections = new ConnectionLog(log, repeated);
-  const stopLoggingFailures = logFailures(log, repeated);
+  // Apart: however many peers are turned away, a disk that fails is told of.
+  const repeated = { ofStore: new RepeatedLines(), ofPeers: new RepeatedLines() };
+  const connections = new ConnectionLog(log, repeated.ofPeers);
+  const stopLoggingFailures = logFailures(log, repeated.ofStore);
   const exports = new ExportsWhenOpen();
   const nbd = new NbdServer({
     provider: exports,
@@ -160,11 +161,11 @@ export async function startDaemon(
         if (event.peer.transport === 'internal') sessionEnds.get(event.peer.address)?.();
       },
       onDeviceError: (error, context) =>
-        repeated.tell(`fault ${context.exportName}`, causeOf(error), (repetition) =>
+        repeated.ofStore.tell(`fault ${context.exportName}`, causeOf(error), (repetition) =>
           log.error({ err: error, ...context }, `request failed${times(repetition)}`),
         ),
       onListenerError: (error) =>
-        repeated.tell('listeners', causeOf(error), (repetition) =>
+        repeated.ofStore.tell('listeners', causeOf(error), (repetition) =>
           log.error({ err: error }, `cannot accept a connection${times(repetition)}`),
         ),
       onRequest: configuration.debug ? (request) => log.debug(request, 'request') : undefined,
@@ -214,7 +215,8 @@ export async function startDaemon(
     try {
       if (operations !== undefined) await closeStore(operations, leaving);
     } finally {
-      repeated.close();
+      repeated.ofStore.close();
+      repeated.ofPeers.close();
     }
   };
   toldToStop?.addEventListener('abort', leave, { once: true });
@@ -243,7 +245,7 @@ export async function startDaemon(
         missingIsZero: configuration.missingIsZero,
         keepMs: configuration.keepMs,
         inUseMs: configuration.inUseMs,
-        log: logOfStore(log, repeated),
+        log: logOfStore(log, repeated.ofStore),
         signal: leaving.signal,
       });
     }, controlPath);

@@ -34,7 +34,9 @@ export function isJournal(fd: number, env: Readonly<Record<string, string | unde
 
 /** Whole lines with their priorities: lines of the log by their level, all others are what a command has failed of. */
 export function withPriorities(text: string): string {
-  return text.replace(/^.+$/gm, (line) => `<${priorityOf(line)}>${line}`);
+  // Lines as the journal has them: names in them may have separators of their own.
+  const lines = text.split('\n').map((line) => (line === '' ? line : `<${priorityOf(line)}>${line}`));
+  return lines.join('\n');
 }
 
 function priorityOf(line: string): number {

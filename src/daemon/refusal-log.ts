@@ -12,16 +12,23 @@ import { causeOf, counted, times, type RepeatedLines, type Repetition } from './
 /** A name was wrong, or the client's settings are. */
 const MISTAKES: ReadonlySet<CatalogErrorCode> = new Set(['NO_VDI', 'NO_TAG', 'BAD_NAME']);
 
+interface RepeatedRefusals {
+  readonly ofStore: RepeatedLines;
+  readonly ofPeers: RepeatedLines;
+}
+
 /** Exports whose refusals are in the log. */
 export class LoggedExports implements ExportProvider {
   readonly #provider: ExportProvider;
   readonly #log: Logger;
-  readonly #lines: RepeatedLines;
+  readonly #repeated: RepeatedRefusals;
+  /** Of each connection what it was refused last: clients ask in two ways for what they want to open. */
+  readonly #last = new WeakMap<Peer, string>();
 
-  constructor(provider: ExportProvider, log: Logger, lines: RepeatedLines) {
+  constructor(provider: ExportProvider, log: Logger, repeated: RepeatedRefusals) {
     this.#provider = provider;
     this.#log = log;
-    this.#lines = lines;
+    this.#repeated = repeated;
   }
 
   list: ExportProvider['list'] = (peer) => this.#telling(undefined, peer, () => this.#provider.list(peer));
@@ -52,7 +59,11 @@ export class LoggedExports implements ExportProvider {
     // What fails fails everybody; what is refused is somebody's affair, and does not keep the others' out of the log.
     const subject = level === 'error' ? `export ${exportName}` : `peer ${originOf(peer)}`;
     const kind = level === 'error' ? causeOf(cause) : `${exportName} ${error.code} ${causeOf(cause)}`;
-    this.#lines.tell(subject, kind, (repetition) => this.#write(level, exportName, peer, cause, repetition));
+    if (this.#last.get(peer) === `${subject} ${kind}`) return;
+    this.#last.set(peer, `${subject} ${kind}`);
+    const { ofStore, ofPeers } = this.#repeated;
+    const lines = level === 'error' ? ofStore : ofPeers;
+    lines.tell(subject, kind, (repetition) => this.#write(level, exportName, peer, cause, repetition));
   }
 
   #write(level: Level, exportName: string | undefined, peer: Peer, cause: Error, repetition: Repetition): void {

@@ -308,6 +308,7 @@ test('one log line when a connection opens and one when it closes, none per requ
   for (let i = 0; i < 25; i++) await client.read(i * 4096, 4096);
   await expect(client.read(64 * MIB, 512)).rejects.toMatchObject({ code: 'EINVAL' });
   await client.disconnect();
+  await waitUntil(() => daemon.log().includes('"connection closed"'), 'the close is in the log');
   const nobody = await NbdClient.connect({ path: daemon.socket });
   await expect(nobody.go('missing')).rejects.toMatchObject({ code: 'UNKNOWN_EXPORT' });
   await nobody.disconnect();
@@ -320,6 +321,7 @@ test('one log line when a connection opens and one when it closes, none per requ
     'ready',
     'connection open',
     'connection closed',
+    expect.stringMatching(/^export "missing" refused: no VDI named "missing" in /),
     'connection closed',
     'stopping',
     'stopped',

@@ -36,6 +36,7 @@ describe('a line', () => {
     ['sheepgate: it failed\n', '<3>sheepgate: it failed\n'],
     ['Error: x\n    at y\n', '<3>Error: x\n<3>    at y\n'],
     ['a\n\nb', '<3>a\n\n<3>b'],
+    ['{"level":30,"msg":"a\u2028b\rc"}\n', '<6>{"level":30,"msg":"a\u2028b\rc"}\n'],
   ])('%j is %j', (line, expected) => {
     expect(withPriorities(line)).toBe(expected);
   });
@@ -87,6 +88,7 @@ test('every line of serve has a priority, the reason why it did not start as wel
   expect(lines.some((line) => line.startsWith('<6>{"level":30,') && line.includes('"stopped"'))).toBe(true);
   const failing = ['serve', '--store', path.join(directory, 'none'), '--create-store', 'no'];
   expect(await inFile(failing, () => false)).toMatch(/^<3>sheepgate: .*none/);
+  expect(await inFile(['serve', '--nonsense'], () => false)).toMatch(/^<3>sheepgate: .*--nonsense/);
   expect(await inFile(['vdi', 'show', 'none', '--store', store], () => false)).toMatch(/^<3>sheepgate: no VDI/);
 });
 

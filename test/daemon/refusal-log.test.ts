@@ -29,7 +29,7 @@ function logged(provider: ExportProvider): LoggedExports {
   const at = (level: string) => (details: Record<string, unknown>, text: string) =>
     void written.push({ level, details, text });
   const log = { info: at('info'), warn: at('warn'), error: at('error') } as unknown as Logger;
-  return new LoggedExports(new ExportsToldToClients(provider), log, lines);
+  return new LoggedExports(new ExportsToldToClients(provider), log, { ofStore: lines, ofPeers: lines });
 }
 
 /** Exports that refuse everything. */
@@ -98,6 +98,14 @@ test('whoever asks for a thousand names gets a bounded number of lines, and keep
   expect(written.length).toBeLessThan(20);
   written = [];
   await expect(exports.open('vm', { ...LAN, host: '192.0.2.8' })).rejects.toThrow('no');
+  expect(written).toHaveLength(1);
+});
+
+test('a client that asks in two ways on one connection is refused once', async () => {
+  const exports = refusing(() => new ExportError('POLICY', 'no'));
+  await expect(exports.describe('vm', LAN)).rejects.toThrow('no');
+  await expect(exports.open('vm', LAN)).rejects.toThrow('no');
+  lines.close();
   expect(written).toHaveLength(1);
 });
 

@@ -43,6 +43,8 @@ const NODE_REST_MS = 2_000;
 const NEAR_CONNECTIONS = 2;
 /** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
 const NEAR_REST_MS = 30_000;
+/** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
+const MAX_WAITERS = 1024;
 /** Nodes that reads go to directly. */
 const MAX_NEAR_NODES = 64;
 /** How old the list of nodes may be by which reads are sent. */
@@ -148,7 +150,7 @@ export class Gateway {
     const waiting = new WaitingLog(options.log);
     this.#checking = setInterval(() => {
       const now = performance.now();
-      waiting.check(this.#waiting(now - this.#options.waitingMs), now);
+      waiting.check(firstOf(this.#waiting(now - this.#options.waitingMs), MAX_WAITERS), now);
     }, WAITING_CHECK_MS).unref();
   }
 
@@ -531,6 +533,14 @@ export class Gateway {
       const timer = setTimeout(wake, ms);
       this.#sleepers.add(wake);
     });
+  }
+}
+
+function* firstOf<T>(all: Iterable<T>, count: number): Generator<T> {
+  let left = count;
+  for (const each of all) {
+    if (left-- === 0) return;
+    yield each;
   }
 }
 

@@ -35,6 +35,8 @@ const CLOSE_MS = 15_000;
 const GONE_TRIES = 2;
 const GONE_BACKOFF_MS = 10;
 const SETTLING_MS = 60_000;
+/** Of an object that is waited for, named in the log. */
+const MAX_USERS = 3;
 
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
@@ -171,8 +173,12 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     const own = this.open.get(vid);
     if (own) return labelOf(own);
     // A shared one, or one that is being made.
-    const users = [...this.open.values()].filter(({ map, nameVid }) => nameVid === vid || map[low] === vid);
-    return users.length === 0 ? undefined : users.map(labelOf).join(', ');
+    const users: string[] = [];
+    for (const vdi of this.open.values()) {
+      if (vdi.nameVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi));
+      if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
+    }
+    return users.length === 0 ? undefined : users.join(', ');
   }
 
   /** Which bytes of what, as check says it. */
