@@ -10,7 +10,14 @@ import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.j
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from './byte-reader.js';
 import { HandshakeClock } from './handshake-clock.js';
-import { HandshakeError, negotiate, type HandshakeHost, type HandshakeOutcome, type OpenExport } from './handshake.js';
+import {
+  HandshakeError,
+  negotiate,
+  whyLeft,
+  type HandshakeHost,
+  type HandshakeOutcome,
+  type OpenExport,
+} from './handshake.js';
 import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
@@ -62,6 +69,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   isShuttingDown = false;
   private isRefusing = true;
   exportName: string | undefined;
+  refused: string | undefined;
   /** What its violations are counted for; see ExportInfo. */
   private countedAs: string | undefined;
   /** Resolves when the connection is over and its device closed. Never fails. */
@@ -256,6 +264,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.socket = accepted.socket;
     // "the server MUST NOT preserve any negotiation state … issued before this command"
     this.tellLeft();
+    this.refused = undefined;
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
     this.socket.on('data', this.onHandshakeData);
@@ -351,6 +360,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       id: this.id,
       peer: this.peer,
       exportName,
+      refused: exportName === undefined ? this.refused : undefined,
       reason: this.reason ?? 'the client vanished',
       violations: this.violationCount,
       isCrowdedOut: this.isCrowdedOut,
@@ -460,7 +470,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly onEnd = (): void => {
     this.place?.leaving();
     if (this.transmission === undefined) {
-      this.reader.fail(new Error('the client left during the handshake'));
+      this.reader.fail(new Error(whyLeft(this.refused) ?? 'the client left during the handshake'));
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
@@ -469,7 +479,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   };
 
   private readonly onError = (error: Error): void => {
-    this.reason ??= `socket error: ${error.message}`;
+    const left = this.transmission === undefined ? whyLeft(this.refused) : undefined;
+    this.reason ??= left ?? `socket error: ${error.message}`;
     this.reader.fail(error);
   };
 

@@ -60,6 +60,8 @@ export interface HandshakeHost {
   readonly isShuttingDown: boolean;
   /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
   readonly tlsMode: TlsMode | undefined;
+  /** The export that the client was last told it cannot have. */
+  refused: string | undefined;
   /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
   startTls(acknowledgement: Buffer): Promise<void>;
   /** The client has asked for something: it is not idling. */
@@ -204,7 +206,7 @@ async function answerOption(
     case OPT.ABORT:
       // "the server SHOULD gracefully handle the client … closing the connection without waiting for a reply"
       await reply(host, option, REP.ACK).catch(() => undefined);
-      return { next: 'close', reason: 'the client aborted the handshake' };
+      return { next: 'close', reason: whyLeft(host.refused) ?? 'the client aborted the handshake' };
     case OPT.INFO:
       await answerInfo(host, negotiated, data);
       return undefined;
@@ -234,7 +236,7 @@ async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: 
   try {
     opened = await openChecked(host, name);
   } catch (error) {
-    return { next: 'close', reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error).message}` };
+    return { next: 'close', reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error, name).message}` };
   }
   if (host.isShuttingDown) {
     await host.abandon();
@@ -258,7 +260,9 @@ async function answerMetaContexts(
   option: number,
   data: Buffer,
 ): Promise<void> {
+  let asked: string | undefined;
   const describe = async (name: string, contexts: readonly string[]): Promise<Geometry> => {
+    asked = name;
     const { geometry } = await describeExport(host, name, contexts);
     checkGeometry(name, geometry);
     return geometry;
@@ -267,7 +271,7 @@ async function answerMetaContexts(
   try {
     answer = await answerMetaContextOption(negotiated, option, data, describe);
   } catch (error) {
-    answer = refusal(host, error);
+    answer = refusal(host, error, asked);
   }
   await host.send(encodeAnswer(option, answer));
 }
@@ -326,7 +330,7 @@ async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer
     described = await describeExport(host, query.name);
     checkGeometry(query.name, described.geometry);
   } catch (error) {
-    const { type, message } = refusal(host, error);
+    const { type, message } = refusal(host, error, query.name);
     await reply(host, OPT.INFO, type, message);
     return;
   }
@@ -344,7 +348,7 @@ async function answerGo(host: HandshakeHost, agreed: Negotiation, data: Buffer):
   try {
     opened = await openChecked(host, query.name);
   } catch (error) {
-    const { type, message } = refusal(host, error);
+    const { type, message } = refusal(host, error, query.name);
     await reply(host, OPT.GO, type, message);
     return undefined;
   }
@@ -414,11 +418,21 @@ function checkGeometry(name: string, geometry: Geometry): void {
   if (problem !== undefined) throw new Error(`export ${JSON.stringify(name)} cannot be served: ${problem}`);
 }
 
-/** How an error of the provider is answered. What is not an ExportError is a bug: reported, its text kept inside. */
-function refusal(host: HandshakeHost, error: unknown): { readonly type: number; readonly message: string } {
-  if (!(error instanceof ExportError)) {
+/**
+ * How an error of the provider is answered, and noted if it is about an export. What is not an ExportError is a bug: reported,
+ * its text kept inside.
+ */
+function refusal(
+  host: HandshakeHost,
+  error: unknown,
+  exportName?: string,
+): { readonly type: number; readonly message: string } {
+  const isExpected = error instanceof ExportError;
+  const message = isExpected ? error.message : 'the export cannot be opened: internal error';
+  if (exportName !== undefined) host.refused = exportName;
+  if (!isExpected) {
     host.unexpected(error);
-    return { type: REP.ERR_UNKNOWN, message: 'the export cannot be opened: internal error' };
+    return { type: REP.ERR_UNKNOWN, message };
   }
   const type = {
     UNKNOWN: REP.ERR_UNKNOWN,
@@ -427,7 +441,12 @@ function refusal(host: HandshakeHost, error: unknown): { readonly type: number; 
     SHUTDOWN: REP.ERR_SHUTDOWN,
     FAILED: REP.ERR_UNKNOWN,
   };
-  return { type: type[error.code], message: error.message };
+  return { type: type[error.code], message };
+}
+
+/** Of a client that leaves without an export: undefined if it was refused none. */
+export function whyLeft(refused: string | undefined): string | undefined {
+  return refused === undefined ? undefined : `the client left when it was refused ${JSON.stringify(refused)}`;
 }
 
 function reply(host: HandshakeHost, option: number, type: number, message?: string): Promise<void> {

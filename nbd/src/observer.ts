@@ -38,6 +38,8 @@ export interface ConnectionCloseEvent {
   readonly peer: Peer;
   /** Undefined if the handshake never chose an export. */
   readonly exportName: string | undefined;
+  /** The last export that it asked for and did not get, if it has got none. */
+  readonly refused: string | undefined;
   /** In words, for a log: who ended the connection and why. */
   readonly reason: string;
   /** If the client broke the protocol: how often in a row, this time included; else 0. */

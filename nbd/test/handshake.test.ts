@@ -3,7 +3,7 @@
 import { describe, expect, test, vi } from 'vitest';
 import { DeviceError, ExportError, type ExportInfo, type ExportProvider } from '../src/index.js';
 import { CMD, GREETING_SIZE, INFO, OPT, REP, TRANSMISSION_FLAG } from '../src/protocol.js';
-import { infoQuery, optionBytes, requestBytes, uint16, uint32, type OptionReply } from './raw-client.js';
+import { infoQuery, optionBytes, RawClient, requestBytes, uint16, uint32, type OptionReply } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport } from './test-device.js';
 import { startServer, until } from './test-server.js';
 
@@ -192,7 +192,39 @@ describe('options', () => {
     expect((await client.option(OPT.ABORT)).map(({ type }) => type)).toEqual([REP.ACK]);
     expect(await client.readToEnd()).toHaveLength(0);
     await allOver();
-    expect(closes[0]).toMatchObject({ exportName: undefined, reason: 'the client aborted the handshake' });
+    expect(closes[0]).toMatchObject({
+      ...{ exportName: undefined, refused: undefined },
+      reason: 'the client aborted the handshake',
+    });
+  });
+
+  for (const [how, leave] of [
+    ['aborts', (client: RawClient) => client.option(OPT.ABORT)],
+    ['closes its end', (client: RawClient) => client.socket.end()],
+  ] as const) {
+    test(`a client that is refused an export and ${how}: its close names the export`, async () => {
+      const { raw, allOver, closes } = await startServer();
+      const client = await raw();
+      await client.greet();
+      expect(lastType(await client.option(OPT.GO, infoQuery('nothing')))).toBe(REP.ERR_UNKNOWN);
+      await leave(client);
+      await allOver();
+      expect(closes[0]).toMatchObject({
+        ...{ exportName: undefined, refused: 'nothing' },
+        reason: 'the client left when it was refused "nothing"',
+      });
+    });
+  }
+
+  test('a client that is refused an export and gets another one has been refused none', async () => {
+    const { raw, allOver, closes } = await startServer();
+    const client = await raw();
+    await client.greet();
+    expect(lastType(await client.option(OPT.GO, infoQuery('nothing')))).toBe(REP.ERR_UNKNOWN);
+    expect(lastType(await client.option(OPT.GO, infoQuery('disk')))).toBe(REP.ACK);
+    client.socket.end();
+    await allOver();
+    expect(closes[0]).toMatchObject({ exportName: 'disk', refused: undefined });
   });
 
   test('a name of 4096 bytes is a name', async () => {

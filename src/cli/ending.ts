@@ -4,6 +4,8 @@
  * nobody reads its log and a node or a disk does not answer.
  */
 
+import { isJournal, withPriorities } from '../daemon/journal.js';
+
 export interface LastSteps {
   /** In place of process.stderr. */
   say(text: string): void;
@@ -12,7 +14,7 @@ export interface LastSteps {
 }
 
 const OF_A_COMMAND: LastSteps = {
-  say: (text) => void process.stderr.write(text),
+  say: (text) => void process.stderr.write(isJournal(process.stderr.fd) ? withPriorities(text) : text),
   finish: () => Promise.resolve(),
 };
 

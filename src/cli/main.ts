@@ -51,7 +51,7 @@ function throwInsteadOfExiting(command: Command): void {
   command.exitOverride();
   command.showSuggestionAfterError(true);
   command.configureOutput({
-    outputError: (text, write) => write(`${oneLine(text.replace(/^error: /, 'sheepgate: ').trimEnd())}\n`),
+    outputError: (text) => lastWords(`${oneLine(text.replace(/^error: /, 'sheepgate: ').trimEnd())}\n`),
   });
   for (const child of command.commands) throwInsteadOfExiting(child);
 }

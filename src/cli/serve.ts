@@ -2,6 +2,7 @@
 import { Command, InvalidArgumentError, Option } from 'commander';
 import type { Logger } from 'pino';
 import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
+import { isJournal, withPriorities } from '../daemon/journal.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import type { LogOutput } from '../daemon/log-output.js';
 import { defaultListeners } from '../daemon/places.js';
@@ -93,15 +94,17 @@ async function serve(options: ServeOptions): Promise<void> {
   const reloads = hangups();
   // Loaded late, as the daemon is: --help needs none of it. First of all, for whatever is wrong must have a way to say so.
   const { LogOutput: Output } = await import('../daemon/log-output.js');
-  const output = new Output(STDERR_FD, droppedLine);
+  const inForm = isJournal(STDERR_FD) ? withPriorities : asIs;
+  const output = new Output(STDERR_FD, (count, reason) => inForm(droppedLine(count, reason)));
+  const lines = { write: (line: string) => output.write(inForm(line)), flushSync: () => output.flushSync() };
   const screen = new Output(STDOUT_FD, () => '');
   const { exitNow } = await import('../daemon/exit-now.js');
-  endBy({ say: (text) => output.write(text), finish: (code) => finish([output, screen], code, exitNow) });
+  endBy({ say: (text) => output.write(inForm(text)), finish: (code) => finish([output, screen], code, exitNow) });
   const place = chosenStore(options);
   const { pino } = await import('pino');
   const log = pino(
     { level: options.debug ? 'debug' : 'info', base: undefined, timestamp: pino.stdTimeFunctions.isoTime },
-    output,
+    lines,
   );
   tellFaults(log);
   const inherited = takeInheritedSockets();
@@ -197,6 +200,10 @@ function readyText(daemon: Daemon): string {
     "'sheepgate vdi list' shows the VDIs, Ctrl-C stops",
   ];
   return lines.map((line) => `${printable(line)}\n`).join('');
+}
+
+function asIs(text: string): string {
+  return text;
 }
 
 /** In the log, in place of lines that were dropped; pino's level 40 is a warning. */

@@ -4,27 +4,23 @@
  */
 import type { Logger } from 'pino';
 import type { ConnectionCloseEvent, ConnectionOpenEvent, ConnectionRefusedEvent, Peer } from 'nbd-server-ts';
+import { counted, times, type RepeatedLines } from './repeated-lines.js';
 
 /** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
 const OPEN_UNTOLD_MS = 1_000;
-/** Of connections that are turned away for being too many: one line of one peer and reason in this time. */
-const CROWD_INTERVAL_MS = 10_000;
-/** Peers and reasons that are remembered for that. */
-const MAX_CROWDS = 1024;
 
 export class ConnectionLog {
   readonly #log: Logger;
-  readonly #crowd: Crowd;
+  readonly #lines: RepeatedLines;
   /**
    * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
    * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
    */
   readonly #untold = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
 
-  /** `now`: milliseconds of a clock that nobody sets. */
-  constructor(log: Logger, now: () => number = () => performance.now()) {
+  constructor(log: Logger, lines: RepeatedLines) {
     this.#log = log;
-    this.#crowd = new Crowd(now);
+    this.#lines = lines;
   }
 
   opened({ id, peer, exportName, violations }: ConnectionOpenEvent): void {
@@ -39,22 +35,26 @@ export class ConnectionLog {
   }
 
   refused({ peer, reason }: ConnectionRefusedEvent): void {
-    const more = this.#crowd.note(`refused ${whoOf(peer)} ${reason}`);
-    if (more !== undefined) this.#log.warn({ ...identityOf(peer), reason, ...more }, 'connection refused');
+    this.#lines.tell(`peer ${originOf(peer)}`, `connection ${reason}`, (repetition) => {
+      const details = { ...identityOf(peer), reason, ...counted(repetition) };
+      this.#log.warn(details, `connection refused${times(repetition)}`);
+    });
   }
 
-  closed({ id, peer, exportName, violations, isCrowdedOut, ...counted }: ConnectionCloseEvent): void {
+  closed({ id, peer, exportName, refused, violations, isCrowdedOut, ...figures }: ConnectionCloseEvent): void {
     const tellOpened = this.#takeUntold(id);
     if (isCrowdedOut && exportName === undefined) {
-      const more = this.#crowd.note(`crowded out ${whoOf(peer)}`);
-      const reason = { reason: counted.reason, ...more };
-      if (more !== undefined) this.#log.warn({ connection: id, ...identityOf(peer), ...reason }, 'connection closed');
+      const { reason } = figures;
+      this.#lines.tell(`peer ${originOf(peer)}`, 'crowded out', (repetition) => {
+        const details = { connection: id, ...identityOf(peer), reason, ...counted(repetition) };
+        this.#log.warn(details, `connection closed${times(repetition)}`);
+      });
       return;
     }
     if (violations === 0) tellOpened?.();
     this.#log[levelOfClose(violations)](
       {
-        ...{ connection: id, ...identityOf(peer), export: exportName, ...counted },
+        ...{ connection: id, ...identityOf(peer), export: exportName, refused, ...figures },
         ...(violations > 0 && { violations }),
       },
       violations > 1 ? 'connection closed, as before: the client breaks the protocol' : 'connection closed',
@@ -70,34 +70,6 @@ export class ConnectionLog {
   }
 }
 
-/** Who comes in crowds is told of once in a while, with the number of those between. */
-class Crowd {
-  readonly #kinds = new Map<string, { until: number; unsaid: number }>();
-  readonly #now: () => number;
-
-  constructor(now: () => number) {
-    this.#now = now;
-  }
-
-  /** What to say of this one beside itself; undefined: nothing at all. */
-  note(kind: string): { readonly more?: number } | undefined {
-    const time = this.#now();
-    const known = this.#kinds.get(kind);
-    if (known !== undefined && time < known.until) {
-      known.unsaid++;
-      return undefined;
-    }
-    // In the order of their last lines.
-    this.#kinds.delete(kind);
-    this.#kinds.set(kind, { until: time + CROWD_INTERVAL_MS, unsaid: 0 });
-    if (this.#kinds.size > MAX_CROWDS) {
-      const [oldest] = this.#kinds.keys();
-      if (oldest !== undefined) this.#kinds.delete(oldest);
-    }
-    return known !== undefined && known.unsaid > 0 ? { more: known.unsaid } : {};
-  }
-}
-
 /**
  * A client that breaks the protocol may come back for ever and do it again: told of the first time, the second, the
  * fourth, the eighth and so on, and in between only to who debugs.
@@ -107,13 +79,8 @@ function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
   return Number.isInteger(Math.log2(violations)) ? 'warn' : 'debug';
 }
 
-/** Whose connections are told of together: a host's, or a user's. */
-function whoOf(peer: Peer): string {
-  return `${peer.host ?? peer.address} ${peer.credentials?.uid ?? ''}`;
-}
-
 /** For the log: where a peer comes from, and who the kernel or TLS say it is. */
-function identityOf(peer: Peer): object {
+export function identityOf(peer: Peer): object {
   const { credentials, tls } = peer;
   return {
     peer: labelOf(peer),
@@ -129,4 +96,12 @@ function identityOf(peer: Peer): object {
 /** Where a peer comes from, in words. */
 export function labelOf(peer: Peer): string {
   return peer.transport === 'internal' ? 'control socket' : `${peer.transport} ${peer.address}`;
+}
+
+/** Whom a line is about, also when it comes back: not its port, nor the number of its process. */
+export function originOf(peer: Peer): string {
+  const { transport, credentials, tls } = peer;
+  const proven = tls?.pskUser ?? tls?.certificateNames[0] ?? '';
+  if (transport === 'tcp') return `tcp ${peer.host ?? peer.address} ${proven}`;
+  return `${transport} uid ${credentials?.uid ?? 'unknown'} ${proven}`;
 }

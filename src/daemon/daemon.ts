@@ -26,7 +26,7 @@ import { ControlServer } from './control-server.js';
 import { DISCONNECT_WAIT_MS, type ConnectionStatus, type Disconnected, type StatusAnswer } from './control-protocol.js';
 import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
 import { exposureOf } from './exposure.js';
-import { logFailures } from './failure-log.js';
+import { logFailures, logOfPeers, logOfStore } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from './open-directly.js';
 import { whileLocked } from './open-operations.js';
@@ -34,6 +34,8 @@ import { machineMemory } from './machine-memory.js';
 import { defaultMemoryBudget } from './memory-budget.js';
 import { OperationError, type VdiRecord } from './operations.js';
 import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
+import { LoggedExports } from './refusal-log.js';
+import { causeOf, RepeatedLines, times } from './repeated-lines.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
 import { boundAddress, peerCredentials } from './socket-calls.js';
 import { trustedSocket } from './socket-trust.js';
@@ -161,8 +163,10 @@ export async function startDaemon(
   const keepAliveMs = configuration.limits?.keepAliveMs ?? DEFAULT_LIMITS.keepAliveMs;
   const closedWindows = new ClosedWindows(keepAliveMs + KEEP_ALIVE_ANSWER_MS);
   const maxMemoryBytes = configuration.limits?.maxMemoryBytes ?? defaultMemoryBudget(machineMemory());
-  const connections = new ConnectionLog(log);
-  const stopLoggingFailures = logFailures(log);
+  // Apart: however many peers are turned away, a disk that fails is told of.
+  const repeated = { ofStore: new RepeatedLines(), ofPeers: new RepeatedLines() };
+  const connections = new ConnectionLog(log, repeated.ofPeers);
+  const stopLoggingFailures = logFailures(log, repeated.ofStore);
   const exports = new ExportsWhenOpen();
   const nbd = new NbdServer({
     provider: exports,
@@ -177,8 +181,14 @@ export async function startDaemon(
         connections.closed(event);
         if (event.peer.transport === 'internal') sessionEnds.get(event.peer.address)?.();
       },
-      onDeviceError: (error, context) => log.error({ err: error, ...context }, 'request failed'),
-      onListenerError: (error) => log.error({ err: error }, 'cannot accept a connection'),
+      onDeviceError: (error, context) =>
+        repeated.ofStore.tell(`fault ${context.exportName}`, causeOf(error), (repetition) =>
+          log.error({ err: error, ...context }, `request failed${times(repetition)}`),
+        ),
+      onListenerError: (error) =>
+        repeated.ofStore.tell('listeners', causeOf(error), (repetition) =>
+          log.error({ err: error }, `cannot accept a connection${times(repetition)}`),
+        ),
       onRequest: configuration.debug ? (request) => log.debug(request, 'request') : undefined,
     },
   });
@@ -228,7 +238,12 @@ export async function startDaemon(
     await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
     stopLoggingFailures();
     closedWindows.stop();
-    if (operations !== undefined) await closeStore(operations, leaving);
+    try {
+      if (operations !== undefined) await closeStore(operations, leaving);
+    } finally {
+      repeated.ofStore.close();
+      repeated.ofPeers.close();
+    }
   };
   toldToStop?.addEventListener('abort', leave, { once: true });
   try {
@@ -260,8 +275,8 @@ export async function startDaemon(
         inUseMs: configuration.inUseMs,
         maxDescriptors: descriptors.objectFiles,
         exclusive: configuration.exclusive,
-        log: (line, details) => log.warn(details ?? {}, line),
-        logError: (line, details) => log.error(details ?? {}, line),
+        log: logOfStore(log, repeated.ofStore),
+        logOften: logOfPeers(log, repeated.ofPeers),
         signal: leaving.signal,
       });
     }, controlPath);
@@ -277,7 +292,8 @@ export async function startDaemon(
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
     toldToStop?.removeEventListener('abort', leave);
-    exports.opened(new ExportsToldToClients(security.guard(opened.exports)));
+    const told = new ExportsToldToClients(security.guard(opened.exports));
+    exports.opened(new LoggedExports(told, log, repeated));
     return {
       store: opened.store,
       control: control.path,

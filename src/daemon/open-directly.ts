@@ -7,7 +7,7 @@ import type { LocalStore } from '../store/local/local-store.js';
 import type { SheepStore } from '../store/sheep/sheep-store.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import type { Exclusive } from '../export/exclusive.js';
-import { VdiExports } from '../export/vdi-exports.js';
+import { VdiExports, type ExportsOptions } from '../export/vdi-exports.js';
 import { DirectOperations } from './direct-operations.js';
 import { loadEverything, type StorePlace } from './open-operations.js';
 import { OperationError } from './operations.js';
@@ -25,12 +25,12 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly inUseMs?: number;
   /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
   readonly signal?: AbortSignal;
-  /** As `log`, for what is an error for a client. */
-  readonly logError?: StorePlace['log'];
   /** Files of objects to have open at most; by default what the process's limit allows. */
   readonly maxDescriptors?: number;
   /** Each disk is written by one connection at a time. */
   readonly exclusive?: Exclusive | undefined;
+  /** As `log`, for what clients can bring about again and again. */
+  readonly logOften?: ExportsOptions['logOften'];
 }
 
 type OpenedStore = DirectOperations & {
@@ -83,7 +83,7 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
-  const { keepMs, inUseMs, log, logError, exclusive, isDaemon: serves } = place;
+  const { keepMs, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
@@ -97,7 +97,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog, { keepMs, serves, exclusive, log, logError });
+  const exports = new VdiExports(catalog, { keepMs, serves, exclusive, log, logOften });
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,

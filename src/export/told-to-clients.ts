@@ -65,7 +65,14 @@ export class ExportsToldToClients implements ExportProvider {
     this.#provider = provider;
   }
 
-  list: ExportProvider['list'] = (...of) => this.#provider.list(...of);
+  list: ExportProvider['list'] = async (...of) => {
+    try {
+      return await this.#provider.list(...of);
+    } catch (error) {
+      if (error instanceof ExportError) throw error;
+      throw new ExportError('FAILED', `the exports cannot be listed: ${toldToClients(error)}`, { cause: error });
+    }
+  };
 
   describe: ExportProvider['describe'] = (...of) => inWords(of[0], of[1], () => this.#provider.describe(...of));
 

@@ -13,9 +13,11 @@ import {
   type Ending,
   type ExtentSink,
   type Geometry,
+  type Peer,
   type ZeroMode,
 } from 'nbd-server-ts/block-device';
 import type { ConnectionSpan } from '../vdi/connections.js';
+import { specOf } from '../vdi/names.js';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
@@ -50,6 +52,9 @@ export interface Bases {
   readonly isOurs?: boolean;
   /** Of who may write it; undefined if nobody asks who else does. */
   readonly claim?: Claim | undefined;
+  /** As the client has named it. */
+  readonly exportName: string;
+  readonly peer: Peer;
   open(tag: string): Promise<Vdi>;
   release(vdi: Vdi, closing: Closing): Promise<void>;
 }
@@ -108,6 +113,12 @@ export class VdiDevice implements BlockDevice {
 
   readonly #rethrow = (error: unknown): never => {
     const told = asDeviceError(error, this.#bases.isOurs === true);
+    // A FAST_ZERO that would be slow is refused in the course of things.
+    if (told.code !== 'ENOTSUP' && deviceFailures.hasSubscribers) {
+      const { exportName, peer } = this.#bases;
+      const disk = specOf(this.#vdi.record);
+      deviceFailures.publish({ code: told.code, error, disk, exportName, peer } satisfies DeviceFailure);
+    }
     if (mayBeCured(error, told)) this.#lastRequest = -Math.abs(this.#lastRequest);
     throw told;
   };
@@ -177,9 +188,14 @@ export class VdiDevice implements BlockDevice {
   extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     this.#lastRequest = opened;
     if (context !== ALLOCATION_CONTEXT) return this.#changes(context, offset, length, sink).catch(this.#rethrow);
-    return this.#vdi
-      .extents(offset, length, (at, size, hole) => sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0))
-      ?.catch(this.#rethrow);
+    try {
+      const later = this.#vdi.extents(offset, length, (at, size, hole) =>
+        sink(at, size, hole ? STATE_HOLE | STATE_ZERO : 0),
+      );
+      return later?.catch(this.#rethrow);
+    } catch (error) {
+      this.#rethrow(error);
+    }
   }
 
   async #changes(context: string, offset: number, length: number, sink: ExtentSink): Promise<void> {
@@ -253,8 +269,5 @@ function mayBeCured(error: unknown, told: DeviceError): boolean {
 function asDeviceError(error: unknown, isOurs: boolean): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };
   const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
-  if (code !== 'ENOTSUP' && code !== 'ESHUTDOWN' && deviceFailures.hasSubscribers) {
-    deviceFailures.publish({ code, error } satisfies DeviceFailure);
-  }
   return new DeviceError(code, isOurs ? message : toldToClients(error), { cause: error });
 }

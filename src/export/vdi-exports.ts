@@ -22,12 +22,13 @@ import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
-import { RefusalLog } from './refusal-log.js';
 import { Writers, type Claim } from './writers.js';
 
 export interface ExportsOptions extends TemporaryOptions {
   /** All disks are written by one connection at a time each. */
   readonly exclusive?: Exclusive | undefined;
+  /** As `log`, for what clients can bring about again and again: of one `subject` it is told once in a while. */
+  readonly logOften?: ((subject: string, line: string, details: object) => void) | undefined;
 }
 
 /** What a connection is about to have. */
@@ -40,15 +41,19 @@ interface Opening {
   readonly close: (closing: Closing) => Promise<void>;
 }
 
+/** Who has opened what, and as what. */
+interface OpenedBy {
+  readonly options: ExportOptions;
+  readonly client: Client | undefined;
+  readonly isReadOnly: boolean;
+  readonly exportName: string;
+  readonly peer: Peer;
+}
+
 const REFUSED: Closing = {
   ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
   span: { opened: 0, lastRequest: 0 },
 };
-
-export interface ExportsOptions extends TemporaryOptions {
-  /** Told what is an error for somebody: an export that cannot be opened. By default `log`. */
-  readonly logError?: TemporaryOptions['log'];
-}
 
 /** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
 const ANY_TEMPORARY = 'now';
@@ -56,7 +61,6 @@ const ANY_TEMPORARY = 'now';
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
   readonly #temporary: TemporarySnapshots;
-  readonly #refusals: RefusalLog;
   readonly #exclusive: Exclusive | undefined;
   readonly writers: Writers;
 
@@ -65,8 +69,7 @@ export class VdiExports implements ExportProvider {
     this.#exclusive = options.exclusive;
     this.#temporary = new TemporarySnapshots(catalog, options);
     const log = options.log ?? ((): void => undefined);
-    this.#refusals = new RefusalLog(options.logError ?? log);
-    this.writers = new Writers(log, new RefusalLog(log));
+    this.writers = new Writers(log, options.logOften ?? ((_subject, line, details) => log(line, details)));
   }
 
   /**
@@ -126,7 +129,7 @@ export class VdiExports implements ExportProvider {
     } catch (error) {
       // The connection is about something else by now.
       this.#temporary.left(peer);
-      throw this.#refused(exportName, error);
+      throw asExportError(error);
     }
   }
 
@@ -148,7 +151,10 @@ export class VdiExports implements ExportProvider {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
         const { vdi, moment } = held;
-        return await this.#opened({ vdi, bases: moment.bases, close }, { options, client, isReadOnly: true });
+        return await this.#opened(
+          { vdi, bases: moment.bases, close },
+          { options, client, isReadOnly: true, exportName, peer },
+        );
       }
       const vdi = await this.#catalog.openVdi(subjectText(name), { run });
       const claim = await this.#claim(vdi, { peer, client, isReadOnly, run }, options, access);
@@ -159,9 +165,10 @@ export class VdiExports implements ExportProvider {
         this.#endUse(use, closing);
         return this.#catalog.release(vdi);
       };
-      return await this.#opened({ vdi, claim, close }, { options, client, isReadOnly: isOnlyRead });
+      const opened = { options, client, isReadOnly: isOnlyRead, exportName, peer };
+      return await this.#opened({ vdi, claim, close }, opened);
     } catch (error) {
-      throw this.#refused(exportName, error);
+      throw asExportError(error);
     }
   }
 
@@ -195,20 +202,13 @@ export class VdiExports implements ExportProvider {
     return joinExclusive(options.exclusive, access.exclusive, this.#exclusive);
   }
 
-  #refused(exportName: string, error: unknown): ExportError {
-    const refused = asExportError(error);
-    if (refused.code === 'FAILED' || (error as Partial<CatalogError>).code === 'BUSY')
-      this.#refusals.tell(exportName, error as Error);
-    return refused;
-  }
-
   left(peer: Peer): void {
     this.#temporary.left(peer);
   }
 
   async #opened(
     { vdi, bases: known, claim, close }: Opening,
-    { options, client, isReadOnly }: { options: ExportOptions; client: Client | undefined; isReadOnly: boolean },
+    { options, client, isReadOnly, exportName, peer }: OpenedBy,
   ): Promise<{ device: VdiDevice; info: ExportInfo }> {
     const { record } = vdi;
     let tags: readonly string[];
@@ -225,6 +225,8 @@ export class VdiExports implements ExportProvider {
       isReadOnly,
       isOurs: client === undefined,
       claim,
+      exportName,
+      peer,
       open: async (tag) => {
         const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
         const { vid } = base.record;

@@ -8,7 +8,6 @@ import type { Peer } from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { Client } from '../vdi/in-use.js';
 import type { Exclusive, Otherwise } from './exclusive.js';
-import type { RefusalLog } from './refusal-log.js';
 
 /**
  * For an old connection to end: longer than most requests take, and short of the 30 s that a client has to choose its export.
@@ -23,6 +22,7 @@ const MAX_WARNINGS = 1024;
 const MAX_KEPT_OUT = 1024;
 
 type Log = (line: string, details?: object) => void;
+type LogOften = (subject: string, line: string, details: object) => void;
 
 /** The server's connections, known by the very peer that an export was opened for. */
 export interface Connected {
@@ -126,16 +126,16 @@ interface KeptOut {
 
 export class Writers {
   readonly #log: Log;
-  readonly #refusals: Pick<RefusalLog, 'once'>;
+  readonly #logOften: LogOften;
   readonly #disks = new Map<string, Set<Claim>>();
   readonly #byPeer = new Map<Peer, Claim>();
   readonly #warnings = new Map<string, TwoWriters & { readonly toldAt: number }>();
   readonly #keptOut = new Map<string, KeptOut>();
   connected: Connected = NOBODY_CONNECTED;
 
-  constructor(log: Log, refusals: Pick<RefusalLog, 'once'>) {
+  constructor(log: Log, logOften: LogOften) {
     this.#log = log;
-    this.#refusals = refusals;
+    this.#logOften = logOften;
   }
 
   /**
@@ -299,8 +299,7 @@ export class Writers {
   #tellReadOnly(disk: string, { peer, client }: Claimant, first: Claim): void {
     const label = client?.label ?? 'a command';
     const line = `${disk} is read-only for ${label}: only one may write it, and ${first.label} has it open for that`;
-    // However often it comes: of one disk and one writer once in a while.
-    this.#refusals.once(`read-only\n${disk}\n${first.label}`, line, { vdi: disk, peer: peer.address, client: label });
+    this.#logOften(`disk ${disk}`, line, { vdi: disk, peer: peer.address, client: label });
   }
 
   /** `first` has written, and now `second` does: once for each connection at most. */

@@ -322,6 +322,7 @@ test('one log line when a connection opens and one when it closes, none per requ
     'ready',
     'connection open',
     'connection closed',
+    expect.stringMatching(/^export "missing" refused: no VDI named "missing" in /),
     'connection closed',
     'stopping',
     'stopped',

@@ -380,11 +380,13 @@ for (const type of ['ext4', 'xfs'] as const) {
     const client = await NbdClient.connect({ path: daemon.socket });
     await expect(client.go('disk')).rejects.toThrow();
     client.destroy();
-    const refusal = daemon
-      .log()
-      .split('\n')
-      .find((line) => line.includes('cannot be opened'));
-    expect(JSON.parse(refusal ?? '{}')).toMatchObject({
+    const findRefusal = (): string | undefined =>
+      daemon
+        .log()
+        .split('\n')
+        .find((line) => line.endsWith('}') && line.includes('cannot be opened'));
+    const refusal = await waitUntil(findRefusal, 'the refusal is in the log');
+    expect(JSON.parse(refusal)).toMatchObject({
       level: 50,
       msg: expect.stringMatching(/^export "disk" cannot be opened: .*EIO/),
     });

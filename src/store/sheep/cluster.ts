@@ -40,6 +40,17 @@ import { VidsInUse } from './vids-in-use.js';
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
 const NOTHING = Buffer.alloc(0);
+
+/** `high` and `low` are the halves of its oid. */
+export class ObjectGone extends StoreError {
+  constructor(
+    asked: string,
+    readonly high: number,
+    readonly low: number,
+  ) {
+    super('GONE', `${asked}: the cluster answers ${resultName(Result.NO_OBJ)}: the object is missing`);
+  }
+}
 const SECTOR_BYTES = 512;
 
 export interface NewVdi {
@@ -356,7 +367,8 @@ function succeeded(answer: Answer, what: string): Answer {
 
 function objectError(result: number, what: string, high: number, low: number): StoreError {
   const oid = high.toString(16).padStart(8, '0') + low.toString(16).padStart(8, '0');
-  return errorOf(result, `${what} object ${oid}`);
+  const asked = `${what} object ${oid}`;
+  return result === Result.NO_OBJ ? new ObjectGone(asked, high, low) : errorOf(result, asked);
 }
 
 function errorOf(result: number, what: string): StoreError {
@@ -364,8 +376,6 @@ function errorOf(result: number, what: string): StoreError {
   switch (result) {
     case Result.NO_SPACE:
       return new StoreError('NO_SPACE', `${says}: it is full`);
-    case Result.NO_OBJ:
-      return new StoreError('GONE', `${says}: the object is missing`);
     case Result.READONLY:
       return new StoreError('READONLY', `${says}: the VDI has become a snapshot`);
     case Result.FULL_VDI:

@@ -10,7 +10,7 @@
 import net from 'node:net';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { DATA_LENGTH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
-import { HEADER_BYTES, Opcode } from './protocol.js';
+import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from './protocol.js';
 
 export const CONNECT_TIMEOUT_MS = 5_000;
 const KEEP_ALIVE_MS = 10_000;
@@ -70,6 +70,7 @@ export class NoAnswer extends ConnectionLost {
 interface Pending {
   readonly request: WireRequest;
   /** By performance.now(), as all deadlines: a clock that is set changes none of them. */
+  readonly sentAt: number;
   readonly deadline: number;
   readonly resolve: (answer: Answer) => void;
   readonly reject: (error: Error) => void;
@@ -77,14 +78,6 @@ interface Pending {
 
 const NO_HEADER = Buffer.alloc(0);
 const NO_ANSWER: Answer = { result: 0, length: 0, header: NO_HEADER };
-/** Their answers' headers say nothing but what an Answer says. */
-const OBJECT_OPCODES: ReadonlySet<number> = new Set([
-  Opcode.CREATE_AND_WRITE_OBJ,
-  Opcode.READ_OBJ,
-  Opcode.WRITE_OBJ,
-  Opcode.REMOVE_OBJ,
-]);
-
 export class NodeConnection {
   readonly #address: NodeAddress;
   readonly #label: string;
@@ -171,6 +164,15 @@ export class NodeConnection {
     return this.#pending.size;
   }
 
+  /** Those sent up to then, by performance.now(), that are not answered. */
+  *unansweredSince(time: number): Generator<{ readonly request: WireRequest; readonly sentAt: number }> {
+    // In the order in which they were sent.
+    for (const pending of this.#pending.values()) {
+      if (pending.sentAt > time) return;
+      yield pending;
+    }
+  }
+
   /**
    * Send and wait for the answer, whatever its result. An answer that is not there in time ends the connection: it is
    * the only way to be sure that a late one goes into nobody's buffer. Errors: ConnectionLost.
@@ -183,7 +185,8 @@ export class NodeConnection {
       }
       const id = this.#nextId();
       request.header.writeUInt32LE(id, ID_OFFSET);
-      this.#pending.set(id, { request, deadline: performance.now() + timeoutMs, resolve, reject });
+      const sentAt = performance.now();
+      this.#pending.set(id, { request, sentAt, deadline: sentAt + timeoutMs, resolve, reject });
       if (isLarge(request)) this.#largeAwaited++;
       this.#timer ??= setInterval(() => this.#checkDeadlines(), DEADLINE_CHECK_MS).unref();
       this.#gather(request);

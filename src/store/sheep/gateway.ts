@@ -13,10 +13,11 @@ import {
   type Answer,
   type WireRequest,
 } from './connection.js';
-import { decodeNodes, encodeVdiRequest, nodeResponse, type ClusterNode } from './layouts.js';
+import { decodeNodes, encodeVdiRequest, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
-import { HEADER_BYTES, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
+import { HEADER_BYTES, MAX_NODES, NODE_BYTES, OBJECT_OPCODES, Opcode, Result, resultName, vidOf } from './protocol.js';
+import { WAITING_CHECK_MS, WAITING_MS, WaitingLog, type Waiter } from './waiting.js';
 
 /** How long requests are repeated while no node can serve them. */
 export const DEFAULT_RETRY_MS = 60_000;
@@ -42,6 +43,8 @@ const NODE_REST_MS = 2_000;
 const NEAR_CONNECTIONS = 2;
 /** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
 const NEAR_REST_MS = 30_000;
+/** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
+const MAX_WAITERS = 1024;
 /** Nodes that reads go to directly. */
 const MAX_NEAR_NODES = 64;
 /** How old the list of nodes may be by which reads are sent. */
@@ -53,6 +56,8 @@ export interface GatewayOptions {
   /** To the node in use. */
   readonly connections?: number;
   readonly log?: (line: string, details?: object) => void;
+  /** How long a request must have waited for the log to say so. */
+  readonly waitingMs?: number;
 }
 
 export interface ExecuteOptions {
@@ -67,6 +72,12 @@ export interface ExecuteOptions {
   readonly retryMs?: number;
   /** Of a slow operation: how long one attempt may take while its node answers other requests. */
   readonly slowMs?: number;
+}
+
+/** What is asked again and again, or waits until it may be. */
+interface Repeated extends Waiter {
+  readonly request: WireRequest;
+  why: string;
 }
 
 interface Node {
@@ -115,6 +126,11 @@ export class Gateway {
   );
   /** Back-offs that close() ends. */
   readonly #sleepers = new Set<() => void>();
+  readonly #repeated = new Set<Repeated>();
+  readonly #objectsAwaited = new Set<Waiter & { readonly disk: string }>();
+  readonly #checking: NodeJS.Timeout | undefined;
+  /** Of which disk an object is, by the halves of its oid: for the log. */
+  diskOf: (high: number, low: number) => string | undefined = () => undefined;
 
   /** `addresses`: at least one; the first is tried first. */
   constructor(addresses: readonly NodeAddress[], options: GatewayOptions = {}) {
@@ -128,7 +144,14 @@ export class Gateway {
       attemptMs: options.attemptMs ?? Math.min(DEFAULT_ATTEMPT_MS, retryMs / 2),
       connections: options.connections ?? DEFAULT_CONNECTIONS,
       log: options.log ?? (() => undefined),
+      waitingMs: options.waitingMs ?? WAITING_MS,
     };
+    if (options.log === undefined) return;
+    const waiting = new WaitingLog(options.log);
+    this.#checking = setInterval(() => {
+      const now = performance.now();
+      waiting.check(firstOf(this.#waiting(now - this.#options.waitingMs), MAX_WAITERS), now);
+    }, WAITING_CHECK_MS).unref();
   }
 
   get retryMs(): number {
@@ -219,8 +242,45 @@ export class Gateway {
   /** Close all connections; what is in flight fails. */
   close(): void {
     this.#closed = true;
+    clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
     for (const wake of this.#sleepers) wake();
+  }
+
+  /** While `work` waits for an object of `disk`, by asking for it again and again, it counts as one request that waits. */
+  async whileAwaited<T>(disk: string, why: string, work: () => Promise<T>): Promise<T> {
+    const waiter = { disk, why, since: performance.now() };
+    this.#objectsAwaited.add(waiter);
+    try {
+      return await work();
+    } finally {
+      this.#objectsAwaited.delete(waiter);
+    }
+  }
+
+  /** All that have waited since `time`, with the disk that each is of. */
+  *#waiting(time: number): Generator<readonly [disk: string, waiter: Waiter]> {
+    const repeated = new Set<WireRequest>();
+    for (const waiter of this.#objectsAwaited) if (waiter.since <= time) yield [waiter.disk, waiter];
+    for (const waiter of this.#repeated) {
+      repeated.add(waiter.request);
+      if (waiter.since <= time) yield* this.#named(waiter.request, waiter);
+    }
+    for (const { address, connections } of this.#nodes) {
+      for (const connection of connections) {
+        for (const { request, sentAt } of connection.unansweredSince(time)) {
+          if (repeated.has(request)) continue;
+          yield* this.#named(request, { since: sentAt, why: `${addressLabel(address)} has not answered` });
+        }
+      }
+    }
+  }
+
+  *#named({ header }: WireRequest, waiter: Waiter): Generator<readonly [disk: string, waiter: Waiter]> {
+    // A hint, which nobody waits for.
+    if (header[1] === Opcode.GET_NODE_LIST) return;
+    const oid = oidOf(header);
+    yield [oid === undefined ? 'the catalog' : (this.diskOf(oid.high, oid.low) ?? vidLabel(oid.high)), waiter];
   }
 
   async #repeat(
@@ -228,8 +288,26 @@ export class Gateway {
     options: ExecuteOptions,
     deadline: number,
     first: Answer | ConnectionLost | undefined,
+    asked: NodeAddress | undefined,
+  ): Promise<Answer> {
+    const since = deadline - (options.retryMs ?? this.#options.retryMs);
+    const waiter = { request, since, why: `no connection to ${this.#triedLabel()} yet` };
+    this.#repeated.add(waiter);
+    try {
+      return await this.#repeatAs(waiter, options, deadline, first, asked);
+    } finally {
+      this.#repeated.delete(waiter);
+    }
+  }
+
+  async #repeatAs(
+    waiter: Repeated,
+    options: ExecuteOptions,
+    deadline: number,
+    first: Answer | ConnectionLost | undefined,
     askedFirst: NodeAddress | undefined,
   ): Promise<Answer> {
+    const { request } = waiter;
     let backoff = FIRST_BACKOFF_MS;
     let trouble = 0;
     let last = first;
@@ -239,13 +317,17 @@ export class Gateway {
       if (last !== undefined) {
         if (this.#closed) throw closedError();
         const reason = last instanceof Error ? last.message : `the cluster answers ${resultName(last.result)}`;
+        waiter.why = last instanceof Error || !asked ? reason : `${reason} (${addressLabel(asked)})`;
         if (!(last instanceof Error) && TROUBLE.has(last.result)) {
           trouble++;
           this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
         if (last instanceof NoAnswer) {
           this.#leaveSilent(last.address);
-          if (isWrite(request) && !options.once) await this.#waitUntilHarmless(last, deadline);
+          if (isWrite(request) && !options.once) {
+            waiter.why = `${reason}, and may still carry out what it was asked; nothing is repeated before it has answered or left`;
+            await this.#waitUntilHarmless(last, deadline);
+          }
         }
         if (isAmbiguous && options.once) {
           throw new StoreError('IO', `${reason}; whether it was done before that is not known`);
@@ -337,7 +419,8 @@ export class Gateway {
         const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, left / 2));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
-          this.#options.log(`now using the Sheepdog node ${addressLabel(node.address)}`);
+          const label = addressLabel(node.address);
+          this.#options.log(`now using the Sheepdog node ${label}`, { node: label });
           this.#current = node;
         }
         void this.#learnNodes();
@@ -376,7 +459,8 @@ export class Gateway {
     left.restUntil = performance.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
-    this.#options.log(`leaving the Sheepdog node ${addressLabel(left.address)}: ${why}`);
+    const label = addressLabel(left.address);
+    this.#options.log(`leaving the Sheepdog node ${label}: ${why}`, { node: label });
   }
 
   /** A node that has trouble with its disk or its peers: the one in use is left, another is not asked for reads for a while. */
@@ -452,12 +536,30 @@ export class Gateway {
   }
 }
 
+function* firstOf<T>(all: Iterable<T>, count: number): Generator<T> {
+  let left = count;
+  for (const each of all) {
+    if (left-- === 0) return;
+    yield each;
+  }
+}
+
 function isSame(before: readonly Node[], after: readonly Node[]): boolean {
   return before.length === after.length && before.every((node, n) => node === after[n]);
 }
 
 /** No node could be reached at all: nothing was sent. */
 class NotConnected extends ConnectionLost {}
+
+/** Undefined of what is no request on an object. */
+function oidOf(header: Buffer): { readonly high: number; readonly low: number } | undefined {
+  if (!OBJECT_OPCODES.has(header[1] as number)) return undefined;
+  return { low: header.readUInt32LE(OID_OFFSET), high: header.readUInt32LE(OID_OFFSET + 4) };
+}
+
+function vidLabel(high: number): string {
+  return `vid ${vidOf(high).toString(16)}`;
+}
 
 /** Whether it changes an object. */
 function isWrite({ header, data }: WireRequest): boolean {

@@ -133,6 +133,8 @@ export const ID_OFFSET = 8;
 export const DATA_LENGTH_OFFSET = 12;
 export const RESULT_OFFSET = 16;
 export const PAYLOAD_OFFSET_OFFSET = 24;
+/** In a request on an object. */
+export const OID_OFFSET = 16;
 
 /** A request on an object, as objectRequest has it, written field by field: this is the data path. */
 export function encodeObjectRequest(
@@ -151,8 +153,8 @@ export function encodeObjectRequest(
   header[1] = opcode;
   header.writeUInt16LE(flags, 2);
   header.writeUInt32LE(length, DATA_LENGTH_OFFSET);
-  header.writeUInt32LE(oidLow, 16);
-  header.writeUInt32LE(oidHigh, 20);
+  header.writeUInt32LE(oidLow, OID_OFFSET);
+  header.writeUInt32LE(oidHigh, OID_OFFSET + 4);
   header.writeUInt32LE(cowLow, 24);
   header.writeUInt32LE(cowHigh, 28);
   header.writeUInt32LE(offset, 40);

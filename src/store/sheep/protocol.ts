@@ -30,6 +30,14 @@ export const Opcode = {
   READ_DEL_VDIS: 0xc9,
 } as const;
 
+/** Requests on an object. The headers of their answers say nothing but what an Answer says. */
+export const OBJECT_OPCODES: ReadonlySet<number> = new Set([
+  Opcode.CREATE_AND_WRITE_OBJ,
+  Opcode.READ_OBJ,
+  Opcode.WRITE_OBJ,
+  Opcode.REMOVE_OBJ,
+]);
+
 export const Flag = { WRITE: 0x01, COW: 0x02 } as const;
 
 export const Result = {
@@ -104,6 +112,11 @@ const VDI_BIT_HIGH = 0x8000_0000;
 
 export function inodeHigh(vid: number): number {
   return (VDI_BIT_HIGH | vid) >>> 0;
+}
+
+/** Of any object, by the upper half of its oid: what is above the vid says what kind it is of. */
+export function vidOf(high: number): number {
+  return high & MAX_VID;
 }
 
 /** struct sd_node without HAVE_DISKVNODES, and the longest list of them. */

@@ -11,13 +11,13 @@ import {
   type ReadCount,
   type ZeroOptions,
 } from '../object-store.js';
-import { Cluster } from './cluster.js';
+import { Cluster, ObjectGone } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import { HostState } from './host-state.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
 import { ownerMark } from './owner.js';
-import { ClusterFlag } from './protocol.js';
+import { ClusterFlag, vidOf } from './protocol.js';
 import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';
@@ -35,6 +35,8 @@ const CLOSE_MS = 15_000;
 const GONE_TRIES = 2;
 const GONE_BACKOFF_MS = 10;
 const SETTLING_MS = 60_000;
+/** Of an object that is waited for, named in the log. */
+const MAX_USERS = 3;
 
 export interface SheepStoreOptions extends GatewayOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
@@ -82,6 +84,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.state = this.#openState();
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
+    cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
   }
 
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
@@ -164,6 +167,20 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     }
   }
 
+  /** Of an object, by the halves of its oid: who is open and has it. Undefined if nobody has. */
+  #diskOf(high: number, low: number): string | undefined {
+    const vid = vidOf(high);
+    const own = this.open.get(vid);
+    if (own) return labelOf(own);
+    // A shared one, or one that is being made.
+    const users: string[] = [];
+    for (const vdi of this.open.values()) {
+      if (vdi.nameVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi));
+      if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
+    }
+    return users.length === 0 ? undefined : users.join(', ');
+  }
+
   /** Which bytes of what, as check says it. */
   #logLost(vid: number, idx: number): void {
     const ranges: string[] = [];
@@ -171,7 +188,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       if (map[idx] !== vid) continue;
       const from = idx * 2 ** record.blockSizeShift;
       const to = Math.min(from + 2 ** record.blockSizeShift, record.size) - 1;
-      ranges.push(`${record.isSnapshot ? `${record.name}@${record.tag}` : record.name} bytes ${from} to ${to}`);
+      ranges.push(`${labelOf({ record })} bytes ${from} to ${to}`);
     }
     this.log(`lost: ${ranges.join(', ')} (object ${idx} of vid ${vid.toString(16)}); read as zeros`);
   }
@@ -189,7 +206,13 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
    * While nodes leave and join, one that has not recovered an object yet may say that there is none. One that is missing
    * with all nodes in their places is lost.
    */
-  async #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
+  #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
+    const disk = first instanceof ObjectGone ? this.#diskOf(first.high, first.low) : undefined;
+    const { gateway } = this.cluster;
+    return gateway.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
+  }
+
+  async #askAgain(first: StoreError, request: () => Promise<void>): Promise<void> {
     const deadline = performance.now() + this.cluster.gateway.retryMs;
     let backoff = GONE_BACKOFF_MS;
     let failure = first;
@@ -292,4 +315,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
     }
   }
+}
+
+function labelOf({ record }: Pick<OpenVdi, 'record'>): string {
+  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }

@@ -1,0 +1,115 @@
+/**
+ * Lines of the log that would come once per request, or per connection: of each cause of each subject (a disk, a peer) the
+ * first is written at once, and then one in a while that says for how many it stands. Owns when a line is written, and that
+ * nothing is held back for ever; what is in it is its writer's. Memory and lines are bounded whatever clients do.
+ */
+
+/** After a line of a cause: until the next one, doubled each time as long as it goes on. */
+export const FIRST_INTERVAL_MS = 10_000;
+export const LONGEST_INTERVAL_MS = 10 * 60_000;
+/** Of one subject; those beyond share one. */
+export const MAX_CAUSES = 8;
+/** Those beyond share one. */
+export const MAX_SUBJECTS = 256;
+/** How late a line may be. */
+const CHECK_MS = 1_000;
+/** Of an error and what it came of. */
+const MAX_DEPTH = 6;
+/** What those beyond the bounds are counted under: no subject and no cause has this name. */
+const OTHERS = '';
+
+/** For how many the line stands, and in how many milliseconds they came: 1 in 0 ms for the first. */
+export interface Repetition {
+  readonly count: number;
+  readonly ms: number;
+}
+
+type Writer = (repetition: Repetition) => void;
+
+interface Cause {
+  toldAt: number;
+  intervalMs: number;
+  untold: number;
+  /** Writes the line of the latest. */
+  write: Writer;
+}
+
+export class RepeatedLines {
+  readonly #subjects = new Map<string, Map<string, Cause>>();
+  #timer: NodeJS.Timeout | undefined;
+
+  /** `write` is called now, or later, or not at all if another of the same cause comes before its turn. */
+  tell(subject: string, cause: string, write: Writer): void {
+    const causes = this.#causesOf(subject);
+    const key = causes.has(cause) || causes.size < MAX_CAUSES ? cause : OTHERS;
+    const known = causes.get(key);
+    if (known !== undefined) {
+      known.untold++;
+      known.write = write;
+      return;
+    }
+    causes.set(key, { toldAt: performance.now(), intervalMs: FIRST_INTERVAL_MS, untold: 0, write });
+    this.#timer ??= setInterval(() => this.#check(), CHECK_MS).unref();
+    write({ count: 1, ms: 0 });
+  }
+
+  /** Nothing more is told later: what is held back is told now. */
+  close(): void {
+    clearInterval(this.#timer);
+    this.#timer = undefined;
+    const now = performance.now();
+    for (const causes of this.#subjects.values()) {
+      for (const { untold, toldAt, write } of causes.values())
+        if (untold > 0) write({ count: untold, ms: now - toldAt });
+    }
+    this.#subjects.clear();
+  }
+
+  #causesOf(subject: string): Map<string, Cause> {
+    const key = this.#subjects.has(subject) || this.#subjects.size < MAX_SUBJECTS ? subject : OTHERS;
+    let causes = this.#subjects.get(key);
+    if (causes === undefined) this.#subjects.set(key, (causes = new Map()));
+    return causes;
+  }
+
+  #check(): void {
+    const now = performance.now();
+    for (const [subject, causes] of this.#subjects) {
+      for (const [key, cause] of causes) {
+        const ms = now - cause.toldAt;
+        if (ms < cause.intervalMs) continue;
+        if (cause.untold === 0) {
+          causes.delete(key);
+          continue;
+        }
+        cause.write({ count: cause.untold, ms });
+        cause.untold = 0;
+        cause.toldAt = now;
+        cause.intervalMs = Math.min(2 * cause.intervalMs, LONGEST_INTERVAL_MS);
+      }
+      if (causes.size === 0) this.#subjects.delete(subject);
+    }
+    if (this.#subjects.size > 0) return;
+    clearInterval(this.#timer);
+    this.#timer = undefined;
+  }
+}
+
+/** For the end of a message. */
+export function times({ count, ms }: Repetition): string {
+  return count === 1 ? '' : ` (the last of ${count} in ${Math.round(ms / 1000)} s)`;
+}
+
+/** For the fields of a line. */
+export function counted({ count }: Repetition): { readonly count?: number } {
+  return count === 1 ? {} : { count };
+}
+
+/** Tells causes apart whatever objects and nodes their messages name: the names and codes of an error and what it came of. */
+export function causeOf(error: unknown): string {
+  const parts: string[] = [];
+  for (let each = error; each instanceof Error && parts.length < MAX_DEPTH; each = each.cause) {
+    parts.push(`${each.constructor.name} ${(each as { code?: unknown }).code as string}`);
+  }
+  return parts.join(' < ') || typeof error;
+}

@@ -1,0 +1,96 @@
+/** How often the log says the same: at once, then once in a while with the count, and never without a bound. */
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import {
+  causeOf,
+  FIRST_INTERVAL_MS,
+  LONGEST_INTERVAL_MS,
+  MAX_CAUSES,
+  MAX_SUBJECTS,
+  RepeatedLines,
+  times,
+} from '../../src/daemon/repeated-lines.js';
+import { StoreError } from '../../src/store/object-store.js';
+
+/** A line may be a check's interval late. */
+const LATE_MS = 1_000;
+
+let lines: RepeatedLines;
+let written: string[];
+
+beforeEach(() => {
+  vi.useFakeTimers();
+  lines = new RepeatedLines();
+  written = [];
+});
+
+afterEach(() => {
+  lines.close();
+  vi.useRealTimers();
+});
+
+function tell(subject: string, cause: string, detail = ''): void {
+  lines.tell(subject, cause, (repetition) => written.push(`${subject} ${cause}${detail}${times(repetition)}`));
+}
+
+function taken(): string[] {
+  return written.splice(0);
+}
+
+test('the first of a cause is told at once, those after it are counted and told later with the latest of them', () => {
+  for (let n = 1; n <= 100; n++) tell('disk', 'EIO', ` ${n}`);
+  expect(taken()).toEqual(['disk EIO 1']);
+  vi.advanceTimersByTime(FIRST_INTERVAL_MS + LATE_MS);
+  expect(taken()).toEqual(['disk EIO 100 (the last of 99 in 10 s)']);
+  expect(vi.getTimerCount()).toBe(1);
+});
+
+test('a cause that goes on is told of ever less often, but not never; one that has ended is new when it comes again', () => {
+  const goOn = (ms: number): void => {
+    for (let at = 0; at < ms; at += LATE_MS) {
+      tell('disk', 'EIO');
+      vi.advanceTimersByTime(LATE_MS);
+    }
+  };
+  goOn(60 * 60_000);
+  const inAnHour = taken().length;
+  expect(inAnHour).toBeGreaterThan(6);
+  expect(inAnHour).toBeLessThan(14);
+  vi.advanceTimersByTime(2 * LONGEST_INTERVAL_MS + 2 * LATE_MS);
+  expect(taken()).toHaveLength(1);
+  expect(vi.getTimerCount()).toBe(0);
+  tell('disk', 'EIO');
+  expect(taken()).toEqual(['disk EIO']);
+});
+
+test('causes and subjects do not hide each other', () => {
+  for (let n = 0; n < 3; n++) {
+    tell('one', 'EIO');
+    tell('one', 'ENOSPC');
+    tell('two', 'EIO');
+  }
+  expect(taken()).toEqual(['one EIO', 'one ENOSPC', 'two EIO']);
+});
+
+test('whoever has a thousand causes, and a thousand subjects, gets a bounded number of lines, and all are counted', () => {
+  for (let n = 0; n < 1000; n++) tell('one', `cause ${n}`);
+  expect(taken()).toHaveLength(MAX_CAUSES + 1);
+  for (let n = 0; n < 1000; n++) tell(`subject ${n}`, 'EIO');
+  expect(taken()).toHaveLength(MAX_SUBJECTS);
+  lines.close();
+  expect(taken()).toEqual([
+    `one cause 999 (the last of ${1000 - MAX_CAUSES - 1} in 0 s)`,
+    `subject 999 EIO (the last of ${1000 - MAX_SUBJECTS} in 0 s)`,
+  ]);
+  expect(vi.getTimerCount()).toBe(0);
+});
+
+test('the same cause is one whatever object it is about, and two of one code are two', () => {
+  const full = (object: string): StoreError =>
+    new StoreError('NO_SPACE', `writing ${object}`, { cause: Object.assign(new Error('x'), { code: 'ENOSPC' }) });
+  expect(causeOf(full('a'))).toBe(causeOf(full('b')));
+  expect(causeOf(full('a'))).not.toBe(causeOf(new StoreError('NO_SPACE', 'the cluster answers NO_SPACE')));
+  expect(causeOf('a')).toBe('string');
+  const endless = new Error('x');
+  endless.cause = endless;
+  expect(causeOf(endless).length).toBeLessThan(200);
+});
