@@ -4,6 +4,7 @@
  */
 import { Command, CommanderError } from 'commander';
 import { asOperationError } from '../daemon/operations.js';
+import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js';
 import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { addCommands, type Loaders } from './loaders.js';
@@ -67,9 +68,8 @@ function endWith(error: unknown): number {
     lastWords(`sheepgate: ${oneLine(expected.message)}\n`);
     return expected.code === 'BAD_USAGE' ? EXIT_USAGE : EXIT_FAILED;
   }
-  const systemCall = error as NodeJS.ErrnoException;
-  if (typeof systemCall?.syscall === 'string' && typeof systemCall.code === 'string') {
-    lastWords(`sheepgate: ${oneLine(systemCall.message)}\n`);
+  if (isSystemError(error)) {
+    lastWords(`sheepgate: ${oneLine(systemMessage(error))}\n`);
     return EXIT_FAILED;
   }
   lastWords(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
@@ -85,7 +85,7 @@ function oneLine(text: string): string {
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (process.stdout.listenerCount('error') > 1) return;
   if (error.code === 'EPIPE') process.exit(process.exitCode ?? 0);
-  process.stderr.write(`sheepgate: cannot write to stdout: ${error.message}\n`);
+  process.stderr.write(`sheepgate: cannot write to stdout: ${reasonOf(error)}\n`);
   process.exit(EXIT_FAILED);
 });
 // A note that nobody reads is no reason to end.

@@ -12,6 +12,7 @@ import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { reasonOf } from '../store/system-error.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
@@ -307,7 +308,7 @@ async function checkControlSocket(controlPath: string, store: string): Promise<v
   } catch (error) {
     throw new OperationError(
       'PERMISSION',
-      `cannot make the control socket ${controlPath}: ${(error as Error).message}; give --control PATH to have it elsewhere`,
+      `cannot make the control socket ${controlPath}: ${reasonOf(error as Error)}; give --control PATH to have it elsewhere`,
       { cause: error },
     );
   }

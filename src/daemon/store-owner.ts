@@ -6,6 +6,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { shellWord } from '../store/shell-word.js';
+import { isSystemError, whatFailed } from '../store/system-error.js';
 import { OperationError } from './operations.js';
 
 /** What @types/node does not know. */
@@ -84,7 +85,7 @@ export function explainIdentity(error: unknown): unknown {
   const place = shellWord(taken.store);
   return new OperationError(
     'PERMISSION',
-    `${(error as Error).message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
+    `${isSystemError(error) ? whatFailed(error) : (error as Error).message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
       `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
     { cause: error },
   );
