@@ -21,6 +21,7 @@ interface ServeOptions extends CommonOptions, PeerOptions {
   readonly create?: readonly NewVdi[];
   readonly createStore?: 'yes' | 'no';
   readonly socketMode?: number;
+  readonly controlMode?: number;
   readonly debug?: boolean;
   readonly clusterTimeout?: number;
   readonly missing?: 'zero';
@@ -70,6 +71,12 @@ export function serveCommand(): Command {
     )
     .addOption(
       new Option(
+        '--control-mode <octal>',
+        'permissions of the control socket: 600 (default), or 660 so that the group of the daemon may do everything, too',
+      ).argParser(controlModeArgument),
+    )
+    .addOption(
+      new Option(
         '--cluster-timeout <seconds>',
         'how long requests wait for a cluster that cannot serve them, before clients see an error (default: 60)',
       ).argParser(secondsArgument),
@@ -113,6 +120,7 @@ async function serve(options: ServeOptions): Promise<void> {
     retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
     missingIsZero: options.missing === 'zero',
     control: place.control,
+    controlMode: options.controlMode,
     listeners,
     inherited,
     socketMode: options.socketMode,
@@ -282,6 +290,12 @@ function secondsArgument(text: string): number {
     throw new InvalidArgumentError(`It must be 1 to ${MAX_CLUSTER_TIMEOUT_S}.`);
   }
   return seconds;
+}
+
+/** Others than a group are not let in: commands send nothing to a socket that every user can write to. */
+function controlModeArgument(text: string): number {
+  if (!/^0?6[06]0$/.test(text)) throw new InvalidArgumentError(`"${text}": give 600, or 660 for the daemon's group.`);
+  return parseInt(text, 8);
 }
 
 function modeArgument(text: string): number {

@@ -57,6 +57,8 @@ export interface DaemonConfiguration {
   readonly missingIsZero?: boolean;
   /** By default in the store. */
   readonly control?: string;
+  /** Permissions of the control socket. */
+  readonly controlMode?: number;
   readonly listeners: readonly ListenAddress[];
   /** Sockets that listen already, from systemd. */
   readonly inherited?: readonly InheritedSocket[];
@@ -170,6 +172,7 @@ export async function startDaemon(
     return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {
       operations,
       isFoundFromStore: !isFixed,
+      mode: configuration.controlMode,
       status: (): StatusAnswer => ({
         version: configuration.version,
         pid: process.pid,
