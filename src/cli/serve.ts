@@ -6,6 +6,8 @@ import { AddressError, formatListenAddress, parseListenAddress, type ListenAddre
 import type { LogOutput } from '../daemon/log-output.js';
 import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
+import { parseExportName } from '../export/export-name.js';
+import { CatalogError } from '../vdi/catalog-error.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
@@ -20,6 +22,7 @@ interface ServeOptions extends CommonOptions, PeerOptions {
   readonly listen?: readonly ListenAddress[];
   readonly create?: readonly NewVdi[];
   readonly createStore?: 'yes' | 'no';
+  readonly default?: string;
   readonly socketMode?: number;
   readonly controlMode?: number;
   readonly debug?: boolean;
@@ -57,6 +60,12 @@ export function serveCommand(): Command {
       new Option('--create <name:size>', 'make this VDI if it does not exist; may be repeated').argParser(
         createArgument,
       ),
+    )
+    .addOption(
+      new Option(
+        '--default <name>',
+        'what clients get that name no export: VDI, VDI@TAG, or any other (docs/exports.md); default: they are refused',
+      ).argParser(exportArgument),
     )
     .addOption(
       new Option(
@@ -124,6 +133,7 @@ async function serve(options: ServeOptions): Promise<void> {
     listeners,
     inherited,
     socketMode: options.socketMode,
+    defaultExport: options.default,
     create: options.create ?? [],
     debug: options.debug ?? false,
     version: version(),
@@ -282,6 +292,16 @@ function createArgument(text: string, before: readonly NewVdi[] = []): NewVdi[] 
   const colon = text.lastIndexOf(':');
   if (colon <= 0) throw new InvalidArgumentError(`"${text}": give NAME:SIZE, for example vm1:20G.`);
   return [...before, { name: text.slice(0, colon), size: sizeArgument(text.slice(colon + 1)) }];
+}
+
+function exportArgument(text: string): string {
+  try {
+    parseExportName(text);
+    return text;
+  } catch (error) {
+    if (!(error instanceof CatalogError)) throw error;
+    throw new InvalidArgumentError(`${error.message}.`);
+  }
 }
 
 function secondsArgument(text: string): number {

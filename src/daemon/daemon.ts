@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
+import { ExportsWithDefault, whyNotOpen } from '../export/default-export.js';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Unfinished } from '../store/object-store.js';
@@ -73,6 +74,8 @@ export interface DaemonConfiguration {
   readonly limits?: Partial<Limits>;
   /** By default DEFAULT_SOCKET_MODE. */
   readonly socketMode?: number;
+  /** The export of clients that name none; without it they are refused. A name that parseExportName takes. */
+  readonly defaultExport?: string;
   /** VDIs to make if they do not exist. */
   readonly create: readonly { readonly name: string; readonly size: number }[];
   /** Log every request. */
@@ -95,7 +98,7 @@ export interface Daemon {
   /** VDIs of `create` that were there, and are not what it says. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
-  /** What an operator should know of them: who can reach them with nothing in the way. */
+  /** What an operator should know: which of them others can reach with nothing in the way, what cannot be served. */
   readonly warnings: readonly string[];
   /** One URI per listener, of an export that exists or of the name NAME. */
   readonly uris: readonly string[];
@@ -250,7 +253,14 @@ export async function startDaemon(
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
     toldToStop?.removeEventListener('abort', leave);
-    exports.opened(new ExportsToldToClients(security.guard(opened.exports)));
+    const { defaultExport } = configuration;
+    const lacking = defaultExport === undefined ? undefined : await whyNotOpen(opened.exports, defaultExport);
+    if (lacking !== undefined) {
+      const warning = `the default export cannot be opened, and clients that name none are refused until it can: ${lacking}`;
+      log.warn({ export: defaultExport }, warning);
+      warnings.push(warning);
+    }
+    exports.opened(new ExportsToldToClients(new ExportsWithDefault(security.guard(opened.exports), defaultExport)));
     return {
       store: opened.store,
       control: control.path,
