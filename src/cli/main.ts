@@ -3,7 +3,7 @@
  * stderr, 2 wrong usage) and the last word on errors; what commands do is in their own files.
  */
 import { Command, CommanderError } from 'commander';
-import { asOperationError } from '../daemon/operations.js';
+import { asOperationError, type OperationError } from '../daemon/operations.js';
 import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js';
 import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
@@ -13,6 +13,8 @@ import { version } from './version.js';
 
 const EXIT_FAILED = 1;
 const EXIT_USAGE = 2;
+/** A full disk, as a store says it, and as a daemon answers it. */
+const SPACE_CODES = new Set(['NO_SPACE', 'ENOSPC']);
 
 const COMMANDS: Loaders = {
   serve: async () => (await import('./serve.js')).serveCommand(),
@@ -65,7 +67,7 @@ function endWith(error: unknown): number {
   }
   const expected = asOperationError(error);
   if (expected) {
-    lastWords(`sheepgate: ${oneLine(expected.message)}\n`);
+    lastWords(`sheepgate: ${oneLine(withWayOut(expected))}\n`);
     return expected.code === 'BAD_USAGE' ? EXIT_USAGE : EXIT_FAILED;
   }
   if (isSystemError(error)) {
@@ -74,6 +76,12 @@ function endWith(error: unknown): number {
   }
   lastWords(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
   return EXIT_FAILED;
+}
+
+/** What a store says of its disk does not say what to do. */
+function withWayOut({ code, message }: OperationError): string {
+  if (!SPACE_CODES.has(code) || message.includes('; ')) return message;
+  return `${message}; make room on that filesystem, or delete VDIs and snapshots that are not needed`;
 }
 
 function oneLine(text: string): string {

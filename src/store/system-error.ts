@@ -84,7 +84,13 @@ export function whatFailed(error: SystemError, file?: string): string {
     .concat(`: ${reasonOf(error)}`);
 }
 
-/** The same, and what to do. */
+/** Why, after words that say what was being done: with the path only if they do not have it. */
+export function reasonBeside(doing: string, error: Error): string {
+  const isNamed = !isSystemError(error) || error.path === undefined || doing.includes(error.path);
+  return isNamed ? reasonOf(error) : whatFailed(error);
+}
+
+/** What failed, and what to do. */
 export function systemMessage(error: SystemError, file?: string): string {
   const advice = ADVICE[error.code];
   return advice === undefined ? whatFailed(error, file) : `${whatFailed(error, file)}; ${advice}`;

@@ -6,9 +6,9 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
 import { reasonOf, systemMessage, type SystemError } from '../../src/store/system-error.js';
-import { BIN, cli, haveCommand, run, skipBecause, temporaryDirectory } from '../harness/daemon.js';
+import { BIN, cli, haveCommand, run, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import { mountReadOnly, mountTmpfs } from '../harness/filesystems.js';
-import { oneLineOf, patterned, storeWith, WAYS, testStore, type TestStore } from './both-ways.js';
+import { lastLineOf, oneLineOf, patterned, storeWith, WAYS, testStore, type TestStore } from './both-ways.js';
 
 const directory = temporaryDirectory();
 const inside = (...names: string[]): string => path.join(directory, ...names);
@@ -131,6 +131,23 @@ describe('stores', () => {
     expect(line).toMatch(/opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it so/);
     expect(line).not.toMatch(RAW);
   });
+});
+
+test.each(WAYS)('an import into a store whose disk is full says which, and what to do, %s', async (way, context) => {
+  const full = mountTmpfs('6M');
+  if (full === undefined) return skipBecause(context, 'needs root, to mount');
+  const store = path.join(full, 'store');
+  const daemon = way === 'through a daemon' ? await startDaemon({ store }) : undefined;
+  const image = inside('large');
+  fs.writeFileSync(image, patterned(16 * 2 ** 20, 5));
+  const result = await cli(['import', image, 'vm'], { store });
+  fs.rmSync(image);
+  const line = lastLineOf(result, 1, 'import');
+  expect(line).toMatch(
+    /writing object .*: no space left on device \(ENOSPC\); make room on that filesystem, or delete VDIs and snapshots/,
+  );
+  expect(line).not.toMatch(/ENOSPC: no space/);
+  await daemon?.stop();
 });
 
 test('who may not use a file or directory is told that, and the way out', async (context) => {
