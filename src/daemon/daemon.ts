@@ -252,7 +252,6 @@ export async function startDaemon(
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
-    toldToStop?.removeEventListener('abort', leave);
     const { defaultExport } = configuration;
     const lacking = defaultExport === undefined ? undefined : await whyNotOpen(opened.exports, defaultExport);
     if (lacking !== undefined) {
@@ -260,6 +259,7 @@ export async function startDaemon(
       log.warn({ export: defaultExport }, warning);
       warnings.push(warning);
     }
+    toldToStop?.removeEventListener('abort', leave);
     exports.opened(new ExportsToldToClients(new ExportsWithDefault(security.guard(opened.exports), defaultExport)));
     return {
       store: opened.store,

@@ -83,9 +83,10 @@ export function hasTakenOwner(): boolean {
 export function explainIdentity(error: unknown): unknown {
   if (taken === undefined || !isDenied(error)) return error;
   const place = shellWord(taken.store);
+  const what = isSystemError(error) ? whatFailed(error) : (error as Error).message;
   return new OperationError(
     'PERMISSION',
-    `${isSystemError(error) ? whatFailed(error) : (error as Error).message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
+    `${what}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
       `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
     { cause: error },
   );

@@ -531,7 +531,6 @@ interface Doubt {
 function openingError(location: string, error: unknown): StoreError {
   const doing = `opening store ${location}`;
   const failure = libc.asStoreError(error, doing);
-  if (!isSystemError(error)) return failure;
   const { code } = failure;
   if (code === 'PERMISSION') {
     let problem: string | undefined;
@@ -543,9 +542,11 @@ function openingError(location: string, error: unknown): StoreError {
       // The directory itself may be closed to us.
     }
     if (problem !== undefined) {
-      return new StoreError(code, `${doing}: ${whatFailed(error)}; ${problem}`, { cause: error });
+      const what = isSystemError(error) ? `${doing}: ${whatFailed(error)}` : failure.message;
+      return new StoreError(code, `${what}; ${problem}`, { cause: error });
     }
   }
+  if (!isSystemError(error)) return failure;
   return new StoreError(code, `${doing}: ${systemMessage(error)}`, { cause: error });
 }
 
