@@ -294,8 +294,10 @@ function optionBytes(option, data) {
 const [name, socketPath, exportName] = process.argv.slice(2);
 const attack = ATTACKS[name];
 if (attack === undefined || socketPath === undefined) {
-  console.error(`usage: node bench/attack-clients.mjs ${Object.keys(ATTACKS).join('|')} SOCKET [EXPORT]`);
-  process.exit(2);
+  const usage = `usage: node bench/attack-clients.mjs ${Object.keys(ATTACKS).join('|')} SOCKET [EXPORT]\n`;
+  const isAsked = name === '--help' || name === '-h';
+  (isAsked ? process.stdout : process.stderr).write(usage);
+  process.exit(isAsked ? 0 : 2);
 }
 // Being thrown out is no reason to stop.
 const keepAlive = setInterval(() => undefined, 1000);

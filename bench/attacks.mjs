@@ -12,8 +12,8 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import readline from 'node:readline';
-import { parseArgs } from 'node:util';
 import { BenchError, buildNbdload, NBDLOAD } from './nbdload.mjs';
+import { readOptions } from './options.mjs';
 
 const HERE = import.meta.dirname;
 const CLIENTS = path.join(HERE, 'attack-clients.mjs');
@@ -50,7 +50,19 @@ const SCENARIOS = [
   { item: '7', name: 'vdi-list', what: 'vdi list, again and again', store: 'many' },
 ];
 
-const { values } = parseArgs({
+const USAGE = `usage: node bench/attacks.mjs [options]
+  --only PATTERN    only clients whose name matches this regular expression, for example "trim"
+  --seconds S       how long each is measured (default 5)
+  --vdis N          in the store with very many (default 20000)
+  --serve-arg ARG   one more argument for "sheepgate serve"; may be repeated
+  --dist DIST       another build, for a comparison
+  --dir DIR         where the stores are put (default: the temporary directory)
+names: ${SCENARIOS.map(({ name }) => name).join(', ')}`;
+
+const values = readOptions({
+  program: 'attacks',
+  usage: USAGE,
+  numbers: ['seconds', 'vdis'],
   options: {
     only: { type: 'string', default: '' },
     seconds: { type: 'string', default: '5' },

@@ -14,12 +14,21 @@ import os from 'node:os';
 import path from 'node:path';
 import readline from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
 import koffi from 'koffi';
+import { readOptions } from './options.mjs';
 
 process.env.UV_THREADPOOL_SIZE ??= '24';
 const HERE = path.dirname(fileURLToPath(import.meta.url));
-const { values } = parseArgs({
+const USAGE = `usage: node bench/pauses.mjs [options]
+  --objects N       entries of the disk's map (default 262144)
+  --depth N         writes at the same time (default 1)
+  --seconds S       length of each phase (default 3)
+  --dist DIST       another build, for a comparison
+  --dir DIR         where the store is put (default: the temporary directory)`;
+const values = readOptions({
+  program: 'pauses',
+  usage: USAGE,
+  numbers: ['objects', 'depth', 'seconds'],
   options: {
     objects: { type: 'string', default: '262144' },
     depth: { type: 'string', default: '1' },

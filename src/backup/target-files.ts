@@ -11,6 +11,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
+import { reasonOf, type SystemError } from '../store/system-error.js';
 
 const { O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW, O_NONBLOCK, O_DIRECTORY } = fs.constants;
 const DESCRIPTORS = '/proc/self/fd';
@@ -91,9 +92,11 @@ export async function readable<T>(file: string, read: () => Promise<T>): Promise
   try {
     return await read();
   } catch (error) {
-    const { errno, message } = error as NodeJS.ErrnoException;
+    const { errno } = error as NodeJS.ErrnoException;
     if (errno === undefined || !UNREADABLE.has(-errno)) throw error;
-    throw new OperationError('DAMAGED', `${file} is damaged: it cannot be read (${message})`, { cause: error });
+    throw new OperationError('DAMAGED', `${file} is damaged: it cannot be read: ${reasonOf(error as Error)}`, {
+      cause: error,
+    });
   }
 }
 
@@ -232,6 +235,10 @@ function ignoring(...codes: string[]): (error: NodeJS.ErrnoException) => undefin
 /** The directory's own path in the message, in place of the descriptor's. */
 function withPath(error: unknown, pinned: string, directory: string): unknown {
   if (!(error instanceof Error) || pinned === directory || !error.message.includes(pinned)) return error;
-  error.message = error.message.replaceAll(`${pinned}/`, `${directory}/`);
+  const named = (text: string): string => text.replaceAll(`${pinned}/`, `${directory}/`);
+  const { path: file, dest } = error as SystemError;
+  error.message = named(error.message);
+  if (file !== undefined) Object.assign(error, { path: named(file) });
+  if (dest !== undefined) Object.assign(error, { dest: named(dest) });
   return error;
 }

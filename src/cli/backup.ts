@@ -1,6 +1,7 @@
 /** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { takeBackup, type Taken } from '../backup/take-backup.js';
+import { asFileError } from '../daemon/file-errors.js';
 import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
 import { explainIdentity, takeOwner } from '../daemon/store-owner.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
@@ -82,7 +83,7 @@ export function backupCommand(): Command {
         signal,
       })
         .catch((error: unknown) => {
-          throw withAdvice(identity.explain(error), options);
+          throw asFileError(withAdvice(identity.explain(error), options), options.to);
         })
         .finally(() => identity.leave());
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);

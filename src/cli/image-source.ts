@@ -4,6 +4,7 @@
  */
 import fs from 'node:fs';
 import type { Readable } from 'node:stream';
+import { asFileError } from '../daemon/file-errors.js';
 import { OperationError } from '../daemon/operations.js';
 import { chunksOf } from './disk-copy.js';
 import { foreignHead, foreignTail, HEAD_BYTES, TAIL_BYTES, type ForeignFormat } from './image-formats.js';
@@ -64,7 +65,7 @@ export function openSource(file: string, options: SourceOptions): ImageSource {
     return streamSource(fs.createReadStream('', { fd }), file, file, undefined, options);
   } catch (error) {
     fs.closeSync(fd);
-    throw error;
+    throw asFileError(error, file);
   }
 }
 

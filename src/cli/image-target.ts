@@ -10,6 +10,7 @@ import { Writable } from 'node:stream';
 import { setTimeout as delay } from 'node:timers/promises';
 import tty from 'node:tty';
 import { OperationError, type Disk } from '../daemon/operations.js';
+import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js';
 import { BlockDevice } from './block-device.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
 import { printNote } from './output.js';
@@ -181,9 +182,8 @@ function toStream(stream: Writable, name: string, { isOurs }: { readonly isOurs:
 
 /** What is there now is no image, and nothing else either. */
 function notComplete(error: unknown, name: string): unknown {
-  const { code, syscall, message } = error as NodeJS.ErrnoException;
-  if (syscall === undefined) return error;
-  const why = code === 'EPIPE' ? 'its reader is gone' : message;
+  if (!isSystemError(error)) return error;
+  const why = error.code === 'EPIPE' ? 'its reader is gone' : reasonOf(error);
   return new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
 }
 
@@ -211,10 +211,10 @@ async function toFile(given: string, resolved: string): Promise<ImageTarget> {
 
 /** What went wrong with the file, and the way out. What the disk's errors say they say themselves. */
 function notWritten(error: unknown, file: string, size: number): unknown {
-  const { code, syscall, message } = error as NodeJS.ErrnoException;
-  if (syscall === undefined) return error;
+  if (!isSystemError(error)) return error;
+  const { code } = error;
   const cause = { cause: error };
-  if (code !== undefined && SPACE_CODES.has(code)) {
+  if (SPACE_CODES.has(code)) {
     const why = `no space left for ${file} (${code}), and nothing of it was kept`;
     return new OperationError('NO_SPACE', `${why}: make room in ${path.dirname(file)}, or give another place`, cause);
   }
@@ -222,7 +222,11 @@ function notWritten(error: unknown, file: string, size: number): unknown {
     const why = `the filesystem of ${file} has no files of ${size} bytes`;
     return new OperationError('BAD_SIZE', `${why}; give another place, or - and split what comes`, cause);
   }
-  return new OperationError('BAD_FILE', `${file} cannot be written: ${message}; nothing of it was kept`, cause);
+  return new OperationError(
+    'BAD_FILE',
+    `${file} was not written, nothing of it was kept: ${systemMessage(error, file)}`,
+    cause,
+  );
 }
 
 function toBlockDevice(device: BlockDevice): ImageTarget {

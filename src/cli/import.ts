@@ -5,6 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
+import { asFileError } from '../daemon/file-errors.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
@@ -83,6 +84,8 @@ export function importCommand(): Command {
             `${formatSize(result.dataBytes)} of data, the rest is zeros`,
         );
       if (source.length === undefined && options.size === undefined) noteUnknownLength(source, result.size);
+    } catch (error) {
+      throw asFileError(error, source.name);
     } finally {
       source.close();
     }
@@ -208,6 +211,9 @@ async function copyIn(
     if (!isEmpty) await zeroRest(disk, imported.size);
     await disk.flush();
     return imported;
+  } catch (error) {
+    // What the disk's errors say they say themselves.
+    throw asFileError(error, source.name);
   } finally {
     progress.end();
   }

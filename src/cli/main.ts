@@ -3,7 +3,8 @@
  * stderr, 2 wrong usage) and the last word on errors; what commands do is in their own files.
  */
 import { Command, CommanderError } from 'commander';
-import { asOperationError } from '../daemon/operations.js';
+import { asOperationError, type OperationError } from '../daemon/operations.js';
+import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js';
 import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { addCommands, type Loaders } from './loaders.js';
@@ -12,6 +13,8 @@ import { version } from './version.js';
 
 const EXIT_FAILED = 1;
 const EXIT_USAGE = 2;
+/** A full disk, as a store says it, and as a daemon answers it. */
+const SPACE_CODES = new Set(['NO_SPACE', 'ENOSPC']);
 
 const COMMANDS: Loaders = {
   serve: async () => (await import('./serve.js')).serveCommand(),
@@ -65,16 +68,21 @@ function endWith(error: unknown): number {
   }
   const expected = asOperationError(error);
   if (expected) {
-    lastWords(`sheepgate: ${oneLine(expected.message)}\n`);
+    lastWords(`sheepgate: ${oneLine(withWayOut(expected))}\n`);
     return expected.code === 'BAD_USAGE' ? EXIT_USAGE : EXIT_FAILED;
   }
-  const systemCall = error as NodeJS.ErrnoException;
-  if (typeof systemCall?.syscall === 'string' && typeof systemCall.code === 'string') {
-    lastWords(`sheepgate: ${oneLine(systemCall.message)}\n`);
+  if (isSystemError(error)) {
+    lastWords(`sheepgate: ${oneLine(systemMessage(error))}\n`);
     return EXIT_FAILED;
   }
   lastWords(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
   return EXIT_FAILED;
+}
+
+/** What a store says of its disk does not say what to do. */
+function withWayOut({ code, message }: OperationError): string {
+  if (!SPACE_CODES.has(code) || message.includes('; ')) return message;
+  return `${message}; make room on that filesystem, or delete VDIs and snapshots that are not needed`;
 }
 
 function oneLine(text: string): string {
@@ -86,7 +94,7 @@ function oneLine(text: string): string {
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (process.stdout.listenerCount('error') > 1) return;
   if (error.code === 'EPIPE') process.exit(process.exitCode ?? 0);
-  process.stderr.write(`sheepgate: cannot write to stdout: ${error.message}\n`);
+  process.stderr.write(`sheepgate: cannot write to stdout: ${reasonOf(error)}\n`);
   process.exit(EXIT_FAILED);
 });
 // A note that nobody reads is no reason to end.

@@ -2,6 +2,7 @@
 import { Command, Option } from 'commander';
 import { checkBackup, openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
 import { BackupTarget, bytesOf } from '../backup/target.js';
+import { asFileError } from '../daemon/file-errors.js';
 import { OperationError } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -52,7 +53,7 @@ export function restoreCommand(): Command {
         if (name === undefined) return await verify(given, target, options, signal);
         await restore(given, target, name, options, signal);
       } catch (error) {
-        throw withAdvice(error, given);
+        throw asFileError(withAdvice(error, given), given);
       } finally {
         await target.close();
       }

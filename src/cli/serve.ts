@@ -7,6 +7,8 @@ import { AddressError, formatListenAddress, parseListenAddress, type ListenAddre
 import type { LogOutput } from '../daemon/log-output.js';
 import { defaultListeners } from '../daemon/places.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
+import { parseExportName } from '../export/export-name.js';
+import { CatalogError } from '../vdi/catalog-error.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
@@ -21,7 +23,9 @@ interface ServeOptions extends CommonOptions, PeerOptions {
   readonly listen?: readonly ListenAddress[];
   readonly create?: readonly NewVdi[];
   readonly createStore?: 'yes' | 'no';
+  readonly default?: string;
   readonly socketMode?: number;
+  readonly controlMode?: number;
   readonly debug?: boolean;
   readonly clusterTimeout?: number;
   readonly missing?: 'zero';
@@ -60,6 +64,12 @@ export function serveCommand(): Command {
     )
     .addOption(
       new Option(
+        '--default <name>',
+        'what clients get that name no export: VDI, VDI@TAG, or any other (docs/exports.md); default: they are refused',
+      ).argParser(exportArgument),
+    )
+    .addOption(
+      new Option(
         '--create-store <yes|no>',
         'whether to make a store where there is none (default: yes); no: a directory that is not mounted is an error',
       ).choices(['yes', 'no']),
@@ -68,6 +78,12 @@ export function serveCommand(): Command {
       new Option('--socket-mode <octal>', 'permissions of the unix sockets for NBD (default: 600)').argParser(
         modeArgument,
       ),
+    )
+    .addOption(
+      new Option(
+        '--control-mode <octal>',
+        'permissions of the control socket: 600 (default), or 660 so that the group of the daemon may do everything, too',
+      ).argParser(controlModeArgument),
     )
     .addOption(
       new Option(
@@ -116,9 +132,11 @@ async function serve(options: ServeOptions): Promise<void> {
     retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
     missingIsZero: options.missing === 'zero',
     control: place.control,
+    controlMode: options.controlMode,
     listeners,
     inherited,
     socketMode: options.socketMode,
+    defaultExport: options.default,
     create: options.create ?? [],
     debug: options.debug ?? false,
     version: version(),
@@ -290,12 +308,28 @@ function createArgument(text: string, before: readonly NewVdi[] = []): NewVdi[] 
   return [...before, { name: text.slice(0, colon), size: sizeArgument(text.slice(colon + 1)) }];
 }
 
+function exportArgument(text: string): string {
+  try {
+    parseExportName(text);
+    return text;
+  } catch (error) {
+    if (!(error instanceof CatalogError)) throw error;
+    throw new InvalidArgumentError(`${error.message}.`);
+  }
+}
+
 function secondsArgument(text: string): number {
   const seconds = Number(text);
   if (!/^\d+$/.test(text) || seconds < 1 || seconds > MAX_CLUSTER_TIMEOUT_S) {
     throw new InvalidArgumentError(`It must be 1 to ${MAX_CLUSTER_TIMEOUT_S}.`);
   }
   return seconds;
+}
+
+/** Others than a group are not let in: commands send nothing to a socket that every user can write to. */
+function controlModeArgument(text: string): number {
+  if (!/^0?6[06]0$/.test(text)) throw new InvalidArgumentError(`"${text}": give 600, or 660 for the daemon's group.`);
+  return parseInt(text, 8);
 }
 
 function modeArgument(text: string): number {

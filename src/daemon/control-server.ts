@@ -26,6 +26,9 @@ import { asOperationError, OperationError, type Beginning } from './operations.j
 import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
 import { removeStaleSocket } from './stale-socket.js';
 
+/** Only the daemon's user, and root, may send commands. */
+const DEFAULT_CONTROL_MODE = 0o600;
+
 export interface ControlServerOptions {
   readonly operations: DirectOperations;
   readonly status: () => StatusAnswer;
@@ -39,6 +42,8 @@ export interface ControlServerOptions {
   readonly disconnect: (id: number, keepOutMs: number) => Promise<Disconnected>;
   /** Whether a socket that is elsewhere is linked to from the store. */
   readonly isFoundFromStore: boolean;
+  /** Permissions of the socket; by default DEFAULT_CONTROL_MODE. */
+  readonly mode?: number;
   /** Told of faults of ours, which the client only sees as INTERNAL. */
   readonly onFault: (error: unknown, request: string) => void;
 }
@@ -233,7 +238,7 @@ export class ControlServer {
     await new Promise<void>((resolve, reject) => {
       this.#http.once('error', reject);
       // bind(2) happens within listen(), so the file never has other permissions than these.
-      const umask = process.umask(0o177);
+      const umask = process.umask(0o777 & ~(this.#options.mode ?? DEFAULT_CONTROL_MODE));
       try {
         this.#http.listen({ path: address }, () => resolve());
       } finally {

@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { DEFAULT_LIMITS, ListenError, NbdServer, type ConnectionInfo, type Limits } from 'nbd-server-ts';
+import { ExportsWithDefault, whyNotOpen } from '../export/default-export.js';
 import type { Exclusive } from '../export/exclusive.js';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import { clientOf } from '../export/peer-client.js';
@@ -16,6 +17,7 @@ import { descriptorLimit } from '../store/descriptor-limit.js';
 import type { Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { reasonOf } from '../store/system-error.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
@@ -67,6 +69,8 @@ export interface DaemonConfiguration {
   readonly missingIsZero?: boolean;
   /** By default in the store. */
   readonly control?: string;
+  /** Permissions of the control socket. */
+  readonly controlMode?: number;
   readonly listeners: readonly ListenAddress[];
   /** Sockets that listen already, from systemd. */
   readonly inherited?: readonly InheritedSocket[];
@@ -83,6 +87,8 @@ export interface DaemonConfiguration {
   readonly limits?: Partial<Limits>;
   /** By default DEFAULT_SOCKET_MODE. */
   readonly socketMode?: number;
+  /** The export of clients that name none; without it they are refused. A name that parseExportName takes. */
+  readonly defaultExport?: string;
   /** VDIs to make if they do not exist. */
   readonly create: readonly { readonly name: string; readonly size: number }[];
   /** Log every request. */
@@ -105,7 +111,7 @@ export interface Daemon {
   /** VDIs of `create` that were there, and are not what it says. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
-  /** What an operator should know of them: who can reach them with nothing in the way. */
+  /** What an operator should know: which of them others can reach with nothing in the way, what cannot be served. */
   readonly warnings: readonly string[];
   /** What the limit of open files allows. */
   readonly descriptors: DescriptorBudget;
@@ -201,6 +207,7 @@ export async function startDaemon(
       operations,
       isFoundFromStore: !isFixed,
       maxConnections: descriptors.controlConnections,
+      mode: configuration.controlMode,
       status: (): StatusAnswer => ({
         version: configuration.version,
         pid: process.pid,
@@ -291,9 +298,16 @@ export async function startDaemon(
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
     // The last that can fail: whatever fails after it would leave new VDIs behind.
     const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
+    const { defaultExport } = configuration;
+    const lacking = defaultExport === undefined ? undefined : await whyNotOpen(opened.exports, defaultExport);
+    if (lacking !== undefined) {
+      const warning = `the default export cannot be opened, and clients that name none are refused until it can: ${lacking}`;
+      log.warn({ export: defaultExport }, warning);
+      warnings.push(warning);
+    }
     toldToStop?.removeEventListener('abort', leave);
-    const told = new ExportsToldToClients(security.guard(opened.exports));
-    exports.opened(new LoggedExports(told, log, repeated));
+    const withDefault = new ExportsWithDefault(security.guard(opened.exports), defaultExport);
+    exports.opened(new LoggedExports(new ExportsToldToClients(withDefault), log, repeated));
     return {
       store: opened.store,
       control: control.path,
@@ -356,7 +370,7 @@ async function checkControlSocket(controlPath: string, store: string): Promise<v
   } catch (error) {
     throw new OperationError(
       'PERMISSION',
-      `cannot make the control socket ${controlPath}: ${(error as Error).message}; give --control PATH to have it elsewhere`,
+      `cannot make the control socket ${controlPath}: ${reasonOf(error as Error)}; give --control PATH to have it elsewhere`,
       { cause: error },
     );
   }

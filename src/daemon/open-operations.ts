@@ -52,8 +52,8 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
       throw new OperationError(
         'UNREACHABLE',
         state === 'absent'
-          ? `no daemon: there is no control socket ${socketPath}; leave --control out to open the store itself`
-          : `no daemon listens on ${socketPath} (${state}); leave --control out to open the store itself`,
+          ? `no daemon: there is no control socket ${socketPath}; start one, or leave --control out to open the store itself`
+          : `no daemon listens on ${socketPath} (${state}); start one, or leave --control out to open the store itself`,
       );
     }
     return directly(place);

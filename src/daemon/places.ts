@@ -8,6 +8,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { makeDirectory } from '../store/local/make-directory.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { reasonOf } from '../store/system-error.js';
 import { OperationError } from './operations.js';
 
 type Environment = Readonly<Record<string, string | undefined>>;
@@ -95,7 +96,7 @@ export function makeSocketDirectory(directory: string, uid = process.geteuid?.()
   } catch (error) {
     throw new OperationError(
       'PERMISSION',
-      `cannot make the directory ${directory} for a socket: ${(error as Error).message}`,
+      `cannot make the directory ${directory} for a socket: ${reasonOf(error as Error)}`,
     );
   }
   if (!isOurs) return;

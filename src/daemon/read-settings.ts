@@ -5,6 +5,7 @@
  */
 import { constants } from 'node:fs';
 import fs from 'node:fs/promises';
+import { reasonOf } from '../store/system-error.js';
 
 /** Ten thousand rules, or a long chain of certificates; revocation lists are the longest. */
 export const MAX_SETTINGS_BYTES = 16 * 2 ** 20;
@@ -37,8 +38,8 @@ export async function readSettings(file: string): Promise<SettingsFile> {
     }
   } catch (error) {
     if (error instanceof SettingsError) throw error;
-    const { code, message } = error as NodeJS.ErrnoException;
-    throw new SettingsError(code === 'ENOENT' ? 'it is not there' : message, { cause: error });
+    const isMissing = (error as NodeJS.ErrnoException).code === 'ENOENT';
+    throw new SettingsError(isMissing ? 'it is not there' : reasonOf(error as Error), { cause: error });
   }
 }
 

@@ -6,6 +6,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { shellWord } from '../store/shell-word.js';
+import { isSystemError, whatFailed } from '../store/system-error.js';
 import { OperationError } from './operations.js';
 
 /** What @types/node does not know. */
@@ -82,9 +83,10 @@ export function hasTakenOwner(): boolean {
 export function explainIdentity(error: unknown): unknown {
   if (taken === undefined || !isDenied(error)) return error;
   const place = shellWord(taken.store);
+  const what = isSystemError(error) ? whatFailed(error) : (error as Error).message;
   return new OperationError(
     'PERMISSION',
-    `${(error as Error).message}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
+    `${what}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
       `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
     { cause: error },
   );

@@ -110,7 +110,7 @@ describe('verifying', () => {
       [named(/^base-1/), 'no backup is whole;'],
     ] as const) {
       const said = oneLineOf(await verify(name), 1, name);
-      expect(said).toContain(`${path.join(to, name)} is damaged: it cannot be read (EIO: i/o error, read)`);
+      expect(said).toContain(`${path.join(to, name)} is damaged: it cannot be read: i/o error (EIO)`);
       expect(said).toContain(whole);
     }
     expect(oneLineOf(await verify('manifest.json'), 1, 'manifest')).toMatch(

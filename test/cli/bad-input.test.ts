@@ -126,6 +126,10 @@ const USAGE: readonly (readonly [readonly string[], RegExp])[] = [
   [['serve', '--create', ':1G'], /give NAME:SIZE/],
   [['serve', '--create', 'disk:'], /is no size/],
   [['serve', '--create', 'disk:0'], /above zero/],
+  [['serve', '--default', ''], /VDI name "": must not be empty/],
+  [['serve', '--default', 'a@'], /a tag must follow the @/],
+  [['serve', '--default', 'a/b'], /"b" is none; there is since=TAG/],
+  [['serve', '--control-mode', '666'], /"666": give 600, or 660 for the daemon's group/],
   [['serve', '--socket-mode', '999'], /no file mode; give 600, 660 or 666/],
 ];
 

@@ -3,8 +3,8 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { foreignHead, foreignTail } from '../../src/cli/image-formats.js';
-import { cli, needs, ok, temporaryDirectory } from '../harness/daemon.js';
-import { expectBytes, MIB, oneLineOf, patterned } from './both-ways.js';
+import { cli, needs, ok, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { expectBytes, GIB, MIB, oneLineOf, patterned } from './both-ways.js';
 
 /** Format for -f, its options, and what it is called. */
 const MADE: readonly (readonly [string, string | undefined, RegExp])[] = [
@@ -56,6 +56,28 @@ describe('images made by qemu-img', () => {
     const back = await cli(['export', 'forced', '-'], { store });
     const stored = fs.readFileSync(image(directory, 4));
     expectBytes(back.stdoutBytes.subarray(0, stored.length), stored);
+  });
+
+  needs('qemu-img')('go into a new VDI without zeroing it first, as docs/import.md says', async () => {
+    const directory = temporaryDirectory();
+    const [raw, vmdk] = [path.join(directory, 'raw'), path.join(directory, 'disk.vmdk')];
+    const size = 4 * GIB;
+    fs.writeFileSync(raw, patterned(MIB, 3));
+    fs.truncateSync(raw, size);
+    await ok('qemu-img', ['convert', '-f', 'raw', '-O', 'vmdk', raw, vmdk]);
+    const daemon = await startDaemon({ args: ['--create', `vm1:${size}`] });
+    const text = fs.readFileSync(path.resolve(import.meta.dirname, '../../docs/import.md'), 'utf8');
+    const [, line = ''] = /^ {4}(qemu-img convert -n .*)$/m.exec(text) ?? [];
+    expect(line).toContain('--target-is-zero');
+    await ok('sh', ['-c', `cd ${directory} && ${line.replace('/run/sheepgate/nbd.sock', daemon.socket)}`]);
+    await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', raw, daemon.uri('vm1')]);
+    await daemon.stop();
+    // It would take 2048 requests to zero it.
+    const [first = ''] = daemon
+      .log()
+      .split('\n')
+      .filter((entry) => entry.includes('"requests":'));
+    expect((JSON.parse(first) as { requests: number }).requests).toBeLessThan(100);
   });
 
   needs('qemu-img', 'tar')('in archives are refused too: an OVA is a tar', async () => {

@@ -306,7 +306,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await asOwner('vdi', 'list', '--store', store);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/EACCES.*recent.*wrong owner.*as root: find/),
+      stderr: expect.stringMatching(/cannot .*recent.*\(EACCES\); .*wrong owner.*as root: find/),
     });
   });
 });

@@ -56,7 +56,7 @@ test('a refused export is told in words about its name; commands of ours are tol
     ['@monday', /a name must stand before the @, or the hexadecimal ID/],
     ['disk/x', /"x" is none; there is since=TAG/],
     ['half', /it is unfinished.*: "half"/],
-    ['', /must not be empty/],
+    ['', /no export was named/],
     ['missing@now', /there is no such VDI: "missing@now"/],
   ] as const) {
     expect(await refusalOf(connect, name), name).toMatch(words);

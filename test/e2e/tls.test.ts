@@ -126,6 +126,35 @@ describe('certificates', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
+  needsKeys('nbd-client')(
+    'nbd-client with the options of docs/tls.md lists, and opens over TLS; not without',
+    async () => {
+      const daemon = await startDaemon({
+        args: [...tcp, '--default', 'disk', '--tls', 'require', '--tls-certificates', server, '--tls-verify-peer'],
+      });
+      const text = fs.readFileSync(path.resolve(import.meta.dirname, '../../docs/tls.md'), 'utf8');
+      const [, documented = ''] = /^ +nbd-client server\.example \/dev\/nbd0 -N vm1 (?:.*\\\n)?(.*)$/m.exec(text) ?? [];
+      const options = documented.trim().replaceAll('DIR', client).replace('server.example', 'localhost').split(/\s+/);
+      expect(options.filter((word) => word.startsWith('-'))).toHaveLength(4);
+      const port = portOf(daemon);
+      expect(await ok('nbd-client', ['-l', '127.0.0.1', String(port), ...options])).toMatch(/^disk: /m);
+      // Without the kernel's module it comes as far as the device: the export is open by then.
+      const device = path.join(temporaryDirectory(), 'device');
+      fs.writeFileSync(device, '');
+      for (const named of [['-N', 'disk'], []]) {
+        await run('nbd-client', ['-L', '127.0.0.1', String(port), device, ...named, ...options]);
+      }
+      const opened = /"tls":"TLSv1[^\n]*"export":"disk","msg":"connection open"/g;
+      await waitUntil(
+        () => daemon.log().match(opened)?.length === 2,
+        'it has opened the disk, with its name and without',
+      );
+      const plain = await run('nbd-client', ['-l', '127.0.0.1', String(port)]);
+      expect(plain.code).not.toBe(0);
+      expect((await daemon.stop()).code).toBe(0);
+    },
+  );
+
   needsKeys('nbdinfo')('rules by certificate decide who sees and opens what, and are reloaded on SIGHUP', async () => {
     const access = path.join(temporaryDirectory(), 'access');
     fs.writeFileSync(access, `allow disk ro from cert:backup-host\nallow own from uid:${process.getuid?.()}\n`);

@@ -7,6 +7,11 @@
 import net from 'node:net';
 
 const [host = '127.0.0.1', port = '7000'] = process.argv.slice(2);
+if (host.startsWith('-') || !/^\d{1,5}$/.test(port)) {
+  const isAsked = host === '--help' || host === '-h';
+  (isAsked ? process.stdout : process.stderr).write('usage: node test/sheep/record.mjs [HOST [PORT]] > FILE\n');
+  process.exit(isAsked ? 0 : 2);
+}
 const socket = net.connect(Number(port), host);
 const waiting = [];
 let buffered = Buffer.alloc(0);

@@ -12,7 +12,7 @@ import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 
-// As bin/sheepgate.cjs has it: with the few threads that Node has by itself, one look-up would wait for the other for ever.
+// As bin/start.cjs has it: with the few threads that Node has by itself, one look-up would wait for the other for ever.
 vi.hoisted(() => void (process.env.UV_THREADPOOL_SIZE = '24'));
 
 vi.mock('../../src/store/local/libc.js', async (original) => {

@@ -5,6 +5,7 @@
 import fs from 'node:fs';
 import koffi from 'koffi';
 import { StoreError } from '../object-store.js';
+import { reasonBeside } from '../system-error.js';
 
 const RWF_NOWAIT = 8; // linux/fs.h
 const FALLOC_FL_KEEP_SIZE = 1; // linux/falloc.h
@@ -274,7 +275,7 @@ export function isDiskError(error: unknown): boolean {
 /** Turn whatever a file operation threw into this layer's error, saying what was being done. */
 export function asStoreError(error: unknown, doing: string): StoreError {
   if (error instanceof StoreError) return error;
-  const { code, message } = error as NodeJS.ErrnoException;
+  const { code } = error as NodeJS.ErrnoException;
   const kind = code && SPACE_CODES.has(code) ? 'NO_SPACE' : code && PERMISSION_CODES.has(code) ? 'PERMISSION' : 'IO';
-  return new StoreError(kind, `${doing}: ${message}`, { cause: error });
+  return new StoreError(kind, `${doing}: ${reasonBeside(doing, error as Error)}`, { cause: error });
 }

@@ -21,6 +21,7 @@ import {
   type VdiRecord,
   type ZeroOptions,
 } from '../object-store.js';
+import { isSystemError, systemMessage, whatFailed } from '../system-error.js';
 import { makeNamesDurable } from './durable-names.js';
 import * as libc from './libc.js';
 import { makeDirectory } from './make-directory.js';
@@ -532,18 +533,25 @@ interface Doubt {
 }
 
 function openingError(location: string, error: unknown): StoreError {
-  const failure = libc.asStoreError(error, `opening store ${location}`);
-  if (failure.code !== 'PERMISSION') return failure;
-  let problem: string | undefined;
-  try {
-    const owners = new Owners(location);
-    owners.noteParts();
-    ({ problem } = owners);
-  } catch {
-    // The directory itself may be closed to us.
+  const doing = `opening store ${location}`;
+  const failure = libc.asStoreError(error, doing);
+  const { code } = failure;
+  if (code === 'PERMISSION') {
+    let problem: string | undefined;
+    try {
+      const owners = new Owners(location);
+      owners.noteParts();
+      ({ problem } = owners);
+    } catch {
+      // The directory itself may be closed to us.
+    }
+    if (problem !== undefined) {
+      const what = isSystemError(error) ? `${doing}: ${whatFailed(error)}` : failure.message;
+      return new StoreError(code, `${what}; ${problem}`, { cause: error });
+    }
   }
-  if (problem === undefined) return failure;
-  return new StoreError('PERMISSION', `${failure.message}; ${problem}`, { cause: error });
+  if (!isSystemError(error)) return failure;
+  return new StoreError(code, `${doing}: ${systemMessage(error)}`, { cause: error });
 }
 
 /** A directory that this process has locked, to open a store in it or to make one. */

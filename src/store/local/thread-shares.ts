@@ -4,7 +4,7 @@
  * so are these. What is not managed here is quick as a rule, or rare: opening files, LMDB's commits, name resolution.
  */
 
-/** libuv's, where UV_THREADPOOL_SIZE does not say (bin/sheepgate.cjs does). */
+/** libuv's, where UV_THREADPOOL_SIZE does not say (bin/start.cjs does). */
 const DEFAULT_THREADS = 4;
 
 export class ThreadShare {

@@ -10,6 +10,7 @@ import path from 'node:path';
 import { syncDirectory } from '../local/durable-names.js';
 import { makeDirectory } from '../local/make-directory.js';
 import { StoreError, type StoreState } from '../object-store.js';
+import { reasonBeside } from '../system-error.js';
 
 const SUFFIX = '.json';
 /** Larger than any fact; what is larger is none. */
@@ -130,12 +131,12 @@ function fileOf(key: string): string {
 }
 
 function asStoreError(error: unknown, what: string): StoreError {
-  const { code, message } = error as NodeJS.ErrnoException;
+  const { code } = error as NodeJS.ErrnoException;
   const kind =
     code === 'ENOSPC' || code === 'EDQUOT'
       ? 'NO_SPACE'
       : code === 'EACCES' || code === 'EPERM' || code === 'EROFS'
         ? 'PERMISSION'
         : 'IO';
-  return new StoreError(kind, `${what}: ${message}`, { cause: error });
+  return new StoreError(kind, `${what}: ${reasonBeside(what, error as Error)}`, { cause: error });
 }

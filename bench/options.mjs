@@ -1,0 +1,34 @@
+/** The command line of a benchmark: --help, and in one line what is wrong. Nothing is made before it has been read. */
+import fs from 'node:fs';
+import path from 'node:path';
+import { parseArgs } from 'node:util';
+
+/**
+ * The values of `options` (as parseArgs takes them), or the end of the process: 0 after the usage, 2 with what is wrong.
+ * `numbers`: the options that must be above zero. `--only` is a regular expression, `--dist` a build, `--dir` a directory.
+ */
+export function readOptions({ program, usage, options, numbers = [] }) {
+  try {
+    const { values } = parseArgs({ options: { ...options, help: { type: 'boolean', short: 'h', default: false } } });
+    if (values.help) {
+      process.stdout.write(`${usage}\n`);
+      process.exit(0);
+    }
+    for (const name of numbers) {
+      if (!(Number(values[name]) > 0 && Number.isFinite(Number(values[name])))) {
+        throw new Error(`--${name}: "${values[name]}" is no number above zero`);
+      }
+    }
+    if (values.only !== undefined) new RegExp(values.only);
+    if (values.dist !== undefined && !fs.existsSync(path.join(values.dist, 'cli/main.js'))) {
+      throw new Error(`--dist: ${values.dist} is no build; run 'npm run build'`);
+    }
+    if (values.dir !== undefined && !fs.statSync(values.dir, { throwIfNoEntry: false })?.isDirectory()) {
+      throw new Error(`--dir: ${values.dir} is not a directory`);
+    }
+    return values;
+  } catch (error) {
+    process.stderr.write(`${program}: ${error.message}\n${usage}\n`);
+    process.exit(2);
+  }
+}

@@ -1,0 +1,97 @@
+/**
+ * What the operating system refuses, in the words of a message: what was wanted, of which path, why, and what to do. Owns those
+ * words; decides nothing, and changes no error that is not the system's.
+ */
+import util from 'node:util';
+
+/** What a system call was for. Others are named. */
+const WANTED: Readonly<Record<string, string>> = {
+  open: 'open',
+  read: 'read',
+  write: 'write',
+  fsync: 'write',
+  fdatasync: 'write',
+  ftruncate: 'write',
+  fallocate: 'write',
+  close: 'write',
+  stat: 'look at',
+  lstat: 'look at',
+  fstat: 'look at',
+  access: 'use',
+  realpath: 'look at',
+  readlink: 'look at',
+  opendir: 'read the directory',
+  scandir: 'read the directory',
+  mkdir: 'make the directory',
+  mkdtemp: 'make the directory',
+  unlink: 'remove',
+  rmdir: 'remove',
+  rename: 'rename',
+  flock: 'lock',
+  lseek: 'read',
+};
+
+/** What to do about it, by its code. */
+const ADVICE: Readonly<Record<string, string>> = {
+  ENOENT: 'look at the name, or mount what belongs there',
+  ENOTDIR: 'a part of this path is a file where a directory must be; look at the name',
+  EISDIR: 'it is a directory; give the name of a file',
+  EACCES: 'run this as a user who may, or change the permissions of it and of the directories above it',
+  EPERM: 'run this as a user who may',
+  EROFS: 'mount it so that it can be written to, or give another place',
+  ENOSPC: 'make room there, or give another place',
+  EDQUOT: 'make room there, have the quota raised, or give another place',
+  EFBIG: 'the filesystem has no files of this size; give another place',
+  ENAMETOOLONG: 'give a shorter name',
+  ELOOP: 'its symbolic links lead in a circle; give the name of what is meant',
+  EIO: 'the disk does not do its work; dmesg may say why',
+  ESTALE: 'the server of this filesystem has lost it; mount it again',
+  EMFILE: "this process may have no more files open; raise 'ulimit -n'",
+  ENFILE: 'the system can have no more files open; raise fs.file-max',
+  ENOMEM: 'free some memory',
+  ETXTBSY: 'it is a program that runs; give another name',
+  EBUSY: 'something uses it; look what, with lsof or findmnt',
+  ENXIO: 'there is nothing behind this name; look what it is',
+  ENODEV: 'there is no such device; look at the name',
+};
+
+export interface SystemError extends NodeJS.ErrnoException {
+  readonly code: string;
+  readonly syscall: string;
+  /** Of two paths, the second one. */
+  readonly dest?: string;
+}
+
+/** Whether a call of the system has failed; not whether one of our layers has said something about that. */
+export function isSystemError(error: unknown): error is SystemError {
+  const { code, syscall } = (error ?? {}) as Partial<NodeJS.ErrnoException>;
+  return error instanceof Error && typeof code === 'string' && typeof syscall === 'string';
+}
+
+/** Why: "no such file or directory (ENOENT)"; of any other error its message. */
+export function reasonOf(error: Error): string {
+  if (!isSystemError(error)) return error.message;
+  const [, words] = (error.errno !== undefined && util.getSystemErrorMap().get(error.errno)) || [];
+  return words === undefined ? error.message : `${words} (${error.code})`;
+}
+
+/** What, of which path, and why. `file`: where the call does not say it, as of an open file. */
+export function whatFailed(error: SystemError, file?: string): string {
+  const { syscall, path = file, dest } = error;
+  const wanted = WANTED[syscall] ?? syscall;
+  return ['cannot', wanted, ...(path === undefined ? [] : [path]), ...(dest === undefined ? [] : ['to', dest])]
+    .join(' ')
+    .concat(`: ${reasonOf(error)}`);
+}
+
+/** Why, after words that say what was being done: with the path only if they do not have it. */
+export function reasonBeside(doing: string, error: Error): string {
+  const isNamed = !isSystemError(error) || error.path === undefined || doing.includes(error.path);
+  return isNamed ? reasonOf(error) : whatFailed(error);
+}
+
+/** What failed, and what to do. */
+export function systemMessage(error: SystemError, file?: string): string {
+  const advice = ADVICE[error.code];
+  return advice === undefined ? whatFailed(error, file) : `${whatFailed(error, file)}; ${advice}`;
+}

@@ -1,0 +1,185 @@
+/**
+ * What the operating system refuses of a file that was named on the command line: one line that says what was wanted, of which
+ * path, why, and what to do; and never what Node says of it.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { beforeAll, describe, expect, test } from 'vitest';
+import { reasonOf, systemMessage, type SystemError } from '../../src/store/system-error.js';
+import { BIN, cli, haveCommand, run, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
+import { mountReadOnly, mountTmpfs } from '../harness/filesystems.js';
+import { lastLineOf, oneLineOf, patterned, storeWith, WAYS, testStore, type TestStore } from './both-ways.js';
+
+const directory = temporaryDirectory();
+const inside = (...names: string[]): string => path.join(directory, ...names);
+const FILE = inside('file');
+fs.writeFileSync(FILE, patterned(2 ** 20, 1));
+fs.symlinkSync('circle', inside('circle'));
+const LONG = inside('x'.repeat(256));
+const BELOW_A_FILE = path.join(FILE, 'below');
+/** As Node words it: "ENOENT: no such file or directory, open '…'". */
+const RAW = /E[A-Z]{3,}: /;
+
+describe('the words', () => {
+  const failed = (fields: Partial<SystemError>): SystemError => Object.assign(new Error('raw'), fields) as SystemError;
+
+  test('say what was wanted, of which path, why, and what to do', () => {
+    expect(systemMessage(failed({ code: 'ENOENT', errno: -2, syscall: 'open', path: '/a' }))).toBe(
+      'cannot open /a: no such file or directory (ENOENT); look at the name, or mount what belongs there',
+    );
+    expect(systemMessage(failed({ code: 'EROFS', errno: -30, syscall: 'rename', path: '/a', dest: '/b' }))).toBe(
+      'cannot rename /a to /b: read-only file system (EROFS); mount it so that it can be written to, or give another place',
+    );
+  });
+
+  test('take the path from the caller where the call does not say it', () => {
+    const full = failed({ code: 'ENOSPC', errno: -28, syscall: 'fdatasync' });
+    expect(systemMessage(full, '/backup/vm1')).toMatch(
+      /^cannot write \/backup\/vm1: no space left on device \(ENOSPC\); /,
+    );
+    expect(systemMessage(full)).toMatch(/^cannot write: no space/);
+  });
+
+  test('of what is no error of the system are its own', () => {
+    expect(reasonOf(new Error('it is a fifo'))).toBe('it is a fifo');
+  });
+});
+
+describe.each(WAYS)('%s', (way) => {
+  let target: TestStore;
+  let readOnly: string | undefined;
+  let full: string | undefined;
+  beforeAll(async () => {
+    target = await testStore(way);
+    await target.ok('import', FILE, 'vm');
+    readOnly = mountReadOnly(temporaryDirectory());
+    full = mountTmpfs('128k');
+  });
+
+  const fails = async (...args: string[]): Promise<string> => {
+    const line = await target.fails(...args);
+    expect(line).not.toMatch(RAW);
+    return line;
+  };
+
+  test.each([
+    [['import', inside('none'), 'new'], /cannot open .*none: no such file or directory \(ENOENT\); look at the name/],
+    [
+      ['import', BELOW_A_FILE, 'new'],
+      /cannot open .*below: not a directory \(ENOTDIR\); a part of this path is a file/,
+    ],
+    [['import', LONG, 'new'], /cannot open .*: name too long \(ENAMETOOLONG\); give a shorter name/],
+    [['import', inside('circle'), 'new'], /cannot open .*circle: .*\(ELOOP\); its symbolic links lead in a circle/],
+    [['export', 'vm', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
+    [['export', 'vm', LONG], /\(ENAMETOOLONG\); give a shorter name/],
+    [
+      ['export', 'vm', LONG.slice(0, -2)],
+      /x was not written, nothing of it was kept: cannot .*\.partial: name too long/,
+    ],
+    [['export', 'vm', inside('circle')], /circle: .*\(ELOOP\)/],
+    [['backup', 'vm', '--to', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
+    [['backup', 'vm', '--to', LONG], /\(ENAMETOOLONG\)/],
+    [['backup', 'vm', '--to', inside('none', 'vm')], /none does not exist; make it, or mount/],
+    [['restore', BELOW_A_FILE, 'new'], /below: not a directory \(ENOTDIR\)/],
+    [['restore', LONG, '--list'], /\(ENAMETOOLONG\)/],
+    [['vdi', 'list', '--control', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
+  ] as [string[], RegExp][])('sheepgate %j: one line', async (args, says) => {
+    expect(await fails(...args)).toMatch(says);
+  });
+
+  test('a place that is read-only', async (context) => {
+    if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
+    const place = path.join(readOnly, 'out');
+    expect(await fails('export', 'vm', place)).toMatch(
+      /out was not written.*read-only file system \(EROFS\); mount it so/,
+    );
+    expect(await fails('backup', 'vm', '--to', place)).toMatch(
+      /cannot make the directory .*out: read-only file system/,
+    );
+    expect(await fails('backup', 'vm', '--to', `${place}.img`)).toMatch(
+      /\(EROFS\); mount it so that it can be written/,
+    );
+  });
+
+  test('a place that is full, and what to do', async (context) => {
+    if (full === undefined) return skipBecause(context, 'needs root, to mount');
+    const place = path.join(full, 'out');
+    expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*make room in/);
+    expect(await fails('backup', 'vm', '--to', place)).toMatch(/no space left in .*out: free some, or --keep fewer/);
+    expect(fs.readdirSync(full)).toEqual(['out']);
+  });
+
+  test('an image with bad sectors is named, and what was made for it is gone', async () => {
+    const preload = path.resolve(import.meta.dirname, 'failing-reads.mjs');
+    const result = await target.run(['import', FILE, 'new'], {
+      env: { EIO_ON: FILE, NODE_OPTIONS: `--import=${preload}` },
+    });
+    expect(oneLineOf(result, 1, 'import')).toMatch(
+      /: cannot read .*file: i\/o error \(EIO\); the disk does not do its work/,
+    );
+    expect(await target.names()).not.toContain('new');
+  });
+});
+
+describe('stores', () => {
+  test('that cannot be made or looked at are told in the same words', async (context) => {
+    const create = await cli(['vdi', 'create', 'vm', '1M', '--store', LONG]);
+    expect(oneLineOf(create, 1, 'create')).toMatch(/cannot look at .*: name too long \(ENAMETOOLONG\)/);
+    const readOnly = mountReadOnly(temporaryDirectory());
+    if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
+    const line = oneLineOf(await cli(['vdi', 'create', 'vm', '1M', '--store', path.join(readOnly, 's')]), 1, 'create');
+    expect(line).toMatch(/opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it so/);
+    expect(line).not.toMatch(RAW);
+  });
+});
+
+test.for(WAYS)('an import into a store whose disk is full says which, and what to do, %s', async (way, context) => {
+  const full = mountTmpfs('6M');
+  if (full === undefined) return skipBecause(context, 'needs root, to mount');
+  const store = path.join(full, 'store');
+  const daemon = way === 'through a daemon' ? await startDaemon({ store }) : undefined;
+  const image = inside('large');
+  fs.writeFileSync(image, patterned(16 * 2 ** 20, 5));
+  const result = await cli(['import', image, 'vm'], { store });
+  fs.rmSync(image);
+  const line = lastLineOf(result, 1, 'import');
+  expect(line).toMatch(
+    /writing object .*: no space left on device \(ENOSPC\); make room on that filesystem, or delete VDIs and snapshots/,
+  );
+  expect(line).not.toMatch(/ENOSPC: no space/);
+  await daemon?.stop();
+});
+
+test('who may not use a file or directory is told that, and the way out', async (context) => {
+  if (process.getuid?.() !== 0 || !haveCommand('setpriv')) return skipBecause(context, 'needs root and setpriv');
+  const place = temporaryDirectory();
+  fs.chmodSync(place, 0o755);
+  const shut = path.join(place, 'shut');
+  fs.mkdirSync(shut, { mode: 0o700 });
+  const image = path.join(place, 'image');
+  fs.writeFileSync(image, patterned(4096, 1), { mode: 0o600 });
+  const own = path.join(place, 'own');
+  fs.mkdirSync(own);
+  fs.chownSync(own, 54_321, 54_321);
+  const store = path.join(own, 'store');
+  const asOther = async (...args: string[]): Promise<string> => {
+    const as = ['--reuid=54321', '--regid=54321', '--clear-groups', process.execPath, BIN];
+    const result = await run('setpriv', [...as, ...args, '--store', store], { env: { HOME: '/nonexistent' } });
+    if (args[0] === 'vdi') return String(expect(result.code, result.stderr).toBe(0));
+    const line = oneLineOf(result, 1, args.join(' '));
+    expect(line).toMatch(/permission denied \(EACCES\); run this as a user who may, or change the permissions/);
+    expect(line).not.toMatch(RAW);
+    return line;
+  };
+  await asOther('vdi', 'create', 'vm', '1M');
+  expect(await asOther('import', image, 'new')).toContain(`cannot open ${image}: `);
+  expect(await asOther('export', 'vm', path.join(shut, 'out'))).toContain(path.join(shut, 'out'));
+  expect(await asOther('export', 'vm', path.join(place, 'out'))).toContain(
+    `${path.join(place, 'out')} was not written`,
+  );
+  expect(await asOther('backup', 'vm', '--to', path.join(place, 'out'))).toContain('cannot make the directory');
+  expect(await asOther('backup', 'vm', '--to', path.join(shut, 'out'))).toContain(path.join(shut, 'out'));
+  await storeWith(path.join(place, 'roots'), undefined).ok('vdi', 'create', 'vm', '1M');
+  await storeWith(path.join(place, 'roots'), undefined).ok('backup', 'vm', '--to', path.join(place, 'backup'));
+  expect(await asOther('restore', path.join(place, 'backup'), '--list')).toContain('cannot open ');
+});

@@ -1,0 +1,52 @@
+/** The scripts beside the program: --help is answered, and what they do not know is told in words and with 2, by each of them. */
+import path from 'node:path';
+import { expect, test } from 'vitest';
+import { run } from '../harness/daemon.js';
+
+const ROOT = path.resolve(import.meta.dirname, '../..');
+const NODE_SCRIPTS = ['run', 'attacks', 'attack-clients', 'pauses'].map((name) => `bench/${name}.mjs`);
+const EXAMPLES = ['backup-now', 'ext4-from-folder', 'qemu-io-session', 'rsync-from-snapshot', 'snapshot-while-writing'];
+
+test('benchmarks and recorders answer --help, and say what is wrong', async () => {
+  await Promise.all(
+    [...NODE_SCRIPTS, 'test/sheep/record.mjs'].map(async (script) => {
+      const asked = await run(process.execPath, [script, '--help'], { cwd: ROOT });
+      expect(asked, script).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: /) });
+      const wrong = await run(process.execPath, [script, '--nope'], { cwd: ROOT });
+      expect(wrong, script).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(/^usage: |'--nope'/) });
+      expect(wrong.stderr, script).not.toMatch(/\n\s+at /);
+    }),
+  );
+  for (const [args, says] of [
+    [['--seconds', 'x'], /--seconds: "x" is no number above zero/],
+    [['--only', '('], /Invalid regular expression/],
+    [['--dist', '/nowhere'], /--dist: \/nowhere is no build/],
+    [['--dir', '/nowhere'], /--dir: \/nowhere is not a directory/],
+  ] as const) {
+    const wrong = await run(process.execPath, ['bench/attacks.mjs', ...args], { cwd: ROOT });
+    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) });
+  }
+});
+
+test('npm run fuzz does, too', async () => {
+  const asked = await run('npm', ['run', '--silent', 'fuzz', '--', '--help'], { cwd: ROOT });
+  expect(asked).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: npm run fuzz/) });
+  const main = path.join(ROOT, 'nbd/test/fuzz/dist/test/fuzz/main.js');
+  for (const [args, says] of [
+    [['--nope'], /^fuzz: Unknown option '--nope'/],
+    [['more'], /^fuzz: Unexpected argument 'more'/],
+    [['--inputs', '0'], /^fuzz: --inputs must be a positive/],
+  ] as const) {
+    const wrong = await run(process.execPath, [main, ...args]);
+    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) });
+    expect(wrong.stderr).not.toMatch(/\n\s+at /);
+  }
+});
+
+test('examples say what they are', async () => {
+  for (const name of EXAMPLES) {
+    const asked = await run('sh', [`examples/${name}.sh`, '--help'], { cwd: ROOT });
+    expect(asked, name).toMatchObject({ code: 0, stderr: '' });
+    expect(asked.stdout, name).toContain(`  sh examples/${name}.sh`);
+  }
+});
