@@ -74,6 +74,7 @@ describe('a daemon', () => {
       expect(told.exports[0]).toMatchObject({ is_read_only: true, can_multi_conn: false });
       const words = await run('qemu-io', ['-f', 'raw', '-c', 'quit', daemon.uri('disk/exclusive=refuse')]);
       expect(words.stderr).toMatch(new RegExp(`disk is open for writing by ${ME}.*only one may write it`));
+      expect(daemon.log()).toContain('export \\"disk/exclusive=refuse\\" refused: disk is open for writing by');
 
       const id = await idOf('disk/exclusive');
       const [header, ...rows] = (await target.ok('client', 'list')).trimEnd().split('\n');
