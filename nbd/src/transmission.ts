@@ -279,7 +279,8 @@ export class Transmission implements LoopTask {
   nextBuffer(): Buffer {
     if (this.isDeaf) return this.bufferForNobody();
     const { payload } = this;
-    if (payload !== undefined && this.payloadLeft >= IN_PLACE_BYTES) {
+    // What is held back comes before it: the place of what is received now is not known before that is parsed.
+    if (payload !== undefined && this.held === undefined && this.payloadLeft >= IN_PLACE_BYTES) {
       this.receiving = 'payload';
       return payload.subarray(payload.length - this.payloadLeft);
     }

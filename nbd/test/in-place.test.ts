@@ -1,7 +1,13 @@
 /** Receiving into memory that is used again: what a slow device still works on must not be overwritten. */
+import { Duplex } from 'node:stream';
 import { expect, test } from 'vitest';
+import { BufferPool } from '../src/buffer-pool.js';
+import { DEFAULT_LIMITS } from '../src/index.js';
+import { LoopShare } from '../src/loop-share.js';
+import { CMD } from '../src/protocol.js';
+import { Transmission } from '../src/transmission.js';
 import { requestBytes } from './raw-client.js';
-import { DISK_SIZE, Gate, TestExport } from './test-device.js';
+import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';
 
 const ROUNDS = 12;
@@ -82,3 +88,38 @@ test('a client that vanishes in the middle of a large write leaves the memory of
   await until(() => server.connections.size === 1, 'the others are over');
   await connection.disconnect();
 });
+
+test('input that waits for its turn in the middle of a payload is not overwritten by what comes after it', async () => {
+  const { disk, transmission, loop } = await transmissionOf(new TestExport('disk'));
+  const wanted = Buffer.alloc(600_000);
+  for (let at = 0; at < wanted.length; at += 4) wanted.writeUInt32LE(at, at);
+  const sent = Buffer.concat([requestBytes({ type: CMD.WRITE, offset: 0, length: wanted.length }), wanted]);
+  for (let at = 0, n = 0; at < sent.length; n++) {
+    // What the socket asks for as soon as the last piece is handed on, before anybody has had a turn.
+    const into = transmission.nextBuffer();
+    await new Promise((resolve) => setImmediate(resolve));
+    const length = sent.copy(into, 0, at, Math.min(at + 20_000, sent.length));
+    loop.isSpent = n % 3 !== 2;
+    transmission.received(length);
+    at += length;
+  }
+  while (transmission.requests === 0 || transmission.isMidRequest)
+    await new Promise((resolve) => setImmediate(resolve));
+  expect(disk.subarray(0, wanted.length).equals(wanted)).toBe(true);
+});
+
+async function transmissionOf(exported: TestExport) {
+  const loop = new LoopShare();
+  const socket = new Duplex({ read: () => undefined, write: (_chunk, _encoding, done) => done() });
+  const host = {
+    ...{ id: 1, exportName: 'disk', socket, loop, observer: {}, limits: DEFAULT_LIMITS },
+    pool: new BufferPool(2 ** 28),
+    disconnectRequested: () => undefined,
+    protocolViolated: (reason: string) => expect.fail(reason),
+  };
+  const provider = new TestProvider([exported]);
+  const { device } = await provider.open('disk', { transport: 'internal', address: 'test' });
+  const negotiated = { fixedNewstyle: true, noZeroes: true, structuredReplies: false, extendedHeaders: false };
+  const transmission = new Transmission(host, device, { ...negotiated, metaContexts: [], tls: false });
+  return { disk: exported.disk, transmission, loop };
+}

@@ -487,15 +487,24 @@ export class VdiCatalog {
    */
   async check(options: { repair: boolean }): Promise<CheckReport & Ended> {
     if (options.repair) this.mustBeWritable();
+    // Before everybody has to wait for it: that it cannot be done now, and what may take long.
+    this.#mustAllBeLeft();
+    for (const { leaving } of [...this.#open]) await leaving;
     return this.#turns.takeAll(async () => {
+      this.#mustAllBeLeft();
       for (const { vdi } of [...this.#open]) await this.#settle(vdi.record);
-      for (const { vdi } of this.#open) {
-        const who = this.#whoHas(vdi.record);
-        throw new CatalogError('BUSY', `${labelOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
-      }
       const ended = await this.#endKept(await this.list(), 'the store was checked');
       return { ...(await this.#store.catalog.check(options)), ended };
     });
+  }
+
+  /** Errors: BUSY. */
+  #mustAllBeLeft(): void {
+    for (const { vdi, users } of this.#open) {
+      if (users === 0) continue;
+      const who = this.#whoHas(vdi.record);
+      throw new CatalogError('BUSY', `${labelOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
+    }
   }
 
   /**

@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, expect, test } from 'vitest';
+import { DescriptorCache } from '../../src/store/local/descriptor-cache.js';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { objectKey } from '../../src/store/local/reference-counts.js';
 import { StoreError } from '../../src/store/object-store.js';
@@ -187,6 +188,22 @@ test('the number of open descriptors stays at its limit however objects come and
   for (let idx = 0; idx < objects; idx++) await vdi.read(idx * OBJECT, Buffer.alloc(512));
   await expect.poll(() => descriptors() - before).toBeLessThanOrEqual(limit + 4);
   await catalog.release(vdi);
+});
+
+test('who waits for a descriptor of one disk does not wait behind all who wait for those of another', async () => {
+  await start();
+  const cache = new DescriptorCache(2);
+  const order: string[] = [];
+  expect(cache.take(2, 1)).toBeUndefined();
+  for (let n = 0; n < 4; n++) void cache.take(1, 1)?.then(() => order.push('one'));
+  void cache.take(2, 2)?.then(() => order.push('copy of another'));
+  void cache.take(1, 3)?.then(() => order.push('third'));
+  for (let n = 0; n < 7; n++) {
+    cache.giveBack(1);
+    await turns(1);
+  }
+  expect(order).toEqual(['one', 'copy of another', 'third', 'one', 'one', 'one']);
+  expect(cache.held).toBe(2);
 });
 
 test('pages that a failed clone left behind are nobody’s: a new VDI under the same vid is empty', async () => {

@@ -10,6 +10,7 @@ import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { VdiRecord } from '../../src/store/object-store.js';
 import { makeLogFolder, MapLogs } from '../../src/store/local/map-log.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
+import { objectKey } from '../../src/store/local/reference-counts.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/local/thread-shares.js';
 import { WriteThrottle } from '../../src/store/local/write-throttle.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -112,6 +113,30 @@ test('writes that wait for a slow disk leave threads to others, and one disk lea
   for (const vdi of [one, other]) await catalog.release(vdi);
 });
 
+test('clones of one image are several disks: one that reads much leaves threads to another', async () => {
+  await catalog.release(await disk('image'));
+  await catalog.snapshot('image', 's');
+  for (const name of ['greedy', 'other']) await catalog.clone('image@s', name);
+  const [greedy, other] = [await catalog.openVdi('greedy'), await catalog.openVdi('other')];
+  const { read } = fs;
+  vi.spyOn(fs, 'read').mockImplementation(((...of: Parameters<typeof fs.read>) => {
+    setTimeout(() => read(...of), STALL_MS / 3);
+  }) as typeof fs.read);
+  // Longer than what is read on the loop.
+  const parts = (): Buffer => Buffer.alloc(2 * OBJECT);
+  const isNotCached = vi.spyOn(store.files, 'readNow').mockReturnValue(0);
+  let done = 0;
+  const many = Array.from({ length: 48 }, async () => {
+    await greedy.read(0, parts());
+    done++;
+  });
+  await other.read(0, parts());
+  expect(done).toBeLessThan(many.length / 2);
+  await Promise.all(many);
+  isNotCached.mockRestore();
+  for (const vdi of [greedy, other]) await catalog.release(vdi);
+});
+
 test('syncs, removals, copies and look-ups are all counted in and out: afterwards nobody holds a thread', async () => {
   const vdi = await disk('disk');
   await vdi.flush();
@@ -126,6 +151,23 @@ test('syncs, removals, copies and look-ups are all counted in and out: afterward
   await catalog.remove('disk');
   await store.reclaimed();
   for (const share of [READS, CHANGES, SYNCS, LOOKUPS]) expect(share.busy).toBe(0);
+});
+
+test('who opens an object while its removal waits for a thread leaves nothing that a new object of the name is taken for', async () => {
+  const { files } = store;
+  const key = objectKey(5, 0);
+  await files.create(key, OBJECT, 0, page, undefined);
+  const others: symbol[] = [];
+  const enter = (): Promise<void> | undefined => CHANGES.enter(others[others.push(Symbol('disk')) - 1]);
+  while (enter() === undefined);
+  files.remove(key, (error) => expect.fail(String(error)));
+  await new Promise((resolve) => setImmediate(resolve));
+  await files.read(5, 0, 0, Buffer.alloc(BLOCK)); // of a look at the map before
+  for (const other of others) CHANGES.leave(other);
+  await files.removed();
+  await files.create(key, OBJECT, 0, page, undefined);
+  expect(fs.statSync(files.path(key)).size).toBe(OBJECT);
+  expect(fs.readFileSync(files.path(key)).subarray(0, BLOCK).equals(page)).toBe(true);
 });
 
 test('a share of threads is never exceeded, leaves one to a second disk, and is given to disks in turn', async () => {

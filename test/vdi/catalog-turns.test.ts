@@ -103,6 +103,16 @@ describe('while what was written to a disk that its last user has left goes to t
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
+  test('a check keeps nobody waiting, whether it waits for that itself or is refused', async () => {
+    const checking = catalog.check({ repair: false });
+    const other = await catalog.openVdi('other');
+    await expect(catalog.check({ repair: false })).rejects.toThrow(/other is open/);
+    await catalog.release(other);
+    disk.open();
+    expect((await checking).problems).toEqual([]);
+    await leaving;
+  });
+
   test('closing the store waits for it, and nothing is lost', async () => {
     const closing = catalog.close();
     disk.open();

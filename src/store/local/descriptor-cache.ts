@@ -46,8 +46,8 @@ export class DescriptorCache {
   #closing = 0;
   /** While somebody waits: no file is left that nobody uses. */
   #areAllBusy = false;
-  /** Who waits for descriptors, in the order of coming. */
-  readonly #waiting: { readonly count: number; readonly wake: () => void }[] = [];
+  /** Who waits for descriptors, by whose work it is. Those whose turn comes next are the first. */
+  readonly #waiting = new Map<unknown, { readonly count: number; readonly wake: () => void }[]>();
   readonly #files = new Map<number, VidFiles>();
   readonly #clock: ObjectFile[] = [];
   #hand = 0;
@@ -71,15 +71,18 @@ export class DescriptorCache {
 
   /**
    * Take `count` descriptors, before opening so many files; undefined if they are there, else when it resolves. Each is owed an
-   * `insert` or a `giveBack`. Whoever waits here must have no file in use: those who have them may wait for each other.
+   * `insert` or a `giveBack`. Whoever waits here must have no file in use: those who have them may wait for each other. `who`:
+   * whose work it is; those who wait take turns, so that hundreds of one disk do not come before one of another.
    */
-  take(count: number): Promise<void> | undefined {
-    if (this.#waiting.length === 0 && this.#held + count <= this.#limit) {
+  take(count: number, who: unknown): Promise<void> | undefined {
+    if (this.#waiting.size === 0 && this.#held + count <= this.#limit) {
       this.#held += count;
       return undefined;
     }
     return new Promise((resolve) => {
-      this.#waiting.push({ count, wake: resolve });
+      const queue = this.#waiting.get(who);
+      if (queue) queue.push({ count, wake: resolve });
+      else this.#waiting.set(who, [{ count, wake: resolve }]);
       this.#closeForThoseWhoWait();
     });
   }
@@ -87,12 +90,18 @@ export class DescriptorCache {
   /** What was taken and is not needed, or what was closed. */
   giveBack(count: number): void {
     this.#held -= count;
-    for (let next = this.#waiting[0]; next && this.#held + next.count <= this.#limit; next = this.#waiting[0]) {
-      this.#waiting.shift();
+    for (const [who, queue] of this.#waiting) {
+      const [next] = queue;
+      // Who needs two waits until there are: others do not come before it.
+      if (next === undefined || this.#held + next.count > this.#limit) break;
+      queue.shift();
+      this.#waiting.delete(who);
+      // Behind the others, if more of it waits.
+      if (queue.length > 0) this.#waiting.set(who, queue);
       this.#held += next.count;
       next.wake();
     }
-    if (this.#waiting.length === 0) this.#areAllBusy = false;
+    if (this.#waiting.size === 0) this.#areAllBusy = false;
   }
 
   get(vid: number, idx: number): ObjectFile | undefined {
@@ -142,7 +151,7 @@ export class DescriptorCache {
     }
     if (file.busy > 0) return;
     if (file.retired) this.#close(file.fd);
-    else if (this.#waiting.length > 0) this.retire(file);
+    else if (this.#waiting.size > 0) this.retire(file);
     else if (this.#clock.length > this.#comfort) this.#shrink();
   }
 
@@ -189,7 +198,7 @@ export class DescriptorCache {
   #closeForThoseWhoWait(): void {
     if (this.#areAllBusy) return;
     let wanted = this.#held - this.#closing - this.#limit;
-    for (const { count } of this.#waiting) wanted += count;
+    for (const queue of this.#waiting.values()) for (const { count } of queue) wanted += count;
     const target = Math.max(0, this.#clock.length - wanted);
     this.#closeDownTo(target);
     this.#areAllBusy = this.#clock.length > target;

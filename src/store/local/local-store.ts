@@ -168,7 +168,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
   #writeOwned(local: LocalVdi, owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
     let later: Awaitable<void>;
     try {
-      later = this.files.write(owner, idx, offset, data);
+      later = this.files.write(owner, idx, offset, data, local);
     } catch (error) {
       later = Promise.reject(error as Error);
     }
@@ -178,7 +178,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     }
     return later
       .catch((error: unknown) =>
-        this.#afterFreeing(local, error, async () => this.files.write(owner, idx, offset, data)),
+        this.#afterFreeing(local, error, async () => this.files.write(owner, idx, offset, data, local)),
       )
       .then(() => local.noteWritten(owner, idx));
   }
@@ -189,7 +189,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const { nameVid: vid } = vdi as LocalVdi;
     const key = objectKey(vid, idx);
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
-    const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from);
+    const create = (): Promise<void> => this.files.create(key, 2 ** blockSizeShift, offset, data, from, vdi);
     this.references.add(vid, idx);
     (vdi as LocalVdi).creating(key);
     try {
@@ -215,7 +215,7 @@ export class LocalStore implements ObjectStore, LocalVdiHost {
     const owner = local.map[idx] as number;
     const keeping = keepFor(local.temporaries, owner, idx, offset, length);
     if (keeping !== undefined) await keeping;
-    const zero = (): Promise<void> => this.files.zero(owner, idx, offset, length, options.noHole);
+    const zero = (): Promise<void> => this.files.zero(owner, idx, offset, length, options.noHole, local);
     await zero().catch((error: unknown) => this.#afterFreeing(local, error, zero));
     local.noteWritten(owner, idx);
   }

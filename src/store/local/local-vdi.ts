@@ -2,7 +2,7 @@
  * An open VDI of the local store: its map, and what of it and of its data is not durable yet. Owns the order "data, then
  * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
  */
-import type { Awaitable, OpenVdi, VdiRecord } from '../object-store.js';
+import type { Awaitable, ObjectReader, OpenVdi, VdiRecord } from '../object-store.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
@@ -50,6 +50,8 @@ interface Batch {
 export class LocalVdi implements OpenVdi {
   record: VdiRecord;
   map: Uint32Array;
+  /** In our name: what we share with others, clones of one image above all, is read in each one's share of threads. */
+  readonly reader: ObjectReader;
   /** Temporary snapshots of it that are alive. */
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
@@ -97,6 +99,12 @@ export class LocalVdi implements OpenVdi {
   ) {
     this.#generation = generation;
     this.#host = host;
+    const { files } = host;
+    this.reader = {
+      readObject: (vid, idx, offset, into) => files.read(vid, idx, offset, into, this),
+      cacheObject: (vid, idx, offset, length) => files.willNeed(vid, idx, offset, length, this),
+      objectExtents: (vid, idx, offset, length, sink) => files.extents(vid, idx, offset, length, sink, this),
+    };
     this.record = record;
     this.map = map;
     this.#nameVid = record.vid;
@@ -450,7 +458,7 @@ export class LocalVdi implements OpenVdi {
         const owner = vidOf(key);
         if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
         try {
-          await this.#host.files.sync(key);
+          await this.#host.files.sync(key, this);
         } catch (error) {
           if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error;
           throw error;

@@ -122,7 +122,8 @@ export class ObjectFiles {
     return this.#lengths.get(vidOf(key));
   }
 
-  read(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
+  /** `who`, here and below: whose work it is, for its share of threads and descriptors. Disks that share objects are several. */
+  read(vid: number, idx: number, offset: number, into: Buffer, who: unknown = vid): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
     let done = 0;
     if (file && into.length <= MAX_LOOP_READ) {
@@ -133,7 +134,7 @@ export class ObjectFiles {
       }
       if (done === into.length) return;
     }
-    return this.#readLater(file, vid, idx, offset, into, done);
+    return this.#readLater(file, vid, idx, offset, into, done, who);
   }
 
   /** Like `read`, but false if it cannot be answered at once. */
@@ -151,10 +152,10 @@ export class ObjectFiles {
     return Math.max(done, 0);
   }
 
-  write(vid: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+  write(vid: number, idx: number, offset: number, data: Buffer, who: unknown = vid): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
-    if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false);
-    if (!this.throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true);
+    if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false, who);
+    if (!this.throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true, who);
     if (this.#areEdgesCached(file, offset, data.length)) {
       const start = performance.now();
       try {
@@ -165,7 +166,7 @@ export class ObjectFiles {
         throw this.#failed(error, `writing object ${this.path(objectKey(vid, idx))}`);
       }
     }
-    return this.#writeLater(file, vid, idx, offset, data, false);
+    return this.#writeLater(file, vid, idx, offset, data, false, who);
   }
 
   /**
@@ -173,7 +174,14 @@ export class ObjectFiles {
    * is emptied first: it belongs to whoever creates. Never by making it shorter: the map on disk may still refer to it.
    * If this fails an empty object is left, for `remove`.
    */
-  async create(key: number, size: number, offset: number, data: Buffer, from: number | undefined): Promise<void> {
+  async create(
+    key: number,
+    size: number,
+    offset: number,
+    data: Buffer,
+    from: number | undefined,
+    who: unknown = vidOf(key),
+  ): Promise<void> {
     this.#toRemove.delete(key);
     await this.#removing.get(key);
     const name = this.path(key);
@@ -181,10 +189,10 @@ export class ObjectFiles {
     let file: ObjectFile | undefined;
     // Both at once, and before anything else that others may have: who has a file may wait for a thread, not the other way.
     let owed = from === undefined ? 1 : COPY_DESCRIPTORS;
-    const taking = this.#cache.take(owed);
+    const taking = this.#cache.take(owed, who);
     if (taking) await taking;
     // Not before the removal of the old one has had its own.
-    const turn = CHANGES.enter(vidOf(key));
+    const turn = CHANGES.enter(who);
     if (turn) await turn;
     try {
       const fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
@@ -205,7 +213,7 @@ export class ObjectFiles {
     } catch (error) {
       throw this.#failed(error, `creating object ${name}`);
     } finally {
-      CHANGES.leave(vidOf(key));
+      CHANGES.leave(who);
       if (owed > 0) this.#cache.giveBack(owed);
       if (file) this.#cache.end(file);
     }
@@ -218,8 +226,15 @@ export class ObjectFiles {
   }
 
   /** Zero a range, with its space given back or (`allocated`) kept. */
-  async zero(vid: number, idx: number, offset: number, length: number, allocated: boolean): Promise<void> {
-    await this.#using(vid, idx, 'zeroing', CHANGES, async (file) => {
+  async zero(
+    vid: number,
+    idx: number,
+    offset: number,
+    length: number,
+    allocated: boolean,
+    who: unknown = vid,
+  ): Promise<void> {
+    await this.#using(vid, idx, 'zeroing', { share: CHANGES, who }, async (file) => {
       const { fd } = file;
       this.#mustBeWhole(file.key, fd);
       file.isDense = false;
@@ -230,8 +245,10 @@ export class ObjectFiles {
     });
   }
 
-  async willNeed(vid: number, idx: number, offset: number, length: number): Promise<void> {
-    await this.#using(vid, idx, 'reading ahead', LOOKUPS, ({ fd }) => libc.willNeed(fd, offset, length));
+  async willNeed(vid: number, idx: number, offset: number, length: number, who: unknown = vid): Promise<void> {
+    await this.#using(vid, idx, 'reading ahead', { share: LOOKUPS, who }, ({ fd }) =>
+      libc.willNeed(fd, offset, length),
+    );
   }
 
   /** Data and holes of the range. At once if the object is known to have no holes. */
@@ -241,12 +258,13 @@ export class ObjectFiles {
     offset: number,
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
+    who: unknown = vid,
   ): Awaitable<void> {
     if (this.#cache.get(vid, idx)?.isDense) {
       sink(offset, length, false);
       return;
     }
-    return this.#using(vid, idx, 'mapping', LOOKUPS, async (file) => {
+    return this.#using(vid, idx, 'mapping', { share: LOOKUPS, who }, async (file) => {
       const { fd } = file;
       // Behind its end there would be nothing but a hole.
       this.#mustBeWhole(file.key, fd);
@@ -284,8 +302,8 @@ export class ObjectFiles {
   }
 
   /** Data of the object is on stable storage when this resolves (fdatasync). */
-  async sync(key: number): Promise<void> {
-    await this.#using(vidOf(key), idxOf(key), 'syncing', SYNCS, ({ fd }) => fdatasyncAsync(fd));
+  async sync(key: number, who: unknown = vidOf(key)): Promise<void> {
+    await this.#using(vidOf(key), idxOf(key), 'syncing', { share: SYNCS, who }, ({ fd }) => fdatasyncAsync(fd));
   }
 
   /** The folders of these objects are on stable storage: new names in them survive a crash. */
@@ -358,9 +376,6 @@ export class ObjectFiles {
   }
 
   async #unlink(key: number, onError: (error: unknown) => void): Promise<void> {
-    await this.#opening.get(key)?.catch(() => undefined);
-    const file = this.#cache.get(vidOf(key), idxOf(key));
-    if (file) this.#cache.retire(file);
     const turn = CHANGES.enter(REMOVALS);
     if (turn) await turn;
     try {
@@ -372,6 +387,10 @@ export class ObjectFiles {
     } finally {
       CHANGES.leave(REMOVALS);
     }
+    // Not before: whoever opened it until now has a file without a name, which must not pass for a new one that bears it.
+    await this.#opening.get(key)?.catch(() => undefined);
+    const file = this.#cache.get(vidOf(key), idxOf(key));
+    if (file) this.#cache.retire(file);
   }
 
   /** Resolves when no operation on the object is under way; undefined if none is. */
@@ -433,9 +452,10 @@ export class ObjectFiles {
     offset: number,
     into: Buffer,
     done: number,
+    who: unknown,
   ): Promise<void> {
-    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
-    const turn = READS.enter(vid);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx, who);
+    const turn = READS.enter(who);
     if (turn) await turn;
     try {
       const count = await readToEnd(file.fd, into, offset, done);
@@ -446,7 +466,7 @@ export class ObjectFiles {
     } catch (error) {
       throw this.#failed(error, `reading object ${this.path(file.key)}`);
     } finally {
-      READS.leave(vid);
+      READS.leave(who);
       this.#cache.end(file);
     }
   }
@@ -458,9 +478,10 @@ export class ObjectFiles {
     offset: number,
     data: Buffer,
     isHeldOff: boolean,
+    who: unknown,
   ): Promise<void> {
-    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
-    const turn = CHANGES.enter(vid);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx, who);
+    const turn = CHANGES.enter(who);
     if (turn) await turn;
     try {
       this.#mustBeWhole(file.key, file.fd);
@@ -470,7 +491,7 @@ export class ObjectFiles {
     } catch (error) {
       throw this.#failed(error, `writing object ${this.path(file.key)}`);
     } finally {
-      CHANGES.leave(vid);
+      CHANGES.leave(who);
       this.#cache.end(file);
     }
   }
@@ -480,25 +501,25 @@ export class ObjectFiles {
     vid: number,
     idx: number,
     doing: string,
-    share: ThreadShare | undefined,
+    { share, who }: { readonly share: ThreadShare; readonly who: unknown },
     use: (file: ObjectFile) => Promise<void>,
   ): Promise<void> {
     const cached = this.#cache.get(vid, idx);
-    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx);
-    const turn = share?.enter(vid);
+    const file = cached ? this.#cache.begin(cached) : await this.#open(vid, idx, who);
+    const turn = share.enter(who);
     if (turn) await turn;
     try {
       await use(file);
     } catch (error) {
       throw this.#failed(error, `${doing} object ${this.path(file.key)}`);
     } finally {
-      share?.leave(vid);
+      share.leave(who);
       this.#cache.end(file);
     }
   }
 
   /** Open an object that is not in the cache; it is busy on the caller's behalf, who must end that. */
-  async #open(vid: number, idx: number): Promise<ObjectFile> {
+  async #open(vid: number, idx: number, who: unknown): Promise<ObjectFile> {
     const key = objectKey(vid, idx);
     for (let pending = this.#opening.get(key); pending; pending = this.#opening.get(key)) {
       const file = await pending;
@@ -507,14 +528,23 @@ export class ObjectFiles {
     }
     const cached = this.#cache.get(vid, idx);
     if (cached) return this.#cache.begin(cached);
-    return this.#openWith(this.#cache.take(1), key);
+    return this.#openWith(key, this.#turnToOpen(who), () => READS.leave(who));
   }
 
-  /** Open the object with a descriptor that has been taken for it, or will be. Nobody else may be opening it. */
-  #openWith(taking: Promise<void> | undefined, key: number): Promise<ObjectFile> {
+  /** A descriptor, and then a thread of those for reads: to open a file that nobody has open may be a look at the disk. */
+  #turnToOpen(who: unknown): Promise<void> | undefined {
+    const taking = this.#cache.take(1, who);
+    return taking ? taking.then(() => READS.enter(who)) : READS.enter(who);
+  }
+
+  /**
+   * Open the object with a descriptor that has been taken for it, or will be when `turn` resolves; `opened` is called when that
+   * is over. Nobody else may be opening it.
+   */
+  #openWith(key: number, turn?: Promise<void>, opened?: () => void): Promise<ObjectFile> {
     const name = this.path(key);
     const flags = this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR;
-    const opening = (taking ? taking.then(() => openAsync(name, flags)) : openAsync(name, flags)).then(
+    const opening = (turn ? turn.then(() => openAsync(name, flags)) : openAsync(name, flags)).finally(opened).then(
       (fd) => {
         this.#opening.delete(key);
         try {
@@ -547,7 +577,7 @@ export class ObjectFiles {
     const cached = this.#cache.get(vidOf(key), idxOf(key));
     if (cached) this.#cache.giveBack(1);
     else if (this.#opening.has(key)) return this.#usingApart(key, use);
-    const file = cached ? this.#cache.begin(cached) : await this.#openWith(undefined, key);
+    const file = cached ? this.#cache.begin(cached) : await this.#openWith(key);
     try {
       await use(file.fd);
     } catch (error) {

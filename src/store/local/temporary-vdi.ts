@@ -130,14 +130,14 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     if (this.#failure !== undefined) throw this.#failure;
     const [from, to] = this.#blocksOf(idx, offset, into.length);
     if (this.#images.next(from, to, false) === to) return this.#readKept(idx, offset, into);
-    const later = this.#host.files.read(owner, idx, offset, into);
+    const later = this.#host.files.read(owner, idx, offset, into, this);
     // What is kept by now was, perhaps, overwritten before it was read. What is not was read before that.
     if (later === undefined) return this.#readKept(idx, offset, into);
     return later.then(() => this.#readKept(idx, offset, into));
   }
 
   cacheObject(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
-    return this.#host.files.willNeed(owner, idx, offset, length);
+    return this.#host.files.willNeed(owner, idx, offset, length, this);
   }
 
   /** Blocks that were overwritten count as data, whatever they held. Errors: IO if the snapshot was given up. */
@@ -150,20 +150,27 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   ): Awaitable<void> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
     const base = idx * this.#objectSize;
-    return this.#host.files.extents(owner, idx, offset, length, (at, size, hole) => {
-      if (!hole) return sink(at, size, false);
-      // A hole may be what the working VDI has made of data that could not be kept.
-      if (this.#failure !== undefined) throw this.#failure;
-      const end = at + size;
-      const blocksEnd = base + Math.ceil(end / KEPT_BLOCK) * KEPT_BLOCK;
-      for (let kept = false; at < end; kept = !kept) {
-        const block = base + at - (at % KEPT_BLOCK);
-        const next = Math.min(this.#images.next(block, blocksEnd, !kept) - base, end);
-        if (next > at && !sink(at, next - at, !kept)) return false;
-        at = Math.max(at, next);
-      }
-      return true;
-    });
+    return this.#host.files.extents(
+      owner,
+      idx,
+      offset,
+      length,
+      (at, size, hole) => {
+        if (!hole) return sink(at, size, false);
+        // A hole may be what the working VDI has made of data that could not be kept.
+        if (this.#failure !== undefined) throw this.#failure;
+        const end = at + size;
+        const blocksEnd = base + Math.ceil(end / KEPT_BLOCK) * KEPT_BLOCK;
+        for (let kept = false; at < end; kept = !kept) {
+          const block = base + at - (at % KEPT_BLOCK);
+          const next = Math.min(this.#images.next(block, blocksEnd, !kept) - base, end);
+          if (next > at && !sink(at, next - at, !kept)) return false;
+          at = Math.max(at, next);
+        }
+        return true;
+      },
+      this,
+    );
   }
 
   nextOverwritten(idx: number, end: number): number {
@@ -259,7 +266,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
       for (let at = this.#images.next(from, to, false); at < to; at = this.#images.next(at, to, false)) {
         const end = Math.min(this.#images.next(at, to, true), at + buffer.length);
         const data = buffer.subarray(0, end - at);
-        const later = this.#host.files.read(owner, idx, at - idx * this.#objectSize, data);
+        const later = this.#host.files.read(owner, idx, at - idx * this.#objectSize, data, this);
         if (later !== undefined) await later;
         if (!isZeros(data)) await this.#images.write(at, data);
         this.#images.mark(at, end);
