@@ -5,7 +5,7 @@
  */
 
 import type { Peer } from './block-device.js';
-import type { Limits } from './limits.js';
+import { DEFAULT_SHARE_OF_ONE_PEER, type Limits } from './limits.js';
 
 /** With a unix socket beside TCP, one connection in so many is kept for those that come from this machine. */
 export const UNIX_ROOM_DIVISOR = 8;
@@ -83,7 +83,7 @@ export class Admission {
       return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
     }
     // Who has left may come again at once, though it is still being answered; but not leave one behind each time.
-    if (counts && counts.open >= LEAVING_FACTOR * maxConnectionsPerPeer && !this.expelDeparture(key)) {
+    if (counts && counts.open >= this.mostOpenOfOnePeer() && !this.expelDeparture(key)) {
       return `${counts.open - counts.staying} connections of this peer that are leaving are open, as many as allowed`;
     }
     const isOverTcp = transport === 'tcp' && tcpRoom < maxConnections;
@@ -133,6 +133,13 @@ export class Admission {
       if (--counts.open === 0) this.countsOf.delete(place.key);
     }
     this.removeHandshake(place);
+  }
+
+  /** Those that are leaving among them. Twice as many as it may have, but not the room of others: some leave slowly. */
+  private mostOpenOfOnePeer(): number {
+    const { maxConnections, maxConnectionsPerPeer } = this.limits;
+    const share = Math.ceil(maxConnections * DEFAULT_SHARE_OF_ONE_PEER);
+    return Math.max(maxConnectionsPerPeer, Math.min(LEAVING_FACTOR * maxConnectionsPerPeer, share));
   }
 
   private tcpRoom(): number {

@@ -44,6 +44,13 @@ const KEEP_MS = 5_000;
 /** How often is looked for it, and how much goes at a time: the system takes a millisecond for 5 MiB. */
 const TICK_MS = 100;
 const BYTES_PER_TICK = 4 * 1024 * 1024;
+/**
+ * Requests of up to so much do not wait behind longer ones: what guests and kernels ask for. Without it some dozen clients that
+ * send the header of a write of 32 MiB and nothing more keep everybody's writes of 128 KiB waiting, as long as they come back.
+ */
+const MEDIUM_BYTES = 1024 * 1024 + HEADROOM;
+/** The share of what is not for small requests that longer ones never have. */
+const MEDIUM_SHARE = 1 / 10;
 /** After somebody got no slab the small share counts as used up for so long, milliseconds. */
 const SHORTAGE_MS = 2_000;
 
@@ -76,6 +83,11 @@ export class MemoryAccount {
   /** Bytes that it waits for, or that are set aside for it; 0: neither. */
   wanted = 0;
   isGranted = false;
+  /**
+   * What waits is being begun: what is taken now is what it waited for. At other times that is for a reply to something else, which
+   * must not end the wait.
+   */
+  isBeginning = false;
 
   /**
    * @param granted called, in a turn of its own, when what it waits for is set aside for it
@@ -102,6 +114,9 @@ export class BufferPool {
   private readonly smallMax: number;
   private readonly keptSmallMax: number;
   private readonly largeMax: number;
+  /** Of that, what is kept for those of MEDIUM_BYTES at most, and what they use. */
+  private readonly mediumMin: number;
+  private mediumUsed = 0;
   private smallUsed = 0;
   /** Blocks for one request, and what is promised for some. */
   private largeUsed = 0;
@@ -112,7 +127,9 @@ export class BufferPool {
   private readonly own: Block[] = [];
   /** The one that was given back last is at the end. */
   private readonly large: Block[] = [];
+  /** Those that wait for more than MEDIUM_BYTES, and for less. */
   private readonly queue: MemoryAccount[] = [];
+  private readonly mediumQueue: MemoryAccount[] = [];
   private isGrantScheduled = false;
   private refusedSlabAt = -Infinity;
   private timer: NodeJS.Timeout | undefined;
@@ -123,6 +140,7 @@ export class BufferPool {
     this.keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
     this.smallMax = small - this.keptSmallMax;
     this.largeMax = maxBytes - small;
+    this.mediumMin = this.largeMax * MEDIUM_SHARE;
   }
 
   get use(): MemoryUse {
@@ -130,14 +148,14 @@ export class BufferPool {
       usedBytes: this.smallUsed + this.largeUsed,
       maxBytes: this.maxBytes,
       keptBytes: this.keptSmall + this.keptLarge,
-      waiting: this.queue.length,
+      waiting: this.queue.length + this.mediumQueue.length,
     };
   }
 
   /** What whoever is first in the queue waits for, or a slab if there was none lately; 0: nobody lacks memory. */
   get missingBytes(): number {
-    const [first] = this.queue;
-    if (first !== undefined && !first.isGranted) return first.wanted;
+    const wanted = (this.queue[0]?.wanted ?? 0) + (this.mediumQueue[0]?.wanted ?? 0);
+    if (wanted > 0) return wanted;
     return performance.now() - this.refusedSlabAt < SHORTAGE_MS ? SLAB_BYTES : 0;
   }
 
@@ -171,7 +189,7 @@ export class BufferPool {
   hasRoom(account: MemoryAccount, length: number): boolean {
     const charge = capacityFor(length) * account.copies;
     if (account.isGranted) return charge <= account.wanted || this.largeUsed === account.wanted;
-    return this.queue.length === 0 && this.fits(charge);
+    return this.queueFor(account, charge).length === 0 && this.fits(account, charge);
   }
 
   /**
@@ -179,23 +197,23 @@ export class BufferPool {
    * for the few bytes of a reply that one need not ask.
    */
   takeLarge(account: MemoryAccount, length: number): Block {
-    this.endWait(account);
+    if (account.isBeginning) this.endWait(account);
     const capacity = capacityFor(length);
     const block = this.findKept(capacity) ?? this.allocateLarge(capacity);
     this.charge(block, account, capacity * account.copies);
-    this.largeUsed += block.charge;
+    this.take(account, block.charge);
     return block;
   }
 
   /** `bytes` are needed that are no block of the pool, or will be one later. To be given back with `unclaim`. */
   claim(account: MemoryAccount, bytes: number): void {
-    this.endWait(account);
-    this.largeUsed += bytes * account.copies;
+    if (account.isBeginning) this.endWait(account);
+    this.take(account, bytes * account.copies);
     account.held += bytes * account.copies;
   }
 
   unclaim(account: MemoryAccount, bytes: number): void {
-    this.largeUsed -= bytes * account.copies;
+    this.unuse(account, bytes * account.copies);
     account.held -= bytes * account.copies;
     this.scheduleGrant();
   }
@@ -204,7 +222,7 @@ export class BufferPool {
   wait(account: MemoryAccount, length: number): void {
     if (account.wanted > 0) return;
     account.wanted = capacityFor(length) * account.copies;
-    this.queue.push(account);
+    this.queueFor(account, account.wanted).push(account);
     // What is free may be what others were kept from.
     this.scheduleGrant();
   }
@@ -213,10 +231,11 @@ export class BufferPool {
   endWait(account: MemoryAccount): void {
     if (account.wanted === 0) return;
     if (account.isGranted) {
-      this.largeUsed -= account.wanted;
+      this.unuse(account, account.wanted);
       account.isGranted = false;
     } else {
-      this.queue.splice(this.queue.indexOf(account), 1);
+      const queue = this.queueFor(account, account.wanted);
+      queue.splice(queue.indexOf(account), 1);
     }
     account.wanted = 0;
     this.scheduleGrant();
@@ -236,10 +255,12 @@ export class BufferPool {
       this.keptSmall += size;
       (kind === 'slab' ? this.slabs : this.receives).push(block);
     } else if (kind === 'large') {
-      this.largeUsed -= block.charge;
-      if (account !== undefined) account.held -= block.charge;
+      if (account !== undefined) {
+        this.unuse(account, block.charge);
+        account.held -= block.charge;
+      }
       if (!block.isLost && block.buffer.length >= LARGE_STEP) this.keep(block);
-      if (this.queue.length > 0) this.scheduleGrant();
+      this.scheduleGrant();
     } else if (kind === 'own') {
       if (account !== undefined) account.isOwnTaken = false;
       if (!block.isLost && this.own.length < KEPT_OWN) this.own.push(block);
@@ -263,8 +284,29 @@ export class BufferPool {
     account.held += bytes;
   }
 
-  private fits(charge: number): boolean {
-    return this.largeUsed + charge <= this.largeMax || this.largeUsed === 0;
+  private queueFor(account: MemoryAccount, charge: number): MemoryAccount[] {
+    return isMedium(account, charge) ? this.mediumQueue : this.queue;
+  }
+
+  private take(account: MemoryAccount, charge: number): void {
+    this.largeUsed += charge;
+    if (isMedium(account, charge)) this.mediumUsed += charge;
+  }
+
+  private unuse(account: MemoryAccount, charge: number): void {
+    this.largeUsed -= charge;
+    if (isMedium(account, charge)) this.mediumUsed -= charge;
+  }
+
+  private fits(account: MemoryAccount, charge: number): boolean {
+    if (this.largeUsed === 0) return true;
+    const fitsAtAll = this.largeUsed + charge <= this.largeMax;
+    if (isMedium(account, charge)) {
+      // What longer ones wait for is not taken from them.
+      const isTheirs = this.queue.length > 0 && this.mediumUsed > 0;
+      return fitsAtAll && !(isTheirs && this.mediumUsed + charge > this.mediumMin);
+    }
+    return fitsAtAll && this.largeUsed - this.mediumUsed + charge <= this.largeMax - this.mediumMin;
   }
 
   private findKept(capacity: number): Block | undefined {
@@ -316,23 +358,29 @@ export class BufferPool {
 
   /** Not at once: memory is given back in the middle of somebody's work. */
   private scheduleGrant(): void {
-    if (this.isGrantScheduled || this.queue.length === 0) return;
+    if (this.isGrantScheduled || this.queue.length + this.mediumQueue.length === 0) return;
     this.isGrantScheduled = true;
     setImmediate(this.grant);
   }
 
   private readonly grant = (): void => {
     this.isGrantScheduled = false;
-    for (;;) {
-      const [first] = this.queue;
-      if (first === undefined || !this.fits(first.wanted)) return;
-      this.queue.shift();
-      // Set aside: whoever comes in between does not get it.
-      first.isGranted = true;
-      this.largeUsed += first.wanted;
-      first.granted();
+    for (const queue of [this.mediumQueue, this.queue]) {
+      for (;;) {
+        const [first] = queue;
+        if (first === undefined || !this.fits(first, first.wanted)) break;
+        queue.shift();
+        // Set aside: whoever comes in between does not get it.
+        first.isGranted = true;
+        this.take(first, first.wanted);
+        first.granted();
+      }
     }
   };
+}
+
+function isMedium(account: MemoryAccount, charge: number): boolean {
+  return charge <= MEDIUM_BYTES * account.copies;
 }
 
 /** Short ones are as long as they have to be, and are not kept. */

@@ -172,7 +172,9 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   get movedBytes(): number {
-    return this.transmission?.movedBytes ?? 0;
+    const { transmission } = this;
+    if (transmission === undefined) return 0;
+    return transmission.payloadBytes + (bytesTakenBySystem(this.transport) ?? transmission.takenBytes);
   }
 
   get waitsForClient(): boolean {
@@ -491,4 +493,14 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.reader.fail(new Error('the client vanished'));
     this.transmission?.socketClosed();
   };
+}
+
+/**
+ * What the system has taken of all that was written to `stream`. A long reply, and a batch of short ones, is one write, which a
+ * slow client takes in the course of minutes: that it goes on is not seen by counting writes. Undefined if Node does not say.
+ */
+function bytesTakenBySystem(stream: Duplex): number | undefined {
+  const { _handle: handle } = stream as { _handle?: { bytesWritten?: unknown; writeQueueSize?: unknown } | null };
+  if (typeof handle?.bytesWritten !== 'number' || typeof handle.writeQueueSize !== 'number') return undefined;
+  return handle.bytesWritten - handle.writeQueueSize;
 }

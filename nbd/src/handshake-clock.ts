@@ -13,6 +13,8 @@ export class HandshakeClock {
   private moreMs = 0;
   /** What the server took so far, milliseconds ... */
   private servedMs = 0;
+  /** Of short answers: what more of them may be the server's. */
+  private shortLeftMs: number;
   /** ... and what it is doing now, and since when. */
   private doing: string | undefined;
   private doingSince = 0;
@@ -23,6 +25,7 @@ export class HandshakeClock {
   constructor(limits: Limits, onOver: (reason: string) => void) {
     this.limits = limits;
     this.onOver = onOver;
+    this.shortLeftMs = limits.openTimeoutMs;
     this.wait();
   }
 
@@ -34,6 +37,7 @@ export class HandshakeClock {
   /** The client was told of so many exports, and may ask about each. */
   listed(count: number): void {
     this.moreMs = Math.max(this.moreMs, count * this.limits.handshakeMsPerListedExport);
+    this.shortLeftMs = Math.max(this.shortLeftMs, count * SHORT_MS);
   }
 
   /** What `work` takes is the server's time; `doing` says in the reason what was not done. */
@@ -47,11 +51,11 @@ export class HandshakeClock {
     } finally {
       this.doing = undefined;
       const took = performance.now() - this.doingSince;
-      // Short ones count: however many a client asks for, its time passes.
-      if (took >= SHORT_MS) {
-        this.servedMs += took;
-        this.heardAt += took;
-      }
+      // Of short ones only so much is not the client's: however many it asks for, its time passes.
+      const ours = took >= SHORT_MS ? took : Math.min(took, this.shortLeftMs);
+      if (took < SHORT_MS) this.shortLeftMs -= ours;
+      this.servedMs += ours;
+      this.heardAt += ours;
       this.wait();
     }
   }
@@ -95,5 +99,5 @@ export class HandshakeClock {
   }
 }
 
-/** Of the server's answers: less than this is no waiting. */
+/** Of the server's answers: longer ones are its own however many they are. */
 const SHORT_MS = 1000;

@@ -164,6 +164,8 @@ export class Transmission implements LoopTask {
   bytesWritten = 0;
   /** Requests the device is working on. */
   inFlight = 0;
+  /** Bytes of payloads that came in pieces. */
+  payloadBytes = 0;
 
   private readonly rules: RequestRules;
   private readonly encoder: ReplyEncoder;
@@ -204,8 +206,6 @@ export class Transmission implements LoopTask {
   /** It waits for its turn of the loop. */
   private isQueued = false;
   private readonly account: MemoryAccount;
-  /** Bytes of payloads that came in pieces. */
-  private payloadBytes = 0;
   private inFlightBytes = 0;
   /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
   private readsNotToAsk = 0;
@@ -243,14 +243,16 @@ export class Transmission implements LoopTask {
     return this.account.held;
   }
 
-  /** Bytes that the client has sent of payloads, or taken of replies: they grow if it is there. */
-  get movedBytes(): number {
-    return this.payloadBytes + this.replies.takenBytes;
+  /** Bytes of replies that the socket is done with, each write as a whole. */
+  get takenBytes(): number {
+    return this.replies.takenBytes;
   }
 
   /** Whether the client is the one who has to do something: take a reply, or send the rest of a payload. */
   get waitsForClient(): boolean {
-    return this.replies.unsentBytes > 0 || this.payloadLeft > 0;
+    // Where there is nowhere to receive into, or its turn has not come, it waits for us.
+    const isHeard = !this.isStarved && this.held === undefined;
+    return this.replies.unsentBytes > 0 || (this.payloadLeft > 0 && isHeard);
   }
 
   /** Whether the client waits for us. */
@@ -591,8 +593,14 @@ export class Transmission implements LoopTask {
       this.refuse(SHUTTING_DOWN);
       return true;
     }
-    if (hasPayload ? !this.beginPayload() : !this.hasMemory()) return false;
-    if (!hasPayload) this.execute(undefined, undefined);
+    const { account } = this;
+    account.isBeginning = true;
+    try {
+      if (hasPayload ? !this.beginPayload() : !this.hasMemory()) return false;
+      if (!hasPayload) this.execute(undefined, undefined);
+    } finally {
+      account.isBeginning = false;
+    }
     this.endWaits();
     return true;
   }

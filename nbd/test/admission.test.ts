@@ -177,6 +177,28 @@ describe('connections with an export', () => {
     await isServed(local);
   });
 
+  test('leave room for others also while they are leaving slowly', async () => {
+    const { server, provider, refusals, comes } = await crowd({ maxConnections: 8 });
+    const gate = new Gate();
+    provider.hook = () => gate.opened;
+    const comesAndGoes = async (): Promise<void> => {
+      const client = await comes(1);
+      if (client.isOver) return;
+      await client.open('disk');
+      client.request({ type: CMD.READ, length: 4 });
+      client.halfClose();
+      await until(
+        () => [...server.connections.values()].every(({ phase, inFlight }) => phase === 'closing' && inFlight === 1),
+        'it has gone, and is not answered yet',
+      );
+    };
+    for (let i = 0; i < 8; i++) await comesAndGoes();
+    await (await comes(2)).open('disk');
+    expect(server.connections.size).toBe(7);
+    expect(refusals).toHaveLength(2);
+    gate.open();
+  });
+
   test('do not count for their peer once they have left, but for as many again, and make room if need be', async () => {
     const { comes, closes, provider, refusals } = await crowd({ maxConnections: 3, maxConnectionsPerPeer: 1 });
     const gate = new Gate();

@@ -72,7 +72,10 @@ describe('connections of one peer', () => {
     second.request({ type: CMD.DISC });
     await second.readToEnd();
     await connect().open('disk');
-    await until(() => server.connections.size === 2, 'the first one had to go');
+    await until(() => server.connections.size === 2, 'the first one has made room');
+    await connect()
+      .readToEnd()
+      .then((all) => expect(all).toHaveLength(0));
   });
 
   test('a client that has shut its side while its request takes long may come again', async () => {

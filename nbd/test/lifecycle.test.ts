@@ -392,6 +392,14 @@ describe('limits', () => {
     expect(closes).toHaveLength(1);
   });
 
+  test('options are as many as a client needs', async () => {
+    const { raw } = await startServer();
+    const client = await raw();
+    await client.greet();
+    client.send(Buffer.concat(Array.from({ length: 5000 }, () => optionBytes(99))));
+    for (let n = 0; n < 5000; n++) expect((await client.readOptionReply()).type).toBe(REP.ERR_UNSUP);
+  });
+
   test('options come to an end by time, however many are sent at once, and others are served meanwhile', async () => {
     const { raw, opened, closes, allOver } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
     const neighbour = await opened();
@@ -409,14 +417,13 @@ describe('limits', () => {
       }
     };
     const pushing = push().catch(() => undefined);
-    // More than any count would let it have, and the neighbour is answered all the time.
+    // The neighbour is answered all the time.
     let reads = 0;
     for (; closes.length === 0; reads++) {
       neighbour.request({ type: CMD.READ, offset: 4, length: 4 });
       expect((await neighbour.readReply(4)).data).toEqual(uint32(5));
     }
     await pushing;
-    expect(answered).toBeGreaterThan(4096);
     expect(answered / reads).toBeLessThan(1000);
     expect(closes[0]?.reason).toBe('no export chosen within 1000 ms');
     neighbour.request({ type: CMD.DISC });

@@ -2,7 +2,7 @@
 
 import { describe, expect, test } from 'vitest';
 import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/buffer-pool.js';
-import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, NbdServer } from '../src/index.js';
+import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, NbdServer, type ConnectionInfo } from '../src/index.js';
 import { LoopShare, LoopUser, UNITS_PER_LOOK, type LoopTask } from '../src/loop-share.js';
 import { CMD, NBD_ERRNO } from '../src/protocol.js';
 import { releaseMemory } from '../src/release-memory.js';
@@ -220,6 +220,74 @@ describe('the memory of a server', () => {
     expect(closes[0]?.reason).toMatch(/others wait for memory, and this client held 33 MiB for 300 ms/);
   });
 
+  test('a client that takes a long reply slowly, as one write, is not closed', async () => {
+    const { opened, closes, server } = await startServer({
+      exports: [disk],
+      limits: { maxMemoryBytes: MIN_MEMORY_BYTES, stallTimeoutMs: 1200, memoryStallMs: 1200 },
+    });
+    const slow = await opened();
+    slow.socket.pause();
+    slow.request({ type: CMD.READ, length: 32 * MIB });
+    const stopped = await opened();
+    stopped.socket.pause();
+    stopped.request({ type: CMD.READ, length: 32 * MIB });
+    const waiting = await opened();
+    waiting.request({ type: CMD.READ, length: 32 * MIB });
+    await until(() => server.memory.waiting === 1 || closes.length > 0, 'one waits');
+    const began = performance.now();
+    while (performance.now() - began < 4000) {
+      // 2 MB/s or so
+      slow.socket.read(200_000);
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    expect(closes).toHaveLength(1);
+    expect((await waiting.readReply(32 * MIB)).errno).toBe(0);
+    slow.socket.resume();
+  });
+
+  test('writes of a megabyte do not wait behind half-sent longer ones, nor these behind those', async () => {
+    const { opened, server, room } = await withMemory();
+    const writers = await Promise.all(Array.from({ length: 2 * room + 2 }, () => opened()));
+    const data = Buffer.alloc(32 * MIB, 7);
+    for (const writer of writers) writer.request({ type: CMD.WRITE, length: data.length }, data.subarray(0, 1));
+    await until(() => server.memory.waiting === room + 2, 'there is no memory left');
+    const other = await opened();
+    for (const length of [128 * KIB, 256 * KIB, MIB]) {
+      other.request({ type: CMD.WRITE, length }, Buffer.alloc(length - 1));
+      const holder = [...server.connections.values()].at(-1) as ConnectionInfo & { readonly memoryBytes: number };
+      await until(() => holder.memoryBytes !== 0, 'it has its memory');
+      other.send(Buffer.alloc(1));
+      expect((await other.readReply()).errno).toBe(0);
+    }
+    expect(server.memory.waiting).toBe(room + 2);
+    for (const writer of writers) writer.send(data.subarray(1));
+    for (const writer of writers) expect((await writer.readReply()).errno).toBe(0);
+    await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
+  });
+
+  test('who waits for memory goes on waiting when something it asked for before is answered', async () => {
+    const { opened, raw, server, provider, room } = await withMemory();
+    const silent = await Promise.all(Array.from({ length: room }, () => opened()));
+    for (const client of silent) {
+      client.socket.pause();
+      client.request({ type: CMD.READ, length: 32 * MIB });
+    }
+    await until(() => server.memory.usedBytes > room * 32 * MIB, 'they hold most of it');
+    const gate = new Gate();
+    provider.hook = ({ method }) => (method === 'extents' ? gate.opened : undefined);
+    const client = await raw();
+    await client.openWith('structured', 'disk', ['base:allocation']);
+    client.request({ type: CMD.READ, length: 512 * KIB, cookie: 1n });
+    client.request({ type: CMD.READ, offset: 4 * MIB, length: 32 * MIB, cookie: 2n });
+    await until(() => server.memory.waiting === 1, 'the second one waits');
+    gate.open();
+    expect((await client.readChunks()).at(-1)?.cookie).toBe(1n);
+    expect(server.memory.waiting).toBe(1);
+    for (const one of silent) one.socket.destroy();
+    expect((await client.readChunks()).at(-1)?.cookie).toBe(2n);
+    await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
+  });
+
   test('who waits for a slow device is not closed for it', async () => {
     const { opened, server, closes, provider, room } = await withMemory(MIN_MEMORY_BYTES, 200);
     const gate = new Gate();
@@ -336,8 +404,8 @@ describe('the pool', () => {
     const held: Block[] = [];
     while (pool.hasRoom(of('holder'), 16 * MIB)) held.push(pool.takeLarge(of('holder'), 16 * MIB));
     pool.wait(of('large'), 32 * MIB);
-    pool.wait(of('small'), MIB);
-    expect(pool.hasRoom(of('holder'), 1)).toBe(false);
+    pool.wait(of('small'), 2 * MIB);
+    expect(pool.hasRoom(of('holder'), 2 * MIB)).toBe(false);
     pool.give(held.pop() as Block);
     await new Promise((resolve) => setTimeout(resolve, 0));
     expect(granted).toEqual([]);

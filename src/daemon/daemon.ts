@@ -279,6 +279,7 @@ export async function startDaemon(
         retryMs: configuration.retryMs,
         missingIsZero: configuration.missingIsZero,
         keepMs: configuration.keepMs,
+        maxKept: descriptors.keptMoments,
         inUseMs: configuration.inUseMs,
         maxDescriptors: descriptors.objectFiles,
         exclusive: configuration.exclusive,

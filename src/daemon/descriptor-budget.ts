@@ -19,6 +19,11 @@ const MIN_CONTROL_CONNECTIONS = 8;
 const PER_CONNECTION = 2;
 /** Of what is left one in so many is for object files, however many connections there may be. */
 const OBJECT_FILES_DIVISOR = 4;
+/** A moment that is kept for who may come back has no connection: the log of its disk's map, and the file of its blocks. */
+const PER_KEPT_MOMENT = 2;
+/** Of those for object files one in so many is for a kept moment. */
+const KEPT_DIVISOR = 8;
+const MAX_KEPT_MOMENTS = 256;
 /** With more there is nothing to gain: 256 GiB of disk in use. */
 const MAX_OBJECT_FILES = 65_536;
 /** Below it nothing works well, and what is above fails in odd places. */
@@ -33,6 +38,8 @@ export interface DescriptorBudget {
   readonly connections: number;
   readonly controlConnections: number;
   readonly objectFiles: number;
+  /** NAME@now whose clients were cut off. */
+  readonly keptMoments: number;
   /** The limit that would do for as many connections as were asked for; undefined if this one does. */
   readonly neededLimit: number | undefined;
 }
@@ -43,9 +50,10 @@ export function divideDescriptors(limit = ASSUMED_LIMIT, wanted = DEFAULT_LIMITS
   const forObjects = Math.floor(rest / OBJECT_FILES_DIVISOR);
   const possible = Math.max(1, Math.floor((rest - forObjects) / PER_CONNECTION));
   const connections = Math.min(wanted, possible);
-  const objectFiles = Math.min(MAX_OBJECT_FILES, rest - PER_CONNECTION * connections);
+  const keptMoments = Math.min(MAX_KEPT_MOMENTS, Math.floor(forObjects / KEPT_DIVISOR));
+  const left = rest - PER_CONNECTION * connections - PER_KEPT_MOMENT * keptMoments;
   return {
-    ...{ limit, connections, controlConnections, objectFiles },
+    ...{ limit, connections, controlConnections, objectFiles: Math.min(MAX_OBJECT_FILES, left), keptMoments },
     neededLimit: connections < wanted ? limitFor(wanted) : undefined,
   };
 }

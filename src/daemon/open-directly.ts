@@ -21,6 +21,8 @@ export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missing
   readonly retryMs?: number;
   /** How long NAME@now is kept for a client that was cut off. */
   readonly keepMs?: number;
+  /** How many may be kept for such clients, of all VDIs. */
+  readonly maxKept?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
   /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
@@ -83,7 +85,7 @@ async function operationsOn(
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
   const isCluster = isClusterLocation(place.store);
-  const { keepMs, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
+  const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
@@ -97,7 +99,7 @@ async function operationsOn(
       throw error;
     }
   }
-  const exports = new VdiExports(catalog, { keepMs, serves, exclusive, log, logOften });
+  const exports = new VdiExports(catalog, { keepMs, maxKept, serves, exclusive, log, logOften });
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,

@@ -31,6 +31,8 @@ const MAX_TICKS_AT_ONCE = 2;
 
 export interface TemporaryOptions {
   readonly keepMs?: number | undefined;
+  /** How many may be kept, of all disks: each has files open. Without it, as many as there are. */
+  readonly maxKept?: number | undefined;
   /** Clients can come: their time passes. */
   readonly serves?: boolean | undefined;
   /** How long a reader that was cut off is remembered by the next process; see ended-moments.ts. */
@@ -90,6 +92,7 @@ export interface EndOfReading {
 export class TemporarySnapshots implements TemporaryKeeper {
   readonly #catalog: VdiCatalog;
   readonly #keepMs: number;
+  readonly #maxKept: number;
   readonly #log: (line: string, details?: object) => void;
   readonly #serves: boolean;
   readonly #ended: EndedMoments;
@@ -105,6 +108,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   constructor(catalog: VdiCatalog, options: TemporaryOptions = {}) {
     this.#catalog = catalog;
     this.#keepMs = options.keepMs ?? DEFAULT_KEEP_MS;
+    this.#maxKept = options.maxKept ?? Infinity;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
     this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log, options.readerMemoryMs);
@@ -333,6 +337,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
     const kept = this.#keptMoments();
     const ofDisk = kept.filter(({ name }) => name === moment.name);
+    if (kept.length > this.#maxKept) this.#endSoon(kept[0] as Moment, 'too many were kept');
     if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
     for (const { client } of lost) {
       const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.connections.lost ?? 0) > 0);

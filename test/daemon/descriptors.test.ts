@@ -12,8 +12,8 @@ describe('the division', () => {
   test('never gives out more than there is, whatever is asked for', () => {
     for (let limit = 128; limit < 70_000; limit = Math.ceil(limit * 1.3)) {
       for (const wanted of [1, 16, 1024, 1_000_000]) {
-        const { connections, controlConnections, objectFiles } = divideDescriptors(limit, wanted);
-        const given = 2 * connections + controlConnections + objectFiles;
+        const { connections, controlConnections, objectFiles, keptMoments } = divideDescriptors(limit, wanted);
+        const given = 2 * connections + controlConnections + objectFiles + 2 * keptMoments;
         expect(given, `${limit}, ${wanted}`).toBeLessThanOrEqual(limit - Math.min(192, Math.floor(limit / 6)));
         expect(Math.min(connections, controlConnections), `${limit}, ${wanted}`).toBeGreaterThan(0);
         expect(objectFiles, `${limit}, ${wanted}`).toBeGreaterThanOrEqual(16);
