@@ -332,9 +332,16 @@ export async function startDaemon(
 
 /** Errors: CLOSED if a cluster has not answered in its time, and those of closing. */
 async function closeStore(operations: OpenedStore, leaving: AbortController): Promise<void> {
-  const timer = setTimeout(() => leaving.abort(), CLUSTER_CLOSE_MS);
+  let isLate = false;
+  const leave = (): void => {
+    isLate = true;
+    leaving.abort();
+  };
+  const timer = setTimeout(leave, CLUSTER_CLOSE_MS);
   try {
     await operations.close();
+    // What it waited for was cut off, and may be done or not.
+    if (isLate && isClusterLocation(operations.store)) throw new Error('what was asked of it was cut off');
   } catch (error) {
     if (!leaving.signal.aborted || !isClusterLocation(operations.store)) throw error;
     throw new OperationError(

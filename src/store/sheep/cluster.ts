@@ -39,6 +39,8 @@ import { VidsInUse } from './vids-in-use.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
+/** A request for the vids in use that takes longer is not waited for by others. */
+const LONG_VIDS_MS = 1_000;
 const NOTHING = Buffer.alloc(0);
 
 /** `high` and `low` are the halves of its oid. */
@@ -70,6 +72,11 @@ export class Cluster {
   readonly gateway: Gateway;
   /** What the nodes last said of which vids are in use. */
   #vids: { readonly askedAt: number; readonly answer: Promise<VidsInUse> } | undefined;
+  /** What the next request for them will answer, for all who wait for it: an answer is 4 MiB. */
+  #nextVids: Promise<VidsInUse> | undefined;
+  #vidsAsked: Promise<unknown> | undefined;
+  /** VDIs that we have made or deleted, or tried to. */
+  changes = 0;
   /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
   readonly readAhead = new ReadAhead((vid, idx, offset, into) => this.readData(vid, idx, offset, into));
 
@@ -319,14 +326,34 @@ export class Cluster {
   vids(maxAgeMs = 0): Promise<VidsInUse> {
     const known = this.#vids;
     if (known !== undefined && performance.now() - known.askedAt < maxAgeMs) return known.answer;
+    const underWay = this.#vidsAsked;
+    if (underWay === undefined) return this.#askForVids();
+    this.#nextVids ??= this.#askForVidsAfter(underWay);
+    return this.#nextVids;
+  }
+
+  /** When the request under way is answered, or takes long: what comes until then has one answer. */
+  async #askForVidsAfter(underWay: Promise<unknown>): Promise<VidsInUse> {
+    await Promise.race([underWay, timeOut(LONG_VIDS_MS)]);
+    this.#nextVids = undefined;
+    return this.#askForVids();
+  }
+
+  #askForVids(): Promise<VidsInUse> {
     const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]).then(
       ([used, deleted]) => new VidsInUse(used, deleted),
     );
     const asked = { askedAt: performance.now(), answer };
     this.#vids = asked;
-    answer.catch(() => {
+    const forget = (): void => {
       if (this.#vids === asked) this.#vids = undefined;
-    });
+    };
+    const settled = answer
+      .then(() => undefined, forget)
+      .then(() => {
+        if (this.#vidsAsked === settled) this.#vidsAsked = undefined;
+      });
+    this.#vidsAsked = settled;
     return answer;
   }
 
@@ -350,11 +377,16 @@ export class Cluster {
     } finally {
       // Also what was asked for meanwhile: it may be from before.
       this.#vids = undefined;
+      this.changes++;
     }
   }
 }
 
 const IS_LITTLE_ENDIAN = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
+
+function timeOut(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms).unref());
+}
 
 function vidOf(answer: Answer): number {
   return vdiResponse.decode(answer.header).vid;

@@ -216,11 +216,14 @@ export class Gateway {
   #attempt(
     connection: NodeConnection,
     request: WireRequest,
-    { slowMs }: ExecuteOptions,
+    { slowMs, retryMs }: ExecuteOptions,
     leftMs: number,
   ): Promise<Answer> {
     if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
-    return connection.send(request, Math.min(this.#options.attemptMs, Math.max(leftMs, LEAST_ATTEMPT_MS)));
+    const { attemptMs } = this.#options;
+    // What is to be had in less time than usual has its chance with another node, too.
+    const longest = retryMs === undefined ? attemptMs : Math.min(attemptMs, retryMs / 2);
+    return connection.send(request, Math.max(Math.min(longest, leftMs), LEAST_ATTEMPT_MS));
   }
 
   /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */

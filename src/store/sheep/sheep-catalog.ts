@@ -24,7 +24,6 @@ import { SheepVdi } from './sheep-vdi.js';
 import { clearTable, inParallel, objectCount, objectKey } from './table.js';
 import { parseUnfinishedTag, unfinishedTag } from './unfinished-tag.js';
 import { UsageCount } from './usage-count.js';
-import type { VidsInUse } from './vids-in-use.js';
 
 /** Inodes and objects asked for at a time. */
 const PARALLEL_READS = 64;
@@ -50,6 +49,12 @@ export class SheepCatalog implements Catalog {
   readonly #store: SheepStore;
   /** By vid: shadows this process has made or taken over, alive or waiting to be used again. */
   readonly #shadows = new Map<number, Shadow>();
+  /** What cannot be followed any more, and was told of. */
+  readonly #astray = new WeakSet<SheepVdi>();
+  /** Of a cluster that uses vids again: what names they had when all were last read. */
+  #names:
+    | { readonly askedAt: number; readonly changes: number; readonly answer: Promise<ReadonlyMap<number, string>> }
+    | undefined;
 
   constructor(store: SheepStore) {
     this.#store = store;
@@ -66,10 +71,13 @@ export class SheepCatalog implements Catalog {
   }
 
   async #recordsOf(inodes: readonly Inode[]): Promise<VdiRecord[]> {
+    const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
     // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
     for (const inode of inodes) {
       const open = this.#store.open.get(inode.vid);
-      if (open && inode.isSnapshot && !open.record.isSnapshot) await open.follow(inode.vid);
+      if (!open || !inode.isSnapshot || open.record.isSnapshot) continue;
+      // Deleted or rolled back by somebody else: that is for those who have it open, and no reason to list nothing.
+      if (working.has(inode.name)) await this.#follow(open, inode.vid);
     }
     const names = new Map<string, string>();
     for (const { name } of inodes) if (!isShadowName(name)) names.set(shadowPrefix(name), name);
@@ -84,17 +92,27 @@ export class SheepCatalog implements Catalog {
     return records.sort(inOrder);
   }
 
+  async #follow(open: SheepVdi, from: number): Promise<void> {
+    try {
+      await open.follow(from);
+    } catch (error) {
+      if (this.#astray.has(open)) return;
+      this.#astray.add(open);
+      this.#store.log((error as Error).message);
+    }
+  }
+
   /** The nodes look a name up by its place among the vids in use; the same is done here, without reading any other inode. */
   async named(name: string): Promise<VdiRecord[]> {
-    if (this.#isFoundByListing(name)) return (await this.list()).filter((record) => record.name === name);
+    if (isNoText(name)) return (await this.list()).filter((record) => record.name === name);
     const shadows = shadowNames(name);
     for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
-      const vids = await this.#cluster.vids(maxAgeMs);
-      const inodes = await this.#inodesNamed([name, ...shadows], vids);
+      const { places, isKnown } = await this.#placesOf([name, ...shadows], maxAgeMs);
+      const inodes = await this.#inodesNamed([name, ...shadows], places);
       await this.#addLateWorking(inodes);
       const isThere = inodes.some((inode) => inode.name === name);
       // What the nodes show by now is younger than what was known of their vids.
-      const isOutdated = !isThere || inodes.some(({ vid }) => !vids.isUsed(vid));
+      const isOutdated = !isThere || !inodes.every(isKnown);
       if (maxAgeMs > 0 && isOutdated) continue;
       // Nodes of some other kind, that give names other places; or it was made this moment.
       if (!isThere && (await this.#cluster.lookup(name)) !== 0) {
@@ -115,9 +133,34 @@ export class SheepCatalog implements Catalog {
     return records.find((record) => record.vid === vid);
   }
 
-  /** Clusters that use vids again leave gaps among those of a name; and a name that is no text has no place that is known here. */
-  #isFoundByListing(name: string): boolean {
-    return this.#store.recyclesVids || name.includes('\ufffd');
+  /** Vids among which all of these names are, and whether an inode was known when that was asked. */
+  async #placesOf(
+    names: readonly string[],
+    maxAgeMs: number,
+  ): Promise<{ readonly places: Iterable<number>; readonly isKnown: (inode: Inode) => boolean }> {
+    if (!this.#store.recyclesVids) {
+      const vids = await this.#cluster.vids(maxAgeMs);
+      return { places: names.flatMap((name) => vids.placesOf(name)), isKnown: ({ vid }) => vids.isUsed(vid) };
+    }
+    // Clusters that use vids again leave gaps among those of a name.
+    const known = await this.#namesInUse(maxAgeMs);
+    const wanted = new Set(names);
+    const places = [...known].filter(([, name]) => wanted.has(name)).map(([vid]) => vid);
+    return { places, isKnown: ({ vid, name }) => known.get(vid) === name };
+  }
+
+  /** By vid; not older than `maxAgeMs`, nor than what we have made or deleted since. */
+  #namesInUse(maxAgeMs: number): Promise<ReadonlyMap<number, string>> {
+    const { changes } = this.#cluster;
+    const known = this.#names;
+    if (known?.changes === changes && performance.now() - known.askedAt < maxAgeMs) return known.answer;
+    const answer = this.#inodes().then((inodes) => new Map(inodes.map(({ vid, name }) => [vid, name])));
+    const asked = { askedAt: performance.now(), changes, answer };
+    this.#names = asked;
+    answer.catch(() => {
+      if (this.#names === asked) this.#names = undefined;
+    });
+    return answer;
   }
 
   async usages(): Promise<ReadonlyMap<number, Usage>> {
@@ -128,9 +171,11 @@ export class SheepCatalog implements Catalog {
       try {
         map = await this.#cluster.readOwners(inode);
       } catch (error) {
-        // Deleted since; or one that cannot be read, which is no reason not to show the others.
-        this.#store.log(`what ${inode.name} uses cannot be counted`, { err: error });
-        return;
+        if (!(error instanceof StoreError)) throw error;
+        if (error.code === 'GONE' && !(await this.#cluster.vids()).isLive(inode.vid)) return;
+        // A list without it would say that there is no such disk.
+        const { code, message } = error;
+        throw new StoreError(code, `what ${inode.name} uses cannot be counted: ${message}`, { cause: error });
       }
       // One at a time: else every one of them would have a slice of each turn.
       counting = counting.then(() => countTable(counts, inode, map));
@@ -191,25 +236,29 @@ export class SheepCatalog implements Catalog {
     const { unfinished } = sheep.record;
     refuseHyper(inode, 'snapshotted');
     return {
-      now: async () => {
-        // A snapshot of what is one already would put the working VDI back to it.
-        if ((await this.#cluster.lookup(inode.name)) !== inode.vid || (await this.#cluster.isReadOnly(inode.vid, 0))) {
-          throw new StoreError(
-            'IO',
-            `somebody else is taking a snapshot of ${inode.name} at this moment; nothing was done, try again`,
-          );
-        }
-        // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
-        if (!unfinished) await this.#writeTag(inode.vid, tag);
-        let vid: number;
-        try {
-          vid = await this.#newVdi(inode, inode.vid, true);
-        } catch (error) {
-          if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
-          throw error;
-        }
-        await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
-      },
+      now: () =>
+        sheep.switching(async () => {
+          // A snapshot of what is one already would put the working VDI back to it.
+          if (
+            (await this.#cluster.lookup(inode.name)) !== inode.vid ||
+            (await this.#cluster.isReadOnly(inode.vid, 0))
+          ) {
+            throw new StoreError(
+              'IO',
+              `somebody else is taking a snapshot of ${inode.name} at this moment; nothing was done, try again`,
+            );
+          }
+          // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
+          if (!unfinished) await this.#writeTag(inode.vid, tag);
+          let vid: number;
+          try {
+            vid = await this.#newVdi(inode, inode.vid, true);
+          } catch (error) {
+            if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
+            throw error;
+          }
+          await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
+        }),
       finish: async () => {
         if (unfinished) {
           await this.#writeTag(sheep.inode.vid, inode.tag);
@@ -408,10 +457,9 @@ export class SheepCatalog implements Catalog {
   }
 
   /** The same of those that bear one of these names. */
-  async #inodesNamed(names: readonly string[], vids: VidsInUse): Promise<Inode[]> {
+  async #inodesNamed(names: readonly string[], places: Iterable<number>): Promise<Inode[]> {
     const wanted = new Set(names);
-    const places = new Set(names.flatMap((name) => vids.placesOf(name)));
-    return (await this.#readInodes([...places])).filter(({ name }) => wanted.has(name));
+    return (await this.#readInodes([...new Set(places)])).filter(({ name }) => wanted.has(name));
   }
 
   async #readInodes(vids: readonly number[]): Promise<Inode[]> {
@@ -528,8 +576,10 @@ export class SheepCatalog implements Catalog {
 
   /** Snapshots that bear a mark in place of a tag: of a snapshot or a rollback that was cut off. Nobody asked for them. */
   async #deleteLeftMarks(name: string): Promise<void> {
-    const isListed = this.#isFoundByListing(name);
-    const inodes = isListed ? await this.#inodes() : await this.#inodesNamed([name], await this.#cluster.vids());
+    const isListed = this.#store.recyclesVids || isNoText(name);
+    const inodes = isListed
+      ? await this.#inodes()
+      : await this.#inodesNamed([name], (await this.#placesOf([name], 0)).places);
     for (const inode of inodes) if (inode.name === name && isLeftMark(inode)) await this.#delete(inode);
   }
 
@@ -619,6 +669,11 @@ async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): P
     await new Promise((resolve) => setImmediate(resolve));
   }
   counts.note(inode);
+}
+
+/** It has no place that is known here. */
+function isNoText(name: string): boolean {
+  return name.includes('\ufffd');
 }
 
 function isLeftMark({ isSnapshot, tag }: Inode): boolean {

@@ -57,6 +57,9 @@ export class SheepVdi implements OpenVdi {
   #queue: TableChange[] = [];
   #writingTable = false;
   #following: Promise<void> | undefined;
+  /** A snapshot of ours is being taken: it is us who go on under another vid. Never fails. */
+  #switching: Promise<void> | undefined;
+  #isClosed = false;
   #ready: Promise<void> | undefined;
   #isReady = false;
   /** Objects of ours that we let go and whose removal may not be done. */
@@ -108,8 +111,23 @@ export class SheepVdi implements OpenVdi {
     return Promise.resolve();
   }
 
-  close(): Promise<void> {
-    return this.#onClose(this);
+  /** What was on its way to another vid gets there first, or is given up: what is closed must not be opened by that again. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await this.#following?.catch(() => undefined);
+    await this.#onClose(this);
+  }
+
+  /** `work` makes a snapshot of this: nobody follows it before it has become what it is then. */
+  async switching<T>(work: () => Promise<T>): Promise<T> {
+    const done = work();
+    const settled = done.then(nothing, nothing);
+    this.#switching = settled;
+    try {
+      return await done;
+    } finally {
+      if (this.#switching === settled) this.#switching = undefined;
+    }
   }
 
   /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
@@ -179,14 +197,15 @@ export class SheepVdi implements OpenVdi {
    * Go on as the working VDI that has taken our place: somebody has made `from`, what we were, a snapshot. Errors: IO if
    * there is none, or if it does not descend from us.
    */
-  follow(from: number): Promise<void> {
-    if (this.record.vid !== from) return Promise.resolve();
+  async follow(from: number): Promise<void> {
+    while (this.#switching) await this.#switching;
+    if (this.#isClosed || this.record.vid !== from) return;
     if (this.#index) {
       const what = `${this.record.name} is a hyper volume, and has become read-only in the cluster`;
-      return Promise.reject(new StoreError('IO', `${what}: nothing more is written to it`));
+      throw new StoreError('IO', `${what}: nothing more is written to it`);
     }
     this.#following ??= this.#move(from).finally(() => (this.#following = undefined));
-    return this.#following;
+    await this.#following;
   }
 
   /** The VDI goes on as `inode`, whose table is `map`. */
@@ -233,11 +252,13 @@ export class SheepVdi implements OpenVdi {
           // Our clients may have been told of a larger disk than somebody has made of it.
           const size = Math.max(inode.size, this.record.size);
           const map = await cluster.readTable(vid, objectCount(size, inode.blockSizeShift));
+          if (this.#isClosed) return;
           await this.become({ ...inode, size }, map);
           this.#host.log(`${name} was snapshotted by somebody else; going on as vid ${vid.toString(16)}`);
           return;
         }
       }
+      if (this.#isClosed) return;
       if (performance.now() >= deadline) {
         throw new StoreError(
           'IO',
@@ -471,6 +492,8 @@ export class SheepVdi implements OpenVdi {
     this.#reclaiming.delete(idx);
   }
 }
+
+function nothing(): void {}
 
 function doubtfulError(record: VdiRecord, idx: number): StoreError {
   return new StoreError(
