@@ -146,6 +146,10 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     return this.transmission === undefined ? 'handshake' : 'transmission';
   }
 
+  get hasEnded(): boolean {
+    return this.transmission?.hasEnded ?? false;
+  }
+
   get bytesRead(): number {
     return this.transmission?.bytesRead ?? 0;
   }

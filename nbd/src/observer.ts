@@ -13,6 +13,8 @@ export interface ConnectionInfo {
   readonly exportName: string | undefined;
   /** 'closing': also while requests of a client that has said goodbye are still worked on. */
   readonly phase: 'handshake' | 'transmission' | 'closing';
+  /** Nothing that was received is under way, or will be carried out: only the socket is left, until its client closes it. */
+  readonly hasEnded: boolean;
   /** Date.now() at accept. */
   readonly openedAt: number;
   /** Data of successful reads and writes, bytes. */

@@ -255,6 +255,10 @@ export class Transmission implements LoopTask {
     return this.replies.unsentBytes > 0 || (this.payloadLeft > 0 && isHeard);
   }
 
+  get hasEnded(): boolean {
+    return this.isDeaf && this.inFlight === 0;
+  }
+
   /** Whether the client waits for us. */
   get isBusy(): boolean {
     return this.inFlight > 0 || this.isQueued || this.isShortOfMemory;

@@ -11,6 +11,8 @@ import { printJson, printLine } from './output.js';
 
 /** Clients that connect again by themselves do so at once, or after some seconds: somebody else is to come before them. */
 const DEFAULT_KEEP_OUT_S = 60;
+/** Each takes a control connection, of which there are few: a client may have hundreds to be cut off. */
+const AT_A_TIME = 16;
 
 interface DisconnectOptions extends CommonOptions {
   readonly keepOut?: number;
@@ -35,9 +37,12 @@ export function clientDisconnectCommand(): Command {
   return withCommonOptions(command).action(async (ids: readonly number[], options: DisconnectOptions) => {
     const keepOutMs = (options.keepOut ?? DEFAULT_KEEP_OUT_S) * 1000;
     const results = await withOperations(options, async (operations) => {
-      const asked = ids.map((id) => operations.disconnect(id, { keepOutMs }));
-      // Each of them, also if one is not there.
-      const settled = await Promise.allSettled(asked);
+      const settled: PromiseSettledResult<Disconnected>[] = [];
+      for (let at = 0; at < ids.length; at += AT_A_TIME) {
+        const asked = ids.slice(at, at + AT_A_TIME).map((id) => operations.disconnect(id, { keepOutMs }));
+        // Each of them, also if one is not there.
+        settled.push(...(await Promise.allSettled(asked)));
+      }
       for (const result of settled) if (result.status === 'fulfilled' && !options.json) printLine(textOf(result.value));
       const failed = settled.find((result) => result.status === 'rejected');
       if (failed) throw failed.reason;

@@ -18,7 +18,8 @@ export interface PeerOptions {
   readonly tlsVerifyPeer?: boolean;
   readonly tlsPsk?: string;
   readonly access?: string;
-  readonly exclusive?: Exclusive;
+  /** True: without a word. */
+  readonly exclusive?: Exclusive | true;
   readonly allowPlaintext?: boolean;
   readonly maxConnections?: number;
   readonly maxConnectionsPerPeer?: number;
@@ -57,9 +58,7 @@ export function withPeerOptions(command: Command): Command {
         '--exclusive [otherwise]',
         'only one connection writes a disk; another one that wants to is read-only (default), is refused, or takes over from one ' +
           'that does not answer: read-only, refuse or take-over (docs/exclusive.md). Live migration needs it off',
-      )
-        .preset('unsaid')
-        .argParser(exclusiveArgument),
+      ).argParser(exclusiveArgument),
     )
     .addOption(new Option('--allow-plaintext', 'listen without TLS where other machines can reach it'))
     .addOption(
@@ -158,7 +157,7 @@ export function peerConfiguration(
       }),
       access: options.access,
     },
-    exclusive: options.exclusive,
+    exclusive: options.exclusive === true ? 'unsaid' : options.exclusive,
     allowPlaintext: options.allowPlaintext ?? false,
     limits,
     keepMs: seconds(options.keepNow),
@@ -173,7 +172,7 @@ function memoryArgument(text: string): number {
 }
 
 function exclusiveArgument(text: string): Exclusive {
-  const otherwise = text === 'unsaid' ? text : parseOtherwise(text);
+  const otherwise = parseOtherwise(text);
   if (otherwise === undefined) throw new InvalidArgumentError(`Give ${OTHERWISE.join(', ')}, or nothing.`);
   return otherwise;
 }

@@ -10,7 +10,7 @@ import { sendState, setUserTimeout } from './socket-calls.js';
 /** How often is looked: several times before the shortest time-out there can be is over. */
 const LOOK_MS = 3_000;
 /** Questions without answer. One may be on its way just now; the kernel asks the next one up to two minutes later. */
-const UNANSWERED = 2;
+export const UNANSWERED = 2;
 
 export class ClosedWindows {
   /** Those without a time-out are true. */

@@ -7,7 +7,8 @@ import type { Duplex } from 'node:stream';
 import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
 import type { Connected } from '../export/writers.js';
 import { isRunning, processKey } from '../vdi/process-identity.js';
-import { askOften, hasPeerEnded, msSinceHeard } from './socket-calls.js';
+import { UNANSWERED } from './closed-windows.js';
+import { askOften, hasPeerEnded, msSinceHeard, sendState } from './socket-calls.js';
 
 /**
  * How long the kernel of a TCP client has to answer, being asked once a second: four questions. One that was cut off before
@@ -19,6 +20,10 @@ const POLL_MS = 100;
 
 export class ServerConnections implements Connected {
   readonly #server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>;
+  /** Those that were looked for: of a disk with a thousand writers all are asked about at once. */
+  readonly #known = new WeakMap<Peer, ConnectionInfo>();
+  /** Those that are asked just now: who else wants to know waits for the same answer. */
+  readonly #asked = new Map<net.Socket, Promise<boolean>>();
 
   constructor(server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>) {
     this.#server = server;
@@ -39,7 +44,7 @@ export class ServerConnections implements Connected {
     const socket = found && socketOf(this.#server.transportOf(found.id));
     if (socket === undefined) return true;
     if (hasPeerEnded(socket)) return false;
-    if (peer.transport === 'tcp') return answersWithin(socket, PROBE_MS);
+    if (peer.transport === 'tcp') return this.#ask(socket);
     const { pid = 0, startTime } = peer.credentials ?? {};
     // Others may have its socket, a child or whoever it was handed to; then the kernel has not told us of an end.
     return pid <= 0 || startTime === undefined || isRunning(processKey(pid, startTime));
@@ -50,8 +55,29 @@ export class ServerConnections implements Connected {
     if (found !== undefined) await this.#server.disconnect(found.id, reason);
   }
 
+  hasEnded(peer: Peer): boolean {
+    return this.#find(peer)?.hasEnded ?? false;
+  }
+
+  /** Once at a time: each sets the socket's times back to what it has found there. */
+  #ask(socket: net.Socket): Promise<boolean> {
+    let asked = this.#asked.get(socket);
+    if (asked === undefined) {
+      asked = answersWithin(socket, PROBE_MS).finally(() => this.#asked.delete(socket));
+      this.#asked.set(socket, asked);
+    }
+    return asked;
+  }
+
   #find(peer: Peer): ConnectionInfo | undefined {
-    for (const connection of this.#server.connections.values()) if (connection.peer === peer) return connection;
+    const { connections } = this.#server;
+    const known = this.#known.get(peer);
+    if (known !== undefined) return connections.get(known.id);
+    for (const connection of connections.values()) {
+      if (connection.peer !== peer) continue;
+      this.#known.set(peer, connection);
+      return connection;
+    }
     return undefined;
   }
 }
@@ -69,11 +95,20 @@ async function answersWithin(socket: net.Socket, ms: number): Promise<boolean> {
       if (heard === undefined) return false;
       const passed = performance.now() - began;
       if (heard < passed) return true;
-      if (passed >= ms) return false;
+      if (passed >= ms) return isOnlyFull(socket);
     }
   } finally {
     restore();
   }
+}
+
+/**
+ * A client that does not read, with replies outstanding, is asked by other questions: for room, and less and less often, up to
+ * every two minutes. It is there until two of those had no answer.
+ */
+function isOnlyFull(socket: net.Socket): boolean {
+  const state = sendState(socket);
+  return state !== undefined && state.isWindowClosed && state.unansweredProbes < UNANSWERED;
 }
 
 function socketOf(stream: Duplex | undefined): net.Socket | undefined {

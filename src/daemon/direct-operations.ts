@@ -6,6 +6,7 @@
 import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import type { Writers } from '../export/writers.js';
+import { parseSpec } from '../vdi/names.js';
 import { unfinishedExport } from '../export/unfinished-export.js';
 import { changesPage, dataPageOf } from './data-page.js';
 import {
@@ -32,7 +33,7 @@ const PEER: Peer = { transport: 'internal', address: 'command line' };
 const MAX_REQUEST_BYTES = 32 * 2 ** 20;
 
 /** As far as they watch over who writes. */
-type Exports = ExportProvider & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf'> };
+type Exports = ExportProvider & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf' | 'forget'> };
 
 export class DirectOperations implements Operations {
   readonly store: string;
@@ -96,8 +97,10 @@ export class DirectOperations implements Operations {
     return this.#catalog.create(name, size, options);
   }
 
-  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
-    return this.#catalog.begin(name, beginning);
+  async begin(name: string, beginning: Beginning): Promise<VdiRecord> {
+    const record = await this.#catalog.begin(name, beginning);
+    this.#exports.writers?.forget(name);
+    return record;
   }
 
   finish(name: string, run: string): Promise<VdiRecord> {
@@ -128,8 +131,11 @@ export class DirectOperations implements Operations {
     return this.#catalog.resize(name, size, options);
   }
 
-  remove(spec: string, options?: Filling & ForceOption): Promise<Ended> {
-    return this.#catalog.remove(spec, options);
+  async remove(spec: string, options?: Filling & ForceOption): Promise<Ended> {
+    const ended = await this.#catalog.remove(spec, options);
+    const { name, tag, vid } = parseSpec(spec);
+    if (tag === undefined && vid === undefined) this.#exports.writers?.forget(name);
+    return ended;
   }
 
   check(options: { readonly repair: boolean }): Promise<CheckReport & Ended> {

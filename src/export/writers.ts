@@ -14,6 +14,8 @@ import type { Exclusive, Otherwise } from './exclusive.js';
  * Who is refused then tries again.
  */
 const END_WAIT_MS = 20_000;
+/** Of those, for one that has ended to take its last replies, before who takes over cuts it off: as long as the server's linger. */
+const LAST_REPLIES_MS = 5_000;
 /** Of one disk two writers are told of no more often, however often they come back. */
 const WARNING_INTERVAL_MS = 60_000;
 /** Disks whose last two writers are remembered for `vdi show`, until this process ends. */
@@ -28,6 +30,8 @@ type LogOften = (subject: string, line: string, details: object) => void;
 export interface Connected {
   /** Its client has said goodbye, or the end of what it sends was seen: it asks nothing more. */
   isEnding(peer: Peer): boolean;
+  /** Nothing that was received from it is under way, and nothing more of it will be: only its socket is left. */
+  hasEnded(peer: Peer): boolean;
   /** Ask the machine at the other end, which takes some seconds at most, whether the client is still there. */
   isThere(peer: Peer): Promise<boolean>;
   /** Resolves when the connection is over: nothing that was received from it has an effect from then on. */
@@ -37,6 +41,7 @@ export interface Connected {
 /** Without a server there are no connections but those of this process. */
 export const NOBODY_CONNECTED: Connected = {
   isEnding: () => false,
+  hasEnded: () => false,
   isThere: () => Promise.resolve(true),
   cutOff: () => Promise.resolve(),
 };
@@ -120,6 +125,7 @@ export class Claim {
 interface KeptOut {
   readonly label: string;
   readonly since: number;
+  readonly forMs: number;
   /** By performance.now(). */
   readonly until: number;
 }
@@ -145,35 +151,60 @@ export class Writers {
    */
   async claim(disk: string, claimant: Claimant, exclusive: Exclusive | undefined): Promise<Claim> {
     const deadline = performance.now() + END_WAIT_MS;
+    let hasAskedOwn = false;
     for (;;) {
       this.#mustNotBeKeptOut(disk, claimant.client);
       const obstacles = this.#obstacles(disk, claimant, exclusive);
       if (obstacles.length === 0) return this.#begin(disk, claimant, exclusive, true);
-      const staying = obstacles.filter((claim) => !claim.isFenced && !this.connected.isEnding(claim.peer));
-      const [first] = staying;
+      const first = obstacles.find(this.#isStaying);
       if (first !== undefined) {
-        const otherwise = whatOtherwise(exclusive, staying);
+        const otherwise = this.#whatOtherwise(exclusive, obstacles);
+        // A guest whose network was gone comes back before its old connection is seen to end, and would read only from then on
+        // (qemu with auto-read-only, which libvirt sets). Its machine, being asked, says that nobody has that connection.
+        const own = hasAskedOwn ? [] : obstacles.filter((claim) => isOf(claim, claimant) && this.#isStaying(claim));
+        if (otherwise !== 'take-over' && own.length > 0) {
+          hasAskedOwn = true;
+          await Promise.all(own.map(({ peer }) => this.connected.isThere(peer)));
+          continue;
+        }
         if (otherwise === 'read-only') {
           this.#tellReadOnly(disk, claimant, first);
           return this.#begin(disk, claimant, exclusive, false);
         }
-        if (otherwise === 'refuse') throw inUse(disk, staying);
-        await this.#takeOver(disk, claimant, staying, deadline);
+        if (otherwise === 'refuse') throw inUse(disk, first, obstacles.length - 1);
+        await this.#takeOver(disk, claimant, obstacles.filter(this.#isStaying), deadline);
+      }
+      // It asks nothing more, but may never take its last replies.
+      if (exclusive === 'take-over' && !(await endWithin(obstacles, performance.now() + LAST_REPLIES_MS))) {
+        this.#cutOff(disk, claimant, obstacles, 'has ended, does not take its last replies');
       }
       // Not of one that has come since: that is looked at anew.
       if (!(await endWithin(obstacles, deadline))) throw stillEnding(disk, obstacles);
     }
   }
 
-  /** Whether `claim` would give the right to write, as far as is known without asking anybody. Errors: CatalogError BUSY. */
+  /**
+   * Whether `claim` would give the right to write, as far as is known without asking anybody. Who would be refused is told that
+   * when it opens: tools that list all exports ask about each (qemu-nbd --list), and would fail at the first that is in use.
+   */
   look(disk: string, claimant: Claimant, exclusive: Exclusive | undefined): boolean {
-    this.#mustNotBeKeptOut(disk, claimant.client);
+    if (this.#keptOutNow(disk, claimant.client) !== undefined) return false;
     const obstacles = this.#obstacles(disk, claimant, exclusive);
-    const staying = obstacles.filter(({ peer, isFenced }) => !isFenced && !this.connected.isEnding(peer));
-    if (staying.length === 0) return true;
-    const otherwise = whatOtherwise(exclusive, staying);
-    if (otherwise === 'refuse') throw inUse(disk, staying);
-    return otherwise === 'take-over';
+    const first = obstacles.find(this.#isStaying);
+    if (first === undefined) return true;
+    return this.#whatOtherwise(exclusive, obstacles) === 'take-over';
+  }
+
+  /** Asks the system, so of a thousand no more are asked than must be. */
+  readonly #isStaying = (claim: Claim): boolean => !claim.isFenced && !this.connected.isEnding(claim.peer);
+
+  /** What the newcomer's own side says, or else the side of those who have the disk. */
+  #whatOtherwise(exclusive: Exclusive | undefined, obstacles: readonly Claim[]): Otherwise {
+    if (exclusive !== undefined && exclusive !== 'unsaid') return exclusive;
+    const refuses = obstacles
+      .filter(({ otherwise }) => otherwise === 'refuse' || otherwise === 'take-over')
+      .some(this.#isStaying);
+    return refuses ? 'refuse' : 'read-only';
   }
 
   of(disk: string): readonly WriterInfo[] {
@@ -186,6 +217,11 @@ export class Writers {
   twoWritersOf(disk: string): TwoWriters | undefined {
     const found = this.#warnings.get(disk);
     return found && { at: found.at, clients: found.clients };
+  }
+
+  /** What was written under this name is gone: it was deleted, or is made anew. */
+  forget(disk: string): void {
+    this.#warnings.delete(disk);
   }
 
   /** What the connection may do with the disk that it has opened; undefined if it has opened none to write. */
@@ -208,22 +244,28 @@ export class Writers {
     }
     const [oldest] = this.#keptOut.keys();
     if (this.#keptOut.size >= MAX_KEPT_OUT && oldest !== undefined) this.#keptOut.delete(oldest);
-    this.#keptOut.set(keyOf(claim.disk, claim.client), { label: claim.label, since: Date.now(), until: now + ms });
+    this.#keptOut.set(keyOf(claim.disk, claim.client), {
+      ...{ label: claim.label, since: Date.now(), forMs: ms, until: now + ms },
+    });
   }
 
   /** For Claim only. */
   beginsWriting(claim: Claim): void {
     const { disk, client } = claim;
-    if (!claim.mayWrite) throw refusal(`${disk} is open by another client that alone may write it`);
-    if (claim.isFenced) throw refusal(`${disk} is not yours any more: this connection was cut off`);
+    if (!claim.mayWrite) throw busy(`${disk} is open by another client that alone may write it`);
+    if (claim.isFenced) throw busy(`${disk} is not yours any more: this connection was cut off`);
     const others = this.#claimsOf(disk).filter((other) => other !== claim && other.mayWrite);
     const owner = others.find(({ isExclusive }) => isExclusive);
     // Only a command's: it is let in beside an exclusive writer, since it means to read.
-    if (owner) throw refusal(`${disk} is open exclusively by ${owner.label}: nobody else writes it`);
+    if (owner) throw busy(`${disk} is open exclusively by ${owner.label}: nobody else writes it`);
     claim.firstWriteAt ??= Date.now();
     if (client === undefined) return;
     const first = others.find(
-      (other) => other.client !== undefined && other.client.id !== client.id && other.firstWriteAt !== null,
+      (other) =>
+        other.client !== undefined &&
+        other.client.id !== client.id &&
+        other.firstWriteAt !== null &&
+        !this.connected.hasEnded(other.peer),
     );
     if (first) this.#warn(first, claim);
   }
@@ -264,35 +306,43 @@ export class Writers {
   }
 
   /** Cut off those that are in the way, if none of them is there any more. Errors: CatalogError BUSY. */
-  async #takeOver(disk: string, { client }: Claimant, staying: readonly Claim[], deadline: number): Promise<void> {
+  async #takeOver(disk: string, claimant: Claimant, staying: readonly Claim[], deadline: number): Promise<void> {
     const isThere = await Promise.all(staying.map(({ peer }) => this.connected.isThere(peer)));
     // Some may have ended by themselves meanwhile.
     const there = staying.filter((claim, i) => isThere[i] && this.#byPeer.get(claim.peer) === claim);
-    if (there.length > 0) throw inUse(disk, there, 'was asked, and is there');
-    for (const claim of staying) {
+    const [first] = there;
+    if (first !== undefined) throw inUse(disk, first, there.length - 1, 'was asked, and is there');
+    this.#cutOff(disk, claimant, staying, 'did not answer');
+    if (!(await endWithin(staying, deadline))) throw stillEnding(disk, staying);
+  }
+
+  #cutOff(disk: string, { client }: Claimant, claims: readonly Claim[], why: string): void {
+    for (const claim of claims) {
       if (this.#byPeer.get(claim.peer) !== claim || claim.isFenced) continue;
       claim.fence();
       const newcomer = client?.label ?? 'a command';
-      this.#log(`${disk}: ${claim.label} did not answer and is cut off; ${newcomer} takes the disk over`, {
+      this.#log(`${disk}: ${claim.label} ${why} and is cut off; ${newcomer} takes the disk over`, {
         ...{ vdi: disk, peer: claim.peer.address, client: claim.label, newcomer },
       });
       void this.connected.cutOff(claim.peer, `${newcomer} has taken ${disk} over`);
     }
-    if (!(await endWithin(staying, deadline))) throw stillEnding(disk, staying);
+  }
+
+  #keptOutNow(disk: string, client: Client | undefined): KeptOut | undefined {
+    const key = client && keyOf(disk, client);
+    const found = key === undefined ? undefined : this.#keptOut.get(key);
+    if (key === undefined || found === undefined || found.until > performance.now()) return found;
+    this.#keptOut.delete(key);
+    return undefined;
   }
 
   #mustNotBeKeptOut(disk: string, client: Client | undefined): void {
-    const key = client && keyOf(disk, client);
-    const found = key === undefined ? undefined : this.#keptOut.get(key);
-    if (key === undefined || found === undefined) return;
-    const leftMs = found.until - performance.now();
-    if (leftMs <= 0) {
-      this.#keptOut.delete(key);
-      return;
-    }
-    throw refusal(
+    const found = this.#keptOutNow(disk, client);
+    if (found === undefined) return;
+    // The same words as long as it lasts: the log has a line for each.
+    throw busy(
       `${found.label} was disconnected from ${disk} at ${timeOf(found.since)} by the operator and is kept out for ` +
-        `${Math.ceil(leftMs / 1000)} s more`,
+        `${Math.ceil(found.forMs / 1000)} s`,
     );
   }
 
@@ -324,33 +374,27 @@ export class Writers {
   }
 }
 
-/** What the newcomer's own side says, or else the side of those who have the disk. */
-function whatOtherwise(exclusive: Exclusive | undefined, staying: readonly Claim[]): Otherwise {
-  if (exclusive !== undefined && exclusive !== 'unsaid') return exclusive;
-  const refuses = staying.some(({ otherwise }) => otherwise === 'refuse' || otherwise === 'take-over');
-  return refuses ? 'refuse' : 'read-only';
+function isOf(claim: Claim, { client }: Claimant): boolean {
+  return client !== undefined && claim.client?.id === client.id;
 }
 
-function inUse(disk: string, staying: readonly Claim[], how = ''): CatalogError {
-  const [first] = staying;
-  const more = staying.length > 1 ? `, and by ${staying.length - 1} more` : '';
+/** Whom it concerns is told who the other one is; what the operator can do about it (`more`) is for the log. */
+function busy(words: string, more = ''): CatalogError {
+  return new CatalogError('BUSY', words + more, { forClients: words });
+}
+
+function inUse(disk: string, first: Claim, others: number, how = ''): CatalogError {
+  const more = others > 0 ? `, and by ${others} more` : '';
   const asked = how === '' ? '' : `, which ${how}`;
-  const why = `${disk} is open for writing by ${first?.label ?? 'another client'}${asked}${more}, and only one may write it`;
-  return new CatalogError('BUSY', `${why}: disconnect that, or 'sheepgate client disconnect' does`, {
-    forClients: why,
-  });
+  const words = `${disk} is open for writing by ${first.label}${asked}${more}, and only one may write it`;
+  return busy(words, ": disconnect that, or 'sheepgate client disconnect' does");
 }
 
 function stillEnding(disk: string, claims: readonly Claim[]): CatalogError {
-  return refusal(
+  return busy(
     `${disk}: the connection of ${claims[0]?.label ?? 'another client'} has ended, but its last requests are not finished ` +
       `after ${END_WAIT_MS / 1000} s, and nobody may write before; try again`,
   );
-}
-
-/** Who is refused is told all of it. */
-function refusal(why: string): CatalogError {
-  return new CatalogError('BUSY', why, { forClients: why });
 }
 
 async function endWithin(claims: readonly Claim[], deadline: number): Promise<boolean> {
