@@ -204,8 +204,8 @@ async function serve(options: ServeOptions): Promise<void> {
   log.info('stopped');
 }
 
-function readyJson({ store, control, uris, kept }: Daemon, listeners: readonly string[]): string {
-  const ready = { event: 'ready', store, control, listeners, uris, kept: kept.map(keptJson) };
+function readyJson({ store, control, uris, warnings, kept }: Daemon, listeners: readonly string[]): string {
+  const ready = { event: 'ready', store, control, listeners, uris, warnings, kept: kept.map(keptJson) };
   return `${printableJson(JSON.stringify(ready))}\n`;
 }
 

@@ -199,6 +199,8 @@ export class ControlServer {
   readonly #http: http.Server;
   /** Upgraded connections that are not over. */
   readonly #sessions = new Map<string, Promise<void>>();
+  /** Connections that have asked for nothing yet; Node counts them as busy. */
+  readonly #silent = new Set<net.Socket>();
   #lastSession = 0;
   #address: SocketAddress | undefined;
   #link: string | undefined;
@@ -214,6 +216,7 @@ export class ControlServer {
         keepAlive: false,
       },
       (request, response) => {
+        this.#silent.delete(request.socket);
         this.#serve(request, response).catch((error: unknown) => {
           this.#options.onFault(error, 'answering');
           response.destroy();
@@ -223,6 +226,10 @@ export class ControlServer {
     this.#http.maxConnections = options.maxConnections ?? MAX_CONTROL_CONNECTIONS;
     // There is always somebody to hear of an error; who asked to listen hears of those of listening.
     this.#http.on('error', () => undefined);
+    this.#http.on('connection', (socket) => {
+      this.#silent.add(socket);
+      socket.once('close', () => this.#silent.delete(socket));
+    });
     this.#http.on('upgrade', (request, socket, head) => this.#upgrade(request, socket as net.Socket, head));
   }
 
@@ -258,6 +265,7 @@ export class ControlServer {
   async close(graceMs: number): Promise<void> {
     const closed = new Promise<void>((resolve) => this.#http.close(() => resolve()));
     this.#http.closeIdleConnections();
+    for (const socket of this.#silent) socket.destroy();
     const timer = setTimeout(() => this.#http.closeAllConnections(), graceMs);
     // Upgraded connections are the NBD server's to end; it ends them before it says it is closed.
     await closed;
@@ -311,6 +319,7 @@ export class ControlServer {
   }
 
   #upgrade(request: http.IncomingMessage, socket: net.Socket, head: Buffer): void {
+    this.#silent.delete(socket);
     // From here on it is not HTTP's any more, and its end nobody's fault.
     socket.on('error', () => undefined);
     if (request.headers.upgrade?.toLowerCase() !== NBD_UPGRADE) {

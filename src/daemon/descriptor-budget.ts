@@ -10,8 +10,10 @@ import { MAX_CONTROL_CONNECTIONS } from './control-protocol.js';
  * and logs while they are synced, connections to a cluster's nodes, what an operation of the command line opens.
  */
 const RESERVE = 192;
-/** Of a low limit no more than one in so many is for that. */
+/** Of a low limit no more than one in so many is for that, */
 const RESERVE_DIVISOR = 6;
+/** and no less than this: all of those sockets, what is open when nobody is there, and what is synced meanwhile. */
+const LEAST_RESERVE = 128;
 /** With a low limit one in so many is for the control socket. */
 const CONTROL_DIVISOR = 32;
 const MIN_CONTROL_CONNECTIONS = 8;
@@ -27,7 +29,9 @@ const MAX_KEPT_MOMENTS = 256;
 /** With more there is nothing to gain: 256 GiB of disk in use. */
 const MAX_OBJECT_FILES = 65_536;
 /** Below it nothing works well, and what is above fails in odd places. */
-const MIN_DESCRIPTORS = 128;
+const MIN_DESCRIPTORS = 256;
+/** Limits that are named to people are multiples of it. */
+const STEP = 128;
 /** If the system does not say. */
 const ASSUMED_LIMIT = 1024;
 
@@ -74,7 +78,7 @@ export function shortageOf({ limit, connections, neededLimit }: DescriptorBudget
 }
 
 function withoutReserve(limit: number): { readonly rest: number; readonly controlConnections: number } {
-  const reserve = Math.min(RESERVE, Math.floor(limit / RESERVE_DIVISOR));
+  const reserve = Math.min(RESERVE, Math.max(LEAST_RESERVE, Math.floor(limit / RESERVE_DIVISOR)));
   const share = Math.floor(limit / CONTROL_DIVISOR);
   const controlConnections = Math.min(MAX_CONTROL_CONNECTIONS, Math.max(MIN_CONTROL_CONNECTIONS, share));
   return { rest: limit - reserve - controlConnections, controlConnections };
@@ -87,6 +91,6 @@ function limitFor(wanted: number): number {
     const { rest } = withoutReserve(limit);
     return Math.floor((rest - Math.floor(rest / OBJECT_FILES_DIVISOR)) / PER_CONNECTION) >= wanted;
   };
-  while (!isEnough()) limit += MIN_DESCRIPTORS;
+  while (!isEnough()) limit += STEP;
   return limit;
 }

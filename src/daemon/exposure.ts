@@ -17,6 +17,9 @@ export function exposureOf(address: ListenAddress, security: SecurityConfigurati
   if (who === undefined) return undefined;
   const reach = `${formatListenAddress(address)}: ${who} can read and write every VDI there`;
   const { tls } = security;
+  if (tls?.mode === 'on') {
+    return `${reach}: its TLS may be left out (--tls require), and there is no access file (docs/access.md, docs/tls.md)`;
+  }
   if (tls?.mode !== 'require') {
     return `${reach}, for it has neither TLS nor an access file (docs/access.md, docs/tls.md)`;
   }

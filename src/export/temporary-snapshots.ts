@@ -31,7 +31,7 @@ const MAX_TICKS_AT_ONCE = 2;
 
 export interface TemporaryOptions {
   readonly keepMs?: number | undefined;
-  /** How many may be kept, of all disks: each has files open. Without it, as many as there are. */
+  /** Kept at a time for whoever was cut off, of all disks and clients: each has files open, and no connection counts them. */
   readonly maxKept?: number | undefined;
   /** Clients can come: their time passes. */
   readonly serves?: boolean | undefined;
@@ -337,8 +337,8 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
     const kept = this.#keptMoments();
     const ofDisk = kept.filter(({ name }) => name === moment.name);
-    if (kept.length > this.#maxKept) this.#endSoon(kept[0] as Moment, 'too many were kept');
     if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
+    if (kept.length > this.#maxKept) this.#endSoon(kept[0] as Moment, 'too many were kept');
     for (const { client } of lost) {
       const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.connections.lost ?? 0) > 0);
       if (ofClient.length > MAX_KEPT_PER_CLIENT)
