@@ -2,6 +2,7 @@
  * What one client's demands do to another one: 4 KiB reads, one at a time, and visits (connect, read 4 KiB, leave), alone
  * and beside each kind of client of attack-clients.mjs at full speed. Owns every process and directory it makes. The
  * figure to reach: a read's p99 below 10 ms, and a maximum below 50 ms or, where the machine is that noisy, twice the one alone.
+ * Visits have no figure, but none may fail.
  *
  *     npm run build && node bench/attacks.mjs [--only PATTERN] [--seconds 5] [--dist DIST] [--dir DIR] [--vdis 20000]
  *
@@ -28,7 +29,13 @@ const PATIENCE_SECONDS = 20;
 const LIMIT_P99_MS = 10;
 const LIMIT_MAX_MS = 50;
 
-/** `item`: of the list of what one client must not do to others. `store`: which one is served. */
+/** Another user, to the daemon another peer; 65534 is nobody's. */
+const STRANGER = process.getuid?.() === 0 ? { uid: 65534, gid: 65534 } : {};
+
+/**
+ * `item`: of the list of what one client must not do to others. `store`: which one is served. `isStranger`: what is bounded for
+ * each peer, so whoever is measured must be another one; without root it is not, and is turned away with the others.
+ */
 const SCENARIOS = [
   { item: '-', name: 'nobody', store: 'few' },
   { item: '1', name: 'status-empty', what: 'BLOCK_STATUS of an empty 4 TiB disk', store: 'few' },
@@ -43,10 +50,17 @@ const SCENARIOS = [
   { item: '2', name: 'write-unfinished', what: '50 writers one byte short of 32 MiB', store: 'few' },
   { item: '3', name: 'unflushed', what: 'leaves 16,384 objects unflushed, again and again', store: 'few' },
   { item: '3', name: 'trim-full', what: 'TRIM of a full map of 1 TiB', store: 'few' },
-  { item: '4', name: 'handshakes', what: 'connections that never choose an export', store: 'few' },
+  { item: '4', name: 'handshakes', what: 'connections that never choose an export', store: 'few', isStranger: true },
   { item: '4', name: 'options', what: '4,096 options in one send', store: 'few' },
   { item: '4', name: 'list', what: '20 clients list all exports', store: 'many' },
-  { item: '5', name: 'idle', what: '1,000 idle connections, 1,024 descriptors', store: 'few', descriptors: 1024 },
+  {
+    item: '5',
+    name: 'idle',
+    what: '1,000 idle connections, 1,024 descriptors',
+    store: 'few',
+    descriptors: 1024,
+    isStranger: true,
+  },
   { item: '7', name: 'vdi-list', what: 'vdi list, again and again', store: 'many' },
 ];
 
@@ -75,6 +89,8 @@ const values = readOptions({
 const seconds = Number(values.seconds);
 const dist = path.resolve(values.dist);
 const directory = fs.mkdtempSync(path.join(path.resolve(values.dir), 'sheepgate-attacks-'));
+// For strangers.
+fs.chmodSync(directory, 0o711);
 const children = new Set();
 process.on('exit', () => {
   for (const child of children) child.kill('SIGKILL');
@@ -104,14 +120,14 @@ async function main() {
     alone ??= result;
     const isGood =
       scenario.name === 'nobody' ||
-      (result.reads.p99 <= LIMIT_P99_MS &&
+      (result.isServed &&
+        result.reads.p99 <= LIMIT_P99_MS &&
         result.reads.max <= Math.max(LIMIT_MAX_MS, 2 * alone.reads.max) &&
-        result.visits.max <= Math.max(LIMIT_MAX_MS, 2 * alone.visits.max) &&
         result.failures === 0);
     if (!isGood) bad.push(scenario.name);
     console.log(
       `${scenario.item.padEnd(5)}${(scenario.what ?? 'nobody else').padEnd(54)}     ${cells(result.reads)}            ` +
-        `${cells(result.visits)}${isGood ? '' : '  over'}${result.failures > 0 ? `  ${result.failures} visits failed` : ''}` +
+        `${cells(result.visits)}${isGood ? '' : '  over'}${result.isServed ? '' : '  not served'}${result.failures > 0 ? `  ${result.failures} visits failed` : ''}` +
         `  ${(result.peakBytes / MIB).toFixed(0)} MiB`,
     );
   }
@@ -123,11 +139,13 @@ function cells({ p50, p99, max }) {
   return [p50, p99, max].map((ms) => ms.toFixed(ms < 100 ? 2 : 0).padStart(7)).join(' ');
 }
 
-async function measure({ name, store, descriptors }) {
+async function measure({ name, store, descriptors, isStranger }) {
   const where = path.join(directory, store);
-  const socket = path.join(where, 'nbd.sock');
+  // Not in the store: strangers may not go there.
+  const socket = path.join(directory, `${store}.sock`);
   const daemon = await serve(where, socket, descriptors);
-  const attacker = name === 'nobody' ? undefined : start(process.execPath, [CLIENTS, name, socket]);
+  const attacker =
+    name === 'nobody' ? undefined : start(process.execPath, [CLIENTS, name, socket], isStranger ? STRANGER : {});
   await sleep(WARM_UP_MS);
   const visits = [];
   let failures = 0;
@@ -164,6 +182,7 @@ async function measure({ name, store, descriptors }) {
   await stop(daemon);
   return {
     reads: { p50: p50 ?? waited, p99: p99 ?? waited, max: max ?? waited },
+    isServed: max !== undefined,
     visits: { p50: quantile(visits, 0.5), p99: quantile(visits, 0.99), max: visits.at(-1) },
     failures,
     peakBytes,
@@ -198,12 +217,16 @@ async function serve(store, socket, descriptors) {
     store,
     '--listen',
     `unix:${socket}`,
+    '--socket-mode',
+    '666',
   ];
   args.push(...values['serve-arg']);
   const daemon =
     descriptors === undefined
-      ? start(process.execPath, args, 'ignore')
-      : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args], 'ignore');
+      ? start(process.execPath, args, { errors: 'ignore' })
+      : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args], {
+          errors: 'ignore',
+        });
   let timer;
   await Promise.race([
     new Promise((resolve) => daemon.stdout.once('data', resolve)),
@@ -219,8 +242,8 @@ async function serve(store, socket, descriptors) {
   return daemon;
 }
 
-function start(command, args, errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore') {
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors] });
+function start(command, args, { errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore', ...who } = {}) {
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors], ...who });
   children.add(child);
   child.over = new Promise((resolve) => {
     child.once('error', () => resolve(-1));

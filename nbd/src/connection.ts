@@ -477,12 +477,27 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.place?.leaving();
     if (this.transmission === undefined) {
       this.reader.fail(new Error(whyLeft(this.refused) ?? 'the client left during the handshake'));
+      this.endIfNothingIsTaken();
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
     // Half a connection is enough to be answered: what was asked before it is still finished and sent.
     this.endWhenIdle(`the client left ${where}`);
   };
+
+  /**
+   * A client that has shut its side in the handshake may still read what it has asked for. One that is gone takes nothing, and
+   * under TLS a write to it never ends.
+   */
+  private endIfNothingIsTaken(): void {
+    const { socket } = this;
+    const taken = bytesTakenBySystem(this.transport);
+    setTimeout(() => {
+      if (socket.destroyed || this.transmission !== undefined || socket.writableLength === 0) return;
+      if (bytesTakenBySystem(this.transport) !== taken) this.endIfNothingIsTaken();
+      else this.abort('the client left during the handshake, and takes nothing more');
+    }, this.limits.lingerMs).unref();
+  }
 
   private readonly onError = (error: Error): void => {
     const left = this.transmission === undefined ? whyLeft(this.refused) : undefined;

@@ -44,13 +44,14 @@ export function clientDisconnectCommand(): Command {
         settled.push(...(await Promise.allSettled(asked)));
       }
       for (const result of settled) if (result.status === 'fulfilled' && !options.json) printLine(textOf(result.value));
+      const results = settled.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+      if (options.json) {
+        printJson(results.map(({ connection, ...rest }) => ({ ...rest, connection: clientJson(connection) })));
+      }
       const failed = settled.find((result) => result.status === 'rejected');
       if (failed) throw failed.reason;
-      return settled.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
+      return results;
     });
-    if (options.json) {
-      printJson(results.map(({ connection, ...rest }) => ({ ...rest, connection: clientJson(connection) })));
-    }
     const late = results.filter(({ isOver }) => !isOver);
     if (late.length === 0) return;
     const which = late.map(({ connection, inFlight }) => `${connection.id} (${inFlight})`).join(', ');

@@ -176,6 +176,11 @@ async function serve(options: ServeOptions): Promise<void> {
     log.info('stopped before it was ready');
     return;
   }
+  if (stopping.signal.aborted) {
+    await daemon.stop();
+    log.info('stopped before it was ready');
+    return;
+  }
   const addresses = daemon.listeners.map(formatListenAddress);
   const status = `serving ${daemon.store} at ${addresses.join(' ')}`;
   const { limit: openFiles, connections: maxConnections, objectFiles } = daemon.descriptors;

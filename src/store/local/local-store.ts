@@ -610,7 +610,7 @@ function openFiles(location: string, { maxDescriptors }: LocalStoreOptions, isRe
   return ObjectFiles.open(path.join(location, 'objects'), { maxDescriptors, isReadOnly });
 }
 
-/** The catalog half of the local store. Calls come one at a time (src/vdi sees to that). */
+/** The catalog half of the local store. Calls about one name come one at a time (src/vdi sees to that). */
 export class LocalCatalog implements Catalog {
   readonly temporariesStoreNothing = true;
   readonly #store: LocalStore;

@@ -283,13 +283,15 @@ export class MapLog {
     };
   }
 
-  /** Everything is durable, or given up. */
+  /** Everything is durable, or given up: from now on no start reads it, also if a write to it is under way. */
   remove(): void {
-    if (this.#isBusy) {
-      this.#isRemoved = true;
+    if (!this.#isBusy) {
+      this.#removeFiles();
       return;
     }
-    this.#removeFiles();
+    this.#isRemoved = true;
+    this.#unlink(this.#old.length);
+    if (this.#file) this.#unlinkFile(this.#file.name);
   }
 
   #removeFiles(): void {
@@ -370,6 +372,7 @@ export class MapLog {
     if (this.#endsSoon) this.#endFile();
     const start = performance.now();
     this.#file ??= await this.#folder.createLater(head);
+    if (this.#isRemoved) return;
     await writeFully(this.#file.fd, entries, this.#file.length);
     this.#file.length += entries.length;
     this.#throttle.noteOffLoop(start);
@@ -392,12 +395,15 @@ export class MapLog {
   }
 
   #unlink(count: number): void {
-    for (const name of this.#old.splice(0, count)) {
-      try {
-        fs.unlinkSync(name);
-      } catch (error) {
-        this.#onError(error);
-      }
+    for (const name of this.#old.splice(0, count)) this.#unlinkFile(name);
+  }
+
+  #unlinkFile(name: string): void {
+    try {
+      fs.unlinkSync(name);
+    } catch (error) {
+      // Removed while it was being written, and again when that was done.
+      if (!this.#isRemoved || (error as NodeJS.ErrnoException).code !== 'ENOENT') this.#onError(error);
     }
   }
 }

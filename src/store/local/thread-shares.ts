@@ -68,7 +68,7 @@ class Disk {
 
 const threads = Number(process.env.UV_THREADPOOL_SIZE) || DEFAULT_THREADS;
 
-/** Reads of data. The others together leave at least a sixth of the threads to them, and they leave a third to the others. */
+/** Reads of data. Of six threads or more the others together leave a sixth to them, and they leave a third to the others. */
 export const READS = new ThreadShare((threads * 2) / 3);
 /** Whatever changes files: writes, zeroing, making, copying, removing. */
 export const CHANGES = new ThreadShare(threads / 3);
