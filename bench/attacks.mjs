@@ -13,7 +13,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import readline from 'node:readline';
-import { BenchError, buildNbdload, NBDLOAD } from './nbdload.mjs';
+import { BenchError, buildNbdload, buildSlowDisk, NBDLOAD, SLOW_DISK } from './nbdload.mjs';
 import { readOptions } from './options.mjs';
 
 const HERE = import.meta.dirname;
@@ -34,7 +34,8 @@ const STRANGER = process.getuid?.() === 0 ? { uid: 65534, gid: 65534 } : {};
 
 /**
  * `item`: of the list of what one client must not do to others. `store`: which one is served. `isStranger`: what is bounded for
- * each peer, so whoever is measured must be another one; without root it is not, and is turned away with the others.
+ * each peer, so whoever is measured must be another one; without root it is not, and is turned away with the others. `slow`: how
+ * much longer, in ms, each write or sync of its disk takes (slow-disk.c).
  */
 const SCENARIOS = [
   { item: '-', name: 'nobody', store: 'few' },
@@ -60,6 +61,22 @@ const SCENARIOS = [
     store: 'few',
     descriptors: 1024,
     isStranger: true,
+  },
+  { item: '6', name: 'slow-writes', what: '32 writes at once, each takes 200 ms', store: 'few', slow: { write: 200 } },
+  {
+    item: '6',
+    name: 'slow-new',
+    what: '32 writes of new objects, each takes 200 ms',
+    store: 'few',
+    slow: { write: 200 },
+  },
+  {
+    item: '6',
+    name: 'slow-syncs',
+    what: '8 disks flush, each sync takes 1 s; reads of 2 MiB',
+    store: 'few',
+    slow: { sync: 1000 },
+    readBytes: 2 * MIB,
   },
   { item: '7', name: 'vdi-list', what: 'vdi list, again and again', store: 'many' },
 ];
@@ -139,11 +156,11 @@ function cells({ p50, p99, max }) {
   return [p50, p99, max].map((ms) => ms.toFixed(ms < 100 ? 2 : 0).padStart(7)).join(' ');
 }
 
-async function measure({ name, store, descriptors, isStranger }) {
+async function measure({ name, store, descriptors, isStranger, slow, readBytes = PAGE }) {
   const where = path.join(directory, store);
   // Not in the store: strangers may not go there.
   const socket = path.join(directory, `${store}.sock`);
-  const daemon = await serve(where, socket, descriptors);
+  const daemon = await serve(where, socket, descriptors, slow);
   const attacker =
     name === 'nobody' ? undefined : start(process.execPath, [CLIENTS, name, socket], isStranger ? STRANGER : {});
   await sleep(WARM_UP_MS);
@@ -159,7 +176,7 @@ async function measure({ name, store, descriptors, isStranger }) {
     `nbd+unix:///data?socket=${socket}`,
     '1',
     '1',
-    String(PAGE),
+    String(readBytes),
     'read',
     'rand',
     String(seconds),
@@ -208,7 +225,7 @@ async function prepare(name) {
 
 // --- processes
 
-async function serve(store, socket, descriptors) {
+async function serve(store, socket, descriptors, slow) {
   const args = [
     path.join(dist, '../bin/sheepgate.cjs'),
     'serve',
@@ -221,11 +238,13 @@ async function serve(store, socket, descriptors) {
     '666',
   ];
   args.push(...values['serve-arg']);
+  const env = { ...process.env, ...(slow && slowDisk(store, slow)) };
   const daemon =
     descriptors === undefined
-      ? start(process.execPath, args, { errors: 'ignore' })
+      ? start(process.execPath, args, { errors: 'ignore', env })
       : start('/bin/sh', ['-c', `ulimit -n ${descriptors} && exec "$@"`, 'sh', process.execPath, ...args], {
           errors: 'ignore',
+          env,
         });
   let timer;
   await Promise.race([
@@ -242,8 +261,15 @@ async function serve(store, socket, descriptors) {
   return daemon;
 }
 
-function start(command, args, { errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore', ...who } = {}) {
-  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors], ...who });
+/** Not LMDB's file: who comes to a slow disk waits for its commits, which is no other client's doing. */
+function slowDisk(store, { write = 0, sync = 0 }) {
+  buildSlowDisk();
+  const directory = fs.realpathSync(store);
+  return { LD_PRELOAD: SLOW_DISK, SLOW_DISK: directory, SLOW_WRITE_MS: `${write}`, SLOW_SYNC_MS: `${sync}` };
+}
+
+function start(command, args, { errors = process.env.ATTACK_DEBUG ? 'inherit' : 'ignore', ...options } = {}) {
+  const child = spawn(command, args, { stdio: ['ignore', 'pipe', errors], ...options });
   children.add(child);
   child.over = new Promise((resolve) => {
     child.once('error', () => resolve(-1));
