@@ -8,7 +8,7 @@
  */
 
 /** What one connection may use of a turn of the loop, milliseconds. */
-const SLICE_MS = 1;
+const SLICE_MS = 2;
 /** What all connections together may use of a turn for what their sockets bring; what comes then waits for the next turn. */
 const TURN_MS = 4;
 /** What those that wait may use of a turn, milliseconds. */

@@ -60,24 +60,15 @@ interface Refusal {
 
 export class EndedMoments {
   readonly #memory: Memory;
-  readonly #log: (line: string, details?: object) => void;
   readonly #refusals = new Map<string, Refusal>();
-  /** Labels that the log has told of. */
-  readonly #told = new Set<string>();
 
   /**
    * `keptMs`: how long a reader that an earlier process left behind may come back. `readerMemoryMs`: how long that is known of
    * one that was cut off before; not less than it may come back.
    */
-  constructor(
-    memory: Memory,
-    keptMs: number,
-    log: (line: string, details?: object) => void,
-    readerMemoryMs = READER_MEMORY_MS,
-  ) {
+  constructor(memory: Memory, keptMs: number, readerMemoryMs = READER_MEMORY_MS) {
     const rememberedMs = Math.max(readerMemoryMs, keptMs);
     this.#memory = memory;
-    this.#log = log;
     for (const [key, value] of [...memory.entries(LABEL_PREFIX)]) {
       if (!isLabelRecord(value)) continue;
       if (value.endedAt || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
@@ -113,9 +104,6 @@ export class EndedMoments {
     const message =
       `${name}@${tag} was a moment of ${timeOf(record.usedAt.at)} that has ended (${why}). A label stands for one moment and ` +
       'one run; begin anew with another label';
-    if (!this.#told.has(key)) this.#log(`refused: ${message}`);
-    if (this.#told.size >= MAX_LABELS) this.#told.clear();
-    this.#told.add(key);
     throw new CatalogError('ENDED', message);
   }
 
@@ -175,14 +163,13 @@ export class EndedMoments {
   checkReader(name: string, client: Client, isOpening: boolean): void {
     const refusal = this.#refusals.get(readerKey(name, client));
     if (!refusal) return;
-    const { reader, why, refusingMs } = refusal;
+    const { reader, why } = refusal;
     const another = client.isExact ? 'from another process, ' : '';
     const message =
       `${name}@now of ${timeOf(reader.takenAt)}, which ${client.label} was reading, has ended (${why}); going on with another ` +
       `moment would make one image of two. Begin anew ${another}under a label (${name}@now:LABEL), or after a pause of ` +
       `${RETRY_PAUSE_MS / 1000} s`;
     if (isOpening) {
-      if (refusingMs === undefined) this.#log(`refused: ${message}`);
       refusal.refusingMs ??= 0;
       refusal.leftMs = RETRY_PAUSE_MS;
     }

@@ -111,7 +111,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#maxKept = options.maxKept ?? Infinity;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
-    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, this.#log, options.readerMemoryMs);
+    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, options.readerMemoryMs);
     catalog.keeper = this;
     this.#tickIfNeeded();
   }

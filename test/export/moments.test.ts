@@ -299,7 +299,7 @@ test('in a copy of a store that another process serves still, its clients were c
     else expect(use).toEqual({ client: 'x', since: 1, lostAt: expect.any(Number), until: expect.any(Number) });
     // A label that is being read there: nobody reads it in the copy.
     state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: stampNow(), server });
-    const ended = new EndedMoments(memoryOf(state), 1000, () => undefined);
+    const ended = new EndedMoments(memoryOf(state), 1000);
     expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
       isShared ? /another daemon has it open/ : /has ended \(the daemon ended\)/,
     );
@@ -443,7 +443,7 @@ const memoryOf = (state: StoreState): Memory => new Memory(state, () => undefine
 test('the oldest labels that ended in order make room; with those that may be asked for again, new ones are refused', async () => {
   const state = new FakeState();
   const memory = memoryOf(state);
-  const ended = new EndedMoments(memory, 1000, () => undefined);
+  const ended = new EndedMoments(memory, 1000);
   for (let n = 0; n < 300; n++) {
     await ended.useLabel('disk', `now:${n}`);
     ended.labelEnded('disk', `now:${n}`, 'it was read to its end', true);
@@ -463,7 +463,7 @@ test('the oldest labels that ended in order make room; with those that may be as
 
 test('a label is forgotten when its time has passed, and not when the clock says so within one boot', async () => {
   const memory = memoryOf(new FakeState());
-  const ended = new EndedMoments(memory, 1000, () => undefined);
+  const ended = new EndedMoments(memory, 1000);
   await ended.useLabel('disk', 'now:run');
   ended.labelEnded('disk', 'now:run', 'it was read to its end', true);
   const now = Date.now();
@@ -483,5 +483,5 @@ test('what is stored in another form, or damaged, is passed over', () => {
   }
   const memory = memoryOf(state);
   expect(new InUse(memory, { forMs: 1000, log: () => undefined }).of('disk', '')).toEqual([]);
-  new EndedMoments(memory, 1000, () => undefined).checkLabel('disk', '0');
+  new EndedMoments(memory, 1000).checkLabel('disk', '0');
 });
