@@ -192,11 +192,11 @@ async function measure({ name, store, descriptors, isStranger, slow, readBytes =
   // Who got nothing counts with what it has waited.
   const waited = performance.now() - began;
   if (visits.length === 0) visits.push(waited);
-  visits.sort((a, b) => a - b);
   const peakBytes = 1024 * Number(/VmHWM:\s+(\d+)/.exec(fs.readFileSync(`/proc/${daemon.pid}/status`, 'utf8'))?.[1]);
   await stop(visitor);
   if (attacker !== undefined) await stop(attacker);
   await stop(daemon);
+  visits.sort((a, b) => a - b);
   return {
     reads: { p50: p50 ?? waited, p99: p99 ?? waited, max: max ?? waited },
     isServed: max !== undefined,
