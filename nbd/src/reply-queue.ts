@@ -159,8 +159,8 @@ export class ReplyQueue {
   }
 
   /**
-   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). Must be followed, before anything else is asked of the queue, by
-   * finishRead, failRead or detachRead.
+   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). Must be followed, before anything
+   * else is asked of the queue, by finishRead, failRead or detachRead.
    */
   beginRead(length: number): Buffer {
     const header = this.encoder.readHeaderSize;
