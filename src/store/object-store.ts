@@ -139,6 +139,8 @@ export interface ObjectReader {
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
   ): Awaitable<void>;
+  /** Whether objectExtents would say at once that all of the object is data. Absent: of no object is that known. */
+  isAllData?(vid: number, idx: number): boolean;
 }
 
 /**

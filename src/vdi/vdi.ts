@@ -192,11 +192,23 @@ export class Vdi {
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
   ): Awaitable<void> {
+    if (this.#isAllData(offset, length)) {
+      sink(offset, length, false);
+      return;
+    }
     const end = offset + length;
     const work = length <= FEW_OBJECTS * this.#objectSize ? undefined : new LongWork(this);
     const walk = new Walk(new ExtentJoiner(offset, sink), offset, end, work);
     const later = work?.begin() ?? this.#extentsOn(walk);
     if (later !== undefined) return this.#untilDone(later, () => this.#extentsOn(walk));
+  }
+
+  /** Whether a range within one object is known to be data: what most reads are about. */
+  #isAllData(offset: number, length: number): boolean {
+    const idx = Math.floor(offset / this.#objectSize);
+    if (offset + length > (idx + 1) * this.#objectSize) return false;
+    const owner = this.#open.map[idx] ?? 0;
+    return owner !== 0 && this.#reader.isAllData?.(owner, idx) === true;
   }
 
   /** Go on with it. Returns what has to be awaited before it can be gone on with again; undefined if it is done. */

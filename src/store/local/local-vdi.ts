@@ -104,6 +104,7 @@ export class LocalVdi implements OpenVdi {
       readObject: (vid, idx, offset, into) => files.read(vid, idx, offset, into, this),
       cacheObject: (vid, idx, offset, length) => files.willNeed(vid, idx, offset, length, this),
       objectExtents: (vid, idx, offset, length, sink) => files.extents(vid, idx, offset, length, sink, this),
+      isAllData: (vid, idx) => files.isDense(vid, idx),
     };
     this.record = record;
     this.map = map;

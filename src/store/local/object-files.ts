@@ -260,7 +260,7 @@ export class ObjectFiles {
     sink: (offset: number, length: number, hole: boolean) => boolean,
     who: unknown = vid,
   ): Awaitable<void> {
-    if (this.#cache.get(vid, idx)?.isDense) {
+    if (this.isDense(vid, idx)) {
       sink(offset, length, false);
       return;
     }
@@ -291,6 +291,11 @@ export class ObjectFiles {
         at = hole;
       }
     });
+  }
+
+  /** Whether the object is open and known to have no hole. */
+  isDense(vid: number, idx: number): boolean {
+    return this.#cache.get(vid, idx)?.isDense === true;
   }
 
   /** Writes never make a hole, and those who do say so: what is dense once stays it until then. */
