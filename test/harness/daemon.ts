@@ -8,8 +8,9 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, inject, test, type TestContext } from 'vitest';
+import { afterAll, afterEach, inject, test, type TestContext } from 'vitest';
 import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf, virtnbdbackupOf } from './client-set.js';
+import { processState } from './process-state.js';
 
 export const BIN = fileURLToPath(new URL('../../bin/sheepgate.cjs', import.meta.url));
 
@@ -31,11 +32,19 @@ const HERE = clientSetNamed('own');
 const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 30_000;
 const RUN_TIMEOUT_MS = 90_000;
+/** For a daemon to tell of its connections, when a test has failed. */
+const TELL_TIMEOUT_MS = 5_000;
+/** Of each daemon, when a test has failed: the end of its log. */
+const TOLD_LOG_CHARACTERS = 8_000;
+/** Daemons that are told of, when a test has failed: the last ones. */
+const TOLD_DAEMONS = 4;
 const POLL_MS = 10;
 const MAX_POLL_MS = 500;
 
 const children = new Set<ChildProcess>();
 const directories = new Set<string>();
+/** Those of this test file, each with what it has come to. */
+const daemons: (() => Promise<string>)[] = [];
 let stateDirectory: string | undefined;
 
 /** An empty directory that is removed when the test file ends. Short enough to hold unix sockets. */
@@ -61,6 +70,14 @@ afterAll(async () => {
   cleanUp();
 });
 process.on('exit', cleanUp);
+
+// What a client met is often told by the daemon alone: that it has ended, that it was slow, whom it refused.
+afterEach(async ({ task }) => {
+  if (task.result?.state !== 'fail') return;
+  const earlier = daemons.length - TOLD_DAEMONS;
+  if (earlier > 0) console.error(`"${task.name}" has failed; of ${earlier} daemons before these nothing is told`);
+  for (const tell of daemons.slice(-TOLD_DAEMONS)) console.error(`"${task.name}" has failed; ${await tell()}`);
+});
 
 /** Resolves when the process is gone. */
 export function ended(child: ChildProcess): Promise<{ code: number | null; signal: NodeJS.Signals | null }> {
@@ -317,6 +334,14 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
 
   let log = '';
   child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
+  const happened = [`started ${now()}`];
+  child.once('exit', (code, signal) => happened.push(`ended ${now()} (${signal ?? code})`));
+  daemons.push(async () => {
+    const isAlive = child.exitCode === null && child.signalCode === null;
+    const lines = [`a daemon of ${store}: ${happened.join(', ')}`];
+    if (isAlive && child.pid !== undefined) lines.push(processState(child.pid), await connectionsOf(place));
+    return [...lines, 'the end of its log:', log.slice(-TOLD_LOG_CHARACTERS)].join('\n');
+  });
   const readyLine = new Promise<ReadyLine>((resolve, reject) => {
     let out = '';
     child.stdout.setEncoding('utf8').on('data', (text: string) => {
@@ -336,6 +361,7 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
     child.kill('SIGKILL');
     throw error;
   }
+  happened.push(`ready ${now()}`);
 
   return {
     store,
@@ -359,4 +385,15 @@ export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> 
     },
     uri: (name) => `nbd+unix:///${encodeURIComponent(name)}?socket=${socket}`,
   };
+}
+
+function now(): string {
+  return new Date().toISOString();
+}
+
+/** As the daemon tells it: one whose event loop hangs says nothing. `place`: the options that lead to it. */
+async function connectionsOf(place: readonly string[]): Promise<string> {
+  const { code, stdout, stderr } = await cli(['client', 'list', '--json', ...place], { timeoutMs: TELL_TIMEOUT_MS });
+  if (code === 0) return `its connections: ${stdout.trim()}`;
+  return `it does not tell of its connections within ${TELL_TIMEOUT_MS} ms: ${stderr.trim()}`;
 }

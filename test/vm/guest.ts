@@ -8,9 +8,10 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { afterAll, type TestContext } from 'vitest';
+import { afterAll, afterEach, type TestContext } from 'vitest';
 import { clientSet, inSet } from '../harness/client-set.js';
 import { ended, temporaryDirectory } from '../harness/daemon.js';
+import { processState } from '../harness/process-state.js';
 
 const BUILD = fileURLToPath(new URL('build-guest.sh', import.meta.url));
 /** Downloads are kept between runs, and each client set has a guest of its own. */
@@ -24,7 +25,29 @@ const CANNOT = 3;
 /** The guest's disk cache and tmpfs have to fit. */
 const MEMORY_MIB = 512;
 
+/**
+ * What qemu tells of how its NBD connections are made anew, on stderr: a line for each attempt, each option and each wait
+ * before the next attempt.
+ */
+const TRACED = [
+  ...['nbd_reconnect_attempt', 'nbd_reconnect_attempt_result', 'nbd_connect_thread_sleep', 'nbd_client_handshake'],
+  ...['nbd_client_handshake_success', 'nbd_send_option_request', 'nbd_receive_option_reply', 'nbd_server_error_msg'],
+];
+/** Of that, when a test has failed: the end. */
+const TOLD_CHARACTERS = 8_000;
+
 const children = new Set<ChildProcess>();
+/** Each with what its qemu has said on stderr so far. */
+const guests = new Map<ChildProcess, () => string>();
+afterEach(({ task }) => {
+  if (task.result?.state !== 'fail') return;
+  for (const [{ pid }, said] of guests) {
+    const state = pid === undefined ? 'never started' : processState(pid);
+    console.error(
+      `"${task.name}" has failed; its qemu, ${state}\nwhat it said last:\n${said().slice(-TOLD_CHARACTERS)}`,
+    );
+  }
+});
 afterAll(async () => {
   const running = [...children];
   for (const child of running) child.kill('SIGKILL');
@@ -87,12 +110,15 @@ export async function bootGuest(job: string, devices: readonly string[] = []): P
     ...['-kernel', vmlinuz, '-initrd', initramfs],
     ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off'],
     ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
+    ...['-msg', 'timestamp=on', ...TRACED.flatMap((event) => ['-trace', event])],
     ...devices,
   ]);
   const child = spawn(command, args, { stdio: ['pipe', 'pipe', 'pipe'] });
   children.add(child);
   child.once('exit', () => children.delete(child));
   let output = '';
+  /** Apart: a line of the guest's must not be cut in two by one of qemu's. */
+  let errors = '';
   let seen = 0;
   const listeners = new Set<() => void>();
   const onOutput = (text: string): void => {
@@ -100,9 +126,10 @@ export async function bootGuest(job: string, devices: readonly string[] = []): P
     for (const listener of listeners) listener();
   };
   child.stdout.setEncoding('utf8').on('data', onOutput);
-  child.stderr.setEncoding('utf8').on('data', onOutput);
+  child.stderr.setEncoding('utf8').on('data', (text: string) => (errors += text));
+  guests.set(child, () => errors);
   child.once('exit', () => onOutput(''));
-  const tail = (): string => output.slice(-4000);
+  const tail = (): string => `${output.slice(-4000)}\nqemu: ${errors.slice(-1000)}`;
 
   const expectLine = (word: string, timeoutMs = EXPECT_TIMEOUT_MS): Promise<string> =>
     new Promise((resolve, reject) => {
