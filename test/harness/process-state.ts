@@ -27,7 +27,8 @@ function threadsOf(pid: number): string[] {
     const state = /^State:\s*(.*)$/m.exec(textOf(`${task}/status`))?.[1] ?? 'gone';
     const [call = ''] = textOf(`${task}/syscall`).split(' ');
     const where = textOf(`${task}/wchan`);
-    const line = `thread ${textOf(`${task}/comm`)}: ${state}, system call ${call}, in ${where}`;
+    const which = tid === String(pid) ? 'main thread' : 'thread';
+    const line = `${which} ${textOf(`${task}/comm`)}: ${state}, system call ${call}, in ${where}`;
     counts.set(line, (counts.get(line) ?? 0) + 1);
   }
   const lines = Array.from(counts, ([line, count]) => (count > 1 ? `${line} (${count} of them)` : line));
