@@ -21,6 +21,7 @@ import {
 import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
+import type { LoopTime } from './loop-time.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { Watched } from './stall-watch.js';
 import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
@@ -40,6 +41,7 @@ export interface ConnectionOptions {
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
+  readonly time: LoopTime;
   /** Undefined: this peer is not offered TLS. */
   readonly tls?: ServerTls;
   readonly violations: Violations;
@@ -86,8 +88,9 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private reason: string | undefined;
   private lingerTimer: NodeJS.Timeout | undefined;
   private idleTimer: NodeJS.Timeout | undefined;
-  /** performance.now() when the client was last heard or answered. */
+  /** When the client was last heard or answered, by `time`. */
   private lastActiveAt = 0;
+  private readonly time: LoopTime;
   /** What was accepted: under TLS what lies below it. */
   readonly transport: Duplex;
   private readonly tls: ServerTls | undefined;
@@ -113,6 +116,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.observer = options.observer;
     this.pool = options.pool;
     this.loop = options.loop;
+    this.time = options.time;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
     this.violations = options.violations;
@@ -125,7 +129,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
-    this.clock = new HandshakeClock(this.limits, (reason) => this.abort(reason));
+    this.clock = new HandshakeClock(this.limits, this.time, (reason) => this.abort(reason));
     this.socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
@@ -400,12 +404,12 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.inPlace?.receive({
       nextBuffer: () => transmission.nextBuffer(),
       received: (length) => {
-        if (this.idleTimer !== undefined) this.lastActiveAt = performance.now();
+        if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
         transmission.received(length);
       },
     });
     if (this.limits.idleTimeoutMs > 0) {
-      this.lastActiveAt = performance.now();
+      this.lastActiveAt = this.time.now();
       this.waitForIdleness(this.limits.idleTimeoutMs);
     }
     if (this.socket.readableEnded) this.onEnd();
@@ -420,8 +424,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     const { idleTimeoutMs } = this.limits;
     this.idleTimer = setTimeout(() => {
       if (this.isClosing) return;
-      if (this.transmission?.isBusy === true) this.lastActiveAt = performance.now();
-      const left = this.lastActiveAt + idleTimeoutMs - performance.now();
+      if (this.transmission?.isBusy === true) this.lastActiveAt = this.time.now();
+      const left = this.lastActiveAt + idleTimeoutMs - this.time.now();
       if (left > 0) this.waitForIdleness(left);
       else this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
     }, delayMs);
@@ -469,7 +473,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
 
   private readonly onRequestData = (chunk: Buffer): void => {
-    if (this.idleTimer !== undefined) this.lastActiveAt = performance.now();
+    if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
     this.transmission?.feed(chunk);
   };
 

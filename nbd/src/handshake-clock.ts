@@ -1,14 +1,17 @@
 /**
  * The time that a handshake may take, the client's part and the server's each: a client is cut off for being silent or slow,
- * never for waiting for us; and nobody waits for us for ever. It owns one timer. By a clock that nobody sets.
+ * never for waiting for us; and nobody waits for us for ever. It owns one timer. By a clock that nobody sets, and that stands
+ * still while the server could not hear anybody.
  */
 import type { Limits } from './limits.js';
+import type { LoopTime } from './loop-time.js';
 
 export class HandshakeClock {
   private readonly limits: Limits;
+  private readonly time: LoopTime;
   private readonly onOver: (reason: string) => void;
-  private readonly startedAt = performance.now();
-  private heardAt = this.startedAt;
+  private readonly startedAt: number;
+  private heardAt: number;
   /** What the client was told takes time to ask about. */
   private moreMs = 0;
   /** What the server took so far, milliseconds ... */
@@ -22,16 +25,19 @@ export class HandshakeClock {
   private isStopped = false;
 
   /** `onOver` is called once, with the reason, unless it is stopped before. */
-  constructor(limits: Limits, onOver: (reason: string) => void) {
+  constructor(limits: Limits, time: LoopTime, onOver: (reason: string) => void) {
     this.limits = limits;
+    this.time = time;
     this.onOver = onOver;
+    this.startedAt = time.now();
+    this.heardAt = this.startedAt;
     this.shortLeftMs = limits.openTimeoutMs;
     this.wait();
   }
 
   /** The client has said something. */
   heard(): void {
-    this.heardAt = performance.now();
+    this.heardAt = this.time.now();
   }
 
   /** The client was told of so many exports, and may ask about each. */
@@ -44,13 +50,13 @@ export class HandshakeClock {
   async during<T>(doing: string, work: T | Promise<T>): Promise<T> {
     if (!(work instanceof Promise)) return work;
     this.doing = doing;
-    this.doingSince = performance.now();
+    this.doingSince = this.time.now();
     this.wait();
     try {
       return await work;
     } finally {
       this.doing = undefined;
-      const took = performance.now() - this.doingSince;
+      const took = this.time.now() - this.doingSince;
       // Of short ones only so much is not the client's: however many it asks for, its time passes.
       const ours = took >= SHORT_MS ? took : Math.min(took, this.shortLeftMs);
       if (took < SHORT_MS) this.shortLeftMs -= ours;
@@ -84,13 +90,13 @@ export class HandshakeClock {
       return;
     }
     // Of silence, since it was last heard; else since it came, but for what the server took.
-    const isSilent = performance.now() - this.heardAt >= handshakeTimeoutMs;
+    const isSilent = this.time.now() - this.heardAt >= handshakeTimeoutMs;
     const allowed = isSilent ? handshakeTimeoutMs : Math.round(handshakeTimeoutMs + this.moreMs);
     this.onOver(`no export chosen within ${allowed} ms`);
   }
 
   private left(): number {
-    const now = performance.now();
+    const now = this.time.now();
     const { handshakeTimeoutMs, openTimeoutMs } = this.limits;
     if (this.doing !== undefined) return this.doingSince + openTimeoutMs - now;
     const silence = this.heardAt + handshakeTimeoutMs - now;

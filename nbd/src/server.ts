@@ -14,6 +14,7 @@ import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
+import { LoopTime } from './loop-time.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { socketPathProblem } from './socket-path.js';
 import { StallWatch } from './stall-watch.js';
@@ -86,6 +87,7 @@ export class NbdServer {
   private internalCount = 0;
   private readonly pool: BufferPool;
   private readonly loop = new LoopShare();
+  private readonly time: LoopTime;
   private readonly stallWatch: StallWatch;
   private readonly violations: Violations;
   private readonly listeners = new Set<net.Server>();
@@ -105,7 +107,8 @@ export class NbdServer {
       throw new RangeError(`maxMemoryBytes is ${maxMemoryBytes}, and must be ${MIN_MEMORY_BYTES} at least`);
     }
     this.pool = new BufferPool(maxMemoryBytes);
-    this.stallWatch = new StallWatch(() => this.open.values(), this.pool, this.limits);
+    this.time = new LoopTime();
+    this.stallWatch = new StallWatch(() => this.open.values(), this.pool, this.limits, this.time);
     this.tls = options.tls;
     this.peerCredentials = options.peerCredentials;
     this.prepareSocket = options.prepareSocket;
@@ -211,6 +214,7 @@ export class NbdServer {
       observer: this.observer,
       pool: this.pool,
       loop: this.loop,
+      time: this.time,
       violations: this.violations,
       offender: key,
       place,
@@ -285,6 +289,7 @@ export class NbdServer {
   private stopListening(): void {
     this.isClosed = true;
     this.stallWatch.stop();
+    this.time.stop();
     for (const listener of this.listeners) listener.close();
     this.listeners.clear();
   }

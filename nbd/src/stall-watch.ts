@@ -6,6 +6,7 @@
 
 import type { BufferPool } from './buffer-pool.js';
 import { MIN_MOVED_BYTES, type Limits } from './limits.js';
+import type { LoopTime } from './loop-time.js';
 
 const MIB = 1024 * 1024;
 /** How often is looked. */
@@ -56,6 +57,7 @@ export class StallWatch {
     private readonly connections: () => Iterable<Watched>,
     private readonly pool: BufferPool,
     private readonly limits: Limits,
+    private readonly time: LoopTime,
   ) {
     this.timer = setInterval(this.look, LOOK_MS).unref();
   }
@@ -67,7 +69,7 @@ export class StallWatch {
   private readonly look = (): void => {
     const { memoryStallMs, stallTimeoutMs } = this.limits;
     const { missingBytes } = this.pool;
-    const now = performance.now();
+    const now = this.time.now();
     const holders: Watched[] = [];
     for (const connection of this.connections()) {
       const { any, enough } = this.stallsOf(connection, now);

@@ -28,6 +28,11 @@ async function listenError(server: NbdServer, options: Parameters<NbdServer['lis
   return error;
 }
 
+/** What a process that is stopped (a debugger, a frozen cgroup) does to its event loop. */
+function standStill(ms: number): void {
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
+}
+
 async function isServed(address: net.NetConnectOpts): Promise<void> {
   const client = await RawClient.connect(address);
   await client.open('disk');
@@ -462,6 +467,19 @@ describe('limits', () => {
     expect(closes).toEqual([]);
     gate.open();
     expect((await client.readOptionReply()).type).toBe(REP.INFO);
+  });
+
+  test('a client is not cut off for the time in which the server stood still, in the handshake or when it is idle', async () => {
+    const { raw, opened, closes } = await startServer({ limits: { handshakeTimeoutMs: 1300, idleTimeoutMs: 1300 } });
+    const idle = await opened();
+    const client = await raw();
+    await client.greet();
+    client.send(optionBytes(OPT.INFO, infoQuery('disk')));
+    idle.request({ type: CMD.READ, offset: 4, length: 4 });
+    standStill(1600);
+    expect((await client.readOptionReply()).type).toBe(REP.INFO);
+    expect((await idle.readReply(4)).data).toEqual(uint32(5));
+    expect(closes).toEqual([]);
   });
 
   test('a server that does not open an export in time says so of itself, and closes the device when it has opened', async () => {

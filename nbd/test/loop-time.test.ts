@@ -1,0 +1,28 @@
+import { setImmediate } from 'node:timers/promises';
+import { expect, test } from 'vitest';
+import { BufferPool } from '../src/buffer-pool.js';
+import { DEFAULT_LIMITS } from '../src/limits.js';
+import { LoopTime } from '../src/loop-time.js';
+import { StallWatch } from '../src/stall-watch.js';
+import { until } from './test-server.js';
+
+test('time in which the server stood still is not counted, for clients that take no replies neither', async () => {
+  const time = new LoopTime();
+  const stopped = new LoopTime();
+  stopped.stop();
+  const closed: string[] = [];
+  const client = { movedBytes: 0, waitsForClient: true, memoryBytes: 0, abort: (why: string) => closed.push(why) };
+  const limits = { ...DEFAULT_LIMITS, stallTimeoutMs: 1300 };
+  const watch = new StallWatch(() => [client], new BufferPool(limits.maxMemoryBytes), limits, time);
+  const from = { time: time.now(), stopped: stopped.now() };
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1600);
+  // What is due by the time of day comes before anything is read.
+  await setImmediate();
+  expect(time.now() - from.time).toBeLessThan(1300);
+  // A server that is closed waits for nobody longer than it said.
+  expect(stopped.now() - from.stopped).toBeGreaterThanOrEqual(1600);
+  expect(closed).toEqual([]);
+  await until(() => closed.length > 0, 'the time of the client goes on, and is over');
+  watch.stop();
+  time.stop();
+});
