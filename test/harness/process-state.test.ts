@@ -2,7 +2,7 @@ import { once } from 'node:events';
 import net from 'node:net';
 import { expect, test } from 'vitest';
 import { ended, start, waitUntil } from './daemon.js';
-import { processState } from './process-state.js';
+import { isStopped, processState } from './process-state.js';
 
 test('of a process that is stopped is told that it is, and that somebody waits to be accepted', async () => {
   const child = start('python3', [
@@ -12,8 +12,10 @@ test('of a process that is stopped is told that it is, and that somebody waits t
   const pid = child.pid as number;
   const [line] = (await once(child.stdout, 'data')) as [Buffer];
   const port = Number(line.toString());
+  expect(isStopped(pid)).toBe(false);
   child.kill('SIGSTOP');
-  await waitUntil(() => processState(pid).includes('T (stopped)'), 'it is stopped');
+  await waitUntil(() => isStopped(pid), 'it is stopped');
+  expect(processState(pid)).toContain('T (stopped)');
   const client = net.connect({ host: '127.0.0.1', port });
   await once(client, 'connect');
   expect(processState(pid)).toContain(`tcp port ${port} to 0: LISTEN, 0 bytes unsent, 1 unread or unaccepted`);

@@ -18,6 +18,12 @@ export function processState(pid: number): string {
   return [`process ${pid}:`, ...threadsOf(pid), ...connectionsOf(pid)].join('\n  ');
 }
 
+/** Whether every thread of it stands still (SIGSTOP), and does nothing until it is told to go on. */
+export function isStopped(pid: number): boolean {
+  const threads = namesIn(`/proc/${pid}/task`);
+  return threads.length > 0 && threads.every((tid) => /^State:\s*T/m.test(textOf(`/proc/${pid}/task/${tid}/status`)));
+}
+
 /** Threads that do the same are one line. The numbers of system calls are those of /proc/PID/syscall(5). */
 function threadsOf(pid: number): string[] {
   const counts = new Map<string, number>();

@@ -10,8 +10,8 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, type TestContext } from 'vitest';
 import { clientSet, inSet } from '../harness/client-set.js';
-import { ended, temporaryDirectory } from '../harness/daemon.js';
-import { processState } from '../harness/process-state.js';
+import { ended, temporaryDirectory, waitUntil } from '../harness/daemon.js';
+import { isStopped, processState } from '../harness/process-state.js';
 
 const BUILD = fileURLToPath(new URL('build-guest.sh', import.meta.url));
 /** Downloads are kept between runs, and each client set has a guest of its own. */
@@ -82,6 +82,12 @@ export interface Guest {
   send(word: string): void;
   /** Wait for its power-off. */
   end(): Promise<void>;
+  /**
+   * Do `work` while qemu stands still. For killing a daemon that it is connected to over TCP: who connects at the very
+   * moment in which Linux closes a listener may get a connection that nobody answers and nobody resets (the last packet
+   * of the handshake is dropped: ListenDrops in /proc/net/netstat), and qemu waits on it until its reconnect-delay is over.
+   */
+  whileStopped(work: () => Promise<void>): Promise<void>;
   /** What it printed so far. */
   console(): string;
 }
@@ -170,6 +176,15 @@ export async function bootGuest(job: string, devices: readonly string[] = []): P
     },
     async end() {
       await ended(child);
+    },
+    async whileStopped(work) {
+      child.kill('SIGSTOP');
+      try {
+        await waitUntil(() => child.pid !== undefined && isStopped(child.pid), 'qemu stands still');
+        await work();
+      } finally {
+        child.kill('SIGCONT');
+      }
     },
     console: () => output,
   };

@@ -160,7 +160,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
   });
 
   tries('reconnect-delay: the daemon is stopped and killed and comes back, and the guest notices nothing', async () => {
-    for (const end of [() => daemon.stop(), () => daemon.kill()]) {
+    for (const end of [() => daemon.stop(), () => guest.whileStopped(() => daemon.kill())]) {
       await end();
       daemon = await startDaemon({ store: daemon.store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
       await progress();
@@ -229,7 +229,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
       await qmp.execute('block-job-complete', { device: 'm' });
       expect(await qmp.event('BLOCK_JOB_COMPLETED', 'm')).not.toHaveProperty('error');
       await progress();
-      await daemon.kill();
+      await guest.whileStopped(() => daemon.kill());
       daemon = await startDaemon({ store: daemon.store, args: ['--listen', `tcp:127.0.0.1:${port}`] });
       await progress();
     },
