@@ -1,7 +1,11 @@
 /* sheepload: closed-loop load on Sheepdog nodes with nothing in between, to compare a gateway with.
- * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write rand|seq seconds VID_HEX span_bytes
- * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P").
- * prints: requests/s MB/s p50us p99us
+ * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write|copy|remove rand|seq|each seconds VID_HEX
+ *        span_bytes [count [BASE_VID_HEX]]
+ * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P"), and no block
+ * crosses the end of one. "each": one block in each object in turn, wherever in it. count: end after so many requests, however
+ * long it takes. "copy": what the first write to an object after a snapshot is: make it as a copy of BASE_VID's with the block
+ * laid over it, in no table. "remove": take such objects away, one with each request.
+ * prints: requests/s MB/s p50us p99us maxus
  * gcc -O2 sheepload.c -o sheepload */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,9 +40,10 @@ static struct connection conns[MAX_CONNECTIONS];
 static int n_conns;
 static char *data;
 static size_t block;
-static int is_write, is_random;
-static uint32_t vid, last_id, *latency;
-static uint64_t span, next_block, random_state = 88172645463325252ull;
+static int is_write, is_copy, is_removal;
+static char order;
+static uint32_t vid, base_vid, last_id, *latency;
+static uint64_t span, count, issued, random_state = 88172645463325252ull;
 static double started[ID_MASK + 1];
 static size_t n_samples;
 
@@ -55,17 +60,19 @@ static uint64_t next_random(void) {
 }
 
 static void queue_request(struct connection *c) {
-  uint64_t blocks = span / block;
-  uint64_t offset = (is_random ? next_random() % blocks : next_block++ % blocks) * block;
+  uint64_t objects = span / OBJECT_BYTES, per_object = OBJECT_BYTES / block, at = issued++;
+  uint64_t n = (order == 'r' ? next_random() : at) % (objects * per_object);
+  if (order == 'e') n = at % objects * per_object + next_random() % per_object;
   char header[HEADER_BYTES] = {0};
   uint32_t id = ++last_id;
   header[0] = 2;
-  header[1] = is_write ? 3 : 2;
-  header[2] = is_write ? 1 : 0;
+  header[1] = is_removal ? 4 : is_copy ? 1 : is_write ? 3 : 2;
+  header[2] = is_copy ? 3 : is_write ? 1 : 0;
   *(uint32_t *)(header + 8) = id;
-  *(uint32_t *)(header + 12) = block;
-  *(uint64_t *)(header + 16) = (uint64_t)vid << 32 | offset / OBJECT_BYTES;
-  *(uint32_t *)(header + 40) = offset % OBJECT_BYTES;
+  *(uint32_t *)(header + 12) = is_removal ? 0 : block;
+  *(uint64_t *)(header + 16) = (uint64_t)vid << 32 | n / per_object;
+  if (is_copy) *(uint64_t *)(header + 24) = (uint64_t)base_vid << 32 | n / per_object;
+  *(uint32_t *)(header + 40) = is_removal ? 0 : n % per_object * block;
   started[id & ID_MASK] = now();
   memmove(c->out, c->out + c->sent, c->queued - c->sent);
   c->queued -= c->sent;
@@ -124,14 +131,18 @@ static void open_connection(int port, int depth) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 10) return 2;
+  if (argc < 10) return 2;
   int per_node = atoi(argv[2]), depth = atoi(argv[3]);
   block = atol(argv[4]);
-  is_write = !strcmp(argv[5], "write");
-  is_random = !strcmp(argv[6], "rand");
+  is_copy = !strcmp(argv[5], "copy");
+  is_write = is_copy || !strcmp(argv[5], "write");
+  is_removal = !strcmp(argv[5], "remove");
+  order = argv[6][0];
   double seconds = atof(argv[7]);
   vid = strtoul(argv[8], 0, 16);
   span = strtoull(argv[9], 0, 0);
+  count = argc > 10 ? strtoull(argv[10], 0, 0) : 0;
+  base_vid = argc > 11 ? strtoul(argv[11], 0, 16) : 0;
   data = malloc(block);
   for (size_t i = 0; i < block; i++) data[i] = next_random();
   latency = malloc(sizeof *latency * MAX_SAMPLES);
@@ -141,19 +152,19 @@ int main(int argc, char **argv) {
   double begin = now();
   uint64_t answered = 0;
   int in_flight = 0, turn = 0;
-  for (; in_flight < depth; in_flight++) queue_request(&conns[turn++ % n_conns]);
+  for (; in_flight < depth && !(count && issued >= count); in_flight++) queue_request(&conns[turn++ % n_conns]);
   while (in_flight > 0) {
     struct pollfd polled[MAX_CONNECTIONS];
     for (int i = 0; i < n_conns; i++)
       polled[i] = (struct pollfd){conns[i].fd, POLLIN | (conns[i].queued > conns[i].sent ? POLLOUT : 0), 0};
     poll(polled, n_conns, 1000);
-    int is_over = now() - begin >= seconds;
+    int is_late = !count && now() - begin >= seconds;
     for (int i = 0; i < n_conns; i++) {
       struct connection *c = &conns[i];
       while (polled[i].revents & (POLLIN | POLLHUP) && receive(c)) {
         answered++;
         in_flight--;
-        if (is_over) continue;
+        if (is_late || (count && issued >= count)) continue;
         queue_request(&conns[turn++ % n_conns]);
         in_flight++;
       }
@@ -166,7 +177,7 @@ int main(int argc, char **argv) {
   }
   double took = now() - begin;
   qsort(latency, n_samples, sizeof *latency, compare);
-  printf("%.0f %.1f %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
-         latency[n_samples * 99 / 100]);
+  printf("%.0f %.1f %u %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
+         latency[n_samples * 99 / 100], latency[n_samples - 1]);
   return 0;
 }
