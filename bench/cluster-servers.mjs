@@ -188,7 +188,8 @@ export class Gate {
     });
     return async () => {
       const closed = new Promise((resolve) => socket.once('close', resolve));
-      socket.end();
+      // Who leaves without a word may come back, and finds the same moment again.
+      socket.end(disconnectRequest());
       await closed;
     };
   }
@@ -196,6 +197,13 @@ export class Gate {
   async #command(...args) {
     await run(process.execPath, [this.program, ...args, '--cluster', this.nodes.address, '--control', this.control]);
   }
+}
+
+function disconnectRequest() {
+  const bytes = Buffer.alloc(28);
+  bytes.writeUInt32BE(0x25609513);
+  bytes.writeUInt16BE(2, 6); // NBD_CMD_DISC
+  return bytes;
 }
 
 /** tgt with its Sheepdog backing store, over iSCSI on loopback. */
