@@ -30,8 +30,6 @@ const TARGET = 'iqn.2026-01.bench:sheep';
 /** A node maps memory for 512 KiB and more, and is slower then; 11 of these are nearly an object. */
 const BARE_PIECE_BYTES = 344 * 1024;
 const BARE_CONNECTIONS = 4;
-/** Objects that it takes away at a time. */
-const REMOVALS = 8;
 const GREETING_BYTES = 18;
 const EXPORT_BYTES = 10;
 const OPT_EXPORT_NAME = 1;
@@ -278,48 +276,49 @@ export class Dog {
   snapshot = Tgt.prototype.snapshot;
 }
 
-/**
- * Nobody in between: the limit of the nodes. After a snapshot it makes the copies and enters them in no table, and takes them
- * away again; `copied` is the VDI for that, whose objects are all its snapshot's.
- */
+/** Nobody in between: the limit of the nodes. After a snapshot it makes the copies and enters each in the table. */
 export class Bare {
   id = 'bare';
   title = 'bare client';
   name = 'bare';
+  snapshots = 0;
 
   async start(nodes, size, pattern) {
     this.nodes = nodes;
     await nodes.fill(this.name, size, pattern);
     this.vid = await nodes.vidOf(this.name);
-    await nodes.fill('copied', size, pattern);
-    this.baseVid = await nodes.vidOf('copied');
-    await nodes.dog('vdi', 'snapshot', '-s', 'base', 'copied');
-    this.copyVid = await nodes.vidOf('copied');
+    /** Whose all objects are: the vid's, or that of a snapshot. */
+    this.owner = this.vid;
   }
 
-  async load({ depth, block, mode, order }, timeLimit, span, count = 0, isAfterSnapshot = false) {
+  async load({ depth, block, mode, order }, timeLimit, span, count = 0) {
     const pieces = Math.ceil(block / BARE_PIECE_BYTES);
     const piece = pieces === 1 ? block : BARE_PIECE_BYTES;
     const ports = this.nodes.ports.slice(0, mode === 'read' ? undefined : 1).join(',');
     const load = (operation, how, vid, inFlight, bytes, requests) =>
       measured(SHEEPLOAD, [
-        ...[ports, BARE_CONNECTIONS, inFlight, bytes, operation, how, timeLimit, vid, span, requests, this.baseVid],
+        ...[ports, BARE_CONNECTIONS, inFlight, bytes, operation, how, timeLimit, vid, span, requests, this.owner],
       ]);
-    if (!isAfterSnapshot || mode === 'read') {
-      const vid = isAfterSnapshot ? this.baseVid : this.vid;
-      const result = await load(mode, order, vid, depth * pieces, piece, count * pieces);
-      return { ...result, perSecond: (result.perSecond * piece) / block };
+    let seconds = 0;
+    let left = count;
+    if (mode === 'write' && this.owner !== this.vid) {
+      // Once in each object it is a copy; what else is written to it then goes in place.
+      const objects = span / OBJECT_BYTES;
+      const copied = await load('copy', 'each', this.vid, depth, block, objects);
+      this.owner = this.vid;
+      seconds = objects / copied.perSecond;
+      left -= objects;
+      if (left === 0) return copied;
     }
-    // Once in each object it is a copy; what else is written to it then goes in place.
-    const objects = span / OBJECT_BYTES;
-    const copied = await load('copy', 'each', this.copyVid, depth, block, objects);
-    let seconds = objects / copied.perSecond;
-    if (count > objects) {
-      const rest = await load('write', order, this.copyVid, depth * pieces, piece, (count - objects) * pieces);
-      seconds += ((count - objects) * block) / (rest.perSecond * piece);
-    }
-    await load('remove', 'each', this.copyVid, REMOVALS, 4096, objects);
-    return { perSecond: count / seconds };
+    const result = await load(mode, order, this.owner, depth * pieces, piece, left * pieces);
+    const perSecond = (result.perSecond * piece) / block;
+    return { ...result, perSecond: count > 0 ? count / (seconds + left / perSecond) : perSecond };
+  }
+
+  async snapshot() {
+    const undo = await Tgt.prototype.snapshot.call(this);
+    this.vid = await this.nodes.vidOf(this.name);
+    return undo;
   }
 }
 

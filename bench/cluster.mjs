@@ -20,7 +20,7 @@ const KIB = 2 ** 10;
 const MIB = 2 ** 20;
 const HERE = import.meta.dirname;
 const OBJECT_BYTES = 4 * MIB;
-/** Nodes on two cores keep two copies of five disks, and of one more while a snapshot is there. */
+/** Of the span: two copies of a disk for each of five, of one more while its snapshot is there, and what is to be written. */
 const COPIES_OF_ALL = 14;
 const TIMES_TGT = 2;
 const SHARE_OF_BARE = 0.9;
@@ -203,7 +203,7 @@ async function measure(row, { server, before }, nodes, servers) {
   const count = isFirstWrite ? span / (order === 'each' ? OBJECT_BYTES : row.block) : 0;
   const ownBefore = cpuUs(own);
   const nodesBefore = cpuUs(nodes.processes);
-  const result = await server.load({ ...row, order }, seconds, span, count, Boolean(row.isAfterSnapshot));
+  const result = await server.load({ ...row, order }, seconds, span, count);
   const requests = count || (server.id === 'dog' ? span / row.block : result.perSecond * seconds);
   const sample = {
     ...result,
