@@ -22,7 +22,7 @@ const COMMAND_TIMEOUT_MS = 10 * 60_000;
 const POLL_MS = 50;
 /** Nodes and daemons have nothing left to do when all of them together used less than this in QUIET_MS. */
 const QUIET_TICKS = 2;
-const QUIET_MS = 300;
+const QUIET_MS = 200;
 const QUIET_TIMEOUT_MS = 15_000;
 /** Of /proc/PID/stat; the same on all machines that run Linux on these processors. */
 const TICK_US = 10_000;

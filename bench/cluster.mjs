@@ -45,7 +45,7 @@ const USAGE = `usage: node bench/cluster.mjs [options]
   --also DIST       a second build, measured beside it
   --dir DIR         where the nodes keep their objects (default /dev/shm, or the temporary directory)
   --json FILE       write every sample there as well
-  --quick           2 rounds of half a second on disks of 128 MiB: the figures say little
+  --quick           2 rounds of half a second on disks of 64 MiB: the figures say little
 The nodes are those on the PATH: sheep, dog; tgtd and tgtadm for tgt.`;
 
 const values = readOptions({
@@ -55,7 +55,7 @@ const values = readOptions({
   options: {
     rounds: { type: 'string', default: process.argv.includes('--quick') ? '2' : '5' },
     seconds: { type: 'string', default: process.argv.includes('--quick') ? '0.5' : '2' },
-    span: { type: 'string', default: process.argv.includes('--quick') ? '128' : '256' },
+    span: { type: 'string', default: process.argv.includes('--quick') ? '64' : '256' },
     only: { type: 'string', default: '' },
     peers: { type: 'string', default: 'tgt,dog,bare' },
     'serve-arg': { type: 'string', multiple: true, default: [] },
