@@ -87,8 +87,9 @@ try {
 async function main() {
   const missing = ['sheep', 'dog'].filter((command) => !haveCommand(command));
   if (missing.length > 0) {
-    process.stdout.write(`cluster: nothing is measured: ${missing.join(' and ')} of Sheepdog 1.0 not on the PATH\n`);
-    return;
+    throw new BenchError(
+      `nothing is measured: no ${missing.join(' and ')} on the PATH (Sheepdog 1.0, built from source)`,
+    );
   }
   const asked = values.peers.split(',').filter((peer) => peer !== 'none');
   const unknown = asked.find((peer) => !['tgt', 'dog', 'bare'].includes(peer));
