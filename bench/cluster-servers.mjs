@@ -332,11 +332,14 @@ export function cpuUs(processes) {
 }
 
 function ticks(pid) {
+  let line;
+  try {
+    line = fs.readFileSync(`/proc/${pid}/stat`, 'utf8');
+  } catch {
+    throw new BenchError(`process ${pid} has ended while it was measured`);
+  }
   // After the name, which may have blanks: state is field 3, utime and stime are 14 and 15.
-  const fields = fs
-    .readFileSync(`/proc/${pid}/stat`, 'utf8')
-    .replace(/^.*\) /s, '')
-    .split(' ');
+  const fields = line.replace(/^.*\) /s, '').split(' ');
   return Number(fields[11]) + Number(fields[12]);
 }
 

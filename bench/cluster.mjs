@@ -291,7 +291,7 @@ function describe(servers, minutes) {
   return [
     `${os.cpus().length} cores (${os.arch()}) for nodes, servers and load; Linux ${os.release().replace(/-.*/, '')}, ${Math.round(os.totalmem() / 2 ** 30)} GiB`,
     `${versions.join('; ')}; commit ${lineOf('git', '-C', HERE, 'rev-parse', '--short', 'HEAD') || 'unknown'}`,
-    `3 nodes, 2 copies, no syncs, objects in memory; disks of ${span / MIB} MiB, all of it written; load average at the end ${os.loadavg()[0].toFixed(1)}`,
+    `3 nodes, 2 copies, no syncs, objects on ${lineOf('stat', '-f', '-c', '%T', values.dir)}; disks of ${span / MIB} MiB, all of it written; load average at the end ${os.loadavg()[0].toFixed(1)}`,
     `medians of ${rounds} interleaved round(s) of ${seconds} s${values.quick ? '; quick: these figures say little' : ''}; ${minutes.toFixed(0)} minutes`,
   ];
 }
