@@ -145,7 +145,9 @@ export class Gate {
     this.program = path.join(this.dist, '../bin/sheepgate.cjs');
     const args = [this.program, 'serve', '--cluster', nodes.address, '--listen', `unix:${this.socket}`];
     args.push('--control', this.control, ...serveArgs);
-    this.process = start(process.execPath, args, { log, env: this.#environment() });
+    // Remembers nothing of this cluster on this machine.
+    const env = { SHEEPGATE_STATE: path.join(nodes.directory, `${this.id}.state`) };
+    this.process = start(process.execPath, args, { log, env });
     await until(`${this.title} listens`, () => canConnect(this.socket), this.process, log);
   }
 
@@ -191,15 +193,7 @@ export class Gate {
   }
 
   async #command(...args) {
-    const where = ['--cluster', this.nodes.address, '--control', this.control];
-    await run(process.execPath, [this.program, ...args, ...where], { env: this.#environment() });
-  }
-
-  /** Of its own, so that two builds may serve one cluster, and nothing of it is left on this machine. */
-  #environment() {
-    const home = path.join(this.nodes.directory, `${this.id}.home`);
-    fs.mkdirSync(home, { recursive: true, mode: 0o700 });
-    return { SHEEPGATE_STATE: home, XDG_RUNTIME_DIR: home };
+    await run(process.execPath, [this.program, ...args, '--cluster', this.nodes.address, '--control', this.control]);
   }
 }
 

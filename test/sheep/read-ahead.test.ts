@@ -62,21 +62,6 @@ test('reads here and there ask for nothing more than they want', async () => {
   expect(askedFor()).toBe(40 * STEP);
 });
 
-test('who has several large reads under way reads each byte itself: nothing is read ahead and copied', async () => {
-  const large = 2 ** 20;
-  let next = 0;
-  const reader = async (): Promise<void> => {
-    for (let at = next; at < written.length; at = next) {
-      next += large;
-      expect((await read(at, large)).equals(written.subarray(at, at + large)), `at ${at}`).toBe(true);
-    }
-  };
-  await Promise.all([reader(), reader(), reader(), reader()]);
-  // Three requests for each, none of them as large as a piece that is read ahead; but for the first, of which nobody knows yet.
-  const ahead = cluster.seen.filter((request) => isDataRead(request) && request.length > large / 2.5).length;
-  expect(ahead).toBeLessThanOrEqual(2);
-});
-
 test('what was read ahead is not answered once it has been overwritten', async () => {
   for (let at = 0; at < 4 * STEP; at += STEP) await read(at);
   expect(askedFor()).toBeGreaterThan(5 * STEP);

@@ -17,8 +17,6 @@ const WINDOW_BYTES = 4 * 1024 * 1024;
 const MIN_RUN = 2;
 /** Reads of a disk under way with which its reader does well enough by itself. */
 const BUSY_READS = 4;
-/** The same in bytes: more is not read ahead for anybody else, and what is read ahead has to be copied. */
-const BUSY_BYTES = WINDOW_BYTES / 2;
 /** Reads after which such a reader is looked at again: what it has under way goes up and down. */
 const BUSY_REST = 64;
 /** Readers of one disk that are told apart. */
@@ -80,8 +78,7 @@ export class ReadAhead {
   note(disk: ReadableDisk, offset: number, length: number): ReadCount {
     let reading = this.#disks.get(disk);
     if (!reading) this.#disks.set(disk, (reading = { inFlight: 0, readers: [], rest: 0 }));
-    // Those under way are taken to be as large as this one.
-    if (reading.inFlight >= BUSY_READS || reading.inFlight * length >= BUSY_BYTES) reading.rest = BUSY_REST;
+    if (reading.inFlight >= BUSY_READS) reading.rest = BUSY_REST;
     else if (reading.rest > 0) reading.rest--;
     const { readers } = reading;
     const at = readers.findIndex(({ next }) => next === offset);
