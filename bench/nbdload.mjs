@@ -1,4 +1,4 @@
-/** The load generator (nbdload.c, on libnbd) and the slow disk (slow-disk.c), built when they are needed. Owns bench/.build. */
+/** The load generators (*load.c, on libnbd, on libiscsi, on nothing) and the slow disk, built when needed. Owns bench/.build. */
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -8,6 +8,8 @@ const SLOW_DISK_SOURCE = path.join(import.meta.dirname, 'slow-disk.c');
 /** To be preloaded. */
 export const SLOW_DISK = path.join(import.meta.dirname, '.build/slow-disk.so');
 export const NBDLOAD = path.join(import.meta.dirname, '.build/nbdload');
+export const ISCSILOAD = path.join(import.meta.dirname, '.build/iscsiload');
+export const SHEEPLOAD = path.join(import.meta.dirname, '.build/sheepload');
 
 /** What whoever runs a benchmark is told in one line. */
 export class BenchError extends Error {}
@@ -15,6 +17,16 @@ export class BenchError extends Error {}
 /** Errors: BenchError if the compiler or libnbd is missing. */
 export function buildNbdload() {
   build(SOURCE, NBDLOAD, ['-lnbd', '-lpthread']);
+}
+
+/** Errors: BenchError if the compiler or libiscsi is missing. */
+export function buildIscsiload() {
+  build(path.join(import.meta.dirname, 'iscsiload.c'), ISCSILOAD, ['-liscsi']);
+}
+
+/** Errors: BenchError if the compiler is missing. */
+export function buildSheepload() {
+  build(path.join(import.meta.dirname, 'sheepload.c'), SHEEPLOAD, []);
 }
 
 /** Errors: BenchError if the compiler is missing. */
@@ -30,10 +42,11 @@ function build(source, target, options) {
   // Linked under another name first: a build that was interrupted must not look finished.
   const result = spawnSync('gcc', ['-O2', source, '-o', `${target}.new`, ...options], { encoding: 'utf8' });
   if (result.status !== 0) {
-    const isHeaderMissing = /libnbd\.h|-lnbd/.test(result.stderr);
+    const missing = /(libnbd|iscsi)\.h|-l(nbd|iscsi)/.exec(result.stderr)?.[0];
+    const library = missing?.includes('iscsi') ? 'libiscsi' : 'libnbd';
     throw new BenchError(
-      isHeaderMissing
-        ? 'libnbd is missing, which the load generator is built on; apt-get install libnbd-dev'
+      missing
+        ? `${library} is missing, which ${path.basename(target)} is built on; apt-get install ${library}-dev`
         : `gcc could not build ${source}:\n${result.stderr}`,
     );
   }

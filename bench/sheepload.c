@@ -1,7 +1,11 @@
 /* sheepload: closed-loop load on Sheepdog nodes with nothing in between, to compare a gateway with.
- * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write rand|seq seconds VID_HEX span_bytes
- * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P").
- * prints: requests/s MB/s p50us p99us
+ * usage: sheepload PORT[,PORT...] connections_per_node depth block_bytes read|write|copy rand|seq|each seconds VID_HEX
+ *        span_bytes [count [BASE_VID_HEX]]
+ * Nodes are on loopback. The VDI must have all its objects, of 4 MiB, under its own vid ("dog vdi create -P"), and no block
+ * crosses the end of one. "each": one block in each object in turn, wherever in it. count: end after so many requests, however
+ * long it takes. "copy": the first write to an object after a snapshot: make it as a copy of BASE_VID's with the block laid
+ * over it, and then enter it in the table.
+ * prints: requests/s MB/s p50us p99us maxus
  * gcc -O2 sheepload.c -o sheepload */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -21,6 +25,8 @@
 #define OBJECT_BYTES (4u << 20)
 #define HEADER_BYTES 48
 #define MAX_SAMPLES (1u << 24)
+#define TABLE_OFFSET 4664 /* of the table in an inode */
+#define VDI_BIT (1ull << 63)
 #define ID_MASK 0xfffffu /* start times are kept by the low bits of the request's id */
 
 struct connection {
@@ -36,10 +42,12 @@ static struct connection conns[MAX_CONNECTIONS];
 static int n_conns;
 static char *data;
 static size_t block;
-static int is_write, is_random;
-static uint32_t vid, last_id, *latency;
-static uint64_t span, next_block, random_state = 88172645463325252ull;
+static int is_write, is_copy;
+static char order;
+static uint32_t vid, base_vid, last_id, *latency;
+static uint64_t span, count, issued, random_state = 88172645463325252ull;
 static double started[ID_MASK + 1];
+static uint32_t object_of[ID_MASK + 1]; /* whose entry is still to be written, plus one; 0: none */
 static size_t n_samples;
 
 static double now(void) {
@@ -54,31 +62,52 @@ static uint64_t next_random(void) {
   return random_state ^= random_state << 17;
 }
 
-static void queue_request(struct connection *c) {
-  uint64_t blocks = span / block;
-  uint64_t offset = (is_random ? next_random() % blocks : next_block++ % blocks) * block;
-  char header[HEADER_BYTES] = {0};
-  uint32_t id = ++last_id;
-  header[0] = 2;
-  header[1] = is_write ? 3 : 2;
-  header[2] = is_write ? 1 : 0;
-  *(uint32_t *)(header + 8) = id;
-  *(uint32_t *)(header + 12) = block;
-  *(uint64_t *)(header + 16) = (uint64_t)vid << 32 | offset / OBJECT_BYTES;
-  *(uint32_t *)(header + 40) = offset % OBJECT_BYTES;
-  started[id & ID_MASK] = now();
+static void queue(struct connection *c, const char *header, const void *payload, size_t length) {
   memmove(c->out, c->out + c->sent, c->queued - c->sent);
   c->queued -= c->sent;
   c->sent = 0;
   memcpy(c->out + c->queued, header, HEADER_BYTES);
   c->queued += HEADER_BYTES;
-  if (is_write) {
-    memcpy(c->out + c->queued, data, block);
-    c->queued += block;
-  }
+  if (length == 0) return;
+  memcpy(c->out + c->queued, payload, length);
+  c->queued += length;
 }
 
-/* One answer, or what there is of it. Returns whether one is complete. */
+static void queue_request(struct connection *c) {
+  uint64_t objects = span / OBJECT_BYTES, per_object = OBJECT_BYTES / block, at = issued++;
+  uint64_t n = (order == 'r' ? next_random() : at) % (objects * per_object);
+  if (order == 'e') n = at % objects * per_object + next_random() % per_object;
+  char header[HEADER_BYTES] = {0};
+  uint32_t id = ++last_id;
+  header[0] = 2;
+  header[1] = is_copy ? 1 : is_write ? 3 : 2;
+  header[2] = is_copy ? 3 : is_write ? 1 : 0;
+  *(uint32_t *)(header + 8) = id;
+  *(uint32_t *)(header + 12) = block;
+  *(uint64_t *)(header + 16) = (uint64_t)vid << 32 | n / per_object;
+  if (is_copy) *(uint64_t *)(header + 24) = (uint64_t)base_vid << 32 | n / per_object;
+  *(uint32_t *)(header + 40) = n % per_object * block;
+  started[id & ID_MASK] = now();
+  object_of[id & ID_MASK] = is_copy ? n / per_object + 1 : 0;
+  queue(c, header, data, is_write ? block : 0);
+}
+
+static void queue_entry(struct connection *c, uint32_t object, double since) {
+  char header[HEADER_BYTES] = {0};
+  uint32_t id = ++last_id;
+  header[0] = 2;
+  header[1] = 3;
+  header[2] = 1;
+  *(uint32_t *)(header + 8) = id;
+  *(uint32_t *)(header + 12) = sizeof vid;
+  *(uint64_t *)(header + 16) = VDI_BIT | (uint64_t)vid << 32;
+  *(uint32_t *)(header + 40) = TABLE_OFFSET + object * sizeof vid;
+  started[id & ID_MASK] = since;
+  object_of[id & ID_MASK] = 0;
+  queue(c, header, &vid, sizeof vid);
+}
+
+/* One answer, or what there is of it. Returns whether one is complete, and with it what was asked for. */
 static int receive(struct connection *c) {
   ssize_t got;
   while (c->header_have < HEADER_BYTES) {
@@ -98,7 +127,12 @@ static int receive(struct connection *c) {
     c->payload_left -= got;
   }
   c->header_have = 0;
-  if (n_samples < MAX_SAMPLES) latency[n_samples++] = (now() - started[*(uint32_t *)(c->header + 8) & ID_MASK]) * 1e6;
+  uint32_t id = *(uint32_t *)(c->header + 8) & ID_MASK;
+  if (object_of[id] != 0) {
+    queue_entry(c, object_of[id] - 1, started[id]);
+    return 0;
+  }
+  if (n_samples < MAX_SAMPLES) latency[n_samples++] = (now() - started[id]) * 1e6;
   return 1;
 }
 
@@ -124,14 +158,17 @@ static void open_connection(int port, int depth) {
 }
 
 int main(int argc, char **argv) {
-  if (argc != 10) return 2;
+  if (argc < 10) return 2;
   int per_node = atoi(argv[2]), depth = atoi(argv[3]);
   block = atol(argv[4]);
-  is_write = !strcmp(argv[5], "write");
-  is_random = !strcmp(argv[6], "rand");
+  is_copy = !strcmp(argv[5], "copy");
+  is_write = is_copy || !strcmp(argv[5], "write");
+  order = argv[6][0];
   double seconds = atof(argv[7]);
   vid = strtoul(argv[8], 0, 16);
   span = strtoull(argv[9], 0, 0);
+  count = argc > 10 ? strtoull(argv[10], 0, 0) : 0;
+  base_vid = argc > 11 ? strtoul(argv[11], 0, 16) : 0;
   data = malloc(block);
   for (size_t i = 0; i < block; i++) data[i] = next_random();
   latency = malloc(sizeof *latency * MAX_SAMPLES);
@@ -141,19 +178,19 @@ int main(int argc, char **argv) {
   double begin = now();
   uint64_t answered = 0;
   int in_flight = 0, turn = 0;
-  for (; in_flight < depth; in_flight++) queue_request(&conns[turn++ % n_conns]);
+  for (; in_flight < depth && !(count && issued >= count); in_flight++) queue_request(&conns[turn++ % n_conns]);
   while (in_flight > 0) {
     struct pollfd polled[MAX_CONNECTIONS];
     for (int i = 0; i < n_conns; i++)
       polled[i] = (struct pollfd){conns[i].fd, POLLIN | (conns[i].queued > conns[i].sent ? POLLOUT : 0), 0};
     poll(polled, n_conns, 1000);
-    int is_over = now() - begin >= seconds;
+    int is_late = !count && now() - begin >= seconds;
     for (int i = 0; i < n_conns; i++) {
       struct connection *c = &conns[i];
       while (polled[i].revents & (POLLIN | POLLHUP) && receive(c)) {
         answered++;
         in_flight--;
-        if (is_over) continue;
+        if (is_late || (count && issued >= count)) continue;
         queue_request(&conns[turn++ % n_conns]);
         in_flight++;
       }
@@ -166,7 +203,7 @@ int main(int argc, char **argv) {
   }
   double took = now() - begin;
   qsort(latency, n_samples, sizeof *latency, compare);
-  printf("%.0f %.1f %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
-         latency[n_samples * 99 / 100]);
+  printf("%.0f %.1f %u %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
+         latency[n_samples * 99 / 100], latency[n_samples - 1]);
   return 0;
 }

@@ -4,7 +4,7 @@ import { expect, test } from 'vitest';
 import { run } from '../harness/daemon.js';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
-const NODE_SCRIPTS = ['run', 'attacks', 'attack-clients', 'pauses'].map((name) => `bench/${name}.mjs`);
+const NODE_SCRIPTS = ['run', 'attacks', 'attack-clients', 'cluster', 'pauses'].map((name) => `bench/${name}.mjs`);
 const EXAMPLES = ['backup-now', 'ext4-from-folder', 'qemu-io-session', 'rsync-from-snapshot', 'snapshot-while-writing'];
 
 test('benchmarks and recorders answer --help, and say what is wrong', async () => {
@@ -26,6 +26,12 @@ test('benchmarks and recorders answer --help, and say what is wrong', async () =
     const wrong = await run(process.execPath, ['bench/attacks.mjs', ...args], { cwd: ROOT });
     expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) });
   }
+});
+
+test('the benchmark of a cluster says what is missing where there are no nodes to be had', async () => {
+  const env = { PATH: ROOT };
+  const asked = await run(process.execPath, ['bench/cluster.mjs', '--quick'], { cwd: ROOT, env });
+  expect(asked).toMatchObject({ code: 1, stdout: '', stderr: expect.stringMatching(/no sheep and dog on the PATH/) });
 });
 
 test('npm run fuzz does, too', async () => {
