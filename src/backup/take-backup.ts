@@ -4,7 +4,14 @@
  * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
  */
 import path from 'node:path';
-import { labelOfRun, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
+import {
+  formatSpec,
+  labelOfRun,
+  OperationError,
+  type Disk,
+  type Operations,
+  type VdiRecord,
+} from '../daemon/operations.js';
 import { blockBytesOf, BlockHashes, hashOf, isZeros } from './block-hashes.js';
 import { Chain, type Link } from './chain.js';
 import { writeFully } from './file-io.js';
@@ -52,13 +59,15 @@ export interface Taken {
  * The store is open only while something is asked of it: what concerns the target alone, and may take hours, comes before
  * and after. Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
  */
-export async function takeBackup(withStore: WithStore, options: TakeOptions): Promise<Taken> {
-  const { vdi, to, isFull, log } = options;
+export async function takeBackup(withStore: WithStore, given: TakeOptions): Promise<Taken> {
+  const { to, isFull, log } = given;
   // First: a mistyped name must not leave a directory behind.
-  const store = await withStore(async (operations) => {
-    await showWorking(operations, vdi);
-    return operations.store;
+  const { store, vdi } = await withStore(async (operations) => {
+    const { name } = await showWorking(operations, given.vdi);
+    return { store: operations.store, vdi: formatSpec({ name, tag: undefined }) };
   });
+  // However it was said: its snapshots are said by its name.
+  const options = { ...given, vdi };
   const { image } = placeOf(to);
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
     throw new OperationError(
@@ -201,7 +210,8 @@ class Run {
 
   async #checkBase(base: BaseSnapshot): Promise<void> {
     const { vdi, to } = this.#options;
-    const snapshots = (await this.#operations.list()).filter(({ name, isSnapshot }) => name === vdi && isSnapshot);
+    const { name } = this.#working;
+    const snapshots = (await this.#operations.list()).filter((record) => record.name === name && record.isSnapshot);
     const why = whoIsBehind({
       vdi,
       to,
@@ -218,7 +228,7 @@ class Run {
     const { vdi, log } = this.#options;
     for (const { name, tag, isSnapshot } of await this.#operations.list()) {
       const number = tag.startsWith(this.#tagPrefix) ? Number(tag.slice(this.#tagPrefix.length)) : NaN;
-      if (name !== vdi || !isSnapshot || !(number <= below) || tag === keep) continue;
+      if (name !== this.#working.name || !isSnapshot || !(number <= below) || tag === keep) continue;
       try {
         await this.#operations.remove(`${vdi}@${tag}`);
       } catch (error) {

@@ -9,6 +9,7 @@ import { printJson, printLine, table } from './output.js';
 import { missingOption } from './missing.js';
 import { openPlace, placeArgument, PLACE_HELP, type Place } from './place.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
 import { formatSize } from './size.js';
 
 interface MigrateOptions {
@@ -17,6 +18,7 @@ interface MigrateOptions {
   readonly fromControl?: string;
   readonly toControl?: string;
   readonly as?: string;
+  readonly renameTags?: boolean;
   readonly sync?: boolean;
   readonly verify: Verify;
   readonly sha256?: boolean;
@@ -33,6 +35,10 @@ target. The source may be in use.
 Until it is complete the target is unfinished: 'vdi list' says so, and nobody can open it. After an interruption, whatever it
 was, the same command goes on where it stopped. A NAME in the target that this command did not make is left alone.
 
+A cluster may have names and tags that are not allowed here, and takes tags that are numbers for ids. A migration with such
+tags is refused with the list of them, before it begins; with --rename-tags the tag x/y of the snapshot @2d6333 becomes
+x_y.id-2d6333. Give it in every run.
+
 To move a disk that is in use: run it with --sync, as often as you like; then stop whoever writes, and run it without.
 
 Examples:
@@ -43,10 +49,11 @@ Examples:
 export function migrateCommand(): Command {
   return new Command('migrate')
     .description('copy a VDI with its snapshots between stores and clusters')
-    .argument('<name>', 'name of the VDI')
+    .argument('<name>', 'name of the VDI, or @=NAME or @ID for what other tools have made')
     .addOption(new Option('--from <place>', PLACE_HELP).argParser(placeArgument).makeOptionMandatory())
     .addOption(new Option('--to <place>', 'the same').argParser(placeArgument).makeOptionMandatory())
     .option('--as <name>', 'its name in the target, if not the same')
+    .option('--rename-tags', 'give snapshots whose tags the target cannot have others, with their IDs')
     .option('--sync', 'more runs will follow: leave a mark, so that the next one copies what has changed')
     .addOption(
       new Option(
@@ -68,15 +75,24 @@ export function migrateCommand(): Command {
 
 async function migrate(name: string, options: MigrateOptions): Promise<void> {
   const startedAt = performance.now();
-  const newName = options.as ?? name;
   if (options.sync && options.verify === 'only') {
     throw new OperationError('BAD_USAGE', '--sync copies, --verify only does not; leave out one of them');
   }
-  const result = await withBoth(options, (source, target) =>
+  const { result, newName } = await withBoth(options, (source, target) =>
     interruptible(async (signal) => {
+      const own = await nameOf(source, name);
+      const newName = options.as ?? own;
+      if (options.as === undefined && formatSpec({ name: own, tag: undefined }) !== own) {
+        throw new OperationError(
+          'BAD_NAME',
+          `${name} cannot have its name in ${options.to}; give another one with --as`,
+        );
+      }
+      checkName(newName);
       const migration = new Migration(source, target, {
-        name,
+        name: own,
         newName,
+        renamesTags: options.renameTags ?? false,
         sync: options.sync ?? false,
         verify: options.verify,
         sha256: options.sha256 ?? false,
@@ -84,7 +100,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         force: options.force,
         signal,
       });
-      return migration.run();
+      return { result: await migration.run(), newName };
     }),
   );
   const seconds = (performance.now() - startedAt) / 1000;
@@ -138,6 +154,15 @@ async function withBoth<T>(
   );
 }
 
+/** Whatever way the VDI is said. Errors: BAD_NAME, NO_VDI. */
+async function nameOf(source: Operations, text: string): Promise<string> {
+  const { name, tag, vid } = parseSpec(text);
+  if (tag !== undefined) {
+    throw new OperationError('BAD_NAME', `"${text}": a VDI is migrated with all its snapshots; give its name alone`);
+  }
+  return vid === undefined ? name : (await source.show(text)).name;
+}
+
 function printResult(
   name: string,
   newName: string,
@@ -157,6 +182,9 @@ function printResult(
   ]);
   const header = ['NAME', 'SIZE', 'COPIED', 'COMPARED', 'TREEHASH', ...(hasSha256 ? ['SHA256'] : [])];
   process.stdout.write(table(header, rows, ['SIZE', 'COPIED', 'COMPARED']));
+  for (const { tag, renamedFrom } of all) {
+    if (renamedFrom !== undefined) printLine(`${renamedFrom} is ${newName}@${tag} there`);
+  }
   const what = `${name} from ${from} ${verify === 'only' ? 'and' : 'to'} ${newName} in ${to}`;
   if (verify === 'only') printLine(`compared ${what} in ${seconds.toFixed(1)} s: they are the same`);
   else printLine(`migrated ${what} in ${seconds.toFixed(1)} s: ${formatSize(copied)} copied, all of it compared`);

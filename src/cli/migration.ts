@@ -12,9 +12,11 @@ import { blockBytesOf, BlockHashes } from '../backup/block-hashes.js';
 import { diskSha256 } from '../backup/image-sha256.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { checkName, checkTag, labelOfRun } from '../vdi/names.js';
+import { formatSpec, labelOfRun, specOf } from '../vdi/names.js';
+import { bytesOfText } from '../store/name-bytes.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
+import { carriedTags } from './carried-tags.js';
 import { closing } from './closing.js';
 import {
   compare,
@@ -36,6 +38,8 @@ export interface MigrationOptions {
   readonly name: string;
   /** Its name in the target. */
   readonly newName: string;
+  /** Snapshots whose tags the target cannot have get others. */
+  readonly renamesTags?: boolean;
   /** More runs follow: leave the mark that lets them go on. */
   readonly sync: boolean;
   readonly verify: Verify;
@@ -50,8 +54,10 @@ export interface MigrationOptions {
 
 /** What became of one snapshot, or of the present content. Sizes in bytes. */
 export interface Migrated {
-  /** null for the present content. */
+  /** In the target; null for the present content. */
   readonly tag: string | null;
+  /** How the source says it, if it had another tag there. */
+  readonly renamedFrom?: string;
   readonly size: number;
   readonly copiedBytes: number;
   readonly zeroedBytes: number;
@@ -76,22 +82,32 @@ interface History {
   /** Oldest first. */
   readonly snapshots: readonly VdiRecord[];
   readonly working: VdiRecord | undefined;
+  /** What the snapshots are called in the target, by their vids. */
+  readonly tags: ReadonlyMap<number, string>;
 }
 
 /** What the target is to become next. */
 interface Goal {
   /** An export of the source. */
   readonly spec: string;
-  /** undefined: the present content. */
+  /** In the target; undefined: the present content. */
   readonly tag: string | undefined;
+  readonly renamedFrom?: string | undefined;
   readonly size: number;
   /** Of the blocks that are compared. */
   readonly blockBytes: number;
   readonly takenAt: number;
   /** A snapshot that both sides have, and from which this differs as little as is known. */
-  readonly base: VdiRecord | undefined;
+  readonly base: Base | undefined;
   /** For people. */
   readonly label: string;
+}
+
+/** A snapshot of the source: how that says it, and its tag in the target. */
+interface Base {
+  readonly spec: string;
+  readonly tag: string;
+  readonly size: number;
 }
 
 interface Present {
@@ -118,7 +134,9 @@ export class Migration {
   readonly #migrated: string;
   readonly #reading: string;
   readonly #label: string;
-  /** By tag, of snapshots that a later one is compared with. */
+  /** How the source says the VDI. */
+  readonly #said: string;
+  /** By tag in the target, of snapshots that a later one is compared with. */
   readonly #fingerprints = new Map<string, Fingerprint>();
   readonly #done = new Map<string, Migrated>();
   /** From here on the target bears our mark: a failure can be mended by starting again. */
@@ -130,6 +148,7 @@ export class Migration {
     this.#source = source;
     this.#target = target;
     this.#options = options;
+    this.#said = formatSpec({ name: options.name, tag: undefined });
     this.#id = idOf(source.identity, options.name);
     this.#migrated = MIGRATED + this.#id;
     // Two runs to two targets read from snapshots of their own.
@@ -161,8 +180,6 @@ export class Migration {
   }
 
   async #migrateAll(): Promise<MigrationResult> {
-    checkName(this.#options.name);
-    checkName(this.#options.newName);
     let history = await this.#history();
     if (this.#options.verify === 'only') return this.#verifyOnly(history);
     await this.#claim(history);
@@ -187,14 +204,14 @@ export class Migration {
 
   /** What there is to migrate. Errors: NO_VDI, BAD_NAME, UNSUPPORTED. */
   async #history(): Promise<History> {
-    const { name } = this.#options;
+    const { name, renamesTags = false } = this.#options;
     const records = (await this.#source.list()).filter((record) => record.name === name);
     const { store } = this.#source;
     const mark = records.find(({ tag }) => MARK.test(tag));
     if (mark) {
       throw new OperationError(
         'UNFINISHED',
-        `${name} in ${store} is itself the unfinished target of a migration (it has the snapshot ${name}@${mark.tag}); finish that one first`,
+        `${this.#said} in ${store} is itself the unfinished target of a migration (it has the snapshot ${specOf(mark)}); finish that one first`,
       );
     }
     const unfinished = records.find((record) => record.unfinished);
@@ -209,18 +226,9 @@ export class Migration {
         `no VDI named "${name}" in ${this.#source.store}; 'sheepgate vdi list' shows what is there`,
       );
     }
-    const tags = new Map<string, VdiRecord>();
-    for (const snapshot of snapshots) {
-      const other = tags.get(snapshot.tag);
-      if (other) {
-        throw new OperationError(
-          'UNSUPPORTED',
-          `${name} in ${this.#source.store} has two snapshots with the tag "${snapshot.tag}" (ids ${other.snapId} and ${snapshot.snapId}), and only one can be found by it; delete one`,
-        );
-      }
-      tags.set(checkTag(snapshot.tag), snapshot);
-    }
-    return { snapshots, working };
+    const { store: place } = this.#target;
+    const tags = carriedTags(snapshots, { place, isCluster: isClusterLocation(place), renamesTags });
+    return { snapshots, working, tags };
   }
 
   async #targetRecords(): Promise<VdiRecord[]> {
@@ -306,14 +314,15 @@ export class Migration {
 
   /** The snapshots of the target must be the first ones of the source. */
   async #checkPrefix(history: History, records: readonly VdiRecord[]): Promise<void> {
-    const { name, newName } = this.#options;
+    const { newName } = this.#options;
     const there = records.filter(({ isSnapshot, isTemporary, tag }) => isSnapshot && !MARK.test(tag) && !isTemporary);
     there.sort((a, b) => a.snapId - b.snapId);
     for (const [n, { tag }] of there.entries()) {
-      if (history.snapshots[n]?.tag === tag) continue;
+      const expected = history.snapshots[n];
+      if (expected && history.tags.get(expected.vid) === tag) continue;
       throw new OperationError(
         'CHANGED',
-        `${newName}@${tag} in ${this.#target.store} is not the ${ordinal(n)} snapshot of ${name} in ${this.#source.store} (any more); delete it in the target if it is not wanted, and start again`,
+        `${newName}@${tag} in ${this.#target.store} is not the ${ordinal(n)} snapshot of ${this.#said} in ${this.#source.store} (any more); delete it in the target if it is not wanted, and start again`,
       );
     }
   }
@@ -332,7 +341,7 @@ export class Migration {
   async #migrateSnapshots(history: History): Promise<void> {
     const { newName } = this.#options;
     for (const [n, snapshot] of history.snapshots.entries()) {
-      const { tag } = snapshot;
+      const tag = tagOf(history, snapshot);
       if (this.#done.has(tag)) continue;
       const goal = this.#goalOf(history, n);
       const found = (await this.#targetRecords()).find((record) => record.isSnapshot && record.tag === tag);
@@ -352,16 +361,26 @@ export class Migration {
   }
 
   #goalOf(history: History, n: number): Goal {
-    const { name } = this.#options;
-    const { tag, size, blockSizeShift, snapshotAt } = history.snapshots[n] as VdiRecord;
-    const spec = `${name}@${tag}`;
+    const snapshot = history.snapshots[n] as VdiRecord;
+    const { size, blockSizeShift, snapshotAt } = snapshot;
+    const spec = specOf(snapshot);
+    const tag = tagOf(history, snapshot);
+    const renamedFrom = tag === snapshot.tag ? undefined : spec;
     const blockBytes = blockBytesOf(blockSizeShift);
-    return { spec, tag, size, blockBytes, takenAt: snapshotAt, base: baseOf(history, n), label: spec };
+    return { spec, tag, renamedFrom, size, blockBytes, takenAt: snapshotAt, base: baseOf(history, n), label: spec };
   }
 
-  #presentGoal(history: History, { name, blockSizeShift }: VdiRecord, { spec, size }: Present): Goal {
+  #presentGoal(history: History, { blockSizeShift }: VdiRecord, { spec, size }: Present): Goal {
     const base = baseOf(history, history.snapshots.length);
-    return { spec, tag: undefined, size, blockBytes: blockBytesOf(blockSizeShift), takenAt: 0, base, label: name };
+    return {
+      spec,
+      tag: undefined,
+      size,
+      blockBytes: blockBytesOf(blockSizeShift),
+      takenAt: 0,
+      base,
+      label: this.#said,
+    };
   }
 
   /** Make the working VDI of the target read as the goal, and compare. */
@@ -388,13 +407,13 @@ export class Migration {
    * the goal already, from a run before this one, is not put back.
    */
   async #chooseBranch({ base, spec, size }: Goal): Promise<void> {
-    const { name, newName } = this.#options;
+    const { newName } = this.#options;
     if (!base) return;
     const records = (await this.#targetRecords()).filter(({ tag, isTemporary }) => !MARK.test(tag) && !isTemporary);
     const last = records.filter(({ isSnapshot }) => isSnapshot).sort((a, b) => b.snapId - a.snapId)[0];
     if (!last || last.tag === base.tag) return;
     const working = records.find(({ isSnapshot }) => !isSnapshot);
-    const wanted = await this.#bytesChanged(this.#source, spec, size, `${name}@${base.tag}`);
+    const wanted = await this.#bytesChanged(this.#source, spec, size, base.spec);
     const found = await this.#bytesChanged(this.#target, newName, working?.size ?? 0, `${newName}@${base.tag}`);
     if (found > wanted) await this.#target.rollback(`${newName}@${base.tag}`, { run: this.#run });
   }
@@ -458,11 +477,11 @@ export class Migration {
 
   /** Where the two may differ: where either differs from a base that both have, or else where either has data. */
   async #unitsOf(goal: Goal, source: Disk, target: Disk, targetSpec: string, unitBytes: number): Promise<Units> {
-    const { name, newName, signal } = this.#options;
+    const { newName, signal } = this.#options;
     const { base, spec, size } = goal;
     const units = new Units(size, unitBytes);
     if (base) {
-      await units.markPages((offset) => this.#source.changes(spec, `${name}@${base.tag}`, offset), signal);
+      await units.markPages((offset) => this.#source.changes(spec, base.spec, offset), signal);
       await units.markPages((offset) => this.#target.changes(targetSpec, `${newName}@${base.tag}`, offset), signal);
       // The unit that is cut off by the end of one of them is another one in the other.
       if (base.size !== size) units.mark(Math.min(base.size, size) - 1, 1);
@@ -510,23 +529,25 @@ export class Migration {
     const { size } = working;
     const source = this.#source;
     const isForeign = isClusterLocation(source.store) && !source.isDaemon;
-    if (isReadOnly || (isForeign && verify === 'only')) return { spec: name, size, close: () => Promise.resolve() };
+    const said = this.#said;
+    if (isReadOnly || (isForeign && verify === 'only')) return { spec: said, size, close: () => Promise.resolve() };
     if (!isForeign) {
       // Nobody else writes it than whom we ask.
-      const spec = `${name}@now:${this.#label}`;
+      const spec = `${said}@now:${this.#label}`;
       const disk = await source.openDisk(spec);
       return { spec, size: disk.size, close: () => disk.close() };
     }
     // Others may write it whom only a snapshot by the cluster's own means reaches.
-    const spec = `${name}@${this.#reading}`;
+    const spec = `${said}@${this.#reading}`;
     const left = (await source.list()).some((record) => record.name === name && record.tag === this.#reading);
     if (left) await source.remove(spec);
-    const taken = await source.snapshot(name, this.#reading);
+    const taken = await source.snapshot(said, this.#reading);
     return { spec, size: taken.size, close: async () => void (await source.remove(spec)) };
   }
 
-  async #finish({ snapshots, working }: History, present: Migrated | null): Promise<MigrationResult> {
+  async #finish(history: History, present: Migrated | null): Promise<MigrationResult> {
     const { newName, sync } = this.#options;
+    const { snapshots, working } = history;
     const target = this.#target;
     const run = this.#run;
     if (sync && working) await target.snapshot(newName, this.#migrated, { run });
@@ -537,7 +558,7 @@ export class Migration {
     else await target.remove(newName, { run });
     this.#hasClaimed = sync;
     return {
-      snapshots: snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
+      snapshots: snapshots.map((snapshot) => this.#done.get(tagOf(history, snapshot)) as Migrated),
       working: present,
       isFinished: !sync || !working,
     };
@@ -553,7 +574,8 @@ export class Migration {
     const unfinished = records.find((record) => record.unfinished);
     if (unfinished) throw await unfinishedIn(this.#target, unfinished, records);
     await this.#checkPrefix(history, records);
-    for (const [n, { tag }] of history.snapshots.entries()) {
+    for (const [n, snapshot] of history.snapshots.entries()) {
+      const tag = tagOf(history, snapshot);
       if (!records.some((record) => record.isSnapshot && record.tag === tag)) throw missing(`${newName}@${tag}`);
       this.#done.set(tag, await this.#verify(this.#goalOf(history, n), `${newName}@${tag}`));
       this.#forgetUnused(history, n);
@@ -567,7 +589,7 @@ export class Migration {
     }
     const isFinished = !records.some(({ tag }) => MARK.test(tag));
     return {
-      snapshots: history.snapshots.map(({ tag }) => this.#done.get(tag) as Migrated),
+      snapshots: history.snapshots.map((snapshot) => this.#done.get(tagOf(history, snapshot)) as Migrated),
       working: present,
       isFinished,
     };
@@ -583,10 +605,17 @@ interface ComparedUnits {
  * What the nth snapshot, or the present content, is compared with: the snapshot it goes on from, which is another one than
  * the one before where the VDI was rolled back; or that one, if its origin is gone or another VDI's.
  */
-function baseOf({ snapshots, working }: History, n: number): VdiRecord | undefined {
+function baseOf(history: History, n: number): Base | undefined {
+  const { snapshots, working } = history;
   const parentVid = (snapshots[n] ?? working)?.parentVid;
   const before = snapshots.slice(0, n);
-  return before.find(({ vid }) => vid === parentVid) ?? before.at(-1);
+  const base = before.find(({ vid }) => vid === parentVid) ?? before.at(-1);
+  return base && { spec: specOf(base), tag: tagOf(history, base), size: base.size };
+}
+
+/** In the target. */
+function tagOf({ tags }: History, { vid }: VdiRecord): string {
+  return tags.get(vid) as string;
 }
 
 async function withProgress<T>(
@@ -604,23 +633,30 @@ async function withProgress<T>(
 }
 
 function migratedOf(
-  { tag, size, blockBytes }: Goal,
+  { tag, renamedFrom, size, blockBytes }: Goal,
   { fingerprint, bytes }: ComparedUnits,
   sha256: string | null,
   { copiedBytes, zeroedBytes } = { copiedBytes: 0, zeroedBytes: 0 },
 ): Migrated {
   const treeHash = fingerprint.isWhole ? fingerprint.hashes.treeHash : null;
   const hashes = { treeHash, treeBlockBytes: blockBytes, sha256 };
-  return { tag: tag ?? null, size, copiedBytes, zeroedBytes, comparedBytes: bytes, ...hashes };
+  return { ...named(tag, renamedFrom), size, copiedBytes, zeroedBytes, comparedBytes: bytes, ...hashes };
 }
 
-function trusted({ tag, size, blockBytes }: Goal, sha256: string | null): Migrated {
+function trusted({ tag, renamedFrom, size, blockBytes }: Goal, sha256: string | null): Migrated {
   const hashes = { treeHash: null, treeBlockBytes: blockBytes, sha256 };
-  return { tag: tag ?? null, size, copiedBytes: 0, zeroedBytes: 0, comparedBytes: 0, ...hashes };
+  return { ...named(tag, renamedFrom), size, copiedBytes: 0, zeroedBytes: 0, comparedBytes: 0, ...hashes };
+}
+
+function named(tag: string | undefined, renamedFrom: string | undefined): Pick<Migrated, 'tag' | 'renamedFrom'> {
+  return { tag: tag ?? null, ...(renamedFrom === undefined ? {} : { renamedFrom }) };
 }
 
 function idOf(...parts: readonly string[]): string {
-  return createHash('sha256').update(parts.join('\0')).digest('hex').slice(0, ID_DIGITS);
+  return createHash('sha256')
+    .update(bytesOfText(parts.join('\0')))
+    .digest('hex')
+    .slice(0, ID_DIGITS);
 }
 
 function ordinal(n: number): string {
@@ -632,7 +668,7 @@ async function unfinishedIn(
   unfinished: VdiRecord,
   records: readonly VdiRecord[],
 ): Promise<OperationError> {
-  const { open } = await operations.show(unfinished.name);
+  const { open } = await operations.show(specOf(unfinished));
   const hasSnapshots = records.some(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
   const what = describeUnfinished(unfinished, { isAtWork: open > 0 || undefined, hasSnapshots });
   return new OperationError('UNFINISHED', `in ${operations.store} ${what}`);

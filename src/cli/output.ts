@@ -4,6 +4,7 @@
  * anything.
  */
 import { printable, printableJson } from './printable.js';
+import { specOf } from '../vdi/names.js';
 import type { Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
@@ -53,7 +54,13 @@ export function formatVid(vid: number): string {
   return vid.toString(16);
 }
 
-/** NAME or NAME@TAG. */
+/** How to say it, where its name and tag do not: @ID or @=NAME. */
+export function otherSpec(record: VdiRecord): string | undefined {
+  const spec = specOf(record);
+  return spec === labelOf(record) ? undefined : spec;
+}
+
+/** NAME or NAME@TAG, to be read; what finds it again is `specOf`. */
 export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
@@ -71,6 +78,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
     parentVid: record.parentVid || null,
     createdAt: new Date(record.createdAt).toISOString(),
     snapshotAt: record.snapshotAt ? new Date(record.snapshotAt).toISOString() : null,
+    spec: specOf(record),
     unfinished: unfinishedJson(record.unfinished),
     ...('allocatedBytes' in record && {
       allocatedBytes: record.allocatedBytes,

@@ -6,10 +6,13 @@
 /** C0, DEL and C1, line and paragraph separators, lone surrogates, and what reorders the text around it. */
 const UNSAFE = /[\p{Cc}\p{Zl}\p{Zp}\p{Cs}\p{Bidi_Control}]/gu;
 
-/** "\x1b", "\u202e" in place of what must not reach a terminal. */
+/** A byte of a name that is no text: U+DC00 and the byte (src/store/name-bytes.ts). */
+const BYTE = /^[\udc80-\udcff]$/u;
+
+/** "\x1b", "\u202e" in place of what must not reach a terminal; "\xff" for a byte that is no text. */
 export function printable(text: string): string {
   return text.replaceAll(UNSAFE, (character) => {
-    const code = character.charCodeAt(0);
+    const code = BYTE.test(character) ? character.charCodeAt(0) & 0xff : character.charCodeAt(0);
     return code < 0x100 ? `\\x${code.toString(16).padStart(2, '0')}` : unicodeEscape(code);
   });
 }

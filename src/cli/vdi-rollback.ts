@@ -1,5 +1,6 @@
 /** `sheepgate vdi rollback`: make a VDI what its snapshot is. */
 import { Command } from 'commander';
+import { formatSpec } from '../vdi/names.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine, vdiJson } from './output.js';
 import { formatSizes } from './size.js';
@@ -20,6 +21,8 @@ export function vdiRollbackCommand(): Command {
     if (options.json) return printJson({ ...vdiJson(vdi), ...endedJson(vdi), sizeBefore: before?.size ?? vdi.size });
     for (const line of endedLines(vdi)) printLine(line);
     const [was, is] = formatSizes(before?.size ?? vdi.size, vdi.size);
-    printLine(`${vdi.name} is ${spec} again${was === is ? '' : `; its size was ${was} and is ${is} now`}`);
+    printLine(
+      `${formatSpec({ name: vdi.name, tag: undefined })} is ${spec} again${was === is ? '' : `; its size was ${was} and is ${is} now`}`,
+    );
   });
 }

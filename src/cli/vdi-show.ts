@@ -4,7 +4,7 @@ import type { ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, formatVid, labelOf, printJson, printLine, vdiJson } from './output.js';
+import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
 
 function useLine({ client, since, lostAt, until }: VdiDetails['clients'][number]): [string, string] {
@@ -51,6 +51,8 @@ export function vdiShowCommand(): Command {
       ['name', vdi.name],
       ...(vdi.isSnapshot ? [['tag', vdi.tag] as [string, string]] : []),
       ['id', formatVid(vdi.vid)],
+      ...(vdi.isSnapshot ? [['number', String(vdi.snapId)] as [string, string]] : []),
+      ...(otherSpec(vdi) === undefined ? [] : [['say', otherSpec(vdi) ?? ''] as [string, string]]),
       ['size', `${formatSize(vdi.size)} (${vdi.size} bytes)`],
       ['used', formatSize(vdi.allocatedBytes)],
       ['not shared', formatSize(vdi.exclusiveBytes)],

@@ -4,7 +4,8 @@ import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
-import { labelOf, printJson, printLine, printNote, vdiJson } from './output.js';
+import { specOf } from '../vdi/names.js';
+import { printJson, printLine, printNote, vdiJson } from './output.js';
 
 interface SnapshotOptions extends CommonOptions, FreezeOptions {
   readonly force?: boolean;
@@ -21,7 +22,7 @@ export function vdiSnapshotCommand(): Command {
     async (name: string, tag: string, options: SnapshotOptions) => {
       const vdi = await withOperations(options, (operations) => snapshot(operations, name, tag, options));
       if (options.json) printJson(vdiJson(vdi));
-      else printLine(`took ${labelOf(vdi)}`);
+      else printLine(`took ${specOf(vdi)}`);
     },
   );
 }
@@ -44,14 +45,14 @@ async function snapshot(
       taken = await moment.during(async () => (taken = await operations.snapshot(name, tag, { force })));
     } catch (error) {
       if (taken) {
-        const label = labelOf(taken);
+        const label = specOf(taken);
         await operations.remove(label).catch((failure: Error) => {
           printNote(`${label} is left behind: ${failure.message}`);
         });
       }
       throw error;
     }
-    moment.throwIfFrozen(`took ${labelOf(taken)}`);
+    moment.throwIfFrozen(`took ${specOf(taken)}`);
     return taken;
   });
 }

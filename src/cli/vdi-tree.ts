@@ -2,7 +2,7 @@
 import { Command } from 'commander';
 import type { VdiRecord } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, labelOf, printJson, printLine, vdiJson } from './output.js';
+import { formatTime, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
 
 export interface TreeNode {
   readonly vdi: VdiRecord;
@@ -57,8 +57,10 @@ export function treeLines(roots: readonly TreeNode[]): string[] {
 }
 
 function describe(vdi: VdiRecord): string {
-  if (vdi.isSnapshot) return `${labelOf(vdi)}  [${formatTime(vdi.snapshotAt)}]`;
-  return `${vdi.name}  (you are here${vdi.unfinished ? `, unfinished ${vdi.unfinished.by}` : ''})`;
+  const spec = otherSpec(vdi);
+  const said = spec === undefined ? '' : `  ${spec}`;
+  if (vdi.isSnapshot) return `${labelOf(vdi)}${said}  [${formatTime(vdi.snapshotAt)}]`;
+  return `${vdi.name}${said}  (you are here${vdi.unfinished ? `, unfinished ${vdi.unfinished.by}` : ''})`;
 }
 
 function nodeJson(node: TreeNode): object {

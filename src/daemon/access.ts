@@ -6,6 +6,7 @@ import net from 'node:net';
 import type { Peer } from 'nbd-server-ts';
 import type { Access, AccessPolicy } from '../export/authorised-exports.js';
 import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../export/exclusive.js';
+import { decodePercent } from '../vdi/names.js';
 import { OperationError } from './operations.js';
 
 /** One thing a rule asks of a peer. */
@@ -188,11 +189,10 @@ function parseNetwork(text: string, problem: (what: string) => RuleError): net.B
 
 /** %20 is a blank, %2B a plus, %2A a star: what would otherwise have a meaning. */
 function decode(text: string): string {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    throw new RuleError(`"${text}": a % must be followed by two hexadecimal digits; write %25 for a % itself`);
-  }
+  return decodePercent(
+    text,
+    () => new RuleError(`"${text}": a % must be followed by two hexadecimal digits; write %25 for a % itself`),
+  );
 }
 
 function fits(source: Source, peer: Peer): boolean {

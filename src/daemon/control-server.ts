@@ -189,6 +189,7 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   UNFINISHED: 409,
   BUSY: 409,
   NEEDS_FORCE: 409,
+  AMBIGUOUS: 409,
   ENDED: 410,
   NO_SPACE: 507,
 };

@@ -9,7 +9,7 @@ import type { TwoWriters, WriterInfo } from '../export/writers.js';
 import type { ConnectionStatus, Disconnected } from './control-protocol.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
-export { labelOfRun } from '../vdi/names.js';
+export { formatSpec, labelOfRun } from '../vdi/names.js';
 export type { ConnectionStatus, Disconnected };
 export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 

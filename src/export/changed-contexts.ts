@@ -26,9 +26,9 @@ export function baseOfContext(context: string): string | undefined {
   return undefined;
 }
 
-/** Tags that may stand in the name of a context. Ours may; other tools make some that nobody could print. */
+/** Tags that may stand in the name of a context, which is text. Ours may; other tools make some that nobody could print. */
 export function isContextTag(tag: string): boolean {
-  return tag !== '' && !/[\p{Cc}\p{Zl}\p{Zp}]/u.test(tag);
+  return tag !== '' && tag.isWellFormed() && !/[\p{Cc}\p{Zl}\p{Zp}]/u.test(tag);
 }
 
 /** Which of `tags`, newest first, are told of to a client that asks for these contexts. */

@@ -299,22 +299,21 @@ export class VdiExports implements ExportProvider {
     const snapshots = (await this.#catalog.named(name)).filter(
       (other) => other.isSnapshot && !isTemporaryTag(other.tag),
     );
-    // Other tools may give one tag twice: what has changed since cannot be told by it.
-    const count = new Map<string, number>();
-    for (const { tag } of snapshots) count.set(tag, (count.get(tag) ?? 0) + 1);
     if (since === undefined) {
-      return snapshots
-        .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
-        .filter(({ tag }) => count.get(tag) === 1 && isContextTag(tag))
-        .map(({ tag }) => tag)
-        .reverse();
+      return (
+        snapshots
+          .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
+          // What has changed since cannot be told by a tag that may say another one.
+          .filter(({ tag, isDoubtful }) => !isDoubtful && isContextTag(tag))
+          .map(({ tag }) => tag)
+          .reverse()
+      );
     }
     const base = await this.#catalog.find(formatSpec({ name, tag: since }));
     const refuse = (why: string): CatalogError =>
       new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
     if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
-    if (count.get(since) !== 1) throw refuse('several snapshots have this tag');
-    if (!isContextTag(since)) throw refuse('its tag has control characters');
+    if (!isContextTag(since)) throw refuse('its tag has control characters, or is no text');
     return [since];
   }
 }

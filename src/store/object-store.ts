@@ -61,6 +61,8 @@ export interface VdiRecord {
    * cluster may give any tag to a snapshot that stays.
    */
   readonly isTemporary?: true;
+  /** A snapshot whose tag may also say another one of its name, as other tools can bring about: its vid says which is meant. */
+  readonly isDoubtful?: true;
 }
 
 /** The order of `Catalog.list`: by name, then as snapshots were taken. */
@@ -232,6 +234,8 @@ export interface Catalog {
    * it shall say of when it was taken, if that is not now. A mark of being unfinished stays with the working VDI.
    */
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch;
+  /** Why a new snapshot cannot have this tag here; undefined if it can. */
+  whyNoTag?(tag: string): string | undefined;
   /** The same for a snapshot that soon goes again, if the store has a cheaper way; `remove` drops it. */
   prepareTemporary?(vdi: OpenVdi, tag: string): Promise<Switch>;
   /** Those are in memory only: they can be taken of a store that must not be changed, too. */

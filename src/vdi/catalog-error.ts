@@ -5,6 +5,8 @@ export type CatalogErrorCode =
   | 'BAD_TIME'
   | 'NO_VDI'
   | 'NO_TAG'
+  /** A tag may say several snapshots. */
+  | 'AMBIGUOUS'
   | 'EXISTS'
   | 'BUSY'
   | 'NEEDS_FORCE'

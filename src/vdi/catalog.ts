@@ -187,7 +187,7 @@ export class VdiCatalog {
       const usage = usages.get(record.vid);
       if (usage === undefined) continue; // deleted since
       const ofName = kept.get(record.name) ?? [];
-      const label = labelOf(record);
+      const label = specOf(record);
       all.push(
         detailsOf(record, usage, {
           open: open.get(record.vid) ?? 0,
@@ -276,6 +276,8 @@ export class VdiCatalog {
     await this.#flushAhead(name);
     return this.#change(name, async () => {
       checkTag(tag);
+      const why = this.#store.catalog.whyNoTag?.(tag);
+      if (why !== undefined) throw new CatalogError('BAD_NAME', `tag "${tag}" ${why}`);
       const { name: own } = await this.#findWorking(name);
       this.#mustBeUnused({ name: own, tag }, 'taken anew', { force });
       if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
@@ -503,7 +505,7 @@ export class VdiCatalog {
     for (const { vdi, users } of this.#open) {
       if (users === 0) continue;
       const who = this.#whoHas(vdi.record);
-      throw new CatalogError('BUSY', `${labelOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
+      throw new CatalogError('BUSY', `${specOf(vdi.record)} is open; a check needs all clients disconnected${who}`);
     }
   }
 
@@ -557,6 +559,9 @@ export class VdiCatalog {
     // Of temporary snapshots of one tag, the newest that somebody reads.
     const newest = fitting.length > 1 && saysTemporary ? fitting.reverse() : fitting;
     const found = newest.find(({ vid }) => this.#isUsed(vid)) ?? newest[0];
+    if (found && tag !== undefined && !saysTemporary && (found.isDoubtful || fitting.length > 1)) {
+      throw ambiguous(found, named);
+    }
     if (found) return found;
     if (named.length === 0) {
       throw new CatalogError(
@@ -648,7 +653,7 @@ export class VdiCatalog {
     if (users === 0) return;
     throw new CatalogError(
       'BUSY',
-      `${labelOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; ` +
+      `${specOf(record)} is open by ${users} connection${users === 1 ? '' : 's'} and cannot be ${what} now; ` +
         `disconnect first${this.#whoHas(record)}`,
     );
   }
@@ -702,7 +707,7 @@ export class VdiCatalog {
   #keptOf(record: VdiRecord): KeptSnapshot | undefined {
     if (!record.isTemporary) return undefined;
     const kept = this.keeper?.kept(record.vid);
-    return kept && { spec: labelOf(record), takenAt: record.snapshotAt, ...kept };
+    return kept && { spec: specOf(record), takenAt: record.snapshotAt, ...kept };
   }
 
   /** Drop those of these that are temporary snapshots and that nobody has open, though somebody may come back to them. */
@@ -827,9 +832,18 @@ function detailsOf(
   return { ...record, allocatedBytes: allocated * objectSize, exclusiveBytes: exclusive * objectSize, ...more };
 }
 
-/** NAME or NAME@TAG, as people write it. */
-export function labelOf(record: VdiRecord): string {
-  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+/** Errors: AMBIGUOUS: which ones `record` and its tag may say, and how each is said. */
+function ambiguous({ name, tag }: VdiRecord, named: readonly VdiRecord[]): CatalogError {
+  const meant = named.filter(
+    (other) =>
+      other.isSnapshot && !other.isTemporary && (other.tag === tag || String(other.snapId) === String(Number(tag))),
+  );
+  const list = meant.map((other) => `@${other.vid.toString(16)} (tag "${other.tag}", number ${other.snapId})`);
+  return new CatalogError(
+    'AMBIGUOUS',
+    `"${name}@${tag}" is not clear: several snapshots have this tag or number; say by its ID which one is meant: ` +
+      list.join(', '),
+  );
 }
 
 /** Errors: BAD_NAME, BAD_SIZE. Returns its block size shift. */

@@ -4,6 +4,7 @@
  * soon after. Knows no meaning of it.
  */
 import { createHash } from 'node:crypto';
+import { uriComponent } from '../store/name-bytes.js';
 import type { StoreState } from '../store/object-store.js';
 
 /** What may come late is collected for so long. */
@@ -155,6 +156,6 @@ export class Memory {
 
 /** A key of parts that may hold anything. What it stands for is in its value: a long one is its own hash. */
 export function memoryKey(...parts: readonly string[]): string {
-  const key = parts.map(encodeURIComponent).join('/');
+  const key = parts.map(uriComponent).join('/');
   return key.length <= MAX_KEY_LENGTH ? key : createHash('sha256').update(key).digest('hex');
 }

@@ -4,6 +4,7 @@
  * None of our names begins with an @, so these two are nobody's name.
  */
 import { randomBytes } from 'node:crypto';
+import { bytesOfText, percentOf, textOfBytes } from '../store/name-bytes.js';
 import type { VdiRecord } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 
@@ -21,6 +22,8 @@ const LABEL_OF_RUN = /\.run-[0-9a-f]{16}$/;
 const ENCODED = '=';
 /** Ids have 24 bits (sheepdog_proto.h, SD_NR_VDIS), in hex as `vdi list` and `dog` show them. */
 const ID = /^[0-9a-f]{1,6}$/i;
+/** A byte in the names that percent signs are in. */
+const PERCENT = /(%[0-9a-f]{2})/i;
 
 export interface VdiSpec {
   /** Empty if it is said by its id. */
@@ -61,18 +64,21 @@ function splitAt(text: string): [string, string | undefined] {
   return at < 0 ? [text, undefined] : [text.slice(0, at), text.slice(at + 1)];
 }
 
-/** %2F is a slash, %2C a comma, %40 an @, %25 a percent sign; every other character is itself. */
+/** %2F is a slash, %2C a comma, %40 an @, %25 a percent sign, %FF a byte that is no text; every other character is itself. */
 export function decodePercent(text: string, bad: (why: string) => Error): string {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    throw bad('a % must be followed by two hexadecimal digits that make UTF-8; %25 is a % itself');
+  if (!text.includes('%')) return text;
+  const parts = text.split(PERCENT);
+  const plain = parts.filter((_, n) => n % 2 === 0);
+  if (plain.some((part) => part.includes('%'))) {
+    throw bad('a % must be followed by two hexadecimal digits; %25 is a % itself');
   }
+  const bytes = parts.map((part, n) => (n % 2 === 0 ? bytesOfText(part) : Buffer.from(part.slice(1), 'hex')));
+  return textOfBytes(Buffer.concat(bytes));
 }
 
 /** So that decodePercent gives it back, with as few percent signs as may be. */
 export function encodePercent(text: string): string {
-  return text.toWellFormed().replace(/[%@/,\p{Cc}\p{Zl}\p{Zp}]|^\s|\s$/gu, encodeURIComponent);
+  return text.replace(/[%@/,\p{Cc}\p{Zl}\p{Zp}\p{Cs}]|^\s|\s$/gu, percentOf);
 }
 
 /**
@@ -92,14 +98,17 @@ export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string
 }
 
 /**
- * The same of a record. A snapshot that another tool has given the tag of a temporary one is said by its id, which stays
- * with a snapshot: NAME@now is something else.
+ * The same of a record. A snapshot that another tool has given the tag of a temporary one, or one that another snapshot may
+ * be meant by, is said by its id, which stays with a snapshot.
  */
-export function specOf(record: Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary'>): string {
-  const { vid, name, tag, isSnapshot, isTemporary } = record;
+export function specOf(record: Said): string {
+  const { vid, name, tag, isSnapshot, isTemporary, isDoubtful } = record;
   if (!isSnapshot) return formatSpec({ name, tag: undefined });
-  return isTemporaryTag(tag) && !isTemporary ? `@${vid.toString(16)}` : formatSpec({ name, tag });
+  const isById = isDoubtful === true || (isTemporaryTag(tag) && !isTemporary);
+  return isById ? `@${vid.toString(16)}` : formatSpec({ name, tag });
 }
+
+type Said = Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary' | 'isDoubtful'>;
 
 /** Whether NAME@`tag` says a temporary snapshot: "now" or "now:LABEL". Whether a record is one, it says itself. */
 export function isTemporaryTag(tag: string): boolean {

@@ -47,6 +47,7 @@ describe.each(WAYS)('%s', (way) => {
       parentVid: null,
       createdAt: expect.stringMatching(TIME) as string,
       snapshotAt: null,
+      spec: 'größe 2.img',
       unfinished: null,
     });
     expect(await target.names()).toEqual(['größe 2.img', 'vm1']);

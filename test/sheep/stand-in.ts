@@ -87,6 +87,8 @@ export interface StandInOptions {
   readonly reclaimMs?: number;
   /** VDIs are erasure-coded if they do not say otherwise: (data strips / 2) << 4 | parity strips. */
   readonly copyPolicy?: number;
+  /** Formatted with -R: vids of families that are deleted are used again, from the lowest on. */
+  readonly recyclesVids?: boolean;
 }
 
 interface Answer {
@@ -124,7 +126,15 @@ export class StandIn {
   ports: number[] = [];
 
   constructor(options: StandInOptions = {}) {
-    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, copyPolicy: 0, ...options };
+    this.#options = {
+      nodes: 3,
+      useLock: false,
+      jitterMs: 2,
+      reclaimMs: 5,
+      copyPolicy: 0,
+      recyclesVids: false,
+      ...options,
+    };
   }
 
   get address(): string {
@@ -176,19 +186,39 @@ export class StandIn {
       .sort();
   }
 
-  /** What `dog vdi snapshot` does. */
-  externalSnapshot(name: string, tag: string): number {
-    const vid = this.#lookup(name, 0);
-    if (typeof vid !== 'number') throw new Error(`no ${name}`);
+  /** What `dog vdi snapshot` does. Names and tags may be any bytes. */
+  externalSnapshot(name: string | Buffer, tag: string | Buffer): number {
+    const found = this.#lookup(bytesText(name), 0);
+    if (typeof found !== 'number') throw new Error(`no ${name.toString()}`);
+    this.retag(found, tag);
+    return this.#snapshot(bytesText(name), found, found);
+  }
+
+  /** What `dog vdi create` does. */
+  externalCreate(name: string | Buffer, size: number, shift = 22): number {
+    const vid = this.#freeVid(bytesText(name));
+    const inode = Buffer.alloc(INODE_BYTES);
+    inode.write(bytesText(name), 'latin1');
+    inode.writeBigUInt64LE(BigInt(size), 536);
+    this.#finish(inode, vid, shift, 1, 0, this.#options.copyPolicy);
+    return vid;
+  }
+
+  /** Another tag in an inode, as clients that know no rule for tags write it. */
+  retag(vid: number, tag: string | Buffer): void {
     const inode = this.#inode(vid);
     inode.fill(0, 256, 512);
-    inode.write(tag, 256);
-    return this.#snapshot(name, vid, vid);
+    inode.write(bytesText(tag), 256, 'latin1');
+  }
+
+  /** The name in an inode. */
+  nameOf(vid: number): string {
+    return this.#used.has(vid) ? text(this.#inode(vid), 0) : '';
   }
 
   /** The same with the pause that real nodes make: writes to the inode in between are lost to the whole of it. */
   async externalSnapshotSlowly(name: string, tag: string, meanwhile: () => Promise<void>): Promise<number> {
-    const vid = this.#lookup(name, 0);
+    const vid = this.#lookup(bytesText(name), 0);
     if (typeof vid !== 'number') throw new Error(`no ${name}`);
     this.readOnly.add(vid);
     const read = Buffer.from(this.#inode(vid));
@@ -295,7 +325,7 @@ export class StandIn {
         const info = Buffer.alloc(CLUSTER_INFO_BYTES);
         info.writeInt16LE(this.#options.nodes, 2);
         info.writeUInt32LE(1, 4);
-        info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
+        info.writeUInt16LE((this.#options.useLock ? 8 : 0) | (this.#options.recyclesVids ? 16 : 0), 16);
         info.set([2, 0, 1, 22], 18);
         info.write('plain', 25);
         return { result: Res.SUCCESS, data: info };
@@ -463,7 +493,7 @@ export class StandIn {
         if (typeof working === 'number') return { result: Res.VDI_EXIST };
         const vid = this.#freeVid(name);
         const inode = Buffer.alloc(INODE_BYTES);
-        inode.write(name);
+        inode.write(name, 'latin1');
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
         const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
         this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
@@ -480,10 +510,14 @@ export class StandIn {
           }
         } else if (!isZero(inode.subarray(TABLE, GREF))) {
           this.violations.push(`"${name}" is deleted with objects in its table`);
+          // sheep/vdi.c, delete_vdi_work and post_cluster_del_vdi: the record stays, and the answer is that it is deleted.
+          this.#deleted.add(vid);
+          return withVid(vid);
         }
         inode.fill(0, 0, 256);
         inode.fill(0, 536, 544);
         this.#deleted.add(vid);
+        if (this.#options.recyclesVids) this.#recycle(vid);
         return withVid(vid);
       }
       default:
@@ -499,7 +533,7 @@ export class StandIn {
     const vid = this.#freeVid(name);
     const base = this.#inode(baseVid);
     const inode = Buffer.alloc(INODE_BYTES);
-    inode.write(name);
+    inode.write(name, 'latin1');
     base.copy(inode, 536, 536, 544);
     this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
     this.#derive(baseVid, inode);
@@ -536,27 +570,49 @@ export class StandIn {
     return inode;
   }
 
-  /** sheep/vdi.c, fill_vdi_info_range: from the last vid of the chain back. */
+  /** sheep/vdi.c, vdi_lookup and fill_vdi_info_range: from the last vid back, of the chain or where vids are used again of all. */
   #lookup(name: string, snapId: number): number | { error: number } {
-    const first = hash(name);
-    let right = first;
-    while (this.#used.has(right)) right++;
+    const { recyclesVids } = this.#options;
     let found = false;
-    for (let vid = right - 1; vid >= first; vid--) {
+    for (const vid of recyclesVids ? [...this.#used].sort((a, b) => b - a) : this.#chain(name)) {
       const inode = this.#inode(vid);
       if (text(inode, 0) !== name) continue;
       const isSnapshot = inode.readBigUInt64LE(520) !== 0n;
-      if (snapId === 0) return isSnapshot ? { error: Res.NO_VDI } : vid;
+      // Where vids are used again a snapshot is taken for the working VDI, if it has the highest.
+      if (snapId === 0) return isSnapshot && !recyclesVids ? { error: Res.NO_VDI } : vid;
       if (!isSnapshot) found = true;
       else if (inode.readUInt32LE(556) === snapId) return vid;
     }
     return { error: found ? Res.NO_TAG : Res.NO_VDI };
   }
 
+  /** From the last vid to the first place of the name. */
+  #chain(name: string): number[] {
+    const first = hash(Buffer.from(name, 'latin1'));
+    const vids: number[] = [];
+    for (let vid = first; this.#used.has(vid); vid++) vids.unshift(vid);
+    return vids;
+  }
+
   #freeVid(name: string): number {
-    let vid = hash(name);
+    let vid = this.#options.recyclesVids ? 1 : hash(Buffer.from(name, 'latin1'));
     while (this.#used.has(vid)) vid++;
     return vid;
+  }
+
+  /** sheep/vdi.c, run_vid_gc: when all that descend from one root are deleted, their vids are free. */
+  #recycle(deleted: number): void {
+    const rootOf = (vid: number): number => {
+      const parent = this.#inode(vid).readUInt32LE(564);
+      return parent === 0 ? vid : rootOf(parent);
+    };
+    const root = rootOf(deleted);
+    const family = [...this.#used].filter((vid) => rootOf(vid) === root);
+    if (!family.every((vid) => this.#deleted.has(vid))) return;
+    for (const vid of family) {
+      for (const vids of [this.#used, this.#deleted, this.readOnly]) vids.delete(vid);
+      this.objects.delete(VDI_BIT | (BigInt(vid) << 32n));
+    }
   }
 
   #nextSnapId(name: string): number {
@@ -577,7 +633,7 @@ function bitmapOf(vids: ReadonlySet<number>): Buffer {
 }
 
 /** FNV-1a-64, its low 24 bits. */
-export function hash(name: string): number {
+export function hash(name: string | Buffer): number {
   let value = 0xcbf29ce484222325n;
   for (const byte of Buffer.from(name)) value = ((value ^ BigInt(byte)) * 0x100000001b3n) & 0xffffffffffffffffn;
   return Number(value & 0xffffffn) || 1;
@@ -591,9 +647,15 @@ function dataOid(vid: number, idx: number): bigint {
   return (BigInt(vid) << 32n) | BigInt(idx);
 }
 
+/** Names are bytes, as they are kept: a character each. */
 function text(buffer: Buffer, offset: number): string {
   const end = buffer.indexOf(0, offset);
-  return buffer.toString('utf8', offset, end < 0 ? offset + 256 : end);
+  return buffer.toString('latin1', offset, end < 0 ? offset + 256 : end);
+}
+
+/** The same of a name that a test gives. */
+function bytesText(name: string | Buffer): string {
+  return Buffer.from(name).toString('latin1');
 }
 
 function isZero(buffer: Buffer): boolean {

@@ -16,6 +16,7 @@ import {
   type ClusterInfo,
   type Inode,
 } from './layouts.js';
+import { formerName, formerNameAt, INODE_FORMER_NAME_OFFSET } from './own-name.js';
 import { inPieces } from './pieces.js';
 import {
   CLUSTER_INFO_ROOM,
@@ -28,6 +29,7 @@ import {
   inodeHigh,
   LOCK_TYPE_NORMAL,
   MAX_HYPER_OBJECTS,
+  NAME_BYTES,
   Opcode,
   Result,
   resultName,
@@ -191,7 +193,20 @@ export class Cluster {
   async readInode(vid: number): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
     await this.readInodeBytes(vid, 0, bytes);
-    return decodeInode(bytes);
+    const inode = decodeInode(bytes);
+    const at = formerNameAt(inode.name);
+    return at === undefined ? inode : { ...inode, name: (await this.#formerName(at)) || inode.name };
+  }
+
+  /** Empty if there is none. */
+  async #formerName(vid: number): Promise<string> {
+    const bytes = Buffer.alloc(NAME_BYTES);
+    try {
+      await this.readInodeBytes(vid, INODE_FORMER_NAME_OFFSET, bytes);
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+    }
+    return formerName(bytes);
   }
 
   readInodeBytes(vid: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
@@ -295,12 +310,13 @@ export class Cluster {
     return vidOf(succeeded(await this.#catalogRequest({ header, data }), `creating "${vdi.name}"`));
   }
 
-  /** The record only: its table must have been cleared, or every object leaks. */
-  async deleteVdi(name: string, snapId: number): Promise<void> {
+  /** The record only: its table must have been cleared, or every object leaks. Its vid; 0 if there was none. */
+  async deleteVdi(name: string, snapId: number): Promise<number> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.DEL_VDI, Flag.WRITE, data.length, { snapId });
     const answer = await this.#catalogRequest({ header, data });
-    if (answer.result !== Result.NO_VDI && answer.result !== Result.NO_TAG) succeeded(answer, `deleting "${name}"`);
+    if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
+    return vidOf(succeeded(answer, `deleting "${name}"`));
   }
 
   /** Errors: LOCKED. Where the cluster does not enforce locks this always succeeds. */

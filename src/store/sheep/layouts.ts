@@ -3,6 +3,7 @@
  * every byte offset but those of protocol.ts; nothing else here decides or sends anything.
  */
 import { blob, nu64, s16, struct, u16, u32, u8, type Layout } from 'buffer-layout';
+import { bytesOfText, textOfBytes } from '../name-bytes.js';
 import type { VdiRecord } from '../object-store.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 import {
@@ -195,8 +196,8 @@ export function encodeVdiRequest(
 /** name and tag, padded with NULs; what does not fit is cut off, callers check names before. */
 export function encodeName(name: string, tag?: string): Buffer {
   const data = Buffer.alloc(tag === undefined ? NAME_BYTES : NAME_BYTES + TAG_BYTES);
-  data.write(name, 0, NAME_BYTES - 1);
-  if (tag !== undefined) data.write(tag, NAME_BYTES, TAG_BYTES - 1);
+  bytesOfText(name).copy(data, 0, 0, NAME_BYTES - 1);
+  if (tag !== undefined) bytesOfText(tag).copy(data, NAME_BYTES, 0, TAG_BYTES - 1);
   return data;
 }
 
@@ -408,7 +409,7 @@ function milliseconds(seconds: number, nanoseconds: number): number {
 
 function textOf(bytes: Buffer): string {
   const end = bytes.indexOf(0);
-  return bytes.toString('utf8', 0, end < 0 ? bytes.length : end);
+  return textOfBytes(end < 0 ? bytes : bytes.subarray(0, end));
 }
 
 /** addr of struct node_id: IPv6, or IPv4 in the last four bytes with zeros before. */

@@ -96,6 +96,7 @@ export const MAX_VID = 2 ** 24 - 1;
 export const MAX_HYPER_OBJECTS = 2 ** 26;
 
 /** Offsets in struct sd_inode. */
+export const INODE_NAME_OFFSET = 0;
 export const INODE_TAG_OFFSET = 256;
 export const INODE_SNAP_CTIME_OFFSET = 520;
 export const INODE_VDI_SIZE_OFFSET = 536;

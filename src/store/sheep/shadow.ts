@@ -8,6 +8,7 @@
  * snapshot: one more for the VDI's counts, the next generation for the shadow.
  */
 import { createHash } from 'node:crypto';
+import { bytesOfText } from '../name-bytes.js';
 import { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { encodeTime, type Inode } from './layouts.js';
@@ -24,6 +25,9 @@ import { InDoubt } from './stalled-nodes.js';
 import { clearTable, isRemoved, objectCount, objectKey } from './table.js';
 
 const PREFIX = 'sheepgate-now-';
+const HASH_DIGITS = 24;
+/** Others may have VDIs whose names begin like that. */
+const SHADOW_NAME = new RegExp(`^${PREFIX}[0-9a-f]{${HASH_DIGITS}}-\\d{1,2}$`);
 /** Temporary snapshots of one disk at a time. */
 export const MAX_SHADOWS = 16;
 /** Unchanged counts that are written along, so as not to have a request per entry of a fragmented disk. */
@@ -45,11 +49,11 @@ export function shadowNames(name: string): string[] {
 }
 
 export function shadowPrefix(name: string): string {
-  return `${PREFIX}${createHash('sha256').update(name).digest('hex').slice(0, 24)}-`;
+  return `${PREFIX}${createHash('sha256').update(bytesOfText(name)).digest('hex').slice(0, HASH_DIGITS)}-`;
 }
 
 export function isShadowName(name: string): boolean {
-  return name.startsWith(PREFIX);
+  return SHADOW_NAME.test(name);
 }
 
 /** For reads: this owner is no object. */
@@ -224,7 +228,7 @@ export class Shadow {
   /** The tag and the time that make it a snapshot for everybody who lists VDIs. */
   async #mark(tag: string, takenAt: number, owner: Buffer = NO_OWNER): Promise<void> {
     const bytes = Buffer.alloc(TAG_BYTES);
-    bytes.write(tag, 0, TAG_BYTES - 1);
+    bytesOfText(tag).copy(bytes, 0, 0, TAG_BYTES - 1);
     await this.#cluster.writeInodeBytes(this.vid, INODE_TAG_OFFSET, bytes);
     const time = takenAt === 0 ? Buffer.alloc(8) : encodeTime(takenAt);
     // The field behind the time says whose it is.

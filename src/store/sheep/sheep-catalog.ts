@@ -2,6 +2,7 @@
  * The catalog of a cluster: VDIs and snapshots as its own tools see them, and the temporary snapshots among them. Owns
  * the order of requests that make one operation, so that a failure in between leaves everything reachable.
  */
+import { bytesOfText } from '../name-bytes.js';
 import {
   inOrder,
   StoreError,
@@ -13,6 +14,15 @@ import {
   type Usage,
   type VdiRecord,
 } from '../object-store.js';
+import {
+  deleteByName,
+  isFoundByName,
+  isUnchanged,
+  lockByName,
+  mayGoByName,
+  nameToDelete,
+  underOwnName,
+} from './by-name.js';
 import type { Cluster } from './cluster.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
@@ -45,10 +55,15 @@ const MAX_PROBLEMS = 1000;
  */
 const BARELY_MADE_BYTES = 509;
 
+/** A tag that `dog` takes for an id. */
+const NUMBER = /^\s*[+-]?\d+$/;
+
 export class SheepCatalog implements Catalog {
   readonly #store: SheepStore;
   /** By vid: shadows this process has made or taken over, alive or waiting to be used again. */
   readonly #shadows = new Map<number, Shadow>();
+  /** Snapshots whose tags do not say them, as of when they were last looked at. */
+  readonly #doubtful = new Set<number>();
   /** What cannot be followed any more, and was told of. */
   readonly #astray = new WeakSet<SheepVdi>();
   /** Of a cluster that uses vids again: what names they had when all were last read. */
@@ -84,12 +99,17 @@ export class SheepCatalog implements Catalog {
     const records: VdiRecord[] = [];
     const marks = leftMarks(inodes);
     for (const inode of inodes) {
-      if (!isShadowName(inode.name)) records.push(withMark(recordOf(inode), marks));
+      if (!isShadow(inode)) records.push(withMark(recordOf(inode), marks));
       // Others wait to be used again, or are another gateway's; not for people.
       else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
     }
-    return records.sort(inOrder);
+    markDoubtful(records.sort(inOrder));
+    for (const { vid, isDoubtful } of records) {
+      if (isDoubtful) this.#doubtful.add(vid);
+      else this.#doubtful.delete(vid);
+    }
+    return records;
   }
 
   async #follow(open: SheepVdi, from: number): Promise<void> {
@@ -104,7 +124,6 @@ export class SheepCatalog implements Catalog {
 
   /** The nodes look a name up by its place among the vids in use; the same is done here, without reading any other inode. */
   async named(name: string): Promise<VdiRecord[]> {
-    if (isNoText(name)) return (await this.list()).filter((record) => record.name === name);
     const shadows = shadowNames(name);
     for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
       const { places, isKnown } = await this.#placesOf([name, ...shadows], maxAgeMs);
@@ -128,7 +147,7 @@ export class SheepCatalog implements Catalog {
     if (!(await isInUse())) return undefined;
     const [inode] = await this.#readInodes([vid]);
     if (!inode) return undefined;
-    const name = isShadowName(inode.name) ? this.#shadows.get(vid)?.sourceName : inode.name;
+    const name = isShadow(inode) ? this.#shadows.get(vid)?.sourceName : inode.name;
     const records = name === undefined ? await this.list() : await this.named(name);
     return records.find((record) => record.vid === vid);
   }
@@ -189,6 +208,7 @@ export class SheepCatalog implements Catalog {
    * to use, so that it is known for what it is if we do not live to set it (isBarelyMade).
    */
   async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
+    refuseShadowName(name);
     const firstSize = unfinished ? BARELY_MADE_BYTES : size;
     const vid = await this.#newVdi({ name, size: firstSize, blockSizeShift, copies: 0, copyPolicy: 0 }, 0, false);
     if (unfinished) {
@@ -216,7 +236,7 @@ export class SheepCatalog implements Catalog {
     const opened = this.#store.open.get(vid);
     if (opened) return opened;
     const inode = await this.#cluster.readInode(vid);
-    if (isShadowName(inode.name)) return this.#openShadow(inode);
+    if (isShadow(inode)) return this.#openShadow(inode);
     const map = await this.#cluster.readOwners(inode);
     // Who writes nothing may look at what somebody else has locked.
     const isOurs = !inode.isSnapshot && this.#store.readOnlyBecause === undefined;
@@ -225,6 +245,7 @@ export class SheepCatalog implements Catalog {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
       if (isOurs && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
     });
+    if (this.#doubtful.has(vid)) vdi.record = { ...vdi.record, isDoubtful: true };
     this.#store.open.set(vid, vdi);
     vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
     return vdi;
@@ -239,20 +260,12 @@ export class SheepCatalog implements Catalog {
       now: () =>
         sheep.switching(async () => {
           // A snapshot of what is one already would put the working VDI back to it.
-          if (
-            (await this.#cluster.lookup(inode.name)) !== inode.vid ||
-            (await this.#cluster.isReadOnly(inode.vid, 0))
-          ) {
-            throw new StoreError(
-              'IO',
-              `somebody else is taking a snapshot of ${inode.name} at this moment; nothing was done, try again`,
-            );
-          }
+          const goesByName = await this.#mayGoByName(inode, 'snapshotted');
           // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
           if (!unfinished) await this.#writeTag(inode.vid, tag);
           let vid: number;
           try {
-            vid = await this.#newVdi(inode, inode.vid, true);
+            vid = await this.#replace(inode, inode, goesByName);
           } catch (error) {
             if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
             throw error;
@@ -269,7 +282,11 @@ export class SheepCatalog implements Catalog {
         if (takenAt !== undefined) {
           await this.#cluster.writeInodeBytes(inode.vid, INODE_SNAP_CTIME_OFFSET, encodeTime(takenAt));
         }
-        return recordOf(await this.#cluster.readInode(inode.vid));
+        const taken = await this.#cluster.readInode(inode.vid);
+        if (!taken.isSnapshot) {
+          throw new StoreError('IO', `the nodes took another VDI for ${inode.name}, and made that a snapshot`);
+        }
+        return recordOf(taken);
       },
     };
   }
@@ -299,7 +316,7 @@ export class SheepCatalog implements Catalog {
   async #takeShadow(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
     for (let attempt = 0; ; attempt++) {
       const source = sheep.inode;
-      if ((await this.#cluster.lookup(source.name)) !== source.vid || (await this.#cluster.isReadOnly(source.vid, 0))) {
+      if (!(await this.#isWorking(source)) || (await this.#cluster.isReadOnly(source.vid, 0))) {
         await sheep.follow(source.vid);
         if (attempt < MAX_TAKE_ATTEMPTS) continue;
         throw new StoreError(
@@ -315,9 +332,22 @@ export class SheepCatalog implements Catalog {
     }
   }
 
+  /** Also if the nodes take something else for it. */
+  async #isWorking(source: Inode): Promise<boolean> {
+    if (await isFoundByName(this.#cluster, source)) return true;
+    return this.#store.recyclesVids && isUnchanged(this.#cluster, source);
+  }
+
+  /** `dog` and qemu take a tag that is a number for a snapshot's id, and find another one by it (dog/vdi.c, -s). */
+  whyNoTag(tag: string): string | undefined {
+    if (!NUMBER.test(tag)) return undefined;
+    return 'is a number, which other tools of a cluster take for the id of a snapshot; choose another tag';
+  }
+
   async clone(vid: number, name: string): Promise<VdiRecord> {
+    refuseShadowName(name);
     const base = await this.#cluster.readInode(vid);
-    if (isShadowName(base.name)) {
+    if (isShadow(base)) {
       throw new StoreError(
         'UNSUPPORTED',
         'a temporary snapshot cannot be cloned; take one that stays with "vdi snapshot"',
@@ -338,14 +368,23 @@ export class SheepCatalog implements Catalog {
   async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     const working = await this.#cluster.readInode(vid);
     const base = await this.#cluster.readInode(snapshotVid);
-    if (isShadowName(base.name)) {
+    if (isShadow(base)) {
       throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
     }
     refuseHyper(base, 'rolled back to');
-    const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
+    const goesByName = await this.#mayGoByName(working, 'rolled back');
+    const made = await this.#replace(working, base, goesByName);
     if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
     const record = recordOf(await this.#cluster.readInode(made));
-    await this.#delete(await this.#cluster.readInode(vid));
+    const replaced = await this.#cluster.readInode(vid);
+    // The nodes make it a snapshot; if they did not, they have taken another one for it.
+    if (!replaced.isSnapshot) {
+      throw new StoreError(
+        'IO',
+        `${working.name} was changed by somebody else while it was rolled back; nothing was deleted`,
+      );
+    }
+    await this.#delete(replaced);
     await this.#deleteLeftMarks(working.name);
     return record;
   }
@@ -363,7 +402,7 @@ export class SheepCatalog implements Catalog {
 
   async remove(vid: number): Promise<void> {
     const inode = await this.#cluster.readInode(vid);
-    if (isShadowName(inode.name)) return this.#dropShadow(inode);
+    if (isShadow(inode)) return this.#dropShadow(inode);
     await this.#delete(inode);
     if (inode.isSnapshot) return;
     await this.#deleteIdleShadows(inode.name);
@@ -412,6 +451,7 @@ export class SheepCatalog implements Catalog {
       );
     }
     const inodes = await this.#inodes();
+    const labels = labelsOf(inodes);
     const problems: string[] = [];
     let hidden = 0;
     const known = new Map<number, boolean>();
@@ -424,7 +464,7 @@ export class SheepCatalog implements Catalog {
         if (known.has(key)) return;
         known.set(key, await this.#exists(owner, idx, sector));
       });
-      const label = inode.isSnapshot ? `${inode.name}@${recordOf(inode).tag}` : inode.name;
+      const label = labels.get(inode.vid) ?? '';
       for (const [idx, owner] of entries) {
         if (known.get(objectKey(owner, idx))) continue;
         const from = idx * 2 ** inode.blockSizeShift;
@@ -437,10 +477,19 @@ export class SheepCatalog implements Catalog {
     return { objects: known.size, vdis: inodes.length, problems, orphans: 0, orphanBytes: 0, repaired: 0 };
   }
 
+  /** The vid of the working VDI that goes on under this name; 0 if there is none. */
+  async workingVid(name: string): Promise<number> {
+    const vid = await this.#cluster.lookup(name);
+    if (vid === 0 || !this.#store.recyclesVids) return vid;
+    // The nodes may take a snapshot for it.
+    const working = (await this.#inodes()).find((inode) => inode.name === name && !inode.isSnapshot);
+    return working?.vid ?? 0;
+  }
+
   /** Before `name` is written: shadows of it that no process keeps up to date any more. */
   async dropStaleShadows(name: string): Promise<void> {
     for (const inode of await this.#shadowsOf(name)) {
-      if (!inode.isSnapshot || this.#shadows.get(inode.vid)?.isLive) continue;
+      if (!inode.isSnapshot || !isShadow(inode) || this.#shadows.get(inode.vid)?.isLive) continue;
       this.#store.log(`dropping a temporary snapshot of ${name} that an earlier process left behind`);
       await this.#shadowAt(inode, name).drop();
     }
@@ -514,7 +563,7 @@ export class SheepCatalog implements Catalog {
       if (open.record.isSnapshot || open.record.name !== inode.name) continue;
       throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
     }
-    if (this.#store.enforcesLocks) await this.#cluster.lock(inode.name);
+    if (this.#store.enforcesLocks) await lockByName(this.#cluster, inode, this.#store.recyclesVids);
   }
 
   #openShadow(inode: Inode): OpenVdi {
@@ -532,19 +581,33 @@ export class SheepCatalog implements Catalog {
     return vdi;
   }
 
+  #mayGoByName(working: Inode, done: string): Promise<boolean> {
+    return mayGoByName(this.#cluster, working, this.#store.recyclesVids, done);
+  }
+
+  /** The working VDI becomes a snapshot, and one that reads as `base` goes on in its place. */
+  async #replace(working: Inode, base: Inode, goesByName: boolean): Promise<number> {
+    const request = (name: string): Promise<number> =>
+      this.#newVdi({ ...base, name: working.name }, base.vid, true, working.vid, name);
+    return goesByName ? request(working.name) : underOwnName(this.#cluster, working, request);
+  }
+
   /** A request that makes a VDI cannot be repeated blindly: if its answer is lost, look whether it was made. */
   async #newVdi(
     like: Pick<Inode, 'name' | 'size' | 'copies' | 'copyPolicy' | 'blockSizeShift'>,
     baseVid: number,
     replacesWorking: boolean,
     replacedVid = baseVid,
+    asName = like.name,
   ): Promise<number> {
     const { name, size, copies, copyPolicy, blockSizeShift } = like;
     const before = replacesWorking ? replacedVid : 0;
     try {
-      return await this.#cluster.newVdi({ name, size, copies, copyPolicy, blockSizeShift, baseVid, replacesWorking });
+      const request = { name: asName, size, copies, copyPolicy, blockSizeShift, baseVid, replacesWorking };
+      const vid = await this.#cluster.newVdi(request);
+      return await this.#mustBeNew(vid, name, baseVid);
     } catch (error) {
-      const vid = await this.#cluster.lookup(name).catch(() => 0);
+      const vid = await this.#cluster.lookup(asName).catch(() => 0);
       if (vid === 0 || vid === before) throw error;
       const inode = await this.#cluster.readInode(vid);
       if (inode.isSnapshot || inode.name !== name || inode.parentVid !== baseVid) throw error;
@@ -552,19 +615,26 @@ export class SheepCatalog implements Catalog {
     }
   }
 
-  async #delete(inode: Inode): Promise<void> {
+  async #mustBeNew(vid: number, name: string, baseVid: number): Promise<number> {
+    const made = await this.#cluster.readInode(vid);
+    if (made.name === name && made.parentVid === baseVid) return vid;
+    throw new StoreError('IO', `the nodes say that ${name} has the id ${vid.toString(16)} now, which is another VDI`);
+  }
+
+  async #delete(found: Inode): Promise<void> {
+    const inode = await nameToDelete(this.#cluster, found, this.#store.recyclesVids);
     if (inode.storePolicy === 0) {
       const table = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
       await clearTable(this.#cluster, inode.vid, table);
     } else {
       await clearHyper(this.#cluster, inode);
     }
-    await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
+    await deleteByName(this.#cluster, inode);
   }
 
   #writeTag(vid: number, tag: string): Promise<void> {
     const bytes = Buffer.alloc(TAG_BYTES);
-    bytes.write(tag, 0, TAG_BYTES - 1);
+    bytesOfText(tag).copy(bytes, 0, 0, TAG_BYTES - 1);
     return this.#cluster.writeInodeBytes(vid, INODE_TAG_OFFSET, bytes);
   }
 
@@ -576,8 +646,7 @@ export class SheepCatalog implements Catalog {
 
   /** Snapshots that bear a mark in place of a tag: of a snapshot or a rollback that was cut off. Nobody asked for them. */
   async #deleteLeftMarks(name: string): Promise<void> {
-    const isListed = this.#store.recyclesVids || isNoText(name);
-    const inodes = isListed
+    const inodes = this.#store.recyclesVids
       ? await this.#inodes()
       : await this.#inodesNamed([name], (await this.#placesOf([name], 0)).places);
     for (const inode of inodes) if (inode.name === name && isLeftMark(inode)) await this.#delete(inode);
@@ -631,7 +700,8 @@ export class SheepCatalog implements Catalog {
 
   #shadowAt(inode: Inode, sourceName: string): Shadow {
     const known = this.#shadows.get(inode.vid);
-    if (known) {
+    // Another process may have deleted one, and its vid be used again.
+    if (known?.name === inode.name) {
       known.sourceName = sourceName;
       return known;
     }
@@ -663,6 +733,11 @@ export class SheepCatalog implements Catalog {
   }
 }
 
+/** Not what somebody has made of one with the cluster's own tools: such a snapshot has no mark. */
+function isShadow({ name, isSnapshot, mark }: Inode): boolean {
+  return isShadowName(name) && (!isSnapshot || mark.some((byte) => byte !== 0));
+}
+
 async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): Promise<void> {
   for (let from = 0; from < map.length; from += ENTRIES_PER_TURN) {
     counts.add(inode, map, from, Math.min(from + ENTRIES_PER_TURN, map.length));
@@ -671,13 +746,49 @@ async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): P
   counts.note(inode);
 }
 
-/** It has no place that is known here. */
-function isNoText(name: string): boolean {
-  return name.includes('\ufffd');
-}
-
 function isLeftMark({ isSnapshot, tag }: Inode): boolean {
   return isSnapshot && parseUnfinishedTag(tag) !== undefined;
+}
+
+/**
+ * Say of each snapshot whether its tag also says another one of its name: the same tag twice, which other tools may give, or a
+ * number that is the other's id. In the order of names.
+ */
+function markDoubtful(records: VdiRecord[]): void {
+  for (let from = 0, to; from < records.length; from = to) {
+    const { name } = records[from] as VdiRecord;
+    for (to = from; records[to]?.name === name;) to++;
+    if (to - from < 2) continue;
+    const snapshots = records.slice(from, to).filter(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
+    const said = new Map<string, number>();
+    const say = (what: string): unknown => said.set(what, (said.get(what) ?? 0) + 1);
+    for (const { tag, snapId } of snapshots) {
+      say(tag);
+      // Without a tag of its own a snapshot is said by its id alone.
+      if (tag !== String(snapId)) say(String(snapId));
+    }
+    for (let n = from; n < to; n++) {
+      const record = records[n] as VdiRecord;
+      const { tag, isSnapshot, isTemporary } = record;
+      if (!isSnapshot || isTemporary) continue;
+      const reading = NUMBER.test(tag) ? String(Number(tag)) : tag;
+      if ((said.get(tag) ?? 0) > 1 || (reading !== tag && said.has(reading))) {
+        records[n] = { ...record, isDoubtful: true };
+      }
+    }
+  }
+}
+
+/** By vid, for findings: NAME or NAME@TAG, with its id where that may say another one. */
+function labelsOf(inodes: readonly Inode[]): ReadonlyMap<number, string> {
+  const records = inodes.map(recordOf).sort(inOrder);
+  markDoubtful(records);
+  return new Map(
+    records.map(({ vid, name, tag, isSnapshot, isDoubtful }) => {
+      const label = isSnapshot ? `${name}@${tag}` : name;
+      return [vid, isDoubtful ? `${label} (@${vid.toString(16)})` : label];
+    }),
+  );
 }
 
 /** By name: marks that are left on snapshots, and are their working VDIs'. */
@@ -701,6 +812,12 @@ function shadowRecord(inode: Inode, sourceName: string): VdiRecord {
 
 function prefixOf(name: string): string {
   return name.slice(0, name.lastIndexOf('-') + 1);
+}
+
+/** Errors: UNSUPPORTED. It would be taken for a temporary snapshot, and listed nowhere. */
+function refuseShadowName(name: string): void {
+  if (!isShadowName(name)) return;
+  throw new StoreError('UNSUPPORTED', `${name}: such names are those of temporary snapshots here; choose another one`);
 }
 
 /** Errors: UNSUPPORTED, saying that a hyper volume is not `done` here. */

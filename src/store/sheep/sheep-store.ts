@@ -280,6 +280,10 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     return this.catalog.dropStaleShadows(name);
   }
 
+  workingVid(name: string): Promise<number> {
+    return this.catalog.workingVid(name);
+  }
+
   async moved(vdi: SheepVdi, from: number): Promise<void> {
     this.open.delete(from);
     this.open.set(vdi.record.vid, vdi);

@@ -32,6 +32,8 @@ export interface SheepVdiHost {
   readonly recyclesVids: boolean;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
+  /** The vid of the working VDI that goes on under this name; 0 if there is none. */
+  workingVid(name: string): Promise<number>;
   /** Do it again while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
   /** The VDI goes on under another vid. */
@@ -244,7 +246,7 @@ export class SheepVdi implements OpenVdi {
     const { name } = this.record;
     const deadline = performance.now() + cluster.gateway.retryMs;
     for (;;) {
-      const vid = await cluster.lookup(name);
+      const vid = await this.#host.workingVid(name);
       if (vid !== 0 && vid !== from) {
         const inode = await cluster.readInode(vid);
         if (inode.name === name && !inode.isSnapshot) {

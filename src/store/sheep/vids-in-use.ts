@@ -2,6 +2,7 @@
  * Which vids of a cluster are in use, and where among them a name's are: nodes give a new VDI or snapshot the first free
  * vid from a place that its name says (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
  */
+import { bytesOfText } from '../name-bytes.js';
 import { MAX_VID } from './protocol.js';
 
 const FNV_OFFSET = 0xcbf29ce484222325n;
@@ -60,7 +61,7 @@ export class VidsInUse {
 /** Where the nodes begin to look for a name: the low 24 bits of FNV-1a over its bytes, and never 0. */
 export function firstVid(name: string): number {
   let hash = FNV_OFFSET;
-  for (const byte of Buffer.from(name)) hash = ((hash ^ BigInt(byte)) * FNV_PRIME) & MASK_64;
+  for (const byte of bytesOfText(name)) hash = ((hash ^ BigInt(byte)) * FNV_PRIME) & MASK_64;
   return Number(hash & BigInt(MAX_VID)) || 1;
 }
 
