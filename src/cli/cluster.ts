@@ -95,6 +95,7 @@ function epochCount(text: string): number {
 function infoLines(state: ClusterState): [string, string][] {
   const { statusName, nodes, zones, redundancy, left } = state;
   const isFormatted = statusName !== 'not formatted';
+  const isWaiting = statusName === 'waiting for nodes';
   const yesNo = (is: boolean): string => (is ? 'yes' : 'no');
   return [
     ['status', isFormatted ? statusName : "not formatted: 'dog cluster format' makes it ready"],
@@ -115,7 +116,7 @@ function infoLines(state: ClusterState): [string, string][] {
     ['recovery', recoveryText(state)],
     ...left.map(({ node, epoch, since }): [string, string] => [
       'left',
-      epoch === 0 ? `${node}, at this moment` : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
+      epoch === 0 ? `${node}, ${isWaiting ? 'which is waited for' : 'at this moment'}` : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
     ]),
     ...nodes
       .filter(({ reason }) => reason !== null)
