@@ -4,7 +4,7 @@
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../daemon/operations.js';
-import type { ClusterState, NodeState } from '../store/sheep/cluster-state.js';
+import type { ClusterReport, NodeState, StateName } from '../store/sheep/cluster-report.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
@@ -78,12 +78,19 @@ function listCommand(): Command {
   });
 }
 
-async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterState> {
+const IN_WORDS: Readonly<Record<StateName, string>> = {
+  running: 'running',
+  'not-formatted': "not formatted; 'dog cluster format' does that",
+  waiting: "waiting for nodes: start all that were members, or see 'dog cluster recover'",
+  'shutting-down': 'shutting down',
+};
+
+async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
     throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
   }
-  const { readClusterState } = await import('../store/sheep/cluster-state.js');
-  return readClusterState(options.cluster, epochs);
+  const { readClusterReport } = await import('../store/sheep/cluster-report.js');
+  return readClusterReport(options.cluster, { epochs });
 }
 
 function epochCount(text: string): number {
@@ -92,13 +99,13 @@ function epochCount(text: string): number {
   throw new InvalidArgumentError(`It must be 1 to ${MAX_EPOCHS}.`);
 }
 
-function infoLines(state: ClusterState): [string, string][] {
-  const { statusName, nodes, zones, redundancy, left } = state;
-  const isFormatted = statusName !== 'not formatted';
-  const isWaiting = statusName === 'waiting for nodes';
+function infoLines(state: ClusterReport): [string, string][] {
+  const { stateName, nodes, zones, redundancy, left } = state;
+  const isFormatted = stateName !== 'not-formatted';
+  const isWaiting = stateName === 'waiting';
   const yesNo = (is: boolean): string => (is ? 'yes' : 'no');
   return [
-    ['status', isFormatted ? statusName : "not formatted: 'dog cluster format' makes it ready"],
+    ['state', IN_WORDS[stateName]],
     ...(isFormatted ? [['created', formatTime(state.createdAt)] as [string, string]] : []),
     ['epoch', String(state.epoch)],
     ['nodes', `${nodes.length}, in ${zones} zone${zones === 1 ? '' : 's'}`],
@@ -116,7 +123,9 @@ function infoLines(state: ClusterState): [string, string][] {
     ['recovery', recoveryText(state)],
     ...left.map(({ node, epoch, since }): [string, string] => [
       'left',
-      epoch === 0 ? `${node}, ${isWaiting ? 'which is waited for' : 'at this moment'}` : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
+      epoch === 0
+        ? `${node}, ${isWaiting ? 'which is waited for' : 'at this moment'}`
+        : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
     ]),
     ...nodes
       .filter(({ reason }) => reason !== null)
@@ -130,7 +139,11 @@ function spaceText(nodes: readonly NodeState[]): string {
   return `${formatSize(size - free)} used of ${formatSize(size)}, ${formatSize(free)} free${besides}`;
 }
 
-function spaceOf(nodes: readonly NodeState[]): { readonly size: number; readonly free: number; readonly unknown: number } {
+function spaceOf(nodes: readonly NodeState[]): {
+  readonly size: number;
+  readonly free: number;
+  readonly unknown: number;
+} {
   let [size, free, unknown] = [0, 0, 0];
   for (const node of nodes) {
     size += node.size ?? 0;
@@ -140,10 +153,12 @@ function spaceOf(nodes: readonly NodeState[]): { readonly size: number; readonly
   return { size, free, unknown };
 }
 
-function recoveryText({ nodes, isRecoveryDisabled }: ClusterState): string {
+function recoveryText({ nodes, isRecoveryDisabled }: ClusterReport): string {
   const recovering = nodes.filter(({ recovery }) => recovery !== null);
   const unknown = nodes.filter(({ state }) => state !== 'ok' && state !== 'recovering').length;
-  const disabled = isRecoveryDisabled ? "; disabled for later changes of the members ('dog cluster recover disable')" : '';
+  const disabled = isRecoveryDisabled
+    ? "; disabled for later changes of the members ('dog cluster recover disable')"
+    : '';
   const besides = unknown === 0 ? '' : `; ${unknown} node${unknown === 1 ? ' does' : 's do'} not say`;
   if (recovering.length === 0) return `none is running${besides}${disabled}`;
   return `running on ${recovering.length} of ${nodes.length} nodes: ${progressText(totalOf(recovering))}${besides}${disabled}`;
@@ -174,7 +189,7 @@ function spaceCells({ size, free }: NodeState): string[] {
   return [formatSize(size), formatSize(size - free), formatSize(free)];
 }
 
-function epochRows({ epochs }: ClusterState): string[][] {
+function epochRows({ epochs }: ClusterReport): string[][] {
   return epochs.map(({ epoch, since, nodes }, n) => {
     const before = epochs[n + 1];
     const labels = nodes.map(labelOf);
@@ -194,14 +209,14 @@ function labelOf({ host, port }: { readonly host: string; readonly port: number 
   return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
 }
 
-function infoJson(state: ClusterState): object {
+function infoJson(state: ClusterReport): object {
   const { epoch, createdAt, flags, copies, copyPolicy, status, blockSizeShift, store, nodes } = state;
   const { size, free, unknown } = spaceOf(nodes);
   const recovering = nodes.filter(({ recovery }) => recovery !== null);
   return {
     ...{ epoch, createdAt: createdAt === 0 ? null : isoTime(createdAt), flags, copies, copyPolicy, status },
     ...{ blockSizeShift, store, nodeCount: nodes.length },
-    state: state.statusName,
+    state: state.stateName,
     redundancy: redundancyJson(state.redundancy),
     enforcesLocks: state.enforcesLocks,
     recyclesVids: state.recyclesVids,

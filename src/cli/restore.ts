@@ -43,7 +43,10 @@ export function restoreCommand(): Command {
   return withCommonOptions(command).action(async (given: string, name: string | undefined, options: RestoreOptions) => {
     const looks = options.list === true || (options.verify === true && name === undefined);
     if (looks && (name !== undefined || options.at !== undefined || options.overwrite || options.copies)) {
-      throw new OperationError('BAD_USAGE', '--list and --verify only look: leave NAME, --at, --overwrite and --copies out');
+      throw new OperationError(
+        'BAD_USAGE',
+        '--list and --verify only look: leave NAME, --at, --overwrite and --copies out',
+      );
     }
     if (!looks && name === undefined) {
       throw new OperationError('BAD_USAGE', 'name the VDI to make, or say --list to see what there is');

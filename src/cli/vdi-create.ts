@@ -34,15 +34,16 @@ export function vdiCreateCommand(): Command {
     .addOption(blockSizeShiftOption())
     .addOption(copiesOption())
     .addOption(forceOption())
-    .addHelpText('after', '\nExamples:\n  sheepgate vdi create vm1 20G\n  sheepgate vdi create vm1 20G --copies 4:2 --cluster node1');
-  return withCommonOptions(command).action(
-    async (name: string, size: number, options: CreateCommandOptions) => {
-      const { blockSizeShift, copies: redundancy, force } = options;
-      const create = (operations: Operations): Promise<VdiRecord> =>
-        operations.create(name, size, { blockSizeShift, redundancy, force });
-      const vdi = await withOperations(options, create, { mayCreate: true });
-      if (options.json) printJson(vdiJson(vdi));
-      else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
-    },
-  );
+    .addHelpText(
+      'after',
+      '\nExamples:\n  sheepgate vdi create vm1 20G\n  sheepgate vdi create vm1 20G --copies 4:2 --cluster node1',
+    );
+  return withCommonOptions(command).action(async (name: string, size: number, options: CreateCommandOptions) => {
+    const { blockSizeShift, copies: redundancy, force } = options;
+    const create = (operations: Operations): Promise<VdiRecord> =>
+      operations.create(name, size, { blockSizeShift, redundancy, force });
+    const vdi = await withOperations(options, create, { mayCreate: true });
+    if (options.json) printJson(vdiJson(vdi));
+    else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
+  });
 }

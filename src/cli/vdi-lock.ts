@@ -4,7 +4,8 @@ import type { LockStatus } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatVid, printJson, printLine, printNote, table } from './output.js';
 
-const NOT_ENFORCED = "this cluster was formatted without locks ('dog cluster format -l'), so it keeps no second writer out";
+const NOT_ENFORCED =
+  "this cluster was formatted without locks ('dog cluster format -l'), so it keeps no second writer out";
 
 const LIST_HELP = `
 LOCKED THROUGH is the node that was asked for the lock. It does not know which client that was, nor whether it is still there:
@@ -29,7 +30,9 @@ export function vdiLockCommand(): Command {
 }
 
 function listCommand(): Command {
-  const command = new Command('list').description('list what is locked, and through which node').addHelpText('after', LIST_HELP);
+  const command = new Command('list')
+    .description('list what is locked, and through which node')
+    .addHelpText('after', LIST_HELP);
   return withCommonOptions(command).action(async (options: CommonOptions) => {
     const { areEnforced, locks } = await withOperations(options, (operations) => operations.locks());
     if (!areEnforced) printNote(NOT_ENFORCED);
@@ -51,7 +54,10 @@ function unlockCommand(): Command {
     .description('end a lock that somebody has left behind')
     .argument('<vdi>', 'NAME, NAME@TAG for a snapshot, or @ID')
     .addOption(
-      new Option('--held-by <node>', 'HOST:PORT of the node whose lock it is: nobody writes there any more, nor elsewhere'),
+      new Option(
+        '--held-by <node>',
+        'HOST:PORT of the node whose lock it is: nobody writes there any more, nor elsewhere',
+      ),
     )
     .addHelpText('after', UNLOCK_HELP);
   return withCommonOptions(command).action(async (spec: string, options: CommonOptions & { heldBy?: string }) => {

@@ -37,8 +37,7 @@ export interface Unfinished {
 }
 
 /** What a cluster keeps of each object, on as many nodes: whole copies, or the strips of an erasure code. */
-export type Redundancy =
-  { readonly copies: number } | { readonly dataStrips: number; readonly parityStrips: number };
+export type Redundancy = { readonly copies: number } | { readonly dataStrips: number; readonly parityStrips: number };
 
 /** One VDI or snapshot. `size` in bytes, times in milliseconds since the epoch. */
 export interface VdiRecord {

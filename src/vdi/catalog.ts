@@ -536,9 +536,9 @@ export class VdiCatalog {
     return { ...lock, ...ofVid(record), usedBy: record === undefined ? [] : this.#usersHere(record) };
   }
 
-  /** Who has it open through daemons of this machine, as far as that is known. */
-  #usersHere({ vid, name, tag }: VdiRecord): readonly string[] {
-    const uses = this.inUse.of(name, tag).filter(({ lostAt }) => lostAt === null);
+  /** Who has the VDI of this name open through daemons of this machine, as far as that is known. */
+  #usersHere({ vid, name }: VdiRecord): readonly string[] {
+    const uses = this.inUse.of(name, '').filter(({ lostAt }) => lostAt === null);
     if (uses.length === 0 && this.#isUsed(vid)) return ['a command through this daemon'];
     return uses.map(({ client }) => client);
   }
@@ -556,17 +556,20 @@ export class VdiCatalog {
       const find = async (): Promise<VdiRecord | undefined> =>
         vid === undefined ? await this.find(spec) : await this.#store.catalog.record(vid);
       const record = await find();
-      if (record && !record.isSnapshot) {
+      if (record) {
         await this.#settle(record);
         this.#mustBeClosed(record, 'unlocked');
-        const [elsewhere] = this.inUse.of(record.name, record.tag).filter(({ isElsewhere }) => isElsewhere);
+        const [elsewhere] = this.inUse.of(record.name, '').filter(({ isElsewhere }) => isElsewhere);
         if (elsewhere) throw openElsewhere(spec, elsewhere, 'unlocked');
       }
       const found = (await locks.list()).find((other) => other.vid === (vid ?? record?.vid));
       const status = found && this.#lockStatus(found, record ? [record] : []);
       const { lock, holder } = mayUnlock(spec, { areEnforced: locks.areEnforced, status, record, options });
       if ((await find())?.vid !== record?.vid) {
-        throw new CatalogError('NOT_LOCKED', `${spec} has changed at this moment (a snapshot?); nothing was done, look again`);
+        throw new CatalogError(
+          'NOT_LOCKED',
+          `${spec} has changed at this moment (a snapshot?); nothing was done, look again`,
+        );
       }
       await locks.unlock(lock, holder);
       return lock;

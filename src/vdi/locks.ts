@@ -1,7 +1,8 @@
 /**
  * Locks of VDIs that the nodes of a cluster keep: what is told of them, and whether one may be taken away. A lock says
  * through which node somebody has opened a VDI, and not whether he is still there: a client goes on through another node
- * when that one ends. So nothing that could still be written is unlocked before its holder was named. Sends nothing.
+ * when that one ends, and keeps the lock of the VDI's id of before when somebody else takes a snapshot. So nothing but what is
+ * deleted is unlocked before its holder was named. Sends nothing.
  */
 import type { LockHolder, ObjectStore, VdiLock, VdiLocks, VdiRecord } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
@@ -17,7 +18,7 @@ export interface LockStatus extends VdiLock {
   readonly isDeleted: boolean;
   /** How it is said on a command line. */
   readonly spec: string | null;
-  /** Clients that have it open through daemons of this machine. Of other machines' nothing is known. */
+  /** Clients that have the VDI of this name open through daemons of this machine. Of other machines' nothing is known. */
   readonly usedBy: readonly string[];
 }
 
@@ -63,7 +64,10 @@ export function mayUnlock(
   { areEnforced, status, record, options: { heldBy } }: UnlockCase,
 ): { readonly lock: LockStatus; readonly holder: LockHolder } {
   if (!areEnforced) {
-    throw new CatalogError('UNSUPPORTED', "this cluster was formatted without locks ('dog cluster format -l'): nothing is locked");
+    throw new CatalogError(
+      'UNSUPPORTED',
+      "this cluster was formatted without locks ('dog cluster format -l'): nothing is locked",
+    );
   }
   const label = record ? `${spec} (id ${record.vid.toString(16)})` : spec;
   if (status === undefined) {
@@ -73,21 +77,33 @@ export function mayUnlock(
   const holder = heldBy === undefined ? first : status.holders.find(({ node }) => node === heldBy);
   const through = status.holders.map(({ node }) => node).join(', ');
   if (holder === undefined) {
-    throw new CatalogError('NOT_LOCKED', `${label} is locked through ${through}, not through ${heldBy}; nothing was done`);
+    throw new CatalogError(
+      'NOT_LOCKED',
+      `${label} is locked through ${through}, not through ${heldBy}; nothing was done`,
+    );
   }
-  // Nobody writes a snapshot or what is deleted.
-  const isWritten = record !== undefined && !record.isSnapshot;
-  if (heldBy === undefined && (isWritten || status.holders.length > 1)) throw mustSayHolder(spec, label, through, holder);
+  // Nobody writes what is deleted.
+  if (heldBy === undefined && (record !== undefined || status.holders.length > 1)) {
+    throw mustSayHolder(spec, label, through, holder, record?.isSnapshot ?? false);
+  }
   return { lock: status, holder };
 }
 
-function mustSayHolder(spec: string, label: string, through: string, holder: LockHolder): CatalogError {
-  const state = holder.isMember
+function mustSayHolder(
+  spec: string,
+  label: string,
+  through: string,
+  { node, isMember }: LockHolder,
+  isSnapshot: boolean,
+): CatalogError {
+  // Locks do not go along when somebody else takes a snapshot: a client that is idle then has the old one.
+  const what = isSnapshot ? `; whoever had the VDI open when this snapshot was taken may have the lock` : '';
+  const state = isMember
     ? 'a member of the cluster, so whoever asked it for the lock may be writing'
     : 'no member any more, but whoever asked it for the lock may be writing through another node';
   return new CatalogError(
     'NEEDS_FORCE',
-    `${label} is locked through ${through}, ${state}; a second writer destroys it. Once you are sure that there is none, ` +
-      `'sheepgate vdi lock unlock ${shellWord(spec)} --held-by ${holder.node}' ends the lock`,
+    `${label} is locked through ${through}, ${state}${what}; two writers destroy a disk. Once you are sure that there is none, ` +
+      `'sheepgate vdi lock unlock ${shellWord(spec)} --held-by ${node}' ends the lock`,
   );
 }

@@ -51,7 +51,8 @@ export class SheepLocks implements VdiLocks {
     // By vid, as everything about locks but taking them: no other VDI can be meant.
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type });
     // A shared lock is given up by each node for itself.
-    const answer = kind === 'shared' ? await ask(node, header) : await this.#gateway.execute({ header }, { once: true });
+    const answer =
+      kind === 'shared' ? await ask(node, header) : await this.#gateway.execute({ header }, { once: true });
     if (answer.result !== Result.SUCCESS)
       throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
     // Nodes answer the same whether there was a lock or not.

@@ -15,15 +15,7 @@ import {
   type ClusterInfo,
   type ClusterNode,
 } from './layouts.js';
-import {
-  CLUSTER_INFO_ROOM,
-  ClusterFlag,
-  MAX_NODES,
-  NODE_BYTES,
-  Opcode,
-  Result,
-  resultName,
-} from './protocol.js';
+import { CLUSTER_INFO_ROOM, ClusterFlag, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
 import {
   decodeEpochs,
   decodeRecovery,
@@ -42,9 +34,8 @@ const SPARE_NODES = 32;
 /** enum sd_status. */
 const STATUS_RUNNING = 1;
 const STATUS_WAIT = 2;
-const STATUS_SHUTDOWN = 3;
 
-export type ClusterStatus = 'running' | 'not formatted' | 'waiting for nodes' | 'shutting down' | 'unknown';
+export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
 
 export interface NodeState extends Omit<ClusterNode, 'address'> {
   /** HOST:PORT. */
@@ -70,8 +61,8 @@ export interface LeftNode {
   readonly since: number;
 }
 
-export interface ClusterState extends Omit<ClusterInfo, 'nodeCount'> {
-  readonly statusName: ClusterStatus;
+export interface ClusterReport extends ClusterInfo {
+  readonly stateName: StateName;
   /** Undefined before the cluster is formatted. */
   readonly redundancy: Redundancy | undefined;
   readonly enforcesLocks: boolean;
@@ -87,20 +78,22 @@ export interface ClusterState extends Omit<ClusterInfo, 'nodeCount'> {
 }
 
 /** `location`: as --cluster has it. Errors (StoreError): ADDRESS; IO if none of its nodes answers. */
-export async function readClusterState(location: string, epochCount: number): Promise<ClusterState> {
-  const [connection, info] = await firstToAnswer(parseClusterAddress(location));
+export async function readClusterReport(
+  location: string,
+  { epochs: epochCount = 1, answerMs = ANSWER_MS }: { readonly epochs?: number; readonly answerMs?: number } = {},
+): Promise<ClusterReport> {
+  const [connection, info] = await firstToAnswer(parseClusterAddress(location), answerMs);
   try {
     const list = await listNodes(connection);
-    const statusName = statusOf(info);
+    const stateName = statusOf(info);
     const [nodes, { epochs, isRecoveryDisabled }] = await Promise.all([
-      Promise.all(list.nodes.map((node) => stateOf(node))),
+      Promise.all(list.nodes.map((node) => stateOf(node, answerMs))),
       readEpochs(connection, list, epochCount),
     ]);
-    const { nodeCount: _, ...told } = info;
     return {
-      ...told,
-      statusName,
-      redundancy: statusName === 'not formatted' ? undefined : redundancyOf(info),
+      ...info,
+      stateName,
+      redundancy: stateName === 'not-formatted' ? undefined : redundancyOf(info),
       enforcesLocks: (info.flags & ClusterFlag.USE_LOCK) !== 0,
       recyclesVids: (info.flags & ClusterFlag.RECYCLE_VID) !== 0,
       isStrict: (info.flags & ClusterFlag.STRICT) !== 0,
@@ -131,20 +124,23 @@ export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoc
   return left;
 }
 
-function statusOf({ status, createdAt }: ClusterInfo): ClusterStatus {
+function statusOf({ status, createdAt }: ClusterInfo): StateName {
   if (status === STATUS_RUNNING) return 'running';
-  if (status === STATUS_WAIT) return createdAt === 0 ? 'not formatted' : 'waiting for nodes';
-  return status === STATUS_SHUTDOWN ? 'shutting down' : 'unknown';
+  if (status !== STATUS_WAIT) return 'shutting-down';
+  return createdAt === 0 ? 'not-formatted' : 'waiting';
 }
 
-async function firstToAnswer(addresses: readonly NodeAddress[]): Promise<[NodeConnection, ClusterInfo]> {
+async function firstToAnswer(
+  addresses: readonly NodeAddress[],
+  answerMs: number,
+): Promise<[NodeConnection, ClusterInfo]> {
   const reasons: string[] = [];
   for (const address of addresses) {
     let connection: NodeConnection | undefined;
     try {
       connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
       const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
-      mustSucceed(await ask(connection, Opcode.CLUSTER_INFO, receive), 'its state');
+      mustSucceed(await ask(connection, Opcode.CLUSTER_INFO, { receive, answerMs }), 'its state');
       return [connection, decodeClusterInfo(receive)];
     } catch (error) {
       connection?.destroy();
@@ -163,7 +159,7 @@ interface NodeList {
 
 async function listNodes(connection: NodeConnection): Promise<NodeList> {
   const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
-  const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, receive), 'its nodes');
+  const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { receive }), 'its nodes');
   const count = nodeResponse.decode(answer.header).nrNodes;
   const nodeBytes = count === 0 ? NODE_BYTES : answer.length / count;
   return { nodes: decodeNodes(receive.subarray(0, answer.length), count), nodeBytes };
@@ -178,7 +174,7 @@ async function readEpochs(
   let room = nodes.length + SPARE_NODES;
   while (room <= MAX_NODES) {
     const receive = Buffer.alloc(count * (EPOCH_LOG_BYTES + room * nodeBytes));
-    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, receive, room);
+    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { receive, room });
     // Of a cluster that does not serve the result says why, and the logs are there all the same.
     if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
     room *= 2;
@@ -186,42 +182,54 @@ async function readEpochs(
   return { epochs: [], isRecoveryDisabled: false };
 }
 
-async function stateOf({ address: _, ...node }: ClusterNode): Promise<NodeState> {
-  const known = { ...node, node: addressLabel(node), reason: null, size: null, free: null, recovery: null };
+async function stateOf({ host, port, vnodes, zone, space }: ClusterNode, answerMs: number): Promise<NodeState> {
+  const node = addressLabel({ host, port });
+  const known = { host, port, node, vnodes, zone, space, reason: null, size: null, free: null, recovery: null };
   let connection: NodeConnection;
   try {
-    connection = await NodeConnection.connect(node, () => undefined, CONNECT_MS);
+    connection = await NodeConnection.connect({ host, port }, () => undefined, CONNECT_MS);
   } catch (error) {
     const { message, cause } = error as Error;
     return { ...known, state: 'unreachable', reason: cause instanceof Error ? cause.message : message };
   }
   try {
     const receive = Buffer.alloc(RECOVERY_BYTES);
-    const [space, recovery] = await Promise.all([
-      ask(connection, Opcode.STAT_SHEEP),
-      ask(connection, Opcode.STAT_RECOVERY, receive),
+    const [disks, recovery] = await Promise.all([
+      ask(connection, Opcode.STAT_SHEEP, { answerMs }),
+      ask(connection, Opcode.STAT_RECOVERY, { receive, answerMs }),
     ]);
-    if (space.result !== Result.SUCCESS || recovery.result !== Result.SUCCESS) {
-      const { result } = space.result === Result.SUCCESS ? recovery : space;
+    if (disks.result !== Result.SUCCESS || recovery.result !== Result.SUCCESS) {
+      const { result } = disks.result === Result.SUCCESS ? recovery : disks;
       return { ...known, state: 'waiting', reason: `it answers ${resultName(result)}` };
     }
-    const { storeSize: size, storeFree: free } = nodeResponse.decode(space.header);
+    const { storeSize: size, storeFree: free } = nodeResponse.decode(disks.header);
     const progress = decodeRecovery(receive);
     return { ...known, state: progress === null ? 'ok' : 'recovering', size, free, recovery: progress };
   } catch (error) {
     if (!(error instanceof ConnectionLost)) throw error;
-    if (error instanceof NoAnswer) return { ...known, state: 'silent', reason: `no answer within ${ANSWER_MS / 1000} s` };
+    if (error instanceof NoAnswer)
+      return { ...known, state: 'silent', reason: `no answer within ${answerMs / 1000} s` };
     return { ...known, state: 'unreachable', reason: error.message };
   } finally {
     connection.destroy();
   }
 }
 
-/** `nodeRoom`: of STAT_CLUSTER only. */
-function ask(connection: NodeConnection, opcode: number, receive?: Buffer, nodeRoom = 0): Promise<Answer> {
+interface Asked {
+  readonly receive?: Buffer;
+  /** Of STAT_CLUSTER: nodes that there is room for in each log. */
+  readonly room?: number;
+  readonly answerMs?: number;
+}
+
+function ask(
+  connection: NodeConnection,
+  opcode: number,
+  { receive, room = 0, answerMs = ANSWER_MS }: Asked,
+): Promise<Answer> {
   const header = encodeVdiRequest(opcode, 0, receive?.length ?? 0);
-  header.writeUInt32LE(nodeRoom, NODES_NR_OFFSET);
-  return connection.send({ header, receive }, ANSWER_MS);
+  header.writeUInt32LE(room, NODES_NR_OFFSET);
+  return connection.send({ header, receive }, answerMs);
 }
 
 function mustSucceed(answer: Answer, what: string): Answer {
