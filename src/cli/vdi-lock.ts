@@ -38,7 +38,7 @@ function listCommand(): Command {
     if (!areEnforced) printNote(NOT_ENFORCED);
     if (options.json) return printJson(locks.map(lockJson));
     const rows = locks.map((lock) => [
-      lock.name ?? '(deleted)',
+      lock.name ?? (lock.isDeleted ? '(deleted)' : '(not readable)'),
       lock.tag ?? '',
       formatVid(lock.vid),
       lock.kind,

@@ -198,8 +198,10 @@ export interface ObjectStore extends ObjectReader {
 
 /** A lock that the nodes of a cluster have on a VDI: `shared` ones are iSCSI targets', which know of each other. */
 export interface VdiLock {
-  /** Which may be a snapshot's by now, or a deleted VDI's. */
+  /** Which may be a snapshot's by now. */
   readonly vid: number;
+  /** There is no such VDI any more, but who made one that gets this id would find it locked. */
+  readonly isDeleted: boolean;
   readonly kind: 'exclusive' | 'shared';
   readonly holders: readonly LockHolder[];
 }

@@ -527,8 +527,19 @@ export class VdiCatalog {
   async locks(): Promise<LockReport> {
     const locks = locksOf(this.#store);
     const list = await locks.list();
-    const records = list.length === 0 ? [] : await this.list();
+    const records = list.length === 0 ? [] : await this.#recordsOf(list);
     return { areEnforced: locks.areEnforced, locks: list.map((lock) => this.#lockStatus(lock, records)) };
+  }
+
+  /** What is locked is told, whether all that it is can be read or not. */
+  async #recordsOf(locks: readonly VdiLock[]): Promise<readonly VdiRecord[]> {
+    try {
+      return await this.list();
+    } catch {
+      const each = locks.map(async ({ vid }) => this.#store.catalog.record(vid));
+      const read = await Promise.allSettled(each);
+      return read.flatMap((record) => (record.status === 'fulfilled' ? (record.value ?? []) : []));
+    }
   }
 
   #lockStatus(lock: VdiLock, records: readonly VdiRecord[]): LockStatus {

@@ -10,12 +10,11 @@ import { CatalogError } from './catalog-error.js';
 import { specOf } from './names.js';
 
 export interface LockStatus extends VdiLock {
-  /** Null of a deleted VDI. */
+  /** Null of a deleted VDI, and of one whose record cannot be read. */
   readonly name: string | null;
   /** Null of a working VDI. */
   readonly tag: string | null;
   readonly isSnapshot: boolean;
-  readonly isDeleted: boolean;
   /** How it is said on a command line. */
   readonly spec: string | null;
   /** Clients that have the VDI of this name open through daemons of this machine. Of other machines' nothing is known. */
@@ -42,18 +41,16 @@ export function locksOf({ catalog, location }: Pick<ObjectStore, 'catalog' | 'lo
   );
 }
 
-export function ofVid(
-  record: VdiRecord | undefined,
-): Pick<LockStatus, 'name' | 'tag' | 'isSnapshot' | 'isDeleted' | 'spec'> {
-  if (record === undefined) return { name: null, tag: null, isSnapshot: false, isDeleted: true, spec: null };
+export function ofVid(record: VdiRecord | undefined): Pick<LockStatus, 'name' | 'tag' | 'isSnapshot' | 'spec'> {
+  if (record === undefined) return { name: null, tag: null, isSnapshot: false, spec: null };
   const { name, tag, isSnapshot } = record;
-  return { name, tag: isSnapshot ? tag : null, isSnapshot, isDeleted: false, spec: specOf(record) };
+  return { name, tag: isSnapshot ? tag : null, isSnapshot, spec: specOf(record) };
 }
 
 export interface UnlockCase {
   readonly areEnforced: boolean;
   readonly status: LockStatus | undefined;
-  /** Undefined of a deleted VDI. */
+  /** Undefined of a deleted VDI, and of one whose record cannot be read. */
   readonly record: VdiRecord | undefined;
   readonly options: UnlockOptions;
 }
@@ -83,7 +80,7 @@ export function mayUnlock(
     );
   }
   // Nobody writes what is deleted.
-  if (heldBy === undefined && (record !== undefined || status.holders.length > 1)) {
+  if (heldBy === undefined && (!status.isDeleted || status.holders.length > 1)) {
     throw mustSayHolder(spec, label, through, holder, record?.isSnapshot ?? false);
   }
   return { lock: status, holder };

@@ -230,8 +230,13 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect([...cluster.state.locked.keys()].sort()).toEqual([vid, deleted].sort());
     await operations.unlock(`@${deleted.toString(16)}`);
     expect([...cluster.state.locked.keys()]).toEqual([vid]);
-    // By its id, a VDI is what it is.
+    // By its id, a VDI is what it is, also if its record is lost.
     await expect(operations.unlock(`@${vid.toString(16)}`)).rejects.toMatchObject({ code: 'NEEDS_FORCE' });
+    const oid = (1n << 63n) | (BigInt(vid) << 32n);
+    cluster.fault = ({ opcode, oid: asked }) => (opcode === Op.READ && asked === oid ? { result: 2 } : undefined);
+    expect((await operations.locks()).locks).toMatchObject([{ vid, name: null, isDeleted: false }]);
+    await expect(operations.unlock(`@${vid.toString(16)}`)).rejects.toMatchObject({ code: 'NEEDS_FORCE' });
+    cluster.fault = () => undefined;
     cluster.state.locked.clear();
   });
 

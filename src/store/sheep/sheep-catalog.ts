@@ -64,7 +64,7 @@ export class SheepCatalog implements Catalog {
 
   constructor(store: SheepStore) {
     this.#store = store;
-    this.locks = new SheepLocks(store.cluster.gateway, store.enforcesLocks);
+    this.locks = new SheepLocks(store.cluster, store.enforcesLocks);
   }
 
   get #cluster(): Cluster {

@@ -6,7 +6,7 @@
 import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';
 import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
-import type { Gateway } from './gateway.js';
+import type { Cluster } from './cluster.js';
 import { encodeVdiRequest } from './layouts.js';
 import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from './protocol.js';
 import { decodeVdiStates, LockState, VDI_STATE_BYTES } from './state-layouts.js';
@@ -18,11 +18,11 @@ const MOST_ROOM = Math.floor((128 * 2 ** 20) / VDI_STATE_BYTES);
 const NODE_MS = 5_000;
 
 export class SheepLocks implements VdiLocks {
-  readonly #gateway: Gateway;
+  readonly #cluster: Cluster;
   readonly areEnforced: boolean;
 
-  constructor(gateway: Gateway, areEnforced: boolean) {
-    this.#gateway = gateway;
+  constructor(cluster: Cluster, areEnforced: boolean) {
+    this.#cluster = cluster;
     this.areEnforced = areEnforced;
   }
 
@@ -37,9 +37,11 @@ export class SheepLocks implements VdiLocks {
     }
     const locked = states.filter(({ lockState }) => lockState !== LockState.UNLOCKED);
     if (locked.length === 0) return [];
-    const members = new Set((await this.#gateway.listNodes()).map(addressLabel));
+    const members = new Set((await this.#cluster.gateway.listNodes()).map(addressLabel));
+    const vids = await this.#cluster.vids();
     return locked.map(({ vid, lockState, owners }) => ({
       vid,
+      isDeleted: !vids.isLive(vid),
       kind: lockState === LockState.SHARED ? 'shared' : 'exclusive',
       holders: owners.map((node) => ({ node, isMember: members.has(node) })),
     }));
@@ -52,7 +54,7 @@ export class SheepLocks implements VdiLocks {
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type });
     // A shared lock is given up by each node for itself.
     const answer =
-      kind === 'shared' ? await ask(node, header) : await this.#gateway.execute({ header }, { once: true });
+      kind === 'shared' ? await ask(node, header) : await this.#cluster.gateway.execute({ header }, { once: true });
     if (answer.result !== Result.SUCCESS)
       throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
     // Nodes answer the same whether there was a lock or not.
@@ -64,7 +66,7 @@ export class SheepLocks implements VdiLocks {
     for (let room = FIRST_ROOM; ; room = Math.min(room * 2, MOST_ROOM)) {
       const receive = Buffer.alloc(room * VDI_STATE_BYTES);
       const header = encodeVdiRequest(Opcode.GET_VDI_COPIES, 0, receive.length);
-      const { result, length } = await this.#gateway.execute({ header, receive });
+      const { result, length } = await this.#cluster.gateway.execute({ header, receive });
       if (result === Result.SUCCESS) return receive.subarray(0, length);
       if (result !== Result.BUFFER_SMALL)
         throw new StoreError('IO', `asking for locks: the cluster answers ${resultName(result)}`);
