@@ -2,7 +2,7 @@
 import type { Redundancy } from '../store/object-store.js';
 import { formatRedundancy, zonesFor } from '../store/redundancy.js';
 
-/** "2" or "erasure code 2:1, 3 strips". */
+/** "2" or "erasure code 2:1, 3 strips of which 2 are enough". */
 export function redundancyText(redundancy: Redundancy): string {
   if ('copies' in redundancy) return formatRedundancy(redundancy);
   return `erasure code ${formatRedundancy(redundancy)}, ${zonesFor(redundancy)} strips of which ${redundancy.dataStrips} are enough`;

@@ -252,6 +252,40 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
   });
 });
 
+test('what is restored or migrated into a cluster has the copies that were asked for', async () => {
+  const cluster = await new StandIn({ jitterMs: 0 }).start();
+  const local = await testStore(WAYS[0]);
+  await local.ok('vdi', 'create', 'vm', '4M', ...SHIFT);
+  const backup = path.join(temporaryDirectory(), 'backup');
+  await local.ok('backup', 'vm', '--to', backup);
+  const target = storeWith('', undefined, ['--cluster', cluster.address]);
+  for (const [name, command] of [
+    ['restored', () => target.run(['restore', backup, 'restored', '--copies', '3'])],
+    [
+      'migrated',
+      () =>
+        local.run([
+          'migrate',
+          'vm',
+          '--from',
+          local.store,
+          '--to',
+          `cluster:${cluster.address}`,
+          '--as',
+          'migrated',
+          '--copies',
+          '3',
+        ]),
+    ],
+  ] as const) {
+    const result = await command();
+    expect(result.code, result.stderr).toBe(0);
+    const { redundancy } = await target.json<{ redundancy: object }>('vdi', 'show', name);
+    expect(redundancy, name).toEqual({ policy: 'replicated', copies: 3 });
+  }
+  await cluster.stop();
+});
+
 describe('a lock of ours', () => {
   test('is not ended while a client has the disk open, whoever asks, and is told with that client', async () => {
     const cluster = await new StandIn({ useLock: true, jitterMs: 0 }).start();

@@ -31,6 +31,8 @@ const CONNECT_MS = 2_000;
 const ANSWER_MS = 5_000;
 /** Room for the members of an epoch, beside those of now: clusters shrink. */
 const SPARE_NODES = 32;
+/** Logs of epochs that are asked for at most: of a large cluster there are fewer then. */
+const MAX_LOG_BYTES = 32 * 2 ** 20;
 /** enum sd_status. */
 const STATUS_RUNNING = 1;
 const STATUS_WAIT = 2;
@@ -173,7 +175,8 @@ async function readEpochs(
 ): Promise<ReturnType<typeof decodeEpochs>> {
   let room = nodes.length + SPARE_NODES;
   while (room <= MAX_NODES) {
-    const receive = Buffer.alloc(count * (EPOCH_LOG_BYTES + room * nodeBytes));
+    const stride = EPOCH_LOG_BYTES + room * nodeBytes;
+    const receive = Buffer.alloc(Math.min(count, Math.floor(MAX_LOG_BYTES / stride)) * stride);
     const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { receive, room });
     // Of a cluster that does not serve the result says why, and the logs are there all the same.
     if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
