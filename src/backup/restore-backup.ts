@@ -6,7 +6,7 @@
 import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { MAX_DATA_OBJECTS } from '../store/object-store.js';
+import { MAX_DATA_OBJECTS, type Redundancy } from '../store/object-store.js';
 import { hashOf, isZeros, type BlockHashes } from './block-hashes.js';
 import type { Chain } from './chain.js';
 import { inFlight } from './flight.js';
@@ -22,6 +22,8 @@ export interface RestoreOptions {
   readonly name: string;
   /** Write over a VDI of that name. */
   readonly overwrites: boolean;
+  /** Of a cluster, if the VDI has to be made. */
+  readonly redundancy?: Redundancy | undefined;
   /** Also if a client that was cut off from it may come back. */
   readonly force?: boolean | undefined;
   readonly verifies: boolean;
@@ -99,6 +101,7 @@ export async function restoreBackup(
     run,
     size: point.size,
     blockSizeShift: point.blockSizeShift,
+    redundancy: options.redundancy,
     overwrites,
     goesOn: false,
     force: options.force,

@@ -1,13 +1,18 @@
-/** `sheepgate cluster info` and `sheepgate node list`: what a Sheepdog cluster says of itself. */
-import { Command } from 'commander';
+/**
+ * `sheepgate cluster info` and `sheepgate node list`: what a Sheepdog cluster and each of its nodes say of themselves. No
+ * daemon is asked: this is for when things are not as they should be.
+ */
+import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../daemon/operations.js';
-import type { SheepStore } from '../store/sheep/sheep-store.js';
+import type { ClusterReport, NodeState, StateName } from '../store/sheep/cluster-report.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
+import { redundancyJson, redundancyText } from './redundancy-output.js';
 import { formatSize } from './size.js';
 
-/** Asking is done at once or not at all. */
-const RETRY_MS = 5_000;
+/** Changes of the members that are shown, and the most that can be: nodes read a file for each. */
+const DEFAULT_EPOCHS = 10;
+const MAX_EPOCHS = 1000;
 
 export function clusterCommand(): Command {
   return new Command('cluster').description('look at a Sheepdog cluster').addCommand(infoCommand());
@@ -17,55 +22,230 @@ export function nodeCommand(): Command {
   return new Command('node').description("look at a Sheepdog cluster's nodes").addCommand(listCommand());
 }
 
+const INFO_HELP = `
+An epoch is the time from one change of the members to the next. "left" are nodes that were members in the epochs shown, and are
+none now. "recovery" are objects that nodes have put in their places since the members changed; while it runs, some objects have
+fewer copies than they should.
+
+Example:
+  sheepgate cluster info --cluster node1`;
+
 function infoCommand(): Command {
   const command = new Command('info')
-    .description('show the state of the cluster')
-    .addHelpText('after', '\nExample:\n  sheepgate cluster info --cluster node1');
-  return withCommonOptions(command).action(async (options: CommonOptions) => {
-    const info = await withCluster(options, (store) => store.info());
-    if (options.json) {
-      return printJson({ ...info, createdAt: new Date(info.createdAt).toISOString() });
-    }
-    const lines: [string, string][] = [
-      ['created', formatTime(info.createdAt)],
-      ['epoch', String(info.epoch)],
-      ['nodes', String(info.nodeCount)],
-      ['copies', info.copyPolicy === 0 ? String(info.copies) : `${info.copies} strips (erasure coded)`],
-      ['object size', formatSize(2 ** info.blockSizeShift)],
-      ['store', info.store],
-    ];
+    .description('show the state of the cluster: its members and their changes, space, recovery')
+    .addOption(
+      new Option('--epochs <count>', `changes of the members to show, up to ${MAX_EPOCHS}`)
+        .argParser(epochCount)
+        .default(DEFAULT_EPOCHS),
+    )
+    .addHelpText('after', INFO_HELP);
+  return withCommonOptions(command).action(async (options: CommonOptions & { epochs: number }) => {
+    const state = await stateOf(options, options.epochs);
+    if (options.json) return printJson(infoJson(state));
+    const lines = infoLines(state);
     const width = Math.max(...lines.map(([title]) => title.length));
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);
+    if (state.epochs.length === 0) return;
+    printLine('');
+    process.stdout.write(table(['EPOCH', 'SINCE', 'NODES', 'CHANGE'], epochRows(state), ['EPOCH', 'NODES']));
   });
 }
+
+const LIST_HELP = `
+STATE: ok; recovering, with the objects that it has dealt with, of those that it should have; waiting: the cluster does not serve;
+silent: it takes connections and does not answer; unreachable from here, which does not say that the other nodes cannot reach it.
+
+Example:
+  sheepgate node list --cluster node1`;
 
 function listCommand(): Command {
   const command = new Command('list')
-    .description('list the nodes of the cluster')
-    .addHelpText('after', '\nExample:\n  sheepgate node list --cluster node1');
+    .description('list the nodes of the cluster, with their space, state and recovery')
+    .addHelpText('after', LIST_HELP);
   return withCommonOptions(command).action(async (options: CommonOptions) => {
-    const nodes = await withCluster(options, (store) => store.nodes());
-    if (options.json) return printJson(nodes.map(({ address: _, ...node }) => node));
-    const rows = nodes.map(({ host, port, vnodes, zone, space }, id) => [
+    const { nodes } = await stateOf(options, 1);
+    if (options.json) return printJson(nodes.map(nodeJson));
+    const rows = nodes.map((node, id) => [
       String(id),
-      `${host}:${port}`,
-      String(vnodes),
-      String(zone),
-      formatSize(space),
+      node.node,
+      String(node.zone),
+      String(node.vnodes),
+      ...spaceCells(node),
+      stateText(node),
     ]);
-    process.stdout.write(table(['ID', 'NODE', 'VNODES', 'ZONE', 'SPACE'], rows, ['ID', 'VNODES', 'ZONE', 'SPACE']));
+    const right = ['ID', 'ZONE', 'VNODES', 'SIZE', 'USED', 'FREE'];
+    process.stdout.write(table(['ID', 'NODE', 'ZONE', 'VNODES', 'SIZE', 'USED', 'FREE', 'STATE'], rows, right));
   });
 }
 
-async function withCluster<T>(options: CommonOptions, work: (store: SheepStore) => Promise<T>): Promise<T> {
+const IN_WORDS: Readonly<Record<StateName, string>> = {
+  running: 'running',
+  'not-formatted': "not formatted; 'dog cluster format' does that",
+  waiting: "waiting for nodes: start all that were members, or see 'dog cluster recover'",
+  'shutting-down': 'shutting down',
+};
+
+async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
     throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
   }
-  const { SheepStore: store } = await import('../store/sheep/sheep-store.js');
-  const opened = await store.open(options.cluster, { retryMs: RETRY_MS });
-  try {
-    return await work(opened);
-  } finally {
-    await opened.close();
+  const { readClusterReport } = await import('../store/sheep/cluster-report.js');
+  return readClusterReport(options.cluster, { epochs });
+}
+
+function epochCount(text: string): number {
+  const count = Number(text);
+  if (/^\d{1,4}$/.test(text) && count >= 1 && count <= MAX_EPOCHS) return count;
+  throw new InvalidArgumentError(`It must be 1 to ${MAX_EPOCHS}.`);
+}
+
+function infoLines(state: ClusterReport): [string, string][] {
+  const { stateName, nodes, zones, redundancy, left } = state;
+  const isFormatted = stateName !== 'not-formatted';
+  const isWaiting = stateName === 'waiting';
+  const yesNo = (is: boolean): string => (is ? 'yes' : 'no');
+  return [
+    ['state', IN_WORDS[stateName]],
+    ...(isFormatted ? [['created', formatTime(state.createdAt)] as [string, string]] : []),
+    ['epoch', String(state.epoch)],
+    ['nodes', `${nodes.length}, in ${zones} zone${zones === 1 ? '' : 's'}`],
+    ...(redundancy ? [['copies', redundancyText(redundancy)] as [string, string]] : []),
+    ...(isFormatted
+      ? ([
+          ['object size', formatSize(2 ** state.blockSizeShift)],
+          ['store', state.store],
+          ['locks VDIs', yesNo(state.enforcesLocks)],
+          ['uses ids again', yesNo(state.recyclesVids)],
+          ['strict', yesNo(state.isStrict)],
+        ] as [string, string][])
+      : []),
+    ['space', spaceText(nodes)],
+    ['recovery', recoveryText(state)],
+    ...left.map(({ node, epoch, since }): [string, string] => [
+      'left',
+      epoch === 0
+        ? `${node}, ${isWaiting ? 'which is waited for' : 'at this moment'}`
+        : `${node}, with epoch ${epoch}, ${formatTime(since)}`,
+    ]),
+    ...nodes
+      .filter(({ reason }) => reason !== null)
+      .map(({ node, state, reason }): [string, string] => [state, `${node}, ${reason}`]),
+  ];
+}
+
+function spaceText(nodes: readonly NodeState[]): string {
+  const { size, free, unknown } = spaceOf(nodes);
+  const besides = unknown === 0 ? '' : `, without ${unknown} node${unknown === 1 ? ' that does' : 's that do'} not say`;
+  return `${formatSize(size - free)} used of ${formatSize(size)}, ${formatSize(free)} free${besides}`;
+}
+
+function spaceOf(nodes: readonly NodeState[]): {
+  readonly size: number;
+  readonly free: number;
+  readonly unknown: number;
+} {
+  let [size, free, unknown] = [0, 0, 0];
+  for (const node of nodes) {
+    size += node.size ?? 0;
+    free += node.free ?? 0;
+    if (node.size === null) unknown++;
   }
+  return { size, free, unknown };
+}
+
+function recoveryText({ nodes, isRecoveryDisabled }: ClusterReport): string {
+  const recovering = nodes.filter(({ recovery }) => recovery !== null);
+  const unknown = nodes.filter(({ state }) => state !== 'ok' && state !== 'recovering').length;
+  const disabled = isRecoveryDisabled
+    ? "; disabled for later changes of the members ('dog cluster recover disable')"
+    : '';
+  const besides = unknown === 0 ? '' : `; ${unknown} node${unknown === 1 ? ' does' : 's do'} not say`;
+  if (recovering.length === 0) return `none is running${besides}${disabled}`;
+  return `running on ${recovering.length} of ${nodes.length} nodes: ${progressText(totalOf(recovering))}${besides}${disabled}`;
+}
+
+function totalOf(nodes: readonly NodeState[]): { readonly done: number; readonly total: number } {
+  let [done, total] = [0, 0];
+  for (const { recovery } of nodes) {
+    done += recovery?.done ?? 0;
+    total += recovery?.total ?? 0;
+  }
+  return { done, total };
+}
+
+function progressText({ done, total }: { readonly done: number; readonly total: number }): string {
+  if (total === 0) return 'being prepared';
+  // 100 % are not said before it is over.
+  return `${done} of ${total} objects (${Math.min(99, Math.floor((100 * done) / total))} %)`;
+}
+
+function stateText({ state, reason, recovery }: NodeState): string {
+  if (recovery === null) return reason === null ? state : `${state}: ${reason}`;
+  return recovery.phase === 'finishing' ? `${state}, about to end` : `${state}, ${progressText(recovery)}`;
+}
+
+function spaceCells({ size, free }: NodeState): string[] {
+  if (size === null || free === null) return ['?', '?', '?'];
+  return [formatSize(size), formatSize(size - free), formatSize(free)];
+}
+
+function epochRows({ epochs }: ClusterReport): string[][] {
+  return epochs.map(({ epoch, since, nodes }, n) => {
+    const before = epochs[n + 1];
+    const labels = nodes.map(labelOf);
+    const earlier = before?.nodes.map(labelOf);
+    const change =
+      earlier === undefined
+        ? labels.join(' ')
+        : [
+            ...labels.filter((label) => !earlier.includes(label)).map((label) => `+ ${label}`),
+            ...earlier.filter((label) => !labels.includes(label)).map((label) => `- ${label}`),
+          ].join('  ');
+    return [String(epoch), since === 0 ? '?' : formatTime(since), String(nodes.length), change];
+  });
+}
+
+function labelOf({ host, port }: { readonly host: string; readonly port: number }): string {
+  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
+}
+
+function infoJson(state: ClusterReport): object {
+  const { epoch, createdAt, flags, copies, copyPolicy, status, blockSizeShift, store, nodes } = state;
+  const { size, free, unknown } = spaceOf(nodes);
+  const recovering = nodes.filter(({ recovery }) => recovery !== null);
+  return {
+    ...{ epoch, createdAt: createdAt === 0 ? null : isoTime(createdAt), flags, copies, copyPolicy, status },
+    ...{ blockSizeShift, store, nodeCount: nodes.length },
+    state: state.stateName,
+    redundancy: redundancyJson(state.redundancy),
+    enforcesLocks: state.enforcesLocks,
+    recyclesVids: state.recyclesVids,
+    isStrict: state.isStrict,
+    zones: state.zones,
+    space: { size, free, unknownNodes: unknown },
+    recovery: {
+      isEnabled: !state.isRecoveryDisabled,
+      nodes: recovering.length,
+      ...totalOf(recovering),
+    },
+    nodes: nodes.map(nodeJson),
+    left: state.left.map(({ node, epoch, since }) => ({
+      node,
+      epoch: epoch || null,
+      since: since === 0 ? null : isoTime(since),
+    })),
+    epochs: state.epochs.map(({ epoch, since, nodes }) => ({
+      epoch,
+      since: since === 0 ? null : isoTime(since),
+      nodes: nodes.map(labelOf),
+    })),
+  };
+}
+
+function nodeJson({ host, port, node, vnodes, zone, space, state, reason, size, free, recovery }: NodeState): object {
+  return { host, port, node, vnodes, zone, space, state, reason, size, free, recovery };
+}
+
+function isoTime(timeMs: number): string {
+  return new Date(timeMs).toISOString();
 }

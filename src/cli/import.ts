@@ -11,6 +11,7 @@ import { whatIsLeft } from '../daemon/what-is-left.js';
 import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { copiesOption, type CopiesOption } from './copies-option.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
 import { openSource, type ImageSource } from './image-source.js';
@@ -23,7 +24,7 @@ import { formatSize } from './size.js';
 const SIZE_UNIT = 512;
 const RUN_BYTES = 8;
 
-interface ImportOptions extends CommonOptions {
+interface ImportOptions extends CommonOptions, CopiesOption {
   readonly overwrite?: boolean;
   readonly raw?: boolean;
   readonly force?: boolean;
@@ -62,6 +63,7 @@ export function importCommand(): Command {
       ).argParser(sizeArgument),
     )
     .addOption(blockSizeShiftOption())
+    .addOption(copiesOption())
     .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (file: string, name: string, options: ImportOptions) => {
     const startedAt = performance.now();
@@ -119,6 +121,7 @@ export async function importInto(
     run,
     size: plan.size,
     blockSizeShift: options.blockSizeShift,
+    redundancy: options.copies,
     overwrites: options.overwrite ?? false,
     goesOn: false,
     force: options.force,

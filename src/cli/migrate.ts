@@ -3,6 +3,7 @@ import { Command, Option } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption } from './common-options.js';
+import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
 import { printJson, printLine, table } from './output.js';
@@ -12,7 +13,7 @@ import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
 import { formatSize } from './size.js';
 
-interface MigrateOptions {
+interface MigrateOptions extends CopiesOption {
   readonly from: string;
   readonly to: string;
   readonly fromControl?: string;
@@ -65,6 +66,7 @@ export function migrateCommand(): Command {
     )
     .option('--sha256', 'compute the SHA-256 of the whole images, their zeros too, as sha256sum says it')
     .addOption(missingOption())
+    .addOption(copiesOption())
     .addOption(forceOption())
     .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
     .option('--to-control <path>', "control socket of the target's daemon")
@@ -97,6 +99,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         verify: options.verify,
         sha256: options.sha256 ?? false,
         isReadOnly: options.missing !== undefined,
+        redundancy: options.copies,
         force: options.force,
         signal,
       });

@@ -14,6 +14,7 @@ import { asOperationError, OperationError, type Disk, type Operations, type VdiR
 import { whatIsLeft } from '../daemon/what-is-left.js';
 import { formatSpec, labelOfRun, specOf } from '../vdi/names.js';
 import { bytesOfText } from '../store/name-bytes.js';
+import type { Redundancy } from '../store/object-store.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { carriedTags } from './carried-tags.js';
@@ -47,6 +48,8 @@ export interface MigrationOptions {
   readonly sha256: boolean;
   /** The source may only be read. */
   readonly isReadOnly: boolean;
+  /** Of the target, if that is a cluster and has no such VDI yet. */
+  readonly redundancy?: Redundancy | undefined;
   /** Also if a client that was cut off from the target may come back. */
   readonly force?: boolean | undefined;
   readonly signal: AbortSignal;
@@ -237,7 +240,7 @@ export class Migration {
 
   /** Make the target ours, or find that it is. Errors: EXISTS, BUSY, CHANGED. */
   async #claim(history: History): Promise<void> {
-    const { newName, force } = this.#options;
+    const { newName, redundancy, force } = this.#options;
     const first = history.snapshots[0] ?? (history.working as VdiRecord);
     const records = await this.#targetRecords();
     const working = records.find(({ isSnapshot }) => !isSnapshot);
@@ -259,6 +262,7 @@ export class Migration {
         run: this.#run,
         size: first.size,
         blockSizeShift: first.blockSizeShift,
+        redundancy,
         // What a run before this one has brought to its end, or what nobody loses anything with.
         overwrites: isBetweenRuns || (records.length === 1 && (await this.#isUntouched(working, first))),
         goesOn: true,

@@ -3,6 +3,7 @@
  * field names of `--json`, and that nothing of what others chose reaches the terminal as a control sequence; asks nobody
  * anything.
  */
+import { redundancyJson } from './redundancy-output.js';
 import { printable, printableJson } from './printable.js';
 import { specOf } from '../vdi/names.js';
 import type { Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
@@ -75,6 +76,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
     snapId: record.snapId,
     size: record.size,
     blockSizeShift: record.blockSizeShift,
+    redundancy: redundancyJson(record.redundancy),
     parentVid: record.parentVid || null,
     createdAt: new Date(record.createdAt).toISOString(),
     snapshotAt: record.snapshotAt ? new Date(record.snapshotAt).toISOString() : null,

@@ -6,12 +6,13 @@ import { asFileError } from '../daemon/file-errors.js';
 import { OperationError } from '../daemon/operations.js';
 import { closing } from './closing.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
 import { formatTime, printJson, printLine, printNote, table } from './output.js';
 import { startProgress } from './progress.js';
 import { formatSize } from './size.js';
 
-interface RestoreOptions extends CommonOptions {
+interface RestoreOptions extends CommonOptions, CopiesOption {
   readonly at?: string;
   readonly list?: boolean;
   /** undefined unless --verify or --no-verify is given. */
@@ -36,12 +37,16 @@ export function restoreCommand(): Command {
     .option('--verify', 'compare all backups with their hashes; exit code 1 if something is damaged')
     .addOption(new Option('--no-verify', 'do not read back what was restored'))
     .option('--overwrite', 'write over a VDI of that name, which nobody may have open')
+    .addOption(copiesOption())
     .addOption(forceOption())
     .addHelpText('after', HELP);
   return withCommonOptions(command).action(async (given: string, name: string | undefined, options: RestoreOptions) => {
     const looks = options.list === true || (options.verify === true && name === undefined);
-    if (looks && (name !== undefined || options.at !== undefined || options.overwrite)) {
-      throw new OperationError('BAD_USAGE', '--list and --verify only look: leave NAME, --at and --overwrite out');
+    if (looks && (name !== undefined || options.at !== undefined || options.overwrite || options.copies)) {
+      throw new OperationError(
+        'BAD_USAGE',
+        '--list and --verify only look: leave NAME, --at, --overwrite and --copies out',
+      );
     }
     if (!looks && name === undefined) {
       throw new OperationError('BAD_USAGE', 'name the VDI to make, or say --list to see what there is');
@@ -80,6 +85,7 @@ async function restore(
         restoreBackup(operations, opened, {
           name,
           overwrites: options.overwrite ?? false,
+          redundancy: options.copies,
           force: options.force,
           verifies: options.verify ?? true,
           progress: startProgress,

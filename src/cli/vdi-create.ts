@@ -3,6 +3,7 @@ import { Argument, Command, InvalidArgumentError, Option } from 'commander';
 import type { Operations, VdiRecord } from '../daemon/operations.js';
 import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
+import { copiesOption, type CopiesOption } from './copies-option.js';
 import { printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
 
@@ -20,22 +21,29 @@ export function blockSizeShiftOption(): Option {
   });
 }
 
+interface CreateCommandOptions extends CommonOptions, CopiesOption {
+  readonly blockSizeShift?: number;
+  readonly force?: boolean;
+}
+
 export function vdiCreateCommand(): Command {
   const command = new Command('create')
     .description('create an empty VDI; it takes up space only as it is written')
     .argument('<name>', 'name of the VDI')
     .addArgument(new Argument('<size>', 'for example 10G, 512M, 1.5T').argParser(sizeArgument))
     .addOption(blockSizeShiftOption())
+    .addOption(copiesOption())
     .addOption(forceOption())
-    .addHelpText('after', '\nExample:\n  sheepgate vdi create vm1 20G');
-  return withCommonOptions(command).action(
-    async (name: string, size: number, options: CommonOptions & { blockSizeShift?: number; force?: boolean }) => {
-      const { blockSizeShift, force } = options;
-      const create = (operations: Operations): Promise<VdiRecord> =>
-        operations.create(name, size, { blockSizeShift, force });
-      const vdi = await withOperations(options, create, { mayCreate: true });
-      if (options.json) printJson(vdiJson(vdi));
-      else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
-    },
-  );
+    .addHelpText(
+      'after',
+      '\nExamples:\n  sheepgate vdi create vm1 20G\n  sheepgate vdi create vm1 20G --copies 4:2 --cluster node1',
+    );
+  return withCommonOptions(command).action(async (name: string, size: number, options: CreateCommandOptions) => {
+    const { blockSizeShift, copies: redundancy, force } = options;
+    const create = (operations: Operations): Promise<VdiRecord> =>
+      operations.create(name, size, { blockSizeShift, redundancy, force });
+    const vdi = await withOperations(options, create, { mayCreate: true });
+    if (options.json) printJson(vdiJson(vdi));
+    else printLine(`created ${vdi.name}, ${formatSize(vdi.size)}`);
+  });
 }

@@ -5,6 +5,7 @@ import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
+import { redundancyText } from './redundancy-output.js';
 import { formatSize } from './size.js';
 
 function useLine({ client, since, lostAt, until }: VdiDetails['clients'][number]): [string, string] {
@@ -57,6 +58,7 @@ export function vdiShowCommand(): Command {
       ['used', formatSize(vdi.allocatedBytes)],
       ['not shared', formatSize(vdi.exclusiveBytes)],
       ['object size', formatSize(2 ** vdi.blockSizeShift)],
+      ...(vdi.redundancy ? [['copies', redundancyText(vdi.redundancy)] as [string, string]] : []),
       ['created', formatTime(vdi.createdAt)],
       ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
       ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi, hasSnapshots)] as [string, string]] : []),

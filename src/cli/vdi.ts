@@ -12,6 +12,7 @@ const COMMANDS: Loaders = {
   snapshot: async () => (await import('./vdi-snapshot.js')).vdiSnapshotCommand(),
   clone: async () => (await import('./vdi-clone.js')).vdiCloneCommand(),
   rollback: async () => (await import('./vdi-rollback.js')).vdiRollbackCommand(),
+  lock: async () => (await import('./vdi-lock.js')).vdiLockCommand(),
 };
 
 /** `words`: what follows `vdi` on the command line. */

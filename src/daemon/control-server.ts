@@ -21,7 +21,8 @@ import {
 import type { DirectOperations } from './direct-operations.js';
 import { answerList } from './list-answer.js';
 import type { ReloadReport } from './security.js';
-import { FILLERS } from '../store/object-store.js';
+import { FILLERS, type Redundancy } from '../store/object-store.js';
+import { parseRedundancy, REDUNDANCY_HELP } from '../store/redundancy.js';
 import { asOperationError, OperationError, type Beginning } from './operations.js';
 import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
 import { removeStaleSocket } from './stale-socket.js';
@@ -90,6 +91,7 @@ const ROUTES: readonly Route[] = [
     answer: ({ operations, body }) =>
       operations.create(text(body, 'name'), wholeNumber(body, 'size'), {
         blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+        redundancy: copiesIn(body),
         force: flag(body, 'force'),
       }),
   },
@@ -151,6 +153,13 @@ const ROUTES: readonly Route[] = [
     answer: ({ operations, names, body }) =>
       operations.rollback(first(names), { force: flag(body, 'force'), run: runIn(body) }),
   },
+  { method: 'GET', path: ['locks'], answer: ({ operations }) => operations.locks() },
+  {
+    method: 'POST',
+    path: ['vdis', '*', 'unlock'],
+    answer: ({ operations, names, body }) =>
+      operations.unlock(first(names), { heldBy: body.heldBy === undefined ? undefined : text(body, 'heldBy') }),
+  },
   {
     method: 'GET',
     path: ['sessions', '*'],
@@ -185,6 +194,8 @@ const STATUS_OF: Readonly<Record<string, number>> = {
   UNKNOWN: 404,
   NO_ROUTE: 404,
   NO_CLIENT: 404,
+  UNSUPPORTED: 400,
+  NOT_LOCKED: 409,
   EXISTS: 409,
   UNFINISHED: 409,
   BUSY: 409,
@@ -457,6 +468,13 @@ function hex(body: Body, field: string, mostDigits: number): string {
   return value;
 }
 
+function copiesIn(body: Body): Redundancy | undefined {
+  if (body.copies === undefined) return undefined;
+  const redundancy = parseRedundancy(text(body, 'copies'));
+  if (redundancy) return redundancy;
+  throw badRequest(`"copies" must be ${REDUNDANCY_HELP}, not ${JSON.stringify(body.copies)}`);
+}
+
 function runIn(body: Body): string | undefined {
   return body.run === undefined ? undefined : hex(body, 'run', MAX_RUN_DIGITS);
 }
@@ -472,6 +490,7 @@ function beginningIn(body: Body): Beginning {
     run,
     size: wholeNumber(body, 'size'),
     blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+    redundancy: copiesIn(body),
     overwrites: flag(body, 'overwrites'),
     goesOn: flag(body, 'goesOn'),
     force: flag(body, 'force'),

@@ -15,6 +15,7 @@ import {
   type Beginning,
   type CheckReport,
   type ConnectionStatus,
+  type CreateOptions,
   type DataPage,
   type Disconnected,
   type Disk,
@@ -22,8 +23,11 @@ import {
   type ExportDescription,
   type Filling,
   type ForceOption,
+  type LockReport,
+  type LockStatus,
   type Operations,
   type ShownVdi,
+  type UnlockOptions,
   type VdiDetails,
   type VdiRecord,
 } from './operations.js';
@@ -89,11 +93,7 @@ export class DirectOperations implements Operations {
     );
   }
 
-  create(
-    name: string,
-    size: number,
-    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
-  ): Promise<VdiRecord> {
+  create(name: string, size: number, options: CreateOptions): Promise<VdiRecord> {
     return this.#catalog.create(name, size, options);
   }
 
@@ -140,6 +140,14 @@ export class DirectOperations implements Operations {
 
   check(options: { readonly repair: boolean }): Promise<CheckReport & Ended> {
     return this.#catalog.check(options);
+  }
+
+  locks(): Promise<LockReport> {
+    return this.#catalog.locks();
+  }
+
+  unlock(spec: string, options?: UnlockOptions): Promise<LockStatus> {
+    return this.#catalog.unlock(spec, options);
   }
 
   async changes(spec: string, since: string, offset: number): Promise<DataPage> {

@@ -3,14 +3,16 @@
  * a daemon over its control socket (remote-operations.ts). The command line knows only this. Errors are OperationErrors
  * with the code and the message of the layer that refused, the same both ways.
  */
-import type { CheckReport, VdiRecord } from '../store/object-store.js';
+import type { CheckReport, Redundancy, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
+import type { LockReport, LockStatus, UnlockOptions } from '../vdi/locks.js';
 import type { TwoWriters, WriterInfo } from '../export/writers.js';
 import type { ConnectionStatus, Disconnected } from './control-protocol.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
 export { formatSpec, labelOfRun } from '../vdi/names.js';
 export type { ConnectionStatus, Disconnected };
+export type { LockReport, LockStatus, Redundancy, UnlockOptions };
 export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
@@ -59,6 +61,13 @@ export interface ExportDescription {
   readonly isReadOnly: boolean;
 }
 
+export interface CreateOptions extends ForceOption {
+  readonly blockSizeShift?: number;
+  /** Of a cluster: if it is not to be the cluster's default. */
+  readonly redundancy?: Redundancy;
+  readonly forceHint?: string;
+}
+
 export interface Operations {
   /** How this reaches the store, for messages: its directory. */
   readonly store: string;
@@ -69,11 +78,7 @@ export interface Operations {
   list(): Promise<readonly VdiRecord[]>;
   listDetails(): Promise<readonly VdiDetails[]>;
   show(spec: string): Promise<ShownVdi>;
-  create(
-    name: string,
-    size: number,
-    options: { readonly blockSizeShift?: number; readonly forceHint?: string } & ForceOption,
-  ): Promise<VdiRecord>;
+  create(name: string, size: number, options: CreateOptions): Promise<VdiRecord>;
   /**
    * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
    * `run` open or change it. Errors: EXISTS, BUSY.
@@ -97,6 +102,10 @@ export interface Operations {
   /** With `run`: only if it is still that run's. */
   remove(spec: string, options?: Filling & ForceOption): Promise<Ended>;
   check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
+  /** Locks that a cluster's nodes keep. Errors: UNSUPPORTED. */
+  locks(): Promise<LockReport>;
+  /** Take one away that was left behind; see VdiCatalog. Errors: UNSUPPORTED, NOT_LOCKED, BUSY, NEEDS_FORCE. */
+  unlock(spec: string, options?: UnlockOptions): Promise<LockStatus>;
   /**
    * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
    * from their maps alone. A page has MAX_PAGE_RANGES at most, and no bound on its bytes. Errors: BAD_SIZE if their

@@ -5,6 +5,7 @@
 import { ALLOCATION_CONTEXT, type ExtentSink } from 'nbd-server-ts/block-device';
 import { MAX_PAYLOAD, NbdClient } from 'nbd-server-ts/client';
 import { unfinishedExport } from '../export/unfinished-export.js';
+import { formatRedundancy } from '../store/redundancy.js';
 import { pathOf, type ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { dataPageOf } from './data-page.js';
@@ -13,6 +14,7 @@ import {
   type Beginning,
   type CheckReport,
   type ConnectionStatus,
+  type CreateOptions,
   type DataPage,
   type Disconnected,
   type Disk,
@@ -20,8 +22,11 @@ import {
   type ExportDescription,
   type Filling,
   type ForceOption,
+  type LockReport,
+  type LockStatus,
   type Operations,
   type ShownVdi,
+  type UnlockOptions,
   type VdiDetails,
   type VdiRecord,
 } from './operations.js';
@@ -50,16 +55,14 @@ export class RemoteOperations implements Operations {
     return this.#control.call('GET', pathOf('vdis', spec));
   }
 
-  create(
-    name: string,
-    size: number,
-    { blockSizeShift, force }: { readonly blockSizeShift?: number } & ForceOption,
-  ): Promise<VdiRecord> {
-    return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift, force } });
+  create(name: string, size: number, { blockSizeShift, redundancy, force }: CreateOptions): Promise<VdiRecord> {
+    const copies = redundancy && formatRedundancy(redundancy);
+    return this.#control.call('POST', '/vdis', { body: { name, size, blockSizeShift, copies, force } });
   }
 
-  begin(name: string, beginning: Beginning): Promise<VdiRecord> {
-    return this.#control.call('POST', pathOf('vdis', name, 'begin'), { body: { ...beginning } });
+  begin(name: string, { redundancy, ...beginning }: Beginning): Promise<VdiRecord> {
+    const copies = redundancy && formatRedundancy(redundancy);
+    return this.#control.call('POST', pathOf('vdis', name, 'begin'), { body: { ...beginning, copies } });
   }
 
   finish(name: string, run: string): Promise<VdiRecord> {
@@ -101,6 +104,14 @@ export class RemoteOperations implements Operations {
 
   check({ repair }: { readonly repair: boolean }): Promise<CheckReport & Ended> {
     return this.#control.call('POST', '/check', { body: { repair } });
+  }
+
+  locks(): Promise<LockReport> {
+    return this.#control.call('GET', '/locks');
+  }
+
+  unlock(spec: string, { heldBy }: UnlockOptions = {}): Promise<LockStatus> {
+    return this.#control.call('POST', pathOf('vdis', spec, 'unlock'), { body: { heldBy } });
   }
 
   changes(spec: string, since: string, offset: number): Promise<DataPage> {

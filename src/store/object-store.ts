@@ -36,6 +36,9 @@ export interface Unfinished {
   readonly isNew: boolean;
 }
 
+/** What a cluster keeps of each object, on as many nodes: whole copies, or the strips of an erasure code. */
+export type Redundancy = { readonly copies: number } | { readonly dataStrips: number; readonly parityStrips: number };
+
 /** One VDI or snapshot. `size` in bytes, times in milliseconds since the epoch. */
 export interface VdiRecord {
   readonly vid: number;
@@ -63,6 +66,8 @@ export interface VdiRecord {
   readonly isTemporary?: true;
   /** A snapshot whose tag may also say another one of its name, as other tools can bring about: its vid says which is meant. */
   readonly isDoubtful?: true;
+  /** In a cluster. A local store keeps every object once, and says nothing. */
+  readonly redundancy?: Redundancy;
 }
 
 /** The order of `Catalog.list`: by name, then as snapshots were taken. */
@@ -193,6 +198,32 @@ export interface ObjectStore extends ObjectReader {
   close(): Promise<void>;
 }
 
+/** A lock that the nodes of a cluster have on a VDI: `shared` ones are iSCSI targets', which know of each other. */
+export interface VdiLock {
+  /** Which may be a snapshot's by now. */
+  readonly vid: number;
+  /** There is no such VDI any more, but who made one that gets this id would find it locked. */
+  readonly isDeleted: boolean;
+  readonly kind: 'exclusive' | 'shared';
+  readonly holders: readonly LockHolder[];
+}
+
+/** The node that was asked for the lock. Nodes do not know which client that was, nor whether it is still there. */
+export interface LockHolder {
+  /** HOST:PORT, as the cluster knows it. */
+  readonly node: string;
+  readonly isMember: boolean;
+}
+
+/** Locks that a cluster's nodes keep; a local store has none. */
+export interface VdiLocks {
+  /** Whether they keep anybody out. */
+  readonly areEnforced: boolean;
+  list(): Promise<readonly VdiLock[]>;
+  /** Take this one away from this holder, whoever relies on it. Errors: StoreError IO if it is still there then. */
+  unlock(lock: VdiLock, holder: LockHolder): Promise<void>;
+}
+
 export interface CheckReport {
   readonly objects: number;
   readonly vdis: number;
@@ -221,8 +252,14 @@ export interface Catalog {
   record(vid: number): Awaitable<VdiRecord | undefined>;
   /** Other names whose records change when this one is removed. */
   touchedBy?(vid: number): readonly string[];
-  /** With the mark `unfinished` from its first moment on, if that is given. */
-  create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord>;
+  /** With the mark `unfinished` from its first moment on, if that is given. `redundancy`: one that `mustHold` has let pass. */
+  create(
+    name: string,
+    size: number,
+    blockSizeShift: number,
+    unfinished?: Unfinished,
+    redundancy?: Redundancy,
+  ): Promise<VdiRecord>;
   /** Set the mark of a working VDI, or take it away; durable when it resolves. */
   mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord>;
   /** Whether `create` was cut off before it could set the mark, if that can be: nothing is in the VDI then. */
@@ -253,6 +290,10 @@ export interface Catalog {
   /** Of all that `list` has, by vid, in one pass; what comes or goes meanwhile may be missing. */
   usages(): Awaitable<ReadonlyMap<number, Usage>>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
+  /** Of a cluster. */
+  readonly locks?: VdiLocks;
+  /** Of a cluster: whether it has nodes enough for this. Errors: LIMIT if not. */
+  mustHold?(redundancy: Redundancy): Promise<void>;
 }
 
 export type StoreErrorCode =

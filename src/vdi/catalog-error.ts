@@ -16,6 +16,10 @@ export type CatalogErrorCode =
   | 'READ_ONLY'
   /** What was asked for was a moment that is gone. */
   | 'ENDED'
+  /** Nobody has locked it; or somebody else than was said. */
+  | 'NOT_LOCKED'
+  /** Not of this kind of store. */
+  | 'UNSUPPORTED'
   | 'LIMIT';
 
 export class CatalogError extends Error {

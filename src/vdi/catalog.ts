@@ -12,12 +12,16 @@ import {
   type CheckReport,
   type ObjectStore,
   type OpenVdi,
+  type Redundancy,
   type Switch,
   type Usage,
+  type VdiLock,
   type VdiRecord,
 } from '../store/object-store.js';
+import { describeRedundancy, formatRedundancy, isSameRedundancy } from '../store/redundancy.js';
 import { CatalogError } from './catalog-error.js';
 import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
+import { locksOf, mayUnlock, ofVid, type LockReport, type LockStatus, type UnlockOptions } from './locks.js';
 import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
 import { Turns } from './turns.js';
@@ -203,14 +207,32 @@ export class VdiCatalog {
   create(
     name: string,
     size: number,
-    options: { readonly blockSizeShift?: number | undefined; readonly forceHint?: string } & ForceOption = {},
+    options: {
+      readonly blockSizeShift?: number | undefined;
+      readonly redundancy?: Redundancy | undefined;
+      readonly forceHint?: string;
+    } & ForceOption = {},
   ): Promise<VdiRecord> {
     return this.#changeOn([name], async () => {
+      const { redundancy } = options;
       const shift = checkNewVdi(name, size, options.blockSizeShift);
+      await this.#mustHold(redundancy);
       await this.#mustNotExist(name);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
-      return this.#store.catalog.create(name, size, shift);
+      return this.#store.catalog.create(name, size, shift, undefined, redundancy);
     });
+  }
+
+  /** Errors: UNSUPPORTED, LIMIT. */
+  async #mustHold(redundancy: Redundancy | undefined): Promise<void> {
+    if (redundancy === undefined) return;
+    const { catalog } = this.#store;
+    if (catalog.mustHold) return catalog.mustHold(redundancy);
+    throw new CatalogError(
+      'UNSUPPORTED',
+      `--copies ${formatRedundancy(redundancy)} is for Sheepdog clusters (--cluster); ${this.location} is a local store, ` +
+        'which keeps every object once',
+    );
   }
 
   /**
@@ -220,8 +242,9 @@ export class VdiCatalog {
    */
   begin(name: string, beginning: Beginning): Promise<VdiRecord> {
     return this.#changeOn([name], async () => {
-      const { by, of, run, size, overwrites, goesOn, force } = beginning;
+      const { by, of, run, size, redundancy, overwrites, goesOn, force } = beginning;
       checkName(name);
+      await this.#mustHold(redundancy);
       const named = await this.named(name);
       const found = named.find(({ isSnapshot }) => !isSnapshot);
       if (found) await this.#settle(found);
@@ -233,6 +256,7 @@ export class VdiCatalog {
         throw await this.#existing(found, by === 'migrate' ? NO_HINT : OVERWRITE);
       if (found) this.#mustBeFree(found, 'overwritten', { force });
       if (found && !isNobodys && (!before?.isNew || (isSame && goesOn))) {
+        mustBeKept(found, redundancy);
         const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
         return this.#using(found, (vdi) => this.#store.catalog.mark(vdi.opened, unfinished));
       }
@@ -246,7 +270,8 @@ export class VdiCatalog {
       // What a command has made and not finished holds nothing that was there before it.
       if (found) await this.#store.catalog.remove(found.vid);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
-      return this.#store.catalog.create(name, size, shift, { by, of, run, since: Date.now(), isNew: true });
+      const unfinished = { by, of, run, since: Date.now(), isNew: true };
+      return this.#store.catalog.create(name, size, shift, unfinished, redundancy);
     });
   }
 
@@ -500,6 +525,70 @@ export class VdiCatalog {
     });
   }
 
+  /** The locks that the nodes of a cluster keep. Errors: UNSUPPORTED of a local store. */
+  async locks(): Promise<LockReport> {
+    const locks = locksOf(this.#store);
+    const list = await locks.list();
+    const records = list.length === 0 ? [] : await this.#recordsOf(list);
+    return { areEnforced: locks.areEnforced, locks: list.map((lock) => this.#lockStatus(lock, records)) };
+  }
+
+  /** What is locked is told, whether all that it is can be read or not. */
+  async #recordsOf(locks: readonly VdiLock[]): Promise<readonly VdiRecord[]> {
+    try {
+      return await this.list();
+    } catch {
+      const each = locks.map(async ({ vid }) => this.#store.catalog.record(vid));
+      const read = await Promise.allSettled(each);
+      return read.flatMap((record) => (record.status === 'fulfilled' ? (record.value ?? []) : []));
+    }
+  }
+
+  #lockStatus(lock: VdiLock, records: readonly VdiRecord[]): LockStatus {
+    const record = records.find(({ vid }) => vid === lock.vid);
+    return { ...lock, ...ofVid(record), usedBy: record === undefined ? [] : this.#usersHere(record) };
+  }
+
+  /** Who has the VDI of this name open through daemons of this machine, as far as that is known. */
+  #usersHere({ vid, name }: VdiRecord): readonly string[] {
+    const uses = this.inUse.of(name, '').filter(({ lostAt }) => lostAt === null);
+    if (uses.length === 0 && this.#isUsed(vid)) return ['a command through this daemon'];
+    return uses.map(({ client }) => client);
+  }
+
+  /**
+   * Take a lock away that somebody has left behind. What is meant is looked at again in the moment before, and told to the
+   * nodes by its id. Errors: UNSUPPORTED, NOT_LOCKED, BUSY if this machine's daemons have it open, NEEDS_FORCE if somebody
+   * may rely on it and `heldBy` does not say the node whose lock it is.
+   */
+  unlock(spec: string, options: UnlockOptions = {}): Promise<LockStatus> {
+    return this.#change(spec, async () => {
+      const locks = locksOf(this.#store);
+      const { vid } = parseSpec(spec);
+      // An id may be that of a deleted VDI, whose lock is in the way of the next one that gets this id.
+      const find = async (): Promise<VdiRecord | undefined> =>
+        vid === undefined ? await this.find(spec) : await this.#store.catalog.record(vid);
+      const record = await find();
+      if (record) {
+        await this.#settle(record);
+        this.#mustBeClosed(record, 'unlocked');
+        const [elsewhere] = this.inUse.of(record.name, '').filter(({ isElsewhere }) => isElsewhere);
+        if (elsewhere) throw openElsewhere(spec, elsewhere, 'unlocked');
+      }
+      const found = (await locks.list()).find((other) => other.vid === (vid ?? record?.vid));
+      const status = found && this.#lockStatus(found, record ? [record] : []);
+      const { lock, holder } = mayUnlock(spec, { areEnforced: locks.areEnforced, status, record, options });
+      if ((await find())?.vid !== record?.vid) {
+        throw new CatalogError(
+          'NOT_LOCKED',
+          `${spec} has changed at this moment (a snapshot?); nothing was done, look again`,
+        );
+      }
+      await locks.unlock(lock, holder);
+      return lock;
+    });
+  }
+
   /** Errors: BUSY. */
   #mustAllBeLeft(): void {
     for (const { vdi, users } of this.#open) {
@@ -684,12 +773,7 @@ export class VdiCatalog {
     const spec = tag === '' ? name : `${name}@${tag}`;
     const uses = this.inUse.of(name, tag);
     const elsewhere = uses.find(({ isElsewhere }) => isElsewhere);
-    if (elsewhere) {
-      throw new CatalogError(
-        'BUSY',
-        `${spec} is open by ${elsewhere.client} through another daemon of this machine and cannot be ${what} now; disconnect first`,
-      );
-    }
+    if (elsewhere) throw openElsewhere(spec, elsewhere, what);
     if (force) {
       this.inUse.forgetLost(name, tag);
       return;
@@ -813,6 +897,23 @@ export class VdiCatalog {
     const record = await this.#store.catalog.record(vid);
     return this.#turns.take(record === undefined ? more : [record.name, ...more], work);
   }
+}
+
+function openElsewhere(spec: string, { client }: ClientUse, what: string): CatalogError {
+  return new CatalogError(
+    'BUSY',
+    `${spec} is open by ${client} through another daemon of this machine and cannot be ${what} now; disconnect first`,
+  );
+}
+
+/** Errors: UNSUPPORTED if what is there would have to be made anew for this. */
+function mustBeKept({ name, redundancy }: VdiRecord, wanted: Redundancy | undefined): void {
+  if (wanted === undefined || isSameRedundancy(wanted, redundancy)) return;
+  const has = redundancy === undefined ? 'what it has' : describeRedundancy(redundancy);
+  throw new CatalogError(
+    'UNSUPPORTED',
+    `${name} exists and keeps ${has}; leave --copies ${formatRedundancy(wanted)} out, or delete it first`,
+  );
 }
 
 async function flushQuietly(vdi: Vdi): Promise<void> {

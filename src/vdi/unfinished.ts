@@ -2,7 +2,7 @@
  * VDIs that a command has begun to fill and not finished: who may still touch one, and what the others are told. What the
  * mark says is the store's (src/store/object-store.ts, Unfinished); when it is set and taken away, the catalog's.
  */
-import type { Unfinished, VdiRecord } from '../store/object-store.js';
+import type { Redundancy, Unfinished, VdiRecord } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 
@@ -11,6 +11,8 @@ export interface Beginning extends Pick<Unfinished, 'by' | 'of' | 'run'> {
   /** Of the VDI, in bytes, if it has to be made. */
   readonly size: number;
   readonly blockSizeShift?: number | undefined;
+  /** Of a VDI that has to be made; what is there keeps its own. */
+  readonly redundancy?: Redundancy | undefined;
   /** Also a VDI that is whole. */
   readonly overwrites: boolean;
   /** What an earlier run has left is kept and completed; otherwise a VDI that the command had made is made anew. */

@@ -44,6 +44,7 @@ describe.each(WAYS)('%s', (way) => {
       snapId: 1,
       size: 1.5 * 2 ** 40,
       blockSizeShift: 24,
+      redundancy: null,
       parentVid: null,
       createdAt: expect.stringMatching(TIME) as string,
       snapshotAt: null,

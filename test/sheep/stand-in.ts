@@ -5,6 +5,7 @@
  * It also watches its clients: what real nodes would let pass and lose data by is written down in `violations`.
  */
 import net from 'node:net';
+import { StandInState } from './stand-in-state.js';
 
 const HEADER = 48;
 const VDI_BIT = 1n << 63n;
@@ -106,6 +107,8 @@ export class StandIn {
   /** Connections that clients have reset. */
   resets = 0;
   readonly violations: string[] = [];
+  /** What the nodes say of themselves. */
+  readonly state = new StandInState();
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
   readonly left = new Set<number>();
@@ -115,7 +118,6 @@ export class StandIn {
   readonly #used = new Set<number>();
   readonly #deleted = new Set<number>();
   readonly #shifts = new Map<number, number>();
-  readonly #locked = new Set<number>();
   readonly #servers: net.Server[] = [];
   readonly #sockets: Set<net.Socket>[] = [];
   readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
@@ -328,6 +330,7 @@ export class StandIn {
         info.writeUInt16LE((this.#options.useLock ? 8 : 0) | (this.#options.recyclesVids ? 16 : 0), 16);
         info.set([2, 0, 1, 22], 18);
         info.write('plain', 25);
+        this.state.describe(info);
         return { result: Res.SUCCESS, data: info };
       }
       case Op.GET_NODE_LIST: {
@@ -337,11 +340,15 @@ export class StandIn {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
           list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
           list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
+          list.writeUInt32LE(n, n * NODE_LIST_ENTRY + 68);
         }
         return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }
       default:
-        return this.#catalog(request, header, data);
+        return (
+          this.state.answer(request.opcode, request.node, header, this.ports, this.#used) ??
+          this.#catalog(request, header, data)
+        );
     }
   }
 
@@ -463,7 +470,7 @@ export class StandIn {
     return !(oid & (VDI_BIT | BTREE_BIT)) && this.readOnly.has(vidOf(oid)) && !this.late.get(node)?.has(vidOf(oid));
   }
 
-  #catalog({ opcode, length }: Seen, header: Buffer, data: Buffer): Answer {
+  #catalog({ opcode, length, node }: Seen, header: Buffer, data: Buffer): Answer {
     const name = text(data, 0);
     const snapId = header.readUInt32LE(32);
     const baseVid = header.readUInt32LE(24);
@@ -476,12 +483,12 @@ export class StandIn {
       case Op.LOCK_VDI: {
         const vid = this.#lookup(name, snapId);
         if (typeof vid !== 'number') return { result: vid.error };
-        if (this.#options.useLock && this.#locked.has(vid)) return { result: Res.VDI_LOCKED };
-        this.#locked.add(vid);
+        if (this.#options.useLock && this.state.locked.has(vid)) return { result: Res.VDI_LOCKED };
+        this.state.locked.set(vid, node);
         return withVid(vid);
       }
       case Op.RELEASE_VDI:
-        this.#locked.delete(baseVid);
+        this.state.release(baseVid, node, header.readUInt32LE(36) === 1);
         return { result: Res.SUCCESS };
       case Op.NEW_VDI: {
         if (length !== 256) return { result: Res.INVALID_PARMS };
@@ -497,6 +504,7 @@ export class StandIn {
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
         const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
         this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
+        if (header[28]) inode[554] = header[28];
         if (baseVid !== 0) this.#derive(baseVid, inode);
         return withVid(vid);
       }
@@ -536,6 +544,7 @@ export class StandIn {
     inode.write(name, 'latin1');
     base.copy(inode, 536, 536, 544);
     this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
+    inode[554] = base[554] as number;
     this.#derive(baseVid, inode);
     return vid;
   }

@@ -327,7 +327,7 @@ export class Cluster {
     if (answer.result === Result.VDI_LOCKED) {
       throw new StoreError(
         'LOCKED',
-        `"${name}" is locked by somebody else in the cluster; 'dog vdi lock list' shows who, and 'dog vdi lock unlock' ends a lock that was left behind`,
+        `"${name}" is locked by somebody else in the cluster; 'sheepgate vdi lock list' shows through which node, and 'vdi lock unlock' ends a lock that was left behind`,
       );
     }
     return vidOf(succeeded(answer, `locking "${name}"`));

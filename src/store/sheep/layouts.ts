@@ -1,10 +1,11 @@
 /**
  * The structures that travel: headers of requests and responses, inode headers, node lists, cluster information. Owns
- * every byte offset but those of protocol.ts; nothing else here decides or sends anything.
+ * every byte offset but those of protocol.ts and state-layouts.ts; nothing else here decides or sends anything.
  */
 import { blob, nu64, s16, struct, u16, u32, u8, type Layout } from 'buffer-layout';
 import { bytesOfText, textOfBytes } from '../name-bytes.js';
 import type { VdiRecord } from '../object-store.js';
+import { redundancyOf } from './copy-policy.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 import {
   HEADER_BYTES,
@@ -289,6 +290,7 @@ export function recordOf(inode: Inode): VdiRecord {
     parentVid: inode.parentVid,
     createdAt: inode.createdAt,
     snapshotAt: inode.snapshotAt,
+    redundancy: redundancyOf(inode),
     ...(inode.storePolicy === 0 ? {} : { maxObjects: MAX_HYPER_OBJECTS }),
     ...(unfinished && { unfinished }),
   };
@@ -413,7 +415,7 @@ function textOf(bytes: Buffer): string {
 }
 
 /** addr of struct node_id: IPv6, or IPv4 in the last four bytes with zeros before. */
-function addressText(addr: Buffer): string {
+export function addressText(addr: Buffer): string {
   if (addr.subarray(0, 12).every((byte) => byte === 0)) return addr.subarray(12).join('.');
   const groups: string[] = [];
   for (let at = 0; at < 16; at += 2) groups.push(addr.readUInt16BE(at).toString(16));

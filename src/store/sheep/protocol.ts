@@ -25,6 +25,9 @@ export const Opcode = {
   GET_CLUSTER_DEFAULT: 0x18,
   GET_NODE_LIST: 0x82,
   STAT_SHEEP: 0x86,
+  STAT_CLUSTER: 0x87,
+  STAT_RECOVERY: 0x97,
+  GET_VDI_COPIES: 0xab,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -65,6 +68,7 @@ export const Result = {
   NEW_NODE_VER: 0x82,
   NETWORK_ERROR: 0x86,
   NODE_IN_RECOVERY: 0x8c,
+  BUFFER_SMALL: 0x88,
   KILLED: 0x8d,
   AGAIN: 0x8f,
   COLLECTING_CINFO: 0x95,
@@ -81,6 +85,7 @@ export function resultName(result: number): string {
 export const ClusterFlag = { STRICT: 0x01, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
 
 export const LOCK_TYPE_NORMAL = 0;
+export const LOCK_TYPE_SHARED = 1;
 
 /** SD_MAX_VDI_LEN and SD_MAX_VDI_TAG_LEN, with the terminating NUL. */
 export const NAME_BYTES = 256;

@@ -9,6 +9,7 @@ import {
   type Catalog,
   type CheckReport,
   type OpenVdi,
+  type Redundancy,
   type Switch,
   type Unfinished,
   type Usage,
@@ -23,12 +24,15 @@ import {
   nameToDelete,
   underOwnName,
 } from './by-name.js';
+import { formatRedundancy, zonesFor } from '../redundancy.js';
 import type { Cluster } from './cluster.js';
+import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { isOursToDrop } from './owner.js';
 import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
+import { SheepLocks } from './sheep-locks.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
 import { clearTable, inParallel, objectCount, objectKey } from './table.js';
@@ -71,8 +75,11 @@ export class SheepCatalog implements Catalog {
     | { readonly askedAt: number; readonly changes: number; readonly answer: Promise<ReadonlyMap<number, string>> }
     | undefined;
 
+  readonly locks: SheepLocks;
+
   constructor(store: SheepStore) {
     this.#store = store;
+    this.locks = new SheepLocks(store.cluster, store.enforcesLocks);
   }
 
   get #cluster(): Cluster {
@@ -207,15 +214,35 @@ export class SheepCatalog implements Catalog {
    * A mark is set with a request of its own, after the one that makes the VDI. Until then the VDI is too small for anybody
    * to use, so that it is known for what it is if we do not live to set it (isBarelyMade).
    */
-  async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
+  async create(
+    name: string,
+    size: number,
+    blockSizeShift: number,
+    unfinished?: Unfinished,
+    redundancy?: Redundancy,
+  ): Promise<VdiRecord> {
     refuseShadowName(name);
     const firstSize = unfinished ? BARELY_MADE_BYTES : size;
-    const vid = await this.#newVdi({ name, size: firstSize, blockSizeShift, copies: 0, copyPolicy: 0 }, 0, false);
+    const policy = redundancy ? copyPolicyOf(redundancy) : CLUSTER_DEFAULT;
+    const vid = await this.#newVdi({ name, size: firstSize, blockSizeShift, ...policy }, 0, false);
     if (unfinished) {
       await this.#writeTag(vid, unfinishedTag(unfinished));
       await this.#writeSize(vid, size);
     }
     return recordOf(await this.#cluster.readInode(vid));
+  }
+
+  /** Nodes make such a VDI all the same, with fewer copies than it says, and read nothing of a code that lacks strips. */
+  async mustHold(redundancy: Redundancy): Promise<void> {
+    const nodes = await this.#cluster.gateway.listNodes();
+    const [needed, zones] = [zonesFor(redundancy), zonesIn(nodes)];
+    // Nodes of a kind whose list is not known cannot be counted.
+    if (nodes.length === 0 || needed <= zones) return;
+    throw new StoreError(
+      'LIMIT',
+      `--copies ${formatRedundancy(redundancy)} needs ${needed} nodes in zones of their own, and ${this.#store.location} has ` +
+        `${nodes.length} node${nodes.length === 1 ? '' : 's'} in ${zones} zone${zones === 1 ? '' : 's'}`,
+    );
   }
 
   async isBarelyMade({ vid, size, parentVid, unfinished }: VdiRecord): Promise<boolean> {

@@ -1,0 +1,241 @@
+/**
+ * The state of a cluster and of each of its nodes, for an operator: who is a member, since when, how full, how far with
+ * recovery. Nodes are asked one by one, each for itself, and what one does not say is told as not known: this is looked at
+ * when things are not as they should be. Works on clusters that do not serve, too. Changes nothing.
+ */
+import { StoreError, type Redundancy } from '../object-store.js';
+import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
+import { ConnectionLost, NoAnswer, NodeConnection, type Answer } from './connection.js';
+import { redundancyOf, zonesIn } from './copy-policy.js';
+import {
+  decodeClusterInfo,
+  decodeNodes,
+  encodeVdiRequest,
+  nodeResponse,
+  type ClusterInfo,
+  type ClusterNode,
+} from './layouts.js';
+import { CLUSTER_INFO_ROOM, ClusterFlag, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
+import {
+  decodeEpochs,
+  decodeRecovery,
+  EPOCH_LOG_BYTES,
+  NODES_NR_OFFSET,
+  RECOVERY_BYTES,
+  type Epoch,
+  type Recovery,
+} from './state-layouts.js';
+
+/** A node that takes longer to be connected to, or to answer, is told to be silent. */
+const CONNECT_MS = 2_000;
+const ANSWER_MS = 5_000;
+/** Room for the members of an epoch, beside those of now: clusters shrink. */
+const SPARE_NODES = 32;
+/** Logs of epochs that are asked for at most: of a large cluster there are fewer then. */
+const MAX_LOG_BYTES = 32 * 2 ** 20;
+/** enum sd_status. */
+const STATUS_RUNNING = 1;
+const STATUS_WAIT = 2;
+
+export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
+
+export interface NodeState extends Omit<ClusterNode, 'address'> {
+  /** HOST:PORT. */
+  readonly node: string;
+  /**
+   * ok; recovering; waiting: the cluster does not serve; silent: it takes connections and does not answer; unreachable: from
+   * here, it may be that the others reach it.
+   */
+  readonly state: 'ok' | 'recovering' | 'waiting' | 'silent' | 'unreachable';
+  /** In words, where `state` is not all. */
+  readonly reason: string | null;
+  /** Bytes of its disks; null if it does not say, 0 of one without disks (a gateway). */
+  readonly size: number | null;
+  readonly free: number | null;
+  readonly recovery: Recovery | null;
+}
+
+/** A node that was a member, and is none. */
+export interface LeftNode {
+  readonly node: string;
+  /** The first epoch without it, and when that began. */
+  readonly epoch: number;
+  readonly since: number;
+}
+
+export interface ClusterReport extends ClusterInfo {
+  readonly stateName: StateName;
+  /** Undefined before the cluster is formatted. */
+  readonly redundancy: Redundancy | undefined;
+  readonly enforcesLocks: boolean;
+  readonly recyclesVids: boolean;
+  readonly isStrict: boolean;
+  readonly isRecoveryDisabled: boolean;
+  readonly zones: number;
+  readonly nodes: readonly NodeState[];
+  /** The newest first; as many as were asked for, if there are so many. */
+  readonly epochs: readonly Epoch[];
+  /** Those of these epochs. */
+  readonly left: readonly LeftNode[];
+}
+
+/** `location`: as --cluster has it. Errors (StoreError): ADDRESS; IO if none of its nodes answers. */
+export async function readClusterReport(
+  location: string,
+  { epochs: epochCount = 1, answerMs = ANSWER_MS }: { readonly epochs?: number; readonly answerMs?: number } = {},
+): Promise<ClusterReport> {
+  const [connection, info] = await firstToAnswer(parseClusterAddress(location), answerMs);
+  try {
+    const list = await listNodes(connection);
+    const stateName = statusOf(info);
+    const [nodes, { epochs, isRecoveryDisabled }] = await Promise.all([
+      Promise.all(list.nodes.map((node) => stateOf(node, answerMs))),
+      readEpochs(connection, list, epochCount),
+    ]);
+    return {
+      ...info,
+      stateName,
+      redundancy: stateName === 'not-formatted' ? undefined : redundancyOf(info),
+      enforcesLocks: (info.flags & ClusterFlag.USE_LOCK) !== 0,
+      recyclesVids: (info.flags & ClusterFlag.RECYCLE_VID) !== 0,
+      isStrict: (info.flags & ClusterFlag.STRICT) !== 0,
+      isRecoveryDisabled,
+      zones: zonesIn(list.nodes),
+      nodes,
+      epochs,
+      left: leftNodes(list.nodes, epochs),
+    };
+  } finally {
+    connection.destroy();
+  }
+}
+
+/** Those that were members in these epochs, the newest first, and are none now. */
+export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoch[]): LeftNode[] {
+  const seen = new Set(members.map(addressLabel));
+  const left: LeftNode[] = [];
+  for (const [n, { nodes }] of epochs.entries()) {
+    for (const label of nodes.map(addressLabel)) {
+      if (seen.has(label)) continue;
+      seen.add(label);
+      const next = epochs[n - 1];
+      // Of the newest epoch: it has left in this moment.
+      left.push({ node: label, epoch: next?.epoch ?? 0, since: next?.since ?? 0 });
+    }
+  }
+  return left;
+}
+
+function statusOf({ status, createdAt }: ClusterInfo): StateName {
+  if (status === STATUS_RUNNING) return 'running';
+  if (status !== STATUS_WAIT) return 'shutting-down';
+  return createdAt === 0 ? 'not-formatted' : 'waiting';
+}
+
+async function firstToAnswer(
+  addresses: readonly NodeAddress[],
+  answerMs: number,
+): Promise<[NodeConnection, ClusterInfo]> {
+  const reasons: string[] = [];
+  for (const address of addresses) {
+    let connection: NodeConnection | undefined;
+    try {
+      connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
+      const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
+      mustSucceed(await ask(connection, Opcode.CLUSTER_INFO, { receive, answerMs }), 'its state');
+      return [connection, decodeClusterInfo(receive)];
+    } catch (error) {
+      connection?.destroy();
+      if (!(error instanceof ConnectionLost) && !(error instanceof StoreError)) throw error;
+      reasons.push(error.message);
+    }
+  }
+  throw new StoreError('IO', `no node says how the cluster is: ${reasons.join('; ')}`);
+}
+
+interface NodeList {
+  readonly nodes: readonly ClusterNode[];
+  /** Bytes of an entry: nodes that were built with disk vnodes have longer ones. */
+  readonly nodeBytes: number;
+}
+
+async function listNodes(connection: NodeConnection): Promise<NodeList> {
+  const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
+  const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { receive }), 'its nodes');
+  const count = nodeResponse.decode(answer.header).nrNodes;
+  const nodeBytes = count === 0 ? NODE_BYTES : answer.length / count;
+  return { nodes: decodeNodes(receive.subarray(0, answer.length), count), nodeBytes };
+}
+
+/** One that does not tell of earlier members is no reason to tell nothing. */
+async function readEpochs(
+  connection: NodeConnection,
+  { nodes, nodeBytes }: NodeList,
+  count: number,
+): Promise<ReturnType<typeof decodeEpochs>> {
+  let room = nodes.length + SPARE_NODES;
+  while (room <= MAX_NODES) {
+    const stride = EPOCH_LOG_BYTES + room * nodeBytes;
+    const receive = Buffer.alloc(Math.min(count, Math.floor(MAX_LOG_BYTES / stride)) * stride);
+    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { receive, room });
+    // Of a cluster that does not serve the result says why, and the logs are there all the same.
+    if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
+    room *= 2;
+  }
+  return { epochs: [], isRecoveryDisabled: false };
+}
+
+async function stateOf({ host, port, vnodes, zone, space }: ClusterNode, answerMs: number): Promise<NodeState> {
+  const node = addressLabel({ host, port });
+  const known = { host, port, node, vnodes, zone, space, reason: null, size: null, free: null, recovery: null };
+  let connection: NodeConnection;
+  try {
+    connection = await NodeConnection.connect({ host, port }, () => undefined, CONNECT_MS);
+  } catch (error) {
+    const { message, cause } = error as Error;
+    return { ...known, state: 'unreachable', reason: cause instanceof Error ? cause.message : message };
+  }
+  try {
+    const receive = Buffer.alloc(RECOVERY_BYTES);
+    const [disks, recovery] = await Promise.all([
+      ask(connection, Opcode.STAT_SHEEP, { answerMs }),
+      ask(connection, Opcode.STAT_RECOVERY, { receive, answerMs }),
+    ]);
+    if (disks.result !== Result.SUCCESS || recovery.result !== Result.SUCCESS) {
+      const { result } = disks.result === Result.SUCCESS ? recovery : disks;
+      return { ...known, state: 'waiting', reason: `it answers ${resultName(result)}` };
+    }
+    const { storeSize: size, storeFree: free } = nodeResponse.decode(disks.header);
+    const progress = decodeRecovery(receive);
+    return { ...known, state: progress === null ? 'ok' : 'recovering', size, free, recovery: progress };
+  } catch (error) {
+    if (!(error instanceof ConnectionLost)) throw error;
+    if (error instanceof NoAnswer)
+      return { ...known, state: 'silent', reason: `no answer within ${answerMs / 1000} s` };
+    return { ...known, state: 'unreachable', reason: error.message };
+  } finally {
+    connection.destroy();
+  }
+}
+
+interface Asked {
+  readonly receive?: Buffer;
+  /** Of STAT_CLUSTER: nodes that there is room for in each log. */
+  readonly room?: number;
+  readonly answerMs?: number;
+}
+
+function ask(
+  connection: NodeConnection,
+  opcode: number,
+  { receive, room = 0, answerMs = ANSWER_MS }: Asked,
+): Promise<Answer> {
+  const header = encodeVdiRequest(opcode, 0, receive?.length ?? 0);
+  header.writeUInt32LE(room, NODES_NR_OFFSET);
+  return connection.send({ header, receive }, answerMs);
+}
+
+function mustSucceed(answer: Answer, what: string): Answer {
+  if (answer.result === Result.SUCCESS) return answer;
+  throw new StoreError('IO', `asked for ${what}, a node answers ${resultName(answer.result)}`);
+}

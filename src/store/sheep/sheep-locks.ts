@@ -1,0 +1,95 @@
+/**
+ * The locks of VDIs that the nodes keep in their memory, where the cluster is formatted with them (-l). A lock is the node's
+ * that was asked for it, whoever asked; it stays when that client ends, and when that node does. Owns how they are asked for
+ * and taken away; whether one may be, others decide.
+ */
+import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
+import { addressLabel, parseClusterAddress } from './cluster-address.js';
+import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
+import type { Cluster } from './cluster.js';
+import { encodeVdiRequest } from './layouts.js';
+import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from './protocol.js';
+import { decodeVdiStates, LockState, VDI_STATE_BYTES } from './state-layouts.js';
+
+/** VDIs, deleted ones among them, that there is room for at first, and at most: what one answer may have. */
+const FIRST_ROOM = 512;
+const MOST_ROOM = Math.floor((128 * 2 ** 20) / VDI_STATE_BYTES);
+/** A node that is to give a shared lock up by itself. */
+const NODE_MS = 5_000;
+
+export class SheepLocks implements VdiLocks {
+  readonly #cluster: Cluster;
+  readonly areEnforced: boolean;
+
+  constructor(cluster: Cluster, areEnforced: boolean) {
+    this.#cluster = cluster;
+    this.areEnforced = areEnforced;
+  }
+
+  async list(): Promise<VdiLock[]> {
+    if (!this.areEnforced) return [];
+    const states = decodeVdiStates(await this.#askForStates());
+    if (states === undefined) {
+      throw new StoreError(
+        'UNSUPPORTED',
+        'these nodes say in another form which VDIs are locked than Sheepdog 1.0; their own dog understands it',
+      );
+    }
+    const locked = states.filter(({ lockState }) => lockState !== LockState.UNLOCKED);
+    if (locked.length === 0) return [];
+    const members = new Set((await this.#cluster.gateway.listNodes()).map(addressLabel));
+    const vids = await this.#cluster.vids();
+    return locked.map(({ vid, lockState, owners }) => ({
+      vid,
+      isDeleted: !vids.isLive(vid),
+      kind: lockState === LockState.SHARED ? 'shared' : 'exclusive',
+      holders: owners.map((node) => ({ node, isMember: members.has(node) })),
+    }));
+  }
+
+  async unlock({ vid, kind }: VdiLock, { node }: LockHolder): Promise<void> {
+    const what = `ending the lock on ${vid.toString(16)}`;
+    const type = kind === 'shared' ? LOCK_TYPE_SHARED : LOCK_TYPE_NORMAL;
+    // By vid, as everything about locks but taking them: no other VDI can be meant.
+    const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type });
+    // A shared lock is given up by each node for itself.
+    const answer =
+      kind === 'shared' ? await ask(node, header) : await this.#cluster.gateway.execute({ header }, { once: true });
+    if (answer.result !== Result.SUCCESS)
+      throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
+    // Nodes answer the same whether there was a lock or not.
+    const isLeft = (await this.list()).some((lock) => lock.vid === vid && lock.holders.some((by) => by.node === node));
+    if (isLeft) throw new StoreError('IO', `${what}: it is still there, or somebody has taken it again at this moment`);
+  }
+
+  async #askForStates(): Promise<Buffer> {
+    for (let room = FIRST_ROOM; ; room = Math.min(room * 2, MOST_ROOM)) {
+      const receive = Buffer.alloc(room * VDI_STATE_BYTES);
+      const header = encodeVdiRequest(Opcode.GET_VDI_COPIES, 0, receive.length);
+      const { result, length } = await this.#cluster.gateway.execute({ header, receive });
+      if (result === Result.SUCCESS) return receive.subarray(0, length);
+      if (result !== Result.BUFFER_SMALL)
+        throw new StoreError('IO', `asking for locks: the cluster answers ${resultName(result)}`);
+      if (room === MOST_ROOM)
+        throw new StoreError('LIMIT', `asking for locks: more than ${MOST_ROOM} VDIs, deleted ones among them`);
+    }
+  }
+}
+
+/** This very node. Errors: StoreError IO. */
+async function ask(node: string, header: Buffer): Promise<Answer> {
+  const [address] = parseClusterAddress(node);
+  if (!address) throw new Error('invariant: a node has an address');
+  let connection: NodeConnection | undefined;
+  try {
+    connection = await NodeConnection.connect(address, () => undefined, NODE_MS);
+    return await connection.send({ header }, NODE_MS);
+  } catch (error) {
+    if (!(error instanceof ConnectionLost)) throw error;
+    throw new StoreError('IO', `only ${node} itself can give its part of a shared lock up: ${error.message}`, {
+      cause: error,
+    });
+  } finally {
+    connection?.destroy();
+  }
+}
