@@ -10,6 +10,7 @@ import { missingOption } from './missing.js';
 import { openPlace, placeArgument, PLACE_HELP, type Place } from './place.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { formatSize } from './size.js';
+import { blockSizeShiftOption } from './vdi-create.js';
 
 interface MigrateOptions {
   readonly from: string;
@@ -21,6 +22,7 @@ interface MigrateOptions {
   readonly verify: Verify;
   readonly sha256?: boolean;
   readonly missing?: 'zero';
+  readonly blockSizeShift?: number;
   readonly force?: boolean;
   readonly json?: boolean;
 }
@@ -58,6 +60,7 @@ export function migrateCommand(): Command {
     )
     .option('--sha256', 'compute the SHA-256 of the whole images, their zeros too, as sha256sum says it')
     .addOption(missingOption())
+    .addOption(blockSizeShiftOption("a cluster's own; in a local store, that of the source"))
     .addOption(forceOption())
     .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
     .option('--to-control <path>', "control socket of the target's daemon")
@@ -81,6 +84,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         verify: options.verify,
         sha256: options.sha256 ?? false,
         isReadOnly: options.missing !== undefined,
+        blockSizeShift: options.blockSizeShift,
         force: options.force,
         signal,
       });

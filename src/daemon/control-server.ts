@@ -89,7 +89,7 @@ const ROUTES: readonly Route[] = [
     path: ['vdis'],
     answer: ({ operations, body }) =>
       operations.create(text(body, 'name'), wholeNumber(body, 'size'), {
-        blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+        blockSizeShift: optionalNumber(body, 'blockSizeShift'),
         force: flag(body, 'force'),
       }),
   },
@@ -456,6 +456,10 @@ function hex(body: Body, field: string, mostDigits: number): string {
   return value;
 }
 
+function optionalNumber(body: Body, key: string): number | undefined {
+  return body[key] === undefined ? undefined : wholeNumber(body, key);
+}
+
 function runIn(body: Body): string | undefined {
   return body.run === undefined ? undefined : hex(body, 'run', MAX_RUN_DIGITS);
 }
@@ -470,7 +474,10 @@ function beginningIn(body: Body): Beginning {
     of: hex(body, 'of', MAX_OF_DIGITS),
     run,
     size: wholeNumber(body, 'size'),
-    blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+    blockSizeShift: optionalNumber(body, 'blockSizeShift'),
+    likeShift: optionalNumber(body, 'likeShift'),
+    largestSize: optionalNumber(body, 'largestSize'),
+    isOpenEnded: flag(body, 'isOpenEnded'),
     overwrites: flag(body, 'overwrites'),
     goesOn: flag(body, 'goesOn'),
     force: flag(body, 'force'),

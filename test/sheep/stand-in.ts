@@ -19,6 +19,8 @@ const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE = 512;
+/** sizeof(struct vdi_state). */
+const VDI_STATE = 1428;
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
@@ -33,6 +35,7 @@ export const Op = {
   READ_VDIS: 0x15,
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
+  GET_VDI_COPIES: 0xab,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -51,6 +54,7 @@ export const Res = {
   NO_SPACE: 21,
   HALT: 25,
   READONLY: 26,
+  BUFFER_SMALL: 0x88,
 } as const;
 
 export interface Seen {
@@ -87,6 +91,9 @@ export interface StandInOptions {
   readonly reclaimMs?: number;
   /** VDIs are erasure-coded if they do not say otherwise: (data strips / 2) << 4 | parity strips. */
   readonly copyPolicy?: number;
+  /** What the cluster was formatted with (-z, -c). */
+  readonly blockSizeShift?: number;
+  readonly copies?: number;
 }
 
 interface Answer {
@@ -124,7 +131,16 @@ export class StandIn {
   ports: number[] = [];
 
   constructor(options: StandInOptions = {}) {
-    this.#options = { nodes: 3, useLock: false, jitterMs: 2, reclaimMs: 5, copyPolicy: 0, ...options };
+    this.#options = {
+      nodes: 3,
+      useLock: false,
+      jitterMs: 2,
+      reclaimMs: 5,
+      copyPolicy: 0,
+      blockSizeShift: 22,
+      copies: 2,
+      ...options,
+    };
   }
 
   get address(): string {
@@ -183,7 +199,48 @@ export class StandIn {
     const inode = this.#inode(vid);
     inode.fill(0, 256, 512);
     inode.write(tag, 256);
-    return this.#snapshot(name, vid, vid);
+    return this.#snapshot(name, vid, vid, inode);
+  }
+
+  /** What `dog vdi resize` does; and our own command line on another host, which can cut off too. */
+  externalResize(name: string, size: number): void {
+    this.#working(name).writeBigUInt64LE(BigInt(size), 536);
+  }
+
+  /** What `dog vdi alter-copy` does. */
+  externalCopies(name: string, copies: number): void {
+    this.#working(name)[554] = copies;
+  }
+
+  /**
+   * What `dog vdi delete` does, with the pause that is between its steps. A VDI in whose table there is something again is
+   * marked as deleted all the same, and keeps its name (sheep/vdi.c, delete_vdi_work).
+   */
+  async externalDelete(name: string, meanwhile: () => Promise<void> = () => Promise.resolve()): Promise<void> {
+    const inode = this.#working(name);
+    const vid = inode.readUInt32LE(560);
+    for (let idx = 0; idx < OBJECTS; idx++) {
+      if (inode.readUInt32LE(TABLE + idx * 4) !== 0) this.#changeTable(inode, vid, idx, Buffer.alloc(4));
+    }
+    await meanwhile();
+    this.#delete(vid, inode);
+  }
+
+  /** Header fields of the working VDI's inode. */
+  header(name: string): { readonly size: number; readonly copies: number; readonly shift: number } {
+    const inode = this.#working(name);
+    return { size: Number(inode.readBigUInt64LE(536)), copies: inode[554] as number, shift: inode[555] as number };
+  }
+
+  /** Vids that are locked. */
+  locks(): number[] {
+    return [...this.#locked];
+  }
+
+  #working(name: string): Buffer {
+    const vid = this.#lookup(name, 0);
+    if (typeof vid !== 'number') throw new Error(`no ${name}`);
+    return this.#inode(vid);
   }
 
   /** The same with the pause that real nodes make: writes to the inode in between are lost to the whole of it. */
@@ -296,9 +353,18 @@ export class StandIn {
         info.writeInt16LE(this.#options.nodes, 2);
         info.writeUInt32LE(1, 4);
         info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
-        info.set([2, 0, 1, 22], 18);
+        info.set([this.#options.copies, this.#options.copyPolicy, 1, this.#options.blockSizeShift], 18);
         info.write('plain', 25);
         return { result: Res.SUCCESS, data: info };
+      }
+      case Op.GET_VDI_COPIES: {
+        if (request.length < this.#used.size * VDI_STATE) return { result: Res.BUFFER_SMALL };
+        const states = Buffer.alloc(this.#used.size * VDI_STATE);
+        for (const [n, vid] of [...this.#used].entries()) {
+          states.writeUInt32LE(vid, n * VDI_STATE);
+          states.writeUInt32LE(this.#options.useLock && this.#locked.has(vid) ? 2 : 1, n * VDI_STATE + 16);
+        }
+        return { result: Res.SUCCESS, data: states };
       }
       case Op.GET_NODE_LIST: {
         const ports = this.ports.filter((_, n) => !this.left.has(n));
@@ -458,15 +524,20 @@ export class StandIn {
         const working = this.#lookup(name, 0);
         if (snapId !== 0) {
           if (typeof working !== 'number') return { result: working.error };
-          return withVid(this.#snapshot(name, working, baseVid));
+          const asked = Buffer.alloc(556);
+          header.copy(asked, 536, 16, 24);
+          asked.set([header[29] as number, 0, header[28] as number, header[31] as number], 552);
+          return withVid(this.#snapshot(name, working, baseVid, asked));
         }
         if (typeof working === 'number') return { result: Res.VDI_EXIST };
         const vid = this.#freeVid(name);
         const inode = Buffer.alloc(INODE_BYTES);
         inode.write(name);
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
-        const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
-        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
+        const { copies, copyPolicy, blockSizeShift } = this.#options;
+        const policy = header[28] === 0 ? copyPolicy : (header[29] as number);
+        inode.set([policy, 0, policy === 0 ? header[28] || copies : 3, header[31] || blockSizeShift], 552);
+        this.#finish(inode, vid, this.#nextSnapId(name), baseVid);
         if (baseVid !== 0) this.#derive(baseVid, inode);
         return withVid(vid);
       }
@@ -481,9 +552,7 @@ export class StandIn {
         } else if (!isZero(inode.subarray(TABLE, GREF))) {
           this.violations.push(`"${name}" is deleted with objects in its table`);
         }
-        inode.fill(0, 0, 256);
-        inode.fill(0, 536, 544);
-        this.#deleted.add(vid);
+        this.#delete(vid, inode);
         return withVid(vid);
       }
       default:
@@ -491,29 +560,40 @@ export class StandIn {
     }
   }
 
-  #snapshot(name: string, working: number, baseVid: number): number {
+  #delete(vid: number, inode: Buffer): void {
+    this.#deleted.add(vid);
+    const isEmpty = inode[553] !== 0 || isZero(inode.subarray(TABLE, GREF));
+    if (!isEmpty) return;
+    inode.fill(0, 0, 256);
+    inode.fill(0, 536, 544);
+  }
+
+  /** Nodes give the new working VDI what the request says, not what the base has: `like` is laid out as an inode. */
+  #snapshot(name: string, working: number, baseVid: number, like: Buffer): number {
     this.readOnly.add(working);
     const now = BigInt(Math.floor(Date.now() / 1000)) << 32n;
     const before = this.#inode(working);
     before.writeBigUInt64LE(now, 520);
     const vid = this.#freeVid(name);
-    const base = this.#inode(baseVid);
     const inode = Buffer.alloc(INODE_BYTES);
     inode.write(name);
-    base.copy(inode, 536, 536, 544);
-    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
+    like.copy(inode, 536, 536, 544);
+    like.copy(inode, 552, 552, 556);
+    this.#finish(inode, vid, before.readUInt32LE(556) + 1, baseVid);
     this.#derive(baseVid, inode);
     return vid;
   }
 
-  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number, copyPolicy: number): void {
-    inode.writeBigUInt64LE(BigInt(Math.floor(Date.now() / 1000)) << 32n, 512);
-    inode.set([copyPolicy, 0, copyPolicy === 0 ? 2 : 3, shift], 552);
+  #finish(inode: Buffer, vid: number, snapId: number, parent: number): void {
+    inode.writeBigUInt64LE(
+      (BigInt(Math.floor(Date.now() / 1000)) << 32n) | BigInt((Date.now() % 1000) * 1_000_000),
+      512,
+    );
     inode.writeUInt32LE(snapId, 556);
     inode.writeUInt32LE(vid, 560);
     inode.writeUInt32LE(parent, 564);
     this.#used.add(vid);
-    this.#shifts.set(vid, shift);
+    this.#shifts.set(vid, inode[555] as number);
     this.objects.set(VDI_BIT | (BigInt(vid) << 32n), inode);
   }
 

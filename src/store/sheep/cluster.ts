@@ -35,12 +35,16 @@ import {
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
 import { objectCount } from './table.js';
+import { lockedVidsIn, VDI_STATE_BYTES } from './vdi-states.js';
 import { VidsInUse } from './vids-in-use.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
 /** A request for the vids in use that takes longer is not waited for by others. */
 const LONG_VIDS_MS = 1_000;
+/** Room for the states of so many VDIs, deleted ones included, is given at first, and at most. */
+const FIRST_STATES = 512;
+const MAX_STATES = 2 ** 17;
 const NOTHING = Buffer.alloc(0);
 
 /** `high` and `low` are the halves of its oid. */
@@ -188,9 +192,9 @@ export class Cluster {
     if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
   }
 
-  async readInode(vid: number): Promise<Inode> {
+  async readInode(vid: number, options?: ExecuteOptions): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
-    await this.readInodeBytes(vid, 0, bytes);
+    await this.readInodeBytes(vid, 0, bytes, options);
     return decodeInode(bytes);
   }
 
@@ -215,11 +219,11 @@ export class Cluster {
     return readIndex(this.readObject, inode.vid, count);
   }
 
-  /** Owners of the first `count` objects. */
-  async readTable(vid: number, count: number): Promise<Uint32Array> {
+  /** Owners of `count` objects, from `first` on. */
+  async readTable(vid: number, count: number, first = 0): Promise<Uint32Array> {
     const table = new Uint32Array(count);
     const bytes = Buffer.from(table.buffer, table.byteOffset, table.byteLength);
-    await this.readInodeBytes(vid, INODE_TABLE_OFFSET, bytes);
+    await this.readInodeBytes(vid, INODE_TABLE_OFFSET + first * INODE_ENTRY_BYTES, bytes);
     if (!IS_LITTLE_ENDIAN) bytes.swap32();
     return table;
   }
@@ -320,6 +324,22 @@ export class Cluster {
   async release(vid: number): Promise<void> {
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type: LOCK_TYPE_NORMAL });
     succeeded(await this.gateway.execute({ header }, { once: true }), `releasing the lock on ${vid.toString(16)}`);
+  }
+
+  /**
+   * Vids that are locked, by whomever, those of snapshots and of deleted VDIs among them. Errors: LIMIT if there are more VDIs
+   * than can be asked about.
+   */
+  async lockedVids(): Promise<number[]> {
+    const what = 'asking for locks';
+    for (let room = FIRST_STATES; room <= MAX_STATES; room *= 4) {
+      const receive = Buffer.alloc(room * VDI_STATE_BYTES);
+      const header = encodeVdiRequest(Opcode.GET_VDI_COPIES, 0, receive.length);
+      const answer = await this.gateway.execute({ header, receive });
+      if (answer.result === Result.BUFFER_SMALL) continue;
+      return lockedVidsIn(receive.subarray(0, succeeded(answer, what).length));
+    }
+    throw new StoreError('LIMIT', `${what}: the cluster has the states of more than ${MAX_STATES} VDIs`);
   }
 
   /** Which vids are in use; not older than `maxAgeMs`, nor than what we have made or deleted since. */

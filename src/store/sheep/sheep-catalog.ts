@@ -214,16 +214,27 @@ export class SheepCatalog implements Catalog {
 
   async open(vid: number): Promise<OpenVdi> {
     const opened = this.#store.open.get(vid);
-    if (opened) return opened;
-    const inode = await this.#cluster.readInode(vid);
-    if (isShadowName(inode.name)) return this.#openShadow(inode);
-    const map = await this.#cluster.readOwners(inode);
+    if (opened && !opened.failure) return opened;
+    const found = await this.#cluster.readInode(vid);
+    if (isShadowName(found.name)) return this.#openShadow(found);
     // Who writes nothing may look at what somebody else has locked.
-    const isOurs = !inode.isSnapshot && this.#store.readOnlyBecause === undefined;
-    if (isOurs) await this.#claim(inode);
+    const isOurs = !found.isSnapshot && this.#store.readOnlyBecause === undefined;
+    if (isOurs) await this.#claim(found);
+    let inode: Inode;
+    let map: Uint32Array;
+    try {
+      // As whoever had the lock before has left it.
+      inode = isOurs ? await this.#cluster.readInode(vid) : found;
+      map = await this.#cluster.readOwners(inode);
+    } catch (error) {
+      if (isOurs) await this.#store.locks.release(vid).catch(() => undefined);
+      throw error;
+    }
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
-      if (isOurs && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
+      // A vid that was deleted is another VDI's by now where vids are used again, and its lock too.
+      const isAnothers = closed.failure !== undefined && this.#store.recyclesVids;
+      if (isOurs && !isAnothers) await this.#store.locks.release(closed.record.vid);
     });
     this.#store.open.set(vid, vdi);
     vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
@@ -232,12 +243,15 @@ export class SheepCatalog implements Catalog {
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const sheep = vdi as SheepVdi;
-    const { inode } = sheep;
     const { unfinished } = sheep.record;
-    refuseHyper(inode, 'snapshotted');
+    refuseHyper(sheep.inode, 'snapshotted');
+    let inode = sheep.inode;
     return {
-      now: () =>
-        sheep.switching(async () => {
+      now: async () => {
+        // The new working VDI gets what the inode says now: somebody else may have resized it, or given it more copies.
+        await sheep.look();
+        inode = sheep.inode;
+        await sheep.switching(async () => {
           // A snapshot of what is one already would put the working VDI back to it.
           if (
             (await this.#cluster.lookup(inode.name)) !== inode.vid ||
@@ -257,8 +271,15 @@ export class SheepCatalog implements Catalog {
             if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
             throw error;
           }
-          await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
-        }),
+          const [made, { size }] = await Promise.all([
+            this.#cluster.readInode(vid),
+            this.#cluster.readInode(inode.vid),
+          ]);
+          if (made.size !== size) await this.#writeSize(vid, size);
+          await sheep.become(made, sheep.map);
+        });
+        if (sheep.record.size !== inode.size) await sheep.look();
+      },
       finish: async () => {
         if (unfinished) {
           await this.#writeTag(sheep.inode.vid, inode.tag);
@@ -278,6 +299,7 @@ export class SheepCatalog implements Catalog {
   async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
     const sheep = vdi as SheepVdi;
     refuseHyper(sheep.inode, 'snapshotted');
+    await sheep.look();
     await this.dropStaleShadows(sheep.record.name);
     const shadow = await this.#freeShadow(sheep.inode);
     return {
@@ -298,6 +320,7 @@ export class SheepCatalog implements Catalog {
 
   async #takeShadow(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
     for (let attempt = 0; ; attempt++) {
+      await sheep.look();
       const source = sheep.inode;
       if ((await this.#cluster.lookup(source.name)) !== source.vid || (await this.#cluster.isReadOnly(source.vid, 0))) {
         await sheep.follow(source.vid);
@@ -342,30 +365,44 @@ export class SheepCatalog implements Catalog {
       throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
     }
     refuseHyper(base, 'rolled back to');
-    const made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
-    if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
-    const record = recordOf(await this.#cluster.readInode(made));
-    await this.#delete(await this.#cluster.readInode(vid));
+    let made = 0;
+    await this.#store.locks.toEnd(working, async () => {
+      made = await this.#newVdi({ ...base, name: working.name }, snapshotVid, true, vid);
+      if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
+      await this.#delete(await this.#cluster.readInode(vid));
+    });
     await this.#deleteLeftMarks(working.name);
-    return record;
+    return recordOf(await this.#cluster.readInode(made));
   }
 
   async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
     const sheep = vdi as SheepVdi;
-    const count = objectCount(size, sheep.inode.blockSizeShift);
-    for (let idx = count; idx < sheep.map.length; idx++) {
-      if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
+    for (let attempt = 0; ; attempt++) {
+      await sheep.look();
+      const { inode } = sheep;
+      const count = objectCount(size, inode.blockSizeShift);
+      for (let idx = count; idx < sheep.map.length; idx++) {
+        if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
+      }
+      await this.#writeSize(inode.vid, size);
+      // If somebody has taken a snapshot meanwhile, it is that one which has the size now.
+      if (!(await this.#cluster.readInode(inode.vid)).isSnapshot) {
+        sheep.resized({ ...inode, size });
+        return sheep.record;
+      }
+      await this.#writeSize(inode.vid, inode.size);
+      await sheep.follow(inode.vid);
+      if (attempt === MAX_TAKE_ATTEMPTS) {
+        throw new StoreError('IO', `${inode.name} is being snapshotted again and again; it was not resized`);
+      }
     }
-    await this.#writeSize(sheep.record.vid, size);
-    await sheep.resized({ ...sheep.inode, size });
-    return sheep.record;
   }
 
   async remove(vid: number): Promise<void> {
     const inode = await this.#cluster.readInode(vid);
     if (isShadowName(inode.name)) return this.#dropShadow(inode);
-    await this.#delete(inode);
-    if (inode.isSnapshot) return;
+    if (inode.isSnapshot) return this.#delete(inode);
+    await this.#store.locks.toEnd(inode, () => this.#delete(inode));
     await this.#deleteIdleShadows(inode.name);
     await this.#deleteLeftMarks(inode.name);
   }
@@ -511,10 +548,10 @@ export class SheepCatalog implements Catalog {
 
   async #claim(inode: Inode): Promise<void> {
     for (const open of this.#store.open.values()) {
-      if (open.record.isSnapshot || open.record.name !== inode.name) continue;
+      if (open.record.isSnapshot || open.failure || open.record.name !== inode.name) continue;
       throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
     }
-    if (this.#store.enforcesLocks) await this.#cluster.lock(inode.name);
+    await this.#store.locks.take(inode);
   }
 
   #openShadow(inode: Inode): OpenVdi {
