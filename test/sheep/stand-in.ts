@@ -226,6 +226,13 @@ export class StandIn {
     this.#delete(vid, inode);
   }
 
+  /** What nodes of a cluster formatted with -R do with the vid of a deleted VDI. */
+  reuse(vid: number): void {
+    this.#used.delete(vid);
+    this.#deleted.delete(vid);
+    this.objects.delete(VDI_BIT | (BigInt(vid) << 32n));
+  }
+
   /** Header fields of the working VDI's inode. */
   header(name: string): { readonly size: number; readonly copies: number; readonly shift: number } {
     const inode = this.#working(name);

@@ -36,6 +36,7 @@ export async function removeLeftObjects(
   await inParallel(PARALLEL_REMOVALS, made, ({ idx }) => cluster.removeData(vid, idx));
 }
 
-function goneIsNone(error: unknown): undefined {
+/** Of an inode that may not be there any more. Errors: any other. */
+export function goneIsNone(error: unknown): undefined {
   if ((error as StoreError).code !== 'GONE') throw error;
 }

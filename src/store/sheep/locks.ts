@@ -5,11 +5,12 @@
  */
 import { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
+import { goneIsNone } from './deleted-vdi.js';
 import type { Inode } from './layouts.js';
 import { inParallel, sleep } from './table.js';
 
 /** Who finds that a disk is somebody else's after all gives its new lock back in that time. */
-const NEXT_LOCK_MS = 5_000;
+const NEXT_LOCK_MS = 2_000;
 const NEXT_LOCK_POLL_MS = 50;
 const PARALLEL_READS = 64;
 
@@ -97,8 +98,4 @@ export class Locks {
       if (!isDone || !this.#recyclesVids) await this.release(inode.vid).catch(() => undefined);
     }
   }
-}
-
-function goneIsNone(error: unknown): undefined {
-  if ((error as StoreError).code !== 'GONE') throw error;
 }

@@ -4,6 +4,7 @@
  */
 import {
   inOrder,
+  MAX_DATA_OBJECTS,
   StoreError,
   type Catalog,
   type CheckReport,
@@ -14,6 +15,7 @@ import {
   type VdiRecord,
 } from '../object-store.js';
 import type { Cluster } from './cluster.js';
+import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { isOursToDrop } from './owner.js';
@@ -35,6 +37,8 @@ const ENTRIES_PER_TURN = 2 ** 15;
 const VIDS_AGE_MS = 1000;
 /** Snapshots that others may take while we take a temporary one, or look what there is. */
 const MAX_TAKE_ATTEMPTS = 5;
+/** Deleting a VDI that others write to at the same time. */
+const MAX_DELETE_ATTEMPTS = 5;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
 const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
@@ -589,14 +593,46 @@ export class SheepCatalog implements Catalog {
     }
   }
 
+  /**
+   * Errors: IO if somebody goes on making objects in it. Nodes delete such a VDI by half only (deleted-vdi.ts), and say that it
+   * is done.
+   */
   async #delete(inode: Inode): Promise<void> {
+    const { epoch } = await this.#cluster.info();
+    for (let attempt = 0; attempt < MAX_DELETE_ATTEMPTS; attempt++) {
+      const own = await this.#clear(inode);
+      await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
+      if ((await this.#cluster.info()).epoch !== epoch) await this.#removeOwn(inode, own);
+      const left = await this.#cluster.readInode(inode.vid).catch(goneIsNone);
+      if (!left || !isSameVdi(left, inode)) return;
+    }
+    throw new StoreError(
+      'IO',
+      `${inode.name} is not quite deleted: somebody else writes to it; stop that, and delete it again`,
+    );
+  }
+
+  /** All of its table, whatever its size is: it may have been larger. Returns where it had objects of its own. */
+  async #clear(inode: Inode): Promise<number[]> {
+    const own: number[] = [];
     if (inode.storePolicy === 0) {
-      const table = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      const table = await this.#cluster.readTable(inode.vid, MAX_DATA_OBJECTS);
+      for (let idx = 0; idx < table.length; idx++) if (table[idx] === inode.vid) own.push(idx);
       await clearTable(this.#cluster, inode.vid, table);
     } else {
       await clearHyper(this.#cluster, inode);
     }
-    await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
+    return own;
+  }
+
+  /**
+   * Members have changed while the table was cleared: nodes may have forgotten objects (sheep-vdi.ts). Those of a working VDI
+   * are in no other table but that of a temporary snapshot.
+   */
+  async #removeOwn(inode: Inode, own: readonly number[]): Promise<void> {
+    if (inode.isSnapshot || isShadowName(inode.name)) return;
+    if ((await this.#shadowsOf(inode.name)).some(({ isSnapshot }) => isSnapshot)) return;
+    await inParallel(PARALLEL_READS, own, (idx) => this.#cluster.removeData(inode.vid, idx));
   }
 
   #writeTag(vid: number, tag: string): Promise<void> {

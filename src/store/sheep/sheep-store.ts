@@ -74,6 +74,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly #options: SheepStoreOptions;
   /** Objects that are read as zeros. */
   readonly #lost = new Set<number>();
+  readonly #firstEpoch: number;
   #epoch: number;
   #epochChangedAt = -Infinity;
   #looking: NodeJS.Timeout | undefined;
@@ -94,6 +95,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.state = this.#openState();
+    this.#firstEpoch = info.epoch;
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
@@ -241,6 +243,10 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       }
     }
     throw failure;
+  }
+
+  async haveMembersChanged(): Promise<boolean> {
+    return (await this.cluster.info()).epoch !== this.#firstEpoch;
   }
 
   /** Whether nodes have come or gone lately. */

@@ -40,6 +40,8 @@ export interface SheepVdiHost {
   dropStaleShadows(name: string): Promise<void>;
   /** Do it again while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
+  /** Whether nodes have come or gone since this process knows the cluster. */
+  haveMembersChanged(): Promise<boolean>;
   /** The VDI goes on under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
   log(line: string, details?: object): void;
@@ -133,24 +135,38 @@ export class SheepVdi implements OpenVdi {
     this.#isClosed = true;
     await this.#following?.catch(() => undefined);
     try {
-      if (this.#hasCreated && !this.#failure) await this.#leaveNothingBehind();
+      if ((this.#hasCreated || this.#reclaiming.size > 0) && !this.#failure) await this.#leaveNothingBehind();
     } finally {
       await this.#onClose(this);
     }
   }
 
-  /** What was made while somebody deleted it goes as well. A hint: what cannot be asked now is left over at worst. */
+  /**
+   * What was made while somebody deleted it goes as well, and so does what nodes have kept. A hint: what cannot be asked now is
+   * left over at worst.
+   */
   async #leaveNothingBehind(): Promise<void> {
     const { cluster } = this.#host;
+    const { vid } = this.record;
     try {
       // Nodes that do not answer at all are not waited for.
-      await cluster.readInode(this.record.vid, { retryMs: CLOSING_LOOK_MS });
-      if (!(await cluster.vids()).isLive(this.record.vid)) await removeLeftObjects(cluster, this.inode);
+      await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS });
+      if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
+      else if (this.#reclaiming.size > 0 && (await this.#host.haveMembersChanged())) await this.#removeLetGo();
     } catch (error) {
       this.#host.log(`whether ${this.record.name} is still there could not be asked when it was closed`, {
         err: error,
       });
     }
+  }
+
+  /**
+   * Nodes repeat a table entry when members change meanwhile, take it for nothing new then, and forget to remove the object
+   * (sheep/gateway.c, prepare_obj_refcnt). Objects of ours that we let go are in no other table.
+   */
+  async #removeLetGo(): Promise<void> {
+    const left = [...this.#reclaiming].filter((idx) => this.map[idx] === 0 && !this.#doubtful.has(idx));
+    await inParallel(PARALLEL_REMOVALS, left, (idx) => this.#remove(this.record.vid, idx));
   }
 
   /**
