@@ -342,6 +342,25 @@ describe('what others do to an open disk where nothing is locked', () => {
     expect(await others.objects()).toEqual([]);
   });
 
+  test('what nodes forget to remove while members change goes with a trim, and with a deletion', async () => {
+    const { ours, vdi } = await twoGateways('grown');
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
+    others.nodes.forgetsReferences = true;
+    await vdi.trim(0, OBJECT, false);
+    others.nodes.epoch++;
+    await ours.release(vdi);
+    expect(await others.objects()).toHaveLength(1);
+    let changes = 1;
+    others.nodes.fault = ({ opcode }) => {
+      if (opcode === Op.DEL_VDI) others.nodes.epoch += changes--;
+      return undefined;
+    };
+    await ours.remove('grown');
+    others.nodes.fault = () => undefined;
+    others.nodes.forgetsReferences = false;
+    expect(await others.objects()).toEqual([]);
+  });
+
   test('a disk that takes the vid of a deleted one is another disk for those who open it', async () => {
     const { ours, vdi } = await twoGateways('reused');
     await vdi.write(0, filled(1), false);

@@ -110,6 +110,9 @@ export class StandIn {
   readonly late = new Map<number, Set<number>>();
   /** Connections that clients have reset. */
   resets = 0;
+  epoch = 1;
+  /** Entries change, and what they referred to is forgotten: what nodes do when members change at that moment. */
+  forgetsReferences = false;
   readonly violations: string[] = [];
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
@@ -358,7 +361,7 @@ export class StandIn {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
         const info = Buffer.alloc(CLUSTER_INFO_BYTES);
         info.writeInt16LE(this.#options.nodes, 2);
-        info.writeUInt32LE(1, 4);
+        info.writeUInt32LE(this.epoch, 4);
         info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
         info.set([this.#options.copies, this.#options.copyPolicy, 1, this.#options.blockSizeShift], 18);
         info.write('plain', 25);
@@ -437,7 +440,7 @@ export class StandIn {
       }
       inode.writeUInt32LE(after, TABLE + idx * 4);
       inode.fill(0, GREF + idx * 8, GREF + idx * 8 + 8);
-      if (before === 0 || before === after) continue;
+      if (before === 0 || before === after || this.forgetsReferences) continue;
       this.#reclaiming++;
       setTimeout(() => {
         this.#giveUp(dataOid(before, idx), generation, count);

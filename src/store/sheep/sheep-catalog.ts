@@ -598,11 +598,11 @@ export class SheepCatalog implements Catalog {
    * is done.
    */
   async #delete(inode: Inode): Promise<void> {
-    const { epoch } = await this.#cluster.info();
+    const epoch = await this.#store.readEpoch();
     for (let attempt = 0; attempt < MAX_DELETE_ATTEMPTS; attempt++) {
       const own = await this.#clear(inode);
       await this.#cluster.deleteVdi(inode.name, inode.isSnapshot ? inode.snapId : 0);
-      if ((await this.#cluster.info()).epoch !== epoch) await this.#removeOwn(inode, own);
+      if ((await this.#store.readEpoch()) !== epoch) await this.#removeOwn(inode, own);
       const left = await this.#cluster.readInode(inode.vid).catch(goneIsNone);
       if (!left || !isSameVdi(left, inode)) return;
     }

@@ -74,7 +74,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly #options: SheepStoreOptions;
   /** Objects that are read as zeros. */
   readonly #lost = new Set<number>();
-  readonly #firstEpoch: number;
   #epoch: number;
   #epochChangedAt = -Infinity;
   #looking: NodeJS.Timeout | undefined;
@@ -95,7 +94,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.state = this.#openState();
-    this.#firstEpoch = info.epoch;
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
@@ -245,18 +243,23 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     throw failure;
   }
 
-  async haveMembersChanged(): Promise<boolean> {
-    return (await this.cluster.info()).epoch !== this.#firstEpoch;
+  get knownEpoch(): number {
+    return this.#epoch;
+  }
+
+  async readEpoch(retryMs?: number): Promise<number> {
+    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs });
+    if (epoch !== this.#epoch) {
+      this.#epoch = epoch;
+      this.#epochChangedAt = performance.now();
+    }
+    return epoch;
   }
 
   /** Whether nodes have come or gone lately. */
   async #isUnsettled(deadline: number): Promise<boolean> {
     const retryMs = Math.max(0, deadline - performance.now());
-    const { epoch } = await this.cluster.info({ retryMs });
-    if (epoch !== this.#epoch) {
-      this.#epoch = epoch;
-      this.#epochChangedAt = performance.now();
-    }
+    await this.readEpoch(retryMs);
     return performance.now() - this.#epochChangedAt < SETTLING_MS;
   }
 

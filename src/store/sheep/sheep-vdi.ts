@@ -40,8 +40,9 @@ export interface SheepVdiHost {
   dropStaleShadows(name: string): Promise<void>;
   /** Do it again while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
-  /** Whether nodes have come or gone since this process knows the cluster. */
-  haveMembersChanged(): Promise<boolean>;
+  /** The cluster's epoch, which every change of members raises, as far as is known, and now. */
+  readonly knownEpoch: number;
+  readEpoch(): Promise<number>;
   /** The VDI goes on under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
   log(line: string, details?: object): void;
@@ -84,9 +85,12 @@ export class SheepVdi implements OpenVdi {
   #changes = 0;
   /** Objects were made: if somebody deletes it at the same time, one of them may be left over. */
   #hasCreated = false;
+  /** When it was opened, or before. */
+  readonly #firstEpoch: number;
 
   constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
     this.#host = host;
+    this.#firstEpoch = host.knownEpoch;
     this.inode = inode;
     this.record = recordOf(inode);
     this.map = map;
@@ -152,7 +156,8 @@ export class SheepVdi implements OpenVdi {
       // Nodes that do not answer at all are not waited for.
       await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS });
       if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
-      else if (this.#reclaiming.size > 0 && (await this.#host.haveMembersChanged())) await this.#removeLetGo();
+      else if (this.#reclaiming.size > 0 && (await this.#host.readEpoch()) !== this.#firstEpoch)
+        await this.#removeLetGo();
     } catch (error) {
       this.#host.log(`whether ${this.record.name} is still there could not be asked when it was closed`, {
         err: error,
