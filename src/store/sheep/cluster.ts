@@ -44,7 +44,7 @@ const CATALOG_ATTEMPT_MS = 120_000;
 const LONG_VIDS_MS = 1_000;
 /** Room for the states of so many VDIs, deleted ones included, is given at first, and at most. */
 const FIRST_STATES = 512;
-const MAX_STATES = 2 ** 17;
+const MAX_STATES = 2 ** 15;
 const NOTHING = Buffer.alloc(0);
 
 /** `high` and `low` are the halves of its oid. */

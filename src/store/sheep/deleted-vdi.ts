@@ -6,18 +6,37 @@
 import { MAX_DATA_OBJECTS, type StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import type { Inode } from './layouts.js';
-import { clearTable, inParallel } from './table.js';
+import { clearTable, inParallel, sleep } from './table.js';
+
+const PARALLEL_REMOVALS = 16;
+/** A node answers that a VDI is deleted, and writes its inode, before all of them show its vid as deleted. */
+const LIST_WAIT_MS = 1_000;
+const LIST_POLL_MS = 50;
 
 /** A snapshot or a resize leaves these as they are, and a vid that is used again has another time. */
 export function isSameVdi(found: Inode, known: Inode): boolean {
   return found.vid === known.vid && found.name === known.name && found.createdAt === known.createdAt;
 }
 
-const PARALLEL_REMOVALS = 16;
+/**
+ * Whether the VDI that had this inode is gone: its vid is another's, or the nodes count it as deleted. One inode that reads
+ * otherwise proves nothing: a copy may be damaged.
+ */
+export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean> {
+  const found = await cluster.readInode(known.vid).catch(goneIsNone);
+  if (found && isSameVdi(found, known)) return false;
+  if (found && found.name !== '' && found.createdAt !== known.createdAt) return true;
+  const deadline = performance.now() + LIST_WAIT_MS;
+  while ((await cluster.vids()).isLive(known.vid)) {
+    if (performance.now() >= deadline) return false;
+    await sleep(LIST_POLL_MS);
+  }
+  return true;
+}
 
 /**
- * If `inode` is of a VDI that is deleted: give up what its table refers to all the same, and remove `made`, objects of its own
- * that no table refers to. Nothing is touched if it is there, or if its vid is another VDI's by now. Errors: the cluster's.
+ * If the nodes count `inode`'s VDI as deleted: give up what its table refers to all the same, and remove `made`, objects of its
+ * own that no table refers to. Nothing is touched if it is there, or if its vid is another VDI's by now. Errors: the cluster's.
  */
 export async function removeLeftObjects(
   cluster: Cluster,
@@ -25,12 +44,12 @@ export async function removeLeftObjects(
   made: readonly { readonly idx: number }[] = [],
 ): Promise<void> {
   const { vid, name } = inode;
+  if ((await cluster.vids()).isLive(vid)) return;
   const found = await cluster.readInode(vid).catch(goneIsNone);
   if (found && found.createdAt !== inode.createdAt) return;
-  const keepsName = found !== undefined && found.name !== '';
-  if (keepsName && (await cluster.vids()).isLive(vid)) return;
   if (found?.storePolicy === 0) {
     await clearTable(cluster, vid, await cluster.readTable(vid, MAX_DATA_OBJECTS));
+    const keepsName = found.name !== '';
     if (keepsName && (await cluster.lookup(name)) === vid) await cluster.deleteVdi(name, 0);
   }
   await inParallel(PARALLEL_REMOVALS, made, ({ idx }) => cluster.removeData(vid, idx));

@@ -47,7 +47,7 @@ export class Locks {
 
   /** Errors: LOCKED if a snapshot of it is locked. */
   async #mustNotBeHeldBefore({ name, vid }: Inode): Promise<void> {
-    const locked = (await this.#cluster.lockedVids()).filter((other) => other !== vid);
+    const locked = (await this.#cluster.lockedVids().catch(tooManyIsNone)).filter((other) => other !== vid);
     const held: Inode[] = [];
     await inParallel(PARALLEL_READS, locked, async (other) => {
       const inode = await this.#cluster.readInode(other).catch(goneIsNone);
@@ -98,4 +98,10 @@ export class Locks {
       if (!isDone || !this.#recyclesVids) await this.release(inode.vid).catch(() => undefined);
     }
   }
+}
+
+/** Better a disk that can be opened than none, in a cluster that has had very many. */
+function tooManyIsNone(error: unknown): number[] {
+  if ((error as StoreError).code !== 'LIMIT') throw error;
+  return [];
 }

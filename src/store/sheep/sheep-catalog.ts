@@ -279,10 +279,11 @@ export class SheepCatalog implements Catalog {
             this.#cluster.readInode(vid),
             this.#cluster.readInode(inode.vid),
           ]);
-          if (made.size !== size) await this.#writeSize(vid, size);
           await sheep.become(made, sheep.map);
+          // Resized at this very moment: that is in the snapshot, and not in what goes on.
+          if (made.size !== size) await this.#writeSize(vid, size);
         });
-        if (sheep.record.size !== inode.size) await sheep.look();
+        await sheep.look();
       },
       finish: async () => {
         if (unfinished) {

@@ -11,7 +11,7 @@ import { inPieces } from './pieces.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import type { Locks } from './locks.js';
-import { isSameVdi, removeLeftObjects } from './deleted-vdi.js';
+import { isDeleted, isSameVdi, removeLeftObjects } from './deleted-vdi.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
 import { InDoubt } from './stalled-nodes.js';
 import { inParallel, inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
@@ -80,7 +80,6 @@ export class SheepVdi implements OpenVdi {
   readonly #doubtful = new Set<number>();
   /** Why it cannot be used any more: it was deleted or replaced by somebody else, or its lock is somebody else's. */
   #failure: StoreError | undefined;
-  #looking: Promise<void> | undefined;
   /** How often we have changed what its inode says: a look from before tells nothing. */
   #changes = 0;
   /** Objects were made: if somebody deletes it at the same time, one of them may be left over. */
@@ -180,8 +179,7 @@ export class SheepVdi implements OpenVdi {
    */
   look(retryMs?: number): Promise<void> {
     if (this.#failure) return Promise.reject(this.#failure);
-    this.#looking ??= this.#look(retryMs).finally(() => (this.#looking = undefined));
-    return this.#looking;
+    return this.#look(retryMs);
   }
 
   async #look(retryMs?: number): Promise<void> {
@@ -314,6 +312,7 @@ export class SheepVdi implements OpenVdi {
     if (this.#failure) throw this.#failure;
     if (this.#isClosed || this.record.vid !== from) return;
     if (this.#index) {
+      if (await isDeleted(this.#host.cluster, this.inode)) throw await this.#wasDeleted();
       const what = `${this.record.name} is a hyper volume, and has become read-only in the cluster`;
       throw new StoreError('IO', `${what}: nothing more is written to it`);
     }
@@ -412,7 +411,7 @@ export class SheepVdi implements OpenVdi {
         }
       }
       if (this.#isClosed) return;
-      if (!(await this.#readInode(from))) throw await this.#isDeleted(from);
+      if (await isDeleted(cluster, this.inode)) throw await this.#wasDeleted();
       if (performance.now() >= deadline) {
         throw new StoreError(
           'IO',
@@ -426,8 +425,8 @@ export class SheepVdi implements OpenVdi {
   }
 
   /** Somebody else has deleted what we are: what was made meanwhile goes as well. */
-  async #isDeleted(vid: number): Promise<StoreError> {
-    const { name } = this.record;
+  async #wasDeleted(): Promise<StoreError> {
+    const { name, vid } = this.record;
     const failure = this.#fail(
       new StoreError('IO', `${name} (vid ${vid.toString(16)}) was deleted by somebody else while it was in use`, {
         forClients: `${name} was deleted while it was in use`,
