@@ -686,6 +686,8 @@ function text(buffer: Buffer, offset: number): string {
   return buffer.toString('utf8', offset, end < 0 ? offset + 256 : end);
 }
 
+const ZEROS = Buffer.alloc(4 * OBJECTS);
+
 function isZero(buffer: Buffer): boolean {
-  return buffer.equals(Buffer.alloc(buffer.length));
+  return buffer.equals(ZEROS.subarray(0, buffer.length));
 }
