@@ -20,6 +20,8 @@ const RUN_BYTES = 8;
 export interface RestoreOptions {
   /** The VDI to make. */
   readonly name: string;
+  /** Of its objects, if it is made: undefined for what the store takes, or the VDI had that the backup is of. */
+  readonly blockSizeShift?: number | undefined;
   /** Write over a VDI of that name. */
   readonly overwrites: boolean;
   /** Of a cluster, if the VDI has to be made. */
@@ -100,7 +102,8 @@ export async function restoreBackup(
     of: '',
     run,
     size: point.size,
-    blockSizeShift: point.blockSizeShift,
+    blockSizeShift: options.blockSizeShift,
+    likeShift: point.blockSizeShift,
     redundancy: options.redundancy,
     overwrites,
     goesOn: false,

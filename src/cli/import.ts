@@ -8,7 +8,7 @@ import { Command, Option } from 'commander';
 import { asFileError } from '../daemon/file-errors.js';
 import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
 import { whatIsLeft } from '../daemon/what-is-left.js';
-import { MAX_DATA_OBJECTS, DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
@@ -122,6 +122,7 @@ export async function importInto(
     size: plan.size,
     blockSizeShift: options.blockSizeShift,
     redundancy: options.copies,
+    isOpenEnded: plan.isOpenEnded,
     overwrites: options.overwrite ?? false,
     goesOn: false,
     force: options.force,
@@ -182,7 +183,8 @@ async function planOf(
     return { length, size: found.size, isOpenEnded };
   }
   const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
-  // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing.
+  // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing. How much that
+  // is is the store's to say; a daemon of before takes it from here.
   if (length === undefined) return { length, size: MAX_DATA_OBJECTS * 2 ** shift, isOpenEnded };
   const size = (source.isFed ? undefined : options.size) ?? roundUp(length);
   return { length, size, isOpenEnded };

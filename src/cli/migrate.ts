@@ -12,6 +12,7 @@ import { openPlace, placeArgument, PLACE_HELP, type Place } from './place.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
 import { formatSize } from './size.js';
+import { blockSizeShiftOption } from './vdi-create.js';
 
 interface MigrateOptions extends CopiesOption {
   readonly from: string;
@@ -24,6 +25,7 @@ interface MigrateOptions extends CopiesOption {
   readonly verify: Verify;
   readonly sha256?: boolean;
   readonly missing?: 'zero';
+  readonly blockSizeShift?: number;
   readonly force?: boolean;
   readonly json?: boolean;
 }
@@ -67,6 +69,7 @@ export function migrateCommand(): Command {
     .option('--sha256', 'compute the SHA-256 of the whole images, their zeros too, as sha256sum says it')
     .addOption(missingOption())
     .addOption(copiesOption())
+    .addOption(blockSizeShiftOption("a cluster's own; in a local store, that of the source"))
     .addOption(forceOption())
     .option('--from-control <path>', "control socket of the source's daemon, if it is not found by itself")
     .option('--to-control <path>', "control socket of the target's daemon")
@@ -100,6 +103,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
         sha256: options.sha256 ?? false,
         isReadOnly: options.missing !== undefined,
         redundancy: options.copies,
+        blockSizeShift: options.blockSizeShift,
         force: options.force,
         signal,
       });

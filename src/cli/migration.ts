@@ -50,6 +50,8 @@ export interface MigrationOptions {
   readonly isReadOnly: boolean;
   /** Of the target, if that is a cluster and has no such VDI yet. */
   readonly redundancy?: Redundancy | undefined;
+  /** Of the objects in the target, if it is made: undefined for what the target takes, or the source has. */
+  readonly blockSizeShift?: number | undefined;
   /** Also if a client that was cut off from the target may come back. */
   readonly force?: boolean | undefined;
   readonly signal: AbortSignal;
@@ -261,7 +263,12 @@ export class Migration {
         of: this.#id,
         run: this.#run,
         size: first.size,
-        blockSizeShift: first.blockSizeShift,
+        blockSizeShift: this.#options.blockSizeShift,
+        likeShift: first.blockSizeShift,
+        largestSize: history.snapshots.reduce(
+          (most, { size }) => Math.max(most, size),
+          (history.working ?? first).size,
+        ),
         redundancy,
         // What a run before this one has brought to its end, or what nobody loses anything with.
         overwrites: isBetweenRuns || (records.length === 1 && (await this.#isUntouched(working, first))),

@@ -11,12 +11,14 @@ import { interruptible } from './interrupt.js';
 import { formatTime, printJson, printLine, printNote, table } from './output.js';
 import { startProgress } from './progress.js';
 import { formatSize } from './size.js';
+import { blockSizeShiftOption } from './vdi-create.js';
 
 interface RestoreOptions extends CommonOptions, CopiesOption {
   readonly at?: string;
   readonly list?: boolean;
   /** undefined unless --verify or --no-verify is given. */
   readonly verify?: boolean;
+  readonly blockSizeShift?: number;
   readonly overwrite?: boolean;
   readonly force?: boolean;
 }
@@ -36,6 +38,7 @@ export function restoreCommand(): Command {
     .option('--list', 'show the backups')
     .option('--verify', 'compare all backups with their hashes; exit code 1 if something is damaged')
     .addOption(new Option('--no-verify', 'do not read back what was restored'))
+    .addOption(blockSizeShiftOption("a cluster's own; in a local store, that of the VDI that was backed up"))
     .option('--overwrite', 'write over a VDI of that name, which nobody may have open')
     .addOption(copiesOption())
     .addOption(forceOption())
@@ -84,6 +87,7 @@ async function restore(
       (operations) =>
         restoreBackup(operations, opened, {
           name,
+          blockSizeShift: options.blockSizeShift,
           overwrites: options.overwrite ?? false,
           redundancy: options.copies,
           force: options.force,

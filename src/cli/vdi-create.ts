@@ -8,10 +8,10 @@ import { printJson, printLine, vdiJson } from './output.js';
 import { formatSize } from './size.js';
 
 /** --block-size-shift, for every command that makes a VDI. */
-export function blockSizeShiftOption(): Option {
+export function blockSizeShiftOption(otherwise = "a cluster's own; in a local store 22 (4 MiB)"): Option {
   return new Option(
     '--block-size-shift <shift>',
-    `size of a data object is 2^shift bytes: ${MIN_BLOCK_SIZE_SHIFT} (1 MiB) to ${MAX_BLOCK_SIZE_SHIFT} (64 MiB); default 22 (4 MiB)`,
+    `size of a data object is 2^shift bytes: ${MIN_BLOCK_SIZE_SHIFT} (1 MiB) to ${MAX_BLOCK_SIZE_SHIFT} (64 MiB); default: ${otherwise}`,
   ).argParser((text) => {
     const shift = Number(text);
     if (!/^\d+$/.test(text) || shift < MIN_BLOCK_SIZE_SHIFT || shift > MAX_BLOCK_SIZE_SHIFT) {

@@ -90,7 +90,7 @@ const ROUTES: readonly Route[] = [
     path: ['vdis'],
     answer: ({ operations, body }) =>
       operations.create(text(body, 'name'), wholeNumber(body, 'size'), {
-        blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+        blockSizeShift: optionalNumber(body, 'blockSizeShift'),
         redundancy: copiesIn(body),
         force: flag(body, 'force'),
       }),
@@ -475,6 +475,10 @@ function copiesIn(body: Body): Redundancy | undefined {
   throw badRequest(`"copies" must be ${REDUNDANCY_HELP}, not ${JSON.stringify(body.copies)}`);
 }
 
+function optionalNumber(body: Body, key: string): number | undefined {
+  return body[key] === undefined ? undefined : wholeNumber(body, key);
+}
+
 function runIn(body: Body): string | undefined {
   return body.run === undefined ? undefined : hex(body, 'run', MAX_RUN_DIGITS);
 }
@@ -489,7 +493,10 @@ function beginningIn(body: Body): Beginning {
     of: hex(body, 'of', MAX_OF_DIGITS),
     run,
     size: wholeNumber(body, 'size'),
-    blockSizeShift: body.blockSizeShift === undefined ? undefined : wholeNumber(body, 'blockSizeShift'),
+    blockSizeShift: optionalNumber(body, 'blockSizeShift'),
+    likeShift: optionalNumber(body, 'likeShift'),
+    largestSize: optionalNumber(body, 'largestSize'),
+    isOpenEnded: flag(body, 'isOpenEnded'),
     redundancy: copiesIn(body),
     overwrites: flag(body, 'overwrites'),
     goesOn: flag(body, 'goesOn'),

@@ -14,7 +14,7 @@ import { clientOf } from '../export/peer-client.js';
 import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Claim, Writers } from '../export/writers.js';
 import { descriptorLimit } from '../store/descriptor-limit.js';
-import type { Unfinished } from '../store/object-store.js';
+import { MAX_BLOCK_SIZE_SHIFT, type Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { reasonOf } from '../store/system-error.js';
@@ -154,7 +154,9 @@ export async function startDaemon(
   const few = tooFew(descriptors);
   if (few !== undefined) throw new OperationError('TOO_FEW_FILES', few);
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
-  for (const { name, size } of configuration.create) checkNewVdi(name, size);
+  // A cluster has an object size of its own, and is not asked yet.
+  const mostShift = isClusterLocation(configuration.store) ? MAX_BLOCK_SIZE_SHIFT : undefined;
+  for (const { name, size } of configuration.create) checkNewVdi(name, size, mostShift);
   await refuseSecondDaemon(configuration.store);
   await checkControlSocket(controlPath, configuration.store);
 

@@ -25,6 +25,7 @@ const OF_CATALOG: Readonly<Partial<Record<CatalogErrorCode, string>>> = {
 /** By the codes of StoreError (src/store/object-store.ts). */
 const OF_STORE: Readonly<Record<string, string>> = {
   NO_SPACE: 'no space left on the server',
+  BEHIND_END: 'the disk was shrunk while it was in use',
   PERMISSION: 'not permitted on this disk',
   READONLY: 'not permitted on this disk',
   IO: `the server's storage failed; ${SEE_LOG}`,

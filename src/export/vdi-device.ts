@@ -252,6 +252,7 @@ export class VdiDevice implements BlockDevice {
 
 const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
   NO_SPACE: 'ENOSPC',
+  BEHIND_END: 'EINVAL',
   PERMISSION: 'EPERM',
   BUSY: 'EPERM',
   CLOSED: 'ESHUTDOWN',

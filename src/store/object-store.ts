@@ -87,8 +87,13 @@ export interface OpenVdi {
   readonly nameVid: number;
   /** Reads its objects, if they are not what the store's own reading would say. */
   readonly reader?: ObjectReader;
-  /** A temporary snapshot only: why it can be read no more. */
+  /** Why it can be read no more: a temporary snapshot that has ended, or a VDI that somebody else has deleted or taken. */
   readonly failure?: Error | undefined;
+  /**
+   * Where others may change what is open here: see what they have made of it. `record`, `map` and `failure` say so after it.
+   * Errors: `failure`, and the store's.
+   */
+  look?(): Promise<void>;
   /**
    * A snapshot by copy-before-write only: the first index in [idx, end) whose object was changed in place since, and has the
    * same owner; `end` if there is none.
@@ -174,6 +179,8 @@ export interface ObjectStore extends ObjectReader {
   readonly identity: string;
   /** Why nothing may be changed; undefined if it may. */
   readonly readOnlyBecause: string | undefined;
+  /** Of VDIs that are made and do not say otherwise; DEFAULT_BLOCK_SIZE_SHIFT if the store has none of its own. */
+  readonly defaultBlockSizeShift?: number;
   /** Undefined if nothing can be stored. */
   readonly state: StoreState | undefined;
   /** A client is about to read this range of the disk: a hint for stores that read ahead, and want to be told the end too. */
@@ -313,6 +320,8 @@ export type StoreErrorCode =
   | 'MOVED'
   /** The object belongs to a snapshot by now. */
   | 'READONLY'
+  /** The disk has become smaller, and what is asked for is not within it any more. A write gets NO_SPACE. */
+  | 'BEHIND_END'
   /** Not what this store, or this version, can do. */
   | 'UNSUPPORTED'
   /** Where a store is was not said clearly. */
@@ -332,4 +341,11 @@ export class StoreError extends Error {
     this.name = 'StoreError';
     this.forClients = options?.forClients;
   }
+}
+
+/** Somebody else has shrunk the disk while it was in use. */
+export function behindEndError({ name, size }: VdiRecord, code: 'BEHIND_END' | 'NO_SPACE'): StoreError {
+  return new StoreError(code, `${name} was shrunk to ${size} bytes while it was in use, and this is behind its end`, {
+    forClients: `the disk was shrunk to ${size} bytes while it was in use`,
+  });
 }

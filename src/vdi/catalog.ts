@@ -95,6 +95,8 @@ export interface Ended {
   readonly ended: readonly KeptSnapshot[];
 }
 
+type NewVdi = Pick<Beginning, 'size' | 'blockSizeShift' | 'likeShift' | 'largestSize' | 'isOpenEnded'>;
+
 interface OpenEntry {
   readonly vdi: Vdi;
   /** 0: its last user has left, it is being flushed, and whoever comes before it is closed takes it over. */
@@ -215,7 +217,7 @@ export class VdiCatalog {
   ): Promise<VdiRecord> {
     return this.#changeOn([name], async () => {
       const { redundancy } = options;
-      const shift = checkNewVdi(name, size, options.blockSizeShift);
+      const shift = this.#shiftOf(name, { size, blockSizeShift: options.blockSizeShift });
       await this.#mustHold(redundancy);
       await this.#mustNotExist(name);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', options, options.forceHint);
@@ -242,7 +244,7 @@ export class VdiCatalog {
    */
   begin(name: string, beginning: Beginning): Promise<VdiRecord> {
     return this.#changeOn([name], async () => {
-      const { by, of, run, size, redundancy, overwrites, goesOn, force } = beginning;
+      const { by, of, run, redundancy, overwrites, goesOn, force } = beginning;
       checkName(name);
       await this.#mustHold(redundancy);
       const named = await this.named(name);
@@ -260,7 +262,7 @@ export class VdiCatalog {
         const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
         return this.#using(found, (vdi) => this.#store.catalog.mark(vdi.opened, unfinished));
       }
-      const shift = checkNewVdi(name, size, beginning.blockSizeShift);
+      const shift = this.#shiftOf(name, beginning);
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
       const [other] = named.filter((record) => record !== found && !isKept(record));
       if (other) throw await this.#existing(found ?? other, NO_HINT);
@@ -270,6 +272,7 @@ export class VdiCatalog {
       // What a command has made and not finished holds nothing that was there before it.
       if (found) await this.#store.catalog.remove(found.vid);
       this.#mustBeUnused({ name, tag: '' }, 'made anew', { force });
+      const size = beginning.isOpenEnded ? MAX_DATA_OBJECTS * 2 ** shift : beginning.size;
       const unfinished = { by, of, run, since: Date.now(), isNew: true };
       return this.#store.catalog.create(name, size, shift, unfinished, redundancy);
     });
@@ -699,6 +702,23 @@ export class VdiCatalog {
     return found;
   }
 
+  /**
+   * The object size of a VDI that is to be made: what was asked for; else the store's own, if it has one that is large enough;
+   * else that of what is copied. Errors: BAD_NAME, BAD_SIZE.
+   */
+  #shiftOf(name: string, { size, blockSizeShift, likeShift, largestSize = size, isOpenEnded = false }: NewVdi): number {
+    const own = this.#store.defaultBlockSizeShift;
+    if (blockSizeShift !== undefined || own === undefined) {
+      const shift = blockSizeShift ?? likeShift;
+      return isOpenEnded ? checkNewVdi(name, SIZE_UNIT, shift) : checkNewVdi(name, size, shift);
+    }
+    if (likeShift !== undefined && largestSize > MAX_DATA_OBJECTS * 2 ** own) return checkNewVdi(name, size, likeShift);
+    // What a cluster was formatted with may be more than can be asked for.
+    checkName(name);
+    if (!isOpenEnded) checkSize(size, own);
+    return own;
+  }
+
   /** Snapshots outlive their VDI, and a name stands for all of them. */
   async #mustNotExist(name: string): Promise<void> {
     const named = await this.named(name);
@@ -728,8 +748,11 @@ export class VdiCatalog {
     return { isAtWork: isOpen || (this.#store.state?.isShared ? undefined : false), hasSnapshots };
   }
 
+  /** Those who have open what somebody else has deleted keep it to themselves. */
   #entryOf(vid: number): OpenEntry | undefined {
-    for (const entry of this.#open) if (entry.vdi.record.vid === vid) return entry;
+    for (const entry of this.#open) {
+      if (entry.vdi.record.vid === vid && !(entry.vdi.failure && entry.vdi.opened.look)) return entry;
+    }
     return undefined;
   }
 
@@ -811,6 +834,13 @@ export class VdiCatalog {
 
   async #acquire(record: VdiRecord): Promise<Vdi> {
     let entry = this.#entryOf(record.vid);
+    if (entry && isOutdated(entry.vdi.record, record)) {
+      // Why it cannot be used any more is for those who have it open.
+      await entry.vdi.opened.look?.().catch((error: unknown) => {
+        if (!entry?.vdi.failure) throw error;
+      });
+      entry = this.#entryOf(record.vid);
+    }
     if (!entry) {
       entry = { vdi: new Vdi(this.#store, await this.#store.catalog.open(record.vid)), users: 0 };
       this.#open.add(entry);
@@ -914,6 +944,11 @@ function mustBeKept({ name, redundancy }: VdiRecord, wanted: Redundancy | undefi
     'UNSUPPORTED',
     `${name} exists and keeps ${has}; leave --copies ${formatRedundancy(wanted)} out, or delete it first`,
   );
+}
+
+/** Whether somebody else has made something else of what is open: `found` is what the store says now. */
+function isOutdated(open: VdiRecord, found: VdiRecord): boolean {
+  return open.size !== found.size || open.name !== found.name || open.createdAt !== found.createdAt;
 }
 
 async function flushQuietly(vdi: Vdi): Promise<void> {

@@ -10,9 +10,16 @@ import { CatalogError } from './catalog-error.js';
 export interface Beginning extends Pick<Unfinished, 'by' | 'of' | 'run'> {
   /** Of the VDI, in bytes, if it has to be made. */
   readonly size: number;
+  /** Undefined: the store's own. */
   readonly blockSizeShift?: number | undefined;
   /** Of a VDI that has to be made; what is there keeps its own. */
   readonly redundancy?: Redundancy | undefined;
+  /** Of what is copied: for a store that has no object size of its own, or one that `largestSize` is too much for. */
+  readonly likeShift?: number | undefined;
+  /** What it may be resized to while it is filled. */
+  readonly largestSize?: number | undefined;
+  /** In place of `size`: as large as it can be. It is cut to what has come at the end. */
+  readonly isOpenEnded?: boolean | undefined;
   /** Also a VDI that is whole. */
   readonly overwrites: boolean;
   /** What an earlier run has left is kept and completed; otherwise a VDI that the command had made is made anew. */

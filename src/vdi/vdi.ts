@@ -3,6 +3,7 @@
  * Owns the write gate and the single flight of creations; knows nothing of names, exports or how objects are kept.
  */
 import {
+  behindEndError,
   StoreError,
   type Awaitable,
   type ObjectReader,
@@ -70,8 +71,12 @@ export class Vdi {
     return this.#open.record.size;
   }
 
-  /** Fill `into` with the bytes at `offset`. The range must lie within the disk. */
+  /**
+   * Fill `into` with the bytes at `offset`. The range must lie within the disk as it was opened. Errors: BEHIND_END if the disk
+   * was shrunk since; why it is gone; and the store's.
+   */
   read(offset: number, into: Buffer): Awaitable<void> {
+    if (offset + into.length > this.size) this.#isOutside('BEHIND_END');
     if (this.#store.noteRead === undefined) return this.#read(offset, into);
     return this.#countedRead(this.#store.noteRead(this.#open, offset, into.length), offset, into);
   }
@@ -192,6 +197,7 @@ export class Vdi {
     length: number,
     sink: (offset: number, length: number, hole: boolean) => boolean,
   ): Awaitable<void> {
+    if (offset + length > this.size) this.#isOutside('BEHIND_END');
     if (this.#isAllData(offset, length)) {
       sink(offset, length, false);
       return;
@@ -346,7 +352,7 @@ export class Vdi {
   }
 
   #readObject(idx: number, within: number, into: Buffer): Awaitable<void> {
-    const owner = this.#open.map[idx] as number;
+    const owner = this.#open.map[idx] ?? this.#isOutside('BEHIND_END');
     if (owner === 0) {
       into.fill(0);
       return;
@@ -390,11 +396,17 @@ export class Vdi {
     await inside(turn);
   }
 
+  /** Only where others may change what is open. */
+  #isOutside(code: 'BEHIND_END' | 'NO_SPACE'): never {
+    throw this.#open.failure ?? behindEndError(this.record, code);
+  }
+
   #writeInside(turn: number, offset: number, data: Buffer, fua: boolean): Awaitable<void> {
     const idx = Math.floor(offset / this.#objectSize);
     const within = offset - idx * this.#objectSize;
     let later: Awaitable<void>;
     try {
+      if (offset + data.length > this.size) this.#isOutside('NO_SPACE');
       later =
         within + data.length <= this.#objectSize ? this.#writeObject(idx, within, data) : this.#writeMany(offset, data);
     } catch (error) {
@@ -435,7 +447,7 @@ export class Vdi {
       const transition = this.#transitions.get(idx);
       if (transition) return this.#afterTransition(transition, () => this.#writeObject(idx, within, data));
     }
-    const owner = this.#open.map[idx] as number;
+    const owner = this.#open.map[idx] ?? 0;
     if (owner !== 0 && this.#open.exclusive(idx)) {
       const later = this.#store.writeObject(this.#open, idx, within, data);
       if (later === undefined) return;
@@ -450,7 +462,7 @@ export class Vdi {
 
   /** Object first, map entry second: a crash in between leaves an object that nobody refers to. */
   async #create(idx: number, within: number, data: Buffer): Promise<void> {
-    const owner = this.#open.map[idx] as number;
+    const owner = this.#open.map[idx] ?? 0;
     const whole = data.length === this.#objectSize;
     const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
     // The vid it is made under: on a cluster another may have come until it is there.
@@ -466,6 +478,10 @@ export class Vdi {
     length: number,
     options: { noHole: boolean; fua: boolean; fastZero?: boolean },
   ): Awaitable<void> {
+    if (offset + length > this.size) {
+      this.gate.leave(turn);
+      this.#isOutside('NO_SPACE');
+    }
     if (options.fastZero) return this.#zeroIfFast(turn, offset, length, options);
     return this.#zeroInside(turn, offset, length, options);
   }
@@ -608,7 +624,7 @@ export class Vdi {
   #zeroObjectOnce(idx: number, within: number, length: number, noHole: boolean, looked: number): Awaitable<void> {
     const transition = this.#transitions.get(idx);
     if (transition) return this.#afterTransition(transition, () => this.#zeroObject(idx, within, length, noHole));
-    const owner = this.#open.map[idx] as number;
+    const owner = this.#open.map[idx] ?? 0;
     const whole = this.#isWhole(idx, within, length);
     if (!noHole) {
       if (owner === 0) return;

@@ -20,6 +20,7 @@ const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE = 512;
+/** sizeof(struct vdi_state). */
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
@@ -34,6 +35,7 @@ export const Op = {
   READ_VDIS: 0x15,
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
+  GET_VDI_COPIES: 0xab,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -52,6 +54,7 @@ export const Res = {
   NO_SPACE: 21,
   HALT: 25,
   READONLY: 26,
+  BUFFER_SMALL: 0x88,
 } as const;
 
 export interface Seen {
@@ -90,6 +93,9 @@ export interface StandInOptions {
   readonly copyPolicy?: number;
   /** Formatted with -R: vids of families that are deleted are used again, from the lowest on. */
   readonly recyclesVids?: boolean;
+  /** What the cluster was formatted with (-z, -c). */
+  readonly blockSizeShift?: number;
+  readonly copies?: number;
 }
 
 interface Answer {
@@ -106,6 +112,9 @@ export class StandIn {
   readonly late = new Map<number, Set<number>>();
   /** Connections that clients have reset. */
   resets = 0;
+  epoch = 1;
+  /** Entries change, and what they referred to is forgotten: what nodes do when members change at that moment. */
+  forgetsReferences = false;
   readonly violations: string[] = [];
   /** What the nodes say of themselves. */
   readonly state = new StandInState();
@@ -135,6 +144,8 @@ export class StandIn {
       reclaimMs: 5,
       copyPolicy: 0,
       recyclesVids: false,
+      blockSizeShift: 22,
+      copies: 2,
       ...options,
     };
   }
@@ -193,7 +204,7 @@ export class StandIn {
     const found = this.#lookup(bytesText(name), 0);
     if (typeof found !== 'number') throw new Error(`no ${name.toString()}`);
     this.retag(found, tag);
-    return this.#snapshot(bytesText(name), found, found);
+    return this.#snapshot(bytesText(name), found, found, this.#inode(found));
   }
 
   /** What `dog vdi create` does. */
@@ -202,7 +213,8 @@ export class StandIn {
     const inode = Buffer.alloc(INODE_BYTES);
     inode.write(bytesText(name), 'latin1');
     inode.writeBigUInt64LE(BigInt(size), 536);
-    this.#finish(inode, vid, shift, 1, 0, this.#options.copyPolicy);
+    inode.set([this.#options.copyPolicy, 0, this.#options.copyPolicy === 0 ? this.#options.copies : 3, shift], 552);
+    this.#finish(inode, vid, 1, 0);
     return vid;
   }
 
@@ -216,6 +228,54 @@ export class StandIn {
   /** The name in an inode. */
   nameOf(vid: number): string {
     return this.#used.has(vid) ? text(this.#inode(vid), 0) : '';
+  }
+
+  /** What `dog vdi resize` does; and our own command line on another host, which can cut off too. */
+  externalResize(name: string, size: number): void {
+    this.#working(name).writeBigUInt64LE(BigInt(size), 536);
+  }
+
+  /** What `dog vdi alter-copy` does. */
+  externalCopies(name: string, copies: number): void {
+    this.#working(name)[554] = copies;
+  }
+
+  /**
+   * What `dog vdi delete` does, with the pause that is between its steps. A VDI in whose table there is something again is
+   * marked as deleted all the same, and keeps its name (sheep/vdi.c, delete_vdi_work).
+   */
+  async externalDelete(name: string, meanwhile: () => Promise<void> = () => Promise.resolve()): Promise<void> {
+    const inode = this.#working(name);
+    const vid = inode.readUInt32LE(560);
+    for (let idx = 0; idx < OBJECTS; idx++) {
+      if (inode.readUInt32LE(TABLE + idx * 4) !== 0) this.#changeTable(inode, vid, idx, Buffer.alloc(4));
+    }
+    await meanwhile();
+    this.#delete(vid, inode);
+  }
+
+  /** What nodes of a cluster formatted with -R do with the vid of a deleted VDI. */
+  reuse(vid: number): void {
+    this.#used.delete(vid);
+    this.#deleted.delete(vid);
+    this.objects.delete(VDI_BIT | (BigInt(vid) << 32n));
+  }
+
+  /** Header fields of the working VDI's inode. */
+  header(name: string): { readonly size: number; readonly copies: number; readonly shift: number } {
+    const inode = this.#working(name);
+    return { size: Number(inode.readBigUInt64LE(536)), copies: inode[554] as number, shift: inode[555] as number };
+  }
+
+  /** Vids that are locked. */
+  locks(): number[] {
+    return [...this.state.locked.keys()];
+  }
+
+  #working(name: string): Buffer {
+    const vid = this.#lookup(bytesText(name), 0);
+    if (typeof vid !== 'number') throw new Error(`no ${name}`);
+    return this.#inode(vid);
   }
 
   /** The same with the pause that real nodes make: writes to the inode in between are lost to the whole of it. */
@@ -326,9 +386,9 @@ export class StandIn {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
         const info = Buffer.alloc(CLUSTER_INFO_BYTES);
         info.writeInt16LE(this.#options.nodes, 2);
-        info.writeUInt32LE(1, 4);
-        info.writeUInt16LE((this.#options.useLock ? 8 : 0) | (this.#options.recyclesVids ? 16 : 0), 16);
-        info.set([2, 0, 1, 22], 18);
+        info.writeUInt32LE(this.epoch, 4);
+        info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
+        info.set([this.#options.copies, this.#options.copyPolicy, 1, this.#options.blockSizeShift], 18);
         info.write('plain', 25);
         this.state.describe(info);
         return { result: Res.SUCCESS, data: info };
@@ -401,7 +461,7 @@ export class StandIn {
       }
       inode.writeUInt32LE(after, TABLE + idx * 4);
       inode.fill(0, GREF + idx * 8, GREF + idx * 8 + 8);
-      if (before === 0 || before === after) continue;
+      if (before === 0 || before === after || this.forgetsReferences) continue;
       this.#reclaiming++;
       setTimeout(() => {
         this.#giveUp(dataOid(before, idx), generation, count);
@@ -495,16 +555,20 @@ export class StandIn {
         const working = this.#lookup(name, 0);
         if (snapId !== 0) {
           if (typeof working !== 'number') return { result: working.error };
-          return withVid(this.#snapshot(name, working, baseVid));
+          const asked = Buffer.alloc(556);
+          header.copy(asked, 536, 16, 24);
+          asked.set([header[29] as number, 0, header[28] as number, header[31] as number], 552);
+          return withVid(this.#snapshot(name, working, baseVid, asked));
         }
         if (typeof working === 'number') return { result: Res.VDI_EXIST };
         const vid = this.#freeVid(name);
         const inode = Buffer.alloc(INODE_BYTES);
         inode.write(name, 'latin1');
         inode.writeBigUInt64LE(header.readBigUInt64LE(16), 536);
-        const policy = header[28] === 0 ? this.#options.copyPolicy : (header[29] as number);
-        this.#finish(inode, vid, header[31] || 22, this.#nextSnapId(name), baseVid, policy);
-        if (header[28]) inode[554] = header[28];
+        const { copies, copyPolicy, blockSizeShift } = this.#options;
+        const policy = header[28] === 0 ? copyPolicy : (header[29] as number);
+        inode.set([policy, 0, policy === 0 ? header[28] || copies : 3, header[31] || blockSizeShift], 552);
+        this.#finish(inode, vid, this.#nextSnapId(name), baseVid);
         if (baseVid !== 0) this.#derive(baseVid, inode);
         return withVid(vid);
       }
@@ -522,9 +586,7 @@ export class StandIn {
           this.#deleted.add(vid);
           return withVid(vid);
         }
-        inode.fill(0, 0, 256);
-        inode.fill(0, 536, 544);
-        this.#deleted.add(vid);
+        this.#delete(vid, inode);
         if (this.#options.recyclesVids) this.#recycle(vid);
         return withVid(vid);
       }
@@ -533,30 +595,40 @@ export class StandIn {
     }
   }
 
-  #snapshot(name: string, working: number, baseVid: number): number {
+  #delete(vid: number, inode: Buffer): void {
+    this.#deleted.add(vid);
+    const isEmpty = inode[553] !== 0 || isZero(inode.subarray(TABLE, GREF));
+    if (!isEmpty) return;
+    inode.fill(0, 0, 256);
+    inode.fill(0, 536, 544);
+  }
+
+  /** Nodes give the new working VDI what the request says, not what the base has: `like` is laid out as an inode. */
+  #snapshot(name: string, working: number, baseVid: number, like: Buffer): number {
     this.readOnly.add(working);
     const now = BigInt(Math.floor(Date.now() / 1000)) << 32n;
     const before = this.#inode(working);
     before.writeBigUInt64LE(now, 520);
     const vid = this.#freeVid(name);
-    const base = this.#inode(baseVid);
     const inode = Buffer.alloc(INODE_BYTES);
     inode.write(name, 'latin1');
-    base.copy(inode, 536, 536, 544);
-    this.#finish(inode, vid, base[555] as number, before.readUInt32LE(556) + 1, baseVid, base[552] as number);
-    inode[554] = base[554] as number;
+    like.copy(inode, 536, 536, 544);
+    like.copy(inode, 552, 552, 556);
+    this.#finish(inode, vid, before.readUInt32LE(556) + 1, baseVid);
     this.#derive(baseVid, inode);
     return vid;
   }
 
-  #finish(inode: Buffer, vid: number, shift: number, snapId: number, parent: number, copyPolicy: number): void {
-    inode.writeBigUInt64LE(BigInt(Math.floor(Date.now() / 1000)) << 32n, 512);
-    inode.set([copyPolicy, 0, copyPolicy === 0 ? 2 : 3, shift], 552);
+  #finish(inode: Buffer, vid: number, snapId: number, parent: number): void {
+    inode.writeBigUInt64LE(
+      (BigInt(Math.floor(Date.now() / 1000)) << 32n) | BigInt((Date.now() % 1000) * 1_000_000),
+      512,
+    );
     inode.writeUInt32LE(snapId, 556);
     inode.writeUInt32LE(vid, 560);
     inode.writeUInt32LE(parent, 564);
     this.#used.add(vid);
-    this.#shifts.set(vid, shift);
+    this.#shifts.set(vid, inode[555] as number);
     this.objects.set(VDI_BIT | (BigInt(vid) << 32n), inode);
   }
 
@@ -667,6 +739,8 @@ function bytesText(name: string | Buffer): string {
   return Buffer.from(name).toString('latin1');
 }
 
+const ZEROS = Buffer.alloc(4 * OBJECTS);
+
 function isZero(buffer: Buffer): boolean {
-  return buffer.equals(Buffer.alloc(buffer.length));
+  return buffer.equals(ZEROS.subarray(0, buffer.length));
 }

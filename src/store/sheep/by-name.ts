@@ -6,6 +6,7 @@
 import { StoreError } from '../object-store.js';
 import { bytesOfText } from '../name-bytes.js';
 import type { Cluster } from './cluster.js';
+import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import type { Inode } from './layouts.js';
 import { INODE_FORMER_NAME_OFFSET, ownName } from './own-name.js';
 import { INODE_NAME_OFFSET, NAME_BYTES } from './protocol.js';
@@ -16,7 +17,8 @@ export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: b
     const locked = await cluster.lock(name);
     if (locked === inode.vid) return locked;
     await cluster.release(locked);
-    throw hitsAnother(inode, locked, 'locked');
+    if (await isUnchanged(cluster, inode)) throw hitsAnother(inode, locked, 'locked');
+    throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
   };
   if (!recyclesVids || (await isFoundByName(cluster, inode))) await lock(inode.name);
   else await underOwnName(cluster, inode, lock);
@@ -106,8 +108,11 @@ export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids:
   throw hitsAnother(inode, await cluster.lookup(inode.name), 'deleted');
 }
 
-/** The record, whose table is clear. Errors: IO if it is not what is gone then. */
-export async function deleteByName(cluster: Cluster, inode: Inode): Promise<void> {
+/**
+ * The record, whose table is clear. False if the nodes have kept it: somebody else has made objects in it meanwhile. Errors: IO
+ * if something else is gone then.
+ */
+export async function deleteByName(cluster: Cluster, inode: Inode): Promise<boolean> {
   const { vid, name, isSnapshot, snapId } = inode;
   // Its objects were given up meanwhile: somebody else may have taken a snapshot.
   if (!(await isFoundByName(cluster, inode))) {
@@ -115,29 +120,15 @@ export async function deleteByName(cluster: Cluster, inode: Inode): Promise<void
   }
   const deleted = await cluster.deleteVdi(name, isSnapshot ? snapId : 0);
   if (deleted === vid || deleted === 0) {
-    if (!(await isLeft(cluster, inode))) return;
-    throw new StoreError(
-      'IO',
-      `the nodes have kept the record of ${name} (id ${vid.toString(16)}): somebody else has written it while it was deleted`,
-    );
+    // Nodes answer that it is deleted whether it is or not.
+    const left = await cluster.readInode(vid).catch(goneIsNone);
+    return left === undefined || !isSameVdi(left, inode);
   }
   throw new StoreError(
     'IO',
     `${name} (id ${vid.toString(16)}) was changed by somebody else while it was deleted: the nodes have taken ` +
       `${deleted.toString(16)} for it`,
   );
-}
-
-/** Nodes answer that it is deleted whether it is or not. */
-async function isLeft(cluster: Cluster, { vid, name, createdAt }: Inode): Promise<boolean> {
-  try {
-    const found = await cluster.readInode(vid);
-    // Another one may be made under the same vid at once.
-    return found.name === name && found.createdAt === createdAt;
-  } catch (error) {
-    if ((error as StoreError).code === 'GONE') return false;
-    throw error;
-  }
 }
 
 function writeName(cluster: Cluster, vid: number, name: string): Promise<void> {

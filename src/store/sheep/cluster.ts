@@ -36,6 +36,7 @@ import {
   VDI_BITMAP_BYTES,
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
+import { decodeVdiStates, LockState, VDI_STATE_BYTES, type VdiState } from './state-layouts.js';
 import { objectCount } from './table.js';
 import { VidsInUse } from './vids-in-use.js';
 
@@ -43,6 +44,9 @@ import { VidsInUse } from './vids-in-use.js';
 const CATALOG_ATTEMPT_MS = 120_000;
 /** A request for the vids in use that takes longer is not waited for by others. */
 const LONG_VIDS_MS = 1_000;
+/** Room for the states of so many VDIs, deleted ones included, is given at first, and at most. */
+const FIRST_STATES = 512;
+const MAX_STATES = 2 ** 15;
 const NOTHING = Buffer.alloc(0);
 
 /** `high` and `low` are the halves of its oid. */
@@ -190,9 +194,9 @@ export class Cluster {
     if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
   }
 
-  async readInode(vid: number): Promise<Inode> {
+  async readInode(vid: number, options?: ExecuteOptions): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
-    await this.readInodeBytes(vid, 0, bytes);
+    await this.readInodeBytes(vid, 0, bytes, options);
     const inode = decodeInode(bytes);
     const at = formerNameAt(inode.name);
     return at === undefined ? inode : { ...inode, name: (await this.#formerName(at)) || inode.name };
@@ -230,11 +234,11 @@ export class Cluster {
     return readIndex(this.readObject, inode.vid, count);
   }
 
-  /** Owners of the first `count` objects. */
-  async readTable(vid: number, count: number): Promise<Uint32Array> {
+  /** Owners of `count` objects, from `first` on. */
+  async readTable(vid: number, count: number, first = 0): Promise<Uint32Array> {
     const table = new Uint32Array(count);
     const bytes = Buffer.from(table.buffer, table.byteOffset, table.byteLength);
-    await this.readInodeBytes(vid, INODE_TABLE_OFFSET, bytes);
+    await this.readInodeBytes(vid, INODE_TABLE_OFFSET + first * INODE_ENTRY_BYTES, bytes);
     if (!IS_LITTLE_ENDIAN) bytes.swap32();
     return table;
   }
@@ -336,6 +340,28 @@ export class Cluster {
   async release(vid: number): Promise<void> {
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type: LOCK_TYPE_NORMAL });
     succeeded(await this.gateway.execute({ header }, { once: true }), `releasing the lock on ${vid.toString(16)}`);
+  }
+
+  /** What nodes keep in memory of every VDI, deleted ones included. Undefined if they tell it in another form. Errors: LIMIT. */
+  async vdiStates(): Promise<readonly VdiState[] | undefined> {
+    const what = 'asking for locks';
+    for (let room = FIRST_STATES; room <= MAX_STATES; room *= 4) {
+      const receive = Buffer.alloc(room * VDI_STATE_BYTES);
+      const header = encodeVdiRequest(Opcode.GET_VDI_COPIES, 0, receive.length);
+      const answer = await this.gateway.execute({ header, receive });
+      if (answer.result === Result.BUFFER_SMALL) continue;
+      return decodeVdiStates(receive.subarray(0, succeeded(answer, what).length));
+    }
+    throw new StoreError('LIMIT', `${what}: the cluster has the states of more than ${MAX_STATES} VDIs`);
+  }
+
+  /**
+   * Vids that are locked, by whomever, those of snapshots and of deleted VDIs among them. Errors: LIMIT if there are more VDIs
+   * than can be asked about.
+   */
+  async lockedVids(): Promise<number[]> {
+    const states = (await this.vdiStates()) ?? [];
+    return states.filter(({ lockState }) => lockState !== LockState.UNLOCKED).map(({ vid }) => vid);
   }
 
   /** Which vids are in use; not older than `maxAgeMs`, nor than what we have made or deleted since. */

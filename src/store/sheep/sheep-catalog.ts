@@ -5,6 +5,7 @@
 import { bytesOfText } from '../name-bytes.js';
 import {
   inOrder,
+  MAX_DATA_OBJECTS,
   StoreError,
   type Catalog,
   type CheckReport,
@@ -15,15 +16,7 @@ import {
   type Usage,
   type VdiRecord,
 } from '../object-store.js';
-import {
-  deleteByName,
-  isFoundByName,
-  isUnchanged,
-  lockByName,
-  mayGoByName,
-  nameToDelete,
-  underOwnName,
-} from './by-name.js';
+import { deleteByName, isFoundByName, isUnchanged, mayGoByName, nameToDelete, underOwnName } from './by-name.js';
 import { formatRedundancy, zonesFor } from '../redundancy.js';
 import type { Cluster } from './cluster.js';
 import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
@@ -49,6 +42,8 @@ const ENTRIES_PER_TURN = 2 ** 15;
 const VIDS_AGE_MS = 1000;
 /** Snapshots that others may take while we take a temporary one, or look what there is. */
 const MAX_TAKE_ATTEMPTS = 5;
+/** Deleting a VDI that others write to at the same time. */
+const MAX_DELETE_ATTEMPTS = 5;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
 const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
@@ -261,16 +256,27 @@ export class SheepCatalog implements Catalog {
 
   async open(vid: number): Promise<OpenVdi> {
     const opened = this.#store.open.get(vid);
-    if (opened) return opened;
-    const inode = await this.#cluster.readInode(vid);
-    if (isShadow(inode)) return this.#openShadow(inode);
-    const map = await this.#cluster.readOwners(inode);
+    if (opened && !opened.failure) return opened;
+    const found = await this.#cluster.readInode(vid);
+    if (isShadow(found)) return this.#openShadow(found);
     // Who writes nothing may look at what somebody else has locked.
-    const isOurs = !inode.isSnapshot && this.#store.readOnlyBecause === undefined;
-    if (isOurs) await this.#claim(inode);
+    const isOurs = !found.isSnapshot && this.#store.readOnlyBecause === undefined;
+    if (isOurs) await this.#claim(found);
+    let inode: Inode;
+    let map: Uint32Array;
+    try {
+      // As whoever had the lock before has left it.
+      inode = isOurs ? await this.#cluster.readInode(vid) : found;
+      map = await this.#cluster.readOwners(inode);
+    } catch (error) {
+      if (isOurs) await this.#store.locks.release(vid).catch(() => undefined);
+      throw error;
+    }
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
-      if (isOurs && this.#store.enforcesLocks) await this.#cluster.release(closed.record.vid);
+      // A vid that was deleted is another VDI's by now where vids are used again, and its lock too.
+      const isAnothers = closed.failure !== undefined && this.#store.recyclesVids;
+      if (isOurs && !isAnothers) await this.#store.locks.release(closed.record.vid);
     });
     if (this.#doubtful.has(vid)) vdi.record = { ...vdi.record, isDoubtful: true };
     this.#store.open.set(vid, vdi);
@@ -280,12 +286,15 @@ export class SheepCatalog implements Catalog {
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
     const sheep = vdi as SheepVdi;
-    const { inode } = sheep;
     const { unfinished } = sheep.record;
-    refuseHyper(inode, 'snapshotted');
+    refuseHyper(sheep.inode, 'snapshotted');
+    let inode = sheep.inode;
     return {
-      now: () =>
-        sheep.switching(async () => {
+      now: async () => {
+        // The new working VDI gets what the inode says now: somebody else may have resized it, or given it more copies.
+        await sheep.look();
+        inode = sheep.inode;
+        await sheep.switching(async () => {
           // A snapshot of what is one already would put the working VDI back to it.
           const goesByName = await this.#mayGoByName(inode, 'snapshotted');
           // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
@@ -297,8 +306,16 @@ export class SheepCatalog implements Catalog {
             if (!unfinished) await this.#writeTag(inode.vid, inode.tag).catch(() => undefined);
             throw error;
           }
-          await sheep.become({ ...(await this.#cluster.readInode(vid)), size: sheep.inode.size }, sheep.map);
-        }),
+          const [made, { size }] = await Promise.all([
+            this.#cluster.readInode(vid),
+            this.#cluster.readInode(inode.vid),
+          ]);
+          await sheep.become(made, sheep.map);
+          // Resized at this very moment: that is in the snapshot, and not in what goes on.
+          if (made.size !== size) await this.#writeSize(vid, size);
+        });
+        await sheep.look();
+      },
       finish: async () => {
         if (unfinished) {
           await this.#writeTag(sheep.inode.vid, inode.tag);
@@ -322,6 +339,7 @@ export class SheepCatalog implements Catalog {
   async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
     const sheep = vdi as SheepVdi;
     refuseHyper(sheep.inode, 'snapshotted');
+    await sheep.look();
     await this.dropStaleShadows(sheep.record.name);
     const shadow = await this.#freeShadow(sheep.inode);
     return {
@@ -342,6 +360,7 @@ export class SheepCatalog implements Catalog {
 
   async #takeShadow(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
     for (let attempt = 0; ; attempt++) {
+      await sheep.look();
       const source = sheep.inode;
       if (!(await this.#isWorking(source)) || (await this.#cluster.isReadOnly(source.vid, 0))) {
         await sheep.follow(source.vid);
@@ -399,39 +418,53 @@ export class SheepCatalog implements Catalog {
       throw new StoreError('UNSUPPORTED', 'a temporary snapshot cannot be rolled back to');
     }
     refuseHyper(base, 'rolled back to');
-    const goesByName = await this.#mayGoByName(working, 'rolled back');
-    const made = await this.#replace(working, base, goesByName);
-    if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
-    const record = recordOf(await this.#cluster.readInode(made));
-    const replaced = await this.#cluster.readInode(vid);
-    // The nodes make it a snapshot; if they did not, they have taken another one for it.
-    if (!replaced.isSnapshot) {
-      throw new StoreError(
-        'IO',
-        `${working.name} was changed by somebody else while it was rolled back; nothing was deleted`,
-      );
-    }
-    await this.#delete(replaced);
+    let made = 0;
+    await this.#store.locks.toEnd(working, async () => {
+      const goesByName = await this.#mayGoByName(working, 'rolled back');
+      made = await this.#replace(working, base, goesByName);
+      if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
+      const replaced = await this.#cluster.readInode(vid);
+      // The nodes make it a snapshot; if they did not, they have taken another one for it.
+      if (!replaced.isSnapshot) {
+        throw new StoreError(
+          'IO',
+          `${working.name} was changed by somebody else while it was rolled back; nothing was deleted`,
+        );
+      }
+      await this.#delete(replaced);
+    });
     await this.#deleteLeftMarks(working.name);
-    return record;
+    return recordOf(await this.#cluster.readInode(made));
   }
 
   async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
     const sheep = vdi as SheepVdi;
-    const count = objectCount(size, sheep.inode.blockSizeShift);
-    for (let idx = count; idx < sheep.map.length; idx++) {
-      if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
+    for (let attempt = 0; ; attempt++) {
+      await sheep.look();
+      const { inode } = sheep;
+      const count = objectCount(size, inode.blockSizeShift);
+      for (let idx = count; idx < sheep.map.length; idx++) {
+        if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
+      }
+      await this.#writeSize(inode.vid, size);
+      // If somebody has taken a snapshot meanwhile, it is that one which has the size now.
+      if (!(await this.#cluster.readInode(inode.vid)).isSnapshot) {
+        sheep.resized({ ...inode, size });
+        return sheep.record;
+      }
+      await this.#writeSize(inode.vid, inode.size);
+      await sheep.follow(inode.vid);
+      if (attempt === MAX_TAKE_ATTEMPTS) {
+        throw new StoreError('IO', `${inode.name} is being snapshotted again and again; it was not resized`);
+      }
     }
-    await this.#writeSize(sheep.record.vid, size);
-    await sheep.resized({ ...sheep.inode, size });
-    return sheep.record;
   }
 
   async remove(vid: number): Promise<void> {
     const inode = await this.#cluster.readInode(vid);
     if (isShadow(inode)) return this.#dropShadow(inode);
-    await this.#delete(inode);
-    if (inode.isSnapshot) return;
+    if (inode.isSnapshot) return this.#delete(inode);
+    await this.#store.locks.toEnd(inode, () => this.#delete(inode));
     await this.#deleteIdleShadows(inode.name);
     await this.#deleteLeftMarks(inode.name);
   }
@@ -587,10 +620,10 @@ export class SheepCatalog implements Catalog {
 
   async #claim(inode: Inode): Promise<void> {
     for (const open of this.#store.open.values()) {
-      if (open.record.isSnapshot || open.record.name !== inode.name) continue;
+      if (open.record.isSnapshot || open.failure || open.record.name !== inode.name) continue;
       throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
     }
-    if (this.#store.enforcesLocks) await lockByName(this.#cluster, inode, this.#store.recyclesVids);
+    await this.#store.locks.take(inode);
   }
 
   #openShadow(inode: Inode): OpenVdi {
@@ -648,15 +681,46 @@ export class SheepCatalog implements Catalog {
     throw new StoreError('IO', `the nodes say that ${name} has the id ${vid.toString(16)} now, which is another VDI`);
   }
 
+  /**
+   * Errors: IO if somebody goes on making objects in it. Nodes delete such a VDI by half only (deleted-vdi.ts), and say that it
+   * is done.
+   */
   async #delete(found: Inode): Promise<void> {
     const inode = await nameToDelete(this.#cluster, found, this.#store.recyclesVids);
+    const epoch = await this.#store.readEpoch();
+    for (let attempt = 0; attempt < MAX_DELETE_ATTEMPTS; attempt++) {
+      const own = await this.#clear(inode);
+      const isGone = await deleteByName(this.#cluster, inode);
+      if ((await this.#store.readEpoch()) !== epoch) await this.#removeOwn(inode, own);
+      if (isGone) return;
+    }
+    throw new StoreError(
+      'IO',
+      `${inode.name} is not quite deleted: somebody else writes to it; stop that, and delete it again`,
+    );
+  }
+
+  /** All of its table, whatever its size is: it may have been larger. Returns where it had objects of its own. */
+  async #clear(inode: Inode): Promise<number[]> {
+    const own: number[] = [];
     if (inode.storePolicy === 0) {
-      const table = await this.#cluster.readTable(inode.vid, objectCount(inode.size, inode.blockSizeShift));
+      const table = await this.#cluster.readTable(inode.vid, MAX_DATA_OBJECTS);
+      for (let idx = 0; idx < table.length; idx++) if (table[idx] === inode.vid) own.push(idx);
       await clearTable(this.#cluster, inode.vid, table);
     } else {
       await clearHyper(this.#cluster, inode);
     }
-    await deleteByName(this.#cluster, inode);
+    return own;
+  }
+
+  /**
+   * Members have changed while the table was cleared: nodes may have forgotten objects (sheep-vdi.ts). Those of a working VDI
+   * are in no other table but that of a temporary snapshot.
+   */
+  async #removeOwn(inode: Inode, own: readonly number[]): Promise<void> {
+    if (inode.isSnapshot || isShadow(inode)) return;
+    if ((await this.#shadowsOf(inode.name)).some(({ isSnapshot }) => isSnapshot)) return;
+    await inParallel(PARALLEL_READS, own, (idx) => this.#cluster.removeData(inode.vid, idx));
   }
 
   #writeTag(vid: number, tag: string): Promise<void> {

@@ -9,11 +9,8 @@ import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
 import type { Cluster } from './cluster.js';
 import { encodeVdiRequest } from './layouts.js';
 import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from './protocol.js';
-import { decodeVdiStates, LockState, VDI_STATE_BYTES } from './state-layouts.js';
+import { LockState } from './state-layouts.js';
 
-/** VDIs, deleted ones among them, that there is room for at first, and at most: what one answer may have. */
-const FIRST_ROOM = 512;
-const MOST_ROOM = Math.floor((128 * 2 ** 20) / VDI_STATE_BYTES);
 /** A node that is to give a shared lock up by itself. */
 const NODE_MS = 5_000;
 
@@ -28,7 +25,7 @@ export class SheepLocks implements VdiLocks {
 
   async list(): Promise<VdiLock[]> {
     if (!this.areEnforced) return [];
-    const states = decodeVdiStates(await this.#askForStates());
+    const states = await this.#cluster.vdiStates();
     if (states === undefined) {
       throw new StoreError(
         'UNSUPPORTED',
@@ -60,19 +57,6 @@ export class SheepLocks implements VdiLocks {
     // Nodes answer the same whether there was a lock or not.
     const isLeft = (await this.list()).some((lock) => lock.vid === vid && lock.holders.some((by) => by.node === node));
     if (isLeft) throw new StoreError('IO', `${what}: it is still there, or somebody has taken it again at this moment`);
-  }
-
-  async #askForStates(): Promise<Buffer> {
-    for (let room = FIRST_ROOM; ; room = Math.min(room * 2, MOST_ROOM)) {
-      const receive = Buffer.alloc(room * VDI_STATE_BYTES);
-      const header = encodeVdiRequest(Opcode.GET_VDI_COPIES, 0, receive.length);
-      const { result, length } = await this.#cluster.gateway.execute({ header, receive });
-      if (result === Result.SUCCESS) return receive.subarray(0, length);
-      if (result !== Result.BUFFER_SMALL)
-        throw new StoreError('IO', `asking for locks: the cluster answers ${resultName(result)}`);
-      if (room === MOST_ROOM)
-        throw new StoreError('LIMIT', `asking for locks: more than ${MOST_ROOM} VDIs, deleted ones among them`);
-    }
   }
 }
 

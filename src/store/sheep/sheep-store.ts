@@ -3,6 +3,8 @@
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
 import {
+  behindEndError,
+  DEFAULT_BLOCK_SIZE_SHIFT,
   StoreError,
   type Awaitable,
   type ObjectStore,
@@ -15,6 +17,7 @@ import { Cluster, ObjectGone } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import { HostState } from './host-state.js';
+import { Locks } from './locks.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
 import { ownerMark } from './owner.js';
 import { ClusterFlag, vidOf } from './protocol.js';
@@ -22,7 +25,7 @@ import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
-import { objectKey, sleep } from './table.js';
+import { inParallel, objectKey, sleep } from './table.js';
 import { WriteOrder } from './write-order.js';
 
 /** enum sd_status. */
@@ -35,6 +38,9 @@ const CLOSE_MS = 15_000;
 const GONE_TRIES = 2;
 const GONE_BACKOFF_MS = 10;
 const SETTLING_MS = 60_000;
+/** How often open VDIs are looked at where it matters what others make of them while nobody writes; and how many at a time. */
+const LOOK_MS = 2_000;
+const PARALLEL_LOOKS = 16;
 /** Of an object that is waited for, named in the log. */
 const MAX_USERS = 3;
 
@@ -59,8 +65,10 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly order = new WriteOrder();
   readonly reads = new ReadTracker();
   readonly open = new Map<number, SheepVdi>();
+  readonly locks: Locks;
   readonly enforcesLocks: boolean;
   readonly recyclesVids: boolean;
+  readonly defaultBlockSizeShift: number;
   readonly state: HostState | undefined;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
@@ -69,6 +77,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly #lost = new Set<number>();
   #epoch: number;
   #epochChangedAt = -Infinity;
+  #looking: NodeJS.Timeout | undefined;
+  #isClosed = false;
 
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
@@ -79,12 +89,16 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.cluster = cluster;
     this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
+    const isEnforced = this.enforcesLocks && this.readOnlyBecause === undefined;
+    this.locks = new Locks(cluster, { isEnforced, recyclesVids: this.recyclesVids });
+    this.defaultBlockSizeShift = info.blockSizeShift || DEFAULT_BLOCK_SIZE_SHIFT;
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.state = this.#openState();
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
+    if (this.readOnlyBecause === undefined && (this.enforcesLocks || this.recyclesVids)) this.#keepLooking();
   }
 
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
@@ -230,14 +244,23 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     throw failure;
   }
 
-  /** Whether nodes have come or gone lately. */
-  async #isUnsettled(deadline: number): Promise<boolean> {
-    const retryMs = Math.max(0, deadline - performance.now());
-    const { epoch } = await this.cluster.info({ retryMs });
+  get knownEpoch(): number {
+    return this.#epoch;
+  }
+
+  async readEpoch(retryMs?: number): Promise<number> {
+    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs });
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
       this.#epochChangedAt = performance.now();
     }
+    return epoch;
+  }
+
+  /** Whether nodes have come or gone lately. */
+  async #isUnsettled(deadline: number): Promise<boolean> {
+    const retryMs = Math.max(0, deadline - performance.now());
+    await this.readEpoch(retryMs);
     return performance.now() - this.#epochChangedAt < SETTLING_MS;
   }
 
@@ -285,11 +308,29 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   async moved(vdi: SheepVdi, from: number): Promise<void> {
-    this.open.delete(from);
+    if (this.open.get(from) === vdi) this.open.delete(from);
     this.open.set(vdi.record.vid, vdi);
-    if (!this.enforcesLocks || this.readOnlyBecause !== undefined) return;
-    await this.cluster.lock(vdi.record.name);
-    await this.cluster.release(from);
+    try {
+      await this.locks.release(from);
+    } catch (error) {
+      this.log(`the lock on vid ${from.toString(16)}, a snapshot of ${vdi.record.name} by now, is still there`, {
+        err: error,
+      });
+    }
+  }
+
+  /**
+   * Locks stay with the vid when somebody takes a snapshot, and a vid that is used again is another VDI: an idle disk that
+   * did not notice would be open for others, or have another's objects.
+   */
+  #keepLooking(): void {
+    this.#looking = setTimeout(() => {
+      const working = [...this.open.values()].filter(({ record, failure }) => !record.isSnapshot && !failure);
+      const look = (vdi: SheepVdi): Promise<void> => vdi.look(LOOK_MS).catch(nothing);
+      void inParallel(PARALLEL_LOOKS, working, look).then(() => {
+        if (!this.#isClosed) this.#keepLooking();
+      });
+    }, LOOK_MS).unref();
   }
 
   log(line: string, details?: object): void {
@@ -298,6 +339,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
 
   /** Whatever of it fails, nothing is connected after it. */
   async close(): Promise<void> {
+    this.#isClosed = true;
+    clearTimeout(this.#looking);
     // Nodes that do not answer are not waited for as long as requests of clients wait.
     const timer = setTimeout(() => this.cluster.gateway.close(), CLOSE_MS);
     const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
@@ -315,7 +358,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
     if (this.#options.missingIsZero)
       throw new StoreError('PERMISSION', 'lost objects read as zeros: nothing is written');
-    if (idx < 0 || idx >= map.length || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
+    if (idx >= map.length) throw vdi.failure ?? behindEndError(record, 'NO_SPACE');
+    if (idx < 0 || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
       throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
     }
   }
@@ -324,3 +368,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
 function labelOf({ record }: Pick<OpenVdi, 'record'>): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
+
+/** Whoever uses the disk is told. */
+function nothing(): void {}

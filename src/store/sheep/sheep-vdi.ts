@@ -3,13 +3,15 @@
  * that nobody's data and no reference is lost, also while somebody else takes a snapshot of it. Owns the queue of table
  * changes and the move to a new vid. Nothing is kept back: what was answered is in the cluster.
  */
-import { StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
+import { behindEndError, StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
 import { inPieces } from './pieces.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
+import type { Locks } from './locks.js';
+import { isDeleted, isSameVdi, removeLeftObjects } from './deleted-vdi.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
 import { InDoubt } from './stalled-nodes.js';
 import { inParallel, inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
@@ -21,6 +23,9 @@ const MAX_GENERATIONS = 4096;
 const FOLLOW_POLL_MS = 20;
 /** Objects of a hyper volume that one batch removes at a time. */
 const PARALLEL_REMOVALS = 16;
+/** For asking whether a disk that is closed is still there. */
+const CLOSING_LOOK_MS = 2_000;
+const NONE = new Uint32Array(0);
 /** Zeros are written in pieces of this. */
 const ZEROS = Buffer.alloc(1024 * 1024);
 
@@ -28,6 +33,7 @@ const ZEROS = Buffer.alloc(1024 * 1024);
 export interface SheepVdiHost {
   readonly cluster: Cluster;
   readonly order: WriteOrder;
+  readonly locks: Locks;
   /** Formatted with -R. */
   readonly recyclesVids: boolean;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
@@ -36,6 +42,9 @@ export interface SheepVdiHost {
   workingVid(name: string): Promise<number>;
   /** Do it again while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
+  /** The cluster's epoch, which every change of members raises, as far as is known, and now. */
+  readonly knownEpoch: number;
+  readEpoch(): Promise<number>;
   /** The VDI goes on under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
   log(line: string, details?: object): void;
@@ -71,9 +80,18 @@ export class SheepVdi implements OpenVdi {
   readonly #runs = new WriteRuns((idx, offset, data) => this.#writeNow(idx, offset, data));
   /** Entries of which nobody knows yet whether they become what was asked last. */
   readonly #doubtful = new Set<number>();
+  /** Why it cannot be used any more: it was deleted or replaced by somebody else, or its lock is somebody else's. */
+  #failure: StoreError | undefined;
+  /** How often we have changed what its inode says: a look from before tells nothing. */
+  #changes = 0;
+  /** Objects were made: if somebody deletes it at the same time, one of them may be left over. */
+  #hasCreated = false;
+  /** When it was opened, or before. */
+  readonly #firstEpoch: number;
 
   constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
     this.#host = host;
+    this.#firstEpoch = host.knownEpoch;
     this.inode = inode;
     this.record = recordOf(inode);
     this.map = map;
@@ -83,6 +101,10 @@ export class SheepVdi implements OpenVdi {
 
   get nameVid(): number {
     return this.record.vid;
+  }
+
+  get failure(): StoreError | undefined {
+    return this.#failure;
   }
 
   /** Objects with our own vid are nobody else's to rely on: with a snapshot we get a new one. */
@@ -117,7 +139,93 @@ export class SheepVdi implements OpenVdi {
   async close(): Promise<void> {
     this.#isClosed = true;
     await this.#following?.catch(() => undefined);
-    await this.#onClose(this);
+    try {
+      if ((this.#hasCreated || this.#reclaiming.size > 0) && !this.#failure) await this.#leaveNothingBehind();
+    } finally {
+      await this.#onClose(this);
+    }
+  }
+
+  /**
+   * What was made while somebody deleted it goes as well, and so does what nodes have kept. A hint: what cannot be asked now is
+   * left over at worst.
+   */
+  async #leaveNothingBehind(): Promise<void> {
+    const { cluster } = this.#host;
+    const { vid } = this.record;
+    try {
+      // Nodes that do not answer at all are not waited for.
+      await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS });
+      if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
+      else if (this.#reclaiming.size > 0 && (await this.#host.readEpoch()) !== this.#firstEpoch)
+        await this.#removeLetGo();
+    } catch (error) {
+      this.#host.log(`whether ${this.record.name} is still there could not be asked when it was closed`, {
+        err: error,
+      });
+    }
+  }
+
+  /**
+   * Nodes repeat a table entry when members change meanwhile, take it for nothing new then, and forget to remove the object
+   * (sheep/gateway.c, prepare_obj_refcnt). Objects of ours that we let go are in no other table.
+   */
+  async #removeLetGo(): Promise<void> {
+    const left = [...this.#reclaiming].filter((idx) => this.map[idx] === 0 && !this.#doubtful.has(idx));
+    await inParallel(PARALLEL_REMOVALS, left, (idx) => this.#remove(this.record.vid, idx));
+  }
+
+  /**
+   * See what somebody else has made of it: its size and copies are what its inode says now, after a snapshot it goes on under
+   * another vid, and what was deleted fails from now on. Errors: that, and the cluster's. `retryMs`: how long it is asked.
+   */
+  look(retryMs?: number): Promise<void> {
+    if (this.#failure) return Promise.reject(this.#failure);
+    return this.#look(retryMs);
+  }
+
+  async #look(retryMs?: number): Promise<void> {
+    while (this.#switching) await this.#switching;
+    const { vid, isSnapshot } = this.record;
+    if (isSnapshot || this.#isClosed) return;
+    const changes = this.#changes;
+    const inode = await this.#readInode(vid, retryMs);
+    if (this.record.vid !== vid || this.#changes !== changes) return;
+    if (!inode || inode.isSnapshot) return this.follow(vid);
+    await this.#adopt(inode);
+  }
+
+  /** Of what we are; undefined if the vid is not ours any more. */
+  async #readInode(vid: number, retryMs?: number): Promise<Inode | undefined> {
+    try {
+      const inode = await this.#host.cluster.readInode(vid, retryMs === undefined ? {} : { retryMs });
+      return isSameVdi(inode, this.inode) ? inode : undefined;
+    } catch (error) {
+      // Nodes that use vids again remove the inode, too. Elsewhere it is lost, and that is no reason to give a disk up.
+      if ((error as StoreError).code === 'GONE' && this.#host.recyclesVids) return undefined;
+      throw error;
+    }
+  }
+
+  /** The same VDI with another size, or another number of copies. */
+  async #adopt(inode: Inode): Promise<void> {
+    if (inode.size !== this.inode.size) {
+      const count = objectCount(inode.size, inode.blockSizeShift);
+      const before = this.map.length;
+      const changes = this.#changes;
+      // What somebody has cut off and added again is not what it was.
+      const added =
+        count > before && !this.#index ? await this.#host.cluster.readTable(inode.vid, count - before, before) : NONE;
+      if (this.#changes !== changes || this.record.vid !== inode.vid) return;
+      const { name, size } = this.record;
+      this.#host.log(`${name} has ${inode.size} bytes now, and had ${size}: somebody else has resized it`);
+      this.resized(inode);
+      for (const [n, owner] of added.entries()) this.map[before + n] = owner;
+      return;
+    }
+    if (inode.copies === this.inode.copies && inode.copyPolicy === this.inode.copyPolicy) return;
+    this.inode = inode;
+    this.record = recordOf(inode);
   }
 
   /** `work` makes a snapshot of this: nobody follows it before it has become what it is then. */
@@ -167,7 +275,7 @@ export class SheepVdi implements OpenVdi {
         );
       }
     } catch (error) {
-      await this.#followIfReadOnly(error, vid);
+      await this.#goOnAfter(error, vid);
     }
   }
 
@@ -181,17 +289,19 @@ export class SheepVdi implements OpenVdi {
   async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { vid } = this.record;
     await this.#getReady();
+    if (this.#failure) throw this.#failure;
     if (this.#doubtful.has(idx)) throw doubtfulError(this.record, idx);
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
+    this.#hasCreated = true;
     try {
       // All of the object: one that comes late would replace the whole of it.
       await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
         this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
       );
     } catch (error) {
-      await this.#followIfReadOnly(error, vid);
+      await this.#goOnAfter(error, vid);
     }
   }
 
@@ -201,8 +311,10 @@ export class SheepVdi implements OpenVdi {
    */
   async follow(from: number): Promise<void> {
     while (this.#switching) await this.#switching;
+    if (this.#failure) throw this.#failure;
     if (this.#isClosed || this.record.vid !== from) return;
     if (this.#index) {
+      if (await isDeleted(this.#host.cluster, this.inode)) throw await this.#wasDeleted();
       const what = `${this.record.name} is a hyper volume, and has become read-only in the cluster`;
       throw new StoreError('IO', `${what}: nothing more is written to it`);
     }
@@ -213,6 +325,24 @@ export class SheepVdi implements OpenVdi {
   /** The VDI goes on as `inode`, whose table is `map`. */
   async become(inode: Inode, map: Uint32Array): Promise<void> {
     const from = this.record.vid;
+    try {
+      await this.#host.locks.takeNext(inode.name, inode.vid);
+    } catch (error) {
+      if ((error as StoreError).code !== 'LOCKED') throw error;
+      const { name } = this.record;
+      throw this.#fail(
+        new StoreError(
+          'LOCKED',
+          `${name} was snapshotted by somebody else, and somebody else has opened it since: nothing more is written to it ` +
+            'from here; disconnect and connect again',
+          {
+            forClients: `${name} was taken over by somebody else while it was in use; disconnect and connect again`,
+            cause: error,
+          },
+        ),
+      );
+    }
+    this.#changes++;
     this.inode = inode;
     this.record = recordOf(inode);
     this.map = map;
@@ -220,23 +350,42 @@ export class SheepVdi implements OpenVdi {
     await this.#host.moved(this, from);
   }
 
-  async resized(inode: Inode): Promise<void> {
+  resized(inode: Inode): void {
     const map = new Uint32Array(objectCount(inode.size, inode.blockSizeShift));
     map.set(this.map.subarray(0, map.length));
+    this.#changes++;
     this.inode = inode;
     this.record = recordOf(inode);
     this.map = map;
-    await Promise.resolve();
+  }
+
+  /** Nothing is read or written any more: what its vid names is not ours. Returns the error for whoever asks for it. */
+  #fail(error: StoreError): StoreError {
+    if (this.#failure) return this.#failure;
+    this.#failure = error;
+    this.#changes++;
+    this.record = { ...this.record, size: 0 };
+    this.map = new Uint32Array(0);
+    this.#host.log(error.message);
+    return error;
   }
 
   /** Its inode has another tag now. */
   retagged(tag: string): void {
+    this.#changes++;
     this.inode = { ...this.inode, tag };
     this.record = recordOf(this.inode);
   }
 
-  async #followIfReadOnly(error: unknown, vid: number): Promise<never> {
-    if ((error as StoreError).code !== 'READONLY') throw error;
+  /** A write has failed: because the VDI goes on as another, or is gone, or for what `error` says. */
+  async #goOnAfter(error: unknown, vid: number): Promise<never> {
+    const { code } = error as StoreError;
+    if (code === 'GONE') {
+      // A part of what somebody is deleting, or has cut off.
+      await this.look();
+      if (this.record.vid !== vid) throw movedError(this.record);
+    }
+    if (code !== 'READONLY') throw error;
     await this.follow(vid);
     throw movedError(this.record);
   }
@@ -251,16 +400,20 @@ export class SheepVdi implements OpenVdi {
         const inode = await cluster.readInode(vid);
         if (inode.name === name && !inode.isSnapshot) {
           await this.#checkDescent(inode, from);
-          // Our clients may have been told of a larger disk than somebody has made of it.
-          const size = Math.max(inode.size, this.record.size);
-          const map = await cluster.readTable(vid, objectCount(size, inode.blockSizeShift));
+          const map = await cluster.readTable(vid, objectCount(inode.size, inode.blockSizeShift));
           if (this.#isClosed) return;
-          await this.become({ ...inode, size }, map);
+          try {
+            await this.become(inode, map);
+          } catch (error) {
+            if ((error as StoreError).code === 'MOVED') continue; // snapshotted again
+            throw error;
+          }
           this.#host.log(`${name} was snapshotted by somebody else; going on as vid ${vid.toString(16)}`);
           return;
         }
       }
       if (this.#isClosed) return;
+      if (await isDeleted(cluster, this.inode)) throw await this.#wasDeleted();
       if (performance.now() >= deadline) {
         throw new StoreError(
           'IO',
@@ -273,17 +426,37 @@ export class SheepVdi implements OpenVdi {
     }
   }
 
+  /** Somebody else has deleted what we are: what was made meanwhile goes as well. */
+  async #wasDeleted(): Promise<StoreError> {
+    const { name, vid } = this.record;
+    const failure = this.#fail(
+      new StoreError('IO', `${name} (vid ${vid.toString(16)}) was deleted by somebody else while it was in use`, {
+        forClients: `${name} was deleted while it was in use`,
+      }),
+    );
+    await removeLeftObjects(this.#host.cluster, this.inode).catch((error: unknown) => {
+      this.#host.log(`objects of ${name}, which was deleted, may be left over`, { err: error });
+    });
+    return failure;
+  }
+
   /** Somebody may also have rolled it back, or made another VDI of that name: writing on into that would mix two disks. */
   async #checkDescent(inode: Inode, from: number): Promise<void> {
     let { parentVid } = inode;
     for (let n = 0; parentVid !== from; n++) {
       if (parentVid === 0 || n === MAX_GENERATIONS) {
-        throw new StoreError(
-          'IO',
-          `${inode.name} is another disk now (vid ${inode.vid.toString(16)} does not descend from ${from.toString(16)}): ` +
-            'it was rolled back or replaced while it was in use; disconnect and connect again',
-          { forClients: `${inode.name} was rolled back or replaced while it was in use; disconnect and connect again` },
+        const failure = this.#fail(
+          new StoreError(
+            'IO',
+            `${inode.name} is another disk now (vid ${inode.vid.toString(16)} does not descend from ${from.toString(16)}): ` +
+              'it was rolled back or replaced while it was in use; disconnect and connect again',
+            {
+              forClients: `${inode.name} was rolled back or replaced while it was in use; disconnect and connect again`,
+            },
+          ),
         );
+        await removeLeftObjects(this.#host.cluster, this.inode).catch(() => undefined);
+        throw failure;
       }
       ({ parentVid } = await this.#host.cluster.readInode(parentVid));
     }
@@ -323,8 +496,12 @@ export class SheepVdi implements OpenVdi {
         else await this.#writeBatch(batch);
         for (const { resolve } of batch) resolve();
       } catch (error) {
-        if ((error as StoreError).code === 'MOVED') await this.#removeOrphans(batch);
-        for (const { reject } of batch) reject(error);
+        if ((error as StoreError).code === 'GONE') await this.look().catch(() => undefined);
+        if (this.#failure) await this.#removeDeleted(batch);
+        else if ((error as StoreError).code === 'MOVED' || batch.some(({ idx }) => idx >= this.map.length)) {
+          await this.#removeOrphans(batch);
+        }
+        for (const { reject } of batch) reject(this.#failure ?? error);
       }
     }
     this.#writingTable = false;
@@ -333,14 +510,22 @@ export class SheepVdi implements OpenVdi {
   async #writeBatch(batch: readonly TableChange[]): Promise<void> {
     const { cluster } = this.#host;
     const { vid } = this.record;
-    const { map } = this;
     await this.#getReady();
+    if (this.#failure) throw this.#failure;
     if (this.record.vid !== vid) throw movedError(this.record);
     if (batch.some(({ owner }) => owner !== 0 && owner !== vid)) throw movedError(this.record);
-    for (const { idx, owner } of batch) if (owner === 0 && map[idx] === vid) await this.#preserve(idx);
+    for (const { idx, owner } of batch) if (owner === 0 && this.map[idx] === vid) await this.#preserve(idx);
     // The inode of a snapshot can be written as well, and what the nodes do while they make it one is read, change, write
     // back: an entry that comes in between is undone, but the reference it replaced stays given up.
-    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    const [isReadOnly, inode] = await Promise.all([
+      cluster.isReadOnly(vid, (batch[0] as TableChange).idx),
+      this.#readInode(vid),
+    ]);
+    if (isReadOnly || !inode) return this.#leave(vid);
+    // Behind the end of what somebody else has cut off nothing is looked for when the VDI is deleted.
+    if (inode.size !== this.inode.size) await this.#adopt(inode);
+    if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
+      throw behindEndError(this.record, 'NO_SPACE');
     try {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
     } catch (error) {
@@ -353,6 +538,7 @@ export class SheepVdi implements OpenVdi {
       await this.#carryOver(vid, batch);
       return;
     }
+    const { map } = this;
     for (const { idx, owner } of batch) {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
@@ -366,15 +552,23 @@ export class SheepVdi implements OpenVdi {
   async #writeIndex(index: HyperIndex, batch: readonly TableChange[]): Promise<void> {
     const { cluster } = this.#host;
     const { vid } = this.record;
-    const { map } = this;
     await this.#getReady();
-    if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    if (this.#failure) throw this.#failure;
+    const [isReadOnly, inode] = await Promise.all([
+      cluster.isReadOnly(vid, (batch[0] as TableChange).idx),
+      this.#readInode(vid),
+    ]);
+    if (isReadOnly || !inode) return this.#leave(vid);
+    if (inode.size !== this.inode.size) await this.#adopt(inode);
+    if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
+      throw behindEndError(this.record, 'NO_SPACE');
     try {
-      await index.set(batch, map);
+      await index.set(batch, this.map);
     } catch (error) {
       await this.#lookAgain(batch, error);
       throw error;
     }
+    const { map } = this;
     const removed = batch.filter(({ idx, owner }) => owner === 0 && map[idx] === vid);
     for (const { idx, owner } of batch) map[idx] = owner;
     await inParallel(PARALLEL_REMOVALS, removed, ({ idx }) => this.#remove(vid, idx));
@@ -400,14 +594,14 @@ export class SheepVdi implements OpenVdi {
   /** What has become of entries whose change failed, now, and once a node that may still change them cannot any more. */
   async #lookAgain(batch: readonly TableChange[], error: unknown): Promise<void> {
     const { cluster } = this.#host;
-    const { map, inode } = this;
+    const { inode } = this;
     const look = async (): Promise<void> => {
-      const owners = this.#index && (await cluster.readOwners(inode).catch(() => map));
+      const owners = this.#index && (await cluster.readOwners(inode).catch(() => this.map));
       for (const { idx } of batch) {
-        const before = map[idx];
-        map[idx] = owners
-          ? (owners[idx] as number)
-          : ((await cluster.readEntry(inode.vid, idx).catch(() => before)) as number);
+        const before = this.map[idx];
+        const found = owners ? owners[idx] : await cluster.readEntry(inode.vid, idx).catch(() => before);
+        const { map } = this;
+        map[idx] = found as number;
         if (before === inode.vid && map[idx] === 0) await this.#letGo(idx);
       }
     };
@@ -427,7 +621,7 @@ export class SheepVdi implements OpenVdi {
    */
   async #wasSnapshotted(vid: number): Promise<boolean> {
     const { cluster } = this.#host;
-    if (this.#host.recyclesVids) return cluster.isReadOnly(vid, 0);
+    if (this.#host.recyclesVids) return (await cluster.isReadOnly(vid, 0)) || !(await this.#readInode(vid));
     return (await cluster.lookup(this.record.name)) !== vid;
   }
 
@@ -465,16 +659,26 @@ export class SheepVdi implements OpenVdi {
     return [...vids, from].reverse();
   }
 
-  /** Objects that were made under a vid that is a snapshot's now, and that its table does not know. */
+  /** Objects that were made under a vid that is a snapshot's now, or behind the end, and that its table does not know. */
   async #removeOrphans(batch: readonly TableChange[]): Promise<void> {
     const { cluster } = this.#host;
     for (const { idx, owner } of batch) {
-      if (owner === 0 || owner === this.record.vid) continue;
+      if (owner === 0 || (owner === this.record.vid && idx < this.map.length)) continue;
       try {
         if ((await cluster.readEntry(owner, idx)) !== owner) await cluster.removeData(owner, idx);
       } catch (error) {
         this.#host.log(`object ${idx} of vid ${owner.toString(16)} may be left over`, { err: error });
       }
+    }
+  }
+
+  /** The same of what was made when the VDI had been deleted; unless the vid is another VDI's by now. */
+  async #removeDeleted(batch: readonly TableChange[]): Promise<void> {
+    const made = batch.filter(({ owner }) => owner !== 0);
+    try {
+      await removeLeftObjects(this.#host.cluster, this.inode, made);
+    } catch (error) {
+      this.#host.log(`objects of ${this.record.name}, which was deleted, may be left over`, { err: error });
     }
   }
 
