@@ -67,7 +67,7 @@ test('the help lists all commands all the same, and a wrong name is told the rig
     'help',
   ];
   expect(commandsIn((await runs(['--help'])).stdout).slice(0, all.length)).toEqual(all);
-  const ofVdi = ['create', 'list', 'show', 'tree', 'delete', 'resize', 'snapshot', 'clone', 'rollback', 'help'];
+  const ofVdi = ['create', 'list', 'show', 'tree', 'delete', 'resize', 'snapshot', 'clone', 'rollback', 'lock', 'help'];
   for (const args of [
     ['vdi', '--help'],
     ['help', 'vdi'],
