@@ -20,7 +20,6 @@ const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE = 512;
-/** sizeof(struct vdi_state). */
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
 
 export const Op = {
