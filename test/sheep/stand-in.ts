@@ -205,6 +205,7 @@ export class StandIn {
 
   #serve(socket: net.Socket, node: number): void {
     let buffered: Buffer = Buffer.alloc(0);
+    let isFirst = true;
     socket.on('data', (chunk) => {
       buffered = buffered.length === 0 ? chunk : Buffer.concat([buffered, chunk]);
       for (;;) {
@@ -215,12 +216,15 @@ export class StandIn {
         const header = Buffer.from(buffered.subarray(0, HEADER));
         const data = Buffer.from(buffered.subarray(HEADER, total));
         buffered = buffered.subarray(total);
-        void this.#request(socket, node, header, data);
+        const isGreeting = isFirst && header[1] === Op.GET_NODE_LIST;
+        isFirst = false;
+        void this.#request(socket, node, header, data, isGreeting);
       }
     });
   }
 
-  async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer): Promise<void> {
+  /** `isGreeting`: the first request of a connection, whether there is a node at all. Not among what is seen. */
+  async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer, isGreeting: boolean): Promise<void> {
     const request: Seen = {
       opcode: header[1] as number,
       flags: header.readUInt16LE(2),
@@ -230,7 +234,7 @@ export class StandIn {
       length: header.readUInt32LE(12),
       node,
     };
-    this.seen.push(request);
+    if (!isGreeting) this.seen.push(request);
     const fault = this.fault(request);
     if (fault?.until) await fault.until;
     if (this.left.has(node)) return void socket.destroy();

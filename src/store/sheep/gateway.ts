@@ -10,9 +10,11 @@ import {
   ConnectionLost,
   NoAnswer,
   NodeConnection,
+  NotSheepdog,
   type Answer,
   type WireRequest,
 } from './connection.js';
+import { greet, GREETING_ANSWERS } from './greeting.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
@@ -41,6 +43,8 @@ const MAX_TROUBLE_RETRIES = 8;
 const NODE_REST_MS = 2_000;
 /** Of the connections for reads: to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
+/** Connections that a node may end, one after the other, without having answered anything on them, before it is left. */
+const MAX_USELESS = 3;
 /** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
 const NEAR_REST_MS = 30_000;
 /** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
@@ -85,6 +89,8 @@ interface Node {
   readonly connections: NodeConnection[];
   opening: number;
   restUntil: number;
+  /** Times in a row that it could not be connected to, or that a connection ended before it was of any use. */
+  failures: number;
 }
 
 /** The cluster is not serving now, or its membership is just changing: the request has not been carried out. */
@@ -124,6 +130,8 @@ export class Gateway {
     () => this.listNodes({ retryMs: MEMBERS_MS }),
     () => this.#closed,
   );
+  /** Connections whose node has not answered yet: nothing is sent on them. */
+  readonly #greeting = new Set<NodeConnection>();
   /** Back-offs that close() ends. */
   readonly #sleepers = new Set<() => void>();
   readonly #repeated = new Set<Repeated>();
@@ -247,6 +255,7 @@ export class Gateway {
     this.#closed = true;
     clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
+    for (const connection of [...this.#greeting]) connection.destroy();
     for (const wake of this.#sleepers) wake();
   }
 
@@ -325,6 +334,7 @@ export class Gateway {
           trouble++;
           this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
+        if (last instanceof NotSheepdog && asked) this.#leaveCurrent('it answers what no node answers', asked);
         if (last instanceof NoAnswer) {
           this.#leaveSilent(last.address);
           if (isWrite(request) && !options.once) {
@@ -411,7 +421,7 @@ export class Gateway {
     const now = performance.now();
     const start = this.#nodes.indexOf(this.#current);
     const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
-    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now));
+    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now) || a.failures - b.failures);
     let failure: Error | undefined;
     for (const node of order) {
       if (this.#closed) throw closedError();
@@ -423,7 +433,8 @@ export class Gateway {
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
           const label = addressLabel(node.address);
-          this.#options.log(`now using the Sheepdog node ${label}`, { node: label });
+          const why = failure === undefined ? '' : ` (${failure.message})`;
+          this.#options.log(`now using the Sheepdog node ${label}${why}`, { node: label });
           this.#current = node;
         }
         void this.#learnNodes();
@@ -436,23 +447,44 @@ export class Gateway {
     throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
   }
 
-  async #open(node: Node, timeoutMs?: number): Promise<NodeConnection> {
+  /** Connect, and have the node answer something, in `timeoutMs` altogether. Errors: ConnectionLost, StoreError CLOSED. */
+  async #open(node: Node, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
+    const deadline = performance.now() + timeoutMs;
     node.opening++;
     try {
       const onClose = (): void => {
         const at = node.connections.indexOf(connection);
-        if (at >= 0) node.connections.splice(at, 1);
+        if (at < 0) return;
+        node.connections.splice(at, 1);
+        if (connection.answers > GREETING_ANSWERS) node.failures = 0;
+        else if (connection.sent > GREETING_ANSWERS) this.#wasUseless(node);
       };
       const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
+      this.#greeting.add(connection);
+      try {
+        if (!this.#closed) await greet(connection, deadline - performance.now());
+      } finally {
+        this.#greeting.delete(connection);
+      }
       if (this.#closed) {
         connection.destroy();
         throw closedError();
       }
       node.connections.push(connection);
       return connection;
+    } catch (error) {
+      node.failures++;
+      throw error;
     } finally {
       node.opening--;
     }
+  }
+
+  /** It answers who connects, and ends the connection when it is asked for more. */
+  #wasUseless(node: Node): void {
+    if (this.#closed || ++node.failures < MAX_USELESS) return;
+    if (node === this.#current) this.#leaveCurrent('it ends connections and answers nothing', node.address);
+    else node.restUntil = performance.now() + NEAR_REST_MS;
   }
 
   /** Another node may be better off. Its requests in flight stay where they are. */
@@ -572,7 +604,7 @@ function isWrite({ header, data }: WireRequest): boolean {
 }
 
 function nodeAt(address: NodeAddress): Node {
-  return { address, connections: [], opening: 0, restUntil: 0 };
+  return { address, connections: [], opening: 0, restUntil: 0, failures: 0 };
 }
 
 function closedError(): StoreError {
