@@ -510,7 +510,8 @@ export class Migration {
     const { size } = working;
     const source = this.#source;
     const isForeign = isClusterLocation(source.store) && !source.isDaemon;
-    if (isReadOnly || (isForeign && verify === 'only')) return { spec: name, size, close: () => Promise.resolve() };
+    const asItIs = { spec: name, size, close: () => Promise.resolve() };
+    if (isReadOnly || (isForeign && verify === 'only')) return asItIs;
     if (!isForeign) {
       // Nobody else writes it than whom we ask.
       const spec = `${name}@now:${this.#label}`;
@@ -521,7 +522,14 @@ export class Migration {
     const spec = `${name}@${this.#reading}`;
     const left = (await source.list()).some((record) => record.name === name && record.tag === this.#reading);
     if (left) await source.remove(spec);
-    const taken = await source.snapshot(name, this.#reading);
+    let taken: VdiRecord;
+    try {
+      taken = await source.snapshot(name, this.#reading);
+    } catch (error) {
+      // A cluster of an old version is only read. Of it this is all that there is.
+      if (asOperationError(error)?.code === 'READ_ONLY') return asItIs;
+      throw error;
+    }
     return { spec, size: taken.size, close: async () => void (await source.remove(spec)) };
   }
 

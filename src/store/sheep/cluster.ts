@@ -9,6 +9,7 @@ import type { ExecuteOptions, Gateway } from './gateway.js';
 import {
   decodeClusterInfo,
   decodeInode,
+  decodeOldClusterInfo,
   encodeName,
   encodeObjectRequest,
   encodeVdiRequest,
@@ -212,6 +213,12 @@ export class Cluster {
       );
     }
     if (inode.storePolicy === 0) return this.readTable(inode.vid, count);
+    if (this.gateway.version === '0.8') {
+      throw new StoreError(
+        'UNSUPPORTED',
+        `${inode.name} is a hyper volume, whose index Sheepdog 0.8 keeps in another way`,
+      );
+    }
     return readIndex(this.readObject, inode.vid, count);
   }
 
@@ -340,7 +347,7 @@ export class Cluster {
   }
 
   #askForVids(): Promise<VidsInUse> {
-    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]).then(
+    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]).then(
       ([used, deleted]) => new VidsInUse(used, deleted),
     );
     const asked = { askedAt: performance.now(), answer };
@@ -359,9 +366,18 @@ export class Cluster {
 
   async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
     const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
-    const header = encodeVdiRequest(Opcode.CLUSTER_INFO, 0, receive.length);
+    await this.gateway.whenConnected(options);
+    const opcode = this.gateway.version === '0.8' ? Opcode.STAT_CLUSTER : Opcode.CLUSTER_INFO;
+    const header = encodeVdiRequest(opcode, 0, receive.length);
     succeeded(await this.gateway.execute({ header, receive }, options), 'asking for the state of the cluster');
-    return decodeClusterInfo(receive);
+    return opcode === Opcode.STAT_CLUSTER
+      ? decodeOldClusterInfo(receive)
+      : decodeClusterInfo(receive, this.gateway.version);
+  }
+
+  /** Before 1.0 not all versions can say: those vids count as used, and inodes without a name tell. */
+  async #deleted(): Promise<Buffer> {
+    return this.gateway.version === '1.0' ? this.#bitmap(Opcode.READ_DEL_VDIS) : Buffer.alloc(VDI_BITMAP_BYTES);
   }
 
   async #bitmap(opcode: number): Promise<Buffer> {

@@ -14,11 +14,23 @@ import {
   type Answer,
   type WireRequest,
 } from './connection.js';
-import { greet, GREETING_ANSWERS } from './greeting.js';
+import { greet } from './greeting.js';
 import { decodeNodes, encodeVdiRequest, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
-import { HEADER_BYTES, MAX_NODES, NODE_BYTES, OBJECT_OPCODES, Opcode, Result, resultName, vidOf } from './protocol.js';
+import {
+  HEADER_BYTES,
+  INTERNAL_OPCODES,
+  MAX_NODES,
+  OLD_SHEEP_PROTO_VER,
+  NODE_BYTES,
+  OBJECT_OPCODES,
+  Opcode,
+  Result,
+  resultName,
+  type SheepVersion,
+  vidOf,
+} from './protocol.js';
 import { WAITING_CHECK_MS, WAITING_MS, WaitingLog, type Waiter } from './waiting.js';
 
 /** How long requests are repeated while no node can serve them. */
@@ -102,6 +114,7 @@ const NOT_NOW: ReadonlySet<number> = new Set([
   Result.SHUTDOWN,
   Result.KILLED,
   Result.COLLECTING_CINFO,
+  Result.OLD_COLLECTING_CINFO,
   Result.OLD_NODE_VER,
   Result.NEW_NODE_VER,
   Result.AGAIN,
@@ -137,6 +150,9 @@ export class Gateway {
   readonly #repeated = new Set<Repeated>();
   readonly #objectsAwaited = new Set<Waiter & { readonly disk: string }>();
   readonly #checking: NodeJS.Timeout | undefined;
+  #placesByDisk = false;
+  /** Of all nodes of a cluster, by what the first one has answered. */
+  #version: SheepVersion | undefined;
   /** Of which disk an object is, by the halves of its oid: for the log. */
   diskOf: (high: number, low: number) => string | undefined = () => undefined;
 
@@ -162,8 +178,20 @@ export class Gateway {
     }, WAITING_CHECK_MS).unref();
   }
 
+  /** What the nodes are; undefined until one has answered. */
+  get version(): SheepVersion | undefined {
+    return this.#version;
+  }
+
   get retryMs(): number {
     return this.#options.retryMs;
+  }
+
+  /** Errors: StoreError IO if no node can be connected to in the time for repeating. */
+  async whenConnected({ retryMs = this.#options.retryMs }: ExecuteOptions): Promise<void> {
+    if (this.#version !== undefined) return;
+    // What it answers does not matter.
+    await this.listNodes({ retryMs });
   }
 
   /**
@@ -193,7 +221,7 @@ export class Gateway {
           if (!open && node.restUntil > performance.now())
             throw new NotConnected('it could not be reached a moment ago');
           const connection = open ?? (await this.#open(node));
-          return await connection.send({ header: encode() }, this.#options.attemptMs);
+          return await connection.send(this.#inVersion({ header: encode() }), this.#options.attemptMs);
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;
           node.restUntil = Math.max(node.restUntil, performance.now() + NODE_REST_MS);
@@ -227,11 +255,20 @@ export class Gateway {
     { slowMs, retryMs }: ExecuteOptions,
     leftMs: number,
   ): Promise<Answer> {
+    this.#inVersion(request);
     if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
     const { attemptMs } = this.#options;
     // What is to be had in less time than usual has its chance with another node, too.
     const longest = retryMs === undefined ? attemptMs : Math.min(attemptMs, retryMs / 2);
     return connection.send(request, Math.max(Math.min(longest, leftMs), LEAST_ATTEMPT_MS));
+  }
+
+  /** As the nodes speak it. */
+  #inVersion(request: WireRequest): WireRequest {
+    const { header } = request;
+    const isOld = this.#version === '0.8' || this.#version === '0.9';
+    if (isOld && (header[1] as number) >= INTERNAL_OPCODES) header[0] = OLD_SHEEP_PROTO_VER;
+    return request;
   }
 
   /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */
@@ -391,6 +428,14 @@ export class Gateway {
     return connections[this.#turn % connections.length];
   }
 
+  /** The cluster places objects by the disks of its nodes. What was learnt before that was known is learnt again. */
+  placeByDisk(): void {
+    this.#placesByDisk = true;
+    this.#placement = undefined;
+    this.#placed = [];
+    this.#placementAt = -Infinity;
+  }
+
   /** Errors: InDoubt when the time for repeating is over before. */
   async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
     const settled = this.#stalled.whenHarmless(lost.remote);
@@ -451,18 +496,20 @@ export class Gateway {
   async #open(node: Node, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
     const deadline = performance.now() + timeoutMs;
     node.opening++;
+    let greetings = 0;
     try {
       const onClose = (): void => {
         const at = node.connections.indexOf(connection);
         if (at < 0) return;
         node.connections.splice(at, 1);
-        if (connection.answers > GREETING_ANSWERS) node.failures = 0;
-        else if (connection.sent > GREETING_ANSWERS) this.#wasUseless(node);
+        if (connection.answers > greetings) node.failures = 0;
+        else if (connection.sent > greetings) this.#wasUseless(node);
       };
       const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
       this.#greeting.add(connection);
       try {
-        if (!this.#closed) await greet(connection, deadline - performance.now());
+        if (!this.#closed) this.#version = await greet(connection, deadline - performance.now(), this.#version);
+        greetings = connection.answers;
       } finally {
         this.#greeting.delete(connection);
       }
@@ -523,7 +570,7 @@ export class Gateway {
       const placed = members.map((member) => this.#nodeOf(member));
       this.#placementAt = performance.now();
       if (members.length > MAX_NEAR_NODES) return;
-      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members);
+      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members, this.#placesByDisk);
       this.#placed = placed;
     } catch (error) {
       this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
