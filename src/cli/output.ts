@@ -4,7 +4,7 @@
  * anything.
  */
 import { printable, printableJson } from './printable.js';
-import type { Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { DamagedVdi, Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
@@ -75,6 +75,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
     ...('allocatedBytes' in record && {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,
+      ...(record.damage !== undefined && { damage: record.damage }),
       open: record.open,
       clients: (record.clients ?? []).map(({ client, since, lostAt, until }) => ({
         client,
@@ -90,6 +91,20 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
       })),
       twoWriters: record.twoWriters ? { clients: record.twoWriters.clients, at: isoTime(record.twoWriters.at) } : null,
     }),
+  };
+}
+
+/** As vdiJson has it, with null for all that is lost. */
+export function damagedJson({ vid, likelyName, isSnapshot, why }: DamagedVdi): object {
+  const lost = { snapId: null, size: null, blockSizeShift: null, parentVid: null, createdAt: null, snapshotAt: null };
+  return {
+    name: null,
+    tag: null,
+    vid,
+    isSnapshot: isSnapshot ?? null,
+    ...lost,
+    likelyName: likelyName ?? null,
+    damage: why,
   };
 }
 

@@ -17,6 +17,7 @@ import {
   type ClusterInfo,
   type Inode,
 } from './layouts.js';
+import { lookupAround } from './lost-inodes.js';
 import { inPieces } from './pieces.js';
 import {
   CLUSTER_INFO_ROOM,
@@ -76,6 +77,8 @@ export class Cluster {
   /** What the next request for them will answer, for all who wait for it: an answer is 4 MiB. */
   #nextVids: Promise<VidsInUse> | undefined;
   #vidsAsked: Promise<unknown> | undefined;
+  /** Nodes look through all inodes for a name (ClusterFlag.RECYCLE_VID). */
+  recyclesVids = false;
   /** VDIs that we have made or deleted, or tried to. */
   changes = 0;
   /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
@@ -286,7 +289,17 @@ export class Cluster {
     const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
     const answer = await this.gateway.execute({ header, data });
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
+    // An inode is lost, maybe another one's than of whom is meant.
+    if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return vidOf(succeeded(answer, `looking up "${name}"`));
+  }
+
+  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
+  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+    const data = encodeName(name, '');
+    const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
+    const { result } = await this.gateway.execute({ header, data });
+    if (result === Result.NO_OBJ) throw errorOf(result, `looking up "${name}"`);
   }
 
   async newVdi(vdi: NewVdi): Promise<number> {
@@ -424,6 +437,12 @@ function errorOf(result: number, what: string): StoreError {
   switch (result) {
     case Result.NO_SPACE:
       return new StoreError('NO_SPACE', `${says}: it is full`);
+    case Result.NO_OBJ:
+      return new StoreError(
+        'DAMAGED',
+        `${says}: nodes look for a name in the inodes of VDIs, and one that they had to look into is lost; 'sheepgate vdi ` +
+          "list' shows it as damaged",
+      );
     case Result.READONLY:
       return new StoreError('READONLY', `${says}: the VDI has become a snapshot`);
     case Result.FULL_VDI:

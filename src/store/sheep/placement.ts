@@ -39,7 +39,7 @@ export class Placement {
       id.writeUInt16LE(port, NODE_ID_PORT_OFFSET);
       const hash = hashOfHash(fnv(id, FNV_INIT));
       if (!byDisk) addPoints(hash, vnodes, node);
-      else for (const disk of disks) addPoints(fnv64(disk.id, hash), pointsOf(disk), node);
+      else for (const disk of disks) addPoints(fnv64(hash, disk.id), pointsOf(disk), node);
     }
     points.sort((a, b) => (a.hash < b.hash ? -1 : 1));
     this.#hashes = BigUint64Array.from(points, ({ hash }) => hash);

@@ -77,6 +77,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.version = info.version;
     this.cluster = cluster;
     this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
+    cluster.recyclesVids = this.recyclesVids;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
