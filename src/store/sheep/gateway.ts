@@ -473,8 +473,9 @@ export class Gateway {
       try {
         const left = deadline - performance.now();
         if (failure !== undefined && left <= 0) break;
-        // Half of what is left: another node has its chance then.
-        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, left / 2));
+        // Half of what is left, if another node is to have its chance then.
+        const share = node === order.at(-1) ? left : left / 2;
+        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, share));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
           const label = addressLabel(node.address);

@@ -307,7 +307,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
     const { map, record } = vdi;
     if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
-    if (this.readOnlyBecause !== undefined) throw new StoreError('PERMISSION', this.readOnlyBecause);
+    if (this.readOnlyBecause !== undefined) {
+      throw new StoreError('PERMISSION', `nothing is written: ${this.readOnlyBecause}`);
+    }
     if (idx < 0 || idx >= map.length || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
       throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
     }
