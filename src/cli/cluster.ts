@@ -4,7 +4,9 @@
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../daemon/operations.js';
-import type { ClusterReport, NodeState, StateName } from '../store/sheep/cluster-report.js';
+import { addressLabel } from '../store/sheep/cluster-address.js';
+import type { ClusterReport, NodeState } from '../store/sheep/cluster-report.js';
+import { clusterState } from '../store/sheep/cluster-state.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
@@ -78,13 +80,6 @@ function listCommand(): Command {
   });
 }
 
-const IN_WORDS: Readonly<Record<StateName, string>> = {
-  running: 'running',
-  'not-formatted': "not formatted; 'dog cluster format' does that",
-  waiting: "waiting for nodes: start all that were members, or see 'dog cluster recover'",
-  'shutting-down': 'shutting down',
-};
-
 async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
     throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
@@ -105,7 +100,8 @@ function infoLines(state: ClusterReport): [string, string][] {
   const isWaiting = stateName === 'waiting';
   const yesNo = (is: boolean): string => (is ? 'yes' : 'no');
   return [
-    ['state', IN_WORDS[stateName]],
+    ['sheepdog', state.version],
+    ['state', clusterState(state)],
     ...(isFormatted ? [['created', formatTime(state.createdAt)] as [string, string]] : []),
     ['epoch', String(state.epoch)],
     ['nodes', `${nodes.length}, in ${zones} zone${zones === 1 ? '' : 's'}`],
@@ -192,8 +188,8 @@ function spaceCells({ size, free }: NodeState): string[] {
 function epochRows({ epochs }: ClusterReport): string[][] {
   return epochs.map(({ epoch, since, nodes }, n) => {
     const before = epochs[n + 1];
-    const labels = nodes.map(labelOf);
-    const earlier = before?.nodes.map(labelOf);
+    const labels = nodes.map(addressLabel);
+    const earlier = before?.nodes.map(addressLabel);
     const change =
       earlier === undefined
         ? labels.join(' ')
@@ -205,17 +201,13 @@ function epochRows({ epochs }: ClusterReport): string[][] {
   });
 }
 
-function labelOf({ host, port }: { readonly host: string; readonly port: number }): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
-}
-
 function infoJson(state: ClusterReport): object {
-  const { epoch, createdAt, flags, copies, copyPolicy, status, blockSizeShift, store, nodes } = state;
+  const { epoch, createdAt, flags, copies, copyPolicy, status, blockSizeShift, store, version, nodes } = state;
   const { size, free, unknown } = spaceOf(nodes);
   const recovering = nodes.filter(({ recovery }) => recovery !== null);
   return {
     ...{ epoch, createdAt: createdAt === 0 ? null : isoTime(createdAt), flags, copies, copyPolicy, status },
-    ...{ blockSizeShift, store, nodeCount: nodes.length },
+    ...{ blockSizeShift, store, version, nodeCount: nodes.length },
     state: state.stateName,
     redundancy: redundancyJson(state.redundancy),
     enforcesLocks: state.enforcesLocks,
@@ -237,7 +229,7 @@ function infoJson(state: ClusterReport): object {
     epochs: state.epochs.map(({ epoch, since, nodes }) => ({
       epoch,
       since: since === 0 ? null : isoTime(since),
-      nodes: nodes.map(labelOf),
+      nodes: nodes.map(addressLabel),
     })),
   };
 }

@@ -541,7 +541,8 @@ export class Migration {
     const source = this.#source;
     const isForeign = isClusterLocation(source.store) && !source.isDaemon;
     const said = this.#said;
-    if (isReadOnly || (isForeign && verify === 'only')) return { spec: said, size, close: () => Promise.resolve() };
+    const asItIs = { spec: said, size, close: () => Promise.resolve() };
+    if (isReadOnly || (isForeign && verify === 'only')) return asItIs;
     if (!isForeign) {
       // Nobody else writes it than whom we ask.
       const spec = `${said}@now:${this.#label}`;
@@ -552,7 +553,14 @@ export class Migration {
     const spec = `${said}@${this.#reading}`;
     const left = (await source.list()).some((record) => record.name === name && record.tag === this.#reading);
     if (left) await source.remove(spec);
-    const taken = await source.snapshot(said, this.#reading);
+    let taken: VdiRecord;
+    try {
+      taken = await source.snapshot(said, this.#reading);
+    } catch (error) {
+      // A cluster of an old version is only read. Of it this is all that there is.
+      if (asOperationError(error)?.code === 'READ_ONLY') return asItIs;
+      throw error;
+    }
     return { spec, size: taken.size, close: async () => void (await source.remove(spec)) };
   }
 

@@ -6,7 +6,7 @@
 import { redundancyJson } from './redundancy-output.js';
 import { printable, printableJson } from './printable.js';
 import { specOf } from '../vdi/names.js';
-import type { Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { DamagedVdi, Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {
@@ -85,6 +85,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
     ...('allocatedBytes' in record && {
       allocatedBytes: record.allocatedBytes,
       exclusiveBytes: record.exclusiveBytes,
+      ...(record.damage !== undefined && { damage: record.damage }),
       open: record.open,
       clients: (record.clients ?? []).map(({ client, since, lostAt, until }) => ({
         client,
@@ -100,6 +101,20 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
       })),
       twoWriters: record.twoWriters ? { clients: record.twoWriters.clients, at: isoTime(record.twoWriters.at) } : null,
     }),
+  };
+}
+
+/** As vdiJson has it, with null for all that is lost. */
+export function damagedJson({ vid, likelyName, isSnapshot, why }: DamagedVdi): object {
+  const lost = { snapId: null, size: null, blockSizeShift: null, parentVid: null, createdAt: null, snapshotAt: null };
+  return {
+    name: null,
+    tag: null,
+    vid,
+    isSnapshot: isSnapshot ?? null,
+    ...lost,
+    likelyName: likelyName ?? null,
+    damage: why,
   };
 }
 

@@ -2,7 +2,8 @@
 import { Command } from 'commander';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, formatVid, otherSpec, printJson, table, vdiJson } from './output.js';
+import type { VdiDetails } from '../daemon/operations.js';
+import { damagedJson, formatTime, formatVid, otherSpec, printJson, table, vdiJson } from './output.js';
 import { formatSize } from './size.js';
 
 const IS_NUMBER = /^\d+$/;
@@ -13,17 +14,19 @@ export function vdiListCommand(): Command {
     .addHelpText(
       'after',
       '\nUSED is the space of the data objects, shared ones counted with everybody who shares them. STATE is there if a VDI is\n' +
-        'unfinished: a command that fills it has not come to its end, and nobody else can open it. SAY is there in a cluster\n' +
+        'unfinished: a command that fills it has not come to its end, and nobody else can open it; or if it is damaged: a\n' +
+        'cluster has lost its inode. A name in brackets is what it was probably called. SAY is there in a cluster\n' +
         'where NAME and TAG do not say which is meant: all commands and NBD clients find it by that.\n' +
         'NUMBER is there if a tag is one: `dog` takes that for the NUMBER of a snapshot.\n\nExample:\n  sheepgate vdi list',
     );
   return withCommonOptions(command).action(async (options: CommonOptions) => {
-    const { vdis, isCluster } = await withOperations(options, async (operations) => ({
+    const { vdis, damaged, isCluster } = await withOperations(options, async (operations) => ({
       vdis: await operations.listDetails(),
+      damaged: await operations.listDamaged(),
       isCluster: isClusterLocation(operations.store),
     }));
-    if (options.json) return printJson(vdis.map(vdiJson));
-    const hasState = vdis.some(({ unfinished }) => unfinished);
+    if (options.json) return printJson([...vdis.map(vdiJson), ...damaged.map(damagedJson)]);
+    const hasState = damaged.length > 0 || vdis.some(({ unfinished, damage }) => unfinished ?? damage);
     const hasSpec = vdis.some((vdi) => otherSpec(vdi) !== undefined);
     const hasNumber = isCluster && vdis.some(({ isSnapshot, tag }) => isSnapshot && IS_NUMBER.test(tag));
     const rows = vdis.map((vdi) => [
@@ -31,16 +34,27 @@ export function vdiListCommand(): Command {
       vdi.tag,
       formatVid(vdi.vid),
       formatSize(vdi.size),
-      formatSize(vdi.allocatedBytes),
+      vdi.damage === undefined ? formatSize(vdi.allocatedBytes) : '-',
       formatTime(vdi.isSnapshot ? vdi.snapshotAt : vdi.createdAt),
       ...(hasNumber ? [vdi.isSnapshot ? String(vdi.snapId) : ''] : []),
       ...(hasSpec ? [otherSpec(vdi) ?? ''] : []),
-      ...(hasState ? [vdi.unfinished ? `unfinished ${vdi.unfinished.by}` : ''] : []),
+      ...(hasState ? [stateOf(vdi)] : []),
     ]);
+    for (const { vid, likelyName, why } of damaged) {
+      const name = likelyName === undefined ? '-' : `(${likelyName}?)`;
+      const number = hasNumber ? [''] : [];
+      const spec = hasSpec ? [''] : [];
+      rows.push([name, '-', formatVid(vid), '-', '-', '-', ...number, ...spec, `damaged: ${why}`]);
+    }
     const header = ['NAME', 'TAG', 'ID', 'SIZE', 'USED', 'CREATED'];
     if (hasNumber) header.push('NUMBER');
     if (hasSpec) header.push('SAY');
     if (hasState) header.push('STATE');
     process.stdout.write(table(header, rows, ['ID', 'SIZE', 'USED', 'NUMBER']));
   });
+}
+
+function stateOf({ unfinished, damage }: VdiDetails): string {
+  if (damage !== undefined) return `damaged: ${damage}`;
+  return unfinished ? `unfinished ${unfinished.by}` : '';
 }

@@ -2,7 +2,7 @@
 import { Command } from 'commander';
 import type { VdiRecord } from '../daemon/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
+import { damagedJson, formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
 
 export interface TreeNode {
   readonly vdi: VdiRecord;
@@ -72,8 +72,16 @@ export function vdiTreeCommand(): Command {
     .description('show which VDI and snapshot came from which')
     .addHelpText('after', '\nExample:\n  sheepgate vdi tree');
   return withCommonOptions(command).action(async (options: CommonOptions) => {
-    const roots = treeOf(await withOperations(options, (operations) => operations.list()));
-    if (options.json) printJson(roots.map(nodeJson));
-    else for (const line of treeLines(roots)) printLine(line);
+    const { vdis, damaged } = await withOperations(options, async (operations) => ({
+      vdis: await operations.list(),
+      damaged: await operations.listDamaged(),
+    }));
+    const roots = treeOf(vdis);
+    if (options.json) return printJson([...roots.map(nodeJson), ...damaged.map(damagedJson)]);
+    for (const line of treeLines(roots)) printLine(line);
+    for (const { vid, likelyName, why } of damaged) {
+      const name = likelyName === undefined ? '' : `(${likelyName}?)  `;
+      printLine(`${name}${formatVid(vid)}  [damaged: ${why}]`);
+    }
   });
 }

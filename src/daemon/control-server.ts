@@ -85,6 +85,7 @@ const ROUTES: readonly Route[] = [
     path: ['vdis'],
     answer: ({ operations, query }) => (query.get('details') === '1' ? operations.listDetails() : operations.list()),
   },
+  { method: 'GET', path: ['damaged'], answer: ({ operations }) => operations.listDamaged() },
   {
     method: 'POST',
     path: ['vdis'],

@@ -14,6 +14,7 @@ import {
   OperationError,
   type Beginning,
   type CheckReport,
+  type DamagedVdi,
   type ConnectionStatus,
   type CreateOptions,
   type DataPage,
@@ -69,6 +70,10 @@ export class DirectOperations implements Operations {
 
   listDetails(): Promise<readonly VdiDetails[]> {
     return this.#catalog.details();
+  }
+
+  listDamaged(): Promise<readonly DamagedVdi[]> {
+    return this.#catalog.damaged();
   }
 
   async show(spec: string): Promise<ShownVdi> {

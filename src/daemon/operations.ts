@@ -3,7 +3,7 @@
  * a daemon over its control socket (remote-operations.ts). The command line knows only this. Errors are OperationErrors
  * with the code and the message of the layer that refused, the same both ways.
  */
-import type { CheckReport, Redundancy, VdiRecord } from '../store/object-store.js';
+import type { CheckReport, DamagedVdi, Redundancy, VdiRecord } from '../store/object-store.js';
 import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
 import type { LockReport, LockStatus, UnlockOptions } from '../vdi/locks.js';
 import type { TwoWriters, WriterInfo } from '../export/writers.js';
@@ -13,7 +13,7 @@ import type { Beginning, Filling } from '../vdi/unfinished.js';
 export { formatSpec, labelOfRun } from '../vdi/names.js';
 export type { ConnectionStatus, Disconnected };
 export type { LockReport, LockStatus, Redundancy, UnlockOptions };
-export type { Beginning, CheckReport, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
+export type { Beginning, CheckReport, DamagedVdi, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
  * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
@@ -77,6 +77,8 @@ export interface Operations {
   readonly isDaemon: boolean;
   list(): Promise<readonly VdiRecord[]>;
   listDetails(): Promise<readonly VdiDetails[]>;
+  /** What neither list has, because it cannot be read. */
+  listDamaged(): Promise<readonly DamagedVdi[]>;
   show(spec: string): Promise<ShownVdi>;
   create(name: string, size: number, options: CreateOptions): Promise<VdiRecord>;
   /**

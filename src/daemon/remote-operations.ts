@@ -11,6 +11,7 @@ import type { StatusAnswer } from './control-protocol.js';
 import { dataPageOf } from './data-page.js';
 import {
   OperationError,
+  type DamagedVdi,
   type Beginning,
   type CheckReport,
   type ConnectionStatus,
@@ -49,6 +50,16 @@ export class RemoteOperations implements Operations {
 
   listDetails(): Promise<readonly VdiDetails[]> {
     return this.#control.call('GET', '/vdis?details=1');
+  }
+
+  async listDamaged(): Promise<readonly DamagedVdi[]> {
+    try {
+      return await this.#control.call('GET', '/damaged');
+    } catch (error) {
+      // A daemon of an earlier version: it would have listed nothing at all.
+      if (error instanceof OperationError && error.code === 'NO_ROUTE') return [];
+      throw error;
+    }
   }
 
   show(spec: string): Promise<ShownVdi> {

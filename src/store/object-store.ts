@@ -70,6 +70,17 @@ export interface VdiRecord {
   readonly redundancy?: Redundancy;
 }
 
+/** A VDI or snapshot that is known to be there, and cannot be read: nothing but what is said here is known of it. */
+export interface DamagedVdi {
+  readonly vid: number;
+  /** Whose it was, going by what else there is; undefined if that tells nothing. */
+  readonly likelyName: string | undefined;
+  /** Undefined if nothing tells. */
+  readonly isSnapshot: boolean | undefined;
+  /** For people. */
+  readonly why: string;
+}
+
 /** The order of `Catalog.list`: by name, then as snapshots were taken. */
 export function inOrder(a: VdiRecord, b: VdiRecord): number {
   return a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId;
@@ -245,6 +256,8 @@ export interface CheckReport {
 export interface Usage {
   readonly allocated: number;
   readonly exclusive: number;
+  /** Why neither can be told: a part of its map is lost. */
+  readonly damage?: string;
 }
 
 /**
@@ -257,6 +270,8 @@ export interface Catalog {
   /** Those of one name, in that order: costs as much as there are of it, and not what the store has. */
   named(name: string): Awaitable<readonly VdiRecord[]>;
   record(vid: number): Awaitable<VdiRecord | undefined>;
+  /** What `list` cannot have, because it cannot be read; with `name`, what may be of that name. Absent: nothing ever is. */
+  damaged?(name?: string): Promise<readonly DamagedVdi[]>;
   /** Other names whose records change when this one is removed. */
   touchedBy?(vid: number): readonly string[];
   /** With the mark `unfinished` from its first moment on, if that is given. `redundancy`: one that `mustHold` has let pass. */

@@ -8,8 +8,10 @@ import {
   MAX_BLOCK_SIZE_SHIFT,
   MAX_DATA_OBJECTS,
   MIN_BLOCK_SIZE_SHIFT,
+  StoreError,
   type Awaitable,
   type CheckReport,
+  type DamagedVdi,
   type ObjectStore,
   type OpenVdi,
   type Redundancy,
@@ -53,6 +55,8 @@ export interface VdiDetails extends VdiRecord {
   readonly allocatedBytes: number;
   /** ... of those that no other VDI or snapshot refers to. */
   readonly exclusiveBytes: number;
+  /** Why neither can be told. */
+  readonly damage?: string;
   /** How many have it open. */
   readonly open: number;
   /** Who has it open, or was cut off from it and may come back. Commands of ours are not among them. */
@@ -153,6 +157,11 @@ export class VdiCatalog {
   /** VDIs and their snapshots: by name, snapshots in the order they were taken, the working VDI last. */
   async list(): Promise<readonly VdiRecord[]> {
     return this.#store.catalog.list();
+  }
+
+  /** What cannot be listed, because it cannot be read. */
+  async damaged(): Promise<readonly DamagedVdi[]> {
+    return (await this.#store.catalog.damaged?.()) ?? [];
   }
 
   /** Those of one name, in the same order; nothing of the others is looked at. */
@@ -655,6 +664,7 @@ export class VdiCatalog {
       throw ambiguous(found, named);
     }
     if (found) return found;
+    await this.#mustNotBeDamaged(name, named);
     if (named.length === 0) {
       throw new CatalogError(
         'NO_VDI',
@@ -674,10 +684,23 @@ export class VdiCatalog {
     throw new CatalogError('NO_TAG', `"${name}" has no snapshot "${tag}"; 'sheepgate vdi list' shows what is there`);
   }
 
+  /** What is asked for is not among `named`: maybe it is there, and cannot be read. Errors: StoreError DAMAGED. */
+  async #mustNotBeDamaged(name: string, named: readonly VdiRecord[]): Promise<void> {
+    const [damaged] = (await this.#store.catalog.damaged?.(name)) ?? [];
+    if (!damaged) return;
+    const rest = named.length === 0 ? '' : `; what there is of it: ${named.map(specOf).join(', ')}`;
+    throw new StoreError(
+      'DAMAGED',
+      `of "${name}" in ${this.location}, what has the id ${damaged.vid.toString(16)} cannot be read: ${damaged.why}${rest}`,
+    );
+  }
+
   /** Temporary snapshots come and go with those who have them open: they are nobody else's to open or delete. */
   async #findById(vid: number): Promise<VdiRecord> {
     const found = await this.#store.catalog.record(vid);
     if (found && !found.isTemporary) return found;
+    const damaged = (await this.damaged()).find((other) => other.vid === vid);
+    if (damaged) throw new StoreError('DAMAGED', `${vid.toString(16)} in ${this.location}: ${damaged.why}`);
     throw new CatalogError(
       'NO_VDI',
       `nothing has the id ${vid.toString(16)} in ${this.location}; 'sheepgate vdi list' shows the ids, and a VDI gets ` +
@@ -961,11 +984,12 @@ async function flushQuietly(vdi: Vdi): Promise<void> {
 
 function detailsOf(
   record: VdiRecord,
-  { allocated, exclusive }: Usage,
+  { allocated, exclusive, damage }: Usage,
   more: Pick<VdiDetails, 'open' | 'clients' | 'kept'>,
 ): VdiDetails {
   const objectSize = 2 ** record.blockSizeShift;
-  return { ...record, allocatedBytes: allocated * objectSize, exclusiveBytes: exclusive * objectSize, ...more };
+  const bytes = { allocatedBytes: allocated * objectSize, exclusiveBytes: exclusive * objectSize };
+  return { ...record, ...bytes, ...more, ...(damage !== undefined && { damage }) };
 }
 
 /** Errors: AMBIGUOUS: which ones `record` and its tag may say, and how each is said. */

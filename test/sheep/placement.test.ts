@@ -20,13 +20,34 @@ test('the node an object is read from is one that has it', () => {
   const nodes = PORTS.map((port): ClusterNode => {
     const address = Buffer.alloc(16);
     Buffer.from([127, 0, 0, 1]).copy(address, 12);
-    return { host: '127.0.0.1', port, vnodes: 128, zone: 0, space: 0, address };
+    return { host: '127.0.0.1', port, vnodes: 128, zone: 0, space: 0, address, disks: [] };
   });
   const placement = new Placement(nodes);
   for (const [idx, without] of Array.from(WITHOUT).entries()) {
     const node = placement.nodeOf(VID, idx);
     expect(node, `object ${idx}`).toBeGreaterThanOrEqual(0);
     expect(node, `object ${idx}`).not.toBe(Number(without));
+  }
+});
+
+/** The same of nodes that were built with disk vnodes, vid 755019: a disk of each, as struct disk_info has it. */
+const DISKS = [
+  { port: 21320, vnodes: 6, disk: { id: 16089426570737024459n, space: 21577404416n } },
+  { port: 21321, vnodes: 5, disk: { id: 7956994794318452934n, space: 21416996864n } },
+  { port: 21322, vnodes: 5, disk: { id: 15568767215962854089n, space: 21386350592n } },
+];
+const VID_BY_DISK = 0x755019;
+const WITHOUT_BY_DISK = '221122221022222120221111';
+
+test('where a cluster places objects by the disks of its nodes, so do we', () => {
+  const nodes = DISKS.map(({ port, vnodes, disk }): ClusterNode => {
+    const address = Buffer.alloc(16);
+    Buffer.from([127, 0, 0, 1]).copy(address, 12);
+    return { host: '127.0.0.1', port, vnodes, zone: 0, space: 0, address, disks: [disk] };
+  });
+  const placement = new Placement(nodes, true);
+  for (const [idx, without] of Array.from(WITHOUT_BY_DISK).entries()) {
+    expect(placement.nodeOf(VID_BY_DISK, idx), `object ${idx}`).not.toBe(Number(without));
   }
 });
 

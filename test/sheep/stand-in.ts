@@ -18,6 +18,8 @@ const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
+/** With the disks of a node, 16 bytes for each of up to 32 (struct disk_info). */
+const LONG_NODE_LIST_ENTRY = NODE_LIST_ENTRY + 32 * 16;
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE = 512;
 const CLUSTER_INFO_BYTES = 48 + 6144 * NODE_LIST_ENTRY;
@@ -35,6 +37,7 @@ export const Op = {
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
   GET_VDI_COPIES: 0xab,
+  STAT_CLUSTER: 0x87,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -44,6 +47,7 @@ export const Res = {
   SUCCESS: 0,
   NO_OBJ: 2,
   EIO: 3,
+  SYSTEM_ERROR: 6,
   VDI_EXIST: 4,
   INVALID_PARMS: 5,
   VDI_LOCKED: 7,
@@ -51,10 +55,18 @@ export const Res = {
   NO_TAG: 14,
   VER_MISMATCH: 20,
   NO_SPACE: 21,
+  WAIT_FOR_FORMAT: 22,
   HALT: 25,
   READONLY: 26,
   BUFFER_SMALL: 0x88,
 } as const;
+
+/** Those of ours that 0.8 knows. To others it answers SYSTEM_ERROR. */
+const OPS_OF_0_8: ReadonlySet<number> = new Set([
+  0x01, 0x02, 0x03, 0x04, 0x11, 0x12, 0x13, 0x14, 0x15, 0x17, 0x82, 0x87,
+]);
+/** Answered before the cluster is formatted (sheep/ops.c, force). */
+const FORCED_OPS: ReadonlySet<number> = new Set([Op.READ_VDIS, Op.READ_DEL_VDIS, Op.GET_NODE_LIST, Op.CLUSTER_INFO]);
 
 export interface Seen {
   readonly opcode: number;
@@ -95,6 +107,12 @@ export interface StandInOptions {
   /** What the cluster was formatted with (-z, -c). */
   readonly blockSizeShift?: number;
   readonly copies?: number;
+  /** Where it listens: 127.0.0.1 or ::1. */
+  readonly host?: string;
+  /** Built with --enable-diskvnodes, and formatted by a `dog` that is: entries of the list of nodes are longer. */
+  readonly diskVnodes?: boolean;
+  /** `dog cluster format` is still to come. */
+  readonly isUnformatted?: boolean;
 }
 
 interface Answer {
@@ -134,6 +152,8 @@ export class StandIn {
   readonly #strips = new Set<bigint>();
   #catalogBusy: Promise<void> | undefined;
   ports: number[] = [];
+  /** What its nodes are: their protocol, and which requests they know. 0.7 is one that is not known to us. */
+  version: '0.7' | '0.8' | '0.9' | '1.0' = '1.0';
 
   constructor(options: StandInOptions = {}) {
     this.#options = {
@@ -145,12 +165,20 @@ export class StandIn {
       recyclesVids: false,
       blockSizeShift: 22,
       copies: 2,
+      host: '127.0.0.1',
+      diskVnodes: false,
+      isUnformatted: false,
       ...options,
     };
   }
 
   get address(): string {
-    return this.ports.map((port) => `127.0.0.1:${port}`).join(',');
+    return this.ports.map((_, n) => this.addressOf(n)).join(',');
+  }
+
+  addressOf(n: number): string {
+    const { host } = this.#options;
+    return `${host.includes(':') ? `[${host}]` : host}:${this.ports[n]}`;
   }
 
   async start(): Promise<this> {
@@ -168,7 +196,7 @@ export class StandIn {
       socket.on('close', () => sockets.delete(socket));
       this.#serve(socket, n);
     });
-    await new Promise<void>((resolve) => server.listen(port, '127.0.0.1', resolve));
+    await new Promise<void>((resolve) => server.listen(port, this.#options.host, resolve));
     this.#servers[n] = server;
     this.#sockets[n] = sockets;
     this.ports[n] = (server.address() as net.AddressInfo).port;
@@ -188,6 +216,11 @@ export class StandIn {
   /** When all references that were given up are accounted for. */
   async settled(): Promise<void> {
     while (this.#reclaiming > 0) await new Promise((resolve) => setTimeout(resolve, 2));
+  }
+
+  /** As disks that die together lose it. */
+  loseInode(vid: number): void {
+    if (!this.objects.delete(VDI_BIT | (BigInt(vid) << 32n))) throw new Error('there is no such inode');
   }
 
   /** Data objects, as "vid/idx" in hex and decimal. */
@@ -296,6 +329,7 @@ export class StandIn {
 
   #serve(socket: net.Socket, node: number): void {
     let buffered: Buffer = Buffer.alloc(0);
+    let isFirst = true;
     socket.on('data', (chunk) => {
       buffered = buffered.length === 0 ? chunk : Buffer.concat([buffered, chunk]);
       for (;;) {
@@ -306,12 +340,15 @@ export class StandIn {
         const header = Buffer.from(buffered.subarray(0, HEADER));
         const data = Buffer.from(buffered.subarray(HEADER, total));
         buffered = buffered.subarray(total);
-        void this.#request(socket, node, header, data);
+        const isGreeting = isFirst && header[1] === Op.GET_NODE_LIST;
+        isFirst = false;
+        void this.#request(socket, node, header, data, isGreeting);
       }
     });
   }
 
-  async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer): Promise<void> {
+  /** `isGreeting`: the first request of a connection, whether there is a node at all. Not among what is seen. */
+  async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer, isGreeting: boolean): Promise<void> {
     const request: Seen = {
       opcode: header[1] as number,
       flags: header.readUInt16LE(2),
@@ -321,7 +358,7 @@ export class StandIn {
       length: header.readUInt32LE(12),
       node,
     };
-    this.seen.push(request);
+    if (!isGreeting) this.seen.push(request);
     const fault = this.fault(request);
     if (fault?.until) await fault.until;
     if (this.left.has(node)) return void socket.destroy();
@@ -349,10 +386,12 @@ export class StandIn {
       await this.#catalogBusy;
       this.late.delete(node);
     }
-    const version = request.opcode < 0x80 ? 2 : 0x0a;
+    const version = request.opcode < 0x80 ? 2 : { '0.7': 8, '0.8': 9, '0.9': 9, '1.0': 0x0a }[this.version];
     let answer: Answer;
     if (fault?.result !== undefined) answer = { result: fault.result };
     else if (header[0] !== version) answer = { result: Res.VER_MISMATCH };
+    else if (this.version === '0.8' && !OPS_OF_0_8.has(request.opcode)) answer = { result: Res.SYSTEM_ERROR };
+    else if (this.#options.isUnformatted && !FORCED_OPS.has(request.opcode)) answer = { result: Res.WAIT_FOR_FORMAT };
     else answer = this.#execute(request, header, data);
     if (fault?.answerDelayMs) await new Promise((resolve) => setTimeout(resolve, fault.answerDelayMs));
     if (fault?.cut === 'after') return void socket.destroy();
@@ -383,32 +422,62 @@ export class StandIn {
         return { result: Res.SUCCESS, data: bitmapOf(this.#deleted) };
       case Op.CLUSTER_INFO: {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
-        const info = Buffer.alloc(CLUSTER_INFO_BYTES);
-        info.writeInt16LE(this.#options.nodes, 2);
-        info.writeUInt32LE(this.epoch, 4);
-        info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
-        info.set([this.#options.copies, this.#options.copyPolicy, 1, this.#options.blockSizeShift], 18);
-        info.write('plain', 25);
-        this.state.describe(info);
-        return { result: Res.SUCCESS, data: info };
+        return { result: Res.SUCCESS, data: this.#clusterInfo() };
       }
       case Op.GET_NODE_LIST: {
         const ports = this.ports.filter((_, n) => !this.left.has(n));
-        const list = Buffer.alloc(ports.length * NODE_LIST_ENTRY);
+        const entry = this.#options.diskVnodes ? LONG_NODE_LIST_ENTRY : NODE_LIST_ENTRY;
+        const list = Buffer.alloc(ports.length * entry);
         for (const [n, port] of ports.entries()) {
-          list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
-          list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
-          list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
-          list.writeUInt32LE(n, n * NODE_LIST_ENTRY + 68);
+          list.set(this.#options.host === '::1' ? [0, 0, 0, 1] : [127, 0, 0, 1], n * entry + 24 + 12);
+          list.writeUInt16LE(port, n * entry + 40);
+          list.writeUInt16LE(NODE_VNODES, n * entry + 64);
+          list.writeUInt32LE(n, n * entry + 68);
+          if (this.#options.diskVnodes) {
+            list.writeBigUInt64LE(BigInt(port), n * entry + NODE_LIST_ENTRY);
+            list.writeBigUInt64LE(20n * 2n ** 30n, n * entry + NODE_LIST_ENTRY + 8);
+          }
         }
         return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }
       default:
+        if (this.version === '0.8' && request.opcode === Op.STAT_CLUSTER) {
+          return { result: Res.SUCCESS, data: this.#epochLog() };
+        }
         return (
           this.state.answer(request.opcode, request.node, header, this.ports, this.#used) ??
           this.#catalog(request, header, data)
         );
     }
+  }
+
+  #clusterInfo(): Buffer {
+    const { nodes, useLock, diskVnodes, recyclesVids, isUnformatted, copies, copyPolicy, blockSizeShift } =
+      this.#options;
+    const info = Buffer.alloc(CLUSTER_INFO_BYTES);
+    info.writeInt16LE(isUnformatted ? 0 : nodes, 2);
+    if (isUnformatted) {
+      info[20] = 2;
+      return info;
+    }
+    info.writeUInt32LE(this.epoch, 4);
+    info.writeUInt32LE(1_700_000_000, 12);
+    info.writeUInt16LE((diskVnodes ? 2 : 0) | (useLock ? 8 : 0) | (recyclesVids ? 16 : 0), 16);
+    info.set([copies, copyPolicy, 1, this.version === '1.0' ? blockSizeShift : 0], 18);
+    info.write('plain', this.version === '1.0' ? 25 : 28);
+    this.state.describe(info);
+    return info;
+  }
+
+  /** struct epoch_log of 0.8, of one epoch. */
+  #epochLog(): Buffer {
+    const log = Buffer.alloc(48 + 6144 * NODE_LIST_ENTRY);
+    log.writeUInt32LE(1_700_000_000, 4);
+    log.writeUInt32LE(1, 16);
+    log.writeUInt32LE(this.#options.nodes, 20);
+    log.set([0, 2, 0], 24);
+    log.write('plain', 28);
+    return log;
   }
 
   #read({ oid, offset, length }: Seen): Answer {
@@ -560,6 +629,7 @@ export class StandIn {
           return withVid(this.#snapshot(name, working, baseVid, asked));
         }
         if (typeof working === 'number') return { result: Res.VDI_EXIST };
+        if (working.error !== Res.NO_VDI) return { result: working.error };
         const vid = this.#freeVid(name);
         const inode = Buffer.alloc(INODE_BYTES);
         inode.write(name, 'latin1');
@@ -655,7 +725,9 @@ export class StandIn {
     const { recyclesVids } = this.#options;
     let found = false;
     for (const vid of recyclesVids ? [...this.#used].sort((a, b) => b - a) : this.#chain(name)) {
-      const inode = this.#inode(vid);
+      const inode = this.objects.get(VDI_BIT | (BigInt(vid) << 32n));
+      // Whoever's it is: the nodes give up.
+      if (!inode) return { error: Res.NO_OBJ };
       if (text(inode, 0) !== name) continue;
       const isSnapshot = inode.readBigUInt64LE(520) !== 0n;
       // Where vids are used again a snapshot is taken for the working VDI, if it has the highest.
@@ -698,8 +770,8 @@ export class StandIn {
   #nextSnapId(name: string): number {
     let highest = 0;
     for (const vid of this.#used) {
-      const inode = this.#inode(vid);
-      if (text(inode, 0) === name) highest = Math.max(highest, inode.readUInt32LE(556));
+      const inode = this.objects.get(VDI_BIT | (BigInt(vid) << 32n));
+      if (inode && text(inode, 0) === name) highest = Math.max(highest, inode.readUInt32LE(556));
     }
     return highest + 1;
   }

@@ -10,6 +10,14 @@ export interface NodeAddress {
   readonly port: number;
 }
 
+/** Of an IPv6 address, without brackets, the one way to write it; anything else as it is. A zone ("%eth0") stays. */
+export function canonicalHost(host: string): string {
+  if (!host.includes(':')) return host;
+  const [address = '', ...zone] = host.split('%');
+  if (!URL.canParse(`http://[${address}]`)) return host;
+  return [new URL(`http://[${address}]`).hostname.slice(1, -1), ...zone].join('%');
+}
+
 export function addressLabel({ host, port }: NodeAddress): string {
   return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
 }
@@ -33,11 +41,20 @@ export function parseClusterAddress(location: string): NodeAddress[] {
 }
 
 function parseNode(text: string, whole: string): NodeAddress {
-  const match = /^(?:\[([0-9A-Fa-f:.]+)\]|([^\s:[\]/@]+))(?::(\d{1,5}))?$/.exec(text);
-  if (!match) throw badAddress(whole, `"${text}" is no HOST or HOST:PORT`);
+  const match = /^(?:\[([^\s[\]/@]*)\]|([^\s:[\]/@]+))(?::(\d{1,5}))?$/.exec(text);
+  if (!match)
+    throw badAddress(
+      whole,
+      `"${text}" is no HOST or HOST:PORT${isAddress(text) ? `; an IPv6 address goes in brackets, "[${text}]"` : ''}`,
+    );
+  if (match[1] !== undefined && !isAddress(match[1])) throw badAddress(whole, `"${match[1]}" is no IPv6 address`);
   const port = match[3] === undefined ? DEFAULT_PORT : Number(match[3]);
   if (port < 1 || port > 65_535) throw badAddress(whole, `${port} is no port`);
-  return { host: match[1] ?? match[2] ?? '', port };
+  return { host: canonicalHost(match[1] ?? match[2] ?? ''), port };
+}
+
+function isAddress(text: string): boolean {
+  return text.includes(':') && URL.canParse(`http://[${text.split('%')[0]}]`);
 }
 
 function badAddress(text: string, why: string): StoreError {

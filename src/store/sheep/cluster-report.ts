@@ -5,17 +5,30 @@
  */
 import { StoreError, type Redundancy } from '../object-store.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
+import { clusterStateName, type StateName } from './cluster-state.js';
 import { ConnectionLost, NoAnswer, NodeConnection, type Answer } from './connection.js';
 import { redundancyOf, zonesIn } from './copy-policy.js';
+import { greet } from './greeting.js';
 import {
   decodeClusterInfo,
   decodeNodes,
+  decodeOldClusterInfo,
   encodeVdiRequest,
+  inVersion,
   nodeResponse,
   type ClusterInfo,
   type ClusterNode,
 } from './layouts.js';
-import { CLUSTER_INFO_ROOM, ClusterFlag, MAX_NODES, NODE_BYTES, Opcode, Result, resultName } from './protocol.js';
+import {
+  CLUSTER_INFO_ROOM,
+  ClusterFlag,
+  MAX_NODES,
+  NODE_BYTES,
+  Opcode,
+  Result,
+  resultName,
+  type SheepVersion,
+} from './protocol.js';
 import {
   decodeEpochs,
   decodeRecovery,
@@ -33,13 +46,8 @@ const ANSWER_MS = 5_000;
 const SPARE_NODES = 32;
 /** Logs of epochs that are asked for at most: of a large cluster there are fewer then. */
 const MAX_LOG_BYTES = 32 * 2 ** 20;
-/** enum sd_status. */
-const STATUS_RUNNING = 1;
-const STATUS_WAIT = 2;
 
-export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
-
-export interface NodeState extends Omit<ClusterNode, 'address'> {
+export interface NodeState extends Omit<ClusterNode, 'address' | 'disks'> {
   /** HOST:PORT. */
   readonly node: string;
   /**
@@ -86,11 +94,12 @@ export async function readClusterReport(
 ): Promise<ClusterReport> {
   const [connection, info] = await firstToAnswer(parseClusterAddress(location), answerMs);
   try {
-    const list = await listNodes(connection);
-    const stateName = statusOf(info);
+    const { version } = info;
+    const list = await listNodes(connection, version);
+    const stateName = clusterStateName(info);
     const [nodes, { epochs, isRecoveryDisabled }] = await Promise.all([
-      Promise.all(list.nodes.map((node) => stateOf(node, answerMs))),
-      readEpochs(connection, list, epochCount),
+      Promise.all(list.nodes.map((node) => stateOf(node, version, answerMs))),
+      readEpochs(connection, version, list, epochCount),
     ]);
     return {
       ...info,
@@ -126,12 +135,6 @@ export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoc
   return left;
 }
 
-function statusOf({ status, createdAt }: ClusterInfo): StateName {
-  if (status === STATUS_RUNNING) return 'running';
-  if (status !== STATUS_WAIT) return 'shutting-down';
-  return createdAt === 0 ? 'not-formatted' : 'waiting';
-}
-
 async function firstToAnswer(
   addresses: readonly NodeAddress[],
   answerMs: number,
@@ -141,9 +144,12 @@ async function firstToAnswer(
     let connection: NodeConnection | undefined;
     try {
       connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
+      const version = await greet(connection, answerMs);
+      const opcode = version === '0.8' ? Opcode.STAT_CLUSTER : Opcode.CLUSTER_INFO;
       const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
-      mustSucceed(await ask(connection, Opcode.CLUSTER_INFO, { receive, answerMs }), 'its state');
-      return [connection, decodeClusterInfo(receive)];
+      mustSucceed(await ask(connection, opcode, { version, receive, answerMs }), 'its state');
+      const info = version === '0.8' ? decodeOldClusterInfo(receive) : decodeClusterInfo(receive, version);
+      return [connection, info];
     } catch (error) {
       connection?.destroy();
       if (!(error instanceof ConnectionLost) && !(error instanceof StoreError)) throw error;
@@ -159,9 +165,9 @@ interface NodeList {
   readonly nodeBytes: number;
 }
 
-async function listNodes(connection: NodeConnection): Promise<NodeList> {
+async function listNodes(connection: NodeConnection, version: SheepVersion): Promise<NodeList> {
   const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
-  const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { receive }), 'its nodes');
+  const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { version, receive }), 'its nodes');
   const count = nodeResponse.decode(answer.header).nrNodes;
   const nodeBytes = count === 0 ? NODE_BYTES : answer.length / count;
   return { nodes: decodeNodes(receive.subarray(0, answer.length), count), nodeBytes };
@@ -170,6 +176,7 @@ async function listNodes(connection: NodeConnection): Promise<NodeList> {
 /** One that does not tell of earlier members is no reason to tell nothing. */
 async function readEpochs(
   connection: NodeConnection,
+  version: SheepVersion,
   { nodes, nodeBytes }: NodeList,
   count: number,
 ): Promise<ReturnType<typeof decodeEpochs>> {
@@ -177,7 +184,7 @@ async function readEpochs(
   while (room <= MAX_NODES) {
     const stride = EPOCH_LOG_BYTES + room * nodeBytes;
     const receive = Buffer.alloc(Math.min(count, Math.floor(MAX_LOG_BYTES / stride)) * stride);
-    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { receive, room });
+    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { version, receive, room });
     // Of a cluster that does not serve the result says why, and the logs are there all the same.
     if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
     room *= 2;
@@ -185,7 +192,11 @@ async function readEpochs(
   return { epochs: [], isRecoveryDisabled: false };
 }
 
-async function stateOf({ host, port, vnodes, zone, space }: ClusterNode, answerMs: number): Promise<NodeState> {
+async function stateOf(
+  { host, port, vnodes, zone, space }: ClusterNode,
+  version: SheepVersion,
+  answerMs: number,
+): Promise<NodeState> {
   const node = addressLabel({ host, port });
   const known = { host, port, node, vnodes, zone, space, reason: null, size: null, free: null, recovery: null };
   let connection: NodeConnection;
@@ -198,8 +209,8 @@ async function stateOf({ host, port, vnodes, zone, space }: ClusterNode, answerM
   try {
     const receive = Buffer.alloc(RECOVERY_BYTES);
     const [disks, recovery] = await Promise.all([
-      ask(connection, Opcode.STAT_SHEEP, { answerMs }),
-      ask(connection, Opcode.STAT_RECOVERY, { receive, answerMs }),
+      ask(connection, Opcode.STAT_SHEEP, { version, answerMs }),
+      ask(connection, Opcode.STAT_RECOVERY, { version, receive, answerMs }),
     ]);
     if (disks.result !== Result.SUCCESS || recovery.result !== Result.SUCCESS) {
       const { result } = disks.result === Result.SUCCESS ? recovery : disks;
@@ -220,6 +231,7 @@ async function stateOf({ host, port, vnodes, zone, space }: ClusterNode, answerM
 
 interface Asked {
   readonly receive?: Buffer;
+  readonly version?: SheepVersion;
   /** Of STAT_CLUSTER: nodes that there is room for in each log. */
   readonly room?: number;
   readonly answerMs?: number;
@@ -228,9 +240,10 @@ interface Asked {
 function ask(
   connection: NodeConnection,
   opcode: number,
-  { receive, room = 0, answerMs = ANSWER_MS }: Asked,
+  { receive, version = '1.0', room = 0, answerMs = ANSWER_MS }: Asked,
 ): Promise<Answer> {
   const header = encodeVdiRequest(opcode, 0, receive?.length ?? 0);
+  inVersion(header, version);
   header.writeUInt32LE(room, NODES_NR_OFFSET);
   return connection.send({ header, receive }, answerMs);
 }

@@ -9,6 +9,7 @@ import type { ExecuteOptions, Gateway } from './gateway.js';
 import {
   decodeClusterInfo,
   decodeInode,
+  decodeOldClusterInfo,
   encodeName,
   encodeObjectRequest,
   encodeVdiRequest,
@@ -16,6 +17,7 @@ import {
   type ClusterInfo,
   type Inode,
 } from './layouts.js';
+import { lookupAround } from './lost-inodes.js';
 import { formerName, formerNameAt, INODE_FORMER_NAME_OFFSET } from './own-name.js';
 import { inPieces } from './pieces.js';
 import {
@@ -81,6 +83,8 @@ export class Cluster {
   /** What the next request for them will answer, for all who wait for it: an answer is 4 MiB. */
   #nextVids: Promise<VidsInUse> | undefined;
   #vidsAsked: Promise<unknown> | undefined;
+  /** Nodes look through all inodes for a name (ClusterFlag.RECYCLE_VID). */
+  recyclesVids = false;
   /** VDIs that we have made or deleted, or tried to. */
   changes = 0;
   /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
@@ -231,6 +235,12 @@ export class Cluster {
       );
     }
     if (inode.storePolicy === 0) return this.readTable(inode.vid, count);
+    if (this.gateway.version === '0.8') {
+      throw new StoreError(
+        'UNSUPPORTED',
+        `${inode.name} is a hyper volume, whose index Sheepdog 0.8 keeps in another way`,
+      );
+    }
     return readIndex(this.readObject, inode.vid, count);
   }
 
@@ -298,7 +308,17 @@ export class Cluster {
     const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
     const answer = await this.gateway.execute({ header, data });
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
+    // An inode is lost, maybe another one's than of whom is meant.
+    if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return vidOf(succeeded(answer, `looking up "${name}"`));
+  }
+
+  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
+  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+    const data = encodeName(name, '');
+    const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
+    const { result } = await this.gateway.execute({ header, data });
+    if (result === Result.NO_OBJ) throw errorOf(result, `looking up "${name}"`);
   }
 
   async newVdi(vdi: NewVdi): Promise<number> {
@@ -382,7 +402,7 @@ export class Cluster {
   }
 
   #askForVids(): Promise<VidsInUse> {
-    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#bitmap(Opcode.READ_DEL_VDIS)]).then(
+    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]).then(
       ([used, deleted]) => new VidsInUse(used, deleted),
     );
     const asked = { askedAt: performance.now(), answer };
@@ -401,9 +421,18 @@ export class Cluster {
 
   async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
     const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
-    const header = encodeVdiRequest(Opcode.CLUSTER_INFO, 0, receive.length);
+    await this.gateway.whenConnected(options);
+    const opcode = this.gateway.version === '0.8' ? Opcode.STAT_CLUSTER : Opcode.CLUSTER_INFO;
+    const header = encodeVdiRequest(opcode, 0, receive.length);
     succeeded(await this.gateway.execute({ header, receive }, options), 'asking for the state of the cluster');
-    return decodeClusterInfo(receive);
+    return opcode === Opcode.STAT_CLUSTER
+      ? decodeOldClusterInfo(receive)
+      : decodeClusterInfo(receive, this.gateway.version);
+  }
+
+  /** Before 1.0 not all versions can say: those vids count as used, and inodes without a name tell. */
+  async #deleted(): Promise<Buffer> {
+    return this.gateway.version === '1.0' ? this.#bitmap(Opcode.READ_DEL_VDIS) : Buffer.alloc(VDI_BITMAP_BYTES);
   }
 
   async #bitmap(opcode: number): Promise<Buffer> {
@@ -450,6 +479,12 @@ function errorOf(result: number, what: string): StoreError {
   switch (result) {
     case Result.NO_SPACE:
       return new StoreError('NO_SPACE', `${says}: it is full`);
+    case Result.NO_OBJ:
+      return new StoreError(
+        'DAMAGED',
+        `${says}: nodes look for a name in the inodes of VDIs, and one that they had to look into is lost; 'sheepgate vdi ` +
+          "list' shows it as damaged",
+      );
     case Result.READONLY:
       return new StoreError('READONLY', `${says}: the VDI has become a snapshot`);
     case Result.FULL_VDI:

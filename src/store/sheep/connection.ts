@@ -55,6 +55,9 @@ export class ConnectionLost extends Error {
   }
 }
 
+/** What came is no answer of a Sheepdog node. */
+export class NotSheepdog extends ConnectionLost {}
+
 /** The node did not answer in time. Unlike after another loss it may act on the request much later. */
 export class NoAnswer extends ConnectionLost {
   /** `remote`: the address that `address` led to. */
@@ -86,6 +89,9 @@ export class NodeConnection {
   #socket: net.Socket | undefined;
   #remote: NodeAddress | undefined;
   #lastId = 0;
+  /** Requests that were sent, and those of them that were answered. */
+  sent = 0;
+  answers = 0;
   #lost: ConnectionLost | undefined;
   #timer: NodeJS.Timeout | undefined;
   /** What the socket receives into next: `#scratch`, or a part of the payload that is being received. */
@@ -187,6 +193,7 @@ export class NodeConnection {
       request.header.writeUInt32LE(id, ID_OFFSET);
       const sentAt = performance.now();
       this.#pending.set(id, { request, sentAt, deadline: sentAt + timeoutMs, resolve, reject });
+      this.sent++;
       if (isLarge(request)) this.#largeAwaited++;
       this.#timer ??= setInterval(() => this.#checkDeadlines(), DEADLINE_CHECK_MS).unref();
       this.#gather(request);
@@ -333,7 +340,7 @@ export class NodeConnection {
     const length = bytes.readUInt32LE(at + DATA_LENGTH_OFFSET);
     const pending = this.#pending.get(id);
     if (!pending || length > MAX_PAYLOAD_BYTES) {
-      this.#lose(new ConnectionLost(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
+      this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
       return;
     }
     const { receive, header: asked } = pending.request;
@@ -341,7 +348,7 @@ export class NodeConnection {
     const saysWhere = length > 0 && receive && length < receive.length && asked[1] === Opcode.READ_OBJ;
     const offset = saysWhere ? Number(bytes.readBigUInt64LE(at + PAYLOAD_OFFSET_OFFSET)) : 0;
     if (receive && offset + length > receive.length) {
-      this.#lose(new ConnectionLost(`${this.#label} answered ${length} bytes at ${offset}, more than was asked for`));
+      this.#lose(new NotSheepdog(`${this.#label} answered ${length} bytes at ${offset}, more than was asked for`));
       return;
     }
     const isObject = OBJECT_OPCODES.has(asked[1] as number);
@@ -359,6 +366,7 @@ export class NodeConnection {
     this.#receiving = undefined;
     this.#answer = NO_ANSWER;
     this.#pending.delete(this.#receivingId);
+    this.answers++;
     if (isLarge(pending.request)) this.#largeAwaited--;
     const { receive } = pending.request;
     if (receive && answer.length < receive.length) {

@@ -10,13 +10,25 @@ import {
   ConnectionLost,
   NoAnswer,
   NodeConnection,
+  NotSheepdog,
   type Answer,
   type WireRequest,
 } from './connection.js';
-import { decodeNodes, encodeVdiRequest, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
+import { greet } from './greeting.js';
+import { decodeNodes, encodeVdiRequest, inVersion, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
 import { Placement } from './placement.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
-import { HEADER_BYTES, MAX_NODES, NODE_BYTES, OBJECT_OPCODES, Opcode, Result, resultName, vidOf } from './protocol.js';
+import {
+  HEADER_BYTES,
+  MAX_NODES,
+  NODE_BYTES,
+  OBJECT_OPCODES,
+  Opcode,
+  Result,
+  resultName,
+  type SheepVersion,
+  vidOf,
+} from './protocol.js';
 import { WAITING_CHECK_MS, WAITING_MS, WaitingLog, type Waiter } from './waiting.js';
 
 /** How long requests are repeated while no node can serve them. */
@@ -41,6 +53,8 @@ const MAX_TROUBLE_RETRIES = 8;
 const NODE_REST_MS = 2_000;
 /** Of the connections for reads: to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
+/** Connections that a node may end, one after the other, without having answered anything on them, before it is left. */
+const MAX_USELESS = 3;
 /** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
 const NEAR_REST_MS = 30_000;
 /** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
@@ -85,6 +99,8 @@ interface Node {
   readonly connections: NodeConnection[];
   opening: number;
   restUntil: number;
+  /** Times in a row that it could not be connected to, or that a connection ended before it was of any use. */
+  failures: number;
 }
 
 /** The cluster is not serving now, or its membership is just changing: the request has not been carried out. */
@@ -96,6 +112,7 @@ const NOT_NOW: ReadonlySet<number> = new Set([
   Result.SHUTDOWN,
   Result.KILLED,
   Result.COLLECTING_CINFO,
+  Result.OLD_COLLECTING_CINFO,
   Result.OLD_NODE_VER,
   Result.NEW_NODE_VER,
   Result.AGAIN,
@@ -124,11 +141,16 @@ export class Gateway {
     () => this.listNodes({ retryMs: MEMBERS_MS }),
     () => this.#closed,
   );
+  /** Connections whose node has not answered yet: nothing is sent on them. */
+  readonly #greeting = new Set<NodeConnection>();
   /** Back-offs that close() ends. */
   readonly #sleepers = new Set<() => void>();
   readonly #repeated = new Set<Repeated>();
   readonly #objectsAwaited = new Set<Waiter & { readonly disk: string }>();
   readonly #checking: NodeJS.Timeout | undefined;
+  #placesByDisk = false;
+  /** Of all nodes of a cluster, by what the first one has answered. */
+  #version: SheepVersion | undefined;
   /** Of which disk an object is, by the halves of its oid: for the log. */
   diskOf: (high: number, low: number) => string | undefined = () => undefined;
 
@@ -154,8 +176,20 @@ export class Gateway {
     }, WAITING_CHECK_MS).unref();
   }
 
+  /** What the nodes are; undefined until one has answered. */
+  get version(): SheepVersion | undefined {
+    return this.#version;
+  }
+
   get retryMs(): number {
     return this.#options.retryMs;
+  }
+
+  /** Errors: StoreError IO if no node can be connected to in the time for repeating. */
+  async whenConnected({ retryMs = this.#options.retryMs }: ExecuteOptions): Promise<void> {
+    if (this.#version !== undefined) return;
+    // What it answers does not matter.
+    await this.listNodes({ retryMs });
   }
 
   /**
@@ -185,7 +219,7 @@ export class Gateway {
           if (!open && node.restUntil > performance.now())
             throw new NotConnected('it could not be reached a moment ago');
           const connection = open ?? (await this.#open(node));
-          return await connection.send({ header: encode() }, this.#options.attemptMs);
+          return await connection.send({ header: inVersion(encode(), this.#version) }, this.#options.attemptMs);
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;
           node.restUntil = Math.max(node.restUntil, performance.now() + NODE_REST_MS);
@@ -219,6 +253,7 @@ export class Gateway {
     { slowMs, retryMs }: ExecuteOptions,
     leftMs: number,
   ): Promise<Answer> {
+    inVersion(request.header, this.#version);
     if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
     const { attemptMs } = this.#options;
     // What is to be had in less time than usual has its chance with another node, too.
@@ -247,6 +282,7 @@ export class Gateway {
     this.#closed = true;
     clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
+    for (const connection of [...this.#greeting]) connection.destroy();
     for (const wake of this.#sleepers) wake();
   }
 
@@ -325,6 +361,7 @@ export class Gateway {
           trouble++;
           this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
+        if (last instanceof NotSheepdog && asked) this.#leaveCurrent('it answers what no node answers', asked);
         if (last instanceof NoAnswer) {
           this.#leaveSilent(last.address);
           if (isWrite(request) && !options.once) {
@@ -381,6 +418,14 @@ export class Gateway {
     return connections[this.#turn % connections.length];
   }
 
+  /** The cluster places objects by the disks of its nodes. What was learnt before that was known is learnt again. */
+  placeByDisk(): void {
+    this.#placesByDisk = true;
+    this.#placement = undefined;
+    this.#placed = [];
+    this.#placementAt = -Infinity;
+  }
+
   /** Errors: InDoubt when the time for repeating is over before. */
   async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
     const settled = this.#stalled.whenHarmless(lost.remote);
@@ -411,19 +456,21 @@ export class Gateway {
     const now = performance.now();
     const start = this.#nodes.indexOf(this.#current);
     const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
-    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now));
+    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now) || a.failures - b.failures);
     let failure: Error | undefined;
     for (const node of order) {
       if (this.#closed) throw closedError();
       try {
         const left = deadline - performance.now();
         if (failure !== undefined && left <= 0) break;
-        // Half of what is left: another node has its chance then.
-        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, left / 2));
+        // Half of what is left, if another node is to have its chance then.
+        const share = node === order.at(-1) ? left : left / 2;
+        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, share));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
           const label = addressLabel(node.address);
-          this.#options.log(`now using the Sheepdog node ${label}`, { node: label });
+          const why = failure === undefined ? '' : ` (${failure.message})`;
+          this.#options.log(`now using the Sheepdog node ${label}${why}`, { node: label });
           this.#current = node;
         }
         void this.#learnNodes();
@@ -436,23 +483,46 @@ export class Gateway {
     throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
   }
 
-  async #open(node: Node, timeoutMs?: number): Promise<NodeConnection> {
+  /** Connect, and have the node answer something, in `timeoutMs` altogether. Errors: ConnectionLost, StoreError CLOSED. */
+  async #open(node: Node, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
+    const deadline = performance.now() + timeoutMs;
     node.opening++;
+    let greetings = 0;
     try {
       const onClose = (): void => {
         const at = node.connections.indexOf(connection);
-        if (at >= 0) node.connections.splice(at, 1);
+        if (at < 0) return;
+        node.connections.splice(at, 1);
+        if (connection.answers > greetings) node.failures = 0;
+        else if (connection.sent > greetings) this.#wasUseless(node);
       };
       const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
+      this.#greeting.add(connection);
+      try {
+        if (!this.#closed) this.#version = await greet(connection, deadline - performance.now(), this.#version);
+        greetings = connection.answers;
+      } finally {
+        this.#greeting.delete(connection);
+      }
       if (this.#closed) {
         connection.destroy();
         throw closedError();
       }
       node.connections.push(connection);
       return connection;
+    } catch (error) {
+      node.failures++;
+      throw error;
     } finally {
       node.opening--;
     }
+  }
+
+  /** It answers who connects, and ends the connection when it is asked for more. */
+  #wasUseless(node: Node): void {
+    if (this.#closed || ++node.failures < MAX_USELESS) return;
+    if (node === this.#current) this.#leaveCurrent('it ends connections and answers nothing', node.address);
+    else node.restUntil = performance.now() + NEAR_REST_MS;
   }
 
   /** Another node may be better off. Its requests in flight stay where they are. */
@@ -491,7 +561,7 @@ export class Gateway {
       const placed = members.map((member) => this.#nodeOf(member));
       this.#placementAt = performance.now();
       if (members.length > MAX_NEAR_NODES) return;
-      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members);
+      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members, this.#placesByDisk);
       this.#placed = placed;
     } catch (error) {
       this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
@@ -572,7 +642,7 @@ function isWrite({ header, data }: WireRequest): boolean {
 }
 
 function nodeAt(address: NodeAddress): Node {
-  return { address, connections: [], opening: 0, restUntil: 0 };
+  return { address, connections: [], opening: 0, restUntil: 0, failures: 0 };
 }
 
 function closedError(): StoreError {

@@ -4,19 +4,23 @@
  */
 import { blob, nu64, s16, struct, u16, u32, u8, type Layout } from 'buffer-layout';
 import { bytesOfText, textOfBytes } from '../name-bytes.js';
-import type { VdiRecord } from '../object-store.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, StoreError, type VdiRecord } from '../object-store.js';
+import { canonicalHost } from './cluster-address.js';
 import { redundancyOf } from './copy-policy.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 import {
   HEADER_BYTES,
   INODE_HEADER_BYTES,
   INTERNAL_OPCODES,
+  OLD_SHEEP_PROTO_VER,
   MAX_HYPER_OBJECTS,
   NAME_BYTES,
   NODE_BYTES,
   PROTO_VER,
   SHEEP_PROTO_VER,
+  STATUS_RUNNING,
   TAG_BYTES,
+  type SheepVersion,
 } from './protocol.js';
 
 interface CommonHeader {
@@ -312,6 +316,15 @@ export interface ClusterNode {
   readonly space: number;
   /** The 16 bytes that stand for it in the hash that places objects. */
   readonly address: Buffer;
+  /** Of nodes that are built with disk vnodes: what places their objects, if the cluster was formatted so. */
+  readonly disks: readonly NodeDisk[];
+}
+
+/** struct disk_info. */
+export interface NodeDisk {
+  readonly id: bigint;
+  /** Bytes. */
+  readonly space: bigint;
 }
 
 interface NodeLayout {
@@ -336,15 +349,39 @@ const nodeLayout = struct<NodeLayout>([
   nu64('space'),
 ]);
 
+/** struct disk_info, and as many of them as follow a node if it is built with --enable-diskvnodes (DISK_MAX). */
+const DISK_BYTES = 16;
+const MAX_DISKS = 32;
+const NODE_WITH_DISKS_BYTES = NODE_BYTES + MAX_DISKS * DISK_BYTES;
+
+/** Errors: StoreError IO if entries have a length that no nodes are known to have. */
 export function decodeNodes(bytes: Buffer, count: number): ClusterNode[] {
   const nodes: ClusterNode[] = [];
-  // Nodes built with disk vnodes have longer entries; their list cannot be told from this one by its header.
-  if (bytes.length !== count * NODE_BYTES) return nodes;
+  // The header says nothing of how the nodes were built.
+  const entryBytes = count === 0 ? NODE_BYTES : bytes.length / count;
+  if (entryBytes !== NODE_BYTES && entryBytes !== NODE_WITH_DISKS_BYTES) {
+    throw new StoreError(
+      'IO',
+      `the cluster's list of ${count} nodes has ${bytes.length} bytes: entries of ${NODE_BYTES} or ${NODE_WITH_DISKS_BYTES} ` +
+        'bytes are known (sheep built without and with --enable-diskvnodes)',
+    );
+  }
   for (let n = 0; n < count; n++) {
-    const { addr, port, nrVnodes, zone, space } = nodeLayout.decode(bytes, n * NODE_BYTES);
-    nodes.push({ host: addressText(addr), port, vnodes: nrVnodes, zone, space, address: Buffer.from(addr) });
+    const entry = bytes.subarray(n * entryBytes, (n + 1) * entryBytes);
+    const { addr, port, nrVnodes, zone, space } = nodeLayout.decode(entry);
+    const disks = decodeDisks(entry.subarray(NODE_BYTES));
+    nodes.push({ host: addressText(addr), port, vnodes: nrVnodes, zone, space, address: Buffer.from(addr), disks });
   }
   return nodes;
+}
+
+function decodeDisks(bytes: Buffer): NodeDisk[] {
+  const disks: NodeDisk[] = [];
+  for (let at = 0; at < bytes.length; at += DISK_BYTES) {
+    const id = bytes.readBigUInt64LE(at);
+    if (id !== 0n) disks.push({ id, space: bytes.readBigUInt64LE(at + 8) });
+  }
+  return disks;
 }
 
 export interface ClusterInfo {
@@ -353,11 +390,12 @@ export interface ClusterInfo {
   readonly flags: number;
   readonly copies: number;
   readonly copyPolicy: number;
-  /** enum sd_status: 1 running, 2 waiting for nodes or a format, 3 shutting down, 4 killed. */
+  /** enum sd_status. */
   readonly status: number;
   readonly blockSizeShift: number;
   readonly store: string;
   readonly nodeCount: number;
+  readonly version: SheepVersion;
 }
 
 interface ClusterInfoLayout {
@@ -390,8 +428,60 @@ const clusterInfoLayout = struct<ClusterInfoLayout>([
   blob(16, 'store'),
 ]);
 
-export function decodeClusterInfo(bytes: Buffer): ClusterInfo {
+/** internal_proto.h of 0.8, struct epoch_log: what there is in place of struct cluster_info. */
+const oldEpochLogLayout = struct<OldEpochLogLayout>([
+  u32('ctimeNsec'),
+  u32('ctimeSec'),
+  nu64('time'),
+  u32('epoch'),
+  u32('nrNodes'),
+  u8('disableRecovery'),
+  u8('nrCopies'),
+  u8('copyPolicy'),
+  u8('pad'),
+  blob(16, 'store'),
+]);
+
+interface OldEpochLogLayout {
+  ctimeNsec: number;
+  ctimeSec: number;
+  epoch: number;
+  nrNodes: number;
+  nrCopies: number;
+  copyPolicy: number;
+  store: Buffer;
+}
+
+/** What a node of 0.8 answers to STAT_CLUSTER while its cluster runs. */
+export function decodeOldClusterInfo(bytes: Buffer): ClusterInfo {
+  const log = oldEpochLogLayout.decode(bytes);
+  return {
+    epoch: log.epoch,
+    createdAt: milliseconds(log.ctimeSec, log.ctimeNsec),
+    flags: 0,
+    copies: log.nrCopies,
+    copyPolicy: log.copyPolicy,
+    status: STATUS_RUNNING,
+    blockSizeShift: DEFAULT_BLOCK_SIZE_SHIFT,
+    store: textOf(log.store),
+    nodeCount: log.nrNodes,
+    version: '0.8',
+  };
+}
+
+/** In 0.9, which knows objects of one size only, the name of the store stands further on. */
+const OLD_STORE_OFFSET = 28;
+
+/** A request as nodes of that version take it: changed in place, and returned. */
+export function inVersion(header: Buffer, version: SheepVersion | undefined): Buffer {
+  const isOld = version === '0.8' || version === '0.9';
+  if (isOld && (header[1] as number) >= INTERNAL_OPCODES) header[0] = OLD_SHEEP_PROTO_VER;
+  return header;
+}
+
+export function decodeClusterInfo(bytes: Buffer, version: SheepVersion = '1.0'): ClusterInfo {
   const info = clusterInfoLayout.decode(bytes);
+  const isOld = version === '0.9';
   return {
     epoch: info.epoch,
     createdAt: milliseconds(info.ctimeSec, info.ctimeNsec),
@@ -399,9 +489,10 @@ export function decodeClusterInfo(bytes: Buffer): ClusterInfo {
     copies: info.nrCopies,
     copyPolicy: info.copyPolicy,
     status: info.status,
-    blockSizeShift: info.blockSizeShift,
-    store: textOf(info.store),
+    blockSizeShift: isOld ? DEFAULT_BLOCK_SIZE_SHIFT : info.blockSizeShift,
+    store: textOf(isOld ? bytes.subarray(OLD_STORE_OFFSET, OLD_STORE_OFFSET + info.store.length) : info.store),
     nodeCount: info.nrNodes,
+    version,
   };
 }
 
@@ -414,10 +505,13 @@ function textOf(bytes: Buffer): string {
   return textOfBytes(end < 0 ? bytes : bytes.subarray(0, end));
 }
 
-/** addr of struct node_id: IPv6, or IPv4 in the last four bytes with zeros before. */
+/**
+ * addr of struct node_id: IPv6, or IPv4 in the last four bytes with zeros before. As the nodes tell one from the other
+ * (lib/net.c, addr_to_str): ::1 begins with as many zeros, but no IPv4 address begins with one more.
+ */
 export function addressText(addr: Buffer): string {
-  if (addr.subarray(0, 12).every((byte) => byte === 0)) return addr.subarray(12).join('.');
+  if (addr[12] !== 0 && addr.subarray(0, 12).every((byte) => byte === 0)) return addr.subarray(12).join('.');
   const groups: string[] = [];
   for (let at = 0; at < 16; at += 2) groups.push(addr.readUInt16BE(at).toString(16));
-  return groups.join(':');
+  return canonicalHost(groups.join(':'));
 }

@@ -4,9 +4,10 @@
  * it says is a hint: every node serves every object, and a membership that changes makes it wrong for a while.
  *
  * Source: sheepdog_proto.h (sd_hash, sd_hash_oid: FNV-1a of 64 bits, once more over its own result) and sheep.h
- * (node_to_vnodes: as many points on the ring as a node has virtual nodes; the first point from the object's hash on).
+ * (node_to_vnodes: as many points on the ring as a node has virtual nodes; node_disk_to_vnodes: as many as its disks have
+ * for their size; the first point from the object's hash on).
  */
-import type { ClusterNode } from './layouts.js';
+import type { ClusterNode, NodeDisk } from './layouts.js';
 import { objectKey } from './table.js';
 
 const FNV_INIT = 0xcbf29ce484222325n;
@@ -15,6 +16,7 @@ const MASK = 0xffff_ffff_ffff_ffffn;
 /** struct node_id up to its port. */
 const NODE_ID_BYTES = 18;
 const NODE_ID_PORT_OFFSET = 16;
+const DISK_WEIGHT_BYTES = 2n ** 32n;
 /** Objects whose node is remembered. */
 const MAX_REMEMBERED = 2 ** 16;
 
@@ -24,14 +26,20 @@ export class Placement {
   readonly #owners: Uint16Array;
   readonly #remembered = new Map<number, number>();
 
-  constructor(nodes: readonly ClusterNode[]) {
+  /** `byDisk`: the cluster is in disk mode (ClusterFlag.DISK_MODE). */
+  constructor(nodes: readonly ClusterNode[], byDisk = false) {
     const points: { readonly hash: bigint; readonly node: number }[] = [];
-    for (const [node, { address, port, vnodes }] of nodes.entries()) {
+    const addPoints = (from: bigint, count: number, node: number): void => {
+      let hash = from;
+      for (let n = 0; n < count; n++) points.push({ hash: (hash = hashOfHash(hash)), node });
+    };
+    for (const [node, { address, port, vnodes, disks }] of nodes.entries()) {
       const id = Buffer.alloc(NODE_ID_BYTES);
       address.copy(id);
       id.writeUInt16LE(port, NODE_ID_PORT_OFFSET);
-      let hash = hashOfHash(fnv(id, FNV_INIT));
-      for (let n = 0; n < vnodes; n++) points.push({ hash: (hash = hashOfHash(hash)), node });
+      const hash = hashOfHash(fnv(id, FNV_INIT));
+      if (!byDisk) addPoints(hash, vnodes, node);
+      else for (const disk of disks) addPoints(fnv64(hash, disk.id), pointsOf(disk), node);
     }
     points.sort((a, b) => (a.hash < b.hash ? -1 : 1));
     this.#hashes = BigUint64Array.from(points, ({ hash }) => hash);
@@ -66,15 +74,24 @@ export class Placement {
   }
 }
 
+/** One for each 4 GiB begun (internal_proto.h, WEIGHT_MIN). */
+function pointsOf({ space }: NodeDisk): number {
+  return Number((space + DISK_WEIGHT_BYTES - 1n) / DISK_WEIGHT_BYTES);
+}
+
 function fnv(bytes: Uint8Array, init: bigint): bigint {
   let hash = init;
   for (const byte of bytes) hash = ((hash ^ BigInt(byte)) * FNV_PRIME) & MASK;
   return hash;
 }
 
+function fnv64(value: bigint, init: bigint): bigint {
+  const bytes = Buffer.alloc(8);
+  bytes.writeBigUInt64LE(value);
+  return fnv(bytes, init);
+}
+
 /** The hash goes on over its own bytes. */
 function hashOfHash(hash: bigint): bigint {
-  const bytes = Buffer.alloc(8);
-  bytes.writeBigUInt64LE(hash);
-  return fnv(bytes, hash);
+  return fnv64(hash, hash);
 }

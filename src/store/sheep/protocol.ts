@@ -8,6 +8,10 @@ export const DEFAULT_PORT = 7000;
 export const PROTO_VER = 0x02;
 export const SHEEP_PROTO_VER = 0x0a;
 export const INTERNAL_OPCODES = 0x80;
+/** SD_SHEEP_PROTO_VER of 0.8 and 0.9. Their inodes, objects, names and places are those of 1.0. */
+export const OLD_SHEEP_PROTO_VER = 0x09;
+/** Versions of Sheepdog that speak differently, as far as is known here. */
+export type SheepVersion = '0.8' | '0.9' | '1.0';
 
 export const HEADER_BYTES = 48;
 
@@ -64,6 +68,8 @@ export const Result = {
   WAIT_FOR_JOIN: 0x17,
   HALT: 0x19,
   READONLY: 0x1a,
+  /** What is COLLECTING_CINFO since 1.0. */
+  OLD_COLLECTING_CINFO: 0x1c,
   OLD_NODE_VER: 0x81,
   NEW_NODE_VER: 0x82,
   NETWORK_ERROR: 0x86,
@@ -82,7 +88,11 @@ export function resultName(result: number): string {
 }
 
 /** Flags of struct cluster_info. */
-export const ClusterFlag = { STRICT: 0x01, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
+export const ClusterFlag = { STRICT: 0x01, DISK_MODE: 0x02, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
+
+/** enum sd_status: running; waiting for nodes or for `dog cluster format`. */
+export const STATUS_RUNNING = 1;
+export const STATUS_WAITING = 2;
 
 export const LOCK_TYPE_NORMAL = 0;
 export const LOCK_TYPE_SHARED = 1;
@@ -125,7 +135,7 @@ export function vidOf(high: number): number {
   return high & MAX_VID;
 }
 
-/** struct sd_node without HAVE_DISKVNODES, and the longest list of them. */
+/** struct sd_node without HAVE_DISKVNODES, and the longest list of them. With it there are fewer, and they need no more room. */
 export const NODE_BYTES = 80;
 export const MAX_NODES = 6144;
 /** Room for struct cluster_info. Nodes copy the whole of it whatever room they are told: never ask with less. */

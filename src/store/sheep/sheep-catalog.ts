@@ -9,6 +9,7 @@ import {
   StoreError,
   type Catalog,
   type CheckReport,
+  type DamagedVdi,
   type OpenVdi,
   type Redundancy,
   type Switch,
@@ -22,6 +23,7 @@ import type { Cluster } from './cluster.js';
 import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
+import { describeLost, inodeOrLost } from './lost-inodes.js';
 import { isOursToDrop } from './owner.js';
 import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
 import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
@@ -63,6 +65,8 @@ export class SheepCatalog implements Catalog {
   readonly #shadows = new Map<number, Shadow>();
   /** Snapshots whose tags do not say them, as of when they were last looked at. */
   readonly #doubtful = new Set<number>();
+  /** Vids of lost inodes that the log has told of. */
+  readonly #toldLost = new Set<number>();
   /** What cannot be followed any more, and was told of. */
   readonly #astray = new WeakSet<SheepVdi>();
   /** Of a cluster that uses vids again: what names they had when all were last read. */
@@ -193,7 +197,10 @@ export class SheepCatalog implements Catalog {
         map = await this.#cluster.readOwners(inode);
       } catch (error) {
         if (!(error instanceof StoreError)) throw error;
-        if (error.code === 'GONE' && !(await this.#cluster.vids()).isLive(inode.vid)) return;
+        if (error.code === 'GONE' || error.code === 'DAMAGED') {
+          if ((await this.#cluster.vids()).isLive(inode.vid)) counts.noteDamage(inode, error.message);
+          return;
+        }
         // A list without it would say that there is no such disk.
         const { code, message } = error;
         throw new StoreError(code, `what ${inode.name} uses cannot be counted: ${message}`, { cause: error });
@@ -483,7 +490,7 @@ export class SheepCatalog implements Catalog {
       // A working VDI's own objects are its alone. A snapshot's may be in any other table.
       const others = (await this.#inodes()).filter((other) => other.vid !== vid && other.storePolicy === 0);
       await inParallel(PARALLEL_READS, others, async (other) => {
-        const table = await this.#cluster.readTable(
+        const table = await this.#tableOrNothing(
           other.vid,
           Math.min(count, objectCount(other.size, other.blockSizeShift)),
         );
@@ -498,6 +505,45 @@ export class SheepCatalog implements Catalog {
       if (inode.isSnapshot ? shared[idx] === 0 : map[idx] === vid) exclusive++;
     }
     return { allocated, exclusive };
+  }
+
+  /** Of an inode that is gone, deleted or lost, nothing: it refers to nothing any more. */
+  async #tableOrNothing(vid: number, count: number): Promise<Uint32Array> {
+    try {
+      return await this.#cluster.readTable(vid, count);
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      return new Uint32Array(0);
+    }
+  }
+
+  async damaged(name?: string): Promise<readonly DamagedVdi[]> {
+    const vids = await this.#cluster.vids();
+    const isAnywhere = name === undefined || this.#store.recyclesVids;
+    const places = isAnywhere ? vids.live() : vids.placesOf(name);
+    const known: Inode[] = [];
+    const lost: number[] = [];
+    await inParallel(PARALLEL_READS, places, async (vid) => {
+      const inode = await inodeOrLost(this.#cluster, vid);
+      if (inode) known.push(inode);
+      else lost.push(vid);
+    });
+    if (lost.length === 0) return [];
+    // Deleted since, or made this moment.
+    const now = await this.#cluster.vids();
+    const still: number[] = [];
+    await inParallel(PARALLEL_READS, lost, async (vid) => {
+      if (now.isLive(vid) && !(await inodeOrLost(this.#cluster, vid))) still.push(vid);
+    });
+    const described = describeLost(
+      still.sort((a, b) => a - b),
+      known,
+      now,
+    ).map((each) => {
+      const open = this.#store.open.get(each.vid)?.record;
+      return open ? { ...each, likelyName: open.name, isSnapshot: open.isSnapshot } : each;
+    });
+    return name === undefined ? described : described.filter(({ likelyName }) => likelyName === name);
   }
 
   /** Ask for every object that a table refers to. Objects nobody refers to are the cluster's own affair to find. */
@@ -516,8 +562,22 @@ export class SheepCatalog implements Catalog {
     let hidden = 0;
     const known = new Map<number, boolean>();
     const sector = Buffer.alloc(512);
+    const damaged = await this.damaged();
+    for (const { vid, likelyName, why } of damaged) {
+      problems.push(
+        `damaged: ${likelyName === undefined ? '' : `${likelyName}, probably, `}id ${vid.toString(16)}: ${why}`,
+      );
+    }
     for (const inode of inodes) {
-      const map = await this.#cluster.readOwners(inode);
+      let map: Uint32Array;
+      try {
+        map = await this.#cluster.readOwners(inode);
+      } catch (error) {
+        const { code } = error as StoreError;
+        if (code !== 'GONE' && code !== 'DAMAGED') throw error;
+        problems.push(`damaged: ${inode.name}, id ${inode.vid.toString(16)}: ${(error as Error).message}`);
+        continue;
+      }
       const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
       await inParallel(PARALLEL_READS, entries, async ([idx, owner]) => {
         const key = objectKey(owner, idx);
@@ -534,7 +594,14 @@ export class SheepCatalog implements Catalog {
       }
     }
     if (hidden > 0) problems.push(`... and ${hidden} more`);
-    return { objects: known.size, vdis: inodes.length, problems, orphans: 0, orphanBytes: 0, repaired: 0 };
+    return {
+      objects: known.size,
+      vdis: inodes.length + damaged.length,
+      problems,
+      orphans: 0,
+      orphanBytes: 0,
+      repaired: 0,
+    };
   }
 
   /** The vid of the working VDI that goes on under this name; 0 if there is none. */
@@ -580,6 +647,8 @@ export class SheepCatalog implements Catalog {
       } catch (error) {
         // Just being made, or lost; a list of the others is worth more than none.
         if ((error as StoreError).code !== 'GONE') throw error;
+        if (this.#toldLost.has(vid)) return;
+        this.#toldLost.add(vid);
         this.#store.log(`the inode of vid ${vid.toString(16)} cannot be read`, { err: error });
       }
     });
@@ -597,8 +666,8 @@ export class SheepCatalog implements Catalog {
       for (let attempt = 0; attempt < MAX_TAKE_ATTEMPTS; attempt++) {
         const vid = await this.#cluster.lookup(name);
         if (vid === 0) return;
-        const inode = await this.#cluster.readInode(vid);
-        if (inode.name !== name) return;
+        const inode = await inodeOrLost(this.#cluster, vid);
+        if (inode?.name !== name) return;
         const at = inodes.findIndex((known) => known.vid === vid);
         if (at >= 0) inodes[at] = inode;
         else inodes.push(inode);
@@ -686,6 +755,8 @@ export class SheepCatalog implements Catalog {
    * is done.
    */
   async #delete(found: Inode): Promise<void> {
+    // Before its table is cleared: what the nodes cannot find by its name they cannot delete.
+    await this.#cluster.mustBeFoundByNodes(found.name, found.isSnapshot ? found.snapId : 0);
     const inode = await nameToDelete(this.#cluster, found, this.#store.recyclesVids);
     const epoch = await this.#store.readEpoch();
     for (let attempt = 0; attempt < MAX_DELETE_ATTEMPTS; attempt++) {
@@ -773,7 +844,15 @@ export class SheepCatalog implements Catalog {
         this.#shadows.delete(inode.vid);
         inode = undefined;
       }
-      if (!inode) inode = await this.#cluster.readInode(await this.#newVdi({ ...source, name }, 0, false));
+      if (!inode) {
+        try {
+          inode = await this.#cluster.readInode(await this.#newVdi({ ...source, name }, 0, false));
+        } catch (error) {
+          // The inode of the one that was there is lost; its name is of no use any more.
+          if ((error as StoreError).code === 'DAMAGED') continue;
+          throw error;
+        }
+      }
       return this.#shadowAt(inode, source.name);
     }
     throw new StoreError('LIMIT', `${source.name} has ${MAX_SHADOWS} temporary snapshots, and no more are possible`);

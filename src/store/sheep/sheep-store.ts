@@ -15,12 +15,13 @@ import {
 } from '../object-store.js';
 import { Cluster, ObjectGone } from './cluster.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
+import { clusterState } from './cluster-state.js';
 import { Gateway, type GatewayOptions } from './gateway.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
 import type { ClusterInfo, ClusterNode } from './layouts.js';
 import { ownerMark } from './owner.js';
-import { ClusterFlag, vidOf } from './protocol.js';
+import { ClusterFlag, STATUS_RUNNING, vidOf } from './protocol.js';
 import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';
@@ -28,8 +29,6 @@ import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
 import { inParallel, objectKey, sleep } from './table.js';
 import { WriteOrder } from './write-order.js';
 
-/** enum sd_status. */
-const STATUS_RUNNING = 1;
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
 /** For closing what is open, and dropping temporary snapshots. */
@@ -69,6 +68,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly enforcesLocks: boolean;
   readonly recyclesVids: boolean;
   readonly defaultBlockSizeShift: number;
+  readonly version: ClusterInfo['version'];
   readonly state: HostState | undefined;
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
@@ -83,11 +83,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
     this.identity = `sheepdog cluster of ${info.createdAt}`;
-    this.readOnlyBecause = options.missingIsZero
-      ? `${location} is served with zeros in place of what it has lost, and therefore only to be read`
-      : undefined;
+    this.readOnlyBecause = whyReadOnly(location, info, options);
+    this.version = info.version;
     this.cluster = cluster;
     this.recyclesVids = (info.flags & ClusterFlag.RECYCLE_VID) !== 0;
+    cluster.recyclesVids = this.recyclesVids;
     this.enforcesLocks = (info.flags & ClusterFlag.USE_LOCK) !== 0;
     const isEnforced = this.enforcesLocks && this.readOnlyBecause === undefined;
     this.locks = new Locks(cluster, { isEnforced, recyclesVids: this.recyclesVids });
@@ -97,6 +97,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.state = this.#openState();
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
+    if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.gateway.placeByDisk();
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
     if (this.readOnlyBecause === undefined && (this.enforcesLocks || this.recyclesVids)) this.#keepLooking();
   }
@@ -111,10 +112,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       options.signal?.throwIfAborted();
       const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
       if (info.status !== STATUS_RUNNING) {
-        throw new StoreError(
-          'IO',
-          `the cluster at ${nodes} does not serve: it waits for nodes or for 'dog cluster format'`,
-        );
+        throw new StoreError('IO', `the cluster at ${nodes} does not serve: it is ${clusterState(info)}`);
       }
       return new SheepStore(clusterLocation(nodes), cluster, info, options);
     } catch (error) {
@@ -356,13 +354,28 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
     const { map, record } = vdi;
     if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
-    if (this.#options.missingIsZero)
-      throw new StoreError('PERMISSION', 'lost objects read as zeros: nothing is written');
+    if (this.readOnlyBecause !== undefined) {
+      throw new StoreError('PERMISSION', `nothing is written: ${this.readOnlyBecause}`);
+    }
     if (idx >= map.length) throw vdi.failure ?? behindEndError(record, 'NO_SPACE');
     if (idx < 0 || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
       throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
     }
   }
+}
+
+function whyReadOnly(
+  location: string,
+  { version }: ClusterInfo,
+  { missingIsZero }: SheepStoreOptions,
+): string | undefined {
+  if (missingIsZero)
+    return `${location} is served with zeros in place of what it has lost, and therefore only to be read`;
+  if (version === '1.0') return undefined;
+  return (
+    `${location} is a cluster of Sheepdog ${version}, which is only read here; 'sheepgate migrate', without a daemon that ` +
+    'serves it, brings its disks into a local store or a cluster of 1.0'
+  );
 }
 
 function labelOf({ record }: Pick<OpenVdi, 'record'>): string {

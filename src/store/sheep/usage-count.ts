@@ -17,6 +17,7 @@ export class UsageCount {
   /** Of working VDIs, and of those with an index of their own. */
   readonly #own = new Map<number, number>();
   readonly #inodes: Inode[] = [];
+  readonly #damaged = new Map<number, Usage>();
 
   /** The entries [from, to) of the inode's table. Each once. */
   add(inode: Inode, table: Uint32Array, from: number, to: number): void {
@@ -40,8 +41,13 @@ export class UsageCount {
     this.#inodes.push(inode);
   }
 
+  /** Its table cannot be read. */
+  noteDamage({ vid }: Inode, damage: string): void {
+    this.#damaged.set(vid, { allocated: 0, exclusive: 0, damage });
+  }
+
   result(): Map<number, Usage> {
-    const usages = new Map<number, Usage>();
+    const usages = new Map<number, Usage>(this.#damaged);
     for (const { vid, isSnapshot, storePolicy } of this.#inodes) {
       const exclusive = isSnapshot && storePolicy === 0 ? this.#alone.get(vid) : this.#own.get(vid);
       usages.set(vid, { allocated: this.#allocated.get(vid) ?? 0, exclusive: exclusive ?? 0 });

@@ -1,0 +1,23 @@
+/** Whether a cluster serves, and what to do if it does not. Owns the words for it, asks nobody. */
+import type { ClusterInfo } from './layouts.js';
+import { STATUS_RUNNING, STATUS_WAITING } from './protocol.js';
+
+export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
+
+export function clusterStateName({ status, createdAt }: Pick<ClusterInfo, 'status' | 'createdAt'>): StateName {
+  if (status === STATUS_RUNNING) return 'running';
+  if (status !== STATUS_WAITING) return 'shutting-down';
+  return createdAt === 0 ? 'not-formatted' : 'waiting';
+}
+
+const IN_WORDS: Readonly<Record<StateName, string>> = {
+  running: 'running',
+  'not-formatted': "not formatted; 'dog cluster format' does that",
+  waiting: "waiting for its other nodes: start all that were members, or see 'dog cluster recover'",
+  'shutting-down': 'shutting down',
+};
+
+/** What it is, and what to do if that is not "running". */
+export function clusterState(info: Pick<ClusterInfo, 'status' | 'createdAt'>): string {
+  return IN_WORDS[clusterStateName(info)];
+}

@@ -1,0 +1,58 @@
+/**
+ * VDIs whose inode no node has any more. Nodes look a name up in the inodes that lie where it belongs, or in all of them
+ * (clusters formatted with -R), and give up at the first that is lost. Owns the look-up that passes over those, and what
+ * can still be known of one: changes nothing.
+ */
+import { StoreError, type DamagedVdi } from '../object-store.js';
+import type { Cluster } from './cluster.js';
+import type { Inode } from './layouts.js';
+import { isShadowName } from './shadow.js';
+import { inParallel } from './table.js';
+import type { VidsInUse } from './vids-in-use.js';
+
+const PARALLEL_READS = 64;
+
+/** The vid of a name's working VDI, or of its snapshot with that id, among the inodes that there are; 0 if there is none. */
+export async function lookupAround(cluster: Cluster, name: string, snapId: number): Promise<number> {
+  const vids = await cluster.vids();
+  const places = cluster.recyclesVids ? vids.live() : vids.placesOf(name);
+  let found = 0;
+  await inParallel(PARALLEL_READS, places, async (vid) => {
+    const inode = await inodeOrLost(cluster, vid);
+    if (inode?.name !== name) return;
+    if (snapId === 0 ? !inode.isSnapshot : inode.isSnapshot && inode.snapId === snapId) found = vid;
+  });
+  return found;
+}
+
+/** Undefined if no node has it. Errors: StoreError but GONE. */
+export async function inodeOrLost(cluster: Cluster, vid: number): Promise<Inode | undefined> {
+  try {
+    return await cluster.readInode(vid);
+  } catch (error) {
+    if ((error as StoreError).code !== 'GONE') throw error;
+    return undefined;
+  }
+}
+
+/** Those of `vids` that are lost, with what the inodes that are there, `known`, say of them. */
+export function describeLost(lost: readonly number[], known: readonly Inode[], vids: VidsInUse): DamagedVdi[] {
+  const names = new Set(known.map(({ name }) => name).filter((name) => name !== '' && !isShadowName(name)));
+  const candidates = new Map<number, string[]>();
+  const isLost = new Set(lost);
+  for (const name of names) {
+    for (const vid of vids.placesOf(name)) {
+      if (isLost.has(vid)) candidates.set(vid, [...(candidates.get(vid) ?? []), name]);
+    }
+  }
+  return lost.map((vid) => {
+    const named = candidates.get(vid) ?? [];
+    const children = known.filter(({ parentVid }) => parentVid === vid);
+    return {
+      vid,
+      likelyName: named.length === 1 ? named[0] : undefined,
+      isSnapshot: children.length > 0 ? true : undefined,
+      why: 'no node has its inode',
+    };
+  });
+}

@@ -1,0 +1,290 @@
+/**
+ * Clusters that differ from most in what their nodes are: on IPv6, with disk vnodes, of an older version, or without a
+ * format. Against the stand-in, and against real nodes: of the usual build where `sheep` and `dog` are on the PATH, of
+ * others where SHEEPGATE_OLD_SHEEP and SHEEPGATE_DISKVNODES_SHEEP name a directory that has the two.
+ */
+import { execFile, execFileSync, spawn } from 'node:child_process';
+import fs from 'node:fs';
+import net from 'node:net';
+import os from 'node:os';
+import path from 'node:path';
+import { promisify } from 'node:util';
+import { afterEach, describe, expect, test } from 'vitest';
+import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
+import { readClusterReport } from '../../src/store/sheep/cluster-report.js';
+import { decodeNodes } from '../../src/store/sheep/layouts.js';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { cleanUp, cli, cliJson, ok, skipBecause, temporaryDirectory } from '../harness/daemon.js';
+import { realNodesMissing, until } from './clusters.js';
+import { StandIn } from './stand-in.js';
+
+const run = promisify(execFile);
+const OBJECT = 2 ** 20;
+const BLOCK = 4096;
+const RETRY_MS = 10_000;
+
+const ends: (() => Promise<void> | void)[] = [];
+afterEach(async () => {
+  for (const end of ends.splice(0).reverse()) await end();
+  cleanUp();
+});
+
+async function standIn(options: ConstructorParameters<typeof StandIn>[0]): Promise<StandIn> {
+  const cluster = await new StandIn(options).start();
+  ends.push(() => cluster.stop());
+  return cluster;
+}
+
+async function open(address: string): Promise<VdiCatalog> {
+  const catalog = new VdiCatalog(await SheepStore.open(address, { retryMs: RETRY_MS }));
+  ends.push(() => catalog.close().catch(() => undefined));
+  return catalog;
+}
+
+async function hasIpv6(): Promise<boolean> {
+  const server = net.createServer();
+  const isThere = await new Promise<boolean>((resolve) => {
+    server.once('error', () => resolve(false)).listen(0, '::1', () => resolve(true));
+  });
+  server.close();
+  return isThere;
+}
+
+/** Of one node's address all others are learnt, and one of them is gone on with. */
+async function survivesItsNode(address: string, nodes: number, kill: () => Promise<void> | void): Promise<void> {
+  const catalog = await open(address);
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
+  const vdi = await catalog.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+  const found = await cliJson<{ host: string; port: number }[]>(['node', 'list', '--cluster', address]);
+  expect(found).toHaveLength(nodes);
+  await kill();
+  await vdi.write(BLOCK, Buffer.alloc(BLOCK, 2), false);
+  const read = Buffer.alloc(2 * BLOCK);
+  await vdi.read(0, read);
+  expect(read.equals(Buffer.concat([Buffer.alloc(BLOCK, 1), Buffer.alloc(BLOCK, 2)]))).toBe(true);
+  await catalog.release(vdi);
+}
+
+describe('addresses', () => {
+  test.each([
+    ['::1', '0'.repeat(31) + '1'],
+    ['127.0.0.1', '0'.repeat(24) + '7f000001'],
+    ['fd00::12:7', 'fd00000000000000000000000012' + '0007'],
+    ['::ffff:a00:1', '00000000000000000000ffff0a000001'],
+  ])('%s is read as the nodes write it', (host, hex) => {
+    const entry = Buffer.alloc(80);
+    Buffer.from(hex, 'hex').copy(entry, 24);
+    entry.writeUInt16LE(7000, 40);
+    expect(decodeNodes(entry, 1)).toMatchObject([{ host, port: 7000 }]);
+  });
+
+  test('of one length that nobody knows, the list of nodes is an error and not empty', () => {
+    expect(() => decodeNodes(Buffer.alloc(200), 2)).toThrow(/2 nodes has 200 bytes/);
+  });
+
+  test('one IPv6 address is the same however it is written', () => {
+    expect(parseClusterAddress('[0:0:0:0:0:0:0:1]:7001,[FD00::0:1],[fe80::1%eth0]:7000')).toEqual([
+      { host: '::1', port: 7001 },
+      { host: 'fd00::1', port: 7000 },
+      { host: 'fe80::1%eth0', port: 7000 },
+    ]);
+    expect(() => parseClusterAddress('::1')).toThrow(/goes in brackets, "\[::1\]"/);
+    expect(() => parseClusterAddress('[node1]:7000')).toThrow(/"node1" is no IPv6 address/);
+  });
+});
+
+test('nodes on ::1 are learnt and gone on with', async (context) => {
+  if (!(await hasIpv6())) skipBecause(context, 'there is no IPv6 loopback');
+  const cluster = await standIn({ nodes: 2, host: '::1' });
+  await survivesItsNode(cluster.addressOf(0), 2, () => cluster.stopNode(0));
+  const { stdout } = await cli(['node', 'list', '--cluster', cluster.addressOf(1)]);
+  expect(stdout).toContain(`[::1]:${cluster.ports[0]}`);
+});
+
+test('nodes with disk vnodes are learnt and gone on with', async () => {
+  const cluster = await standIn({ nodes: 2, diskVnodes: true });
+  await survivesItsNode(cluster.addressOf(0), 2, () => cluster.stopNode(0));
+});
+
+test('of a cluster that is not formatted, its state and its nodes are told', async () => {
+  const cluster = await standIn({ nodes: 2, isUnformatted: true });
+  const at = ['--cluster', cluster.addressOf(0)];
+  expect(await cliJson(['cluster', 'info', ...at])).toMatchObject({
+    ...{ state: 'not-formatted', nodeCount: 2, createdAt: null, version: '1.0' },
+  });
+  expect((await cli(['cluster', 'info', ...at])).stdout).toContain("not formatted; 'dog cluster format' does that");
+  expect(await cliJson(['node', 'list', ...at])).toHaveLength(2);
+  await expect(SheepStore.open(cluster.addressOf(0))).rejects.toThrow(/not serve: it is not formatted/);
+});
+
+test.each(['0.8', '0.9'] as const)(
+  'a cluster of Sheepdog %s is read, and nothing is changed in it',
+  async (version) => {
+    const cluster = await standIn({ nodes: 2 });
+    const before = await open(cluster.addressOf(0));
+    await before.create('disk', 4 * OBJECT);
+    const vdi = await before.openVdi('disk');
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+    await before.release(vdi);
+    await before.snapshot('disk', 'monday');
+    await before.create('gone', OBJECT);
+    await before.remove('gone');
+    await before.close();
+    cluster.version = version;
+    cluster.seen.length = 0;
+    const catalog = await open(cluster.addressOf(0));
+    expect((await catalog.list()).map(({ name, tag }) => `${name}@${tag}`)).toEqual(['disk@monday', 'disk@']);
+    for (const spec of ['disk', 'disk@monday']) {
+      const opened = await catalog.openVdi(spec);
+      const read = Buffer.alloc(BLOCK);
+      await opened.read(0, read);
+      expect(read.equals(Buffer.alloc(BLOCK, 1))).toBe(true);
+      await catalog.release(opened);
+    }
+    for (const change of [() => catalog.create('new', OBJECT), () => catalog.remove('disk@monday')]) {
+      await expect(change()).rejects.toMatchObject({ code: 'READ_ONLY' });
+    }
+    const report = await readClusterReport(cluster.addressOf(0));
+    expect(report).toMatchObject({
+      version,
+      copies: 2,
+      store: 'plain',
+      nodes: [{ host: '127.0.0.1', state: 'ok' }, {}],
+    });
+    await cluster.stopNode(0);
+    expect(await catalog.list()).toHaveLength(2);
+    // Looking a name up is the only request with data.
+    expect(cluster.seen.filter(({ opcode, flags }) => (flags & 1) !== 0 && opcode !== 0x14)).toEqual([]);
+  },
+);
+
+test('a cluster of a version that is not known says so, and how to bring the disks out', async () => {
+  const cluster = await standIn({ nodes: 1 });
+  cluster.version = '0.7';
+  await expect(SheepStore.open(cluster.address)).rejects.toThrow(
+    /of a version that is not known here: .*vdi read NAME/,
+  );
+});
+
+interface RealNodes {
+  readonly host: string;
+  readonly port: number;
+  readonly dog: string;
+  kill(n: number): Promise<void>;
+}
+
+/** Three nodes of the `sheep` and `dog` in `bin`, or on the PATH; formatted with two copies, if at all. */
+async function realNodes(bin: string, host: string, isFormatted = true): Promise<RealNodes> {
+  const sheep = path.join(bin, 'sheep');
+  const dog = path.join(bin, 'dog');
+  const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
+  const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-kinds-'));
+  // The first of three that are free.
+  const first = await new Promise<number>((resolve) => {
+    const server = net.createServer().listen(0, host, () => {
+      const { port } = server.address() as net.AddressInfo;
+      server.close(() => resolve(port));
+    });
+  });
+  // Before 1.0 they went to the background by themselves, and had no option not to.
+  const { stdout: help } = await run(sheep, ['--help']);
+  const pids: number[] = [];
+  ends.push(async () => {
+    for (const n of pids.keys()) await kill(n);
+    fs.rmSync(directory, { recursive: true, force: true });
+  });
+  const kill = async (n: number): Promise<void> => {
+    const pid = pids[n] as number;
+    if (pid === 0) return;
+    pids[n] = 0;
+    process.kill(pid, 'SIGKILL');
+    await until(`node ${n} has ended`, () => !fs.existsSync(`/proc/${pid}/mem`) || isZombie(pid));
+  };
+  for (let n = 0; n < 3; n++) {
+    const pidFile = path.join(directory, `pid${n}`);
+    const home = path.join(directory, `node${n}`);
+    fs.mkdirSync(home);
+    const where = ['-b', host, '-y', host, '-p', String(first + n), '-z', String(n), '-c', `local:${directory}/shm`];
+    const foreground = help.includes('--foreground') ? ['-f'] : [];
+    spawn(sheep, [...foreground, '-n', '-P', pidFile, ...where, home], { stdio: 'ignore' });
+    await until(
+      `node ${n} has started`,
+      () => fs.existsSync(pidFile) && fs.readFileSync(pidFile, 'utf8').trim() !== '',
+    );
+    pids.push(Number(fs.readFileSync(pidFile, 'utf8')));
+    await until(`node ${n} has joined`, async () => {
+      const { stdout } = await run(dog, ['node', 'list', '-a', host, '-p', String(first), '-r']).catch(() => ({
+        stdout: '',
+      }));
+      return stdout.trim().split('\n').filter(Boolean).length === n + 1;
+    });
+  }
+  if (isFormatted) execFileSync(dog, ['cluster', 'format', '-a', host, '-p', String(first), '-c', '2']);
+  return { host, port: first, dog, kill };
+}
+
+function isZombie(pid: number): boolean {
+  try {
+    return /^State:\s+Z/m.test(fs.readFileSync(`/proc/${pid}/status`, 'utf8'));
+  } catch {
+    return true;
+  }
+}
+
+const missing = realNodesMissing();
+const usual = missing === undefined ? path.dirname(execFileSync('which', ['sheep'], { encoding: 'utf8' }).trim()) : '';
+
+describe('real nodes', () => {
+  test('on ::1 are learnt and gone on with', async (context) => {
+    if (missing !== undefined) skipBecause(context, missing);
+    if (!(await hasIpv6())) skipBecause(context, 'there is no IPv6 loopback');
+    const nodes = await realNodes(usual, '::1');
+    await survivesItsNode(`[::1]:${nodes.port}`, 3, () => nodes.kill(0));
+  }, 60_000);
+
+  test('that are not formatted tell their state and their list', async (context) => {
+    if (missing !== undefined) skipBecause(context, missing);
+    const nodes = await realNodes(usual, '127.0.0.1', false);
+    const at = ['--cluster', `127.0.0.1:${nodes.port}`];
+    expect(await cliJson(['cluster', 'info', ...at])).toMatchObject({ state: 'not-formatted', nodeCount: 3 });
+    expect(await cliJson(['node', 'list', ...at])).toHaveLength(3);
+  }, 60_000);
+
+  test('built with disk vnodes are learnt and gone on with', async (context) => {
+    const bin = process.env.SHEEPGATE_DISKVNODES_SHEEP;
+    if (bin === undefined)
+      skipBecause(context, 'SHEEPGATE_DISKVNODES_SHEEP names no directory with such a sheep and dog');
+    const nodes = await realNodes(bin, '127.0.0.1');
+    await survivesItsNode(`127.0.0.1:${nodes.port}`, 3, () => nodes.kill(0));
+  }, 60_000);
+
+  test('of an older version give every byte that their own tool has written, and go on when one is gone', async (context) => {
+    const bin = process.env.SHEEPGATE_OLD_SHEEP;
+    if (bin === undefined)
+      skipBecause(context, 'SHEEPGATE_OLD_SHEEP names no directory with the sheep and dog of 0.8 or 0.9');
+    const nodes = await realNodes(bin, '127.0.0.1');
+    const directory = temporaryDirectory();
+    const at = (...args: string[]): string[] => [...args.slice(0, 2), '-p', String(nodes.port), ...args.slice(2)];
+    const shell = (line: string): Promise<string> => ok('sh', ['-c', line]);
+    const written = path.join(directory, 'written');
+    await ok(nodes.dog, at('vdi', 'create', 'disk', '24M'));
+    await shell(`head -c 9000448 /dev/urandom | '${nodes.dog}' ${at('vdi', 'write', 'disk', '3145728').join(' ')}`);
+    await ok(nodes.dog, at('vdi', 'snapshot', '-s', 'monday', 'disk'));
+    await shell(`head -c 1048576 /dev/urandom | '${nodes.dog}' ${at('vdi', 'write', 'disk', '4194304').join(' ')}`);
+    await nodes.kill(1);
+    const cluster = `127.0.0.1:${nodes.port},127.0.0.1:${nodes.port + 2}`;
+    for (const [spec, args] of [
+      ['disk', ['disk']],
+      ['disk@monday', ['-s', 'monday', 'disk']],
+    ] as const) {
+      await shell(`'${nodes.dog}' ${at('vdi', 'read', ...args).join(' ')} > '${written}'`);
+      const image = path.join(directory, spec);
+      await cli(['export', spec, image, '--cluster', cluster]);
+      expect(fs.readFileSync(image).equals(fs.readFileSync(written)), spec).toBe(true);
+    }
+    const store = path.join(directory, 'store');
+    expect(await cli(['migrate', 'disk', '--from', `cluster:${cluster}`, '--to', store])).toMatchObject({ code: 0 });
+  }, 120_000);
+});
