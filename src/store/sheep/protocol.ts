@@ -25,6 +25,8 @@ export const Opcode = {
   GET_CLUSTER_DEFAULT: 0x18,
   GET_NODE_LIST: 0x82,
   STAT_SHEEP: 0x86,
+  STAT_RECOVERY: 0x97,
+  READ_PEER: 0xa4,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -38,7 +40,8 @@ export const OBJECT_OPCODES: ReadonlySet<number> = new Set([
   Opcode.REMOVE_OBJ,
 ]);
 
-export const Flag = { WRITE: 0x01, COW: 0x02 } as const;
+/** RECOVERY: of requests between nodes, that they wait for no object to be recovered. */
+export const Flag = { WRITE: 0x01, COW: 0x02, RECOVERY: 0x80 } as const;
 
 export const Result = {
   SUCCESS: 0x00,
@@ -78,7 +81,7 @@ export function resultName(result: number): string {
 }
 
 /** Flags of struct cluster_info. */
-export const ClusterFlag = { STRICT: 0x01, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
+export const ClusterFlag = { STRICT: 0x01, DISKMODE: 0x02, USE_LOCK: 0x08, RECYCLE_VID: 0x10 } as const;
 
 export const LOCK_TYPE_NORMAL = 0;
 
