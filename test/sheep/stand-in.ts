@@ -5,6 +5,7 @@
  * It also watches its clients: what real nodes would let pass and lose data by is written down in `violations`.
  */
 import net from 'node:net';
+import { StandInCopies } from './stand-in-copies.js';
 
 const HEADER = 48;
 const VDI_BIT = 1n << 63n;
@@ -89,7 +90,7 @@ export interface StandInOptions {
   readonly copyPolicy?: number;
 }
 
-interface Answer {
+export interface Answer {
   readonly result: number;
   readonly data?: Buffer;
   readonly fill?: (header: Buffer) => void;
@@ -109,6 +110,8 @@ export class StandIn {
   readonly left = new Set<number>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
+  /** What nodes have that is not what all have. */
+  readonly copies = new StandInCopies(this);
   readonly #options: Required<StandInOptions>;
   readonly #used = new Set<number>();
   readonly #deleted = new Set<number>();
@@ -275,6 +278,8 @@ export class StandIn {
   }
 
   #execute(request: Seen, header: Buffer, data: Buffer): Answer {
+    const ofPeer = this.copies.answer(request, header);
+    if (ofPeer) return ofPeer;
     switch (request.opcode) {
       case Op.READ:
         return this.#read(request);
@@ -294,7 +299,7 @@ export class StandIn {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
         const info = Buffer.alloc(CLUSTER_INFO_BYTES);
         info.writeInt16LE(this.#options.nodes, 2);
-        info.writeUInt32LE(1, 4);
+        info.writeUInt32LE(this.copies.epoch, 4);
         info.writeUInt16LE(this.#options.useLock ? 8 : 0, 16);
         info.set([2, 0, 1, 22], 18);
         info.write('plain', 25);
@@ -307,6 +312,7 @@ export class StandIn {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
           list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
           list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
+          list.writeUInt32LE(n, n * NODE_LIST_ENTRY + 68);
         }
         return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }

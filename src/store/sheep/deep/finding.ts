@@ -119,7 +119,7 @@ function contentsOf(present: readonly ClusterNode[], difference: Difference): Co
 
 /** One line, without a newline. */
 export function describe(finding: Finding): string {
-  const where = `${usersOf(finding)}`;
+  const where = usersOf(finding);
   const object = `(object ${finding.oid})`;
   const what = finding.isErasureCoded ? 'strip' : 'copy';
   switch (finding.kind) {
@@ -129,7 +129,7 @@ export function describe(finding: Finding): string {
         : `lost: ${where}: too few strips are left, on ${finding.presentOn.join(', ')} ${object}${troubleOf(finding)}`;
     case 'missing':
       return (
-        `degraded: ${where}: no ${what} on ${finding.missingOn.join(', ')}; on ${finding.presentOn.join(', ')} there is ` +
+        `degraded: ${where}: no ${what} on ${finding.missingOn.join(', ')}, only on ${finding.presentOn.join(', ')} ` +
         `${object}${troubleOf(finding)}`
       );
     case 'different': {
