@@ -5,11 +5,13 @@
  *
  * Memory: a bit for each object, half a MiB for each copy of the objects under way, and what is being settled.
  */
+import { readRoot } from '../btree.js';
 import type { Cluster } from '../cluster.js';
+import type { StoreError } from '../../object-store.js';
 import { recordOf, type Inode } from '../layouts.js';
 import { inodeHigh, vidOf } from '../protocol.js';
 import { isShadowName } from '../shadow.js';
-import { describe, findingsOf, type Finding } from './finding.js';
+import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';
 import { Looker } from './look.js';
 import { bytesOf, ObjectsInUse, readLiveInodes, type Target } from './objects-in-use.js';
 import { Peers } from './peers.js';
@@ -52,7 +54,7 @@ export interface DeepReport {
   readonly problems: readonly string[];
   readonly findings: readonly Finding[];
   /** VDIs and snapshots that should have more copies than there are zones. */
-  readonly thin: readonly { readonly label: string; readonly copies: number; readonly zones: number }[];
+  readonly thin: readonly Thin[];
   /** Why not all was read, if it was not. */
   readonly stoppedBy?: Error;
 }
@@ -145,18 +147,11 @@ class DeepCheck {
   }
 
   async #report(stoppedBy: Error | undefined): Promise<DeepReport> {
-    const thin: { label: string; copies: number; zones: number }[] = [];
+    const thin: Thin[] = [];
     if (stoppedBy) this.#nameByOwner();
     else await this.#nameUsers(thin);
     const findings = this.#findings.map(({ finding }) => finding).filter(({ userCount }) => userCount > 0);
-    const problems = [
-      ...thin.map(
-        ({ label, copies, zones }) =>
-          `degraded: all of ${label}: it has ${copies} copies or strips, and the cluster has nodes in ${zones} ` +
-          `${zones === 1 ? 'zone' : 'zones'} only`,
-      ),
-      ...findings.map(describe),
-    ];
+    const problems = [...describeThin(thin), ...findings.map(describe)];
     if (this.#hidden > 0) problems.push(`... and ${this.#hidden} more`);
     return {
       vdis: this.#objects.vdis,
@@ -170,24 +165,56 @@ class DeepCheck {
   }
 
   /** Who has the objects now. One that nobody refers to any more is nobody's trouble: its last user was deleted meanwhile. */
-  async #nameUsers(thin: { label: string; copies: number; zones: number }[]): Promise<void> {
+  async #nameUsers(thin: Thin[]): Promise<void> {
     const { zones } = await this.#peers.view();
     const lost = new Set<number>();
     const inodes = await readLiveInodes(this.#cluster, (vid) => lost.add(vid));
-    for (const vid of this.#objects.lostInodes) {
-      if (lost.has(vid)) this.#findings.push(lostInode(vid));
-    }
+    await this.#dropAltered();
+    const hasData = this.#findings.some(({ target: { part } }) => part === 'data');
     for (const inode of inodes) {
       const label = labelOf(inode);
       if (inode.copies > zones) thin.push({ label, copies: inode.copies, zones });
-      if (this.#findings.length === 0) continue;
-      const hasData = this.#findings.some(({ target: { part } }) => part === 'data');
-      const map = hasData ? await this.#cluster.readOwners(inode).catch(() => undefined) : undefined;
+      const map = hasData ? await this.#unlessGone(() => this.#cluster.readOwners(inode)) : undefined;
       for (const { target, finding } of this.#findings) {
-        const { part, high, low } = target;
-        if (part === 'data' ? map?.[low] === high : vidOf(high) === inode.vid) addUser(finding, target, label, inode);
+        if (await this.#hasIt(inode, map, target)) addUser(finding, target, label, inode);
       }
     }
+    for (const vid of this.#objects.lostInodes) if (lost.has(vid)) this.#findings.push(lostInode(vid));
+  }
+
+  async #hasIt(inode: Inode, map: Uint32Array | undefined, { part, high, low }: Target): Promise<boolean> {
+    if (part === 'data') return map?.[low] === high;
+    if (vidOf(high) !== inode.vid) return false;
+    if (part === 'inode') return true;
+    const root = await this.#unlessGone(() => readRoot(this.#cluster.readObject, inode.vid));
+    return root?.leaves?.some((leaf) => leaf.low === low) ?? false;
+  }
+
+  /** Undefined if what is read has been deleted, or is lost: that is a finding of its own. */
+  async #unlessGone<T>(read: () => Promise<T>): Promise<T | undefined> {
+    try {
+      return await read();
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      return undefined;
+    }
+  }
+
+  /** Objects whose owner has been given another number of copies meanwhile: they were looked for on the wrong nodes. */
+  async #dropAltered(): Promise<void> {
+    const now = new Map<number, number | undefined>();
+    for (const { target } of this.#findings) {
+      const vid = vidOf(target.high);
+      if (now.has(vid)) continue;
+      now.set(vid, (await this.#unlessGone(() => this.#cluster.readInode(vid)))?.copies);
+    }
+    const kept = this.#findings.filter(({ target }) => {
+      const copies = now.get(vidOf(target.high));
+      return copies === undefined || copies === target.copies;
+    });
+    if (kept.length === this.#findings.length) return;
+    this.#findings.splice(0, this.#findings.length, ...kept);
+    this.#options.note?.('the number of copies of a VDI was changed meanwhile: check again');
   }
 
   /** What can be said without asking anybody. */

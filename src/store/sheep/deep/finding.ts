@@ -7,7 +7,7 @@ import type { ClusterNode } from '../layouts.js';
 import { printOf, type Difference, type Look } from './look.js';
 import { UNIT_BYTES, type Part, type Target } from './objects-in-use.js';
 
-/** Ranges of one object, and users of one, that are spelled out. */
+/** Ranges of one object in the report; and those, and users of an object, in one line. */
 const MAX_RANGES = 64;
 const MAX_TOLD_RANGES = 8;
 const MAX_TOLD_USERS = 4;
@@ -30,8 +30,9 @@ export interface DifferentRange {
   readonly to: number;
   /** Of copies. Of strips it says nothing: none is like another. */
   readonly contents: readonly Content[];
-  /** The node with the strip that does not fit, where that can be told. */
-  readonly wrongStripOn?: string | undefined;
+  /** The strip that does not fit, where that can be told, and the node that has it. */
+  readonly wrongStrip?: number;
+  readonly wrongStripOn?: string;
 }
 
 /** A disk or snapshot that the object is a part of; bytes of it, both included. Of inodes and indexes the bytes are theirs. */
@@ -99,7 +100,8 @@ function rangesOf(target: Target, { present, differences }: Look): DifferentRang
   return ranges.map(({ from, to, difference }) => {
     if (target.dataStrips === 0) return { from, to, contents: contentsOf(present, difference) };
     const wrong = present[difference.wrong];
-    return { from, to, contents: [], wrongStripOn: wrong && addressLabel(wrong) };
+    if (!wrong) return { from, to, contents: [] };
+    return { from, to, contents: [], wrongStrip: difference.wrongStrip, wrongStripOn: addressLabel(wrong) };
   });
 }
 
@@ -140,6 +142,27 @@ export function describe(finding: Finding): string {
   }
 }
 
+/** A VDI or snapshot that should have more copies than there are zones. */
+export interface Thin {
+  readonly label: string;
+  readonly copies: number;
+  readonly zones: number;
+}
+
+/** A line for each number of copies. */
+export function describeThin(thin: readonly Thin[]): string[] {
+  return [...new Set(thin.map(({ copies }) => copies))].map((copies) => {
+    const all = thin.filter((each) => each.copies === copies);
+    const labels = all.slice(0, MAX_TOLD_USERS).map(({ label }) => label);
+    const more = all.length - labels.length;
+    const { zones } = all[0] as Thin;
+    return (
+      `degraded: all of ${labels.join(', ')}${more > 0 ? ` and ${more} more` : ''}: ${copies} copies or strips are wanted, ` +
+      `and the cluster has nodes in ${zones} ${zones === 1 ? 'zone' : 'zones'} only`
+    );
+  });
+}
+
 function describeRange(finding: Finding, range: DifferentRange): string {
   const of = finding.part === 'data' ? finding.users[0] : undefined;
   const base = of ? of.from : 0;
@@ -147,7 +170,7 @@ function describeRange(finding: Finding, range: DifferentRange): string {
   if (finding.isErasureCoded) {
     return range.wrongStripOn === undefined
       ? `${bytes} the strips do not fit each other`
-      : `${bytes} the strip on ${range.wrongStripOn} does not fit the others`;
+      : `${bytes} strip ${range.wrongStrip}, on ${range.wrongStripOn}, does not fit the others`;
   }
   const contents = range.contents.map(({ nodes, isZeros }) => (isZeros ? 'zeros on ' : '') + nodes.join(' and '));
   return `${bytes} are not the same: ${contents.join(' | ')}`;

@@ -30,6 +30,8 @@ export interface Difference {
   readonly prints: Buffer;
   /** Of an erasure-coded object: the node with the strip that is wrong, -1 if it cannot be told which. */
   readonly wrong: number;
+  /** The number of that strip. */
+  readonly wrongStrip: number;
 }
 
 export interface Look {
@@ -159,7 +161,7 @@ function compareCopies(parts: readonly Buffer[], from: number, found: (differenc
   for (let at = 0, unit = from; at < first.length; at += UNIT_BYTES, unit++) {
     const to = Math.min(at + UNIT_BYTES, first.length);
     if (others.every((other) => other.compare(first, at, to, at, to) === 0)) continue;
-    found({ unit, prints: printsOf(parts, at, to), wrong: -1 });
+    found({ unit, prints: printsOf(parts, at, to), wrong: -1, wrongStrip: -1 });
   }
 }
 
@@ -179,7 +181,7 @@ function compareStrips(
   comparison.compare(parts, unitBytes, (stripe, wrongStrip) => {
     const at = stripe * unitBytes;
     const wrong = present.findIndex(({ position }) => position === wrongStrip);
-    found({ unit: from + stripe, prints: printsOf(parts, at, at + unitBytes), wrong });
+    found({ unit: from + stripe, prints: printsOf(parts, at, at + unitBytes), wrong, wrongStrip });
   });
 }
 

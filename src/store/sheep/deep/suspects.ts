@@ -12,7 +12,7 @@ import type { Target } from './objects-in-use.js';
 
 /** When an object is looked at again, as parts of the time that a difference has to last. */
 const LOOKS_AT = [0.02, 0.1, 0.3, 0.6, 1];
-const QUICK_LOOKS = 100;
+const QUICK_LOOKS = 50;
 /** Pauses between quick looks, of random length so that they are not in step with a client. */
 const LONGEST_QUICK_PAUSE_MS = 25;
 /** Objects, and units that differ in them, that are waited for; who finds more waits. One object may have more units. */
