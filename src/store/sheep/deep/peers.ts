@@ -105,7 +105,8 @@ export class Peers {
 
   async #look(): Promise<View> {
     const { signal, note } = this.#options;
-    const deadline = performance.now() + (this.#options.retryMs ?? RETRY_MS);
+    const retryMs = this.#options.retryMs ?? RETRY_MS;
+    let deadline = performance.now() + retryMs;
     let isTold = false;
     for (;;) {
       signal?.throwIfAborted();
@@ -120,6 +121,9 @@ export class Peers {
       if (nodes.length === 0) throw new StoreError('IO', 'the cluster lists no nodes that keep objects');
       const states = await this.#recoveryOf(nodes, epoch, deadline);
       if (states === undefined) {
+        if (performance.now() >= deadline) {
+          throw new StoreError('IO', `the nodes do not agree on who they are: not all of them are at epoch ${epoch}`);
+        }
         await sleep(FIRST_BACKOFF_MS, undefined, { signal });
         continue;
       }
@@ -135,6 +139,7 @@ export class Peers {
         );
       }
       isTold = true;
+      deadline = performance.now() + retryMs;
       await sleep(RECOVERY_POLL_MS, undefined, { signal });
     }
   }
