@@ -298,6 +298,19 @@ describe('check --deep (stand-in)', () => {
     expect(problems).toHaveLength(1);
   });
 
+  test('a disk whose inode is damaged hides nothing of the others', async () => {
+    const [first] = (await holders(2)) as [number];
+    standIn.copies.set(first, oid(2), () => undefined);
+    const inode = standIn.objects.get(inodeOid(vid + 1)) as Buffer;
+    inode.writeUInt8(200, 555);
+    const { problems } = await check();
+    inode.writeUInt8(20, 555);
+    expect(problems).toEqual([
+      'not compared: vm: its inode is damaged (objects of 2^200 bytes)',
+      expect.stringMatching(/^degraded: vm@a bytes \d+ to \d+: no copy on/),
+    ]);
+  });
+
   test('the command does it beside clients, with a daemon or without, and exits with 1 if something is wrong', async () => {
     const [first] = (await holders(0)) as [number];
     const daemon = await startDaemon({ cluster: standIn.address });

@@ -5,9 +5,9 @@
  *
  * Memory: a bit for each object, half a MiB for each copy of the objects under way, and what is being settled.
  */
+import type { StoreError } from '../../object-store.js';
 import { readRoot } from '../btree.js';
 import type { Cluster } from '../cluster.js';
-import type { StoreError } from '../../object-store.js';
 import { recordOf, type Inode } from '../layouts.js';
 import { inodeHigh, vidOf } from '../protocol.js';
 import { isShadowName } from '../shadow.js';
@@ -151,7 +151,8 @@ class DeepCheck {
     if (stoppedBy) this.#nameByOwner();
     else await this.#nameUsers(thin);
     const findings = this.#findings.map(({ finding }) => finding).filter(({ userCount }) => userCount > 0);
-    const problems = [...describeThin(thin), ...findings.map(describe)];
+    const unread = this.#objects.unread.map((what) => `not compared: ${what}`);
+    const problems = [...unread, ...describeThin(thin), ...findings.map(describe)];
     if (this.#hidden > 0) problems.push(`... and ${this.#hidden} more`);
     return {
       vdis: this.#objects.vdis,
@@ -190,12 +191,12 @@ class DeepCheck {
     return root?.leaves?.some((leaf) => leaf.low === low) ?? false;
   }
 
-  /** Undefined if what is read has been deleted, or is lost: that is a finding of its own. */
+  /** Undefined if what is read has been deleted, or is lost or damaged: that is a problem of its own. */
   async #unlessGone<T>(read: () => Promise<T>): Promise<T | undefined> {
     try {
       return await read();
     } catch (error) {
-      if ((error as StoreError).code !== 'GONE') throw error;
+      if (!['GONE', 'DAMAGED', 'UNSUPPORTED'].includes((error as StoreError).code)) throw error;
       return undefined;
     }
   }

@@ -49,7 +49,7 @@ export interface Looking {
   readonly didRead: (bytes: number) => void;
 }
 
-/** A copy while a look is under way. `object` says how the node is asked for it. */
+/** A copy while a look is under way; `position` among all of the object is the number of its strip. */
 interface Copy {
   readonly position: number;
   readonly node: ClusterNode;

@@ -13,8 +13,13 @@ import { stripsOf, STRIPE_BYTES } from './erasure-code.js';
 const PARALLEL_INODES = 16;
 /** SD_INODE_DATA_INDEX_SIZE: what a node of the index of a hyper volume has at most. */
 const INDEX_BYTES = 2 ** 22;
+/** Sizes of objects that the nodes allow. */
+const MIN_SHIFT = 20;
+const MAX_SHIFT = 31;
+/** MAX_DATA_OBJS. */
+const MAX_TABLE_ENTRIES = 2 ** 20;
 /** SD_INODE_SIZE. */
-const INODE_BYTES = INODE_GREF_OFFSET + GREF_BYTES * 2 ** 20;
+const INODE_BYTES = INODE_GREF_OFFSET + GREF_BYTES * MAX_TABLE_ENTRIES;
 /** In which pieces of the disk, or of an inode, objects are compared: a stripe, which is a sector too. */
 export const UNIT_BYTES = STRIPE_BYTES;
 
@@ -59,6 +64,8 @@ export class ObjectsInUse {
   readonly #leaves: { readonly vid: number; readonly low: number; readonly copies: number }[] = [];
   /** Vids of VDIs that are not deleted and whose inode no node has. */
   readonly lostInodes: number[] = [];
+  /** VDIs whose objects are not known, and why: their inodes or indexes are damaged. */
+  readonly unread: string[] = [];
   dataObjects = 0;
   /** To be read of all copies. */
   bytes = 0;
@@ -76,11 +83,18 @@ export class ObjectsInUse {
     this.#inodes.push(...(await readLiveInodes(this.#cluster, (vid) => this.lostInodes.push(vid))));
     await inParallel(PARALLEL_INODES, this.#inodes, async (inode) => {
       let map: Uint32Array;
+      if (!isSound(inode)) {
+        this.unread.push(`${inode.name}: its inode is damaged (objects of 2^${inode.blockSizeShift} bytes)`);
+        return;
+      }
       try {
         if (inode.storePolicy !== 0) await this.#collectLeaves(inode);
         map = await this.#cluster.readOwners(inode);
       } catch (error) {
-        if ((error as StoreError).code !== 'GONE') throw error;
+        const { code, message } = error as StoreError;
+        // One copy of several may be; which one, its own comparison says.
+        if (code === 'DAMAGED' || code === 'UNSUPPORTED') this.unread.push(`${inode.name}: ${message}`);
+        else if (code !== 'GONE') throw error;
         // Deleted meanwhile; what is lost of an inode, or an index, its own comparison says.
         return;
       }
@@ -133,7 +147,8 @@ export class ObjectsInUse {
   async #readLayout(vid: number, user: Inode): Promise<OwnerLayout> {
     if (vid === user.vid) return user;
     try {
-      return await this.#cluster.readInode(vid);
+      const inode = await this.#cluster.readInode(vid);
+      return isSound(inode) ? inode : user;
     } catch (error) {
       if ((error as StoreError).code !== 'GONE') throw error;
       return user;
@@ -172,6 +187,11 @@ export function bytesOf({ copies, spans, unitBytes }: Target): number {
   return copies * spans.reduce((sum, [from, to]) => sum + (to - from) * unitBytes, 0);
 }
 
+/** Whether what it says of its objects can be so. */
+function isSound({ blockSizeShift, copyPolicy }: OwnerLayout): boolean {
+  return blockSizeShift >= MIN_SHIFT && blockSizeShift <= MAX_SHIFT && (copyPolicy === 0 || copyPolicy > 15);
+}
+
 function wholeTarget(part: Part, high: number, low: number, copies: number, bytes: number): Target {
   const spans = [[0, Math.ceil(bytes / UNIT_BYTES)]] as const;
   return { part, high, low, copies, dataStrips: 0, copyBytes: bytes, unitBytes: UNIT_BYTES, spans };
@@ -187,7 +207,7 @@ function dataTarget(vid: number, idx: number, { copies, copyPolicy, blockSizeShi
 
 /** Of its table what the VDI's size needs; behind that nothing is read. */
 function inodeTarget(inode: Inode): Target {
-  const count = objectCount(inode.size, inode.blockSizeShift);
+  const count = Math.min(objectCount(inode.size, inode.blockSizeShift), MAX_TABLE_ENTRIES);
   const whole = wholeTarget('inode', inodeHigh(inode.vid), 0, inode.copies, INODE_BYTES);
   const isTable = inode.storePolicy === 0;
   const tableEnd = unitsTo(INODE_TABLE_OFFSET + (isTable ? count * INODE_ENTRY_BYTES : INDEX_BYTES));
