@@ -5,6 +5,7 @@
  * It also watches its clients: what real nodes would let pass and lose data by is written down in `violations`.
  */
 import net from 'node:net';
+import { StandInCopies } from './stand-in-copies.js';
 import { StandInState } from './stand-in-state.js';
 
 const HEADER = 48;
@@ -115,7 +116,7 @@ export interface StandInOptions {
   readonly isUnformatted?: boolean;
 }
 
-interface Answer {
+export interface Answer {
   readonly result: number;
   readonly data?: Buffer;
   readonly fill?: (header: Buffer) => void;
@@ -129,7 +130,15 @@ export class StandIn {
   readonly late = new Map<number, Set<number>>();
   /** Connections that clients have reset. */
   resets = 0;
-  epoch = 1;
+  /** Of the members; it goes up when they change. It is in every answer. */
+  get epoch(): number {
+    return this.copies.epoch;
+  }
+
+  set epoch(epoch: number) {
+    this.copies.epoch = epoch;
+  }
+
   /** Entries change, and what they referred to is forgotten: what nodes do when members change at that moment. */
   forgetsReferences = false;
   readonly violations: string[] = [];
@@ -140,6 +149,8 @@ export class StandIn {
   readonly left = new Set<number>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
+  /** What nodes have that is not what all have. */
+  readonly copies = new StandInCopies(this);
   readonly #options: Required<StandInOptions>;
   readonly #used = new Set<number>();
   readonly #deleted = new Set<number>();
@@ -398,6 +409,7 @@ export class StandIn {
     if (fault?.garbage) return void socket.write(Buffer.alloc(HEADER, 0xa5));
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
+    response.writeUInt32LE(this.epoch, 4);
     response.writeUInt32LE(answer.data?.length ?? 0, 12);
     response.writeUInt32LE(answer.result, 16);
     answer.fill?.(response);
@@ -405,6 +417,8 @@ export class StandIn {
   }
 
   #execute(request: Seen, header: Buffer, data: Buffer): Answer {
+    const ofPeer = this.copies.answer(request, header);
+    if (ofPeer) return ofPeer;
     switch (request.opcode) {
       case Op.READ:
         return this.#read(request);
@@ -460,7 +474,7 @@ export class StandIn {
       info[20] = 2;
       return info;
     }
-    info.writeUInt32LE(this.epoch, 4);
+    info.writeUInt32LE(this.copies.epoch, 4);
     info.writeUInt32LE(1_700_000_000, 12);
     info.writeUInt16LE((diskVnodes ? 2 : 0) | (useLock ? 8 : 0) | (recyclesVids ? 16 : 0), 16);
     info.set([copies, copyPolicy, 1, this.version === '1.0' ? blockSizeShift : 0], 18);

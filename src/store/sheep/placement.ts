@@ -1,11 +1,12 @@
 /**
- * Where objects lie: the ring of a cluster's nodes, by which it chooses the node of an object's first copy. A read that
- * is sent there is answered from that node's disk; any other node would have to fetch it. Owns the arithmetic only. What
- * it says is a hint: every node serves every object, and a membership that changes makes it wrong for a while.
+ * Where objects lie: the ring of a cluster's nodes, by which it chooses the nodes of an object's copies. A read that
+ * is sent to the first one is answered from that node's disk; any other node would have to fetch it. Owns the arithmetic
+ * only. What it says is a hint: every node serves every object, and a membership that changes makes it wrong for a while.
  *
  * Source: sheepdog_proto.h (sd_hash, sd_hash_oid: FNV-1a of 64 bits, once more over its own result) and sheep.h
  * (node_to_vnodes: as many points on the ring as a node has virtual nodes; node_disk_to_vnodes: as many as its disks have
- * for their size; the first point from the object's hash on).
+ * for their size; oid_to_vnodes: the first point from the object's hash on, and then the next ones in zones that have no
+ * copy yet).
  */
 import type { ClusterNode, NodeDisk } from './layouts.js';
 import { objectKey } from './table.js';
@@ -24,6 +25,8 @@ export class Placement {
   readonly #hashes: BigUint64Array;
   /** By point of the ring: position in `nodes`. */
   readonly #owners: Uint16Array;
+  /** By position in `nodes`. */
+  readonly #zones: readonly number[];
   readonly #remembered = new Map<number, number>();
 
   /** `byDisk`: the cluster is in disk mode (ClusterFlag.DISK_MODE). */
@@ -41,6 +44,7 @@ export class Placement {
       if (!byDisk) addPoints(hash, vnodes, node);
       else for (const disk of disks) addPoints(fnv64(hash, disk.id), pointsOf(disk), node);
     }
+    this.#zones = nodes.map(({ zone }) => zone);
     points.sort((a, b) => (a.hash < b.hash ? -1 : 1));
     this.#hashes = BigUint64Array.from(points, ({ hash }) => hash);
     this.#owners = Uint16Array.from(points, ({ node }) => node);
@@ -51,17 +55,36 @@ export class Placement {
     const key = objectKey(vid, idx);
     let node = this.#remembered.get(key);
     if (node === undefined) {
-      node = this.#find(vid, idx);
+      node = this.#owners[this.#find(vid, idx)] ?? -1;
       if (this.#remembered.size >= MAX_REMEMBERED) this.#remembered.clear();
       this.#remembered.set(key, node);
     }
     return node;
   }
 
-  #find(vid: number, idx: number): number {
+  /**
+   * Positions of the nodes that should have a copy of the object whose oid has these halves, or its strips one after the
+   * other: `copies` of them, or one in each zone if there are fewer zones.
+   */
+  holdersOf(high: number, low: number, copies: number): number[] {
+    const holders: number[] = [];
+    const zones = new Set<number>();
+    const start = this.#find(high, low);
+    for (let n = 0; n < this.#owners.length && holders.length < copies; n++) {
+      const node = this.#owners[(start + n) % this.#owners.length] as number;
+      const zone = this.#zones[node] as number;
+      if (zones.has(zone)) continue;
+      zones.add(zone);
+      holders.push(node);
+    }
+    return holders;
+  }
+
+  /** The first point of the ring from the hash of the object on. */
+  #find(oidHigh: number, oidLow: number): number {
     const oid = Buffer.alloc(8);
-    oid.writeUInt32LE(idx, 0);
-    oid.writeUInt32LE(vid, 4);
+    oid.writeUInt32LE(oidLow, 0);
+    oid.writeUInt32LE(oidHigh, 4);
     const hash = hashOfHash(fnv(oid, FNV_INIT));
     let low = 0;
     let high = this.#hashes.length;
@@ -70,7 +93,7 @@ export class Placement {
       if ((this.#hashes[middle] as bigint) < hash) low = middle + 1;
       else high = middle;
     }
-    return this.#owners[low === this.#hashes.length ? 0 : low] ?? -1;
+    return low === this.#hashes.length ? 0 : low;
   }
 }
 

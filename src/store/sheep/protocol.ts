@@ -31,6 +31,7 @@ export const Opcode = {
   STAT_SHEEP: 0x86,
   STAT_CLUSTER: 0x87,
   STAT_RECOVERY: 0x97,
+  READ_PEER: 0xa4,
   GET_VDI_COPIES: 0xab,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
@@ -45,7 +46,8 @@ export const OBJECT_OPCODES: ReadonlySet<number> = new Set([
   Opcode.REMOVE_OBJ,
 ]);
 
-export const Flag = { WRITE: 0x01, COW: 0x02 } as const;
+/** RECOVERY: of requests between nodes, that they wait for no object to be recovered. */
+export const Flag = { WRITE: 0x01, COW: 0x02, RECOVERY: 0x80 } as const;
 
 export const Result = {
   SUCCESS: 0x00,

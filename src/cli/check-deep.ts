@@ -1,0 +1,78 @@
+/**
+ * `sheepgate check --deep`: what the nodes of a cluster have, compared. Owns which cluster that is, and how the report looks;
+ * it goes to the nodes itself, also where a daemon serves the cluster: nothing is changed, and the daemon has other work.
+ */
+import { OperationError } from '../daemon/operations.js';
+import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import type { DeepReport } from '../store/sheep/deep/deep-check.js';
+import type { CheckOptions } from './check.js';
+import { chosenStore } from './common-options.js';
+import { interruptible } from './interrupt.js';
+import { printJson, printLine, printNote } from './output.js';
+import { startProgress, type Progress } from './progress.js';
+import { formatSize } from './size.js';
+
+export async function checkDeep(options: CheckOptions): Promise<void> {
+  const location = await clusterOf(options);
+  const startedAt = performance.now();
+  const report = await interruptible((signal) => readAll(location, options, signal));
+  const seconds = (performance.now() - startedAt) / 1000;
+  const { problems, stoppedBy, findings, thin } = report;
+  if (problems.length > 0) process.exitCode = 1;
+  if (options.json) {
+    const { vdis, objects, bytesRead } = report;
+    const counts = { vdis, objects, bytesRead, seconds, isComplete: stoppedBy === undefined };
+    printJson({ ...counts, problems, findings, thin, problemsLeft: problems.length });
+  } else {
+    for (const problem of problems) printLine(problem);
+    printLine(summary(report));
+  }
+  if (stoppedBy) throw stoppedBy;
+}
+
+async function readAll(location: string, options: CheckOptions, signal: AbortSignal): Promise<DeepReport> {
+  const { SheepStore } = await import('../store/sheep/sheep-store.js');
+  const { deepCheck } = await import('../store/sheep/deep/deep-check.js');
+  const store = await SheepStore.open(location, { log: printNote, signal });
+  let progress: Progress | undefined;
+  try {
+    return await deepCheck(store.cluster, {
+      rate: options.rate,
+      settleMs: options.settle === undefined ? undefined : options.settle * 1000,
+      signal,
+      note: printNote,
+      progress: {
+        begin: (total) => (progress = startProgress('comparing copies', total)),
+        advance: (bytes) => progress?.advance(bytes),
+      },
+    });
+  } catch (error) {
+    signal.throwIfAborted();
+    throw error;
+  } finally {
+    progress?.end();
+    await store.close();
+  }
+}
+
+function summary({ vdis, objects, bytesRead, problems, stoppedBy }: DeepReport): string {
+  const read = `${vdis} VDIs and snapshots, ${objects} objects, ${formatSize(bytesRead)} read from their nodes`;
+  return `${read}, ${problems.length} problems${stoppedBy ? '; not all was read' : ''}`;
+}
+
+/** Errors: BAD_USAGE of a local store. */
+async function clusterOf(options: CheckOptions): Promise<string> {
+  const { store, control, isStoreGiven } = chosenStore(options);
+  if (isClusterLocation(store)) return store;
+  if (control !== undefined && !isStoreGiven) {
+    const { controlOfDaemon } = await import('../daemon/open-operations.js');
+    const daemon = await controlOfDaemon({ store, isStoreGiven, control });
+    const served = (await daemon.status()).store;
+    if (isClusterLocation(served)) return served;
+  }
+  throw new OperationError(
+    'BAD_USAGE',
+    '--deep compares the copies that the nodes of a cluster have, and a local store has one of everything: check without ' +
+      "--deep compares it with its maps, and 'sheepgate export NAME /dev/null' shows whether the disk gives all of it",
+  );
+}

@@ -1,0 +1,244 @@
+/**
+ * Reads what a certain node has of an object, as nodes ask each other for it (READ_PEER), and knows which nodes should
+ * have it. Owns connections of its own, apart from those of clients, and the view of the cluster's members: a read is of
+ * one epoch, and nothing is read while nodes recover. Changes nothing on the nodes.
+ *
+ * A read by a peer waits for the recovery of its object, and begins it (request.c, request_in_recovery): with the flag
+ * RECOVERY it does neither. Clients' requests that do so are how a node that comes back may keep old copies.
+ */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { StoreError } from '../../object-store.js';
+import { addressLabel } from '../cluster-address.js';
+import type { Cluster } from '../cluster.js';
+import { ConnectionLost, NodeConnection, type Answer, type WireRequest } from '../connection.js';
+import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../layouts.js';
+import { Placement } from '../placement.js';
+import { ClusterFlag, Flag, Opcode, Result, resultName } from '../protocol.js';
+
+/** One request, of at most half a MiB. */
+const ATTEMPT_MS = 30_000;
+/** How long a node that cannot be reached, or has trouble, is asked again; after that it is said which one it is. */
+const RETRY_MS = 60_000;
+const FIRST_BACKOFF_MS = 50;
+const LONGEST_BACKOFF_MS = 2_000;
+/** How often nodes that recover are asked whether they have. */
+const RECOVERY_POLL_MS = 1_000;
+/** How old the knowledge may be that the members are the same and none recovers. */
+const VIEW_AGE_MS = 1_000;
+/** struct recovery_state (internal_proto.h), and what is where in it. */
+const RECOVERY_STATE_BYTES = 24;
+const FINISHED_OFFSET = 8;
+const TOTAL_OFFSET = 16;
+/** In struct sd_req and sd_rsp, and in those of requests on objects. */
+const EPOCH_OFFSET = 4;
+const EC_INDEX_OFFSET = 34;
+const TARGET_EPOCH_OFFSET = 36;
+
+/** The members of the cluster have changed: what was read of an object by the old view says nothing. */
+export class MembersChanged extends Error {}
+
+export interface View {
+  readonly epoch: number;
+  readonly nodes: readonly ClusterNode[];
+  readonly placement: Placement;
+  /** As many copies of an object are kept at most. */
+  readonly zones: number;
+}
+
+/** An object, and the strip of it; 0 of one that has no strips. */
+export interface PeerObject {
+  readonly high: number;
+  readonly low: number;
+  readonly strip: number;
+}
+
+/** `missing`: the node has no such copy. `trouble`: what it answers instead of one. */
+export type PeerAnswer = { readonly missing?: true; readonly trouble?: string };
+
+const FOUND: PeerAnswer = {};
+const MISSING: PeerAnswer = { missing: true };
+
+export interface PeersOptions {
+  readonly signal?: AbortSignal;
+  /** Told once when nodes recover, and when they have. */
+  readonly note: (line: string) => void;
+  readonly retryMs?: number;
+}
+
+export class Peers {
+  readonly #cluster: Cluster;
+  readonly #options: PeersOptions;
+  readonly #connections = new Map<string, Promise<NodeConnection>>();
+  #view: { readonly view: Promise<View>; askedAt: number; seen?: View } | undefined;
+
+  constructor(cluster: Cluster, options: PeersOptions) {
+    this.#cluster = cluster;
+    this.#options = options;
+    options.signal?.addEventListener('abort', () => this.close(), { once: true });
+  }
+
+  /**
+   * The members, when none of them recovers. It may be somewhat old unless it must be `fresh`. Errors: StoreError
+   * UNSUPPORTED, IO, also if one cannot be asked.
+   */
+  view({ fresh = false } = {}): Promise<View> {
+    const known = this.#view;
+    if (known && (!fresh || performance.now() - known.askedAt < VIEW_AGE_MS)) return known.view;
+    const asked: { readonly view: Promise<View>; askedAt: number; seen?: View } = {
+      view: this.#look(),
+      askedAt: Infinity,
+    };
+    this.#view = asked;
+    asked.view.then(
+      (seen) => Object.assign(asked, { seen, askedAt: performance.now() }),
+      () => {
+        if (this.#view === asked) this.#view = undefined;
+      },
+    );
+    return asked.view;
+  }
+
+  /** This view is over: the next one to ask gets another. */
+  isOver(view: View): void {
+    if (this.#view?.seen === view) this.#view = undefined;
+  }
+
+  async #look(): Promise<View> {
+    const { signal, note } = this.#options;
+    const retryMs = this.#options.retryMs ?? RETRY_MS;
+    let deadline = performance.now() + retryMs;
+    let isTold = false;
+    for (;;) {
+      signal?.throwIfAborted();
+      const { epoch, flags } = await this.#cluster.info();
+      if ((flags & ClusterFlag.DISK_MODE) !== 0) {
+        throw new StoreError(
+          'UNSUPPORTED',
+          'this cluster places objects by disk (diskvnodes); which node should have a copy is not known here',
+        );
+      }
+      const nodes = (await this.#cluster.gateway.listNodes()).filter(({ vnodes }) => vnodes > 0);
+      if (nodes.length === 0) throw new StoreError('IO', 'the cluster lists no nodes that keep objects');
+      const states = await this.#recoveryOf(nodes, epoch, deadline);
+      if (states === undefined) {
+        if (performance.now() >= deadline) {
+          throw new StoreError('IO', `the nodes do not agree on who they are: not all of them are at epoch ${epoch}`);
+        }
+        await sleep(FIRST_BACKOFF_MS, undefined, { signal });
+        continue;
+      }
+      if (states.total === undefined) {
+        if (isTold) note('the nodes have recovered');
+        const zones = new Set(nodes.map(({ zone }) => zone)).size;
+        return { epoch, nodes, placement: new Placement(nodes), zones };
+      }
+      if (!isTold) {
+        note(
+          `nodes recover (${states.finished} of ${states.total} objects): copies are compared when they have; ` +
+            "'dog node recovery' shows how far they are",
+        );
+      }
+      isTold = true;
+      deadline = performance.now() + retryMs;
+      await sleep(RECOVERY_POLL_MS, undefined, { signal });
+    }
+  }
+
+  /** What the nodes still have to recover, without a total if nothing; undefined if they do not agree on the epoch (yet). */
+  async #recoveryOf(
+    nodes: readonly ClusterNode[],
+    epoch: number,
+    deadline: number,
+  ): Promise<{ readonly finished: number; readonly total: number | undefined } | undefined> {
+    let finished = 0;
+    let total: number | undefined;
+    for (const node of nodes) {
+      const receive = Buffer.alloc(RECOVERY_STATE_BYTES);
+      const header = encodeVdiRequest(Opcode.STAT_RECOVERY, 0, receive.length);
+      let answer: Answer;
+      try {
+        answer = await this.#send(node, { header, receive });
+      } catch (error) {
+        if (!(error instanceof ConnectionLost)) throw error;
+        if (performance.now() >= deadline) throw unreachable(node, error.message);
+        return undefined;
+      }
+      if (answer.result !== Result.SUCCESS) {
+        if (performance.now() >= deadline) throw unreachable(node, `it answers ${resultName(answer.result)}`);
+        return undefined;
+      }
+      if (answer.header.readUInt32LE(EPOCH_OFFSET) !== epoch) return undefined;
+      if (receive[0] === 0) continue;
+      finished += Number(receive.readBigUInt64LE(FINISHED_OFFSET));
+      total = (total ?? 0) + Number(receive.readBigUInt64LE(TOTAL_OFFSET));
+    }
+    return { finished, total };
+  }
+
+  /**
+   * Bytes of the copy, or the strip, that this node of the view has. Errors: MembersChanged; StoreError IO if it cannot
+   * be asked.
+   */
+  async read(view: View, node: ClusterNode, object: PeerObject, offset: number, into: Buffer): Promise<PeerAnswer> {
+    const { high, low, strip } = object;
+    const header = encodeObjectRequest(Opcode.READ_PEER, Flag.RECOVERY, high, low, offset, into.length);
+    header.writeUInt32LE(view.epoch, EPOCH_OFFSET);
+    header[EC_INDEX_OFFSET] = strip;
+    header.writeUInt32LE(view.epoch, TARGET_EPOCH_OFFSET);
+    const { signal } = this.#options;
+    const deadline = performance.now() + (this.#options.retryMs ?? RETRY_MS);
+    for (let backoff = FIRST_BACKOFF_MS; ; backoff = Math.min(2 * backoff, LONGEST_BACKOFF_MS)) {
+      signal?.throwIfAborted();
+      let trouble: string;
+      let isAnswer = false;
+      try {
+        const { result } = await this.#send(node, { header, receive: into });
+        if (result === Result.SUCCESS) return FOUND;
+        if (result === Result.NO_OBJ) return MISSING;
+        if (result === Result.OLD_NODE_VER || result === Result.NEW_NODE_VER) throw new MembersChanged();
+        trouble = `it answers ${resultName(result)}`;
+        isAnswer = true;
+      } catch (error) {
+        if (!(error instanceof ConnectionLost)) throw error;
+        trouble = error.message;
+      }
+      signal?.throwIfAborted();
+      // A node whose disk fails leaves the cluster; one that has ended is left by the others.
+      if ((await this.#cluster.info()).epoch !== view.epoch) throw new MembersChanged();
+      if (performance.now() >= deadline) {
+        if (isAnswer) return { trouble };
+        throw unreachable(node, trouble);
+      }
+      await sleep(backoff, undefined, { signal });
+    }
+  }
+
+  /** Errors: ConnectionLost. */
+  async #send(node: ClusterNode, request: WireRequest): Promise<Answer> {
+    const label = addressLabel(node);
+    let connecting = this.#connections.get(label);
+    if (!connecting) {
+      connecting = NodeConnection.connect(node, () => this.#connections.delete(label));
+      this.#connections.set(label, connecting);
+      connecting.catch(() => this.#connections.delete(label));
+    }
+    const connection = await connecting;
+    return connection.send(request, ATTEMPT_MS);
+  }
+
+  close(): void {
+    for (const connecting of this.#connections.values()) {
+      connecting.then(
+        (connection) => connection.destroy(),
+        () => undefined,
+      );
+    }
+  }
+}
+
+function unreachable(node: ClusterNode, why: string): StoreError {
+  return new StoreError(
+    'IO',
+    `the node ${addressLabel(node)} cannot be asked: ${why}; copies are compared by asking every node for its own`,
+  );
+}
