@@ -109,6 +109,7 @@ class BareClient implements LoadedDisk {
   }
 }
 
+const DEBUG = { port: '', name: '' };
 interface Outcome {
   wrongReads: number;
   errors: number;
@@ -129,7 +130,16 @@ function differingCopies(directory: string, vid: number, expected: Buffer): Set<
       if (name.length !== 16 || !name.startsWith(vid.toString(16).padStart(8, '0'))) continue;
       const idx = parseInt(name.slice(8), 16);
       const content = fs.readFileSync(path.join(objects, name)).subarray(0, OBJECT);
-      if (!content.equals(expected.subarray(idx * OBJECT, (idx + 1) * OBJECT))) found.add(idx);
+      const should = expected.subarray(idx * OBJECT, (idx + 1) * OBJECT);
+      if (content.equals(should)) continue;
+      found.add(idx);
+      if (env['SHEEPGATE_ROLLING_LOG']) {
+        const { birthtime, mtime } = fs.statSync(path.join(objects, name));
+        const at: number[] = [];
+        for (let n = 0; n < OBJECT; n += 512) if (content.compare(should, n, n + 512, n, n + 512) !== 0) at.push(n);
+        console.log(execFileSync('sh', ['-c', `dog vdi object location -a 127.0.0.1 -p ${DEBUG.port} -i ${idx} ${DEBUG.name} 2>&1; ls -la ${directory}/node*/obj/*${name}* ${directory}/node*/obj/.stale/*${name}*; true`]).toString());
+        console.log(`${node} ${name}: born ${birthtime.toISOString()}, written ${mtime.toISOString()}`, at.length, at[0], content.readUInt32LE(at[0]), should.readUInt32LE(at[0]));
+      }
     }
   }
   return found;
@@ -170,10 +180,13 @@ async function round(): Promise<Record<string, Outcome>> {
   loads['ours'] = new VerifiedLoad(disk, options);
   for (let node = 0; node < NODES; node++) {
     await sleep(BEFORE_MS);
+    if (env['SHEEPGATE_ROLLING_LOG']) console.log(new Date().toISOString(), 'kill', node);
     await cluster.killNode(node);
     await sleep(AWAY_MS);
+    if (env['SHEEPGATE_ROLLING_LOG']) console.log(new Date().toISOString(), 'return', node);
     await cluster.returnNode(node);
     await cluster.recovered();
+    if (env['SHEEPGATE_ROLLING_LOG']) console.log(new Date().toISOString(), 'recovered');
   }
   await Promise.all(Object.values(loads).map((load) => load.end()));
   await cluster.recovered();
@@ -182,6 +195,7 @@ async function round(): Promise<Record<string, Outcome>> {
     const copy = path.join(cluster.directory, 'read');
     const port = String(cluster.livePort());
     execFileSync('sh', ['-c', `dog vdi read -a 127.0.0.1 -p ${port} ${name} 0 ${SIZE} > ${copy}`]);
+    Object.assign(DEBUG, { port, name });
     const throughUs = Buffer.alloc(SIZE);
     await (await catalog.openVdi(name)).read(0, throughUs);
     outcomes[name] = {

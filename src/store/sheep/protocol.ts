@@ -25,6 +25,7 @@ export const Opcode = {
   GET_CLUSTER_DEFAULT: 0x18,
   GET_NODE_LIST: 0x82,
   STAT_SHEEP: 0x86,
+  STAT_RECOVERY: 0x97,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,

@@ -85,6 +85,10 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
+    cluster.recovery.copiesOf = (vid) => {
+      const vdi = this.open.get(vid);
+      return vdi === undefined || vdi.record.isSnapshot ? 0 : vdi.inode.copies;
+    };
   }
 
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */

@@ -339,6 +339,7 @@ export class SheepVdi implements OpenVdi {
     // The inode of a snapshot can be written as well, and what the nodes do while they make it one is read, change, write
     // back: an entry that comes in between is undone, but the reference it replaced stays given up.
     if (await cluster.isReadOnly(vid, (batch[0] as TableChange).idx)) await this.#leave(vid);
+    const { epoch } = cluster.recovery;
     try {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
     } catch (error) {
@@ -355,6 +356,18 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
+    if (cluster.recovery.epoch !== epoch) await this.#confirm(vid, batch);
+  }
+
+  /**
+   * Entries were changed while the members of the cluster changed, and a copy of the inode may have missed them. Written
+   * once more as plain bytes, of which no node gives up a reference a second time: entries, and the counts of new ones.
+   */
+  async #confirm(vid: number, batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    const last = batch.reduce((highest, { idx }) => Math.max(highest, idx), 0);
+    await cluster.fillTable(vid, this.map.subarray(0, last + 1));
+    for (const { idx } of batch) await cluster.writeReferences(vid, idx, Buffer.alloc(GREF_BYTES));
   }
 
   /**
