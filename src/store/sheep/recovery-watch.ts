@@ -50,6 +50,8 @@ export class RecoveryWatch {
   isSteady = true;
   /** How many copies or strips the objects of a VDI have; 0 if nobody here writes it, and its objects need no care. */
   copiesOf: (vid: number) => number = () => 0;
+  /** Called when no node recovers anything any more. */
+  onSteady: () => void = () => undefined;
   readonly #nodes: WatchedNodes;
   #changedAt = -Infinity;
   #members: { readonly epoch: number; readonly nodes: readonly ClusterNode[] } | undefined;
@@ -74,6 +76,12 @@ export class RecoveryWatch {
     // They may be recovering already; that is asked, but nobody waits for it.
     if (isFirst) void this.#look().then((isQuiet) => isQuiet || this.#unsettle());
     else this.#unsettle();
+  }
+
+  /** Whether all nodes are there, and at rest, that an object with so many copies or strips needs. */
+  isComplete(copies: number): boolean {
+    if (!this.isSteady) return false;
+    return this.#members === undefined || zonesOf(this.#members.nodes) >= copies;
   }
 
   close(): void {
@@ -134,14 +142,13 @@ export class RecoveryWatch {
     const { epoch } = this;
     const nodes = this.#members?.epoch === epoch ? this.#members.nodes : undefined;
     if (!nodes) return false;
-    const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
     const requests = nodes.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
     const answers = await this.#nodes.askEach(nodes, requests);
     let found = 0;
     for (const answer of answers) {
       if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
     }
-    return found >= Math.min(copies, zones);
+    return found >= Math.min(copies, zonesOf(nodes));
   }
 
   #unsettle(): void {
@@ -163,6 +170,7 @@ export class RecoveryWatch {
     }
     this.isSteady = true;
     this.#settled.clear();
+    if (!this.#isClosed) this.onSteady();
   }
 
   /** Whether no node recovers anything in this epoch; undefined if they could not be asked. */
@@ -198,6 +206,11 @@ export class RecoveryWatch {
       this.#sleepers.add(wake);
     });
   }
+}
+
+/** No two copies of an object are in one. */
+function zonesOf(nodes: readonly ClusterNode[]): number {
+  return new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
 }
 
 function oidOf(high: number, low: number): string {

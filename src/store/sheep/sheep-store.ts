@@ -89,6 +89,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       const vdi = this.open.get(vid);
       return vdi === undefined || vdi.record.isSnapshot ? 0 : vdi.inode.copies;
     };
+    cluster.recovery.onSteady = () => {
+      for (const vdi of this.open.values()) vdi.nodesAreBack();
+    };
   }
 
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */

@@ -8,6 +8,7 @@ import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
 import { inPieces } from './pieces.js';
+import { OldParity } from './parity.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
@@ -69,6 +70,7 @@ export class SheepVdi implements OpenVdi {
   readonly #runs = new WriteRuns((idx, offset, data) => this.#writeNow(idx, offset, data));
   /** Entries of which nobody knows yet whether they become what was asked last. */
   readonly #doubtful = new Set<number>();
+  readonly #parity: OldParity;
 
   constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
     this.#host = host;
@@ -76,6 +78,7 @@ export class SheepVdi implements OpenVdi {
     this.record = recordOf(inode);
     this.map = map;
     this.#onClose = onClose;
+    this.#parity = new OldParity(host, this);
     this.#index = inode.storePolicy === 0 ? undefined : new HyperIndex(host, inode.vid);
   }
 
@@ -115,7 +118,13 @@ export class SheepVdi implements OpenVdi {
   async close(): Promise<void> {
     this.#isClosed = true;
     await this.#following?.catch(() => undefined);
+    await this.#parity.close();
     await this.#onClose(this);
+  }
+
+  /** All nodes are there again, and have recovered. */
+  nodesAreBack(): void {
+    void this.#parity.renew();
   }
 
   /** `work` makes a snapshot of this: nobody follows it before it has become what it is then. */
@@ -152,6 +161,7 @@ export class SheepVdi implements OpenVdi {
     if (this.map[idx] !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
     const unit = writeUnit(this.inode.copyPolicy);
+    this.#parity.note(idx);
     try {
       if (offset % unit === 0 && data.length % unit === 0) {
         await order.run(objectKey(vid, idx), offset, data.length, () =>
@@ -164,6 +174,7 @@ export class SheepVdi implements OpenVdi {
           this.#host.unlessGone(() => writeWholeStripes(cluster, vid, idx, offset, data)),
         );
       }
+      this.#parity.note(idx);
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
@@ -188,6 +199,7 @@ export class SheepVdi implements OpenVdi {
       await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
         this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
       );
+      this.#parity.note(idx);
     } catch (error) {
       await this.#followIfReadOnly(error, vid);
     }
