@@ -33,6 +33,7 @@ export const Op = {
   READ_VDIS: 0x15,
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
+  STAT_RECOVERY: 0x97,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -107,6 +108,12 @@ export class StandIn {
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
   readonly left = new Set<number>();
+  /** Of the members; it goes up when they change. In every answer, unless it is 0. */
+  epoch = 0;
+  /** Nodes that recover what is theirs since then. */
+  readonly recovering = new Set<number>();
+  /** Objects, by oid, that only the first node has yet. */
+  readonly outOfPlace = new Set<bigint>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
   readonly #options: Required<StandInOptions>;
@@ -268,6 +275,7 @@ export class StandIn {
     if (fault?.garbage) return void socket.write(Buffer.alloc(HEADER, 0xa5));
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
+    if (this.epoch > 0) response.writeUInt32LE(this.epoch, 4);
     response.writeUInt32LE(answer.data?.length ?? 0, 12);
     response.writeUInt32LE(answer.result, 16);
     answer.fill?.(response);
@@ -284,8 +292,12 @@ export class StandIn {
         return this.#create(request, data);
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
-      case Op.EXIST:
-        return { result: this.objects.has(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
+      case Op.EXIST: {
+        const isHere = this.objects.has(request.oid) && (request.node === 0 || !this.outOfPlace.has(request.oid));
+        return { result: isHere ? Res.SUCCESS : Res.NO_OBJ };
+      }
+      case Op.STAT_RECOVERY:
+        return { result: Res.SUCCESS, data: Buffer.alloc(24, this.recovering.has(request.node) ? 1 : 0) };
       case Op.READ_VDIS:
         return { result: Res.SUCCESS, data: bitmapOf(this.#used) };
       case Op.READ_DEL_VDIS:
@@ -307,6 +319,7 @@ export class StandIn {
           list.set([127, 0, 0, 1], n * NODE_LIST_ENTRY + 24 + 12);
           list.writeUInt16LE(port, n * NODE_LIST_ENTRY + 40);
           list.writeUInt16LE(NODE_VNODES, n * NODE_LIST_ENTRY + 64);
+          list.writeUInt32LE(n, n * NODE_LIST_ENTRY + 68);
         }
         return { result: Res.SUCCESS, data: list, fill: (h) => h.writeUInt32LE(ports.length, 20) };
       }
