@@ -1,6 +1,7 @@
 /** The members of a cluster change: which requests wait for that, which are done once more, and which go on. */
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import type { SheepVdi } from '../../src/store/sheep/sheep-vdi.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { waitUntil } from '../harness/daemon.js';
@@ -266,13 +267,24 @@ describe('erasure-coded objects', () => {
     expect([await read(1, 0), await read(1, 1), await read(2, 1)]).toEqual([1, 7, 7]);
   });
 
-  test('are named in the log when their disk is closed before all nodes are back', async () => {
+  test('are named in the log when their disk is closed before, and written when it is changed again', async () => {
     cluster.left.add(2);
     cluster.epoch++;
     await store.info();
     await waitUntil(isSteady, 'it is steady');
     await write(1, 1, 6);
-    await catalog.close();
-    expect(log.join()).toContain('disk is closed with 1 objects that were written while nodes were missing');
+    const name = 'disk';
+    await store.open.get(vdi.record.vid)?.close();
+    expect(log.join()).toContain(`${name} is closed, and 1 of its objects were written while nodes were missing`);
+    cluster.left.delete(2);
+    cluster.epoch++;
+    await store.info();
+    await waitUntil(isSteady, 'it is steady again');
+    const since = cluster.seen.length;
+    const again = (await store.catalog.open(vdi.record.vid)) as SheepVdi;
+    expect(cluster.seen.slice(since).some(({ opcode }) => opcode === Op.CREATE)).toBe(false);
+    await again.write(2, 0, Buffer.alloc(BLOCK));
+    await waitUntil(() => log.some((line) => line.includes('all parity is new')), 'the log says that it is done');
+    expect(cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(1))).toBe(true);
   });
 });

@@ -6,7 +6,7 @@
  *
  * Takes 25 s a round, and is left out unless SHEEPGATE_ROLLING says how many rounds. SHEEPGATE_ROLLING_FORMAT ("-c 2:1"),
  * _NODES, _MIB (of each disk), _READS (the part of the requests that read, 0.3), _PREALLOCATED=1, _BARE=0 (without bare
- * clients) vary it. What came out is printed for each round.
+ * clients), _AT_ONCE (nodes killed together) vary it. What came out is printed for each round.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -28,6 +28,7 @@ const NODES = Number(env['SHEEPGATE_ROLLING_NODES'] ?? 3);
 const SIZE = Number(env['SHEEPGATE_ROLLING_MIB'] ?? 64) * 2 ** 20;
 const READS = Number(env['SHEEPGATE_ROLLING_READS'] ?? 0.3);
 const IS_PREALLOCATED = env['SHEEPGATE_ROLLING_PREALLOCATED'] === '1';
+const AT_ONCE = Number(env['SHEEPGATE_ROLLING_AT_ONCE'] ?? 1);
 const WITH_BARE = env['SHEEPGATE_ROLLING_BARE'] !== '0';
 const IS_VERBOSE = env['SHEEPGATE_ROLLING_LOG'] === '1';
 const OBJECT = 4 * 2 ** 20;
@@ -185,13 +186,14 @@ async function round(): Promise<Record<string, Outcome>> {
     write: async (offset, data) => vdi.write(offset, data, false),
   };
   loads['ours'] = new VerifiedLoad(disk, options);
-  for (let node = 0; node < NODES; node++) {
+  for (let node = 0; node < NODES; node += AT_ONCE) {
     await sleep(BEFORE_MS);
-    if (IS_VERBOSE) console.log(new Date().toISOString(), 'kill', node);
-    await cluster.killNode(node);
+    const killed = Array.from({ length: Math.min(AT_ONCE, NODES - node) }, (_, n) => node + n);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'kill', ...killed);
+    for (const n of killed) await cluster.killNode(n);
     await sleep(AWAY_MS);
-    if (IS_VERBOSE) console.log(new Date().toISOString(), 'return', node);
-    await cluster.returnNode(node);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'return', ...killed);
+    for (const n of killed) await cluster.returnNode(n);
     await cluster.recovered();
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'recovered');
     if (!FORMAT.includes(':')) continue;

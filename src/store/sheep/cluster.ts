@@ -84,6 +84,8 @@ export class Cluster {
 
   /** Whether nodes recover, and which objects must wait for that. */
   readonly recovery: RecoveryWatch;
+  /** By vid: erasure-coded objects that are to be written again (parity.ts). */
+  readonly oldParity = new Map<number, Set<number>>();
 
   constructor(gateway: Gateway) {
     this.gateway = gateway;

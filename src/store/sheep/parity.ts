@@ -28,8 +28,8 @@ export interface CodedVdi {
 export class OldParity {
   readonly #host: ParityHost;
   readonly #vdi: CodedVdi;
-  readonly #written = new Set<number>();
   #writing: Promise<void> | undefined;
+  #isClosed = false;
 
   constructor(host: ParityHost, vdi: CodedVdi) {
     this.#host = host;
@@ -38,8 +38,12 @@ export class OldParity {
 
   /** Object `idx` is about to be written, or has been. */
   note(idx: number): void {
-    const { copyPolicy, copies } = this.#vdi.inode;
-    if (copyPolicy !== 0 && !this.#host.cluster.recovery.isComplete(copies)) this.#written.add(idx);
+    const { inode, record } = this.#vdi;
+    const { recovery, oldParity } = this.#host.cluster;
+    if (inode.copyPolicy === 0 || recovery.isComplete(inode.copies)) return;
+    let written = oldParity.get(record.vid);
+    if (!written) oldParity.set(record.vid, (written = new Set()));
+    written.add(idx);
   }
 
   /** Write again what has to be, if all nodes are back. Never fails: what could not be written is kept for the next time. */
@@ -48,50 +52,54 @@ export class OldParity {
     await this.#writing;
   }
 
-  /** The VDI is closed: nobody knows of them any more. */
+  /** Nobody may write to the VDI any more for us. What is left is done when it is written again. */
   async close(): Promise<void> {
-    await this.renew();
-    if (this.#written.size === 0) return;
-    const { name } = this.#vdi.record;
+    this.#isClosed = true;
+    await this.#writing;
+    const { name, vid } = this.#vdi.record;
+    const left = this.#host.cluster.oldParity.get(vid)?.size;
+    if (left === undefined) return;
     this.#host.log(
-      `${name} is closed with ${this.#written.size} objects that were written while nodes were missing: their parity is not ` +
-        `made anew. Before another node goes, write them again, for example with 'dog vdi check ${name}'`,
+      `${name} is closed, and ${left} of its objects were written while nodes were missing: no other node should go until ` +
+        'it has been written again and their parity has been made anew',
     );
   }
 
   async #renew(): Promise<void> {
     const { cluster } = this.#host;
     const { copies } = this.#vdi.inode;
-    if (this.#written.size === 0 || !cluster.recovery.isComplete(copies)) return;
-    const { name } = this.#vdi.record;
+    const { name, vid } = this.#vdi.record;
+    const written = cluster.oldParity.get(vid);
+    if (!written || !cluster.recovery.isComplete(copies)) return;
     this.#host.log(
-      `${name}: making the parity of ${this.#written.size} objects anew; no other node should go until that is done`,
+      `${name}: making the parity of ${written.size} objects anew; no other node should go until that is done`,
     );
-    for (const idx of [...this.#written]) {
-      if (!cluster.recovery.isComplete(copies)) return;
-      this.#written.delete(idx);
+    for (const idx of written) {
+      // Also when it goes on under another vid: the object is a snapshot's then, and nobody can write it.
+      if (this.#isClosed || this.#vdi.record.vid !== vid || !cluster.recovery.isComplete(copies)) return;
       try {
-        await this.#renewObject(idx);
+        await this.#renewObject(vid, idx, written);
       } catch (error) {
-        this.#written.add(idx);
         this.#host.log(`${name}: the parity of object ${idx} was not made anew: ${(error as Error).message}`);
         return;
       }
     }
+    if (written.size > 0) return;
+    cluster.oldParity.delete(vid);
     this.#host.log(`${name}: all parity is new`);
   }
 
-  async #renewObject(idx: number): Promise<void> {
+  async #renewObject(vid: number, idx: number, written: Set<number>): Promise<void> {
     const { cluster, order } = this.#host;
-    const { vid, blockSizeShift } = this.#vdi.record;
-    const bytes = Buffer.alloc(2 ** blockSizeShift);
+    const bytes = Buffer.alloc(2 ** this.#vdi.record.blockSizeShift);
     await order.run(objectKey(vid, idx), 0, bytes.length, async () => {
-      // It may have been let go, or become a snapshot's: that one can be written by nobody.
-      if (this.#vdi.map[idx] !== vid || this.#vdi.record.vid !== vid) return;
-      await cluster.readData(vid, idx, 0, bytes);
-      await cluster.createData(vid, idx, 0, bytes, 0);
+      // It may have been let go.
+      if (this.#vdi.map[idx] === vid) {
+        await cluster.readData(vid, idx, 0, bytes);
+        await cluster.createData(vid, idx, 0, bytes, 0);
+      }
+      // Not if nodes have gone meanwhile.
+      if (cluster.recovery.isComplete(this.#vdi.inode.copies)) written.delete(idx);
     });
-    // Nodes may have gone meanwhile.
-    this.note(idx);
   }
 }

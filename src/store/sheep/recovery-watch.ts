@@ -54,11 +54,12 @@ export class RecoveryWatch {
   onSteady: () => void = () => undefined;
   readonly #nodes: WatchedNodes;
   #changedAt = -Infinity;
-  #members: { readonly epoch: number; readonly nodes: readonly ClusterNode[] } | undefined;
+  /** `zones`: no two copies of an object are in one. */
+  #members: { readonly epoch: number; readonly nodes: readonly ClusterNode[]; readonly zones: number } | undefined;
   /** Objects, by oid, that are where they belong since the last change. */
   readonly #settled = new Set<string>();
   readonly #settling = new Map<string, Promise<void>>();
-  #watching: Promise<void> | undefined;
+  #isWatching = false;
   /** Pauses that close() ends. */
   readonly #sleepers = new Set<() => void>();
   #isClosed = false;
@@ -73,15 +74,14 @@ export class RecoveryWatch {
     const isFirst = this.epoch === 0;
     this.epoch = epoch;
     if (this.#isClosed) return;
-    // They may be recovering already; that is asked, but nobody waits for it.
-    if (isFirst) void this.#look().then((isQuiet) => isQuiet || this.#unsettle());
+    if (isFirst) void this.#lookFirst();
     else this.#unsettle();
   }
 
   /** Whether all nodes are there, and at rest, that an object with so many copies or strips needs. */
   isComplete(copies: number): boolean {
     if (!this.isSteady) return false;
-    return this.#members === undefined || zonesOf(this.#members.nodes) >= copies;
+    return this.#members === undefined || this.#members.zones >= copies;
   }
 
   close(): void {
@@ -140,25 +140,31 @@ export class RecoveryWatch {
   /** Whether as many nodes have it as should. */
   async #isInPlace(high: number, low: number, copies: number): Promise<boolean> {
     const { epoch } = this;
-    const nodes = this.#members?.epoch === epoch ? this.#members.nodes : undefined;
-    if (!nodes) return false;
+    if (this.#members?.epoch !== epoch) return false;
+    const { nodes, zones } = this.#members;
     const requests = nodes.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
     const answers = await this.#nodes.askEach(nodes, requests);
     let found = 0;
     for (const answer of answers) {
       if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
     }
-    return found >= Math.min(copies, zonesOf(nodes));
+    return found >= Math.min(copies, zones);
   }
 
   #unsettle(): void {
     this.isSteady = false;
     this.#changedAt = performance.now();
     this.#settled.clear();
-    this.#watching ??= this.#watch().finally(() => (this.#watching = undefined));
+    if (!this.#isWatching) void this.#watch();
+  }
+
+  /** Nodes may be recovering already. Nobody waits for the answer, and without one nothing is supposed. */
+  async #lookFirst(): Promise<void> {
+    if ((await this.#look()) === false) this.#unsettle();
   }
 
   async #watch(): Promise<void> {
+    this.#isWatching = true;
     let quiet = 0;
     while (!this.#isClosed) {
       const { epoch } = this;
@@ -168,6 +174,7 @@ export class RecoveryWatch {
       if (quiet >= QUIET_LOOKS || isBlind) break;
       await this.#pause(WATCH_MS);
     }
+    this.#isWatching = false;
     this.isSteady = true;
     this.#settled.clear();
     if (!this.#isClosed) this.onSteady();
@@ -184,7 +191,8 @@ export class RecoveryWatch {
       }));
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
-      this.#members = { epoch, nodes };
+      const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
+      this.#members = { epoch, nodes, zones };
       if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;
       const isQuiet = (answer: Answer | undefined, n: number): boolean =>
         answer !== undefined && epochOf(answer) === epoch && requests[n]?.receive[0] === 0;
@@ -206,11 +214,6 @@ export class RecoveryWatch {
       this.#sleepers.add(wake);
     });
   }
-}
-
-/** No two copies of an object are in one. */
-function zonesOf(nodes: readonly ClusterNode[]): number {
-  return new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
 }
 
 function oidOf(high: number, low: number): string {

@@ -124,7 +124,8 @@ export class SheepVdi implements OpenVdi {
 
   /** All nodes are there again, and have recovered. */
   nodesAreBack(): void {
-    void this.#parity.renew();
+    // Who has not written it may not be the only one who has it open.
+    if (this.#isReady) void this.#parity.renew();
   }
 
   /** `work` makes a snapshot of this: nobody follows it before it has become what it is then. */
@@ -305,6 +306,7 @@ export class SheepVdi implements OpenVdi {
     this.#ready ??= this.#host.dropStaleShadows(this.record.name).then(
       () => {
         this.#isReady = true;
+        void this.#parity.renew();
       },
       (error: unknown) => {
         this.#ready = undefined;
