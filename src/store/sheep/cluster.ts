@@ -118,10 +118,15 @@ export class Cluster {
   }
 
   async #read(high: number, low: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
-    if (!this.recovery.isSteady) await this.#settle(high, low);
-    const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
-    const { result } = await this.gateway.execute({ header, receive: into }, options);
-    if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
+    const { recovery } = this;
+    for (;;) {
+      if (!recovery.isSteady) await this.#settle(high, low);
+      const { epoch } = recovery;
+      const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
+      const { result } = await this.gateway.execute({ header, receive: into }, options);
+      if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
+      if (recovery.epoch === epoch || recovery.copiesOf(vidOfHigh(high)) === 0) return;
+    }
   }
 
   /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
@@ -137,6 +142,7 @@ export class Cluster {
    * Errors: READONLY, NO_SPACE, GONE if what is to be copied is not there.
    */
   async createData(vid: number, idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+    if (copyOf !== 0 && !this.recovery.isSteady) await this.#settle(copyOf, idx);
     const flags = copyOf === 0 ? Flag.WRITE : Flag.WRITE | Flag.COW;
     const low = copyOf === 0 ? 0 : idx;
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, flags, vid, idx, offset, data.length, copyOf, low);
