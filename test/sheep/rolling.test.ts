@@ -149,6 +149,18 @@ function differingCopies(cluster: RealNodes, name: string, vid: number, expected
 
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
+/** A node that has just come back answers nothing at first. */
+async function recovered(cluster: RealNodes): Promise<void> {
+  for (const until = Date.now() + 60_000; ; await sleep(200)) {
+    try {
+      await cluster.recovered();
+      return;
+    } catch (error) {
+      if (Date.now() > until) throw error;
+    }
+  }
+}
+
 async function round(): Promise<Record<string, Outcome>> {
   const cluster = await startRealNodes({ nodes: NODES, format: FORMAT.split(' ') });
   /** Disks whose parity is being made anew: an operator waits for that before the next node. */
@@ -194,14 +206,14 @@ async function round(): Promise<Record<string, Outcome>> {
     await sleep(AWAY_MS);
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'return', ...killed);
     for (const n of killed) await cluster.returnNode(n);
-    await cluster.recovered();
+    await recovered(cluster);
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'recovered');
     if (!FORMAT.includes(':')) continue;
     const isDone = (): boolean => store.cluster.recovery.isSteady && renewing === 0;
     for (const until = Date.now() + 60_000; !isDone() && Date.now() < until;) await sleep(50);
   }
   await Promise.all(Object.values(loads).map((load) => load.end()));
-  await cluster.recovered();
+  await recovered(cluster);
   const outcomes: Record<string, Outcome> = {};
   for (const [name, load] of Object.entries(loads)) {
     const copy = path.join(cluster.directory, 'read');
