@@ -27,6 +27,10 @@ export interface RealNodes extends TestCluster {
   readonly port: number;
   /** Run `dog`; its first two arguments are the command. */
   dog(...args: string[]): Promise<string>;
+  /** Start a killed node at once, whatever the others are at. */
+  returnNode(n: number): Promise<void>;
+  /** Of a node that runs. */
+  livePort(): number;
   /** SIGSTOP: the node is there and does nothing. */
   pauseNode(n: number): void;
   resumeNode(n: number): void;
@@ -171,6 +175,8 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     directory,
     port: ports[0] as number,
     dog,
+    returnNode: start,
+    livePort: () => ports[nodes.findIndex(Boolean)] as number,
     pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
     resumeNode: (n) => nodes[n]?.kill('SIGCONT'),
     objects: () => settledObjects(directory),

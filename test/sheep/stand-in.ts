@@ -39,6 +39,7 @@ export const Op = {
   GET_NODE_LIST: 0x82,
   GET_VDI_COPIES: 0xab,
   STAT_CLUSTER: 0x87,
+  STAT_RECOVERY: 0x97,
   EXIST: 0xbd,
   CLUSTER_INFO: 0xbe,
   READ_DEL_VDIS: 0xc9,
@@ -147,6 +148,10 @@ export class StandIn {
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
   readonly left = new Set<number>();
+  /** Nodes that recover what is theirs since then. */
+  readonly recovering = new Set<number>();
+  /** Objects, by oid, that only the first node has yet. */
+  readonly outOfPlace = new Set<bigint>();
   /** Asked for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
   /** What nodes have that is not what all have. */
@@ -428,8 +433,10 @@ export class StandIn {
         return this.#create(request, data);
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
-      case Op.EXIST:
-        return { result: this.objects.has(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
+      case Op.EXIST: {
+        const isHere = this.objects.has(request.oid) && (request.node === 0 || !this.outOfPlace.has(request.oid));
+        return { result: isHere ? Res.SUCCESS : Res.NO_OBJ };
+      }
       case Op.READ_VDIS:
         return { result: Res.SUCCESS, data: bitmapOf(this.#used) };
       case Op.READ_DEL_VDIS:
@@ -457,6 +464,9 @@ export class StandIn {
       default:
         if (this.version === '0.8' && request.opcode === Op.STAT_CLUSTER) {
           return { result: Res.SUCCESS, data: this.#epochLog() };
+        }
+        if (request.opcode === Op.STAT_RECOVERY && this.recovering.has(request.node)) {
+          return { result: Res.SUCCESS, data: Buffer.alloc(24, 1) };
         }
         return (
           this.state.answer(request.opcode, request.node, header, this.ports, this.#used) ??

@@ -36,8 +36,10 @@ import {
   Result,
   resultName,
   VDI_BITMAP_BYTES,
+  vidOf as vidOfHigh,
 } from './protocol.js';
 import { ReadAhead } from './read-ahead.js';
+import { RecoveryWatch } from './recovery-watch.js';
 import { decodeVdiStates, LockState, VDI_STATE_BYTES, type VdiState } from './state-layouts.js';
 import { objectCount } from './table.js';
 import { VidsInUse } from './vids-in-use.js';
@@ -90,8 +92,16 @@ export class Cluster {
   /** What was read ahead of an object is not true any more once it is changed; and what is read meanwhile is not either. */
   readonly readAhead = new ReadAhead((vid, idx, offset, into) => this.readData(vid, idx, offset, into));
 
+  /** Whether nodes recover, and which objects must wait for that. */
+  readonly recovery: RecoveryWatch;
+  /** By vid: erasure-coded objects that are to be written again (parity.ts). */
+  readonly oldParity = new Map<number, Set<number>>();
+
   constructor(gateway: Gateway) {
     this.gateway = gateway;
+    this.recovery = new RecoveryWatch(gateway);
+    gateway.onEpoch = (epoch) => this.recovery.saw(epoch);
+    gateway.onClose = () => this.recovery.close();
   }
 
   /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
@@ -100,19 +110,38 @@ export class Cluster {
   }
 
   async #readNear(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    const header = encodeObjectRequest(Opcode.READ_OBJ, 0, vid, idx, offset, into.length);
-    const { result } = await this.gateway.executeNear({ header, receive: into }, vid, idx);
-    if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
+    const { recovery } = this;
+    for (;;) {
+      if (!recovery.isSteady) await this.#settle(vid, idx);
+      const { epoch } = recovery;
+      const header = encodeObjectRequest(Opcode.READ_OBJ, 0, vid, idx, offset, into.length);
+      const { result } = await this.gateway.executeNear({ header, receive: into }, vid, idx);
+      if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
+      if (recovery.epoch === epoch || recovery.copiesOf(vid) === 0) return;
+    }
+  }
+
+  /** Wait until the object takes requests, if it is one that somebody here writes. */
+  async #settle(high: number, low: number): Promise<void> {
+    const copies = this.recovery.copiesOf(vidOfHigh(high));
+    if (copies > 0) await this.recovery.settle(high, low, copies);
   }
 
   async #read(high: number, low: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
-    const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
-    const { result } = await this.gateway.execute({ header, receive: into }, options);
-    if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
+    const { recovery } = this;
+    for (;;) {
+      if (!recovery.isSteady) await this.#settle(high, low);
+      const { epoch } = recovery;
+      const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
+      const { result } = await this.gateway.execute({ header, receive: into }, options);
+      if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
+      if (recovery.epoch === epoch || recovery.copiesOf(vidOfHigh(high)) === 0) return;
+    }
   }
 
   /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
   async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    if (!this.recovery.isSteady) await this.#settle(vid, idx);
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
     const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'writing', vid, idx);
@@ -123,6 +152,7 @@ export class Cluster {
    * Errors: READONLY, NO_SPACE, GONE if what is to be copied is not there.
    */
   async createData(vid: number, idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+    if (copyOf !== 0 && !this.recovery.isSteady) await this.#settle(copyOf, idx);
     const flags = copyOf === 0 ? Flag.WRITE : Flag.WRITE | Flag.COW;
     const low = copyOf === 0 ? 0 : idx;
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, flags, vid, idx, offset, data.length, copyOf, low);
@@ -164,10 +194,18 @@ export class Cluster {
     if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', vid, idx);
   }
 
+  /** Once more when the members have changed meanwhile: a copy that was being recovered may have missed it. */
   async #change(vid: number, idx: number, request: WireRequest): Promise<Answer> {
+    const { recovery } = this;
     this.readAhead.forget(vid, idx);
     try {
-      return await this.gateway.execute(request);
+      for (;;) {
+        const { epoch } = recovery;
+        const answer = await this.gateway.execute(request);
+        if (request.header[1] !== Opcode.WRITE_OBJ) recovery.forget(vid, idx);
+        if (recovery.epoch === epoch || answer.result !== Result.SUCCESS) return answer;
+        await this.#settle(vid, idx);
+      }
     } finally {
       this.readAhead.forget(vid, idx);
     }
@@ -179,9 +217,16 @@ export class Cluster {
 
   /** In place. Errors: GONE, NO_SPACE. */
   async writeObject(high: number, low: number, offset: number, data: Buffer, options?: ExecuteOptions): Promise<void> {
+    const { recovery } = this;
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, offset, data.length);
-    const { result } = await this.gateway.execute({ header, data }, options);
-    if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
+    for (;;) {
+      if (!recovery.isSteady) await this.#settle(high, low);
+      const { epoch } = recovery;
+      const { result } = await this.gateway.execute({ header, data }, options);
+      if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
+      // What must not be done twice its caller looks after.
+      if (recovery.epoch === epoch || options?.beforeRetry !== undefined) return;
+    }
   }
 
   /** With `data` at its beginning; one that exists is replaced whole. Errors: NO_SPACE. */

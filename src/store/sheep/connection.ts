@@ -9,7 +9,7 @@
  */
 import net from 'node:net';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
-import { DATA_LENGTH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
+import { DATA_LENGTH_OFFSET, EPOCH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
 import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from './protocol.js';
 
 export const CONNECT_TIMEOUT_MS = 5_000;
@@ -86,6 +86,9 @@ export class NodeConnection {
   readonly #label: string;
   readonly #onClose: () => void;
   readonly #pending = new Map<number, Pending>();
+  /** Called when an answer is of another epoch than the one before. */
+  onEpoch: ((epoch: number) => void) | undefined;
+  #epoch = 0;
   #socket: net.Socket | undefined;
   #remote: NodeAddress | undefined;
   #lastId = 0;
@@ -342,6 +345,11 @@ export class NodeConnection {
     if (!pending || length > MAX_PAYLOAD_BYTES) {
       this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
       return;
+    }
+    const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
+    if (epoch !== this.#epoch) {
+      this.#epoch = epoch;
+      this.onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;
     // Only answers to object reads say where their payload belongs; the field means something else in others.

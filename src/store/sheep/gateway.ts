@@ -153,6 +153,9 @@ export class Gateway {
   #version: SheepVersion | undefined;
   /** Of which disk an object is, by the halves of its oid: for the log. */
   diskOf: (high: number, low: number) => string | undefined = () => undefined;
+  /** Told of the epoch in answers. */
+  onEpoch: (epoch: number) => void = () => undefined;
+  onClose: () => void = () => undefined;
 
   /** `addresses`: at least one; the first is tried first. */
   constructor(addresses: readonly NodeAddress[], options: GatewayOptions = {}) {
@@ -230,6 +233,23 @@ export class Gateway {
     );
   }
 
+  /** Each node its own request, sent once; undefined of one that does not answer, or cannot be reached. */
+  askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
+    return Promise.all(
+      nodes.map(async (member, n) => {
+        const node = this.#nodeOf(member);
+        try {
+          if (this.#closed) return undefined;
+          const connection = node.connections[0] ?? (await this.#open(node));
+          return await connection.send(requests[n] as WireRequest, this.#options.attemptMs);
+        } catch (error) {
+          if (error instanceof ConnectionLost || error instanceof StoreError) return undefined;
+          throw error;
+        }
+      }),
+    );
+  }
+
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     const retryMs = options.retryMs ?? this.#options.retryMs;
     const deadline = performance.now() + retryMs;
@@ -280,6 +300,7 @@ export class Gateway {
   /** Close all connections; what is in flight fails. */
   close(): void {
     this.#closed = true;
+    this.onClose();
     clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
     for (const connection of [...this.#greeting]) connection.destroy();
@@ -508,6 +529,7 @@ export class Gateway {
         connection.destroy();
         throw closedError();
       }
+      connection.onEpoch = this.onEpoch;
       node.connections.push(connection);
       return connection;
     } catch (error) {

@@ -135,6 +135,7 @@ export const nodeResponse = struct<NodeResponse>([
 ]);
 
 /** Offsets in struct sd_req and sd_rsp that are read and written for every request. */
+export const EPOCH_OFFSET = 4;
 export const ID_OFFSET = 8;
 export const DATA_LENGTH_OFFSET = 12;
 export const RESULT_OFFSET = 16;

@@ -56,6 +56,11 @@ export function isShadowName(name: string): boolean {
   return SHADOW_NAME.test(name);
 }
 
+/** Not what somebody has made of one with the cluster's own tools: such a snapshot has no mark. */
+export function isShadow({ name, isSnapshot, mark }: Inode): boolean {
+  return isShadowName(name) && (!isSnapshot || mark.some((byte) => byte !== 0));
+}
+
 /** For reads: this owner is no object. */
 export function isLost(owner: number): boolean {
   return owner === LOST;

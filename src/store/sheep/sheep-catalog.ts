@@ -26,7 +26,7 @@ import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { describeLost, inodeOrLost } from './lost-inodes.js';
 import { isOursToDrop } from './owner.js';
 import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
-import { isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
+import { isShadow, isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
 import { SheepLocks } from './sheep-locks.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
@@ -901,11 +901,6 @@ export class SheepCatalog implements Catalog {
       this.#shadows.delete(inode.vid);
     }
   }
-}
-
-/** Not what somebody has made of one with the cluster's own tools: such a snapshot has no mark. */
-function isShadow({ name, isSnapshot, mark }: Inode): boolean {
-  return isShadowName(name) && (!isSnapshot || mark.some((byte) => byte !== 0));
 }
 
 async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): Promise<void> {

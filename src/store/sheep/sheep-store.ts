@@ -99,6 +99,13 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.catalog = new SheepCatalog(this);
     if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.gateway.placeByDisk();
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
+    cluster.recovery.copiesOf = (vid) => {
+      const vdi = this.open.get(vid);
+      return vdi === undefined || vdi.record.isSnapshot ? 0 : vdi.inode.copies;
+    };
+    cluster.recovery.onSteady = () => {
+      for (const vdi of this.open.values()) vdi.nodesAreBack();
+    };
     if (this.readOnlyBecause === undefined && (this.enforcesLocks || this.recyclesVids)) this.#keepLooking();
   }
 

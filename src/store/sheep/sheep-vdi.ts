@@ -8,6 +8,7 @@ import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
 import { inPieces } from './pieces.js';
+import { OldParity } from './parity.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
 import type { Locks } from './locks.js';
@@ -88,6 +89,7 @@ export class SheepVdi implements OpenVdi {
   #hasCreated = false;
   /** When it was opened, or before. */
   readonly #firstEpoch: number;
+  readonly #parity: OldParity;
 
   constructor(host: SheepVdiHost, inode: Inode, map: Uint32Array, onClose: (vdi: SheepVdi) => Promise<void>) {
     this.#host = host;
@@ -96,6 +98,7 @@ export class SheepVdi implements OpenVdi {
     this.record = recordOf(inode);
     this.map = map;
     this.#onClose = onClose;
+    this.#parity = new OldParity(host, this);
     this.#index = inode.storePolicy === 0 ? undefined : new HyperIndex(host, inode.vid);
   }
 
@@ -139,6 +142,7 @@ export class SheepVdi implements OpenVdi {
   async close(): Promise<void> {
     this.#isClosed = true;
     await this.#following?.catch(() => undefined);
+    await this.#parity.close();
     try {
       if ((this.#hasCreated || this.#reclaiming.size > 0) && !this.#failure) await this.#leaveNothingBehind();
     } finally {
@@ -228,6 +232,12 @@ export class SheepVdi implements OpenVdi {
     this.record = recordOf(inode);
   }
 
+  /** All nodes are there again, and have recovered. */
+  nodesAreBack(): void {
+    // Who has not written it may not be the only one who has it open.
+    if (this.#isReady) void this.#parity.renew();
+  }
+
   /** `work` makes a snapshot of this: nobody follows it before it has become what it is then. */
   async switching<T>(work: () => Promise<T>): Promise<T> {
     const done = work();
@@ -262,6 +272,7 @@ export class SheepVdi implements OpenVdi {
     if (this.map[idx] !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
     const unit = writeUnit(this.inode.copyPolicy);
+    this.#parity.note(idx);
     try {
       if (offset % unit === 0 && data.length % unit === 0) {
         await order.run(objectKey(vid, idx), offset, data.length, () =>
@@ -274,6 +285,7 @@ export class SheepVdi implements OpenVdi {
           this.#host.unlessGone(() => writeWholeStripes(cluster, vid, idx, offset, data)),
         );
       }
+      this.#parity.note(idx);
     } catch (error) {
       await this.#goOnAfter(error, vid);
     }
@@ -300,6 +312,7 @@ export class SheepVdi implements OpenVdi {
       await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
         this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
       );
+      this.#parity.note(idx);
     } catch (error) {
       await this.#goOnAfter(error, vid);
     }
@@ -468,6 +481,7 @@ export class SheepVdi implements OpenVdi {
     this.#ready ??= this.#host.dropStaleShadows(this.record.name).then(
       () => {
         this.#isReady = true;
+        void this.#parity.renew();
       },
       (error: unknown) => {
         this.#ready = undefined;
@@ -526,6 +540,7 @@ export class SheepVdi implements OpenVdi {
     if (inode.size !== this.inode.size) await this.#adopt(inode);
     if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
       throw behindEndError(this.record, 'NO_SPACE');
+    const { epoch } = cluster.recovery;
     try {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
     } catch (error) {
@@ -543,6 +558,18 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
+    if (cluster.recovery.epoch !== epoch) await this.#confirm(vid, batch);
+  }
+
+  /**
+   * Entries were changed while the members of the cluster changed, and a copy of the inode may have missed them. Written
+   * once more as plain bytes, of which no node gives up a reference a second time: entries, and the counts of new ones.
+   */
+  async #confirm(vid: number, batch: readonly TableChange[]): Promise<void> {
+    const { cluster } = this.#host;
+    const last = batch.reduce((highest, { idx }) => Math.max(highest, idx), 0);
+    await cluster.fillTable(vid, this.map.subarray(0, last + 1));
+    for (const { idx } of batch) await cluster.writeReferences(vid, idx, Buffer.alloc(GREF_BYTES));
   }
 
   /**

@@ -10,7 +10,7 @@ import { readRoot } from '../btree.js';
 import type { Cluster } from '../cluster.js';
 import { recordOf, type Inode } from '../layouts.js';
 import { inodeHigh, vidOf } from '../protocol.js';
-import { isShadow } from '../.ts.js';
+import { isShadow } from '../shadow.js';
 import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';
 import { Looker } from './look.js';
 import { bytesOf, ObjectsInUse, readLiveInodes, type Target } from './objects-in-use.js';

@@ -1,0 +1,105 @@
+/**
+ * Erasure-coded objects that were written while there were fewer nodes than strips. Nodes leave out then the strips they
+ * have no place for, parity first; and a node that comes back takes its own old strip for what is missing, if it had that
+ * one before it went (sheep/recovery.c, read_erasure_object: from the newest epoch back to the oldest in which anybody has
+ * the strip). Reads do not show it, until another node goes and data is computed from the old strip. A write of all of the
+ * object, once all nodes are back, makes all strips anew.
+ *
+ * Owns which objects of one VDI are to be written again, and writes them.
+ */
+import type { Cluster } from './cluster.js';
+import { objectKey } from './table.js';
+import type { WriteOrder } from './write-order.js';
+
+export interface ParityHost {
+  readonly cluster: Cluster;
+  readonly order: WriteOrder;
+  log(line: string, details?: object): void;
+}
+
+/** The VDI as it is now. */
+export interface CodedVdi {
+  readonly map: Uint32Array;
+  readonly record: { readonly vid: number; readonly name: string; readonly blockSizeShift: number };
+  /** `copies`: strips of an object. */
+  readonly inode: { readonly copies: number; readonly copyPolicy: number };
+}
+
+export class OldParity {
+  readonly #host: ParityHost;
+  readonly #vdi: CodedVdi;
+  #writing: Promise<void> | undefined;
+  #isClosed = false;
+
+  constructor(host: ParityHost, vdi: CodedVdi) {
+    this.#host = host;
+    this.#vdi = vdi;
+  }
+
+  /** Object `idx` is about to be written, or has been. */
+  note(idx: number): void {
+    const { inode, record } = this.#vdi;
+    const { recovery, oldParity } = this.#host.cluster;
+    if (inode.copyPolicy === 0 || recovery.isComplete(inode.copies)) return;
+    let written = oldParity.get(record.vid);
+    if (!written) oldParity.set(record.vid, (written = new Set()));
+    written.add(idx);
+  }
+
+  /** Write again what has to be, if all nodes are back. Never fails: what could not be written is kept for the next time. */
+  async renew(): Promise<void> {
+    this.#writing ??= this.#renew().finally(() => (this.#writing = undefined));
+    await this.#writing;
+  }
+
+  /** Nobody may write to the VDI any more for us. What is left is done when it is written again. */
+  async close(): Promise<void> {
+    this.#isClosed = true;
+    await this.#writing;
+    const { name, vid } = this.#vdi.record;
+    const left = this.#host.cluster.oldParity.get(vid)?.size;
+    if (left === undefined) return;
+    this.#host.log(
+      `${name} is closed, and ${left} of its objects were written while nodes were missing: no other node should go until ` +
+        'it has been written again and their parity has been made anew',
+    );
+  }
+
+  async #renew(): Promise<void> {
+    const { cluster } = this.#host;
+    const { copies } = this.#vdi.inode;
+    const { name, vid } = this.#vdi.record;
+    const written = cluster.oldParity.get(vid);
+    if (!written || !cluster.recovery.isComplete(copies)) return;
+    this.#host.log(
+      `${name}: making the parity of ${written.size} objects anew; no other node should go until that is done`,
+    );
+    for (const idx of written) {
+      // Also when it goes on under another vid: the object is a snapshot's then, and nobody can write it.
+      if (this.#isClosed || this.#vdi.record.vid !== vid || !cluster.recovery.isComplete(copies)) return;
+      try {
+        await this.#renewObject(vid, idx, written);
+      } catch (error) {
+        this.#host.log(`${name}: the parity of object ${idx} was not made anew: ${(error as Error).message}`);
+        return;
+      }
+    }
+    if (written.size > 0) return;
+    cluster.oldParity.delete(vid);
+    this.#host.log(`${name}: all parity is new`);
+  }
+
+  async #renewObject(vid: number, idx: number, written: Set<number>): Promise<void> {
+    const { cluster, order } = this.#host;
+    const bytes = Buffer.alloc(2 ** this.#vdi.record.blockSizeShift);
+    await order.run(objectKey(vid, idx), 0, bytes.length, async () => {
+      // It may have been let go.
+      if (this.#vdi.map[idx] === vid) {
+        await cluster.readData(vid, idx, 0, bytes);
+        await cluster.createData(vid, idx, 0, bytes, 0);
+      }
+      // Not if nodes have gone meanwhile.
+      if (cluster.recovery.isComplete(this.#vdi.inode.copies)) written.delete(idx);
+    });
+  }
+}

@@ -1,0 +1,225 @@
+/**
+ * When the members of a cluster change, nodes fetch the objects that are theirs now from each other, and do not keep that
+ * apart from writes. Every request that meets a missing object starts a recovery of its own, beside the one on the node's
+ * list (sheep/recovery.c, oid_in_recovery). The first to finish lets writes in; each later one replaces the object by what
+ * it has read before them, and the copies differ from then on. That takes several requests under way for one object, reads
+ * among them, or a single one at the same time as the list.
+ *
+ * So while nodes recover, an object is left alone until it is in all its places and whoever else was recovering it must
+ * have finished. From then on it takes any number of requests again. What was under way when the members changed is done
+ * once more after that. The change is noticed by the epoch, which is in every answer.
+ *
+ * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads and writes of data.
+ */
+import type { Answer, WireRequest } from './connection.js';
+import { encodeObjectRequest, encodeVdiRequest, EPOCH_OFFSET, type ClusterNode } from './layouts.js';
+import { Flag, Opcode, Result } from './protocol.js';
+
+/** struct recovery_state: whether there is any in the first byte, then its step, objects finished and objects in all. */
+const RECOVERY_STATE_BYTES = 24;
+/** Between looks at the nodes while any of them recovers. */
+const WATCH_MS = 250;
+/** Looks in a row that must find no recovery: one that a request has started may outlive the list. */
+const QUIET_LOOKS = 3;
+/** Nodes that cannot be asked are not waited for longer than this after the last change of members. */
+const BLIND_MS = 60_000;
+/** For the node's own recovery to reach the object, before one is asked for. */
+const PATIENCE_MS = 500;
+const LOOK_MS = 20;
+/**
+ * Recoveries of one object at one time share what the node can do, and the slowest should be done when once and a half the
+ * time of the first has passed again. Measured: docs/cluster.md, "When nodes come and go".
+ */
+const HOLD_SHARE = 1.5;
+const LEAST_HOLD_MS = 300;
+const LONGEST_HOLD_MS = 3_000;
+const NOTHING = Buffer.alloc(0);
+
+/** What is asked of the gateway. */
+export interface WatchedNodes {
+  listNodes(): Promise<ClusterNode[]>;
+  /** Each node its own request, once; undefined of one that does not answer. */
+  askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<readonly (Answer | undefined)[]>;
+  execute(request: WireRequest): Promise<Answer>;
+}
+
+export class RecoveryWatch {
+  /** Of the members, as the latest answer had it; 0 while nothing is known. */
+  epoch = 0;
+  /** No node recovers anything, as far as is known. */
+  isSteady = true;
+  /** How many copies or strips the objects of a VDI have; 0 if nobody here writes it, and its objects need no care. */
+  copiesOf: (vid: number) => number = () => 0;
+  /** Called when no node recovers anything any more. */
+  onSteady: () => void = () => undefined;
+  readonly #nodes: WatchedNodes;
+  #changedAt = -Infinity;
+  /** `zones`: no two copies of an object are in one. */
+  #members: { readonly epoch: number; readonly nodes: readonly ClusterNode[]; readonly zones: number } | undefined;
+  /** Objects, by oid, that are where they belong since the last change. */
+  readonly #settled = new Set<string>();
+  readonly #settling = new Map<string, Promise<void>>();
+  #isWatching = false;
+  /** Pauses that close() ends. */
+  readonly #sleepers = new Set<() => void>();
+  #isClosed = false;
+
+  constructor(nodes: WatchedNodes) {
+    this.#nodes = nodes;
+  }
+
+  /** An answer says so. */
+  saw(epoch: number): void {
+    if (epoch <= this.epoch) return;
+    const isFirst = this.epoch === 0;
+    this.epoch = epoch;
+    if (this.#isClosed) return;
+    if (isFirst) void this.#lookFirst();
+    else this.#unsettle();
+  }
+
+  /** Whether all nodes are there, and at rest, that an object with so many copies or strips needs. */
+  isComplete(copies: number): boolean {
+    if (!this.isSteady) return false;
+    return this.#members === undefined || this.#members.zones >= copies;
+  }
+
+  close(): void {
+    this.#isClosed = true;
+    for (const wake of this.#sleepers) wake();
+  }
+
+  /**
+   * Resolves when requests may be made on the object, halves of its oid given. Errors: StoreError, when the cluster does not
+   * bring the object to its places.
+   */
+  async settle(high: number, low: number, copies: number): Promise<void> {
+    const key = oidOf(high, low);
+    while (!this.isSteady && !this.#isClosed && !this.#settled.has(key)) {
+      let settling = this.#settling.get(key);
+      if (!settling) {
+        settling = this.#settleNow(high, low, copies).finally(() => this.#settling.delete(key));
+        this.#settling.set(key, settling);
+      }
+      await settling;
+    }
+  }
+
+  /** It is made anew, or removed. */
+  forget(high: number, low: number): void {
+    if (!this.isSteady) this.#settled.delete(oidOf(high, low));
+  }
+
+  async #settleNow(high: number, low: number, copies: number): Promise<void> {
+    const { epoch } = this;
+    const begun = performance.now();
+    const isRecent = begun - this.#changedAt < LONGEST_HOLD_MS;
+    if (!(await this.#isInPlace(high, low, copies))) {
+      while (performance.now() - begun < PATIENCE_MS) {
+        await this.#pause(LOOK_MS);
+        if (this.epoch !== epoch || this.isSteady) return;
+        if (await this.#isInPlace(high, low, copies)) break;
+      }
+      if (!(await this.#isInPlace(high, low, copies))) await this.#fetch(high, low);
+    } else if (!isRecent) {
+      this.#settled.add(oidOf(high, low));
+      return;
+    }
+    const since = isRecent ? this.#changedAt : begun;
+    const hold = HOLD_SHARE * (performance.now() - since);
+    await this.#pause(Math.min(LONGEST_HOLD_MS, Math.max(LEAST_HOLD_MS, hold)));
+    if (this.epoch === epoch) this.#settled.add(oidOf(high, low));
+  }
+
+  /** Have its nodes recover it, which a write of nothing waits for. It need not be there at all. */
+  async #fetch(high: number, low: number): Promise<void> {
+    const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, 0, 0);
+    await this.#nodes.execute({ header, data: NOTHING });
+  }
+
+  /** Whether as many nodes have it as should. */
+  async #isInPlace(high: number, low: number, copies: number): Promise<boolean> {
+    const { epoch } = this;
+    if (this.#members?.epoch !== epoch) return false;
+    const { nodes, zones } = this.#members;
+    const requests = nodes.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
+    const answers = await this.#nodes.askEach(nodes, requests);
+    let found = 0;
+    for (const answer of answers) {
+      if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
+    }
+    return found >= Math.min(copies, zones);
+  }
+
+  #unsettle(): void {
+    this.isSteady = false;
+    this.#changedAt = performance.now();
+    this.#settled.clear();
+    if (!this.#isWatching) void this.#watch();
+  }
+
+  /** Nodes may be recovering already. Nobody waits for the answer, and without one nothing is supposed. */
+  async #lookFirst(): Promise<void> {
+    if ((await this.#look()) === false) this.#unsettle();
+  }
+
+  async #watch(): Promise<void> {
+    this.#isWatching = true;
+    let quiet = 0;
+    while (!this.#isClosed) {
+      const { epoch } = this;
+      const isQuiet = await this.#look();
+      quiet = isQuiet && this.epoch === epoch ? quiet + 1 : 0;
+      const isBlind = isQuiet === undefined && performance.now() - this.#changedAt > BLIND_MS;
+      if (quiet >= QUIET_LOOKS || isBlind) break;
+      await this.#pause(WATCH_MS);
+    }
+    this.#isWatching = false;
+    this.isSteady = true;
+    this.#settled.clear();
+    if (!this.#isClosed) this.onSteady();
+  }
+
+  /** Whether no node recovers anything in this epoch; undefined if they could not be asked. */
+  async #look(): Promise<boolean | undefined> {
+    try {
+      const { epoch } = this;
+      const nodes = await this.#nodes.listNodes();
+      const requests = nodes.map(() => ({
+        header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
+        receive: Buffer.alloc(RECOVERY_STATE_BYTES),
+      }));
+      const answers = await this.#nodes.askEach(nodes, requests);
+      if (this.epoch !== epoch) return false;
+      const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
+      this.#members = { epoch, nodes, zones };
+      if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;
+      const isQuiet = (answer: Answer | undefined, n: number): boolean =>
+        answer !== undefined && epochOf(answer) === epoch && requests[n]?.receive[0] === 0;
+      return answers.every(isQuiet);
+    } catch {
+      return undefined;
+    }
+  }
+
+  #pause(ms: number): Promise<void> {
+    if (this.#isClosed) return Promise.resolve();
+    return new Promise((resolve) => {
+      const wake = (): void => {
+        clearTimeout(timer);
+        this.#sleepers.delete(wake);
+        resolve();
+      };
+      const timer = setTimeout(wake, ms);
+      this.#sleepers.add(wake);
+    });
+  }
+}
+
+function oidOf(high: number, low: number): string {
+  return `${high}/${low}`;
+}
+
+function epochOf({ header }: Answer): number {
+  return header.readUInt32LE(EPOCH_OFFSET);
+}

@@ -1,0 +1,290 @@
+/** The members of a cluster change: which requests wait for that, which are done once more, and which go on. */
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import type { SheepVdi } from '../../src/store/sheep/sheep-vdi.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { waitUntil } from '../harness/daemon.js';
+import { Op, StandIn, type Seen, type StandInOptions } from './stand-in.js';
+
+const SHIFT = 20;
+const OBJECT = 2 ** SHIFT;
+const BLOCK = 4096;
+const RETRY_MS = 30_000;
+/** So far apart that none of them lie beside each other: those would go as one. */
+const STEP = 4 * BLOCK;
+
+let cluster: StandIn;
+let store: SheepStore;
+let catalog: VdiCatalog;
+let vdi: Vdi;
+let log: string[];
+
+async function connect(options: StandInOptions = {}): Promise<void> {
+  cluster = await new StandIn({ jitterMs: 0, ...options }).start();
+  cluster.epoch = 1;
+  log = [];
+  // Not object 3.
+  store = await SheepStore.open(cluster.address, { retryMs: RETRY_MS, log: (line) => log.push(line) });
+  catalog = new VdiCatalog(store);
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: SHIFT });
+  vdi = await catalog.openVdi('disk');
+  for (let idx = 0; idx < 3; idx++) await write(idx, 0);
+}
+
+afterEach(async () => {
+  cluster.fault = () => undefined;
+  await catalog.close();
+  await cluster.stop();
+});
+
+const write = async (idx: number, n: number, fill = 1): Promise<void> =>
+  vdi.write(idx * OBJECT + n * STEP, Buffer.alloc(BLOCK, fill), false);
+const read = async (idx: number, n = 0): Promise<number | undefined> => {
+  const into = Buffer.alloc(BLOCK);
+  await vdi.read(idx * OBJECT + n * STEP, into);
+  return into[0];
+};
+const oidOf = (idx: number): bigint => (BigInt(vdi.record.vid) << 32n) | BigInt(idx);
+/** Reads of the object, and writes of any bytes of it, since then. */
+const seenOf = (idx: number, since = 0): Seen[] =>
+  cluster.seen
+    .slice(since)
+    .filter(
+      ({ oid, opcode, length }) => oid === oidOf(idx) && (opcode === Op.READ || (opcode === Op.WRITE && length > 0)),
+    );
+const isAsked = (idx: number, since: number): boolean =>
+  cluster.seen
+    .slice(since)
+    .some(({ oid, opcode, length }) => oid === oidOf(idx) && opcode === Op.WRITE && length === 0);
+
+/** Node 0 has gone and come back, and must fetch these objects; we have heard of it. */
+async function change(...outOfPlace: number[]): Promise<void> {
+  for (const idx of outOfPlace) cluster.outOfPlace.add(oidOf(idx));
+  cluster.recovering.add(0);
+  cluster.epoch++;
+  await store.info();
+  expect(store.cluster.recovery.isSteady).toBe(false);
+}
+
+const isSteady = (): boolean => store.cluster.recovery.isSteady;
+
+describe('while nodes recover', () => {
+  beforeEach(() => connect());
+
+  test('nothing is asked of an object that is not in its places, until it is there for a while', async () => {
+    await change(1);
+    const since = cluster.seen.length;
+    const work = [write(1, 1), write(1, 2), read(1), write(1, 3)];
+    await waitUntil(
+      () => cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.EXIST && oid === oidOf(1)),
+      'the nodes are asked for the object',
+    );
+    expect(seenOf(1, since)).toEqual([]);
+    const inPlaceAt = performance.now();
+    cluster.outOfPlace.delete(oidOf(1));
+    await Promise.all(work);
+    expect(performance.now() - inPlaceAt).toBeGreaterThan(200);
+    expect(seenOf(1, since).length).toBeGreaterThanOrEqual(4);
+  });
+
+  test('an object that the nodes are slow to bring is asked for once, by a write of nothing', async () => {
+    await change(1);
+    const since = cluster.seen.length;
+    let asked = 0;
+    cluster.fault = ({ oid, opcode, length }) => {
+      if (oid !== oidOf(1) || opcode !== Op.WRITE || length > 0) return undefined;
+      expect(seenOf(1, since)).toEqual([]);
+      asked++;
+      cluster.outOfPlace.delete(oid);
+      return undefined;
+    };
+    await Promise.all([write(1, 1, 7), read(1), write(1, 2)]);
+    expect(asked).toBe(1);
+    expect(await read(1, 1)).toBe(7);
+  });
+
+  test('an object that has settled takes several requests at a time', async () => {
+    await change();
+    await write(1, 0);
+    const since = cluster.seen.length;
+    let release: () => void = () => undefined;
+    const until = new Promise<void>((resolve) => (release = resolve));
+    cluster.fault = ({ opcode, length }) => (opcode === Op.WRITE && length > 0 ? { until } : undefined);
+    const work = [write(1, 1), write(1, 2), write(1, 3), write(1, 4)];
+    await waitUntil(() => seenOf(1, since).length === 4, 'all are in flight');
+    release();
+    await Promise.all(work);
+    expect(isSteady()).toBe(false);
+  });
+
+  test('when they have recovered all is as before', async () => {
+    await change(1);
+    cluster.outOfPlace.clear();
+    cluster.recovering.clear();
+    await waitUntil(isSteady, 'it is steady');
+    const since = cluster.seen.length;
+    await Promise.all([write(1, 1), write(2, 1)]);
+    expect(isAsked(1, since)).toBe(false);
+    expect(cluster.seen.slice(since).map(({ opcode }) => opcode)).toEqual([Op.WRITE, Op.WRITE]);
+  });
+
+  test('an object is made at once, and settles before it is written again', async () => {
+    await change();
+    const since = cluster.seen.length;
+    await write(3, 1);
+    expect(cluster.seen.slice(since).filter(({ opcode, oid }) => opcode === Op.EXIST && oid === oidOf(3))).toEqual([]);
+    await write(3, 2);
+    expect(cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.EXIST && oid === oidOf(3))).toBe(true);
+  });
+});
+
+describe('what is under way when the members change', () => {
+  beforeEach(() => connect());
+
+  /** The request that `isIt` is answered after the change. */
+  const changeDuring = (isIt: (request: Seen) => boolean): void => {
+    cluster.fault = (request) => {
+      if (!isIt(request)) return undefined;
+      cluster.fault = () => undefined;
+      cluster.epoch++;
+      cluster.recovering.add(0);
+      return undefined;
+    };
+  };
+
+  test('is written once more, after the object has settled, before it is answered', async () => {
+    const since = cluster.seen.length;
+    changeDuring(({ opcode, oid, length }) => opcode === Op.WRITE && oid === oidOf(1) && length > 0);
+    await write(1, 1, 9);
+    const [first, second, ...more] = cluster.seen
+      .slice(since)
+      .filter(({ oid }) => oid === oidOf(1))
+      .map(({ opcode }) => opcode)
+      .filter((opcode, n, all) => opcode !== Op.EXIST || all[n - 1] !== Op.EXIST);
+    expect([first, second, ...more]).toEqual([Op.WRITE, Op.EXIST, Op.WRITE]);
+    expect(await read(1, 1)).toBe(9);
+  });
+
+  test('is read once more', async () => {
+    const since = cluster.seen.length;
+    changeDuring(({ opcode, oid }) => opcode === Op.READ && oid === oidOf(1));
+    expect(await read(1)).toBe(1);
+    expect(seenOf(1, since).map(({ opcode }) => opcode)).toEqual([Op.READ, Op.READ]);
+  });
+
+  test('is made once more', async () => {
+    const since = cluster.seen.length;
+    changeDuring(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(3));
+    await write(3, 1, 5);
+    expect(cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(2);
+    expect(await read(3, 1)).toBe(5);
+    expect(cluster.violations).toEqual([]);
+  });
+
+  test('is written to the table once more, as plain bytes', async () => {
+    const inode = (1n << 63n) | (BigInt(vdi.record.vid) << 32n);
+    changeDuring(({ opcode, oid, length }) => opcode === Op.WRITE && oid === inode && length === 4);
+    const since = cluster.seen.length;
+    await write(3, 1, 5);
+    const offsets = cluster.seen
+      .slice(since)
+      .filter(({ opcode, oid }) => opcode === Op.WRITE && oid === inode)
+      .map(({ offset }) => offset);
+    // The entry, all of the table beginning in front of it, the entry's count.
+    expect(offsets).toEqual([4664 + 4 * 3, 4660, 4_198_968 + 8 * 3]);
+    expect(cluster.violations).toEqual([]);
+  });
+});
+
+test('as long as the members stay as they are, an object takes several writes at a time', async () => {
+  await connect();
+  const since = cluster.seen.length;
+  let release: () => void = () => undefined;
+  const until = new Promise<void>((resolve) => (release = resolve));
+  cluster.fault = ({ opcode }) => (opcode === Op.WRITE ? { until } : undefined);
+  const work = [write(1, 1), write(1, 2), write(1, 3), write(1, 4)];
+  await waitUntil(() => seenOf(1, since).length === 4, 'all are in flight');
+  release();
+  await Promise.all(work);
+  expect(cluster.seen.slice(since)).toHaveLength(4);
+});
+
+test('a write that is in doubt keeps others from its own bytes only', async () => {
+  cluster = await new StandIn({ nodes: 1, jitterMs: 0 }).start();
+  cluster.epoch = 1;
+  store = await SheepStore.open(cluster.address, { retryMs: 500 });
+  catalog = new VdiCatalog(store);
+  await catalog.create('disk', 4 * OBJECT, { blockSizeShift: SHIFT });
+  vdi = await catalog.openVdi('disk');
+  await write(1, 0);
+  let release: () => void = () => undefined;
+  const until = new Promise<void>((resolve) => (release = resolve));
+  // The node does nothing at all until then, as one that is stopped.
+  let isStopped = true;
+  cluster.fault = () => (isStopped ? { until } : undefined);
+  await expect(write(1, 1, 2)).rejects.toMatchObject({ name: 'InDoubt' });
+  // Answers again, but may have the write in its hands still: a second has to pass.
+  isStopped = false;
+  const others = write(1, 2, 3);
+  await expect(write(1, 1, 4)).rejects.toThrow('an earlier write to these bytes was given up');
+  await others;
+  release();
+  await waitUntil(
+    () =>
+      write(1, 1, 5).then(
+        () => true,
+        () => false,
+      ),
+    'the bytes are free',
+  );
+  expect([await read(1, 0), await read(1, 1), await read(1, 2)]).toEqual([1, 5, 3]);
+});
+
+describe('erasure-coded objects', () => {
+  beforeEach(() => connect({ copyPolicy: 0x11 }));
+
+  test('that were written while there were fewer nodes than strips are written whole when all are back', async () => {
+    cluster.left.add(2);
+    cluster.epoch++;
+    await store.info();
+    await waitUntil(isSteady, 'it is steady');
+    await write(1, 1, 6);
+    const since = cluster.seen.length;
+    await write(1, 1, 7);
+    await write(2, 1, 7);
+    const wholes = (): bigint[] =>
+      cluster.seen
+        .slice(since)
+        .filter(({ opcode, length }) => opcode === Op.CREATE && length === OBJECT)
+        .map(({ oid }) => oid);
+    expect(wholes()).toEqual([]);
+    cluster.left.delete(2);
+    cluster.epoch++;
+    await store.info();
+    await waitUntil(() => log.some((line) => line.includes('all parity is new')), 'the log says that it is done');
+    expect(wholes()).toEqual([oidOf(1), oidOf(2)]);
+    expect([await read(1, 0), await read(1, 1), await read(2, 1)]).toEqual([1, 7, 7]);
+  });
+
+  test('are named in the log when their disk is closed before, and written when it is changed again', async () => {
+    cluster.left.add(2);
+    cluster.epoch++;
+    await store.info();
+    await waitUntil(isSteady, 'it is steady');
+    await write(1, 1, 6);
+    const name = 'disk';
+    await store.open.get(vdi.record.vid)?.close();
+    expect(log.join()).toContain(`${name} is closed, and 1 of its objects were written while nodes were missing`);
+    cluster.left.delete(2);
+    cluster.epoch++;
+    await store.info();
+    await waitUntil(isSteady, 'it is steady again');
+    const since = cluster.seen.length;
+    const again = (await store.catalog.open(vdi.record.vid)) as SheepVdi;
+    expect(cluster.seen.slice(since).some(({ opcode }) => opcode === Op.CREATE)).toBe(false);
+    await again.write(2, 0, Buffer.alloc(BLOCK));
+    await waitUntil(() => log.some((line) => line.includes('all parity is new')), 'the log says that it is done');
+    expect(cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(1))).toBe(true);
+  });
+});

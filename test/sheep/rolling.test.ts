@@ -1,0 +1,261 @@
+/**
+ * Rolling restarts of real nodes under load: every node is killed in turn, comes back three seconds later and recovers,
+ * while a client that knows all it wrote goes on. Beside it, in the same runs, a bare client with as many writes in flight
+ * as it likes, and one with a single write in flight per object. Compared at the end: what the clients know, what is read
+ * through us, what `dog vdi read` reads, and every copy on the nodes' disks.
+ *
+ * Takes 25 s a round, and is left out unless SHEEPGATE_ROLLING says how many rounds. SHEEPGATE_ROLLING_FORMAT ("-c 2:1"),
+ * _NODES, _MIB (of each disk), _READS (the part of the requests that read, 0.3), _PREALLOCATED=1, _BARE=0 (without bare
+ * clients), _AT_ONCE (nodes killed together) vary it. What came out is printed for each round.
+ */
+import { execFileSync } from 'node:child_process';
+import fs from 'node:fs';
+import path from 'node:path';
+import { describe, expect, test } from 'vitest';
+import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
+import { NodeConnection } from '../../src/store/sheep/connection.js';
+import { encodeObjectRequest } from '../../src/store/sheep/layouts.js';
+import { Flag, Opcode } from '../../src/store/sheep/protocol.js';
+import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { realNodesMissing, startRealNodes, type RealNodes } from './clusters.js';
+import { differingObjects, VerifiedLoad, type LoadedDisk } from './rolling-load.js';
+
+const env = process.env;
+const ROUNDS = Number(env['SHEEPGATE_ROLLING'] ?? 0);
+const FORMAT = env['SHEEPGATE_ROLLING_FORMAT'] ?? '-c 2';
+const NODES = Number(env['SHEEPGATE_ROLLING_NODES'] ?? 3);
+const SIZE = Number(env['SHEEPGATE_ROLLING_MIB'] ?? 64) * 2 ** 20;
+const READS = Number(env['SHEEPGATE_ROLLING_READS'] ?? 0.3);
+const IS_PREALLOCATED = env['SHEEPGATE_ROLLING_PREALLOCATED'] === '1';
+const AT_ONCE = Number(env['SHEEPGATE_ROLLING_AT_ONCE'] ?? 1);
+const WITH_BARE = env['SHEEPGATE_ROLLING_BARE'] !== '0';
+const IS_VERBOSE = env['SHEEPGATE_ROLLING_LOG'] === '1';
+const OBJECT = 4 * 2 ** 20;
+const DEPTH = 8;
+const AWAY_MS = 3_000;
+const BEFORE_MS = 1_000;
+const ROUND_MS = 300_000;
+
+const missing = ROUNDS > 0 ? realNodesMissing() : 'SHEEPGATE_ROLLING does not say how many rounds';
+if (missing !== undefined) console.log(`no rolling restarts of real nodes: ${missing}`);
+
+/** One node at a time, the next one when it goes away; nothing else is done for it. The disk's objects must be there. */
+class BareClient implements LoadedDisk {
+  readonly #vid: number;
+  readonly #addresses;
+  #node = 0;
+  #connection: Promise<NodeConnection> | undefined;
+
+  constructor(cluster: RealNodes, vid: number) {
+    this.#vid = vid;
+    this.#addresses = parseClusterAddress(cluster.address);
+  }
+
+  read(offset: number, into: Buffer): Promise<void> {
+    return this.#inObjects(offset, into, async (idx, at, part) => {
+      await this.#ask(encodeObjectRequest(Opcode.READ_OBJ, 0, this.#vid, idx, at, part.length), { receive: part });
+    });
+  }
+
+  write(offset: number, data: Buffer): Promise<void> {
+    return this.#inObjects(offset, data, async (idx, at, part) => {
+      await this.#ask(encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, this.#vid, idx, at, part.length), {
+        data: part,
+      });
+    });
+  }
+
+  close(): void {
+    void this.#connection?.then((connection) => connection.destroy());
+  }
+
+  async #inObjects(
+    offset: number,
+    bytes: Buffer,
+    work: (idx: number, at: number, part: Buffer) => Promise<void>,
+  ): Promise<void> {
+    for (let done = 0; done < bytes.length;) {
+      const at = (offset + done) % OBJECT;
+      const length = Math.min(OBJECT - at, bytes.length - done);
+      await work(Math.floor((offset + done) / OBJECT), at, bytes.subarray(done, done + length));
+      done += length;
+    }
+  }
+
+  async #ask(header: Buffer, bytes: { data?: Buffer; receive?: Buffer }): Promise<void> {
+    for (const until = Date.now() + 60_000; ;) {
+      try {
+        const answer = await (await this.#connected()).send({ header, ...bytes }, 60_000);
+        if (answer.result === 0) return;
+        if (Date.now() > until) throw new Error(`a node answers ${answer.result}`);
+      } catch (error) {
+        if (Date.now() > until) throw error;
+      }
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+  }
+
+  #connected(): Promise<NodeConnection> {
+    this.#connection ??= this.#connect();
+    return this.#connection;
+  }
+
+  async #connect(): Promise<NodeConnection> {
+    const address = this.#addresses[this.#node++ % this.#addresses.length];
+    if (!address) throw new Error('no address');
+    try {
+      return await NodeConnection.connect(address, () => (this.#connection = undefined));
+    } catch (error) {
+      this.#connection = undefined;
+      throw error;
+    }
+  }
+}
+
+interface Outcome {
+  wrongReads: number;
+  errors: number;
+  /** Objects that are not as the client knows them: read through us, by `dog`, on one of the nodes' disks. */
+  ours: number;
+  dogs: number;
+  copies: number;
+  writes: number;
+}
+
+/**
+ * Objects of which a copy differs on the disk of a node that should have it: what has stayed behind elsewhere is not read.
+ * Of erasure-coded objects nothing is known so.
+ */
+function differingCopies(cluster: RealNodes, name: string, vid: number, expected: Buffer): number[] {
+  const ports = parseClusterAddress(cluster.address).map(({ port }) => port);
+  const found = new Set<number>();
+  for (const [n, port] of ports.entries()) {
+    const objects = path.join(cluster.directory, `node${n}`, 'obj');
+    for (const file of fs.readdirSync(objects)) {
+      if (file.length !== 16 || !file.startsWith(vid.toString(16).padStart(8, '0'))) continue;
+      const idx = parseInt(file.slice(8), 16);
+      const content = fs.readFileSync(path.join(objects, file)).subarray(0, OBJECT);
+      if (content.equals(expected.subarray(idx * OBJECT, (idx + 1) * OBJECT))) continue;
+      const at = ['-a', '127.0.0.1', '-p', String(cluster.livePort()), '-i', String(idx)];
+      const places = execFileSync('dog', ['vdi', 'object', 'location', ...at, name], { encoding: 'utf8' })
+        .trimEnd()
+        .split('\n');
+      if (places.at(-1)?.includes(`:${port}`)) found.add(idx);
+    }
+  }
+  return [...found];
+}
+
+const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/** A node that has just come back answers nothing at first. */
+async function recovered(cluster: RealNodes): Promise<void> {
+  for (const until = Date.now() + 60_000; ; await sleep(200)) {
+    try {
+      await cluster.recovered();
+      return;
+    } catch (error) {
+      // A node may have ended itself (docs/cluster.md, "What is known to be weak").
+      const crashes = cluster.crashes();
+      if (crashes.length > 0) throw new Error(crashes.join('; '), { cause: error });
+      if (Date.now() > until) throw error;
+    }
+  }
+}
+
+async function round(): Promise<Record<string, Outcome>> {
+  const cluster = await startRealNodes({ nodes: NODES, format: FORMAT.split(' ') });
+  /** Disks whose parity is being made anew: an operator waits for that before the next node. */
+  let renewing = 0;
+  const log = (line: string): void => {
+    if (line.includes('making the parity')) renewing++;
+    if (line.includes('all parity is new')) renewing--;
+    if (IS_VERBOSE) console.log(new Date().toISOString(), line);
+  };
+  const store = await SheepStore.open(cluster.address, { log });
+  const catalog = new VdiCatalog(store);
+  const loads: Record<string, VerifiedLoad> = {};
+  const vids: Record<string, number> = {};
+  const bare: BareClient[] = [];
+  const make = async (name: string, isFull: boolean): Promise<number> => {
+    await catalog.create(name, SIZE);
+    const vdi = await catalog.openVdi(name);
+    // Written once, so that all objects are there; with zeros, as they are expected.
+    if (isFull) for (let at = 0; at < SIZE; at += OBJECT) await vdi.write(at, Buffer.alloc(OBJECT), false);
+    vids[name] = vdi.record.vid;
+    return vdi.record.vid;
+  };
+  const options = { size: SIZE, objectSize: OBJECT, depth: DEPTH, readShare: READS };
+  await make('ours', IS_PREALLOCATED);
+  const vdi = await catalog.openVdi('ours');
+  if (WITH_BARE) {
+    const many = new BareClient(cluster, await make('bare-many', true));
+    const single = new BareClient(cluster, await make('bare-single', true));
+    bare.push(many, single);
+    loads['bare-many'] = new VerifiedLoad(many, options);
+    loads['bare-single'] = new VerifiedLoad(single, { ...options, writesPerObject: 1 });
+  }
+  const disk: LoadedDisk = {
+    read: async (offset, into) => vdi.read(offset, into),
+    write: async (offset, data) => vdi.write(offset, data, false),
+  };
+  loads['ours'] = new VerifiedLoad(disk, options);
+  for (let node = 0; node < NODES; node += AT_ONCE) {
+    await sleep(BEFORE_MS);
+    const killed = Array.from({ length: Math.min(AT_ONCE, NODES - node) }, (_, n) => node + n);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'kill', ...killed);
+    for (const n of killed) await cluster.killNode(n);
+    await sleep(AWAY_MS);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'return', ...killed);
+    for (const n of killed) await cluster.returnNode(n);
+    await recovered(cluster);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'recovered');
+    if (!FORMAT.includes(':')) continue;
+    const isDone = (): boolean => store.cluster.recovery.isSteady && renewing === 0;
+    for (const until = Date.now() + 60_000; !isDone() && Date.now() < until;) await sleep(50);
+  }
+  await Promise.all(Object.values(loads).map((load) => load.end()));
+  await recovered(cluster);
+  const outcomes: Record<string, Outcome> = {};
+  for (const [name, load] of Object.entries(loads)) {
+    const copy = path.join(cluster.directory, 'read');
+    const port = String(cluster.livePort());
+    execFileSync('sh', ['-c', `dog vdi read -a 127.0.0.1 -p ${port} ${name} 0 ${SIZE} > ${copy}`]);
+    const throughUs = Buffer.alloc(SIZE);
+    await (await catalog.openVdi(name)).read(0, throughUs);
+    outcomes[name] = {
+      wrongReads: load.wrongReads.length,
+      errors: load.errors.length,
+      ours: differingObjects(throughUs, load.expected, OBJECT).length,
+      dogs: differingObjects(fs.readFileSync(copy), load.expected, OBJECT).length,
+      copies: differingCopies(cluster, name, vids[name] as number, load.expected).length,
+      writes: load.writes,
+    };
+    if (load.errors.length > 0) console.log(name, load.errors.slice(0, 3));
+  }
+  const crashes = cluster.crashes();
+  if (crashes.length > 0) console.log(crashes.join('\n'));
+  for (const client of bare) client.close();
+  await catalog.close();
+  await cluster.stop();
+  return outcomes;
+}
+
+describe.skipIf(missing !== undefined)('rolling restarts of real nodes under load', () => {
+  test(
+    'nothing differs between the client, us, dog and the copies',
+    async () => {
+      const corrupted: Record<string, number> = {};
+      for (let n = 1; n <= ROUNDS; n++) {
+        const outcomes = await round();
+        for (const [name, { wrongReads, errors, ours, dogs, copies }] of Object.entries(outcomes)) {
+          corrupted[name] = (corrupted[name] ?? 0) + (wrongReads + errors + ours + dogs + copies > 0 ? 1 : 0);
+        }
+        console.log(`round ${n}: ${JSON.stringify(outcomes)}; corrupted so far: ${JSON.stringify(corrupted)}`);
+      }
+      expect(corrupted['ours']).toBe(0);
+    },
+    Math.max(1, ROUNDS) * ROUND_MS,
+  );
+});
