@@ -339,7 +339,7 @@ describe('a lock of ours', () => {
     const store = await SheepStore.open(cluster.address);
     let refused = 0;
     cluster.fault = ({ opcode, length }) => {
-      if (opcode !== StateOp.GET_VDI_COPIES || length >= 2 ** 21) return undefined;
+      if (opcode !== StateOp.GET_VDI_COPIES || length >= 2 ** 22) return undefined;
       refused++;
       return { result: StateRes.BUFFER_SMALL };
     };

@@ -35,6 +35,7 @@ export class StandInState {
   describe(info: Buffer): void {
     if (this.notServing === undefined) return;
     info[20] = 2;
+    if (this.notServing === StateRes.WAIT_FOR_FORMAT) info.fill(0, 8, 16);
     // A cluster that waits for nodes was made some time; this one on 2023-11-14.
     if (this.notServing === StateRes.WAIT_FOR_JOIN) info.writeBigUInt64LE(1_700_000_000n << 32n, 8);
   }

@@ -180,6 +180,8 @@ async function readEpochs(
   { nodes, nodeBytes }: NodeList,
   count: number,
 ): Promise<ReturnType<typeof decodeEpochs>> {
+  // Earlier versions have another form of it.
+  if (version !== '1.0') return { epochs: [], isRecoveryDisabled: false };
   let room = nodes.length + SPARE_NODES;
   while (room <= MAX_NODES) {
     const stride = EPOCH_LOG_BYTES + room * nodeBytes;
@@ -207,10 +209,15 @@ async function stateOf(
     return { ...known, state: 'unreachable', reason: cause instanceof Error ? cause.message : message };
   }
   try {
+    if (version !== '1.0') {
+      // That it answers is all that one of an earlier version says in a known form.
+      await greet(connection, answerMs, version);
+      return { ...known, state: 'ok' };
+    }
     const receive = Buffer.alloc(RECOVERY_BYTES);
     const [disks, recovery] = await Promise.all([
-      ask(connection, Opcode.STAT_SHEEP, { version, answerMs }),
-      ask(connection, Opcode.STAT_RECOVERY, { version, receive, answerMs }),
+      ask(connection, Opcode.STAT_SHEEP, { answerMs }),
+      ask(connection, Opcode.STAT_RECOVERY, { receive, answerMs }),
     ]);
     if (disks.result !== Result.SUCCESS || recovery.result !== Result.SUCCESS) {
       const { result } = disks.result === Result.SUCCESS ? recovery : disks;

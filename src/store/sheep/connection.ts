@@ -86,8 +86,8 @@ export class NodeConnection {
   readonly #label: string;
   readonly #onClose: () => void;
   readonly #pending = new Map<number, Pending>();
-  /** Called when an answer is of another epoch than the one before. */
-  onEpoch: ((epoch: number) => void) | undefined;
+  #onEpoch: ((epoch: number) => void) | undefined;
+  /** Of the latest answer; 0 before there is any. */
   #epoch = 0;
   #socket: net.Socket | undefined;
   #remote: NodeAddress | undefined;
@@ -180,6 +180,12 @@ export class NodeConnection {
       if (pending.sentAt > time) return;
       yield pending;
     }
+  }
+
+  /** `onEpoch` is called when an answer is of another epoch than the one before, and now if there was an answer. */
+  watchEpoch(onEpoch: (epoch: number) => void): void {
+    this.#onEpoch = onEpoch;
+    if (this.#epoch !== 0) onEpoch(this.#epoch);
   }
 
   /**
@@ -349,7 +355,7 @@ export class NodeConnection {
     const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
-      this.onEpoch?.(epoch);
+      this.#onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;
     // Only answers to object reads say where their payload belongs; the field means something else in others.

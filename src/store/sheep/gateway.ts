@@ -529,7 +529,7 @@ export class Gateway {
         connection.destroy();
         throw closedError();
       }
-      connection.onEpoch = this.onEpoch;
+      connection.watchEpoch(this.onEpoch);
       node.connections.push(connection);
       return connection;
     } catch (error) {

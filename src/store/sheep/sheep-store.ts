@@ -101,7 +101,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
     cluster.recovery.copiesOf = (vid) => {
       const vdi = this.open.get(vid);
-      return vdi === undefined || vdi.record.isSnapshot ? 0 : vdi.inode.copies;
+      // Where nothing is written nothing may be asked for by a write of nothing either.
+      if (vdi === undefined || vdi.record.isSnapshot || this.readOnlyBecause !== undefined) return 0;
+      return vdi.inode.copies;
     };
     cluster.recovery.onSteady = () => {
       for (const vdi of this.open.values()) vdi.nodesAreBack();
