@@ -48,6 +48,7 @@ const KNOWN: Readonly<Record<string, string>> = {
   'src/cli/run-command.ts': 'the child and its streams, where they are made; process.stderr: main.ts',
   'src/cli/thaw-guard.ts': 'a process of its own, with listeners on all three',
   'src/cli/vdi-list.ts': 'process.stdout: main.ts',
+  'src/cli/vdi-lock.ts': 'process.stdout: main.ts',
   'src/daemon/control-client.ts': 'the request, where it is made; upgraded sockets where they come',
   'src/daemon/control-server.ts': 'the server, requests, answers and upgraded sockets, where they are made or come',
   'src/daemon/stale-socket.ts': 'where it is made',
