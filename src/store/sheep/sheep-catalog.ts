@@ -21,6 +21,7 @@ import { deleteByName, isFoundByName, isUnchanged, mayGoByName, nameToDelete, un
 import { formatRedundancy, zonesFor } from '../redundancy.js';
 import type { Cluster } from './cluster.js';
 import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
+import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { describeLost, inodeOrLost } from './lost-inodes.js';
@@ -136,8 +137,10 @@ export class SheepCatalog implements Catalog {
       const inodes = await this.#inodesNamed([name, ...shadows], places);
       await this.#addLateWorking(inodes);
       const isThere = inodes.some((inode) => inode.name === name);
+      // Where vids are used again the nodes find a snapshot that somebody has just taken, and not what goes on after it.
+      const hasWorking = inodes.some((inode) => inode.name === name && !inode.isSnapshot);
       // What the nodes show by now is younger than what was known of their vids.
-      const isOutdated = !isThere || !inodes.every(isKnown);
+      const isOutdated = !isThere || !inodes.every(isKnown) || (this.#store.recyclesVids && !hasWorking);
       if (maxAgeMs > 0 && isOutdated) continue;
       // Nodes of some other kind, that give names other places; or it was made this moment.
       if (!isThere && (await this.#cluster.lookup(name)) !== 0) {
@@ -281,14 +284,19 @@ export class SheepCatalog implements Catalog {
     }
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
-      // A vid that was deleted is another VDI's by now where vids are used again, and its lock too.
-      const isAnothers = closed.failure !== undefined && this.#store.recyclesVids;
-      if (isOurs && !isAnothers) await this.#store.locks.release(closed.record.vid);
+      if (isOurs && (await this.#isStillOurs(closed))) await this.#store.locks.release(closed.record.vid);
     });
     if (this.#doubtful.has(vid)) vdi.record = { ...vdi.record, isDoubtful: true };
     this.#store.open.set(vid, vdi);
     vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
     return vdi;
+  }
+
+  /** A vid that was deleted is another VDI's by now where vids are used again, and its lock too. */
+  async #isStillOurs({ failure, inode }: SheepVdi): Promise<boolean> {
+    if (failure === undefined || !this.#store.enforcesLocks || !this.#store.recyclesVids) return true;
+    const found = await this.#cluster.readInode(inode.vid).catch(goneIsNone);
+    return found !== undefined && isSameVdi(found, inode);
   }
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
