@@ -130,7 +130,11 @@ for (const isReal of [false, true]) {
       const vdi = await catalog.openVdi('b');
       await vdi.write(0, filled(1), false);
       const before = vdi.record.vid;
+      const { catalog: other } = await gateway();
+      expect((await other.named('b')).map(({ tag }) => tag)).toEqual(['']);
       await cluster.snapshot('b', 's');
+      // Also by who has just asked.
+      expect((await other.named('b')).map(({ tag }) => tag)).toEqual(['s', '']);
       await vdi.write(0, filled(2), false);
       expect(vdi.record.vid).toBeLessThan(before);
       expect(await store.cluster.lockedVids()).toEqual([vdi.record.vid]);
