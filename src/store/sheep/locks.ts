@@ -63,9 +63,13 @@ export class Locks {
     try {
       await lockByName(this.#cluster, inode, this.#recyclesVids);
     } catch (error) {
+      const { code, message } = error as StoreError;
       // Who opens a VDI looks it up again by himself.
-      if ((error as StoreError).code !== 'MOVED') throw error;
-      throw new StoreError('IO', (error as Error).message, { cause: error });
+      if (code === 'MOVED') throw new StoreError('IO', message, { cause: error });
+      if (code !== 'DAMAGED') throw error;
+      throw new StoreError('DAMAGED', `${message}; --missing=zero reads without a lock what there is`, {
+        cause: error,
+      });
     }
   }
 
