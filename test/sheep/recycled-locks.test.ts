@@ -105,7 +105,7 @@ for (const isReal of [false, true]) {
       await vdi.write(0, filled(4), false);
       expect(await store.cluster.lockedVids()).toEqual([vdi.record.vid]);
       const theirs = await gateway();
-      await expect(theirs.catalog.openVdi('b')).rejects.toMatchObject({ code: 'LOCKED' });
+      await expect(theirs.catalog.openVdi('b')).rejects.toMatchObject({ code: 'LOCKED', message: /^"b" is locked/ });
       await catalog.release(vdi);
       expect(await store.cluster.lockedVids()).toEqual([]);
       expect(await contents(theirs.catalog)).toEqual([

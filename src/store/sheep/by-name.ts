@@ -14,7 +14,7 @@ import { INODE_NAME_OFFSET, NAME_BYTES } from './protocol.js';
 /** Errors: LOCKED; MOVED if somebody else takes a snapshot at this moment; IO if the nodes would lock another VDI. */
 export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<void> {
   const lock = async (name: string): Promise<number> => {
-    const locked = await cluster.lock(name);
+    const locked = await cluster.lock(name, inode.name);
     if (locked === inode.vid) return locked;
     await cluster.release(locked);
     if (await isUnchanged(cluster, inode)) throw hitsAnother(inode, locked, 'locked');
