@@ -163,3 +163,13 @@ test('the command line says the same with and without a daemon, and exports what
   expect(tree.stdout).toContain(`(c?)  ${id}  [damaged: no node has its inode]`);
   await daemon.stop();
 }, 60_000);
+
+test('where a lock is asked for by a name that the nodes cannot find, the error says how the disk is read', async () => {
+  await startWith({ recyclesVids: true, useLock: true });
+  expect((await catalog.find('a')).vid).toBeLessThan(lost);
+  await expect(firstBlock(catalog, 'a')).rejects.toMatchObject({ code: 'DAMAGED', message: /--missing=zero reads/ });
+  expect(cluster.locks()).toEqual([]);
+  const zeros = await open(true);
+  expect(await firstBlock(zeros, 'a')).toBe('a');
+  await zeros.close();
+});

@@ -787,6 +787,7 @@ export class StandIn {
     if (!family.every((vid) => this.#deleted.has(vid))) return;
     for (const vid of family) {
       for (const vids of [this.#used, this.#deleted, this.readOnly]) vids.delete(vid);
+      this.state.locked.delete(vid);
       this.objects.delete(VDI_BIT | (BigInt(vid) << 32n));
     }
   }

@@ -11,17 +11,24 @@ import type { Inode } from './layouts.js';
 import { INODE_FORMER_NAME_OFFSET, ownName } from './own-name.js';
 import { INODE_NAME_OFFSET, NAME_BYTES } from './protocol.js';
 
-/** Errors: LOCKED; IO if the nodes would lock another VDI. */
+/** Errors: LOCKED; MOVED if somebody else takes a snapshot at this moment; IO if the nodes would lock another VDI. */
 export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<void> {
   const lock = async (name: string): Promise<number> => {
-    const locked = await cluster.lock(name);
+    const locked = await cluster.lock(name, inode.name);
     if (locked === inode.vid) return locked;
     await cluster.release(locked);
     if (await isUnchanged(cluster, inode)) throw hitsAnother(inode, locked, 'locked');
-    throw new StoreError('IO', `${inode.name} was snapshotted by somebody else at this moment; try again`);
+    throw new StoreError('MOVED', `${inode.name} was snapshotted by somebody else at this moment; try again`);
   };
-  if (!recyclesVids || (await isFoundByName(cluster, inode))) await lock(inode.name);
-  else await underOwnName(cluster, inode, lock);
+  if (!recyclesVids || (await isFoundByName(cluster, inode))) {
+    await lock(inode.name);
+    return;
+  }
+  // A snapshot has no place under a name of its own.
+  if (!(await isUnchanged(cluster, inode))) {
+    throw new StoreError('MOVED', `${inode.name} was snapshotted by somebody else at this moment; try again`);
+  }
+  await underOwnName(cluster, inode, lock);
 }
 
 /** Of what is being deleted and has no name that the nodes find it by. */

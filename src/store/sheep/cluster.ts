@@ -388,18 +388,18 @@ export class Cluster {
     return vidOf(succeeded(answer, `deleting "${name}"`));
   }
 
-  /** Errors: LOCKED. Where the cluster does not enforce locks this always succeeds. */
-  async lock(name: string): Promise<number> {
+  /** `label`: what people call it. Errors: LOCKED. Where the cluster does not enforce locks this always succeeds. */
+  async lock(name: string, label = name): Promise<number> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.LOCK_VDI, Flag.WRITE, data.length, { type: LOCK_TYPE_NORMAL });
     const answer = await this.gateway.execute({ header, data }, { once: true });
     if (answer.result === Result.VDI_LOCKED) {
       throw new StoreError(
         'LOCKED',
-        `"${name}" is locked by somebody else in the cluster; 'sheepgate vdi lock list' shows through which node, and 'vdi lock unlock' ends a lock that was left behind`,
+        `"${label}" is locked by somebody else in the cluster; 'sheepgate vdi lock list' shows through which node, and 'vdi lock unlock' ends a lock that was left behind`,
       );
     }
-    return vidOf(succeeded(answer, `locking "${name}"`));
+    return vidOf(succeeded(answer, `locking "${label}"`));
   }
 
   async release(vid: number): Promise<void> {

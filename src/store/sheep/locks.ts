@@ -32,7 +32,7 @@ export class Locks {
    */
   async take(inode: Inode): Promise<void> {
     if (!this.#isEnforced) return;
-    await lockByName(this.#cluster, inode, this.#recyclesVids);
+    await this.#lock(inode);
     try {
       // Before its first snapshot there was no other vid to lock.
       if (inode.parentVid !== 0) await this.#mustNotBeHeldBefore(inode);
@@ -59,19 +59,31 @@ export class Locks {
     );
   }
 
+  async #lock(inode: Inode): Promise<void> {
+    try {
+      await lockByName(this.#cluster, inode, this.#recyclesVids);
+    } catch (error) {
+      const { code, message } = error as StoreError;
+      // Who opens a VDI looks it up again by himself.
+      if (code === 'MOVED') throw new StoreError('IO', message, { cause: error });
+      if (code !== 'DAMAGED') throw error;
+      throw new StoreError('DAMAGED', `${message}; --missing=zero reads without a lock what there is`, {
+        cause: error,
+      });
+    }
+  }
+
   /**
-   * The VDI goes on as `vid`, and we hold its lock until now. Errors: LOCKED if somebody else has taken that one, MOVED if
+   * The VDI goes on as `next`, and we hold its lock until now. Errors: LOCKED if somebody else has taken that one, MOVED if
    * the VDI has another vid again.
    */
-  async takeNext(name: string, vid: number): Promise<void> {
+  async takeNext(next: Inode): Promise<void> {
     if (!this.#isEnforced) return;
     const deadline = performance.now() + NEXT_LOCK_MS;
     for (;;) {
       try {
-        const locked = await this.#cluster.lock(name);
-        if (locked === vid) return;
-        await this.release(locked);
-        throw new StoreError('MOVED', `${name} goes on as vid ${locked.toString(16)}`);
+        // Where vids are used again the nodes may find the snapshot by its name, whose lock is ours.
+        return await lockByName(this.#cluster, next, this.#recyclesVids);
       } catch (error) {
         if ((error as StoreError).code !== 'LOCKED' || performance.now() >= deadline) throw error;
       }

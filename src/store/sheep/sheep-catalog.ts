@@ -21,6 +21,7 @@ import { deleteByName, isFoundByName, isUnchanged, mayGoByName, nameToDelete, un
 import { formatRedundancy, zonesFor } from '../redundancy.js';
 import type { Cluster } from './cluster.js';
 import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
+import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { clearHyper } from './hyper-index.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { describeLost, inodeOrLost } from './lost-inodes.js';
@@ -46,6 +47,8 @@ const VIDS_AGE_MS = 1000;
 const MAX_TAKE_ATTEMPTS = 5;
 /** Deleting a VDI that others write to at the same time. */
 const MAX_DELETE_ATTEMPTS = 5;
+/** For asking whether what was given up is still there when it is closed. */
+const CLOSING_LOOK_MS = 2_000;
 /** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
 const MAX_FREE_SLOTS = 2;
 /** Findings a check spells out; it counts the rest. */
@@ -132,12 +135,16 @@ export class SheepCatalog implements Catalog {
   async named(name: string): Promise<VdiRecord[]> {
     const shadows = shadowNames(name);
     for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
+      // Where vids are used again the nodes find a snapshot by a name, and not what goes on after it: asked for is only that
+      // they are through with it.
+      if (this.#store.recyclesVids && maxAgeMs === 0) await this.#cluster.lookup(name);
       const { places, isKnown } = await this.#placesOf([name, ...shadows], maxAgeMs);
       const inodes = await this.#inodesNamed([name, ...shadows], places);
-      await this.#addLateWorking(inodes);
+      if (!this.#store.recyclesVids) await this.#addLateWorking(inodes);
       const isThere = inodes.some((inode) => inode.name === name);
+      const hasWorking = inodes.some((inode) => inode.name === name && !inode.isSnapshot);
       // What the nodes show by now is younger than what was known of their vids.
-      const isOutdated = !isThere || !inodes.every(isKnown);
+      const isOutdated = !isThere || !inodes.every(isKnown) || (this.#store.recyclesVids && !hasWorking);
       if (maxAgeMs > 0 && isOutdated) continue;
       // Nodes of some other kind, that give names other places; or it was made this moment.
       if (!isThere && (await this.#cluster.lookup(name)) !== 0) {
@@ -281,14 +288,19 @@ export class SheepCatalog implements Catalog {
     }
     const vdi = new SheepVdi(this.#store, inode, map, async (closed) => {
       if (this.#store.open.get(closed.record.vid) === closed) this.#store.open.delete(closed.record.vid);
-      // A vid that was deleted is another VDI's by now where vids are used again, and its lock too.
-      const isAnothers = closed.failure !== undefined && this.#store.recyclesVids;
-      if (isOurs && !isAnothers) await this.#store.locks.release(closed.record.vid);
+      if (isOurs && (await this.#isStillOurs(closed))) await this.#store.locks.release(closed.record.vid);
     });
     if (this.#doubtful.has(vid)) vdi.record = { ...vdi.record, isDoubtful: true };
     this.#store.open.set(vid, vdi);
     vdi.shadows = [...this.#shadows.values()].filter((shadow) => shadow.isLive && shadow.sourceName === inode.name);
     return vdi;
+  }
+
+  /** A vid that was deleted is another VDI's by now where vids are used again, and its lock too. */
+  async #isStillOurs({ failure, inode }: SheepVdi): Promise<boolean> {
+    if (failure === undefined || !this.#store.enforcesLocks || !this.#store.recyclesVids) return true;
+    const found = await this.#cluster.readInode(inode.vid, { retryMs: CLOSING_LOOK_MS }).catch(goneIsNone);
+    return found !== undefined && isSameVdi(found, inode);
   }
 
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
@@ -662,6 +674,7 @@ export class SheepCatalog implements Catalog {
   async #addLateWorking(inodes: Inode[]): Promise<void> {
     const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
     const names = new Set(inodes.map(({ name }) => name).filter((name) => !isShadowName(name) && !working.has(name)));
+    if (this.#store.recyclesVids) return this.#addLateIds(inodes, names);
     await inParallel(PARALLEL_READS, [...names], async (name) => {
       for (let attempt = 0; attempt < MAX_TAKE_ATTEMPTS; attempt++) {
         const vid = await this.#cluster.lookup(name);
@@ -674,6 +687,17 @@ export class SheepCatalog implements Catalog {
         if (!inode.isSnapshot) return;
       }
     });
+    inodes.sort((a, b) => a.vid - b.vid);
+  }
+
+  /** The same where vids are used again, and the nodes may find the snapshot by the name of what goes on in its place. */
+  async #addLateIds(inodes: Inode[], names: ReadonlySet<string>): Promise<void> {
+    const [first] = names;
+    if (first === undefined) return;
+    await this.#cluster.lookup(first);
+    const known = new Set(inodes.map(({ vid }) => vid));
+    const late = (await this.#cluster.vids()).live().filter((vid) => !known.has(vid));
+    inodes.push(...(await this.#readInodes(late)).filter(({ name }) => names.has(name)));
     inodes.sort((a, b) => a.vid - b.vid);
   }
 

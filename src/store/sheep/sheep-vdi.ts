@@ -339,7 +339,7 @@ export class SheepVdi implements OpenVdi {
   async become(inode: Inode, map: Uint32Array): Promise<void> {
     const from = this.record.vid;
     try {
-      await this.#host.locks.takeNext(inode.name, inode.vid);
+      await this.#host.locks.takeNext(inode);
     } catch (error) {
       if ((error as StoreError).code !== 'LOCKED') throw error;
       const { name } = this.record;
