@@ -322,6 +322,18 @@ describe('what others do to an open disk where nothing is locked', () => {
     await ours.remove('deleted');
   });
 
+  test('a node that has just started and knows of no VDI yet takes nothing away from a disk that is closed', async () => {
+    const { ours, vdi } = await twoGateways('there');
+    await vdi.write(0, filled(1), false);
+    for (const n of others.nodes.ports.keys()) others.nodes.starting.add(n);
+    await ours.release(vdi);
+    others.nodes.starting.clear();
+    const again = await ours.openVdi('there');
+    expect((await bytesAt(again, 0)).equals(filled(1))).toBe(true);
+    await ours.release(again);
+    await ours.remove('there');
+  });
+
   test('deleting a disk that another gateway writes to at the same time leaves nothing of it', async () => {
     const { ours, theirs, vdi } = await twoGateways('written');
     await vdi.write(0, filled(1), false);

@@ -25,7 +25,11 @@ async function connect(options: StandInOptions = {}): Promise<void> {
   cluster.epoch = 1;
   log = [];
   // Not object 3.
-  store = await SheepStore.open(cluster.address, { retryMs: RETRY_MS, log: (line) => log.push(line) });
+  store = await SheepStore.open(cluster.address, {
+    retryMs: RETRY_MS,
+    waitingMs: 500,
+    log: (line) => log.push(line),
+  });
   catalog = new VdiCatalog(store);
   await catalog.create('disk', 4 * OBJECT, { blockSizeShift: SHIFT });
   vdi = await catalog.openVdi('disk');
@@ -129,6 +133,49 @@ describe('while nodes recover', () => {
     expect(cluster.seen.slice(since).map(({ opcode }) => opcode)).toEqual([Op.WRITE, Op.WRITE]);
   });
 
+  test('a cluster that is closed has nobody wait for them', async () => {
+    await change(1);
+    const waiting = write(1, 1).then(
+      () => 'written',
+      (error: Error) => error.name,
+    );
+    await waitUntil(() => cluster.seen.some(({ opcode }) => opcode === Op.EXIST), 'it waits');
+    const begun = performance.now();
+    store.cluster.gateway.close();
+    expect(await waiting).toBe('StoreError');
+    expect(performance.now() - begun).toBeLessThan(250);
+  });
+
+  test('an epoch that one node alone has seen, and that is not theirs, keeps nothing from being steady', async () => {
+    cluster.epoch = 9;
+    await store.info();
+    cluster.epoch = 5;
+    await waitUntil(isSteady, 'it is steady');
+    expect(store.cluster.recovery.epoch).toBe(5);
+    cluster.recovering.add(0);
+    cluster.epoch = 6;
+    await store.info();
+    expect(isSteady()).toBe(false);
+  });
+
+  test('the log says who waits for them', async () => {
+    log.length = 0;
+    await change(1);
+    cluster.fault = ({ oid, opcode, length }) =>
+      oid === oidOf(1) && opcode === Op.WRITE && length === 0 ? { result: 0 } : undefined;
+    // Members come and go again and again.
+    const flapping = setInterval(() => cluster.epoch++, 100);
+    const waiting = write(1, 1);
+    try {
+      await waitUntil(() => log.some((line) => line.includes('disk') && line.includes('places')), 'it is told');
+    } finally {
+      clearInterval(flapping);
+    }
+    cluster.outOfPlace.clear();
+    cluster.recovering.clear();
+    await waiting;
+  });
+
   test('an object is made at once, and settles before it is written again', async () => {
     await change();
     const since = cluster.seen.length;
@@ -178,6 +225,38 @@ describe('what is under way when the members change', () => {
     changeDuring(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(3));
     await write(3, 1, 5);
     expect(cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(2);
+    expect(await read(3, 1)).toBe(5);
+    expect(cluster.violations).toEqual([]);
+  });
+
+  test('is made once more, if it is a part of the index of a hyper volume', async () => {
+    const high = 0x0100_0000 + vdi.record.vid;
+    const since = cluster.seen.length;
+    changeDuring(({ opcode }) => opcode === Op.CREATE);
+    await store.cluster.createObject(high, 0, Buffer.alloc(BLOCK, 4));
+    expect(cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(2);
+  });
+
+  test('keeps its references, if somebody takes a snapshot while it is written to the table once more', async () => {
+    const inode = (1n << 63n) | (BigInt(vdi.record.vid) << 32n);
+    const { vid } = vdi.record;
+    changeDuring(({ opcode, oid, length }) => {
+      const isIt = opcode === Op.WRITE && oid === inode && length === 4;
+      if (!isIt) return false;
+      process.nextTick(() => {
+        cluster.fault = ({ opcode, oid, offset }) => {
+          if (opcode !== Op.WRITE || oid !== inode || offset !== 4660) return undefined;
+          cluster.fault = () => undefined;
+          cluster.externalSnapshot('disk', 'theirs');
+          return undefined;
+        };
+      });
+      return true;
+    });
+    await write(3, 1, 5);
+    expect(vdi.record.vid).not.toBe(vid);
+    await catalog.remove('disk@theirs');
+    await cluster.settled();
     expect(await read(3, 1)).toBe(5);
     expect(cluster.violations).toEqual([]);
   });

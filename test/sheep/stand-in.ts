@@ -123,6 +123,8 @@ export interface Answer {
   readonly fill?: (header: Buffer) => void;
 }
 
+const NO_VIDS: ReadonlySet<number> = new Set();
+
 export class StandIn {
   readonly objects = new Map<bigint, Buffer>();
   readonly ledgers = new Map<bigint, Map<number, number>>();
@@ -148,6 +150,8 @@ export class StandIn {
   readonly seen: Seen[] = [];
   /** Nodes that the others no longer count as members: they refuse what comes from them. */
   readonly left = new Set<number>();
+  /** Nodes that have just started: until the others have told them they know of no vids (sheep/group.c, do_get_vdis). */
+  readonly starting = new Set<number>();
   /** Nodes that recover what is theirs since then. */
   readonly recovering = new Set<number>();
   /** Objects, by oid, that only the first node has yet. */
@@ -438,9 +442,9 @@ export class StandIn {
         return { result: isHere ? Res.SUCCESS : Res.NO_OBJ };
       }
       case Op.READ_VDIS:
-        return { result: Res.SUCCESS, data: bitmapOf(this.#used) };
+        return { result: Res.SUCCESS, data: bitmapOf(this.starting.has(request.node) ? NO_VIDS : this.#used) };
       case Op.READ_DEL_VDIS:
-        return { result: Res.SUCCESS, data: bitmapOf(this.#deleted) };
+        return { result: Res.SUCCESS, data: bitmapOf(this.starting.has(request.node) ? NO_VIDS : this.#deleted) };
       case Op.CLUSTER_INFO: {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
         return { result: Res.SUCCESS, data: this.#clusterInfo() };

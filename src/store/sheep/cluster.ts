@@ -64,6 +64,8 @@ export class ObjectGone extends StoreError {
   }
 }
 const SECTOR_BYTES = 512;
+/** For the log. */
+const SETTLING = 'nodes have come or gone, and bring objects to their places';
 
 export interface NewVdi {
   readonly name: string;
@@ -123,8 +125,11 @@ export class Cluster {
 
   /** Wait until the object takes requests, if it is one that somebody here writes. */
   async #settle(high: number, low: number): Promise<void> {
-    const copies = this.recovery.copiesOf(vidOfHigh(high));
-    if (copies > 0) await this.recovery.settle(high, low, copies);
+    const vid = vidOfHigh(high);
+    const copies = this.recovery.copiesOf(vid);
+    if (copies === 0) return;
+    const disk = this.gateway.diskOf(high, low) ?? `vid ${vid.toString(16)}`;
+    await this.gateway.whileAwaited(disk, SETTLING, () => this.recovery.settle(high, low, copies));
   }
 
   async #read(high: number, low: number, offset: number, into: Buffer, options?: ExecuteOptions): Promise<void> {
@@ -231,9 +236,16 @@ export class Cluster {
 
   /** With `data` at its beginning; one that exists is replaced whole. Errors: NO_SPACE. */
   async createObject(high: number, low: number, data: Buffer): Promise<void> {
+    const { recovery } = this;
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, Flag.WRITE, high, low, 0, data.length);
-    const { result } = await this.gateway.execute({ header, data });
-    if (result !== Result.SUCCESS) throw objectError(result, 'creating', high, low);
+    for (;;) {
+      const { epoch } = recovery;
+      const { result } = await this.gateway.execute({ header, data });
+      if (result !== Result.SUCCESS) throw objectError(result, 'creating', high, low);
+      recovery.forget(high, low);
+      if (recovery.epoch === epoch) return;
+      await this.#settle(high, low);
+    }
   }
 
   /** It need not be there. */

@@ -27,11 +27,21 @@ export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean
   if (found && isSameVdi(found, known)) return false;
   if (found && found.name !== '' && found.createdAt !== known.createdAt) return true;
   const deadline = performance.now() + LIST_WAIT_MS;
-  while ((await cluster.vids()).isLive(known.vid)) {
+  while (!(await countsAsDeleted(cluster, known.vid, found))) {
     if (performance.now() >= deadline) return false;
     await sleep(LIST_POLL_MS);
   }
   return true;
+}
+
+/**
+ * Whether the nodes say that the VDI is deleted. That one of them does not know its vid proves nothing: one that has just
+ * started knows those of the inodes on its own disk, until the others have told it of theirs, and answers meanwhile. Only
+ * where vids are used again it is forgotten what was deleted, and then its inode is gone as well (sheep/vdi.c, do_vid_gc).
+ */
+async function countsAsDeleted(cluster: Cluster, vid: number, found: Inode | undefined): Promise<boolean> {
+  const vids = await cluster.vids();
+  return vids.isDeleted(vid) || (cluster.recyclesVids && !found && !vids.isUsed(vid));
 }
 
 /**
@@ -44,9 +54,9 @@ export async function removeLeftObjects(
   made: readonly { readonly idx: number }[] = [],
 ): Promise<void> {
   const { vid, name } = inode;
-  if ((await cluster.vids()).isLive(vid)) return;
   const found = await cluster.readInode(vid).catch(goneIsNone);
   if (found && found.createdAt !== inode.createdAt) return;
+  if (!(await countsAsDeleted(cluster, vid, found))) return;
   if (found?.storePolicy === 0) {
     await clearTable(cluster, vid, await cluster.readTable(vid, MAX_DATA_OBJECTS));
     const keepsName = found.name !== '';

@@ -21,6 +21,8 @@ const RECOVERY_STATE_BYTES = 24;
 const WATCH_MS = 250;
 /** Looks in a row that must find no recovery: one that a request has started may outlive the list. */
 const QUIET_LOOKS = 3;
+/** Looks in a row at which all members must be of one earlier epoch for it to be theirs: a node may be late by a moment. */
+const EARLIER_LOOKS = 8;
 /** Nodes that cannot be asked are not waited for longer than this after the last change of members. */
 const BLIND_MS = 60_000;
 /** For the node's own recovery to reach the object, before one is asked for. */
@@ -60,6 +62,9 @@ export class RecoveryWatch {
   readonly #settled = new Set<string>();
   readonly #settling = new Map<string, Promise<void>>();
   #isWatching = false;
+  /** What all members said their epoch was at the last looks, when it was earlier than the one known. */
+  #earlier = 0;
+  #earlierLooks = 0;
   /** Pauses that close() ends. */
   readonly #sleepers = new Set<() => void>();
   #isClosed = false;
@@ -117,7 +122,7 @@ export class RecoveryWatch {
     if (!(await this.#isInPlace(high, low, copies))) {
       while (performance.now() - begun < PATIENCE_MS) {
         await this.#pause(LOOK_MS);
-        if (this.epoch !== epoch || this.isSteady) return;
+        if (this.epoch !== epoch || this.isSteady || this.#isClosed) return;
         if (await this.#isInPlace(high, low, copies)) break;
       }
       if (!(await this.#isInPlace(high, low, copies))) await this.#fetch(high, low);
@@ -169,6 +174,7 @@ export class RecoveryWatch {
     while (!this.#isClosed) {
       const { epoch } = this;
       const isQuiet = await this.#look();
+      this.#goBack();
       quiet = isQuiet && this.epoch === epoch ? quiet + 1 : 0;
       const isBlind = isQuiet === undefined && performance.now() - this.#changedAt > BLIND_MS;
       if (quiet >= QUIET_LOOKS || isBlind) break;
@@ -178,6 +184,24 @@ export class RecoveryWatch {
     this.isSteady = true;
     this.#settled.clear();
     if (!this.#isClosed) this.onSteady();
+  }
+
+  /**
+   * All members are of one earlier epoch, again and again: the later one was that of a node which had lost the others, and is
+   * not theirs. Else nothing would be steady until they have caught up with it, and no change of theirs noticed.
+   */
+  #goBack(): void {
+    if (this.#earlierLooks < EARLIER_LOOKS) return;
+    this.epoch = this.#earlier;
+    this.#earlierLooks = 0;
+  }
+
+  #noteEarlier(answers: readonly (Answer | undefined)[]): void {
+    const [first] = answers;
+    const epoch = first ? epochOf(first) : 0;
+    const isEarlier = epoch > 0 && epoch < this.epoch && answers.every((answer) => answer && epochOf(answer) === epoch);
+    this.#earlierLooks = isEarlier ? (epoch === this.#earlier ? this.#earlierLooks + 1 : 1) : 0;
+    this.#earlier = epoch;
   }
 
   /** Whether no node recovers anything in this epoch; undefined if they could not be asked. */
@@ -191,6 +215,7 @@ export class RecoveryWatch {
       }));
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
+      this.#noteEarlier(answers);
       const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
       this.#members = { epoch, nodes, zones };
       if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;

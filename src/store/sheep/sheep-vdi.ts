@@ -548,6 +548,8 @@ export class SheepVdi implements OpenVdi {
       await this.#lookAgain(batch, error);
       throw error;
     }
+    // Before it is asked whether somebody has taken a snapshot: the counts of one that is taken meanwhile are set right then.
+    if (cluster.recovery.epoch !== epoch) await this.#confirm(vid, batch);
     if (await this.#wasSnapshotted(vid)) {
       await this.follow(vid);
       await this.#carryOver(vid, batch);
@@ -558,7 +560,6 @@ export class SheepVdi implements OpenVdi {
       if (map[idx] === vid && owner === 0) this.#reclaiming.add(idx);
       map[idx] = owner;
     }
-    if (cluster.recovery.epoch !== epoch) await this.#confirm(vid, batch);
   }
 
   /**
@@ -568,7 +569,9 @@ export class SheepVdi implements OpenVdi {
   async #confirm(vid: number, batch: readonly TableChange[]): Promise<void> {
     const { cluster } = this.#host;
     const last = batch.reduce((highest, { idx }) => Math.max(highest, idx), 0);
-    await cluster.fillTable(vid, this.map.subarray(0, last + 1));
+    const table = this.map.slice(0, last + 1);
+    for (const { idx, owner } of batch) table[idx] = owner;
+    await cluster.fillTable(vid, table);
     for (const { idx } of batch) await cluster.writeReferences(vid, idx, Buffer.alloc(GREF_BYTES));
   }
 

@@ -30,6 +30,11 @@ export class VidsInUse {
     return hasBit(this.#used, vid) && !hasBit(this.#deleted, vid);
   }
 
+  /** The nodes say so. Of what is neither live nor deleted a node that has just started may not have heard yet. */
+  isDeleted(vid: number): boolean {
+    return hasBit(this.#deleted, vid);
+  }
+
   /** All that are, in ascending order. */
   live(): number[] {
     const vids: number[] = [];
