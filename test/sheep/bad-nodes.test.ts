@@ -80,6 +80,13 @@ withEach('what was a node and is none when it is gone back to is left, and no wr
   await opened.release(vdi);
 });
 
+test('however many of them say nothing, the one node that is named last is found', async () => {
+  const silent = [];
+  for (let n = 0; n < 5; n++) silent.push((await badPort('silent')).address);
+  const catalog = await open([...silent, good(0)]);
+  expect(await catalog.list()).toEqual([]);
+});
+
 test.each(['closes', 'silent'] as const)(
   'a port that the cluster tells of, and that %s, is read from by nobody',
   async (badness) => {

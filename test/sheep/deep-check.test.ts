@@ -311,6 +311,27 @@ describe('check --deep (stand-in)', () => {
     ]);
   });
 
+  test('of two that have the same name for people each is told with its id', async () => {
+    const [first] = (await holders(0)) as [number];
+    standIn.copies.set(first, oid(0), () => undefined);
+    const inode = standIn.objects.get(inodeOid(vid + 1)) as Buffer;
+    inode.write('vm@a', 0);
+    const { findings } = await check();
+    inode.write('vm\0\0', 0);
+    expect(findings[0]?.users.map(({ label }) => label)).toEqual(['vm@a', `vm@a (@${(vid + 1).toString(16)})`]);
+  });
+
+  test('a cluster of 0.9 is refused at once', async () => {
+    const old = await new StandIn({ jitterMs: 0 }).start();
+    old.version = '0.9';
+    const oldStore = await SheepStore.open(old.address);
+    await expect(deepCheck(oldStore.cluster)).rejects.toThrow(
+      /Sheepdog 0.9: copies are compared in clusters of 1.0 only/,
+    );
+    await oldStore.close();
+    await old.stop();
+  });
+
   test('the command does it beside clients, with a daemon or without, and exits with 1 if something is wrong', async () => {
     const [first] = (await holders(0)) as [number];
     const daemon = await startDaemon({ cluster: standIn.address });

@@ -85,6 +85,24 @@ describe('a hyper volume', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
+  test('of 256 TiB is checked with the memory that its objects need, and not its places', async () => {
+    const { cluster, catalog } = await standIn((inode, objects, vid) => {
+      inode.writeBigUInt64LE(2n ** 48n, 536);
+      leaf(vid, [1, 2 ** 26 - 1]).copy(inode, TABLE);
+      objects.set((BigInt(vid) << 32n) | 1n, Buffer.alloc(OBJECT, 1));
+    });
+    // What the process ends with if it is not there: the heap of a Node is 2 to 4 GiB.
+    let most = 0;
+    const watch = setInterval(() => (most = Math.max(most, process.memoryUsage().heapUsed)), 20);
+    const before = process.memoryUsage().heapUsed;
+    const report = await catalog.check({ repair: false });
+    clearInterval(watch);
+    const from = (2 ** 26 - 1) * OBJECT;
+    expect(report).toMatchObject({ objects: 2, problems: [`lost: hyper bytes ${from} to ${from + OBJECT - 1}`] });
+    expect(Math.max(most, process.memoryUsage().heapUsed) - before).toBeLessThan(256 * 2 ** 20);
+    expect(cluster.violations).toEqual([]);
+  });
+
   test('that nothing was ever written to is zeros', async () => {
     const { catalog } = await standIn(() => undefined);
     expect(await owned(catalog)).toEqual([]);

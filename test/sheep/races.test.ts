@@ -129,3 +129,20 @@ test('a first node that is silent does not keep others from being asked at the f
   catalog = new VdiCatalog(await SheepStore.open(cluster.address));
   resume();
 });
+
+test('a node that is slow with the look at an idle disk is not taken for silent: what others asked goes on', async () => {
+  await start({ nodes: 2, useLock: true });
+  const lines: string[] = [];
+  await catalog.create('idle', 2 ** 22);
+  const store = await SheepStore.open(cluster.address, { retryMs: RETRY_MS, log: (line) => lines.push(line) });
+  const other = new VdiCatalog(store);
+  await other.openVdi('idle');
+  cluster.fault = ({ opcode, oid }) => (opcode === Op.READ && oid >> 63n === 1n ? { delayMs: 1_500 } : undefined);
+  await asked(Op.READ);
+  const looks = count(Op.READ);
+  // The next look comes when this one is over.
+  await expect.poll(() => count(Op.READ), { interval: 20, timeout: RETRY_MS }).toBeGreaterThan(looks);
+  cluster.fault = () => undefined;
+  expect(lines).toEqual([]);
+  await other.close();
+});

@@ -156,7 +156,7 @@ async function recovered(cluster: RealNodes): Promise<void> {
       await cluster.recovered();
       return;
     } catch (error) {
-      // A node may have ended itself (docs/cluster.md, "What is known to be weak").
+      // A node may have ended itself (docs/cluster.md, "What is known to be weak, or not there").
       const crashes = cluster.crashes();
       if (crashes.length > 0) throw new Error(crashes.join('; '), { cause: error });
       if (Date.now() > until) throw error;

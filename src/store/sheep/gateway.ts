@@ -44,6 +44,8 @@ const MEMBERS_MS = 2_000;
 const SLOW_PROBE_CONNECT_MS = 2_000;
 /** Whatever is left of the time for repeating, an attempt that is made at all takes so long. */
 const LEAST_ATTEMPT_MS = 250;
+/** The same of connecting to a node that was named, when those named before it have taken all of the time. */
+const LATE_CONNECT_MS = 500;
 const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
@@ -128,6 +130,8 @@ const DONE: Answer = { result: Result.SUCCESS, length: 0, header: Buffer.alloc(H
 
 export class Gateway {
   readonly #nodes: Node[];
+  /** So many of them, the first ones, were named to us; the others are learnt. */
+  readonly #namedCount: number;
   readonly #options: Required<GatewayOptions>;
   #current: Node;
   #turn = 0;
@@ -162,6 +166,7 @@ export class Gateway {
     const [first, ...rest] = addresses.map(nodeAt);
     if (!first) throw new Error('invariant: a gateway needs an address');
     this.#nodes = [first, ...rest];
+    this.#namedCount = this.#nodes.length;
     this.#current = first;
     const retryMs = options.retryMs ?? DEFAULT_RETRY_MS;
     this.#options = {
@@ -455,7 +460,7 @@ export class Gateway {
     if (this.#closed) throw closedError();
     throw new InDoubt(
       `${lost.message}, and may still carry out what it was asked: it is a member of the cluster. ` +
-        "Nothing is repeated elsewhere before it has answered or left; 'dog node list' shows it",
+        "Nothing is repeated elsewhere before it has answered or left; 'sheepgate node list' shows it",
       settled,
     );
   }
@@ -483,10 +488,12 @@ export class Gateway {
       if (this.#closed) throw closedError();
       try {
         const left = deadline - performance.now();
-        if (failure !== undefined && left <= 0) break;
+        const isNamed = this.#nodes.indexOf(node) < this.#namedCount;
+        if (failure !== undefined && left <= 0 && !isNamed) continue;
         // Half of what is left, if another node is to have its chance then.
         const share = node === order.at(-1) ? left : left / 2;
-        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(LEAST_ATTEMPT_MS, share));
+        const least = isNamed && failure !== undefined ? LATE_CONNECT_MS : LEAST_ATTEMPT_MS;
+        const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(least, share));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
         if (this.#current !== node) {
           const label = addressLabel(node.address);

@@ -23,6 +23,7 @@ import type { Cluster } from './cluster.js';
 import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { clearHyper } from './hyper-index.js';
+import { labelsOf, markDoubtful, NUMBER } from './labels.js';
 import { encodeTime, recordOf, type Inode } from './layouts.js';
 import { describeLost, inodeOrLost } from './lost-inodes.js';
 import { isOursToDrop } from './owner.js';
@@ -58,9 +59,6 @@ const MAX_PROBLEMS = 1000;
  * ours no command takes it.
  */
 const BARELY_MADE_BYTES = 509;
-
-/** A tag that `dog` takes for an id. */
-const NUMBER = /^\s*[+-]?\d+$/;
 
 export class SheepCatalog implements Catalog {
   readonly #store: SheepStore;
@@ -587,18 +585,19 @@ export class SheepCatalog implements Catalog {
       } catch (error) {
         const { code } = error as StoreError;
         if (code !== 'GONE' && code !== 'DAMAGED') throw error;
-        problems.push(`damaged: ${inode.name}, id ${inode.vid.toString(16)}: ${(error as Error).message}`);
+        problems.push(`damaged: ${labels.get(inode.vid)}, id ${inode.vid.toString(16)}: ${(error as Error).message}`);
         continue;
       }
-      const entries = Array.from(map.entries()).filter(([, owner]) => owner !== 0);
-      await inParallel(PARALLEL_READS, entries, async ([idx, owner]) => {
+      const present = await presentIn(map);
+      await inParallel(PARALLEL_READS, present, async (idx) => {
+        const owner = map[idx] as number;
         const key = objectKey(owner, idx);
         if (known.has(key)) return;
         known.set(key, await this.#exists(owner, idx, sector));
       });
       const label = labels.get(inode.vid) ?? '';
-      for (const [idx, owner] of entries) {
-        if (known.get(objectKey(owner, idx))) continue;
+      for (const idx of present) {
+        if (known.get(objectKey(map[idx] as number, idx))) continue;
         const from = idx * 2 ** inode.blockSizeShift;
         const to = Math.min(from + 2 ** inode.blockSizeShift, inode.size) - 1;
         if (problems.length < MAX_PROBLEMS) problems.push(`lost: ${label} bytes ${from} to ${to}`);
@@ -927,6 +926,17 @@ export class SheepCatalog implements Catalog {
   }
 }
 
+/** Where there is an object. Hyper volumes have many millions of places, and few objects. */
+async function presentIn(map: Uint32Array): Promise<number[]> {
+  const present: number[] = [];
+  for (let from = 0; from < map.length; from += ENTRIES_PER_TURN) {
+    const to = Math.min(from + ENTRIES_PER_TURN, map.length);
+    for (let idx = from; idx < to; idx++) if (map[idx] !== 0) present.push(idx);
+    await new Promise((resolve) => setImmediate(resolve));
+  }
+  return present;
+}
+
 async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): Promise<void> {
   for (let from = 0; from < map.length; from += ENTRIES_PER_TURN) {
     counts.add(inode, map, from, Math.min(from + ENTRIES_PER_TURN, map.length));
@@ -937,47 +947,6 @@ async function countTable(counts: UsageCount, inode: Inode, map: Uint32Array): P
 
 function isLeftMark({ isSnapshot, tag }: Inode): boolean {
   return isSnapshot && parseUnfinishedTag(tag) !== undefined;
-}
-
-/**
- * Say of each snapshot whether its tag also says another one of its name: the same tag twice, which other tools may give, or a
- * number that is the other's id. In the order of names.
- */
-function markDoubtful(records: VdiRecord[]): void {
-  for (let from = 0, to; from < records.length; from = to) {
-    const { name } = records[from] as VdiRecord;
-    for (to = from; records[to]?.name === name;) to++;
-    if (to - from < 2) continue;
-    const snapshots = records.slice(from, to).filter(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
-    const said = new Map<string, number>();
-    const say = (what: string): unknown => said.set(what, (said.get(what) ?? 0) + 1);
-    for (const { tag, snapId } of snapshots) {
-      say(tag);
-      // Without a tag of its own a snapshot is said by its id alone.
-      if (tag !== String(snapId)) say(String(snapId));
-    }
-    for (let n = from; n < to; n++) {
-      const record = records[n] as VdiRecord;
-      const { tag, isSnapshot, isTemporary } = record;
-      if (!isSnapshot || isTemporary) continue;
-      const reading = NUMBER.test(tag) ? String(Number(tag)) : tag;
-      if ((said.get(tag) ?? 0) > 1 || (reading !== tag && said.has(reading))) {
-        records[n] = { ...record, isDoubtful: true };
-      }
-    }
-  }
-}
-
-/** By vid, for findings: NAME or NAME@TAG, with its id where that may say another one. */
-function labelsOf(inodes: readonly Inode[]): ReadonlyMap<number, string> {
-  const records = inodes.map(recordOf).sort(inOrder);
-  markDoubtful(records);
-  return new Map(
-    records.map(({ vid, name, tag, isSnapshot, isDoubtful }) => {
-      const label = isSnapshot ? `${name}@${tag}` : name;
-      return [vid, isDoubtful ? `${label} (@${vid.toString(16)})` : label];
-    }),
-  );
 }
 
 /** By name: marks that are left on snapshots, and are their working VDIs'. */

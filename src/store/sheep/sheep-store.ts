@@ -333,7 +333,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #keepLooking(): void {
     this.#looking = setTimeout(() => {
       const working = [...this.open.values()].filter(({ record, failure }) => !record.isSnapshot && !failure);
-      const look = (vdi: SheepVdi): Promise<void> => vdi.look(LOOK_MS).catch(nothing);
+      // With the patience of any request: a node that is taken for silent loses the connection, and what others asked on it.
+      const look = (vdi: SheepVdi): Promise<void> => vdi.look().catch(nothing);
       void inParallel(PARALLEL_LOOKS, working, look).then(() => {
         if (!this.#isClosed) this.#keepLooking();
       });

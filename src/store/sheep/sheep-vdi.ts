@@ -181,28 +181,28 @@ export class SheepVdi implements OpenVdi {
 
   /**
    * See what somebody else has made of it: its size and copies are what its inode says now, after a snapshot it goes on under
-   * another vid, and what was deleted fails from now on. Errors: that, and the cluster's. `retryMs`: how long it is asked.
+   * another vid, and what was deleted fails from now on. Errors: that, and the cluster's.
    */
-  look(retryMs?: number): Promise<void> {
+  look(): Promise<void> {
     if (this.#failure) return Promise.reject(this.#failure);
-    return this.#look(retryMs);
+    return this.#look();
   }
 
-  async #look(retryMs?: number): Promise<void> {
+  async #look(): Promise<void> {
     while (this.#switching) await this.#switching;
     const { vid, isSnapshot } = this.record;
     if (isSnapshot || this.#isClosed) return;
     const changes = this.#changes;
-    const inode = await this.#readInode(vid, retryMs);
+    const inode = await this.#readInode(vid);
     if (this.record.vid !== vid || this.#changes !== changes) return;
     if (!inode || inode.isSnapshot) return this.follow(vid);
     await this.#adopt(inode);
   }
 
   /** Of what we are; undefined if the vid is not ours any more. */
-  async #readInode(vid: number, retryMs?: number): Promise<Inode | undefined> {
+  async #readInode(vid: number): Promise<Inode | undefined> {
     try {
-      const inode = await this.#host.cluster.readInode(vid, retryMs === undefined ? {} : { retryMs });
+      const inode = await this.#host.cluster.readInode(vid);
       return isSameVdi(inode, this.inode) ? inode : undefined;
     } catch (error) {
       // Nodes that use vids again remove the inode, too. Elsewhere it is lost, and that is no reason to give a disk up.

@@ -8,9 +8,9 @@
 import type { StoreError } from '../../object-store.js';
 import { readRoot } from '../btree.js';
 import type { Cluster } from '../cluster.js';
-import { recordOf, type Inode } from '../layouts.js';
+import { labelsOf } from '../labels.js';
+import type { Inode } from '../layouts.js';
 import { inodeHigh, vidOf } from '../protocol.js';
-import { isShadow } from '../shadow.js';
 import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';
 import { Looker } from './look.js';
 import { bytesOf, ObjectsInUse, readLiveInodes, type Target } from './objects-in-use.js';
@@ -170,10 +170,11 @@ class DeepCheck {
     const { zones } = await this.#peers.view();
     const lost = new Set<number>();
     const inodes = await readLiveInodes(this.#cluster, (vid) => lost.add(vid));
+    const labels = labelsOf(inodes);
     await this.#dropAltered();
     const hasData = this.#findings.some(({ target: { part } }) => part === 'data');
     for (const inode of inodes) {
-      const label = labelOf(inode);
+      const label = labels.get(inode.vid) as string;
       if (inode.copies > zones) thin.push({ label, copies: inode.copies, zones });
       const map = hasData ? await this.#unlessGone(() => this.#cluster.readOwners(inode)) : undefined;
       for (const { target, finding } of this.#findings) {
@@ -265,9 +266,4 @@ function lostInode(vid: number): { readonly target: Target; readonly finding: Fi
     trouble: [],
   };
   return { target, finding };
-}
-
-function labelOf(inode: Inode): string {
-  if (isShadow(inode)) return `the temporary snapshot with vid ${inode.vid.toString(16)}`;
-  return inode.isSnapshot ? `${inode.name}@${recordOf(inode).tag}` : inode.name;
 }

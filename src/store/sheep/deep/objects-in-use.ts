@@ -5,6 +5,7 @@
 import type { StoreError } from '../../object-store.js';
 import { leafHigh, readRoot } from '../btree.js';
 import type { Cluster } from '../cluster.js';
+import { labelsOf } from '../labels.js';
 import type { Inode } from '../layouts.js';
 import { INODE_ENTRY_BYTES, INODE_GREF_OFFSET, INODE_TABLE_OFFSET, inodeHigh, GREF_BYTES } from '../protocol.js';
 import { inParallel, objectCount } from '../table.js';
@@ -81,10 +82,12 @@ export class ObjectsInUse {
   /** What the tables say now. Errors: StoreError. */
   async collect(): Promise<void> {
     this.#inodes.push(...(await readLiveInodes(this.#cluster, (vid) => this.lostInodes.push(vid))));
+    const labels = labelsOf(this.#inodes);
     await inParallel(PARALLEL_INODES, this.#inodes, async (inode) => {
+      const label = labels.get(inode.vid) as string;
       let map: Uint32Array;
       if (!isSound(inode)) {
-        this.unread.push(`${inode.name}: its inode is damaged (objects of 2^${inode.blockSizeShift} bytes)`);
+        this.unread.push(`${label}: its inode is damaged (objects of 2^${inode.blockSizeShift} bytes)`);
         return;
       }
       try {
@@ -93,7 +96,7 @@ export class ObjectsInUse {
       } catch (error) {
         const { code, message } = error as StoreError;
         // One copy of several may be; which one, its own comparison says.
-        if (code === 'DAMAGED' || code === 'UNSUPPORTED') this.unread.push(`${inode.name}: ${message}`);
+        if (code === 'DAMAGED' || code === 'UNSUPPORTED') this.unread.push(`${label}: ${message}`);
         else if (code !== 'GONE') throw error;
         // Deleted meanwhile; what is lost of an inode, or an index, its own comparison says.
         return;

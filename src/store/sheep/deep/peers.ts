@@ -110,7 +110,13 @@ export class Peers {
     let isTold = false;
     for (;;) {
       signal?.throwIfAborted();
-      const { epoch, flags } = await this.#cluster.info();
+      const { epoch, flags, version } = await this.#cluster.info();
+      if (version !== '1.0') {
+        throw new StoreError(
+          'UNSUPPORTED',
+          `this is a cluster of Sheepdog ${version}: copies are compared in clusters of 1.0 only; 'dog vdi check' does it there`,
+        );
+      }
       if ((flags & ClusterFlag.DISK_MODE) !== 0) {
         throw new StoreError(
           'UNSUPPORTED',
@@ -135,7 +141,7 @@ export class Peers {
       if (!isTold) {
         note(
           `nodes recover (${states.finished} of ${states.total} objects): copies are compared when they have; ` +
-            "'dog node recovery' shows how far they are",
+            "'sheepgate cluster info' shows how far they are",
         );
       }
       isTold = true;

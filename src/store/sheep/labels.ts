@@ -1,0 +1,53 @@
+/**
+ * What is said of a VDI or snapshot where its name and tag may say another one. Owns when that is so.
+ */
+import { inOrder, type VdiRecord } from '../object-store.js';
+import { recordOf, type Inode } from './layouts.js';
+import { isShadow } from './shadow.js';
+
+/** A tag that `dog` takes for an id. */
+export const NUMBER = /^\s*[+-]?\d+$/;
+
+/**
+ * Say of each snapshot whether its tag also says another one of its name: the same tag twice, which other tools may give, or a
+ * number that is the other's id. In the order of names.
+ */
+export function markDoubtful(records: VdiRecord[]): void {
+  for (let from = 0, to; from < records.length; from = to) {
+    const { name } = records[from] as VdiRecord;
+    for (to = from; records[to]?.name === name;) to++;
+    if (to - from < 2) continue;
+    const snapshots = records.slice(from, to).filter(({ isSnapshot, isTemporary }) => isSnapshot && !isTemporary);
+    const said = new Map<string, number>();
+    const say = (what: string): unknown => said.set(what, (said.get(what) ?? 0) + 1);
+    for (const { tag, snapId } of snapshots) {
+      say(tag);
+      // Without a tag of its own a snapshot is said by its id alone.
+      if (tag !== String(snapId)) say(String(snapId));
+    }
+    for (let n = from; n < to; n++) {
+      const record = records[n] as VdiRecord;
+      const { tag, isSnapshot, isTemporary } = record;
+      if (!isSnapshot || isTemporary) continue;
+      const reading = NUMBER.test(tag) ? String(Number(tag)) : tag;
+      if ((said.get(tag) ?? 0) > 1 || (reading !== tag && said.has(reading))) {
+        records[n] = { ...record, isDoubtful: true };
+      }
+    }
+  }
+}
+
+/** By vid, for findings: NAME or NAME@TAG, with its id where that may say another one. */
+export function labelsOf(inodes: readonly Inode[]): ReadonlyMap<number, string> {
+  const labels = new Map<number, string>();
+  for (const { vid } of inodes.filter(isShadow)) labels.set(vid, `the temporary snapshot with vid ${vid.toString(16)}`);
+  const records = inodes.filter((inode) => !isShadow(inode)).map(recordOf);
+  markDoubtful(records.sort(inOrder));
+  for (const { vid, name, tag, isSnapshot, isDoubtful } of records) {
+    const label = isSnapshot ? `${name}@${tag}` : name;
+    // "a@b" is a VDI of another tool's, or a snapshot of "a".
+    const isPlain = !isDoubtful && !name.includes('@') && !tag.includes('@');
+    labels.set(vid, isPlain ? label : `${label} (@${vid.toString(16)})`);
+  }
+  return labels;
+}
