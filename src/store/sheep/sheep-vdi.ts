@@ -521,6 +521,22 @@ export class SheepVdi implements OpenVdi {
     this.#writingTable = false;
   }
 
+  /**
+   * Whether what is open is this vid still, and no snapshot. Errors: NO_SPACE for entries behind the end of what somebody else
+   * has cut off, where nothing is looked for when the VDI is deleted.
+   */
+  async #mayChange(vid: number, batch: readonly TableChange[]): Promise<boolean> {
+    const [isReadOnly, inode] = await Promise.all([
+      this.#host.cluster.isReadOnly(vid, (batch[0] as TableChange).idx),
+      this.#readInode(vid),
+    ]);
+    if (isReadOnly || !inode) return false;
+    if (inode.size !== this.inode.size) await this.#adopt(inode);
+    if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
+      throw behindEndError(this.record, 'NO_SPACE');
+    return true;
+  }
+
   async #writeBatch(batch: readonly TableChange[]): Promise<void> {
     const { cluster } = this.#host;
     const { vid } = this.record;
@@ -531,15 +547,7 @@ export class SheepVdi implements OpenVdi {
     for (const { idx, owner } of batch) if (owner === 0 && this.map[idx] === vid) await this.#preserve(idx);
     // The inode of a snapshot can be written as well, and what the nodes do while they make it one is read, change, write
     // back: an entry that comes in between is undone, but the reference it replaced stays given up.
-    const [isReadOnly, inode] = await Promise.all([
-      cluster.isReadOnly(vid, (batch[0] as TableChange).idx),
-      this.#readInode(vid),
-    ]);
-    if (isReadOnly || !inode) return this.#leave(vid);
-    // Behind the end of what somebody else has cut off nothing is looked for when the VDI is deleted.
-    if (inode.size !== this.inode.size) await this.#adopt(inode);
-    if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
-      throw behindEndError(this.record, 'NO_SPACE');
+    if (!(await this.#mayChange(vid, batch))) return this.#leave(vid);
     const { epoch } = cluster.recovery;
     try {
       await inRuns(batch, (idx, owners) => cluster.writeTable(vid, idx, owners));
@@ -580,18 +588,10 @@ export class SheepVdi implements OpenVdi {
    * entry. Killed in between we leave it behind, until the same place is written again.
    */
   async #writeIndex(index: HyperIndex, batch: readonly TableChange[]): Promise<void> {
-    const { cluster } = this.#host;
     const { vid } = this.record;
     await this.#getReady();
     if (this.#failure) throw this.#failure;
-    const [isReadOnly, inode] = await Promise.all([
-      cluster.isReadOnly(vid, (batch[0] as TableChange).idx),
-      this.#readInode(vid),
-    ]);
-    if (isReadOnly || !inode) return this.#leave(vid);
-    if (inode.size !== this.inode.size) await this.#adopt(inode);
-    if (batch.some(({ idx, owner }) => owner !== 0 && idx >= this.map.length))
-      throw behindEndError(this.record, 'NO_SPACE');
+    if (!(await this.#mayChange(vid, batch))) return this.#leave(vid);
     try {
       await index.set(batch, this.map);
     } catch (error) {
