@@ -145,8 +145,10 @@ export class Gate {
     this.program = path.join(this.dist, '../bin/sheepgate.cjs');
     const args = [this.program, 'serve', '--cluster', nodes.address, '--listen', `unix:${this.socket}`];
     args.push('--control', this.control, ...serveArgs);
-    // Remembers nothing of this cluster on this machine.
-    const env = { SHEEPGATE_STATE: path.join(nodes.directory, `${this.id}.state`) };
+    // It remembers nothing of this cluster on this machine, and meets no other daemon of it.
+    const runtime = path.join(nodes.directory, `${this.id}.run`);
+    fs.mkdirSync(runtime, { mode: 0o700 });
+    const env = { SHEEPGATE_STATE: path.join(nodes.directory, `${this.id}.state`), XDG_RUNTIME_DIR: runtime };
     this.process = start(process.execPath, args, { log, env });
     await until(`${this.title} listens`, () => canConnect(this.socket), this.process, log);
   }

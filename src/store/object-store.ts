@@ -203,6 +203,8 @@ export interface ObjectStore extends ObjectReader {
    * leftovers of that name. The map is not touched: the caller swings it after this has succeeded.
    */
   createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
+  /** Copying an object is expensive enough for first writes to wait a moment for more of the same object (first-writes.ts). */
+  readonly gathersFirstWrites?: boolean;
   /** Zero a range of an existing exclusive object, giving its space back unless noHole. */
   zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Awaitable<void>;
   /**

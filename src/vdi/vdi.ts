@@ -14,6 +14,7 @@ import {
 } from '../store/object-store.js';
 export type { VdiRecord } from '../store/object-store.js';
 import { Admission } from './admission.js';
+import { FirstWrites, FirstWritesPolicy } from './first-writes.js';
 import { LongWork, STEPS_PER_LOOK } from './loop-share.js';
 import { endOfDifferent, endOfSame, endOfZeros } from './map-runs.js';
 import { Several } from './several.js';
@@ -41,6 +42,9 @@ export class Vdi {
   readonly #transitions = new Map<number, Promise<void>>();
   /** idx -> in-place operations under way off the loop; a transition waits until there are none. */
   readonly #inPlace = new Map<number, number>();
+  /** idx -> first writes that come together; its transition is under way. */
+  readonly #gathering = new Map<number, FirstWrites>();
+  readonly #gathers = new FirstWritesPolicy();
   #inPlaceWaiters: { idx: number; wake: () => void }[] = [];
   readonly #lookups = new Admission(PARALLEL_LOOKUPS);
   /** Objects copied because they were shared: what a snapshot costs. */
@@ -408,7 +412,9 @@ export class Vdi {
     try {
       if (offset + data.length > this.size) this.#isOutside('NO_SPACE');
       later =
-        within + data.length <= this.#objectSize ? this.#writeObject(idx, within, data) : this.#writeMany(offset, data);
+        within + data.length <= this.#objectSize
+          ? this.#writeObject(idx, within, data, turn)
+          : this.#writeMany(offset, data, turn);
     } catch (error) {
       this.gate.leave(turn);
       throw error;
@@ -434,30 +440,62 @@ export class Vdi {
     return first === last ? this.#open.flushObject(first) : this.#open.flush();
   }
 
-  async #writeMany(offset: number, data: Buffer): Promise<void> {
+  async #writeMany(offset: number, data: Buffer, turn: number): Promise<void> {
     const parts: (() => Awaitable<void>)[] = [];
     this.#eachPart(offset, data.length, (idx, from, length, done) => {
-      parts.push(() => this.#writeObject(idx, from, data.subarray(done, done + length)));
+      parts.push(() => this.#writeObject(idx, from, data.subarray(done, done + length), turn));
     });
     await inParallel(parts);
   }
 
-  #writeObject(idx: number, within: number, data: Buffer): Awaitable<void> {
+  /** `turn`: the gate's, of a write that comes right from there; CLOSED of one that is done once more. */
+  #writeObject(idx: number, within: number, data: Buffer, turn = CLOSED): Awaitable<void> {
     if (this.#transitions.size > 0) {
       const transition = this.#transitions.get(idx);
-      if (transition) return this.#afterTransition(transition, () => this.#writeObject(idx, within, data));
+      if (transition) {
+        const gathered = this.#gathering.get(idx);
+        if (gathered?.join(within, data, turn)) return this.#orAgain(gathered.done as Promise<void>, idx, within, data);
+        return this.#afterTransition(transition, () => this.#writeObject(idx, within, data));
+      }
     }
     const owner = this.#open.map[idx] ?? 0;
     if (owner !== 0 && this.#open.exclusive(idx)) {
       const later = this.#store.writeObject(this.#open, idx, within, data);
       if (later === undefined) return;
-      const tracked = this.#trackInPlace(idx, later);
-      if (!this.#store.objectsMove) return tracked;
-      return this.#againIfMoved(tracked, () => this.#writeObject(idx, within, data));
+      return this.#orAgain(this.#trackInPlace(idx, later), idx, within, data);
     }
-    const created = this.#transition(idx, () => this.#create(idx, within, data));
-    if (!this.#store.objectsMove) return created;
-    return this.#againIfMoved(created, () => this.#writeObject(idx, within, data));
+    if (owner !== 0 && turn !== CLOSED && this.#isWorthGathering(within, data.length)) {
+      return this.#orAgain(this.#gather(idx, data, turn), idx, within, data);
+    }
+    return this.#orAgain(
+      this.#transition(idx, () => this.#create(idx, within, data)),
+      idx,
+      within,
+      data,
+    );
+  }
+
+  /** A write that is done once more if the VDI has gone on as another meanwhile. */
+  #orAgain(later: Promise<void>, idx: number, within: number, data: Buffer): Promise<void> {
+    if (!this.#store.objectsMove) return later;
+    return this.#againIfMoved(later, () => this.#writeObject(idx, within, data));
+  }
+
+  #isWorthGathering(within: number, length: number): boolean {
+    return this.#store.gathersFirstWrites === true && this.#gathers.isWorthIt(within, length, this.#objectSize);
+  }
+
+  /** Make the object at idx with `data` and what follows on it at once. */
+  #gather(idx: number, data: Buffer, turn: number): Promise<void> {
+    const gathered = new FirstWrites(data, turn, this.#objectSize, () => this.gate.isAwaited(turn));
+    this.#gathering.set(idx, gathered);
+    gathered.done = this.#transition(idx, async () => {
+      const all = await gathered.whole();
+      this.#gathering.delete(idx);
+      this.#gathers.learn(gathered.count);
+      await this.#create(idx, 0, all);
+    });
+    return gathered.done;
   }
 
   /** Object first, map entry second: a crash in between leaves an object that nobody refers to. */

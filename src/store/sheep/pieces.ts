@@ -1,6 +1,7 @@
 /** How requests that are too large for nodes to take gladly are cut up. */
 
-const BLOCK_BYTES = 4096;
+/** Pieces begin at multiples of this. */
+export const BLOCK_BYTES = 4096;
 /**
  * The most that is read or written with one request. For 512 KiB and more a node maps memory, and unmaps it afterwards
  * (sheep/sheep.c sets M_MMAP_THRESHOLD); with fresh pages each time it is 1.3 to 1.8 times slower. To align what it takes

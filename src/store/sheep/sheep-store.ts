@@ -59,6 +59,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
   readonly objectsMove = true;
+  readonly gathersFirstWrites = true;
   readonly cluster: Cluster;
   readonly catalog: SheepCatalog;
   readonly order = new WriteOrder();

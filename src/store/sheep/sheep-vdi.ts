@@ -7,7 +7,7 @@ import { behindEndError, StoreError, type OpenVdi, type VdiRecord } from '../obj
 import type { Cluster } from './cluster.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from './layouts.js';
-import { inPieces } from './pieces.js';
+import { BLOCK_BYTES, inPieces, MAX_PIECE_BYTES } from './pieces.js';
 import { OldParity } from './parity.js';
 import type { Shadow } from './shadow.js';
 import { GREF_BYTES } from './protocol.js';
@@ -51,9 +51,13 @@ export interface SheepVdiHost {
   log(line: string, details?: object): void;
 }
 
-interface TableChange {
+/** An object of ours, or none. */
+interface Made {
   readonly idx: number;
   readonly owner: number;
+}
+
+interface TableChange extends Made {
   readonly resolve: () => void;
   readonly reject: (error: unknown) => void;
 }
@@ -275,9 +279,7 @@ export class SheepVdi implements OpenVdi {
     this.#parity.note(idx);
     try {
       if (offset % unit === 0 && data.length % unit === 0) {
-        await order.run(objectKey(vid, idx), offset, data.length, () =>
-          this.#host.unlessGone(() => cluster.writeData(vid, idx, offset, data)),
-        );
+        await order.run(objectKey(vid, idx), offset, data.length, () => this.#writeUnits(vid, idx, offset, data));
       } else {
         const from = offset - (offset % unit);
         const length = Math.ceil((offset + data.length) / unit) * unit - from;
@@ -291,13 +293,20 @@ export class SheepVdi implements OpenVdi {
     }
   }
 
+  #writeUnits(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
+    return this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data));
+  }
+
   async zero(idx: number, offset: number, length: number): Promise<void> {
     for (let done = 0; done < length; done += ZEROS.length) {
       await this.write(idx, offset + done, ZEROS.subarray(0, Math.min(ZEROS.length, length - done)));
     }
   }
 
-  /** Make our object at idx; the entry is the caller's to set. Errors: MOVED, NO_SPACE, GONE. */
+  /**
+   * Make our object at idx; the entry is the caller's to set, and nobody looks at the object before that. What is large goes
+   * into it in pieces once it is there. Errors: MOVED, NO_SPACE, GONE.
+   */
   async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { vid } = this.record;
     await this.#getReady();
@@ -306,15 +315,30 @@ export class SheepVdi implements OpenVdi {
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
+    const key = objectKey(vid, idx);
+    // Pieces begin and end where stripes do.
+    const isInBlocks = offset % BLOCK_BYTES === 0 && data.length % BLOCK_BYTES === 0;
+    const first = isInBlocks ? data.subarray(0, MAX_PIECE_BYTES) : data;
+    let isMade = false;
     this.#hasCreated = true;
     try {
       // All of the object: one that comes late would replace the whole of it.
-      await order.run(objectKey(vid, idx), 0, 2 ** this.record.blockSizeShift, () =>
-        this.#host.unlessGone(() => cluster.createData(vid, idx, offset, data, copyOf)),
+      await order.run(key, 0, 2 ** this.record.blockSizeShift, () =>
+        this.#host.unlessGone(() => cluster.createData(vid, idx, offset, first, copyOf)),
       );
+      isMade = true;
+      if (first.length < data.length) {
+        await inPieces(offset + first.length, data.subarray(first.length), (at, part) =>
+          order.run(key, at, part.length, () => this.#writeUnits(vid, idx, at, part)),
+        );
+      }
       this.#parity.note(idx);
     } catch (error) {
-      await this.#goOnAfter(error, vid);
+      try {
+        await this.#goOnAfter(error, vid);
+      } finally {
+        if (isMade && this.record.vid !== vid) await this.#removeOrphans([{ idx, owner: vid }]);
+      }
     }
   }
 
@@ -690,7 +714,7 @@ export class SheepVdi implements OpenVdi {
   }
 
   /** Objects that were made under a vid that is a snapshot's now, or behind the end, and that its table does not know. */
-  async #removeOrphans(batch: readonly TableChange[]): Promise<void> {
+  async #removeOrphans(batch: readonly Made[]): Promise<void> {
     const { cluster } = this.#host;
     for (const { idx, owner } of batch) {
       if (owner === 0 || (owner === this.record.vid && idx < this.map.length)) continue;
