@@ -92,6 +92,31 @@ describe('while nodes recover', () => {
     expect(seenOf(1, since).length).toBeGreaterThanOrEqual(4);
   });
 
+  test('a node that was started again and has not joined yet is not asked for objects: that ends it', async () => {
+    let hasJoined = false;
+    let questions = 0;
+    cluster.fault = ({ opcode, node }) => {
+      if (node !== 1 || hasJoined || opcode !== Op.STAT_RECOVERY) return undefined;
+      questions++;
+      return { result: 0x17 };
+    };
+    await change(1);
+    cluster.outOfPlace.delete(oidOf(1));
+    const since = cluster.seen.length;
+    const work = write(1, 1, 9);
+    await waitUntil(() => questions > 3, 'the node is asked whether it has joined');
+    const asked = (): Seen[] => cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.EXIST);
+    expect(asked().filter(({ node }) => node === 1)).toEqual([]);
+    hasJoined = true;
+    await work;
+    expect(await read(1, 1)).toBe(9);
+    hasJoined = false;
+    cluster.fault = ({ opcode, node }) => (node === 1 && opcode === Op.STAT_SHEEP ? { result: 0x17 } : undefined);
+    const before = cluster.seen.length;
+    expect(await store.cluster.isAnywhere(vdi.record.vid, 3)).toBe(true);
+    expect(cluster.seen.slice(before).some(({ opcode }) => opcode === Op.EXIST)).toBe(false);
+  });
+
   test('an object that the nodes are slow to bring is asked for once, by a write of nothing', async () => {
     await change(1);
     const since = cluster.seen.length;

@@ -38,6 +38,7 @@ export const Op = {
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
   GET_VDI_COPIES: 0xab,
+  STAT_SHEEP: 0x86,
   STAT_CLUSTER: 0x87,
   STAT_RECOVERY: 0x97,
   EXIST: 0xbd,

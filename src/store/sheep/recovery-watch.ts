@@ -147,13 +147,24 @@ export class RecoveryWatch {
     const { epoch } = this;
     if (this.#members?.epoch !== epoch) return false;
     const { nodes, zones } = this.#members;
-    const requests = nodes.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
-    const answers = await this.#nodes.askEach(nodes, requests);
+    const joined = await this.#joined(nodes);
+    if (this.epoch !== epoch || joined.length < Math.min(copies, zones)) return false;
+    const requests = joined.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
+    const answers = await this.#nodes.askEach(joined, requests);
     let found = 0;
     for (const answer of answers) {
       if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
     }
     return found >= Math.min(copies, zones);
+  }
+
+  /**
+   * Those that carry out requests. One that has been started again and has not joined yet ends itself when it is asked for an
+   * object with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info); STAT_RECOVERY it refuses.
+   */
+  async #joined(nodes: readonly ClusterNode[]): Promise<ClusterNode[]> {
+    const answers = await this.#nodes.askEach(nodes, nodes.map(recoveryRequest));
+    return nodes.filter((_, n) => answers[n]?.result === Result.SUCCESS);
   }
 
   #unsettle(): void {
@@ -209,10 +220,7 @@ export class RecoveryWatch {
     try {
       const { epoch } = this;
       const nodes = await this.#nodes.listNodes();
-      const requests = nodes.map(() => ({
-        header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
-        receive: Buffer.alloc(RECOVERY_STATE_BYTES),
-      }));
+      const requests = nodes.map(recoveryRequest);
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
       this.#noteEarlier(answers);
@@ -239,6 +247,13 @@ export class RecoveryWatch {
       this.#sleepers.add(wake);
     });
   }
+}
+
+function recoveryRequest(): WireRequest & { readonly receive: Buffer } {
+  return {
+    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
+    receive: Buffer.alloc(RECOVERY_STATE_BYTES),
+  };
 }
 
 function oidOf(high: number, low: number): string {
