@@ -348,6 +348,20 @@ test('a write that is in doubt keeps others from its own bytes only', async () =
 describe('erasure-coded objects', () => {
   beforeEach(() => connect({ copyPolicy: 0x11 }));
 
+  test('are left to the recovery of the nodes for longer: one more, started by a request, may end a node', async () => {
+    await change(1);
+    const since = cluster.seen.length;
+    const work = write(1, 1, 7);
+    // Twice the time after which one with whole copies is asked for.
+    const until = performance.now() + 1_000;
+    const looks = (): number => cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.EXIST).length;
+    await waitUntil(() => looks() > 30 && performance.now() > until, 'the nodes have been asked for a while');
+    expect(isAsked(1, since)).toBe(false);
+    cluster.outOfPlace.delete(oidOf(1));
+    await work;
+    expect(await read(1, 1)).toBe(7);
+  });
+
   test('that were written while there were fewer nodes than strips are written whole when all are back', async () => {
     cluster.left.add(2);
     cluster.epoch++;

@@ -192,6 +192,7 @@ class Supervisor {
   readonly #cluster: RealNodes;
   readonly #timer: NodeJS.Timeout;
   #isStarting = false;
+  #isOver = false;
 
   constructor(cluster: RealNodes) {
     this.#cluster = cluster;
@@ -199,6 +200,7 @@ class Supervisor {
   }
 
   stop(): void {
+    this.#isOver = true;
     clearInterval(this.#timer);
   }
 
@@ -212,15 +214,15 @@ class Supervisor {
     // One after the other: a node that asks another, which ends at that moment, while it starts ends as well.
     for (const n of ended) {
       await sleep(RESTART_MS);
+      if (this.#isOver) return;
       await this.#cluster.returnNode(n).catch(() => undefined);
     }
     this.#isStarting = false;
   }
 }
 
-async function round(): Promise<{ outcomes: Record<string, Outcome>; crashes: string[] }> {
-  const cluster = await startRealNodes({ nodes: NODES, withGateway: WITH_GATEWAY, format: FORMAT.split(' ') });
-  const supervisor = new Supervisor(cluster);
+/** Errors: when nodes do not recover. */
+async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
   /** Disks whose parity is being made anew: an operator waits for that before the next node. */
   let renewing = 0;
   const log = (line: string): void => {
@@ -231,8 +233,29 @@ async function round(): Promise<{ outcomes: Record<string, Outcome>; crashes: st
   const store = await SheepStore.open(cluster.address, { log });
   const catalog = new VdiCatalog(store);
   const loads: Record<string, VerifiedLoad> = {};
-  const vids: Record<string, number> = {};
   const bare: BareClient[] = [];
+  try {
+    return await roundWith(cluster, { store, catalog, loads, bare, isRenewing: () => renewing > 0 });
+  } finally {
+    for (const load of Object.values(loads)) void load.end();
+    for (const client of bare) client.close();
+    await catalog.close().catch(() => undefined);
+  }
+}
+
+interface Clients {
+  readonly store: SheepStore;
+  readonly catalog: VdiCatalog;
+  readonly loads: Record<string, VerifiedLoad>;
+  readonly bare: BareClient[];
+  readonly isRenewing: () => boolean;
+}
+
+async function roundWith(
+  cluster: RealNodes,
+  { store, catalog, loads, bare, isRenewing }: Clients,
+): Promise<Record<string, Outcome>> {
+  const vids: Record<string, number> = {};
   const make = async (name: string, isFull: boolean): Promise<number> => {
     await catalog.create(name, SIZE);
     const vdi = await catalog.openVdi(name);
@@ -269,12 +292,11 @@ async function round(): Promise<{ outcomes: Record<string, Outcome>; crashes: st
     await recovered(cluster);
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'recovered');
     if (!IS_CODED) continue;
-    const isDone = (): boolean => store.cluster.recovery.isSteady && renewing === 0;
+    const isDone = (): boolean => store.cluster.recovery.isSteady && !isRenewing();
     for (const until = Date.now() + 60_000; !isDone() && Date.now() < until;) await sleep(50);
   }
   await Promise.all(Object.values(loads).map((load) => load.end()));
   await recovered(cluster);
-  supervisor.stop();
   const strips = IS_CODED ? await wrongStrips(store) : undefined;
   const outcomes: Record<string, Outcome> = {};
   for (const [name, load] of Object.entries(loads)) {
@@ -294,11 +316,9 @@ async function round(): Promise<{ outcomes: Record<string, Outcome>; crashes: st
       writes: load.writes,
     };
     if (load.errors.length > 0) console.log(name, load.errors.slice(0, 3));
+    if (IS_VERBOSE && load.wrongReads.length > 0) console.log(name, load.wrongReads.slice(0, 5));
   }
-  for (const client of bare) client.close();
-  await catalog.close();
-  await cluster.stop();
-  return { outcomes, crashes: supervisor.crashes };
+  return outcomes;
 }
 
 describe.skipIf(missing !== undefined)('rolling restarts of real nodes under load', () => {
@@ -306,17 +326,31 @@ describe.skipIf(missing !== undefined)('rolling restarts of real nodes under loa
     'nothing differs between the client, us, dog and the copies',
     async () => {
       const corrupted: Record<string, number> = {};
+      let unfinished = 0;
       let crashed = 0;
       for (let n = 1; n <= ROUNDS; n++) {
-        const { outcomes, crashes } = await round();
-        if (crashes.length > 0) crashed++;
-        for (const [name, { wrongReads, errors, ours, dogs, copies }] of Object.entries(outcomes)) {
-          corrupted[name] = (corrupted[name] ?? 0) + (wrongReads + errors + ours + dogs + copies > 0 ? 1 : 0);
+        const cluster = await startRealNodes({ nodes: NODES, withGateway: WITH_GATEWAY, format: FORMAT.split(' ') });
+        const supervisor = new Supervisor(cluster);
+        try {
+          const outcomes = await round(cluster);
+          for (const [name, { wrongReads, errors, ours, dogs, copies }] of Object.entries(outcomes)) {
+            corrupted[name] = (corrupted[name] ?? 0) + (wrongReads + errors + ours + dogs + copies > 0 ? 1 : 0);
+          }
+          console.log(`round ${n}: ${JSON.stringify(outcomes)}; corrupted so far: ${JSON.stringify(corrupted)}`);
+        } catch (error) {
+          unfinished++;
+          console.log(`round ${n} came to no end (${unfinished} so far): ${(error as Error).message}`);
+        } finally {
+          supervisor.stop();
+          await cluster.stop();
         }
-        console.log(`round ${n}: ${JSON.stringify(outcomes)}; corrupted so far: ${JSON.stringify(corrupted)}`);
-        if (crashes.length > 0)
-          console.log(`nodes ended themselves in ${crashed} rounds; in this: ${crashes.join('; ')}`);
+        const { crashes } = supervisor;
+        if (crashes.length === 0) continue;
+        console.log(
+          `nodes ended themselves in ${++crashed} rounds, in this ${crashes.length} times: ${crashes.join('; ')}`,
+        );
       }
+      expect(unfinished).toBe(0);
       expect(corrupted['ours'] ?? 0).toBe(0);
     },
     Math.max(1, ROUNDS) * ROUND_MS,
