@@ -9,7 +9,7 @@
  * clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use a node beside them
  * that keeps no objects and stays) vary it. What came out is printed for each round.
  *
- * Nodes that end themselves (docs/cluster.md, "What is known to be weak, or not there") are started again at once, as an
+ * Nodes that end themselves (docs/cluster.md, "When nodes end themselves") are started again at once, as an
  * operator or a service manager does, and counted.
  */
 import { execFileSync } from 'node:child_process';
@@ -224,10 +224,12 @@ class Supervisor {
 /** Errors: when nodes do not recover. */
 async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
   /** Disks whose parity is being made anew: an operator waits for that before the next node. */
-  let renewing = 0;
+  const renewing = new Set<string>();
   const log = (line: string): void => {
-    if (line.includes('making the parity')) renewing++;
-    if (line.includes('all parity is new')) renewing--;
+    const [disk = ''] = line.split(':');
+    // It may begin several times before it is done.
+    if (line.includes('making the parity')) renewing.add(disk);
+    if (line.includes('all parity is new')) renewing.delete(disk);
     if (IS_VERBOSE) console.log(new Date().toISOString(), line);
   };
   const store = await SheepStore.open(cluster.address, { log });
@@ -235,7 +237,7 @@ async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
   const loads: Record<string, VerifiedLoad> = {};
   const bare: BareClient[] = [];
   try {
-    return await roundWith(cluster, { store, catalog, loads, bare, isRenewing: () => renewing > 0 });
+    return await roundWith(cluster, { store, catalog, loads, bare, isRenewing: () => renewing.size > 0 });
   } finally {
     for (const load of Object.values(loads)) void load.end();
     for (const client of bare) client.close();
