@@ -15,6 +15,7 @@ import path from 'node:path';
 import { Bare, cpuUs, Dog, Gate, killAll, startNodes, stop, Tgt } from './cluster-servers.mjs';
 import { BenchError, buildIscsiload, buildNbdload, buildSheepload, haveCommand } from './nbdload.mjs';
 import { readOptions } from './options.mjs';
+import { writePattern } from './pattern.mjs';
 
 const KIB = 2 ** 10;
 const MIB = 2 ** 20;
@@ -299,24 +300,6 @@ function describe(servers, minutes) {
 /** The first line a command prints, or nothing. */
 function lineOf(command, ...args) {
   return (spawnSync(command, args, { encoding: 'utf8' }).stdout ?? '').split('\n')[0].trim();
-}
-
-/** Every 4 KiB of it is another, and none is zeros. */
-function writePattern(file, size) {
-  const chunk = new Uint32Array(MIB / 4);
-  let state = 2463534242;
-  for (let at = 0; at < chunk.length; at++) {
-    state ^= state << 13;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    chunk[at] = state >>> 0;
-  }
-  const fd = fs.openSync(file, 'w');
-  for (let offset = 0; offset < size; offset += MIB) {
-    for (let at = 0; at < chunk.length; at += KIB) chunk[at] = offset / MIB + at;
-    fs.writeSync(fd, chunk);
-  }
-  fs.closeSync(fd);
 }
 
 /** Progress on a terminal overwrites itself; elsewhere only what is left out is worth a line. */

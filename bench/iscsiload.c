@@ -10,10 +10,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include "load-timing.h"
 
 #define MAX_DEPTH 256
-#define MAX_SAMPLES (1u << 22)
 #define OBJECT_BYTES (4u << 20)
 #define SECTOR_BYTES 512
 
@@ -27,21 +26,8 @@ static struct slot slots[MAX_DEPTH];
 static struct iscsi_context *session;
 static int lun, depth, is_write, in_flight;
 static char order;
-static size_t block, n_samples;
-static uint64_t span, count, issued, answered, random_state = 88172645463325252ull;
-static uint32_t *latency;
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static uint64_t next_random(void) {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  return random_state ^= random_state << 17;
-}
+static size_t block;
+static uint64_t span, count, issued, answered;
 
 static void fail(const char *what) {
   fprintf(stderr, "%s: %s\n", what, iscsi_get_error(session));
@@ -52,8 +38,7 @@ static void is_done(struct iscsi_context *iscsi, int status, void *command_data,
   struct slot *slot = private_data;
   (void)iscsi;
   if (status != SCSI_STATUS_GOOD) fail("the target answers an error");
-  double us = (now() - slot->started) * 1e6;
-  if (n_samples < MAX_SAMPLES) latency[n_samples++] = us > 4e9 ? 4000000000u : us;
+  note_latency(slot->started);
   slot->is_busy = 0;
   answered++;
   in_flight--;
@@ -75,11 +60,6 @@ static void issue(struct slot *slot) {
   if (!task) fail("a request cannot be sent");
 }
 
-static int compare(const void *a, const void *b) {
-  uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-  return x < y ? -1 : x > y;
-}
-
 int main(int argc, char **argv) {
   if (argc < 8) return 2;
   depth = atoi(argv[2]);
@@ -90,7 +70,6 @@ int main(int argc, char **argv) {
   double seconds = atof(argv[6]);
   span = strtoull(argv[7], 0, 0);
   count = argc > 8 ? strtoull(argv[8], 0, 0) : 0;
-  latency = malloc(sizeof *latency * MAX_SAMPLES);
   session = iscsi_create_context("iqn.2026-01.bench:initiator");
   struct iscsi_url *url = iscsi_parse_full_url(session, argv[1]);
   if (!url) fail(argv[1]);
@@ -117,9 +96,7 @@ int main(int argc, char **argv) {
     if (iscsi_service(session, polled.revents) < 0) fail("the session is lost");
   }
   double took = now() - begin;
-  qsort(latency, n_samples, sizeof *latency, compare);
-  printf("%.0f %.1f %u %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
-         latency[n_samples * 99 / 100], latency[n_samples - 1]);
+  print_result(answered, block, took);
   iscsi_logout_sync(session);
   return 0;
 }

@@ -4,6 +4,8 @@ import fs from 'node:fs';
 import path from 'node:path';
 
 const SOURCE = path.join(import.meta.dirname, 'nbdload.c');
+/** Included by two of them. */
+const TIMING = path.join(import.meta.dirname, 'load-timing.h');
 const SLOW_DISK_SOURCE = path.join(import.meta.dirname, 'slow-disk.c');
 /** To be preloaded. */
 export const SLOW_DISK = path.join(import.meta.dirname, '.build/slow-disk.so');
@@ -36,7 +38,7 @@ export function buildSlowDisk() {
 
 function build(source, target, options) {
   const built = fs.statSync(target, { throwIfNoEntry: false });
-  if (built && built.mtimeMs >= fs.statSync(source).mtimeMs) return;
+  if (built && [source, TIMING].every((each) => built.mtimeMs >= fs.statSync(each).mtimeMs)) return;
   requireCommand('gcc', 'gcc');
   fs.mkdirSync(path.dirname(target), { recursive: true });
   // Linked under another name first: a build that was interrupted must not look finished.

@@ -13,6 +13,7 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { BenchError, buildNbdload, haveCommand, NBDLOAD, requireCommand } from './nbdload.mjs';
+import { writePattern } from './pattern.mjs';
 
 const KIB = 2 ** 10;
 const MIB = 2 ** 20;
@@ -249,24 +250,6 @@ function emptyFile(file, size) {
   const fd = fs.openSync(file, 'w');
   fs.ftruncateSync(fd, size);
   return fd;
-}
-
-/** No block of zeros in it, so that nobody can leave a hole; every 4 KiB block is another. */
-function writePattern(file, size) {
-  const chunk = new Uint32Array(MIB / 4);
-  let state = 2463534242;
-  for (let at = 0; at < chunk.length; at++) {
-    state ^= state << 13;
-    state ^= state >>> 17;
-    state ^= state << 5;
-    chunk[at] = state >>> 0;
-  }
-  const fd = fs.openSync(file, 'w');
-  for (let offset = 0; offset < size; offset += MIB) {
-    for (let at = 0; at < chunk.length; at += KIB) chunk[at] = offset / MIB + at;
-    fs.writeSync(fd, chunk);
-  }
-  fs.closeSync(fd);
 }
 
 async function startFilled(server, { data, sockets, pattern }) {

@@ -18,13 +18,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
+#include "load-timing.h"
 
 #define MAX_CONNECTIONS 64
 #define OBJECT_BYTES (4u << 20)
 #define HEADER_BYTES 48
-#define MAX_SAMPLES (1u << 24)
 #define TABLE_OFFSET 4664 /* of the table in an inode */
 #define VDI_BIT (1ull << 63)
 #define ID_MASK 0xfffffu /* start times are kept by the low bits of the request's id */
@@ -44,23 +43,10 @@ static char *data;
 static size_t block;
 static int is_write, is_copy;
 static char order;
-static uint32_t vid, base_vid, last_id, *latency;
-static uint64_t span, count, issued, random_state = 88172645463325252ull;
+static uint32_t vid, base_vid, last_id;
+static uint64_t span, count, issued;
 static double started[ID_MASK + 1];
 static uint32_t object_of[ID_MASK + 1]; /* whose entry is still to be written, plus one; 0: none */
-static size_t n_samples;
-
-static double now(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static uint64_t next_random(void) {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  return random_state ^= random_state << 17;
-}
 
 static void queue(struct connection *c, const char *header, const void *payload, size_t length) {
   memmove(c->out, c->out + c->sent, c->queued - c->sent);
@@ -132,13 +118,8 @@ static int receive(struct connection *c) {
     queue_entry(c, object_of[id] - 1, started[id]);
     return 0;
   }
-  if (n_samples < MAX_SAMPLES) latency[n_samples++] = (now() - started[id]) * 1e6;
+  note_latency(started[id]);
   return 1;
-}
-
-static int compare(const void *a, const void *b) {
-  uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-  return x < y ? -1 : x > y;
 }
 
 static void open_connection(int port, int depth) {
@@ -171,7 +152,6 @@ int main(int argc, char **argv) {
   base_vid = argc > 11 ? strtoul(argv[11], 0, 16) : 0;
   data = malloc(block);
   for (size_t i = 0; i < block; i++) data[i] = next_random();
-  latency = malloc(sizeof *latency * MAX_SAMPLES);
   for (char *port = strtok(argv[1], ","); port; port = strtok(0, ","))
     for (int i = 0; i < per_node && n_conns < MAX_CONNECTIONS; i++) open_connection(atoi(port), depth);
 
@@ -202,8 +182,6 @@ int main(int argc, char **argv) {
     }
   }
   double took = now() - begin;
-  qsort(latency, n_samples, sizeof *latency, compare);
-  printf("%.0f %.1f %u %u %u\n", answered / took, answered / took * block / 1e6, latency[n_samples / 2],
-         latency[n_samples * 99 / 100], latency[n_samples - 1]);
+  print_result(answered, block, took);
   return 0;
 }

@@ -102,7 +102,7 @@ function infoLines(state: ClusterReport): [string, string][] {
   return [
     ['sheepdog', state.version],
     ['state', clusterState(state)],
-    ...(isFormatted ? [['created', formatTime(state.createdAt)] as [string, string]] : []),
+    ...(state.createdAt > 0 ? [['created', formatTime(state.createdAt)] as [string, string]] : []),
     ['epoch', String(state.epoch)],
     ['nodes', `${nodes.length}, in ${zones} zone${zones === 1 ? '' : 's'}`],
     ...(redundancy ? [['copies', redundancyText(redundancy)] as [string, string]] : []),
@@ -131,13 +131,15 @@ function infoLines(state: ClusterReport): [string, string][] {
 
 function spaceText(nodes: readonly NodeState[]): string {
   const { size, free, unknown } = spaceOf(nodes);
+  if (size === null || free === null) return 'not known, no node says';
   const besides = unknown === 0 ? '' : `, without ${unknown} node${unknown === 1 ? ' that does' : 's that do'} not say`;
   return `${formatSize(size - free)} used of ${formatSize(size)}, ${formatSize(free)} free${besides}`;
 }
 
+/** Null if no node says: of a cluster that does not serve, none does. */
 function spaceOf(nodes: readonly NodeState[]): {
-  readonly size: number;
-  readonly free: number;
+  readonly size: number | null;
+  readonly free: number | null;
   readonly unknown: number;
 } {
   let [size, free, unknown] = [0, 0, 0];
@@ -146,6 +148,7 @@ function spaceOf(nodes: readonly NodeState[]): {
     free += node.free ?? 0;
     if (node.size === null) unknown++;
   }
+  if (unknown === nodes.length) return { size: null, free: null, unknown };
   return { size, free, unknown };
 }
 
@@ -206,7 +209,7 @@ function infoJson(state: ClusterReport): object {
   const { size, free, unknown } = spaceOf(nodes);
   const recovering = nodes.filter(({ recovery }) => recovery !== null);
   return {
-    ...{ epoch, createdAt: createdAt === 0 ? null : isoTime(createdAt), flags, copies, copyPolicy, status },
+    ...{ epoch, createdAt: createdAt > 0 ? isoTime(createdAt) : null, flags, copies, copyPolicy, status },
     ...{ blockSizeShift, store, version, nodeCount: nodes.length },
     state: state.stateName,
     redundancy: redundancyJson(state.redundancy),

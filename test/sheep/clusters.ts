@@ -29,6 +29,8 @@ export interface RealNodes extends TestCluster {
   dog(...args: string[]): Promise<string>;
   /** Start a killed node at once, whatever the others are at. */
   returnNode(n: number): Promise<void>;
+  /** Those that have ended by themselves, and were not started again. */
+  endedNodes(): number[];
   /** Of a node that runs. */
   livePort(): number;
   /** SIGSTOP: the node is there and does nothing. */
@@ -38,6 +40,8 @@ export interface RealNodes extends TestCluster {
 
 export interface RealNodesOptions {
   readonly nodes?: number;
+  /** Beside them: a node that keeps no objects (`sheep -g`). It is the last one, and the first in `address`. */
+  readonly withGateway?: boolean;
   /** For `dog cluster format`. */
   readonly format?: readonly string[];
 }
@@ -107,7 +111,8 @@ export function realNodesMissing(): string | undefined {
 
 /** Nodes on loopback, each with a directory of its own: three with two copies, if nothing else is asked for. */
 export async function startRealNodes(options: RealNodesOptions = {}): Promise<RealNodes> {
-  const { nodes: count = NODES, format = ['-c', '2'] } = options;
+  const { nodes: keepers = NODES, withGateway = false, format = ['-c', '2'] } = options;
+  const count = withGateway ? keepers + 1 : keepers;
   const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
   const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-nodes-'));
   const ports = await freePorts(count);
@@ -132,21 +137,25 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
         String(n),
         '-c',
         `local:${directory}/shm`,
+        ...(n === keepers ? ['-g'] : []),
         home,
       ],
       { stdio: 'ignore' },
     );
     await until(`node ${n} listens`, () => canConnect(ports[n] as number));
   };
+  const isRunning = (node: ChildProcess | undefined): boolean => node?.exitCode === null && node.signalCode === null;
+  const livePort = (): number => ports[nodes.findIndex(isRunning)] as number;
+  const endedNodes = (): number[] => [...nodes.keys()].filter((n) => nodes[n] && !isRunning(nodes[n]));
   const dog = async (...args: string[]): Promise<string> => {
-    const port = ports[nodes.findIndex(Boolean)];
+    const port = livePort();
     return (await run('dog', [...args.slice(0, 2), '-a', '127.0.0.1', '-p', String(port), ...args.slice(2)])).stdout;
   };
   const kill = async (n: number): Promise<void> => {
     const node = nodes[n];
     if (!node) return;
     nodes[n] = undefined;
-    if (node.exitCode !== null || node.signalCode !== null) return;
+    if (!isRunning(node)) return;
     const ended = new Promise((resolve) => node.once('exit', resolve));
     node.kill('SIGKILL');
     await ended;
@@ -156,16 +165,19 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     fs.rmSync(directory, { recursive: true, force: true });
   };
   stops.push(stop);
-  for (let n = 0; n < count; n++) await start(n);
-  await until(
-    'all nodes have joined',
-    async () => (await dog('node', 'list', '-r')).trim().split('\n').length === count,
-  );
+  const haveJoined = (some: number): Promise<void> =>
+    until('all nodes have joined', async () => (await dog('node', 'list', '-r')).trim().split('\n').length === some);
+  for (let n = 0; n < keepers; n++) await start(n);
+  await haveJoined(keepers);
   await dog('cluster', 'format', ...format);
+  // One that is there before hangs in the format (1.0.1).
+  if (withGateway) await start(keepers);
+  if (withGateway) await haveJoined(count);
   const recovered = (): Promise<void> =>
     until('the nodes have recovered', async () => (await dog('node', 'recovery', '-r')).trim() === '');
+  const named = withGateway ? [ports.at(-1), ...ports.slice(0, -1)] : ports;
   return {
-    address: ports.map((port) => `127.0.0.1:${port}`).join(','),
+    address: named.map((port) => `127.0.0.1:${port}`).join(','),
     snapshot: async (name, tag) => {
       await dog('vdi', 'snapshot', '-s', tag, name);
     },
@@ -176,7 +188,8 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     port: ports[0] as number,
     dog,
     returnNode: start,
-    livePort: () => ports[nodes.findIndex(Boolean)] as number,
+    endedNodes,
+    livePort,
     pauseNode: (n) => nodes[n]?.kill('SIGSTOP'),
     resumeNode: (n) => nodes[n]?.kill('SIGCONT'),
     objects: () => settledObjects(directory),
@@ -197,13 +210,14 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     },
     recovered,
     crashes: () => {
-      const ended = [...nodes.keys()].filter((n) => nodes[n] && (nodes[n].exitCode ?? nodes[n].signalCode) !== null);
-      return ended.map((n) => {
+      return endedNodes().map((n) => {
         const lines = fs
           .readFileSync(path.join(directory, `node${n}`, 'sheep.log'), 'utf8')
           .trimEnd()
           .split('\n');
-        return `node ${n}: ${lines.filter((line) => line.includes('PANIC')).join(', ') || lines.at(-1)}`;
+        const last = lines.slice(lines.findLastIndex((line) => line.includes('started')) + 1);
+        const signal = nodes[n]?.signalCode ?? `code ${nodes[n]?.exitCode}`;
+        return `node ${n} (${signal}): ${last.filter((line) => line.includes('PANIC')).join(', ') || lines.at(-1)}`;
       });
     },
     violations: () => [],

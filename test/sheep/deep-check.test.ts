@@ -321,6 +321,30 @@ describe('check --deep (stand-in)', () => {
     expect(findings[0]?.users.map(({ label }) => label)).toEqual(['vm@a', `vm@a (@${(vid + 1).toString(16)})`]);
   });
 
+  test('where objects are placed by disk, each is read from the nodes whose disks it belongs on', async () => {
+    const byDisk = await new StandIn({ jitterMs: 0, diskVnodes: true, nodes: 4 }).start();
+    const its = await SheepStore.open(byDisk.address);
+    const disks = new VdiCatalog(its);
+    await disks.create('vm', 16 * MIB, { blockSizeShift: 20 });
+    const vdi = await disks.openVdi('vm');
+    await vdi.write(0, patterned(16 * MIB, 1), false);
+    const of = vdi.record.vid;
+    await disks.release(vdi);
+    const nodes = await its.nodes();
+    const [usual, right] = [new Placement(nodes), new Placement(nodes, true)];
+    const holdersBy = (placement: Placement, idx: number): number[] => placement.holdersOf(of, idx, 2);
+    // Placed by nodes it would be elsewhere.
+    const idx =
+      [...Array(16).keys()].find((n) => !holdersBy(usual, n).includes(holdersBy(right, n)[1] as number)) ?? -1;
+    expect((await deepCheck(its.cluster, { rate: 2 ** 40 })).problems).toEqual([]);
+    byDisk.copies.set(holdersBy(right, idx)[1] as number, oid(idx, of), () => undefined);
+    const { problems } = await deepCheck(its.cluster, { rate: 2 ** 40, settleMs: 100 });
+    expect(problems).toEqual([expect.stringMatching(new RegExp(`^degraded: vm bytes ${idx * MIB} to`))]);
+    expect(byDisk.violations).toEqual([]);
+    await disks.close();
+    await byDisk.stop();
+  });
+
   test('a cluster of 0.9 is refused at once', async () => {
     const old = await new StandIn({ jitterMs: 0 }).start();
     old.version = '0.9';

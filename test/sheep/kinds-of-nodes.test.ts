@@ -18,6 +18,7 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cleanUp, cli, cliJson, ok, skipBecause, temporaryDirectory } from '../harness/daemon.js';
 import { realNodesMissing, until } from './clusters.js';
 import { StandIn } from './stand-in.js';
+import { StateOp, StateRes } from './stand-in-state.js';
 
 const run = promisify(execFile);
 const OBJECT = 2 ** 20;
@@ -160,6 +161,26 @@ test.each(['0.8', '0.9'] as const)(
   },
 );
 
+test('of a cluster of 0.8 that does not serve it is told why', async () => {
+  const cluster = await standIn({ nodes: 2 });
+  cluster.version = '0.8';
+  const { WAIT_FOR_FORMAT, WAIT_FOR_JOIN } = StateRes;
+  const SHUTDOWN = 0x11;
+  for (const [result, state, words] of [
+    [WAIT_FOR_FORMAT, 'not-formatted', 'not formatted'],
+    [WAIT_FOR_JOIN, 'waiting', 'waiting for its other nodes'],
+    [SHUTDOWN, 'shutting-down', 'shutting down'],
+  ] as const) {
+    cluster.fault = ({ opcode }) => (opcode === StateOp.STAT_CLUSTER ? { result } : undefined);
+    const at = ['--cluster', cluster.addressOf(0)];
+    const info = await cliJson(['cluster', 'info', ...at]);
+    expect(info).toMatchObject({ state, createdAt: null, nodes: [{ state: 'waiting' }, { state: 'waiting' }] });
+    const { stdout } = await cli(['cluster', 'info', ...at]);
+    expect(stdout).toContain(words);
+    expect(stdout).not.toMatch(/^created/m);
+  }
+});
+
 test('a cluster of a version that is not known says so, and how to bring the disks out', async () => {
   const cluster = await standIn({ nodes: 1 });
   cluster.version = '0.7';
@@ -172,6 +193,7 @@ interface RealNodes {
   readonly host: string;
   readonly port: number;
   readonly dog: string;
+  readonly directory: string;
   kill(n: number): Promise<void>;
 }
 
@@ -222,7 +244,7 @@ async function realNodes(bin: string, host: string, isFormatted = true): Promise
     });
   }
   if (isFormatted) execFileSync(dog, ['cluster', 'format', '-a', host, '-p', String(first), '-c', '2']);
-  return { host, port: first, dog, kill };
+  return { host, port: first, dog, directory, kill };
 }
 
 function isZombie(pid: number): boolean {
@@ -258,6 +280,33 @@ describe('real nodes', () => {
       skipBecause(context, 'SHEEPGATE_DISKVNODES_SHEEP names no directory with such a sheep and dog');
     const nodes = await realNodes(bin, '127.0.0.1');
     await survivesItsNode(`127.0.0.1:${nodes.port}`, 3, () => nodes.kill(0));
+  }, 60_000);
+
+  test('built with disk vnodes have their copies compared, each on the nodes whose disks it belongs on', async (context) => {
+    const bin = process.env.SHEEPGATE_DISKVNODES_SHEEP;
+    if (bin === undefined)
+      skipBecause(context, 'SHEEPGATE_DISKVNODES_SHEEP names no directory with such a sheep and dog');
+    const nodes = await realNodes(bin, '127.0.0.1');
+    const at = `127.0.0.1:${nodes.port}`;
+    const catalog = await open(at);
+    await catalog.create('disk', 24 * OBJECT, { blockSizeShift: 20 });
+    const vdi = await catalog.openVdi('disk');
+    for (let idx = 0; idx < 24; idx++) await vdi.write(idx * OBJECT, Buffer.alloc(BLOCK, idx + 1), false);
+    const { vid } = vdi.record;
+    await catalog.release(vdi);
+    const check = ['check', '--deep', '--rate', '1G', '--settle', '0.2', '--cluster', at];
+    const fine = await cli(check);
+    expect(fine.stdout).toMatch(/^1 VDIs and snapshots, 25 objects, .*, 0 problems\n$/);
+    const file = path.join(nodes.directory, 'node1', 'obj');
+    const mine = vid.toString(16).padStart(8, '0');
+    const object = fs.readdirSync(file).find((name) => name.startsWith(mine)) ?? 'none';
+    fs.writeFileSync(path.join(file, object), Buffer.alloc(OBJECT));
+    const wrong = await cli(check);
+    expect(wrong.stdout).toMatch(/^different: disk: bytes \d+ to \d+ are not the same: .*, 1 problems\n$/s);
+    for (const part of [`zeros on 127.0.0.1:${nodes.port + 1}`, `(object ${object})`]) {
+      expect(wrong.stdout).toContain(part);
+    }
+    expect(wrong.code).toBe(1);
   }, 60_000);
 
   test('of an older version give every byte that their own tool has written, and go on when one is gone', async (context) => {

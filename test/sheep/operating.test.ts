@@ -459,12 +459,29 @@ describe('the state of a cluster', () => {
     expect(await target.fails('node', 'list')).toContain('no node says how the cluster is');
   });
 
+  test('is told as soon as one of the nodes that are named says it, however many of them are silent', async () => {
+    cluster.fault = ({ node }) => (node < 2 ? { until: new Promise(() => undefined) } : undefined);
+    const startedAt = performance.now();
+    const { stateName, nodes } = await readClusterReport(cluster.address, { answerMs: 1_000 });
+    expect(performance.now() - startedAt).toBeLessThan(1_900);
+    expect(stateName).toBe('running');
+    expect(nodes.map(({ state }) => state)).toEqual(['silent', 'silent', 'ok']);
+    cluster.fault = () => ({ until: new Promise(() => undefined) });
+    await expect(readClusterReport(cluster.address, { answerMs: 300 })).rejects.toThrow(
+      /no node says how the cluster is: .*; .*; .*answers nothing/,
+    );
+    expect(performance.now() - startedAt).toBeLessThan(2_700);
+  });
+
   test('is told of one that is not formatted, and of one that waits for nodes, with those that it waits for', async () => {
     cluster.state.notServing = StateRes.WAIT_FOR_FORMAT;
     const fresh = await target.json<{ nodes: object[] }>('cluster', 'info');
     expect(fresh).toMatchObject({ state: 'not-formatted', createdAt: null, redundancy: null, epochs: [], left: [] });
     expect(fresh.nodes).toMatchObject([{ state: 'waiting' }, { state: 'waiting' }, { state: 'waiting' }]);
-    expect(await target.ok('cluster', 'info')).toContain("not formatted; 'dog cluster format'");
+    expect(fresh).toMatchObject({ space: { size: null, free: null, unknownNodes: 3 } });
+    const text = await target.ok('cluster', 'info');
+    expect(text).toContain("not formatted; 'dog cluster format'");
+    expect(text).toMatch(/^space +not known, no node says$/m);
     expect(await target.ok('node', 'list')).toContain('waiting: it answers WAIT_FOR_FORMAT');
 
     cluster.state.notServing = StateRes.WAIT_FOR_JOIN;

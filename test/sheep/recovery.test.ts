@@ -92,6 +92,31 @@ describe('while nodes recover', () => {
     expect(seenOf(1, since).length).toBeGreaterThanOrEqual(4);
   });
 
+  test('a node that was started again and has not joined yet is not asked for objects: that ends it', async () => {
+    let hasJoined = false;
+    let questions = 0;
+    cluster.fault = ({ opcode, node }) => {
+      if (node !== 1 || hasJoined || opcode !== Op.STAT_RECOVERY) return undefined;
+      questions++;
+      return { result: 0x17 };
+    };
+    await change(1);
+    cluster.outOfPlace.delete(oidOf(1));
+    const since = cluster.seen.length;
+    const work = write(1, 1, 9);
+    await waitUntil(() => questions > 3, 'the node is asked whether it has joined');
+    const asked = (): Seen[] => cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.EXIST);
+    expect(asked().filter(({ node }) => node === 1)).toEqual([]);
+    hasJoined = true;
+    await work;
+    expect(await read(1, 1)).toBe(9);
+    hasJoined = false;
+    cluster.fault = ({ opcode, node }) => (node === 1 && opcode === Op.STAT_SHEEP ? { result: 0x17 } : undefined);
+    const before = cluster.seen.length;
+    expect(await store.cluster.isAnywhere(vdi.record.vid, 3)).toBe(true);
+    expect(cluster.seen.slice(before).some(({ opcode }) => opcode === Op.EXIST)).toBe(false);
+  });
+
   test('an object that the nodes are slow to bring is asked for once, by a write of nothing', async () => {
     await change(1);
     const since = cluster.seen.length;
@@ -322,6 +347,20 @@ test('a write that is in doubt keeps others from its own bytes only', async () =
 
 describe('erasure-coded objects', () => {
   beforeEach(() => connect({ copyPolicy: 0x11 }));
+
+  test('are left to the recovery of the nodes for longer: one more, started by a request, may end a node', async () => {
+    await change(1);
+    const since = cluster.seen.length;
+    const work = write(1, 1, 7);
+    // Twice the time after which one with whole copies is asked for.
+    const until = performance.now() + 1_000;
+    const looks = (): number => cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.EXIST).length;
+    await waitUntil(() => looks() > 30 && performance.now() > until, 'the nodes have been asked for a while');
+    expect(isAsked(1, since)).toBe(false);
+    cluster.outOfPlace.delete(oidOf(1));
+    await work;
+    expect(await read(1, 1)).toBe(7);
+  });
 
   test('that were written while there were fewer nodes than strips are written whole when all are back', async () => {
     cluster.left.add(2);

@@ -109,7 +109,10 @@ export class VerifiedLoad {
     const expected = this.expected.subarray(at, at + length);
     if (into.equals(expected)) return;
     const first = firstDifference(into, expected);
-    this.wrongReads.push(`at ${at + first}: write ${into.readUInt32LE(first)}, not ${expected.readUInt32LE(first)}`);
+    const now = new Date().toISOString();
+    this.wrongReads.push(
+      `${now} at ${at + first}: write ${into.readUInt32LE(first)}, not ${expected.readUInt32LE(first)}`,
+    );
   }
 }
 

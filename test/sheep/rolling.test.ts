@@ -6,7 +6,11 @@
  *
  * Takes 25 s a round, and is left out unless SHEEPGATE_ROLLING says how many rounds. SHEEPGATE_ROLLING_FORMAT ("-c 2:1"),
  * _NODES, _MIB (of each disk), _READS (the part of the requests that read, 0.3), _PREALLOCATED=1, _BARE=0 (without bare
- * clients), _AT_ONCE (nodes killed together) vary it. What came out is printed for each round.
+ * clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use a node beside them
+ * that keeps no objects and stays) vary it. What came out is printed for each round.
+ *
+ * Nodes that end themselves (docs/cluster.md, "When nodes end themselves") are started again at once, as an
+ * operator or a service manager does, and counted.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -14,6 +18,7 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
 import { NodeConnection } from '../../src/store/sheep/connection.js';
+import { deepCheck } from '../../src/store/sheep/deep/deep-check.js';
 import { encodeObjectRequest } from '../../src/store/sheep/layouts.js';
 import { Flag, Opcode } from '../../src/store/sheep/protocol.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -30,12 +35,21 @@ const READS = Number(env['SHEEPGATE_ROLLING_READS'] ?? 0.3);
 const IS_PREALLOCATED = env['SHEEPGATE_ROLLING_PREALLOCATED'] === '1';
 const AT_ONCE = Number(env['SHEEPGATE_ROLLING_AT_ONCE'] ?? 1);
 const WITH_BARE = env['SHEEPGATE_ROLLING_BARE'] !== '0';
+const WITH_OURS = env['SHEEPGATE_ROLLING_OURS'] !== '0';
+const WITH_GATEWAY = env['SHEEPGATE_ROLLING_GATEWAY'] === '1';
+const IS_CODED = FORMAT.includes(':');
 const IS_VERBOSE = env['SHEEPGATE_ROLLING_LOG'] === '1';
 const OBJECT = 4 * 2 ** 20;
 const DEPTH = 8;
 const AWAY_MS = 3_000;
 const BEFORE_MS = 1_000;
 const ROUND_MS = 300_000;
+const RECOVERY_MS = 120_000;
+/** Between looks whether a node has ended itself. */
+const SUPERVISION_MS = 100;
+const RESTART_MS = 1_000;
+/** Nothing writes any more when strips are compared. */
+const SETTLE_MS = 300;
 
 const missing = ROUNDS > 0 ? realNodesMissing() : 'SHEEPGATE_ROLLING does not say how many rounds';
 if (missing !== undefined) console.log(`no rolling restarts of real nodes: ${missing}`);
@@ -123,12 +137,22 @@ interface Outcome {
   writes: number;
 }
 
-/**
- * Objects of which a copy differs on the disk of a node that should have it: what has stayed behind elsewhere is not read.
- * Of erasure-coded objects nothing is known so.
- */
+/** Of all VDIs: objects whose strips do not fit each other, or are not all there, by the name of the VDI. */
+async function wrongStrips(store: SheepStore): Promise<Map<string, number>> {
+  const report = await deepCheck(store.cluster, { rate: 2 ** 40, settleMs: SETTLE_MS });
+  if (report.stoppedBy) throw report.stoppedBy;
+  const found = new Map<string, number>();
+  for (const { users } of report.findings) {
+    for (const { label } of users) found.set(label, (found.get(label) ?? 0) + 1);
+  }
+  return found;
+}
+
+/** Objects of which a copy differs on the disk of a node that should have it: what has stayed behind elsewhere is not read. */
 function differingCopies(cluster: RealNodes, name: string, vid: number, expected: Buffer): number[] {
   const ports = parseClusterAddress(cluster.address).map(({ port }) => port);
+  // The first one keeps nothing.
+  if (WITH_GATEWAY) ports.shift();
   const found = new Set<number>();
   for (const [n, port] of ports.entries()) {
     const objects = path.join(cluster.directory, `node${n}`, 'obj');
@@ -149,35 +173,91 @@ function differingCopies(cluster: RealNodes, name: string, vid: number, expected
 
 const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** A node that has just come back answers nothing at first. */
+/** A node that has just come back, or is started again meanwhile, answers nothing at first. */
 async function recovered(cluster: RealNodes): Promise<void> {
-  for (const until = Date.now() + 60_000; ; await sleep(200)) {
+  for (const until = Date.now() + RECOVERY_MS; ; await sleep(200)) {
     try {
       await cluster.recovered();
-      return;
+      if (cluster.endedNodes().length === 0) return;
     } catch (error) {
-      // A node may have ended itself (docs/cluster.md, "What is known to be weak, or not there").
-      const crashes = cluster.crashes();
-      if (crashes.length > 0) throw new Error(crashes.join('; '), { cause: error });
       if (Date.now() > until) throw error;
     }
   }
 }
 
-async function round(): Promise<Record<string, Outcome>> {
-  const cluster = await startRealNodes({ nodes: NODES, format: FORMAT.split(' ') });
+/** Starts nodes again that end themselves. */
+class Supervisor {
+  /** The last words of each. */
+  readonly crashes: string[] = [];
+  readonly #cluster: RealNodes;
+  readonly #timer: NodeJS.Timeout;
+  #isStarting = false;
+  #isOver = false;
+
+  constructor(cluster: RealNodes) {
+    this.#cluster = cluster;
+    this.#timer = setInterval(() => void this.#look(), SUPERVISION_MS);
+  }
+
+  stop(): void {
+    this.#isOver = true;
+    clearInterval(this.#timer);
+  }
+
+  async #look(): Promise<void> {
+    const ended = this.#cluster.endedNodes();
+    if (this.#isStarting || ended.length === 0) return;
+    this.#isStarting = true;
+    const lines = this.#cluster.crashes();
+    this.crashes.push(...lines);
+    if (IS_VERBOSE) console.log(new Date().toISOString(), 'ended themselves:', lines.join('; '));
+    // One after the other: a node that asks another, which ends at that moment, while it starts ends as well.
+    for (const n of ended) {
+      await sleep(RESTART_MS);
+      if (this.#isOver) return;
+      await this.#cluster.returnNode(n).catch(() => undefined);
+    }
+    this.#isStarting = false;
+  }
+}
+
+/** Errors: when nodes do not recover. */
+async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
   /** Disks whose parity is being made anew: an operator waits for that before the next node. */
-  let renewing = 0;
+  const renewing = new Set<string>();
   const log = (line: string): void => {
-    if (line.includes('making the parity')) renewing++;
-    if (line.includes('all parity is new')) renewing--;
+    const [disk = ''] = line.split(':');
+    // It may begin several times before it is done.
+    if (line.includes('making the parity')) renewing.add(disk);
+    if (line.includes('all parity is new')) renewing.delete(disk);
     if (IS_VERBOSE) console.log(new Date().toISOString(), line);
   };
   const store = await SheepStore.open(cluster.address, { log });
   const catalog = new VdiCatalog(store);
   const loads: Record<string, VerifiedLoad> = {};
-  const vids: Record<string, number> = {};
   const bare: BareClient[] = [];
+  try {
+    return await roundWith(cluster, { store, catalog, loads, bare, isRenewing: () => renewing.size > 0 });
+  } finally {
+    for (const load of Object.values(loads)) void load.end();
+    for (const client of bare) client.close();
+    await catalog.close().catch(() => undefined);
+  }
+}
+
+interface Clients {
+  readonly store: SheepStore;
+  readonly catalog: VdiCatalog;
+  readonly loads: Record<string, VerifiedLoad>;
+  readonly bare: BareClient[];
+  readonly isRenewing: () => boolean;
+}
+
+async function roundWith(
+  cluster: RealNodes,
+  { store, catalog, loads, bare, isRenewing }: Clients,
+): Promise<Record<string, Outcome>> {
+  const vids: Record<string, number> = {};
   const make = async (name: string, isFull: boolean): Promise<number> => {
     await catalog.create(name, SIZE);
     const vdi = await catalog.openVdi(name);
@@ -187,8 +267,6 @@ async function round(): Promise<Record<string, Outcome>> {
     return vdi.record.vid;
   };
   const options = { size: SIZE, objectSize: OBJECT, depth: DEPTH, readShare: READS };
-  await make('ours', IS_PREALLOCATED);
-  const vdi = await catalog.openVdi('ours');
   if (WITH_BARE) {
     const many = new BareClient(cluster, await make('bare-many', true));
     const single = new BareClient(cluster, await make('bare-single', true));
@@ -196,11 +274,15 @@ async function round(): Promise<Record<string, Outcome>> {
     loads['bare-many'] = new VerifiedLoad(many, options);
     loads['bare-single'] = new VerifiedLoad(single, { ...options, writesPerObject: 1 });
   }
-  const disk: LoadedDisk = {
-    read: async (offset, into) => vdi.read(offset, into),
-    write: async (offset, data) => vdi.write(offset, data, false),
-  };
-  loads['ours'] = new VerifiedLoad(disk, options);
+  if (WITH_OURS) {
+    await make('ours', IS_PREALLOCATED);
+    const vdi = await catalog.openVdi('ours');
+    const disk: LoadedDisk = {
+      read: async (offset, into) => vdi.read(offset, into),
+      write: async (offset, data) => vdi.write(offset, data, false),
+    };
+    loads['ours'] = new VerifiedLoad(disk, options);
+  }
   for (let node = 0; node < NODES; node += AT_ONCE) {
     await sleep(BEFORE_MS);
     const killed = Array.from({ length: Math.min(AT_ONCE, NODES - node) }, (_, n) => node + n);
@@ -211,12 +293,13 @@ async function round(): Promise<Record<string, Outcome>> {
     for (const n of killed) await cluster.returnNode(n);
     await recovered(cluster);
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'recovered');
-    if (!FORMAT.includes(':')) continue;
-    const isDone = (): boolean => store.cluster.recovery.isSteady && renewing === 0;
+    if (!IS_CODED) continue;
+    const isDone = (): boolean => store.cluster.recovery.isSteady && !isRenewing();
     for (const until = Date.now() + 60_000; !isDone() && Date.now() < until;) await sleep(50);
   }
   await Promise.all(Object.values(loads).map((load) => load.end()));
   await recovered(cluster);
+  const strips = IS_CODED ? await wrongStrips(store) : undefined;
   const outcomes: Record<string, Outcome> = {};
   for (const [name, load] of Object.entries(loads)) {
     const copy = path.join(cluster.directory, 'read');
@@ -229,16 +312,14 @@ async function round(): Promise<Record<string, Outcome>> {
       errors: load.errors.length,
       ours: differingObjects(throughUs, load.expected, OBJECT).length,
       dogs: differingObjects(fs.readFileSync(copy), load.expected, OBJECT).length,
-      copies: differingCopies(cluster, name, vids[name] as number, load.expected).length,
+      copies: strips
+        ? (strips.get(name) ?? 0)
+        : differingCopies(cluster, name, vids[name] as number, load.expected).length,
       writes: load.writes,
     };
     if (load.errors.length > 0) console.log(name, load.errors.slice(0, 3));
+    if (IS_VERBOSE && load.wrongReads.length > 0) console.log(name, load.wrongReads.slice(0, 5));
   }
-  const crashes = cluster.crashes();
-  if (crashes.length > 0) console.log(crashes.join('\n'));
-  for (const client of bare) client.close();
-  await catalog.close();
-  await cluster.stop();
   return outcomes;
 }
 
@@ -247,14 +328,32 @@ describe.skipIf(missing !== undefined)('rolling restarts of real nodes under loa
     'nothing differs between the client, us, dog and the copies',
     async () => {
       const corrupted: Record<string, number> = {};
+      let unfinished = 0;
+      let crashed = 0;
       for (let n = 1; n <= ROUNDS; n++) {
-        const outcomes = await round();
-        for (const [name, { wrongReads, errors, ours, dogs, copies }] of Object.entries(outcomes)) {
-          corrupted[name] = (corrupted[name] ?? 0) + (wrongReads + errors + ours + dogs + copies > 0 ? 1 : 0);
+        const cluster = await startRealNodes({ nodes: NODES, withGateway: WITH_GATEWAY, format: FORMAT.split(' ') });
+        const supervisor = new Supervisor(cluster);
+        try {
+          const outcomes = await round(cluster);
+          for (const [name, { wrongReads, errors, ours, dogs, copies }] of Object.entries(outcomes)) {
+            corrupted[name] = (corrupted[name] ?? 0) + (wrongReads + errors + ours + dogs + copies > 0 ? 1 : 0);
+          }
+          console.log(`round ${n}: ${JSON.stringify(outcomes)}; corrupted so far: ${JSON.stringify(corrupted)}`);
+        } catch (error) {
+          unfinished++;
+          console.log(`round ${n} came to no end (${unfinished} so far): ${(error as Error).message}`);
+        } finally {
+          supervisor.stop();
+          await cluster.stop();
         }
-        console.log(`round ${n}: ${JSON.stringify(outcomes)}; corrupted so far: ${JSON.stringify(corrupted)}`);
+        const { crashes } = supervisor;
+        if (crashes.length === 0) continue;
+        console.log(
+          `nodes ended themselves in ${++crashed} rounds, in this ${crashes.length} times: ${crashes.join('; ')}`,
+        );
       }
-      expect(corrupted['ours']).toBe(0);
+      expect(unfinished).toBe(0);
+      expect(corrupted['ours'] ?? 0).toBe(0);
     },
     Math.max(1, ROUNDS) * ROUND_MS,
   );

@@ -38,6 +38,7 @@ export const Op = {
   DEL_VDI: 0x17,
   GET_NODE_LIST: 0x82,
   GET_VDI_COPIES: 0xab,
+  STAT_SHEEP: 0x86,
   STAT_CLUSTER: 0x87,
   STAT_RECOVERY: 0x97,
   EXIST: 0xbd,
@@ -438,6 +439,9 @@ export class StandIn {
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
       case Op.EXIST: {
+        // sheep/ops.c, local_oid_exist: it looks into a list of nodes that is not there yet.
+        if (this.state.notServing !== undefined)
+          this.violations.push('EXIST to a node that has not joined, which ends it');
         const isHere = this.objects.has(request.oid) && (request.node === 0 || !this.outOfPlace.has(request.oid));
         return { result: isHere ? Res.SUCCESS : Res.NO_OBJ };
       }

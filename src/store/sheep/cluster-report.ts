@@ -42,6 +42,13 @@ import {
 /** A node that takes longer to be connected to, or to answer, is told to be silent. */
 const CONNECT_MS = 2_000;
 const ANSWER_MS = 5_000;
+/** What nodes of 0.8 answer that say how their cluster is. */
+const OLD_STATES: ReadonlySet<number> = new Set([
+  Result.SUCCESS,
+  Result.WAIT_FOR_FORMAT,
+  Result.WAIT_FOR_JOIN,
+  Result.SHUTDOWN,
+]);
 /** Room for the members of an epoch, beside those of now: clusters shrink. */
 const SPARE_NODES = 32;
 /** Logs of epochs that are asked for at most: of a large cluster there are fewer then. */
@@ -98,7 +105,7 @@ export async function readClusterReport(
     const list = await listNodes(connection, version);
     const stateName = clusterStateName(info);
     const [nodes, { epochs, isRecoveryDisabled }] = await Promise.all([
-      Promise.all(list.nodes.map((node) => stateOf(node, version, answerMs))),
+      Promise.all(list.nodes.map((node) => stateOf(node, { version, isServing: stateName === 'running', answerMs }))),
       readEpochs(connection, version, list, epochCount),
     ]);
     return {
@@ -135,28 +142,44 @@ export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoc
   return left;
 }
 
+/** Of those that are named, all asked at the same time, the first that says how the cluster is; a silent one costs nothing. */
 async function firstToAnswer(
   addresses: readonly NodeAddress[],
   answerMs: number,
 ): Promise<[NodeConnection, ClusterInfo]> {
-  const reasons: string[] = [];
-  for (const address of addresses) {
-    let connection: NodeConnection | undefined;
-    try {
-      connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
-      const version = await greet(connection, answerMs);
-      const opcode = version === '0.8' ? Opcode.STAT_CLUSTER : Opcode.CLUSTER_INFO;
-      const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
-      mustSucceed(await ask(connection, opcode, { version, receive, answerMs }), 'its state');
-      const info = version === '0.8' ? decodeOldClusterInfo(receive) : decodeClusterInfo(receive, version);
-      return [connection, info];
-    } catch (error) {
-      connection?.destroy();
-      if (!(error instanceof ConnectionLost) && !(error instanceof StoreError)) throw error;
-      reasons.push(error.message);
-    }
+  const connections = new Set<NodeConnection>();
+  let chosen: NodeConnection | undefined;
+  const asked = addresses.map(async (address): Promise<[NodeConnection, ClusterInfo]> => {
+    const connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
+    connections.add(connection);
+    // Another one was quicker.
+    if (chosen) connection.destroy();
+    const answer: [NodeConnection, ClusterInfo] = [connection, await readClusterInfo(connection, answerMs)];
+    chosen ??= connection;
+    return answer;
+  });
+  try {
+    return await Promise.any(asked);
+  } catch (error) {
+    const { errors } = error as { errors: Error[] };
+    const other = errors.find((each) => !(each instanceof ConnectionLost) && !(each instanceof StoreError));
+    if (other) throw other;
+    throw new StoreError('IO', `no node says how the cluster is: ${errors.map(({ message }) => message).join('; ')}`);
+  } finally {
+    for (const connection of connections) if (connection !== chosen) connection.destroy();
   }
-  throw new StoreError('IO', `no node says how the cluster is: ${reasons.join('; ')}`);
+}
+
+async function readClusterInfo(connection: NodeConnection, answerMs: number): Promise<ClusterInfo> {
+  const version = await greet(connection, answerMs);
+  const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
+  if (version === '0.8') {
+    const { result } = await ask(connection, Opcode.STAT_CLUSTER, { version, receive, answerMs });
+    if (OLD_STATES.has(result)) return decodeOldClusterInfo(receive, result);
+    throw new StoreError('IO', `asked for its state, a node answers ${resultName(result)}`);
+  }
+  mustSucceed(await ask(connection, Opcode.CLUSTER_INFO, { version, receive, answerMs }), 'its state');
+  return decodeClusterInfo(receive, version);
 }
 
 interface NodeList {
@@ -196,8 +219,11 @@ async function readEpochs(
 
 async function stateOf(
   { host, port, vnodes, zone, space }: ClusterNode,
-  version: SheepVersion,
-  answerMs: number,
+  {
+    version,
+    isServing,
+    answerMs,
+  }: { readonly version: SheepVersion; readonly isServing: boolean; readonly answerMs: number },
 ): Promise<NodeState> {
   const node = addressLabel({ host, port });
   const known = { host, port, node, vnodes, zone, space, reason: null, size: null, free: null, recovery: null };
@@ -212,7 +238,7 @@ async function stateOf(
     if (version !== '1.0') {
       // That it answers is all that one of an earlier version says in a known form.
       await greet(connection, answerMs, version);
-      return { ...known, state: 'ok' };
+      return { ...known, state: isServing ? 'ok' : 'waiting' };
     }
     const receive = Buffer.alloc(RECOVERY_BYTES);
     const [disks, recovery] = await Promise.all([

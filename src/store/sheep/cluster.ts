@@ -52,6 +52,8 @@ const LONG_VIDS_MS = 1_000;
 const FIRST_STATES = 512;
 const MAX_STATES = 2 ** 15;
 const NOTHING = Buffer.alloc(0);
+/** What a node answers that has been started and has not joined. */
+const NOT_JOINED: ReadonlySet<number> = new Set([Result.STARTUP, Result.WAIT_FOR_FORMAT, Result.WAIT_FOR_JOIN]);
 
 /** `high` and `low` are the halves of its oid. */
 export class ObjectGone extends StoreError {
@@ -167,6 +169,9 @@ export class Cluster {
 
   /** Whether any node has a copy of the data object, or a strip. Errors: StoreError IO, also if one cannot be asked. */
   async isAnywhere(vid: number, idx: number): Promise<boolean> {
+    // One that has not joined (yet) is not asked for it (recovery-watch.ts), and may have it.
+    const states = await this.gateway.executeOnAll(() => encodeVdiRequest(Opcode.STAT_SHEEP, 0, 0));
+    if (states.some(({ result }) => NOT_JOINED.has(result))) return true;
     const exist = (): Buffer => encodeObjectRequest(Opcode.EXIST, 0, vid, idx, 0, 0);
     const answers = await this.gateway.executeOnAll(exist);
     return answers.some(({ result }) => result !== Result.NO_OBJ);

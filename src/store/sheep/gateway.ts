@@ -16,6 +16,7 @@ import {
 } from './connection.js';
 import { greet } from './greeting.js';
 import { decodeNodes, encodeVdiRequest, inVersion, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
+import { Pauses } from './pauses.js';
 import { Placement } from './placement.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
 import {
@@ -147,8 +148,8 @@ export class Gateway {
   );
   /** Connections whose node has not answered yet: nothing is sent on them. */
   readonly #greeting = new Set<NodeConnection>();
-  /** Back-offs that close() ends. */
-  readonly #sleepers = new Set<() => void>();
+  /** Back-offs. */
+  readonly #pauses = new Pauses();
   readonly #repeated = new Set<Repeated>();
   readonly #objectsAwaited = new Set<Waiter & { readonly disk: string }>();
   readonly #checking: NodeJS.Timeout | undefined;
@@ -309,7 +310,7 @@ export class Gateway {
     clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
     for (const connection of [...this.#greeting]) connection.destroy();
-    for (const wake of this.#sleepers) wake();
+    this.#pauses.end();
   }
 
   /** While `work` waits for an object of `disk`, by asking for it again and again, it counts as one request that waits. */
@@ -626,15 +627,7 @@ export class Gateway {
   }
 
   #sleep(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const wake = (): void => {
-        clearTimeout(timer);
-        this.#sleepers.delete(wake);
-        resolve();
-      };
-      const timer = setTimeout(wake, ms);
-      this.#sleepers.add(wake);
-    });
+    return this.#pauses.wait(ms);
   }
 }
 

@@ -18,7 +18,10 @@ import {
   NODE_BYTES,
   PROTO_VER,
   SHEEP_PROTO_VER,
+  Result,
   STATUS_RUNNING,
+  STATUS_SHUTTING_DOWN,
+  STATUS_WAITING,
   TAG_BYTES,
   type SheepVersion,
 } from './protocol.js';
@@ -443,6 +446,15 @@ const oldEpochLogLayout = struct<OldEpochLogLayout>([
   blob(16, 'store'),
 ]);
 
+/** Of a time that a node does not say. */
+export const UNKNOWN_TIME = -1;
+/** By the result of STAT_CLUSTER. */
+const OLD_STATUS: ReadonlyMap<number, number> = new Map([
+  [Result.SUCCESS, STATUS_RUNNING],
+  [Result.WAIT_FOR_FORMAT, STATUS_WAITING],
+  [Result.WAIT_FOR_JOIN, STATUS_WAITING],
+]);
+
 interface OldEpochLogLayout {
   ctimeNsec: number;
   ctimeSec: number;
@@ -453,16 +465,20 @@ interface OldEpochLogLayout {
   store: Buffer;
 }
 
-/** What a node of 0.8 answers to STAT_CLUSTER while its cluster runs. */
-export function decodeOldClusterInfo(bytes: Buffer): ClusterInfo {
+/**
+ * What a node of 0.8 answers to STAT_CLUSTER: its result says whether the cluster serves. Before that there may be nothing else:
+ * then `createdAt` is UNKNOWN_TIME of one that was formatted.
+ */
+export function decodeOldClusterInfo(bytes: Buffer, result: number = Result.SUCCESS): ClusterInfo {
   const log = oldEpochLogLayout.decode(bytes);
+  const createdAt = milliseconds(log.ctimeSec, log.ctimeNsec);
   return {
     epoch: log.epoch,
-    createdAt: milliseconds(log.ctimeSec, log.ctimeNsec),
+    createdAt: result === Result.WAIT_FOR_FORMAT ? 0 : createdAt || UNKNOWN_TIME,
     flags: 0,
     copies: log.nrCopies,
     copyPolicy: log.copyPolicy,
-    status: STATUS_RUNNING,
+    status: OLD_STATUS.get(result) ?? STATUS_SHUTTING_DOWN,
     blockSizeShift: DEFAULT_BLOCK_SIZE_SHIFT,
     store: textOf(log.store),
     nodeCount: log.nrNodes,

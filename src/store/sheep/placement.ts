@@ -97,6 +97,11 @@ export class Placement {
   }
 }
 
+/** Whether objects are placed on the node: it is no gateway without a part of the ring. */
+export function keepsObjects({ vnodes, disks }: ClusterNode, byDisk: boolean): boolean {
+  return byDisk ? disks.length > 0 : vnodes > 0;
+}
+
 /** One for each 4 GiB begun (internal_proto.h, WEIGHT_MIN). */
 function pointsOf({ space }: NodeDisk): number {
   return Number((space + DISK_WEIGHT_BYTES - 1n) / DISK_WEIGHT_BYTES);

@@ -95,6 +95,7 @@ export const ClusterFlag = { STRICT: 0x01, DISK_MODE: 0x02, USE_LOCK: 0x08, RECY
 /** enum sd_status: running; waiting for nodes or for `dog cluster format`. */
 export const STATUS_RUNNING = 1;
 export const STATUS_WAITING = 2;
+export const STATUS_SHUTTING_DOWN = 3;
 
 export const LOCK_TYPE_NORMAL = 0;
 export const LOCK_TYPE_SHARED = 1;

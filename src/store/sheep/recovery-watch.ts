@@ -13,7 +13,8 @@
  */
 import type { Answer, WireRequest } from './connection.js';
 import { encodeObjectRequest, encodeVdiRequest, EPOCH_OFFSET, type ClusterNode } from './layouts.js';
-import { Flag, Opcode, Result } from './protocol.js';
+import { Pauses } from './pauses.js';
+import { Flag, Opcode, Result, vidOf } from './protocol.js';
 
 /** struct recovery_state: whether there is any in the first byte, then its step, objects finished and objects in all. */
 const RECOVERY_STATE_BYTES = 24;
@@ -27,6 +28,12 @@ const EARLIER_LOOKS = 8;
 const BLIND_MS = 60_000;
 /** For the node's own recovery to reach the object, before one is asked for. */
 const PATIENCE_MS = 500;
+/**
+ * Of erasure-coded ones. A recovery that a request has started goes on when the node begins the next one, or has finished, and
+ * reads then what is freed (1.0.1, sheep/recovery.c: direct_queue_recovery_work keeps no reference to its recovery_info):
+ * the node ends. With whole copies it hardly ever looks there.
+ */
+const CODED_PATIENCE_MS = 5_000;
 const LOOK_MS = 20;
 /**
  * Recoveries of one object at one time share what the node can do, and the slowest should be done when once and a half the
@@ -52,6 +59,8 @@ export class RecoveryWatch {
   isSteady = true;
   /** How many copies or strips the objects of a VDI have; 0 if nobody here writes it, and its objects need no care. */
   copiesOf: (vid: number) => number = () => 0;
+  /** Whether its objects are erasure-coded. */
+  isCoded: (vid: number) => boolean = () => false;
   /** Called when no node recovers anything any more. */
   onSteady: () => void = () => undefined;
   readonly #nodes: WatchedNodes;
@@ -65,8 +74,7 @@ export class RecoveryWatch {
   /** What all members said their epoch was at the last looks, when it was earlier than the one known. */
   #earlier = 0;
   #earlierLooks = 0;
-  /** Pauses that close() ends. */
-  readonly #sleepers = new Set<() => void>();
+  readonly #pauses = new Pauses();
   #isClosed = false;
 
   constructor(nodes: WatchedNodes) {
@@ -91,7 +99,7 @@ export class RecoveryWatch {
 
   close(): void {
     this.#isClosed = true;
-    for (const wake of this.#sleepers) wake();
+    this.#pauses.end();
   }
 
   /**
@@ -120,8 +128,9 @@ export class RecoveryWatch {
     const begun = performance.now();
     const isRecent = begun - this.#changedAt < LONGEST_HOLD_MS;
     if (!(await this.#isInPlace(high, low, copies))) {
-      while (performance.now() - begun < PATIENCE_MS) {
-        await this.#pause(LOOK_MS);
+      const patienceMs = this.isCoded(vidOf(high)) ? CODED_PATIENCE_MS : PATIENCE_MS;
+      while (performance.now() - begun < patienceMs) {
+        await this.#pauses.wait(LOOK_MS);
         if (this.epoch !== epoch || this.isSteady || this.#isClosed) return;
         if (await this.#isInPlace(high, low, copies)) break;
       }
@@ -132,7 +141,7 @@ export class RecoveryWatch {
     }
     const since = isRecent ? this.#changedAt : begun;
     const hold = HOLD_SHARE * (performance.now() - since);
-    await this.#pause(Math.min(LONGEST_HOLD_MS, Math.max(LEAST_HOLD_MS, hold)));
+    await this.#pauses.wait(Math.min(LONGEST_HOLD_MS, Math.max(LEAST_HOLD_MS, hold)));
     if (this.epoch === epoch) this.#settled.add(oidOf(high, low));
   }
 
@@ -147,13 +156,24 @@ export class RecoveryWatch {
     const { epoch } = this;
     if (this.#members?.epoch !== epoch) return false;
     const { nodes, zones } = this.#members;
-    const requests = nodes.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
-    const answers = await this.#nodes.askEach(nodes, requests);
+    const joined = await this.#joined(nodes);
+    if (this.epoch !== epoch || joined.length < Math.min(copies, zones)) return false;
+    const requests = joined.map(() => ({ header: encodeObjectRequest(Opcode.EXIST, 0, high, low, 0, 0) }));
+    const answers = await this.#nodes.askEach(joined, requests);
     let found = 0;
     for (const answer of answers) {
       if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
     }
     return found >= Math.min(copies, zones);
+  }
+
+  /**
+   * Those that carry out requests. One that has been started again and has not joined yet ends itself when it is asked for an
+   * object with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info); STAT_RECOVERY it refuses.
+   */
+  async #joined(nodes: readonly ClusterNode[]): Promise<ClusterNode[]> {
+    const answers = await this.#nodes.askEach(nodes, nodes.map(recoveryRequest));
+    return nodes.filter((_, n) => answers[n]?.result === Result.SUCCESS);
   }
 
   #unsettle(): void {
@@ -178,7 +198,7 @@ export class RecoveryWatch {
       quiet = isQuiet && this.epoch === epoch ? quiet + 1 : 0;
       const isBlind = isQuiet === undefined && performance.now() - this.#changedAt > BLIND_MS;
       if (quiet >= QUIET_LOOKS || isBlind) break;
-      await this.#pause(WATCH_MS);
+      await this.#pauses.wait(WATCH_MS);
     }
     this.#isWatching = false;
     this.isSteady = true;
@@ -209,10 +229,7 @@ export class RecoveryWatch {
     try {
       const { epoch } = this;
       const nodes = await this.#nodes.listNodes();
-      const requests = nodes.map(() => ({
-        header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
-        receive: Buffer.alloc(RECOVERY_STATE_BYTES),
-      }));
+      const requests = nodes.map(recoveryRequest);
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
       this.#noteEarlier(answers);
@@ -226,19 +243,13 @@ export class RecoveryWatch {
       return undefined;
     }
   }
+}
 
-  #pause(ms: number): Promise<void> {
-    if (this.#isClosed) return Promise.resolve();
-    return new Promise((resolve) => {
-      const wake = (): void => {
-        clearTimeout(timer);
-        this.#sleepers.delete(wake);
-        resolve();
-      };
-      const timer = setTimeout(wake, ms);
-      this.#sleepers.add(wake);
-    });
-  }
+function recoveryRequest(): WireRequest & { readonly receive: Buffer } {
+  return {
+    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
+    receive: Buffer.alloc(RECOVERY_STATE_BYTES),
+  };
 }
 
 function oidOf(high: number, low: number): string {

@@ -106,6 +106,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       if (vdi === undefined || vdi.record.isSnapshot || this.readOnlyBecause !== undefined) return 0;
       return vdi.inode.copies;
     };
+    cluster.recovery.isCoded = (vid) => (this.open.get(vid)?.inode.copyPolicy ?? 0) !== 0;
     cluster.recovery.onSteady = () => {
       for (const vdi of this.open.values()) vdi.nodesAreBack();
     };

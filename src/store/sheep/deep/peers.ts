@@ -12,7 +12,7 @@ import { addressLabel } from '../cluster-address.js';
 import type { Cluster } from '../cluster.js';
 import { ConnectionLost, NodeConnection, type Answer, type WireRequest } from '../connection.js';
 import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../layouts.js';
-import { Placement } from '../placement.js';
+import { keepsObjects, Placement } from '../placement.js';
 import { ClusterFlag, Flag, Opcode, Result, resultName } from '../protocol.js';
 
 /** One request, of at most half a MiB. */
@@ -117,13 +117,8 @@ export class Peers {
           `this is a cluster of Sheepdog ${version}: copies are compared in clusters of 1.0 only; 'dog vdi check' does it there`,
         );
       }
-      if ((flags & ClusterFlag.DISK_MODE) !== 0) {
-        throw new StoreError(
-          'UNSUPPORTED',
-          'this cluster places objects by disk (diskvnodes); which node should have a copy is not known here',
-        );
-      }
-      const nodes = (await this.#cluster.gateway.listNodes()).filter(({ vnodes }) => vnodes > 0);
+      const byDisk = (flags & ClusterFlag.DISK_MODE) !== 0;
+      const nodes = (await this.#cluster.gateway.listNodes()).filter((node) => keepsObjects(node, byDisk));
       if (nodes.length === 0) throw new StoreError('IO', 'the cluster lists no nodes that keep objects');
       const states = await this.#recoveryOf(nodes, epoch, deadline);
       if (states === undefined) {
@@ -136,7 +131,7 @@ export class Peers {
       if (states.total === undefined) {
         if (isTold) note('the nodes have recovered');
         const zones = new Set(nodes.map(({ zone }) => zone)).size;
-        return { epoch, nodes, placement: new Placement(nodes), zones };
+        return { epoch, nodes, placement: new Placement(nodes, byDisk), zones };
       }
       if (!isTold) {
         note(
