@@ -64,6 +64,8 @@ export class ObjectGone extends StoreError {
   }
 }
 const SECTOR_BYTES = 512;
+/** Whether there is such a VDI does not matter. */
+const NOBODYS_NAME = 'sheepgate-nobody';
 /** For the log. */
 const SETTLING = 'nodes have come or gone, and bring objects to their places';
 
@@ -103,6 +105,7 @@ export class Cluster {
     this.gateway = gateway;
     this.recovery = new RecoveryWatch(gateway);
     gateway.onEpoch = (epoch) => this.recovery.saw(epoch);
+    gateway.knownEpoch = () => this.recovery.epoch;
     gateway.onClose = () => this.recovery.close();
   }
 
@@ -118,8 +121,9 @@ export class Cluster {
       const { epoch } = recovery;
       const header = encodeObjectRequest(Opcode.READ_OBJ, 0, vid, idx, offset, into.length);
       const { result } = await this.gateway.executeNear({ header, receive: into }, vid, idx);
+      if (recovery.epoch !== epoch) continue;
       if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
-      if (recovery.epoch === epoch || recovery.copiesOf(vid) === 0) return;
+      return;
     }
   }
 
@@ -139,8 +143,9 @@ export class Cluster {
       const { epoch } = recovery;
       const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
       const { result } = await this.gateway.execute({ header, receive: into }, options);
+      if (recovery.epoch !== epoch) continue;
       if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
-      if (recovery.epoch === epoch || recovery.copiesOf(vidOfHigh(high)) === 0) return;
+      return;
     }
   }
 
@@ -326,7 +331,7 @@ export class Cluster {
     const offset = INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES;
     const beforeRetry = async (retryMs: number): Promise<boolean> => {
       const found = Buffer.alloc(data.length);
-      await this.readInodeBytes(vid, offset, found, { retryMs });
+      await this.readInodeBytes(vid, offset, found, { retryMs, isApart: true });
       return found.equals(data);
     };
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
@@ -361,20 +366,22 @@ export class Cluster {
 
   /** The vid of a name's working VDI, or of its snapshot with that id; 0 if there is none. */
   async lookup(name: string, snapId = 0): Promise<number> {
-    const data = encodeName(name, '');
-    const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
-    const answer = await this.gateway.execute({ header, data });
+    const answer = await this.#lookUp(name, snapId);
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
     // An inode is lost, maybe another one's than of whom is meant.
     if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return vidOf(succeeded(answer, `looking up "${name}"`));
   }
 
-  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
-  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+  #lookUp(name: string, snapId: number): Promise<Answer> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
-    const { result } = await this.gateway.execute({ header, data });
+    return this.gateway.execute({ header, data });
+  }
+
+  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
+  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+    const { result } = await this.#lookUp(name, snapId);
     if (result === Result.NO_OBJ) throw errorOf(result, `looking up "${name}"`);
   }
 
@@ -459,9 +466,7 @@ export class Cluster {
   }
 
   #askForVids(): Promise<VidsInUse> {
-    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]).then(
-      ([used, deleted]) => new VidsInUse(used, deleted),
-    );
+    const answer = this.#vidsOfOneNode();
     const asked = { askedAt: performance.now(), answer };
     this.#vids = asked;
     const forget = (): void => {
@@ -485,6 +490,25 @@ export class Cluster {
     return opcode === Opcode.STAT_CLUSTER
       ? decodeOldClusterInfo(receive)
       : decodeClusterInfo(receive, this.gateway.version);
+  }
+
+  /**
+   * A node that has just started knows the vids of its own disk until it has those of the others, and answers meanwhile. It
+   * fetches them in the queue in which it also looks names up (sheep/group.c, block_wqueue): who has had an answer to that is
+   * told all of them.
+   */
+  async #vidsOfOneNode(): Promise<VidsInUse> {
+    for (;;) {
+      const { peer } = this.gateway;
+      if (!peer.knowsVids && this.gateway.version !== '0.8') {
+        await this.#lookUp(NOBODYS_NAME, 0);
+        if (this.gateway.peer !== peer) continue;
+        peer.knowsVids = true;
+      }
+      const [used, deleted] = await Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]);
+      const isSame = this.gateway.peer === peer && peer.knowsVids;
+      if (isSame || this.gateway.version === '0.8') return new VidsInUse(used, deleted);
+    }
   }
 
   /** Before 1.0 not all versions can say: those vids count as used, and inodes without a name tell. */

@@ -256,7 +256,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   async readEpoch(retryMs?: number): Promise<number> {
-    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs });
+    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs, isApart: true });
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
       this.#epochChangedAt = performance.now();
