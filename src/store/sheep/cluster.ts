@@ -64,6 +64,8 @@ export class ObjectGone extends StoreError {
   }
 }
 const SECTOR_BYTES = 512;
+/** VDIs whose number of copies is remembered. */
+const MAX_REMEMBERED = 2 ** 16;
 /** Whether there is such a VDI does not matter. */
 const NOBODYS_NAME = 'sheepgate-nobody';
 /** For the log. */
@@ -98,6 +100,8 @@ export class Cluster {
 
   /** Whether nodes recover, and which objects must wait for that. */
   readonly recovery: RecoveryWatch;
+  /** By vid, of inodes that were read here: how many copies there are of what belongs to the VDI. */
+  readonly #copies = new Map<number, number>();
   /** By vid: erasure-coded objects that are to be written again (parity.ts). */
   readonly oldParity = new Map<number, Set<number>>();
 
@@ -128,10 +132,19 @@ export class Cluster {
   }
 
   /** Wait until the object takes requests, if it is one that somebody here writes. */
-  async #settle(high: number, low: number): Promise<void> {
+  #settle(high: number, low: number): Promise<void> {
+    return this.#settleCopies(high, low, this.recovery.copiesOf(vidOfHigh(high)));
+  }
+
+  /** The same of one that is about to be written, whether its disk is open or not: it may be a temporary snapshot, or deleted. */
+  #settleToWrite(high: number, low: number): Promise<void> {
     const vid = vidOfHigh(high);
-    const copies = this.recovery.copiesOf(vid);
+    return this.#settleCopies(high, low, this.recovery.copiesOf(vid) || (this.#copies.get(vid) ?? 0));
+  }
+
+  async #settleCopies(high: number, low: number, copies: number): Promise<void> {
     if (copies === 0) return;
+    const vid = vidOfHigh(high);
     const disk = this.gateway.diskOf(high, low) ?? `vid ${vid.toString(16)}`;
     await this.gateway.whileAwaited(disk, SETTLING, () => this.recovery.settle(high, low, copies));
   }
@@ -151,7 +164,7 @@ export class Cluster {
 
   /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
   async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
-    if (!this.recovery.isSteady) await this.#settle(vid, idx);
+    if (!this.recovery.isSteady) await this.#settleToWrite(vid, idx);
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
     const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'writing', vid, idx);
@@ -214,7 +227,7 @@ export class Cluster {
         const answer = await this.gateway.execute(request);
         if (request.header[1] !== Opcode.WRITE_OBJ) recovery.forget(vid, idx);
         if (recovery.epoch === epoch || answer.result !== Result.SUCCESS) return answer;
-        await this.#settle(vid, idx);
+        await this.#settleToWrite(vid, idx);
       }
     } finally {
       this.readAhead.forget(vid, idx);
@@ -230,7 +243,7 @@ export class Cluster {
     const { recovery } = this;
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, offset, data.length);
     for (;;) {
-      if (!recovery.isSteady) await this.#settle(high, low);
+      if (!recovery.isSteady) await this.#settleToWrite(high, low);
       const { epoch } = recovery;
       const { result } = await this.gateway.execute({ header, data }, options);
       if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
@@ -249,21 +262,28 @@ export class Cluster {
       if (result !== Result.SUCCESS) throw objectError(result, 'creating', high, low);
       recovery.forget(high, low);
       if (recovery.epoch === epoch) return;
-      await this.#settle(high, low);
+      await this.#settleToWrite(high, low);
     }
   }
 
   /** It need not be there. */
   async removeObject(high: number, low: number): Promise<void> {
+    const { recovery } = this;
     const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, high, low, 0, 0);
-    const { result } = await this.gateway.execute({ header });
-    if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
+    for (;;) {
+      const { epoch } = recovery;
+      const { result } = await this.gateway.execute({ header });
+      if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
+      if (recovery.epoch === epoch) return;
+    }
   }
 
   async readInode(vid: number, options?: ExecuteOptions): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
     await this.readInodeBytes(vid, 0, bytes, options);
     const inode = decodeInode(bytes);
+    if (this.#copies.size >= MAX_REMEMBERED) this.#copies.clear();
+    this.#copies.set(vid, inode.copies);
     const at = formerNameAt(inode.name);
     return at === undefined ? inode : { ...inode, name: (await this.#formerName(at)) || inode.name };
   }
@@ -323,7 +343,8 @@ export class Cluster {
 
   /**
    * Set the entries from `idx` on. Each must differ from what it is: the node gives up the old owner's reference and
-   * forgets the entry's count. For the same reason it is looked at before it is repeated.
+   * forgets the entry's count. For the same reason it is looked at before it is repeated, and not done once more when the
+   * members have changed meanwhile: that is for who knows the whole table (TableWriter).
    */
   writeTable(vid: number, idx: number, owners: readonly number[]): Promise<void> {
     const data = Buffer.allocUnsafe(owners.length * INODE_ENTRY_BYTES);
