@@ -551,6 +551,7 @@ export class SheepCatalog implements Catalog {
       still.sort((a, b) => a - b),
       known,
       now,
+      this.#store.recyclesVids,
     ).map((each) => {
       const open = this.#store.open.get(each.vid)?.record;
       return open ? { ...each, likelyName: open.name, isSnapshot: open.isSnapshot } : each;
