@@ -299,6 +299,41 @@ describe('what is under way when the members change', () => {
     expect(offsets).toEqual([4664 + 4 * 3, 4660, 4_198_968 + 8 * 3]);
     expect(cluster.violations).toEqual([]);
   });
+
+  const TABLE = 4664;
+  const inodeOf = (vid: number): bigint => (1n << 63n) | (BigInt(vid) << 32n);
+  const inodeWrites = (vid: number, since: number): number[] =>
+    cluster.seen
+      .slice(since)
+      .filter(({ opcode, oid, length }) => opcode === Op.WRITE && oid === inodeOf(vid) && length > 0)
+      .map(({ offset }) => offset);
+
+  test('is written to the table of a temporary snapshot once more, as plain bytes, after that has settled', async () => {
+    const open = store.open.get(vdi.record.vid) as SheepVdi;
+    await (await store.catalog.prepareTemporary(open, 'now')).now();
+    const [shadow] = open.shadows;
+    const vid = shadow?.vid ?? 0;
+    const since = cluster.seen.length;
+    changeDuring(({ opcode, oid, length }) => opcode === Op.WRITE && oid === inodeOf(vid) && length === 4);
+    await write(1, 1, 5);
+    expect(inodeWrites(vid, since)).toEqual([TABLE + 4, TABLE - 4, 4_198_968 + 8]);
+    const settled = cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.EXIST && oid === inodeOf(vid));
+    expect(settled).toBe(true);
+    expect(shadow?.map[1]).toBe(vid);
+    expect(cluster.violations).toEqual([]);
+  });
+
+  test('is cleared from the table of a VDI that is deleted once more', async () => {
+    const { vid } = vdi.record;
+    await catalog.release(vdi);
+    const since = cluster.seen.length;
+    changeDuring(({ opcode, oid, offset }) => opcode === Op.WRITE && oid === inodeOf(vid) && offset === TABLE);
+    await catalog.remove('disk');
+    expect(inodeWrites(vid, since)).toEqual([TABLE, TABLE - 4, ...[0, 1, 2].map((idx) => 4_198_968 + 8 * idx)]);
+    await cluster.settled();
+    expect(cluster.dataObjects()).toEqual([]);
+    expect(cluster.violations).toEqual([]);
+  });
 });
 
 test('as long as the members stay as they are, an object takes several writes at a time', async () => {

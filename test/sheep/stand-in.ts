@@ -6,6 +6,7 @@
  */
 import net from 'node:net';
 import { StandInCopies } from './stand-in-copies.js';
+import { StandInDropped } from './stand-in-dropped.js';
 import { StandInState } from './stand-in-state.js';
 
 const HEADER = 48;
@@ -59,6 +60,7 @@ export const Res = {
   VER_MISMATCH: 20,
   NO_SPACE: 21,
   WAIT_FOR_FORMAT: 22,
+  WAIT_FOR_JOIN: 23,
   HALT: 25,
   READONLY: 26,
   BUFFER_SMALL: 0x88,
@@ -67,6 +69,17 @@ export const Res = {
 /** Those of ours that 0.8 knows. To others it answers SYSTEM_ERROR. */
 const OPS_OF_0_8: ReadonlySet<number> = new Set([
   0x01, 0x02, 0x03, 0x04, 0x11, 0x12, 0x13, 0x14, 0x15, 0x17, 0x82, 0x87,
+]);
+/** Answered from a node's own disk and memory. */
+const OPS_OF_ONE_NODE: ReadonlySet<number> = new Set([
+  Op.READ,
+  Op.READ_VDIS,
+  Op.READ_DEL_VDIS,
+  Op.GET_NODE_LIST,
+  Op.GET_VDI_COPIES,
+  Op.STAT_RECOVERY,
+  Op.EXIST,
+  Op.CLUSTER_INFO,
 ]);
 /** Answered before the cluster is formatted (sheep/ops.c, force). */
 const FORCED_OPS: ReadonlySet<number> = new Set([Op.READ_VDIS, Op.READ_DEL_VDIS, Op.GET_NODE_LIST, Op.CLUSTER_INFO]);
@@ -153,6 +166,8 @@ export class StandIn {
   readonly left = new Set<number>();
   /** Nodes that have just started: until the others have told them they know of no vids (sheep/group.c, do_get_vdis). */
   readonly starting = new Set<number>();
+  /** Nodes that wait to join their cluster, and carry nothing out (sheep/request.c, SD_STATUS_WAIT). */
+  readonly notJoined = new Set<number>();
   /** Nodes that recover what is theirs since then. */
   readonly recovering = new Set<number>();
   /** Objects, by oid, that only the first node has yet. */
@@ -161,6 +176,8 @@ export class StandIn {
   fault: (request: Seen) => Fault | undefined = () => undefined;
   /** What nodes have that is not what all have. */
   readonly copies = new StandInCopies(this);
+  /** Nodes that do not know yet that the others have dropped them. */
+  readonly dropped = new StandInDropped(this);
   readonly #options: Required<StandInOptions>;
   readonly #used = new Set<number>();
   readonly #deleted = new Set<number>();
@@ -350,7 +367,7 @@ export class StandIn {
 
   #serve(socket: net.Socket, node: number): void {
     let buffered: Buffer = Buffer.alloc(0);
-    let isFirst = true;
+    let requests = 0;
     socket.on('data', (chunk) => {
       buffered = buffered.length === 0 ? chunk : Buffer.concat([buffered, chunk]);
       for (;;) {
@@ -361,14 +378,15 @@ export class StandIn {
         const header = Buffer.from(buffered.subarray(0, HEADER));
         const data = Buffer.from(buffered.subarray(HEADER, total));
         buffered = buffered.subarray(total);
-        const isGreeting = isFirst && header[1] === Op.GET_NODE_LIST;
-        isFirst = false;
+        // Whether there is a node at all, and whether it serves.
+        const isGreeting = header[1] === (requests === 0 ? Op.GET_NODE_LIST : requests === 1 ? Op.STAT_RECOVERY : 0);
+        requests++;
         void this.#request(socket, node, header, data, isGreeting);
       }
     });
   }
 
-  /** `isGreeting`: the first request of a connection, whether there is a node at all. Not among what is seen. */
+  /** `isGreeting`: the first requests of a connection, about the node itself. Not among what is seen. */
   async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer, isGreeting: boolean): Promise<void> {
     const request: Seen = {
       opcode: header[1] as number,
@@ -383,6 +401,7 @@ export class StandIn {
     const fault = this.fault(request);
     if (fault?.until) await fault.until;
     if (this.left.has(node)) return void socket.destroy();
+    if (!OPS_OF_ONE_NODE.has(request.opcode)) await this.dropped.of(node)?.knows;
     // Of an erasure-coded object whole stripes are read, changed and written back.
     const stripe = this.#isErasureCoded(request.oid) ? STRIPE : 1;
     const writing = request.opcode === Op.WRITE && {
@@ -405,6 +424,8 @@ export class StandIn {
     if (fault?.cut === 'before') return void socket.destroy();
     if (request.opcode >= Op.NEW_VDI && request.opcode <= Op.DEL_VDI && request.opcode !== Op.READ_VDIS) {
       await this.#catalogBusy;
+      // A node fetches the others' vids in the queue in which it looks names up (sheep/group.c, block_wqueue).
+      while (this.starting.has(node)) await new Promise((resolve) => setTimeout(resolve, 2));
       this.late.delete(node);
     }
     const version = request.opcode < 0x80 ? 2 : { '0.7': 8, '0.8': 9, '0.9': 9, '1.0': 0x0a }[this.version];
@@ -413,13 +434,14 @@ export class StandIn {
     else if (header[0] !== version) answer = { result: Res.VER_MISMATCH };
     else if (this.version === '0.8' && !OPS_OF_0_8.has(request.opcode)) answer = { result: Res.SYSTEM_ERROR };
     else if (this.#options.isUnformatted && !FORCED_OPS.has(request.opcode)) answer = { result: Res.WAIT_FOR_FORMAT };
+    else if (this.notJoined.has(node) && !FORCED_OPS.has(request.opcode)) answer = { result: Res.WAIT_FOR_JOIN };
     else answer = this.#execute(request, header, data);
     if (fault?.answerDelayMs) await new Promise((resolve) => setTimeout(resolve, fault.answerDelayMs));
     if (fault?.cut === 'after') return void socket.destroy();
     if (fault?.garbage) return void socket.write(Buffer.alloc(HEADER, 0xa5));
     const response = Buffer.alloc(HEADER);
     header.copy(response, 0, 0, 12);
-    response.writeUInt32LE(this.epoch, 4);
+    response.writeUInt32LE(this.dropped.of(node)?.epoch ?? this.epoch, 4);
     response.writeUInt32LE(answer.data?.length ?? 0, 12);
     response.writeUInt32LE(answer.result, 16);
     answer.fill?.(response);
@@ -442,19 +464,21 @@ export class StandIn {
         // sheep/ops.c, local_oid_exist: it looks into a list of nodes that is not there yet.
         if (this.state.notServing !== undefined)
           this.violations.push('EXIST to a node that has not joined, which ends it');
-        const isHere = this.objects.has(request.oid) && (request.node === 0 || !this.outOfPlace.has(request.oid));
+        const isHere =
+          this.#objectsOf(request.node).has(request.oid) && (request.node === 0 || !this.outOfPlace.has(request.oid));
         return { result: isHere ? Res.SUCCESS : Res.NO_OBJ };
       }
       case Op.READ_VDIS:
-        return { result: Res.SUCCESS, data: bitmapOf(this.starting.has(request.node) ? NO_VIDS : this.#used) };
+        return { result: Res.SUCCESS, data: bitmapOf(this.#vidsOf(request.node)[0]) };
       case Op.READ_DEL_VDIS:
-        return { result: Res.SUCCESS, data: bitmapOf(this.starting.has(request.node) ? NO_VIDS : this.#deleted) };
+        return { result: Res.SUCCESS, data: bitmapOf(this.#vidsOf(request.node)[1]) };
       case Op.CLUSTER_INFO: {
         if (request.length < CLUSTER_INFO_BYTES) this.violations.push('CLUSTER_INFO with too little room');
-        return { result: Res.SUCCESS, data: this.#clusterInfo() };
+        return { result: Res.SUCCESS, data: this.#clusterInfo(request.node) };
       }
       case Op.GET_NODE_LIST: {
-        const ports = this.ports.filter((_, n) => !this.left.has(n));
+        const isMember = (n: number): boolean => !this.left.has(n) && !this.dropped.of(n);
+        const ports = this.ports.filter((_, n) => isMember(n) || this.dropped.of(request.node));
         const entry = this.#options.diskVnodes ? LONG_NODE_LIST_ENTRY : NODE_LIST_ENTRY;
         const list = Buffer.alloc(ports.length * entry);
         for (const [n, port] of ports.entries()) {
@@ -483,7 +507,7 @@ export class StandIn {
     }
   }
 
-  #clusterInfo(): Buffer {
+  #clusterInfo(node: number): Buffer {
     const { nodes, useLock, diskVnodes, recyclesVids, isUnformatted, copies, copyPolicy, blockSizeShift } =
       this.#options;
     const info = Buffer.alloc(CLUSTER_INFO_BYTES);
@@ -492,7 +516,7 @@ export class StandIn {
       info[20] = 2;
       return info;
     }
-    info.writeUInt32LE(this.copies.epoch, 4);
+    info.writeUInt32LE(this.dropped.of(node)?.epoch ?? this.epoch, 4);
     info.writeUInt32LE(1_700_000_000, 12);
     info.writeUInt16LE((diskVnodes ? 2 : 0) | (useLock ? 8 : 0) | (recyclesVids ? 16 : 0), 16);
     info.set([copies, copyPolicy, 1, this.version === '1.0' ? blockSizeShift : 0], 18);
@@ -512,8 +536,22 @@ export class StandIn {
     return log;
   }
 
-  #read({ oid, offset, length }: Seen): Answer {
-    const object = this.objects.get(oid);
+  /** Vids in use and deleted ones. */
+  vidsNow(): [Set<number>, Set<number>] {
+    return [new Set(this.#used), new Set(this.#deleted)];
+  }
+
+  #vidsOf(node: number): readonly [ReadonlySet<number>, ReadonlySet<number>] {
+    if (this.starting.has(node)) return [NO_VIDS, NO_VIDS];
+    return this.dropped.of(node)?.vids ?? [this.#used, this.#deleted];
+  }
+
+  #objectsOf(node: number): ReadonlyMap<bigint, Buffer> {
+    return this.dropped.of(node)?.objects ?? this.objects;
+  }
+
+  #read({ oid, offset, length, node }: Seen): Answer {
+    const object = this.#objectsOf(node).get(oid);
     if (!object || this.#strips.has(oid)) return { result: Res.NO_OBJ };
     const data = Buffer.alloc(length);
     object.copy(data, 0, offset, offset + length);

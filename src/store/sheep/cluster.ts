@@ -66,6 +66,10 @@ export class ObjectGone extends StoreError {
   }
 }
 const SECTOR_BYTES = 512;
+/** VDIs whose number of copies is remembered. */
+const MAX_REMEMBERED = 2 ** 16;
+/** Whether there is such a VDI does not matter. */
+const NOBODYS_NAME = 'sheepgate-nobody';
 /** For the log. */
 const SETTLING = 'nodes have come or gone, and bring objects to their places';
 
@@ -98,6 +102,8 @@ export class Cluster {
 
   /** Whether nodes recover, and which objects must wait for that. */
   readonly recovery: RecoveryWatch;
+  /** By vid, of inodes that were read here: how many copies there are of what belongs to the VDI. */
+  readonly #copies = new Map<number, number>();
   /** By vid: erasure-coded objects that are to be written again (parity.ts). */
   readonly oldParity = new Map<number, Set<number>>();
 
@@ -105,6 +111,7 @@ export class Cluster {
     this.gateway = gateway;
     this.recovery = new RecoveryWatch(gateway);
     gateway.onEpoch = (epoch) => this.recovery.saw(epoch);
+    gateway.knownEpoch = () => this.recovery.epoch;
     gateway.onClose = () => this.recovery.close();
   }
 
@@ -120,16 +127,26 @@ export class Cluster {
       const { epoch } = recovery;
       const header = encodeObjectRequest(Opcode.READ_OBJ, 0, vid, idx, offset, into.length);
       const { result } = await this.gateway.executeNear({ header, receive: into }, vid, idx);
+      if (recovery.epoch !== epoch) continue;
       if (result !== Result.SUCCESS) throw objectError(result, 'reading', vid, idx);
-      if (recovery.epoch === epoch || recovery.copiesOf(vid) === 0) return;
+      return;
     }
   }
 
   /** Wait until the object takes requests, if it is one that somebody here writes. */
-  async #settle(high: number, low: number): Promise<void> {
+  #settle(high: number, low: number): Promise<void> {
+    return this.#settleCopies(high, low, this.recovery.copiesOf(vidOfHigh(high)));
+  }
+
+  /** The same of one that is about to be written, whether its disk is open or not: it may be a temporary snapshot, or deleted. */
+  #settleToWrite(high: number, low: number): Promise<void> {
     const vid = vidOfHigh(high);
-    const copies = this.recovery.copiesOf(vid);
+    return this.#settleCopies(high, low, this.recovery.copiesOf(vid) || (this.#copies.get(vid) ?? 0));
+  }
+
+  async #settleCopies(high: number, low: number, copies: number): Promise<void> {
     if (copies === 0) return;
+    const vid = vidOfHigh(high);
     const disk = this.gateway.diskOf(high, low) ?? `vid ${vid.toString(16)}`;
     await this.gateway.whileAwaited(disk, SETTLING, () => this.recovery.settle(high, low, copies));
   }
@@ -141,14 +158,15 @@ export class Cluster {
       const { epoch } = recovery;
       const header = encodeObjectRequest(Opcode.READ_OBJ, 0, high, low, offset, into.length);
       const { result } = await this.gateway.execute({ header, receive: into }, options);
+      if (recovery.epoch !== epoch) continue;
       if (result !== Result.SUCCESS) throw objectError(result, 'reading', high, low);
-      if (recovery.epoch === epoch || recovery.copiesOf(vidOfHigh(high)) === 0) return;
+      return;
     }
   }
 
   /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
   async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
-    if (!this.recovery.isSteady) await this.#settle(vid, idx);
+    if (!this.recovery.isSteady) await this.#settleToWrite(vid, idx);
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
     const { result } = await this.#change(vid, idx, { header, data });
     if (result !== Result.SUCCESS) throw objectError(result, 'writing', vid, idx);
@@ -214,7 +232,7 @@ export class Cluster {
         const answer = await this.gateway.execute(request);
         if (request.header[1] !== Opcode.WRITE_OBJ) recovery.forget(vid, idx);
         if (recovery.epoch === epoch || answer.result !== Result.SUCCESS) return answer;
-        await this.#settle(vid, idx);
+        await this.#settleToWrite(vid, idx);
       }
     } finally {
       this.readAhead.forget(vid, idx);
@@ -230,7 +248,7 @@ export class Cluster {
     const { recovery } = this;
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, offset, data.length);
     for (;;) {
-      if (!recovery.isSteady) await this.#settle(high, low);
+      if (!recovery.isSteady) await this.#settleToWrite(high, low);
       const { epoch } = recovery;
       const { result } = await this.gateway.execute({ header, data }, options);
       if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
@@ -249,21 +267,28 @@ export class Cluster {
       if (result !== Result.SUCCESS) throw objectError(result, 'creating', high, low);
       recovery.forget(high, low);
       if (recovery.epoch === epoch) return;
-      await this.#settle(high, low);
+      await this.#settleToWrite(high, low);
     }
   }
 
   /** It need not be there. */
   async removeObject(high: number, low: number): Promise<void> {
+    const { recovery } = this;
     const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, high, low, 0, 0);
-    const { result } = await this.gateway.execute({ header });
-    if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
+    for (;;) {
+      const { epoch } = recovery;
+      const { result } = await this.gateway.execute({ header });
+      if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', high, low);
+      if (recovery.epoch === epoch) return;
+    }
   }
 
   async readInode(vid: number, options?: ExecuteOptions): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
     await this.readInodeBytes(vid, 0, bytes, options);
     const inode = decodeInode(bytes);
+    if (this.#copies.size >= MAX_REMEMBERED) this.#copies.clear();
+    this.#copies.set(vid, inode.copies);
     const at = formerNameAt(inode.name);
     return at === undefined ? inode : { ...inode, name: (await this.#formerName(at)) || inode.name };
   }
@@ -323,7 +348,8 @@ export class Cluster {
 
   /**
    * Set the entries from `idx` on. Each must differ from what it is: the node gives up the old owner's reference and
-   * forgets the entry's count. For the same reason it is looked at before it is repeated.
+   * forgets the entry's count. For the same reason it is looked at before it is repeated, and not done once more when the
+   * members have changed meanwhile: that is for who knows the whole table (TableWriter).
    */
   writeTable(vid: number, idx: number, owners: readonly number[]): Promise<void> {
     const data = Buffer.allocUnsafe(owners.length * INODE_ENTRY_BYTES);
@@ -331,7 +357,7 @@ export class Cluster {
     const offset = INODE_TABLE_OFFSET + idx * INODE_ENTRY_BYTES;
     const beforeRetry = async (retryMs: number): Promise<boolean> => {
       const found = Buffer.alloc(data.length);
-      await this.readInodeBytes(vid, offset, found, { retryMs });
+      await this.readInodeBytes(vid, offset, found, { retryMs, isApart: true });
       return found.equals(data);
     };
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
@@ -366,20 +392,22 @@ export class Cluster {
 
   /** The vid of a name's working VDI, or of its snapshot with that id; 0 if there is none. */
   async lookup(name: string, snapId = 0): Promise<number> {
-    const data = encodeName(name, '');
-    const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
-    const answer = await this.gateway.execute({ header, data });
+    const answer = await this.#lookUp(name, snapId);
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
     // An inode is lost, maybe another one's than of whom is meant.
     if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return vidOf(succeeded(answer, `looking up "${name}"`));
   }
 
-  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
-  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+  #lookUp(name: string, snapId: number): Promise<Answer> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.GET_VDI_INFO, Flag.WRITE, data.length, { snapId });
-    const { result } = await this.gateway.execute({ header, data });
+    return this.gateway.execute({ header, data });
+  }
+
+  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
+  async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
+    const { result } = await this.#lookUp(name, snapId);
     if (result === Result.NO_OBJ) throw errorOf(result, `looking up "${name}"`);
   }
 
@@ -464,9 +492,7 @@ export class Cluster {
   }
 
   #askForVids(): Promise<VidsInUse> {
-    const answer = Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]).then(
-      ([used, deleted]) => new VidsInUse(used, deleted),
-    );
+    const answer = this.#vidsOfOneNode();
     const asked = { askedAt: performance.now(), answer };
     this.#vids = asked;
     const forget = (): void => {
@@ -490,6 +516,25 @@ export class Cluster {
     return opcode === Opcode.STAT_CLUSTER
       ? decodeOldClusterInfo(receive)
       : decodeClusterInfo(receive, this.gateway.version);
+  }
+
+  /**
+   * A node that has just started knows the vids of its own disk until it has those of the others, and answers meanwhile. It
+   * fetches them in the queue in which it also looks names up (sheep/group.c, block_wqueue): who has had an answer to that is
+   * told all of them.
+   */
+  async #vidsOfOneNode(): Promise<VidsInUse> {
+    for (;;) {
+      const { peer } = this.gateway;
+      if (!peer.knowsVids && this.gateway.version !== '0.8') {
+        await this.#lookUp(NOBODYS_NAME, 0);
+        if (this.gateway.peer !== peer) continue;
+        peer.knowsVids = true;
+      }
+      const [used, deleted] = await Promise.all([this.#bitmap(Opcode.READ_VDIS), this.#deleted()]);
+      const isSame = this.gateway.peer === peer && peer.knowsVids;
+      if (isSame || this.gateway.version === '0.8') return new VidsInUse(used, deleted);
+    }
   }
 
   /** Before 1.0 not all versions can say: those vids count as used, and inodes without a name tell. */

@@ -41,6 +41,8 @@ export interface WireRequest {
 
 export interface Answer {
   readonly result: number;
+  /** That the node was of when it answered: the number of the latest change of members that it knew. */
+  readonly epoch: number;
   /** Payload bytes that came. */
   readonly length: number;
   /** The response's header; empty for requests on objects. */
@@ -80,13 +82,23 @@ interface Pending {
 }
 
 const NO_HEADER = Buffer.alloc(0);
-const NO_ANSWER: Answer = { result: 0, length: 0, header: NO_HEADER };
+const NO_ANSWER: Answer = { result: 0, epoch: 0, length: 0, header: NO_HEADER };
+
+/** What all connections to one node know of it. */
+export interface Peer {
+  /** Of its latest answer; 0 before there is any. */
+  epoch: number;
+  /** It has heard from the others which vids are in use. */
+  knowsVids: boolean;
+}
+
 export class NodeConnection {
   readonly #address: NodeAddress;
   readonly #label: string;
   readonly #onClose: () => void;
   readonly #pending = new Map<number, Pending>();
   #onEpoch: ((epoch: number) => void) | undefined;
+  #peer: Peer = { epoch: 0, knowsVids: false };
   /** Of the latest answer; 0 before there is any. */
   #epoch = 0;
   #socket: net.Socket | undefined;
@@ -182,10 +194,20 @@ export class NodeConnection {
     }
   }
 
-  /** `onEpoch` is called when an answer is of another epoch than the one before, and now if there was an answer. */
-  watchEpoch(onEpoch: (epoch: number) => void): void {
+  /**
+   * `onEpoch` is called when an answer is of another epoch than the one before, and now if there was an answer. `peer` is told
+   * before: it is that of all connections to the node.
+   */
+  watchEpoch(peer: Peer, onEpoch: (epoch: number) => void): void {
+    this.#peer = peer;
     this.#onEpoch = onEpoch;
-    if (this.#epoch !== 0) onEpoch(this.#epoch);
+    if (this.#epoch === 0) return;
+    peer.epoch = this.#epoch;
+    onEpoch(this.#epoch);
+  }
+
+  get peer(): Peer {
+    return this.#peer;
   }
 
   /**
@@ -355,6 +377,7 @@ export class NodeConnection {
     const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
+      this.#peer.epoch = epoch;
       this.#onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;
@@ -367,7 +390,7 @@ export class NodeConnection {
     }
     const isObject = OBJECT_OPCODES.has(asked[1] as number);
     const header = isObject ? NO_HEADER : Buffer.from(bytes.subarray(at, at + HEADER_BYTES));
-    this.#answer = { result: bytes.readUInt32LE(at + RESULT_OFFSET), length, header };
+    this.#answer = { result: bytes.readUInt32LE(at + RESULT_OFFSET), epoch, length, header };
     this.#receiving = pending;
     this.#receivingId = id;
     this.#payloadOffset = offset;

@@ -12,9 +12,10 @@ import {
   NodeConnection,
   NotSheepdog,
   type Answer,
+  type Peer,
   type WireRequest,
 } from './connection.js';
-import { greet } from './greeting.js';
+import { greet, NOT_SERVING, serves } from './greeting.js';
 import { decodeNodes, encodeVdiRequest, inVersion, nodeResponse, OID_OFFSET, type ClusterNode } from './layouts.js';
 import { Pauses } from './pauses.js';
 import { Placement } from './placement.js';
@@ -43,8 +44,21 @@ const DEFAULT_ATTEMPT_MS = 30_000;
 const MEMBERS_MS = 2_000;
 /** For asking a node that is slow with something whether it answers at all. */
 const SLOW_PROBE_CONNECT_MS = 2_000;
-/** Whatever is left of the time for repeating, an attempt that is made at all takes so long. */
-const LEAST_ATTEMPT_MS = 250;
+/**
+ * Whatever is left of the time for repeating, an attempt that is made at all takes so long, or as long as any: an answer that
+ * comes later ends the connection, with what others have asked on it.
+ */
+const LEAST_ATTEMPT_MS = 5_000;
+/** Whatever is left of it, connecting may take so long. */
+const LEAST_CONNECT_MS = 250;
+/** The same of an attempt on a connection of its own. */
+const LEAST_APART_MS = 250;
+/** A node that knows of an earlier epoch only, or does not serve, is left after this long, if there is another one. */
+const LAGGING_MS = 1_000;
+/** Why a node is left is not told again, for the same reason, before this is over. */
+const TELL_AGAIN_MS = 60_000;
+/** Of what each node is asked: one that takes longer counts as one that does not answer, until it does. */
+const LATE_MS = 2_000;
 /** The same of connecting to a node that was named, when those named before it have taken all of the time. */
 const LATE_CONNECT_MS = 500;
 const DEFAULT_CONNECTIONS = 4;
@@ -87,6 +101,11 @@ export interface ExecuteOptions {
   readonly once?: boolean;
   /** How long it is repeated, if not as long as the gateway's options say. */
   readonly retryMs?: number;
+  /**
+   * On a connection of its own, and each node has its chance in that time. For what is to be known soon or not at all: a node
+   * that is slower than that loses a connection, and nobody else may have asked anything on it. Of what changes nothing.
+   */
+  readonly isApart?: boolean;
   /** Of a slow operation: how long one attempt may take while its node answers other requests. */
   readonly slowMs?: number;
 }
@@ -102,6 +121,15 @@ interface Node {
   readonly connections: NodeConnection[];
   opening: number;
   restUntil: number;
+  readonly peer: Peer;
+  /** It carries out requests: its cluster is formatted, and it has joined it. As of when it was connected to. */
+  isServing: boolean;
+  /** The reason for which it was left the last time that this was told, and when. */
+  told: string;
+  toldAt: number;
+  /** It has not answered what each node was asked in time, nor since; and it is asked again then, by performance.now(). */
+  isLate: boolean;
+  askAgainAt: number;
   /** Times in a row that it could not be connected to, or that a connection ended before it was of any use. */
   failures: number;
 }
@@ -127,7 +155,7 @@ const TROUBLE: ReadonlySet<number> = new Set([Result.EIO, Result.SYSTEM_ERROR, R
 const NO_OPTIONS: ExecuteOptions = {};
 
 /** Says "done" in place of an answer that was lost. */
-const DONE: Answer = { result: Result.SUCCESS, length: 0, header: Buffer.alloc(HEADER_BYTES) };
+const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
 export class Gateway {
   readonly #nodes: Node[];
@@ -143,11 +171,11 @@ export class Gateway {
   #placed: Node[] = [];
   #placementAt = -Infinity;
   readonly #stalled = new StalledNodes(
-    () => this.listNodes({ retryMs: MEMBERS_MS }),
+    () => this.listNodes({ retryMs: MEMBERS_MS, isApart: true }),
     () => this.#closed,
   );
-  /** Connections whose node has not answered yet: nothing is sent on them. */
-  readonly #greeting = new Set<NodeConnection>();
+  /** Connections that are not for everybody: whose node has not answered yet, or that were made for one request. */
+  readonly #apart = new Set<NodeConnection>();
   /** Back-offs. */
   readonly #pauses = new Pauses();
   readonly #repeated = new Set<Repeated>();
@@ -160,6 +188,8 @@ export class Gateway {
   diskOf: (high: number, low: number) => string | undefined = () => undefined;
   /** Told of the epoch in answers. */
   onEpoch: (epoch: number) => void = () => undefined;
+  /** The epoch of the cluster, as far as is known: what nodes of an earlier one answer may be old. */
+  knownEpoch: () => number = () => 0;
   onClose: () => void = () => undefined;
 
   /** `addresses`: at least one; the first is tried first. */
@@ -194,6 +224,11 @@ export class Gateway {
     return this.#options.retryMs;
   }
 
+  /** The node in use. */
+  get peer(): Peer {
+    return this.#current.peer;
+  }
+
   /** Errors: StoreError IO if no node can be connected to in the time for repeating. */
   async whenConnected({ retryMs = this.#options.retryMs }: ExecuteOptions): Promise<void> {
     if (this.#version !== undefined) return;
@@ -205,7 +240,8 @@ export class Gateway {
    * Send until a node carries it out, or the time for repeating is over. Answers any other result than "not now" and
    * "trouble" for the caller to judge. Errors: StoreError IO, CLOSED.
    */
-  execute(request: WireRequest, options: ExecuteOptions = {}): Promise<Answer> {
+  execute(request: WireRequest, options: ExecuteOptions = NO_OPTIONS): Promise<Answer> {
+    if (options.isApart) return this.#executeApart(request, options);
     return this.#executeOn(this.#idleConnection(), request, options);
   }
 
@@ -213,6 +249,9 @@ export class Gateway {
    * The same for a read of data object (vid, idx), sent to the node that has it where that is known and can be reached.
    * Not for writes: nodes hear one after the other that somebody has made a snapshot, and of two writes that go different
    * ways the later one could be in it and the earlier one not.
+   *
+   * Nor may the node be of an earlier epoch than is known, when it is asked or when it answers: it may have been stopped, and
+   * dropped meanwhile, and read its old copy before it heard of it. That is read again through the node in use.
    */
   executeNear(request: WireRequest, vid: number, idx: number): Promise<Answer> {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
@@ -228,7 +267,11 @@ export class Gateway {
           if (!open && node.restUntil > performance.now())
             throw new NotConnected('it could not be reached a moment ago');
           const connection = open ?? (await this.#open(node));
-          return await connection.send({ header: inVersion(encode(), this.#version) }, this.#options.attemptMs);
+          const request = { header: inVersion(encode(), this.#version) };
+          const wasBehind = this.#isBehind(connection);
+          const answer = await connection.send(request, this.#options.attemptMs);
+          if (wasBehind || answer.epoch < this.knownEpoch()) throw new Outdated(connection, this.knownEpoch());
+          return answer;
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;
           node.restUntil = Math.max(node.restUntil, performance.now() + NODE_REST_MS);
@@ -239,29 +282,55 @@ export class Gateway {
     );
   }
 
-  /** Each node its own request, sent once; undefined of one that does not answer, or cannot be reached. */
+  /**
+   * Each node its own request, sent once; undefined of one that does not answer, or cannot be reached. One that has not
+   * answered the request before is not waited for again until it has.
+   */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
-    return Promise.all(
-      nodes.map(async (member, n) => {
-        const node = this.#nodeOf(member);
-        try {
-          if (this.#closed) return undefined;
-          const connection = node.connections[0] ?? (await this.#open(node));
-          return await connection.send(requests[n] as WireRequest, this.#options.attemptMs);
-        } catch (error) {
-          if (error instanceof ConnectionLost || error instanceof StoreError) return undefined;
-          throw error;
-        }
-      }),
-    );
+    return Promise.all(nodes.map((member, n) => this.#askSoon(this.#nodeOf(member), requests[n] as WireRequest)));
+  }
+
+  async #askSoon(node: Node, request: WireRequest): Promise<Answer | undefined> {
+    if (this.#closed) return undefined;
+    if (node.isLate) {
+      if (performance.now() >= node.askAgainAt) this.#awaitLate(node, this.#ask(node, request));
+      return undefined;
+    }
+    const asked = this.#ask(node, request);
+    const answer = await withinMs(LATE_MS, asked);
+    if (answer !== LATE) return answer;
+    this.#awaitLate(node, asked);
+    return undefined;
+  }
+
+  /** With the patience of any request: others have asked something on its connection, too. */
+  #awaitLate(node: Node, asked: Promise<Answer | undefined>): void {
+    node.isLate = true;
+    node.askAgainAt = Infinity;
+    void asked.then((answer) => {
+      node.isLate = answer === undefined;
+      node.askAgainAt = performance.now() + NODE_REST_MS;
+    });
+  }
+
+  async #ask(node: Node, request: WireRequest): Promise<Answer | undefined> {
+    try {
+      const connection = node.connections[0] ?? (await this.#open(node));
+      return await connection.send(request, this.#options.attemptMs);
+    } catch (error) {
+      if (!(error instanceof ConnectionLost || error instanceof StoreError)) throw error;
+      return undefined;
+    }
   }
 
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     const retryMs = options.retryMs ?? this.#options.retryMs;
     const deadline = performance.now() + retryMs;
     if (open) {
+      const wasBehind = this.#isBehind(open);
       try {
         const answer = await this.#attempt(open, request, options, retryMs);
+        if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(open, this.knownEpoch());
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
         return await this.#repeat(request, options, deadline, answer, open.address);
       } catch (error) {
@@ -270,6 +339,19 @@ export class Gateway {
       }
     }
     return this.#repeat(request, options, deadline, undefined, undefined);
+  }
+
+  #isBehind({ peer }: NodeConnection): boolean {
+    return peer.epoch < this.knownEpoch();
+  }
+
+  /**
+   * Whether the answer is of a node that does not know of the latest change of members: it may be none itself any more, and
+   * others have written since. `wasBehind`: when it was asked; what it answers says its epoch of when it answers, and it may
+   * have carried the request out before. What members there are is asked of any node, and is how such a mistake is found.
+   */
+  #isOutdated(wasBehind: boolean, { epoch }: Answer, { header }: WireRequest, { once }: ExecuteOptions): boolean {
+    return (wasBehind || epoch < this.knownEpoch()) && !once && header[1] !== Opcode.GET_NODE_LIST;
   }
 
   /** Send it once; `leftMs` of the time for repeating are left. Errors: ConnectionLost. */
@@ -284,7 +366,7 @@ export class Gateway {
     const { attemptMs } = this.#options;
     // What is to be had in less time than usual has its chance with another node, too.
     const longest = retryMs === undefined ? attemptMs : Math.min(attemptMs, retryMs / 2);
-    return connection.send(request, Math.max(Math.min(longest, leftMs), LEAST_ATTEMPT_MS));
+    return connection.send(request, Math.min(longest, Math.max(leftMs, LEAST_ATTEMPT_MS)));
   }
 
   /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */
@@ -309,7 +391,7 @@ export class Gateway {
     this.onClose();
     clearInterval(this.#checking);
     for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
-    for (const connection of [...this.#greeting]) connection.destroy();
+    for (const connection of [...this.#apart]) connection.destroy();
     this.#pauses.end();
   }
 
@@ -376,6 +458,7 @@ export class Gateway {
     const { request } = waiter;
     let backoff = FIRST_BACKOFF_MS;
     let trouble = 0;
+    let laggingSince: number | undefined;
     let last = first;
     let asked = askedFirst;
     let isAmbiguous = first instanceof ConnectionLost || (first !== undefined && TROUBLE.has(first.result));
@@ -388,6 +471,16 @@ export class Gateway {
           trouble++;
           this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
+        if (last instanceof Outdated || (!(last instanceof Error) && NOT_SERVING.has(last.result))) {
+          laggingSince ??= performance.now();
+          if (asked && performance.now() - laggingSince >= LAGGING_MS) {
+            this.#leaveCurrent(
+              last instanceof Error ? 'it has not heard of the latest change of members' : reason,
+              asked,
+            );
+            laggingSince = undefined;
+          }
+        } else laggingSince = undefined;
         if (last instanceof NotSheepdog && asked) this.#leaveCurrent('it answers what no node answers', asked);
         if (last instanceof NoAnswer) {
           this.#leaveSilent(last.address);
@@ -407,15 +500,17 @@ export class Gateway {
         await this.#sleep(backoff);
         backoff = Math.min(backoff * 2, LONGEST_BACKOFF_MS);
         if (isAmbiguous && options.beforeRetry) {
-          const left = Math.max(LEAST_ATTEMPT_MS, deadline - performance.now());
+          const left = Math.max(LEAST_APART_MS, deadline - performance.now());
           if (await options.beforeRetry(left)) return DONE;
         }
       }
       try {
         const connection = this.#idleConnection() ?? (await this.#connect(deadline));
         asked = connection.address;
+        const wasBehind = this.#isBehind(connection);
         // From here on the node may have seen it.
         const answer = await this.#attempt(connection, request, options, deadline - performance.now());
+        if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(connection, this.knownEpoch());
         if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
         if (TROUBLE.has(answer.result)) isAmbiguous = true;
         last = answer;
@@ -437,6 +532,8 @@ export class Gateway {
     }
     const node = this.#placed[this.#placement?.nodeOf(vid, idx) ?? -1];
     if (!node || node === this.#current || node.restUntil > now) return undefined;
+    // One that was never asked says its epoch when it is connected to.
+    if (node.peer.epoch !== 0 && node.peer.epoch < this.knownEpoch()) return undefined;
     const { connections } = node;
     if (connections.length + node.opening < NEAR_CONNECTIONS) {
       this.#open(node).catch(() => (node.restUntil = performance.now() + NEAR_REST_MS));
@@ -478,13 +575,22 @@ export class Gateway {
     return connections[this.#turn];
   }
 
-  /** A connection to whichever node can be reached by then, the one in use first. Errors: NotConnected. */
-  async #connect(deadline: number): Promise<NodeConnection> {
+  /** The one in use first, and last those that could not be reached lately. */
+  #inOrder(): Node[] {
     const now = performance.now();
     const start = this.#nodes.indexOf(this.#current);
     const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
-    order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now) || a.failures - b.failures);
+    return order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now) || a.failures - b.failures);
+  }
+
+  /**
+   * A connection to whichever node can be reached by then, the one in use first; to one that does not serve only if none
+   * does. Errors: NotConnected.
+   */
+  async #connect(deadline: number): Promise<NodeConnection> {
+    const order = this.#inOrder();
     let failure: Error | undefined;
+    let idle: { readonly node: Node; readonly connection: NodeConnection } | undefined;
     for (const node of order) {
       if (this.#closed) throw closedError();
       try {
@@ -493,23 +599,78 @@ export class Gateway {
         if (failure !== undefined && left <= 0 && !isNamed) continue;
         // Half of what is left, if another node is to have its chance then.
         const share = node === order.at(-1) ? left : left / 2;
-        const least = isNamed && failure !== undefined ? LATE_CONNECT_MS : LEAST_ATTEMPT_MS;
+        const least = isNamed && failure !== undefined ? LATE_CONNECT_MS : LEAST_CONNECT_MS;
         const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(least, share));
         const connection = node.connections[0] ?? (await this.#open(node, connectMs));
-        if (this.#current !== node) {
-          const label = addressLabel(node.address);
-          const why = failure === undefined ? '' : ` (${failure.message})`;
-          this.#options.log(`now using the Sheepdog node ${label}${why}`, { node: label });
-          this.#current = node;
-        }
-        void this.#learnNodes();
-        return connection;
+        if (node.isServing) return this.#use(node, connection, failure);
+        failure = new Error(`${addressLabel(node.address)} does not serve yet`);
+        idle ??= { node, connection };
       } catch (error) {
         failure = error as Error;
         node.restUntil = performance.now() + NODE_REST_MS;
       }
     }
+    if (idle) return this.#use(idle.node, idle.connection, failure);
     throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
+  }
+
+  #use(node: Node, connection: NodeConnection, failure: Error | undefined): NodeConnection {
+    if (this.#current !== node) {
+      const label = addressLabel(node.address);
+      const why = failure === undefined ? '' : ` (${failure.message})`;
+      this.#options.log(`now using the Sheepdog node ${label}${why}`, { node: label });
+      this.#current = node;
+    }
+    void this.#learnNodes();
+    return connection;
+  }
+
+  /** Errors: StoreError IO, CLOSED. */
+  async #executeApart(request: WireRequest, options: ExecuteOptions): Promise<Answer> {
+    const deadline = performance.now() + (options.retryMs ?? this.#options.retryMs);
+    let backoff = FIRST_BACKOFF_MS;
+    let reason = 'no node';
+    for (;;) {
+      const order = this.#inOrder();
+      for (const node of order) {
+        if (this.#closed) throw closedError();
+        const left = deadline - performance.now();
+        const timeoutMs = Math.max(LEAST_APART_MS, node === order.at(-1) ? left : left / 2);
+        try {
+          const answer = await this.#askApart(node, request, options, timeoutMs);
+          if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
+          reason = `the cluster answers ${resultName(answer.result)}`;
+        } catch (error) {
+          if (!(error instanceof ConnectionLost)) throw error;
+          reason = error.message;
+        }
+        if (performance.now() >= deadline) {
+          throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`);
+        }
+      }
+      await this.#sleep(Math.min(backoff, deadline - performance.now()));
+      backoff = Math.min(backoff * 2, LONGEST_BACKOFF_MS);
+    }
+  }
+
+  async #askApart(node: Node, request: WireRequest, options: ExecuteOptions, timeoutMs: number): Promise<Answer> {
+    const deadline = performance.now() + timeoutMs;
+    const connection = await NodeConnection.connect(node.address, () => undefined, timeoutMs);
+    this.#apart.add(connection);
+    try {
+      if (this.#closed) throw closedError();
+      const leftMs = (): number => Math.max(LEAST_APART_MS, deadline - performance.now());
+      this.#version = await greet(connection, leftMs(), this.#version);
+      connection.watchEpoch(node.peer, this.onEpoch);
+      const wasBehind = this.#isBehind(connection);
+      inVersion(request.header, this.#version);
+      const answer = await connection.send(request, leftMs());
+      if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(connection, this.knownEpoch());
+      return answer;
+    } finally {
+      this.#apart.delete(connection);
+      connection.destroy();
+    }
   }
 
   /** Connect, and have the node answer something, in `timeoutMs` altogether. Errors: ConnectionLost, StoreError CLOSED. */
@@ -522,22 +683,28 @@ export class Gateway {
         const at = node.connections.indexOf(connection);
         if (at < 0) return;
         node.connections.splice(at, 1);
+        // It may have been started anew.
+        if (node.connections.length === 0) node.peer.knowsVids = false;
         if (connection.answers > greetings) node.failures = 0;
         else if (connection.sent > greetings) this.#wasUseless(node);
       };
       const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
-      this.#greeting.add(connection);
+      this.#apart.add(connection);
       try {
-        if (!this.#closed) this.#version = await greet(connection, deadline - performance.now(), this.#version);
+        if (!this.#closed) {
+          this.#version = await greet(connection, deadline - performance.now(), this.#version);
+          const isFirst = node.connections.length === 0;
+          if (isFirst) node.isServing = await serves(connection, deadline - performance.now(), this.#version);
+        }
         greetings = connection.answers;
       } finally {
-        this.#greeting.delete(connection);
+        this.#apart.delete(connection);
       }
       if (this.#closed) {
         connection.destroy();
         throw closedError();
       }
-      connection.watchEpoch(this.onEpoch);
+      connection.watchEpoch(node.peer, this.onEpoch);
       node.connections.push(connection);
       return connection;
     } catch (error) {
@@ -562,6 +729,9 @@ export class Gateway {
     left.restUntil = performance.now() + NODE_REST_MS;
     const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
     this.#current = next;
+    if (left.told === why && performance.now() - left.toldAt < TELL_AGAIN_MS) return;
+    left.told = why;
+    left.toldAt = performance.now();
     const label = addressLabel(left.address);
     this.#options.log(`leaving the Sheepdog node ${label}: ${why}`, { node: label });
   }
@@ -594,6 +764,7 @@ export class Gateway {
       if (!isSame(this.#placed, placed)) this.#placement = new Placement(members, this.#placesByDisk);
       this.#placed = placed;
     } catch (error) {
+      if (this.#closed) return;
       this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
     } finally {
       this.#learning = false;
@@ -610,7 +781,14 @@ export class Gateway {
   }
 
   /** The members of the cluster. Errors: StoreError. */
-  async listNodes(options: ExecuteOptions = {}): Promise<ClusterNode[]> {
+  async listNodes(options: ExecuteOptions = NO_OPTIONS): Promise<ClusterNode[]> {
+    return (await this.members(options)).nodes;
+  }
+
+  /** The same, with the epoch of the node that says so. */
+  async members(
+    options: ExecuteOptions = NO_OPTIONS,
+  ): Promise<{ readonly epoch: number; readonly nodes: ClusterNode[] }> {
     const receive = Buffer.alloc(MAX_NODES * NODE_BYTES);
     const header = encodeVdiRequest(Opcode.GET_NODE_LIST, 0, receive.length);
     const answer = await this.execute({ header, receive }, options);
@@ -619,7 +797,7 @@ export class Gateway {
     }
     const nodes = decodeNodes(receive.subarray(0, answer.length), nodeResponse.decode(answer.header).nrNodes);
     this.#stalled.saw(nodes);
-    return nodes;
+    return { epoch: answer.epoch, nodes };
   }
 
   #triedLabel(): string {
@@ -646,6 +824,28 @@ function isSame(before: readonly Node[], after: readonly Node[]): boolean {
 /** No node could be reached at all: nothing was sent. */
 class NotConnected extends ConnectionLost {}
 
+/** The node answers, as of an earlier epoch than is known. */
+class Outdated extends ConnectionLost {
+  constructor({ address, peer }: NodeConnection, known: number) {
+    super(
+      `${addressLabel(address)} has not heard of the latest change of members (it is at epoch ${peer.epoch}, and the cluster ` +
+        `at ${known})`,
+    );
+  }
+}
+
+const LATE = Symbol('late');
+
+async function withinMs<T>(ms: number, work: Promise<T>): Promise<T | typeof LATE> {
+  let timer: NodeJS.Timeout | undefined;
+  const late = new Promise<typeof LATE>((resolve) => (timer = setTimeout(() => resolve(LATE), ms).unref()));
+  try {
+    return await Promise.race([work, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** Undefined of what is no request on an object. */
 function oidOf(header: Buffer): { readonly high: number; readonly low: number } | undefined {
   if (!OBJECT_OPCODES.has(header[1] as number)) return undefined;
@@ -664,7 +864,19 @@ function isWrite({ header, data }: WireRequest): boolean {
 }
 
 function nodeAt(address: NodeAddress): Node {
-  return { address, connections: [], opening: 0, restUntil: 0, failures: 0 };
+  return {
+    address,
+    connections: [],
+    opening: 0,
+    restUntil: 0,
+    peer: { epoch: 0, knowsVids: false },
+    isServing: true,
+    told: '',
+    toldAt: -Infinity,
+    isLate: false,
+    askAgainAt: 0,
+    failures: 0,
+  };
 }
 
 function closedError(): StoreError {

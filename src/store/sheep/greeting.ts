@@ -17,6 +17,16 @@ import {
 
 /** What is answered, which nobody reads: one for all. */
 const ANSWER = Buffer.allocUnsafeSlow(CLUSTER_INFO_ROOM);
+/** struct recovery_state. */
+const RECOVERY_STATE_BYTES = 24;
+/** What a node says of itself instead of an answer. */
+export const NOT_SERVING: ReadonlySet<number> = new Set([
+  Result.STARTUP,
+  Result.WAIT_FOR_FORMAT,
+  Result.WAIT_FOR_JOIN,
+  Result.SHUTDOWN,
+  Result.KILLED,
+]);
 /** A connection that has nothing more than this is asked at least so long. */
 const LEAST_GREETING_MS = 50;
 
@@ -44,6 +54,21 @@ export async function greet(
   throw new ConnectionLost(otherVersion(addressLabel(connection.address), known));
 }
 
+/**
+ * Whether it carries out requests, or says that it does not (yet): it has not joined its cluster, or that is not formatted. Told
+ * by the smallest of its answers about itself that it refuses then (sheep/ops.c, those without `force`). Errors: ConnectionLost.
+ */
+export async function serves(
+  connection: NodeConnection,
+  timeoutMs: number,
+  version: SheepVersion | undefined,
+): Promise<boolean> {
+  if (version !== '1.0') return true;
+  const deadline = performance.now() + timeoutMs;
+  const result = await resultOf(connection, Opcode.STAT_RECOVERY, SHEEP_PROTO_VER, deadline, RECOVERY_STATE_BYTES);
+  return !NOT_SERVING.has(result);
+}
+
 function otherVersion(label: string, known: SheepVersion | undefined): string {
   if (known !== undefined)
     return `${label} is a Sheepdog node of another version than ${known}, which the cluster was of`;
@@ -58,12 +83,15 @@ async function resultOf(
   opcode: number,
   version: number,
   deadline: number,
+  room = ANSWER.length,
 ): Promise<number> {
-  const header = encodeVdiRequest(opcode, 0, ANSWER.length);
+  const header = encodeVdiRequest(opcode, 0, room);
   header[0] = version;
   try {
     const timeoutMs = Math.max(LEAST_GREETING_MS, deadline - performance.now());
-    return (await connection.send({ header, receive: ANSWER }, timeoutMs)).result;
+    return (
+      await connection.send({ header, receive: room === ANSWER.length ? ANSWER : ANSWER.subarray(0, room) }, timeoutMs)
+    ).result;
   } catch (error) {
     if (!(error instanceof ConnectionLost)) throw error;
     const label = addressLabel(connection.address);

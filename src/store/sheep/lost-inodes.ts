@@ -35,16 +35,17 @@ export async function inodeOrLost(cluster: Cluster, vid: number): Promise<Inode 
   }
 }
 
-/** Those of `vids` that are lost, with what the inodes that are there, `known`, say of them. */
-export function describeLost(lost: readonly number[], known: readonly Inode[], vids: VidsInUse): DamagedVdi[] {
-  const names = new Set(known.map(({ name }) => name).filter((name) => name !== '' && !isShadowName(name)));
-  const candidates = new Map<number, string[]>();
-  const isLost = new Set(lost);
-  for (const name of names) {
-    for (const vid of vids.placesOf(name)) {
-      if (isLost.has(vid)) candidates.set(vid, [...(candidates.get(vid) ?? []), name]);
-    }
-  }
+/**
+ * Those of `vids` that are lost, with what the inodes that are there, `known`, say of them. `recyclesVids`: of a cluster that uses
+ * vids again, where they say nothing of names.
+ */
+export function describeLost(
+  lost: readonly number[],
+  known: readonly Inode[],
+  vids: VidsInUse,
+  recyclesVids = false,
+): DamagedVdi[] {
+  const candidates = recyclesVids ? candidatesByFamily(lost, known) : candidatesByPlace(lost, known, vids);
   return lost.map((vid) => {
     const named = candidates.get(vid) ?? [];
     const children = known.filter(({ parentVid }) => parentVid === vid);
@@ -55,4 +56,40 @@ export function describeLost(lost: readonly number[], known: readonly Inode[], v
       why: 'no node has its inode',
     };
   });
+}
+
+type Candidates = ReadonlyMap<number, readonly string[]>;
+
+function isOfPeople({ name }: Inode): boolean {
+  return name !== '' && !isShadowName(name);
+}
+
+/** Names in whose places they are. */
+function candidatesByPlace(lost: readonly number[], known: readonly Inode[], vids: VidsInUse): Candidates {
+  const names = new Set(known.filter(isOfPeople).map(({ name }) => name));
+  const candidates = new Map<number, string[]>();
+  const isLost = new Set(lost);
+  for (const name of names) {
+    for (const vid of vids.placesOf(name)) {
+      if (isLost.has(vid)) candidates.set(vid, [...(candidates.get(vid) ?? []), name]);
+    }
+  }
+  return candidates;
+}
+
+/**
+ * The name of what goes on after it; of the last one, a name that has snapshots and no working VDI. A VDI or a clone has the
+ * snapshot id 1 until its first snapshot, and what goes on after a snapshot has a higher one.
+ */
+function candidatesByFamily(lost: readonly number[], known: readonly Inode[]): Candidates {
+  const working = new Set(known.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
+  const headless = new Set(
+    known.filter((inode) => isOfPeople(inode) && !working.has(inode.name)).map(({ name }) => name),
+  );
+  const candidates = new Map<number, readonly string[]>();
+  for (const vid of lost) {
+    const next = known.filter((inode) => inode.parentVid === vid && inode.snapId > 1 && isOfPeople(inode));
+    candidates.set(vid, next.length > 0 ? [...new Set(next.map(({ name }) => name))] : [...headless]);
+  }
+  return candidates;
 }

@@ -12,7 +12,7 @@
  * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads and writes of data.
  */
 import type { Answer, WireRequest } from './connection.js';
-import { encodeObjectRequest, encodeVdiRequest, EPOCH_OFFSET, type ClusterNode } from './layouts.js';
+import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from './layouts.js';
 import { Pauses } from './pauses.js';
 import { Flag, Opcode, Result, vidOf } from './protocol.js';
 
@@ -46,8 +46,8 @@ const NOTHING = Buffer.alloc(0);
 
 /** What is asked of the gateway. */
 export interface WatchedNodes {
-  listNodes(): Promise<ClusterNode[]>;
-  /** Each node its own request, once; undefined of one that does not answer. */
+  members(): Promise<{ readonly epoch: number; readonly nodes: readonly ClusterNode[] }>;
+  /** Each node its own request, once; undefined of one that does not answer soon. */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<readonly (Answer | undefined)[]>;
   execute(request: WireRequest): Promise<Answer>;
 }
@@ -75,6 +75,8 @@ export class RecoveryWatch {
   #earlier = 0;
   #earlierLooks = 0;
   readonly #pauses = new Pauses();
+  /** The latest epoch of those that answered at the last look. */
+  #heard = 0;
   #isClosed = false;
 
   constructor(nodes: WatchedNodes) {
@@ -83,6 +85,10 @@ export class RecoveryWatch {
 
   /** An answer says so. */
   saw(epoch: number): void {
+    if (epoch < this.epoch && !this.#isClosed && !this.#isWatching) {
+      // Of a node that does not know better, or what was known is not theirs: the nodes are looked at.
+      void this.#watch();
+    }
     if (epoch <= this.epoch) return;
     const isFirst = this.epoch === 0;
     this.epoch = epoch;
@@ -162,7 +168,7 @@ export class RecoveryWatch {
     const answers = await this.#nodes.askEach(joined, requests);
     let found = 0;
     for (const answer of answers) {
-      if (answer?.result === Result.SUCCESS && epochOf(answer) === epoch) found++;
+      if (answer?.result === Result.SUCCESS && answer.epoch === epoch) found++;
     }
     return found >= Math.min(copies, zones);
   }
@@ -190,13 +196,15 @@ export class RecoveryWatch {
 
   async #watch(): Promise<void> {
     this.#isWatching = true;
+    const begunAt = performance.now();
     let quiet = 0;
     while (!this.#isClosed) {
       const { epoch } = this;
       const isQuiet = await this.#look();
       this.#goBack();
       quiet = isQuiet && this.epoch === epoch ? quiet + 1 : 0;
-      const isBlind = isQuiet === undefined && performance.now() - this.#changedAt > BLIND_MS;
+      const isBlind = isQuiet === undefined && performance.now() - Math.max(begunAt, this.#changedAt) > BLIND_MS;
+      if (isBlind && this.#heard > 0) this.epoch = Math.min(this.epoch, this.#heard);
       if (quiet >= QUIET_LOOKS || isBlind) break;
       await this.#pauses.wait(WATCH_MS);
     }
@@ -218,8 +226,9 @@ export class RecoveryWatch {
 
   #noteEarlier(answers: readonly (Answer | undefined)[]): void {
     const [first] = answers;
-    const epoch = first ? epochOf(first) : 0;
-    const isEarlier = epoch > 0 && epoch < this.epoch && answers.every((answer) => answer && epochOf(answer) === epoch);
+    const epoch = first?.epoch ?? 0;
+    const isEarlier = epoch > 0 && epoch < this.epoch && answers.every((answer) => answer?.epoch === epoch);
+    this.#heard = Math.max(0, ...answers.map((answer) => answer?.epoch ?? 0));
     this.#earlierLooks = isEarlier ? (epoch === this.#earlier ? this.#earlierLooks + 1 : 1) : 0;
     this.#earlier = epoch;
   }
@@ -228,16 +237,18 @@ export class RecoveryWatch {
   async #look(): Promise<boolean | undefined> {
     try {
       const { epoch } = this;
-      const nodes = await this.#nodes.listNodes();
+      const { epoch: listedAt, nodes } = await this.#nodes.members();
       const requests = nodes.map(recoveryRequest);
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
       this.#noteEarlier(answers);
+      // Who they are is for those to say who know it.
+      if (listedAt < this.epoch) return false;
       const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
       this.#members = { epoch, nodes, zones };
       if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;
       const isQuiet = (answer: Answer | undefined, n: number): boolean =>
-        answer !== undefined && epochOf(answer) === epoch && requests[n]?.receive[0] === 0;
+        answer?.epoch === epoch && requests[n]?.receive[0] === 0;
       return answers.every(isQuiet);
     } catch {
       return undefined;
@@ -254,8 +265,4 @@ function recoveryRequest(): WireRequest & { readonly receive: Buffer } {
 
 function oidOf(high: number, low: number): string {
   return `${high}/${low}`;
-}
-
-function epochOf({ header }: Answer): number {
-  return header.readUInt32LE(EPOCH_OFFSET);
 }

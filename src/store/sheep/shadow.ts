@@ -23,6 +23,7 @@ import {
 import type { ReadTracker } from './read-tracker.js';
 import { InDoubt } from './stalled-nodes.js';
 import { clearTable, isRemoved, objectCount, objectKey } from './table.js';
+import { TableWriter } from './table-writer.js';
 
 const PREFIX = 'sheepgate-now-';
 const HASH_DIGITS = 24;
@@ -75,6 +76,7 @@ export class Shadow {
   takenAt = 0;
   /** Its table, read by whoever has it open. */
   map = new Uint32Array(0);
+  #table: TableWriter | undefined;
   inode: Inode;
   readonly #cluster: Cluster;
   readonly #reads: ReadTracker;
@@ -155,6 +157,8 @@ export class Shadow {
     }
     this.inode = { ...this.inode, size: source.size };
     this.map = map.slice();
+    // With a table of its own: `map` says of what is lost something else than the inode.
+    this.#table = new TableWriter(cluster, this.vid, map.slice());
     this.copies = 0;
     this.#isLive = true;
     this.#taken = { ranges, ours, theirs };
@@ -203,7 +207,7 @@ export class Shadow {
       }
       // The nodes copy it; nothing of it travels here.
       await this.#cluster.createData(this.vid, idx, 0, NOTHING, vid);
-      await this.#cluster.writeTable(this.vid, idx, [this.vid]);
+      await this.#table?.set(idx, [this.vid]);
       this.map[idx] = this.vid;
       this.copies++;
     } catch (error) {

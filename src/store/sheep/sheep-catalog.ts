@@ -297,7 +297,9 @@ export class SheepCatalog implements Catalog {
   /** A vid that was deleted is another VDI's by now where vids are used again, and its lock too. */
   async #isStillOurs({ failure, inode }: SheepVdi): Promise<boolean> {
     if (failure === undefined || !this.#store.enforcesLocks || !this.#store.recyclesVids) return true;
-    const found = await this.#cluster.readInode(inode.vid, { retryMs: CLOSING_LOOK_MS }).catch(goneIsNone);
+    const found = await this.#cluster
+      .readInode(inode.vid, { retryMs: CLOSING_LOOK_MS, isApart: true })
+      .catch(goneIsNone);
     return found !== undefined && isSameVdi(found, inode);
   }
 
@@ -549,6 +551,7 @@ export class SheepCatalog implements Catalog {
       still.sort((a, b) => a - b),
       known,
       now,
+      this.#store.recyclesVids,
     ).map((each) => {
       const open = this.#store.open.get(each.vid)?.record;
       return open ? { ...each, likelyName: open.name, isSnapshot: open.isSnapshot } : each;

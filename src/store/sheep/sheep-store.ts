@@ -258,7 +258,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   async readEpoch(retryMs?: number): Promise<number> {
-    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs });
+    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs, isApart: true });
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
       this.#epochChangedAt = performance.now();

@@ -163,7 +163,7 @@ export class SheepVdi implements OpenVdi {
     const { vid } = this.record;
     try {
       // Nodes that do not answer at all are not waited for.
-      await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS });
+      await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS, isApart: true });
       if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
       else if (this.#reclaiming.size > 0 && (await this.#host.readEpoch()) !== this.#firstEpoch)
         await this.#removeLetGo();

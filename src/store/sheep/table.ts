@@ -5,6 +5,7 @@
 import type { StoreError } from '../object-store.js';
 import type { Cluster } from './cluster.js';
 import { MAX_HYPER_OBJECTS, MAX_VID } from './protocol.js';
+import { TableWriter } from './table-writer.js';
 
 /** Runs of table entries one batch writes at a time. */
 const PARALLEL_RUNS = 8;
@@ -99,7 +100,8 @@ export function sleep(ms: number): Promise<void> {
 /** Give up all references of a table, in batches that the nodes digest one after the other. */
 export async function clearTable(cluster: Cluster, vid: number, table: Uint32Array): Promise<void> {
   let batch: { idx: number; owner: number }[] = [];
-  const write = (idx: number, owners: readonly number[]): Promise<void> => cluster.writeTable(vid, idx, owners);
+  const writer = new TableWriter(cluster, vid, table.slice());
+  const write = (idx: number, owners: readonly number[]): Promise<void> => writer.set(idx, owners);
   for (let idx = 0; idx < table.length; idx++) {
     if (table[idx] === 0) continue;
     batch.push({ idx, owner: 0 });
