@@ -4,7 +4,7 @@ import { takeBackup, type Taken } from '../backup/take-backup.js';
 import { asFileError } from '../daemon/file-errors.js';
 import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
 import { explainIdentity, takeOwner } from '../daemon/store-owner.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { directoryOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
 import { interruptible } from './interrupt.js';
@@ -101,8 +101,9 @@ class HeldIdentity {
   #leave: (() => void) | undefined;
 
   hold({ isDaemon, store }: Operations): void {
-    if (this.#leave !== undefined || isDaemon || isClusterLocation(store)) return;
-    this.#leave = takeOwner(store);
+    const directory = directoryOf(store);
+    if (this.#leave !== undefined || isDaemon || directory === undefined) return;
+    this.#leave = takeOwner(directory);
   }
 
   explain(error: unknown): unknown {

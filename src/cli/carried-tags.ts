@@ -16,7 +16,7 @@ const MAX_NAMED = 20;
 
 export interface Target {
   readonly place: string;
-  readonly isCluster: boolean;
+  readonly takesNumbersForIds: boolean;
   readonly renamesTags: boolean;
 }
 
@@ -41,8 +41,8 @@ export function carriedTags(snapshots: readonly VdiRecord[], target: Target): Re
   );
 }
 
-function whyNot(tag: string, { isCluster }: Target): string | undefined {
-  if (isCluster && NUMBER.test(tag)) return 'in a cluster a number is an id';
+function whyNot(tag: string, { takesNumbersForIds }: Target): string | undefined {
+  if (takesNumbersForIds && NUMBER.test(tag)) return 'in a cluster a number is an id';
   try {
     checkTag(tag);
     return undefined;

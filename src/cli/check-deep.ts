@@ -3,7 +3,7 @@
  * it goes to the nodes itself, also where a daemon serves the cluster: nothing is changed, and the daemon has other work.
  */
 import { OperationError } from '../daemon/operations.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { CLUSTER } from '../store/locations.js';
 import type { DeepReport } from '../store/sheep/deep/deep-check.js';
 import type { CheckOptions } from './check.js';
 import { chosenStore } from './common-options.js';
@@ -63,12 +63,12 @@ function summary({ vdis, objects, bytesRead, problems, stoppedBy }: DeepReport):
 /** Errors: BAD_USAGE of a local store. */
 async function clusterOf(options: CheckOptions): Promise<string> {
   const { store, control, isStoreGiven } = chosenStore(options);
-  if (isClusterLocation(store)) return store;
+  if (CLUSTER.isLocation(store)) return store;
   if (control !== undefined && !isStoreGiven) {
     const { controlOfDaemon } = await import('../daemon/open-operations.js');
     const daemon = await controlOfDaemon({ store, isStoreGiven, control });
     const served = (await daemon.status()).store;
-    if (isClusterLocation(served)) return served;
+    if (CLUSTER.isLocation(served)) return served;
   }
   throw new OperationError(
     'BAD_USAGE',

@@ -7,7 +7,7 @@ import path from 'node:path';
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError, type Operations } from '../daemon/operations.js';
 import { defaultStore } from '../daemon/places.js';
-import { clusterLocation } from '../store/sheep/cluster-address.js';
+import { CLUSTER, type StoreOptions } from '../store/locations.js';
 import { closing } from './closing.js';
 import { printNote } from './output.js';
 import { parseSize, SizeError } from './size.js';
@@ -29,7 +29,7 @@ export function withCommonOptions(command: Command): Command {
       ),
     )
     .addOption(
-      new Option('--cluster <nodes>', 'Sheepdog cluster, HOST[:PORT][,HOST[:PORT]...], instead of a local store')
+      new Option('--cluster <nodes>', `Sheepdog cluster, ${CLUSTER.syntax}, instead of a local store`)
         .argParser(clusterArgument)
         .conflicts('store'),
     )
@@ -56,7 +56,7 @@ function notEmpty(option: string, what: string): (value: string) => string {
 
 function clusterArgument(text: string): string {
   try {
-    return clusterLocation(text);
+    return CLUSTER.parse(text);
   } catch (error) {
     throw new InvalidArgumentError(`${(error as Error).message}.`);
   }
@@ -90,7 +90,7 @@ export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = pro
 export async function withOperations<T>(
   options: CommonOptions,
   work: (operations: Operations) => Promise<T>,
-  { mayCreate = false, missingIsZero = false } = {},
+  { mayCreate = false, store }: { readonly mayCreate?: boolean; readonly store?: StoreOptions } = {},
 ): Promise<T> {
   const place = chosenStore(options);
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
@@ -100,7 +100,7 @@ export async function withOperations<T>(
   const operations = await openOperations({
     ...place,
     mayCreate,
-    missingIsZero,
+    options: store,
     log: noteOnce,
   });
   return closing(operations, async () => {

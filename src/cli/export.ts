@@ -5,7 +5,7 @@ import { withCommonOptions, withOperations, type CommonOptions } from './common-
 import type { Copied } from './disk-copy.js';
 import { isStdout, openTarget, type ImageTarget } from './image-target.js';
 import { interruptible } from './interrupt.js';
-import { missingOption } from './missing.js';
+import { missingOption, storeOptions } from './missing.js';
 import { printJson } from './output.js';
 import { printable } from './printable.js';
 import { startProgress } from './progress.js';
@@ -38,13 +38,12 @@ export function exportCommand(): Command {
       throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave --json out');
     }
     const startedAt = performance.now();
-    const missingIsZero = options.missing === 'zero';
     // From before the file is made to after it has its name: whatever interrupts this, no half of one is left.
     const { size, copied } = await interruptible(async (signal) => {
       const target = await openTarget(file, options.force ?? false, signal);
       try {
         const copying = (operations: Operations): Promise<Exported> => copyOut(operations, spec, target, signal);
-        const done = await withOperations(options, copying, { missingIsZero });
+        const done = await withOperations(options, copying, { store: storeOptions(options) });
         await target.finish();
         return done;
       } catch (error) {

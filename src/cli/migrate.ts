@@ -7,9 +7,9 @@ import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
 import { printJson, printLine, table } from './output.js';
-import { missingOption } from './missing.js';
-import { openPlace, placeArgument, PLACE_HELP, type Place } from './place.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { missingOption, storeOptions } from './missing.js';
+import { openPlace, placeArgument, type Place } from './place.js';
+import { directoryOf, PLACE_SYNTAX } from '../store/locations.js';
 import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
 import { formatSize } from './size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
@@ -53,7 +53,7 @@ export function migrateCommand(): Command {
   return new Command('migrate')
     .description('copy a VDI with its snapshots between stores and clusters')
     .argument('<name>', 'name of the VDI, or @=NAME or @ID for what other tools have made')
-    .addOption(new Option('--from <place>', PLACE_HELP).argParser(placeArgument).makeOptionMandatory())
+    .addOption(new Option('--from <place>', PLACE_SYNTAX).argParser(placeArgument).makeOptionMandatory())
     .addOption(new Option('--to <place>', 'the same').argParser(placeArgument).makeOptionMandatory())
     .option('--as <name>', 'its name in the target, if not the same')
     .option('--rename-tags', 'give snapshots whose tags the target cannot have others, with their IDs')
@@ -136,10 +136,14 @@ async function withBoth<T>(
       `--from and --to are the same, ${from}; 'sheepgate vdi clone' copies within a store`,
     );
   if (isSameStore(from, to)) throw same();
-  const missingIsZero = options.missing === 'zero';
-  const source: Place = { location: from, control: options.fromControl, mayCreate: false, missingIsZero };
+  const source: Place = {
+    location: from,
+    control: options.fromControl,
+    mayCreate: false,
+    options: storeOptions(options),
+  };
   const target: Place = { location: to, control: options.toControl, mayCreate: options.verify !== 'only' };
-  const isTargetFirst = isClusterLocation(to) && !isClusterLocation(from);
+  const isTargetFirst = directoryOf(to) === undefined && directoryOf(from) !== undefined;
   const explained = <R>(part: () => Promise<R>): Promise<R> =>
     part().catch((error: unknown) => {
       throw explainIdentity(error);

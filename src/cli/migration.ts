@@ -15,7 +15,7 @@ import { whatIsLeft } from '../daemon/what-is-left.js';
 import { formatSpec, labelOfRun, specOf } from '../vdi/names.js';
 import { bytesOfText } from '../store/name-bytes.js';
 import type { Redundancy } from '../store/object-store.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { directoryOf, kindOf } from '../store/locations.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { carriedTags } from './carried-tags.js';
 import { closing } from './closing.js';
@@ -232,7 +232,7 @@ export class Migration {
       );
     }
     const { store: place } = this.#target;
-    const tags = carriedTags(snapshots, { place, isCluster: isClusterLocation(place), renamesTags });
+    const tags = carriedTags(snapshots, { place, takesNumbersForIds: kindOf(place).takesNumbersForIds, renamesTags });
     return { snapshots, working, tags };
   }
 
@@ -539,7 +539,7 @@ export class Migration {
     const { name, isReadOnly, verify } = this.#options;
     const { size } = working;
     const source = this.#source;
-    const isForeign = isClusterLocation(source.store) && !source.isDaemon;
+    const isForeign = directoryOf(source.store) === undefined && !source.isDaemon;
     const said = this.#said;
     const asItIs = { spec: said, size, close: () => Promise.resolve() };
     if (isReadOnly || (isForeign && verify === 'only')) return asItIs;

@@ -1,9 +1,15 @@
 /** --missing, for commands that can do with what a damaged cluster has left. */
 import { Option } from 'commander';
+import type { StoreOptions } from '../store/locations.js';
 
 export function missingOption(): Option {
   return new Option(
     '--missing <how>',
     'zero: zeros in place of objects that the cluster has lost, and read-only; only for clusters',
   ).choices(['zero']);
+}
+
+/** Undefined if the store is opened as it is. */
+export function storeOptions({ missing }: { readonly missing?: 'zero' }): StoreOptions | undefined {
+  return missing === undefined ? undefined : { missing };
 }

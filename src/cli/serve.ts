@@ -12,7 +12,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
-import { missingOption } from './missing.js';
+import { missingOption, storeOptions } from './missing.js';
 import { unfinishedJson } from './output.js';
 import { printable, printableJson } from './printable.js';
 import { formatSizes } from './size.js';
@@ -130,7 +130,7 @@ async function serve(options: ServeOptions): Promise<void> {
     store: place.store,
     mayCreateStore: options.createStore !== 'no',
     retryMs: options.clusterTimeout === undefined ? undefined : options.clusterTimeout * 1000,
-    missingIsZero: options.missing === 'zero',
+    storeOptions: storeOptions(options),
     control: place.control,
     controlMode: options.controlMode,
     listeners,

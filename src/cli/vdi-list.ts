@@ -1,6 +1,6 @@
 /** `sheepgate vdi list`: every VDI and snapshot of the store. */
 import { Command } from 'commander';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { kindOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import type { VdiDetails } from '../daemon/operations.js';
 import { damagedJson, formatTime, formatVid, otherSpec, printJson, table, vdiJson } from './output.js';
@@ -20,15 +20,16 @@ export function vdiListCommand(): Command {
         'NUMBER is there if a tag is one: `dog` takes that for the NUMBER of a snapshot.\n\nExample:\n  sheepgate vdi list',
     );
   return withCommonOptions(command).action(async (options: CommonOptions) => {
-    const { vdis, damaged, isCluster } = await withOperations(options, async (operations) => ({
+    const { vdis, damaged, store } = await withOperations(options, async (operations) => ({
       vdis: await operations.listDetails(),
       damaged: await operations.listDamaged(),
-      isCluster: isClusterLocation(operations.store),
+      store: operations.store,
     }));
     if (options.json) return printJson([...vdis.map(vdiJson), ...damaged.map(damagedJson)]);
     const hasState = damaged.length > 0 || vdis.some(({ unfinished, damage }) => unfinished ?? damage);
     const hasSpec = vdis.some((vdi) => otherSpec(vdi) !== undefined);
-    const hasNumber = isCluster && vdis.some(({ isSnapshot, tag }) => isSnapshot && IS_NUMBER.test(tag));
+    const hasNumber =
+      kindOf(store).takesNumbersForIds && vdis.some(({ isSnapshot, tag }) => isSnapshot && IS_NUMBER.test(tag));
     const rows = vdis.map((vdi) => [
       vdi.name,
       vdi.tag,

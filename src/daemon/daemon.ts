@@ -16,7 +16,7 @@ import type { Claim, Writers } from '../export/writers.js';
 import { descriptorLimit } from '../store/descriptor-limit.js';
 import { MAX_BLOCK_SIZE_SHIFT, type Unfinished } from '../store/object-store.js';
 import { shellWord } from '../store/shell-word.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { directoryOf, kindOf, type StoreOptions } from '../store/locations.js';
 import { reasonOf } from '../store/system-error.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
@@ -65,8 +65,7 @@ export interface DaemonConfiguration {
   readonly mayCreateStore?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
-  /** Of a cluster: serve zeros in place of what is lost, read-only. */
-  readonly missingIsZero?: boolean;
+  readonly storeOptions?: StoreOptions;
   /** By default in the store. */
   readonly control?: string;
   /** Permissions of the control socket. */
@@ -155,7 +154,7 @@ export async function startDaemon(
   if (few !== undefined) throw new OperationError('TOO_FEW_FILES', few);
   if (!isTlsRequired && !configuration.allowPlaintext) configuration.listeners.forEach(refusePlaintext);
   // A cluster has an object size of its own, and is not asked yet.
-  const mostShift = isClusterLocation(configuration.store) ? MAX_BLOCK_SIZE_SHIFT : undefined;
+  const mostShift = kindOf(configuration.store).hasOwnObjectSize ? MAX_BLOCK_SIZE_SHIFT : undefined;
   for (const { name, size } of configuration.create) checkNewVdi(name, size, mostShift);
   await refuseSecondDaemon(configuration.store);
   await checkControlSocket(controlPath, configuration.store);
@@ -203,7 +202,7 @@ export async function startDaemon(
   const listening: ListenAddress[] = [];
   const controlOf = (operations: OpenedStore): ControlServer => {
     // Nothing can be made on a read-only filesystem; who looks for a daemon there opens the store beside it, to read.
-    const isFixed = operations.isReadOnly && !isClusterLocation(configuration.store);
+    const isFixed = operations.isReadOnly && directoryOf(configuration.store) !== undefined;
     const isElsewhere = isFixed && configuration.control === undefined;
     return new ControlServer(isElsewhere ? controlSocketElsewhere(operations.identity) : controlPath, {
       operations,
@@ -279,7 +278,7 @@ export async function startDaemon(
         isDaemon: true,
         mayCreate: configuration.mayCreateStore ?? true,
         retryMs: configuration.retryMs,
-        missingIsZero: configuration.missingIsZero,
+        options: configuration.storeOptions,
         keepMs: configuration.keepMs,
         maxKept: descriptors.keptMoments,
         inUseMs: configuration.inUseMs,
@@ -334,6 +333,7 @@ export async function startDaemon(
 
 /** Errors: CLOSED if a cluster has not answered in its time, and those of closing. */
 async function closeStore(operations: OpenedStore, leaving: AbortController): Promise<void> {
+  const isRemote = directoryOf(operations.store) === undefined;
   let isLate = false;
   const leave = (): void => {
     isLate = true;
@@ -343,9 +343,9 @@ async function closeStore(operations: OpenedStore, leaving: AbortController): Pr
   try {
     await operations.close();
     // What it waited for was cut off, and may be done or not.
-    if (isLate && isClusterLocation(operations.store)) throw new Error('what was asked of it was cut off');
+    if (isLate && isRemote) throw new Error('what was asked of it was cut off');
   } catch (error) {
-    if (!leaving.signal.aborted || !isClusterLocation(operations.store)) throw error;
+    if (!leaving.signal.aborted || !isRemote) throw error;
     throw new OperationError(
       'CLOSED',
       `${operations.store} was left without a word: its nodes did not answer in time. Locks and temporary snapshots of this ` +
@@ -373,7 +373,8 @@ async function checkControlSocket(controlPath: string, store: string): Promise<v
   await refuseUsedSocket(controlPath);
   const directory = path.dirname(controlPath);
   // The store's own is made with the store.
-  if (!isClusterLocation(store) && directory === path.resolve(store)) return;
+  const own = directoryOf(store);
+  if (own !== undefined && directory === path.resolve(own)) return;
   makeSocketDirectory(directory);
   try {
     fs.accessSync(directory, fs.constants.W_OK | fs.constants.X_OK);

@@ -2,9 +2,7 @@
  * Opens a store in this process: the daemon's, or a command's if no daemon has it. Owns what is done with a store before
  * anybody uses it. Of the two kinds of store only the one that is asked for is loaded.
  */
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
-import type { LocalStore } from '../store/local/local-store.js';
-import type { SheepStore } from '../store/sheep/sheep-store.js';
+import { directoryOf, kindOf, type AnyStore, type StoreKind } from '../store/locations.js';
 import { VdiCatalog } from '../vdi/catalog.js';
 import type { Exclusive } from '../export/exclusive.js';
 import { VdiExports, type ExportsOptions } from '../export/vdi-exports.js';
@@ -14,7 +12,7 @@ import { OperationError } from './operations.js';
 import { stateDirectory } from './places.js';
 import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
 
-export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'missingIsZero' | 'mayCreate'> {
+export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'options' | 'mayCreate'> {
   /** This process serves the store, and nobody else on this machine does. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
@@ -46,50 +44,55 @@ type OpenedStore = DirectOperations & {
  * OWNER, PERMISSION.
  */
 export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
-  const isCluster = isClusterLocation(place.store);
-  if (place.missingIsZero && !isCluster) {
-    throw new OperationError(
-      'BAD_USAGE',
-      `--missing=zero is for clusters, which lose objects with their nodes; ${place.store} is a local store`,
-    );
-  }
-  const { log, retryMs, missingIsZero, mayCreate, maxDescriptors, signal } = place;
-  if (isCluster) {
-    const { SheepStore } = await import('../store/sheep/sheep-store.js');
-    const state = { stateDirectory: stateDirectory(), isStateOutOfReach: hasTakenOwner };
-    const options = { log, retryMs, missingIsZero, signal, ...state };
-    return operationsOn(await SheepStore.open(place.store, options), place);
-  }
-  if (place.isDaemon) refuseOthersStore(place.store);
+  const kind = kindOf(place.store);
+  refuseOptionsOfOthers(place, kind);
+  const directory = kind.directoryOf(place.store);
+  if (directory !== undefined && place.isDaemon) refuseOthersStore(directory);
   // Before another user's identity is taken, which may not be able to read this program.
-  const { LocalStore } = await import('../store/local/local-store.js');
-  if (!place.isDaemon && isOthersStore(place.store)) await loadEverything();
-  const leave = place.isDaemon ? () => undefined : takeOwner(place.store);
+  await kind.load();
+  if (directory !== undefined && !place.isDaemon && isOthersStore(directory)) await loadEverything();
+  const leave = directory === undefined || place.isDaemon ? () => undefined : takeOwner(directory);
+  const { log, retryMs, mayCreate, maxDescriptors, signal, options } = place;
   try {
-    const role = place.isDaemon ? 'daemon' : 'command';
-    return await operationsOn(
-      await LocalStore.open(place.store, { log, role, mayCreate, maxDescriptors }),
-      place,
-      leave,
-    );
+    const store = await kind.open(place.store, {
+      log,
+      role: place.isDaemon ? 'daemon' : 'command',
+      mayCreate,
+      maxDescriptors,
+      retryMs,
+      signal,
+      stateDirectory: stateDirectory(),
+      isStateOutOfReach: hasTakenOwner,
+      store: options,
+    });
+    return await operationsOn(store, place, leave);
   } catch (error) {
     leave();
     throw error;
   }
 }
 
+/** Errors: BAD_USAGE. */
+function refuseOptionsOfOthers({ store, options }: DirectPlace, kind: StoreKind): void {
+  if (options?.missing === undefined || kind.options.includes('missing')) return;
+  throw new OperationError(
+    'BAD_USAGE',
+    `--missing=zero is for clusters, which lose objects with their nodes; ${store} is a local store`,
+  );
+}
+
 /** `closed` is called when the store is closed. */
 async function operationsOn(
-  store: LocalStore | SheepStore,
+  store: AnyStore,
   place: DirectPlace,
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
-  const isCluster = isClusterLocation(place.store);
+  const isOursAlone = directoryOf(place.store) !== undefined;
   const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
-  // A cluster has other users, and temporary snapshots of theirs; what is left of ours goes before its disk is written.
-  if (!catalog.isReadOnly && (!isCluster || place.isDaemon)) {
+  // Other users of a store have temporary snapshots, too; what is left of ours goes before its disk is written.
+  if (!catalog.isReadOnly && (isOursAlone || place.isDaemon)) {
     try {
       const leftovers = await catalog.dropLeftovers();
       if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);

@@ -7,7 +7,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import type { Holder, StoreLockedError } from '../store/local/store-lock.js';
 import { StoreError } from '../store/object-store.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { CLUSTER, directoryOf, LOCAL, type StoreOptions } from '../store/locations.js';
 import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
@@ -30,8 +30,8 @@ export interface StorePlace {
   readonly mayCreate: boolean;
   /** The daemon's control socket, if it is not in the store. */
   readonly control: string | undefined;
-  /** Of a cluster: read zeros in place of lost objects, and write nothing. No daemon is asked then. */
-  readonly missingIsZero?: boolean;
+  /** With any of these no daemon is asked. */
+  readonly options?: StoreOptions;
   /** Told what an operator should know and no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
 }
@@ -43,8 +43,8 @@ export interface StorePlace {
 export async function openOperations(place: StorePlace): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
   checkSocketPath(path.resolve(socketPath));
-  // Whoever serves the cluster as it should be need not serve it with zeros, and nothing is written that could disturb.
-  if (place.missingIsZero) return directly(place);
+  // A daemon serves the store without them; what they allow disturbs no daemon.
+  if (place.options !== undefined) return directly(place);
   return whileLocked(async () => {
     const state = await socketState(socketPath);
     if (state === 'alive') return connect(place, socketPath);
@@ -68,8 +68,8 @@ export async function openOperations(place: StorePlace): Promise<Operations> {
 export async function loadEverything(): Promise<void> {
   await Promise.all([
     import('./open-directly.js'),
-    import('../store/local/local-store.js'),
-    import('../store/sheep/sheep-store.js'),
+    LOCAL.load(),
+    CLUSTER.load(),
     import('./control-client.js'),
     import('./remote-operations.js'),
   ]);
@@ -167,8 +167,9 @@ async function statusOf(
 
 /** Whether two directories or clusters' locations are one, as far as can be told from outside. */
 export function isSameStore(a: string, b: string): boolean {
-  if (isClusterLocation(a) || isClusterLocation(b)) return a === b;
-  const first = fs.statSync(a, { throwIfNoEntry: false });
-  const second = fs.statSync(b, { throwIfNoEntry: false });
+  const [directory, other] = [directoryOf(a), directoryOf(b)];
+  if (directory === undefined || other === undefined) return a === b;
+  const first = fs.statSync(directory, { throwIfNoEntry: false });
+  const second = fs.statSync(other, { throwIfNoEntry: false });
   return first !== undefined && second !== undefined && first.dev === second.dev && first.ino === second.ino;
 }

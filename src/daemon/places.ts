@@ -7,7 +7,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { makeDirectory } from '../store/local/make-directory.js';
-import { isClusterLocation } from '../store/sheep/cluster-address.js';
+import { directoryOf, kindOf } from '../store/locations.js';
 import { reasonOf } from '../store/system-error.js';
 import { OperationError } from './operations.js';
 
@@ -68,8 +68,9 @@ export function defaultListeners(env: Environment = process.env, uid = process.g
  * runtime directory, under the nodes as they were given.
  */
 export function controlSocketOf(store: string): string {
-  if (isClusterLocation(store)) return path.join(runtimeDirectory(), `cluster-${idOf(store)}.sock`);
-  return path.join(path.resolve(store), CONTROL_SOCKET);
+  const directory = directoryOf(store);
+  if (directory === undefined) return path.join(runtimeDirectory(), `${kindOf(store).name}-${idOf(store)}.sock`);
+  return path.join(path.resolve(directory), CONTROL_SOCKET);
 }
 
 /** Of a store that no socket can be made in. */
