@@ -375,9 +375,10 @@ export class NodeConnection {
       return;
     }
     const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
+    // Each time: answers on another connection may have come out of order.
+    this.#peer.epoch = epoch;
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
-      this.#peer.epoch = epoch;
       this.#onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;

@@ -24,6 +24,8 @@ const WATCH_MS = 250;
 const QUIET_LOOKS = 3;
 /** Looks in a row at which all members must be of one earlier epoch for it to be theirs: a node may be late by a moment. */
 const EARLIER_LOOKS = 8;
+/** The same if some cannot be asked: about 20 s, so that what waits for it has time left to be repeated. */
+const EARLIER_LOOKS_OF_SOME = 80;
 /** Nodes that cannot be asked are not waited for longer than this after the last change of members. */
 const BLIND_MS = 60_000;
 /** For the node's own recovery to reach the object, before one is asked for. */
@@ -71,12 +73,14 @@ export class RecoveryWatch {
   readonly #settled = new Set<string>();
   readonly #settling = new Map<string, Promise<void>>();
   #isWatching = false;
-  /** What all members said their epoch was at the last looks, when it was earlier than the one known. */
+  /** Looks in a row that have found no recovery. */
+  #quietLooks = 0;
+  /** What all members that answered said their epoch was at the last looks, when it was earlier than the one known. */
   #earlier = 0;
   #earlierLooks = 0;
+  /** How many such looks are enough, by how many of them have answered. */
+  #earlierLooksNeeded = EARLIER_LOOKS;
   readonly #pauses = new Pauses();
-  /** The latest epoch of those that answered at the last look. */
-  #heard = 0;
   #isClosed = false;
 
   constructor(nodes: WatchedNodes) {
@@ -185,6 +189,7 @@ export class RecoveryWatch {
   #unsettle(): void {
     this.isSteady = false;
     this.#changedAt = performance.now();
+    this.#quietLooks = 0;
     this.#settled.clear();
     if (!this.#isWatching) void this.#watch();
   }
@@ -197,15 +202,14 @@ export class RecoveryWatch {
   async #watch(): Promise<void> {
     this.#isWatching = true;
     const begunAt = performance.now();
-    let quiet = 0;
+    this.#quietLooks = 0;
     while (!this.#isClosed) {
       const { epoch } = this;
       const isQuiet = await this.#look();
       this.#goBack();
-      quiet = isQuiet && this.epoch === epoch ? quiet + 1 : 0;
+      this.#quietLooks = isQuiet && this.epoch === epoch ? this.#quietLooks + 1 : 0;
       const isBlind = isQuiet === undefined && performance.now() - Math.max(begunAt, this.#changedAt) > BLIND_MS;
-      if (isBlind && this.#heard > 0) this.epoch = Math.min(this.epoch, this.#heard);
-      if (quiet >= QUIET_LOOKS || isBlind) break;
+      if (this.#quietLooks >= QUIET_LOOKS || isBlind) break;
       await this.#pauses.wait(WATCH_MS);
     }
     this.#isWatching = false;
@@ -215,22 +219,23 @@ export class RecoveryWatch {
   }
 
   /**
-   * All members are of one earlier epoch, again and again: the later one was that of a node which had lost the others, and is
-   * not theirs. Else nothing would be steady until they have caught up with it, and no change of theirs noticed.
+   * All members are of one earlier epoch, again and again: the later one was that of a node which had lost the others, or of a
+   * cluster that was formatted anew since, and is not theirs. Else nothing that they answer would be believed until they have
+   * caught up with it.
    */
   #goBack(): void {
-    if (this.#earlierLooks < EARLIER_LOOKS) return;
+    if (this.#earlierLooks < this.#earlierLooksNeeded) return;
     this.epoch = this.#earlier;
     this.#earlierLooks = 0;
   }
 
-  #noteEarlier(answers: readonly (Answer | undefined)[]): void {
-    const [first] = answers;
-    const epoch = first?.epoch ?? 0;
-    const isEarlier = epoch > 0 && epoch < this.epoch && answers.every((answer) => answer?.epoch === epoch);
-    this.#heard = Math.max(0, ...answers.map((answer) => answer?.epoch ?? 0));
-    this.#earlierLooks = isEarlier ? (epoch === this.#earlier ? this.#earlierLooks + 1 : 1) : 0;
-    this.#earlier = epoch;
+  /** `listedAt`: the epoch of who says which nodes there are; it need not be reached in the way that they know. */
+  #noteEarlier(listedAt: number, answers: readonly (Answer | undefined)[]): void {
+    const isTheirs = listedAt > 0 && answers.every((answer) => answer === undefined || answer.epoch === listedAt);
+    const isEarlier = isTheirs && listedAt < this.epoch;
+    this.#earlierLooks = isEarlier ? (listedAt === this.#earlier ? this.#earlierLooks + 1 : 1) : 0;
+    this.#earlierLooksNeeded = answers.includes(undefined) ? EARLIER_LOOKS_OF_SOME : EARLIER_LOOKS;
+    this.#earlier = listedAt;
   }
 
   /** Whether no node recovers anything in this epoch; undefined if they could not be asked. */
@@ -241,7 +246,7 @@ export class RecoveryWatch {
       const requests = nodes.map(recoveryRequest);
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
-      this.#noteEarlier(answers);
+      this.#noteEarlier(listedAt, answers);
       // Who they are is for those to say who know it.
       if (listedAt < this.epoch) return false;
       const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
