@@ -84,9 +84,19 @@ export const Result = {
 
 const RESULT_NAMES = new Map<number, string>(Object.entries(Result).map(([name, value]) => [value, name]));
 
-/** "HALT (0x19)": how a result is told to people. */
+/** Results whose names do not say what an operator has to do. */
+const RESULT_MEANINGS = new Map<number, string>([
+  [
+    Result.HALT,
+    "it is strict ('dog cluster format -t'), and has fewer zones with nodes than copies or strips are wanted",
+  ],
+]);
+
+/** "NO_SPACE (0x15)", with what it means where the name does not say it: how a result is told to people. */
 export function resultName(result: number): string {
-  return `${RESULT_NAMES.get(result) ?? 'result'} (0x${result.toString(16).padStart(2, '0')})`;
+  const name = `${RESULT_NAMES.get(result) ?? 'result'} (0x${result.toString(16).padStart(2, '0')})`;
+  const meaning = RESULT_MEANINGS.get(result);
+  return meaning === undefined ? name : `${name}: ${meaning}`;
 }
 
 /** Flags of struct cluster_info. */
