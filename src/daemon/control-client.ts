@@ -156,7 +156,14 @@ export class ControlClient {
     return Buffer.concat(chunks).toString();
   }
 
-  #unreachable(error: Error): OperationError {
+  #unreachable(error: NodeJS.ErrnoException): OperationError {
+    if (error.code === 'ECONNRESET') {
+      return new OperationError(
+        'UNREACHABLE',
+        `the daemon on ${this.path} ended before it answered: whether it has done what it was asked is not known`,
+        { cause: error },
+      );
+    }
     return new OperationError('UNREACHABLE', `no answer from the daemon on ${this.path}: ${error.message}`, {
       cause: error,
     });

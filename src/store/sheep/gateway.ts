@@ -490,7 +490,10 @@ export class Gateway {
           }
         }
         if (isAmbiguous && options.once) {
-          throw new StoreError('IO', `${reason}; whether it was done before that is not known`);
+          throw new StoreError(
+            'IO',
+            `${reason}; whether the request was carried out is not known: 'sheepgate vdi list' shows`,
+          );
         }
         if (performance.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
           throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`, {
