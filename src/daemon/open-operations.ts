@@ -72,6 +72,7 @@ export async function loadEverything(): Promise<void> {
     import('../store/sheep/sheep-store.js'),
     import('./control-client.js'),
     import('./remote-operations.js'),
+    import('nbd-server-ts/client'),
   ]);
 }
 
