@@ -92,6 +92,8 @@ function checkFiles(ids) {
 /** The licences of the packages whose code is in the files: they ask to go with it. */
 function licences(ids) {
   const directories = new Set(ids.flatMap((id) => /^.*\/node_modules\/(?:@[^/]+\/)?[^/]+/.exec(id) ?? []));
+  // A few lines of its own are in the files, too.
+  directories.add(path.join(ROOT, 'node_modules/rolldown'));
   const texts = [...directories].sort().map((directory) => {
     const { name, version, license } = JSON.parse(fs.readFileSync(path.join(directory, 'package.json'), 'utf8'));
     const file = fs.readdirSync(directory).find((entry) => /^licen[cs]e/i.test(entry));

@@ -6,8 +6,8 @@ import fs from 'node:fs';
 import { SourceMap, type SourceMapPayload } from 'node:module';
 import path from 'node:path';
 
-/** FILE:LINE:COLUMN, as V8 writes the places of a stack trace. */
-const PLACE = /(?:file:\/\/)?(\/[^\s():]+\.js):(\d+):(\d+)/g;
+/** FILE:LINE:COLUMN, as V8 writes the places of a stack trace: `at name (PLACE)`, `at PLACE`. */
+const PLACE = /(?<=\(|\bat (?:async )?)(?:file:\/\/)?(\/[^()\n]*\.js):(\d+):(\d+)/g;
 
 /** The stack trace of an error, or the error as text if it has none. A place without a source map stays as it is. */
 export function readableStack(error: unknown): string {

@@ -265,6 +265,11 @@ export function nbdsh(args: readonly string[], options: RunOptions = {}): Promis
   return run(nbdPython, ['-m', 'nbd', ...args], options);
 }
 
+/** Of a process that a test starts by itself. */
+export function cleanEnvironment(): NodeJS.ProcessEnv {
+  return environment(undefined);
+}
+
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
   // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
