@@ -118,6 +118,8 @@ fs.rmSync(OUT, { recursive: true, force: true });
 const { output } = await bundle.write({
   dir: OUT,
   format: 'cjs',
+  // ES modules are strict without saying so.
+  strict: true,
   entryFileNames: '[name].js',
   // With a hash: a process that goes on while another version is installed must not load half of that.
   chunkFileNames: '[name]-[hash].js',

@@ -54,6 +54,13 @@ test('a command loads neither the other commands, nor the kind of store that it 
   await daemon.stop();
 });
 
+test('every file of the program is in strict mode, as the modules are that it is made of', () => {
+  const files = fs.readdirSync(BUNDLE).filter((file) => file.endsWith('.js'));
+  expect(files).toContain('sheepgate.js');
+  const lax = files.filter((file) => !/^["']use strict["'];/.test(fs.readFileSync(path.join(BUNDLE, file), 'utf8')));
+  expect(lax).toEqual([]);
+});
+
 test('the help lists all commands all the same, and a wrong name is told the right one', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   const { run: runs } = storeWith(store, undefined);
