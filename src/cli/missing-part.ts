@@ -1,6 +1,6 @@
 /**
  * What is said if the program cannot load a part of itself: a native library that was not installed, or was built for another
- * system, or a file that is gone because another version was installed meanwhile. No fault to report, and nothing was done.
+ * system, or a file that is gone because another version was installed meanwhile. That is no fault to report.
  */
 
 /** Messages of koffi 3 and of lmdb 3 (node-gyp-build-optional-packages), which have no code. */

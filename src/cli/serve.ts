@@ -240,7 +240,7 @@ function droppedLine(count: number, reason: string): string {
 function tellFaults(log: Logger): void {
   // Before the handler that all commands have: that one writes to stderr, which can wait for ever.
   process.prependListener('uncaughtException', (error) => {
-    error.stack = readableStack(error);
+    if (error instanceof Error) error.stack = readableStack(error);
     log.fatal({ err: error }, 'internal error, please report it');
     endBySignal('SIGABRT');
   });

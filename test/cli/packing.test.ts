@@ -76,6 +76,14 @@ describe.skipIf(missing.length > 0)('the packed program', () => {
     expect(fs.statSync(tarball).size).toBeLessThan(MAX_PACKED_BYTES);
   });
 
+  test('and so does the library', async () => {
+    const args = ['pack', path.join(ROOT, 'nbd'), '--dry-run', '--json', '--ignore-scripts'];
+    const [{ files: packed }] = JSON.parse(await npm(...args)) as [{ files: { path: string }[] }];
+    const names = packed.map((file) => file.path);
+    expect(names).toEqual(expect.arrayContaining(['LICENSE', 'README.md', 'dist/index.js', 'dist/index.d.ts']));
+    expect(names.filter((file) => /\.map$|\.tsbuildinfo$|^(?:src|test)\//.test(file))).toEqual([]);
+  });
+
   test('has every document that its documents lead to', () => {
     const dead = files
       .filter((file) => file.endsWith('.md'))
