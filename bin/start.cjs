@@ -1,17 +1,16 @@
-/**
- * Starts the command line, on a Node that is new enough (sheepgate.cjs looks). CommonJS on purpose: libuv reads the size of
- * its thread pool at the pool's first use, and loading an ES module is already a use.
- */
-// Object files are read and synced there, so four threads (libuv's default) are too few. How they are shared out is in
-// src/store/local/thread-shares.ts.
+/** Starts the command line, on a Node that is new enough (sheepgate.cjs looks). */
+// libuv reads the size of its thread pool at the pool's first use. Object files are read and synced there, so four threads
+// (libuv's default) are too few. How they are shared out is in src/store/local/thread-shares.ts.
 process.env.UV_THREADPOOL_SIZE ??= '24';
 // lmdb loads msgpackr, whose native part takes longer to load than a short command takes, and nothing here is msgpack.
 process.env.MSGPACKR_NATIVE_ACCELERATION_DISABLED ??= 'true';
-import('../dist/cli/main.js').catch((error) => {
+try {
+  require('../dist/bundle/sheepgate.js');
+} catch (error) {
   process.stderr.write(
-    error?.code === 'ERR_MODULE_NOT_FOUND'
-      ? `sheepgate: not built yet (${error.message}); run 'npm run build'\n`
+    error?.code === 'MODULE_NOT_FOUND'
+      ? `sheepgate: not built yet (${error.message.split('\n')[0]}); run 'npm run build'\n`
       : `${error?.stack}\n`,
   );
   process.exit(1);
-});
+}

@@ -8,13 +8,18 @@ import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js
 import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { addCommands, type Loaders } from './loaders.js';
+import { missingPart } from './missing-part.js';
 import { printable } from './printable.js';
+import { readableStack } from './readable-stack.js';
 import { version } from './version.js';
 
 const EXIT_FAILED = 1;
 const EXIT_USAGE = 2;
 /** A full disk, as a store says it, and as a daemon answers it. */
 const SPACE_CODES = new Set(['NO_SPACE', 'ENOSPC']);
+
+/** commander answers these by itself. */
+const VERSION_OPTIONS = new Set(['--version', '-V']);
 
 const COMMANDS: Loaders = {
   serve: async () => (await import('./serve.js')).serveCommand(),
@@ -43,7 +48,7 @@ async function programme(words: readonly string[]): Promise<Command> {
   const program = new Command('sheepgate')
     .description('NBD server for Sheepdog virtual disks (VDIs): thin, snapshotable disks for any NBD client')
     .version(version());
-  await addCommands(program, COMMANDS, words);
+  if (words[0] === undefined || !VERSION_OPTIONS.has(words[0])) await addCommands(program, COMMANDS, words);
   program.addHelpText('after', EXAMPLES);
   throwInsteadOfExiting(program);
   return program;
@@ -75,7 +80,12 @@ function endWith(error: unknown): number {
     lastWords(`sheepgate: ${oneLine(systemMessage(error))}\n`);
     return EXIT_FAILED;
   }
-  lastWords(`sheepgate: internal error, please report it: ${(error as Error)?.stack ?? String(error)}\n`);
+  const missing = missingPart(error);
+  if (missing !== undefined) {
+    lastWords(`sheepgate: ${oneLine(missing)}\n`);
+    return EXIT_FAILED;
+  }
+  lastWords(`sheepgate: internal error, please report it: ${readableStack(error)}\n`);
   return EXIT_FAILED;
 }
 
@@ -101,18 +111,32 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
 process.stderr.on('error', () => undefined);
 // A fault of ours ends the process by a signal: leaving it to Node can wait for ever (see endBySignal).
 process.on('uncaughtException', (error) => {
-  process.stderr.write(`sheepgate: internal error, please report it: ${error?.stack ?? String(error)}\n`);
+  process.stderr.write(`sheepgate: internal error, please report it: ${readableStack(error)}\n`);
   endBySignal('SIGABRT');
 });
 
-try {
-  await (await programme(process.argv.slice(2))).parseAsync();
-  await finish(Number(process.exitCode ?? 0));
-} catch (error) {
-  const code = endWith(error);
-  await finish(code);
-  // What was printed goes out first; a pipe takes it later. An interrupted image need not.
-  if (error instanceof InterruptedError) process.exit(code);
-  if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
-  else process.exitCode = code;
+let isOver = false;
+// Nothing is under way any more, and the command has not come to its end: that must not look like success.
+process.once('beforeExit', () => {
+  if (isOver) return;
+  process.stderr.write('sheepgate: internal error, please report it: the command stopped before its end\n');
+  process.exit(EXIT_FAILED);
+});
+
+async function main(): Promise<void> {
+  try {
+    await (await programme(process.argv.slice(2))).parseAsync();
+    await finish(Number(process.exitCode ?? 0));
+    isOver = true;
+  } catch (error) {
+    const code = endWith(error);
+    await finish(code);
+    isOver = true;
+    // What was printed goes out first; a pipe takes it later. An interrupted image need not.
+    if (error instanceof InterruptedError) process.exit(code);
+    if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
+    else process.exitCode = code;
+  }
 }
+
+void main();

@@ -15,6 +15,7 @@ import { endBySignal } from './interrupt.js';
 import { missingOption, storeOptions } from './missing.js';
 import { unfinishedJson } from './output.js';
 import { printable, printableJson } from './printable.js';
+import { readableStack } from './readable-stack.js';
 import { formatSizes } from './size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
@@ -239,6 +240,7 @@ function droppedLine(count: number, reason: string): string {
 function tellFaults(log: Logger): void {
   // Before the handler that all commands have: that one writes to stderr, which can wait for ever.
   process.prependListener('uncaughtException', (error) => {
+    if (error instanceof Error) error.stack = readableStack(error);
     log.fatal({ err: error }, 'internal error, please report it');
     endBySignal('SIGABRT');
   });

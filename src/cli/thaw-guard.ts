@@ -30,29 +30,33 @@ for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGPIPE'] as const) proces
 process.stdout.on('error', () => undefined);
 process.stderr.on('error', () => undefined);
 
-const stop = new AbortController();
-const freezing = runCommand(freeze, { timeoutMs: Number(timeout), signal: stop.signal });
-void freezing.then((failure) => say({ event: 'frozen', failure }));
-let isLate = false;
-const told = new Promise<void>((resolve) => {
-  const timer = setTimeout(() => {
-    isLate = true;
-    resolve();
-  }, Number(timeout));
-  const now = (): void => {
-    clearTimeout(timer);
-    resolve();
-  };
-  process.stdin.once('data', now).once('end', now).once('error', now);
-});
-await told;
-stop.abort();
-await Promise.race([freezing, new Promise((resolve) => setTimeout(resolve, END_WAIT_MS).unref())]);
-let failure: string | null = null;
-for (let attempt = 1; attempt <= ATTEMPTS; attempt++) {
-  failure = await runCommand(thaw, { timeoutMs: ATTEMPT_TIMEOUT_MS });
-  if (failure === null) break;
-  if (attempt < ATTEMPTS) await new Promise((resolve) => setTimeout(resolve, BETWEEN_MS));
+async function guard(): Promise<void> {
+  const stop = new AbortController();
+  const freezing = runCommand(freeze, { timeoutMs: Number(timeout), signal: stop.signal });
+  void freezing.then((failure) => say({ event: 'frozen', failure }));
+  let isLate = false;
+  const told = new Promise<void>((resolve) => {
+    const timer = setTimeout(() => {
+      isLate = true;
+      resolve();
+    }, Number(timeout));
+    const now = (): void => {
+      clearTimeout(timer);
+      resolve();
+    };
+    process.stdin.once('data', now).once('end', now).once('error', now);
+  });
+  await told;
+  stop.abort();
+  await Promise.race([freezing, new Promise((resolve) => setTimeout(resolve, END_WAIT_MS).unref())]);
+  let failure: string | null = null;
+  for (let attempt = 1; attempt <= ATTEMPTS; attempt++) {
+    failure = await runCommand(thaw, { timeoutMs: ATTEMPT_TIMEOUT_MS });
+    if (failure === null) break;
+    if (attempt < ATTEMPTS) await new Promise((resolve) => setTimeout(resolve, BETWEEN_MS));
+  }
+  say({ event: 'thawed', isLate, failure });
+  process.stdin.destroy();
 }
-say({ event: 'thawed', isLate, failure });
-process.stdin.destroy();
+
+void guard();

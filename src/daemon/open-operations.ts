@@ -16,9 +16,12 @@ import { socketState } from './stale-socket.js';
 
 /**
  * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
- * daemon that is starting or stopping.
+ * daemon that is starting or stopping. Counted anew when it is another process that has the store: commands that are started
+ * at the same time each have their turn.
  */
 const LOCK_WAIT_MS = 3_000;
+/** However many are before this one. */
+const MAX_LOCK_WAIT_MS = 30_000;
 const LOCK_POLL_MS = 50;
 
 export interface StorePlace {
@@ -72,6 +75,7 @@ export async function loadEverything(): Promise<void> {
     CLUSTER.load(),
     import('./control-client.js'),
     import('./remote-operations.js'),
+    import('nbd-server-ts/client'),
   ]);
 }
 
@@ -80,16 +84,22 @@ async function directly(place: StorePlace): Promise<Operations> {
   return openDirectly(place);
 }
 
-/** Try again for a while if the store is locked, and then say who may have it. */
+/** Try again for a while if the store is locked (LOCK_WAIT_MS), and then say who may have it. */
 export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: string): Promise<T> {
-  const deadline = performance.now() + LOCK_WAIT_MS;
+  const end = performance.now() + MAX_LOCK_WAIT_MS;
+  let deadline = performance.now() + LOCK_WAIT_MS;
+  let heldBy: number | undefined;
   for (;;) {
     try {
       return await attempt();
     } catch (error) {
       if (!(error instanceof StoreError) || error.code !== 'LOCKED') throw error;
+      const { holder } = error as Partial<StoreLockedError>;
+      if (holder?.pid !== undefined && holder.pid !== heldBy) {
+        heldBy = holder.pid;
+        deadline = Math.min(performance.now() + LOCK_WAIT_MS, end);
+      }
       if (performance.now() >= deadline) {
-        const { holder } = error as Partial<StoreLockedError>;
         throw new OperationError('LOCKED', lockedMessage(holder, socketPath), { cause: error });
       }
     }

@@ -3,7 +3,6 @@
  * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
  */
 import { ALLOCATION_CONTEXT, type ExtentSink } from 'nbd-server-ts/block-device';
-import { MAX_PAYLOAD, NbdClient } from 'nbd-server-ts/client';
 import { unfinishedExport } from '../export/unfinished-export.js';
 import { formatRedundancy } from '../store/redundancy.js';
 import { pathOf, type ControlClient } from './control-client.js';
@@ -142,6 +141,8 @@ export class RemoteOperations implements Operations {
     const exportName = run === undefined ? name : unfinishedExport(name, run);
     // NBD refuses an export with hardly a word; the control API says it as the catalog does.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
+    // Loaded late: most commands read and write no data.
+    const { MAX_PAYLOAD, NbdClient } = await import('nbd-server-ts/client');
     const { socket, head, session } = await this.#control.upgrade();
     try {
       const client = await NbdClient.connect({ socket, head });

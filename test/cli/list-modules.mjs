@@ -1,10 +1,6 @@
-// Loaded before sheepgate (node --import): appends the address of every module that is loaded to the file $MODULES.
-import { register } from 'node:module';
+// Loaded before sheepgate (node --import): writes the paths of all modules that it loads to the file $MODULES.
+import fs from 'node:fs';
+import { createRequire } from 'node:module';
 
-const hooks = `
-  import fs from 'node:fs';
-  export async function load(url, context, next) {
-    fs.appendFileSync(process.env.MODULES, url + '\\n');
-    return next(url, context);
-  }`;
-register(`data:text/javascript,${encodeURIComponent(hooks)}`);
+const { cache } = createRequire(import.meta.url);
+process.on('exit', () => fs.writeFileSync(process.env.MODULES, Object.keys(cache).join('\n')));

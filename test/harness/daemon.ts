@@ -9,6 +9,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { afterAll, afterEach, inject, test, type TestContext } from 'vitest';
+import { requireBuild } from './build.js';
 import { clientSet, clientSetNamed, hasCommand, inSet, nbdPythonOf, virtnbdbackupOf } from './client-set.js';
 import { processState } from './process-state.js';
 
@@ -138,6 +139,7 @@ export interface RunResult {
  * to start it is an error.
  */
 export async function run(command: string, args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
+  if (args.includes(BIN)) requireBuild();
   const set = command === process.execPath ? HERE : clientSet;
   const [program, ...rest] = inSet(set, command, args, options.cwd);
   const child = spawn(program, rest, {
@@ -263,6 +265,11 @@ export function nbdsh(args: readonly string[], options: RunOptions = {}): Promis
   return run(nbdPython, ['-m', 'nbd', ...args], options);
 }
 
+/** Of a process that a test starts by itself. */
+export function cleanEnvironment(): NodeJS.ProcessEnv {
+  return environment(undefined);
+}
+
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
   // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
@@ -319,6 +326,7 @@ export interface Daemon {
 
 /** Start `sheepgate serve` on a unix socket of its own and wait until it is ready. */
 export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> {
+  requireBuild();
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
