@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { makeDirectory } from '../store/local/make-directory.js';
+import { nodeFiles } from '../system/node-files.js';
 import { isClusterLocation } from '../store/sheep/cluster-address.js';
 import { reasonOf } from '../store/system-error.js';
 import { OperationError } from './operations.js';
@@ -92,7 +93,7 @@ export function makeSocketDirectory(directory: string, uid = process.geteuid?.()
   // Before anything is made in it.
   if (isOurs) mustBeOurs(runtimeBase(), uid);
   try {
-    makeDirectory(directory, 0o700);
+    makeDirectory(nodeFiles, directory, 0o700);
   } catch (error) {
     throw new OperationError(
       'PERMISSION',
