@@ -5,6 +5,8 @@
  */
 import { createHash } from 'node:crypto';
 import { OperationError } from '../daemon/operations.js';
+import type { HostDisk } from '../system/disk.js';
+import { isZeros } from '../system/zeros.js';
 import { readWhole, replaceFile } from './target-files.js';
 
 const HASH_BYTES = 32;
@@ -14,20 +16,10 @@ export const NO_HASH = Buffer.alloc(HASH_BYTES);
 export const MAX_BLOCK_BYTES = 16 * 2 ** 20;
 /** Of one disk; its table has 512 MiB then. Enough for 256 TiB in blocks of 16 MiB, 64 TiB in blocks of 4 MiB. */
 export const MAX_BLOCKS = 2 ** 24;
-const ZEROS = Buffer.alloc(64 * 2 ** 10);
 
 /** Bytes of a block, for a VDI with objects of 2^blockSizeShift bytes. */
 export function blockBytesOf(blockSizeShift: number): number {
   return Math.min(2 ** blockSizeShift, MAX_BLOCK_BYTES);
-}
-
-/** Whether it holds only zeros. */
-export function isZeros(data: Buffer): boolean {
-  for (let from = 0; from < data.length; from += ZEROS.length) {
-    const length = Math.min(ZEROS.length, data.length - from);
-    if (data.compare(ZEROS, 0, length, from, from + length) !== 0) return false;
-  }
-  return true;
 }
 
 /** The table's entry for a block of these bytes. */
@@ -58,9 +50,15 @@ export class BlockHashes {
   }
 
   /** Read a table. Errors: DAMAGED if it is not the one with this tree hash. */
-  static async load(file: string, size: number, blockBytes: number, treeHash: string): Promise<BlockHashes> {
+  static async load(
+    disk: HostDisk,
+    file: string,
+    size: number,
+    blockBytes: number,
+    treeHash: string,
+  ): Promise<BlockHashes> {
     const bytes = Math.ceil(size / blockBytes) * HASH_BYTES;
-    const found = await readWhole(file, bytes);
+    const found = await readWhole(disk, file, bytes);
     if (found.length === bytes) {
       const hashes = new BlockHashes(size, blockBytes);
       found.copy(hashes.#table);
@@ -69,8 +67,8 @@ export class BlockHashes {
     throw new OperationError('DAMAGED', `${file} is damaged: it is not the list of hashes that was written`);
   }
 
-  save(file: string): Promise<void> {
-    return replaceFile(file, this.#table);
+  save(disk: HostDisk, file: string): Promise<void> {
+    return replaceFile(disk, file, this.#table);
   }
 
   /**

@@ -2,11 +2,10 @@
  * The content of one backup: a raw image and the increments over it, read as one disk. Owns the open files. Checks what
  * it reads only where asked to; never writes.
  */
-import type fs from 'node:fs';
 import { OperationError } from '../daemon/operations.js';
-import { dropCached, nextData } from '../store/local/libc.js';
+import type { HostDisk } from '../system/disk.js';
+import type { OpenFile } from '../system/open-file.js';
 import { hashOf, type BlockHashes } from './block-hashes.js';
-import { readWithin } from './file-io.js';
 import { IncrementReader } from './qcow2-file.js';
 import { openRegular, readable } from './target-files.js';
 
@@ -17,28 +16,30 @@ export interface Link {
 }
 
 export class Chain {
+  readonly #disk: HostDisk;
   #size: number;
-  readonly #base: fs.promises.FileHandle;
+  readonly #base: OpenFile;
   readonly #baseFile: string;
   /** Of so many files, the image first, the cache was dropped. */
   #dropped = 0;
   /** From the bottom to the top. */
   readonly #links: IncrementReader[] = [];
 
-  private constructor(base: fs.promises.FileHandle, baseFile: string, size: number) {
+  private constructor(disk: HostDisk, base: OpenFile, baseFile: string, size: number) {
+    this.#disk = disk;
     this.#base = base;
     this.#baseFile = baseFile;
     this.#size = size;
   }
 
   /** Open an image of `size` bytes, without what is over it. Errors: DAMAGED, BAD_TARGET. */
-  static async openImage(file: string, size: number): Promise<Chain> {
-    return new Chain(await present(file, () => openRegular(file, 'r')), file, size);
+  static async openImage(disk: HostDisk, file: string, size: number): Promise<Chain> {
+    return new Chain(disk, await present(file, () => openRegular(disk, file, 'r')), file, size);
   }
 
   /** Open the image and the increments over it, the lowest first. Errors: DAMAGED, BAD_TARGET. */
-  static async open(image: Link, increments: readonly Link[]): Promise<Chain> {
-    const chain = await Chain.openImage(image.file, image.size);
+  static async open(disk: HostDisk, image: Link, increments: readonly Link[]): Promise<Chain> {
+    const chain = await Chain.openImage(disk, image.file, image.size);
     try {
       for (const link of increments) await chain.add(link);
       return chain;
@@ -50,7 +51,7 @@ export class Chain {
 
   /** From now on it is the disk with this increment over what it was. Errors: DAMAGED, BAD_TARGET. */
   async add({ file, size }: Link): Promise<void> {
-    const link = await present(file, () => IncrementReader.open(file));
+    const link = await present(file, () => IncrementReader.open(this.#disk, file));
     this.#links.push(link); // to be closed with the others
     if (link.size !== size) {
       throw new OperationError('DAMAGED', `${file} is damaged: it is of ${link.size} bytes, not ${size}`);
@@ -79,7 +80,7 @@ export class Chain {
    */
   async nextStored(offset: number, only?: IncrementReader): Promise<number> {
     if (only) return only.nextOwn(offset);
-    const found = await readable(this.#baseFile, () => nextData(this.#base.fd, offset));
+    const found = await readable(this.#baseFile, () => this.#base.nextData(offset));
     let next = found < 0 ? this.#size : Math.min(found, this.#size);
     for (const link of this.#links) {
       if (next <= offset) break;
@@ -108,8 +109,8 @@ export class Chain {
    * that are added later too if this is called again.
    */
   async dropCached(): Promise<void> {
-    const fds = [this.#base.fd, ...this.#links.map(({ fd }) => fd)];
-    for (; this.#dropped < fds.length; this.#dropped++) await dropCached(fds[this.#dropped] as number);
+    const files = [this.#base, ...this.#links];
+    for (; this.#dropped < files.length; this.#dropped++) await files[this.#dropped]?.dropCached();
   }
 
   /** The files that a range is made of, uppermost first. */
@@ -130,7 +131,7 @@ export class Chain {
 
   async #read(level: number, offset: number, into: Buffer): Promise<void> {
     const link = this.#links[level - 1];
-    if (!link) return readable(this.#baseFile, () => readWithin(this.#base.fd, into, offset));
+    if (!link) return readable(this.#baseFile, () => this.#base.readPadded(into, offset));
     let done = 0;
     for (const run of await link.runs(offset, into.length)) {
       const part = into.subarray(run.offset - offset, run.offset - offset + run.length);

@@ -4,6 +4,7 @@
  */
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
+import type { HostDisk } from '../system/disk.js';
 import { MAX_BLOCK_BYTES, MAX_BLOCKS } from './block-hashes.js';
 import { readWhole, replaceFile } from './target-files.js';
 
@@ -89,11 +90,11 @@ export function newManifest(target: string, vdi: string, store: string): Manifes
 }
 
 /** undefined if there is none. Errors: DAMAGED, FORMAT, BAD_TARGET. */
-export async function readManifest(directory: string): Promise<Manifest | undefined> {
+export async function readManifest(disk: HostDisk, directory: string): Promise<Manifest | undefined> {
   const file = path.join(directory, MANIFEST);
   let text: string;
   try {
-    text = (await readWhole(file, MAX_MANIFEST_BYTES)).toString();
+    text = (await readWhole(disk, file, MAX_MANIFEST_BYTES)).toString();
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;
@@ -118,8 +119,9 @@ export async function readManifest(directory: string): Promise<Manifest | undefi
   return current as Manifest;
 }
 
-export function writeManifest(directory: string, manifest: Manifest): Promise<void> {
-  return replaceFile(path.join(directory, MANIFEST), `${JSON.stringify(manifest, undefined, 2)}\n`);
+export function writeManifest(disk: HostDisk, directory: string, manifest: Manifest): Promise<void> {
+  const text = `${JSON.stringify(manifest, undefined, 2)}\n`;
+  return replaceFile(disk, path.join(directory, MANIFEST), Buffer.from(text));
 }
 
 type Fields = Readonly<Record<string, unknown>>;

@@ -3,9 +3,10 @@
  * layout (qemu's docs/interop/qcow2.txt, version 3, 64 KiB clusters, no snapshots, nothing compressed). A file that was
  * not finished has no header, so that nobody can take it for an image. Files of other programs are refused, not guessed at.
  */
-import type fs from 'node:fs';
 import { OperationError } from '../daemon/operations.js';
-import { readFully, writeFully } from './file-io.js';
+import type { HostDisk } from '../system/disk.js';
+import type { OpenFile } from '../system/open-file.js';
+import { readAll } from './read-all.js';
 import { createFile, openRegular, readable } from './target-files.js';
 
 const CLUSTER_BITS = 16;
@@ -59,22 +60,22 @@ export interface Backing {
 }
 
 export class IncrementWriter {
-  readonly #handle: fs.promises.FileHandle;
+  readonly #handle: OpenFile;
   readonly #size: number;
   readonly #backing: Backing;
   readonly #tables = new Map<number, Buffer>();
   /** In clusters; the first is the header's. */
   #end = 1;
 
-  private constructor(handle: fs.promises.FileHandle, size: number, backing: Backing) {
+  private constructor(handle: OpenFile, size: number, backing: Backing) {
     this.#handle = handle;
     this.#size = size;
     this.#backing = backing;
   }
 
   /** A new file for a disk of `size` bytes that reads as the one below it. */
-  static async create(file: string, size: number, backing: Backing): Promise<IncrementWriter> {
-    return new IncrementWriter(await createFile(file), size, backing);
+  static async create(disk: HostDisk, file: string, size: number, backing: Backing): Promise<IncrementWriter> {
+    return new IncrementWriter(await createFile(disk, file), size, backing);
   }
 
   /** `offset` is a multiple of CLUSTER_BYTES, and so is the length, except at the end of the disk. */
@@ -85,7 +86,7 @@ export class IncrementWriter {
     for (let i = 0; i < count; i++) {
       this.#enter(offset + i * CLUSTER_BYTES, (BigInt(at + i) << BigInt(CLUSTER_BITS)) | COPIED);
     }
-    await writeFully(this.#handle.fd, data, at * CLUSTER_BYTES);
+    await this.#handle.write(data, at * CLUSTER_BYTES);
   }
 
   /** The range reads as zeros, whatever is below. */
@@ -107,7 +108,7 @@ export class IncrementWriter {
     const refcounts = await this.#writeRefcounts();
     await this.#handle.truncate(this.#end * CLUSTER_BYTES);
     await this.#handle.sync();
-    await writeFully(this.#handle.fd, this.#header(l1.length / ENTRY_BYTES, l1At, refcounts), 0);
+    await this.#handle.write(this.#header(l1.length / ENTRY_BYTES, l1At, refcounts), 0);
     await this.#handle.sync();
     return this.#end * CLUSTER_BYTES;
   }
@@ -153,7 +154,7 @@ export class IncrementWriter {
     for (let from = 0; from < table.length; from += TABLE_PART_BYTES) {
       const part = table.subarray(from, from + TABLE_PART_BYTES);
       if (part.equals(NOTHING.subarray(0, part.length))) continue;
-      await writeFully(this.#handle.fd, part, cluster * CLUSTER_BYTES + from);
+      await this.#handle.write(part, cluster * CLUSTER_BYTES + from);
     }
   }
 
@@ -195,7 +196,7 @@ export interface Run {
 }
 
 export class IncrementReader {
-  readonly #handle: fs.promises.FileHandle;
+  readonly #handle: OpenFile;
   readonly file: string;
   /** Of the disk. */
   readonly size: number;
@@ -206,7 +207,7 @@ export class IncrementReader {
   #table: { readonly index: number; readonly entries: Promise<Buffer | undefined> } | undefined;
 
   private constructor(
-    handle: fs.promises.FileHandle,
+    handle: OpenFile,
     file: string,
     header: { readonly size: number; readonly backing: Backing; readonly l1: Buffer; readonly fileBytes: number },
   ) {
@@ -219,17 +220,17 @@ export class IncrementReader {
   }
 
   /** Errors: DAMAGED if it is not a file that IncrementWriter finished, or cannot be read. */
-  static open(file: string): Promise<IncrementReader> {
-    return readable(file, () => IncrementReader.#open(file));
+  static open(disk: HostDisk, file: string): Promise<IncrementReader> {
+    return readable(file, () => IncrementReader.#open(disk, file));
   }
 
-  static async #open(file: string): Promise<IncrementReader> {
-    const handle = await openRegular(file, 'r');
+  static async #open(disk: HostDisk, file: string): Promise<IncrementReader> {
+    const handle = await openRegular(disk, file, 'r');
     try {
-      const { size: fileBytes } = await handle.stat();
+      const { size: fileBytes } = handle.status();
       if (fileBytes < CLUSTER_BYTES) throw damaged(file, 'it is too short');
       const header = Buffer.alloc(CLUSTER_BYTES);
-      await readFully(handle.fd, header, 0);
+      await readAll(handle, header, 0);
       const is = (field: number, value: number): boolean => header.readUInt32BE(field) === value;
       const isOurs =
         is(FIELD.magic, MAGIC) &&
@@ -247,7 +248,7 @@ export class IncrementReader {
       if (!isWithin || entries !== Math.ceil(size / TABLE_SPAN_BYTES))
         throw damaged(file, 'its header does not fit its length');
       const l1 = Buffer.alloc(entries * ENTRY_BYTES);
-      await readFully(handle.fd, l1, l1Offset);
+      await readAll(handle, l1, l1Offset);
       return new IncrementReader(handle, file, { size, backing: backingOf(header, file), l1, fileBytes });
     } catch (error) {
       await handle.close();
@@ -255,8 +256,8 @@ export class IncrementReader {
     }
   }
 
-  get fd(): number {
-    return this.#handle.fd;
+  dropCached(): Promise<void> {
+    return this.#handle.dropCached();
   }
 
   /** What the range is made of, in order, neighbours of a kind joined; at most to the end of the disk. */
@@ -329,7 +330,7 @@ export class IncrementReader {
   }
 
   #fill(into: Buffer, at: number): Promise<void> {
-    return readable(this.file, () => readFully(this.#handle.fd, into, at));
+    return readable(this.file, () => readAll(this.#handle, into, at));
   }
 }
 

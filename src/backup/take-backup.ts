@@ -12,9 +12,11 @@ import {
   type Operations,
   type VdiRecord,
 } from '../daemon/operations.js';
-import { blockBytesOf, BlockHashes, hashOf, isZeros } from './block-hashes.js';
+import type { HostDisk } from '../system/disk.js';
+import { hostDisk } from '../system/real-disk.js';
+import { isZeros } from '../system/zeros.js';
+import { blockBytesOf, BlockHashes, hashOf } from './block-hashes.js';
 import { Chain, type Link } from './chain.js';
-import { writeFully } from './file-io.js';
 import { inFlight } from './flight.js';
 import { MAX_POINTS, type BaseSnapshot, type Point } from './manifest.js';
 import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
@@ -28,6 +30,8 @@ export interface TakeOptions extends TargetWork {
   readonly vdi: string;
   /** Directory or image. */
   readonly to: string;
+  /** The disk that `to` is on; this machine's if not given. */
+  readonly disk?: HostDisk;
   /** How many backups to keep; undefined for all. An image holds one. */
   readonly keep: number | undefined;
   /** Copy all of it, over nothing. */
@@ -68,7 +72,7 @@ export async function takeBackup(withStore: WithStore, given: TakeOptions): Prom
   });
   // However it was said: its snapshots are said by its name.
   const options = { ...given, vdi };
-  const { image } = placeOf(to);
+  const { image } = placeOf(options.disk ?? hostDisk, to);
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
     throw new OperationError(
       'BAD_USAGE',
@@ -76,7 +80,7 @@ export async function takeBackup(withStore: WithStore, given: TakeOptions): Prom
     );
   }
   const keep = image === undefined ? options.keep : 1;
-  const target = await BackupTarget.openForBackup(to, vdi, store, options, isFull);
+  const target = await BackupTarget.openForBackup(to, vdi, store, options, isFull, options.disk);
   try {
     const dropped = await makeRoom(target, keep, options);
     if (target.last && !isFull) await target.checkUntouched(options);
@@ -266,9 +270,9 @@ class Run {
       }
       signal.throwIfAborted();
       if (verifies) await this.#readBack(partial, disk.size, hashes, copied.blocks, previous);
-      await moveFile(partial, partial.slice(0, -PARTIAL.length));
+      await moveFile(this.#target.disk, partial, partial.slice(0, -PARTIAL.length));
       if (newBase !== undefined) await target.writeEmpty(`${stem}.qcow2`, disk.size, chain);
-      await hashes.save(`${stem}.hashes`);
+      await hashes.save(this.#target.disk, `${stem}.hashes`);
       const point: Point = {
         ...about,
         isFull: previous === undefined,
@@ -294,7 +298,7 @@ class Run {
   async #copyAll(disk: Disk, file: string, hashes: BlockHashes, advance: (bytes: number) => void): Promise<Copied> {
     const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
     const data = new PagedRanges((offset) => disk.dataPage(offset));
-    const handle = await createFile(file);
+    const handle = await createFile(this.#target.disk, file);
     try {
       await handle.truncate(disk.size);
       await inFlight(async (flight) => {
@@ -312,7 +316,7 @@ class Run {
             hashes.set(index, hashOf(block));
             for (const { from, to, kind } of differences(block, undefined)) {
               if (kind !== 'data') continue;
-              await writeFully(handle.fd, block.subarray(from, to), offset + from);
+              await handle.write(block.subarray(from, to), offset + from);
               copied.storedBytes += to - from;
             }
             if (!hashes.isZero(index)) copied.changedBytes += length;
@@ -345,10 +349,12 @@ class Run {
     const cut = new Set(ends.map((end) => Math.floor(end / hashes.blockBytes)));
     const chain = await this.#target.openChain(previous.point);
     const backing = this.#target.backingOf(previous.point);
-    const writer = await IncrementWriter.create(file, disk.size, backing).catch(async (error: unknown) => {
-      await chain.close();
-      throw error;
-    });
+    const writer = await IncrementWriter.create(this.#target.disk, file, disk.size, backing).catch(
+      async (error: unknown) => {
+        await chain.close();
+        throw error;
+      },
+    );
     const copyBlock = async (index: number, isData: boolean): Promise<void> => {
       const offset = index * hashes.blockBytes;
       const length = hashes.lengthOf(index);
@@ -401,7 +407,7 @@ class Run {
   ): Promise<void> {
     const written: Link = { file, size };
     const [image, below] = previous ? this.#target.linksOf(previous.point) : [written, []];
-    const chain = await Chain.open(image, previous ? [...below, written] : []);
+    const chain = await Chain.open(this.#target.disk, image, previous ? [...below, written] : []);
     const doing = this.#options.progress('verifying', blocks.length * hashes.blockBytes);
     try {
       await chain.dropCached();

@@ -7,29 +7,39 @@
  * Names are relative to an open directory (openat(2), by way of /proc/self/fd): whoever puts a link in the place of the
  * directory meanwhile wins nothing. The directory's own path is the caller's to resolve; its last part is not a link.
  */
-import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
 import { reasonOf, type SystemError } from '../store/system-error.js';
+import {
+  O_CREAT,
+  O_DIRECTORY,
+  O_EXCL,
+  O_NOFOLLOW,
+  O_NONBLOCK,
+  O_RDONLY,
+  O_RDWR,
+  O_WRONLY,
+  type FileStatus,
+  type HostDisk,
+} from '../system/disk.js';
+import { OpenFile } from '../system/open-file.js';
 
-const { O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_NOFOLLOW, O_NONBLOCK, O_DIRECTORY } = fs.constants;
 const DESCRIPTORS = '/proc/self/fd';
 const PARTIAL = '.partial';
-
-/** Where there is no /proc, names are what is left. */
-const hasDescriptors = fs.existsSync(DESCRIPTORS);
 
 /**
  * Run `work` with a directory held open; `at` gives the path of a name in it, which stays in that directory whatever is
  * done to its own path. Errors: BAD_TARGET if it is a symbolic link or no directory.
  */
 export async function inDirectory<T>(
+  disk: HostDisk,
   directory: string,
   work: (at: (name: string) => string) => Promise<T>,
 ): Promise<T> {
-  const handle = await openDirectory(directory);
-  const pinned = hasDescriptors ? `${DESCRIPTORS}/${handle.fd}` : directory;
+  const handle = await openDirectory(disk, directory);
+  // Where there is no /proc, names are what is left.
+  const pinned = disk.existsSync(DESCRIPTORS) ? `${DESCRIPTORS}/${handle.fd}` : directory;
   try {
     return await work((name) => `${pinned}/${name}`);
   } catch (error) {
@@ -40,15 +50,15 @@ export async function inDirectory<T>(
 }
 
 /** Open a file to read, or to write into. Errors: BAD_TARGET if it is not a regular file, ENOENT. */
-export function openRegular(file: string, access: 'r' | 'r+'): Promise<fs.promises.FileHandle> {
+export function openRegular(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
   const mode = access === 'r' ? O_RDONLY : O_RDWR;
-  return inDirectory(path.dirname(file), async (at) => {
+  return inDirectory(disk, path.dirname(file), async (at) => {
     const where = at(path.basename(file));
     // First: even the opening of a device may do something.
-    checkRegular(await fs.promises.lstat(where), file);
-    const handle = await openChecked(where, mode, file);
+    checkRegular(await disk.lstat(where), file);
+    const handle = await openChecked(disk, where, mode, file);
     if (access === 'r') return handle;
-    const { nlink } = await handle.stat();
+    const { nlink } = handle.status();
     if (nlink <= 1) return handle;
     await handle.close();
     throw new OperationError(
@@ -60,12 +70,12 @@ export function openRegular(file: string, access: 'r' | 'r+'): Promise<fs.promis
 }
 
 /** Open the file for locking; `access` 'r+' makes it if it is not there. Errors: as openRegular. */
-export function openLock(file: string, access: 'r' | 'r+'): Promise<fs.promises.FileHandle> {
-  return inDirectory(path.dirname(file), async (at) => {
+export function openLock(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
+  return inDirectory(disk, path.dirname(file), async (at) => {
     const where = at(path.basename(file));
-    const found = await fs.promises.lstat(where).catch(ignoring('ENOENT'));
+    const found = await disk.lstat(where).catch(ignoring('ENOENT'));
     if (found) checkRegular(found, file);
-    return openChecked(where, access === 'r' ? O_RDONLY : O_RDWR | O_CREAT, file);
+    return openChecked(disk, where, access === 'r' ? O_RDONLY : O_RDWR | O_CREAT, file);
   });
 }
 
@@ -73,11 +83,11 @@ export function openLock(file: string, access: 'r' | 'r+'): Promise<fs.promises.
  * A new, empty file, to be written; what has its name now is removed, and not written through, or with `mayReplace` false is
  * an error (EEXIST).
  */
-export function createFile(file: string, { mayReplace = true } = {}): Promise<fs.promises.FileHandle> {
-  return inDirectory(path.dirname(file), async (at) => {
+export function createFile(disk: HostDisk, file: string, { mayReplace = true } = {}): Promise<OpenFile> {
+  return inDirectory(disk, path.dirname(file), async (at) => {
     const where = at(path.basename(file));
-    if (mayReplace) await fs.promises.unlink(where).catch(ignoring('ENOENT'));
-    return fs.promises.open(where, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600);
+    if (mayReplace) await disk.unlink(where).catch(ignoring('ENOENT'));
+    return new OpenFile(disk, await disk.open(where, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600));
   });
 }
 
@@ -101,14 +111,14 @@ export async function readable<T>(file: string, read: () => Promise<T>): Promise
 }
 
 /** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger, or cannot be read. */
-export function readWhole(file: string, maxBytes: number): Promise<Buffer> {
-  return readable(file, () => wholeOf(file, maxBytes));
+export function readWhole(disk: HostDisk, file: string, maxBytes: number): Promise<Buffer> {
+  return readable(file, () => wholeOf(disk, file, maxBytes));
 }
 
-async function wholeOf(file: string, maxBytes: number): Promise<Buffer> {
-  const handle = await openRegular(file, 'r');
+async function wholeOf(disk: HostDisk, file: string, maxBytes: number): Promise<Buffer> {
+  const handle = await openRegular(disk, file, 'r');
   try {
-    const { size } = await handle.stat();
+    const { size } = handle.status();
     if (size > maxBytes) {
       throw new OperationError(
         'DAMAGED',
@@ -116,54 +126,48 @@ async function wholeOf(file: string, maxBytes: number): Promise<Buffer> {
       );
     }
     const content = Buffer.alloc(size);
-    let done = 0;
-    while (done < size) {
-      const { bytesRead } = await handle.read(content, done, size - done, done);
-      if (bytesRead === 0) break;
-      done += bytesRead;
-    }
-    return content.subarray(0, done);
+    return content.subarray(0, await handle.readToEnd(content, 0));
   } finally {
     await handle.close();
   }
 }
 
 /** What the file is; undefined if there is none. Errors: BAD_TARGET if it is not a regular file. */
-export async function statRegular(file: string): Promise<fs.Stats | undefined> {
-  const found = await fs.promises.lstat(file).catch(ignoring('ENOENT', 'ENOTDIR'));
+export async function statRegular(disk: HostDisk, file: string): Promise<FileStatus | undefined> {
+  const found = await disk.lstat(file).catch(ignoring('ENOENT', 'ENOTDIR'));
   if (found) checkRegular(found, file);
   return found;
 }
 
-export function removeFile(file: string): Promise<void> {
-  return inDirectory(path.dirname(file), (at) => fs.promises.unlink(at(path.basename(file))));
+export function removeFile(disk: HostDisk, file: string): Promise<void> {
+  return inDirectory(disk, path.dirname(file), (at) => disk.unlink(at(path.basename(file))));
 }
 
 /** Replace a file by a whole new one: after a crash it is the old one or the new one. */
-export async function replaceFile(file: string, content: string | Uint8Array): Promise<void> {
+export async function replaceFile(disk: HostDisk, file: string, content: Buffer): Promise<void> {
   const partial = `${file}${PARTIAL}`;
-  const handle = await createFile(partial);
+  const handle = await createFile(disk, partial);
   try {
-    await handle.writeFile(content);
+    await handle.write(content, 0);
     await handle.sync();
   } finally {
     await handle.close();
   }
-  await moveFile(partial, file);
+  await moveFile(disk, partial, file);
 }
 
 /** Rename, durably. What has the new name is replaced, and not followed. */
-export async function moveFile(from: string, to: string): Promise<void> {
-  await inDirectory(path.dirname(from), (at) =>
-    inDirectory(path.dirname(to), (atNew) => fs.promises.rename(at(path.basename(from)), atNew(path.basename(to)))),
+export async function moveFile(disk: HostDisk, from: string, to: string): Promise<void> {
+  await inDirectory(disk, path.dirname(from), (at) =>
+    inDirectory(disk, path.dirname(to), (atNew) => disk.rename(at(path.basename(from)), atNew(path.basename(to)))),
   );
-  await syncDirectory(path.dirname(to));
-  if (path.dirname(from) !== path.dirname(to)) await syncDirectory(path.dirname(from));
+  await syncDirectory(disk, path.dirname(to));
+  if (path.dirname(from) !== path.dirname(to)) await syncDirectory(disk, path.dirname(from));
 }
 
 /** What was created, renamed and removed in the directory stays so after a crash. */
-export async function syncDirectory(directory: string): Promise<void> {
-  const handle = await openDirectory(directory);
+export async function syncDirectory(disk: HostDisk, directory: string): Promise<void> {
+  const handle = await openDirectory(disk, directory);
   try {
     await handle.sync();
   } finally {
@@ -171,9 +175,9 @@ export async function syncDirectory(directory: string): Promise<void> {
   }
 }
 
-async function openDirectory(directory: string): Promise<fs.promises.FileHandle> {
+async function openDirectory(disk: HostDisk, directory: string): Promise<OpenFile> {
   try {
-    return await fs.promises.open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW);
+    return new OpenFile(disk, await disk.open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW));
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code !== 'ELOOP' && code !== 'ENOTDIR') throw error;
@@ -183,11 +187,11 @@ async function openDirectory(directory: string): Promise<fs.promises.FileHandle>
   }
 }
 
-async function openChecked(where: string, flags: number, file: string): Promise<fs.promises.FileHandle> {
-  let handle: fs.promises.FileHandle;
+async function openChecked(disk: HostDisk, where: string, flags: number, file: string): Promise<OpenFile> {
+  let handle: OpenFile;
   try {
     // Not waiting: a fifo in its place would keep us for ever.
-    handle = await fs.promises.open(where, flags | O_NOFOLLOW | O_NONBLOCK, 0o600);
+    handle = new OpenFile(disk, await disk.open(where, flags | O_NOFOLLOW | O_NONBLOCK, 0o600));
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code === 'ELOOP') throw notRegular(file, 'a symbolic link');
@@ -195,7 +199,7 @@ async function openChecked(where: string, flags: number, file: string): Promise<
     throw error;
   }
   try {
-    checkRegular(await handle.stat(), file);
+    checkRegular(handle.status(), file);
     return handle;
   } catch (error) {
     await handle.close();
@@ -204,7 +208,7 @@ async function openChecked(where: string, flags: number, file: string): Promise<
 }
 
 /** Errors: BAD_TARGET. */
-function checkRegular(found: fs.Stats, file: string): void {
+function checkRegular(found: FileStatus, file: string): void {
   if (found.isFile()) return;
   const what = found.isSymbolicLink()
     ? 'a symbolic link'

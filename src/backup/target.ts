@@ -11,13 +11,13 @@
  *   NNNN-TIME.hashes               SHA-256 of the blocks of the disk
  */
 import { randomBytes } from 'node:crypto';
-import fs from 'node:fs';
 import path from 'node:path';
 import { OperationError } from '../daemon/operations.js';
-import { punchHole, tryLock } from '../store/local/libc.js';
+import type { HostDisk } from '../system/disk.js';
+import type { OpenFile } from '../system/open-file.js';
+import { hostDisk } from '../system/real-disk.js';
 import { BlockHashes } from './block-hashes.js';
 import { Chain, type Link } from './chain.js';
-import { writeFully } from './file-io.js';
 import { imageSha256, type Image } from './image-sha256.js';
 import {
   MANIFEST,
@@ -62,9 +62,9 @@ export interface Place {
 }
 
 /** Which target a path names. Errors: BAD_TARGET. */
-export function placeOf(given: string): Place {
-  const where = realPath(path.resolve(given));
-  const status = fs.statSync(where, { throwIfNoEntry: false });
+export function placeOf(disk: HostDisk, given: string): Place {
+  const where = realPath(disk, path.resolve(given));
+  const status = disk.statSync(where);
   if (status?.isDirectory()) return { home: where, image: undefined };
   if (status && !status.isFile()) {
     throw new OperationError('BAD_TARGET', `${given} is neither a file nor a directory; give one to keep backups in`);
@@ -72,16 +72,16 @@ export function placeOf(given: string): Place {
   const beside = `${where}${BESIDE}`;
   const isImage =
     status !== undefined ||
-    fs.existsSync(beside) ||
+    disk.existsSync(beside) ||
     (!given.endsWith('/') && IMAGE_ENDINGS.some((ending) => where.endsWith(ending)));
   return isImage ? { home: beside, image: where } : { home: where, image: undefined };
 }
 
 /** What links on the way point to: a new image would take the place of the last one, and target-files.ts follows none. */
-function realPath(absolute: string): string {
-  if (fs.existsSync(absolute)) return fs.realpathSync(absolute);
+function realPath(disk: HostDisk, absolute: string): string {
+  if (disk.existsSync(absolute)) return disk.realpathSync(absolute);
   const parent = path.dirname(absolute);
-  return fs.existsSync(parent) ? path.join(fs.realpathSync(parent), path.basename(absolute)) : absolute;
+  return disk.existsSync(parent) ? path.join(disk.realpathSync(parent), path.basename(absolute)) : absolute;
 }
 
 /** The part of a backup's file names before the ending. */
@@ -106,14 +106,17 @@ export interface TargetWork {
 const BLOCKS_AT_ONCE = 2 ** 16;
 
 export class BackupTarget {
+  /** The disk that the target is on. */
+  readonly disk: HostDisk;
   readonly home: string;
   readonly image: string | undefined;
   #manifest: Manifest;
-  readonly #lock: fs.promises.FileHandle | undefined;
+  readonly #lock: OpenFile | undefined;
   /** The new image that waits for the place of the old one, if it is still there. */
   #waiting: string | undefined;
 
-  private constructor(place: Place, manifest: Manifest, lock: fs.promises.FileHandle | undefined) {
+  private constructor(disk: HostDisk, place: Place, manifest: Manifest, lock: OpenFile | undefined) {
+    this.disk = disk;
     this.home = place.home;
     this.image = place.image;
     this.#manifest = manifest;
@@ -130,12 +133,13 @@ export class BackupTarget {
     store: string,
     work: TargetWork,
     isFull: boolean,
+    disk = hostDisk,
   ): Promise<BackupTarget> {
-    const place = placeOf(given);
-    const isNew = await makeHome(place, given);
-    const lock = await lockOf(place.home, 'r+');
+    const place = placeOf(disk, given);
+    const isNew = await makeHome(disk, place, given);
+    const lock = await lockOf(disk, place.home, 'r+');
     try {
-      let manifest = await readManifest(place.home);
+      let manifest = await readManifest(disk, place.home);
       if (manifest && manifest.vdi !== vdi) {
         const them = manifest.vdi;
         throw new OperationError(
@@ -144,12 +148,12 @@ export class BackupTarget {
         );
       }
       if (!manifest) {
-        await refuseForeign(place, given, isNew);
+        await refuseForeign(disk, place, given, isNew);
         manifest = newManifest(randomBytes(4).toString('hex'), vdi, store);
-        await writeManifest(place.home, manifest);
-        await syncDirectory(path.dirname(place.home));
+        await writeManifest(disk, place.home, manifest);
+        await syncDirectory(disk, path.dirname(place.home));
       }
-      const target = await BackupTarget.#at(place, manifest, lock);
+      const target = await BackupTarget.#at(disk, place, manifest, lock);
       await target.#recover(work, isFull);
       return target;
     } catch (error) {
@@ -159,22 +163,27 @@ export class BackupTarget {
   }
 
   /** Open it to read, on a read-only filesystem too. Errors: BAD_TARGET, BUSY, DAMAGED, FORMAT. */
-  static async openToRead(given: string): Promise<BackupTarget> {
-    const place = placeOf(given);
-    const manifest = await readManifest(place.home);
-    if (!manifest) throw notATarget(given, place);
-    const lock = await lockOf(place.home, 'r');
+  static async openToRead(given: string, disk = hostDisk): Promise<BackupTarget> {
+    const place = placeOf(disk, given);
+    const manifest = await readManifest(disk, place.home);
+    if (!manifest) throw notATarget(disk, given, place);
+    const lock = await lockOf(disk, place.home, 'r');
     try {
       // Again: it may have changed until we had the lock.
-      return await BackupTarget.#at(place, (await readManifest(place.home)) ?? manifest, lock);
+      return await BackupTarget.#at(disk, place, (await readManifest(disk, place.home)) ?? manifest, lock);
     } catch (error) {
       await lock?.close();
       throw error;
     }
   }
 
-  static async #at(place: Place, manifest: Manifest, lock: fs.promises.FileHandle | undefined): Promise<BackupTarget> {
-    const target = new BackupTarget(place, manifest, lock);
+  static async #at(
+    disk: HostDisk,
+    place: Place,
+    manifest: Manifest,
+    lock: OpenFile | undefined,
+  ): Promise<BackupTarget> {
+    const target = new BackupTarget(disk, place, manifest, lock);
     await target.#look();
     return target;
   }
@@ -210,7 +219,7 @@ export class BackupTarget {
   }
 
   openChain(point: Point): Promise<Chain> {
-    return Chain.open(...this.linksOf(point));
+    return Chain.open(this.disk, ...this.linksOf(point));
   }
 
   /** The raw image, and what is over it. */
@@ -221,7 +230,7 @@ export class BackupTarget {
   }
 
   hashesOf(point: Point): Promise<BlockHashes> {
-    return BlockHashes.load(this.hashesFileOf(point), point.size, point.blockBytes, point.treeHash).catch(
+    return BlockHashes.load(this.disk, this.hashesFileOf(point), point.size, point.blockBytes, point.treeHash).catch(
       (error: NodeJS.ErrnoException) => {
         if (error.code !== 'ENOENT') throw error;
         throw new OperationError('DAMAGED', `${this.hashesFileOf(point)} is missing`);
@@ -245,7 +254,7 @@ export class BackupTarget {
     for (const name of this.#names(points)) {
       const file = path.join(this.home, name);
       const stamp = this.#manifest.stamps[name];
-      const found = await stampOf(file);
+      const found = await stampOf(this.disk, file);
       if (!found) throw new OperationError('DAMAGED', `${file} is missing`);
       if (!stamp) {
         touched.push(file); // a run was interrupted before it was written down
@@ -300,7 +309,7 @@ export class BackupTarget {
         try {
           if (broken) throw broken;
           try {
-            chain ??= await Chain.openImage(this.baseFile(point.chain), point.size);
+            chain ??= await Chain.openImage(this.disk, this.baseFile(point.chain), point.size);
             await chain.add({ file: this.fileOf(point), size: point.size });
           } catch (error) {
             if (isDamage(error)) broken = error;
@@ -362,7 +371,7 @@ export class BackupTarget {
     // A new image takes the place of the old one: nothing is left for the old backups to be read from.
     const replaces = newBase !== undefined && this.image !== undefined;
     const points = [...(replaces ? [] : this.points), point];
-    await syncDirectory(this.home);
+    await syncDirectory(this.disk, this.home);
     const stamps = replaces ? {} : await this.#stamps(points);
     await this.#write({ points, store, installing: replaces ? newBase : null, stamps });
     if (replaces) {
@@ -406,14 +415,14 @@ export class BackupTarget {
   /** Remove files of ours that belong to no backup. Returns whether there were any. */
   async removeLeftovers(): Promise<boolean> {
     // A write that failed may have taken place.
-    this.#manifest = (await readManifest(this.home)) ?? this.#manifest;
+    this.#manifest = (await readManifest(this.disk, this.home)) ?? this.#manifest;
     await this.#look();
     const { installing } = this.#manifest;
     const named = new Set([MANIFEST, ...this.#names(this.points), installing]);
     let found = false;
-    for (const name of await namesIn(this.home)) {
+    for (const name of await namesIn(this.disk, this.home)) {
       if (!OUR_FILES.test(name) || named.has(name)) continue;
-      await removeFile(path.join(this.home, name));
+      await removeFile(this.disk, path.join(this.home, name));
       found = true;
     }
     return found;
@@ -433,7 +442,7 @@ export class BackupTarget {
 
   async #install(): Promise<void> {
     if (this.#manifest.installing === null || this.image === undefined) return;
-    if (this.#waiting !== undefined) await moveFile(this.#waiting, this.image);
+    if (this.#waiting !== undefined) await moveFile(this.disk, this.#waiting, this.image);
     this.#waiting = undefined;
     await this.#write({ installing: null, stamps: await this.#stamps(this.points) });
   }
@@ -442,7 +451,7 @@ export class BackupTarget {
   async #look(): Promise<void> {
     const { installing } = this.#manifest;
     const waiting = installing === null || this.image === undefined ? undefined : path.join(this.home, installing);
-    this.#waiting = waiting !== undefined && (await statRegular(waiting)) ? waiting : undefined;
+    this.#waiting = waiting !== undefined && (await statRegular(this.disk, waiting)) ? waiting : undefined;
   }
 
   /** It must not carry damage into the image below it, on which others stand. */
@@ -462,7 +471,7 @@ export class BackupTarget {
 
   /** Before anything is written down that only writing into the image can finish. Errors: BAD_TARGET. */
   async #checkFoldable(point: Point): Promise<void> {
-    await (await openRegular(this.baseFile(point.chain), 'r+')).close();
+    await (await openRegular(this.disk, this.baseFile(point.chain), 'r+')).close();
   }
 
   /**
@@ -471,22 +480,22 @@ export class BackupTarget {
    */
   async #fold(point: Point, work: TargetWork): Promise<void> {
     const baseFile = this.baseFile(point.chain);
-    const increment = await IncrementReader.open(this.fileOf(point));
+    const increment = await IncrementReader.open(this.disk, this.fileOf(point));
     const progress = work.progress('dropping an old backup', point.size);
-    let base: fs.promises.FileHandle | undefined;
+    let base: OpenFile | undefined;
     try {
-      base = await openRegular(baseFile, 'r+');
+      base = await openRegular(this.disk, baseFile, 'r+');
       await base.truncate(point.size);
       for (let offset = 0; offset < point.size;) {
         work.signal.throwIfAborted();
         const next = await increment.nextOwn(offset);
         const length = Math.min(point.blockBytes, point.size - next);
         for (const run of await increment.runs(next, length)) {
-          if (run.kind === 'zeros') await zeroOut(base.fd, run.offset, run.length);
+          if (run.kind === 'zeros') await zeroOut(base, run.offset, run.length);
           if (run.kind !== 'data') continue;
           const data = Buffer.allocUnsafe(run.length);
           await increment.read(run, data);
-          await writeFully(base.fd, data, run.offset);
+          await base.write(data, run.offset);
         }
         progress.advance(next + length - offset);
         offset = next + length;
@@ -505,18 +514,18 @@ export class BackupTarget {
   async writeEmpty(file: string, size: number, chain: number): Promise<void> {
     const name = this.image === undefined ? `base-${chain}.img` : path.join('..', path.basename(this.image));
     const partial = `${file}${PARTIAL}`;
-    const writer = await IncrementWriter.create(partial, size, { name, format: 'raw' });
+    const writer = await IncrementWriter.create(this.disk, partial, size, { name, format: 'raw' });
     try {
       await writer.finish();
     } finally {
       await writer.close();
     }
-    await moveFile(partial, file);
+    await moveFile(this.disk, partial, file);
   }
 
   async #write(change: Partial<Manifest>): Promise<void> {
     const manifest = { ...this.#manifest, ...change };
-    await writeManifest(this.home, manifest);
+    await writeManifest(this.disk, this.home, manifest);
     this.#manifest = manifest;
     await this.#look();
   }
@@ -534,7 +543,7 @@ export class BackupTarget {
   async #stamps(points: readonly Point[]): Promise<Manifest['stamps']> {
     const stamps: Record<string, Stamp> = {};
     for (const name of this.#names(points)) {
-      const stamp = await stampOf(path.join(this.home, name));
+      const stamp = await stampOf(this.disk, path.join(this.home, name));
       if (stamp) stamps[name] = stamp; // else it is of an older chain; verify says so
     }
     return stamps;
@@ -589,47 +598,47 @@ export function bytesOf(points: readonly Point[]): number {
   return points.reduce((sum, { size }) => sum + size, 0);
 }
 
-function namesIn(directory: string): Promise<string[]> {
-  return inDirectory(directory, (at) => fs.promises.readdir(at('.')));
+function namesIn(disk: HostDisk, directory: string): Promise<string[]> {
+  return inDirectory(disk, directory, (at) => disk.readdir(at('.')));
 }
 
-async function zeroOut(fd: number, offset: number, length: number): Promise<void> {
-  if (await punchHole(fd, offset, length)) return;
+async function zeroOut(image: OpenFile, offset: number, length: number): Promise<void> {
+  if (await image.punchHole(offset, length)) return;
   const zeros = Buffer.alloc(Math.min(length, CLUSTER_BYTES));
   for (let done = 0; done < length; done += zeros.length) {
-    await writeFully(fd, zeros.subarray(0, Math.min(zeros.length, length - done)), offset + done);
+    await image.write(zeros.subarray(0, Math.min(zeros.length, length - done)), offset + done);
   }
 }
 
 /** undefined if there is no such file. Errors: BAD_TARGET. */
-async function stampOf(file: string): Promise<Stamp | undefined> {
-  const found = await statRegular(file);
+async function stampOf(disk: HostDisk, file: string): Promise<Stamp | undefined> {
+  const found = await statRegular(disk, file);
   return found && { bytes: found.size, mtimeMs: Math.floor(found.mtimeMs) };
 }
 
 /** Make the directory, but not those above it: a backup disk that is not mounted must not be taken for an empty one. */
-async function makeHome({ home, image }: Place, given: string): Promise<boolean> {
-  if (fs.lstatSync(home, { throwIfNoEntry: false })) {
-    await namesIn(home); // it is a directory, and not a link to one
+async function makeHome(disk: HostDisk, { home, image }: Place, given: string): Promise<boolean> {
+  if (disk.lstatSync(home)) {
+    await namesIn(disk, home); // it is a directory, and not a link to one
     return false;
   }
-  if (image !== undefined && fs.existsSync(image)) {
+  if (image !== undefined && disk.existsSync(image)) {
     throw new OperationError(
       'BAD_TARGET',
       `${given} exists and is no backup target: ${home} is missing; give another name, or remove the file`,
     );
   }
   const parent = path.dirname(home);
-  if (!fs.existsSync(parent)) {
+  if (!disk.existsSync(parent)) {
     throw new OperationError('BAD_TARGET', `${parent} does not exist; make it, or mount the disk that belongs there`);
   }
-  fs.mkdirSync(home, { mode: 0o700 });
+  disk.mkdirSync(home, 0o700);
   return true;
 }
 
-async function refuseForeign({ home, image }: Place, given: string, isNew: boolean): Promise<void> {
+async function refuseForeign(disk: HostDisk, { home, image }: Place, given: string, isNew: boolean): Promise<void> {
   if (isNew) return;
-  const names = await namesIn(home);
+  const names = await namesIn(disk, home);
   if (names.some((name) => OUR_FILES.test(name) && name.endsWith('.hashes'))) {
     throw new OperationError(
       'DAMAGED',
@@ -638,7 +647,7 @@ async function refuseForeign({ home, image }: Place, given: string, isNew: boole
     );
   }
   const foreign = names.find((name) => !EMPTY_ENOUGH.has(name));
-  if (foreign !== undefined || (image !== undefined && fs.existsSync(image))) {
+  if (foreign !== undefined || (image !== undefined && disk.existsSync(image))) {
     throw new OperationError(
       'BAD_TARGET',
       `${given} holds no backups, but other things (${foreign ?? path.basename(image ?? '')}); ` +
@@ -647,15 +656,15 @@ async function refuseForeign({ home, image }: Place, given: string, isNew: boole
   }
 }
 
-function notATarget(given: string, { home, image }: Place): OperationError {
-  if (image !== undefined && fs.existsSync(image)) {
+function notATarget(disk: HostDisk, given: string, { home, image }: Place): OperationError {
+  if (image !== undefined && disk.existsSync(image)) {
     return new OperationError(
       'BAD_TARGET',
       `${given} is no backup target: ${home} is missing; a plain image goes in with 'sheepgate import ${given} NAME'`,
     );
   }
-  const within = fs.existsSync(home)
-    ? fs.readdirSync(home).filter((name) => fs.existsSync(path.join(home, name, MANIFEST)))
+  const within = disk.existsSync(home)
+    ? disk.readdirSync(home).filter((name) => disk.existsSync(path.join(home, name, MANIFEST)))
     : [];
   const named = within.slice(0, MAX_NAMED).map((name) => path.join(given, name));
   const hint =
@@ -664,18 +673,18 @@ function notATarget(given: string, { home, image }: Place): OperationError {
 }
 
 /** One run at a time. undefined where a target that is only read has no lock that could be taken. */
-async function lockOf(home: string, flags: 'r' | 'r+'): Promise<fs.promises.FileHandle | undefined> {
+async function lockOf(disk: HostDisk, home: string, flags: 'r' | 'r+'): Promise<OpenFile | undefined> {
   const file = path.join(home, LOCK);
-  let handle: fs.promises.FileHandle;
+  let handle: OpenFile;
   try {
-    handle = await openLock(file, flags);
+    handle = await openLock(disk, file, flags);
   } catch (error) {
     if (flags === 'r' && (error as NodeJS.ErrnoException).code === 'ENOENT') return undefined;
     throw error;
   }
   let isOurs: boolean;
   try {
-    isOurs = tryLock(handle.fd);
+    isOurs = handle.tryLock();
   } catch (error) {
     // A network filesystem locks only what is open for writing, which a read-only one cannot be.
     if (flags === 'r') isOurs = true;

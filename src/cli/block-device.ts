@@ -3,9 +3,11 @@
  * what is known of the signs that a device holds something; asks no other program.
  */
 import fs from 'node:fs';
-import { readWithin, writeFully } from '../backup/file-io.js';
 import { OperationError } from '../daemon/operations.js';
 import { endOf, punchHole } from '../store/local/libc.js';
+import { hostDisk } from '../system/real-disk.js';
+import { readPadded, writeFully } from '../system/whole-io.js';
+import { isZeros } from '../system/zeros.js';
 import { shellWord } from '../store/shell-word.js';
 import { blockDeviceAttribute } from './sysfs.js';
 
@@ -182,9 +184,9 @@ export class BlockDevice {
     for (let done = 0; done < length; done += SCAN_BYTES) {
       signal.throwIfAborted();
       const part = found.subarray(0, Math.min(SCAN_BYTES, length - done));
-      await readWithin(this.fd, part, offset + done);
+      await readPadded(hostDisk, this.fd, part, offset + done);
       // A thin device stays as thin as it was.
-      if (!isZeros(part)) await writeFully(this.fd, ZEROS.subarray(0, part.length), offset + done);
+      if (!isZeros(part)) await writeFully(hostDisk, this.fd, ZEROS.subarray(0, part.length), offset + done);
     }
   }
 
@@ -192,8 +194,8 @@ export class BlockDevice {
   async #content(): Promise<string | undefined> {
     const head = Buffer.alloc(Math.min(END_BYTES, this.size));
     const tail = Buffer.alloc(head.length);
-    await readWithin(this.fd, head, 0);
-    await readWithin(this.fd, tail, this.size - tail.length);
+    await readPadded(hostDisk, this.fd, head, 0);
+    await readPadded(hostDisk, this.fd, tail, this.size - tail.length);
     const found = SIGNS.find(({ at, bytes }) => at.some((place) => isAt(place < 0 ? tail : head, place, bytes)));
     if (found) return found.name;
     if (tail.includes(MD_MAGIC, Math.max(0, tail.length - 2 * MD_END_BYTES))) return 'a member of a RAID (md)';
@@ -208,7 +210,7 @@ export class BlockDevice {
     for (let n = 0; n < SAMPLES; n++) {
       const at = Math.floor((this.size / SAMPLES) * n);
       const part = sample.subarray(0, Math.min(SAMPLE_BYTES, this.size - at));
-      await readWithin(this.fd, part, at - (at % ALIGNMENT));
+      await readPadded(hostDisk, this.fd, part, at - (at % ALIGNMENT));
       if (!isZeros(part)) return true;
     }
     return false;
@@ -235,8 +237,4 @@ function hasZfs(head: Buffer, tail: Buffer): boolean {
     }
     return false;
   });
-}
-
-function isZeros(data: Buffer): boolean {
-  return data.compare(ZEROS, 0, data.length) === 0;
 }

@@ -3,10 +3,12 @@
  * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
  */
 import type { Writable } from 'node:stream';
-import { readFully, writeFully } from '../backup/file-io.js';
 import { IN_FLIGHT, inFlight, type Flight } from '../backup/flight.js';
+import { readAll } from '../backup/read-all.js';
 import { OperationError, type Disk } from '../daemon/operations.js';
-import { nextData, nextHole } from '../store/local/libc.js';
+import { OpenFile } from '../system/open-file.js';
+import { hostDisk } from '../system/real-disk.js';
+import { isZeros } from '../system/zeros.js';
 import type { Progress } from './progress.js';
 
 /** One request. */
@@ -15,7 +17,6 @@ const CHUNK_BYTES = 2 ** 20;
 const ZERO_PIECE_BYTES = 256 * 2 ** 20;
 /** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
-const ZEROS = Buffer.alloc(ZERO_UNIT_BYTES);
 /** Of a stream: what its end is told by. */
 const TAIL_BYTES = 512;
 
@@ -42,20 +43,21 @@ export async function copyFileToDisk(
   options: CopyOptions & { readonly isEmpty: boolean },
 ): Promise<Copied> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const file = new OpenFile(hostDisk, fd);
   await inFlight(async (flight) => {
     for (let at = 0; at < size;) {
       options.signal.throwIfAborted();
-      const found = await nextData(fd, at);
+      const found = await hostDisk.nextData(fd, at);
       const data = found < 0 ? size : Math.min(found, size);
       if (data > at) await addZeros(flight, disk, at, data - at, copied, options);
       if (data >= size) return;
-      const end = Math.min(await nextHole(fd, data), size);
+      const end = Math.min(await hostDisk.nextHole(fd, data), size);
       for (let from = data; from < end; from += CHUNK_BYTES) {
         options.signal.throwIfAborted();
         const length = Math.min(CHUNK_BYTES, end - from);
         await flight.add(async () => {
           const buffer = Buffer.allocUnsafe(length);
-          await readFully(fd, buffer, from);
+          await readAll(file, buffer, from);
           await writeSparsely(disk, from, buffer, copied, options);
         });
       }
@@ -111,6 +113,7 @@ export async function copyDiskToFile(
 ): Promise<Copied> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
   const { progress, signal, zero } = options;
+  const file = new OpenFile(hostDisk, fd);
   await inFlight(async (flight) => {
     for await (const { offset, length, isData } of piecesOf(disk, ZERO_PIECE_BYTES)) {
       signal.throwIfAborted();
@@ -129,7 +132,7 @@ export async function copyDiskToFile(
             copied.zeroBytes += part.length;
             continue;
           }
-          await writeFully(fd, buffer.subarray(part.from, part.from + part.length), offset + part.from);
+          await file.write(buffer.subarray(part.from, part.from + part.length), offset + part.from);
           copied.dataBytes += part.length;
         }
         progress.advance(length);
@@ -248,7 +251,7 @@ export function splitZeros(buffer: Buffer): Part[] {
   const parts: Part[] = [];
   for (let from = 0; from < buffer.length; from += ZERO_UNIT_BYTES) {
     const length = Math.min(ZERO_UNIT_BYTES, buffer.length - from);
-    const isZero = buffer.compare(ZEROS, 0, length, from, from + length) === 0;
+    const isZero = isZeros(buffer.subarray(from, from + length));
     const last = parts.at(-1);
     if (last && last.isZero === isZero) last.length += length;
     else parts.push({ from, length, isZero });

@@ -4,8 +4,9 @@
  * stores.
  */
 import type { DataPage, Disk } from '../daemon/operations.js';
-import { hashOf, isZeros, NO_HASH, type BlockHashes } from '../backup/block-hashes.js';
+import { hashOf, NO_HASH, type BlockHashes } from '../backup/block-hashes.js';
 import { inFlight } from '../backup/flight.js';
+import { isZeros } from '../system/zeros.js';
 import type { Progress } from './progress.js';
 
 /** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */

@@ -3,10 +3,11 @@
  * after a crash, and never one that two commands have written. Owns the name meanwhile and who may write there: whoever has
  * locked the very file that has the name. A name is only taken away from a file by who has it locked.
  */
-import fs from 'node:fs';
 import { createFile, moveFile, openRegular, removeFile, statRegular } from '../backup/target-files.js';
 import { OperationError } from '../daemon/operations.js';
-import { tryLock } from '../store/local/libc.js';
+import type { HostDisk } from '../system/disk.js';
+import type { OpenFile } from '../system/open-file.js';
+import { hostDisk } from '../system/real-disk.js';
 
 /** Appended to the name of a file while it is not complete. */
 const PARTIAL = '.partial';
@@ -14,10 +15,12 @@ const PARTIAL = '.partial';
 const MAX_TRIES = 100;
 
 export class PartialFile {
-  readonly #handle: fs.promises.FileHandle;
+  readonly #disk: HostDisk;
+  readonly #handle: OpenFile;
   readonly #file: string;
 
-  private constructor(handle: fs.promises.FileHandle, file: string) {
+  private constructor(disk: HostDisk, handle: OpenFile, file: string) {
+    this.#disk = disk;
     this.#handle = handle;
     this.#file = file;
   }
@@ -26,23 +29,23 @@ export class PartialFile {
    * A new, empty one, for a file of this path, which is resolved. What a killed command has left is replaced; what another
    * one is writing is not. Errors: BUSY, BAD_TARGET.
    */
-  static async open(file: string): Promise<PartialFile> {
+  static async open(file: string, disk = hostDisk): Promise<PartialFile> {
     const partial = `${file}${PARTIAL}`;
     for (let tries = 0; tries < MAX_TRIES; tries++) {
-      const left = await openLeft(partial);
+      const left = await openLeft(disk, partial);
       try {
         if (left) {
-          if (!isLocked(left.fd)) throw busy(file);
+          if (!isLocked(left)) throw busy(file);
           // It may have been finished, or replaced by another one's, before we had the lock.
-          if (!(await isNamed(left, partial))) continue;
-          await removeFile(partial);
+          if (!(await isNamed(disk, left, partial))) continue;
+          await removeFile(disk, partial);
         }
-        const handle = await createFile(partial, { mayReplace: false }).catch((error: NodeJS.ErrnoException) => {
+        const handle = await createFile(disk, partial, { mayReplace: false }).catch((error: NodeJS.ErrnoException) => {
           if (error.code !== 'EEXIST') throw error;
           return undefined;
         });
         if (!handle) continue;
-        if (isLocked(handle.fd) && (await isNamed(handle, partial))) return new PartialFile(handle, file);
+        if (isLocked(handle) && (await isNamed(disk, handle, partial))) return new PartialFile(disk, handle, file);
         // Somebody took it for left over before we had locked it, and makes one of their own.
         await handle.close();
         throw busy(file);
@@ -69,8 +72,8 @@ export class PartialFile {
   /** It gets its name, in place of what has it now. Errors: BUSY if it has been taken away from us. */
   async finish(): Promise<void> {
     const partial = `${this.#file}${PARTIAL}`;
-    if (!(await isNamed(this.#handle, partial))) throw busy(this.#file);
-    await moveFile(partial, this.#file);
+    if (!(await isNamed(this.#disk, this.#handle, partial))) throw busy(this.#file);
+    await moveFile(this.#disk, partial, this.#file);
     await this.#handle.close();
   }
 
@@ -78,7 +81,7 @@ export class PartialFile {
   async abandon(): Promise<void> {
     const partial = `${this.#file}${PARTIAL}`;
     try {
-      if (await isNamed(this.#handle, partial)) await removeFile(partial);
+      if (await isNamed(this.#disk, this.#handle, partial)) await removeFile(this.#disk, partial);
     } catch {
       // Another one's, or the next one's to replace.
     }
@@ -86,9 +89,9 @@ export class PartialFile {
   }
 }
 
-async function openLeft(partial: string): Promise<fs.promises.FileHandle | undefined> {
+async function openLeft(disk: HostDisk, partial: string): Promise<OpenFile | undefined> {
   try {
-    return await openRegular(partial, 'r+');
+    return await openRegular(disk, partial, 'r+');
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
     return undefined;
@@ -96,15 +99,15 @@ async function openLeft(partial: string): Promise<fs.promises.FileHandle | undef
 }
 
 /** Whether the name is still that of this very file. */
-async function isNamed(handle: fs.promises.FileHandle, partial: string): Promise<boolean> {
-  const [ours, named] = [await handle.stat(), await statRegular(partial)];
+async function isNamed(disk: HostDisk, handle: OpenFile, partial: string): Promise<boolean> {
+  const [ours, named] = [handle.status(), await statRegular(disk, partial)];
   return named?.dev === ours.dev && named.ino === ours.ino;
 }
 
 /** Lock it. Where the filesystem has no locks, there is nobody to tell of. */
-function isLocked(fd: number): boolean {
+function isLocked(file: OpenFile): boolean {
   try {
-    return tryLock(fd);
+    return file.tryLock();
   } catch {
     return true;
   }

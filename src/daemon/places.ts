@@ -8,6 +8,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { makeDirectory } from '../store/local/make-directory.js';
 import { directoryOf, kindOf } from '../store/locations.js';
+import { nodeFiles } from '../system/node-files.js';
 import { reasonOf } from '../store/system-error.js';
 import { OperationError } from './operations.js';
 
@@ -93,7 +94,7 @@ export function makeSocketDirectory(directory: string, uid = process.geteuid?.()
   // Before anything is made in it.
   if (isOurs) mustBeOurs(runtimeBase(), uid);
   try {
-    makeDirectory(directory, 0o700);
+    makeDirectory(nodeFiles, directory, 0o700);
   } catch (error) {
     throw new OperationError(
       'PERMISSION',

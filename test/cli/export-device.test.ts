@@ -7,6 +7,7 @@ import { BlockDevice } from '../../src/cli/block-device.js';
 import { PartialFile } from '../../src/cli/partial-file.js';
 import { tryLock } from '../../src/store/local/libc.js';
 import { BIN, haveCommand, run, skipBecause, temporaryDirectory, type RunResult } from '../harness/daemon.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 import { loopDevice, mounted } from '../harness/loop-device.js';
 import { diskUsage, expectBytes, MIB, oneLineOf, patterned, testStore, type TestStore } from './both-ways.js';
 
@@ -318,10 +319,10 @@ test('an image that has no room, and one that has no directory, say where and wh
 test('two exports to one file: whatever their order, one writes it and the other is refused', async () => {
   const directory = temporaryDirectory();
   const file = path.join(directory, 'vm.img');
-  const { unlink, open } = fs.promises;
+  const failing = new FailingDisk();
   const others: Promise<PartialFile>[] = [];
   const another = async (): Promise<void> => {
-    const other = PartialFile.open(file);
+    const other = PartialFile.open(file, failing.disk);
     others.push(other);
     await other.catch(() => undefined);
   };
@@ -331,28 +332,25 @@ test('two exports to one file: whatever their order, one writes it and the other
     fs.writeFileSync(`${file}.partial`, 'left');
     others.length = 0;
     let isFirst = true;
-    fs.promises.unlink = async (name) => {
+    const unlinks = failing.instead({ calls: ['unlink'] }, async (_, proceed) => {
       const isOurs = isFirst && step !== 'made';
       isFirst &&= !isOurs;
       if (isOurs && step === 'before') await another();
-      await unlink(name);
+      await proceed();
       if (isOurs && step === 'after') await another();
-    };
-    fs.promises.open = async (...args) => {
-      const handle = await open(...args);
+    });
+    const opens = failing.instead({ calls: ['open'] }, async ({ args }, proceed) => {
+      const fd = await proceed();
       const isOurs = isFirst && step === 'made' && (Number(args[1]) & fs.constants.O_EXCL) !== 0;
       isFirst &&= !isOurs;
       if (isOurs) await another();
-      return handle;
-    };
-    let results: PromiseSettledResult<PartialFile>[];
-    try {
-      const first = PartialFile.open(file);
-      await Promise.allSettled([first]);
-      results = await Promise.allSettled([first, ...others]);
-    } finally {
-      Object.assign(fs.promises, { unlink, open });
-    }
+      return fd;
+    });
+    const first = PartialFile.open(file, failing.disk);
+    await Promise.allSettled([first]);
+    const results = await Promise.allSettled([first, ...others]);
+    unlinks.off();
+    opens.off();
     const owners = results.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []));
     expect({ step, tried: results.length, owners: owners.length }).toEqual({ step, tried: 2, owners: 1 });
     for (const result of results) {

@@ -3,6 +3,7 @@
 import fs from 'node:fs';
 
 const { KILL_AT, KILL_BELOW, KILL_COUNT } = process.env;
+const { O_WRONLY, O_RDWR } = fs.constants;
 const watched = new Set();
 let calls = 0;
 
@@ -14,35 +15,25 @@ function count() {
 // Files are opened by way of the directory that holds them: /proc/self/fd/7/name.
 const realPath = (file) => String(file).replace(/^\/proc\/self\/fd\/\d+/, (directory) => fs.readlinkSync(directory));
 const isBelow = (file) => realPath(file).startsWith(KILL_BELOW);
-const { O_WRONLY, O_RDWR } = fs.constants;
-const isWritten = (flags) => (typeof flags === 'number' ? (flags & (O_WRONLY | O_RDWR)) !== 0 : flags !== 'r');
-const { open, rename, unlink } = fs.promises;
-fs.promises.open = async (file, flags, mode) => {
-  const isOurs = isBelow(file);
-  if (isOurs && isWritten(flags)) count();
-  const handle = await open(file, flags, mode);
-  if (!isOurs) return handle;
-  watched.add(handle.fd);
-  for (const name of ['truncate', 'sync', 'writeFile']) {
-    const real = handle[name].bind(handle);
-    handle[name] = (...args) => {
-      count();
-      return real(...args);
-    };
-  }
-  return handle;
-};
-fs.promises.rename = (from, to) => {
-  if (isBelow(from)) count();
-  return rename(from, to);
-};
-fs.promises.unlink = (file) => {
-  if (isBelow(file)) count();
-  return unlink(file);
-};
-const { write } = fs;
-fs.write = (fd, ...args) => {
-  if (watched.has(fd)) count();
-  return write(fd, ...args);
-};
+
+const BY_NAME = new Set(['rename', 'unlink', 'mkdirSync']);
+const BY_DESCRIPTOR = new Set(['write', 'truncate', 'punchHole', 'fsync']);
+
+globalThis[Symbol.for('sheepgate.hostDisk')] = (disk) =>
+  new Proxy(disk, {
+    get: (target, name) => {
+      const call = target[name];
+      return (...args) => {
+        if (BY_NAME.has(name) && isBelow(args[0])) count();
+        if (BY_DESCRIPTOR.has(name) && watched.has(args[0])) count();
+        if (name === 'close') watched.delete(args[0]);
+        if (name !== 'open' || !isBelow(args[0])) return call.apply(target, args);
+        if ((args[1] & (O_WRONLY | O_RDWR)) !== 0) count();
+        return call.apply(target, args).then((fd) => {
+          watched.add(fd);
+          return fd;
+        });
+      };
+    },
+  });
 if (KILL_COUNT) process.on('exit', () => fs.writeFileSync(KILL_COUNT, String(calls)));

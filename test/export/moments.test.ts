@@ -20,11 +20,13 @@ import { Memory } from '../../src/vdi/memory.js';
 import { labelOfRun } from '../../src/vdi/names.js';
 import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
 import { stampNow } from '../../src/vdi/stamp.js';
+import { FailingDisk, READS, WRITES } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';
 
 const SIZE = 8 * 2 ** 20;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 let exports: VdiExports;
@@ -34,7 +36,8 @@ beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-moments-'));
   lines = [];
   const log = (line: string): void => void lines.push(line);
-  store = await LocalStore.open(directory, { log });
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { log, disk: failing.disk });
   catalog = new VdiCatalog(store, { log });
   exports = new VdiExports(catalog, { serves: true, log });
   await catalog.create('disk', SIZE);
@@ -80,10 +83,9 @@ for (const spec of ['disk@now', 'disk@now:run']) {
   test(`${spec}: who was told of an error and opens it again after a goodbye finds the same moment`, async () => {
     await write(1);
     const device = await open(spec);
-    vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
-      throw new StoreError('IO', 'a bad sector');
-    });
+    const badSector = failing.fail({ calls: READS, file: /objects/ }, 'EIO');
     await expect(read(device)).rejects.toThrow("the server's storage failed");
+    badSector.off();
     await device.close('disconnect');
     await write(2);
     const again = await open(spec);
@@ -99,9 +101,7 @@ test('what is kept for somebody gives way to a writer on a full disk, and is no 
   await device.close('lost');
   await write(2);
   const vdi = await catalog.openVdi('disk');
-  vi.spyOn(store.files, 'write').mockImplementationOnce(() => {
-    throw new StoreError('NO_SPACE', 'no space left');
-  });
+  failing.fail({ calls: WRITES, file: /objects/, times: 1 }, 'ENOSPC');
   await vdi.write(0, Buffer.alloc(BLOCK, 3), true);
   await catalog.release(vdi);
   await vi.waitFor(async () => expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']), 10_000);
@@ -110,15 +110,15 @@ test('what is kept for somebody gives way to a writer on a full disk, and is no 
 
 test('where it cannot be remembered, NAME@now is refused up front, and a disk is served all the same', async () => {
   await write(1);
-  vi.spyOn(store.metadata, 'storeState').mockRejectedValue(new StoreError('NO_SPACE', 'no space left'));
-  for (const spec of ['disk@now', 'disk@now:run']) await expect(open(spec), spec).rejects.toThrow('no space left');
+  const full = failing.fail({ calls: ['commit'] }, 'ENOSPC');
+  for (const spec of ['disk@now', 'disk@now:run']) await expect(open(spec), spec).rejects.toThrow(/no space left/i);
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
   const guest = await open('disk');
   expect(await read(guest)).toBe(1);
   expect(lines.join('\n')).toMatch(/disk is open by process \d+ \(.+\), which is forgotten if this process is killed/);
   await guest.close('lost');
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
-  vi.restoreAllMocks();
+  full.off();
   const label = await open('disk@now:run');
   await label.close('disconnect');
 });
@@ -212,11 +212,9 @@ test('who said goodbye after an error may try again: it counts, but not once its
   const process: Peer = { transport: 'unix', address: '/run/nbd.sock', credentials };
   const fail = async (from: Peer): Promise<void> => {
     const device = await open('disk', from);
-    const full = vi.spyOn(store.files, 'write').mockImplementation(() => {
-      throw new StoreError('NO_SPACE', 'no space left');
-    });
+    const full = failing.fail({ calls: WRITES, file: /objects/ }, 'ENOSPC');
     await expect((async () => device.write(0, Buffer.alloc(BLOCK, 1), false))()).rejects.toThrow('no space left');
-    full.mockRestore();
+    full.off();
     await device.close('disconnect');
   };
   await write(1);
@@ -226,7 +224,7 @@ test('who said goodbye after an error may try again: it counts, but not once its
     // What a client is told in the course of things is no error.
     const again = await open('disk', from);
     await again.write(0, Buffer.alloc(BLOCK, 1), false);
-    const slow = vi.spyOn(store.files, 'write').mockImplementation(() => {
+    const slow = vi.spyOn(store.objects, 'write').mockImplementation(() => {
       throw new StoreError('SLOW', 'not fast');
     });
     await expect((async () => again.write(0, Buffer.alloc(BLOCK, 1), false))()).rejects.toMatchObject({

@@ -15,6 +15,7 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
 import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { FailingDisk, READS } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';
 
 const SIZE = 8 * 2 ** 20;
@@ -23,6 +24,7 @@ const CLIENT: Peer = { transport: 'tcp', address: '192.0.2.1:1', host: '192.0.2.
 const COMMAND: Peer = { transport: 'internal', address: 'command line' };
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 let exports: VdiExports;
@@ -30,7 +32,8 @@ let exports: VdiExports;
 beforeEach(async () => {
   hours = 0;
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-reconnected-'));
-  store = await LocalStore.open(directory, {});
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
   exports = new VdiExports(catalog, { serves: true });
   await catalog.create('disk', SIZE);
@@ -182,10 +185,9 @@ test('a label that a command was given stands for one moment; one drawn for a ru
 test('who goes on after an error and leaves in order tries nothing again: its moment and its disk are free', async () => {
   for (const spec of ['disk@now', 'disk']) {
     const device = await open(spec);
-    vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
-      throw new StoreError('IO', 'a bad sector');
-    });
+    const badSector = failing.fail({ calls: READS, file: /objects/ }, 'EIO');
     await expect((async () => read(device))()).rejects.toThrow("the server's storage failed");
+    badSector.off();
     expect(await read(device)).toBe(1);
     await device.close('disconnect');
     expect(await tags()).toEqual(['']);
@@ -195,9 +197,9 @@ test('who goes on after an error and leaves in order tries nothing again: its mo
 
 test('what is damaged stays so: a goodbye after that is the end of the moment', async () => {
   const device = await open('disk@now');
-  vi.spyOn(store.files, 'read').mockImplementationOnce(() => {
-    throw new StoreError('DAMAGED', 'an object is too short');
-  });
+  const objects = path.join(directory, 'objects');
+  for (const name of fs.readdirSync(objects, { recursive: true, encoding: 'utf8' }))
+    if (fs.statSync(path.join(objects, name)).isFile()) fs.truncateSync(path.join(objects, name), 0);
   await expect((async () => read(device))()).rejects.toThrow('damaged or missing');
   await device.close('disconnect');
   expect(await tags()).toEqual(['']);

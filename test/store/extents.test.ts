@@ -7,41 +7,35 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
-import * as libc from '../../src/store/local/libc.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 
 // As bin/start.cjs has it: with the few threads that Node has by itself, one look-up would wait for the other for ever.
 vi.hoisted(() => void (process.env.UV_THREADPOOL_SIZE = '24'));
-
-vi.mock('../../src/store/local/libc.js', async (original) => {
-  const real = await original<typeof libc>();
-  return { ...real, nextData: vi.fn(real.nextData), nextHole: vi.fn(real.nextHole) };
-});
-const nextData = vi.mocked(libc.nextData);
-const nextHole = vi.mocked(libc.nextHole);
 
 const BLOCK = 4096;
 const OBJECT = 2 ** 20;
 const SIZE = 2 * OBJECT;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 let vdi: Vdi;
 
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-extents-'));
-  store = await LocalStore.open(directory);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   vdi = await catalog.openVdi('disk');
 });
 
 afterEach(async () => {
-  nextData.mockReset();
-  nextHole.mockReset();
   await catalog.close().catch(() => undefined);
   fs.rmSync(directory, { recursive: true, force: true });
 });
@@ -74,10 +68,9 @@ async function fill(idx: number): Promise<void> {
 
 test('data that is punched out between two looks is asked for again, and what follows is told as it is', async () => {
   await fill(0);
-  nextHole.mockImplementationOnce(async (fd, at) => {
-    const real = await vi.importActual<typeof libc>('../../src/store/local/libc.js');
-    await real.punchHole(fd, 0, OBJECT / 2);
-    return real.nextHole(fd, at);
+  failing.instead({ calls: ['nextHole'], times: 1 }, async ({ args }, proceed) => {
+    await hostDisk.punchHole(args[0] as number, 0, OBJECT / 2);
+    return proceed();
   });
   expect(await extentsOf(vdi, 0, OBJECT)).toEqual([
     { at: 0, length: OBJECT / 2, hole: true },
@@ -88,10 +81,9 @@ test('data that is punched out between two looks is asked for again, and what fo
 
 test('where every look contradicts the one before it, the range counts as data', async () => {
   await fill(0);
-  nextData.mockImplementation((_fd, at) => Promise.resolve(at));
-  nextHole.mockImplementation((_fd, at) => Promise.resolve(at));
+  const looks = failing.instead({ calls: ['nextData', 'nextHole'] }, ({ args }) => Promise.resolve(args[1]));
   expect(await extentsOf(vdi, 0, OBJECT)).toEqual([{ at: 0, length: OBJECT, hole: false }]);
-  expect(nextData.mock.calls.length).toBeLessThan(100);
+  expect(looks.count).toBeLessThan(200);
 });
 
 test('extents can be used, and hide nothing that was written, while the object is punched, emptied and written anew', async () => {
@@ -142,10 +134,9 @@ test('one that is lost while its extents are looked for tells none either', asyn
   await catalog.snapshotTemporary('disk', 'now');
   const now = await catalog.openVdi('disk@now');
   fs.mkdirSync(path.join(directory, 'scratch'));
-  nextData.mockImplementationOnce(async (fd, at) => {
-    const real = await vi.importActual<typeof libc>('../../src/store/local/libc.js');
+  failing.instead({ calls: ['nextData'], times: 1 }, async (_, proceed) => {
     await vdi.trim(0, OBJECT / 2, false);
-    return real.nextData(fd, at);
+    return proceed();
   });
   await expect(extentsOf(now)).rejects.toThrow(/disk@now is lost/);
   fs.rmdirSync(path.join(directory, 'scratch'));

@@ -6,21 +6,25 @@ import path from 'node:path';
 import { open } from 'lmdb';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { logHeader, placeOf } from '../../src/store/local/map-log.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 
 const OBJECT = 2 ** 20;
 const SIZE = 4 * OBJECT;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 const lines: string[] = [];
 
 async function start(): Promise<void> {
-  store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { log: (line) => lines.push(line), disk: failing.disk });
   catalog = new VdiCatalog(store);
 }
 
@@ -57,7 +61,7 @@ async function crash(options: { readonly sameBoot?: boolean } = {}): Promise<voi
   fs.cpSync(directory, copy, { recursive: true });
   for (const name of fs.readdirSync(path.join(copy, 'recent'))) {
     const fd = fs.openSync(path.join(copy, 'recent', name), 'r+');
-    const header = logHeader(placeOf(copy), store.logs.session, fd);
+    const header = logHeader(hostDisk, placeOf(hostDisk, copy), store.logs.session, fd);
     if (!options.sameBoot) header.write('another', header.indexOf('boot ') + 5);
     fs.writeSync(fd, header, 0, header.length, 0);
     fs.closeSync(fd);
@@ -255,7 +259,7 @@ describe('after a crash', () => {
     await vdi.trim(0, OBJECT, false);
     expect(objectFiles()).toHaveLength(4);
     await vdi.flush();
-    await store.files.removed();
+    await store.objects.removed();
     expect(objectFiles()).toHaveLength(3);
     await catalog.release(vdi);
   });
@@ -305,10 +309,7 @@ describe('check', () => {
 describe('when the metadata cannot be stored', () => {
   /** The next `times` commits fail as on a full disk. The reserve in meta.mdb makes this hard to produce for real. */
   function failCommits(times: number): void {
-    const real = store.metadata.commit.bind(store.metadata);
-    let left = times;
-    store.metadata.commit = (change) =>
-      left-- > 0 ? Promise.reject(new StoreError('NO_SPACE', 'storing metadata: full')) : real(change);
+    failing.fail({ calls: ['commit'], times }, 'ENOSPC');
   }
 
   test('a snapshot fails alone: the writer goes on, later flushes and snapshots work, nothing leaks', async () => {
@@ -391,11 +392,9 @@ test('a sync that failed with an I/O error is not vouched for by a later one', a
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(4096, 1), false);
-  const cause = Object.assign(new Error('EIO: i/o error, fdatasync'), { code: 'EIO', syscall: 'fdatasync' });
-  const real = store.files.sync.bind(store.files);
-  store.files.sync = () => Promise.reject(new StoreError('IO', 'syncing: EIO', { cause }));
+  const failed = failing.fail({ calls: ['fdatasync'] }, 'EIO');
   await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
-  store.files.sync = real;
+  failed.off();
   await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
   await expect(vdi.write(0, Buffer.alloc(4096, 1), true)).rejects.toMatchObject({ code: 'IO' });
 });

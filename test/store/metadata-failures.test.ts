@@ -5,38 +5,25 @@ import os from 'node:os';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { NbdClient } from 'nbd-server-ts';
-import { expect, onTestFinished, test, vi } from 'vitest';
-import type { Environment } from '../../src/store/local/lmdb-environment.js';
+import { expect, onTestFinished, test } from 'vitest';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
 import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, needs, temporaryDirectory, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
+import { FailingDisk, systemError } from '../harness/failing-disk.js';
 import { fill, mountImage, mountThin, mountTmpfs, shutDown } from '../harness/filesystems.js';
-
-/** What LMDB was opened as, in their order. */
-const environments = vi.hoisted(() => [] as Environment[]);
-
-vi.mock('../../src/store/local/lmdb-environment.js', async (load) => {
-  const real = await load<typeof import('../../src/store/local/lmdb-environment.js')>();
-  return {
-    ...real,
-    openEnvironment: (...args: Parameters<typeof real.openEnvironment>) => {
-      const environment = real.openEnvironment(...args);
-      environments.push(environment);
-      return environment;
-    },
-  };
-});
 
 const NEEDS_ROOT = 'mounting needs root';
 
 async function opened(directory: string) {
   const lines: string[] = [];
-  const store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
+  const failing = new FailingDisk();
+  const store = await LocalStore.open(directory, { log: (line) => lines.push(line), disk: failing.disk });
   const catalog = new VdiCatalog(store);
   onTestFinished(() => catalog.close().catch(() => undefined));
-  return { store, catalog, lines };
+  return { store, catalog, lines, failing };
 }
 
 test('a new store on a full disk is an error that says so, and leaves nothing behind', async (context) => {
@@ -257,58 +244,45 @@ needs('gcc')(
 );
 
 test('after an error of its disk, all of the metadata is read before LMDB maps it: an error, not the end of the process', async () => {
-  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  const { store, catalog, failing } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.from('text'), true);
-  const file = path.join(store.location, 'meta.mdb');
-  const object = store.files.path(2 ** 20);
-  expect(fs.existsSync(object)).toBe(true);
-  const eio = Object.assign(new Error('EIO: i/o error'), { code: 'EIO' });
-  const fails = (fd: number, name: string): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`) === name;
+  // One page can be read, and all of the file cannot.
+  const reading = failing.instead({ calls: ['readSync'], file: /meta\.mdb$/ }, ({ name, args }, proceed) => {
+    const [, into] = args as [number, Buffer];
+    if (isIll && into.length > 4096) throw systemError('EIO', name);
+    return proceed();
+  });
   let isIll = true;
-  const { readSync } = fs;
-  // Page 0 can be read, and what comes after it cannot.
-  const reading = vi.spyOn(fs, 'readSync').mockImplementation(((
-    fd: number,
-    into: Buffer,
-    ...rest: [number, number, number]
-  ) => {
-    if (isIll && fails(fd, file) && rest[1] > 4096) throw eio;
-    return readSync(fd, into, ...rest);
-  }) as typeof readSync);
-  onTestFinished(() => reading.mockRestore());
   expect(store.metadata.session).toBeDefined();
-  store.backgroundError(Object.assign(new Error('reading an object'), { cause: eio }));
+  store.backgroundError(Object.assign(new Error('reading an object'), { cause: systemError('EIO', 'read') }));
   const reads = [
     () => store.metadata.session,
     () => store.metadata.kept,
     () => store.metadata.state(),
     () => store.metadata.map(vdi.record),
   ];
-  for (const read of reads) expect(read).toThrow(/reading metadata in .*meta\.mdb: EIO/);
+  for (const read of reads) expect(read).toThrow(/reading metadata in .*meta\.mdb: .*EIO/);
   await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'IO', message: /EIO/ });
   isIll = false;
   await catalog.snapshot('disk', 's');
   for (const read of reads) expect(read).not.toThrow();
   // It is not read as a whole for ever.
-  reading.mockClear();
+  const before = reading.count;
   expect(store.metadata.session).toBeDefined();
-  expect(reading.mock.calls.filter(([fd]) => fails(fd, file))).toHaveLength(1);
+  expect(reading.count).toBe(before + 1);
 });
 
 test('while LMDB is being opened anew after a failed commit, other disks are opened a moment later, not refused', async () => {
-  const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
+  const { store, catalog, failing } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
   const written = await catalog.openVdi('disk');
   await written.write(0, Buffer.from('text'), true);
   await catalog.release(written);
-  const env = environments.at(-1) as Environment;
-  env.transaction = () => Promise.reject(Object.assign(new Error('i/o error'), { code: os.constants.errno.EIO }));
-  const close = env.close.bind(env);
-  let closeNow!: () => void;
-  const mayClose = new Promise<void>((resolve) => (closeNow = resolve));
-  env.close = () => mayClose.then(close);
+  failing.fail({ calls: ['commit'], times: 1 }, 'EIO');
+  const closing = failing.hold({ calls: ['closeDatabase'] });
+  const openings = failing.instead({ calls: ['openDatabase'] }, (_, proceed) => proceed());
   const failed = expect(store.state.commit(new Map([['a', 1]]))).rejects.toMatchObject({ code: 'IO' });
   const isBeingOpened = (): boolean => {
     try {
@@ -324,13 +298,13 @@ test('while LMDB is being opened anew after a failed commit, other disks are ope
   // As long as it takes: nothing that the opening could wait for beside this goes on any more.
   const sooner = await Promise.race([opening.then(() => 'opened', String), catalog.list().then(() => undefined)]);
   expect(sooner).toBe(undefined);
-  closeNow();
+  closing.release();
   const vdi = await opening;
   const read = Buffer.alloc(4);
   await vdi.read(0, read);
   expect(read.toString()).toBe('text');
   await failed;
-  expect(environments.at(-1)).not.toBe(env);
+  expect(openings.count).toBe(1);
 });
 
 test('metadata that somebody cuts off while it is open is damage that is told, not the end of the process', async () => {
@@ -344,6 +318,7 @@ test('metadata that somebody cuts off while it is open is damage that is told, n
 test('of changes that are committed together one that throws stores nothing, and the others do', async () => {
   let env!: { put(key: string, value: Buffer): unknown; get(key: string): Buffer | undefined };
   const file = new MetadataFile(
+    hostDisk,
     path.join(temporaryDirectory(), 'm.mdb'),
     { readOnly: false },
     (opened) => (env = opened),

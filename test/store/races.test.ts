@@ -8,21 +8,23 @@ import path from 'node:path';
 import { afterEach, expect, test } from 'vitest';
 import { DescriptorCache } from '../../src/store/local/descriptor-cache.js';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
-import { objectKey } from '../../src/store/local/reference-counts.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 
 const OBJECT = 2 ** 20;
 const PAGE_OBJECTS = 1024;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 
 async function start(options: LocalStoreOptions = {}): Promise<void> {
   directory ??= fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-races-'));
-  store = await LocalStore.open(directory, options);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { ...options, disk: failing.disk });
   catalog = new VdiCatalog(store);
 }
 
@@ -36,6 +38,13 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
   directory = undefined as unknown as string;
 });
+
+function objectFile(vid: number, idx: number): string {
+  const name = [vid, idx].map((part) => part.toString(16).padStart(8, '0')).join('');
+  const objects = path.join(directory, 'objects');
+  const found = fs.readdirSync(objects, { recursive: true, encoding: 'utf8' }).find((file) => file.endsWith(name));
+  return path.join(objects, found ?? '');
+}
 
 async function turns(count: number): Promise<void> {
   for (let n = 0; n < count; n++) await new Promise((resolve) => setImmediate(resolve));
@@ -123,7 +132,7 @@ test('with fewer descriptors than busy objects nobody reads or writes through an
     }),
   );
   for (let idx = 0; idx < objects; idx++) {
-    const file = fs.readFileSync(store.files.path(objectKey(vdi.record.vid, idx)));
+    const file = fs.readFileSync(objectFile(vdi.record.vid, idx));
     expect(file.equals(Buffer.alloc(OBJECT, 2 + idx)), `file of object ${idx}`).toBe(true);
   }
   await catalog.release(vdi);
@@ -192,7 +201,7 @@ test('the number of open descriptors stays at its limit however objects come and
 
 test('who waits for a descriptor of one disk does not wait behind all who wait for those of another', async () => {
   await start();
-  const cache = new DescriptorCache(2);
+  const cache = new DescriptorCache(hostDisk, 2);
   const order: string[] = [];
   expect(cache.take(2, 1)).toBeUndefined();
   for (let n = 0; n < 4; n++) void cache.take(1, 1)?.then(() => order.push('one'));
@@ -213,10 +222,9 @@ test('pages that a failed clone left behind are nobody’s: a new VDI under the 
   await secret.write(0, Buffer.alloc(OBJECT, 0x53), true);
   await catalog.release(secret);
   await catalog.snapshot('secret', 's');
-  const commit = store.metadata.commit.bind(store.metadata);
-  store.metadata.commit = () => Promise.reject(new StoreError('NO_SPACE', 'full'));
+  const full = failing.fail({ calls: ['commit'] }, 'ENOSPC');
   await expect(catalog.clone('secret@s', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
-  store.metadata.commit = commit;
+  full.off();
   await reopen();
   await catalog.create('fresh', 4 * OBJECT, { blockSizeShift: 20 });
   const fresh = await catalog.openVdi('fresh');
@@ -231,10 +239,9 @@ test('a second client that opens a VDI while its failed snapshot is being undone
   await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
-  const commit = store.metadata.commit.bind(store.metadata);
-  store.metadata.commit = () => Promise.reject(new StoreError('NO_SPACE', 'full'));
+  const full = failing.fail({ calls: ['commit'] }, 'ENOSPC');
   await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'NO_SPACE' });
-  store.metadata.commit = commit;
+  full.off();
   await vdi.write(OBJECT, Buffer.alloc(4096, 2), false);
   const flushed = vdi.flush();
   await turns(1);
@@ -274,11 +281,9 @@ test('a VDI whose sync failed starts again from what is durable when it is opene
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(4096, 1), true);
   await vdi.write(OBJECT, Buffer.alloc(4096, 2), false);
-  const sync = store.files.sync.bind(store.files);
-  const cause = Object.assign(new Error('EIO: i/o error, fdatasync'), { code: 'EIO', syscall: 'fdatasync' });
-  store.files.sync = () => Promise.reject(new StoreError('IO', 'syncing: EIO', { cause }));
+  const failed = failing.fail({ calls: ['fdatasync'] }, 'EIO');
   await expect(catalog.release(vdi)).rejects.toMatchObject({ code: 'IO' });
-  store.files.sync = sync;
+  failed.off();
   const again = await catalog.openVdi('disk');
   expect(again).not.toBe(vdi);
   await again.write(2 * OBJECT, Buffer.alloc(4096, 3), true);

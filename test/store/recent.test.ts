@@ -7,13 +7,14 @@ import fs from 'node:fs';
 import path from 'node:path';
 import zlib from 'node:zlib';
 import { NbdClient } from 'nbd-server-ts';
-import { afterEach, describe, expect, test, vi } from 'vitest';
+import { afterEach, describe, expect, test } from 'vitest';
 import { logHeader, placeOf } from '../../src/store/local/map-log.js';
+import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { StoreError } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { cli, skipBecause, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
+import { FailingDisk, systemError, WRITES } from '../harness/failing-disk.js';
 import { mountAgain, mountImage, shutDown } from '../harness/filesystems.js';
 
 const OBJECT = 2 ** 20;
@@ -23,6 +24,7 @@ const DISK = 512 * OBJECT;
 
 interface Opened {
   readonly directory: string;
+  readonly failing: FailingDisk;
   readonly store: LocalStore;
   readonly catalog: VdiCatalog;
   readonly lines: string[];
@@ -30,10 +32,10 @@ interface Opened {
 
 const opened: Opened[] = [];
 
-async function open(directory: string): Promise<Opened> {
+async function open(directory: string, failing = new FailingDisk()): Promise<Opened> {
   const lines: string[] = [];
-  const store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
-  const result = { directory, store, catalog: new VdiCatalog(store), lines };
+  const store = await LocalStore.open(directory, { log: (line) => lines.push(line), disk: failing.disk });
+  const result = { directory, failing, store, catalog: new VdiCatalog(store), lines };
   opened.push(result);
   return result;
 }
@@ -63,7 +65,7 @@ function objectFiles(directory: string): string[] {
 function makeFit(directory: string, session: string): void {
   for (const log of logsOf(directory)) {
     const fd = fs.openSync(log, 'r+');
-    const header = logHeader(placeOf(directory), session, fd);
+    const header = logHeader(hostDisk, placeOf(hostDisk, directory), session, fd);
     fs.writeSync(fd, header, 0, header.length, 0);
     fs.closeSync(fd);
   }
@@ -135,27 +137,18 @@ test('of a snapshot that was not stored the log says what the VDI holds, and of 
 });
 
 test('a log that could not be written counts for nothing until a flush has succeeded, and then from its beginning on', async () => {
-  const { directory, store, catalog, vdi, lines } = await newStore();
-  const { writeSync } = fs;
-  const recent = path.join(directory, 'recent', '');
-  const isLog = (fd: number): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`).startsWith(recent);
-  const full = vi.spyOn(fs, 'writeSync').mockImplementation(((fd: number, ...rest: [Buffer]) => {
-    if (isLog(fd)) throw Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
-    return writeSync(fd, ...rest);
-  }) as typeof writeSync);
+  const { directory, failing, store, catalog, vdi, lines } = await newStore();
+  const full = failing.fail({ calls: WRITES, file: /recent/ }, 'ENOSPC');
   await write(vdi, 0, 'unlogged');
-  full.mockRestore();
+  full.off();
   expect(lines.join()).toMatch(/would be lost if this process were killed/);
-  const { metadata } = store;
-  const commit = metadata.commit.bind(metadata);
   /** A flush, and `during` at the moment when its maps are to be stored. */
   const flushed = async (during: () => Promise<void>, fails: boolean): Promise<void> => {
-    metadata.commit = async (change) => {
-      metadata.commit = commit;
+    failing.instead({ calls: ['commit'], times: 1 }, async ({ name }, proceed) => {
       await during();
-      if (fails) throw new StoreError('NO_SPACE', 'storing metadata: full');
-      return commit(change);
-    };
+      if (fails) throw systemError('ENOSPC', name);
+      return proceed();
+    });
     if (fails) await expect(vdi.flush()).rejects.toMatchObject({ code: 'NO_SPACE' });
     else await vdi.flush();
   };
@@ -180,7 +173,7 @@ test('a log that could not be written counts for nothing until a flush has succe
 for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush had failed']) {
   const isMoved = what.endsWith('snapshot');
   test(`killed between the removal of ${what} and that of its log: nothing is in doubt`, async () => {
-    const { directory, store, catalog, vdi } = await newStore();
+    const { directory, failing, store, catalog, vdi } = await newStore();
     await write(vdi, 0, 'flushed');
     await vdi.flush();
     await write(vdi, 1, 'answered');
@@ -190,12 +183,9 @@ for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush h
     }
     const logs = logsOf(directory).map((log) => [path.basename(log), fs.readFileSync(log)] as const);
     expect(logs).not.toEqual([]);
-    const { metadata } = store;
-    const commit = metadata.commit.bind(metadata);
-    const full = new StoreError('NO_SPACE', 'storing metadata: full');
-    if (what.endsWith('failed')) metadata.commit = () => Promise.reject(full);
-    await catalog.release(vdi).catch((error: unknown) => expect(error).toBe(full));
-    metadata.commit = commit;
+    const full = failing.fail({ calls: what.endsWith('failed') ? ['commit'] : [] }, 'ENOSPC');
+    await catalog.release(vdi).catch((error: unknown) => expect(error).toMatchObject({ code: 'NO_SPACE' }));
+    full.off();
     if (isMoved) await catalog.remove('disk@one');
     await catalog.remove('disk');
     const copy = copyOf(directory);
@@ -296,13 +286,9 @@ describe('of a VDI that has several logs', () => {
 
   test('all logs are set aside beside one that the disk does not give', async () => {
     const { copy, logs } = await killed();
-    const real = fs.readFileSync;
-    vi.spyOn(fs, 'readFileSync').mockImplementation(((file: number, ...rest: [never]) => {
-      if (typeof file === 'number' && fs.readlinkSync(`/proc/self/fd/${file}`) === logs[1])
-        throw Object.assign(new Error('EIO: i/o error, read'), { code: 'EIO' });
-      return real(file, ...rest);
-    }) as typeof real);
-    const after = await open(copy).finally(() => vi.restoreAllMocks());
+    const failing = new FailingDisk();
+    failing.fail({ calls: ['readSync'], file: new RegExp(`^${logs[1]}$`) }, 'EIO');
+    const after = await open(copy, failing);
     expect(await found(after)).toEqual(['flushed', '', '', '']);
     expect(after.lines.join()).toMatch(/9 and 2 more: EIO: i\/o error/);
   });
@@ -311,14 +297,12 @@ describe('of a VDI that has several logs', () => {
     const { copy, session, logs } = await killed();
     spoil(logs[0], fs.statSync(logs[0]).size - 10);
     let interrupted = '';
-    const real = fs.renameSync;
-    let moved = 0;
-    vi.spyOn(fs, 'renameSync').mockImplementation((from, to) => {
-      real(from, to);
-      if (from === logs[0] || from === logs[1]) moved++;
-      if (moved === 1) interrupted ||= copyOf(copy);
+    const failing = new FailingDisk();
+    failing.instead({ calls: ['renameSync'], file: /recent/, times: 1 }, (_, proceed) => {
+      proceed();
+      interrupted = copyOf(copy);
     });
-    await open(copy).finally(() => vi.restoreAllMocks());
+    await open(copy, failing);
     makeFit(interrupted, session);
     expect(logsOf(interrupted)).toHaveLength(2);
     expect(await found(await open(interrupted))).toEqual(['flushed', '', '', 'other']);

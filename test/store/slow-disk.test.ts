@@ -1,10 +1,11 @@
 /**
  * A disk that takes its time: writes that block leave the event loop and come back when they are quick again, and whatever
- * waits for the disk leaves threads of the pool to reads and to other disks. The disk is slowed down at node:fs.
+ * waits for the disk leaves threads of the pool to reads and to other disks.
  */
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { NbdClient } from 'nbd-server-ts';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import type { VdiRecord } from '../../src/store/object-store.js';
@@ -15,6 +16,7 @@ import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/loc
 import { WriteThrottle } from '../../src/store/local/write-throttle.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk, systemError } from '../harness/failing-disk.js';
 import { cli, needs, ok, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const OBJECT = 2 ** 20;
@@ -23,12 +25,14 @@ const SIZE = 64 * OBJECT;
 const STALL_MS = 45;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-slow-'));
-  store = await LocalStore.open(directory);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
 });
 
@@ -45,30 +49,19 @@ async function disk(name: string): Promise<Vdi> {
   return vdi;
 }
 
-const isObject = (fd: number): boolean => fs.readlinkSync(`/proc/self/fd/${fd}`).includes('/objects/');
-
 /** Writes of objects take STALL_MS while `isSlow`. Returns what is counted: those on the loop, and those under way in the pool. */
 function slowWrites(): { isSlow: boolean; onLoop: number; inPool: number; mostInPool: number } {
   const state = { isSlow: true, onLoop: 0, inPool: 0, mostInPool: 0 };
-  const { writeSync, write } = fs;
-  vi.spyOn(fs, 'writeSync').mockImplementation(((fd: number, ...rest: [Buffer]) => {
-    if (isObject(fd)) {
-      state.onLoop++;
-      if (state.isSlow) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, STALL_MS);
-    }
-    return writeSync(fd, ...rest);
-  }) as typeof fs.writeSync);
-  vi.spyOn(fs, 'write').mockImplementation(((fd: number, ...rest: [Buffer, number, number, number, () => void]) => {
-    const done = rest[4] as (...of: unknown[]) => void;
+  failing.instead({ calls: ['writeSync'], file: /objects/ }, (_, proceed) => {
+    state.onLoop++;
+    if (state.isSlow) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, STALL_MS);
+    return proceed();
+  });
+  failing.instead({ calls: ['write'] }, async (_, proceed) => {
     state.mostInPool = Math.max(state.mostInPool, ++state.inPool);
-    rest[4] = (...of: unknown[]) => {
-      state.inPool--;
-      done(...of);
-    };
-    const start = (): void => write(fd, ...rest);
-    if (state.isSlow) setTimeout(start, STALL_MS);
-    else start();
-  }) as typeof fs.write);
+    if (state.isSlow) await delay(STALL_MS);
+    return (proceed() as Promise<number>).finally(() => state.inPool--);
+  });
   return state;
 }
 
@@ -118,13 +111,9 @@ test('clones of one image are several disks: one that reads much leaves threads 
   await catalog.snapshot('image', 's');
   for (const name of ['greedy', 'other']) await catalog.clone('image@s', name);
   const [greedy, other] = [await catalog.openVdi('greedy'), await catalog.openVdi('other')];
-  const { read } = fs;
-  vi.spyOn(fs, 'read').mockImplementation(((...of: Parameters<typeof fs.read>) => {
-    setTimeout(() => read(...of), STALL_MS / 3);
-  }) as typeof fs.read);
-  // Longer than what is read on the loop.
+  failing.instead({ calls: ['read'] }, (_, proceed) => delay(STALL_MS / 3).then(proceed));
+  const isNotCached = failing.instead({ calls: ['readCachedSync', 'readSync'], file: /objects/ }, () => 0);
   const parts = (): Buffer => Buffer.alloc(2 * OBJECT);
-  const isNotCached = vi.spyOn(store.files, 'readNow').mockReturnValue(0);
   let done = 0;
   const many = Array.from({ length: 48 }, async () => {
     await greedy.read(0, parts());
@@ -133,7 +122,7 @@ test('clones of one image are several disks: one that reads much leaves threads 
   await other.read(0, parts());
   expect(done).toBeLessThan(many.length / 2);
   await Promise.all(many);
-  isNotCached.mockRestore();
+  isNotCached.off();
   for (const vdi of [greedy, other]) await catalog.release(vdi);
 });
 
@@ -154,7 +143,7 @@ test('syncs, removals, copies and look-ups are all counted in and out: afterward
 });
 
 test('who opens an object while its removal waits for a thread leaves nothing that a new object of the name is taken for', async () => {
-  const { files } = store;
+  const { objects: files } = store;
   const key = objectKey(5, 0);
   await files.create(key, OBJECT, 0, page, undefined);
   const others: symbol[] = [];
@@ -166,8 +155,12 @@ test('who opens an object while its removal waits for a thread leaves nothing th
   for (const other of others) CHANGES.leave(other);
   await files.removed();
   await files.create(key, OBJECT, 0, page, undefined);
-  expect(fs.statSync(files.path(key)).size).toBe(OBJECT);
-  expect(fs.readFileSync(files.path(key)).subarray(0, BLOCK).equals(page)).toBe(true);
+  const objects = path.join(directory, 'objects');
+  const made = fs.readdirSync(objects, { recursive: true, encoding: 'utf8' }).filter((name) => name.length > 2);
+  const file = path.join(objects, made[0] ?? '');
+  expect(made).toHaveLength(1);
+  expect(fs.statSync(file).size).toBe(OBJECT);
+  expect(fs.readFileSync(file).subarray(0, BLOCK).equals(page)).toBe(true);
 });
 
 test('a share of threads is never exceeded, leaves one to a second disk, and is given to disks in turn', async () => {
@@ -229,9 +222,9 @@ describe('the log of map changes, written off the loop', () => {
 
   beforeEach(() => {
     const place = temporaryDirectory();
-    makeLogFolder(place);
+    makeLogFolder(failing.disk, place);
     errors.length = 0;
-    logs = new MapLogs(place, (error) => errors.push(error), slow as unknown as WriteThrottle);
+    logs = new MapLogs(failing.disk, place, (error) => errors.push(error), slow as unknown as WriteThrottle);
   });
 
   /** What a start after a kill would apply: [vid, idx, owner]. */
@@ -270,15 +263,13 @@ describe('the log of map changes, written off the loop', () => {
   test('is removed if it cannot be written, and begins anew when a flush has succeeded, with what has changed since that began', async () => {
     const log = logs.logOf(2, 1);
     await log.changed(0, 2);
-    vi.spyOn(fs, 'write').mockImplementationOnce(((...all: [number, Buffer, number, number, number, () => void]) => {
-      const done = all[5] as (error: Error) => void;
-      setImmediate(() => {
-        log.flushing(2);
-        done(Object.assign(new Error('ENOSPC: no space left'), { code: 'ENOSPC' }));
-      });
-    }) as typeof fs.write);
+    const full = failing.instead({ calls: ['write'], times: 1 }, async ({ name }) => {
+      await new Promise((resolve) => setImmediate(resolve));
+      log.flushing(2);
+      throw systemError('ENOSPC', name);
+    });
     const failed = log.changed(1, 2);
-    await waitUntil(() => vi.mocked(fs.write).mock.calls.length > 0, 'the write that fails');
+    await waitUntil(() => full.count > 0, 'the write that fails');
     await failed;
     await log.changed(2, 2);
     expect(errors).toHaveLength(1);

@@ -9,18 +9,21 @@ import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 
 const OBJECT = 2 ** 22;
 const SIZE = 4 * OBJECT;
 const PEER = { transport: 'internal', address: 'test' } as const;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-turns-'));
-  store = await LocalStore.open(directory);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
 });
 
@@ -32,15 +35,8 @@ afterEach(async () => {
 
 /** From here on no data reaches the disk until `open` is called; `stopped` is asked whether somebody waits for that. */
 function holdSyncs(): { open: () => void; stopped: () => Promise<void> } {
-  let open = (): void => undefined;
-  const opened = new Promise<void>((resolve) => (open = resolve));
-  const { files } = store;
-  const sync = files.sync.bind(files);
-  const held = vi.spyOn(files, 'sync').mockImplementation(async (key) => {
-    await opened;
-    await sync(key);
-  });
-  return { open, stopped: () => vi.waitFor(() => expect(held).toHaveBeenCalled(), 10_000) };
+  const { release, reached } = failing.hold({ calls: ['fdatasync'] });
+  return { open: release, stopped: () => reached };
 }
 
 async function written(name: string): Promise<void> {

@@ -115,7 +115,7 @@ describe('snapshots while four writers run at full speed', () => {
     for (let block = 0; block < BLOCKS; block++) await vdi.write(block * BLOCK, data, false);
     expect(vdi.copies - copies).toBe(0);
     await vdi.flush();
-    await store.files.removed();
+    await store.objects.removed();
     expect(objectBytes()).toBeLessThanOrEqual(BLOCKS * BLOCK * 1.02);
     await catalog.release(vdi);
     expect((await catalog.check({ repair: false })).problems).toEqual([]);

@@ -10,6 +10,7 @@ import { afterEach, beforeEach, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk } from '../harness/failing-disk.js';
 
 const BLOCK = 4096;
 const OBJECT = 2 ** 20;
@@ -18,12 +19,14 @@ const SIZE = BLOCKS * BLOCK;
 const WRITERS = 4;
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-temporary-'));
-  store = await LocalStore.open(directory);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
 });
 
@@ -228,16 +231,11 @@ test('it is taken without a flush, and a flush does not wait for it', async () =
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), false);
-  let syncs = 0;
-  const sync = store.files.sync.bind(store.files);
-  store.files.sync = (key) => {
-    syncs++;
-    return sync(key);
-  };
+  const syncs = failing.instead({ calls: ['fdatasync'] }, (_, proceed) => proceed());
   await catalog.snapshotTemporary('disk', 'now');
-  expect(syncs).toBe(0);
+  expect(syncs.count).toBe(0);
   await vdi.flush();
-  expect(syncs).toBe(SIZE / OBJECT);
+  expect(syncs.count).toBe(SIZE / OBJECT);
   expect((await readAll('disk@now')).equals(Buffer.alloc(SIZE, 1))).toBe(true);
   await catalog.release(vdi);
   await catalog.dropTemporary('disk', 'now');
@@ -247,18 +245,15 @@ test('a writer that is held up when it is taken holds up nobody else, and the sn
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), true);
-  let go = (): void => undefined;
-  const held = new Promise<void>((resolve) => (go = resolve));
-  const write = store.files.write.bind(store.files);
-  store.files.write = (vid, idx, offset, data) =>
-    data[0] === 2 ? held.then(() => write(vid, idx, offset, data)) : write(vid, idx, offset, data);
-  const slow = vdi.write(0, Buffer.alloc(BLOCK, 2), false);
+  // More than is written on the loop.
+  const { release } = failing.hold({ calls: ['write'], file: /objects/ });
+  const slow = vdi.write(0, Buffer.alloc(64 * BLOCK, 2), false);
   let isTaken = false;
   const taking = catalog.snapshotTemporary('disk', 'now').then(() => (isTaken = true));
   for (let n = 0; n < 20; n++) await turn();
   await vdi.write(OBJECT, Buffer.alloc(BLOCK, 3), true);
   expect(isTaken).toBe(false);
-  go();
+  release();
   await slow;
   await taking;
   const now = await readAll('disk@now');

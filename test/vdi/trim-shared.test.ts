@@ -9,6 +9,7 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
+import { FailingDisk, READS } from '../harness/failing-disk.js';
 
 const BLOCK = 4096;
 const OBJECT = 2 ** 20;
@@ -16,13 +17,15 @@ const SIZE = 8 * OBJECT;
 const TRIM = { noHole: false, fua: false };
 
 let directory: string;
+let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 let vdi: Vdi;
 
 beforeEach(async () => {
   directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-trim-'));
-  store = await LocalStore.open(directory);
+  failing = new FailingDisk();
+  store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   vdi = await catalog.openVdi('disk');
@@ -178,12 +181,11 @@ test('an object of the disk’s own that is zeros gives its space back when all 
 test('an object that cannot be read is given up by a trim of all of it', async () => {
   await layOut();
   await catalog.snapshot('disk', 's');
-  const read = store.files.read.bind(store.files);
-  store.files.read = (vid, idx, offset, into) =>
-    idx === 4 ? Promise.reject(new Error('a bad sector')) : read(vid, idx, offset, into);
+  const badSector = failing.fail({ calls: READS, file: /objects.*00000004$/ }, 'EIO');
   await vdi.trim(4 * OBJECT, OBJECT, false);
   expect(await changedSince('disk@s')).toEqual([4]);
-  store.files.read = read;
+  expect(badSector.count).toBeGreaterThan(0);
+  badSector.off();
 });
 
 test('trims beside writes, in the same objects, under snapshots of both kinds: no write is lost, what is trimmed is zeros', async () => {

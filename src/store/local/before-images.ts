@@ -3,12 +3,13 @@
  * name, so that whatever ends the process ends them too, and a bitmap of the 4 KiB blocks that are in them. Addressed by
  * disk offset. Decides nothing about when a block must be kept; whoever writes it here does so once, before it changes.
  */
-import fs from 'node:fs';
 import path from 'node:path';
+import { O_CREAT, O_RDWR, O_TRUNC, removeIfThereSync, type HostDisk } from '../../system/disk.js';
+import { readPadded, writeFully } from '../../system/whole-io.js';
 import { StoreError, type Awaitable } from '../object-store.js';
-import { readFully, writeFully } from './positioned-io.js';
+import type { CachedReads } from './cached-reads.js';
 import { CHANGES, READS, type ThreadShare } from './thread-shares.js';
-import { WriteThrottle } from './write-throttle.js';
+import type { WriteThrottle } from './write-throttle.js';
 
 export const KEPT_BLOCK = 4096;
 /** Bits of one piece of the bitmap, 16 KiB: a disk pays for the parts that are written. */
@@ -21,13 +22,14 @@ const FILE_BYTES = 2 ** 40;
 const SCRATCH_NAME = 'scratch';
 
 /** Remove what a process that was killed in that moment has left in the store `directory`. */
-export function removeLeftScratch(directory: string): void {
-  fs.rmSync(path.join(directory, SCRATCH_NAME), { force: true });
+export function removeLeftScratch(disk: HostDisk, directory: string): void {
+  removeIfThereSync(disk, path.join(directory, SCRATCH_NAME));
 }
 
 export class BeforeImages {
+  readonly #disk: HostDisk;
   readonly #directory: string;
-  readonly #readNow: (fd: number, into: Buffer, offset: number) => number;
+  readonly #reads: CachedReads;
   readonly #bitmap: (Uint32Array | undefined)[] = [];
   readonly #files: (number | undefined)[] = [];
   readonly #throttle: WriteThrottle;
@@ -35,18 +37,12 @@ export class BeforeImages {
   #busy = 0;
   #isClosed = false;
 
-  /**
-   * `readNow` reads what is in the page cache, or fewer bytes if it would have to wait. `throttle`: of the disk that the
-   * directory is on.
-   */
-  constructor(
-    directory: string,
-    readNow: (fd: number, into: Buffer, offset: number) => number,
-    throttle = new WriteThrottle(),
-  ) {
+  /** `reads` and `throttle`: of the filesystem that the directory is on, and of its disk. */
+  constructor(disk: HostDisk, directory: string, reads: CachedReads, throttle: WriteThrottle) {
+    this.#disk = disk;
     this.#throttle = throttle;
     this.#directory = directory;
-    this.#readNow = readNow;
+    this.#reads = reads;
   }
 
   /** The first block at or after `offset`, up to `end`, that is kept or not: its offset, or `end`. Both are multiples of 4 KiB. */
@@ -87,7 +83,7 @@ export class BeforeImages {
     if (!this.#throttle.mayWrite()) return false;
     const start = performance.now();
     const fd = this.#fileAt(offset);
-    const written = fs.writeSync(fd, data, 0, data.length, offset % FILE_BYTES);
+    const written = this.#disk.writeSync(fd, data, offset % FILE_BYTES);
     this.#throttle.note(start);
     return written === data.length;
   }
@@ -96,7 +92,7 @@ export class BeforeImages {
     const fd = this.#fileAt(offset);
     await this.#whileOpen(CHANGES, async () => {
       const start = performance.now();
-      await writeFully(fd, data, offset % FILE_BYTES);
+      await writeFully(this.#disk, fd, data, offset % FILE_BYTES);
       this.#throttle.noteOffLoop(start);
     });
   }
@@ -108,8 +104,9 @@ export class BeforeImages {
       into.fill(0);
       return;
     }
-    const done = Math.max(this.#readNow(fd, into, offset % FILE_BYTES), 0);
-    if (done < into.length) return this.#whileOpen(READS, () => readFully(fd, into, offset % FILE_BYTES, done));
+    const done = Math.max(this.#reads.read(fd, into, offset % FILE_BYTES), 0);
+    if (done < into.length)
+      return this.#whileOpen(READS, () => readPadded(this.#disk, fd, into, offset % FILE_BYTES, done));
   }
 
   /** Give the space back, as soon as nobody reads or writes. */
@@ -140,15 +137,14 @@ export class BeforeImages {
 
   #makeFile(): number {
     const name = path.join(this.#directory, SCRATCH_NAME);
-    const { O_RDWR, O_CREAT, O_TRUNC } = fs.constants;
-    const fd = fs.openSync(name, O_RDWR | O_CREAT | O_TRUNC, 0o600);
-    fs.unlinkSync(name);
+    const fd = this.#disk.openSync(name, O_RDWR | O_CREAT | O_TRUNC, 0o600);
+    this.#disk.unlinkSync(name);
     return fd;
   }
 
   /** On the thread pool: the filesystem takes its time to free gigabytes. */
   #closeFiles(): void {
-    for (const fd of this.#files) if (fd !== undefined) fs.close(fd, () => undefined);
+    for (const fd of this.#files) if (fd !== undefined) this.#disk.close(fd).catch(() => undefined);
     this.#files.length = 0;
   }
 }

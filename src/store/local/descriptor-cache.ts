@@ -4,7 +4,7 @@
  * is using (`busy`) stays open, also when it has left the cache; a file that has left it is `retired` and must not be used for
  * anything new. Knows nothing of names and directories.
  */
-import fs from 'node:fs';
+import type { HostDisk } from '../../system/disk.js';
 import { idxOf, vidOf } from './reference-counts.js';
 
 export class ObjectFile {
@@ -36,6 +36,7 @@ const SPARE_DIVISOR = 8;
 const MAX_SPARE = 64;
 
 export class DescriptorCache {
+  readonly #disk: HostDisk;
   /** What is never exceeded. */
   readonly #limit: number;
   /** With more files than this those that were not used lately are closed. */
@@ -55,7 +56,8 @@ export class DescriptorCache {
   #last: (ObjectFile | undefined)[] = [];
 
   /** `limit`: at least 2, for a copy of one object to another. */
-  constructor(limit: number) {
+  constructor(disk: HostDisk, limit: number) {
+    this.#disk = disk;
     this.#limit = limit;
     this.#comfort = limit - Math.max(1, Math.min(MAX_SPARE, Math.floor(limit / SPARE_DIVISOR)));
   }
@@ -178,10 +180,11 @@ export class DescriptorCache {
 
   #close(fd: number): void {
     this.#closing++;
-    fs.close(fd, () => {
+    const closed = (): void => {
       this.#closing--;
       this.giveBack(1);
-    });
+    };
+    this.#disk.close(fd).then(closed, closed);
   }
 
   /** Close what is not in use, and the rest as its users end. */

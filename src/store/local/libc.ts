@@ -1,11 +1,11 @@
 /**
- * The system calls that Node does not offer: reads that refuse to wait for the disk, holes, in-kernel copies, advisory
- * locks. The only file that speaks koffi; everything above it sees numbers and Buffers.
+ * System calls about files that Node does not offer: reads that refuse to wait for the disk, holes, in-kernel copies,
+ * advisory locks. Callers see numbers and Buffers, and nothing of koffi. The local store and the backup targets reach these
+ * calls through the disk seam only (src/system/disk.ts).
  */
 import fs from 'node:fs';
 import koffi from 'koffi';
-import { StoreError } from '../object-store.js';
-import { reasonBeside } from '../system-error.js';
+import { NOT_SUPPORTED, WOULD_WAIT, type Reserved } from '../../system/disk.js';
 
 const RWF_NOWAIT = 8; // linux/fs.h
 const FALLOC_FL_KEEP_SIZE = 1; // linux/falloc.h
@@ -90,10 +90,6 @@ function addressOf(buffer: Buffer): number {
   return lastBase + buffer.byteOffset;
 }
 
-/** Results of readNoWait other than a count of bytes. */
-export const WOULD_WAIT = -1;
-export const NOT_SUPPORTED = -2;
-
 /**
  * Read what is in the page cache, without waiting for the disk. Returns the bytes read (possibly fewer than asked for),
  * WOULD_WAIT, or NOT_SUPPORTED where the filesystem cannot do it. preadv2(2), RWF_NOWAIT.
@@ -143,8 +139,6 @@ export function canPunchHole(fd: number, length: number): boolean {
 export function canZeroRange(fd: number, length: number): boolean {
   return fallocate(fd, FALLOC_FL_ZERO_RANGE, 0, length) === 0;
 }
-
-export type Reserved = 'done' | 'no space' | 'not supported';
 
 /** Reserve space beyond the end of the file without changing its size. fallocate(2). */
 export function reserve(fd: number, offset: number, length: number): Reserved {
@@ -259,23 +253,4 @@ export function tryLock(fd: number, { shared = false } = {}): boolean {
   const errno = koffi.errno();
   if (errno === EAGAIN) return false;
   throw systemError('flock', errno);
-}
-
-const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
-/** What the kernel says of a disk that fails, is gone, or holds what makes no sense. UNKNOWN is EUCLEAN as Node has it. */
-const DISK_CODES = new Set(['EIO', 'ENXIO', 'ENODEV', 'ESTALE', 'EBADMSG', 'EUCLEAN', 'UNKNOWN']);
-const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
-
-/** Whether this, or what it was made of, is the disk's failure: others may find out next. */
-export function isDiskError(error: unknown): boolean {
-  const { code, cause } = error as NodeJS.ErrnoException;
-  return DISK_CODES.has(code ?? '') || (cause instanceof Error && isDiskError(cause));
-}
-
-/** Turn whatever a file operation threw into this layer's error, saying what was being done. */
-export function asStoreError(error: unknown, doing: string): StoreError {
-  if (error instanceof StoreError) return error;
-  const { code } = error as NodeJS.ErrnoException;
-  const kind = code && SPACE_CODES.has(code) ? 'NO_SPACE' : code && PERMISSION_CODES.has(code) ? 'PERMISSION' : 'IO';
-  return new StoreError(kind, `${doing}: ${reasonBeside(doing, error as Error)}`, { cause: error });
 }

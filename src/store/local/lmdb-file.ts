@@ -3,7 +3,7 @@
  * cut off, would end the process instead of being an error. Reads the two meta pages, changes nothing.
  * Layout: mdb.c of the LMDB that the package `lmdb` carries (struct MDB_page, struct MDB_meta; data version 2).
  */
-import fs from 'node:fs';
+import { O_RDONLY, type HostDisk } from '../../system/disk.js';
 
 const PAGE_HEADER = 24;
 const MAGIC = 0xbeefc0de;
@@ -17,21 +17,21 @@ const MIN_PAGE_SIZE = 512;
 const MAX_PAGE_SIZE = 65_536;
 
 /** Why `file` is not a whole LMDB file; undefined if it is, or is absent or empty, which LMDB takes for a new one. */
-export function lmdbFileProblem(file: string): string | undefined {
-  const status = fs.statSync(file, { throwIfNoEntry: false });
+export function lmdbFileProblem(disk: HostDisk, file: string): string | undefined {
+  const status = disk.statSync(file);
   if (!status || status.size === 0) return undefined;
-  const fd = fs.openSync(file, 'r');
+  const fd = disk.openSync(file, O_RDONLY);
   try {
-    const first = metaAt(fd, 0);
+    const first = metaAt(disk, fd, 0);
     if (!first) return 'it is no LMDB file';
-    const second = metaAt(fd, first.pageSize);
+    const second = metaAt(disk, fd, first.pageSize);
     if (!second || second.pageSize !== first.pageSize) return 'its second meta page is damaged';
     const { lastPage } = second.transaction > first.transaction ? second : first;
     const needed = (lastPage + 1) * first.pageSize;
     if (status.size < needed) return `it is cut off: ${status.size} bytes, but its data goes to ${needed}`;
     return undefined;
   } finally {
-    fs.closeSync(fd);
+    disk.closeSync(fd);
   }
 }
 
@@ -41,9 +41,9 @@ interface Meta {
   readonly transaction: bigint;
 }
 
-function metaAt(fd: number, offset: number): Meta | undefined {
+function metaAt(disk: HostDisk, fd: number, offset: number): Meta | undefined {
   const page = Buffer.alloc(META_BYTES);
-  if (fs.readSync(fd, page, 0, META_BYTES, offset) < META_BYTES) return undefined;
+  if (disk.readSync(fd, page, offset) < META_BYTES) return undefined;
   if (page.readUInt32LE(MAGIC_AT) !== MAGIC) return undefined;
   const pageSize = page.readUInt32LE(PAGE_SIZE_AT);
   const isPowerOfTwo = (pageSize & (pageSize - 1)) === 0;

@@ -3,10 +3,10 @@
  * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
  */
 import type { Awaitable, ObjectReader, OpenVdi, VdiRecord } from '../object-store.js';
+import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
-import type { ObjectFiles } from './object-files.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import type { TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -21,7 +21,7 @@ const RELEASE_BATCH = 256;
 /** What a LocalVdi needs of its store. */
 export interface LocalVdiHost {
   readonly metadata: Metadata;
-  readonly files: ObjectFiles;
+  readonly objects: DataObjects;
   readonly references: ReferenceCounts;
   /** A durable map no longer refers to these: drop the references and remove what nobody refers to, in the background. */
   release(keys: readonly number[]): void;
@@ -99,12 +99,12 @@ export class LocalVdi implements OpenVdi {
   ) {
     this.#generation = generation;
     this.#host = host;
-    const { files } = host;
+    const { objects } = host;
     this.reader = {
-      readObject: (vid, idx, offset, into) => files.read(vid, idx, offset, into, this),
-      cacheObject: (vid, idx, offset, length) => files.willNeed(vid, idx, offset, length, this),
-      objectExtents: (vid, idx, offset, length, sink) => files.extents(vid, idx, offset, length, sink, this),
-      isAllData: (vid, idx) => files.isDense(vid, idx),
+      readObject: (vid, idx, offset, into) => objects.read(vid, idx, offset, into, this),
+      cacheObject: (vid, idx, offset, length) => objects.willNeed(vid, idx, offset, length, this),
+      objectExtents: (vid, idx, offset, length, sink) => objects.extents(vid, idx, offset, length, sink, this),
+      isAllData: (vid, idx) => objects.isDense(vid, idx),
     };
     this.record = record;
     this.map = map;
@@ -430,7 +430,7 @@ export class LocalVdi implements OpenVdi {
   /** Make the names of new objects durable. */
   async #syncNames(created: Iterable<number>): Promise<void> {
     try {
-      await this.#host.files.syncDirectories(created);
+      await this.#host.objects.syncNames(created);
     } catch (error) {
       // One fsync is told of a failure, and later ones of the same folder are not.
       if (causeOf(error)?.syscall === 'fsync') this.#host.namesLost(created, error);
@@ -459,7 +459,7 @@ export class LocalVdi implements OpenVdi {
         const owner = vidOf(key);
         if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
         try {
-          await this.#host.files.sync(key, this);
+          await this.#host.objects.sync(key, this);
         } catch (error) {
           if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error;
           throw error;

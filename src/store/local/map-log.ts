@@ -5,14 +5,12 @@
  * the disk. What they say is only believed where it is certain that all they speak of is still there: see LogReader.
  */
 import { randomUUID } from 'node:crypto';
-import fs from 'node:fs';
 import path from 'node:path';
-import { promisify } from 'node:util';
 import zlib from 'node:zlib';
+import { O_CREAT, O_EXCL, O_RDONLY, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
+import { writeFully } from '../../system/whole-io.js';
 import type { Awaitable, VdiRecord } from '../object-store.js';
 import { makeDirectory } from './make-directory.js';
-import { mountIdentity } from './mount-identity.js';
-import { writeFully } from './positioned-io.js';
 import { CHANGES } from './thread-shares.js';
 import { WriteThrottle } from './write-throttle.js';
 
@@ -59,6 +57,7 @@ export interface LoggedState {
 
 /** The folder recent/ of one store. */
 export class MapLogs {
+  readonly #disk: HostDisk;
   readonly #store: string;
   readonly #directory: string;
   readonly #onError: (error: unknown) => void;
@@ -69,22 +68,23 @@ export class MapLogs {
   #next = 1;
 
   /** `onError` is told when a log cannot be written; nothing fails for that. `throttle`: of the disk that the store is on. */
-  constructor(store: string, onError: (error: unknown) => void, throttle = new WriteThrottle()) {
+  constructor(disk: HostDisk, store: string, onError: (error: unknown) => void, throttle = new WriteThrottle()) {
+    this.#disk = disk;
     this.#store = store;
     this.#throttle = throttle;
     this.#directory = path.join(store, RECENT);
-    this.#place = placeOf(store);
+    this.#place = placeOf(disk, store);
     this.#onError = onError;
   }
 
   /** A log for a VDI that is opened, whose next flush is `generation`. It has no file until it has something to say. */
   logOf(vid: number, generation: number): MapLog {
-    return new MapLog(vid, generation, this.#throttle, this.#folder, this.#onError);
+    return new MapLog(this.#disk, vid, generation, this.#throttle, this.#folder, this.#onError);
   }
 
   /** What the logs of the opening `session`, the last one, have over what is stored. */
   read(session: string | undefined, stored: StoredVdis): LoggedState {
-    const reader = new LogReader(this.#place, session, stored);
+    const reader = new LogReader(this.#disk, this.#place, session, stored);
     for (const name of this.#names()) reader.add(path.join(this.#directory, name));
     return reader.result();
   }
@@ -97,7 +97,7 @@ export class MapLogs {
     let failure: unknown;
     for (const name of this.#names()) {
       try {
-        fs.unlinkSync(path.join(this.#directory, name));
+        this.#disk.unlinkSync(path.join(this.#directory, name));
       } catch (error) {
         failure ??= error;
       }
@@ -114,11 +114,11 @@ export class MapLogs {
     const aside = path.join(this.#store, SET_ASIDE);
     const moved: string[] = [];
     try {
-      makeDirectory(aside, 0o700);
+      makeDirectory(this.#disk, aside, 0o700);
       // Those that the others go with are first in the list, and go last: what is left after half of it is in doubt as before.
       for (const file of files.toReversed()) {
         const name = path.join(aside, `${new Date().toISOString()}-${randomUUID().slice(0, 8)}`);
-        fs.renameSync(file, name);
+        this.#disk.renameSync(file, name);
         moved.push(name);
       }
     } catch (error) {
@@ -134,38 +134,37 @@ export class MapLogs {
 
   #names(): string[] {
     // A store that lacks the folder may be on a disk that has no room to make it.
-    if (!fs.existsSync(this.#directory)) return [];
-    return fs
-      .readdirSync(this.#directory, { withFileTypes: true })
-      .filter((entry) => entry.isFile() && /^\d{1,15}$/.test(entry.name))
-      .map(({ name }) => name)
+    if (!this.#disk.existsSync(this.#directory)) return [];
+    return this.#disk
+      .readdirSync(this.#directory)
+      .filter((name) => /^\d{1,15}$/.test(name) && this.#disk.lstatSync(path.join(this.#directory, name))?.isFile())
       .sort((a, b) => Number(a) - Number(b));
   }
 
   readonly #folder: LogFolder = {
     create: (first) => {
       const name = path.join(this.#directory, String(this.#next++));
-      const fd = fs.openSync(name, 'wx', 0o600);
+      const fd = this.#disk.openSync(name, O_WRONLY | O_CREAT | O_EXCL, 0o600);
       try {
-        const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
-        writeWhole(name, fd, head, 0);
+        const head = Buffer.concat([logHeader(this.#disk, this.#place, this.session, fd), first]);
+        writeWhole(this.#disk, name, fd, head, 0);
         return { name, fd, length: head.length };
       } catch (error) {
-        fs.closeSync(fd);
-        fs.rmSync(name, { force: true });
+        this.#disk.closeSync(fd);
+        removeIfThereSync(this.#disk, name);
         throw error;
       }
     },
     createLater: async (first) => {
       const name = path.join(this.#directory, String(this.#next++));
-      const fd = await openAsync(name, 'wx', 0o600);
+      const fd = await this.#disk.open(name, O_WRONLY | O_CREAT | O_EXCL, 0o600);
       try {
-        const head = Buffer.concat([logHeader(this.#place, this.session, fd), first]);
-        await writeFully(fd, head, 0);
+        const head = Buffer.concat([logHeader(this.#disk, this.#place, this.session, fd), first]);
+        await writeFully(this.#disk, fd, head, 0);
         return { name, fd, length: head.length };
       } catch (error) {
-        fs.closeSync(fd);
-        fs.rmSync(name, { force: true });
+        this.#disk.closeSync(fd);
+        removeIfThereSync(this.#disk, name);
         throw error;
       }
     },
@@ -185,26 +184,22 @@ interface LogFolder {
   createLater(first: Buffer): Promise<LogFile>;
 }
 
-const openAsync = promisify(fs.open);
-
-function writeWhole(name: string, fd: number, bytes: Buffer, offset: number): void {
-  if (fs.writeSync(fd, bytes, 0, bytes.length, offset) !== bytes.length) throw new Error(`${name}: written in part`);
+function writeWhole(disk: HostDisk, name: string, fd: number, bytes: Buffer, offset: number): void {
+  if (disk.writeSync(fd, bytes, offset) !== bytes.length) throw new Error(`${name}: written in part`);
 }
 
 const RECENT = 'recent';
 const SET_ASIDE = 'set-aside';
 
 /** Make the folder for the logs of the store `directory`. */
-export function makeLogFolder(directory: string): void {
-  makeDirectory(path.join(directory, RECENT), 0o700);
+export function makeLogFolder(disk: HostDisk, directory: string): void {
+  makeDirectory(disk, path.join(directory, RECENT), 0o700);
 }
 
 /** Logs that were set aside in the store `directory`. */
-export function logsSetAside(directory: string): string[] {
+export function logsSetAside(disk: HostDisk, directory: string): string[] {
   const aside = path.join(directory, SET_ASIDE);
-  return fs.statSync(aside, { throwIfNoEntry: false })?.isDirectory()
-    ? fs.readdirSync(aside).map((name) => path.join(aside, name))
-    : [];
+  return disk.statSync(aside)?.isDirectory() ? disk.readdirSync(aside).map((name) => path.join(aside, name)) : [];
 }
 
 /**
@@ -212,6 +207,7 @@ export function logsSetAside(directory: string): string[] {
  * for that, in the thread pool: many together, in the order in which they were made.
  */
 export class MapLog {
+  readonly #disk: HostDisk;
   #vid: number;
   #generation: number;
   readonly #throttle: WriteThrottle;
@@ -236,12 +232,14 @@ export class MapLog {
   #isRemoved = false;
 
   constructor(
+    disk: HostDisk,
     vid: number,
     generation: number,
     throttle: WriteThrottle,
     folder: LogFolder,
     onError: (error: unknown) => void,
   ) {
+    this.#disk = disk;
     this.#vid = vid;
     this.#generation = generation;
     this.#throttle = throttle;
@@ -323,7 +321,7 @@ export class MapLog {
     try {
       this.#file ??= this.#folder.create(headOf(vid, generation));
       const entry = fillEntry(this.#entry, kind, first, second, generation);
-      writeWhole(this.#file.name, this.#file.fd, entry, this.#file.length);
+      writeWhole(this.#disk, this.#file.name, this.#file.fd, entry, this.#file.length);
       this.#file.length += ENTRY_BYTES;
       this.#throttle.note(start);
     } catch (error) {
@@ -373,7 +371,7 @@ export class MapLog {
     const start = performance.now();
     this.#file ??= await this.#folder.createLater(head);
     if (this.#isRemoved) return;
-    await writeFully(this.#file.fd, entries, this.#file.length);
+    await writeFully(this.#disk, this.#file.fd, entries, this.#file.length);
     this.#file.length += entries.length;
     this.#throttle.noteOffLoop(start);
   }
@@ -389,7 +387,7 @@ export class MapLog {
   #endFile(): void {
     this.#endsSoon = false;
     if (!this.#file) return;
-    fs.closeSync(this.#file.fd);
+    this.#disk.closeSync(this.#file.fd);
     this.#old.push(this.#file.name);
     this.#file = undefined;
   }
@@ -400,7 +398,7 @@ export class MapLog {
 
   #unlinkFile(name: string): void {
     try {
-      fs.unlinkSync(name);
+      this.#disk.unlinkSync(name);
     } catch (error) {
       // Removed while it was being written, and again when that was done.
       if (!this.#isRemoved || (error as NodeJS.ErrnoException).code !== 'ENOENT') this.#onError(error);
@@ -421,37 +419,43 @@ function headOf(vid: number, generation: number): Buffer {
  * object that it speaks of not.
  */
 class LogReader {
+  readonly #disk: HostDisk;
   readonly #place: string;
   readonly #session: string | undefined;
   readonly #stored: StoredVdis;
   readonly #logs: ReadLog[] = [];
 
-  constructor(place: string, session: string | undefined, stored: StoredVdis) {
+  constructor(disk: HostDisk, place: string, session: string | undefined, stored: StoredVdis) {
+    this.#disk = disk;
     this.#place = place;
     this.#session = session;
     this.#stored = stored;
   }
 
   add(file: string): void {
-    const fd = fs.openSync(file, 'r');
+    const fd = this.#disk.openSync(file, O_RDONLY);
     try {
       const bytes = this.#bytesOf(file, fd);
       if (bytes === undefined || bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // nothing was answered for it yet
       const boot = field(bytes, 'boot') ?? bytes.toString('latin1', 32, 64);
-      if (boot !== bootId()) return; // the objects that it speaks of may be lost
+      if (boot !== bootOf(this.#disk)) return; // the objects that it speaks of may be lost
       const session = field(bytes, 'session');
       const log: ReadLog = { file, session, misfit: this.#misfit(bytes, fd), damage: undefined, entries: [] };
       if (isLog(bytes)) log.damage = parse(bytes, log.entries);
       this.#logs.push(log);
     } finally {
-      fs.closeSync(fd);
+      this.#disk.closeSync(fd);
     }
   }
 
   /** Undefined if the disk does not give it: then anything may stand in it. */
   #bytesOf(file: string, fd: number): Buffer | undefined {
     try {
-      return fs.readFileSync(fd);
+      const bytes = Buffer.alloc(this.#disk.fstatSync(fd).size);
+      let length = 0;
+      for (let count = -1; count !== 0 && length < bytes.length; length += count)
+        count = this.#disk.readSync(fd, bytes.subarray(length), length);
+      return bytes.subarray(0, length);
     } catch (error) {
       const { code, message } = error as NodeJS.ErrnoException;
       if (code !== 'EIO') throw error;
@@ -474,7 +478,8 @@ class LogReader {
   /** Why what the file says is not to be believed; undefined if it is. */
   #misfit(bytes: Buffer, fd: number): string | undefined {
     if (!isLog(bytes)) return 'it is no log that this version knows';
-    if (bytes.subarray(0, HEADER_BYTES).equals(logHeader(this.#place, this.#session ?? '', fd))) return undefined;
+    if (bytes.subarray(0, HEADER_BYTES).equals(logHeader(this.#disk, this.#place, this.#session ?? '', fd)))
+      return undefined;
     if (field(bytes, 'session') !== this.#session) return 'it is of an earlier opening of the store';
     return 'it was written elsewhere, or before the filesystem was mounted the last time';
   }
@@ -639,17 +644,15 @@ function fillEntry(entry: Buffer, kind: number, first: number, second: number, g
  * The header of the log that is open as `fd`: where and by whom it is written. Lines of text, so that people can read
  * what was set aside. Not the directory's name: a store may be moved.
  */
-export function logHeader(place: string, session: string, fd: number): Buffer {
+export function logHeader(disk: HostDisk, place: string, session: string, fd: number): Buffer {
   const header = Buffer.alloc(HEADER_BYTES);
-  header.write(
-    `${MAGIC}boot ${bootId()}\nsession ${session}\n${place}file ${fs.fstatSync(fd, { bigint: true }).ino}\n`,
-  );
+  header.write(`${MAGIC}boot ${bootOf(disk)}\nsession ${session}\n${place}file ${disk.inodeOfSync(fd)}\n`);
   return header;
 }
 
 /** The directory and its mounting, as it stands in the header. */
-export function placeOf(store: string): string {
-  return `mounting ${mountIdentity(store)}\ndirectory ${fs.statSync(store, { bigint: true }).ino}\n`;
+export function placeOf(disk: HostDisk, store: string): string {
+  return `mounting ${disk.mountingSync(store)}\ndirectory ${disk.inodeAtSync(store)}\n`;
 }
 
 function field(header: Buffer, name: string): string | undefined {
@@ -657,13 +660,9 @@ function field(header: Buffer, name: string): string | undefined {
   return new RegExp(`^${name} (.*)$`, 'm').exec(text)?.[1];
 }
 
-let boot: string | undefined;
+/** Where nothing tells one boot from another: nobody will take over what is logged. */
+const UNKNOWN_BOOT = randomUUID();
 
-function bootId(): string {
-  try {
-    boot ??= fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim().replaceAll('-', '');
-  } catch {
-    boot ??= randomUUID().replaceAll('-', ''); // no procfs: nobody will take over what is logged
-  }
-  return boot;
+function bootOf(disk: HostDisk): string {
+  return (disk.bootId() ?? UNKNOWN_BOOT).replaceAll('-', '');
 }

@@ -4,12 +4,12 @@
  * transactions, and the space that is kept for deleting on a full disk. Knows no keys.
  */
 import { randomBytes } from 'node:crypto';
-import fs from 'node:fs';
 import os from 'node:os';
 import timers from 'node:timers/promises';
 import { ABORT } from 'lmdb';
+import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
-import * as libc from './libc.js';
+import { asStoreError } from './store-errors.js';
 import { MAP_SIZE, openEnvironment, type Environment } from './lmdb-environment.js';
 
 /**
@@ -49,6 +49,7 @@ interface Pending {
 }
 
 export class MetadataFile {
+  readonly #disk: HostDisk;
   file: string;
   readonly readOnly: boolean;
   #env: Environment;
@@ -79,16 +80,21 @@ export class MetadataFile {
   readonly #probe = Buffer.alloc(PROBE_BYTES);
 
   /** `opened` is told of the environment, now and whenever it is opened anew. Errors: as `asMetadataError` has them. */
-  constructor(file: string, options: { readonly readOnly: boolean }, opened: (env: Environment) => void) {
+  constructor(
+    disk: HostDisk,
+    file: string,
+    options: { readonly readOnly: boolean },
+    opened: (env: Environment) => void,
+  ) {
+    this.#disk = disk;
     this.file = file;
     this.readOnly = options.readOnly;
     this.#opened = opened;
-    const { O_RDONLY, O_RDWR, O_CREAT } = fs.constants;
-    this.#fd = fs.openSync(file, options.readOnly ? O_RDONLY : O_RDWR | O_CREAT, 0o600);
+    this.#fd = disk.openSync(file, options.readOnly ? O_RDONLY : O_RDWR | O_CREAT, 0o600);
     try {
       this.#env = this.#open();
     } catch (error) {
-      fs.closeSync(this.#fd);
+      disk.closeSync(this.#fd);
       throw error;
     }
   }
@@ -97,14 +103,16 @@ export class MetadataFile {
   #open(): Environment {
     this.#isUnread = true;
     this.#probeFile();
-    const env = openEnvironment(this.file, { readOnly: this.readOnly });
-    try {
-      this.#opened(env);
-      return env;
-    } catch (error) {
-      void env.close();
-      throw error;
-    }
+    return this.#disk.openDatabase(this.#fd, () => {
+      const env = openEnvironment(this.#disk, this.file, { readOnly: this.readOnly });
+      try {
+        this.#opened(env);
+        return env;
+      } catch (error) {
+        void env.close();
+        throw error;
+      }
+    });
   }
 
   /**
@@ -148,7 +156,7 @@ export class MetadataFile {
       this.#probeFile(); // LMDB reads in a transaction, too
       if (this.#isStuck) throw this.#stuck();
       if (this.#mustReopen || hasPanicked(this.#env)) await this.#reopen();
-      await this.#run(this.#env, take);
+      await this.#disk.commit(this.#fd, () => this.#run(this.#env, take));
       this.#isSuspect = false;
     } catch (error) {
       if (this.#isStuck) return asMetadataError(error, `storing metadata in ${this.file}`);
@@ -210,7 +218,7 @@ export class MetadataFile {
     const failure = asMetadataError(error, doing);
     if (failure.code !== 'IO') return failure;
     try {
-      if (libc.reserve(this.#fd, this.#sizeNow(), RESERVE_STEP) !== 'no space') return failure;
+      if (this.#disk.reserveSync(this.#fd, this.#sizeNow(), RESERVE_STEP) !== 'no space') return failure;
     } catch {
       return failure;
     }
@@ -232,7 +240,7 @@ export class MetadataFile {
     if (this.#isOpen) {
       // Before opening: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
       this.#isOpen = false;
-      await this.#env.close().catch(() => undefined);
+      await this.#disk.closeDatabase(this.#fd, () => this.#env.close()).catch(() => undefined);
     }
     this.#env = this.#open();
     this.#isOpen = true;
@@ -250,7 +258,7 @@ export class MetadataFile {
       throw new StoreError('NO_SPACE', `${this.file} cannot grow beyond ${MAP_SIZE} bytes; delete snapshots or VDIs`);
     }
     if (this.#reservedTo - size >= needed) return;
-    const reserved = libc.reserve(this.#fd, size, needed);
+    const reserved = this.#disk.reserveSync(this.#fd, size, needed);
     if (reserved === 'done') this.#reservedTo = Math.max(this.#reservedTo, size + needed);
     if (reserved !== 'no space') return;
     throw new StoreError(
@@ -267,7 +275,7 @@ export class MetadataFile {
   #sizeNow(): number {
     if (this.#isClosed && this.#committing === undefined) throw this.#closed();
     try {
-      return fs.fstatSync(this.#fd).size;
+      return this.#disk.fstatSync(this.#fd).size;
     } catch (error) {
       throw asMetadataError(error, `reading metadata in ${this.file}`);
     }
@@ -278,7 +286,7 @@ export class MetadataFile {
     const size = this.#sizeNow();
     if (this.#reservedTo - size >= REFILL_BYTES) return;
     for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
-      const reserved = libc.reserve(this.#fd, size, length);
+      const reserved = this.#disk.reserveSync(this.#fd, size, length);
       if (reserved === 'done') this.#reservedTo = size + length;
       if (reserved !== 'no space') return;
     }
@@ -307,7 +315,7 @@ export class MetadataFile {
 
   #probeFile(): void {
     try {
-      const { size } = fs.fstatSync(this.#fd);
+      const { size } = this.#disk.fstatSync(this.#fd);
       if (size < this.#size) {
         throw new StoreError(
           'DAMAGED',
@@ -316,11 +324,11 @@ export class MetadataFile {
       }
       this.#size = size;
       if (!this.#isSuspect && !this.#isUnread) {
-        fs.readSync(this.#fd, this.#probe, 0, PROBE_BYTES, 0);
+        this.#disk.readSync(this.#fd, this.#probe, 0);
         return;
       }
       const chunk = Buffer.allocUnsafe(PROBE_CHUNK);
-      for (let at = 0; at < size; at += PROBE_CHUNK) fs.readSync(this.#fd, chunk, 0, PROBE_CHUNK, at);
+      for (let at = 0; at < size; at += PROBE_CHUNK) this.#disk.readSync(this.#fd, chunk, at);
       this.#isUnread = false;
     } catch (error) {
       throw asMetadataError(error, `reading metadata in ${this.file}`);
@@ -341,8 +349,11 @@ export class MetadataFile {
       await stored;
     } finally {
       await this.#committing;
-      fs.closeSync(this.#fd);
-      if (this.#isOpen && !this.#isStuck) await this.#env.close();
+      try {
+        if (this.#isOpen && !this.#isStuck) await this.#disk.closeDatabase(this.#fd, () => this.#env.close());
+      } finally {
+        this.#disk.closeSync(this.#fd);
+      }
     }
   }
 }
@@ -415,8 +426,8 @@ function hasPanicked(env: Environment): boolean {
 /** LMDB's errors, which have the errno as a number, and those of files. */
 export function asMetadataError(error: unknown, doing: string): StoreError {
   const { code, message } = error as { code?: unknown; message?: string };
-  if (error instanceof StoreError || typeof code !== 'number') return libc.asStoreError(error, doing);
+  if (error instanceof StoreError || typeof code !== 'number') return asStoreError(error, doing);
   if (code === MDB_MAP_FULL) return new StoreError('NO_SPACE', `${doing}: ${message}`, { cause: error });
   const name = Object.entries(os.constants.errno).find(([, errno]) => errno === code)?.[0];
-  return libc.asStoreError(Object.assign(new Error(message, { cause: error }), { code: name }), doing);
+  return asStoreError(Object.assign(new Error(message, { cause: error }), { code: name }), doing);
 }

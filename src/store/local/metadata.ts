@@ -2,13 +2,12 @@
  * The LMDB file of a local store: VDI records, map pages, the format version. Only this file knows keys and encodings
  * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
  */
-import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
+import { O_CREAT, O_EXCL, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from './durable-names.js';
 import { StoreError, type Usage, type VdiRecord } from '../object-store.js';
-import * as libc from './libc.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
 import { asMetadataError, MetadataFile } from './metadata-file.js';
@@ -100,8 +99,8 @@ export class Metadata {
   /** What is stored, by vid: asked for far more often than it changes. */
   readonly #records = new RecordIndex();
 
-  private constructor(file: string, readOnly: boolean) {
-    this.#file = new MetadataFile(file, { readOnly }, (env) => this.#use(env));
+  private constructor(disk: HostDisk, file: string, readOnly: boolean) {
+    this.#file = new MetadataFile(disk, file, { readOnly }, (env) => this.#use(env));
   }
 
   /** All of it or nothing: what this throws leaves the environment before in use. */
@@ -120,20 +119,20 @@ export class Metadata {
   }
 
   /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
-  static async create(directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
+  static async create(disk: HostDisk, directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
     const file = path.join(directory, NEW_META_FILE);
     const doing = `making ${path.join(directory, META_FILE)}`;
-    fs.rmSync(file, { force: true });
+    removeIfThereSync(disk, file);
     let made: Metadata | undefined;
     try {
-      makeRoomIn(file);
-      const metadata = new Metadata(file, false);
+      makeRoomIn(disk, file);
+      const metadata = new Metadata(disk, file, false);
       made = metadata;
       metadata.#file.keepReserve();
       await metadata.#markOpen();
-      fs.renameSync(file, path.join(directory, META_FILE));
+      disk.renameSync(file, path.join(directory, META_FILE));
       metadata.#file.renamed(path.join(directory, META_FILE));
-      syncDirectory(directory);
+      syncDirectory(disk, directory);
       return { metadata, clean: true };
     } catch (error) {
       await made?.close({ clean: false }).catch(() => undefined);
@@ -152,18 +151,22 @@ export class Metadata {
    * Open the metadata of the store in `directory`. `readOnly`: of a store on a read-only filesystem, which nobody changes.
    * Errors: FORMAT for a newer format, DAMAGED, IO, NO_SPACE.
    */
-  static async open(directory: string, { readOnly = false } = {}): Promise<{ metadata: Metadata; clean: boolean }> {
+  static async open(
+    disk: HostDisk,
+    directory: string,
+    { readOnly = false } = {},
+  ): Promise<{ metadata: Metadata; clean: boolean }> {
     const file = path.join(directory, META_FILE);
     let metadata: Metadata;
     try {
-      const problem = lmdbFileProblem(file);
+      const problem = lmdbFileProblem(disk, file);
       if (problem !== undefined) {
         throw new StoreError(
           'DAMAGED',
           `${file} cannot be used: ${problem}; restore it from a backup, or move it away`,
         );
       }
-      metadata = new Metadata(file, readOnly);
+      metadata = new Metadata(disk, file, readOnly);
     } catch (error) {
       throw asMetadataError(error, `opening ${file}`);
     }
@@ -179,7 +182,7 @@ export class Metadata {
     if (readOnly) return { metadata, clean };
     try {
       // It may be the last space of a full disk.
-      fs.rmSync(path.join(directory, OLD_LOCK_FILE), { force: true });
+      removeIfThereSync(disk, path.join(directory, OLD_LOCK_FILE));
       metadata.#file.keepReserve();
       // A crash on a full disk has left it as it has to be.
       if (clean) await metadata.#markOpen();
@@ -405,16 +408,16 @@ export class Metadata {
  * Make an empty file that has the space to grow, before LMDB writes to it: LMDB ends the process if that fails. Without the
  * space a full disk would be one on which nothing can be deleted. Errors: NO_SPACE, and those of files.
  */
-function makeRoomIn(file: string): void {
-  const fd = fs.openSync(file, 'wx', 0o600);
+function makeRoomIn(disk: HostDisk, file: string): void {
+  const fd = disk.openSync(file, O_WRONLY | O_CREAT | O_EXCL, 0o600);
   try {
     const first = Buffer.alloc(FIRST_BYTES);
-    if (fs.writeSync(fd, first) < first.length || libc.reserve(fd, 0, LEAST_BYTES) === 'no space') {
+    if (disk.writeSync(fd, first, 0) < first.length || disk.reserveSync(fd, 0, LEAST_BYTES) === 'no space') {
       throw new StoreError('NO_SPACE', `no space left: a store needs ${LEAST_BYTES} bytes for its metadata`);
     }
-    fs.ftruncateSync(fd, 0);
-    libc.reserve(fd, 0, LEAST_BYTES); // truncating may have given it back
+    disk.truncateSync(fd, 0);
+    disk.reserveSync(fd, 0, LEAST_BYTES); // truncating may have given it back
   } finally {
-    fs.closeSync(fd);
+    disk.closeSync(fd);
   }
 }

@@ -1,22 +1,25 @@
 /**
- * Data objects as sparse files, one each, under objects/. Decides what may be done on the event loop (what the page cache
- * can answer at once) and what goes to the thread pool. Knows nothing of maps, references or durability order: it syncs
- * what it is told to sync, and a file is only removed when its caller has seen to it that nobody refers to it.
+ * Data objects as sparse files, one each, under objects/ (DataObjects says what each call means). Decides what may be done
+ * on the event loop (what the page cache can answer at once) and what goes to the thread pool. Knows nothing of maps,
+ * references or durability order: it syncs what it is told to sync, and a file is only removed when its caller has seen to
+ * it that nobody refers to it.
  */
-import fs from 'node:fs';
-import { promisify } from 'node:util';
 import path from 'node:path';
+import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
+import { readToEnd, writeFully } from '../../system/whole-io.js';
 import { syncDirectory } from './durable-names.js';
 import { descriptorLimit } from '../descriptor-limit.js';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
-import * as libc from './libc.js';
+import type { CachedReads } from './cached-reads.js';
+import type { DataObjects, ExtentSink, FoundObject } from './data-objects.js';
+import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
 import { makeDirectory } from './make-directory.js';
-import { readOnce, readToEnd, writeFully } from './positioned-io.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
 import { TimeSlice } from './time-slice.js';
-import { WriteThrottle } from './write-throttle.js';
+import type { WriteThrottle } from './write-throttle.js';
 
 const OBJECT_DIRECTORIES = 256;
 /** Writes up to this size go straight to the page cache; longer ones would hold the loop for too long. */
@@ -24,7 +27,6 @@ const MAX_LOOP_WRITE = 128 * 1024;
 /** Reads up to this size are copied out of the page cache on the loop. */
 const MAX_LOOP_READ = 1024 * 1024;
 const PAGE = 4096;
-const TMPFS_MAGIC = 0x01021994;
 const PARALLEL_REMOVALS = 4;
 /** Whoever has more to remove waits: a queue of a million names costs memory, and to grow it holds the loop. */
 const MAX_QUEUED_REMOVALS = 4096;
@@ -37,30 +39,25 @@ const MIN_DESCRIPTORS = 64;
 /** For an object, and for the one that it is copied from. */
 const COPY_DESCRIPTORS = 2;
 
-const openAsync = promisify(fs.open);
-const closeAsync = promisify(fs.close);
-const truncateAsync = promisify(fs.ftruncate);
-const fdatasyncAsync = promisify(fs.fdatasync);
-const fsyncAsync = promisify(fs.fsync);
-const unlinkAsync = promisify(fs.unlink);
-
 /** For a process that has the store to itself. A daemon has others to think of. */
 function usualDescriptors(): number {
   const limit = descriptorLimit() ?? 2 * DESCRIPTOR_HEADROOM;
   return Math.max(MIN_DESCRIPTORS, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
 }
 
-/** What the filesystem under the store can do. */
-interface Abilities {
-  /** On tmpfs nothing is ever cold, and RWF_NOWAIT is refused: plain reads are right there. */
-  readonly plainReads: boolean;
-  readonly punchHole: boolean;
-  readonly zeroRange: boolean;
+/** What all share that read and write files on the disk of one store. */
+export interface SharedByFiles {
+  readonly disk: HostDisk;
+  readonly reads: CachedReads;
+  readonly throttle: WriteThrottle;
+  /** Called when the disk has failed: what is not in memory of other files may be lost as well. */
+  readonly onDiskError: () => void;
 }
 
-export class ObjectFiles {
-  /** The folder objects/. */
-  readonly root: string;
+export class ObjectFiles implements DataObjects {
+  /** The folder OBJECTS. */
+  readonly #root: string;
+  readonly #disk: HostDisk;
   readonly #cache: DescriptorCache;
   /** vid -> how long the files of its objects are. */
   readonly #lengths = new Map<number, number>();
@@ -72,108 +69,104 @@ export class ObjectFiles {
   readonly #whenRemoved: (() => void)[] = [];
   readonly #whenRoom: (() => void)[] = [];
   readonly #abilities: Abilities;
+  readonly #reads: CachedReads;
   readonly #isReadOnly: boolean;
-  #noWaitReads = true;
   #reflinks = true;
-  /** Of the disk that they are on, for whoever else writes there. */
-  readonly throttle = new WriteThrottle();
-  /** Called when the disk has failed. */
-  onDiskError: () => void = () => undefined;
+  readonly #throttle: WriteThrottle;
+  readonly #onDiskError: () => void;
 
-  private constructor(root: string, abilities: Abilities, limit: number, isReadOnly: boolean) {
-    this.root = root;
+  private constructor(
+    root: string,
+    { disk, reads, throttle, onDiskError }: SharedByFiles,
+    abilities: Abilities,
+    limit: number,
+    isReadOnly: boolean,
+  ) {
+    this.#disk = disk;
+    this.#root = root;
+    this.#reads = reads;
+    this.#throttle = throttle;
+    this.#onDiskError = onDiskError;
     this.#abilities = abilities;
     this.#isReadOnly = isReadOnly;
-    this.#cache = new DescriptorCache(Math.max(COPY_DESCRIPTORS, limit));
+    this.#cache = new DescriptorCache(disk, Math.max(COPY_DESCRIPTORS, limit));
   }
 
   /** `root` is the folder objects/; made with its subfolders where missing, durably. `isReadOnly`: nothing is written. */
-  static open(root: string, options: { maxDescriptors?: number; isReadOnly?: boolean } = {}): ObjectFiles {
+  static open(
+    shared: SharedByFiles,
+    root: string,
+    options: { maxDescriptors?: number | undefined; isReadOnly?: boolean } = {},
+  ): ObjectFiles {
+    const { disk } = shared;
     const limit = options.maxDescriptors ?? usualDescriptors();
     if (options.isReadOnly) {
-      return new ObjectFiles(root, { plainReads: isTmpfs(root), punchHole: false, zeroRange: false }, limit, true);
+      return new ObjectFiles(root, shared, { punchHole: false, zeroRange: false }, limit, true);
     }
     const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
-      .map((directory) => makeDirectory(directory))
+      .map((directory) => makeDirectory(disk, directory))
       .some((isNew) => isNew);
-    if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(directory);
-    return new ObjectFiles(root, abilitiesOf(root), limit, false);
+    if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(disk, directory);
+    return new ObjectFiles(root, shared, abilitiesOf(disk, root), limit, false);
   }
 
-  /** Whether zeroing part of an object costs no writing of zeros. */
   canZeroFast(allocated: boolean): boolean {
     return allocated ? this.#abilities.zeroRange : this.#abilities.punchHole;
   }
 
-  path(key: number): string {
+  #path(key: number): string {
     const vid = vidOf(key);
     const idx = idxOf(key);
     const oid = vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
-    return path.join(this.root, directoryName(directoryOf(vid, idx)), oid);
+    return path.join(this.#root, directoryName(directoryOf(vid, idx)), oid);
   }
 
-  /** Object files that bear `vid` in their name are `length` bytes long; any that is not is damaged. */
   expectLength(vid: number, length: number): void {
     this.#lengths.set(vid, length);
   }
 
   /** How long the file of this object has to be; undefined if nobody has said. */
-  lengthOf(key: number): number | undefined {
+  #lengthOf(key: number): number | undefined {
     return this.#lengths.get(vidOf(key));
   }
 
-  /** `who`, here and below: whose work it is, for its share of threads and descriptors. Disks that share objects are several. */
   read(vid: number, idx: number, offset: number, into: Buffer, who: unknown = vid): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
     let done = 0;
     if (file && into.length <= MAX_LOOP_READ) {
       try {
-        done = this.readNow(file.fd, into, offset);
+        done = this.#reads.read(file.fd, into, offset);
       } catch (error) {
-        throw this.#failed(error, `reading object ${this.path(file.key)}`);
+        throw this.#failed(error, `reading object ${this.#path(file.key)}`);
       }
       if (done === into.length) return;
     }
     return this.#readLater(file, vid, idx, offset, into, done, who);
   }
 
-  /** Like `read`, but false if it cannot be answered at once. */
   readCached(vid: number, idx: number, offset: number, into: Buffer): boolean {
     const file = this.#cache.get(vid, idx);
-    return file !== undefined && this.readNow(file.fd, into, offset) === into.length;
-  }
-
-  /** Bytes of a file of this filesystem that the page cache has, without waiting for the disk; as a count from the start. */
-  readNow(fd: number, into: Buffer, offset: number): number {
-    if (this.#abilities.plainReads) return fs.readSync(fd, into, 0, into.length, offset);
-    if (!this.#noWaitReads) return 0;
-    const done = libc.readNoWait(fd, into, offset);
-    if (done === libc.NOT_SUPPORTED) this.#noWaitReads = false;
-    return Math.max(done, 0);
+    return file !== undefined && this.#reads.read(file.fd, into, offset) === into.length;
   }
 
   write(vid: number, idx: number, offset: number, data: Buffer, who: unknown = vid): Awaitable<void> {
     const file = this.#cache.get(vid, idx);
     if (!file || data.length > MAX_LOOP_WRITE) return this.#writeLater(file, vid, idx, offset, data, false, who);
-    if (!this.throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true, who);
+    if (!this.#throttle.mayWrite()) return this.#writeLater(file, vid, idx, offset, data, true, who);
     if (this.#areEdgesCached(file, offset, data.length)) {
       const start = performance.now();
       try {
-        const written = fs.writeSync(file.fd, data, 0, data.length, offset);
-        this.throttle.note(start);
+        const written = this.#disk.writeSync(file.fd, data, offset);
+        this.#throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
-        throw this.#failed(error, `writing object ${this.path(objectKey(vid, idx))}`);
+        throw this.#failed(error, `writing object ${this.#path(objectKey(vid, idx))}`);
       }
     }
     return this.#writeLater(file, vid, idx, offset, data, false, who);
   }
 
-  /**
-   * The object as a file of `size` bytes with `data` at `offset`, over a copy of `from` if given. A file that has the name
-   * is emptied first: it belongs to whoever creates. Never by making it shorter: the map on disk may still refer to it.
-   * If this fails an empty object is left, for `remove`.
-   */
+  /** A file that has the name is emptied, never by making it shorter: the map on disk may still refer to it. */
   async create(
     key: number,
     size: number,
@@ -184,7 +177,7 @@ export class ObjectFiles {
   ): Promise<void> {
     this.#toRemove.delete(key);
     await this.#removing.get(key);
-    const name = this.path(key);
+    const name = this.#path(key);
     this.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
     // Both at once, and before anything else that others may have: who has a file may wait for a thread, not the other way.
@@ -195,7 +188,7 @@ export class ObjectFiles {
     const turn = CHANGES.enter(who);
     if (turn) await turn;
     try {
-      const fd = await openAsync(name, fs.constants.O_RDWR | fs.constants.O_CREAT, 0o600);
+      const fd = await this.#disk.open(name, O_RDWR | O_CREAT, 0o600);
       owed--;
       file = this.#cache.insert(key, fd);
       file.isDense = false;
@@ -205,7 +198,7 @@ export class ObjectFiles {
           owed--;
           await this.#copy(from, file.fd, size, offset, data.length);
         }
-        if (data.length > 0) await writeFully(file.fd, data, offset);
+        if (data.length > 0) await writeFully(this.#disk, file.fd, data, offset);
       } catch (error) {
         await this.#makeEmpty(file.fd, size).catch(() => undefined);
         throw error;
@@ -220,12 +213,11 @@ export class ObjectFiles {
   }
 
   async #makeEmpty(fd: number, size: number): Promise<void> {
-    const before = fs.fstatSync(fd).size;
-    if (before !== size) await truncateAsync(fd, size);
-    if (before > 0 && !(await libc.punchHole(fd, 0, size))) await writeZeros(fd, 0, size);
+    const before = this.#disk.fstatSync(fd).size;
+    if (before !== size) await this.#disk.truncate(fd, size);
+    if (before > 0 && !(await this.#disk.punchHole(fd, 0, size))) await writeZeros(this.#disk, fd, 0, size);
   }
 
-  /** Zero a range, with its space given back or (`allocated`) kept. */
   async zero(
     vid: number,
     idx: number,
@@ -238,26 +230,27 @@ export class ObjectFiles {
       const { fd } = file;
       this.#mustBeWhole(file.key, fd);
       file.isDense = false;
-      const done = allocated ? await libc.zeroRange(fd, offset, length) : await libc.punchHole(fd, offset, length);
+      const done = allocated
+        ? await this.#disk.zeroRange(fd, offset, length)
+        : await this.#disk.punchHole(fd, offset, length);
       // Whoever looked for holes meanwhile may have looked too early.
       file.isDense = false;
-      if (!done) await writeZeros(fd, offset, length);
+      if (!done) await writeZeros(this.#disk, fd, offset, length);
     });
   }
 
   async willNeed(vid: number, idx: number, offset: number, length: number, who: unknown = vid): Promise<void> {
     await this.#using(vid, idx, 'reading ahead', { share: LOOKUPS, who }, ({ fd }) =>
-      libc.willNeed(fd, offset, length),
+      this.#disk.willNeed(fd, offset, length),
     );
   }
 
-  /** Data and holes of the range. At once if the object is known to have no holes. */
   extents(
     vid: number,
     idx: number,
     offset: number,
     length: number,
-    sink: (offset: number, length: number, hole: boolean) => boolean,
+    sink: ExtentSink,
     who: unknown = vid,
   ): Awaitable<void> {
     if (this.isDense(vid, idx)) {
@@ -271,11 +264,11 @@ export class ObjectFiles {
       const end = offset + length;
       let contradictions = 0;
       for (let at = offset; at < end;) {
-        const found = await libc.nextData(fd, at);
+        const found = await this.#disk.nextData(fd, at);
         const data = found < 0 ? end : Math.min(found, end);
         if (data > at && !sink(at, data - at, true)) return;
         if (data >= end) return;
-        const firstHole = await libc.nextHole(fd, data);
+        const firstHole = await this.#disk.nextHole(fd, data);
         if (at === offset && data === offset && firstHole >= end) await this.#noteIfDense(file);
         if (firstHole <= data) {
           // Data a moment ago, a hole by now: it was punched out between the two questions.
@@ -293,7 +286,6 @@ export class ObjectFiles {
     });
   }
 
-  /** Whether the object is open and known to have no hole. */
   isDense(vid: number, idx: number): boolean {
     return this.#cache.get(vid, idx)?.isDense === true;
   }
@@ -301,18 +293,17 @@ export class ObjectFiles {
   /** Writes never make a hole, and those who do say so: what is dense once stays it until then. */
   async #noteIfDense(file: ObjectFile): Promise<void> {
     file.isDense = true;
-    const { size } = fs.fstatSync(file.fd);
+    const { size } = this.#disk.fstatSync(file.fd);
     // Empty: it is being made anew this moment, and what it will be nobody knows.
-    if (size === 0 || (await libc.nextHole(file.fd, 0)) < size) file.isDense = false;
+    if (size === 0 || (await this.#disk.nextHole(file.fd, 0)) < size) file.isDense = false;
   }
 
-  /** Data of the object is on stable storage when this resolves (fdatasync). */
   async sync(key: number, who: unknown = vidOf(key)): Promise<void> {
-    await this.#using(vidOf(key), idxOf(key), 'syncing', { share: SYNCS, who }, ({ fd }) => fdatasyncAsync(fd));
+    await this.#using(vidOf(key), idxOf(key), 'syncing', { share: SYNCS, who }, ({ fd }) => this.#disk.fdatasync(fd));
   }
 
-  /** The folders of these objects are on stable storage: new names in them survive a crash. */
-  async syncDirectories(keys: Iterable<number>): Promise<void> {
+  /** By their folders. */
+  async syncNames(keys: Iterable<number>): Promise<void> {
     const folders = new Set<number>();
     const slice = new TimeSlice();
     let step = 0;
@@ -322,7 +313,7 @@ export class ObjectFiles {
     }
     await Promise.all(
       [...folders].map(async (folder) => {
-        const name = path.join(this.root, directoryName(folder));
+        const name = path.join(this.#root, directoryName(folder));
         const turn = SYNCS.enter(folders);
         if (turn) await turn;
         try {
@@ -334,21 +325,26 @@ export class ObjectFiles {
     );
   }
 
+  /** One fsync of a folder is told of a failure, and later ones are not. */
+  namesLostWith(keys: Iterable<number>): (key: number) => boolean {
+    const folders = new Set(Array.from(keys, (key) => directoryOf(vidOf(key), idxOf(key))));
+    return (key) => folders.has(directoryOf(vidOf(key), idxOf(key)));
+  }
+
   async #syncDirectory(name: string): Promise<void> {
-    const fd = await openAsync(name, fs.constants.O_RDONLY);
     try {
-      await fsyncAsync(fd);
+      const fd = await this.#disk.open(name, O_RDONLY);
+      try {
+        await this.#disk.fsync(fd);
+      } finally {
+        await this.#disk.close(fd);
+      }
     } catch (error) {
       throw this.#failed(error, `syncing ${name}`);
-    } finally {
-      await closeAsync(fd);
     }
   }
 
-  /**
-   * Remove an object file in the background, a few at a time; readers that are under way finish on the open descriptor.
-   * Errors go to `onError`: the file stays as an orphan that check finds.
-   */
+  /** A few at a time; readers that are under way finish on the open descriptor. */
   remove(key: number, onError: (error: unknown) => void): void {
     this.#toRemove.add(key);
     if (this.#removers >= PARALLEL_REMOVALS) return;
@@ -356,13 +352,11 @@ export class ObjectFiles {
     void this.#removeQueued(onError);
   }
 
-  /** Resolves when there is room in the queue for more to remove; at once (undefined) if there is. */
   roomToRemove(): Promise<void> | undefined {
     if (this.#toRemove.size < MAX_QUEUED_REMOVALS) return undefined;
     return new Promise<void>((resolve) => this.#whenRoom.push(resolve));
   }
 
-  /** Resolves when everything that was to be removed is gone. */
   async removed(): Promise<void> {
     while (this.#removers > 0) await new Promise<void>((resolve) => this.#whenRemoved.push(resolve));
   }
@@ -384,10 +378,10 @@ export class ObjectFiles {
     const turn = CHANGES.enter(REMOVALS);
     if (turn) await turn;
     try {
-      await unlinkAsync(this.path(key));
+      await this.#disk.unlink(this.#path(key));
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENOENT') {
-        onError(this.#failed(error, `removing object ${this.path(key)}`));
+        onError(this.#failed(error, `removing object ${this.#path(key)}`));
       }
     } finally {
       CHANGES.leave(REMOVALS);
@@ -398,7 +392,6 @@ export class ObjectFiles {
     if (file) this.#cache.retire(file);
   }
 
-  /** Resolves when no operation on the object is under way; undefined if none is. */
   idle(key: number): Promise<void> | undefined {
     const opening = this.#opening.get(key);
     if (opening)
@@ -411,25 +404,38 @@ export class ObjectFiles {
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
 
-  /** Every object file's key, allocated bytes, length and owner, in no order. For check and for the scan after a crash. */
-  async *scan(): AsyncGenerator<{ key: number; bytes: number; length: number; name: string; uid: number }> {
+  async *scan(): AsyncGenerator<FoundObject> {
     for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
-      const directory = path.join(this.root, directoryName(n));
+      const directory = path.join(this.#root, directoryName(n));
       for (const entry of await this.#namesIn(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
-        const key = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
-        const stat = await fs.promises.lstat(name).catch(() => undefined);
-        if (!stat) continue;
-        const isNamedWell = key >= 0 && this.path(key) === name;
-        yield { key: isNamedWell ? key : -1, bytes: stat.blocks * 512, length: stat.size, name, uid: stat.uid };
+        const named = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
+        const status = await this.#disk.lstat(name).catch(() => undefined);
+        if (!status) continue;
+        const key = named >= 0 && this.#path(named) === name ? named : -1;
+        const isWhole = key < 0 || status.size === this.#lengthOf(key);
+        const damage = isWhole ? undefined : `object file is ${status.size} bytes long`;
+        yield { key, bytes: status.blocks * 512, name, uid: status.uid, damage };
       }
     }
   }
 
+  removeFound({ name }: FoundObject): Promise<void> {
+    return this.#disk.unlink(name);
+  }
+
+  problemOf(key: number, length: number): string | undefined {
+    const name = this.#path(key);
+    const status = this.#disk.lstatSync(name);
+    if (!status) return `the object ${name} is missing`;
+    if (status.size !== length) return `the object ${name} is ${status.size} bytes long`;
+    return undefined;
+  }
+
   async #namesIn(directory: string): Promise<string[]> {
     try {
-      return await fs.promises.readdir(directory);
+      return await this.#disk.readdir(directory);
     } catch (error) {
       // Tools that copy files leave out empty folders, and on a read-only filesystem nobody can make them.
       if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
@@ -445,9 +451,8 @@ export class ObjectFiles {
 
   /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
   #areEdgesCached(file: ObjectFile, offset: number, length: number): boolean {
-    if (this.#abilities.plainReads || (offset % PAGE === 0 && length % PAGE === 0)) return true;
-    if (!this.#noWaitReads) return false;
-    return libc.readNoWait(file.fd, PROBE, offset) === 1 && libc.readNoWait(file.fd, PROBE, offset + length - 1) === 1;
+    if (offset % PAGE === 0 && length % PAGE === 0) return true;
+    return this.#reads.has(file.fd, offset) && this.#reads.has(file.fd, offset + length - 1);
   }
 
   async #readLater(
@@ -463,13 +468,13 @@ export class ObjectFiles {
     const turn = READS.enter(who);
     if (turn) await turn;
     try {
-      const count = await readToEnd(file.fd, into, offset, done);
+      const count = await readToEnd(this.#disk, file.fd, into, offset, done);
       if (count < into.length) {
         this.#mustBeWhole(file.key, file.fd);
-        throw new StoreError('IO', `reading object ${this.path(file.key)}: it ended at ${offset + count}`);
+        throw new StoreError('IO', `reading object ${this.#path(file.key)}: it ended at ${offset + count}`);
       }
     } catch (error) {
-      throw this.#failed(error, `reading object ${this.path(file.key)}`);
+      throw this.#failed(error, `reading object ${this.#path(file.key)}`);
     } finally {
       READS.leave(who);
       this.#cache.end(file);
@@ -491,10 +496,10 @@ export class ObjectFiles {
     try {
       this.#mustBeWhole(file.key, file.fd);
       const start = performance.now();
-      await writeFully(file.fd, data, offset);
-      if (isHeldOff) this.throttle.noteOffLoop(start);
+      await writeFully(this.#disk, file.fd, data, offset);
+      if (isHeldOff) this.#throttle.noteOffLoop(start);
     } catch (error) {
-      throw this.#failed(error, `writing object ${this.path(file.key)}`);
+      throw this.#failed(error, `writing object ${this.#path(file.key)}`);
     } finally {
       CHANGES.leave(who);
       this.#cache.end(file);
@@ -516,7 +521,7 @@ export class ObjectFiles {
     try {
       await use(file);
     } catch (error) {
-      throw this.#failed(error, `${doing} object ${this.path(file.key)}`);
+      throw this.#failed(error, `${doing} object ${this.#path(file.key)}`);
     } finally {
       share.leave(who);
       this.#cache.end(file);
@@ -547,29 +552,32 @@ export class ObjectFiles {
    * is over. Nobody else may be opening it.
    */
   #openWith(key: number, turn?: Promise<void>, opened?: () => void): Promise<ObjectFile> {
-    const name = this.path(key);
-    const flags = this.#isReadOnly ? fs.constants.O_RDONLY : fs.constants.O_RDWR;
-    const opening = (turn ? turn.then(() => openAsync(name, flags)) : openAsync(name, flags)).finally(opened).then(
-      (fd) => {
-        this.#opening.delete(key);
-        try {
-          this.#mustBeWhole(key, fd);
-        } catch (error) {
-          fs.close(fd, () => this.#cache.giveBack(1));
-          throw error;
-        }
-        return this.#cache.insert(key, fd);
-      },
-      (error: NodeJS.ErrnoException) => {
-        this.#opening.delete(key);
-        this.#cache.giveBack(1);
-        if (error.code !== 'ENOENT') throw this.#failed(error, `opening object ${this.path(key)}`);
-        throw new StoreError(
-          'DAMAGED',
-          `the map refers to object ${this.path(key)}, which does not exist; 'sheepgate check' lists what is missing`,
-        );
-      },
-    );
+    const name = this.#path(key);
+    const flags = this.#isReadOnly ? O_RDONLY : O_RDWR;
+    const opening = (turn ? turn.then(() => this.#disk.open(name, flags)) : this.#disk.open(name, flags))
+      .finally(opened)
+      .then(
+        (fd) => {
+          this.#opening.delete(key);
+          try {
+            this.#mustBeWhole(key, fd);
+          } catch (error) {
+            const giveBack = (): void => this.#cache.giveBack(1);
+            this.#disk.close(fd).then(giveBack, giveBack);
+            throw error;
+          }
+          return this.#cache.insert(key, fd);
+        },
+        (error: NodeJS.ErrnoException) => {
+          this.#opening.delete(key);
+          this.#cache.giveBack(1);
+          if (error.code !== 'ENOENT') throw this.#failed(error, `opening object ${this.#path(key)}`);
+          throw new StoreError(
+            'DAMAGED',
+            `the map refers to object ${this.#path(key)}, which does not exist; 'sheepgate check' lists what is missing`,
+          );
+        },
+      );
     this.#opening.set(key, opening);
     return opening;
   }
@@ -586,7 +594,7 @@ export class ObjectFiles {
     try {
       await use(file.fd);
     } catch (error) {
-      throw this.#failed(error, `copying object ${this.path(key)}`);
+      throw this.#failed(error, `copying object ${this.#path(key)}`);
     } finally {
       this.#cache.end(file);
     }
@@ -595,14 +603,14 @@ export class ObjectFiles {
   /** With a file that the cache knows nothing of: whoever is opening the object may find that its name is gone. */
   async #usingApart(key: number, use: (fd: number) => Promise<void>): Promise<void> {
     try {
-      const fd = await openAsync(this.path(key), fs.constants.O_RDONLY);
+      const fd = await this.#disk.open(this.#path(key), O_RDONLY);
       try {
         await use(fd);
       } finally {
-        await closeAsync(fd);
+        await this.#disk.close(fd);
       }
     } catch (error) {
-      throw this.#failed(error, `copying object ${this.path(key)}`);
+      throw this.#failed(error, `copying object ${this.#path(key)}`);
     } finally {
       this.#cache.giveBack(1);
     }
@@ -610,18 +618,18 @@ export class ObjectFiles {
 
   /** `error` as this layer's, saying what was being done. */
   #failed(error: unknown, doing: string): StoreError {
-    if (libc.isDiskError(error)) this.onDiskError();
-    return libc.asStoreError(error, doing);
+    if (isDiskError(error)) this.#onDiskError();
+    return asStoreError(error, doing);
   }
 
   /** Errors: DAMAGED if the file that is open as `fd` is not as long as the object. What it lacks must not pass for zeros. */
   #mustBeWhole(key: number, fd: number): void {
-    const expected = this.lengthOf(key);
-    const { size } = fs.fstatSync(fd);
+    const expected = this.#lengthOf(key);
+    const { size } = this.#disk.fstatSync(fd);
     if (expected === undefined || size === expected) return;
     throw new StoreError(
       'DAMAGED',
-      `object ${this.path(key)} is ${size} bytes long and has to be ${expected}; 'sheepgate check' lists what is damaged`,
+      `object ${this.#path(key)} is ${size} bytes long and has to be ${expected}; 'sheepgate check' lists what is damaged`,
     );
   }
 
@@ -631,7 +639,7 @@ export class ObjectFiles {
     await this.#usingSource(from, async (source) => {
       this.#mustBeWhole(from, source);
       if (this.#reflinks) {
-        if (await libc.cloneFile(source, to)) return;
+        if (await this.#disk.clone(source, to)) return;
         this.#reflinks = false;
       }
       for (let at = 0; at < size;) {
@@ -639,16 +647,16 @@ export class ObjectFiles {
           at = skip + skipLength;
           continue;
         }
-        const data = await libc.nextData(source, at);
+        const data = await this.#disk.nextData(source, at);
         if (data < 0 || data >= size) return;
-        let end = Math.min(await libc.nextHole(source, data), size);
+        let end = Math.min(await this.#disk.nextHole(source, data), size);
         if (data < skip && end > skip && skipLength > 0) end = skip;
         for (at = data; at < end;) {
-          let count = await libc.copyRange(source, to, at, end - at);
-          if (count <= 0) count = await copyByHand(source, to, at, end - at);
+          let count = await this.#disk.copyRange(source, to, at, end - at);
+          if (count <= 0) count = await copyByHand(this.#disk, source, to, at, end - at);
           if (count === 0) {
             this.#mustBeWhole(from, source);
-            throw new StoreError('IO', `copying object ${this.path(from)}: it ended at ${at}`);
+            throw new StoreError('IO', `copying object ${this.#path(from)}: it ended at ${at}`);
           }
           at += count;
         }
@@ -657,9 +665,9 @@ export class ObjectFiles {
   }
 }
 
-async function writeZeros(fd: number, offset: number, length: number): Promise<void> {
+async function writeZeros(disk: HostDisk, fd: number, offset: number, length: number): Promise<void> {
   for (let at = offset; at < offset + length; at += ZEROS.length) {
-    await writeFully(fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
+    await writeFully(disk, fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
   }
 }
 
@@ -667,36 +675,7 @@ function wakeAll(waiting: (() => void)[]): void {
   for (const wake of waiting.splice(0)) wake();
 }
 
-function isTmpfs(root: string): boolean {
-  return fs.statfsSync(root).type === TMPFS_MAGIC;
-}
-
-/** Found out on a scratch file: what fallocate(2) can do differs between filesystems, their versions and options. */
-function abilitiesOf(root: string): Abilities {
-  const scratch = path.join(root, 'scratch');
-  let fd: number;
-  try {
-    fd = fs.openSync(scratch, 'w', 0o600);
-  } catch (error) {
-    if (libc.asStoreError(error, '').code !== 'NO_SPACE') throw error;
-    // A disk that has no room for a name. It must be possible to open the store, to delete something.
-    return { plainReads: isTmpfs(root), punchHole: true, zeroRange: false };
-  }
-  try {
-    fs.ftruncateSync(fd, 2 * PAGE);
-    return {
-      plainReads: isTmpfs(root),
-      punchHole: libc.canPunchHole(fd, PAGE),
-      zeroRange: libc.canZeroRange(fd, PAGE),
-    };
-  } finally {
-    fs.closeSync(fd);
-    fs.unlinkSync(scratch);
-  }
-}
-
 const ZEROS = Buffer.alloc(1024 * 1024);
-const PROBE = Buffer.alloc(1);
 /** For whom removals take their threads: nobody's disk waits for them. */
 const REMOVALS = Symbol('removals');
 
@@ -709,9 +688,9 @@ function directoryName(n: number): string {
   return n.toString(16).padStart(2, '0');
 }
 
-async function copyByHand(from: number, to: number, offset: number, length: number): Promise<number> {
+async function copyByHand(disk: HostDisk, from: number, to: number, offset: number, length: number): Promise<number> {
   const buffer = Buffer.allocUnsafe(Math.min(length, ZEROS.length));
-  const count = await readOnce(from, buffer, 0, offset);
-  await writeFully(to, buffer.subarray(0, count), offset);
+  const count = await disk.read(from, buffer, 0, offset);
+  await writeFully(disk, to, buffer.subarray(0, count), offset);
   return count;
 }

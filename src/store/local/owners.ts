@@ -2,23 +2,25 @@
  * Whose the files of a store are: all must be of the user who has its directory, or that user's daemon cannot open what
  * somebody else, root as a rule, has made there. Looks only: in a directory that somebody else controls nothing is chowned.
  */
-import fs from 'node:fs';
 import path from 'node:path';
+import type { HostDisk } from '../../system/disk.js';
 import { shellWord } from '../shell-word.js';
 
 /** The parts of a store beside the objects. */
 const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
 
 export class Owners {
+  readonly #disk: HostDisk;
   readonly #location: string;
   /** The owner of the store's directory. */
   readonly #uid: number;
   #wrong = 0;
   #first: string | undefined;
 
-  constructor(location: string) {
+  constructor(disk: HostDisk, location: string) {
+    this.#disk = disk;
     this.#location = location;
-    this.#uid = fs.statSync(location).uid;
+    this.#uid = disk.statSync(location)?.uid ?? 0;
   }
 
   note(name: string, uid: number): void {
@@ -32,12 +34,12 @@ export class Owners {
     for (const name of PARTS) this.#noteName(path.join(this.#location, name));
     for (const folder of ['objects', 'recent']) {
       const directory = path.join(this.#location, folder);
-      for (const name of namesIn(directory)) this.#noteName(path.join(directory, name));
+      for (const name of namesIn(this.#disk, directory)) this.#noteName(path.join(directory, name));
     }
   }
 
   #noteName(name: string): void {
-    const status = fs.lstatSync(name, { throwIfNoEntry: false });
+    const status = this.#disk.lstatSync(name);
     if (status) this.note(name, status.uid);
   }
 
@@ -55,9 +57,9 @@ export class Owners {
   }
 }
 
-function namesIn(directory: string): string[] {
+function namesIn(disk: HostDisk, directory: string): string[] {
   try {
-    return fs.readdirSync(directory);
+    return disk.readdirSync(directory);
   } catch {
     return []; // of somebody else, which is noted
   }

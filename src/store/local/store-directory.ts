@@ -3,8 +3,8 @@
  * else's. A store has all of its parts before meta.mdb gets its name, so whatever has that name is a store. Looks only,
  * except for removing what an unfinished creation has left.
  */
-import fs from 'node:fs';
 import path from 'node:path';
+import { removeIfThereSync, type FileStatus, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
 import { OPENING_NAMES } from './lmdb-environment.js';
 import { META_FILE, NEW_META_FILE } from './metadata.js';
@@ -20,14 +20,20 @@ const MAX_LOCK_BYTES = 64;
  * What making a store makes before meta.mdb has its name, and an older sheepgate's meta.mdb, which had it at once. Judged
  * by more than the name: folders called "objects" and files called "lock" are other people's, too.
  */
-const MADE_BY_CREATION: Readonly<Record<string, (file: string, status: fs.Stats) => boolean>> = {
-  [LOCK]: (_, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
-  objects: (file, status) => status.isDirectory() && readNames(file).every((name) => isOfObjects(file, name)),
-  recent: (file, status) => status.isDirectory() && isEmptyFolder(file),
-  [NEW_META_FILE]: (_, status) => status.isFile(),
-  [META_FILE]: (_, status) => status.isFile() && status.size === 0,
-  [`${META_FILE}-lock`]: (_, status) => status.isFile(),
-  ...Object.fromEntries(OPENING_NAMES.map((name) => [name, (_: string, status: fs.Stats) => status.isSymbolicLink()])),
+const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, status: FileStatus) => boolean>> = {
+  [LOCK]: (_disk, _file, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
+  objects: (disk, file, status) =>
+    status.isDirectory() && readNames(disk, file).every((name) => isOfObjects(disk, file, name)),
+  recent: (disk, file, status) => status.isDirectory() && isEmptyFolder(disk, file),
+  [NEW_META_FILE]: (_disk, _file, status) => status.isFile(),
+  [META_FILE]: (_disk, _file, status) => status.isFile() && status.size === 0,
+  [`${META_FILE}-lock`]: (_disk, _file, status) => status.isFile(),
+  ...Object.fromEntries(
+    OPENING_NAMES.map((name) => [
+      name,
+      (_disk: HostDisk, _file: string, status: FileStatus) => status.isSymbolicLink(),
+    ]),
+  ),
 };
 /** What ObjectFiles.open makes: empty folders, and for a moment a file of two pages. */
 const MAX_SCRATCH_BYTES = 8192;
@@ -40,21 +46,21 @@ export type DirectoryState = 'missing' | 'empty' | 'unfinished' | 'store';
  * Errors: NO_STORE if it is not a directory, or holds what is not of a store; DAMAGED if it is a store that has lost its
  * metadata; PERMISSION, IO.
  */
-export function directoryState(directory: string): DirectoryState {
-  const status = fs.statSync(directory, { throwIfNoEntry: false });
+export function directoryState(disk: HostDisk, directory: string): DirectoryState {
+  const status = disk.statSync(directory);
   if (!status) return 'missing';
   if (!status.isDirectory()) throw new StoreError('NO_STORE', `${directory} is not a directory, so it is no store`);
-  const names = fs.readdirSync(directory).filter((name) => name !== LOST_AND_FOUND);
+  const names = disk.readdirSync(directory).filter((name) => name !== LOST_AND_FOUND);
   if (names.length === 0) return 'empty';
-  const metadata = fs.statSync(path.join(directory, META_FILE), { throwIfNoEntry: false });
+  const metadata = disk.statSync(path.join(directory, META_FILE));
   if (metadata?.isFile() && metadata.size > 0) return 'store';
-  if (names.every((name) => OF_A_STORE.has(name)) && hasObjects(directory)) {
+  if (names.every((name) => OF_A_STORE.has(name)) && hasObjects(disk, directory)) {
     throw new StoreError(
       'DAMAGED',
       `${directory} has objects of a store, but ${META_FILE} is ${metadata ? 'empty' : 'missing'}: restore it from a backup`,
     );
   }
-  const foreign = names.find((name) => !isOfCreation(directory, name));
+  const foreign = names.find((name) => !isOfCreation(disk, directory, name));
   if (foreign !== undefined) {
     throw new StoreError(
       'NO_STORE',
@@ -64,36 +70,36 @@ export function directoryState(directory: string): DirectoryState {
   return 'unfinished';
 }
 
-function isOfCreation(directory: string, name: string): boolean {
+function isOfCreation(disk: HostDisk, directory: string, name: string): boolean {
   const file = path.join(directory, name);
-  const status = fs.lstatSync(file, { throwIfNoEntry: false });
+  const status = disk.lstatSync(file);
   // Gone again: another process is making one.
-  return status === undefined || (MADE_BY_CREATION[name]?.(file, status) ?? false);
+  return status === undefined || (MADE_BY_CREATION[name]?.(disk, file, status) ?? false);
 }
 
 /** Files where a store has them. */
-function hasObjects(directory: string): boolean {
+function hasObjects(disk: HostDisk, directory: string): boolean {
   const objects = path.join(directory, 'objects');
   const isObject = (name: string): boolean => /^[0-9a-f]{16}$/.test(name);
-  const folders = readNames(objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
-  if (folders.some((name) => readNames(path.join(objects, name)).some(isObject))) return true;
-  return readNames(path.join(directory, 'recent')).some((name) => /^\d+$/.test(name));
+  const folders = readNames(disk, objects).filter((name) => /^[0-9a-f]{2}$/.test(name));
+  if (folders.some((name) => readNames(disk, path.join(objects, name)).some(isObject))) return true;
+  return readNames(disk, path.join(directory, 'recent')).some((name) => /^\d+$/.test(name));
 }
 
-function isOfObjects(objects: string, name: string): boolean {
+function isOfObjects(disk: HostDisk, objects: string, name: string): boolean {
   const file = path.join(objects, name);
-  if (/^[0-9a-f]{2}$/.test(name)) return isEmptyFolder(file);
-  const status = fs.lstatSync(file, { throwIfNoEntry: false });
+  if (/^[0-9a-f]{2}$/.test(name)) return isEmptyFolder(disk, file);
+  const status = disk.lstatSync(file);
   return name === SCRATCH && status?.isFile() === true && status.size <= MAX_SCRATCH_BYTES;
 }
 
-function isEmptyFolder(directory: string): boolean {
-  return fs.lstatSync(directory).isDirectory() && readNames(directory).length === 0;
+function isEmptyFolder(disk: HostDisk, directory: string): boolean {
+  return disk.lstatSync(directory)?.isDirectory() === true && readNames(disk, directory).length === 0;
 }
 
-function readNames(directory: string): string[] {
+function readNames(disk: HostDisk, directory: string): string[] {
   try {
-    return fs.readdirSync(directory);
+    return disk.readdirSync(directory);
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code === 'ENOENT') return [];
@@ -107,21 +113,21 @@ function readNames(directory: string): string[] {
  * folders only if they are empty. To be called with the lock held: that goes last, so that whoever comes meanwhile finds it
  * taken. Best effort.
  */
-export function removeCreation(directory: string, hasMade: boolean): void {
+export function removeCreation(disk: HostDisk, directory: string, hasMade: boolean): void {
   try {
     // It has its name only when it is complete; then the store was new, and nothing is in it.
-    fs.rmSync(path.join(directory, META_FILE), { force: true });
+    removeIfThereSync(disk, path.join(directory, META_FILE));
     for (const name of [...Object.keys(MADE_BY_CREATION).filter((each) => each !== LOCK), LOCK]) {
       const file = path.join(directory, name);
-      if (!fs.lstatSync(file, { throwIfNoEntry: false }) || !isOfCreation(directory, name)) continue;
+      if (!disk.lstatSync(file) || !isOfCreation(disk, directory, name)) continue;
       if (name === 'objects') {
-        fs.rmSync(path.join(file, SCRATCH), { force: true });
-        for (const each of readNames(file)) fs.rmdirSync(path.join(file, each));
+        removeIfThereSync(disk, path.join(file, SCRATCH));
+        for (const each of readNames(disk, file)) disk.rmdirSync(path.join(file, each));
       }
-      if (name === 'objects' || name === 'recent') fs.rmdirSync(file);
-      else fs.unlinkSync(file);
+      if (name === 'objects' || name === 'recent') disk.rmdirSync(file);
+      else disk.unlinkSync(file);
     }
-    if (hasMade) fs.rmdirSync(directory);
+    if (hasMade) disk.rmdirSync(directory);
   } catch {
     // The next creation finishes it.
   }

@@ -3,10 +3,9 @@
  * is, for whoever finds the store taken. The words are for people: nothing is decided by them. Another user may own the
  * directory, and have put there what they like: nothing but a plain file of the store's own is ever written to.
  */
-import fs from 'node:fs';
 import path from 'node:path';
+import { O_CREAT, O_NOFOLLOW, O_NONBLOCK, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
-import * as libc from './libc.js';
 
 /** What a process that holds a store is doing with it. */
 export type HolderRole = 'command' | 'daemon' | 'stopping daemon';
@@ -34,14 +33,16 @@ export class StoreLockedError extends StoreError {
 }
 
 export class StoreLock {
+  readonly #disk: HostDisk;
   /** Open for as long as the lock is held; on the filesystem of the store. */
   readonly fd: number;
   /** Whether what is said goes into the file. */
   #speaks: boolean;
 
-  private constructor(fd: number, location: string, options: { readonly isReadOnly: boolean }) {
+  private constructor(disk: HostDisk, fd: number, location: string, options: { readonly isReadOnly: boolean }) {
+    this.#disk = disk;
     this.fd = fd;
-    this.#speaks = !options.isReadOnly && isOwnFile(fd, location);
+    this.#speaks = !options.isReadOnly && isOwnFile(disk, fd, location);
   }
 
   /**
@@ -49,14 +50,13 @@ export class StoreLock {
    * may be shared with others that only read; then a lock file that is missing does not matter: the directory is locked.
    * Errors: StoreLockedError; DAMAGED if it is a symbolic link; and those of the system.
    */
-  static take(location: string, role: HolderRole, { isReadOnly = false } = {}): StoreLock {
+  static take(disk: HostDisk, location: string, role: HolderRole, { isReadOnly = false } = {}): StoreLock {
     const file = path.join(location, 'lock');
-    const { O_RDONLY, O_RDWR, O_CREAT, O_NOFOLLOW, O_NONBLOCK } = fs.constants;
     let fd: number;
     try {
-      if (!isReadOnly) fd = fs.openSync(file, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600);
-      else if (fs.existsSync(file)) fd = fs.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
-      else fd = fs.openSync(location, O_RDONLY);
+      if (!isReadOnly) fd = disk.openSync(file, O_RDWR | O_CREAT | O_NOFOLLOW, 0o600);
+      else if (disk.existsSync(file)) fd = disk.openSync(file, O_RDONLY | O_NONBLOCK | O_NOFOLLOW);
+      else fd = disk.openSync(location, O_RDONLY);
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ELOOP') throw error;
       throw new StoreError(
@@ -69,17 +69,17 @@ export class StoreLock {
     }
     let isTaken = false;
     try {
-      isTaken = libc.tryLock(fd, { shared: isReadOnly });
-      if (!isTaken) throw new StoreLockedError(location, readHolder(fd));
+      isTaken = disk.tryLockSync(fd, { shared: isReadOnly });
+      if (!isTaken) throw new StoreLockedError(location, readHolder(disk, fd));
     } finally {
-      if (!isTaken) fs.closeSync(fd);
+      if (!isTaken) disk.closeSync(fd);
     }
     // Whoever fails to make a store removes what it has made, the lock with it: what we have opened may be of nobody.
-    if (!isReadOnly && fs.fstatSync(fd).ino !== fs.lstatSync(file, { throwIfNoEntry: false })?.ino) {
-      fs.closeSync(fd);
-      return StoreLock.take(location, role);
+    if (!isReadOnly && disk.fstatSync(fd).ino !== disk.lstatSync(file)?.ino) {
+      disk.closeSync(fd);
+      return StoreLock.take(disk, location, role);
     }
-    const lock = new StoreLock(fd, location, { isReadOnly });
+    const lock = new StoreLock(disk, fd, location, { isReadOnly });
     lock.say(role);
     return lock;
   }
@@ -94,7 +94,7 @@ export class StoreLock {
     this.#write('');
     this.#speaks = false;
     try {
-      fs.closeSync(this.fd);
+      this.#disk.closeSync(this.fd);
     } catch {
       // Of a disk that is gone: the descriptor is closed, and the lock with it.
     }
@@ -104,8 +104,8 @@ export class StoreLock {
     if (!this.#speaks) return;
     try {
       const bytes = Buffer.from(text);
-      fs.writeSync(this.fd, bytes, 0, bytes.length, 0);
-      fs.ftruncateSync(this.fd, bytes.length);
+      this.#disk.writeSync(this.fd, bytes, 0);
+      this.#disk.truncateSync(this.fd, bytes.length);
     } catch {
       // The disk may be full. The lock holds; only its message stays less clear.
     }
@@ -113,18 +113,18 @@ export class StoreLock {
 }
 
 /** A plain file under no second name, of whoever has the directory or of us. */
-function isOwnFile(fd: number, location: string): boolean {
-  const stat = fs.fstatSync(fd);
-  const isOurs = stat.uid === process.geteuid?.() || stat.uid === fs.statSync(location).uid;
+function isOwnFile(disk: HostDisk, fd: number, location: string): boolean {
+  const stat = disk.fstatSync(fd);
+  const isOurs = stat.uid === process.geteuid?.() || stat.uid === disk.statSync(location)?.uid;
   return stat.isFile() && stat.nlink === 1 && isOurs;
 }
 
 /** Who has taken the lock, if it says so in words that we know and is alive. */
-function readHolder(fd: number): Holder | undefined {
+function readHolder(disk: HostDisk, fd: number): Holder | undefined {
   const bytes = Buffer.alloc(MAX_HOLDER_BYTES);
   let length: number;
   try {
-    length = fs.readSync(fd, bytes, 0, bytes.length, 0);
+    length = disk.readSync(fd, bytes, 0);
   } catch {
     return undefined; // a fifo, a device
   }

@@ -7,12 +7,16 @@
  * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
  * that this map cannot know (LocalVdi.takeTemporary).
  */
+import type { HostDisk } from '../../system/disk.js';
+import { isZeros } from '../../system/zeros.js';
 import { StoreError, type Awaitable, type ObjectReader, type OpenVdi, type VdiRecord } from '../object-store.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
-import * as libc from './libc.js';
-import type { ObjectFiles } from './object-files.js';
+import type { CachedReads } from './cached-reads.js';
+import type { DataObjects, ExtentSink } from './data-objects.js';
 import { objectKey, type ReferenceCounts } from './reference-counts.js';
+import { asStoreError } from './store-errors.js';
 import { TimeSlice } from './time-slice.js';
+import type { WriteThrottle } from './write-throttle.js';
 
 /** Kept at once, on the loop, if the page cache has it; more is read and written on the thread pool. */
 const MAX_LOOP_KEEP = 128 * 1024;
@@ -22,8 +26,12 @@ const KEEP_PIECE = 1024 * 1024;
 const FREEZE_ENTRIES = 2 ** 16;
 
 export interface TemporaryVdiHost {
+  readonly disk: HostDisk;
   readonly location: string;
-  readonly files: ObjectFiles;
+  readonly objects: DataObjects;
+  /** Of the filesystem that the store is on. */
+  readonly reads: CachedReads;
+  readonly throttle: WriteThrottle;
   readonly references: ReferenceCounts;
   /** Give up the references of `map` that are marked in `only`, in the background. */
   releaseMap(map: Uint32Array, only: Uint8Array): void;
@@ -59,11 +67,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     this.map = new Uint32Array(source.length);
     this.#adopted = new Uint8Array(source.length);
     this.#objectSize = 2 ** record.blockSizeShift;
-    this.#images = new BeforeImages(
-      host.location,
-      (fd, into, offset) => host.files.readNow(fd, into, offset),
-      host.files.throttle,
-    );
+    this.#images = new BeforeImages(host.disk, host.location, host.reads, host.throttle);
   }
 
   get failure(): Error | undefined {
@@ -117,7 +121,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     if (!this.shares(owner, idx)) return;
     if (this.#source !== undefined) {
       // Writes from before the snapshot may be under way. A block is kept when they are done with the object, not half-way.
-      const idle = this.#host.files.idle(objectKey(owner, idx));
+      const idle = this.#host.objects.idle(objectKey(owner, idx));
       if (idle) return idle.then(() => this.keep(owner, idx, offset, length));
     }
     const base = idx * this.#objectSize;
@@ -130,27 +134,21 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     if (this.#failure !== undefined) throw this.#failure;
     const [from, to] = this.#blocksOf(idx, offset, into.length);
     if (this.#images.next(from, to, false) === to) return this.#readKept(idx, offset, into);
-    const later = this.#host.files.read(owner, idx, offset, into, this);
+    const later = this.#host.objects.read(owner, idx, offset, into, this);
     // What is kept by now was, perhaps, overwritten before it was read. What is not was read before that.
     if (later === undefined) return this.#readKept(idx, offset, into);
     return later.then(() => this.#readKept(idx, offset, into));
   }
 
   cacheObject(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
-    return this.#host.files.willNeed(owner, idx, offset, length, this);
+    return this.#host.objects.willNeed(owner, idx, offset, length, this);
   }
 
   /** Blocks that were overwritten count as data, whatever they held. Errors: IO if the snapshot was given up. */
-  objectExtents(
-    owner: number,
-    idx: number,
-    offset: number,
-    length: number,
-    sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Awaitable<void> {
+  objectExtents(owner: number, idx: number, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
     const base = idx * this.#objectSize;
-    return this.#host.files.extents(
+    return this.#host.objects.extents(
       owner,
       idx,
       offset,
@@ -249,7 +247,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
         const end = this.#images.next(at, to, true);
         const data = LOOP_BUFFER.subarray(0, end - at);
         const owner = this.map[idx] as number;
-        if (!this.#host.files.readCached(owner, idx, at - idx * this.#objectSize, data)) return false;
+        if (!this.#host.objects.readCached(owner, idx, at - idx * this.#objectSize, data)) return false;
         if (!isZeros(data) && !this.#images.writeNow(at, data)) return false;
         this.#images.mark(at, end);
       }
@@ -266,7 +264,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
       for (let at = this.#images.next(from, to, false); at < to; at = this.#images.next(at, to, false)) {
         const end = Math.min(this.#images.next(at, to, true), at + buffer.length);
         const data = buffer.subarray(0, end - at);
-        const later = this.#host.files.read(owner, idx, at - idx * this.#objectSize, data, this);
+        const later = this.#host.objects.read(owner, idx, at - idx * this.#objectSize, data, this);
         if (later !== undefined) await later;
         if (!isZeros(data)) await this.#images.write(at, data);
         this.#images.mark(at, end);
@@ -298,7 +296,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     if (this.#isDropped || this.#failure !== undefined) return;
     const { name, tag } = this.record;
     const forClients = `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`;
-    const { code, message, cause: first } = libc.asStoreError(cause, forClients);
+    const { code, message, cause: first } = asStoreError(cause, forClients);
     this.#failure = new StoreError(code, message, { cause: first, forClients });
     // Nobody can use what was kept.
     this.#images.close();
@@ -306,12 +304,23 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   }
 }
 
-const LOOP_BUFFER = Buffer.alloc(MAX_LOOP_KEEP);
-const ZEROS = Buffer.alloc(KEEP_PIECE);
-
-function isZeros(data: Buffer): boolean {
-  return data[0] === 0 && data.equals(ZEROS.subarray(0, data.length));
+/** Have every temporary snapshot keep what it knows of the range that is about to change. */
+export function keepFor(
+  temporaries: readonly TemporaryVdi[],
+  owner: number,
+  idx: number,
+  offset: number,
+  length: number,
+): Promise<void> | undefined {
+  let later: Promise<void>[] | undefined;
+  for (const temporary of temporaries) {
+    const keeping = temporary.keep(owner, idx, offset, length);
+    if (keeping !== undefined) (later ??= []).push(keeping);
+  }
+  return later && Promise.all(later).then(() => undefined);
 }
+
+const LOOP_BUFFER = Buffer.alloc(MAX_LOOP_KEEP);
 
 async function allDone(parts: readonly Promise<void>[]): Promise<void> {
   const results = await Promise.allSettled(parts);

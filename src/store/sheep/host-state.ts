@@ -7,6 +7,7 @@
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
+import { nodeFiles } from '../../system/node-files.js';
 import { syncDirectory } from '../local/durable-names.js';
 import { makeDirectory } from '../local/make-directory.js';
 import { StoreError, type StoreState } from '../object-store.js';
@@ -35,7 +36,7 @@ export class HostState implements StoreState {
     const id = createHash('sha256').update(identity).digest('hex').slice(0, 16);
     const directory = path.join(root, `cluster-${id}`);
     try {
-      makeDirectory(directory, 0o700);
+      makeDirectory(nodeFiles, directory, 0o700);
       fs.accessSync(directory, fs.constants.R_OK | fs.constants.W_OK | fs.constants.X_OK);
       for (const name of fs.readdirSync(directory)) {
         // What a process left that was killed before the rename.
@@ -43,7 +44,7 @@ export class HostState implements StoreState {
         if (writer !== undefined && !fs.existsSync(`/proc/${writer}`))
           fs.rmSync(path.join(directory, name), { force: true });
       }
-      for (const made of [directory, root, path.dirname(root)]) syncDirectory(made);
+      for (const made of [directory, root, path.dirname(root)]) syncDirectory(nodeFiles, made);
     } catch (error) {
       throw asStoreError(error, `the directory ${directory}`);
     }
@@ -80,7 +81,7 @@ export class HostState implements StoreState {
         if (value === undefined) await fs.promises.rm(file, { force: true });
         else await replaceFile(file, JSON.stringify({ key, value }));
       }
-      syncDirectory(this.#directory);
+      syncDirectory(nodeFiles, this.#directory);
     } catch (error) {
       // Whoever asked for it asks again; what waited before waits on.
       for (const [key, value] of all) if (!changes.has(key) && !this.#waiting.has(key)) this.#waiting.set(key, value);

@@ -1,0 +1,119 @@
+/**
+ * `check` of a local store: maps against objects, what is left over, and whose everything is. Repairs what can be repaired
+ * without a loss: it removes what nothing refers to.
+ */
+import type { HostDisk } from '../../system/disk.js';
+import { StoreError, type CheckReport } from '../object-store.js';
+import type { DataObjects, FoundObject } from './data-objects.js';
+import type { LocalVdi } from './local-vdi.js';
+import { logsSetAside } from './map-log.js';
+import type { Metadata } from './metadata.js';
+import { Owners } from './owners.js';
+import { objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+
+/** Findings a check spells out; it counts the rest. */
+const MAX_PROBLEMS = 1000;
+
+export interface CheckedStore {
+  readonly disk: HostDisk;
+  readonly location: string;
+  readonly metadata: Metadata;
+  readonly objects: DataObjects;
+  readonly references: ReferenceCounts;
+  readonly open: ReadonlyMap<number, LocalVdi>;
+  keptVids: ReadonlySet<number>;
+  keepsUntold: boolean;
+  /** Resolves when the space of all that was given up is back. */
+  reclaimed(): Promise<void>;
+}
+
+/** Compare maps and object files. Nothing may be open: a check of moving parts would report phantoms. */
+export async function checkStore(store: CheckedStore, options: { readonly repair: boolean }): Promise<CheckReport> {
+  const { metadata, objects, references, open } = store;
+  for (const vdi of open.values()) await vdi.close();
+  if (open.size > 0) throw new StoreError('LOCKED', 'a check needs all VDIs closed; disconnect their clients first');
+  await store.reclaimed();
+  const problems: string[] = [];
+  let hidden = 0;
+  const report = (line: string): void => {
+    if (problems.length < MAX_PROBLEMS) problems.push(line);
+    else hidden++;
+  };
+  const missing = new Set(references.keys());
+  /** Objects that cannot be read, and why. */
+  const damaged = new Map<number, string>();
+  const orphans: FoundObject[] = [];
+  let orphanBytes = 0;
+  let count = 0;
+  const owners = new Owners(store.disk, store.location);
+  owners.noteParts();
+  for await (const found of objects.scan()) {
+    count++;
+    owners.note(found.name, found.uid);
+    if (missing.delete(found.key)) {
+      if (found.damage !== undefined) damaged.set(found.key, found.damage);
+      continue;
+    }
+    orphanBytes += found.bytes;
+    orphans.push(found);
+  }
+  const records = metadata.records();
+  if (missing.size + damaged.size > 0) reportDamage(metadata, missing, damaged, report);
+  if (owners.problem !== undefined) report(owners.problem);
+  const aside = logsSetAside(store.disk, store.location);
+  await metadata.settled();
+  const { kept } = metadata;
+  const isUntold = store.keepsUntold;
+  store.keepsUntold = false;
+  if (kept) {
+    const since = new Date(kept.since).toISOString();
+    report(
+      `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); ` +
+        (isUntold ? 'kept by this very start: look first, then say check --repair again' : '--repair removes them'),
+    );
+  }
+  for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
+  for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
+  for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
+  if (hidden > 0) problems.push(`... and ${hidden} more`);
+  let repaired = 0;
+  if (options.repair) {
+    const strays = metadata.strayVids();
+    if (strays.length > 0) await metadata.commit({ removed: strays });
+    const { keptVids } = store;
+    // The operator must have been told of what a start has kept, and had time to look, before it goes.
+    const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
+    for (const found of removable) await objects.removeFound(found);
+    repaired = removable.length + strays.length;
+    if (!isUntold) {
+      for (const name of aside) await store.disk.unlink(name);
+      if (kept) await metadata.keep(undefined);
+      store.keptVids = new Set();
+      repaired += aside.length;
+    }
+  }
+  return { objects: count, vdis: records.length, problems, orphans: orphans.length, orphanBytes, repaired };
+}
+
+function reportDamage(
+  metadata: Metadata,
+  missing: ReadonlySet<number>,
+  damaged: ReadonlyMap<number, string>,
+  report: (line: string) => void,
+): void {
+  for (const record of metadata.records()) {
+    const map = metadata.map(record);
+    const label = record.tag === '' ? record.name : `${record.name}@${record.tag}`;
+    const objectSize = 2 ** record.blockSizeShift;
+    for (let idx = 0; idx < map.length; idx++) {
+      const owner = map[idx] as number;
+      if (owner === 0) continue;
+      const key = objectKey(owner, idx);
+      const why = missing.has(key) ? 'object file is missing' : damaged.get(key);
+      if (why === undefined) continue;
+      const from = idx * objectSize;
+      const end = Math.min(from + objectSize, record.size);
+      report(`lost: ${label} bytes ${from} to ${end - 1} (${why})`);
+    }
+  }
+}

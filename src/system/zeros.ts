@@ -1,0 +1,13 @@
+/** Whether bytes are all zeros, for whoever leaves out or gives back what is. */
+
+const ZEROS = Buffer.alloc(64 * 2 ** 10);
+
+/** Looks at the first byte first: data shows itself there, nearly always. */
+export function isZeros(data: Buffer): boolean {
+  if (data.length > 0 && data[0] !== 0) return false;
+  for (let from = 0; from < data.length; from += ZEROS.length) {
+    const length = Math.min(ZEROS.length, data.length - from);
+    if (data.compare(ZEROS, 0, length, from, from + length) !== 0) return false;
+  }
+  return true;
+}

@@ -1,0 +1,516 @@
+/**
+ * The disk seam: nobody goes past it, a recording disk sees all that a power loss could take away, and each call that fails
+ * is the right error.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from 'vitest';
+import { takeBackup } from '../../src/backup/take-backup.js';
+import { BackupTarget } from '../../src/backup/target.js';
+import { DirectOperations } from '../../src/daemon/direct-operations.js';
+import { VdiExports } from '../../src/export/vdi-exports.js';
+import { LocalStore } from '../../src/store/local/local-store.js';
+import { StoreError } from '../../src/store/object-store.js';
+import type { HostDisk } from '../../src/system/disk.js';
+import { hostDisk } from '../../src/system/real-disk.js';
+import { VdiCatalog } from '../../src/vdi/catalog.js';
+import type { Vdi } from '../../src/vdi/vdi.js';
+import { temporaryDirectory } from '../harness/daemon.js';
+import { FailingDisk, systemError } from '../harness/failing-disk.js';
+import { interpose } from '../harness/interposed-disk.js';
+import { RecordingDisk } from '../harness/recording-disk.js';
+
+const OBJECT = 2 ** 20;
+const SIZE = 4 * OBJECT;
+const BLOCK = 4096;
+const NOTHING = Buffer.alloc(0);
+const SOURCES = path.resolve(import.meta.dirname, '../../src');
+
+/** Below the seam: the real disk is made of them. */
+const BELOW = ['libc.ts', 'mount-identity.ts'].map((name) => path.join('store/local', name));
+
+describe('nobody goes past the seam', () => {
+  const sources = ['store/local', 'backup'].flatMap((folder) =>
+    fs
+      .readdirSync(path.join(SOURCES, folder), { recursive: true, encoding: 'utf8' })
+      .filter((name) => name.endsWith('.ts'))
+      .map((name) => path.join(folder, name)),
+  );
+
+  test('the local store and the backup targets import neither node:fs nor calls of libc', () => {
+    expect(sources.length).toBeGreaterThan(30);
+    const past =
+      /from '(?:node:)?fs(?:\/promises)?'|import\('(?:node:)?fs|from '[^']*\/libc\.js'|from 'koffi'|node-files/;
+    const who = sources.filter((name) => past.test(fs.readFileSync(path.join(SOURCES, name), 'utf8')));
+    expect(who.filter((name) => !BELOW.includes(name))).toEqual([]);
+  });
+
+  test('the real disk is taken where a store or a target is opened, and handed on from there', () => {
+    const takers = sources.filter((name) =>
+      /\bhostDisk\b/.test(fs.readFileSync(path.join(SOURCES, name), 'utf8').replaceAll(/^import .*$/gm, '')),
+    );
+    expect(takers.sort()).toEqual(['backup/take-backup.ts', 'backup/target.ts', 'store/local/local-store.ts']);
+  });
+});
+
+test('objects are files to nobody but object-files.ts, which only the store that opens them imports', () => {
+  const folder = path.join(SOURCES, 'store/local');
+  const users = fs.readdirSync(folder).filter((name) => {
+    return fs.readFileSync(path.join(folder, name), 'utf8').includes("/object-files.js'");
+  });
+  expect(users).toEqual(['local-store.ts']);
+});
+
+let directory: string;
+let recording: RecordingDisk;
+let failing: FailingDisk;
+let store: LocalStore;
+let catalog: VdiCatalog;
+let vdi: Vdi;
+const lines: string[] = [];
+
+async function open(place: string, disk: HostDisk): Promise<void> {
+  store = await LocalStore.open(place, { disk, log: (line) => lines.push(line) });
+  catalog = new VdiCatalog(store);
+}
+
+beforeEach(async () => {
+  lines.length = 0;
+  directory = path.join(temporaryDirectory(), 'store');
+  failing = new FailingDisk();
+  recording = new RecordingDisk(directory, failing.disk);
+  await open(directory, recording.disk);
+  await catalog.create('disk', SIZE, { blockSizeShift: 20 });
+  vdi = await catalog.openVdi('disk');
+});
+
+afterEach(() => catalog.close().catch(() => undefined));
+
+async function bytesOf(of: Vdi): Promise<Buffer> {
+  const all = Buffer.alloc(of.size);
+  await of.read(0, all);
+  return all;
+}
+
+/** All files below `place`: relative path -> content. */
+function contentOf(place: string): Map<string, Buffer> {
+  const files = new Map<string, Buffer>();
+  for (const name of fs.readdirSync(place, { recursive: true, encoding: 'utf8' }).sort()) {
+    const status = fs.lstatSync(path.join(place, name));
+    files.set(name, status.isFile() ? fs.readFileSync(path.join(place, name)) : Buffer.from('no file'));
+  }
+  return files;
+}
+
+/** The machine has lost its power: what is not durable is gone, and the next boot is another one. */
+async function openAfterPowerLoss(at = Infinity): Promise<void> {
+  const after = path.join(temporaryDirectory(), 'after');
+  recording.build(after, (event) => recording.isDurable(event, at));
+  await open(
+    after,
+    interpose(hostDisk, ({ name }, proceed) => (name === 'bootId' ? 'another-boot' : proceed())),
+  );
+}
+
+describe('a recording disk sees, in order,', () => {
+  const FIRST = 'objects/01/0000000100000000';
+  beforeEach(() => void recording.takeLines());
+
+  test('a write: the file, its length and its data, then the log; and of a flush data, name, map', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+    expect(recording.takeLines()).toEqual([
+      `create ${FIRST}`,
+      `resize ${FIRST}`,
+      `write ${FIRST}`,
+      'create recent/1',
+      'write recent/1',
+      'write recent/1',
+    ]);
+    await vdi.write(0, Buffer.alloc(BLOCK, 2), false);
+    expect(recording.takeLines()).toEqual([`write ${FIRST}`]);
+    await vdi.flush();
+    expect(recording.takeLines()).toEqual([`sync ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
+  });
+
+  test('a write with FUA into an object that is there: data, sync of the data', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    recording.takeLines();
+    await vdi.write(0, Buffer.alloc(BLOCK, 2), true);
+    expect(recording.takeLines()).toEqual([`write ${FIRST}`, `sync ${FIRST}`]);
+  });
+
+  test('a snapshot: what is dirty is synced before the commits that make it one, and the next write copies', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
+    recording.takeLines();
+    await catalog.snapshot('disk', 's');
+    const taken = recording.takeLines();
+    expect(taken).toEqual([
+      `sync ${FIRST}`,
+      'sync names objects/01',
+      'commit meta.mdb',
+      'write recent/1',
+      'commit meta.mdb',
+      'commit meta.mdb',
+    ]);
+    await vdi.write(0, Buffer.alloc(BLOCK, 2), false);
+    const second = 'objects/02/0000000200000000';
+    const copied = recording.takeLines();
+    expect(copied.slice(0, 2)).toEqual([`create ${second}`, `resize ${second}`]);
+    expect(copied).toContain(`copy ${second}`);
+    expect(copied.at(-1)).toBe('write recent/1');
+  });
+
+  test('a delete: no object goes before the commit that nothing refers to it any more', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
+    await catalog.release(vdi);
+    recording.takeLines();
+    await catalog.remove('disk');
+    await store.reclaimed();
+    expect(recording.takeLines()).toEqual(['commit meta.mdb', `unlink ${FIRST}`, 'unlink objects/01/0000000100000001']);
+  });
+
+  test('a resize: the map without what is cut off is stored, then the size, then the object goes', async () => {
+    await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
+    await catalog.release(vdi);
+    recording.takeLines();
+    await catalog.resize('disk', OBJECT, { force: true });
+    await store.reclaimed();
+    const cut = recording.takeLines().filter((line) => !line.includes('recent'));
+    expect(cut.filter((line) => line.startsWith('commit')).length).toBeGreaterThanOrEqual(2);
+    expect(cut[0]).toBe('commit meta.mdb');
+    expect(cut.filter((line) => line.startsWith('unlink'))).toEqual(['unlink objects/01/0000000100000001']);
+  });
+
+  test('a start after a kill: all is synced before a map takes over what was logged, and the log goes last', async () => {
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+    const killed = path.join(temporaryDirectory(), 'killed');
+    recording.build(killed, () => true);
+    const log = path.join(killed, 'recent/1');
+    // The copy passes for the original: same boot, same mounting, and the numbers of the directory and the file.
+    const inode = (file: string): bigint => fs.statSync(file, { bigint: true }).ino;
+    const original = { directory: inode(directory), log: inode(path.join(directory, 'recent/1')) };
+    const same = interpose(hostDisk, ({ name, file }, proceed) => {
+      if (name === 'inodeAtSync' && file === killed) return original.directory;
+      if (name === 'inodeOfSync' && file === log) return original.log;
+      return proceed();
+    });
+    const after = new RecordingDisk(killed, same);
+    await catalog.close();
+    await open(killed, after.disk);
+    expect(lines.join()).toMatch(/not shut down cleanly; removed 0 unreferenced/);
+    const recovered = after.takeLines().filter((line) => /^(sync all|commit)|recent/.test(line));
+    expect(recovered).toEqual(['sync all lock', 'commit meta.mdb', 'unlink recent/1', 'commit meta.mdb']);
+    expect((await bytesOf(await catalog.openVdi('disk'))).subarray(0, BLOCK)).toEqual(Buffer.alloc(BLOCK, 1));
+  });
+
+  test('the making of a store: the metadata has its name when it is whole, and that is synced', () => {
+    const made = recording.events
+      .filter(({ path: at }) => !at.startsWith('objects/'))
+      .map(({ op, path: at }) => `${op} ${at}`);
+    const renamed = made.indexOf('rename meta.mdb');
+    expect(made.slice(0, 4)).toEqual(['create .', 'create lock', 'write lock', 'resize lock']);
+    expect(made.slice(renamed - 1, renamed + 2)).toEqual(['commit new.mdb', 'rename meta.mdb', 'sync names .']);
+    expect(made.filter((line) => line.includes('opening'))).toEqual([
+      'link opening.mdb-lock',
+      'link opening.mdb',
+      'unlink opening.mdb',
+      'unlink opening.mdb-lock',
+    ]);
+    expect(
+      recording.events.filter(({ op }) => op === 'commit').every((event) => 'pages' in event && event.pages.size > 0),
+    ).toBe(true);
+  });
+
+  test('nothing less: what it has recorded adds up to what is on the disk, byte by byte', async () => {
+    for (let idx = 0; idx < 4; idx++) await vdi.write(idx * OBJECT + idx * 512, Buffer.alloc(200_000, idx + 1), false);
+    await vdi.flush();
+    await catalog.snapshot('disk', 's');
+    await vdi.write(100, Buffer.alloc(5000, 9), true);
+    await vdi.trim(OBJECT, OBJECT, false);
+    await vdi.zero(2 * OBJECT + 50, 100_000, { noHole: false, fua: false });
+    await vdi.zero(3 * OBJECT, 100_000, { noHole: true, fua: false });
+    await vdi.write(OBJECT + 77, Buffer.alloc(3000, 8), false);
+    await catalog.clone('disk@s', 'copy');
+    await catalog.release(vdi);
+    await catalog.remove('disk@s');
+    await catalog.close();
+    const built = path.join(temporaryDirectory(), 'built');
+    recording.build(built, ({ ended }) => ended !== Infinity);
+    const [found, expected] = [contentOf(built), contentOf(directory)];
+    expect([...found.keys()]).toEqual([...expected.keys()]);
+    for (const [name, bytes] of expected) expect(found.get(name)?.equals(bytes), name).toBe(true);
+  });
+});
+
+describe('a power loss', () => {
+  test('right after a flush was answered takes nothing of what was flushed, and all snapshots are there', async () => {
+    await vdi.write(0, Buffer.alloc(SIZE, 1), false);
+    await catalog.snapshot('disk', 's');
+    await vdi.write(OBJECT + 512, Buffer.alloc(BLOCK, 2), false);
+    await vdi.flush();
+    await vdi.write(2 * OBJECT, Buffer.alloc(BLOCK, 3), false);
+    await openAfterPowerLoss();
+    const expected = Buffer.alloc(SIZE, 1);
+    expect((await bytesOf(await catalog.openVdi('disk@s'))).equals(expected)).toBe(true);
+    const working = await catalog.openVdi('disk');
+    expect((await bytesOf(working)).equals(expected.fill(2, OBJECT + 512, OBJECT + 512 + BLOCK))).toBe(true);
+    await working.write(0, Buffer.alloc(BLOCK, 4), true);
+    await catalog.close();
+    await open(store.location, hostDisk);
+    expect((await catalog.check({ repair: false })).problems).toEqual([]);
+  });
+
+  test('at any moment takes nothing of what was flushed by then', async () => {
+    const flushed: { readonly at: number; readonly bytes: Buffer }[] = [];
+    const written = Buffer.alloc(SIZE);
+    const write = async (value: number, offset: number, length: number): Promise<void> => {
+      written.fill(value, offset, offset + length);
+      await vdi.write(offset, Buffer.alloc(length, value), false);
+    };
+    const flush = async (): Promise<void> => {
+      await vdi.flush();
+      flushed.push({ at: recording.now, bytes: Buffer.from(written) });
+    };
+    await write(1, 0, OBJECT);
+    await flush();
+    await write(2, OBJECT - BLOCK, 2 * BLOCK);
+    await catalog.snapshot('disk', 's');
+    flushed.push({ at: recording.now, bytes: Buffer.from(written) });
+    await write(3, 512, BLOCK);
+    await flush();
+    await vdi.trim(OBJECT, OBJECT, true);
+    written.fill(0, OBJECT, 2 * OBJECT);
+    flushed.push({ at: recording.now, bytes: Buffer.from(written) });
+    await write(4, OBJECT, BLOCK);
+    await flush();
+    await catalog.release(vdi);
+    await catalog.remove('disk@s');
+    await catalog.close();
+    const [first] = flushed;
+    for (const at of recording.momentsOfLoss(first?.at ?? 0)) {
+      await openAfterPowerLoss(at);
+      const found = await bytesOf(await catalog.openVdi('disk'));
+      const since = flushed.findLastIndex((each) => each.at <= at);
+      // What was written since may be there, block by block, and nothing else.
+      const legal = [...flushed.slice(since).map(({ bytes }) => bytes), written];
+      for (let block = 0; block < SIZE; block += 512) {
+        const is = found.subarray(block, block + 512);
+        const isLegal = legal.some((bytes) => is.equals(bytes.subarray(block, block + 512)));
+        if (!isLegal) expect.fail(`moment ${at}: block at ${block} is ${is[0]}`);
+      }
+      await catalog.close();
+      await open(store.location, hostDisk);
+      const { problems } = await catalog.check({ repair: false });
+      expect(
+        problems.filter((line) => !line.startsWith('orphan')),
+        `moment ${at}`,
+      ).toEqual([]);
+      await catalog.close();
+    }
+  });
+
+  test('without the sync of the data would: the recording tells what is durable from what is not', async () => {
+    failing.instead({ calls: ['fdatasync'] }, () => Promise.resolve());
+    await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
+    // The recorder is above the disk that lies, and is told here that nothing was synced.
+    recording.events.push(...recording.events.splice(0).filter(({ op }) => op !== 'sync'));
+    const writes = recording.events.filter(({ op }) => op === 'write');
+    expect(writes.some((event) => recording.isDurable(event))).toBe(false);
+    await openAfterPowerLoss();
+    await expect(bytesOf(await catalog.openVdi('disk'))).rejects.toMatchObject({ code: 'DAMAGED' });
+  });
+});
+
+describe('a disk that fails', () => {
+  const written = Buffer.alloc(BLOCK, 1);
+
+  for (const [calls, code, expected] of [
+    [['open'], 'EMFILE', 'IO'],
+    [['open'], 'ENOSPC', 'NO_SPACE'],
+    [['open'], 'EROFS', 'PERMISSION'],
+    [['truncate'], 'EDQUOT', 'NO_SPACE'],
+    [['write', 'writeSync'], 'EIO', 'IO'],
+    [['write', 'writeSync'], 'ENOSPC', 'NO_SPACE'],
+  ] as const) {
+    test(`${code} of ${calls.join(' and ')} is ${expected} for the write, names the object, and the next write works`, async () => {
+      const rule = failing.fail({ calls, file: /objects/ }, code);
+      await expect((async () => vdi.write(0, written, false))()).rejects.toMatchObject({
+        code: expected,
+        message: expect.stringMatching(/creating object .*0000000100000000/),
+      });
+      expect(rule.count).toBeGreaterThan(0);
+      rule.off();
+      await vdi.write(0, written, true);
+      expect((await bytesOf(vdi)).subarray(0, BLOCK)).toEqual(written);
+    });
+  }
+
+  for (const [calls, file, lasts] of [
+    [['fdatasync'], /objects/, true],
+    [['fsync'], /objects/, true],
+    [['commit'], /meta/, false],
+  ] as const) {
+    test(`EIO of ${calls.join()} fails the flush; ${lasts ? 'no later one makes it good' : 'the next one stores it all'}`, async () => {
+      await vdi.write(0, written, false);
+      const rule = failing.fail({ calls, file }, 'EIO');
+      await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO', message: expect.stringMatching(/EIO|i\/o error/) });
+      rule.off();
+      if (lasts) await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
+      else await vdi.flush();
+    });
+  }
+
+  test('reads and writes that the kernel does in parts are done to their end', async () => {
+    failing.instead({ calls: ['write', 'writeSync'], file: /objects/ }, ({ name, args }) => {
+      const [fd, data, third, fourth] = args as [number, Buffer, number, number];
+      const part = name === 'write' ? data.subarray(third, third + 1000) : data.subarray(0, 1000);
+      const count = fs.writeSync(fd, part, 0, part.length, name === 'write' ? fourth : third);
+      return name === 'write' ? Promise.resolve(count) : count;
+    });
+    failing.instead({ calls: ['read'], file: /objects/ }, async ({ args }) => {
+      const [fd, into, at, offset] = args as [number, Buffer, number, number];
+      return fs.readSync(fd, into, at, Math.min(777, into.length - at), offset);
+    });
+    failing.instead({ calls: ['readCachedSync', 'readSync'], file: /objects/ }, () => -1);
+    const data = Buffer.from(Array.from({ length: 50_000 }, (_, n) => n % 251));
+    await vdi.write(300, data, false);
+    await vdi.write(60_000, data.subarray(0, BLOCK), false);
+    const all = await bytesOf(vdi);
+    expect(all.subarray(300, 300 + data.length).equals(data)).toBe(true);
+    expect(all.subarray(60_000, 60_000 + BLOCK).equals(data.subarray(0, BLOCK))).toBe(true);
+  });
+
+  test('at each call in turn: an error of the store or none, and what was flushed before is there afterwards', async () => {
+    await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
+    await catalog.close();
+    const before = path.join(temporaryDirectory(), 'before');
+    fs.cpSync(directory, before, { recursive: true });
+    let calls = Infinity;
+    for (let at = 1; at <= calls; at++) {
+      const place = path.join(temporaryDirectory(), 'store');
+      fs.cpSync(before, place, { recursive: true });
+      let count = 0;
+      const CHANGING =
+        /^(open|openSync|write|writeSync|truncate|fdatasync|fsync|fsyncSync|unlink|unlinkSync|commit|copyRange)$/;
+      const one = interpose(hostDisk, ({ name }, proceed) => {
+        if (!CHANGING.test(name) || ++count !== at) return proceed();
+        const error = systemError('EIO', name);
+        if (name.endsWith('Sync')) throw error;
+        return Promise.reject(error);
+      });
+      try {
+        await open(place, one);
+        const disk = await catalog.openVdi('disk');
+        await disk.write(OBJECT, Buffer.alloc(BLOCK, 2), true);
+        await catalog.snapshot('disk', 's');
+        await disk.write(0, Buffer.alloc(BLOCK, 3), false);
+        await disk.flush();
+        await catalog.release(disk);
+        await catalog.remove('disk@s');
+        await catalog.close();
+      } catch (error) {
+        expect(error, `call ${at}`).toBeInstanceOf(Error);
+        expect((error as StoreError).code, `call ${at}: ${String(error)}`).toMatch(/^(IO|DAMAGED|CLOSED)$/);
+        await catalog.close().catch(() => undefined);
+      }
+      if (count < at) calls = count;
+      await open(place, hostDisk);
+      const disk = await catalog.openVdi('disk');
+      const all = await bytesOf(disk);
+      expect(all.subarray(BLOCK, OBJECT).equals(Buffer.alloc(OBJECT - BLOCK, 1)), `call ${at}`).toBe(true);
+      await catalog.release(disk);
+      expect((await catalog.check({ repair: false })).problems.filter((line) => !line.startsWith('orphan'))).toEqual(
+        [],
+      );
+      await catalog.close();
+      fs.rmSync(path.dirname(place), { recursive: true });
+    }
+    expect(calls).toBeGreaterThan(20);
+    await open(directory, hostDisk);
+  });
+});
+
+describe('a backup target', () => {
+  const work = {
+    progress: () => ({ advance: () => undefined, end: () => undefined }),
+    log: () => undefined,
+    signal: new AbortController().signal,
+  };
+
+  test('is made through the seam: its manifest is whole and synced before it has its name, and the name after it', async () => {
+    const home = path.join(temporaryDirectory(), 'backups');
+    const recorder = new RecordingDisk(path.dirname(home));
+    const target = await BackupTarget.openForBackup(home, 'disk', 'store', work, false, recorder.disk);
+    await target.close();
+    expect(recorder.takeLines()).toEqual([
+      'create backups',
+      'create backups/lock',
+      'create backups/manifest.json.partial',
+      'write backups/manifest.json.partial',
+      'sync backups/manifest.json.partial',
+      'rename backups/manifest.json',
+      'sync names backups',
+      'sync names .',
+    ]);
+    expect(
+      recorder.events.every(
+        (event) => event.op.startsWith('sync') || event.path.endsWith('lock') || recorder.isDurable(event),
+      ),
+    ).toBe(true);
+  });
+
+  const backup = (to: string, disk: HostDisk, keep?: number): Promise<unknown> => {
+    const operations = new DirectOperations(catalog, new VdiExports(catalog));
+    return takeBackup((use) => use(operations), {
+      ...work,
+      ...{
+        vdi: 'disk',
+        to,
+        disk,
+        keep,
+        isFull: false,
+        compares: false,
+        keepsBase: true,
+        verifies: true,
+        sha256: false,
+      },
+      moment: (take) => take(),
+    });
+  };
+
+  test('is recorded whole, and a power loss at any moment of a run leaves every backup that is in the manifest', async () => {
+    const home = path.join(temporaryDirectory(), 'backups');
+    const recorder = new RecordingDisk(path.dirname(home));
+    for (const value of [1, 2, 3]) {
+      await vdi.write(value * 100_000, Buffer.alloc(200_000, value), true);
+      await backup(home, recorder.disk, 2);
+    }
+    const built = temporaryDirectory();
+    recorder.build(built, ({ ended }) => ended !== Infinity);
+    const expected = contentOf(path.dirname(home));
+    for (const [name, bytes] of contentOf(built)) expect(bytes.equals(expected.get(name) ?? NOTHING), name).toBe(true);
+    const counts = new Set<number>();
+    for (const at of recorder.momentsOfLoss(1)) {
+      const place = temporaryDirectory();
+      recorder.build(place, (event) => recorder.isDurable(event, at));
+      const kept = path.join(place, 'backups');
+      if (!fs.existsSync(path.join(kept, 'manifest.json'))) continue;
+      const target = await BackupTarget.openToRead(kept);
+      for await (const { message } of target.verify(target.points)) expect.fail(`moment ${at}: ${message}`);
+      counts.add(target.points.length);
+      await target.close();
+      fs.rmSync(place, { recursive: true });
+    }
+    expect([...counts]).toEqual([0, 1, 2, 3]);
+  });
+
+  test('that cannot be synced is an error, and nothing has the name of a manifest', async () => {
+    const home = path.join(temporaryDirectory(), 'backups');
+    const broken = new FailingDisk();
+    broken.fail({ calls: ['fsync'] }, 'EIO');
+    await expect(BackupTarget.openForBackup(home, 'disk', 'store', work, false, broken.disk)).rejects.toMatchObject({
+      code: 'EIO',
+    });
+    expect(fs.existsSync(path.join(home, 'manifest.json'))).toBe(false);
+  });
+});
