@@ -3,7 +3,7 @@
  * lengths and nothing of the wire. Methods may answer synchronously or later: the request loop awaits only promises.
  */
 
-import type { TlsIdentity } from './tls.js';
+import type { TlsIdentity } from './protocol/tls.js';
 
 export type Awaitable<T> = T | Promise<T>;
 

@@ -14,11 +14,11 @@ export type {
   ZeroMode,
 } from './block-device.js';
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
-export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server.js';
-export type { BoundAddress, ListenOptions, ServerOptions } from './server.js';
-export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './limits.js';
-export type { Limits } from './limits.js';
-export type { MemoryUse } from './buffer-pool.js';
+export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server/server.js';
+export type { BoundAddress, ListenOptions, ServerOptions } from './server/server.js';
+export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './server/limits.js';
+export type { Limits } from './server/limits.js';
+export type { MemoryUse } from './server/buffer-pool.js';
 export type {
   ConnectionCloseEvent,
   ConnectionInfo,
@@ -26,9 +26,9 @@ export type {
   ConnectionRefusedEvent,
   RequestEvent,
   ServerObserver,
-} from './observer.js';
-export { NbdClient, NbdClientError } from './client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client.js';
-export type { Extent, ReplyLevel } from './client-replies.js';
-export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './tls.js';
-export { MAX_PAYLOAD } from './protocol.js';
+} from './server/observer.js';
+export { NbdClient, NbdClientError } from './client/client.js';
+export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
+export type { Extent, ReplyLevel } from './client/reply-reader.js';
+export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
+export { MAX_PAYLOAD } from './protocol/wire.js';

@@ -1,11 +1,11 @@
 /** A payload that comes while the loop is spent: its bytes wait, and what comes next goes behind them. */
 import { PassThrough } from 'node:stream';
 import { expect, test } from 'vitest';
-import { BufferPool } from '../src/buffer-pool.js';
+import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
-import { LoopShare } from '../src/loop-share.js';
-import { CMD } from '../src/protocol.js';
-import { Transmission } from '../src/transmission.js';
+import { LoopShare } from '../src/server/loop-share.js';
+import { CMD } from '../src/protocol/wire.js';
+import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
 import { startServer } from './test-server.js';

@@ -1,8 +1,8 @@
 /** What becomes of those who break the protocol: once, again, and while others work beside them. */
 import { PassThrough } from 'node:stream';
 import { describe, expect, test, vi } from 'vitest';
-import { CMD } from '../src/protocol.js';
-import { Violations } from '../src/violations.js';
+import { CMD } from '../src/protocol/wire.js';
+import { Violations } from '../src/server/violations.js';
 import { RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport } from './test-device.js';
 import { startServer, until, type TestServer } from './test-server.js';

@@ -4,7 +4,7 @@
  */
 
 import { NbdClient, NbdClientError, type ReplyLevel } from '../../src/index.js';
-import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, REP, REPLY_TYPE } from '../../src/protocol.js';
+import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, REP, REPLY_TYPE } from '../../src/protocol/wire.js';
 import { connectedEnds, type PairEnd } from '../pair-end.js';
 import { Random } from './random.js';
 

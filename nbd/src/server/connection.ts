@@ -6,9 +6,9 @@
 
 import type { Duplex } from 'node:stream';
 import type { Occupant, Place } from './admission.js';
-import type { BlockDevice, Ending, ExportProvider, Peer } from './block-device.js';
+import type { BlockDevice, Ending, ExportProvider, Peer } from '../block-device.js';
 import type { BufferPool } from './buffer-pool.js';
-import { ByteReader } from './byte-reader.js';
+import { ByteReader } from '../protocol/byte-reader.js';
 import { HandshakeClock } from './handshake-clock.js';
 import {
   HandshakeError,
@@ -24,7 +24,7 @@ import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { Watched } from './stall-watch.js';
-import { acceptTls, type ServerTls, type TlsMode } from './tls.js';
+import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
 import { Transmission, type TransmissionHost } from './transmission.js';
 import type { Violations } from './violations.js';
 

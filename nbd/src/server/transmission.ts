@@ -7,7 +7,7 @@
  */
 
 import type { Duplex } from 'node:stream';
-import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from './block-device.js';
+import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from '../block-device.js';
 import {
   blockStatusMemory,
   isWideContext,
@@ -31,7 +31,7 @@ import {
   REQUEST_HEADER_SIZE,
   type Negotiated,
   type SelectedContext,
-} from './protocol.js';
+} from '../protocol/wire.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
 import { chooseReplyEncoder, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 import { ReplyQueue, type Failure } from './reply-queue.js';

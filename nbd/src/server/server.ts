@@ -8,7 +8,7 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import { isMainThread } from 'node:worker_threads';
 import { Admission, type Place } from './admission.js';
-import type { ExportProvider, Peer, PeerCredentials } from './block-device.js';
+import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
 import { Connection } from './connection.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
@@ -16,9 +16,9 @@ import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
 import { LoopShare } from './loop-share.js';
 import { LoopTime } from './loop-time.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
-import { socketPathProblem } from './socket-path.js';
+import { socketPathProblem } from '../protocol/socket-path.js';
 import { StallWatch } from './stall-watch.js';
-import type { ServerTls } from './tls.js';
+import type { ServerTls } from '../protocol/tls.js';
 import { Violations } from './violations.js';
 
 export interface ServerOptions {

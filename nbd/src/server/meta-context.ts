@@ -4,7 +4,7 @@
  * context says of the export is the device's affair.
  */
 
-import type { Geometry } from './block-device.js';
+import type { Geometry } from '../block-device.js';
 import {
   decodeString,
   encodeMetaContext,
@@ -15,7 +15,7 @@ import {
   REP,
   type Negotiated,
   type SelectedContext,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 /** Queries of one option. An export has a handful of contexts, and so has a client of queries. */
 const MAX_QUERIES = 256;

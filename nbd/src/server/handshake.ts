@@ -11,12 +11,12 @@ import {
   type ExportProvider,
   type Geometry,
   type Peer,
-} from './block-device.js';
-import type { ByteReader } from './byte-reader.js';
+} from '../block-device.js';
+import type { ByteReader } from '../protocol/byte-reader.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { Limits } from './limits.js';
 import { LoopSlice } from './loop-slices.js';
-import type { TlsMode } from './tls.js';
+import type { TlsMode } from '../protocol/tls.js';
 import {
   answerMetaContextOption,
   answerReplyOption,
@@ -48,7 +48,7 @@ import {
   REP,
   transmissionFlags,
   type Negotiated,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 /** What the handshake needs of its connection. */
 export interface HandshakeHost {

@@ -3,7 +3,7 @@
  * place that decides whether a request may reach a device; nothing after it checks again, nothing before it acts.
  */
 
-import type { Geometry } from './block-device.js';
+import type { Geometry } from '../block-device.js';
 import {
   CMD,
   CMD_FLAG,
@@ -14,7 +14,7 @@ import {
   REQUEST_MAGIC,
   type Negotiated,
   type SelectedContext,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 const TWO_POW_32 = 0x1_0000_0000;
 /** In front of the ids in the payload of a block status request: the effect length. */

@@ -4,7 +4,7 @@
  * is leaving, or has chosen no export and is waited for. One with an export is never cut off for another.
  */
 
-import type { Peer } from './block-device.js';
+import type { Peer } from '../block-device.js';
 import { DEFAULT_SHARE_OF_ONE_PEER, type Limits } from './limits.js';
 
 /** With a unix socket beside TCP, one connection in so many is kept for those that come from this machine. */

@@ -6,11 +6,11 @@
 
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from './block-device.js';
-import { ByteReader } from './byte-reader.js';
-import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './client-replies.js';
-import { socketPathProblem } from './socket-path.js';
-import { connectTls, type ClientTls } from './tls.js';
+import { ALLOCATION_CONTEXT, type DeviceErrorCode, type ExportInfo } from '../block-device.js';
+import { ByteReader } from '../protocol/byte-reader.js';
+import { ReplyReader, type Extent, type PendingReply, type ReplyFailure, type ReplyLevel } from './reply-reader.js';
+import { socketPathProblem } from '../protocol/socket-path.js';
+import { connectTls, type ClientTls } from '../protocol/tls.js';
 import {
   CMD,
   CMD_FLAG,
@@ -39,10 +39,10 @@ import {
   REP_ERROR_BIT,
   TRANSMISSION_FLAG,
   writeUInt64,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 /** The longest read or write. */
-export { MAX_PAYLOAD } from './protocol.js';
+export { MAX_PAYLOAD } from '../protocol/wire.js';
 
 /** Where the server is: an address, or a socket somebody else connected (`head`: bytes already received on it). */
 export type ClientOptions = (

@@ -21,7 +21,7 @@ import {
   SIMPLE_REPLY_SIZE,
   STRUCTURED_REPLY_MAGIC,
   STRUCTURED_REPLY_SIZE,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 /** How requests and replies look: simple replies, structured ones, or extended headers both ways. */
 export type ReplyLevel = 'simple' | 'structured' | 'extended';

@@ -18,7 +18,7 @@ import {
   STRUCTURED_REPLY_SIZE,
   writeUInt64,
   type Negotiated,
-} from './protocol.js';
+} from '../protocol/wire.js';
 
 /** What a reply repeats of its request, as it came: the offset may be one that no number holds. */
 export interface Addressee {

@@ -3,8 +3,8 @@
  * piece of memory; it asks no device and sends nothing.
  */
 
-import { STATE_ZERO, type ExtentSink } from './block-device.js';
-import { REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from './protocol.js';
+import { STATE_ZERO, type ExtentSink } from '../block-device.js';
+import { REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
 /** Reads of less than this are not worth asking the device where its holes are, bytes. */

@@ -8,8 +8,8 @@
  * users do, virtnbdbackup among them) lose what the other one had not told: so no reply has contexts of different lengths.
  */
 
-import { ALLOCATION_CONTEXT, type ExtentSink } from './block-device.js';
-import { REPLY_TYPE, writeUInt64 } from './protocol.js';
+import { ALLOCATION_CONTEXT, type ExtentSink } from '../block-device.js';
+import { REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 
 /** Extents of one reply, all contexts together: 2 MiB at most; as many as qemu gives for one. A client asks on from there. */
 export const MAX_REPLY_EXTENTS = 128 * 1024;

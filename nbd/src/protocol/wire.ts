@@ -5,7 +5,7 @@
  * section names are given where a value comes from.
  */
 
-import type { DeviceErrorCode, Geometry } from './block-device.js';
+import type { DeviceErrorCode, Geometry } from '../block-device.js';
 
 const TWO_POW_32 = 0x1_0000_0000;
 

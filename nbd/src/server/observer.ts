@@ -3,7 +3,7 @@
  * nothing in the library depends on anybody listening.
  */
 
-import type { Peer } from './block-device.js';
+import type { Peer } from '../block-device.js';
 
 /** A connection as it is now. */
 export interface ConnectionInfo {

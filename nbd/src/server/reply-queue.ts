@@ -8,7 +8,7 @@
 
 import type { Duplex } from 'node:stream';
 import { LARGE_BYTES, OWN_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
-import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from './protocol.js';
+import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
 /** Slabs one connection may hold at a time; with more pinned by slow reads, each reply gets a block for itself. */
