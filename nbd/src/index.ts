@@ -3,6 +3,8 @@
 export type {
   Awaitable,
   BlockDevice,
+  CompleteDevice,
+  DeviceGeometry,
   DeviceErrorCode,
   Ending,
   ExportInfo,

@@ -24,7 +24,10 @@ test('a payload that is held back in the middle is written as it was sent', asyn
       protocolViolated: (reason) => expect.unreachable(reason),
     },
     device,
-    { structuredReplies: false, extendedHeaders: false, noZeroes: true, metaContexts: [] } as never,
+    {
+      geometry: exported.geometry,
+      negotiated: { structuredReplies: false, extendedHeaders: false, noZeroes: true, metaContexts: [] } as never,
+    },
   );
   const wanted = Buffer.from(Array.from({ length: 200_000 }, (_, i) => (i * 7 + (i >> 8)) & 0xff));
   const sent = Buffer.concat([requestBytes({ type: CMD.WRITE, length: wanted.length }), wanted]);

@@ -120,6 +120,9 @@ async function transmissionOf(exported: TestExport) {
   const provider = new TestProvider([exported]);
   const { device } = await provider.open('disk', { transport: 'internal', address: 'test' });
   const negotiated = { fixedNewstyle: true, noZeroes: true, structuredReplies: false, extendedHeaders: false };
-  const transmission = new Transmission(host, device, { ...negotiated, metaContexts: [], tls: false });
+  const transmission = new Transmission(host, device, {
+    geometry: exported.geometry,
+    negotiated: { ...negotiated, metaContexts: [], tls: false },
+  });
   return { disk: exported.disk, transmission, loop };
 }

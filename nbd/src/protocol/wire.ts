@@ -209,38 +209,6 @@ export function transmissionFlags(geometry: Geometry, negotiated: Negotiated): n
   return flags;
 }
 
-/**
- * Why `geometry` cannot be announced, or undefined if it can ("Size constraints"). A device whose geometry is refused
- * here is a bug of the device, and is not served.
- */
-export function geometryProblem(geometry: Geometry): string | undefined {
-  const { size, minimumBlockSize, preferredBlockSize } = geometry;
-  if (!Number.isSafeInteger(size) || size < 0) return `size ${size} is not an integer from 0 to 2^53-1`;
-  if (!isPowerOfTwo(minimumBlockSize) || minimumBlockSize > MAX_MINIMUM_BLOCK_SIZE) {
-    return `minimumBlockSize ${minimumBlockSize} is not a power of two from 1 to ${MAX_MINIMUM_BLOCK_SIZE}`;
-  }
-  const leastPreferred = Math.max(minimumBlockSize, LEAST_PREFERRED_BLOCK_SIZE);
-  if (!isPowerOfTwo(preferredBlockSize) || preferredBlockSize < leastPreferred || preferredBlockSize > MAX_PAYLOAD) {
-    return `preferredBlockSize ${preferredBlockSize} is not a power of two from ${leastPreferred} to ${MAX_PAYLOAD}`;
-  }
-  const { contexts, wideContexts = [] } = geometry;
-  const badContext = contexts.find((name) => !isContextName(name));
-  if (badContext !== undefined) return `context ${JSON.stringify(badContext)} is not NAMESPACE:LEAF`;
-  if (new Set(contexts).size !== contexts.length) return 'a context is offered twice';
-  const unknown = wideContexts.find((name) => !contexts.includes(name));
-  if (unknown !== undefined) return `wideContexts has ${JSON.stringify(unknown)}, contexts has not`;
-  return undefined;
-}
-
-/** "Metadata querying": a namespace of printable characters, a colon, and a leaf, which is what tells it from a query. */
-function isContextName(name: string): boolean {
-  return /^[^\p{C}\p{Z}:]+:./u.test(name) && decodeString(Buffer.from(name)) === name;
-}
-
-function isPowerOfTwo(value: number): boolean {
-  return Number.isInteger(value) && value >= 1 && value <= 0x4000_0000 && (value & (value - 1)) === 0;
-}
-
 // --- Layouts ---
 
 /** A size or offset up to 2^53-1 as 64 bits, big-endian. */

@@ -391,7 +391,10 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   }
 
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
-    const transmission = new Transmission(this, outcome.device, outcome.negotiated);
+    const transmission = new Transmission(this, outcome.device, {
+      geometry: outcome.geometry,
+      negotiated: outcome.negotiated,
+    });
     this.transmission = transmission;
     this.place?.settled();
     this.socket.off('data', this.onHandshakeData);

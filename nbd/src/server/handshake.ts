@@ -7,11 +7,13 @@
 import {
   ExportError,
   type BlockDevice,
+  type DeviceGeometry,
   type ExportInfo,
   type ExportProvider,
   type Geometry,
   type Peer,
 } from '../block-device.js';
+import { completeGeometry, geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { ByteReader } from '../protocol/byte-reader.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { Limits } from './limits.js';
@@ -36,7 +38,6 @@ import {
   encodeOptionReply,
   encodeServerEntry,
   encodeString,
-  geometryProblem,
   HANDSHAKE_FLAG,
   INFO,
   MAX_PAYLOAD,
@@ -80,12 +81,20 @@ export interface OpenExport {
   readonly info: ExportInfo;
 }
 
+/** An export that can be announced, and served. */
+export interface CheckedExport {
+  readonly device: ServedDevice;
+  readonly geometry: Geometry;
+  readonly info: ExportInfo;
+}
+
 /** How a handshake ended: in the transmission phase, or with the connection to be closed after what was sent. */
 export type HandshakeOutcome =
   | {
       readonly next: 'transmission';
       readonly negotiated: Negotiated;
-      readonly device: BlockDevice;
+      readonly device: ServedDevice;
+      readonly geometry: Geometry;
       readonly exportName: string;
     }
   | { readonly next: 'close'; readonly reason: string };
@@ -232,7 +241,7 @@ async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: 
   if (agreed.extendedHeaders) throw new HandshakeError('NBD_OPT_EXPORT_NAME after extended headers');
   const name = decodeString(withoutTerminator(data));
   if (name === undefined) throw new HandshakeError('an export name that is not a string');
-  let opened: OpenExport;
+  let opened: CheckedExport;
   try {
     opened = await openChecked(host, name);
   } catch (error) {
@@ -242,11 +251,11 @@ async function answerExportName(host: HandshakeHost, agreed: Negotiation, data: 
     await host.abandon();
     return { next: 'close', reason: 'the server is shutting down' };
   }
-  const { device, info } = opened;
+  const { device, geometry, info } = opened;
   const negotiated = negotiatedFor(agreed, name);
-  const flags = transmissionFlags(device.geometry, negotiated);
-  await host.send(encodeExportNameReply(device.geometry.size, flags, negotiated.noZeroes));
-  return { next: 'transmission', negotiated, device, exportName: info.name };
+  const flags = transmissionFlags(geometry, negotiated);
+  await host.send(encodeExportNameReply(geometry.size, flags, negotiated.noZeroes));
+  return { next: 'transmission', negotiated, device, geometry, exportName: info.name };
 }
 
 /** XenServer's tapdisk counts the NUL behind a C string as a part of the name; no name has one. */
@@ -263,9 +272,7 @@ async function answerMetaContexts(
   let asked: string | undefined;
   const describe = async (name: string, contexts: readonly string[]): Promise<Geometry> => {
     asked = name;
-    const { geometry } = await describeExport(host, name, contexts);
-    checkGeometry(name, geometry);
-    return geometry;
+    return (await describeExport(host, name, contexts)).geometry;
   };
   let answer;
   try {
@@ -310,13 +317,14 @@ async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
   await host.send(Buffer.concat(messages));
 }
 
-function describeExport(
+async function describeExport(
   host: HandshakeHost,
   name: string,
   contexts?: readonly string[],
 ): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
-  const described = host.provider.describe(name, host.peer, contexts);
-  return host.clock.during(`described the export ${JSON.stringify(name)}`, described);
+  const asked = host.provider.describe(name, host.peer, contexts);
+  const { geometry, info } = await host.clock.during(`described the export ${JSON.stringify(name)}`, asked);
+  return { geometry: checkedGeometry(name, geometry), info };
 }
 
 async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer): Promise<void> {
@@ -328,7 +336,6 @@ async function answerInfo(host: HandshakeHost, agreed: Negotiation, data: Buffer
   let described: { readonly geometry: Geometry; readonly info: ExportInfo };
   try {
     described = await describeExport(host, query.name);
-    checkGeometry(query.name, described.geometry);
   } catch (error) {
     const { type, message } = refusal(host, error, query.name);
     await reply(host, OPT.INFO, type, message);
@@ -344,7 +351,7 @@ async function answerGo(host: HandshakeHost, agreed: Negotiation, data: Buffer):
     await reply(host, OPT.GO, REP.ERR_INVALID, 'malformed NBD_OPT_GO');
     return undefined;
   }
-  let opened: OpenExport;
+  let opened: CheckedExport;
   try {
     opened = await openChecked(host, query.name);
   } catch (error) {
@@ -357,10 +364,10 @@ async function answerGo(host: HandshakeHost, agreed: Negotiation, data: Buffer):
     await reply(host, OPT.GO, REP.ERR_SHUTDOWN, 'the server is shutting down');
     return undefined;
   }
-  const { device, info } = opened;
+  const { device, geometry, info } = opened;
   const negotiated = negotiatedFor(agreed, query.name);
-  await host.send(encodeInfos(OPT.GO, query.infos, device.geometry, info, negotiated));
-  return { next: 'transmission', negotiated, device, exportName: info.name };
+  await host.send(encodeInfos(OPT.GO, query.infos, geometry, info, negotiated));
+  return { next: 'transmission', negotiated, device, geometry, exportName: info.name };
 }
 
 /** Data of NBD_OPT_INFO and NBD_OPT_GO; undefined if its lengths do not fit or the name is no string. */
@@ -402,20 +409,27 @@ function encodeInfos(
   return Buffer.concat(messages);
 }
 
-async function openChecked(host: HandshakeHost, name: string): Promise<OpenExport> {
-  const opened = await host.clock.during(`opened the export ${JSON.stringify(name)}`, host.open(name));
+/** Open an export and look whether it can be served; if not it is closed again. */
+export async function openChecked(
+  host: Pick<HandshakeHost, 'clock' | 'open' | 'abandon'>,
+  name: string,
+): Promise<CheckedExport> {
+  const { device, info } = await host.clock.during(`opened the export ${JSON.stringify(name)}`, host.open(name));
   try {
-    checkGeometry(name, opened.device.geometry);
+    const geometry = checkedGeometry(name, device.geometry, device);
+    return { device: device as ServedDevice, geometry, info };
   } catch (error) {
     await host.abandon();
     throw error;
   }
-  return opened;
 }
 
-function checkGeometry(name: string, geometry: Geometry): void {
-  const problem = geometryProblem(geometry);
+/** With its defaults. @throws Error if it cannot be announced, or `device` cannot do what it announces */
+function checkedGeometry(name: string, given: DeviceGeometry, device?: BlockDevice): Geometry {
+  const geometry = completeGeometry(given);
+  const problem = geometryProblem(geometry) ?? (device && missingMethod(device, geometry));
   if (problem !== undefined) throw new Error(`export ${JSON.stringify(name)} cannot be served: ${problem}`);
+  return geometry;
 }
 
 /**

@@ -7,7 +7,7 @@
  */
 
 import type { Duplex } from 'node:stream';
-import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type BlockDevice, type ZeroMode } from '../block-device.js';
+import { ALLOCATION_CONTEXT, DeviceError, type Awaitable, type ZeroMode } from '../block-device.js';
 import {
   blockStatusMemory,
   isWideContext,
@@ -18,6 +18,7 @@ import {
   type ExtentCollector,
 } from './block-status.js';
 import { MemoryAccount, OWN_BYTES, OWN_RECEIVE_BYTES, type Block, type BufferPool } from './buffer-pool.js';
+import type { ServedDevice } from './geometry.js';
 import type { Limits } from './limits.js';
 import { LoopUser, UNITS_PER_LOOK, type LoopShare, type LoopTask } from './loop-share.js';
 import type { ServerObserver } from './observer.js';
@@ -29,7 +30,6 @@ import {
   NBD_ERRNO,
   REPLY_FLAG_DONE,
   REQUEST_HEADER_SIZE,
-  type Negotiated,
   type SelectedContext,
 } from '../protocol/wire.js';
 import { layParts, ReadPlan, sizeOfParts, SPARSE_READ_BYTES, type Part } from './read-plan.js';
@@ -167,7 +167,6 @@ export class Transmission implements LoopTask {
   /** Bytes of payloads that came in pieces. */
   payloadBytes = 0;
 
-  private readonly rules: RequestRules;
   private readonly encoder: ReplyEncoder;
   private readonly extendedHeaders: boolean;
   private readonly headerSize: number;
@@ -220,10 +219,10 @@ export class Transmission implements LoopTask {
 
   constructor(
     private readonly host: TransmissionHost,
-    private readonly device: BlockDevice,
-    negotiated: Negotiated,
+    private readonly device: ServedDevice,
+    private readonly rules: RequestRules,
   ) {
-    this.rules = { geometry: Object.freeze({ ...device.geometry }), negotiated };
+    const { negotiated } = rules;
     this.encoder = chooseReplyEncoder(negotiated);
     this.extendedHeaders = negotiated.extendedHeaders;
     this.headerSize = negotiated.extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
