@@ -25,7 +25,8 @@ import type { LoopTime } from './loop-time.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
 import type { Watched } from './stall-watch.js';
 import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
-import { Transmission, type TransmissionHost } from './transmission.js';
+import { Transmission } from './transmission.js';
+import type { TransmissionHost } from './transmission-host.js';
 import type { Violations } from './violations.js';
 
 export interface ConnectionOptions {

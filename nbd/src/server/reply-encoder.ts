@@ -28,6 +28,11 @@ export interface Addressee {
   readonly offsetLow: number;
 }
 
+/** A copy that stays when the next request is decoded. */
+export function addresseeOf({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): Addressee {
+  return { cookieHigh, cookieLow, offsetHigh, offsetLow };
+}
+
 export interface ReplyEncoder {
   /** Bytes before the data of a successful read that is answered in one piece. */
   readonly readHeaderSize: number;
