@@ -16,10 +16,25 @@ export type {
   ZeroMode,
 } from './block-device.js';
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
-export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server/server.js';
-export type { BoundAddress, ListenOptions, ServerOptions } from './server/server.js';
+export { DEFAULT_GRACE_MS, NbdServer } from './server/server.js';
+export { ListenError } from './server/listening.js';
+export type { BoundAddress, ListenOptions } from './server/listening.js';
+export { ConnectionLoop } from './server/connection-loop.js';
+export type { AcceptedStream, ConnectionLoopOptions } from './server/connection-loop.js';
+export type {
+  AcceptedConnection,
+  Progress,
+  ServedConnection,
+  ServingLoop,
+  TakeConnection,
+} from './server/serving-loop.js';
+export { HandOverError, STATE_VERSION } from './server/negotiated-state.js';
+export type { NegotiatedState } from './server/negotiated-state.js';
+export type { ServerOptions } from './server/server.js';
 export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './server/limits.js';
 export type { Limits } from './server/limits.js';
+export type { Occupant } from './server/admission.js';
+export type { OffenderCounts, Violation } from './server/offenders.js';
 export type { MemoryUse } from './server/buffer-pool.js';
 export type {
   ConnectionCloseEvent,
@@ -33,4 +48,5 @@ export { NbdClient, NbdClientError } from './client/client.js';
 export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
 export type { Extent, ReplyLevel } from './client/reply-reader.js';
 export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
+export type { Negotiated, SelectedContext } from './protocol/wire.js';
 export { MAX_PAYLOAD } from './protocol/wire.js';

@@ -29,6 +29,7 @@ const KNOWN: Readonly<Record<string, string>> = {
   'nbd/src/client/client.ts':
     'connectSocket: until connected; the constructor listens from then on, under TLS connectTls in between',
   'nbd/src/server/in-place-socket.ts': 'handed to Connection in the same turn, which listens for its whole life',
+  'nbd/src/server/listening.ts': 'isListenedOn: where it is made',
   'nbd/src/server/server.ts':
     'a listener of servers from the first moment; sockets go to Connection, or are refused with a listener',
   'nbd/src/protocol/tls.ts':

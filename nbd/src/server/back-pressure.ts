@@ -93,9 +93,14 @@ export class BackPressure {
 
   /** The request just decoded needs `bytes` of memory that others have. `rest` is what came behind its header. */
   waitForMemory(bytes: number, rest: Buffer): void {
+    this.askForMemory(bytes);
+    this.hold(rest);
+  }
+
+  /** The same, with the rest held already. */
+  askForMemory(bytes: number): void {
     this.isShortOfMemory = true;
     this.host.pool.wait(this.account, bytes);
-    this.hold(rest);
   }
 
   /** It waits neither for its turn nor for memory any more. */

@@ -1,5 +1,5 @@
 /**
- * Memory for replies and payloads, shared by all connections of a server, and its bound: slabs in which many small replies
+ * Memory for replies and payloads, shared by all connections of an event loop, and its bound: slabs in which many small replies
  * lie side by side, blocks that requests are received into, and large blocks for one request each. It owns what is kept for
  * reuse, the budget, and the queue of those that wait for a share of it; it never decides when memory is free, whoever took a
  * block counts its pins.
@@ -99,7 +99,7 @@ export class MemoryAccount {
   ) {}
 }
 
-/** How the memory of a server is used, bytes. */
+/** How the memory of a server, or of one of its event loops, is used, bytes. */
 export interface MemoryUse {
   /** Held for requests and replies, and how much that may be. */
   readonly usedBytes: number;
@@ -111,11 +111,12 @@ export interface MemoryUse {
 }
 
 export class BufferPool {
-  private readonly smallMax: number;
-  private readonly keptSmallMax: number;
-  private readonly largeMax: number;
+  private max = 0;
+  private smallMax = 0;
+  private keptSmallMax = 0;
+  private largeMax = 0;
   /** Of that, what is kept for those of MEDIUM_BYTES at most, and what they use. */
-  private readonly mediumMin: number;
+  private mediumMin = 0;
   private mediumUsed = 0;
   private smallUsed = 0;
   /** Blocks for one request, and what is promised for some. */
@@ -135,18 +136,25 @@ export class BufferPool {
   private timer: NodeJS.Timeout | undefined;
 
   /** @param maxBytes the budget; a request that needs more than all of it gets its memory when nobody else has any */
-  constructor(private readonly maxBytes: number) {
-    const small = maxBytes * SMALL_SHARE;
+  constructor(maxBytes: number) {
+    this.maxBytes = maxBytes;
+  }
+
+  /** The budget. With a smaller one than is in use nobody gets more until enough was given back. */
+  set maxBytes(bytes: number) {
+    const small = bytes * SMALL_SHARE;
+    this.max = bytes;
     this.keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
     this.smallMax = small - this.keptSmallMax;
-    this.largeMax = maxBytes - small;
+    this.largeMax = bytes - small;
     this.mediumMin = this.largeMax * MEDIUM_SHARE;
+    this.scheduleGrant();
   }
 
   get use(): MemoryUse {
     return {
       usedBytes: this.smallUsed + this.largeUsed,
-      maxBytes: this.maxBytes,
+      maxBytes: this.max,
       keptBytes: this.keptSmall + this.keptLarge,
       waiting: this.queue.length + this.mediumQueue.length,
     };

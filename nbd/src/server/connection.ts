@@ -4,8 +4,8 @@
  * sent exactly once after that. It knows nothing of listeners and nothing of the bytes on the wire.
  */
 
+import type net from 'node:net';
 import type { Duplex } from 'node:stream';
-import type { Occupant, Place } from './admission.js';
 import type { BlockDevice, Ending, ExportProvider, Peer } from '../block-device.js';
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from '../protocol/byte-reader.js';
@@ -18,41 +18,52 @@ import {
   type HandshakeOutcome,
   type OpenExport,
 } from './handshake.js';
-import type { InPlaceSocket } from './in-place-socket.js';
+import type { HeldSockets } from './held-sockets.js';
+import { takeBuffered, type InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
+import { HandOverError, plainPeer, reopen, STATE_VERSION, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
+import type { OffenderCounts } from './offenders.js';
+import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
 import type { Watched } from './stall-watch.js';
 import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
 import { Transmission } from './transmission.js';
 import type { TransmissionHost } from './transmission-host.js';
-import type { Violations } from './violations.js';
 
-export interface ConnectionOptions {
-  readonly id: number;
-  readonly socket: Duplex;
-  readonly peer: Peer;
-  /** Bytes already received on the socket, by whoever accepted it. */
-  readonly head: Buffer | undefined;
-  /** The socket's way to receive into memory of ours, if it has one. */
-  readonly inPlace?: InPlaceSocket | undefined;
+/** What is one for all connections of an event loop. */
+export interface LoopResources {
   readonly provider: ExportProvider;
   readonly limits: Limits;
   readonly observer: ServerObserver;
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly time: LoopTime;
-  /** Undefined: this peer is not offered TLS. */
-  readonly tls?: ServerTls;
-  readonly violations: Violations;
-  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
-  readonly offender: string | undefined;
-  /** Its place among the connections of listeners; undefined: it is none of them. */
-  readonly place?: Place | undefined;
+  readonly offenders: OffenderCounts;
+  readonly heldSockets: HeldSockets;
 }
 
-export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHost, Watched, Occupant {
+/** What is this connection's alone. */
+export interface ConnectionOptions {
+  readonly id: number;
+  readonly socket: Duplex;
+  readonly peer: Peer;
+  /** Bytes already received on the socket, by whoever accepted it. */
+  readonly head?: Buffer | undefined;
+  /** The socket's way to receive into memory of ours, if it has one. */
+  readonly inPlace?: InPlaceSocket | undefined;
+  /** Undefined: this peer is not offered TLS. */
+  readonly tls: ServerTls | undefined;
+  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
+  readonly offender: string | undefined;
+  /** Told how it gets on; undefined: nobody counts it. */
+  readonly progress?: Progress | undefined;
+  /** Where another server has left it. Undefined: it begins with the greeting. */
+  readonly state?: NegotiatedState | undefined;
+}
+
+export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, Watched {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
@@ -83,6 +94,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   /** Until the client has said goodbye. */
   private ending: Ending = 'lost';
   private isClosing = false;
+  private isFrozen = false;
   /** It will end when its requests in flight are finished. */
   private isEnding = false;
   private isInTlsHandshake = false;
@@ -97,9 +109,11 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
-  private readonly violations: Violations;
+  private readonly offenders: OffenderCounts;
+  private readonly heldSockets: HeldSockets;
   private readonly offender: string | undefined;
-  private readonly place: Place | undefined;
+  private readonly progress: Progress | undefined;
+  private readonly state: NegotiatedState | undefined;
   private isCrowdedOut = false;
   private violationCount = 0;
   /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
@@ -107,23 +121,24 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private condemn: () => void = () => undefined;
   private isCondemned = false;
 
-  constructor(options: ConnectionOptions) {
+  constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
     this.peer = options.peer;
     this.socket = options.socket;
     this.transport = options.socket;
-    this.provider = options.provider;
-    this.limits = options.limits;
-    this.observer = options.observer;
-    this.pool = options.pool;
-    this.loop = options.loop;
-    this.time = options.time;
+    this.provider = shared.provider;
+    this.limits = shared.limits;
+    this.observer = shared.observer;
+    this.pool = shared.pool;
+    this.loop = shared.loop;
+    this.time = shared.time;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
-    this.violations = options.violations;
+    this.offenders = shared.offenders;
+    this.heldSockets = shared.heldSockets;
     this.offender = options.offender;
-    this.place = options.place;
-    if (this.place) this.place.occupant = this;
+    this.progress = options.progress;
+    this.state = options.state;
     this.condemned = new Promise((resolve) => {
       this.condemn = resolve;
     });
@@ -141,7 +156,8 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.socket.once('close', this.onClose);
     // Whoever took the head from it may have paused it since.
     this.socket.resume();
-    if (options.head !== undefined && options.head.length > 0) this.reader.feed(options.head);
+    const head = options.state === undefined ? options.head : Buffer.from(options.state.unread);
+    if (head !== undefined && head.length > 0) this.reader.feed(head);
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
     this.over = this.live();
   }
@@ -230,6 +246,68 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.abort(reason);
   }
 
+  /**
+   * Stop between two requests and give the connection away: `take` is called with its socket, which nobody reads or writes
+   * any more, and its state, once the requests in flight are answered. When `take` returns the socket is destroyed here, and
+   * the connection is over. If `take` throws, or `signal` says so before, it goes on as if nothing had been.
+   * Errors: HandOverError, what `take` throws.
+   */
+  async handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
+    // Not at once: this may be called from inside a request.
+    await new Promise((resolve) => setImmediate(resolve));
+    const { transmission, exportName } = this;
+    this.mustBeGivable();
+    if (transmission === undefined || exportName === undefined) throw new Error('connection: an export without a name');
+    this.isFrozen = true;
+    try {
+      await this.standStill(transmission, signal);
+      if (signal?.aborted === true) throw new HandOverError('ABORTED', 'it was not wanted any more');
+      this.isFrozen = false;
+      this.mustBeGivable();
+      const socket = this.socket as net.Socket;
+      // From here to the end in one turn: the system takes more of what is unsent in every other one.
+      socket.off('data', this.onRequestData).off('end', this.onEnd);
+      takeBuffered(socket, (chunk) => transmission.feed(chunk));
+      const state: NegotiatedState = {
+        ...{ version: STATE_VERSION, peer: plainPeer(this.peer), exportName },
+        ...{ negotiated: transmission.rules.negotiated, geometry: transmission.rules.geometry },
+        ...{ unread: transmission.unread, unsent: transmission.unsent(unsentBytes(socket)) },
+      };
+      const taken = take(socket, state);
+      this.abort('it was handed over');
+      return taken;
+    } catch (error) {
+      this.socket.off('data', this.onRequestData).off('end', this.onEnd);
+      if (!this.isClosing) this.socket.on('data', this.onRequestData).on('end', this.onEnd);
+      transmission.thaw();
+      throw error;
+    } finally {
+      this.isFrozen = false;
+    }
+  }
+
+  /** @throws HandOverError if it cannot be handed over, now or at all */
+  private mustBeGivable(): void {
+    if (this.isClosing || this.isEnding || this.isShuttingDown) throw new HandOverError('ENDING', 'it is ending');
+    if (this.transmission === undefined) throw new HandOverError('NOT_READY', 'it has chosen no export yet');
+    if (this.isFrozen) throw new HandOverError('NOT_READY', 'it is being handed over already');
+    if (this.socket !== this.transport)
+      throw new HandOverError('TLS', 'the keys of a TLS connection cannot be given away');
+    if (bytesTakenBySystem(this.socket) === undefined) {
+      throw new HandOverError('NOT_A_SOCKET', 'it is a stream of this process, not a socket of the system');
+    }
+  }
+
+  /** Resolves when no request is in flight and none begins, the socket is gone, or `signal` says so. */
+  private standStill(transmission: Transmission, signal: AbortSignal | undefined): Promise<unknown> {
+    const still = new Promise<void>((resolve) => {
+      transmission.freeze(resolve);
+      if (signal?.aborted === true) resolve();
+      else signal?.addEventListener('abort', () => resolve(), { once: true });
+    });
+    return Promise.race([still, this.socketGone]);
+  }
+
   // --- For whoever counts connections ---
 
   get isWaitedFor(): boolean {
@@ -246,7 +324,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   // --- For the handshake ---
 
   advanced(): void {
-    this.place?.advanced();
+    this.progress?.advanced();
   }
 
   send(bytes: Buffer): Promise<void> {
@@ -311,7 +389,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
 
   disconnectRequested(): void {
     this.ending = 'disconnect';
-    this.place?.leaving();
+    this.progress?.leaving();
     this.endWhenIdle('the client disconnected');
   }
 
@@ -329,11 +407,11 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
     this.violationCount = 1;
     const { offender } = this;
     if (offender === undefined) return false;
-    const { count, delayMs } = this.violations.record(this.offenceOf(offender), performance.now());
+    const { count, delayMs } = this.offenders.record(this.offenceOf(offender), performance.now());
     this.violationCount = count;
     if (delayMs === 0 || this.isShuttingDown) return false;
     this.transmission?.dropReplies();
-    if (!this.violations.hold(this.socket, delayMs)) return false;
+    if (!this.heldSockets.hold(this.socket, delayMs)) return false;
     this.isClosing = true;
     this.isCondemned = true;
     this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
@@ -350,7 +428,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private async live(): Promise<void> {
     let outcome: HandshakeOutcome | { readonly next: 'held' };
     try {
-      outcome = await negotiate(this);
+      outcome = this.state === undefined ? await negotiate(this) : await reopen(this, this.state);
     } catch (error) {
       outcome = { next: 'close', reason: this.describeFailure(error) };
       if (error instanceof HandshakeError && this.noteViolation(error.message)) outcome = { next: 'held' };
@@ -397,12 +475,14 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
       negotiated: outcome.negotiated,
     });
     this.transmission = transmission;
-    this.place?.settled();
+    this.progress?.settled();
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
     const violations =
-      this.offender === undefined ? 0 : this.violations.countOf(this.offenceOf(this.offender), performance.now());
+      this.offender === undefined ? 0 : this.offenders.countOf(this.offenceOf(this.offender), performance.now());
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
+    const unsent = this.state?.unsent;
+    if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
     this.inPlace?.receive({
@@ -453,7 +533,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   private endSocket(reason: string): void {
     this.reason ??= reason;
     this.isClosing = true;
-    this.place?.leaving();
+    this.progress?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
     if (socket.destroyed || this.lingerTimer !== undefined) return;
@@ -482,7 +562,7 @@ export class Connection implements ConnectionInfo, HandshakeHost, TransmissionHo
   };
 
   private readonly onEnd = (): void => {
-    this.place?.leaving();
+    this.progress?.leaving();
     if (this.transmission === undefined) {
       this.reader.fail(new Error(whyLeft(this.refused) ?? 'the client left during the handshake'));
       this.endIfNothingIsTaken();
@@ -530,4 +610,9 @@ function bytesTakenBySystem(stream: Duplex): number | undefined {
   const { _handle: handle } = stream as { _handle?: { bytesWritten?: unknown; writeQueueSize?: unknown } | null };
   if (typeof handle?.bytesWritten !== 'number' || typeof handle.writeQueueSize !== 'number') return undefined;
   return handle.bytesWritten - handle.writeQueueSize;
+}
+
+/** Bytes written to `socket` that the system has not taken. */
+function unsentBytes(socket: net.Socket): number {
+  return socket.bytesWritten - (bytesTakenBySystem(socket) ?? socket.bytesWritten);
 }

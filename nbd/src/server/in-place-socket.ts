@@ -35,11 +35,11 @@ interface Handle {
   readStop?(): number;
 }
 
-/** The accepted socket must not have been read from. Undefined if this Node's sockets are made otherwise. */
+/** Undefined, and nothing done, if something has been read from it, or if this Node's sockets are made otherwise. */
 export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined {
   const inside = accepted as unknown as { _handle: Handle | null };
   const handle = inside._handle;
-  if (!handle || typeof handle.useUserBuffer !== 'function') return undefined;
+  if (!handle || typeof handle.useUserBuffer !== 'function' || accepted.readableLength > 0) return undefined;
   let receiver: Receiver | undefined;
   /** Whose buffer the socket has: not the receiver's yet when that has just come. */
   let filling: Receiver | undefined;
@@ -71,4 +71,21 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
       receiver = next;
     },
   };
+}
+
+/**
+ * Stop `socket`, which is paused and has no listener for 'data', from receiving: what it has received, and nobody has got,
+ * goes to `take`, and the rest stays with the system.
+ */
+export function takeBuffered(socket: net.Socket, take: (chunk: Buffer) => void): void {
+  while (socket.readableLength > 0) {
+    const chunk: unknown = socket.read();
+    if (!Buffer.isBuffer(chunk)) break;
+    take(chunk);
+  }
+  const { _handle: handle } = socket as unknown as { _handle: Handle | null };
+  if (!handle) return;
+  // Reading has made it receive again.
+  handle.readStop?.();
+  handle.reading = false;
 }

@@ -82,8 +82,9 @@ export class IncomingPayload {
     this.refusal = undefined;
   }
 
-  /** The part that has come, if it is one to be kept; of one that is skipped as many zeros, which will be skipped as well. */
-  get arrived(): Buffer | undefined {
-    return this.data?.subarray(0, this.data.length - this.left);
+  /** What has come of one that has `length` bytes in all; zeros in the place of what was skipped. */
+  arrived(length: number): Buffer {
+    const came = length - this.left;
+    return this.data?.subarray(0, came) ?? Buffer.alloc(came);
   }
 }

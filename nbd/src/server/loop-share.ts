@@ -1,5 +1,5 @@
 /**
- * The event loop, shared fairly between the connections of a server. Who has used its slice of a turn gives way: it waits in
+ * The event loop, shared fairly between the connections that it serves. Who has used its slice of a turn gives way: it waits in
  * a queue, from which whoever has used least lately is served first, and between two turns of the queue the loop looks
  * at the sockets. Owns the queue and what each connection has used; it knows nothing of requests.
  *

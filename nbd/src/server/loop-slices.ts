@@ -63,7 +63,7 @@ class LoopSlices {
   };
 }
 
-/** One for the process, as there is one loop. */
+/** One for the event loop: each thread has its own. */
 const slices = new LoopSlices();
 
 /** The slice of one who works: looked at between steps. */

@@ -1,7 +1,7 @@
 /**
  * Time as the event loop has it: what clients are given is counted only while somebody could have heard them. A process
  * that was stopped, or whose loop something has held, finds its timers due before it reads what has come meanwhile; by this
- * clock they are not. Owns the counting of one server.
+ * clock they are not. Owns the counting of one loop.
  */
 
 /** How often is counted, milliseconds. */

@@ -126,6 +126,23 @@ export class ReplyQueue {
     return block.buffer.subarray(at + header, block.used);
   }
 
+  /** Replies that somebody else has made, to leave before all others. */
+  sendFirst(bytes: Uint8Array): void {
+    const block = this.pool.takeLarge(this.account, bytes.length);
+    block.buffer.set(bytes);
+    block.used = bytes.length;
+    this.unsentBytes += bytes.length;
+    this.pushReady(block, 0, bytes.length);
+    this.flush();
+  }
+
+  /** A copy of the last `length` bytes of what was given to the socket, `unsentBytes` at most. */
+  lastBytes(length: number): Buffer {
+    const given = this.writing.map(({ block, start, end }) => block.buffer.subarray(start, end));
+    const all = Buffer.concat(given);
+    return all.subarray(all.length - length);
+  }
+
   /** Memory for a reply of several chunks, laid out by the caller; to be given back with sendParts or dropParts. */
   beginParts(bytes: number): Block {
     const block = this.pool.takeLarge(this.account, bytes);

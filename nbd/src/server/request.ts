@@ -8,10 +8,13 @@ import {
   CMD,
   CMD_FLAG,
   EXTENDED_REQUEST_MAGIC,
+  EXTENDED_REQUEST_SIZE,
   MAX_PAYLOAD,
   NBD_ERRNO,
   readUInt64,
+  REQUEST_HEADER_SIZE,
   REQUEST_MAGIC,
+  writeUInt64,
   type Negotiated,
   type SelectedContext,
 } from '../protocol/wire.js';
@@ -57,6 +60,21 @@ export function decodeExtendedRequest(source: Buffer, at: number, request: Reque
   const hasPayload = request.type === CMD.WRITE || (request.flags & CMD_FLAG.PAYLOAD_LEN) !== 0;
   request.payloadLength = hasPayload ? request.length : 0;
   return request.magic === EXTENDED_REQUEST_MAGIC;
+}
+
+/** The header of `request` as it came, before any payload of it was looked at. */
+export function encodeHeader(request: Request, isExtended: boolean): Buffer {
+  const header = Buffer.alloc(isExtended ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE);
+  header.writeUInt32BE(request.magic, 0);
+  header.writeUInt16BE(request.flags, 4);
+  header.writeUInt16BE(request.type, 6);
+  header.writeUInt32BE(request.cookieHigh, 8);
+  header.writeUInt32BE(request.cookieLow, 12);
+  header.writeUInt32BE(request.offsetHigh, 16);
+  header.writeUInt32BE(request.offsetLow, 20);
+  if (isExtended) writeUInt64(header, request.length, 24);
+  else header.writeUInt32BE(request.length, 24);
+  return header;
 }
 
 function decodeCommon(source: Buffer, at: number, request: Request): void {

@@ -1,25 +1,22 @@
 /**
- * The server: listeners, the set of open connections, and the orderly end of both. It owns addresses and socket files;
- * what happens on a connection is the connection's affair.
+ * The server: listeners, the set of open connections, and the orderly end of both. It owns who is let in, and what is one
+ * for all connections, whichever event loop serves them (see serving-loop.ts); what happens on a connection is the
+ * connection's affair.
  */
 
-import { chmod, lstat, unlink } from 'node:fs/promises';
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
-import { isMainThread } from 'node:worker_threads';
-import { Admission, type Place } from './admission.js';
 import type { ExportProvider, Peer, PeerCredentials } from '../block-device.js';
-import { BufferPool, type MemoryUse } from './buffer-pool.js';
-import { Connection } from './connection.js';
-import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
-import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
-import { LoopShare } from './loop-share.js';
-import { LoopTime } from './loop-time.js';
-import type { ConnectionInfo, ServerObserver } from './observer.js';
-import { socketPathProblem } from '../protocol/socket-path.js';
-import { StallWatch } from './stall-watch.js';
 import type { ServerTls } from '../protocol/tls.js';
-import { Violations } from './violations.js';
+import { Admission, type Place } from './admission.js';
+import type { MemoryUse } from './buffer-pool.js';
+import { ConnectionLoop } from './connection-loop.js';
+import { limitsFrom, type Limits } from './limits.js';
+import { bindListener, ListenError, peerOf, type BoundAddress, type ListenOptions } from './listening.js';
+import { HandOverError, type NegotiatedState } from './negotiated-state.js';
+import type { ConnectionInfo, ServerObserver } from './observer.js';
+import { Offenders } from './offenders.js';
+import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 
 export interface ServerOptions {
   readonly provider: ExportProvider;
@@ -33,83 +30,53 @@ export interface ServerOptions {
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
   /**
    * Called for every socket that a listener accepts, before it is served: for options that Node does not know. It is the
-   * socket's own object until it is closed.
+   * socket's own object until it is closed, if the connection is served in this thread.
    */
   readonly prepareSocket?: (socket: net.Socket) => void;
-}
-
-/**
- * Where to listen: a unix socket, with the permissions of its file, a TCP address (port 0: any free one), or a
- * descriptor of a socket of either kind that listens already (socket activation).
- */
-export type ListenOptions =
-  | { readonly path: string; readonly mode?: number }
-  | { readonly host: string; readonly port: number }
-  | {
-      readonly fd: number;
-      /** The path of a unix socket, which Node cannot find out. */
-      readonly path?: string;
-    };
-
-/** Where a server listens. */
-export type BoundAddress =
-  | { readonly transport: 'unix'; readonly path: string }
-  | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
-
-/** Why a server could not listen. */
-export class ListenError extends Error {
-  constructor(
-    readonly code: 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'FAILED',
-    message: string,
-    options?: ErrorOptions,
-  ) {
-    super(message, options);
-    this.name = 'ListenError';
-  }
+  /**
+   * The event loops that serve what listeners accept, each of them its part of the connections and of the memory; by default
+   * that of this thread. They are the server's: it stops them when it is closed.
+   */
+  readonly loops?: readonly ServingLoop[];
 }
 
 /** How long close() waits for requests in flight if not told otherwise. */
 export const DEFAULT_GRACE_MS = 10_000;
 /** After the grace, sockets are gone; devices get this long to finish their last requests. */
 const FORCED_CLOSE_WAIT_MS = 1_000;
-/** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
-const LISTEN_BACKLOG = 511;
+
+/** The place of a connection that no listener has accepted: whoever hands it over keeps count of it as well. */
+const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined, leaving: () => undefined };
 
 export class NbdServer {
-  private readonly provider: ExportProvider;
-  private readonly observer: ServerObserver;
   private readonly limits: Limits;
-  private readonly tls: ServerTls | undefined;
+  private readonly observer: ServerObserver;
   private readonly peerCredentials: ServerOptions['peerCredentials'];
   private readonly prepareSocket: ServerOptions['prepareSocket'];
   private readonly admission: Admission;
   /** Open connections that were handed over. */
   private internalCount = 0;
-  private readonly pool: BufferPool;
-  private readonly loop = new LoopShare();
-  private readonly time: LoopTime;
-  private readonly stallWatch: StallWatch;
-  private readonly violations: Violations;
+  /** This thread's loop: it serves streams, which cannot leave it, and by default everything. */
+  private readonly here: ConnectionLoop;
+  /** Those that serve what listeners accept, with the number of connections that each has. */
+  private readonly loops: Map<ServingLoop, number>;
   private readonly listeners = new Set<net.Server>();
-  private readonly open = new Map<number, Connection>();
+  private readonly open = new Map<number, ServedConnection>();
   private nextId = 1;
   private isClosed = false;
   private closing: Promise<void> | undefined;
 
+  /** @throws RangeError if a limit is none, or there is too little memory for so many loops */
   constructor(options: ServerOptions) {
-    this.provider = options.provider;
-    this.observer = options.observer ?? {};
+    const { provider, observer = {}, tls } = options;
+    this.observer = observer;
     this.limits = limitsFrom(options.limits);
     this.admission = new Admission(this.limits);
-    this.violations = new Violations(this.limits.maxViolationDelayMs);
-    const { maxMemoryBytes } = this.limits;
-    if (!(maxMemoryBytes >= MIN_MEMORY_BYTES)) {
-      throw new RangeError(`maxMemoryBytes is ${maxMemoryBytes}, and must be ${MIN_MEMORY_BYTES} at least`);
-    }
-    this.pool = new BufferPool(maxMemoryBytes);
-    this.time = new LoopTime();
-    this.stallWatch = new StallWatch(() => this.open.values(), this.pool, this.limits, this.time);
-    this.tls = options.tls;
+    const offenders = new Offenders(this.limits.maxViolationDelayMs);
+    this.here = new ConnectionLoop({ provider, observer, limits: this.limits, offenders, ...(tls && { tls }) });
+    this.loops = new Map((options.loops ?? [this.here]).map((loop) => [loop, 0]));
+    const all = this.allLoops();
+    for (const loop of all) loop.shareMemory(this.limits.maxMemoryBytes / all.length);
     this.peerCredentials = options.peerCredentials;
     this.prepareSocket = options.prepareSocket;
   }
@@ -121,7 +88,14 @@ export class NbdServer {
 
   /** The memory that requests and replies take now. */
   get memory(): MemoryUse {
-    return this.pool.use;
+    const uses = this.allLoops().map(({ memory }) => memory);
+    const sum = (field: keyof MemoryUse): number => uses.reduce((total, use) => total + use[field], 0);
+    return {
+      usedBytes: sum('usedBytes'),
+      maxBytes: sum('maxBytes'),
+      keptBytes: sum('keptBytes'),
+      waiting: sum('waiting'),
+    };
   }
 
   /**
@@ -137,19 +111,13 @@ export class NbdServer {
       noDelay: true,
       keepAlive: true,
       keepAliveInitialDelay: this.limits.keepAliveMs,
+      // What is served elsewhere must be read there, from the first byte on.
+      pauseOnConnect: this.servesElsewhere(),
     });
-    let bound: BoundAddress;
     // There is always somebody to hear of an error; who asked to listen hears of those of listening.
     listener.on('error', () => undefined);
-    listener.on('connection', (accepted) => {
-      // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
-      const inPlace = this.tls === undefined ? receiveInPlace(accepted) : undefined;
-      const socket = inPlace?.socket ?? accepted;
-      this.prepareSocket?.(socket);
-      this.serve(socket, { peer: this.peerOf(socket, listener, options), inPlace });
-    });
-    if ('fd' in options) bound = await adopt(listener, options);
-    else bound = 'path' in options ? await bindUnix(listener, options) : await bindTcp(listener, options);
+    listener.on('connection', (accepted) => this.accepted(accepted, listener, options));
+    const bound = await bindListener(listener, options);
     if (this.isClosed) {
       listener.close();
       throw new ListenError('CLOSED', 'the server was closed while it began to listen');
@@ -160,6 +128,13 @@ export class NbdServer {
     return bound;
   }
 
+  private accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
+    const loop = this.nextLoop();
+    const socket = loop === this.here ? this.here.prepare(accepted) : accepted;
+    this.prepareSocket?.(socket);
+    this.serve(loop, socket, peerOf(socket, listener, options, this.peerCredentials));
+  }
+
   /**
    * Serve a connection that somebody else accepted, from the greeting on (an HTTP upgrade, a socket pair).
    * @param options.peer who it is; default an internal peer
@@ -167,7 +142,48 @@ export class NbdServer {
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
   serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
-    return this.serve(socket, options);
+    const { head } = options;
+    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
+    return this.letIn(socket, peer, (about) => this.here.serveStream({ ...about, socket, head }));
+  }
+
+  /**
+   * Go on with a connection that another server, of this process or of another one, has handed over. The export is opened
+   * again, by its own name; if it is not any more what the client was told of, the connection is closed with that as the
+   * reason. It is counted like one that a listener accepted.
+   * @param socket the client's; nobody has read from it since the state was taken
+   * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
+   */
+  continueConnection(socket: net.Socket, state: NegotiatedState): number | undefined {
+    // A client that has sent its last request and shut its side down still gets its answers.
+    socket.allowHalfOpen = true;
+    const loop = this.nextLoop();
+    const served = loop === this.here ? this.here.prepare(socket) : socket;
+    this.prepareSocket?.(served);
+    return this.serve(loop, served, state.peer, state);
+  }
+
+  /**
+   * Give a connection away, to be continued elsewhere: it stops between two requests, those in flight are answered, and
+   * `take` is called with its socket and its state. `take` has to do at once, not later, whatever it wants to do with the
+   * socket: when it returns the socket is destroyed here, so it will duplicate the descriptor. (Sending the socket to a child
+   * process is possible only if nothing is `unsent`: Node would go on sending that.) The state is plain data.
+   *
+   * Resolves with what `take` returned when the device is closed, as for a client that was lost. If `take` throws, or
+   * `signal` is aborted before, the connection goes on here.
+   * @throws HandOverError NOT_READY before it has an export, ENDING if it is over or about to be, TLS if it is encrypted,
+   *   NOT_A_SOCKET if it is a stream of this process, ABORTED by `signal`
+   */
+  async handOver<T>(
+    id: number,
+    take: TakeConnection<T>,
+    options: { readonly signal?: AbortSignal } = {},
+  ): Promise<Awaited<T>> {
+    const connection = this.open.get(id);
+    if (connection === undefined) throw new HandOverError('ENDING', `there is no connection ${id}`);
+    const taken = await connection.handOver(take, options.signal);
+    await connection.over;
+    return taken;
   }
 
   /**
@@ -183,18 +199,32 @@ export class NbdServer {
     return true;
   }
 
-  /** The stream that a connection came on, below TLS: to ask the system about its other end, not to be read or written. */
+  /**
+   * The stream that a connection came on, below TLS: to ask the system about its other end, not to be read or written.
+   * Undefined if there is no such connection, or it is served in another thread.
+   */
   transportOf(id: number): Duplex | undefined {
     return this.open.get(id)?.transport;
   }
 
-  private serve(
+  private serve(loop: ServingLoop, socket: net.Socket, peer: Peer, state?: NegotiatedState): number | undefined {
+    return this.letIn(socket, peer, (about) => loop.serve({ ...about, socket, state }), loop);
+  }
+
+  /** Have a connection served, if there is room for it. `loop`: whose it is, if it counts for one. */
+  private letIn(
     socket: Duplex,
-    options: { readonly peer?: Peer; readonly head?: Buffer; readonly inPlace?: InPlaceSocket | undefined },
+    peer: Peer,
+    serve: (about: {
+      readonly id: number;
+      readonly peer: Peer;
+      readonly progress: Progress;
+      readonly offender: string | undefined;
+    }) => ServedConnection,
+    loop?: ServingLoop,
   ): number | undefined {
-    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
-    const key = peerKey(peer);
-    const place = this.placeFor(key, peer);
+    const offender = peerKey(peer);
+    const place = this.placeFor(offender, peer);
     if (typeof place === 'string') {
       socket.on('error', () => undefined);
       socket.destroy();
@@ -202,29 +232,16 @@ export class NbdServer {
       return undefined;
     }
     const id = this.nextId++;
-    const connection = new Connection({
-      id,
-      socket,
-      peer,
-      tls: peer.transport === 'internal' ? undefined : this.tls,
-      head: options.head,
-      inPlace: options.inPlace,
-      provider: this.provider,
-      limits: this.limits,
-      observer: this.observer,
-      pool: this.pool,
-      loop: this.loop,
-      time: this.time,
-      violations: this.violations,
-      offender: key,
-      place,
-    });
+    const connection = serve({ id, peer, progress: place ?? NO_PLACE, offender });
     this.open.set(id, connection);
     if (place === undefined) this.internalCount++;
+    else place.occupant = connection;
+    if (loop !== undefined) this.count(loop, 1);
     void connection.over.then(() => {
       this.open.delete(id);
       if (place === undefined) this.internalCount--;
       else place.left();
+      if (loop !== undefined) this.count(loop, -1);
     });
     return id;
   }
@@ -239,18 +256,28 @@ export class NbdServer {
     return undefined;
   }
 
-  private peerOf(socket: net.Socket, listener: net.Server, options: ListenOptions): Peer {
-    const address = listener.address();
-    if (address === null || typeof address === 'string') {
-      const credentials = this.peerCredentials?.(socket);
-      return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
+  /** The one that has fewest connections. */
+  private nextLoop(): ServingLoop {
+    let best: ServingLoop = this.here;
+    let fewest = Infinity;
+    for (const [loop, count] of this.loops) {
+      if (count >= fewest) continue;
+      fewest = count;
+      best = loop;
     }
-    const remote = socket.remoteAddress ?? 'unknown';
-    const host =
-      remote.startsWith(IPV4_MAPPED) && net.isIPv4(remote.slice(IPV4_MAPPED.length))
-        ? remote.slice(IPV4_MAPPED.length)
-        : remote;
-    return { transport: 'tcp', address: `${remote}:${socket.remotePort ?? 0}`, host };
+    return best;
+  }
+
+  private count(loop: ServingLoop, change: number): void {
+    this.loops.set(loop, (this.loops.get(loop) ?? 0) + change);
+  }
+
+  private servesElsewhere(): boolean {
+    return [...this.loops.keys()].some((loop) => loop !== this.here);
+  }
+
+  private allLoops(): ServingLoop[] {
+    return [...new Set<ServingLoop>([this.here, ...this.loops.keys()])];
   }
 
   /**
@@ -269,13 +296,11 @@ export class NbdServer {
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
     this.stopListening();
-    this.violations.release();
     for (const connection of this.open.values()) connection.abort('the server was stopped');
   }
 
   private async shutDown(graceMs: number, refuse: boolean): Promise<void> {
     this.stopListening();
-    this.violations.release();
     for (const connection of this.open.values()) connection.shutdown({ refuse });
     if (await within(graceMs, this.allOver())) return;
     this.destroy();
@@ -288,8 +313,7 @@ export class NbdServer {
 
   private stopListening(): void {
     this.isClosed = true;
-    this.stallWatch.stop();
-    this.time.stop();
+    for (const loop of this.allLoops()) loop.stop();
     for (const listener of this.listeners) listener.close();
     this.listeners.clear();
   }
@@ -306,115 +330,9 @@ async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> 
   return isDone;
 }
 
-const IPV4_MAPPED = '::ffff:';
-
 /** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are none of a listener's. */
 function peerKey(peer: Peer): string | undefined {
   if (peer.transport === 'internal') return undefined;
   if (peer.transport === 'tcp') return `host ${peer.host ?? peer.address}`;
   return peer.credentials === undefined ? `socket ${peer.address}` : `uid ${peer.credentials.uid}`;
-}
-
-async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {
-  try {
-    await bind(listener, { fd: options.fd });
-  } catch (error) {
-    throw listenError(`descriptor ${options.fd}`, error);
-  }
-  return addressOf(listener, options);
-}
-
-/** Where `listener` listens; Node has no address for unix sockets that it did not bind. */
-function addressOf(listener: net.Server, options: ListenOptions): BoundAddress {
-  const address = listener.address();
-  if (address === null || typeof address === 'string') return { transport: 'unix', path: pathOf(options) };
-  return { transport: 'tcp', host: address.address, port: address.port };
-}
-
-function pathOf(options: ListenOptions): string {
-  if ('path' in options && options.path !== undefined) return options.path;
-  return 'fd' in options ? `descriptor ${options.fd}` : 'unknown';
-}
-
-async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
-  const { host, port } = options;
-  try {
-    await bind(listener, { host, port });
-  } catch (error) {
-    throw listenError(`${host}:${port}`, error);
-  }
-  return addressOf(listener, options);
-}
-
-async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {
-  const { path, mode } = options;
-  const problem = socketPathProblem(path);
-  if (problem !== undefined) throw new ListenError('FAILED', `cannot listen on ${path}: ${problem}`);
-  try {
-    await bind(listener, { path }, mode);
-  } catch (error) {
-    if (errorCode(error) !== 'EADDRINUSE') throw listenError(path, error);
-    await removeStaleSocket(path);
-    try {
-      await bind(listener, { path }, mode);
-    } catch (secondError) {
-      throw listenError(path, secondError);
-    }
-  }
-  return { transport: 'unix', path };
-}
-
-async function bind(
-  listener: net.Server,
-  address: { path: string } | { host: string; port: number } | { fd: number },
-  mode?: number,
-): Promise<void> {
-  // The file must never be there with wider permissions than asked for. It is created inside listen(), before that
-  // returns; a worker thread may not set the umask and makes do with the chmod below.
-  await new Promise<void>((resolve, reject) => {
-    listener.once('error', reject);
-    listener.once('listening', () => listener.off('error', reject));
-    const umask = mode !== undefined && isMainThread ? process.umask(0o777 & ~mode) : undefined;
-    try {
-      listener.listen({ ...address, backlog: LISTEN_BACKLOG }, resolve);
-    } finally {
-      if (umask !== undefined) process.umask(umask);
-    }
-  }).finally(() => listener.removeAllListeners('listening'));
-  if (mode !== undefined && 'path' in address) await chmod(address.path, mode);
-}
-
-/** Remove the socket file at `path` if nobody listens on it. */
-async function removeStaleSocket(path: string): Promise<void> {
-  const found = await lstat(path).catch(() => undefined);
-  if (found === undefined) return;
-  if (!found.isSocket())
-    throw new ListenError('NOT_A_SOCKET', `${path} exists and is not a socket; remove it yourself`);
-  if (await isListenedOn(path)) throw new ListenError('IN_USE', `another server is listening on ${path}`);
-  await unlink(path).catch((error: unknown) => {
-    throw listenError(path, error);
-  });
-}
-
-function isListenedOn(path: string): Promise<boolean> {
-  return new Promise((resolve) => {
-    const probe = net.connect({ path });
-    probe.once('connect', () => {
-      probe.destroy();
-      resolve(true);
-    });
-    // Only a refusal says that nobody is there; anything else (EACCES, a full backlog) may be a live server.
-    probe.once('error', (error) => resolve(errorCode(error) !== 'ECONNREFUSED'));
-  });
-}
-
-function listenError(where: string, error: unknown): ListenError {
-  if (error instanceof ListenError) return error;
-  const message = error instanceof Error ? error.message : String(error);
-  const code = errorCode(error) === 'EADDRINUSE' ? 'IN_USE' : 'FAILED';
-  return new ListenError(code, `cannot listen on ${where}: ${message}`, { cause: error });
-}
-
-function errorCode(error: unknown): unknown {
-  return error instanceof Error && 'code' in error ? error.code : undefined;
 }

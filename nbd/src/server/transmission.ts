@@ -27,6 +27,7 @@ import {
   decodeExtendedRequest,
   decodeRequest,
   decodeStatusPayload,
+  encodeHeader,
   Request,
   requestError,
   type Refusal,
@@ -64,6 +65,11 @@ export class Transmission implements LoopTask {
   private headerFill = 0;
   private isDeaf = false;
   private isRefusing = false;
+  /** Nothing is begun until it is thawed; what was short of memory is asked for again then. */
+  private isFrozen = false;
+  private wasShortOfMemory = false;
+  /** To be told when it is frozen and no request is in flight. */
+  private whenStill: (() => void) | undefined;
   /** Whether input came since the last settling. */
   private isHeard = false;
   private isSettleScheduled = false;
@@ -72,7 +78,7 @@ export class Transmission implements LoopTask {
   constructor(
     private readonly host: TransmissionHost,
     device: ServedDevice,
-    private readonly rules: RequestRules,
+    readonly rules: RequestRules,
   ) {
     const { negotiated } = rules;
     const { socket, pool } = host;
@@ -149,7 +155,7 @@ export class Transmission implements LoopTask {
 
   /** Whether the client waits for us. */
   get isBusy(): boolean {
-    return this.inFlight > 0 || this.backPressure.isQueued || this.backPressure.isShortOfMemory;
+    return this.inFlight > 0 || this.isFrozen || this.backPressure.isQueued || this.backPressure.isShortOfMemory;
   }
 
   // --- Receiving ---
@@ -384,7 +390,7 @@ export class Transmission implements LoopTask {
   /** Go on with held input if there is room again, and memory, and time. */
   private resume(): void {
     const { backPressure, memory } = this;
-    if (backPressure.held === undefined || this.isDeaf || backPressure.isQueued) return;
+    if (backPressure.held === undefined || this.isDeaf || backPressure.isQueued || this.isFrozen) return;
     // There was room when the request that is short of memory was decoded. It may not wait with that set aside for it.
     if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.isRefusing)) return;
     if (this.host.loop.isSpent) {
@@ -425,6 +431,57 @@ export class Transmission implements LoopTask {
     return true;
   }
 
+  // --- Stopping between two requests ---
+
+  /**
+   * Begin no further request; what comes is kept, and the socket is paused. `whenStill` is called once no request is in
+   * flight and all replies are with the socket: then `unread` and `unsent` are the state of the connection. Not to be called
+   * from inside a request.
+   */
+  freeze(whenStill: () => void): void {
+    const { backPressure } = this;
+    this.isFrozen = true;
+    this.whenStill = whenStill;
+    this.wasShortOfMemory = backPressure.isShortOfMemory;
+    backPressure.endWaits();
+    if (backPressure.held === undefined) backPressure.hold(NOTHING);
+    this.scheduleSettle();
+  }
+
+  /** Go on as if nothing had been. */
+  thaw(): void {
+    if (!this.isFrozen) return;
+    this.isFrozen = false;
+    this.scheduleSettle();
+    if (this.wasShortOfMemory) {
+      const { payloadLength } = this.request;
+      this.backPressure.askForMemory(payloadLength > 0 ? payloadLength : this.memoryNeeded());
+    }
+    this.queue();
+  }
+
+  /** While it is frozen: all that was received and not carried out, from the beginning of a request on. */
+  get unread(): Buffer {
+    const { request, payload, extendedHeaders } = this;
+    const held = this.backPressure.held ?? NOTHING;
+    if (this.wasShortOfMemory) return Buffer.concat([encodeHeader(request, extendedHeaders), held]);
+    if (payload.left > 0) {
+      const arrived = payload.arrived(request.payloadLength);
+      return Buffer.concat([encodeHeader(request, extendedHeaders), arrived, held]);
+    }
+    return Buffer.concat([this.headerBytes.subarray(0, this.headerFill), held]);
+  }
+
+  /** While it is frozen: of the replies given to the socket the last `length` bytes. */
+  unsent(length: number): Buffer {
+    return this.replies.lastBytes(length);
+  }
+
+  /** What a server before has answered, and the client has not got: it leaves first. */
+  sendFirst(bytes: Uint8Array): void {
+    this.replies.sendFirst(bytes);
+  }
+
   // --- Its end ---
 
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
@@ -451,6 +508,7 @@ export class Transmission implements LoopTask {
   stopListening(): void {
     const { payload } = this;
     this.isDeaf = true;
+    this.isFrozen = false;
     this.backPressure.drop();
     this.backPressure.endWaits();
     // What the socket has been told to receive into is no memory for anybody else, until the socket is gone.
@@ -503,7 +561,12 @@ export class Transmission implements LoopTask {
   };
 
   private tellIfIdle(): void {
-    if (this.inFlight > 0 || this.whenIdle.length === 0) return;
+    if (this.inFlight > 0) return;
+    if (this.isFrozen) {
+      this.whenStill?.();
+      return;
+    }
+    if (this.whenIdle.length === 0) return;
     const { backPressure } = this;
     // What was asked is owed an answer, or a refusal; but who is shut out and reads nothing may not hold up the shutdown.
     if (backPressure.held !== undefined && !(this.isRefusing && backPressure.isSaturated(true))) return;
