@@ -94,6 +94,7 @@ export type NbdClientErrorCode =
   | 'PROTOCOL'
   | 'CLOSED';
 
+/** What went wrong, with the server's words where it said some. */
 export class NbdClientError extends Error {
   /** Where in the export a request failed, if the server told. */
   readonly offset: number | undefined;
@@ -130,6 +131,7 @@ const OPTION_ERROR_CODES: ReadonlyMap<number, NbdClientErrorCode> = new Map<numb
   [REP.ERR_SHUTDOWN, 'ESHUTDOWN'],
 ]);
 
+/** How a read is to be answered. */
 export interface ReadOptions {
   /** Ask for one piece (NBD_CMD_FLAG_DF); only if the export `canDf`. */
   readonly df?: boolean;
@@ -142,6 +144,10 @@ interface OptionReply {
   readonly data: Buffer;
 }
 
+/**
+ * A connection to an NBD server: `connect`, then options (`list`, `info`, `listContexts`, `selectContexts`), then `go`, then
+ * requests, any number at a time. It retries nothing and has no time-outs of its own: `destroy` fails what is pending.
+ */
 export class NbdClient {
   private readonly reader: ByteReader;
   private phase: 'options' | 'transmission' | 'closed' = 'options';
@@ -319,10 +325,12 @@ export class NbdClient {
     return this.requestInPieces(CMD.TRIM, options.fua ? CMD_FLAG.FUA : 0, offset, length, 'trim');
   }
 
+  /** Have everything durable that was answered before. */
   flush(): Promise<void> {
     return this.request(CMD.FLUSH, 0, 0, 0, 'flush');
   }
 
+  /** Have the server bring a range into its cache: a hint. */
   cache(offset: number, length: number): Promise<void> {
     return this.request(CMD.CACHE, 0, offset, length, 'cache');
   }

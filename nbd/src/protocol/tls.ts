@@ -26,6 +26,7 @@ export interface TlsMaterial {
   readonly pskKey?: (user: string) => Buffer | undefined;
 }
 
+/** How a server speaks TLS. */
 export interface ServerTls {
   readonly mode: TlsMode;
   /** Asked at every handshake, so that new keys serve the next connection. */

@@ -20,6 +20,7 @@ import { Offenders, type OffenderCounts } from './offenders.js';
 import type { AcceptedConnection, Progress, ServedConnection, ServingLoop } from './serving-loop.js';
 import { StallWatch } from './stall-watch.js';
 
+/** What the connections of a loop are served with. */
 export interface ConnectionLoopOptions {
   readonly provider: ExportProvider;
   /** Told of this loop's connections; see ServerObserver. */
@@ -42,6 +43,10 @@ export interface AcceptedStream {
   readonly head?: Buffer | undefined;
 }
 
+/**
+ * The event loop of the thread that makes it, serving connections. A server makes one for its own thread; in a worker thread
+ * the program makes one, and gives it the sockets whose descriptors come from the server's ServingLoop for that worker.
+ */
 export class ConnectionLoop implements ServingLoop {
   private readonly tls: ServerTls | undefined;
   private readonly resources: LoopResources;

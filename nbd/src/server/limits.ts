@@ -3,6 +3,7 @@
  * at one of these. This file owns the numbers and why they are what they are; it enforces nothing.
  */
 
+/** The bounds of a server. Bytes and milliseconds where the names say so. */
 export interface Limits {
   /**
    * Connections from listeners open at the same time; further ones are closed at once. With a unix socket beside TCP, an
@@ -68,6 +69,7 @@ export const MIN_MEMORY_BYTES = 96 * 1024 * 1024;
 /** Of memoryStallMs: what a line of 64 kbit/s moves in ten seconds. */
 export const MIN_MOVED_BYTES = 64 * 1024;
 
+/** The bounds of a server that is not given others. */
 export const DEFAULT_LIMITS: Limits = {
   maxConnections: 1024,
   maxConnectionsPerPeer: 768,

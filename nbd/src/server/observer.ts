@@ -27,6 +27,7 @@ export interface ConnectionInfo {
   readonly inFlight: number;
 }
 
+/** A client has chosen an export. */
 export interface ConnectionOpenEvent {
   readonly id: number;
   readonly peer: Peer;
@@ -35,6 +36,7 @@ export interface ConnectionOpenEvent {
   readonly violations: number;
 }
 
+/** A connection is over. */
 export interface ConnectionCloseEvent {
   readonly id: number;
   readonly peer: Peer;
@@ -55,12 +57,14 @@ export interface ConnectionCloseEvent {
   readonly durationMs: number;
 }
 
+/** A connection was not let in. */
 export interface ConnectionRefusedEvent {
   readonly peer: Peer;
   /** In words, for a log: which bound was reached. */
   readonly reason: string;
 }
 
+/** A request as it came, before the device is asked. */
 export interface RequestEvent {
   readonly id: number;
   /** NBD_CMD_* number. */

@@ -16,6 +16,7 @@ interface Offender {
   readonly lastAt: number;
 }
 
+/** What a breach of the protocol costs a client. */
 export interface Violation {
   /** How often in a row this peer has broken the protocol on this export, this time included. */
   readonly count: number;

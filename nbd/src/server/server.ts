@@ -18,6 +18,7 @@ import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 
+/** What a server serves, and how. Only the provider is needed. */
 export interface ServerOptions {
   readonly provider: ExportProvider;
   /** Told what happens; see ServerObserver. */
@@ -48,6 +49,10 @@ const FORCED_CLOSE_WAIT_MS = 1_000;
 /** The place of a connection that no listener has accepted: whoever hands it over keeps count of it as well. */
 const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined, leaving: () => undefined };
 
+/**
+ * An NBD server: it listens, lets connections in, has them served by its event loops, and ends them in order. It may listen
+ * at any number of addresses, or at none and be given connections.
+ */
 export class NbdServer {
   private readonly limits: Limits;
   private readonly observer: ServerObserver;
