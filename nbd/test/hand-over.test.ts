@@ -4,7 +4,7 @@ import { fork } from 'node:child_process';
 import type net from 'node:net';
 import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
-import { NbdServer, type NegotiatedState } from '../src/index.js';
+import { MIN_MEMORY_BYTES, NbdServer, type NegotiatedState } from '../src/index.js';
 import { CMD, REPLY_TYPE } from '../src/protocol/wire.js';
 import { duplicateSocket } from './duplicate.js';
 import { duplexPair } from './duplex-pair.js';
@@ -95,8 +95,16 @@ describe('in one process', () => {
       const fields = { type: CMD.WRITE, cookie: 5n, offset: 4096, length: data.length };
       client.send(level === 'simple' ? requestBytes(fields) : extendedRequestBytes(fields), data.subarray(0, 300_000));
       await until(() => movedBytes(server) >= 300_000, 'half of it is here');
+      const no = new Error('no');
+      const refuse = (): never => {
+        throw no;
+      };
+      // Not given away after all, in the middle of it: the rest belongs to what is here.
+      await expect(server.handOver(onlyId(server), refuse)).rejects.toBe(no);
+      client.send(data.subarray(300_000, 400_000));
+      await until(() => movedBytes(server) >= 400_000, 'more of it is here');
       await handOver(server, next.server);
-      client.send(data.subarray(300_000));
+      client.send(data.subarray(400_000));
       if (level === 'simple') expect(await client.readReply()).toMatchObject({ errno: 0, cookie: 5n });
       else expect(await client.readChunk()).toMatchObject({ type: REPLY_TYPE.NONE, cookie: 5n, isDone: true });
       expect(callsOf(provider, 'write')).toEqual([]);
@@ -141,6 +149,39 @@ describe('in one process', () => {
       expect(reply).toMatchObject({ errno: 0, cookie: BigInt(n) });
       expect(reply.data.equals(new TestExport('disk').disk)).toBe(true);
     }
+  });
+
+  test('a request that waits for memory waits on where it is if it is not taken, and is done by the next server if it is', async () => {
+    const large = new TestExport('disk', { size: 32 * MIB });
+    const { opened, server, provider } = await startServer({
+      exports: [large],
+      limits: { maxMemoryBytes: MIN_MEMORY_BYTES },
+    });
+    const next = nextServer(large);
+    const holders = [await opened(), await opened()];
+    for (const holder of holders) {
+      holder.socket.pause();
+      holder.request({ type: CMD.READ, length: 32 * MIB });
+    }
+    await until(() => provider.calls.length === 2, 'all memory is taken');
+    const client = await opened();
+    const id = [...server.connections.keys()].at(-1) ?? NaN;
+    client.request({ type: CMD.READ, cookie: 1n, length: 32 * MIB });
+    client.request({ type: CMD.READ, cookie: 2n, length: 4 });
+    await until(() => server.memory.waiting === 1, 'it waits');
+    const no = new Error('no');
+    const refuse = (): never => {
+      throw no;
+    };
+    await expect(server.handOver(id, refuse)).rejects.toBe(no);
+    await until(() => server.memory.waiting === 1, 'it waits again');
+    const { socket, state } = await server.handOver(id, (from, at) => ({ socket: duplicateSocket(from), state: at }));
+    expect(state.unread.length).toBe(2 * 28);
+    expect(server.memory.waiting).toBe(0);
+    next.server.continueConnection(socket, state);
+    expect((await client.readReply(32 * MIB)).data.equals(large.disk)).toBe(true);
+    expect(await client.readReply(4)).toMatchObject({ errno: 0, cookie: 2n });
+    expect(provider.calls).toHaveLength(2);
   });
 
   test('a client with contexts and structured replies notices nothing', async () => {

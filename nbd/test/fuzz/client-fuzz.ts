@@ -161,6 +161,9 @@ class LyingServer {
         if (random.oneIn(6)) reply(REP.INFO, Buffer.concat([u16(random.below(9)), random.bytes(random.below(30))]));
         if (option === OPT.GO) this.phase = 'requests';
         break;
+      default:
+        // No option of ours: acknowledged all the same.
+        break;
     }
     reply(REP.ACK, random.oneIn(40) ? random.bytes(3) : Buffer.alloc(0));
   }
