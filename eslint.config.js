@@ -61,6 +61,8 @@ export default tseslint.config(
   {
     files: ['nbd/**/*.ts'],
     rules: {
+      // What comes from the wire is a number: a switch over it says what happens with those it does not know.
+      '@typescript-eslint/switch-exhaustiveness-check': ['error', { requireDefaultForNonUnion: true }],
       'no-restricted-imports': [
         'error',
         {

@@ -6,6 +6,11 @@ import { LongestFirst } from './test/harness/longest-first.js';
 /** What real clients do with us: these run once for each set of clients. */
 const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
 
+/** As the package's `exports`, with the sources in the place of what is built. */
+function nbdSource(file: string): string {
+  return fileURLToPath(new URL(`nbd/src/${file}.ts`, import.meta.url));
+}
+
 function project(name: string, include: string[]): TestProjectConfiguration {
   return {
     extends: true,
@@ -19,8 +24,10 @@ if (problem !== undefined) console.log(`skipped: the tests with other releases' 
 export default defineConfig({
   resolve: {
     alias: [
-      { find: /^nbd-server-ts$/, replacement: fileURLToPath(new URL('nbd/src/index.ts', import.meta.url)) },
-      { find: /^nbd-server-ts\/(.+)$/, replacement: fileURLToPath(new URL('nbd/src/$1.ts', import.meta.url)) },
+      { find: /^nbd-server-ts$/, replacement: nbdSource('index') },
+      { find: /^nbd-server-ts\/block-device$/, replacement: nbdSource('block-device') },
+      { find: /^nbd-server-ts\/client$/, replacement: nbdSource('client/client') },
+      { find: /^nbd-server-ts\/limits$/, replacement: nbdSource('server/limits') },
     ],
   },
   test: {

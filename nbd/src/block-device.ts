@@ -1,10 +1,14 @@
 /**
  * What the server asks of an export. This is the one interface a user of the library implements; it knows offsets and
  * lengths and nothing of the wire. Methods may answer synchronously or later: the request loop awaits only promises.
+ *
+ * A device needs a size and four methods: read, write, flush, close. What else it can do it says in its geometry, and has
+ * the method for it.
  */
 
-import type { TlsIdentity } from './tls.js';
+import type { TlsIdentity } from './protocol/tls.js';
 
+/** An answer at once, or a promise of it. */
 export type Awaitable<T> = T | Promise<T>;
 
 /** How an export looks to a client for the life of one connection. Sizes in bytes. */
@@ -15,11 +19,15 @@ export interface Geometry {
   readonly preferredBlockSize: number;
   readonly readOnly: boolean;
   readonly canFlush: boolean;
+  /** `write`, `zero` and `trim` do as their `fua` says: durable before the answer. */
   readonly canFua: boolean;
+  /** There is a method `trim`. */
   readonly canTrim: boolean;
+  /** There is a method `zero`. */
   readonly canZero: boolean;
   /** A FAST_ZERO request is answered quickly or refused with ENOTSUP; never by writing zeros. */
   readonly canFastZero: boolean;
+  /** There is a method `cache`. */
   readonly canCache: boolean;
   /** Several connections see each other's completed writes, and a flush on one covers all. */
   readonly multiConn: boolean;
@@ -34,6 +42,14 @@ export interface Geometry {
   readonly wideContexts?: readonly string[];
 }
 
+/**
+ * What a device says of itself: its size, and what differs from a writable disk in blocks of any size (preferably 4096
+ * bytes) that can flush and nothing else. Whatever else it can do it has to say, so that the server announces nothing that
+ * nobody has thought of.
+ */
+export type DeviceGeometry = Pick<Geometry, 'size'> & Partial<Geometry>;
+
+/** How the zeros of a `zero` are to be made. */
 export interface ZeroMode {
   /** The range must stay allocated (NBD_CMD_FLAG_NO_HOLE). */
   readonly noHole: boolean;
@@ -61,31 +77,37 @@ export type ExtentSink = (offset: number, length: number, flags: number) => bool
  * (or rejected) as `DeviceError`; anything else is answered EIO and logged.
  */
 export interface BlockDevice {
-  readonly geometry: Geometry;
+  readonly geometry: DeviceGeometry;
   /** Fill `into` with the bytes at `offset`. */
   read(offset: number, into: Buffer): Awaitable<void>;
   /** `data` is the device's to use until the returned promise settles, not longer. */
   write(offset: number, data: Buffer, fua: boolean): Awaitable<void>;
-  zero(offset: number, length: number, mode: ZeroMode): Awaitable<void>;
-  trim(offset: number, length: number, fua: boolean): Awaitable<void>;
   /** Everything answered before this call is durable when it answers. */
   flush(): Awaitable<void>;
-  /** Bring the range into cache; a hint. */
-  cache(offset: number, length: number): Awaitable<void>;
+  /** Called once, when the connection is gone and no request is in flight. `ending`: whether the client may come back. */
+  close(ending: Ending): Awaitable<void>;
+  /** The range reads as zeros afterwards. With `canZero`. */
+  zero?(offset: number, length: number, mode: ZeroMode): Awaitable<void>;
+  /** The range is not needed any more, and may read as anything. With `canTrim`. */
+  trim?(offset: number, length: number, fua: boolean): Awaitable<void>;
+  /** Bring the range into cache; a hint. With `canCache`. */
+  cache?(offset: number, length: number): Awaitable<void>;
   /**
-   * What `context`, one that the client has selected, says of [offset, offset+length), reported to `sink` from `offset` on,
+   * With `contexts`. What `context`, one that the client has selected, says of [offset, offset+length), reported to `sink` from `offset` on,
    * without reading data. May stop before the end, but not before the first extent; an extent may reach beyond the end.
    * Extents should begin and end at multiples of the minimum block size.
    */
-  extents(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void>;
+  extents?(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void>;
   /**
    * Whether the range is known, from memory alone, to read as zeros. Asked before every read of a client that takes
    * holes, so it must be cheap; false is always allowed.
    */
   isHole?(offset: number, length: number): boolean;
-  /** Called once, when the connection is gone and no request is in flight. `ending`: whether the client may come back. */
-  close(ending: Ending): Awaitable<void>;
 }
+
+/** A device that says all of its geometry and has every method but `isHole`: what wraps another one may rely on that. */
+export type CompleteDevice = BlockDevice &
+  Required<Omit<BlockDevice, 'isHole' | 'geometry'>> & { readonly geometry: Geometry };
 
 /**
  * How a client left. 'disconnect': it said NBD_CMD_DISC, and has all it wanted. 'lost': anything else. The connection broke,
@@ -139,8 +161,10 @@ export interface Peer {
   readonly tls?: TlsIdentity;
 }
 
+/** What a client is told of an export. */
 export interface ExportInfo {
   readonly name: string;
+  /** For people. */
   readonly description: string;
   /**
    * What the export is one of, if several names lead to the same: a client's breaches of the protocol are counted for all
@@ -164,8 +188,8 @@ export class ExportError extends Error {
   }
 }
 
-/** The exports of a server. */
-export interface ExportProvider {
+/** The exports of a server. `Device`: what they are opened as, for whoever asks more of a device than the server does. */
+export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   /** Any iterable: of very many the next ones are asked for as the client reads, with others served in between. */
   list(peer: Peer): Awaitable<Iterable<ExportInfo>>;
   /**
@@ -177,9 +201,9 @@ export interface ExportProvider {
     name: string,
     peer: Peer,
     contexts?: readonly string[],
-  ): Awaitable<{ readonly geometry: Geometry; readonly info: ExportInfo }>;
+  ): Awaitable<{ readonly geometry: Device['geometry']; readonly info: ExportInfo }>;
   /** For NBD_OPT_GO and NBD_OPT_EXPORT_NAME; the device is closed with the connection. Throws ExportError. */
-  open(name: string, peer: Peer): Awaitable<{ readonly device: BlockDevice; readonly info: ExportInfo }>;
+  open(name: string, peer: Peer): Awaitable<{ readonly device: Device; readonly info: ExportInfo }>;
   /**
    * The connection is over on which `describe` or `open` were asked: what was held for its sake can go. `peer` is the very
    * object that was given to them; it is one per connection, and another one once TLS has begun. Called after the device is

@@ -3,6 +3,8 @@
 export type {
   Awaitable,
   BlockDevice,
+  CompleteDevice,
+  DeviceGeometry,
   DeviceErrorCode,
   Ending,
   ExportInfo,
@@ -14,11 +16,26 @@ export type {
   ZeroMode,
 } from './block-device.js';
 export { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO } from './block-device.js';
-export { DEFAULT_GRACE_MS, ListenError, NbdServer } from './server.js';
-export type { BoundAddress, ListenOptions, ServerOptions } from './server.js';
-export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './limits.js';
-export type { Limits } from './limits.js';
-export type { MemoryUse } from './buffer-pool.js';
+export { DEFAULT_GRACE_MS, NbdServer } from './server/server.js';
+export { ListenError } from './server/listening.js';
+export type { BoundAddress, ListenOptions } from './server/listening.js';
+export { ConnectionLoop } from './server/connection-loop.js';
+export type { AcceptedStream, ConnectionLoopOptions } from './server/connection-loop.js';
+export type {
+  AcceptedConnection,
+  Progress,
+  ServedConnection,
+  ServingLoop,
+  TakeConnection,
+} from './server/serving-loop.js';
+export { HandOverError, STATE_VERSION } from './server/negotiated-state.js';
+export type { NegotiatedState } from './server/negotiated-state.js';
+export type { ServerOptions } from './server/server.js';
+export { DEFAULT_LIMITS, MIN_MEMORY_BYTES } from './server/limits.js';
+export type { Limits } from './server/limits.js';
+export type { Occupant } from './server/admission.js';
+export type { OffenderCounts, Violation } from './server/offenders.js';
+export type { MemoryUse } from './server/buffer-pool.js';
 export type {
   ConnectionCloseEvent,
   ConnectionInfo,
@@ -26,9 +43,10 @@ export type {
   ConnectionRefusedEvent,
   RequestEvent,
   ServerObserver,
-} from './observer.js';
-export { NbdClient, NbdClientError } from './client.js';
-export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client.js';
-export type { Extent, ReplyLevel } from './client-replies.js';
-export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './tls.js';
-export { MAX_PAYLOAD } from './protocol.js';
+} from './server/observer.js';
+export { NbdClient, NbdClientError } from './client/client.js';
+export type { ClientOptions, ExportDetails, NbdClientErrorCode, ReadOptions } from './client/client.js';
+export type { Extent, ReplyLevel } from './client/reply-reader.js';
+export type { ClientTls, ServerTls, TlsIdentity, TlsMaterial, TlsMode } from './protocol/tls.js';
+export type { Negotiated, SelectedContext } from './protocol/wire.js';
+export { MAX_PAYLOAD } from './protocol/wire.js';

@@ -10,7 +10,7 @@ import {
   type Limits,
   type PeerCredentials,
 } from '../src/index.js';
-import { CMD, NBD_ERRNO } from '../src/protocol.js';
+import { CMD, NBD_ERRNO } from '../src/protocol/wire.js';
 import { RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, temporaryDirectory, until } from './test-server.js';

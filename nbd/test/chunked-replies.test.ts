@@ -13,7 +13,7 @@ import {
   REPLY_TYPE,
   REQUEST_MAGIC,
   TRANSMISSION_FLAG,
-} from '../src/protocol.js';
+} from '../src/protocol/wire.js';
 import {
   errorOf,
   extendedRequestBytes,

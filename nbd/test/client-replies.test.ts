@@ -25,7 +25,7 @@ import {
   REQUEST_HEADER_SIZE,
   SIMPLE_REPLY_MAGIC,
   STRUCTURED_REPLY_MAGIC,
-} from '../src/protocol.js';
+} from '../src/protocol/wire.js';
 import { RawClient, uint16, uint32, uint64 } from './raw-client.js';
 import { DISK_SIZE, TestExport } from './test-device.js';
 import { startServer, temporaryDirectory, type TestServer } from './test-server.js';

@@ -11,7 +11,14 @@ import {
   NbdClientError,
   type DeviceErrorCode,
 } from '../src/index.js';
-import { NBD_ERRNO, OPT, OPTION_HEADER_SIZE, REP, REQUEST_HEADER_SIZE, SIMPLE_REPLY_MAGIC } from '../src/protocol.js';
+import {
+  NBD_ERRNO,
+  OPT,
+  OPTION_HEADER_SIZE,
+  REP,
+  REQUEST_HEADER_SIZE,
+  SIMPLE_REPLY_MAGIC,
+} from '../src/protocol/wire.js';
 import { duplexPair } from './duplex-pair.js';
 import { RawClient, uint16, uint32 } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport } from './test-device.js';

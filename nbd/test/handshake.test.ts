@@ -2,7 +2,7 @@
 
 import { describe, expect, test, vi } from 'vitest';
 import { DeviceError, ExportError, type ExportInfo, type ExportProvider } from '../src/index.js';
-import { CMD, GREETING_SIZE, INFO, OPT, REP, TRANSMISSION_FLAG } from '../src/protocol.js';
+import { CMD, GREETING_SIZE, INFO, OPT, REP, TRANSMISSION_FLAG } from '../src/protocol/wire.js';
 import { infoQuery, optionBytes, RawClient, requestBytes, uint16, uint32, type OptionReply } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport } from './test-device.js';
 import { startServer, until } from './test-server.js';

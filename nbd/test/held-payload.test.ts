@@ -1,11 +1,11 @@
 /** A payload that comes while the loop is spent: its bytes wait, and what comes next goes behind them. */
 import { PassThrough } from 'node:stream';
 import { expect, test } from 'vitest';
-import { BufferPool } from '../src/buffer-pool.js';
+import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
-import { LoopShare } from '../src/loop-share.js';
-import { CMD } from '../src/protocol.js';
-import { Transmission } from '../src/transmission.js';
+import { LoopShare } from '../src/server/loop-share.js';
+import { CMD } from '../src/protocol/wire.js';
+import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
 import { startServer } from './test-server.js';
@@ -24,7 +24,10 @@ test('a payload that is held back in the middle is written as it was sent', asyn
       protocolViolated: (reason) => expect.unreachable(reason),
     },
     device,
-    { structuredReplies: false, extendedHeaders: false, noZeroes: true, metaContexts: [] } as never,
+    {
+      geometry: exported.geometry,
+      negotiated: { structuredReplies: false, extendedHeaders: false, noZeroes: true, metaContexts: [] } as never,
+    },
   );
   const wanted = Buffer.from(Array.from({ length: 200_000 }, (_, i) => (i * 7 + (i >> 8)) & 0xff));
   const sent = Buffer.concat([requestBytes({ type: CMD.WRITE, length: wanted.length }), wanted]);

@@ -1,11 +1,11 @@
 /** Receiving into memory that is used again: what a slow device still works on must not be overwritten. */
 import { Duplex } from 'node:stream';
 import { expect, test } from 'vitest';
-import { BufferPool } from '../src/buffer-pool.js';
+import { BufferPool } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS } from '../src/index.js';
-import { LoopShare } from '../src/loop-share.js';
-import { CMD } from '../src/protocol.js';
-import { Transmission } from '../src/transmission.js';
+import { LoopShare } from '../src/server/loop-share.js';
+import { CMD } from '../src/protocol/wire.js';
+import { Transmission } from '../src/server/transmission.js';
 import { requestBytes } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';
@@ -120,6 +120,9 @@ async function transmissionOf(exported: TestExport) {
   const provider = new TestProvider([exported]);
   const { device } = await provider.open('disk', { transport: 'internal', address: 'test' });
   const negotiated = { fixedNewstyle: true, noZeroes: true, structuredReplies: false, extendedHeaders: false };
-  const transmission = new Transmission(host, device, { ...negotiated, metaContexts: [], tls: false });
+  const transmission = new Transmission(host, device, {
+    geometry: exported.geometry,
+    negotiated: { ...negotiated, metaContexts: [], tls: false },
+  });
   return { disk: exported.disk, transmission, loop };
 }

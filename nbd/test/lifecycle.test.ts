@@ -6,7 +6,7 @@ import net from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { ListenError, NbdClient, NbdServer } from '../src/index.js';
-import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol/wire.js';
 import { duplexPair } from './duplex-pair.js';
 import { infoQuery, optionBytes, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport, TestProvider } from './test-device.js';

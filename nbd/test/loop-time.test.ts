@@ -1,9 +1,9 @@
 import { setImmediate } from 'node:timers/promises';
 import { expect, test } from 'vitest';
-import { BufferPool } from '../src/buffer-pool.js';
-import { DEFAULT_LIMITS } from '../src/limits.js';
-import { LoopTime } from '../src/loop-time.js';
-import { StallWatch } from '../src/stall-watch.js';
+import { BufferPool } from '../src/server/buffer-pool.js';
+import { DEFAULT_LIMITS } from '../src/server/limits.js';
+import { LoopTime } from '../src/server/loop-time.js';
+import { StallWatch } from '../src/server/stall-watch.js';
 import { until } from './test-server.js';
 
 test('time in which the server stood still is not counted, for clients that take no replies neither', async () => {

@@ -5,7 +5,7 @@
  */
 
 import { describe, expect, test } from 'vitest';
-import { CMD, CMD_FLAG, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol.js';
+import { CMD, CMD_FLAG, GREETING_SIZE, NBD_ERRNO, OPT, REP, REQUEST_MAGIC } from '../src/protocol/wire.js';
 import {
   infoQuery,
   optionBytes,

@@ -2,7 +2,7 @@
 
 import { describe, expect, test } from 'vitest';
 import { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO, type ExtentSink } from '../src/index.js';
-import { CMD, CMD_FLAG, INFO, NBD_ERRNO, OPT, REP, REPLY_TYPE, TRANSMISSION_FLAG } from '../src/protocol.js';
+import { CMD, CMD_FLAG, INFO, NBD_ERRNO, OPT, REP, REPLY_TYPE, TRANSMISSION_FLAG } from '../src/protocol/wire.js';
 import {
   errorOf,
   infoQuery,

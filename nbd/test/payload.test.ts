@@ -4,7 +4,7 @@
  */
 import { createHash } from 'node:crypto';
 import { describe, expect, test } from 'vitest';
-import { CMD, CMD_FLAG, GREETING_SIZE, MAX_PAYLOAD, NBD_ERRNO, REP, REPLY_TYPE } from '../src/protocol.js';
+import { CMD, CMD_FLAG, GREETING_SIZE, MAX_PAYLOAD, NBD_ERRNO, REP, REPLY_TYPE } from '../src/protocol/wire.js';
 import { errorOf, extendedRequestBytes, RawClient, requestBytes, uint32, type Chunk } from './raw-client.js';
 import { TestExport } from './test-device.js';
 import { startServer, type TestServer } from './test-server.js';

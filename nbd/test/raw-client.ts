@@ -27,7 +27,7 @@ import {
   SIMPLE_REPLY_SIZE,
   STRUCTURED_REPLY_MAGIC,
   STRUCTURED_REPLY_SIZE,
-} from '../src/protocol.js';
+} from '../src/protocol/wire.js';
 
 /** How long a read may take before the test fails, milliseconds. */
 const READ_BOUND_MS = 20_000;

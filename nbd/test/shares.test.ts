@@ -1,11 +1,11 @@
 /** What one client may take of the event loop and of the server's memory while others want some, too. */
 
 import { describe, expect, test } from 'vitest';
-import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/buffer-pool.js';
+import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/server/buffer-pool.js';
 import { DEFAULT_LIMITS, MIN_MEMORY_BYTES, NbdServer, type ConnectionInfo } from '../src/index.js';
-import { LoopShare, LoopUser, UNITS_PER_LOOK, type LoopTask } from '../src/loop-share.js';
-import { CMD, NBD_ERRNO } from '../src/protocol.js';
-import { releaseMemory } from '../src/release-memory.js';
+import { LoopShare, LoopUser, UNITS_PER_LOOK, type LoopTask } from '../src/server/loop-share.js';
+import { CMD, NBD_ERRNO } from '../src/protocol/wire.js';
+import { releaseMemory } from '../src/server/release-memory.js';
 import { extendedRequestBytes, RawClient, requestBytes } from './raw-client.js';
 import { Gate, TestExport, TestProvider } from './test-device.js';
 import { startServer, until } from './test-server.js';

@@ -9,7 +9,7 @@ import {
   STATE_HOLE,
   STATE_ZERO,
   type Awaitable,
-  type BlockDevice,
+  type CompleteDevice,
   type Ending,
   type ExportInfo,
   type ExportProvider,
@@ -103,7 +103,7 @@ export class TestExport {
   }
 }
 
-export class TestProvider implements ExportProvider {
+export class TestProvider implements ExportProvider<CompleteDevice> {
   readonly exports = new Map<string, TestExport>();
   readonly calls: DeviceCall[] = [];
   hook: Hook = () => undefined;
@@ -141,7 +141,7 @@ export class TestProvider implements ExportProvider {
     return { geometry, info };
   }
 
-  async open(name: string, peer?: Peer): Promise<{ device: BlockDevice; info: ExportInfo }> {
+  async open(name: string, peer?: Peer): Promise<{ device: CompleteDevice; info: ExportInfo }> {
     if (peer !== undefined) this.askers.add(peer);
     await this.openHook(name);
     const found = this.find(name);
@@ -160,7 +160,7 @@ export class TestProvider implements ExportProvider {
   }
 }
 
-class TestDevice implements BlockDevice {
+class TestDevice implements CompleteDevice {
   readonly geometry: Geometry;
   private readonly disk: Buffer;
   private readonly exported: TestExport;

@@ -21,8 +21,8 @@ import {
   type TlsMaterial,
   type TlsMode,
 } from '../src/index.js';
-import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP } from '../src/protocol.js';
-import { certificateNames } from '../src/tls.js';
+import { CMD, GREETING_SIZE, NBD_ERRNO, OPT, REP } from '../src/protocol/wire.js';
+import { certificateNames } from '../src/protocol/tls.js';
 import { infoQuery, metaQueries, optionBytes, optionHeader, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { DISK_SIZE, Gate, TestExport, TestProvider } from './test-device.js';
 import { temporaryDirectory, until } from './test-server.js';

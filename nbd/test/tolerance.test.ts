@@ -3,7 +3,7 @@
  * the bytes that their sources say (see docs/conformance.md, "Strict and tolerant").
  */
 import { describe, expect, test } from 'vitest';
-import { CMD, EXPORT_NAME_PADDING, OPT, REP, REPLY_TYPE } from '../src/protocol.js';
+import { CMD, EXPORT_NAME_PADDING, OPT, REP, REPLY_TYPE } from '../src/protocol/wire.js';
 import { extendedRequestBytes, infoQuery, optionBytes, requestBytes, uint32, type RawClient } from './raw-client.js';
 import { TestExport } from './test-device.js';
 import { startServer } from './test-server.js';

@@ -4,7 +4,7 @@ import net from 'node:net';
 import { join } from 'node:path';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { DeviceError, MAX_PAYLOAD, type DeviceErrorCode } from '../src/index.js';
-import { CMD, CMD_FLAG, NBD_ERRNO, OPT, SIMPLE_REPLY_SIZE } from '../src/protocol.js';
+import { CMD, CMD_FLAG, NBD_ERRNO, OPT, SIMPLE_REPLY_SIZE } from '../src/protocol/wire.js';
 import { duplexPair } from './duplex-pair.js';
 import { infoQuery, optionBytes, RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport, type DeviceCall } from './test-device.js';

@@ -1,8 +1,9 @@
 /** What becomes of those who break the protocol: once, again, and while others work beside them. */
 import { PassThrough } from 'node:stream';
 import { describe, expect, test, vi } from 'vitest';
-import { CMD } from '../src/protocol.js';
-import { Violations } from '../src/violations.js';
+import { CMD } from '../src/protocol/wire.js';
+import { HeldSockets } from '../src/server/held-sockets.js';
+import { Offenders } from '../src/server/offenders.js';
 import { RawClient, requestBytes, uint32 } from './raw-client.js';
 import { Gate, TestExport } from './test-device.js';
 import { startServer, until, type TestServer } from './test-server.js';
@@ -11,34 +12,34 @@ const MINUTE_MS = 60_000;
 
 describe('the count of an offender', () => {
   test('begins with no delay, doubles it from 100 ms on, and ends at the bound', () => {
-    const violations = new Violations(10_000);
-    const delays = Array.from({ length: 12 }, (_, n) => violations.record('one', n).delayMs);
+    const offenders = new Offenders(10_000);
+    const delays = Array.from({ length: 12 }, (_, n) => offenders.record('one', n).delayMs);
     expect(delays).toEqual([0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000, 10_000]);
-    expect(violations.countOf('one', 12)).toBe(12);
-    expect(violations.record('another', 12)).toEqual({ count: 1, delayMs: 0 });
-    for (let n = 0; n < 2000; n++) violations.record('one', n);
-    expect(violations.record('one', 2000)).toEqual({ count: 2013, delayMs: 10_000 });
+    expect(offenders.countOf('one', 12)).toBe(12);
+    expect(offenders.record('another', 12)).toEqual({ count: 1, delayMs: 0 });
+    for (let n = 0; n < 2000; n++) offenders.record('one', n);
+    expect(offenders.record('one', 2000)).toEqual({ count: 2013, delayMs: 10_000 });
   });
 
   test('is forgotten ten minutes after the last time', () => {
-    const violations = new Violations(10_000);
-    for (const at of [0, 9 * MINUTE_MS, 18 * MINUTE_MS]) violations.record('one', at);
-    expect(violations.countOf('one', 28 * MINUTE_MS)).toBe(3);
-    expect(violations.countOf('one', 28 * MINUTE_MS + 1)).toBe(0);
-    expect(violations.record('one', 29 * MINUTE_MS)).toEqual({ count: 1, delayMs: 0 });
+    const offenders = new Offenders(10_000);
+    for (const at of [0, 9 * MINUTE_MS, 18 * MINUTE_MS]) offenders.record('one', at);
+    expect(offenders.countOf('one', 28 * MINUTE_MS)).toBe(3);
+    expect(offenders.countOf('one', 28 * MINUTE_MS + 1)).toBe(0);
+    expect(offenders.record('one', 29 * MINUTE_MS)).toEqual({ count: 1, delayMs: 0 });
   });
 
   test('takes bounded memory: those seen longest ago make room', () => {
-    const violations = new Violations(10_000);
-    for (const name of ['first', 'second', 'first']) violations.record(name, 0);
-    for (let n = 0; n < 1023; n++) violations.record(`other ${n}`, 1);
-    expect(violations.countOf('second', 1)).toBe(0);
-    expect(violations.countOf('first', 1)).toBe(2);
+    const offenders = new Offenders(10_000);
+    for (const name of ['first', 'second', 'first']) offenders.record(name, 0);
+    for (let n = 0; n < 1023; n++) offenders.record(`other ${n}`, 1);
+    expect(offenders.countOf('second', 1)).toBe(0);
+    expect(offenders.countOf('first', 1)).toBe(2);
   });
 
   test('costs nothing where the bound is 0', () => {
-    const violations = new Violations(0);
-    for (let n = 0; n < 5; n++) expect(violations.record('one', n).delayMs).toBe(0);
+    const offenders = new Offenders(0);
+    for (let n = 0; n < 5; n++) expect(offenders.record('one', n).delayMs).toBe(0);
   });
 });
 
@@ -46,18 +47,18 @@ describe('sockets that wait', () => {
   test('are 64 at most, the longest goes first; none is kept that is gone or has much to send; all can be released', () => {
     vi.useFakeTimers();
     try {
-      const violations = new Violations(10_000);
+      const waiting = new HeldSockets();
       const sockets = Array.from({ length: 70 }, () => new PassThrough());
-      for (const socket of sockets) expect(violations.hold(socket, 1000)).toBe(true);
+      for (const socket of sockets) expect(waiting.hold(socket, 1000)).toBe(true);
       expect(sockets[69]?.isPaused()).toBe(true);
       expect(sockets.filter(({ destroyed }) => destroyed)).toEqual(sockets.slice(0, 6));
       const gone = new PassThrough();
       gone.destroy();
-      expect(violations.hold(gone, 1000)).toBe(false);
+      expect(waiting.hold(gone, 1000)).toBe(false);
       const busy = new PassThrough({ writableHighWaterMark: 1, readableHighWaterMark: 1 });
       busy.write(Buffer.alloc(100));
       busy.write(Buffer.alloc(70_000));
-      expect(violations.hold(busy, 1000)).toBe(false);
+      expect(waiting.hold(busy, 1000)).toBe(false);
       expect(busy.destroyed).toBe(false);
       vi.advanceTimersByTime(999);
       expect(sockets[69]?.destroyed).toBe(false);
@@ -65,8 +66,8 @@ describe('sockets that wait', () => {
       expect(sockets.every(({ destroyed }) => destroyed)).toBe(true);
 
       const last = new PassThrough();
-      violations.hold(last, 1000);
-      violations.release();
+      waiting.hold(last, 1000);
+      waiting.release();
       expect(last.destroyed).toBe(true);
       // Nothing of it is left that would keep the process.
     } finally {
@@ -75,11 +76,11 @@ describe('sockets that wait', () => {
   });
 
   test('leave no timer behind when they are closed', async () => {
-    const violations = new Violations(10_000);
+    const waiting = new HeldSockets();
     const socket = new PassThrough();
     const cleared = vi.spyOn(globalThis, 'clearTimeout');
-    violations.hold(socket, 1_000_000);
-    violations.release();
+    waiting.hold(socket, 1_000_000);
+    waiting.release();
     await new Promise((resolve) => socket.once('close', resolve));
     expect(cleared).toHaveBeenCalled();
     cleared.mockRestore();

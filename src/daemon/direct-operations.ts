@@ -3,7 +3,7 @@
  * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
  * exports: those the NBD server opened are the server's.
  */
-import { ALLOCATION_CONTEXT, type BlockDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
+import { ALLOCATION_CONTEXT, type CompleteDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import type { Writers } from '../export/writers.js';
 import { parseSpec } from '../vdi/names.js';
@@ -38,7 +38,7 @@ const PEER: Peer = { transport: 'internal', address: 'command line' };
 const MAX_REQUEST_BYTES = 32 * 2 ** 20;
 
 /** As far as they watch over who writes. */
-type Exports = ExportProvider & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf' | 'forget'> };
+type Exports = ExportProvider<CompleteDevice> & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf' | 'forget'> };
 
 export class DirectOperations implements Operations {
   readonly store: string;
@@ -190,7 +190,7 @@ export class DirectOperations implements Operations {
   }
 }
 
-function diskOf(device: BlockDevice): Disk {
+function diskOf(device: CompleteDevice): Disk {
   const { size, readOnly } = device.geometry;
   return {
     size,

@@ -8,7 +8,7 @@ import {
   DeviceError,
   ExportError,
   type Awaitable,
-  type BlockDevice,
+  type CompleteDevice,
   type Ending,
   type ExportInfo,
   type ExportProvider,
@@ -22,7 +22,7 @@ import { parseOtherwise, type Exclusive } from './exclusive.js';
 import { accessName, parseExportName, subjectText } from './export-name.js';
 
 /** Exports that can say whose data a name leads to. */
-export interface SubjectExports extends ExportProvider {
+export interface SubjectExports extends ExportProvider<CompleteDevice> {
   /** Undefined if nothing has the id that is named. Errors: ExportError, for what is no name. */
   subjectOf(name: string): Promise<Subject | undefined>;
   /** Of those subjects only that `isTold` says. */
@@ -48,7 +48,7 @@ export interface PeerAccess {
   readonly exclusive?: Exclusive | undefined;
 }
 
-interface RefusableDevice extends BlockDevice {
+interface RefusableDevice extends CompleteDevice {
   /** In place of `close`, if the peer is not given the device after all. */
   refuse?(): Awaitable<void>;
 }
@@ -67,7 +67,7 @@ export interface AccessPolicy {
   decide(accessName: string, peer: Peer): Access;
 }
 
-export class AuthorisedExports implements ExportProvider {
+export class AuthorisedExports implements ExportProvider<CompleteDevice> {
   readonly #provider: SubjectExports;
   readonly #policy: AccessPolicy;
 
@@ -91,7 +91,7 @@ export class AuthorisedExports implements ExportProvider {
     return { ...described, geometry: access.isReadOnly ? readOnly(geometry) : geometry };
   }
 
-  async open(name: string, peer: Peer): Promise<{ readonly device: BlockDevice; readonly info: ExportInfo }> {
+  async open(name: string, peer: Peer): Promise<{ readonly device: CompleteDevice; readonly info: ExportInfo }> {
     const { subject, ...access } = await this.#admit(name, peer);
     const opened = await this.#provider.open(name, peer, access);
     // An id may have been given away, and to somebody else, since it was judged.
@@ -185,11 +185,11 @@ function readOnly(geometry: Geometry): Geometry {
 }
 
 /** nbd/ refuses writes to a read-only geometry by itself; that this device refuses them too is the second lock. */
-class ReadOnlyDevice implements BlockDevice {
+class ReadOnlyDevice implements CompleteDevice {
   readonly geometry: Geometry;
-  readonly #device: BlockDevice;
+  readonly #device: CompleteDevice;
 
-  constructor(device: BlockDevice) {
+  constructor(device: CompleteDevice) {
     this.#device = device;
     this.geometry = readOnly(device.geometry);
   }

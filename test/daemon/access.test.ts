@@ -1,6 +1,6 @@
 /** The access file: what its lines mean, what is wrong with a wrong one, and what a peer gets to see. */
 import { describe, expect, test } from 'vitest';
-import { ExportError, type BlockDevice, type Geometry, type Peer } from 'nbd-server-ts';
+import { ExportError, type CompleteDevice, type Geometry, type Peer } from 'nbd-server-ts';
 import { AccessRules, parseAccess } from '../../src/daemon/access.js';
 import { AuthorisedExports, type SubjectExports } from '../../src/export/authorised-exports.js';
 import { subjectText } from '../../src/export/export-name.js';
@@ -201,7 +201,7 @@ describe('exports behind rules', () => {
     },
   };
   const calls: string[] = [];
-  const device: BlockDevice = {
+  const device: CompleteDevice = {
     geometry,
     read: () => void calls.push('read'),
     write: () => void calls.push('write'),

@@ -26,12 +26,13 @@ const MAKES = new RegExp(
 
 /** Why no error of it can be without a listener. */
 const KNOWN: Readonly<Record<string, string>> = {
-  'nbd/src/client.ts':
+  'nbd/src/client/client.ts':
     'connectSocket: until connected; the constructor listens from then on, under TLS connectTls in between',
-  'nbd/src/in-place-socket.ts': 'handed to Connection in the same turn, which listens for its whole life',
-  'nbd/src/server.ts':
+  'nbd/src/server/in-place-socket.ts': 'handed to Connection in the same turn, which listens for its whole life',
+  'nbd/src/server/listening.ts': 'isListenedOn: where it is made',
+  'nbd/src/server/server.ts':
     'a listener of servers from the first moment; sockets go to Connection, or are refused with a listener',
-  'nbd/src/tls.ts':
+  'nbd/src/protocol/tls.ts':
     'the server never listens; Node hands errors of its sockets to tlsClientError, the client listens itself',
   'src/cli/client-list.ts': 'process.stdout: main.ts',
   'src/cli/cluster.ts': 'process.stdout: main.ts',

@@ -20,7 +20,7 @@ import {
   waitUntil,
   type Daemon,
 } from '../harness/daemon.js';
-import { encodeExtendedRequest, encodeRequest } from '../../nbd/src/protocol.js';
+import { encodeExtendedRequest, encodeRequest } from '../../nbd/src/protocol/wire.js';
 import { Qmp } from '../vm/qmp.js';
 
 const MIB = 2 ** 20;

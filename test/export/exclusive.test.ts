@@ -15,7 +15,7 @@ import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { lookAtProcess } from '../../src/vdi/process-identity.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
-import { CMD } from '../../nbd/src/protocol.js';
+import { CMD } from '../../nbd/src/protocol/wire.js';
 import { RawClient } from '../../nbd/test/raw-client.js';
 import { waitUntil } from '../harness/daemon.js';
 

@@ -6,7 +6,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
-import type { BlockDevice, Peer } from 'nbd-server-ts';
+import type { CompleteDevice, Peer } from 'nbd-server-ts';
 import { AuthorisedExports } from '../../src/export/authorised-exports.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
@@ -46,7 +46,7 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 
-async function open(spec: string, from: Peer = CLIENT): Promise<BlockDevice> {
+async function open(spec: string, from: Peer = CLIENT): Promise<CompleteDevice> {
   return (await exports.open(spec, from)).device;
 }
 
@@ -130,7 +130,7 @@ for (const order of ['before its goodbye', 'after its goodbye'] as const) {
     await catalog.snapshot('disk', 'monday');
     for (const from of [CLIENT, ownProcess()]) {
       for (const spec of ['disk', 'disk@monday']) {
-        const use = async (device: BlockDevice): Promise<void> => {
+        const use = async (device: CompleteDevice): Promise<void> => {
           if (spec === 'disk') await device.write(0, Buffer.alloc(BLOCK, 3), true);
           else await read(device);
         };

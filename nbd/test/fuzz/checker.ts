@@ -15,7 +15,7 @@ import {
   REQUEST_MAGIC,
   SIMPLE_REPLY_MAGIC,
   STRUCTURED_REPLY_MAGIC,
-} from '../../src/protocol.js';
+} from '../../src/protocol/wire.js';
 
 type Level = 'simple' | 'structured' | 'extended';
 

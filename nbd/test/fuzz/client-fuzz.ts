@@ -4,7 +4,7 @@
  */
 
 import { NbdClient, NbdClientError, type ReplyLevel } from '../../src/index.js';
-import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, REP, REPLY_TYPE } from '../../src/protocol.js';
+import { CMD, CMD_FLAG, MAX_PAYLOAD, OPT, REP, REPLY_TYPE } from '../../src/protocol/wire.js';
 import { connectedEnds, type PairEnd } from '../pair-end.js';
 import { Random } from './random.js';
 
@@ -160,6 +160,9 @@ class LyingServer {
         if (random.oneIn(3)) reply(REP.INFO, Buffer.concat([u16(3), u32(1), u32(4096), u32(MAX_PAYLOAD)]));
         if (random.oneIn(6)) reply(REP.INFO, Buffer.concat([u16(random.below(9)), random.bytes(random.below(30))]));
         if (option === OPT.GO) this.phase = 'requests';
+        break;
+      default:
+        // No option of ours: acknowledged all the same.
         break;
     }
     reply(REP.ACK, random.oneIn(40) ? random.bytes(3) : Buffer.alloc(0));

@@ -5,7 +5,15 @@
  */
 
 import { DeviceError, NbdServer, type DeviceErrorCode, type ExtentSink } from '../../src/index.js';
-import { CMD, CMD_FLAG, EXTENDED_REQUEST_MAGIC, NBD_ERRNO, OPT, REQUEST_MAGIC, type INFO } from '../../src/protocol.js';
+import {
+  CMD,
+  CMD_FLAG,
+  EXTENDED_REQUEST_MAGIC,
+  NBD_ERRNO,
+  OPT,
+  REQUEST_MAGIC,
+  type INFO,
+} from '../../src/protocol/wire.js';
 import { connectedEnds } from '../pair-end.js';
 import { TestExport, TestProvider } from '../test-device.js';
 import { checkServerOutput } from './checker.js';

@@ -1,0 +1,281 @@
+/**
+ * The extents that answer a block status request, for all its contexts: collected from a device one context after the
+ * other, neighbours joined, cut to the range asked for, to a bounded number, and all at the same byte; and written as the
+ * payloads of chunks. It holds devices to what BlockDevice.extents promises; it never asks a device by itself and sends
+ * nothing.
+ *
+ * The protocol lets each context end elsewhere. Clients that ask for two and go on from where one of them ends (libnbd's
+ * users do, virtnbdbackup among them) lose what the other one had not told: so no reply has contexts of different lengths.
+ */
+
+import { ALLOCATION_CONTEXT, type ExtentSink } from '../block-device.js';
+import { REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
+
+/** Extents of one reply, all contexts together: 2 MiB at most; as many as qemu gives for one. A client asks on from there. */
+export const MAX_REPLY_EXTENTS = 128 * 1024;
+/** Bytes of an extent, in memory and with extended headers; half of it without. */
+const WIDE_EXTENT_SIZE = 16;
+/** Extents come in chunks of this size, which are used again: 64 KiB. Most answers have few, in a first chunk of 1 KiB. */
+const CHUNK_EXTENTS = 4096;
+const FIRST_EXTENTS = 64;
+/** Extents of one reply where there is no memory for more: no chunk is needed. Not less than the contexts of a request. */
+export const OWN_REPLY_EXTENTS = FIRST_EXTENTS;
+/** Chunks kept for reuse: 4 MiB, which is what the longest answer takes. */
+const KEPT_CHUNKS = 64;
+const MAX_FLAGS_32 = 0xffff_ffff;
+
+/**
+ * Bytes of memory that a block status may take until it is answered, at most: what was collected for the contexts so far,
+ * and for one more, or for the reply. A short range has few extents, whatever the device says: none is shorter than a byte.
+ */
+export function blockStatusMemory(length: number, contextCount: number): number {
+  const extents = Math.min(MAX_REPLY_EXTENTS, contextCount * length);
+  // The last chunk of each context may be almost empty.
+  return WIDE_EXTENT_SIZE * (2 * extents + contextCount * Math.min(CHUNK_EXTENTS, length));
+}
+
+/** The collectors of one request, in the order of its contexts. */
+export class StatusReply {
+  readonly collectors: ExtentCollector[] = [];
+  private end: number;
+
+  /**
+   * @param contextCount how many contexts there will be
+   * @param reqOne NBD_CMD_FLAG_REQ_ONE: one extent for each
+   * @param most extents of all contexts together
+   */
+  constructor(
+    private readonly offset: number,
+    length: number,
+    private readonly contextCount: number,
+    private readonly reqOne: boolean,
+    private readonly most = MAX_REPLY_EXTENTS,
+  ) {
+    this.end = offset + length;
+  }
+
+  /** Bytes that the next context is to be asked for: no more than those before it have told of. */
+  get length(): number {
+    return this.end - this.offset;
+  }
+
+  /** For the next context; to be filled by the device, then given to `add`. */
+  next(context: string, isWide: boolean): ExtentCollector {
+    return new ExtentCollector(context, this.offset, this.length, this.reqOne ? 1 : this.most, isWide);
+  }
+
+  /**
+   * The device has told what it tells of this context, which may be less than it was asked for: then all contexts end
+   * there. @throws Error if it told nothing
+   */
+  add(collector: ExtentCollector): void {
+    collector.finish();
+    const { collectors } = this;
+    collectors.push(collector);
+    // Each context still to come needs one extent at least.
+    const most = this.reqOne ? collectors.length : this.most - (this.contextCount - collectors.length);
+    this.end = this.offset + commonLength(collectors, most);
+    for (const each of collectors) each.cutTo(this.length);
+  }
+
+  /** The reply is written: the memory of the extents can be used again. */
+  release(): void {
+    for (const collector of this.collectors) collector.release();
+  }
+}
+
+/**
+ * The most bytes that all collectors cover with `most` extents together; `most` is not less than their number. A search for
+ * it takes as many steps as a length has bits, however many extents there are.
+ */
+function commonLength(collectors: readonly ExtentCollector[], most: number): number {
+  let longest = Infinity;
+  for (const collector of collectors) longest = Math.min(longest, collector.length);
+  if (extentsWithin(collectors, longest) <= most) return longest;
+  // A byte needs one extent of each.
+  let enough = 1;
+  let tooMuch = longest;
+  while (tooMuch - enough > 1) {
+    const middle = enough + Math.floor((tooMuch - enough) / 2);
+    if (extentsWithin(collectors, middle) <= most) enough = middle;
+    else tooMuch = middle;
+  }
+  return enough;
+}
+
+/** How many extents cover the first `length` bytes of all contexts. */
+function extentsWithin(collectors: readonly ExtentCollector[], length: number): number {
+  let count = 0;
+  for (const collector of collectors) count += collector.countWithin(length);
+  return count;
+}
+
+/** Of CHUNK_EXTENTS each. */
+const spareChunks: Float64Array[] = [];
+
+/** The extents of one context. */
+export class ExtentCollector {
+  /** How many extents there are. */
+  count = 0;
+  /** The end of each extent, counted from where the first one begins, and its flags, one after the other. */
+  private readonly first: Float64Array;
+  private readonly chunks: Float64Array[] = [];
+  private readonly end: number;
+  private reached: number;
+  private lastFlags = 0;
+  private isFinished = false;
+  /** What the device did that it must not do. */
+  private breach: string | undefined;
+
+  /**
+   * @param most extents; 1 for NBD_CMD_FLAG_REQ_ONE
+   * @param isWide whether flags may have more than 32 bits
+   */
+  constructor(
+    private readonly context: string,
+    private readonly begin: number,
+    length: number,
+    private readonly most: number,
+    private readonly isWide: boolean,
+  ) {
+    this.first = new Float64Array(2 * Math.min(most, FIRST_EXTENTS));
+    this.reached = begin;
+    this.end = begin + length;
+  }
+
+  readonly sink: ExtentSink = (offset, length, flags) => {
+    if (this.isFinished) return false;
+    if (offset !== this.reached || !(length > 0) || !this.areFlags(flags)) {
+      this.breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected what is at ${this.reached}`;
+      return false;
+    }
+    if (this.count === 0 || flags !== this.lastFlags) {
+      if (this.count === this.most) return false;
+      this.count++;
+      this.lastFlags = flags;
+    }
+    // Never beyond what was asked: it must not with REQ_ONE, and a length of 32 bits always holds it.
+    const reached = Math.min(offset + length, this.end);
+    this.reached = reached;
+    this.set(this.count - 1, reached - this.begin, flags);
+    return reached < this.end;
+  };
+
+  /** All extents are in. @throws Error if the device gave none: at least one must be sent. */
+  finish(): void {
+    this.isFinished = true;
+    if (this.count === 0) {
+      throw new Error(`the device ${this.breach ?? 'reported no extent'} (extents of ${JSON.stringify(this.context)})`);
+    }
+  }
+
+  /** Bytes that the extents cover. */
+  get length(): number {
+    return this.reached - this.begin;
+  }
+
+  /** How many extents cover the first `length` bytes, of which there are so many at least. */
+  countWithin(length: number): number {
+    let low = 0;
+    let high = this.count - 1;
+    while (low < high) {
+      const middle = (low + high) >>> 1;
+      if (this.endOf(middle) >= length) high = middle;
+      else low = middle + 1;
+    }
+    return low + 1;
+  }
+
+  /** Leave out what lies behind the first `length` bytes, of which there are so many at least. */
+  cutTo(length: number): void {
+    if (length === this.length) return;
+    this.count = this.countWithin(length);
+    this.set(this.count - 1, length, this.flagsOf(this.count - 1));
+    this.reached = this.begin + length;
+    const chunks = Math.ceil(Math.max(0, this.count - FIRST_EXTENTS) / CHUNK_EXTENTS);
+    while (this.chunks.length > chunks) this.releaseChunk();
+  }
+
+  /** Its memory is another one's: it is not used any more. */
+  release(): void {
+    while (this.chunks.length > 0) this.releaseChunk();
+  }
+
+  payloadSize(extendedHeaders: boolean): number {
+    return extendedHeaders ? 8 + WIDE_EXTENT_SIZE * this.count : 4 + (WIDE_EXTENT_SIZE / 2) * this.count;
+  }
+
+  writePayload(target: Buffer, contextId: number, extendedHeaders: boolean): void {
+    target.writeUInt32BE(contextId, 0);
+    let at = 4;
+    if (extendedHeaders) {
+      target.writeUInt32BE(this.count, 4);
+      at = 8;
+    }
+    let begin = 0;
+    for (let index = 0; index < this.count; index++) {
+      const end = this.endOf(index);
+      if (extendedHeaders) {
+        writeUInt64(target, end - begin, at);
+        writeUInt64(target, this.flagsOf(index), at + 8);
+        at += WIDE_EXTENT_SIZE;
+      } else {
+        target.writeUInt32BE(end - begin, at);
+        target.writeUInt32BE(this.flagsOf(index), at + 4);
+        at += WIDE_EXTENT_SIZE / 2;
+      }
+      begin = end;
+    }
+  }
+
+  private set(index: number, end: number, flags: number): void {
+    if (index < FIRST_EXTENTS) {
+      this.first[2 * index] = end;
+      this.first[2 * index + 1] = flags;
+      return;
+    }
+    const at = index - FIRST_EXTENTS;
+    const number = Math.floor(at / CHUNK_EXTENTS);
+    let chunk = this.chunks[number];
+    if (chunk === undefined) {
+      chunk = spareChunks.pop() ?? new Float64Array(2 * CHUNK_EXTENTS);
+      this.chunks.push(chunk);
+    }
+    chunk[2 * (at % CHUNK_EXTENTS)] = end;
+    chunk[2 * (at % CHUNK_EXTENTS) + 1] = flags;
+  }
+
+  private endOf(index: number): number {
+    return this.at(index, 0);
+  }
+
+  private flagsOf(index: number): number {
+    return this.at(index, 1);
+  }
+
+  private at(index: number, what: 0 | 1): number {
+    if (index < FIRST_EXTENTS) return this.first[2 * index + what] as number;
+    const at = index - FIRST_EXTENTS;
+    const chunk = this.chunks[Math.floor(at / CHUNK_EXTENTS)] as Float64Array;
+    return chunk[2 * (at % CHUNK_EXTENTS) + what] as number;
+  }
+
+  private releaseChunk(): void {
+    const chunk = this.chunks.pop();
+    if (chunk !== undefined && spareChunks.length < KEPT_CHUNKS) spareChunks.push(chunk);
+  }
+
+  private areFlags(flags: number): boolean {
+    return Number.isSafeInteger(flags) && flags >= 0 && (this.isWide || flags <= MAX_FLAGS_32);
+  }
+}
+
+/** "only BLOCK_STATUS for structured replies, and only BLOCK_STATUS_EXT for extended headers" */
+export function statusChunkType(extendedHeaders: boolean): number {
+  return extendedHeaders ? REPLY_TYPE.BLOCK_STATUS_EXT : REPLY_TYPE.BLOCK_STATUS;
+}
+
+/** Whether a context's flags may have more than 32 bits. Those of the base namespace never have. */
+export function isWideContext(context: string, wideContexts: readonly string[] = []): boolean {
+  return context !== ALLOCATION_CONTEXT && wideContexts.includes(context);
+}

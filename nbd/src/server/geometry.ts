@@ -1,0 +1,77 @@
+/**
+ * What a device says of itself, completed and checked before anything is announced of it. It owns the defaults of a
+ * geometry and the rules that it must keep; a device that breaks them is a bug of the device, and is not served.
+ */
+
+import type { BlockDevice, CompleteDevice, DeviceGeometry, Geometry } from '../block-device.js';
+import { decodeString, LEAST_PREFERRED_BLOCK_SIZE, MAX_MINIMUM_BLOCK_SIZE, MAX_PAYLOAD } from '../protocol/wire.js';
+
+/** A page of most systems, and the block of most filesystems, bytes. */
+const DEFAULT_PREFERRED_BLOCK_SIZE = 4096;
+
+/**
+ * A device as requests reach it. It need not have the methods that its geometry does not announce: requestError refuses
+ * their commands. What it announces it has; see missingMethod.
+ */
+export type ServedDevice = BlockDevice & Pick<CompleteDevice, 'zero' | 'trim' | 'cache' | 'extents'>;
+
+/** `given` with the defaults for what it does not say. It does not change any more, whatever the device does. */
+export function completeGeometry(given: DeviceGeometry): Geometry {
+  const { size, minimumBlockSize = 1, contexts = [], wideContexts = [] } = given;
+  return Object.freeze({
+    size,
+    minimumBlockSize,
+    preferredBlockSize: given.preferredBlockSize ?? Math.max(minimumBlockSize, DEFAULT_PREFERRED_BLOCK_SIZE),
+    readOnly: given.readOnly ?? false,
+    canFlush: given.canFlush ?? true,
+    canFua: given.canFua ?? false,
+    canTrim: given.canTrim ?? false,
+    canZero: given.canZero ?? false,
+    canFastZero: given.canFastZero ?? false,
+    canCache: given.canCache ?? false,
+    multiConn: given.multiConn ?? false,
+    rotational: given.rotational ?? false,
+    contexts,
+    wideContexts,
+  });
+}
+
+/** Which method `device` lacks for what `geometry` announces of it, in words; undefined if none. */
+export function missingMethod(device: BlockDevice, geometry: Geometry): string | undefined {
+  if (geometry.canTrim && device.trim === undefined) return 'canTrim without a method trim';
+  if (geometry.canZero && device.zero === undefined) return 'canZero without a method zero';
+  if (geometry.canCache && device.cache === undefined) return 'canCache without a method cache';
+  if (geometry.contexts.length > 0 && device.extents === undefined) return 'contexts without a method extents';
+  return undefined;
+}
+
+/**
+ * Why `geometry` cannot be announced, or undefined if it can ("Size constraints").
+ */
+export function geometryProblem(geometry: Geometry): string | undefined {
+  const { size, minimumBlockSize, preferredBlockSize } = geometry;
+  if (!Number.isSafeInteger(size) || size < 0) return `size ${size} is not an integer from 0 to 2^53-1`;
+  if (!isPowerOfTwo(minimumBlockSize) || minimumBlockSize > MAX_MINIMUM_BLOCK_SIZE) {
+    return `minimumBlockSize ${minimumBlockSize} is not a power of two from 1 to ${MAX_MINIMUM_BLOCK_SIZE}`;
+  }
+  const leastPreferred = Math.max(minimumBlockSize, LEAST_PREFERRED_BLOCK_SIZE);
+  if (!isPowerOfTwo(preferredBlockSize) || preferredBlockSize < leastPreferred || preferredBlockSize > MAX_PAYLOAD) {
+    return `preferredBlockSize ${preferredBlockSize} is not a power of two from ${leastPreferred} to ${MAX_PAYLOAD}`;
+  }
+  const { contexts, wideContexts = [] } = geometry;
+  const badContext = contexts.find((name) => !isContextName(name));
+  if (badContext !== undefined) return `context ${JSON.stringify(badContext)} is not NAMESPACE:LEAF`;
+  if (new Set(contexts).size !== contexts.length) return 'a context is offered twice';
+  const unknown = wideContexts.find((name) => !contexts.includes(name));
+  if (unknown !== undefined) return `wideContexts has ${JSON.stringify(unknown)}, contexts has not`;
+  return undefined;
+}
+
+/** "Metadata querying": a namespace of printable characters, a colon, and a leaf, which is what tells it from a query. */
+function isContextName(name: string): boolean {
+  return /^[^\p{C}\p{Z}:]+:./u.test(name) && decodeString(Buffer.from(name)) === name;
+}
+
+function isPowerOfTwo(value: number): boolean {
+  return Number.isInteger(value) && value >= 1 && value <= 0x4000_0000 && (value & (value - 1)) === 0;
+}

@@ -1,0 +1,178 @@
+/**
+ * Listening sockets: where a server listens, how an address is bound, and who it is that connects there. It owns socket
+ * files and their permissions; what happens on an accepted connection is none of its affairs.
+ */
+
+import { chmod, lstat, unlink } from 'node:fs/promises';
+import net from 'node:net';
+import { isMainThread } from 'node:worker_threads';
+import type { Peer, PeerCredentials } from '../block-device.js';
+import { socketPathProblem } from '../protocol/socket-path.js';
+
+/**
+ * Where to listen: a unix socket, with the permissions of its file, a TCP address (port 0: any free one), or a
+ * descriptor of a socket of either kind that listens already (socket activation).
+ */
+export type ListenOptions =
+  | { readonly path: string; readonly mode?: number }
+  | { readonly host: string; readonly port: number }
+  | {
+      readonly fd: number;
+      /** The path of a unix socket, which Node cannot find out. */
+      readonly path?: string;
+    };
+
+/** Where a server listens. */
+export type BoundAddress =
+  | { readonly transport: 'unix'; readonly path: string }
+  | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
+
+/** Why a server could not listen. */
+export class ListenError extends Error {
+  constructor(
+    readonly code: 'IN_USE' | 'NOT_A_SOCKET' | 'CLOSED' | 'FAILED',
+    message: string,
+    options?: ErrorOptions,
+  ) {
+    super(message, options);
+    this.name = 'ListenError';
+  }
+}
+
+/** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
+const LISTEN_BACKLOG = 511;
+const IPV4_MAPPED = '::ffff:';
+
+/**
+ * Bind `listener` and listen. A socket file left behind by a server that is gone is replaced; one that somebody listens on,
+ * and any other kind of file, is not.
+ * @throws ListenError
+ */
+export async function bindListener(listener: net.Server, options: ListenOptions): Promise<BoundAddress> {
+  if ('fd' in options) return adopt(listener, options);
+  return 'path' in options ? bindUnix(listener, options) : bindTcp(listener, options);
+}
+
+/** Who is at the other end of `socket`, which `listener` has accepted. */
+export function peerOf(
+  socket: net.Socket,
+  listener: net.Server,
+  options: ListenOptions,
+  credentialsOf: ((socket: net.Socket) => PeerCredentials | undefined) | undefined,
+): Peer {
+  const address = listener.address();
+  if (address === null || typeof address === 'string') {
+    const credentials = credentialsOf?.(socket);
+    return { transport: 'unix', address: pathOf(options), ...(credentials !== undefined && { credentials }) };
+  }
+  const remote = socket.remoteAddress ?? 'unknown';
+  const host =
+    remote.startsWith(IPV4_MAPPED) && net.isIPv4(remote.slice(IPV4_MAPPED.length))
+      ? remote.slice(IPV4_MAPPED.length)
+      : remote;
+  return { transport: 'tcp', address: `${remote}:${socket.remotePort ?? 0}`, host };
+}
+
+async function adopt(listener: net.Server, options: { fd: number; path?: string }): Promise<BoundAddress> {
+  try {
+    await bind(listener, { fd: options.fd });
+  } catch (error) {
+    throw listenError(`descriptor ${options.fd}`, error);
+  }
+  return addressOf(listener, options);
+}
+
+/** Where `listener` listens; Node has no address for unix sockets that it did not bind. */
+function addressOf(listener: net.Server, options: ListenOptions): BoundAddress {
+  const address = listener.address();
+  if (address === null || typeof address === 'string') return { transport: 'unix', path: pathOf(options) };
+  return { transport: 'tcp', host: address.address, port: address.port };
+}
+
+function pathOf(options: ListenOptions): string {
+  if ('path' in options && options.path !== undefined) return options.path;
+  return 'fd' in options ? `descriptor ${options.fd}` : 'unknown';
+}
+
+async function bindTcp(listener: net.Server, options: { host: string; port: number }): Promise<BoundAddress> {
+  const { host, port } = options;
+  try {
+    await bind(listener, { host, port });
+  } catch (error) {
+    throw listenError(`${host}:${port}`, error);
+  }
+  return addressOf(listener, options);
+}
+
+async function bindUnix(listener: net.Server, options: { path: string; mode?: number }): Promise<BoundAddress> {
+  const { path, mode } = options;
+  const problem = socketPathProblem(path);
+  if (problem !== undefined) throw new ListenError('FAILED', `cannot listen on ${path}: ${problem}`);
+  try {
+    await bind(listener, { path }, mode);
+  } catch (error) {
+    if (errorCode(error) !== 'EADDRINUSE') throw listenError(path, error);
+    await removeStaleSocket(path);
+    try {
+      await bind(listener, { path }, mode);
+    } catch (secondError) {
+      throw listenError(path, secondError);
+    }
+  }
+  return { transport: 'unix', path };
+}
+
+async function bind(
+  listener: net.Server,
+  address: { path: string } | { host: string; port: number } | { fd: number },
+  mode?: number,
+): Promise<void> {
+  // The file must never be there with wider permissions than asked for. It is created inside listen(), before that
+  // returns; a worker thread may not set the umask and makes do with the chmod below.
+  await new Promise<void>((resolve, reject) => {
+    listener.once('error', reject);
+    listener.once('listening', () => listener.off('error', reject));
+    const umask = mode !== undefined && isMainThread ? process.umask(0o777 & ~mode) : undefined;
+    try {
+      listener.listen({ ...address, backlog: LISTEN_BACKLOG }, resolve);
+    } finally {
+      if (umask !== undefined) process.umask(umask);
+    }
+  }).finally(() => listener.removeAllListeners('listening'));
+  if (mode !== undefined && 'path' in address) await chmod(address.path, mode);
+}
+
+/** Remove the socket file at `path` if nobody listens on it. */
+async function removeStaleSocket(path: string): Promise<void> {
+  const found = await lstat(path).catch(() => undefined);
+  if (found === undefined) return;
+  if (!found.isSocket())
+    throw new ListenError('NOT_A_SOCKET', `${path} exists and is not a socket; remove it yourself`);
+  if (await isListenedOn(path)) throw new ListenError('IN_USE', `another server is listening on ${path}`);
+  await unlink(path).catch((error: unknown) => {
+    throw listenError(path, error);
+  });
+}
+
+function isListenedOn(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = net.connect({ path });
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    // Only a refusal says that nobody is there; anything else (EACCES, a full backlog) may be a live server.
+    probe.once('error', (error) => resolve(errorCode(error) !== 'ECONNREFUSED'));
+  });
+}
+
+function listenError(where: string, error: unknown): ListenError {
+  if (error instanceof ListenError) return error;
+  const message = error instanceof Error ? error.message : String(error);
+  const code = errorCode(error) === 'EADDRINUSE' ? 'IN_USE' : 'FAILED';
+  return new ListenError(code, `cannot listen on ${where}: ${message}`, { cause: error });
+}
+
+function errorCode(error: unknown): unknown {
+  return error instanceof Error && 'code' in error ? error.code : undefined;
+}

@@ -1,0 +1,147 @@
+/**
+ * The event loop, shared fairly between the connections that it serves. Who has used its slice of a turn gives way: it waits in
+ * a queue, from which whoever has used least lately is served first, and between two turns of the queue the loop looks
+ * at the sockets. Owns the queue and what each connection has used; it knows nothing of requests.
+ *
+ * The clock is looked at once in a while, not for every small request: work is counted in units, and those who do little
+ * never see it.
+ */
+
+/** What one connection may use of a turn of the loop, milliseconds. */
+const SLICE_MS = 2;
+/** What all connections together may use of a turn for what their sockets bring; what comes then waits for the next turn. */
+const TURN_MS = 4;
+/** What those that wait may use of a turn, milliseconds. */
+const QUEUE_MS = 2;
+/** What was used counts half after so long, milliseconds. */
+const HALF_LIFE_MS = 100;
+/** Units of work after which the clock is looked at. */
+export const UNITS_PER_LOOK = 16;
+/** More halvings than this leave nothing. */
+const MAX_HALVINGS = 32;
+
+/** What one connection has used of the loop. Times are of performance.now(). */
+export class LoopUser {
+  /** Milliseconds, those of long ago counting less. */
+  used = 0;
+  period = 0;
+  /** The turn that `usedInTurn` is of. */
+  turn = 0;
+  usedInTurn = 0;
+  /** Since when its present work was not reckoned; 0 if the clock was not looked at during it. */
+  since = 0;
+}
+
+/** Work that waits for its turn. */
+export interface LoopTask {
+  readonly loopUser: LoopUser;
+  /** Do some of it, calling `mustYield` and `finish`. What is left asks for another turn. */
+  serveTurn(): void;
+}
+
+export class LoopShare {
+  /** Whether the sockets have used what there is for them in this turn: new input has to wait, too. */
+  isSpent = false;
+
+  private unitsLeft = UNITS_PER_LOOK;
+  private turn = 1;
+  private turnBegan = 0;
+  private isTurnOpen = false;
+  private readonly waiting: LoopTask[] = [];
+
+  /** To be asked before each piece of work of so many units: whether `user` has to wait for its turn first. */
+  mustYield(user: LoopUser, units: number): boolean {
+    this.unitsLeft -= units;
+    return this.unitsLeft <= 0 && this.look(user);
+  }
+
+  /** The work of `user` that was asked for is done, or waits. */
+  finish(user: LoopUser): void {
+    if (user.since === 0) return;
+    this.charge(user, performance.now());
+    user.since = 0;
+  }
+
+  /** `task` is served once when its turn comes. */
+  enqueue(task: LoopTask): void {
+    this.waiting.push(task);
+    if (!this.isTurnOpen) this.openTurn(performance.now());
+  }
+
+  /** `task` does not want its turn any more. */
+  leave(task: LoopTask): void {
+    const index = this.waiting.indexOf(task);
+    if (index >= 0) this.waiting.splice(index, 1);
+  }
+
+  private look(user: LoopUser): boolean {
+    this.unitsLeft = UNITS_PER_LOOK;
+    const now = performance.now();
+    if (!this.isTurnOpen) this.openTurn(now);
+    if (user.turn !== this.turn) {
+      user.turn = this.turn;
+      user.usedInTurn = 0;
+    }
+    if (user.since !== 0) this.charge(user, now);
+    user.since = now;
+    if (now - this.turnBegan >= TURN_MS) this.isSpent = true;
+    return this.isSpent || user.usedInTurn >= SLICE_MS;
+  }
+
+  private charge(user: LoopUser, now: number): void {
+    const elapsed = now - user.since;
+    const period = Math.floor(now / HALF_LIFE_MS);
+    user.used = usedLately(user, period) + elapsed;
+    user.period = period;
+    user.usedInTurn += elapsed;
+  }
+
+  private openTurn(now: number): void {
+    this.isTurnOpen = true;
+    this.turn++;
+    this.turnBegan = now;
+    setImmediate(this.endTurn);
+  }
+
+  /** The loop has looked at all sockets: those that wait are served, each once at most, before it looks again. */
+  private readonly endTurn = (): void => {
+    this.isSpent = false;
+    if (this.waiting.length === 0) {
+      this.isTurnOpen = false;
+      return;
+    }
+    this.turn++;
+    const began = performance.now();
+    let now = began;
+    this.turnBegan = began;
+    for (let left = this.waiting.length; left > 0; left--) {
+      const task = this.takeNext(now);
+      if (task === undefined) break;
+      task.serveTurn();
+      now = performance.now();
+      if (now - began >= QUEUE_MS) break;
+    }
+    this.isSpent = false;
+    this.turnBegan = now;
+    setImmediate(this.endTurn);
+  };
+
+  /** Whoever has used least lately; of several, who has waited longest. */
+  private takeNext(now: number): LoopTask | undefined {
+    const period = Math.floor(now / HALF_LIFE_MS);
+    let best = 0;
+    let least = Infinity;
+    for (let i = 0; i < this.waiting.length; i++) {
+      const used = usedLately((this.waiting[i] as LoopTask).loopUser, period);
+      if (used < least) {
+        least = used;
+        best = i;
+      }
+    }
+    return this.waiting.splice(best, 1)[0];
+  }
+}
+
+function usedLately(user: LoopUser, period: number): number {
+  return user.used / 2 ** Math.min(period - user.period, MAX_HALVINGS);
+}

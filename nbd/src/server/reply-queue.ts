@@ -1,0 +1,385 @@
+/**
+ * The replies of one connection on their way out. It owns the memory they are built in, the order in which they are
+ * handed to the socket, and the count of bytes the socket has not taken; it knows neither requests nor devices.
+ *
+ * Replies are laid side by side in a slab while requests are executed, and leave in one write per batch. A read whose
+ * data comes later keeps its place in the slab (a pin) while the replies before and after it go on without it.
+ */
+
+import type { Duplex } from 'node:stream';
+import { LARGE_BYTES, OWN_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
+import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
+import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
+
+/** Slabs one connection may hold at a time; with more pinned by slow reads, each reply gets a block for itself. */
+const MAX_SLABS_PER_CONNECTION = 8;
+/** Replies of this many bytes are handed to the socket at once, so that the client reads while the next are made. */
+const FLUSH_AT_BYTES = 256 * 1024;
+
+/** "Conventions": a string "SHOULD be no longer than 256 bytes". */
+const MAX_ERROR_MESSAGE_BYTES = 256;
+/** In front of an error chunk's message: the error value and the message's length. */
+const ERROR_PAYLOAD_HEAD = 6;
+
+/** Why a request failed, for its reply. */
+export interface Failure {
+  /** NBD error value, not 0. */
+  readonly errno: number;
+  readonly message: string;
+  /** Where in the range of the request, if that is known. */
+  readonly offset?: number | undefined;
+}
+
+/** Bytes [start, end) of a block, ready to leave. Holds one pin of the block. */
+interface Piece {
+  readonly block: Block;
+  readonly start: number;
+  end: number;
+}
+
+export class ReplyQueue {
+  /** Reply bytes made and not yet taken by the socket. */
+  unsentBytes = 0;
+  /** Reply bytes that the socket has taken. */
+  takenBytes = 0;
+
+  private current: Block | undefined;
+  /** Where in `current` the replies begin that are not yet in `ready`. */
+  private openStart = 0;
+  private slabsHeld = 0;
+  private ready: Piece[] = [];
+  private readyBytes = 0;
+  private readonly writing: Piece[] = [];
+  private readBlock: Block | undefined;
+  private readAt = 0;
+  private readLength = 0;
+  private isClosed = false;
+
+  constructor(
+    private readonly socket: Duplex,
+    private readonly pool: BufferPool,
+    private readonly account: MemoryAccount,
+    private readonly encoder: ReplyEncoder,
+    /** Called when the socket took something: there may be room for further requests. */
+    private readonly onRoom: () => void,
+  ) {}
+
+  /** Success of a request that is not a read. */
+  done(cookieHigh: number, cookieLow: number, offsetHigh: number, offsetLow: number): void {
+    if (this.isClosed) return;
+    const size = this.encoder.doneSize;
+    const block = this.reserve(size);
+    this.encoder.writeDone(block.buffer, block.used - size, cookieHigh, cookieLow, offsetHigh, offsetLow);
+    this.unsentBytes += size;
+  }
+
+  /** Success of a read of nothing, which must not be told like that of other requests if replies are structured. */
+  doneEmptyRead(to: Addressee): void {
+    if (this.encoder.chunkHeaderSize === 0) this.done(to.cookieHigh, to.cookieLow, to.offsetHigh, to.offsetLow);
+    else this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.NONE, to, 0);
+  }
+
+  /** A request failed. */
+  error(to: Addressee, { errno, message, offset }: Failure): void {
+    if (this.isClosed) return;
+    if (this.encoder.chunkHeaderSize === 0) {
+      const size = this.encoder.doneSize;
+      const block = this.reserve(size);
+      this.encoder.writeError(block.buffer, block.used - size, to.cookieHigh, to.cookieLow, errno);
+      this.unsentBytes += size;
+      return;
+    }
+    const text = encodeString(message, MAX_ERROR_MESSAGE_BYTES);
+    const type = offset === undefined ? REPLY_TYPE.ERROR : REPLY_TYPE.ERROR_OFFSET;
+    const length = ERROR_PAYLOAD_HEAD + text.length + (offset === undefined ? 0 : CHUNK_OFFSET_SIZE);
+    const payload = this.chunk(REPLY_FLAG_DONE, type, to, length);
+    payload.writeUInt32BE(errno, 0);
+    payload.writeUInt16BE(text.length, 4);
+    text.copy(payload, ERROR_PAYLOAD_HEAD);
+    if (offset !== undefined) writeUInt64(payload, offset, ERROR_PAYLOAD_HEAD + text.length);
+  }
+
+  /** A whole read is answered by one hole. */
+  hole(to: Addressee, offset: number, length: number): void {
+    const payload = this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.OFFSET_HOLE, to, HOLE_PAYLOAD_SIZE);
+    writeUInt64(payload, offset, 0);
+    payload.writeUInt32BE(length, CHUNK_OFFSET_SIZE);
+  }
+
+  /** A chunk; its payload of `length` bytes is the caller's to fill before anything else is asked of the queue. */
+  chunk(flags: number, type: number, to: Addressee, length: number): Buffer {
+    const header = this.encoder.chunkHeaderSize;
+    const total = header + length;
+    if (this.isClosed) return Buffer.allocUnsafe(length);
+    let block: Block;
+    if (total > LARGE_BYTES) {
+      block = this.pool.takeLarge(this.account, total);
+      block.used = total;
+      this.closeOpenPiece();
+      this.pushReady(block, 0, total);
+    } else {
+      block = this.reserve(total);
+    }
+    const at = block.used - total;
+    this.encoder.writeChunkHeader(block.buffer, at, flags, type, to, length);
+    this.unsentBytes += total;
+    return block.buffer.subarray(at + header, block.used);
+  }
+
+  /** Replies that somebody else has made, to leave before all others. */
+  sendFirst(bytes: Uint8Array): void {
+    const block = this.pool.takeLarge(this.account, bytes.length);
+    block.buffer.set(bytes);
+    block.used = bytes.length;
+    this.unsentBytes += bytes.length;
+    this.pushReady(block, 0, bytes.length);
+    this.flush();
+  }
+
+  /** A copy of the last `length` bytes of what was given to the socket, `unsentBytes` at most. */
+  lastBytes(length: number): Buffer {
+    const given = this.writing.map(({ block, start, end }) => block.buffer.subarray(start, end));
+    const all = Buffer.concat(given);
+    return all.subarray(all.length - length);
+  }
+
+  /** Memory for a reply of several chunks, laid out by the caller; to be given back with sendParts or dropParts. */
+  beginParts(bytes: number): Block {
+    const block = this.pool.takeLarge(this.account, bytes);
+    block.used = bytes;
+    block.pins = 1;
+    return block;
+  }
+
+  sendParts(block: Block, bytes: number): void {
+    if (!this.isClosed) {
+      this.closeOpenPiece();
+      this.unsentBytes += bytes;
+      this.pushReady(block, 0, bytes);
+    }
+    this.unpin(block);
+  }
+
+  dropParts(block: Block): void {
+    this.unpin(block);
+  }
+
+  /** Whether there is memory for the reply to a read of `length` bytes; if not, see BufferPool.wait. */
+  hasRoomFor(length: number): boolean {
+    const total = this.readSize(length);
+    return (length <= LARGE_BYTES && this.makeRoom(total)) || this.pool.hasRoom(this.account, total);
+  }
+
+  /** Bytes of the reply to a read of `length` bytes. */
+  readSize(length: number): number {
+    return this.encoder.readHeaderSize + length;
+  }
+
+  /**
+   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). Must be followed, before anything
+   * else is asked of the queue, by finishRead, failRead or detachRead.
+   */
+  beginRead(length: number): Buffer {
+    const header = this.encoder.readHeaderSize;
+    const total = header + length;
+    let block: Block;
+    if (length > LARGE_BYTES || !this.makeRoom(total)) {
+      block = this.pool.takeLarge(this.account, total);
+      block.used = total;
+      block.pins = 1;
+    } else {
+      block = this.reserve(total);
+    }
+    this.readBlock = block;
+    this.readAt = block.used - total;
+    this.readLength = length;
+    return block.buffer.subarray(this.readAt + header, block.used);
+  }
+
+  /** The data of the read just begun is in place. */
+  finishRead(cookieHigh: number, cookieLow: number, offset: number): void {
+    const block = this.takeReadBlock();
+    this.encoder.writeReadHeader(block.buffer, this.readAt, cookieHigh, cookieLow, offset, this.readLength);
+    this.unsentBytes += this.encoder.readHeaderSize + this.readLength;
+    if (block === this.current) {
+      if (block.used - this.openStart >= FLUSH_AT_BYTES) this.flush();
+      return;
+    }
+    this.closeOpenPiece();
+    this.pushReady(block, this.readAt, block.used);
+    this.unpin(block);
+    if (this.readyBytes >= FLUSH_AT_BYTES) this.flush();
+  }
+
+  /** The read just begun failed: its memory is given back and an error takes its place. */
+  failRead(to: Addressee, failure: Failure): void {
+    const block = this.takeReadBlock();
+    if (block === this.current) block.used = this.readAt;
+    else this.unpin(block);
+    this.error(to, failure);
+  }
+
+  /** The read just begun finishes later: its memory is the caller's until completeRead. Others overtake it. */
+  detachRead(): { readonly block: Block; readonly at: number } {
+    const block = this.takeReadBlock();
+    if (block === this.current) {
+      const end = block.used;
+      block.used = this.readAt;
+      this.closeOpenPiece();
+      block.used = end;
+      this.openStart = end;
+      block.pins++;
+    }
+    return { block, at: this.readAt };
+  }
+
+  /** A detached read has failed. */
+  abandonRead(block: Block, to: Addressee, failure: Failure): void {
+    this.error(to, failure);
+    this.unpin(block);
+  }
+
+  /** A detached read has finished, with its data in place. */
+  completeRead(block: Block, at: number, cookieHigh: number, cookieLow: number, offset: number, length: number): void {
+    if (!this.isClosed) {
+      this.encoder.writeReadHeader(block.buffer, at, cookieHigh, cookieLow, offset, length);
+      const total = this.encoder.readHeaderSize + length;
+      this.unsentBytes += total;
+      this.pushReady(block, at, at + total);
+    }
+    this.unpin(block);
+  }
+
+  /** Hand everything that is ready to the socket: one write if it lies side by side, one gathered write if not. */
+  flush(): void {
+    this.closeOpenPiece();
+    const pieces = this.ready;
+    if (pieces.length === 0) {
+      // Room was made for what then needed none.
+      if (this.current?.pins === 1) this.leaveCurrent();
+      return;
+    }
+    this.ready = [];
+    this.readyBytes = 0;
+    if (this.isClosed || !this.socket.writable) {
+      for (const piece of pieces) this.forget(piece);
+      return;
+    }
+    if (pieces.length > 1) this.socket.cork();
+    for (const piece of pieces) {
+      this.writing.push(piece);
+      this.socket.write(piece.block.buffer.subarray(piece.start, piece.end), this.onWritten);
+    }
+    if (pieces.length > 1) this.socket.uncork();
+  }
+
+  /** The socket is gone: nothing leaves any more, memory goes back as the last reads finish. */
+  close(): void {
+    this.isClosed = true;
+    this.flush();
+    this.leaveCurrent();
+  }
+
+  private readonly onWritten = (error?: Error | null): void => {
+    const piece = this.writing.shift();
+    if (piece === undefined) return;
+    if (error) {
+      // The socket is being destroyed and calls back in no certain order: the memory is left to the collector.
+      piece.block.isLost = true;
+      this.forget(piece);
+      return;
+    }
+    this.takenBytes += piece.end - piece.start;
+    this.forget(piece);
+    this.onRoom();
+  };
+
+  private forget(piece: Piece): void {
+    this.unsentBytes -= piece.end - piece.start;
+    this.unpin(piece.block);
+  }
+
+  /** `size` bytes at the end of the current block; they lie before the returned block's `used`. */
+  private reserve(size: number): Block {
+    if (!this.makeRoom(size)) {
+      // Few bytes, which are not worth waiting for: a request is answered whether there is memory or not.
+      this.leaveCurrent();
+      this.begin(this.pool.takeLarge(this.account, size));
+    }
+    const current = this.current as Block;
+    current.used += size;
+    return current;
+  }
+
+  /** Whether there are `size` bytes at the end of the current block, which may be a new one. */
+  private makeRoom(size: number): boolean {
+    const { current } = this;
+    if (current !== undefined && current.used + size <= current.buffer.length) return true;
+    let next: Block | undefined;
+    if (this.slabsHeld < MAX_SLABS_PER_CONNECTION && (next = this.pool.takeSlab(this.account)) !== undefined) {
+      this.slabsHeld++;
+    } else {
+      // It may be what is there to be taken.
+      this.leaveCurrent();
+      if (size > OWN_BYTES) return false;
+      next = this.pool.takeOwn(this.account);
+      if (next === undefined) return false;
+    }
+    this.leaveCurrent();
+    this.begin(next);
+    return true;
+  }
+
+  private begin(block: Block): void {
+    block.pins = 1;
+    block.used = 0;
+    this.openStart = 0;
+    this.current = block;
+  }
+
+  private leaveCurrent(): void {
+    const { current } = this;
+    if (current === undefined) return;
+    this.closeOpenPiece();
+    this.current = undefined;
+    this.unpin(current);
+  }
+
+  private closeOpenPiece(): void {
+    const { current } = this;
+    if (current === undefined || current.used === this.openStart) return;
+    this.pushReady(current, this.openStart, current.used);
+    this.openStart = current.used;
+  }
+
+  private pushReady(block: Block, start: number, end: number): void {
+    this.readyBytes += end - start;
+    const last = this.ready.at(-1);
+    if (last !== undefined && last.block === block && last.end === start) {
+      last.end = end;
+      return;
+    }
+    block.pins++;
+    this.ready.push({ block, start, end });
+  }
+
+  private unpin(block: Block): void {
+    block.pins--;
+    if (block.pins === 1 && block === this.current && this.openStart === block.used) {
+      // Everything in it has left: whoever is next begins at its front, which is still in the processor's cache.
+      this.current = undefined;
+      block.pins = 0;
+    }
+    if (block.pins === 0) {
+      if (block.kind === 'slab') this.slabsHeld--;
+      this.pool.give(block);
+    }
+  }
+
+  private takeReadBlock(): Block {
+    const block = this.readBlock;
+    if (block === undefined) throw new Error('reply-queue: no read was begun');
+    this.readBlock = undefined;
+    return block;
+  }
+}

@@ -1,0 +1,59 @@
+/**
+ * The requests of one connection that its device works on: how many, with how much memory, and what came of those that are
+ * done. It owns these counts and the translation of what a device throws; it asks no device.
+ */
+
+import { DeviceError } from '../block-device.js';
+import { CMD_FLAG, NBD_ERRNO } from '../protocol/wire.js';
+import type { Failure } from './reply-queue.js';
+import type { TransmissionHost } from './transmission-host.js';
+
+export class RequestsInFlight {
+  count = 0;
+  /** Bytes that they hold: those that are read or written, the extents of a block status. */
+  bytes = 0;
+  /** Requests answered with an error. */
+  errors = 0;
+  /** Data of reads and writes that succeeded, bytes. */
+  bytesRead = 0;
+  bytesWritten = 0;
+
+  constructor(
+    private readonly host: TransmissionHost,
+    /** To be called when one has ended: replies are to be sent, and there is room for others. */
+    readonly settled: () => void,
+  ) {}
+
+  begin(bytes: number): void {
+    this.count++;
+    this.bytes += bytes;
+  }
+
+  end(bytes: number): void {
+    this.count--;
+    this.bytes -= bytes;
+  }
+
+  /** What to tell of what a device threw. What is not a DeviceError is a bug of the device: reported, its text kept. */
+  failureOf(
+    error: unknown,
+    asked: { readonly flags: number; readonly offset: number; readonly length: number },
+  ): Failure {
+    if (!(error instanceof DeviceError)) {
+      this.host.observer.onDeviceError?.(error, { id: this.host.id, exportName: this.host.exportName });
+      return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };
+    }
+    const { code, message } = error;
+    // "The server SHOULD NOT return ENOTSUP except … when FAST_ZERO is supported"; "MUST NOT" without the flag.
+    const isUnexpected = code === 'ENOTSUP' && (asked.flags & CMD_FLAG.FAST_ZERO) === 0;
+    // "an offset, which MUST lie within the original offset and length of the request"
+    const at = error.offset;
+    const isInside = at !== undefined && at >= asked.offset && at - asked.offset < asked.length;
+    return { errno: isUnexpected ? NBD_ERRNO.EINVAL : NBD_ERRNO[code], message, offset: isInside ? at : undefined };
+  }
+}
+
+/** Whether a device answers later. */
+export function isPromise(answer: unknown): answer is Promise<void> {
+  return answer instanceof Promise || (typeof answer === 'object' && answer !== null && 'then' in answer);
+}

@@ -1,0 +1,169 @@
+/**
+ * Block statuses under way: the device is asked for one context after the other, and others have their turn of the loop in
+ * between. It owns their order and their memory; what is collected and how it is cut is block-status's.
+ */
+
+import { CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
+import {
+  blockStatusMemory,
+  isWideContext,
+  MAX_REPLY_EXTENTS,
+  OWN_REPLY_EXTENTS,
+  StatusReply,
+  statusChunkType,
+  type ExtentCollector,
+} from './block-status.js';
+import type { Block, MemoryAccount } from './buffer-pool.js';
+import type { ServedDevice } from './geometry.js';
+import { UNITS_PER_LOOK, type LoopTask, type LoopUser } from './loop-share.js';
+import { addresseeOf, type Addressee } from './reply-encoder.js';
+import type { Failure, ReplyQueue } from './reply-queue.js';
+import { wantedContexts, type Request, type RequestRules } from './request.js';
+import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
+import type { TransmissionHost } from './transmission-host.js';
+
+/** A block status under way: it goes from context to context, and lets others have their turn in between. */
+class StatusRequest implements LoopTask {
+  /** The context that is to be asked for, or whose extents are being collected. */
+  next = 0;
+  /** Being filled by the device. */
+  collector: ExtentCollector | undefined;
+  readonly flags: number;
+  readonly offset: number;
+  readonly length: number;
+
+  constructor(
+    private readonly owner: StatusRequests,
+    readonly to: Addressee,
+    { flags, offset, length }: Request,
+    readonly contexts: readonly SelectedContext[],
+    readonly status: StatusReply,
+    /** Claimed for it, bytes. */
+    readonly memory: number,
+    /** Taken instead. */
+    readonly own: Block | undefined,
+  ) {
+    this.flags = flags;
+    this.offset = offset;
+    this.length = length;
+  }
+
+  get loopUser(): LoopUser {
+    return this.owner.loopUser;
+  }
+
+  serveTurn(): void {
+    this.goOn();
+  }
+
+  readonly goOn = (): void => this.owner.askContexts(this);
+  readonly fail = (error: unknown): void => this.owner.failed(this, error);
+}
+
+export class StatusRequests {
+  private readonly extendedHeaders: boolean;
+
+  constructor(
+    private readonly host: TransmissionHost,
+    private readonly device: ServedDevice,
+    private readonly rules: RequestRules,
+    private readonly account: MemoryAccount,
+    private readonly inFlight: RequestsInFlight,
+    private readonly replies: ReplyQueue,
+    readonly loopUser: LoopUser,
+  ) {
+    this.extendedHeaders = rules.negotiated.extendedHeaders;
+  }
+
+  /** Bytes of memory for a block status of `length` bytes, at most. */
+  memoryNeeded(length: number): number {
+    return blockStatusMemory(length, this.rules.negotiated.metaContexts.length);
+  }
+
+  /** Whether one can be begun now: where there is less memory than for the longest answer, the answer is a shorter one. */
+  hasMemory(length: number): boolean {
+    return !this.account.isOwnTaken || this.host.pool.hasRoom(this.account, this.memoryNeeded(length));
+  }
+
+  begin(request: Request): void {
+    const { account } = this;
+    const { flags, offset, length } = request;
+    const { pool } = this.host;
+    const contexts = wantedContexts(request, this.rules.negotiated.metaContexts);
+    let memory = blockStatusMemory(length, contexts.length);
+    let most = MAX_REPLY_EXTENTS;
+    let own: Block | undefined;
+    if (!pool.hasRoom(account, memory)) {
+      own = pool.takeOwn(account);
+      most = OWN_REPLY_EXTENTS;
+      memory = 0;
+    }
+    pool.claim(account, memory);
+    this.inFlight.begin(memory);
+    const isReqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
+    const status = new StatusReply(offset, length, contexts.length, isReqOne, most);
+    new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
+  }
+
+  /** For StatusRequest only: ask for the contexts from `asked.next` on, as long as it is its turn. */
+  askContexts(asked: StatusRequest): void {
+    const { device, extendedHeaders, loopUser } = this;
+    const { loop } = this.host;
+    const { contexts, status, offset } = asked;
+    const { wideContexts } = this.rules.geometry;
+    let failure: Failure | undefined;
+    try {
+      for (let { collector } = asked; asked.next < contexts.length; collector = undefined) {
+        if (collector === undefined) {
+          if (asked.next > 0 && loop.mustYield(loopUser, UNITS_PER_LOOK)) {
+            loop.enqueue(asked);
+            return;
+          }
+          const { name } = contexts[asked.next] as SelectedContext;
+          collector = status.next(name, extendedHeaders && isWideContext(name, wideContexts));
+          const answer = device.extents(name, offset, status.length, collector.sink);
+          if (answer !== undefined && isPromise(answer)) {
+            asked.collector = collector;
+            answer.then(asked.goOn, asked.fail);
+            return;
+          }
+        }
+        asked.collector = undefined;
+        status.add(collector);
+        asked.next++;
+      }
+    } catch (error) {
+      failure = this.inFlight.failureOf(error, asked);
+    } finally {
+      loop.finish(loopUser);
+    }
+    this.finish(asked, failure);
+  }
+
+  /** For StatusRequest only: the device could not say. */
+  failed(asked: StatusRequest, error: unknown): void {
+    this.finish(asked, this.inFlight.failureOf(error, asked));
+  }
+
+  /** One chunk of extents for each context, all of the same length; or an error. */
+  private finish({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
+    const { extendedHeaders, inFlight } = this;
+    inFlight.end(memory);
+    // What was claimed covers the reply.
+    this.host.pool.unclaim(this.account, memory);
+    if (own !== undefined) this.host.pool.give(own);
+    if (failure === undefined) {
+      status.collectors.forEach((collector, index) => {
+        const done = index === contexts.length - 1 ? REPLY_FLAG_DONE : 0;
+        const size = collector.payloadSize(extendedHeaders);
+        const payload = this.replies.chunk(done, statusChunkType(extendedHeaders), to, size);
+        collector.writePayload(payload, contexts[index]?.id ?? 0, extendedHeaders);
+      });
+    } else {
+      inFlight.errors++;
+      this.replies.error(to, failure);
+    }
+    status.release();
+    inFlight.settled();
+  }
+}

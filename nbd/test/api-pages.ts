@@ -1,0 +1,156 @@
+/**
+ * The API pages of the package, made from the exports of index.ts and their docstrings: a page for each class and function,
+ * one for all interfaces and types, one for the constants, and the list of them. It owns their layout.
+ */
+
+import { fileURLToPath } from 'node:url';
+import prettier from 'prettier';
+import ts from 'typescript';
+
+const INDEX = fileURLToPath(new URL('../src/index.ts', import.meta.url));
+
+export interface ApiPages {
+  /** By the name of the file in docs/api. */
+  readonly pages: ReadonlyMap<string, string>;
+  /** Exports, and public members of classes, that nothing is said of. */
+  readonly unexplained: readonly string[];
+  /** All exports, and the page that each is on. */
+  readonly exports: ReadonlyMap<string, string>;
+}
+
+export async function makeApiPages(): Promise<ApiPages> {
+  const program = ts.createProgram([INDEX], {
+    ...{ target: ts.ScriptTarget.ES2023, module: ts.ModuleKind.NodeNext, strict: true, types: ['node'] },
+    moduleResolution: ts.ModuleResolutionKind.NodeNext,
+  });
+  const checker = program.getTypeChecker();
+  const source = program.getSourceFile(INDEX);
+  const module = source && checker.getSymbolAtLocation(source);
+  if (module === undefined) throw new Error(`${INDEX} exports nothing`);
+  const found = checker
+    .getExportsOfModule(module)
+    .map((symbol) => ((symbol.flags & ts.SymbolFlags.Alias) !== 0 ? checker.getAliasedSymbol(symbol) : symbol))
+    .sort((a, b) => (a.name < b.name ? -1 : 1));
+
+  const maker = new PageMaker(checker);
+  const texts = new Map<string, string[]>([
+    ['types.md', ['# Interfaces and types', '']],
+    ['constants.md', ['# Constants', '']],
+  ]);
+  const exports = new Map<string, string>();
+  for (const symbol of found) {
+    const [declaration] = symbol.declarations ?? [];
+    if (declaration === undefined) throw new Error(`${symbol.name} is declared nowhere`);
+    let page = 'types.md';
+    if (ts.isClassDeclaration(declaration) || ts.isFunctionDeclaration(declaration)) {
+      page = `${symbol.name}.md`;
+      const isClass = ts.isClassDeclaration(declaration);
+      texts.set(page, isClass ? maker.classPage(symbol, declaration) : maker.functionPage(symbol, declaration));
+    } else if (ts.isVariableDeclaration(declaration)) {
+      page = 'constants.md';
+      texts.get(page)?.push(`## ${symbol.name}`, '', ...maker.codeOf(declaration.parent.parent), '');
+    } else {
+      texts.get(page)?.push(`## ${symbol.name}`, '', ...maker.codeOf(declaration), '');
+    }
+    if (page === 'types.md' || page === 'constants.md') maker.explain(symbol);
+    exports.set(symbol.name, page);
+  }
+  texts.set('README.md', [
+    '# The API of nbd-server-ts',
+    '',
+    'Made from the docstrings of the sources: `npx vitest run --project own nbd/test/api-pages.test.ts -u` makes it anew.',
+    '',
+    ...Array.from(exports, ([name, page]) => `- [${name}](${page}${anchor(name, page)})`),
+  ]);
+  const pages = new Map<string, string>();
+  for (const [page, lines] of texts) pages.set(page, await formatted(lines.join('\n')));
+  return { pages, unexplained: maker.unexplained, exports };
+}
+
+function anchor(name: string, page: string): string {
+  return page === `${name}.md` ? '' : `#${name.toLowerCase()}`;
+}
+
+async function formatted(markdown: string): Promise<string> {
+  return prettier.format(markdown, { ...(await prettier.resolveConfig(INDEX)), parser: 'markdown' });
+}
+
+class PageMaker {
+  readonly unexplained: string[] = [];
+
+  constructor(private readonly checker: ts.TypeChecker) {}
+
+  classPage(symbol: ts.Symbol, declaration: ts.ClassDeclaration): string[] {
+    const lines = [`# ${symbol.name}`, '', this.explain(symbol), '', ...importOf(symbol.name)];
+    for (const member of declaration.members) {
+      if (isHidden(member)) continue;
+      const isMaker = ts.isConstructorDeclaration(member);
+      const name = isMaker ? 'constructor' : member.name?.getText();
+      if (name === undefined) continue;
+      const title = ts.isMethodDeclaration(member) ? `${name}()` : isMaker ? `new ${symbol.name}()` : name;
+      const documented = isMaker
+        ? this.explanation(this.checker.getSignatureFromDeclaration(member))
+        : this.explain(this.checker.getSymbolAtLocation(member.name ?? member), `${symbol.name}.`);
+      lines.push(`## ${title}`, '', ...code(signatureOf(member)), '', documented, '');
+    }
+    return lines;
+  }
+
+  functionPage(symbol: ts.Symbol, declaration: ts.FunctionDeclaration): string[] {
+    return [
+      `# ${symbol.name}()`,
+      '',
+      this.explain(symbol),
+      '',
+      ...importOf(symbol.name),
+      ...code(signatureOf(declaration)),
+    ];
+  }
+
+  /** A declaration as it is written, with its docstring. */
+  codeOf(declaration: ts.Node): string[] {
+    const comments = ts.getJSDocCommentsAndTags(declaration).filter((comment) => ts.isJSDoc(comment));
+    const start = comments[0]?.getStart() ?? declaration.getStart();
+    return code(
+      declaration
+        .getSourceFile()
+        .text.slice(start, declaration.getEnd())
+        .replace(/^export /m, ''),
+    );
+  }
+
+  /** What is said of a symbol; noted if that is nothing. */
+  explain(symbol: ts.Symbol | undefined, prefix = ''): string {
+    const text = this.explanation(symbol);
+    if (text === '') this.unexplained.push(prefix + (symbol?.name ?? '?'));
+    return text;
+  }
+
+  private explanation(of: ts.Symbol | ts.Signature | undefined): string {
+    if (of === undefined) return '';
+    const text = ts.displayPartsToString(of.getDocumentationComment(this.checker));
+    const tags = ('declaration' in of ? of.getJsDocTags() : (of as ts.Symbol).getJsDocTags(this.checker)).map(
+      ({ name, text: words }) => `- ${name === 'param' ? '' : `${name}: `}${ts.displayPartsToString(words)}`,
+    );
+    return [text, ...(tags.length > 0 ? ['', ...tags] : [])].join('\n');
+  }
+}
+
+function isHidden(member: ts.ClassElement): boolean {
+  const flags = ts.getCombinedModifierFlags(member);
+  return (flags & ts.ModifierFlags.Private) !== 0 || (member.name !== undefined && ts.isPrivateIdentifier(member.name));
+}
+
+/** A member without what it does. */
+function signatureOf(member: ts.Node): string {
+  const text = member.getText();
+  const body = (member as { body?: ts.Node }).body;
+  const start = member.getStart();
+  if (body !== undefined) return text.slice(0, body.getStart() - start).trim();
+  const initializer = (member as { initializer?: ts.Node }).initializer;
+  if (initializer === undefined) return text;
+  return text.slice(0, initializer.getStart() - start).replace(/\s*=\s*$/, '');
+}
+
+const code = (text: string): string[] => ['```ts', text, '```'];
+const importOf = (name: string): string[] => [...code(`import { ${name} } from 'nbd-server-ts';`), ''];

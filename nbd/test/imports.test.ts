@@ -1,0 +1,65 @@
+/** Who may import whom in the library: no cycles, what both ends share knows neither, server and client are apart. */
+
+import fs from 'node:fs';
+import path from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { expect, test } from 'vitest';
+
+const SOURCES = fileURLToPath(new URL('../src/', import.meta.url));
+
+/** The folder of a file; of index.ts and block-device.ts their own names. */
+const FOLDER = /^[^/]+/;
+const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
+  'block-device.ts': ['protocol'],
+  protocol: ['protocol', 'block-device.ts'],
+  server: ['server', 'protocol', 'block-device.ts'],
+  client: ['client', 'protocol', 'block-device.ts'],
+  'index.ts': ['server', 'client', 'protocol', 'block-device.ts'],
+};
+/** From outside of the library: what Node has, and nothing else. */
+const OUTSIDE = /^node:/;
+
+/** What each file imports, types included, by paths from src/. */
+function readImports(): Map<string, string[]> {
+  const files = fs.readdirSync(SOURCES, { recursive: true, encoding: 'utf8' }).filter((name) => name.endsWith('.ts'));
+  return new Map(
+    files.map((file) => {
+      const text = fs.readFileSync(path.join(SOURCES, file), 'utf8');
+      const named = Array.from(text.matchAll(/^(?:import|export)\b[^;]*?\bfrom '([^']+)'/gm), ([, name]) => name ?? '');
+      return [file, named.map((name) => (name.startsWith('.') ? sourceOf(file, name) : name))];
+    }),
+  );
+}
+
+function sourceOf(importer: string, name: string): string {
+  return path.join(path.dirname(importer), name).replace(/\.js$/, '.ts');
+}
+
+const imports = readImports();
+const folderOf = (file: string): string => FOLDER.exec(file)?.[0] ?? file;
+
+test('each folder imports what it may, and nothing from outside but what Node has', () => {
+  const wrong: string[] = [];
+  for (const [file, imported] of imports) {
+    for (const other of imported) {
+      const isOurs = imports.has(other);
+      const isAllowed = isOurs ? MAY_IMPORT[folderOf(file)]?.includes(folderOf(other)) : OUTSIDE.test(other);
+      if (isAllowed !== true) wrong.push(`${file} imports ${other}`);
+    }
+  }
+  expect(imports.size).toBeGreaterThan(30);
+  expect(wrong).toEqual([]);
+});
+
+test('there are no cycles of imports, types included', () => {
+  const cycles: string[] = [];
+  const done = new Set<string>();
+  const visit = (file: string, trail: readonly string[]): void => {
+    if (trail.includes(file)) cycles.push([...trail.slice(trail.indexOf(file)), file].join(' -> '));
+    if (trail.includes(file) || done.has(file)) return;
+    for (const other of imports.get(file) ?? []) visit(other, [...trail, file]);
+    done.add(file);
+  };
+  for (const file of imports.keys()) visit(file, []);
+  expect(cycles).toEqual([]);
+});
