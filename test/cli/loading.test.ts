@@ -25,9 +25,11 @@ async function loadedBy(store: string, code: number, ...args: string[]): Promise
   const packages = files.flatMap((file) => /\/node_modules\/((?:@[^/]+\/)?[^/]+)\//.exec(file)?.[1] ?? []);
   const names = ours.map((file) => path.basename(file).replace(/(?:-[\w-]{8})?\.js$/, ''));
   const bytes = ours.reduce((sum, file) => sum + fs.statSync(file).size, 0);
-  return { names: [...new Set([...names, ...packages])].sort(), bytes };
+  return { names: [...new Set([...names, ...packages])].filter((name) => name !== BUNDLER).sort(), bytes };
 }
 
+/** The bundler's own few lines: a file by themselves or in another, as it likes. */
+const BUNDLER = 'rolldown-runtime';
 /** What koffi and lmdb load in their turn. */
 const NATIVE = /^@|^(?:detect-libc|msgpackr|node-gyp-build-optional-packages|ordered-binary|weak-lru-cache)$/;
 
