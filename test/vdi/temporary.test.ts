@@ -245,9 +245,10 @@ test('a writer that is held up when it is taken holds up nobody else, and the sn
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), true);
-  // More than is written on the loop.
-  const { release } = failing.hold({ calls: ['write'], file: /objects/ });
+  // More than is written on the loop. The other write may be done by a thread as well: only the first is held.
+  const { reached, release } = failing.hold({ calls: ['write'], file: /objects/, times: 1 });
   const slow = vdi.write(0, Buffer.alloc(64 * BLOCK, 2), false);
+  await reached;
   let isTaken = false;
   const taking = catalog.snapshotTemporary('disk', 'now').then(() => (isTaken = true));
   for (let n = 0; n < 20; n++) await turn();
