@@ -18,8 +18,8 @@ const OUT = path.join(ROOT, 'dist/bundle');
 
 const ENTRIES = {
   sheepgate: 'src/cli/main.ts',
-  // A process of its own; src/cli/freeze.ts starts it by this name.
-  'thaw-guard': 'src/cli/thaw-guard.ts',
+  // A process of its own; src/jobs/freeze.ts starts it by this name.
+  'thaw-guard': 'src/jobs/thaw-guard.ts',
 };
 
 /**
@@ -39,7 +39,7 @@ const FILES = {
     'unfinished-export.ts',
     'store-owner.ts',
     'what-is-left.ts',
-    'missing.ts',
+    'missing-option.ts',
     'progress.ts',
     'file-errors.ts',
     'descriptor-limit.ts',

@@ -1,16 +1,16 @@
 /** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { takeBackup, type Taken } from '../backup/take-backup.js';
-import { asFileError } from '../daemon/file-errors.js';
-import { asOperationError, OperationError, type Operations } from '../daemon/operations.js';
-import { explainIdentity, takeOwner } from '../daemon/store-owner.js';
+import { takeBackup, type Taken } from '../jobs/backup/take-backup.js';
+import { asFileError } from '../operations/file-errors.js';
+import { asOperationError, OperationError, type Operations } from '../operations/operations.js';
+import { explainIdentity, takeOwner } from '../operations/store-owner.js';
 import { directoryOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
+import { FrozenMoment, withFreezeOptions, type FreezeOptions } from '../jobs/freeze.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine, printNote } from './output.js';
 import { startProgress } from './progress.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 interface BackupOptions extends CommonOptions, FreezeOptions {
   readonly to: string;
@@ -58,7 +58,7 @@ export function backupCommand(): Command {
       if (!options.json) printNote(line);
     };
     // It opens the store several times, perhaps hours apart.
-    const { loadEverything } = await import('../daemon/open-operations.js');
+    const { loadEverything } = await import('../operations/open-operations.js');
     await loadEverything();
     const taken = await interruptible(async (signal) => {
       const moment = new FrozenMoment(options, signal);

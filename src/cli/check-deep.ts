@@ -2,7 +2,7 @@
  * `sheepgate check --deep`: what the nodes of a cluster have, compared. Owns which cluster that is, and how the report looks;
  * it goes to the nodes itself, also where a daemon serves the cluster: nothing is changed, and the daemon has other work.
  */
-import { OperationError } from '../daemon/operations.js';
+import { OperationError } from '../operations/operations.js';
 import { CLUSTER } from '../store/locations.js';
 import type { DeepReport } from '../store/sheep/deep/deep-check.js';
 import type { CheckOptions } from './check.js';
@@ -10,7 +10,7 @@ import { chosenStore } from './common-options.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine, printNote } from './output.js';
 import { startProgress, type Progress } from './progress.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 export async function checkDeep(options: CheckOptions): Promise<void> {
   const location = await clusterOf(options);
@@ -65,7 +65,7 @@ async function clusterOf(options: CheckOptions): Promise<string> {
   const { store, control, isStoreGiven } = chosenStore(options);
   if (CLUSTER.isLocation(store)) return store;
   if (control !== undefined && !isStoreGiven) {
-    const { controlOfDaemon } = await import('../daemon/open-operations.js');
+    const { controlOfDaemon } = await import('../operations/open-operations.js');
     const daemon = await controlOfDaemon({ store, isStoreGiven, control });
     const served = (await daemon.status()).store;
     if (CLUSTER.isLocation(served)) return served;

@@ -1,9 +1,9 @@
 /** `sheepgate check`: compare what the maps of a store say with the objects that are there. */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { OperationError } from '../daemon/operations.js';
+import { OperationError } from '../operations/operations.js';
 import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine } from './output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 /** Slower than this a check of anything does not end. */
 const MIN_RATE = 2 ** 20;

@@ -3,8 +3,8 @@
  * off" of a connection whose last request has ended.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { MAX_KEEP_OUT_MS } from '../daemon/control-protocol.js';
-import { OperationError, type Disconnected } from '../daemon/operations.js';
+import { MAX_KEEP_OUT_MS } from '../operations/control-protocol.js';
+import { OperationError, type Disconnected } from '../operations/operations.js';
 import { clientJson } from './client-list.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine } from './output.js';

@@ -1,9 +1,9 @@
 /** `sheepgate client list`: the connections of a daemon's NBD clients. */
 import { Command } from 'commander';
-import type { ConnectionStatus } from '../daemon/operations.js';
+import type { ConnectionStatus } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printNote, table } from './output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 const HEADER = ['ID', 'EXPORT', 'ACCESS', 'CLIENT', 'SINCE', 'READ', 'WRITTEN'];
 

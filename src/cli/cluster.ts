@@ -3,14 +3,14 @@
  * daemon is asked: this is for when things are not as they should be.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
-import { OperationError } from '../daemon/operations.js';
+import { OperationError } from '../operations/operations.js';
 import { addressLabel } from '../store/sheep/cluster-address.js';
 import type { ClusterReport, NodeState } from '../store/sheep/cluster-report.js';
 import { clusterState } from '../store/sheep/cluster-state.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 /** Changes of the members that are shown, and the most that can be: nodes read a file for each. */
 const DEFAULT_EPOCHS = 10;

@@ -5,12 +5,12 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { InvalidArgumentError, Option, type Command } from 'commander';
-import { OperationError, type Operations } from '../daemon/operations.js';
-import { defaultStore } from '../daemon/places.js';
+import { OperationError, type Operations } from '../operations/operations.js';
+import { defaultStore } from '../operations/default-paths.js';
 import { CLUSTER, type StoreOptions } from '../store/locations.js';
-import { closing } from './closing.js';
+import { closing } from '../system/close-after.js';
 import { printNote } from './output.js';
-import { parseSize, SizeError } from './size.js';
+import { parseSize, SizeError } from '../text/size.js';
 
 export interface CommonOptions {
   readonly store?: string;
@@ -94,9 +94,9 @@ export async function withOperations<T>(
 ): Promise<T> {
   const place = chosenStore(options);
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
-  const { openOperations } = await import('../daemon/open-operations.js');
+  const { openOperations } = await import('../operations/open-operations.js');
   // Before the store is opened: as its owner this process may not be able to read its own program.
-  const { explainIdentity } = await import('../daemon/store-owner.js');
+  const { explainIdentity } = await import('../operations/store-owner.js');
   const operations = await openOperations({
     ...place,
     mayCreate,

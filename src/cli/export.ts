@@ -1,15 +1,15 @@
 /** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
 import { Command } from 'commander';
-import { OperationError, type Operations } from '../daemon/operations.js';
+import { OperationError, type Operations } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import type { Copied } from './disk-copy.js';
-import { isStdout, openTarget, type ImageTarget } from './image-target.js';
+import type { Copied } from '../jobs/disk-copy.js';
+import { isStdout, openTarget, type ImageTarget } from '../jobs/image-target.js';
 import { interruptible } from './interrupt.js';
-import { missingOption, storeOptions } from './missing.js';
+import { missingOption, storeOptions } from './missing-option.js';
 import { printJson } from './output.js';
-import { printable } from './printable.js';
+import { printable } from '../text/printable.js';
 import { startProgress } from './progress.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 const HELP = `
 A file that exists is replaced with --force, when the new one is whole; a symbolic link is followed to what it leads to.

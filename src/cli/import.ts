@@ -5,20 +5,26 @@
  */
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
-import { asFileError } from '../daemon/file-errors.js';
-import { asOperationError, OperationError, type Disk, type Operations, type VdiRecord } from '../daemon/operations.js';
-import { whatIsLeft } from '../daemon/what-is-left.js';
+import { asFileError } from '../operations/file-errors.js';
+import {
+  asOperationError,
+  OperationError,
+  type Disk,
+  type Operations,
+  type VdiRecord,
+} from '../operations/operations.js';
+import { whatIsLeft } from '../operations/what-is-left.js';
 import { DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { blockSizeShiftOption } from './vdi-create.js';
-import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
-import { openSource, type ImageSource } from './image-source.js';
+import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from '../jobs/disk-copy.js';
+import { openSource, type ImageSource } from '../jobs/image-source.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine, printNote } from './output.js';
 import { startProgress, type Progress } from './progress.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 /** Sizes of VDIs are multiples of this; an image is filled up with zeros. */
 const SIZE_UNIT = 512;

@@ -3,13 +3,13 @@
  * stderr, 2 wrong usage) and the last word on errors; what commands do is in their own files.
  */
 import { Command, CommanderError } from 'commander';
-import { asOperationError, type OperationError } from '../daemon/operations.js';
-import { isSystemError, reasonOf, systemMessage } from '../store/system-error.js';
+import { asOperationError, type OperationError } from '../operations/operations.js';
+import { isSystemError, reasonOf, systemMessage } from '../system/system-error.js';
 import { finish, lastWords } from './ending.js';
 import { endBySignal, InterruptedError } from './interrupt.js';
 import { addCommands, type Loaders } from './loaders.js';
-import { missingPart } from './missing-part.js';
-import { printable } from './printable.js';
+import { missingPart } from './load-failure.js';
+import { printable } from '../text/printable.js';
 import { readableStack } from './readable-stack.js';
 import { version } from './version.js';
 

@@ -1,17 +1,17 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
-import { OperationError, type Operations } from '../daemon/operations.js';
-import { closing } from './closing.js';
+import { OperationError, type Operations } from '../operations/operations.js';
+import { closing } from '../system/close-after.js';
 import { forceOption } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
-import { Migration, type Migrated, type MigrationResult, type Verify } from './migration.js';
+import { Migration, type Migrated, type MigrationResult, type Verify } from '../jobs/migration.js';
 import { printJson, printLine, table } from './output.js';
-import { missingOption, storeOptions } from './missing.js';
-import { openPlace, placeArgument, type Place } from './place.js';
+import { missingOption, storeOptions } from './missing-option.js';
+import { openPlace, placeArgument, type Place } from './store-argument.js';
 import { directoryOf, PLACE_SYNTAX } from '../store/locations.js';
 import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 
 interface MigrateOptions extends CopiesOption {
@@ -127,9 +127,9 @@ async function withBoth<T>(
   work: (source: Operations, target: Operations) => Promise<T>,
 ): Promise<T> {
   const { from, to } = options;
-  const { isSameStore } = await import('../daemon/open-operations.js');
+  const { isSameStore } = await import('../operations/open-operations.js');
   // Before the stores are opened: as another user this process may not be able to read its own program.
-  const { explainIdentity } = await import('../daemon/store-owner.js');
+  const { explainIdentity } = await import('../operations/store-owner.js');
   const same = (): OperationError =>
     new OperationError(
       'BAD_USAGE',

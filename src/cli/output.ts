@@ -4,9 +4,9 @@
  * anything.
  */
 import { redundancyJson } from './redundancy-output.js';
-import { printable, printableJson } from './printable.js';
+import { printable, printableJson } from '../text/printable.js';
 import { specOf } from '../vdi/names.js';
-import type { DamagedVdi, Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { DamagedVdi, Ended, KeptSnapshot, ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
 
 /** One JSON value and a newline on stdout. */
 export function printJson(value: unknown): void {

@@ -1,6 +1,6 @@
 /** Progress of long work: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
-import { printable } from './printable.js';
-import { formatSize } from './size.js';
+import { printable } from '../text/printable.js';
+import { formatSize } from '../text/size.js';
 
 const EVERY_MS = 200;
 const NOTHING: Progress = { advance: () => undefined, end: () => undefined };

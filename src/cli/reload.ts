@@ -1,7 +1,7 @@
 /** `sheepgate reload`: the daemon reads its TLS keys and access rules again, and says what came of it. */
 import { Command } from 'commander';
 import type { ReloadReport } from '../daemon/security.js';
-import { OperationError } from '../daemon/operations.js';
+import { OperationError } from '../operations/operations.js';
 import { chosenStore, withCommonOptions, type CommonOptions } from './common-options.js';
 import { printJson, printLine, printNote } from './output.js';
 
@@ -22,7 +22,7 @@ export function reloadCommand(): Command {
 async function reload(options: CommonOptions): Promise<void> {
   const place = chosenStore(options);
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
-  const { controlOfDaemon } = await import('../daemon/open-operations.js');
+  const { controlOfDaemon } = await import('../operations/open-operations.js');
   const control = await controlOfDaemon(place);
   const report = await control.call<ReloadReport>('POST', '/reload', { body: {}, timeoutMs: RELOAD_TIMEOUT_MS });
   for (const warning of report.warnings) printNote(warning);

@@ -1,16 +1,16 @@
 /** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
 import { Command, Option } from 'commander';
-import { checkBackup, openPoint, pointAt, restoreBackup } from '../backup/restore-backup.js';
-import { BackupTarget, bytesOf } from '../backup/target.js';
-import { asFileError } from '../daemon/file-errors.js';
-import { OperationError } from '../daemon/operations.js';
-import { closing } from './closing.js';
+import { checkBackup, openPoint, pointAt, restoreBackup } from '../jobs/backup/restore-backup.js';
+import { BackupTarget, bytesOf } from '../jobs/backup/target.js';
+import { asFileError } from '../operations/file-errors.js';
+import { OperationError } from '../operations/operations.js';
+import { closing } from '../system/close-after.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
 import { formatTime, printJson, printLine, printNote, table } from './output.js';
 import { startProgress } from './progress.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 
 interface RestoreOptions extends CommonOptions, CopiesOption {

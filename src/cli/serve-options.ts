@@ -10,7 +10,7 @@ import { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.j
 import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
 import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
 import { sizeArgument } from './common-options.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 export interface PeerOptions {
   readonly tls?: 'off' | 'on' | 'require';

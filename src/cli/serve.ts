@@ -5,18 +5,18 @@ import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
 import { isJournal, withPriorities } from '../daemon/journal.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import type { LogOutput } from '../daemon/log-output.js';
-import { defaultListeners } from '../daemon/places.js';
+import { defaultListeners } from '../operations/default-paths.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { parseExportName } from '../export/export-name.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { chosenStore, sizeArgument, withCommonOptions, type CommonOptions } from './common-options.js';
 import { endBy } from './ending.js';
 import { endBySignal } from './interrupt.js';
-import { missingOption, storeOptions } from './missing.js';
+import { missingOption, storeOptions } from './missing-option.js';
 import { unfinishedJson } from './output.js';
-import { printable, printableJson } from './printable.js';
+import { printable, printableJson } from '../text/printable.js';
 import { readableStack } from './readable-stack.js';
-import { formatSizes } from './size.js';
+import { formatSizes } from '../text/size.js';
 import { peerConfiguration, withPeerOptions, type PeerOptions } from './serve-options.js';
 import { version } from './version.js';
 
@@ -115,7 +115,7 @@ async function serve(options: ServeOptions): Promise<void> {
   const output = new Output(STDERR_FD, (count, reason) => inForm(droppedLine(count, reason)));
   const lines = { write: (line: string) => output.write(inForm(line)), flushSync: () => output.flushSync() };
   const screen = new Output(STDOUT_FD, () => '');
-  const { exitNow } = await import('../daemon/exit-now.js');
+  const { exitNow } = await import('../system/exit-now.js');
   endBy({ say: (text) => output.write(inForm(text)), finish: (code) => finish([output, screen], code, exitNow) });
   const place = chosenStore(options);
   const { pino } = await import('pino');
@@ -145,7 +145,7 @@ async function serve(options: ServeOptions): Promise<void> {
   // From here on: a supervisor may ask to stop the moment it reads "ready", or sooner.
   const stopping = new AbortController();
   const { startDaemon } = await import('../daemon/daemon.js');
-  const { sendDatagram } = await import('../daemon/socket-calls.js');
+  const { sendDatagram } = await import('../system/socket-calls.js');
   const notifier = openNotifier({ send: sendDatagram, onFailure: (message) => log.warn(message) });
   /** Nothing that hangs keeps the process for longer. */
   const endInTime = (): void => {

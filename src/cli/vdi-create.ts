@@ -1,11 +1,11 @@
 /** `sheepgate vdi create`: an empty VDI. */
 import { Argument, Command, InvalidArgumentError, Option } from 'commander';
-import type { Operations, VdiRecord } from '../daemon/operations.js';
+import type { Operations, VdiRecord } from '../operations/operations.js';
 import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { printJson, printLine, vdiJson } from './output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 /** --block-size-shift, for every command that makes a VDI. */
 export function blockSizeShiftOption(otherwise = "a cluster's own; in a local store 22 (4 MiB)"): Option {

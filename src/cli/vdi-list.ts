@@ -2,9 +2,9 @@
 import { Command } from 'commander';
 import { kindOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import type { VdiDetails } from '../daemon/operations.js';
+import type { VdiDetails } from '../operations/operations.js';
 import { damagedJson, formatTime, formatVid, otherSpec, printJson, table, vdiJson } from './output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 const IS_NUMBER = /^\d+$/;
 

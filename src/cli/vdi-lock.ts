@@ -1,6 +1,6 @@
 /** `sheepgate vdi lock`: the locks that the nodes of a cluster keep, and how to end one that was left behind. */
 import { Command, Option } from 'commander';
-import type { LockStatus } from '../daemon/operations.js';
+import type { LockStatus } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatVid, printJson, printLine, printNote, table } from './output.js';
 

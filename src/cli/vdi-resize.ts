@@ -2,7 +2,7 @@
 import { Argument, Command } from 'commander';
 import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine, vdiJson } from './output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 export function vdiResizeCommand(): Command {
   const command = new Command('resize')

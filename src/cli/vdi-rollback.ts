@@ -3,7 +3,7 @@ import { Command } from 'commander';
 import { formatSpec } from '../vdi/names.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine, vdiJson } from './output.js';
-import { formatSizes } from './size.js';
+import { formatSizes } from '../text/size.js';
 
 export function vdiRollbackCommand(): Command {
   const command = new Command('rollback')

@@ -1,12 +1,12 @@
 /** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
 import { Command } from 'commander';
-import type { ShownVdi, VdiDetails, VdiRecord } from '../daemon/operations.js';
+import type { ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
 import { redundancyText } from './redundancy-output.js';
-import { formatSize } from './size.js';
+import { formatSize } from '../text/size.js';
 
 function useLine({ client, since, lostAt, until }: VdiDetails['clients'][number]): [string, string] {
   const cut = lostAt === null ? '' : `, cut off ${formatTime(lostAt)}, may come back until ${formatTime(until ?? 0)}`;

@@ -1,8 +1,8 @@
 /** `sheepgate vdi snapshot`: freeze a VDI's present content under a tag, in use or not. */
 import { Command } from 'commander';
-import type { Operations, VdiRecord } from '../daemon/operations.js';
+import type { Operations, VdiRecord } from '../operations/operations.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { FrozenMoment, withFreezeOptions, type FreezeOptions } from './freeze.js';
+import { FrozenMoment, withFreezeOptions, type FreezeOptions } from '../jobs/freeze.js';
 import { interruptible } from './interrupt.js';
 import { specOf } from '../vdi/names.js';
 import { printJson, printLine, printNote, vdiJson } from './output.js';

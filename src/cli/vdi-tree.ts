@@ -1,6 +1,6 @@
 /** `sheepgate vdi tree`: which VDI and snapshot came from which, like `dog vdi tree`. */
 import { Command } from 'commander';
-import type { VdiRecord } from '../daemon/operations.js';
+import type { VdiRecord } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { damagedJson, formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
 

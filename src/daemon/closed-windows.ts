@@ -5,7 +5,7 @@
  * away from those; for them it asks itself whether there are answers. Owns the time-out of every socket it is given.
  */
 import type net from 'node:net';
-import { sendState, setUserTimeout } from './socket-calls.js';
+import { sendState, setUserTimeout } from '../system/socket-calls.js';
 
 /** How often is looked: several times before the shortest time-out there can be is over. */
 const LOOK_MS = 3_000;

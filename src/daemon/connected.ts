@@ -6,9 +6,9 @@ import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
 import type { Connected } from '../export/writers.js';
-import { isRunning, processKey } from '../vdi/process-identity.js';
+import { isRunning, processKey } from '../system/process-identity.js';
 import { UNANSWERED } from './closed-windows.js';
-import { askOften, hasPeerEnded, msSinceHeard, sendState } from './socket-calls.js';
+import { askOften, hasPeerEnded, msSinceHeard, sendState } from '../system/socket-calls.js';
 
 /**
  * How long the kernel of a TCP client has to answer, being asked once a second: four questions. One that was cut off before

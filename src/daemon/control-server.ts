@@ -17,15 +17,20 @@ import {
   type Disconnected,
   type ErrorAnswer,
   type StatusAnswer,
-} from './control-protocol.js';
-import type { DirectOperations } from './direct-operations.js';
+} from '../operations/control-protocol.js';
+import type { DirectOperations } from '../operations/direct-operations.js';
 import { answerList } from './list-answer.js';
 import type { ReloadReport } from './security.js';
 import { FILLERS, type Redundancy } from '../store/object-store.js';
 import { parseRedundancy, REDUNDANCY_HELP } from '../store/redundancy.js';
-import { asOperationError, OperationError, type Beginning } from './operations.js';
-import { controlSocketOf, makeSocketDirectory, socketAddress, type SocketAddress } from './places.js';
-import { removeStaleSocket } from './stale-socket.js';
+import { asOperationError, OperationError, type Beginning } from '../operations/operations.js';
+import {
+  controlSocketOf,
+  makeSocketDirectory,
+  socketAddress,
+  type SocketAddress,
+} from '../operations/default-paths.js';
+import { removeStaleSocket } from '../operations/stale-socket.js';
 
 /** Only the daemon's user, and root, may send commands. */
 const DEFAULT_CONTROL_MODE = 0o600;

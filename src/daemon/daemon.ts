@@ -13,11 +13,11 @@ import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import { clientOf } from '../export/peer-client.js';
 import { ExportsToldToClients } from '../export/told-to-clients.js';
 import type { Claim, Writers } from '../export/writers.js';
-import { descriptorLimit } from '../store/descriptor-limit.js';
+import { descriptorLimit } from '../system/descriptor-limit.js';
 import { MAX_BLOCK_SIZE_SHIFT, type Unfinished } from '../store/object-store.js';
-import { shellWord } from '../store/shell-word.js';
+import { shellWord } from '../text/shell-word.js';
 import { directoryOf, kindOf, type StoreOptions } from '../store/locations.js';
-import { reasonOf } from '../store/system-error.js';
+import { reasonOf } from '../system/system-error.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
@@ -25,23 +25,33 @@ import { ClosedWindows } from './closed-windows.js';
 import { ServerConnections } from './connected.js';
 import { ConnectionLog, labelOf } from './connection-log.js';
 import { ControlServer } from './control-server.js';
-import { DISCONNECT_WAIT_MS, type ConnectionStatus, type Disconnected, type StatusAnswer } from './control-protocol.js';
+import {
+  DISCONNECT_WAIT_MS,
+  type ConnectionStatus,
+  type Disconnected,
+  type StatusAnswer,
+} from '../operations/control-protocol.js';
 import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
 import { exposureOf } from './exposure.js';
 import { logFailures, logOfPeers, logOfStore } from './failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
-import { openDirectly } from './open-directly.js';
-import { whileLocked } from './open-operations.js';
-import { machineMemory } from './machine-memory.js';
+import { openDirectly } from '../operations/open-directly.js';
+import { whileLocked } from '../operations/open-operations.js';
+import { machineMemory } from '../system/machine-memory.js';
 import { defaultMemoryBudget } from './memory-budget.js';
-import { OperationError, type VdiRecord } from './operations.js';
-import { checkSocketPath, controlSocketElsewhere, controlSocketOf, makeSocketDirectory } from './places.js';
+import { OperationError, type VdiRecord } from '../operations/operations.js';
+import {
+  checkSocketPath,
+  controlSocketElsewhere,
+  controlSocketOf,
+  makeSocketDirectory,
+} from '../operations/default-paths.js';
 import { LoggedExports } from './refusal-log.js';
 import { causeOf, RepeatedLines, times } from './repeated-lines.js';
 import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
-import { boundAddress, peerCredentials } from './socket-calls.js';
-import { trustedSocket } from './socket-trust.js';
-import { refuseUsedSocket, socketState } from './stale-socket.js';
+import { boundAddress, peerCredentials } from '../system/socket-calls.js';
+import { trustedSocket } from '../operations/socket-trust.js';
+import { refuseUsedSocket, socketState } from '../operations/stale-socket.js';
 import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */

@@ -3,7 +3,7 @@
  * before anybody's reads and writes lack a file. Owns the division, and the words for what the limit allows.
  */
 import { DEFAULT_LIMITS } from 'nbd-server-ts';
-import { MAX_CONTROL_CONNECTIONS } from './control-protocol.js';
+import { MAX_CONTROL_CONNECTIONS } from '../operations/control-protocol.js';
 
 /**
  * What is open beside the rest: some 30 when nobody is there, 64 sockets of clients that have broken the protocol, folders

@@ -5,7 +5,7 @@
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
 import { AuthorisedExports, type Access, type SubjectExports } from '../export/authorised-exports.js';
 import { AccessRules, parseAccess } from './access.js';
-import { OperationError } from './operations.js';
+import { OperationError } from '../operations/operations.js';
 import { readSettings, SettingsError, textOf, warningOfWritable } from './read-settings.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
 

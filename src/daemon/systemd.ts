@@ -3,7 +3,7 @@
  * we are (sd_notify(3), sd_watchdog_enabled(3)). Owns the environment variables that carry this; starts nothing by
  * itself and does nothing where no systemd is.
  */
-import { OperationError } from './operations.js';
+import { OperationError } from '../operations/operations.js';
 
 type Environment = Record<string, string | undefined>;
 

@@ -5,7 +5,7 @@
  */
 import { CatalogError } from '../vdi/catalog-error.js';
 import { memoryKey, type Memory } from '../vdi/memory.js';
-import { isRunning, ownKey } from '../vdi/process-identity.js';
+import { isRunning, ownKey } from '../system/process-identity.js';
 import { isStamp, msSince, stampNow, type Stamp } from '../vdi/stamp.js';
 import type { Client } from '../vdi/in-use.js';
 

@@ -4,7 +4,7 @@
  */
 import type { Peer } from 'nbd-server-ts';
 import type { Client } from '../vdi/in-use.js';
-import { bootId, processKey } from '../vdi/process-identity.js';
+import { bootId, processKey } from '../system/process-identity.js';
 
 /** Undefined for commands of our own, which never come back by themselves. */
 export function clientOf(peer: Peer): Client | undefined {

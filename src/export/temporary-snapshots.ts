@@ -10,7 +10,7 @@ import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
 import { Connections, type ConnectionSpan } from '../vdi/connections.js';
 import type { Client } from '../vdi/in-use.js';
 import { isLabelled, isLabelOfRun } from '../vdi/names.js';
-import { isRunning } from '../vdi/process-identity.js';
+import { isRunning } from '../system/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
 import { EndedMoments } from './ended-moments.js';
 import { toldToClients } from './told-to-clients.js';

@@ -1,11 +1,11 @@
 /**
  * The disk as the kernel has it: each method of HostDisk is its system call and nothing else, so that the calls of the data
- * path cost what they cost without the seam. src/store/local and src/backup call the kernel about files through here only
+ * path cost what they cost without the seam. src/store/local and src/jobs call the kernel about files through here only
  * (test/system/disk-seam.test.ts).
  */
 import fs from 'node:fs';
-import * as libc from '../store/local/libc.js';
-import { mountIdentity } from '../store/local/mount-identity.js';
+import * as libc from './libc.js';
+import { mountIdentity } from './mount-identity.js';
 import type { HostDisk, Reserved } from './disk.js';
 import { NodeFiles } from './node-files.js';
 

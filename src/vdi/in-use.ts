@@ -5,7 +5,7 @@
  */
 import { Connections, type ConnectionSpan } from './connections.js';
 import { memoryKey, type Memory } from './memory.js';
-import { isRunning, ownKey } from './process-identity.js';
+import { isRunning, ownKey } from '../system/process-identity.js';
 import { isStamp, msSince, stampNow, type Stamp } from './stamp.js';
 
 /** How long a client that was cut off counts as a user. An idle guest comes back with its next request only. */

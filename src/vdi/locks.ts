@@ -5,7 +5,7 @@
  * deleted is unlocked before its holder was named. Sends nothing.
  */
 import type { LockHolder, ObjectStore, VdiLock, VdiLocks, VdiRecord } from '../store/object-store.js';
-import { shellWord } from '../store/shell-word.js';
+import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 import { specOf } from './names.js';
 

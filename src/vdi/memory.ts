@@ -4,7 +4,7 @@
  * soon after. Knows no meaning of it.
  */
 import { createHash } from 'node:crypto';
-import { uriComponent } from '../store/name-bytes.js';
+import { uriComponent } from '../text/name-bytes.js';
 import type { StoreState } from '../store/object-store.js';
 
 /** What may come late is collected for so long. */

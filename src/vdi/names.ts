@@ -4,7 +4,7 @@
  * None of our names begins with an @, so these two are nobody's name.
  */
 import { randomBytes } from 'node:crypto';
-import { bytesOfText, percentOf, textOfBytes } from '../store/name-bytes.js';
+import { bytesOfText, percentOf, textOfBytes } from '../text/name-bytes.js';
 import type { VdiRecord } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 

@@ -4,7 +4,7 @@
  * container the boot may be its host's and the time its own: where that has gone back, it is not the same boot.
  */
 import os from 'node:os';
-import { bootId } from './process-identity.js';
+import { bootId } from '../system/process-identity.js';
 
 export interface Stamp {
   /** Date.now() */

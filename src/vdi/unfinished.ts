@@ -3,7 +3,7 @@
  * mark says is the store's (src/store/object-store.ts, Unfinished); when it is set and taken away, the catalog's.
  */
 import type { Redundancy, Unfinished, VdiRecord } from '../store/object-store.js';
-import { shellWord } from '../store/shell-word.js';
+import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 
 /** A command that is about to fill a VDI. */

@@ -6,9 +6,9 @@ import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect } from 'vitest';
-import { BackupTarget } from '../../src/backup/target.js';
-import { openOperations } from '../../src/daemon/open-operations.js';
-import type { Disk } from '../../src/daemon/operations.js';
+import { BackupTarget } from '../../src/jobs/backup/target.js';
+import { openOperations } from '../../src/operations/open-operations.js';
+import type { Disk } from '../../src/operations/operations.js';
 import { haveCommand, run, temporaryDirectory } from '../harness/daemon.js';
 import { expectBytes, type TestStore } from './both-ways.js';
 

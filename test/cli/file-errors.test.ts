@@ -5,7 +5,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { beforeAll, describe, expect, test } from 'vitest';
-import { reasonOf, systemMessage, type SystemError } from '../../src/store/system-error.js';
+import { reasonOf, systemMessage, type SystemError } from '../../src/system/system-error.js';
 import { BIN, cli, haveCommand, run, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import { mountReadOnly, mountTmpfs } from '../harness/filesystems.js';
 import { lastLineOf, oneLineOf, patterned, storeWith, WAYS, testStore, type TestStore } from './both-ways.js';

@@ -2,7 +2,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { foreignHead, foreignTail } from '../../src/cli/image-formats.js';
+import { foreignHead, foreignTail } from '../../src/jobs/image-formats.js';
 import { cli, needs, ok, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import { expectBytes, GIB, MIB, oneLineOf, patterned } from './both-ways.js';
 

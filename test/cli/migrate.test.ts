@@ -18,7 +18,7 @@ import {
   withCatalog,
   write,
   type Place,
-} from './migration-places.js';
+} from './migration-stores.js';
 
 test('a VDI of that name that it did not make is left alone', async () => {
   const local = localPlace();

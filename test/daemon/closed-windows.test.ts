@@ -2,7 +2,7 @@
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
 import { ClosedWindows } from '../../src/daemon/closed-windows.js';
-import { sendState, setUserTimeout } from '../../src/daemon/socket-calls.js';
+import { sendState, setUserTimeout } from '../../src/system/socket-calls.js';
 import { waitUntil } from '../harness/daemon.js';
 
 const TIMEOUT_MS = 1000;

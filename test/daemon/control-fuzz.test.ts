@@ -7,7 +7,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import { expect, test } from 'vitest';
 import { Random } from '../../nbd/test/fuzz/random.js';
-import { ControlClient } from '../../src/daemon/control-client.js';
+import { ControlClient } from '../../src/operations/control-client.js';
 import { startDaemon, waitUntil } from '../harness/daemon.js';
 
 const INPUTS = Number(process.env.SHEEPGATE_FUZZ_INPUTS ?? 2_000);

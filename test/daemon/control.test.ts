@@ -8,9 +8,9 @@ import net from 'node:net';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { ControlClient } from '../../src/daemon/control-client.js';
-import { MAX_REQUEST_BODY_BYTES } from '../../src/daemon/control-protocol.js';
-import { RemoteOperations } from '../../src/daemon/remote-operations.js';
+import { ControlClient } from '../../src/operations/control-client.js';
+import { MAX_REQUEST_BODY_BYTES } from '../../src/operations/control-protocol.js';
+import { RemoteOperations } from '../../src/operations/remote-operations.js';
 import { cli, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 
 const MIB = 2 ** 20;

@@ -6,7 +6,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
-import { ControlClient, pathOf } from '../../src/daemon/control-client.js';
+import { ControlClient, pathOf } from '../../src/operations/control-client.js';
 import { attach, storeWith, testStore, type TestStore } from '../cli/both-ways.js';
 import { cli, needs, ok, run, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 

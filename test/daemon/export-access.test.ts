@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
 import { expect, test } from 'vitest';
-import { ControlClient } from '../../src/daemon/control-client.js';
+import { ControlClient } from '../../src/operations/control-client.js';
 import { cli, cliJson, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 test('who may open some snapshots learns nothing of the others, by contexts, options or ids, and the log names what was opened', async () => {

@@ -1,6 +1,6 @@
 /** How long a command waits for a store that others have. The clock is made up: no waiting here. */
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
-import { whileLocked } from '../../src/daemon/open-operations.js';
+import { whileLocked } from '../../src/operations/open-operations.js';
 import { StoreLockedError } from '../../src/store/local/store-lock.js';
 
 beforeEach(() => void vi.useFakeTimers({ toFake: ['setTimeout', 'performance'] }));

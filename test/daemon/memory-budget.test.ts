@@ -4,7 +4,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { machineMemory } from '../../src/daemon/machine-memory.js';
+import { machineMemory } from '../../src/system/machine-memory.js';
 import { defaultMemoryBudget } from '../../src/daemon/memory-budget.js';
 import { cli, ended, haveCommand, skipBecause, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 

@@ -9,7 +9,7 @@ import { fileURLToPath } from 'node:url';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { openNotifier, takeInheritedSockets } from '../../src/daemon/systemd.js';
-import { sendDatagram } from '../../src/daemon/socket-calls.js';
+import { sendDatagram } from '../../src/system/socket-calls.js';
 import { BIN, cli, ended, haveCommand, run, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const EXAMPLES = fileURLToPath(new URL('../../examples/systemd', import.meta.url));

@@ -4,7 +4,7 @@
  */
 import { NbdClient } from 'nbd-server-ts';
 import { expect } from 'vitest';
-import { ControlClient, pathOf } from '../../src/daemon/control-client.js';
+import { ControlClient, pathOf } from '../../src/operations/control-client.js';
 import { clientSet, virtnbdbackupOf } from '../harness/client-set.js';
 import { cli, cliJson, needs, nbdsh, ok, startDaemon, waitUntil, type Daemon } from '../harness/daemon.js';
 

@@ -13,7 +13,7 @@ import { AuthorisedExports, type Access } from '../../src/export/authorised-expo
 import { VdiExports, type ExportsOptions } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { lookAtProcess } from '../../src/system/process-identity.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { CMD } from '../../nbd/src/protocol/wire.js';
 import { RawClient } from '../../nbd/test/raw-client.js';

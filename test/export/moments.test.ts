@@ -18,7 +18,7 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
 import { labelOfRun } from '../../src/vdi/names.js';
-import { lookAtProcess, processKey } from '../../src/vdi/process-identity.js';
+import { lookAtProcess, processKey } from '../../src/system/process-identity.js';
 import { stampNow } from '../../src/vdi/stamp.js';
 import { FailingDisk, READS, WRITES } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';

@@ -14,7 +14,7 @@ import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
 import { Memory } from '../../src/vdi/memory.js';
-import { lookAtProcess } from '../../src/vdi/process-identity.js';
+import { lookAtProcess } from '../../src/system/process-identity.js';
 import { FailingDisk, READS } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';
 

@@ -3,14 +3,14 @@
  * files that are changed on disk, erasure codes and load against real nodes, where there are any.
  */
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { StripComparison } from '../../src/store/sheep/deep/erasure-code.js';
+import { StripComparison } from '../../src/sheepdog/erasure-code.js';
 import { deepCheck, type DeepCheckOptions, type DeepReport } from '../../src/store/sheep/deep/deep-check.js';
 import { Throttle } from '../../src/store/sheep/deep/throttle.js';
-import { Placement } from '../../src/store/sheep/placement.js';
+import { Placement } from '../../src/sheepdog/hash-ring.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { attach, MIB, oneLineOf, patterned } from '../cli/both-ways.js';
-import { localPlace } from '../cli/migration-places.js';
+import { localPlace } from '../cli/migration-stores.js';
 import { BIN, cli, cliJson, ended, start, startDaemon, waitUntil } from '../harness/daemon.js';
 import { StandIn } from './stand-in.js';
 import { PeerOp } from './stand-in-copies.js';

@@ -2,8 +2,8 @@
 import net from 'node:net';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { NodeConnection, type Answer, type Peer, type WireRequest } from '../../src/store/sheep/connection.js';
-import { encodeVdiRequest, type ClusterNode } from '../../src/store/sheep/layouts.js';
-import { Opcode, Result } from '../../src/store/sheep/protocol.js';
+import { encodeVdiRequest, type ClusterNode } from '../../src/sheepdog/layouts.js';
+import { Opcode, Result } from '../../src/sheepdog/protocol.js';
 import { RecoveryWatch } from '../../src/store/sheep/recovery-watch.js';
 
 const HEADER_BYTES = 48;

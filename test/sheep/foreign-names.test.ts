@@ -1,7 +1,7 @@
 /** VDIs and snapshots that other tools have made in a cluster, with names and tags that ours may not have. */
 import type { Geometry, Peer } from 'nbd-server-ts';
 import { afterAll, beforeAll, expect, test } from 'vitest';
-import { DirectOperations } from '../../src/daemon/direct-operations.js';
+import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

@@ -12,7 +12,7 @@ import { promisify } from 'node:util';
 import { afterEach, describe, expect, test } from 'vitest';
 import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
 import { readClusterReport } from '../../src/store/sheep/cluster-report.js';
-import { decodeNodes } from '../../src/store/sheep/layouts.js';
+import { decodeNodes } from '../../src/sheepdog/layouts.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cleanUp, cli, cliJson, ok, skipBecause, temporaryDirectory } from '../harness/daemon.js';

@@ -13,7 +13,7 @@ import {
   objectRequest,
   vdiRequest,
   vdiResponse,
-} from '../../src/store/sheep/layouts.js';
+} from '../../src/sheepdog/layouts.js';
 import { clusterLocation, parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
 import {
   HEADER_BYTES,
@@ -23,7 +23,7 @@ import {
   INODE_VDI_SIZE_OFFSET,
   Opcode,
   Result,
-} from '../../src/store/sheep/protocol.js';
+} from '../../src/sheepdog/protocol.js';
 import { hash } from './stand-in.js';
 
 interface Recorded {

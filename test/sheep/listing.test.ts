@@ -5,7 +5,7 @@
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import { firstVid } from '../../src/store/sheep/vids-in-use.js';
+import { firstVid } from '../../src/sheepdog/vids-in-use.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { hash, Op, StandIn } from './stand-in.js';
 

@@ -24,7 +24,7 @@ import {
   type Contents,
   type Place,
   type Result,
-} from '../cli/migration-places.js';
+} from '../cli/migration-stores.js';
 import { BIN, cli, ended, startDaemon, waitUntil } from '../harness/daemon.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
 import { Op, Res, StandIn } from './stand-in.js';

@@ -9,7 +9,7 @@ import { NbdClient } from 'nbd-server-ts';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { expectBytes, MIB, oneLineOf, patterned } from '../cli/both-ways.js';
-import { checkContents, localPlace, migrate, withCatalog, type Place } from '../cli/migration-places.js';
+import { checkContents, localPlace, migrate, withCatalog, type Place } from '../cli/migration-stores.js';
 import { cli, haveCommand, run, skipBecause, startDaemon, temporaryDirectory, type Daemon } from '../harness/daemon.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
 

@@ -5,12 +5,12 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { openOperations } from '../../src/daemon/open-operations.js';
-import type { Operations, Redundancy } from '../../src/daemon/operations.js';
+import { openOperations } from '../../src/operations/open-operations.js';
+import type { Operations, Redundancy } from '../../src/operations/operations.js';
 import { clusterLocation } from '../../src/store/sheep/cluster-address.js';
-import { copyPolicyOf, redundancyOf } from '../../src/store/sheep/copy-policy.js';
+import { copyPolicyOf, redundancyOf } from '../../src/sheepdog/copy-policy.js';
 import { leftNodes, readClusterReport } from '../../src/store/sheep/cluster-report.js';
-import { decodeVdiStates } from '../../src/store/sheep/state-layouts.js';
+import { decodeVdiStates } from '../../src/sheepdog/state-layouts.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { formatRedundancy, parseRedundancy } from '../../src/store/redundancy.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

@@ -3,7 +3,7 @@
  * not serve. As sheep/ops.c has it: what a node is asked of itself needs a cluster that serves, what it is asked of the
  * cluster does not.
  */
-import { VDI_STATE_BYTES } from '../../src/store/sheep/state-layouts.js';
+import { VDI_STATE_BYTES } from '../../src/sheepdog/state-layouts.js';
 
 const NODE_LIST_ENTRY = 80;
 const EPOCH_LOG = 48;

@@ -5,7 +5,7 @@
 import { expect, test } from 'vitest';
 import type { VdiRecord } from '../../src/store/object-store.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import { parseUnfinishedTag, unfinishedTag } from '../../src/store/sheep/unfinished-tag.js';
+import { parseUnfinishedTag, unfinishedTag } from '../../src/sheepdog/unfinished-tag.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Beginning } from '../../src/vdi/unfinished.js';
 import { MIB, patterned } from '../cli/both-ways.js';

@@ -1,7 +1,7 @@
 /** Reading the nodes' bitmaps of vids. */
 import { expect, test } from 'vitest';
-import { VDI_BITMAP_BYTES } from '../../src/store/sheep/protocol.js';
-import { VidsInUse } from '../../src/store/sheep/vids-in-use.js';
+import { VDI_BITMAP_BYTES } from '../../src/sheepdog/protocol.js';
+import { VidsInUse } from '../../src/sheepdog/vids-in-use.js';
 
 /** Vids per 4 KiB of a bitmap. */
 const PART = 4096 * 8;

@@ -5,7 +5,7 @@
  */
 import { execFileSync } from 'node:child_process';
 import { expect, test } from 'vitest';
-import { ControlClient } from '../../src/daemon/control-client.js';
+import { ControlClient } from '../../src/operations/control-client.js';
 import { cliJson, startDaemon, waitUntil, type Daemon } from '../harness/daemon.js';
 import { bootGuest, guestProblem, triesKernel } from './guest.js';
 

@@ -10,7 +10,7 @@ import zlib from 'node:zlib';
 import { O_CREAT, O_EXCL, O_RDONLY, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
 import { writeFully } from '../../system/whole-io.js';
 import type { Awaitable, VdiRecord } from '../object-store.js';
-import { makeDirectory } from './make-directory.js';
+import { makeDirectory } from '../../system/make-directory.js';
 import { CHANGES } from './thread-shares.js';
 import { WriteThrottle } from './write-throttle.js';
 

@@ -6,7 +6,7 @@ import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
 import { O_CREAT, O_EXCL, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
-import { syncDirectory } from './durable-names.js';
+import { syncDirectory } from '../../system/durable-names.js';
 import { StoreError, type Usage, type VdiRecord } from '../object-store.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';

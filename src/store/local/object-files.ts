@@ -7,14 +7,14 @@
 import path from 'node:path';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { readToEnd, writeFully } from '../../system/whole-io.js';
-import { syncDirectory } from './durable-names.js';
-import { descriptorLimit } from '../descriptor-limit.js';
+import { syncDirectory } from '../../system/durable-names.js';
+import { descriptorLimit } from '../../system/descriptor-limit.js';
 import { StoreError, type Awaitable } from '../object-store.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import type { CachedReads } from './cached-reads.js';
 import type { DataObjects, ExtentSink, FoundObject } from './data-objects.js';
 import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
-import { makeDirectory } from './make-directory.js';
+import { makeDirectory } from '../../system/make-directory.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
 import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';

@@ -8,7 +8,7 @@ import type { DataObjects, FoundObject } from './data-objects.js';
 import type { LocalVdi } from './local-vdi.js';
 import { logsSetAside } from './map-log.js';
 import type { Metadata } from './metadata.js';
-import { Owners } from './owners.js';
+import { Owners } from './file-owners.js';
 import { objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 
 /** Findings a check spells out; it counts the rest. */

@@ -1,6 +1,6 @@
 /** Failures of the disk as errors of the store: which of its codes a system error is, and whether the disk itself has failed. */
 import { StoreError } from '../object-store.js';
-import { reasonBeside } from '../system-error.js';
+import { reasonBeside } from '../../system/system-error.js';
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 /** What the kernel says of a disk that fails, is gone, or holds what makes no sense. UNKNOWN is EUCLEAN as Node has it. */

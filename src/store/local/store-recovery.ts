@@ -8,7 +8,7 @@ import type { HostDisk } from '../../system/disk.js';
 import type { StoreError, VdiRecord } from '../object-store.js';
 import { removeLeftScratch } from './before-images.js';
 import { OBJECTS, type DataObjects } from './data-objects.js';
-import { makeNamesDurable } from './durable-names.js';
+import { makeNamesDurable } from '../../system/durable-names.js';
 import { logsSetAside, type MapLogs } from './map-log.js';
 import { PAGE_ENTRIES, pageOf, type KeptObjects, type Metadata } from './metadata.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';

@@ -4,12 +4,12 @@
  * it, and two snapshots may have one id. Owns that nothing is asked for by a name under which the nodes find anything else.
  */
 import { StoreError } from '../object-store.js';
-import { bytesOfText } from '../name-bytes.js';
-import type { Cluster } from './cluster.js';
+import { bytesOfText } from '../../text/name-bytes.js';
+import type { Cluster } from './cluster-client.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
-import type { Inode } from './layouts.js';
-import { INODE_FORMER_NAME_OFFSET, ownName } from './own-name.js';
-import { INODE_NAME_OFFSET, NAME_BYTES } from './protocol.js';
+import type { Inode } from '../../sheepdog/layouts.js';
+import { INODE_FORMER_NAME_OFFSET, ownName } from '../../sheepdog/own-name.js';
+import { INODE_NAME_OFFSET, NAME_BYTES } from '../../sheepdog/protocol.js';
 
 /** Errors: LOCKED; MOVED if somebody else takes a snapshot at this moment; IO if the nodes would lock another VDI. */
 export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<void> {

@@ -3,7 +3,7 @@
  * it. Owns the syntax, nothing else; every command reads it, so it loads nothing of what speaks to a cluster.
  */
 import { StoreError } from '../object-store.js';
-import { DEFAULT_PORT } from './protocol.js';
+import { DEFAULT_PORT } from '../../sheepdog/protocol.js';
 
 export interface NodeAddress {
   readonly host: string;

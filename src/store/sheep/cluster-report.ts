@@ -7,7 +7,7 @@ import { StoreError, type Redundancy } from '../object-store.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
 import { clusterStateName, type StateName } from './cluster-state.js';
 import { ConnectionLost, NoAnswer, NodeConnection, type Answer } from './connection.js';
-import { redundancyOf, zonesIn } from './copy-policy.js';
+import { redundancyOf, zonesIn } from '../../sheepdog/copy-policy.js';
 import { greet } from './greeting.js';
 import {
   decodeClusterInfo,
@@ -18,7 +18,7 @@ import {
   nodeResponse,
   type ClusterInfo,
   type ClusterNode,
-} from './layouts.js';
+} from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   ClusterFlag,
@@ -28,7 +28,7 @@ import {
   Result,
   resultName,
   type SheepVersion,
-} from './protocol.js';
+} from '../../sheepdog/protocol.js';
 import {
   decodeEpochs,
   decodeRecovery,
@@ -37,7 +37,7 @@ import {
   RECOVERY_BYTES,
   type Epoch,
   type Recovery,
-} from './state-layouts.js';
+} from '../../sheepdog/state-layouts.js';
 
 /** A node that takes longer to be connected to, or to answer, is told to be silent. */
 const CONNECT_MS = 2_000;

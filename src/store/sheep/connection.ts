@@ -9,8 +9,14 @@
  */
 import net from 'node:net';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
-import { DATA_LENGTH_OFFSET, EPOCH_OFFSET, ID_OFFSET, PAYLOAD_OFFSET_OFFSET, RESULT_OFFSET } from './layouts.js';
-import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from './protocol.js';
+import {
+  DATA_LENGTH_OFFSET,
+  EPOCH_OFFSET,
+  ID_OFFSET,
+  PAYLOAD_OFFSET_OFFSET,
+  RESULT_OFFSET,
+} from '../../sheepdog/layouts.js';
+import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from '../../sheepdog/protocol.js';
 
 export const CONNECT_TIMEOUT_MS = 5_000;
 const KEEP_ALIVE_MS = 10_000;

@@ -4,8 +4,8 @@
  * its name, and the name stays taken (sheep/vdi.c, delete_vdi_work). Owns how both are brought to their end; state it has none.
  */
 import { MAX_DATA_OBJECTS, type StoreError } from '../object-store.js';
-import type { Cluster } from './cluster.js';
-import type { Inode } from './layouts.js';
+import type { Cluster } from './cluster-client.js';
+import type { Inode } from '../../sheepdog/layouts.js';
 import { clearTable, inParallel, sleep } from './table.js';
 
 const PARALLEL_REMOVALS = 16;

@@ -5,7 +5,7 @@
  */
 import { addressLabel } from './cluster-address.js';
 import { ConnectionLost, NoAnswer, type NodeConnection } from './connection.js';
-import { encodeVdiRequest } from './layouts.js';
+import { encodeVdiRequest } from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   OLD_SHEEP_PROTO_VER,
@@ -13,7 +13,7 @@ import {
   Result,
   SHEEP_PROTO_VER,
   type SheepVersion,
-} from './protocol.js';
+} from '../../sheepdog/protocol.js';
 
 /** What is answered, which nobody reads: one for all. */
 const ANSWER = Buffer.allocUnsafeSlow(CLUSTER_INFO_ROOM);

@@ -8,10 +8,10 @@ import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import path from 'node:path';
 import { nodeFiles } from '../../system/node-files.js';
-import { syncDirectory } from '../local/durable-names.js';
-import { makeDirectory } from '../local/make-directory.js';
+import { syncDirectory } from '../../system/durable-names.js';
+import { makeDirectory } from '../../system/make-directory.js';
 import { StoreError, type StoreState } from '../object-store.js';
-import { reasonBeside } from '../system-error.js';
+import { reasonBeside } from '../../system/system-error.js';
 
 const SUFFIX = '.json';
 /** Larger than any fact; what is larger is none. */

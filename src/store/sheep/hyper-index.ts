@@ -20,10 +20,10 @@ import {
   readRoot,
   type IndexRoot,
   type LeafPointer,
-} from './btree.js';
-import type { Cluster } from './cluster.js';
-import type { Inode } from './layouts.js';
-import { INODE_BTREE_COUNTER_OFFSET } from './protocol.js';
+} from '../../sheepdog/btree.js';
+import type { Cluster } from './cluster-client.js';
+import type { Inode } from '../../sheepdog/layouts.js';
+import { INODE_BTREE_COUNTER_OFFSET } from '../../sheepdog/protocol.js';
 import { indexKey, inParallel, inRuns } from './table.js';
 import type { WriteOrder } from './write-order.js';
 

@@ -2,7 +2,7 @@
  * What is said of a VDI or snapshot where its name and tag may say another one. Owns when that is so.
  */
 import { inOrder, type VdiRecord } from '../object-store.js';
-import { recordOf, type Inode } from './layouts.js';
+import { recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { isShadow } from './shadow.js';
 
 /** A tag that `dog` takes for an id. */

@@ -5,9 +5,9 @@
  */
 import { StoreError } from '../object-store.js';
 import { lockByName } from './by-name.js';
-import type { Cluster } from './cluster.js';
+import type { Cluster } from './cluster-client.js';
 import { goneIsNone } from './deleted-vdi.js';
-import type { Inode } from './layouts.js';
+import type { Inode } from '../../sheepdog/layouts.js';
 import { inParallel, sleep } from './table.js';
 
 /** Who finds that a disk is somebody else's after all gives its new lock back in that time. */

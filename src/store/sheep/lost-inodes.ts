@@ -4,11 +4,11 @@
  * can still be known of one: changes nothing.
  */
 import { StoreError, type DamagedVdi } from '../object-store.js';
-import type { Cluster } from './cluster.js';
-import type { Inode } from './layouts.js';
+import type { Cluster } from './cluster-client.js';
+import type { Inode } from '../../sheepdog/layouts.js';
 import { isShadowName } from './shadow.js';
 import { inParallel } from './table.js';
-import type { VidsInUse } from './vids-in-use.js';
+import type { VidsInUse } from '../../sheepdog/vids-in-use.js';
 
 const PARALLEL_READS = 64;
 

@@ -7,7 +7,7 @@
  *
  * Owns which objects of one VDI are to be written again, and writes them.
  */
-import type { Cluster } from './cluster.js';
+import type { Cluster } from './cluster-client.js';
 import { objectKey } from './table.js';
 import type { WriteOrder } from './write-order.js';
 

@@ -12,9 +12,9 @@
  * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads and writes of data.
  */
 import type { Answer, WireRequest } from './connection.js';
-import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from './layouts.js';
-import { Pauses } from './pauses.js';
-import { Flag, Opcode, Result, vidOf } from './protocol.js';
+import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../../sheepdog/layouts.js';
+import { Pauses } from '../../system/pauses.js';
+import { Flag, Opcode, Result, vidOf } from '../../sheepdog/protocol.js';
 
 /** struct recovery_state: whether there is any in the first byte, then its step, objects finished and objects in all. */
 const RECOVERY_STATE_BYTES = 24;

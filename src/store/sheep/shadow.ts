@@ -8,10 +8,10 @@
  * snapshot: one more for the VDI's counts, the next generation for the shadow.
  */
 import { createHash } from 'node:crypto';
-import { bytesOfText } from '../name-bytes.js';
+import { bytesOfText } from '../../text/name-bytes.js';
 import { StoreError } from '../object-store.js';
-import type { Cluster } from './cluster.js';
-import { encodeTime, type Inode } from './layouts.js';
+import type { Cluster } from './cluster-client.js';
+import { encodeTime, type Inode } from '../../sheepdog/layouts.js';
 import {
   GREF_BYTES,
   INODE_SNAP_CTIME_OFFSET,
@@ -19,7 +19,7 @@ import {
   INODE_VDI_SIZE_OFFSET,
   MAX_VID,
   TAG_BYTES,
-} from './protocol.js';
+} from '../../sheepdog/protocol.js';
 import type { ReadTracker } from './read-tracker.js';
 import { InDoubt } from './stalled-nodes.js';
 import { clearTable, isRemoved, objectCount, objectKey } from './table.js';

@@ -2,7 +2,7 @@
  * The catalog of a cluster: VDIs and snapshots as its own tools see them, and the temporary snapshots among them. Owns
  * the order of requests that make one operation, so that a failure in between leaves everything reachable.
  */
-import { bytesOfText } from '../name-bytes.js';
+import { bytesOfText } from '../../text/name-bytes.js';
 import {
   inOrder,
   MAX_DATA_OBJECTS,
@@ -19,21 +19,26 @@ import {
 } from '../object-store.js';
 import { deleteByName, isFoundByName, isUnchanged, mayGoByName, nameToDelete, underOwnName } from './by-name.js';
 import { formatRedundancy, zonesFor } from '../redundancy.js';
-import type { Cluster } from './cluster.js';
-import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from './copy-policy.js';
+import type { Cluster } from './cluster-client.js';
+import { CLUSTER_DEFAULT, copyPolicyOf, zonesIn } from '../../sheepdog/copy-policy.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { clearHyper } from './hyper-index.js';
 import { labelsOf, markDoubtful, NUMBER } from './labels.js';
-import { encodeTime, recordOf, type Inode } from './layouts.js';
+import { encodeTime, recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { describeLost, inodeOrLost } from './lost-inodes.js';
-import { isOursToDrop } from './owner.js';
-import { INODE_SNAP_CTIME_OFFSET, INODE_TAG_OFFSET, INODE_VDI_SIZE_OFFSET, TAG_BYTES } from './protocol.js';
+import { isOursToDrop } from './shadow-owner.js';
+import {
+  INODE_SNAP_CTIME_OFFSET,
+  INODE_TAG_OFFSET,
+  INODE_VDI_SIZE_OFFSET,
+  TAG_BYTES,
+} from '../../sheepdog/protocol.js';
 import { isShadow, isShadowName, MAX_SHADOWS, Shadow, shadowName, shadowNames, shadowPrefix } from './shadow.js';
 import { SheepLocks } from './sheep-locks.js';
 import type { SheepStore } from './sheep-store.js';
 import { SheepVdi } from './sheep-vdi.js';
 import { clearTable, inParallel, objectCount, objectKey } from './table.js';
-import { parseUnfinishedTag, unfinishedTag } from './unfinished-tag.js';
+import { parseUnfinishedTag, unfinishedTag } from '../../sheepdog/unfinished-tag.js';
 import { UsageCount } from './usage-count.js';
 
 /** Inodes and objects asked for at a time. */

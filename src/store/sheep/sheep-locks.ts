@@ -6,10 +6,10 @@
 import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';
 import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
-import type { Cluster } from './cluster.js';
-import { encodeVdiRequest } from './layouts.js';
-import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from './protocol.js';
-import { LockState } from './state-layouts.js';
+import type { Cluster } from './cluster-client.js';
+import { encodeVdiRequest } from '../../sheepdog/layouts.js';
+import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from '../../sheepdog/protocol.js';
+import { LockState } from '../../sheepdog/state-layouts.js';
 
 /** A node that is to give a shared lock up by itself. */
 const NODE_MS = 5_000;

@@ -13,15 +13,15 @@ import {
   type ReadCount,
   type ZeroOptions,
 } from '../object-store.js';
-import { Cluster, ObjectGone } from './cluster.js';
+import { Cluster, ObjectGone } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { clusterState } from './cluster-state.js';
-import { Gateway, type GatewayOptions } from './gateway.js';
+import { Gateway, type GatewayOptions } from './node-pool.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
-import type { ClusterInfo, ClusterNode } from './layouts.js';
-import { ownerMark } from './owner.js';
-import { ClusterFlag, STATUS_RUNNING, vidOf } from './protocol.js';
+import type { ClusterInfo, ClusterNode } from '../../sheepdog/layouts.js';
+import { ownerMark } from './shadow-owner.js';
+import { ClusterFlag, STATUS_RUNNING, vidOf } from '../../sheepdog/protocol.js';
 import { ReadTracker } from './read-tracker.js';
 import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';

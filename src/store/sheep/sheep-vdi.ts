@@ -4,13 +4,13 @@
  * changes and the move to a new vid. Nothing is kept back: what was answered is in the cluster.
  */
 import { behindEndError, StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
-import type { Cluster } from './cluster.js';
+import type { Cluster } from './cluster-client.js';
 import { HyperIndex } from './hyper-index.js';
-import { recordOf, type Inode } from './layouts.js';
+import { recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { BLOCK_BYTES, inPieces, MAX_PIECE_BYTES } from './pieces.js';
 import { OldParity } from './parity.js';
 import type { Shadow } from './shadow.js';
-import { GREF_BYTES } from './protocol.js';
+import { GREF_BYTES } from '../../sheepdog/protocol.js';
 import type { Locks } from './locks.js';
 import { isDeleted, isSameVdi, removeLeftObjects } from './deleted-vdi.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';

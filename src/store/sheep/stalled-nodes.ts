@@ -6,8 +6,8 @@
 import { StoreError } from '../object-store.js';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { NodeConnection, NoAnswer } from './connection.js';
-import { encodeVdiRequest } from './layouts.js';
-import { MAX_NODES, NODE_BYTES, Opcode } from './protocol.js';
+import { encodeVdiRequest } from '../../sheepdog/layouts.js';
+import { MAX_NODES, NODE_BYTES, Opcode } from '../../sheepdog/protocol.js';
 
 const POLL_MS = 500;
 const PROBE_MS = 2_000;

@@ -4,7 +4,7 @@
  * does (sheep/gateway.c, init_erasure_buffer), and two writes into one stripe may each undo the other. So whole stripes
  * are made here. Owns no state; who may write when is the caller's affair.
  */
-import type { Cluster } from './cluster.js';
+import type { Cluster } from './cluster-client.js';
 
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE_BYTES = 512;

@@ -5,8 +5,8 @@
  * the last that was changed, and no counts for the changed ones. Owns what the table should be. An open disk has its own way
  * (sheep-vdi.ts), which knows of snapshots that others take.
  */
-import type { Cluster } from './cluster.js';
-import { GREF_BYTES } from './protocol.js';
+import type { Cluster } from './cluster-client.js';
+import { GREF_BYTES } from '../../sheepdog/protocol.js';
 
 const NO_COUNT = Buffer.alloc(GREF_BYTES);
 

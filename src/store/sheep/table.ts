@@ -3,8 +3,8 @@
  * until what they referred to is gone. Owns no state.
  */
 import type { StoreError } from '../object-store.js';
-import type { Cluster } from './cluster.js';
-import { MAX_HYPER_OBJECTS, MAX_VID } from './protocol.js';
+import type { Cluster } from './cluster-client.js';
+import { MAX_HYPER_OBJECTS, MAX_VID } from '../../sheepdog/protocol.js';
 import { TableWriter } from './table-writer.js';
 
 /** Runs of table entries one batch writes at a time. */

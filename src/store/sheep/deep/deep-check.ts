@@ -6,11 +6,11 @@
  * Memory: a bit for each object, half a MiB for each copy of the objects under way, and what is being settled.
  */
 import type { StoreError } from '../../object-store.js';
-import { readRoot } from '../btree.js';
-import type { Cluster } from '../cluster.js';
+import { readRoot } from '../../../sheepdog/btree.js';
+import type { Cluster } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
-import type { Inode } from '../layouts.js';
-import { inodeHigh, vidOf } from '../protocol.js';
+import type { Inode } from '../../../sheepdog/layouts.js';
+import { inodeHigh, vidOf } from '../../../sheepdog/protocol.js';
 import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';
 import { Looker } from './look.js';
 import { bytesOf, ObjectsInUse, readLiveInodes, type Target } from './objects-in-use.js';

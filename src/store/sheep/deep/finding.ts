@@ -3,7 +3,7 @@
  * Owns the shape of the report and its wording.
  */
 import { addressLabel } from '../cluster-address.js';
-import type { ClusterNode } from '../layouts.js';
+import type { ClusterNode } from '../../../sheepdog/layouts.js';
 import { printOf, type Difference, type Look } from './look.js';
 import { UNIT_BYTES, type Part, type Target } from './objects-in-use.js';
 

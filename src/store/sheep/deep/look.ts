@@ -4,9 +4,9 @@
  * write that has reached one node and not the other: whether it stays so, others find out.
  */
 import { createHash } from 'node:crypto';
-import type { ClusterNode } from '../layouts.js';
+import type { ClusterNode } from '../../../sheepdog/layouts.js';
 import { MAX_PIECE_BYTES } from '../pieces.js';
-import { StripComparison } from './erasure-code.js';
+import { StripComparison } from '../../../sheepdog/erasure-code.js';
 import { UNIT_BYTES, type Target } from './objects-in-use.js';
 import { MembersChanged, type Peers, type View } from './peers.js';
 import type { Throttle } from './throttle.js';

@@ -3,13 +3,19 @@
  * owner. Owns those bits and what is known of the owners (how many copies there should be); reads no data.
  */
 import type { StoreError } from '../../object-store.js';
-import { leafHigh, readRoot } from '../btree.js';
-import type { Cluster } from '../cluster.js';
+import { leafHigh, readRoot } from '../../../sheepdog/btree.js';
+import type { Cluster } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
-import type { Inode } from '../layouts.js';
-import { INODE_ENTRY_BYTES, INODE_GREF_OFFSET, INODE_TABLE_OFFSET, inodeHigh, GREF_BYTES } from '../protocol.js';
+import type { Inode } from '../../../sheepdog/layouts.js';
+import {
+  INODE_ENTRY_BYTES,
+  INODE_GREF_OFFSET,
+  INODE_TABLE_OFFSET,
+  inodeHigh,
+  GREF_BYTES,
+} from '../../../sheepdog/protocol.js';
 import { inParallel, objectCount } from '../table.js';
-import { stripsOf, STRIPE_BYTES } from './erasure-code.js';
+import { stripsOf, STRIPE_BYTES } from '../../../sheepdog/erasure-code.js';
 
 const PARALLEL_INODES = 16;
 /** SD_INODE_DATA_INDEX_SIZE: what a node of the index of a hyper volume has at most. */

@@ -9,11 +9,11 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../../object-store.js';
 import { addressLabel } from '../cluster-address.js';
-import type { Cluster } from '../cluster.js';
+import type { Cluster } from '../cluster-client.js';
 import { ConnectionLost, NodeConnection, type Answer, type WireRequest } from '../connection.js';
-import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../layouts.js';
-import { keepsObjects, Placement } from '../placement.js';
-import { ClusterFlag, Flag, Opcode, Result, resultName } from '../protocol.js';
+import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../../../sheepdog/layouts.js';
+import { keepsObjects, Placement } from '../../../sheepdog/hash-ring.js';
+import { ClusterFlag, Flag, Opcode, Result, resultName } from '../../../sheepdog/protocol.js';
 
 /** One request, of at most half a MiB. */
 const ATTEMPT_MS = 30_000;

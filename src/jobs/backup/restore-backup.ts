@@ -1,0 +1,245 @@
+/**
+ * A backup becomes a VDI: every block is compared with its hash before it is written and, unless that is not wanted, read
+ * back afterwards. The VDI is marked as unfinished until then. Owns the choice of the backup and what becomes of a VDI
+ * whose restoring failed.
+ */
+import { randomBytes } from 'node:crypto';
+import { OperationError, type Disk, type Operations, type VdiRecord } from '../../operations/operations.js';
+import { whatIsLeft } from '../../operations/what-is-left.js';
+import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
+import { isZeros } from '../../system/zeros.js';
+import { hashOf, type BlockHashes } from '../block-hashes.js';
+import type { Chain } from './chain.js';
+import { inFlight } from '../requests-in-flight.js';
+import type { Point } from './manifest.js';
+import { PagedRanges } from '../paged-ranges.js';
+import { CLUSTER_BYTES } from './qcow2-file.js';
+import type { BackupTarget } from './target.js';
+
+const RUN_BYTES = 8;
+
+export interface RestoreOptions {
+  /** The VDI to make. */
+  readonly name: string;
+  /** Of its objects, if it is made: undefined for what the store takes, or the VDI had that the backup is of. */
+  readonly blockSizeShift?: number | undefined;
+  /** Write over a VDI of that name. */
+  readonly overwrites: boolean;
+  /** Of a cluster, if the VDI has to be made. */
+  readonly redundancy?: Redundancy | undefined;
+  /** Also if a client that was cut off from it may come back. */
+  readonly force?: boolean | undefined;
+  readonly verifies: boolean;
+  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
+  readonly signal: AbortSignal;
+  /** Told what is left behind when it fails. */
+  readonly log: (line: string) => void;
+}
+
+/**
+ * The backup that is meant: an id, or the newest that is not younger than a time (ISO 8601, or its beginning: a day, an
+ * hour); the last one for undefined. Errors: NO_BACKUP, BAD_USAGE.
+ */
+export function pointAt(target: BackupTarget, at: string | undefined): Point {
+  const { points } = target;
+  const last = points.at(-1);
+  if (!last) {
+    throw new OperationError('NO_BACKUP', `no backup in ${target.image ?? target.home} was ever finished`);
+  }
+  if (at === undefined) return last;
+  const found = /^\d{1,7}$/.test(at)
+    ? points.find(({ id }) => id === Number(at))
+    : points.filter(({ time }) => Date.parse(time) <= endOf(at)).at(-1);
+  if (found) return found;
+  const first = points[0] as Point;
+  throw new OperationError(
+    'NO_BACKUP',
+    `there is no backup ${at}: kept are ${first.id} (${first.time}) to ${last.id} (${last.time}); --list shows all`,
+  );
+}
+
+/** The last moment that a time may mean: "2026-11-24" is the whole day, in local time. */
+function endOf(text: string): number {
+  const match = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(\.\d+)?)?)?(Z|[+-]\d\d:?\d\d)?)?$/.exec(text);
+  const [, day, hour, minute, second, fraction, zone] = match ?? [];
+  const time = Date.parse(
+    `${day}T${hour ?? '23'}:${minute ?? '59'}:${second ?? '59'}${fraction ?? '.999'}${zone ?? ''}`,
+  );
+  if (Number.isNaN(time)) {
+    throw new OperationError(
+      'BAD_USAGE',
+      `--at ${text}: give a backup's number, a day (2026-11-24) or a time (2026-11-24T03:00)`,
+    );
+  }
+  return time;
+}
+
+/** One backup, all of its files open. */
+export interface OpenedPoint {
+  readonly point: Point;
+  readonly hashes: BlockHashes;
+  readonly chain: Chain;
+}
+
+/** To be called before the store is opened: root may be the store's owner then, who cannot read what root can. */
+export async function openPoint(target: BackupTarget, point: Point): Promise<OpenedPoint> {
+  return { point, hashes: await target.hashesOf(point), chain: await target.openChain(point) };
+}
+
+/**
+ * What is written over is given up at once: ask checkBackup first. Errors: EXISTS, DAMAGED, BUSY, and those of the store.
+ */
+export async function restoreBackup(
+  operations: Operations,
+  { point, hashes, chain }: OpenedPoint,
+  options: RestoreOptions,
+): Promise<{ readonly dataBytes: number }> {
+  const { name, overwrites } = options;
+  const found = (await operations.list()).find((vdi) => vdi.name === name && !vdi.isSnapshot);
+  if (found && overwrites) mustFit(found, point);
+  const run = randomBytes(RUN_BYTES).toString('hex');
+  const begun = await operations.begin(name, {
+    by: 'restore',
+    of: '',
+    run,
+    size: point.size,
+    blockSizeShift: options.blockSizeShift,
+    likeShift: point.blockSizeShift,
+    redundancy: options.redundancy,
+    overwrites,
+    goesOn: false,
+    force: options.force,
+  });
+  const isNew = begun.unfinished?.isNew ?? false;
+  let isFinishing = false;
+  try {
+    if (begun.size !== point.size) await operations.resize(name, point.size, { force: true, run });
+    const disk = await operations.openDisk(name, { run });
+    let dataBytes: number;
+    try {
+      if (disk.size !== point.size) {
+        throw new OperationError('BAD_SIZE', `${name} has ${disk.size} bytes, the backup ${point.size}`);
+      }
+      if (!isNew) await disk.zero(0, disk.size);
+      dataBytes = await copyIn(chain, hashes, disk, options);
+      if (options.verifies) await readBack(hashes, disk, options);
+    } finally {
+      await disk.close();
+    }
+    isFinishing = true;
+    await operations.finish(name, run);
+    return { dataBytes };
+  } catch (error) {
+    // Half a disk is worse than none.
+    const isGone =
+      isNew &&
+      (await operations.remove(name, { run }).then(
+        () => true,
+        () => false,
+      ));
+    if (!isGone) options.log(await whatIsLeft(operations, begun, { isFinishing }));
+    throw error;
+  }
+}
+
+/**
+ * Compare all of a backup with its hashes, before anything is given up for it; the store need not be open meanwhile.
+ * Errors: DAMAGED.
+ */
+export async function checkBackup(
+  { hashes, chain }: OpenedPoint,
+  options: Pick<RestoreOptions, 'progress' | 'signal'>,
+): Promise<void> {
+  const doing = options.progress('checking the backup', hashes.size);
+  try {
+    for (let index = 0; index < hashes.count; index++) {
+      options.signal.throwIfAborted();
+      if (!hashes.isZero(index)) await chain.readChecked(hashes, index);
+      doing.advance(hashes.lengthOf(index));
+    }
+  } finally {
+    doing.end();
+  }
+}
+
+/** Errors: BAD_SIZE if the VDI cannot have the backup's size. */
+function mustFit({ name, blockSizeShift, maxObjects, unfinished }: VdiRecord, { size }: Point): void {
+  const most = (maxObjects ?? MAX_DATA_OBJECTS) * 2 ** blockSizeShift;
+  if (unfinished?.isNew || size <= most) return;
+  throw new OperationError(
+    'BAD_SIZE',
+    `${name} can have at most ${most} bytes, the backup has ${size}; nothing was written: restore it under another name`,
+  );
+}
+
+async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<number> {
+  let dataBytes = 0;
+  const doing = options.progress(`restoring ${options.name}`, disk.size);
+  try {
+    await inFlight(async (flight) => {
+      for (let index = 0; index < hashes.count; index++) {
+        options.signal.throwIfAborted();
+        const length = hashes.lengthOf(index);
+        if (hashes.isZero(index)) {
+          doing.advance(length);
+          continue;
+        }
+        await flight.add(async () => {
+          const block = await chain.readChecked(hashes, index);
+          for (let from = 0; from < length;) {
+            const to = endOfRun(block, from);
+            const part = block.subarray(from, to);
+            if (!isZeros(part)) {
+              await disk.write(index * hashes.blockBytes + from, part);
+              dataBytes += part.length;
+            }
+            from = to;
+          }
+          doing.advance(length);
+        });
+      }
+    });
+    await disk.flush();
+  } finally {
+    doing.end();
+  }
+  return dataBytes;
+}
+
+/** Where clusters of one kind, zeros or not, end. */
+function endOfRun(block: Buffer, from: number): number {
+  const isZero = isZeros(block.subarray(from, from + CLUSTER_BYTES));
+  let to = from + CLUSTER_BYTES;
+  while (to < block.length && isZeros(block.subarray(to, to + CLUSTER_BYTES)) === isZero) to += CLUSTER_BYTES;
+  return Math.min(to, block.length);
+}
+
+/** Blocks that the disk knows to be zeros are not read. */
+async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<void> {
+  const doing = options.progress('verifying', disk.size);
+  const data = new PagedRanges((offset) => disk.dataPage(offset));
+  try {
+    await inFlight(async (flight) => {
+      for (let index = 0; index < hashes.count; index++) {
+        options.signal.throwIfAborted();
+        const length = hashes.lengthOf(index);
+        const offset = index * hashes.blockBytes;
+        const check = (isRight: boolean): void => {
+          if (isRight) return doing.advance(length);
+          throw new OperationError('DAMAGED', `${options.name} does not read at ${offset} as it was written`);
+        };
+        if (!(await data.touch(offset, length))) {
+          check(hashes.isZero(index));
+          continue;
+        }
+        await flight.add(async () => {
+          const block = Buffer.allocUnsafe(length);
+          await disk.read(offset, block);
+          check(hashes.is(index, hashOf(block)));
+        });
+      }
+    });
+  } finally {
+    doing.end();
+  }
+}

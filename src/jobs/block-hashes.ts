@@ -1,0 +1,108 @@
+/**
+ * SHA-256 of every block of a disk at one time: what a backup is checked against, wherever its bytes lie, and what tells
+ * whether two disks are the same. Owns the form of the table: 32 bytes a block in order, zeros for a block of zeros. Its own
+ * hash, the tree hash, stands for the whole disk without reading its zeros; it is not the SHA-256 of the image.
+ */
+import { createHash } from 'node:crypto';
+import { OperationError } from '../operations/operations.js';
+import type { HostDisk } from '../system/disk.js';
+import { isZeros } from '../system/zeros.js';
+import { readWhole, replaceFile } from './target-files.js';
+
+const HASH_BYTES = 32;
+/** Of a block that holds only zeros. */
+export const NO_HASH = Buffer.alloc(HASH_BYTES);
+/** Blocks are objects of the VDI, but not larger than this: several of them are in memory. */
+export const MAX_BLOCK_BYTES = 16 * 2 ** 20;
+/** Of one disk; its table has 512 MiB then. Enough for 256 TiB in blocks of 16 MiB, 64 TiB in blocks of 4 MiB. */
+export const MAX_BLOCKS = 2 ** 24;
+
+/** Bytes of a block, for a VDI with objects of 2^blockSizeShift bytes. */
+export function blockBytesOf(blockSizeShift: number): number {
+  return Math.min(2 ** blockSizeShift, MAX_BLOCK_BYTES);
+}
+
+/** The table's entry for a block of these bytes. */
+export function hashOf(block: Buffer): Buffer {
+  return isZeros(block) ? NO_HASH : createHash('sha256').update(block).digest();
+}
+
+export class BlockHashes {
+  /** Blocks of the disk; the last one may be shorter than blockBytes. */
+  readonly count: number;
+  readonly #table: Buffer;
+
+  /** All zeros, or as `previous`: what it lacks is zeros, what it has beyond `size` is left out. Errors: TOO_LARGE. */
+  constructor(
+    readonly size: number,
+    readonly blockBytes: number,
+    previous?: BlockHashes,
+  ) {
+    this.count = Math.ceil(size / blockBytes);
+    if (this.count > MAX_BLOCKS) {
+      throw new OperationError(
+        'TOO_LARGE',
+        `a disk of ${size} bytes has ${this.count} blocks of ${blockBytes} bytes; ${MAX_BLOCKS} can be hashed`,
+      );
+    }
+    this.#table = Buffer.alloc(this.count * HASH_BYTES);
+    if (previous) previous.#table.copy(this.#table);
+  }
+
+  /** Read a table. Errors: DAMAGED if it is not the one with this tree hash. */
+  static async load(
+    disk: HostDisk,
+    file: string,
+    size: number,
+    blockBytes: number,
+    treeHash: string,
+  ): Promise<BlockHashes> {
+    const bytes = Math.ceil(size / blockBytes) * HASH_BYTES;
+    const found = await readWhole(disk, file, bytes);
+    if (found.length === bytes) {
+      const hashes = new BlockHashes(size, blockBytes);
+      found.copy(hashes.#table);
+      if (hashes.treeHash === treeHash) return hashes;
+    }
+    throw new OperationError('DAMAGED', `${file} is damaged: it is not the list of hashes that was written`);
+  }
+
+  save(disk: HostDisk, file: string): Promise<void> {
+    return replaceFile(disk, file, this.#table);
+  }
+
+  /**
+   * SHA-256 of the table. Two disks of one size and with blocks of one size that have the same tree hash have the same
+   * content.
+   */
+  get treeHash(): string {
+    return createHash('sha256').update(this.#table).digest('hex');
+  }
+
+  lengthOf(index: number): number {
+    return Math.min(this.blockBytes, this.size - index * this.blockBytes);
+  }
+
+  isZero(index: number): boolean {
+    return index >= this.count || this.#entry(index).equals(NO_HASH);
+  }
+
+  /** Whether the block has this hash; behind the end there are zeros. */
+  is(index: number, hash: Buffer): boolean {
+    return index >= this.count ? hash.equals(NO_HASH) : this.#entry(index).equals(hash);
+  }
+
+  /** Whether both say the same of the block; what one of them lacks is zeros. */
+  agrees(index: number, other: BlockHashes): boolean {
+    if (index >= this.count) return other.isZero(index);
+    return other.is(index, this.#entry(index));
+  }
+
+  set(index: number, hash: Buffer): void {
+    hash.copy(this.#table, index * HASH_BYTES);
+  }
+
+  #entry(index: number): Buffer {
+    return this.#table.subarray(index * HASH_BYTES, (index + 1) * HASH_BYTES);
+  }
+}

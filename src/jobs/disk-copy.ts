@@ -1,0 +1,278 @@
+/**
+ * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
+ * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
+ */
+import type { Writable } from 'node:stream';
+import { IN_FLIGHT, inFlight, type Flight } from './requests-in-flight.js';
+import { readAll } from './read-all.js';
+import { OperationError, type Disk } from '../operations/operations.js';
+import { OpenFile } from '../system/open-file.js';
+import { hostDisk } from '../system/real-disk.js';
+import { isZeros } from '../system/zeros.js';
+import type { Progress } from '../cli/progress.js';
+
+/** One request. */
+const CHUNK_BYTES = 2 ** 20;
+/** Zeros that are not written, at a time: so that a signal is seen between. */
+const ZERO_PIECE_BYTES = 256 * 2 ** 20;
+/** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
+const ZERO_UNIT_BYTES = 64 * 2 ** 10;
+/** Of a stream: what its end is told by. */
+const TAIL_BYTES = 512;
+
+export interface Copied {
+  /** Bytes that were really carried over. */
+  dataBytes: number;
+  /** Bytes that are zeros and were not. */
+  zeroBytes: number;
+}
+
+interface CopyOptions {
+  readonly progress: Progress;
+  readonly signal: AbortSignal;
+}
+
+/**
+ * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk holds zeros already, so that zeros
+ * need not be written.
+ */
+export async function copyFileToDisk(
+  fd: number,
+  size: number,
+  disk: Disk,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const file = new OpenFile(hostDisk, fd);
+  await inFlight(async (flight) => {
+    for (let at = 0; at < size;) {
+      options.signal.throwIfAborted();
+      const found = await hostDisk.nextData(fd, at);
+      const data = found < 0 ? size : Math.min(found, size);
+      if (data > at) await addZeros(flight, disk, at, data - at, copied, options);
+      if (data >= size) return;
+      const end = Math.min(await hostDisk.nextHole(fd, data), size);
+      for (let from = data; from < end; from += CHUNK_BYTES) {
+        options.signal.throwIfAborted();
+        const length = Math.min(CHUNK_BYTES, end - from);
+        await flight.add(async () => {
+          const buffer = Buffer.allocUnsafe(length);
+          await readAll(file, buffer, from);
+          await writeSparsely(disk, from, buffer, copied, options);
+        });
+      }
+      at = end;
+    }
+  });
+  return copied;
+}
+
+/**
+ * Copy what comes in `chunks` (chunksOf) to the beginning of the disk. Returns its length and its last TAIL_BYTES too.
+ * Errors: TOO_LONG if it is longer than `limit`.
+ */
+export async function copyStreamToDisk(
+  chunks: AsyncIterable<Buffer>,
+  disk: Disk,
+  options: CopyOptions & { readonly isEmpty: boolean; readonly limit: number },
+): Promise<Copied & { size: number; tail: Buffer }> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const { limit } = options;
+  let size = 0;
+  let tail: Buffer = Buffer.alloc(0);
+  await inFlight(async (flight) => {
+    for await (const buffer of chunks) {
+      options.signal.throwIfAborted();
+      if (size + buffer.length > limit) {
+        const of = limit === disk.size ? 'of the disk' : 'that --size says';
+        throw new OperationError('TOO_LONG', `the input is longer than the ${limit} bytes ${of}`);
+      }
+      const at = size;
+      size += buffer.length;
+      const end = buffer.subarray(Math.max(0, buffer.length - TAIL_BYTES));
+      tail = end.length === TAIL_BYTES ? end : Buffer.concat([tail, end]).subarray(-TAIL_BYTES);
+      await flight.add(() => writeSparsely(disk, at, buffer, copied, options));
+    }
+  });
+  return { ...copied, size, tail };
+}
+
+/** Zero the rest of a disk that may hold something there. */
+export async function zeroRest(disk: Disk, from: number): Promise<void> {
+  if (from < disk.size) await disk.zero(from, disk.size - from);
+}
+
+/**
+ * Copy the disk into a file or device from its beginning. `zero` makes a range of it zeros; without it what is not written
+ * reads as zeros already (a new file).
+ */
+export async function copyDiskToFile(
+  disk: Disk,
+  fd: number,
+  options: CopyOptions & { readonly zero?: (offset: number, length: number) => Promise<void> },
+): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const { progress, signal, zero } = options;
+  const file = new OpenFile(hostDisk, fd);
+  await inFlight(async (flight) => {
+    for await (const { offset, length, isData } of piecesOf(disk, ZERO_PIECE_BYTES)) {
+      signal.throwIfAborted();
+      if (!isData) {
+        copied.zeroBytes += length;
+        if (zero) await flight.add(() => zero(offset, length).then(() => progress.advance(length)));
+        else progress.advance(length);
+        continue;
+      }
+      await flight.add(async () => {
+        const buffer = Buffer.allocUnsafe(length);
+        await disk.read(offset, buffer);
+        for (const part of splitZeros(buffer)) {
+          if (part.isZero) {
+            await zero?.(offset + part.from, part.length);
+            copied.zeroBytes += part.length;
+            continue;
+          }
+          await file.write(buffer.subarray(part.from, part.from + part.length), offset + part.from);
+          copied.dataBytes += part.length;
+        }
+        progress.advance(length);
+      });
+    }
+  });
+  return copied;
+}
+
+/** Write the disk to a stream, in order, zeros included. */
+export async function copyDiskToStream(disk: Disk, stream: Writable, options: CopyOptions): Promise<Copied> {
+  const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
+  const ahead: { readonly buffer: Promise<Buffer>; readonly isData: boolean }[] = [];
+  const writeFirst = async (): Promise<void> => {
+    const first = ahead.shift();
+    if (!first) return;
+    const buffer = await first.buffer;
+    await writeTo(stream, buffer, options.signal);
+    if (first.isData) copied.dataBytes += buffer.length;
+    else copied.zeroBytes += buffer.length;
+    options.progress.advance(buffer.length);
+  };
+  try {
+    for await (const { offset, length, isData } of piecesOf(disk)) {
+      options.signal.throwIfAborted();
+      if (ahead.length >= IN_FLIGHT) await writeFirst();
+      const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
+      const ready = isData ? disk.read(offset, buffer).then(() => buffer) : Promise.resolve(buffer);
+      ready.catch(() => undefined); // told when its turn comes
+      ahead.push({ buffer: ready, isData });
+    }
+    while (ahead.length > 0) await writeFirst();
+  } finally {
+    await Promise.allSettled(ahead.map(({ buffer }) => buffer));
+  }
+  return copied;
+}
+
+/** Resolves when the stream has taken `data`; an abort does not wait for a reader that does not read. */
+function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const onAbort = (): void => reject(signal.reason as Error);
+    signal.addEventListener('abort', onAbort, { once: true });
+    stream.write(data, (error) => {
+      signal.removeEventListener('abort', onAbort);
+      if (error) reject(error);
+      else resolve();
+    });
+  });
+}
+
+/** The disk in order, from what it says about its allocation: data in pieces of at most CHUNK_BYTES. */
+async function* piecesOf(
+  disk: Disk,
+  maxZeroBytes = CHUNK_BYTES,
+): AsyncGenerator<{ readonly offset: number; readonly length: number; readonly isData: boolean }> {
+  let done = 0;
+  function* upTo(end: number, isData: boolean): Generator<{ offset: number; length: number; isData: boolean }> {
+    while (done < end) {
+      const piece = { offset: done, length: Math.min(isData ? CHUNK_BYTES : maxZeroBytes, end - done), isData };
+      done += piece.length;
+      yield piece;
+    }
+  }
+  for (let next: number | null = 0; next !== null;) {
+    const page = await disk.dataPage(next);
+    for (const { offset, length } of page.ranges) {
+      yield* upTo(offset, false);
+      yield* upTo(offset + length, true);
+    }
+    next = page.next;
+  }
+  yield* upTo(disk.size, false);
+}
+
+async function addZeros(
+  flight: Flight,
+  disk: Disk,
+  offset: number,
+  length: number,
+  copied: Copied,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<void> {
+  copied.zeroBytes += length;
+  if (!options.isEmpty) await flight.add(() => disk.zero(offset, length));
+  options.progress.advance(length);
+}
+
+async function writeSparsely(
+  disk: Disk,
+  offset: number,
+  buffer: Buffer,
+  copied: Copied,
+  options: CopyOptions & { readonly isEmpty: boolean },
+): Promise<void> {
+  for (const { from, length, isZero } of splitZeros(buffer)) {
+    if (!isZero) {
+      await disk.write(offset + from, buffer.subarray(from, from + length));
+      copied.dataBytes += length;
+      continue;
+    }
+    if (!options.isEmpty) await disk.zero(offset + from, length);
+    copied.zeroBytes += length;
+  }
+  options.progress.advance(buffer.length);
+}
+
+interface Part {
+  readonly from: number;
+  length: number;
+  readonly isZero: boolean;
+}
+
+/** Runs of zero and non-zero units of a buffer. */
+export function splitZeros(buffer: Buffer): Part[] {
+  const parts: Part[] = [];
+  for (let from = 0; from < buffer.length; from += ZERO_UNIT_BYTES) {
+    const length = Math.min(ZERO_UNIT_BYTES, buffer.length - from);
+    const isZero = isZeros(buffer.subarray(from, from + length));
+    const last = parts.at(-1);
+    if (last && last.isZero === isZero) last.length += length;
+    else parts.push({ from, length, isZero });
+  }
+  return parts;
+}
+
+/** The stream in buffers of CHUNK_BYTES, the last one shorter. */
+export async function* chunksOf(stream: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+  let filling = Buffer.allocUnsafe(CHUNK_BYTES);
+  let filled = 0;
+  for await (const piece of stream) {
+    for (let at = 0; at < piece.length;) {
+      const taken = piece.copy(filling, filled, at);
+      at += taken;
+      filled += taken;
+      if (filled < CHUNK_BYTES) continue;
+      yield filling;
+      filling = Buffer.allocUnsafe(CHUNK_BYTES);
+      filled = 0;
+    }
+  }
+  if (filled > 0) yield filling.subarray(0, filled);
+}

@@ -1,0 +1,194 @@
+/**
+ * Where `import` reads an image from: a file or block device, at any offset, or a stream, once and in order. Owns what can
+ * be known before anything is written: how long it is, and that it is a raw image; and its descriptor.
+ */
+import fs from 'node:fs';
+import type { Readable } from 'node:stream';
+import { asFileError } from '../operations/file-errors.js';
+import { OperationError } from '../operations/operations.js';
+import { chunksOf } from './disk-copy.js';
+import { foreignHead, foreignTail, HEAD_BYTES, TAIL_BYTES, type ForeignFormat } from './image-formats.js';
+import { blockDeviceAttribute } from '../system/sysfs.js';
+
+const STDIN = '-';
+const STDIN_FD = 0;
+const SECTOR_BYTES = 512;
+
+export interface SourceOptions {
+  /** Whatever it looks like. */
+  readonly isRaw: boolean;
+  /** The VDI that it is for, in messages. */
+  readonly vdi: string;
+}
+
+interface Common {
+  /** For messages. */
+  readonly name: string;
+  /** Not a file or device that was named: a pipe, or what the shell has redirected. */
+  readonly isFed: boolean;
+  /** Errors: BAD_FORMAT if it ends like something other than a raw image. `tail`: its last bytes, TAIL_BYTES or fewer. */
+  inspectTail(tail: Buffer): void;
+  close(): void;
+}
+
+/** Looked at already: it is not empty, and no other format. */
+export interface FileSource extends Common {
+  readonly kind: 'file';
+  readonly fd: number;
+  readonly length: number;
+}
+
+export interface StreamSource extends Common {
+  readonly kind: 'stream';
+  /** Bytes that are to come, where that can be known: of a file that is read through a redirection. */
+  readonly length: number | undefined;
+  /**
+   * Wait for its beginning. Errors: BAD_FILE if it is empty, BAD_FORMAT if it begins like something other than a raw
+   * image; and the signal's reason.
+   */
+  begin(signal: AbortSignal): Promise<void>;
+  /** All of it, in pieces; after `begin`, once. Ends with the signal's reason. */
+  chunks(signal: AbortSignal): AsyncIterable<Buffer>;
+}
+
+export type ImageSource = FileSource | StreamSource;
+
+/** Errors: BAD_FILE if it can be no image, BAD_FORMAT if it is one of another format, and those of the system. */
+export function openSource(file: string, options: SourceOptions): ImageSource {
+  if (file === STDIN) return openStdin(options);
+  const fd = fs.openSync(file, 'r');
+  try {
+    const status = fs.fstatSync(fd);
+    if (status.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory, not a disk image`);
+    if (status.isFile() || status.isBlockDevice()) return fileSource(fd, file, file, options, () => fs.closeSync(fd));
+    // It closes the descriptor when it is destroyed.
+    return streamSource(fs.createReadStream('', { fd }), file, file, undefined, options);
+  } catch (error) {
+    fs.closeSync(fd);
+    throw asFileError(error, file);
+  }
+}
+
+/** What the shell has put there: a pipe, or a file, of which somebody may have read a part. */
+function openStdin(options: SourceOptions): ImageSource {
+  const status = fs.fstatSync(STDIN_FD);
+  if (status.isDirectory()) throw new OperationError('BAD_FILE', 'stdin is a directory, not a disk image');
+  if (!status.isFile() && !status.isBlockDevice()) {
+    return streamSource(process.stdin, 'stdin', undefined, undefined, options);
+  }
+  const position = positionOf(STDIN_FD);
+  if (position === 0) return fileSource(STDIN_FD, 'stdin', undefined, options, () => undefined);
+  const length = Math.max(0, lengthOf(STDIN_FD, 'stdin') - position);
+  // From where it stands. Not process.stdin: of a block device Node makes a stream that is empty.
+  const rest = fs.createReadStream('', { fd: STDIN_FD, autoClose: false });
+  return streamSource(rest, 'stdin', undefined, length, options);
+}
+
+function fileSource(
+  fd: number,
+  name: string,
+  path: string | undefined,
+  options: SourceOptions,
+  close: () => void,
+): FileSource {
+  const length = lengthOf(fd, name);
+  if (length === 0) throw new OperationError('BAD_FILE', `${name} is empty`);
+  const refuse = refusalOf(name, path, options);
+  refuse(foreignHead(readAt(fd, 0, Math.min(HEAD_BYTES, length))));
+  const tailBytes = Math.min(TAIL_BYTES, length);
+  refuse(foreignTail(readAt(fd, length - tailBytes, tailBytes)));
+  return { kind: 'file', name, isFed: path === undefined, fd, length, inspectTail: () => undefined, close };
+}
+
+function streamSource(
+  stream: Readable,
+  name: string,
+  path: string | undefined,
+  length: number | undefined,
+  options: SourceOptions,
+): StreamSource {
+  const refuse = refusalOf(name, path, options);
+  // Whoever takes pieces of it hears of its errors; before the first and after the last nobody would.
+  stream.on('error', () => undefined);
+  const pieces = chunksOf(stream)[Symbol.asyncIterator]();
+  let first: Buffer | undefined;
+  return {
+    kind: 'stream',
+    name,
+    isFed: true,
+    length,
+    begin: (signal) =>
+      stoppable(stream, signal, async () => {
+        const { value, done } = await pieces.next();
+        if (done) throw new OperationError('BAD_FILE', `${name} is empty`);
+        refuse(foreignHead(value));
+        first = value;
+      }),
+    async *chunks(signal) {
+      if (!first) throw new Error('invariant: a stream is read that was not begun');
+      yield first;
+      for (;;) {
+        const { value, done } = await stoppable(stream, signal, () => pieces.next());
+        if (done) return;
+        yield value;
+      }
+    },
+    inspectTail: (tail) => refuse(foreignTail(tail)),
+    close: () => void stream.destroy(),
+  };
+}
+
+/** An abort ends the waiting for a stream from which nothing comes. */
+async function stoppable<T>(stream: Readable, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
+  signal.throwIfAborted();
+  const stop = (): void => void stream.destroy(signal.reason as Error);
+  signal.addEventListener('abort', stop, { once: true });
+  try {
+    return await work();
+  } finally {
+    signal.removeEventListener('abort', stop);
+  }
+}
+
+function refusalOf(
+  name: string,
+  path: string | undefined,
+  { isRaw, vdi }: SourceOptions,
+): (format: ForeignFormat | undefined) => void {
+  return (format) => {
+    if (!format || isRaw) return;
+    throw new OperationError(
+      'BAD_FORMAT',
+      `${name} is ${format.name}, not a raw image: ${format.remedy(path, vdi)}; --raw imports its bytes as they are`,
+    );
+  };
+}
+
+/** Errors: CHANGED if the file has become shorter. */
+function readAt(fd: number, offset: number, length: number): Buffer {
+  const bytes = Buffer.alloc(length);
+  for (let done = 0; done < length;) {
+    const count = fs.readSync(fd, bytes, done, length - done, offset + done);
+    if (count === 0) throw new OperationError('CHANGED', 'the file became shorter while it was read');
+    done += count;
+  }
+  return bytes;
+}
+
+function lengthOf(fd: number, name: string): number {
+  const status = fs.fstatSync(fd);
+  return status.isFile() ? status.size : blockDeviceSize(status.rdev, name);
+}
+
+/** The size of a block device, from sysfs: fstat does not tell it. */
+function blockDeviceSize(rdev: number, name: string): number {
+  const sectors = Number(blockDeviceAttribute(rdev, 'size'));
+  if (!Number.isSafeInteger(sectors)) throw new OperationError('BAD_FILE', `cannot tell the size of ${name}`);
+  return sectors * SECTOR_BYTES;
+}
+
+/** proc_pid_fdinfo(5): "pos:", the offset at which the next read begins. */
+function positionOf(fd: number): number {
+  const [, position] = /^pos:\s*(\d+)$/m.exec(fs.readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8')) ?? [];
+  return Number(position ?? 0);
+}

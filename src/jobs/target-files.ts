@@ -1,0 +1,248 @@
+/**
+ * Files by name, in directories that others may be able to write to: a backup target on a shared disk, the place an image
+ * is exported to. Nothing but regular files of that very directory is opened: no symbolic link is followed, no fifo waited
+ * for, no device touched, nothing written that has a second name elsewhere; a new file is one that was not there before.
+ * Owns how files are created, replaced, renamed and removed there, durably in the order that a crash needs.
+ *
+ * Names are relative to an open directory (openat(2), by way of /proc/self/fd): whoever puts a link in the place of the
+ * directory meanwhile wins nothing. The directory's own path is the caller's to resolve; its last part is not a link.
+ */
+import os from 'node:os';
+import path from 'node:path';
+import { OperationError } from '../operations/operations.js';
+import { reasonOf, type SystemError } from '../system/system-error.js';
+import {
+  O_CREAT,
+  O_DIRECTORY,
+  O_EXCL,
+  O_NOFOLLOW,
+  O_NONBLOCK,
+  O_RDONLY,
+  O_RDWR,
+  O_WRONLY,
+  type FileStatus,
+  type HostDisk,
+} from '../system/disk.js';
+import { OpenFile } from '../system/open-file.js';
+
+const DESCRIPTORS = '/proc/self/fd';
+const PARTIAL = '.partial';
+
+/**
+ * Run `work` with a directory held open; `at` gives the path of a name in it, which stays in that directory whatever is
+ * done to its own path. Errors: BAD_TARGET if it is a symbolic link or no directory.
+ */
+export async function inDirectory<T>(
+  disk: HostDisk,
+  directory: string,
+  work: (at: (name: string) => string) => Promise<T>,
+): Promise<T> {
+  const handle = await openDirectory(disk, directory);
+  // Where there is no /proc, names are what is left.
+  const pinned = disk.existsSync(DESCRIPTORS) ? `${DESCRIPTORS}/${handle.fd}` : directory;
+  try {
+    return await work((name) => `${pinned}/${name}`);
+  } catch (error) {
+    throw withPath(error, pinned, directory);
+  } finally {
+    await handle.close();
+  }
+}
+
+/** Open a file to read, or to write into. Errors: BAD_TARGET if it is not a regular file, ENOENT. */
+export function openRegular(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
+  const mode = access === 'r' ? O_RDONLY : O_RDWR;
+  return inDirectory(disk, path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    // First: even the opening of a device may do something.
+    checkRegular(await disk.lstat(where), file);
+    const handle = await openChecked(disk, where, mode, file);
+    if (access === 'r') return handle;
+    const { nlink } = handle.status();
+    if (nlink <= 1) return handle;
+    await handle.close();
+    throw new OperationError(
+      'BAD_TARGET',
+      `${file} has ${nlink} names (hard links), and writing into it would change the others too; ` +
+        `make it a file of its own: cp -p --sparse=always ${file} ${file}.own && mv ${file}.own ${file}`,
+    );
+  });
+}
+
+/** Open the file for locking; `access` 'r+' makes it if it is not there. Errors: as openRegular. */
+export function openLock(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
+  return inDirectory(disk, path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    const found = await disk.lstat(where).catch(ignoring('ENOENT'));
+    if (found) checkRegular(found, file);
+    return openChecked(disk, where, access === 'r' ? O_RDONLY : O_RDWR | O_CREAT, file);
+  });
+}
+
+/**
+ * A new, empty file, to be written; what has its name now is removed, and not written through, or with `mayReplace` false is
+ * an error (EEXIST).
+ */
+export function createFile(disk: HostDisk, file: string, { mayReplace = true } = {}): Promise<OpenFile> {
+  return inDirectory(disk, path.dirname(file), async (at) => {
+    const where = at(path.basename(file));
+    if (mayReplace) await disk.unlink(where).catch(ignoring('ENOENT'));
+    return new OpenFile(disk, await disk.open(where, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0o600));
+  });
+}
+
+/** What a disk answers when it cannot read: the block layer's and the filesystems' (linux block/blk-core.c, fs/xfs, fs/ext4). */
+const { EIO, EBADMSG, ENODATA, EILSEQ } = os.constants.errno;
+const EUCLEAN = 117;
+const EREMOTEIO = 121;
+const UNREADABLE = new Set([EIO, EBADMSG, ENODATA, EILSEQ, EUCLEAN, EREMOTEIO]);
+
+/** Run `read`, which reads `file`; that it cannot be read is damage of that file, like any other. Errors: DAMAGED. */
+export async function readable<T>(file: string, read: () => Promise<T>): Promise<T> {
+  try {
+    return await read();
+  } catch (error) {
+    const { errno } = error as NodeJS.ErrnoException;
+    if (errno === undefined || !UNREADABLE.has(-errno)) throw error;
+    throw new OperationError('DAMAGED', `${file} is damaged: it cannot be read: ${reasonOf(error as Error)}`, {
+      cause: error,
+    });
+  }
+}
+
+/** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger, or cannot be read. */
+export function readWhole(disk: HostDisk, file: string, maxBytes: number): Promise<Buffer> {
+  return readable(file, () => wholeOf(disk, file, maxBytes));
+}
+
+async function wholeOf(disk: HostDisk, file: string, maxBytes: number): Promise<Buffer> {
+  const handle = await openRegular(disk, file, 'r');
+  try {
+    const { size } = handle.status();
+    if (size > maxBytes) {
+      throw new OperationError(
+        'DAMAGED',
+        `${file} is damaged: it has ${size} bytes, and at most ${maxBytes} belong there`,
+      );
+    }
+    const content = Buffer.alloc(size);
+    return content.subarray(0, await handle.readToEnd(content, 0));
+  } finally {
+    await handle.close();
+  }
+}
+
+/** What the file is; undefined if there is none. Errors: BAD_TARGET if it is not a regular file. */
+export async function statRegular(disk: HostDisk, file: string): Promise<FileStatus | undefined> {
+  const found = await disk.lstat(file).catch(ignoring('ENOENT', 'ENOTDIR'));
+  if (found) checkRegular(found, file);
+  return found;
+}
+
+export function removeFile(disk: HostDisk, file: string): Promise<void> {
+  return inDirectory(disk, path.dirname(file), (at) => disk.unlink(at(path.basename(file))));
+}
+
+/** Replace a file by a whole new one: after a crash it is the old one or the new one. */
+export async function replaceFile(disk: HostDisk, file: string, content: Buffer): Promise<void> {
+  const partial = `${file}${PARTIAL}`;
+  const handle = await createFile(disk, partial);
+  try {
+    await handle.write(content, 0);
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await moveFile(disk, partial, file);
+}
+
+/** Rename, durably. What has the new name is replaced, and not followed. */
+export async function moveFile(disk: HostDisk, from: string, to: string): Promise<void> {
+  await inDirectory(disk, path.dirname(from), (at) =>
+    inDirectory(disk, path.dirname(to), (atNew) => disk.rename(at(path.basename(from)), atNew(path.basename(to)))),
+  );
+  await syncDirectory(disk, path.dirname(to));
+  if (path.dirname(from) !== path.dirname(to)) await syncDirectory(disk, path.dirname(from));
+}
+
+/** What was created, renamed and removed in the directory stays so after a crash. */
+export async function syncDirectory(disk: HostDisk, directory: string): Promise<void> {
+  const handle = await openDirectory(disk, directory);
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+}
+
+async function openDirectory(disk: HostDisk, directory: string): Promise<OpenFile> {
+  try {
+    return new OpenFile(disk, await disk.open(directory, O_RDONLY | O_DIRECTORY | O_NOFOLLOW));
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code !== 'ELOOP' && code !== 'ENOTDIR') throw error;
+    throw new OperationError('BAD_TARGET', `${directory} is not a directory; look who put it there, and remove it`, {
+      cause: error,
+    });
+  }
+}
+
+async function openChecked(disk: HostDisk, where: string, flags: number, file: string): Promise<OpenFile> {
+  let handle: OpenFile;
+  try {
+    // Not waiting: a fifo in its place would keep us for ever.
+    handle = new OpenFile(disk, await disk.open(where, flags | O_NOFOLLOW | O_NONBLOCK, 0o600));
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === 'ELOOP') throw notRegular(file, 'a symbolic link');
+    if (code === 'ENXIO') throw notRegular(file, 'a fifo, socket or device');
+    throw error;
+  }
+  try {
+    checkRegular(handle.status(), file);
+    return handle;
+  } catch (error) {
+    await handle.close();
+    throw error;
+  }
+}
+
+/** Errors: BAD_TARGET. */
+function checkRegular(found: FileStatus, file: string): void {
+  if (found.isFile()) return;
+  const what = found.isSymbolicLink()
+    ? 'a symbolic link'
+    : found.isDirectory()
+      ? 'a directory'
+      : found.isFIFO()
+        ? 'a fifo'
+        : found.isSocket()
+          ? 'a socket'
+          : 'a device';
+  throw notRegular(file, what);
+}
+
+function notRegular(file: string, what: string): OperationError {
+  return new OperationError(
+    'BAD_TARGET',
+    `${file} is ${what}, not a regular file: it was not made by sheepgate; look who put it there, and remove it`,
+  );
+}
+
+function ignoring(...codes: string[]): (error: NodeJS.ErrnoException) => undefined {
+  return (error) => {
+    if (!codes.includes(error.code ?? '')) throw error;
+    return undefined;
+  };
+}
+
+/** The directory's own path in the message, in place of the descriptor's. */
+function withPath(error: unknown, pinned: string, directory: string): unknown {
+  if (!(error instanceof Error) || pinned === directory || !error.message.includes(pinned)) return error;
+  const named = (text: string): string => text.replaceAll(`${pinned}/`, `${directory}/`);
+  const { path: file, dest } = error as SystemError;
+  error.message = named(error.message);
+  if (file !== undefined) Object.assign(error, { path: named(file) });
+  if (dest !== undefined) Object.assign(error, { dest: named(dest) });
+  return error;
+}

@@ -1,0 +1,100 @@
+/**
+ * Whether a control socket may be believed: whoever answers there says that disks were snapshotted and deleted, and receives
+ * what is imported. On a machine with other users a path alone proves nothing. Owns the rule who may be at the other end;
+ * never connects to anything.
+ *
+ * The rule: this user, root, or the owner of the directory that the socket lies in, if that directory was made by root (so
+ * that a group may use the socket of a service). The same for who owns the socket and its directory.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { shellWord } from '../text/shell-word.js';
+import { OperationError } from './operations.js';
+
+const ROOT = 0;
+const WRITTEN_BY_GROUP_OR_ALL = 0o022;
+const WRITTEN_BY_ALL = 0o002;
+const ENTERED_BY_ALL = 0o001;
+/** In such a directory nobody renames or removes what is another user's: inode(7), S_ISVTX. */
+const STICKY = 0o1000;
+
+/** A socket that looks right, and who may be found to listen there. */
+export interface TrustedSocket {
+  /** Without symbolic links: what was looked at is what is connected to. */
+  readonly path: string;
+  readonly uids: ReadonlySet<number>;
+}
+
+/**
+ * Look at a socket, and at the directories of it and of a link to it, before connecting. Errors: UNTRUSTED; ENOENT and the
+ * like if it is not there.
+ */
+export function trustedSocket(socketPath: string, self = process.geteuid?.() ?? -1): TrustedSocket {
+  const place = path.resolve(socketPath);
+  const real = fs.realpathSync(place);
+  // Whoever can put a link there chooses among all daemons.
+  if (real !== place) trustedUids(fs.realpathSync(path.dirname(place)), place, self);
+  const directory = path.dirname(real);
+  const uids = trustedUids(directory, place, self);
+  const { uid, mode } = fs.lstatSync(real);
+  if (!uids.has(uid)) throw untrusted(place, `it belongs to uid ${uid}`, uid, self);
+  const isOpenToAll = (mode & WRITTEN_BY_ALL) !== 0 && (fs.statSync(directory).mode & ENTERED_BY_ALL) !== 0;
+  if (isOpenToAll) {
+    throw new OperationError(
+      'UNTRUSTED',
+      `every user of this machine can send commands to ${place}: 'chmod o-w ${shellWord(real)}' first`,
+    );
+  }
+  return { path: real, uids };
+}
+
+/** `uid`: of whoever listens, as the kernel says. Errors: UNTRUSTED. */
+export function mustBeTrusted(socket: TrustedSocket, uid: number | undefined, self = process.geteuid?.() ?? -1): void {
+  if (uid === undefined) {
+    throw new OperationError(
+      'UNTRUSTED',
+      `the system does not say who listens on ${socket.path}; nothing was sent there`,
+    );
+  }
+  if (!socket.uids.has(uid)) throw untrusted(socket.path, `uid ${uid} listens there`, uid, self);
+}
+
+/** Who may listen in `directory`, a path without links. Errors: UNTRUSTED. */
+function trustedUids(directory: string, socketPath: string, self: number): Set<number> {
+  const uids = new Set([self, ROOT]);
+  const { uid, mode } = fs.statSync(directory);
+  if (isMadeByRoot(directory)) uids.add(uid);
+  if (!uids.has(uid)) throw untrusted(socketPath, `its directory belongs to uid ${uid}`, uid, self);
+  if ((mode & WRITTEN_BY_ALL) !== 0 && (mode & STICKY) === 0) {
+    throw new OperationError(
+      'UNTRUSTED',
+      `every user of this machine can put a socket in the place of ${socketPath}: 'chmod o-w ${shellWord(directory)}' first`,
+    );
+  }
+  return uids;
+}
+
+/** Whether nobody but root can have put a directory of that name there: all above it is root's, and nobody else's to change. */
+function isMadeByRoot(directory: string): boolean {
+  for (let below = directory; ;) {
+    const place = path.dirname(below);
+    if (place === below) return true;
+    const { uid, mode } = fs.statSync(place);
+    // Further up it is enough that what is root's stays where it is.
+    const isSafe = (mode & WRITTEN_BY_GROUP_OR_ALL) === 0 || (below !== directory && (mode & STICKY) !== 0);
+    if (uid !== ROOT || !isSafe) return false;
+    below = place;
+  }
+}
+
+function untrusted(socketPath: string, what: string, uid: number, self: number): OperationError {
+  const wayOut =
+    self === ROOT
+      ? `if that user's daemon is meant, say 'setpriv --reuid=${uid} --init-groups sheepgate …' or the like`
+      : 'if it is not yours, remove it or have it removed, and see that XDG_RUNTIME_DIR is set, or give another --control';
+  return new OperationError(
+    'UNTRUSTED',
+    `nothing was sent to the control socket ${socketPath}: ${what}, who is neither this user nor root nor the owner of a ` +
+      `directory that root has made for it; ${wayOut}`,
+  );
+}

@@ -1,0 +1,159 @@
+/**
+ * Root on a store of another user, a service's: what root would make there that user could not open. So a command that
+ * opens such a store itself takes the uid and gid of the store's directory for as long as it has it open. Owns the identity
+ * of this process. Nothing is ever chowned: the directory is controlled by somebody else.
+ */
+import fs from 'node:fs';
+import path from 'node:path';
+import { shellWord } from '../text/shell-word.js';
+import { isSystemError, whatFailed } from '../system/system-error.js';
+import { OperationError } from './operations.js';
+
+/** What @types/node does not know. */
+type WithGroups = typeof process & { initgroups?(user: number | string, extraGroup: number | string): void };
+
+interface Identity {
+  readonly uid: number;
+  readonly gid: number;
+}
+
+/** Whose identity this process has taken, and for how many open stores. */
+let taken: (Identity & { readonly store: string; users: number }) | undefined;
+/** Stores that root has open as root. */
+let asRoot = 0;
+
+/** Whether this is root, and the directory another user's, or will be when it is made. */
+export function isOthersStore(directory: string): boolean {
+  return process.geteuid?.() === 0 && ownerOf(directory).uid !== 0;
+}
+
+/**
+ * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
+ * root and the directory is, or will be, another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
+ */
+export function takeOwner(directory: string): () => void {
+  if (taken === undefined && process.geteuid?.() !== 0) return () => undefined;
+  const owner = ownerOf(directory);
+  const { uid } = owner;
+  if (taken !== undefined ? taken.uid !== uid : uid !== 0 && asRoot > 0) {
+    throw new OperationError(
+      'OWNER',
+      twoOwners(directory, owner, taken ?? { uid: 0, gid: 0, store: 'the other store' }),
+    );
+  }
+  if (uid === 0) {
+    asRoot++;
+    return once(() => void asRoot--);
+  }
+  taken ??= become(owner, directory);
+  taken.users++;
+  return once(giveBack);
+}
+
+/** Whoever a directory belongs to, or will when it is made. */
+function ownerOf(directory: string): Identity & { readonly isThere: boolean } {
+  for (let place = path.resolve(directory); ; place = path.dirname(place)) {
+    const status = fs.statSync(place, { throwIfNoEntry: false });
+    if (status) return { uid: status.uid, gid: status.gid, isThere: place === path.resolve(directory) };
+  }
+}
+
+function twoOwners(
+  directory: string,
+  { uid, isThere }: Identity & { readonly isThere: boolean },
+  other: Identity & { readonly store: string },
+): string {
+  const both = `${other.store} belongs to uid ${other.uid}, and this command would have to be both`;
+  if (isThere) {
+    const others = shellWord(uid === 0 ? other.store : directory);
+    return `${directory} belongs to uid ${uid}, ${both}: start the daemon of ${others}, which then does the work on it`;
+  }
+  return (
+    `${directory} is not there yet and would belong to uid ${uid}, as what it lies in does, but ${both}: ` +
+    `'install -d -m 700 -o ${other.uid} -g ${other.gid} ${shellWord(directory)}' makes it that user's`
+  );
+}
+
+/** Whether root is somebody else at this moment. */
+export function hasTakenOwner(): boolean {
+  return taken !== undefined;
+}
+
+/** Who lacks a permission that root has is told why it is not root at that moment. */
+export function explainIdentity(error: unknown): unknown {
+  if (taken === undefined || !isDenied(error)) return error;
+  const place = shellWord(taken.store);
+  const what = isSystemError(error) ? whatFailed(error) : (error as Error).message;
+  return new OperationError(
+    'PERMISSION',
+    `${what}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
+      `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
+    { cause: error },
+  );
+}
+
+/** By the system; also where that was said in connecting to a daemon. What a store says of its own files is another matter. */
+function isDenied(error: unknown): boolean {
+  const { code, cause } = (error ?? {}) as { readonly code?: unknown; readonly cause?: unknown };
+  if (code === 'EACCES' || code === 'EPERM') return true;
+  if (code === 'UNREACHABLE') return isDenied(cause);
+  return code === 'PERMISSION' && error instanceof OperationError && cause === undefined;
+}
+
+/** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
+export function refuseOthersStore(directory: string): void {
+  if (process.geteuid?.() !== 0) return;
+  const { uid, gid } = ownerOf(directory);
+  if (uid === 0) return;
+  const own = fs.existsSync(directory)
+    ? `if it is to be root's store from now on: 'chown -hR 0:0 ${shellWord(directory)}'`
+    : `if it is to be root's store: 'mkdir -m 700 ${shellWord(directory)}'`;
+  throw new OperationError(
+    'OWNER',
+    `${directory} belongs to the user with uid ${uid}, who could not open what a daemon of root makes there: ` +
+      `start the service, or say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate serve …'; ${own}`,
+  );
+}
+
+function become({ uid, gid }: Identity, store: string): NonNullable<typeof taken> {
+  const groups = process.getgroups?.() ?? [];
+  const before = process.getegid?.() ?? 0;
+  try {
+    try {
+      (process as WithGroups).initgroups?.(uid, gid);
+    } catch {
+      process.setgroups?.([gid]); // a uid without a name
+    }
+    // libc tells every thread of the process, those of the thread pool and of lmdb among them (nptl(7)).
+    process.setegid?.(gid);
+    process.seteuid?.(uid);
+  } catch (error) {
+    throw new OperationError(
+      'PERMISSION',
+      `${store} belongs to the user with uid ${uid}, and this process may not become that (${(error as Error).message}): ` +
+        `say 'setpriv --reuid=${uid} --regid=${gid} --init-groups sheepgate …'`,
+    );
+  }
+  restore = () => {
+    process.seteuid?.(0);
+    process.setegid?.(before);
+    process.setgroups?.(groups);
+  };
+  return { uid, gid, store, users: 0 };
+}
+
+let restore: () => void = () => undefined;
+
+function giveBack(): void {
+  if (taken === undefined || --taken.users > 0) return;
+  taken = undefined;
+  restore();
+}
+
+function once(work: () => void): () => void {
+  let isDone = false;
+  return () => {
+    if (!isDone) work();
+    isDone = true;
+  };
+}

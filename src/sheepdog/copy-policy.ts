@@ -1,0 +1,31 @@
+/**
+ * How inodes, requests and the cluster's own description say how many copies there are, or which erasure code: nr_copies and
+ * copy_policy (fec.h, ec_policy_to_dp). Owns that byte, nothing else.
+ */
+import type { Redundancy } from '../store/object-store.js';
+import { zonesFor } from '../store/redundancy.js';
+
+export interface CopyPolicy {
+  /** Copies, or strips of all kinds. 0 in a request: the cluster's default. */
+  readonly copies: number;
+  /** 0: whole copies; else half of the data strips in the upper four bits, the parity strips in the lower ones. */
+  readonly copyPolicy: number;
+}
+
+export const CLUSTER_DEFAULT: CopyPolicy = { copies: 0, copyPolicy: 0 };
+
+export function redundancyOf({ copies, copyPolicy }: CopyPolicy): Redundancy {
+  if (copyPolicy === 0) return { copies };
+  return { dataStrips: (copyPolicy >> 4) * 2, parityStrips: copyPolicy & 0x0f };
+}
+
+export function copyPolicyOf(redundancy: Redundancy): CopyPolicy {
+  const copies = zonesFor(redundancy);
+  if ('copies' in redundancy) return { copies, copyPolicy: 0 };
+  return { copies, copyPolicy: ((redundancy.dataStrips / 2) << 4) | redundancy.parityStrips };
+}
+
+/** Zones with nodes that hold objects: of the nodes of one zone only one has a copy (a node without vnodes has none). */
+export function zonesIn(nodes: readonly { readonly zone: number; readonly vnodes: number }[]): number {
+  return new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
+}

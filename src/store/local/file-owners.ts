@@ -1,0 +1,66 @@
+/**
+ * Whose the files of a store are: all must be of the user who has its directory, or that user's daemon cannot open what
+ * somebody else, root as a rule, has made there. Looks only: in a directory that somebody else controls nothing is chowned.
+ */
+import path from 'node:path';
+import type { HostDisk } from '../../system/disk.js';
+import { shellWord } from '../../text/shell-word.js';
+
+/** The parts of a store beside the objects. */
+const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
+
+export class Owners {
+  readonly #disk: HostDisk;
+  readonly #location: string;
+  /** The owner of the store's directory. */
+  readonly #uid: number;
+  #wrong = 0;
+  #first: string | undefined;
+
+  constructor(disk: HostDisk, location: string) {
+    this.#disk = disk;
+    this.#location = location;
+    this.#uid = disk.statSync(location)?.uid ?? 0;
+  }
+
+  note(name: string, uid: number): void {
+    if (uid === this.#uid) return;
+    this.#wrong++;
+    this.#first ??= `${name} belongs to uid ${uid}`;
+  }
+
+  /** Everything that is not an object file. */
+  noteParts(): void {
+    for (const name of PARTS) this.#noteName(path.join(this.#location, name));
+    for (const folder of ['objects', 'recent']) {
+      const directory = path.join(this.#location, folder);
+      for (const name of namesIn(this.#disk, directory)) this.#noteName(path.join(directory, name));
+    }
+  }
+
+  #noteName(name: string): void {
+    const status = this.#disk.lstatSync(name);
+    if (status) this.note(name, status.uid);
+  }
+
+  /** One line for all of them, which says what to do; undefined if all is well. */
+  get problem(): string | undefined {
+    if (this.#first === undefined) return undefined;
+    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
+    const who = `! -uid ${this.#uid}`;
+    // A second name may stand somewhere else: that is not given away.
+    const what = '\\( -type d -o -links 1 \\)';
+    return (
+      `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
+      `daemon stopped, as root: find ${shellWord(this.#location)} ${who} ${what} -execdir chown -h ${this.#uid} {} +`
+    );
+  }
+}
+
+function namesIn(disk: HostDisk, directory: string): string[] {
+  try {
+    return disk.readdirSync(directory);
+  } catch {
+    return []; // of somebody else, which is noted
+  }
+}
