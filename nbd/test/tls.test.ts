@@ -143,7 +143,7 @@ async function rawInTls(from: TlsServer, options: tls.ConnectionOptions = {}): P
 async function upgrade(plain: RawClient, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   expect((await plain.option(OPT.STARTTLS)).map(({ type }) => type)).toEqual([REP.ACK]);
   plain.socket.removeAllListeners('data').removeAllListeners('end');
-  const secure = tls.connect({ socket: plain.socket as net.Socket, rejectUnauthorized: false, ...options });
+  const secure = tls.connect({ socket: plain.socket, rejectUnauthorized: false, ...options });
   const inTls = new RawClient(secure);
   await new Promise((resolve, reject) => secure.once('secureConnect', resolve).once('error', reject));
   return inTls;

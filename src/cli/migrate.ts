@@ -8,8 +8,8 @@ import { interruptible } from './interrupt.js';
 import { Migration, type Migrated, type MigrationResult, type Verify } from '../jobs/migration.js';
 import { printJson, printLine, table } from './output.js';
 import { missingOption, storeOptions } from './missing-option.js';
-import { openPlace, placeArgument, type Place } from './store-argument.js';
-import { directoryOf, PLACE_SYNTAX } from '../store/locations.js';
+import { openStoreArgument, storeArgument, type StoreArgument } from './store-argument.js';
+import { directoryOf, LOCATION_SYNTAX } from '../store/locations.js';
 import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
 import { formatSize } from '../text/size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
@@ -53,8 +53,8 @@ export function migrateCommand(): Command {
   return new Command('migrate')
     .description('copy a VDI with its snapshots between stores and clusters')
     .argument('<name>', 'name of the VDI, or @=NAME or @ID for what other tools have made')
-    .addOption(new Option('--from <place>', PLACE_SYNTAX).argParser(placeArgument).makeOptionMandatory())
-    .addOption(new Option('--to <place>', 'the same').argParser(placeArgument).makeOptionMandatory())
+    .addOption(new Option('--from <place>', LOCATION_SYNTAX).argParser(storeArgument).makeOptionMandatory())
+    .addOption(new Option('--to <place>', 'the same').argParser(storeArgument).makeOptionMandatory())
     .option('--as <name>', 'its name in the target, if not the same')
     .option('--rename-tags', 'give snapshots whose tags the target cannot have others, with their IDs')
     .option('--sync', 'more runs will follow: leave a mark, so that the next one copies what has changed')
@@ -112,7 +112,7 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
   );
   const seconds = (performance.now() - startedAt) / 1000;
   const { from, to, verify } = options;
-  if (options.json) return printJson({ name, newName, from, to, verify, ...result, seconds });
+  if (options.json) return void printJson({ name, newName, from, to, verify, ...result, seconds });
   printResult(name, newName, options, result, seconds);
 }
 
@@ -136,22 +136,22 @@ async function withBoth<T>(
       `--from and --to are the same, ${from}; 'sheepgate vdi clone' copies within a store`,
     );
   if (isSameStore(from, to)) throw same();
-  const source: Place = {
+  const source: StoreArgument = {
     location: from,
     control: options.fromControl,
     mayCreate: false,
     options: storeOptions(options),
   };
-  const target: Place = { location: to, control: options.toControl, mayCreate: options.verify !== 'only' };
+  const target: StoreArgument = { location: to, control: options.toControl, mayCreate: options.verify !== 'only' };
   const isTargetFirst = directoryOf(to) === undefined && directoryOf(from) !== undefined;
   const explained = <R>(part: () => Promise<R>): Promise<R> =>
     part().catch((error: unknown) => {
       throw explainIdentity(error);
     });
-  const first = await openPlace(isTargetFirst ? target : source);
+  const first = await openStoreArgument(isTargetFirst ? target : source);
   return closing(first, () =>
     explained(async () => {
-      const second = await openPlace(isTargetFirst ? source : target);
+      const second = await openStoreArgument(isTargetFirst ? source : target);
       return closing(second, () =>
         explained(async () => {
           // One cluster by two of its nodes, one directory by two of its names.

@@ -57,8 +57,8 @@ export function restoreCommand(): Command {
     await interruptible(async (signal) => {
       const target = await BackupTarget.openToRead(given);
       try {
-        if (options.list) return list(given, target, options);
-        if (name === undefined) return await verify(given, target, options, signal);
+        if (options.list) return void list(given, target, options);
+        if (name === undefined) return void (await verify(given, target, options, signal));
         await restore(given, target, name, options, signal);
       } catch (error) {
         throw asFileError(withAdvice(error, given), given);
@@ -103,7 +103,7 @@ async function restore(
   const { id, time, size, treeHash, blockBytes, sha256 = null } = point;
   if (options.json) {
     const hashes = { treeHash, treeBlockBytes: blockBytes, sha256 };
-    return printJson({ name, target: given, id, time, size, dataBytes, ...hashes, seconds });
+    return void printJson({ name, target: given, id, time, size, dataBytes, ...hashes, seconds });
   }
   printLine(
     `restored ${name} from backup ${id} of ${target.manifest.vdi}, ${formatTime(Date.parse(time))}: ` +

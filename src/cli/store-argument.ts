@@ -5,20 +5,20 @@
 import fs from 'node:fs';
 import { InvalidArgumentError } from 'commander';
 import { OperationError, type Operations } from '../operations/operations.js';
-import { directoryOf, parsePlace, PLACE_SYNTAX, type StoreOptions } from '../store/locations.js';
+import { directoryOf, parseLocation, LOCATION_SYNTAX, type StoreOptions } from '../store/locations.js';
 import { printNote } from './output.js';
 
-/** For commander: the location of a store, as StorePlace has it. A daemon's own words for a cluster will do as well. */
-export function placeArgument(text: string): string {
-  if (text === '' || text.includes('\0')) throw new InvalidArgumentError(`Give a ${PLACE_SYNTAX}.`);
+/** For commander: the location of a store, as StoreLocation has it. A daemon's own words for a cluster will do as well. */
+export function storeArgument(text: string): string {
+  if (text === '' || text.includes('\0')) throw new InvalidArgumentError(`Give a ${LOCATION_SYNTAX}.`);
   try {
-    return parsePlace(text);
+    return parseLocation(text);
   } catch (error) {
     throw new InvalidArgumentError(`${(error as Error).message}.`);
   }
 }
 
-export interface Place {
+export interface StoreArgument {
   /** A directory, or a cluster's location. */
   readonly location: string;
   /** Its daemon's control socket, if that cannot be found from the location. */
@@ -28,7 +28,7 @@ export interface Place {
 }
 
 /** Through its daemon if there is one. Errors: NO_STORE, and those of openOperations. */
-export async function openPlace(place: Place): Promise<Operations> {
+export async function openStoreArgument(place: StoreArgument): Promise<Operations> {
   const { location } = place;
   const directory = directoryOf(location);
   if (directory !== undefined && fs.statSync(directory, { throwIfNoEntry: false })?.isDirectory() === false) {

@@ -83,7 +83,7 @@ export class ControlClient {
         // Until whoever it is for listens.
         socket.on('error', () => undefined);
         socket.setTimeout(0);
-        resolve({ socket: socket as net.Socket, head, session: String(response.headers[SESSION_HEADER] ?? '') });
+        resolve({ socket: socket, head, session: String(response.headers[SESSION_HEADER] ?? '') });
       });
       request.once('response', (response) => {
         response.resume();

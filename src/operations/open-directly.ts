@@ -7,12 +7,12 @@ import { VdiCatalog } from '../vdi/catalog.js';
 import type { Exclusive } from '../export/exclusive.js';
 import { VdiExports, type ExportsOptions } from '../export/vdi-exports.js';
 import { DirectOperations } from './direct-operations.js';
-import { loadEverything, type StorePlace } from './open-operations.js';
+import { loadEverything, type StoreLocation } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { stateDirectory } from './default-paths.js';
 import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
 
-export interface DirectPlace extends Pick<StorePlace, 'store' | 'log' | 'options' | 'mayCreate'> {
+export interface DirectPlace extends Pick<StoreLocation, 'store' | 'log' | 'options' | 'mayCreate'> {
   /** This process serves the store, and nobody else on this machine does. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */

@@ -24,7 +24,7 @@ const LOCK_WAIT_MS = 3_000;
 const MAX_LOCK_WAIT_MS = 30_000;
 const LOCK_POLL_MS = 50;
 
-export interface StorePlace {
+export interface StoreLocation {
   /** The store's directory, or a cluster's location. */
   readonly store: string;
   /** The store was asked for by name: a daemon of another store will not do. */
@@ -43,7 +43,7 @@ export interface StorePlace {
  * Operations on a store: through its daemon if one listens, else directly. A control socket that was asked for by name
  * must answer. Errors: UNREACHABLE, LOCKED, and whatever opening the store says.
  */
-export async function openOperations(place: StorePlace): Promise<Operations> {
+export async function openOperations(place: StoreLocation): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
   checkSocketPath(path.resolve(socketPath));
   // A daemon serves the store without them; what they allow disturbs no daemon.
@@ -79,7 +79,7 @@ export async function loadEverything(): Promise<void> {
   ]);
 }
 
-async function directly(place: StorePlace): Promise<Operations> {
+async function directly(place: StoreLocation): Promise<Operations> {
   const { openDirectly } = await import('./open-directly.js');
   return openDirectly(place);
 }
@@ -133,7 +133,7 @@ function lockedMessage(holder: Holder | undefined, socketPath: string): string {
 
 /** The control API of the store's daemon, which must run. Errors: UNREACHABLE, OTHER_STORE. */
 export async function controlOfDaemon(
-  place: Pick<StorePlace, 'store' | 'isStoreGiven' | 'control'>,
+  place: Pick<StoreLocation, 'store' | 'isStoreGiven' | 'control'>,
 ): Promise<ControlClient> {
   const socketPath = place.control ?? controlSocketOf(place.store);
   const state = await socketState(socketPath);
@@ -150,7 +150,7 @@ export async function controlOfDaemon(
   return client;
 }
 
-async function connect(place: StorePlace, socketPath: string): Promise<Operations> {
+async function connect(place: StoreLocation, socketPath: string): Promise<Operations> {
   const { ControlClient } = await import('./control-client.js');
   const { RemoteOperations } = await import('./remote-operations.js');
   const client = new ControlClient(socketPath);
@@ -159,7 +159,7 @@ async function connect(place: StorePlace, socketPath: string): Promise<Operation
 
 /** Errors: UNREACHABLE, OTHER_STORE. */
 async function statusOf(
-  place: Pick<StorePlace, 'store' | 'isStoreGiven'>,
+  place: Pick<StoreLocation, 'store' | 'isStoreGiven'>,
   client: ControlClient,
   socketPath: string,
 ): Promise<StatusAnswer> {

@@ -97,8 +97,8 @@ export const CLUSTER: StoreKind = {
 
 const KINDS: readonly StoreKind[] = [CLUSTER, LOCAL];
 
-/** For help: what `parsePlace` takes. */
-export const PLACE_SYNTAX = `store directory, or ${CLUSTER.name}:${CLUSTER.syntax}`;
+/** For help: what `parseLocation` takes. */
+export const LOCATION_SYNTAX = `store directory, or ${CLUSTER.name}:${CLUSTER.syntax}`;
 
 /** Of a location; anything that is no other kind's is a directory. */
 export function kindOf(location: string): StoreKind {
@@ -110,7 +110,7 @@ export function directoryOf(location: string): string | undefined {
 }
 
 /** The location of a PLACE: KIND:TEXT, a location, or a directory. "./cluster:x" is a directory. Errors: StoreError ADDRESS. */
-export function parsePlace(text: string): string {
+export function parseLocation(text: string): string {
   for (const { name, parse } of KINDS) if (text.startsWith(`${name}:`)) return parse(text.slice(name.length + 1));
   return kindOf(text).parse(text);
 }

@@ -95,7 +95,7 @@ export interface OpenVdi {
   /** idx -> vid of the object's owner, 0 = unallocated. Length is the number of objects of the disk. */
   readonly map: Uint32Array;
   /** The vid that createObject makes objects under now: the record's, or one that no snapshot has seen. */
-  readonly nameVid: number;
+  readonly creationVid: number;
   /** Reads its objects, if they are not what the store's own reading would say. */
   readonly reader?: ObjectReader;
   /** Why it can be read no more: a temporary snapshot that has ended, or a VDI that somebody else has deleted or taken. */
@@ -138,11 +138,11 @@ export interface Switch {
    * Writers held: from here on the present content is the snapshot's. The local store does it synchronously, so that its
    * writers wait for nothing; a cluster needs requests. If it fails nothing has changed.
    */
-  now(): Awaitable<void>;
+  switchOver(): Awaitable<void>;
   /** Make that durable. On failure it is undone as if the snapshot had been deleted at once. */
   finish(): Promise<VdiRecord>;
   /**
-   * Writers need not be held: `now` is synchronous, and what is being written at that moment may be in the snapshot, in
+   * Writers need not be held: `switchOver` is synchronous, and what is being written at that moment may be in the snapshot, in
    * part too, until it is answered. `finish` is called when all of that is.
    */
   readonly holdsNobody?: boolean;
@@ -199,7 +199,7 @@ export interface ObjectStore extends ObjectReader {
   /** In place, into an existing exclusive object. */
   writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void>;
   /**
-   * Make the object (vdi's nameVid, idx): all zeros, or reading as `copyOf`, with `data` laid over it at `offset`. Replaces
+   * Make the object (vdi's creationVid, idx): all zeros, or reading as `copyOf`, with `data` laid over it at `offset`. Replaces
    * leftovers of that name. The map is not touched: the caller swings it after this has succeeded.
    */
   createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Awaitable<void>;
@@ -291,7 +291,7 @@ export interface Catalog {
   /** Open for reading and, if it is not a snapshot, writing. */
   open(vid: number): Promise<OpenVdi>;
   /**
-   * Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `now` is called. `takenAt`: what
+   * Prepare to make the present content of `vdi` a snapshot. Nothing has happened until `switchOver` is called. `takenAt`: what
    * it shall say of when it was taken, if that is not now. A mark of being unfinished stays with the working VDI.
    */
   prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch;

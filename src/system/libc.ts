@@ -28,10 +28,7 @@ const STATX_BYTES = 256;
 /** stx_mnt_id in struct statx. */
 const MNT_ID_AT = 144;
 
-const { EAGAIN, EOPNOTSUPP, ENXIO, EINTR, ENOSPC, EDQUOT, EXDEV, EINVAL, ENOSYS, ENOTTY } = koffi.os.errno as Record<
-  string,
-  number
->;
+const { EAGAIN, EOPNOTSUPP, ENXIO, EINTR, ENOSPC, EDQUOT, EXDEV, EINVAL, ENOSYS, ENOTTY } = koffi.os.errno;
 
 const libc = koffi.load('libc.so.6');
 const preadv2 = libc.func('long preadv2(int fd, void *iov, int count, int64_t offset, int flags)');
@@ -49,7 +46,7 @@ const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t l
 
 /** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
 function systemError(call: string, errno: number): NodeJS.ErrnoException {
-  const names = koffi.os.errno as Record<string, number>;
+  const names = koffi.os.errno;
   const code = Object.keys(names).find((name) => names[name] === errno) ?? `errno ${errno}`;
   const error: NodeJS.ErrnoException = new Error(`${code}: ${call}`);
   error.code = code;
@@ -64,8 +61,8 @@ type Native = ReturnType<typeof libc.func>;
 function offLoop(call: string, native: Native, ...args: unknown[]): Promise<number> {
   return new Promise((resolve, reject) => {
     native.async(...args, (error: Error | null, result: number | bigint) => {
-      if (error) return reject(error);
-      if (Number(result) === -1) return reject(systemError(call, koffi.errno()));
+      if (error) return void reject(error);
+      if (Number(result) === -1) return void reject(systemError(call, koffi.errno()));
       resolve(Number(result));
     });
   });

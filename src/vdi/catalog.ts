@@ -393,7 +393,7 @@ export class VdiCatalog {
       const change = await prepare(vdi.opened);
       if (change.holdsNobody) {
         // Nothing to be awaited comes between the two: whoever enters after it must not be in the snapshot.
-        void change.now();
+        void change.switchOver();
         await vdi.gate.turn();
         return change.finish();
       }
@@ -401,7 +401,7 @@ export class VdiCatalog {
       await vdi.flush();
       await vdi.gate.close();
       try {
-        const later = change.now();
+        const later = change.switchOver();
         if (later !== undefined) await later;
       } finally {
         vdi.gate.open();

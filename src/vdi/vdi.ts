@@ -187,7 +187,7 @@ export class Vdi {
     try {
       return this.#reader.cacheObject(owner, idx, from, length);
     } catch (error) {
-      return Promise.reject(error as Error);
+      return Promise.reject(error);
     }
   }
 
@@ -504,10 +504,10 @@ export class Vdi {
     const whole = data.length === this.#objectSize;
     const copyOf = owner === 0 || whole ? undefined : { vid: owner, idx };
     // The vid it is made under: on a cluster another may have come until it is there.
-    const { nameVid } = this.#open;
+    const { creationVid } = this.#open;
     await this.#store.createObject(this.#open, idx, within, data, copyOf);
     if (copyOf) this.copies++;
-    await this.#open.setOwner(idx, nameVid);
+    await this.#open.setOwner(idx, creationVid);
   }
 
   #zeroEntered(

@@ -206,7 +206,8 @@ describe('verifying', () => {
     expect(stderr.split('\n')[1]).toBe('sheepgate: interrupted by SIGTERM');
     expect(Date.now() - toldAt).toBeLessThan(10_000);
     expect(await target.names()).toHaveLength(2);
-    if (!haveCommand('script')) return console.log('no script (util-linux): progress on a terminal is not looked at');
+    if (!haveCommand('script'))
+      return void console.log('no script (util-linux): progress on a terminal is not looked at');
     const command = `'${process.execPath}' '${BIN}' backup vm --to '${to}'`;
     const shown = await run('script', ['-qec', command, '/dev/null'], { env: { SHEEPGATE_STORE: target.store } });
     expect(shown.code, shown.stdout).toBe(0);

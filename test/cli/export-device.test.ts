@@ -109,7 +109,7 @@ async function onDevice(file: string, work: (device: string) => Promise<void>): 
   try {
     device = execFileSync('losetup', ['-f', '--show', file], { encoding: 'utf8', stdio: 'pipe' }).trim();
   } catch {
-    return console.log('skipped: no loop device can be had');
+    return void console.log('skipped: no loop device can be had');
   }
   try {
     await work(device);

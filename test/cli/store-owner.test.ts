@@ -62,7 +62,7 @@ async function serving(store: string, directory: string) {
   fs.mkdirSync(sockets);
   fs.chownSync(sockets, UID, GID);
   const [command, ...rest] = [...AS_OWNER, process.execPath, program, 'serve', '--create-store=no', '--store', store];
-  const daemon = start(command as string, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
+  const daemon = start(command, [...rest, '--listen', `unix:${path.join(sockets, 'nbd.sock')}`]);
   let log = '';
   daemon.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
   await waitUntil(() => fs.existsSync(path.join(store, 'control.sock')), 'the daemon listens');

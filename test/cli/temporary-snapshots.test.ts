@@ -210,7 +210,7 @@ test('one that an earlier version stored is dropped by whoever opens the store n
   const [record] = opened.catalog.list();
   const vdi = await opened.catalog.open(record?.vid ?? 0);
   const change = opened.catalog.prepareSwitch(vdi, 'now:nightly');
-  await change.now();
+  await change.switchOver();
   await change.finish();
   await opened.close();
   const result = await cli(['vdi', 'list', '--json'], { store });

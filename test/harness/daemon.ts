@@ -222,7 +222,7 @@ export function needs(...commands: string[]): (name: string, body: Body, timeout
   }
   if (missing.length > 0) {
     console.log(`skipped: ${missing.join(', ')} not installed (sh test/install.sh installs it)`);
-    return (name, body) => void test.skip(name, body);
+    return (name, body) => test.skip(name, body);
   }
   return (name, body, timeoutMs) => {
     const trying: Body = (context) => {

@@ -68,7 +68,7 @@ async function realNodes(recyclesVids: boolean): Promise<Cluster> {
   };
 }
 
-class Gateway {
+class NodePool {
   readonly catalog: VdiCatalog;
   readonly exports: VdiExports;
   readonly operations: DirectOperations;
@@ -79,8 +79,8 @@ class Gateway {
     this.operations = new DirectOperations(this.catalog, this.exports);
   }
 
-  static async open(address: string): Promise<Gateway> {
-    return new Gateway(await SheepStore.open(address, { stateDirectory: temporaryDirectory() }));
+  static async open(address: string): Promise<NodePool> {
+    return new NodePool(await SheepStore.open(address, { stateDirectory: temporaryDirectory() }));
   }
 
   async fill(spec: string, byte: number): Promise<void> {
@@ -128,10 +128,10 @@ test('bytes come back from the text that stands for them, and text that is UTF-8
 for (const isReal of [false, true]) {
   describe.skipIf(isReal && missing !== undefined)(isReal ? 'real nodes' : 'stand-in', () => {
     let cluster: Cluster;
-    let gateway: Gateway;
+    let gateway: NodePool;
     beforeAll(async () => {
       cluster = await (isReal ? realNodes(false) : standIn(false));
-      gateway = await Gateway.open(cluster.address);
+      gateway = await NodePool.open(cluster.address);
     });
     afterAll(async () => {
       await gateway?.close();
@@ -178,7 +178,7 @@ for (const isReal of [false, true]) {
       // As a daemon does at its start, and at the end of a moment.
       expect(await gateway.catalog.dropLeftovers()).toBe(0);
       expect(await gateway.look('tags@now')).toBe(TAGS.length);
-      const restarted = await Gateway.open(cluster.address);
+      const restarted = await NodePool.open(cluster.address);
       expect(await restarted.catalog.dropLeftovers()).toBe(0);
       await restarted.close();
       const snapshots = (await gateway.catalog.list()).filter(({ isSnapshot }) => isSnapshot);
@@ -202,10 +202,10 @@ for (const isReal of [false, true]) {
     `ids that are used again (${isReal ? 'real nodes' : 'stand-in'})`,
     () => {
       let cluster: Cluster;
-      let gateway: Gateway;
+      let gateway: NodePool;
       beforeAll(async () => {
         cluster = await (isReal ? realNodes(true) : standIn(true));
-        gateway = await Gateway.open(cluster.address);
+        gateway = await NodePool.open(cluster.address);
       });
       afterAll(async () => {
         await gateway?.close();
@@ -259,10 +259,10 @@ for (const isReal of [false, true]) {
 
 describe('on the stand-in', () => {
   let cluster: Awaited<ReturnType<typeof standIn>>;
-  let gateway: Gateway;
+  let gateway: NodePool;
   beforeEach(async () => {
     cluster = await standIn(false);
-    gateway = await Gateway.open(cluster.address);
+    gateway = await NodePool.open(cluster.address);
   });
   afterEach(async () => {
     await gateway.close();
@@ -410,14 +410,14 @@ test('wherever a snapshot under another name ends, the VDI has its name, its con
   const MOST_WRITES = 16;
   for (let after = 0; ; after++) {
     const cluster = await standIn(true);
-    const before = await Gateway.open(cluster.address);
+    const before = await NodePool.open(cluster.address);
     for (const name of ['old', 'b']) await before.catalog.create(name, SIZE, { blockSizeShift: SHIFT });
     await before.fill('b', 1);
     await before.catalog.remove('old');
     await cluster.snapshot(bytes('b'), bytes('t'));
     await before.fill('b', 2);
     await before.close();
-    const first = await Gateway.open(cluster.address);
+    const first = await NodePool.open(cluster.address);
     let writes = 0;
     cluster.nodes.fault = ({ opcode }) => {
       if (opcode !== Op.WRITE && opcode !== Op.NEW_VDI) return undefined;
@@ -429,7 +429,7 @@ test('wherever a snapshot under another name ends, the VDI has its name, its con
       () => false,
     );
     cluster.nodes.fault = () => undefined;
-    const second = await Gateway.open(cluster.address);
+    const second = await NodePool.open(cluster.address);
     const records = await second.catalog.list();
     expect(records.map(({ name }) => name)).toEqual(records.map(() => 'b'));
     expect(await second.look('b')).toBe(2);

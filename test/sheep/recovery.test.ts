@@ -310,7 +310,7 @@ describe('what is under way when the members change', () => {
 
   test('is written to the table of a temporary snapshot once more, as plain bytes, after that has settled', async () => {
     const open = store.open.get(vdi.record.vid) as SheepVdi;
-    await (await store.catalog.prepareTemporary(open, 'now')).now();
+    await (await store.catalog.prepareTemporary(open, 'now')).switchOver();
     const [shadow] = open.shadows;
     const vid = shadow?.vid ?? 0;
     const since = cluster.seen.length;

@@ -5,7 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { open } from 'lmdb';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { logHeader, placeOf } from '../../src/store/local/map-log.js';
+import { logHeader, mapLogDirectory } from '../../src/store/local/map-log.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';
@@ -61,7 +61,7 @@ async function crash(options: { readonly sameBoot?: boolean } = {}): Promise<voi
   fs.cpSync(directory, copy, { recursive: true });
   for (const name of fs.readdirSync(path.join(copy, 'recent'))) {
     const fd = fs.openSync(path.join(copy, 'recent', name), 'r+');
-    const header = logHeader(hostDisk, placeOf(hostDisk, copy), store.logs.session, fd);
+    const header = logHeader(hostDisk, mapLogDirectory(hostDisk, copy), store.logs.session, fd);
     if (!options.sameBoot) header.write('another', header.indexOf('boot ') + 5);
     fs.writeSync(fd, header, 0, header.length, 0);
     fs.closeSync(fd);
@@ -206,7 +206,7 @@ describe('after a crash', () => {
     await vdi.write(OBJECT, Buffer.from('before'), false);
     const [open] = store.open.values();
     if (!open) throw new Error('no VDI is open');
-    await store.catalog.prepareSwitch(open, 'unfinished').now();
+    await store.catalog.prepareSwitch(open, 'unfinished').switchOver();
     await vdi.write(0, Buffer.from('after'), false);
     await vdi.write(2 * OBJECT, Buffer.from('after'), false);
     const expected = await bytesOf(vdi);

@@ -1,22 +1,22 @@
 /** What a location says, before a store is open. */
 import path from 'node:path';
 import { expect, test } from 'vitest';
-import { CLUSTER, directoryOf, kindOf, LOCAL, parsePlace } from '../../src/store/locations.js';
+import { CLUSTER, directoryOf, kindOf, LOCAL, parseLocation } from '../../src/store/locations.js';
 
 test('a directory is a local store, whatever it is called', () => {
-  expect(parsePlace('disks')).toBe(path.resolve('disks'));
-  expect(parsePlace('local:disks')).toBe(path.resolve('disks'));
-  expect(parsePlace('local:cluster:x')).toBe(path.resolve('cluster:x'));
-  expect(parsePlace('./cluster:x')).toBe(path.resolve('cluster:x'));
+  expect(parseLocation('disks')).toBe(path.resolve('disks'));
+  expect(parseLocation('local:disks')).toBe(path.resolve('disks'));
+  expect(parseLocation('local:cluster:x')).toBe(path.resolve('cluster:x'));
+  expect(parseLocation('./cluster:x')).toBe(path.resolve('cluster:x'));
   expect(kindOf(path.resolve('cluster:x'))).toBe(LOCAL);
   expect(directoryOf('/disks')).toBe('/disks');
 });
 
 test('nodes are a cluster, with "cluster:" before them or as a daemon names them', () => {
   const location = 'sheepdog://node1:7000,[::1]:7001';
-  expect(parsePlace('cluster:node1,[::1]:7001')).toBe(location);
-  expect(parsePlace(location)).toBe(location);
+  expect(parseLocation('cluster:node1,[::1]:7001')).toBe(location);
+  expect(parseLocation(location)).toBe(location);
   expect(kindOf(location)).toBe(CLUSTER);
   expect(directoryOf(location)).toBeUndefined();
-  expect(() => parsePlace('cluster:::1')).toThrow(expect.objectContaining({ code: 'ADDRESS' }));
+  expect(() => parseLocation('cluster:::1')).toThrow(expect.objectContaining({ code: 'ADDRESS' }));
 });

@@ -8,7 +8,7 @@ import path from 'node:path';
 import zlib from 'node:zlib';
 import { NbdClient } from 'nbd-server-ts';
 import { afterEach, describe, expect, test } from 'vitest';
-import { logHeader, placeOf } from '../../src/store/local/map-log.js';
+import { logHeader, mapLogDirectory } from '../../src/store/local/map-log.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -65,7 +65,7 @@ function objectFiles(directory: string): string[] {
 function makeFit(directory: string, session: string): void {
   for (const log of logsOf(directory)) {
     const fd = fs.openSync(log, 'r+');
-    const header = logHeader(hostDisk, placeOf(hostDisk, directory), session, fd);
+    const header = logHeader(hostDisk, mapLogDirectory(hostDisk, directory), session, fd);
     fs.writeSync(fd, header, 0, header.length, 0);
     fs.closeSync(fd);
   }

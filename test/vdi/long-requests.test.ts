@@ -28,7 +28,7 @@ function vdiOf(map: Uint32Array, store: Partial<ObjectStore> = {}, more: Partial
   const open = {
     record,
     map,
-    nameVid: 9,
+    creationVid: 9,
     exclusive: () => true,
     setOwner(idx: number, owner: number) {
       this.map[idx] = owner;

@@ -62,7 +62,7 @@ export class Qmp {
     const found = await waitUntil(
       () => {
         const at = this.events.findIndex(({ event, data }) => event === name && (data.device ?? data.id) === id);
-        return at >= 0 ? this.events.splice(at, 1)[0] : this.#ended();
+        return at >= 0 ? this.events.splice(at, 1)[0] : void this.#ended();
       },
       `${name} of ${id}; came: ${JSON.stringify(this.events)}`,
       90_000,

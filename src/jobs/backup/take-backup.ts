@@ -21,7 +21,7 @@ import { inFlight } from '../requests-in-flight.js';
 import { MAX_POINTS, type BaseSnapshot, type Point } from './manifest.js';
 import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
 import { PagedRanges } from '../paged-ranges.js';
-import { BackupTarget, PARTIAL, placeOf, stemOf, type TargetWork } from './target.js';
+import { BackupTarget, PARTIAL, pathsOf, stemOf, type TargetWork } from './target.js';
 import { createFile, moveFile } from '../target-files.js';
 import { whoIsBehind } from './who-is-behind.js';
 
@@ -72,7 +72,7 @@ export async function takeBackup(withStore: WithStore, given: TakeOptions): Prom
   });
   // However it was said: its snapshots are said by its name.
   const options = { ...given, vdi };
-  const { image } = placeOf(options.disk ?? hostDisk, to);
+  const { image } = pathsOf(options.disk ?? hostDisk, to);
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
     throw new OperationError(
       'BAD_USAGE',

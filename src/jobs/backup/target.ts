@@ -62,7 +62,7 @@ export interface Place {
 }
 
 /** Which target a path names. Errors: BAD_TARGET. */
-export function placeOf(disk: HostDisk, given: string): Place {
+export function pathsOf(disk: HostDisk, given: string): Place {
   const where = realPath(disk, path.resolve(given));
   const status = disk.statSync(where);
   if (status?.isDirectory()) return { home: where, image: undefined };
@@ -135,7 +135,7 @@ export class BackupTarget {
     isFull: boolean,
     disk = hostDisk,
   ): Promise<BackupTarget> {
-    const place = placeOf(disk, given);
+    const place = pathsOf(disk, given);
     const isNew = await makeHome(disk, place, given);
     const lock = await lockOf(disk, place.home, 'r+');
     try {
@@ -164,7 +164,7 @@ export class BackupTarget {
 
   /** Open it to read, on a read-only filesystem too. Errors: BAD_TARGET, BUSY, DAMAGED, FORMAT. */
   static async openToRead(given: string, disk = hostDisk): Promise<BackupTarget> {
-    const place = placeOf(disk, given);
+    const place = pathsOf(disk, given);
     const manifest = await readManifest(disk, place.home);
     if (!manifest) throw notATarget(disk, given, place);
     const lock = await lockOf(disk, place.home, 'r');

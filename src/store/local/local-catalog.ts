@@ -56,8 +56,8 @@ export class LocalCatalog implements Catalog {
     const temporary = this.#temporaries.get(vid)?.temporary.record;
     if (temporary) return temporary;
     for (const vdi of this.#store.open.values()) {
-      if (vdi.record.vid === vid && vdi.outgrown.length > 0) return vdi.record;
-      if (vdi.outgrown.includes(vid)) return undefined;
+      if (vdi.record.vid === vid && vdi.supersededVids.length > 0) return vdi.record;
+      if (vdi.supersededVids.includes(vid)) return undefined;
     }
     return this.#store.metadata.record(vid);
   }
@@ -69,8 +69,8 @@ export class LocalCatalog implements Catalog {
     const added: VdiRecord[] = [];
     for (const { temporary } of this.#temporaries.values()) if (isMeant(temporary.record)) added.push(temporary.record);
     for (const vdi of this.#store.open.values()) {
-      if (vdi.outgrown.length === 0 || !isMeant(vdi.record)) continue;
-      for (const vid of [...vdi.outgrown, vdi.record.vid]) gone.add(vid);
+      if (vdi.supersededVids.length === 0 || !isMeant(vdi.record)) continue;
+      for (const vid of [...vdi.supersededVids, vdi.record.vid]) gone.add(vid);
       added.push(vdi.record);
     }
     if (added.length === 0) return stored;
@@ -120,11 +120,11 @@ export class LocalCatalog implements Catalog {
   async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
     const source = vdi as LocalVdi;
     const vid = this.#nextVid();
-    const nameVid = this.#nextVid();
+    const creationVid = this.#nextVid();
     let temporary: TemporaryVdi | undefined;
     return {
       holdsNobody: true,
-      now: () => {
+      switchOver: () => {
         const record: VdiRecord = {
           ...source.record,
           vid,
@@ -134,7 +134,7 @@ export class LocalCatalog implements Catalog {
           snapshotAt: Date.now(),
         };
         temporary = new TemporaryVdi(this.#store, record, source.map);
-        source.takeTemporary(temporary, nameVid);
+        source.takeTemporary(temporary, creationVid);
         this.#temporaries.set(vid, { temporary, source });
       },
       finish: async () => {
@@ -168,7 +168,7 @@ export class LocalCatalog implements Catalog {
     let finish: (() => Promise<void>) | undefined;
     let snapshot: VdiRecord | undefined;
     return {
-      now: () => {
+      switchOver: () => {
         const before = local.record;
         const now = Date.now();
         const taken: VdiRecord = {
@@ -251,8 +251,8 @@ export class LocalCatalog implements Catalog {
   #childrenOf(vid: number): VdiRecord[] {
     const children = new Map(this.#store.metadata.childrenOf(vid).map((child) => [child.vid, child]));
     for (const vdi of this.#store.open.values()) {
-      if (vdi.outgrown.length === 0) continue;
-      for (const outgrown of vdi.outgrown) children.delete(outgrown);
+      if (vdi.supersededVids.length === 0) continue;
+      for (const supersededVids of vdi.supersededVids) children.delete(supersededVids);
       if (vdi.record.parentVid === vid) children.set(vdi.record.vid, vdi.record);
     }
     return [...children.values()];
@@ -277,7 +277,7 @@ export class LocalCatalog implements Catalog {
     const open = this.#store.open.get(vid);
     if (open) {
       for (const temporary of open.temporaries) await temporary.leaveAll();
-      return { map: open.map, releases: open.releases, vids: [vid, ...open.outgrown], record: open.record };
+      return { map: open.map, releases: open.releases, vids: [vid, ...open.supersededVids], record: open.record };
     }
     const record = this.#recordOf(vid);
     return { map: await this.#store.metadata.loadMap(record), releases: [], vids: [vid], record };
@@ -375,7 +375,7 @@ export class LocalCatalog implements Catalog {
 
   /** Some open VDI makes objects of that name, though there may be none yet. */
   #namesNow(vid: number): boolean {
-    for (const open of this.#store.open.values()) if (open.nameVid === vid) return true;
+    for (const open of this.#store.open.values()) if (open.creationVid === vid) return true;
     return false;
   }
 }

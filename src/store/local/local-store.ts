@@ -191,7 +191,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     try {
       later = this.objects.write(owner, idx, offset, data, local);
     } catch (error) {
-      later = Promise.reject(error as Error);
+      later = Promise.reject(error);
     }
     if (later === undefined) {
       local.noteWritten(owner, idx);
@@ -207,7 +207,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
   async createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
     const { blockSizeShift } = vdi.record;
-    const { nameVid: vid } = vdi as LocalVdi;
+    const { creationVid: vid } = vdi as LocalVdi;
     const key = objectKey(vid, idx);
     const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
     const create = (): Promise<void> => this.objects.create(key, 2 ** blockSizeShift, offset, data, from, vdi);
@@ -326,7 +326,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   }
 
   discard(vdi: LocalVdi): void {
-    const stored = [vdi.record.vid, ...vdi.outgrown].map((vid) => this.metadata.record(vid)).find(Boolean);
+    const stored = [vdi.record.vid, ...vdi.supersededVids].map((vid) => this.metadata.record(vid)).find(Boolean);
     for (const temporary of vdi.temporaries) temporary.leaveAllNow();
     try {
       if (stored) this.references.addAll(this.metadata.map(stored));

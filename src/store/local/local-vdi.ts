@@ -56,7 +56,7 @@ export class LocalVdi implements OpenVdi {
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
   /** Whose name new objects bear: ours, or one that was never used when the last snapshot of us was taken. */
-  #nameVid: number;
+  #creationVid: number;
   /** Closed by all users, and open only because temporary snapshots live on its objects. */
   #isIdle = false;
   #dirtyObjects = new Set<number>();
@@ -108,23 +108,23 @@ export class LocalVdi implements OpenVdi {
     };
     this.record = record;
     this.map = map;
-    this.#nameVid = record.vid;
+    this.#creationVid = record.vid;
     this.#log = log;
   }
 
-  get nameVid(): number {
-    return this.#nameVid;
+  get creationVid(): number {
+    return this.#creationVid;
   }
 
   /** From here on new objects bear this name, which nobody has; there may be snapshots that know our older ones. */
   nameAnew(vid: number): void {
-    this.#nameVid = vid;
+    this.#creationVid = vid;
   }
 
   /** From here on `temporary` is told what changes. What objects it knows are never made anew: `vid` is a fresh name. */
   takeTemporary(temporary: TemporaryVdi, vid: number): void {
     this.temporaries = [...this.temporaries, temporary];
-    this.#nameVid = vid;
+    this.#creationVid = vid;
   }
 
   async dropTemporary(temporary: TemporaryVdi): Promise<void> {
@@ -141,7 +141,7 @@ export class LocalVdi implements OpenVdi {
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
     // What it has made since the last snapshot is known to nobody else: with every snapshot it gets a new name for that.
-    return owner === this.#nameVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
+    return owner === this.#creationVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
   isKeptAside(idx: number): boolean {
@@ -237,8 +237,8 @@ export class LocalVdi implements OpenVdi {
     return this.#releases;
   }
 
-  /** Records that this VDI has outgrown without the metadata saying so yet (a snapshot that failed): see its `record`. */
-  get outgrown(): readonly number[] {
+  /** Records that this VDI has supersededVids without the metadata saying so yet (a snapshot that failed): see its `record`. */
+  get supersededVids(): readonly number[] {
     return this.#committing ? [...this.#committing.obsolete, ...this.#obsolete] : this.#obsolete;
   }
 
@@ -265,7 +265,7 @@ export class LocalVdi implements OpenVdi {
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
-    this.#nameVid = record.vid;
+    this.#creationVid = record.vid;
     this.#log.moved(record.vid, this.#generation);
     this.#isCounting = true;
     let run: Promise<void> | undefined;

@@ -73,7 +73,7 @@ export class MapLogs {
     this.#store = store;
     this.#throttle = throttle;
     this.#directory = path.join(store, RECENT);
-    this.#place = placeOf(disk, store);
+    this.#place = mapLogDirectory(disk, store);
     this.#onError = onError;
   }
 
@@ -651,7 +651,7 @@ export function logHeader(disk: HostDisk, place: string, session: string, fd: nu
 }
 
 /** The directory and its mounting, as it stands in the header. */
-export function placeOf(disk: HostDisk, store: string): string {
+export function mapLogDirectory(disk: HostDisk, store: string): string {
   return `mounting ${disk.mountingSync(store)}\ndirectory ${disk.inodeAtSync(store)}\n`;
 }
 

@@ -49,7 +49,7 @@ export class RecordIndex {
     this.#byVid.set(record.vid, record);
     this.#adopt(record);
     this.#own();
-    this.#sorted.splice(this.#placeOf(record), 0, record);
+    this.#sorted.splice(this.#positionOf(record), 0, record);
   }
 
   delete(vid: number): void {
@@ -60,7 +60,7 @@ export class RecordIndex {
     siblings?.delete(vid);
     if (siblings?.size === 0) this.#byParent.delete(record.parentVid);
     this.#own();
-    this.#sorted.splice(this.#placeOf(record), 1);
+    this.#sorted.splice(this.#positionOf(record), 1);
   }
 
   #adopt({ vid, parentVid }: VdiRecord): void {
@@ -77,7 +77,7 @@ export class RecordIndex {
   }
 
   /** Where the record is, or would be. */
-  #placeOf(record: VdiRecord): number {
+  #positionOf(record: VdiRecord): number {
     return this.#first((other) => compare(other, record) >= 0);
   }
 

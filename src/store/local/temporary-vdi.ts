@@ -40,7 +40,7 @@ export interface TemporaryVdiHost {
 
 export class TemporaryVdi implements OpenVdi, ObjectReader {
   readonly record: VdiRecord;
-  readonly nameVid: number;
+  readonly creationVid: number;
   /** What the working VDI's map was. Entries are there from `frozen` on, those that changed since earlier. */
   readonly map: Uint32Array;
   readonly reader: ObjectReader = this;
@@ -62,7 +62,7 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
   constructor(host: TemporaryVdiHost, record: VdiRecord, source: Uint32Array) {
     this.#host = host;
     this.record = record;
-    this.nameVid = record.vid;
+    this.creationVid = record.vid;
     this.#source = source;
     this.map = new Uint32Array(source.length);
     this.#adopted = new Uint8Array(source.length);

@@ -5,7 +5,7 @@
 import { StoreError } from '../object-store.js';
 import { readIndex, type ReadObject } from '../../sheepdog/btree.js';
 import type { Answer, WireRequest } from './connection.js';
-import type { ExecuteOptions, Gateway } from './node-pool.js';
+import type { ExecuteOptions, NodePool } from './node-pool.js';
 import {
   decodeClusterInfo,
   decodeInode,
@@ -87,7 +87,7 @@ export interface NewVdi {
 }
 
 export class Cluster {
-  readonly gateway: Gateway;
+  readonly gateway: NodePool;
   /** What the nodes last said of which vids are in use. */
   #vids: { readonly askedAt: number; readonly answer: Promise<VidsInUse> } | undefined;
   /** What the next request for them will answer, for all who wait for it: an answer is 4 MiB. */
@@ -107,7 +107,7 @@ export class Cluster {
   /** By vid: erasure-coded objects that are to be written again (parity.ts). */
   readonly oldParity = new Map<number, Set<number>>();
 
-  constructor(gateway: Gateway) {
+  constructor(gateway: NodePool) {
     this.gateway = gateway;
     this.recovery = new RecoveryWatch(gateway);
     gateway.onEpoch = (epoch) => this.recovery.saw(epoch);

@@ -83,7 +83,7 @@ export class Locks {
     for (;;) {
       try {
         // Where vids are used again the nodes may find the snapshot by its name, whose lock is ours.
-        return await lockByName(this.#cluster, next, this.#recyclesVids);
+        return void (await lockByName(this.#cluster, next, this.#recyclesVids));
       } catch (error) {
         if ((error as StoreError).code !== 'LOCKED' || performance.now() >= deadline) throw error;
       }

@@ -88,7 +88,7 @@ const MAX_NEAR_NODES = 64;
 /** How old the list of nodes may be by which reads are sent. */
 const PLACEMENT_AGE_MS = 10_000;
 
-export interface GatewayOptions {
+export interface NodePoolOptions {
   readonly retryMs?: number;
   readonly attemptMs?: number;
   /** To the node in use. */
@@ -164,11 +164,11 @@ const NO_OPTIONS: ExecuteOptions = {};
 /** Says "done" in place of an answer that was lost. */
 const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
-export class Gateway {
+export class NodePool {
   readonly #nodes: Node[];
   /** So many of them, the first ones, were named to us; the others are learnt. */
   readonly #namedCount: number;
-  readonly #options: Required<GatewayOptions>;
+  readonly #options: Required<NodePoolOptions>;
   #current: Node;
   #turn = 0;
   #closed = false;
@@ -200,7 +200,7 @@ export class Gateway {
   onClose: () => void = () => undefined;
 
   /** `addresses`: at least one; the first is tried first. */
-  constructor(addresses: readonly NodeAddress[], options: GatewayOptions = {}) {
+  constructor(addresses: readonly NodeAddress[], options: NodePoolOptions = {}) {
     const [first, ...rest] = addresses.map(nodeAt);
     if (!first) throw new Error('invariant: a gateway needs an address');
     this.#nodes = [first, ...rest];

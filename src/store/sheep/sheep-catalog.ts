@@ -314,7 +314,7 @@ export class SheepCatalog implements Catalog {
     refuseHyper(sheep.inode, 'snapshotted');
     let inode = sheep.inode;
     return {
-      now: async () => {
+      switchOver: async () => {
         // The new working VDI gets what the inode says now: somebody else may have resized it, or given it more copies.
         await sheep.look();
         inode = sheep.inode;
@@ -367,7 +367,7 @@ export class SheepCatalog implements Catalog {
     await this.dropStaleShadows(sheep.record.name);
     const shadow = await this.#freeShadow(sheep.inode);
     return {
-      now: async () => {
+      switchOver: async () => {
         await this.#takeShadow(shadow, sheep, tag);
         this.#store.reads.users++;
         sheep.shadows = [...sheep.shadows, shadow];

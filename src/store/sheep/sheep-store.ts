@@ -16,7 +16,7 @@ import {
 import { Cluster, ObjectGone } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { clusterState } from './cluster-state.js';
-import { Gateway, type GatewayOptions } from './node-pool.js';
+import { NodePool, type NodePoolOptions } from './node-pool.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
 import type { ClusterInfo, ClusterNode } from '../../sheepdog/layouts.js';
@@ -43,7 +43,7 @@ const PARALLEL_LOOKS = 16;
 /** Of an object that is waited for, named in the log. */
 const MAX_USERS = 3;
 
-export interface SheepStoreOptions extends GatewayOptions {
+export interface SheepStoreOptions extends NodePoolOptions {
   /** Read zeros in place of objects that are lost, and write nothing. */
   readonly missingIsZero?: boolean;
   /** Aborted when nobody waits for the cluster any more: all that is asked of it fails then. */
@@ -116,7 +116,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
   static async open(nodes: string, options: SheepStoreOptions = {}): Promise<SheepStore> {
     const addresses = parseClusterAddress(nodes);
-    const gateway = new Gateway(addresses, options);
+    const gateway = new NodePool(addresses, options);
     const cluster = new Cluster(gateway);
     options.signal?.addEventListener('abort', () => gateway.close(), { once: true });
     try {
@@ -198,7 +198,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     // A shared one, or one that is being made.
     const users: string[] = [];
     for (const vdi of this.open.values()) {
-      if (vdi.nameVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi));
+      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi));
       if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
     }
     return users.length === 0 ? undefined : users.join(', ');
@@ -244,7 +244,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       await sleep(backoff);
       backoff = Math.min(backoff * 2, 1000);
       try {
-        return await request();
+        return void (await request());
       } catch (error) {
         if ((error as StoreError).code !== 'GONE') throw error;
         failure = error as StoreError;

@@ -106,7 +106,7 @@ export class SheepVdi implements OpenVdi {
     this.#index = inode.storePolicy === 0 ? undefined : new HyperIndex(host, inode.vid);
   }
 
-  get nameVid(): number {
+  get creationVid(): number {
     return this.record.vid;
   }
 

@@ -126,10 +126,10 @@ class DeepCheck {
         await this.#suspects.room();
         const { value: target, done } = targets.next();
         if (done) return;
-        const look = await this.#looker.look(target as Target);
-        if (isWrong(look)) this.#suspects.add(target as Target, look);
+        const look = await this.#looker.look(target);
+        if (isWrong(look)) this.#suspects.add(target, look);
         this.#read++;
-        this.#options.progress?.advance(bytesOf(target as Target));
+        this.#options.progress?.advance(bytesOf(target));
       }
     };
     const walks = Array.from({ length: PARALLEL_OBJECTS }, walk);

@@ -100,7 +100,7 @@ export class Suspects {
     suspect.look = look;
     suspect.looks++;
     if (!isWrong(look)) return;
-    if (suspect.looks < LOOKS_AT.length) return this.#insert(suspect);
+    if (suspect.looks < LOOKS_AT.length) return void this.#insert(suspect);
     const stayed = await this.#withoutWritten(suspect);
     if (isWrong(stayed)) confirmed(target, stayed);
   }
