@@ -23,7 +23,7 @@ wait_for() {
   fail "the test said nothing"
 }
 stty -echo < /dev/ttyS0 2>/dev/null
-say BOOTED $(uname -r)
+say BOOTED "$(uname -r)"
 . /job
 say END
 poweroff -f
