@@ -51,3 +51,19 @@ test('npm scripts, files and settings that CONTRIBUTING names are there', () => 
   const known = tests.map((name) => read(path.join('test/sheep', name))).join('\n');
   expect(settings.filter((name) => !known.includes(name))).toEqual([]);
 });
+
+test('the constants that docs/reference.md names are in the sources', () => {
+  const limits = read('docs/reference.md').split('\n## Limits\n')[1]?.split('\n## ')[0] ?? '';
+  const named = [...limits.matchAll(/^\|.*\|([^|]*)\|$/gm)].flatMap(([, cell = '']) =>
+    [...cell.matchAll(/`(\w+)`/g)].map(([, name = '']) => name),
+  );
+  expect(named.length).toBeGreaterThan(40);
+  const sources = ['src', 'nbd/src'].flatMap((folder) =>
+    fs
+      .readdirSync(path.join(ROOT, folder), { recursive: true, encoding: 'utf8' })
+      .filter((name) => name.endsWith('.ts'))
+      .map((name) => read(path.join(folder, name))),
+  );
+  const words = new Set(sources.flatMap((text) => text.match(/\w+/g) ?? []));
+  expect(named.filter((name) => !words.has(name))).toEqual([]);
+});
