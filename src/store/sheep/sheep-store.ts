@@ -2,17 +2,9 @@
  * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
-import {
-  behindEndError,
-  DEFAULT_BLOCK_SIZE_SHIFT,
-  StoreError,
-  type Awaitable,
-  type ObjectStore,
-  type OpenVdi,
-  type Owner,
-  type ReadCount,
-  type ZeroOptions,
-} from '../object-store.js';
+import type { ObjectStore } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, type VdiRecord } from '../vdi-record.js';
 import { Cluster, ObjectGone } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { clusterState } from './cluster-state.js';
@@ -58,8 +50,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
-  readonly objectsMove = true;
-  readonly gathersFirstWrites = true;
   readonly cluster: Cluster;
   readonly catalog: SheepCatalog;
   readonly order = new WriteOrder();
@@ -158,10 +148,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     if (isLost(vid)) return Promise.reject(lostError(idx));
     const read = this.#read(vid, idx, offset, into);
     return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
-  }
-
-  noteRead(vdi: OpenVdi, offset: number, length: number): ReadCount {
-    return this.cluster.readAhead.note(vdi, offset, length);
   }
 
   async #read(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
@@ -273,41 +259,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     return performance.now() - this.#epochChangedAt < SETTLING_MS;
   }
 
-  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Promise<void> {
-    this.#checkRange(vdi, idx, offset, data.length);
-    return (vdi as SheepVdi).write(idx, offset, data);
-  }
-
-  createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
-    this.#checkRange(vdi, idx, offset, data.length);
-    if (copyOf && copyOf.idx !== idx) throw new Error('invariant: an object is copied to another place');
-    return (vdi as SheepVdi).create(idx, offset, data, copyOf?.vid ?? 0);
-  }
-
-  zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, _options: ZeroOptions): Promise<void> {
-    this.#checkRange(vdi, idx, offset, length);
-    return (vdi as SheepVdi).zero(idx, offset, length);
-  }
-
-  /** Nodes know no zeroing but writing zeros. */
-  canZeroFast(_options: ZeroOptions): boolean {
-    return false;
-  }
-
-  /** Nodes have caches of their own. */
-  cacheObject(): void {}
-
-  /** All that is known without reading is which objects there are. */
-  objectExtents(
-    _vid: number,
-    _idx: number,
-    offset: number,
-    length: number,
-    sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Awaitable<void> {
-    sink(offset, length, false);
-  }
-
   dropStaleShadows(name: string): Promise<void> {
     return this.catalog.dropStaleShadows(name);
   }
@@ -361,19 +312,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
     for (const each of steps) if (each.status === 'rejected') throw each.reason;
   }
-
-  /** Nodes take writes behind the end of an object, and behind the end of a disk. */
-  #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
-    const { map, record } = vdi;
-    if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
-    if (this.readOnlyBecause !== undefined) {
-      throw new StoreError('PERMISSION', `nothing is written: ${this.readOnlyBecause}`);
-    }
-    if (idx >= map.length) throw vdi.failure ?? behindEndError(record, 'NO_SPACE');
-    if (idx < 0 || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
-      throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
-    }
-  }
 }
 
 function whyReadOnly(
@@ -390,7 +328,7 @@ function whyReadOnly(
   );
 }
 
-function labelOf({ record }: Pick<OpenVdi, 'record'>): string {
+function labelOf({ record }: { readonly record: VdiRecord }): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
 
