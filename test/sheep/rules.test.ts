@@ -7,6 +7,7 @@ import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { MAX_PIECE_BYTES } from '../../src/store/sheep/pieces.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { zerosForMissing } from '../../src/store/sheep/zeros-for-missing.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { ObjectCalls } from '../../src/vdi/store-calls.js';
 import { objectsOf, type Vdi } from '../../src/vdi/vdi.js';
@@ -429,7 +430,7 @@ describe('nodes that fail', () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     for (const oid of [...cluster.objects.keys()])
       if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
-    const rescue = await SheepStore.open(cluster.address, { missingIsZero: true });
+    const rescue = await SheepStore.open(cluster.address, zerosForMissing('the cluster'));
     const rescued = await new VdiCatalog(rescue).openVdi('disk');
     const data = await content(rescued);
     expect([data[OBJECT - 1], data[OBJECT]]).toEqual([1, 0]);

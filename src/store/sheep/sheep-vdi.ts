@@ -7,6 +7,7 @@ import type { ExtentSink, ObjectVdi, ReadCount, Switch } from '../open-vdi.js';
 import { behindEndError, StoreError } from '../store-error.js';
 import type { Unfinished, VdiRecord } from '../vdi-record.js';
 import type { Cluster } from './cluster-client.js';
+import type { ObjectReading } from './cluster-reads.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { BLOCK_BYTES, inPieces, MAX_PIECE_BYTES } from './pieces.js';
@@ -45,7 +46,7 @@ export interface SheepVdiHost {
     mark(vdi: SheepVdi, unfinished: Unfinished | undefined): Promise<VdiRecord>;
     resize(vdi: SheepVdi, size: number): Promise<VdiRecord>;
   };
-  readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void>;
+  readonly reading: ObjectReading;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
   /** The vid of the working VDI that goes on under this name; 0 if there is none. */
@@ -131,7 +132,7 @@ export class SheepVdi implements ObjectVdi {
   }
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    return this.#host.readObject(vid, idx, offset, into);
+    return this.#host.reading.readObject(vid, idx, offset, into);
   }
 
   /** Nodes have caches of their own. */
