@@ -18,7 +18,7 @@ import { MAX_BLOCK_SIZE_SHIFT, type Unfinished } from '../store/object-store.js'
 import { shellWord } from '../text/shell-word.js';
 import { directoryOf, kindOf, type StoreOptions } from '../store/locations.js';
 import { reasonOf } from '../system/system-error.js';
-import { checkNewVdi } from '../vdi/catalog.js';
+import { checkNewVdi } from '../vdi/new-vdi.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
 import { ClosedWindows } from './closed-windows.js';

@@ -6,7 +6,8 @@
  */
 import type { Ending, Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
-import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
+import type { VdiCatalog } from '../vdi/catalog.js';
+import type { TemporaryKeeper } from '../vdi/kept-snapshots.js';
 import { Connections, type ConnectionSpan } from '../vdi/connections.js';
 import type { Client } from '../vdi/in-use.js';
 import { isLabelled, isLabelOfRun } from '../vdi/names.js';
