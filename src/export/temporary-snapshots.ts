@@ -8,13 +8,13 @@ import type { Ending, Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import type { TemporaryKeeper } from '../vdi/kept-snapshots.js';
-import { Connections, type ConnectionSpan } from '../vdi/connections.js';
+import { ClientConnections, type ConnectionSpan } from '../vdi/client-connections.js';
 import type { Client } from '../vdi/in-use.js';
 import { isLabelled, isLabelOfRun } from '../vdi/names.js';
 import { isRunning } from '../system/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
-import { EndedMoments } from './ended-moments.js';
-import { toldToClients } from './told-to-clients.js';
+import { EndedSnapshots } from './ended-snapshots.js';
+import { clientMessage } from './client-messages.js';
 
 /** How long a client that was cut off may come back, unless told otherwise: the reconnect delay that docs/clients.md names. */
 export const DEFAULT_KEEP_MS = 300_000;
@@ -44,7 +44,7 @@ export interface TemporaryOptions {
 /** One client of a moment. */
 interface Reader {
   readonly client: Client;
-  readonly connections: Connections;
+  readonly connections: ClientConnections;
   /** How long those that were cut off may yet come back. */
   leftMs: number;
   /** Its last connection has said goodbye, while others of it were cut off and may come back. */
@@ -57,7 +57,7 @@ interface Moment {
   readonly vid: number;
   readonly takenAt: number;
   readonly vdi: Vdi;
-  /** Connections that have it open, and those that were told of it and have not opened it. */
+  /** ClientConnections that have it open, and those that were told of it and have not opened it. */
   users: number;
   askers: number;
   /** Its label is remembered to have been used. */
@@ -96,7 +96,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   readonly #maxKept: number;
   readonly #log: (line: string, details?: object) => void;
   readonly #serves: boolean;
-  readonly #ended: EndedMoments;
+  readonly #ended: EndedSnapshots;
   /** By NAME@TAG, the oldest first: of a label there is one at most. */
   readonly #moments = new Map<string, Moment[]>();
   /** What a connection was told of, by its peer: it opens the same. */
@@ -112,7 +112,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#maxKept = options.maxKept ?? Infinity;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
-    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, options.readerMemoryMs);
+    this.#ended = new EndedSnapshots(catalog.facts, this.#keepMs, options.readerMemoryMs);
     catalog.keeper = this;
     this.#tickIfNeeded();
   }
@@ -306,7 +306,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     if (!client) return false;
     let reader = moment.readers.get(client.id);
     if (!reader) {
-      reader = { client, connections: new Connections(), leftMs: 0, hasLeft: false };
+      reader = { client, connections: new ClientConnections(), leftMs: 0, hasLeft: false };
       moment.readers.set(client.id, reader);
     }
     reader.hasLeft = false;
@@ -334,7 +334,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const lost = [...moment.readers.values()].filter(isAway);
     if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
     const { failure } = moment.vdi;
-    if (failure) return this.#end(moment, toldToClients(failure));
+    if (failure) return this.#end(moment, clientMessage(failure));
     if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
     const kept = this.#keptMoments();
     const ofDisk = kept.filter(({ name }) => name === moment.name);
@@ -361,7 +361,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const isAwaited = [...moment.readers.values()].some(isAway);
     const { failure } = moment.vdi;
     // It is told to the clients who come back.
-    const failed = failure && toldToClients(failure);
+    const failed = failure && clientMessage(failure);
     const because = why ?? (isAwaited ? failed : 'its client was cut off and did not come back in time');
     if (because !== undefined) await this.#end(moment, because);
   }
@@ -468,7 +468,7 @@ export class TemporarySnapshots implements TemporaryKeeper {
   }
 }
 
-/** Connections of it were cut off, and may come back. */
+/** ClientConnections of it were cut off, and may come back. */
 function isAway({ connections }: Reader): boolean {
   return connections.lost > 0;
 }

@@ -14,14 +14,14 @@ import {
   rollBack,
   type CreateOptions,
   type ResizeOptions,
-} from './changes.js';
+} from './lifecycle.js';
 import { detailsOf, detailsOfAll, type VdiDetails } from './details.js';
 import { beginFilling, finishFilling } from './filling.js';
 import { DEFAULT_IN_USE_MS, InUse } from './in-use.js';
 import { KeptSnapshots, type Ended, type TemporaryKeeper } from './kept-snapshots.js';
-import type { LockReport, LockStatus, UnlockOptions } from './locks.js';
+import type { LockReport, LockStatus, UnlockOptions } from './cluster-locks.js';
 import { Lookup } from './lookup.js';
-import { Memory } from './memory.js';
+import { StoredFacts } from './stored-facts.js';
 import { NameQueue } from './name-queue.js';
 import { OpenVdis } from './open-vdis.js';
 import { OperationQueue } from './operation-queue.js';
@@ -46,14 +46,14 @@ export interface CatalogOptions {
 export class VdiCatalog {
   readonly #parts: CatalogParts;
   /** Small facts that outlive this process. */
-  readonly memory: Memory;
+  readonly facts: StoredFacts;
 
   constructor(store: ObjectStore, options: CatalogOptions = {}) {
     const { inUseMs = DEFAULT_IN_USE_MS, log = () => undefined } = options;
-    this.memory = new Memory(store.state, log);
+    this.facts = new StoredFacts(store.state, log);
     const names = new NameQueue();
     const open = new OpenVdis(store, names);
-    const inUse = new InUse(this.memory, { forMs: inUseMs, log });
+    const inUse = new InUse(this.facts, { forMs: inUseMs, log });
     this.#parts = {
       store,
       queue: new OperationQueue(store, names),
@@ -272,7 +272,7 @@ export class VdiCatalog {
     return queue.alone(async () => {
       open.stop();
       try {
-        await this.memory.close();
+        await this.facts.close();
       } finally {
         await store.close();
       }

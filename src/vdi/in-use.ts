@@ -3,10 +3,10 @@
  * as a user until it has come back and left in order, or a time has passed. Owns the counts and what is stored of them. It
  * does not know what may not be done meanwhile; the catalog does.
  */
-import { Connections, type ConnectionSpan } from './connections.js';
-import { memoryKey, type Memory } from './memory.js';
+import { ClientConnections, type ConnectionSpan } from './client-connections.js';
+import { factKey, type StoredFacts } from './stored-facts.js';
 import { isRunning, ownKey } from '../system/process-identity.js';
-import { isStamp, msSince, stampNow, type Stamp } from './stamp.js';
+import { isTimestamp, msSince, timestampNow, type Timestamp } from './timestamp.js';
 
 /** How long a client that was cut off counts as a user. An idle guest comes back with its next request only. */
 export const DEFAULT_IN_USE_MS = 60 * 60_000;
@@ -58,7 +58,7 @@ interface UseRecord {
   readonly writable: boolean;
   /** The process that serves it, as long as it is not cut off. */
   readonly server: string;
-  readonly lostAt?: Stamp | undefined;
+  readonly lostAt?: Timestamp | undefined;
   readonly forMs: number;
   /** It was not cut off: it said goodbye, having been told of errors. Once its process has ended it tries nothing again. */
   readonly hasLeft?: boolean | undefined;
@@ -67,10 +67,10 @@ interface UseRecord {
 interface Use {
   record: UseRecord;
   readonly key: string;
-  readonly writers: Connections;
-  readonly readers: Connections;
+  readonly writers: ClientConnections;
+  readonly readers: ClientConnections;
   /** Of those that were cut off: the last one's time, for how long they count, and UseRecord's `hasLeft`. */
-  lostSince: Stamp | undefined;
+  lostSince: Timestamp | undefined;
   lostForMs: number;
   hasLeft: boolean;
   /** Writers of a client that is not exact, since nobody was connected: those that took over, wrote nothing and have left ... */
@@ -86,7 +86,7 @@ export interface UseOfConnection {
   readonly use: Use;
   readonly writable: boolean;
   /** It may be one of those that were cut off, come back. */
-  readonly tookOver: Connections | undefined;
+  readonly tookOver: ClientConnections | undefined;
 }
 
 /** How a connection has ended. */
@@ -104,11 +104,11 @@ class AllUses {
   readonly #lists = new Map<string, ClientUse[]>();
 
   of(name: string, tag: string): ClientUse[] {
-    return (this.#lists.size > 0 && this.#lists.get(memoryKey(name, tag))) || [];
+    return (this.#lists.size > 0 && this.#lists.get(factKey(name, tag))) || [];
   }
 
   list({ name, tag }: Pick<UseRecord, 'name' | 'tag'>): ClientUse[] {
-    const key = memoryKey(name, tag);
+    const key = factKey(name, tag);
     let list = this.#lists.get(key);
     if (!list) this.#lists.set(key, (list = []));
     return list;
@@ -116,13 +116,13 @@ class AllUses {
 }
 
 export class InUse {
-  readonly #memory: Memory;
+  readonly #facts: StoredFacts;
   readonly #forMs: number;
   readonly #log: Log;
   readonly #uses = new Map<string, Use>();
 
-  constructor(memory: Memory, options: { readonly forMs: number; readonly log: Log }) {
-    this.#memory = memory;
+  constructor(facts: StoredFacts, options: { readonly forMs: number; readonly log: Log }) {
+    this.#facts = facts;
     this.#forMs = options.forMs;
     this.#log = options.log;
     this.#takeOver();
@@ -137,7 +137,7 @@ export class InUse {
     client: Client,
     writable: boolean,
   ): Promise<UseOfConnection> {
-    const key = PREFIX + memoryKey(name, tag, client.id);
+    const key = PREFIX + factKey(name, tag, client.id);
     let use = this.#uses.get(key);
     if (use !== undefined && !this.#counts(use)) forget(use);
     const known = use?.record;
@@ -150,7 +150,7 @@ export class InUse {
     // Who may only read is not one that could write.
     const tookOver = writable && writers.takeOver() ? writers : readers.takeOver() ? readers : undefined;
     (writable ? writers : readers).live++;
-    const isStored = this.#memory.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
+    const isStored = this.#facts.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
     if (!isStored || (writable && !known.writable)) {
       use.record = { ...use.record, client, server: ownKey };
       this.#state(use);
@@ -196,7 +196,7 @@ export class InUse {
     if (lost(use) === 0) {
       if (live(use) === 0) this.#drop(use);
     } else if (!isInOrder) {
-      use.lostSince = stampNow();
+      use.lostSince = timestampNow();
       // If others of it were cut off, they count for longer.
       use.hasLeft = isOver && (lost(use) === 1 || use.hasLeft);
       use.lostForMs = use.hasLeft ? Math.min(this.#forMs, AFTER_ERRORS_MS) : this.#forMs;
@@ -285,7 +285,7 @@ export class InUse {
   async #store(record: UseRecord): Promise<void> {
     const { name, tag, client } = record;
     try {
-      await this.#memory.put(PREFIX + memoryKey(name, tag, client.id), record);
+      await this.#facts.put(PREFIX + factKey(name, tag, client.id), record);
     } catch (error) {
       // The guest is more important than the guard against what others may do while it is cut off.
       this.#log(`${label(name, tag)} is open by ${client.label}, which is forgotten if this process is killed`, {
@@ -295,7 +295,7 @@ export class InUse {
   }
 
   #noteLost(use: Use): void {
-    use.lostSince ??= stampNow();
+    use.lostSince ??= timestampNow();
     if (use.lostForMs === 0) {
       forget(use);
       if (live(use) === 0) this.#drop(use);
@@ -319,12 +319,12 @@ export class InUse {
       if (live(use) === 0) this.#drop(use);
       return;
     }
-    this.#memory.putSoon(use.key, use.record);
+    this.#facts.putSoon(use.key, use.record);
   }
 
   #countTogether(oldest: Use): void {
     const { name, tag } = oldest.record;
-    const key = PREFIX + memoryKey(name, tag, EARLIER_CLIENTS.id);
+    const key = PREFIX + factKey(name, tag, EARLIER_CLIENTS.id);
     const before = this.#uses.get(key);
     // Until the last of them counts no more.
     const last = before && leftMs(before) > leftMs(oldest) ? before : oldest;
@@ -332,13 +332,20 @@ export class InUse {
     const writable = oldest.record.writable || before?.record.writable === true;
     const record = { ...last.record, client: EARLIER_CLIENTS, since, writable, hasLeft: undefined };
     this.#uses.set(key, this.#lostUse(key, record));
-    this.#memory.putSoon(key, record);
+    this.#facts.putSoon(key, record);
     this.#drop(oldest);
   }
 
   #newUse(key: string, record: UseRecord): Use {
     return {
-      ...{ key, record, writers: new Connections(), readers: new Connections(), onlyLooked: 0, hasWritten: false },
+      ...{
+        key,
+        record,
+        writers: new ClientConnections(),
+        readers: new ClientConnections(),
+        onlyLooked: 0,
+        hasWritten: false,
+      },
       ...{ lostSince: undefined, lostForMs: this.#forMs, hasLeft: false },
     };
   }
@@ -355,40 +362,40 @@ export class InUse {
 
   #drop(use: Use): void {
     this.#uses.delete(use.key);
-    this.#memory.putSoon(use.key, undefined);
+    this.#facts.putSoon(use.key, undefined);
   }
 
   /** What a process had open that has ended is of clients that were cut off; when, nobody knows: now at the latest. */
   #takeOver(): void {
-    this.#memory.refresh();
+    this.#facts.refresh();
     // What another process of this machine has stored anew is looked at anew.
     for (const [key, use] of this.#uses) {
-      const stored = this.#memory.get(key);
+      const stored = this.#facts.get(key);
       if (live(use) > 0 || stored === use.record) continue;
       // Who was cut off from this process is in nobody else's hands, unless it is not there any more: somebody has said --force.
       if (use.record.server === ownKey && isUseRecord(stored) && stored.server === ownKey) continue;
       this.#uses.delete(key);
     }
     for (const record of this.#records()) {
-      const key = PREFIX + memoryKey(record.name, record.tag, record.client.id);
+      const key = PREFIX + factKey(record.name, record.tag, record.client.id);
       if (this.#uses.has(key) || record.server === ownKey || (!record.lostAt && this.#isForeign(record))) continue;
-      const use = this.#lostUse(key, record.lostAt ? record : { ...record, lostAt: stampNow() });
+      const use = this.#lostUse(key, record.lostAt ? record : { ...record, lostAt: timestampNow() });
       if (!this.#counts(use)) {
-        this.#memory.putSoon(key, undefined);
+        this.#facts.putSoon(key, undefined);
         continue;
       }
       this.#uses.set(key, use);
-      if (!record.lostAt) this.#memory.putSoon(key, use.record);
+      if (!record.lostAt) this.#facts.putSoon(key, use.record);
     }
   }
 
   /** A store that is not shared has a lock: what is recorded there of another process is of one that had it, or of the original of a copy. */
   #isForeign({ server }: UseRecord): boolean {
-    return this.#memory.isShared && server !== ownKey && isRunning(server);
+    return this.#facts.isShared && server !== ownKey && isRunning(server);
   }
 
   *#records(): Generator<UseRecord> {
-    for (const [, value] of [...this.#memory.entries(PREFIX)]) if (isUseRecord(value)) yield value;
+    for (const [, value] of [...this.#facts.entries(PREFIX)]) if (isUseRecord(value)) yield value;
   }
 }
 
@@ -431,6 +438,6 @@ function isUseRecord(value: unknown): value is UseRecord {
     Number.isFinite(since) &&
     typeof server === 'string' &&
     Number.isFinite(forMs) &&
-    (lostAt === undefined || isStamp(lostAt))
+    (lostAt === undefined || isTimestamp(lostAt))
   );
 }

@@ -5,7 +5,7 @@
 import type { VdiLock, VdiRecord } from '../store/object-store.js';
 import { CatalogError } from './catalog-error.js';
 import type { CatalogParts } from './catalog-parts.js';
-import { locksOf, mayUnlock, ofVid, type LockReport, type LockStatus, type UnlockOptions } from './locks.js';
+import { locksOf, mayUnlock, ofVid, type LockReport, type LockStatus, type UnlockOptions } from './cluster-locks.js';
 import { parseSpec } from './names.js';
 
 /** Errors: UNSUPPORTED (a local store). */

@@ -18,7 +18,7 @@ const MAX_TRIED = 8;
 /** By key. */
 type Failures = ReadonlyMap<string, unknown>;
 
-export class Memory {
+export class StoredFacts {
   readonly #state: StoreState | undefined;
   readonly #log: (line: string, details?: object) => void;
   readonly #known = new Map<string, unknown>();
@@ -155,7 +155,7 @@ export class Memory {
 }
 
 /** A key of parts that may hold anything. What it stands for is in its value: a long one is its own hash. */
-export function memoryKey(...parts: readonly string[]): string {
+export function factKey(...parts: readonly string[]): string {
   const key = parts.map(uriComponent).join('/');
   return key.length <= MAX_KEY_LENGTH ? key : createHash('sha256').update(key).digest('hex');
 }
