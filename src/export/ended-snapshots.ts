@@ -7,7 +7,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import { factKey, type StoredFacts } from '../vdi/stored-facts.js';
 import { isRunning, ownKey } from '../system/process-identity.js';
 import { isTimestamp, msSince, timestampNow, type Timestamp } from '../vdi/timestamp.js';
-import type { Client } from '../vdi/in-use.js';
+import type { Client } from '../vdi/client-use.js';
 
 /** A used label is remembered for so long. Less than a day: whoever uses one every night has it again. */
 const LABEL_MEMORY_MS = 12 * 60 * 60_000;

@@ -9,7 +9,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import type { TemporaryKeeper } from '../vdi/kept-snapshots.js';
 import { ClientConnections, type ConnectionSpan } from '../vdi/client-connections.js';
-import type { Client } from '../vdi/in-use.js';
+import type { Client } from '../vdi/client-use.js';
 import { isLabelled, isLabelOfRun } from '../vdi/names.js';
 import { isRunning } from '../system/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';

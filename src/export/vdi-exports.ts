@@ -12,7 +12,7 @@ import {
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
-import type { Client, UseOfConnection } from '../vdi/in-use.js';
+import type { Client, UseOfConnection } from '../vdi/client-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
 import type { PeerAccess } from './authorised-exports.js';

@@ -6,7 +6,7 @@
  */
 import type { Peer } from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
-import type { Client } from '../vdi/in-use.js';
+import type { Client } from '../vdi/client-use.js';
 import type { Exclusive, Otherwise } from './exclusive.js';
 
 /**

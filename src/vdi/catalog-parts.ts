@@ -3,12 +3,10 @@ import type { ObjectStore } from '../store/object-store.js';
 import type { BusyChecks } from './busy-checks.js';
 import type { InUse } from './in-use.js';
 import type { KeptSnapshots } from './kept-snapshots.js';
+import type { Log } from './log.js';
 import type { Lookup } from './lookup.js';
 import type { OpenVdis } from './open-vdis.js';
 import type { OperationQueue } from './operation-queue.js';
-
-/** For the operator: what no caller waits for. */
-export type Log = (line: string, details?: object) => void;
 
 export interface CatalogParts {
   readonly store: ObjectStore;

@@ -5,7 +5,7 @@
  */
 import type { CheckReport, DamagedVdi, ObjectStore, VdiRecord } from '../store/object-store.js';
 import { BusyChecks, type ForceOption } from './busy-checks.js';
-import type { CatalogParts, Log } from './catalog-parts.js';
+import type { CatalogParts } from './catalog-parts.js';
 import {
   cloneSnapshot,
   createVdi,
@@ -22,6 +22,7 @@ import { KeptSnapshots, type Ended, type TemporaryKeeper } from './kept-snapshot
 import type { LockReport, LockStatus, UnlockOptions } from './cluster-locks.js';
 import { Lookup } from './lookup.js';
 import { StoredFacts } from './stored-facts.js';
+import type { Log } from './log.js';
 import { NameQueue } from './name-queue.js';
 import { OpenVdis } from './open-vdis.js';
 import { OperationQueue } from './operation-queue.js';
