@@ -22,7 +22,7 @@ import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
 import { clientMessage } from './client-messages.js';
-import type { Claim } from './writers.js';
+import type { Claim } from './writer-claim.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */

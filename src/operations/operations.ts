@@ -8,7 +8,8 @@ import type { ForceOption } from '../vdi/busy-checks.js';
 import type { VdiDetails } from '../vdi/details.js';
 import type { Ended, KeptSnapshot } from '../vdi/kept-snapshots.js';
 import type { LockReport, LockStatus, UnlockOptions } from '../vdi/cluster-locks.js';
-import type { TwoWriters, WriterInfo } from '../export/writers.js';
+import type { TwoWriters } from '../export/two-writers.js';
+import type { WriterInfo } from '../export/writers.js';
 import type { ConnectionStatus, Disconnected } from './control-protocol.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 
