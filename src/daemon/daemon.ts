@@ -11,14 +11,15 @@ import { ExportsWithDefault, whyNotOpen } from '../export/default-export.js';
 import type { Exclusive } from '../export/exclusive.js';
 import { ExportsWhenOpen } from '../export/exports-when-open.js';
 import { clientOf } from '../export/peer-client.js';
-import { ExportsToldToClients } from '../export/told-to-clients.js';
-import type { Claim, Writers } from '../export/writers.js';
+import { ExportsWithClientMessages } from '../export/client-messages.js';
+import type { Claim } from '../export/writer-claim.js';
+import type { Writers } from '../export/writers.js';
 import { descriptorLimit } from '../system/descriptor-limit.js';
 import { MAX_BLOCK_SIZE_SHIFT, type Unfinished } from '../store/object-store.js';
 import { shellWord } from '../text/shell-word.js';
 import { directoryOf, kindOf, type StoreOptions } from '../store/locations.js';
 import { reasonOf } from '../system/system-error.js';
-import { checkNewVdi } from '../vdi/catalog.js';
+import { checkNewVdi } from '../vdi/new-vdi.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
 import { ClosedWindows } from './closed-windows.js';
@@ -319,7 +320,7 @@ export async function startDaemon(
     }
     toldToStop?.removeEventListener('abort', leave);
     const withDefault = new ExportsWithDefault(security.guard(opened.exports), defaultExport);
-    exports.opened(new LoggedExports(new ExportsToldToClients(withDefault), log, repeated));
+    exports.opened(new LoggedExports(new ExportsWithClientMessages(withDefault), log, repeated));
     return {
       store: opened.store,
       control: control.path,

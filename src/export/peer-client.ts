@@ -3,7 +3,7 @@
  * address with what TLS has proven. Owns that choice; docs/clients.md tells people of it.
  */
 import type { Peer } from 'nbd-server-ts';
-import type { Client } from '../vdi/in-use.js';
+import type { Client } from '../vdi/client-use.js';
 import { bootId, processKey } from '../system/process-identity.js';
 
 /** Undefined for commands of our own, which never come back by themselves. */

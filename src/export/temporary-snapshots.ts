@@ -1,26 +1,29 @@
 /**
- * The life of NAME@now and NAME@now:LABEL: taken when the first connection asks for it, shared by all that have it open at
- * the same time, dropped when the last one has left in order. A client that was cut off may come back and must find the same
- * moment, or else its image would be of two: until it does, or its time has passed, the moment is kept. Owns the counts
- * and that time; what a snapshot is, the catalog knows, and ended-moments.ts what is remembered when it is gone.
+ * The life of the temporary snapshots NAME@now and NAME@now:LABEL: taken when the first connection asks for one, shared by all
+ * that have it open at the same time, dropped when the last one has left in order. A client that was cut off may come back,
+ * and must find the same snapshot: otherwise its image would be of two points in time. So the snapshot is kept until the client
+ * comes back, or its time has passed. Owns that time, and how many are kept. What is remembered of snapshots that have ended:
+ * ended-snapshots.ts.
  */
-import type { Ending, Peer } from 'nbd-server-ts';
+import type { Peer } from 'nbd-server-ts';
 import { CatalogError } from '../vdi/catalog-error.js';
-import type { TemporaryKeeper, VdiCatalog } from '../vdi/catalog.js';
-import { Connections, type ConnectionSpan } from '../vdi/connections.js';
-import type { Client } from '../vdi/in-use.js';
+import type { VdiCatalog } from '../vdi/catalog.js';
+import type { Client } from '../vdi/client-use.js';
+import type { TemporaryKeeper } from '../vdi/kept-snapshots.js';
+import type { Log } from '../vdi/log.js';
+import { NameQueue } from '../vdi/name-queue.js';
 import { isLabelled, isLabelOfRun } from '../vdi/names.js';
-import { isRunning } from '../system/process-identity.js';
 import type { Vdi } from '../vdi/vdi.js';
-import { EndedMoments } from './ended-moments.js';
-import { toldToClients } from './told-to-clients.js';
+import { clientMessage } from './client-messages.js';
+import { EndedSnapshots } from './ended-snapshots.js';
+import { Reader, TakenSnapshots, TemporarySnapshot, type EndOfReading } from './temporary-snapshot.js';
 
-/** How long a client that was cut off may come back, unless told otherwise: the reconnect delay that docs/clients.md names. */
+/** How long a client that was cut off may come back by default: the reconnect delay that docs/clients.md names. */
 export const DEFAULT_KEEP_MS = 300_000;
-/** Moments without a connection; a cluster has room for MAX_SHADOWS of a disk altogether. */
+/** Snapshots without a connection; a cluster has room for MAX_SHADOWS of a disk altogether. */
 const MAX_KEPT_PER_DISK = 4;
 const MAX_KEPT_PER_CLIENT = 16;
-/** Clients of one moment that read it or may come back. */
+/** Clients of one snapshot that read it or may come back. */
 const MAX_READERS = 1024;
 /** Of NAME@now without a label. */
 const PLAIN_TAG = 'now';
@@ -31,77 +34,36 @@ const MAX_TICKS_AT_ONCE = 2;
 
 export interface TemporaryOptions {
   readonly keepMs?: number | undefined;
-  /** Kept at a time for whoever was cut off, of all disks and clients: each has files open, and no connection counts them. */
+  /** How many are kept at a time, of all disks and clients: each has files open, and no connection counts them. */
   readonly maxKept?: number | undefined;
-  /** Clients can come: their time passes. */
+  /** Clients can connect: their time passes. */
   readonly serves?: boolean | undefined;
-  /** How long a reader that was cut off is remembered by the next process; see ended-moments.ts. */
+  /** How long the next process remembers a reader that was cut off; see ended-snapshots.ts. */
   readonly readerMemoryMs?: number | undefined;
-  readonly log?: ((line: string, details?: object) => void) | undefined;
+  readonly log?: Log | undefined;
 }
 
-/** One client of a moment. */
-interface Reader {
-  readonly client: Client;
-  readonly connections: Connections;
-  /** How long those that were cut off may yet come back. */
-  leftMs: number;
-  /** Its last connection has said goodbye, while others of it were cut off and may come back. */
-  hasLeft: boolean;
-}
-
-interface Moment {
-  readonly name: string;
-  readonly tag: string;
-  readonly vid: number;
-  readonly takenAt: number;
+/** A temporary snapshot that one connection holds. */
+export interface HeldSnapshot {
   readonly vdi: Vdi;
-  /** Connections that have it open, and those that were told of it and have not opened it. */
-  users: number;
-  askers: number;
-  /** Its label is remembered to have been used. */
-  isRemembered: boolean;
-  /** The time of somebody who was cut off has passed: he may ask for it yet. */
-  hasLateReader: boolean;
-  /** Somebody has had it, and was not refused after all. */
-  hasBeenRead: boolean;
-  /** The snapshots that it was compared with, by tag: another one of that tag would tell of other changes. */
-  readonly bases: Map<string, number>;
-  readonly readers: Map<string, Reader>;
-}
-
-/** A moment that one connection holds. */
-export interface HeldMoment {
-  readonly vdi: Vdi;
-  readonly moment: Moment;
+  readonly snapshot: TemporarySnapshot;
   readonly client: Client | undefined;
-  /** It may be one that was cut off, come back. */
+  /** The connection may be one that was cut off, come back. */
   tookOver: boolean;
-}
-
-/** How a connection's part in a moment ends. */
-export interface EndOfReading {
-  readonly ending: Ending;
-  /** The client was told that something could not be read, and may try that again. */
-  readonly hadErrors: boolean;
-  /** It was refused after all: all is as if it had not come. */
-  readonly isRefused: boolean;
-  readonly span: ConnectionSpan;
 }
 
 export class TemporarySnapshots implements TemporaryKeeper {
   readonly #catalog: VdiCatalog;
   readonly #keepMs: number;
   readonly #maxKept: number;
-  readonly #log: (line: string, details?: object) => void;
+  readonly #log: Log;
   readonly #serves: boolean;
-  readonly #ended: EndedMoments;
-  /** By NAME@TAG, the oldest first: of a label there is one at most. */
-  readonly #moments = new Map<string, Moment[]>();
+  readonly #ended: EndedSnapshots;
+  readonly #taken = new TakenSnapshots();
   /** What a connection was told of, by its peer: it opens the same. */
-  readonly #asked = new Map<Peer, HeldMoment>();
-  /** By NAME@TAG: opening and closing it, one after the other. */
-  readonly #queues = new Map<string, Promise<void>>();
+  readonly #asked = new Map<Peer, HeldSnapshot>();
+  /** By NAME@TAG: opening and closing. */
+  readonly #queue = new NameQueue();
   #ticking: NodeJS.Timeout | undefined;
   #tickedAt = 0;
 
@@ -111,38 +73,38 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#maxKept = options.maxKept ?? Infinity;
     this.#log = options.log ?? (() => undefined);
     this.#serves = options.serves ?? false;
-    this.#ended = new EndedMoments(catalog.memory, this.#keepMs, options.readerMemoryMs);
+    this.#ended = new EndedSnapshots(catalog.facts, this.#keepMs, options.readerMemoryMs);
     catalog.keeper = this;
     this.#tickIfNeeded();
   }
 
-  /** Every open needs one `close`. Errors: ENDED if there would be another moment than before, and those of the catalog. */
-  open(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<HeldMoment> {
-    return this.#alone(`${name}@${tag}`, async () => {
+  /** Every open needs one `close`. Errors: ENDED (the client would get another snapshot than before), those of the catalog. */
+  open(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<HeldSnapshot> {
+    return this.#queue.run([`${name}@${tag}`], async () => {
       const asked = this.#asked.get(peer);
-      const isAsked = asked?.moment.name === name && asked.moment.tag === tag;
+      const isAsked = asked?.snapshot.name === name && asked.snapshot.tag === tag;
       if (isAsked) this.#asked.delete(peer);
       const held = isAsked ? asked : await this.#hold(name, tag, client, true);
-      const { moment } = held;
-      moment.askers--;
-      moment.users++;
+      const { snapshot } = held;
+      snapshot.askers--;
+      snapshot.users++;
       try {
-        held.tookOver = await this.#arrive(moment, client);
+        held.tookOver = await this.#arrive(snapshot, client);
         return held;
       } catch (error) {
-        moment.users--;
+        snapshot.users--;
         await this.#letGo(held).catch(() => undefined);
         throw error;
       }
     });
   }
 
-  /** What `open` on the same connection gives. It is held until then, or until the connection is over: see `left`. */
+  /** What `open` on the same connection will give. It is held until then, or until the connection is over: see `left`. */
   ask(name: string, tag: string, peer: Peer, client: Client | undefined): Promise<Vdi> {
-    return this.#alone(`${name}@${tag}`, async () => {
+    return this.#queue.run([`${name}@${tag}`], async () => {
       const asked = this.#asked.get(peer);
-      if (asked?.moment.name === name && asked.moment.tag === tag) return asked.vdi;
-      // One for each connection: else one that asks for many labels would hold as many snapshots.
+      if (asked?.snapshot.name === name && asked.snapshot.tag === tag) return asked.vdi;
+      // One for each connection: else a connection that asks for many labels would hold as many snapshots.
       if (asked) this.left(peer);
       const held = await this.#hold(name, tag, client, false);
       this.#asked.set(peer, held);
@@ -155,79 +117,66 @@ export class TemporarySnapshots implements TemporaryKeeper {
     const held = this.#asked.get(peer);
     if (!held) return;
     this.#asked.delete(peer);
-    const { name, tag } = held.moment;
-    this.#alone(`${name}@${tag}`, () => {
-      held.moment.askers--;
-      return this.#letGo(held);
-    }).catch((error: unknown) => this.#log(`${name}@${tag} could not be dropped`, { err: error }));
+    const { spec } = held.snapshot;
+    this.#queue
+      .run([spec], () => {
+        held.snapshot.askers--;
+        return this.#letGo(held);
+      })
+      .catch((error: unknown) => this.#log(`${spec} could not be dropped`, { err: error }));
   }
 
-  close(held: HeldMoment, end: EndOfReading): Promise<void> {
-    const { moment, client } = held;
-    return this.#alone(`${moment.name}@${moment.tag}`, async () => {
-      moment.users--;
-      if (!end.isRefused) moment.hasBeenRead = true;
-      const reader = client && moment.readers.get(client.id);
+  close(held: HeldSnapshot, end: EndOfReading): Promise<void> {
+    const { snapshot, client } = held;
+    return this.#queue.run([snapshot.spec], async () => {
+      snapshot.users--;
+      if (!end.isRefused) snapshot.hasBeenRead = true;
+      const reader = client && snapshot.readers.get(client.id);
       if (reader) this.#leave(held, reader, end);
       await this.#letGo(held);
     });
   }
 
-  #leave({ moment, tookOver }: HeldMoment, reader: Reader, { ending, hadErrors, isRefused, span }: EndOfReading): void {
-    const { connections, client } = reader;
-    connections.live--;
-    const isCutOff = !isRefused && (ending === 'lost' || hadErrors);
-    if (isCutOff) {
-      connections.loseAll(1, span);
-      reader.leftMs = this.#keepMs;
-    } else if (isRefused) {
-      // Who was refused has been away for as long as before.
-      if (tookOver) connections.loseAll(1);
-    } else if (!tookOver) {
-      connections.leave(span);
-    }
-    connections.settle();
+  #leave({ snapshot, tookOver }: HeldSnapshot, reader: Reader, end: EndOfReading): void {
+    reader.leave(tookOver, end, this.#keepMs);
+    const { client, connections } = reader;
     if (connections.live > 0) return;
-    if (connections.lost === 0) {
-      this.#forgetReader(moment, reader);
-      return;
-    }
-    // Those of one process may work side by side: what was cut off comes back though the others are done.
-    if (!isCutOff && !isRefused) reader.hasLeft = true;
-    // As long as one reads, the end of this process would cut it off just then.
-    if (!isLabelled(moment.tag) && !this.#reads(moment.name, client)) this.#ended.readerLost(moment.name, client);
+    if (connections.lost === 0) this.#forgetReader(snapshot, reader);
+    // As long as the client reads another one, it would be cut off from that when this process ends.
+    else if (!isLabelled(snapshot.tag) && !this.#reads(snapshot.name, client))
+      this.#ended.readerLost(snapshot.name, client);
   }
 
-  /** One of its connections has a moment of NAME@now open. */
+  /** One of its connections has a snapshot NAME@now open. */
   #reads(name: string, client: Client): boolean {
-    const moments = this.#moments.get(`${name}@${PLAIN_TAG}`) ?? [];
-    return moments.some(({ readers }) => (readers.get(client.id)?.connections.live ?? 0) > 0);
+    const snapshots = this.#taken.of(`${name}@${PLAIN_TAG}`);
+    return snapshots.some(({ readers }) => (readers.get(client.id)?.connections.live ?? 0) > 0);
   }
 
   kept(vid: number): { readonly client: string; readonly until: number } | undefined {
-    const moment = this.#byVid(vid);
-    if (!moment || moment.users + moment.askers > 0) return undefined;
-    const lost = [...moment.readers.values()].filter(isAway);
-    if (lost.length === 0) return undefined;
-    const client = lost.map((reader) => reader.client.label).join(', ');
+    const snapshot = this.#taken.byVid(vid);
+    if (!snapshot || snapshot.isHeld) return undefined;
+    const { away } = snapshot;
+    if (away.length === 0) return undefined;
+    const client = away.map((reader) => reader.client.label).join(', ');
     // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
-    return { client, until: Date.now() + Math.max(...lost.map(({ leftMs }) => leftMs)) };
+    return { client, until: Date.now() + Math.max(...away.map(({ leftMs }) => leftMs)) };
   }
 
   dropped(vid: number, why: string): void {
-    const moment = this.#byVid(vid);
-    if (moment) this.#noteGone(moment, why);
+    const snapshot = this.#taken.byVid(vid);
+    if (snapshot) this.#noteGone(snapshot, why);
   }
 
-  /** The moment that is open, kept, or taken now; with one more user in the catalog, and one more who asks. */
-  async #hold(name: string, tag: string, client: Client | undefined, isOpening: boolean): Promise<HeldMoment> {
-    const known = this.#find(name, tag, client);
+  /** The snapshot that is open or kept, or is taken now; with one more user in the catalog, and one more asker. */
+  async #hold(name: string, tag: string, client: Client | undefined, isOpening: boolean): Promise<HeldSnapshot> {
+    const known = this.#taken.find(name, tag, client);
     if (known) {
       if (client && !isLabelled(tag)) this.#ended.checkReader(name, client, isOpening);
-      // Before it is waited for: nobody is to end it meanwhile.
+      // Counted before the wait, so that nothing ends it meanwhile.
       known.askers++;
       try {
-        return { moment: known, client, vdi: await this.#catalog.openTemporary(known.vid), tookOver: false };
+        return { snapshot: known, client, vdi: await this.#catalog.openTemporary(known.vid), tookOver: false };
       } catch (error) {
         known.askers--;
         throw error;
@@ -245,41 +194,21 @@ export class TemporarySnapshots implements TemporaryKeeper {
       });
       throw error;
     }
-    const moment: Moment = {
-      ...{ name, tag, vid, takenAt: vdi.record.snapshotAt, vdi },
-      ...{
-        users: 0,
-        askers: 1,
-        isRemembered: false,
-        hasLateReader: false,
-        hasBeenRead: false,
-        bases: new Map<string, number>(),
-        readers: new Map<string, Reader>(),
-      },
-    };
-    const spec = `${name}@${tag}`;
-    this.#moments.set(spec, [...(this.#moments.get(spec) ?? []), moment]);
-    return { moment, client, vdi, tookOver: false };
-  }
-
-  /** A client that was cut off gets its own moment back; others share what is open, and not what is only kept. */
-  #find(name: string, tag: string, client: Client | undefined): Moment | undefined {
-    const moments = this.#moments.get(`${name}@${tag}`) ?? [];
-    if (isLabelled(tag)) return moments[0];
-    const own = client && moments.findLast(({ readers }) => readers.has(client.id));
-    return own ?? moments.findLast(({ users, askers }) => users + askers > 0);
+    const snapshot = new TemporarySnapshot(name, tag, vdi);
+    this.#taken.add(snapshot);
+    return { snapshot, client, vdi, tookOver: false };
   }
 
   /**
-   * Whoever is here comes before whoever may come back. Nobody's turn is waited for: whoever opens another label of the disk
-   * may be waiting for ours. None is needed, since a moment that somebody is about to open has one who asks.
+   * Connected clients come before clients that may come back. Does not queue for the snapshots that it ends: an operation on
+   * another label of the disk may be waiting for this one. It need not: a snapshot that is about to be opened has an asker.
    */
   async #take(name: string, tag: string): Promise<{ readonly vid: number }> {
     for (;;) {
       try {
         return await this.#catalog.snapshotTemporary(name, tag);
       } catch (error) {
-        const oldest = this.#keptMoments().find((moment) => moment.name === name);
+        const oldest = this.#taken.kept().find((snapshot) => snapshot.name === name);
         if ((error as { code?: string }).code !== 'LIMIT' || !oldest) throw error;
         await this.#endIfKept(oldest, `${name} has as many temporary snapshots as it can have`);
       }
@@ -287,141 +216,117 @@ export class TemporarySnapshots implements TemporaryKeeper {
   }
 
   /**
-   * A connection of this client has opened the moment: remembered before the client is answered. Whether it may be one that
-   * was cut off.
+   * A connection of this client has opened the snapshot. That is stored before the client gets an answer. Returns whether the
+   * connection may be one that was cut off.
    */
-  async #arrive(moment: Moment, client: Client | undefined): Promise<boolean> {
-    const { name, tag, takenAt } = moment;
-    if (client && !moment.readers.has(client.id) && moment.readers.size >= MAX_READERS) {
+  async #arrive(snapshot: TemporarySnapshot, client: Client | undefined): Promise<boolean> {
+    const { name, tag, takenAt, readers } = snapshot;
+    if (client && !readers.has(client.id) && readers.size >= MAX_READERS) {
       throw new CatalogError('LIMIT', `${name}@${tag} has ${MAX_READERS} readers, and no more are possible`);
     }
     if (!isLabelled(tag)) {
       if (client) await this.#ended.reads(name, client, takenAt);
-    } else if (!moment.isRemembered && (client || !isLabelOfRun(tag))) {
-      // Also for a command of ours: the label is the user's. One that was drawn for the run nobody gives again.
+    } else if (!snapshot.isRemembered && (client || !isLabelOfRun(tag))) {
+      // Also for our own commands, since the user chose the label; but not a label drawn for one run, which never comes again.
       await this.#ended.useLabel(name, tag);
-      moment.isRemembered = true;
+      snapshot.isRemembered = true;
     }
     if (!client) return false;
-    let reader = moment.readers.get(client.id);
-    if (!reader) {
-      reader = { client, connections: new Connections(), leftMs: 0, hasLeft: false };
-      moment.readers.set(client.id, reader);
-    }
-    reader.hasLeft = false;
-    reader.connections.live++;
-    return reader.connections.takeOver();
+    let reader = readers.get(client.id);
+    if (!reader) readers.set(client.id, (reader = new Reader(client)));
+    return reader.arrive();
   }
 
-  /** The connection has no part in it any more. */
-  async #letGo({ moment, vdi }: HeldMoment): Promise<void> {
-    // Until it is closed nobody is to end it.
-    moment.askers++;
+  /** The connection does not hold it any more. */
+  async #letGo({ snapshot, vdi }: HeldSnapshot): Promise<void> {
+    // Nothing is to end it before it is closed.
+    snapshot.askers++;
     try {
       await this.#catalog.release(vdi);
     } finally {
-      moment.askers--;
-      await this.#settle(moment);
+      snapshot.askers--;
+      await this.#settle(snapshot);
     }
   }
 
-  /** Keep it or drop it, if nobody has it. */
-  async #settle(moment: Moment): Promise<void> {
+  /** Keep it or drop it, if no connection has it. */
+  async #settle(snapshot: TemporarySnapshot): Promise<void> {
     this.#tickIfNeeded();
-    if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    for (const reader of moment.readers.values()) if (isGone(moment, reader)) reader.connections.forget();
-    const lost = [...moment.readers.values()].filter(isAway);
-    if (lost.length === 0) return this.#end(moment, 'it was read to its end', true);
-    const { failure } = moment.vdi;
-    if (failure) return this.#end(moment, toldToClients(failure));
-    if (this.#keepMs === 0) return this.#end(moment, 'its client was cut off');
-    const kept = this.#keptMoments();
-    const ofDisk = kept.filter(({ name }) => name === moment.name);
-    if (ofDisk.length > MAX_KEPT_PER_DISK) this.#endSoon(ofDisk[0] as Moment, 'too many of its disk were kept');
-    if (kept.length > this.#maxKept) this.#endSoon(kept[0] as Moment, 'too many were kept');
-    for (const { client } of lost) {
-      const ofClient = kept.filter(({ readers }) => (readers.get(client.id)?.connections.lost ?? 0) > 0);
-      if (ofClient.length > MAX_KEPT_PER_CLIENT)
-        this.#endSoon(ofClient[0] as Moment, 'too many of its client were kept');
+    if (snapshot.isHeld || !this.#taken.has(snapshot)) return;
+    for (const reader of snapshot.readers.values()) if (snapshot.isGone(reader)) reader.connections.forget();
+    const { away } = snapshot;
+    if (away.length === 0) return this.#end(snapshot, 'it was read to its end', true);
+    const { failure } = snapshot.vdi;
+    if (failure) return this.#end(snapshot, clientMessage(failure));
+    if (this.#keepMs === 0) return this.#end(snapshot, 'its client was cut off');
+    const kept = this.#taken.kept();
+    const ofDisk = kept.filter(({ name }) => name === snapshot.name);
+    this.#endOldestOver(MAX_KEPT_PER_DISK, ofDisk, 'too many of its disk were kept');
+    this.#endOldestOver(this.#maxKept, kept, 'too many were kept');
+    for (const { client } of away) {
+      const ofClient = kept.filter(({ readers }) => readers.get(client.id)?.isAway);
+      this.#endOldestOver(MAX_KEPT_PER_CLIENT, ofClient, 'too many of its client were kept');
     }
   }
 
-  /** When whoever is opening or closing it is done. */
-  #endSoon(moment: Moment, why: string | undefined): void {
-    const spec = `${moment.name}@${moment.tag}`;
-    this.#alone(spec, () => this.#endIfKept(moment, why)).catch((error: unknown) =>
-      this.#log(`${spec} could not be dropped`, { err: error }),
-    );
+  #endOldestOver(limit: number, [oldest, ...others]: readonly TemporarySnapshot[], why: string): void {
+    if (oldest !== undefined && others.length >= limit) this.#endSoon(oldest, why);
   }
 
-  /** If nobody has it open. Without a `why` only if nobody comes back for it, or it cannot be read any more. */
-  async #endIfKept(moment: Moment, why: string | undefined): Promise<void> {
-    if (moment.users + moment.askers > 0 || this.#byVid(moment.vid) !== moment) return;
-    const isAwaited = [...moment.readers.values()].some(isAway);
-    const { failure } = moment.vdi;
-    // It is told to the clients who come back.
-    const failed = failure && toldToClients(failure);
+  /** Once the operation on it that is in flight has ended. */
+  #endSoon(snapshot: TemporarySnapshot, why: string | undefined): void {
+    const { spec } = snapshot;
+    this.#queue
+      .run([spec], () => this.#endIfKept(snapshot, why))
+      .catch((error: unknown) => this.#log(`${spec} could not be dropped`, { err: error }));
+  }
+
+  /** If no connection has it. Without a `why`, only if no client is expected back, or it cannot be read any more. */
+  async #endIfKept(snapshot: TemporarySnapshot, why: string | undefined): Promise<void> {
+    if (snapshot.isHeld || !this.#taken.has(snapshot)) return;
+    const { failure } = snapshot.vdi;
+    // The clients that come back get these words.
+    const failed = failure && clientMessage(failure);
+    const isAwaited = snapshot.away.length > 0;
     const because = why ?? (isAwaited ? failed : 'its client was cut off and did not come back in time');
-    if (because !== undefined) await this.#end(moment, because);
+    if (because !== undefined) await this.#end(snapshot, because);
   }
 
-  /** Drop it. `isOver`: nobody comes back for it. */
-  async #end(moment: Moment, why: string, isOver = false): Promise<void> {
-    if (this.#byVid(moment.vid) !== moment) return;
-    this.#noteGone(moment, why, isOver);
-    await this.#catalog.dropTemporary(moment.name, moment.tag, moment.vid);
+  /** Drop it. `isOver`: no client comes back for it. */
+  async #end(snapshot: TemporarySnapshot, why: string, isOver = false): Promise<void> {
+    if (!this.#taken.has(snapshot)) return;
+    this.#noteGone(snapshot, why, isOver);
+    await this.#catalog.dropTemporary(snapshot.name, snapshot.tag, snapshot.vid);
   }
 
-  #noteGone(moment: Moment, why: string, isOver = false): void {
-    const { name, tag, takenAt } = moment;
-    const spec = `${name}@${tag}`;
-    const left = (this.#moments.get(spec) ?? []).filter((other) => other !== moment);
-    if (left.length > 0) this.#moments.set(spec, left);
-    else this.#moments.delete(spec);
+  #noteGone(snapshot: TemporarySnapshot, why: string, isOver = false): void {
+    const { name, tag, takenAt } = snapshot;
+    this.#taken.remove(snapshot);
     if (isLabelled(tag)) {
-      if (moment.isRemembered && moment.hasBeenRead) {
-        this.#ended.labelEnded(name, tag, why, isOver && !moment.hasLateReader);
-      } else if (moment.isRemembered) {
+      if (snapshot.isRemembered && snapshot.hasBeenRead) {
+        this.#ended.labelEnded(name, tag, why, isOver && !snapshot.hasLateReader);
+      } else if (snapshot.isRemembered) {
         this.#ended.labelUnused(name, tag);
       }
       return;
     }
-    for (const reader of [...moment.readers.values()]) {
-      if (isAway(reader)) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
-      else this.#forgetReader(moment, reader);
+    for (const reader of [...snapshot.readers.values()]) {
+      if (reader.isAway) this.#ended.readerEnded(name, reader.client, takenAt, why, reader.leftMs);
+      else this.#forgetReader(snapshot, reader);
     }
     this.#tickIfNeeded();
   }
 
-  /** It has no part in this moment any more. */
-  #forgetReader(moment: Moment, { client }: Reader): void {
-    const { name, tag } = moment;
-    moment.readers.delete(client.id);
+  /** The client does not read this snapshot any more. */
+  #forgetReader({ name, tag, spec, readers }: TemporarySnapshot, { client }: Reader): void {
+    readers.delete(client.id);
     if (isLabelled(tag)) return;
-    const readsOn = (this.#moments.get(`${name}@${tag}`) ?? []).some(({ readers }) => readers.has(client.id));
+    const readsOn = this.#taken.of(spec).some((other) => other.readers.has(client.id));
     if (!readsOn) this.#ended.hasRead(name, client);
   }
 
-  /** Those that nobody has open, the oldest first. */
-  #keptMoments(): Moment[] {
-    const kept = [...this.#moments.values()].flat().filter(({ users, askers }) => users + askers === 0);
-    return kept.sort((a, b) => a.takenAt - b.takenAt);
-  }
-
-  #byVid(vid: number): Moment | undefined {
-    for (const moments of this.#moments.values()) {
-      const found = moments.find((moment) => moment.vid === vid);
-      if (found) return found;
-    }
-    return undefined;
-  }
-
   #isWaiting(): boolean {
-    if (this.#ended.isWaiting) return true;
-    for (const moments of this.#moments.values()) {
-      if (moments.some(({ readers }) => [...readers.values()].some(isAway))) return true;
-    }
-    return false;
+    return this.#ended.isWaiting || this.#taken.hasAway;
   }
 
   #tickIfNeeded(): void {
@@ -431,51 +336,24 @@ export class TemporarySnapshots implements TemporaryKeeper {
     this.#ticking = setInterval(() => this.#tick(period), period).unref();
   }
 
-  /** Time passes for those who may come back, by a clock that nobody sets. */
+  /** Time passes for clients that may come back, by a clock that nobody sets. */
   #tick(period: number): void {
     const now = performance.now();
     const passed = Math.min(now - this.#tickedAt, MAX_TICKS_AT_ONCE * period);
     this.#tickedAt = now;
     this.#ended.age(passed);
-    for (const moment of [...this.#moments.values()].flat()) {
-      for (const reader of moment.readers.values()) {
-        if (!isAway(reader)) continue;
+    for (const snapshot of this.#taken.all()) {
+      for (const reader of snapshot.away) {
         const { connections } = reader;
         reader.leftMs -= passed;
-        if (reader.leftMs <= 0) moment.hasLateReader = true;
-        if (reader.leftMs <= 0 || isGone(moment, reader)) connections.forget();
-        if (connections.lost === 0 && connections.live === 0) this.#forgetReader(moment, reader);
+        if (reader.leftMs <= 0) snapshot.hasLateReader = true;
+        if (reader.leftMs <= 0 || snapshot.isGone(reader)) connections.forget();
+        if (connections.lost === 0 && connections.live === 0) this.#forgetReader(snapshot, reader);
       }
-      if (moment.users + moment.askers === 0) this.#endSoon(moment, undefined);
+      if (!snapshot.isHeld) this.#endSoon(snapshot, undefined);
     }
     if (this.#isWaiting()) return;
     clearInterval(this.#ticking);
     this.#ticking = undefined;
   }
-
-  #alone<T>(spec: string, work: () => Promise<T>): Promise<T> {
-    const result = (this.#queues.get(spec) ?? Promise.resolve()).then(work);
-    const settled: Promise<void> = result.then(
-      () => undefined,
-      () => undefined,
-    );
-    this.#queues.set(spec, settled);
-    void settled.then(() => {
-      if (this.#queues.get(spec) === settled) this.#queues.delete(spec);
-    });
-    return result;
-  }
-}
-
-/** Connections of it were cut off, and may come back. */
-function isAway({ connections }: Reader): boolean {
-  return connections.lost > 0;
-}
-
-/**
- * Whether nobody can come back: NAME@now is given back to the same process only, and it has ended. Under a label somebody else
- * may take up its work, through another process of a proxy for instance, unless it has left in order.
- */
-function isGone({ tag }: Moment, { client, hasLeft }: Reader): boolean {
-  return (!isLabelled(tag) || hasLeft) && client.process !== undefined && !isRunning(client.process);
 }

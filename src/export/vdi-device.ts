@@ -16,13 +16,13 @@ import {
   type Peer,
   type ZeroMode,
 } from 'nbd-server-ts/block-device';
-import type { ConnectionSpan } from '../vdi/connections.js';
+import type { ConnectionSpan } from '../vdi/client-connections.js';
 import { specOf } from '../vdi/names.js';
 import type { VdiRecord, Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
-import { toldToClients } from './told-to-clients.js';
-import type { Claim } from './writers.js';
+import { clientMessage } from './client-messages.js';
+import type { Claim } from './writer-claim.js';
 
 const PREFERRED_BLOCK_SIZE = 4096;
 /** Bit 0 of the contexts of changed-contexts.ts. */
@@ -270,5 +270,5 @@ function mayBeCured(error: unknown, told: DeviceError): boolean {
 function asDeviceError(error: unknown, isOurs: boolean): DeviceError {
   const { code: reason, message } = error as { code?: string; message: string };
   const code = DEVICE_CODES[reason ?? ''] ?? 'EIO';
-  return new DeviceError(code, isOurs ? message : toldToClients(error), { cause: error });
+  return new DeviceError(code, isOurs ? message : clientMessage(error), { cause: error });
 }

@@ -12,7 +12,7 @@ import {
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
-import type { Client, UseOfConnection } from '../vdi/in-use.js';
+import type { Client, UseOfConnection } from '../vdi/client-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { isContextTag, toldBases } from './changed-contexts.js';
 import type { PeerAccess } from './authorised-exports.js';
@@ -22,7 +22,8 @@ import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
 import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
-import { Writers, type Claim } from './writers.js';
+import type { Claim } from './writer-claim.js';
+import { Writers } from './writers.js';
 
 export interface ExportsOptions extends TemporaryOptions {
   /** All disks are written by one connection at a time each. */
@@ -150,9 +151,9 @@ export class VdiExports implements ExportProvider {
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
-        const { vdi, moment } = held;
+        const { vdi, snapshot } = held;
         return await this.#opened(
-          { vdi, bases: moment.bases, close },
+          { vdi, bases: snapshot.bases, close },
           { options, client, isReadOnly: true, exportName, peer },
         );
       }

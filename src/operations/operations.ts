@@ -4,9 +4,12 @@
  * with the code and the message of the layer that refused, the same both ways.
  */
 import type { CheckReport, DamagedVdi, Redundancy, VdiRecord } from '../store/object-store.js';
-import type { Ended, ForceOption, KeptSnapshot, VdiDetails } from '../vdi/catalog.js';
-import type { LockReport, LockStatus, UnlockOptions } from '../vdi/locks.js';
-import type { TwoWriters, WriterInfo } from '../export/writers.js';
+import type { ForceOption } from '../vdi/busy-checks.js';
+import type { VdiDetails } from '../vdi/details.js';
+import type { Ended, KeptSnapshot } from '../vdi/kept-snapshots.js';
+import type { LockReport, LockStatus, UnlockOptions } from '../vdi/cluster-locks.js';
+import type { TwoWriters } from '../export/two-writers.js';
+import type { WriterInfo } from '../export/writers.js';
 import type { ConnectionStatus, Disconnected } from './control-protocol.js';
 import type { Beginning, Filling } from '../vdi/unfinished.js';
 

@@ -1,40 +1,22 @@
 /**
- * Who has which VDI or snapshot open, beyond the life of connections and of this process: a client that was cut off counts
- * as a user until it has come back and left in order, or a time has passed. Owns the counts and what is stored of them. It
- * does not know what may not be done meanwhile; the catalog does.
+ * The clients that use each VDI or snapshot, beyond the life of their connections and of this process: a client that was cut
+ * off counts as a user until it has come back and left in order, or its time has passed. Owns which uses there are, what is
+ * stored of them, and how many are. What must not be done to a disk in use is the catalog's decision (busy-checks.ts).
  */
-import { Connections, type ConnectionSpan } from './connections.js';
-import { memoryKey, type Memory } from './memory.js';
 import { isRunning, ownKey } from '../system/process-identity.js';
-import { isStamp, msSince, stampNow, type Stamp } from './stamp.js';
+import { isUseRecord, Use, type Client, type EndOfUse, type UseOfConnection, type UseRecord } from './client-use.js';
+import type { Log } from './log.js';
+import { factKey, type StoredFacts } from './stored-facts.js';
+import { timestampNow } from './timestamp.js';
 
-/** How long a client that was cut off counts as a user. An idle guest comes back with its next request only. */
+/** How long a client that was cut off counts as a user. An idle guest comes back only with its next request. */
 export const DEFAULT_IN_USE_MS = 60 * 60_000;
-/**
- * How long one that said goodbye after it was told of errors does: some try that again on another connection (nbdkit's retry
- * filter), which they open soon after.
- */
-const AFTER_ERRORS_MS = 5 * 60_000;
-/** Clients of one export that are told apart when they were cut off; earlier ones are then counted together. */
+/** Clients of one disk that were cut off and are remembered one by one; earlier ones are counted together. */
 const MAX_LOST_CLIENTS = 32;
-/** Of one store. */
+/** Uses of one store that are remembered. */
 const MAX_RECORDS = 16_384;
 const PREFIX = 'use/';
 const EARLIER_CLIENTS: Client = { id: '*', label: 'clients that were cut off earlier', isExact: false };
-
-type Log = (line: string, details?: object) => void;
-
-/** Somebody who opens exports. */
-export interface Client {
-  /** The same whenever it comes; of nobody else, as far as can be told. */
-  readonly id: string;
-  /** For people. */
-  readonly label: string;
-  /** `id` stands for one process; else others may come under it as well. */
-  readonly isExact: boolean;
-  /** That process: see processKey. */
-  readonly process?: string;
-}
 
 /** One user, for people. Times are Date.now(). */
 export interface ClientUse {
@@ -42,73 +24,22 @@ export interface ClientUse {
   readonly since: number;
   /** When it was cut off; null if it is connected. */
   readonly lostAt: number | null;
-  /** Until when it counts. */
+  /** Until when it counts; null if it is connected. */
   readonly until: number | null;
   /** Another process of this machine serves it. */
   readonly isElsewhere?: boolean;
 }
 
-/** What is stored of one client of one export. */
-interface UseRecord {
-  readonly name: string;
-  readonly tag: string;
-  readonly client: Client;
-  readonly since: number;
-  /** One of its connections may write. */
-  readonly writable: boolean;
-  /** The process that serves it, as long as it is not cut off. */
-  readonly server: string;
-  readonly lostAt?: Stamp | undefined;
-  readonly forMs: number;
-  /** It was not cut off: it said goodbye, having been told of errors. Once its process has ended it tries nothing again. */
-  readonly hasLeft?: boolean | undefined;
-}
-
-interface Use {
-  record: UseRecord;
-  readonly key: string;
-  readonly writers: Connections;
-  readonly readers: Connections;
-  /** Of those that were cut off: the last one's time, for how long they count, and UseRecord's `hasLeft`. */
-  lostSince: Stamp | undefined;
-  lostForMs: number;
-  hasLeft: boolean;
-  /** Writers of a client that is not exact, since nobody was connected: those that took over, wrote nothing and have left ... */
-  onlyLooked: number;
-  /** ... and whether one has written and left in order. */
-  hasWritten: boolean;
-  /** Its record is on its way to the disk. */
-  storing?: Promise<void> | undefined;
-}
-
-/** One connection's. */
-export interface UseOfConnection {
-  readonly use: Use;
-  readonly writable: boolean;
-  /** It may be one of those that were cut off, come back. */
-  readonly tookOver: Connections | undefined;
-}
-
-/** How a connection has ended. */
-export interface EndOfUse {
-  /** Its client said goodbye. */
-  readonly isOver: boolean;
-  /** ... having been told of errors: it may try that again. */
-  readonly hadErrors: boolean;
-  readonly hasWritten: boolean;
-  readonly span: ConnectionSpan;
-}
-
-/** Uses by what is used. */
+/** Users by disk. */
 class AllUses {
   readonly #lists = new Map<string, ClientUse[]>();
 
   of(name: string, tag: string): ClientUse[] {
-    return (this.#lists.size > 0 && this.#lists.get(memoryKey(name, tag))) || [];
+    return (this.#lists.size > 0 && this.#lists.get(factKey(name, tag))) || [];
   }
 
   list({ name, tag }: Pick<UseRecord, 'name' | 'tag'>): ClientUse[] {
-    const key = memoryKey(name, tag);
+    const key = factKey(name, tag);
     let list = this.#lists.get(key);
     if (!list) this.#lists.set(key, (list = []));
     return list;
@@ -116,112 +47,81 @@ class AllUses {
 }
 
 export class InUse {
-  readonly #memory: Memory;
+  readonly #facts: StoredFacts;
   readonly #forMs: number;
   readonly #log: Log;
   readonly #uses = new Map<string, Use>();
 
-  constructor(memory: Memory, options: { readonly forMs: number; readonly log: Log }) {
-    this.#memory = memory;
+  /** `forMs`: how long a client that was cut off counts as a user. */
+  constructor(facts: StoredFacts, options: { readonly forMs: number; readonly log: Log }) {
+    this.#facts = facts;
     this.#forMs = options.forMs;
     this.#log = options.log;
     this.#takeOver();
   }
 
   /**
-   * A connection has opened the export; `writable`: to write, as well. When it resolves, that is remembered, whatever
-   * becomes of this process.
+   * A connection has opened the disk; `writable`: also to write. When it resolves, that is stored, and outlives this process.
    */
   async begin(
     { name, tag }: { readonly name: string; readonly tag: string },
     client: Client,
     writable: boolean,
   ): Promise<UseOfConnection> {
-    const key = PREFIX + memoryKey(name, tag, client.id);
+    const key = PREFIX + factKey(name, tag, client.id);
     let use = this.#uses.get(key);
-    if (use !== undefined && !this.#counts(use)) forget(use);
+    if (use !== undefined && !use.counts) use.forgetLost();
     const known = use?.record;
     if (use === undefined) {
       const since = Date.now();
-      use = this.#newUse(key, { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs });
+      use = new Use(key, { name, tag, client, since, writable, server: ownKey, forMs: this.#forMs }, this.#forMs);
       this.#uses.set(key, use);
     }
-    const { writers, readers } = use;
-    // Who may only read is not one that could write.
-    const tookOver = writable && writers.takeOver() ? writers : readers.takeOver() ? readers : undefined;
-    (writable ? writers : readers).live++;
-    const isStored = this.#memory.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
+    const connection = use.arrive(writable);
+    const isStored = this.#facts.get(key) === known && known?.server === ownKey && known.lostAt === undefined;
     if (!isStored || (writable && !known.writable)) {
       use.record = { ...use.record, client, server: ownKey };
-      this.#state(use);
+      use.updateRecord(this.#forMs);
       use.storing = this.#store(use.record);
     }
-    // Also another connection's, if it is the same.
+    // It may be another connection's, of the same record.
     const { storing } = use;
     await storing;
     if (use.storing === storing) use.storing = undefined;
-    return { use, writable, tookOver };
+    return connection;
   }
 
   /** The connection is over. */
-  end({ use, writable, tookOver }: UseOfConnection, { isOver, hadErrors, hasWritten, span }: EndOfUse): void {
-    const { writers, readers } = use;
-    const own = writable ? writers : readers;
-    own.live--;
-    const isInOrder = isOver && !hadErrors;
-    if (!isInOrder) {
-      own.loseAll(1, span);
-    } else if (use.record.client.isExact) {
-      // One process: when its last connection has said goodbye, none of those that broke before will come back. One that
-      // could only read does not speak for one that writes.
-      if (own.live === 0) own.forget();
-      if (live(use) === 0 && writable) readers.forget();
-    } else if (hasWritten) {
-      use.hasWritten = true;
-    } else if (tookOver === writers) {
-      use.onlyLooked++;
-    }
-    // Behind an address who only looks speaks for no writer. Who took over has been counted for the one that he was.
-    const speaks = use.record.client.isExact || !writable || hasWritten;
-    if (isInOrder && tookOver === undefined && speaks) own.leave(span);
-    own.settle();
-    if (writers.live === 0) {
-      // Those behind one address: if none has written, they only looked, and whoever was cut off may write yet.
-      if (!use.hasWritten) writers.loseAll(use.onlyLooked);
-      else if (isInOrder) writers.forget();
-      use.onlyLooked = 0;
-      use.hasWritten = false;
-    }
+  end(connection: UseOfConnection, end: EndOfUse): void {
+    const { use } = connection;
+    const isInOrder = use.leave(connection, end);
     if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
-    if (lost(use) === 0) {
-      if (live(use) === 0) this.#drop(use);
+    if (use.lost === 0) {
+      if (use.live === 0) this.#drop(use);
     } else if (!isInOrder) {
-      use.lostSince = stampNow();
-      // If others of it were cut off, they count for longer.
-      use.hasLeft = isOver && (lost(use) === 1 || use.hasLeft);
-      use.lostForMs = use.hasLeft ? Math.min(this.#forMs, AFTER_ERRORS_MS) : this.#forMs;
+      use.noteCutOff(end.isOver, this.#forMs);
       this.#noteLost(use);
-    } else if (live(use) === 0) {
-      // Whoever came meanwhile changes nothing for the one that is away, who has been so for as long as before.
+    } else if (use.live === 0) {
+      // This connection changes nothing for the one that was cut off, which has been away for as long as before.
       this.#noteLost(use);
     }
   }
 
-  /** The connection was refused after all: all is as if it had not come. */
-  withdraw({ use, writable, tookOver }: UseOfConnection): void {
-    (writable ? use.writers : use.readers).live--;
-    tookOver?.loseAll(1);
+  /** The connection was refused after all: undo `begin`. */
+  withdraw(connection: UseOfConnection): void {
+    const { use } = connection;
+    use.withdraw(connection);
     if (this.#uses.get(use.key) !== use) return; // forgotten meanwhile
-    if (lost(use) > 0) this.#noteLost(use);
-    else if (live(use) === 0) this.#drop(use);
+    if (use.lost > 0) this.#noteLost(use);
+    else if (use.live === 0) this.#drop(use);
   }
 
-  /** Who uses this, connected or cut off. */
+  /** The users of a disk, connected or cut off. */
   of(name: string, tag: string): ClientUse[] {
     return this.#find((record) => record.name === name && record.tag === tag).of(name, tag);
   }
 
-  /** The same of all, looked up once. */
+  /** The users of all disks, looked up once. */
   all(): AllUses {
     return this.#find(() => true);
   }
@@ -233,20 +133,20 @@ export class InUse {
       const { record } = use;
       if (!isMeant(record)) continue;
       const found = all.list(record);
-      if (!this.#counts(use)) {
-        forget(use);
-        if (live(use) === 0) this.#drop(use);
+      if (!use.counts) {
+        use.forgetLost();
+        if (use.live === 0) this.#drop(use);
       }
       const { client, since } = record;
       const { lostSince } = use;
-      if (live(use) > 0) found.push({ client: client.label, since, lostAt: null, until: null });
-      if (lost(use) > 0 && lostSince) {
+      if (use.live > 0) found.push({ client: client.label, since, lostAt: null, until: null });
+      if (use.lost > 0 && lostSince) {
         // eslint-disable-next-line no-restricted-syntax -- a time of day, for people
-        const until = Date.now() + Math.max(0, leftMs(use));
+        const until = Date.now() + Math.max(0, use.leftMs);
         found.push({ client: client.label, since, lostAt: lostSince.at, until });
       }
     }
-    // Another daemon of this machine serves it, for a cluster.
+    // Of a cluster: clients of other daemons of this machine.
     for (const record of this.#records()) {
       if (!isMeant(record) || record.lostAt || !this.#isForeign(record)) continue;
       const { client, since } = record;
@@ -255,39 +155,21 @@ export class InUse {
     return all;
   }
 
-  /** Whoever was cut off from this will not come back: somebody has said so. */
+  /** The operator has said that no client that was cut off from this disk will come back. */
   forgetLost(name: string, tag: string): void {
     for (const use of [...this.#uses.values()]) {
       if (use.record.name !== name || use.record.tag !== tag) continue;
-      forget(use);
-      if (live(use) === 0) this.#drop(use);
+      use.forgetLost();
+      if (use.live === 0) this.#drop(use);
     }
-  }
-
-  /** Whether those that were cut off still do. */
-  #counts(use: Use): boolean {
-    const { process } = use.record.client;
-    // Who only read, or has left, and has ended, comes back to nothing. Behind one that could write and was cut off there may
-    // be a proxy with its client.
-    if ((use.writers.lost === 0 || use.hasLeft) && process !== undefined && !isRunning(process)) return false;
-    return use.lostSince === undefined || leftMs(use) > 0;
-  }
-
-  /** What is stored is for whoever comes after this process: then all that are connected now were cut off, and just then. */
-  #state(use: Use): void {
-    const isLost = live(use) === 0;
-    use.record = {
-      ...{ ...use.record, writable: mayWrite(use), lostAt: isLost ? use.lostSince : undefined },
-      ...{ forMs: isLost ? use.lostForMs : this.#forMs, hasLeft: isLost && use.hasLeft ? true : undefined },
-    };
   }
 
   async #store(record: UseRecord): Promise<void> {
     const { name, tag, client } = record;
     try {
-      await this.#memory.put(PREFIX + memoryKey(name, tag, client.id), record);
+      await this.#facts.put(PREFIX + factKey(name, tag, client.id), record);
     } catch (error) {
-      // The guest is more important than the guard against what others may do while it is cut off.
+      // Serving the guest matters more than protecting its disk while it is cut off.
       this.#log(`${label(name, tag)} is open by ${client.label}, which is forgotten if this process is killed`, {
         err: error,
       });
@@ -295,142 +177,91 @@ export class InUse {
   }
 
   #noteLost(use: Use): void {
-    use.lostSince ??= stampNow();
+    use.lostSince ??= timestampNow();
     if (use.lostForMs === 0) {
-      forget(use);
-      if (live(use) === 0) this.#drop(use);
+      use.forgetLost();
+      if (use.live === 0) this.#drop(use);
       return;
     }
-    this.#state(use);
+    use.updateRecord(this.#forMs);
     const { name, tag } = use.record;
     const others = [...this.#uses.values()].filter(
       (other) =>
-        other.record.name === name && other.record.tag === tag && live(other) === 0 && other.record.client.id !== '*',
+        other.record.name === name && other.record.tag === tag && other.live === 0 && other.record.client.id !== '*',
     );
-    // Those that were here last are the likeliest to come back. A place in the map says when somebody first came.
+    // The clients that were cut off last are the likeliest to come back. (The map's order is that of the first connections.)
     if (others.length > MAX_LOST_CLIENTS) {
-      this.#countTogether(others.reduce((oldest, other) => (leftMs(other) < leftMs(oldest) ? other : oldest)));
+      this.#countTogether(others.reduce((oldest, other) => (other.leftMs < oldest.leftMs ? other : oldest)));
     }
     if (this.#uses.size > MAX_RECORDS) {
-      for (const other of [...this.#uses.values()]) if (live(other) === 0 && !this.#counts(other)) this.#drop(other);
+      for (const other of [...this.#uses.values()]) if (other.live === 0 && !other.counts) this.#drop(other);
     }
     if (this.#uses.size > MAX_RECORDS) {
       this.#log(`${label(name, tag)}: too many clients were cut off, ${use.record.client.label} is not remembered`);
-      if (live(use) === 0) this.#drop(use);
+      if (use.live === 0) this.#drop(use);
       return;
     }
-    this.#memory.putSoon(use.key, use.record);
+    this.#facts.putSoon(use.key, use.record);
   }
 
   #countTogether(oldest: Use): void {
     const { name, tag } = oldest.record;
-    const key = PREFIX + memoryKey(name, tag, EARLIER_CLIENTS.id);
+    const key = PREFIX + factKey(name, tag, EARLIER_CLIENTS.id);
     const before = this.#uses.get(key);
-    // Until the last of them counts no more.
-    const last = before && leftMs(before) > leftMs(oldest) ? before : oldest;
+    // Together they count for as long as the last of them.
+    const last = before && before.leftMs > oldest.leftMs ? before : oldest;
     const since = Math.min(before?.record.since ?? Infinity, oldest.record.since);
     const writable = oldest.record.writable || before?.record.writable === true;
     const record = { ...last.record, client: EARLIER_CLIENTS, since, writable, hasLeft: undefined };
-    this.#uses.set(key, this.#lostUse(key, record));
-    this.#memory.putSoon(key, record);
+    this.#uses.set(key, Use.lost(key, record));
+    this.#facts.putSoon(key, record);
     this.#drop(oldest);
-  }
-
-  #newUse(key: string, record: UseRecord): Use {
-    return {
-      ...{ key, record, writers: new Connections(), readers: new Connections(), onlyLooked: 0, hasWritten: false },
-      ...{ lostSince: undefined, lostForMs: this.#forMs, hasLeft: false },
-    };
-  }
-
-  /** Of which only the record is known: how many connections there were does not matter. */
-  #lostUse(key: string, record: UseRecord): Use {
-    const use = this.#newUse(key, record);
-    (record.writable ? use.writers : use.readers).loseAll(1);
-    use.lostSince = record.lostAt;
-    use.lostForMs = record.forMs;
-    use.hasLeft = record.hasLeft === true;
-    return use;
   }
 
   #drop(use: Use): void {
     this.#uses.delete(use.key);
-    this.#memory.putSoon(use.key, undefined);
+    this.#facts.putSoon(use.key, undefined);
   }
 
-  /** What a process had open that has ended is of clients that were cut off; when, nobody knows: now at the latest. */
+  /**
+   * Take over the uses of a process that has ended: their clients were cut off. When, nobody knows: now at the latest.
+   */
   #takeOver(): void {
-    this.#memory.refresh();
-    // What another process of this machine has stored anew is looked at anew.
+    this.#facts.refresh();
+    // Read anew what another process of this machine has stored since.
     for (const [key, use] of this.#uses) {
-      const stored = this.#memory.get(key);
-      if (live(use) > 0 || stored === use.record) continue;
-      // Who was cut off from this process is in nobody else's hands, unless it is not there any more: somebody has said --force.
+      const stored = this.#facts.get(key);
+      if (use.live > 0 || stored === use.record) continue;
+      // A client that was cut off from this process stays ours, unless its record is gone: an operator has said --force.
       if (use.record.server === ownKey && isUseRecord(stored) && stored.server === ownKey) continue;
       this.#uses.delete(key);
     }
     for (const record of this.#records()) {
-      const key = PREFIX + memoryKey(record.name, record.tag, record.client.id);
+      const key = PREFIX + factKey(record.name, record.tag, record.client.id);
       if (this.#uses.has(key) || record.server === ownKey || (!record.lostAt && this.#isForeign(record))) continue;
-      const use = this.#lostUse(key, record.lostAt ? record : { ...record, lostAt: stampNow() });
-      if (!this.#counts(use)) {
-        this.#memory.putSoon(key, undefined);
+      const use = Use.lost(key, record.lostAt ? record : { ...record, lostAt: timestampNow() });
+      if (!use.counts) {
+        this.#facts.putSoon(key, undefined);
         continue;
       }
       this.#uses.set(key, use);
-      if (!record.lostAt) this.#memory.putSoon(key, use.record);
+      if (!record.lostAt) this.#facts.putSoon(key, use.record);
     }
   }
 
-  /** A store that is not shared has a lock: what is recorded there of another process is of one that had it, or of the original of a copy. */
+  /**
+   * Another process serves it now. A store that is not shared has a lock, so another process in its records is one that had
+   * the lock before, or one that serves the original of a copy.
+   */
   #isForeign({ server }: UseRecord): boolean {
-    return this.#memory.isShared && server !== ownKey && isRunning(server);
+    return this.#facts.isShared && server !== ownKey && isRunning(server);
   }
 
   *#records(): Generator<UseRecord> {
-    for (const [, value] of [...this.#memory.entries(PREFIX)]) if (isUseRecord(value)) yield value;
+    for (const [, value] of [...this.#facts.entries(PREFIX)]) if (isUseRecord(value)) yield value;
   }
-}
-
-function live({ writers, readers }: Use): number {
-  return writers.live + readers.live;
-}
-
-function lost({ writers, readers }: Use): number {
-  return writers.lost + readers.lost;
-}
-
-function mayWrite({ writers, onlyLooked }: Use): boolean {
-  return writers.live + writers.lost + onlyLooked > 0;
-}
-
-/** Those that were cut off do not count any more. */
-function forget(use: Use): void {
-  use.writers.forget();
-  use.readers.forget();
-  use.onlyLooked = 0;
-  use.lostSince = undefined;
-}
-
-/** How long those that were cut off count yet. */
-function leftMs({ lostSince, lostForMs }: Use): number {
-  return lostSince ? lostForMs - msSince(lostSince) : lostForMs;
 }
 
 function label(name: string, tag: string): string {
   return tag === '' ? name : `${name}@${tag}`;
-}
-
-function isUseRecord(value: unknown): value is UseRecord {
-  const { name, tag, client, since, server, lostAt, forMs } = (value ?? {}) as Partial<UseRecord>;
-  return (
-    typeof name === 'string' &&
-    typeof tag === 'string' &&
-    typeof client?.id === 'string' &&
-    typeof client.label === 'string' &&
-    Number.isFinite(since) &&
-    typeof server === 'string' &&
-    Number.isFinite(forMs) &&
-    (lostAt === undefined || isStamp(lostAt))
-  );
 }

@@ -5,7 +5,7 @@ import { beforeEach, expect, onTestFinished, test } from 'vitest';
 import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import { LoggedExports } from '../../src/daemon/refusal-log.js';
 import { RepeatedLines } from '../../src/daemon/repeated-lines.js';
-import { ExportsToldToClients } from '../../src/export/told-to-clients.js';
+import { ExportsWithClientMessages } from '../../src/export/client-messages.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';
@@ -29,7 +29,7 @@ function logged(provider: ExportProvider): LoggedExports {
   const at = (level: string) => (details: Record<string, unknown>, text: string) =>
     void written.push({ level, details, text });
   const log = { info: at('info'), warn: at('warn'), error: at('error') } as unknown as Logger;
-  return new LoggedExports(new ExportsToldToClients(provider), log, { ofStore: lines, ofPeers: lines });
+  return new LoggedExports(new ExportsWithClientMessages(provider), log, { ofStore: lines, ofPeers: lines });
 }
 
 /** Exports that refuse everything. */

@@ -8,7 +8,7 @@ import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { ExportError, type Peer } from 'nbd-server-ts/block-device';
-import { ExportsToldToClients, toldToClients } from '../../src/export/told-to-clients.js';
+import { ExportsWithClientMessages, clientMessage } from '../../src/export/client-messages.js';
 import { StoreError } from '../../src/store/object-store.js';
 import { CatalogError } from '../../src/vdi/catalog-error.js';
 import { oneLineOf } from '../cli/both-ways.js';
@@ -122,25 +122,25 @@ describe('words for clients', () => {
   test('are of the code, unless the error has its own: what is not known to be harmless is not told', () => {
     const secret = '/var/lib/secret';
     for (const code of ['NO_STORE', 'NO_SPACE', 'IO', 'LOCKED', 'FORMAT', 'DAMAGED', 'PERMISSION', 'LIMIT'] as const) {
-      expect(toldToClients(new StoreError(code, secret)), code).not.toContain(secret);
+      expect(clientMessage(new StoreError(code, secret)), code).not.toContain(secret);
     }
     for (const code of ['CLOSED', 'SLOW', 'GONE', 'MOVED', 'READONLY', 'UNSUPPORTED', 'ADDRESS'] as const) {
-      expect(toldToClients(new StoreError(code, secret)), code).not.toContain(secret);
+      expect(clientMessage(new StoreError(code, secret)), code).not.toContain(secret);
     }
     for (const code of ['NO_VDI', 'NO_TAG', 'EXISTS', 'BUSY', 'UNFINISHED', 'READ_ONLY', 'IS_SNAPSHOT'] as const) {
-      expect(toldToClients(new CatalogError(code, secret)), code).not.toContain(secret);
+      expect(clientMessage(new CatalogError(code, secret)), code).not.toContain(secret);
     }
     for (const thrown of [Object.assign(new Error(secret), { code: 'IO' }), undefined, null, secret]) {
-      expect(toldToClients(thrown)).toBe("the server failed; the server's log has the cause");
+      expect(clientMessage(thrown)).toBe("the server failed; the server's log has the cause");
     }
-    expect(toldToClients(new StoreError('IO', secret, { forClients: 'begin anew' }))).toBe('begin anew');
-    expect(toldToClients(new StoreError('NO_SPACE', secret))).toBe('no space left on the server');
+    expect(clientMessage(new StoreError('IO', secret, { forClients: 'begin anew' }))).toBe('begin anew');
+    expect(clientMessage(new StoreError('NO_SPACE', secret))).toBe('no space left on the server');
   });
 
   test('keep the cause for the log, and are not for commands of ours', async () => {
     const cause = new CatalogError('NO_VDI', 'no VDI named "x" in /store');
     const refused = new ExportError('UNKNOWN', cause.message, { cause });
-    const exports = new ExportsToldToClients({
+    const exports = new ExportsWithClientMessages({
       list: () => [],
       describe: () => Promise.reject(refused),
       open: () => {

@@ -13,7 +13,7 @@ import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
-import { Memory } from '../../src/vdi/memory.js';
+import { StoredFacts } from '../../src/vdi/stored-facts.js';
 import { lookAtProcess } from '../../src/system/process-identity.js';
 import { FailingDisk, READS } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';
@@ -70,7 +70,7 @@ function pass(more: number): void {
 
 /** What this process has stored is of one that was killed; another one takes over. */
 async function startAgain(): Promise<{ catalog: VdiCatalog; exports: VdiExports }> {
-  await catalog.memory.flush();
+  await catalog.facts.flush();
   const killed = new Map<string, unknown>();
   for (const [key, value] of store.metadata.state()) killed.set(key, { ...(value as object), server: 'gone:1:1' });
   await store.metadata.storeState(killed);
@@ -178,7 +178,7 @@ test('a label that a command was given stands for one moment; one drawn for a ru
   }
   const { labelOfRun } = await import('../../src/vdi/names.js');
   await (await open(`disk@now:${labelOfRun('backup')}`, COMMAND)).close('disconnect');
-  await catalog.memory.flush();
+  await catalog.facts.flush();
   expect([...store.metadata.state().keys()].filter((key) => key.startsWith('label/'))).toEqual(['label/disk/now%3AL2']);
 });
 
@@ -257,7 +257,7 @@ test('names, tags and certificates may be as long as they may be, and cost nobod
   const from: Peer = { ...CLIENT, tls: { pskUser: 'ü'.repeat(2000) } as NonNullable<Peer['tls']> };
   await (await open(`${long}@${'ö'.repeat(120)}`, from)).close('lost');
   await (await open(long, from)).close('lost');
-  await catalog.memory.flush();
+  await catalog.facts.flush();
   const next = await startAgain();
   await expect(next.catalog.remove(long)).rejects.toThrow(/is in use by/);
 });
@@ -293,19 +293,19 @@ class SlowState implements StoreState {
 
 test('a fact that cannot be stored does not keep others from it, now or later', async () => {
   const state = new SlowState();
-  const memory = new Memory(state, () => undefined);
+  const facts = new StoredFacts(state, () => undefined);
   state.poison = 'bad';
-  memory.putSoon('bad', {});
-  await memory.put('good', {});
+  facts.putSoon('bad', {});
+  await facts.put('good', {});
   expect([...state.stored.keys()]).toEqual(['good']);
-  await memory.put('later', {});
-  await memory.flush();
-  await expect(memory.put('bad', {})).rejects.toThrow('too long');
+  await facts.put('later', {});
+  await facts.flush();
+  await expect(facts.put('bad', {})).rejects.toThrow('too long');
 });
 
 test('whoever opens while the commit of another connection runs waits for it', async () => {
   const state = new SlowState();
-  const inUse = new InUse(new Memory(state, () => undefined), { forMs: 60_000, log: () => undefined });
+  const inUse = new InUse(new StoredFacts(state, () => undefined), { forMs: 60_000, log: () => undefined });
   const client = { id: 'x', label: 'x', isExact: false };
   const disk = { name: 'disk', tag: '' };
   state.isSlow = true;

@@ -4,10 +4,10 @@
  * is never given another moment; a reader is refused as long as it goes on trying.
  */
 import { CatalogError } from '../vdi/catalog-error.js';
-import { memoryKey, type Memory } from '../vdi/memory.js';
+import { factKey, type StoredFacts } from '../vdi/stored-facts.js';
 import { isRunning, ownKey } from '../system/process-identity.js';
-import { isStamp, msSince, stampNow, type Stamp } from '../vdi/stamp.js';
-import type { Client } from '../vdi/in-use.js';
+import { isTimestamp, msSince, timestampNow, type Timestamp } from '../vdi/timestamp.js';
+import type { Client } from '../vdi/client-use.js';
 
 /** A used label is remembered for so long. Less than a day: whoever uses one every night has it again. */
 const LABEL_MEMORY_MS = 12 * 60 * 60_000;
@@ -31,10 +31,10 @@ const READER_PREFIX = 'reader/';
 interface LabelRecord {
   readonly name: string;
   readonly tag: string;
-  readonly usedAt: Stamp;
+  readonly usedAt: Timestamp;
   /** Whose it is, as long as it has not ended. */
   readonly server: string;
-  readonly endedAt?: Stamp;
+  readonly endedAt?: Timestamp;
   readonly why?: string;
   /** Everybody who had it open has said goodbye: nobody will come back for it. */
   readonly isOver?: boolean;
@@ -47,7 +47,7 @@ interface ReaderRecord {
   readonly takenAt: number;
   readonly server: string;
   /** When it was cut off; a process that is killed cannot say. */
-  readonly lostAt?: Stamp;
+  readonly lostAt?: Timestamp;
 }
 
 interface Refusal {
@@ -58,29 +58,29 @@ interface Refusal {
   refusingMs: number | undefined;
 }
 
-export class EndedMoments {
-  readonly #memory: Memory;
+export class EndedSnapshots {
+  readonly #facts: StoredFacts;
   readonly #refusals = new Map<string, Refusal>();
 
   /**
    * `keptMs`: how long a reader that an earlier process left behind may come back. `readerMemoryMs`: how long that is known of
    * one that was cut off before; not less than it may come back.
    */
-  constructor(memory: Memory, keptMs: number, readerMemoryMs = READER_MEMORY_MS) {
+  constructor(facts: StoredFacts, keptMs: number, readerMemoryMs = READER_MEMORY_MS) {
     const rememberedMs = Math.max(readerMemoryMs, keptMs);
-    this.#memory = memory;
-    for (const [key, value] of [...memory.entries(LABEL_PREFIX)]) {
+    this.#facts = facts;
+    for (const [key, value] of [...facts.entries(LABEL_PREFIX)]) {
       if (!isLabelRecord(value)) continue;
-      if (value.endedAt || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
-      memory.putSoon(key, { ...value, endedAt: stampNow(), why: 'the daemon ended' });
+      if (value.endedAt || value.server === ownKey || (facts.isShared && isRunning(value.server))) continue;
+      facts.putSoon(key, { ...value, endedAt: timestampNow(), why: 'the daemon ended' });
     }
-    for (const [key, value] of [...memory.entries(READER_PREFIX)]) {
-      if (!isReaderRecord(value) || value.server === ownKey || (memory.isShared && isRunning(value.server))) continue;
+    for (const [key, value] of [...facts.entries(READER_PREFIX)]) {
+      if (!isReaderRecord(value) || value.server === ownKey || (facts.isShared && isRunning(value.server))) continue;
       if (value.lostAt && msSince(value.lostAt) >= rememberedMs) {
-        memory.putSoon(key, undefined);
+        facts.putSoon(key, undefined);
         continue;
       }
-      if (!value.lostAt) memory.putSoon(key, { ...value, lostAt: stampNow() });
+      if (!value.lostAt) facts.putSoon(key, { ...value, lostAt: timestampNow() });
       this.#refuse(key, value, 'the daemon ended', keptMs);
     }
   }
@@ -92,12 +92,12 @@ export class EndedMoments {
 
   /** Errors: ENDED if the label was used for a moment that has ended. */
   checkLabel(name: string, tag: string): void {
-    this.#memory.refresh();
-    const key = LABEL_PREFIX + memoryKey(name, tag);
-    const record = this.#memory.get(key);
+    this.#facts.refresh();
+    const key = LABEL_PREFIX + factKey(name, tag);
+    const record = this.#facts.get(key);
     if (!isLabelRecord(record)) return;
     if (isForgotten(record)) {
-      this.#memory.putSoon(key, undefined);
+      this.#facts.putSoon(key, undefined);
       return;
     }
     const why = record.why ?? 'another daemon has it open, or had';
@@ -112,7 +112,7 @@ export class EndedMoments {
    * Errors: LIMIT if too many are remembered; those of the store.
    */
   async useLabel(name: string, tag: string): Promise<void> {
-    if (!this.#memory.isDurable) {
+    if (!this.#facts.isDurable) {
       throw new CatalogError(
         'ENDED',
         `${name}@${tag} is refused, for it could not be remembered that it was used (see the log of the daemon's start); ` +
@@ -120,27 +120,27 @@ export class EndedMoments {
       );
     }
     this.#makeRoom(name);
-    const record: LabelRecord = { name, tag, usedAt: stampNow(), server: ownKey };
-    await this.#memory.put(LABEL_PREFIX + memoryKey(name, tag), record);
+    const record: LabelRecord = { name, tag, usedAt: timestampNow(), server: ownKey };
+    await this.#facts.put(LABEL_PREFIX + factKey(name, tag), record);
   }
 
   /** The moment of a label is gone. `isOver`: nobody comes back for it. */
   labelEnded(name: string, tag: string, why: string, isOver: boolean): void {
-    const key = LABEL_PREFIX + memoryKey(name, tag);
-    const record = this.#memory.get(key);
+    const key = LABEL_PREFIX + factKey(name, tag);
+    const record = this.#facts.get(key);
     if (!isLabelRecord(record)) return; // commands of ours only
-    this.#memory.putSoon(key, { ...record, endedAt: stampNow(), why, isOver });
+    this.#facts.putSoon(key, { ...record, endedAt: timestampNow(), why, isOver });
   }
 
   /** Everybody who was about to read the moment of this label was refused: it may stand for another. */
   labelUnused(name: string, tag: string): void {
-    this.#memory.putSoon(LABEL_PREFIX + memoryKey(name, tag), undefined);
+    this.#facts.putSoon(LABEL_PREFIX + factKey(name, tag), undefined);
   }
 
   #makeRoom(name: string): void {
     const all: [string, LabelRecord][] = [];
-    for (const [key, value] of [...this.#memory.entries(LABEL_PREFIX)]) {
-      if (!isLabelRecord(value) || isForgotten(value)) this.#memory.putSoon(key, undefined);
+    for (const [key, value] of [...this.#facts.entries(LABEL_PREFIX)]) {
+      if (!isLabelRecord(value) || isForgotten(value)) this.#facts.putSoon(key, undefined);
       else all.push([key, value]);
     }
     const ofDisk = all.filter(([, record]) => record.name === name);
@@ -149,7 +149,7 @@ export class EndedMoments {
     // Only those go for which nobody can come back; else somebody would get another moment.
     const oldest = full.filter(([, { isOver }]) => isOver).sort(([, a], [, b]) => a.usedAt.at - b.usedAt.at)[0];
     if (oldest) {
-      this.#memory.putSoon(oldest[0], undefined);
+      this.#facts.putSoon(oldest[0], undefined);
       return;
     }
     throw new CatalogError(
@@ -179,22 +179,22 @@ export class EndedMoments {
   /** The client is about to read. When it resolves, it is known after a restart. */
   async reads(name: string, client: Client, takenAt: number): Promise<void> {
     const key = readerKey(name, client);
-    const known = this.#memory.get(key);
+    const known = this.#facts.get(key);
     if (isReaderRecord(known) && known.server === ownKey && known.takenAt === takenAt && !known.lostAt) return;
     const record: ReaderRecord = { name, client, takenAt, server: ownKey };
-    await this.#memory.put(key, record);
+    await this.#facts.put(key, record);
   }
 
   /** The client was cut off, and none of its connections reads on. */
   readerLost(name: string, client: Client): void {
     const key = readerKey(name, client);
-    const known = this.#memory.get(key);
-    if (isReaderRecord(known)) this.#memory.putSoon(key, { ...known, lostAt: stampNow() });
+    const known = this.#facts.get(key);
+    if (isReaderRecord(known)) this.#facts.putSoon(key, { ...known, lostAt: timestampNow() });
   }
 
   /** The client has left in order, or its time has passed. */
   hasRead(name: string, client: Client): void {
-    this.#memory.putSoon(readerKey(name, client), undefined);
+    this.#facts.putSoon(readerKey(name, client), undefined);
   }
 
   /** What the client was reading is gone, and it may come back within `keptMs`. */
@@ -223,12 +223,12 @@ export class EndedMoments {
 
   #forget(key: string): void {
     this.#refusals.delete(key);
-    this.#memory.putSoon(key, undefined);
+    this.#facts.putSoon(key, undefined);
   }
 }
 
 function readerKey(name: string, client: Client): string {
-  return READER_PREFIX + memoryKey(name, client.id);
+  return READER_PREFIX + factKey(name, client.id);
 }
 
 function isForgotten({ endedAt }: LabelRecord): boolean {
@@ -244,9 +244,9 @@ function isLabelRecord(value: unknown): value is LabelRecord {
   return (
     typeof name === 'string' &&
     typeof tag === 'string' &&
-    isStamp(usedAt) &&
+    isTimestamp(usedAt) &&
     typeof server === 'string' &&
-    (endedAt === undefined || isStamp(endedAt))
+    (endedAt === undefined || isTimestamp(endedAt))
   );
 }
 
@@ -258,6 +258,6 @@ function isReaderRecord(value: unknown): value is ReaderRecord {
     typeof client.label === 'string' &&
     Number.isFinite(takenAt) &&
     typeof server === 'string' &&
-    (lostAt === undefined || isStamp(lostAt))
+    (lostAt === undefined || isTimestamp(lostAt))
   );
 }

@@ -6,6 +6,7 @@
 import { createHash } from 'node:crypto';
 import { uriComponent } from '../text/name-bytes.js';
 import type { StoreState } from '../store/object-store.js';
+import type { Log } from './log.js';
 
 /** What may come late is collected for so long. */
 const SOON_MS = 500;
@@ -18,9 +19,9 @@ const MAX_TRIED = 8;
 /** By key. */
 type Failures = ReadonlyMap<string, unknown>;
 
-export class Memory {
+export class StoredFacts {
   readonly #state: StoreState | undefined;
-  readonly #log: (line: string, details?: object) => void;
+  readonly #log: Log;
   readonly #known = new Map<string, unknown>();
   /** Keys whose value is not stored yet. */
   #dirty = new Set<string>();
@@ -30,7 +31,7 @@ export class Memory {
   #isClosed = false;
 
   /** `state`: undefined if nothing can be stored; then all is forgotten with the process. */
-  constructor(state: StoreState | undefined, log: (line: string, details?: object) => void) {
+  constructor(state: StoreState | undefined, log: Log) {
     this.#state = state;
     this.#log = log;
     for (const [key, value] of state?.entries() ?? []) this.#known.set(key, value);
@@ -155,7 +156,7 @@ export class Memory {
 }
 
 /** A key of parts that may hold anything. What it stands for is in its value: a long one is its own hash. */
-export function memoryKey(...parts: readonly string[]): string {
+export function factKey(...parts: readonly string[]): string {
   const key = parts.map(uriComponent).join('/');
   return key.length <= MAX_KEY_LENGTH ? key : createHash('sha256').update(key).digest('hex');
 }

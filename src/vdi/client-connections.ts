@@ -13,7 +13,7 @@ export interface ConnectionSpan {
 /** More that have left beside others of the same client are of no use: earlier ones are forgotten, and nobody has come back by them. */
 const MAX_LEFT = 1024;
 
-export class Connections {
+export class ClientConnections {
   live = 0;
   /** Last requests of those that were cut off, in the order of that. */
   readonly #lost: number[] = [];

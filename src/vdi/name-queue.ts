@@ -1,15 +1,16 @@
 /**
- * Turns on names: work that says which names it is about waits for all that came before and is about one of them, and for
- * nothing else; some work is about everything. Owns the order. Whoever has a turn must not ask for another one.
+ * Queues by name: an operation says which names it is about, waits for the earlier operations on those names, and for no
+ * others. An operation may also be about all names. Owns the order. An operation must not queue another one and wait for it:
+ * that would wait for itself.
  */
-export class Turns {
-  /** By name: settles when all that was asked for so far is done. Never fails. */
+export class NameQueue {
+  /** By name: settles when every operation queued so far has ended. Never rejects. */
   readonly #last = new Map<string, Promise<unknown>>();
-  /** Of what was about everything. */
+  /** The same for operations on all names. */
   #lastOfAll: Promise<unknown> = Promise.resolve();
 
-  /** Run `work` as the only one on these names. */
-  take<T>(names: Iterable<string>, work: () => Promise<T>): Promise<T> {
+  /** Run `work` as the only operation on these names. */
+  run<T>(names: Iterable<string>, work: () => Promise<T>): Promise<T> {
     const own = new Set(names);
     const before = [this.#lastOfAll];
     for (const name of own) before.push(this.#last.get(name) ?? NOTHING);
@@ -21,8 +22,8 @@ export class Turns {
     return result;
   }
 
-  /** Run `work` as the only one at all. */
-  takeAll<T>(work: () => Promise<T>): Promise<T> {
+  /** Run `work` as the only operation at all. */
+  runAlone<T>(work: () => Promise<T>): Promise<T> {
     const { result, settled } = after([this.#lastOfAll, ...this.#last.values()], work);
     this.#lastOfAll = settled;
     return result;

@@ -6,7 +6,7 @@
 import os from 'node:os';
 import { bootId } from '../system/process-identity.js';
 
-export interface Stamp {
+export interface Timestamp {
   /** Date.now() */
   readonly at: number;
   readonly boot: string;
@@ -14,11 +14,11 @@ export interface Stamp {
   readonly uptime: number;
 }
 
-export function stampNow(): Stamp {
+export function timestampNow(): Timestamp {
   return { at: Date.now(), boot: bootId, uptime: os.uptime() * 1000 };
 }
 
-export function msSince(stamp: Stamp): number {
+export function msSince(stamp: Timestamp): number {
   const uptime = os.uptime() * 1000;
   if (stamp.boot === bootId && uptime >= stamp.uptime) return uptime - stamp.uptime;
   // eslint-disable-next-line no-restricted-syntax -- from another boot: there is no other clock
@@ -26,7 +26,7 @@ export function msSince(stamp: Stamp): number {
 }
 
 /** What was read from a disk, which anybody may have written. */
-export function isStamp(value: unknown): value is Stamp {
-  const { at, boot, uptime } = (value ?? {}) as Partial<Stamp>;
+export function isTimestamp(value: unknown): value is Timestamp {
+  const { at, boot, uptime } = (value ?? {}) as Partial<Timestamp>;
   return Number.isFinite(at) && typeof boot === 'string' && Number.isFinite(uptime);
 }

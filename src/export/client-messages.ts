@@ -39,7 +39,7 @@ const OF_STORE: Readonly<Record<string, string>> = {
 };
 
 /** For a client, whatever has failed. */
-export function toldToClients(error: unknown): string {
+export function clientMessage(error: unknown): string {
   if (error instanceof CatalogError) {
     return wordsOf(error) ?? OF_CATALOG[error.code] ?? `refused; ${SEE_LOG}`;
   }
@@ -59,7 +59,7 @@ function wordsOf(error: CatalogError): string | undefined {
 }
 
 /** Exports whose refusals are in words for clients. */
-export class ExportsToldToClients implements ExportProvider {
+export class ExportsWithClientMessages implements ExportProvider {
   readonly #provider: ExportProvider;
 
   constructor(provider: ExportProvider) {
@@ -71,7 +71,7 @@ export class ExportsToldToClients implements ExportProvider {
       return await this.#provider.list(...of);
     } catch (error) {
       if (error instanceof ExportError) throw error;
-      throw new ExportError('FAILED', `the exports cannot be listed: ${toldToClients(error)}`, { cause: error });
+      throw new ExportError('FAILED', `the exports cannot be listed: ${clientMessage(error)}`, { cause: error });
     }
   };
 
@@ -92,7 +92,7 @@ async function inWords<T>(exportName: string, peer: Peer, ask: () => Awaitable<T
     if (peer.transport === 'internal' || !(error instanceof ExportError) || error.cause === undefined) throw error;
     const { cause } = error;
     const isWhole = cause instanceof CatalogError && wordsOf(cause) !== undefined;
-    const words = toldToClients(cause);
+    const words = clientMessage(cause);
     throw new ExportError(error.code, isWhole ? words : `${words}: ${JSON.stringify(exportName)}`, { cause: error });
   }
 }

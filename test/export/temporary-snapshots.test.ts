@@ -10,16 +10,16 @@ import path from 'node:path';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import type { BlockDevice, Peer } from 'nbd-server-ts';
 import { AuthorisedExports } from '../../src/export/authorised-exports.js';
-import { EndedMoments } from '../../src/export/ended-moments.js';
+import { EndedSnapshots } from '../../src/export/ended-snapshots.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError, type StoreState } from '../../src/store/object-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { InUse } from '../../src/vdi/in-use.js';
-import { Memory } from '../../src/vdi/memory.js';
+import { StoredFacts } from '../../src/vdi/stored-facts.js';
 import { labelOfRun } from '../../src/vdi/names.js';
 import { lookAtProcess, processKey } from '../../src/system/process-identity.js';
-import { stampNow } from '../../src/vdi/stamp.js';
+import { timestampNow } from '../../src/vdi/timestamp.js';
 import { FailingDisk, READS, WRITES } from '../harness/failing-disk.js';
 import { BLOCK, readFirst, writeFirst } from './first-block.js';
 
@@ -272,12 +272,12 @@ test('who only looks does not make it longer for the one that was cut off from t
 
 test('on a store that several processes serve, who was cut off from this one still counts when that is stored', async () => {
   const state = new FakeState(true);
-  const memory = memoryOf(state);
-  const inUse = new InUse(memory, { forMs: 60_000, log: () => undefined });
+  const facts = factsIn(state);
+  const inUse = new InUse(facts, { forMs: 60_000, log: () => undefined });
   const client = { id: 'x', label: 'x', isExact: false };
   const use = await inUse.begin({ name: 'disk', tag: '' }, client, true);
   inUse.end(use, { isOver: false, hadErrors: false, hasWritten: false, span: { opened: 1, lastRequest: 1 } });
-  await memory.flush();
+  await facts.flush();
   expect(inUse.of('disk', '')).toMatchObject([{ client: 'x' }]);
   state.stored.clear(); // --force, there
   expect(inUse.of('disk', '')).toEqual([]);
@@ -292,12 +292,12 @@ test('in a copy of a store that another process serves still, its clients were c
     const client = { id: 'x', label: 'x', isExact: false };
     const record = { name: 'disk', tag: '', client, since: 1, writable: true, server, forMs: 60_000 };
     state.stored.set('use/disk//x', record);
-    const [use] = new InUse(memoryOf(state), { forMs: 60_000, log: () => undefined }).of('disk', '');
+    const [use] = new InUse(factsIn(state), { forMs: 60_000, log: () => undefined }).of('disk', '');
     if (isShared) expect(use).toEqual({ client: 'x', since: 1, lostAt: null, until: null, isElsewhere: true });
     else expect(use).toEqual({ client: 'x', since: 1, lostAt: expect.any(Number), until: expect.any(Number) });
     // A label that is being read there: nobody reads it in the copy.
-    state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: stampNow(), server });
-    const ended = new EndedMoments(memoryOf(state), 1000);
+    state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: timestampNow(), server });
+    const ended = new EndedSnapshots(factsIn(state), 1000);
     expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
       isShared ? /another daemon has it open/ : /has ended \(the daemon ended\)/,
     );
@@ -436,17 +436,17 @@ class FakeState implements StoreState {
   }
 }
 
-const memoryOf = (state: StoreState): Memory => new Memory(state, () => undefined);
+const factsIn = (state: StoreState): StoredFacts => new StoredFacts(state, () => undefined);
 
 test('the oldest labels that ended in order make room; with those that may be asked for again, new ones are refused', async () => {
   const state = new FakeState();
-  const memory = memoryOf(state);
-  const ended = new EndedMoments(memory, 1000);
+  const facts = factsIn(state);
+  const ended = new EndedSnapshots(facts, 1000);
   for (let n = 0; n < 300; n++) {
     await ended.useLabel('disk', `now:${n}`);
     ended.labelEnded('disk', `now:${n}`, 'it was read to its end', true);
   }
-  await memory.flush();
+  await facts.flush();
   expect(state.stored.size).toBe(256);
   ended.checkLabel('disk', 'now:0');
   expect(() => ended.checkLabel('disk', 'now:299')).toThrow(/has ended/);
@@ -460,8 +460,8 @@ test('the oldest labels that ended in order make room; with those that may be as
 });
 
 test('a label is forgotten when its time has passed, and not when the clock says so within one boot', async () => {
-  const memory = memoryOf(new FakeState());
-  const ended = new EndedMoments(memory, 1000);
+  const facts = factsIn(new FakeState());
+  const ended = new EndedSnapshots(facts, 1000);
   await ended.useLabel('disk', 'now:run');
   ended.labelEnded('disk', 'now:run', 'it was read to its end', true);
   const now = Date.now();
@@ -479,7 +479,7 @@ test('what is stored in another form, or damaged, is passed over', () => {
   for (const [n, value] of [null, 7, 'x', [], {}, { name: 'disk', tag: '', client: null }].entries()) {
     for (const prefix of ['use', 'label', 'reader']) state.stored.set(`${prefix}/disk/${n}`, value);
   }
-  const memory = memoryOf(state);
-  expect(new InUse(memory, { forMs: 1000, log: () => undefined }).of('disk', '')).toEqual([]);
-  new EndedMoments(memory, 1000).checkLabel('disk', '0');
+  const facts = factsIn(state);
+  expect(new InUse(facts, { forMs: 1000, log: () => undefined }).of('disk', '')).toEqual([]);
+  new EndedSnapshots(facts, 1000).checkLabel('disk', '0');
 });
