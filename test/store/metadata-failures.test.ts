@@ -9,7 +9,7 @@ import { expect, onTestFinished, test } from 'vitest';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
-import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
+import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/map-pages.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, needs, temporaryDirectory, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
 import { FailingDisk, systemError } from '../harness/failing-disk.js';

@@ -15,8 +15,8 @@ import {
   type VdiRecord,
 } from '../object-store.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
-import type { MapLogs } from './map-log.js';
-import { pagesOf } from './metadata.js';
+import type { MapLogs } from './map-logs.js';
+import { pagesOf } from './map-pages.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';

@@ -9,8 +9,9 @@ import type { StoreError, VdiRecord } from '../object-store.js';
 import { removeLeftScratch } from './before-images.js';
 import { OBJECTS, type DataObjects } from './data-objects.js';
 import { makeNamesDurable } from '../../system/durable-names.js';
-import { logsSetAside, type MapLogs } from './map-log.js';
-import { PAGE_ENTRIES, pageOf, type KeptObjects, type Metadata } from './metadata.js';
+import { logsSetAside, type MapLogs } from './map-logs.js';
+import { PAGE_ENTRIES, pageOf } from './map-pages.js';
+import type { KeptObjects, Metadata } from './metadata.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 
