@@ -174,3 +174,23 @@ test('a document has one title, on its first line, and no heading leaves out a l
   });
   expect(problems).toEqual([]);
 });
+
+/** Documents of others: the NBD protocol's. */
+const FOREIGN = new Set(['proto.md']);
+
+test('the files that comments and documents name exist', () => {
+  const all = filesOf();
+  const names = new Set(all.map((name) => path.posix.basename(name)));
+  const exists = (named: string): boolean =>
+    named.includes('/') ? all.some((name) => `/${name}`.endsWith(`/${named}`)) : names.has(named);
+  // Imports begin with a dot, and are the compiler's.
+  const mention = /(?<=[\s(`'"])(?!\.)(?:[\w.-]+\/)*[\w-]+(?:\.test)?\.(?:ts|md)(?![\w/])/g;
+  const missing = all
+    .filter((name) => /\.(?:ts|md)$/.test(name))
+    .flatMap((name) =>
+      Array.from(textOf(name).matchAll(mention), ([named]) => named)
+        .filter((named) => !FOREIGN.has(named) && !exists(named))
+        .map((named) => `${name}: ${named}`),
+    );
+  expect(missing).toEqual([]);
+});
