@@ -8,7 +8,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError, type Operations } from '../operations/operations.js';
 import { defaultStore } from '../operations/default-paths.js';
 import { CLUSTER, type StoreOptions } from '../store/locations.js';
-import { closing } from '../system/close-after.js';
+import { closeAfter } from '../system/close-after.js';
 import { printNote } from './output.js';
 import { parseSize, SizeError } from '../text/size.js';
 
@@ -103,7 +103,7 @@ export async function withOperations<T>(
     options: store,
     log: noteOnce,
   });
-  return closing(operations, async () => {
+  return closeAfter(operations, async () => {
     try {
       return await work(operations);
     } catch (error) {

@@ -1,7 +1,7 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
 import { OperationError, type Operations } from '../operations/operations.js';
-import { closing } from '../system/close-after.js';
+import { closeAfter } from '../system/close-after.js';
 import { forceOption } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
@@ -149,10 +149,10 @@ async function withBoth<T>(
       throw explainIdentity(error);
     });
   const first = await openStoreArgument(isTargetFirst ? target : source);
-  return closing(first, () =>
+  return closeAfter(first, () =>
     explained(async () => {
       const second = await openStoreArgument(isTargetFirst ? source : target);
-      return closing(second, () =>
+      return closeAfter(second, () =>
         explained(async () => {
           // One cluster by two of its nodes, one directory by two of its names.
           if (first.identity === second.identity) throw same();

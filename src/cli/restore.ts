@@ -4,7 +4,7 @@ import { checkBackup, openPoint, pointAt, restoreBackup } from '../jobs/backup/r
 import { BackupTarget, bytesOf } from '../jobs/backup/target.js';
 import { asFileError } from '../operations/file-errors.js';
 import { OperationError } from '../operations/operations.js';
-import { closing } from '../system/close-after.js';
+import { closeAfter } from '../system/close-after.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
@@ -79,7 +79,7 @@ async function restore(
   const startedAt = performance.now();
   const point = pointAt(target, options.at);
   const opened = await openPoint(target, point);
-  const { dataBytes } = await closing(opened.chain, async () => {
+  const { dataBytes } = await closeAfter(opened.chain, async () => {
     // What is there is not given up for a backup that turns out to be damaged.
     if (options.overwrite) await checkBackup(opened, { progress: startProgress, signal });
     return withOperations(

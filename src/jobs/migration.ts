@@ -24,7 +24,7 @@ import type { Redundancy } from '../store/object-store.js';
 import { directoryOf, kindOf } from '../store/locations.js';
 import { describeUnfinished, isOfSame } from '../vdi/unfinished.js';
 import { carriedTags } from './carried-tags.js';
-import { closing } from '../system/close-after.js';
+import { closeAfter } from '../system/close-after.js';
 import {
   compare,
   describeDifferences,
@@ -199,7 +199,7 @@ export class Migration {
       if (!history.working) return this.#finish(history, null);
       const { working } = history;
       const present = await this.#openPresent(working);
-      const result = await closing(present, async () => {
+      const result = await closeAfter(present, async () => {
         const now = await this.#history();
         // Taken since we looked: older than what we have just opened, so they come first.
         const known = new Set(history.snapshots.map(({ vid }) => vid));
@@ -463,7 +463,7 @@ export class Migration {
   async #trust(goal: Goal, targetSpec: string): Promise<Migrated> {
     if (!this.#options.sha256) return trusted(goal, null);
     const target = await this.#target.openDisk(targetSpec);
-    return closing(target, async () => trusted(goal, await this.#sha256Of(target, goal)));
+    return closeAfter(target, async () => trusted(goal, await this.#sha256Of(target, goal)));
   }
 
   /** null if it was not asked for. */
@@ -486,9 +486,9 @@ export class Migration {
     work: (source: Disk, target: Disk) => Promise<T>,
   ): Promise<T> {
     const source = await this.#source.openDisk(goal.spec);
-    return closing(source, async () => {
+    return closeAfter(source, async () => {
       const target = await this.#target.openDisk(targetSpec, { run });
-      return closing(target, () => work(source, target));
+      return closeAfter(target, () => work(source, target));
     });
   }
 
@@ -610,7 +610,7 @@ export class Migration {
       if (!records.some(({ isSnapshot }) => !isSnapshot)) throw missing(newName);
       const { working } = history;
       const opened = await this.#openPresent(working);
-      present = await closing(opened, () => this.#verify(this.#presentGoal(history, working, opened), newName));
+      present = await closeAfter(opened, () => this.#verify(this.#presentGoal(history, working, opened), newName));
     }
     const isFinished = !records.some(({ tag }) => MARK.test(tag));
     return {

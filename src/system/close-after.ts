@@ -7,7 +7,7 @@ interface Closable {
 }
 
 /** Work on something that must be closed whatever happens, and which failure is told then. */
-export async function closing<T>(thing: Closable, work: () => Promise<T>): Promise<T> {
+export async function closeAfter<T>(thing: Closable, work: () => Promise<T>): Promise<T> {
   let result: T;
   try {
     result = await work();

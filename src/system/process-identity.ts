@@ -3,6 +3,7 @@
  * Owns the reading of /proc for that; decides nothing.
  */
 import fs from 'node:fs';
+import { bootIdOfKernel } from './boot-id.js';
 
 /** Fields of /proc/PID/stat behind the command's name, which may hold anything, up to starttime (proc(5)). */
 const STARTTIME_FIELD = 19;
@@ -39,13 +40,7 @@ function threadsOf(pid: number): number {
 }
 
 /** Of the kernel that runs now: what was noted under another one is of processes that are gone. */
-export const bootId: string = (() => {
-  try {
-    return fs.readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim();
-  } catch {
-    return 'unknown';
-  }
-})();
+export const bootId: string = bootIdOfKernel() ?? 'unknown';
 
 /** Stands for one process and no other. */
 export function processKey(pid: number, startTime: number): string {

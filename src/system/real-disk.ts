@@ -4,14 +4,13 @@
  * (test/system/disk-seam.test.ts).
  */
 import fs from 'node:fs';
+import { bootIdOfKernel } from './boot-id.js';
 import * as libc from './libc.js';
 import { mountIdentity } from './mount-identity.js';
 import type { HostDisk, Reserved } from './disk.js';
 import { NodeFiles } from './node-files.js';
 
 class RealDisk extends NodeFiles implements HostDisk {
-  #bootId: string | undefined;
-
   tryLockSync(fd: number, options?: { readonly shared?: boolean }): boolean {
     return libc.tryLock(fd, options);
   }
@@ -97,12 +96,7 @@ class RealDisk extends NodeFiles implements HostDisk {
   }
 
   bootId(): string | undefined {
-    try {
-      this.#bootId ??= fs.readFileSync('/proc/sys/kernel/random/boot_id', 'latin1').trim();
-    } catch {
-      // No procfs.
-    }
-    return this.#bootId;
+    return bootIdOfKernel();
   }
 }
 

@@ -10,7 +10,7 @@ import { BackupTarget } from '../../src/jobs/backup/target.js';
 import { openPoint, pointAt, restoreBackup } from '../../src/jobs/backup/restore-backup.js';
 import { importInto } from '../../src/cli/import.js';
 import { openSource } from '../../src/jobs/image-source.js';
-import { closing } from '../../src/system/close-after.js';
+import { closeAfter } from '../../src/system/close-after.js';
 import { Migration } from '../../src/jobs/migration.js';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { OperationError, type Disk, type Operations } from '../../src/operations/operations.js';
@@ -148,7 +148,7 @@ async function restoring(overwrites: boolean): Promise<Command> {
       const backup = await BackupTarget.openToRead(to);
       try {
         const opened = await openPoint(backup, pointAt(backup, undefined));
-        await closing(opened.chain, () =>
+        await closeAfter(opened.chain, () =>
           restoreBackup(target, opened, { name: NAME, overwrites, verifies: true, ...quiet }),
         );
       } finally {

@@ -48,8 +48,9 @@ export function clientSetProblem(): string | undefined {
   if (spawnSync('mmdebstrap', ['--version'], { stdio: 'ignore' }).error !== undefined) {
     return 'mmdebstrap is not installed (sh test/install.sh installs it)';
   }
-  const { stdout } = spawnSync('dpkg', ['--print-architecture'], { encoding: 'utf8' });
-  return stdout?.trim() === 'amd64' ? undefined : 'they are made on Debian, for amd64';
+  const { error, stdout } = spawnSync('dpkg', ['--print-architecture'], { encoding: 'utf8' });
+  const isDebian = error === undefined && stdout.trim() === 'amd64';
+  return isDebian ? undefined : 'they are made on Debian, for amd64';
 }
 
 /** Build the root directory of a set if it is not there yet. Throws with the reason if that fails. */

@@ -273,12 +273,12 @@ export function cleanEnvironment(): NodeJS.ProcessEnv {
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
   // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
-  for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS']) delete env[name];
+  for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS'])
+    env[name] = undefined;
   // What is remembered of a cluster's clients.
   env.SHEEPGATE_STATE = stateDirectory ??= temporaryDirectory();
   for (const [name, value] of Object.entries(extra ?? {})) {
-    if (value === undefined) delete env[name];
-    else env[name] = value;
+    env[name] = value;
   }
   return env;
 }

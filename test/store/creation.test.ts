@@ -129,7 +129,10 @@ describe('a store is made', () => {
       ['serve', '--listen', `unix:${path.join(directory, 'nbd.sock')}`],
     ]) {
       const refused = await cli([...args, '--store', directory]);
-      expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(/no store in .*not empty.*hosts/) });
+      expect(refused).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/no store in .*not empty.*hosts/) as string,
+      });
       expect(fs.readdirSync(directory)).toEqual(['hosts']);
     }
   });
@@ -198,13 +201,13 @@ describe('a store is made', () => {
       await Promise.all(
         commands.map(async (command) => {
           const refused = await cli([...command.split(' '), '--store', store]);
-          const stderr = expect.stringMatching(/^sheepgate: no store in [^\n]*\n$/);
+          const stderr = expect.stringMatching(/^sheepgate: no store in [^\n]*\n$/) as string;
           expect(refused, command).toMatchObject({ code: 1, stderr });
         }),
       );
     }
     const migrate = await cli(['migrate', 'disk', '--from', empty, '--to', path.join(directory, 'target')]);
-    expect(migrate).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${empty}`) });
+    expect(migrate).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${empty}`) as string });
     expect(fs.readdirSync(directory)).toEqual(['empty']);
     expect(fs.readdirSync(empty)).toEqual([]);
   }, 240_000);
@@ -212,7 +215,7 @@ describe('a store is made', () => {
   test('not by serve --create-store=no, which tells an unmounted mount point from a store', async () => {
     const directory = temporaryDirectory();
     const refused = await cli(['serve', '--create-store=no', '--store', directory]);
-    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${directory}`) });
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${directory}`) as string });
     expect(fs.readdirSync(directory)).toEqual([]);
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', directory])).code).toBe(0);
     const daemon = await startDaemon({ store: directory, args: ['--create-store=no'] });

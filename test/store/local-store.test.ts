@@ -5,7 +5,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { open } from 'lmdb';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
-import { logHeader, mapLogDirectory } from '../../src/store/local/map-log.js';
+import { logHeader, mapLogDirectory } from '../../src/store/local/map-log-format.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { StoreError } from '../../src/store/object-store.js';

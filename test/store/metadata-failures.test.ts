@@ -9,7 +9,7 @@ import { expect, onTestFinished, test } from 'vitest';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { MetadataFile } from '../../src/store/local/metadata-file.js';
-import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/metadata.js';
+import { PAGE_ENTRIES, pagesOf } from '../../src/store/local/map-pages.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, needs, temporaryDirectory, skipBecause, startDaemon, waitUntil } from '../harness/daemon.js';
 import { FailingDisk, systemError } from '../harness/failing-disk.js';
@@ -32,7 +32,7 @@ test('a new store on a full disk is an error that says so, and leaves nothing be
   const filler = fill(directory);
   const store = path.join(directory, 'store');
   const refused = await cli(['vdi', 'create', 'disk', '1G', '--store', store]);
-  expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringMatching(/no space left/i) });
+  expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringMatching(/no space left/i) as string });
   expect(fs.existsSync(store)).toBe(false);
   fs.mkdirSync(store);
   expect((await cli(['serve', '--store', store])).stderr).toMatch(/no space left/i);
@@ -135,7 +135,8 @@ test('when the pool of a thin disk is full, commits fail in any of their writes,
   const results = await Promise.all(tags.map((tag) => catalog.snapshot('disk', tag).catch((error: unknown) => error)));
   const failed = results.filter((result) => result instanceof Error);
   expect(failed.length).toBeGreaterThan(1);
-  for (const failure of failed) expect(failure).toMatchObject({ code: expect.stringMatching(/^(NO_SPACE|IO)$/) });
+  for (const failure of failed)
+    expect(failure).toMatchObject({ code: expect.stringMatching(/^(NO_SPACE|IO)$/) as string });
   fs.rmSync(filler);
   await catalog.snapshot('disk', 'after');
   const taken = tags.filter((_, n) => !(results[n] instanceof Error));
@@ -153,7 +154,10 @@ needs('prlimit')(
     limit('0');
     for (const tag of ['one', 'two']) {
       const refused = await snapshot(tag);
-      expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(/meta\.mdb.*(EFBIG|too large)/i) });
+      expect(refused).toMatchObject({
+        code: 1,
+        stderr: expect.stringMatching(/meta\.mdb.*(EFBIG|too large)/i) as string,
+      });
     }
     expect((await cli(['vdi', 'list', '--control', daemon.control])).stdout).not.toMatch(/one|two/);
     limit('unlimited');
@@ -205,7 +209,7 @@ needs('gcc')(
       await other.flush();
       await disk.flush();
       order('meta-page', code);
-      expect(await snapshot(`not-${n}`)).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+      expect(await snapshot(`not-${n}`)).toMatchObject({ code: 1, stderr: expect.stringMatching(says) as string });
       expect(await snapshot(`s${n}`)).toMatchObject({ code: 0, stderr: '' });
     }
     const list = await cli(['vdi', 'list', '--control', daemon.control]);
@@ -214,7 +218,7 @@ needs('gcc')(
     for (const client of [disk, other]) expect((await client.read(2 * 2 ** 22, 3)).toString()).toBe('EIO');
     order('meta-page', 'ENOSPC');
     // 0 if what failed was the commit of who has what open, which is tried again; 1 if it was the last one.
-    expect(await daemon.stop()).toEqual({ code: expect.toBeOneOf([0, 1]), signal: null });
+    expect(await daemon.stop()).toEqual({ code: expect.toBeOneOf([0, 1]) as number, signal: null });
     expect(fs.readdirSync(orders)).toEqual([]);
     // All that this page had to say is that the store was closed.
     const { stdout } = await cli(['export', 'disk@s2', '-'], { store: daemon.store });
@@ -234,7 +238,7 @@ needs('gcc')(
     const says = /LMDB does not begin a transaction.*started again/;
     expect(daemon.log()).toMatch(says);
     const refused = await cli(['vdi', 'snapshot', 'disk', 's', '--control', daemon.control]);
-    expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+    expect(refused).toMatchObject({ code: 1, stderr: expect.stringMatching(says) as string });
     expect((await disk.read(0, 7)).toString()).toBe('flushed');
     expect(await daemon.stop()).toEqual({ code: 1, signal: null });
     const again = await startDaemon({ store: daemon.store });
@@ -350,7 +354,7 @@ for (const type of ['ext4', 'xfs'] as const) {
       ['vdi', 'clone', 'disk@before', 'copy'],
     ]) {
       const refused = await cli([...args, '--control', daemon.control]);
-      expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringContaining('EIO') });
+      expect(refused).toMatchObject({ code: 1, signal: null, stderr: expect.stringContaining('EIO') as string });
     }
     const client = await NbdClient.connect({ path: daemon.socket });
     await expect(client.go('disk')).rejects.toThrow();
@@ -363,7 +367,7 @@ for (const type of ['ext4', 'xfs'] as const) {
     const refusal = await waitUntil(findRefusal, 'the refusal is in the log');
     expect(JSON.parse(refusal)).toMatchObject({
       level: 50,
-      msg: expect.stringMatching(/^export "disk" cannot be opened: .*EIO/),
+      msg: expect.stringMatching(/^export "disk" cannot be opened: .*EIO/) as string,
     });
     expect(await daemon.stop()).toEqual({ code: 1, signal: null });
     const last = daemon.log().trimEnd().split('\n').at(-1);

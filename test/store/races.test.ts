@@ -16,13 +16,13 @@ import { FailingDisk } from '../harness/failing-disk.js';
 const OBJECT = 2 ** 20;
 const PAGE_OBJECTS = 1024;
 
-let directory: string;
+let directory = '';
 let failing: FailingDisk;
 let store: LocalStore;
 let catalog: VdiCatalog;
 
 async function start(options: LocalStoreOptions = {}): Promise<void> {
-  directory ??= fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-races-'));
+  if (directory === '') directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-races-'));
   failing = new FailingDisk();
   store = await LocalStore.open(directory, { ...options, disk: failing.disk });
   catalog = new VdiCatalog(store);
@@ -36,7 +36,7 @@ async function reopen(options: LocalStoreOptions = {}): Promise<void> {
 afterEach(async () => {
   await catalog.close().catch(() => undefined);
   fs.rmSync(directory, { recursive: true, force: true });
-  directory = undefined as unknown as string;
+  directory = '';
 });
 
 function objectFile(vid: number, idx: number): string {
@@ -153,9 +153,9 @@ test('objects that are asked for at once, and copied, are never more open than t
   const descriptors = (): number => fs.readdirSync('/proc/self/fd').length;
   const before = descriptors();
   let most = before;
-  let isDone = false;
+  const isOver = { done: false };
   const watched = (async () => {
-    while (!isDone) {
+    while (!isOver.done) {
       most = Math.max(most, descriptors());
       await turns(1);
     }
@@ -170,7 +170,7 @@ test('objects that are asked for at once, and copied, are never more open than t
       expect(data.equals(Buffer.alloc(4096, 2 + idx)), `copy of object ${idx}`).toBe(true);
     }),
   );
-  isDone = true;
+  isOver.done = true;
   await watched;
   // Beside them the log of the map, and the folder that is being looked at.
   expect(most - before).toBeLessThanOrEqual(limit + 2);

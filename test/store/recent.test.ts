@@ -8,7 +8,7 @@ import path from 'node:path';
 import zlib from 'node:zlib';
 import { NbdClient } from 'nbd-server-ts';
 import { afterEach, describe, expect, test } from 'vitest';
-import { logHeader, mapLogDirectory } from '../../src/store/local/map-log.js';
+import { logHeader, mapLogDirectory } from '../../src/store/local/map-log-format.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

@@ -59,12 +59,17 @@ describe('nobody goes past the seam', () => {
   });
 });
 
-test('objects are files to nobody but object-files.ts, which only the store that opens them imports', () => {
+test('objects are files to nobody but object-files.ts and its parts; only the store that opens them imports it', () => {
   const folder = path.join(SOURCES, 'store/local');
-  const users = fs.readdirSync(folder).filter((name) => {
-    return fs.readFileSync(path.join(folder, name), 'utf8').includes("/object-files.js'");
-  });
-  expect(users).toEqual(['local-store.ts']);
+  const importersOf = (part: string): string[] =>
+    fs
+      .readdirSync(folder)
+      .filter((name) => fs.readFileSync(path.join(folder, name), 'utf8').includes(`/${part}.js'`))
+      .sort();
+  expect(importersOf('object-files')).toEqual(['local-store.ts']);
+  const parts = ['object-names', 'object-opening', 'object-removal', 'sparse-copy'];
+  const users = new Set(parts.flatMap(importersOf));
+  expect([...users].sort()).toEqual(['object-files.ts', 'object-opening.ts', 'object-removal.ts']);
 });
 
 let directory: string;
@@ -342,7 +347,7 @@ describe('a disk that fails', () => {
       const rule = failing.fail({ calls, file: /objects/ }, code);
       await expect((async () => vdi.write(0, written, false))()).rejects.toMatchObject({
         code: expected,
-        message: expect.stringMatching(/creating object .*0000000100000000/),
+        message: expect.stringMatching(/creating object .*0000000100000000/) as string,
       });
       expect(rule.count).toBeGreaterThan(0);
       rule.off();
@@ -359,7 +364,10 @@ describe('a disk that fails', () => {
     test(`EIO of ${calls.join()} fails the flush; ${lasts ? 'no later one makes it good' : 'the next one stores it all'}`, async () => {
       await vdi.write(0, written, false);
       const rule = failing.fail({ calls, file }, 'EIO');
-      await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO', message: expect.stringMatching(/EIO|i\/o error/) });
+      await expect(vdi.flush()).rejects.toMatchObject({
+        code: 'IO',
+        message: expect.stringMatching(/EIO|i\/o error/) as string,
+      });
       rule.off();
       if (lasts) await expect(vdi.flush()).rejects.toMatchObject({ code: 'IO' });
       else await vdi.flush();
@@ -373,9 +381,9 @@ describe('a disk that fails', () => {
       const count = fs.writeSync(fd, part, 0, part.length, name === 'write' ? fourth : third);
       return name === 'write' ? Promise.resolve(count) : count;
     });
-    failing.instead({ calls: ['read'], file: /objects/ }, async ({ args }) => {
+    failing.instead({ calls: ['read'], file: /objects/ }, ({ args }) => {
       const [fd, into, at, offset] = args as [number, Buffer, number, number];
-      return fs.readSync(fd, into, at, Math.min(777, into.length - at), offset);
+      return Promise.resolve(fs.readSync(fd, into, at, Math.min(777, into.length - at), offset));
     });
     failing.instead({ calls: ['readCachedSync', 'readSync'], file: /objects/ }, () => -1);
     const data = Buffer.from(Array.from({ length: 50_000 }, (_, n) => n % 251));

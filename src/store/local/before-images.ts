@@ -113,7 +113,7 @@ export class BeforeImages {
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    if (this.#busy === 0) this.#closeFiles();
+    this.#closeIfOver();
   }
 
   async #whileOpen(share: ThreadShare, work: () => Promise<void>): Promise<void> {
@@ -125,7 +125,8 @@ export class BeforeImages {
       await work();
     } finally {
       share.leave(this);
-      if (--this.#busy === 0 && this.#isClosed) this.#closeFiles();
+      this.#busy--;
+      this.#closeIfOver();
     }
   }
 
@@ -143,7 +144,8 @@ export class BeforeImages {
   }
 
   /** On the thread pool: the filesystem takes its time to free gigabytes. */
-  #closeFiles(): void {
+  #closeIfOver(): void {
+    if (!this.#isClosed || this.#busy > 0) return;
     for (const fd of this.#files) if (fd !== undefined) this.#disk.close(fd).catch(() => undefined);
     this.#files.length = 0;
   }

@@ -164,7 +164,7 @@ export class DescriptorCache {
     const vid = vidOf(file.key);
     const files = this.#files.get(vid);
     if (files?.byIdx[idxOf(file.key)] !== file) throw new Error('invariant: a cached file that is not in the index');
-    delete files.byIdx[idxOf(file.key)];
+    files.byIdx[idxOf(file.key)] = undefined;
     if (--files.count === 0) {
       this.#files.delete(vid);
       this.#lastVid = -1;

@@ -8,13 +8,13 @@ import type { Switch } from '../open-vdi.js';
 import { StoreError } from '../store-error.js';
 import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
-import type { MapLogs } from './map-log.js';
-import { pagesOf } from './metadata.js';
+import type { MapLogs } from './map-logs.js';
+import { pagesOf } from './map-pages.js';
+import { MAX_VID } from './reference-counts.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 
-const MAX_VID = 2 ** 24 - 1;
 const NOTHING_USED: Usage = { allocated: 0, exclusive: 0 };
 
 /** What the catalog needs of its store. */

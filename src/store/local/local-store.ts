@@ -12,7 +12,7 @@ import { OBJECTS, type DataObjects } from './data-objects.js';
 import { isTmpfs } from './filesystem-abilities.js';
 import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
-import { MapLogs } from './map-log.js';
+import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
 import { ObjectFiles, type SharedByFiles } from './object-files.js';
 import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';

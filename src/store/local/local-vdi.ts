@@ -8,7 +8,7 @@ import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
 import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
-import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
+import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';

@@ -1,43 +1,15 @@
 /**
  * The LMDB file of a local store as something that fails like a file: a failed commit is an error of those whose change it
  * held, and of nobody else; the next one works as soon as the disk does. Owns the LMDB environment, the order of
- * transactions, and the space that is kept for deleting on a full disk. Knows no keys.
+ * transactions, and when LMDB is opened anew. Knows no keys.
  */
-import { randomBytes } from 'node:crypto';
-import os from 'node:os';
-import timers from 'node:timers/promises';
 import { ABORT } from 'lmdb';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
-import { asStoreError } from './store-errors.js';
-import { MAP_SIZE, openEnvironment, type Environment } from './lmdb-environment.js';
+import { openEnvironment, type Environment } from './lmdb-environment.js';
+import { asMetadataError, commitErrorOf, endWithoutClosing, hasPanicked, watchBegin } from './lmdb-failures.js';
+import { MetadataReserve } from './metadata-reserve.js';
 
-/**
- * Kept allocated past the end of the file while the disk has it, so that what gives space back (a delete, a flush of what
- * was trimmed) can still be recorded when the disk is full.
- */
-const RESERVE_BYTES = 4 * 2 ** 20;
-/** It is filled up again when less than this is left. */
-const REFILL_BYTES = RESERVE_BYTES / 2;
-/** What makes the metadata grow for good (a new VDI, a snapshot) leaves this much of it. */
-const FLOOR_BYTES = 2 ** 20;
-/** A disk that is nearly full may have part of the reserve. */
-const RESERVE_STEP = 256 * 1024;
-/** What any transaction may need beside the pages that it stores: copies of inner pages, the list of free pages. */
-const TRANSACTION_BYTES = 64 * 1024;
-/** lmdb.h. */
-const MDB_MAP_FULL = -30792;
-/** lmdb.h: the page that makes a commit valid could not be written; nothing works any more until it is opened anew. */
-const MDB_PANIC = -30795;
-/** lmdb-js tells why a commit failed after it has told that it failed: at once, but nobody promises that. */
-const COMMIT_ERROR_MS = 5000;
-/**
- * lmdb-js tells nobody that a transaction could not begin (ENOMEM, a lock of it that is broken): what waits for it waits for
- * ever. It begins as soon as a thread takes it up, or a few seconds later (lmdb-js tries a lock again four times). Counted in
- * steps: a process that was stopped for a while has lost one of them, and not its time.
- */
-const BEGIN_STEPS = 6;
-const BEGIN_STEP_MS = 1000;
 const PROBE_BYTES = 4096;
 const PROBE_CHUNK = 2 ** 20;
 
@@ -76,7 +48,7 @@ export class MetadataFile {
   /** LMDB never makes the file shorter. */
   #size = 0;
   #isOpen = true;
-  #reservedTo = 0;
+  readonly #reserve: MetadataReserve;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
 
   /** `opened` is told of the environment, now and whenever it is opened anew. Errors: as `asMetadataError` has them. */
@@ -91,6 +63,7 @@ export class MetadataFile {
     this.readOnly = options.readOnly;
     this.#opened = opened;
     this.#fd = disk.openSync(file, options.readOnly ? O_RDONLY : O_RDWR | O_CREAT, 0o600);
+    this.#reserve = new MetadataReserve(disk, this.#fd);
     try {
       this.#env = this.#open();
     } catch (error) {
@@ -218,7 +191,7 @@ export class MetadataFile {
     const failure = asMetadataError(error, doing);
     if (failure.code !== 'IO') return failure;
     try {
-      if (this.#disk.reserveSync(this.#fd, this.#sizeNow(), RESERVE_STEP) !== 'no space') return failure;
+      if (!this.#reserve.isDiskFull(this.#sizeNow())) return failure;
     } catch {
       return failure;
     }
@@ -247,25 +220,9 @@ export class MetadataFile {
     this.#mustReopen = false;
   }
 
-  /**
-   * Before anything that makes the metadata grow by `bytes` for good: it must leave the space that deleting needs.
-   * Errors: NO_SPACE, with nothing changed.
-   */
+  /** See MetadataReserve. Errors: NO_SPACE, with nothing changed. */
   mustHaveRoom(bytes: number): void {
-    const size = this.#sizeNow();
-    const needed = bytes + TRANSACTION_BYTES + FLOOR_BYTES;
-    if (size + needed > MAP_SIZE) {
-      throw new StoreError('NO_SPACE', `${this.file} cannot grow beyond ${MAP_SIZE} bytes; delete snapshots or VDIs`);
-    }
-    if (this.#reservedTo - size >= needed) return;
-    const reserved = this.#disk.reserveSync(this.#fd, size, needed);
-    if (reserved === 'done') this.#reservedTo = Math.max(this.#reservedTo, size + needed);
-    if (reserved !== 'no space') return;
-    throw new StoreError(
-      'NO_SPACE',
-      `no space left for metadata in ${this.file}: its disk is full, and what is reserved there is for deleting; ` +
-        'delete snapshots or VDIs, or make room on that disk',
-    );
+    this.#reserve.mustHaveRoom(this.#sizeNow(), bytes, this.file);
   }
 
   #closed(): StoreError {
@@ -281,15 +238,9 @@ export class MetadataFile {
     }
   }
 
-  /** Have the reserve, or as much of it as the disk has. */
+  /** See MetadataReserve. */
   keepReserve(): void {
-    const size = this.#sizeNow();
-    if (this.#reservedTo - size >= REFILL_BYTES) return;
-    for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
-      const reserved = this.#disk.reserveSync(this.#fd, size, length);
-      if (reserved === 'done') this.#reservedTo = size + length;
-      if (reserved !== 'no space') return;
-    }
+    this.#reserve.keep(this.#sizeNow());
   }
 
   /**
@@ -358,27 +309,6 @@ export class MetadataFile {
   }
 }
 
-/** Called while the process ends, this leaves out what Node does then: it would have lmdb-js close the environment. */
-function endWithoutClosing(): void {
-  process.exit();
-}
-
-/** Calls `late` if what a thread has to begin has not begun, although one must have taken it up. Returns how to stop watching. */
-function watchBegin(hasBegun: () => boolean, late: () => void): () => void {
-  let steps = 0;
-  let isTakenUp = false;
-  const timer = setInterval(() => {
-    // Threads take up in order what is handed to them; they may all be busy with a slow disk.
-    if (steps === 0) randomBytes(1, () => (isTakenUp = true));
-    if (hasBegun()) return clearInterval(timer);
-    if (steps === 0 || isTakenUp) steps++;
-    if (steps <= BEGIN_STEPS) return;
-    clearInterval(timer);
-    late();
-  }, BEGIN_STEP_MS);
-  return () => clearInterval(timer);
-}
-
 function settle(pending: Pending, error: StoreError | undefined): void {
   if (pending.failure !== undefined) pending.reject(asMetadataError(pending.failure, 'storing metadata'));
   else if (error !== undefined) pending.reject(error);
@@ -400,34 +330,4 @@ function runIn(env: Environment, pending: Pending): void {
   } catch (error) {
     pending.failure ??= error;
   }
-}
-
-/** lmdb-js rejects a commit with an error that says nothing, and with a promise that is rejected with the cause later. */
-async function commitErrorOf(error: unknown): Promise<unknown> {
-  const { commitError } = error as { commitError?: Promise<unknown> };
-  if (commitError === undefined) return error;
-  try {
-    return await Promise.race([commitError, timers.setTimeout(COMMIT_ERROR_MS, error, { ref: false })]);
-  } catch (cause) {
-    return cause;
-  }
-}
-
-/** To begin a transaction then would never end, and neither would closing after that. */
-function hasPanicked(env: Environment): boolean {
-  try {
-    env.get('format');
-    return false;
-  } catch (error) {
-    return (error as { code?: unknown }).code === MDB_PANIC;
-  }
-}
-
-/** LMDB's errors, which have the errno as a number, and those of files. */
-export function asMetadataError(error: unknown, doing: string): StoreError {
-  const { code, message } = error as { code?: unknown; message?: string };
-  if (error instanceof StoreError || typeof code !== 'number') return asStoreError(error, doing);
-  if (code === MDB_MAP_FULL) return new StoreError('NO_SPACE', `${doing}: ${message}`, { cause: error });
-  const name = Object.entries(os.constants.errno).find(([, errno]) => errno === code)?.[0];
-  return asStoreError(Object.assign(new Error(message, { cause: error }), { code: name }), doing);
 }

@@ -2,42 +2,29 @@
  * The LMDB file of a local store: VDI records, map pages, the format version. Only this file knows keys and encodings
  * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
  */
-import os from 'node:os';
 import path from 'node:path';
 import type { Database } from 'lmdb';
-import { O_CREAT, O_EXCL, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
+import { removeIfThereSync, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { StoreError, type Usage, type VdiRecord } from '../object-store.js';
 import type { Environment } from './lmdb-environment.js';
 import { lmdbFileProblem } from './lmdb-file.js';
-import { asMetadataError, MetadataFile } from './metadata-file.js';
+import { asMetadataError } from './lmdb-failures.js';
+import { isEmptyPage, PAGE_ENTRIES, storedBytes, type PageWrite } from './map-pages.js';
+import { MetadataFile } from './metadata-file.js';
+import { makeRoomIn } from './metadata-reserve.js';
 import { RecordIndex } from './record-index.js';
 import { TimeSlice } from './time-slice.js';
 
 export const FORMAT_VERSION = 1;
-/** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
-export const PAGE_ENTRIES = 1024;
 /** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
 const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
-/** A stored page takes two of LMDB's: it has a header. */
-const STORED_PAGE_BYTES = 2 * 4096;
-/** What LMDB writes into a new file. */
-const FIRST_BYTES = 64 * 1024;
-/** What a new store must have: it can be told then that something is deleted, whatever happens to the disk. */
-const LEAST_BYTES = 2 * 2 ** 20;
 export const META_FILE = 'meta.mdb';
 /** What meta.mdb is called until it is complete. */
 export const NEW_META_FILE = 'new.mdb';
 /** Where LMDB had its lock file before that was in memory. */
 const OLD_LOCK_FILE = 'meta.mdb-lock';
-
-/** A page of a map as it is to be stored; all zeros means the page is removed. */
-export interface PageWrite {
-  readonly vid: number;
-  readonly page: number;
-  readonly entries: Buffer;
-}
 
 /** Why object files are kept that no map refers to, and the vids in their names, which nothing new may bear. */
 export interface KeptObjects {
@@ -57,36 +44,6 @@ export interface MetadataChange {
 
 /** What `flushed` says of a VDI that is gone: whatever its log still tells is older than that. */
 const REMOVED = Number.MAX_SAFE_INTEGER;
-
-const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
-
-// Map pages are stored as they are in memory (FORMAT.md: little-endian): a map of 1 TiB is copied, not converted.
-if (os.endianness() !== 'LE') throw new Error('the local store needs a little-endian machine');
-
-/** The entries of one page of a map, copied: the map may change while the copy is on its way to disk. */
-export function pageOf(map: Uint32Array, page: number): Buffer {
-  const copy = new Uint32Array(PAGE_ENTRIES);
-  copy.set(map.subarray(page * PAGE_ENTRIES, (page + 1) * PAGE_ENTRIES));
-  return Buffer.from(copy.buffer);
-}
-
-/** All pages of a map, those of zeros too: storing them removes what an operation that failed may have left there. */
-export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
-  const pages: PageWrite[] = [];
-  for (let page = 0; page * PAGE_ENTRIES < map.length; page++) pages.push({ vid, page, entries: pageOf(map, page) });
-  return pages;
-}
-
-/** How many pages of a map are stored: those that are not all zeros. */
-function storedPages(map: Uint32Array): number {
-  let pages = 0;
-  for (let idx = 0; idx < map.length; idx++) {
-    if (map[idx] === 0) continue;
-    pages++;
-    idx |= PAGE_ENTRIES - 1; // on to the next page
-  }
-  return pages;
-}
 
 export class Metadata {
   #env!: Environment;
@@ -337,8 +294,7 @@ export class Metadata {
    * possible after it, on a full disk, too. Errors: NO_SPACE, with nothing changed.
    */
   mustHaveRoom(...maps: readonly Uint32Array[]): void {
-    const pages = maps.reduce((sum, map) => sum + storedPages(map), 0);
-    this.#file.mustHaveRoom(pages * STORED_PAGE_BYTES);
+    this.#file.mustHaveRoom(maps.reduce((sum, map) => sum + storedBytes(map), 0));
   }
 
   /** One transaction: all of it or nothing. */
@@ -393,7 +349,7 @@ export class Metadata {
 
   #putPages(pages: readonly PageWrite[]): void {
     for (const { vid, page, entries } of pages) {
-      if (entries.equals(ZERO_PAGE)) void this.#pages.remove([vid, page]);
+      if (isEmptyPage(entries)) void this.#pages.remove([vid, page]);
       else void this.#pages.put([vid, page], entries);
     }
   }
@@ -401,23 +357,5 @@ export class Metadata {
   #pageKeys(vid: number): [number, number][] {
     this.#file.mustBeReadable();
     return [...this.#pages.getKeys({ start: [vid, 0], end: [vid + 1, 0] })];
-  }
-}
-
-/**
- * Make an empty file that has the space to grow, before LMDB writes to it: LMDB ends the process if that fails. Without the
- * space a full disk would be one on which nothing can be deleted. Errors: NO_SPACE, and those of files.
- */
-function makeRoomIn(disk: HostDisk, file: string): void {
-  const fd = disk.openSync(file, O_WRONLY | O_CREAT | O_EXCL, 0o600);
-  try {
-    const first = Buffer.alloc(FIRST_BYTES);
-    if (disk.writeSync(fd, first, 0) < first.length || disk.reserveSync(fd, 0, LEAST_BYTES) === 'no space') {
-      throw new StoreError('NO_SPACE', `no space left: a store needs ${LEAST_BYTES} bytes for its metadata`);
-    }
-    disk.truncateSync(fd, 0);
-    disk.reserveSync(fd, 0, LEAST_BYTES); // truncating may have given it back
-  } finally {
-    disk.closeSync(fd);
   }
 }

@@ -5,9 +5,10 @@
  */
 import { MAX_DATA_OBJECTS } from '../object-store.js';
 
-const MAX_VID = 2 ** 24 - 1;
+/** VDI ids have 24 bits, as Sheepdog's. */
+export const MAX_VID = 2 ** 24 - 1;
 
-/** (vid, idx) as one number, exact: 24 + 20 bits. */
+/** (vid, idx) as one number, exact: 24 + 20 bits. Of this store only: a cluster's objects may have a larger idx. */
 export function objectKey(vid: number, idx: number): number {
   return vid * MAX_DATA_OBJECTS + idx;
 }

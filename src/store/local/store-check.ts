@@ -6,7 +6,7 @@ import type { HostDisk } from '../../system/disk.js';
 import { StoreError, type CheckReport } from '../object-store.js';
 import type { DataObjects, FoundObject } from './data-objects.js';
 import type { LocalVdi } from './local-vdi.js';
-import { logsSetAside } from './map-log.js';
+import { logsSetAside } from './map-logs.js';
 import type { Metadata } from './metadata.js';
 import { Owners } from './file-owners.js';
 import { objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';

@@ -6,7 +6,7 @@ import type { HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
 import { isSystemError, systemMessage, whatFailed } from '../../system/system-error.js';
 import { makeDirectory } from '../../system/make-directory.js';
-import { makeLogFolder } from './map-log.js';
+import { makeLogFolder } from './map-logs.js';
 import { Owners } from './file-owners.js';
 import { directoryState } from './store-directory.js';
 import { asStoreError } from './store-errors.js';

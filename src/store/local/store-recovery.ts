@@ -5,12 +5,13 @@
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
-import type { StoreError, VdiRecord } from '../object-store.js';
+import { StoreError, type VdiRecord } from '../object-store.js';
 import { removeLeftScratch } from './before-images.js';
 import { OBJECTS, type DataObjects } from './data-objects.js';
 import { makeNamesDurable } from '../../system/durable-names.js';
-import { logsSetAside, type MapLogs } from './map-log.js';
-import { PAGE_ENTRIES, pageOf, type KeptObjects, type Metadata } from './metadata.js';
+import { logsSetAside, type MapLogs } from './map-logs.js';
+import { PAGE_ENTRIES, pageOf } from './map-pages.js';
+import type { KeptObjects, Metadata } from './metadata.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 
@@ -105,16 +106,20 @@ async function setAside(
   doubt: Doubt,
   kept: KeptObjects | undefined,
 ): Promise<ReturnType<MapLogs['setAside']>> {
-  let unremembered: unknown;
+  let unremembered: StoreError | undefined;
   try {
     await store.metadata.begin(store.logs.session, kept);
   } catch (error) {
-    if ((error as StoreError).code !== 'NO_SPACE') throw error;
+    if (!isFull(error)) throw error;
     unremembered = error;
   }
   const aside = store.logs.setAside(doubt.logs);
   if (unremembered !== undefined && aside.failure !== undefined) throw unremembered;
   return aside;
+}
+
+function isFull(error: unknown): error is StoreError {
+  return error instanceof StoreError && error.code === 'NO_SPACE';
 }
 
 /** On a full disk the logs stay those of the last opening, of which there are none any more: a disk must open to be emptied. */
@@ -123,7 +128,7 @@ async function begin(store: StoreInRecovery, kept: KeptObjects | undefined): Pro
     await store.metadata.begin(store.logs.session, kept);
   } catch (error) {
     const { session } = store.metadata;
-    if ((error as StoreError).code !== 'NO_SPACE' || session === undefined) throw error;
+    if (!isFull(error) || session === undefined) throw error;
     store.logs.session = session;
     store.backgroundError(error);
   }

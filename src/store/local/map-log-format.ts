@@ -1,0 +1,87 @@
+/**
+ * The bytes of a map log (FORMAT.md, recent/): the header that says where and by whom a log was written, its entries, and
+ * their checksums. Owns these layouts. Does not decide what of it is believed: that is map-log-reading.ts.
+ */
+import { randomUUID } from 'node:crypto';
+import zlib from 'node:zlib';
+import type { HostDisk } from '../../system/disk.js';
+
+/** Kind, two numbers, the generation in two halves, and the CRC-32 of those; u32 little-endian each. */
+export const ENTRY_BYTES = 24;
+const CHECK_AT = 20;
+export const HEADER_BYTES = 512;
+const MAGIC = 'sheepgate map log 2\n';
+/** [vid, 0]: what follows is of this VDI. First in every file. */
+export const VDI = 1;
+/** [idx, owner]: the map entry of idx is this now. */
+export const OWNER = 2;
+/** [vid, 0]: a snapshot was taken, the VDI goes on under this vid. */
+export const MOVED = 3;
+
+export interface Entry {
+  readonly kind: number;
+  readonly first: number;
+  readonly second: number;
+  readonly generation: number;
+}
+
+export function isLog(bytes: Buffer): boolean {
+  return bytes.toString('latin1', 0, MAGIC.length) === MAGIC;
+}
+
+/** The first entry of a file. */
+export function headOf(vid: number, generation: number): Buffer {
+  return fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation);
+}
+
+/** Returns what is wrong with the rest, if so. The beginning of an entry at the end is of a write that was not answered. */
+export function parse(bytes: Buffer, entries: Entry[]): string | undefined {
+  for (let at = HEADER_BYTES; at + ENTRY_BYTES <= bytes.length; at += ENTRY_BYTES) {
+    const entry = bytes.subarray(at, at + ENTRY_BYTES);
+    if (zlib.crc32(entry.subarray(0, CHECK_AT)) !== entry.readUInt32LE(CHECK_AT)) return 'an entry in it is damaged';
+    entries.push({
+      kind: entry.readUInt32LE(0),
+      first: entry.readUInt32LE(4),
+      second: entry.readUInt32LE(8),
+      generation: entry.readUInt32LE(12) + entry.readUInt32LE(16) * 2 ** 32,
+    });
+  }
+  return undefined;
+}
+
+export function fillEntry(entry: Buffer, kind: number, first: number, second: number, generation: number): Buffer {
+  entry.writeUInt32LE(kind, 0);
+  entry.writeUInt32LE(first, 4);
+  entry.writeUInt32LE(second, 8);
+  entry.writeUInt32LE(generation % 2 ** 32, 12);
+  entry.writeUInt32LE(Math.floor(generation / 2 ** 32), 16);
+  entry.writeUInt32LE(zlib.crc32(entry.subarray(0, CHECK_AT)), CHECK_AT);
+  return entry;
+}
+
+/**
+ * The header of the log that is open as `fd`: where and by whom it is written. Lines of text, so that people can read
+ * what was set aside. Not the directory's name: a store may be moved.
+ */
+export function logHeader(disk: HostDisk, place: string, session: string, fd: number): Buffer {
+  const header = Buffer.alloc(HEADER_BYTES);
+  header.write(`${MAGIC}boot ${bootOf(disk)}\nsession ${session}\n${place}file ${disk.inodeOfSync(fd)}\n`);
+  return header;
+}
+
+/** The directory and its mounting, as it stands in the header. */
+export function mapLogDirectory(disk: HostDisk, store: string): string {
+  return `mounting ${disk.mountingSync(store)}\ndirectory ${disk.inodeAtSync(store)}\n`;
+}
+
+export function field(header: Buffer, name: string): string | undefined {
+  const text = header.toString('latin1', 0, HEADER_BYTES);
+  return new RegExp(`^${name} (.*)$`, 'm').exec(text)?.[1];
+}
+
+/** Where nothing tells one boot from another: nobody will take over what is logged. */
+const UNKNOWN_BOOT = randomUUID();
+
+export function bootOf(disk: HostDisk): string {
+  return (disk.bootId() ?? UNKNOWN_BOOT).replaceAll('-', '');
+}

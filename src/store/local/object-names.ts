@@ -1,0 +1,150 @@
+/**
+ * Which file is which object (FORMAT.md, objects/): its folder and name, how long it has to be, and what is found under such
+ * names. Owns the expected lengths, and makes names durable. Opens no object, and never makes, changes or removes one.
+ */
+import path from 'node:path';
+import { O_RDONLY, type HostDisk } from '../../system/disk.js';
+import { syncDirectory } from '../../system/durable-names.js';
+import { makeDirectory } from '../../system/make-directory.js';
+import { StoreError } from '../object-store.js';
+import type { FoundObject } from './data-objects.js';
+import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { SYNCS } from './thread-shares.js';
+import { TimeSlice } from './time-slice.js';
+
+const OBJECT_DIRECTORIES = 256;
+/** Unit of st_blocks, stat(2). */
+const STATUS_BLOCK = 512;
+
+/** `error` as the store's, saying what was being done. */
+export type AsFailure = (error: unknown, doing: string) => StoreError;
+
+/** 256 neighbouring objects share a folder, so that flushing a sequential write syncs one folder and not 256. */
+function directoryOf(key: number): number {
+  return ((idxOf(key) >>> 8) ^ vidOf(key)) & (OBJECT_DIRECTORIES - 1);
+}
+
+function directoryName(n: number): string {
+  return n.toString(16).padStart(2, '0');
+}
+
+/** Make `root`, the folder objects/, with its folders where they are missing, durably. Errors: those of the system. */
+export function makeObjectFolders(disk: HostDisk, root: string): void {
+  const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
+    .map((directory) => makeDirectory(disk, directory))
+    .some((isNew) => isNew);
+  if (made) for (const directory of [root, path.dirname(root)]) syncDirectory(disk, directory);
+}
+
+export class ObjectNames {
+  readonly #disk: HostDisk;
+  /** The folder objects/. */
+  readonly #root: string;
+  readonly #isReadOnly: boolean;
+  readonly #failed: AsFailure;
+  /** vid -> how long the files of its objects are. */
+  readonly #lengths = new Map<number, number>();
+
+  constructor(disk: HostDisk, root: string, options: { readonly isReadOnly: boolean }, failed: AsFailure) {
+    this.#disk = disk;
+    this.#root = root;
+    this.#isReadOnly = options.isReadOnly;
+    this.#failed = failed;
+  }
+
+  path(key: number): string {
+    const oid = vidOf(key).toString(16).padStart(8, '0') + idxOf(key).toString(16).padStart(8, '0');
+    return path.join(this.#root, directoryName(directoryOf(key)), oid);
+  }
+
+  expectLength(vid: number, length: number): void {
+    this.#lengths.set(vid, length);
+  }
+
+  /** Errors: DAMAGED if the file that is open as `fd` is not as long as the object. What it lacks must not pass for zeros. */
+  mustBeWhole(key: number, fd: number): void {
+    const expected = this.#lengths.get(vidOf(key));
+    const { size } = this.#disk.fstatSync(fd);
+    if (expected === undefined || size === expected) return;
+    throw new StoreError(
+      'DAMAGED',
+      `object ${this.path(key)} is ${size} bytes long and has to be ${expected}; 'sheepgate check' lists what is damaged`,
+    );
+  }
+
+  problemOf(key: number, length: number): string | undefined {
+    const name = this.path(key);
+    const status = this.#disk.lstatSync(name);
+    if (!status) return `the object ${name} is missing`;
+    if (status.size !== length) return `the object ${name} is ${status.size} bytes long`;
+    return undefined;
+  }
+
+  async *scan(): AsyncGenerator<FoundObject> {
+    for (let n = 0; n < OBJECT_DIRECTORIES; n++) {
+      const directory = path.join(this.#root, directoryName(n));
+      for (const entry of await this.#namesIn(directory)) {
+        const name = path.join(directory, entry);
+        const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
+        const named = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
+        const status = await this.#disk.lstat(name).catch(() => undefined);
+        if (!status) continue;
+        const key = named >= 0 && this.path(named) === name ? named : -1;
+        const isWhole = key < 0 || status.size === this.#lengths.get(vidOf(key));
+        const damage = isWhole ? undefined : `object file is ${status.size} bytes long`;
+        yield { key, bytes: status.blocks * STATUS_BLOCK, name, uid: status.uid, damage };
+      }
+    }
+  }
+
+  async #namesIn(directory: string): Promise<string[]> {
+    try {
+      return await this.#disk.readdir(directory);
+    } catch (error) {
+      // Tools that copy files leave out empty folders, and on a read-only filesystem nobody can make them.
+      if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
+      throw error;
+    }
+  }
+
+  /** By their folders. */
+  async sync(keys: Iterable<number>): Promise<void> {
+    const folders = new Set<number>();
+    const slice = new TimeSlice();
+    let step = 0;
+    for (const key of keys) {
+      folders.add(directoryOf(key));
+      if (slice.isOver(++step)) await slice.next();
+    }
+    await Promise.all(
+      [...folders].map(async (folder) => {
+        const turn = SYNCS.enter(folders);
+        if (turn) await turn;
+        try {
+          await this.#syncFolder(path.join(this.#root, directoryName(folder)));
+        } finally {
+          SYNCS.leave(folders);
+        }
+      }),
+    );
+  }
+
+  async #syncFolder(name: string): Promise<void> {
+    try {
+      const fd = await this.#disk.open(name, O_RDONLY);
+      try {
+        await this.#disk.fsync(fd);
+      } finally {
+        await this.#disk.close(fd);
+      }
+    } catch (error) {
+      throw this.#failed(error, `syncing ${name}`);
+    }
+  }
+
+  /** The kernel reports a failed fsync of a folder once: every object with a new name in it may have lost that name. */
+  lostWith(keys: Iterable<number>): (key: number) => boolean {
+    const folders = new Set(Array.from(keys, directoryOf));
+    return (key) => folders.has(directoryOf(key));
+  }
+}

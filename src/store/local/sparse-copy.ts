@@ -1,0 +1,65 @@
+/**
+ * Sparse files whole: emptied, zeroed, and copied with their holes, each in the cheapest way that the filesystem has. Owns no
+ * descriptors, and knows nothing of objects.
+ */
+import type { HostDisk } from '../../system/disk.js';
+import { writeFully } from '../../system/whole-io.js';
+
+const ZEROS = Buffer.alloc(1024 * 1024);
+
+export async function writeZeros(disk: HostDisk, fd: number, offset: number, length: number): Promise<void> {
+  for (let at = offset; at < offset + length; at += ZEROS.length) {
+    await writeFully(disk, fd, ZEROS.subarray(0, Math.min(ZEROS.length, offset + length - at)), at);
+  }
+}
+
+/** A file of `size` zeros, without their space where the filesystem has holes. It never gets shorter on the way there. */
+export async function makeEmpty(disk: HostDisk, fd: number, size: number): Promise<void> {
+  const before = disk.fstatSync(fd).size;
+  if (before !== size) await disk.truncate(fd, size);
+  if (before > 0 && !(await disk.punchHole(fd, 0, size))) await writeZeros(disk, fd, 0, size);
+}
+
+export class SparseCopy {
+  readonly #disk: HostDisk;
+  #reflinks = true;
+
+  constructor(disk: HostDisk) {
+    this.#disk = disk;
+  }
+
+  /**
+   * Copy the data of `source`, `size` bytes long, into `to`, an empty file; holes stay holes. What
+   * [skip, skip + skipLength) holds may be left out. Returns where the source ended too early; undefined if it did not.
+   */
+  async copy(source: number, to: number, size: number, skip: number, skipLength: number): Promise<number | undefined> {
+    if (this.#reflinks) {
+      if (await this.#disk.clone(source, to)) return undefined;
+      this.#reflinks = false;
+    }
+    for (let at = 0; at < size;) {
+      if (at >= skip && at < skip + skipLength) {
+        at = skip + skipLength;
+        continue;
+      }
+      const data = await this.#disk.nextData(source, at);
+      if (data < 0 || data >= size) return undefined;
+      let end = Math.min(await this.#disk.nextHole(source, data), size);
+      if (data < skip && end > skip && skipLength > 0) end = skip;
+      for (at = data; at < end;) {
+        let count = await this.#disk.copyRange(source, to, at, end - at);
+        if (count <= 0) count = await copyByHand(this.#disk, source, to, at, end - at);
+        if (count === 0) return at;
+        at += count;
+      }
+    }
+    return undefined;
+  }
+}
+
+async function copyByHand(disk: HostDisk, from: number, to: number, offset: number, length: number): Promise<number> {
+  const buffer = Buffer.allocUnsafe(Math.min(length, ZEROS.length));
+  const count = await disk.read(from, buffer, 0, offset);
+  await writeFully(disk, to, buffer.subarray(0, count), offset);
+  return count;
+}
