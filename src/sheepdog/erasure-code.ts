@@ -38,11 +38,6 @@ function pointOf(strip: number): number {
   return strip === 0 ? 0 : (EXP[strip - 1] as number);
 }
 
-/** Strips of data and of parity, as a copy policy says it (fec.h, ec_policy_to_dp). */
-export function stripsOf(copyPolicy: number): { readonly data: number; readonly parity: number } {
-  return { data: (copyPolicy >> 4) * 2, parity: copyPolicy & 15 };
-}
-
 /** The strip that is wrong, or -1 if it cannot be told which. */
 export type StripeSink = (stripe: number, wrongStrip: number) => void;
 

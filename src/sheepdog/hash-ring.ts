@@ -8,8 +8,8 @@
  * for their size; oid_to_vnodes: the first point from the object's hash on, and then the next ones in zones that have no
  * copy yet).
  */
-import type { ClusterNode, NodeDisk } from './layouts.js';
-import { objectKey } from '../store/sheep/table.js';
+import type { ClusterNode, NodeDisk } from './nodes.js';
+import { oidKey } from './object-ids.js';
 
 const FNV_INIT = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;
@@ -52,7 +52,7 @@ export class Placement {
 
   /** Position, in the list it was made from, of the node with the first copy of data object (vid, idx); -1: none. */
   nodeOf(vid: number, idx: number): number {
-    const key = objectKey(vid, idx);
+    const key = oidKey(vid, idx);
     let node = this.#remembered.get(key);
     if (node === undefined) {
       node = this.#owners[this.#find(vid, idx)] ?? -1;

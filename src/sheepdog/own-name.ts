@@ -4,7 +4,8 @@
  * between leaves nothing without a name: whoever reads such an inode here finds that one. Owns this name and where the other is.
  */
 import { textOfBytes } from '../text/name-bytes.js';
-import { MAX_VID, NAME_BYTES } from './protocol.js';
+import { MAX_VID } from './object-ids.js';
+import { NAME_BYTES } from './protocol.js';
 
 const PREFIX = 'sheepgate-renamed-';
 const OWN_NAME = new RegExp(`^${PREFIX}([0-9a-f]{1,6})$`);

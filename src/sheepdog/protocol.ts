@@ -1,6 +1,6 @@
 /**
  * Numbers of the Sheepdog wire protocol, version 2, with the names its headers give them (sheepdog_proto.h,
- * internal_proto.h). Owns no behaviour; layouts.ts has the structures.
+ * internal_proto.h). Owns no behaviour and no byte offset: structures are in the files beside this one.
  */
 
 export const DEFAULT_PORT = 7000;
@@ -115,38 +115,18 @@ export const NAME_BYTES = 256;
 export const TAG_BYTES = 256;
 /** SD_NR_VDIS bits: what READ_VDIS and READ_DEL_VDIS answer. */
 export const VDI_BITMAP_BYTES = 2 ** 24 / 8;
-export const MAX_VID = 2 ** 24 - 1;
+/** SD_DEFAULT_BLOCK_SIZE_SHIFT, and the sizes of objects that nodes allow. */
+export const DEFAULT_BLOCK_SIZE_SHIFT = 22;
+export const MIN_BLOCK_SIZE_SHIFT = 20;
+export const MAX_BLOCK_SIZE_SHIFT = 31;
+/** MAX_DATA_OBJS: entries of a table. */
+export const MAX_DATA_OBJECTS = 2 ** 20;
 
 /**
  * A hyper volume may have very many objects, and each is four bytes of memory here: 256 TiB in objects of 4 MiB. Others
  * have MAX_DATA_OBJECTS at most.
  */
 export const MAX_HYPER_OBJECTS = 2 ** 26;
-
-/** Offsets in struct sd_inode. */
-export const INODE_NAME_OFFSET = 0;
-export const INODE_TAG_OFFSET = 256;
-export const INODE_SNAP_CTIME_OFFSET = 520;
-export const INODE_VDI_SIZE_OFFSET = 536;
-export const INODE_BTREE_COUNTER_OFFSET = 568;
-export const INODE_HEADER_BYTES = 572;
-export const INODE_TABLE_OFFSET = 4664;
-export const INODE_ENTRY_BYTES = 4;
-export const INODE_GREF_OFFSET = 4_198_968;
-/** struct generation_reference: generation, then count. */
-export const GREF_BYTES = 8;
-
-/** The upper half of an inode's oid is this bit and the vid (VDI_BIT, VDI_SPACE_SHIFT); the lower half is 0. */
-const VDI_BIT_HIGH = 0x8000_0000;
-
-export function inodeHigh(vid: number): number {
-  return (VDI_BIT_HIGH | vid) >>> 0;
-}
-
-/** Of any object, by the upper half of its oid: what is above the vid says what kind it is of. */
-export function vidOf(high: number): number {
-  return high & MAX_VID;
-}
 
 /** struct sd_node without HAVE_DISKVNODES, and the longest list of them. With it there are fewer, and they need no more room. */
 export const NODE_BYTES = 80;

@@ -3,8 +3,8 @@
  * epochs (internal_proto.h). Owns their byte offsets; decides and sends nothing.
  */
 import { blob, nu64, struct, u32, u8 } from 'buffer-layout';
-import { addressLabel } from '../store/sheep/cluster-address.js';
-import { addressText, decodeNodes, type ClusterNode } from './layouts.js';
+import { addressLabel } from './node-address.js';
+import { addressText, decodeNodes, type ClusterNode } from './nodes.js';
 
 /** SD_MAX_COPIES, which bounds those who share a lock. */
 const MAX_PARTICIPANTS = 31;
@@ -110,10 +110,8 @@ export function decodeRecovery(bytes: Buffer): Recovery | null {
   return { phase: PHASES[state] ?? 'copying', done: finished, total };
 }
 
-/** struct sd_req, cluster.nodes_nr: how many nodes there is room for in each of the logs that are asked for. */
-export const NODES_NR_OFFSET = 40;
 /** struct epoch_log without its nodes. */
-export const EPOCH_LOG_BYTES = 48;
+const EPOCH_LOG_BYTES = 48;
 
 interface EpochLogLayout {
   timeSec: number;
@@ -131,6 +129,11 @@ const epochLogLayout = struct<EpochLogLayout>([
   blob(EPOCH_LOG_BYTES - 25, 'what the cluster says of itself'),
 ]);
 
+/** Bytes of a log with room for that many nodes, each of `nodeBytes`. */
+export function epochLogBytes(roomForNodes: number, nodeBytes: number): number {
+  return EPOCH_LOG_BYTES + roomForNodes * nodeBytes;
+}
+
 /** The members of a time, from one change of them to the next. */
 export interface Epoch {
   readonly epoch: number;
@@ -145,7 +148,7 @@ export function decodeEpochs(
   roomForNodes: number,
   nodeBytes: number,
 ): { readonly epochs: Epoch[]; readonly isRecoveryDisabled: boolean } {
-  const stride = EPOCH_LOG_BYTES + roomForNodes * nodeBytes;
+  const stride = epochLogBytes(roomForNodes, nodeBytes);
   const epochs: Epoch[] = [];
   let isRecoveryDisabled = false;
   for (let at = 0; at + stride <= logs.length; at += stride) {

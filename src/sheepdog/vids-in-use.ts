@@ -3,7 +3,7 @@
  * vid from a place that its name says (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
  */
 import { bytesOfText } from '../text/name-bytes.js';
-import { MAX_VID } from './protocol.js';
+import { MAX_VID } from './object-ids.js';
 
 const FNV_OFFSET = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;

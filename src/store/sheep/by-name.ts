@@ -4,15 +4,14 @@
  * it, and two snapshots may have one id. Owns that nothing is asked for by a name under which the nodes find anything else.
  */
 import { StoreError } from '../object-store.js';
-import { bytesOfText } from '../../text/name-bytes.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
-import type { Inode } from '../../sheepdog/layouts.js';
 import { INODE_FORMER_NAME_OFFSET, ownName } from '../../sheepdog/own-name.js';
-import { INODE_NAME_OFFSET, NAME_BYTES } from '../../sheepdog/protocol.js';
+import { encodeName } from '../../sheepdog/text-fields.js';
+import { type Inode, INODE_NAME_OFFSET } from '../../sheepdog/inode.js';
 
 /** Errors: LOCKED; MOVED if somebody else takes a snapshot at this moment; IO if the nodes would lock another VDI. */
-export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<void> {
+export async function lockByName(cluster: ClusterClient, inode: Inode, recyclesVids: boolean): Promise<void> {
   const lock = async (name: string): Promise<number> => {
     const locked = await cluster.lock(name, inode.name);
     if (locked === inode.vid) return locked;
@@ -35,7 +34,10 @@ export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: b
 const DELETED_PREFIX = 'sheepgate-deleted-';
 
 /** Whether the nodes find `inode` where they look for its name, and for its id if it is a snapshot. */
-export async function isFoundByName(cluster: Cluster, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
+export async function isFoundByName(
+  cluster: ClusterClient,
+  { vid, name, isSnapshot, snapId }: Inode,
+): Promise<boolean> {
   return (await cluster.lookup(name, isSnapshot ? snapId : 0)) === vid;
 }
 
@@ -43,7 +45,7 @@ export async function isFoundByName(cluster: Cluster, { vid, name, isSnapshot, s
  * Whether it still is what we know it as. Nodes answer a look-up when they are through with the snapshot that somebody else
  * takes, so only what is asked after one is certain.
  */
-export async function isUnchanged(cluster: Cluster, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
+export async function isUnchanged(cluster: ClusterClient, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
   const now = await cluster.readInode(vid);
   return now.name === name && now.isSnapshot === isSnapshot && now.snapId === snapId;
 }
@@ -53,7 +55,7 @@ export async function isUnchanged(cluster: Cluster, { vid, name, isSnapshot, sna
  * asked for `underOwnName`. Errors: IO, when nothing has been done.
  */
 export async function mayGoByName(
-  cluster: Cluster,
+  cluster: ClusterClient,
   inode: Inode,
   recyclesVids: boolean,
   done: string,
@@ -77,12 +79,12 @@ export async function mayGoByName(
  * Wherever this ends, both are found here by the name of before.
  */
 export async function underOwnName(
-  cluster: Cluster,
+  cluster: ClusterClient,
   { vid, name }: Inode,
   request: (name: string) => Promise<number>,
 ): Promise<number> {
   const own = ownName(vid);
-  await cluster.writeInodeBytes(vid, INODE_FORMER_NAME_OFFSET, nameBytes(name));
+  await cluster.writeInodeBytes(vid, INODE_FORMER_NAME_OFFSET, encodeName(name));
   try {
     await writeName(cluster, vid, own);
     const made = await request(own);
@@ -97,7 +99,7 @@ export async function underOwnName(
  * Give what is to be deleted a name that the nodes find it by, where vids are used again; it says what became of it, should
  * this end here. Before its table is cleared. Errors: IO, when nothing has been done.
  */
-export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<Inode> {
+export async function nameToDelete(cluster: ClusterClient, inode: Inode, recyclesVids: boolean): Promise<Inode> {
   if (await isFoundByName(cluster, inode)) return inode;
   if (!(await isUnchanged(cluster, inode))) {
     throw new StoreError(
@@ -119,7 +121,7 @@ export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids:
  * The record, whose table is clear. False if the nodes have kept it: somebody else has made objects in it meanwhile. Errors: IO
  * if something else is gone then.
  */
-export async function deleteByName(cluster: Cluster, inode: Inode): Promise<boolean> {
+export async function deleteByName(cluster: ClusterClient, inode: Inode): Promise<boolean> {
   const { vid, name, isSnapshot, snapId } = inode;
   // Its objects were given up meanwhile: somebody else may have taken a snapshot.
   if (!(await isFoundByName(cluster, inode))) {
@@ -138,14 +140,8 @@ export async function deleteByName(cluster: Cluster, inode: Inode): Promise<bool
   );
 }
 
-function writeName(cluster: Cluster, vid: number, name: string): Promise<void> {
-  return cluster.writeInodeBytes(vid, INODE_NAME_OFFSET, nameBytes(name));
-}
-
-function nameBytes(name: string): Buffer {
-  const bytes = Buffer.alloc(NAME_BYTES);
-  bytesOfText(name).copy(bytes, 0, 0, NAME_BYTES - 1);
-  return bytes;
+function writeName(cluster: ClusterClient, vid: number, name: string): Promise<void> {
+  return cluster.writeInodeBytes(vid, INODE_NAME_OFFSET, encodeName(name));
 }
 
 function hitsAnother({ vid, name }: Inode, found: number, done: string): StoreError {

@@ -3,24 +3,10 @@
  * it. Owns the syntax, nothing else; every command reads it, so it loads nothing of what speaks to a cluster.
  */
 import { StoreError } from '../object-store.js';
+import { addressLabel, canonicalHost, type NodeAddress } from '../../sheepdog/node-address.js';
 import { DEFAULT_PORT } from '../../sheepdog/protocol.js';
 
-export interface NodeAddress {
-  readonly host: string;
-  readonly port: number;
-}
-
-/** Of an IPv6 address, without brackets, the one way to write it; anything else as it is. A zone ("%eth0") stays. */
-export function canonicalHost(host: string): string {
-  if (!host.includes(':')) return host;
-  const [address = '', ...zone] = host.split('%');
-  if (!URL.canParse(`http://[${address}]`)) return host;
-  return [new URL(`http://[${address}]`).hostname.slice(1, -1), ...zone].join('%');
-}
-
-export function addressLabel({ host, port }: NodeAddress): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
-}
+export { addressLabel, type NodeAddress };
 
 /** Marks a location as a cluster's; a directory never begins like this. */
 const CLUSTER_SCHEME = 'sheepdog://';

@@ -6,19 +6,10 @@
 import { StoreError, type Redundancy } from '../object-store.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
 import { clusterStateName, type StateName } from './cluster-state.js';
+import { decodedOr } from './format-errors.js';
 import { ConnectionLost, NoAnswer, NodeConnection, type Answer } from './connection.js';
-import { redundancyOf, zonesIn } from '../../sheepdog/copy-policy.js';
+import { zonesIn } from '../../sheepdog/copy-policy.js';
 import { greet } from './greeting.js';
-import {
-  decodeClusterInfo,
-  decodeNodes,
-  decodeOldClusterInfo,
-  encodeVdiRequest,
-  inVersion,
-  nodeResponse,
-  type ClusterInfo,
-  type ClusterNode,
-} from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   ClusterFlag,
@@ -32,12 +23,15 @@ import {
 import {
   decodeEpochs,
   decodeRecovery,
-  EPOCH_LOG_BYTES,
-  NODES_NR_OFFSET,
+  epochLogBytes,
   RECOVERY_BYTES,
   type Epoch,
   type Recovery,
 } from '../../sheepdog/state-layouts.js';
+import { decodeClusterInfo, decodeOldClusterInfo, type ClusterInfo } from '../../sheepdog/cluster-info.js';
+import { encodeEpochLogRequest, encodeVdiRequest, inVersion, nodeResponse } from '../../sheepdog/headers.js';
+import { decodeNodes, type ClusterNode } from '../../sheepdog/nodes.js';
+import { redundancyOf } from './redundancy-of.js';
 
 /** A node that takes longer to be connected to, or to answer, is told to be silent. */
 const CONNECT_MS = 2_000;
@@ -193,7 +187,7 @@ async function listNodes(connection: NodeConnection, version: SheepVersion): Pro
   const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { version, receive }), 'its nodes');
   const count = nodeResponse.decode(answer.header).nrNodes;
   const nodeBytes = count === 0 ? NODE_BYTES : answer.length / count;
-  return { nodes: decodeNodes(receive.subarray(0, answer.length), count), nodeBytes };
+  return { nodes: decodedOr('IO', () => decodeNodes(receive.subarray(0, answer.length), count)), nodeBytes };
 }
 
 /** One that does not tell of earlier members is no reason to tell nothing. */
@@ -207,11 +201,14 @@ async function readEpochs(
   if (version !== '1.0') return { epochs: [], isRecoveryDisabled: false };
   let room = nodes.length + SPARE_NODES;
   while (room <= MAX_NODES) {
-    const stride = EPOCH_LOG_BYTES + room * nodeBytes;
+    const stride = epochLogBytes(room, nodeBytes);
     const receive = Buffer.alloc(Math.min(count, Math.floor(MAX_LOG_BYTES / stride)) * stride);
-    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { version, receive, room });
+    const header = encodeEpochLogRequest(receive.length, room);
+    const { result, length } = await connection.send({ header, receive }, ANSWER_MS);
     // Of a cluster that does not serve the result says why, and the logs are there all the same.
-    if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
+    if (result !== Result.BUFFER_SMALL) {
+      return decodedOr('IO', () => decodeEpochs(receive.subarray(0, length), room, nodeBytes));
+    }
     room *= 2;
   }
   return { epochs: [], isRecoveryDisabled: false };
@@ -265,19 +262,15 @@ async function stateOf(
 interface Asked {
   readonly receive?: Buffer;
   readonly version?: SheepVersion;
-  /** Of STAT_CLUSTER: nodes that there is room for in each log. */
-  readonly room?: number;
   readonly answerMs?: number;
 }
 
 function ask(
   connection: NodeConnection,
   opcode: number,
-  { receive, version = '1.0', room = 0, answerMs = ANSWER_MS }: Asked,
+  { receive, version = '1.0', answerMs = ANSWER_MS }: Asked,
 ): Promise<Answer> {
-  const header = encodeVdiRequest(opcode, 0, receive?.length ?? 0);
-  inVersion(header, version);
-  header.writeUInt32LE(room, NODES_NR_OFFSET);
+  const header = inVersion(encodeVdiRequest(opcode, 0, receive?.length ?? 0), version);
   return connection.send({ header, receive }, answerMs);
 }
 

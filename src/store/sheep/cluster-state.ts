@@ -1,6 +1,6 @@
 /** Whether a cluster serves, and what to do if it does not. Owns the words for it, asks nobody. */
-import type { ClusterInfo } from '../../sheepdog/layouts.js';
 import { STATUS_RUNNING, STATUS_WAITING } from '../../sheepdog/protocol.js';
+import type { ClusterInfo } from '../../sheepdog/cluster-info.js';
 
 export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
 

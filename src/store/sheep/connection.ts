@@ -10,12 +10,14 @@
 import net from 'node:net';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import {
-  DATA_LENGTH_OFFSET,
-  EPOCH_OFFSET,
-  ID_OFFSET,
-  PAYLOAD_OFFSET_OFFSET,
-  RESULT_OFFSET,
-} from '../../sheepdog/layouts.js';
+  opcodeOf,
+  responseEpoch,
+  responseId,
+  responseLength,
+  responsePayloadOffset,
+  responseResult,
+  setId,
+} from '../../sheepdog/headers.js';
 import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from '../../sheepdog/protocol.js';
 
 export const CONNECT_TIMEOUT_MS = 5_000;
@@ -227,7 +229,7 @@ export class NodeConnection {
         return;
       }
       const id = this.#nextId();
-      request.header.writeUInt32LE(id, ID_OFFSET);
+      setId(request.header, id);
       const sentAt = performance.now();
       this.#pending.set(id, { request, sentAt, deadline: sentAt + timeoutMs, resolve, reject });
       this.sent++;
@@ -373,14 +375,14 @@ export class NodeConnection {
 
   /** A header has come; it lies in `bytes` at `at`. */
   #beginAnswer(bytes: Buffer, at: number): void {
-    const id = bytes.readUInt32LE(at + ID_OFFSET);
-    const length = bytes.readUInt32LE(at + DATA_LENGTH_OFFSET);
+    const id = responseId(bytes, at);
+    const length = responseLength(bytes, at);
     const pending = this.#pending.get(id);
     if (!pending || length > MAX_PAYLOAD_BYTES) {
       this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
       return;
     }
-    const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
+    const epoch = responseEpoch(bytes, at);
     // Each time: answers on another connection may have come out of order.
     this.#peer.epoch = epoch;
     if (epoch !== this.#epoch) {
@@ -388,16 +390,17 @@ export class NodeConnection {
       this.#onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;
+    const opcode = opcodeOf(asked);
     // Only answers to object reads say where their payload belongs; the field means something else in others.
-    const saysWhere = length > 0 && receive && length < receive.length && asked[1] === Opcode.READ_OBJ;
-    const offset = saysWhere ? Number(bytes.readBigUInt64LE(at + PAYLOAD_OFFSET_OFFSET)) : 0;
+    const saysWhere = length > 0 && receive && length < receive.length && opcode === Opcode.READ_OBJ;
+    const offset = saysWhere ? responsePayloadOffset(bytes, at) : 0;
     if (receive && offset + length > receive.length) {
       this.#lose(new NotSheepdog(`${this.#label} answered ${length} bytes at ${offset}, more than was asked for`));
       return;
     }
-    const isObject = OBJECT_OPCODES.has(asked[1] as number);
+    const isObject = OBJECT_OPCODES.has(opcode);
     const header = isObject ? NO_HEADER : Buffer.from(bytes.subarray(at, at + HEADER_BYTES));
-    this.#answer = { result: bytes.readUInt32LE(at + RESULT_OFFSET), epoch, length, header };
+    this.#answer = { result: responseResult(bytes, at), epoch, length, header };
     this.#receiving = pending;
     this.#receivingId = id;
     this.#payloadOffset = offset;

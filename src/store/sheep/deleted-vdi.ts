@@ -3,10 +3,12 @@
  * will ever clear, and nodes delete a VDI with objects in its table by half only: it is gone from their lists, its inode keeps
  * its name, and the name stays taken (sheep/vdi.c, delete_vdi_work). Owns how both are brought to their end; state it has none.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { MAX_DATA_OBJECTS, type StoreError } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { clearTable, inParallel, sleep } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { clearTable } from './clear-table.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 const PARALLEL_REMOVALS = 16;
 /** A node answers that a VDI is deleted, and writes its inode, before all of them show its vid as deleted. */
@@ -22,7 +24,7 @@ export function isSameVdi(found: Inode, known: Inode): boolean {
  * Whether the VDI that had this inode is gone: its vid is another's, or the nodes count it as deleted. One inode that reads
  * otherwise proves nothing: a copy may be damaged.
  */
-export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean> {
+export async function isDeleted(cluster: ClusterClient, known: Inode): Promise<boolean> {
   const found = await cluster.readInode(known.vid).catch(goneIsNone);
   if (found && isSameVdi(found, known)) return false;
   if (found && found.name !== '' && found.createdAt !== known.createdAt) return true;
@@ -39,7 +41,7 @@ export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean
  * started knows those of the inodes on its own disk, until the others have told it of theirs, and answers meanwhile. Only
  * where vids are used again it is forgotten what was deleted, and then its inode is gone as well (sheep/vdi.c, do_vid_gc).
  */
-async function countsAsDeleted(cluster: Cluster, vid: number, found: Inode | undefined): Promise<boolean> {
+async function countsAsDeleted(cluster: ClusterClient, vid: number, found: Inode | undefined): Promise<boolean> {
   const vids = await cluster.vids();
   return vids.isDeleted(vid) || (cluster.recyclesVids && !found && !vids.isUsed(vid));
 }
@@ -49,7 +51,7 @@ async function countsAsDeleted(cluster: Cluster, vid: number, found: Inode | und
  * own that no table refers to. Nothing is touched if it is there, or if its vid is another VDI's by now. Errors: the cluster's.
  */
 export async function removeLeftObjects(
-  cluster: Cluster,
+  cluster: ClusterClient,
   inode: Inode,
   made: readonly { readonly idx: number }[] = [],
 ): Promise<void> {

@@ -5,7 +5,6 @@
  */
 import { addressLabel } from './cluster-address.js';
 import { ConnectionLost, NoAnswer, type NodeConnection } from './connection.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   OLD_SHEEP_PROTO_VER,
@@ -14,11 +13,11 @@ import {
   SHEEP_PROTO_VER,
   type SheepVersion,
 } from '../../sheepdog/protocol.js';
+import { encodeVdiRequest, withProtoVer } from '../../sheepdog/headers.js';
+import { RECOVERY_BYTES } from '../../sheepdog/state-layouts.js';
 
 /** What is answered, which nobody reads: one for all. */
 const ANSWER = Buffer.allocUnsafeSlow(CLUSTER_INFO_ROOM);
-/** struct recovery_state. */
-const RECOVERY_STATE_BYTES = 24;
 /** What a node says of itself instead of an answer. */
 export const NOT_SERVING: ReadonlySet<number> = new Set([
   Result.STARTUP,
@@ -65,7 +64,7 @@ export async function serves(
 ): Promise<boolean> {
   if (version !== '1.0') return true;
   const deadline = performance.now() + timeoutMs;
-  const result = await resultOf(connection, Opcode.STAT_RECOVERY, SHEEP_PROTO_VER, deadline, RECOVERY_STATE_BYTES);
+  const result = await resultOf(connection, Opcode.STAT_RECOVERY, SHEEP_PROTO_VER, deadline, RECOVERY_BYTES);
   return !NOT_SERVING.has(result);
 }
 
@@ -85,8 +84,7 @@ async function resultOf(
   deadline: number,
   room = ANSWER.length,
 ): Promise<number> {
-  const header = encodeVdiRequest(opcode, 0, room);
-  header[0] = version;
+  const header = withProtoVer(encodeVdiRequest(opcode, 0, room), version);
   try {
     const timeoutMs = Math.max(LEAST_GREETING_MS, deadline - performance.now());
     return (

@@ -7,6 +7,7 @@
  * Nodes take every write that lies within the place of the table for a change of a table, and give up what they think it
  * referred to (sheep_priv.h, is_data_vid_update): they know nothing of trees. What is written there begins in front of it.
  */
+import { BTREE_COUNTER_BYTES, decodeBtreeCounter, encodeBtreeCounter } from '../../sheepdog/inode.js';
 import type { StoreError } from '../object-store.js';
 import {
   eachEntry,
@@ -14,18 +15,17 @@ import {
   encodeLeaf,
   encodeRoot,
   LEAF_ENTRY_BYTES,
-  leafHigh,
   NODE_HEADER_BYTES,
-  readLeaf,
-  readRoot,
   type IndexRoot,
   type LeafPointer,
 } from '../../sheepdog/btree.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { INODE_BTREE_COUNTER_OFFSET } from '../../sheepdog/protocol.js';
-import { indexKey, inParallel, inRuns } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { inRuns, type EntryChange } from './table-runs.js';
+import { indexPartKey } from '../../sheepdog/object-ids.js';
 import type { WriteOrder } from './write-order.js';
+import { type Inode, INODE_BTREE_COUNTER_OFFSET } from '../../sheepdog/inode.js';
+import { leafHigh } from '../../sheepdog/object-ids.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 /** Entries of a leaf. A leaf of 512 KiB for 256 GiB of disk; nodes would have room for eight times as many. */
 const REGION = 2 ** 16;
@@ -35,15 +35,9 @@ const PARALLEL_REMOVALS = 64;
 /** Leaves are numbered from 0, and this stands for the root. */
 const ROOT_KEY = 0;
 
-export interface EntryChange {
-  readonly idx: number;
-  /** 0: none. */
-  readonly owner: number;
-}
-
 /** What a HyperIndex needs of its store. */
 export interface HyperIndexHost {
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly order: WriteOrder;
   /** Do it again while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
@@ -126,11 +120,11 @@ export class HyperIndex {
   /** Counted before they are used, so that whoever deletes the volume knows of all leaves that may be there. */
   async #takeNumbers(count: number): Promise<number> {
     const { cluster } = this.#host;
-    const bytes = Buffer.alloc(4);
-    await cluster.readInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes);
-    const first = bytes.readUInt32LE();
-    bytes.writeUInt32LE(first + count);
-    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes));
+    const counter = Buffer.alloc(BTREE_COUNTER_BYTES);
+    await cluster.readInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, counter);
+    const first = decodeBtreeCounter(counter);
+    const next = encodeBtreeCounter(first + count);
+    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, next));
     return first;
   }
 
@@ -147,7 +141,7 @@ export class HyperIndex {
   /** The leaves, if each has the shape that this gives them; undefined if any has not. */
   async #recognise(): Promise<Map<number, number> | undefined> {
     const { cluster } = this.#host;
-    const root = await readRoot(cluster.readObject, this.#vid);
+    const root = await cluster.readIndexRoot(this.#vid);
     if (!root.leaves) return undefined;
     const leaves = new Map<number, number>();
     for (const { lastIdx, high, low } of root.leaves) {
@@ -156,7 +150,7 @@ export class HyperIndex {
     }
     let isOurs = leaves.size === root.leaves.length;
     await inParallel(PARALLEL_LEAVES, root.leaves, async (pointer) => {
-      if (!isWhole(await readLeaf(cluster.readObject, this.#vid, pointer), pointer.lastIdx)) isOurs = false;
+      if (!isWhole(await cluster.readIndexLeaf(this.#vid, pointer), pointer.lastIdx)) isOurs = false;
     });
     return isOurs ? leaves : undefined;
   }
@@ -164,7 +158,7 @@ export class HyperIndex {
   /** New leaves first, then the root, then away with the old ones: at any time there is one index that is whole. */
   async #layOut(map: Uint32Array): Promise<Map<number, number>> {
     const { cluster } = this.#host;
-    const before = await readRoot(cluster.readObject, this.#vid);
+    const before = await cluster.readIndexRoot(this.#vid);
     const regions: [number, Uint32Array][] = [];
     for (let region = 0; region * REGION < map.length; region++) {
       const part = map.subarray(region * REGION, (region + 1) * REGION);
@@ -190,7 +184,7 @@ export class HyperIndex {
 
   #ordered(part: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
     const { order } = this.#host;
-    return order.run(indexKey(this.#vid, part), from, length, () => this.#host.unlessGone(write));
+    return order.run(indexPartKey(this.#vid, part), from, length, () => this.#host.unlessGone(write));
   }
 }
 
@@ -198,13 +192,13 @@ export class HyperIndex {
  * Remove the objects of a hyper volume and its index, and leave its inode as if nothing had been written: what nodes do
  * themselves when it is deleted leaves the leaves behind. Begun anew after a failure it goes on.
  */
-export async function clearHyper(cluster: Cluster, { vid }: Inode): Promise<void> {
-  const root = await readRoot(cluster.readObject, vid);
+export async function clearHyper(cluster: ClusterClient, { vid }: Inode): Promise<void> {
+  const root = await cluster.readIndexRoot(vid);
   if (root.entries) await removeOwned(cluster, vid, root.entries);
   for (const leaf of root.leaves ?? []) {
     let entries: Buffer;
     try {
-      entries = await readLeaf(cluster.readObject, vid, leaf);
+      entries = await cluster.readIndexLeaf(vid, leaf);
     } catch (error) {
       if ((error as StoreError).code !== 'GONE') throw error;
       continue;
@@ -212,14 +206,14 @@ export async function clearHyper(cluster: Cluster, { vid }: Inode): Promise<void
     await removeOwned(cluster, vid, entries);
   }
   await cluster.writeTableBytes(vid, encodeLeaf(0, []));
-  const counter = Buffer.alloc(4);
+  const counter = Buffer.alloc(BTREE_COUNTER_BYTES);
   await cluster.readInodeBytes(vid, INODE_BTREE_COUNTER_OFFSET, counter);
-  const numbers = Array.from({ length: counter.readUInt32LE() }, (_, leaf) => leaf);
+  const numbers = Array.from({ length: decodeBtreeCounter(counter) }, (_, leaf) => leaf);
   await inParallel(PARALLEL_REMOVALS, numbers, (leaf) => cluster.removeObject(leafHigh(vid), leaf));
 }
 
 /** What belongs to another vid is not this volume's to remove. */
-async function removeOwned(cluster: Cluster, vid: number, entries: Buffer): Promise<void> {
+async function removeOwned(cluster: ClusterClient, vid: number, entries: Buffer): Promise<void> {
   const owned: number[] = [];
   eachEntry(entries, (idx, owner) => {
     if (owner === vid) owned.push(idx);

@@ -2,8 +2,9 @@
  * What is said of a VDI or snapshot where its name and tag may say another one. Owns when that is so.
  */
 import { inOrder, type VdiRecord } from '../object-store.js';
-import { recordOf, type Inode } from '../../sheepdog/layouts.js';
-import { isShadow } from './shadow.js';
+import { isShadow } from './shadow-names.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { recordOf } from './vdi-record.js';
 
 /** A tag that `dog` takes for an id. */
 export const NUMBER = /^\s*[+-]?\d+$/;

@@ -3,12 +3,13 @@
  * leave a lock where it is when a snapshot is taken, so the working VDI, which has a new vid then, looks free until its holder
  * has followed. Owns the order in which locks are taken and given up; which VDIs are open is the store's to know.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../object-store.js';
 import { lockByName } from './by-name.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone } from './deleted-vdi.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { inParallel, sleep } from './table.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 /** Who finds that a disk is somebody else's after all gives its new lock back in that time. */
 const NEXT_LOCK_MS = 2_000;
@@ -16,11 +17,11 @@ const NEXT_LOCK_POLL_MS = 50;
 const PARALLEL_READS = 64;
 
 export class Locks {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #isEnforced: boolean;
   readonly #recyclesVids: boolean;
 
-  constructor(cluster: Cluster, options: { readonly isEnforced: boolean; readonly recyclesVids: boolean }) {
+  constructor(cluster: ClusterClient, options: { readonly isEnforced: boolean; readonly recyclesVids: boolean }) {
     this.#cluster = cluster;
     this.#isEnforced = options.isEnforced;
     this.#recyclesVids = options.recyclesVids;

@@ -4,16 +4,22 @@
  * can still be known of one: changes nothing.
  */
 import { StoreError, type DamagedVdi } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { isShadowName } from './shadow.js';
-import { inParallel } from './table.js';
+import { isShadowName } from './shadow-names.js';
 import type { VidsInUse } from '../../sheepdog/vids-in-use.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 const PARALLEL_READS = 64;
 
+/** What a look-up needs of a cluster. */
+export interface InodeSource {
+  readonly recyclesVids: boolean;
+  vids(): Promise<VidsInUse>;
+  readInode(vid: number): Promise<Inode>;
+}
+
 /** The vid of a name's working VDI, or of its snapshot with that id, among the inodes that there are; 0 if there is none. */
-export async function lookupAround(cluster: Cluster, name: string, snapId: number): Promise<number> {
+export async function lookupAround(cluster: InodeSource, name: string, snapId: number): Promise<number> {
   const vids = await cluster.vids();
   const places = cluster.recyclesVids ? vids.live() : vids.placesOf(name);
   let found = 0;
@@ -25,8 +31,35 @@ export async function lookupAround(cluster: Cluster, name: string, snapId: numbe
   return found;
 }
 
+/** VDIs and snapshots that no node has the inode of; with `name`, those that may have that name are among them. */
+export async function findLost(cluster: InodeSource, name?: string): Promise<DamagedVdi[]> {
+  const vids = await cluster.vids();
+  const isAnywhere = name === undefined || cluster.recyclesVids;
+  const places = isAnywhere ? vids.live() : vids.placesOf(name);
+  const known: Inode[] = [];
+  const lost: number[] = [];
+  await inParallel(PARALLEL_READS, places, async (vid) => {
+    const inode = await inodeOrLost(cluster, vid);
+    if (inode) known.push(inode);
+    else lost.push(vid);
+  });
+  if (lost.length === 0) return [];
+  // Deleted since, or made this moment.
+  const now = await cluster.vids();
+  const still: number[] = [];
+  await inParallel(PARALLEL_READS, lost, async (vid) => {
+    if (now.isLive(vid) && !(await inodeOrLost(cluster, vid))) still.push(vid);
+  });
+  return describeLost(
+    still.sort((a, b) => a - b),
+    known,
+    now,
+    cluster.recyclesVids,
+  );
+}
+
 /** Undefined if no node has it. Errors: StoreError but GONE. */
-export async function inodeOrLost(cluster: Cluster, vid: number): Promise<Inode | undefined> {
+export async function inodeOrLost(cluster: InodeSource, vid: number): Promise<Inode | undefined> {
   try {
     return await cluster.readInode(vid);
   } catch (error) {

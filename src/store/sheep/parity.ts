@@ -7,12 +7,12 @@
  *
  * Owns which objects of one VDI are to be written again, and writes them.
  */
-import type { Cluster } from './cluster-client.js';
-import { objectKey } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 import type { WriteOrder } from './write-order.js';
 
 export interface ParityHost {
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly order: WriteOrder;
   log(line: string, details?: object): void;
 }
@@ -92,7 +92,7 @@ export class OldParity {
   async #renewObject(vid: number, idx: number, written: Set<number>): Promise<void> {
     const { cluster, order } = this.#host;
     const bytes = Buffer.alloc(2 ** this.#vdi.record.blockSizeShift);
-    await order.run(objectKey(vid, idx), 0, bytes.length, async () => {
+    await order.run(oidKey(vid, idx), 0, bytes.length, async () => {
       // It may have been let go.
       if (this.#vdi.map[idx] === vid) {
         await cluster.readData(vid, idx, 0, bytes);

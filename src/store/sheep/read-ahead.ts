@@ -6,8 +6,8 @@
  */
 import type { ReadCount } from '../object-store.js';
 import { MAX_PIECE_BYTES } from './pieces.js';
-import { isLost } from './shadow.js';
-import { objectKey } from './table.js';
+import { isLost } from './lost-owner.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 
 /** One request; it is used up by several reads of the kernel's usual 128 KiB. */
 const PIECE_BYTES = MAX_PIECE_BYTES;
@@ -101,7 +101,7 @@ export class ReadAhead {
    */
   read(vid: number, idx: number, offset: number, into: Buffer): false | Promise<boolean> {
     if (this.#pieces.size === 0) return false;
-    const pieces = this.#covering(objectKey(vid, idx), offset, offset + into.length);
+    const pieces = this.#covering(oidKey(vid, idx), offset, offset + into.length);
     return pieces !== undefined && this.#take(pieces, offset, into);
   }
 
@@ -143,7 +143,7 @@ export class ReadAhead {
   /** The object is being changed, or has just been: nothing fetched of it so far is true. */
   forget(vid: number, idx: number): void {
     if (this.#pieces.size === 0) return;
-    const pieces = this.#byObject.get(objectKey(vid, idx));
+    const pieces = this.#byObject.get(oidKey(vid, idx));
     if (pieces) for (const piece of [...pieces]) this.#drop(piece);
   }
 
@@ -166,7 +166,7 @@ export class ReadAhead {
   }
 
   #ask(vid: number, idx: number, offset: number, length: number): void {
-    const object = objectKey(vid, idx);
+    const object = oidKey(vid, idx);
     if (this.#covering(object, offset, offset + length)) return;
     while (this.#pieces.size >= MAX_PIECES) {
       const [oldest] = this.#pieces;

@@ -12,12 +12,14 @@
  * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads and writes of data.
  */
 import type { Answer, WireRequest } from './connection.js';
-import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../../sheepdog/layouts.js';
+import { zonesIn } from '../../sheepdog/copy-policy.js';
+import { decodeRecovery, RECOVERY_BYTES } from '../../sheepdog/state-layouts.js';
 import { Pauses } from '../../system/pauses.js';
-import { Flag, Opcode, Result, vidOf } from '../../sheepdog/protocol.js';
+import { Flag, Opcode, Result } from '../../sheepdog/protocol.js';
+import { encodeObjectRequest, encodeVdiRequest } from '../../sheepdog/headers.js';
+import type { ClusterNode } from '../../sheepdog/nodes.js';
+import { oidText, vidOf } from '../../sheepdog/object-ids.js';
 
-/** struct recovery_state: whether there is any in the first byte, then its step, objects finished and objects in all. */
-const RECOVERY_STATE_BYTES = 24;
 /** Between looks at the nodes while any of them recovers. */
 const WATCH_MS = 250;
 /** Looks in a row that must find no recovery: one that a request has started may outlive the list. */
@@ -117,7 +119,7 @@ export class RecoveryWatch {
    * bring the object to its places.
    */
   async settle(high: number, low: number, copies: number): Promise<void> {
-    const key = oidOf(high, low);
+    const key = oidText(high, low);
     while (!this.isSteady && !this.#isClosed && !this.#settled.has(key)) {
       let settling = this.#settling.get(key);
       if (!settling) {
@@ -130,7 +132,7 @@ export class RecoveryWatch {
 
   /** It is made anew, or removed. */
   forget(high: number, low: number): void {
-    if (!this.isSteady) this.#settled.delete(oidOf(high, low));
+    if (!this.isSteady) this.#settled.delete(oidText(high, low));
   }
 
   async #settleNow(high: number, low: number, copies: number): Promise<void> {
@@ -146,13 +148,13 @@ export class RecoveryWatch {
       }
       if (!(await this.#isInPlace(high, low, copies))) await this.#fetch(high, low);
     } else if (!isRecent) {
-      this.#settled.add(oidOf(high, low));
+      this.#settled.add(oidText(high, low));
       return;
     }
     const since = isRecent ? this.#changedAt : begun;
     const hold = HOLD_SHARE * (performance.now() - since);
     await this.#pauses.wait(Math.min(LONGEST_HOLD_MS, Math.max(LEAST_HOLD_MS, hold)));
-    if (this.epoch === epoch) this.#settled.add(oidOf(high, low));
+    if (this.epoch === epoch) this.#settled.add(oidText(high, low));
   }
 
   /** Have its nodes recover it, which a write of nothing waits for. It need not be there at all. */
@@ -249,11 +251,10 @@ export class RecoveryWatch {
       this.#noteEarlier(listedAt, answers);
       // Who they are is for those to say who know it.
       if (listedAt < this.epoch) return false;
-      const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
-      this.#members = { epoch, nodes, zones };
+      this.#members = { epoch, nodes, zones: zonesIn(nodes) };
       if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;
       const isQuiet = (answer: Answer | undefined, n: number): boolean =>
-        answer?.epoch === epoch && requests[n]?.receive[0] === 0;
+        answer?.epoch === epoch && decodeRecovery((requests[n] as RecoveryRequest).receive) === null;
       return answers.every(isQuiet);
     } catch {
       return undefined;
@@ -261,13 +262,11 @@ export class RecoveryWatch {
   }
 }
 
-function recoveryRequest(): WireRequest & { readonly receive: Buffer } {
-  return {
-    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
-    receive: Buffer.alloc(RECOVERY_STATE_BYTES),
-  };
-}
+type RecoveryRequest = WireRequest & { readonly receive: Buffer };
 
-function oidOf(high: number, low: number): string {
-  return `${high}/${low}`;
+function recoveryRequest(): RecoveryRequest {
+  return {
+    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_BYTES),
+    receive: Buffer.alloc(RECOVERY_BYTES),
+  };
 }

@@ -7,65 +7,30 @@
  * derived from it (count) and how far it is derived itself (generation). Taking a shadow is what the nodes do for a
  * snapshot: one more for the VDI's counts, the next generation for the shadow.
  */
-import { createHash } from 'node:crypto';
-import { bytesOfText } from '../../text/name-bytes.js';
+import { deriveReferences, objectCount, sliceReferences } from '../../sheepdog/inode-table.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
+import { encodeTag } from '../../sheepdog/text-fields.js';
+import { encodeSize } from '../../sheepdog/inode.js';
+import { LOST } from './lost-owner.js';
 import { StoreError } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import { encodeTime, type Inode } from '../../sheepdog/layouts.js';
+import type { ClusterClient } from './cluster-client.js';
+import type { ReadTracker } from './read-tracker.js';
+import { InDoubt } from './stalled-nodes.js';
+import { clearTable } from './clear-table.js';
+import { isRemoved } from './object-removal.js';
+import { TableWriter } from './table-writer.js';
 import {
-  GREF_BYTES,
+  encodeTime,
+  type Inode,
   INODE_SNAP_CTIME_OFFSET,
   INODE_TAG_OFFSET,
   INODE_VDI_SIZE_OFFSET,
-  MAX_VID,
-  TAG_BYTES,
-} from '../../sheepdog/protocol.js';
-import type { ReadTracker } from './read-tracker.js';
-import { InDoubt } from './stalled-nodes.js';
-import { clearTable, isRemoved, objectCount, objectKey } from './table.js';
-import { TableWriter } from './table-writer.js';
+} from '../../sheepdog/inode.js';
 
-const PREFIX = 'sheepgate-now-';
-const HASH_DIGITS = 24;
-/** Others may have VDIs whose names begin like that. */
-const SHADOW_NAME = new RegExp(`^${PREFIX}[0-9a-f]{${HASH_DIGITS}}-\\d{1,2}$`);
-/** Temporary snapshots of one disk at a time. */
-export const MAX_SHADOWS = 16;
 /** Unchanged counts that are written along, so as not to have a request per entry of a fragmented disk. */
 const MAX_GAP = 512;
-/** Stands in a shadow's table for an object that could not be copied in time. No vid is that large. */
-const LOST = MAX_VID + 1;
 const NOTHING = Buffer.alloc(0);
 const NO_OWNER = Buffer.alloc(8);
-
-/** The name of the VDI that is a disk's shadow. Names may be as long as a VDI's may be: hence the hash. */
-export function shadowName(name: string, slot: number): string {
-  return `${shadowPrefix(name)}${slot}`;
-}
-
-/** All that a disk may have. */
-export function shadowNames(name: string): string[] {
-  const prefix = shadowPrefix(name);
-  return Array.from({ length: MAX_SHADOWS }, (_, slot) => `${prefix}${slot}`);
-}
-
-export function shadowPrefix(name: string): string {
-  return `${PREFIX}${createHash('sha256').update(bytesOfText(name)).digest('hex').slice(0, HASH_DIGITS)}-`;
-}
-
-export function isShadowName(name: string): boolean {
-  return SHADOW_NAME.test(name);
-}
-
-/** Not what somebody has made of one with the cluster's own tools: such a snapshot has no mark. */
-export function isShadow({ name, isSnapshot, mark }: Inode): boolean {
-  return isShadowName(name) && (!isSnapshot || mark.some((byte) => byte !== 0));
-}
-
-/** For reads: this owner is no object. */
-export function isLost(owner: number): boolean {
-  return owner === LOST;
-}
 
 export class Shadow {
   readonly vid: number;
@@ -78,7 +43,7 @@ export class Shadow {
   map = new Uint32Array(0);
   #table: TableWriter | undefined;
   inode: Inode;
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #reads: ReadTracker;
   readonly #log: (line: string, details?: object) => void;
   readonly #copying = new Map<number, Promise<void>>();
@@ -90,7 +55,7 @@ export class Shadow {
   copies = 0;
 
   constructor(
-    cluster: Cluster,
+    cluster: ClusterClient,
     reads: ReadTracker,
     inode: Inode,
     sourceName: string,
@@ -116,24 +81,17 @@ export class Shadow {
   async take(source: Inode, map: Uint32Array, tag: string, owner: Buffer): Promise<void> {
     const cluster = this.#cluster;
     const references = await cluster.readReferences(source.vid, map.length);
-    const ours = Buffer.alloc(references.length);
-    const theirs = Buffer.from(references);
-    for (let idx = 0; idx < map.length; idx++) {
-      if (map[idx] === 0) continue;
-      const at = idx * GREF_BYTES;
-      ours.writeInt32LE(references.readInt32LE(at) + 1, at);
-      theirs.writeInt32LE(references.readInt32LE(at + 4) + 1, at + 4);
-    }
+    const { source: theirs, derived: ours } = deriveReferences(references, map);
     const ranges = rangesOf(map);
     this.takenAt = Date.now();
     this.tag = tag;
-    await cluster.writeInodeBytes(this.vid, INODE_VDI_SIZE_OFFSET, sizeBytes(source.size));
+    await cluster.writeInodeBytes(this.vid, INODE_VDI_SIZE_OFFSET, encodeSize(source.size));
     for (const [from, to] of ranges) {
-      await cluster.writeReferences(this.vid, from, ours.subarray(from * GREF_BYTES, to * GREF_BYTES));
+      await cluster.writeReferences(this.vid, from, sliceReferences(ours, from, to));
     }
     try {
       for (const [from, to] of ranges) {
-        await cluster.writeReferences(source.vid, from, theirs.subarray(from * GREF_BYTES, to * GREF_BYTES));
+        await cluster.writeReferences(source.vid, from, sliceReferences(theirs, from, to));
       }
       // Others see what it is from here on, and that it must be dropped if we do not live to do it.
       await this.#mark(tag, this.takenAt, owner);
@@ -148,7 +106,7 @@ export class Shadow {
         ));
       if (isEmpty) {
         for (const [from, to] of ranges) {
-          const before = references.subarray(from * GREF_BYTES, to * GREF_BYTES);
+          const before = sliceReferences(references, from, to);
           await cluster.writeReferences(source.vid, from, before).catch(() => undefined);
         }
         await this.#mark('', 0).catch(() => undefined);
@@ -180,7 +138,7 @@ export class Shadow {
     const { ranges, ours, theirs } = this.#taken;
     await cluster.fillTable(this.vid, new Uint32Array(this.map.length));
     for (const [from, to] of ranges) {
-      const part = (bytes: Buffer): Buffer => bytes.subarray(from * GREF_BYTES, to * GREF_BYTES);
+      const part = (bytes: Buffer): Buffer => sliceReferences(bytes, from, to);
       await cluster.writeReferences(source.vid, from, part(theirs));
       await cluster.writeReferences(next.vid, from, part(ours));
     }
@@ -217,7 +175,7 @@ export class Shadow {
       });
     }
     // Readers that were told before where it is must have it before it changes.
-    await this.#reads.whenDone(objectKey(vid, idx));
+    await this.#reads.whenDone(oidKey(vid, idx));
   }
 
   /** Give up everything: no copies any more, all references back, ready to be used again. */
@@ -236,23 +194,11 @@ export class Shadow {
 
   /** The tag and the time that make it a snapshot for everybody who lists VDIs. */
   async #mark(tag: string, takenAt: number, owner: Buffer = NO_OWNER): Promise<void> {
-    const bytes = Buffer.alloc(TAG_BYTES);
-    bytesOfText(tag).copy(bytes, 0, 0, TAG_BYTES - 1);
-    await this.#cluster.writeInodeBytes(this.vid, INODE_TAG_OFFSET, bytes);
+    await this.#cluster.writeInodeBytes(this.vid, INODE_TAG_OFFSET, encodeTag(tag));
     const time = takenAt === 0 ? Buffer.alloc(8) : encodeTime(takenAt);
     // The field behind the time says whose it is.
     await this.#cluster.writeInodeBytes(this.vid, INODE_SNAP_CTIME_OFFSET, Buffer.concat([time, owner]));
   }
-}
-
-/** An owner that a reader of a shadow may meet. */
-export function lostError(idx: number): StoreError {
-  const forClients = 'a part of this temporary snapshot is lost: it was overwritten and could not be copied before';
-  return new StoreError(
-    'IO',
-    `object ${idx} of this temporary snapshot is lost: it was overwritten and could not be copied before (is the cluster full?)`,
-    { forClients },
-  );
 }
 
 /** Ranges [from, to) that cover all allocated entries; what lies in a gap is written along unchanged. */
@@ -265,10 +211,4 @@ function rangesOf(map: Uint32Array): [number, number][] {
     else ranges.push([idx, idx + 1]);
   }
   return ranges;
-}
-
-function sizeBytes(size: number): Buffer {
-  const bytes = Buffer.alloc(8);
-  bytes.writeBigUInt64LE(BigInt(size));
-  return bytes;
 }

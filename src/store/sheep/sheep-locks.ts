@@ -6,19 +6,19 @@
 import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';
 import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
-import type { Cluster } from './cluster-client.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
+import type { ClusterClient } from './cluster-client.js';
 import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from '../../sheepdog/protocol.js';
 import { LockState } from '../../sheepdog/state-layouts.js';
+import { encodeVdiRequest } from '../../sheepdog/headers.js';
 
 /** A node that is to give a shared lock up by itself. */
 const NODE_MS = 5_000;
 
 export class SheepLocks implements VdiLocks {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly areEnforced: boolean;
 
-  constructor(cluster: Cluster, areEnforced: boolean) {
+  constructor(cluster: ClusterClient, areEnforced: boolean) {
     this.#cluster = cluster;
     this.areEnforced = areEnforced;
   }
@@ -34,7 +34,7 @@ export class SheepLocks implements VdiLocks {
     }
     const locked = states.filter(({ lockState }) => lockState !== LockState.UNLOCKED);
     if (locked.length === 0) return [];
-    const members = new Set((await this.#cluster.gateway.listNodes()).map(addressLabel));
+    const members = new Set((await this.#cluster.pool.listNodes()).map(addressLabel));
     const vids = await this.#cluster.vids();
     return locked.map(({ vid, lockState, owners }) => ({
       vid,
@@ -51,7 +51,7 @@ export class SheepLocks implements VdiLocks {
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type });
     // A shared lock is given up by each node for itself.
     const answer =
-      kind === 'shared' ? await ask(node, header) : await this.#cluster.gateway.execute({ header }, { once: true });
+      kind === 'shared' ? await ask(node, header) : await this.#cluster.pool.execute({ header }, { once: true });
     if (answer.result !== Result.SUCCESS)
       throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
     // Nodes answer the same whether there was a lock or not.

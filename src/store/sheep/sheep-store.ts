@@ -2,6 +2,7 @@
  * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import {
   behindEndError,
   DEFAULT_BLOCK_SIZE_SHIFT,
@@ -13,21 +14,26 @@ import {
   type ReadCount,
   type ZeroOptions,
 } from '../object-store.js';
-import { Cluster, ObjectGone } from './cluster-client.js';
+import { ClusterClient } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { clusterState } from './cluster-state.js';
 import { NodePool, type NodePoolOptions } from './node-pool.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
-import type { ClusterInfo, ClusterNode } from '../../sheepdog/layouts.js';
 import { ownerMark } from './shadow-owner.js';
-import { ClusterFlag, STATUS_RUNNING, vidOf } from '../../sheepdog/protocol.js';
+import { ClusterFlag, STATUS_RUNNING } from '../../sheepdog/protocol.js';
 import { ReadTracker } from './read-tracker.js';
-import { isLost, lostError } from './shadow.js';
+import { isLost, lostError } from './lost-owner.js';
+import { ObjectGone } from './result-errors.js';
 import { SheepCatalog } from './sheep-catalog.js';
-import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
-import { inParallel, objectKey, sleep } from './table.js';
+import type { CatalogHost } from './catalog-host.js';
+import type { SheepVdi } from './sheep-vdi.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 import { WriteOrder } from './write-order.js';
+import type { ClusterInfo } from '../../sheepdog/cluster-info.js';
+import type { ClusterNode } from '../../sheepdog/nodes.js';
+import { vidOf } from '../../sheepdog/object-ids.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
@@ -54,13 +60,13 @@ export interface SheepStoreOptions extends NodePoolOptions {
   readonly isStateOutOfReach?: () => boolean;
 }
 
-export class SheepStore implements ObjectStore, SheepVdiHost {
+export class SheepStore implements ObjectStore, CatalogHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
   readonly objectsMove = true;
   readonly gathersFirstWrites = true;
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly catalog: SheepCatalog;
   readonly order = new WriteOrder();
   readonly reads = new ReadTracker();
@@ -81,7 +87,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #looking: NodeJS.Timeout | undefined;
   #isClosed = false;
 
-  private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
+  private constructor(location: string, cluster: ClusterClient, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
     this.identity = `sheepdog cluster of ${info.createdAt}`;
     this.readOnlyBecause = whyReadOnly(location, info, options);
@@ -98,8 +104,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.state = this.#openState();
     this.#epoch = info.epoch;
     this.catalog = new SheepCatalog(this);
-    if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.gateway.placeByDisk();
-    cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
+    if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.pool.placeByDisk();
+    cluster.pool.diskOf = (high, low) => this.#diskOf(high, low);
     cluster.recovery.copiesOf = (vid) => {
       const vdi = this.open.get(vid);
       // Where nothing is written nothing may be asked for by a write of nothing either.
@@ -116,9 +122,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
   static async open(nodes: string, options: SheepStoreOptions = {}): Promise<SheepStore> {
     const addresses = parseClusterAddress(nodes);
-    const gateway = new NodePool(addresses, options);
-    const cluster = new Cluster(gateway);
-    options.signal?.addEventListener('abort', () => gateway.close(), { once: true });
+    const pool = new NodePool(addresses, options);
+    const cluster = new ClusterClient(pool);
+    options.signal?.addEventListener('abort', () => pool.close(), { once: true });
     try {
       options.signal?.throwIfAborted();
       const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
@@ -127,7 +133,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       }
       return new SheepStore(clusterLocation(nodes), cluster, info, options);
     } catch (error) {
-      gateway.close();
+      pool.close();
       throw error;
     }
   }
@@ -151,13 +157,13 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   nodes(): Promise<ClusterNode[]> {
-    return this.cluster.gateway.listNodes();
+    return this.cluster.pool.listNodes();
   }
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
     if (isLost(vid)) return Promise.reject(lostError(idx));
     const read = this.#read(vid, idx, offset, into);
-    return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
+    return this.reads.users > 0 ? this.reads.track(oidKey(vid, idx), read) : read;
   }
 
   noteRead(vdi: OpenVdi, offset: number, length: number): ReadCount {
@@ -176,7 +182,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   async #readGone(vid: number, idx: number, offset: number, into: Buffer, first: StoreError): Promise<void> {
-    const key = objectKey(vid, idx);
+    const key = oidKey(vid, idx);
     try {
       // What was looked for thoroughly once is not there the next moment either.
       if (this.#lost.has(key)) throw first;
@@ -231,12 +237,12 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
    */
   #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
     const disk = first instanceof ObjectGone ? this.#diskOf(first.high, first.low) : undefined;
-    const { gateway } = this.cluster;
-    return gateway.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
+    const { pool } = this.cluster;
+    return pool.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
   }
 
   async #askAgain(first: StoreError, request: () => Promise<void>): Promise<void> {
-    const deadline = performance.now() + this.cluster.gateway.retryMs;
+    const deadline = performance.now() + this.cluster.pool.retryMs;
     let backoff = GONE_BACKOFF_MS;
     let failure = first;
     for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled(deadline)); tries++) {
@@ -352,11 +358,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.#isClosed = true;
     clearTimeout(this.#looking);
     // Nodes that do not answer are not waited for as long as requests of clients wait.
-    const timer = setTimeout(() => this.cluster.gateway.close(), CLOSE_MS);
+    const timer = setTimeout(() => this.cluster.pool.close(), CLOSE_MS);
     const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
     steps.push(...(await Promise.allSettled([this.catalog.dropOwnShadows()])));
     clearTimeout(timer);
-    this.cluster.gateway.close();
+    this.cluster.pool.close();
     // Whatever the nodes say.
     if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
     for (const each of steps) if (each.status === 'rejected') throw each.reason;

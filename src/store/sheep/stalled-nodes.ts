@@ -3,11 +3,12 @@
  * write that is repeated elsewhere could be undone by that long after, together with what was written since. Knows when
  * that cannot happen any more; repeats and sends no writes itself.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../object-store.js';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { NodeConnection, NoAnswer } from './connection.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
 import { MAX_NODES, NODE_BYTES, Opcode } from '../../sheepdog/protocol.js';
+import { encodeVdiRequest } from '../../sheepdog/headers.js';
 
 const POLL_MS = 500;
 const PROBE_MS = 2_000;
@@ -63,10 +64,10 @@ export class StalledNodes {
       const state = await probe(address);
       if (state === 'gone') return;
       if (state === 'answers') {
-        await sleep(FINISHING_MS);
+        await sleep(FINISHING_MS, undefined, { ref: false });
         return;
       }
-      await sleep(POLL_MS);
+      await sleep(POLL_MS, undefined, { ref: false });
     }
   }
 
@@ -106,8 +107,4 @@ export async function probe(address: NodeAddress, connectMs?: number): Promise<'
   } finally {
     connection.destroy();
   }
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms).unref());
 }

@@ -4,10 +4,8 @@
  * does (sheep/gateway.c, init_erasure_buffer), and two writes into one stripe may each undo the other. So whole stripes
  * are made here. Owns no state; who may write when is the caller's affair.
  */
-import type { Cluster } from './cluster-client.js';
-
-/** SD_EC_DATA_STRIPE_SIZE. */
-const STRIPE_BYTES = 512;
+import { STRIPE_BYTES } from '../../sheepdog/erasure-code.js';
+import type { ClusterClient } from './cluster-client.js';
 
 /** Bytes that cannot be written apart from each other. `copyPolicy` is the inode's; 0 says that it keeps plain copies. */
 export function writeUnit(copyPolicy: number): number {
@@ -16,7 +14,7 @@ export function writeUnit(copyPolicy: number): number {
 
 /** Write in whole stripes, the rest of the first and the last as it is now. Nobody else may write them meanwhile. */
 export async function writeWholeStripes(
-  cluster: Cluster,
+  cluster: ClusterClient,
   vid: number,
   idx: number,
   offset: number,

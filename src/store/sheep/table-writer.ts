@@ -5,13 +5,13 @@
  * the last that was changed, and no counts for the changed ones. Owns what the table should be. An open disk has its own way
  * (sheep-vdi.ts), which knows of snapshots that others take.
  */
-import type { Cluster } from './cluster-client.js';
-import { GREF_BYTES } from '../../sheepdog/protocol.js';
+import { encodeReference } from '../../sheepdog/inode-table.js';
+import type { ClusterClient } from './cluster-client.js';
 
-const NO_COUNT = Buffer.alloc(GREF_BYTES);
+const NO_COUNT = encodeReference(0, 0);
 
 export class TableWriter {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #vid: number;
   /** As the nodes have it. */
   readonly #table: Uint32Array;
@@ -21,7 +21,7 @@ export class TableWriter {
   readonly #unconfirmed = new Map<number, number>();
 
   /** `table`: what the inode has now; kept up to date. */
-  constructor(cluster: Cluster, vid: number, table: Uint32Array) {
+  constructor(cluster: ClusterClient, vid: number, table: Uint32Array) {
     this.#cluster = cluster;
     this.#vid = vid;
     this.#table = table;

@@ -3,7 +3,7 @@
  * no other table refers to. Owns the counts; reads nothing.
  */
 import type { Usage } from '../object-store.js';
-import type { Inode } from '../../sheepdog/layouts.js';
+import type { Inode } from '../../sheepdog/inode.js';
 
 /** Several tables refer to the object. */
 const SHARED = 2 ** 32 - 1;

@@ -3,7 +3,7 @@
  * nodes compare the tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one, and
  * `dog vdi list` prints it. Owns that text; when it is written is sheep-catalog.ts's.
  */
-import { FILLERS, type Unfinished } from '../store/object-store.js';
+import { FILLERS, type Unfinished } from '../object-store.js';
 
 const PREFIX = 'sheepgate-unfinished';
 const MARK = new RegExp(`^${PREFIX}:(${FILLERS.join('|')}):([0-9a-f]{0,64}):([0-9a-f]{1,32}):(\\d{1,15}):(new|old)$`);
