@@ -1,7 +1,6 @@
 /**
- * The index of a hyper volume, which has a B-tree where other VDIs have their table (lib/sd_inode.c): a leaf in the inode,
- * or a root there that points to leaves in objects of their own. Owns the layout of its nodes and reads them; how they
- * are changed is in hyper-index.ts.
+ * The index of a hyper volume: a B-tree in place of the table (lib/sd_inode.c). The inode holds either a leaf, or a root that points
+ * to leaves in objects of their own. Owns the layout of the tree's nodes, and reads them.
  */
 import { struct, u16, u32 } from 'buffer-layout';
 import { FormatError } from './format-error.js';
@@ -10,7 +9,7 @@ import { inodeHigh } from './object-ids.js';
 
 /** INODE_BTREE_MAGIC. */
 const MAGIC = 0x6274;
-/** SD_INODE_DATA_INDEX_SIZE: a node of the tree, wherever it is. */
+/** SD_INODE_DATA_INDEX_SIZE: most bytes of a node of the tree. */
 export const INDEX_NODE_BYTES = 2 ** 20 * 4;
 /** struct sd_index_header. */
 const header = struct<{ magic: number; depth: number; entries: number }>([u16('magic'), u16('depth'), u32('entries')]);
@@ -27,13 +26,13 @@ export type ReadObject = (high: number, low: number, offset: number, into: Buffe
 
 /** A leaf in an object of its own. */
 export interface LeafPointer {
-  /** No entry of the leaf has a higher idx. */
+  /** The highest idx that an entry of the leaf may have. */
   readonly lastIdx: number;
   readonly high: number;
   readonly low: number;
 }
 
-/** What is in the inode: entries of struct sd_index, or where the leaves with them are. */
+/** What the inode holds: entries (struct sd_index), or pointers to leaves with entries. */
 export type IndexRoot =
   | { readonly entries: Buffer; readonly leaves?: undefined }
   | { readonly entries?: undefined; readonly leaves: readonly LeafPointer[] };
@@ -69,12 +68,12 @@ export async function readLeaf(read: ReadObject, vid: number, { high, low }: Lea
   return entries;
 }
 
-/** Owners of the first `count` objects of the hyper volume, as a table would have them. Errors: as readRoot. */
+/** Owners of the first `count` objects of the hyper volume, as a table. Errors: as readRoot. */
 export async function readIndex(read: ReadObject, vid: number, count: number): Promise<Uint32Array> {
   const owners = new Uint32Array(count);
   const add = (entries: Buffer): void => {
     eachEntry(entries, (idx, owner) => {
-      // Behind the end of the disk is nothing to be read.
+      // Entries behind the end of the disk are not read.
       if (idx < count) owners[idx] = owner;
     });
   };
@@ -90,7 +89,7 @@ export function eachEntry(entries: Buffer, visit: (idx: number, owner: number) =
   }
 }
 
-/** A leaf with entries for the idx from `first` on, one after the other. */
+/** A leaf with one entry for each idx from `first` on. */
 export function encodeLeaf(first: number, owners: ArrayLike<number>): Buffer {
   const node = encodeHeader(LEAF, owners.length, LEAF_ENTRY_BYTES);
   encodeEntries(first, owners).copy(node, NODE_HEADER_BYTES);
@@ -106,7 +105,7 @@ export function encodeEntries(first: number, owners: ArrayLike<number>): Buffer 
   return entries;
 }
 
-/** `leaves` by their idx. */
+/** `leaves`: in the order of their idx. */
 export function encodeRoot(leaves: readonly LeafPointer[]): Buffer {
   const node = encodeHeader(ROOT, leaves.length, ROOT_ENTRY_BYTES);
   for (const [n, { lastIdx, high, low }] of leaves.entries()) {

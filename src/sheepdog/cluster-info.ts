@@ -57,7 +57,7 @@ const clusterInfoLayout = struct<ClusterInfoLayout>([
   blob(16, 'store'),
 ]);
 
-/** internal_proto.h of 0.8, struct epoch_log: what there is in place of struct cluster_info. */
+/** internal_proto.h of 0.8, struct epoch_log, which 0.8 has in place of struct cluster_info. */
 const oldEpochLogLayout = struct<OldEpochLogLayout>([
   u32('ctimeNsec'),
   u32('ctimeSec'),
@@ -71,9 +71,9 @@ const oldEpochLogLayout = struct<OldEpochLogLayout>([
   blob(16, 'store'),
 ]);
 
-/** Of a time that a node does not say. */
+/** A time that a node does not report. */
 export const UNKNOWN_TIME = -1;
-/** By the result of STAT_CLUSTER. */
+/** The status by the result of STAT_CLUSTER. */
 const OLD_STATUS: ReadonlyMap<number, number> = new Map([
   [Result.SUCCESS, STATUS_RUNNING],
   [Result.WAIT_FOR_FORMAT, STATUS_WAITING],
@@ -91,8 +91,8 @@ interface OldEpochLogLayout {
 }
 
 /**
- * What a node of 0.8 answers to STAT_CLUSTER: its result says whether the cluster serves. Before that there may be nothing else:
- * then `createdAt` is UNKNOWN_TIME of one that was formatted.
+ * The answer of a node of 0.8 to STAT_CLUSTER. The result tells whether the cluster serves. If it does not, `bytes` may be empty: then
+ * `createdAt` of a formatted cluster is UNKNOWN_TIME.
  */
 export function decodeOldClusterInfo(bytes: Buffer, result: number = Result.SUCCESS): ClusterInfo {
   const log = oldEpochLogLayout.decode(bytes);
@@ -111,7 +111,7 @@ export function decodeOldClusterInfo(bytes: Buffer, result: number = Result.SUCC
   };
 }
 
-/** In 0.9, which knows objects of one size only, the name of the store stands further on. */
+/** Offset of the store's name in 0.9, which has objects of one size only. */
 const OLD_STORE_OFFSET = 28;
 
 export function decodeClusterInfo(bytes: Buffer, version: SheepVersion = '1.0'): ClusterInfo {

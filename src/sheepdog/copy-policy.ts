@@ -1,6 +1,6 @@
 /**
- * How inodes, requests and the cluster's own description say how many copies there are, or which erasure code: nr_copies and
- * copy_policy (fec.h, ec_policy_to_dp). Owns that byte, nothing else.
+ * The number of copies, or the erasure code, in inodes, requests and the cluster's description: nr_copies and copy_policy (fec.h,
+ * ec_policy_to_dp). Owns the bits of that byte.
  */
 
 export interface CopyPolicy {
@@ -27,7 +27,7 @@ export function policyOfStrips({ data, parity }: Strips): number {
   return ((data / 2) << 4) | parity;
 }
 
-/** Zones with nodes that hold objects: of the nodes of one zone only one has a copy (a node without vnodes has none). */
+/** Zones with nodes that hold objects: only one node of a zone has a copy, and nodes without vnodes have none. */
 export function zonesIn(nodes: readonly { readonly zone: number; readonly vnodes: number }[]): number {
   return new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
 }

@@ -35,7 +35,7 @@ const COMMON: readonly Layout<unknown>[] = [
   u32('dataLength'),
 ];
 
-/** sheepdog_proto.h, struct sd_req, obj. oids are two halves: a bigint per request would cost more than the request. */
+/** sheepdog_proto.h, struct sd_req, obj. An oid is two halves (object-ids.ts). */
 export interface ObjectRequest extends CommonHeader {
   oidLow: number;
   oidHigh: number;
@@ -145,7 +145,7 @@ const OBJECT_OFFSET_OFFSET = 40;
 /** Of a request for the logs of epochs (cluster.nodes_nr). */
 const NODES_NR_OFFSET = 40;
 
-/** A request on an object, as objectRequest has it, written field by field: this is the data path. */
+/** A request on an object, as objectRequest has it, but written field by field: this is the data path. */
 export function encodeObjectRequest(
   opcode: number,
   flags: number,

@@ -12,9 +12,9 @@ export interface ClusterNode {
   readonly vnodes: number;
   readonly zone: number;
   readonly space: number;
-  /** The 16 bytes that stand for it in the hash that places objects. */
+  /** The 16 bytes of its address, which placement hashes. */
   readonly address: Buffer;
-  /** Of nodes that are built with disk vnodes: what places their objects, if the cluster was formatted so. */
+  /** Only of nodes built with disk vnodes: placement goes by these, if the cluster is formatted so. */
   readonly disks: readonly NodeDisk[];
 }
 
@@ -47,7 +47,7 @@ const nodeLayout = struct<NodeLayout>([
   nu64('space'),
 ]);
 
-/** struct disk_info, and as many of them as follow a node if it is built with --enable-diskvnodes (DISK_MAX). */
+/** struct disk_info, and how many follow each node that is built with --enable-diskvnodes (DISK_MAX). */
 const DISK_BYTES = 16;
 const MAX_DISKS = 32;
 const NODE_WITH_DISKS_BYTES = NODE_BYTES + MAX_DISKS * DISK_BYTES;
@@ -55,7 +55,7 @@ const NODE_WITH_DISKS_BYTES = NODE_BYTES + MAX_DISKS * DISK_BYTES;
 /** Errors: FormatError if entries have a length that no nodes are known to have. */
 export function decodeNodes(bytes: Buffer, count: number): ClusterNode[] {
   const nodes: ClusterNode[] = [];
-  // The header says nothing of how the nodes were built.
+  // The header does not tell how the nodes were built.
   const entryBytes = count === 0 ? NODE_BYTES : bytes.length / count;
   if (entryBytes !== NODE_BYTES && entryBytes !== NODE_WITH_DISKS_BYTES) {
     throw new FormatError(

@@ -33,7 +33,7 @@ export async function askSoon(pool: AskedPool, node: PoolNode, request: WireRequ
   return undefined;
 }
 
-/** With the patience of any request: others have asked something on its connection, too. */
+/** The late answer has the deadline of any request: other requests use the same connection. */
 function awaitLate(node: PoolNode, asked: Promise<Answer | undefined>): void {
   node.isLate = true;
   node.askAgainAt = Infinity;

@@ -10,10 +10,10 @@ import type { WireRequest } from './connection.js';
 import type { PoolNode } from './pool-node.js';
 import { WAITING_CHECK_MS, WaitingLog, type Waiter } from './waiting.js';
 
-/** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
+/** Requests that one check looks at: if there are more, they wait for the same nodes. */
 const MAX_WAITERS = 1024;
 
-/** What is asked again and again, or waits until it may be. */
+/** A request that is repeated, or waits until it may be. */
 export interface Repeated extends Waiter {
   readonly request: WireRequest;
   why: string;
@@ -56,7 +56,7 @@ export class AwaitedRequests {
     }
   }
 
-  /** While `work` waits for an object of `disk`, by asking for it again and again, it counts as one request that waits. */
+  /** While `work` asks again and again for an object of `disk`, it counts as one request that waits for `why`. */
   async whileAwaited<T>(disk: string, why: string, work: () => Promise<T>): Promise<T> {
     const waiter = { disk, why, since: performance.now() };
     this.#objects.add(waiter);
@@ -67,7 +67,7 @@ export class AwaitedRequests {
     }
   }
 
-  /** All that have waited since `time`, with the disk that each is of. */
+  /** All requests that have waited since `time`, each with its disk. */
   *#waiting(time: number): Generator<readonly [disk: string, waiter: Waiter]> {
     const repeated = new Set<WireRequest>();
     for (const waiter of this.#objects) if (waiter.since <= time) yield [waiter.disk, waiter];
@@ -86,7 +86,7 @@ export class AwaitedRequests {
   }
 
   *#named({ header }: WireRequest, waiter: Waiter): Generator<readonly [disk: string, waiter: Waiter]> {
-    // A hint, which nobody waits for.
+    // A hint: no request of a client waits for it.
     if (opcodeOf(header) === Opcode.GET_NODE_LIST) return;
     const oid = oidOf(header);
     yield [oid === undefined ? 'the catalog' : (this.diskOf(oid.high, oid.low) ?? vidLabel(oid.high)), waiter];

@@ -1,6 +1,6 @@
 /**
- * The check of a cluster's catalog: asks for every object that a table refers to. What objects no table refers to is for the
- * cluster to find. Changes nothing.
+ * The check of a cluster's catalog: asks for every object that a table refers to. Only the cluster itself can find objects that no
+ * table refers to. Changes nothing.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { oidKey } from '../../sheepdog/object-ids.js';
@@ -10,7 +10,7 @@ import type { ClusterClient } from './cluster-client.js';
 import { labelsOf } from './labels.js';
 import { presentIn } from './table-scan.js';
 
-/** Findings a check spells out; it counts the rest. */
+/** Findings that are listed; the rest is counted. */
 const MAX_PROBLEMS = 1000;
 const PARALLEL_READS = 64;
 const SECTOR_BYTES = 512;

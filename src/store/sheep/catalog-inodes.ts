@@ -1,6 +1,6 @@
 /**
- * Reads the inodes of a cluster's catalog: all of them, or those of some names. Nodes look a name up by its place among the vids
- * in use; the same is done here, without reading any other inode. Owns what is remembered between look-ups.
+ * Reads the inodes of a cluster's catalog: all of them, or those of some names. Nodes look a name up among the vids that it hashes
+ * to; this does the same, and reads no other inodes. Owns what is remembered between look-ups.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { inParallel } from '../../system/in-parallel.js';
@@ -12,14 +12,14 @@ import { isShadowName } from './shadow-names.js';
 
 /** Inodes asked for at a time. */
 const PARALLEL_READS = 64;
-/** Snapshots that others may take while we look what there is. */
+/** Snapshots that other clients may take while inodes are read. */
 const MAX_LATE_SNAPSHOTS = 5;
 
 export class CatalogInodes {
   readonly #host: CatalogHost;
-  /** Vids of lost inodes that the log has told of. */
+  /** Vids of lost inodes; the log has said so. */
   readonly #toldLost = new Set<number>();
-  /** Of a cluster that uses vids again: what names they had when all were last read. */
+  /** On a cluster that reuses vids: the names of all vids when they were last read. */
   #names:
     | { readonly askedAt: number; readonly changes: number; readonly answer: Promise<ReadonlyMap<number, string>> }
     | undefined;
@@ -32,7 +32,7 @@ export class CatalogInodes {
     return this.#host.cluster;
   }
 
-  /** Vids among which all of these names are, and whether an inode was known when that was asked. */
+  /** Vids that include all VDIs of these names, and whether an inode was known when this was asked. */
   async placesOf(
     names: readonly string[],
     maxAgeMs: number,
@@ -41,14 +41,14 @@ export class CatalogInodes {
       const vids = await this.#cluster.vids(maxAgeMs);
       return { places: names.flatMap((name) => vids.placesOf(name)), isKnown: ({ vid }) => vids.isUsed(vid) };
     }
-    // Clusters that use vids again leave gaps among those of a name.
+    // Reused vids leave gaps among the vids of a name.
     const known = await this.#namesInUse(maxAgeMs);
     const wanted = new Set(names);
     const places = [...known].filter(([, name]) => wanted.has(name)).map(([vid]) => vid);
     return { places, isKnown: ({ vid, name }) => known.get(vid) === name };
   }
 
-  /** By vid; not older than `maxAgeMs`, nor than what we have made or deleted since. */
+  /** Names by vid. Not older than `maxAgeMs`, nor than our last request that makes or deletes a VDI. */
   #namesInUse(maxAgeMs: number): Promise<ReadonlyMap<number, string>> {
     const { changes } = this.#cluster;
     const known = this.#names;
@@ -67,7 +67,7 @@ export class CatalogInodes {
     return this.read((await this.#cluster.vids()).live());
   }
 
-  /** The same of those that bear one of these names. */
+  /** Inodes with one of these names, among the vids `places`. */
   async named(names: readonly string[], places: Iterable<number>): Promise<Inode[]> {
     const wanted = new Set(names);
     return (await this.read([...new Set(places)])).filter(({ name }) => wanted.has(name));
@@ -80,7 +80,7 @@ export class CatalogInodes {
         const inode = await this.#cluster.readInode(vid);
         if (inode.name !== '') inodes.push(inode);
       } catch (error) {
-        // Just being made, or lost; a list of the others is worth more than none.
+        // Being made at this moment, or lost: list the others.
         if ((error as StoreError).code !== 'GONE') throw error;
         if (this.#toldLost.has(vid)) return;
         this.#toldLost.add(vid);
@@ -91,8 +91,8 @@ export class CatalogInodes {
   }
 
   /**
-   * Somebody may have taken a snapshot while we read: then we have the snapshot, but not what goes on in its place, and a
-   * disk that is in use would be missing. The nodes answer a look-up when they are through with it.
+   * Another client may have taken a snapshot while inodes were read: then the list has the snapshot and not the new working VDI, and a
+   * disk in use would be missing. A look-up is answered when the snapshot is complete.
    */
   async addLateWorking(inodes: Inode[]): Promise<void> {
     const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
@@ -113,7 +113,7 @@ export class CatalogInodes {
     inodes.sort((a, b) => a.vid - b.vid);
   }
 
-  /** The same where vids are used again, and the nodes may find the snapshot by the name of what goes on in its place. */
+  /** The same where vids are reused, and the nodes may find the snapshot by the name of the working VDI. */
   async #addLateIds(inodes: Inode[], names: ReadonlySet<string>): Promise<void> {
     const [first] = names;
     if (first === undefined) return;

@@ -32,11 +32,11 @@ export async function countUsages(
         if ((await cluster.vids()).isLive(inode.vid)) counts.noteDamage(inode, error.message);
         return;
       }
-      // A list without it would say that there is no such disk.
+      // A result without it would read as if the disk did not exist.
       const { code, message } = error;
       throw new StoreError(code, `what ${inode.name} uses cannot be counted: ${message}`, { cause: error });
     }
-    // One at a time: else every one of them would have a slice of each turn.
+    // One table at a time: otherwise each would take a slice of every turn.
     counting = counting.then(() => countTable(counts, inode, map));
     await counting;
   });
@@ -54,7 +54,7 @@ export async function countUsage(
   const count = map.length;
   const shared = new Uint8Array(count);
   if (inode.isSnapshot) {
-    // A working VDI's own objects are its alone. A snapshot's may be in any other table.
+    // No other table has the objects that a working VDI owns. A snapshot's objects may be in any table.
     const others = (await readInodes()).filter((other) => other.vid !== vid && other.storePolicy === 0);
     await inParallel(PARALLEL_READS, others, async (other) => {
       const table = await tableOrNothing(
@@ -75,7 +75,7 @@ export async function countUsage(
   return { allocated, exclusive };
 }
 
-/** Of an inode that is gone, deleted or lost, nothing: it refers to nothing any more. */
+/** Empty if the inode is gone: deleted or lost. */
 async function tableOrNothing(cluster: ClusterClient, vid: number, count: number): Promise<Uint32Array> {
   try {
     return await cluster.readTable(vid, count);

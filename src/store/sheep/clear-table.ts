@@ -6,7 +6,7 @@ import { TableWriter } from './table-writer.js';
 /** Table entries that one request clears: each makes the nodes give up a reference before they answer the next. */
 const CLEAR_BATCH = 128;
 
-/** Give up all references of a table, in batches that the nodes digest one after the other. */
+/** Clears all entries, in batches, one after the other. Errors: as requests on objects; can be repeated then. */
 export async function clearTable(cluster: ClusterClient, vid: number, table: Uint32Array): Promise<void> {
   let batch: EntryChange[] = [];
   const writer = new TableWriter(cluster, vid, table.slice());

@@ -51,10 +51,10 @@ import { VidsKnown } from './vids-known.js';
 
 /** NEW_VDI and DEL_VDI write inodes of 12 MB on every node that has a copy, one VDI after the other. */
 const CATALOG_ATTEMPT_MS = 120_000;
-/** Room for the states of so many VDIs, deleted ones included, is given at first, and at most. */
+/** Room in a request for the states of VDIs, deleted ones included: at first, and at most. */
 const FIRST_STATES = 512;
 const MAX_STATES = 2 ** 15;
-/** Whether there is such a VDI does not matter. */
+/** Looked up for the side effect alone; it need not exist. */
 const NOBODYS_NAME = 'sheepgate-nobody';
 
 export interface NewVdi {
@@ -72,9 +72,9 @@ export interface NewVdi {
 
 export class ClusterClient extends ObjectClient {
   readonly #vids: VidsKnown;
-  /** Nodes look through all inodes for a name (ClusterFlag.RECYCLE_VID). */
+  /** The cluster reuses vids (ClusterFlag.RECYCLE_VID): nodes read all inodes to look up a name. */
   recyclesVids = false;
-  /** VDIs that we have made or deleted, or tried to. */
+  /** Counts requests that make or delete a VDI, failed ones included. */
   changes = 0;
   readonly #reader: ReadObject = (high, low, offset, into) => this.readObject(high, low, offset, into);
 
@@ -83,6 +83,7 @@ export class ClusterClient extends ObjectClient {
     this.#vids = new VidsKnown(pool, () => this.#lookUp(NOBODYS_NAME, 0));
   }
 
+  /** Errors: GONE, IO. */
   async readInode(vid: number, options?: ExecuteOptions): Promise<Inode> {
     const bytes = Buffer.allocUnsafe(INODE_HEADER_BYTES);
     await this.readInodeBytes(vid, 0, bytes, options);
@@ -92,7 +93,7 @@ export class ClusterClient extends ObjectClient {
     return at === undefined ? inode : { ...inode, name: (await this.#formerName(at)) || inode.name };
   }
 
-  /** Empty if there is none. */
+  /** The real name of a VDI that has a name for one request (own-name.ts); empty if there is none. */
   async #formerName(vid: number): Promise<string> {
     const bytes = Buffer.alloc(NAME_BYTES);
     try {
@@ -111,7 +112,7 @@ export class ClusterClient extends ObjectClient {
     return this.writeObject(inodeHigh(vid), 0, offset, data, options);
   }
 
-  /** Owners of all objects, whichever way the inode keeps them. Errors: UNSUPPORTED if there may be too many. */
+  /** The table of the VDI, from its inode or its index. Errors: UNSUPPORTED (too many objects, or an index of 0.8), DAMAGED, GONE. */
   async readOwners(inode: Inode): Promise<Uint32Array> {
     const count = objectCount(inode.size, inode.blockSizeShift);
     if (count > MAX_HYPER_OBJECTS) {
@@ -140,7 +141,7 @@ export class ClusterClient extends ObjectClient {
     return readOr('DAMAGED', () => readLeaf(this.#reader, vid, leaf));
   }
 
-  /** Owners of `count` objects, from `first` on. */
+  /** `count` entries of the table, from `first` on. Errors: GONE. */
   async readTable(vid: number, count: number, first = 0): Promise<Uint32Array> {
     const table = new Uint32Array(count);
     const bytes = bytesOfTable(table);
@@ -156,9 +157,9 @@ export class ClusterClient extends ObjectClient {
   }
 
   /**
-   * Set the entries from `idx` on. Each must differ from what it is: the node gives up the old owner's reference and
-   * forgets the entry's count. For the same reason it is looked at before it is repeated, and not done once more when the
-   * members have changed meanwhile: that is for who knows the whole table (TableWriter).
+   * Sets the entries from `idx` on. Each must differ from its present value: the node gives up the old owner's reference and
+   * resets the entry's count. So before a repetition the entries are read, and a change of members does not repeat the request:
+   * only the owner of the whole table can do that (TableWriter).
    */
   writeTable(vid: number, idx: number, owners: readonly number[]): Promise<void> {
     const data = encodeTable(owners);
@@ -171,21 +172,21 @@ export class ClusterClient extends ObjectClient {
     return this.writeInodeBytes(vid, offset, data, { beforeRetry });
   }
 
-  /** Set the table from its beginning as plain bytes: no reference is given up and no count forgotten. */
+  /** Sets the table from its beginning as plain bytes: nodes give up no reference and reset no count. */
   async fillTable(vid: number, table: Uint32Array): Promise<void> {
     await this.writeTableBytes(vid, encodeTable(table));
   }
 
   /**
-   * From the beginning of where the table is, or the index of a hyper volume. Nodes take a write for a change of the table
-   * only if it lies within the table; this one begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
+   * Writes from the beginning of the table, or of the index of a hyper volume. Nodes treat a write as a change of the table only if
+   * it lies within the table; this one begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
    */
   writeTableBytes(vid: number, bytes: Buffer): Promise<void> {
     const data = Buffer.concat([Buffer.alloc(ENTRY_BYTES), bytes]);
     return this.writeInodeBytes(vid, TABLE_OFFSET - ENTRY_BYTES, data);
   }
 
-  /** Pairs of generation and count of the first `count` entries, as they are stored. */
+  /** References of the first `count` entries, as they are stored (inode-table.ts). */
   async readReferences(vid: number, count: number): Promise<Buffer> {
     const bytes = Buffer.alloc(count * REFERENCE_BYTES);
     if (count > 0) await this.readInodeBytes(vid, referenceOffset(0), bytes);
@@ -196,11 +197,11 @@ export class ClusterClient extends ObjectClient {
     return this.writeInodeBytes(vid, referenceOffset(idx), bytes);
   }
 
-  /** The vid of a name's working VDI, or of its snapshot with that id; 0 if there is none. */
+  /** The vid of the working VDI of this name, or of its snapshot with this id; 0 if there is none. Errors: IO. */
   async lookup(name: string, snapId = 0): Promise<number> {
     const answer = await this.#lookUp(name, snapId);
     if (answer.result === Result.NO_VDI || answer.result === Result.NO_TAG) return 0;
-    // An inode is lost, maybe another one's than of whom is meant.
+    // An inode is lost that the nodes read on the way; it may be another VDI's.
     if (answer.result === Result.NO_OBJ) return lookupAround(this, name, snapId);
     return answeredVid(succeeded(answer, `looking up "${name}"`));
   }
@@ -211,12 +212,13 @@ export class ClusterClient extends ObjectClient {
     return this.pool.execute({ header, data });
   }
 
-  /** Before something is changed by its name: the nodes find it. Errors: DAMAGED if a lost inode keeps them from it. */
+  /** Call before a change by name. Errors: DAMAGED (a lost inode keeps the nodes from finding the name). */
   async mustBeFoundByNodes(name: string, snapId: number): Promise<void> {
     const { result } = await this.#lookUp(name, snapId);
     if (result === Result.NO_OBJ) throw resultError(result, `looking up "${name}"`);
   }
 
+  /** The vid that the nodes gave it. Errors: NO_SPACE, LIMIT, DAMAGED, IO (also: whether it was made is not known). */
   async newVdi(vdi: NewVdi): Promise<number> {
     const data = encodeName(vdi.name);
     const header = encodeVdiRequest(Opcode.NEW_VDI, Flag.WRITE, data.length, {
@@ -230,7 +232,10 @@ export class ClusterClient extends ObjectClient {
     return answeredVid(succeeded(await this.#catalogRequest({ header, data }), `creating "${vdi.name}"`));
   }
 
-  /** The record only: its table must have been cleared, or every object leaks. Its vid; 0 if there was none. */
+  /**
+   * Deletes the inode only: its table must be clear, or every object leaks. The vid that the nodes deleted; 0 if there was none.
+   * Errors: DAMAGED, IO.
+   */
   async deleteVdi(name: string, snapId: number): Promise<number> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.DEL_VDI, Flag.WRITE, data.length, { snapId });
@@ -239,7 +244,7 @@ export class ClusterClient extends ObjectClient {
     return answeredVid(succeeded(answer, `deleting "${name}"`));
   }
 
-  /** `label`: what people call it. Errors: LOCKED. Where the cluster does not enforce locks this always succeeds. */
+  /** The vid that the nodes locked. `label`: the name for messages. Errors: LOCKED. Succeeds always where locks are not enforced. */
   async lock(name: string, label = name): Promise<number> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.LOCK_VDI, Flag.WRITE, data.length, { type: LOCK_TYPE_NORMAL });
@@ -253,12 +258,13 @@ export class ClusterClient extends ObjectClient {
     return answeredVid(succeeded(answer, `locking "${label}"`));
   }
 
+  /** Errors: IO. */
   async release(vid: number): Promise<void> {
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type: LOCK_TYPE_NORMAL });
     succeeded(await this.pool.execute({ header }, { once: true }), `releasing the lock on ${vid.toString(16)}`);
   }
 
-  /** What nodes keep in memory of every VDI, deleted ones included. Undefined if they tell it in another form. Errors: LIMIT. */
+  /** The state of every VDI, deleted ones included. Undefined if the nodes answer in another form. Errors: LIMIT. */
   async vdiStates(): Promise<readonly VdiState[] | undefined> {
     const what = 'asking for locks';
     for (let room = FIRST_STATES; room <= MAX_STATES; room *= 4) {
@@ -272,19 +278,19 @@ export class ClusterClient extends ObjectClient {
   }
 
   /**
-   * Vids that are locked, by whomever, those of snapshots and of deleted VDIs among them. Errors: LIMIT if there are more VDIs
-   * than can be asked about.
+   * All locked vids, snapshots and deleted VDIs included. Errors: LIMIT (too many VDIs to ask for).
    */
   async lockedVids(): Promise<number[]> {
     const states = (await this.vdiStates()) ?? [];
     return states.filter(({ lockState }) => lockState !== LockState.UNLOCKED).map(({ vid }) => vid);
   }
 
-  /** Which vids are in use; not older than `maxAgeMs`, nor than what we have made or deleted since. */
+  /** Which vids are in use. Not older than `maxAgeMs`, nor than our last request that makes or deletes a VDI. Errors: IO. */
   vids(maxAgeMs = 0): Promise<VidsInUse> {
     return this.#vids.get(maxAgeMs);
   }
 
+  /** Errors: IO. */
   async info(options: ExecuteOptions = {}): Promise<ClusterInfo> {
     const receive = Buffer.alloc(CLUSTER_INFO_ROOM);
     await this.pool.whenConnected(options);

@@ -10,7 +10,7 @@ import { clearHyper } from './hyper-index.js';
 import { shadowInodesOf } from './shadow-inodes.js';
 import { isShadow } from './shadow-names.js';
 
-/** Deleting a VDI that others write to at the same time. */
+/** Attempts to delete a VDI that another client writes to at the same time. */
 const MAX_DELETE_ATTEMPTS = 5;
 const PARALLEL_REMOVALS = 64;
 
@@ -22,12 +22,12 @@ export interface DeletingHost {
 }
 
 /**
- * Errors: IO if somebody goes on making objects in it. Nodes delete such a VDI by half only (deleted-vdi.ts), and say that it
- * is done.
+ * Deletes the VDI and gives up its references. Errors: IO (another client keeps making objects in it: nodes only half delete such a
+ * VDI, and report success, see deleted-vdi.ts), DAMAGED (the nodes cannot find it by its name).
  */
 export async function deleteVdi(host: DeletingHost, found: Inode): Promise<void> {
   const { cluster } = host;
-  // Before its table is cleared: what the nodes cannot find by its name they cannot delete.
+  // Before its table is cleared: nodes delete by name, and must find it.
   await cluster.mustBeFoundByNodes(found.name, found.isSnapshot ? found.snapId : 0);
   const inode = await nameToDelete(cluster, found, host.recyclesVids);
   const epoch = await host.readEpoch();
@@ -43,7 +43,7 @@ export async function deleteVdi(host: DeletingHost, found: Inode): Promise<void>
   );
 }
 
-/** All of its table, whatever its size is: it may have been larger. Returns where it had objects of its own. */
+/** Clears the whole table, because the disk may have been larger. Returns the idx of its own objects. */
 async function clear(cluster: ClusterClient, inode: Inode): Promise<number[]> {
   const own: number[] = [];
   if (inode.storePolicy === 0) {
@@ -57,8 +57,8 @@ async function clear(cluster: ClusterClient, inode: Inode): Promise<number[]> {
 }
 
 /**
- * Members have changed while the table was cleared: nodes may have forgotten objects (sheep-vdi.ts). Those of a working VDI
- * are in no other table but that of a temporary snapshot.
+ * The members changed while the table was cleared: nodes may have forgotten to remove objects (sheep-vdi.ts). Apart from temporary
+ * snapshots, no other table has the objects that a working VDI owns.
  */
 async function removeOwn(cluster: ClusterClient, inode: Inode, own: readonly number[]): Promise<void> {
   if (inode.isSnapshot || isShadow(inode)) return;

@@ -1,7 +1,7 @@
 /**
- * Whether who takes a connection is a node that works: it is asked something small, and in use only when it has answered.
- * A proxy takes connections for a node that is gone, and a port may be anybody's. What is sent to such a one would be in
- * doubt, and the node that is named next would have its chance much later or never.
+ * The greeting: a small request that a node must answer before its connection is used. A proxy takes connections for a node that is
+ * gone, and any program may listen on the port. Real requests sent there would be in doubt, and the next node would be tried much
+ * later or never.
  */
 import { addressLabel } from './cluster-address.js';
 import { ConnectionLost, NoAnswer, type NodeConnection } from './connection.js';
@@ -16,9 +16,9 @@ import {
 import { encodeVdiRequest, withProtoVer } from '../../sheepdog/headers.js';
 import { RECOVERY_BYTES } from '../../sheepdog/state-layouts.js';
 
-/** What is answered, which nobody reads: one for all. */
+/** Receives the answers, which are not read; shared by all. */
 const ANSWER = Buffer.allocUnsafeSlow(CLUSTER_INFO_ROOM);
-/** What a node says of itself instead of an answer. */
+/** Results by which a node says that it does not carry out requests. */
 export const NOT_SERVING: ReadonlySet<number> = new Set([
   Result.STARTUP,
   Result.WAIT_FOR_FORMAT,
@@ -26,13 +26,13 @@ export const NOT_SERVING: ReadonlySet<number> = new Set([
   Result.SHUTDOWN,
   Result.KILLED,
 ]);
-/** A connection that has nothing more than this is asked at least so long. */
+/** Time for an answer, if the connection has less time left. */
 const LEAST_GREETING_MS = 50;
 
 /**
- * Have the node answer within `timeoutMs`: nodes do so in every state of their cluster. `known`: what another node of the
- * cluster, or this one before, has turned out to be. Returns what it is. Errors: ConnectionLost; the connection is gone,
- * and nothing has been asked on it that changes something.
+ * Makes the node answer within `timeoutMs`; nodes do so in every state of their cluster. `known`: the version of another node of the
+ * cluster, or of this one before. Returns its version. Errors: ConnectionLost (no answer, or no node); the connection is closed then,
+ * and no request on it has changed anything.
  */
 export async function greet(
   connection: NodeConnection,
@@ -54,8 +54,8 @@ export async function greet(
 }
 
 /**
- * Whether it carries out requests, or says that it does not (yet): it has not joined its cluster, or that is not formatted. Told
- * by the smallest of its answers about itself that it refuses then (sheep/ops.c, those without `force`). Errors: ConnectionLost.
+ * Whether the node carries out requests: false if it has not joined its cluster, or the cluster is not formatted. Sends the request
+ * with the smallest answer among those that it refuses then (sheep/ops.c, operations without `force`). Errors: ConnectionLost.
  */
 export async function serves(
   connection: NodeConnection,

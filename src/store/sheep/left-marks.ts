@@ -1,6 +1,6 @@
 /**
- * Marks of unfinished VDIs that are left on snapshots, in place of their tags: a snapshot or a rollback was cut off. Owns whose
- * they are.
+ * Marks of unfinished VDIs that a cut-off snapshot or rollback has left on snapshots, in place of their tags. Such a mark belongs to
+ * the working VDI of the same name.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import type { Unfinished, VdiRecord } from '../object-store.js';
@@ -10,7 +10,7 @@ export function isLeftMark({ isSnapshot, tag }: Inode): boolean {
   return isSnapshot && parseUnfinishedTag(tag) !== undefined;
 }
 
-/** By name: marks that are left on snapshots, and are their working VDIs'. */
+/** By name: marks on snapshots that belong to the working VDI. */
 export function leftMarks(inodes: readonly Inode[]): ReadonlyMap<string, Unfinished> {
   const marks = new Map<string, Unfinished>();
   for (const inode of inodes) {

@@ -5,12 +5,12 @@ import { StoreError } from '../object-store.js';
 /** No vid is that large. */
 export const LOST = MAX_VID + 1;
 
-/** For reads: this owner is no object. */
+/** Whether this owner stands for a lost object. */
 export function isLost(owner: number): boolean {
   return owner === LOST;
 }
 
-/** What reading such an object fails with. */
+/** The error of reading such an object. */
 export function lostError(idx: number): StoreError {
   const forClients = 'a part of this temporary snapshot is lost: it was overwritten and could not be copied before';
   return new StoreError(

@@ -1,10 +1,10 @@
-/** Makes VDIs by NEW_VDI. Owns that what the nodes have made is what was asked for, and that a lost answer is looked up. */
+/** Makes VDIs (NEW_VDI). Checks that the nodes have made what was requested, also when their answer was lost. */
 import type { Inode } from '../../sheepdog/inode.js';
 import { StoreError } from '../object-store.js';
 import { underOwnName } from './by-name.js';
 import type { ClusterClient } from './cluster-client.js';
 
-/** The working VDI becomes a snapshot, and one that reads as `base` goes on in its place. */
+/** Makes the working VDI a snapshot, and a new working VDI that reads as `base`; its vid. Errors: as makeVdi. */
 export async function replaceWorking(
   cluster: ClusterClient,
   working: Inode,
@@ -16,7 +16,10 @@ export async function replaceWorking(
   return goesByName ? request(working.name) : underOwnName(cluster, working, request);
 }
 
-/** A request that makes a VDI cannot be repeated blindly: if its answer is lost, look whether it was made. */
+/**
+ * The vid of the new VDI. The request cannot be repeated blindly: if its answer is lost, the name is looked up. `asName`: the name in
+ * the request (by-name.ts). Errors: NO_SPACE, LIMIT, DAMAGED, IO (also: the nodes have answered with another VDI).
+ */
 export async function makeVdi(
   cluster: ClusterClient,
   like: Pick<Inode, 'name' | 'size' | 'copies' | 'copyPolicy' | 'blockSizeShift'>,

@@ -9,12 +9,12 @@ import { NODE_REST_MS, poolNodeAt, type PoolNode } from './pool-node.js';
 const MAX_USELESS = 3;
 /** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
 export const NEAR_REST_MS = 30_000;
-/** Why a node is left is not told again, for the same reason, before this is over. */
+/** The log repeats the same reason for leaving a node only after this long. */
 const TELL_AGAIN_MS = 60_000;
 
 export class NodeChoice {
   readonly nodes: PoolNode[];
-  /** So many of them, the first ones, were named to us; the others are learnt. */
+  /** The first ones, as many as this, were named to us; the others are learnt. */
   readonly #namedCount: number;
   readonly #log: (line: string, details?: object) => void;
   #current: PoolNode;
@@ -47,7 +47,7 @@ export class NodeChoice {
     this.#current = node;
   }
 
-  /** The one in use first, and last those that could not be reached lately. */
+  /** The order in which nodes are tried: the one in use first, those that could not be reached lately last. */
   inOrder(): PoolNode[] {
     const now = performance.now();
     const start = this.nodes.indexOf(this.#current);
@@ -64,14 +64,14 @@ export class NodeChoice {
     return node;
   }
 
-  /** It answers who connects, and ends the connection when it is asked for more. */
+  /** The node answers a greeting, and closes the connection on further requests. */
   wasUseless(node: PoolNode): void {
     if (++node.failures < MAX_USELESS) return;
     if (node === this.#current) this.leaveCurrent('it ends connections and answers nothing', node.address);
     else node.restUntil = performance.now() + NEAR_REST_MS;
   }
 
-  /** Another node may be better off. Its requests in flight stay where they are. */
+  /** Leaves the node in use if it is `from`: new requests go to the next node. Its requests in flight stay. */
   leaveCurrent(why: string, from: NodeAddress): void {
     if (this.nodes.length < 2 || this.#current.address !== from) return;
     const left = this.#current;
@@ -85,14 +85,14 @@ export class NodeChoice {
     this.#log(`leaving the Sheepdog node ${label}: ${why}`, { node: label });
   }
 
-  /** A node that has trouble with its disk or its peers: the one in use is left, another is not asked for reads for a while. */
+  /** A node with trouble with its disk or its peers: the one in use is left, any other gets no direct reads for a while. */
   leaveTroubled(address: NodeAddress | undefined, why: string): void {
     const node = this.nodes.find((other) => other.address === address);
     if (node === this.#current) this.leaveCurrent(why, node.address);
     else if (node) node.restUntil = performance.now() + NEAR_REST_MS;
   }
 
-  /** Nothing new goes to it for a while. What it was asked on other connections has its own time. */
+  /** A silent node gets no new requests for a while. Those in flight on its other connections keep their deadlines. */
   leaveSilent(address: NodeAddress): void {
     this.leaveCurrent('it does not answer', address);
     const node = this.nodes.find((other) => other.address === address);

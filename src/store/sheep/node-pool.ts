@@ -1,7 +1,7 @@
 /**
- * The way to a cluster: several connections to one node at a time, another node when that one goes away, and a bounded
- * number of repetitions where the cluster says "not now". Owns nodes, connections and back-off. What it repeats must be
- * safe to repeat, or say through `beforeRetry` whether it has happened already.
+ * Sends requests to a cluster: over several connections to one node at a time, to another node when that one goes away, and again,
+ * for a bounded time, while the cluster answers "not now". Owns connections, deadlines and back-off. A request that it repeats must
+ * be safe to repeat, or tell through `beforeRetry` whether it has already taken effect.
  */
 import { encodeVdiRequest, inVersion, nodeResponse, opcodeOf } from '../../sheepdog/headers.js';
 import { addressLabel, type NodeAddress } from '../../sheepdog/node-address.js';
@@ -41,33 +41,33 @@ import { WAITING_MS } from './waiting.js';
 /** How long requests are repeated while no node can serve them. */
 export const DEFAULT_RETRY_MS = 60_000;
 /**
- * How long one attempt may take, or half of the time for repeating if that is less: another node has its chance then.
- * Generous: a write is repeated only when the node cannot go on with it any more.
+ * How long one attempt may take; half of the time for repeating if that is less, so that another node can be tried. Long, because
+ * a write is repeated only when the node can no longer carry it out.
  */
 const DEFAULT_ATTEMPT_MS = 30_000;
 /** For the list of members while a node is silent. */
 const MEMBERS_MS = 2_000;
-/** For asking a node that is slow with something whether it answers at all. */
+/** To connect to a node that is slow with one request, and find out whether it answers others. */
 const SLOW_PROBE_CONNECT_MS = 2_000;
 /**
- * Whatever is left of the time for repeating, an attempt that is made at all takes so long, or as long as any: an answer that
- * comes later ends the connection, with what others have asked on it.
+ * Least time for an attempt, however little is left of the time for repeating: a late answer closes the connection, and other
+ * requests on it fail.
  */
 const LEAST_ATTEMPT_MS = 5_000;
-/** Whatever is left of it, connecting may take so long. */
+/** Least time for connecting, however little is left. */
 const LEAST_CONNECT_MS = 250;
-/** The same of an attempt on a connection of its own. */
+/** The same for an attempt on a connection of its own. */
 const LEAST_APART_MS = 250;
-/** A node that knows of an earlier epoch only, or does not serve, is left after this long, if there is another one. */
+/** A node that is at an earlier epoch, or does not serve, is left after this long, if there is another one. */
 const LAGGING_MS = 1_000;
-/** The same of connecting to a node that was named, when those named before it have taken all of the time. */
+/** Least time for connecting to a named node, when the nodes named before it have used up the time. */
 const LATE_CONNECT_MS = 500;
 const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
-/** Trouble of a node with its disk or its peers: worth another node, not worth a minute. */
+/** Retries after trouble of a node with its disk or its peers: enough to try another node, not for a minute. */
 const MAX_TROUBLE_RETRIES = 8;
-/** Of the connections for reads: to each node but the one in use. */
+/** Connections for reads, to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
 
 export interface NodePoolOptions {
@@ -82,26 +82,26 @@ export interface NodePoolOptions {
 
 export interface ExecuteOptions {
   /**
-   * Asked before a repetition when it is not known whether the attempt before took effect: true if it has, so that it is
-   * not repeated. Without it requests are repeated as they are. `retryMs` is what is left of the time for repeating.
+   * Called before a repetition when it is not known whether the last attempt took effect. True: it did, and is not repeated. Without
+   * this, requests are simply repeated. `retryMs`: what is left of the time for repeating.
    */
   readonly beforeRetry?: (retryMs: number) => Promise<boolean>;
-  /** Give up at once when it is not known whether the attempt took effect. */
+  /** Fails at once when it is not known whether the attempt took effect. */
   readonly once?: boolean;
-  /** How long it is repeated, if not as long as the gateway's options say. */
+  /** How long the request is repeated; default: the pool's `retryMs`. */
   readonly retryMs?: number;
   /**
-   * On a connection of its own, and each node has its chance in that time. For what is to be known soon or not at all: a node
-   * that is slower than that loses a connection, and nobody else may have asked anything on it. Of what changes nothing.
+   * On a connection of its own; each node is tried within `retryMs`. For answers that are needed soon or not at all: a slow node
+   * loses only this connection, and no other request fails with it. Only for requests that change nothing.
    */
   readonly isApart?: boolean;
-  /** Of a slow operation: how long one attempt may take while its node answers other requests. */
+  /** For a slow operation: how long one attempt may take while the node answers other requests. */
   readonly slowMs?: number;
 }
 
 const NO_OPTIONS: ExecuteOptions = {};
 
-/** Says "done" in place of an answer that was lost. */
+/** Stands for an answer that was lost: the request has taken effect. */
 const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
 export class NodePool {
@@ -116,15 +116,15 @@ export class NodePool {
     () => this.listNodes({ retryMs: MEMBERS_MS, isApart: true }),
     () => this.#closed,
   );
-  /** Connections that are not for everybody: whose node has not answered yet, or that were made for one request. */
+  /** Connections that are not shared: the node has not answered its greeting yet, or they are for one request. */
   readonly #apart = new Set<NodeConnection>();
   /** Back-offs. */
   readonly #pauses = new Pauses();
-  /** Of all nodes of a cluster, by what the first one has answered. */
+  /** Of all nodes of the cluster; the first node that answers decides. */
   #version: SheepVersion | undefined;
-  /** Told of the epoch in answers. */
+  /** Called with the epoch in answers. */
   onEpoch: (epoch: number) => void = () => undefined;
-  /** The epoch of the cluster, as far as is known: what nodes of an earlier one answer may be old. */
+  /** The known epoch of the cluster: answers of nodes at an earlier epoch may be outdated. */
   knownEpoch: () => number = () => 0;
   onClose: () => void = () => undefined;
 
@@ -159,7 +159,7 @@ export class NodePool {
     return this.#options.attemptMs;
   }
 
-  /** What the nodes are; undefined until one has answered. */
+  /** The version of the nodes; undefined until one has answered. */
   get version(): SheepVersion | undefined {
     return this.#version;
   }
@@ -173,16 +173,16 @@ export class NodePool {
     return this.#choice.current.peer;
   }
 
-  /** Errors: StoreError IO if no node can be connected to in the time for repeating. */
+  /** Errors: IO (no node can be connected to in the time for repeating). */
   async whenConnected({ retryMs = this.#options.retryMs }: ExecuteOptions): Promise<void> {
     if (this.#version !== undefined) return;
-    // What it answers does not matter.
+    // Any answer will do.
     await this.listNodes({ retryMs });
   }
 
   /**
-   * Send until a node carries it out, or the time for repeating is over. Answers any other result than "not now" and
-   * "trouble" for the caller to judge. Errors: StoreError IO, CLOSED.
+   * Sends the request until a node carries it out, or the time for repeating is over. Any result but "not now" and "trouble"
+   * (outcomes.ts) is returned. Errors: IO (given up), InDoubt (given up, and may still take effect), CLOSED.
    */
   execute(request: WireRequest, options: ExecuteOptions = NO_OPTIONS): Promise<Answer> {
     if (options.isApart) return this.#executeApart(request, options);
@@ -190,18 +190,18 @@ export class NodePool {
   }
 
   /**
-   * The same for a read of data object (vid, idx), sent to the node that has it where that is known and can be reached.
-   * Not for writes: nodes hear one after the other that somebody has made a snapshot, and of two writes that go different
-   * ways the later one could be in it and the earlier one not.
+   * The same for a read of data object (vid, idx), sent to the node with the first copy where it is known and can be reached. Not for
+   * writes: nodes learn one after the other that a snapshot was taken, and of two writes through different nodes the later one could
+   * be in the snapshot and the earlier one not.
    *
-   * Nor may the node be of an earlier epoch than is known, when it is asked or when it answers: it may have been stopped, and
-   * dropped meanwhile, and read its old copy before it heard of it. That is read again through the node in use.
+   * The node must not be at an earlier epoch than is known, when it is asked and when it answers: it may have been stopped, and
+   * dropped meanwhile, and have read its stale copy before it learnt of that. Then the read is repeated through the node in use.
    */
   executeNear(request: WireRequest, vid: number, idx: number): Promise<Answer> {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
   }
 
-  /** What every member of the cluster answers for itself. Errors: StoreError IO, also if one of them cannot be asked. */
+  /** One answer from every member of the cluster. Errors: IO (also if one of them cannot be asked). */
   async executeOnAll(encode: () => Buffer): Promise<Answer[]> {
     const nodes = (await this.listNodes()).map((member) => this.#choice.nodeOf(member));
     return Promise.all(
@@ -227,8 +227,8 @@ export class NodePool {
   }
 
   /**
-   * Each node its own request, sent once; undefined of one that does not answer, or cannot be reached. One that has not
-   * answered the request before is not waited for again until it has.
+   * Each node its own request, sent once; undefined for a node that does not answer soon, or cannot be reached. A node that has not
+   * answered its last request is not awaited again until it has.
    */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
     return Promise.all(
@@ -259,15 +259,15 @@ export class NodePool {
   }
 
   /**
-   * Whether the answer is of a node that does not know of the latest change of members: it may be none itself any more, and
-   * others have written since. `wasBehind`: when it was asked; what it answers says its epoch of when it answers, and it may
-   * have carried the request out before. What members there are is asked of any node, and is how such a mistake is found.
+   * Whether the answer comes from a node that does not know the latest change of members: it may no longer be a member, and its data
+   * may be stale. `wasBehind`: it was at an earlier epoch when it was asked; its answer has the epoch of the answer, and it may have
+   * carried out the request before. The list of members is accepted from any node: it shows when the known epoch is wrong.
    */
   #isOutdated(wasBehind: boolean, { epoch }: Answer, { header }: WireRequest, { once }: ExecuteOptions): boolean {
     return (wasBehind || epoch < this.knownEpoch()) && !once && opcodeOf(header) !== Opcode.GET_NODE_LIST;
   }
 
-  /** Send it once; `leftMs` of the time for repeating are left. Errors: ConnectionLost. */
+  /** Sends the request once. `leftMs`: what is left of the time for repeating. Errors: ConnectionLost. */
   #attempt(
     connection: NodeConnection,
     request: WireRequest,
@@ -277,12 +277,12 @@ export class NodePool {
     inVersion(request.header, this.#version);
     if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
     const { attemptMs } = this.#options;
-    // What is to be had in less time than usual has its chance with another node, too.
+    // With less time than usual, half of it, so that another node can be tried.
     const longest = retryMs === undefined ? attemptMs : Math.min(attemptMs, retryMs / 2);
     return connection.send(request, Math.min(longest, Math.max(leftMs, LEAST_ATTEMPT_MS)));
   }
 
-  /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */
+  /** Waits up to `slowMs` as long as the node answers other requests; a silent node is given up. */
   async #attemptSlowly(connection: NodeConnection, request: WireRequest, slowMs: number): Promise<Answer> {
     let isOver = false;
     const giveUpIfSilent = async (): Promise<void> => {
@@ -298,7 +298,7 @@ export class NodePool {
     }
   }
 
-  /** Close all connections; what is in flight fails. */
+  /** Closes all connections; requests in flight fail. */
   close(): void {
     this.#closed = true;
     this.onClose();
@@ -308,7 +308,7 @@ export class NodePool {
     this.#pauses.end();
   }
 
-  /** While `work` waits for an object of `disk`, by asking for it again and again, it counts as one request that waits. */
+  /** While `work` asks again and again for an object of `disk`, the log counts it as one request that waits for `why`. */
   whileAwaited<T>(disk: string, why: string, work: () => Promise<T>): Promise<T> {
     return this.#awaited.whileAwaited(disk, why, work);
   }
@@ -388,7 +388,7 @@ export class NodePool {
         const connection = this.#idleConnection() ?? (await this.#connect(deadline));
         asked = connection.address;
         const wasBehind = this.#isBehind(connection);
-        // From here on the node may have seen it.
+        // From here on the node may have received it.
         const answer = await this.#attempt(connection, request, options, deadline - performance.now());
         if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(connection, this.knownEpoch());
         if (isFinal(answer)) return answer;
@@ -409,7 +409,7 @@ export class NodePool {
     if (this.#near.takesTurn(now)) void this.#learnNodes();
     const node = this.#near.nodeFor(vid, idx);
     if (!node || node === this.#choice.current || node.restUntil > now) return undefined;
-    // One that was never asked says its epoch when it is connected to.
+    // Epoch 0: never asked; its greeting will tell.
     if (node.peer.epoch !== 0 && node.peer.epoch < this.knownEpoch()) return undefined;
     const { connections } = node;
     if (connections.length + node.opening < NEAR_CONNECTIONS) {
@@ -424,7 +424,7 @@ export class NodePool {
     this.#near.placeByDisk();
   }
 
-  /** Errors: InDoubt when the time for repeating is over before. */
+  /** Waits for a stalled node. Errors: InDoubt (the time for repeating is over first). */
   async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
     const settled = this.#stalled.whenHarmless(lost.remote);
     const isSettled = settled.then(() => true);
@@ -450,8 +450,8 @@ export class NodePool {
   }
 
   /**
-   * A connection to whichever node can be reached by then, the one in use first; to one that does not serve only if none
-   * does. Errors: NotConnected.
+   * A connection to the first node that can be reached before `deadline`; the one in use is tried first. A node that does not serve is
+   * taken only if none does. Errors: NotConnected.
    */
   async #connect(deadline: number): Promise<NodeConnection> {
     const order = this.#choice.inOrder();
@@ -463,7 +463,7 @@ export class NodePool {
         const left = deadline - performance.now();
         const isNamed = this.#choice.isNamed(node);
         if (failure !== undefined && left <= 0 && !isNamed) continue;
-        // Half of what is left, if another node is to have its chance then.
+        // Half of what is left, so that another node can be tried.
         const share = node === order.at(-1) ? left : left / 2;
         const least = isNamed && failure !== undefined ? LATE_CONNECT_MS : LEAST_CONNECT_MS;
         const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(least, share));
@@ -486,7 +486,7 @@ export class NodePool {
     return connection;
   }
 
-  /** Errors: StoreError IO, CLOSED. */
+  /** Errors: IO, CLOSED. */
   async #executeApart(request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     const deadline = performance.now() + (options.retryMs ?? this.#options.retryMs);
     let backoff = FIRST_BACKOFF_MS;
@@ -534,7 +534,7 @@ export class NodePool {
     }
   }
 
-  /** Connect, and have the node answer something, in `timeoutMs` altogether. Errors: ConnectionLost, StoreError CLOSED. */
+  /** Connects and greets the node, within `timeoutMs` altogether. Errors: ConnectionLost, CLOSED. */
   async open(node: PoolNode, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
     const deadline = performance.now() + timeoutMs;
     node.opening++;
@@ -544,7 +544,7 @@ export class NodePool {
         const at = node.connections.indexOf(connection);
         if (at < 0) return;
         node.connections.splice(at, 1);
-        // It may have been started anew.
+        // The node may have been restarted.
         if (node.connections.length === 0) node.peer.knowsVids = false;
         if (connection.answers > greetings) node.failures = 0;
         else if (connection.sent > greetings && !this.#closed) this.#choice.wasUseless(node);
@@ -576,7 +576,7 @@ export class NodePool {
     }
   }
 
-  /** Ask the cluster for its other nodes, to have somewhere to go. A hint: failures change nothing. */
+  /** Learns the other nodes of the cluster, to try them later. A hint: failures change nothing. */
   async #learnNodes(): Promise<void> {
     if (this.#learning || this.#closed) return;
     this.#learning = true;
@@ -595,12 +595,12 @@ export class NodePool {
     if (!this.#closed) this.#options.log(`cannot list the nodes of the cluster: ${message}`);
   }
 
-  /** The members of the cluster. Errors: StoreError. */
+  /** The members of the cluster. Errors: IO, CLOSED. */
   async listNodes(options: ExecuteOptions = NO_OPTIONS): Promise<ClusterNode[]> {
     return (await this.members(options)).nodes;
   }
 
-  /** The same, with the epoch of the node that says so. */
+  /** The same, with the epoch of the node that lists them. */
   async members(
     options: ExecuteOptions = NO_OPTIONS,
   ): Promise<{ readonly epoch: number; readonly nodes: ClusterNode[] }> {

@@ -29,7 +29,7 @@ export class ObjectClient {
   readonly readAhead = new ReadAhead((vid, idx, offset, into) => this.readData(vid, idx, offset, into));
   /** Whether nodes recover, and which objects must wait for that. */
   readonly recovery: RecoveryWatch;
-  /** By vid, of inodes that were read here: how many copies there are of what belongs to the VDI. */
+  /** By vid, of inodes that were read: copies of each object. */
   readonly #copies = new Map<number, number>();
   /** By vid: erasure-coded objects that are to be written again (parity.ts). */
   readonly oldParity = new Map<number, Set<number>>();
@@ -42,13 +42,13 @@ export class ObjectClient {
     pool.onClose = () => this.recovery.close();
   }
 
-  /** So many copies, or strips, has each object of the VDI. */
+  /** Copies, or strips, of each object of the VDI. */
   noteCopies(vid: number, copies: number): void {
     if (this.#copies.size >= MAX_REMEMBERED) this.#copies.clear();
     this.#copies.set(vid, copies);
   }
 
-  /** Bytes of the data object (vid, idx). Errors: GONE if there is no such object. */
+  /** Reads from the data object (vid, idx). Errors: GONE. */
   readData(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
     return inPieces(offset, into, (at, part) => this.#readNear(vid, idx, at, part));
   }
@@ -66,12 +66,12 @@ export class ObjectClient {
     }
   }
 
-  /** Wait until the object takes requests, if it is one that somebody here writes. */
+  /** Waits until the object takes requests, if its VDI is open here for writing. */
   #settle(high: number, low: number): Promise<void> {
     return this.#settleCopies(high, low, this.recovery.copiesOf(vidOf(high)));
   }
 
-  /** The same of one that is about to be written, whether its disk is open or not: it may be a temporary snapshot, or deleted. */
+  /** The same before a write, whether its VDI is open or not: it may be a temporary snapshot, or be deleted. */
   #settleToWrite(high: number, low: number): Promise<void> {
     const vid = vidOf(high);
     return this.#settleCopies(high, low, this.recovery.copiesOf(vid) || (this.#copies.get(vid) ?? 0));
@@ -97,7 +97,7 @@ export class ObjectClient {
     }
   }
 
-  /** In place. Errors: READONLY if the vid has become a snapshot, GONE, NO_SPACE. */
+  /** In place. Errors: READONLY (the vid has become a snapshot), GONE, NO_SPACE. */
   async writeData(vid: number, idx: number, offset: number, data: Buffer): Promise<void> {
     if (!this.recovery.isSteady) await this.#settleToWrite(vid, idx);
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, offset, data.length);
@@ -106,8 +106,8 @@ export class ObjectClient {
   }
 
   /**
-   * Make the data object, zeros or a copy of (copyOf, idx), with `data` laid over it; one that exists is replaced whole.
-   * Errors: READONLY, NO_SPACE, GONE if what is to be copied is not there.
+   * Makes the data object: zeros, or a copy of (copyOf, idx), with `data` written over it. Replaces an existing object. `copyOf`: 0
+   * for none. Errors: READONLY, NO_SPACE, GONE (the object to copy is missing).
    */
   async createData(vid: number, idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     if (copyOf !== 0 && !this.recovery.isSteady) await this.#settle(copyOf, idx);
@@ -118,9 +118,9 @@ export class ObjectClient {
     if (result !== Result.SUCCESS) throw objectError(result, 'creating', vid, idx);
   }
 
-  /** Whether any node has a copy of the data object, or a strip. Errors: StoreError IO, also if one cannot be asked. */
+  /** Whether any node has a copy or a strip of the data object. Errors: IO (also if one node cannot be asked). */
   async isAnywhere(vid: number, idx: number): Promise<boolean> {
-    // One that has not joined (yet) is not asked for it (recovery-watch.ts), and may have it.
+    // A node that has not joined must not be asked (recovery-watch.ts), and may have it.
     const states = await this.pool.executeOnAll(() => encodeVdiRequest(Opcode.STAT_SHEEP, 0, 0));
     if (states.some(({ result }) => NOT_JOINED.has(result))) return true;
     const exist = (): Buffer => encodeObjectRequest(Opcode.EXIST, 0, vid, idx, 0, 0);
@@ -128,7 +128,7 @@ export class ObjectClient {
     return answers.some(({ result }) => result !== Result.NO_OBJ);
   }
 
-  /** Whether the data object can be read. Of an erasure-coded one all strips with data are needed for that. */
+  /** Whether the data object can be read. An erasure-coded object needs all its data strips for that. */
   async isFound(vid: number, idx: number): Promise<boolean> {
     try {
       await this.#readNear(vid, idx, 0, Buffer.alloc(SECTOR_BYTES));
@@ -139,9 +139,9 @@ export class ObjectClient {
     }
   }
 
-  /** Whether the vid has become a snapshot in the memory of the nodes: they say so before its inode does. */
+  /** Whether the vid has become a snapshot in the memory of the nodes, which is earlier than in its inode. */
   async isReadOnly(vid: number, idx: number): Promise<boolean> {
-    // Of no bytes: changes nothing whether the object exists or not.
+    // A write of no bytes changes nothing, whether the object exists or not.
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, vid, idx, 0, 0);
     const { result } = await this.pool.execute({ header, data: NOTHING });
     if (result === Result.READONLY) return true;
@@ -149,13 +149,14 @@ export class ObjectClient {
     throw objectError(result, 'looking at', vid, idx);
   }
 
+  /** Succeeds if the object does not exist. */
   async removeData(vid: number, idx: number): Promise<void> {
     const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, vid, idx, 0, 0);
     const { result } = await this.#change(vid, idx, { header });
     if (result !== Result.SUCCESS && result !== Result.NO_OBJ) throw objectError(result, 'removing', vid, idx);
   }
 
-  /** Once more when the members have changed meanwhile: a copy that was being recovered may have missed it. */
+  /** Repeats the request if the members changed meanwhile: a copy that was being recovered may have missed it. */
   async #change(vid: number, idx: number, request: WireRequest): Promise<Answer> {
     const { recovery } = this;
     this.readAhead.forget(vid, idx);
@@ -186,12 +187,12 @@ export class ObjectClient {
       const { epoch } = recovery;
       const { result } = await this.pool.execute({ header, data }, options);
       if (result !== Result.SUCCESS) throw objectError(result, 'writing', high, low);
-      // What must not be done twice its caller looks after.
+      // With beforeRetry the caller decides about repetitions.
       if (recovery.epoch === epoch || options?.beforeRetry !== undefined) return;
     }
   }
 
-  /** With `data` at its beginning; one that exists is replaced whole. Errors: NO_SPACE. */
+  /** With `data` at its beginning. Replaces an existing object. Errors: NO_SPACE. */
   async createObject(high: number, low: number, data: Buffer): Promise<void> {
     const { recovery } = this;
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, Flag.WRITE, high, low, 0, data.length);
@@ -205,7 +206,7 @@ export class ObjectClient {
     }
   }
 
-  /** It need not be there. */
+  /** Succeeds if the object does not exist. */
   async removeObject(high: number, low: number): Promise<void> {
     const { recovery } = this;
     const header = encodeObjectRequest(Opcode.REMOVE_OBJ, 0, high, low, 0, 0);

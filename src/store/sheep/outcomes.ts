@@ -7,7 +7,7 @@ import { addressLabel } from '../../sheepdog/node-address.js';
 import { Opcode, Result } from '../../sheepdog/protocol.js';
 import { ConnectionLost, type Answer, type NodeConnection, type WireRequest } from './connection.js';
 
-/** The cluster is not serving now, or its membership is just changing: the request has not been carried out. */
+/** "Not now": the cluster is not serving, or its members are changing; the request has not been carried out. */
 const NOT_NOW: ReadonlySet<number> = new Set([
   Result.STARTUP,
   Result.WAIT_FOR_FORMAT,
@@ -22,7 +22,7 @@ const NOT_NOW: ReadonlySet<number> = new Set([
   Result.AGAIN,
   Result.NODE_IN_RECOVERY,
 ]);
-/** The node had trouble, and may have done a part of it. */
+/** "Trouble": of the node with its disk or its peers. */
 const TROUBLE: ReadonlySet<number> = new Set([Result.EIO, Result.SYSTEM_ERROR, Result.NETWORK_ERROR]);
 
 /** The answer is for the caller to judge: neither "not now" nor trouble of the node. */
@@ -30,15 +30,15 @@ export function isFinal({ result }: Answer): boolean {
   return !NOT_NOW.has(result) && !TROUBLE.has(result);
 }
 
-/** The node had trouble, and may have done a part of it. */
+/** The node had trouble, and may have carried out a part of the request. */
 export function isTrouble({ result }: Answer): boolean {
   return TROUBLE.has(result);
 }
 
-/** No node could be reached at all: nothing was sent. */
+/** No node could be reached: nothing was sent. */
 export class NotConnected extends ConnectionLost {}
 
-/** The node answers, as of an earlier epoch than is known. */
+/** The node has answered, but is at an earlier epoch than is known. */
 export class Outdated extends ConnectionLost {
   constructor({ address, peer }: NodeConnection, known: number) {
     super(

@@ -11,15 +11,15 @@ export interface PoolNode {
   opening: number;
   restUntil: number;
   readonly peer: Peer;
-  /** It carries out requests: its cluster is formatted, and it has joined it. As of when it was connected to. */
+  /** It carries out requests: its cluster is formatted, and it has joined it. As of its first connection. */
   isServing: boolean;
-  /** The reason for which it was left the last time that this was told, and when. */
+  /** The reason for leaving it in the latest log line, and when that was. */
   told: string;
   toldAt: number;
-  /** It has not answered what each node was asked in time, nor since; and it is asked again then, by performance.now(). */
+  /** It is late with its answer to askSoon (ask-each.ts), or could not be asked; `askAgainAt`: by performance.now(). */
   isLate: boolean;
   askAgainAt: number;
-  /** Times in a row that it could not be connected to, or that a connection ended before it was of any use. */
+  /** Failures in a row: it could not be connected to, or closed a connection before any answer. */
   failures: number;
 }
 

@@ -1,4 +1,4 @@
-/** The redundancy that people say (redundancy.ts) as a cluster's copy policy, and back. */
+/** Converts between the redundancy of a store (redundancy.ts) and a cluster's copy policy. */
 import { policyOfStrips, stripsOf, type CopyPolicy } from '../../sheepdog/copy-policy.js';
 import type { Redundancy } from '../object-store.js';
 import { zonesFor } from '../redundancy.js';

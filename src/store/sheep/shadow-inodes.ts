@@ -3,10 +3,10 @@ import type { Inode } from '../../sheepdog/inode.js';
 import type { ClusterClient } from './cluster-client.js';
 import { MAX_SHADOWS, shadowName } from './shadow-names.js';
 
-/** Free slots after which no more shadows of a disk are looked for: they are used from the first on. */
+/** Free slots after which the search ends: slots are used from the first on. */
 const MAX_FREE_SLOTS = 2;
 
-/** All shadows of a disk that the cluster has, in use or not. */
+/** All shadows of a disk, in use or not. */
 export async function shadowInodesOf(cluster: ClusterClient, name: string): Promise<Inode[]> {
   const inodes: Inode[] = [];
   for (let slot = 0, free = 0; slot < MAX_SHADOWS && free < MAX_FREE_SLOTS; slot++) {
@@ -18,7 +18,7 @@ export async function shadowInodesOf(cluster: ClusterClient, name: string): Prom
 }
 
 export async function findShadow(cluster: ClusterClient, name: string): Promise<Inode | undefined> {
-  // One that is alive looks like a snapshot, and those are found by their id only.
+  // A live shadow looks like a snapshot, and nodes find snapshots by their id only.
   const vid = (await cluster.lookup(name)) || (await cluster.lookup(name, 1));
   if (vid === 0) return undefined;
   const inode = await cluster.readInode(vid);

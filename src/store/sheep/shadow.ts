@@ -1,11 +1,11 @@
 /**
- * Temporary snapshots by copy-before-write: a VDI of our own, the shadow, takes over the table of the VDI it is a
- * snapshot of, and gets its own copy of an object before that is written. The writer keeps its vid, and nothing is left
- * to be copied afterwards. Owns the shadow's table and counts; one shadow per disk and label is used again and again.
+ * Temporary snapshots by copy-before-write. The shadow is a VDI of our own that gets the table of its source, the VDI it is a
+ * snapshot of, and its own copy of each object before that object is written. The source keeps its vid, and needs no copies
+ * afterwards. Owns the shadow's table and counts. Shadows are reused.
  *
- * Counts. An object lives until all references to it are given up; per table entry an inode says how many others were
- * derived from it (count) and how far it is derived itself (generation). Taking a shadow is what the nodes do for a
- * snapshot: one more for the VDI's counts, the next generation for the shadow.
+ * Counts: an object lives until all references to it are given up. For each table entry an inode has a count, of tables derived
+ * from it, and a generation, how far it is derived itself. Taking a shadow changes both as nodes do for a snapshot: one more in
+ * the counts of the source, the next generation in the shadow.
  */
 import { deriveReferences, objectCount, sliceReferences } from '../../sheepdog/inode-table.js';
 import { oidKey } from '../../sheepdog/object-ids.js';
@@ -27,7 +27,7 @@ import {
   INODE_VDI_SIZE_OFFSET,
 } from '../../sheepdog/inode.js';
 
-/** Unchanged counts that are written along, so as not to have a request per entry of a fragmented disk. */
+/** Unchanged counts that are written along between changed ones: otherwise a fragmented disk needs a request per entry. */
 const MAX_GAP = 512;
 const NOTHING = Buffer.alloc(0);
 const NO_OWNER = Buffer.alloc(8);
@@ -39,7 +39,7 @@ export class Shadow {
   sourceName: string;
   tag = '';
   takenAt = 0;
-  /** Its table, read by whoever has it open. */
+  /** Its table, with LOST for objects that could not be copied. Read by those who have the snapshot open. */
   map = new Uint32Array(0);
   #table: TableWriter | undefined;
   inode: Inode;
@@ -75,8 +75,9 @@ export class Shadow {
   }
 
   /**
-   * Become a snapshot of `source`, whose table is `map`, kept by `owner`. Its writers must be held. The order is such that a crash at any
-   * point leaves nothing that could take away an object of the source: counts first, references last.
+   * Becomes a snapshot of `source`, whose table is `map`. `owner`: the mark of this process. Its writers must be held. Counts are
+   * written first, references last: a crash at any point leaves nothing that could remove an object of the source. Errors: as
+   * requests on objects; then it is no snapshot.
    */
   async take(source: Inode, map: Uint32Array, tag: string, owner: Buffer): Promise<void> {
     const cluster = this.#cluster;
@@ -93,11 +94,11 @@ export class Shadow {
       for (const [from, to] of ranges) {
         await cluster.writeReferences(source.vid, from, sliceReferences(theirs, from, to));
       }
-      // Others see what it is from here on, and that it must be dropped if we do not live to do it.
+      // From here on other processes recognise it, and drop it if this process dies.
       await this.#mark(tag, this.takenAt, owner);
       await cluster.fillTable(this.vid, map);
     } catch (error) {
-      // Counts go back only if no reference is left and none can still come: too high ones leak, too low ones lose objects.
+      // Restore counts only if no reference is left and none can still arrive: high counts leak objects, low counts lose them.
       const isEmpty =
         !(error instanceof InDoubt) &&
         (await cluster.fillTable(this.vid, new Uint32Array(map.length)).then(
@@ -115,7 +116,7 @@ export class Shadow {
     }
     this.inode = { ...this.inode, size: source.size };
     this.map = map.slice();
-    // With a table of its own: `map` says of what is lost something else than the inode.
+    // The writer has a table of its own: `map` has LOST where the inode has the old owner.
     this.#table = new TableWriter(cluster, this.vid, map.slice());
     this.copies = 0;
     this.#isLive = true;
@@ -123,8 +124,9 @@ export class Shadow {
   }
 
   /**
-   * Take it back, because somebody made the source a snapshot, which `next` goes on from, while it was taken: the counts of
-   * both may be anything. What they must be is known: those of a snapshot are what taking the shadow makes of them, too.
+   * Undoes `take`: another client made the source a snapshot at the same time, and `next` continues from it. The counts of both may
+   * be anything. They must be what a snapshot makes of them, which is what `take` has computed. Errors: IO (the source has been
+   * snapshotted again), and as requests on objects.
    */
   async retract(source: Inode, next: Inode): Promise<void> {
     const cluster = this.#cluster;
@@ -146,7 +148,7 @@ export class Shadow {
     this.map = new Uint32Array(0);
   }
 
-  /** (vid, idx) is about to be written: copy it if this shares it. Never fails: the writer comes first. */
+  /** Call before (vid, idx) is written: copies it if this snapshot shares it. Never fails: writers have priority. */
   async preserve(vid: number, idx: number): Promise<void> {
     if (!this.#isLive || this.map[idx] !== vid) return;
     let copying = this.#copying.get(idx);
@@ -163,7 +165,7 @@ export class Shadow {
         await isRemoved(this.#cluster, this.vid, idx, this.inode.copyPolicy);
         this.#reclaiming.delete(idx);
       }
-      // The nodes copy it; nothing of it travels here.
+      // The nodes copy the object themselves.
       await this.#cluster.createData(this.vid, idx, 0, NOTHING, vid);
       await this.#table?.set(idx, [this.vid]);
       this.map[idx] = this.vid;
@@ -174,17 +176,17 @@ export class Shadow {
         err: error,
       });
     }
-    // Readers that were told before where it is must have it before it changes.
+    // Reads that already have the old owner must end before the object changes.
     await this.#reads.whenDone(oidKey(vid, idx));
   }
 
-  /** Give up everything: no copies any more, all references back, ready to be used again. */
+  /** Gives up all copies and references; ready to be reused. Errors: as requests on objects. */
   async drop(): Promise<void> {
     this.#isLive = false;
     this.#taken = undefined;
     await Promise.all(this.#copying.values());
     const count = objectCount(this.inode.size, this.inode.blockSizeShift);
-    // From the inode, not from memory: it may be another process's that we clean up after.
+    // From the inode, not from memory: another process may have made it.
     const table = await this.#cluster.readTable(this.vid, count);
     await clearTable(this.#cluster, this.vid, table);
     for (let idx = 0; idx < table.length; idx++) if (table[idx] === this.vid) this.#reclaiming.add(idx);
@@ -192,16 +194,16 @@ export class Shadow {
     this.map = new Uint32Array(0);
   }
 
-  /** The tag and the time that make it a snapshot for everybody who lists VDIs. */
+  /** Writes the tag and the time that make it a snapshot in every list of VDIs. */
   async #mark(tag: string, takenAt: number, owner: Buffer = NO_OWNER): Promise<void> {
     await this.#cluster.writeInodeBytes(this.vid, INODE_TAG_OFFSET, encodeTag(tag));
     const time = takenAt === 0 ? Buffer.alloc(8) : encodeTime(takenAt);
-    // The field behind the time says whose it is.
+    // The field after the time holds the owner mark.
     await this.#cluster.writeInodeBytes(this.vid, INODE_SNAP_CTIME_OFFSET, Buffer.concat([time, owner]));
   }
 }
 
-/** Ranges [from, to) that cover all allocated entries; what lies in a gap is written along unchanged. */
+/** Ranges [from, to) that cover all allocated entries; small gaps are included. */
 function rangesOf(map: Uint32Array): [number, number][] {
   const ranges: [number, number][] = [];
   for (let idx = 0; idx < map.length; idx++) {

@@ -1,6 +1,6 @@
 /**
- * The temporary snapshots that this process has made or taken over. Owns which are alive, and which wait to be used again; what
- * one does is in shadow.ts.
+ * The shadows (temporary snapshots) that this process has made or taken over. Owns which are alive and which wait to be reused; a
+ * shadow itself is in shadow.ts.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { StoreError } from '../object-store.js';
@@ -14,7 +14,7 @@ import { isShadow, MAX_SHADOWS, shadowName } from './shadow-names.js';
 import { Shadow } from './shadow.js';
 import type { SheepVdi } from './sheep-vdi.js';
 
-/** Snapshots that others may take while we take a temporary one. */
+/** Snapshots that other clients may take while a temporary one is taken. */
 const MAX_TAKE_ATTEMPTS = 5;
 
 export class Shadows {
@@ -34,11 +34,12 @@ export class Shadows {
     return this.#byVid.get(vid);
   }
 
-  /** Alive ones of the disk. */
+  /** Live shadows of the disk. */
   liveOf(name: string): Shadow[] {
     return [...this.#byVid.values()].filter((shadow) => shadow.isLive && shadow.sourceName === name);
   }
 
+  /** Makes the shadow a snapshot of `sheep`; its writers must be held. Errors: IO (snapshotted again and again), and as Shadow.take. */
   async take(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
     for (let attempt = 0; ; attempt++) {
       await sheep.look();
@@ -52,20 +53,20 @@ export class Shadows {
         );
       }
       await shadow.take(source, sheep.map, tag, this.#host.owner);
-      // The nodes may have made a snapshot of it meanwhile, and have written back counts of before.
+      // If another client took a snapshot meanwhile, the nodes have written old counts back.
       if (!(await this.#cluster.isReadOnly(source.vid, 0))) return;
       await sheep.follow(source.vid);
       await shadow.retract(source, sheep.inode);
     }
   }
 
-  /** Also if the nodes take something else for it. */
+  /** True also where the nodes find another VDI by its name. */
   async #isWorking(source: Inode): Promise<boolean> {
     if (await isFoundByName(this.#cluster, source)) return true;
     return this.#host.recyclesVids && isUnchanged(this.#cluster, source);
   }
 
-  /** Before `name` is written: shadows of it that no process keeps up to date any more. */
+  /** Drops shadows of `name` that no living process keeps up to date. */
   async dropStale(name: string): Promise<void> {
     for (const inode of await shadowInodesOf(this.#cluster, name)) {
       if (!inode.isSnapshot || !isShadow(inode) || this.#byVid.get(inode.vid)?.isLive) continue;
@@ -74,12 +75,12 @@ export class Shadows {
     }
   }
 
-  /** At the end: what is alive has lost its readers. */
+  /** Drops all live shadows. */
   async dropLive(): Promise<void> {
     for (const shadow of this.#byVid.values()) if (shadow.isLive) await this.#drop(shadow);
   }
 
-  /** An empty shadow that fits the disk: one that waits to be used again, else a new one. */
+  /** An empty shadow that fits the disk: one that waits to be reused, or a new one. Errors: LIMIT, and as makeVdi. */
   async free(source: Inode): Promise<Shadow> {
     for (let slot = 0; slot < MAX_SHADOWS; slot++) {
       const name = shadowName(source.name, slot);
@@ -94,7 +95,7 @@ export class Shadows {
         try {
           inode = await this.#cluster.readInode(await makeVdi(this.#cluster, { ...source, name }, 0, false));
         } catch (error) {
-          // The inode of the one that was there is lost; its name is of no use any more.
+          // The inode of the shadow with this name is lost: the name cannot be used.
           if ((error as StoreError).code === 'DAMAGED') continue;
           throw error;
         }
@@ -109,14 +110,14 @@ export class Shadows {
       inode.blockSizeShift === source.blockSizeShift &&
       inode.copies === source.copies &&
       inode.copyPolicy === source.copyPolicy &&
-      // Nodes that were started while it was alive take it for a snapshot.
+      // Nodes that started while it was alive believe that it is a snapshot.
       !(await this.#cluster.isReadOnly(inode.vid, 0))
     );
   }
 
   #shadowAt(inode: Inode, sourceName: string): Shadow {
     const known = this.#byVid.get(inode.vid);
-    // Another process may have deleted one, and its vid be used again.
+    // Another process may have deleted it, and the vid may have been reused.
     if (known?.name === inode.name) {
       known.sourceName = sourceName;
       return known;
@@ -130,7 +131,7 @@ export class Shadows {
   async drop(inode: Inode): Promise<void> {
     const known = this.#byVid.get(inode.vid);
     if (known?.isLive) return this.#drop(known);
-    // Its source need not be known here; whoever uses it next says it anew.
+    // Its source may be unknown here; the next user sets it.
     await this.#shadowAt(inode, known?.sourceName ?? inode.name).drop();
   }
 

@@ -48,15 +48,15 @@ import { copyPolicyOf } from './redundancy-of.js';
 import { unfinishedTag } from './unfinished-tag.js';
 import { recordOf } from './vdi-record.js';
 
-/** How old may be what is known of the vids in use when one name is looked up; what is not found is looked up anew. */
+/** Age up to which known vids in use serve a look-up of a name; a name that is not found is looked up with new ones. */
 const VIDS_AGE_MS = 1000;
-/** Snapshots that others may take while we take a temporary one, or look what there is. */
+/** Snapshots that other clients may take during a resize before it is given up. */
 const MAX_TAKE_ATTEMPTS = 5;
-/** For asking whether what was given up is still there when it is closed. */
+/** For asking, on close, whether a failed VDI still exists. */
 const CLOSING_LOOK_MS = 2_000;
 /**
- * Size of a VDI between its making and its mark: no whole sector, so that nobody uses it, and a size that nobody chooses. Of
- * ours no command takes it.
+ * Size of a VDI between its creation and its mark: less than a sector, so that it cannot be used, and no size that people choose.
+ * No command of ours accepts it.
  */
 const BARELY_MADE_BYTES = 509;
 
@@ -64,9 +64,9 @@ export class SheepCatalog implements Catalog {
   readonly #store: CatalogHost;
   readonly #inodes: CatalogInodes;
   readonly #shadows: Shadows;
-  /** Snapshots whose tags do not say them, as of when they were last looked at. */
+  /** Vids of snapshots with ambiguous tags, as of the last list. */
   readonly #doubtful = new Set<number>();
-  /** What cannot be followed any more, and was told of. */
+  /** VDIs that cannot be followed any more; the log has said so. */
   readonly #astray = new WeakSet<SheepVdi>();
 
   readonly locks: SheepLocks;
@@ -90,11 +90,11 @@ export class SheepCatalog implements Catalog {
 
   async #recordsOf(inodes: readonly Inode[]): Promise<VdiRecord[]> {
     const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));
-    // What somebody else has snapshotted while we have it open goes on under the vid that the list shows.
+    // If another client has snapshotted a VDI that is open here, it continues under the vid that the list shows.
     for (const inode of inodes) {
       const open = this.#store.open.get(inode.vid);
       if (!open || !inode.isSnapshot || open.record.isSnapshot) continue;
-      // Deleted or rolled back by somebody else: that is for those who have it open, and no reason to list nothing.
+      // If it was deleted or rolled back, its users get the error; the list does not fail.
       if (working.has(inode.name)) await this.#follow(open, inode.vid);
     }
     const names = new Map<string, string>();
@@ -103,7 +103,7 @@ export class SheepCatalog implements Catalog {
     const marks = leftMarks(inodes);
     for (const inode of inodes) {
       if (!isShadow(inode)) records.push(withMark(recordOf(inode), marks));
-      // Others wait to be used again, or are another gateway's; not for people.
+      // Other shadows wait to be reused, or belong to another client of the cluster: not listed.
       else if (inode.isSnapshot && isOursToDrop(inode.mark, this.#store.owner))
         records.push(shadowRecord(inode, names.get(prefixOf(inode.name)) ?? inode.name));
     }
@@ -125,22 +125,22 @@ export class SheepCatalog implements Catalog {
     }
   }
 
-  /** The nodes look a name up by its place among the vids in use; the same is done here, without reading any other inode. */
+  /** Looks the name up as nodes do, by the vids that it hashes to, and reads no other inodes. */
   async named(name: string): Promise<VdiRecord[]> {
     const shadows = shadowNames(name);
     for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
-      // Where vids are used again the nodes find a snapshot by a name, and not what goes on after it: asked for is only that
-      // they are through with it.
+      // Where vids are reused the answer may be a snapshot, and is not used: the look-up only waits until a snapshot in progress is
+      // complete.
       if (this.#store.recyclesVids && maxAgeMs === 0) await this.#cluster.lookup(name);
       const { places, isKnown } = await this.#inodes.placesOf([name, ...shadows], maxAgeMs);
       const inodes = await this.#inodes.named([name, ...shadows], places);
       if (!this.#store.recyclesVids) await this.#inodes.addLateWorking(inodes);
       const isThere = inodes.some((inode) => inode.name === name);
       const hasWorking = inodes.some((inode) => inode.name === name && !inode.isSnapshot);
-      // What the nodes show by now is younger than what was known of their vids.
+      // The inodes are newer than the known vids.
       const isOutdated = !isThere || !inodes.every(isKnown) || (this.#store.recyclesVids && !hasWorking);
       if (maxAgeMs > 0 && isOutdated) continue;
-      // Nodes of some other kind, that give names other places; or it was made this moment.
+      // It was made at this moment, or nodes of another kind hash names differently.
       if (!isThere && (await this.#cluster.lookup(name)) !== 0) {
         return (await this.list()).filter((record) => record.name === name);
       }
@@ -160,8 +160,8 @@ export class SheepCatalog implements Catalog {
   }
 
   /**
-   * A mark is set with a request of its own, after the one that makes the VDI. Until then the VDI is too small for anybody
-   * to use, so that it is known for what it is if we do not live to set it (isBarelyMade).
+   * The mark is set with a separate request, after the one that makes the VDI. Until then the VDI is too small to be used, so that it
+   * is recognised if this process dies in between (isBarelyMade).
    */
   async create(
     name: string,
@@ -181,11 +181,11 @@ export class SheepCatalog implements Catalog {
     return recordOf(await this.#cluster.readInode(vid));
   }
 
-  /** Nodes make such a VDI all the same, with fewer copies than it says, and read nothing of a code that lacks strips. */
+  /** Nodes would create the VDI all the same: with fewer copies than it says, or with an erasure code that cannot be read. */
   async mustHold(redundancy: Redundancy): Promise<void> {
     const nodes = await this.#cluster.pool.listNodes();
     const [needed, zones] = [zonesFor(redundancy), zonesIn(nodes)];
-    // Nodes of a kind whose list is not known cannot be counted.
+    // An empty list: the nodes cannot be counted.
     if (nodes.length === 0 || needed <= zones) return;
     throw new StoreError(
       'LIMIT',
@@ -213,13 +213,13 @@ export class SheepCatalog implements Catalog {
     if (opened && !opened.failure) return opened;
     const found = await this.#cluster.readInode(vid);
     if (isShadow(found)) return this.#openShadow(found);
-    // Who writes nothing may look at what somebody else has locked.
+    // A reader needs no lock.
     const isOurs = !found.isSnapshot && this.#store.readOnlyBecause === undefined;
     if (isOurs) await this.#claim(found);
     let inode: Inode;
     let map: Uint32Array;
     try {
-      // As whoever had the lock before has left it.
+      // Read again under the lock: its last holder may have changed it.
       inode = isOurs ? await this.#cluster.readInode(vid) : found;
       map = await this.#cluster.readOwners(inode);
     } catch (error) {
@@ -236,7 +236,7 @@ export class SheepCatalog implements Catalog {
     return vdi;
   }
 
-  /** A vid that was deleted is another VDI's by now where vids are used again, and its lock too. */
+  /** Where vids are reused, a deleted vid and its lock may belong to another VDI by now. */
   async #isStillOurs({ failure, inode }: SheepVdi): Promise<boolean> {
     if (failure === undefined || !this.#store.enforcesLocks || !this.#store.recyclesVids) return true;
     const found = await this.#cluster
@@ -252,13 +252,13 @@ export class SheepCatalog implements Catalog {
     let inode = sheep.inode;
     return {
       switchOver: async () => {
-        // The new working VDI gets what the inode says now: somebody else may have resized it, or given it more copies.
+        // The new working VDI gets the fields of the inode: another client may have changed its size or copies.
         await sheep.look();
         inode = sheep.inode;
         await sheep.switching(async () => {
-          // A snapshot of what is one already would put the working VDI back to it.
+          // Must still be the working VDI: a request on a snapshot would roll the working VDI back to it.
           const goesByName = await this.#mayGoByName(inode, 'snapshotted');
-          // The snapshot keeps the mark in place of its tag until the new working VDI bears it: at no time it is nowhere.
+          // The snapshot keeps the mark in place of its tag until the new working VDI has it: one of them always has it.
           if (!unfinished) await this.#writeTag(inode.vid, tag);
           let vid: number;
           try {
@@ -272,7 +272,7 @@ export class SheepCatalog implements Catalog {
             this.#cluster.readInode(inode.vid),
           ]);
           await sheep.become(made, sheep.map);
-          // Resized at this very moment: that is in the snapshot, and not in what goes on.
+          // Another client resized it at this moment: the size is in the snapshot, not in the new working VDI.
           if (made.size !== size) await this.#writeSize(vid, size);
         });
         await sheep.look();
@@ -283,7 +283,7 @@ export class SheepCatalog implements Catalog {
           sheep.retagged(inode.tag);
           await this.#writeTag(inode.vid, tag);
         }
-        // The nodes have written the present time, and know no other request for it.
+        // The nodes have written the present time; no request sets another one.
         if (takenAt !== undefined) {
           await this.#cluster.writeInodeBytes(inode.vid, INODE_SNAP_CTIME_OFFSET, encodeTime(takenAt));
         }
@@ -334,7 +334,7 @@ export class SheepCatalog implements Catalog {
         'a temporary snapshot cannot be cloned; take one that stays with "vdi snapshot"',
       );
     }
-    // Whoever writes a VDI that is cloned from finds it read-only.
+    // Nodes would make a working VDI read-only for its writers.
     if (!base.isSnapshot)
       throw new StoreError('IO', `${base.name} is no snapshot (any more); only snapshots are cloned`);
     refuseHyper(base, 'cloned');
@@ -343,8 +343,8 @@ export class SheepCatalog implements Catalog {
   }
 
   /**
-   * The nodes make the working VDI a snapshot and the new one the working VDI in one operation; only then the old one is
-   * deleted. Whatever fails, the name keeps a working VDI; and a mark, which the old one keeps until it is deleted.
+   * In one operation the nodes make the working VDI a snapshot and the new VDI the working one; only then is the old one deleted. If
+   * anything fails, the name still has a working VDI, and a mark is still on one of them.
    */
   async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     const working = await this.#cluster.readInode(vid);
@@ -359,7 +359,7 @@ export class SheepCatalog implements Catalog {
       made = await replaceWorking(this.#cluster, working, base, goesByName);
       if (unfinished) await this.#writeTag(made, unfinishedTag(unfinished));
       const replaced = await this.#cluster.readInode(vid);
-      // The nodes make it a snapshot; if they did not, they have taken another one for it.
+      // If it is no snapshot, the nodes have replaced another VDI.
       if (!replaced.isSnapshot) {
         throw new StoreError(
           'IO',
@@ -382,7 +382,7 @@ export class SheepCatalog implements Catalog {
         if (sheep.map[idx] !== 0) throw new Error('invariant: a disk is cut off in front of data');
       }
       await this.#writeSize(inode.vid, size);
-      // If somebody has taken a snapshot meanwhile, it is that one which has the size now.
+      // If another client has taken a snapshot meanwhile, the size was written to the snapshot.
       if (!(await this.#cluster.readInode(inode.vid)).isSnapshot) {
         sheep.resized({ ...inode, size });
         return sheep.record;
@@ -404,7 +404,7 @@ export class SheepCatalog implements Catalog {
     await this.#deleteLeftMarks(inode.name);
   }
 
-  /** Nodes give space back by themselves, soon after. */
+  /** Nodes free the space by themselves, soon after. */
   reclaimed(): Promise<void> {
     return Promise.resolve();
   }
@@ -425,27 +425,27 @@ export class SheepCatalog implements Catalog {
     return name === undefined ? lost : lost.filter(({ likelyName }) => likelyName === name);
   }
 
-  /** Ask for every object that a table refers to. Objects nobody refers to are the cluster's own affair to find. */
+  /** Errors: UNSUPPORTED (repair), and as reading inodes and tables. */
   async check({ repair }: { readonly repair: boolean }): Promise<CheckReport> {
     if (repair) throw cannotRepair();
     return checkCatalog(this.#cluster, await this.#inodes.all(), await this.damaged());
   }
 
-  /** The vid of the working VDI that goes on under this name; 0 if there is none. */
+  /** The vid of the working VDI of this name; 0 if there is none. */
   async workingVid(name: string): Promise<number> {
     const vid = await this.#cluster.lookup(name);
     if (vid === 0 || !this.#store.recyclesVids) return vid;
-    // The nodes may take a snapshot for it.
+    // The nodes may have answered with a snapshot.
     const working = (await this.#inodes.all()).find((inode) => inode.name === name && !inode.isSnapshot);
     return working?.vid ?? 0;
   }
 
-  /** Before `name` is written: shadows of it that no process keeps up to date any more. */
+  /** Call before `name` is written: drops its shadows that no living process keeps up to date. */
   dropStaleShadows(name: string): Promise<void> {
     return this.#shadows.dropStale(name);
   }
 
-  /** At the end: what is alive has lost its readers. */
+  /** Call when the store closes: drops all live shadows of this process. */
   dropOwnShadows(): Promise<void> {
     return this.#shadows.dropLive();
   }
@@ -485,7 +485,7 @@ export class SheepCatalog implements Catalog {
     return this.#cluster.writeInodeBytes(vid, INODE_VDI_SIZE_OFFSET, encodeSize(size));
   }
 
-  /** Snapshots that bear a mark in place of a tag: of a snapshot or a rollback that was cut off. Nobody asked for them. */
+  /** Deletes snapshots with a mark in place of a tag: left by a snapshot or a rollback that was cut off. */
   async #deleteLeftMarks(name: string): Promise<void> {
     const inodes = this.#store.recyclesVids
       ? await this.#inodes.all()
@@ -508,13 +508,13 @@ function prefixOf(name: string): string {
   return name.slice(0, name.lastIndexOf('-') + 1);
 }
 
-/** Errors: UNSUPPORTED. It would be taken for a temporary snapshot, and listed nowhere. */
+/** Errors: UNSUPPORTED (the name is that of a shadow: the VDI would be listed nowhere). */
 function refuseShadowName(name: string): void {
   if (!isShadowName(name)) return;
   throw new StoreError('UNSUPPORTED', `${name}: such names are those of temporary snapshots here; choose another one`);
 }
 
-/** Errors: UNSUPPORTED, saying that a hyper volume is not `done` here. */
+/** Errors: UNSUPPORTED (a hyper volume). `done`: the operation, for the message. */
 function refuseHyper(inode: Inode, done: string): void {
   if (inode.storePolicy === 0) return;
   throw new StoreError(

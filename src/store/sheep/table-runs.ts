@@ -10,7 +10,7 @@ export interface EntryChange {
   readonly owner: number;
 }
 
-/** Neighbouring entries in one request; gaps are left alone. */
+/** Writes the changes, each run with one call of `write`; entries between runs stay as they are. */
 export async function inRuns(
   changes: readonly EntryChange[],
   write: (idx: number, owners: readonly number[]) => Promise<void>,

@@ -1,11 +1,11 @@
-/** An inode as src/vdi knows VDIs. */
+/** The record of a VDI, as stores have it, from an inode. */
 import type { Inode } from '../../sheepdog/inode.js';
 import { MAX_HYPER_OBJECTS } from '../../sheepdog/protocol.js';
 import type { VdiRecord } from '../object-store.js';
 import { redundancyOf } from './redundancy-of.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 
-/** Snapshots may have no tag in a cluster; people give their id then, as with `dog`. */
+/** A snapshot without a tag gets its id as the tag, as with `dog`. */
 export function recordOf(inode: Inode): VdiRecord {
   const unfinished = inode.isSnapshot ? undefined : parseUnfinishedTag(inode.tag);
   return {

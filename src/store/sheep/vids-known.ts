@@ -21,18 +21,18 @@ export class VidsKnown {
   /** The request in flight; resolves when it is answered or has failed. */
   #asked: Promise<unknown> | undefined;
 
-  /** `lookUp` looks up a name, whichever. */
+  /** `lookUp` sends a look-up of any name. */
   constructor(pool: NodePool, lookUp: () => Promise<unknown>) {
     this.#pool = pool;
     this.#lookUp = lookUp;
   }
 
-  /** A VDI was made or deleted: what was answered before is old, and what is being answered may be. */
+  /** A VDI was made or deleted: the latest answer is stale, and so is one that is being received. */
   forget(): void {
     this.#latest = undefined;
   }
 
-  /** Which vids are in use; not older than `maxAgeMs`, nor than what we have made or deleted since. */
+  /** Not older than `maxAgeMs`, nor than the last `forget`. Errors: IO. */
   get(maxAgeMs = 0): Promise<VidsInUse> {
     const known = this.#latest;
     if (known !== undefined && performance.now() - known.askedAt < maxAgeMs) return known.answer;
@@ -42,7 +42,7 @@ export class VidsKnown {
     return this.#next;
   }
 
-  /** When the request under way is answered, or takes long: what comes until then has one answer. */
+  /** Asks when the request in flight is answered, or takes long. All callers until then share the answer. */
   async #askAfter(underWay: Promise<unknown>): Promise<VidsInUse> {
     await Promise.race([underWay, timeOut(LONG_VIDS_MS)]);
     this.#next = undefined;
@@ -66,9 +66,8 @@ export class VidsKnown {
   }
 
   /**
-   * A node that has just started knows the vids of its own disk until it has those of the others, and answers meanwhile. It
-   * fetches them in the queue in which it also looks names up (sheep/group.c, block_wqueue): who has had an answer to that is
-   * told all of them.
+   * A node that has just started answers with the vids of its own disk until it has those of the other nodes. It fetches them in the
+   * queue in which it also looks up names (sheep/group.c, block_wqueue): once it has answered a look-up, its vids are complete.
    */
   async #vidsOfOneNode(): Promise<VidsInUse> {
     for (;;) {
@@ -84,7 +83,7 @@ export class VidsKnown {
     }
   }
 
-  /** Before 1.0 not all versions can say: those vids count as used, and inodes without a name tell. */
+  /** Before 1.0 not all versions can say: deleted vids count as used then, and their inodes have no name. */
   async #deleted(): Promise<Buffer> {
     return this.#pool.version === '1.0' ? this.#bitmap(Opcode.READ_DEL_VDIS) : Buffer.alloc(VDI_BITMAP_BYTES);
   }
