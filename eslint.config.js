@@ -18,7 +18,7 @@ const MAY_IMPORT = {
   export: ['vdi', 'system'],
   vdi: ['store', 'system', 'text'],
   store: ['sheepdog', 'system', 'text'],
-  sheepdog: ['store', 'text'],
+  sheepdog: ['text'],
   system: [],
   text: [],
 };

@@ -1,16 +1,16 @@
 /**
- * The index of a hyper volume, which has a B-tree where other VDIs have their table (lib/sd_inode.c): a leaf in the inode,
- * or a root there that points to leaves in objects of their own. Owns the layout of its nodes and reads them; how they
- * are changed is in hyper-index.ts.
+ * The index of a hyper volume: a B-tree in place of the table (lib/sd_inode.c). The inode holds either a leaf, or a root that points
+ * to leaves in objects of their own. Owns the layout of the tree's nodes, and reads them.
  */
 import { struct, u16, u32 } from 'buffer-layout';
-import { StoreError } from '../store/object-store.js';
-import { INODE_TABLE_OFFSET, inodeHigh } from './protocol.js';
+import { FormatError } from './format-error.js';
+import { TABLE_OFFSET } from './inode-table.js';
+import { inodeHigh } from './object-ids.js';
 
 /** INODE_BTREE_MAGIC. */
 const MAGIC = 0x6274;
-/** SD_INODE_DATA_INDEX_SIZE: a node of the tree, wherever it is. */
-const NODE_BYTES = 2 ** 20 * 4;
+/** SD_INODE_DATA_INDEX_SIZE: most bytes of a node of the tree. */
+export const INDEX_NODE_BYTES = 2 ** 20 * 4;
 /** struct sd_index_header. */
 const header = struct<{ magic: number; depth: number; entries: number }>([u16('magic'), u16('depth'), u32('entries')]);
 export const NODE_HEADER_BYTES = 8;
@@ -20,34 +20,32 @@ export const LEAF_ENTRY_BYTES = 8;
 const ROOT_ENTRY_BYTES = 16;
 const LEAF = 1;
 const ROOT = 2;
-/** VDI_BTREE_BIT, in the upper half of an oid; the lower half is a number that the inode counts (vid_to_btree_oid). */
-const BTREE_BIT_HIGH = 0x1000_0000;
 
 /** Reads from the object whose oid has these halves. */
 export type ReadObject = (high: number, low: number, offset: number, into: Buffer) => Promise<void>;
 
 /** A leaf in an object of its own. */
 export interface LeafPointer {
-  /** No entry of the leaf has a higher idx. */
+  /** The highest idx that an entry of the leaf may have. */
   readonly lastIdx: number;
   readonly high: number;
   readonly low: number;
 }
 
-/** What is in the inode: entries of struct sd_index, or where the leaves with them are. */
+/** What the inode holds: entries (struct sd_index), or pointers to leaves with entries. */
 export type IndexRoot =
   | { readonly entries: Buffer; readonly leaves?: undefined }
   | { readonly entries?: undefined; readonly leaves: readonly LeafPointer[] };
 
-/** Errors: StoreError DAMAGED, and those of `read`. */
+/** Errors: FormatError, and those of `read`. */
 export async function readRoot(read: ReadObject, vid: number): Promise<IndexRoot> {
   const high = inodeHigh(vid);
-  const root = await readHeader(read, vid, high, 0, INODE_TABLE_OFFSET);
+  const root = await readHeader(read, vid, high, 0, TABLE_OFFSET);
   if (root === undefined) return { entries: Buffer.alloc(0) }; // nothing was ever written
   if (root.depth !== LEAF && root.depth !== ROOT) throw damaged(vid, `its index has a depth of ${root.depth}`);
   const entryBytes = root.depth === LEAF ? LEAF_ENTRY_BYTES : ROOT_ENTRY_BYTES;
   const entries = Buffer.alloc(checkedLength(vid, root.entries, entryBytes));
-  if (entries.length > 0) await read(high, 0, INODE_TABLE_OFFSET + NODE_HEADER_BYTES, entries);
+  if (entries.length > 0) await read(high, 0, TABLE_OFFSET + NODE_HEADER_BYTES, entries);
   if (root.depth === LEAF) return { entries };
   const leaves: LeafPointer[] = [];
   for (let at = 0; at < entries.length; at += ROOT_ENTRY_BYTES) {
@@ -60,7 +58,7 @@ export async function readRoot(read: ReadObject, vid: number): Promise<IndexRoot
   return { leaves };
 }
 
-/** The leaf's entries, of struct sd_index. Errors: StoreError DAMAGED, and those of `read`. */
+/** The leaf's entries, of struct sd_index. Errors: FormatError, and those of `read`. */
 export async function readLeaf(read: ReadObject, vid: number, { high, low }: LeafPointer): Promise<Buffer> {
   const leaf = await readHeader(read, vid, high, low, 0);
   if (leaf === undefined) return Buffer.alloc(0);
@@ -70,12 +68,12 @@ export async function readLeaf(read: ReadObject, vid: number, { high, low }: Lea
   return entries;
 }
 
-/** Owners of the first `count` objects of the hyper volume, as a table would have them. Errors: as readRoot. */
+/** Owners of the first `count` objects of the hyper volume, as a table. Errors: as readRoot. */
 export async function readIndex(read: ReadObject, vid: number, count: number): Promise<Uint32Array> {
   const owners = new Uint32Array(count);
   const add = (entries: Buffer): void => {
     eachEntry(entries, (idx, owner) => {
-      // Behind the end of the disk is nothing to be read.
+      // Entries behind the end of the disk are not read.
       if (idx < count) owners[idx] = owner;
     });
   };
@@ -91,7 +89,7 @@ export function eachEntry(entries: Buffer, visit: (idx: number, owner: number) =
   }
 }
 
-/** A leaf with entries for the idx from `first` on, one after the other. */
+/** A leaf with one entry for each idx from `first` on. */
 export function encodeLeaf(first: number, owners: ArrayLike<number>): Buffer {
   const node = encodeHeader(LEAF, owners.length, LEAF_ENTRY_BYTES);
   encodeEntries(first, owners).copy(node, NODE_HEADER_BYTES);
@@ -107,7 +105,7 @@ export function encodeEntries(first: number, owners: ArrayLike<number>): Buffer 
   return entries;
 }
 
-/** `leaves` by their idx. */
+/** `leaves`: in the order of their idx. */
 export function encodeRoot(leaves: readonly LeafPointer[]): Buffer {
   const node = encodeHeader(ROOT, leaves.length, ROOT_ENTRY_BYTES);
   for (const [n, { lastIdx, high, low }] of leaves.entries()) {
@@ -119,14 +117,9 @@ export function encodeRoot(leaves: readonly LeafPointer[]): Buffer {
   return node;
 }
 
-/** The upper half of the oids of a hyper volume's leaves. */
-export function leafHigh(vid: number): number {
-  return (BTREE_BIT_HIGH | vid) >>> 0;
-}
-
 function encodeHeader(depth: number, entries: number, entryBytes: number): Buffer {
   const node = Buffer.alloc(NODE_HEADER_BYTES + entries * entryBytes);
-  if (node.length > NODE_BYTES) throw new Error('invariant: a node of a hyper volume is too large');
+  if (node.length > INDEX_NODE_BYTES) throw new Error('invariant: a node of a hyper volume is too large');
   header.encode({ magic: MAGIC, depth, entries }, node);
   return node;
 }
@@ -148,10 +141,10 @@ async function readHeader(
 
 function checkedLength(vid: number, entries: number, entryBytes: number): number {
   const length = entries * entryBytes;
-  if (NODE_HEADER_BYTES + length > NODE_BYTES) throw damaged(vid, `its index claims ${entries} entries`);
+  if (NODE_HEADER_BYTES + length > INDEX_NODE_BYTES) throw damaged(vid, `its index claims ${entries} entries`);
   return length;
 }
 
-function damaged(vid: number, what: string): StoreError {
-  return new StoreError('DAMAGED', `the hyper volume with vid ${vid.toString(16)} is damaged: ${what}`);
+function damaged(vid: number, what: string): FormatError {
+  return new FormatError(`the hyper volume with vid ${vid.toString(16)} is damaged: ${what}`);
 }

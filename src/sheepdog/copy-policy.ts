@@ -1,9 +1,7 @@
 /**
- * How inodes, requests and the cluster's own description say how many copies there are, or which erasure code: nr_copies and
- * copy_policy (fec.h, ec_policy_to_dp). Owns that byte, nothing else.
+ * The number of copies, or the erasure code, in inodes, requests and the cluster's description: nr_copies and copy_policy (fec.h,
+ * ec_policy_to_dp). Owns the bits of that byte.
  */
-import type { Redundancy } from '../store/object-store.js';
-import { zonesFor } from '../store/redundancy.js';
 
 export interface CopyPolicy {
   /** Copies, or strips of all kinds. 0 in a request: the cluster's default. */
@@ -14,18 +12,22 @@ export interface CopyPolicy {
 
 export const CLUSTER_DEFAULT: CopyPolicy = { copies: 0, copyPolicy: 0 };
 
-export function redundancyOf({ copies, copyPolicy }: CopyPolicy): Redundancy {
-  if (copyPolicy === 0) return { copies };
-  return { dataStrips: (copyPolicy >> 4) * 2, parityStrips: copyPolicy & 0x0f };
+export interface Strips {
+  readonly data: number;
+  readonly parity: number;
 }
 
-export function copyPolicyOf(redundancy: Redundancy): CopyPolicy {
-  const copies = zonesFor(redundancy);
-  if ('copies' in redundancy) return { copies, copyPolicy: 0 };
-  return { copies, copyPolicy: ((redundancy.dataStrips / 2) << 4) | redundancy.parityStrips };
+/** Undefined for whole copies. */
+export function stripsOf(copyPolicy: number): Strips | undefined {
+  return copyPolicy === 0 ? undefined : { data: (copyPolicy >> 4) * 2, parity: copyPolicy & 0x0f };
 }
 
-/** Zones with nodes that hold objects: of the nodes of one zone only one has a copy (a node without vnodes has none). */
+/** The copy_policy of an erasure code. */
+export function policyOfStrips({ data, parity }: Strips): number {
+  return ((data / 2) << 4) | parity;
+}
+
+/** Zones with nodes that hold objects: only one node of a zone has a copy, and nodes without vnodes have none. */
 export function zonesIn(nodes: readonly { readonly zone: number; readonly vnodes: number }[]): number {
   return new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
 }

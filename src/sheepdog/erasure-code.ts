@@ -1,10 +1,10 @@
 /**
- * The erasure code of the nodes: what the strips of an object must be to each other. Owns the arithmetic in GF(256) and
- * the search for the strip that is wrong; reads nothing.
+ * The erasure code of the nodes: how the strips of an object depend on each other. Owns the arithmetic in GF(256) and the search for
+ * the wrong strip; reads nothing.
  *
- * The code is the one of lib/fec.c (fec_new), said in other words: byte by byte, the data strips are the values of a
- * polynomial of degree < D at the points 0, 1, a, a^2, ... in this order, and the parity strips are its values at the next
- * points. So every strip follows from any D others by interpolation. `a` is the root of x^8+x^4+x^3+x^2+1.
+ * The code is that of lib/fec.c (fec_new). For each byte, the data strips are the values of a polynomial of degree < D at the points
+ * 0, 1, a, a^2, ... in this order, and the parity strips are its values at the next points. So any D strips determine every other
+ * strip by interpolation. `a` is the root of x^8+x^4+x^3+x^2+1.
  */
 
 const FIELD = 256;
@@ -29,7 +29,7 @@ function divide(a: number, b: number): number {
   return a === 0 ? 0 : (EXP[(LOG[a] as number) + FIELD - 1 - (LOG[b] as number)] as number);
 }
 
-/** All multiples of a factor, which makes multiplying by it one look-up. */
+/** All multiples of a factor: multiplying by it becomes one look-up. */
 function multiplesOf(factor: number): Uint8Array {
   return Uint8Array.from({ length: FIELD }, (_, n) => multiply(factor, n));
 }
@@ -38,19 +38,14 @@ function pointOf(strip: number): number {
   return strip === 0 ? 0 : (EXP[strip - 1] as number);
 }
 
-/** Strips of data and of parity, as a copy policy says it (fec.h, ec_policy_to_dp). */
-export function stripsOf(copyPolicy: number): { readonly data: number; readonly parity: number } {
-  return { data: (copyPolicy >> 4) * 2, parity: copyPolicy & 15 };
-}
-
-/** The strip that is wrong, or -1 if it cannot be told which. */
+/** `wrongStrip`: -1 if it cannot be determined. */
 export type StripeSink = (stripe: number, wrongStrip: number) => void;
 
-/** What the strips of these numbers must be to each other; there must be more of them than strips of data. */
+/** Compares strips of these numbers with each other; there must be more of them than data strips. */
 export class StripComparison {
   readonly #strips: readonly number[];
   readonly #data: number;
-  /** For each further strip, by strip of the first ones: its factor, and all multiples of it. */
+  /** For each strip after the first D, by each of the first D: its factor, and all multiples of the factor. */
   readonly #factors: readonly Uint8Array[];
   readonly #multiples: readonly (readonly Uint8Array[])[];
 
@@ -64,8 +59,8 @@ export class StripComparison {
   }
 
   /**
-   * Tell of stripes that are not what they should be. `parts`: the same range of each strip, in the order of the
-   * constructor's; `stripBytes`: what one stripe has of a strip; stripes are numbered from 0.
+   * Reports wrong stripes. `parts`: the same range of each strip, in the constructor's order. `stripBytes`: bytes that a stripe has in
+   * each strip. Stripes are numbered from 0 within `parts`.
    */
   compare(parts: readonly Buffer[], stripBytes: number, sink: StripeSink): void {
     const base = parts.slice(0, this.#data);
@@ -82,7 +77,7 @@ export class StripComparison {
     }
   }
 
-  /** One wrong strip leaves its mark on all others in a way that no other one would; it takes two to see that. */
+  /** A wrong strip changes every comparison by a factor of its own. With fewer than two comparisons it cannot be determined. */
   #wrongStrip(differences: readonly Buffer[], from: number, to: number): number {
     if (differences.length < 2) return -1;
     const wrong = differences.filter((each) => each.subarray(from, to).some((byte) => byte !== 0));
@@ -102,7 +97,7 @@ export class StripComparison {
   }
 }
 
-/** Lagrange: how much of the value at `base`'s strip `each` is in the value at `strip`. */
+/** Lagrange: the factor of the value at strip `each` of `base` in the value at `strip`. */
 function weight(base: readonly number[], each: number, strip: number): number {
   let value = 1;
   for (const other of base) {
@@ -113,7 +108,7 @@ function weight(base: readonly number[], each: number, strip: number): number {
   return value;
 }
 
-/** What has to be added to `found` to make it what the others say. */
+/** What must be added to `found` to equal the value that the base strips determine. */
 function difference(base: readonly Buffer[], multiples: readonly Uint8Array[], found: Buffer): Buffer {
   const sum = Buffer.from(found);
   for (const [n, part] of base.entries()) {

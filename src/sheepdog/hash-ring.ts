@@ -1,15 +1,15 @@
 /**
- * Where objects lie: the ring of a cluster's nodes, by which it chooses the nodes of an object's copies. A read that
- * is sent to the first one is answered from that node's disk; any other node would have to fetch it. Owns the arithmetic
- * only. What it says is a hint: every node serves every object, and a membership that changes makes it wrong for a while.
+ * Placement: the ring of a cluster's nodes, which determines the nodes of an object's copies. The first of them answers a read from
+ * its disk; any other node would have to fetch the object. Owns the arithmetic only. For reads through a cluster the result is a
+ * hint: every node serves every object, and while members change it is wrong.
  *
  * Source: sheepdog_proto.h (sd_hash, sd_hash_oid: FNV-1a of 64 bits, once more over its own result) and sheep.h
  * (node_to_vnodes: as many points on the ring as a node has virtual nodes; node_disk_to_vnodes: as many as its disks have
  * for their size; oid_to_vnodes: the first point from the object's hash on, and then the next ones in zones that have no
  * copy yet).
  */
-import type { ClusterNode, NodeDisk } from './layouts.js';
-import { objectKey } from '../store/sheep/table.js';
+import type { ClusterNode, NodeDisk } from './nodes.js';
+import { oidKey } from './object-ids.js';
 
 const FNV_INIT = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;
@@ -18,7 +18,7 @@ const MASK = 0xffff_ffff_ffff_ffffn;
 const NODE_ID_BYTES = 18;
 const NODE_ID_PORT_OFFSET = 16;
 const DISK_WEIGHT_BYTES = 2n ** 32n;
-/** Objects whose node is remembered. */
+/** Most objects whose node is remembered. */
 const MAX_REMEMBERED = 2 ** 16;
 
 export class Placement {
@@ -50,9 +50,9 @@ export class Placement {
     this.#owners = Uint16Array.from(points, ({ node }) => node);
   }
 
-  /** Position, in the list it was made from, of the node with the first copy of data object (vid, idx); -1: none. */
+  /** Position, in the constructor's list, of the node with the first copy of data object (vid, idx); -1: none. */
   nodeOf(vid: number, idx: number): number {
-    const key = objectKey(vid, idx);
+    const key = oidKey(vid, idx);
     let node = this.#remembered.get(key);
     if (node === undefined) {
       node = this.#owners[this.#find(vid, idx)] ?? -1;
@@ -63,8 +63,8 @@ export class Placement {
   }
 
   /**
-   * Positions of the nodes that should have a copy of the object whose oid has these halves, or its strips one after the
-   * other: `copies` of them, or one in each zone if there are fewer zones.
+   * Positions of the nodes that should have a copy, or the strips in order, of the object whose oid has these halves: `copies` of them,
+   * or one in each zone if there are fewer zones.
    */
   holdersOf(high: number, low: number, copies: number): number[] {
     const holders: number[] = [];
@@ -80,7 +80,7 @@ export class Placement {
     return holders;
   }
 
-  /** The first point of the ring from the hash of the object on. */
+  /** Index of the first point of the ring at or after the object's hash. */
   #find(oidHigh: number, oidLow: number): number {
     const oid = Buffer.alloc(8);
     oid.writeUInt32LE(oidLow, 0);
@@ -97,12 +97,12 @@ export class Placement {
   }
 }
 
-/** Whether objects are placed on the node: it is no gateway without a part of the ring. */
+/** Whether objects are placed on the node. False for a gateway, which has no part of the ring. */
 export function keepsObjects({ vnodes, disks }: ClusterNode, byDisk: boolean): boolean {
   return byDisk ? disks.length > 0 : vnodes > 0;
 }
 
-/** One for each 4 GiB begun (internal_proto.h, WEIGHT_MIN). */
+/** One for each started 4 GiB (internal_proto.h, WEIGHT_MIN). */
 function pointsOf({ space }: NodeDisk): number {
   return Number((space + DISK_WEIGHT_BYTES - 1n) / DISK_WEIGHT_BYTES);
 }
@@ -119,7 +119,7 @@ function fnv64(value: bigint, init: bigint): bigint {
   return fnv(bytes, init);
 }
 
-/** The hash goes on over its own bytes. */
+/** The hash continued over its own bytes. */
 function hashOfHash(hash: bigint): bigint {
   return fnv64(hash, hash);
 }

@@ -1,6 +1,6 @@
 /**
  * Numbers of the Sheepdog wire protocol, version 2, with the names its headers give them (sheepdog_proto.h,
- * internal_proto.h). Owns no behaviour; layouts.ts has the structures.
+ * internal_proto.h). Owns no behaviour and no byte offset: structures are in the files beside this one.
  */
 
 export const DEFAULT_PORT = 7000;
@@ -10,7 +10,7 @@ export const SHEEP_PROTO_VER = 0x0a;
 export const INTERNAL_OPCODES = 0x80;
 /** SD_SHEEP_PROTO_VER of 0.8 and 0.9. Their inodes, objects, names and places are those of 1.0. */
 export const OLD_SHEEP_PROTO_VER = 0x09;
-/** Versions of Sheepdog that speak differently, as far as is known here. */
+/** The known versions of Sheepdog whose protocols differ. */
 export type SheepVersion = '0.8' | '0.9' | '1.0';
 
 export const HEADER_BYTES = 48;
@@ -38,7 +38,7 @@ export const Opcode = {
   READ_DEL_VDIS: 0xc9,
 } as const;
 
-/** Requests on an object. The headers of their answers say nothing but what an Answer says. */
+/** Requests on an object. Of the headers of their answers only the common fields and the result matter. */
 export const OBJECT_OPCODES: ReadonlySet<number> = new Set([
   Opcode.CREATE_AND_WRITE_OBJ,
   Opcode.READ_OBJ,
@@ -46,7 +46,7 @@ export const OBJECT_OPCODES: ReadonlySet<number> = new Set([
   Opcode.REMOVE_OBJ,
 ]);
 
-/** RECOVERY: of requests between nodes, that they wait for no object to be recovered. */
+/** RECOVERY: a request between nodes that does not wait for the recovery of an object. */
 export const Flag = { WRITE: 0x01, COW: 0x02, RECOVERY: 0x80 } as const;
 
 export const Result = {
@@ -70,7 +70,7 @@ export const Result = {
   WAIT_FOR_JOIN: 0x17,
   HALT: 0x19,
   READONLY: 0x1a,
-  /** What is COLLECTING_CINFO since 1.0. */
+  /** COLLECTING_CINFO before 1.0. */
   OLD_COLLECTING_CINFO: 0x1c,
   OLD_NODE_VER: 0x81,
   NEW_NODE_VER: 0x82,
@@ -84,7 +84,7 @@ export const Result = {
 
 const RESULT_NAMES = new Map<number, string>(Object.entries(Result).map(([name, value]) => [value, name]));
 
-/** Results whose names do not say what an operator has to do. */
+/** Meanings of results whose names do not tell an operator what to do. */
 const RESULT_MEANINGS = new Map<number, string>([
   [
     Result.HALT,
@@ -92,7 +92,7 @@ const RESULT_MEANINGS = new Map<number, string>([
   ],
 ]);
 
-/** "NO_SPACE (0x15)", with what it means where the name does not say it: how a result is told to people. */
+/** "NO_SPACE (0x15)", with its meaning where the name does not tell it: a result in messages. */
 export function resultName(result: number): string {
   const name = `${RESULT_NAMES.get(result) ?? 'result'} (0x${result.toString(16).padStart(2, '0')})`;
   const meaning = RESULT_MEANINGS.get(result);
@@ -113,43 +113,23 @@ export const LOCK_TYPE_SHARED = 1;
 /** SD_MAX_VDI_LEN and SD_MAX_VDI_TAG_LEN, with the terminating NUL. */
 export const NAME_BYTES = 256;
 export const TAG_BYTES = 256;
-/** SD_NR_VDIS bits: what READ_VDIS and READ_DEL_VDIS answer. */
+/** SD_NR_VDIS bits: the answer to READ_VDIS and READ_DEL_VDIS. */
 export const VDI_BITMAP_BYTES = 2 ** 24 / 8;
-export const MAX_VID = 2 ** 24 - 1;
+/** SD_DEFAULT_BLOCK_SIZE_SHIFT, and the sizes of objects that nodes allow. */
+export const DEFAULT_BLOCK_SIZE_SHIFT = 22;
+export const MIN_BLOCK_SIZE_SHIFT = 20;
+export const MAX_BLOCK_SIZE_SHIFT = 31;
+/** MAX_DATA_OBJS: entries of a table. */
+export const MAX_DATA_OBJECTS = 2 ** 20;
 
 /**
- * A hyper volume may have very many objects, and each is four bytes of memory here: 256 TiB in objects of 4 MiB. Others
- * have MAX_DATA_OBJECTS at most.
+ * Our limit for hyper volumes, because each object takes four bytes of memory: 256 TiB in objects of 4 MiB. Other VDIs have
+ * MAX_DATA_OBJECTS at most.
  */
 export const MAX_HYPER_OBJECTS = 2 ** 26;
 
-/** Offsets in struct sd_inode. */
-export const INODE_NAME_OFFSET = 0;
-export const INODE_TAG_OFFSET = 256;
-export const INODE_SNAP_CTIME_OFFSET = 520;
-export const INODE_VDI_SIZE_OFFSET = 536;
-export const INODE_BTREE_COUNTER_OFFSET = 568;
-export const INODE_HEADER_BYTES = 572;
-export const INODE_TABLE_OFFSET = 4664;
-export const INODE_ENTRY_BYTES = 4;
-export const INODE_GREF_OFFSET = 4_198_968;
-/** struct generation_reference: generation, then count. */
-export const GREF_BYTES = 8;
-
-/** The upper half of an inode's oid is this bit and the vid (VDI_BIT, VDI_SPACE_SHIFT); the lower half is 0. */
-const VDI_BIT_HIGH = 0x8000_0000;
-
-export function inodeHigh(vid: number): number {
-  return (VDI_BIT_HIGH | vid) >>> 0;
-}
-
-/** Of any object, by the upper half of its oid: what is above the vid says what kind it is of. */
-export function vidOf(high: number): number {
-  return high & MAX_VID;
-}
-
-/** struct sd_node without HAVE_DISKVNODES, and the longest list of them. With it there are fewer, and they need no more room. */
+/** struct sd_node without HAVE_DISKVNODES, and most nodes of a list. With HAVE_DISKVNODES a list needs no more room. */
 export const NODE_BYTES = 80;
 export const MAX_NODES = 6144;
-/** Room for struct cluster_info. Nodes copy the whole of it whatever room they are told: never ask with less. */
+/** Room for struct cluster_info. Nodes write all of it, however little room the request gives: never ask with less. */
 export const CLUSTER_INFO_ROOM = 512 * 1024;

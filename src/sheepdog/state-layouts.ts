@@ -1,14 +1,14 @@
 /**
- * The structures in which nodes tell of themselves and of the cluster: locks of VDIs, recovery, the members of earlier
- * epochs (internal_proto.h). Owns their byte offsets; decides and sends nothing.
+ * The structures in which nodes report their own state and the cluster's: locks of VDIs, recovery, the members of earlier epochs
+ * (internal_proto.h). Owns their byte offsets.
  */
 import { blob, nu64, struct, u32, u8 } from 'buffer-layout';
-import { addressLabel } from '../store/sheep/cluster-address.js';
-import { addressText, decodeNodes, type ClusterNode } from './layouts.js';
+import { addressLabel } from './node-address.js';
+import { addressText, decodeNodes, type ClusterNode } from './nodes.js';
 
-/** SD_MAX_COPIES, which bounds those who share a lock. */
+/** SD_MAX_COPIES: also the most nodes that share a lock. */
 const MAX_PARTICIPANTS = 31;
-/** struct node_id, of which only where clients connect is of interest here. */
+/** struct node_id; only its address for clients is read. */
 const NODE_ID_BYTES = 40;
 const NODE_ID_PORT = 16;
 
@@ -41,7 +41,7 @@ const vdiStateLayout = struct<VdiStateLayout>([
   u32('nrParticipants'),
 ]);
 
-/** Who has locked a VDI. */
+/** The lock of a VDI. */
 export interface VdiState {
   readonly vid: number;
   /** LockState. */
@@ -50,7 +50,7 @@ export interface VdiState {
   readonly owners: readonly string[];
 }
 
-/** Undefined if these are no such structures: nodes of a kind that is not known. */
+/** Undefined if the bytes are no such structures: the nodes are of an unknown kind. */
 export function decodeVdiStates(bytes: Buffer): VdiState[] | undefined {
   if (bytes.length % VDI_STATE_BYTES !== 0) return undefined;
   const states: VdiState[] = [];
@@ -73,7 +73,7 @@ function nodeLabel(id: Buffer): string {
   return addressLabel({ host: addressText(id.subarray(0, 16)), port: id.readUInt16LE(NODE_ID_PORT) });
 }
 
-/** struct recovery_state. Nodes write all of it whatever room they are told: never ask with less. */
+/** struct recovery_state. Nodes write all of it, however little room the request gives: never ask with less. */
 export const RECOVERY_BYTES = 24;
 
 interface RecoveryLayout {
@@ -94,11 +94,11 @@ const recoveryLayout = struct<RecoveryLayout>([
 /** enum rw_state. */
 const PHASES = ['preparing', 'copying', 'finishing'] as const;
 
-/** A node that puts objects where they belong since the members have changed. */
+/** The recovery of a node: since the members changed, it fetches the objects that are its own now. */
 export interface Recovery {
-  /** preparing: it asks the others what there is; finishing: it tells them that it is done. */
+  /** preparing: it asks the other nodes for their objects; finishing: it tells them that it is done. */
   readonly phase: (typeof PHASES)[number];
-  /** Objects that it has dealt with, of those that it should have; both 0 while it prepares. */
+  /** Objects done, of all that it should have; both 0 while it prepares. */
   readonly done: number;
   readonly total: number;
 }
@@ -110,10 +110,8 @@ export function decodeRecovery(bytes: Buffer): Recovery | null {
   return { phase: PHASES[state] ?? 'copying', done: finished, total };
 }
 
-/** struct sd_req, cluster.nodes_nr: how many nodes there is room for in each of the logs that are asked for. */
-export const NODES_NR_OFFSET = 40;
 /** struct epoch_log without its nodes. */
-export const EPOCH_LOG_BYTES = 48;
+const EPOCH_LOG_BYTES = 48;
 
 interface EpochLogLayout {
   timeSec: number;
@@ -131,10 +129,15 @@ const epochLogLayout = struct<EpochLogLayout>([
   blob(EPOCH_LOG_BYTES - 25, 'what the cluster says of itself'),
 ]);
 
-/** The members of a time, from one change of them to the next. */
+/** Bytes of a log with room for that many nodes, each of `nodeBytes`. */
+export function epochLogBytes(roomForNodes: number, nodeBytes: number): number {
+  return EPOCH_LOG_BYTES + roomForNodes * nodeBytes;
+}
+
+/** An epoch: the members from one change to the next. */
 export interface Epoch {
   readonly epoch: number;
-  /** Milliseconds since the epoch of time; 0 if the node does not know it any more. */
+  /** Milliseconds since 1970; 0 if the node does not know it any more. */
   readonly since: number;
   readonly nodes: readonly ClusterNode[];
 }
@@ -145,12 +148,12 @@ export function decodeEpochs(
   roomForNodes: number,
   nodeBytes: number,
 ): { readonly epochs: Epoch[]; readonly isRecoveryDisabled: boolean } {
-  const stride = EPOCH_LOG_BYTES + roomForNodes * nodeBytes;
+  const stride = epochLogBytes(roomForNodes, nodeBytes);
   const epochs: Epoch[] = [];
   let isRecoveryDisabled = false;
   for (let at = 0; at + stride <= logs.length; at += stride) {
     const { epoch, timeSec, nrNodes, disableRecovery } = epochLogLayout.decode(logs, at);
-    // Said in the first one only.
+    // Only the first log has it.
     if (at === 0) isRecoveryDisabled = disableRecovery !== 0;
     const from = at + EPOCH_LOG_BYTES;
     const nodes = decodeNodes(logs.subarray(from, from + Math.min(nrNodes, roomForNodes) * nodeBytes), nrNodes);

@@ -1,21 +1,21 @@
 /**
- * Which vids of a cluster are in use, and where among them a name's are: nodes give a new VDI or snapshot the first free
- * vid from a place that its name says (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
+ * Which vids of a cluster are in use, and which of them may belong to a name: nodes give a new VDI or snapshot the first free vid at
+ * or after the hash of its name (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
  */
 import { bytesOfText } from '../text/name-bytes.js';
-import { MAX_VID } from './protocol.js';
+import { MAX_VID } from './object-ids.js';
 
 const FNV_OFFSET = 0xcbf29ce484222325n;
 const FNV_PRIME = 0x100000001b3n;
 const MASK_64 = 2n ** 64n - 1n;
-/** A part of a bitmap with no vid in it. Nearly all are: of 16 million vids a cluster uses some thousands. */
+/** A part of a bitmap without vids, as nearly all are: of 16 million vids a cluster uses some thousands. */
 const EMPTY = Buffer.alloc(4096);
 
 export class VidsInUse {
   readonly #used: Buffer;
   readonly #deleted: Buffer;
 
-  /** Bitmaps as READ_VDIS and READ_DEL_VDIS answer them: those of deleted VDIs are in use, too. */
+  /** The answers to READ_VDIS and READ_DEL_VDIS. Vids of deleted VDIs are in use, too. */
   constructor(used: Buffer, deleted: Buffer) {
     this.#used = used;
     this.#deleted = deleted;
@@ -25,17 +25,17 @@ export class VidsInUse {
     return hasBit(this.#used, vid);
   }
 
-  /** It has an inode, and is not deleted. */
+  /** In use and not deleted. */
   isLive(vid: number): boolean {
     return hasBit(this.#used, vid) && !hasBit(this.#deleted, vid);
   }
 
-  /** The nodes say so. Of what is neither live nor deleted a node that has just started may not have heard yet. */
+  /** Known to be deleted. A vid that is neither live nor deleted may be one that a just started node does not know yet. */
   isDeleted(vid: number): boolean {
     return hasBit(this.#deleted, vid);
   }
 
-  /** All that are, in ascending order. */
+  /** All live vids, in ascending order. */
   live(): number[] {
     const vids: number[] = [];
     for (let from = 0; from < this.#used.length; from += EMPTY.length) {
@@ -50,7 +50,7 @@ export class VidsInUse {
     return vids;
   }
 
-  /** Live ones from the first place of `name` up to the first that is free: all of that name are among them. */
+  /** Live vids from the hash of `name` up to the first free one: they include all VDIs of that name. */
   placesOf(name: string): number[] {
     const vids: number[] = [];
     const first = firstVid(name);
@@ -63,7 +63,7 @@ export class VidsInUse {
   }
 }
 
-/** Where the nodes begin to look for a name: the low 24 bits of FNV-1a over its bytes, and never 0. */
+/** Where nodes begin to look for a name: the low 24 bits of FNV-1a over its bytes, never 0. */
 export function firstVid(name: string): number {
   let hash = FNV_OFFSET;
   for (const byte of bytesOfText(name)) hash = ((hash ^ BigInt(byte)) * FNV_PRIME) & MASK_64;

@@ -2,9 +2,10 @@
 import net from 'node:net';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { NodeConnection, type Answer, type Peer, type WireRequest } from '../../src/store/sheep/connection.js';
-import { encodeVdiRequest, type ClusterNode } from '../../src/sheepdog/layouts.js';
 import { Opcode, Result } from '../../src/sheepdog/protocol.js';
 import { RecoveryWatch } from '../../src/store/sheep/recovery-watch.js';
+import { encodeVdiRequest } from '../../src/sheepdog/headers.js';
+import type { ClusterNode } from '../../src/sheepdog/nodes.js';
 
 const HEADER_BYTES = 48;
 

@@ -1,11 +1,11 @@
 /** Where objects lie, against what a real cluster did with them; and what is made of it. */
 import { afterEach, expect, test } from 'vitest';
-import type { ClusterNode } from '../../src/sheepdog/layouts.js';
 import { Placement } from '../../src/sheepdog/hash-ring.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { until } from './clusters.js';
 import { Op, StandIn } from './stand-in.js';
+import type { ClusterNode } from '../../src/sheepdog/nodes.js';
 
 /** Three nodes on loopback with two copies of each object, vid 6d1d39: by idx, the node that had none (from its directory). */
 const PORTS = [7100, 7101, 7102];

@@ -12,13 +12,13 @@ import { promisify } from 'node:util';
 import { afterEach, describe, expect, test } from 'vitest';
 import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
 import { readClusterReport } from '../../src/store/sheep/cluster-report.js';
-import { decodeNodes } from '../../src/sheepdog/layouts.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cleanUp, cli, cliJson, ok, skipBecause, temporaryDirectory } from '../harness/daemon.js';
 import { realNodesMissing, until } from './clusters.js';
 import { StandIn } from './stand-in.js';
 import { StateOp, StateRes } from './stand-in-state.js';
+import { decodeNodes } from '../../src/sheepdog/nodes.js';
 
 const run = promisify(execFile);
 const OBJECT = 2 ** 20;

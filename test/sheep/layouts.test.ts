@@ -1,30 +1,28 @@
 /** Layouts against bytes that real nodes have sent (record.mjs), and against each other. */
 import fs from 'node:fs';
 import { describe, expect, test } from 'vitest';
+import { clusterLocation, parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
+import { HEADER_BYTES, Opcode, Result } from '../../src/sheepdog/protocol.js';
+import { hash } from './stand-in.js';
+import { decodeClusterInfo } from '../../src/sheepdog/cluster-info.js';
 import {
-  decodeClusterInfo,
-  decodeInode,
-  decodeNodes,
   encodeObjectRequest,
-  encodeTime,
   encodeVdiRequest,
-  inodeLayout,
   nodeResponse,
   objectRequest,
   vdiRequest,
   vdiResponse,
-} from '../../src/sheepdog/layouts.js';
-import { clusterLocation, parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
+} from '../../src/sheepdog/headers.js';
 import {
-  HEADER_BYTES,
+  decodeInode,
+  encodeTime,
+  inodeLayout,
   INODE_HEADER_BYTES,
   INODE_SNAP_CTIME_OFFSET,
   INODE_TAG_OFFSET,
   INODE_VDI_SIZE_OFFSET,
-  Opcode,
-  Result,
-} from '../../src/sheepdog/protocol.js';
-import { hash } from './stand-in.js';
+} from '../../src/sheepdog/inode.js';
+import { decodeNodes } from '../../src/sheepdog/nodes.js';
 
 interface Recorded {
   readonly label: string;

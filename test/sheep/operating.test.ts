@@ -8,7 +8,6 @@ import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } fr
 import { openOperations } from '../../src/operations/open-operations.js';
 import type { Operations, Redundancy } from '../../src/operations/operations.js';
 import { clusterLocation } from '../../src/store/sheep/cluster-address.js';
-import { copyPolicyOf, redundancyOf } from '../../src/sheepdog/copy-policy.js';
 import { leftNodes, readClusterReport } from '../../src/store/sheep/cluster-report.js';
 import { decodeVdiStates } from '../../src/sheepdog/state-layouts.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -19,6 +18,7 @@ import { startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harn
 import { realNodesMissing, startRealNodes, type RealNodes } from './clusters.js';
 import { Op, StandIn } from './stand-in.js';
 import { StateOp, StateRes } from './stand-in-state.js';
+import { copyPolicyOf, redundancyOf } from '../../src/store/sheep/redundancy-of.js';
 
 const SIZE = 8 * MIB;
 const SHIFT = ['--block-size-shift', '20'];

@@ -166,7 +166,7 @@ describe('while nodes recover', () => {
     );
     await waitUntil(() => cluster.seen.some(({ opcode }) => opcode === Op.EXIST), 'it waits');
     const begun = performance.now();
-    store.cluster.gateway.close();
+    store.cluster.pool.close();
     expect(await waiting).toBe('StoreError');
     expect(performance.now() - begun).toBeLessThan(250);
   });

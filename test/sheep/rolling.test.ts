@@ -19,12 +19,12 @@ import { describe, expect, test } from 'vitest';
 import { parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
 import { NodeConnection } from '../../src/store/sheep/connection.js';
 import { deepCheck } from '../../src/store/sheep/deep/deep-check.js';
-import { encodeObjectRequest } from '../../src/sheepdog/layouts.js';
 import { Flag, Opcode } from '../../src/sheepdog/protocol.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { realNodesMissing, startRealNodes, type RealNodes } from './clusters.js';
 import { differingObjects, VerifiedLoad, type LoadedDisk } from './rolling-load.js';
+import { encodeObjectRequest } from '../../src/sheepdog/headers.js';
 
 const env = process.env;
 const ROUNDS = Number(env['SHEEPGATE_ROLLING'] ?? 0);

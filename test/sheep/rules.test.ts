@@ -401,7 +401,7 @@ describe('nodes that fail', () => {
   });
 
   test('what does not come back in time is an error that says where it was tried', async () => {
-    store.cluster.gateway.close();
+    store.cluster.pool.close();
     await connect(300);
     const other = await catalog.openVdi('disk');
     cluster.fault = ({ opcode }) => (opcode < 0x80 ? { result: Res.HALT } : undefined);

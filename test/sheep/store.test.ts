@@ -273,7 +273,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       await disk.write(0, 3 * OBJECT, 1);
       await catalog.snapshotTemporary(name, 'now');
       await disk.write(100, OBJECT, 2);
-      store.cluster.gateway.close(); // as if it had been killed: nothing is cleaned up
+      store.cluster.pool.close(); // as if it had been killed: nothing is cleaned up
       await cluster.unlock(name);
       await open();
       const again = new Disk(await catalog.openVdi(name), disk.content);

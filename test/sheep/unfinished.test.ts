@@ -5,11 +5,11 @@
 import { expect, test } from 'vitest';
 import type { VdiRecord } from '../../src/store/object-store.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import { parseUnfinishedTag, unfinishedTag } from '../../src/sheepdog/unfinished-tag.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Beginning } from '../../src/vdi/unfinished.js';
 import { MIB, patterned } from '../cli/both-ways.js';
 import { Op, Res, StandIn } from './stand-in.js';
+import { parseUnfinishedTag, unfinishedTag } from '../../src/store/sheep/unfinished-tag.js';
 
 const BEGINNING: Beginning = {
   by: 'migrate',

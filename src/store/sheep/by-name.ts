@@ -1,18 +1,18 @@
 /**
- * What NEW_VDI and DEL_VDI hit. They are told a name, and nodes look for it among the inodes (sheep/vdi.c, vdi_lookup): on a
- * cluster that uses vids again (format -R) a working VDI may have a lower vid than a snapshot of it, which they then take for
- * it, and two snapshots may have one id. Owns that nothing is asked for by a name under which the nodes find anything else.
+ * Which VDI a request by name hits. NEW_VDI, DEL_VDI and LOCK_VDI carry a name, and nodes look for it among the inodes
+ * (sheep/vdi.c, vdi_lookup). On a cluster that reuses vids (format -R) the nodes may find a wrong VDI: a working VDI may have a
+ * lower vid than a snapshot of it, and two snapshots may have the same id. Owns the checks before and after such a request, so
+ * that no other VDI is ever hit.
  */
 import { StoreError } from '../object-store.js';
-import { bytesOfText } from '../../text/name-bytes.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
-import type { Inode } from '../../sheepdog/layouts.js';
 import { INODE_FORMER_NAME_OFFSET, ownName } from '../../sheepdog/own-name.js';
-import { INODE_NAME_OFFSET, NAME_BYTES } from '../../sheepdog/protocol.js';
+import { encodeName } from '../../sheepdog/text-fields.js';
+import { type Inode, INODE_NAME_OFFSET } from '../../sheepdog/inode.js';
 
-/** Errors: LOCKED; MOVED if somebody else takes a snapshot at this moment; IO if the nodes would lock another VDI. */
-export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<void> {
+/** Errors: LOCKED (another client has it), MOVED (another client is taking a snapshot), IO (the nodes find another VDI). */
+export async function lockByName(cluster: ClusterClient, inode: Inode, recyclesVids: boolean): Promise<void> {
   const lock = async (name: string): Promise<number> => {
     const locked = await cluster.lock(name, inode.name);
     if (locked === inode.vid) return locked;
@@ -24,36 +24,40 @@ export async function lockByName(cluster: Cluster, inode: Inode, recyclesVids: b
     await lock(inode.name);
     return;
   }
-  // A snapshot has no place under a name of its own.
+  // If it has become a snapshot, it must not get a name of its own.
   if (!(await isUnchanged(cluster, inode))) {
     throw new StoreError('MOVED', `${inode.name} was snapshotted by somebody else at this moment; try again`);
   }
   await underOwnName(cluster, inode, lock);
 }
 
-/** Of what is being deleted and has no name that the nodes find it by. */
+/** Name of a VDI that is being deleted and that the nodes do not find by its own name. */
 const DELETED_PREFIX = 'sheepgate-deleted-';
 
-/** Whether the nodes find `inode` where they look for its name, and for its id if it is a snapshot. */
-export async function isFoundByName(cluster: Cluster, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
+/** Whether the nodes find `inode` by its name, and its id if it is a snapshot. */
+export async function isFoundByName(
+  cluster: ClusterClient,
+  { vid, name, isSnapshot, snapId }: Inode,
+): Promise<boolean> {
   return (await cluster.lookup(name, isSnapshot ? snapId : 0)) === vid;
 }
 
 /**
- * Whether it still is what we know it as. Nodes answer a look-up when they are through with the snapshot that somebody else
- * takes, so only what is asked after one is certain.
+ * Whether the inode on the nodes is as `inode` says. A snapshot in progress delays the answer to a look-up, so call this after a
+ * look-up: only then is the answer certain.
  */
-export async function isUnchanged(cluster: Cluster, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
+export async function isUnchanged(cluster: ClusterClient, { vid, name, isSnapshot, snapId }: Inode): Promise<boolean> {
   const now = await cluster.readInode(vid);
   return now.name === name && now.isSnapshot === isSnapshot && now.snapId === snapId;
 }
 
 /**
- * A working VDI is about to be `done`: whether the nodes find it by its name. If not, and vids are used again, it can be
- * asked for `underOwnName`. Errors: IO, when nothing has been done.
+ * Whether the nodes find this working VDI by its name. If not, and the cluster reuses vids, use `underOwnName`. `done`: what is
+ * about to be done to it, for messages ("snapshotted"). Errors: IO (another client is taking a snapshot, or the nodes find another
+ * VDI); nothing was done then.
  */
 export async function mayGoByName(
-  cluster: Cluster,
+  cluster: ClusterClient,
   inode: Inode,
   recyclesVids: boolean,
   done: string,
@@ -73,16 +77,16 @@ export async function mayGoByName(
 }
 
 /**
- * Make a request that goes by name under one that only this VDI has; the VDI that it answers with gets the right name, too.
- * Wherever this ends, both are found here by the name of before.
+ * Makes a request by name while the VDI has a name that no other VDI has. The VDI that the request makes gets the right name
+ * afterwards. The real name is in the inode meanwhile: if this process ends midway, readInode still finds both by that name.
  */
 export async function underOwnName(
-  cluster: Cluster,
+  cluster: ClusterClient,
   { vid, name }: Inode,
   request: (name: string) => Promise<number>,
 ): Promise<number> {
   const own = ownName(vid);
-  await cluster.writeInodeBytes(vid, INODE_FORMER_NAME_OFFSET, nameBytes(name));
+  await cluster.writeInodeBytes(vid, INODE_FORMER_NAME_OFFSET, encodeName(name));
   try {
     await writeName(cluster, vid, own);
     const made = await request(own);
@@ -94,10 +98,11 @@ export async function underOwnName(
 }
 
 /**
- * Give what is to be deleted a name that the nodes find it by, where vids are used again; it says what became of it, should
- * this end here. Before its table is cleared. Errors: IO, when nothing has been done.
+ * Call before the table is cleared. Where vids are reused and the nodes do not find the VDI by its name, gives it a name by which
+ * they do; the name says that it is being deleted, in case this process ends midway. Errors: IO (another client is changing it, or
+ * the nodes find another VDI); nothing was deleted then.
  */
-export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids: boolean): Promise<Inode> {
+export async function nameToDelete(cluster: ClusterClient, inode: Inode, recyclesVids: boolean): Promise<Inode> {
   if (await isFoundByName(cluster, inode)) return inode;
   if (!(await isUnchanged(cluster, inode))) {
     throw new StoreError(
@@ -106,7 +111,7 @@ export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids:
     );
   }
   const name = `${DELETED_PREFIX}${inode.vid.toString(16)}`;
-  // Other clusters have a place for each name, and this one is nowhere near it.
+  // Elsewhere the vid follows from the name: nodes could not find this vid under any other name.
   if (!recyclesVids) throw hitsAnother(inode, await cluster.lookup(inode.name), 'deleted');
   await writeName(cluster, inode.vid, name);
   const renamed = { ...inode, name };
@@ -116,18 +121,18 @@ export async function nameToDelete(cluster: Cluster, inode: Inode, recyclesVids:
 }
 
 /**
- * The record, whose table is clear. False if the nodes have kept it: somebody else has made objects in it meanwhile. Errors: IO
- * if something else is gone then.
+ * Deletes the inode of a VDI whose table is clear. False if the nodes have kept it, because another client has made objects in it
+ * since. Errors: IO (another client has changed it, or the nodes have deleted another VDI).
  */
-export async function deleteByName(cluster: Cluster, inode: Inode): Promise<boolean> {
+export async function deleteByName(cluster: ClusterClient, inode: Inode): Promise<boolean> {
   const { vid, name, isSnapshot, snapId } = inode;
-  // Its objects were given up meanwhile: somebody else may have taken a snapshot.
+  // Clearing its table took time: another client may have taken a snapshot since.
   if (!(await isFoundByName(cluster, inode))) {
     throw new StoreError('IO', `${name} (id ${vid.toString(16)}) was changed by somebody else while it was deleted`);
   }
   const deleted = await cluster.deleteVdi(name, isSnapshot ? snapId : 0);
   if (deleted === vid || deleted === 0) {
-    // Nodes answer that it is deleted whether it is or not.
+    // Nodes report success even if they have kept it.
     const left = await cluster.readInode(vid).catch(goneIsNone);
     return left === undefined || !isSameVdi(left, inode);
   }
@@ -138,14 +143,8 @@ export async function deleteByName(cluster: Cluster, inode: Inode): Promise<bool
   );
 }
 
-function writeName(cluster: Cluster, vid: number, name: string): Promise<void> {
-  return cluster.writeInodeBytes(vid, INODE_NAME_OFFSET, nameBytes(name));
-}
-
-function nameBytes(name: string): Buffer {
-  const bytes = Buffer.alloc(NAME_BYTES);
-  bytesOfText(name).copy(bytes, 0, 0, NAME_BYTES - 1);
-  return bytes;
+function writeName(cluster: ClusterClient, vid: number, name: string): Promise<void> {
+  return cluster.writeInodeBytes(vid, INODE_NAME_OFFSET, encodeName(name));
 }
 
 function hitsAnother({ vid, name }: Inode, found: number, done: string): StoreError {

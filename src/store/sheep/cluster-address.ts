@@ -1,31 +1,18 @@
 /**
- * What --cluster says, HOST[:PORT] and several of them separated by commas, and the location of a store that comes of
- * it. Owns the syntax, nothing else; every command reads it, so it loads nothing of what speaks to a cluster.
+ * The syntax of --cluster, HOST[:PORT][,HOST[:PORT]...], and of the location of a store in a cluster. Every command loads this file,
+ * so it must not import what talks to a cluster.
  */
 import { StoreError } from '../object-store.js';
+import { addressLabel, canonicalHost, type NodeAddress } from '../../sheepdog/node-address.js';
 import { DEFAULT_PORT } from '../../sheepdog/protocol.js';
 
-export interface NodeAddress {
-  readonly host: string;
-  readonly port: number;
-}
-
-/** Of an IPv6 address, without brackets, the one way to write it; anything else as it is. A zone ("%eth0") stays. */
-export function canonicalHost(host: string): string {
-  if (!host.includes(':')) return host;
-  const [address = '', ...zone] = host.split('%');
-  if (!URL.canParse(`http://[${address}]`)) return host;
-  return [new URL(`http://[${address}]`).hostname.slice(1, -1), ...zone].join('%');
-}
-
-export function addressLabel({ host, port }: NodeAddress): string {
-  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`;
-}
+// For src/cli, which must not import src/sheepdog.
+export { addressLabel, type NodeAddress };
 
 /** Marks a location as a cluster's; a directory never begins like this. */
 const CLUSTER_SCHEME = 'sheepdog://';
 
-/** "sheepdog://HOST:PORT,...", for what --cluster says. Errors: StoreError ADDRESS. */
+/** "sheepdog://HOST:PORT,..." for the text of --cluster. Errors: ADDRESS (syntax). */
 export function clusterLocation(text: string): string {
   return CLUSTER_SCHEME + parseClusterAddress(text).map(addressLabel).join(',');
 }
@@ -34,7 +21,7 @@ export function isClusterLocation(location: string): boolean {
   return location.startsWith(CLUSTER_SCHEME);
 }
 
-/** The nodes in it, with or without the scheme. Errors: StoreError ADDRESS. IPv6 addresses go in brackets. */
+/** The nodes in a location, with or without the scheme. IPv6 addresses need brackets. Errors: ADDRESS (syntax). */
 export function parseClusterAddress(location: string): NodeAddress[] {
   const text = isClusterLocation(location) ? location.slice(CLUSTER_SCHEME.length) : location;
   return text.split(',').map((part) => parseNode(part.trim(), text));

@@ -1,10 +1,10 @@
 /** Reading of a cluster's objects: from what was read ahead, from the nodes, and once more if an object seems to be missing. */
 import type { StoreError } from '../store-error.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import type { GoneRetries } from './gone-retries.js';
 import type { ReadTracker } from './read-tracker.js';
-import { isLost, lostError } from './shadow.js';
-import { objectKey } from './table.js';
+import { isLost, lostError } from './lost-owner.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 
 /** How the open VDIs of a store read their objects. */
 export interface ObjectReading {
@@ -12,11 +12,11 @@ export interface ObjectReading {
 }
 
 export class ClusterReads implements ObjectReading {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #tracker: ReadTracker;
   readonly #retries: GoneRetries;
 
-  constructor(cluster: Cluster, tracker: ReadTracker, retries: GoneRetries) {
+  constructor(cluster: ClusterClient, tracker: ReadTracker, retries: GoneRetries) {
     this.#cluster = cluster;
     this.#tracker = tracker;
     this.#retries = retries;
@@ -26,7 +26,7 @@ export class ClusterReads implements ObjectReading {
   readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
     if (isLost(vid)) return Promise.reject(lostError(idx));
     const read = this.#read(vid, idx, offset, into);
-    return this.#tracker.users > 0 ? this.#tracker.track(objectKey(vid, idx), read) : read;
+    return this.#tracker.users > 0 ? this.#tracker.track(oidKey(vid, idx), read) : read;
   }
 
   /** The same for an object that is likely to be missing: without asking again. */

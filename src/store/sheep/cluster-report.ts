@@ -1,24 +1,15 @@
 /**
- * The state of a cluster and of each of its nodes, for an operator: who is a member, since when, how full, how far with
- * recovery. Nodes are asked one by one, each for itself, and what one does not say is told as not known: this is looked at
- * when things are not as they should be. Works on clusters that do not serve, too. Changes nothing.
+ * The state of a cluster and of each of its nodes, for an operator: which nodes are members, since when, how full they are, how far
+ * recovery is. Every node is asked about itself, and what it does not answer is reported as unknown: operators read this when
+ * something is wrong. Works on clusters that do not serve, too. Changes nothing.
  */
 import { StoreError, type Redundancy } from '../object-store.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
 import { clusterStateName, type StateName } from './cluster-state.js';
+import { decodedOr } from './format-errors.js';
 import { ConnectionLost, NoAnswer, NodeConnection, type Answer } from './connection.js';
-import { redundancyOf, zonesIn } from '../../sheepdog/copy-policy.js';
+import { zonesIn } from '../../sheepdog/copy-policy.js';
 import { greet } from './greeting.js';
-import {
-  decodeClusterInfo,
-  decodeNodes,
-  decodeOldClusterInfo,
-  encodeVdiRequest,
-  inVersion,
-  nodeResponse,
-  type ClusterInfo,
-  type ClusterNode,
-} from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   ClusterFlag,
@@ -32,45 +23,48 @@ import {
 import {
   decodeEpochs,
   decodeRecovery,
-  EPOCH_LOG_BYTES,
-  NODES_NR_OFFSET,
+  epochLogBytes,
   RECOVERY_BYTES,
   type Epoch,
   type Recovery,
 } from '../../sheepdog/state-layouts.js';
+import { decodeClusterInfo, decodeOldClusterInfo, type ClusterInfo } from '../../sheepdog/cluster-info.js';
+import { encodeEpochLogRequest, encodeVdiRequest, inVersion, nodeResponse } from '../../sheepdog/headers.js';
+import { decodeNodes, type ClusterNode } from '../../sheepdog/nodes.js';
+import { redundancyOf } from './redundancy-of.js';
 
-/** A node that takes longer to be connected to, or to answer, is told to be silent. */
+/** Longer to connect counts as unreachable, longer to answer as silent. */
 const CONNECT_MS = 2_000;
 const ANSWER_MS = 5_000;
-/** What nodes of 0.8 answer that say how their cluster is. */
+/** Results of nodes of 0.8 that tell the state of their cluster. */
 const OLD_STATES: ReadonlySet<number> = new Set([
   Result.SUCCESS,
   Result.WAIT_FOR_FORMAT,
   Result.WAIT_FOR_JOIN,
   Result.SHUTDOWN,
 ]);
-/** Room for the members of an epoch, beside those of now: clusters shrink. */
+/** Room for members of an epoch, beyond the present number: clusters shrink. */
 const SPARE_NODES = 32;
-/** Logs of epochs that are asked for at most: of a large cluster there are fewer then. */
+/** Most bytes of epoch logs in one answer: of a large cluster fewer epochs fit. */
 const MAX_LOG_BYTES = 32 * 2 ** 20;
 
 export interface NodeState extends Omit<ClusterNode, 'address' | 'disks'> {
   /** HOST:PORT. */
   readonly node: string;
   /**
-   * ok; recovering; waiting: the cluster does not serve; silent: it takes connections and does not answer; unreachable: from
-   * here, it may be that the others reach it.
+   * ok; recovering; waiting: the cluster does not serve; silent: it takes connections and does not answer; unreachable: from here,
+   * though the other nodes may reach it.
    */
   readonly state: 'ok' | 'recovering' | 'waiting' | 'silent' | 'unreachable';
-  /** In words, where `state` is not all. */
+  /** More words for `state`, if there are any. */
   readonly reason: string | null;
-  /** Bytes of its disks; null if it does not say, 0 of one without disks (a gateway). */
+  /** Bytes of its disks; null if unknown, 0 for a node without disks (a gateway). */
   readonly size: number | null;
   readonly free: number | null;
   readonly recovery: Recovery | null;
 }
 
-/** A node that was a member, and is none. */
+/** A node that was a member and is not one now. */
 export interface LeftNode {
   readonly node: string;
   /** The first epoch without it, and when that began. */
@@ -88,13 +82,13 @@ export interface ClusterReport extends ClusterInfo {
   readonly isRecoveryDisabled: boolean;
   readonly zones: number;
   readonly nodes: readonly NodeState[];
-  /** The newest first; as many as were asked for, if there are so many. */
+  /** The newest first; fewer than requested if there are no more. */
   readonly epochs: readonly Epoch[];
-  /** Those of these epochs. */
+  /** Nodes that left in these epochs. */
   readonly left: readonly LeftNode[];
 }
 
-/** `location`: as --cluster has it. Errors (StoreError): ADDRESS; IO if none of its nodes answers. */
+/** `location`: the text of --cluster. Errors: ADDRESS (syntax), IO (no node answers). */
 export async function readClusterReport(
   location: string,
   { epochs: epochCount = 1, answerMs = ANSWER_MS }: { readonly epochs?: number; readonly answerMs?: number } = {},
@@ -126,7 +120,7 @@ export async function readClusterReport(
   }
 }
 
-/** Those that were members in these epochs, the newest first, and are none now. */
+/** Nodes that were members in these epochs and are not members now. `epochs`: the newest first. */
 export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoch[]): LeftNode[] {
   const seen = new Set(members.map(addressLabel));
   const left: LeftNode[] = [];
@@ -135,14 +129,14 @@ export function leftNodes(members: readonly NodeAddress[], epochs: readonly Epoc
       if (seen.has(label)) continue;
       seen.add(label);
       const next = epochs[n - 1];
-      // Of the newest epoch: it has left in this moment.
+      // Of the newest epoch: it has just left.
       left.push({ node: label, epoch: next?.epoch ?? 0, since: next?.since ?? 0 });
     }
   }
   return left;
 }
 
-/** Of those that are named, all asked at the same time, the first that says how the cluster is; a silent one costs nothing. */
+/** Asks all addresses at the same time; the first node that reports the cluster's state. A silent node costs no time. */
 async function firstToAnswer(
   addresses: readonly NodeAddress[],
   answerMs: number,
@@ -152,7 +146,7 @@ async function firstToAnswer(
   const asked = addresses.map(async (address): Promise<[NodeConnection, ClusterInfo]> => {
     const connection = await NodeConnection.connect(address, () => undefined, CONNECT_MS);
     connections.add(connection);
-    // Another one was quicker.
+    // Another node was faster.
     if (chosen) connection.destroy();
     const answer: [NodeConnection, ClusterInfo] = [connection, await readClusterInfo(connection, answerMs)];
     chosen ??= connection;
@@ -184,7 +178,7 @@ async function readClusterInfo(connection: NodeConnection, answerMs: number): Pr
 
 interface NodeList {
   readonly nodes: readonly ClusterNode[];
-  /** Bytes of an entry: nodes that were built with disk vnodes have longer ones. */
+  /** Bytes of an entry: longer if the nodes are built with disk vnodes. */
   readonly nodeBytes: number;
 }
 
@@ -193,25 +187,28 @@ async function listNodes(connection: NodeConnection, version: SheepVersion): Pro
   const answer = mustSucceed(await ask(connection, Opcode.GET_NODE_LIST, { version, receive }), 'its nodes');
   const count = nodeResponse.decode(answer.header).nrNodes;
   const nodeBytes = count === 0 ? NODE_BYTES : answer.length / count;
-  return { nodes: decodeNodes(receive.subarray(0, answer.length), count), nodeBytes };
+  return { nodes: decodedOr('IO', () => decodeNodes(receive.subarray(0, answer.length), count)), nodeBytes };
 }
 
-/** One that does not tell of earlier members is no reason to tell nothing. */
+/** Empty if the node does not list earlier epochs: the rest of the report is still useful. */
 async function readEpochs(
   connection: NodeConnection,
   version: SheepVersion,
   { nodes, nodeBytes }: NodeList,
   count: number,
 ): Promise<ReturnType<typeof decodeEpochs>> {
-  // Earlier versions have another form of it.
+  // Earlier versions have another structure.
   if (version !== '1.0') return { epochs: [], isRecoveryDisabled: false };
   let room = nodes.length + SPARE_NODES;
   while (room <= MAX_NODES) {
-    const stride = EPOCH_LOG_BYTES + room * nodeBytes;
+    const stride = epochLogBytes(room, nodeBytes);
     const receive = Buffer.alloc(Math.min(count, Math.floor(MAX_LOG_BYTES / stride)) * stride);
-    const { result, length } = await ask(connection, Opcode.STAT_CLUSTER, { version, receive, room });
-    // Of a cluster that does not serve the result says why, and the logs are there all the same.
-    if (result !== Result.BUFFER_SMALL) return decodeEpochs(receive.subarray(0, length), room, nodeBytes);
+    const header = encodeEpochLogRequest(receive.length, room);
+    const { result, length } = await connection.send({ header, receive }, ANSWER_MS);
+    // If the cluster does not serve, the result says why, and the logs follow all the same.
+    if (result !== Result.BUFFER_SMALL) {
+      return decodedOr('IO', () => decodeEpochs(receive.subarray(0, length), room, nodeBytes));
+    }
     room *= 2;
   }
   return { epochs: [], isRecoveryDisabled: false };
@@ -236,7 +233,7 @@ async function stateOf(
   }
   try {
     if (version !== '1.0') {
-      // That it answers is all that one of an earlier version says in a known form.
+      // Of earlier versions only this is known: whether the node answers.
       await greet(connection, answerMs, version);
       return { ...known, state: isServing ? 'ok' : 'waiting' };
     }
@@ -265,19 +262,15 @@ async function stateOf(
 interface Asked {
   readonly receive?: Buffer;
   readonly version?: SheepVersion;
-  /** Of STAT_CLUSTER: nodes that there is room for in each log. */
-  readonly room?: number;
   readonly answerMs?: number;
 }
 
 function ask(
   connection: NodeConnection,
   opcode: number,
-  { receive, version = '1.0', room = 0, answerMs = ANSWER_MS }: Asked,
+  { receive, version = '1.0', answerMs = ANSWER_MS }: Asked,
 ): Promise<Answer> {
-  const header = encodeVdiRequest(opcode, 0, receive?.length ?? 0);
-  inVersion(header, version);
-  header.writeUInt32LE(room, NODES_NR_OFFSET);
+  const header = inVersion(encodeVdiRequest(opcode, 0, receive?.length ?? 0), version);
   return connection.send({ header, receive }, answerMs);
 }
 

@@ -1,6 +1,6 @@
-/** Whether a cluster serves, and what to do if it does not. Owns the words for it, asks nobody. */
-import type { ClusterInfo } from '../../sheepdog/layouts.js';
+/** The state of a cluster in words: whether it serves, and what to do if it does not. Sends nothing. */
 import { STATUS_RUNNING, STATUS_WAITING } from '../../sheepdog/protocol.js';
+import type { ClusterInfo } from '../../sheepdog/cluster-info.js';
 
 export type StateName = 'running' | 'not-formatted' | 'waiting' | 'shutting-down';
 
@@ -17,7 +17,7 @@ const IN_WORDS: Readonly<Record<StateName, string>> = {
   'shutting-down': 'shutting down',
 };
 
-/** What it is, and what to do if that is not "running". */
+/** The state, and what to do if it is not "running". */
 export function clusterState(info: Pick<ClusterInfo, 'status' | 'createdAt'>): string {
   return IN_WORDS[clusterStateName(info)];
 }

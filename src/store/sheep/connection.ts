@@ -1,36 +1,37 @@
 /**
- * One TCP connection to a node: requests are pipelined, answers are matched by id in whatever order they come, payloads
- * go straight into the buffers of those who asked. Owns ids, framing and deadlines; it never repeats a request and
- * knows nothing of what results mean.
+ * One TCP connection to a node: requests are pipelined, answers are matched by id in any order, payloads are received into the
+ * callers' buffers. Owns ids, framing and deadlines. Never repeats a request, and does not interpret results.
  *
- * Requests made in one turn of the event loop leave in one write. What comes in is received into one buffer that is used
- * again and again, and the larger part of a large payload into the buffer it is for: a fresh buffer for every 64 KiB that
- * arrive, as sockets have it otherwise, keeps the garbage collector busy.
+ * Requests made in one turn of the event loop leave in one write. Input is received into one buffer that is reused, and most of a
+ * large payload directly into the buffer it is for: a new buffer for every 64 KiB, as sockets do by default, keeps the garbage
+ * collector busy.
  */
 import net from 'node:net';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import {
-  DATA_LENGTH_OFFSET,
-  EPOCH_OFFSET,
-  ID_OFFSET,
-  PAYLOAD_OFFSET_OFFSET,
-  RESULT_OFFSET,
-} from '../../sheepdog/layouts.js';
+  opcodeOf,
+  responseEpoch,
+  responseId,
+  responseLength,
+  responsePayloadOffset,
+  responseResult,
+  setId,
+} from '../../sheepdog/headers.js';
 import { HEADER_BYTES, OBJECT_OPCODES, Opcode } from '../../sheepdog/protocol.js';
 
 export const CONNECT_TIMEOUT_MS = 5_000;
 const KEEP_ALIVE_MS = 10_000;
 const DEADLINE_CHECK_MS = 250;
-/** A read of a whole VDI bitmap is the largest answer; more than this is no Sheepdog node. */
+/** The largest answer is a whole VDI bitmap; a larger payload does not come from a Sheepdog node. */
 const MAX_PAYLOAD_BYTES = 128 * 2 ** 20;
 const MAX_ID = 0xffff_ffff;
-/** What one receive may bring: several answers of a few KiB, or what a socket holds of a large one. */
+/** Most bytes of one receive: several answers of a few KiB, or what a socket holds of a large answer. */
 const RECEIVE_BYTES = 256 * 1024;
-/** The same while an answer is awaited that is to be received in place: what comes with its header has to be copied. */
+/** The same while a large answer is awaited: payload that arrives with its header must be copied. */
 const RECEIVE_BEFORE_LARGE_BYTES = 8 * 1024;
-/** As much of a payload as must be missing for it to be received in place. */
+/** The rest of a payload is received in place if at least this much is missing. */
 const IN_PLACE_BYTES = 32 * 1024;
-/** Requests up to this size are gathered; what is larger is sent from where it lies. */
+/** Data up to this size is gathered with other requests; larger data is sent from the caller's buffer. */
 const GATHER_BYTES = 8 * 1024;
 const SEND_SLAB_BYTES = 64 * 1024;
 /** Slabs kept for the next turn. */
@@ -39,23 +40,23 @@ const KEPT_SLABS = 8;
 export interface WireRequest {
   /** HEADER_BYTES; the id is filled in here. */
   readonly header: Buffer;
-  /** Follows the header. It must stay as it is until the answer is there. */
+  /** Follows the header. Must not change until the answer has arrived. */
   readonly data?: Buffer;
-  /** Where the answer's payload goes; what the node leaves out of it is zeros. */
+  /** Where the answer's payload goes; bytes that the node leaves out become zeros. */
   readonly receive?: Buffer;
 }
 
 export interface Answer {
   readonly result: number;
-  /** That the node was of when it answered: the number of the latest change of members that it knew. */
+  /** The epoch of the node when it answered: the number of the latest change of members that it knew. */
   readonly epoch: number;
-  /** Payload bytes that came. */
+  /** Payload bytes that arrived. */
   readonly length: number;
   /** The response's header; empty for requests on objects. */
   readonly header: Buffer;
 }
 
-/** The connection is gone; whether the node has acted on the request is not known. */
+/** The connection is gone; whether the node has carried out the request is not known. */
 export class ConnectionLost extends Error {
   constructor(message: string, options?: ErrorOptions) {
     super(message, options);
@@ -63,12 +64,12 @@ export class ConnectionLost extends Error {
   }
 }
 
-/** What came is no answer of a Sheepdog node. */
+/** The answer does not come from a Sheepdog node. */
 export class NotSheepdog extends ConnectionLost {}
 
-/** The node did not answer in time. Unlike after another loss it may act on the request much later. */
+/** The node did not answer in time. Unlike after other losses it may carry out the request much later. */
 export class NoAnswer extends ConnectionLost {
-  /** `remote`: the address that `address` led to. */
+  /** `remote`: the address that `address` was resolved to. */
   constructor(
     readonly address: NodeAddress,
     readonly remote: NodeAddress,
@@ -80,7 +81,7 @@ export class NoAnswer extends ConnectionLost {
 
 interface Pending {
   readonly request: WireRequest;
-  /** By performance.now(), as all deadlines: a clock that is set changes none of them. */
+  /** By performance.now(), as all deadlines: setting the clock does not move them. */
   readonly sentAt: number;
   readonly deadline: number;
   readonly resolve: (answer: Answer) => void;
@@ -90,11 +91,11 @@ interface Pending {
 const NO_HEADER = Buffer.alloc(0);
 const NO_ANSWER: Answer = { result: 0, epoch: 0, length: 0, header: NO_HEADER };
 
-/** What all connections to one node know of it. */
+/** What all connections to one node share about it. */
 export interface Peer {
-  /** Of its latest answer; 0 before there is any. */
+  /** Of its latest answer; 0 before the first one. */
   epoch: number;
-  /** It has heard from the others which vids are in use. */
+  /** It has the vids in use of the other nodes. */
   knowsVids: boolean;
 }
 
@@ -105,17 +106,17 @@ export class NodeConnection {
   readonly #pending = new Map<number, Pending>();
   #onEpoch: ((epoch: number) => void) | undefined;
   #peer: Peer = { epoch: 0, knowsVids: false };
-  /** Of the latest answer; 0 before there is any. */
+  /** Of the latest answer; 0 before the first one. */
   #epoch = 0;
   #socket: net.Socket | undefined;
   #remote: NodeAddress | undefined;
   #lastId = 0;
-  /** Requests that were sent, and those of them that were answered. */
+  /** Counts of requests sent and of answers. */
   sent = 0;
   answers = 0;
   #lost: ConnectionLost | undefined;
   #timer: NodeJS.Timeout | undefined;
-  /** What the socket receives into next: `#scratch`, or a part of the payload that is being received. */
+  /** The socket receives into `#scratch`, or (`#isInPlace`) into the rest of the payload that is being received. */
   readonly #scratch = Buffer.allocUnsafeSlow(RECEIVE_BYTES);
   readonly #startOfScratch = this.#scratch.subarray(0, RECEIVE_BEFORE_LARGE_BYTES);
   #isInPlace = false;
@@ -182,7 +183,7 @@ export class NodeConnection {
     socket.on('close', () => this.#lose(new ConnectionLost(`${label} closed the connection`)));
   }
 
-  /** As it was given to connect. */
+  /** As given to connect. */
   get address(): NodeAddress {
     return this.#address;
   }
@@ -191,9 +192,9 @@ export class NodeConnection {
     return this.#pending.size;
   }
 
-  /** Those sent up to then, by performance.now(), that are not answered. */
+  /** Unanswered requests that were sent up to `time`, by performance.now(). */
   *unansweredSince(time: number): Generator<{ readonly request: WireRequest; readonly sentAt: number }> {
-    // In the order in which they were sent.
+    // A Map keeps the order in which they were sent.
     for (const pending of this.#pending.values()) {
       if (pending.sentAt > time) return;
       yield pending;
@@ -201,8 +202,8 @@ export class NodeConnection {
   }
 
   /**
-   * `onEpoch` is called when an answer is of another epoch than the one before, and now if there was an answer. `peer` is told
-   * before: it is that of all connections to the node.
+   * `onEpoch` is called when the epoch in answers changes, and now if there was an answer. `peer`, which all connections to the node
+   * share, is updated first.
    */
   watchEpoch(peer: Peer, onEpoch: (epoch: number) => void): void {
     this.#peer = peer;
@@ -217,8 +218,8 @@ export class NodeConnection {
   }
 
   /**
-   * Send and wait for the answer, whatever its result. An answer that is not there in time ends the connection: it is
-   * the only way to be sure that a late one goes into nobody's buffer. Errors: ConnectionLost.
+   * Sends the request and waits for the answer, whatever its result. If the answer is late, the connection is closed: only then can
+   * a late answer not be received into a buffer that has another use by now. Errors: ConnectionLost.
    */
   send(request: WireRequest, timeoutMs: number): Promise<Answer> {
     return new Promise((resolve, reject) => {
@@ -227,7 +228,7 @@ export class NodeConnection {
         return;
       }
       const id = this.#nextId();
-      request.header.writeUInt32LE(id, ID_OFFSET);
+      setId(request.header, id);
       const sentAt = performance.now();
       this.#pending.set(id, { request, sentAt, deadline: sentAt + timeoutMs, resolve, reject });
       this.sent++;
@@ -280,12 +281,12 @@ export class NodeConnection {
     if (slab && this.#spareSlabs.length < KEPT_SLABS) this.#spareSlabs.push(slab);
   };
 
-  /** The node does not answer: the same as an answer that is not there in time. */
+  /** The node does not answer: the same as a late answer. */
   giveUp(): void {
     this.#lose(new NoAnswer(this.#address, this.#remote ?? this.#address));
   }
 
-  /** End it; what is in flight fails. */
+  /** Closes it; requests in flight fail. */
   destroy(): void {
     this.#lose(new ConnectionLost(`the connection to ${this.#label} was closed by us`));
   }
@@ -313,7 +314,7 @@ export class NodeConnection {
     if (this.#lost) return;
     this.#lost = reason;
     clearInterval(this.#timer);
-    // Reset, not closed: what the node has not read yet it must not read any more.
+    // Reset, not closed: the node must not read requests that it has not read yet.
     if (reason instanceof NoAnswer) this.#socket?.resetAndDestroy();
     else this.#socket?.destroy();
     const pending = [...this.#pending.values()];
@@ -371,33 +372,34 @@ export class NodeConnection {
     }
   }
 
-  /** A header has come; it lies in `bytes` at `at`. */
+  /** A header has arrived; it is in `bytes` at `at`. */
   #beginAnswer(bytes: Buffer, at: number): void {
-    const id = bytes.readUInt32LE(at + ID_OFFSET);
-    const length = bytes.readUInt32LE(at + DATA_LENGTH_OFFSET);
+    const id = responseId(bytes, at);
+    const length = responseLength(bytes, at);
     const pending = this.#pending.get(id);
     if (!pending || length > MAX_PAYLOAD_BYTES) {
       this.#lose(new NotSheepdog(`${this.#label} does not speak Sheepdog's protocol (an answer to nothing asked)`));
       return;
     }
-    const epoch = bytes.readUInt32LE(at + EPOCH_OFFSET);
-    // Each time: answers on another connection may have come out of order.
+    const epoch = responseEpoch(bytes, at);
+    // For every answer: another connection may have set it meanwhile.
     this.#peer.epoch = epoch;
     if (epoch !== this.#epoch) {
       this.#epoch = epoch;
       this.#onEpoch?.(epoch);
     }
     const { receive, header: asked } = pending.request;
-    // Only answers to object reads say where their payload belongs; the field means something else in others.
-    const saysWhere = length > 0 && receive && length < receive.length && asked[1] === Opcode.READ_OBJ;
-    const offset = saysWhere ? Number(bytes.readBigUInt64LE(at + PAYLOAD_OFFSET_OFFSET)) : 0;
+    const opcode = opcodeOf(asked);
+    // Only answers to object reads have this field; in others the bytes mean something else.
+    const saysWhere = length > 0 && receive && length < receive.length && opcode === Opcode.READ_OBJ;
+    const offset = saysWhere ? responsePayloadOffset(bytes, at) : 0;
     if (receive && offset + length > receive.length) {
       this.#lose(new NotSheepdog(`${this.#label} answered ${length} bytes at ${offset}, more than was asked for`));
       return;
     }
-    const isObject = OBJECT_OPCODES.has(asked[1] as number);
+    const isObject = OBJECT_OPCODES.has(opcode);
     const header = isObject ? NO_HEADER : Buffer.from(bytes.subarray(at, at + HEADER_BYTES));
-    this.#answer = { result: bytes.readUInt32LE(at + RESULT_OFFSET), epoch, length, header };
+    this.#answer = { result: responseResult(bytes, at), epoch, length, header };
     this.#receiving = pending;
     this.#receivingId = id;
     this.#payloadOffset = offset;

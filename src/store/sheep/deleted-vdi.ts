@@ -1,28 +1,30 @@
 /**
- * VDIs that somebody else has deleted while they were in use here. What was made at that moment is in no table that anybody
- * will ever clear, and nodes delete a VDI with objects in its table by half only: it is gone from their lists, its inode keeps
- * its name, and the name stays taken (sheep/vdi.c, delete_vdi_work). Owns how both are brought to their end; state it has none.
+ * VDIs that another client has deleted while they were in use here. Objects made at that moment are in no table that anybody
+ * will clear. And nodes only half delete a VDI that has objects in its table: it is gone from their lists, but its inode keeps
+ * the name, which stays taken (sheep/vdi.c, delete_vdi_work). Cleans up both. Holds no state.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { MAX_DATA_OBJECTS, type StoreError } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { clearTable, inParallel, sleep } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { clearTable } from './clear-table.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 const PARALLEL_REMOVALS = 16;
 /** A node answers that a VDI is deleted, and writes its inode, before all of them show its vid as deleted. */
 const LIST_WAIT_MS = 1_000;
 const LIST_POLL_MS = 50;
 
-/** A snapshot or a resize leaves these as they are, and a vid that is used again has another time. */
+/** A snapshot or a resize changes none of these fields; a VDI that reuses the vid has another creation time. */
 export function isSameVdi(found: Inode, known: Inode): boolean {
   return found.vid === known.vid && found.name === known.name && found.createdAt === known.createdAt;
 }
 
 /**
- * Whether the VDI that had this inode is gone: its vid is another's, or the nodes count it as deleted. One inode that reads
- * otherwise proves nothing: a copy may be damaged.
+ * Whether the VDI with this inode is gone: its vid belongs to another VDI, or the nodes list it as deleted. An inode with other
+ * content is no proof: that copy may be damaged.
  */
-export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean> {
+export async function isDeleted(cluster: ClusterClient, known: Inode): Promise<boolean> {
   const found = await cluster.readInode(known.vid).catch(goneIsNone);
   if (found && isSameVdi(found, known)) return false;
   if (found && found.name !== '' && found.createdAt !== known.createdAt) return true;
@@ -35,21 +37,21 @@ export async function isDeleted(cluster: Cluster, known: Inode): Promise<boolean
 }
 
 /**
- * Whether the nodes say that the VDI is deleted. That one of them does not know its vid proves nothing: one that has just
- * started knows those of the inodes on its own disk, until the others have told it of theirs, and answers meanwhile. Only
- * where vids are used again it is forgotten what was deleted, and then its inode is gone as well (sheep/vdi.c, do_vid_gc).
+ * Whether the nodes list the VDI as deleted. A vid that is not in use is no proof: a node that has just started answers before it
+ * has the vids of the other nodes. Only where vids are reused do nodes forget deleted vids, and then the inode is gone as well
+ * (sheep/vdi.c, do_vid_gc).
  */
-async function countsAsDeleted(cluster: Cluster, vid: number, found: Inode | undefined): Promise<boolean> {
+async function countsAsDeleted(cluster: ClusterClient, vid: number, found: Inode | undefined): Promise<boolean> {
   const vids = await cluster.vids();
   return vids.isDeleted(vid) || (cluster.recyclesVids && !found && !vids.isUsed(vid));
 }
 
 /**
- * If the nodes count `inode`'s VDI as deleted: give up what its table refers to all the same, and remove `made`, objects of its
- * own that no table refers to. Nothing is touched if it is there, or if its vid is another VDI's by now. Errors: the cluster's.
+ * If the nodes list `inode`'s VDI as deleted: clears what is left in its table, and removes `made`, objects of its own that no
+ * table refers to. Does nothing if the VDI exists, or if another VDI has its vid now. Errors: as requests on objects.
  */
 export async function removeLeftObjects(
-  cluster: Cluster,
+  cluster: ClusterClient,
   inode: Inode,
   made: readonly { readonly idx: number }[] = [],
 ): Promise<void> {
@@ -65,7 +67,7 @@ export async function removeLeftObjects(
   await inParallel(PARALLEL_REMOVALS, made, ({ idx }) => cluster.removeData(vid, idx));
 }
 
-/** Of an inode that may not be there any more. Errors: any other. */
+/** For `catch`: GONE becomes undefined. Errors: any other. */
 export function goneIsNone(error: unknown): undefined {
   if ((error as StoreError).code !== 'GONE') throw error;
 }

@@ -4,8 +4,9 @@
  * epoch, which every change of its members raises.
  */
 import type { StoreError } from '../store-error.js';
-import { ObjectGone, type Cluster } from './cluster-client.js';
-import { sleep } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { ObjectGone } from './result-errors.js';
+import { setTimeout as sleep } from 'node:timers/promises';
 
 /** A missing object is asked for again this many times at least, and for as long as members have changed lately. */
 const GONE_TRIES = 2;
@@ -16,13 +17,13 @@ const MAX_BACKOFF_MS = 1000;
 const SETTLING_MS = 60_000;
 
 export class GoneRetries {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   /** Who has the object of these halves of an oid open; undefined for nobody. */
   readonly #diskOf: (high: number, low: number) => string | undefined;
   #epoch: number;
   #epochChangedAt = -Infinity;
 
-  constructor(cluster: Cluster, epoch: number, diskOf: (high: number, low: number) => string | undefined) {
+  constructor(cluster: ClusterClient, epoch: number, diskOf: (high: number, low: number) => string | undefined) {
     this.#cluster = cluster;
     this.#epoch = epoch;
     this.#diskOf = diskOf;
@@ -55,12 +56,12 @@ export class GoneRetries {
   /** Do `request`, which has failed with `first`, again. Errors: as `unlessGone`. */
   retry(first: StoreError, request: () => Promise<void>): Promise<void> {
     const disk = first instanceof ObjectGone ? this.#diskOf(first.high, first.low) : undefined;
-    const { gateway } = this.#cluster;
-    return gateway.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
+    const { pool } = this.#cluster;
+    return pool.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
   }
 
   async #askAgain(first: StoreError, request: () => Promise<void>): Promise<void> {
-    const deadline = performance.now() + this.#cluster.gateway.retryMs;
+    const deadline = performance.now() + this.#cluster.pool.retryMs;
     let backoff = GONE_BACKOFF_MS;
     let failure = first;
     for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled(deadline)); tries++) {

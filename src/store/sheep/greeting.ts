@@ -1,11 +1,10 @@
 /**
- * Whether who takes a connection is a node that works: it is asked something small, and in use only when it has answered.
- * A proxy takes connections for a node that is gone, and a port may be anybody's. What is sent to such a one would be in
- * doubt, and the node that is named next would have its chance much later or never.
+ * The greeting: a small request that a node must answer before its connection is used. A proxy takes connections for a node that is
+ * gone, and any program may listen on the port. Real requests sent there would be in doubt, and the next node would be tried much
+ * later or never.
  */
 import { addressLabel } from './cluster-address.js';
 import { ConnectionLost, NoAnswer, type NodeConnection } from './connection.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
 import {
   CLUSTER_INFO_ROOM,
   OLD_SHEEP_PROTO_VER,
@@ -14,12 +13,12 @@ import {
   SHEEP_PROTO_VER,
   type SheepVersion,
 } from '../../sheepdog/protocol.js';
+import { encodeVdiRequest, withProtoVer } from '../../sheepdog/headers.js';
+import { RECOVERY_BYTES } from '../../sheepdog/state-layouts.js';
 
-/** What is answered, which nobody reads: one for all. */
+/** Receives the answers, which are not read; shared by all. */
 const ANSWER = Buffer.allocUnsafeSlow(CLUSTER_INFO_ROOM);
-/** struct recovery_state. */
-const RECOVERY_STATE_BYTES = 24;
-/** What a node says of itself instead of an answer. */
+/** Results by which a node says that it does not carry out requests. */
 export const NOT_SERVING: ReadonlySet<number> = new Set([
   Result.STARTUP,
   Result.WAIT_FOR_FORMAT,
@@ -27,13 +26,13 @@ export const NOT_SERVING: ReadonlySet<number> = new Set([
   Result.SHUTDOWN,
   Result.KILLED,
 ]);
-/** A connection that has nothing more than this is asked at least so long. */
+/** Time for an answer, if the connection has less time left. */
 const LEAST_GREETING_MS = 50;
 
 /**
- * Have the node answer within `timeoutMs`: nodes do so in every state of their cluster. `known`: what another node of the
- * cluster, or this one before, has turned out to be. Returns what it is. Errors: ConnectionLost; the connection is gone,
- * and nothing has been asked on it that changes something.
+ * Makes the node answer within `timeoutMs`; nodes do so in every state of their cluster. `known`: the version of another node of the
+ * cluster, or of this one before. Returns its version. Errors: ConnectionLost (no answer, or no node); the connection is closed then,
+ * and no request on it has changed anything.
  */
 export async function greet(
   connection: NodeConnection,
@@ -55,8 +54,8 @@ export async function greet(
 }
 
 /**
- * Whether it carries out requests, or says that it does not (yet): it has not joined its cluster, or that is not formatted. Told
- * by the smallest of its answers about itself that it refuses then (sheep/ops.c, those without `force`). Errors: ConnectionLost.
+ * Whether the node carries out requests: false if it has not joined its cluster, or the cluster is not formatted. Sends the request
+ * with the smallest answer among those that it refuses then (sheep/ops.c, operations without `force`). Errors: ConnectionLost.
  */
 export async function serves(
   connection: NodeConnection,
@@ -65,7 +64,7 @@ export async function serves(
 ): Promise<boolean> {
   if (version !== '1.0') return true;
   const deadline = performance.now() + timeoutMs;
-  const result = await resultOf(connection, Opcode.STAT_RECOVERY, SHEEP_PROTO_VER, deadline, RECOVERY_STATE_BYTES);
+  const result = await resultOf(connection, Opcode.STAT_RECOVERY, SHEEP_PROTO_VER, deadline, RECOVERY_BYTES);
   return !NOT_SERVING.has(result);
 }
 
@@ -85,8 +84,7 @@ async function resultOf(
   deadline: number,
   room = ANSWER.length,
 ): Promise<number> {
-  const header = encodeVdiRequest(opcode, 0, room);
-  header[0] = version;
+  const header = withProtoVer(encodeVdiRequest(opcode, 0, room), version);
   try {
     const timeoutMs = Math.max(LEAST_GREETING_MS, deadline - performance.now());
     return (

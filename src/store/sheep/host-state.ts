@@ -1,8 +1,8 @@
 /**
- * What this machine remembers of the clients of a cluster: a directory of this host, for a cluster has no room for it. One
- * small file per fact, replaced by rename, so that several processes may write at a time and a crash leaves the old fact
- * or the new one. Files that are not whole are passed over. While this process is somebody who may not use the directory, what
- * was known is told, and what is to be stored waits.
+ * What this machine remembers of the clients of a cluster, in a directory of this host: a cluster has no room for it. One small
+ * file per fact, replaced by rename, so that several processes may write at a time and a crash leaves the old fact or the new
+ * one. Damaged files are skipped. While this process runs as a user who may not use the directory, it answers from memory, and
+ * commits wait.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -14,14 +14,14 @@ import { StoreError, type StoreState } from '../object-store.js';
 import { reasonBeside } from '../../system/system-error.js';
 
 const SUFFIX = '.json';
-/** Larger than any fact; what is larger is none. */
+/** Larger than any fact; larger files are not read. */
 const MAX_FACT_BYTES = 64 * 1024;
 
 export class HostState implements StoreState {
   readonly isShared = true;
   readonly #directory: string;
   readonly #isOutOfReach: () => boolean;
-  /** As of when it was read last, and what waits. */
+  /** Facts as of the last read, and commits that wait; undefined deletes. */
   #known = new Map<string, unknown>();
   #waiting = new Map<string, unknown>();
 
@@ -39,7 +39,7 @@ export class HostState implements StoreState {
       makeDirectory(nodeFiles, directory, 0o700);
       fs.accessSync(directory, fs.constants.R_OK | fs.constants.W_OK | fs.constants.X_OK);
       for (const name of fs.readdirSync(directory)) {
-        // What a process left that was killed before the rename.
+        // Left by a process that was killed before the rename.
         const writer = /\.new-(\d+)$/.exec(name)?.[1];
         if (writer !== undefined && !fs.existsSync(`/proc/${writer}`))
           fs.rmSync(path.join(directory, name), { force: true });
@@ -64,7 +64,7 @@ export class HostState implements StoreState {
     return found;
   }
 
-  /** Store what waits, if that is possible now. Errors: those of commit. */
+  /** Stores the commits that wait, if possible now. Errors: those of commit. */
   async close(): Promise<void> {
     if (this.#waiting.size > 0) await this.commit(new Map());
   }
@@ -83,14 +83,14 @@ export class HostState implements StoreState {
       }
       syncDirectory(nodeFiles, this.#directory);
     } catch (error) {
-      // Whoever asked for it asks again; what waited before waits on.
+      // The caller retries its own changes; earlier ones keep waiting.
       for (const [key, value] of all) if (!changes.has(key) && !this.#waiting.has(key)) this.#waiting.set(key, value);
       throw asStoreError(error, `storing in ${this.#directory}`);
     }
   }
 }
 
-/** undefined takes a key away. */
+/** undefined deletes a key. */
 function change(facts: Map<string, unknown>, changes: ReadonlyMap<string, unknown>): void {
   for (const [key, value] of changes) {
     if (value === undefined) facts.delete(key);
@@ -123,7 +123,7 @@ function readFact(file: string): { readonly key: string; readonly value: unknown
       fs.closeSync(fd);
     }
   } catch {
-    return undefined; // gone since it was listed, or not whole
+    return undefined; // gone since it was listed, or damaged
   }
 }
 

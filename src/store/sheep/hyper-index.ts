@@ -1,12 +1,13 @@
 /**
- * Changes the index of a hyper volume (btree.ts). Entries that are there are overwritten where they are, so a new object
- * costs a write of eight bytes; for that every leaf has an entry for each idx of its region, and is in an object of its
- * own. An index of another shape is laid out anew before its first change. Other tools read this shape like any other, and
- * what they make of it is laid out anew in turn. Owns which leaf has which region; one change at a time.
+ * Changes the index of a hyper volume (btree.ts). Every leaf has an entry for each idx of its region and is an object of its own,
+ * so that an entry is overwritten in place: a new object costs a write of eight bytes. An index of another shape is rewritten in
+ * this shape before its first change. Other tools read this shape like any other; if they change it, it is rewritten again. Owns
+ * which leaf has which region. One change at a time.
  *
- * Nodes take every write that lies within the place of the table for a change of a table, and give up what they think it
- * referred to (sheep_priv.h, is_data_vid_update): they know nothing of trees. What is written there begins in front of it.
+ * Nodes treat every write that lies within the table's bytes as a change of a table, and give up the references that they believe
+ * to be there (sheep_priv.h, is_data_vid_update), also where these bytes are a tree. So writes to the root begin before the table.
  */
+import { BTREE_COUNTER_BYTES, decodeBtreeCounter, encodeBtreeCounter } from '../../sheepdog/inode.js';
 import type { StoreError } from '../object-store.js';
 import {
   eachEntry,
@@ -14,38 +15,31 @@ import {
   encodeLeaf,
   encodeRoot,
   LEAF_ENTRY_BYTES,
-  leafHigh,
   NODE_HEADER_BYTES,
-  readLeaf,
-  readRoot,
   type IndexRoot,
   type LeafPointer,
 } from '../../sheepdog/btree.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { INODE_BTREE_COUNTER_OFFSET } from '../../sheepdog/protocol.js';
-import { indexKey, inParallel, inRuns } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { inRuns, type EntryChange } from './table-runs.js';
+import { indexPartKey } from '../../sheepdog/object-ids.js';
 import type { WriteOrder } from './write-order.js';
+import { type Inode, INODE_BTREE_COUNTER_OFFSET } from '../../sheepdog/inode.js';
+import { leafHigh } from '../../sheepdog/object-ids.js';
+import { inParallel } from '../../system/in-parallel.js';
 
-/** Entries of a leaf. A leaf of 512 KiB for 256 GiB of disk; nodes would have room for eight times as many. */
+/** Entries of a leaf: 512 KiB for 256 GiB of disk. Nodes would allow eight times as many. */
 const REGION = 2 ** 16;
 /** Requests at a time. */
 const PARALLEL_LEAVES = 8;
 const PARALLEL_REMOVALS = 64;
-/** Leaves are numbered from 0, and this stands for the root. */
+/** The root, as a part of the index; leaf n is part n + 1. */
 const ROOT_KEY = 0;
-
-export interface EntryChange {
-  readonly idx: number;
-  /** 0: none. */
-  readonly owner: number;
-}
 
 /** What a HyperIndex needs of its store. */
 export interface HyperIndexHost {
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly order: WriteOrder;
-  /** Do it again while objects seem to be missing because nodes come and go. */
+  /** Repeats the request while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
   log(line: string, details?: object): void;
 }
@@ -53,7 +47,7 @@ export interface HyperIndexHost {
 export class HyperIndex {
   readonly #host: HyperIndexHost;
   readonly #vid: number;
-  /** The number of the leaf that has a region; undefined while it is not known that all leaves have their shape. */
+  /** By region: the number of its leaf. Undefined while it is not known whether all leaves have this shape. */
   #leaves: Map<number, number> | undefined;
 
   constructor(host: HyperIndexHost, vid: number) {
@@ -62,8 +56,8 @@ export class HyperIndex {
   }
 
   /**
-   * Set entries, none of them twice. `map` has all owners as they were before. After an error any part of it may have been
-   * done. Errors: those of the cluster.
+   * Sets entries, each idx once. `map`: all owners as they were before. After an error any part of the change may have been made.
+   * Errors: as requests on objects.
    */
   async set(changes: readonly EntryChange[], map: Uint32Array): Promise<void> {
     try {
@@ -83,7 +77,7 @@ export class HyperIndex {
       const used = fresh.filter(([, part]) => part.some(({ owner }) => owner !== 0));
       if (used.length > 0) await this.#addLeaves(leaves, used);
     } catch (error) {
-      // Nobody knows what the cluster has: it is looked at again.
+      // What the cluster has now is unknown: recognise the index again next time.
       this.#leaves = undefined;
       throw error;
     }
@@ -111,7 +105,7 @@ export class HyperIndex {
     this.#leaves = all;
   }
 
-  /** Write leaves that nothing points to yet. What is left of it if that fails is removed with the volume. */
+  /** Writes leaves that the root does not point to yet. If that fails, what is left over is removed with the volume. */
   async #makeLeaves(regions: readonly (readonly [number, Uint32Array])[]): Promise<Map<number, number>> {
     const { cluster } = this.#host;
     const first = await this.#takeNumbers(regions.length);
@@ -123,14 +117,14 @@ export class HyperIndex {
     return new Map(numbered.map(({ region, leaf }) => [region, leaf]));
   }
 
-  /** Counted before they are used, so that whoever deletes the volume knows of all leaves that may be there. */
+  /** Counts in the inode before the numbers are used, so that deleting the volume can find every leaf that may exist. */
   async #takeNumbers(count: number): Promise<number> {
     const { cluster } = this.#host;
-    const bytes = Buffer.alloc(4);
-    await cluster.readInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes);
-    const first = bytes.readUInt32LE();
-    bytes.writeUInt32LE(first + count);
-    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, bytes));
+    const counter = Buffer.alloc(BTREE_COUNTER_BYTES);
+    await cluster.readInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, counter);
+    const first = decodeBtreeCounter(counter);
+    const next = encodeBtreeCounter(first + count);
+    await this.#ordered(ROOT_KEY, 0, 1, () => cluster.writeInodeBytes(this.#vid, INODE_BTREE_COUNTER_OFFSET, next));
     return first;
   }
 
@@ -144,10 +138,10 @@ export class HyperIndex {
     return { lastIdx: (region + 1) * REGION - 1, high: leafHigh(this.#vid), low: leaf };
   }
 
-  /** The leaves, if each has the shape that this gives them; undefined if any has not. */
+  /** The leaves, if all have the shape that this class writes; undefined otherwise. */
   async #recognise(): Promise<Map<number, number> | undefined> {
     const { cluster } = this.#host;
-    const root = await readRoot(cluster.readObject, this.#vid);
+    const root = await cluster.readIndexRoot(this.#vid);
     if (!root.leaves) return undefined;
     const leaves = new Map<number, number>();
     for (const { lastIdx, high, low } of root.leaves) {
@@ -156,15 +150,15 @@ export class HyperIndex {
     }
     let isOurs = leaves.size === root.leaves.length;
     await inParallel(PARALLEL_LEAVES, root.leaves, async (pointer) => {
-      if (!isWhole(await readLeaf(cluster.readObject, this.#vid, pointer), pointer.lastIdx)) isOurs = false;
+      if (!isWhole(await cluster.readIndexLeaf(this.#vid, pointer), pointer.lastIdx)) isOurs = false;
     });
     return isOurs ? leaves : undefined;
   }
 
-  /** New leaves first, then the root, then away with the old ones: at any time there is one index that is whole. */
+  /** Writes new leaves, then the root, then removes the old leaves: at any time the index is complete. */
   async #layOut(map: Uint32Array): Promise<Map<number, number>> {
     const { cluster } = this.#host;
-    const before = await readRoot(cluster.readObject, this.#vid);
+    const before = await cluster.readIndexRoot(this.#vid);
     const regions: [number, Uint32Array][] = [];
     for (let region = 0; region * REGION < map.length; region++) {
       const part = map.subarray(region * REGION, (region + 1) * REGION);
@@ -190,21 +184,21 @@ export class HyperIndex {
 
   #ordered(part: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
     const { order } = this.#host;
-    return order.run(indexKey(this.#vid, part), from, length, () => this.#host.unlessGone(write));
+    return order.run(indexPartKey(this.#vid, part), from, length, () => this.#host.unlessGone(write));
   }
 }
 
 /**
- * Remove the objects of a hyper volume and its index, and leave its inode as if nothing had been written: what nodes do
- * themselves when it is deleted leaves the leaves behind. Begun anew after a failure it goes on.
+ * Removes the objects of a hyper volume and its index, and leaves its inode as if nothing had been written. Nodes themselves leave
+ * the leaves behind when they delete such a volume. Can be repeated after a failure.
  */
-export async function clearHyper(cluster: Cluster, { vid }: Inode): Promise<void> {
-  const root = await readRoot(cluster.readObject, vid);
+export async function clearHyper(cluster: ClusterClient, { vid }: Inode): Promise<void> {
+  const root = await cluster.readIndexRoot(vid);
   if (root.entries) await removeOwned(cluster, vid, root.entries);
   for (const leaf of root.leaves ?? []) {
     let entries: Buffer;
     try {
-      entries = await readLeaf(cluster.readObject, vid, leaf);
+      entries = await cluster.readIndexLeaf(vid, leaf);
     } catch (error) {
       if ((error as StoreError).code !== 'GONE') throw error;
       continue;
@@ -212,14 +206,14 @@ export async function clearHyper(cluster: Cluster, { vid }: Inode): Promise<void
     await removeOwned(cluster, vid, entries);
   }
   await cluster.writeTableBytes(vid, encodeLeaf(0, []));
-  const counter = Buffer.alloc(4);
+  const counter = Buffer.alloc(BTREE_COUNTER_BYTES);
   await cluster.readInodeBytes(vid, INODE_BTREE_COUNTER_OFFSET, counter);
-  const numbers = Array.from({ length: counter.readUInt32LE() }, (_, leaf) => leaf);
+  const numbers = Array.from({ length: decodeBtreeCounter(counter) }, (_, leaf) => leaf);
   await inParallel(PARALLEL_REMOVALS, numbers, (leaf) => cluster.removeObject(leafHigh(vid), leaf));
 }
 
-/** What belongs to another vid is not this volume's to remove. */
-async function removeOwned(cluster: Cluster, vid: number, entries: Buffer): Promise<void> {
+/** Removes the objects that this vid owns, and no others. */
+async function removeOwned(cluster: ClusterClient, vid: number, entries: Buffer): Promise<void> {
   const owned: number[] = [];
   eachEntry(entries, (idx, owner) => {
     if (owner === vid) owned.push(idx);

@@ -1,16 +1,15 @@
-/**
- * What is said of a VDI or snapshot where its name and tag may say another one. Owns when that is so.
- */
+/** Labels of VDIs and snapshots for messages, and which names and tags are ambiguous. */
 import { inOrder, type VdiRecord } from '../object-store.js';
-import { recordOf, type Inode } from '../../sheepdog/layouts.js';
-import { isShadow } from './shadow.js';
+import { isShadow } from './shadow-names.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { recordOf } from './vdi-record.js';
 
-/** A tag that `dog` takes for an id. */
+/** `dog` takes such a tag for a snapshot id. */
 export const NUMBER = /^\s*[+-]?\d+$/;
 
 /**
- * Say of each snapshot whether its tag also says another one of its name: the same tag twice, which other tools may give, or a
- * number that is the other's id. In the order of names.
+ * Marks each snapshot whose tag may also mean another snapshot of the same name: other tools can give a tag twice, or give a tag
+ * that is the id of another snapshot. `records` must be in the order of names.
  */
 export function markDoubtful(records: VdiRecord[]): void {
   for (let from = 0, to; from < records.length; from = to) {
@@ -22,7 +21,7 @@ export function markDoubtful(records: VdiRecord[]): void {
     const say = (what: string): unknown => said.set(what, (said.get(what) ?? 0) + 1);
     for (const { tag, snapId } of snapshots) {
       say(tag);
-      // Without a tag of its own a snapshot is said by its id alone.
+      // A snapshot without a tag is named by its id.
       if (tag !== String(snapId)) say(String(snapId));
     }
     for (let n = from; n < to; n++) {
@@ -37,7 +36,7 @@ export function markDoubtful(records: VdiRecord[]): void {
   }
 }
 
-/** By vid, for findings: NAME or NAME@TAG, with its id where that may say another one. */
+/** By vid, for findings: NAME or NAME@TAG, with the vid where that is ambiguous. */
 export function labelsOf(inodes: readonly Inode[]): ReadonlyMap<number, string> {
   const labels = new Map<number, string>();
   for (const { vid } of inodes.filter(isShadow)) labels.set(vid, `the temporary snapshot with vid ${vid.toString(16)}`);
@@ -45,7 +44,7 @@ export function labelsOf(inodes: readonly Inode[]): ReadonlyMap<number, string> 
   markDoubtful(records.sort(inOrder));
   for (const { vid, name, tag, isSnapshot, isDoubtful } of records) {
     const label = isSnapshot ? `${name}@${tag}` : name;
-    // "a@b" is a VDI of another tool's, or a snapshot of "a".
+    // "a@b" may be a VDI that another tool has made, or a snapshot of "a".
     const isPlain = !isDoubtful && !name.includes('@') && !tag.includes('@');
     labels.set(vid, isPlain ? label : `${label} (@${vid.toString(16)})`);
   }

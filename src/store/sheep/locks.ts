@@ -1,40 +1,41 @@
 /**
- * The locks of a cluster that enforces them (`dog cluster format -l`): whoever writes a VDI holds the one of its vid. Nodes
- * leave a lock where it is when a snapshot is taken, so the working VDI, which has a new vid then, looks free until its holder
- * has followed. Owns the order in which locks are taken and given up; which VDIs are open is the store's to know.
+ * The locks of a cluster that enforces them (`dog cluster format -l`): the writer of a VDI holds the lock of its vid. A snapshot
+ * gives the working VDI a new vid, and the lock stays on the old one: the working VDI looks free until the holder has followed.
+ * Owns the order in which locks are taken and released; the store knows which VDIs are open.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../object-store.js';
 import { lockByName } from './by-name.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone } from './deleted-vdi.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { inParallel, sleep } from './table.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
-/** Who finds that a disk is somebody else's after all gives its new lock back in that time. */
+/** A client that takes the lock of the new vid by mistake finds the old lock, and releases the new one within this time. */
 const NEXT_LOCK_MS = 2_000;
 const NEXT_LOCK_POLL_MS = 50;
 const PARALLEL_READS = 64;
 
 export class Locks {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #isEnforced: boolean;
   readonly #recyclesVids: boolean;
 
-  constructor(cluster: Cluster, options: { readonly isEnforced: boolean; readonly recyclesVids: boolean }) {
+  constructor(cluster: ClusterClient, options: { readonly isEnforced: boolean; readonly recyclesVids: boolean }) {
     this.#cluster = cluster;
     this.#isEnforced = options.isEnforced;
     this.#recyclesVids = options.recyclesVids;
   }
 
   /**
-   * For whoever is about to write the working VDI `inode`. Errors: LOCKED, also by one who had it open when a snapshot was
-   * taken and has not moved on to the working VDI yet; IO if somebody takes a snapshot at this moment.
+   * Call before the working VDI `inode` is written. Errors: LOCKED (another client holds it, or holds the vid that it had before a
+   * snapshot), IO (another client is taking a snapshot).
    */
   async take(inode: Inode): Promise<void> {
     if (!this.#isEnforced) return;
     await this.#lock(inode);
     try {
-      // Before its first snapshot there was no other vid to lock.
+      // Without a parent it never had another vid that could be locked.
       if (inode.parentVid !== 0) await this.#mustNotBeHeldBefore(inode);
     } catch (error) {
       await this.release(inode.vid).catch(() => undefined);
@@ -64,7 +65,7 @@ export class Locks {
       await lockByName(this.#cluster, inode, this.#recyclesVids);
     } catch (error) {
       const { code, message } = error as StoreError;
-      // Who opens a VDI looks it up again by himself.
+      // MOVED means: look at the map again. A VDI that is being opened has none yet.
       if (code === 'MOVED') throw new StoreError('IO', message, { cause: error });
       if (code !== 'DAMAGED') throw error;
       throw new StoreError('DAMAGED', `${message}; --missing=zero reads without a lock what there is`, {
@@ -74,15 +75,15 @@ export class Locks {
   }
 
   /**
-   * The VDI goes on as `next`, and we hold its lock until now. Errors: LOCKED if somebody else has taken that one, MOVED if
-   * the VDI has another vid again.
+   * The VDI continues as `next`; we hold the lock of its old vid. Errors: LOCKED (another client has taken the lock of `next`), MOVED
+   * (the VDI has another vid again).
    */
   async takeNext(next: Inode): Promise<void> {
     if (!this.#isEnforced) return;
     const deadline = performance.now() + NEXT_LOCK_MS;
     for (;;) {
       try {
-        // Where vids are used again the nodes may find the snapshot by its name, whose lock is ours.
+        // Where vids are reused the nodes may find the snapshot by its name; that lock is ours.
         return void (await lockByName(this.#cluster, next, this.#recyclesVids));
       } catch (error) {
         if ((error as StoreError).code !== 'LOCKED' || performance.now() >= deadline) throw error;
@@ -95,7 +96,7 @@ export class Locks {
     if (this.#isEnforced) await this.#cluster.release(vid);
   }
 
-  /** Do away with the working VDI `inode`, which nobody else may have open. Errors: those of `take`. */
+  /** Runs `work`, which ends the working VDI `inode`, under its lock. Errors: those of `take` and of `work`. */
   async toEnd(inode: Inode, work: () => Promise<void>): Promise<void> {
     await this.take(inode);
     let isDone = false;
@@ -103,13 +104,13 @@ export class Locks {
       await work();
       isDone = true;
     } finally {
-      // A vid that is used again is another VDI's by now, and its lock too; any other stays locked at worst, and unused.
+      // A reused vid, and its lock, may belong to another VDI by now. Elsewhere the worst case is a lock on an unused vid.
       if (!isDone || !this.#recyclesVids) await this.release(inode.vid).catch(() => undefined);
     }
   }
 }
 
-/** Better a disk that can be opened than none, in a cluster that has had very many. */
+/** A cluster with too many VDIs to ask for all locks: opening the disk matters more than this check. */
 function tooManyIsNone(error: unknown): number[] {
   if ((error as StoreError).code !== 'LIMIT') throw error;
   return [];

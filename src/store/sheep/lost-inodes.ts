@@ -1,19 +1,25 @@
 /**
- * VDIs whose inode no node has any more. Nodes look a name up in the inodes that lie where it belongs, or in all of them
- * (clusters formatted with -R), and give up at the first that is lost. Owns the look-up that passes over those, and what
- * can still be known of one: changes nothing.
+ * VDIs whose inode is lost: no node has it. To look up a name, nodes read the inodes at the vids that the name hashes to, or all
+ * inodes (clusters formatted with -R), and fail at the first lost one. Owns a look-up that skips lost inodes, and the guesses
+ * about what a lost inode was. Changes nothing.
  */
 import { StoreError, type DamagedVdi } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import type { Inode } from '../../sheepdog/layouts.js';
-import { isShadowName } from './shadow.js';
-import { inParallel } from './table.js';
+import { isShadowName } from './shadow-names.js';
 import type { VidsInUse } from '../../sheepdog/vids-in-use.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 const PARALLEL_READS = 64;
 
-/** The vid of a name's working VDI, or of its snapshot with that id, among the inodes that there are; 0 if there is none. */
-export async function lookupAround(cluster: Cluster, name: string, snapId: number): Promise<number> {
+/** What a look-up needs of a cluster. */
+export interface InodeSource {
+  readonly recyclesVids: boolean;
+  vids(): Promise<VidsInUse>;
+  readInode(vid: number): Promise<Inode>;
+}
+
+/** The vid of the working VDI of this name, or of its snapshot with this id; 0 if no inode says so. Skips lost inodes. */
+export async function lookupAround(cluster: InodeSource, name: string, snapId: number): Promise<number> {
   const vids = await cluster.vids();
   const places = cluster.recyclesVids ? vids.live() : vids.placesOf(name);
   let found = 0;
@@ -25,8 +31,35 @@ export async function lookupAround(cluster: Cluster, name: string, snapId: numbe
   return found;
 }
 
-/** Undefined if no node has it. Errors: StoreError but GONE. */
-export async function inodeOrLost(cluster: Cluster, vid: number): Promise<Inode | undefined> {
+/** VDIs and snapshots whose inode is lost. With `name`, at least those that may have that name. */
+export async function findLost(cluster: InodeSource, name?: string): Promise<DamagedVdi[]> {
+  const vids = await cluster.vids();
+  const isAnywhere = name === undefined || cluster.recyclesVids;
+  const places = isAnywhere ? vids.live() : vids.placesOf(name);
+  const known: Inode[] = [];
+  const lost: number[] = [];
+  await inParallel(PARALLEL_READS, places, async (vid) => {
+    const inode = await inodeOrLost(cluster, vid);
+    if (inode) known.push(inode);
+    else lost.push(vid);
+  });
+  if (lost.length === 0) return [];
+  // Deleted since, or made this moment.
+  const now = await cluster.vids();
+  const still: number[] = [];
+  await inParallel(PARALLEL_READS, lost, async (vid) => {
+    if (now.isLive(vid) && !(await inodeOrLost(cluster, vid))) still.push(vid);
+  });
+  return describeLost(
+    still.sort((a, b) => a - b),
+    known,
+    now,
+    cluster.recyclesVids,
+  );
+}
+
+/** Undefined if no node has it. Errors: those of readInode, except GONE. */
+export async function inodeOrLost(cluster: InodeSource, vid: number): Promise<Inode | undefined> {
   try {
     return await cluster.readInode(vid);
   } catch (error) {
@@ -36,8 +69,8 @@ export async function inodeOrLost(cluster: Cluster, vid: number): Promise<Inode 
 }
 
 /**
- * Those of `vids` that are lost, with what the inodes that are there, `known`, say of them. `recyclesVids`: of a cluster that uses
- * vids again, where they say nothing of names.
+ * Describes the VDIs with the vids `lost` by what the readable inodes, `known`, tell about them. `recyclesVids`: the cluster
+ * reuses vids, so a vid tells nothing about the name.
  */
 export function describeLost(
   lost: readonly number[],
@@ -64,7 +97,7 @@ function isOfPeople({ name }: Inode): boolean {
   return name !== '' && !isShadowName(name);
 }
 
-/** Names in whose places they are. */
+/** By vid: the names that hash to it. */
 function candidatesByPlace(lost: readonly number[], known: readonly Inode[], vids: VidsInUse): Candidates {
   const names = new Set(known.filter(isOfPeople).map(({ name }) => name));
   const candidates = new Map<number, string[]>();
@@ -78,8 +111,8 @@ function candidatesByPlace(lost: readonly number[], known: readonly Inode[], vid
 }
 
 /**
- * The name of what goes on after it; of the last one, a name that has snapshots and no working VDI. A VDI or a clone has the
- * snapshot id 1 until its first snapshot, and what goes on after a snapshot has a higher one.
+ * By vid: the names of its children. For one without children, the names that have snapshots and no working VDI. Clones do not
+ * count as children: a VDI or a clone has the snapshot id 1 until its first snapshot, and what continues after a snapshot a higher id.
  */
 function candidatesByFamily(lost: readonly number[], known: readonly Inode[]): Candidates {
   const working = new Set(known.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));

@@ -1,10 +1,24 @@
 /**
- * The way to a cluster: several connections to one node at a time, another node when that one goes away, and a bounded
- * number of repetitions where the cluster says "not now". Owns nodes, connections and back-off. What it repeats must be
- * safe to repeat, or say through `beforeRetry` whether it has happened already.
+ * Sends requests to a cluster: over several connections to one node at a time, to another node when that one goes away, and again,
+ * for a bounded time, while the cluster answers "not now". Owns connections, deadlines and back-off. A request that it repeats must
+ * be safe to repeat, or tell through `beforeRetry` whether it has already taken effect.
  */
+import { encodeVdiRequest, inVersion, nodeResponse, opcodeOf } from '../../sheepdog/headers.js';
+import { addressLabel, type NodeAddress } from '../../sheepdog/node-address.js';
+import { decodeNodes, type ClusterNode } from '../../sheepdog/nodes.js';
+import {
+  HEADER_BYTES,
+  MAX_NODES,
+  NODE_BYTES,
+  Opcode,
+  Result,
+  resultName,
+  type SheepVersion,
+} from '../../sheepdog/protocol.js';
+import { Pauses } from '../../system/pauses.js';
 import { StoreError } from '../object-store.js';
-import { addressLabel, type NodeAddress } from './cluster-address.js';
+import { askSoon } from './ask-each.js';
+import { AwaitedRequests, type Repeated } from './awaited-requests.js';
 import {
   CONNECT_TIMEOUT_MS,
   ConnectionLost,
@@ -15,78 +29,46 @@ import {
   type Peer,
   type WireRequest,
 } from './connection.js';
+import { decodedOr } from './format-errors.js';
 import { greet, NOT_SERVING, serves } from './greeting.js';
-import {
-  decodeNodes,
-  encodeVdiRequest,
-  inVersion,
-  nodeResponse,
-  OID_OFFSET,
-  type ClusterNode,
-} from '../../sheepdog/layouts.js';
-import { Pauses } from '../../system/pauses.js';
-import { Placement } from '../../sheepdog/hash-ring.js';
+import { NearNodes } from './near-nodes.js';
+import { NEAR_REST_MS, NodeChoice } from './node-choice.js';
+import { isFinal, isTrouble, isWrite, NotConnected, Outdated } from './outcomes.js';
+import { NODE_REST_MS, type PoolNode } from './pool-node.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
-import {
-  HEADER_BYTES,
-  MAX_NODES,
-  NODE_BYTES,
-  OBJECT_OPCODES,
-  Opcode,
-  Result,
-  resultName,
-  type SheepVersion,
-  vidOf,
-} from '../../sheepdog/protocol.js';
-import { WAITING_CHECK_MS, WAITING_MS, WaitingLog, type Waiter } from './waiting.js';
+import { WAITING_MS } from './waiting.js';
 
 /** How long requests are repeated while no node can serve them. */
 export const DEFAULT_RETRY_MS = 60_000;
 /**
- * How long one attempt may take, or half of the time for repeating if that is less: another node has its chance then.
- * Generous: a write is repeated only when the node cannot go on with it any more.
+ * How long one attempt may take; half of the time for repeating if that is less, so that another node can be tried. Long, because
+ * a write is repeated only when the node can no longer carry it out.
  */
 const DEFAULT_ATTEMPT_MS = 30_000;
 /** For the list of members while a node is silent. */
 const MEMBERS_MS = 2_000;
-/** For asking a node that is slow with something whether it answers at all. */
+/** To connect to a node that is slow with one request, and find out whether it answers others. */
 const SLOW_PROBE_CONNECT_MS = 2_000;
 /**
- * Whatever is left of the time for repeating, an attempt that is made at all takes so long, or as long as any: an answer that
- * comes later ends the connection, with what others have asked on it.
+ * Least time for an attempt, however little is left of the time for repeating: a late answer closes the connection, and other
+ * requests on it fail.
  */
 const LEAST_ATTEMPT_MS = 5_000;
-/** Whatever is left of it, connecting may take so long. */
+/** Least time for connecting, however little is left. */
 const LEAST_CONNECT_MS = 250;
-/** The same of an attempt on a connection of its own. */
+/** The same for an attempt on a connection of its own. */
 const LEAST_APART_MS = 250;
-/** A node that knows of an earlier epoch only, or does not serve, is left after this long, if there is another one. */
+/** A node that is at an earlier epoch, or does not serve, is left after this long, if there is another one. */
 const LAGGING_MS = 1_000;
-/** Why a node is left is not told again, for the same reason, before this is over. */
-const TELL_AGAIN_MS = 60_000;
-/** Of what each node is asked: one that takes longer counts as one that does not answer, until it does. */
-const LATE_MS = 2_000;
-/** The same of connecting to a node that was named, when those named before it have taken all of the time. */
+/** Least time for connecting to a named node, when the nodes named before it have used up the time. */
 const LATE_CONNECT_MS = 500;
 const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
-/** Trouble of a node with its disk or its peers: worth another node, not worth a minute. */
+/** Retries after trouble of a node with its disk or its peers: enough to try another node, not for a minute. */
 const MAX_TROUBLE_RETRIES = 8;
-/** A node that could not be reached is not tried before the others for this long. */
-const NODE_REST_MS = 2_000;
-/** Of the connections for reads: to each node but the one in use. */
+/** Connections for reads, to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
-/** Connections that a node may end, one after the other, without having answered anything on them, before it is left. */
-const MAX_USELESS = 3;
-/** A node that cannot be reached directly (clusters may have a network of their own) is not asked again for this long. */
-const NEAR_REST_MS = 30_000;
-/** Requests that are looked at to say who waits: when there are more, the others wait for the same. */
-const MAX_WAITERS = 1024;
-/** Nodes that reads go to directly. */
-const MAX_NEAR_NODES = 64;
-/** How old the list of nodes may be by which reads are sent. */
-const PLACEMENT_AGE_MS = 10_000;
 
 export interface NodePoolOptions {
   readonly retryMs?: number;
@@ -100,112 +82,54 @@ export interface NodePoolOptions {
 
 export interface ExecuteOptions {
   /**
-   * Asked before a repetition when it is not known whether the attempt before took effect: true if it has, so that it is
-   * not repeated. Without it requests are repeated as they are. `retryMs` is what is left of the time for repeating.
+   * Called before a repetition when it is not known whether the last attempt took effect. True: it did, and is not repeated. Without
+   * this, requests are simply repeated. `retryMs`: what is left of the time for repeating.
    */
   readonly beforeRetry?: (retryMs: number) => Promise<boolean>;
-  /** Give up at once when it is not known whether the attempt took effect. */
+  /** Fails at once when it is not known whether the attempt took effect. */
   readonly once?: boolean;
-  /** How long it is repeated, if not as long as the gateway's options say. */
+  /** How long the request is repeated; default: the pool's `retryMs`. */
   readonly retryMs?: number;
   /**
-   * On a connection of its own, and each node has its chance in that time. For what is to be known soon or not at all: a node
-   * that is slower than that loses a connection, and nobody else may have asked anything on it. Of what changes nothing.
+   * On a connection of its own; each node is tried within `retryMs`. For answers that are needed soon or not at all: a slow node
+   * loses only this connection, and no other request fails with it. Only for requests that change nothing.
    */
   readonly isApart?: boolean;
-  /** Of a slow operation: how long one attempt may take while its node answers other requests. */
+  /** For a slow operation: how long one attempt may take while the node answers other requests. */
   readonly slowMs?: number;
 }
 
-/** What is asked again and again, or waits until it may be. */
-interface Repeated extends Waiter {
-  readonly request: WireRequest;
-  why: string;
-}
-
-interface Node {
-  readonly address: NodeAddress;
-  readonly connections: NodeConnection[];
-  opening: number;
-  restUntil: number;
-  readonly peer: Peer;
-  /** It carries out requests: its cluster is formatted, and it has joined it. As of when it was connected to. */
-  isServing: boolean;
-  /** The reason for which it was left the last time that this was told, and when. */
-  told: string;
-  toldAt: number;
-  /** It has not answered what each node was asked in time, nor since; and it is asked again then, by performance.now(). */
-  isLate: boolean;
-  askAgainAt: number;
-  /** Times in a row that it could not be connected to, or that a connection ended before it was of any use. */
-  failures: number;
-}
-
-/** The cluster is not serving now, or its membership is just changing: the request has not been carried out. */
-const NOT_NOW: ReadonlySet<number> = new Set([
-  Result.STARTUP,
-  Result.WAIT_FOR_FORMAT,
-  Result.WAIT_FOR_JOIN,
-  Result.HALT,
-  Result.SHUTDOWN,
-  Result.KILLED,
-  Result.COLLECTING_CINFO,
-  Result.OLD_COLLECTING_CINFO,
-  Result.OLD_NODE_VER,
-  Result.NEW_NODE_VER,
-  Result.AGAIN,
-  Result.NODE_IN_RECOVERY,
-]);
-/** The node had trouble, and may have done a part of it. */
-const TROUBLE: ReadonlySet<number> = new Set([Result.EIO, Result.SYSTEM_ERROR, Result.NETWORK_ERROR]);
-
 const NO_OPTIONS: ExecuteOptions = {};
 
-/** Says "done" in place of an answer that was lost. */
+/** Stands for an answer that was lost: the request has taken effect. */
 const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
 
 export class NodePool {
-  readonly #nodes: Node[];
-  /** So many of them, the first ones, were named to us; the others are learnt. */
-  readonly #namedCount: number;
+  readonly #choice: NodeChoice;
+  readonly #near = new NearNodes();
+  readonly #awaited: AwaitedRequests;
   readonly #options: Required<NodePoolOptions>;
-  #current: Node;
   #turn = 0;
   #closed = false;
   #learning = false;
-  /** Where objects lie, and the nodes it speaks of. */
-  #placement: Placement | undefined;
-  #placed: Node[] = [];
-  #placementAt = -Infinity;
   readonly #stalled = new StalledNodes(
     () => this.listNodes({ retryMs: MEMBERS_MS, isApart: true }),
     () => this.#closed,
   );
-  /** Connections that are not for everybody: whose node has not answered yet, or that were made for one request. */
+  /** Connections that are not shared: the node has not answered its greeting yet, or they are for one request. */
   readonly #apart = new Set<NodeConnection>();
   /** Back-offs. */
   readonly #pauses = new Pauses();
-  readonly #repeated = new Set<Repeated>();
-  readonly #objectsAwaited = new Set<Waiter & { readonly disk: string }>();
-  readonly #checking: NodeJS.Timeout | undefined;
-  #placesByDisk = false;
-  /** Of all nodes of a cluster, by what the first one has answered. */
+  /** Of all nodes of the cluster; the first node that answers decides. */
   #version: SheepVersion | undefined;
-  /** Of which disk an object is, by the halves of its oid: for the log. */
-  diskOf: (high: number, low: number) => string | undefined = () => undefined;
-  /** Told of the epoch in answers. */
+  /** Called with the epoch in answers. */
   onEpoch: (epoch: number) => void = () => undefined;
-  /** The epoch of the cluster, as far as is known: what nodes of an earlier one answer may be old. */
+  /** The known epoch of the cluster: answers of nodes at an earlier epoch may be outdated. */
   knownEpoch: () => number = () => 0;
   onClose: () => void = () => undefined;
 
   /** `addresses`: at least one; the first is tried first. */
   constructor(addresses: readonly NodeAddress[], options: NodePoolOptions = {}) {
-    const [first, ...rest] = addresses.map(nodeAt);
-    if (!first) throw new Error('invariant: a gateway needs an address');
-    this.#nodes = [first, ...rest];
-    this.#namedCount = this.#nodes.length;
-    this.#current = first;
     const retryMs = options.retryMs ?? DEFAULT_RETRY_MS;
     this.#options = {
       retryMs,
@@ -214,15 +138,28 @@ export class NodePool {
       log: options.log ?? (() => undefined),
       waitingMs: options.waitingMs ?? WAITING_MS,
     };
-    if (options.log === undefined) return;
-    const waiting = new WaitingLog(options.log);
-    this.#checking = setInterval(() => {
-      const now = performance.now();
-      waiting.check(firstOf(this.#waiting(now - this.#options.waitingMs), MAX_WAITERS), now);
-    }, WAITING_CHECK_MS).unref();
+    this.#choice = new NodeChoice(addresses, this.#options.log);
+    this.#awaited = new AwaitedRequests(this.#choice.nodes, options.log, this.#options.waitingMs);
   }
 
-  /** What the nodes are; undefined until one has answered. */
+  /** Of which disk an object is, by the halves of its oid: for the log. */
+  set diskOf(diskOf: (high: number, low: number) => string | undefined) {
+    this.#awaited.diskOf = diskOf;
+  }
+
+  get diskOf(): (high: number, low: number) => string | undefined {
+    return this.#awaited.diskOf;
+  }
+
+  get isClosed(): boolean {
+    return this.#closed;
+  }
+
+  get attemptMs(): number {
+    return this.#options.attemptMs;
+  }
+
+  /** The version of the nodes; undefined until one has answered. */
   get version(): SheepVersion | undefined {
     return this.#version;
   }
@@ -233,19 +170,19 @@ export class NodePool {
 
   /** The node in use. */
   get peer(): Peer {
-    return this.#current.peer;
+    return this.#choice.current.peer;
   }
 
-  /** Errors: StoreError IO if no node can be connected to in the time for repeating. */
+  /** Errors: IO (no node can be connected to in the time for repeating). */
   async whenConnected({ retryMs = this.#options.retryMs }: ExecuteOptions): Promise<void> {
     if (this.#version !== undefined) return;
-    // What it answers does not matter.
+    // Any answer will do.
     await this.listNodes({ retryMs });
   }
 
   /**
-   * Send until a node carries it out, or the time for repeating is over. Answers any other result than "not now" and
-   * "trouble" for the caller to judge. Errors: StoreError IO, CLOSED.
+   * Sends the request until a node carries it out, or the time for repeating is over. Any result but "not now" and "trouble"
+   * (outcomes.ts) is returned. Errors: IO (given up), InDoubt (given up, and may still take effect), CLOSED.
    */
   execute(request: WireRequest, options: ExecuteOptions = NO_OPTIONS): Promise<Answer> {
     if (options.isApart) return this.#executeApart(request, options);
@@ -253,27 +190,27 @@ export class NodePool {
   }
 
   /**
-   * The same for a read of data object (vid, idx), sent to the node that has it where that is known and can be reached.
-   * Not for writes: nodes hear one after the other that somebody has made a snapshot, and of two writes that go different
-   * ways the later one could be in it and the earlier one not.
+   * The same for a read of data object (vid, idx), sent to the node with the first copy where it is known and can be reached. Not for
+   * writes: nodes learn one after the other that a snapshot was taken, and of two writes through different nodes the later one could
+   * be in the snapshot and the earlier one not.
    *
-   * Nor may the node be of an earlier epoch than is known, when it is asked or when it answers: it may have been stopped, and
-   * dropped meanwhile, and read its old copy before it heard of it. That is read again through the node in use.
+   * The node must not be at an earlier epoch than is known, when it is asked and when it answers: it may have been stopped, and
+   * dropped meanwhile, and have read its stale copy before it learnt of that. Then the read is repeated through the node in use.
    */
   executeNear(request: WireRequest, vid: number, idx: number): Promise<Answer> {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
   }
 
-  /** What every member of the cluster answers for itself. Errors: StoreError IO, also if one of them cannot be asked. */
+  /** One answer from every member of the cluster. Errors: IO (also if one of them cannot be asked). */
   async executeOnAll(encode: () => Buffer): Promise<Answer[]> {
-    const nodes = (await this.listNodes()).map((member) => this.#nodeOf(member));
+    const nodes = (await this.listNodes()).map((member) => this.#choice.nodeOf(member));
     return Promise.all(
       nodes.map(async (node) => {
         try {
           const [open] = node.connections;
           if (!open && node.restUntil > performance.now())
             throw new NotConnected('it could not be reached a moment ago');
-          const connection = open ?? (await this.#open(node));
+          const connection = open ?? (await this.open(node));
           const request = { header: inVersion(encode(), this.#version) };
           const wasBehind = this.#isBehind(connection);
           const answer = await connection.send(request, this.#options.attemptMs);
@@ -290,44 +227,13 @@ export class NodePool {
   }
 
   /**
-   * Each node its own request, sent once; undefined of one that does not answer, or cannot be reached. One that has not
-   * answered the request before is not waited for again until it has.
+   * Each node its own request, sent once; undefined for a node that does not answer soon, or cannot be reached. A node that has not
+   * answered its last request is not awaited again until it has.
    */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
-    return Promise.all(nodes.map((member, n) => this.#askSoon(this.#nodeOf(member), requests[n] as WireRequest)));
-  }
-
-  async #askSoon(node: Node, request: WireRequest): Promise<Answer | undefined> {
-    if (this.#closed) return undefined;
-    if (node.isLate) {
-      if (performance.now() >= node.askAgainAt) this.#awaitLate(node, this.#ask(node, request));
-      return undefined;
-    }
-    const asked = this.#ask(node, request);
-    const answer = await withinMs(LATE_MS, asked);
-    if (answer !== LATE) return answer;
-    this.#awaitLate(node, asked);
-    return undefined;
-  }
-
-  /** With the patience of any request: others have asked something on its connection, too. */
-  #awaitLate(node: Node, asked: Promise<Answer | undefined>): void {
-    node.isLate = true;
-    node.askAgainAt = Infinity;
-    void asked.then((answer) => {
-      node.isLate = answer === undefined;
-      node.askAgainAt = performance.now() + NODE_REST_MS;
-    });
-  }
-
-  async #ask(node: Node, request: WireRequest): Promise<Answer | undefined> {
-    try {
-      const connection = node.connections[0] ?? (await this.#open(node));
-      return await connection.send(request, this.#options.attemptMs);
-    } catch (error) {
-      if (!(error instanceof ConnectionLost || error instanceof StoreError)) throw error;
-      return undefined;
-    }
+    return Promise.all(
+      nodes.map((member, n) => askSoon(this, this.#choice.nodeOf(member), requests[n] as WireRequest)),
+    );
   }
 
   async #executeOn(open: NodeConnection | undefined, request: WireRequest, options: ExecuteOptions): Promise<Answer> {
@@ -338,7 +244,7 @@ export class NodePool {
       try {
         const answer = await this.#attempt(open, request, options, retryMs);
         if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(open, this.knownEpoch());
-        if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
+        if (isFinal(answer)) return answer;
         return await this.#repeat(request, options, deadline, answer, open.address);
       } catch (error) {
         if (!(error instanceof ConnectionLost)) throw error;
@@ -353,15 +259,15 @@ export class NodePool {
   }
 
   /**
-   * Whether the answer is of a node that does not know of the latest change of members: it may be none itself any more, and
-   * others have written since. `wasBehind`: when it was asked; what it answers says its epoch of when it answers, and it may
-   * have carried the request out before. What members there are is asked of any node, and is how such a mistake is found.
+   * Whether the answer comes from a node that does not know the latest change of members: it may no longer be a member, and its data
+   * may be stale. `wasBehind`: it was at an earlier epoch when it was asked; its answer has the epoch of the answer, and it may have
+   * carried out the request before. The list of members is accepted from any node: it shows when the known epoch is wrong.
    */
   #isOutdated(wasBehind: boolean, { epoch }: Answer, { header }: WireRequest, { once }: ExecuteOptions): boolean {
-    return (wasBehind || epoch < this.knownEpoch()) && !once && header[1] !== Opcode.GET_NODE_LIST;
+    return (wasBehind || epoch < this.knownEpoch()) && !once && opcodeOf(header) !== Opcode.GET_NODE_LIST;
   }
 
-  /** Send it once; `leftMs` of the time for repeating are left. Errors: ConnectionLost. */
+  /** Sends the request once. `leftMs`: what is left of the time for repeating. Errors: ConnectionLost. */
   #attempt(
     connection: NodeConnection,
     request: WireRequest,
@@ -371,12 +277,12 @@ export class NodePool {
     inVersion(request.header, this.#version);
     if (slowMs !== undefined) return this.#attemptSlowly(connection, request, slowMs);
     const { attemptMs } = this.#options;
-    // What is to be had in less time than usual has its chance with another node, too.
+    // With less time than usual, half of it, so that another node can be tried.
     const longest = retryMs === undefined ? attemptMs : Math.min(attemptMs, retryMs / 2);
     return connection.send(request, Math.min(longest, Math.max(leftMs, LEAST_ATTEMPT_MS)));
   }
 
-  /** A node that is slow answers other requests meanwhile; one that is silent is not waited for. */
+  /** Waits up to `slowMs` as long as the node answers other requests; a silent node is given up. */
   async #attemptSlowly(connection: NodeConnection, request: WireRequest, slowMs: number): Promise<Answer> {
     let isOver = false;
     const giveUpIfSilent = async (): Promise<void> => {
@@ -392,53 +298,22 @@ export class NodePool {
     }
   }
 
-  /** Close all connections; what is in flight fails. */
+  /** Closes all connections; requests in flight fail. */
   close(): void {
     this.#closed = true;
     this.onClose();
-    clearInterval(this.#checking);
-    for (const node of this.#nodes) for (const connection of [...node.connections]) connection.destroy();
+    this.#awaited.close();
+    for (const node of this.#choice.nodes) for (const connection of [...node.connections]) connection.destroy();
     for (const connection of [...this.#apart]) connection.destroy();
     this.#pauses.end();
   }
 
-  /** While `work` waits for an object of `disk`, by asking for it again and again, it counts as one request that waits. */
-  async whileAwaited<T>(disk: string, why: string, work: () => Promise<T>): Promise<T> {
-    const waiter = { disk, why, since: performance.now() };
-    this.#objectsAwaited.add(waiter);
-    try {
-      return await work();
-    } finally {
-      this.#objectsAwaited.delete(waiter);
-    }
+  /** While `work` asks again and again for an object of `disk`, the log counts it as one request that waits for `why`. */
+  whileAwaited<T>(disk: string, why: string, work: () => Promise<T>): Promise<T> {
+    return this.#awaited.whileAwaited(disk, why, work);
   }
 
-  /** All that have waited since `time`, with the disk that each is of. */
-  *#waiting(time: number): Generator<readonly [disk: string, waiter: Waiter]> {
-    const repeated = new Set<WireRequest>();
-    for (const waiter of this.#objectsAwaited) if (waiter.since <= time) yield [waiter.disk, waiter];
-    for (const waiter of this.#repeated) {
-      repeated.add(waiter.request);
-      if (waiter.since <= time) yield* this.#named(waiter.request, waiter);
-    }
-    for (const { address, connections } of this.#nodes) {
-      for (const connection of connections) {
-        for (const { request, sentAt } of connection.unansweredSince(time)) {
-          if (repeated.has(request)) continue;
-          yield* this.#named(request, { since: sentAt, why: `${addressLabel(address)} has not answered` });
-        }
-      }
-    }
-  }
-
-  *#named({ header }: WireRequest, waiter: Waiter): Generator<readonly [disk: string, waiter: Waiter]> {
-    // A hint, which nobody waits for.
-    if (header[1] === Opcode.GET_NODE_LIST) return;
-    const oid = oidOf(header);
-    yield [oid === undefined ? 'the catalog' : (this.diskOf(oid.high, oid.low) ?? vidLabel(oid.high)), waiter];
-  }
-
-  async #repeat(
+  #repeat(
     request: WireRequest,
     options: ExecuteOptions,
     deadline: number,
@@ -446,13 +321,8 @@ export class NodePool {
     asked: NodeAddress | undefined,
   ): Promise<Answer> {
     const since = deadline - (options.retryMs ?? this.#options.retryMs);
-    const waiter = { request, since, why: `no connection to ${this.#triedLabel()} yet` };
-    this.#repeated.add(waiter);
-    try {
-      return await this.#repeatAs(waiter, options, deadline, first, asked);
-    } finally {
-      this.#repeated.delete(waiter);
-    }
+    const waiter = { request, since, why: `no connection to ${this.#choice.triedLabel()} yet` };
+    return this.#awaited.whileRepeated(waiter, () => this.#repeatAs(waiter, options, deadline, first, asked));
   }
 
   async #repeatAs(
@@ -468,29 +338,29 @@ export class NodePool {
     let laggingSince: number | undefined;
     let last = first;
     let asked = askedFirst;
-    let isAmbiguous = first instanceof ConnectionLost || (first !== undefined && TROUBLE.has(first.result));
+    let isAmbiguous = first instanceof ConnectionLost || (first !== undefined && isTrouble(first));
     for (;;) {
       if (last !== undefined) {
         if (this.#closed) throw closedError();
         const reason = last instanceof Error ? last.message : `the cluster answers ${resultName(last.result)}`;
         waiter.why = last instanceof Error || !asked ? reason : `${reason} (${addressLabel(asked)})`;
-        if (!(last instanceof Error) && TROUBLE.has(last.result)) {
+        if (!(last instanceof Error) && isTrouble(last)) {
           trouble++;
-          this.#leaveTroubled(asked, `it answers ${resultName(last.result)}`);
+          this.#choice.leaveTroubled(asked, `it answers ${resultName(last.result)}`);
         }
         if (last instanceof Outdated || (!(last instanceof Error) && NOT_SERVING.has(last.result))) {
           laggingSince ??= performance.now();
           if (asked && performance.now() - laggingSince >= LAGGING_MS) {
-            this.#leaveCurrent(
+            this.#choice.leaveCurrent(
               last instanceof Error ? 'it has not heard of the latest change of members' : reason,
               asked,
             );
             laggingSince = undefined;
           }
         } else laggingSince = undefined;
-        if (last instanceof NotSheepdog && asked) this.#leaveCurrent('it answers what no node answers', asked);
+        if (last instanceof NotSheepdog && asked) this.#choice.leaveCurrent('it answers what no node answers', asked);
         if (last instanceof NoAnswer) {
-          this.#leaveSilent(last.address);
+          this.#choice.leaveSilent(last.address);
           if (isWrite(request) && !options.once) {
             waiter.why = `${reason}, and may still carry out what it was asked; nothing is repeated before it has answered or left`;
             await this.#waitUntilHarmless(last, deadline);
@@ -503,7 +373,7 @@ export class NodePool {
           );
         }
         if (performance.now() >= deadline || trouble > MAX_TROUBLE_RETRIES) {
-          throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`, {
+          throw new StoreError('IO', `${reason}; given up after trying ${this.#choice.triedLabel()}`, {
             cause: last instanceof Error ? last : undefined,
           });
         }
@@ -518,11 +388,11 @@ export class NodePool {
         const connection = this.#idleConnection() ?? (await this.#connect(deadline));
         asked = connection.address;
         const wasBehind = this.#isBehind(connection);
-        // From here on the node may have seen it.
+        // From here on the node may have received it.
         const answer = await this.#attempt(connection, request, options, deadline - performance.now());
         if (this.#isOutdated(wasBehind, answer, request, options)) throw new Outdated(connection, this.knownEpoch());
-        if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
-        if (TROUBLE.has(answer.result)) isAmbiguous = true;
+        if (isFinal(answer)) return answer;
+        if (isTrouble(answer)) isAmbiguous = true;
         last = answer;
       } catch (error) {
         if (!(error instanceof ConnectionLost)) throw error;
@@ -536,31 +406,25 @@ export class NodePool {
   #nearConnection(vid: number, idx: number): NodeConnection | undefined {
     if (this.#closed) throw closedError();
     const now = performance.now();
-    if (now - this.#placementAt > PLACEMENT_AGE_MS) {
-      this.#placementAt = now;
-      void this.#learnNodes();
-    }
-    const node = this.#placed[this.#placement?.nodeOf(vid, idx) ?? -1];
-    if (!node || node === this.#current || node.restUntil > now) return undefined;
-    // One that was never asked says its epoch when it is connected to.
+    if (this.#near.takesTurn(now)) void this.#learnNodes();
+    const node = this.#near.nodeFor(vid, idx);
+    if (!node || node === this.#choice.current || node.restUntil > now) return undefined;
+    // Epoch 0: never asked; its greeting will tell.
     if (node.peer.epoch !== 0 && node.peer.epoch < this.knownEpoch()) return undefined;
     const { connections } = node;
     if (connections.length + node.opening < NEAR_CONNECTIONS) {
-      this.#open(node).catch(() => (node.restUntil = performance.now() + NEAR_REST_MS));
+      this.open(node).catch(() => (node.restUntil = performance.now() + NEAR_REST_MS));
     }
     this.#turn++;
     return connections[this.#turn % connections.length];
   }
 
-  /** The cluster places objects by the disks of its nodes. What was learnt before that was known is learnt again. */
+  /** The cluster places objects by the disks of its nodes. */
   placeByDisk(): void {
-    this.#placesByDisk = true;
-    this.#placement = undefined;
-    this.#placed = [];
-    this.#placementAt = -Infinity;
+    this.#near.placeByDisk();
   }
 
-  /** Errors: InDoubt when the time for repeating is over before. */
+  /** Waits for a stalled node. Errors: InDoubt (the time for repeating is over first). */
   async #waitUntilHarmless(lost: NoAnswer, deadline: number): Promise<void> {
     const settled = this.#stalled.whenHarmless(lost.remote);
     const isSettled = settled.then(() => true);
@@ -576,42 +440,34 @@ export class NodePool {
   /** An open connection to the node in use; opens one more in the background while there are too few. */
   #idleConnection(): NodeConnection | undefined {
     if (this.#closed) throw closedError();
-    const { connections } = this.#current;
+    const { connections } = this.#choice.current;
     if (connections.length === 0) return undefined;
-    if (connections.length + this.#current.opening < this.#options.connections) {
-      this.#open(this.#current).catch(() => undefined);
+    if (connections.length + this.#choice.current.opening < this.#options.connections) {
+      this.open(this.#choice.current).catch(() => undefined);
     }
     this.#turn = (this.#turn + 1) % connections.length;
     return connections[this.#turn];
   }
 
-  /** The one in use first, and last those that could not be reached lately. */
-  #inOrder(): Node[] {
-    const now = performance.now();
-    const start = this.#nodes.indexOf(this.#current);
-    const order = this.#nodes.map((_, n) => this.#nodes[(start + n) % this.#nodes.length] as Node);
-    return order.sort((a, b) => Number(a.restUntil > now) - Number(b.restUntil > now) || a.failures - b.failures);
-  }
-
   /**
-   * A connection to whichever node can be reached by then, the one in use first; to one that does not serve only if none
-   * does. Errors: NotConnected.
+   * A connection to the first node that can be reached before `deadline`; the one in use is tried first. A node that does not serve is
+   * taken only if none does. Errors: NotConnected.
    */
   async #connect(deadline: number): Promise<NodeConnection> {
-    const order = this.#inOrder();
+    const order = this.#choice.inOrder();
     let failure: Error | undefined;
-    let idle: { readonly node: Node; readonly connection: NodeConnection } | undefined;
+    let idle: { readonly node: PoolNode; readonly connection: NodeConnection } | undefined;
     for (const node of order) {
       if (this.#closed) throw closedError();
       try {
         const left = deadline - performance.now();
-        const isNamed = this.#nodes.indexOf(node) < this.#namedCount;
+        const isNamed = this.#choice.isNamed(node);
         if (failure !== undefined && left <= 0 && !isNamed) continue;
-        // Half of what is left, if another node is to have its chance then.
+        // Half of what is left, so that another node can be tried.
         const share = node === order.at(-1) ? left : left / 2;
         const least = isNamed && failure !== undefined ? LATE_CONNECT_MS : LEAST_CONNECT_MS;
         const connectMs = Math.min(CONNECT_TIMEOUT_MS, Math.max(least, share));
-        const connection = node.connections[0] ?? (await this.#open(node, connectMs));
+        const connection = node.connections[0] ?? (await this.open(node, connectMs));
         if (node.isServing) return this.#use(node, connection, failure);
         failure = new Error(`${addressLabel(node.address)} does not serve yet`);
         idle ??= { node, connection };
@@ -624,38 +480,33 @@ export class NodePool {
     throw new NotConnected(failure?.message ?? 'no node', { cause: failure });
   }
 
-  #use(node: Node, connection: NodeConnection, failure: Error | undefined): NodeConnection {
-    if (this.#current !== node) {
-      const label = addressLabel(node.address);
-      const why = failure === undefined ? '' : ` (${failure.message})`;
-      this.#options.log(`now using the Sheepdog node ${label}${why}`, { node: label });
-      this.#current = node;
-    }
+  #use(node: PoolNode, connection: NodeConnection, failure: Error | undefined): NodeConnection {
+    this.#choice.use(node, failure);
     void this.#learnNodes();
     return connection;
   }
 
-  /** Errors: StoreError IO, CLOSED. */
+  /** Errors: IO, CLOSED. */
   async #executeApart(request: WireRequest, options: ExecuteOptions): Promise<Answer> {
     const deadline = performance.now() + (options.retryMs ?? this.#options.retryMs);
     let backoff = FIRST_BACKOFF_MS;
     let reason = 'no node';
     for (;;) {
-      const order = this.#inOrder();
+      const order = this.#choice.inOrder();
       for (const node of order) {
         if (this.#closed) throw closedError();
         const left = deadline - performance.now();
         const timeoutMs = Math.max(LEAST_APART_MS, node === order.at(-1) ? left : left / 2);
         try {
           const answer = await this.#askApart(node, request, options, timeoutMs);
-          if (!NOT_NOW.has(answer.result) && !TROUBLE.has(answer.result)) return answer;
+          if (isFinal(answer)) return answer;
           reason = `the cluster answers ${resultName(answer.result)}`;
         } catch (error) {
           if (!(error instanceof ConnectionLost)) throw error;
           reason = error.message;
         }
         if (performance.now() >= deadline) {
-          throw new StoreError('IO', `${reason}; given up after trying ${this.#triedLabel()}`);
+          throw new StoreError('IO', `${reason}; given up after trying ${this.#choice.triedLabel()}`);
         }
       }
       await this.#sleep(Math.min(backoff, deadline - performance.now()));
@@ -663,7 +514,7 @@ export class NodePool {
     }
   }
 
-  async #askApart(node: Node, request: WireRequest, options: ExecuteOptions, timeoutMs: number): Promise<Answer> {
+  async #askApart(node: PoolNode, request: WireRequest, options: ExecuteOptions, timeoutMs: number): Promise<Answer> {
     const deadline = performance.now() + timeoutMs;
     const connection = await NodeConnection.connect(node.address, () => undefined, timeoutMs);
     this.#apart.add(connection);
@@ -683,8 +534,8 @@ export class NodePool {
     }
   }
 
-  /** Connect, and have the node answer something, in `timeoutMs` altogether. Errors: ConnectionLost, StoreError CLOSED. */
-  async #open(node: Node, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
+  /** Connects and greets the node, within `timeoutMs` altogether. Errors: ConnectionLost, CLOSED. */
+  async open(node: PoolNode, timeoutMs = CONNECT_TIMEOUT_MS): Promise<NodeConnection> {
     const deadline = performance.now() + timeoutMs;
     node.opening++;
     let greetings = 0;
@@ -693,10 +544,10 @@ export class NodePool {
         const at = node.connections.indexOf(connection);
         if (at < 0) return;
         node.connections.splice(at, 1);
-        // It may have been started anew.
+        // The node may have been restarted.
         if (node.connections.length === 0) node.peer.knowsVids = false;
         if (connection.answers > greetings) node.failures = 0;
-        else if (connection.sent > greetings) this.#wasUseless(node);
+        else if (connection.sent > greetings && !this.#closed) this.#choice.wasUseless(node);
       };
       const connection: NodeConnection = await NodeConnection.connect(node.address, onClose, timeoutMs);
       this.#apart.add(connection);
@@ -725,77 +576,31 @@ export class NodePool {
     }
   }
 
-  /** It answers who connects, and ends the connection when it is asked for more. */
-  #wasUseless(node: Node): void {
-    if (this.#closed || ++node.failures < MAX_USELESS) return;
-    if (node === this.#current) this.#leaveCurrent('it ends connections and answers nothing', node.address);
-    else node.restUntil = performance.now() + NEAR_REST_MS;
-  }
-
-  /** Another node may be better off. Its requests in flight stay where they are. */
-  #leaveCurrent(why: string, from: NodeAddress): void {
-    if (this.#nodes.length < 2 || this.#current.address !== from) return;
-    const left = this.#current;
-    left.restUntil = performance.now() + NODE_REST_MS;
-    const next = this.#nodes[(this.#nodes.indexOf(left) + 1) % this.#nodes.length] as Node;
-    this.#current = next;
-    if (left.told === why && performance.now() - left.toldAt < TELL_AGAIN_MS) return;
-    left.told = why;
-    left.toldAt = performance.now();
-    const label = addressLabel(left.address);
-    this.#options.log(`leaving the Sheepdog node ${label}: ${why}`, { node: label });
-  }
-
-  /** A node that has trouble with its disk or its peers: the one in use is left, another is not asked for reads for a while. */
-  #leaveTroubled(address: NodeAddress | undefined, why: string): void {
-    const node = this.#nodes.find((other) => other.address === address);
-    if (node === this.#current) this.#leaveCurrent(why, node.address);
-    else if (node) node.restUntil = performance.now() + NEAR_REST_MS;
-  }
-
-  /** Nothing new goes to it for a while. What it was asked on other connections has its own time. */
-  #leaveSilent(address: NodeAddress): void {
-    this.#leaveCurrent('it does not answer', address);
-    const node = this.#nodes.find((other) => other.address === address);
-    if (!node || node === this.#current) return;
-    node.restUntil = performance.now() + NEAR_REST_MS;
-    for (const connection of [...node.connections]) if (connection.inFlight === 0) connection.destroy();
-  }
-
-  /** Ask the cluster for its other nodes, to have somewhere to go. A hint: failures change nothing. */
+  /** Learns the other nodes of the cluster, to try them later. A hint: failures change nothing. */
   async #learnNodes(): Promise<void> {
     if (this.#learning || this.#closed) return;
     this.#learning = true;
     try {
       const members = await this.listNodes();
-      const placed = members.map((member) => this.#nodeOf(member));
-      this.#placementAt = performance.now();
-      if (members.length > MAX_NEAR_NODES) return;
-      if (!isSame(this.#placed, placed)) this.#placement = new Placement(members, this.#placesByDisk);
-      this.#placed = placed;
+      const nodes = members.map((member) => this.#choice.nodeOf(member));
+      this.#near.learn(members, nodes);
     } catch (error) {
-      if (this.#closed) return;
-      this.#options.log(`cannot list the nodes of the cluster: ${(error as Error).message}`);
+      this.#couldNotLearn(error as Error);
     } finally {
       this.#learning = false;
     }
   }
 
-  #nodeOf({ host, port }: NodeAddress): Node {
-    const label = addressLabel({ host, port });
-    const known = this.#nodes.find(({ address }) => addressLabel(address) === label);
-    if (known) return known;
-    const node = nodeAt({ host, port });
-    this.#nodes.push(node);
-    return node;
+  #couldNotLearn({ message }: Error): void {
+    if (!this.#closed) this.#options.log(`cannot list the nodes of the cluster: ${message}`);
   }
 
-  /** The members of the cluster. Errors: StoreError. */
+  /** The members of the cluster. Errors: IO, CLOSED. */
   async listNodes(options: ExecuteOptions = NO_OPTIONS): Promise<ClusterNode[]> {
     return (await this.members(options)).nodes;
   }
 
-  /** The same, with the epoch of the node that says so. */
+  /** The same, with the epoch of the node that lists them. */
   async members(
     options: ExecuteOptions = NO_OPTIONS,
   ): Promise<{ readonly epoch: number; readonly nodes: ClusterNode[] }> {
@@ -805,88 +610,15 @@ export class NodePool {
     if (answer.result !== Result.SUCCESS) {
       throw new StoreError('IO', `the cluster does not list its nodes: ${resultName(answer.result)}`);
     }
-    const nodes = decodeNodes(receive.subarray(0, answer.length), nodeResponse.decode(answer.header).nrNodes);
+    const { nrNodes } = nodeResponse.decode(answer.header);
+    const nodes = decodedOr('IO', () => decodeNodes(receive.subarray(0, answer.length), nrNodes));
     this.#stalled.saw(nodes);
     return { epoch: answer.epoch, nodes };
-  }
-
-  #triedLabel(): string {
-    return this.#nodes.map(({ address }) => addressLabel(address)).join(', ');
   }
 
   #sleep(ms: number): Promise<void> {
     return this.#pauses.wait(ms);
   }
-}
-
-function* firstOf<T>(all: Iterable<T>, count: number): Generator<T> {
-  let left = count;
-  for (const each of all) {
-    if (left-- === 0) return;
-    yield each;
-  }
-}
-
-function isSame(before: readonly Node[], after: readonly Node[]): boolean {
-  return before.length === after.length && before.every((node, n) => node === after[n]);
-}
-
-/** No node could be reached at all: nothing was sent. */
-class NotConnected extends ConnectionLost {}
-
-/** The node answers, as of an earlier epoch than is known. */
-class Outdated extends ConnectionLost {
-  constructor({ address, peer }: NodeConnection, known: number) {
-    super(
-      `${addressLabel(address)} has not heard of the latest change of members (it is at epoch ${peer.epoch}, and the cluster ` +
-        `at ${known})`,
-    );
-  }
-}
-
-const LATE = Symbol('late');
-
-async function withinMs<T>(ms: number, work: Promise<T>): Promise<T | typeof LATE> {
-  let timer: NodeJS.Timeout | undefined;
-  const late = new Promise<typeof LATE>((resolve) => (timer = setTimeout(() => resolve(LATE), ms).unref()));
-  try {
-    return await Promise.race([work, late]);
-  } finally {
-    clearTimeout(timer);
-  }
-}
-
-/** Undefined of what is no request on an object. */
-function oidOf(header: Buffer): { readonly high: number; readonly low: number } | undefined {
-  if (!OBJECT_OPCODES.has(header[1] as number)) return undefined;
-  return { low: header.readUInt32LE(OID_OFFSET), high: header.readUInt32LE(OID_OFFSET + 4) };
-}
-
-function vidLabel(high: number): string {
-  return `vid ${vidOf(high).toString(16)}`;
-}
-
-/** Whether it changes an object. */
-function isWrite({ header, data }: WireRequest): boolean {
-  const opcode = header[1];
-  if (opcode === Opcode.WRITE_OBJ) return data !== undefined && data.length > 0;
-  return opcode === Opcode.CREATE_AND_WRITE_OBJ || opcode === Opcode.REMOVE_OBJ;
-}
-
-function nodeAt(address: NodeAddress): Node {
-  return {
-    address,
-    connections: [],
-    opening: 0,
-    restUntil: 0,
-    peer: { epoch: 0, knowsVids: false },
-    isServing: true,
-    told: '',
-    toldAt: -Infinity,
-    isLate: false,
-    askAgainAt: 0,
-    failures: 0,
-  };
 }
 
 function closedError(): StoreError {

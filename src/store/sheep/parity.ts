@@ -1,18 +1,18 @@
 /**
- * Erasure-coded objects that were written while there were fewer nodes than strips. Nodes leave out then the strips they
- * have no place for, parity first; and a node that comes back takes its own old strip for what is missing, if it had that
- * one before it went (sheep/recovery.c, read_erasure_object: from the newest epoch back to the oldest in which anybody has
- * the strip). Reads do not show it, until another node goes and data is computed from the old strip. A write of all of the
- * object, once all nodes are back, makes all strips anew.
+ * Stale parity: erasure-coded objects that were written while there were fewer nodes than strips. Nodes then leave out the strips
+ * that have no node, parity first. A node that comes back uses its old strip, if it had that strip before it went
+ * (sheep/recovery.c, read_erasure_object: from the newest epoch back to the oldest in which any node has the strip). Reads do
+ * not show it, until another node goes and data is computed from the stale strip. Writing the whole object, once all nodes are
+ * back, makes all strips new.
  *
- * Owns which objects of one VDI are to be written again, and writes them.
+ * Owns which objects of one VDI must be written again, and writes them.
  */
-import type { Cluster } from './cluster-client.js';
-import { objectKey } from './table.js';
+import type { ClusterClient } from './cluster-client.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 import type { WriteOrder } from './write-order.js';
 
 export interface ParityHost {
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly order: WriteOrder;
   log(line: string, details?: object): void;
 }
@@ -36,7 +36,7 @@ export class OldParity {
     this.#vdi = vdi;
   }
 
-  /** Object `idx` is about to be written, or has been. */
+  /** Call before and after object `idx` is written. */
   note(idx: number): void {
     const { inode, record } = this.#vdi;
     const { recovery, oldParity } = this.#host.cluster;
@@ -46,13 +46,13 @@ export class OldParity {
     written.add(idx);
   }
 
-  /** Write again what has to be, if all nodes are back. Never fails: what could not be written is kept for the next time. */
+  /** Writes the noted objects again, if all nodes are back. Never fails: what could not be written stays for the next time. */
   async renew(): Promise<void> {
     this.#writing ??= this.#renew().finally(() => (this.#writing = undefined));
     await this.#writing;
   }
 
-  /** Nobody may write to the VDI any more for us. What is left is done when it is written again. */
+  /** No writes after this. The remaining objects are written again when the VDI is next opened for writing. */
   async close(): Promise<void> {
     this.#isClosed = true;
     await this.#writing;
@@ -75,7 +75,7 @@ export class OldParity {
       `${name}: making the parity of ${written.size} objects anew; no other node should go until that is done`,
     );
     for (const idx of written) {
-      // Also when it goes on under another vid: the object is a snapshot's then, and nobody can write it.
+      // Under another vid, too: the object belongs to a snapshot then, and is read-only.
       if (this.#isClosed || this.#vdi.record.vid !== vid || !cluster.recovery.isComplete(copies)) return;
       try {
         await this.#renewObject(vid, idx, written);
@@ -92,13 +92,13 @@ export class OldParity {
   async #renewObject(vid: number, idx: number, written: Set<number>): Promise<void> {
     const { cluster, order } = this.#host;
     const bytes = Buffer.alloc(2 ** this.#vdi.record.blockSizeShift);
-    await order.run(objectKey(vid, idx), 0, bytes.length, async () => {
-      // It may have been let go.
+    await order.run(oidKey(vid, idx), 0, bytes.length, async () => {
+      // It may have been discarded.
       if (this.#vdi.map[idx] === vid) {
         await cluster.readData(vid, idx, 0, bytes);
         await cluster.createData(vid, idx, 0, bytes, 0);
       }
-      // Not if nodes have gone meanwhile.
+      // If nodes have gone meanwhile, its parity is stale again.
       if (cluster.recovery.isComplete(this.#vdi.inode.copies)) written.delete(idx);
     });
   }

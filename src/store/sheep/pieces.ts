@@ -1,18 +1,17 @@
-/** How requests that are too large for nodes to take gladly are cut up. */
+/** Pieces: parts of a range of one object, each small enough for one request that nodes serve fast. */
 
-/** Pieces begin at multiples of this. */
+/** Pieces begin at multiples of this, except the first. */
 export const BLOCK_BYTES = 4096;
 /**
- * The most that is read or written with one request. For 512 KiB and more a node maps memory, and unmaps it afterwards
- * (sheep/sheep.c sets M_MMAP_THRESHOLD); with fresh pages each time it is 1.3 to 1.8 times slower. To align what it takes
- * a node needs some more than it is asked for. Pieces also use all connections, and small requests wait less behind them.
+ * Most bytes of one request. For 512 KiB and more a node maps memory, and unmaps it afterwards (sheep/sheep.c sets
+ * M_MMAP_THRESHOLD); with fresh pages each time it is 1.3 to 1.8 times slower. A node allocates somewhat more than the request
+ * has, for alignment. Pieces also use all connections, and small requests wait less behind them.
  */
 export const MAX_PIECE_BYTES = 124 * BLOCK_BYTES;
 
 /**
- * Do `work` with all of `bytes` if nodes take that, otherwise with parts of it at once, each with its offset; they are about
- * equally large and begin at blocks, except for the first. Rejects with the error of the first part that failed, when
- * nothing is under way any more.
+ * Calls `work` with all of `bytes` if that is one piece, otherwise with all pieces at once, each with its offset. Pieces are about
+ * equally large. Rejects with the error of the first piece that failed, when no piece is in flight any more.
  */
 export function inPieces(offset: number, bytes: Buffer, work: PieceWork): Promise<void> {
   return bytes.length <= MAX_PIECE_BYTES ? work(offset, bytes) : inEqualPieces(offset, bytes, work);

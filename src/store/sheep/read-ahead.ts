@@ -1,34 +1,33 @@
 /**
- * Read-ahead for who reads a disk from front to back with few requests at a time, as a copying program or the kernel
- * does: what comes next is on its way before it is asked for. Owns the pieces that were fetched and not used yet, and
- * sees to it that none is used that is older than a write: every change of an object must be announced with `forget`,
- * before and after it is made.
+ * Read-ahead for a client that reads a disk from front to back with few requests at a time, as a copying program or the kernel
+ * does: the next pieces are fetched before they are requested. Owns the pieces that were fetched and not used yet. A write
+ * invalidates them: every change of an object must be announced with `forget`, before and after it is made.
  */
 import type { ReadCount } from '../object-store.js';
 import { MAX_PIECE_BYTES } from './pieces.js';
-import { isLost } from './shadow.js';
-import { objectKey } from './table.js';
+import { isLost } from './lost-owner.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 
-/** One request; it is used up by several reads of the kernel's usual 128 KiB. */
+/** One request, for several reads of the kernel's usual 128 KiB. */
 const PIECE_BYTES = MAX_PIECE_BYTES;
-/** As far as is read ahead, at most; it begins with one piece and doubles. */
+/** How far is read ahead, at most; begins with one piece and doubles. */
 const WINDOW_BYTES = 4 * 1024 * 1024;
-/** Reads in a row after which a reader is taken for a sequential one. */
+/** Reads in a row that make a reader sequential. */
 const MIN_RUN = 2;
-/** Reads of a disk under way with which its reader does well enough by itself. */
+/** With so many reads of a disk in flight, its reader needs no read-ahead. */
 const BUSY_READS = 4;
-/** Reads after which such a reader is looked at again: what it has under way goes up and down. */
+/** Reads after which such a reader is considered again: its number of reads in flight goes up and down. */
 const BUSY_REST = 64;
 /** Readers of one disk that are told apart. */
 const MAX_READERS = 8;
-/** Pieces held for all disks together: 62 MiB. What is not fetched by then is dropped, the oldest first. */
+/** Pieces held for all disks together: 62 MiB. Beyond that the oldest pieces are dropped. */
 const MAX_PIECES = 128;
 /** Buffers kept for further pieces: a fresh one costs as much as filling it. */
 const KEPT_BUFFERS = 24;
-/** A piece nobody asked for in this time is not used any more: another gateway may have written the disk meanwhile. */
+/** A piece older than this is not used: another client of the cluster may have written the disk meanwhile. */
 const PIECE_LIFE_MS = 2_000;
 
-/** A disk that is read: its map of owners, and the size of its objects. */
+/** A disk that is read: its map, and the size of its objects. */
 export interface ReadableDisk {
   readonly map: Uint32Array;
   readonly record: { readonly size: number; readonly blockSizeShift: number };
@@ -38,12 +37,12 @@ interface Reader {
   /** Where its next read begins if it goes on. */
   next: number;
   run: number;
-  /** Up to where pieces have been asked for. */
+  /** End of what was fetched or is being fetched. */
   ahead: number;
   window: number;
 }
 
-/** What is known of who reads a disk. */
+/** The readers of one disk. */
 interface Reading extends ReadCount {
   readonly readers: Reader[];
   rest: number;
@@ -53,10 +52,10 @@ interface Piece {
   readonly object: number;
   readonly offset: number;
   readonly bytes: Buffer;
-  /** Whether it has come; or failed, and is of no use. */
+  /** True when it has arrived, false when it has failed. */
   readonly arrival: Promise<boolean>;
   readonly expires: number;
-  /** Bytes used so far: with the last one it goes. */
+  /** Bytes used so far: when all are, it is dropped. */
   used: number;
   isStale: boolean;
 }
@@ -64,7 +63,7 @@ interface Piece {
 export class ReadAhead {
   readonly #fetch: (vid: number, idx: number, offset: number, into: Buffer) => Promise<void>;
   readonly #disks = new WeakMap<ReadableDisk, Reading>();
-  /** In the order in which they were asked for. */
+  /** In the order of their requests. */
   readonly #pieces = new Set<Piece>();
   readonly #byObject = new Map<number, Set<Piece>>();
   /** Of PIECE_BYTES each. */
@@ -74,7 +73,7 @@ export class ReadAhead {
     this.#fetch = fetch;
   }
 
-  /** `length` bytes of `disk` at `offset` are about to be read. The caller counts what it has under way in what it gets. */
+  /** `length` bytes of `disk` at `offset` are about to be read. The caller counts its reads in flight in the result. */
   note(disk: ReadableDisk, offset: number, length: number): ReadCount {
     let reading = this.#disks.get(disk);
     if (!reading) this.#disks.set(disk, (reading = { inFlight: 0, readers: [], rest: 0 }));
@@ -96,18 +95,18 @@ export class ReadAhead {
   }
 
   /**
-   * Fill `into` with the bytes at `offset` of the object, as far as all of them have been read ahead; waits for what is on
-   * its way. False if they must be read after all, at once if nothing is known of them.
+   * Fills `into` with the bytes at `offset` of the object, if all of them have been read ahead or are in flight. False: the caller must
+   * read them; without a promise if no piece covers them.
    */
   read(vid: number, idx: number, offset: number, into: Buffer): false | Promise<boolean> {
     if (this.#pieces.size === 0) return false;
-    const pieces = this.#covering(objectKey(vid, idx), offset, offset + into.length);
+    const pieces = this.#covering(oidKey(vid, idx), offset, offset + into.length);
     return pieces !== undefined && this.#take(pieces, offset, into);
   }
 
   async #take(pieces: readonly Piece[], offset: number, into: Buffer): Promise<boolean> {
     for (const piece of pieces) if (!(await piece.arrival)) return false;
-    // Looked at when all have come: one may have become old while another was waited for.
+    // After all have arrived: one may have become stale while another was awaited.
     if (pieces.some(({ isStale }) => isStale)) return false;
     const end = offset + into.length;
     for (const piece of pieces) {
@@ -140,10 +139,10 @@ export class ReadAhead {
     return pieces;
   }
 
-  /** The object is being changed, or has just been: nothing fetched of it so far is true. */
+  /** Call before and after the object is changed: invalidates its pieces. */
   forget(vid: number, idx: number): void {
     if (this.#pieces.size === 0) return;
-    const pieces = this.#byObject.get(objectKey(vid, idx));
+    const pieces = this.#byObject.get(oidKey(vid, idx));
     if (pieces) for (const piece of [...pieces]) this.#drop(piece);
   }
 
@@ -151,7 +150,7 @@ export class ReadAhead {
     const objectSize = 2 ** disk.record.blockSizeShift;
     if (reader.ahead < reader.next) reader.ahead = reader.next;
     const end = Math.min(disk.record.size, reader.next + reader.window);
-    // Not before half of it is used up, so that it goes in whole pieces.
+    // Not before half of the window is used, so that whole pieces are fetched.
     if (end - reader.ahead < Math.min(reader.window / 2, PIECE_BYTES)) return;
     while (reader.ahead < end) {
       const idx = Math.floor(reader.ahead / objectSize);
@@ -166,7 +165,7 @@ export class ReadAhead {
   }
 
   #ask(vid: number, idx: number, offset: number, length: number): void {
-    const object = objectKey(vid, idx);
+    const object = oidKey(vid, idx);
     if (this.#covering(object, offset, offset + length)) return;
     while (this.#pieces.size >= MAX_PIECES) {
       const [oldest] = this.#pieces;
@@ -199,7 +198,7 @@ export class ReadAhead {
     const others = this.#byObject.get(piece.object);
     others?.delete(piece);
     if (others?.size === 0) this.#byObject.delete(piece.object);
-    // Not before it has come: until then it is being received into. Who waits for it looks at isStale after that.
+    // Reuse the buffer only after the arrival: until then it is being received into. Waiters check isStale after that.
     void piece.arrival.then(() => {
       const { buffer, byteOffset } = piece.bytes;
       if (this.#spare.length < KEPT_BUFFERS) this.#spare.push(Buffer.from(buffer, byteOffset, PIECE_BYTES));

@@ -1,9 +1,9 @@
 /**
- * Reads under way, by object, while there are temporary snapshots: a reader of one has been told that an object of the
- * writer's is its own, and must have it before the writer may change it. Costs nothing while nobody asks for it.
+ * Reads in flight, by object, while there are temporary snapshots: a reader of a snapshot may be reading an object of the working
+ * VDI that both share, and must have it before the writer changes it. Costs nothing without temporary snapshots.
  */
 export class ReadTracker {
-  /** Counted: tracking is on while any snapshot needs it. */
+  /** Temporary snapshots that need tracking; at 0 callers do not track. */
   users = 0;
   readonly #reads = new Map<number, Set<Promise<void>>>();
 
@@ -19,7 +19,7 @@ export class ReadTracker {
     return read;
   }
 
-  /** Resolves when the reads of the object that are under way now have ended. */
+  /** Resolves when the reads of the object that are in flight now have ended. */
   async whenDone(key: number): Promise<void> {
     const reads = this.#reads.get(key);
     if (reads) await Promise.allSettled([...reads]);

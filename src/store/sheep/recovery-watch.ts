@@ -1,65 +1,69 @@
 /**
- * When the members of a cluster change, nodes fetch the objects that are theirs now from each other, and do not keep that
- * apart from writes. Every request that meets a missing object starts a recovery of its own, beside the one on the node's
- * list (sheep/recovery.c, oid_in_recovery). The first to finish lets writes in; each later one replaces the object by what
- * it has read before them, and the copies differ from then on. That takes several requests under way for one object, reads
- * among them, or a single one at the same time as the list.
+ * Keeps requests away from objects that nodes are recovering.
  *
- * So while nodes recover, an object is left alone until it is in all its places and whoever else was recovering it must
- * have finished. From then on it takes any number of requests again. What was under way when the members changed is done
- * once more after that. The change is noticed by the epoch, which is in every answer.
+ * When the members of a cluster change, nodes fetch the objects that are theirs now from each other, and do not isolate that from
+ * writes. Every request that meets a missing object starts a recovery of its own, beside the one on the node's list
+ * (sheep/recovery.c, oid_in_recovery). The first recovery to finish admits writes; each later one replaces the object by what it
+ * has read before them, and the copies differ from then on. That happens with several requests in flight for one object, reads
+ * included, or with a single request at the same time as the list.
  *
- * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads and writes of data.
+ * So while nodes recover, an object gets no requests until it is in all its places and any other recovery of it must have
+ * finished: until it has settled. From then on it takes any number of requests. Requests that were in flight when the members
+ * changed are made once more after that. The epoch in every answer tells of the change.
+ *
+ * Owns what is known of the epoch, which nodes recover, and which objects have settled. Sends no reads or writes of data.
  */
 import type { Answer, WireRequest } from './connection.js';
-import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../../sheepdog/layouts.js';
+import { zonesIn } from '../../sheepdog/copy-policy.js';
+import { decodeRecovery, RECOVERY_BYTES } from '../../sheepdog/state-layouts.js';
 import { Pauses } from '../../system/pauses.js';
-import { Flag, Opcode, Result, vidOf } from '../../sheepdog/protocol.js';
+import { Flag, Opcode, Result } from '../../sheepdog/protocol.js';
+import { encodeObjectRequest, encodeVdiRequest } from '../../sheepdog/headers.js';
+import type { ClusterNode } from '../../sheepdog/nodes.js';
+import { oidText, vidOf } from '../../sheepdog/object-ids.js';
 
-/** struct recovery_state: whether there is any in the first byte, then its step, objects finished and objects in all. */
-const RECOVERY_STATE_BYTES = 24;
 /** Between looks at the nodes while any of them recovers. */
 const WATCH_MS = 250;
-/** Looks in a row that must find no recovery: one that a request has started may outlive the list. */
+/** Looks in a row that must find no recovery: a recovery that a request has started may outlive the list. */
 const QUIET_LOOKS = 3;
-/** Looks in a row at which all members must be of one earlier epoch for it to be theirs: a node may be late by a moment. */
+/** Looks in a row at which all members must be at the same earlier epoch before it is believed: a node may lag for a moment. */
 const EARLIER_LOOKS = 8;
-/** The same if some cannot be asked: about 20 s, so that what waits for it has time left to be repeated. */
+/** The same if some cannot be asked: about 20 s, so that waiting requests have time left to be repeated. */
 const EARLIER_LOOKS_OF_SOME = 80;
-/** Nodes that cannot be asked are not waited for longer than this after the last change of members. */
+/** Nodes that cannot be asked are awaited no longer than this after the last change of members. */
 const BLIND_MS = 60_000;
-/** For the node's own recovery to reach the object, before one is asked for. */
+/** Time for the node's own recovery to reach the object, before a request starts one. */
 const PATIENCE_MS = 500;
 /**
- * Of erasure-coded ones. A recovery that a request has started goes on when the node begins the next one, or has finished, and
- * reads then what is freed (1.0.1, sheep/recovery.c: direct_queue_recovery_work keeps no reference to its recovery_info):
- * the node ends. With whole copies it hardly ever looks there.
+ * The same for erasure-coded objects. A recovery that a request has started continues when the node has finished its recovery or
+ * begins the next one, and then reads freed memory (1.0.1, sheep/recovery.c: direct_queue_recovery_work keeps no reference to its
+ * recovery_info): the node crashes. With whole copies it hardly ever reads there.
  */
 const CODED_PATIENCE_MS = 5_000;
 const LOOK_MS = 20;
 /**
- * Recoveries of one object at one time share what the node can do, and the slowest should be done when once and a half the
- * time of the first has passed again. Measured: docs/cluster.md, "When nodes come and go".
+ * Recoveries of one object that run at the same time share the node's capacity; the slowest should be done after another one and a
+ * half times the time of the first. Measured: docs/cluster.md, "When nodes come and go".
  */
 const HOLD_SHARE = 1.5;
 const LEAST_HOLD_MS = 300;
 const LONGEST_HOLD_MS = 3_000;
 const NOTHING = Buffer.alloc(0);
 
-/** What is asked of the gateway. */
+/** What the watch needs of the pool of nodes. */
 export interface WatchedNodes {
   members(): Promise<{ readonly epoch: number; readonly nodes: readonly ClusterNode[] }>;
-  /** Each node its own request, once; undefined of one that does not answer soon. */
+  /** Each node its own request, once; undefined for a node that does not answer soon. */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<readonly (Answer | undefined)[]>;
   execute(request: WireRequest): Promise<Answer>;
 }
 
 export class RecoveryWatch {
-  /** Of the members, as the latest answer had it; 0 while nothing is known. */
+  /** The cluster's epoch, from the latest answer; 0 while it is not known. */
   epoch = 0;
   /** No node recovers anything, as far as is known. */
   isSteady = true;
-  /** How many copies or strips the objects of a VDI have; 0 if nobody here writes it, and its objects need no care. */
+  /** Copies or strips of each object of a VDI; 0 if it is not open here for writing, so that its objects need no care. */
   copiesOf: (vid: number) => number = () => 0;
   /** Whether its objects are erasure-coded. */
   isCoded: (vid: number) => boolean = () => false;
@@ -67,18 +71,18 @@ export class RecoveryWatch {
   onSteady: () => void = () => undefined;
   readonly #nodes: WatchedNodes;
   #changedAt = -Infinity;
-  /** `zones`: no two copies of an object are in one. */
+  /** `zones`: an object has at most one copy in each. */
   #members: { readonly epoch: number; readonly nodes: readonly ClusterNode[]; readonly zones: number } | undefined;
-  /** Objects, by oid, that are where they belong since the last change. */
+  /** Oids of objects that have settled since the last change of members. */
   readonly #settled = new Set<string>();
   readonly #settling = new Map<string, Promise<void>>();
   #isWatching = false;
   /** Looks in a row that have found no recovery. */
   #quietLooks = 0;
-  /** What all members that answered said their epoch was at the last looks, when it was earlier than the one known. */
+  /** The epoch of all members that answered at the latest looks, if it was earlier than the known one. */
   #earlier = 0;
   #earlierLooks = 0;
-  /** How many such looks are enough, by how many of them have answered. */
+  /** How many such looks are enough; more if some members have not answered. */
   #earlierLooksNeeded = EARLIER_LOOKS;
   readonly #pauses = new Pauses();
   #isClosed = false;
@@ -87,10 +91,10 @@ export class RecoveryWatch {
     this.#nodes = nodes;
   }
 
-  /** An answer says so. */
+  /** The epoch in an answer. */
   saw(epoch: number): void {
     if (epoch < this.epoch && !this.#isClosed && !this.#isWatching) {
-      // Of a node that does not know better, or what was known is not theirs: the nodes are looked at.
+      // The node lags, or the known epoch is not this cluster's: look at the nodes.
       void this.#watch();
     }
     if (epoch <= this.epoch) return;
@@ -101,7 +105,7 @@ export class RecoveryWatch {
     else this.#unsettle();
   }
 
-  /** Whether all nodes are there, and at rest, that an object with so many copies or strips needs. */
+  /** Whether there are enough nodes for objects with so many copies or strips, and none recovers. */
   isComplete(copies: number): boolean {
     if (!this.isSteady) return false;
     return this.#members === undefined || this.#members.zones >= copies;
@@ -113,11 +117,11 @@ export class RecoveryWatch {
   }
 
   /**
-   * Resolves when requests may be made on the object, halves of its oid given. Errors: StoreError, when the cluster does not
-   * bring the object to its places.
+   * Resolves when the object may take requests. `high`, `low`: halves of its oid. Errors: IO (the cluster does not bring the object
+   * to its places).
    */
   async settle(high: number, low: number, copies: number): Promise<void> {
-    const key = oidOf(high, low);
+    const key = oidText(high, low);
     while (!this.isSteady && !this.#isClosed && !this.#settled.has(key)) {
       let settling = this.#settling.get(key);
       if (!settling) {
@@ -128,9 +132,9 @@ export class RecoveryWatch {
     }
   }
 
-  /** It is made anew, or removed. */
+  /** The object was created again, or removed: it has not settled. */
   forget(high: number, low: number): void {
-    if (!this.isSteady) this.#settled.delete(oidOf(high, low));
+    if (!this.isSteady) this.#settled.delete(oidText(high, low));
   }
 
   async #settleNow(high: number, low: number, copies: number): Promise<void> {
@@ -146,22 +150,22 @@ export class RecoveryWatch {
       }
       if (!(await this.#isInPlace(high, low, copies))) await this.#fetch(high, low);
     } else if (!isRecent) {
-      this.#settled.add(oidOf(high, low));
+      this.#settled.add(oidText(high, low));
       return;
     }
     const since = isRecent ? this.#changedAt : begun;
     const hold = HOLD_SHARE * (performance.now() - since);
     await this.#pauses.wait(Math.min(LONGEST_HOLD_MS, Math.max(LEAST_HOLD_MS, hold)));
-    if (this.epoch === epoch) this.#settled.add(oidOf(high, low));
+    if (this.epoch === epoch) this.#settled.add(oidText(high, low));
   }
 
-  /** Have its nodes recover it, which a write of nothing waits for. It need not be there at all. */
+  /** Makes its nodes recover the object: a write of no bytes waits for that. The object need not exist. */
   async #fetch(high: number, low: number): Promise<void> {
     const header = encodeObjectRequest(Opcode.WRITE_OBJ, Flag.WRITE, high, low, 0, 0);
     await this.#nodes.execute({ header, data: NOTHING });
   }
 
-  /** Whether as many nodes have it as should. */
+  /** Whether as many nodes have the object as should. */
   async #isInPlace(high: number, low: number, copies: number): Promise<boolean> {
     const { epoch } = this;
     if (this.#members?.epoch !== epoch) return false;
@@ -178,8 +182,8 @@ export class RecoveryWatch {
   }
 
   /**
-   * Those that carry out requests. One that has been started again and has not joined yet ends itself when it is asked for an
-   * object with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info); STAT_RECOVERY it refuses.
+   * The nodes that carry out requests. A node that has been restarted and has not joined yet crashes when it is asked for an object
+   * with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info), but refuses STAT_RECOVERY.
    */
   async #joined(nodes: readonly ClusterNode[]): Promise<ClusterNode[]> {
     const answers = await this.#nodes.askEach(nodes, nodes.map(recoveryRequest));
@@ -194,7 +198,7 @@ export class RecoveryWatch {
     if (!this.#isWatching) void this.#watch();
   }
 
-  /** Nodes may be recovering already. Nobody waits for the answer, and without one nothing is supposed. */
+  /** Nodes may be recovering already. Without an answer the cluster counts as steady. */
   async #lookFirst(): Promise<void> {
     if ((await this.#look()) === false) this.#unsettle();
   }
@@ -219,9 +223,8 @@ export class RecoveryWatch {
   }
 
   /**
-   * All members are of one earlier epoch, again and again: the later one was that of a node which had lost the others, or of a
-   * cluster that was formatted anew since, and is not theirs. Else nothing that they answer would be believed until they have
-   * caught up with it.
+   * All members are at the same earlier epoch at many looks: the later epoch was that of a node which had lost the others, or of a
+   * cluster that has been formatted since. Without going back, every answer would count as outdated until they reach that epoch.
    */
   #goBack(): void {
     if (this.#earlierLooks < this.#earlierLooksNeeded) return;
@@ -229,7 +232,7 @@ export class RecoveryWatch {
     this.#earlierLooks = 0;
   }
 
-  /** `listedAt`: the epoch of who says which nodes there are; it need not be reached in the way that they know. */
+  /** `listedAt`: the epoch of the node that listed the members; that node may be one that they do not know. */
   #noteEarlier(listedAt: number, answers: readonly (Answer | undefined)[]): void {
     const isTheirs = listedAt > 0 && answers.every((answer) => answer === undefined || answer.epoch === listedAt);
     const isEarlier = isTheirs && listedAt < this.epoch;
@@ -238,7 +241,7 @@ export class RecoveryWatch {
     this.#earlier = listedAt;
   }
 
-  /** Whether no node recovers anything in this epoch; undefined if they could not be asked. */
+  /** Whether no node recovers in this epoch; undefined if not all could be asked. */
   async #look(): Promise<boolean | undefined> {
     try {
       const { epoch } = this;
@@ -247,13 +250,12 @@ export class RecoveryWatch {
       const answers = await this.#nodes.askEach(nodes, requests);
       if (this.epoch !== epoch) return false;
       this.#noteEarlier(listedAt, answers);
-      // Who they are is for those to say who know it.
+      // This node lags: its list of members may be old.
       if (listedAt < this.epoch) return false;
-      const zones = new Set(nodes.filter(({ vnodes }) => vnodes > 0).map(({ zone }) => zone)).size;
-      this.#members = { epoch, nodes, zones };
+      this.#members = { epoch, nodes, zones: zonesIn(nodes) };
       if (answers.length === 0 || answers.some((answer) => answer?.result !== Result.SUCCESS)) return undefined;
       const isQuiet = (answer: Answer | undefined, n: number): boolean =>
-        answer?.epoch === epoch && requests[n]?.receive[0] === 0;
+        answer?.epoch === epoch && decodeRecovery((requests[n] as RecoveryRequest).receive) === null;
       return answers.every(isQuiet);
     } catch {
       return undefined;
@@ -261,13 +263,11 @@ export class RecoveryWatch {
   }
 }
 
-function recoveryRequest(): WireRequest & { readonly receive: Buffer } {
-  return {
-    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_STATE_BYTES),
-    receive: Buffer.alloc(RECOVERY_STATE_BYTES),
-  };
-}
+type RecoveryRequest = WireRequest & { readonly receive: Buffer };
 
-function oidOf(high: number, low: number): string {
-  return `${high}/${low}`;
+function recoveryRequest(): RecoveryRequest {
+  return {
+    header: encodeVdiRequest(Opcode.STAT_RECOVERY, 0, RECOVERY_BYTES),
+    receive: Buffer.alloc(RECOVERY_BYTES),
+  };
 }

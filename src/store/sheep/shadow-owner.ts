@@ -1,16 +1,16 @@
 /**
- * Whose a temporary snapshot is: eight bytes in its inode that name this machine, the cluster and the process that keeps
- * it up to date. What a process of this machine has left behind that is not there any more is for any other to remove.
+ * The owner mark of a temporary snapshot: eight bytes in its inode that name the machine, the cluster and the process that keeps it
+ * up to date. When that process has ended, any process of the same machine may drop the snapshot.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
 import os from 'node:os';
 
 const HOST_BYTES = 4;
-/** Process ids are smaller than 2^22 (PID_MAX_LIMIT); above it is when the process began, as far as there is room. */
+/** Process ids are smaller than 2^22 (PID_MAX_LIMIT); the bits above hold the low bits of the process's start time. */
 const PID_BITS = 22;
 const STARTED_MASK = 2 ** (32 - PID_BITS) - 1;
-/** Fields of /proc/PID/stat behind the command's name, which may hold anything, up to starttime. */
+/** Index of starttime among the fields of /proc/PID/stat after the command's name, which may contain anything. */
 const STARTTIME_FIELD = 19;
 
 /** The mark of this process for a cluster made at this time, milliseconds since the epoch. */
@@ -21,7 +21,7 @@ export function ownerMark(clusterCreatedAt: number): Buffer {
   return mark;
 }
 
-/** Whether a snapshot with this mark is ours, or was a process's of this machine that has ended. */
+/** Whether this mark is ours, or of a process of this machine that has ended. */
 export function isOursToDrop(mark: Buffer, ours: Buffer): boolean {
   if (mark.equals(ours)) return true;
   if (!mark.subarray(0, HOST_BYTES).equals(ours.subarray(0, HOST_BYTES))) return false;

@@ -1,24 +1,24 @@
 /**
- * The locks of VDIs that the nodes keep in their memory, where the cluster is formatted with them (-l). A lock is the node's
- * that was asked for it, whoever asked; it stays when that client ends, and when that node does. Owns how they are asked for
- * and taken away; whether one may be, others decide.
+ * Lists and ends the locks of VDIs that nodes keep in memory, where the cluster is formatted with locks (-l). A lock belongs to the
+ * node that was asked for it, not to the client; it stays when the client ends, and when the node ends. Whether a lock may be
+ * ended is the caller's decision.
  */
 import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';
 import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
-import type { Cluster } from './cluster-client.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
+import type { ClusterClient } from './cluster-client.js';
 import { LOCK_TYPE_NORMAL, LOCK_TYPE_SHARED, Opcode, Result, resultName } from '../../sheepdog/protocol.js';
 import { LockState } from '../../sheepdog/state-layouts.js';
+import { encodeVdiRequest } from '../../sheepdog/headers.js';
 
-/** A node that is to give a shared lock up by itself. */
+/** For a node that must itself release its part of a shared lock. */
 const NODE_MS = 5_000;
 
 export class SheepLocks implements VdiLocks {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly areEnforced: boolean;
 
-  constructor(cluster: Cluster, areEnforced: boolean) {
+  constructor(cluster: ClusterClient, areEnforced: boolean) {
     this.#cluster = cluster;
     this.areEnforced = areEnforced;
   }
@@ -34,7 +34,7 @@ export class SheepLocks implements VdiLocks {
     }
     const locked = states.filter(({ lockState }) => lockState !== LockState.UNLOCKED);
     if (locked.length === 0) return [];
-    const members = new Set((await this.#cluster.gateway.listNodes()).map(addressLabel));
+    const members = new Set((await this.#cluster.pool.listNodes()).map(addressLabel));
     const vids = await this.#cluster.vids();
     return locked.map(({ vid, lockState, owners }) => ({
       vid,
@@ -47,20 +47,20 @@ export class SheepLocks implements VdiLocks {
   async unlock({ vid, kind }: VdiLock, { node }: LockHolder): Promise<void> {
     const what = `ending the lock on ${vid.toString(16)}`;
     const type = kind === 'shared' ? LOCK_TYPE_SHARED : LOCK_TYPE_NORMAL;
-    // By vid, as everything about locks but taking them: no other VDI can be meant.
+    // RELEASE_VDI carries the vid, so no other VDI can be hit.
     const header = encodeVdiRequest(Opcode.RELEASE_VDI, 0, 0, { baseVid: vid, type });
-    // A shared lock is given up by each node for itself.
+    // Each node releases its own part of a shared lock.
     const answer =
-      kind === 'shared' ? await ask(node, header) : await this.#cluster.gateway.execute({ header }, { once: true });
+      kind === 'shared' ? await ask(node, header) : await this.#cluster.pool.execute({ header }, { once: true });
     if (answer.result !== Result.SUCCESS)
       throw new StoreError('IO', `${what}: the cluster answers ${resultName(answer.result)}`);
-    // Nodes answer the same whether there was a lock or not.
+    // Nodes report success even if there was no lock.
     const isLeft = (await this.list()).some((lock) => lock.vid === vid && lock.holders.some((by) => by.node === node));
     if (isLeft) throw new StoreError('IO', `${what}: it is still there, or somebody has taken it again at this moment`);
   }
 }
 
-/** This very node. Errors: StoreError IO. */
+/** Asks this node and no other. Errors: IO (it cannot be reached, or does not answer). */
 async function ask(node: string, header: Buffer): Promise<Answer> {
   const [address] = parseClusterAddress(node);
   if (!address) throw new Error('invariant: a node has an address');
@@ -70,7 +70,7 @@ async function ask(node: string, header: Buffer): Promise<Answer> {
     return await connection.send({ header }, NODE_MS);
   } catch (error) {
     if (!(error instanceof ConnectionLost)) throw error;
-    throw new StoreError('IO', `only ${node} itself can give its part of a shared lock up: ${error.message}`, {
+    throw new StoreError('IO', `only ${node} itself can release its part of a shared lock: ${error.message}`, {
       cause: error,
     });
   } finally {

@@ -5,7 +5,7 @@
 import type { ObjectStore } from '../object-store.js';
 import { StoreError } from '../store-error.js';
 import { DEFAULT_BLOCK_SIZE_SHIFT } from '../vdi-record.js';
-import { Cluster } from './cluster-client.js';
+import { ClusterClient } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
 import { ClusterReads, type ObjectReading } from './cluster-reads.js';
 import { clusterState } from './cluster-state.js';
@@ -13,13 +13,16 @@ import { GoneRetries } from './gone-retries.js';
 import { NodePool, type NodePoolOptions } from './node-pool.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
-import type { ClusterInfo, ClusterNode } from '../../sheepdog/layouts.js';
 import { ownerMark } from './shadow-owner.js';
-import { ClusterFlag, STATUS_RUNNING, vidOf } from '../../sheepdog/protocol.js';
+import { ClusterFlag, STATUS_RUNNING } from '../../sheepdog/protocol.js';
+import type { ClusterInfo } from '../../sheepdog/cluster-info.js';
+import type { ClusterNode } from '../../sheepdog/nodes.js';
+import { vidOf } from '../../sheepdog/object-ids.js';
+import type { CatalogHost } from './catalog-host.js';
 import { ReadTracker } from './read-tracker.js';
 import { SheepCatalog } from './sheep-catalog.js';
-import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
-import { inParallel } from './table.js';
+import type { SheepVdi } from './sheep-vdi.js';
+import { inParallel } from '../../system/in-parallel.js';
 import { WriteOrder } from './write-order.js';
 import { labelOf, type ReadingStore } from './zeros-for-missing.js';
 
@@ -46,11 +49,11 @@ export interface SheepStoreOptions extends NodePoolOptions {
   readonly isStateOutOfReach?: () => boolean;
 }
 
-export class SheepStore implements ObjectStore, SheepVdiHost {
+export class SheepStore implements ObjectStore, CatalogHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly catalog: SheepCatalog;
   readonly order = new WriteOrder();
   readonly reads = new ReadTracker();
@@ -69,7 +72,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   #looking: NodeJS.Timeout | undefined;
   #isClosed = false;
 
-  private constructor(location: string, cluster: Cluster, info: ClusterInfo, options: SheepStoreOptions) {
+  private constructor(location: string, cluster: ClusterClient, info: ClusterInfo, options: SheepStoreOptions) {
     this.location = location;
     this.identity = `sheepdog cluster of ${info.createdAt}`;
     this.readOnlyBecause = whyReadOnly(location, info, options);
@@ -88,8 +91,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     const reads = new ClusterReads(cluster, this.reads, this.#retries);
     this.reading = options.readingOver?.(reads, this) ?? reads;
     this.catalog = new SheepCatalog(this);
-    if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.gateway.placeByDisk();
-    cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
+    if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.pool.placeByDisk();
+    cluster.pool.diskOf = (high, low) => this.#diskOf(high, low);
     cluster.recovery.copiesOf = (vid) => {
       const vdi = this.open.get(vid);
       // Where nothing is written nothing may be asked for by a write of nothing either.
@@ -106,9 +109,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** `nodes`: HOST[:PORT], several separated by commas. Errors (StoreError): ADDRESS, IO if no node can serve. */
   static async open(nodes: string, options: SheepStoreOptions = {}): Promise<SheepStore> {
     const addresses = parseClusterAddress(nodes);
-    const gateway = new NodePool(addresses, options);
-    const cluster = new Cluster(gateway);
-    options.signal?.addEventListener('abort', () => gateway.close(), { once: true });
+    const pool = new NodePool(addresses, options);
+    const cluster = new ClusterClient(pool);
+    options.signal?.addEventListener('abort', () => pool.close(), { once: true });
     try {
       options.signal?.throwIfAborted();
       const info = await cluster.info({ retryMs: FIRST_CONTACT_MS });
@@ -117,7 +120,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
       }
       return new SheepStore(clusterLocation(nodes), cluster, info, options);
     } catch (error) {
-      gateway.close();
+      pool.close();
       throw error;
     }
   }
@@ -141,7 +144,7 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   }
 
   nodes(): Promise<ClusterNode[]> {
-    return this.cluster.gateway.listNodes();
+    return this.cluster.pool.listNodes();
   }
 
   /** Of an object, by the halves of its oid: who is open and has it. Undefined if nobody has. */
@@ -214,11 +217,11 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.#isClosed = true;
     clearTimeout(this.#looking);
     // Nodes that do not answer are not waited for as long as requests of clients wait.
-    const timer = setTimeout(() => this.cluster.gateway.close(), CLOSE_MS);
+    const timer = setTimeout(() => this.cluster.pool.close(), CLOSE_MS);
     const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
     steps.push(...(await Promise.allSettled([this.catalog.dropOwnShadows()])));
     clearTimeout(timer);
-    this.cluster.gateway.close();
+    this.cluster.pool.close();
     // Whatever the nodes say.
     if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
     for (const each of steps) if (each.status === 'rejected') throw each.reason;

@@ -3,24 +3,29 @@
  * that nobody's data and no reference is lost, also while somebody else takes a snapshot of it. Owns the queue of table
  * changes and the move to a new vid. Nothing is kept back: what was answered is in the cluster.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import type { ExtentSink, ObjectVdi, ReadCount, Switch } from '../open-vdi.js';
 import { behindEndError, StoreError } from '../store-error.js';
 import type { Unfinished, VdiRecord } from '../vdi-record.js';
-import type { Cluster } from './cluster-client.js';
+import type { ClusterClient } from './cluster-client.js';
 import type { ObjectReading } from './cluster-reads.js';
 import { HyperIndex } from './hyper-index.js';
-import { recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { BLOCK_BYTES, inPieces, MAX_PIECE_BYTES } from './pieces.js';
 import { OldParity } from './parity.js';
 import type { Shadow } from './shadow.js';
-import { GREF_BYTES } from '../../sheepdog/protocol.js';
 import type { Locks } from './locks.js';
 import { isDeleted, isSameVdi, removeLeftObjects } from './deleted-vdi.js';
 import { writeUnit, writeWholeStripes } from './stripes.js';
 import { InDoubt } from './stalled-nodes.js';
-import { inParallel, inRuns, isRemoved, objectCount, objectKey, sleep } from './table.js';
+import { inRuns } from './table-runs.js';
+import { isRemoved } from './object-removal.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 import type { WriteOrder } from './write-order.js';
 import { WriteRuns } from './write-runs.js';
+import { encodeReference, objectCount } from '../../sheepdog/inode-table.js';
+import type { Inode } from '../../sheepdog/inode.js';
+import { recordOf } from './vdi-record.js';
+import { inParallel } from '../../system/in-parallel.js';
 
 /** A VDI may be snapshotted this many times between two of our writes before we stop to look for our way. */
 const MAX_GENERATIONS = 4096;
@@ -35,7 +40,7 @@ const ZEROS = Buffer.alloc(1024 * 1024);
 
 /** What a SheepVdi needs of its store. */
 export interface SheepVdiHost {
-  readonly cluster: Cluster;
+  readonly cluster: ClusterClient;
   readonly order: WriteOrder;
   readonly locks: Locks;
   /** Formatted with -R. */
@@ -324,11 +329,11 @@ export class SheepVdi implements ObjectVdi {
     this.#parity.note(idx);
     try {
       if (offset % unit === 0 && data.length % unit === 0) {
-        await order.run(objectKey(vid, idx), offset, data.length, () => this.#writeUnits(vid, idx, offset, data));
+        await order.run(oidKey(vid, idx), offset, data.length, () => this.#writeUnits(vid, idx, offset, data));
       } else {
         const from = offset - (offset % unit);
         const length = Math.ceil((offset + data.length) / unit) * unit - from;
-        await order.run(objectKey(vid, idx), from, length, () =>
+        await order.run(oidKey(vid, idx), from, length, () =>
           this.#host.unlessGone(() => writeWholeStripes(cluster, vid, idx, offset, data)),
         );
       }
@@ -365,7 +370,7 @@ export class SheepVdi implements ObjectVdi {
     if (this.#reclaiming.has(idx)) await this.#waitForRemoval(vid, idx);
     if (this.record.vid !== vid) throw movedError(this.record);
     const { cluster, order } = this.#host;
-    const key = objectKey(vid, idx);
+    const key = oidKey(vid, idx);
     // Pieces begin and end where stripes do.
     const isInBlocks = offset % BLOCK_BYTES === 0 && data.length % BLOCK_BYTES === 0;
     const first = isInBlocks ? data.subarray(0, MAX_PIECE_BYTES) : data;
@@ -480,7 +485,7 @@ export class SheepVdi implements ObjectVdi {
   async #move(from: number): Promise<void> {
     const { cluster } = this.#host;
     const { name } = this.record;
-    const deadline = performance.now() + cluster.gateway.retryMs;
+    const deadline = performance.now() + cluster.pool.retryMs;
     for (;;) {
       const vid = await this.#host.workingVid(name);
       if (vid !== 0 && vid !== from) {
@@ -654,7 +659,7 @@ export class SheepVdi implements ObjectVdi {
     const table = this.map.slice(0, last + 1);
     for (const { idx, owner } of batch) table[idx] = owner;
     await cluster.fillTable(vid, table);
-    for (const { idx } of batch) await cluster.writeReferences(vid, idx, Buffer.alloc(GREF_BYTES));
+    for (const { idx } of batch) await cluster.writeReferences(vid, idx, encodeReference(0, 0));
   }
 
   /**
@@ -681,7 +686,7 @@ export class SheepVdi implements ObjectVdi {
   #remove(vid: number, idx: number): Promise<void> {
     const { cluster, order } = this.#host;
     const length = 2 ** this.record.blockSizeShift;
-    return order.run(objectKey(vid, idx), 0, length, () => cluster.removeData(vid, idx));
+    return order.run(oidKey(vid, idx), 0, length, () => cluster.removeData(vid, idx));
   }
 
   /** An entry of ours was cleared after all: in a table the nodes remove the object, in an index that is left to us. */
@@ -743,10 +748,8 @@ export class SheepVdi implements ObjectVdi {
       for (const { idx, owner } of batch) {
         table[idx] = owner;
         if (owner === 0) continue;
-        const counts = Buffer.alloc(GREF_BYTES);
-        counts.writeInt32LE(generation, 0);
-        counts.writeInt32LE(generation < lineage.length - 1 ? 1 : 0, 4);
-        await cluster.writeReferences(vid, idx, counts);
+        const reference = encodeReference(generation, generation < lineage.length - 1 ? 1 : 0);
+        await cluster.writeReferences(vid, idx, reference);
       }
       await cluster.fillTable(vid, table);
     }

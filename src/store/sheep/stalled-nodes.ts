@@ -1,20 +1,21 @@
 /**
- * Nodes that have not answered a write in time, and may carry it out yet: stopped, swapping, or waiting for something. A
- * write that is repeated elsewhere could be undone by that long after, together with what was written since. Knows when
- * that cannot happen any more; repeats and sends no writes itself.
+ * Stalled nodes: they have not answered a write in time, and may still carry it out, because they are stopped, swapping, or
+ * waiting. If the write is repeated through another node, the stalled node could undo it much later, together with what was
+ * written since. Finds out when a stalled node is harmless; sends and repeats no writes.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../object-store.js';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { NodeConnection, NoAnswer } from './connection.js';
-import { encodeVdiRequest } from '../../sheepdog/layouts.js';
 import { MAX_NODES, NODE_BYTES, Opcode } from '../../sheepdog/protocol.js';
+import { encodeVdiRequest } from '../../sheepdog/headers.js';
 
 const POLL_MS = 500;
 const PROBE_MS = 2_000;
-/** A node that answers again has finished by then what it was in the middle of. */
+/** A node that answers again has finished its old work after this time. */
 const FINISHING_MS = 1_000;
 
-/** The write was given up, and may take effect until `settled` resolves. */
+/** The write was given up (IO), and may still take effect until `settled` resolves. */
 export class InDoubt extends StoreError {
   constructor(
     message: string,
@@ -28,11 +29,11 @@ export class InDoubt extends StoreError {
 export class StalledNodes {
   readonly #members: () => Promise<readonly NodeAddress[]>;
   readonly #isClosed: () => boolean;
-  /** Labels of all that have ever been members: a node may be reached under another address than the cluster's own. */
+  /** Labels of all nodes that have ever been members. A node may also be reached by an address that the cluster does not list. */
   readonly #seen = new Set<string>();
   readonly #waiting = new Map<string, Promise<void>>();
 
-  /** `members`: the nodes of the cluster, asked of another node than a stalled one. */
+  /** `members`: lists the nodes of the cluster without asking a stalled one. */
   constructor(members: () => Promise<readonly NodeAddress[]>, isClosed: () => boolean) {
     this.#members = members;
     this.#isClosed = isClosed;
@@ -44,8 +45,8 @@ export class StalledNodes {
   }
 
   /**
-   * Resolves when nothing that the node was sent before can have an effect any more. The connection it was sent on must
-   * have been reset: a node that finds that does not read on from it (sheep/request.c, client_handler).
+   * Resolves when no earlier request to the node can take effect any more. The connection must have been reset: a node that finds
+   * a reset reads no more requests from it (sheep/request.c, client_handler).
    */
   whenHarmless(address: NodeAddress): Promise<void> {
     const label = addressLabel(address);
@@ -63,16 +64,15 @@ export class StalledNodes {
       const state = await probe(address);
       if (state === 'gone') return;
       if (state === 'answers') {
-        await sleep(FINISHING_MS);
+        await sleep(FINISHING_MS, undefined, { ref: false });
         return;
       }
-      await sleep(POLL_MS);
+      await sleep(POLL_MS, undefined, { ref: false });
     }
   }
 
   /**
-   * The members of a cluster are counted in epochs, and nodes refuse what comes from an earlier one: what a node that was
-   * dropped had still to do is not done.
+   * Every change of members raises the epoch, and nodes refuse requests of an earlier epoch: a dropped node can do nothing any more.
    */
   async #isMember(address: NodeAddress): Promise<boolean> {
     const label = addressLabel(address);
@@ -87,8 +87,8 @@ export class StalledNodes {
 }
 
 /**
- * A node whose process is stopped takes connections, for its system does that. One that takes none has ended, or is cut
- * off from us: then it has long done what it had received.
+ * A node whose process is stopped still takes connections: its kernel does that. A node that takes none has ended ("gone"), or is
+ * cut off from us; then it has long finished what it had received.
  */
 export async function probe(address: NodeAddress, connectMs?: number): Promise<'answers' | 'silent' | 'gone'> {
   let connection: NodeConnection;
@@ -106,8 +106,4 @@ export async function probe(address: NodeAddress, connectMs?: number): Promise<'
   } finally {
     connection.destroy();
   }
-}
-
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms).unref());
 }

@@ -1,22 +1,20 @@
 /**
- * Writes to erasure-coded objects. Nodes keep those in stripes of a sector, spread over several of them, and a write of
- * a part of one is not safe to leave to them: the rest of a stripe becomes zeros if the write begins where the stripe
- * does (sheep/gateway.c, init_erasure_buffer), and two writes into one stripe may each undo the other. So whole stripes
- * are made here. Owns no state; who may write when is the caller's affair.
+ * Writes to erasure-coded objects. Nodes keep those in stripes of a sector, spread over several nodes, and partial writes of a
+ * stripe are not safe: the rest of the stripe becomes zeros if the write begins where the stripe does (sheep/gateway.c,
+ * init_erasure_buffer), and two writes into one stripe may undo each other. So only whole stripes are written. Holds no state;
+ * callers order the writes.
  */
-import type { Cluster } from './cluster-client.js';
+import { STRIPE_BYTES } from '../../sheepdog/erasure-code.js';
+import type { ClusterClient } from './cluster-client.js';
 
-/** SD_EC_DATA_STRIPE_SIZE. */
-const STRIPE_BYTES = 512;
-
-/** Bytes that cannot be written apart from each other. `copyPolicy` is the inode's; 0 says that it keeps plain copies. */
+/** Size of the smallest range that can be written by itself. `copyPolicy`: the inode's; 0 means plain copies. */
 export function writeUnit(copyPolicy: number): number {
   return copyPolicy === 0 ? 1 : STRIPE_BYTES;
 }
 
-/** Write in whole stripes, the rest of the first and the last as it is now. Nobody else may write them meanwhile. */
+/** Reads the rest of the first and the last stripe, and writes whole stripes. No other write to them may be in flight. */
 export async function writeWholeStripes(
-  cluster: Cluster,
+  cluster: ClusterClient,
   vid: number,
   idx: number,
   offset: number,

@@ -1,33 +1,33 @@
 /**
- * Changes of the table of an inode that hold whatever becomes of the members meanwhile: a copy of the inode that a node was
- * recovering may have missed an entry, and whoever reads that copy later gives its reference up a second time. So what was
- * under way when the members changed is written once more as plain bytes, of which no reference is given up: all entries up to
- * the last that was changed, and no counts for the changed ones. Owns what the table should be. An open disk has its own way
- * (sheep-vdi.ts), which knows of snapshots that others take.
+ * Changes of the table of an inode that survive a change of members. A copy of the inode that a node was recovering may have missed
+ * an entry; a client that reads that copy later gives up the entry's reference a second time. So changes that were in flight when
+ * the members changed are confirmed: all entries up to the last changed one are written again as plain bytes, which gives up no
+ * reference, and the counts of the changed entries are reset. Owns what the table should be. Open VDIs do this themselves
+ * (sheep-vdi.ts), because other clients may take snapshots of them.
  */
-import type { Cluster } from './cluster-client.js';
-import { GREF_BYTES } from '../../sheepdog/protocol.js';
+import { encodeReference } from '../../sheepdog/inode-table.js';
+import type { ClusterClient } from './cluster-client.js';
 
-const NO_COUNT = Buffer.alloc(GREF_BYTES);
+const NO_COUNT = encodeReference(0, 0);
 
 export class TableWriter {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #vid: number;
   /** As the nodes have it. */
   readonly #table: Uint32Array;
   readonly #inFlight = new Set<Promise<void>>();
   #confirming: Promise<void> | undefined;
-  /** Entries that were changed in an epoch that has passed, and are not confirmed: by idx, what they were before. */
+  /** Entries that were changed in an earlier epoch and are not confirmed: by idx, the owner before the change. */
   readonly #unconfirmed = new Map<number, number>();
 
-  /** `table`: what the inode has now; kept up to date. */
-  constructor(cluster: Cluster, vid: number, table: Uint32Array) {
+  /** `table`: what the inode has now. It is kept up to date. */
+  constructor(cluster: ClusterClient, vid: number, table: Uint32Array) {
     this.#cluster = cluster;
     this.#vid = vid;
     this.#table = table;
   }
 
-  /** Set the entries from `idx` on, each to something else than it is. Errors: the cluster's. */
+  /** Sets the entries from `idx` on, each to another value than it has. Errors: as requests on objects. */
   async set(idx: number, owners: readonly number[]): Promise<void> {
     while (this.#confirming) await this.#confirming;
     const writing = this.#write(idx, owners);
@@ -52,7 +52,7 @@ export class TableWriter {
     }
   }
 
-  /** With nothing else under way: an entry that is written as it was before would have its reference given up twice. */
+  /** Waits for all other changes: writing an entry as it was before would give up its reference twice. */
   async #confirm(): Promise<void> {
     await Promise.allSettled(this.#inFlight);
     const changed = [...this.#unconfirmed];
@@ -60,7 +60,8 @@ export class TableWriter {
     const table = this.#table.slice(0, count);
     const found = await this.#cluster.readTable(this.#vid, count);
     for (let idx = 0; idx < count; idx++) {
-      // From a copy that has missed it. Anything else is somebody else's change, or one of ours that failed, and stays.
+      // The old owner: read from a copy that has missed the change. Any other value is a change of another client, or a failed one
+      // of ours, and stays.
       if (found[idx] !== this.#unconfirmed.get(idx)) table[idx] = found[idx] as number;
     }
     await this.#cluster.fillTable(this.#vid, table);

@@ -2,9 +2,10 @@
  * Work on the table of an inode that more than one part does: writing scattered entries, clearing all of them, waiting
  * until what they referred to is gone. Owns no state.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { inParallel } from '../../system/in-parallel.js';
 import type { StoreError } from '../object-store.js';
-import type { Cluster } from './cluster-client.js';
-import { MAX_HYPER_OBJECTS, MAX_VID } from '../../sheepdog/protocol.js';
+import type { ClusterClient } from './cluster-client.js';
 import { TableWriter } from './table-writer.js';
 
 /** Runs of table entries one batch writes at a time. */
@@ -17,25 +18,16 @@ const RECLAIM_POLL_MS = 5;
 /** Where not all nodes can be asked, the last strip of an object is taken to be gone so long after the first. */
 const LAST_STRIP_MS = 1_000;
 
-/** One number for (vid, idx): both fit, 24 (or 25) and 26 bits. */
-export function objectKey(vid: number, idx: number): number {
-  return vid * MAX_HYPER_OBJECTS + idx;
-}
-
-/** The same for a part of the index of a hyper volume, apart from those of objects. */
-export function indexKey(vid: number, part: number): number {
-  return objectKey(MAX_VID + 1 + vid, part);
-}
-
-export function objectCount(size: number, blockSizeShift: number): number {
-  return Math.ceil(size / 2 ** blockSizeShift);
-}
-
 /**
  * Whether nothing of the object is left, after waiting for it for a while. `copyPolicy` is the inode's; 0 says that it keeps
  * plain copies. Errors: StoreError IO, CLOSED.
  */
-export async function isRemoved(cluster: Cluster, vid: number, idx: number, copyPolicy: number): Promise<boolean> {
+export async function isRemoved(
+  cluster: ClusterClient,
+  vid: number,
+  idx: number,
+  copyPolicy: number,
+): Promise<boolean> {
   const deadline = performance.now() + RECLAIM_WAIT_MS;
   if (!(await untilNot(deadline, () => cluster.isFound(vid, idx)))) return false;
   if (copyPolicy === 0) return true;
@@ -72,33 +64,8 @@ export async function inRuns(
   await inParallel(PARALLEL_RUNS, runs, (run) => write(run.idx, run.owners));
 }
 
-/** At most `limit` at a time. Nothing is under way any more when it rejects; what had not begun then is not done. */
-export async function inParallel<T>(
-  limit: number,
-  items: readonly T[],
-  work: (item: T) => Promise<void>,
-): Promise<void> {
-  let next = 0;
-  const worker = async (): Promise<void> => {
-    while (next < items.length) {
-      try {
-        await work(items[next++] as T);
-      } catch (error) {
-        next = items.length;
-        throw error;
-      }
-    }
-  };
-  const results = await Promise.allSettled(Array.from({ length: Math.min(limit, items.length) }, worker));
-  for (const result of results) if (result.status === 'rejected') throw result.reason;
-}
-
-export function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
-}
-
 /** Give up all references of a table, in batches that the nodes digest one after the other. */
-export async function clearTable(cluster: Cluster, vid: number, table: Uint32Array): Promise<void> {
+export async function clearTable(cluster: ClusterClient, vid: number, table: Uint32Array): Promise<void> {
   let batch: { idx: number; owner: number }[] = [];
   const writer = new TableWriter(cluster, vid, table.slice());
   const write = (idx: number, owners: readonly number[]): Promise<void> => writer.set(idx, owners);

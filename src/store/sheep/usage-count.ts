@@ -3,23 +3,23 @@
  * no other table refers to. Owns the counts; reads nothing.
  */
 import type { Usage } from '../object-store.js';
-import type { Inode } from '../../sheepdog/layouts.js';
+import type { Inode } from '../../sheepdog/inode.js';
 
 /** Several tables refer to the object. */
 const SHARED = 2 ** 32 - 1;
 
 export class UsageCount {
-  /** Owner -> by idx: the vid of the one table that refers to the object, or SHARED. */
+  /** By owner and idx: the vid of the only table that refers to the object, or SHARED. */
   readonly #referrers = new Map<number, Uint32Array>();
-  /** By vid: objects that no other table refers to, as far as counted. */
+  /** By vid: objects that no other table refers to, among the tables counted so far. */
   readonly #alone = new Map<number, number>();
   readonly #allocated = new Map<number, number>();
-  /** Of working VDIs, and of those with an index of their own. */
+  /** By vid: objects that are exclusive without counting: of working VDIs, and of hyper volumes. */
   readonly #own = new Map<number, number>();
   readonly #inodes: Inode[] = [];
   readonly #damaged = new Map<number, Usage>();
 
-  /** The entries [from, to) of the inode's table. Each once. */
+  /** Counts the entries [from, to) of the inode's table. Call once for each entry. */
   add(inode: Inode, table: Uint32Array, from: number, to: number): void {
     const { vid, isSnapshot, storePolicy } = inode;
     let allocated = 0;
@@ -28,7 +28,7 @@ export class UsageCount {
       const owner = table[idx] as number;
       if (owner === 0) continue;
       allocated++;
-      // A working VDI's own objects are its alone, and so are those of a hyper volume, which nobody shares.
+      // No other table refers to the objects that a working VDI owns, nor to those of a hyper volume.
       if (isSnapshot ? storePolicy !== 0 : owner === vid) own++;
       if (storePolicy === 0) this.#refer(owner, idx, vid, table.length);
     }

@@ -1,28 +1,28 @@
 /**
- * Requests that wait for nodes: a client of ours only sees that nothing moves, so the log says of which disk, for how long and
- * for which nodes. Owns when a line is written: one when requests of a disk have waited for WAITING_MS, one in a while as long
- * as they do, one when it is over. Counts nothing itself: whoever has the requests shows them at each check.
+ * Log lines about requests that wait for nodes: clients only see that nothing moves, so the log names the disk, the time and the
+ * nodes. Owns when a line is written: when requests of a disk have waited for WAITING_MS, then less and less often while they wait,
+ * and when it is over. Callers pass the waiting requests at each check.
  */
 
-/** How long a request must have waited to be told of. Nodes that are well answer within a fraction of a second. */
+/** How long a request must have waited for a line. Healthy nodes answer within a fraction of a second. */
 export const WAITING_MS = 5_000;
 export const WAITING_CHECK_MS = 500;
-/** After a line: until the next one of the same disk, doubled each time as long as it goes on. */
+/** From one line to the next of the same disk; doubled each time while requests wait. */
 const FIRST_INTERVAL_MS = 10_000;
 const LONGEST_INTERVAL_MS = 10 * 60_000;
 /** Named in one line; the others are counted. */
 const MAX_REASONS = 4;
 
-/** One that waits. */
+/** A request that waits. */
 export interface Waiter {
   /** By performance.now(). */
   readonly since: number;
-  /** What is waited for, with the node. */
+  /** What it waits for, with the node. */
   readonly why: string;
 }
 
 interface Disk {
-  /** Of the requests that wait now; undefined if none does. */
+  /** Of the oldest request that waits now; undefined if none does. */
   since: number | undefined;
   requests: number;
   readonly reasons: Set<string>;
@@ -32,7 +32,7 @@ interface Disk {
   intervalMs: number;
   /** A line has said that they wait. */
   isTold: boolean;
-  /** How often they have waited, and not any more, without a line. */
+  /** How often they have waited and stopped waiting without a line. */
   untold: number;
 }
 
@@ -44,7 +44,7 @@ export class WaitingLog {
     this.#log = log;
   }
 
-  /** All that wait now, by `disk`, a name for people. `now` is that of performance.now(). */
+  /** `waiting`: all requests that wait now, each with the name of its disk for messages. `now`: performance.now(). */
   check(waiting: Iterable<readonly [disk: string, waiter: Waiter]>, now: number): void {
     for (const disk of this.#disks.values()) {
       disk.requests = 0;
@@ -100,7 +100,7 @@ export class WaitingLog {
     disk.since = undefined;
   }
 
-  /** They have not waited for long enough for the next time to be told at once. */
+  /** The disk has not waited for a while: the next wait starts with the first interval again. */
   #forget(name: string, disk: Disk): void {
     if (disk.untold > 0)
       this.#log(`${name}: requests have waited for the cluster again${takeUntold(disk)}`, { disk: name });

@@ -1,8 +1,7 @@
 /**
- * Order of writes to the same bytes. Nodes do not order requests that are in flight together, and copies of an object
- * on several nodes would come to differ; so an overlapping write waits until the one before it is answered, repetitions
- * and all. Owns only who waits for whom. A write that was given up and may take effect all the same keeps its place: until
- * that is settled there are no others.
+ * Order of writes to the same bytes. Nodes do not order requests that are in flight together: copies of an object on several nodes
+ * would differ. So an overlapping write waits until the earlier write is answered, repetitions included. A write that was given up
+ * and may still take effect (InDoubt) keeps its place: until it is settled, overlapping writes fail.
  */
 import { StoreError } from '../object-store.js';
 import { InDoubt } from './stalled-nodes.js';
@@ -17,7 +16,7 @@ interface Range {
 export class WriteOrder {
   readonly #inFlight = new Map<number, Range[]>();
 
-  /** Run `write` alone on these bytes of the object `key`. */
+  /** Runs `write` alone on these bytes of the object `key`. Errors: IO (an earlier write to these bytes is in doubt), and `write`'s. */
   run(key: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
     const ranges = this.#inFlight.get(key);
     if (ranges === undefined || !ranges.some((range) => overlaps(range, from, from + length))) {

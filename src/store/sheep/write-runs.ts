@@ -1,12 +1,11 @@
 /**
- * Small writes that come together and lie beside each other in an object go to the nodes as one: what a write costs them
- * is little more than what a request costs. Owns what has been collected in this turn of the event loop; nothing waits
- * longer than that.
+ * Write runs: small writes of one turn of the event loop that are adjacent in an object go to the nodes as one request, because
+ * most of what a small write costs a node is the request. Owns the writes collected in this turn; no write waits longer than that.
  */
 
 /** Larger writes are not worth the copying. */
 const MAX_PART_BYTES = 16 * 1024;
-/** What one request gathers: the usual queue depth of 32 in writes of 4 KiB. */
+/** Most bytes of a run: the usual queue depth of 32 in writes of 4 KiB. */
 const MAX_RUN_BYTES = 128 * 1024;
 
 interface Part {
@@ -24,10 +23,10 @@ export class WriteRuns {
     this.#write = write;
   }
 
-  /** Resolves when it is written. What becomes of one write of a run becomes of all. */
+  /** Resolves when it is written. All writes of a run succeed or fail together. */
   write(idx: number, offset: number, data: Buffer): Promise<void> {
     if (data.length > MAX_PART_BYTES) {
-      this.#send(); // so that what came first goes first
+      this.#send(); // earlier writes go first
       return this.#write(idx, offset, data);
     }
     if (this.#parts.length === 0) process.nextTick(this.#send);
@@ -40,7 +39,7 @@ export class WriteRuns {
     this.#parts = [];
     if (parts.length === 1) return this.#sendRun(parts);
     const sorted = [...parts].sort((a, b) => a.idx - b.idx || a.offset - b.offset);
-    // Of writes to the same bytes the one that came last is to be there in the end.
+    // Of overlapping writes the last must win: keep their order.
     if (sorted.some((part, n) => n > 0 && overlaps(sorted[n - 1] as Part, part))) {
       for (const part of parts) this.#sendRun([part]);
       return;

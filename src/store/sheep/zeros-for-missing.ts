@@ -6,7 +6,7 @@ import type { VdiRecord } from '../vdi-record.js';
 import type { StoreError } from '../store-error.js';
 import type { ClusterReads, ObjectReading } from './cluster-reads.js';
 import type { SheepStoreOptions } from './sheep-store.js';
-import { objectKey } from './table.js';
+import { oidKey } from '../../sheepdog/object-ids.js';
 
 /** What is open, and where to report to. */
 export interface ReadingStore {
@@ -34,7 +34,7 @@ class ZerosForMissing implements ObjectReading {
   }
 
   async readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    const key = objectKey(vid, idx);
+    const key = oidKey(vid, idx);
     const isKnown = this.#missing.has(key);
     try {
       // An object that was looked for thoroughly once is not there the next moment either.

@@ -5,18 +5,18 @@
  *
  * Memory: a bit for each object, half a MiB for each copy of the objects under way, and what is being settled.
  */
+import { oidText } from '../../../sheepdog/object-ids.js';
 import type { StoreError } from '../../object-store.js';
-import { readRoot } from '../../../sheepdog/btree.js';
-import type { Cluster } from '../cluster-client.js';
+import type { ClusterClient } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
-import type { Inode } from '../../../sheepdog/layouts.js';
-import { inodeHigh, vidOf } from '../../../sheepdog/protocol.js';
 import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';
 import { Looker } from './look.js';
 import { bytesOf, ObjectsInUse, readLiveInodes, type Target } from './objects-in-use.js';
 import { Peers } from './peers.js';
 import { isWrong, Suspects } from './suspects.js';
 import { Throttle } from './throttle.js';
+import type { Inode } from '../../../sheepdog/inode.js';
+import { inodeHigh, vidOf } from '../../../sheepdog/object-ids.js';
 
 /** Of all nodes together. */
 export const DEFAULT_RATE = 64 * 2 ** 20;
@@ -59,12 +59,12 @@ export interface DeepReport {
   readonly stoppedBy?: Error;
 }
 
-export async function deepCheck(cluster: Cluster, options: DeepCheckOptions = {}): Promise<DeepReport> {
+export async function deepCheck(cluster: ClusterClient, options: DeepCheckOptions = {}): Promise<DeepReport> {
   return new DeepCheck(cluster, options).run();
 }
 
 class DeepCheck {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #options: DeepCheckOptions;
   readonly #objects: ObjectsInUse;
   readonly #peers: Peers;
@@ -77,7 +77,7 @@ class DeepCheck {
   #bytesRead = 0;
   #read = 0;
 
-  constructor(cluster: Cluster, options: DeepCheckOptions) {
+  constructor(cluster: ClusterClient, options: DeepCheckOptions) {
     this.#cluster = cluster;
     this.#options = options;
     this.#objects = new ObjectsInUse(cluster);
@@ -124,8 +124,9 @@ class DeepCheck {
     const walk = async (): Promise<void> => {
       for (;;) {
         await this.#suspects.room();
-        const { value: target, done } = targets.next();
-        if (done) return;
+        const next = targets.next();
+        if (next.done === true) return;
+        const target = next.value;
         const look = await this.#looker.look(target);
         if (isWrong(look)) this.#suspects.add(target, look);
         this.#read++;
@@ -188,7 +189,7 @@ class DeepCheck {
     if (part === 'data') return map?.[low] === high;
     if (vidOf(high) !== inode.vid) return false;
     if (part === 'inode') return true;
-    const root = await this.#unlessGone(() => readRoot(this.#cluster.readObject, inode.vid));
+    const root = await this.#unlessGone(() => this.#cluster.readIndexRoot(inode.vid));
     return root?.leaves?.some((leaf) => leaf.low === low) ?? false;
   }
 
@@ -255,7 +256,7 @@ function lostInode(vid: number): { readonly target: Target; readonly finding: Fi
   const finding: Finding = {
     kind: 'lost',
     part: 'inode',
-    oid: `${inodeHigh(vid).toString(16)}00000000`,
+    oid: oidText(inodeHigh(vid), 0),
     isErasureCoded: false,
     users: [{ label: `vid ${vid.toString(16)}`, from: 0, to: 0 }],
     userCount: 1,

@@ -2,10 +2,11 @@
  * What is wrong with an object, in the terms of who looks after a cluster: which bytes of which disks, what is on which node.
  * Owns the shape of the report and its wording.
  */
+import { oidText } from '../../../sheepdog/object-ids.js';
 import { addressLabel } from '../cluster-address.js';
-import type { ClusterNode } from '../../../sheepdog/layouts.js';
 import { printOf, type Difference, type Look } from './look.js';
 import { UNIT_BYTES, type Part, type Target } from './objects-in-use.js';
+import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
 /** Ranges of one object in the report; and those, and users of an object, in one line. */
 const MAX_RANGES = 64;
@@ -65,7 +66,7 @@ export function findingsOf(target: Target, look: Look): Finding[] {
   const ranges = rangesOf(target, look);
   const of = {
     part: target.part,
-    oid: hex(target.high) + hex(target.low),
+    oid: oidText(target.high, target.low),
     isErasureCoded: target.dataStrips > 0,
     userCount: 0,
     presentOn: present.map(addressLabel),
@@ -188,8 +189,4 @@ function usersOf({ part, kind, users, userCount }: Finding): string {
 
 function troubleOf({ trouble }: Finding): string {
   return trouble.length > 0 ? `; ${trouble.join('; ')}` : '';
-}
-
-function hex(half: number): string {
-  return half.toString(16).padStart(8, '0');
 }

@@ -4,12 +4,12 @@
  * write that has reached one node and not the other: whether it stays so, others find out.
  */
 import { createHash } from 'node:crypto';
-import type { ClusterNode } from '../../../sheepdog/layouts.js';
 import { MAX_PIECE_BYTES } from '../pieces.js';
 import { StripComparison } from '../../../sheepdog/erasure-code.js';
 import { UNIT_BYTES, type Target } from './objects-in-use.js';
 import { MembersChanged, type Peers, type View } from './peers.js';
 import type { Throttle } from './throttle.js';
+import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
 /** Of the content of a unit, for the comparison of two looks; that of zeros is 0. */
 const PRINT_BYTES = 8;

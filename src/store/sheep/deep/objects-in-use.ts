@@ -3,30 +3,18 @@
  * owner. Owns those bits and what is known of the owners (how many copies there should be); reads no data.
  */
 import type { StoreError } from '../../object-store.js';
-import { leafHigh, readRoot } from '../../../sheepdog/btree.js';
-import type { Cluster } from '../cluster-client.js';
+import type { ClusterClient } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
-import type { Inode } from '../../../sheepdog/layouts.js';
-import {
-  INODE_ENTRY_BYTES,
-  INODE_GREF_OFFSET,
-  INODE_TABLE_OFFSET,
-  inodeHigh,
-  GREF_BYTES,
-} from '../../../sheepdog/protocol.js';
-import { inParallel, objectCount } from '../table.js';
-import { stripsOf, STRIPE_BYTES } from '../../../sheepdog/erasure-code.js';
+import { MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS, MIN_BLOCK_SIZE_SHIFT } from '../../../sheepdog/protocol.js';
+import { STRIPE_BYTES } from '../../../sheepdog/erasure-code.js';
+import { stripsOf } from '../../../sheepdog/copy-policy.js';
+import { entryOffset, INODE_BYTES, objectCount, referenceOffset, TABLE_OFFSET } from '../../../sheepdog/inode-table.js';
+import { INDEX_NODE_BYTES } from '../../../sheepdog/btree.js';
+import type { Inode } from '../../../sheepdog/inode.js';
+import { leafHigh, inodeHigh } from '../../../sheepdog/object-ids.js';
+import { inParallel } from '../../../system/in-parallel.js';
 
 const PARALLEL_INODES = 16;
-/** SD_INODE_DATA_INDEX_SIZE: what a node of the index of a hyper volume has at most. */
-const INDEX_BYTES = 2 ** 22;
-/** Sizes of objects that the nodes allow. */
-const MIN_SHIFT = 20;
-const MAX_SHIFT = 31;
-/** MAX_DATA_OBJS. */
-const MAX_TABLE_ENTRIES = 2 ** 20;
-/** SD_INODE_SIZE. */
-const INODE_BYTES = INODE_GREF_OFFSET + GREF_BYTES * MAX_TABLE_ENTRIES;
 /** In which pieces of the disk, or of an inode, objects are compared: a stripe, which is a sector too. */
 export const UNIT_BYTES = STRIPE_BYTES;
 
@@ -63,7 +51,7 @@ interface Owned {
 }
 
 export class ObjectsInUse {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #owners = new Map<number, Owned>();
   /** Owners whose inodes are being read. */
   readonly #layouts = new Map<number, Promise<OwnerLayout>>();
@@ -77,7 +65,7 @@ export class ObjectsInUse {
   /** To be read of all copies. */
   bytes = 0;
 
-  constructor(cluster: Cluster) {
+  constructor(cluster: ClusterClient) {
     this.#cluster = cluster;
   }
 
@@ -113,7 +101,7 @@ export class ObjectsInUse {
   }
 
   async #collectLeaves(inode: Inode): Promise<void> {
-    const { leaves } = await readRoot(this.#cluster.readObject, inode.vid);
+    const { leaves } = await this.#cluster.readIndexRoot(inode.vid);
     for (const { low } of leaves ?? []) this.#leaves.push({ vid: inode.vid, low, copies: inode.copies });
   }
 
@@ -168,7 +156,7 @@ export class ObjectsInUse {
   *targets(): Generator<Target> {
     for (const inode of this.#inodes) yield inodeTarget(inode);
     for (const { vid, low, copies } of this.#leaves)
-      yield wholeTarget('index', leafHigh(vid), low, copies, INDEX_BYTES);
+      yield wholeTarget('index', leafHigh(vid), low, copies, INDEX_NODE_BYTES);
     for (const [vid, { layout, isInUse }] of this.#owners) {
       for (let idx = 0; idx < isInUse.length * 8; idx++) {
         if (((isInUse[idx >> 3] as number) & (1 << (idx & 7))) !== 0) yield dataTarget(vid, idx, layout);
@@ -178,7 +166,7 @@ export class ObjectsInUse {
 }
 
 /** Inodes of all VDIs and snapshots that are not deleted. */
-export async function readLiveInodes(cluster: Cluster, lost: (vid: number) => void): Promise<Inode[]> {
+export async function readLiveInodes(cluster: ClusterClient, lost: (vid: number) => void): Promise<Inode[]> {
   const inodes: Inode[] = [];
   await inParallel(PARALLEL_INODES, (await cluster.vids()).live(), async (vid) => {
     try {
@@ -198,7 +186,11 @@ export function bytesOf({ copies, spans, unitBytes }: Target): number {
 
 /** Whether what it says of its objects can be so. */
 function isSound({ blockSizeShift, copyPolicy }: OwnerLayout): boolean {
-  return blockSizeShift >= MIN_SHIFT && blockSizeShift <= MAX_SHIFT && (copyPolicy === 0 || copyPolicy > 15);
+  return (
+    blockSizeShift >= MIN_BLOCK_SIZE_SHIFT &&
+    blockSizeShift <= MAX_BLOCK_SIZE_SHIFT &&
+    (copyPolicy === 0 || copyPolicy > 15)
+  );
 }
 
 function wholeTarget(part: Part, high: number, low: number, copies: number, bytes: number): Target {
@@ -209,19 +201,20 @@ function wholeTarget(part: Part, high: number, low: number, copies: number, byte
 function dataTarget(vid: number, idx: number, { copies, copyPolicy, blockSizeShift }: OwnerLayout): Target {
   const bytes = 2 ** blockSizeShift;
   const whole = wholeTarget('data', vid, idx, copies, bytes);
-  if (copyPolicy === 0) return whole;
-  const { data } = stripsOf(copyPolicy);
+  const strips = stripsOf(copyPolicy);
+  if (!strips) return whole;
+  const { data } = strips;
   return { ...whole, dataStrips: data, copyBytes: bytes / data, unitBytes: UNIT_BYTES / data };
 }
 
 /** Of its table what the VDI's size needs; behind that nothing is read. */
 function inodeTarget(inode: Inode): Target {
-  const count = Math.min(objectCount(inode.size, inode.blockSizeShift), MAX_TABLE_ENTRIES);
+  const count = Math.min(objectCount(inode.size, inode.blockSizeShift), MAX_DATA_OBJECTS);
   const whole = wholeTarget('inode', inodeHigh(inode.vid), 0, inode.copies, INODE_BYTES);
   const isTable = inode.storePolicy === 0;
-  const tableEnd = unitsTo(INODE_TABLE_OFFSET + (isTable ? count * INODE_ENTRY_BYTES : INDEX_BYTES));
-  const references = Math.floor(INODE_GREF_OFFSET / UNIT_BYTES);
-  const end = unitsTo(INODE_GREF_OFFSET + count * GREF_BYTES);
+  const tableEnd = unitsTo(isTable ? entryOffset(count) : TABLE_OFFSET + INDEX_NODE_BYTES);
+  const references = Math.floor(referenceOffset(0) / UNIT_BYTES);
+  const end = unitsTo(referenceOffset(count));
   if (!isTable || count === 0) return { ...whole, spans: [[0, tableEnd]] };
   if (references <= tableEnd) return { ...whole, spans: [[0, end]] };
   return {

@@ -9,11 +9,13 @@
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../../object-store.js';
 import { addressLabel } from '../cluster-address.js';
-import type { Cluster } from '../cluster-client.js';
+import type { ClusterClient } from '../cluster-client.js';
 import { ConnectionLost, NodeConnection, type Answer, type WireRequest } from '../connection.js';
-import { encodeObjectRequest, encodeVdiRequest, type ClusterNode } from '../../../sheepdog/layouts.js';
+import { decodeRecovery, RECOVERY_BYTES } from '../../../sheepdog/state-layouts.js';
 import { keepsObjects, Placement } from '../../../sheepdog/hash-ring.js';
-import { ClusterFlag, Flag, Opcode, Result, resultName } from '../../../sheepdog/protocol.js';
+import { ClusterFlag, Opcode, Result, resultName } from '../../../sheepdog/protocol.js';
+import { encodePeerRead, encodeVdiRequest } from '../../../sheepdog/headers.js';
+import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
 /** One request, of at most half a MiB. */
 const ATTEMPT_MS = 30_000;
@@ -25,14 +27,6 @@ const LONGEST_BACKOFF_MS = 2_000;
 const RECOVERY_POLL_MS = 1_000;
 /** How old the knowledge may be that the members are the same and none recovers. */
 const VIEW_AGE_MS = 1_000;
-/** struct recovery_state (internal_proto.h), and what is where in it. */
-const RECOVERY_STATE_BYTES = 24;
-const FINISHED_OFFSET = 8;
-const TOTAL_OFFSET = 16;
-/** In struct sd_req and sd_rsp, and in those of requests on objects. */
-const EPOCH_OFFSET = 4;
-const EC_INDEX_OFFSET = 34;
-const TARGET_EPOCH_OFFSET = 36;
 
 /** The members of the cluster have changed: what was read of an object by the old view says nothing. */
 export class MembersChanged extends Error {}
@@ -66,12 +60,12 @@ export interface PeersOptions {
 }
 
 export class Peers {
-  readonly #cluster: Cluster;
+  readonly #cluster: ClusterClient;
   readonly #options: PeersOptions;
   readonly #connections = new Map<string, Promise<NodeConnection>>();
   #view: { readonly view: Promise<View>; askedAt: number; seen?: View } | undefined;
 
-  constructor(cluster: Cluster, options: PeersOptions) {
+  constructor(cluster: ClusterClient, options: PeersOptions) {
     this.#cluster = cluster;
     this.#options = options;
     options.signal?.addEventListener('abort', () => this.close(), { once: true });
@@ -118,7 +112,7 @@ export class Peers {
         );
       }
       const byDisk = (flags & ClusterFlag.DISK_MODE) !== 0;
-      const nodes = (await this.#cluster.gateway.listNodes()).filter((node) => keepsObjects(node, byDisk));
+      const nodes = (await this.#cluster.pool.listNodes()).filter((node) => keepsObjects(node, byDisk));
       if (nodes.length === 0) throw new StoreError('IO', 'the cluster lists no nodes that keep objects');
       const states = await this.#recoveryOf(nodes, epoch, deadline);
       if (states === undefined) {
@@ -154,7 +148,7 @@ export class Peers {
     let finished = 0;
     let total: number | undefined;
     for (const node of nodes) {
-      const receive = Buffer.alloc(RECOVERY_STATE_BYTES);
+      const receive = Buffer.alloc(RECOVERY_BYTES);
       const header = encodeVdiRequest(Opcode.STAT_RECOVERY, 0, receive.length);
       let answer: Answer;
       try {
@@ -168,10 +162,11 @@ export class Peers {
         if (performance.now() >= deadline) throw unreachable(node, `it answers ${resultName(answer.result)}`);
         return undefined;
       }
-      if (answer.header.readUInt32LE(EPOCH_OFFSET) !== epoch) return undefined;
-      if (receive[0] === 0) continue;
-      finished += Number(receive.readBigUInt64LE(FINISHED_OFFSET));
-      total = (total ?? 0) + Number(receive.readBigUInt64LE(TOTAL_OFFSET));
+      if (answer.epoch !== epoch) return undefined;
+      const recovery = decodeRecovery(receive);
+      if (!recovery) continue;
+      finished += recovery.done;
+      total = (total ?? 0) + recovery.total;
     }
     return { finished, total };
   }
@@ -182,10 +177,7 @@ export class Peers {
    */
   async read(view: View, node: ClusterNode, object: PeerObject, offset: number, into: Buffer): Promise<PeerAnswer> {
     const { high, low, strip } = object;
-    const header = encodeObjectRequest(Opcode.READ_PEER, Flag.RECOVERY, high, low, offset, into.length);
-    header.writeUInt32LE(view.epoch, EPOCH_OFFSET);
-    header[EC_INDEX_OFFSET] = strip;
-    header.writeUInt32LE(view.epoch, TARGET_EPOCH_OFFSET);
+    const header = encodePeerRead(view.epoch, high, low, strip, offset, into.length);
     const { signal } = this.#options;
     const deadline = performance.now() + (this.#options.retryMs ?? RETRY_MS);
     for (let backoff = FIRST_BACKOFF_MS; ; backoff = Math.min(2 * backoff, LONGEST_BACKOFF_MS)) {

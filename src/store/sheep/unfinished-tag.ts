@@ -1,9 +1,9 @@
 /**
- * The mark of an unfinished VDI in a cluster: text in the tag of its inode. A working VDI has no other use for that field:
- * nodes compare the tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one, and
- * `dog vdi list` prints it. Owns that text; when it is written is sheep-catalog.ts's.
+ * The mark of an unfinished VDI in a cluster: text in the tag of its inode. The field is free in a working VDI: nodes compare the
+ * tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one; `dog vdi list` prints it. Owns
+ * the text; sheep-catalog.ts decides when it is written.
  */
-import { FILLERS, type Unfinished } from '../store/object-store.js';
+import { FILLERS, type Unfinished } from '../object-store.js';
 
 const PREFIX = 'sheepgate-unfinished';
 const MARK = new RegExp(`^${PREFIX}:(${FILLERS.join('|')}):([0-9a-f]{0,64}):([0-9a-f]{1,32}):(\\d{1,15}):(new|old)$`);
@@ -15,7 +15,7 @@ export function unfinishedTag({ by, of, run, since, isNew }: Unfinished): string
   return tag;
 }
 
-/** The mark that a tag is; undefined if it is any other. */
+/** The mark; undefined if the tag is no mark. */
 export function parseUnfinishedTag(tag: string): Unfinished | undefined {
   const match = MARK.exec(tag);
   if (!match) return undefined;
