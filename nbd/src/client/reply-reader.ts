@@ -22,6 +22,7 @@ import {
   STRUCTURED_REPLY_MAGIC,
   STRUCTURED_REPLY_SIZE,
 } from '../protocol/wire.js';
+import { Coverage } from './coverage.js';
 
 /** How requests and replies look: simple replies, structured ones, or extended headers both ways. */
 export type ReplyLevel = 'simple' | 'structured' | 'extended';
@@ -62,8 +63,6 @@ export interface PendingReply {
 
 /** An error chunk of more bytes is not believed; the standard ones have at most 6 + 4096 + 8. */
 const MAX_ERROR_PAYLOAD = 64 * 1024;
-/** Pieces of one read that do not touch each other. Servers send pieces in order; nobody needs many. */
-const MAX_GAPS = 8192;
 
 /** A reply in the making. */
 class Progress {
@@ -240,7 +239,7 @@ export class ReplyReader {
     if (this.gatheredFill === gathered.length) {
       this.gathered = undefined;
       const { current } = this;
-      if (current === undefined) throw new Error('client-replies: a payload of nothing');
+      if (current === undefined) throw new Error('reply-reader: a payload of nothing');
       this.takePayload(current, gathered);
     }
     return taken;
@@ -308,7 +307,7 @@ export class ReplyReader {
 
   private takeData(chunk: Buffer, at: number): number {
     const end = Math.min(chunk.length, at + this.dataLeft);
-    if (this.dataInto === undefined) throw new Error('client-replies: data for nobody');
+    if (this.dataInto === undefined) throw new Error('reply-reader: data for nobody');
     const taken = chunk.copy(this.dataInto, this.dataAt, at, end);
     this.dataAt += taken;
     this.dataLeft -= taken;
@@ -373,43 +372,5 @@ export class ReplyReader {
   private violation(message: string): void {
     this.isDead = true;
     this.violated(message);
-  }
-}
-
-/** Which bytes of a read have come, as ranges in ascending order that do not touch. */
-class Coverage {
-  bytes = 0;
-  private readonly starts: number[] = [];
-  private readonly ends: number[] = [];
-
-  /** False if the range overlaps what has come, or there are too many gaps. */
-  add(start: number, end: number): boolean {
-    const { starts, ends } = this;
-    let low = 0;
-    let high = starts.length;
-    if (start >= (ends.at(-1) ?? -1)) low = high;
-    while (low < high) {
-      const middle = (low + high) >>> 1;
-      if ((starts[middle] ?? 0) < start) low = middle + 1;
-      else high = middle;
-    }
-    const previousEnd = low > 0 ? ends[low - 1] : undefined;
-    const nextStart = starts[low];
-    if ((previousEnd ?? start) > start || (nextStart ?? end) < end) return false;
-    this.bytes += end - start;
-    if (previousEnd === start && nextStart === end) {
-      ends[low - 1] = ends[low] ?? end;
-      starts.splice(low, 1);
-      ends.splice(low, 1);
-    } else if (previousEnd === start) {
-      ends[low - 1] = end;
-    } else if (nextStart === end) {
-      starts[low] = start;
-    } else {
-      if (starts.length === MAX_GAPS) return false;
-      starts.splice(low, 0, start);
-      ends.splice(low, 0, end);
-    }
-    return true;
   }
 }

@@ -10,14 +10,14 @@ import type { BlockDevice, Ending, ExportProvider, Peer } from '../block-device.
 import type { BufferPool } from './buffer-pool.js';
 import { ByteReader } from '../protocol/byte-reader.js';
 import { HandshakeClock } from './handshake-clock.js';
+import { negotiate } from './handshake.js';
 import {
   HandshakeError,
-  negotiate,
   whyLeft,
   type HandshakeHost,
   type HandshakeOutcome,
   type OpenExport,
-} from './handshake.js';
+} from './handshake-host.js';
 import type { HeldSockets } from './held-sockets.js';
 import { takeBuffered, type InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';

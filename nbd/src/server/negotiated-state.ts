@@ -6,9 +6,10 @@
 
 import { ExportError, type ExportProvider, type Geometry, type Peer, type PeerCredentials } from '../block-device.js';
 import { transmissionFlags, type Negotiated } from '../protocol/wire.js';
-import type { HandshakeClock } from './handshake-clock.js';
+import { openChecked } from './checked-export.js';
 import { completeGeometry } from './geometry.js';
-import { openChecked, type HandshakeHost, type HandshakeOutcome } from './handshake.js';
+import type { HandshakeClock } from './handshake-clock.js';
+import type { HandshakeHost, HandshakeOutcome } from './handshake-host.js';
 
 /** Of the shape of NegotiatedState: two releases of this library may exchange it. */
 export const STATE_VERSION = 1;

@@ -1,0 +1,41 @@
+/**
+ * Exports of the provider, opened or described for a client, with their geometry completed and checked before anything is
+ * announced. An export that fails the check is closed again.
+ */
+
+import type { BlockDevice, DeviceGeometry, ExportInfo, Geometry } from '../block-device.js';
+import { completeGeometry, geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
+import type { CheckedExport, HandshakeHost } from './handshake-host.js';
+
+/** Open an export and look whether it can be served; if not it is closed again. */
+export async function openChecked(
+  host: Pick<HandshakeHost, 'clock' | 'open' | 'abandon'>,
+  name: string,
+): Promise<CheckedExport> {
+  const { device, info } = await host.clock.during(`opened the export ${JSON.stringify(name)}`, host.open(name));
+  try {
+    const geometry = checkedGeometry(name, device.geometry, device);
+    return { device: device as ServedDevice, geometry, info };
+  } catch (error) {
+    await host.abandon();
+    throw error;
+  }
+}
+
+export async function describeExport(
+  host: HandshakeHost,
+  name: string,
+  contexts?: readonly string[],
+): Promise<{ readonly geometry: Geometry; readonly info: ExportInfo }> {
+  const asked = host.provider.describe(name, host.peer, contexts);
+  const { geometry, info } = await host.clock.during(`described the export ${JSON.stringify(name)}`, asked);
+  return { geometry: checkedGeometry(name, geometry), info };
+}
+
+/** With its defaults. @throws Error if it cannot be announced, or `device` cannot do what it announces */
+function checkedGeometry(name: string, given: DeviceGeometry, device?: BlockDevice): Geometry {
+  const geometry = completeGeometry(given);
+  const problem = geometryProblem(geometry) ?? (device && missingMethod(device, geometry));
+  if (problem !== undefined) throw new Error(`export ${JSON.stringify(name)} cannot be served: ${problem}`);
+  return geometry;
+}
