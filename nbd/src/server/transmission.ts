@@ -13,9 +13,8 @@
  * client back: work in flight, and replies not taken.
  */
 
-import { CMD, EXTENDED_REQUEST_SIZE, MAX_PAYLOAD, NBD_ERRNO, REQUEST_HEADER_SIZE } from '../protocol/wire.js';
 import { BackPressure } from './back-pressure.js';
-import { MemoryAccount, type Block } from './buffer-pool.js';
+import { MemoryAccount } from './buffer-pool.js';
 import { Dispatch } from './dispatch.js';
 import type { ServedDevice } from './geometry.js';
 import { IncomingPayload } from './incoming-payload.js';
@@ -23,16 +22,8 @@ import { LoopUser, UNITS_PER_LOOK, type LoopTask } from './loop-share.js';
 import { ReceiveMemory } from './receive-memory.js';
 import { chooseReplyEncoder } from './reply-encoder.js';
 import { ReplyQueue } from './reply-queue.js';
-import {
-  decodeExtendedRequest,
-  decodeRequest,
-  decodeStatusPayload,
-  encodeHeader,
-  Request,
-  requestError,
-  type Refusal,
-  type RequestRules,
-} from './request.js';
+import { RequestParser } from './request-parser.js';
+import type { RequestRules } from './request.js';
 import { RequestsInFlight } from './requests-in-flight.js';
 import { SparseReads } from './sparse-reads.js';
 import { StatusRequests } from './status-requests.js';
@@ -44,27 +35,16 @@ const TLS_COPIES = 2;
 /** Nothing is held back but the next thing to be received. */
 const NOTHING = Buffer.alloc(0);
 
-const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
-
 export class Transmission implements LoopTask {
   readonly loopUser = new LoopUser();
-  requests = 0;
 
-  private readonly extendedHeaders: boolean;
-  private readonly headerSize: number;
-  private readonly account: MemoryAccount;
   private readonly memory: ReceiveMemory;
+  private readonly account: MemoryAccount;
   private readonly payload: IncomingPayload;
+  private readonly parser: RequestParser;
   private readonly requestsInFlight: RequestsInFlight;
   private readonly replies: ReplyQueue;
   private readonly backPressure: BackPressure;
-  private readonly statuses: StatusRequests;
-  private readonly dispatch: Dispatch;
-  private readonly request = new Request();
-  private readonly headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
-  private headerFill = 0;
-  private isDeaf = false;
-  private isRefusing = false;
   /** Nothing is begun until it is thawed; what was short of memory is asked for again then. */
   private isFrozen = false;
   private wasShortOfMemory = false;
@@ -80,29 +60,38 @@ export class Transmission implements LoopTask {
     device: ServedDevice,
     readonly rules: RequestRules,
   ) {
-    const { negotiated } = rules;
     const { socket, pool } = host;
-    this.extendedHeaders = negotiated.extendedHeaders;
-    this.headerSize = negotiated.extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
+    const { loopUser } = this;
     const account = new MemoryAccount(() => this.queue(), 'encrypted' in socket ? TLS_COPIES : 1);
-    const encoder = chooseReplyEncoder(negotiated);
+    const encoder = chooseReplyEncoder(rules.negotiated);
     const inFlight = new RequestsInFlight(host, () => this.scheduleSettle());
     const memory = new ReceiveMemory(socket, pool, account, () => {
       if (this.backPressure.held === undefined && !this.isDeaf) socket.resume();
     });
+    const payload = new IncomingPayload(pool, account);
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
-    this.statuses = new StatusRequests(host, device, rules, account, inFlight, replies, this.loopUser);
-    this.dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, this.statuses);
-    this.backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
-    this.payload = new IncomingPayload(pool, account);
-    this.requestsInFlight = inFlight;
+    const statuses = new StatusRequests(host, device, rules, account, inFlight, replies, loopUser);
+    const dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, statuses);
+    const backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
+    this.parser = new RequestParser({
+      ...{ host, rules, account, memory, payload, backPressure, inFlight, statuses, dispatch, replies, loopUser },
+      stopListening: () => this.stopListening(),
+    });
     this.account = account;
     this.memory = memory;
+    this.payload = payload;
+    this.requestsInFlight = inFlight;
     this.replies = replies;
+    this.backPressure = backPressure;
   }
 
   // --- How it stands ---
+
+  /** Requests received. */
+  get requests(): number {
+    return this.parser.requests;
+  }
 
   /** Requests that were answered with an error. */
   get errors(): number {
@@ -129,7 +118,7 @@ export class Transmission implements LoopTask {
 
   /** Whether the input so far ends inside a request. */
   get isMidRequest(): boolean {
-    return this.headerFill > 0 || this.payload.left > 0;
+    return this.parser.isMidRequest;
   }
 
   /** Bytes of the server's memory that it holds. */
@@ -147,6 +136,11 @@ export class Transmission implements LoopTask {
     // Where there is nowhere to receive into, or its turn has not come, it waits for us.
     const isHeard = !this.memory.isStarved && this.backPressure.held === undefined;
     return this.replies.unsentBytes > 0 || (this.payload.left > 0 && isHeard);
+  }
+
+  /** Nothing that comes from now on is looked at. */
+  private get isDeaf(): boolean {
+    return this.parser.isDeaf;
   }
 
   get hasEnded(): boolean {
@@ -174,7 +168,7 @@ export class Transmission implements LoopTask {
       this.queue();
       return;
     }
-    this.parse(chunk);
+    this.parser.parse(chunk);
     this.replies.flush();
   }
 
@@ -200,7 +194,7 @@ export class Transmission implements LoopTask {
     const { memory } = this;
     if (memory.target === 'payload') {
       this.isHeard = true;
-      this.payloadCame(length);
+      this.parser.payloadCame(length);
       this.replies.flush();
       this.yieldAfterPayload();
       return;
@@ -220,161 +214,6 @@ export class Transmission implements LoopTask {
     loop.finish(this.loopUser);
   }
 
-  // --- Parsing ---
-
-  private parse(chunk: Buffer): void {
-    this.parseSlice(chunk);
-    this.host.loop.finish(this.loopUser);
-  }
-
-  private parseSlice(chunk: Buffer): void {
-    const { request, headerSize, loopUser, payload, backPressure, memory } = this;
-    const { loop } = this.host;
-    const end = chunk.length;
-    let at = 0;
-    // A request that the device answers at once counts, too, until others have had their turn.
-    let requestsLeft = this.host.limits.maxInFlightRequests;
-    while (at < end) {
-      if (payload.left > 0) {
-        const taken = payload.copyFrom(chunk, at);
-        at += taken;
-        this.payloadCame(taken);
-        continue;
-      }
-      if (backPressure.isSaturated(this.isRefusing)) {
-        backPressure.hold(chunk.subarray(at));
-        return;
-      }
-      let isRequest: boolean;
-      if (this.headerFill === 0 && end - at >= headerSize) {
-        if (requestsLeft-- === 0 || loop.mustYield(loopUser, unitsOf(chunk, at, headerSize))) {
-          backPressure.hold(chunk.subarray(at));
-          this.queue();
-          return;
-        }
-        isRequest = this.decode(chunk, at);
-        at += headerSize;
-      } else {
-        const taken = chunk.copy(this.headerBytes, this.headerFill, at, at + headerSize - this.headerFill);
-        this.headerFill += taken;
-        at += taken;
-        if (this.headerFill < headerSize) return;
-        this.headerFill = 0;
-        isRequest = this.decode(this.headerBytes, 0);
-      }
-      if (!isRequest) {
-        this.violation(`bad request magic 0x${request.magic.toString(16)}`);
-        return;
-      }
-      if (request.type === CMD.DISC) {
-        this.stopListening();
-        this.replies.flush();
-        this.host.disconnectRequested();
-        return;
-      }
-
-      this.requests++;
-      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.rules);
-      if (this.host.observer.onRequest !== undefined) this.report(refusal);
-
-      const { payloadLength } = request;
-      if (payloadLength > 0) {
-        if (refusal !== undefined) {
-          if (!this.skipPayload(refusal)) return;
-        } else if (end - at >= payloadLength) {
-          const data = chunk.subarray(at, at + payloadLength);
-          at += payloadLength;
-          if (memory.parsed !== undefined) memory.parsed.pins++;
-          this.take(data, memory.parsed);
-        } else if (!payload.begin(payloadLength)) {
-          backPressure.waitForMemory(payloadLength, chunk.subarray(at));
-          return;
-        }
-      } else if (refusal !== undefined) {
-        this.refuse(refusal);
-      } else if (request.length === 0 && request.type !== CMD.FLUSH) {
-        if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
-        else this.dispatch.succeed(request);
-      } else if (!this.hasMemory()) {
-        backPressure.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
-        return;
-      } else {
-        this.dispatch.execute(request, undefined, undefined);
-      }
-    }
-  }
-
-  private decode(source: Buffer, at: number): boolean {
-    return this.extendedHeaders
-      ? decodeExtendedRequest(source, at, this.request)
-      : decodeRequest(source, at, this.request);
-  }
-
-  /** Whether there is memory for the request just decoded, which has no payload. */
-  private hasMemory(): boolean {
-    const { type, length } = this.request;
-    if (type === CMD.READ) return this.replies.hasRoomFor(length);
-    return type !== CMD.BLOCK_STATUS || this.statuses.hasMemory(length);
-  }
-
-  private memoryNeeded(): number {
-    const { type, length } = this.request;
-    return type === CMD.READ ? this.replies.readSize(length) : this.statuses.memoryNeeded(length);
-  }
-
-  /** The payload of the request just decoded is not looked at. False if it is too long for that. */
-  private skipPayload(refusal: Refusal): boolean {
-    const length = this.request.payloadLength;
-    // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
-    // length larger than a server's advertised … maximum payload length".
-    const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
-    if (length > most) {
-      this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
-      return false;
-    }
-    this.payload.skip(length, refusal);
-    return true;
-  }
-
-  private payloadCame(length: number): void {
-    const { payload } = this;
-    if (!payload.came(length)) return;
-    const { data, block, refusal } = payload;
-    payload.clear();
-    if (data !== undefined) this.take(data, block);
-    else if (refusal !== undefined) this.refuse(refusal);
-  }
-
-  /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
-  private take(payload: Buffer, block: Block | undefined): void {
-    const { request } = this;
-    if (request.type !== CMD.BLOCK_STATUS) {
-      this.dispatch.execute(request, payload, block);
-      return;
-    }
-    decodeStatusPayload(request, payload);
-    const refusal = requestError(request, this.rules);
-    if (refusal !== undefined) this.refuse(refusal);
-    else this.dispatch.execute(request, undefined, undefined);
-    if (block !== undefined) this.memory.unpin(block);
-  }
-
-  private refuse(refusal: Refusal): void {
-    this.requestsInFlight.errors++;
-    this.replies.error(this.request, refusal);
-  }
-
-  private violation(reason: string): void {
-    this.stopListening();
-    this.replies.flush();
-    this.host.protocolViolated(reason);
-  }
-
-  private report(refusal: Refusal | undefined): void {
-    const { type, flags, offset, length } = this.request;
-    this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith: refusal?.errno ?? 0 });
-  }
-
   // --- Going on with what was held back ---
 
   /** Its turn of the loop has come. */
@@ -392,43 +231,22 @@ export class Transmission implements LoopTask {
     const { backPressure, memory } = this;
     if (backPressure.held === undefined || this.isDeaf || backPressure.isQueued || this.isFrozen) return;
     // There was room when the request that is short of memory was decoded. It may not wait with that set aside for it.
-    if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.isRefusing)) return;
+    if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.parser.isRefusing)) return;
     if (this.host.loop.isSpent) {
       this.queue();
       return;
     }
-    if (backPressure.isShortOfMemory && !this.beginWaiting()) return;
+    if (backPressure.isShortOfMemory && !this.parser.beginWaiting()) return;
     const held = backPressure.release();
     // What has just begun may have ended the connection.
     if (held === undefined) return;
     const block = memory.parsed;
-    this.parse(held);
+    this.parser.parse(held);
     memory.parsed = undefined;
     if (block !== undefined) memory.unpin(block);
     this.replies.flush();
     if (backPressure.held === undefined && !this.isDeaf && !memory.isStarved) this.host.socket.resume();
     this.tellIfIdle();
-  }
-
-  /** Begin the request that waits for memory. False if there still is none. */
-  private beginWaiting(): boolean {
-    const { request, account, backPressure } = this;
-    const hasPayload = request.payloadLength > 0;
-    if (this.isRefusing) {
-      backPressure.endWaits();
-      if (hasPayload) return this.skipPayload(SHUTTING_DOWN);
-      this.refuse(SHUTTING_DOWN);
-      return true;
-    }
-    account.isBeginning = true;
-    try {
-      if (hasPayload ? !this.payload.begin(request.payloadLength) : !this.hasMemory()) return false;
-      if (!hasPayload) this.dispatch.execute(request, undefined, undefined);
-    } finally {
-      account.isBeginning = false;
-    }
-    backPressure.endWaits();
-    return true;
   }
 
   // --- Stopping between two requests ---
@@ -454,22 +272,14 @@ export class Transmission implements LoopTask {
     this.isFrozen = false;
     this.scheduleSettle();
     if (this.wasShortOfMemory) {
-      const { payloadLength } = this.request;
-      this.backPressure.askForMemory(payloadLength > 0 ? payloadLength : this.memoryNeeded());
+      this.backPressure.askForMemory(this.parser.memoryNeeded());
     }
     this.queue();
   }
 
   /** While it is frozen: all that was received and not carried out, from the beginning of a request on. */
   get unread(): Buffer {
-    const { request, payload, extendedHeaders } = this;
-    const held = this.backPressure.held ?? NOTHING;
-    if (this.wasShortOfMemory) return Buffer.concat([encodeHeader(request, extendedHeaders), held]);
-    if (payload.left > 0) {
-      const arrived = payload.arrived(request.payloadLength);
-      return Buffer.concat([encodeHeader(request, extendedHeaders), arrived, held]);
-    }
-    return Buffer.concat([this.headerBytes.subarray(0, this.headerFill), held]);
+    return Buffer.concat([this.parser.begun(this.wasShortOfMemory), this.backPressure.held ?? NOTHING]);
   }
 
   /** While it is frozen: of the replies given to the socket the last `length` bytes. */
@@ -486,7 +296,7 @@ export class Transmission implements LoopTask {
 
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
   refuseNewRequests(): void {
-    this.isRefusing = true;
+    this.parser.isRefusing = true;
     // What is held back is refused, too. Not at once: this may be called from inside a request (see onIdle).
     this.isHeard = true;
     this.scheduleSettle();
@@ -507,7 +317,7 @@ export class Transmission implements LoopTask {
   /** Nothing the client sends from now on is looked at. */
   stopListening(): void {
     const { payload } = this;
-    this.isDeaf = true;
+    this.parser.isDeaf = true;
     this.isFrozen = false;
     this.backPressure.drop();
     this.backPressure.endWaits();
@@ -569,9 +379,9 @@ export class Transmission implements LoopTask {
     if (this.whenIdle.length === 0) return;
     const { backPressure } = this;
     // What was asked is owed an answer, or a refusal; but who is shut out and reads nothing may not hold up the shutdown.
-    if (backPressure.held !== undefined && !(this.isRefusing && backPressure.isSaturated(true))) return;
+    if (backPressure.held !== undefined && !(this.parser.isRefusing && backPressure.isSaturated(true))) return;
     // Being shut out, a client is heard as long as it goes on asking: until a turn of the loop brings nothing new.
-    if (this.isRefusing && this.isHeard && !this.isDeaf) {
+    if (this.parser.isRefusing && this.isHeard && !this.isDeaf) {
       this.isHeard = false;
       this.scheduleSettle();
       return;
@@ -580,13 +390,4 @@ export class Transmission implements LoopTask {
     this.whenIdle = [];
     for (const callback of callbacks) callback();
   }
-}
-
-/** How much work the request is whose header lies in `chunk` from `at` on, for LoopShare.mustYield. */
-function unitsOf(chunk: Buffer, at: number, headerSize: number): number {
-  // The low byte of the type. What is neither read nor written may be about a whole disk.
-  if ((chunk[at + 7] as number) > CMD.WRITE) return UNITS_PER_LOOK;
-  // The length in steps of 64 KiB: bytes of its low half.
-  const length = at + headerSize - 4;
-  return 1 + (((chunk[length] as number) << 8) | (chunk[length + 1] as number));
 }
