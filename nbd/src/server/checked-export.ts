@@ -9,15 +9,16 @@ import type { CheckedExport, HandshakeHost } from './handshake-host.js';
 
 /** Open an export and look whether it can be served; if not it is closed again. */
 export async function openChecked(
-  host: Pick<HandshakeHost, 'clock' | 'open' | 'abandon'>,
+  host: Pick<HandshakeHost, 'clock' | 'export' | 'peer'>,
   name: string,
 ): Promise<CheckedExport> {
-  const { device, info } = await host.clock.during(`opened the export ${JSON.stringify(name)}`, host.open(name));
+  const opening = host.export.open(name, host.peer);
+  const { device, info } = await host.clock.during(`opened the export ${JSON.stringify(name)}`, opening);
   try {
     const geometry = checkedGeometry(name, device.geometry, device);
     return { device: device as ServedDevice, geometry, info };
   } catch (error) {
-    await host.abandon();
+    await host.export.close('lost');
     throw error;
   }
 }

@@ -4,66 +4,33 @@
  * sent exactly once after that. It knows nothing of listeners and nothing of the bytes on the wire.
  */
 
-import type net from 'node:net';
 import type { Duplex } from 'node:stream';
-import type { BlockDevice, Ending, ExportProvider, Peer } from '../block-device.js';
-import type { BufferPool } from './buffer-pool.js';
+import type { Ending, ExportProvider, Peer } from '../block-device.js';
 import { ByteReader } from '../protocol/byte-reader.js';
+import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
+import type { BufferPool } from './buffer-pool.js';
+import { ClientExport } from './client-export.js';
+import type { ConnectionOptions, LoopResources } from './connection-options.js';
+import { HandOver, type HandOverHost } from './hand-over.js';
 import { HandshakeClock } from './handshake-clock.js';
+import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { negotiate } from './handshake.js';
-import {
-  HandshakeError,
-  whyLeft,
-  type HandshakeHost,
-  type HandshakeOutcome,
-  type OpenExport,
-} from './handshake-host.js';
 import type { HeldSockets } from './held-sockets.js';
-import { takeBuffered, type InPlaceSocket } from './in-place-socket.js';
+import { IdleClock } from './idle-clock.js';
+import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
-import { HandOverError, plainPeer, reopen, STATE_VERSION, type NegotiatedState } from './negotiated-state.js';
+import { reopen, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
-import type { OffenderCounts } from './offenders.js';
 import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
+import { bytesTakenBySystem, closeAfterOutput, watchOutput } from './socket-end.js';
 import type { Watched } from './stall-watch.js';
-import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
-import { Transmission } from './transmission.js';
 import type { TransmissionHost } from './transmission-host.js';
+import { Transmission } from './transmission.js';
+import { Violations } from './violations.js';
 
-/** What is one for all connections of an event loop. */
-export interface LoopResources {
-  readonly provider: ExportProvider;
-  readonly limits: Limits;
-  readonly observer: ServerObserver;
-  readonly pool: BufferPool;
-  readonly loop: LoopShare;
-  readonly time: LoopTime;
-  readonly offenders: OffenderCounts;
-  readonly heldSockets: HeldSockets;
-}
-
-/** What is this connection's alone. */
-export interface ConnectionOptions {
-  readonly id: number;
-  readonly socket: Duplex;
-  readonly peer: Peer;
-  /** Bytes already received on the socket, by whoever accepted it. */
-  readonly head?: Buffer | undefined;
-  /** The socket's way to receive into memory of ours, if it has one. */
-  readonly inPlace?: InPlaceSocket | undefined;
-  /** Undefined: this peer is not offered TLS. */
-  readonly tls: ServerTls | undefined;
-  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
-  readonly offender: string | undefined;
-  /** Told how it gets on; undefined: nobody counts it. */
-  readonly progress?: Progress | undefined;
-  /** Where another server has left it. Undefined: it begins with the greeting. */
-  readonly state?: NegotiatedState | undefined;
-}
-
-export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, Watched {
+export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, HandOverHost, Watched {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
@@ -82,44 +49,32 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly clock: HandshakeClock;
   isShuttingDown = false;
   private isRefusing = true;
-  exportName: string | undefined;
-  refused: string | undefined;
-  /** What its violations are counted for; see ExportInfo. */
-  private countedAs: string | undefined;
+  readonly export: ClientExport;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
 
-  private transmission: Transmission | undefined;
-  private device: BlockDevice | undefined;
+  transmission: Transmission | undefined;
   /** Until the client has said goodbye. */
   private ending: Ending = 'lost';
   private isClosing = false;
-  private isFrozen = false;
   /** It will end when its requests in flight are finished. */
   private isEnding = false;
   private isInTlsHandshake = false;
   private reason: string | undefined;
-  private lingerTimer: NodeJS.Timeout | undefined;
-  private idleTimer: NodeJS.Timeout | undefined;
-  /** When the client was last heard or answered, by `time`. */
-  private lastActiveAt = 0;
+  private isLingering = false;
+  private idleClock: IdleClock | undefined;
+  private handingOver: HandOver | undefined;
   private readonly time: LoopTime;
   /** What was accepted: under TLS what lies below it. */
   readonly transport: Duplex;
   private readonly tls: ServerTls | undefined;
   private readonly inPlace: InPlaceSocket | undefined;
   private readonly socketGone: Promise<void>;
-  private readonly offenders: OffenderCounts;
   private readonly heldSockets: HeldSockets;
-  private readonly offender: string | undefined;
   private readonly progress: Progress | undefined;
   private readonly state: NegotiatedState | undefined;
   private isCrowdedOut = false;
-  private violationCount = 0;
-  /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
-  private readonly condemned: Promise<void>;
-  private condemn: () => void = () => undefined;
-  private isCondemned = false;
+  private readonly violations: Violations;
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -127,6 +82,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket = options.socket;
     this.transport = options.socket;
     this.provider = shared.provider;
+    this.export = new ClientExport(options.id, shared.provider, shared.observer);
     this.limits = shared.limits;
     this.observer = shared.observer;
     this.pool = shared.pool;
@@ -134,14 +90,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.time = shared.time;
     this.tls = options.tls;
     this.inPlace = options.inPlace;
-    this.offenders = shared.offenders;
     this.heldSockets = shared.heldSockets;
-    this.offender = options.offender;
+    this.violations = new Violations(options.offender, shared.offenders);
     this.progress = options.progress;
     this.state = options.state;
-    this.condemned = new Promise((resolve) => {
-      this.condemn = resolve;
-    });
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
@@ -150,9 +102,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
     });
-    this.socket.on('data', this.onHandshakeData);
-    this.socket.on('end', this.onEnd);
-    this.socket.on('error', this.onError);
+    this.listen();
     this.socket.once('close', this.onClose);
     // Whoever took the head from it may have paused it since.
     this.socket.resume();
@@ -160,6 +110,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     if (head !== undefined && head.length > 0) this.reader.feed(head);
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
     this.over = this.live();
+  }
+
+  get exportName(): string | undefined {
+    return this.export.name;
   }
 
   get phase(): ConnectionInfo['phase'] {
@@ -213,7 +167,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.isRefusing = options.refuse;
     const reason = 'the server is shutting down';
     // Nothing of it but its last requests is left.
-    if (this.isCondemned) return;
+    if (this.violations.isCondemned) return;
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
@@ -246,66 +200,26 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.abort(reason);
   }
 
-  /**
-   * Stop between two requests and give the connection away: `take` is called with its socket, which nobody reads or writes
-   * any more, and its state, once the requests in flight are answered. When `take` returns the socket is destroyed here, and
-   * the connection is over. If `take` throws, or `signal` says so before, it goes on as if nothing had been.
-   * Errors: HandOverError, what `take` throws.
-   */
-  async handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
-    // Not at once: this may be called from inside a request.
-    await new Promise((resolve) => setImmediate(resolve));
-    const { transmission, exportName } = this;
-    this.mustBeGivable();
-    if (transmission === undefined || exportName === undefined) throw new Error('connection: an export without a name');
-    this.isFrozen = true;
-    try {
-      await this.standStill(transmission, signal);
-      if (signal?.aborted === true) throw new HandOverError('ABORTED', 'it was not wanted any more');
-      this.isFrozen = false;
-      this.mustBeGivable();
-      const socket = this.socket as net.Socket;
-      // From here to the end in one turn: the system takes more of what is unsent in every other one.
-      socket.off('data', this.onRequestData).off('end', this.onEnd);
-      takeBuffered(socket, (chunk) => transmission.feed(chunk));
-      const state: NegotiatedState = {
-        ...{ version: STATE_VERSION, peer: plainPeer(this.peer), exportName },
-        ...{ negotiated: transmission.rules.negotiated, geometry: transmission.rules.geometry },
-        ...{ unread: transmission.unread, unsent: transmission.unsent(unsentBytes(socket)) },
-      };
-      const taken = take(socket, state);
-      this.abort('it was handed over');
-      return taken;
-    } catch (error) {
-      this.socket.off('data', this.onRequestData).off('end', this.onEnd);
-      if (!this.isClosing) this.socket.on('data', this.onRequestData).on('end', this.onEnd);
-      transmission.thaw();
-      throw error;
-    } finally {
-      this.isFrozen = false;
-    }
+  /** Give the connection away; see HandOver. Errors: HandOverError; what `take` throws. */
+  handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
+    this.handingOver ??= new HandOver(this, this.socketGone);
+    return this.handingOver.run(take, signal);
   }
 
-  /** @throws HandOverError if it cannot be handed over, now or at all */
-  private mustBeGivable(): void {
-    if (this.isClosing || this.isEnding || this.isShuttingDown) throw new HandOverError('ENDING', 'it is ending');
-    if (this.transmission === undefined) throw new HandOverError('NOT_READY', 'it has chosen no export yet');
-    if (this.isFrozen) throw new HandOverError('NOT_READY', 'it is being handed over already');
-    if (this.socket !== this.transport)
-      throw new HandOverError('TLS', 'the keys of a TLS connection cannot be given away');
-    if (bytesTakenBySystem(this.socket) === undefined) {
-      throw new HandOverError('NOT_A_SOCKET', 'it is a stream of this process, not a socket of the system');
-    }
+  // --- For handing over ---
+
+  /** It is over, or will be when its requests in flight are answered. */
+  get isLeaving(): boolean {
+    return this.isClosing || this.isEnding || this.isShuttingDown;
   }
 
-  /** Resolves when no request is in flight and none begins, the socket is gone, or `signal` says so. */
-  private standStill(transmission: Transmission, signal: AbortSignal | undefined): Promise<unknown> {
-    const still = new Promise<void>((resolve) => {
-      transmission.freeze(resolve);
-      if (signal?.aborted === true) resolve();
-      else signal?.addEventListener('abort', () => resolve(), { once: true });
-    });
-    return Promise.race([still, this.socketGone]);
+  stopReading(): void {
+    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
+  }
+
+  readOn(): void {
+    this.stopReading();
+    if (!this.isClosing) this.socket.on('data', this.onRequestData).on('end', this.onEnd);
   }
 
   // --- For whoever counts connections ---
@@ -337,8 +251,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     const { tls, socket: plain } = this;
     if (tls === undefined) throw new Error('connection: TLS without keys');
     // From here nobody reads the socket: what comes before TLS has taken it over is TLS's to judge.
-    plain.off('data', this.onHandshakeData);
-    plain.off('end', this.onEnd);
+    this.stopReading();
     plain.pause();
     await this.send(acknowledgement);
     let accepted: Awaited<ReturnType<typeof acceptTls>>;
@@ -352,37 +265,14 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     }
     this.socket = accepted.socket;
     // "the server MUST NOT preserve any negotiation state … issued before this command"
-    this.tellLeft();
-    this.refused = undefined;
+    this.export.left(this.peer);
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
-    this.socket.on('data', this.onHandshakeData);
-    this.socket.on('end', this.onEnd);
-    this.socket.on('error', this.onError);
+    this.listen();
   }
 
-  async open(name: string): Promise<OpenExport> {
-    const opened = await this.provider.open(name, this.peer);
-    this.device = opened.device;
-    this.exportName = opened.info.name;
-    this.countedAs = opened.info.countedAs ?? opened.info.name;
-    return opened;
-  }
-
-  async abandon(): Promise<void> {
-    const { device } = this;
-    this.device = undefined;
-    try {
-      await device?.close(this.ending);
-    } catch (error) {
-      this.unexpected(error);
-    }
-    this.exportName = undefined;
-    this.countedAs = undefined;
-  }
-
-  unexpected(error: unknown): void {
-    this.observer.onDeviceError?.(error, { id: this.id, exportName: this.exportName });
+  private listen(): void {
+    this.socket.on('data', this.onHandshakeData).on('end', this.onEnd).on('error', this.onError);
   }
 
   // --- For the transmission ---
@@ -404,23 +294,14 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   private noteViolation(reason: string): boolean {
     if (this.isClosing) return false;
     this.reason ??= `protocol violation: ${reason}`;
-    this.violationCount = 1;
-    const { offender } = this;
-    if (offender === undefined) return false;
-    const { count, delayMs } = this.offenders.record(this.offenceOf(offender), performance.now());
-    this.violationCount = count;
+    const delayMs = this.violations.record(this.export.countedAs);
     if (delayMs === 0 || this.isShuttingDown) return false;
     this.transmission?.dropReplies();
     if (!this.heldSockets.hold(this.socket, delayMs)) return false;
     this.isClosing = true;
-    this.isCondemned = true;
-    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
-    this.condemn();
+    this.stopReading();
+    this.violations.condemn();
     return true;
-  }
-
-  private offenceOf(offender: string): string {
-    return `${offender} ${this.countedAs ?? ''}`;
   }
 
   // --- Its life ---
@@ -440,18 +321,19 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     } else if (outcome.next === 'close') {
       this.endSocket(outcome.reason);
     }
-    await Promise.race([this.socketGone, this.condemned]);
+    await Promise.race([this.socketGone, this.violations.condemned]);
     await this.requestsFinished();
     const { exportName } = this;
-    await this.abandon();
-    this.tellLeft();
+    const { refused } = this.export;
+    await this.export.close(this.ending);
+    this.export.left(this.peer);
     this.observer.onConnectionClose?.({
       id: this.id,
       peer: this.peer,
       exportName,
-      refused: exportName === undefined ? this.refused : undefined,
+      refused: exportName === undefined ? refused : undefined,
       reason: this.reason ?? 'the client vanished',
-      violations: this.violationCount,
+      violations: this.violations.count,
       isCrowdedOut: this.isCrowdedOut,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
@@ -459,14 +341,6 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       errors: this.errors,
       durationMs: Math.round(performance.now() - this.startedAt),
     });
-  }
-
-  private tellLeft(): void {
-    try {
-      this.provider.left?.(this.peer);
-    } catch (error) {
-      this.unexpected(error);
-    }
   }
 
   private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
@@ -478,8 +352,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.progress?.settled();
     this.socket.off('data', this.onHandshakeData);
     this.socket.on('data', this.onRequestData);
-    const violations =
-      this.offender === undefined ? 0 : this.offenders.countOf(this.offenceOf(this.offender), performance.now());
+    const violations = this.violations.countOf(this.export.countedAs);
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
     const unsent = this.state?.unsent;
     if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
@@ -488,31 +361,26 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.inPlace?.receive({
       nextBuffer: () => transmission.nextBuffer(),
       received: (length) => {
-        if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
+        this.idleClock?.heard();
         transmission.received(length);
       },
     });
-    if (this.limits.idleTimeoutMs > 0) {
-      this.lastActiveAt = this.time.now();
-      this.waitForIdleness(this.limits.idleTimeoutMs);
+    const { idleTimeoutMs } = this.limits;
+    if (idleTimeoutMs > 0) {
+      this.idleClock = new IdleClock(
+        this.time,
+        idleTimeoutMs,
+        () => transmission.isBusy,
+        () => {
+          if (!this.isClosing) this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
+        },
+      );
     }
     if (this.socket.readableEnded) this.onEnd();
     else if (this.isShuttingDown) {
       this.takeNoRequests(transmission);
       this.endWhenIdle('the server is shutting down');
     }
-  }
-
-  /** One timer that looks again, instead of one that every request restarts. */
-  private waitForIdleness(delayMs: number): void {
-    const { idleTimeoutMs } = this.limits;
-    this.idleTimer = setTimeout(() => {
-      if (this.isClosing) return;
-      if (this.transmission?.isBusy === true) this.lastActiveAt = this.time.now();
-      const left = this.lastActiveAt + idleTimeoutMs - this.time.now();
-      if (left > 0) this.waitForIdleness(left);
-      else this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
-    }, delayMs);
   }
 
   private requestsFinished(): Promise<void> {
@@ -536,17 +404,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.progress?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
-    if (socket.destroyed || this.lingerTimer !== undefined) return;
-    this.lingerTimer = setTimeout(() => socket.destroy(), this.limits.lingerMs);
-    // Read on, to the client's own end, and throw it away: a TCP socket that is closed with input unread, or that gets
-    // some afterwards, sends a reset, and the client may lose the replies it has not read yet.
-    const closeIfBothEnded = (): void => {
-      if (socket.writableFinished && socket.readableEnded) socket.destroy();
-    };
-    socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
-    socket.on('end', closeIfBothEnded);
-    socket.resume();
-    socket.end(closeIfBothEnded);
+    if (socket.destroyed || this.isLingering) return;
+    this.isLingering = true;
+    this.stopReading();
+    closeAfterOutput(socket, this.limits.lingerMs);
   }
 
   private describeFailure(error: unknown): string {
@@ -557,14 +418,14 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   private readonly onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
 
   private readonly onRequestData = (chunk: Buffer): void => {
-    if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
+    this.idleClock?.heard();
     this.transmission?.feed(chunk);
   };
 
   private readonly onEnd = (): void => {
     this.progress?.leaving();
     if (this.transmission === undefined) {
-      this.reader.fail(new Error(whyLeft(this.refused) ?? 'the client left during the handshake'));
+      this.reader.fail(new Error(this.export.whyLeft ?? 'the client left during the handshake'));
       this.endIfNothingIsTaken();
       return;
     }
@@ -578,41 +439,25 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
    * under TLS a write to it never ends.
    */
   private endIfNothingIsTaken(): void {
-    const { socket } = this;
-    const taken = bytesTakenBySystem(this.transport);
-    setTimeout(() => {
-      if (socket.destroyed || this.transmission !== undefined || socket.writableLength === 0) return;
-      if (bytesTakenBySystem(this.transport) !== taken) this.endIfNothingIsTaken();
-      else this.abort('the client left during the handshake, and takes nothing more');
-    }, this.limits.lingerMs).unref();
+    watchOutput(
+      this.socket,
+      this.transport,
+      this.limits.lingerMs,
+      () => this.transmission === undefined,
+      () => this.abort('the client left during the handshake, and takes nothing more'),
+    );
   }
 
   private readonly onError = (error: Error): void => {
-    const left = this.transmission === undefined ? whyLeft(this.refused) : undefined;
+    const left = this.transmission === undefined ? this.export.whyLeft : undefined;
     this.reason ??= left ?? `socket error: ${error.message}`;
     this.reader.fail(error);
   };
 
   private readonly onClose = (): void => {
     this.isClosing = true;
-    clearTimeout(this.lingerTimer);
-    clearTimeout(this.idleTimer);
+    this.idleClock?.stop();
     this.reader.fail(new Error('the client vanished'));
     this.transmission?.socketClosed();
   };
-}
-
-/**
- * What the system has taken of all that was written to `stream`. A long reply, and a batch of short ones, is one write, which a
- * slow client takes in the course of minutes: that it goes on is not seen by counting writes. Undefined if Node does not say.
- */
-function bytesTakenBySystem(stream: Duplex): number | undefined {
-  const { _handle: handle } = stream as { _handle?: { bytesWritten?: unknown; writeQueueSize?: unknown } | null };
-  if (typeof handle?.bytesWritten !== 'number' || typeof handle.writeQueueSize !== 'number') return undefined;
-  return handle.bytesWritten - handle.writeQueueSize;
-}
-
-/** Bytes written to `socket` that the system has not taken. */
-function unsentBytes(socket: net.Socket): number {
-  return socket.bytesWritten - (bytesTakenBySystem(socket) ?? socket.bytesWritten);
 }

@@ -47,7 +47,7 @@ export async function answerExportName(
     return { next: 'close', reason: `export ${JSON.stringify(name)} refused: ${refusal(host, error, name).message}` };
   }
   if (host.isShuttingDown) {
-    await host.abandon();
+    await host.export.close('lost');
     return { next: 'close', reason: 'the server is shutting down' };
   }
   const { device, geometry, info } = opened;
@@ -153,7 +153,7 @@ export async function answerGo(
     return undefined;
   }
   if (host.isShuttingDown) {
-    await host.abandon();
+    await host.export.close('lost');
     await reply(host, OPT.GO, REP.ERR_SHUTDOWN, 'the server is shutting down');
     return undefined;
   }
@@ -213,9 +213,9 @@ function refusal(
 ): { readonly type: number; readonly message: string } {
   const isExpected = error instanceof ExportError;
   const message = isExpected ? error.message : 'the export cannot be opened: internal error';
-  if (exportName !== undefined) host.refused = exportName;
+  if (exportName !== undefined) host.export.refused = exportName;
   if (!isExpected) {
-    host.unexpected(error);
+    host.export.unexpected(error);
     return { type: REP.ERR_UNKNOWN, message };
   }
   const type = {

@@ -3,10 +3,11 @@
  * touches the socket, and the connection knows nothing of options.
  */
 
-import type { BlockDevice, ExportInfo, ExportProvider, Geometry, Peer } from '../block-device.js';
+import type { ExportInfo, ExportProvider, Geometry, Peer } from '../block-device.js';
 import type { ByteReader } from '../protocol/byte-reader.js';
 import type { TlsMode } from '../protocol/tls.js';
 import type { Negotiated } from '../protocol/wire.js';
+import type { ClientExport } from './client-export.js';
 import type { ServedDevice } from './geometry.js';
 import type { HandshakeClock } from './handshake-clock.js';
 import type { Limits } from './limits.js';
@@ -21,24 +22,13 @@ export interface HandshakeHost {
   readonly isShuttingDown: boolean;
   /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
   readonly tlsMode: TlsMode | undefined;
-  /** The export that the client was last told it cannot have. */
-  refused: string | undefined;
+  readonly export: ClientExport;
   /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
   startTls(acknowledgement: Buffer): Promise<void>;
   /** The client has asked for something: it is not idling. */
   advanced(): void;
   /** Resolves when the socket has taken the bytes; fails when it is gone. */
   send(bytes: Buffer): Promise<void>;
-  /** Open an export; from then on the connection sees to its closing. */
-  open(name: string): Promise<OpenExport>;
-  /** Close what `open` gave: the client will not get it. */
-  abandon(): Promise<void>;
-  unexpected(error: unknown): void;
-}
-
-export interface OpenExport {
-  readonly device: BlockDevice;
-  readonly info: ExportInfo;
 }
 
 /** An export that can be announced, and served. */
@@ -65,9 +55,4 @@ export class HandshakeError extends Error {
     super(message);
     this.name = 'HandshakeError';
   }
-}
-
-/** Of a client that leaves without an export: undefined if it was refused none. */
-export function whyLeft(refused: string | undefined): string | undefined {
-  return refused === undefined ? undefined : `the client left when it was refused ${JSON.stringify(refused)}`;
 }

@@ -17,7 +17,7 @@ import {
   type Negotiated,
 } from '../protocol/wire.js';
 import { answerExportName, answerGo, answerInfo, answerList, answerMetaContexts } from './export-options.js';
-import { HandshakeError, whyLeft, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
+import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
 import { LoopSlice } from './loop-slices.js';
 import { answerReplyOption, beginNegotiation, encodeAnswer, reply, type Negotiation } from './negotiation.js';
 
@@ -126,7 +126,7 @@ async function answerOption(
     case OPT.ABORT:
       // "the server SHOULD gracefully handle the client … closing the connection without waiting for a reply"
       await reply(host, option, REP.ACK).catch(() => undefined);
-      return { next: 'close', reason: whyLeft(host.refused) ?? 'the client aborted the handshake' };
+      return { next: 'close', reason: host.export.whyLeft ?? 'the client aborted the handshake' };
     case OPT.INFO:
       await answerInfo(host, negotiated, data);
       return undefined;

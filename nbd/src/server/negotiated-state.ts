@@ -42,7 +42,7 @@ export class HandOverError extends Error {
 }
 
 /** What reopening asks of its connection. */
-export interface ReopenHost extends Pick<HandshakeHost, 'open' | 'abandon' | 'unexpected' | 'isShuttingDown'> {
+export interface ReopenHost extends Pick<HandshakeHost, 'export' | 'isShuttingDown'> {
   readonly peer: Peer;
   readonly provider: ExportProvider;
   readonly clock: HandshakeClock;
@@ -62,7 +62,7 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
       ? 'the server is shutting down'
       : ((await missingContext(host, state)) ?? whyNotTheSame(state, geometry));
     if (problem !== undefined) {
-      await host.abandon();
+      await host.export.close('lost');
       return close(problem);
     }
     return {
@@ -72,7 +72,7 @@ export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<
     };
   } catch (error) {
     if (error instanceof ExportError) return close(error.message);
-    host.unexpected(error);
+    host.export.unexpected(error);
     return close('internal error');
   }
 }
