@@ -6,12 +6,13 @@ const MAX_GAPS = 8192;
 /** Which bytes of a read have come, as ranges in ascending order that do not touch. */
 export class Coverage {
   bytes = 0;
-  private readonly starts: number[] = [];
-  private readonly ends: number[] = [];
+  readonly #starts: number[] = [];
+  readonly #ends: number[] = [];
 
   /** False if the range overlaps what has come, or there are too many gaps. */
   add(start: number, end: number): boolean {
-    const { starts, ends } = this;
+    const starts = this.#starts;
+    const ends = this.#ends;
     let low = 0;
     let high = starts.length;
     if (start >= (ends.at(-1) ?? -1)) low = high;

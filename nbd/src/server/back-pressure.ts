@@ -18,69 +18,84 @@ export class BackPressure {
   /** Undefined: nothing waits. */
   held: Buffer | undefined;
   /** `held` lies in it. */
-  private heldBlock: Block | undefined;
+  #heldBlock: Block | undefined;
   /** The request that was decoded last waits for memory. */
   isShortOfMemory = false;
   /** It waits for its turn of the loop. */
   isQueued = false;
 
+  readonly #host: TransmissionHost;
+  readonly #account: MemoryAccount;
+  readonly #memory: ReceiveMemory;
+  readonly #inFlight: RequestsInFlight;
+  readonly #replies: ReplyQueue;
+  readonly #task: LoopTask;
+
   constructor(
-    private readonly host: TransmissionHost,
-    private readonly account: MemoryAccount,
-    private readonly memory: ReceiveMemory,
-    private readonly inFlight: RequestsInFlight,
-    private readonly replies: ReplyQueue,
-    private readonly task: LoopTask,
-  ) {}
+    host: TransmissionHost,
+    account: MemoryAccount,
+    memory: ReceiveMemory,
+    inFlight: RequestsInFlight,
+    replies: ReplyQueue,
+    task: LoopTask,
+  ) {
+    this.#host = host;
+    this.#account = account;
+    this.#memory = memory;
+    this.#inFlight = inFlight;
+    this.#replies = replies;
+    this.#task = task;
+  }
 
   /** Asked before every request: whether this connection has all the work and all the unread replies it may have. */
   isSaturated(isRefusing: boolean): boolean {
-    const { limits } = this.host;
+    const { limits } = this.#host;
     // Refusals need no room with the device; and they reach also who had too many replies unread, up to twice as many.
-    if (isRefusing) return this.replies.unsentBytes >= 2 * limits.maxUnsentBytes;
+    if (isRefusing) return this.#replies.unsentBytes >= 2 * limits.maxUnsentBytes;
     return (
-      this.replies.unsentBytes >= limits.maxUnsentBytes ||
-      this.inFlight.count >= limits.maxInFlightRequests ||
-      this.inFlight.bytes >= limits.maxInFlightBytes
+      this.#replies.unsentBytes >= limits.maxUnsentBytes ||
+      this.#inFlight.count >= limits.maxInFlightRequests ||
+      this.#inFlight.bytes >= limits.maxInFlightBytes
     );
   }
 
   /** Whether the client, having been held back, is to be heard again. */
   hasRoomAgain(isRefusing: boolean): boolean {
-    const isBacklogged = this.replies.unsentBytes > this.host.limits.maxUnsentBytes * RESUME_BELOW;
+    const isBacklogged = this.#replies.unsentBytes > this.#host.limits.maxUnsentBytes * RESUME_BELOW;
     return !(isBacklogged && !isRefusing) && !this.isSaturated(isRefusing);
   }
 
   /** Go on later with `rest`, which is the transmission's. */
   hold(rest: Buffer): void {
-    const block = this.memory.parsed;
-    if (block === undefined) this.keep(rest, undefined);
+    const block = this.#memory.parsed;
+    if (block === undefined) this.#keep(rest, undefined);
     // The rest of its own block is not worth keeping it from what comes.
-    else if (rest.length <= OWN_RECEIVE_BYTES) this.keep(Buffer.from(rest), undefined);
+    else if (rest.length <= OWN_RECEIVE_BYTES) this.#keep(Buffer.from(rest), undefined);
     else {
       block.pins++;
-      this.keep(rest, block);
+      this.#keep(rest, block);
     }
-    this.host.socket.pause();
+    this.#host.socket.pause();
   }
 
   /** More has come, though something waits already. */
   append(chunk: Buffer): void {
     const { held } = this;
-    this.keep(held === undefined ? chunk : Buffer.concat([held, chunk]), undefined);
+    this.#keep(held === undefined ? chunk : Buffer.concat([held, chunk]), undefined);
   }
 
   /** What waits is not wanted any more. */
   drop(): void {
-    this.keep(undefined, undefined);
+    this.#keep(undefined, undefined);
   }
 
   /** What waits is to be parsed now; `memory.parsed` is the block that it lies in, to be unpinned afterwards. */
   release(): Buffer | undefined {
-    const { held, heldBlock } = this;
+    const { held } = this;
+    const heldBlock = this.#heldBlock;
     this.held = undefined;
-    this.heldBlock = undefined;
-    this.memory.parsed = heldBlock;
+    this.#heldBlock = undefined;
+    this.#memory.parsed = heldBlock;
     return held;
   }
 
@@ -88,7 +103,7 @@ export class BackPressure {
   waitForTurn(): void {
     if (this.isQueued) return;
     this.isQueued = true;
-    this.host.loop.enqueue(this.task);
+    this.#host.loop.enqueue(this.#task);
   }
 
   /** The request just decoded needs `bytes` of memory that others have. `rest` is what came behind its header. */
@@ -100,21 +115,21 @@ export class BackPressure {
   /** The same, with the rest held already. */
   askForMemory(bytes: number): void {
     this.isShortOfMemory = true;
-    this.host.pool.wait(this.account, bytes);
+    this.#host.pool.wait(this.#account, bytes);
   }
 
   /** It waits neither for its turn nor for memory any more. */
   endWaits(): void {
     this.isShortOfMemory = false;
-    this.host.pool.endWait(this.account);
-    if (this.isQueued) this.host.loop.leave(this.task);
+    this.#host.pool.endWait(this.#account);
+    if (this.isQueued) this.#host.loop.leave(this.#task);
     this.isQueued = false;
   }
 
-  private keep(held: Buffer | undefined, block: Block | undefined): void {
-    const before = this.heldBlock;
+  #keep(held: Buffer | undefined, block: Block | undefined): void {
+    const before = this.#heldBlock;
     this.held = held;
-    this.heldBlock = block;
-    if (before !== undefined) this.memory.unpin(before);
+    this.#heldBlock = block;
+    if (before !== undefined) this.#memory.unpin(before);
   }
 }

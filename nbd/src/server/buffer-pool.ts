@@ -111,29 +111,29 @@ export interface MemoryUse {
 }
 
 export class BufferPool {
-  private max = 0;
-  private smallMax = 0;
-  private keptSmallMax = 0;
-  private largeMax = 0;
+  #max = 0;
+  #smallMax = 0;
+  #keptSmallMax = 0;
+  #largeMax = 0;
   /** Of that, what is kept for those of MEDIUM_BYTES at most, and what they use. */
-  private mediumMin = 0;
-  private mediumUsed = 0;
-  private smallUsed = 0;
+  #mediumMin = 0;
+  #mediumUsed = 0;
+  #smallUsed = 0;
   /** Blocks for one request, and what is promised for some. */
-  private largeUsed = 0;
-  private keptSmall = 0;
-  private keptLarge = 0;
-  private readonly slabs: Block[] = [];
-  private readonly receives: Block[] = [];
-  private readonly own: Block[] = [];
+  #largeUsed = 0;
+  #keptSmall = 0;
+  #keptLarge = 0;
+  readonly #slabs: Block[] = [];
+  readonly #receives: Block[] = [];
+  readonly #own: Block[] = [];
   /** The one that was given back last is at the end. */
-  private readonly large: Block[] = [];
+  readonly #large: Block[] = [];
   /** Those that wait for more than MEDIUM_BYTES, and for less. */
-  private readonly queue: MemoryAccount[] = [];
-  private readonly mediumQueue: MemoryAccount[] = [];
-  private isGrantScheduled = false;
-  private refusedSlabAt = -Infinity;
-  private timer: NodeJS.Timeout | undefined;
+  readonly #queue: MemoryAccount[] = [];
+  readonly #mediumQueue: MemoryAccount[] = [];
+  #isGrantScheduled = false;
+  #refusedSlabAt = -Infinity;
+  #timer: NodeJS.Timeout | undefined;
 
   /** @param maxBytes the budget; a request that needs more than all of it gets its memory when nobody else has any */
   constructor(maxBytes: number) {
@@ -143,47 +143,47 @@ export class BufferPool {
   /** The budget. With a smaller one than is in use nobody gets more until enough was given back. */
   set maxBytes(bytes: number) {
     const small = bytes * SMALL_SHARE;
-    this.max = bytes;
-    this.keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
-    this.smallMax = small - this.keptSmallMax;
-    this.largeMax = bytes - small;
-    this.mediumMin = this.largeMax * MEDIUM_SHARE;
-    this.scheduleGrant();
+    this.#max = bytes;
+    this.#keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
+    this.#smallMax = small - this.#keptSmallMax;
+    this.#largeMax = bytes - small;
+    this.#mediumMin = this.#largeMax * MEDIUM_SHARE;
+    this.#scheduleGrant();
   }
 
   get use(): MemoryUse {
     return {
-      usedBytes: this.smallUsed + this.largeUsed,
-      maxBytes: this.max,
-      keptBytes: this.keptSmall + this.keptLarge,
-      waiting: this.queue.length + this.mediumQueue.length,
+      usedBytes: this.#smallUsed + this.#largeUsed,
+      maxBytes: this.#max,
+      keptBytes: this.#keptSmall + this.#keptLarge,
+      waiting: this.#queue.length + this.#mediumQueue.length,
     };
   }
 
   /** What whoever is first in the queue waits for, or a slab if there was none lately; 0: nobody lacks memory. */
   get missingBytes(): number {
-    const wanted = (this.queue[0]?.wanted ?? 0) + (this.mediumQueue[0]?.wanted ?? 0);
+    const wanted = (this.#queue[0]?.wanted ?? 0) + (this.#mediumQueue[0]?.wanted ?? 0);
     if (wanted > 0) return wanted;
-    return performance.now() - this.refusedSlabAt < SHORTAGE_MS ? SLAB_BYTES : 0;
+    return performance.now() - this.#refusedSlabAt < SHORTAGE_MS ? SLAB_BYTES : 0;
   }
 
   /** A slab, empty; undefined if there is none left. */
   takeSlab(account: MemoryAccount): Block | undefined {
-    const block = this.takeSmall(account, this.slabs, 'slab', SLAB_BYTES);
-    if (block === undefined) this.refusedSlabAt = performance.now();
+    const block = this.#takeSmall(account, this.#slabs, 'slab', SLAB_BYTES);
+    if (block === undefined) this.#refusedSlabAt = performance.now();
     return block;
   }
 
   /** A block to receive requests into; undefined if there is none left. */
   takeReceive(account: MemoryAccount): Block | undefined {
-    return this.takeSmall(account, this.receives, 'receive', RECEIVE_BYTES);
+    return this.#takeSmall(account, this.#receives, 'receive', RECEIVE_BYTES);
   }
 
   /** What the connection has for itself; undefined if it is taken. */
   takeOwn(account: MemoryAccount): Block | undefined {
     if (account.isOwnTaken) return undefined;
     account.isOwnTaken = true;
-    const block = this.own.pop() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
+    const block = this.#own.pop() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
     block.account = account;
     return block;
   }
@@ -196,8 +196,8 @@ export class BufferPool {
   /** Whether there is memory for a request of `length` bytes; if not, see `wait`. */
   hasRoom(account: MemoryAccount, length: number): boolean {
     const charge = capacityFor(length) * account.copies;
-    if (account.isGranted) return charge <= account.wanted || this.largeUsed === account.wanted;
-    return this.queueFor(account, charge).length === 0 && this.fits(account, charge);
+    if (account.isGranted) return charge <= account.wanted || this.#largeUsed === account.wanted;
+    return this.#queueFor(account, charge).length === 0 && this.#fits(account, charge);
   }
 
   /**
@@ -207,46 +207,46 @@ export class BufferPool {
   takeLarge(account: MemoryAccount, length: number): Block {
     if (account.isBeginning) this.endWait(account);
     const capacity = capacityFor(length);
-    const block = this.findKept(capacity) ?? this.allocateLarge(capacity);
-    this.charge(block, account, capacity * account.copies);
-    this.take(account, block.charge);
+    const block = this.#findKept(capacity) ?? this.#allocateLarge(capacity);
+    this.#charge(block, account, capacity * account.copies);
+    this.#take(account, block.charge);
     return block;
   }
 
   /** `bytes` are needed that are no block of the pool, or will be one later. To be given back with `unclaim`. */
   claim(account: MemoryAccount, bytes: number): void {
     if (account.isBeginning) this.endWait(account);
-    this.take(account, bytes * account.copies);
+    this.#take(account, bytes * account.copies);
     account.held += bytes * account.copies;
   }
 
   unclaim(account: MemoryAccount, bytes: number): void {
-    this.unuse(account, bytes * account.copies);
+    this.#unuse(account, bytes * account.copies);
     account.held -= bytes * account.copies;
-    this.scheduleGrant();
+    this.#scheduleGrant();
   }
 
   /** `account.granted` is called when there is memory for `length` bytes, after all who wait already. */
   wait(account: MemoryAccount, length: number): void {
     if (account.wanted > 0) return;
     account.wanted = capacityFor(length) * account.copies;
-    this.queueFor(account, account.wanted).push(account);
+    this.#queueFor(account, account.wanted).push(account);
     // What is free may be what others were kept from.
-    this.scheduleGrant();
+    this.#scheduleGrant();
   }
 
   /** `account` does not want what it waits for, or has got it. */
   endWait(account: MemoryAccount): void {
     if (account.wanted === 0) return;
     if (account.isGranted) {
-      this.unuse(account, account.wanted);
+      this.#unuse(account, account.wanted);
       account.isGranted = false;
     } else {
-      const queue = this.queueFor(account, account.wanted);
+      const queue = this.#queueFor(account, account.wanted);
       queue.splice(queue.indexOf(account), 1);
     }
     account.wanted = 0;
-    this.scheduleGrant();
+    this.#scheduleGrant();
   }
 
   /** Nobody needs `block` any more. */
@@ -256,131 +256,131 @@ export class BufferPool {
     block.pins = 0;
     block.account = undefined;
     if (kind === 'slab' || kind === 'receive') {
-      this.smallUsed -= block.charge;
+      this.#smallUsed -= block.charge;
       if (account !== undefined) account.held -= block.charge;
       const size = block.buffer.length;
-      if (block.isLost || this.keptSmall + size > this.keptSmallMax) return;
-      this.keptSmall += size;
-      (kind === 'slab' ? this.slabs : this.receives).push(block);
+      if (block.isLost || this.#keptSmall + size > this.#keptSmallMax) return;
+      this.#keptSmall += size;
+      (kind === 'slab' ? this.#slabs : this.#receives).push(block);
     } else if (kind === 'large') {
       if (account !== undefined) {
-        this.unuse(account, block.charge);
+        this.#unuse(account, block.charge);
         account.held -= block.charge;
       }
-      if (!block.isLost && block.buffer.length >= LARGE_STEP) this.keep(block);
-      this.scheduleGrant();
+      if (!block.isLost && block.buffer.length >= LARGE_STEP) this.#keep(block);
+      this.#scheduleGrant();
     } else if (kind === 'own') {
       if (account !== undefined) account.isOwnTaken = false;
-      if (!block.isLost && this.own.length < KEPT_OWN) this.own.push(block);
+      if (!block.isLost && this.#own.length < KEPT_OWN) this.#own.push(block);
     }
   }
 
-  private takeSmall(account: MemoryAccount, kept: Block[], kind: BlockKind, size: number): Block | undefined {
+  #takeSmall(account: MemoryAccount, kept: Block[], kind: BlockKind, size: number): Block | undefined {
     const charge = size * account.copies;
-    if (this.smallUsed + charge > this.smallMax) return undefined;
+    if (this.#smallUsed + charge > this.#smallMax) return undefined;
     let block = kept.pop();
     if (block === undefined) block = new Block(Buffer.allocUnsafeSlow(size), kind);
-    else this.keptSmall -= size;
-    this.charge(block, account, charge);
-    this.smallUsed += charge;
+    else this.#keptSmall -= size;
+    this.#charge(block, account, charge);
+    this.#smallUsed += charge;
     return block;
   }
 
-  private charge(block: Block, account: MemoryAccount, bytes: number): void {
+  #charge(block: Block, account: MemoryAccount, bytes: number): void {
     block.account = account;
     block.charge = bytes;
     account.held += bytes;
   }
 
-  private queueFor(account: MemoryAccount, charge: number): MemoryAccount[] {
-    return isMedium(account, charge) ? this.mediumQueue : this.queue;
+  #queueFor(account: MemoryAccount, charge: number): MemoryAccount[] {
+    return isMedium(account, charge) ? this.#mediumQueue : this.#queue;
   }
 
-  private take(account: MemoryAccount, charge: number): void {
-    this.largeUsed += charge;
-    if (isMedium(account, charge)) this.mediumUsed += charge;
+  #take(account: MemoryAccount, charge: number): void {
+    this.#largeUsed += charge;
+    if (isMedium(account, charge)) this.#mediumUsed += charge;
   }
 
-  private unuse(account: MemoryAccount, charge: number): void {
-    this.largeUsed -= charge;
-    if (isMedium(account, charge)) this.mediumUsed -= charge;
+  #unuse(account: MemoryAccount, charge: number): void {
+    this.#largeUsed -= charge;
+    if (isMedium(account, charge)) this.#mediumUsed -= charge;
   }
 
-  private fits(account: MemoryAccount, charge: number): boolean {
-    if (this.largeUsed === 0) return true;
-    const fitsAtAll = this.largeUsed + charge <= this.largeMax;
+  #fits(account: MemoryAccount, charge: number): boolean {
+    if (this.#largeUsed === 0) return true;
+    const fitsAtAll = this.#largeUsed + charge <= this.#largeMax;
     if (isMedium(account, charge)) {
       // What longer ones wait for is not taken from them.
-      const isTheirs = this.queue.length > 0 && this.mediumUsed > 0;
-      return fitsAtAll && !(isTheirs && this.mediumUsed + charge > this.mediumMin);
+      const isTheirs = this.#queue.length > 0 && this.#mediumUsed > 0;
+      return fitsAtAll && !(isTheirs && this.#mediumUsed + charge > this.#mediumMin);
     }
-    return fitsAtAll && this.largeUsed - this.mediumUsed + charge <= this.largeMax - this.mediumMin;
+    return fitsAtAll && this.#largeUsed - this.#mediumUsed + charge <= this.#largeMax - this.#mediumMin;
   }
 
-  private findKept(capacity: number): Block | undefined {
-    for (let i = this.large.length - 1; i >= 0; i--) {
-      const block = this.large[i];
+  #findKept(capacity: number): Block | undefined {
+    for (let i = this.#large.length - 1; i >= 0; i--) {
+      const block = this.#large[i];
       if (block !== undefined && block.buffer.length === capacity) {
-        this.large.splice(i, 1);
-        this.keptLarge -= capacity;
+        this.#large.splice(i, 1);
+        this.#keptLarge -= capacity;
         return block;
       }
     }
     return undefined;
   }
 
-  private allocateLarge(capacity: number): Block {
+  #allocateLarge(capacity: number): Block {
     // What is kept has other sizes: it makes room.
-    while (this.large.length > 0 && this.largeUsed + this.keptLarge + capacity > this.largeMax) this.release();
+    while (this.#large.length > 0 && this.#largeUsed + this.#keptLarge + capacity > this.#largeMax) this.#release();
     return new Block(Buffer.allocUnsafeSlow(capacity), 'large');
   }
 
-  private keep(block: Block): void {
+  #keep(block: Block): void {
     const size = block.buffer.length;
-    while (this.large.length > 0 && this.largeUsed + this.keptLarge + size > this.largeMax) this.release();
+    while (this.#large.length > 0 && this.#largeUsed + this.#keptLarge + size > this.#largeMax) this.#release();
     block.keptSince = performance.now();
-    this.large.push(block);
-    this.keptLarge += size;
-    this.timer ??= setInterval(this.tick, TICK_MS).unref();
+    this.#large.push(block);
+    this.#keptLarge += size;
+    this.#timer ??= setInterval(this.#tick, TICK_MS).unref();
   }
 
   /** Give back what was not used for longest. */
-  private readonly tick = (): void => {
+  readonly #tick = (): void => {
     const before = performance.now() - KEEP_MS;
     let left = BYTES_PER_TICK;
-    for (let oldest = this.large[0]; oldest !== undefined; oldest = this.large[0]) {
+    for (let oldest = this.#large[0]; oldest !== undefined; oldest = this.#large[0]) {
       if (left <= 0 || oldest.keptSince > before) return;
       left -= oldest.buffer.length;
-      this.release();
+      this.#release();
     }
-    clearInterval(this.timer);
-    this.timer = undefined;
+    clearInterval(this.#timer);
+    this.#timer = undefined;
   };
 
-  private release(): void {
-    const block = this.large.shift();
+  #release(): void {
+    const block = this.#large.shift();
     if (block === undefined) return;
-    this.keptLarge -= block.buffer.length;
+    this.#keptLarge -= block.buffer.length;
     releaseMemory(block.buffer);
   }
 
   /** Not at once: memory is given back in the middle of somebody's work. */
-  private scheduleGrant(): void {
-    if (this.isGrantScheduled || this.queue.length + this.mediumQueue.length === 0) return;
-    this.isGrantScheduled = true;
-    setImmediate(this.grant);
+  #scheduleGrant(): void {
+    if (this.#isGrantScheduled || this.#queue.length + this.#mediumQueue.length === 0) return;
+    this.#isGrantScheduled = true;
+    setImmediate(this.#grant);
   }
 
-  private readonly grant = (): void => {
-    this.isGrantScheduled = false;
-    for (const queue of [this.mediumQueue, this.queue]) {
+  readonly #grant = (): void => {
+    this.#isGrantScheduled = false;
+    for (const queue of [this.#mediumQueue, this.#queue]) {
       for (;;) {
         const [first] = queue;
-        if (first === undefined || !this.fits(first, first.wanted)) break;
+        if (first === undefined || !this.#fits(first, first.wanted)) break;
         queue.shift();
         // Set aside: whoever comes in between does not get it.
         first.isGranted = true;
-        this.take(first, first.wanted);
+        this.#take(first, first.wanted);
         first.granted();
       }
     }

@@ -35,7 +35,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   peer: Peer;
   readonly openedAt = Date.now();
   /** The same moment by performance.now(): a clock that is set makes no connection longer or shorter. */
-  private readonly startedAt = performance.now();
+  readonly #startedAt = performance.now();
   /** What bytes are read from and written to; under TLS not the one that was accepted. */
   socket: Duplex;
   readonly tlsMode: TlsMode | undefined;
@@ -48,33 +48,33 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   /** From the greeting on. */
   readonly clock: HandshakeClock;
   isShuttingDown = false;
-  private isRefusing = true;
+  #isRefusing = true;
   readonly export: ClientExport;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
 
   transmission: Transmission | undefined;
   /** Until the client has said goodbye. */
-  private ending: Ending = 'lost';
-  private isClosing = false;
+  #ending: Ending = 'lost';
+  #isClosing = false;
   /** It will end when its requests in flight are finished. */
-  private isEnding = false;
-  private isInTlsHandshake = false;
-  private reason: string | undefined;
-  private isLingering = false;
-  private idleClock: IdleClock | undefined;
-  private handingOver: HandOver | undefined;
-  private readonly time: LoopTime;
+  #isEnding = false;
+  #isInTlsHandshake = false;
+  #reason: string | undefined;
+  #isLingering = false;
+  #idleClock: IdleClock | undefined;
+  #handingOver: HandOver | undefined;
+  readonly #time: LoopTime;
   /** What was accepted: under TLS what lies below it. */
   readonly transport: Duplex;
-  private readonly tls: ServerTls | undefined;
-  private readonly inPlace: InPlaceSocket | undefined;
-  private readonly socketGone: Promise<void>;
-  private readonly heldSockets: HeldSockets;
-  private readonly progress: Progress | undefined;
-  private readonly state: NegotiatedState | undefined;
-  private isCrowdedOut = false;
-  private readonly violations: Violations;
+  readonly #tls: ServerTls | undefined;
+  readonly #inPlace: InPlaceSocket | undefined;
+  readonly #socketGone: Promise<void>;
+  readonly #heldSockets: HeldSockets;
+  readonly #progress: Progress | undefined;
+  readonly #state: NegotiatedState | undefined;
+  #isCrowdedOut = false;
+  readonly #violations: Violations;
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -87,29 +87,29 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.observer = shared.observer;
     this.pool = shared.pool;
     this.loop = shared.loop;
-    this.time = shared.time;
-    this.tls = options.tls;
-    this.inPlace = options.inPlace;
-    this.heldSockets = shared.heldSockets;
-    this.violations = new Violations(options.offender, shared.offenders);
-    this.progress = options.progress;
-    this.state = options.state;
+    this.#time = shared.time;
+    this.#tls = options.tls;
+    this.#inPlace = options.inPlace;
+    this.#heldSockets = shared.heldSockets;
+    this.#violations = new Violations(options.offender, shared.offenders);
+    this.#progress = options.progress;
+    this.#state = options.state;
     // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
-    this.clock = new HandshakeClock(this.limits, this.time, (reason) => this.abort(reason));
-    this.socketGone = new Promise((resolve) => {
+    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));
+    this.#socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
     });
-    this.listen();
-    this.socket.once('close', this.onClose);
+    this.#listen();
+    this.socket.once('close', this.#onClose);
     // Whoever took the head from it may have paused it since.
     this.socket.resume();
     const head = options.state === undefined ? options.head : Buffer.from(options.state.unread);
     if (head !== undefined && head.length > 0) this.reader.feed(head);
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
-    this.over = this.live();
+    this.over = this.#live();
   }
 
   get exportName(): string | undefined {
@@ -117,7 +117,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   }
 
   get phase(): ConnectionInfo['phase'] {
-    if (this.isClosing || this.isEnding) return 'closing';
+    if (this.#isClosing || this.#isEnding) return 'closing';
     return this.transmission === undefined ? 'handshake' : 'transmission';
   }
 
@@ -164,29 +164,29 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   shutdown(options: { readonly refuse: boolean }): void {
     if (this.isShuttingDown) return;
     this.isShuttingDown = true;
-    this.isRefusing = options.refuse;
+    this.#isRefusing = options.refuse;
     const reason = 'the server is shutting down';
     // Nothing of it but its last requests is left.
-    if (this.violations.isCondemned) return;
+    if (this.#violations.isCondemned) return;
     if (this.transmission === undefined) {
       // An option being answered is answered; a client that has nothing pending is not waited for.
       this.reader.fail(new Error(reason));
-      if (this.isInTlsHandshake) this.abort(reason);
+      if (this.#isInTlsHandshake) this.abort(reason);
       return;
     }
-    this.takeNoRequests(this.transmission);
-    this.endWhenIdle(reason);
+    this.#takeNoRequests(this.transmission);
+    this.#endWhenIdle(reason);
   }
 
-  private takeNoRequests(transmission: Transmission): void {
-    if (this.isRefusing) transmission.refuseNewRequests();
+  #takeNoRequests(transmission: Transmission): void {
+    if (this.#isRefusing) transmission.refuseNewRequests();
     else transmission.dropNewRequests();
   }
 
   /** Close the socket now. The device is closed when its last request has finished. */
   abort(reason: string): void {
-    this.reason ??= reason;
-    this.isClosing = true;
+    this.#reason ??= reason;
+    this.#isClosing = true;
     this.reader.fail(new Error(reason));
     this.socket.destroy();
   }
@@ -202,43 +202,43 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
 
   /** Give the connection away; see HandOver. Errors: HandOverError; what `take` throws. */
   handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
-    this.handingOver ??= new HandOver(this, this.socketGone);
-    return this.handingOver.run(take, signal);
+    this.#handingOver ??= new HandOver(this, this.#socketGone);
+    return this.#handingOver.run(take, signal);
   }
 
   // --- For handing over ---
 
   /** It is over, or will be when its requests in flight are answered. */
   get isLeaving(): boolean {
-    return this.isClosing || this.isEnding || this.isShuttingDown;
+    return this.#isClosing || this.#isEnding || this.isShuttingDown;
   }
 
   stopReading(): void {
-    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
+    this.socket.off('data', this.#onHandshakeData).off('data', this.#onRequestData).off('end', this.#onEnd);
   }
 
   readOn(): void {
     this.stopReading();
-    if (!this.isClosing) this.socket.on('data', this.onRequestData).on('end', this.onEnd);
+    if (!this.#isClosing) this.socket.on('data', this.#onRequestData).on('end', this.#onEnd);
   }
 
   // --- For whoever counts connections ---
 
   get isWaitedFor(): boolean {
-    if (this.isClosing || this.transmission !== undefined) return this.isClosing;
+    if (this.#isClosing || this.transmission !== undefined) return this.#isClosing;
     // Also who does not take what we have said.
-    return this.reader.isWaiting || this.isInTlsHandshake || this.socket.writableLength > 0;
+    return this.reader.isWaiting || this.#isInTlsHandshake || this.socket.writableLength > 0;
   }
 
   crowdOut(reason: string): void {
-    this.isCrowdedOut = true;
+    this.#isCrowdedOut = true;
     this.abort(reason);
   }
 
   // --- For the handshake ---
 
   advanced(): void {
-    this.progress?.advanced();
+    this.#progress?.advanced();
   }
 
   send(bytes: Buffer): Promise<void> {
@@ -248,7 +248,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   }
 
   async startTls(acknowledgement: Buffer): Promise<void> {
-    const { tls, socket: plain } = this;
+    const { socket: plain } = this;
+    const tls = this.#tls;
     if (tls === undefined) throw new Error('connection: TLS without keys');
     // From here nobody reads the socket: what comes before TLS has taken it over is TLS's to judge.
     this.stopReading();
@@ -256,134 +257,134 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     await this.send(acknowledgement);
     let accepted: Awaited<ReturnType<typeof acceptTls>>;
     try {
-      this.isInTlsHandshake = true;
+      this.#isInTlsHandshake = true;
       accepted = await acceptTls(plain, tls.material());
     } catch (error) {
       throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
     } finally {
-      this.isInTlsHandshake = false;
+      this.#isInTlsHandshake = false;
     }
     this.socket = accepted.socket;
     // "the server MUST NOT preserve any negotiation state … issued before this command"
     this.export.left(this.peer);
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
-    this.listen();
+    this.#listen();
   }
 
-  private listen(): void {
-    this.socket.on('data', this.onHandshakeData).on('end', this.onEnd).on('error', this.onError);
+  #listen(): void {
+    this.socket.on('data', this.#onHandshakeData).on('end', this.#onEnd).on('error', this.#onError);
   }
 
   // --- For the transmission ---
 
   disconnectRequested(): void {
-    this.ending = 'disconnect';
-    this.progress?.leaving();
-    this.endWhenIdle('the client disconnected');
+    this.#ending = 'disconnect';
+    this.#progress?.leaving();
+    this.#endWhenIdle('the client disconnected');
   }
 
   protocolViolated(reason: string): void {
-    if (!this.noteViolation(reason)) this.abort(`protocol violation: ${reason}`);
+    if (!this.#noteViolation(reason)) this.abort(`protocol violation: ${reason}`);
   }
 
   /**
    * Count a violation. True if the client, having done it before, is now kept waiting for its end: the connection is over
    * when its requests in flight are finished, and only its socket is left. False if it is to be closed at once.
    */
-  private noteViolation(reason: string): boolean {
-    if (this.isClosing) return false;
-    this.reason ??= `protocol violation: ${reason}`;
-    const delayMs = this.violations.record(this.export.countedAs);
+  #noteViolation(reason: string): boolean {
+    if (this.#isClosing) return false;
+    this.#reason ??= `protocol violation: ${reason}`;
+    const delayMs = this.#violations.record(this.export.countedAs);
     if (delayMs === 0 || this.isShuttingDown) return false;
     this.transmission?.dropReplies();
-    if (!this.heldSockets.hold(this.socket, delayMs)) return false;
-    this.isClosing = true;
+    if (!this.#heldSockets.hold(this.socket, delayMs)) return false;
+    this.#isClosing = true;
     this.stopReading();
-    this.violations.condemn();
+    this.#violations.condemn();
     return true;
   }
 
   // --- Its life ---
 
-  private async live(): Promise<void> {
+  async #live(): Promise<void> {
     let outcome: HandshakeOutcome | { readonly next: 'held' };
     try {
-      outcome = this.state === undefined ? await negotiate(this) : await reopen(this, this.state);
+      outcome = this.#state === undefined ? await negotiate(this) : await reopen(this, this.#state);
     } catch (error) {
-      outcome = { next: 'close', reason: this.describeFailure(error) };
-      if (error instanceof HandshakeError && this.noteViolation(error.message)) outcome = { next: 'held' };
+      outcome = { next: 'close', reason: this.#describeFailure(error) };
+      if (error instanceof HandshakeError && this.#noteViolation(error.message)) outcome = { next: 'held' };
     }
     this.clock.stop();
 
     if (outcome.next === 'transmission' && !this.socket.destroyed) {
-      this.beginTransmission(outcome);
+      this.#beginTransmission(outcome);
     } else if (outcome.next === 'close') {
-      this.endSocket(outcome.reason);
+      this.#endSocket(outcome.reason);
     }
-    await Promise.race([this.socketGone, this.violations.condemned]);
-    await this.requestsFinished();
+    await Promise.race([this.#socketGone, this.#violations.condemned]);
+    await this.#requestsFinished();
     const { exportName } = this;
     const { refused } = this.export;
-    await this.export.close(this.ending);
+    await this.export.close(this.#ending);
     this.export.left(this.peer);
     this.observer.onConnectionClose?.({
       id: this.id,
       peer: this.peer,
       exportName,
       refused: exportName === undefined ? refused : undefined,
-      reason: this.reason ?? 'the client vanished',
-      violations: this.violations.count,
-      isCrowdedOut: this.isCrowdedOut,
+      reason: this.#reason ?? 'the client vanished',
+      violations: this.#violations.count,
+      isCrowdedOut: this.#isCrowdedOut,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
       requests: this.requests,
       errors: this.errors,
-      durationMs: Math.round(performance.now() - this.startedAt),
+      durationMs: Math.round(performance.now() - this.#startedAt),
     });
   }
 
-  private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
+  #beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
     const transmission = new Transmission(this, outcome.device, {
       geometry: outcome.geometry,
       negotiated: outcome.negotiated,
     });
     this.transmission = transmission;
-    this.progress?.settled();
-    this.socket.off('data', this.onHandshakeData);
-    this.socket.on('data', this.onRequestData);
-    const violations = this.violations.countOf(this.export.countedAs);
+    this.#progress?.settled();
+    this.socket.off('data', this.#onHandshakeData);
+    this.socket.on('data', this.#onRequestData);
+    const violations = this.#violations.countOf(this.export.countedAs);
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
-    const unsent = this.state?.unsent;
+    const unsent = this.#state?.unsent;
     if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
-    this.inPlace?.receive({
+    this.#inPlace?.receive({
       nextBuffer: () => transmission.nextBuffer(),
       received: (length) => {
-        this.idleClock?.heard();
+        this.#idleClock?.heard();
         transmission.received(length);
       },
     });
     const { idleTimeoutMs } = this.limits;
     if (idleTimeoutMs > 0) {
-      this.idleClock = new IdleClock(
-        this.time,
+      this.#idleClock = new IdleClock(
+        this.#time,
         idleTimeoutMs,
         () => transmission.isBusy,
         () => {
-          if (!this.isClosing) this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
+          if (!this.#isClosing) this.#endWhenIdle(`idle for ${idleTimeoutMs} ms`);
         },
       );
     }
-    if (this.socket.readableEnded) this.onEnd();
+    if (this.socket.readableEnded) this.#onEnd();
     else if (this.isShuttingDown) {
-      this.takeNoRequests(transmission);
-      this.endWhenIdle('the server is shutting down');
+      this.#takeNoRequests(transmission);
+      this.#endWhenIdle('the server is shutting down');
     }
   }
 
-  private requestsFinished(): Promise<void> {
+  #requestsFinished(): Promise<void> {
     const { transmission } = this;
     if (transmission === undefined) return Promise.resolve();
     return new Promise((resolve) => {
@@ -391,54 +392,54 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     });
   }
 
-  private endWhenIdle(reason: string): void {
-    this.reason ??= reason;
-    this.isEnding = true;
-    this.transmission?.onIdle(() => this.endSocket(reason));
+  #endWhenIdle(reason: string): void {
+    this.#reason ??= reason;
+    this.#isEnding = true;
+    this.transmission?.onIdle(() => this.#endSocket(reason));
   }
 
   /** Everything there was to say is with the socket: close it once it has left, but do not wait for ever. */
-  private endSocket(reason: string): void {
-    this.reason ??= reason;
-    this.isClosing = true;
-    this.progress?.leaving();
+  #endSocket(reason: string): void {
+    this.#reason ??= reason;
+    this.#isClosing = true;
+    this.#progress?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
-    if (socket.destroyed || this.isLingering) return;
-    this.isLingering = true;
+    if (socket.destroyed || this.#isLingering) return;
+    this.#isLingering = true;
     this.stopReading();
     closeAfterOutput(socket, this.limits.lingerMs);
   }
 
-  private describeFailure(error: unknown): string {
+  #describeFailure(error: unknown): string {
     if (error instanceof HandshakeError) return `protocol violation: ${error.message}`;
     return error instanceof Error ? error.message : String(error);
   }
 
-  private readonly onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
+  readonly #onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
 
-  private readonly onRequestData = (chunk: Buffer): void => {
-    this.idleClock?.heard();
+  readonly #onRequestData = (chunk: Buffer): void => {
+    this.#idleClock?.heard();
     this.transmission?.feed(chunk);
   };
 
-  private readonly onEnd = (): void => {
-    this.progress?.leaving();
+  readonly #onEnd = (): void => {
+    this.#progress?.leaving();
     if (this.transmission === undefined) {
       this.reader.fail(new Error(this.export.whyLeft ?? 'the client left during the handshake'));
-      this.endIfNothingIsTaken();
+      this.#endIfNothingIsTaken();
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
     // Half a connection is enough to be answered: what was asked before it is still finished and sent.
-    this.endWhenIdle(`the client left ${where}`);
+    this.#endWhenIdle(`the client left ${where}`);
   };
 
   /**
    * A client that has shut its side in the handshake may still read what it has asked for. One that is gone takes nothing, and
    * under TLS a write to it never ends.
    */
-  private endIfNothingIsTaken(): void {
+  #endIfNothingIsTaken(): void {
     watchOutput(
       this.socket,
       this.transport,
@@ -448,15 +449,15 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     );
   }
 
-  private readonly onError = (error: Error): void => {
+  readonly #onError = (error: Error): void => {
     const left = this.transmission === undefined ? this.export.whyLeft : undefined;
-    this.reason ??= left ?? `socket error: ${error.message}`;
+    this.#reason ??= left ?? `socket error: ${error.message}`;
     this.reader.fail(error);
   };
 
-  private readonly onClose = (): void => {
-    this.isClosing = true;
-    this.idleClock?.stop();
+  readonly #onClose = (): void => {
+    this.#isClosing = true;
+    this.#idleClock?.stop();
     this.reader.fail(new Error('the client vanished'));
     this.transmission?.socketClosed();
   };

@@ -23,18 +23,21 @@ export class IncomingPayload {
   /** Bytes of all payloads so far. */
   movedBytes = 0;
 
-  constructor(
-    private readonly pool: BufferPool,
-    private readonly account: MemoryAccount,
-  ) {}
+  readonly #pool: BufferPool;
+  readonly #account: MemoryAccount;
+
+  constructor(pool: BufferPool, account: MemoryAccount) {
+    this.#pool = pool;
+    this.#account = account;
+  }
 
   /** A payload of `length` bytes begins. False if there is no memory for it. */
   begin(length: number): boolean {
     // requestError() has seen to it that it is at most MAX_PAYLOAD.
     if (length > MAX_PAYLOAD) throw new Error('incoming-payload: an unchecked length');
     let block: Block | undefined;
-    if (this.pool.hasRoom(this.account, length)) block = this.pool.takeLarge(this.account, length);
-    else if (length <= OWN_BYTES) block = this.pool.takeOwn(this.account);
+    if (this.#pool.hasRoom(this.#account, length)) block = this.#pool.takeLarge(this.#account, length);
+    else if (length <= OWN_BYTES) block = this.#pool.takeOwn(this.#account);
     if (block === undefined) return false;
     block.pins = 1;
     this.block = block;

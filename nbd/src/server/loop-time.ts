@@ -10,31 +10,31 @@ const STEP_MS = 500;
 const MOST_OF_STEP_MS = 1000;
 
 export class LoopTime {
-  private counted = 0;
-  private countedAt = performance.now();
-  private isStopped = false;
-  private readonly timer: NodeJS.Timeout;
+  #counted = 0;
+  #countedAt = performance.now();
+  #isStopped = false;
+  readonly #timer: NodeJS.Timeout;
 
   constructor() {
-    this.timer = setInterval(this.count, STEP_MS).unref();
+    this.#timer = setInterval(this.#count, STEP_MS).unref();
   }
 
   /** Milliseconds since some moment; never goes back. */
   now(): number {
-    const step = performance.now() - this.countedAt;
-    return this.counted + (this.isStopped ? step : Math.min(step, MOST_OF_STEP_MS));
+    const step = performance.now() - this.#countedAt;
+    return this.#counted + (this.#isStopped ? step : Math.min(step, MOST_OF_STEP_MS));
   }
 
   /** The server takes nobody any more: from now on all time counts, so that those that are left come to their end. */
   stop(): void {
-    if (this.isStopped) return;
-    this.count();
-    this.isStopped = true;
-    clearInterval(this.timer);
+    if (this.#isStopped) return;
+    this.#count();
+    this.#isStopped = true;
+    clearInterval(this.#timer);
   }
 
-  private readonly count = (): void => {
-    this.counted = this.now();
-    this.countedAt = performance.now();
+  readonly #count = (): void => {
+    this.#counted = this.now();
+    this.#countedAt = performance.now();
   };
 }

@@ -24,64 +24,66 @@ export interface Part {
 }
 
 export class ReadPlan {
-  private readonly end: number;
+  readonly #end: number;
   /** Ends of holes and data so far. */
-  private covered: number;
-  private zerosFrom: number | undefined;
-  private readonly parts: Part[] = [];
+  #covered: number;
+  #zerosFrom: number | undefined;
+  readonly #parts: Part[] = [];
   /** Everything before is in `parts`. */
-  private planned: number;
+  #planned: number;
 
-  constructor(
-    private readonly offset: number,
-    private readonly length: number,
-  ) {
-    this.end = offset + length;
-    this.covered = offset;
-    this.planned = offset;
+  readonly #offset: number;
+  readonly #length: number;
+
+  constructor(offset: number, length: number) {
+    this.#offset = offset;
+    this.#length = length;
+    this.#end = offset + length;
+    this.#covered = offset;
+    this.#planned = offset;
   }
 
   /** For BlockDevice.extents. What it is not told, or told out of order, is data. */
   readonly sink: ExtentSink = (offset, length, flags) => {
-    if (offset !== this.covered || !(length > 0)) return false;
+    if (offset !== this.#covered || !(length > 0)) return false;
     const isZero = (flags & STATE_ZERO) !== 0;
-    if (isZero) this.zerosFrom ??= offset;
-    else this.endZeros();
-    this.covered = Math.min(offset + length, this.end);
-    return this.covered < this.end && this.parts.length < MAX_CHUNKS - 2;
+    if (isZero) this.#zerosFrom ??= offset;
+    else this.#endZeros();
+    this.#covered = Math.min(offset + length, this.#end);
+    return this.#covered < this.#end && this.#parts.length < MAX_CHUNKS - 2;
   };
 
   /** Nothing can be known: all of it is data. */
   forget(): void {
-    this.parts.length = 0;
-    this.planned = this.offset;
-    this.zerosFrom = undefined;
-    this.covered = this.end;
+    this.#parts.length = 0;
+    this.#planned = this.#offset;
+    this.#zerosFrom = undefined;
+    this.#covered = this.#end;
   }
 
   /** The parts in ascending order, covering the whole range. */
   finish(): readonly Part[] {
-    this.endZeros();
-    this.addData(this.end);
-    return this.parts;
+    this.#endZeros();
+    this.#addData(this.#end);
+    return this.#parts;
   }
 
-  private endZeros(): void {
-    const from = this.zerosFrom;
+  #endZeros(): void {
+    const from = this.#zerosFrom;
     if (from === undefined) return;
-    this.zerosFrom = undefined;
-    const start = from === this.offset ? from : Math.ceil(from / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
-    const end = this.covered === this.end ? this.end : Math.floor(this.covered / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
+    this.#zerosFrom = undefined;
+    const start = from === this.#offset ? from : Math.ceil(from / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
+    const end = this.#covered === this.#end ? this.#end : Math.floor(this.#covered / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
     if (end - start < LEAST_HOLE_BYTES) return;
-    this.addData(start);
-    this.parts.push({ offset: start, length: end - start, isHole: true });
-    this.planned = end;
+    this.#addData(start);
+    this.#parts.push({ offset: start, length: end - start, isHole: true });
+    this.#planned = end;
   }
 
-  private addData(end: number): void {
-    if (end === this.planned) return;
-    this.parts.push({ offset: this.planned, length: end - this.planned, isHole: false });
-    this.planned = end;
+  #addData(end: number): void {
+    if (end === this.#planned) return;
+    this.#parts.push({ offset: this.#planned, length: end - this.#planned, isHole: false });
+    this.#planned = end;
   }
 }
 

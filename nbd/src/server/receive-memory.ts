@@ -26,33 +26,44 @@ export class ReceiveMemory {
   target: Target = 'block';
 
   /** Where the next bytes are received, unless into a payload. */
-  private block: Block | undefined;
+  #block: Block | undefined;
   /** The one that is outside of the budget; `block` may be another one. */
-  private own: Block | undefined;
-  private scratch: Buffer | undefined;
+  #own: Block | undefined;
+  #scratch: Buffer | undefined;
   /** Bytes that the socket may put there, and whether it has used all of them lately. */
-  private room = 0;
-  private wantsLarge = false;
-  private smallReceives = 0;
+  #room = 0;
+  #wantsLarge = false;
+  #smallReceives = 0;
+
+  readonly #socket: Duplex;
+  readonly #pool: BufferPool;
+  readonly #account: MemoryAccount;
+  /** Called when there is somewhere to receive into again. */
+  readonly #onFed: () => void;
 
   constructor(
-    private readonly socket: Duplex,
-    private readonly pool: BufferPool,
-    private readonly account: MemoryAccount,
-    /** Called when there is somewhere to receive into again. */
-    private readonly onFed: () => void,
-  ) {}
+    socket: Duplex,
+    pool: BufferPool,
+    account: MemoryAccount,
+
+    onFed: () => void,
+  ) {
+    this.#socket = socket;
+    this.#pool = pool;
+    this.#account = account;
+    this.#onFed = onFed;
+  }
 
   /** Where the socket shall put what comes next. */
   next(): Buffer {
-    const block = this.choose();
+    const block = this.#choose();
     if (block === undefined) {
       this.isStarved = true;
-      this.socket.pause();
+      this.#socket.pause();
       return this.forNobody();
     }
     this.target = 'block';
-    this.room = block.buffer.length - block.used;
+    this.#room = block.buffer.length - block.used;
     return block.buffer.subarray(block.used);
   }
 
@@ -65,21 +76,21 @@ export class ReceiveMemory {
   /** Memory for what is copied at once, or not looked at. */
   forNobody(): Buffer {
     this.target = 'scratch';
-    return (this.scratch ??= Buffer.allocUnsafeSlow(SCRATCH_BYTES));
+    return (this.#scratch ??= Buffer.allocUnsafeSlow(SCRATCH_BYTES));
   }
 
   /** The socket has put so many bytes where it was told to, not into a payload: they are the caller's, who parses them now. */
   take(length: number): Buffer {
     if (this.target === 'scratch') {
-      if (this.scratch === undefined) throw new Error('receive-memory: received into nothing');
+      if (this.#scratch === undefined) throw new Error('receive-memory: received into nothing');
       // Not often: the scratch is the next one's again.
-      return Buffer.from(this.scratch.subarray(0, length));
+      return Buffer.from(this.#scratch.subarray(0, length));
     }
-    const { block } = this;
+    const block = this.#block;
     if (block === undefined) throw new Error('receive-memory: received into nothing');
-    if (length === this.room) this.wantsLarge = true;
-    else if (length >= OWN_RECEIVE_BYTES / 2) this.smallReceives = 0;
-    else this.smallReceives++;
+    if (length === this.#room) this.#wantsLarge = true;
+    else if (length >= OWN_RECEIVE_BYTES / 2) this.#smallReceives = 0;
+    else this.#smallReceives++;
     const chunk = block.buffer.subarray(block.used, block.used + length);
     block.used += length;
     this.parsed = block;
@@ -89,54 +100,55 @@ export class ReceiveMemory {
   /** One who needed `block` needs it no more. */
   unpin(block: Block): void {
     block.pins--;
-    if (block.pins === 0) this.pool.give(block);
-    else if (this.isStarved && block === this.own && block.pins === 1) {
+    if (block.pins === 0) this.#pool.give(block);
+    else if (this.isStarved && block === this.#own && block.pins === 1) {
       this.isStarved = false;
-      this.onFed();
+      this.#onFed();
     }
   }
 
   /** The socket is gone. */
   close(): void {
-    const { block, own } = this;
-    this.block = this.own = undefined;
+    const block = this.#block;
+    const own = this.#own;
+    this.#block = this.#own = undefined;
     if (block !== undefined && block !== own) this.unpin(block);
     if (own !== undefined) this.unpin(own);
   }
 
   /** A block with room to receive into. Undefined if there is none before a write is done. */
-  private choose(): Block | undefined {
-    let { block } = this;
+  #choose(): Block | undefined {
+    let block = this.#block;
     if (block !== undefined) {
       const isFree = block.pins === 1;
       // Nobody else is busy with any of it: begin again at its front.
       if (isFree) block.used = 0;
-      const isOwn = block === this.own;
-      const isWanted = isOwn ? !this.wantsLarge : !(isFree && this.smallReceives >= SMALL_RECEIVES);
+      const isOwn = block === this.#own;
+      const isWanted = isOwn ? !this.#wantsLarge : !(isFree && this.#smallReceives >= SMALL_RECEIVES);
       const least = isOwn ? MIN_OWN_RECEIVE_BYTES : MIN_RECEIVE_BYTES;
       if (isWanted && block.buffer.length - block.used >= least) return block;
       if (!isOwn) {
-        this.block = undefined;
-        if (isFree) this.wantsLarge = false;
+        this.#block = undefined;
+        if (isFree) this.#wantsLarge = false;
         this.unpin(block);
       }
     }
-    let { own } = this;
+    let own = this.#own;
     if (own === undefined) {
-      this.own = own = this.pool.takeOwnReceive();
+      this.#own = own = this.#pool.takeOwnReceive();
       own.pins = 1;
     }
     const isOwnFree = own.pins === 1;
     if (isOwnFree) own.used = 0;
-    block = this.wantsLarge || !isOwnFree ? this.pool.takeReceive(this.account) : undefined;
+    block = this.#wantsLarge || !isOwnFree ? this.#pool.takeReceive(this.#account) : undefined;
     if (block !== undefined) {
       block.pins = 1;
-      this.smallReceives = 0;
+      this.#smallReceives = 0;
     } else {
       if (own.buffer.length - own.used < MIN_OWN_RECEIVE_BYTES) return undefined;
       block = own;
     }
-    this.block = block;
+    this.#block = block;
     return block;
   }
 }

@@ -54,59 +54,64 @@ export class RequestParser {
   /** Every request is answered ESHUTDOWN. */
   isRefusing = false;
 
-  private readonly host: TransmissionHost;
-  private readonly rules: RequestRules;
-  private readonly account: MemoryAccount;
-  private readonly memory: ReceiveMemory;
-  private readonly payload: IncomingPayload;
-  private readonly backPressure: BackPressure;
-  private readonly inFlight: RequestsInFlight;
-  private readonly statuses: StatusRequests;
-  private readonly dispatch: Dispatch;
-  private readonly replies: ReplyQueue;
-  private readonly loopUser: LoopUser;
-  private readonly stopListening: () => void;
-  private readonly extendedHeaders: boolean;
-  private readonly headerSize: number;
-  private readonly request = new Request();
-  private readonly headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
-  private headerFill = 0;
+  readonly #host: TransmissionHost;
+  readonly #rules: RequestRules;
+  readonly #account: MemoryAccount;
+  readonly #memory: ReceiveMemory;
+  readonly #payload: IncomingPayload;
+  readonly #backPressure: BackPressure;
+  readonly #inFlight: RequestsInFlight;
+  readonly #statuses: StatusRequests;
+  readonly #dispatch: Dispatch;
+  readonly #replies: ReplyQueue;
+  readonly #loopUser: LoopUser;
+  readonly #stopListening: () => void;
+  readonly #extendedHeaders: boolean;
+  readonly #headerSize: number;
+  readonly #request = new Request();
+  readonly #headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
+  #headerFill = 0;
 
   constructor(parts: ParserParts) {
-    this.host = parts.host;
-    this.rules = parts.rules;
-    this.account = parts.account;
-    this.memory = parts.memory;
-    this.payload = parts.payload;
-    this.backPressure = parts.backPressure;
-    this.inFlight = parts.inFlight;
-    this.statuses = parts.statuses;
-    this.dispatch = parts.dispatch;
-    this.replies = parts.replies;
-    this.loopUser = parts.loopUser;
-    this.stopListening = parts.stopListening;
+    this.#host = parts.host;
+    this.#rules = parts.rules;
+    this.#account = parts.account;
+    this.#memory = parts.memory;
+    this.#payload = parts.payload;
+    this.#backPressure = parts.backPressure;
+    this.#inFlight = parts.inFlight;
+    this.#statuses = parts.statuses;
+    this.#dispatch = parts.dispatch;
+    this.#replies = parts.replies;
+    this.#loopUser = parts.loopUser;
+    this.#stopListening = parts.stopListening;
     const { extendedHeaders } = parts.rules.negotiated;
-    this.extendedHeaders = extendedHeaders;
-    this.headerSize = extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
+    this.#extendedHeaders = extendedHeaders;
+    this.#headerSize = extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
   }
 
   /** Whether the input so far ends inside a request. */
   get isMidRequest(): boolean {
-    return this.headerFill > 0 || this.payload.left > 0;
+    return this.#headerFill > 0 || this.#payload.left > 0;
   }
 
   parse(chunk: Buffer): void {
-    this.parseSlice(chunk);
-    this.host.loop.finish(this.loopUser);
+    this.#parseSlice(chunk);
+    this.#host.loop.finish(this.#loopUser);
   }
 
-  private parseSlice(chunk: Buffer): void {
-    const { request, headerSize, loopUser, payload, backPressure, memory } = this;
-    const { loop } = this.host;
+  #parseSlice(chunk: Buffer): void {
+    const request = this.#request;
+    const headerSize = this.#headerSize;
+    const loopUser = this.#loopUser;
+    const payload = this.#payload;
+    const backPressure = this.#backPressure;
+    const memory = this.#memory;
+    const { loop } = this.#host;
     const end = chunk.length;
     let at = 0;
     // A request that the device answers at once counts, too, until others have had their turn.
-    let requestsLeft = this.host.limits.maxInFlightRequests;
+    let requestsLeft = this.#host.limits.maxInFlightRequests;
     while (at < end) {
       if (payload.left > 0) {
         const taken = payload.copyFrom(chunk, at);
@@ -119,151 +124,160 @@ export class RequestParser {
         return;
       }
       let isRequest: boolean;
-      if (this.headerFill === 0 && end - at >= headerSize) {
+      if (this.#headerFill === 0 && end - at >= headerSize) {
         if (requestsLeft-- === 0 || loop.mustYield(loopUser, unitsOf(chunk, at, headerSize))) {
           backPressure.hold(chunk.subarray(at));
-          this.queue();
+          this.#queue();
           return;
         }
-        isRequest = this.decode(chunk, at);
+        isRequest = this.#decode(chunk, at);
         at += headerSize;
       } else {
-        const taken = chunk.copy(this.headerBytes, this.headerFill, at, at + headerSize - this.headerFill);
-        this.headerFill += taken;
+        const taken = chunk.copy(this.#headerBytes, this.#headerFill, at, at + headerSize - this.#headerFill);
+        this.#headerFill += taken;
         at += taken;
-        if (this.headerFill < headerSize) return;
-        this.headerFill = 0;
-        isRequest = this.decode(this.headerBytes, 0);
+        if (this.#headerFill < headerSize) return;
+        this.#headerFill = 0;
+        isRequest = this.#decode(this.#headerBytes, 0);
       }
       if (!isRequest) {
-        this.violation(`bad request magic 0x${request.magic.toString(16)}`);
+        this.#violation(`bad request magic 0x${request.magic.toString(16)}`);
         return;
       }
       if (request.type === CMD.DISC) {
-        this.stopListening();
-        this.replies.flush();
-        this.host.disconnectRequested();
+        this.#stopListening();
+        this.#replies.flush();
+        this.#host.disconnectRequested();
         return;
       }
 
       this.requests++;
-      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.rules);
-      if (this.host.observer.onRequest !== undefined) this.report(refusal);
+      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.#rules);
+      if (this.#host.observer.onRequest !== undefined) this.#report(refusal);
 
       const { payloadLength } = request;
       if (payloadLength > 0) {
         if (refusal !== undefined) {
-          if (!this.skipPayload(refusal)) return;
+          if (!this.#skipPayload(refusal)) return;
         } else if (end - at >= payloadLength) {
           const data = chunk.subarray(at, at + payloadLength);
           at += payloadLength;
           if (memory.parsed !== undefined) memory.parsed.pins++;
-          this.take(data, memory.parsed);
+          this.#take(data, memory.parsed);
         } else if (!payload.begin(payloadLength)) {
           backPressure.waitForMemory(payloadLength, chunk.subarray(at));
           return;
         }
       } else if (refusal !== undefined) {
-        this.refuse(refusal);
+        this.#refuse(refusal);
       } else if (request.length === 0 && request.type !== CMD.FLUSH) {
-        if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
-        else this.dispatch.succeed(request);
-      } else if (!this.hasMemory()) {
+        if (request.type === CMD.READ) this.#replies.doneEmptyRead(request);
+        else this.#dispatch.succeed(request);
+      } else if (!this.#hasMemory()) {
         backPressure.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
         return;
       } else {
-        this.dispatch.execute(request, undefined, undefined);
+        this.#dispatch.execute(request, undefined, undefined);
       }
     }
   }
 
-  private decode(source: Buffer, at: number): boolean {
-    return this.extendedHeaders
-      ? decodeExtendedRequest(source, at, this.request)
-      : decodeRequest(source, at, this.request);
+  #decode(source: Buffer, at: number): boolean {
+    return this.#extendedHeaders
+      ? decodeExtendedRequest(source, at, this.#request)
+      : decodeRequest(source, at, this.#request);
   }
 
   /** Whether there is memory for the request just decoded, which has no payload. */
-  private hasMemory(): boolean {
-    const { type, length } = this.request;
-    if (type === CMD.READ) return this.replies.hasRoomFor(length);
-    return type !== CMD.BLOCK_STATUS || this.statuses.hasMemory(length);
+  #hasMemory(): boolean {
+    const { type, length } = this.#request;
+    if (type === CMD.READ) return this.#replies.hasRoomFor(length);
+    return type !== CMD.BLOCK_STATUS || this.#statuses.hasMemory(length);
   }
 
   /** Bytes of memory that the request just decoded waits for. */
   memoryNeeded(): number {
-    const { type, length, payloadLength } = this.request;
+    const { type, length, payloadLength } = this.#request;
     if (payloadLength > 0) return payloadLength;
-    return type === CMD.READ ? this.replies.readSize(length) : this.statuses.memoryNeeded(length);
+    return type === CMD.READ ? this.#replies.readSize(length) : this.#statuses.memoryNeeded(length);
   }
 
   /** The payload of the request just decoded is not looked at. False if it is too long for that. */
-  private skipPayload(refusal: Refusal): boolean {
-    const length = this.request.payloadLength;
+  #skipPayload(refusal: Refusal): boolean {
+    const length = this.#request.payloadLength;
     // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
     // length larger than a server's advertised … maximum payload length".
-    const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
+    const most = this.#extendedHeaders ? MAX_PAYLOAD : this.#host.limits.maxDrainedPayloadBytes;
     if (length > most) {
-      this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
+      this.#violation(`refused request with a payload of ${length} bytes, more than is drained`);
       return false;
     }
-    this.payload.skip(length, refusal);
+    this.#payload.skip(length, refusal);
     return true;
   }
 
   payloadCame(length: number): void {
-    const { payload } = this;
+    const payload = this.#payload;
     if (!payload.came(length)) return;
     const { data, block, refusal } = payload;
     payload.clear();
-    if (data !== undefined) this.take(data, block);
-    else if (refusal !== undefined) this.refuse(refusal);
+    if (data !== undefined) this.#take(data, block);
+    else if (refusal !== undefined) this.#refuse(refusal);
   }
 
   /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
-  private take(payload: Buffer, block: Block | undefined): void {
-    const { request } = this;
+  #take(payload: Buffer, block: Block | undefined): void {
+    const request = this.#request;
     if (request.type !== CMD.BLOCK_STATUS) {
-      this.dispatch.execute(request, payload, block);
+      this.#dispatch.execute(request, payload, block);
       return;
     }
     decodeStatusPayload(request, payload);
-    const refusal = requestError(request, this.rules);
-    if (refusal !== undefined) this.refuse(refusal);
-    else this.dispatch.execute(request, undefined, undefined);
-    if (block !== undefined) this.memory.unpin(block);
+    const refusal = requestError(request, this.#rules);
+    if (refusal !== undefined) this.#refuse(refusal);
+    else this.#dispatch.execute(request, undefined, undefined);
+    if (block !== undefined) this.#memory.unpin(block);
   }
 
-  private refuse(refusal: Refusal): void {
-    this.inFlight.errors++;
-    this.replies.error(this.request, refusal);
+  #refuse(refusal: Refusal): void {
+    this.#inFlight.errors++;
+    this.#replies.error(this.#request, refusal);
   }
 
-  private violation(reason: string): void {
-    this.stopListening();
-    this.replies.flush();
-    this.host.protocolViolated(reason);
+  #violation(reason: string): void {
+    this.#stopListening();
+    this.#replies.flush();
+    this.#host.protocolViolated(reason);
   }
 
-  private report(refusal: Refusal | undefined): void {
-    const { type, flags, offset, length } = this.request;
-    this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith: refusal?.errno ?? 0 });
+  #report(refusal: Refusal | undefined): void {
+    const { type, flags, offset, length } = this.#request;
+    this.#host.observer.onRequest?.({
+      id: this.#host.id,
+      type,
+      flags,
+      offset,
+      length,
+      refusedWith: refusal?.errno ?? 0,
+    });
   }
 
   /** Begin the request that waits for memory. False if there still is none. */
   beginWaiting(): boolean {
-    const { request, account, backPressure } = this;
+    const request = this.#request;
+    const account = this.#account;
+    const backPressure = this.#backPressure;
     const hasPayload = request.payloadLength > 0;
     if (this.isRefusing) {
       backPressure.endWaits();
-      if (hasPayload) return this.skipPayload(SHUTTING_DOWN);
-      this.refuse(SHUTTING_DOWN);
+      if (hasPayload) return this.#skipPayload(SHUTTING_DOWN);
+      this.#refuse(SHUTTING_DOWN);
       return true;
     }
     account.isBeginning = true;
     try {
-      if (hasPayload ? !this.payload.begin(request.payloadLength) : !this.hasMemory()) return false;
-      if (!hasPayload) this.dispatch.execute(request, undefined, undefined);
+      if (hasPayload ? !this.#payload.begin(request.payloadLength) : !this.#hasMemory()) return false;
+      if (!hasPayload) this.#dispatch.execute(request, undefined, undefined);
     } finally {
       account.isBeginning = false;
     }
@@ -273,14 +287,16 @@ export class RequestParser {
 
   /** The bytes of a request that has begun and was not carried out. `isDecoded`: its header was parsed, and it waits for memory. */
   begun(isDecoded: boolean): Buffer {
-    const { request, payload, extendedHeaders } = this;
+    const request = this.#request;
+    const payload = this.#payload;
+    const extendedHeaders = this.#extendedHeaders;
     if (isDecoded) return encodeHeader(request, extendedHeaders);
-    if (payload.left === 0) return this.headerBytes.subarray(0, this.headerFill);
+    if (payload.left === 0) return this.#headerBytes.subarray(0, this.#headerFill);
     return Buffer.concat([encodeHeader(request, extendedHeaders), payload.arrived(request.payloadLength)]);
   }
 
-  private queue(): void {
-    if (!this.isDeaf) this.backPressure.waitForTurn();
+  #queue(): void {
+    if (!this.isDeaf) this.#backPressure.waitForTurn();
   }
 }
 

@@ -18,11 +18,15 @@ export class RequestsInFlight {
   bytesRead = 0;
   bytesWritten = 0;
 
+  readonly #host: TransmissionHost;
+
   constructor(
-    private readonly host: TransmissionHost,
+    host: TransmissionHost,
     /** To be called when one has ended: replies are to be sent, and there is room for others. */
     readonly settled: () => void,
-  ) {}
+  ) {
+    this.#host = host;
+  }
 
   begin(bytes: number): void {
     this.count++;
@@ -40,7 +44,7 @@ export class RequestsInFlight {
     asked: { readonly flags: number; readonly offset: number; readonly length: number },
   ): Failure {
     if (!(error instanceof DeviceError)) {
-      this.host.observer.onDeviceError?.(error, { id: this.host.id, exportName: this.host.exportName });
+      this.#host.observer.onDeviceError?.(error, { id: this.#host.id, exportName: this.#host.exportName });
       return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };
     }
     const { code, message } = error;

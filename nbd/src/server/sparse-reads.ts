@@ -24,37 +24,50 @@ const MAX_ASK_INTERVAL = 31;
 export class SparseReads {
   /** Whether a read may be answered with holes, and whether the device can tell where they are. */
   readonly areAllowed: boolean;
-  private readonly knowsHoles: boolean;
+  readonly #knowsHoles: boolean;
   /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
-  private readsNotToAsk = 0;
-  private askInterval = 0;
+  #readsNotToAsk = 0;
+  #askInterval = 0;
+
+  readonly #host: TransmissionHost;
+  readonly #device: ServedDevice;
+  readonly #account: MemoryAccount;
+  readonly #inFlight: RequestsInFlight;
+  readonly #encoder: ReplyEncoder;
+  readonly #replies: ReplyQueue;
 
   constructor(
-    private readonly host: TransmissionHost,
-    private readonly device: ServedDevice,
+    host: TransmissionHost,
+    device: ServedDevice,
     { geometry, negotiated }: RequestRules,
-    private readonly account: MemoryAccount,
-    private readonly inFlight: RequestsInFlight,
-    private readonly encoder: ReplyEncoder,
-    private readonly replies: ReplyQueue,
+    account: MemoryAccount,
+    inFlight: RequestsInFlight,
+    encoder: ReplyEncoder,
+    replies: ReplyQueue,
   ) {
+    this.#host = host;
+    this.#device = device;
+    this.#account = account;
+    this.#inFlight = inFlight;
+    this.#encoder = encoder;
+    this.#replies = replies;
     this.areAllowed = negotiated.structuredReplies;
-    this.knowsHoles = geometry.contexts.includes(ALLOCATION_CONTEXT);
+    this.#knowsHoles = geometry.contexts.includes(ALLOCATION_CONTEXT);
   }
 
   /** Answer a read with holes, if there are any to be known of. False if it is to be read as a whole. */
   begin(request: Request): boolean {
-    const { device } = this;
+    const device = this.#device;
     const { offset, length } = request;
     if (device.isHole !== undefined && device.isHole(offset, length)) {
-      this.inFlight.bytesRead += length;
-      this.replies.hole(request, offset, length);
+      this.#inFlight.bytesRead += length;
+      this.#replies.hole(request, offset, length);
       return true;
     }
     // "DF … the server MUST send at most one content chunk"
-    if (length < SPARSE_READ_BYTES || !this.knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
-    if (this.readsNotToAsk > 0) {
-      this.readsNotToAsk--;
+    if (length < SPARSE_READ_BYTES || !this.#knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
+    if (this.#readsNotToAsk > 0) {
+      this.#readsNotToAsk--;
       return false;
     }
     const plan = new ReadPlan(offset, length);
@@ -62,21 +75,21 @@ export class SparseReads {
     try {
       answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink);
     } catch (error) {
-      this.inFlight.failureOf(error, request);
+      this.#inFlight.failureOf(error, request);
       return false;
     }
     if (answer !== undefined && isPromise(answer)) {
-      void this.readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
+      void this.#readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
       return true;
     }
     const parts = plan.finish();
     if (parts.length === 1 && parts[0]?.isHole === false) return false;
-    void this.readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
+    void this.#readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
     return true;
   }
 
   /** Read the parts of a read that are data, each into its chunk, and send all chunks together. */
-  private async readInParts(
+  async #readInParts(
     to: Addressee,
     plan: ReadPlan,
     extents: Promise<void> | undefined,
@@ -84,9 +97,9 @@ export class SparseReads {
     offset: number,
     length: number,
   ): Promise<void> {
-    const { inFlight } = this;
+    const inFlight = this.#inFlight;
     // There is room for all of it. How much it takes is known when the extents are.
-    this.host.pool.claim(this.account, length);
+    this.#host.pool.claim(this.#account, length);
     inFlight.begin(length);
     if (extents !== undefined) {
       try {
@@ -100,41 +113,37 @@ export class SparseReads {
     const parts = plan.finish();
     if (extents !== undefined) {
       const isAllData = parts.length === 1 && parts[0]?.isHole === false;
-      this.askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.askInterval + 1) : 0;
-      this.readsNotToAsk = this.askInterval;
+      this.#askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.#askInterval + 1) : 0;
+      this.#readsNotToAsk = this.#askInterval;
     }
-    const bytes = sizeOfParts(parts, this.encoder);
-    this.host.pool.unclaim(this.account, length);
-    const block = this.replies.beginParts(bytes);
-    const data = layParts(block.buffer, parts, to, this.encoder);
-    const failure = await this.readParts(parts, data, flags);
+    const bytes = sizeOfParts(parts, this.#encoder);
+    this.#host.pool.unclaim(this.#account, length);
+    const block = this.#replies.beginParts(bytes);
+    const data = layParts(block.buffer, parts, to, this.#encoder);
+    const failure = await this.#readParts(parts, data, flags);
     inFlight.end(length);
     if (failure === undefined) {
       inFlight.bytesRead += length;
-      this.replies.sendParts(block, bytes);
+      this.#replies.sendParts(block, bytes);
     } else {
       inFlight.errors++;
-      this.replies.dropParts(block);
-      this.replies.error(to, failure);
+      this.#replies.dropParts(block);
+      this.#replies.error(to, failure);
     }
     inFlight.settled();
   }
 
   /** The first failure, by offset, or undefined. Returns when all reads have ended: their memory is theirs till then. */
-  private async readParts(
-    parts: readonly Part[],
-    data: readonly Buffer[],
-    flags: number,
-  ): Promise<Failure | undefined> {
+  async #readParts(parts: readonly Part[], data: readonly Buffer[], flags: number): Promise<Failure | undefined> {
     const dataParts = parts.filter(({ isHole }) => !isHole);
     const results = await Promise.allSettled(
-      data.map(async (into, index) => this.device.read(dataParts[index]?.offset ?? 0, into)),
+      data.map(async (into, index) => this.#device.read(dataParts[index]?.offset ?? 0, into)),
     );
     const failed = results.findIndex(({ status }) => status === 'rejected');
     const result = results[failed];
     const part = dataParts[failed];
     if (result?.status !== 'rejected' || part === undefined) return undefined;
-    const failure = this.inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
+    const failure = this.#inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
     // What lies before the part that failed was read.
     return { ...failure, offset: failure.offset ?? part.offset };
   }
