@@ -288,7 +288,7 @@ describe('not handed over', () => {
   const codeOf = (server: TestServer['server'], id = onlyId(server)): Promise<unknown> =>
     server.handOver(id, take).then(
       () => undefined,
-      (error: { code: unknown }) => error.code,
+      (error: unknown) => (error as { code: unknown }).code,
     );
 
   test('is what is in the handshake, is ending, is no socket, or is not there', async () => {

@@ -3,7 +3,7 @@
  * socket with the state. It owns the order of these steps, and the way back if the connection is not taken.
  */
 
-import type net from 'node:net';
+import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { Peer } from '../block-device.js';
 import { takeBuffered } from './in-place-socket.js';
@@ -49,7 +49,7 @@ export class HandOver {
     // Not at once: this may be called from inside a request.
     await new Promise((resolve) => setImmediate(resolve));
     const host = this.#host;
-    const transmission = this.#mustBeGivable();
+    const { transmission, socket } = this.#mustBeGivable();
     const { exportName } = host;
     if (exportName === undefined) throw new Error('hand-over: an export without a name');
     this.#isUnderWay = true;
@@ -58,7 +58,6 @@ export class HandOver {
       if (signal?.aborted === true) throw new HandOverError('ABORTED', 'it was not wanted any more');
       this.#isUnderWay = false;
       this.#mustBeGivable();
-      const socket = host.socket as net.Socket;
       // From here to the end in one turn of the event loop: between two turns the system takes more of what is unsent.
       host.stopReading();
       takeBuffered(socket, (chunk) => transmission.feed(chunk));
@@ -80,16 +79,16 @@ export class HandOver {
   }
 
   /** Errors: HandOverError if it cannot be handed over, now or at all. */
-  #mustBeGivable(): Transmission {
+  #mustBeGivable(): { readonly transmission: Transmission; readonly socket: net.Socket } {
     const { transmission, socket, transport, isLeaving } = this.#host;
     if (isLeaving) throw new HandOverError('ENDING', 'it is ending');
     if (transmission === undefined) throw new HandOverError('NOT_READY', 'it has chosen no export yet');
     if (this.#isUnderWay) throw new HandOverError('NOT_READY', 'it is being handed over already');
     if (socket !== transport) throw new HandOverError('TLS', 'the keys of a TLS connection cannot be given away');
-    if (bytesTakenBySystem(socket) === undefined) {
+    if (!(socket instanceof net.Socket) || bytesTakenBySystem(socket) === undefined) {
       throw new HandOverError('NOT_A_SOCKET', 'it is a stream of this process, not a socket of the system');
     }
-    return transmission;
+    return { transmission, socket };
   }
 
   /** Resolves when no request is in flight and none begins, the socket is gone, or `signal` is aborted. */

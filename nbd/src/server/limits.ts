@@ -107,7 +107,8 @@ export const DEFAULT_SHARE_OF_ONE_PEER = 3 / 4;
 
 /** `given`, and the defaults for what is not. An option that is there but undefined is one that is not given. */
 export function limitsFrom(given: Partial<Limits> = {}): Limits {
-  const said = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined)) as Partial<Limits>;
+  const entries: [string, number | undefined][] = Object.entries(given);
+  const said = Object.fromEntries(entries.filter(([, value]) => value !== undefined)) as Partial<Limits>;
   const maxConnections = said.maxConnections ?? DEFAULT_LIMITS.maxConnections;
   const maxConnectionsPerPeer = Math.ceil(maxConnections * DEFAULT_SHARE_OF_ONE_PEER);
   return { ...DEFAULT_LIMITS, maxConnectionsPerPeer, ...said };

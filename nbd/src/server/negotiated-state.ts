@@ -50,12 +50,13 @@ export interface ReopenHost extends Pick<HandshakeHost, 'export' | 'isShuttingDo
 
 /** Open the export of `state` again, for a connection that goes on with it. */
 export async function reopen(host: ReopenHost, state: NegotiatedState): Promise<HandshakeOutcome> {
-  const { exportName, negotiated, version } = state;
+  const { exportName, negotiated } = state;
+  const version: number = state.version;
   const close = (why: string): HandshakeOutcome => ({
     next: 'close',
     reason: `it cannot go on with the export ${JSON.stringify(exportName)}: ${why}`,
   });
-  if (version !== STATE_VERSION) return close(`its state has version ${String(version)}, not ${STATE_VERSION}`);
+  if (version !== STATE_VERSION) return close(`its state has version ${version}, not ${STATE_VERSION}`);
   try {
     const { device, geometry, info } = await openChecked(host, exportName);
     const problem = host.isShuttingDown

@@ -109,7 +109,7 @@ export class NbdServer {
    * @throws ListenError
    */
   async listen(options: ListenOptions): Promise<BoundAddress> {
-    if (this.#isClosed) throw new ListenError('CLOSED', 'the server is closed');
+    this.#mustBeOpen('the server is closed');
     // Half-open: a client that has sent its last request and shut its side down still gets its answers.
     const listener = net.createServer({
       allowHalfOpen: true,
@@ -123,14 +123,20 @@ export class NbdServer {
     listener.on('error', () => undefined);
     listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
     const bound = await bindListener(listener, options);
-    if (this.#isClosed) {
+    try {
+      this.#mustBeOpen('the server was closed while it began to listen');
+    } catch (error) {
       listener.close();
-      throw new ListenError('CLOSED', 'the server was closed while it began to listen');
+      throw error;
     }
     listener.on('error', (error) => this.#observer.onListenerError?.(error));
     this.#listeners.add(listener);
     if (bound.transport === 'unix') this.#admission.keepsRoomForUnix = true;
     return bound;
+  }
+
+  #mustBeOpen(message: string): void {
+    if (this.#isClosed) throw new ListenError('CLOSED', message);
   }
 
   #accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {

@@ -69,7 +69,7 @@ export class Transmission implements LoopTask {
     const encoder = chooseReplyEncoder(rules.negotiated);
     const inFlight = new RequestsInFlight(host, () => this.#scheduleSettle());
     const memory = new ReceiveMemory(socket, pool, account, () => {
-      if (this.#backPressure.held === undefined && !this.#isDeaf) socket.resume();
+      if (this.#mayReceive) socket.resume();
     });
     const payload = new IncomingPayload(pool, account);
     const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
@@ -226,6 +226,11 @@ export class Transmission implements LoopTask {
     this.#resume();
   }
 
+  /** Whether the socket may bring more. */
+  get #mayReceive(): boolean {
+    return this.#backPressure.held === undefined && !this.#isDeaf && !this.#memory.isStarved;
+  }
+
   #queue(): void {
     if (!this.#isDeaf) this.#backPressure.waitForTurn();
   }
@@ -250,7 +255,7 @@ export class Transmission implements LoopTask {
     memory.parsed = undefined;
     if (block !== undefined) memory.unpin(block);
     this.#replies.flush();
-    if (backPressure.held === undefined && !this.#isDeaf && !memory.isStarved) this.#host.socket.resume();
+    if (this.#mayReceive) this.#host.socket.resume();
     this.#tellIfIdle();
   }
 
