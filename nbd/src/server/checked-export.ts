@@ -7,7 +7,7 @@ import type { BlockDevice, DeviceGeometry, ExportInfo, Geometry } from '../block
 import { completeGeometry, geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { CheckedExport, HandshakeHost } from './handshake-host.js';
 
-/** Open an export and look whether it can be served; if not it is closed again. */
+/** Open an export and check that it can be served. Errors: those of the provider; Error if the check fails, the device closed. */
 export async function openChecked(
   host: Pick<HandshakeHost, 'clock' | 'export' | 'peer'>,
   name: string,
@@ -23,6 +23,7 @@ export async function openChecked(
   }
 }
 
+/** The checked geometry of an export that is not opened. Errors: those of the provider; Error if the check fails. */
 export async function describeExport(
   host: HandshakeHost,
   name: string,
@@ -33,7 +34,7 @@ export async function describeExport(
   return { geometry: checkedGeometry(name, geometry), info };
 }
 
-/** With its defaults. @throws Error if it cannot be announced, or `device` cannot do what it announces */
+/** The geometry with its defaults. Errors: Error if it cannot be announced, or `device` lacks a method that it announces. */
 function checkedGeometry(name: string, given: DeviceGeometry, device?: BlockDevice): Geometry {
   const geometry = completeGeometry(given);
   const problem = geometryProblem(geometry) ?? (device && missingMethod(device, geometry));

@@ -1,7 +1,7 @@
 /**
- * The life of one connection: handshake, transmission, end. It owns the socket and the opened device, and guarantees
- * that however the connection ends the device is closed exactly once, after its last request, and the close event is
- * sent exactly once after that. It knows nothing of listeners and nothing of the bytes on the wire.
+ * The life of one connection: handshake, transmission, end. It owns the socket and guarantees that, however the connection ends,
+ * the device is closed exactly once, after its last request, and the close event is sent exactly once after that. It contains
+ * no listeners and no layouts of the wire.
  */
 
 import type { Duplex } from 'node:stream';
@@ -34,9 +34,9 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
-  /** The same moment by performance.now(): a clock that is set makes no connection longer or shorter. */
+  /** The same moment by performance.now(): setting the clock does not change the duration. */
   readonly #startedAt = performance.now();
-  /** What bytes are read from and written to; under TLS not the one that was accepted. */
+  /** The socket that is read and written; under TLS not the accepted one. */
   socket: Duplex;
   readonly tlsMode: TlsMode | undefined;
   readonly provider: ExportProvider;
@@ -45,7 +45,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly reader: ByteReader;
-  /** From the greeting on. */
+  /** Runs from the greeting on. */
   readonly clock: HandshakeClock;
   isShuttingDown = false;
   #isRefusing = true;
@@ -54,10 +54,10 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly over: Promise<void>;
 
   transmission: Transmission | undefined;
-  /** Until the client has said goodbye. */
+  /** 'lost' until the client has sent a disconnect. */
   #ending: Ending = 'lost';
   #isClosing = false;
-  /** It will end when its requests in flight are finished. */
+  /** The connection ends when its requests in flight are finished. */
   #isEnding = false;
   #isInTlsHandshake = false;
   #reason: string | undefined;
@@ -65,7 +65,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   #idleClock: IdleClock | undefined;
   #handingOver: HandOver | undefined;
   readonly #time: LoopTime;
-  /** What was accepted: under TLS what lies below it. */
+  /** The accepted socket; under TLS the one below it. */
   readonly transport: Duplex;
   readonly #tls: ServerTls | undefined;
   readonly #inPlace: InPlaceSocket | undefined;
@@ -94,7 +94,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.#violations = new Violations(options.offender, shared.offenders);
     this.#progress = options.progress;
     this.#state = options.state;
-    // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
+    // Fixed for the whole connection: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
     this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));
@@ -104,7 +104,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     });
     this.#listen();
     this.socket.once('close', this.#onClose);
-    // Whoever took the head from it may have paused it since.
+    // The program that read `head` may have paused it.
     this.socket.resume();
     const head = options.state === undefined ? options.head : Buffer.from(options.state.unread);
     if (head !== undefined && head.length > 0) this.reader.feed(head);
@@ -145,7 +145,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return this.transmission?.inFlight ?? 0;
   }
 
-  /** Bytes of the server's memory that it holds for requests and replies. */
+  /** Bytes of the memory budget held for requests and replies. */
   get memoryBytes(): number {
     return this.transmission?.memoryBytes ?? 0;
   }
@@ -160,16 +160,16 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return this.transmission?.waitsForClient ?? false;
   }
 
-  /** Finish what is in flight, refuse or drop what comes, then close. Returns at once; see `over`. */
+  /** Finish the requests in flight, refuse or drop further ones, then close. Returns at once; see `over`. */
   shutdown(options: { readonly refuse: boolean }): void {
     if (this.isShuttingDown) return;
     this.isShuttingDown = true;
     this.#isRefusing = options.refuse;
     const reason = 'the server is shutting down';
-    // Nothing of it but its last requests is left.
+    // Only its last requests in flight are left.
     if (this.#violations.isCondemned) return;
     if (this.transmission === undefined) {
-      // An option being answered is answered; a client that has nothing pending is not waited for.
+      // An option that is being answered is still answered; there is nothing else to wait for.
       this.reader.fail(new Error(reason));
       if (this.#isInTlsHandshake) this.abort(reason);
       return;
@@ -192,8 +192,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   }
 
   /**
-   * Close the socket now, and carry out nothing more of what was received; see `over`. Not to be called from inside a
-   * request.
+   * Close the socket now, and execute nothing more of what was received; see `over`. Must not be called from inside a request.
    */
   disconnect(reason: string): void {
     this.transmission?.stopListening();
@@ -222,11 +221,11 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     if (!this.#isClosing) this.socket.on('data', this.#onRequestData).on('end', this.#onEnd);
   }
 
-  // --- For whoever counts connections ---
+  // --- For the server, which counts connections ---
 
   get isWaitedFor(): boolean {
     if (this.#isClosing || this.transmission !== undefined) return this.#isClosing;
-    // Also who does not take what we have said.
+    // A client that does not read our answers is waited for as well.
     return this.reader.isWaiting || this.#isInTlsHandshake || this.socket.writableLength > 0;
   }
 
@@ -251,7 +250,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     const { socket: plain } = this;
     const tls = this.#tls;
     if (tls === undefined) throw new Error('connection: TLS without keys');
-    // From here nobody reads the socket: what comes before TLS has taken it over is TLS's to judge.
+    // No reader from here on: bytes that arrive before TLS takes over belong to the TLS handshake.
     this.stopReading();
     plain.pause();
     await this.send(acknowledgement);
@@ -289,8 +288,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   }
 
   /**
-   * Count a violation. True if the client, having done it before, is now kept waiting for its end: the connection is over
-   * when its requests in flight are finished, and only its socket is left. False if it is to be closed at once.
+   * Count a violation. True if this is a repeated one and the socket is kept open for a while: the connection is over when its
+   * requests in flight are finished, and only the socket is left. False if the socket is to be closed at once.
    */
   #noteViolation(reason: string): boolean {
     if (this.#isClosing) return false;
@@ -305,7 +304,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return true;
   }
 
-  // --- Its life ---
+  // --- From start to end ---
 
   async #live(): Promise<void> {
     let outcome: HandshakeOutcome | { readonly next: 'held' };
@@ -398,7 +397,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.transmission?.onIdle(() => this.#endSocket(reason));
   }
 
-  /** Everything there was to say is with the socket: close it once it has left, but do not wait for ever. */
+  /** All replies are with the socket: close it when they have left, or after `lingerMs`. */
   #endSocket(reason: string): void {
     this.#reason ??= reason;
     this.#isClosing = true;
@@ -431,13 +430,13 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
-    // Half a connection is enough to be answered: what was asked before it is still finished and sent.
+    // The client may still read: the requests received so far are finished and answered.
     this.#endWhenIdle(`the client left ${where}`);
   };
 
   /**
-   * A client that has shut its side in the handshake may still read what it has asked for. One that is gone takes nothing, and
-   * under TLS a write to it never ends.
+   * A client that has closed its side in the handshake may still read the answers. A client that is gone reads nothing, and
+   * under TLS a write to it never completes.
    */
   #endIfNothingIsTaken(): void {
     watchOutput(

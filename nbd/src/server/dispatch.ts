@@ -1,6 +1,6 @@
 /**
- * From a valid request to the device and back: which method is called, and what its answer becomes. It owns the requests
- * that the device answers later; it decides neither whether a request may be carried out nor when.
+ * From a valid request to the device and back: which method is called, and how its answer becomes a reply. It owns the requests
+ * that the device answers later; it decides neither whether a request may be executed nor when.
  *
  * The path of a request that the device answers synchronously allocates nothing but the view of its data. Requests run
  * concurrently and are answered as they finish.
@@ -22,7 +22,7 @@ const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
 
-/** A request whose device call returned a promise. Reused, with its two handlers made once. */
+/** A request whose device call returned a promise. Objects are reused, and their two handlers with them. */
 class PendingRequest {
   type = 0;
   flags = 0;
@@ -32,7 +32,7 @@ class PendingRequest {
   offsetLow = 0;
   offset = 0;
   length = 0;
-  /** Where a read's reply is being made, or the pooled memory of a write's payload. */
+  /** The block of a read's reply, or the pooled memory of a write's payload. */
   block: Block | undefined;
   at = 0;
   readonly succeed: () => void;
@@ -70,7 +70,7 @@ export class Dispatch {
     this.#statuses = statuses;
   }
 
-  /** Ask the device. `data` is a write's payload, `block` the pooled memory it lies in, if any. */
+  /** Call the device. `data` is a write's payload, `block` its pooled memory, if any. */
   execute(request: Request, data: Buffer | undefined, block: Block | undefined): void {
     const device = this.#device;
     const inFlight = this.#inFlight;
@@ -127,7 +127,7 @@ export class Dispatch {
     this.succeed(request);
   }
 
-  /** The request is answered without the device: success, and no data. */
+  /** Answer a request with success and no data. */
   succeed({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): void {
     this.#replies.done(cookieHigh, cookieLow, offsetHigh, offsetLow);
   }
@@ -199,7 +199,7 @@ function zeroMode(flags: number): ZeroMode {
   return mode;
 }
 
-/** Bytes of memory that a request holds until it is answered. */
+/** Bytes of memory that a request holds until its answer. */
 function heldBytes({ type, length }: { readonly type: number; readonly length: number }): number {
   return type === CMD.READ || type === CMD.WRITE ? length : 0;
 }

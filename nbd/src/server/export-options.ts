@@ -27,7 +27,7 @@ import { LoopSlice } from './loop-slices.js';
 import { answerMetaContextOption } from './meta-context.js';
 import { encodeAnswer, negotiatedFor, reply, type Negotiation } from './negotiation.js';
 
-/** Of a list, sent at once: few system calls, and little memory for a client that does not read. */
+/** Bytes of a list sent at once: few system calls, and little memory for a client that does not read. */
 const LIST_CHUNK_BYTES = 64 * 1024;
 
 /** NBD_OPT_EXPORT_NAME has no way to report an error: "the server MUST terminate the session". */
@@ -57,7 +57,7 @@ export async function answerExportName(
   return { next: 'transmission', negotiated, device, geometry, exportName: info.name };
 }
 
-/** XenServer's tapdisk counts the NUL behind a C string as a part of the name; no name has one. */
+/** XenServer's tapdisk counts the NUL of a C string as part of the name; no name contains one. */
 function withoutTerminator(name: Buffer): Buffer {
   return name.at(-1) === 0 ? name.subarray(0, -1) : name;
 }
@@ -82,7 +82,7 @@ export async function answerMetaContexts(
   await host.send(encodeAnswer(option, answer));
 }
 
-/** In slices, and no faster than the client reads: there may be very many. */
+/** In slices, and no faster than the client reads: there may be very many exports. */
 export async function answerList(host: HandshakeHost, data: Buffer): Promise<void> {
   if (data.length > 0) return reply(host, OPT.LIST, REP.ERR_INVALID, 'NBD_OPT_LIST takes no data');
   const slice = new LoopSlice();
@@ -106,7 +106,7 @@ export async function answerList(host: HandshakeHost, data: Buffer): Promise<voi
       if (slice.isOver) await slice.next();
     }
   } catch (error) {
-    // Also of the client, that it is gone: whoever sends finds out.
+    // The error may be that the client is gone: the next send will show it.
     if (count > 0) throw error;
     const { type, message } = refusal(host, error);
     return reply(host, OPT.LIST, type, message);
@@ -163,7 +163,7 @@ export async function answerGo(
   return { next: 'transmission', negotiated, device, geometry, exportName: info.name };
 }
 
-/** Data of NBD_OPT_INFO and NBD_OPT_GO; undefined if its lengths do not fit or the name is no string. */
+/** Data of NBD_OPT_INFO and NBD_OPT_GO; undefined if its lengths do not fit or the name is not a string. */
 function decodeInfoRequest(data: Buffer): { readonly name: string; readonly infos: ReadonlySet<number> } | undefined {
   if (data.length < 6) return undefined;
   const nameLength = data.readUInt32BE(0);
@@ -178,7 +178,7 @@ function decodeInfoRequest(data: Buffer): { readonly name: string; readonly info
   return { name, infos };
 }
 
-/** The whole successful answer: the export always, its block sizes if asked or not default, names if asked; then ACK. */
+/** The whole successful answer: the export always, its block sizes if requested or not default, names if requested; then ACK. */
 function encodeInfos(
   option: number,
   wanted: ReadonlySet<number>,
@@ -187,7 +187,7 @@ function encodeInfos(
   negotiated: Negotiated,
 ): Buffer {
   const infos = [encodeInfoExport(geometry.size, transmissionFlags(geometry, negotiated))];
-  // Also unasked: "a server with size constraints other than the default SHOULD advertise" them, and clients must
+  // Also without a request: "a server with size constraints other than the default SHOULD advertise" them, and clients must
   // ignore what they do not understand.
   const hasDefaultSizes = geometry.minimumBlockSize === 1;
   if (wanted.has(INFO.BLOCK_SIZE) || !hasDefaultSizes) {
@@ -203,8 +203,8 @@ function encodeInfos(
 }
 
 /**
- * How an error of the provider is answered, and noted if it is about an export. What is not an ExportError is a bug: reported,
- * its text kept inside.
+ * The answer to an error of the provider; it is remembered if it concerns an export. Anything but an ExportError is a bug: it
+ * is reported, its text not sent.
  */
 function refusal(
   host: HandshakeHost,

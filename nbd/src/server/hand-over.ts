@@ -1,6 +1,6 @@
 /**
- * Giving a connection away between two requests: it stops, its requests in flight are answered, and somebody else takes its
- * socket with the state. It owns the order of these steps, and the way back if the connection is not taken.
+ * Handing a connection over between two requests: it stops, its requests in flight are answered, and another server takes its
+ * socket and its state. It owns the order of these steps, and the way back if the connection is not taken.
  */
 
 import net from 'node:net';
@@ -55,7 +55,7 @@ export class HandOver {
     this.#isUnderWay = true;
     try {
       await this.#standStill(transmission, signal);
-      if (signal?.aborted === true) throw new HandOverError('ABORTED', 'it was not wanted any more');
+      if (signal?.aborted === true) throw new HandOverError('ABORTED', 'the hand-over was aborted');
       this.#isUnderWay = false;
       this.#mustBeGivable();
       // From here to the end in one turn of the event loop: between two turns the system takes more of what is unsent.
@@ -84,7 +84,7 @@ export class HandOver {
     if (isLeaving) throw new HandOverError('ENDING', 'it is ending');
     if (transmission === undefined) throw new HandOverError('NOT_READY', 'it has chosen no export yet');
     if (this.#isUnderWay) throw new HandOverError('NOT_READY', 'it is being handed over already');
-    if (socket !== transport) throw new HandOverError('TLS', 'the keys of a TLS connection cannot be given away');
+    if (socket !== transport) throw new HandOverError('TLS', 'the keys of a TLS connection cannot be handed over');
     if (!(socket instanceof net.Socket) || bytesTakenBySystem(socket) === undefined) {
       throw new HandOverError('NOT_A_SOCKET', 'it is a stream of this process, not a socket of the system');
     }

@@ -1,6 +1,6 @@
 /**
- * What the handshake and its connection ask of each other, and how a handshake ends. Interfaces only: the handshake never
- * touches the socket, and the connection knows nothing of options.
+ * The interface between a handshake and its connection, and how a handshake ends. It keeps them apart: the handshake never
+ * touches the socket, and the connection contains no options.
  */
 
 import type { ExportInfo, ExportProvider, Geometry, Peer } from '../block-device.js';
@@ -20,25 +20,25 @@ export interface HandshakeHost {
   readonly reader: ByteReader;
   readonly clock: HandshakeClock;
   readonly isShuttingDown: boolean;
-  /** How this peer may, or must, begin TLS. Undefined: this server knows no TLS at all. */
+  /** Whether this peer may, or must, begin TLS. Undefined: this server has no TLS. */
   readonly tlsMode: TlsMode | undefined;
   readonly export: ClientExport;
-  /** Send `acknowledgement` as the last bytes in the clear and shake hands; `peer` and `reader` are of TLS afterwards. */
+  /** Send `acknowledgement` as the last bytes in the clear and do the TLS handshake; `peer` and `reader` are those under TLS afterwards. */
   startTls(acknowledgement: Buffer): Promise<void>;
-  /** The client has asked for something: it is not idling. */
+  /** The client has sent an option. */
   advanced(): void;
-  /** Resolves when the socket has taken the bytes; fails when it is gone. */
+  /** Resolves when the socket has written the bytes; rejects when it is closed. */
   send(bytes: Buffer): Promise<void>;
 }
 
-/** An export that can be announced, and served. */
+/** An export that has passed the check: it can be announced and served. */
 export interface CheckedExport {
   readonly device: ServedDevice;
   readonly geometry: Geometry;
   readonly info: ExportInfo;
 }
 
-/** How a handshake ended: in the transmission phase, or with the connection to be closed after what was sent. */
+/** How a handshake ended: with the transmission phase, or with the connection to be closed after its last answer. */
 export type HandshakeOutcome =
   | {
       readonly next: 'transmission';
@@ -49,7 +49,7 @@ export type HandshakeOutcome =
     }
   | { readonly next: 'close'; readonly reason: string };
 
-/** The client broke a MUST, or asked for what can only be refused by closing: the connection ends at once. */
+/** The client violated the protocol, or sent a request that can only be refused by closing: the connection ends at once. */
 export class HandshakeError extends Error {
   constructor(message: string) {
     super(message);

@@ -1,7 +1,7 @@
 /**
- * The handshake, server side: from the greeting to the moment requests may come. It owns option haggling (proto.md,
- * "Fixed newstyle negotiation", "Option types"); it never touches the socket itself and leaves nothing open when it
- * fails: devices are opened through its connection, which closes them.
+ * The handshake, server side: from the greeting to the transmission phase. It owns the loop over options (proto.md, "Fixed
+ * newstyle negotiation", "Option types") and NBD_OPT_STARTTLS. It never touches the socket and leaves nothing open when it fails:
+ * the connection closes the device.
  */
 
 import {
@@ -21,12 +21,12 @@ import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './han
 import { LoopSlice } from './loop-slices.js';
 import { answerReplyOption, beginNegotiation, encodeAnswer, reply, type Negotiation } from './negotiation.js';
 
-/** First two bytes of a TLS connection: a handshake record of TLS 1.0, whatever version is meant. */
+/** First two bytes of a TLS connection: a handshake record of TLS 1.0, whichever version follows. */
 const TLS_RECORD = 0x1603;
 
 /**
  * Lead one client through the handshake.
- * @throws HandshakeError if it breaks the protocol; whatever `host.send` and `host.reader` throw if it vanishes.
+ * Errors: HandshakeError if the client violates the protocol; those of `host.send` and `host.reader` if it disconnects.
  */
 export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> {
   const { reader, limits } = host;
@@ -50,7 +50,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   for (;;) {
     const isHere = reader.unread >= OPTION_HEADER_SIZE;
     const header = await reader.read(OPTION_HEADER_SIZE);
-    // Options that are here already are taken without waiting for anything: others are served in between.
+    // Options that have arrived already are read without waiting: other connections get their slices in between.
     if (!isHere) slice.restart();
     if (slice.isOver) await slice.next();
     if (host.isShuttingDown) return { next: 'close', reason: 'the server is shutting down' };
@@ -64,12 +64,12 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
     if (length > limits.maxDrainedOptionBytes) {
       throw new HandshakeError(`option ${option} with ${length} bytes of data`);
     }
-    // Whatever the client's flags said: "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit",
+    // Whatever the client's flags are: "Servers MAY choose to honour fixed newstyle from clients that didn't set this bit",
     // as go-nbd does not.
     if (host.tlsMode === 'require' && !negotiated.tls && option !== OPT.STARTTLS && option !== OPT.ABORT) {
       if (option === OPT.EXPORT_NAME) return { next: 'close', reason: 'an export was asked for without TLS' };
       await reader.skip(length);
-      await reply(host, option, REP.ERR_TLS_REQD, 'this server speaks with you over TLS only');
+      await reply(host, option, REP.ERR_TLS_REQD, 'this server requires TLS');
       continue;
     }
     if (length > limits.maxOptionBytes) {
@@ -93,7 +93,7 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   }
 }
 
-/** Whether the connection is in TLS now. One that fails to get there is over: "it is too late to continue without". */
+/** Returns whether the connection is under TLS now. If the TLS handshake fails it ends: "it is too late to continue without". */
 async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<boolean> {
   const refuse = (type: number, message: string): Promise<void> => reply(host, OPT.STARTTLS, type, message);
   if (host.tlsMode === undefined) {
@@ -105,7 +105,7 @@ async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data:
   } else if (data.length > 0) {
     await refuse(REP.ERR_INVALID, 'NBD_OPT_STARTTLS takes no data');
   } else {
-    // A client waits for the answer: what is here already came from somebody who wants it taken for the client's, later.
+    // A client waits for the answer: bytes that are here already may be injected, to be taken for the client's under TLS.
     if (host.reader.unread > 0) throw new HandshakeError('bytes in the clear after NBD_OPT_STARTTLS');
     await host.startTls(encodeOptionReply(OPT.STARTTLS, REP.ACK));
     return true;
@@ -113,7 +113,7 @@ async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data:
   return false;
 }
 
-/** Answer one option; undefined if haggling goes on. */
+/** Answer one option; undefined if the handshake continues. */
 async function answerOption(
   host: HandshakeHost,
   negotiated: Negotiation,

@@ -1,6 +1,6 @@
 /**
- * What the options of a handshake have agreed on so far, and the answers to those that say nothing about an export: which
- * kind of replies, and whether with extended headers.
+ * What the options of a handshake have agreed on so far, and the answers to the options that concern no export: structured
+ * replies and extended headers.
  */
 
 import { encodeOptionReply, encodeString, OPT, REP, type Negotiated } from '../protocol/wire.js';
@@ -14,12 +14,12 @@ export type Negotiation = {
   metaExport: string | undefined;
 };
 
-/** Nothing is agreed on but what the client's flags said; also after NBD_OPT_STARTTLS. */
+/** The state at the beginning, and after NBD_OPT_STARTTLS: only the client's flags are agreed on. */
 export function beginNegotiation(agreed: Pick<Negotiated, 'fixedNewstyle' | 'noZeroes' | 'tls'>): Negotiation {
   return { ...agreed, structuredReplies: false, extendedHeaders: false, metaContexts: [], metaExport: undefined };
 }
 
-/** What holds if `exportName` is the export that is opened, or asked about. */
+/** What was negotiated for the export `exportName`. */
 export function negotiatedFor(negotiation: Negotiation, exportName: string): Negotiated {
   const { metaExport, metaContexts, ...agreed } = negotiation;
   return { ...agreed, metaContexts: metaExport === exportName ? metaContexts : [] };
@@ -34,13 +34,13 @@ export function answerReplyOption(negotiation: Negotiation, option: number, data
   if (option === OPT.EXTENDED_HEADERS) {
     negotiation.extendedHeaders = true;
   } else if (negotiation.extendedHeaders) {
-    return { type: REP.ERR_EXT_HEADER_REQD, message: 'extended headers were negotiated and stay' };
+    return { type: REP.ERR_EXT_HEADER_REQD, message: 'extended headers are negotiated already, and replies stay extended' };
   }
   negotiation.structuredReplies = true;
   return encodeOptionReply(option, REP.ACK);
 }
 
-/** The bytes of an answer. */
+/** An answer as bytes. */
 export function encodeAnswer(option: number, answer: OptionAnswer): Buffer {
   return Buffer.isBuffer(answer) ? answer : encodeOptionReply(option, answer.type, encodeString(answer.message));
 }

@@ -1,9 +1,9 @@
 /**
- * The replies of one connection on their way out. It owns the memory they are built in, the order in which they are
- * handed to the socket, and the count of bytes the socket has not taken; it knows neither requests nor devices.
+ * The replies of one connection on their way to the client. It owns the memory that they are built in, the order in which they
+ * are given to the socket, and the count of bytes that the socket has not sent; it uses neither requests nor devices.
  *
- * Replies are laid side by side in a slab while requests are executed, and leave in one write per batch. A read whose
- * data comes later keeps its place in the slab (a pin) while the replies before and after it go on without it.
+ * Replies are built side by side in a slab while requests are executed, and leave in one write per batch. A read whose data
+ * arrive later keeps its place in the slab (a pin) while the replies before and after it leave.
  */
 
 import type { Duplex } from 'node:stream';
@@ -11,9 +11,9 @@ import { LARGE_BYTES, OWN_BYTES, type Block, type BufferPool, type MemoryAccount
 import { encodeString, REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
-/** Slabs one connection may hold at a time; with more pinned by slow reads, each reply gets a block for itself. */
+/** Most slabs of one connection; when slow reads pin so many, each further reply gets a block of its own. */
 const MAX_SLABS_PER_CONNECTION = 8;
-/** Replies of this many bytes are handed to the socket at once, so that the client reads while the next are made. */
+/** Replies of so many bytes are given to the socket at once, so that the client reads while the next ones are built. */
 const FLUSH_AT_BYTES = 256 * 1024;
 
 /** "Conventions": a string "SHOULD be no longer than 256 bytes". */
@@ -26,7 +26,7 @@ export interface Failure {
   /** NBD error value, not 0. */
   readonly errno: number;
   readonly message: string;
-  /** Where in the range of the request, if that is known. */
+  /** The offset of the failure within the request's range, if known. */
   readonly offset?: number | undefined;
 }
 
@@ -38,13 +38,13 @@ interface Piece {
 }
 
 export class ReplyQueue {
-  /** Reply bytes made and not yet taken by the socket. */
+  /** Reply bytes that the socket has not sent yet. */
   unsentBytes = 0;
-  /** Reply bytes that the socket has taken. */
+  /** Reply bytes that the socket has sent. */
   takenBytes = 0;
 
   #current: Block | undefined;
-  /** Where in `current` the replies begin that are not yet in `ready`. */
+  /** Offset in `current` of the first reply that is not in `ready` yet. */
   #openStart = 0;
   #slabsHeld = 0;
   #ready: Piece[] = [];
@@ -59,7 +59,7 @@ export class ReplyQueue {
   readonly #pool: BufferPool;
   readonly #account: MemoryAccount;
   readonly #encoder: ReplyEncoder;
-  /** Called when the socket took something: there may be room for further requests. */
+  /** Called when the socket has sent replies: there may be room for further requests. */
   readonly #onRoom: () => void;
 
   constructor(
@@ -86,7 +86,7 @@ export class ReplyQueue {
     this.unsentBytes += size;
   }
 
-  /** Success of a read of nothing, which must not be told like that of other requests if replies are structured. */
+  /** Success of a read of no bytes, which must not be a simple reply if replies are structured. */
   doneEmptyRead(to: Addressee): void {
     if (this.#encoder.chunkHeaderSize === 0) this.done(to.cookieHigh, to.cookieLow, to.offsetHigh, to.offsetLow);
     else this.chunk(REPLY_FLAG_DONE, REPLY_TYPE.NONE, to, 0);
@@ -119,7 +119,7 @@ export class ReplyQueue {
     payload.writeUInt32BE(length, CHUNK_OFFSET_SIZE);
   }
 
-  /** A chunk; its payload of `length` bytes is the caller's to fill before anything else is asked of the queue. */
+  /** A chunk. Returns its payload of `length` bytes, which the caller fills before it calls the queue again. */
   chunk(flags: number, type: number, to: Addressee, length: number): Buffer {
     const header = this.#encoder.chunkHeaderSize;
     const total = header + length;
@@ -139,7 +139,7 @@ export class ReplyQueue {
     return block.buffer.subarray(at + header, block.used);
   }
 
-  /** Replies that somebody else has made, to leave before all others. */
+  /** Send replies built by another server, before all others. */
   sendFirst(bytes: Uint8Array): void {
     const block = this.#pool.takeLarge(this.#account, bytes.length);
     block.buffer.set(bytes);
@@ -149,7 +149,7 @@ export class ReplyQueue {
     this.flush();
   }
 
-  /** A copy of the last `length` bytes of what was given to the socket, `unsentBytes` at most. */
+  /** A copy of the last `length` bytes given to the socket, at most `unsentBytes`. */
   lastBytes(length: number): Buffer {
     const given = this.#writing.map(({ block, start, end }) => block.buffer.subarray(start, end));
     const all = Buffer.concat(given);
@@ -189,8 +189,8 @@ export class ReplyQueue {
   }
 
   /**
-   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). Must be followed, before anything
-   * else is asked of the queue, by finishRead, failRead or detachRead.
+   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). The next call of the queue must be
+   * finishRead, failRead or detachRead.
    */
   beginRead(length: number): Buffer {
     const header = this.#encoder.readHeaderSize;
@@ -209,7 +209,7 @@ export class ReplyQueue {
     return block.buffer.subarray(this.#readAt + header, block.used);
   }
 
-  /** The data of the read just begun is in place. */
+  /** The data of the read just begun are in place. */
   finishRead(cookieHigh: number, cookieLow: number, offset: number): void {
     const block = this.#takeReadBlock();
     this.#encoder.writeReadHeader(block.buffer, this.#readAt, cookieHigh, cookieLow, offset, this.#readLength);
@@ -224,7 +224,7 @@ export class ReplyQueue {
     if (this.#readyBytes >= FLUSH_AT_BYTES) this.flush();
   }
 
-  /** The read just begun failed: its memory is given back and an error takes its place. */
+  /** The read just begun failed: its memory is given back and an error is sent instead. */
   failRead(to: Addressee, failure: Failure): void {
     const block = this.#takeReadBlock();
     if (block === this.#current) block.used = this.#readAt;
@@ -232,7 +232,7 @@ export class ReplyQueue {
     this.error(to, failure);
   }
 
-  /** The read just begun finishes later: its memory is the caller's until completeRead. Others overtake it. */
+  /** The read just begun finishes later: the caller owns its memory until completeRead. Other replies overtake it. */
   detachRead(): { readonly block: Block; readonly at: number } {
     const block = this.#takeReadBlock();
     if (block === this.#current) {
@@ -263,12 +263,12 @@ export class ReplyQueue {
     this.#unpin(block);
   }
 
-  /** Hand everything that is ready to the socket: one write if it lies side by side, one gathered write if not. */
+  /** Give everything that is ready to the socket: one write if it is contiguous, else one gathered write. */
   flush(): void {
     this.#closeOpenPiece();
     const pieces = this.#ready;
     if (pieces.length === 0) {
-      // Room was made for what then needed none.
+      // A slab was taken for a reply that then did not need it.
       if (this.#current?.pins === 1) this.#leaveCurrent();
       return;
     }
@@ -286,7 +286,7 @@ export class ReplyQueue {
     if (pieces.length > 1) this.#socket.uncork();
   }
 
-  /** The socket is gone: nothing leaves any more, memory goes back as the last reads finish. */
+  /** The socket is closed: nothing is sent any more, and memory is given back as the last reads finish. */
   close(): void {
     this.#isClosed = true;
     this.flush();
@@ -297,7 +297,7 @@ export class ReplyQueue {
     const piece = this.#writing.shift();
     if (piece === undefined) return;
     if (error) {
-      // The socket is being destroyed and calls back in no certain order: the memory is left to the collector.
+      // The socket is being destroyed, and the order of its callbacks is undefined: the memory is left to the garbage collector.
       piece.block.isLost = true;
       this.#forget(piece);
       return;
@@ -315,7 +315,7 @@ export class ReplyQueue {
   /** `size` bytes at the end of the current block; they lie before the returned block's `used`. */
   #reserve(size: number): Block {
     if (!this.#makeRoom(size)) {
-      // Few bytes, which are not worth waiting for: a request is answered whether there is memory or not.
+      // Short replies do not wait: a request is answered even without memory in the budget.
       this.#leaveCurrent();
       this.#begin(this.#pool.takeLarge(this.#account, size));
     }
@@ -332,7 +332,7 @@ export class ReplyQueue {
     if (this.#slabsHeld < MAX_SLABS_PER_CONNECTION && (next = this.#pool.takeSlab(this.#account)) !== undefined) {
       this.#slabsHeld++;
     } else {
-      // It may be what is there to be taken.
+      // `current` may be the connection's own block: leaving it may free it.
       this.#leaveCurrent();
       if (size > OWN_BYTES) return false;
       next = this.#pool.takeOwn(this.#account);
@@ -379,7 +379,7 @@ export class ReplyQueue {
   #unpin(block: Block): void {
     block.pins--;
     if (block.pins === 1 && block === this.#current && this.#openStart === block.used) {
-      // Everything in it has left: whoever is next begins at its front, which is still in the processor's cache.
+      // All of its replies have left: the next one starts at its front, which is still in the processor's cache.
       this.#current = undefined;
       block.pins = 0;
     }

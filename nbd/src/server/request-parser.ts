@@ -1,6 +1,6 @@
 /**
- * From the client's bytes to requests: headers and payloads, in whatever pieces they arrive, and what becomes of each
- * request: a refusal, a wait, or a call of the device. It owns the state between two pieces; it never touches the socket.
+ * From the client's bytes to requests: it decodes headers and payloads, in whatever pieces they arrive, and refuses, delays
+ * or executes each request. It owns the state between two pieces; it never touches the socket.
  *
  * The loop runs once per request: a request that the device answers synchronously allocates nothing here.
  */
@@ -42,14 +42,14 @@ export interface ParserParts {
   readonly dispatch: Dispatch;
   readonly replies: ReplyQueue;
   readonly loopUser: LoopUser;
-  /** Called when no further input is looked at, before the host is told why. */
+  /** Called when no further input is to be parsed, before the host is told why. */
   readonly stopListening: () => void;
 }
 
 export class RequestParser {
   /** Requests decoded so far. */
   requests = 0;
-  /** No further input is looked at. */
+  /** No further input is parsed. */
   isDeaf = false;
   /** Every request is answered ESHUTDOWN. */
   isRefusing = false;
@@ -110,7 +110,7 @@ export class RequestParser {
     const { loop } = this.#host;
     const end = chunk.length;
     let at = 0;
-    // A request that the device answers at once counts, too, until others have had their turn.
+    // Requests that the device answers at once count as well, until others have had their turn.
     let requestsLeft = this.#host.limits.maxInFlightRequests;
     while (at < end) {
       if (payload.left > 0) {
@@ -202,7 +202,7 @@ export class RequestParser {
     return type === CMD.READ ? this.#replies.readSize(length) : this.#statuses.memoryNeeded(length);
   }
 
-  /** The payload of the request just decoded is not looked at. False if it is too long for that. */
+  /** Discard the payload of the request just decoded. False if it is longer than what is drained: the connection ends. */
   #skipPayload(refusal: Refusal): boolean {
     const length = this.#request.payloadLength;
     // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
@@ -225,7 +225,7 @@ export class RequestParser {
     else if (refusal !== undefined) this.#refuse(refusal);
   }
 
-  /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
+  /** The payload of a valid request has arrived: data of a write, or the filter of a block status. */
   #take(payload: Buffer, block: Block | undefined): void {
     const request = this.#request;
     if (request.type !== CMD.BLOCK_STATUS) {
@@ -262,7 +262,7 @@ export class RequestParser {
     });
   }
 
-  /** Begin the request that waits for memory. False if there still is none. */
+  /** Begin the request that waits for memory. False if there still is not enough. */
   beginWaiting(): boolean {
     const request = this.#request;
     const account = this.#account;
@@ -285,7 +285,7 @@ export class RequestParser {
     return true;
   }
 
-  /** The bytes of a request that has begun and was not carried out. `isDecoded`: its header was parsed, and it waits for memory. */
+  /** The bytes of a request that arrived in part or waits. `isDecoded`: its header was parsed, and it waits for memory. */
   begun(isDecoded: boolean): Buffer {
     const request = this.#request;
     const payload = this.#payload;
@@ -300,11 +300,11 @@ export class RequestParser {
   }
 }
 
-/** How much work the request is whose header lies in `chunk` from `at` on, for LoopShare.mustYield. */
+/** The work (units of LoopShare.mustYield) of the request whose header begins at `at` in `chunk`. */
 function unitsOf(chunk: Buffer, at: number, headerSize: number): number {
-  // The low byte of the type. What is neither read nor written may be about a whole disk.
+  // The low byte of the type. Requests other than reads and writes may concern a whole disk.
   if ((chunk[at + 7] as number) > CMD.WRITE) return UNITS_PER_LOOK;
-  // The length in steps of 64 KiB: bytes of its low half.
+  // The length in units of 64 KiB: the upper two bytes of its low 32 bits.
   const length = at + headerSize - 4;
   return 1 + (((chunk[length] as number) << 8) | (chunk[length + 1] as number));
 }

@@ -1,6 +1,6 @@
 /**
- * Reads that are answered with holes: where the device knows of any, their zeros are not sent. It owns the decision when a
- * device is asked for its holes, and the reads of the parts that are data; the layout of the reply is read-plan's.
+ * Reads that are answered with holes: zeros that the device reports as holes are not sent. It owns the decision when to ask the
+ * device for holes, and the reads of the data parts; read-plan.ts lays out the reply.
  */
 
 import { ALLOCATION_CONTEXT, type Awaitable } from '../block-device.js';
@@ -15,17 +15,17 @@ import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 /**
- * A device that has to look where its holes are, and finds data only, is asked less and less often: up to this many long
- * reads are then sent as they are. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
+ * A device whose answer comes later and reports data only is asked less and less often: up to this many long reads are then
+ * read without asking. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
  * from a full disk (1.4 to 1.8 GB/s with it, 1.9 to 2.0 without).
  */
 const MAX_ASK_INTERVAL = 31;
 
 export class SparseReads {
-  /** Whether a read may be answered with holes, and whether the device can tell where they are. */
+  /** Whether the client takes holes, and whether the device reports them. */
   readonly areAllowed: boolean;
   readonly #knowsHoles: boolean;
-  /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
+  /** Long reads until the device is asked for holes again, and the interval used last. */
   #readsNotToAsk = 0;
   #askInterval = 0;
 
@@ -55,7 +55,7 @@ export class SparseReads {
     this.#knowsHoles = geometry.contexts.includes(ALLOCATION_CONTEXT);
   }
 
-  /** Answer a read with holes, if there are any to be known of. False if it is to be read as a whole. */
+  /** Answer a read with holes, if the device may report some. False: the caller reads it as a whole. */
   begin(request: Request): boolean {
     const device = this.#device;
     const { offset, length } = request;
@@ -88,7 +88,7 @@ export class SparseReads {
     return true;
   }
 
-  /** Read the parts of a read that are data, each into its chunk, and send all chunks together. */
+  /** Read the data parts, each into its chunk, and send all chunks together. */
   async #readInParts(
     to: Addressee,
     plan: ReadPlan,
@@ -98,14 +98,14 @@ export class SparseReads {
     length: number,
   ): Promise<void> {
     const inFlight = this.#inFlight;
-    // There is room for all of it. How much it takes is known when the extents are.
+    // There is room for all of it. How much it needs is known when the extents are known.
     this.#host.pool.claim(this.#account, length);
     inFlight.begin(length);
     if (extents !== undefined) {
       try {
         await extents;
       } catch (error) {
-        // A device that cannot tell may still be able to read.
+        // A device that fails to report extents may still be able to read.
         inFlight.failureOf(error, { flags, offset, length });
         plan.forget();
       }
@@ -133,7 +133,7 @@ export class SparseReads {
     inFlight.settled();
   }
 
-  /** The first failure, by offset, or undefined. Returns when all reads have ended: their memory is theirs till then. */
+  /** The first failure by offset, or undefined. Resolves when all reads have ended: until then they use their memory. */
   async #readParts(parts: readonly Part[], data: readonly Buffer[], flags: number): Promise<Failure | undefined> {
     const dataParts = parts.filter(({ isHole }) => !isHole);
     const results = await Promise.allSettled(
@@ -144,7 +144,7 @@ export class SparseReads {
     const part = dataParts[failed];
     if (result?.status !== 'rejected' || part === undefined) return undefined;
     const failure = this.#inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
-    // What lies before the part that failed was read.
+    // The parts before the failed one were read.
     return { ...failure, offset: failure.offset ?? part.offset };
   }
 }

@@ -1,6 +1,6 @@
 /**
- * Block statuses under way: the device is asked for one context after the other, and others have their turn of the loop in
- * between. It owns their order and their memory; what is collected and how it is cut is block-status's.
+ * Block statuses in flight: the device is asked for one context after the other, and other connections have their turn of the
+ * loop in between. It owns their order and their memory; block-status.ts collects and cuts the extents.
  */
 
 import { CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
@@ -22,11 +22,11 @@ import { wantedContexts, type Request, type RequestRules } from './request.js';
 import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
-/** A block status under way: it goes from context to context, and lets others have their turn in between. */
+/** One block status in flight. */
 class StatusRequest implements LoopTask {
-  /** The context that is to be asked for, or whose extents are being collected. */
+  /** Index of the context to ask for next, or whose extents are being collected. */
   next = 0;
-  /** Being filled by the device. */
+  /** The collector that the device fills. */
   collector: ExtentCollector | undefined;
   readonly flags: number;
   readonly offset: number;
@@ -91,12 +91,12 @@ export class StatusRequests {
     this.#extendedHeaders = rules.negotiated.extendedHeaders;
   }
 
-  /** Bytes of memory for a block status of `length` bytes, at most. */
+  /** The most memory that a block status of `length` bytes needs, bytes. */
   memoryNeeded(length: number): number {
     return blockStatusMemory(length, this.#rules.negotiated.metaContexts.length);
   }
 
-  /** Whether one can be begun now: where there is less memory than for the longest answer, the answer is a shorter one. */
+  /** Whether a block status can begin now. With less memory than the longest answer needs, the answer is shorter. */
   hasMemory(length: number): boolean {
     return !this.#account.isOwnTaken || this.#host.pool.hasRoom(this.#account, this.memoryNeeded(length));
   }
@@ -121,7 +121,7 @@ export class StatusRequests {
     new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
   }
 
-  /** For StatusRequest only: ask for the contexts from `asked.next` on, as long as it is its turn. */
+  /** For StatusRequest only: ask for the contexts from `asked.next` on, until its turn of the loop is over. */
   askContexts(asked: StatusRequest): void {
     const { loopUser } = this;
     const device = this.#device;
@@ -158,7 +158,7 @@ export class StatusRequests {
     this.#finish(asked, failure);
   }
 
-  /** For StatusRequest only: the device could not say. */
+  /** For StatusRequest only: the device has failed. */
   failed(asked: StatusRequest, error: unknown): void {
     this.#finish(asked, this.#inFlight.failureOf(error, asked));
   }
@@ -168,7 +168,7 @@ export class StatusRequests {
     const extendedHeaders = this.#extendedHeaders;
     const inFlight = this.#inFlight;
     inFlight.end(memory);
-    // What was claimed covers the reply.
+    // The claimed memory covers the reply.
     this.#host.pool.unclaim(this.#account, memory);
     if (own !== undefined) this.#host.pool.give(own);
     if (failure === undefined) {

@@ -1,16 +1,17 @@
 /**
- * The transmission phase of one connection: bytes in, requests out to the device, replies back. It owns the parser's
- * state; it never closes the socket or the device, it tells its connection why it should. Its parts are
+ * The transmission phase of one connection: bytes in, requests out to the device, replies back. It owns the phase's
+ * start, its pauses and its end; it never closes the socket or the device, but tells its connection why to. Its parts are
  *
  * - receive-memory and incoming-payload: where the bytes from the socket go,
- * - back-pressure: input that has to wait, for room, for memory, or for its turn of the event loop,
- * - request: what a header says, and whether it may be carried out,
- * - dispatch, with sparse-reads and status-requests: the device is asked,
- * - requests-in-flight: what it works on,
- * - reply-queue: what it answered, on its way out.
+ * - request-parser: from bytes to requests,
+ * - request: what a header says, and whether the request may be executed,
+ * - back-pressure: input that waits for room, for memory, or for its turn of the event loop,
+ * - dispatch, with sparse-reads and status-requests: the calls of the device,
+ * - requests-in-flight: what the device works on,
+ * - reply-queue: replies on their way to the client.
  *
- * The path of a request that the device answers synchronously allocates nothing but the view of its data. Two bounds hold a
- * client back: work in flight, and replies not taken.
+ * The path of a request that the device answers synchronously allocates nothing but the view of its data. Two limits cause
+ * back-pressure: work in flight, and replies that the client has not read.
  */
 
 import { BackPressure } from './back-pressure.js';
@@ -29,10 +30,10 @@ import { SparseReads } from './sparse-reads.js';
 import { StatusRequests } from './status-requests.js';
 import type { TransmissionHost } from './transmission-host.js';
 
-/** Under TLS data are in memory twice: as they are, and encrypted. */
+/** Under TLS data are in memory twice: in the clear, and encrypted. */
 const TLS_COPIES = 2;
 
-/** Nothing is held back but the next thing to be received. */
+/** Held input of no bytes: what is received next waits. */
 const NOTHING = Buffer.alloc(0);
 
 export class Transmission implements LoopTask {
@@ -45,12 +46,12 @@ export class Transmission implements LoopTask {
   readonly #requestsInFlight: RequestsInFlight;
   readonly #replies: ReplyQueue;
   readonly #backPressure: BackPressure;
-  /** Nothing is begun until it is thawed; what was short of memory is asked for again then. */
+  /** No request begins until thaw(), which asks again for the memory that a request waited for. */
   #isFrozen = false;
   #wasShortOfMemory = false;
-  /** To be told when it is frozen and no request is in flight. */
+  /** Called when it is frozen and no request is in flight. */
   #whenStill: (() => void) | undefined;
-  /** Whether input came since the last settling. */
+  /** Whether input arrived since the last settling. */
   #isHeard = false;
   #isSettleScheduled = false;
   #whenIdle: (() => void)[] = [];
@@ -89,7 +90,7 @@ export class Transmission implements LoopTask {
     this.#backPressure = backPressure;
   }
 
-  // --- How it stands ---
+  // --- State and counts ---
 
   /** Requests received. */
   get requests(): number {
@@ -114,7 +115,7 @@ export class Transmission implements LoopTask {
     return this.#requestsInFlight.count;
   }
 
-  /** Bytes of payloads that came in pieces. */
+  /** Bytes of payloads that arrived in pieces. */
   get payloadBytes(): number {
     return this.#payload.movedBytes;
   }
@@ -124,24 +125,24 @@ export class Transmission implements LoopTask {
     return this.#parser.isMidRequest;
   }
 
-  /** Bytes of the server's memory that it holds. */
+  /** Bytes of the memory budget that this connection holds. */
   get memoryBytes(): number {
     return this.#account.held;
   }
 
-  /** Bytes of replies that the socket is done with, each write as a whole. */
+  /** Bytes of replies that the socket has written; each write counts when it is complete. */
   get takenBytes(): number {
     return this.#replies.takenBytes;
   }
 
-  /** Whether the client is the one who has to do something: take a reply, or send the rest of a payload. */
+  /** Whether the next step is the client's: to read a reply, or to send the rest of a payload. */
   get waitsForClient(): boolean {
-    // Where there is nowhere to receive into, or its turn has not come, it waits for us.
+    // Without memory to receive into, or before its turn of the loop, the client waits for us.
     const isHeard = !this.#memory.isStarved && this.#backPressure.held === undefined;
     return this.#replies.unsentBytes > 0 || (this.#payload.left > 0 && isHeard);
   }
 
-  /** Nothing that comes from now on is looked at. */
+  /** No further input is parsed. */
   get #isDeaf(): boolean {
     return this.#parser.isDeaf;
   }
@@ -150,14 +151,14 @@ export class Transmission implements LoopTask {
     return this.#isDeaf && this.inFlight === 0;
   }
 
-  /** Whether the client waits for us. */
+  /** Whether the client waits for the server. */
   get isBusy(): boolean {
     return this.inFlight > 0 || this.#isFrozen || this.#backPressure.isQueued || this.#backPressure.isShortOfMemory;
   }
 
   // --- Receiving ---
 
-  /** Bytes from the client, as they came. `chunk` is the transmission's from now on. */
+  /** Parse bytes from the client. The transmission owns `chunk` from now on. */
   feed(chunk: Buffer): void {
     if (this.#isDeaf) return;
     this.#isHeard = true;
@@ -175,7 +176,7 @@ export class Transmission implements LoopTask {
     this.#replies.flush();
   }
 
-  /** Where the socket shall put what comes next. */
+  /** The memory that the socket receives the next bytes into. */
   nextBuffer(): Buffer {
     const memory = this.#memory;
     const payload = this.#payload;
@@ -185,14 +186,14 @@ export class Transmission implements LoopTask {
       if (block !== undefined) memory.unpin(block);
       return memory.forNobody();
     }
-    // What is held back comes before it: the place of what is received now is not known before that is parsed.
+    // Held input comes first: where the new bytes belong is known only when it is parsed.
     if (payload.isWorthReceivingInPlace && this.#backPressure.held === undefined) {
       return memory.intoPayload(payload.rest);
     }
     return memory.next();
   }
 
-  /** The socket has put so many bytes where it was told to. */
+  /** The socket has received `length` bytes into the buffer of nextBuffer(). */
   received(length: number): void {
     if (this.#isDeaf) return;
     const memory = this.#memory;
@@ -207,7 +208,7 @@ export class Transmission implements LoopTask {
     memory.parsed = undefined;
   }
 
-  /** The payload of a write has been received where it belongs: what comes next may have to wait for its turn. */
+  /** The payload of a write has been received in place: the next input may have to wait for its turn of the loop. */
   #yieldAfterPayload(): void {
     const { loop } = this.#host;
     if (this.#payload.left > 0 || this.#isDeaf || this.#backPressure.held !== undefined) return;
@@ -218,9 +219,9 @@ export class Transmission implements LoopTask {
     loop.finish(this.loopUser);
   }
 
-  // --- Going on with what was held back ---
+  // --- Continuing with held input ---
 
-  /** Its turn of the loop has come. */
+  /** Its turn of the event loop has come. */
   serveTurn(): void {
     this.#backPressure.isQueued = false;
     this.#resume();
@@ -235,12 +236,12 @@ export class Transmission implements LoopTask {
     if (!this.#isDeaf) this.#backPressure.waitForTurn();
   }
 
-  /** Go on with held input if there is room again, and memory, and time. */
+  /** Continue with held input if there are room, memory and time. */
   #resume(): void {
     const backPressure = this.#backPressure;
     const memory = this.#memory;
     if (backPressure.held === undefined || this.#isDeaf || backPressure.isQueued || this.#isFrozen) return;
-    // There was room when the request that is short of memory was decoded. It may not wait with that set aside for it.
+    // There was room when the request that waits for memory was decoded: it must not wait while memory is reserved for it.
     if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.#parser.isRefusing)) return;
     if (this.#host.loop.isSpent) {
       this.#queue();
@@ -248,7 +249,7 @@ export class Transmission implements LoopTask {
     }
     if (backPressure.isShortOfMemory && !this.#parser.beginWaiting()) return;
     const held = backPressure.release();
-    // What has just begun may have ended the connection.
+    // The request that has just begun may have ended the connection.
     if (held === undefined) return;
     const block = memory.parsed;
     this.#parser.parse(held);
@@ -262,9 +263,9 @@ export class Transmission implements LoopTask {
   // --- Stopping between two requests ---
 
   /**
-   * Begin no further request; what comes is kept, and the socket is paused. `whenStill` is called once no request is in
-   * flight and all replies are with the socket: then `unread` and `unsent` are the state of the connection. Not to be called
-   * from inside a request.
+   * Begin no further request; input is kept, and the socket is paused. `whenStill` is called once no request is in flight and
+   * all replies are with the socket: then `unread` and `unsent` are the state of the connection. Must not be called from
+   * inside a request.
    */
   freeze(whenStill: () => void): void {
     const backPressure = this.#backPressure;
@@ -276,7 +277,7 @@ export class Transmission implements LoopTask {
     this.#scheduleSettle();
   }
 
-  /** Go on as if nothing had been. */
+  /** Continue as if freeze() had not been called. */
   thaw(): void {
     if (!this.#isFrozen) return;
     this.#isFrozen = false;
@@ -287,34 +288,34 @@ export class Transmission implements LoopTask {
     this.#queue();
   }
 
-  /** While it is frozen: all that was received and not carried out, from the beginning of a request on. */
+  /** While it is frozen: all input that was received and not executed, from the start of a request on. */
   get unread(): Buffer {
     return Buffer.concat([this.#parser.begun(this.#wasShortOfMemory), this.#backPressure.held ?? NOTHING]);
   }
 
-  /** While it is frozen: of the replies given to the socket the last `length` bytes. */
+  /** While it is frozen: the last `length` bytes of the replies given to the socket. */
   unsent(length: number): Buffer {
     return this.#replies.lastBytes(length);
   }
 
-  /** What a server before has answered, and the client has not got: it leaves first. */
+  /** Send replies of an earlier server that the client has not received; before all others. */
   sendFirst(bytes: Uint8Array): void {
     this.#replies.sendFirst(bytes);
   }
 
-  // --- Its end ---
+  // --- The end ---
 
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
   refuseNewRequests(): void {
     this.#parser.isRefusing = true;
-    // What is held back is refused, too. Not at once: this may be called from inside a request (see onIdle).
+    // Held input is refused, too. Not at once: this may be called from inside a request (see onIdle).
     this.#isHeard = true;
     this.#scheduleSettle();
   }
 
   /**
-   * The server is shutting down: no further request is carried out or answered. A client that connects again repeats them,
-   * while an error it would have to hand on.
+   * The server is shutting down: no further request is executed or answered. A client that reconnects repeats unanswered
+   * requests, but would pass an error on to its user.
    */
   dropNewRequests(): void {
     // Not at once: this may be called from inside a request (see onIdle).
@@ -324,14 +325,14 @@ export class Transmission implements LoopTask {
     });
   }
 
-  /** Nothing the client sends from now on is looked at. */
+  /** Discard all further input. */
   stopListening(): void {
     const payload = this.#payload;
     this.#parser.isDeaf = true;
     this.#isFrozen = false;
     this.#backPressure.drop();
     this.#backPressure.endWaits();
-    // What the socket has been told to receive into is no memory for anybody else, until the socket is gone.
+    // Memory that the socket still receives into must not be reused until the socket is closed.
     const { block } = payload;
     if (block !== undefined && this.#memory.target !== 'payload') {
       payload.block = undefined;
@@ -341,12 +342,12 @@ export class Transmission implements LoopTask {
     payload.left = 0;
   }
 
-  /** What is in flight is finished, its replies go nowhere; those that are made already leave. */
+  /** Finish the requests in flight without replies; replies that are complete already leave. */
   dropReplies(): void {
     this.#replies.close();
   }
 
-  /** The socket is gone: what is in flight is finished, its replies go nowhere. */
+  /** The socket is closed: the requests in flight are finished without replies. */
   socketClosed(): void {
     this.stopListening();
     this.#memory.close();
@@ -357,22 +358,22 @@ export class Transmission implements LoopTask {
   }
 
   /**
-   * `callback` is called once no request is in flight or held back and all replies are with the socket. Never at once:
-   * an observer or a device may close the server in the middle of a request whose reply is being made.
+   * `callback` is called once no request is in flight or held and all replies are with the socket. Never at once: an observer
+   * or a device may close the server in the middle of a request whose reply is being written.
    */
   onIdle(callback: () => void): void {
     this.#whenIdle.push(callback);
     this.#scheduleSettle();
   }
 
-  /** After the completions of this turn of the event loop: those that finish together leave together. */
+  /** Settle after the completions of this turn of the event loop: replies that finish together leave together. */
   #scheduleSettle(): void {
     if (this.#isSettleScheduled) return;
     this.#isSettleScheduled = true;
     setImmediate(this.#settle);
   }
 
-  /** Send what is ready, take on what was held, and tell who waits for idleness. */
+  /** Send what is ready, continue with held input, and call those that wait for idleness. */
   readonly #settle = (): void => {
     this.#isSettleScheduled = false;
     this.#replies.flush();
@@ -388,9 +389,9 @@ export class Transmission implements LoopTask {
     }
     if (this.#whenIdle.length === 0) return;
     const backPressure = this.#backPressure;
-    // What was asked is owed an answer, or a refusal; but who is shut out and reads nothing may not hold up the shutdown.
+    // Every request that was received is answered or refused; but a refused client that reads nothing must not delay the shutdown.
     if (backPressure.held !== undefined && !(this.#parser.isRefusing && backPressure.isSaturated(true))) return;
-    // Being shut out, a client is heard as long as it goes on asking: until a turn of the loop brings nothing new.
+    // During the shutdown requests are refused as long as they keep arriving: until a turn of the loop brings no input.
     if (this.#parser.isRefusing && this.#isHeard && !this.#isDeaf) {
       this.#isHeard = false;
       this.#scheduleSettle();
