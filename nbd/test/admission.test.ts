@@ -99,7 +99,9 @@ describe('connections that choose no export', () => {
     expect((await talks.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
     await isServed(talks);
     await until(() => closes.length === 3, 'three have made room');
-    expect(closes).toMatchObject(Array(3).fill({ isCrowdedOut: true, reason: expect.stringContaining('made room') }));
+    expect(closes).toMatchObject(
+      Array(3).fill({ isCrowdedOut: true, reason: expect.stringContaining('made room') as unknown }),
+    );
     expect(server.connections.size).toBe(4);
   });
 
@@ -171,7 +173,9 @@ describe('connections with an export', () => {
     const { comes, overTcp, refusals } = await crowd({ maxConnections: 8, maxConnectionsPerPeer: 8 });
     for (let i = 0; i < 7; i++) await (await overTcp()).open('disk');
     await wasTurnedAway(await overTcp());
-    expect(refusals).toMatchObject([{ reason: expect.stringMatching(/^7 TCP connections are open.* 1 more/) }]);
+    expect(refusals).toMatchObject([
+      { reason: expect.stringMatching(/^7 TCP connections are open.* 1 more/) as unknown },
+    ]);
     const local = await comes(7);
     await local.open('disk');
     await isServed(local);
@@ -213,7 +217,9 @@ describe('connections with an export', () => {
       await until(() => provider.unfinished === i, 'it asks and leaves');
     }
     await wasTurnedAway(await comes(7));
-    expect(refusals).toMatchObject([{ reason: expect.stringMatching(/^2 connections of this peer that are leaving/) }]);
+    expect(refusals).toMatchObject([
+      { reason: expect.stringMatching(/^2 connections of this peer that are leaving/) as unknown },
+    ]);
     gate.open();
     for (const one of leaving) {
       await one.readReply(4);
@@ -255,13 +261,13 @@ test('many options in one send leave the loop to others in between', async () =>
   await visitor.open('disk');
   const count = 40;
   sender.send(...Array.from({ length: count }, () => optionBytes(OPT.INFO, infoQuery('disk'))));
-  let isAnswered = false;
+  const options = { areAnswered: false };
   const answered = (async () => {
     for (let left = count; left > 0;) if ((await sender.readOptionReply()).type === REP.ACK) left--;
-    isAnswered = true;
+    options.areAnswered = true;
   })();
   let turns = 0;
-  for (; !isAnswered; turns++) await isServed(visitor);
+  for (; !options.areAnswered; turns++) await isServed(visitor);
   await answered;
   // All forty come in one piece: with nobody served in between it would be one or two.
   expect(turns).toBeGreaterThan(count / 4);

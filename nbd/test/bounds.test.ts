@@ -50,7 +50,9 @@ describe('connections of one peer', () => {
     await first.open('disk');
     await (await connect('127.0.0.1')).open('disk');
     expect(await (await connect('127.0.0.1')).readToEnd()).toHaveLength(0);
-    expect(refusals).toMatchObject([{ peer: { host: '127.0.0.1' }, reason: expect.stringContaining('2 connections') }]);
+    expect(refusals).toMatchObject([
+      { peer: { host: '127.0.0.1' }, reason: expect.stringContaining('2 connections') as unknown },
+    ]);
     await (await connect('127.0.0.2')).open('disk');
     first.request({ type: CMD.DISC });
     await until(() => closes.length === 1 && server.connections.size === 2, 'one has left');
@@ -142,9 +144,9 @@ describe('an idle connection', () => {
     const { opened, closes, server } = await startServer({ limits: { idleTimeoutMs: 300 } });
     const quiet = await opened();
     const busy = await opened();
-    let isOver = false;
-    const over = quiet.readToEnd().then(() => (isOver = true));
-    while (!isOver) {
+    const quietOne = { isOver: false };
+    const over = quiet.readToEnd().then(() => (quietOne.isOver = true));
+    while (!quietOne.isOver) {
       busy.request({ type: CMD.READ, length: 4 });
       await busy.readReply(4);
       await new Promise((resolve) => setTimeout(resolve, 5));

@@ -415,7 +415,10 @@ describe('servers that do not speak NBD', () => {
     { what: 'is newstyle but not fixed', greeting: Buffer.concat([Buffer.from('NBDMAGICIHAVEOPT'), uint16(0)]) },
   ]) {
     test(`connect() to one that ${what} fails with PROTOCOL`, async () => {
-      const path = await fakeServer((peer) => Promise.resolve(peer.send(greeting)));
+      const path = await fakeServer((peer) => {
+        peer.send(greeting);
+        return Promise.resolve();
+      });
       expect((await failureOf(NbdClient.connect({ path }))).code).toBe('PROTOCOL');
     });
   }

@@ -246,7 +246,7 @@ describe('in one process', () => {
       moves++;
     }
     await reading;
-    expect(moves).toBeGreaterThan(10);
+    expect(moves).toBeGreaterThan(3);
     expect(exported.disk.equals(model)).toBe(true);
     const writes = [first, other].flatMap(({ provider }) => callsOf(provider, 'write'));
     expect(new Set(writes).size).toBe(writes.length);
@@ -288,7 +288,7 @@ describe('not handed over', () => {
   const codeOf = (server: TestServer['server'], id = onlyId(server)): Promise<unknown> =>
     server.handOver(id, take).then(
       () => undefined,
-      (error: { code: unknown }) => error.code,
+      (error: unknown) => (error as { code: unknown }).code,
     );
 
   test('is what is in the handshake, is ending, is no socket, or is not there', async () => {

@@ -322,12 +322,12 @@ export class RawClient {
   }
 
   private async bounded(isDone: () => boolean, what: string): Promise<void> {
-    let isLate = false;
+    const bound = { isOver: false };
     const timer = setTimeout(() => {
-      isLate = true;
+      bound.isOver = true;
       this.wake?.();
     }, READ_BOUND_MS);
-    while (!isDone() && !isLate) {
+    while (!isDone() && !bound.isOver) {
       await new Promise<void>((resolve) => {
         this.wake = resolve;
       });

@@ -448,12 +448,12 @@ describe('the pool', () => {
   });
 
   test('memory that is given back to the system is gone at once', () => {
-    const before = process.memoryUsage().arrayBuffers;
     const buffer = Buffer.allocUnsafeSlow(64 * MIB);
-    expect(process.memoryUsage().arrayBuffers - before).toBeGreaterThan(60 * MIB);
+    const before = process.memoryUsage().arrayBuffers;
     releaseMemory(buffer);
     expect(buffer).toHaveLength(0);
-    expect(process.memoryUsage().arrayBuffers - before).toBeLessThan(4 * MIB);
+    // A collection of other garbage in between frees more, never less.
+    expect(before - process.memoryUsage().arrayBuffers).toBeGreaterThan(60 * MIB);
   });
 
   test('what nobody has used for a while is given back to the system', async () => {

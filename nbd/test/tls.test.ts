@@ -499,7 +499,8 @@ describe('injection and downgrade', () => {
     const plain = await from.raw();
     await plain.greet();
     await plain.option(OPT.STARTTLS);
-    const socket = plain.socket as net.Socket;
+    const { socket } = plain;
+    if (!(socket instanceof net.Socket)) throw new Error('not a socket of the system');
     socket.removeAllListeners('data').removeAllListeners('end');
     const inTls = new RawClient(tls.connect({ socket, rejectUnauthorized: false }));
     await inTls.option(OPT.LIST);

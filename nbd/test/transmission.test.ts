@@ -2,6 +2,7 @@
 
 import net from 'node:net';
 import { join } from 'node:path';
+import { inspect } from 'node:util';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { DeviceError, MAX_PAYLOAD, type DeviceErrorCode } from '../src/index.js';
 import { CMD, CMD_FLAG, NBD_ERRNO, OPT, SIMPLE_REPLY_SIZE } from '../src/protocol/wire.js';
@@ -12,6 +13,12 @@ import { startServer, temporaryDirectory, until, type TestServer } from './test-
 
 const KIB = 1024;
 const MIB = 1024 * KIB;
+
+/** A device's answer that is late and a failure, of whatever kind. */
+async function failLater(failure: unknown): Promise<never> {
+  await Promise.resolve();
+  throw failure;
+}
 
 /** What the disk of a TestExport holds at first. */
 function pattern(offset: number, length: number): Buffer {
@@ -537,7 +544,7 @@ describe('failures of the device', () => {
     const errors: number[] = [];
     for (const isLate of [false, true]) {
       server.provider.hook = () => {
-        if (isLate) return Promise.reject(failure);
+        if (isLate) return failLater(failure);
         throw failure;
       };
       for (const type of COMMANDS) {
@@ -571,7 +578,7 @@ describe('failures of the device', () => {
   });
 
   for (const failure of [new TypeError('a bug'), 'a string', undefined, { code: 'ENOSPC' }]) {
-    test(`${String(failure)} thrown by a device is answered EIO and reported`, async () => {
+    test(`${inspect(failure)} thrown by a device is answered EIO and reported`, async () => {
       const server = await startServer();
       const errors = await errorsFor(server, failure);
       expect(errors).toEqual(errors.map(() => NBD_ERRNO.EIO));

@@ -206,7 +206,7 @@ test('the end of the server waits for the requests in flight of all loops, and c
   // The worker hears of it a little later.
   let refused: unknown;
   while (refused === undefined) {
-    await client.write(0, Buffer.alloc(1)).catch((error: { code: unknown }) => (refused = error.code));
+    await client.write(0, Buffer.alloc(1)).catch((error: unknown) => (refused = (error as { code: unknown }).code));
   }
   expect(refused).toBe('ESHUTDOWN');
   expect(isClosed).toBe(false);

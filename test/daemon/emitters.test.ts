@@ -26,8 +26,8 @@ const MAKES = new RegExp(
 
 /** Why no error of it can be without a listener. */
 const KNOWN: Readonly<Record<string, string>> = {
-  'nbd/src/client/client.ts':
-    'connectSocket: until connected; the constructor listens from then on, under TLS connectTls in between',
+  'nbd/src/client/connect-socket.ts':
+    'until connected; the constructor of NbdClient listens from then on, under TLS connectTls in between',
   'nbd/src/server/in-place-socket.ts': 'handed to Connection in the same turn, which listens for its whole life',
   'nbd/src/server/listening.ts': 'isListenedOn: where it is made',
   'nbd/src/server/server.ts':

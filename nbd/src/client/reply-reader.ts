@@ -22,6 +22,7 @@ import {
   STRUCTURED_REPLY_MAGIC,
   STRUCTURED_REPLY_SIZE,
 } from '../protocol/wire.js';
+import { Coverage } from './coverage.js';
 
 /** How requests and replies look: simple replies, structured ones, or extended headers both ways. */
 export type ReplyLevel = 'simple' | 'structured' | 'extended';
@@ -62,8 +63,6 @@ export interface PendingReply {
 
 /** An error chunk of more bytes is not believed; the standard ones have at most 6 + 4096 + 8. */
 const MAX_ERROR_PAYLOAD = 64 * 1024;
-/** Pieces of one read that do not touch each other. Servers send pieces in order; nobody needs many. */
-const MAX_GAPS = 8192;
 
 /** A reply in the making. */
 class Progress {
@@ -76,189 +75,195 @@ class Progress {
 }
 
 export class ReplyReader {
-  private readonly waiting = new Map<number, Progress>();
-  private readonly header = Buffer.alloc(EXTENDED_REPLY_SIZE);
-  private headerFill = 0;
-  private headerSize: number;
-  private isDead = false;
+  readonly #waiting = new Map<number, Progress>();
+  readonly #header = Buffer.alloc(EXTENDED_REPLY_SIZE);
+  #headerFill = 0;
+  #headerSize: number;
+  #isDead = false;
 
   /** The chunk whose payload is arriving. */
-  private current: Progress | undefined;
-  private isLast = false;
-  private type = 0;
+  #current: Progress | undefined;
+  #isLast = false;
+  #type = 0;
   /** Gathers a payload that is looked at as a whole. */
-  private gathered: Buffer | undefined;
-  private gatheredFill = 0;
+  #gathered: Buffer | undefined;
+  #gatheredFill = 0;
   /** Where data is going, and how much of it is to come. */
-  private dataInto: Buffer | undefined;
-  private dataAt = 0;
-  private dataLeft = 0;
+  #dataInto: Buffer | undefined;
+  #dataAt = 0;
+  #dataLeft = 0;
+
+  readonly #level: ReplyLevel;
+  /** The server broke the protocol; nothing more is heard. */
+  readonly #violated: (message: string) => void;
 
   constructor(
-    private readonly level: ReplyLevel,
-    /** The server broke the protocol; nothing more is heard. */
-    private readonly violated: (message: string) => void,
+    level: ReplyLevel,
+
+    violated: (message: string) => void,
   ) {
-    this.headerSize = level === 'extended' ? EXTENDED_REPLY_SIZE : SIMPLE_REPLY_SIZE;
+    this.#level = level;
+    this.#violated = violated;
+    this.#headerSize = level === 'extended' ? EXTENDED_REPLY_SIZE : SIMPLE_REPLY_SIZE;
   }
 
   has(cookie: number): boolean {
-    return this.waiting.has(cookie);
+    return this.#waiting.has(cookie);
   }
 
   expect(cookie: number, pending: PendingReply): void {
-    this.waiting.set(cookie, new Progress(pending));
+    this.#waiting.set(cookie, new Progress(pending));
   }
 
   /** Nothing more will come. */
   abandon(cause: Error): void {
-    this.isDead = true;
-    for (const { pending } of this.waiting.values()) pending.lose(cause);
-    this.waiting.clear();
+    this.#isDead = true;
+    for (const { pending } of this.#waiting.values()) pending.lose(cause);
+    this.#waiting.clear();
   }
 
   feed(chunk: Buffer): void {
     let at = 0;
-    while (at < chunk.length && !this.isDead) {
-      if (this.dataLeft > 0) at += this.takeData(chunk, at);
-      else if (this.gathered !== undefined) at += this.gather(chunk, at, this.gathered);
-      else at += this.takeHeader(chunk, at);
+    while (at < chunk.length && !this.#isDead) {
+      if (this.#dataLeft > 0) at += this.#takeData(chunk, at);
+      else if (this.#gathered !== undefined) at += this.#gather(chunk, at, this.#gathered);
+      else at += this.#takeHeader(chunk, at);
     }
   }
 
-  private takeHeader(chunk: Buffer, at: number): number {
-    const taken = chunk.copy(this.header, this.headerFill, at, at + this.headerSize - this.headerFill);
-    this.headerFill += taken;
-    if (this.headerFill < this.headerSize) return taken;
-    const magic = this.header.readUInt32BE(0);
-    if (this.level === 'structured' && magic === STRUCTURED_REPLY_MAGIC && this.headerFill < STRUCTURED_REPLY_SIZE) {
-      this.headerSize = STRUCTURED_REPLY_SIZE;
+  #takeHeader(chunk: Buffer, at: number): number {
+    const taken = chunk.copy(this.#header, this.#headerFill, at, at + this.#headerSize - this.#headerFill);
+    this.#headerFill += taken;
+    if (this.#headerFill < this.#headerSize) return taken;
+    const magic = this.#header.readUInt32BE(0);
+    if (this.#level === 'structured' && magic === STRUCTURED_REPLY_MAGIC && this.#headerFill < STRUCTURED_REPLY_SIZE) {
+      this.#headerSize = STRUCTURED_REPLY_SIZE;
       return taken;
     }
-    this.headerFill = 0;
-    if (this.level === 'extended') {
-      if (magic === EXTENDED_REPLY_MAGIC) this.takeChunkHeader(readUInt64(this.header, 24));
-      else this.violation('a reply that is not an extended one');
-    } else if (this.headerSize === STRUCTURED_REPLY_SIZE) {
-      this.headerSize = SIMPLE_REPLY_SIZE;
-      this.takeChunkHeader(this.header.readUInt32BE(16));
+    this.#headerFill = 0;
+    if (this.#level === 'extended') {
+      if (magic === EXTENDED_REPLY_MAGIC) this.#takeChunkHeader(readUInt64(this.#header, 24));
+      else this.#violation('a reply that is not an extended one');
+    } else if (this.#headerSize === STRUCTURED_REPLY_SIZE) {
+      this.#headerSize = SIMPLE_REPLY_SIZE;
+      this.#takeChunkHeader(this.#header.readUInt32BE(16));
     } else if (magic === SIMPLE_REPLY_MAGIC) {
-      this.takeSimpleReply();
+      this.#takeSimpleReply();
     } else {
-      this.violation('a reply that is none');
+      this.#violation('a reply that is none');
     }
     return taken;
   }
 
-  private find(): Progress | undefined {
-    return this.header.readUInt32BE(8) === 0 ? this.waiting.get(this.header.readUInt32BE(12)) : undefined;
+  #find(): Progress | undefined {
+    return this.#header.readUInt32BE(8) === 0 ? this.#waiting.get(this.#header.readUInt32BE(12)) : undefined;
   }
 
-  private takeSimpleReply(): void {
-    const progress = this.find();
-    if (progress === undefined) return this.violation('a reply to nothing that was asked');
+  #takeSimpleReply(): void {
+    const progress = this.#find();
+    if (progress === undefined) return this.#violation('a reply to nothing that was asked');
     const { type, into } = progress.pending;
-    const errno = this.header.readUInt32BE(4);
-    if (this.level === 'structured') {
-      if (type === CMD.READ) return this.violation('a simple reply to a read');
-      if (type === CMD.BLOCK_STATUS && errno === 0) return this.violation('a block status without extents');
+    const errno = this.#header.readUInt32BE(4);
+    if (this.#level === 'structured') {
+      if (type === CMD.READ) return this.#violation('a simple reply to a read');
+      if (type === CMD.BLOCK_STATUS && errno === 0) return this.#violation('a block status without extents');
     }
-    this.current = progress;
-    this.isLast = true;
+    this.#current = progress;
+    this.#isLast = true;
     if (errno !== 0) progress.failure = { errno, message: undefined, offset: undefined };
     if (errno === 0 && into !== undefined && into.length > 0) {
       progress.covered.add(progress.pending.offset, progress.pending.offset + into.length);
-      this.expectData(into, 0, into.length);
+      this.#expectData(into, 0, into.length);
     } else {
-      this.endChunk();
+      this.#endChunk();
     }
   }
 
   /** The header of a chunk is in `header`; `length` bytes of payload follow it. */
-  private takeChunkHeader(length: number): void {
-    const progress = this.find();
-    if (progress === undefined) return this.violation('a reply to nothing that was asked');
-    if (this.level === 'extended' && readUInt64(this.header, 16) !== progress.pending.offset) {
-      return this.violation('a reply with the offset of another request');
+  #takeChunkHeader(length: number): void {
+    const progress = this.#find();
+    if (progress === undefined) return this.#violation('a reply to nothing that was asked');
+    if (this.#level === 'extended' && readUInt64(this.#header, 16) !== progress.pending.offset) {
+      return this.#violation('a reply with the offset of another request');
     }
-    const flags = this.header.readUInt16BE(4);
-    this.type = this.header.readUInt16BE(6);
-    this.isLast = (flags & REPLY_FLAG_DONE) !== 0;
-    this.current = progress;
+    const flags = this.#header.readUInt16BE(4);
+    this.#type = this.#header.readUInt16BE(6);
+    this.#isLast = (flags & REPLY_FLAG_DONE) !== 0;
+    this.#current = progress;
     const command = progress.pending.type;
 
-    if ((this.type & REPLY_TYPE_ERROR_BIT) !== 0) {
-      if (length < 6 || length > MAX_ERROR_PAYLOAD) return this.violation(`an error of ${length} bytes`);
-      this.expectPayload(length);
-    } else if (this.type === REPLY_TYPE.NONE) {
-      if (length !== 0 || !this.isLast) return this.violation('an empty chunk that is not empty or not the last');
-      this.endChunk();
-    } else if (this.type === REPLY_TYPE.OFFSET_DATA && command === CMD.READ) {
-      if (length < 9 || length - 8 > progress.pending.length) return this.violation(`${length} bytes of data`);
-      if (!this.countContent(progress)) return;
+    if ((this.#type & REPLY_TYPE_ERROR_BIT) !== 0) {
+      if (length < 6 || length > MAX_ERROR_PAYLOAD) return this.#violation(`an error of ${length} bytes`);
+      this.#expectPayload(length);
+    } else if (this.#type === REPLY_TYPE.NONE) {
+      if (length !== 0 || !this.#isLast) return this.#violation('an empty chunk that is not empty or not the last');
+      this.#endChunk();
+    } else if (this.#type === REPLY_TYPE.OFFSET_DATA && command === CMD.READ) {
+      if (length < 9 || length - 8 > progress.pending.length) return this.#violation(`${length} bytes of data`);
+      if (!this.#countContent(progress)) return;
       // Its offset first, then the data where it belongs.
-      this.dataLeft = 0;
-      this.dataAt = length - 8;
-      this.expectPayload(8);
-    } else if (this.type === REPLY_TYPE.OFFSET_HOLE && command === CMD.READ) {
-      if (length !== 12) return this.violation(`a hole of ${length} bytes`);
-      if (!this.countContent(progress)) return;
-      this.expectPayload(length);
-    } else if (this.isStatusType() && command === CMD.BLOCK_STATUS) {
-      const [head, each] = this.level === 'extended' ? [8, 16] : [4, 8];
+      this.#dataLeft = 0;
+      this.#dataAt = length - 8;
+      this.#expectPayload(8);
+    } else if (this.#type === REPLY_TYPE.OFFSET_HOLE && command === CMD.READ) {
+      if (length !== 12) return this.#violation(`a hole of ${length} bytes`);
+      if (!this.#countContent(progress)) return;
+      this.#expectPayload(length);
+    } else if (this.#isStatusType() && command === CMD.BLOCK_STATUS) {
+      const [head, each] = this.#level === 'extended' ? [8, 16] : [4, 8];
       const count = (length - head) / each;
       const most = (progress.pending.flags & CMD_FLAG.REQ_ONE) !== 0 ? 1 : MAX_CHUNK_EXTENTS;
       if (!Number.isInteger(count) || count < 1 || count > most) {
-        return this.violation(`a block status of ${length} bytes`);
+        return this.#violation(`a block status of ${length} bytes`);
       }
-      this.expectPayload(length);
+      this.#expectPayload(length);
     } else {
-      this.violation(`a chunk of type ${this.type} in reply to command ${command}`);
+      this.#violation(`a chunk of type ${this.#type} in reply to command ${command}`);
     }
   }
 
-  private isStatusType(): boolean {
-    return this.type === (this.level === 'extended' ? REPLY_TYPE.BLOCK_STATUS_EXT : REPLY_TYPE.BLOCK_STATUS);
+  #isStatusType(): boolean {
+    return this.#type === (this.#level === 'extended' ? REPLY_TYPE.BLOCK_STATUS_EXT : REPLY_TYPE.BLOCK_STATUS);
   }
 
   /** False if it is one more than may be. */
-  private countContent(progress: Progress): boolean {
+  #countContent(progress: Progress): boolean {
     progress.contentChunks++;
     if (progress.contentChunks === 1 || (progress.pending.flags & CMD_FLAG.DF) === 0) return true;
-    this.violation('a reply in pieces that must not be');
+    this.#violation('a reply in pieces that must not be');
     return false;
   }
 
-  private expectPayload(length: number): void {
-    this.gathered = Buffer.allocUnsafe(length);
-    this.gatheredFill = 0;
+  #expectPayload(length: number): void {
+    this.#gathered = Buffer.allocUnsafe(length);
+    this.#gatheredFill = 0;
   }
 
-  private gather(chunk: Buffer, at: number, gathered: Buffer): number {
-    const taken = chunk.copy(gathered, this.gatheredFill, at);
-    this.gatheredFill += taken;
-    if (this.gatheredFill === gathered.length) {
-      this.gathered = undefined;
-      const { current } = this;
-      if (current === undefined) throw new Error('client-replies: a payload of nothing');
-      this.takePayload(current, gathered);
+  #gather(chunk: Buffer, at: number, gathered: Buffer): number {
+    const taken = chunk.copy(gathered, this.#gatheredFill, at);
+    this.#gatheredFill += taken;
+    if (this.#gatheredFill === gathered.length) {
+      this.#gathered = undefined;
+      const current = this.#current;
+      if (current === undefined) throw new Error('reply-reader: a payload of nothing');
+      this.#takePayload(current, gathered);
     }
     return taken;
   }
 
-  private takePayload(progress: Progress, payload: Buffer): void {
-    if ((this.type & REPLY_TYPE_ERROR_BIT) !== 0) this.takeError(progress, payload);
-    else if (this.type === REPLY_TYPE.OFFSET_DATA) this.beginData(progress, readUInt64(payload, 0), this.dataAt);
-    else if (this.type === REPLY_TYPE.OFFSET_HOLE) this.takeHole(progress, payload);
-    else this.takeExtents(progress, payload);
+  #takePayload(progress: Progress, payload: Buffer): void {
+    if ((this.#type & REPLY_TYPE_ERROR_BIT) !== 0) this.#takeError(progress, payload);
+    else if (this.#type === REPLY_TYPE.OFFSET_DATA) this.#beginData(progress, readUInt64(payload, 0), this.#dataAt);
+    else if (this.#type === REPLY_TYPE.OFFSET_HOLE) this.#takeHole(progress, payload);
+    else this.#takeExtents(progress, payload);
   }
 
-  private takeError(progress: Progress, payload: Buffer): void {
+  #takeError(progress: Progress, payload: Buffer): void {
     const errno = payload.readUInt32BE(0);
     const messageLength = payload.readUInt16BE(4);
-    const hasOffset = this.type === REPLY_TYPE.ERROR_OFFSET;
+    const hasOffset = this.#type === REPLY_TYPE.ERROR_OFFSET;
     if (errno === 0 || messageLength > MAX_STRING_BYTES || 6 + messageLength + (hasOffset ? 8 : 0) > payload.length) {
-      return this.violation('a malformed error');
+      return this.#violation('a malformed error');
     }
     const message = decodeString(payload.subarray(6, 6 + messageLength));
     let offset: number | undefined;
@@ -266,67 +271,67 @@ export class ReplyReader {
       offset = readUInt64(payload, 6 + messageLength);
       const { pending } = progress;
       if (offset < pending.offset || offset - pending.offset >= Math.max(1, pending.length)) {
-        return this.violation('an error outside its request');
+        return this.#violation('an error outside its request');
       }
     }
     // The first one tells the cause; others may follow for other parts.
     progress.failure ??= { errno, message: message === '' ? undefined : message, offset };
-    this.endChunk();
+    this.#endChunk();
   }
 
-  private beginData(progress: Progress, offset: number, length: number): void {
+  #beginData(progress: Progress, offset: number, length: number): void {
     const { into } = progress.pending;
-    if (into === undefined || !this.cover(progress, offset, length)) return;
-    this.expectData(into, offset - progress.pending.offset, length);
+    if (into === undefined || !this.#cover(progress, offset, length)) return;
+    this.#expectData(into, offset - progress.pending.offset, length);
   }
 
-  private takeHole(progress: Progress, payload: Buffer): void {
+  #takeHole(progress: Progress, payload: Buffer): void {
     const offset = readUInt64(payload, 0);
     const length = payload.readUInt32BE(8);
     const { into, onHole } = progress.pending;
-    if (into === undefined || !this.cover(progress, offset, length)) return;
+    if (into === undefined || !this.#cover(progress, offset, length)) return;
     const at = offset - progress.pending.offset;
     into.fill(0, at, at + length);
     onHole?.(offset, length);
-    this.endChunk();
+    this.#endChunk();
   }
 
   /** False if the range is not one that this read still lacks. */
-  private cover(progress: Progress, offset: number, length: number): boolean {
+  #cover(progress: Progress, offset: number, length: number): boolean {
     const { pending, covered } = progress;
     const isInside = length > 0 && offset >= pending.offset && offset - pending.offset <= pending.length - length;
-    if (!isInside) this.violation('data outside of what was asked for');
-    else if (!covered.add(offset, offset + length)) this.violation('data that overlaps, or comes in too many pieces');
-    return !this.isDead;
+    if (!isInside) this.#violation('data outside of what was asked for');
+    else if (!covered.add(offset, offset + length)) this.#violation('data that overlaps, or comes in too many pieces');
+    return !this.#isDead;
   }
 
-  private expectData(into: Buffer, at: number, length: number): void {
-    this.dataInto = into;
-    this.dataAt = at;
-    this.dataLeft = length;
+  #expectData(into: Buffer, at: number, length: number): void {
+    this.#dataInto = into;
+    this.#dataAt = at;
+    this.#dataLeft = length;
   }
 
-  private takeData(chunk: Buffer, at: number): number {
-    const end = Math.min(chunk.length, at + this.dataLeft);
-    if (this.dataInto === undefined) throw new Error('client-replies: data for nobody');
-    const taken = chunk.copy(this.dataInto, this.dataAt, at, end);
-    this.dataAt += taken;
-    this.dataLeft -= taken;
-    if (this.dataLeft === 0) {
-      this.dataInto = undefined;
-      this.endChunk();
+  #takeData(chunk: Buffer, at: number): number {
+    const end = Math.min(chunk.length, at + this.#dataLeft);
+    if (this.#dataInto === undefined) throw new Error('reply-reader: data for nobody');
+    const taken = chunk.copy(this.#dataInto, this.#dataAt, at, end);
+    this.#dataAt += taken;
+    this.#dataLeft -= taken;
+    if (this.#dataLeft === 0) {
+      this.#dataInto = undefined;
+      this.#endChunk();
     }
     return taken;
   }
 
-  private takeExtents(progress: Progress, payload: Buffer): void {
+  #takeExtents(progress: Progress, payload: Buffer): void {
     const { pending, contextsSeen } = progress;
-    const isWide = this.level === 'extended';
+    const isWide = this.#level === 'extended';
     const contextId = payload.readUInt32BE(0);
     const count = isWide ? (payload.length - 8) / 16 : (payload.length - 4) / 8;
-    if (isWide && payload.readUInt32BE(4) !== count) return this.violation('a block status with a wrong count');
+    if (isWide && payload.readUInt32BE(4) !== count) return this.#violation('a block status with a wrong count');
     if (!pending.contextIds?.includes(contextId) || contextsSeen.has(contextId)) {
-      return this.violation(`a block status of context ${contextId}, which was not asked for`);
+      return this.#violation(`a block status of context ${contextId}, which was not asked for`);
     }
     contextsSeen.add(contextId);
     const extents: Extent[] = [];
@@ -337,9 +342,9 @@ export class ReplyReader {
       const length = isWide ? readUInt64(payload, at) : payload.readUInt32BE(at);
       const flags = isWide ? readUInt64(payload, at + 8) : payload.readUInt32BE(at + 4);
       // "the sum of the length fields of the first N-1 extents MUST be less than the requested length"
-      if (length === 0 || offset >= end) return this.violation('an empty extent, or one beyond what was asked');
+      if (length === 0 || offset >= end) return this.#violation('an empty extent, or one beyond what was asked');
       if ((pending.flags & CMD_FLAG.REQ_ONE) !== 0 && length > pending.length) {
-        return this.violation('an extent longer than what was asked');
+        return this.#violation('an extent longer than what was asked');
       }
       if (!Number.isFinite(flags)) {
         progress.failure ??= { errno: NBD_ERRNO.EOVERFLOW, message: 'flags of more than 53 bits', offset: undefined };
@@ -349,67 +354,30 @@ export class ReplyReader {
       offset += length;
     }
     pending.onExtents?.(contextId, extents);
-    this.endChunk();
+    this.#endChunk();
   }
 
   /** The chunk in `current` is complete; with the last one the reply is. */
-  private endChunk(): void {
-    const { current: progress, isLast } = this;
-    this.current = undefined;
+  #endChunk(): void {
+    const progress = this.#current;
+    const isLast = this.#isLast;
+    this.#current = undefined;
     if (progress === undefined || !isLast) return;
     const { pending, failure, covered, contextsSeen } = progress;
     if (failure === undefined) {
       if (pending.type === CMD.READ && covered.bytes !== pending.length) {
-        return this.violation(`a read of ${pending.length} bytes answered with ${covered.bytes}`);
+        return this.#violation(`a read of ${pending.length} bytes answered with ${covered.bytes}`);
       }
       if (pending.contextIds !== undefined && contextsSeen.size !== pending.contextIds.length) {
-        return this.violation('a block status that lacks a context');
+        return this.#violation('a block status that lacks a context');
       }
     }
-    this.waiting.delete(this.header.readUInt32BE(12));
+    this.#waiting.delete(this.#header.readUInt32BE(12));
     pending.finish(failure);
   }
 
-  private violation(message: string): void {
-    this.isDead = true;
-    this.violated(message);
-  }
-}
-
-/** Which bytes of a read have come, as ranges in ascending order that do not touch. */
-class Coverage {
-  bytes = 0;
-  private readonly starts: number[] = [];
-  private readonly ends: number[] = [];
-
-  /** False if the range overlaps what has come, or there are too many gaps. */
-  add(start: number, end: number): boolean {
-    const { starts, ends } = this;
-    let low = 0;
-    let high = starts.length;
-    if (start >= (ends.at(-1) ?? -1)) low = high;
-    while (low < high) {
-      const middle = (low + high) >>> 1;
-      if ((starts[middle] ?? 0) < start) low = middle + 1;
-      else high = middle;
-    }
-    const previousEnd = low > 0 ? ends[low - 1] : undefined;
-    const nextStart = starts[low];
-    if ((previousEnd ?? start) > start || (nextStart ?? end) < end) return false;
-    this.bytes += end - start;
-    if (previousEnd === start && nextStart === end) {
-      ends[low - 1] = ends[low] ?? end;
-      starts.splice(low, 1);
-      ends.splice(low, 1);
-    } else if (previousEnd === start) {
-      ends[low - 1] = end;
-    } else if (nextStart === end) {
-      starts[low] = start;
-    } else {
-      if (starts.length === MAX_GAPS) return false;
-      starts.splice(low, 0, start);
-      ends.splice(low, 0, end);
-    }
-    return true;
+  #violation(message: string): void {
+    this.#isDead = true;
+    this.#violated(message);
   }
 }

@@ -9,22 +9,26 @@ import type { Duplex } from 'node:stream';
 const PAUSE_AT_BYTES = 128 * 1024;
 
 export class ByteReader {
-  private chunks: Buffer[] = [];
-  private available = 0;
-  private failure: Error | undefined;
-  private wake: (() => void) | undefined;
-  private isPaused = false;
+  #chunks: Buffer[] = [];
+  #available = 0;
+  #failure: Error | undefined;
+  #wake: (() => void) | undefined;
+  #isPaused = false;
 
-  constructor(private socket: Duplex) {}
+  #socket: Duplex;
+
+  constructor(socket: Duplex) {
+    this.#socket = socket;
+  }
 
   /** Bytes that arrived and were not read yet. */
   get unread(): number {
-    return this.available;
+    return this.#available;
   }
 
   /** Whether somebody waits for bytes that have not come. */
   get isWaiting(): boolean {
-    return this.wake !== undefined;
+    return this.#wake !== undefined;
   }
 
   /**
@@ -32,34 +36,34 @@ export class ByteReader {
    * before and was not read must never be taken for it.
    */
   moveTo(socket: Duplex): void {
-    if (this.available > 0) throw new Error('byte-reader: bytes of the old stream are left');
-    this.socket = socket;
-    this.isPaused = false;
+    if (this.#available > 0) throw new Error('byte-reader: bytes of the old stream are left');
+    this.#socket = socket;
+    this.#isPaused = false;
   }
 
   feed(chunk: Buffer): void {
-    this.chunks.push(chunk);
-    this.available += chunk.length;
-    if (this.available >= PAUSE_AT_BYTES && this.wake === undefined) {
-      this.isPaused = true;
-      this.socket.pause();
+    this.#chunks.push(chunk);
+    this.#available += chunk.length;
+    if (this.#available >= PAUSE_AT_BYTES && this.#wake === undefined) {
+      this.#isPaused = true;
+      this.#socket.pause();
     }
-    this.signal();
+    this.#signal();
   }
 
   /** No more bytes: reads that need more than there is fail with `error`. */
   fail(error: Error): void {
-    this.failure ??= error;
-    this.signal();
+    this.#failure ??= error;
+    this.#signal();
   }
 
   /** Exactly `length` bytes. */
   async read(length: number): Promise<Buffer> {
-    while (this.available < length) await this.more();
+    while (this.#available < length) await this.#more();
     const taken: Buffer[] = [];
     let missing = length;
     while (missing > 0) {
-      const piece = this.takeUpTo(missing);
+      const piece = this.#takeUpTo(missing);
       taken.push(piece);
       missing -= piece.length;
     }
@@ -70,49 +74,49 @@ export class ByteReader {
   async skip(length: number): Promise<void> {
     let missing = length;
     while (missing > 0) {
-      if (this.available === 0) await this.more();
-      else missing -= this.takeUpTo(missing).length;
+      if (this.#available === 0) await this.#more();
+      else missing -= this.#takeUpTo(missing).length;
     }
   }
 
   /** All that was not read; the reader is done with. */
   takeRest(): Buffer {
-    const rest = Buffer.concat(this.chunks);
-    this.chunks = [];
-    this.available = 0;
-    if (this.isPaused) this.socket.resume();
-    this.isPaused = false;
+    const rest = Buffer.concat(this.#chunks);
+    this.#chunks = [];
+    this.#available = 0;
+    if (this.#isPaused) this.#socket.resume();
+    this.#isPaused = false;
     return rest;
   }
 
-  private takeUpTo(length: number): Buffer {
-    const first = this.chunks[0];
+  #takeUpTo(length: number): Buffer {
+    const first = this.#chunks[0];
     if (first === undefined) throw new Error('byte-reader: nothing to take');
     if (first.length <= length) {
-      this.chunks.shift();
-      this.available -= first.length;
+      this.#chunks.shift();
+      this.#available -= first.length;
       return first;
     }
-    this.chunks[0] = first.subarray(length);
-    this.available -= length;
+    this.#chunks[0] = first.subarray(length);
+    this.#available -= length;
     return first.subarray(0, length);
   }
 
-  private async more(): Promise<void> {
-    if (this.failure !== undefined) throw this.failure;
+  async #more(): Promise<void> {
+    if (this.#failure !== undefined) throw this.#failure;
     const arrived = new Promise<void>((resolve) => {
-      this.wake = resolve;
+      this.#wake = resolve;
     });
-    if (this.isPaused) {
-      this.isPaused = false;
-      this.socket.resume();
+    if (this.#isPaused) {
+      this.#isPaused = false;
+      this.#socket.resume();
     }
     await arrived;
   }
 
-  private signal(): void {
-    const { wake } = this;
-    this.wake = undefined;
+  #signal(): void {
+    const wake = this.#wake;
+    this.#wake = undefined;
     wake?.();
   }
 }

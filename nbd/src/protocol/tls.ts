@@ -107,7 +107,8 @@ export function acceptTls(
       return;
     }
     server.once('tlsClientError', (error, failed) => {
-      const { authorizationError } = failed;
+      // Node's types have it always; it is null unless the certificate was refused.
+      const authorizationError = failed.authorizationError as Error | string | null;
       fail(new Error(authorizationError ? `the client's certificate: ${String(authorizationError)}` : reasonOf(error)));
     });
     server.once('secureConnection', (secure) => {
@@ -199,7 +200,8 @@ function identityOf(socket: tls.TLSSocket, pskUser: string | undefined): TlsIden
 /** Common names and DNS names. What Node had to quote is no name of ours: a comma in it could pose as a second name. */
 export function certificateNames(certificate: tls.PeerCertificate): string[] {
   const names = new Set<string>();
-  const commonName: unknown = certificate.subject?.CN;
+  // A client that shows no certificate has an empty object here, whatever Node's types say.
+  const commonName: unknown = (certificate as Partial<tls.PeerCertificate>).subject?.CN;
   for (const name of Array.isArray(commonName) ? (commonName as unknown[]) : [commonName]) {
     if (typeof name === 'string' && name !== '') names.add(name);
   }

@@ -37,31 +37,34 @@ export function blockStatusMemory(length: number, contextCount: number): number 
 /** The collectors of one request, in the order of its contexts. */
 export class StatusReply {
   readonly collectors: ExtentCollector[] = [];
-  private end: number;
+  #end: number;
+
+  readonly #offset: number;
+  readonly #contextCount: number;
+  readonly #reqOne: boolean;
+  readonly #most: number;
 
   /**
    * @param contextCount how many contexts there will be
    * @param reqOne NBD_CMD_FLAG_REQ_ONE: one extent for each
    * @param most extents of all contexts together
    */
-  constructor(
-    private readonly offset: number,
-    length: number,
-    private readonly contextCount: number,
-    private readonly reqOne: boolean,
-    private readonly most = MAX_REPLY_EXTENTS,
-  ) {
-    this.end = offset + length;
+  constructor(offset: number, length: number, contextCount: number, reqOne: boolean, most = MAX_REPLY_EXTENTS) {
+    this.#offset = offset;
+    this.#contextCount = contextCount;
+    this.#reqOne = reqOne;
+    this.#most = most;
+    this.#end = offset + length;
   }
 
   /** Bytes that the next context is to be asked for: no more than those before it have told of. */
   get length(): number {
-    return this.end - this.offset;
+    return this.#end - this.#offset;
   }
 
   /** For the next context; to be filled by the device, then given to `add`. */
   next(context: string, isWide: boolean): ExtentCollector {
-    return new ExtentCollector(context, this.offset, this.length, this.reqOne ? 1 : this.most, isWide);
+    return new ExtentCollector(context, this.#offset, this.length, this.#reqOne ? 1 : this.#most, isWide);
   }
 
   /**
@@ -73,8 +76,8 @@ export class StatusReply {
     const { collectors } = this;
     collectors.push(collector);
     // Each context still to come needs one extent at least.
-    const most = this.reqOne ? collectors.length : this.most - (this.contextCount - collectors.length);
-    this.end = this.offset + commonLength(collectors, most);
+    const most = this.#reqOne ? collectors.length : this.#most - (this.#contextCount - collectors.length);
+    this.#end = this.#offset + commonLength(collectors, most);
     for (const each of collectors) each.cutTo(this.length);
   }
 
@@ -118,60 +121,65 @@ export class ExtentCollector {
   /** How many extents there are. */
   count = 0;
   /** The end of each extent, counted from where the first one begins, and its flags, one after the other. */
-  private readonly first: Float64Array;
-  private readonly chunks: Float64Array[] = [];
-  private readonly end: number;
-  private reached: number;
-  private lastFlags = 0;
-  private isFinished = false;
+  readonly #first: Float64Array;
+  readonly #chunks: Float64Array[] = [];
+  readonly #end: number;
+  #reached: number;
+  #lastFlags = 0;
+  #isFinished = false;
   /** What the device did that it must not do. */
-  private breach: string | undefined;
+  #breach: string | undefined;
+
+  readonly #context: string;
+  readonly #begin: number;
+  readonly #most: number;
+  readonly #isWide: boolean;
 
   /**
    * @param most extents; 1 for NBD_CMD_FLAG_REQ_ONE
    * @param isWide whether flags may have more than 32 bits
    */
-  constructor(
-    private readonly context: string,
-    private readonly begin: number,
-    length: number,
-    private readonly most: number,
-    private readonly isWide: boolean,
-  ) {
-    this.first = new Float64Array(2 * Math.min(most, FIRST_EXTENTS));
-    this.reached = begin;
-    this.end = begin + length;
+  constructor(context: string, begin: number, length: number, most: number, isWide: boolean) {
+    this.#context = context;
+    this.#begin = begin;
+    this.#most = most;
+    this.#isWide = isWide;
+    this.#first = new Float64Array(2 * Math.min(most, FIRST_EXTENTS));
+    this.#reached = begin;
+    this.#end = begin + length;
   }
 
   readonly sink: ExtentSink = (offset, length, flags) => {
-    if (this.isFinished) return false;
-    if (offset !== this.reached || !(length > 0) || !this.areFlags(flags)) {
-      this.breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected what is at ${this.reached}`;
+    if (this.#isFinished) return false;
+    if (offset !== this.#reached || !(length > 0) || !this.#areFlags(flags)) {
+      this.#breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected what is at ${this.#reached}`;
       return false;
     }
-    if (this.count === 0 || flags !== this.lastFlags) {
-      if (this.count === this.most) return false;
+    if (this.count === 0 || flags !== this.#lastFlags) {
+      if (this.count === this.#most) return false;
       this.count++;
-      this.lastFlags = flags;
+      this.#lastFlags = flags;
     }
     // Never beyond what was asked: it must not with REQ_ONE, and a length of 32 bits always holds it.
-    const reached = Math.min(offset + length, this.end);
-    this.reached = reached;
-    this.set(this.count - 1, reached - this.begin, flags);
-    return reached < this.end;
+    const reached = Math.min(offset + length, this.#end);
+    this.#reached = reached;
+    this.#set(this.count - 1, reached - this.#begin, flags);
+    return reached < this.#end;
   };
 
   /** All extents are in. @throws Error if the device gave none: at least one must be sent. */
   finish(): void {
-    this.isFinished = true;
+    this.#isFinished = true;
     if (this.count === 0) {
-      throw new Error(`the device ${this.breach ?? 'reported no extent'} (extents of ${JSON.stringify(this.context)})`);
+      throw new Error(
+        `the device ${this.#breach ?? 'reported no extent'} (extents of ${JSON.stringify(this.#context)})`,
+      );
     }
   }
 
   /** Bytes that the extents cover. */
   get length(): number {
-    return this.reached - this.begin;
+    return this.#reached - this.#begin;
   }
 
   /** How many extents cover the first `length` bytes, of which there are so many at least. */
@@ -180,7 +188,7 @@ export class ExtentCollector {
     let high = this.count - 1;
     while (low < high) {
       const middle = (low + high) >>> 1;
-      if (this.endOf(middle) >= length) high = middle;
+      if (this.#endOf(middle) >= length) high = middle;
       else low = middle + 1;
     }
     return low + 1;
@@ -190,15 +198,15 @@ export class ExtentCollector {
   cutTo(length: number): void {
     if (length === this.length) return;
     this.count = this.countWithin(length);
-    this.set(this.count - 1, length, this.flagsOf(this.count - 1));
-    this.reached = this.begin + length;
+    this.#set(this.count - 1, length, this.#flagsOf(this.count - 1));
+    this.#reached = this.#begin + length;
     const chunks = Math.ceil(Math.max(0, this.count - FIRST_EXTENTS) / CHUNK_EXTENTS);
-    while (this.chunks.length > chunks) this.releaseChunk();
+    while (this.#chunks.length > chunks) this.#releaseChunk();
   }
 
   /** Its memory is another one's: it is not used any more. */
   release(): void {
-    while (this.chunks.length > 0) this.releaseChunk();
+    while (this.#chunks.length > 0) this.#releaseChunk();
   }
 
   payloadSize(extendedHeaders: boolean): number {
@@ -214,59 +222,59 @@ export class ExtentCollector {
     }
     let begin = 0;
     for (let index = 0; index < this.count; index++) {
-      const end = this.endOf(index);
+      const end = this.#endOf(index);
       if (extendedHeaders) {
         writeUInt64(target, end - begin, at);
-        writeUInt64(target, this.flagsOf(index), at + 8);
+        writeUInt64(target, this.#flagsOf(index), at + 8);
         at += WIDE_EXTENT_SIZE;
       } else {
         target.writeUInt32BE(end - begin, at);
-        target.writeUInt32BE(this.flagsOf(index), at + 4);
+        target.writeUInt32BE(this.#flagsOf(index), at + 4);
         at += WIDE_EXTENT_SIZE / 2;
       }
       begin = end;
     }
   }
 
-  private set(index: number, end: number, flags: number): void {
+  #set(index: number, end: number, flags: number): void {
     if (index < FIRST_EXTENTS) {
-      this.first[2 * index] = end;
-      this.first[2 * index + 1] = flags;
+      this.#first[2 * index] = end;
+      this.#first[2 * index + 1] = flags;
       return;
     }
     const at = index - FIRST_EXTENTS;
     const number = Math.floor(at / CHUNK_EXTENTS);
-    let chunk = this.chunks[number];
+    let chunk = this.#chunks[number];
     if (chunk === undefined) {
       chunk = spareChunks.pop() ?? new Float64Array(2 * CHUNK_EXTENTS);
-      this.chunks.push(chunk);
+      this.#chunks.push(chunk);
     }
     chunk[2 * (at % CHUNK_EXTENTS)] = end;
     chunk[2 * (at % CHUNK_EXTENTS) + 1] = flags;
   }
 
-  private endOf(index: number): number {
-    return this.at(index, 0);
+  #endOf(index: number): number {
+    return this.#at(index, 0);
   }
 
-  private flagsOf(index: number): number {
-    return this.at(index, 1);
+  #flagsOf(index: number): number {
+    return this.#at(index, 1);
   }
 
-  private at(index: number, what: 0 | 1): number {
-    if (index < FIRST_EXTENTS) return this.first[2 * index + what] as number;
+  #at(index: number, what: 0 | 1): number {
+    if (index < FIRST_EXTENTS) return this.#first[2 * index + what] as number;
     const at = index - FIRST_EXTENTS;
-    const chunk = this.chunks[Math.floor(at / CHUNK_EXTENTS)] as Float64Array;
+    const chunk = this.#chunks[Math.floor(at / CHUNK_EXTENTS)] as Float64Array;
     return chunk[2 * (at % CHUNK_EXTENTS) + what] as number;
   }
 
-  private releaseChunk(): void {
-    const chunk = this.chunks.pop();
+  #releaseChunk(): void {
+    const chunk = this.#chunks.pop();
     if (chunk !== undefined && spareChunks.length < KEPT_CHUNKS) spareChunks.push(chunk);
   }
 
-  private areFlags(flags: number): boolean {
-    return Number.isSafeInteger(flags) && flags >= 0 && (this.isWide || flags <= MAX_FLAGS_32);
+  #areFlags(flags: number): boolean {
+    return Number.isSafeInteger(flags) && flags >= 0 && (this.#isWide || flags <= MAX_FLAGS_32);
   }
 }
 

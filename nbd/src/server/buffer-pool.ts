@@ -1,15 +1,14 @@
 /**
- * Memory for replies and payloads, shared by all connections of an event loop, and its bound: slabs in which many small replies
- * lie side by side, blocks that requests are received into, and large blocks for one request each. It owns what is kept for
- * reuse, the budget, and the queue of those that wait for a share of it; it never decides when memory is free, whoever took a
- * block counts its pins.
+ * Memory for replies and payloads, shared by all connections of an event loop, and its limit: slabs that hold many small replies
+ * side by side, blocks that requests are received into, and large blocks for one request each. It owns the blocks kept for reuse,
+ * the budget, and the queue of connections that wait for memory. It never decides when a block is free: its user counts the pins.
  *
  * Few long-lived slabs instead of a buffer per reply: a batch of replies leaves in one write, the memory stays warm in
- * the cache, and a device that looks up the address of an ArrayBuffer may remember it.
+ * the cache, and a device that resolves the address of an ArrayBuffer may remember it.
  *
- * Nobody waits while holding memory for what it waits to do: a request gets all it needs at once, before its payload is
- * read, or nothing. A quarter of the budget is for small requests, so that large ones do not hold them up; and with nothing
- * left there every connection still has OWN_BYTES, beside what it is received into, and goes on with that.
+ * No request waits while it holds memory: it gets all that it needs at once, before its payload is read, or nothing; so there is
+ * no deadlock. A quarter of the budget is for small requests, so that large ones do not delay them. When that is used up, every
+ * connection still has OWN_BYTES, and its own block to receive into, and makes progress with these.
  */
 
 import { releaseMemory } from './release-memory.js';
@@ -19,52 +18,52 @@ export const SLAB_BYTES = 512 * 1024;
 /** Requests with more data than this get a buffer of their own. */
 export const LARGE_BYTES = SLAB_BYTES / 4;
 /**
- * Memory that small requests are received into, one after the other; room for several batches of 32 writes of 4 KiB. What
- * a write of it is still busy with is left alone, so with `maxInFlightRequests` slow writes it is at most as many of these.
+ * Memory that small requests are received into, one after the other; room for several batches of 32 writes of 4 KiB. A block
+ * that a write still uses is not reused, so `maxInFlightRequests` slow writes hold at most as many of these.
  */
 const RECEIVE_BYTES = 256 * 1024;
-/** Beside the data, in a block for one request: a reply header, so that a request of exactly 1 MiB takes 1 MiB and a bit. */
+/** Room for a reply header beside the data in a block for one request: so a request of exactly 1 MiB needs little more than 1 MiB. */
 const HEADROOM = 64;
-/** What each connection may use whatever others do, for replies or for a payload. */
+/** Memory that each connection has beside the budget, for replies or for a payload. */
 export const OWN_BYTES = 64 * 1024 + HEADROOM;
-/** Likewise, to receive requests into. What waits to be parsed is a copy of at most as much: 128 KiB in all. */
+/** The same, to receive requests into. Held input is a copy of at most as much: 128 KiB in all. */
 export const OWN_RECEIVE_BYTES = 32 * 1024;
-/** Large buffers come in steps of this size, so that requests of one size find each other's. */
+/** Large buffers have multiples of this size, so that requests of similar sizes reuse them. */
 const LARGE_STEP = 64 * 1024;
-/** The share of the budget that is for small requests: slabs and receive blocks, those kept for reuse included. */
+/** The share of the budget for small requests: slabs and receive blocks, those kept for reuse included. */
 const SMALL_SHARE = 1 / 4;
-/** Of that, what is kept for reuse at most. */
+/** At most this share of it is kept for reuse. */
 const KEPT_SMALL_SHARE = 1 / 4;
 /** Slabs and receive blocks kept for reuse, for all connections together. */
 const KEPT_SMALL_BYTES = 12 * 1024 * 1024;
 /** Own blocks kept for reuse: 2 MiB. */
 const KEPT_OWN = 32;
-/** What nobody has used for so long is given back to the system, milliseconds. */
+/** Blocks unused for so long are given back to the system, milliseconds. */
 const KEEP_MS = 5_000;
-/** How often is looked for it, and how much goes at a time: the system takes a millisecond for 5 MiB. */
+/** How often that is checked, and how much is given back at a time: the system needs a millisecond for 5 MiB. */
 const TICK_MS = 100;
 const BYTES_PER_TICK = 4 * 1024 * 1024;
 /**
- * Requests of up to so much do not wait behind longer ones: what guests and kernels ask for. Without it some dozen clients that
- * send the header of a write of 32 MiB and nothing more keep everybody's writes of 128 KiB waiting, as long as they come back.
+ * Requests of up to this size, which guests and kernels send, do not wait behind longer ones. Otherwise a dozen clients that send
+ * the header of a write of 32 MiB and nothing more could delay the writes of 128 KiB of all others for as long as they reconnect.
  */
 const MEDIUM_BYTES = 1024 * 1024 + HEADROOM;
-/** The share of what is not for small requests that longer ones never have. */
+/** The share of the memory for large requests that requests above MEDIUM_BYTES never get. */
 const MEDIUM_SHARE = 1 / 10;
-/** After somebody got no slab the small share counts as used up for so long, milliseconds. */
+/** After a slab was refused the small share counts as used up for so long, milliseconds. */
 const SHORTAGE_MS = 2_000;
 
 type BlockKind = 'slab' | 'receive' | 'large' | 'own' | 'ownReceive';
 
-/** A piece of memory with a count of who still needs it. */
+/** A piece of memory with a count of its users. */
 export class Block {
   /** Bytes handed out from the front. */
   used = 0;
   pins = 0;
-  /** Who has it, and what it has taken of the budget for it, bytes. */
+  /** The account that holds it, and what it is charged for it, bytes. */
   account: MemoryAccount | undefined;
   charge = 0;
-  /** Somebody may still be busy with it when its last pin is gone: it is not used again. */
+  /** It may still be in use when its last pin is released: it must not be reused. */
   isLost = false;
   /** performance.now() when it was given back. */
   keptSince = 0;
@@ -75,23 +74,23 @@ export class Block {
   ) {}
 }
 
-/** The share of one connection. */
+/** The memory of one connection. */
 export class MemoryAccount {
   /** Bytes of the budget that it holds. */
   held = 0;
   isOwnTaken = false;
-  /** Bytes that it waits for, or that are set aside for it; 0: neither. */
+  /** Bytes that it waits for, or that are reserved for it; 0: neither. */
   wanted = 0;
   isGranted = false;
   /**
-   * What waits is being begun: what is taken now is what it waited for. At other times that is for a reply to something else, which
-   * must not end the wait.
+   * The waiting request is beginning: memory taken now is what it waited for. At other times memory is taken for another reply,
+   * which must not end the wait.
    */
   isBeginning = false;
 
   /**
-   * @param granted called, in a turn of its own, when what it waits for is set aside for it
-   * @param copies how often its data lie in memory at the same time: twice under TLS, which makes a second copy
+   * @param granted called, in a turn of its own, when the memory that it waits for is reserved
+   * @param copies copies of its data in memory at the same time: two under TLS
    */
   constructor(
     readonly granted: () => void,
@@ -101,7 +100,7 @@ export class MemoryAccount {
 
 /** How the memory of a server, or of one of its event loops, is used, bytes. */
 export interface MemoryUse {
-  /** Held for requests and replies, and how much that may be. */
+  /** Held for requests and replies, and the limit. */
   readonly usedBytes: number;
   readonly maxBytes: number;
   /** Kept for reuse. */
@@ -111,84 +110,84 @@ export interface MemoryUse {
 }
 
 export class BufferPool {
-  private max = 0;
-  private smallMax = 0;
-  private keptSmallMax = 0;
-  private largeMax = 0;
-  /** Of that, what is kept for those of MEDIUM_BYTES at most, and what they use. */
-  private mediumMin = 0;
-  private mediumUsed = 0;
-  private smallUsed = 0;
-  /** Blocks for one request, and what is promised for some. */
-  private largeUsed = 0;
-  private keptSmall = 0;
-  private keptLarge = 0;
-  private readonly slabs: Block[] = [];
-  private readonly receives: Block[] = [];
-  private readonly own: Block[] = [];
-  /** The one that was given back last is at the end. */
-  private readonly large: Block[] = [];
-  /** Those that wait for more than MEDIUM_BYTES, and for less. */
-  private readonly queue: MemoryAccount[] = [];
-  private readonly mediumQueue: MemoryAccount[] = [];
-  private isGrantScheduled = false;
-  private refusedSlabAt = -Infinity;
-  private timer: NodeJS.Timeout | undefined;
+  #max = 0;
+  #smallMax = 0;
+  #keptSmallMax = 0;
+  #largeMax = 0;
+  /** The part of it reserved for requests of at most MEDIUM_BYTES, and what they use. */
+  #mediumMin = 0;
+  #mediumUsed = 0;
+  #smallUsed = 0;
+  /** Bytes of large blocks and of reservations. */
+  #largeUsed = 0;
+  #keptSmall = 0;
+  #keptLarge = 0;
+  readonly #slabs: Block[] = [];
+  readonly #receives: Block[] = [];
+  readonly #own: Block[] = [];
+  /** In the order in which they were given back. */
+  readonly #large: Block[] = [];
+  /** Accounts that wait for more than MEDIUM_BYTES, and for at most that. */
+  readonly #queue: MemoryAccount[] = [];
+  readonly #mediumQueue: MemoryAccount[] = [];
+  #isGrantScheduled = false;
+  #refusedSlabAt = -Infinity;
+  #timer: NodeJS.Timeout | undefined;
 
-  /** @param maxBytes the budget; a request that needs more than all of it gets its memory when nobody else has any */
+  /** @param maxBytes the budget; a request that needs more than all of it gets its memory when no other holds any */
   constructor(maxBytes: number) {
     this.maxBytes = maxBytes;
   }
 
-  /** The budget. With a smaller one than is in use nobody gets more until enough was given back. */
+  /** The budget. If it is lowered below what is in use, no more is given until enough was given back. */
   set maxBytes(bytes: number) {
     const small = bytes * SMALL_SHARE;
-    this.max = bytes;
-    this.keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
-    this.smallMax = small - this.keptSmallMax;
-    this.largeMax = bytes - small;
-    this.mediumMin = this.largeMax * MEDIUM_SHARE;
-    this.scheduleGrant();
+    this.#max = bytes;
+    this.#keptSmallMax = Math.min(KEPT_SMALL_BYTES, small * KEPT_SMALL_SHARE);
+    this.#smallMax = small - this.#keptSmallMax;
+    this.#largeMax = bytes - small;
+    this.#mediumMin = this.#largeMax * MEDIUM_SHARE;
+    this.#scheduleGrant();
   }
 
   get use(): MemoryUse {
     return {
-      usedBytes: this.smallUsed + this.largeUsed,
-      maxBytes: this.max,
-      keptBytes: this.keptSmall + this.keptLarge,
-      waiting: this.queue.length + this.mediumQueue.length,
+      usedBytes: this.#smallUsed + this.#largeUsed,
+      maxBytes: this.#max,
+      keptBytes: this.#keptSmall + this.#keptLarge,
+      waiting: this.#queue.length + this.#mediumQueue.length,
     };
   }
 
-  /** What whoever is first in the queue waits for, or a slab if there was none lately; 0: nobody lacks memory. */
+  /** Bytes that the first account of each queue waits for, or a slab if one was refused lately; 0: there is no shortage. */
   get missingBytes(): number {
-    const wanted = (this.queue[0]?.wanted ?? 0) + (this.mediumQueue[0]?.wanted ?? 0);
+    const wanted = (this.#queue[0]?.wanted ?? 0) + (this.#mediumQueue[0]?.wanted ?? 0);
     if (wanted > 0) return wanted;
-    return performance.now() - this.refusedSlabAt < SHORTAGE_MS ? SLAB_BYTES : 0;
+    return performance.now() - this.#refusedSlabAt < SHORTAGE_MS ? SLAB_BYTES : 0;
   }
 
   /** A slab, empty; undefined if there is none left. */
   takeSlab(account: MemoryAccount): Block | undefined {
-    const block = this.takeSmall(account, this.slabs, 'slab', SLAB_BYTES);
-    if (block === undefined) this.refusedSlabAt = performance.now();
+    const block = this.#takeSmall(account, this.#slabs, 'slab', SLAB_BYTES);
+    if (block === undefined) this.#refusedSlabAt = performance.now();
     return block;
   }
 
   /** A block to receive requests into; undefined if there is none left. */
   takeReceive(account: MemoryAccount): Block | undefined {
-    return this.takeSmall(account, this.receives, 'receive', RECEIVE_BYTES);
+    return this.#takeSmall(account, this.#receives, 'receive', RECEIVE_BYTES);
   }
 
   /** What the connection has for itself; undefined if it is taken. */
   takeOwn(account: MemoryAccount): Block | undefined {
     if (account.isOwnTaken) return undefined;
     account.isOwnTaken = true;
-    const block = this.own.pop() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
+    const block = this.#own.pop() ?? new Block(Buffer.allocUnsafeSlow(OWN_BYTES), 'own');
     block.account = account;
     return block;
   }
 
-  /** The same, to receive requests into. A connection asks for it once. */
+  /** The same, to receive requests into. A connection takes it once. */
   takeOwnReceive(): Block {
     return new Block(Buffer.allocUnsafeSlow(OWN_RECEIVE_BYTES), 'ownReceive');
   }
@@ -196,191 +195,191 @@ export class BufferPool {
   /** Whether there is memory for a request of `length` bytes; if not, see `wait`. */
   hasRoom(account: MemoryAccount, length: number): boolean {
     const charge = capacityFor(length) * account.copies;
-    if (account.isGranted) return charge <= account.wanted || this.largeUsed === account.wanted;
-    return this.queueFor(account, charge).length === 0 && this.fits(account, charge);
+    if (account.isGranted) return charge <= account.wanted || this.#largeUsed === account.wanted;
+    return this.#queueFor(account, charge).length === 0 && this.#fits(account, charge);
   }
 
   /**
-   * A block of at least `length` bytes for one request. Whoever has asked `hasRoom` before stays within the budget; it is
-   * for the few bytes of a reply that one need not ask.
+   * A block of at least `length` bytes for one request. After `hasRoom` it is within the budget; only short replies are taken
+   * without that check.
    */
   takeLarge(account: MemoryAccount, length: number): Block {
     if (account.isBeginning) this.endWait(account);
     const capacity = capacityFor(length);
-    const block = this.findKept(capacity) ?? this.allocateLarge(capacity);
-    this.charge(block, account, capacity * account.copies);
-    this.take(account, block.charge);
+    const block = this.#findKept(capacity) ?? this.#allocateLarge(capacity);
+    this.#charge(block, account, capacity * account.copies);
+    this.#take(account, block.charge);
     return block;
   }
 
-  /** `bytes` are needed that are no block of the pool, or will be one later. To be given back with `unclaim`. */
+  /** Charge `bytes` that are not a block of the pool, or become one later. Undone by `unclaim`. */
   claim(account: MemoryAccount, bytes: number): void {
     if (account.isBeginning) this.endWait(account);
-    this.take(account, bytes * account.copies);
+    this.#take(account, bytes * account.copies);
     account.held += bytes * account.copies;
   }
 
   unclaim(account: MemoryAccount, bytes: number): void {
-    this.unuse(account, bytes * account.copies);
+    this.#unuse(account, bytes * account.copies);
     account.held -= bytes * account.copies;
-    this.scheduleGrant();
+    this.#scheduleGrant();
   }
 
-  /** `account.granted` is called when there is memory for `length` bytes, after all who wait already. */
+  /** Call `account.granted` when there is memory for `length` bytes, after the accounts that wait already. */
   wait(account: MemoryAccount, length: number): void {
     if (account.wanted > 0) return;
     account.wanted = capacityFor(length) * account.copies;
-    this.queueFor(account, account.wanted).push(account);
-    // What is free may be what others were kept from.
-    this.scheduleGrant();
+    this.#queueFor(account, account.wanted).push(account);
+    // Free memory may be reserved for this queue.
+    this.#scheduleGrant();
   }
 
-  /** `account` does not want what it waits for, or has got it. */
+  /** `account` no longer waits: it has the memory, or does not need it. */
   endWait(account: MemoryAccount): void {
     if (account.wanted === 0) return;
     if (account.isGranted) {
-      this.unuse(account, account.wanted);
+      this.#unuse(account, account.wanted);
       account.isGranted = false;
     } else {
-      const queue = this.queueFor(account, account.wanted);
+      const queue = this.#queueFor(account, account.wanted);
       queue.splice(queue.indexOf(account), 1);
     }
     account.wanted = 0;
-    this.scheduleGrant();
+    this.#scheduleGrant();
   }
 
-  /** Nobody needs `block` any more. */
+  /** `block` has no users any more. */
   give(block: Block): void {
     const { account, kind } = block;
     block.used = 0;
     block.pins = 0;
     block.account = undefined;
     if (kind === 'slab' || kind === 'receive') {
-      this.smallUsed -= block.charge;
+      this.#smallUsed -= block.charge;
       if (account !== undefined) account.held -= block.charge;
       const size = block.buffer.length;
-      if (block.isLost || this.keptSmall + size > this.keptSmallMax) return;
-      this.keptSmall += size;
-      (kind === 'slab' ? this.slabs : this.receives).push(block);
+      if (block.isLost || this.#keptSmall + size > this.#keptSmallMax) return;
+      this.#keptSmall += size;
+      (kind === 'slab' ? this.#slabs : this.#receives).push(block);
     } else if (kind === 'large') {
       if (account !== undefined) {
-        this.unuse(account, block.charge);
+        this.#unuse(account, block.charge);
         account.held -= block.charge;
       }
-      if (!block.isLost && block.buffer.length >= LARGE_STEP) this.keep(block);
-      this.scheduleGrant();
+      if (!block.isLost && block.buffer.length >= LARGE_STEP) this.#keep(block);
+      this.#scheduleGrant();
     } else if (kind === 'own') {
       if (account !== undefined) account.isOwnTaken = false;
-      if (!block.isLost && this.own.length < KEPT_OWN) this.own.push(block);
+      if (!block.isLost && this.#own.length < KEPT_OWN) this.#own.push(block);
     }
   }
 
-  private takeSmall(account: MemoryAccount, kept: Block[], kind: BlockKind, size: number): Block | undefined {
+  #takeSmall(account: MemoryAccount, kept: Block[], kind: BlockKind, size: number): Block | undefined {
     const charge = size * account.copies;
-    if (this.smallUsed + charge > this.smallMax) return undefined;
+    if (this.#smallUsed + charge > this.#smallMax) return undefined;
     let block = kept.pop();
     if (block === undefined) block = new Block(Buffer.allocUnsafeSlow(size), kind);
-    else this.keptSmall -= size;
-    this.charge(block, account, charge);
-    this.smallUsed += charge;
+    else this.#keptSmall -= size;
+    this.#charge(block, account, charge);
+    this.#smallUsed += charge;
     return block;
   }
 
-  private charge(block: Block, account: MemoryAccount, bytes: number): void {
+  #charge(block: Block, account: MemoryAccount, bytes: number): void {
     block.account = account;
     block.charge = bytes;
     account.held += bytes;
   }
 
-  private queueFor(account: MemoryAccount, charge: number): MemoryAccount[] {
-    return isMedium(account, charge) ? this.mediumQueue : this.queue;
+  #queueFor(account: MemoryAccount, charge: number): MemoryAccount[] {
+    return isMedium(account, charge) ? this.#mediumQueue : this.#queue;
   }
 
-  private take(account: MemoryAccount, charge: number): void {
-    this.largeUsed += charge;
-    if (isMedium(account, charge)) this.mediumUsed += charge;
+  #take(account: MemoryAccount, charge: number): void {
+    this.#largeUsed += charge;
+    if (isMedium(account, charge)) this.#mediumUsed += charge;
   }
 
-  private unuse(account: MemoryAccount, charge: number): void {
-    this.largeUsed -= charge;
-    if (isMedium(account, charge)) this.mediumUsed -= charge;
+  #unuse(account: MemoryAccount, charge: number): void {
+    this.#largeUsed -= charge;
+    if (isMedium(account, charge)) this.#mediumUsed -= charge;
   }
 
-  private fits(account: MemoryAccount, charge: number): boolean {
-    if (this.largeUsed === 0) return true;
-    const fitsAtAll = this.largeUsed + charge <= this.largeMax;
+  #fits(account: MemoryAccount, charge: number): boolean {
+    if (this.#largeUsed === 0) return true;
+    const fitsAtAll = this.#largeUsed + charge <= this.#largeMax;
     if (isMedium(account, charge)) {
-      // What longer ones wait for is not taken from them.
-      const isTheirs = this.queue.length > 0 && this.mediumUsed > 0;
-      return fitsAtAll && !(isTheirs && this.mediumUsed + charge > this.mediumMin);
+      // Memory that longer requests wait for is not taken from them.
+      const isTheirs = this.#queue.length > 0 && this.#mediumUsed > 0;
+      return fitsAtAll && !(isTheirs && this.#mediumUsed + charge > this.#mediumMin);
     }
-    return fitsAtAll && this.largeUsed - this.mediumUsed + charge <= this.largeMax - this.mediumMin;
+    return fitsAtAll && this.#largeUsed - this.#mediumUsed + charge <= this.#largeMax - this.#mediumMin;
   }
 
-  private findKept(capacity: number): Block | undefined {
-    for (let i = this.large.length - 1; i >= 0; i--) {
-      const block = this.large[i];
+  #findKept(capacity: number): Block | undefined {
+    for (let i = this.#large.length - 1; i >= 0; i--) {
+      const block = this.#large[i];
       if (block !== undefined && block.buffer.length === capacity) {
-        this.large.splice(i, 1);
-        this.keptLarge -= capacity;
+        this.#large.splice(i, 1);
+        this.#keptLarge -= capacity;
         return block;
       }
     }
     return undefined;
   }
 
-  private allocateLarge(capacity: number): Block {
-    // What is kept has other sizes: it makes room.
-    while (this.large.length > 0 && this.largeUsed + this.keptLarge + capacity > this.largeMax) this.release();
+  #allocateLarge(capacity: number): Block {
+    // Kept blocks have other sizes: they make room.
+    while (this.#large.length > 0 && this.#largeUsed + this.#keptLarge + capacity > this.#largeMax) this.#release();
     return new Block(Buffer.allocUnsafeSlow(capacity), 'large');
   }
 
-  private keep(block: Block): void {
+  #keep(block: Block): void {
     const size = block.buffer.length;
-    while (this.large.length > 0 && this.largeUsed + this.keptLarge + size > this.largeMax) this.release();
+    while (this.#large.length > 0 && this.#largeUsed + this.#keptLarge + size > this.#largeMax) this.#release();
     block.keptSince = performance.now();
-    this.large.push(block);
-    this.keptLarge += size;
-    this.timer ??= setInterval(this.tick, TICK_MS).unref();
+    this.#large.push(block);
+    this.#keptLarge += size;
+    this.#timer ??= setInterval(this.#tick, TICK_MS).unref();
   }
 
-  /** Give back what was not used for longest. */
-  private readonly tick = (): void => {
+  /** Give the blocks unused for longest back to the system. */
+  readonly #tick = (): void => {
     const before = performance.now() - KEEP_MS;
     let left = BYTES_PER_TICK;
-    for (let oldest = this.large[0]; oldest !== undefined; oldest = this.large[0]) {
+    for (let oldest = this.#large[0]; oldest !== undefined; oldest = this.#large[0]) {
       if (left <= 0 || oldest.keptSince > before) return;
       left -= oldest.buffer.length;
-      this.release();
+      this.#release();
     }
-    clearInterval(this.timer);
-    this.timer = undefined;
+    clearInterval(this.#timer);
+    this.#timer = undefined;
   };
 
-  private release(): void {
-    const block = this.large.shift();
+  #release(): void {
+    const block = this.#large.shift();
     if (block === undefined) return;
-    this.keptLarge -= block.buffer.length;
+    this.#keptLarge -= block.buffer.length;
     releaseMemory(block.buffer);
   }
 
-  /** Not at once: memory is given back in the middle of somebody's work. */
-  private scheduleGrant(): void {
-    if (this.isGrantScheduled || this.queue.length + this.mediumQueue.length === 0) return;
-    this.isGrantScheduled = true;
-    setImmediate(this.grant);
+  /** Not at once: memory is given back in the middle of other work. */
+  #scheduleGrant(): void {
+    if (this.#isGrantScheduled || this.#queue.length + this.#mediumQueue.length === 0) return;
+    this.#isGrantScheduled = true;
+    setImmediate(this.#grant);
   }
 
-  private readonly grant = (): void => {
-    this.isGrantScheduled = false;
-    for (const queue of [this.mediumQueue, this.queue]) {
+  readonly #grant = (): void => {
+    this.#isGrantScheduled = false;
+    for (const queue of [this.#mediumQueue, this.#queue]) {
       for (;;) {
         const [first] = queue;
-        if (first === undefined || !this.fits(first, first.wanted)) break;
+        if (first === undefined || !this.#fits(first, first.wanted)) break;
         queue.shift();
-        // Set aside: whoever comes in between does not get it.
+        // Reserved: other requests do not get it in between.
         first.isGranted = true;
-        this.take(first, first.wanted);
+        this.#take(first, first.wanted);
         first.granted();
       }
     }
@@ -391,7 +390,7 @@ function isMedium(account: MemoryAccount, charge: number): boolean {
   return charge <= MEDIUM_BYTES * account.copies;
 }
 
-/** Short ones are as long as they have to be, and are not kept. */
+/** The size of a block for `length` bytes. Short blocks have the exact size, and are not kept. */
 function capacityFor(length: number): number {
   if (length <= LARGE_STEP / 2) return length;
   return Math.ceil(Math.max(0, length - HEADROOM) / LARGE_STEP) * LARGE_STEP + HEADROOM;

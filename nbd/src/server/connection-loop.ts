@@ -9,7 +9,8 @@ import type { Duplex } from 'node:stream';
 import type { ExportProvider, Peer } from '../block-device.js';
 import type { ServerTls } from '../protocol/tls.js';
 import { BufferPool, type MemoryUse } from './buffer-pool.js';
-import { Connection, type ConnectionOptions, type LoopResources } from './connection.js';
+import type { ConnectionOptions, LoopResources } from './connection-options.js';
+import { Connection } from './connection.js';
 import { HeldSockets } from './held-sockets.js';
 import { receiveInPlace, type InPlaceSocket } from './in-place-socket.js';
 import { limitsFrom, MIN_MEMORY_BYTES, type Limits } from './limits.js';
@@ -48,18 +49,18 @@ export interface AcceptedStream {
  * the program makes one, and gives it the sockets whose descriptors come from the server's ServingLoop for that worker.
  */
 export class ConnectionLoop implements ServingLoop {
-  private readonly tls: ServerTls | undefined;
-  private readonly resources: LoopResources;
-  private readonly stallWatch: StallWatch;
-  private readonly connections = new Set<Connection>();
+  readonly #tls: ServerTls | undefined;
+  readonly #resources: LoopResources;
+  readonly #stallWatch: StallWatch;
+  readonly #connections = new Set<Connection>();
   /** Sockets that receive into memory of ours, until they are served. */
-  private readonly prepared = new WeakMap<net.Socket, InPlaceSocket>();
+  readonly #prepared = new WeakMap<net.Socket, InPlaceSocket>();
 
   /** @throws RangeError if a limit is none */
   constructor(options: ConnectionLoopOptions) {
     const limits = limitsFrom(options.limits);
-    this.tls = options.tls;
-    this.resources = {
+    this.#tls = options.tls;
+    this.#resources = {
       ...{ provider: options.provider, observer: options.observer ?? {}, limits },
       pool: new BufferPool(checkedMemory(limits.maxMemoryBytes)),
       loop: new LoopShare(),
@@ -67,16 +68,16 @@ export class ConnectionLoop implements ServingLoop {
       offenders: options.offenders ?? new Offenders(limits.maxViolationDelayMs),
       heldSockets: new HeldSockets(),
     };
-    const { pool, time } = this.resources;
-    this.stallWatch = new StallWatch(() => this.connections, pool, limits, time);
+    const { pool, time } = this.#resources;
+    this.#stallWatch = new StallWatch(() => this.#connections, pool, limits, time);
   }
 
   get memory(): MemoryUse {
-    return this.resources.pool.use;
+    return this.#resources.pool.use;
   }
 
   shareMemory(bytes: number): void {
-    this.resources.pool.maxBytes = checkedMemory(bytes);
+    this.#resources.pool.maxBytes = checkedMemory(bytes);
   }
 
   /**
@@ -85,35 +86,35 @@ export class ConnectionLoop implements ServingLoop {
    */
   prepare(accepted: net.Socket): net.Socket {
     // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
-    if (this.tls !== undefined || this.prepared.has(accepted)) return accepted;
+    if (this.#tls !== undefined || this.#prepared.has(accepted)) return accepted;
     const inPlace = receiveInPlace(accepted);
     if (inPlace === undefined) return accepted;
-    this.prepared.set(inPlace.socket, inPlace);
+    this.#prepared.set(inPlace.socket, inPlace);
     return inPlace.socket;
   }
 
   serve(accepted: AcceptedConnection): ServedConnection {
     const { id, peer, progress, offender, state } = accepted;
     const socket = this.prepare(accepted.socket);
-    const inPlace = this.prepared.get(socket);
-    return this.open({ id, socket, peer, progress, offender, state, inPlace, tls: this.tls });
+    const inPlace = this.#prepared.get(socket);
+    return this.#open({ id, socket, peer, progress, offender, state, inPlace, tls: this.#tls });
   }
 
   /** Serve a stream of this thread. It is not offered TLS: who hands it over answers for it. */
   serveStream(stream: AcceptedStream): ServedConnection {
-    return this.open({ ...stream, tls: stream.peer.transport === 'internal' ? undefined : this.tls });
+    return this.#open({ ...stream, tls: stream.peer.transport === 'internal' ? undefined : this.#tls });
   }
 
   stop(): void {
-    this.stallWatch.stop();
-    this.resources.time.stop();
-    this.resources.heldSockets.release();
+    this.#stallWatch.stop();
+    this.#resources.time.stop();
+    this.#resources.heldSockets.release();
   }
 
-  private open(options: ConnectionOptions): Connection {
-    const connection = new Connection(options, this.resources);
-    this.connections.add(connection);
-    void connection.over.then(() => this.connections.delete(connection));
+  #open(options: ConnectionOptions): Connection {
+    const connection = new Connection(options, this.#resources);
+    this.#connections.add(connection);
+    void connection.over.then(() => this.#connections.delete(connection));
     return connection;
   }
 }

@@ -1,75 +1,42 @@
 /**
- * The life of one connection: handshake, transmission, end. It owns the socket and the opened device, and guarantees
- * that however the connection ends the device is closed exactly once, after its last request, and the close event is
- * sent exactly once after that. It knows nothing of listeners and nothing of the bytes on the wire.
+ * The life of one connection: handshake, transmission, end. It owns the socket and guarantees that, however the connection ends,
+ * the device is closed exactly once, after its last request, and the close event is sent exactly once after that. It contains
+ * no listeners and no layouts of the wire.
  */
 
-import type net from 'node:net';
 import type { Duplex } from 'node:stream';
-import type { BlockDevice, Ending, ExportProvider, Peer } from '../block-device.js';
-import type { BufferPool } from './buffer-pool.js';
+import type { Ending, ExportProvider, Peer } from '../block-device.js';
 import { ByteReader } from '../protocol/byte-reader.js';
+import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
+import type { BufferPool } from './buffer-pool.js';
+import { ClientExport } from './client-export.js';
+import type { ConnectionOptions, LoopResources } from './connection-options.js';
+import { HandOver, type HandOverHost } from './hand-over.js';
 import { HandshakeClock } from './handshake-clock.js';
-import {
-  HandshakeError,
-  negotiate,
-  whyLeft,
-  type HandshakeHost,
-  type HandshakeOutcome,
-  type OpenExport,
-} from './handshake.js';
+import { HandshakeError, type HandshakeHost, type HandshakeOutcome } from './handshake-host.js';
+import { negotiate } from './handshake.js';
 import type { HeldSockets } from './held-sockets.js';
-import { takeBuffered, type InPlaceSocket } from './in-place-socket.js';
+import { IdleClock } from './idle-clock.js';
+import type { InPlaceSocket } from './in-place-socket.js';
 import type { Limits } from './limits.js';
 import type { LoopShare } from './loop-share.js';
 import type { LoopTime } from './loop-time.js';
-import { HandOverError, plainPeer, reopen, STATE_VERSION, type NegotiatedState } from './negotiated-state.js';
+import { reopen, type NegotiatedState } from './negotiated-state.js';
 import type { ConnectionInfo, ServerObserver } from './observer.js';
-import type { OffenderCounts } from './offenders.js';
 import type { Progress, ServedConnection, TakeConnection } from './serving-loop.js';
+import { bytesTakenBySystem, closeAfterOutput, watchOutput } from './socket-end.js';
 import type { Watched } from './stall-watch.js';
-import { acceptTls, type ServerTls, type TlsMode } from '../protocol/tls.js';
-import { Transmission } from './transmission.js';
 import type { TransmissionHost } from './transmission-host.js';
+import { Transmission } from './transmission.js';
+import { Violations } from './violations.js';
 
-/** What is one for all connections of an event loop. */
-export interface LoopResources {
-  readonly provider: ExportProvider;
-  readonly limits: Limits;
-  readonly observer: ServerObserver;
-  readonly pool: BufferPool;
-  readonly loop: LoopShare;
-  readonly time: LoopTime;
-  readonly offenders: OffenderCounts;
-  readonly heldSockets: HeldSockets;
-}
-
-/** What is this connection's alone. */
-export interface ConnectionOptions {
-  readonly id: number;
-  readonly socket: Duplex;
-  readonly peer: Peer;
-  /** Bytes already received on the socket, by whoever accepted it. */
-  readonly head?: Buffer | undefined;
-  /** The socket's way to receive into memory of ours, if it has one. */
-  readonly inPlace?: InPlaceSocket | undefined;
-  /** Undefined: this peer is not offered TLS. */
-  readonly tls: ServerTls | undefined;
-  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
-  readonly offender: string | undefined;
-  /** Told how it gets on; undefined: nobody counts it. */
-  readonly progress?: Progress | undefined;
-  /** Where another server has left it. Undefined: it begins with the greeting. */
-  readonly state?: NegotiatedState | undefined;
-}
-
-export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, Watched {
+export class Connection implements ServedConnection, HandshakeHost, TransmissionHost, HandOverHost, Watched {
   readonly id: number;
   peer: Peer;
   readonly openedAt = Date.now();
-  /** The same moment by performance.now(): a clock that is set makes no connection longer or shorter. */
-  private readonly startedAt = performance.now();
-  /** What bytes are read from and written to; under TLS not the one that was accepted. */
+  /** The same moment by performance.now(): setting the clock does not change the duration. */
+  readonly #startedAt = performance.now();
+  /** The socket that is read and written; under TLS not the accepted one. */
   socket: Duplex;
   readonly tlsMode: TlsMode | undefined;
   readonly provider: ExportProvider;
@@ -78,48 +45,36 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   readonly pool: BufferPool;
   readonly loop: LoopShare;
   readonly reader: ByteReader;
-  /** From the greeting on. */
+  /** Runs from the greeting on. */
   readonly clock: HandshakeClock;
   isShuttingDown = false;
-  private isRefusing = true;
-  exportName: string | undefined;
-  refused: string | undefined;
-  /** What its violations are counted for; see ExportInfo. */
-  private countedAs: string | undefined;
+  #isRefusing = true;
+  readonly export: ClientExport;
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
 
-  private transmission: Transmission | undefined;
-  private device: BlockDevice | undefined;
-  /** Until the client has said goodbye. */
-  private ending: Ending = 'lost';
-  private isClosing = false;
-  private isFrozen = false;
-  /** It will end when its requests in flight are finished. */
-  private isEnding = false;
-  private isInTlsHandshake = false;
-  private reason: string | undefined;
-  private lingerTimer: NodeJS.Timeout | undefined;
-  private idleTimer: NodeJS.Timeout | undefined;
-  /** When the client was last heard or answered, by `time`. */
-  private lastActiveAt = 0;
-  private readonly time: LoopTime;
-  /** What was accepted: under TLS what lies below it. */
+  transmission: Transmission | undefined;
+  /** 'lost' until the client has sent a disconnect. */
+  #ending: Ending = 'lost';
+  #isClosing = false;
+  /** The connection ends when its requests in flight are finished. */
+  #isEnding = false;
+  #isInTlsHandshake = false;
+  #reason: string | undefined;
+  #isLingering = false;
+  #idleClock: IdleClock | undefined;
+  #handingOver: HandOver | undefined;
+  readonly #time: LoopTime;
+  /** The accepted socket; under TLS the one below it. */
   readonly transport: Duplex;
-  private readonly tls: ServerTls | undefined;
-  private readonly inPlace: InPlaceSocket | undefined;
-  private readonly socketGone: Promise<void>;
-  private readonly offenders: OffenderCounts;
-  private readonly heldSockets: HeldSockets;
-  private readonly offender: string | undefined;
-  private readonly progress: Progress | undefined;
-  private readonly state: NegotiatedState | undefined;
-  private isCrowdedOut = false;
-  private violationCount = 0;
-  /** Resolves when the client has broken the protocol and its socket waits for its end: the connection is over before. */
-  private readonly condemned: Promise<void>;
-  private condemn: () => void = () => undefined;
-  private isCondemned = false;
+  readonly #tls: ServerTls | undefined;
+  readonly #inPlace: InPlaceSocket | undefined;
+  readonly #socketGone: Promise<void>;
+  readonly #heldSockets: HeldSockets;
+  readonly #progress: Progress | undefined;
+  readonly #state: NegotiatedState | undefined;
+  #isCrowdedOut = false;
+  readonly #violations: Violations;
 
   constructor(options: ConnectionOptions, shared: LoopResources) {
     this.id = options.id;
@@ -127,43 +82,42 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.socket = options.socket;
     this.transport = options.socket;
     this.provider = shared.provider;
+    this.export = new ClientExport(options.id, shared.provider, shared.observer);
     this.limits = shared.limits;
     this.observer = shared.observer;
     this.pool = shared.pool;
     this.loop = shared.loop;
-    this.time = shared.time;
-    this.tls = options.tls;
-    this.inPlace = options.inPlace;
-    this.offenders = shared.offenders;
-    this.heldSockets = shared.heldSockets;
-    this.offender = options.offender;
-    this.progress = options.progress;
-    this.state = options.state;
-    this.condemned = new Promise((resolve) => {
-      this.condemn = resolve;
-    });
-    // For its whole life: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
+    this.#time = shared.time;
+    this.#tls = options.tls;
+    this.#inPlace = options.inPlace;
+    this.#heldSockets = shared.heldSockets;
+    this.#violations = new Violations(options.offender, shared.offenders);
+    this.#progress = options.progress;
+    this.#state = options.state;
+    // Fixed for the whole connection: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
-    this.clock = new HandshakeClock(this.limits, this.time, (reason) => this.abort(reason));
-    this.socketGone = new Promise((resolve) => {
+    this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));
+    this.#socketGone = new Promise((resolve) => {
       if (this.socket.closed) resolve();
       else this.socket.once('close', resolve);
     });
-    this.socket.on('data', this.onHandshakeData);
-    this.socket.on('end', this.onEnd);
-    this.socket.on('error', this.onError);
-    this.socket.once('close', this.onClose);
-    // Whoever took the head from it may have paused it since.
+    this.#listen();
+    this.socket.once('close', this.#onClose);
+    // The program that read `head` may have paused it.
     this.socket.resume();
     const head = options.state === undefined ? options.head : Buffer.from(options.state.unread);
     if (head !== undefined && head.length > 0) this.reader.feed(head);
     if (this.socket.destroyed) this.reader.fail(new Error('the socket was closed before it was served'));
-    this.over = this.live();
+    this.over = this.#live();
+  }
+
+  get exportName(): string | undefined {
+    return this.export.name;
   }
 
   get phase(): ConnectionInfo['phase'] {
-    if (this.isClosing || this.isEnding) return 'closing';
+    if (this.#isClosing || this.#isEnding) return 'closing';
     return this.transmission === undefined ? 'handshake' : 'transmission';
   }
 
@@ -191,7 +145,7 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return this.transmission?.inFlight ?? 0;
   }
 
-  /** Bytes of the server's memory that it holds for requests and replies. */
+  /** Bytes of the memory budget held for requests and replies. */
   get memoryBytes(): number {
     return this.transmission?.memoryBytes ?? 0;
   }
@@ -206,125 +160,84 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     return this.transmission?.waitsForClient ?? false;
   }
 
-  /** Finish what is in flight, refuse or drop what comes, then close. Returns at once; see `over`. */
+  /** Finish the requests in flight, refuse or drop further ones, then close. Returns at once; see `over`. */
   shutdown(options: { readonly refuse: boolean }): void {
     if (this.isShuttingDown) return;
     this.isShuttingDown = true;
-    this.isRefusing = options.refuse;
+    this.#isRefusing = options.refuse;
     const reason = 'the server is shutting down';
-    // Nothing of it but its last requests is left.
-    if (this.isCondemned) return;
+    // Only its last requests in flight are left.
+    if (this.#violations.isCondemned) return;
     if (this.transmission === undefined) {
-      // An option being answered is answered; a client that has nothing pending is not waited for.
+      // An option that is being answered is still answered; there is nothing else to wait for.
       this.reader.fail(new Error(reason));
-      if (this.isInTlsHandshake) this.abort(reason);
+      if (this.#isInTlsHandshake) this.abort(reason);
       return;
     }
-    this.takeNoRequests(this.transmission);
-    this.endWhenIdle(reason);
+    this.#takeNoRequests(this.transmission);
+    this.#endWhenIdle(reason);
   }
 
-  private takeNoRequests(transmission: Transmission): void {
-    if (this.isRefusing) transmission.refuseNewRequests();
+  #takeNoRequests(transmission: Transmission): void {
+    if (this.#isRefusing) transmission.refuseNewRequests();
     else transmission.dropNewRequests();
   }
 
   /** Close the socket now. The device is closed when its last request has finished. */
   abort(reason: string): void {
-    this.reason ??= reason;
-    this.isClosing = true;
+    this.#reason ??= reason;
+    this.#isClosing = true;
     this.reader.fail(new Error(reason));
     this.socket.destroy();
   }
 
   /**
-   * Close the socket now, and carry out nothing more of what was received; see `over`. Not to be called from inside a
-   * request.
+   * Close the socket now, and execute nothing more of what was received; see `over`. Must not be called from inside a request.
    */
   disconnect(reason: string): void {
     this.transmission?.stopListening();
     this.abort(reason);
   }
 
-  /**
-   * Stop between two requests and give the connection away: `take` is called with its socket, which nobody reads or writes
-   * any more, and its state, once the requests in flight are answered. When `take` returns the socket is destroyed here, and
-   * the connection is over. If `take` throws, or `signal` says so before, it goes on as if nothing had been.
-   * Errors: HandOverError, what `take` throws.
-   */
-  async handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
-    // Not at once: this may be called from inside a request.
-    await new Promise((resolve) => setImmediate(resolve));
-    const { transmission, exportName } = this;
-    this.mustBeGivable();
-    if (transmission === undefined || exportName === undefined) throw new Error('connection: an export without a name');
-    this.isFrozen = true;
-    try {
-      await this.standStill(transmission, signal);
-      if (signal?.aborted === true) throw new HandOverError('ABORTED', 'it was not wanted any more');
-      this.isFrozen = false;
-      this.mustBeGivable();
-      const socket = this.socket as net.Socket;
-      // From here to the end in one turn: the system takes more of what is unsent in every other one.
-      socket.off('data', this.onRequestData).off('end', this.onEnd);
-      takeBuffered(socket, (chunk) => transmission.feed(chunk));
-      const state: NegotiatedState = {
-        ...{ version: STATE_VERSION, peer: plainPeer(this.peer), exportName },
-        ...{ negotiated: transmission.rules.negotiated, geometry: transmission.rules.geometry },
-        ...{ unread: transmission.unread, unsent: transmission.unsent(unsentBytes(socket)) },
-      };
-      const taken = take(socket, state);
-      this.abort('it was handed over');
-      return taken;
-    } catch (error) {
-      this.socket.off('data', this.onRequestData).off('end', this.onEnd);
-      if (!this.isClosing) this.socket.on('data', this.onRequestData).on('end', this.onEnd);
-      transmission.thaw();
-      throw error;
-    } finally {
-      this.isFrozen = false;
-    }
+  /** Give the connection away; see HandOver. Errors: HandOverError; what `take` throws. */
+  handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T> {
+    this.#handingOver ??= new HandOver(this, this.#socketGone);
+    return this.#handingOver.run(take, signal);
   }
 
-  /** @throws HandOverError if it cannot be handed over, now or at all */
-  private mustBeGivable(): void {
-    if (this.isClosing || this.isEnding || this.isShuttingDown) throw new HandOverError('ENDING', 'it is ending');
-    if (this.transmission === undefined) throw new HandOverError('NOT_READY', 'it has chosen no export yet');
-    if (this.isFrozen) throw new HandOverError('NOT_READY', 'it is being handed over already');
-    if (this.socket !== this.transport)
-      throw new HandOverError('TLS', 'the keys of a TLS connection cannot be given away');
-    if (bytesTakenBySystem(this.socket) === undefined) {
-      throw new HandOverError('NOT_A_SOCKET', 'it is a stream of this process, not a socket of the system');
-    }
+  // --- For handing over ---
+
+  /** It is over, or will be when its requests in flight are answered. */
+  get isLeaving(): boolean {
+    return this.#isClosing || this.#isEnding || this.isShuttingDown;
   }
 
-  /** Resolves when no request is in flight and none begins, the socket is gone, or `signal` says so. */
-  private standStill(transmission: Transmission, signal: AbortSignal | undefined): Promise<unknown> {
-    const still = new Promise<void>((resolve) => {
-      transmission.freeze(resolve);
-      if (signal?.aborted === true) resolve();
-      else signal?.addEventListener('abort', () => resolve(), { once: true });
-    });
-    return Promise.race([still, this.socketGone]);
+  stopReading(): void {
+    this.socket.off('data', this.#onHandshakeData).off('data', this.#onRequestData).off('end', this.#onEnd);
   }
 
-  // --- For whoever counts connections ---
+  readOn(): void {
+    this.stopReading();
+    if (!this.#isClosing) this.socket.on('data', this.#onRequestData).on('end', this.#onEnd);
+  }
+
+  // --- For the server, which counts connections ---
 
   get isWaitedFor(): boolean {
-    if (this.isClosing || this.transmission !== undefined) return this.isClosing;
-    // Also who does not take what we have said.
-    return this.reader.isWaiting || this.isInTlsHandshake || this.socket.writableLength > 0;
+    if (this.#isClosing || this.transmission !== undefined) return this.#isClosing;
+    // A client that does not read our answers is waited for as well.
+    return this.reader.isWaiting || this.#isInTlsHandshake || this.socket.writableLength > 0;
   }
 
   crowdOut(reason: string): void {
-    this.isCrowdedOut = true;
+    this.#isCrowdedOut = true;
     this.abort(reason);
   }
 
   // --- For the handshake ---
 
   advanced(): void {
-    this.progress?.advanced();
+    this.#progress?.advanced();
   }
 
   send(bytes: Buffer): Promise<void> {
@@ -334,188 +247,143 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
   }
 
   async startTls(acknowledgement: Buffer): Promise<void> {
-    const { tls, socket: plain } = this;
+    const { socket: plain } = this;
+    const tls = this.#tls;
     if (tls === undefined) throw new Error('connection: TLS without keys');
-    // From here nobody reads the socket: what comes before TLS has taken it over is TLS's to judge.
-    plain.off('data', this.onHandshakeData);
-    plain.off('end', this.onEnd);
+    // No reader from here on: bytes that arrive before TLS takes over belong to the TLS handshake.
+    this.stopReading();
     plain.pause();
     await this.send(acknowledgement);
     let accepted: Awaited<ReturnType<typeof acceptTls>>;
     try {
-      this.isInTlsHandshake = true;
+      this.#isInTlsHandshake = true;
       accepted = await acceptTls(plain, tls.material());
     } catch (error) {
       throw new Error(`the TLS handshake failed: ${(error as Error).message}`, { cause: error });
     } finally {
-      this.isInTlsHandshake = false;
+      this.#isInTlsHandshake = false;
     }
     this.socket = accepted.socket;
     // "the server MUST NOT preserve any negotiation state … issued before this command"
-    this.tellLeft();
-    this.refused = undefined;
+    this.export.left(this.peer);
     this.peer = { ...this.peer, tls: accepted.identity };
     this.reader.moveTo(this.socket);
-    this.socket.on('data', this.onHandshakeData);
-    this.socket.on('end', this.onEnd);
-    this.socket.on('error', this.onError);
+    this.#listen();
   }
 
-  async open(name: string): Promise<OpenExport> {
-    const opened = await this.provider.open(name, this.peer);
-    this.device = opened.device;
-    this.exportName = opened.info.name;
-    this.countedAs = opened.info.countedAs ?? opened.info.name;
-    return opened;
-  }
-
-  async abandon(): Promise<void> {
-    const { device } = this;
-    this.device = undefined;
-    try {
-      await device?.close(this.ending);
-    } catch (error) {
-      this.unexpected(error);
-    }
-    this.exportName = undefined;
-    this.countedAs = undefined;
-  }
-
-  unexpected(error: unknown): void {
-    this.observer.onDeviceError?.(error, { id: this.id, exportName: this.exportName });
+  #listen(): void {
+    this.socket.on('data', this.#onHandshakeData).on('end', this.#onEnd).on('error', this.#onError);
   }
 
   // --- For the transmission ---
 
   disconnectRequested(): void {
-    this.ending = 'disconnect';
-    this.progress?.leaving();
-    this.endWhenIdle('the client disconnected');
+    this.#ending = 'disconnect';
+    this.#progress?.leaving();
+    this.#endWhenIdle('the client disconnected');
   }
 
   protocolViolated(reason: string): void {
-    if (!this.noteViolation(reason)) this.abort(`protocol violation: ${reason}`);
+    if (!this.#noteViolation(reason)) this.abort(`protocol violation: ${reason}`);
   }
 
   /**
-   * Count a violation. True if the client, having done it before, is now kept waiting for its end: the connection is over
-   * when its requests in flight are finished, and only its socket is left. False if it is to be closed at once.
+   * Count a violation. True if this is a repeated one and the socket is kept open for a while: the connection is over when its
+   * requests in flight are finished, and only the socket is left. False if the socket is to be closed at once.
    */
-  private noteViolation(reason: string): boolean {
-    if (this.isClosing) return false;
-    this.reason ??= `protocol violation: ${reason}`;
-    this.violationCount = 1;
-    const { offender } = this;
-    if (offender === undefined) return false;
-    const { count, delayMs } = this.offenders.record(this.offenceOf(offender), performance.now());
-    this.violationCount = count;
+  #noteViolation(reason: string): boolean {
+    if (this.#isClosing) return false;
+    this.#reason ??= `protocol violation: ${reason}`;
+    const delayMs = this.#violations.record(this.export.countedAs);
     if (delayMs === 0 || this.isShuttingDown) return false;
     this.transmission?.dropReplies();
-    if (!this.heldSockets.hold(this.socket, delayMs)) return false;
-    this.isClosing = true;
-    this.isCondemned = true;
-    this.socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
-    this.condemn();
+    if (!this.#heldSockets.hold(this.socket, delayMs)) return false;
+    this.#isClosing = true;
+    this.stopReading();
+    this.#violations.condemn();
     return true;
   }
 
-  private offenceOf(offender: string): string {
-    return `${offender} ${this.countedAs ?? ''}`;
-  }
+  // --- From start to end ---
 
-  // --- Its life ---
-
-  private async live(): Promise<void> {
+  async #live(): Promise<void> {
     let outcome: HandshakeOutcome | { readonly next: 'held' };
     try {
-      outcome = this.state === undefined ? await negotiate(this) : await reopen(this, this.state);
+      outcome = this.#state === undefined ? await negotiate(this) : await reopen(this, this.#state);
     } catch (error) {
-      outcome = { next: 'close', reason: this.describeFailure(error) };
-      if (error instanceof HandshakeError && this.noteViolation(error.message)) outcome = { next: 'held' };
+      outcome = { next: 'close', reason: this.#describeFailure(error) };
+      if (error instanceof HandshakeError && this.#noteViolation(error.message)) outcome = { next: 'held' };
     }
     this.clock.stop();
 
     if (outcome.next === 'transmission' && !this.socket.destroyed) {
-      this.beginTransmission(outcome);
+      this.#beginTransmission(outcome);
     } else if (outcome.next === 'close') {
-      this.endSocket(outcome.reason);
+      this.#endSocket(outcome.reason);
     }
-    await Promise.race([this.socketGone, this.condemned]);
-    await this.requestsFinished();
+    await Promise.race([this.#socketGone, this.#violations.condemned]);
+    await this.#requestsFinished();
     const { exportName } = this;
-    await this.abandon();
-    this.tellLeft();
+    const { refused } = this.export;
+    await this.export.close(this.#ending);
+    this.export.left(this.peer);
     this.observer.onConnectionClose?.({
       id: this.id,
       peer: this.peer,
       exportName,
-      refused: exportName === undefined ? this.refused : undefined,
-      reason: this.reason ?? 'the client vanished',
-      violations: this.violationCount,
-      isCrowdedOut: this.isCrowdedOut,
+      refused: exportName === undefined ? refused : undefined,
+      reason: this.#reason ?? 'the client vanished',
+      violations: this.#violations.count,
+      isCrowdedOut: this.#isCrowdedOut,
       bytesRead: this.bytesRead,
       bytesWritten: this.bytesWritten,
       requests: this.requests,
       errors: this.errors,
-      durationMs: Math.round(performance.now() - this.startedAt),
+      durationMs: Math.round(performance.now() - this.#startedAt),
     });
   }
 
-  private tellLeft(): void {
-    try {
-      this.provider.left?.(this.peer);
-    } catch (error) {
-      this.unexpected(error);
-    }
-  }
-
-  private beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
+  #beginTransmission(outcome: HandshakeOutcome & { readonly next: 'transmission' }): void {
     const transmission = new Transmission(this, outcome.device, {
       geometry: outcome.geometry,
       negotiated: outcome.negotiated,
     });
     this.transmission = transmission;
-    this.progress?.settled();
-    this.socket.off('data', this.onHandshakeData);
-    this.socket.on('data', this.onRequestData);
-    const violations =
-      this.offender === undefined ? 0 : this.offenders.countOf(this.offenceOf(this.offender), performance.now());
+    this.#progress?.settled();
+    this.socket.off('data', this.#onHandshakeData);
+    this.socket.on('data', this.#onRequestData);
+    const violations = this.#violations.countOf(this.export.countedAs);
     this.observer.onConnectionOpen?.({ id: this.id, peer: this.peer, exportName: outcome.exportName, violations });
-    const unsent = this.state?.unsent;
+    const unsent = this.#state?.unsent;
     if (unsent !== undefined && unsent.length > 0) transmission.sendFirst(unsent);
     const rest = this.reader.takeRest();
     if (rest.length > 0) transmission.feed(rest);
-    this.inPlace?.receive({
+    this.#inPlace?.receive({
       nextBuffer: () => transmission.nextBuffer(),
       received: (length) => {
-        if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
+        this.#idleClock?.heard();
         transmission.received(length);
       },
     });
-    if (this.limits.idleTimeoutMs > 0) {
-      this.lastActiveAt = this.time.now();
-      this.waitForIdleness(this.limits.idleTimeoutMs);
-    }
-    if (this.socket.readableEnded) this.onEnd();
-    else if (this.isShuttingDown) {
-      this.takeNoRequests(transmission);
-      this.endWhenIdle('the server is shutting down');
-    }
-  }
-
-  /** One timer that looks again, instead of one that every request restarts. */
-  private waitForIdleness(delayMs: number): void {
     const { idleTimeoutMs } = this.limits;
-    this.idleTimer = setTimeout(() => {
-      if (this.isClosing) return;
-      if (this.transmission?.isBusy === true) this.lastActiveAt = this.time.now();
-      const left = this.lastActiveAt + idleTimeoutMs - this.time.now();
-      if (left > 0) this.waitForIdleness(left);
-      else this.endWhenIdle(`idle for ${idleTimeoutMs} ms`);
-    }, delayMs);
+    if (idleTimeoutMs > 0) {
+      this.#idleClock = new IdleClock(
+        this.#time,
+        idleTimeoutMs,
+        () => transmission.isBusy,
+        () => {
+          if (!this.#isClosing) this.#endWhenIdle(`idle for ${idleTimeoutMs} ms`);
+        },
+      );
+    }
+    if (this.socket.readableEnded) this.#onEnd();
+    else if (this.isShuttingDown) {
+      this.#takeNoRequests(transmission);
+      this.#endWhenIdle('the server is shutting down');
+    }
   }
 
-  private requestsFinished(): Promise<void> {
+  #requestsFinished(): Promise<void> {
     const { transmission } = this;
     if (transmission === undefined) return Promise.resolve();
     return new Promise((resolve) => {
@@ -523,96 +391,73 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     });
   }
 
-  private endWhenIdle(reason: string): void {
-    this.reason ??= reason;
-    this.isEnding = true;
-    this.transmission?.onIdle(() => this.endSocket(reason));
+  #endWhenIdle(reason: string): void {
+    this.#reason ??= reason;
+    this.#isEnding = true;
+    this.transmission?.onIdle(() => this.#endSocket(reason));
   }
 
-  /** Everything there was to say is with the socket: close it once it has left, but do not wait for ever. */
-  private endSocket(reason: string): void {
-    this.reason ??= reason;
-    this.isClosing = true;
-    this.progress?.leaving();
+  /** All replies are with the socket: close it when they have left, or after `lingerMs`. */
+  #endSocket(reason: string): void {
+    this.#reason ??= reason;
+    this.#isClosing = true;
+    this.#progress?.leaving();
     this.transmission?.stopListening();
     const { socket } = this;
-    if (socket.destroyed || this.lingerTimer !== undefined) return;
-    this.lingerTimer = setTimeout(() => socket.destroy(), this.limits.lingerMs);
-    // Read on, to the client's own end, and throw it away: a TCP socket that is closed with input unread, or that gets
-    // some afterwards, sends a reset, and the client may lose the replies it has not read yet.
-    const closeIfBothEnded = (): void => {
-      if (socket.writableFinished && socket.readableEnded) socket.destroy();
-    };
-    socket.off('data', this.onHandshakeData).off('data', this.onRequestData).off('end', this.onEnd);
-    socket.on('end', closeIfBothEnded);
-    socket.resume();
-    socket.end(closeIfBothEnded);
+    if (socket.destroyed || this.#isLingering) return;
+    this.#isLingering = true;
+    this.stopReading();
+    closeAfterOutput(socket, this.limits.lingerMs);
   }
 
-  private describeFailure(error: unknown): string {
+  #describeFailure(error: unknown): string {
     if (error instanceof HandshakeError) return `protocol violation: ${error.message}`;
     return error instanceof Error ? error.message : String(error);
   }
 
-  private readonly onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
+  readonly #onHandshakeData = (chunk: Buffer): void => this.reader.feed(chunk);
 
-  private readonly onRequestData = (chunk: Buffer): void => {
-    if (this.idleTimer !== undefined) this.lastActiveAt = this.time.now();
+  readonly #onRequestData = (chunk: Buffer): void => {
+    this.#idleClock?.heard();
     this.transmission?.feed(chunk);
   };
 
-  private readonly onEnd = (): void => {
-    this.progress?.leaving();
+  readonly #onEnd = (): void => {
+    this.#progress?.leaving();
     if (this.transmission === undefined) {
-      this.reader.fail(new Error(whyLeft(this.refused) ?? 'the client left during the handshake'));
-      this.endIfNothingIsTaken();
+      this.reader.fail(new Error(this.export.whyLeft ?? 'the client left during the handshake'));
+      this.#endIfNothingIsTaken();
       return;
     }
     const where = this.transmission.isMidRequest ? 'in the middle of a request' : 'without a disconnect request';
-    // Half a connection is enough to be answered: what was asked before it is still finished and sent.
-    this.endWhenIdle(`the client left ${where}`);
+    // The client may still read: the requests received so far are finished and answered.
+    this.#endWhenIdle(`the client left ${where}`);
   };
 
   /**
-   * A client that has shut its side in the handshake may still read what it has asked for. One that is gone takes nothing, and
-   * under TLS a write to it never ends.
+   * A client that has closed its side in the handshake may still read the answers. A client that is gone reads nothing, and
+   * under TLS a write to it never completes.
    */
-  private endIfNothingIsTaken(): void {
-    const { socket } = this;
-    const taken = bytesTakenBySystem(this.transport);
-    setTimeout(() => {
-      if (socket.destroyed || this.transmission !== undefined || socket.writableLength === 0) return;
-      if (bytesTakenBySystem(this.transport) !== taken) this.endIfNothingIsTaken();
-      else this.abort('the client left during the handshake, and takes nothing more');
-    }, this.limits.lingerMs).unref();
+  #endIfNothingIsTaken(): void {
+    watchOutput(
+      this.socket,
+      this.transport,
+      this.limits.lingerMs,
+      () => this.transmission === undefined,
+      () => this.abort('the client left during the handshake, and takes nothing more'),
+    );
   }
 
-  private readonly onError = (error: Error): void => {
-    const left = this.transmission === undefined ? whyLeft(this.refused) : undefined;
-    this.reason ??= left ?? `socket error: ${error.message}`;
+  readonly #onError = (error: Error): void => {
+    const left = this.transmission === undefined ? this.export.whyLeft : undefined;
+    this.#reason ??= left ?? `socket error: ${error.message}`;
     this.reader.fail(error);
   };
 
-  private readonly onClose = (): void => {
-    this.isClosing = true;
-    clearTimeout(this.lingerTimer);
-    clearTimeout(this.idleTimer);
+  readonly #onClose = (): void => {
+    this.#isClosing = true;
+    this.#idleClock?.stop();
     this.reader.fail(new Error('the client vanished'));
     this.transmission?.socketClosed();
   };
-}
-
-/**
- * What the system has taken of all that was written to `stream`. A long reply, and a batch of short ones, is one write, which a
- * slow client takes in the course of minutes: that it goes on is not seen by counting writes. Undefined if Node does not say.
- */
-function bytesTakenBySystem(stream: Duplex): number | undefined {
-  const { _handle: handle } = stream as { _handle?: { bytesWritten?: unknown; writeQueueSize?: unknown } | null };
-  if (typeof handle?.bytesWritten !== 'number' || typeof handle.writeQueueSize !== 'number') return undefined;
-  return handle.bytesWritten - handle.writeQueueSize;
-}
-
-/** Bytes written to `socket` that the system has not taken. */
-function unsentBytes(socket: net.Socket): number {
-  return socket.bytesWritten - (bytesTakenBySystem(socket) ?? socket.bytesWritten);
 }

@@ -1,6 +1,6 @@
 /**
- * From a valid request to the device and back: which method is called, and what its answer becomes. It owns the requests
- * that the device answers later; it decides neither whether a request may be carried out nor when.
+ * From a valid request to the device and back: which method is called, and how its answer becomes a reply. It owns the requests
+ * that the device answers later; it decides neither whether a request may be executed nor when.
  *
  * The path of a request that the device answers synchronously allocates nothing but the view of its data. Requests run
  * concurrently and are answered as they finish.
@@ -22,7 +22,7 @@ const ZERO_MODES: readonly ZeroMode[] = Array.from({ length: 8 }, (_, bits) =>
   Object.freeze({ noHole: (bits & 1) !== 0, fua: (bits & 2) !== 0, fastZero: (bits & 4) !== 0 }),
 );
 
-/** A request whose device call returned a promise. Reused, with its two handlers made once. */
+/** A request whose device call returned a promise. Objects are reused, and their two handlers with them. */
 class PendingRequest {
   type = 0;
   flags = 0;
@@ -32,7 +32,7 @@ class PendingRequest {
   offsetLow = 0;
   offset = 0;
   length = 0;
-  /** Where a read's reply is being made, or the pooled memory of a write's payload. */
+  /** The block of a read's reply, or the pooled memory of a write's payload. */
   block: Block | undefined;
   at = 0;
   readonly succeed: () => void;
@@ -45,28 +45,43 @@ class PendingRequest {
 }
 
 export class Dispatch {
-  private readonly spare: PendingRequest[] = [];
+  readonly #spare: PendingRequest[] = [];
+
+  readonly #device: ServedDevice;
+  readonly #memory: ReceiveMemory;
+  readonly #inFlight: RequestsInFlight;
+  readonly #replies: ReplyQueue;
+  readonly #sparseReads: SparseReads;
+  readonly #statuses: StatusRequests;
 
   constructor(
-    private readonly device: ServedDevice,
-    private readonly memory: ReceiveMemory,
-    private readonly inFlight: RequestsInFlight,
-    private readonly replies: ReplyQueue,
-    private readonly sparseReads: SparseReads,
-    private readonly statuses: StatusRequests,
-  ) {}
+    device: ServedDevice,
+    memory: ReceiveMemory,
+    inFlight: RequestsInFlight,
+    replies: ReplyQueue,
+    sparseReads: SparseReads,
+    statuses: StatusRequests,
+  ) {
+    this.#device = device;
+    this.#memory = memory;
+    this.#inFlight = inFlight;
+    this.#replies = replies;
+    this.#sparseReads = sparseReads;
+    this.#statuses = statuses;
+  }
 
-  /** Ask the device. `data` is a write's payload, `block` the pooled memory it lies in, if any. */
+  /** Call the device. `data` is a write's payload, `block` its pooled memory, if any. */
   execute(request: Request, data: Buffer | undefined, block: Block | undefined): void {
-    const { device, inFlight } = this;
+    const device = this.#device;
+    const inFlight = this.#inFlight;
     const { type, flags, offset, length } = request;
     const fua = (flags & CMD_FLAG.FUA) !== 0;
     let answer: Awaitable<void> | undefined;
     try {
       switch (type) {
         case CMD.READ:
-          if (this.sparseReads.areAllowed && this.sparseReads.begin(request)) return;
-          answer = device.read(offset, this.replies.beginRead(length));
+          if (this.#sparseReads.areAllowed && this.#sparseReads.begin(request)) return;
+          answer = device.read(offset, this.#replies.beginRead(length));
           break;
         case CMD.WRITE:
           if (data === undefined) throw new Error('dispatch: a write without its payload');
@@ -85,7 +100,7 @@ export class Dispatch {
           answer = device.cache(offset, length);
           break;
         case CMD.BLOCK_STATUS:
-          this.statuses.begin(request);
+          this.#statuses.begin(request);
           return;
         default:
           throw new Error(`dispatch: command ${type} was not refused`);
@@ -93,34 +108,34 @@ export class Dispatch {
     } catch (error) {
       const failure = inFlight.failureOf(error, request);
       inFlight.errors++;
-      if (block !== undefined) this.memory.unpin(block);
-      if (type === CMD.READ) this.replies.failRead(request, failure);
-      else this.replies.error(request, failure);
+      if (block !== undefined) this.#memory.unpin(block);
+      if (type === CMD.READ) this.#replies.failRead(request, failure);
+      else this.#replies.error(request, failure);
       return;
     }
     if (answer !== undefined && isPromise(answer)) {
-      this.wait(request, answer, block);
+      this.#wait(request, answer, block);
       return;
     }
     if (type === CMD.READ) {
       inFlight.bytesRead += length;
-      this.replies.finishRead(request.cookieHigh, request.cookieLow, offset);
+      this.#replies.finishRead(request.cookieHigh, request.cookieLow, offset);
       return;
     }
     if (type === CMD.WRITE) inFlight.bytesWritten += length;
-    if (block !== undefined) this.memory.unpin(block);
+    if (block !== undefined) this.#memory.unpin(block);
     this.succeed(request);
   }
 
-  /** The request is answered without the device: success, and no data. */
+  /** Answer a request with success and no data. */
   succeed({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): void {
-    this.replies.done(cookieHigh, cookieLow, offsetHigh, offsetLow);
+    this.#replies.done(cookieHigh, cookieLow, offsetHigh, offsetLow);
   }
 
   /** The device answers `request` later. */
-  private wait(request: Request, answer: Promise<void>, block: Block | undefined): void {
-    const { inFlight } = this;
-    const pending = this.spare.pop() ?? new PendingRequest(this);
+  #wait(request: Request, answer: Promise<void>, block: Block | undefined): void {
+    const inFlight = this.#inFlight;
+    const pending = this.#spare.pop() ?? new PendingRequest(this);
     pending.type = request.type;
     pending.flags = request.flags;
     pending.cookieHigh = request.cookieHigh;
@@ -131,7 +146,7 @@ export class Dispatch {
     pending.length = request.length;
     pending.block = block;
     if (request.type === CMD.READ) {
-      const place = this.replies.detachRead();
+      const place = this.#replies.detachRead();
       pending.block = place.block;
       pending.at = place.at;
     }
@@ -141,12 +156,12 @@ export class Dispatch {
 
   /** For PendingRequest only: the device has failed. */
   failed(pending: PendingRequest, error: unknown): void {
-    this.finished(pending, this.inFlight.failureOf(error, pending));
+    this.finished(pending, this.#inFlight.failureOf(error, pending));
   }
 
   /** For PendingRequest only: the device has answered. */
   finished(pending: PendingRequest, failure: Failure | undefined): void {
-    const { inFlight } = this;
+    const inFlight = this.#inFlight;
     const { block } = pending;
     pending.block = undefined;
     inFlight.end(heldBytes(pending));
@@ -156,20 +171,20 @@ export class Dispatch {
       if (block === undefined) throw new Error('dispatch: a read without memory');
       if (failure === undefined) {
         inFlight.bytesRead += length;
-        this.replies.completeRead(block, pending.at, cookieHigh, cookieLow, offset, length);
+        this.#replies.completeRead(block, pending.at, cookieHigh, cookieLow, offset, length);
       } else {
-        this.replies.abandonRead(block, pending, failure);
+        this.#replies.abandonRead(block, pending, failure);
       }
     } else {
-      if (block !== undefined) this.memory.unpin(block);
+      if (block !== undefined) this.#memory.unpin(block);
       if (failure === undefined) {
         if (pending.type === CMD.WRITE) inFlight.bytesWritten += length;
         this.succeed(pending);
       } else {
-        this.replies.error(pending, failure);
+        this.#replies.error(pending, failure);
       }
     }
-    this.spare.push(pending);
+    this.#spare.push(pending);
     inFlight.settled();
   }
 }
@@ -184,7 +199,7 @@ function zeroMode(flags: number): ZeroMode {
   return mode;
 }
 
-/** Bytes of memory that a request holds until it is answered. */
+/** Bytes of memory that a request holds until its answer. */
 function heldBytes({ type, length }: { readonly type: number; readonly length: number }): number {
   return type === CMD.READ || type === CMD.WRITE ? length : 0;
 }

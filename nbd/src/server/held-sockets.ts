@@ -12,7 +12,7 @@ const MAX_HELD_UNSENT_BYTES = 64 * 1024;
 
 export class HeldSockets {
   /** Those that wait, in the order in which they came, and what will end it. */
-  private readonly held = new Map<Duplex, NodeJS.Timeout>();
+  readonly #held = new Map<Duplex, NodeJS.Timeout>();
 
   /**
    * Keep `socket`, which nobody may hear any more, and destroy it after `delayMs`. False, and nothing done, if it is gone
@@ -20,28 +20,28 @@ export class HeldSockets {
    */
   hold(socket: Duplex, delayMs: number): boolean {
     if (socket.destroyed || socket.writableLength > MAX_HELD_UNSENT_BYTES) return false;
-    if (this.held.size >= MAX_HELD) {
-      const [longest] = this.held.keys();
+    if (this.#held.size >= MAX_HELD) {
+      const [longest] = this.#held.keys();
       if (longest !== undefined) {
-        this.forget(longest);
+        this.#forget(longest);
         longest.destroy();
       }
     }
     // Paused, its end is not seen: a client that is gone costs a descriptor for the rest of its time, one of MAX_HELD.
     socket.pause();
     const timer = setTimeout(() => socket.destroy(), delayMs);
-    this.held.set(socket, timer);
-    socket.once('close', () => this.forget(socket));
+    this.#held.set(socket, timer);
+    socket.once('close', () => this.#forget(socket));
     return true;
   }
 
   /** Close all that wait. */
   release(): void {
-    for (const socket of [...this.held.keys()]) socket.destroy();
+    for (const socket of [...this.#held.keys()]) socket.destroy();
   }
 
-  private forget(socket: Duplex): void {
-    clearTimeout(this.held.get(socket));
-    this.held.delete(socket);
+  #forget(socket: Duplex): void {
+    clearTimeout(this.#held.get(socket));
+    this.#held.delete(socket);
   }
 }

@@ -1,29 +1,29 @@
 /**
- * Receiving into memory of our own. A socket of Node's has a fresh buffer for every 64 KiB that arrive, which are so many
- * under large writes that the garbage collector takes as much time as the writes. Owns the socket that is put in the place
- * of an accepted one and the question where its next bytes go; it never looks at them.
+ * Receiving into memory of our own. Node allocates a new buffer for every 64 KiB that arrive: under large writes the garbage
+ * collector then takes as much time as the writes. It owns the socket that replaces an accepted one, and asks where its next
+ * bytes go; it never looks at them.
  *
- * It takes the accepted socket's handle, as Node's cluster module does; where that is not what it is expected to be, the
- * socket stays as it is.
+ * It takes the accepted socket's handle, as Node's cluster module does. If the handle is not of the expected kind, the accepted
+ * socket is used as it is.
  */
 
 import net from 'node:net';
 
-/** Who says where received bytes go. Both are called for every piece, one after the other. */
+/** Chooses where received bytes go. Both methods are called for every piece, one after the other. */
 export interface Receiver {
   /** Not empty. It must stay untouched until `received`, or until the socket is closed. */
   nextBuffer(): Buffer;
-  /** So many bytes have come, at the beginning of the buffer handed out last. */
+  /** `length` bytes have arrived, at the start of the buffer returned last. */
   received(length: number): void;
 }
 
-/** Enough for any option; a handshake that has more to say needs another turn. */
+/** Bytes received at once in a handshake: enough for most options; longer ones need several receives. */
 const HANDSHAKE_BYTES = 8 * 1024;
 
-/** Of all handshakes: what is read into it is copied out before anything else is read. */
+/** Shared by all handshakes: its bytes are copied before anything else is received. */
 const scratch = Buffer.allocUnsafeSlow(HANDSHAKE_BYTES);
 
-/** `receive` sends what comes from now on to `receiver`; until then it comes as 'data', each piece the listener's own. */
+/** After `receive` the bytes go to `receiver`; before, they are emitted as 'data', each piece a copy for the listener. */
 export interface InPlaceSocket {
   readonly socket: net.Socket;
   receive(receiver: Receiver): void;
@@ -35,16 +35,16 @@ interface Handle {
   readStop?(): number;
 }
 
-/** Undefined, and nothing done, if something has been read from it, or if this Node's sockets are made otherwise. */
+/** Undefined, and nothing done, if bytes were read from `accepted` already, or if this Node's sockets are built differently. */
 export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined {
   const inside = accepted as unknown as { _handle: Handle | null };
   const handle = inside._handle;
   if (!handle || typeof handle.useUserBuffer !== 'function' || accepted.readableLength > 0) return undefined;
   let receiver: Receiver | undefined;
-  /** Whose buffer the socket has: not the receiver's yet when that has just come. */
+  /** The receiver whose buffer the socket has; undefined while it has the scratch. */
   let filling: Receiver | undefined;
   let rest: Buffer = scratch;
-  // What Node takes, and its types do not all know.
+  // Options of Node that its types lack in part.
   const options: net.SocketConstructorOpts & { readonly handle: Handle; readonly onread: net.OnReadOpts } = {
     handle,
     allowHalfOpen: accepted.allowHalfOpen,
@@ -60,7 +60,7 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
       },
     },
   };
-  // It has begun to read for its old owner.
+  // The accepted socket has begun to read.
   handle.readStop?.();
   handle.reading = false;
   inside._handle = null;
@@ -74,8 +74,8 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
 }
 
 /**
- * Stop `socket`, which is paused and has no listener for 'data', from receiving: what it has received, and nobody has got,
- * goes to `take`, and the rest stays with the system.
+ * Stop `socket`, which is paused and has no listener for 'data', from receiving: bytes that it has buffered go to `take`, and the
+ * rest stays with the system.
  */
 export function takeBuffered(socket: net.Socket, take: (chunk: Buffer) => void): void {
   while (socket.readableLength > 0) {
@@ -85,7 +85,7 @@ export function takeBuffered(socket: net.Socket, take: (chunk: Buffer) => void):
   }
   const { _handle: handle } = socket as unknown as { _handle: Handle | null };
   if (!handle) return;
-  // Reading has made it receive again.
+  // read() has started receiving again.
   handle.readStop?.();
   handle.reading = false;
 }

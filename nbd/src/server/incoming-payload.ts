@@ -1,40 +1,42 @@
 /**
- * The payload of one request that comes in pieces: data to be written, the filter of a block status, or what belongs to a
- * refused request and is thrown away. It owns the memory that it is collected in; what happens with it when it is complete
- * is the transmission's affair.
+ * The payload of one request that arrives in pieces: data of a write, the filter of a block status, or the payload of a refused
+ * request, which is discarded. It owns the memory that collects it; the parser uses it when it is complete.
  */
 
 import { MAX_PAYLOAD } from '../protocol/wire.js';
 import { OWN_BYTES, type Block, type BufferPool, type MemoryAccount } from './buffer-pool.js';
 import type { Refusal } from './request.js';
 
-/** What must be missing of a payload for it to be received where it belongs; less comes along with what follows. */
+/** With at least this much missing a payload is received in place; less arrives together with the next requests. */
 const IN_PLACE_BYTES = 16 * 1024;
 
 export class IncomingPayload {
-  /** Bytes still to come, or to be skipped if there is no `data`. */
+  /** Bytes still to arrive; discarded if there is no `data`. */
   left = 0;
-  /** All of it, with room for what is still to come. */
+  /** The whole payload, with room for the bytes still to arrive. */
   data: Buffer | undefined;
-  /** The pooled memory that `data` lies in. */
+  /** The pooled memory of `data`. */
   block: Block | undefined;
-  /** What its request is refused with when it has been skipped. */
+  /** The refusal of its request, sent when the payload has been skipped. */
   refusal: Refusal | undefined;
   /** Bytes of all payloads so far. */
   movedBytes = 0;
 
-  constructor(
-    private readonly pool: BufferPool,
-    private readonly account: MemoryAccount,
-  ) {}
+  readonly #pool: BufferPool;
+  readonly #account: MemoryAccount;
+
+  constructor(pool: BufferPool, account: MemoryAccount) {
+    this.#pool = pool;
+    this.#account = account;
+  }
 
   /** A payload of `length` bytes begins. False if there is no memory for it. */
   begin(length: number): boolean {
-    // requestError() has seen to it that it is at most MAX_PAYLOAD.
+    // requestError() has refused longer ones.
     if (length > MAX_PAYLOAD) throw new Error('incoming-payload: an unchecked length');
     let block: Block | undefined;
-    if (this.pool.hasRoom(this.account, length)) block = this.pool.takeLarge(this.account, length);
-    else if (length <= OWN_BYTES) block = this.pool.takeOwn(this.account);
+    if (this.#pool.hasRoom(this.#account, length)) block = this.#pool.takeLarge(this.#account, length);
+    else if (length <= OWN_BYTES) block = this.#pool.takeOwn(this.#account);
     if (block === undefined) return false;
     block.pins = 1;
     this.block = block;
@@ -43,46 +45,46 @@ export class IncomingPayload {
     return true;
   }
 
-  /** A payload of `length` bytes begins that is not looked at; its request is refused when it has passed. */
+  /** A payload of `length` bytes begins that is discarded; its request is refused afterwards. */
   skip(length: number, refusal: Refusal): void {
     this.refusal = refusal;
     this.data = undefined;
     this.left = length;
   }
 
-  /** Whether enough of it is missing to be received where it belongs. */
+  /** Whether enough of it is missing to receive it in place. */
   get isWorthReceivingInPlace(): boolean {
     return this.data !== undefined && this.left >= IN_PLACE_BYTES;
   }
 
-  /** Where the next of it belongs. */
+  /** The part of `data` that is still to arrive. */
   get rest(): Buffer {
     if (this.data === undefined) throw new Error('incoming-payload: there is none');
     return this.data.subarray(this.data.length - this.left);
   }
 
-  /** Take what belongs to it from `chunk`, from `at` on: so many bytes. To be followed by `came`. */
+  /** Copy its bytes from `chunk`, starting at `at`. Returns how many; the caller passes that to `came`. */
   copyFrom(chunk: Buffer, at: number): number {
     const taken = Math.min(this.left, chunk.length - at);
     if (this.data !== undefined) chunk.copy(this.data, this.data.length - this.left, at, at + taken);
     return taken;
   }
 
-  /** So many bytes of it are where they belong. Whether it is complete. */
+  /** `length` more bytes of it are in `data` or discarded. Returns whether it is complete. */
   came(length: number): boolean {
     this.left -= length;
     this.movedBytes += length;
     return this.left === 0;
   }
 
-  /** It is complete, and somebody else's. */
+  /** It is complete and was passed on. */
   clear(): void {
     this.data = undefined;
     this.block = undefined;
     this.refusal = undefined;
   }
 
-  /** What has come of one that has `length` bytes in all; zeros in the place of what was skipped. */
+  /** What has arrived of a payload of `length` bytes; zeros in place of discarded bytes. */
   arrived(length: number): Buffer {
     const came = length - this.left;
     return this.data?.subarray(0, came) ?? Buffer.alloc(came);

@@ -43,52 +43,52 @@ export class LoopShare {
   /** Whether the sockets have used what there is for them in this turn: new input has to wait, too. */
   isSpent = false;
 
-  private unitsLeft = UNITS_PER_LOOK;
-  private turn = 1;
-  private turnBegan = 0;
-  private isTurnOpen = false;
-  private readonly waiting: LoopTask[] = [];
+  #unitsLeft = UNITS_PER_LOOK;
+  #turn = 1;
+  #turnBegan = 0;
+  #isTurnOpen = false;
+  readonly #waiting: LoopTask[] = [];
 
   /** To be asked before each piece of work of so many units: whether `user` has to wait for its turn first. */
   mustYield(user: LoopUser, units: number): boolean {
-    this.unitsLeft -= units;
-    return this.unitsLeft <= 0 && this.look(user);
+    this.#unitsLeft -= units;
+    return this.#unitsLeft <= 0 && this.#look(user);
   }
 
   /** The work of `user` that was asked for is done, or waits. */
   finish(user: LoopUser): void {
     if (user.since === 0) return;
-    this.charge(user, performance.now());
+    this.#charge(user, performance.now());
     user.since = 0;
   }
 
   /** `task` is served once when its turn comes. */
   enqueue(task: LoopTask): void {
-    this.waiting.push(task);
-    if (!this.isTurnOpen) this.openTurn(performance.now());
+    this.#waiting.push(task);
+    if (!this.#isTurnOpen) this.#openTurn(performance.now());
   }
 
   /** `task` does not want its turn any more. */
   leave(task: LoopTask): void {
-    const index = this.waiting.indexOf(task);
-    if (index >= 0) this.waiting.splice(index, 1);
+    const index = this.#waiting.indexOf(task);
+    if (index >= 0) this.#waiting.splice(index, 1);
   }
 
-  private look(user: LoopUser): boolean {
-    this.unitsLeft = UNITS_PER_LOOK;
+  #look(user: LoopUser): boolean {
+    this.#unitsLeft = UNITS_PER_LOOK;
     const now = performance.now();
-    if (!this.isTurnOpen) this.openTurn(now);
-    if (user.turn !== this.turn) {
-      user.turn = this.turn;
+    if (!this.#isTurnOpen) this.#openTurn(now);
+    if (user.turn !== this.#turn) {
+      user.turn = this.#turn;
       user.usedInTurn = 0;
     }
-    if (user.since !== 0) this.charge(user, now);
+    if (user.since !== 0) this.#charge(user, now);
     user.since = now;
-    if (now - this.turnBegan >= TURN_MS) this.isSpent = true;
+    if (now - this.#turnBegan >= TURN_MS) this.isSpent = true;
     return this.isSpent || user.usedInTurn >= SLICE_MS;
   }
 
-  private charge(user: LoopUser, now: number): void {
+  #charge(user: LoopUser, now: number): void {
     const elapsed = now - user.since;
     const period = Math.floor(now / HALF_LIFE_MS);
     user.used = usedLately(user, period) + elapsed;
@@ -96,49 +96,49 @@ export class LoopShare {
     user.usedInTurn += elapsed;
   }
 
-  private openTurn(now: number): void {
-    this.isTurnOpen = true;
-    this.turn++;
-    this.turnBegan = now;
-    setImmediate(this.endTurn);
+  #openTurn(now: number): void {
+    this.#isTurnOpen = true;
+    this.#turn++;
+    this.#turnBegan = now;
+    setImmediate(this.#endTurn);
   }
 
   /** The loop has looked at all sockets: those that wait are served, each once at most, before it looks again. */
-  private readonly endTurn = (): void => {
+  readonly #endTurn = (): void => {
     this.isSpent = false;
-    if (this.waiting.length === 0) {
-      this.isTurnOpen = false;
+    if (this.#waiting.length === 0) {
+      this.#isTurnOpen = false;
       return;
     }
-    this.turn++;
+    this.#turn++;
     const began = performance.now();
     let now = began;
-    this.turnBegan = began;
-    for (let left = this.waiting.length; left > 0; left--) {
-      const task = this.takeNext(now);
+    this.#turnBegan = began;
+    for (let left = this.#waiting.length; left > 0; left--) {
+      const task = this.#takeNext(now);
       if (task === undefined) break;
       task.serveTurn();
       now = performance.now();
       if (now - began >= QUEUE_MS) break;
     }
     this.isSpent = false;
-    this.turnBegan = now;
-    setImmediate(this.endTurn);
+    this.#turnBegan = now;
+    setImmediate(this.#endTurn);
   };
 
   /** Whoever has used least lately; of several, who has waited longest. */
-  private takeNext(now: number): LoopTask | undefined {
+  #takeNext(now: number): LoopTask | undefined {
     const period = Math.floor(now / HALF_LIFE_MS);
     let best = 0;
     let least = Infinity;
-    for (let i = 0; i < this.waiting.length; i++) {
-      const used = usedLately((this.waiting[i] as LoopTask).loopUser, period);
+    for (let i = 0; i < this.#waiting.length; i++) {
+      const used = usedLately((this.#waiting[i] as LoopTask).loopUser, period);
       if (used < least) {
         least = used;
         best = i;
       }
     }
-    return this.waiting.splice(best, 1)[0];
+    return this.#waiting.splice(best, 1)[0];
   }
 }
 

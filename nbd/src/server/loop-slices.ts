@@ -12,54 +12,54 @@ const TURN_MS = 2;
 const WAITED_MS = 1;
 
 class LoopSlices {
-  private readonly waiting: (() => void)[] = [];
+  readonly #waiting: (() => void)[] = [];
   /** performance.now() of the first work of this turn; 0 if there was none yet. */
-  private turnBegan = 0;
+  #turnBegan = 0;
   /** The same of those that have waited. */
-  private waitedBegan = 0;
-  private isTurnOpen = false;
+  #waitedBegan = 0;
+  #isTurnOpen = false;
 
   /** Whether handshakes have had what there is for them in this turn. */
   isSpent(now: number): boolean {
-    if (this.turnBegan === 0) {
-      this.turnBegan = now;
-      this.openTurn();
+    if (this.#turnBegan === 0) {
+      this.#turnBegan = now;
+      this.#openTurn();
     }
-    return this.waiting.length > 0 || now - this.turnBegan >= TURN_MS;
+    return this.#waiting.length > 0 || now - this.#turnBegan >= TURN_MS;
   }
 
   /** Resolves when it is this one's turn. */
   next(): Promise<void> {
     return new Promise((resolve) => {
-      this.waiting.push(resolve);
-      this.openTurn();
+      this.#waiting.push(resolve);
+      this.#openTurn();
       // One each, so that what is resumed by one is done before the next looks at the clock.
-      setImmediate(this.resumeOne);
+      setImmediate(this.#resumeOne);
     });
   }
 
   /** Before anybody is resumed: immediates come in the order in which they were asked for. */
-  private openTurn(): void {
-    if (this.isTurnOpen) return;
-    this.isTurnOpen = true;
-    setImmediate(this.endTurn);
+  #openTurn(): void {
+    if (this.#isTurnOpen) return;
+    this.#isTurnOpen = true;
+    setImmediate(this.#endTurn);
   }
 
-  private readonly endTurn = (): void => {
-    this.turnBegan = 0;
-    this.waitedBegan = 0;
-    this.isTurnOpen = false;
-    if (this.waiting.length > 0) this.openTurn();
+  readonly #endTurn = (): void => {
+    this.#turnBegan = 0;
+    this.#waitedBegan = 0;
+    this.#isTurnOpen = false;
+    if (this.#waiting.length > 0) this.#openTurn();
   };
 
-  private readonly resumeOne = (): void => {
+  readonly #resumeOne = (): void => {
     const now = performance.now();
-    if (this.waitedBegan === 0) this.waitedBegan = now;
-    else if (now - this.waitedBegan >= WAITED_MS) {
-      setImmediate(this.resumeOne);
+    if (this.#waitedBegan === 0) this.#waitedBegan = now;
+    else if (now - this.#waitedBegan >= WAITED_MS) {
+      setImmediate(this.#resumeOne);
       return;
     }
-    this.waiting.shift()?.();
+    this.#waiting.shift()?.();
   };
 }
 
@@ -68,21 +68,21 @@ const slices = new LoopSlices();
 
 /** The slice of one who works: looked at between steps. */
 export class LoopSlice {
-  private end = performance.now() + SLICE_MS;
+  #end = performance.now() + SLICE_MS;
 
   get isOver(): boolean {
     const now = performance.now();
-    return now >= this.end || slices.isSpent(now);
+    return now >= this.#end || slices.isSpent(now);
   }
 
   /** Resolves when the next one begins. */
   async next(): Promise<void> {
     await slices.next();
-    this.end = performance.now() + SLICE_MS;
+    this.#end = performance.now() + SLICE_MS;
   }
 
   /** A slice begins: whoever has it has been waiting for something else. */
   restart(): void {
-    this.end = performance.now() + SLICE_MS;
+    this.#end = performance.now() + SLICE_MS;
   }
 }

@@ -1,7 +1,7 @@
 /**
  * Meta contexts in the handshake: what a client may list and select of an export (proto.md, "Metadata querying",
- * NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT). It owns the syntax of queries and what matches them; what a
- * context says of the export is the device's affair.
+ * NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT). It owns the syntax of queries and the rules of matching; the device
+ * answers for the contexts.
  */
 
 import type { Geometry } from '../block-device.js';
@@ -9,54 +9,19 @@ import {
   decodeString,
   encodeMetaContext,
   encodeOptionReply,
-  encodeString,
   MAX_STRING_BYTES,
   OPT,
   REP,
-  type Negotiated,
   type SelectedContext,
 } from '../protocol/wire.js';
+import type { Negotiation, OptionAnswer } from './negotiation.js';
 
-/** Queries of one option. An export has a handful of contexts, and so has a client of queries. */
+/** Most queries of one option. An export has a handful of contexts, and a client a handful of queries. */
 const MAX_QUERIES = 256;
-/** Contexts one client may select: every block status request is answered for all of them. */
+/** Most contexts that one client may select: every block status request is answered for all of them. */
 const MAX_SELECTED = 16;
 
-/** What the options so far have agreed on. */
-export type Negotiation = {
-  -readonly [Field in keyof Negotiated]: Negotiated[Field];
-} & {
-  /** The export `metaContexts` were selected for. They count only if the client then opens this one. */
-  metaExport: string | undefined;
-};
-
-/** Nothing is agreed on but what the client's flags said; also after NBD_OPT_STARTTLS. */
-export function beginNegotiation(agreed: Pick<Negotiated, 'fixedNewstyle' | 'noZeroes' | 'tls'>): Negotiation {
-  return { ...agreed, structuredReplies: false, extendedHeaders: false, metaContexts: [], metaExport: undefined };
-}
-
-/** What holds if `exportName` is the export that is opened, or asked about. */
-export function negotiatedFor(negotiation: Negotiation, exportName: string): Negotiated {
-  const { metaExport, metaContexts, ...agreed } = negotiation;
-  return { ...agreed, metaContexts: metaExport === exportName ? metaContexts : [] };
-}
-
-/** An answer to an option: its reply messages, or the error to reply with. */
-export type OptionAnswer = Buffer | { readonly type: number; readonly message: string };
-
-/** NBD_OPT_STRUCTURED_REPLY and NBD_OPT_EXTENDED_HEADERS. Asking twice is answered like asking once. */
-export function answerReplyOption(negotiation: Negotiation, option: number, data: Buffer): OptionAnswer {
-  if (data.length > 0) return { type: REP.ERR_INVALID, message: `option ${option} takes no data` };
-  if (option === OPT.EXTENDED_HEADERS) {
-    negotiation.extendedHeaders = true;
-  } else if (negotiation.extendedHeaders) {
-    return { type: REP.ERR_EXT_HEADER_REQD, message: 'extended headers were negotiated and stay' };
-  }
-  negotiation.structuredReplies = true;
-  return encodeOptionReply(option, REP.ACK);
-}
-
-/** `describe` gives the geometry of an export, or throws as ExportProvider.describe does; it is told what is asked for. */
+/** `describe` returns the geometry of an export, or throws like ExportProvider.describe; it gets the queries. */
 export async function answerMetaContextOption(
   negotiation: Negotiation,
   option: number,
@@ -69,7 +34,7 @@ export async function answerMetaContextOption(
     negotiation.metaContexts = [];
     negotiation.metaExport = undefined;
   }
-  // For a list the same is only a "SHOULD NOT" of the client, and libnbd lets its user ask.
+  // For a list this is only a "SHOULD NOT" of the client, and libnbd lets its user do it.
   if (isSet && !negotiation.structuredReplies) {
     return { type: REP.ERR_INVALID, message: 'meta contexts need structured replies or extended headers first' };
   }
@@ -87,7 +52,7 @@ export async function answerMetaContextOption(
       listed.map((name) => ({ id: 0, name })),
     );
   }
-  // A wildcard is nobody's name: "the server MUST ignore this form during SET_META_CONTEXT".
+  // A wildcard is not a name: "the server MUST ignore this form during SET_META_CONTEXT".
   const names = contexts.filter((name) => request.queries.includes(name));
   const unavailable = names.find((name) => !isAvailable(name));
   if (unavailable !== undefined) {
@@ -101,7 +66,7 @@ export async function answerMetaContextOption(
   return encodeContexts(option, negotiation.metaContexts);
 }
 
-/** No query lists everything; one that ends in a colon what begins with it, be it a namespace or a part of a leaf. */
+/** Without queries everything is listed. A query that ends in a colon matches as a prefix: a namespace, or part of a leaf. */
 function isListed(name: string, queries: readonly string[]): boolean {
   return (
     queries.length === 0 || queries.some((query) => name === query || (query.endsWith(':') && name.startsWith(query)))
@@ -135,7 +100,7 @@ function decodeQueries(
   const exportName = takeString();
   const count = takeNumber();
   if (exportName === undefined || count === undefined) return invalid('a malformed export name');
-  // Each has a length at least: a count that is not true is told from one that is too high.
+  // Each query has 4 bytes at least: this tells a false count from one that is too high.
   if (count > (data.length - at) / 4) return invalid('fewer queries than announced');
   if (count > MAX_QUERIES) return { type: REP.ERR_TOO_BIG, message: `${count} queries, at most ${MAX_QUERIES}` };
   const queries: string[] = [];
@@ -146,9 +111,4 @@ function decodeQueries(
   }
   if (at !== data.length) return invalid('bytes behind the last query');
   return { exportName, queries };
-}
-
-/** The bytes of an answer. */
-export function encodeAnswer(option: number, answer: OptionAnswer): Buffer {
-  return Buffer.isBuffer(answer) ? answer : encodeOptionReply(option, answer.type, encodeString(answer.message));
 }

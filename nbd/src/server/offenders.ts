@@ -34,24 +34,28 @@ export interface OffenderCounts {
 
 export class Offenders implements OffenderCounts {
   /** In the order in which they were seen last. */
-  private readonly offenders = new Map<string, Offender>();
+  readonly #offenders = new Map<string, Offender>();
+
+  readonly #maxDelayMs: number;
 
   /** `maxDelayMs`: what a violation may cost at most; 0: every connection is closed at once. */
-  constructor(private readonly maxDelayMs: number) {}
+  constructor(maxDelayMs: number) {
+    this.#maxDelayMs = maxDelayMs;
+  }
 
   countOf(offender: string, now: number): number {
-    const known = this.offenders.get(offender);
+    const known = this.#offenders.get(offender);
     return known === undefined || now - known.lastAt > FORGET_MS ? 0 : known.count;
   }
 
   record(offender: string, now: number): Violation {
     const count = this.countOf(offender, now) + 1;
-    this.offenders.delete(offender);
-    this.offenders.set(offender, { count, lastAt: now });
-    if (this.offenders.size > MAX_OFFENDERS) {
-      const [oldest] = this.offenders.keys();
-      if (oldest !== undefined) this.offenders.delete(oldest);
+    this.#offenders.delete(offender);
+    this.#offenders.set(offender, { count, lastAt: now });
+    if (this.#offenders.size > MAX_OFFENDERS) {
+      const [oldest] = this.#offenders.keys();
+      if (oldest !== undefined) this.#offenders.delete(oldest);
     }
-    return { count, delayMs: count < 2 ? 0 : Math.min(this.maxDelayMs, FIRST_DELAY_MS * 2 ** (count - 2)) };
+    return { count, delayMs: count < 2 ? 0 : Math.min(this.#maxDelayMs, FIRST_DELAY_MS * 2 ** (count - 2)) };
   }
 }

@@ -1,19 +1,19 @@
 /**
- * Which parts of a read are sent as data and which as holes. It owns that decision and the layout of the chunks in one
- * piece of memory; it asks no device and sends nothing.
+ * Which parts of a read are sent as data and which as holes. It owns that decision and the layout of the chunks in one block
+ * of memory; it calls no device and sends nothing.
  */
 
 import { STATE_ZERO, type ExtentSink } from '../block-device.js';
 import { REPLY_FLAG_DONE, REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 import { CHUNK_OFFSET_SIZE, HOLE_PAYLOAD_SIZE, type Addressee, type ReplyEncoder } from './reply-encoder.js';
 
-/** Reads of less than this are not worth asking the device where its holes are, bytes. */
+/** For shorter reads the device is not asked for holes, bytes. */
 export const SPARSE_READ_BYTES = 128 * 1024;
-/** A shorter hole is sent as data, bytes: a chunk of its own costs both sides more. */
+/** A shorter hole is sent as data, bytes: a chunk for it costs both sides more. */
 const LEAST_HOLE_BYTES = 4096;
 /** "the server SHOULD use chunks with lengths and offsets as an integer multiple of 512 bytes, where possible" */
 const CHUNK_ALIGNMENT = 512;
-/** Chunks of one read; what remains is data. Bounds the headers, and the reads a device gets for one request. */
+/** Most chunks of one read; the remainder is sent as data. Limits the headers, and the device's reads for one request. */
 const MAX_CHUNKS = 128;
 
 /** A part of a read that is sent as one chunk. */
@@ -24,64 +24,66 @@ export interface Part {
 }
 
 export class ReadPlan {
-  private readonly end: number;
-  /** Ends of holes and data so far. */
-  private covered: number;
-  private zerosFrom: number | undefined;
-  private readonly parts: Part[] = [];
-  /** Everything before is in `parts`. */
-  private planned: number;
+  readonly #end: number;
+  /** The end of the extents reported so far. */
+  #covered: number;
+  #zerosFrom: number | undefined;
+  readonly #parts: Part[] = [];
+  /** `parts` covers everything before this offset. */
+  #planned: number;
 
-  constructor(
-    private readonly offset: number,
-    private readonly length: number,
-  ) {
-    this.end = offset + length;
-    this.covered = offset;
-    this.planned = offset;
+  readonly #offset: number;
+  readonly #length: number;
+
+  constructor(offset: number, length: number) {
+    this.#offset = offset;
+    this.#length = length;
+    this.#end = offset + length;
+    this.#covered = offset;
+    this.#planned = offset;
   }
 
-  /** For BlockDevice.extents. What it is not told, or told out of order, is data. */
+  /** For BlockDevice.extents. Ranges not reported, or reported out of order, count as data. */
   readonly sink: ExtentSink = (offset, length, flags) => {
-    if (offset !== this.covered || !(length > 0)) return false;
+    if (offset !== this.#covered || !(length > 0)) return false;
     const isZero = (flags & STATE_ZERO) !== 0;
-    if (isZero) this.zerosFrom ??= offset;
-    else this.endZeros();
-    this.covered = Math.min(offset + length, this.end);
-    return this.covered < this.end && this.parts.length < MAX_CHUNKS - 2;
+    if (isZero) this.#zerosFrom ??= offset;
+    else this.#endZeros();
+    this.#covered = Math.min(offset + length, this.#end);
+    return this.#covered < this.#end && this.#parts.length < MAX_CHUNKS - 2;
   };
 
-  /** Nothing can be known: all of it is data. */
+  /** No extents are known: the whole range is data. */
   forget(): void {
-    this.parts.length = 0;
-    this.planned = this.offset;
-    this.zerosFrom = undefined;
-    this.covered = this.end;
+    this.#parts.length = 0;
+    this.#planned = this.#offset;
+    this.#zerosFrom = undefined;
+    this.#covered = this.#end;
   }
 
   /** The parts in ascending order, covering the whole range. */
   finish(): readonly Part[] {
-    this.endZeros();
-    this.addData(this.end);
-    return this.parts;
+    this.#endZeros();
+    this.#addData(this.#end);
+    return this.#parts;
   }
 
-  private endZeros(): void {
-    const from = this.zerosFrom;
+  #endZeros(): void {
+    const from = this.#zerosFrom;
     if (from === undefined) return;
-    this.zerosFrom = undefined;
-    const start = from === this.offset ? from : Math.ceil(from / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
-    const end = this.covered === this.end ? this.end : Math.floor(this.covered / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
+    this.#zerosFrom = undefined;
+    const start = from === this.#offset ? from : Math.ceil(from / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
+    const end = this.#covered === this.#end ? this.#end : Math.floor(this.#covered / CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT;
     if (end - start < LEAST_HOLE_BYTES) return;
-    this.addData(start);
-    this.parts.push({ offset: start, length: end - start, isHole: true });
-    this.planned = end;
+    this.#addData(start);
+    this.#parts.push({ offset: start, length: end - start, isHole: true });
+    this.#planned = end;
   }
 
-  private addData(end: number): void {
-    if (end === this.planned) return;
-    this.parts.push({ offset: this.planned, length: end - this.planned, isHole: false });
-    this.planned = end;
+  #addData(end: number): void {
+    if (end === this.#planned) return;
+    this.#parts.push({ offset: this.#planned, length: end - this.#planned, isHole: false });
+    this.#planned = end;
   }
 }
 
@@ -94,7 +96,7 @@ export function sizeOfParts(parts: readonly Part[], encoder: ReplyEncoder): numb
   return bytes;
 }
 
-/** Write all of the reply but the data, and return where that goes, one buffer per data part. */
+/** Write the headers and holes of the reply. Returns one buffer for each data part, for the device to fill. */
 export function layParts(target: Buffer, parts: readonly Part[], to: Addressee, encoder: ReplyEncoder): Buffer[] {
   const data: Buffer[] = [];
   let at = 0;

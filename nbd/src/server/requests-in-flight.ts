@@ -1,6 +1,6 @@
 /**
- * The requests of one connection that its device works on: how many, with how much memory, and what came of those that are
- * done. It owns these counts and the translation of what a device throws; it asks no device.
+ * The requests of one connection that its device works on: their number, their memory, and the results of those that are done.
+ * It owns these counts and the translation of a device's errors; it calls no device.
  */
 
 import { DeviceError } from '../block-device.js';
@@ -10,7 +10,7 @@ import type { TransmissionHost } from './transmission-host.js';
 
 export class RequestsInFlight {
   count = 0;
-  /** Bytes that they hold: those that are read or written, the extents of a block status. */
+  /** Bytes of memory that they hold: data read or written, extents of block statuses. */
   bytes = 0;
   /** Requests answered with an error. */
   errors = 0;
@@ -18,11 +18,15 @@ export class RequestsInFlight {
   bytesRead = 0;
   bytesWritten = 0;
 
+  readonly #host: TransmissionHost;
+
   constructor(
-    private readonly host: TransmissionHost,
-    /** To be called when one has ended: replies are to be sent, and there is room for others. */
+    host: TransmissionHost,
+    /** To be called when a request has ended: replies are to be sent, and there is room for others. */
     readonly settled: () => void,
-  ) {}
+  ) {
+    this.#host = host;
+  }
 
   begin(bytes: number): void {
     this.count++;
@@ -34,13 +38,13 @@ export class RequestsInFlight {
     this.bytes -= bytes;
   }
 
-  /** What to tell of what a device threw. What is not a DeviceError is a bug of the device: reported, its text kept. */
+  /** The failure to send for an error of the device. Anything but a DeviceError is a bug: it is reported, its text not sent. */
   failureOf(
     error: unknown,
     asked: { readonly flags: number; readonly offset: number; readonly length: number },
   ): Failure {
     if (!(error instanceof DeviceError)) {
-      this.host.observer.onDeviceError?.(error, { id: this.host.id, exportName: this.host.exportName });
+      this.#host.observer.onDeviceError?.(error, { id: this.#host.id, exportName: this.#host.exportName });
       return { errno: NBD_ERRNO.EIO, message: 'internal error of the export' };
     }
     const { code, message } = error;

@@ -54,46 +54,46 @@ const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined
  * at any number of addresses, or at none and be given connections.
  */
 export class NbdServer {
-  private readonly limits: Limits;
-  private readonly observer: ServerObserver;
-  private readonly peerCredentials: ServerOptions['peerCredentials'];
-  private readonly prepareSocket: ServerOptions['prepareSocket'];
-  private readonly admission: Admission;
+  readonly #limits: Limits;
+  readonly #observer: ServerObserver;
+  readonly #peerCredentials: ServerOptions['peerCredentials'];
+  readonly #prepareSocket: ServerOptions['prepareSocket'];
+  readonly #admission: Admission;
   /** Open connections that were handed over. */
-  private internalCount = 0;
+  #internalCount = 0;
   /** This thread's loop: it serves streams, which cannot leave it, and by default everything. */
-  private readonly here: ConnectionLoop;
+  readonly #here: ConnectionLoop;
   /** Those that serve what listeners accept, with the number of connections that each has. */
-  private readonly loops: Map<ServingLoop, number>;
-  private readonly listeners = new Set<net.Server>();
-  private readonly open = new Map<number, ServedConnection>();
-  private nextId = 1;
-  private isClosed = false;
-  private closing: Promise<void> | undefined;
+  readonly #loops: Map<ServingLoop, number>;
+  readonly #listeners = new Set<net.Server>();
+  readonly #open = new Map<number, ServedConnection>();
+  #nextId = 1;
+  #isClosed = false;
+  #closing: Promise<void> | undefined;
 
   /** @throws RangeError if a limit is none, or there is too little memory for so many loops */
   constructor(options: ServerOptions) {
     const { provider, observer = {}, tls } = options;
-    this.observer = observer;
-    this.limits = limitsFrom(options.limits);
-    this.admission = new Admission(this.limits);
-    const offenders = new Offenders(this.limits.maxViolationDelayMs);
-    this.here = new ConnectionLoop({ provider, observer, limits: this.limits, offenders, ...(tls && { tls }) });
-    this.loops = new Map((options.loops ?? [this.here]).map((loop) => [loop, 0]));
-    const all = this.allLoops();
-    for (const loop of all) loop.shareMemory(this.limits.maxMemoryBytes / all.length);
-    this.peerCredentials = options.peerCredentials;
-    this.prepareSocket = options.prepareSocket;
+    this.#observer = observer;
+    this.#limits = limitsFrom(options.limits);
+    this.#admission = new Admission(this.#limits);
+    const offenders = new Offenders(this.#limits.maxViolationDelayMs);
+    this.#here = new ConnectionLoop({ provider, observer, limits: this.#limits, offenders, ...(tls && { tls }) });
+    this.#loops = new Map((options.loops ?? [this.#here]).map((loop) => [loop, 0]));
+    const all = this.#allLoops();
+    for (const loop of all) loop.shareMemory(this.#limits.maxMemoryBytes / all.length);
+    this.#peerCredentials = options.peerCredentials;
+    this.#prepareSocket = options.prepareSocket;
   }
 
   /** The connections open now, by id: `size` counts them, iterating tells about them. */
   get connections(): ReadonlyMap<number, ConnectionInfo> {
-    return this.open;
+    return this.#open;
   }
 
   /** The memory that requests and replies take now. */
   get memory(): MemoryUse {
-    const uses = this.allLoops().map(({ memory }) => memory);
+    const uses = this.#allLoops().map(({ memory }) => memory);
     const sum = (field: keyof MemoryUse): number => uses.reduce((total, use) => total + use[field], 0);
     return {
       usedBytes: sum('usedBytes'),
@@ -109,35 +109,41 @@ export class NbdServer {
    * @throws ListenError
    */
   async listen(options: ListenOptions): Promise<BoundAddress> {
-    if (this.isClosed) throw new ListenError('CLOSED', 'the server is closed');
+    this.#mustBeOpen('the server is closed');
     // Half-open: a client that has sent its last request and shut its side down still gets its answers.
     const listener = net.createServer({
       allowHalfOpen: true,
       noDelay: true,
       keepAlive: true,
-      keepAliveInitialDelay: this.limits.keepAliveMs,
+      keepAliveInitialDelay: this.#limits.keepAliveMs,
       // What is served elsewhere must be read there, from the first byte on.
-      pauseOnConnect: this.servesElsewhere(),
+      pauseOnConnect: this.#servesElsewhere(),
     });
     // There is always somebody to hear of an error; who asked to listen hears of those of listening.
     listener.on('error', () => undefined);
-    listener.on('connection', (accepted) => this.accepted(accepted, listener, options));
+    listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
     const bound = await bindListener(listener, options);
-    if (this.isClosed) {
+    try {
+      this.#mustBeOpen('the server was closed while it began to listen');
+    } catch (error) {
       listener.close();
-      throw new ListenError('CLOSED', 'the server was closed while it began to listen');
+      throw error;
     }
-    listener.on('error', (error) => this.observer.onListenerError?.(error));
-    this.listeners.add(listener);
-    if (bound.transport === 'unix') this.admission.keepsRoomForUnix = true;
+    listener.on('error', (error) => this.#observer.onListenerError?.(error));
+    this.#listeners.add(listener);
+    if (bound.transport === 'unix') this.#admission.keepsRoomForUnix = true;
     return bound;
   }
 
-  private accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
-    const loop = this.nextLoop();
-    const socket = loop === this.here ? this.here.prepare(accepted) : accepted;
-    this.prepareSocket?.(socket);
-    this.serve(loop, socket, peerOf(socket, listener, options, this.peerCredentials));
+  #mustBeOpen(message: string): void {
+    if (this.#isClosed) throw new ListenError('CLOSED', message);
+  }
+
+  #accepted(accepted: net.Socket, listener: net.Server, options: ListenOptions): void {
+    const loop = this.#nextLoop();
+    const socket = loop === this.#here ? this.#here.prepare(accepted) : accepted;
+    this.#prepareSocket?.(socket);
+    this.#serve(loop, socket, peerOf(socket, listener, options, this.#peerCredentials));
   }
 
   /**
@@ -148,8 +154,8 @@ export class NbdServer {
    */
   serveConnection(socket: Duplex, options: { readonly peer?: Peer; readonly head?: Buffer } = {}): number | undefined {
     const { head } = options;
-    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.nextId}` };
-    return this.letIn(socket, peer, (about) => this.here.serveStream({ ...about, socket, head }));
+    const peer = options.peer ?? { transport: 'internal', address: `connection ${this.#nextId}` };
+    return this.#letIn(socket, peer, (about) => this.#here.serveStream({ ...about, socket, head }));
   }
 
   /**
@@ -162,10 +168,10 @@ export class NbdServer {
   continueConnection(socket: net.Socket, state: NegotiatedState): number | undefined {
     // A client that has sent its last request and shut its side down still gets its answers.
     socket.allowHalfOpen = true;
-    const loop = this.nextLoop();
-    const served = loop === this.here ? this.here.prepare(socket) : socket;
-    this.prepareSocket?.(served);
-    return this.serve(loop, served, state.peer, state);
+    const loop = this.#nextLoop();
+    const served = loop === this.#here ? this.#here.prepare(socket) : socket;
+    this.#prepareSocket?.(served);
+    return this.#serve(loop, served, state.peer, state);
   }
 
   /**
@@ -184,7 +190,7 @@ export class NbdServer {
     take: TakeConnection<T>,
     options: { readonly signal?: AbortSignal } = {},
   ): Promise<Awaited<T>> {
-    const connection = this.open.get(id);
+    const connection = this.#open.get(id);
     if (connection === undefined) throw new HandOverError('ENDING', `there is no connection ${id}`);
     const taken = await connection.handOver(take, options.signal);
     await connection.over;
@@ -197,7 +203,7 @@ export class NbdServer {
    * @returns false if there is no such connection
    */
   async disconnect(id: number, reason: string): Promise<boolean> {
-    const connection = this.open.get(id);
+    const connection = this.#open.get(id);
     if (connection === undefined) return false;
     connection.disconnect(reason);
     await connection.over;
@@ -209,15 +215,15 @@ export class NbdServer {
    * Undefined if there is no such connection, or it is served in another thread.
    */
   transportOf(id: number): Duplex | undefined {
-    return this.open.get(id)?.transport;
+    return this.#open.get(id)?.transport;
   }
 
-  private serve(loop: ServingLoop, socket: net.Socket, peer: Peer, state?: NegotiatedState): number | undefined {
-    return this.letIn(socket, peer, (about) => loop.serve({ ...about, socket, state }), loop);
+  #serve(loop: ServingLoop, socket: net.Socket, peer: Peer, state?: NegotiatedState): number | undefined {
+    return this.#letIn(socket, peer, (about) => loop.serve({ ...about, socket, state }), loop);
   }
 
   /** Have a connection served, if there is room for it. `loop`: whose it is, if it counts for one. */
-  private letIn(
+  #letIn(
     socket: Duplex,
     peer: Peer,
     serve: (about: {
@@ -229,43 +235,43 @@ export class NbdServer {
     loop?: ServingLoop,
   ): number | undefined {
     const offender = peerKey(peer);
-    const place = this.placeFor(offender, peer);
+    const place = this.#placeFor(offender, peer);
     if (typeof place === 'string') {
       socket.on('error', () => undefined);
       socket.destroy();
-      this.observer.onConnectionRefused?.({ peer, reason: place });
+      this.#observer.onConnectionRefused?.({ peer, reason: place });
       return undefined;
     }
-    const id = this.nextId++;
+    const id = this.#nextId++;
     const connection = serve({ id, peer, progress: place ?? NO_PLACE, offender });
-    this.open.set(id, connection);
-    if (place === undefined) this.internalCount++;
+    this.#open.set(id, connection);
+    if (place === undefined) this.#internalCount++;
     else place.occupant = connection;
-    if (loop !== undefined) this.count(loop, 1);
+    if (loop !== undefined) this.#count(loop, 1);
     void connection.over.then(() => {
-      this.open.delete(id);
-      if (place === undefined) this.internalCount--;
+      this.#open.delete(id);
+      if (place === undefined) this.#internalCount--;
       else place.left();
-      if (loop !== undefined) this.count(loop, -1);
+      if (loop !== undefined) this.#count(loop, -1);
     });
     return id;
   }
 
   /** Its place, if its kind has one; or why no further connection of this peer is served. */
-  private placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
-    const { maxConnections } = this.limits;
-    if (this.isClosed) return 'the server is closed';
-    if (key !== undefined) return this.admission.enter(key, peer.transport);
+  #placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
+    const { maxConnections } = this.#limits;
+    if (this.#isClosed) return 'the server is closed';
+    if (key !== undefined) return this.#admission.enter(key, peer.transport);
     // Whoever hands them over keeps count of them as well; strangers at the listeners keep none of them out.
-    if (this.internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
+    if (this.#internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
   }
 
   /** The one that has fewest connections. */
-  private nextLoop(): ServingLoop {
-    let best: ServingLoop = this.here;
+  #nextLoop(): ServingLoop {
+    let best: ServingLoop = this.#here;
     let fewest = Infinity;
-    for (const [loop, count] of this.loops) {
+    for (const [loop, count] of this.#loops) {
       if (count >= fewest) continue;
       fewest = count;
       best = loop;
@@ -273,16 +279,16 @@ export class NbdServer {
     return best;
   }
 
-  private count(loop: ServingLoop, change: number): void {
-    this.loops.set(loop, (this.loops.get(loop) ?? 0) + change);
+  #count(loop: ServingLoop, change: number): void {
+    this.#loops.set(loop, (this.#loops.get(loop) ?? 0) + change);
   }
 
-  private servesElsewhere(): boolean {
-    return [...this.loops.keys()].some((loop) => loop !== this.here);
+  #servesElsewhere(): boolean {
+    return [...this.#loops.keys()].some((loop) => loop !== this.#here);
   }
 
-  private allLoops(): ServingLoop[] {
-    return [...new Set<ServingLoop>([this.here, ...this.loops.keys()])];
+  #allLoops(): ServingLoop[] {
+    return [...new Set<ServingLoop>([this.#here, ...this.#loops.keys()])];
   }
 
   /**
@@ -294,33 +300,33 @@ export class NbdServer {
    * again (Linux, qemu) repeat what was not answered, but make an I/O error of ESHUTDOWN.
    */
   close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
-    this.closing ??= this.shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
-    return this.closing;
+    this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
+    return this.#closing;
   }
 
   /** Stop accepting and close every socket now. Devices are closed as soon as their requests in flight finish. */
   destroy(): void {
-    this.stopListening();
-    for (const connection of this.open.values()) connection.abort('the server was stopped');
+    this.#stopListening();
+    for (const connection of this.#open.values()) connection.abort('the server was stopped');
   }
 
-  private async shutDown(graceMs: number, refuse: boolean): Promise<void> {
-    this.stopListening();
-    for (const connection of this.open.values()) connection.shutdown({ refuse });
-    if (await within(graceMs, this.allOver())) return;
+  async #shutDown(graceMs: number, refuse: boolean): Promise<void> {
+    this.#stopListening();
+    for (const connection of this.#open.values()) connection.shutdown({ refuse });
+    if (await within(graceMs, this.#allOver())) return;
     this.destroy();
-    await within(FORCED_CLOSE_WAIT_MS, this.allOver());
+    await within(FORCED_CLOSE_WAIT_MS, this.#allOver());
   }
 
-  private async allOver(): Promise<void> {
-    await Promise.all(Array.from(this.open.values(), (connection) => connection.over));
+  async #allOver(): Promise<void> {
+    await Promise.all(Array.from(this.#open.values(), (connection) => connection.over));
   }
 
-  private stopListening(): void {
-    this.isClosed = true;
-    for (const loop of this.allLoops()) loop.stop();
-    for (const listener of this.listeners) listener.close();
-    this.listeners.clear();
+  #stopListening(): void {
+    this.#isClosed = true;
+    for (const loop of this.#allLoops()) loop.stop();
+    for (const listener of this.#listeners) listener.close();
+    this.#listeners.clear();
   }
 }
 

@@ -1,6 +1,6 @@
 /**
- * Reads that are answered with holes: where the device knows of any, their zeros are not sent. It owns the decision when a
- * device is asked for its holes, and the reads of the parts that are data; the layout of the reply is read-plan's.
+ * Reads that are answered with holes: zeros that the device reports as holes are not sent. It owns the decision when to ask the
+ * device for holes, and the reads of the data parts; read-plan.ts lays out the reply.
  */
 
 import { ALLOCATION_CONTEXT, type Awaitable } from '../block-device.js';
@@ -15,46 +15,59 @@ import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
 /**
- * A device that has to look where its holes are, and finds data only, is asked less and less often: up to this many long
- * reads are then sent as they are. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
+ * A device whose answer comes later and reports data only is asked less and less often: up to this many long reads are then
+ * read without asking. Asking before each of them cost a quarter of the speed of sequential reads of 1 MiB
  * from a full disk (1.4 to 1.8 GB/s with it, 1.9 to 2.0 without).
  */
 const MAX_ASK_INTERVAL = 31;
 
 export class SparseReads {
-  /** Whether a read may be answered with holes, and whether the device can tell where they are. */
+  /** Whether the client takes holes, and whether the device reports them. */
   readonly areAllowed: boolean;
-  private readonly knowsHoles: boolean;
-  /** Long reads before the device is asked again where its holes are, and how many were left out the last time. */
-  private readsNotToAsk = 0;
-  private askInterval = 0;
+  readonly #knowsHoles: boolean;
+  /** Long reads until the device is asked for holes again, and the interval used last. */
+  #readsNotToAsk = 0;
+  #askInterval = 0;
+
+  readonly #host: TransmissionHost;
+  readonly #device: ServedDevice;
+  readonly #account: MemoryAccount;
+  readonly #inFlight: RequestsInFlight;
+  readonly #encoder: ReplyEncoder;
+  readonly #replies: ReplyQueue;
 
   constructor(
-    private readonly host: TransmissionHost,
-    private readonly device: ServedDevice,
+    host: TransmissionHost,
+    device: ServedDevice,
     { geometry, negotiated }: RequestRules,
-    private readonly account: MemoryAccount,
-    private readonly inFlight: RequestsInFlight,
-    private readonly encoder: ReplyEncoder,
-    private readonly replies: ReplyQueue,
+    account: MemoryAccount,
+    inFlight: RequestsInFlight,
+    encoder: ReplyEncoder,
+    replies: ReplyQueue,
   ) {
+    this.#host = host;
+    this.#device = device;
+    this.#account = account;
+    this.#inFlight = inFlight;
+    this.#encoder = encoder;
+    this.#replies = replies;
     this.areAllowed = negotiated.structuredReplies;
-    this.knowsHoles = geometry.contexts.includes(ALLOCATION_CONTEXT);
+    this.#knowsHoles = geometry.contexts.includes(ALLOCATION_CONTEXT);
   }
 
-  /** Answer a read with holes, if there are any to be known of. False if it is to be read as a whole. */
+  /** Answer a read with holes, if the device may report some. False: the caller reads it as a whole. */
   begin(request: Request): boolean {
-    const { device } = this;
+    const device = this.#device;
     const { offset, length } = request;
     if (device.isHole !== undefined && device.isHole(offset, length)) {
-      this.inFlight.bytesRead += length;
-      this.replies.hole(request, offset, length);
+      this.#inFlight.bytesRead += length;
+      this.#replies.hole(request, offset, length);
       return true;
     }
     // "DF … the server MUST send at most one content chunk"
-    if (length < SPARSE_READ_BYTES || !this.knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
-    if (this.readsNotToAsk > 0) {
-      this.readsNotToAsk--;
+    if (length < SPARSE_READ_BYTES || !this.#knowsHoles || (request.flags & CMD_FLAG.DF) !== 0) return false;
+    if (this.#readsNotToAsk > 0) {
+      this.#readsNotToAsk--;
       return false;
     }
     const plan = new ReadPlan(offset, length);
@@ -62,21 +75,21 @@ export class SparseReads {
     try {
       answer = device.extents(ALLOCATION_CONTEXT, offset, length, plan.sink);
     } catch (error) {
-      this.inFlight.failureOf(error, request);
+      this.#inFlight.failureOf(error, request);
       return false;
     }
     if (answer !== undefined && isPromise(answer)) {
-      void this.readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
+      void this.#readInParts(addresseeOf(request), plan, answer, request.flags, offset, length);
       return true;
     }
     const parts = plan.finish();
     if (parts.length === 1 && parts[0]?.isHole === false) return false;
-    void this.readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
+    void this.#readInParts(addresseeOf(request), plan, undefined, request.flags, offset, length);
     return true;
   }
 
-  /** Read the parts of a read that are data, each into its chunk, and send all chunks together. */
-  private async readInParts(
+  /** Read the data parts, each into its chunk, and send all chunks together. */
+  async #readInParts(
     to: Addressee,
     plan: ReadPlan,
     extents: Promise<void> | undefined,
@@ -84,15 +97,15 @@ export class SparseReads {
     offset: number,
     length: number,
   ): Promise<void> {
-    const { inFlight } = this;
-    // There is room for all of it. How much it takes is known when the extents are.
-    this.host.pool.claim(this.account, length);
+    const inFlight = this.#inFlight;
+    // There is room for all of it. How much it needs is known when the extents are known.
+    this.#host.pool.claim(this.#account, length);
     inFlight.begin(length);
     if (extents !== undefined) {
       try {
         await extents;
       } catch (error) {
-        // A device that cannot tell may still be able to read.
+        // A device that fails to report extents may still be able to read.
         inFlight.failureOf(error, { flags, offset, length });
         plan.forget();
       }
@@ -100,42 +113,38 @@ export class SparseReads {
     const parts = plan.finish();
     if (extents !== undefined) {
       const isAllData = parts.length === 1 && parts[0]?.isHole === false;
-      this.askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.askInterval + 1) : 0;
-      this.readsNotToAsk = this.askInterval;
+      this.#askInterval = isAllData ? Math.min(MAX_ASK_INTERVAL, 2 * this.#askInterval + 1) : 0;
+      this.#readsNotToAsk = this.#askInterval;
     }
-    const bytes = sizeOfParts(parts, this.encoder);
-    this.host.pool.unclaim(this.account, length);
-    const block = this.replies.beginParts(bytes);
-    const data = layParts(block.buffer, parts, to, this.encoder);
-    const failure = await this.readParts(parts, data, flags);
+    const bytes = sizeOfParts(parts, this.#encoder);
+    this.#host.pool.unclaim(this.#account, length);
+    const block = this.#replies.beginParts(bytes);
+    const data = layParts(block.buffer, parts, to, this.#encoder);
+    const failure = await this.#readParts(parts, data, flags);
     inFlight.end(length);
     if (failure === undefined) {
       inFlight.bytesRead += length;
-      this.replies.sendParts(block, bytes);
+      this.#replies.sendParts(block, bytes);
     } else {
       inFlight.errors++;
-      this.replies.dropParts(block);
-      this.replies.error(to, failure);
+      this.#replies.dropParts(block);
+      this.#replies.error(to, failure);
     }
     inFlight.settled();
   }
 
-  /** The first failure, by offset, or undefined. Returns when all reads have ended: their memory is theirs till then. */
-  private async readParts(
-    parts: readonly Part[],
-    data: readonly Buffer[],
-    flags: number,
-  ): Promise<Failure | undefined> {
+  /** The first failure by offset, or undefined. Resolves when all reads have ended: until then they use their memory. */
+  async #readParts(parts: readonly Part[], data: readonly Buffer[], flags: number): Promise<Failure | undefined> {
     const dataParts = parts.filter(({ isHole }) => !isHole);
     const results = await Promise.allSettled(
-      data.map(async (into, index) => this.device.read(dataParts[index]?.offset ?? 0, into)),
+      data.map(async (into, index) => this.#device.read(dataParts[index]?.offset ?? 0, into)),
     );
     const failed = results.findIndex(({ status }) => status === 'rejected');
     const result = results[failed];
     const part = dataParts[failed];
     if (result?.status !== 'rejected' || part === undefined) return undefined;
-    const failure = this.inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
-    // What lies before the part that failed was read.
+    const failure = this.#inFlight.failureOf(result.reason, { flags, offset: part.offset, length: part.length });
+    // The parts before the failed one were read.
     return { ...failure, offset: failure.offset ?? part.offset };
   }
 }

@@ -23,22 +23,22 @@ export interface Watched {
 
 /** Since when a connection has not moved so many bytes, though it should. */
 class Stall {
-  private movedBytes = 0;
-  private movedAt: number;
+  #movedBytes = 0;
+  #movedAt: number;
 
-  constructor(
-    private readonly leastBytes: number,
-    now: number,
-  ) {
-    this.movedAt = now;
+  readonly #leastBytes: number;
+
+  constructor(leastBytes: number, now: number) {
+    this.#leastBytes = leastBytes;
+    this.#movedAt = now;
   }
 
   lasts({ movedBytes, waitsForClient }: Watched, now: number): number {
-    if (!waitsForClient || movedBytes - this.movedBytes >= this.leastBytes) {
-      this.movedBytes = movedBytes;
-      this.movedAt = now;
+    if (!waitsForClient || movedBytes - this.#movedBytes >= this.#leastBytes) {
+      this.#movedBytes = movedBytes;
+      this.#movedAt = now;
     }
-    return now - this.movedAt;
+    return now - this.#movedAt;
   }
 }
 
@@ -49,30 +49,34 @@ interface Stalls {
 }
 
 export class StallWatch {
-  private readonly stalls = new WeakMap<Watched, Stalls>();
-  private readonly timer: NodeJS.Timeout;
+  readonly #stalls = new WeakMap<Watched, Stalls>();
+  readonly #timer: NodeJS.Timeout;
+
+  readonly #connections: () => Iterable<Watched>;
+  readonly #pool: BufferPool;
+  readonly #limits: Limits;
+  readonly #time: LoopTime;
 
   /** @param connections those open now; iterated at each look */
-  constructor(
-    private readonly connections: () => Iterable<Watched>,
-    private readonly pool: BufferPool,
-    private readonly limits: Limits,
-    private readonly time: LoopTime,
-  ) {
-    this.timer = setInterval(this.look, LOOK_MS).unref();
+  constructor(connections: () => Iterable<Watched>, pool: BufferPool, limits: Limits, time: LoopTime) {
+    this.#connections = connections;
+    this.#pool = pool;
+    this.#limits = limits;
+    this.#time = time;
+    this.#timer = setInterval(this.#look, LOOK_MS).unref();
   }
 
   stop(): void {
-    clearInterval(this.timer);
+    clearInterval(this.#timer);
   }
 
-  private readonly look = (): void => {
-    const { memoryStallMs, stallTimeoutMs } = this.limits;
-    const { missingBytes } = this.pool;
-    const now = this.time.now();
+  readonly #look = (): void => {
+    const { memoryStallMs, stallTimeoutMs } = this.#limits;
+    const { missingBytes } = this.#pool;
+    const now = this.#time.now();
     const holders: Watched[] = [];
-    for (const connection of this.connections()) {
-      const { any, enough } = this.stallsOf(connection, now);
+    for (const connection of this.#connections()) {
+      const { any, enough } = this.#stallsOf(connection, now);
       const enoughMs = enough.lasts(connection, now);
       if (any.lasts(connection, now) >= stallTimeoutMs && stallTimeoutMs > 0) {
         connection.abort(`the client has taken nothing of its replies, and sent nothing, for ${stallTimeoutMs} ms`);
@@ -94,11 +98,11 @@ export class StallWatch {
     }
   };
 
-  private stallsOf(connection: Watched, now: number): Stalls {
-    let stalls = this.stalls.get(connection);
+  #stallsOf(connection: Watched, now: number): Stalls {
+    let stalls = this.#stalls.get(connection);
     if (stalls === undefined) {
       stalls = { any: new Stall(1, now), enough: new Stall(MIN_MOVED_BYTES, now) };
-      this.stalls.set(connection, stalls);
+      this.#stalls.set(connection, stalls);
     }
     return stalls;
   }

@@ -1,6 +1,6 @@
 /**
- * Block statuses under way: the device is asked for one context after the other, and others have their turn of the loop in
- * between. It owns their order and their memory; what is collected and how it is cut is block-status's.
+ * Block statuses in flight: the device is asked for one context after the other, and other connections have their turn of the
+ * loop in between. It owns their order and their memory; block-status.ts collects and cuts the extents.
  */
 
 import { CMD_FLAG, REPLY_FLAG_DONE, type SelectedContext } from '../protocol/wire.js';
@@ -22,18 +22,20 @@ import { wantedContexts, type Request, type RequestRules } from './request.js';
 import { isPromise, type RequestsInFlight } from './requests-in-flight.js';
 import type { TransmissionHost } from './transmission-host.js';
 
-/** A block status under way: it goes from context to context, and lets others have their turn in between. */
+/** One block status in flight. */
 class StatusRequest implements LoopTask {
-  /** The context that is to be asked for, or whose extents are being collected. */
+  /** Index of the context to ask for next, or whose extents are being collected. */
   next = 0;
-  /** Being filled by the device. */
+  /** The collector that the device fills. */
   collector: ExtentCollector | undefined;
   readonly flags: number;
   readonly offset: number;
   readonly length: number;
 
+  readonly #owner: StatusRequests;
+
   constructor(
-    private readonly owner: StatusRequests,
+    owner: StatusRequests,
     readonly to: Addressee,
     { flags, offset, length }: Request,
     readonly contexts: readonly SelectedContext[],
@@ -43,53 +45,67 @@ class StatusRequest implements LoopTask {
     /** Taken instead. */
     readonly own: Block | undefined,
   ) {
+    this.#owner = owner;
     this.flags = flags;
     this.offset = offset;
     this.length = length;
   }
 
   get loopUser(): LoopUser {
-    return this.owner.loopUser;
+    return this.#owner.loopUser;
   }
 
   serveTurn(): void {
     this.goOn();
   }
 
-  readonly goOn = (): void => this.owner.askContexts(this);
-  readonly fail = (error: unknown): void => this.owner.failed(this, error);
+  readonly goOn = (): void => this.#owner.askContexts(this);
+  readonly fail = (error: unknown): void => this.#owner.failed(this, error);
 }
 
 export class StatusRequests {
-  private readonly extendedHeaders: boolean;
+  readonly #extendedHeaders: boolean;
+
+  readonly #host: TransmissionHost;
+  readonly #device: ServedDevice;
+  readonly #rules: RequestRules;
+  readonly #account: MemoryAccount;
+  readonly #inFlight: RequestsInFlight;
+  readonly #replies: ReplyQueue;
 
   constructor(
-    private readonly host: TransmissionHost,
-    private readonly device: ServedDevice,
-    private readonly rules: RequestRules,
-    private readonly account: MemoryAccount,
-    private readonly inFlight: RequestsInFlight,
-    private readonly replies: ReplyQueue,
+    host: TransmissionHost,
+    device: ServedDevice,
+    rules: RequestRules,
+    account: MemoryAccount,
+    inFlight: RequestsInFlight,
+    replies: ReplyQueue,
     readonly loopUser: LoopUser,
   ) {
-    this.extendedHeaders = rules.negotiated.extendedHeaders;
+    this.#host = host;
+    this.#device = device;
+    this.#rules = rules;
+    this.#account = account;
+    this.#inFlight = inFlight;
+    this.#replies = replies;
+    this.#extendedHeaders = rules.negotiated.extendedHeaders;
   }
 
-  /** Bytes of memory for a block status of `length` bytes, at most. */
+  /** The most memory that a block status of `length` bytes needs, bytes. */
   memoryNeeded(length: number): number {
-    return blockStatusMemory(length, this.rules.negotiated.metaContexts.length);
+    return blockStatusMemory(length, this.#rules.negotiated.metaContexts.length);
   }
 
-  /** Whether one can be begun now: where there is less memory than for the longest answer, the answer is a shorter one. */
+  /** Whether a block status can begin now. With less memory than the longest answer needs, the answer is shorter. */
   hasMemory(length: number): boolean {
-    return !this.account.isOwnTaken || this.host.pool.hasRoom(this.account, this.memoryNeeded(length));
+    return !this.#account.isOwnTaken || this.#host.pool.hasRoom(this.#account, this.memoryNeeded(length));
   }
 
   begin(request: Request): void {
-    const { account } = this;
+    const account = this.#account;
     const { flags, offset, length } = request;
-    const { pool } = this.host;
-    const contexts = wantedContexts(request, this.rules.negotiated.metaContexts);
+    const { pool } = this.#host;
+    const contexts = wantedContexts(request, this.#rules.negotiated.metaContexts);
     let memory = blockStatusMemory(length, contexts.length);
     let most = MAX_REPLY_EXTENTS;
     let own: Block | undefined;
@@ -99,18 +115,20 @@ export class StatusRequests {
       memory = 0;
     }
     pool.claim(account, memory);
-    this.inFlight.begin(memory);
+    this.#inFlight.begin(memory);
     const isReqOne = (flags & CMD_FLAG.REQ_ONE) !== 0;
     const status = new StatusReply(offset, length, contexts.length, isReqOne, most);
     new StatusRequest(this, addresseeOf(request), request, contexts, status, memory, own).goOn();
   }
 
-  /** For StatusRequest only: ask for the contexts from `asked.next` on, as long as it is its turn. */
+  /** For StatusRequest only: ask for the contexts from `asked.next` on, until its turn of the loop is over. */
   askContexts(asked: StatusRequest): void {
-    const { device, extendedHeaders, loopUser } = this;
-    const { loop } = this.host;
+    const { loopUser } = this;
+    const device = this.#device;
+    const extendedHeaders = this.#extendedHeaders;
+    const { loop } = this.#host;
     const { contexts, status, offset } = asked;
-    const { wideContexts } = this.rules.geometry;
+    const { wideContexts } = this.#rules.geometry;
     let failure: Failure | undefined;
     try {
       for (let { collector } = asked; asked.next < contexts.length; collector = undefined) {
@@ -133,35 +151,36 @@ export class StatusRequests {
         asked.next++;
       }
     } catch (error) {
-      failure = this.inFlight.failureOf(error, asked);
+      failure = this.#inFlight.failureOf(error, asked);
     } finally {
       loop.finish(loopUser);
     }
-    this.finish(asked, failure);
+    this.#finish(asked, failure);
   }
 
-  /** For StatusRequest only: the device could not say. */
+  /** For StatusRequest only: the device has failed. */
   failed(asked: StatusRequest, error: unknown): void {
-    this.finish(asked, this.inFlight.failureOf(error, asked));
+    this.#finish(asked, this.#inFlight.failureOf(error, asked));
   }
 
   /** One chunk of extents for each context, all of the same length; or an error. */
-  private finish({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
-    const { extendedHeaders, inFlight } = this;
+  #finish({ to, contexts, status, memory, own }: StatusRequest, failure: Failure | undefined): void {
+    const extendedHeaders = this.#extendedHeaders;
+    const inFlight = this.#inFlight;
     inFlight.end(memory);
-    // What was claimed covers the reply.
-    this.host.pool.unclaim(this.account, memory);
-    if (own !== undefined) this.host.pool.give(own);
+    // The claimed memory covers the reply.
+    this.#host.pool.unclaim(this.#account, memory);
+    if (own !== undefined) this.#host.pool.give(own);
     if (failure === undefined) {
       status.collectors.forEach((collector, index) => {
         const done = index === contexts.length - 1 ? REPLY_FLAG_DONE : 0;
         const size = collector.payloadSize(extendedHeaders);
-        const payload = this.replies.chunk(done, statusChunkType(extendedHeaders), to, size);
+        const payload = this.#replies.chunk(done, statusChunkType(extendedHeaders), to, size);
         collector.writePayload(payload, contexts[index]?.id ?? 0, extendedHeaders);
       });
     } else {
       inFlight.errors++;
-      this.replies.error(to, failure);
+      this.#replies.error(to, failure);
     }
     status.release();
     inFlight.settled();

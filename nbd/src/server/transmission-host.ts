@@ -1,4 +1,4 @@
-/** What the transmission phase and its parts need of their connection: nothing of its socket's life, nothing of its peer. */
+/** What the transmission phase and its parts need of their connection; neither the end of its socket nor its peer. */
 
 import type { Duplex } from 'node:stream';
 import type { BufferPool } from './buffer-pool.js';
@@ -14,8 +14,8 @@ export interface TransmissionHost {
   readonly loop: LoopShare;
   readonly limits: Limits;
   readonly observer: ServerObserver;
-  /** The client said goodbye: answer what is in flight, then close. */
+  /** The client sent NBD_CMD_DISC: answer the requests in flight, then close. */
   disconnectRequested(): void;
-  /** The client broke the protocol: close now. */
+  /** The client violated the protocol: close now. */
   protocolViolated(reason: string): void;
 }

@@ -1,21 +1,21 @@
 /**
- * The transmission phase of one connection: bytes in, requests out to the device, replies back. It owns the parser's
- * state; it never closes the socket or the device, it tells its connection why it should. Its parts are
+ * The transmission phase of one connection: bytes in, requests out to the device, replies back. It owns the phase's
+ * start, its pauses and its end; it never closes the socket or the device, but tells its connection why to. Its parts are
  *
  * - receive-memory and incoming-payload: where the bytes from the socket go,
- * - back-pressure: input that has to wait, for room, for memory, or for its turn of the event loop,
- * - request: what a header says, and whether it may be carried out,
- * - dispatch, with sparse-reads and status-requests: the device is asked,
- * - requests-in-flight: what it works on,
- * - reply-queue: what it answered, on its way out.
+ * - request-parser: from bytes to requests,
+ * - request: what a header says, and whether the request may be executed,
+ * - back-pressure: input that waits for room, for memory, or for its turn of the event loop,
+ * - dispatch, with sparse-reads and status-requests: the calls of the device,
+ * - requests-in-flight: what the device works on,
+ * - reply-queue: replies on their way to the client.
  *
- * The path of a request that the device answers synchronously allocates nothing but the view of its data. Two bounds hold a
- * client back: work in flight, and replies not taken.
+ * The path of a request that the device answers synchronously allocates nothing but the view of its data. Two limits cause
+ * back-pressure: work in flight, and replies that the client has not read.
  */
 
-import { CMD, EXTENDED_REQUEST_SIZE, MAX_PAYLOAD, NBD_ERRNO, REQUEST_HEADER_SIZE } from '../protocol/wire.js';
 import { BackPressure } from './back-pressure.js';
-import { MemoryAccount, type Block } from './buffer-pool.js';
+import { MemoryAccount } from './buffer-pool.js';
 import { Dispatch } from './dispatch.js';
 import type { ServedDevice } from './geometry.js';
 import { IncomingPayload } from './incoming-payload.js';
@@ -23,570 +23,382 @@ import { LoopUser, UNITS_PER_LOOK, type LoopTask } from './loop-share.js';
 import { ReceiveMemory } from './receive-memory.js';
 import { chooseReplyEncoder } from './reply-encoder.js';
 import { ReplyQueue } from './reply-queue.js';
-import {
-  decodeExtendedRequest,
-  decodeRequest,
-  decodeStatusPayload,
-  encodeHeader,
-  Request,
-  requestError,
-  type Refusal,
-  type RequestRules,
-} from './request.js';
+import { RequestParser } from './request-parser.js';
+import type { RequestRules } from './request.js';
 import { RequestsInFlight } from './requests-in-flight.js';
 import { SparseReads } from './sparse-reads.js';
 import { StatusRequests } from './status-requests.js';
 import type { TransmissionHost } from './transmission-host.js';
 
-/** Under TLS data are in memory twice: as they are, and encrypted. */
+/** Under TLS data are in memory twice: in the clear, and encrypted. */
 const TLS_COPIES = 2;
 
-/** Nothing is held back but the next thing to be received. */
+/** Held input of no bytes: what is received next waits. */
 const NOTHING = Buffer.alloc(0);
-
-const SHUTTING_DOWN: Refusal = { errno: NBD_ERRNO.ESHUTDOWN, message: 'the server is shutting down' };
 
 export class Transmission implements LoopTask {
   readonly loopUser = new LoopUser();
-  requests = 0;
 
-  private readonly extendedHeaders: boolean;
-  private readonly headerSize: number;
-  private readonly account: MemoryAccount;
-  private readonly memory: ReceiveMemory;
-  private readonly payload: IncomingPayload;
-  private readonly requestsInFlight: RequestsInFlight;
-  private readonly replies: ReplyQueue;
-  private readonly backPressure: BackPressure;
-  private readonly statuses: StatusRequests;
-  private readonly dispatch: Dispatch;
-  private readonly request = new Request();
-  private readonly headerBytes = Buffer.alloc(EXTENDED_REQUEST_SIZE);
-  private headerFill = 0;
-  private isDeaf = false;
-  private isRefusing = false;
-  /** Nothing is begun until it is thawed; what was short of memory is asked for again then. */
-  private isFrozen = false;
-  private wasShortOfMemory = false;
-  /** To be told when it is frozen and no request is in flight. */
-  private whenStill: (() => void) | undefined;
-  /** Whether input came since the last settling. */
-  private isHeard = false;
-  private isSettleScheduled = false;
-  private whenIdle: (() => void)[] = [];
+  readonly #memory: ReceiveMemory;
+  readonly #account: MemoryAccount;
+  readonly #payload: IncomingPayload;
+  readonly #parser: RequestParser;
+  readonly #requestsInFlight: RequestsInFlight;
+  readonly #replies: ReplyQueue;
+  readonly #backPressure: BackPressure;
+  /** No request begins until thaw(), which asks again for the memory that a request waited for. */
+  #isFrozen = false;
+  #wasShortOfMemory = false;
+  /** Called when it is frozen and no request is in flight. */
+  #whenStill: (() => void) | undefined;
+  /** Whether input arrived since the last settling. */
+  #isHeard = false;
+  #isSettleScheduled = false;
+  #whenIdle: (() => void)[] = [];
+
+  readonly #host: TransmissionHost;
 
   constructor(
-    private readonly host: TransmissionHost,
+    host: TransmissionHost,
     device: ServedDevice,
     readonly rules: RequestRules,
   ) {
-    const { negotiated } = rules;
+    this.#host = host;
     const { socket, pool } = host;
-    this.extendedHeaders = negotiated.extendedHeaders;
-    this.headerSize = negotiated.extendedHeaders ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
-    const account = new MemoryAccount(() => this.queue(), 'encrypted' in socket ? TLS_COPIES : 1);
-    const encoder = chooseReplyEncoder(negotiated);
-    const inFlight = new RequestsInFlight(host, () => this.scheduleSettle());
+    const { loopUser } = this;
+    const account = new MemoryAccount(() => this.#queue(), 'encrypted' in socket ? TLS_COPIES : 1);
+    const encoder = chooseReplyEncoder(rules.negotiated);
+    const inFlight = new RequestsInFlight(host, () => this.#scheduleSettle());
     const memory = new ReceiveMemory(socket, pool, account, () => {
-      if (this.backPressure.held === undefined && !this.isDeaf) socket.resume();
+      if (this.#mayReceive) socket.resume();
     });
-    const replies = new ReplyQueue(socket, pool, account, encoder, () => this.resume());
+    const payload = new IncomingPayload(pool, account);
+    const replies = new ReplyQueue(socket, pool, account, encoder, () => this.#resume());
     const sparseReads = new SparseReads(host, device, rules, account, inFlight, encoder, replies);
-    this.statuses = new StatusRequests(host, device, rules, account, inFlight, replies, this.loopUser);
-    this.dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, this.statuses);
-    this.backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
-    this.payload = new IncomingPayload(pool, account);
-    this.requestsInFlight = inFlight;
-    this.account = account;
-    this.memory = memory;
-    this.replies = replies;
+    const statuses = new StatusRequests(host, device, rules, account, inFlight, replies, loopUser);
+    const dispatch = new Dispatch(device, memory, inFlight, replies, sparseReads, statuses);
+    const backPressure = new BackPressure(host, account, memory, inFlight, replies, this);
+    this.#parser = new RequestParser({
+      ...{ host, rules, account, memory, payload, backPressure, inFlight, statuses, dispatch, replies, loopUser },
+      stopListening: () => this.stopListening(),
+    });
+    this.#account = account;
+    this.#memory = memory;
+    this.#payload = payload;
+    this.#requestsInFlight = inFlight;
+    this.#replies = replies;
+    this.#backPressure = backPressure;
   }
 
-  // --- How it stands ---
+  // --- State and counts ---
+
+  /** Requests received. */
+  get requests(): number {
+    return this.#parser.requests;
+  }
 
   /** Requests that were answered with an error. */
   get errors(): number {
-    return this.requestsInFlight.errors;
+    return this.#requestsInFlight.errors;
   }
 
   get bytesRead(): number {
-    return this.requestsInFlight.bytesRead;
+    return this.#requestsInFlight.bytesRead;
   }
 
   get bytesWritten(): number {
-    return this.requestsInFlight.bytesWritten;
+    return this.#requestsInFlight.bytesWritten;
   }
 
   /** Requests the device is working on. */
   get inFlight(): number {
-    return this.requestsInFlight.count;
+    return this.#requestsInFlight.count;
   }
 
-  /** Bytes of payloads that came in pieces. */
+  /** Bytes of payloads that arrived in pieces. */
   get payloadBytes(): number {
-    return this.payload.movedBytes;
+    return this.#payload.movedBytes;
   }
 
   /** Whether the input so far ends inside a request. */
   get isMidRequest(): boolean {
-    return this.headerFill > 0 || this.payload.left > 0;
+    return this.#parser.isMidRequest;
   }
 
-  /** Bytes of the server's memory that it holds. */
+  /** Bytes of the memory budget that this connection holds. */
   get memoryBytes(): number {
-    return this.account.held;
+    return this.#account.held;
   }
 
-  /** Bytes of replies that the socket is done with, each write as a whole. */
+  /** Bytes of replies that the socket has written; each write counts when it is complete. */
   get takenBytes(): number {
-    return this.replies.takenBytes;
+    return this.#replies.takenBytes;
   }
 
-  /** Whether the client is the one who has to do something: take a reply, or send the rest of a payload. */
+  /** Whether the next step is the client's: to read a reply, or to send the rest of a payload. */
   get waitsForClient(): boolean {
-    // Where there is nowhere to receive into, or its turn has not come, it waits for us.
-    const isHeard = !this.memory.isStarved && this.backPressure.held === undefined;
-    return this.replies.unsentBytes > 0 || (this.payload.left > 0 && isHeard);
+    // Without memory to receive into, or before its turn of the loop, the client waits for us.
+    const isHeard = !this.#memory.isStarved && this.#backPressure.held === undefined;
+    return this.#replies.unsentBytes > 0 || (this.#payload.left > 0 && isHeard);
+  }
+
+  /** No further input is parsed. */
+  get #isDeaf(): boolean {
+    return this.#parser.isDeaf;
   }
 
   get hasEnded(): boolean {
-    return this.isDeaf && this.inFlight === 0;
+    return this.#isDeaf && this.inFlight === 0;
   }
 
-  /** Whether the client waits for us. */
+  /** Whether the client waits for the server. */
   get isBusy(): boolean {
-    return this.inFlight > 0 || this.isFrozen || this.backPressure.isQueued || this.backPressure.isShortOfMemory;
+    return this.inFlight > 0 || this.#isFrozen || this.#backPressure.isQueued || this.#backPressure.isShortOfMemory;
   }
 
   // --- Receiving ---
 
-  /** Bytes from the client, as they came. `chunk` is the transmission's from now on. */
+  /** Parse bytes from the client. The transmission owns `chunk` from now on. */
   feed(chunk: Buffer): void {
-    if (this.isDeaf) return;
-    this.isHeard = true;
-    const { backPressure } = this;
+    if (this.#isDeaf) return;
+    this.#isHeard = true;
+    const backPressure = this.#backPressure;
     if (backPressure.held !== undefined) {
       backPressure.append(chunk);
       return;
     }
-    if (this.host.loop.isSpent) {
+    if (this.#host.loop.isSpent) {
       backPressure.hold(chunk);
-      this.queue();
+      this.#queue();
       return;
     }
-    this.parse(chunk);
-    this.replies.flush();
+    this.#parser.parse(chunk);
+    this.#replies.flush();
   }
 
-  /** Where the socket shall put what comes next. */
+  /** The memory that the socket receives the next bytes into. */
   nextBuffer(): Buffer {
-    const { memory, payload } = this;
-    if (this.isDeaf) {
+    const memory = this.#memory;
+    const payload = this.#payload;
+    if (this.#isDeaf) {
       const { block } = payload;
       payload.block = undefined;
       if (block !== undefined) memory.unpin(block);
       return memory.forNobody();
     }
-    // What is held back comes before it: the place of what is received now is not known before that is parsed.
-    if (payload.isWorthReceivingInPlace && this.backPressure.held === undefined) {
+    // Held input comes first: where the new bytes belong is known only when it is parsed.
+    if (payload.isWorthReceivingInPlace && this.#backPressure.held === undefined) {
       return memory.intoPayload(payload.rest);
     }
     return memory.next();
   }
 
-  /** The socket has put so many bytes where it was told to. */
+  /** The socket has received `length` bytes into the buffer of nextBuffer(). */
   received(length: number): void {
-    if (this.isDeaf) return;
-    const { memory } = this;
+    if (this.#isDeaf) return;
+    const memory = this.#memory;
     if (memory.target === 'payload') {
-      this.isHeard = true;
-      this.payloadCame(length);
-      this.replies.flush();
-      this.yieldAfterPayload();
+      this.#isHeard = true;
+      this.#parser.payloadCame(length);
+      this.#replies.flush();
+      this.#yieldAfterPayload();
       return;
     }
     this.feed(memory.take(length));
     memory.parsed = undefined;
   }
 
-  /** The payload of a write has been received where it belongs: what comes next may have to wait for its turn. */
-  private yieldAfterPayload(): void {
-    const { loop } = this.host;
-    if (this.payload.left > 0 || this.isDeaf || this.backPressure.held !== undefined) return;
+  /** The payload of a write has been received in place: the next input may have to wait for its turn of the loop. */
+  #yieldAfterPayload(): void {
+    const { loop } = this.#host;
+    if (this.#payload.left > 0 || this.#isDeaf || this.#backPressure.held !== undefined) return;
     if (loop.mustYield(this.loopUser, UNITS_PER_LOOK)) {
-      this.backPressure.hold(NOTHING);
-      this.queue();
+      this.#backPressure.hold(NOTHING);
+      this.#queue();
     }
     loop.finish(this.loopUser);
   }
 
-  // --- Parsing ---
+  // --- Continuing with held input ---
 
-  private parse(chunk: Buffer): void {
-    this.parseSlice(chunk);
-    this.host.loop.finish(this.loopUser);
-  }
-
-  private parseSlice(chunk: Buffer): void {
-    const { request, headerSize, loopUser, payload, backPressure, memory } = this;
-    const { loop } = this.host;
-    const end = chunk.length;
-    let at = 0;
-    // A request that the device answers at once counts, too, until others have had their turn.
-    let requestsLeft = this.host.limits.maxInFlightRequests;
-    while (at < end) {
-      if (payload.left > 0) {
-        const taken = payload.copyFrom(chunk, at);
-        at += taken;
-        this.payloadCame(taken);
-        continue;
-      }
-      if (backPressure.isSaturated(this.isRefusing)) {
-        backPressure.hold(chunk.subarray(at));
-        return;
-      }
-      let isRequest: boolean;
-      if (this.headerFill === 0 && end - at >= headerSize) {
-        if (requestsLeft-- === 0 || loop.mustYield(loopUser, unitsOf(chunk, at, headerSize))) {
-          backPressure.hold(chunk.subarray(at));
-          this.queue();
-          return;
-        }
-        isRequest = this.decode(chunk, at);
-        at += headerSize;
-      } else {
-        const taken = chunk.copy(this.headerBytes, this.headerFill, at, at + headerSize - this.headerFill);
-        this.headerFill += taken;
-        at += taken;
-        if (this.headerFill < headerSize) return;
-        this.headerFill = 0;
-        isRequest = this.decode(this.headerBytes, 0);
-      }
-      if (!isRequest) {
-        this.violation(`bad request magic 0x${request.magic.toString(16)}`);
-        return;
-      }
-      if (request.type === CMD.DISC) {
-        this.stopListening();
-        this.replies.flush();
-        this.host.disconnectRequested();
-        return;
-      }
-
-      this.requests++;
-      const refusal = this.isRefusing ? SHUTTING_DOWN : requestError(request, this.rules);
-      if (this.host.observer.onRequest !== undefined) this.report(refusal);
-
-      const { payloadLength } = request;
-      if (payloadLength > 0) {
-        if (refusal !== undefined) {
-          if (!this.skipPayload(refusal)) return;
-        } else if (end - at >= payloadLength) {
-          const data = chunk.subarray(at, at + payloadLength);
-          at += payloadLength;
-          if (memory.parsed !== undefined) memory.parsed.pins++;
-          this.take(data, memory.parsed);
-        } else if (!payload.begin(payloadLength)) {
-          backPressure.waitForMemory(payloadLength, chunk.subarray(at));
-          return;
-        }
-      } else if (refusal !== undefined) {
-        this.refuse(refusal);
-      } else if (request.length === 0 && request.type !== CMD.FLUSH) {
-        if (request.type === CMD.READ) this.replies.doneEmptyRead(request);
-        else this.dispatch.succeed(request);
-      } else if (!this.hasMemory()) {
-        backPressure.waitForMemory(this.memoryNeeded(), chunk.subarray(at));
-        return;
-      } else {
-        this.dispatch.execute(request, undefined, undefined);
-      }
-    }
-  }
-
-  private decode(source: Buffer, at: number): boolean {
-    return this.extendedHeaders
-      ? decodeExtendedRequest(source, at, this.request)
-      : decodeRequest(source, at, this.request);
-  }
-
-  /** Whether there is memory for the request just decoded, which has no payload. */
-  private hasMemory(): boolean {
-    const { type, length } = this.request;
-    if (type === CMD.READ) return this.replies.hasRoomFor(length);
-    return type !== CMD.BLOCK_STATUS || this.statuses.hasMemory(length);
-  }
-
-  private memoryNeeded(): number {
-    const { type, length } = this.request;
-    return type === CMD.READ ? this.replies.readSize(length) : this.statuses.memoryNeeded(length);
-  }
-
-  /** The payload of the request just decoded is not looked at. False if it is too long for that. */
-  private skipPayload(refusal: Refusal): boolean {
-    const length = this.request.payloadLength;
-    // With extended headers any command may have one: "A server SHOULD initiate hard disconnect if a client … uses a
-    // length larger than a server's advertised … maximum payload length".
-    const most = this.extendedHeaders ? MAX_PAYLOAD : this.host.limits.maxDrainedPayloadBytes;
-    if (length > most) {
-      this.violation(`refused request with a payload of ${length} bytes, more than is drained`);
-      return false;
-    }
-    this.payload.skip(length, refusal);
-    return true;
-  }
-
-  private payloadCame(length: number): void {
-    const { payload } = this;
-    if (!payload.came(length)) return;
-    const { data, block, refusal } = payload;
-    payload.clear();
-    if (data !== undefined) this.take(data, block);
-    else if (refusal !== undefined) this.refuse(refusal);
-  }
-
-  /** The payload of a request that may have one is there: data to be written, or what a block status is about. */
-  private take(payload: Buffer, block: Block | undefined): void {
-    const { request } = this;
-    if (request.type !== CMD.BLOCK_STATUS) {
-      this.dispatch.execute(request, payload, block);
-      return;
-    }
-    decodeStatusPayload(request, payload);
-    const refusal = requestError(request, this.rules);
-    if (refusal !== undefined) this.refuse(refusal);
-    else this.dispatch.execute(request, undefined, undefined);
-    if (block !== undefined) this.memory.unpin(block);
-  }
-
-  private refuse(refusal: Refusal): void {
-    this.requestsInFlight.errors++;
-    this.replies.error(this.request, refusal);
-  }
-
-  private violation(reason: string): void {
-    this.stopListening();
-    this.replies.flush();
-    this.host.protocolViolated(reason);
-  }
-
-  private report(refusal: Refusal | undefined): void {
-    const { type, flags, offset, length } = this.request;
-    this.host.observer.onRequest?.({ id: this.host.id, type, flags, offset, length, refusedWith: refusal?.errno ?? 0 });
-  }
-
-  // --- Going on with what was held back ---
-
-  /** Its turn of the loop has come. */
+  /** Its turn of the event loop has come. */
   serveTurn(): void {
-    this.backPressure.isQueued = false;
-    this.resume();
+    this.#backPressure.isQueued = false;
+    this.#resume();
   }
 
-  private queue(): void {
-    if (!this.isDeaf) this.backPressure.waitForTurn();
+  /** Whether the socket may bring more. */
+  get #mayReceive(): boolean {
+    return this.#backPressure.held === undefined && !this.#isDeaf && !this.#memory.isStarved;
   }
 
-  /** Go on with held input if there is room again, and memory, and time. */
-  private resume(): void {
-    const { backPressure, memory } = this;
-    if (backPressure.held === undefined || this.isDeaf || backPressure.isQueued || this.isFrozen) return;
-    // There was room when the request that is short of memory was decoded. It may not wait with that set aside for it.
-    if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.isRefusing)) return;
-    if (this.host.loop.isSpent) {
-      this.queue();
+  #queue(): void {
+    if (!this.#isDeaf) this.#backPressure.waitForTurn();
+  }
+
+  /** Continue with held input if there are room, memory and time. */
+  #resume(): void {
+    const backPressure = this.#backPressure;
+    const memory = this.#memory;
+    if (backPressure.held === undefined || this.#isDeaf || backPressure.isQueued || this.#isFrozen) return;
+    // There was room when the request that waits for memory was decoded: it must not wait while memory is reserved for it.
+    if (!backPressure.isShortOfMemory && !backPressure.hasRoomAgain(this.#parser.isRefusing)) return;
+    if (this.#host.loop.isSpent) {
+      this.#queue();
       return;
     }
-    if (backPressure.isShortOfMemory && !this.beginWaiting()) return;
+    if (backPressure.isShortOfMemory && !this.#parser.beginWaiting()) return;
     const held = backPressure.release();
-    // What has just begun may have ended the connection.
+    // The request that has just begun may have ended the connection.
     if (held === undefined) return;
     const block = memory.parsed;
-    this.parse(held);
+    this.#parser.parse(held);
     memory.parsed = undefined;
     if (block !== undefined) memory.unpin(block);
-    this.replies.flush();
-    if (backPressure.held === undefined && !this.isDeaf && !memory.isStarved) this.host.socket.resume();
-    this.tellIfIdle();
-  }
-
-  /** Begin the request that waits for memory. False if there still is none. */
-  private beginWaiting(): boolean {
-    const { request, account, backPressure } = this;
-    const hasPayload = request.payloadLength > 0;
-    if (this.isRefusing) {
-      backPressure.endWaits();
-      if (hasPayload) return this.skipPayload(SHUTTING_DOWN);
-      this.refuse(SHUTTING_DOWN);
-      return true;
-    }
-    account.isBeginning = true;
-    try {
-      if (hasPayload ? !this.payload.begin(request.payloadLength) : !this.hasMemory()) return false;
-      if (!hasPayload) this.dispatch.execute(request, undefined, undefined);
-    } finally {
-      account.isBeginning = false;
-    }
-    backPressure.endWaits();
-    return true;
+    this.#replies.flush();
+    if (this.#mayReceive) this.#host.socket.resume();
+    this.#tellIfIdle();
   }
 
   // --- Stopping between two requests ---
 
   /**
-   * Begin no further request; what comes is kept, and the socket is paused. `whenStill` is called once no request is in
-   * flight and all replies are with the socket: then `unread` and `unsent` are the state of the connection. Not to be called
-   * from inside a request.
+   * Begin no further request; input is kept, and the socket is paused. `whenStill` is called once no request is in flight and
+   * all replies are with the socket: then `unread` and `unsent` are the state of the connection. Must not be called from
+   * inside a request.
    */
   freeze(whenStill: () => void): void {
-    const { backPressure } = this;
-    this.isFrozen = true;
-    this.whenStill = whenStill;
-    this.wasShortOfMemory = backPressure.isShortOfMemory;
+    const backPressure = this.#backPressure;
+    this.#isFrozen = true;
+    this.#whenStill = whenStill;
+    this.#wasShortOfMemory = backPressure.isShortOfMemory;
     backPressure.endWaits();
     if (backPressure.held === undefined) backPressure.hold(NOTHING);
-    this.scheduleSettle();
+    this.#scheduleSettle();
   }
 
-  /** Go on as if nothing had been. */
+  /** Continue as if freeze() had not been called. */
   thaw(): void {
-    if (!this.isFrozen) return;
-    this.isFrozen = false;
-    this.scheduleSettle();
-    if (this.wasShortOfMemory) {
-      const { payloadLength } = this.request;
-      this.backPressure.askForMemory(payloadLength > 0 ? payloadLength : this.memoryNeeded());
+    if (!this.#isFrozen) return;
+    this.#isFrozen = false;
+    this.#scheduleSettle();
+    if (this.#wasShortOfMemory) {
+      this.#backPressure.askForMemory(this.#parser.memoryNeeded());
     }
-    this.queue();
+    this.#queue();
   }
 
-  /** While it is frozen: all that was received and not carried out, from the beginning of a request on. */
+  /** While it is frozen: all input that was received and not executed, from the start of a request on. */
   get unread(): Buffer {
-    const { request, payload, extendedHeaders } = this;
-    const held = this.backPressure.held ?? NOTHING;
-    if (this.wasShortOfMemory) return Buffer.concat([encodeHeader(request, extendedHeaders), held]);
-    if (payload.left > 0) {
-      const arrived = payload.arrived(request.payloadLength);
-      return Buffer.concat([encodeHeader(request, extendedHeaders), arrived, held]);
-    }
-    return Buffer.concat([this.headerBytes.subarray(0, this.headerFill), held]);
+    return Buffer.concat([this.#parser.begun(this.#wasShortOfMemory), this.#backPressure.held ?? NOTHING]);
   }
 
-  /** While it is frozen: of the replies given to the socket the last `length` bytes. */
+  /** While it is frozen: the last `length` bytes of the replies given to the socket. */
   unsent(length: number): Buffer {
-    return this.replies.lastBytes(length);
+    return this.#replies.lastBytes(length);
   }
 
-  /** What a server before has answered, and the client has not got: it leaves first. */
+  /** Send replies of an earlier server that the client has not received; before all others. */
   sendFirst(bytes: Uint8Array): void {
-    this.replies.sendFirst(bytes);
+    this.#replies.sendFirst(bytes);
   }
 
-  // --- Its end ---
+  // --- The end ---
 
   /** The server is shutting down: every further request is answered ESHUTDOWN (proto.md, "Terminating …"). */
   refuseNewRequests(): void {
-    this.isRefusing = true;
-    // What is held back is refused, too. Not at once: this may be called from inside a request (see onIdle).
-    this.isHeard = true;
-    this.scheduleSettle();
+    this.#parser.isRefusing = true;
+    // Held input is refused, too. Not at once: this may be called from inside a request (see onIdle).
+    this.#isHeard = true;
+    this.#scheduleSettle();
   }
 
   /**
-   * The server is shutting down: no further request is carried out or answered. A client that connects again repeats them,
-   * while an error it would have to hand on.
+   * The server is shutting down: no further request is executed or answered. A client that reconnects repeats unanswered
+   * requests, but would pass an error on to its user.
    */
   dropNewRequests(): void {
     // Not at once: this may be called from inside a request (see onIdle).
     setImmediate(() => {
       this.stopListening();
-      this.scheduleSettle();
+      this.#scheduleSettle();
     });
   }
 
-  /** Nothing the client sends from now on is looked at. */
+  /** Discard all further input. */
   stopListening(): void {
-    const { payload } = this;
-    this.isDeaf = true;
-    this.isFrozen = false;
-    this.backPressure.drop();
-    this.backPressure.endWaits();
-    // What the socket has been told to receive into is no memory for anybody else, until the socket is gone.
+    const payload = this.#payload;
+    this.#parser.isDeaf = true;
+    this.#isFrozen = false;
+    this.#backPressure.drop();
+    this.#backPressure.endWaits();
+    // Memory that the socket still receives into must not be reused until the socket is closed.
     const { block } = payload;
-    if (block !== undefined && this.memory.target !== 'payload') {
+    if (block !== undefined && this.#memory.target !== 'payload') {
       payload.block = undefined;
-      this.memory.unpin(block);
+      this.#memory.unpin(block);
     }
     payload.data = undefined;
     payload.left = 0;
   }
 
-  /** What is in flight is finished, its replies go nowhere; those that are made already leave. */
+  /** Finish the requests in flight without replies; replies that are complete already leave. */
   dropReplies(): void {
-    this.replies.close();
+    this.#replies.close();
   }
 
-  /** The socket is gone: what is in flight is finished, its replies go nowhere. */
+  /** The socket is closed: the requests in flight are finished without replies. */
   socketClosed(): void {
     this.stopListening();
-    this.memory.close();
-    const { block } = this.payload;
-    this.payload.block = undefined;
-    if (block !== undefined) this.memory.unpin(block);
-    this.replies.close();
+    this.#memory.close();
+    const { block } = this.#payload;
+    this.#payload.block = undefined;
+    if (block !== undefined) this.#memory.unpin(block);
+    this.#replies.close();
   }
 
   /**
-   * `callback` is called once no request is in flight or held back and all replies are with the socket. Never at once:
-   * an observer or a device may close the server in the middle of a request whose reply is being made.
+   * `callback` is called once no request is in flight or held and all replies are with the socket. Never at once: an observer
+   * or a device may close the server in the middle of a request whose reply is being written.
    */
   onIdle(callback: () => void): void {
-    this.whenIdle.push(callback);
-    this.scheduleSettle();
+    this.#whenIdle.push(callback);
+    this.#scheduleSettle();
   }
 
-  /** After the completions of this turn of the event loop: those that finish together leave together. */
-  private scheduleSettle(): void {
-    if (this.isSettleScheduled) return;
-    this.isSettleScheduled = true;
-    setImmediate(this.settle);
+  /** Settle after the completions of this turn of the event loop: replies that finish together leave together. */
+  #scheduleSettle(): void {
+    if (this.#isSettleScheduled) return;
+    this.#isSettleScheduled = true;
+    setImmediate(this.#settle);
   }
 
-  /** Send what is ready, take on what was held, and tell who waits for idleness. */
-  private readonly settle = (): void => {
-    this.isSettleScheduled = false;
-    this.replies.flush();
-    this.resume();
-    this.tellIfIdle();
+  /** Send what is ready, continue with held input, and call those that wait for idleness. */
+  readonly #settle = (): void => {
+    this.#isSettleScheduled = false;
+    this.#replies.flush();
+    this.#resume();
+    this.#tellIfIdle();
   };
 
-  private tellIfIdle(): void {
+  #tellIfIdle(): void {
     if (this.inFlight > 0) return;
-    if (this.isFrozen) {
-      this.whenStill?.();
+    if (this.#isFrozen) {
+      this.#whenStill?.();
       return;
     }
-    if (this.whenIdle.length === 0) return;
-    const { backPressure } = this;
-    // What was asked is owed an answer, or a refusal; but who is shut out and reads nothing may not hold up the shutdown.
-    if (backPressure.held !== undefined && !(this.isRefusing && backPressure.isSaturated(true))) return;
-    // Being shut out, a client is heard as long as it goes on asking: until a turn of the loop brings nothing new.
-    if (this.isRefusing && this.isHeard && !this.isDeaf) {
-      this.isHeard = false;
-      this.scheduleSettle();
+    if (this.#whenIdle.length === 0) return;
+    const backPressure = this.#backPressure;
+    // Every request that was received is answered or refused; but a refused client that reads nothing must not delay the shutdown.
+    if (backPressure.held !== undefined && !(this.#parser.isRefusing && backPressure.isSaturated(true))) return;
+    // During the shutdown requests are refused as long as they keep arriving: until a turn of the loop brings no input.
+    if (this.#parser.isRefusing && this.#isHeard && !this.#isDeaf) {
+      this.#isHeard = false;
+      this.#scheduleSettle();
       return;
     }
-    const callbacks = this.whenIdle;
-    this.whenIdle = [];
+    const callbacks = this.#whenIdle;
+    this.#whenIdle = [];
     for (const callback of callbacks) callback();
   }
-}
-
-/** How much work the request is whose header lies in `chunk` from `at` on, for LoopShare.mustYield. */
-function unitsOf(chunk: Buffer, at: number, headerSize: number): number {
-  // The low byte of the type. What is neither read nor written may be about a whole disk.
-  if ((chunk[at + 7] as number) > CMD.WRITE) return UNITS_PER_LOOK;
-  // The length in steps of 64 KiB: bytes of its low half.
-  const length = at + headerSize - 4;
-  return 1 + (((chunk[length] as number) << 8) | (chunk[length + 1] as number));
 }

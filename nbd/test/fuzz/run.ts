@@ -29,14 +29,15 @@ export async function fuzz(firstSeed: number, inputs: number, progress?: (done: 
   const began = Date.now();
   const server = new ServerFuzzer();
   let largestMemoryBytes = 0;
-  let stray: unknown;
-  const onStray = (error: unknown): void => void (stray ??= error);
+  const strays: Error[] = [];
+  const onStray = (error: unknown): void => void strays.push(error instanceof Error ? error : new Error(String(error)));
   process.on('uncaughtException', onStray).on('unhandledRejection', onStray);
   try {
     for (let index = 0; index < inputs; index++) {
       const seed = firstSeed + index;
       try {
         await within(INPUT_BOUND_MS, seed % 2 === 0 ? server.run(seed) : runClientInput(seed));
+        const [stray] = strays;
         if (stray !== undefined) throw stray;
       } catch (error) {
         throw new FuzzFailure(seed, error);

@@ -73,14 +73,14 @@ export class ServerFuzzer {
     const { input, handshakeBytes } = this.input(random);
     const ends = connectedEnds();
     const output: Buffer[] = [];
-    let isOver = false;
+    const ended = { isOver: false };
     ends.client.on('data', (chunk: Buffer) => output.push(chunk));
     const over = new Promise<void>((resolve) => {
       ends.client
         .on('end', resolve)
         .on('close', resolve)
         .on('error', () => undefined);
-    }).then(() => void (isOver = true));
+    }).then(() => void (ended.isOver = true));
     const id = this.server.serveConnection(ends.server);
     if (id === undefined) throw new Error('the connection was not served');
 
@@ -90,7 +90,7 @@ export class ServerFuzzer {
       ? random.split(input)
       : [...random.split(input.subarray(0, handshakeBytes)), ...random.split(input.subarray(handshakeBytes))];
     for (const piece of pieces) {
-      if (isOver) break;
+      if (ended.isOver) break;
       ends.client.write(piece);
       if (random.oneIn(4)) await new Promise(setImmediate);
     }

@@ -1,0 +1,270 @@
+/**
+ * The option phase, client side: greeting, options, and what they agreed on (proto.md, "Fixed newstyle negotiation", "Option
+ * types"). It owns the bytes received until an export is open, and the meta contexts that were selected; it neither opens
+ * nor closes the socket.
+ */
+
+import type { Duplex } from 'node:stream';
+import { ALLOCATION_CONTEXT, type ExportInfo } from '../block-device.js';
+import { ByteReader } from '../protocol/byte-reader.js';
+import {
+  decodeString,
+  encodeInfoRequest,
+  encodeMetaQueries,
+  encodeOption,
+  EXPORT_NAME_PADDING,
+  GREETING_SIZE,
+  HANDSHAKE_FLAG,
+  INFO,
+  NBD_MAGIC_HIGH,
+  NBD_MAGIC_LOW,
+  OPT,
+  OPTION_MAGIC_HIGH,
+  OPTION_MAGIC_LOW,
+  OPTION_REPLY_HEADER_SIZE,
+  OPTION_REPLY_MAGIC_HIGH,
+  OPTION_REPLY_MAGIC_LOW,
+  readUInt64,
+  REP,
+  REP_ERROR_BIT,
+  TRANSMISSION_FLAG,
+} from '../protocol/wire.js';
+import { NbdClientError, type NbdClientErrorCode } from './client-error.js';
+import { makeDetails, type ExportDetails } from './export-details.js';
+import type { ReplyLevel } from './reply-reader.js';
+
+/** An option reply of more bytes is not believed. */
+const MAX_OPTION_REPLY_BYTES = 64 * 1024;
+/** Nor are more replies to one option, or more bytes of them together. */
+const MAX_OPTION_REPLIES = 64 * 1024;
+const MAX_OPTION_REPLIES_BYTES = 16 * 1024 * 1024;
+const OPTION_ERROR_CODES: ReadonlyMap<number, NbdClientErrorCode> = new Map<number, NbdClientErrorCode>([
+  [REP.ERR_UNSUP, 'UNSUPPORTED'],
+  [REP.ERR_POLICY, 'POLICY'],
+  [REP.ERR_INVALID, 'INVALID'],
+  [REP.ERR_TLS_REQD, 'TLS_REQUIRED'],
+  [REP.ERR_UNKNOWN, 'UNKNOWN_EXPORT'],
+  [REP.ERR_SHUTDOWN, 'ESHUTDOWN'],
+]);
+
+interface OptionReply {
+  readonly type: number;
+  readonly data: Buffer;
+}
+
+export class OptionPhase {
+  /** The kind of replies that was negotiated; undefined before the first option that depends on it. */
+  level: ReplyLevel | undefined;
+  /** The contexts selected, with the ids that stand for them. */
+  readonly contextIds = new Map<string, number>();
+  canFilterContexts = false;
+
+  readonly #reader: ByteReader;
+  readonly #wantedLevel: ReplyLevel | undefined;
+  readonly #violated: (message: string) => NbdClientError;
+  #socket: Duplex;
+  #noZeroes = false;
+  #contextExport: string | undefined;
+  #isOver = false;
+
+  /** @param violated called when the server breaks the protocol: it ends the connection, and what it returns is thrown */
+  constructor(socket: Duplex, wantedLevel: ReplyLevel | undefined, violated: (message: string) => NbdClientError) {
+    this.#socket = socket;
+    this.#reader = new ByteReader(socket);
+    this.#wantedLevel = wantedLevel;
+    this.#violated = violated;
+  }
+
+  readonly feed = (chunk: Buffer): void => this.#reader.feed(chunk);
+
+  /** Bytes that arrived and were not read yet. */
+  get unread(): number {
+    return this.#reader.unread;
+  }
+
+  /** The bytes to come are those under TLS. */
+  moveTo(socket: Duplex): void {
+    this.#socket = socket;
+    this.#reader.moveTo(socket);
+  }
+
+  /** The connection is of no use any more: an option that waits for its reply fails with `error`. */
+  fail(error: NbdClientError): void {
+    this.#isOver = true;
+    this.#reader.fail(error);
+  }
+
+  /** The phase is over. Returns what came behind the last option reply. */
+  end(): Buffer {
+    this.#isOver = true;
+    return this.#reader.takeRest();
+  }
+
+  async greet(): Promise<void> {
+    const greeting = await this.#reader.read(GREETING_SIZE);
+    if (
+      greeting.readUInt32BE(0) !== NBD_MAGIC_HIGH ||
+      greeting.readUInt32BE(4) !== NBD_MAGIC_LOW ||
+      greeting.readUInt32BE(8) !== OPTION_MAGIC_HIGH ||
+      greeting.readUInt32BE(12) !== OPTION_MAGIC_LOW
+    ) {
+      throw this.#violated('not a newstyle NBD server');
+    }
+    const offered = greeting.readUInt16BE(16);
+    if ((offered & HANDSHAKE_FLAG.FIXED_NEWSTYLE) === 0) throw this.#violated('the server is not fixed newstyle');
+    const flags = Buffer.alloc(4);
+    flags.writeUInt32BE(offered & (HANDSHAKE_FLAG.FIXED_NEWSTYLE | HANDSHAKE_FLAG.NO_ZEROES), 0);
+    this.#noZeroes = (offered & HANDSHAKE_FLAG.NO_ZEROES) !== 0;
+    this.#socket.write(flags);
+  }
+
+  /** Once, as late as possible: what was negotiated before TLS would not count. */
+  async #negotiateReplies(): Promise<void> {
+    if (this.level !== undefined) return;
+    const wanted = this.#wantedLevel;
+    const accepts = (option: number): Promise<boolean> => unlessRefused(this.ask(option, Buffer.alloc(0)));
+    if ((wanted ?? 'extended') === 'extended' && (await accepts(OPT.EXTENDED_HEADERS))) this.level = 'extended';
+    else if ((wanted ?? 'structured') === 'structured' && (await accepts(OPT.STRUCTURED_REPLY)))
+      this.level = 'structured';
+    else if ((wanted ?? 'simple') === 'simple') this.level = 'simple';
+    else throw new NbdClientError('UNSUPPORTED', `the server does not speak with ${wanted} replies`);
+  }
+
+  #metaContexts(replies: readonly OptionReply[]): { readonly id: number; readonly name: string }[] {
+    return replies.map(({ type, data }) => {
+      const name = type === REP.META_CONTEXT && data.length > 4 ? decodeString(data.subarray(4)) : undefined;
+      if (name === undefined) throw this.#violated('a malformed meta context');
+      return { id: data.readUInt32BE(0), name };
+    });
+  }
+
+  /** The exports the server lists (NBD_OPT_LIST). */
+  async list(): Promise<ExportInfo[]> {
+    const exports: ExportInfo[] = [];
+    for (const { type, data } of await this.ask(OPT.LIST, Buffer.alloc(0))) {
+      if (type !== REP.SERVER) continue;
+      const nameLength = data.length >= 4 ? data.readUInt32BE(0) : Infinity;
+      if (nameLength > data.length - 4) throw this.#violated('a malformed list entry');
+      const name = decodeString(data.subarray(4, 4 + nameLength));
+      const description = decodeString(data.subarray(4 + nameLength));
+      if (name === undefined || description === undefined) throw this.#violated('a list entry that is no text');
+      exports.push({ name, description });
+    }
+    return exports;
+  }
+
+  async info(exportName: string): Promise<ExportDetails> {
+    await this.#negotiateReplies();
+    return this.#details(await this.ask(OPT.INFO, infoQuery(exportName)));
+  }
+
+  async listContexts(exportName: string, queries: readonly string[]): Promise<string[]> {
+    await this.#negotiateReplies();
+    const replies = await this.ask(OPT.LIST_META_CONTEXT, encodeMetaQueries(exportName, queries));
+    return this.#metaContexts(replies).map(({ name }) => name);
+  }
+
+  async selectContexts(exportName: string, names: readonly string[]): Promise<void> {
+    await this.#negotiateReplies();
+    this.contextIds.clear();
+    const replies = await this.ask(OPT.SET_META_CONTEXT, encodeMetaQueries(exportName, names));
+    for (const { id, name } of this.#metaContexts(replies)) {
+      if (new Set(this.contextIds.values()).has(id)) throw this.#violated('two meta contexts with the same id');
+      // What nobody asked for must be counted with, since it is answered for, but has no name here.
+      this.contextIds.set(name, id);
+    }
+    this.#contextExport = exportName;
+  }
+
+  /** See NbdClient.go. */
+  async open(exportName: string): Promise<ExportDetails> {
+    await this.#negotiateReplies();
+    if (this.level !== 'simple' && this.#contextExport !== exportName) {
+      await unlessRefused(this.selectContexts(exportName, [ALLOCATION_CONTEXT]));
+    }
+    try {
+      return this.#details(await this.ask(OPT.GO, infoQuery(exportName)));
+    } catch (error) {
+      if (!(error instanceof NbdClientError) || error.code !== 'UNSUPPORTED' || this.level === 'extended') throw error;
+      return this.#openByName(exportName);
+    }
+  }
+
+  /** Send an option; its replies up to the acknowledgement. Throws what an error reply says. */
+  async ask(option: number, data: Buffer): Promise<OptionReply[]> {
+    if (this.#isOver) throw new NbdClientError('CLOSED', 'options may only be sent before go()');
+    this.#socket.write(encodeOption(option, data));
+    const replies: OptionReply[] = [];
+    let bytes = 0;
+    for (;;) {
+      const header = await this.#reader.read(OPTION_REPLY_HEADER_SIZE);
+      const length = header.readUInt32BE(16);
+      if (
+        header.readUInt32BE(0) !== OPTION_REPLY_MAGIC_HIGH ||
+        header.readUInt32BE(4) !== OPTION_REPLY_MAGIC_LOW ||
+        header.readUInt32BE(8) !== option ||
+        length > MAX_OPTION_REPLY_BYTES ||
+        replies.length >= MAX_OPTION_REPLIES ||
+        (bytes += length) > MAX_OPTION_REPLIES_BYTES
+      ) {
+        throw this.#violated('a malformed option reply');
+      }
+      const reply = { type: header.readUInt32BE(12), data: await this.#reader.read(length) };
+      if (reply.type === REP.ACK) return replies;
+      if (reply.type >= REP_ERROR_BIT) {
+        const message = decodeString(reply.data) || `option ${option} was refused`;
+        throw new NbdClientError(OPTION_ERROR_CODES.get(reply.type) ?? 'REFUSED', message);
+      }
+      replies.push(reply);
+    }
+  }
+
+  async #openByName(exportName: string): Promise<ExportDetails> {
+    this.#socket.write(encodeOption(OPT.EXPORT_NAME, Buffer.from(exportName)));
+    const reply = await this.#reader.read(10 + (this.#noZeroes ? 0 : EXPORT_NAME_PADDING));
+    return makeDetails(readUInt64(reply, 0), reply.readUInt16BE(8));
+  }
+
+  #details(replies: readonly OptionReply[]): ExportDetails {
+    let details: ExportDetails | undefined;
+    let transmissionFlags = 0;
+    let sizes = {};
+    let name: string | undefined;
+    let description: string | undefined;
+    for (const { type, data } of replies) {
+      if (type !== REP.INFO || data.length < 2) continue;
+      const info = data.readUInt16BE(0);
+      if (info === INFO.EXPORT && data.length === 12) {
+        transmissionFlags = data.readUInt16BE(10);
+        details = makeDetails(readUInt64(data, 2), transmissionFlags);
+      }
+      if (info === INFO.NAME) name = decodeString(data.subarray(2));
+      if (info === INFO.DESCRIPTION) description = decodeString(data.subarray(2));
+      if (info === INFO.BLOCK_SIZE && data.length === 14) {
+        sizes = {
+          minimumBlockSize: data.readUInt32BE(2),
+          preferredBlockSize: data.readUInt32BE(6),
+          maximumPayload: data.readUInt32BE(10),
+        };
+      }
+    }
+    if (details === undefined) throw this.#violated('the server did not tell the size of the export');
+    this.canFilterContexts = (transmissionFlags & TRANSMISSION_FLAG.BLOCK_STATUS_PAYLOAD) !== 0;
+    return { ...details, ...sizes, name, description };
+  }
+}
+
+/** Whether an option was accepted; false if the server refused it and the connection goes on. */
+async function unlessRefused(option: Promise<unknown>): Promise<boolean> {
+  try {
+    await option;
+    return true;
+  } catch (error) {
+    if (!(error instanceof NbdClientError) || error.code === 'PROTOCOL' || error.code === 'CLOSED') throw error;
+    return false;
+  }
+}
+
+function infoQuery(exportName: string): Buffer {
+  return encodeInfoRequest(exportName, [INFO.NAME, INFO.DESCRIPTION, INFO.BLOCK_SIZE]);
+}

@@ -1,0 +1,46 @@
+/** What a connection is given: what all connections of its event loop share, and what is its own. */
+
+import type { Duplex } from 'node:stream';
+import type { ExportProvider, Peer } from '../block-device.js';
+import type { ServerTls } from '../protocol/tls.js';
+import type { BufferPool } from './buffer-pool.js';
+import type { HeldSockets } from './held-sockets.js';
+import type { InPlaceSocket } from './in-place-socket.js';
+import type { Limits } from './limits.js';
+import type { LoopShare } from './loop-share.js';
+import type { LoopTime } from './loop-time.js';
+import type { NegotiatedState } from './negotiated-state.js';
+import type { ServerObserver } from './observer.js';
+import type { OffenderCounts } from './offenders.js';
+import type { Progress } from './serving-loop.js';
+
+/** What is one for all connections of an event loop. */
+export interface LoopResources {
+  readonly provider: ExportProvider;
+  readonly limits: Limits;
+  readonly observer: ServerObserver;
+  readonly pool: BufferPool;
+  readonly loop: LoopShare;
+  readonly time: LoopTime;
+  readonly offenders: OffenderCounts;
+  readonly heldSockets: HeldSockets;
+}
+
+/** What is this connection's alone. */
+export interface ConnectionOptions {
+  readonly id: number;
+  readonly socket: Duplex;
+  readonly peer: Peer;
+  /** Bytes already received on the socket, by whoever accepted it. */
+  readonly head?: Buffer | undefined;
+  /** The socket's way to receive into memory of ours, if it has one. */
+  readonly inPlace?: InPlaceSocket | undefined;
+  /** Undefined: this peer is not offered TLS. */
+  readonly tls: ServerTls | undefined;
+  /** Whose violations are counted together with this peer's; undefined: they are not counted. */
+  readonly offender: string | undefined;
+  /** Told how it gets on; undefined: nobody counts it. */
+  readonly progress?: Progress | undefined;
+  /** Where another server has left it. Undefined: it begins with the greeting. */
+  readonly state?: NegotiatedState | undefined;
+}
