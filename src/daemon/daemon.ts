@@ -21,10 +21,10 @@ import { reasonOf } from '../system/system-error.js';
 import { checkNewVdi } from '../vdi/catalog.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import { specOf } from '../vdi/names.js';
-import { ClosedWindows } from './closed-windows.js';
-import { ServerConnections } from './connected.js';
-import { ConnectionLog, labelOf } from './connection-log.js';
-import { ControlServer } from './control-server.js';
+import { ClosedWindows } from './dead-peer-timeouts.js';
+import { ServerConnections } from './server-connections.js';
+import { ConnectionLog, labelOf } from './log/connection-log.js';
+import { ControlServer } from './control/control-server.js';
 import {
   DISCONNECT_WAIT_MS,
   type ConnectionStatus,
@@ -32,8 +32,8 @@ import {
   type StatusAnswer,
 } from '../operations/control-protocol.js';
 import { divideDescriptors, shortageOf, tooFew, type DescriptorBudget } from './descriptor-budget.js';
-import { exposureOf } from './exposure.js';
-import { logFailures, logOfPeers, logOfStore } from './failure-log.js';
+import { exposureOf } from './security/listener-exposure.js';
+import { logFailures, logOfPeers, logOfStore } from './log/failure-log.js';
 import { exportUri, formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import { openDirectly } from '../operations/open-directly.js';
 import { whileLocked } from '../operations/open-operations.js';
@@ -46,12 +46,12 @@ import {
   controlSocketOf,
   makeSocketDirectory,
 } from '../operations/default-paths.js';
-import { LoggedExports } from './refusal-log.js';
-import { causeOf, RepeatedLines, times } from './repeated-lines.js';
-import { Security, type ReloadReport, type SecurityConfiguration } from './security.js';
+import { LoggedExports } from './log/refusal-log.js';
+import { causeOf, RepeatedLines, times } from './log/repeated-lines.js';
+import { Security, type ReloadReport, type SecurityConfiguration } from './security/security.js';
 import { boundAddress, peerCredentials } from '../system/socket-calls.js';
 import { trustedSocket } from '../operations/socket-trust.js';
-import { refuseUsedSocket, socketState } from '../operations/stale-socket.js';
+import { refuseUsedSocket, socketState } from '../operations/socket-state.js';
 import type { InheritedSocket } from './systemd.js';
 
 /** How long requests in flight may take to finish when the daemon stops. */

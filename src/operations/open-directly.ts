@@ -10,7 +10,7 @@ import { DirectOperations } from './direct-operations.js';
 import { loadEverything, type StoreLocation } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { stateDirectory } from './default-paths.js';
-import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
+import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './run-as-owner.js';
 
 export interface DirectPlace extends Pick<StoreLocation, 'store' | 'log' | 'options' | 'mayCreate'> {
   /** This process serves the store, and nobody else on this machine does. */
@@ -40,7 +40,7 @@ type OpenedStore = DirectOperations & {
 };
 
 /**
- * The store, opened by this process; one of another user's by root as that user (store-owner.ts). Errors: StoreError;
+ * The store, opened by this process; one of another user's by root as that user (run-as-owner.ts). Errors: StoreError;
  * OWNER, PERMISSION.
  */
 export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {

@@ -12,7 +12,7 @@ import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
 import { checkSocketPath, controlSocketOf } from './default-paths.js';
-import { socketState } from './stale-socket.js';
+import { socketState } from './socket-state.js';
 
 /**
  * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a

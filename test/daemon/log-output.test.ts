@@ -8,7 +8,7 @@ import net from 'node:net';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { LogOutput, WAITING_BYTES } from '../../src/daemon/log-output.js';
+import { LogOutput, WAITING_BYTES } from '../../src/daemon/log/log-output.js';
 import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const LINE = `${'x'.repeat(199)}\n`;

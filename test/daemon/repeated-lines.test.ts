@@ -8,7 +8,7 @@ import {
   MAX_SUBJECTS,
   RepeatedLines,
   times,
-} from '../../src/daemon/repeated-lines.js';
+} from '../../src/daemon/log/repeated-lines.js';
 import { StoreError } from '../../src/store/object-store.js';
 
 /** A line may be a check's interval late. */

@@ -5,7 +5,7 @@
  * as there is room. Changes no mode of a descriptor that others share.
  */
 import fs from 'node:fs';
-import { isWritable, sendNow } from '../system/socket-calls.js';
+import { isWritable, sendNow } from '../../system/socket-calls.js';
 
 /** What may wait to be written. A line has some 200 bytes. */
 export const WAITING_BYTES = 2 ** 20;

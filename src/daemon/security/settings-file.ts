@@ -5,7 +5,7 @@
  */
 import { constants } from 'node:fs';
 import fs from 'node:fs/promises';
-import { reasonOf } from '../system/system-error.js';
+import { reasonOf } from '../../system/system-error.js';
 
 /** Ten thousand rules, or a long chain of certificates; revocation lists are the longest. */
 export const MAX_SETTINGS_BYTES = 16 * 2 ** 20;

@@ -7,7 +7,7 @@ import { createPrivateKey, X509Certificate } from 'node:crypto';
 import path from 'node:path';
 import tls from 'node:tls';
 import type { TlsMaterial, TlsMode } from 'nbd-server-ts';
-import { OperationError } from '../operations/operations.js';
+import { OperationError } from '../../operations/operations.js';
 import {
   readSettings,
   SettingsError,
@@ -15,7 +15,7 @@ import {
   warningOfSecret,
   warningOfWritable,
   type SettingsFile,
-} from './read-settings.js';
+} from './settings-file.js';
 
 export interface TlsConfiguration {
   readonly mode: TlsMode;

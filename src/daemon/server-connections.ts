@@ -7,7 +7,7 @@ import type { Duplex } from 'node:stream';
 import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
 import type { Connected } from '../export/writers.js';
 import { isRunning, processKey } from '../system/process-identity.js';
-import { UNANSWERED } from './closed-windows.js';
+import { UNANSWERED } from './dead-peer-timeouts.js';
 import { askOften, hasPeerEnded, msSinceHeard, sendState } from '../system/socket-calls.js';
 
 /**

@@ -1,6 +1,6 @@
 /** Errors of the operating system about a file that the operator has named, as the expected failures that they are. */
 import { isSystemError, systemMessage } from '../system/system-error.js';
-import { OperationError } from './operations.js';
+import { OperationError } from '../operations/operations.js';
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);

@@ -17,20 +17,20 @@ import {
   type Disconnected,
   type ErrorAnswer,
   type StatusAnswer,
-} from '../operations/control-protocol.js';
-import type { DirectOperations } from '../operations/direct-operations.js';
-import { answerList } from './list-answer.js';
-import type { ReloadReport } from './security.js';
-import { FILLERS, type Redundancy } from '../store/object-store.js';
-import { parseRedundancy, REDUNDANCY_HELP } from '../store/redundancy.js';
-import { asOperationError, OperationError, type Beginning } from '../operations/operations.js';
+} from '../../operations/control-protocol.js';
+import type { DirectOperations } from '../../operations/direct-operations.js';
+import { answerList } from './streamed-list.js';
+import type { ReloadReport } from '../security/security.js';
+import { FILLERS, type Redundancy } from '../../store/object-store.js';
+import { parseRedundancy, REDUNDANCY_HELP } from '../../store/redundancy.js';
+import { asOperationError, OperationError, type Beginning } from '../../operations/operations.js';
 import {
   controlSocketOf,
   makeSocketDirectory,
   socketAddress,
   type SocketAddress,
-} from '../operations/default-paths.js';
-import { removeStaleSocket } from '../operations/stale-socket.js';
+} from '../../operations/default-paths.js';
+import { removeStaleSocket } from '../../operations/socket-state.js';
 
 /** Only the daemon's user, and root, may send commands. */
 const DEFAULT_CONTROL_MODE = 0o600;

@@ -3,7 +3,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { exposureOf } from '../../src/daemon/exposure.js';
+import { exposureOf } from '../../src/daemon/security/listener-exposure.js';
 import type { ListenAddress } from '../../src/daemon/listen-address.js';
 import { BIN, ended, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 

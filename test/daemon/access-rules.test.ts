@@ -1,7 +1,7 @@
 /** The access file: what its lines mean, what is wrong with a wrong one, and what a peer gets to see. */
 import { describe, expect, test } from 'vitest';
 import { ExportError, type CompleteDevice, type Geometry, type Peer } from 'nbd-server-ts';
-import { AccessRules, parseAccess } from '../../src/daemon/access.js';
+import { AccessRules, parseAccess } from '../../src/daemon/security/access-rules.js';
 import { AuthorisedExports, type SubjectExports } from '../../src/export/authorised-exports.js';
 import { subjectText } from '../../src/export/export-name.js';
 import { formatSpec, parseSpec } from '../../src/vdi/names.js';

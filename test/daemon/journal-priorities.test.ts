@@ -6,7 +6,7 @@ import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { isJournal, withPriorities } from '../../src/daemon/journal.js';
+import { isJournal, withPriorities } from '../../src/daemon/log/journal-priorities.js';
 import {
   BIN,
   ended,

@@ -5,7 +5,7 @@
  */
 import type { Logger } from 'pino';
 import { ExportError, type Awaitable, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
-import { CatalogError, type CatalogErrorCode } from '../vdi/catalog-error.js';
+import { CatalogError, type CatalogErrorCode } from '../../vdi/catalog-error.js';
 import { identityOf, originOf } from './connection-log.js';
 import { causeOf, counted, times, type RepeatedLines, type Repetition } from './repeated-lines.js';
 

@@ -3,10 +3,10 @@
  * Owns the pair that is in force; a reload replaces each if its files are good, and leaves it if they are not.
  */
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
-import { AuthorisedExports, type Access, type SubjectExports } from '../export/authorised-exports.js';
-import { AccessRules, parseAccess } from './access.js';
-import { OperationError } from '../operations/operations.js';
-import { readSettings, SettingsError, textOf, warningOfWritable } from './read-settings.js';
+import { AuthorisedExports, type Access, type SubjectExports } from '../../export/authorised-exports.js';
+import { AccessRules, parseAccess } from './access-rules.js';
+import { OperationError } from '../../operations/operations.js';
+import { readSettings, SettingsError, textOf, warningOfWritable } from './settings-file.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
 
 export interface SecurityConfiguration {

@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
+import { formatListenAddress, isLocalOnly, type ListenAddress } from '../listen-address.js';
 import type { SecurityConfiguration } from './security.js';
 
 const WRITTEN_BY_ALL = 0o002;

@@ -4,10 +4,10 @@
  */
 import net from 'node:net';
 import type { Peer } from 'nbd-server-ts';
-import type { Access, AccessPolicy } from '../export/authorised-exports.js';
-import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../export/exclusive.js';
-import { decodePercent } from '../vdi/names.js';
-import { OperationError } from '../operations/operations.js';
+import type { Access, AccessPolicy } from '../../export/authorised-exports.js';
+import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../../export/exclusive.js';
+import { decodePercent } from '../../vdi/names.js';
+import { OperationError } from '../../operations/operations.js';
 
 /** One thing a rule asks of a peer. */
 export type Source =

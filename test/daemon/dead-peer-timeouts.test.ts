@@ -1,7 +1,7 @@
 /** A TCP client that does not read is no client that is gone. */
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
-import { ClosedWindows } from '../../src/daemon/closed-windows.js';
+import { ClosedWindows } from '../../src/daemon/dead-peer-timeouts.js';
 import { sendState, setUserTimeout } from '../../src/system/socket-calls.js';
 import { waitUntil } from '../harness/daemon.js';
 

@@ -4,8 +4,8 @@
  * does not fill the log: of each cause on each disk a line at once, and then one in a while that says how many there were.
  */
 import type { Logger } from 'pino';
-import { deviceFailures, type DeviceFailure } from '../export/device-failures.js';
-import { CatalogError } from '../vdi/catalog-error.js';
+import { deviceFailures, type DeviceFailure } from '../../export/device-failures.js';
+import { CatalogError } from '../../vdi/catalog-error.js';
 import { identityOf } from './connection-log.js';
 import { causeOf, counted, times, type RepeatedLines } from './repeated-lines.js';
 

@@ -3,7 +3,7 @@
  * expects, for the answer to its last step may have been lost.
  */
 import { NOUNS } from '../vdi/unfinished.js';
-import type { Operations, VdiRecord } from './operations.js';
+import type { Operations, VdiRecord } from '../operations/operations.js';
 
 /** `begun`: what `begin` has answered. `isFinishing`: it is `finish` that has failed, or seemed to. */
 export async function whatIsLeft(
