@@ -1,7 +1,9 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import type { Logger } from 'pino';
-import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
+import type { KeptVdi } from '../daemon/create-missing.js';
+import type { Daemon } from '../daemon/daemon.js';
+import type { DaemonConfiguration } from '../daemon/daemon-configuration.js';
 import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
 import type { LogOutput } from '../daemon/log/log-output.js';

@@ -10,9 +10,9 @@ import { sendState, setUserTimeout } from '../system/socket-calls.js';
 /** How often is looked: several times before the shortest time-out there can be is over. */
 const LOOK_MS = 3_000;
 /** Questions without answer. One may be on its way just now; the kernel asks the next one up to two minutes later. */
-export const UNANSWERED = 2;
+export const GONE_AFTER_PROBES = 2;
 
-export class ClosedWindows {
+export class DeadPeerTimeouts {
   /** Those without a time-out are true. */
   readonly #sockets = new Map<net.Socket, boolean>();
   readonly #timer: NodeJS.Timeout;
@@ -42,7 +42,7 @@ export class ClosedWindows {
       if (state.isWindowClosed !== isWaiting) {
         setUserTimeout(socket, state.isWindowClosed ? 0 : this.#timeoutMs);
         this.#sockets.set(socket, state.isWindowClosed);
-      } else if (isWaiting && state.unansweredProbes >= UNANSWERED && state.lastAckMs >= this.#timeoutMs) {
+      } else if (isWaiting && state.unansweredProbes >= GONE_AFTER_PROBES && state.lastAckMs >= this.#timeoutMs) {
         socket.destroy(new Error(`the peer does not answer, for ${Math.round(state.lastAckMs / 1000)} s`));
       }
     }

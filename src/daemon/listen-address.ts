@@ -4,7 +4,7 @@
  */
 import net from 'node:net';
 import path from 'node:path';
-import { MAX_SOCKET_PATH_BYTES } from '../operations/default-paths.js';
+import { MAX_SOCKET_PATH_BYTES } from '../operations/socket-address.js';
 
 const DEFAULT_PORT = 10809; // NBD's, assigned by IANA
 

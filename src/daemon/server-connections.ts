@@ -7,7 +7,7 @@ import type { Duplex } from 'node:stream';
 import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
 import type { Connected } from '../export/writers.js';
 import { isRunning, processKey } from '../system/process-identity.js';
-import { UNANSWERED } from './dead-peer-timeouts.js';
+import { GONE_AFTER_PROBES } from './dead-peer-timeouts.js';
 import { askOften, hasPeerEnded, msSinceHeard, sendState } from '../system/socket-calls.js';
 
 /**
@@ -108,7 +108,7 @@ async function answersWithin(socket: net.Socket, ms: number): Promise<boolean> {
  */
 function isOnlyFull(socket: net.Socket): boolean {
   const state = sendState(socket);
-  return state !== undefined && state.isWindowClosed && state.unansweredProbes < UNANSWERED;
+  return state !== undefined && state.isWindowClosed && state.unansweredProbes < GONE_AFTER_PROBES;
 }
 
 function socketOf(stream: Duplex | undefined): net.Socket | undefined {

@@ -15,7 +15,7 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import { OperationError } from './operations.js';
-import { socketAddress } from './default-paths.js';
+import { socketAddress } from './socket-address.js';
 import { peerUid } from '../system/socket-calls.js';
 import { mustBeTrusted, trustedSocket } from './socket-trust.js';
 

@@ -54,6 +54,16 @@ export interface Disconnected {
   readonly inFlight: number;
 }
 
+/** What a reload has found: what is in force now, and what is not because its file is wrong. */
+export interface ReloadReport {
+  /** "TLS keys", "access rules": those that there are and that were good. */
+  readonly reloaded: readonly string[];
+  /** Access rules in force; null without an access file. */
+  readonly rules: number | null;
+  readonly failures: readonly string[];
+  readonly warnings: readonly string[];
+}
+
 export interface StatusAnswer {
   readonly version: string;
   readonly pid: number;

@@ -14,14 +14,6 @@ import { OperationError } from './operations.js';
 
 type Environment = Readonly<Record<string, string | undefined>>;
 
-/** sockaddr_un.sun_path holds 108 bytes including the terminating NUL. */
-export const MAX_SOCKET_PATH_BYTES = 107;
-
-/** What stands before the last name of a longer path; no descriptor has a larger number. */
-const DESCRIPTOR_PREFIX = '/proc/self/fd/4294967295/';
-/** Of the last name in a path that is longer than MAX_SOCKET_PATH_BYTES. */
-export const MAX_SOCKET_NAME_BYTES = MAX_SOCKET_PATH_BYTES - DESCRIPTOR_PREFIX.length;
-
 const CONTROL_SOCKET = 'control.sock';
 
 /** The local store that is used if neither --store nor SHEEPGATE_STORE is given. */
@@ -120,37 +112,4 @@ function mustBeOurs(directory: string, uid: number): void {
     `${directory} is not a directory that only this user can write to; remove it, or set XDG_RUNTIME_DIR, or --listen and ` +
       '--control, to have the sockets elsewhere',
   );
-}
-
-/** A unix socket's path in a form that bind(2) and connect(2) take, however long the path is. */
-export interface SocketAddress {
-  readonly path: string;
-  /** Call when neither bind nor connect will be tried again. */
-  release(): void;
-}
-
-/** Errors: BAD_USAGE if no socket can have this path; Node would make one with a shorter name, without a word. */
-export function checkSocketPath(socketPath: string): void {
-  const bytes = Buffer.byteLength(socketPath);
-  const nameBytes = Buffer.byteLength(path.basename(socketPath));
-  if (bytes <= MAX_SOCKET_PATH_BYTES || nameBytes <= MAX_SOCKET_NAME_BYTES) return;
-  throw new OperationError(
-    'BAD_USAGE',
-    `${socketPath}: the path has ${bytes} bytes, a unix socket's at most ${MAX_SOCKET_PATH_BYTES} (or a last name of ` +
-      `${MAX_SOCKET_NAME_BYTES}, and this one has ${nameBytes}); choose a shorter one`,
-  );
-}
-
-/**
- * A path that is too long for a socket address is reached through a descriptor of its directory; only the last name has
- * to fit then. Errors: those of checkSocketPath; ENOENT and the like if the directory cannot be opened.
- */
-export function socketAddress(socketPath: string): SocketAddress {
-  checkSocketPath(socketPath);
-  if (Buffer.byteLength(socketPath) <= MAX_SOCKET_PATH_BYTES) return { path: socketPath, release: () => undefined };
-  const directory = fs.openSync(path.dirname(socketPath), fs.constants.O_RDONLY | fs.constants.O_DIRECTORY);
-  return {
-    path: `/proc/self/fd/${directory}/${path.basename(socketPath)}`,
-    release: () => fs.closeSync(directory),
-  };
 }

@@ -33,7 +33,7 @@ export interface DirectPlace extends Pick<StoreLocation, 'store' | 'log' | 'opti
   readonly logOften?: ExportsOptions['logOften'];
 }
 
-type OpenedStore = DirectOperations & {
+export type OpenedStore = DirectOperations & {
   readonly exports: VdiExports;
   readonly isReadOnly: boolean;
   readonly announceStop: () => void;

@@ -11,7 +11,8 @@ import { CLUSTER, directoryOf, LOCAL, type StoreOptions } from '../store/locatio
 import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
-import { checkSocketPath, controlSocketOf } from './default-paths.js';
+import { controlSocketOf } from './default-paths.js';
+import { checkSocketPath } from './socket-address.js';
 import { socketState } from './socket-state.js';
 
 /**

@@ -107,7 +107,7 @@ export class RemoteOperations implements Operations {
     const query = new URLSearchParams();
     if (force) query.set('force', '1');
     if (run !== undefined) query.set('run', run);
-    const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query}` : '');
+    const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query.toString()}` : '');
     // null: nothing has ended with it.
     return (await this.#control.call<Ended | null>('DELETE', path)) ?? { ended: [] };
   }
@@ -126,7 +126,7 @@ export class RemoteOperations implements Operations {
 
   changes(spec: string, since: string, offset: number): Promise<DataPage> {
     const query = new URLSearchParams({ since, offset: String(offset) });
-    return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
+    return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query.toString()}`);
   }
 
   async clients(): Promise<readonly ConnectionStatus[]> {

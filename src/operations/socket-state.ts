@@ -6,7 +6,7 @@ import fs from 'node:fs';
 import net from 'node:net';
 import { CONNECT_TIMEOUT_MS } from './control-protocol.js';
 import { OperationError } from './operations.js';
-import { socketAddress, type SocketAddress } from './default-paths.js';
+import { socketAddress, type SocketAddress } from './socket-address.js';
 
 export type SocketState = 'absent' | 'stale' | 'alive' | 'not a socket';
 

@@ -5,7 +5,6 @@
  */
 import type net from 'node:net';
 import koffi from 'koffi';
-import type { PeerCredentials } from 'nbd-server-ts';
 import { lookAtProcess, type RunningProcess } from './process-identity.js';
 
 const SOL_SOCKET = 1; // asm-generic/socket.h
@@ -51,7 +50,7 @@ const poll = libc.func('int poll(void *descriptors, ulong count, int timeout)');
 const close = libc.func('int close(int fd)');
 
 /** Who connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
-export function peerCredentials(connection: net.Socket): PeerCredentials | undefined {
+export function peerCredentials(connection: net.Socket): SocketCredentials | undefined {
   const fd = descriptorOf(connection);
   if (fd === undefined) return undefined;
   const identity = option(fd, SO_PEERCRED, 12);
@@ -65,8 +64,11 @@ export function peerCredentials(connection: net.Socket): PeerCredentials | undef
   );
 }
 
-/** What /proc says of the process is read when somebody asks: whoever opens nothing costs no reading of files. */
-class SocketCredentials implements PeerCredentials {
+/**
+ * The process at the other end, as the kernel noted it at connect(2). /proc is read on first use of `startTime` or `command`:
+ * a client that opens nothing costs no reading of files.
+ */
+export class SocketCredentials {
   #process: RunningProcess | undefined;
   #isLookedAt = false;
 

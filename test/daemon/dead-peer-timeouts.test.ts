@@ -1,7 +1,7 @@
 /** A TCP client that does not read is no client that is gone. */
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
-import { ClosedWindows } from '../../src/daemon/dead-peer-timeouts.js';
+import { DeadPeerTimeouts } from '../../src/daemon/dead-peer-timeouts.js';
 import { sendState, setUserTimeout } from '../../src/system/socket-calls.js';
 import { waitUntil } from '../harness/daemon.js';
 
@@ -32,7 +32,7 @@ async function unread(prepare: (socket: net.Socket) => void): Promise<{ server: 
 }
 
 test('a TCP client that reads nothing for longer than a silent one may be gone is served when it reads', async () => {
-  const windows = new ClosedWindows(TIMEOUT_MS, LOOK_MS);
+  const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);
   onTestFinished(() => windows.stop());
   const { server, client } = await unread((socket) => windows.watch(socket));
   const began = performance.now();
@@ -53,7 +53,7 @@ test('without that the kernel takes it for one that is gone', async () => {
 test('a unix socket has no such state', async () => {
   const socket = new net.Socket();
   expect(sendState(socket)).toBeUndefined();
-  const windows = new ClosedWindows(TIMEOUT_MS, LOOK_MS);
+  const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);
   windows.watch(socket);
   windows.stop();
   socket.destroy();

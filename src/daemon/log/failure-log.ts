@@ -3,6 +3,7 @@
  * machine needs the disk, the cause with its file or node, and who was hit. Owns that a client that asks again and again
  * does not fill the log: of each cause on each disk a line at once, and then one in a while that says how many there were.
  */
+import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import type { Logger } from 'pino';
 import { deviceFailures, type DeviceFailure } from '../../export/device-failures.js';
 import { CatalogError } from '../../vdi/catalog-error.js';
@@ -20,8 +21,8 @@ export function logFailures(log: Logger, lines: RepeatedLines): () => void {
       log[levelOf(failure)](details, `${disk}: a request failed with ${code}: ${reason}${times(repetition)}`);
     });
   };
-  deviceFailures.subscribe(listener);
-  return () => deviceFailures.unsubscribe(listener);
+  subscribe(deviceFailures.name, listener);
+  return () => void unsubscribe(deviceFailures.name, listener);
 }
 
 /**

@@ -138,7 +138,7 @@ export class LogOutput {
       else this.#waiting[0] = bytes.subarray(count);
       this.#retryMs = FIRST_RETRY_MS;
     }
-    const code = (error as NodeJS.ErrnoException | null)?.code;
+    const code = (error)?.code;
     const hasFailed = code !== undefined && code !== 'EAGAIN' && code !== 'EINTR';
     if (hasFailed) this.#failure = code;
     if (this.#dropped > 0 && count > 0 && this.#waitingBytes <= RESUME_BYTES) this.#tellDropped();
@@ -197,6 +197,6 @@ function reopened(fd: number): number | undefined {
 }
 
 function writeInBackground(fd: number, bytes: Buffer, done: (error: Error | null, written: number) => void): 'later' {
-  fs.write(fd, bytes, (error, written) => done(error, written ?? 0));
+  fs.write(fd, bytes, (error, written) => done(error, written));
   return 'later';
 }

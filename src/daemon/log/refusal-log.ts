@@ -7,25 +7,20 @@ import type { Logger } from 'pino';
 import { ExportError, type Awaitable, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import { CatalogError, type CatalogErrorCode } from '../../vdi/catalog-error.js';
 import { identityOf, originOf } from './connection-log.js';
-import { causeOf, counted, times, type RepeatedLines, type Repetition } from './repeated-lines.js';
+import { causeOf, counted, times, type Repetition, type StoreAndPeerLines } from './repeated-lines.js';
 
 /** A name was wrong, or the client's settings are. */
 const MISTAKES: ReadonlySet<CatalogErrorCode> = new Set(['NO_VDI', 'NO_TAG', 'BAD_NAME']);
-
-interface RepeatedRefusals {
-  readonly ofStore: RepeatedLines;
-  readonly ofPeers: RepeatedLines;
-}
 
 /** Exports whose refusals are in the log. */
 export class LoggedExports implements ExportProvider {
   readonly #provider: ExportProvider;
   readonly #log: Logger;
-  readonly #repeated: RepeatedRefusals;
+  readonly #repeated: StoreAndPeerLines;
   /** Of each connection what it was refused last: clients ask in two ways for what they want to open. */
   readonly #last = new WeakMap<Peer, string>();
 
-  constructor(provider: ExportProvider, log: Logger, repeated: RepeatedRefusals) {
+  constructor(provider: ExportProvider, log: Logger, repeated: StoreAndPeerLines) {
     this.#provider = provider;
     this.#log = log;
     this.#repeated = repeated;

@@ -68,7 +68,7 @@ export class RepeatedLines {
   #causesOf(subject: string): Map<string, Cause> {
     const key = this.#subjects.has(subject) || this.#subjects.size < MAX_SUBJECTS ? subject : OTHERS;
     let causes = this.#subjects.get(key);
-    if (causes === undefined) this.#subjects.set(key, (causes = new Map()));
+    if (causes === undefined) this.#subjects.set(key, (causes = new Map<string, Cause>()));
     return causes;
   }
 
@@ -93,6 +93,12 @@ export class RepeatedLines {
     clearInterval(this.#timer);
     this.#timer = undefined;
   }
+}
+
+/** Apart: however many peers are turned away, a disk that fails is in the log. */
+export interface StoreAndPeerLines {
+  readonly ofStore: RepeatedLines;
+  readonly ofPeers: RepeatedLines;
 }
 
 /** For the end of a message. */

@@ -5,6 +5,7 @@
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
 import { AuthorisedExports, type Access, type SubjectExports } from '../../export/authorised-exports.js';
 import { AccessRules, parseAccess } from './access-rules.js';
+import type { ReloadReport } from '../../operations/control-protocol.js';
 import { OperationError } from '../../operations/operations.js';
 import { readSettings, SettingsError, textOf, warningOfWritable } from './settings-file.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
@@ -19,16 +20,6 @@ export interface SecurityLog {
   warn(details: object, message: string): void;
   info(details: object, message: string): void;
   error(details: object, message: string): void;
-}
-
-/** What a reload has found: what is in force now, and what is not because its file is wrong. */
-export interface ReloadReport {
-  /** "TLS keys", "access rules": those that there are and that were good. */
-  readonly reloaded: readonly string[];
-  /** Access rules in force; null without an access file. */
-  readonly rules: number | null;
-  readonly failures: readonly string[];
-  readonly warnings: readonly string[];
 }
 
 export class Security {
