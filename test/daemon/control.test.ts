@@ -133,7 +133,7 @@ describe('malformed', () => {
 
   test('a body that is too large is refused without being read to its end', async () => {
     const answer = await call(daemon, 'POST', '/vdis', Buffer.alloc(MAX_REQUEST_BODY_BYTES + 1, 0x20)).catch(
-      (error: NodeJS.ErrnoException) => error.code,
+      (error: unknown) => (error as NodeJS.ErrnoException).code,
     );
     // The answer, or a connection that was cut while we were still sending.
     if (typeof answer !== 'object') expect(['EPIPE', 'ECONNRESET']).toContain(answer);
@@ -242,11 +242,11 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
   const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const writer = await NbdClient.connect({ path: daemon.socket });
   await writer.go('vm');
-  let isWriting = true;
+  const stopWriting = new AbortController();
   let generation = 0;
   const blocks = 16;
   const writing = (async () => {
-    while (isWriting) {
+    while (!stopWriting.signal.aborted) {
       generation++;
       for (let block = 0; block < blocks; block++) {
         const data = Buffer.alloc(4096);
@@ -284,7 +284,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
       await operations.remove(`clone${round - 1}`);
     }
   }
-  isWriting = false;
+  stopWriting.abort();
   await writing;
   await writer.disconnect();
   expect(seen).toEqual([...seen].sort((a, b) => a - b));

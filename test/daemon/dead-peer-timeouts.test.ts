@@ -50,7 +50,7 @@ test('without that the kernel takes it for one that is gone', async () => {
   await waitUntil(() => server.destroyed, 'the kernel has given it up');
 });
 
-test('a unix socket has no such state', async () => {
+test('a unix socket has no such state', () => {
   const socket = new net.Socket();
   expect(sendState(socket)).toBeUndefined();
   const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);

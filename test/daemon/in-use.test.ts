@@ -153,7 +153,7 @@ describe('a client that was cut off', () => {
     const { code, stderr } = await offline.run(['vdi', 'delete', 'disk']);
     expect({ code, stderr }).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/is in use by tcp 127\.0\.0\.1,/),
+      stderr: expect.stringMatching(/is in use by tcp 127\.0\.0\.1,/) as unknown,
     });
   });
 

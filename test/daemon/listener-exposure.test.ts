@@ -63,7 +63,7 @@ test('TCP is served when asked for, with a warning on the terminal and in the lo
     .log()
     .split('\n')
     .find((each) => warning.test(each));
-  expect(JSON.parse(line ?? '{}')).toMatchObject({ level: 40, listener: expect.stringMatching(/^tcp:/) });
+  expect(JSON.parse(line ?? '{}')).toMatchObject({ level: 40, listener: expect.stringMatching(/^tcp:/) as unknown });
   expect(tcpSocketsOf(daemon.pid)).toHaveLength(1);
   await daemon.stop();
 });

@@ -16,7 +16,7 @@ async function waitBehind(holders: number, seconds: number): Promise<number | st
     return Promise.resolve(Math.round(passed()));
   };
   const waiting = whileLocked(async () => attempt(), '/store/control.sock').catch(
-    (error: Error) => `${Math.round(passed())} s: ${error.message}`,
+    (error: unknown) => `${Math.round(passed())} s: ${(error as Error).message}`,
   );
   await vi.advanceTimersByTimeAsync(120_000);
   return waiting;

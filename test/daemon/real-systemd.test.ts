@@ -43,7 +43,9 @@ describe.skipIf(why !== undefined)('the example units under systemd', () => {
     expect((await systemd.as(STRANGER, 'nbdinfo', '--size', URI)).stderr).toMatch(/Permission denied/);
     expect(await systemd.as(STRANGER, '/opt/sheepgate', 'vdi', 'list', ...STORE)).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/^sheepgate: no permission to connect to .*control\.sock; it belongs to another/),
+      stderr: expect.stringMatching(
+        /^sheepgate: no permission to connect to .*control\.sock; it belongs to another/,
+      ) as unknown,
     });
     expect((await systemd.inside('stat', '-c', '%a %U %G', '/var/lib/sheepgate/control.sock')).stdout).toBe(
       '660 sheepgate sheepgate\n',

@@ -148,7 +148,7 @@ test('the line at the end of a connection says who it was, what it did, and why 
   await waitUntil(() => lines(daemon, 'connection closed').length === 1, 'it is over');
   expect(lines(daemon, 'connection closed')[0]).toMatchObject({
     ...{ peer: `unix ${daemon.socket}`, pid: process.pid, uid: UID, export: 'disk', reason: 'the client disconnected' },
-    ...{ bytesWritten: 1000, bytesRead: 500, requests: 3, errors: 1, durationMs: expect.any(Number) },
+    ...{ bytesWritten: 1000, bytesRead: 500, requests: 3, errors: 1, durationMs: expect.any(Number) as unknown },
   });
   expect((await daemon.stop()).code).toBe(0);
 });

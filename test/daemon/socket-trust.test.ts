@@ -112,13 +112,13 @@ describe.skipIf(!isRoot)('the control socket', () => {
     const socket = path.join(directory, 'control.sock');
     const heard = await impostor(socket, MALLORY);
     const client = new ControlClient(socket);
-    const why = { code: 'UNTRUSTED', message: expect.stringContaining('it belongs to uid 54321') };
+    const why = { code: 'UNTRUSTED', message: expect.stringContaining('it belongs to uid 54321') as unknown };
     await expect(client.status()).rejects.toMatchObject(why);
     await expect(client.upgrade()).rejects.toMatchObject(why);
     // The file looks as it should: only the kernel knows who listens.
     fs.chownSync(socket, 0, 0);
     fs.chmodSync(socket, 0o600);
-    const listens = { code: 'UNTRUSTED', message: expect.stringContaining('uid 54321 listens there') };
+    const listens = { code: 'UNTRUSTED', message: expect.stringContaining('uid 54321 listens there') as unknown };
     await expect(client.status()).rejects.toMatchObject(listens);
     await expect(client.upgrade()).rejects.toMatchObject(listens);
     expect(heard()).toBe('');

@@ -146,12 +146,11 @@ interface Ready {
   readonly listeners: readonly string[];
 }
 
-async function serve(kinds: readonly string[], names: string, args: readonly string[] = []) {
+function serve(kinds: readonly string[], names: string, args: readonly string[] = []): ReturnType<typeof start> {
   const store = path.join(temporaryDirectory(), 'store');
   const helper = ['-c', ACTIVATE, kinds.join(','), names];
   const serving = [process.execPath, BIN, 'serve', '--json', '--store', store, '--create', 'disk:1M', ...args];
-  const started = start('python3', [...helper, ...serving]);
-  return started;
+  return start('python3', [...helper, ...serving]);
 }
 
 async function readyOf(started: ReturnType<typeof start>): Promise<Ready> {
@@ -173,7 +172,7 @@ async function isServed(address: { path: string } | { host: string; port: number
 describe('socket activation', () => {
   withPython('serves the sockets it was given, unix and TCP, instead of the default ones', async () => {
     const socket = path.join(temporaryDirectory(), 'given.sock');
-    const started = await serve([`unix:${socket}`, 'tcp:127.0.0.1'], 'local:lan');
+    const started = serve([`unix:${socket}`, 'tcp:127.0.0.1'], 'local:lan');
     const { listeners } = await readyOf(started);
     expect(listeners).toHaveLength(2);
     expect(listeners[0]).toBe(`unix:${socket}`);
@@ -191,7 +190,7 @@ describe('socket activation', () => {
   withPython('serves addresses asked for by name beside them', async () => {
     const directory = temporaryDirectory();
     const own = path.join(directory, 'own.sock');
-    const started = await serve([`unix:${directory}/given.sock`], 'nbd', ['--listen', `unix:${own}`]);
+    const started = serve([`unix:${directory}/given.sock`], 'nbd', ['--listen', `unix:${own}`]);
     expect((await readyOf(started)).listeners).toHaveLength(2);
     await isServed({ path: own });
     await isServed({ path: path.join(directory, 'given.sock') });
@@ -200,7 +199,7 @@ describe('socket activation', () => {
   withPython('serves who has connected before it was started', async () => {
     // The helper listens before the daemon runs: a client that comes in between waits in the backlog.
     const socket = path.join(temporaryDirectory(), 'given.sock');
-    const started = await serve([`unix:${socket}`], 'nbd');
+    const started = serve([`unix:${socket}`], 'nbd');
     await waitUntil(() => fs.existsSync(socket), 'the socket is there');
     let client: NbdClient | undefined;
     await waitUntil(async () => {
@@ -213,7 +212,7 @@ describe('socket activation', () => {
   });
 
   withPython('refuses a TCP socket that others can reach in the clear', async () => {
-    const started = await serve(['tcp:0.0.0.0'], 'nbd');
+    const started = serve(['tcp:0.0.0.0'], 'nbd');
     expect((await ended(started.child)).code).toBe(1);
     await waitUntil(() => started.log().includes('can be reached from other machines'), 'it says why');
   });

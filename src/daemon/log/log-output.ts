@@ -26,7 +26,7 @@ export type DroppedNote = (count: number, why: string) => string;
  * Writes as much as is possible at once and returns how much that was, or writes in the background and says then how that
  * went. Errors are thrown, or handed on.
  */
-type Outlet = (bytes: Buffer, done: (error: Error | null, written: number) => void) => number | 'later';
+type Outlet = (bytes: Buffer, done: (error: NodeJS.ErrnoException | null, written: number) => void) => number | 'later';
 
 export class LogOutput {
   readonly #fd: number;
@@ -130,7 +130,7 @@ export class LogOutput {
     return bytes;
   }
 
-  #written(bytes: Buffer, error: Error | null, count: number): void {
+  #written(bytes: Buffer, error: NodeJS.ErrnoException | null, count: number): void {
     this.#isWriting = false;
     if (count > 0) {
       this.#waitingBytes -= count;
@@ -138,7 +138,7 @@ export class LogOutput {
       else this.#waiting[0] = bytes.subarray(count);
       this.#retryMs = FIRST_RETRY_MS;
     }
-    const code = (error)?.code;
+    const code = error?.code;
     const hasFailed = code !== undefined && code !== 'EAGAIN' && code !== 'EINTR';
     if (hasFailed) this.#failure = code;
     if (this.#dropped > 0 && count > 0 && this.#waitingBytes <= RESUME_BYTES) this.#tellDropped();
@@ -196,7 +196,11 @@ function reopened(fd: number): number | undefined {
   }
 }
 
-function writeInBackground(fd: number, bytes: Buffer, done: (error: Error | null, written: number) => void): 'later' {
+function writeInBackground(
+  fd: number,
+  bytes: Buffer,
+  done: (error: NodeJS.ErrnoException | null, written: number) => void,
+): 'later' {
   fs.write(fd, bytes, (error, written) => done(error, written));
   return 'later';
 }
