@@ -9,19 +9,19 @@ import { OperationError } from './operations.js';
 /** sockaddr_un.sun_path holds 108 bytes including the terminating NUL. */
 export const MAX_SOCKET_PATH_BYTES = 107;
 
-/** What stands before the last name of a longer path; no descriptor has a larger number. */
+/** Prefix of the last name of a longer path, with the largest possible descriptor. */
 const DESCRIPTOR_PREFIX = '/proc/self/fd/4294967295/';
-/** Of the last name in a path that is longer than MAX_SOCKET_PATH_BYTES. */
+/** For the last name of a path that is longer than MAX_SOCKET_PATH_BYTES. */
 export const MAX_SOCKET_NAME_BYTES = MAX_SOCKET_PATH_BYTES - DESCRIPTOR_PREFIX.length;
 
-/** A unix socket's path in a form that bind(2) and connect(2) take, however long the path is. */
+/** A unix socket's path in a form that bind(2) and connect(2) take, for paths of any length. */
 export interface SocketAddress {
   readonly path: string;
   /** Call when neither bind nor connect will be tried again. */
   release(): void;
 }
 
-/** Errors: BAD_USAGE if no socket can have this path; Node would make one with a shorter name, without a word. */
+/** Errors: BAD_USAGE (no socket can have this path; Node would silently make one with a shorter name). */
 export function checkSocketPath(socketPath: string): void {
   const bytes = Buffer.byteLength(socketPath);
   const nameBytes = Buffer.byteLength(path.basename(socketPath));
@@ -34,8 +34,8 @@ export function checkSocketPath(socketPath: string): void {
 }
 
 /**
- * A path that is too long for a socket address is reached through a descriptor of its directory; only the last name has
- * to fit then. Errors: those of checkSocketPath; ENOENT and the like if the directory cannot be opened.
+ * A path that is too long for a socket address is reached through a descriptor of its directory; then only the last name has to
+ * fit. Errors: BAD_USAGE; the system's (ENOENT, …) if the directory cannot be opened.
  */
 export function socketAddress(socketPath: string): SocketAddress {
   checkSocketPath(socketPath);

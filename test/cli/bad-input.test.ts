@@ -304,7 +304,7 @@ describe('stores and sockets that are not what they should be', () => {
       .listen(stranger);
     try {
       expect(await other.fails('vdi', 'list', '--control', stranger)).toMatch(
-        /no answer from the daemon|is no sheepgate daemon/,
+        /no answer from the daemon|is not a sheepgate daemon/,
       );
     } finally {
       await new Promise((resolve) => server.close(resolve));
