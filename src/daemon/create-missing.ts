@@ -1,4 +1,4 @@
-/** Makes the VDIs of --create that do not exist yet: all of them or none. Never changes one that exists. */
+/** Creates the VDIs of --create that do not exist yet: all of them or none. Never changes an existing VDI. */
 import type { Logger } from 'pino';
 import type { DirectOperations } from '../operations/direct-operations.js';
 import type { VdiRecord } from '../operations/operations.js';
@@ -7,7 +7,7 @@ import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { DaemonConfiguration } from './daemon-configuration.js';
 
-/** A VDI that was to be made, and exists with another size, or unfinished. Sizes in bytes. */
+/** A VDI of --create that exists with another size, or unfinished. Sizes in bytes. */
 export interface KeptVdi {
   readonly name: string;
   readonly size: number;
@@ -16,8 +16,8 @@ export interface KeptVdi {
 }
 
 /**
- * Make the VDIs that are missing, all or none. Errors: NO_VDI for a name that only snapshots bear, those of making, and the
- * signal's reason.
+ * Create the missing VDIs, all or none. Errors: NO_VDI (only snapshots have the name), those of creating a VDI, and the reason of
+ * `stop`.
  */
 export async function createMissing(
   operations: DirectOperations,
@@ -25,7 +25,7 @@ export async function createMissing(
   { log, stop }: { readonly log: Logger; readonly stop: AbortSignal | undefined },
 ): Promise<KeptVdi[]> {
   const names = new Set((await operations.list()).map(({ name }) => name));
-  // A name that only snapshots bear cannot be served as asked.
+  // Fails for a name that only snapshots have: there is no VDI to serve.
   for (const { name } of wanted) if (names.has(name)) await operations.show(name);
   const kept: KeptVdi[] = [];
   const made: string[] = [];
@@ -56,7 +56,7 @@ export async function createMissing(
   return kept;
 }
 
-/** undefined if it was made; what is there if it was not. */
+/** undefined if it was created; the existing VDI if it was not. */
 async function createIfMissing(
   operations: DirectOperations,
   name: string,

@@ -9,34 +9,34 @@ import type { InheritedSocket } from './systemd.js';
 export interface DaemonConfiguration {
   /** A directory, or a cluster's location. */
   readonly store: string;
-  /** Whether a store is made where there is none; true if not given. */
+  /** Whether a missing store is created; by default true. */
   readonly mayCreateStore?: boolean;
-  /** How long requests to a cluster are repeated while it cannot serve them. */
+  /** How long requests to a cluster are repeated while it cannot serve them, ms. */
   readonly retryMs?: number;
   readonly storeOptions?: StoreOptions;
-  /** By default in the store. */
+  /** Path of the control socket; by default in the store. */
   readonly control?: string;
   /** Permissions of the control socket. */
   readonly controlMode?: number;
   readonly listeners: readonly ListenAddress[];
-  /** Sockets that listen already, from systemd. */
+  /** Listening sockets from systemd. */
   readonly inherited?: readonly InheritedSocket[];
   readonly security?: SecurityConfiguration;
-  /** Listen in the clear also where others than this machine can reach it. */
+  /** Serve without TLS also at addresses that other machines can reach. */
   readonly allowPlaintext?: boolean;
   /** How long NAME@now is kept for a client that was cut off; see DEFAULT_KEEP_MS. */
   readonly keepMs?: number;
   /** How long such a client counts as a user of a VDI; see DEFAULT_IN_USE_MS. */
   readonly inUseMs?: number;
-  /** Each disk is written by one connection at a time; see exclusive.ts. */
+  /** Only one connection at a time may write a disk; see exclusive.ts. */
   readonly exclusive?: Exclusive | undefined;
-  /** Bounds other than the NBD server's own. */
+  /** Where they differ from the NBD server's defaults. */
   readonly limits?: Partial<Limits>;
-  /** By default DEFAULT_SOCKET_MODE. */
+  /** Permissions of unix sockets; by default DEFAULT_SOCKET_MODE. */
   readonly socketMode?: number;
-  /** The export of clients that name none; without it they are refused. A name that parseExportName takes. */
+  /** The export of clients that name none; without it they are refused. In a form that parseExportName takes. */
   readonly defaultExport?: string;
-  /** VDIs to make if they do not exist. */
+  /** VDIs to create if they do not exist. */
   readonly create: readonly { readonly name: string; readonly size: number }[];
   /** Log every request. */
   readonly debug: boolean;

@@ -40,44 +40,44 @@ import { ServerConnections } from './server-connections.js';
 import { checkControlSocket, doubtOf, refuseSecondDaemon } from './start-checks.js';
 import { stopInOrder, type RunningParts } from './stop-daemon.js';
 
-/** How long a TCP peer has to answer when it is asked whether it is there: Node asks ten times, once a second. */
+/** How long a TCP peer has to answer keepalive probes: Node sends ten, one a second. */
 const KEEP_ALIVE_ANSWER_MS = 10_000;
-/** Stands in a URI for the name of a VDI while there is none. */
+/** In a URI, in place of a VDI's name, while there is no VDI. */
 const PLACEHOLDER = 'NAME';
 
 export interface Daemon {
   readonly store: string;
   /** Path of the control socket. */
   readonly control: string;
-  /** VDIs of `create` that were there, and are not what it says. */
+  /** VDIs of `create` that existed already, with another size or unfinished. */
   readonly kept: readonly KeptVdi[];
   readonly listeners: readonly ListenAddress[];
-  /** What an operator should know: which of them others can reach with nothing in the way, what cannot be served. */
+  /** For the operator: listeners that other users or machines can reach unhindered, a default export that cannot be served. */
   readonly warnings: readonly string[];
-  /** What the limit of open files allows. */
+  /** How the limit of open files is divided. */
   readonly descriptors: DescriptorBudget;
-  /** Of requests and replies of all clients. */
+  /** For the requests and replies of all clients. */
   readonly maxMemoryBytes: number;
-  /** One URI per listener, of an export that exists or of the name NAME. */
+  /** One URI per listener, of an existing export or of the placeholder NAME. */
   readonly uris: readonly string[];
-  /** Read TLS keys and access rules again; what is wrong is logged and changes nothing. Never fails. */
+  /** Read TLS keys and access rules again. A bad file is logged and changes nothing. Never fails. */
   reload(): Promise<ReloadReport>;
   /** Take no more connections, finish the requests in flight, flush, and let go of the store. */
   stop(): Promise<void>;
 }
 
 export interface StartOptions {
-  /** Aborted when the daemon is to stop. While it starts it gives up then; later `stop` is for that. */
+  /** Aborts the start. A daemon that has started is stopped with its `stop`. */
   readonly stop?: AbortSignal;
-  /** Told when the start has failed, before it is cleaned up after. */
+  /** Called when the start has failed, before the cleaning up. */
   readonly onFailure?: () => void;
-  /** Told what came of each reload, whoever asked for it. */
+  /** Called with the result of each reload, also of those from the control socket. */
   readonly onReloaded?: (report: ReloadReport) => void;
 }
 
 /**
- * Start serving. Errors: IN_USE if a daemon or socket is in the way, TOO_FEW_FILES, PLAINTEXT, TLS, ACCESS, ACTIVATION, those of
- * the store and the catalog; the signal's reason.
+ * Start serving. Errors: IN_USE (another daemon, or a socket is in use), TOO_FEW_FILES, PLAINTEXT, TLS, ACCESS, ACTIVATION, LOCKED,
+ * those of the store and the catalog; the reason of `stop`.
  */
 export async function startDaemon(
   configuration: DaemonConfiguration,
@@ -108,7 +108,7 @@ export async function startDaemon(
   const deadPeers = new DeadPeerTimeouts(keepAliveMs + KEEP_ALIVE_ANSWER_MS);
   const repeated: StoreAndPeerLines = { ofStore: new RepeatedLines(), ofPeers: new RepeatedLines() };
   const sessions = new NbdSessions();
-  // Clients may connect before the store is open: they are answered when it is.
+  // Clients may connect before the store is open; they wait for it.
   const exports = new ExportsWhenOpen();
   const nbd = makeLoggedServer({
     provider: exports,
@@ -195,7 +195,7 @@ export async function startDaemon(
 
 /** Whether the VDIs of --create could be made at all. Errors: those of checkNewVdi. */
 function checkNewVdis({ store, create }: DaemonConfiguration): void {
-  // A cluster has an object size of its own, and is not asked yet.
+  // A cluster has its own object size, which is not known yet.
   const mostShift = kindOf(store).hasOwnObjectSize ? MAX_BLOCK_SIZE_SHIFT : undefined;
   for (const { name, size } of create) checkNewVdi(name, size, mostShift);
 }

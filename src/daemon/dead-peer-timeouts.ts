@@ -1,30 +1,30 @@
 /**
- * TCP peers that are gone, and peers that do not read. A peer that is gone is given up: the kernel does it when what was
- * sent is not acknowledged in time (TCP_USER_TIMEOUT). But it takes a peer that acknowledges everything and has no room for
- * more, a program that is stopped, for one that is gone. So this looks at the connections now and then and takes the time-out
- * away from those; for them it asks itself whether there are answers. Owns the time-out of every socket it is given.
+ * Closes connections to dead TCP peers, and not those to peers that are alive and do not read. The kernel closes a connection when
+ * data is not acknowledged in time (TCP_USER_TIMEOUT). It does the same to a peer that acknowledges everything and keeps its window
+ * closed, for example a stopped program. So this polls the connections and removes the time-out while the window is closed; then it
+ * looks itself whether the peer answers the kernel's window probes. Owns the TCP_USER_TIMEOUT of every socket that it watches.
  */
 import type net from 'node:net';
 import { sendState, setUserTimeout } from '../system/socket-calls.js';
 
-/** How often is looked: several times before the shortest time-out there can be is over. */
+/** The interval of the polls: several of them fit into the shortest possible time-out. */
 const LOOK_MS = 3_000;
-/** Questions without answer. One may be on its way just now; the kernel asks the next one up to two minutes later. */
+/** Unanswered probes of a dead peer. One may be under way at the moment; the kernel sends the next up to two minutes later. */
 export const GONE_AFTER_PROBES = 2;
 
 export class DeadPeerTimeouts {
-  /** Those without a time-out are true. */
+  /** True: its window is closed, and it has no time-out. */
   readonly #sockets = new Map<net.Socket, boolean>();
   readonly #timer: NodeJS.Timeout;
   readonly #timeoutMs: number;
 
-  /** `timeoutMs`: how long a peer may leave what was sent to it unacknowledged. */
+  /** `timeoutMs`: how long a peer may leave sent data unacknowledged. */
   constructor(timeoutMs: number, lookMs = LOOK_MS) {
     this.#timeoutMs = timeoutMs;
     this.#timer = setInterval(() => this.#look(), lookMs).unref();
   }
 
-  /** From now on until it is closed. Nothing is done for what is no TCP connection. */
+  /** Watch `socket` until it closes. Ignores sockets other than TCP. */
   watch(socket: net.Socket): void {
     if (!setUserTimeout(socket, this.#timeoutMs)) return;
     this.#sockets.set(socket, false);

@@ -1,6 +1,6 @@
 /**
- * The NBD listeners of the daemon: addresses of --listen, and sockets that systemd has opened. Owns the rule that nothing is
- * served in the clear where other machines can reach it, unless that is asked for. Serves nothing itself.
+ * The NBD listeners of the daemon: addresses of --listen, and sockets from systemd. Owns the rule that an address which other
+ * machines can reach is not served without TLS, unless that is asked for. Serves nothing itself.
  */
 import path from 'node:path';
 import { ListenError, type NbdServer } from 'nbd-server-ts';
@@ -10,10 +10,10 @@ import { boundAddress } from '../system/socket-calls.js';
 import { formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
 import type { InheritedSocket } from './systemd.js';
 
-/** Of the NBD sockets; other users are let in with --socket-mode. */
+/** Permissions of unix sockets: this user only. --socket-mode lets other users in. */
 export const DEFAULT_SOCKET_MODE = 0o600;
 
-/** Errors: PLAINTEXT if others than this machine could talk to us, or listen in, unencrypted. */
+/** Errors: PLAINTEXT (other machines can reach the address). */
 export function refusePlaintext(address: ListenAddress): void {
   if (isLocalOnly(address)) return;
   throw new OperationError(
@@ -23,6 +23,7 @@ export function refusePlaintext(address: ListenAddress): void {
   );
 }
 
+/** Listen on an address of --listen. Errors: those of ListenError. */
 export async function listen(nbd: NbdServer, address: ListenAddress, socketMode: number): Promise<ListenAddress> {
   if (address.transport === 'unix') makeSocketDirectory(path.dirname(address.path));
   try {
@@ -37,7 +38,7 @@ export async function listen(nbd: NbdServer, address: ListenAddress, socketMode:
   }
 }
 
-/** Errors: ACTIVATION if it is no socket that can be served; PLAINTEXT. */
+/** Listen on a socket from systemd. Errors: ACTIVATION (it cannot be served), PLAINTEXT. */
 export async function adopt(
   nbd: NbdServer,
   { fd, name }: InheritedSocket,

@@ -1,5 +1,5 @@
 /**
- * The NBD server as the daemon runs it: with its log, the identity of its peers, and the time-outs of their sockets. Owns which
+ * The NBD server as the daemon runs it: with its log, the credentials of its peers, and the time-outs of their sockets. Owns which
  * event of the server becomes which line of the log. Decides nothing about exports or clients.
  */
 import type { Logger } from 'pino';

@@ -1,6 +1,6 @@
 /**
- * What is checked of sockets and daemons before a start makes anything. Owns the errors for a second daemon on the same store and
- * for a control socket that cannot be made. Makes nothing but the directory of the control socket.
+ * Checks of the control socket around a start. Owns the errors for a second daemon on the same store and for a control socket that
+ * cannot be made. Makes nothing but the directory of the control socket.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -12,6 +12,7 @@ import { trustedSocket } from '../operations/socket-trust.js';
 import { directoryOf } from '../store/locations.js';
 import { reasonOf } from '../system/system-error.js';
 
+/** Errors: IN_USE. */
 export async function refuseSecondDaemon(store: string): Promise<void> {
   const socketPath = controlSocketOf(store);
   if ((await socketState(socketPath)) !== 'alive') return;
@@ -21,12 +22,12 @@ export async function refuseSecondDaemon(store: string): Promise<void> {
   );
 }
 
-/** What would be found wrong with it when the store is open. Errors: BAD_USAGE, IN_USE, PERMISSION. */
+/** Finds, before the store is opened, what would keep the socket from being made. Errors: BAD_USAGE, IN_USE, PERMISSION. */
 export async function checkControlSocket(controlPath: string, store: string): Promise<void> {
   checkSocketPath(controlPath);
   await refuseUsedSocket(controlPath);
   const directory = path.dirname(controlPath);
-  // The store's own is made with the store.
+  // The store's own directory is made with the store.
   const own = directoryOf(store);
   if (own !== undefined && directory === path.resolve(own)) return;
   makeSocketDirectory(directory);
@@ -41,7 +42,7 @@ export async function checkControlSocket(controlPath: string, store: string): Pr
   }
 }
 
-/** Why commands will send nothing to our own control socket, if that is so. */
+/** Why commands will refuse to use our own control socket (socket-trust.ts); undefined if they will not. */
 export function doubtOf(controlPath: string): string | undefined {
   try {
     trustedSocket(controlPath);

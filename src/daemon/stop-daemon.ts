@@ -1,6 +1,6 @@
 /**
- * The order in which a daemon stops, and how long each step may take; the same for a start that has failed half-way. Owns that a
- * stop loses nothing: requests in flight end and their disks are flushed before the store is let go. Starts nothing.
+ * The order in which a daemon stops, and how long each step may take; also used to clean up after a failed start. The order makes a
+ * stop lose nothing: requests in flight end and their disks are flushed before the store is closed. Starts nothing.
  */
 import type { NbdServer } from 'nbd-server-ts';
 import type { OpenedStore } from '../operations/open-directly.js';
@@ -13,18 +13,18 @@ import type { StoreAndPeerLines } from './log/repeated-lines.js';
 /** How long requests in flight may take to finish when the daemon stops. */
 const STOP_GRACE_MS = 10_000;
 /**
- * How long a cluster's nodes may take, after that, to be told what the end of its users means (locks, temporary snapshots).
- * What they do not answer by then is left as after a crash: the next start finds it.
+ * How long, after that, the release of locks and the deletion of temporary snapshots on a cluster's nodes may take. Those that are
+ * not answered by then stay as after a crash; the next start finds them.
  */
 const CLUSTER_CLOSE_MS = 10_000;
 
-/** What there is to stop. */
+/** The parts of a daemon that are stopped. */
 export interface RunningParts {
   readonly nbd: NbdServer;
   readonly deadPeers: DeadPeerTimeouts;
   readonly repeated: StoreAndPeerLines;
   readonly stopLoggingFailures: () => void;
-  /** Aborted when a cluster is not waited for any more. */
+  /** When aborted, a cluster is not waited for any more. */
   readonly leaving: AbortController;
   /** Undefined until the store is open. */
   operations: OpenedStore | undefined;
@@ -33,12 +33,12 @@ export interface RunningParts {
 }
 
 /**
- * Take no more connections and commands, finish those under way, flush, and let go of the store. Errors: CLOSED if a cluster did
- * not answer in time, and those of closing the store.
+ * Take no more connections and commands, finish the requests in flight, flush, and close the store. Errors: CLOSED (a cluster did
+ * not answer in time), and those of closing the store.
  */
 export async function stopInOrder(parts: RunningParts): Promise<void> {
   const { nbd, deadPeers, repeated, stopLoggingFailures, leaving, operations, control } = parts;
-  // First: who waits for the store from now on is told that its daemon is stopping.
+  // First: commands that wait for the store report from now on that its daemon is stopping.
   operations?.announceStop();
   await Promise.all([nbd.close({ graceMs: STOP_GRACE_MS, refuse: false }), control?.close(STOP_GRACE_MS)]);
   stopLoggingFailures();
@@ -52,7 +52,7 @@ export async function stopInOrder(parts: RunningParts): Promise<void> {
   }
 }
 
-/** Errors: CLOSED if a cluster has not answered in its time, and those of closing. */
+/** Errors: CLOSED (a cluster did not answer in time), and those of closing the store. */
 async function closeStore(operations: OpenedStore, leaving: AbortController): Promise<void> {
   const isRemote = directoryOf(operations.store) === undefined;
   const late = new AbortController();
@@ -63,14 +63,14 @@ async function closeStore(operations: OpenedStore, leaving: AbortController): Pr
   const timer = setTimeout(leave, CLUSTER_CLOSE_MS);
   try {
     await operations.close();
-    // What it waited for was cut off, and may be done or not.
-    if (late.signal.aborted && isRemote) throw new Error('what was asked of it was cut off');
+    // Requests were cut off, and may have been done or not.
+    if (late.signal.aborted && isRemote) throw new Error('requests to it were cut off');
   } catch (error) {
     if (!leaving.signal.aborted || !isRemote) throw error;
     throw new OperationError(
       'CLOSED',
-      `${operations.store} was left without a word: its nodes did not answer in time. Locks and temporary snapshots of this ` +
-        'daemon may still be there; the next start drops the snapshots',
+      `${operations.store} was closed before its nodes answered: locks and temporary snapshots of this daemon may still be ` +
+        'there; the next start drops the snapshots',
       { cause: error },
     );
   } finally {

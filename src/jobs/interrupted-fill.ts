@@ -5,7 +5,7 @@
 import { NOUNS } from '../vdi/unfinished.js';
 import type { Operations, VdiRecord } from '../operations/operations.js';
 
-/** `begun`: the answer of `begin`. `isFinishing`: the failed step was `finish`. Never fails. */
+/** `begun`: the answer of `begin`. `isFinishing`: the failed step was `finish`. */
 export async function whatIsLeft(
   operations: Pick<Operations, 'show'>,
   begun: VdiRecord,

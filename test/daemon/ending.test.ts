@@ -115,5 +115,5 @@ test('SIGTERM while an open, a write and a command wait for a node ends it withi
   await expect(opening).rejects.toThrow();
   expect(await command).toMatchObject({ code: 1 });
   expect(await endsWithin(STOP_LIMIT_MS)).toEqual({ code: 1, signal: null });
-  expect(log).toMatch(/sheepgate: .* was left without a word: its nodes did not answer in time/);
+  expect(log).toMatch(/sheepgate: .* was closed before its nodes answered/);
 });

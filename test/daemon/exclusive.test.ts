@@ -90,7 +90,7 @@ describe('a daemon', () => {
       });
 
       expect(await target.fails('client', 'disconnect', '99999')).toContain(
-        "there is no connection 99999; 'sheepgate client list' shows those there are",
+        "there is no connection 99999; 'sheepgate client list' shows all connections",
       );
       expect((await target.run(['client', 'disconnect', 'disk'])).code).toBe(2);
       const control = new ControlClient(daemon.control);

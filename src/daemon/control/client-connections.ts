@@ -1,6 +1,6 @@
 /**
- * What the control API says of the connections of NBD clients, and the cutting off of one. Owns how long a disconnect waits for
- * the requests of the connection. Lets nobody in: that is decided where an export is opened.
+ * NBD connections as the control API shows them, and the disconnect of one. Owns how long a disconnect waits for the connection's
+ * requests. Refuses no client itself: src/export/writers.ts does, when a client opens an export.
  */
 import type { ConnectionInfo, NbdServer } from 'nbd-server-ts';
 import { clientOf } from '../../export/peer-client.js';
@@ -9,7 +9,7 @@ import { DISCONNECT_WAIT_MS, type ConnectionStatus, type Disconnected } from '..
 import { OperationError } from '../../operations/operations.js';
 import { labelOf } from '../log/connection-log.js';
 
-/** Cut a connection off; answers when it is over, or has requests that take too long. Errors: NO_CLIENT. */
+/** Cut a connection off. Resolves when it is over, or after DISCONNECT_WAIT_MS. Errors: NO_CLIENT. */
 export async function disconnect(
   nbd: NbdServer,
   writers: Writers,
@@ -20,7 +20,7 @@ export async function disconnect(
   if (found === undefined) {
     throw new OperationError(
       'NO_CLIENT',
-      `there is no connection ${id}; 'sheepgate client list' shows those there are`,
+      `there is no connection ${id}; 'sheepgate client list' shows all connections`,
     );
   }
   const connection = statusOf(found, writers);

@@ -1,7 +1,7 @@
 /**
- * The control socket: HTTP with JSON for the catalog, and `Upgrade: nbd`, which hands the connection to the NBD server.
- * Owns the socket file, which is this user's only from its first moment, and the checking of what comes in. Decides
- * nothing about VDIs: every route is one call of Operations.
+ * The control socket: HTTP with JSON, and `Upgrade: nbd`, which hands the connection to the NBD server. Owns the socket file, which
+ * from its first moment only this user can use, and the lives of its connections. Decides nothing about VDIs: the routes
+ * (vdi-routes.ts, daemon-routes.ts) call operations.
  */
 import fs from 'node:fs';
 import http from 'node:http';
@@ -45,14 +45,14 @@ export interface ControlServerOptions {
 
 const ROUTES: readonly Route[] = [...DAEMON_ROUTES, ...VDI_ROUTES];
 
-/** How late after its time a request that does not come to its end may be noticed; Node's own choice is 30 s. */
+/** How late an incomplete request may be noticed after its time-out; Node's default is 30 s. */
 const TIMEOUT_CHECK_MS = 2_000;
 
 export class ControlServer {
   readonly path: string;
   readonly #options: ControlServerOptions;
   readonly #http: http.Server;
-  /** Connections that have asked for nothing yet; Node counts them as busy. */
+  /** Connections without a request so far; Node counts them as busy. */
   readonly #silent = new Set<net.Socket>();
   #address: SocketAddress | undefined;
   #link: string | undefined;
@@ -76,7 +76,7 @@ export class ControlServer {
       },
     );
     this.#http.maxConnections = options.maxConnections ?? MAX_CONTROL_CONNECTIONS;
-    // There is always somebody to hear of an error; who asked to listen hears of those of listening.
+    // An error always has a listener; errors of listening reach the caller of listen().
     this.#http.on('error', () => undefined);
     this.#http.on('connection', (socket) => {
       this.#silent.add(socket);
@@ -90,8 +90,8 @@ export class ControlServer {
   }
 
   /**
-   * Listen, replacing a socket that a dead daemon left behind. A socket outside the store is linked to from the store,
-   * so that it is found by those who only know the store. Errors: IN_USE, PERMISSION, IO.
+   * Listen, replacing a socket that a dead daemon left behind. If the socket is outside the store, the store gets a link to it, so
+   * that commands find it from the store. Errors: IN_USE, PERMISSION, IO.
    */
   async listen(): Promise<void> {
     makeSocketDirectory(path.dirname(this.path));
@@ -100,7 +100,7 @@ export class ControlServer {
     const { path: address } = this.#address;
     await new Promise<void>((resolve, reject) => {
       this.#http.once('error', reject);
-      // bind(2) happens within listen(), so the file never has other permissions than these.
+      // listen() calls bind(2) before it returns, so the file never has other permissions than these.
       const umask = process.umask(0o777 & ~(this.#options.mode ?? DEFAULT_CONTROL_MODE));
       try {
         this.#http.listen({ path: address }, () => resolve());
@@ -117,13 +117,13 @@ export class ControlServer {
     await this.#linkFromStore();
   }
 
-  /** Take no more requests and finish those under way; after `graceMs` they are cut off. */
+  /** Take no more requests and finish those in flight; after `graceMs` they are cut off. */
   async close(graceMs: number): Promise<void> {
     const closed = new Promise<void>((resolve) => this.#http.close(() => resolve()));
     this.#http.closeIdleConnections();
     for (const socket of this.#silent) socket.destroy();
     const timer = setTimeout(() => this.#http.closeAllConnections(), graceMs);
-    // Upgraded connections are the NBD server's to end; it ends them before it says it is closed.
+    // Upgraded connections belong to the NBD server, which ends them before its own close() resolves.
     await closed;
     clearTimeout(timer);
     if (this.#link !== undefined) fs.rmSync(this.#link, { force: true });
@@ -171,10 +171,10 @@ export class ControlServer {
 
   #upgrade(request: http.IncomingMessage, socket: net.Socket, head: Buffer): void {
     this.#silent.delete(socket);
-    // From here on it is not HTTP's any more, and its end nobody's fault.
+    // HTTP does not listen for its errors any more, and a client may leave at any time.
     socket.on('error', () => undefined);
     if (request.headers.upgrade?.toLowerCase() !== NBD_UPGRADE) {
-      // Nobody reads from it, so nobody would see its end: it is closed as soon as this has left.
+      // The socket is not read, so its end would not be seen: it is closed as soon as the answer has left.
       socket.end('HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n', () => socket.destroy());
       return;
     }

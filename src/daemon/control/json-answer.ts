@@ -11,7 +11,7 @@ const ITEMS_PER_LOOK = 16;
 /** Characters per write. */
 const CHUNK = 64 * 1024;
 
-/** HTTP's status for a code; the client goes by the code, this is for people with curl. */
+/** HTTP's status for an error code, for people with curl; our client goes by the code. */
 const STATUS_OF: Readonly<Record<string, number>> = {
   BAD_REQUEST: 400,
   BAD_NAME: 400,

@@ -1,6 +1,6 @@
 /**
- * NBD connections that came through the control socket (`Upgrade: nbd`). Owns their names, and the knowledge when each one is over
- * and its export closed: only then may a command delete or roll back the VDI. Serves no requests.
+ * NBD connections that came through the control socket (`Upgrade: nbd`). Owns their names, and knows when each one is over and its
+ * export closed: only then may a command delete or roll back the VDI. Serves no requests.
  */
 import type net from 'node:net';
 import type { NbdServer } from 'nbd-server-ts';

@@ -9,7 +9,7 @@ import { parseRedundancy, REDUNDANCY_HELP } from '../../store/redundancy.js';
 
 export type Body = Readonly<Record<string, unknown>>;
 
-/** What a store has room for in the mark of an unfinished VDI. */
+/** The room that a store has in the mark of an unfinished VDI. */
 export const MAX_RUN_DIGITS = 32;
 export const MAX_OF_DIGITS = 64;
 
@@ -32,7 +32,7 @@ export function wholeNumber(body: Body, field: string): number {
 }
 
 export function connectionId(name: string): number {
-  if (!/^\d{1,15}$/.test(name)) throw badRequest(`${JSON.stringify(name)} is no number of a connection`);
+  if (!/^\d{1,15}$/.test(name)) throw badRequest(`${JSON.stringify(name)} is not the number of a connection`);
   return Number(name);
 }
 

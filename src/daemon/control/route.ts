@@ -9,15 +9,15 @@ export interface ControlTarget {
   readonly status: () => StatusAnswer;
   /** Reads TLS keys and access rules again. */
   readonly reload: () => Promise<ReloadReport>;
-  /** Cut a connection of the NBD server off, and keep its client from writing the same disk for `keepOutMs`. Errors: NO_CLIENT. */
+  /** Cut an NBD connection off, and keep its client from opening the same disk to write for `keepOutMs`. Errors: NO_CLIENT. */
   readonly disconnect: (id: number, keepOutMs: number) => Promise<Disconnected>;
   /** Resolves when the NBD connection that came through the control socket as `session` is over. */
   readonly sessionEnd: (session: string) => Promise<void>;
 }
 
-/** One request, and what it may call. */
+/** One request, with the functions that its route may call. */
 export interface Call extends ControlTarget {
-  /** The decoded path segments that the route leaves open. */
+  /** The decoded path segments at the places of "*". */
   readonly names: readonly string[];
   readonly query: URLSearchParams;
   readonly body: Body;
@@ -25,8 +25,8 @@ export interface Call extends ControlTarget {
 
 export interface Route {
   readonly method: 'GET' | 'POST' | 'DELETE';
-  /** Segments; "*" stands for any one. */
+  /** Segments; "*" matches any one. */
   readonly path: readonly string[];
-  /** What is sent as JSON; a list is streamed. */
+  /** The answer, sent as JSON; a list is streamed. */
   readonly answer: (call: Call) => unknown;
 }

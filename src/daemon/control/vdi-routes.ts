@@ -1,6 +1,6 @@
 /**
- * Routes of the control API for the store and its VDIs. Each one is a call of Operations on the store that the daemon has open;
- * what remote-operations.ts sends arrives here. Decides nothing about VDIs.
+ * Routes of the control API for the store and its VDIs. Each one calls one of the operations on the store that the daemon has open;
+ * the requests of remote-operations.ts arrive here. Decides nothing about VDIs.
  */
 import type { Beginning } from '../../operations/operations.js';
 import { FILLERS } from '../../store/object-store.js';
