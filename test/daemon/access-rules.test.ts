@@ -154,7 +154,7 @@ describe('several rules', () => {
 
 describe('a wrong line', () => {
   const table: readonly (readonly [string, RegExp])[] = [
-    ['permit x from any', /"permit" begins no rule; write allow EXPORT \[ro\|exclusive.*\] from SOURCE/],
+    ['permit x from any', /"permit" does not begin a rule; write allow EXPORT \[ro\|exclusive.*\] from SOURCE/],
     ['allow', /no export after "allow"/],
     ['allow x', /the rule ends where "from" must be/],
     ['allow x rw from any', /"rw" stands where "from" must be/],
@@ -168,12 +168,12 @@ describe('a wrong line', () => {
     ['allow x from user:1', /is not one of/],
     ['allow x from any+', /source "": is not one of/],
     ['allow x from cert:', /a name must follow "cert:"/],
-    ['allow x from uid:root', /"root" is no number; give what 'id -u' prints/],
+    ['allow x from uid:root', /"root" is not a number; give what 'id -u' prints/],
     ['allow x from gid:-1', /'id -g'/],
-    ['allow x from uid:99999999999', /is no number/],
-    ['allow x from addr:host.example', /"host\.example" is no IP address; give 192\.0\.2\.7/],
-    ['allow x from addr:10.0.0.0/33', /"33" is no prefix length; give 0 to 32/],
-    ['allow x from addr:10.0.0.0/', /"" is no prefix length/],
+    ['allow x from uid:99999999999', /is not a number/],
+    ['allow x from addr:host.example', /"host\.example" is not an IP address; give 192\.0\.2\.7/],
+    ['allow x from addr:10.0.0.0/33', /"33" is not a prefix length; give 0 to 32/],
+    ['allow x from addr:10.0.0.0/', /"" is not a prefix length/],
     ['allow x from addr:::/129', /give 0 to 128/],
     ['allow 50% from any', /write %25 for a % itself/],
     ['allow x from cert:%zz', /write %25/],

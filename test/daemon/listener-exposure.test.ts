@@ -93,7 +93,7 @@ test('what is warned of is who can connect with neither TLS nor an access file i
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: true, certificates: '/c' } })).toBeUndefined();
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: false, psk: '/k' } })).toBeUndefined();
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: false, certificates: '/c' } })).toMatch(
-    /asks nobody who he is \(--tls-verify-peer\)/,
+    /clients need no certificate \(--tls-verify-peer\)/,
   );
   const tls = { verifyPeer: true, certificates: '/c' };
   expect(exposureOf(everywhere, { tls: { mode: 'off', ...tls } })).toMatch(/neither TLS nor/);

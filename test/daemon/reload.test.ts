@@ -32,7 +32,7 @@ const IN_PLACE: readonly (readonly [string, (file: string) => void, RegExp])[] =
   ['a fifo', (file) => execFileSync('mkfifo', [file]), /cannot be read: it is a fifo, not a file/],
   ['a directory', (file) => fs.mkdirSync(file), /cannot be read: it is a directory, not a file/],
   ['a device', (file) => fs.symlinkSync('/dev/zero', file), /cannot be read: it is a device, not a file/],
-  ['nothing', () => undefined, /is not there/],
+  ['nothing', () => undefined, /does not exist/],
   [
     'a huge file',
     (file) => {

@@ -337,7 +337,7 @@ describe('what must not get in', () => {
     fs.copyFileSync(path.join(client, 'client-key.pem'), path.join(mixed, 'server-key.pem'));
     const cases: readonly (readonly [string[], RegExp])[] = [
       [['--tls', 'require'], /TLS needs keys: give --tls-certificates DIR or --tls-psk FILE/],
-      [['--tls-certificates', directory], /server-cert\.pem is not there/],
+      [['--tls-certificates', directory], /server-cert\.pem does not exist/],
       [['--tls-certificates', mixed], /server-key\.pem is not the key of .*server-cert\.pem/],
       [['--tls-verify-peer', '--tls-psk', keys], /needs --tls-certificates DIR with ca-cert\.pem/],
       [['--tls-psk', write('a', 'alice\n')], /a:1: no USER:HEXKEY/],

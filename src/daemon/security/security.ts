@@ -1,6 +1,7 @@
 /**
- * What decides who is served and how: TLS material and access rules, loaded from their files and loaded again on SIGHUP.
- * Owns the pair that is in force; a reload replaces each if its files are good, and leaves it if they are not.
+ * The TLS material and the access rules in force: loaded from their files at the start, and again on reload or SIGHUP. A reload
+ * replaces each of the two if its files are good, and keeps the old one if they are not. Never serves with less than was
+ * configured.
  */
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
 import { AuthorisedExports, type Access, type SubjectExports } from '../../export/authorised-exports.js';
@@ -12,7 +13,7 @@ import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
 
 export interface SecurityConfiguration {
   readonly tls?: TlsConfiguration;
-  /** The access file; without one, whoever can connect may do everything. */
+  /** Path of the access file; without one, every client that can connect may do everything. */
   readonly access?: string;
 }
 
@@ -27,7 +28,7 @@ export class Security {
   readonly #log: SecurityLog;
   #tls: LoadedTls | undefined;
   #rules: AccessRules | undefined;
-  /** The reload under way, or the last one: they are done one after the other. */
+  /** The reload under way, or the last one: reloads run one after the other. */
   #reloading: Promise<unknown> = Promise.resolve();
 
   private constructor(configuration: SecurityConfiguration, log: SecurityLog) {
@@ -45,7 +46,7 @@ export class Security {
     return security;
   }
 
-  /** For the NBD server; undefined if TLS was never mentioned. */
+  /** For the NBD server; undefined if TLS is not configured. */
   get tls(): ServerTls | undefined {
     const mode = this.#configuration.tls?.mode;
     if (mode === undefined) return undefined;
@@ -58,7 +59,7 @@ export class Security {
     };
   }
 
-  /** `exports` as the rules let them be seen. */
+  /** `exports` under the access rules. */
   guard(exports: SubjectExports): ExportProvider {
     if (this.#configuration.access === undefined) return exports;
     return new AuthorisedExports(exports, {
@@ -66,10 +67,7 @@ export class Security {
     });
   }
 
-  /**
-   * Read all files again. Connections that are open stay as they are. What was not good is logged, and what was in force
-   * before stays so.
-   */
+  /** Read all files again. Open connections stay as they are. A bad file is logged, and the old settings stay in force. Never fails. */
   reload(): Promise<ReloadReport> {
     const report = this.#reloading.then(() => this.#reload());
     this.#reloading = report.catch(() => undefined);
@@ -123,7 +121,7 @@ export class Security {
     return new AccessRules(rules, { offersTls: this.#tls !== undefined });
   }
 
-  /** A rule that can never hold is a mistake. Errors: ACCESS. */
+  /** Refuse rules that can never match. Errors: ACCESS. */
   #checkProvable(rules: AccessRules['rules'], file: string, warnings: string[]): void {
     for (const { line, sources } of rules) {
       for (const source of sources.flat()) {
