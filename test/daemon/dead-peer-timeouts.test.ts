@@ -1,4 +1,4 @@
-/** A TCP client that does not read is no client that is gone. */
+/** A TCP client that does not read is not taken for a dead one. */
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
 import { DeadPeerTimeouts } from '../../src/daemon/dead-peer-timeouts.js';
@@ -7,7 +7,7 @@ import { waitUntil } from '../harness/daemon.js';
 
 const TIMEOUT_MS = 1000;
 const LOOK_MS = 100;
-/** More than all buffers between the two hold. */
+/** More than all buffers between the two can hold. */
 const BYTES = 64 * 1024 * 1024;
 
 /** What a server sends to a client that does not read, over TCP. */
@@ -31,7 +31,7 @@ async function unread(prepare: (socket: net.Socket) => void): Promise<{ server: 
   return { server, client };
 }
 
-test('a TCP client that reads nothing for longer than a silent one may be gone is served when it reads', async () => {
+test('a TCP client that reads nothing for longer than the time-out is served when it reads again', async () => {
   const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);
   onTestFinished(() => windows.stop());
   const { server, client } = await unread((socket) => windows.watch(socket));
@@ -45,7 +45,7 @@ test('a TCP client that reads nothing for longer than a silent one may be gone i
   await waitUntil(() => sendState(server)?.isWindowClosed === false, 'there is room again');
 });
 
-test('without that the kernel takes it for one that is gone', async () => {
+test('without DeadPeerTimeouts the kernel closes its connection', async () => {
   const { server } = await unread((socket) => setUserTimeout(socket, TIMEOUT_MS));
   await waitUntil(() => server.destroyed, 'the kernel has given it up');
 });

@@ -1,4 +1,4 @@
-/** Who can connect when nobody has said anything about it, and what is said when others can. */
+/** Who can connect by default, and the warning when others can. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -68,7 +68,7 @@ test('TCP is served when asked for, with a warning on the terminal and in the lo
   await daemon.stop();
 });
 
-test('what is warned of is who can connect with neither TLS nor an access file in the way', () => {
+test('the warning names who can connect with neither TLS nor an access file in the way', () => {
   const directory = temporaryDirectory();
   fs.chmodSync(directory, 0o755);
   const file = (mode: number): ListenAddress => {
@@ -84,7 +84,7 @@ test('what is warned of is who can connect with neither TLS nor an access file i
   expect(exposureOf({ transport: 'unix', path: '@abstract' })).toMatch(users);
   expect(exposureOf(file(0o666))).toMatch(users);
   for (const mode of [0o600, 0o660, 0o644]) expect(exposureOf(file(mode))).toBeUndefined();
-  // Who may not enter the directory cannot connect.
+  // A user who may not enter the directory cannot connect.
   fs.chmodSync(directory, 0o750);
   expect(exposureOf({ transport: 'unix', path: path.join(directory, '666') })).toBeUndefined();
 
