@@ -1,9 +1,9 @@
 /** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { takeBackup, type Taken } from '../jobs/backup/take-backup.js';
-import { asFileError } from '../operations/file-errors.js';
+import { asFileError } from '../jobs/file-errors.js';
 import { asOperationError, OperationError, type Operations } from '../operations/operations.js';
-import { explainIdentity, takeOwner } from '../operations/store-owner.js';
+import { explainIdentity, takeOwner } from '../operations/run-as-owner.js';
 import { directoryOf } from '../store/locations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { FrozenMoment, withFreezeOptions, type FreezeOptions } from '../jobs/freeze.js';

@@ -96,7 +96,7 @@ export async function withOperations<T>(
   // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
   const { openOperations } = await import('../operations/open-operations.js');
   // Before the store is opened: as its owner this process may not be able to read its own program.
-  const { explainIdentity } = await import('../operations/store-owner.js');
+  const { explainIdentity } = await import('../operations/run-as-owner.js');
   const operations = await openOperations({
     ...place,
     mayCreate,

@@ -4,7 +4,7 @@
  * nobody reads its log and a node or a disk does not answer.
  */
 
-import { isJournal, withPriorities } from '../daemon/journal.js';
+import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
 
 export interface LastSteps {
   /** In place of process.stderr. */

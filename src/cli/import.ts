@@ -5,7 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { Command, Option } from 'commander';
-import { asFileError } from '../operations/file-errors.js';
+import { asFileError } from '../jobs/file-errors.js';
 import {
   asOperationError,
   OperationError,
@@ -13,7 +13,7 @@ import {
   type Operations,
   type VdiRecord,
 } from '../operations/operations.js';
-import { whatIsLeft } from '../operations/what-is-left.js';
+import { whatIsLeft } from '../jobs/interrupted-fill.js';
 import { DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS } from '../store/object-store.js';
 import { checkName } from '../vdi/names.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';

@@ -129,7 +129,7 @@ async function withBoth<T>(
   const { from, to } = options;
   const { isSameStore } = await import('../operations/open-operations.js');
   // Before the stores are opened: as another user this process may not be able to read its own program.
-  const { explainIdentity } = await import('../operations/store-owner.js');
+  const { explainIdentity } = await import('../operations/run-as-owner.js');
   const same = (): OperationError =>
     new OperationError(
       'BAD_USAGE',

@@ -1,6 +1,6 @@
 /** `sheepgate reload`: the daemon reads its TLS keys and access rules again, and says what came of it. */
 import { Command } from 'commander';
-import type { ReloadReport } from '../daemon/security.js';
+import type { ReloadReport } from '../operations/control-protocol.js';
 import { OperationError } from '../operations/operations.js';
 import { chosenStore, withCommonOptions, type CommonOptions } from './common-options.js';
 import { printJson, printLine, printNote } from './output.js';

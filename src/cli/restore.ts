@@ -2,7 +2,7 @@
 import { Command, Option } from 'commander';
 import { checkBackup, openPoint, pointAt, restoreBackup } from '../jobs/backup/restore-backup.js';
 import { BackupTarget, bytesOf } from '../jobs/backup/target.js';
-import { asFileError } from '../operations/file-errors.js';
+import { asFileError } from '../jobs/file-errors.js';
 import { OperationError } from '../operations/operations.js';
 import { closeAfter } from '../system/close-after.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';

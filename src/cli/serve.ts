@@ -1,10 +1,12 @@
 /** `sheepgate serve`: the daemon in the foreground, until SIGTERM or Ctrl-C. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import type { Logger } from 'pino';
-import type { Daemon, DaemonConfiguration, KeptVdi } from '../daemon/daemon.js';
-import { isJournal, withPriorities } from '../daemon/journal.js';
+import type { KeptVdi } from '../daemon/create-missing.js';
+import type { Daemon } from '../daemon/daemon.js';
+import type { DaemonConfiguration } from '../daemon/daemon-configuration.js';
+import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
 import { AddressError, formatListenAddress, parseListenAddress, type ListenAddress } from '../daemon/listen-address.js';
-import type { LogOutput } from '../daemon/log-output.js';
+import type { LogOutput } from '../daemon/log/log-output.js';
 import { defaultListeners } from '../operations/default-paths.js';
 import { openNotifier, takeInheritedSockets } from '../daemon/systemd.js';
 import { parseExportName } from '../export/export-name.js';
@@ -110,7 +112,7 @@ export function serveCommand(): Command {
 async function serve(options: ServeOptions): Promise<void> {
   const reloads = hangups();
   // Loaded late, as the daemon is: --help needs none of it. First of all, for whatever is wrong must have a way to say so.
-  const { LogOutput: Output } = await import('../daemon/log-output.js');
+  const { LogOutput: Output } = await import('../daemon/log/log-output.js');
   const inForm = isJournal(STDERR_FD) ? withPriorities : asIs;
   const output = new Output(STDERR_FD, (count, reason) => inForm(droppedLine(count, reason)));
   const lines = { write: (line: string) => output.write(inForm(line)), flushSync: () => output.flushSync() };

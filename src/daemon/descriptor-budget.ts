@@ -1,54 +1,54 @@
 /**
- * Who may have how many of the daemon's descriptors: all of them come out of one budget, so that connections are refused
- * before anybody's reads and writes lack a file. Owns the division, and the words for what the limit allows.
+ * Divides the daemon's file descriptors among their users. They all come from one budget, so that new connections are refused before
+ * reads and writes lack a file. Owns the division, and the messages about the limit. Opens nothing.
  */
 import { DEFAULT_LIMITS } from 'nbd-server-ts';
 import { MAX_CONTROL_CONNECTIONS } from '../operations/control-protocol.js';
 
 /**
- * What is open beside the rest: some 30 when nobody is there, 64 sockets of clients that have broken the protocol, folders
- * and logs while they are synced, connections to a cluster's nodes, what an operation of the command line opens.
+ * For all else: some 30 descriptors of an idle daemon, 64 sockets of clients that have broken the protocol, directories and logs
+ * while they are synced, connections to a cluster's nodes, files that an operation over the control socket opens.
  */
 const RESERVE = 192;
-/** Of a low limit no more than one in so many is for that, */
+/** With a low limit, the reserve is at most one in RESERVE_DIVISOR descriptors, */
 const RESERVE_DIVISOR = 6;
-/** and no less than this: all of those sockets, what is open when nobody is there, and what is synced meanwhile. */
+/** and at least this: all of those sockets, the descriptors of an idle daemon, and files being synced. */
 const LEAST_RESERVE = 128;
-/** With a low limit one in so many is for the control socket. */
+/** With a low limit, one in so many descriptors is for the control socket. */
 const CONTROL_DIVISOR = 32;
 const MIN_CONTROL_CONNECTIONS = 8;
-/** A connection's socket, and the disk behind it: the log of its map, or the file with a temporary snapshot's blocks. */
+/** A connection's socket, and one file of its disk: the log of its map, or the file with a temporary snapshot's blocks. */
 const PER_CONNECTION = 2;
-/** Of what is left one in so many is for object files, however many connections there may be. */
+/** Of the rest, one in so many is for object files, whatever the number of connections. */
 const OBJECT_FILES_DIVISOR = 4;
-/** A moment that is kept for who may come back has no connection: the log of its disk's map, and the file of its blocks. */
+/** A temporary snapshot that is kept for a client that was cut off has no connection: the log of its disk's map, its block file. */
 const PER_KEPT_MOMENT = 2;
-/** Of those for object files one in so many is for a kept moment. */
+/** There may be one kept snapshot per so many descriptors for object files. */
 const KEPT_DIVISOR = 8;
 const MAX_KEPT_MOMENTS = 256;
-/** With more there is nothing to gain: 256 GiB of disk in use. */
+/** More bring nothing: these are 256 GiB of disk in use. */
 const MAX_OBJECT_FILES = 65_536;
-/** Below it nothing works well, and what is above fails in odd places. */
+/** With fewer, the daemon does not start: it would fail in odd places. */
 const MIN_DESCRIPTORS = 256;
-/** Limits that are named to people are multiples of it. */
+/** Recommended limits are multiples of it. */
 const STEP = 128;
-/** If the system does not say. */
+/** If the system does not tell its limit. */
 const ASSUMED_LIMIT = 1024;
 
 export interface DescriptorBudget {
-  /** What there is. */
+  /** The limit of open files, RLIMIT_NOFILE. */
   readonly limit: number;
   /** Connections to the NBD listeners. */
   readonly connections: number;
   readonly controlConnections: number;
   readonly objectFiles: number;
-  /** NAME@now whose clients were cut off. */
+  /** Temporary snapshots (NAME@now) whose clients were cut off. */
   readonly keptMoments: number;
-  /** The limit that would do for as many connections as were asked for; undefined if this one does. */
+  /** The limit that would suffice for the wanted connections; undefined if this one does. */
   readonly neededLimit: number | undefined;
 }
 
-/** `limit`: RLIMIT_NOFILE. `wanted`: connections that are to be possible, if the limit allows. */
+/** `limit`: RLIMIT_NOFILE. `wanted`: the number of connections to allow, if the limit suffices. */
 export function divideDescriptors(limit = ASSUMED_LIMIT, wanted = DEFAULT_LIMITS.maxConnections): DescriptorBudget {
   const { rest, controlConnections } = withoutReserve(limit);
   const forObjects = Math.floor(rest / OBJECT_FILES_DIVISOR);
@@ -62,13 +62,13 @@ export function divideDescriptors(limit = ASSUMED_LIMIT, wanted = DEFAULT_LIMITS
   };
 }
 
-/** Why nothing can be served with such a limit; undefined if it can. */
+/** Why the daemon cannot start with this limit; undefined if it can. */
 export function tooFew({ limit }: DescriptorBudget): string | undefined {
   if (limit >= MIN_DESCRIPTORS) return undefined;
   return `the limit of ${limit} open files is too low, at least ${MIN_DESCRIPTORS} are needed: see 'ulimit -n', LimitNOFILE=`;
 }
 
-/** For whoever starts the daemon: what the limit does not allow, and what would; undefined if it allows all. */
+/** A warning that the limit does not suffice for `wanted` connections, with the limit that would; undefined if it does. */
 export function shortageOf({ limit, connections, neededLimit }: DescriptorBudget, wanted: number): string | undefined {
   if (neededLimit === undefined) return undefined;
   return (

@@ -1,10 +1,10 @@
 /**
- * The addresses `--listen` takes: "unix:PATH" and "tcp:HOST:PORT", and the NBD URIs that lead to them. Owns the syntax
- * only; never opens a socket.
+ * The addresses that `--listen` takes, "unix:PATH" and "tcp:HOST:PORT", and the NBD URIs for them. Owns the syntax; never opens a
+ * socket.
  */
 import net from 'node:net';
 import path from 'node:path';
-import { MAX_SOCKET_PATH_BYTES } from '../operations/default-paths.js';
+import { MAX_SOCKET_PATH_BYTES } from '../operations/socket-address.js';
 
 const DEFAULT_PORT = 10809; // NBD's, assigned by IANA
 
@@ -12,10 +12,10 @@ export type ListenAddress =
   | { readonly transport: 'unix'; readonly path: string }
   | { readonly transport: 'tcp'; readonly host: string; readonly port: number };
 
-/** Thrown for text that is no address; the message says what was given and what would do. */
+/** For text that is not a listen address; the message says what was given and what is accepted. */
 export class AddressError extends Error {}
 
-/** "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT"; the port may be left out. Throws AddressError. */
+/** "unix:PATH", "tcp:HOST:PORT", "tcp:[V6]:PORT"; the port may be left out. Errors: AddressError. */
 export function parseListenAddress(text: string): ListenAddress {
   const colon = text.indexOf(':');
   const scheme = text.slice(0, Math.max(colon, 0));
@@ -27,7 +27,7 @@ export function parseListenAddress(text: string): ListenAddress {
       `"${text}": vsock is not supported, Node has no such sockets; let socat VSOCK-LISTEN:PORT,fork forward to unix:PATH`,
     );
   }
-  throw new AddressError(`"${text}" is no listen address; give unix:PATH or tcp:HOST:PORT`);
+  throw new AddressError(`"${text}" is not a listen address; give unix:PATH or tcp:HOST:PORT`);
 }
 
 function unixAddress(text: string, socketPath: string): ListenAddress {
@@ -68,13 +68,13 @@ export function exportUri(address: ListenAddress, exportName: string, overTls = 
   if (address.transport === 'unix') {
     return `${scheme}+unix:///${name}?socket=${encodeURIComponent(address.path).replaceAll('%2F', '/')}`;
   }
-  // "Listen everywhere" is no place to connect to.
+  // A client cannot connect to the wildcard address.
   const host = address.host === '0.0.0.0' ? '127.0.0.1' : address.host === '::' ? '::1' : address.host;
   const port = address.port === DEFAULT_PORT ? '' : `:${address.port}`;
   return `${scheme}://${bracketed(host)}${port}/${name}`;
 }
 
-/** Whether only this machine can reach it. */
+/** Whether only this machine can reach the address. */
 export function isLocalOnly(address: ListenAddress): boolean {
   if (address.transport === 'unix') return true;
   const { host } = address;

@@ -1,9 +1,9 @@
-/** How much of the machine's memory the requests and replies of all NBD clients may take, unless --max-memory says it. */
+/** The default of --max-memory: the share of the machine's memory for the requests and replies of all NBD clients. */
 import { MIN_MEMORY_BYTES } from 'nbd-server-ts';
 
-/** Of what the process may use. The rest is for the page cache, which serves reads, and for maps. */
+/** Share of the memory that the process may use. The rest is for the page cache, which serves reads, and for object maps. */
 const SHARE = 1 / 8;
-/** 32 clients with as much under way as one may have; more makes nothing faster. */
+/** 32 clients with the most that one client may have in flight; more makes nothing faster. */
 const MOST_BYTES = 1024 * 1024 * 1024;
 
 export function defaultMemoryBudget(memoryBytes: number): number {

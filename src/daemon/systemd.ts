@@ -1,7 +1,6 @@
 /**
- * The two sides of a systemd service: listening sockets that systemd has opened (sd_listen_fds(3)), and telling it how
- * we are (sd_notify(3), sd_watchdog_enabled(3)). Owns the environment variables that carry this; starts nothing by
- * itself and does nothing where no systemd is.
+ * The daemon as a systemd service: listening sockets from systemd (sd_listen_fds(3)), and notifications to it (sd_notify(3),
+ * sd_watchdog_enabled(3)). Owns the environment variables for both. Does nothing where they are not set.
  */
 import { OperationError } from '../operations/operations.js';
 
@@ -18,15 +17,15 @@ export interface InheritedSocket {
 }
 
 /**
- * The sockets this process was started with; none if it was not started by socket activation. Takes the variables out
- * of `env`: they are not for our children. Errors: ACTIVATION.
+ * The sockets of socket activation; none without it. Removes the variables from `env`, so that child processes do not get them.
+ * Errors: ACTIVATION.
  */
 export function takeInheritedSockets(env: Environment = process.env, pid = process.pid): InheritedSocket[] {
   const { LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES } = env;
   delete env.LISTEN_PID;
   delete env.LISTEN_FDS;
   delete env.LISTEN_FDNAMES;
-  // Meant for another process, which did not clean its environment.
+  // Left over from another process, which did not clean its environment.
   if (LISTEN_PID === undefined || LISTEN_FDS === undefined || LISTEN_PID !== String(pid)) return [];
   const count = /^\d{1,5}$/.test(LISTEN_FDS) ? Number(LISTEN_FDS) : NaN;
   if (!(count <= MAX_FDS)) {
@@ -36,13 +35,13 @@ export function takeInheritedSockets(env: Environment = process.env, pid = proce
   return Array.from({ length: count }, (_, i) => ({ fd: FIRST_FD + i, name: names[i] || 'unknown' }));
 }
 
-/** Tells the service manager what happens. All methods do nothing if there is none. */
+/** Notifies the service manager. All methods do nothing if there is none. */
 export interface Notifier {
-  /** Serving, also after a reload. */
+  /** The daemon serves: after its start, and after a reload. */
   ready(status: string): void;
   reloading(): void;
   stopping(): void;
-  /** Send no more signs of life. */
+  /** Stop the watchdog's keep-alive messages. */
   close(): void;
 }
 
@@ -56,15 +55,15 @@ const SILENT: Notifier = {
 export interface NotifierOptions {
   readonly env?: Environment;
   readonly pid?: number;
-  /** Sends a datagram to the address in NOTIFY_SOCKET; whether it was taken. */
+  /** Sends a datagram to the address in NOTIFY_SOCKET; returns whether it was accepted. */
   readonly send: (address: string, text: string) => boolean;
-  /** Told once, when a message could not be sent. */
+  /** Called once, when a message could not be sent. */
   readonly onFailure: (message: string) => void;
 }
 
 /**
- * The notifier for NOTIFY_SOCKET; it begins with the signs of life at once if the watchdog waits for them. They come
- * from the event loop: if that hangs, they stop, and systemd restarts us.
+ * The notifier for NOTIFY_SOCKET. If systemd's watchdog is on, it starts sending keep-alive messages at once. They come from the
+ * event loop: if that hangs, they stop, and systemd restarts the daemon.
  */
 export function openNotifier(options: NotifierOptions): Notifier {
   const { env = process.env, pid = process.pid, send } = options;

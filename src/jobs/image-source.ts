@@ -4,7 +4,7 @@
  */
 import fs from 'node:fs';
 import type { Readable } from 'node:stream';
-import { asFileError } from '../operations/file-errors.js';
+import { asFileError } from './file-errors.js';
 import { OperationError } from '../operations/operations.js';
 import { chunksOf } from './disk-copy.js';
 import { foreignHead, foreignTail, HEAD_BYTES, TAIL_BYTES, type ForeignFormat } from './image-formats.js';

@@ -17,7 +17,7 @@ import {
   type Operations,
   type VdiRecord,
 } from '../operations/operations.js';
-import { whatIsLeft } from '../operations/what-is-left.js';
+import { whatIsLeft } from './interrupted-fill.js';
 import { formatSpec, labelOfRun, specOf } from '../vdi/names.js';
 import { bytesOfText } from '../text/name-bytes.js';
 import type { Redundancy } from '../store/object-store.js';

@@ -1,7 +1,7 @@
 /**
- * The client's end of the control socket: one HTTP request per call, and connections upgraded to NBD. Owns no state
- * between calls. Sends nothing before it knows who listens (socket-trust.ts). Turns error answers back into the
- * OperationErrors they were.
+ * The client's end of the control socket: one HTTP request per call, and connections upgraded to NBD. Turns error answers back into
+ * the OperationErrors that they were. Keeps no state between calls, and sends nothing before it has checked who listens
+ * (socket-trust.ts).
  */
 import http from 'node:http';
 import net from 'node:net';
@@ -15,7 +15,7 @@ import {
   type StatusAnswer,
 } from './control-protocol.js';
 import { OperationError } from './operations.js';
-import { socketAddress } from './default-paths.js';
+import { socketAddress } from './socket-address.js';
 import { peerUid } from '../system/socket-calls.js';
 import { mustBeTrusted, trustedSocket } from './socket-trust.js';
 
@@ -24,13 +24,13 @@ export type Method = 'GET' | 'POST' | 'DELETE';
 /** An upgraded connection. */
 export interface NbdConnection {
   readonly socket: net.Socket;
-  /** What came with the answer already. */
+  /** Bytes that arrived together with the answer. */
   readonly head: Buffer;
   /** The daemon's name for it, for GET /sessions/ID. */
   readonly session: string;
 }
 
-/** A path of the API; each segment is encoded. */
+/** A path of the API from its segments, each percent-encoded. */
 export function pathOf(...segments: string[]): string {
   return `/${segments.map(encodeURIComponent).join('/')}`;
 }
@@ -46,7 +46,7 @@ export class ControlClient {
     return this.call<StatusAnswer>('GET', '/status', { timeoutMs: CONNECT_TIMEOUT_MS });
   }
 
-  /** Errors: whatever the daemon answers, UNREACHABLE, or UNTRUSTED. */
+  /** Errors: the daemon's, UNREACHABLE, UNTRUSTED. */
   async call<T>(method: Method, path: string, options: { body?: object; timeoutMs?: number } = {}): Promise<T> {
     const body = options.body && Buffer.from(JSON.stringify(options.body));
     const request = await this.#request(method, path, {
@@ -65,7 +65,7 @@ export class ControlClient {
     } catch {
       throw new OperationError(
         'UNREACHABLE',
-        `what listens on ${this.path} is no sheepgate daemon: it answers no JSON`,
+        `what listens on ${this.path} is not a sheepgate daemon: its answer is not JSON`,
       );
     }
     if (response.statusCode === 200) return answer as T;
@@ -80,7 +80,7 @@ export class ControlClient {
     });
     return new Promise((resolve, reject) => {
       request.once('upgrade', (response, socket, head) => {
-        // Until whoever it is for listens.
+        // Until the NBD client listens.
         socket.on('error', () => undefined);
         socket.setTimeout(0);
         resolve({ socket: socket, head, session: String(response.headers[SESSION_HEADER] ?? '') });
@@ -114,7 +114,7 @@ export class ControlClient {
     return request;
   }
 
-  /** A connection to a daemon that may be believed; nothing was sent yet. */
+  /** A connection to a trusted daemon; nothing was sent yet. Errors: UNREACHABLE, UNTRUSTED. */
   async #connect(): Promise<net.Socket> {
     let address;
     try {
@@ -160,7 +160,7 @@ export class ControlClient {
     if (error.code === 'ECONNRESET') {
       return new OperationError(
         'UNREACHABLE',
-        `the daemon on ${this.path} ended before it answered: whether it has done what it was asked is not known`,
+        `the daemon on ${this.path} ended before it answered: whether it has done the request is not known`,
         { cause: error },
       );
     }
@@ -175,7 +175,7 @@ function errorOf(answer: unknown, where: string): OperationError {
   if (typeof error?.code !== 'string' || typeof error.message !== 'string') {
     return new OperationError(
       'UNREACHABLE',
-      `what listens on ${where} is no sheepgate daemon: it answers no error as one`,
+      `what listens on ${where} is not a sheepgate daemon: its error has another form`,
     );
   }
   return new OperationError(error.code, error.message);

@@ -1,4 +1,4 @@
-/** Turns what a disk says about its allocation and its changes into pages of bounded size. Never reads data. */
+/** Makes DataPages: the allocation of a disk, or its changes since a snapshot, in pages of bounded size. Never reads data. */
 import { STATE_ZERO, type Awaitable, type ExtentSink } from 'nbd-server-ts/block-device';
 import type { Vdi } from '../vdi/vdi.js';
 import { MAX_PAGE_BYTES, MAX_PAGE_RANGES, OperationError, type DataPage } from './operations.js';
@@ -8,10 +8,10 @@ interface Range {
   length: number;
 }
 
-/** Extents of base:allocation; it may report less than it was asked for. */
+/** Extents of base:allocation; may report fewer bytes than asked for. */
 type Extents = (offset: number, length: number, sink: ExtentSink) => Awaitable<void>;
 
-/** The ranges from `offset` on that may hold something other than zeros, by base:allocation; adjacent ones are one. */
+/** The ranges from `offset` on that may hold something other than zeros, by base:allocation; adjacent ranges are merged. */
 export async function dataPageOf(size: number, offset: number, extents: Extents): Promise<DataPage> {
   const end = Math.min(size, offset + MAX_PAGE_BYTES);
   const ranges: Range[] = [];
@@ -31,7 +31,7 @@ export async function dataPageOf(size: number, offset: number, extents: Extents)
   return { ranges, next: next < size ? next : null };
 }
 
-/** Where `vdi` may differ from `base`, from `offset` on. Errors: BAD_SIZE. */
+/** Where `vdi` may differ from `base`, from `offset` on. Errors: BAD_SIZE (data objects of different sizes). */
 export async function changesPage(vdi: Vdi, base: Vdi, offset: number): Promise<DataPage> {
   if (vdi.record.blockSizeShift !== base.record.blockSizeShift) {
     throw new OperationError(

@@ -1,6 +1,6 @@
 /**
- * Where things are when nobody says otherwise: the store, the runtime directory, the control socket of a store. Owns the
- * defaults and the rules for private directories; the daemon and the command line both ask here, so that they meet.
+ * Default paths: the store, the runtime directory, the NBD and control sockets. Owns the defaults, and the rules for the directories
+ * of sockets. The daemon and the commands both use them, and so find each other.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -14,27 +14,19 @@ import { OperationError } from './operations.js';
 
 type Environment = Readonly<Record<string, string | undefined>>;
 
-/** sockaddr_un.sun_path holds 108 bytes including the terminating NUL. */
-export const MAX_SOCKET_PATH_BYTES = 107;
-
-/** What stands before the last name of a longer path; no descriptor has a larger number. */
-const DESCRIPTOR_PREFIX = '/proc/self/fd/4294967295/';
-/** Of the last name in a path that is longer than MAX_SOCKET_PATH_BYTES. */
-export const MAX_SOCKET_NAME_BYTES = MAX_SOCKET_PATH_BYTES - DESCRIPTOR_PREFIX.length;
-
 const CONTROL_SOCKET = 'control.sock';
 
-/** The local store that is used if neither --store nor SHEEPGATE_STORE is given. */
+/** The local store if neither --store nor SHEEPGATE_STORE is given. */
 export function defaultStore(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
   if (env.XDG_DATA_HOME) return path.join(env.XDG_DATA_HOME, 'sheepgate');
   if (uid === 0) return '/var/lib/sheepgate';
   return path.join(env.HOME || os.homedir(), '.local/share/sheepgate');
 }
 
-/** What is remembered of a cluster's clients: $SHEEPGATE_STATE, systemd's StateDirectory=, or this user's place for state. */
+/** Where the clients of clusters are remembered: $SHEEPGATE_STATE, systemd's StateDirectory=, or this user's state directory. */
 export function stateDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
   if (env.SHEEPGATE_STATE) return env.SHEEPGATE_STATE;
-  // systemd.exec(5): several are separated by colons.
+  // systemd.exec(5): several directories are separated by colons.
   const ofUnit = env.STATE_DIRECTORY?.split(':')[0];
   if (ofUnit) return path.join(ofUnit, 'clusters');
   if (env.XDG_STATE_HOME) return path.join(env.XDG_STATE_HOME, 'sheepgate');
@@ -44,8 +36,8 @@ export function stateDirectory(env: Environment = process.env, uid = process.get
 }
 
 /**
- * The directory for sockets of this user: $XDG_RUNTIME_DIR, /run for root; for others what systemd has made for them, which
- * cron jobs and `su` are not told of, or else one below the temporary directory.
+ * The directory for this user's sockets: in $XDG_RUNTIME_DIR; for root in /run; for others in /run/user/UID, which systemd makes and
+ * which cron jobs and `su` do not have in their environment; else below the temporary directory.
  */
 export function runtimeDirectory(env: Environment = process.env, uid = process.getuid?.() ?? -1): string {
   return path.join(runtimeBase(env, uid), 'sheepgate');
@@ -59,14 +51,14 @@ function runtimeBase(env: Environment = process.env, uid = process.getuid?.() ??
   return path.join(os.tmpdir(), `sheepgate-${uid}`);
 }
 
-/** Where `serve` listens for NBD clients if no --listen is given: where other users cannot connect. */
+/** Where `serve` listens for NBD clients without --listen: where other users cannot connect. */
 export function defaultListeners(env: Environment = process.env, uid = process.getuid?.() ?? -1): string[] {
   return [`unix:${path.join(runtimeDirectory(env, uid), 'nbd.sock')}`];
 }
 
 /**
- * In the store itself: whoever knows the store finds its daemon, and every store has one of its own. A cluster's is in the
- * runtime directory, under the nodes as they were given.
+ * The control socket of a store: in a local store itself, so that its path is known from the store's; for a cluster in the runtime
+ * directory, named after the nodes as they were given.
  */
 export function controlSocketOf(store: string): string {
   const directory = directoryOf(store);
@@ -74,7 +66,7 @@ export function controlSocketOf(store: string): string {
   return path.join(path.resolve(directory), CONTROL_SOCKET);
 }
 
-/** Of a store that no socket can be made in. */
+/** The control socket of a local store in which no socket can be made (read-only filesystem). */
 export function controlSocketElsewhere(store: string): string {
   return path.join(runtimeDirectory(), `store-${idOf(store)}.sock`);
 }
@@ -84,14 +76,13 @@ function idOf(store: string): string {
 }
 
 /**
- * Make the directory that a socket goes into, for this user only. What exists stays as it is, except that the runtime
- * directory must really be ours: others may have made it first, or be able to put a socket in the place of ours. Errors:
- * PERMISSION.
+ * Make the directory for a socket, for this user only. An existing directory is not changed; but the runtime directory must belong to
+ * us: another user may have made it first, or be able to replace our socket. Errors: PERMISSION.
  */
 export function makeSocketDirectory(directory: string, uid = process.geteuid?.() ?? -1): void {
   const runtime = runtimeDirectory();
   const isOurs = directory === runtime || directory.startsWith(`${runtime}/`);
-  // Before anything is made in it.
+  // Checked before anything is made in it.
   if (isOurs) mustBeOurs(runtimeBase(), uid);
   try {
     makeDirectory(nodeFiles, directory, 0o700);
@@ -106,13 +97,13 @@ export function makeSocketDirectory(directory: string, uid = process.geteuid?.()
   mustBeOurs(runtime, uid);
 }
 
-/** Nothing is wrong with a directory that is not there. Errors: PERMISSION. */
+/** A directory that does not exist passes. Errors: PERMISSION. */
 function mustBeOurs(directory: string, uid: number): void {
-  // A link that we were given is as good as what it leads to; one that somebody else can have put there is not.
+  // A link that the environment names is followed; another user may have put any other link there.
   const isGiven = directory === process.env.XDG_RUNTIME_DIR;
   const status = (isGiven ? fs.statSync : fs.lstatSync)(directory, { throwIfNoEntry: false });
   if (!status) return;
-  // In root's /run, or in a directory as /tmp is, nobody can touch what is ours.
+  // In root's /run, and in a sticky directory such as /tmp, no other user can remove or rename our files.
   const isRoots = status.uid === 0 && ((status.mode & 0o022) === 0 || (status.mode & 0o1000) !== 0);
   if (status.isDirectory() && (isRoots || (status.uid === uid && (status.mode & 0o022) === 0))) return;
   throw new OperationError(
@@ -120,37 +111,4 @@ function mustBeOurs(directory: string, uid: number): void {
     `${directory} is not a directory that only this user can write to; remove it, or set XDG_RUNTIME_DIR, or --listen and ` +
       '--control, to have the sockets elsewhere',
   );
-}
-
-/** A unix socket's path in a form that bind(2) and connect(2) take, however long the path is. */
-export interface SocketAddress {
-  readonly path: string;
-  /** Call when neither bind nor connect will be tried again. */
-  release(): void;
-}
-
-/** Errors: BAD_USAGE if no socket can have this path; Node would make one with a shorter name, without a word. */
-export function checkSocketPath(socketPath: string): void {
-  const bytes = Buffer.byteLength(socketPath);
-  const nameBytes = Buffer.byteLength(path.basename(socketPath));
-  if (bytes <= MAX_SOCKET_PATH_BYTES || nameBytes <= MAX_SOCKET_NAME_BYTES) return;
-  throw new OperationError(
-    'BAD_USAGE',
-    `${socketPath}: the path has ${bytes} bytes, a unix socket's at most ${MAX_SOCKET_PATH_BYTES} (or a last name of ` +
-      `${MAX_SOCKET_NAME_BYTES}, and this one has ${nameBytes}); choose a shorter one`,
-  );
-}
-
-/**
- * A path that is too long for a socket address is reached through a descriptor of its directory; only the last name has
- * to fit then. Errors: those of checkSocketPath; ENOENT and the like if the directory cannot be opened.
- */
-export function socketAddress(socketPath: string): SocketAddress {
-  checkSocketPath(socketPath);
-  if (Buffer.byteLength(socketPath) <= MAX_SOCKET_PATH_BYTES) return { path: socketPath, release: () => undefined };
-  const directory = fs.openSync(path.dirname(socketPath), fs.constants.O_RDONLY | fs.constants.O_DIRECTORY);
-  return {
-    path: `/proc/self/fd/${directory}/${path.basename(socketPath)}`,
-    release: () => fs.closeSync(directory),
-  };
 }

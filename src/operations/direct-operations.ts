@@ -1,7 +1,7 @@
 /**
- * Operations on a store that this process holds: the catalog for VDIs, the exports for their data. Used by the daemon
- * for its control API and by the command line where no daemon runs. Owns the devices it opened, nothing else of the
- * exports: those the NBD server opened are the server's.
+ * Operations on a store that this process has open: the catalog for VDIs, the exports for their data. Used by the daemon for its
+ * control API, and by commands where no daemon runs. Owns the devices that it has opened; those that the NBD server has opened
+ * belong to the server.
  */
 import { ALLOCATION_CONTEXT, type CompleteDevice, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import type { VdiCatalog } from '../vdi/catalog.js';
@@ -34,10 +34,10 @@ import {
 } from './operations.js';
 
 const PEER: Peer = { transport: 'internal', address: 'command line' };
-/** A device takes any length; this bounds what one request keeps busy. */
+/** A device takes any length; this bounds the memory and the time of one request. */
 const MAX_REQUEST_BYTES = 32 * 2 ** 20;
 
-/** As far as they watch over who writes. */
+/** `writers`: where the exports keep account of writers. */
 type Exports = ExportProvider<CompleteDevice> & { readonly writers?: Pick<Writers, 'of' | 'twoWritersOf' | 'forget'> };
 
 export class DirectOperations implements Operations {
@@ -84,7 +84,7 @@ export class DirectOperations implements Operations {
     return { ...details, writers: writers.of(name), twoWriters: writers.twoWritersOf(name) ?? null };
   }
 
-  /** A daemon's are the NBD server's to tell of; see ControlServer. */
+  /** None: of a daemon the NBD server knows them (src/daemon/control/). */
   clients(): Promise<readonly ConnectionStatus[]> {
     return Promise.resolve([]);
   }
@@ -169,7 +169,7 @@ export class DirectOperations implements Operations {
     }
   }
 
-  /** What openDisk would find, without opening. */
+  /** The size and mode that openDisk would find, without opening. */
   async describe(exportName: string): Promise<ExportDescription> {
     const { geometry } = await plainly(this.#exports.describe(exportName, PEER));
     return { size: geometry.size, isReadOnly: geometry.readOnly };
@@ -206,7 +206,7 @@ function diskOf(device: CompleteDevice): Disk {
   };
 }
 
-/** The exports' errors in the words of the layer that refused. */
+/** Errors of the exports as the errors of the layer that refused. */
 async function plainly<T>(result: T | Promise<T>): Promise<T> {
   try {
     return await result;

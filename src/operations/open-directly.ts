@@ -1,6 +1,6 @@
 /**
- * Opens a store in this process: the daemon's, or a command's if no daemon has it. Owns what is done with a store before
- * anybody uses it. Of the two kinds of store only the one that is asked for is loaded.
+ * Opens a store in this process: for the daemon, or for a command if no daemon has it. Owns the steps between opening a store and
+ * its first use. Loads only the kind of store that is asked for.
  */
 import { directoryOf, kindOf, type AnyStore, type StoreKind } from '../store/locations.js';
 import { VdiCatalog } from '../vdi/catalog.js';
@@ -10,45 +10,45 @@ import { DirectOperations } from './direct-operations.js';
 import { loadEverything, type StoreLocation } from './open-operations.js';
 import { OperationError } from './operations.js';
 import { stateDirectory } from './default-paths.js';
-import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './store-owner.js';
+import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './run-as-owner.js';
 
 export interface DirectPlace extends Pick<StoreLocation, 'store' | 'log' | 'options' | 'mayCreate'> {
-  /** This process serves the store, and nobody else on this machine does. */
+  /** This process is the store's daemon on this machine. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
   readonly retryMs?: number;
   /** How long NAME@now is kept for a client that was cut off. */
   readonly keepMs?: number;
-  /** How many may be kept for such clients, of all VDIs. */
+  /** How many may be kept for such clients, over all VDIs. */
   readonly maxKept?: number;
   /** How long such a client counts as a user of a VDI. */
   readonly inUseMs?: number;
-  /** Aborted when nobody waits for a cluster any more: all that is asked of it fails then. */
+  /** When aborted, the cluster is not waited for any more: all requests to it fail. */
   readonly signal?: AbortSignal;
-  /** Files of objects to have open at most; by default what the process's limit allows. */
+  /** At most so many files of objects are open at a time; by default as many as the process's limit allows. */
   readonly maxDescriptors?: number;
-  /** Each disk is written by one connection at a time. */
+  /** Only one connection at a time may write a disk. */
   readonly exclusive?: Exclusive | undefined;
-  /** As `log`, for what clients can bring about again and again. */
+  /** As `log`, for lines that clients can cause again and again. */
   readonly logOften?: ExportsOptions['logOften'];
 }
 
-type OpenedStore = DirectOperations & {
+export type OpenedStore = DirectOperations & {
   readonly exports: VdiExports;
   readonly isReadOnly: boolean;
   readonly announceStop: () => void;
 };
 
 /**
- * The store, opened by this process; one of another user's by root as that user (store-owner.ts). Errors: StoreError;
- * OWNER, PERMISSION.
+ * Open the store in this process; root opens another user's store as that user (run-as-owner.ts). Errors: those of StoreError;
+ * OWNER, PERMISSION, BAD_USAGE.
  */
 export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
   const kind = kindOf(place.store);
   refuseOptionsOfOthers(place, kind);
   const directory = kind.directoryOf(place.store);
   if (directory !== undefined && place.isDaemon) refuseOthersStore(directory);
-  // Before another user's identity is taken, which may not be able to read this program.
+  // Before this process changes its user: the new one may not be able to read this program.
   await kind.load();
   if (directory !== undefined && !place.isDaemon && isOthersStore(directory)) await loadEverything();
   const leave = directory === undefined || place.isDaemon ? () => undefined : takeOwner(directory);
@@ -91,7 +91,7 @@ async function operationsOn(
   const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
-  // Other users of a store have temporary snapshots, too; what is left of ours goes before its disk is written.
+  // Other processes may have temporary snapshots in a cluster. Our leftovers are dropped before their disks are written.
   if (!catalog.isReadOnly && (isOursAlone || place.isDaemon)) {
     try {
       const leftovers = await catalog.dropLeftovers();
@@ -106,7 +106,7 @@ async function operationsOn(
   return Object.assign(new DirectOperations(catalog, exports, closed, takeBackCreation), {
     exports,
     isReadOnly: catalog.isReadOnly,
-    // Nobody waits for a cluster: it has no lock.
+    // Only for a local store, which has a lock that others wait for.
     announceStop: () => void ('announceStop' in store && store.announceStop()),
   });
 }

@@ -1,7 +1,7 @@
 /**
- * Decides who works on a store: the daemon that has it, or this process. Owns the order in which that is tried, and
- * what is said if neither is possible. Whoever does the work is loaded when that is known: a command that a daemon does
- * needs no store, and most of the time that a short command takes is spent on loading.
+ * Decides whether the store's daemon or this process does an operation. Owns the order in which the two are tried, and the messages
+ * if neither is possible. Loads the code for one of them only when it is chosen: with a daemon a command needs no store, and a
+ * short command spends most of its time on loading.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -11,42 +11,43 @@ import { CLUSTER, directoryOf, LOCAL, type StoreOptions } from '../store/locatio
 import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';
 import { OperationError, type Operations } from './operations.js';
-import { checkSocketPath, controlSocketOf } from './default-paths.js';
-import { socketState } from './stale-socket.js';
+import { controlSocketOf } from './default-paths.js';
+import { checkSocketPath } from './socket-address.js';
+import { socketState } from './socket-state.js';
 
 /**
- * How long to wait for a store that somebody has who does not listen: another command that is done in a moment, or a
- * daemon that is starting or stopping. Counted anew when it is another process that has the store: commands that are started
- * at the same time each have their turn.
+ * How long to wait for a store whose holder does not listen on the control socket: a command that is done in a moment, or a daemon
+ * that is starting or stopping. Counted anew when another process gets the lock: of several commands that are started together,
+ * each one has its turn.
  */
 const LOCK_WAIT_MS = 3_000;
-/** However many are before this one. */
+/** In all, however many processes come first. */
 const MAX_LOCK_WAIT_MS = 30_000;
 const LOCK_POLL_MS = 50;
 
 export interface StoreLocation {
   /** The store's directory, or a cluster's location. */
   readonly store: string;
-  /** The store was asked for by name: a daemon of another store will not do. */
+  /** The operator named the store: a daemon that serves another one is an error. */
   readonly isStoreGiven: boolean;
-  /** Whether a store may be made where there is none. */
+  /** Whether a missing store may be created. */
   readonly mayCreate: boolean;
   /** The daemon's control socket, if it is not in the store. */
   readonly control: string | undefined;
-  /** With any of these no daemon is asked. */
+  /** With any of these the store is opened directly, even if a daemon runs. */
   readonly options?: StoreOptions;
-  /** Told what an operator should know and no caller waits for. */
+  /** Called with lines for the operator that are not part of any result. */
   readonly log?: (line: string, details?: object) => void;
 }
 
 /**
- * Operations on a store: through its daemon if one listens, else directly. A control socket that was asked for by name
- * must answer. Errors: UNREACHABLE, LOCKED, and whatever opening the store says.
+ * Operations on a store: through its daemon if one listens, else directly. With --control a daemon must listen there. Errors:
+ * UNREACHABLE (--control without a daemon), LOCKED, OTHER_STORE, UNTRUSTED, BAD_USAGE, and those of opening the store.
  */
 export async function openOperations(place: StoreLocation): Promise<Operations> {
   const socketPath = place.control ?? controlSocketOf(place.store);
   checkSocketPath(path.resolve(socketPath));
-  // A daemon serves the store without them; what they allow disturbs no daemon.
+  // These options only change how this process reads, and are safe beside a daemon.
   if (place.options !== undefined) return directly(place);
   return whileLocked(async () => {
     const state = await socketState(socketPath);
@@ -64,9 +65,9 @@ export async function openOperations(place: StoreLocation): Promise<Operations> 
 }
 
 /**
- * Load what openOperations may need later, whatever that is: for who opens stores again and again, while a daemon comes or
- * goes and perhaps another version of this program is installed; and for who is about to be another user, who may not be
- * able to read this program.
+ * Load all code that openOperations may need later. For a job that opens stores repeatedly, while daemons come and go and perhaps
+ * another version of this program is installed; and for a process about to change its user, who may not be able to read this
+ * program.
  */
 export async function loadEverything(): Promise<void> {
   await Promise.all([
@@ -84,7 +85,7 @@ async function directly(place: StoreLocation): Promise<Operations> {
   return openDirectly(place);
 }
 
-/** Try again for a while if the store is locked (LOCK_WAIT_MS), and then say who may have it. */
+/** Repeat `attempt` for a while if the store is locked (LOCK_WAIT_MS). Errors: LOCKED, with its holder; those of `attempt`. */
 export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: string): Promise<T> {
   const end = performance.now() + MAX_LOCK_WAIT_MS;
   let deadline = performance.now() + LOCK_WAIT_MS;
@@ -107,7 +108,7 @@ export async function whileLocked<T>(attempt: () => Promise<T>, socketPath: stri
   }
 }
 
-/** Who has the store, and what to do about it. */
+/** Which process has the store, and what to do about it. */
 function lockedMessage(holder: Holder | undefined, socketPath: string): string {
   const silent = `no daemon answers on ${socketPath}`;
   switch (holder?.role) {
@@ -131,7 +132,7 @@ function lockedMessage(holder: Holder | undefined, socketPath: string): string {
   }
 }
 
-/** The control API of the store's daemon, which must run. Errors: UNREACHABLE, OTHER_STORE. */
+/** The control API of the store's daemon, which must be running. Errors: UNREACHABLE, OTHER_STORE, UNTRUSTED. */
 export async function controlOfDaemon(
   place: Pick<StoreLocation, 'store' | 'isStoreGiven' | 'control'>,
 ): Promise<ControlClient> {
@@ -163,7 +164,7 @@ async function statusOf(
   client: ControlClient,
   socketPath: string,
 ): Promise<StatusAnswer> {
-  // Answers with something else than a daemon's status if the socket is somebody else's.
+  // Fails if another program listens on the socket.
   const status = await client.status();
   const { store } = status;
   if (place.isStoreGiven && !isSameStore(store, place.store)) {
@@ -175,7 +176,7 @@ async function statusOf(
   return status;
 }
 
-/** Whether two directories or clusters' locations are one, as far as can be told from outside. */
+/** Whether two stores are the same one: by directory (device and inode), or by a cluster's location as text. */
 export function isSameStore(a: string, b: string): boolean {
   const [directory, other] = [directoryOf(a), directoryOf(b)];
   if (directory === undefined || other === undefined) return a === b;

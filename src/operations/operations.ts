@@ -1,7 +1,8 @@
 /**
- * Everything that can be asked of a store, whoever does it: this process on the store itself (direct-operations.ts), or
- * a daemon over its control socket (remote-operations.ts). The command line knows only this. Errors are OperationErrors
- * with the code and the message of the layer that refused, the same both ways.
+ * The operations on a store and its VDIs that commands, jobs and the daemon share. This process does them on the store itself
+ * (direct-operations.ts), or a daemon does them over its control socket (remote-operations.ts); callers need not know which.
+ * Owns the interface, the types of its answers, and OperationError: it has the code and the message of the layer that refused,
+ * the same both ways. Implements nothing.
  */
 import type { CheckReport, DamagedVdi, Redundancy, VdiRecord } from '../store/object-store.js';
 import type { ForceOption } from '../vdi/busy-checks.js';
@@ -19,8 +20,8 @@ export type { LockReport, LockStatus, Redundancy, UnlockOptions };
 export type { Beginning, CheckReport, DamagedVdi, Ended, Filling, ForceOption, KeptSnapshot, VdiDetails, VdiRecord };
 
 /**
- * Ranges that may hold something other than zeros, in ascending order, all else reading as zeros; or, of `changes`, that
- * may differ, all else being the same.
+ * From `dataPage`: the ranges that may hold something other than zeros; all else reads as zeros. From `changes`: the ranges that
+ * may differ; all else is the same. Ascending, in bytes.
  */
 export interface DataPage {
   readonly ranges: readonly { readonly offset: number; readonly length: number }[];
@@ -28,7 +29,7 @@ export interface DataPage {
   readonly next: number | null;
 }
 
-/** Bounds of one page, so that neither its answer nor the time to make it depends on the size of the disk. */
+/** Bounds of one page: neither its size nor the time to make it depends on the size of the disk. */
 export const MAX_PAGE_RANGES = 4096;
 export const MAX_PAGE_BYTES = 16 * 2 ** 30;
 
@@ -41,21 +42,21 @@ export interface Disk {
   read(offset: number, into: Buffer): Promise<void>;
   /** `data` must stay as it is until the promise settles. */
   write(offset: number, data: Buffer): Promise<void>;
-  /** Make the range read as zeros, giving its space back. Any length. */
+  /** Make the range read as zeros and free its space. Any length. */
   zero(offset: number, length: number): Promise<void>;
-  /** What was written before is durable when it resolves. */
+  /** When it resolves, all writes that had completed before the call are durable. */
   flush(): Promise<void>;
-  /** What may hold something other than zeros, from `offset` on. */
+  /** The ranges that may hold something other than zeros, from `offset` on. */
   dataPage(offset: number): Promise<DataPage>;
-  /** Resolves when the export is really closed: what is refused for open VDIs is possible then. */
+  /** Resolves when the export is closed: a delete or rollback, which is refused for open VDIs, is possible then. */
   close(): Promise<void>;
 }
 
-/** What `show` knows besides; a daemon of an earlier version does not say. */
+/** The answer of `show`. Daemons of earlier versions leave these fields out. */
 export interface ShownVdi extends VdiDetails {
-  /** Connections that may write it. */
+  /** Connections that may write the VDI. */
   readonly writers?: readonly WriterInfo[];
-  /** The last time that two clients which know nothing of each other wrote it at once, since the daemon began. */
+  /** The last time that two independent clients wrote the VDI at once, since the daemon started. */
   readonly twoWriters?: TwoWriters | null;
 }
 
@@ -66,32 +67,32 @@ export interface ExportDescription {
 
 export interface CreateOptions extends ForceOption {
   readonly blockSizeShift?: number;
-  /** Of a cluster: if it is not to be the cluster's default. */
+  /** Clusters only; without it the cluster's default. */
   readonly redundancy?: Redundancy;
   readonly forceHint?: string;
 }
 
 export interface Operations {
-  /** How this reaches the store, for messages: its directory. */
+  /** The store's directory or location, for messages. */
   readonly store: string;
-  /** Tells the store from all others, however it is reached. */
+  /** Identifies the store, however it is reached. */
   readonly identity: string;
-  /** A daemon does it; else this process. */
+  /** A daemon does the work; else this process. */
   readonly isDaemon: boolean;
   list(): Promise<readonly VdiRecord[]>;
   listDetails(): Promise<readonly VdiDetails[]>;
-  /** What neither list has, because it cannot be read. */
+  /** VDIs that are in neither list, because their records cannot be read. */
   listDamaged(): Promise<readonly DamagedVdi[]>;
   show(spec: string): Promise<ShownVdi>;
   create(name: string, size: number, options: CreateOptions): Promise<VdiRecord>;
   /**
-   * Make or take a VDI that is filled from elsewhere: until `finish` it is marked as unfinished, and only calls with its
-   * `run` open or change it. Errors: EXISTS, BUSY.
+   * Create a VDI, or take an existing one, to fill it from elsewhere. Until `finish` it is marked as unfinished, and only calls
+   * with its `run` open or change it. Errors: EXISTS, BUSY.
    */
   begin(name: string, beginning: Beginning): Promise<VdiRecord>;
-  /** All of it is there: it is made durable, and its mark is taken away. Errors: UNFINISHED if it is not that run's. */
+  /** The VDI is complete: make it durable and remove its mark. Errors: UNFINISHED (another run's). */
   finish(name: string, run: string): Promise<VdiRecord>;
-  /** `takenAt`: when it says it was taken, if that is not now; of snapshots that are copied from another store. */
+  /** `takenAt`: the time that the snapshot shows, for one that is copied from another store; by default now. */
   snapshot(
     name: string,
     tag: string,
@@ -104,37 +105,34 @@ export interface Operations {
     size: number,
     options: Filling & ForceOption & { readonly forceInUse?: boolean },
   ): Promise<VdiRecord>;
-  /** With `run`: only if it is still that run's. */
+  /** With `run`: only if the VDI still belongs to that run. */
   remove(spec: string, options?: Filling & ForceOption): Promise<Ended>;
   check(options: { readonly repair: boolean }): Promise<CheckReport & Ended>;
-  /** Locks that a cluster's nodes keep. Errors: UNSUPPORTED. */
+  /** The locks that a cluster's nodes keep. Errors: UNSUPPORTED (local store). */
   locks(): Promise<LockReport>;
-  /** Take one away that was left behind; see VdiCatalog. Errors: UNSUPPORTED, NOT_LOCKED, BUSY, NEEDS_FORCE. */
+  /** Remove a lock that was left behind; see VdiCatalog. Errors: UNSUPPORTED, NOT_LOCKED, BUSY, NEEDS_FORCE. */
   unlock(spec: string, options?: UnlockOptions): Promise<LockStatus>;
   /**
-   * Where two VDIs or snapshots of one name may differ, from `offset` on to the end of `spec`: exact to the data object,
-   * from their maps alone. A page has MAX_PAGE_RANGES at most, and no bound on its bytes. Errors: BAD_SIZE if their
-   * objects are not of one size.
+   * Where two VDIs or snapshots of one name may differ, from `offset` to the end of `spec`: exact to the data object, from their
+   * maps alone. A page has at most MAX_PAGE_RANGES ranges, and covers any number of bytes. Errors: BAD_SIZE (their data objects
+   * are of different sizes).
    */
   changes(spec: string, since: string, offset: number): Promise<DataPage>;
-  /** The connections of NBD clients. Without a daemon there are none. */
+  /** The connections of NBD clients; none without a daemon. */
   clients(): Promise<readonly ConnectionStatus[]>;
-  /**
-   * Cut a connection off. Its client does not get the same disk to write for `keepOutMs`, by whatever connection. Errors:
-   * NO_CLIENT.
-   */
+  /** Cut a connection off. For `keepOutMs` its client cannot open the same disk to write, over any connection. Errors: NO_CLIENT. */
   disconnect(id: number, options: { readonly keepOutMs: number }): Promise<Disconnected>;
-  /** Open an export by its name: NAME, NAME@TAG, and whatever else the exports layer knows. */
+  /** Open an export by its name, in any form of docs/exports.md. */
   openDisk(exportName: string, options?: Filling): Promise<Disk>;
   /**
-   * What this was opened for has failed: a store that was made for it and that holds nothing is removed when it is closed.
-   * A daemon's store is the daemon's.
+   * The command has failed: a store that was created for it and is still empty is removed on close. Absent with a daemon, whose
+   * store stays.
    */
   takeBackCreation?(): void;
   close(): Promise<void>;
 }
 
-/** An expected failure, with the code of whichever layer refused (CatalogErrorCode, StoreErrorCode, or one of these). */
+/** An expected failure, with the code of the layer that refused (CatalogErrorCode, StoreErrorCode, or one of this layer). */
 export class OperationError extends Error {
   constructor(
     readonly code: string,
@@ -146,12 +144,12 @@ export class OperationError extends Error {
   }
 }
 
-/** Error classes of the layers below; anything else is a fault of ours, or of the operating system. */
+/** Error classes of the layers below; any other error is a fault of this program or of the operating system. */
 const LAYER_ERRORS = new Set(['CatalogError', 'StoreError', 'DeviceError', 'ExportError', 'NbdClientError']);
 
 /**
- * The expected failure behind `error`, or undefined if it is none. An ExportError is told as what caused it: NBD has
- * fewer words for it than the catalog.
+ * The expected failure behind `error`; undefined if it is not one. Of an ExportError the cause is returned: the catalog's error says
+ * more than NBD can.
  */
 export function asOperationError(error: unknown): OperationError | undefined {
   if (error instanceof OperationError) return error;

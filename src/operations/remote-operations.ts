@@ -1,6 +1,6 @@
 /**
- * Operations done by a daemon: the catalog over its control API, data over NBD connections through the same socket, so
- * that it does not matter where the daemon listens. Owns those connections. Holds no state of VDIs.
+ * Operations done by a daemon: the catalog over its control API, data over NBD connections through the same socket, so that the
+ * daemon's listeners do not matter. Owns those connections. Keeps no state of VDIs.
  */
 import { ALLOCATION_CONTEXT, type ExtentSink } from 'nbd-server-ts/block-device';
 import { unfinishedExport } from '../export/unfinished-export.js';
@@ -55,7 +55,7 @@ export class RemoteOperations implements Operations {
     try {
       return await this.#control.call('GET', '/damaged');
     } catch (error) {
-      // A daemon of an earlier version: it would have listed nothing at all.
+      // A daemon of an earlier version: there a damaged VDI makes every list fail.
       if (error instanceof OperationError && error.code === 'NO_ROUTE') return [];
       throw error;
     }
@@ -107,8 +107,8 @@ export class RemoteOperations implements Operations {
     const query = new URLSearchParams();
     if (force) query.set('force', '1');
     if (run !== undefined) query.set('run', run);
-    const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query}` : '');
-    // null: nothing has ended with it.
+    const path = pathOf('vdis', spec) + (query.size > 0 ? `?${query.toString()}` : '');
+    // null: no temporary snapshots have ended with it.
     return (await this.#control.call<Ended | null>('DELETE', path)) ?? { ended: [] };
   }
 
@@ -126,7 +126,7 @@ export class RemoteOperations implements Operations {
 
   changes(spec: string, since: string, offset: number): Promise<DataPage> {
     const query = new URLSearchParams({ since, offset: String(offset) });
-    return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query}`);
+    return this.#control.call('GET', `${pathOf('vdis', spec, 'changes')}?${query.toString()}`);
   }
 
   async clients(): Promise<readonly ConnectionStatus[]> {
@@ -139,7 +139,7 @@ export class RemoteOperations implements Operations {
 
   async openDisk(name: string, { run }: Filling = {}): Promise<Disk> {
     const exportName = run === undefined ? name : unfinishedExport(name, run);
-    // NBD refuses an export with hardly a word; the control API says it as the catalog does.
+    // The control API gives the catalog's reason for a refusal; NBD has only an error number.
     const { isReadOnly } = await this.#control.call<ExportDescription>('GET', pathOf('exports', exportName));
     // Loaded late: most commands read and write no data.
     const { MAX_PAYLOAD, NbdClient } = await import('nbd-server-ts/client');

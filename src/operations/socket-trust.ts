@@ -1,10 +1,10 @@
 /**
- * Whether a control socket may be believed: whoever answers there says that disks were snapshotted and deleted, and receives
- * what is imported. On a machine with other users a path alone proves nothing. Owns the rule who may be at the other end;
- * never connects to anything.
+ * Whether a control socket can be trusted: the process that answers there claims that disks were snapshotted and deleted, and
+ * receives the data of imports. On a machine with other users a path alone proves nothing. Owns the rule about the process at the
+ * other end. Never connects.
  *
- * The rule: this user, root, or the owner of the directory that the socket lies in, if that directory was made by root (so
- * that a group may use the socket of a service). The same for who owns the socket and its directory.
+ * The rule: it runs as this user, as root, or as the owner of the socket's directory, if root has made that directory (so that a
+ * group may use the socket of a service). The socket and its directory must belong to one of these users, too.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -15,24 +15,24 @@ const ROOT = 0;
 const WRITTEN_BY_GROUP_OR_ALL = 0o022;
 const WRITTEN_BY_ALL = 0o002;
 const ENTERED_BY_ALL = 0o001;
-/** In such a directory nobody renames or removes what is another user's: inode(7), S_ISVTX. */
+/** In such a directory users cannot rename or remove each other's files: inode(7), S_ISVTX. */
 const STICKY = 0o1000;
 
-/** A socket that looks right, and who may be found to listen there. */
+/** A socket that passed the checks before connecting, and the users that may listen there. */
 export interface TrustedSocket {
-  /** Without symbolic links: what was looked at is what is connected to. */
+  /** Without symbolic links: the socket that was checked is the one to connect to. */
   readonly path: string;
   readonly uids: ReadonlySet<number>;
 }
 
 /**
- * Look at a socket, and at the directories of it and of a link to it, before connecting. Errors: UNTRUSTED; ENOENT and the
- * like if it is not there.
+ * Check a socket, its directory, and the directory of a link to it, before connecting. Errors: UNTRUSTED; the system's (ENOENT, …)
+ * if the socket does not exist.
  */
 export function trustedSocket(socketPath: string, self = process.geteuid?.() ?? -1): TrustedSocket {
   const place = path.resolve(socketPath);
   const real = fs.realpathSync(place);
-  // Whoever can put a link there chooses among all daemons.
+  // A user who can make a link there can choose among all daemons.
   if (real !== place) trustedUids(fs.realpathSync(path.dirname(place)), place, self);
   const directory = path.dirname(real);
   const uids = trustedUids(directory, place, self);
@@ -48,7 +48,7 @@ export function trustedSocket(socketPath: string, self = process.geteuid?.() ?? 
   return { path: real, uids };
 }
 
-/** `uid`: of whoever listens, as the kernel says. Errors: UNTRUSTED. */
+/** `uid`: of the process that listens, from the kernel. Errors: UNTRUSTED. */
 export function mustBeTrusted(socket: TrustedSocket, uid: number | undefined, self = process.geteuid?.() ?? -1): void {
   if (uid === undefined) {
     throw new OperationError(
@@ -59,7 +59,7 @@ export function mustBeTrusted(socket: TrustedSocket, uid: number | undefined, se
   if (!socket.uids.has(uid)) throw untrusted(socket.path, `uid ${uid} listens there`, uid, self);
 }
 
-/** Who may listen in `directory`, a path without links. Errors: UNTRUSTED. */
+/** The users that may listen in `directory`, a path without links. Errors: UNTRUSTED. */
 function trustedUids(directory: string, socketPath: string, self: number): Set<number> {
   const uids = new Set([self, ROOT]);
   const { uid, mode } = fs.statSync(directory);
@@ -74,13 +74,13 @@ function trustedUids(directory: string, socketPath: string, self: number): Set<n
   return uids;
 }
 
-/** Whether nobody but root can have put a directory of that name there: all above it is root's, and nobody else's to change. */
+/** Whether only root can have put a directory of that name there: all above it belongs to root, and only root can change it. */
 function isMadeByRoot(directory: string): boolean {
   for (let below = directory; ;) {
     const place = path.dirname(below);
     if (place === below) return true;
     const { uid, mode } = fs.statSync(place);
-    // Further up it is enough that what is root's stays where it is.
+    // Further up a sticky directory is enough: root's directories in it stay where they are.
     const isSafe = (mode & WRITTEN_BY_GROUP_OR_ALL) === 0 || (below !== directory && (mode & STICKY) !== 0);
     if (uid !== ROOT || !isSafe) return false;
     below = place;

@@ -115,13 +115,13 @@ const USAGE: readonly (readonly [readonly string[], RegExp])[] = [
   [['vdi', 'list', '--store', ''], /--store needs a directory/],
   [['vdi', 'list', '--store', 'x', '--cluster', 'sheep1'], /cannot be used with/],
   [['export', 'vm', '-', '--json'], /--json and the image cannot both go to stdout/],
-  [['serve', '--listen', 'foo'], /"foo" is no listen address; give unix:PATH or tcp:HOST:PORT/],
+  [['serve', '--listen', 'foo'], /"foo" is not a listen address; give unix:PATH or tcp:HOST:PORT/],
   [['serve', '--listen', 'unix:'], /a path must follow unix:/],
   [['serve', '--listen', `unix:/${LONG}`], /the path has 257 bytes, a unix socket's at most 107/],
   [['serve', '--listen', 'tcp:'], /give tcp:HOST:PORT, for example/],
   [['serve', '--listen', 'tcp:localhost:http'], /give tcp:HOST:PORT/],
   [['serve', '--listen', 'tcp:localhost:99999'], /port 99999 is above 65535/],
-  [['serve', '--listen', 'udp:localhost:1'], /is no listen address/],
+  [['serve', '--listen', 'udp:localhost:1'], /is not a listen address/],
   [['serve', '--create', 'disk'], /give NAME:SIZE, for example vm1:20G/],
   [['serve', '--create', ':1G'], /give NAME:SIZE/],
   [['serve', '--create', 'disk:'], /is no size/],
@@ -304,7 +304,7 @@ describe('stores and sockets that are not what they should be', () => {
       .listen(stranger);
     try {
       expect(await other.fails('vdi', 'list', '--control', stranger)).toMatch(
-        /no answer from the daemon|is no sheepgate daemon/,
+        /no answer from the daemon|is not a sheepgate daemon/,
       );
     } finally {
       await new Promise((resolve) => server.close(resolve));

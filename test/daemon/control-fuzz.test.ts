@@ -1,6 +1,6 @@
 /**
- * Random and broken input for the control socket: requests, upgrades, halves of them, several at once, and clients that leave at
- * any moment. The daemon lives, finds no fault of its own, and keeps nothing of them. More of it:
+ * Random and broken input for the control socket: requests, upgrades, parts of them, several at once, and clients that leave at any
+ * moment. The daemon survives, logs no fault of its own, and keeps nothing of them. For a longer run:
  * SHEEPGATE_FUZZ_INPUTS=100000 SHEEPGATE_FUZZ_SEED=7 npx vitest run --project own test/daemon/control-fuzz.test.ts
  */
 import fs from 'node:fs';
@@ -13,7 +13,7 @@ import { startDaemon, waitUntil } from '../harness/daemon.js';
 const INPUTS = Number(process.env.SHEEPGATE_FUZZ_INPUTS ?? 2_000);
 const SEED = Number(process.env.SHEEPGATE_FUZZ_SEED ?? 1);
 const AT_ONCE = 8;
-/** An input whose connection is left open by both sides is over after this. */
+/** After this time an input is given up whose connection both sides leave open. */
 const PATIENCE_MS = 50;
 
 const METHODS = ['GET', 'POST', 'DELETE', 'PUT', 'CONNECT', 'OPTIONS', 'HEAD', 'TRACE', 'PRI', ''];
@@ -74,7 +74,7 @@ function request(random: Random): Buffer {
   const head = [`${random.pick(METHODS)} ${random.pick(PATHS)} ${version}`, 'Host: control', ...headers].join('\r\n');
   const whole = Buffer.from(`${head}\r\n\r\n${body}`);
   if (random.oneIn(3)) return whole;
-  // What an NBD client begins with: its flags and an option that goes on.
+  // The beginning of an NBD client: its flags and the beginning of an option.
   if (random.oneIn(3)) return Buffer.concat([whole, Buffer.from([0, 0, 0, 3]), random.bytes(random.below(64))]);
   return random.mutate(whole);
 }
@@ -89,7 +89,7 @@ function send(socketPath: string, random: Random): Promise<void> {
       if (leaving === 0) socket.destroy();
       else if (leaving === 1) socket.end();
     });
-    // It may be reset, or closed while we write.
+    // The connection may be reset, or closed while we write.
     socket.on('error', () => undefined).on('close', () => resolve());
     if (leaving === 2) socket.once('data', () => socket.destroy());
     else socket.resume();
@@ -108,12 +108,12 @@ function descriptorsOf(pid: number): string[] {
   });
 }
 
-/** The rest are the store's, which keeps the files that it has used. */
+/** The other descriptors belong to the store, which keeps the files that it has used. */
 function socketsOf(pid: number): number {
   return descriptorsOf(pid).filter((target) => target.startsWith('socket:')).length;
 }
 
-test('random and broken requests on the control socket do the daemon no harm', async () => {
+test('random and broken requests on the control socket do not harm the daemon', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:4M'] });
   const pid = daemon.child.pid ?? 0;
   const control = new ControlClient(daemon.control);
@@ -130,7 +130,7 @@ test('random and broken requests on the control socket do the daemon no harm', a
     }
   };
   await Promise.all(Array.from({ length: AT_ONCE }, client));
-  // Nothing of them is left, and it still knows what it is for.
+  // Nothing of them is left, and the daemon still works.
   await waitUntil(async () => (await control.status()).connections.length === 0, 'all connections are over');
   await waitUntil(() => socketsOf(pid) <= before, 'their sockets are closed').catch((e: unknown) => {
     console.log(before, descriptorsOf(pid));

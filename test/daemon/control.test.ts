@@ -1,6 +1,6 @@
 /**
- * The control API as anybody with the socket can speak it: what is malformed gets a clear error, and the daemon lives on;
- * what is well-formed works on VDIs in use.
+ * The control API with raw requests: a malformed one gets a clear error and does not harm the daemon; well-formed ones work on VDIs
+ * that are in use.
  */
 import fs from 'node:fs';
 import http from 'node:http';
@@ -51,7 +51,7 @@ describe('malformed', () => {
   });
 
   afterAll(async () => {
-    // It has lived through all of it, and had no fault of its own to log.
+    // The daemon has survived all of it, and logged no fault of its own.
     expect((await call(daemon, 'GET', '/status')).status).toBe(200);
     expect(daemon.log()).not.toMatch(/"level":[56]0/);
     expect((await daemon.stop()).code, daemon.log()).toBe(0);
@@ -133,9 +133,9 @@ describe('malformed', () => {
 
   test('a body that is too large is refused without being read to its end', async () => {
     const answer = await call(daemon, 'POST', '/vdis', Buffer.alloc(MAX_REQUEST_BODY_BYTES + 1, 0x20)).catch(
-      (error: NodeJS.ErrnoException) => error.code,
+      (error: unknown) => (error as NodeJS.ErrnoException).code,
     );
-    // The answer, or a connection that was cut while we were still sending.
+    // Either the answer, or a connection that was cut while we were still sending.
     if (typeof answer !== 'object') expect(['EPIPE', 'ECONNRESET']).toContain(answer);
     else
       expect(answer).toMatchObject({
@@ -144,7 +144,7 @@ describe('malformed', () => {
       });
   });
 
-  test('what is not HTTP is answered 400 and closed', async () => {
+  test('anything but HTTP is answered with 400 and closed', async () => {
     for (const bytes of [
       '\0\0\0\0\r\n\r\n',
       'NBDMAGICIHAVEOPT\r\n\r\n',
@@ -163,14 +163,14 @@ describe('malformed', () => {
     expect(answer).toMatch(/^HTTP\/1\.1 101 [\s\S]*\r\n\r\nNBDMAGIC/);
   });
 
-  test("a hundred connections that say nothing are in nobody's way", async () => {
+  test('a hundred silent connections do not disturb others', async () => {
     const idle = Array.from({ length: 100 }, () => net.connect(daemon.control).on('error', () => undefined));
     await Promise.all(idle.map((socket) => new Promise((resolve) => socket.once('connect', resolve))));
     expect((await call(daemon, 'GET', '/status')).status).toBe(200);
     for (const socket of idle) socket.destroy();
   });
 
-  test('names survive the way through a URL', async () => {
+  test('names pass unchanged through a URL', async () => {
     for (const name of ['a b', 'a%2Fb', 'ü€😀', 'a?b=c&d', 'a#b', "it's", '+', '...']) {
       expect(await call(daemon, 'POST', '/vdis', JSON.stringify({ name, size: 512 }))).toMatchObject({ status: 200 });
       expect(await call(daemon, 'GET', `/vdis/${encodeURIComponent(name)}`)).toMatchObject({ body: { name } });
@@ -187,13 +187,13 @@ test('only this user may connect: the socket is 0600 from its first moment, its 
   expect(fs.statSync(daemon.store).mode & 0o777).toBe(0o700);
 });
 
-test('a control socket elsewhere is found from the store, and the link goes with the daemon', async () => {
+test('a control socket outside the store is found from the store, and its link is removed when the daemon stops', async () => {
   const control = path.join(temporaryDirectory(), 'c.sock');
   const daemon = await startDaemon({ args: ['--control', control, '--create', 'vm:1M'] });
   const link = path.join(daemon.store, 'control.sock');
   expect(daemon.control).toBe(control);
   expect(fs.readlinkSync(link)).toBe(control);
-  // Without the daemon this would fail: the store is locked.
+  // Opened directly, this would fail: the daemon has the store locked.
   expect(await cli(['vdi', 'list'], { store: daemon.store })).toMatchObject({ code: 0 });
   expect(await cli(['vdi', 'list'], { env: { SHEEPGATE_CONTROL: control } })).toMatchObject({ code: 0 });
   expect((await daemon.stop()).code).toBe(0);
@@ -211,14 +211,14 @@ test('a link to a socket that is gone is replaced', async () => {
   expect(await cli(['vdi', 'list'], { store: second.store })).toMatchObject({ code: 0 });
 });
 
-test('a store too deep for a socket address has a daemon all the same', async () => {
+test('a daemon serves a store whose path is too long for a socket address', async () => {
   const store = path.join(temporaryDirectory(), 'x'.repeat(100), 'y'.repeat(100));
   const daemon = await startDaemon({ store, args: ['--create', 'vm:1M'] });
   expect(JSON.parse((await cli(['vdi', 'list', '--json'], { store })).stdout)).toMatchObject([{ name: 'vm' }]);
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('the status tells who is connected, to what, and what has gone over', async () => {
+test('the status has each connection with its peer, its export and its transferred bytes', async () => {
   const daemon = await startDaemon({ args: ['--create', 'vm:1M'] });
   const client = await NbdClient.connect({ path: daemon.socket });
   await client.go('vm');
@@ -233,7 +233,7 @@ test('the status tells who is connected, to what, and what has gone over', async
   await client.disconnect();
   await waitUntil(
     async () => (await new ControlClient(daemon.control).status()).connections.length === 0,
-    'the connection is off the list',
+    'the connection has left the list',
   );
 });
 
@@ -242,11 +242,11 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
   const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const writer = await NbdClient.connect({ path: daemon.socket });
   await writer.go('vm');
-  let isWriting = true;
+  const stopWriting = new AbortController();
   let generation = 0;
   const blocks = 16;
   const writing = (async () => {
-    while (isWriting) {
+    while (!stopWriting.signal.aborted) {
       generation++;
       for (let block = 0; block < blocks; block++) {
         const data = Buffer.alloc(4096);
@@ -274,7 +274,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
       stamps.push(first.readUInt32LE());
     }
     await disk.close();
-    // One writer, in order: the snapshot has a prefix of one generation and the rest of the one before.
+    // One writer, in order: the snapshot has the beginning of one generation, and the rest of the one before.
     const [newest = 0] = stamps;
     const cut = stamps.findIndex((stamp) => stamp !== newest);
     expect(stamps).toEqual(stamps.map((_, i) => (cut >= 0 && i >= cut ? newest - 1 : newest)));
@@ -284,7 +284,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
       await operations.remove(`clone${round - 1}`);
     }
   }
-  isWriting = false;
+  stopWriting.abort();
   await writing;
   await writer.disconnect();
   expect(seen).toEqual([...seen].sort((a, b) => a - b));
@@ -294,7 +294,7 @@ test('snapshots, clones, growing and deleting go on around a writer, which notic
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
 });
 
-test('many catalog operations at once are done one after the other, each whole', async () => {
+test('many catalog operations at once are done one after the other, each of them whole', async () => {
   const daemon = await startDaemon();
   const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const outcomes = await Promise.allSettled(

@@ -1,4 +1,4 @@
-/** `serve --default NAME`: what clients get that name no export, as real ones ask for it; and what those get that may not. */
+/** `serve --default NAME`: what real clients get that name no export, and what clients get that may not open it. */
 import { once } from 'node:events';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -11,7 +11,7 @@ import { oneLineOf, patterned } from '../cli/both-ways.js';
 const MIB = 2 ** 20;
 const unnamed = (daemon: Daemon): string => `nbd+unix:///?socket=${daemon.socket}`;
 
-/** NBD_OPT_EXPORT_NAME of the empty name: size and flags, or nothing if the server hangs up. */
+/** NBD_OPT_EXPORT_NAME with the empty name: size and flags, or nothing if the server hangs up. */
 async function askedTheOldWay(daemon: Daemon): Promise<Buffer> {
   const socket = net.connect(daemon.socket);
   const received: Buffer[] = [];
@@ -58,7 +58,7 @@ describe('with --default', () => {
     expect(fs.readFileSync(`${image}.copy`).equals(fs.readFileSync(image))).toBe(true);
   });
 
-  test('NBD_OPT_EXPORT_NAME gives it, too, and it is listed once, under its own name', async () => {
+  test('NBD_OPT_EXPORT_NAME opens it, too, and it is listed once, under its own name', async () => {
     const reply = await askedTheOldWay(daemon);
     expect(Number(reply.readBigUInt64BE(0))).toBe(8 * MIB);
     const client = await NbdClient.connect({ path: daemon.socket });
@@ -66,7 +66,7 @@ describe('with --default', () => {
     await client.disconnect();
   });
 
-  test('a command of ours gets nothing for an empty name', async () => {
+  test('our own commands do not accept an empty name', async () => {
     const out = path.join(temporaryDirectory(), 'out');
     expect(oneLineOf(await cli(['export', '', out], { store: daemon.store }), 1, 'export')).toMatch(
       /must not be empty/,
@@ -85,7 +85,7 @@ needs('nbdcopy')('nbdcopy starts the server itself, by way of socket activation'
   expect(fs.readFileSync(`${image}.copy`).equals(fs.readFileSync(image))).toBe(true);
 });
 
-test('without --default the refusal names the way, and no export', async () => {
+test('without --default the refusal says how to name an export, and names none', async () => {
   const daemon = await startDaemon({ args: ['--create', 'hidden:1M'] });
   const words = await refusal(daemon, '');
   expect(words).toMatch(/no export was named.*nbd-client -N NAME.*\(its option "default"\)/);
@@ -101,7 +101,7 @@ describe('access rules', () => {
     return startDaemon({ args: ['--create', 'disk:1M', '--default', 'disk', '--access', access] });
   };
 
-  test('are about what the default export is', async () => {
+  test('are those of the default export', async () => {
     const daemon = await withRules('allow disk ro from any\n');
     const client = await NbdClient.connect({ path: daemon.socket });
     await client.go('');
@@ -110,7 +110,7 @@ describe('access rules', () => {
     await daemon.stop();
   });
 
-  test('that refuse it tell nothing of its name', async () => {
+  test('that refuse it do not reveal its name', async () => {
     const daemon = await withRules('allow other from any\n');
     const words = await refusal(daemon, '');
     expect(words).toMatch(/you are not allowed to open the default export/);
@@ -120,7 +120,7 @@ describe('access rules', () => {
   });
 });
 
-test('a disk that is not there yet is a warning at the start, and served once it is there', async () => {
+test('a disk that does not exist yet is a warning at the start, and is served once it exists', async () => {
   const daemon = await startDaemon({ args: ['--default', 'later'] });
   expect(daemon.log()).toMatch(/"level":40.*the default export cannot be opened.*no VDI named \\"later\\"/);
   expect(await refusal(daemon, '')).toMatch(/there is no such VDI: ""/);
@@ -131,7 +131,7 @@ test('a disk that is not there yet is a warning at the start, and served once it
   await daemon.stop();
 });
 
-needs('nbdinfo')('it may be a snapshot, or one of this moment', async () => {
+needs('nbdinfo')('it may be a snapshot, also a temporary one', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--default', 'disk@now'] });
   expect(daemon.log()).not.toMatch(/"level":40/);
   expect((await run('nbdinfo', ['--is', 'read-only', unnamed(daemon)])).code).toBe(0);

@@ -1,4 +1,4 @@
-/** The daemon's descriptors: who may have how many, and that those who come too many take none from others. */
+/** The daemon's file descriptors: their division, and that too many clients take none from others. */
 import net from 'node:net';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
@@ -10,7 +10,7 @@ const LIMIT = 256;
 const TIGHT = ['/bin/sh', '-c', `ulimit -n ${LIMIT} && exec "$@"`, 'sh'];
 
 describe('the division', () => {
-  test('never gives out more than there is, whatever is asked for', () => {
+  test('never gives out more than the limit, whatever is asked for', () => {
     for (let limit = LIMIT; limit < 70_000; limit = Math.ceil(limit * 1.3)) {
       for (const wanted of [1, 16, 1024, 1_000_000]) {
         const { connections, controlConnections, objectFiles, keptMoments } = divideDescriptors(limit, wanted);
@@ -22,7 +22,7 @@ describe('the division', () => {
     }
   });
 
-  test('gives all connections that are asked for if the limit is the one it names, and not with less', () => {
+  test('gives all wanted connections with the limit that it recommends, and not with less', () => {
     for (const wanted of [100, 1024, 10_000]) {
       const { neededLimit } = divideDescriptors(128, wanted);
       expect(divideDescriptors(neededLimit, wanted)).toMatchObject({ connections: wanted, neededLimit: undefined });
@@ -30,13 +30,13 @@ describe('the division', () => {
     }
   });
 
-  test('says nothing if the limit is enough', () => {
+  test('does not warn if the limit suffices', () => {
     expect(shortageOf(divideDescriptors(65_536, 1024), 1024)).toBeUndefined();
     expect(shortageOf(divideDescriptors(1024, 1024), 1024)).toContain('allows 308 connections, not 1024');
   });
 });
 
-test('connections of nobody are refused before others lack a file, and the start says how many there may be', async () => {
+test('idle connections are refused before others lack a file, and the start says how many are possible', async () => {
   const daemon = await startDaemon({
     args: ['--create', 'disk:1G', '--max-connections-per-peer', '1000'],
     under: TIGHT,
@@ -54,7 +54,7 @@ test('connections of nobody are refused before others lack a file, and the start
   let refused = 0;
   for (let n = 0; n < LIMIT; n++) await open().catch(() => refused++);
   expect(refused).toBe(LIMIT - (connections - 1));
-  // More objects than there are descriptors for, all at once.
+  // More objects at once than there are descriptors for.
   const objects = Array.from({ length: 250 }, (_, n) => n * OBJECT);
   await Promise.all(objects.map((offset) => client.write(offset, Buffer.alloc(4096, 7))));
   await client.flush();
@@ -68,7 +68,7 @@ test('connections of nobody are refused before others lack a file, and the start
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('clients that each have a disk of their own lack nothing with the least limit, whoever breaks the protocol beside them', async () => {
+test('with the lowest limit, clients with a disk each lack nothing, even beside clients that break the protocol', async () => {
   const { connections } = divideDescriptors(LIMIT, 1024);
   const names = Array.from({ length: connections - 1 }, (_, n) => `d${n}`);
   const daemon = await startDaemon({
@@ -82,7 +82,7 @@ test('clients that each have a disk of their own lack nothing with the least lim
     await client.go(name);
     clients.push(client);
   }
-  // Held open for a while, and no connections any more: 64 of them.
+  // Sockets that are held open for a while and are no connections any more: 64 of them.
   for (let n = 0; n < 80; n++) {
     const socket = net.connect(daemon.socket);
     onTestFinished(() => void socket.destroy());
@@ -103,7 +103,7 @@ test('clients that each have a disk of their own lack nothing with the least lim
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('a limit with which nothing can be served is an error at the start', async () => {
+test('too low a limit is an error at the start', async () => {
   await expect(startDaemon({ under: ['/bin/sh', '-c', 'ulimit -n 255 && exec "$@"', 'sh'] })).rejects.toThrow(
     /the limit of 255 open files is too low/,
   );

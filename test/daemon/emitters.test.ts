@@ -51,8 +51,9 @@ const KNOWN: Readonly<Record<string, string>> = {
   'src/cli/vdi-list.ts': 'process.stdout: main.ts',
   'src/cli/vdi-lock.ts': 'process.stdout: main.ts',
   'src/operations/control-client.ts': 'the request, where it is made; upgraded sockets where they come',
-  'src/daemon/control-server.ts': 'the server, requests, answers and upgraded sockets, where they are made or come',
-  'src/operations/stale-socket.ts': 'where it is made',
+  'src/daemon/control/control-server.ts':
+    'the server, requests, answers and upgraded sockets, where they are made or come',
+  'src/operations/socket-state.ts': 'where it is made',
   'src/store/sheep/connection.ts': 'until connected where it is made, from then on #attach',
 };
 

@@ -1,4 +1,4 @@
-/** Whatever a start fails of, and whatever a stop finds waiting, the process ends, and in a time that has a name. */
+/** Whatever makes a start fail, and whatever waits at a stop, the process ends in bounded time. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -7,7 +7,7 @@ import { NbdClient } from 'nbd-server-ts';
 import { Op, StandIn, Res } from '../sheep/stand-in.js';
 import { BIN, cli, ended, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
-/** STOP_GRACE_MS and what follows it, and what a busy machine adds. */
+/** STOP_GRACE_MS and the steps after it, with time for a busy machine. */
 const STOP_LIMIT_MS = 30_000;
 
 let cluster: StandIn;
@@ -51,13 +51,13 @@ async function endsWithin(ms: number): Promise<{ code: number | null; signal: No
 describe('a start that fails at any of its requests ends with 1 and its error', () => {
   test.each([
     ['its node has an internal error', { result: Res.INVALID_PARMS }, 1],
-    // Each takes some seconds: not at every one of them.
+    // Each run takes some seconds: not at every request.
     ['its node answers garbage', { garbage: true }, 5],
   ])('%s', async (_, fault, step) => {
-    // Each time one request later, until it succeeds.
+    // The failure comes one request later each time, until the start succeeds.
     for (let failsAt = 1; ; failsAt += step) {
       let count = 0;
-      // Requests that are repeated fail again.
+      // A repeated request fails again.
       cluster.fault = ({ opcode }) => (opcode !== Op.GET_NODE_LIST && ++count >= failsAt ? fault : undefined);
       serve('--cluster-timeout', '1', '--create', 'disk:4M');
       await waitUntil(() => log.includes('"ready"') || child.exitCode !== null, 'it is ready or has ended', 60_000);
@@ -89,7 +89,7 @@ test('SIGTERM during a start that waits for a node is a stop like any other', as
   expect(log).toMatch(/"stopped before it was ready"/);
 });
 
-test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and says what was left', async () => {
+test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and the log says what was left', async () => {
   // Where locks are enforced, closing a disk asks a node as well.
   await cluster.stop();
   cluster = await new StandIn({ nodes: 1, useLock: true }).start();
@@ -115,5 +115,5 @@ test('SIGTERM while an open, a write and a command wait for a node ends it withi
   await expect(opening).rejects.toThrow();
   expect(await command).toMatchObject({ code: 1 });
   expect(await endsWithin(STOP_LIMIT_MS)).toEqual({ code: 1, signal: null });
-  expect(log).toMatch(/sheepgate: .* was left without a word: its nodes did not answer in time/);
+  expect(log).toMatch(/sheepgate: .* was closed before its nodes answered/);
 });

@@ -1,6 +1,6 @@
 /**
- * Exclusive opening and two writers with a running daemon: real clients that are told to read or to go, the command line that
- * lists and disconnects them, rules and options of `serve`, and clients that are asked over TCP and TLS whether they are there.
+ * Exclusive opening and two writers with a running daemon: real clients that get a read-only export or are refused, commands that
+ * list and disconnect them, access rules and options of `serve`, and probes of clients over TCP and TLS.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -11,7 +11,7 @@ import { attach, storeWith, testStore, type TestStore } from '../cli/both-ways.j
 import { cli, needs, ok, run, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';
 
 const BLOCK = 4096;
-/** Well below what a client that is not there is given. */
+/** Well below the time that a client which is gone is given. */
 const PROMPT_MS = 4_000;
 const KEY = '00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff';
 const ME = `process ${process.pid} \\(.*\\)`;
@@ -57,14 +57,14 @@ describe('a daemon', () => {
     'qemu-img',
     'nbdinfo',
   )(
-    'lets one client write and others read; the operator sees who it is, cuts it off, and another one takes its place',
+    'lets one client write and others read; the operator sees the writer, cuts it off, and another client takes its place',
     async () => {
       const first = await attach(daemon, 'disk/exclusive');
       await first.write(0, Buffer.alloc(BLOCK, 1));
       const uri = daemon.uri('disk/exclusive');
       const write = ['-f', 'raw', '-c', 'write -P 2 0 4k', '-c', 'read -P 2 0 4k', uri];
 
-      // qemu, which wants to write, is told that it may not; who reads may.
+      // qemu, which wants to write, is refused; a reader is not.
       const refused = await run('qemu-io', write);
       expect(refused.code, refused.stdout).not.toBe(0);
       expect(refused.stderr).toMatch(/read-only|permission/i);
@@ -90,7 +90,7 @@ describe('a daemon', () => {
       });
 
       expect(await target.fails('client', 'disconnect', '99999')).toContain(
-        "there is no connection 99999; 'sheepgate client list' shows those there are",
+        "there is no connection 99999; 'sheepgate client list' shows all connections",
       );
       expect((await target.run(['client', 'disconnect', 'disk'])).code).toBe(2);
       const control = new ControlClient(daemon.control);
@@ -143,7 +143,7 @@ describe('a daemon', () => {
       expect(line).toMatch(
         new RegExp(`shared is written by two clients at once, ${ME} and process \\d+ \\(qemu-io\\)`),
       );
-      // Also when one of them has left.
+      // Still there after one of them has left.
       const shown = await target.ok('vdi', 'show', 'shared');
       expect(shown).toMatch(
         new RegExp(`^WARNING +written by two clients at once, ${ME} and process \\d+ \\(qemu-io\\)`, 'm'),
@@ -155,7 +155,7 @@ describe('a daemon', () => {
     },
   );
 
-  test('keeps nobody out with --keep-out 0, and disconnects readers and several at once', async () => {
+  test('with --keep-out 0 keeps no client out, and disconnects readers, and several clients at once', async () => {
     const writer = await attach(daemon, 'shared/exclusive');
     const reader = await attach(daemon, 'shared@now');
     const ids = [await idOf('shared/exclusive'), await idOf('shared@now')];
@@ -172,7 +172,7 @@ describe('a daemon', () => {
     await again.disconnect();
   });
 
-  test('takes an access rule at its word: the second client of that disk is refused', async () => {
+  test('follows the word of an access rule: the second client of that disk is refused', async () => {
     const first = await attach(daemon, 'ruled');
     expect((await target.json<Listed[]>('client', 'list')).map(({ access }) => access)).toContain('exclusive');
     await expect(attach(daemon, 'ruled')).rejects.toThrow(new RegExp(`ruled is open for writing by ${ME}`));
@@ -181,7 +181,7 @@ describe('a daemon', () => {
   });
 
   for (const how of ['TCP', 'TLS'] as const) {
-    test(`asks the machine of a client over ${how} whether it is there, and takes nothing from one that is`, async () => {
+    test(`probes the machine of a client over ${how}, and takes nothing from a client that is there`, async () => {
       const tls = how === 'TLS' ? { tls: { psk: { user: 'me', key: Buffer.from(KEY, 'hex') } } } : {};
       const first = await NbdClient.connect({ host: '127.0.0.1', port, ...tls });
       await first.go('disk/exclusive');
@@ -199,11 +199,11 @@ describe('a daemon', () => {
   }
 });
 
-test('serve --exclusive is for all disks; what is wrong with it is said', async () => {
+test('serve --exclusive is for all disks, and a wrong word is an error', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:64M', '--exclusive', 'refuse'] });
   const first = await attach(daemon, 'disk');
   await expect(attach(daemon, 'disk')).rejects.toThrow(/only one may write it/);
-  // A command reads what somebody writes alone.
+  // A command can read a disk that a client has exclusively.
   const image = path.join(temporaryDirectory(), 'disk.img');
   expect((await cli(['export', 'disk', image], { store: daemon.store })).code).toBe(0);
   await first.disconnect();

@@ -1,4 +1,4 @@
-/** Access rules of a running daemon and all the forms that an export's name may have: what a peer is told, and what not. */
+/** Access rules of a running daemon with all forms of export names: what a peer learns, and what not. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
@@ -6,7 +6,7 @@ import { expect, test } from 'vitest';
 import { ControlClient } from '../../src/operations/control-client.js';
 import { cli, cliJson, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
-test('who may open some snapshots learns nothing of the others, by contexts, options or ids, and the log names what was opened', async () => {
+test('a peer that may open some snapshots learns nothing about the others, by contexts, options or ids, and the log names what was opened', async () => {
   const file = path.join(temporaryDirectory(), 'access');
   const me = `uid:${process.getuid?.()}`;
   fs.writeFileSync(file, `allow disk@now ro from ${me}\nallow disk@one ro from ${me}\n`);
@@ -62,13 +62,13 @@ test('who may open some snapshots learns nothing of the others, by contexts, opt
   await other.disconnect();
   await waitUntil(() => daemon.log().includes('"export":"disk@one"'), 'the log says what the id led to');
 
-  // The daemon's own user is subject to no rules.
+  // The daemon's own user is not subject to rules.
   const image = path.join(temporaryDirectory(), 'disk.img');
   expect((await cli(['export', ids.get('two') ?? '', image], { store })).code).toBe(0);
   expect(fs.statSync(image).size).toBe(64 * 2 ** 20);
   expect((await cliJson<{ tag: string }>(['vdi', 'show', ids.get('two') ?? ''], { store })).tag).toBe('two');
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
-  // Without a daemon it is the same.
+  // The same without a daemon.
   expect((await cli(['export', '--force', ids.get('two') ?? '', image], { store })).code).toBe(0);
   expect((await cli(['export', '--force', 'disk@one/rw', image], { store })).stderr).toContain('"rw" is none');
 });

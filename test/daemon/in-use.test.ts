@@ -1,6 +1,6 @@
 /**
- * What was open when a daemon ended, or whose client was cut off, counts as in use: through a daemon, without one, and on a
- * cluster. Nothing that replaces content, or takes it away, goes past that without being told to.
+ * A disk that was open when a daemon ended, or whose client was cut off, counts as in use: through a daemon, without one, and on a
+ * cluster. No command replaces or removes its content without --force.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -21,7 +21,7 @@ async function daemonWith(args: readonly string[] = []): Promise<Daemon> {
   return startDaemon({ args: ['--create', `disk:${SIZE}`, ...args] });
 }
 
-/** All that would take away what a client of `disk`, which has a snapshot `before`, believes to be there. */
+/** All commands that would replace or remove content which a client of `disk` relies on; there is a snapshot `before`. */
 const REPLACING: readonly (readonly string[])[] = [
   ['vdi', 'rollback', 'disk@before'],
   ['vdi', 'resize', 'disk', '4M', '--force'],
@@ -65,7 +65,7 @@ for (const how of ['SIGKILL', 'SIGTERM'] as const) {
       expect(head.equals(Buffer.alloc(512, 2))).toBe(true);
       await back.disconnect();
       const online = storeWith(store, served);
-      await waitUntil(async () => !/in use/.test(await online.ok('vdi', 'show', 'disk')), 'nobody uses it');
+      await waitUntil(async () => !/in use/.test(await online.ok('vdi', 'show', 'disk')), 'it is not in use');
       if (!again) await served.stop();
       await target.ok('vdi', 'rollback', 'disk@before');
       await target.ok('vdi', 'delete', 'disk');
@@ -80,7 +80,7 @@ describe('a client that was cut off', () => {
     await waitUntil(async () => /cut off/.test(await target.ok('vdi', 'show', name)), 'it is cut off');
   }
 
-  test('--force says that it will not come back', async () => {
+  test('--force means that it will not come back', async () => {
     const daemon = await daemonWith();
     const target = storeWith(daemon.store, daemon);
     await target.ok('vdi', 'snapshot', 'disk', 'before');
@@ -102,7 +102,7 @@ describe('a client that was cut off', () => {
     await target.ok('vdi', 'create', 'disk', '8M');
   });
 
-  test('a time passes, and it counts no more; also with the daemon stopped', async () => {
+  test('after its time it does not count any more, also with the daemon stopped', async () => {
     const daemon = await daemonWith(['--in-use-time', '6']);
     const target = storeWith(daemon.store, daemon);
     const client = await attach(daemon, 'disk');
@@ -116,7 +116,7 @@ describe('a client that was cut off', () => {
     await offline.ok('vdi', 'rollback', 'disk@before');
   });
 
-  test('the tag that a reader was cut off from is not taken anew, nor the snapshot deleted', async () => {
+  test('the tag of a snapshot whose reader was cut off is not reused, and the snapshot is not deleted', async () => {
     const daemon = await daemonWith();
     const target = storeWith(daemon.store, daemon);
     await target.ok('vdi', 'snapshot', 'disk', 'monday');
@@ -130,7 +130,7 @@ describe('a client that was cut off', () => {
     await target.ok('vdi', 'snapshot', 'disk', 'monday');
   });
 
-  test('its old connection ends only after it has come back: it is still in use after kill -9', async () => {
+  test('its disk is still in use after kill -9, if its old connection ends only after it has come back', async () => {
     const daemon = await daemonWith(['--listen', 'tcp:127.0.0.1:0', '--in-use-time', '3']);
     const target = storeWith(daemon.store, daemon);
     const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
@@ -153,11 +153,11 @@ describe('a client that was cut off', () => {
     const { code, stderr } = await offline.run(['vdi', 'delete', 'disk']);
     expect({ code, stderr }).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/is in use by tcp 127\.0\.0\.1,/),
+      stderr: expect.stringMatching(/is in use by tcp 127\.0\.0\.1,/) as unknown,
     });
   });
 
-  test('somebody else behind its address who only looks does not speak for it', async () => {
+  test('another client at its address that only looks does not end its use', async () => {
     const daemon = await daemonWith(['--listen', 'tcp:127.0.0.1:0']);
     const target = storeWith(daemon.store, daemon);
     const port = Number(/:(\d+)$/.exec(daemon.ready.listeners.find((each) => each.startsWith('tcp')) ?? '')?.[1]);
@@ -181,7 +181,7 @@ describe('a client that was cut off', () => {
 
 describe('a client that is connected', () => {
   for (const command of [...REPLACING, ['check', '--repair']]) {
-    test(`${command.slice(0, 2).join(' ')} says who has the disk open, and --force does not help`, async () => {
+    test(`${command.slice(0, 2).join(' ')} names the client that has the disk open, and --force does not help`, async () => {
       const daemon = await daemonWith();
       const target = storeWith(daemon.store, daemon);
       await target.ok('vdi', 'snapshot', 'disk', 'before');
@@ -230,7 +230,7 @@ describe('on a cluster', () => {
     expect(fs.readdirSync(path.join(state, fs.readdirSync(state)[0] ?? '')).length).toBe(1); // the label
   });
 
-  test('where nothing can be remembered, a label is refused up front', async () => {
+  test('where nothing can be remembered, a label is refused at once', async () => {
     const cluster = await startStandIn();
     clusters.push(cluster);
     const state = path.join(temporaryDirectory(), 'file');

@@ -1,4 +1,4 @@
-/** How long a command waits for a store that others have. The clock is made up: no waiting here. */
+/** How long a command waits for a store that other processes have. With fake timers: nothing waits here. */
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { whileLocked } from '../../src/operations/open-operations.js';
 import { StoreLockedError } from '../../src/store/local/store-lock.js';
@@ -6,7 +6,7 @@ import { StoreLockedError } from '../../src/store/local/store-lock.js';
 beforeEach(() => void vi.useFakeTimers({ toFake: ['setTimeout', 'performance'] }));
 afterEach(() => void vi.useRealTimers());
 
-/** Seconds until it is the turn of who waits behind `holders` that have the store for `seconds` each, or the refusal. */
+/** Seconds until a command gets the store behind `holders` that have it for `seconds` each; or the refusal. */
 async function waitBehind(holders: number, seconds: number): Promise<number | string> {
   const begin = performance.now();
   const passed = (): number => (performance.now() - begin) / 1000;
@@ -16,7 +16,7 @@ async function waitBehind(holders: number, seconds: number): Promise<number | st
     return Promise.resolve(Math.round(passed()));
   };
   const waiting = whileLocked(async () => attempt(), '/store/control.sock').catch(
-    (error: Error) => `${Math.round(passed())} s: ${error.message}`,
+    (error: unknown) => `${Math.round(passed())} s: ${(error as Error).message}`,
   );
   await vi.advanceTimersByTimeAsync(120_000);
   return waiting;
@@ -27,7 +27,7 @@ test('a command waits for its turn behind others that each have the store for a 
   expect(await waitBehind(6, 2)).toBe(12);
 });
 
-test('one that keeps the store is named after three seconds, and nobody waits for more than half a minute', async () => {
+test('a process that keeps the store is named after three seconds, and no command waits for more than half a minute', async () => {
   expect(await waitBehind(1, 60)).toMatch(/^3 s: another command \(process 1000\) holds the store/);
   expect(await waitBehind(3, 60)).toMatch(/^3 s: /);
   expect(await waitBehind(100, 1)).toMatch(/^30 s: another command \(process 10(?:29|30)\) holds the store/);

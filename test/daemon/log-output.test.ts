@@ -1,6 +1,6 @@
 /**
- * The log has no reader, no room, or no terminal any more: nobody waits for it and nothing ends of it, memory stays bounded,
- * and what was dropped is counted and told when it can be.
+ * The log has no reader, no room, or no terminal any more: nothing waits for it or ends because of it, memory stays bounded, and
+ * dropped lines are counted, and the count is written later.
  */
 import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -8,11 +8,11 @@ import net from 'node:net';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { LogOutput, WAITING_BYTES } from '../../src/daemon/log-output.js';
+import { LogOutput, WAITING_BYTES } from '../../src/daemon/log/log-output.js';
 import { BIN, cli, ended, haveCommand, skipBecause, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
 const LINE = `${'x'.repeat(199)}\n`;
-/** More than a pipe holds and the output keeps. */
+/** More than a pipe and the output together can hold. */
 const MANY = Math.ceil((2 * WAITING_BYTES) / LINE.length);
 const NONBLOCKING = fs.constants.O_NONBLOCK;
 
@@ -21,11 +21,11 @@ const note = (count: number, why: string): string => `dropped ${count}: ${why}\n
 function fifo(): { readonly name: string; readonly fd: number } {
   const name = path.join(temporaryDirectory(), 'fifo');
   execFileSync('mkfifo', [name]);
-  // Both ends, so that opening it waits for nobody.
+  // Both ends, so that opening it does not wait.
   return { name, fd: fs.openSync(name, fs.constants.O_RDWR) };
 }
 
-/** Read what a fifo has, until it has nothing; in a mode of its own. */
+/** Read a fifo until it is empty; through a descriptor with a mode of its own. */
 function readerOf(name: string): () => string {
   const fd = fs.openSync(name, fs.constants.O_RDONLY | NONBLOCKING);
   const buffer = Buffer.alloc(2 ** 20);
@@ -48,7 +48,7 @@ function flagsOf(fd: number): number {
   return parseInt(/flags:\s*(\d+)/.exec(fs.readFileSync(`/proc/self/fdinfo/${fd}`, 'utf8'))?.[1] ?? '', 8);
 }
 
-/** The count in the note, which must follow the lines that were kept and come before those that came later. */
+/** The count in the note, which must stand after the kept lines and before the later ones. */
 async function countTold(read: () => string, output: LogOutput): Promise<{ kept: number; dropped: number }> {
   let text = '';
   await waitUntil(() => (text += read()).includes('dropped '), 'what was dropped is told');
@@ -63,7 +63,7 @@ async function countTold(read: () => string, output: LogOutput): Promise<{ kept:
 }
 
 describe('lines that nobody reads', () => {
-  test('wait in bounded memory, and those without room there are counted', async () => {
+  test('wait in bounded memory, and lines without room there are counted', async () => {
     const { name, fd } = fifo();
     const output = new LogOutput(fd, note);
     const before = performance.now();
@@ -77,7 +77,7 @@ describe('lines that nobody reads', () => {
     expect(flagsOf(fd) & NONBLOCKING).toBe(0);
   });
 
-  test('of a socket likewise, whose mode stays as it is', async () => {
+  test('wait for a socket likewise, whose mode is not changed', async () => {
     const place = path.join(temporaryDirectory(), 'socket');
     let theirs: net.Socket | undefined;
     const server = net.createServer({ pauseOnConnect: true }, (socket) => (theirs = socket)).listen(place);
@@ -100,7 +100,7 @@ describe('lines that nobody reads', () => {
     server.close();
   });
 
-  test('are waited for no longer than is said', async () => {
+  test('are waited for no longer than asked', async () => {
     const { name, fd } = fifo();
     const output = new LogOutput(fd, note);
     for (let n = 0; n < MANY; n++) output.write(LINE);
@@ -109,20 +109,20 @@ describe('lines that nobody reads', () => {
     const draining = output.drain(20_000);
     let isDrained: boolean | undefined;
     void draining.then((value) => (isDrained = value));
-    // Empty for a moment is not the end: what waits is written when there is room.
+    // An empty pipe is not the end: waiting lines are written when there is room.
     await waitUntil(() => (read(), isDrained !== undefined), 'all is written');
     expect(isDrained).toBe(true);
   });
 });
 
-test('a disk without room is no error, and the note tells what it was', async () => {
+test('a full disk is not an error, and the note has the cause', async () => {
   const output = new LogOutput(fs.openSync('/dev/full', 'w'), note);
   for (let n = 0; n < MANY; n++) output.write(LINE);
   output.flushSync();
   expect(await output.drain(20)).toBe(false);
 });
 
-test('a closed descriptor and a pipe without a reader are no errors', async () => {
+test('a closed descriptor and a pipe without a reader are not errors', async () => {
   const { name, fd } = fifo();
   const broken = fs.openSync(name, fs.constants.O_WRONLY | NONBLOCKING);
   fs.closeSync(fd);
@@ -154,7 +154,7 @@ test('a line that never has room is counted, and those after it are written', as
   expect(fs.readFileSync(file, 'utf8')).toBe(`dropped 1: it was longer than ${WAITING_BYTES} bytes\none\n`);
 });
 
-test('the last line before a death is in the file', async () => {
+test('the last line before the process ends is in the file', async () => {
   const file = path.join(temporaryDirectory(), 'log');
   const output = new LogOutput(fs.openSync(file, 'w'), note);
   output.write('one\n');
@@ -196,7 +196,7 @@ describe('a daemon', () => {
     await stopped(child);
   });
 
-  test('whose log nobody reads serves, tells later what was dropped, and stops in order', async () => {
+  test('whose log nobody reads serves, logs the number of dropped lines later, and stops in order', async () => {
     const { socket, args } = places();
     const { name, fd } = fifo();
     const child = spawn(process.execPath, args, { stdio: ['ignore', fd, fd] });
@@ -207,7 +207,7 @@ describe('a daemon', () => {
     await waitUntil(() => (log += read()).includes('"dropped"'), 'what was dropped is told');
     const line = log.split('\n').find((each) => each.includes('"dropped"')) ?? '';
     expect(JSON.parse(line)).toMatchObject({ level: 40, reason: 'nobody read it', msg: expect.any(String) as string });
-    // Nobody reads any more, and it ends all the same.
+    // Without a reader it ends all the same.
     await work(socket);
     await stopped(child);
   });
@@ -222,7 +222,7 @@ describe('a daemon', () => {
     expect(await ended(child)).toEqual({ code: 1, signal: null });
   });
 
-  test('on a terminal that is stopped with Ctrl-S, and then closed, serves on', async (context) => {
+  test('on a terminal that is stopped with Ctrl-S, and then closed, goes on serving', async (context) => {
     if (!haveCommand('python3')) skipBecause(context, 'no python3 to make a terminal with');
     const { socket, args } = places();
     // Runs its arguments on a new terminal; Ctrl-S is typed at the first line it is given, and the end closes the terminal.
@@ -258,7 +258,7 @@ describe('a daemon', () => {
   });
 });
 
-test('a command whose stderr has no room tells by its exit code', async () => {
+test('a command whose stderr has no room still has its exit code', async () => {
   const full = fs.openSync('/dev/full', 'w');
   const child = spawn(process.execPath, [BIN, 'vdi', 'show', 'nope', '--store', temporaryDirectory()], {
     stdio: ['ignore', 'ignore', full],

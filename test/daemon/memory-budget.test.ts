@@ -1,4 +1,4 @@
-/** Where the daemon's bound for memory comes from: the machine, its cgroups of either version, or --max-memory. */
+/** The daemon's memory bound: from the machine, its cgroups (version 1 or 2), or --max-memory. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -65,13 +65,13 @@ test.each([
   expect(machineMemory(machine(files), 64 * GIB)).toBe(expected);
 });
 
-test('the budget is an eighth of it, not less than the longest requests need, not more than is of use', () => {
+test('the budget is an eighth of the memory, at least what the longest requests need, at most what is useful', () => {
   expect(defaultMemoryBudget(4 * GIB)).toBe(512 * MIB);
   expect(defaultMemoryBudget(256 * GIB)).toBe(GIB);
   expect(defaultMemoryBudget(128 * MIB)).toBe(96 * MIB);
 });
 
-test('nbdcopy from one export of a daemon to another one goes through with as little memory as there may be', async (context) => {
+test('nbdcopy from one export of a daemon to another completes with the smallest memory bound', async (context) => {
   if (!haveCommand('nbdcopy')) return skipBecause(context, 'nbdcopy is not installed');
   const daemon = await startDaemon({
     args: ['--create', 'from:256M', '--create', 'to:256M', '--max-memory', '96M'],
@@ -94,7 +94,7 @@ test('nbdcopy from one export of a daemon to another one goes through with as li
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('serve says how much it is, and takes it from --max-memory', async () => {
+test('serve logs the budget, and takes it from --max-memory', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--max-memory', '128M'] });
   expect(daemon.log()).toContain(`"maxMemoryBytes":${128 * MIB}`);
   expect((await daemon.stop()).code).toBe(0);

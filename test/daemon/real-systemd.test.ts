@@ -1,4 +1,4 @@
-/** The example units under systemd itself: who may use the service, and what an operator sees of backups that are not made. */
+/** The example units under a real systemd: who may use the service, and what an operator sees of failed backups. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import {
   BACKUP,
@@ -33,31 +33,33 @@ describe.skipIf(why !== undefined)('the example units under systemd', () => {
 
   afterAll(() => (systemd as RealSystemd | undefined)?.end());
 
-  test('a member of the group connects, and commands the daemon; others do neither', async () => {
+  test('a member of the group can connect and send commands to the daemon; others can do neither', async () => {
     const member = (...args: string[]) => systemd.as(MEMBER_ID, '/opt/sheepgate', ...args, ...STORE);
     expect(await systemd.as(MEMBER_ID, 'nbdinfo', '--size', URI)).toMatchObject({ code: 0, stdout: '8388608\n' });
     expect(await member('vdi', 'snapshot', 'vm1', 'one')).toMatchObject({ code: 0, stdout: 'took vm1@one\n' });
     expect(await member('vdi', 'delete', 'vm1@one')).toMatchObject({ code: 0 });
-    // What is in the store is the daemon's all the same.
+    // The files of the store are only for the daemon all the same.
     expect(await systemd.as(MEMBER_ID, 'ls', '/var/lib/sheepgate')).not.toMatchObject({ code: 0 });
     expect((await systemd.as(STRANGER, 'nbdinfo', '--size', URI)).stderr).toMatch(/Permission denied/);
     expect(await systemd.as(STRANGER, '/opt/sheepgate', 'vdi', 'list', ...STORE)).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/^sheepgate: no permission to connect to .*control\.sock; it belongs to another/),
+      stderr: expect.stringMatching(
+        /^sheepgate: no permission to connect to .*control\.sock; it belongs to another/,
+      ) as unknown,
     });
     expect((await systemd.inside('stat', '-c', '%a %U %G', '/var/lib/sheepgate/control.sock')).stdout).toBe(
       '660 sheepgate sheepgate\n',
     );
   });
 
-  test('a backup without its disk fails, for systemctl --failed to show, says so, and writes nothing', async () => {
+  test('a backup whose disk is not mounted fails visibly in systemctl --failed, logs the reason, and writes nothing', async () => {
     expect((await systemd.systemctl('start', UNIT)).code).not.toBe(0);
     expect(await systemd.failed()).toEqual([UNIT]);
     expect(systemd.said('sheepgate-backup@vm1.service')).toBe(
       `<3>${BACKUP} is not mounted: no backup of vm1 was made\n`,
     );
     expect((await systemd.inside('ls', BACKUP)).stdout).toBe('');
-    // Nor does it need the mount point to be there.
+    // The same without the mount point.
     await systemd.inside('rmdir', BACKUP);
     expect((await systemd.systemctl('start', UNIT)).code).not.toBe(0);
     expect(systemd.said(UNIT)).toMatch(/(is not mounted: no backup of vm1 was made\n.*){2}/s);
@@ -65,7 +67,7 @@ describe.skipIf(why !== undefined)('the example units under systemd', () => {
     await systemd.systemctl('reset-failed');
   });
 
-  test('a backup to its disk is made, by way of the daemon, which is started for it', async () => {
+  test('a backup to its disk starts the daemon and goes through it', async () => {
     await systemd.inside('mount', '-t', 'tmpfs', 'none', BACKUP);
     await systemd.systemctl('stop', 'sheepgate.service');
     const started = await systemd.systemctl('start', UNIT);
@@ -74,7 +76,7 @@ describe.skipIf(why !== undefined)('the example units under systemd', () => {
     expect(await systemd.failed()).toEqual([]);
   });
 
-  test('a backup without a daemon that can be started says that, and nothing of a filesystem', async () => {
+  test('a backup whose daemon cannot be started reports that, and not a missing filesystem', async () => {
     await systemd.systemctl('stop', 'sheepgate.service', 'sheepgate.socket');
     await systemd.inside('mv', '/var/lib/sheepgate/meta.mdb', '/var/lib/sheepgate/away');
     expect((await systemd.systemctl('start', UNIT)).code).not.toBe(0);

@@ -1,10 +1,10 @@
-/** What the operator is told of exports that a client asked for and did not get. */
+/** The operator's log of exports that clients were refused. */
 import path from 'node:path';
 import type { Logger } from 'pino';
 import { beforeEach, expect, onTestFinished, test } from 'vitest';
 import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
-import { LoggedExports } from '../../src/daemon/refusal-log.js';
-import { RepeatedLines } from '../../src/daemon/repeated-lines.js';
+import { LoggedExports } from '../../src/daemon/log/refusal-log.js';
+import { RepeatedLines } from '../../src/daemon/log/repeated-lines.js';
 import { ExportsWithClientMessages } from '../../src/export/client-messages.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
@@ -32,7 +32,7 @@ function logged(provider: ExportProvider): LoggedExports {
   return new LoggedExports(new ExportsWithClientMessages(provider), log, { ofStore: lines, ofPeers: lines });
 }
 
-/** Exports that refuse everything. */
+/** Exports that refuse every call. */
 function refusing(error: () => Error): LoggedExports {
   return logged({
     list: () => Promise.reject(error()),
@@ -41,7 +41,7 @@ function refusing(error: () => Error): LoggedExports {
   });
 }
 
-test('an export that its store cannot open is an error in the log with the cause, once, though clients come back', async () => {
+test('an export that the store cannot open is logged once as an error with its cause, though clients come back', async () => {
   const store = await LocalStore.open(path.join(temporaryDirectory(), 'store'));
   const catalog = new VdiCatalog(store);
   onTestFinished(() => catalog.close().catch(() => undefined));
@@ -72,7 +72,7 @@ test('an export that its store cannot open is an error in the log with the cause
   expect(written.at(-1)?.text).toMatch(/cannot be opened: reading metadata: EIO \(the last of 3 in \d+ s\)$/);
 });
 
-test('an access refusal is a warning, what is in the way another, a wrong name and a lack of TLS are no more than told', async () => {
+test('an access refusal is a warning, and so is an obstacle; a wrong name and missing TLS are logged as info', async () => {
   for (const [error, level] of [
     [new ExportError('POLICY', 'you are not allowed to open "vm"'), 'warn'],
     [asRefused(new CatalogError('UNFINISHED', 'an import was cut off')), 'warn'],
@@ -86,13 +86,13 @@ test('an access refusal is a warning, what is in the way another, a wrong name a
     const { message } = error.cause instanceof Error ? error.cause : error;
     await expect(refusing(() => error).open('vm', LAN)).rejects.toThrow();
     expect(written).toMatchObject([{ level, text: `export "vm" refused: ${message}` }]);
-    // Commands of ours say it themselves.
+    // Our own commands report it themselves.
     await expect(refusing(() => error).describe('vm', OURS)).rejects.toThrow();
     expect(written).toHaveLength(1);
   }
 });
 
-test('whoever asks for a thousand names gets a bounded number of lines, and keeps nobody else out of the log', async () => {
+test('a client that asks for a thousand names causes a bounded number of lines, and does not keep others out of the log', async () => {
   const exports = refusing(() => new ExportError('POLICY', 'no'));
   for (let n = 0; n < 1000; n++) await expect(exports.open(`x${n}`, LAN)).rejects.toThrow('no');
   expect(written.length).toBeLessThan(20);
@@ -101,7 +101,7 @@ test('whoever asks for a thousand names gets a bounded number of lines, and keep
   expect(written).toHaveLength(1);
 });
 
-test('a client that asks in two ways on one connection is refused once', async () => {
+test('a client that asks in two ways on one connection has one line', async () => {
   const exports = refusing(() => new ExportError('POLICY', 'no'));
   await expect(exports.describe('vm', LAN)).rejects.toThrow('no');
   await expect(exports.open('vm', LAN)).rejects.toThrow('no');
@@ -109,7 +109,7 @@ test('a client that asks in two ways on one connection is refused once', async (
   expect(written).toHaveLength(1);
 });
 
-test('a list that fails is an error in the log, and the client learns no more than that', async () => {
+test('a list that fails is an error in the log, and the client does not learn the cause', async () => {
   const exports = refusing(() => new StoreError('IO', '/secret: EIO'));
   await expect((async () => exports.list(LAN))()).rejects.toMatchObject({
     code: 'FAILED',

@@ -1,4 +1,4 @@
-/** Reading TLS keys and access rules again: whatever lies in their place, the daemon serves on, and who asked is told. */
+/** Reload of TLS keys and access rules: with any file in their place the daemon goes on serving, and the caller gets the result. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -32,7 +32,7 @@ const IN_PLACE: readonly (readonly [string, (file: string) => void, RegExp])[] =
   ['a fifo', (file) => execFileSync('mkfifo', [file]), /cannot be read: it is a fifo, not a file/],
   ['a directory', (file) => fs.mkdirSync(file), /cannot be read: it is a directory, not a file/],
   ['a device', (file) => fs.symlinkSync('/dev/zero', file), /cannot be read: it is a device, not a file/],
-  ['nothing', () => undefined, /is not there/],
+  ['nothing', () => undefined, /does not exist/],
   [
     'a huge file',
     (file) => {
@@ -46,11 +46,7 @@ const IN_PLACE: readonly (readonly [string, (file: string) => void, RegExp])[] =
     (file) => fs.writeFileSync(file, Buffer.from('# one\nallow disk from psk:\xe9 any\n', 'latin1')),
     /cannot be read: line 2 is not UTF-8/,
   ],
-  [
-    'a file without an end',
-    (file) => fs.symlinkSync('/proc/self/pagemap', file),
-    /it has more than \d+ bytes; at most/,
-  ],
+  ['an endless file', (file) => fs.symlinkSync('/proc/self/pagemap', file), /it has more than \d+ bytes; at most/],
   ['a file of one long word', (file) => fs.writeFileSync(file, 'x'.repeat(2 ** 22)), /:1: /],
 ];
 
@@ -79,7 +75,7 @@ function restore(): void {
   }
 }
 
-test('who asks for a reload is told what is in force when it is', async () => {
+test('the answer to a reload has the settings in force, and comes when they are', async () => {
   expect(await mayOpen('other')).toBe(false);
   fs.writeFileSync(access, `${GOOD}allow other from any\n`);
   expect(await reload()).toMatchObject({ code: 0, stdout: 'reloaded: TLS keys, 2 access rules\n', stderr: '' });
@@ -95,20 +91,23 @@ test('who asks for a reload is told what is in force when it is', async () => {
 });
 
 describe.each(IN_PLACE)('%s in place of a file', (_, put, says) => {
-  test.each(['access', 'psk'] as const)('(%s) is told to who asked, and what was in force stays', async (which) => {
-    const file = which === 'access' ? access : psk;
-    fs.rmSync(file);
-    put(file);
-    const result = await reload();
-    restore();
-    expect(result).toMatchObject({ code: 1, stdout: '' });
-    expect(result.stderr).toMatch(/^sheepgate: not reloaded, the old stay in force: .*\n$/);
-    expect(result.stderr).toMatch(says);
-    expect(result.stderr).toContain(file);
-    expect(result.stderr.length).toBeLessThan(2_000);
-    expect(result.stderr).toContain(`; reloaded: ${which === 'access' ? 'TLS keys' : '1 access rule'}`);
-    expect(await mayOpen('disk')).toBe(true);
-  });
+  test.each(['access', 'psk'] as const)(
+    '(%s) is an error for the caller, and the old settings stay in force',
+    async (which) => {
+      const file = which === 'access' ? access : psk;
+      fs.rmSync(file);
+      put(file);
+      const result = await reload();
+      restore();
+      expect(result).toMatchObject({ code: 1, stdout: '' });
+      expect(result.stderr).toMatch(/^sheepgate: not reloaded, the old stay in force: .*\n$/);
+      expect(result.stderr).toMatch(says);
+      expect(result.stderr).toContain(file);
+      expect(result.stderr.length).toBeLessThan(2_000);
+      expect(result.stderr).toContain(`; reloaded: ${which === 'access' ? 'TLS keys' : '1 access rule'}`);
+      expect(await mayOpen('disk')).toBe(true);
+    },
+  );
 
   test('ends a start with that error', async () => {
     const file = path.join(temporaryDirectory(), 'access');
@@ -122,7 +121,7 @@ describe.each(IN_PLACE)('%s in place of a file', (_, put, says) => {
   });
 });
 
-test('files that every user may write are warned about, in the answer and in the log', async () => {
+test('a file that every user may write causes a warning, in the answer and in the log', async () => {
   fs.chmodSync(access, 0o666);
   fs.chmodSync(psk, 0o602);
   const result = await reload();
@@ -133,11 +132,11 @@ test('files that every user may write are warned about, in the answer and in the
   expect(daemon.log()).toContain(`${access} can be written by every user`);
 });
 
-test('SIGHUP with a fifo in place of the access file holds nobody up', async () => {
+test('SIGHUP with a fifo in place of the access file blocks nothing', async () => {
   fs.rmSync(access);
   execFileSync('mkfifo', [access]);
   daemon.child.kill('SIGHUP');
-  await waitUntil(() => /access rules not reloaded/.test(daemon.log()), 'it is told');
+  await waitUntil(() => /access rules not reloaded/.test(daemon.log()), 'it is logged');
   expect(await mayOpen('disk')).toBe(true);
   restore();
 });
@@ -147,7 +146,7 @@ test('many reloads at once are done one after the other', async () => {
   for (const { code } of results) expect(code).toBe(0);
 });
 
-test('a reload without a daemon, or of one that has nothing to read, says so', async () => {
+test('a reload without a daemon is an error, and one without files to read says so', async () => {
   const store = path.join(temporaryDirectory(), 's');
   const none = await cli(['reload'], { store });
   expect(none.code).toBe(1);

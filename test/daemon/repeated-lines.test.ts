@@ -1,4 +1,4 @@
-/** How often the log says the same: at once, then once in a while with the count, and never without a bound. */
+/** Repeated lines of the log: the first at once, then at intervals with the count, and always bounded. */
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import {
   causeOf,
@@ -8,7 +8,7 @@ import {
   MAX_SUBJECTS,
   RepeatedLines,
   times,
-} from '../../src/daemon/repeated-lines.js';
+} from '../../src/daemon/log/repeated-lines.js';
 import { StoreError } from '../../src/store/object-store.js';
 
 /** A line may be a check's interval late. */
@@ -36,7 +36,7 @@ function taken(): string[] {
   return written.splice(0);
 }
 
-test('the first of a cause is told at once, those after it are counted and told later with the latest of them', () => {
+test('the first line of a cause is written at once; later ones are counted and written with the latest of them', () => {
   for (let n = 1; n <= 100; n++) tell('disk', 'EIO', ` ${n}`);
   expect(taken()).toEqual(['disk EIO 1']);
   vi.advanceTimersByTime(FIRST_INTERVAL_MS + LATE_MS);
@@ -44,7 +44,7 @@ test('the first of a cause is told at once, those after it are counted and told 
   expect(vi.getTimerCount()).toBe(1);
 });
 
-test('a cause that goes on is told of ever less often, but not never; one that has ended is new when it comes again', () => {
+test('a cause that goes on is logged less and less often, but never stops; one that has ended is new when it comes again', () => {
   const goOn = (ms: number): void => {
     for (let at = 0; at < ms; at += LATE_MS) {
       tell('disk', 'EIO');
@@ -71,7 +71,7 @@ test('causes and subjects do not hide each other', () => {
   expect(taken()).toEqual(['one EIO', 'one ENOSPC', 'two EIO']);
 });
 
-test('whoever has a thousand causes, and a thousand subjects, gets a bounded number of lines, and all are counted', () => {
+test('a thousand causes, and a thousand subjects, cause a bounded number of lines, and all are counted', () => {
   for (let n = 0; n < 1000; n++) tell('one', `cause ${n}`);
   expect(taken()).toHaveLength(MAX_CAUSES + 1);
   for (let n = 0; n < 1000; n++) tell(`subject ${n}`, 'EIO');
@@ -84,7 +84,7 @@ test('whoever has a thousand causes, and a thousand subjects, gets a bounded num
   expect(vi.getTimerCount()).toBe(0);
 });
 
-test('the same cause is one whatever object it is about, and two of one code are two', () => {
+test('a cause is the same whatever object it is about, and two causes with one code are two', () => {
   const full = (object: string): StoreError =>
     new StoreError('NO_SPACE', `writing ${object}`, { cause: Object.assign(new Error('x'), { code: 'ENOSPC' }) });
   expect(causeOf(full('a'))).toBe(causeOf(full('b')));

@@ -1,4 +1,4 @@
-/** `sheepgate serve` and its clients: who they are, how many, for how long; what the log says of them at the end. */
+/** `sheepgate serve` and its clients: identity, numbers, time-outs, and their lines in the log. */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import net from 'node:net';
@@ -9,7 +9,7 @@ import { BIN, cli, ended, startDaemon, temporaryDirectory, waitUntil, type Daemo
 
 const UID = process.getuid?.() ?? -1;
 const GID = process.getgid?.() ?? -1;
-/** Nobody's, in these tests. */
+/** No process has it in these tests. */
 const OTHER_ID = 4_000_000;
 
 async function connect(options: ClientOptions): Promise<NbdClient> {
@@ -61,7 +61,7 @@ describe('rules', () => {
     await expect(remote.info('mine')).rejects.toMatchObject({ code: 'POLICY' });
     expect((await remote.go('lan')).readOnly).toBe(true);
     await expect(remote.write(0, Buffer.from('x'))).rejects.toMatchObject({ code: 'EPERM' });
-    // The control socket is the user's own.
+    // The control socket is not subject to rules.
     expect((await cli(['vdi', 'list', '--json'], { store: daemon.store })).stdout).toContain('other');
     expect((await daemon.stop()).code).toBe(0);
   });
@@ -81,7 +81,7 @@ describe('rules', () => {
 });
 
 describe('limits', () => {
-  test('one connection more than allowed in all, or per user, is closed and logged', async () => {
+  test('a connection beyond the limit in all, or per user, is closed and logged', async () => {
     const daemon = await startDaemon({
       args: [
         ...['--listen', 'tcp:127.0.0.1:0', '--create', 'disk:1M'],
@@ -99,13 +99,13 @@ describe('limits', () => {
       '1 connections of this peer are open, as many as allowed',
       '2 connections are open, as many as allowed',
     ]);
-    // Commands come in beside them.
+    // Commands still get in.
     expect((await cli(['vdi', 'list', '--json'], { store: daemon.store })).code).toBe(0);
     expect(daemon.log()).not.toContain('"level":50');
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  test('clients that choose nothing, or ask nothing, are closed in their time', async () => {
+  test('clients that choose no export, or send no requests, are closed after their time', async () => {
     const daemon = await startDaemon({
       args: ['--create', 'disk:1M', '--handshake-timeout', '1', '--idle-timeout', '1'],
     });
@@ -120,7 +120,7 @@ describe('limits', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  test('numbers that are none are wrong usage', async () => {
+  test('invalid numbers are wrong usage', async () => {
     for (const [option, value] of [
       ['--max-connections', '0'],
       ['--max-connections-per-peer', 'x'],
@@ -137,7 +137,7 @@ describe('limits', () => {
   });
 });
 
-test('the line at the end of a connection says who it was, what it did, and why it ended', async () => {
+test('the line at the end of a connection has the client, its requests, and why it ended', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:1M'] });
   const client = await connect({ path: daemon.socket });
   await client.go('disk');
@@ -148,7 +148,7 @@ test('the line at the end of a connection says who it was, what it did, and why 
   await waitUntil(() => lines(daemon, 'connection closed').length === 1, 'it is over');
   expect(lines(daemon, 'connection closed')[0]).toMatchObject({
     ...{ peer: `unix ${daemon.socket}`, pid: process.pid, uid: UID, export: 'disk', reason: 'the client disconnected' },
-    ...{ bytesWritten: 1000, bytesRead: 500, requests: 3, errors: 1, durationMs: expect.any(Number) },
+    ...{ bytesWritten: 1000, bytesRead: 500, requests: 3, errors: 1, durationMs: expect.any(Number) as unknown },
   });
   expect((await daemon.stop()).code).toBe(0);
 });
@@ -180,7 +180,7 @@ test('SIGHUP does not end a daemon that has nothing to reload', async () => {
 });
 
 describe('a client that breaks the protocol', () => {
-  /** Opens `disk` and sends what is no request, again and again, as soon as it is let. */
+  /** Opens `disk` and sends an invalid request, again and again, as soon as it can. */
   function offender(daemon: Daemon, isOver: () => boolean): { readonly times: number; readonly over: Promise<void> } {
     const state = { times: 0, over: Promise.resolve() };
     const once = async (): Promise<void> => {
@@ -203,7 +203,7 @@ describe('a client that breaks the protocol', () => {
     return state;
   }
 
-  test('is slowed down, told of with a warning once in a while, and disturbs nobody', async () => {
+  test('is slowed down, logged with a warning at intervals, and does not disturb others', async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--create', 'other:1M'] });
     const neighbour = await connect({ path: daemon.socket });
     await neighbour.go('disk');
@@ -211,7 +211,7 @@ describe('a client that breaks the protocol', () => {
     const began = performance.now();
     const bad = offender(daemon, () => isOver);
     await waitUntil(() => bad.times >= 6, 'it has come six times');
-    // 0 + 100 + 200 + 400 + 800 + 1600 ms, of which a timer may miss one each.
+    // 0 + 100 + 200 + 400 + 800 + 1600 ms; each timer may fire up to a millisecond early.
     expect(performance.now() - began).toBeGreaterThan(3_000);
     isOver = true;
     await neighbour.write(0, Buffer.from('undisturbed'));
@@ -220,14 +220,14 @@ describe('a client that breaks the protocol', () => {
       .split('\n')
       .filter((line) => line.includes('protocol violation: bad request magic 0x5050505'))
       .map((line) => JSON.parse(line) as { level: number; violations: number; export: string });
-    // pino's level of a warning is 40. The third, fifth and sixth are not told of.
+    // pino's level of a warning is 40. The third, fifth and sixth are not logged.
     expect(closes.slice(0, 3)).toMatchObject([
       { level: 40, violations: 1, export: 'disk' },
       { level: 40, violations: 2, export: 'disk' },
       { level: 40, violations: 4, export: 'disk' },
     ]);
     expect(closes.length).toBe(3);
-    // Of its openings only those are told of that came before it was known; of anybody else's, all.
+    // Its openings are logged only until it is known as an offender; all openings of other clients are logged.
     const told = (): number => lines(daemon, 'connection open').filter((line) => line.export === 'disk').length;
     expect(told()).toBe(3);
     const good = await connect({ path: daemon.socket });
@@ -240,16 +240,16 @@ describe('a client that breaks the protocol', () => {
     const stopped = performance.now();
     expect((await daemon.stop()).code).toBe(0);
     await bad.over;
-    // Neither the one that waits for its end nor anybody else holds up the daemon's.
+    // Neither the connection that waits for its end nor any other delays the daemon's.
     expect(performance.now() - stopped).toBeLessThan(10_000);
   });
 });
 
-describe('who finds a store taken', () => {
-  test('is told that a daemon is stopping', async () => {
+describe('a command that finds the store taken', () => {
+  test('reports that a daemon is stopping', async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
     const pid = daemon.child.pid;
-    // Takes none of its answers: the daemon waits for it a while, its control socket closed, the store still open.
+    // The client reads no replies: the daemon waits for it a while, its control socket closed, the store still open.
     const socket = net.connect({ path: daemon.socket });
     onTestFinished(() => void socket.destroy());
     const option = Buffer.from('49484156454f5054' + '00000007' + '0000000a' + '00000004' + '6469736b' + '0000', 'hex');
@@ -274,10 +274,10 @@ describe('who finds a store taken', () => {
     expect((await cli(['vdi', 'list'], { store: daemon.store })).code).toBe(0);
   });
 
-  test('is told of a daemon that cannot be reached, and of a command', async () => {
+  test('reports a daemon that cannot be reached, and another command', async () => {
     const control = path.join(temporaryDirectory(), 'elsewhere.sock');
     const daemon = await startDaemon({ args: ['--create', 'disk:1M', '--control', control] });
-    // What leads from the store to where it listens.
+    // The link from the store to the control socket.
     fs.unlinkSync(path.join(daemon.store, 'control.sock'));
     const refused = await cli(['vdi', 'list'], { store: daemon.store });
     expect(refused.code).toBe(1);

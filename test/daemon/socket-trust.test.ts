@@ -1,6 +1,6 @@
 /**
- * Other users of the machine at the control socket: whoever is found there is looked at before anything is sent. Needs root,
- * to be several users.
+ * Other users of the machine at the control socket: nothing is sent before it is clear who listens. Needs root, to act as several
+ * users.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -14,14 +14,14 @@ import { clusterLocation } from '../../src/store/sheep/cluster-address.js';
 import { cli, haveCommand, start, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { oneLineOf } from '../cli/both-ways.js';
 
-/** Users without names: nobody's on any machine. */
+/** User ids without names, unused on any machine. */
 const MALLORY = 54_321;
 const ALICE = 54_323;
 
 const isRoot = process.geteuid?.() === 0 && haveCommand('setpriv');
 if (!isRoot) console.log('skipped: other users at the control socket need root and setpriv');
 
-/** Says yes to whatever it is asked, and writes down what it was sent. */
+/** Answers every request with success, and records what it was sent. */
 const IMPOSTOR = `
 const fs = require('node:fs');
 const [socketPath, mode] = process.argv.slice(1);
@@ -57,7 +57,7 @@ function directoryOf(uid: number, parent = temporaryDirectory(), mode = 0o755): 
   return directory;
 }
 
-/** A socket that nobody listens on any more. */
+/** A socket that no process listens on any more. */
 function socketIn(directory: string, uid: number, mode = 0o600): string {
   const socket = path.join(directory, 'control.sock');
   // Killed: closing in order would remove the file.
@@ -74,7 +74,7 @@ function socketIn(directory: string, uid: number, mode = 0o600): string {
 const uidsAt = (socket: string, self: number): number[] => [...trustedSocket(socket, self).uids].sort((a, b) => a - b);
 
 describe.skipIf(!isRoot)('the control socket', () => {
-  test('of a cluster’s daemon is not believed where another user has made it first: nothing is sent there', async () => {
+  test('of a cluster’s daemon is not trusted where another user has made it first: nothing is sent there', async () => {
     const runtime = temporaryDirectory();
     fs.chmodSync(runtime, 0o1777);
     const env = { XDG_RUNTIME_DIR: runtime };
@@ -95,7 +95,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
         /nothing was sent to the control socket .*its directory belongs to uid 54321, who is neither/,
       );
     }
-    // Nor does a daemon have its sockets there.
+    // A daemon does not make its sockets there either.
     const served = await cli(['serve', '--store', path.join(temporaryDirectory(), 'store')], { env });
     expect(oneLineOf(served, 1, 'serve')).toMatch(/sheepgate is not a directory that only this user can write to/);
     expect(heard()).toBe('');
@@ -107,36 +107,36 @@ describe.skipIf(!isRoot)('the control socket', () => {
     await waitUntil(() => heard() === 'hello', 'the impostor hears');
   });
 
-  test('is not believed where another user has put it into a directory that is ours, or has taken it over', async () => {
+  test('is not trusted where another user has put it into a directory of ours, or has taken it over', async () => {
     const directory = directoryOf(0, undefined, 0o1777);
     const socket = path.join(directory, 'control.sock');
     const heard = await impostor(socket, MALLORY);
     const client = new ControlClient(socket);
-    const why = { code: 'UNTRUSTED', message: expect.stringContaining('it belongs to uid 54321') };
+    const why = { code: 'UNTRUSTED', message: expect.stringContaining('it belongs to uid 54321') as unknown };
     await expect(client.status()).rejects.toMatchObject(why);
     await expect(client.upgrade()).rejects.toMatchObject(why);
     // The file looks as it should: only the kernel knows who listens.
     fs.chownSync(socket, 0, 0);
     fs.chmodSync(socket, 0o600);
-    const listens = { code: 'UNTRUSTED', message: expect.stringContaining('uid 54321 listens there') };
+    const listens = { code: 'UNTRUSTED', message: expect.stringContaining('uid 54321 listens there') as unknown };
     await expect(client.status()).rejects.toMatchObject(listens);
     await expect(client.upgrade()).rejects.toMatchObject(listens);
     expect(heard()).toBe('');
   });
 
-  test('may be this user’s, root’s, or that of whom root has made its directory for', () => {
+  test('may belong to this user, to root, or to the user for whom root has made its directory', () => {
     const service = socketIn(directoryOf(ALICE), ALICE, 0o660);
     expect(uidsAt(service, 1)).toEqual([0, 1, ALICE]);
     expect(uidsAt(service, 0)).toEqual([0, ALICE]);
     expect(() => mustBeTrusted(trustedSocket(service, 1), ALICE, 1)).not.toThrow();
     expect(() => mustBeTrusted(trustedSocket(service, 1), MALLORY, 1)).toThrow(/uid 54321 listens there/);
     expect(() => mustBeTrusted(trustedSocket(service, 1), undefined, 1)).toThrow(/does not say who listens/);
-    // Below a directory of that user anybody could have made it in anybody's name: only she herself believes it.
+    // Below a directory of that user the owner of a directory proves nothing: only that user herself trusts it.
     const own = socketIn(directoryOf(ALICE, directoryOf(ALICE)), ALICE);
     expect(uidsAt(own, ALICE)).toEqual([0, ALICE]);
     expect(() => trustedSocket(own, 1)).toThrow(/its directory belongs to uid 54323/);
     expect(() => trustedSocket(own, 0)).toThrow(/setpriv --reuid=54323/);
-    // As in /tmp: whoever comes first makes it.
+    // As in /tmp, where the first user to come makes it.
     const shared = temporaryDirectory();
     const first = socketIn(directoryOf(ALICE, shared), ALICE);
     fs.chmodSync(shared, 0o1777);
@@ -145,7 +145,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     expect(() => trustedSocket(first, 1)).toThrow(/its directory belongs to uid 54323/);
   });
 
-  test('is not used where every user can replace it or send commands to it, nor through a link of somebody else', () => {
+  test('is not used where every user can replace it or send commands to it, nor through a link of another user', () => {
     const open = socketIn(directoryOf(0, undefined, 0o777), 0);
     expect(() => trustedSocket(open)).toThrow(
       /every user of this machine can put a socket in the place of .*'chmod o-w /,

@@ -1,6 +1,6 @@
 /**
- * A service of systemd without systemd: sockets handed over by a small helper, messages received by another. Unit tests
- * of what the environment variables mean come first.
+ * A systemd service without systemd: one small helper hands over sockets, another receives messages. First, unit tests of the
+ * environment variables.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -29,14 +29,14 @@ describe('LISTEN_FDS', () => {
     expect(env).toEqual({ OTHER: 'x' });
   });
 
-  test('of another process, or none, is no socket', () => {
+  test('of another process, or missing, means no sockets', () => {
     expect(takeInheritedSockets({ LISTEN_PID: '41', LISTEN_FDS: '1' }, 42)).toEqual([]);
     expect(takeInheritedSockets({ LISTEN_FDS: '1' }, 42)).toEqual([]);
     expect(takeInheritedSockets({}, 42)).toEqual([]);
     expect(takeInheritedSockets({ LISTEN_PID: '42', LISTEN_FDS: '0' }, 42)).toEqual([]);
   });
 
-  test('that is no number is an error', () => {
+  test('that is not a number is an error', () => {
     for (const LISTEN_FDS of ['', 'x', '-1', '99999', '1.5']) {
       expect(() => takeInheritedSockets({ LISTEN_PID: '42', LISTEN_FDS }, 42)).toThrow(/LISTEN_FDS is/);
     }
@@ -60,7 +60,7 @@ describe('the notifier', () => {
     return { opened, sent, failures, env };
   }
 
-  test('says what happens to NOTIFY_SOCKET, and takes it out of the environment', () => {
+  test('sends its messages to NOTIFY_SOCKET, and removes it from the environment', () => {
     const { opened, sent, env } = notifier({ NOTIFY_SOCKET: '@n', WATCHDOG_USEC: '0' });
     opened.ready('one\ntwo');
     opened.reloading();
@@ -71,20 +71,20 @@ describe('the notifier', () => {
     expect(env).toEqual({});
   });
 
-  test('says nothing where there is no service manager', () => {
+  test('sends nothing without a service manager', () => {
     const { opened, sent, failures } = notifier({ WATCHDOG_USEC: '1000' });
     opened.ready('x');
     expect([...sent, ...failures]).toEqual([]);
   });
 
-  test('gives signs of life at least twice per watchdog time, unless they are asked of another process', async () => {
+  test('sends keep-alive messages at least twice per watchdog time, unless they are another process’s task', async () => {
     const mine = notifier({ NOTIFY_SOCKET: '/n', WATCHDOG_USEC: '20000', WATCHDOG_PID: '42' });
     await waitUntil(() => mine.sent.length >= 3, 'three signs of life');
     expect(new Set(mine.sent)).toEqual(new Set(['/n WATCHDOG=1']));
     expect(notifier({ NOTIFY_SOCKET: '/n', WATCHDOG_USEC: '20000', WATCHDOG_PID: '41' }).sent).toEqual([]);
   });
 
-  test('tells once that nobody takes its messages', () => {
+  test('reports once that its messages are not accepted', () => {
     const { opened, failures } = notifier({ NOTIFY_SOCKET: '/n' }, false);
     opened.ready('x');
     opened.stopping();
@@ -92,7 +92,7 @@ describe('the notifier', () => {
     expect(notifier({ NOTIFY_SOCKET: 'vsock:2:1' }).failures[0]).toContain('neither a path nor an abstract');
   });
 
-  test('a datagram to a socket that is not there, or to a name that is too long, is not taken', () => {
+  test('a datagram to a socket that does not exist, or to a name that is too long, is not accepted', () => {
     expect(sendDatagram(path.join(temporaryDirectory(), 'none'), 'x')).toBe(false);
     expect(sendDatagram('@'.padEnd(200, 'x'), 'x')).toBe(false);
     expect(sendDatagram('', 'x')).toBe(false);
@@ -146,12 +146,11 @@ interface Ready {
   readonly listeners: readonly string[];
 }
 
-async function serve(kinds: readonly string[], names: string, args: readonly string[] = []) {
+function serve(kinds: readonly string[], names: string, args: readonly string[] = []): ReturnType<typeof start> {
   const store = path.join(temporaryDirectory(), 'store');
   const helper = ['-c', ACTIVATE, kinds.join(','), names];
   const serving = [process.execPath, BIN, 'serve', '--json', '--store', store, '--create', 'disk:1M', ...args];
-  const started = start('python3', [...helper, ...serving]);
-  return started;
+  return start('python3', [...helper, ...serving]);
 }
 
 async function readyOf(started: ReturnType<typeof start>): Promise<Ready> {
@@ -173,7 +172,7 @@ async function isServed(address: { path: string } | { host: string; port: number
 describe('socket activation', () => {
   withPython('serves the sockets it was given, unix and TCP, instead of the default ones', async () => {
     const socket = path.join(temporaryDirectory(), 'given.sock');
-    const started = await serve([`unix:${socket}`, 'tcp:127.0.0.1'], 'local:lan');
+    const started = serve([`unix:${socket}`, 'tcp:127.0.0.1'], 'local:lan');
     const { listeners } = await readyOf(started);
     expect(listeners).toHaveLength(2);
     expect(listeners[0]).toBe(`unix:${socket}`);
@@ -184,23 +183,23 @@ describe('socket activation', () => {
     expect(started.log()).toContain(`"uid":${process.getuid?.()}`);
     started.child.kill('SIGTERM');
     expect(await ended(started.child)).toEqual({ code: 0, signal: null });
-    // It is systemd's, who goes on listening for the next start.
+    // It belongs to systemd, which goes on listening for the next start.
     expect(fs.existsSync(socket)).toBe(true);
   });
 
-  withPython('serves addresses asked for by name beside them', async () => {
+  withPython('serves addresses of --listen beside them', async () => {
     const directory = temporaryDirectory();
     const own = path.join(directory, 'own.sock');
-    const started = await serve([`unix:${directory}/given.sock`], 'nbd', ['--listen', `unix:${own}`]);
+    const started = serve([`unix:${directory}/given.sock`], 'nbd', ['--listen', `unix:${own}`]);
     expect((await readyOf(started)).listeners).toHaveLength(2);
     await isServed({ path: own });
     await isServed({ path: path.join(directory, 'given.sock') });
   });
 
-  withPython('serves who has connected before it was started', async () => {
+  withPython('serves clients that have connected before it was started', async () => {
     // The helper listens before the daemon runs: a client that comes in between waits in the backlog.
     const socket = path.join(temporaryDirectory(), 'given.sock');
-    const started = await serve([`unix:${socket}`], 'nbd');
+    const started = serve([`unix:${socket}`], 'nbd');
     await waitUntil(() => fs.existsSync(socket), 'the socket is there');
     let client: NbdClient | undefined;
     await waitUntil(async () => {
@@ -212,13 +211,13 @@ describe('socket activation', () => {
     await readyOf(started);
   });
 
-  withPython('refuses a TCP socket that others can reach in the clear', async () => {
-    const started = await serve(['tcp:0.0.0.0'], 'nbd');
+  withPython('refuses a TCP socket that other machines can reach without TLS', async () => {
+    const started = serve(['tcp:0.0.0.0'], 'nbd');
     expect((await ended(started.child)).code).toBe(1);
     await waitUntil(() => started.log().includes('can be reached from other machines'), 'it says why');
   });
 
-  test('of a descriptor that is no socket says so', async () => {
+  test('of a descriptor that is not a socket is an error', async () => {
     const started = start('sh', [
       '-c',
       'LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=odd exec 3</dev/null "$0" "$@"',
@@ -268,7 +267,7 @@ describe('notification', () => {
       started.child.kill('SIGHUP');
       await heard(/^RELOADING=1 MONOTONIC_USEC=\d+$/m);
       await waitUntil(() => receiver.out().match(/^READY=1/gm)?.length === 2, 'ready again after the reload');
-      // Whoever asked for a reload, the status tells what is in force.
+      // The status has the settings in force, whoever asked for the reload.
       fs.writeFileSync(access, 'nonsense\n');
       expect((await cli(['reload'], { store })).code).toBe(1);
       await heard(/^READY=1 STATUS=serving .*; not reloaded: .*access:1: /m);

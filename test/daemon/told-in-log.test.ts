@@ -1,6 +1,6 @@
 /**
- * What an operator finds in the log when clients get errors: the disk, the cause with its file or node, the export, the peer;
- * not a line per request, and all of them counted.
+ * The log when clients get errors: it has the disk, the cause with its file or node, the export and the peer; not a line per
+ * request, but all of them counted.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -39,7 +39,7 @@ function failuresOf(daemon: Daemon): Line[] {
   return linesOf(daemon).filter(({ msg }) => msg.includes('a request failed'));
 }
 
-/** Wait for a line, which need not be there when the client has its answer. */
+/** Wait for a line; it may come after the client has its answer. */
 async function toldOf(daemon: Daemon, what: string): Promise<Line> {
   const find = (): Line | undefined => linesOf(daemon).find(({ msg }) => msg.includes(what));
   return waitUntil(find, `the log has "${what}"`).catch((error: unknown) => {
@@ -47,7 +47,7 @@ async function toldOf(daemon: Daemon, what: string): Promise<Line> {
   });
 }
 
-/** SIGTERM, and all of the log: some of it comes after the end of the process. */
+/** SIGTERM, and the whole log: some of it arrives after the end of the process. */
 async function stopped(daemon: Daemon): Promise<void> {
   await daemon.stop();
   await toldOf(daemon, 'stopped');
@@ -67,7 +67,7 @@ function objectsOf(store: string): string[] {
 
 describe('a local store', () => {
   needs('qemu-io')(
-    'that is full: a line with the disk, the export, the peer and the file; not one per write',
+    'that is full: one line with the disk, the export, the peer and the file, not one per write',
     async (context) => {
       const mount = mountTmpfs('48m');
       if (mount === undefined) return skipBecause(context, 'mounting a tmpfs needs root');
@@ -83,7 +83,7 @@ describe('a local store', () => {
       expect(failuresOf(daemon).length).toBeLessThanOrEqual(3);
       fs.rmSync(fillIt);
       await stopped(daemon);
-      // Those that were not told at once are counted.
+      // The writes without a line of their own are counted.
       const told = failuresOf(daemon).reduce((sum, { count }) => sum + ((count as number | undefined) ?? 1), 0);
       const { errors } = linesOf(daemon).find(({ msg }) => msg === 'connection closed') as { errors?: number } & Line;
       expect(told).toBe(errors);
@@ -91,7 +91,7 @@ describe('a local store', () => {
   );
 
   needs('qemu-io', 'nbdinfo')(
-    'with objects that are gone or cut off: reads, status and temporary snapshots, each disk and cause for itself',
+    'with objects that are missing or truncated: reads, block status and temporary snapshots, per disk and cause',
     async () => {
       const first = await startDaemon({ args: ['--create', 'vm1:8M', '--create', 'vm2:8M'] });
       for (const name of ['vm1', 'vm2']) {
@@ -143,9 +143,9 @@ describe('a local store', () => {
   });
 });
 
-describe('an export that a client does not get', () => {
+describe('an export that a client is refused', () => {
   needs('nbdinfo', 'qemu-img')(
-    'is named with the peer and the whole reason, and again in the line of the close',
+    'is logged with the peer and the full reason, and again in the line of the close',
     async () => {
       const access = path.join(temporaryDirectory(), 'access');
       fs.writeFileSync(access, 'deny secret from any\nallow * from any\n');
@@ -162,7 +162,7 @@ describe('an export that a client does not get', () => {
       expect(missing.msg).toContain(daemon.store);
       await stopped(daemon);
       const lines = linesOf(daemon);
-      // The first, and what was held back until the stop.
+      // The first line, and the line that was held back until the stop.
       for (const name of ['secret', 'missing']) {
         const told = lines.filter(({ msg }) => msg.startsWith(`export "${name}" refused`));
         expect(told).toHaveLength(2);
@@ -198,7 +198,7 @@ describe('a cluster', () => {
     await expect(client.write(0, Buffer.alloc(4096, 2))).rejects.toThrow();
     const halted = await toldOf(daemon, 'vm2: a request failed with EIO');
     expect(halted.msg).toMatch(/the cluster answers .*HALT.*; given up after trying 127\.0\.0\.1:\d+, /);
-    // Tried with one node after the other, again and again.
+    // The daemon tries one node after the other, repeatedly.
     cluster.fault = (request) => (isWrite(request) ? { result: Res.EIO } : undefined);
     for (let n = 0; n < 3; n++) await expect(client.write(0, Buffer.alloc(4096, 2))).rejects.toThrow();
     expect(await toldOf(daemon, 'leaving the Sheepdog node')).toMatchObject({
@@ -217,13 +217,13 @@ describe('a cluster', () => {
     expect(gone).toMatchObject({ level: ERROR, disk: 'vm2' });
     expect(gone.msg).toMatch(/cannot connect to 127\.0\.0\.1:\d+: .*given up after trying/);
     await client.disconnect();
-    // Told to clients as a failure, and not as a name that does not exist.
+    // For clients it is a failure, and not a name that does not exist.
     expect((await run('qemu-io', ['-f', 'raw', '-c', 'read 0 4k', daemon.uri('vm1')])).code).not.toBe(0);
     expect(await toldOf(daemon, 'export "vm1" cannot be opened: ')).toMatchObject({ level: ERROR, uid: UID });
     await daemon.kill();
   });
 
-  needs('qemu-io')('whose nodes are waited for: of which disk, for which node, and when it is over', async () => {
+  needs('qemu-io')('whose nodes are waited for: the log has the disk, the node, and the end of the wait', async () => {
     const cluster = await new StandIn({ jitterMs: 0 }).start();
     const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', 'vm1:8M'] });
     let goOn: () => void = () => undefined;

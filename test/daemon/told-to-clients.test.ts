@@ -1,6 +1,6 @@
 /**
- * What clients are told when something fails: what concerns their disk. Directories, files, nodes and commands of the server
- * are in its log, and for commands through the control socket.
+ * Error texts for clients: only about their own disk. Directories, files, nodes and commands of the server are in its log, and in
+ * the errors of commands through the control socket.
  */
 import fs from 'node:fs';
 import net from 'node:net';
@@ -16,10 +16,10 @@ import { cli, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '..
 import { StandIn } from '../sheep/stand-in.js';
 
 const MIB = 2 ** 20;
-/** Words of the server's machine: paths, options, commands of ours and of others. */
+/** Words that reveal the server's machine: paths, options, commands. */
 const OF_THE_SERVER = /\/tmp\/|objects\/|meta\.mdb|sheepgate |'dog | --[a-z]|127\.0\.0\.1/;
 
-/** A way to the daemon's NBD socket that keeps what the server sends. */
+/** A proxy to the daemon's NBD socket that keeps what the server sends. */
 async function tapped(daemon: Daemon) {
   const sent: Buffer[] = [];
   const socket = path.join(temporaryDirectory(), 'tap.sock');
@@ -33,7 +33,7 @@ async function tapped(daemon: Daemon) {
   return { connect: () => NbdClient.connect({ path: socket }), sent: () => Buffer.concat(sent).toString('latin1') };
 }
 
-/** What the client is told when it asks for an export. */
+/** The error text when a client asks for an export. */
 async function refusalOf(connect: () => Promise<NbdClient>, name: string): Promise<string> {
   const client = await connect();
   const error: unknown = await client.go(name).catch((thrown: unknown) => thrown);
@@ -42,7 +42,7 @@ async function refusalOf(connect: () => Promise<NbdClient>, name: string): Promi
   return (error as Error).message;
 }
 
-test('a refused export is told in words about its name; commands of ours are told where and what to do', async () => {
+test('a refusal speaks only of the export’s name; for our own commands it says where and what to do', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:8M'] });
   expect((await cli(['vdi', 'snapshot', 'disk', 'only'], { store: daemon.store })).code).toBe(0);
   const half = cli(['import', '-', 'half', '--size', '8M'], { store: daemon.store, input: Buffer.alloc(MIB) });
@@ -71,7 +71,7 @@ test('a refused export is told in words about its name; commands of ours are tol
   await daemon.stop();
 });
 
-test('a request that the store fails is told as that; the file is in the log, and for commands of ours', async () => {
+test('a request that the store fails has a plain error; the file is in the log, and in the errors of our own commands', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:8M'] });
   const { connect, sent } = await tapped(daemon);
   const client = await connect();
@@ -118,8 +118,8 @@ test('of a cluster that does not answer, clients learn no addresses', async () =
   await daemon.kill();
 });
 
-describe('words for clients', () => {
-  test('are of the code, unless the error has its own: what is not known to be harmless is not told', () => {
+describe('error texts for clients', () => {
+  test('follow from the code, unless the error has a text for clients: text that is not known to be harmless is left out', () => {
     const secret = '/var/lib/secret';
     for (const code of ['NO_STORE', 'NO_SPACE', 'IO', 'LOCKED', 'FORMAT', 'DAMAGED', 'PERMISSION', 'LIMIT'] as const) {
       expect(clientMessage(new StoreError(code, secret)), code).not.toContain(secret);
@@ -137,7 +137,7 @@ describe('words for clients', () => {
     expect(clientMessage(new StoreError('NO_SPACE', secret))).toBe('no space left on the server');
   });
 
-  test('keep the cause for the log, and are not for commands of ours', async () => {
+  test('keep the cause for the log, and are not used for our own commands', async () => {
     const cause = new CatalogError('NO_VDI', 'no VDI named "x" in /store');
     const refused = new ExportError('UNKNOWN', cause.message, { cause });
     const exports = new ExportsWithClientMessages({

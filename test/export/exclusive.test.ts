@@ -8,7 +8,7 @@ import os from 'node:os';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { NbdClient, NbdServer, type ExportDetails, type Peer, type PeerCredentials } from 'nbd-server-ts';
-import { ServerConnections } from '../../src/daemon/connected.js';
+import { ServerConnections } from '../../src/daemon/server-connections.js';
 import { AuthorisedExports, type Access } from '../../src/export/authorised-exports.js';
 import { VdiExports, type ExportsOptions } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';

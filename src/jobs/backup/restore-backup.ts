@@ -5,7 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../../operations/operations.js';
-import { whatIsLeft } from '../../operations/what-is-left.js';
+import { whatIsLeft } from '../interrupted-fill.js';
 import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
 import { isZeros } from '../../system/zeros.js';
 import { hashOf, type BlockHashes } from '../block-hashes.js';

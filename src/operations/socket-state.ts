@@ -1,16 +1,16 @@
 /**
- * Tells a socket that somebody listens on from one that a dead process left behind. Removes only sockets (and links to
- * them), and only if nobody answers there.
+ * Whether a process listens on a unix socket, or a dead process has left it behind. Removes only sockets (and links to them), and
+ * only if no process listens there.
  */
 import fs from 'node:fs';
 import net from 'node:net';
 import { CONNECT_TIMEOUT_MS } from './control-protocol.js';
 import { OperationError } from './operations.js';
-import { socketAddress, type SocketAddress } from './default-paths.js';
+import { socketAddress, type SocketAddress } from './socket-address.js';
 
 export type SocketState = 'absent' | 'stale' | 'alive' | 'not a socket';
 
-/** What is at `socketPath`. Errors: PERMISSION if it may not be asked, IO. */
+/** What is at `socketPath`. Errors: PERMISSION (not allowed to connect), IO. */
 export async function socketState(socketPath: string): Promise<SocketState> {
   const status = lookAt(socketPath);
   if (!status) return 'absent';
@@ -30,7 +30,7 @@ export async function socketState(socketPath: string): Promise<SocketState> {
     case 'EPERM':
       throw noPermission(socketPath);
     default:
-      throw new OperationError('IO', `cannot tell whether anybody listens on ${socketPath}: ${code}`);
+      throw new OperationError('IO', `cannot find out whether a process listens on ${socketPath}: ${code}`);
   }
 }
 
@@ -48,13 +48,13 @@ function noPermission(socketPath: string): OperationError {
   return new OperationError('PERMISSION', `no permission to connect to ${socketPath}; it belongs to another user`);
 }
 
-/** Make way for listening on `socketPath`. Errors: IN_USE if somebody does, or if it is no socket. */
+/** Remove a stale socket, before listening on `socketPath`. Errors: IN_USE (a process listens there, or it is not a socket). */
 export async function removeStaleSocket(socketPath: string): Promise<void> {
   await refuseUsedSocket(socketPath);
   fs.rmSync(socketPath, { force: true });
 }
 
-/** Whether it could be listened on; nothing is changed. Errors: IN_USE if somebody does, or if it is no socket. */
+/** Fails if `socketPath` cannot be listened on; changes nothing. Errors: IN_USE (a process listens there, or it is not a socket). */
 export async function refuseUsedSocket(socketPath: string): Promise<void> {
   const state = await socketState(socketPath);
   if (state === 'not a socket')

@@ -1,9 +1,9 @@
-/** Who can connect when nobody has said anything about it, and what is said when others can. */
+/** Who can connect by default, and the warning when others can. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
-import { exposureOf } from '../../src/daemon/exposure.js';
+import { exposureOf } from '../../src/daemon/security/listener-exposure.js';
 import type { ListenAddress } from '../../src/daemon/listen-address.js';
 import { BIN, ended, run, start, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
@@ -63,12 +63,12 @@ test('TCP is served when asked for, with a warning on the terminal and in the lo
     .log()
     .split('\n')
     .find((each) => warning.test(each));
-  expect(JSON.parse(line ?? '{}')).toMatchObject({ level: 40, listener: expect.stringMatching(/^tcp:/) });
+  expect(JSON.parse(line ?? '{}')).toMatchObject({ level: 40, listener: expect.stringMatching(/^tcp:/) as unknown });
   expect(tcpSocketsOf(daemon.pid)).toHaveLength(1);
   await daemon.stop();
 });
 
-test('what is warned of is who can connect with neither TLS nor an access file in the way', () => {
+test('the warning names who can connect with neither TLS nor an access file in the way', () => {
   const directory = temporaryDirectory();
   fs.chmodSync(directory, 0o755);
   const file = (mode: number): ListenAddress => {
@@ -84,7 +84,7 @@ test('what is warned of is who can connect with neither TLS nor an access file i
   expect(exposureOf({ transport: 'unix', path: '@abstract' })).toMatch(users);
   expect(exposureOf(file(0o666))).toMatch(users);
   for (const mode of [0o600, 0o660, 0o644]) expect(exposureOf(file(mode))).toBeUndefined();
-  // Who may not enter the directory cannot connect.
+  // A user who may not enter the directory cannot connect.
   fs.chmodSync(directory, 0o750);
   expect(exposureOf({ transport: 'unix', path: path.join(directory, '666') })).toBeUndefined();
 
@@ -93,7 +93,7 @@ test('what is warned of is who can connect with neither TLS nor an access file i
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: true, certificates: '/c' } })).toBeUndefined();
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: false, psk: '/k' } })).toBeUndefined();
   expect(exposureOf(everywhere, { tls: { mode: 'require', verifyPeer: false, certificates: '/c' } })).toMatch(
-    /asks nobody who he is \(--tls-verify-peer\)/,
+    /clients need no certificate \(--tls-verify-peer\)/,
   );
   const tls = { verifyPeer: true, certificates: '/c' };
   expect(exposureOf(everywhere, { tls: { mode: 'off', ...tls } })).toMatch(/neither TLS nor/);

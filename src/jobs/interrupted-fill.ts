@@ -1,11 +1,11 @@
 /**
- * What a command that fills a VDI has left in its place when it failed, in words: as the store says, not as the command
- * expects, for the answer to its last step may have been lost.
+ * Says what a failed import, restore or migration has left of the VDI that it was filling. Asks the store: the answer to the
+ * command's last step may have been lost. Changes nothing.
  */
 import { NOUNS } from '../vdi/unfinished.js';
-import type { Operations, VdiRecord } from './operations.js';
+import type { Operations, VdiRecord } from '../operations/operations.js';
 
-/** `begun`: what `begin` has answered. `isFinishing`: it is `finish` that has failed, or seemed to. */
+/** `begun`: the answer of `begin`. `isFinishing`: the failed step was `finish`. */
 export async function whatIsLeft(
   operations: Pick<Operations, 'show'>,
   begun: VdiRecord,
@@ -22,8 +22,8 @@ export async function whatIsLeft(
     if (isFinishing && !found.unfinished && found.vid === vid) {
       return `${name} is complete all the same: only the answer to the last step was lost`;
     }
-    return `${name} is not what ${NOUNS[by]} has begun any more: 'sheepgate vdi show ${name}' says what it is`;
+    return `${name} is no longer what ${NOUNS[by]} has begun: 'sheepgate vdi show ${name}' shows what it is`;
   } catch {
-    return `${name} may be unfinished: 'sheepgate vdi show ${name}' says whether it is`;
+    return `${name} may be unfinished: 'sheepgate vdi show ${name}' shows whether it is`;
   }
 }

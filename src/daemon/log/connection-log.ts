@@ -1,22 +1,22 @@
 /**
- * What the log says of connections: who came, who was turned away, how each one ended. Owns at which level, so that a
- * client that comes back for ever, and is wrong every time, does not bury everybody else.
+ * The log's lines about connections: opened, refused, closed. Owns their levels, so that a client that reconnects endlessly and
+ * breaks the protocol each time does not bury the other lines. Changes nothing about the connections.
  */
 import type { Logger } from 'pino';
 import type { ConnectionCloseEvent, ConnectionOpenEvent, ConnectionRefusedEvent, Peer } from 'nbd-server-ts';
 import { counted, times, type RepeatedLines } from './repeated-lines.js';
 
-/** How long a peer that has broken the protocol again and again must behave for its connection to be told of. */
-const OPEN_UNTOLD_MS = 1_000;
+/** How long a connection of a repeat offender must stay open for its opening to be logged. */
+const DELAYED_OPEN_MS = 1_000;
 
 export class ConnectionLog {
   readonly #log: Logger;
   readonly #lines: RepeatedLines;
   /**
-   * Connections of peers who have broken the protocol again and again, opened and not yet told of: most do it at once, and
-   * are told of by their closes. Those that behave for a moment, or to their end, are told of like all others.
+   * Open connections of repeat offenders whose opening is not logged yet. Most of them break the protocol at once, and then only
+   * their close is logged. The opening of one that behaves for a moment, or until its end, is logged as for any other client.
    */
-  readonly #untold = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
+  readonly #delayed = new Map<number, { readonly tell: () => void; readonly timer: NodeJS.Timeout }>();
 
   constructor(log: Logger, lines: RepeatedLines) {
     this.#log = log;
@@ -30,8 +30,8 @@ export class ConnectionLog {
       tell();
       return;
     }
-    const timer = setTimeout(() => this.#takeUntold(id)?.(), OPEN_UNTOLD_MS);
-    this.#untold.set(id, { tell, timer: timer.unref() });
+    const timer = setTimeout(() => this.#takeDelayed(id)?.(), DELAYED_OPEN_MS);
+    this.#delayed.set(id, { tell, timer: timer.unref() });
   }
 
   refused({ peer, reason }: ConnectionRefusedEvent): void {
@@ -42,7 +42,7 @@ export class ConnectionLog {
   }
 
   closed({ id, peer, exportName, refused, violations, isCrowdedOut, ...figures }: ConnectionCloseEvent): void {
-    const tellOpened = this.#takeUntold(id);
+    const tellOpened = this.#takeDelayed(id);
     if (isCrowdedOut && exportName === undefined) {
       const { reason } = figures;
       this.#lines.tell(`peer ${originOf(peer)}`, 'crowded out', (repetition) => {
@@ -61,25 +61,25 @@ export class ConnectionLog {
     );
   }
 
-  #takeUntold(id: number): (() => void) | undefined {
-    const found = this.#untold.get(id);
+  #takeDelayed(id: number): (() => void) | undefined {
+    const found = this.#delayed.get(id);
     if (found === undefined) return undefined;
     clearTimeout(found.timer);
-    this.#untold.delete(id);
+    this.#delayed.delete(id);
     return found.tell;
   }
 }
 
 /**
- * A client that breaks the protocol may come back for ever and do it again: told of the first time, the second, the
- * fourth, the eighth and so on, and in between only to who debugs.
+ * A client may reconnect and break the protocol endlessly: the first, second, fourth, eighth time and so on is logged as a warning,
+ * the others only with --debug.
  */
 function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
   if (violations === 0) return 'info';
   return Number.isInteger(Math.log2(violations)) ? 'warn' : 'debug';
 }
 
-/** For the log: where a peer comes from, and who the kernel or TLS say it is. */
+/** Fields of the log: a peer's address, and its identity as proven by the kernel or by TLS. */
 export function identityOf(peer: Peer): object {
   const { credentials, tls } = peer;
   return {
@@ -93,12 +93,12 @@ export function identityOf(peer: Peer): object {
   };
 }
 
-/** Where a peer comes from, in words. */
+/** A peer's address, for people. */
 export function labelOf(peer: Peer): string {
   return peer.transport === 'internal' ? 'control socket' : `${peer.transport} ${peer.address}`;
 }
 
-/** Whom a line is about, also when it comes back: not its port, nor the number of its process. */
+/** Identifies a peer over its connections: without its port and its process id. */
 export function originOf(peer: Peer): string {
   const { transport, credentials, tls } = peer;
   const proven = tls?.pskUser ?? tls?.certificateNames[0] ?? '';

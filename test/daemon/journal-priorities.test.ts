@@ -1,12 +1,12 @@
 /**
- * Lines of the log in the journal have their priorities, and are plain JSON everywhere else. The journal is a real one where
- * this machine has systemd: in a mount namespace, so that nothing of the machine's own is touched.
+ * Lines of the log have priorities in the journal, and are pure JSON everywhere else. Where this machine has systemd, the journal is
+ * a real one, in a mount namespace, so that the machine's own is not touched.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
 import { describe, expect, test } from 'vitest';
-import { isJournal, withPriorities } from '../../src/daemon/journal.js';
+import { isJournal, withPriorities } from '../../src/daemon/log/journal-priorities.js';
 import {
   BIN,
   ended,
@@ -42,7 +42,7 @@ describe('a line', () => {
   });
 });
 
-test('stderr is the journal only if it is the very file that systemd says', () => {
+test('stderr is the journal only if it is the very file that systemd names', () => {
   const fd = fs.openSync(path.join(temporaryDirectory(), 'log'), 'w');
   const stream = streamOf(fd);
   expect(isJournal(fd, { JOURNAL_STREAM: stream })).toBe(true);
@@ -56,7 +56,7 @@ test('stderr is the journal only if it is the very file that systemd says', () =
   expect(isJournal(fd, { JOURNAL_STREAM: stream })).toBe(false);
 });
 
-/** Run `sheepgate` with its stderr in a file, which JOURNAL_STREAM is said to be. */
+/** Run `sheepgate` with its stderr in a file that JOURNAL_STREAM names. */
 async function inFile(args: readonly string[], until: (text: string) => boolean): Promise<string> {
   const file = path.join(temporaryDirectory(), 'log');
   const fd = fs.openSync(file, 'w');
@@ -76,14 +76,14 @@ async function inFile(args: readonly string[], until: (text: string) => boolean)
   }
 }
 
-test('every line of serve has a priority, the reason why it did not start as well; commands say theirs likewise', async () => {
+test('every line of serve has a priority, also its error at the start; errors of commands have one, too', async () => {
   const directory = temporaryDirectory();
   const store = path.join(directory, 'store');
   const serving = ['serve', '--store', store, '--listen', 'tcp:127.0.0.1:0', '--create', 'disk:1M'];
   const log = await inFile(serving, (text) => text.includes('"ready"'));
   const lines = log.trimEnd().split('\n');
   for (const line of lines) expect(line).toMatch(/^<[346]>\{"level":[345]0,/);
-  // That anybody on the machine may connect.
+  // The warning that every user of the machine can connect.
   expect(lines.some((line) => line.startsWith('<4>{"level":40,'))).toBe(true);
   expect(lines.some((line) => line.startsWith('<6>{"level":30,') && line.includes('"stopped"'))).toBe(true);
   const failing = ['serve', '--store', path.join(directory, 'none'), '--create-store', 'no'];
@@ -92,7 +92,7 @@ test('every line of serve has a priority, the reason why it did not start as wel
   expect(await inFile(['vdi', 'show', 'none', '--store', store], () => false)).toMatch(/^<3>sheepgate: no VDI/);
 });
 
-test('without systemd, and where stderr was led elsewhere, the log is JSON and nothing else', async () => {
+test('without systemd, and where stderr was redirected, the log is pure JSON', async () => {
   for (const JOURNAL_STREAM of [undefined, '8:1234567']) {
     const daemon = await startDaemon({ env: { JOURNAL_STREAM } });
     await daemon.stop();
@@ -100,7 +100,7 @@ test('without systemd, and where stderr was led elsewhere, the log is JSON and n
   }
 });
 
-/** Its folders in memory of its own; what the service says goes the way that systemd leads it. */
+/** Its directories are on a tmpfs of its own; the output of the service goes where systemd leads it. */
 const IN_REAL_JOURNAL = `
 mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /etc/systemd || exit 77
 mkdir -p /run/log/journal
@@ -145,7 +145,7 @@ test('journalctl -p warning shows warnings and errors of serve, and nothing else
   }
   const [, warnings = '', all = ''] = result.stdout.split(/^priority .*\n/m);
   const said = result.stdout + result.stderr;
-  // That every user of the machine may connect. The journal has taken the priorities off.
+  // The warning that every user of the machine can connect. The journal has removed the priorities.
   expect(warnings, said).toMatch(/^\{"level":40,.*"listener":"tcp:127\.0\.0\.1:/);
   expect(warnings).not.toContain('"level":30');
   expect(all).toContain(warnings.trimEnd());

@@ -1,35 +1,35 @@
 /**
- * The access file: who may open which export, and who only reading (docs/access.md). Owns its syntax and the decision;
- * opens no sockets and trusts nothing but what the kernel or a TLS handshake has proven about a peer.
+ * The access file (docs/access.md): which clients may open which exports, to write, to read, or exclusively. Owns its syntax and the
+ * decision. Trusts only what the kernel or a TLS handshake has proven about a peer.
  */
 import net from 'node:net';
 import type { Peer } from 'nbd-server-ts';
-import type { Access, AccessPolicy } from '../export/authorised-exports.js';
-import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../export/exclusive.js';
-import { decodePercent } from '../vdi/names.js';
-import { OperationError } from '../operations/operations.js';
+import type { Access, AccessPolicy } from '../../export/authorised-exports.js';
+import { EXCLUSIVE_FORM, OTHERWISE, parseOtherwise } from '../../export/exclusive.js';
+import { decodePercent } from '../../vdi/names.js';
+import { OperationError } from '../../operations/operations.js';
 
-/** One thing a rule asks of a peer. */
+/** One condition of a rule on a peer. */
 export type Source =
   | { readonly kind: 'any' }
   | { readonly kind: 'cert' | 'psk'; readonly name: string }
   | { readonly kind: 'addr'; readonly network: net.BlockList }
   | { readonly kind: 'uid' | 'gid'; readonly id: number };
 
-/** The texts around the stars, in order. */
+/** The texts between the stars, in order. */
 export type Pattern = readonly string[];
 
 export interface AccessRule {
   readonly line: number;
   readonly allows: Exclude<Access, 'needs-tls'>;
   readonly pattern: Pattern;
-  /** One of them must hold; of each, all parts. */
+  /** One of the sources must match the peer, with all of its parts. */
   readonly sources: readonly (readonly Source[])[];
 }
 
-/** More would be a mistake, and costs time at every LIST. */
+/** More are a mistake, and cost time at every NBD_OPT_LIST. */
 const MAX_RULES = 10_000;
-/** A word is part of the message about it. Names of certificates and keys have 256 bytes at most, each written as %XX. */
+/** Words are quoted in messages. Names of certificates and keys have at most 256 bytes, each written as %XX. */
 const MAX_WORD_CHARS = 4096;
 const MAX_ID = 0xffff_fffe;
 
@@ -40,13 +40,13 @@ export class AccessRules implements AccessPolicy {
   readonly rules: readonly AccessRule[];
   readonly #offersTls: boolean;
 
-  /** @param options.offersTls whether a peer that is not let in might be, over TLS */
+  /** `offersTls`: a peer that is refused in the clear might be let in over TLS. */
   constructor(rules: readonly AccessRule[], options: { readonly offersTls: boolean }) {
     this.rules = rules;
     this.#offersTls = options.offersTls;
   }
 
-  /** The first rule that fits decides; without one the answer is no. */
+  /** The first rule that matches decides; if none does, the peer is refused. */
   decide(exportName: string, peer: Peer): Access {
     let couldOverTls = false;
     for (const { pattern, sources, allows } of this.rules) {
@@ -64,7 +64,7 @@ export class AccessRules implements AccessPolicy {
   }
 }
 
-/** Parse an access file. Errors: ACCESS, with file and line, what is wrong and what would be right. */
+/** Parse an access file. Errors: ACCESS (with file and line, the mistake, and a correct form). */
 export function parseAccess(text: string, file: string): AccessRule[] {
   const rules: AccessRule[] = [];
   for (const [index, full] of text.split('\n').entries()) {
@@ -87,14 +87,14 @@ export function parseAccess(text: string, file: string): AccessRule[] {
   return rules;
 }
 
-/** What is wrong with a rule; file and line are added. */
+/** A mistake in a rule, without file and line. */
 class RuleError extends Error {}
 
 function parseRule(words: readonly string[], line: number): AccessRule {
   const long = words.find(({ length }) => length > MAX_WORD_CHARS);
   if (long !== undefined) throw new RuleError(`a word of ${long.length} characters; no name has so many`);
   const [verb, pattern, ...rest] = words;
-  if (verb !== 'allow' && verb !== 'deny') throw new RuleError(`"${verb}" begins no rule; write ${FORM}`);
+  if (verb !== 'allow' && verb !== 'deny') throw new RuleError(`"${verb}" does not begin a rule; write ${FORM}`);
   if (pattern === undefined) throw new RuleError(`no export after "${verb}"; write ${FORM}`);
   const access = parseHow(rest[0]);
   if (access !== undefined && verb === 'deny') throw new RuleError(`a deny rule has no "${rest[0]}"; leave it out`);
@@ -113,7 +113,7 @@ function parseRule(words: readonly string[], line: number): AccessRule {
   };
 }
 
-/** The word between export and "from"; undefined if there is none. */
+/** The word between export and "from"; undefined without one. Errors: RuleError. */
 function parseHow(word = ''): AccessRule['allows'] | undefined {
   if (word === 'ro') return 'read-only';
   if (word === 'exclusive') return 'exclusive';
@@ -123,12 +123,12 @@ function parseHow(word = ''): AccessRule['allows'] | undefined {
   return `exclusive=${otherwise}`;
 }
 
-/** `*` is any text, also none; everything else is itself. */
+/** `*` matches any text, also an empty one; all other characters match themselves. */
 function parsePattern(text: string): Pattern {
   return text.split('*').map(decode);
 }
 
-/** Not by a regular expression: a long name from a client must not make it try all ways to place the stars. */
+/** Not a regular expression, which could take exponential time on a long name from a client. */
 function matches(pattern: Pattern, name: string): boolean {
   const first = pattern[0] ?? '';
   const last = pattern.at(-1) ?? '';
@@ -157,7 +157,7 @@ function parseSource(text: string): Source {
     case 'uid':
     case 'gid':
       if (!/^\d{1,10}$/.test(value) || Number(value) > MAX_ID) {
-        throw problem(`"${value}" is no number; give what 'id -${kind === 'uid' ? 'u' : 'g'}' prints`);
+        throw problem(`"${value}" is not a number; give what 'id -${kind === 'uid' ? 'u' : 'g'}' prints`);
       }
       return { kind, id: Number(value) };
     case 'addr':
@@ -171,7 +171,7 @@ function parseNetwork(text: string, problem: (what: string) => RuleError): net.B
   const slash = text.indexOf('/');
   const address = slash < 0 ? text : text.slice(0, slash);
   const version = net.isIP(address);
-  if (version === 0) throw problem(`"${address}" is no IP address; give 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32`);
+  if (version === 0) throw problem(`"${address}" is not an IP address; give 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32`);
   const family = version === 4 ? 'ipv4' : 'ipv6';
   const network = new net.BlockList();
   if (slash < 0) {
@@ -181,13 +181,13 @@ function parseNetwork(text: string, problem: (what: string) => RuleError): net.B
   const bits = text.slice(slash + 1);
   const most = version === 4 ? 32 : 128;
   if (!/^\d{1,3}$/.test(bits) || Number(bits) > most) {
-    throw problem(`"${bits}" is no prefix length; give 0 to ${most}`);
+    throw problem(`"${bits}" is not a prefix length; give 0 to ${most}`);
   }
   network.addSubnet(address, Number(bits), family);
   return network;
 }
 
-/** %20 is a blank, %2B a plus, %2A a star: what would otherwise have a meaning. */
+/** Decode %XX: %20 is a blank, %2B a plus, %2A a star, which have a meaning otherwise. */
 function decode(text: string): string {
   return decodePercent(
     text,

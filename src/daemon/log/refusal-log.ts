@@ -1,31 +1,25 @@
 /**
- * Tells the operator which client asked for which export and did not get it, and why: all of the reason, of which clients are
- * told what concerns them. Owns the levels, and that a client that comes back again and again does not fill the log. Changes
- * nothing of what is answered.
+ * Logs which client was refused which export, with the full reason; the client gets only the part that concerns it. Owns the levels of
+ * these lines. Repetitions are counted, so that a client that reconnects endlessly does not fill the log. Changes no answers.
  */
 import type { Logger } from 'pino';
 import { ExportError, type Awaitable, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
-import { CatalogError, type CatalogErrorCode } from '../vdi/catalog-error.js';
+import { CatalogError, type CatalogErrorCode } from '../../vdi/catalog-error.js';
 import { identityOf, originOf } from './connection-log.js';
-import { causeOf, counted, times, type RepeatedLines, type Repetition } from './repeated-lines.js';
+import { causeOf, counted, times, type Repetition, type StoreAndPeerLines } from './repeated-lines.js';
 
-/** A name was wrong, or the client's settings are. */
+/** The client has mistyped a name, or its settings are wrong. */
 const MISTAKES: ReadonlySet<CatalogErrorCode> = new Set(['NO_VDI', 'NO_TAG', 'BAD_NAME']);
 
-interface RepeatedRefusals {
-  readonly ofStore: RepeatedLines;
-  readonly ofPeers: RepeatedLines;
-}
-
-/** Exports whose refusals are in the log. */
+/** Passes all calls on to `provider`, and logs its refusals. */
 export class LoggedExports implements ExportProvider {
   readonly #provider: ExportProvider;
   readonly #log: Logger;
-  readonly #repeated: RepeatedRefusals;
-  /** Of each connection what it was refused last: clients ask in two ways for what they want to open. */
+  readonly #repeated: StoreAndPeerLines;
+  /** The last refusal of each connection: clients ask for an export in two ways, and get the same refusal twice. */
   readonly #last = new WeakMap<Peer, string>();
 
-  constructor(provider: ExportProvider, log: Logger, repeated: RepeatedRefusals) {
+  constructor(provider: ExportProvider, log: Logger, repeated: StoreAndPeerLines) {
     this.#provider = provider;
     this.#log = log;
     this.#repeated = repeated;
@@ -45,7 +39,7 @@ export class LoggedExports implements ExportProvider {
     try {
       return await ask();
     } catch (error) {
-      // What is no ExportError is a bug, and told as that.
+      // Any other error is a bug, which the NBD server reports.
       if (error instanceof ExportError) this.#tell(exportName, peer, error);
       throw error;
     }
@@ -54,9 +48,10 @@ export class LoggedExports implements ExportProvider {
   #tell(exportName: string | undefined, peer: Peer, error: ExportError): void {
     const cause = wholeCause(error);
     const level = levelOf(error, cause);
-    // A command of ours says itself what it was refused; that a store fails is told all the same.
+    // Our own commands report their refusals themselves; failures of the store are logged all the same.
     if (peer.transport === 'internal' && level !== 'error') return;
-    // What fails fails everybody; what is refused is somebody's affair, and does not keep the others' out of the log.
+    // A failure concerns all clients, so it is counted per export. A refusal is counted per client: a client's own refusals do not
+    // keep those of others out of the log.
     const subject = level === 'error' ? `export ${exportName}` : `peer ${originOf(peer)}`;
     const kind = level === 'error' ? causeOf(cause) : `${exportName} ${error.code} ${causeOf(cause)}`;
     if (this.#last.get(peer) === `${subject} ${kind}`) return;
@@ -81,7 +76,7 @@ export class LoggedExports implements ExportProvider {
 
 type Level = 'error' | 'warn' | 'info';
 
-/** What the operator must act upon, may want to know, or what somebody has mistyped. */
+/** error: the operator must act; warn: the operator may want to know; info: a client has mistyped something. */
 function levelOf({ code }: ExportError, cause: Error): Level {
   switch (code) {
     case 'FAILED':
@@ -96,7 +91,7 @@ function levelOf({ code }: ExportError, cause: Error): Level {
   }
 }
 
-/** The first error that was not made for the client. */
+/** The first cause that is not an ExportError: it was not worded for the client. */
 function wholeCause(error: ExportError): Error {
   let whole: Error = error;
   while (whole instanceof ExportError && whole.cause instanceof Error) whole = whole.cause;

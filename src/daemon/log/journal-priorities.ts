@@ -1,12 +1,12 @@
 /**
- * The journal of systemd: where stderr leads there, each line begins with its priority (sd-daemon(3)), so that
- * `journalctl -p warning` shows what must be acted upon. Owns how levels become priorities. Writes nothing itself.
+ * Priorities for systemd's journal: where stderr is the journal, each line begins with its priority (sd-daemon(3)), so that
+ * `journalctl -p warning` shows the lines to act upon. Owns how levels of the log become priorities. Writes nothing itself.
  */
 import fs from 'node:fs';
 
 /** sd-daemon(3), SD_ERR */
 const ERROR = 3;
-/** By levels of pino: fatal, error, warn, info; what is lower is SD_DEBUG. */
+/** By pino's levels: fatal, error, warn, info; lower levels are SD_DEBUG. */
 const PRIORITIES: readonly (readonly [level: number, priority: number])[] = [
   [60, 2],
   [50, ERROR],
@@ -14,12 +14,12 @@ const PRIORITIES: readonly (readonly [level: number, priority: number])[] = [
   [30, 6],
 ];
 const DEBUG = 7;
-/** How a line of the log begins. */
+/** The beginning of a line of the log. */
 const LEVEL = /^\{"level":(\d+),/;
 
 /**
- * Whether a descriptor is the journal's: systemd.exec(5) says in JOURNAL_STREAM which file it has made for that, and stderr
- * may have been led elsewhere since.
+ * Whether a descriptor is the journal. JOURNAL_STREAM has device and inode of the journal's socket (systemd.exec(5)); stderr may have
+ * been redirected since.
  */
 export function isJournal(fd: number, env: Readonly<Record<string, string | undefined>> = process.env): boolean {
   const [, device, inode] = /^(\d+):(\d+)$/.exec(env.JOURNAL_STREAM ?? '') ?? [];
@@ -32,9 +32,9 @@ export function isJournal(fd: number, env: Readonly<Record<string, string | unde
   }
 }
 
-/** Whole lines with their priorities: lines of the log by their level, all others are what a command has failed of. */
+/** Whole lines with their priorities: lines of the log by their level; any other line is a command's error. */
 export function withPriorities(text: string): string {
-  // Lines as the journal has them: names in them may have separators of their own.
+  // Split at \n only, as the journal does: names may contain other line separators.
   const lines = text.split('\n').map((line) => (line === '' ? line : `<${priorityOf(line)}>${line}`));
   return lines.join('\n');
 }

@@ -1,32 +1,32 @@
 /**
- * Where lines go that nobody may have to wait for: the log, and what `serve` says on its terminal. The descriptor is whatever
- * the daemon was started with: a file, a pipe, a terminal, the journal's socket. Owns that writing to it neither waits nor
- * fails: what it does not take now is kept in bounded memory, what has no room there is counted, and the count is told as soon
- * as there is room. Changes no mode of a descriptor that others share.
+ * Output that must never block the daemon: the log, and the lines of `serve` on its terminal. The descriptor may be a file, a pipe, a
+ * terminal or the journal's socket. Writing neither waits nor fails: lines that the descriptor does not accept now are kept in
+ * bounded memory; lines beyond that are dropped and counted, and the count is written as soon as there is room. Never changes the
+ * mode of a descriptor, which other processes may share.
  */
 import fs from 'node:fs';
-import { isWritable, sendNow } from '../system/socket-calls.js';
+import { isWritable, sendNow } from '../../system/socket-calls.js';
 
-/** What may wait to be written. A line has some 200 bytes. */
+/** Bound of the lines that wait to be written. A line has some 200 bytes. */
 export const WAITING_BYTES = 2 ** 20;
-/** After lines were dropped, none is taken before so much has left: one note of many lines, not many of one. */
+/** After a drop, lines are accepted again when no more than this waits: so one note counts many lines, not many notes one each. */
 const RESUME_BYTES = WAITING_BYTES / 2;
-/** In one write. */
+/** At most, in one write. */
 const WRITE_BYTES = 64 * 1024;
-/** A pipe that is writable takes as much without waiting (pipe(7), PIPE_BUF). */
+/** A writable pipe accepts this much without blocking (pipe(7), PIPE_BUF). */
 const SURE_BYTES = 4096;
-/** Between two attempts, doubled each time. */
+/** Between two attempts; doubled each time. */
 const FIRST_RETRY_MS = 1;
 const LONGEST_RETRY_MS = 500;
 
-/** The note in place of lines that were dropped. */
+/** The text of the note in place of dropped lines. */
 export type DroppedNote = (count: number, why: string) => string;
 
 /**
- * Writes as much as is possible at once and returns how much that was, or writes in the background and says then how that
- * went. Errors are thrown, or handed on.
+ * Writes as many bytes as possible without waiting and returns their number; or writes in the background and calls `done`. Errors
+ * are thrown, or passed to `done`.
  */
-type Outlet = (bytes: Buffer, done: (error: Error | null, written: number) => void) => number | 'later';
+type Outlet = (bytes: Buffer, done: (error: NodeJS.ErrnoException | null, written: number) => void) => number | 'later';
 
 export class LogOutput {
   readonly #fd: number;
@@ -53,29 +53,29 @@ export class LogOutput {
     if (bytes.length > WAITING_BYTES) this.#failure ??= `it was longer than ${WAITING_BYTES} bytes`;
     if (this.#dropped > 0 || this.#waitingBytes + bytes.length > WAITING_BYTES) {
       this.#dropped++;
-      // Nothing leaves after which it could be told.
+      // While a write is under way, its end writes the note.
       if (!this.#isDrained()) return;
       this.#tellDropped();
     } else this.#keep(bytes);
     if (this.#timer === undefined) this.#writeOut();
   }
 
-  /** A last attempt, for a process that is about to die. pino calls it after a line of level fatal. */
+  /** A last attempt before the process ends. pino calls it after a line of level fatal. */
   flushSync(): void {
     this.#writeOut();
     if (!this.#isWriting) return;
-    // A file's thread has the first piece already; nobody is left to give it the others.
+    // A background write has the first piece; the others would not follow any more.
     const rest = this.#waiting.splice(1);
     if (rest.length === 0) return;
     this.#waitingBytes = this.#waiting[0]?.length ?? 0;
     try {
       fs.writeSync(this.#fd, Buffer.concat(rest));
     } catch {
-      // As lines that have no room.
+      // Dropped, like lines without room.
     }
   }
 
-  /** Whether all is written within `ms`. */
+  /** Wait until all lines are written, at most `ms`; returns whether they are. */
   async drain(ms: number): Promise<boolean> {
     this.#retryMs = FIRST_RETRY_MS;
     this.#writeOut();
@@ -115,7 +115,7 @@ export class LogOutput {
     }
   }
 
-  /** What is written next, in one piece; it stays the first that waits. */
+  /** The bytes of the next write, as one buffer; they stay first in the queue until they are written. */
   #next(): Buffer {
     let length = 0;
     let count = 0;
@@ -130,7 +130,7 @@ export class LogOutput {
     return bytes;
   }
 
-  #written(bytes: Buffer, error: Error | null, count: number): void {
+  #written(bytes: Buffer, error: NodeJS.ErrnoException | null, count: number): void {
     this.#isWriting = false;
     if (count > 0) {
       this.#waitingBytes -= count;
@@ -138,7 +138,7 @@ export class LogOutput {
       else this.#waiting[0] = bytes.subarray(count);
       this.#retryMs = FIRST_RETRY_MS;
     }
-    const code = (error as NodeJS.ErrnoException | null)?.code;
+    const code = error?.code;
     const hasFailed = code !== undefined && code !== 'EAGAIN' && code !== 'EINTR';
     if (hasFailed) this.#failure = code;
     if (this.#dropped > 0 && count > 0 && this.#waitingBytes <= RESUME_BYTES) this.#tellDropped();
@@ -173,7 +173,7 @@ function outletOf(fd: number): Outlet {
     };
   }
   if (status.isSocket()) return (bytes) => sendNow(fd, bytes);
-  // The page cache takes what a file gets, but not while its disk is too slow.
+  // A write to a file goes to the page cache, but waits when the disk is too slow.
   if (status.isFile()) return (bytes, done) => writeInBackground(fd, bytes, done);
   const own = reopened(fd);
   if (own !== undefined) return (bytes) => fs.writeSync(own, bytes);
@@ -184,8 +184,8 @@ function outletOf(fd: number): Outlet {
 }
 
 /**
- * The pipe or terminal behind a descriptor, once more, in a mode of ours: a mode is shared with everybody who has inherited the
- * descriptor. Undefined where that is not allowed, as after `su`.
+ * The pipe or terminal behind a descriptor, opened again as non-blocking: the mode of `fd` itself is shared with all processes that
+ * have inherited it. Undefined where that is not allowed, for example after `su`.
  */
 function reopened(fd: number): number | undefined {
   const { O_WRONLY, O_NONBLOCK, O_NOCTTY } = fs.constants;
@@ -196,7 +196,11 @@ function reopened(fd: number): number | undefined {
   }
 }
 
-function writeInBackground(fd: number, bytes: Buffer, done: (error: Error | null, written: number) => void): 'later' {
-  fs.write(fd, bytes, (error, written) => done(error, written ?? 0));
+function writeInBackground(
+  fd: number,
+  bytes: Buffer,
+  done: (error: NodeJS.ErrnoException | null, written: number) => void,
+): 'later' {
+  fs.write(fd, bytes, (error, written) => done(error, written));
   return 'later';
 }

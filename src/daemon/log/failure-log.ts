@@ -1,15 +1,16 @@
 /**
- * The log's share of what clients are told when the store fails them: a client sees a number, and whoever looks after the
- * machine needs the disk, the cause with its file or node, and who was hit. Owns that a client that asks again and again
- * does not fill the log: of each cause on each disk a line at once, and then one in a while that says how many there were.
+ * Logs failed requests and the store's own warnings. A client gets an error number only; the operator needs the disk, the cause with
+ * its file or node, and the client. Repetitions are counted (repeated-lines.ts), so that a client that repeats a request does not
+ * fill the log. Changes no answers.
  */
+import { subscribe, unsubscribe } from 'node:diagnostics_channel';
 import type { Logger } from 'pino';
-import { deviceFailures, type DeviceFailure } from '../export/device-failures.js';
-import { CatalogError } from '../vdi/catalog-error.js';
+import { deviceFailures, type DeviceFailure } from '../../export/device-failures.js';
+import { CatalogError } from '../../vdi/catalog-error.js';
 import { identityOf } from './connection-log.js';
 import { causeOf, counted, times, type RepeatedLines } from './repeated-lines.js';
 
-/** Returns what to call when no more is to be logged. */
+/** Log each DeviceFailure. Call the returned function to stop. */
 export function logFailures(log: Logger, lines: RepeatedLines): () => void {
   const listener = (message: unknown): void => {
     const failure = message as DeviceFailure;
@@ -20,13 +21,13 @@ export function logFailures(log: Logger, lines: RepeatedLines): () => void {
       log[levelOf(failure)](details, `${disk}: a request failed with ${code}: ${reason}${times(repetition)}`);
     });
   };
-  deviceFailures.subscribe(listener);
-  return () => deviceFailures.unsubscribe(listener);
+  subscribe(deviceFailures.name, listener);
+  return () => void unsubscribe(deviceFailures.name, listener);
 }
 
 /**
- * What the store says by itself. Of a node that is left again and again, and of errors that come with every object (a disk is
- * gone while a snapshot is deleted), there can be as many lines as requests.
+ * The log of a store. Lines about a node, and lines with an error, are counted: a node that fails again and again, or a disk that is
+ * gone while a snapshot is deleted, can cause a line per request or object.
  */
 export function logOfStore(log: Logger, lines: RepeatedLines): (line: string, details?: object) => void {
   return (line, details = {}) => {
@@ -38,7 +39,7 @@ export function logOfStore(log: Logger, lines: RepeatedLines): (line: string, de
   };
 }
 
-/** What is told of somebody who may come back for ever. `subject`: who, or about what. */
+/** A log for lines that a client can cause again and again. `subject`: the client or the disk that a line is about. */
 export function logOfPeers(
   log: Logger,
   lines: RepeatedLines,
@@ -49,7 +50,7 @@ export function logOfPeers(
     });
 }
 
-/** What somebody has closed, or taken away, has not failed. */
+/** A warning where the export was closed, or the VDI or snapshot is gone: the store has not failed. */
 function levelOf({ code, error }: DeviceFailure): 'error' | 'warn' {
   return code === 'ESHUTDOWN' || error instanceof CatalogError ? 'warn' : 'error';
 }

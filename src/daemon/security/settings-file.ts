@@ -1,21 +1,21 @@
 /**
- * Reads the small files that say who is let in: access rules, certificates, keys. Owns that no file makes a daemon wait (a
- * fifo), fills its memory (/dev/zero) or is taken for something else than it is (text that is not UTF-8), and what is to be
- * said of one that others may write. What is in them is the callers' affair.
+ * Reads the small files that decide about access: access rules, certificates, keys. A file must not make the daemon wait (a fifo),
+ * fill its memory (/dev/zero), or be misread (text that is not UTF-8). Owns these checks, and the warnings about files that other
+ * users may write or read. Does not interpret the contents.
  */
 import { constants } from 'node:fs';
 import fs from 'node:fs/promises';
-import { reasonOf } from '../system/system-error.js';
+import { reasonOf } from '../../system/system-error.js';
 
-/** Ten thousand rules, or a long chain of certificates; revocation lists are the longest. */
+/** Far more than ten thousand rules or a chain of certificates; revocation lists are the longest. */
 export const MAX_SETTINGS_BYTES = 16 * 2 ** 20;
-/** In one read. */
+/** Per read. */
 const PIECE_BYTES = 64 * 1024;
 
 const WRITTEN_BY_ALL = 0o002;
 const USED_BY_ALL = 0o007;
 
-/** Why a file is not taken: what follows "FILE cannot be read: ". */
+/** Why a file is not accepted; the message follows "FILE cannot be read: ". */
 export class SettingsError extends Error {}
 
 export interface SettingsFile {
@@ -26,7 +26,7 @@ export interface SettingsFile {
 /** Errors: SettingsError. */
 export async function readSettings(file: string): Promise<SettingsFile> {
   try {
-    // Opening a fifo waits for whoever writes to it.
+    // Without O_NONBLOCK, opening a fifo waits for its writer.
     const handle = await fs.open(file, constants.O_RDONLY | constants.O_NONBLOCK | constants.O_NOCTTY);
     try {
       const { mode, size } = await handle.stat();
@@ -39,7 +39,7 @@ export async function readSettings(file: string): Promise<SettingsFile> {
   } catch (error) {
     if (error instanceof SettingsError) throw error;
     const isMissing = (error as NodeJS.ErrnoException).code === 'ENOENT';
-    throw new SettingsError(isMissing ? 'it is not there' : reasonOf(error as Error), { cause: error });
+    throw new SettingsError(isMissing ? 'it does not exist' : reasonOf(error as Error), { cause: error });
   }
 }
 
@@ -59,7 +59,7 @@ function tooLong(size: string): SettingsError {
   return new SettingsError(`it has ${size}; at most ${MAX_SETTINGS_BYTES} are read`);
 }
 
-/** Errors: SettingsError, with the line that is not UTF-8. A byte order mark is left out. */
+/** The file's text, without a byte order mark. Errors: SettingsError (with the line that is not UTF-8). */
 export function textOf({ bytes }: SettingsFile): string {
   try {
     return new TextDecoder('utf-8', { fatal: true }).decode(bytes);
@@ -68,13 +68,13 @@ export function textOf({ bytes }: SettingsFile): string {
   }
 }
 
-/** What is to be said of a file that decides who is let in, or undefined. */
+/** The warning for a file that every user may write; undefined if they may not. */
 export function warningOfWritable(file: string, { mode }: SettingsFile): string | undefined {
   if ((mode & WRITTEN_BY_ALL) === 0) return undefined;
   return `${file} can be written by every user of this machine, who can let anybody in; chmod o-w it`;
 }
 
-/** The same of a file with secrets. */
+/** The warning for a file with secrets that every user may read; undefined if they may not. */
 export function warningOfSecret(file: string, { mode }: SettingsFile): string | undefined {
   if ((mode & USED_BY_ALL) === 0) return undefined;
   return `${file} can be read by every user of this machine; chmod 600 it`;

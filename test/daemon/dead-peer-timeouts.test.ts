@@ -1,13 +1,13 @@
-/** A TCP client that does not read is no client that is gone. */
+/** A TCP client that does not read is not taken for a dead one. */
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
-import { ClosedWindows } from '../../src/daemon/closed-windows.js';
+import { DeadPeerTimeouts } from '../../src/daemon/dead-peer-timeouts.js';
 import { sendState, setUserTimeout } from '../../src/system/socket-calls.js';
 import { waitUntil } from '../harness/daemon.js';
 
 const TIMEOUT_MS = 1000;
 const LOOK_MS = 100;
-/** More than all buffers between the two hold. */
+/** More than all buffers between the two can hold. */
 const BYTES = 64 * 1024 * 1024;
 
 /** What a server sends to a client that does not read, over TCP. */
@@ -31,8 +31,8 @@ async function unread(prepare: (socket: net.Socket) => void): Promise<{ server: 
   return { server, client };
 }
 
-test('a TCP client that reads nothing for longer than a silent one may be gone is served when it reads', async () => {
-  const windows = new ClosedWindows(TIMEOUT_MS, LOOK_MS);
+test('a TCP client that reads nothing for longer than the time-out is served when it reads again', async () => {
+  const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);
   onTestFinished(() => windows.stop());
   const { server, client } = await unread((socket) => windows.watch(socket));
   const began = performance.now();
@@ -45,15 +45,15 @@ test('a TCP client that reads nothing for longer than a silent one may be gone i
   await waitUntil(() => sendState(server)?.isWindowClosed === false, 'there is room again');
 });
 
-test('without that the kernel takes it for one that is gone', async () => {
+test('without DeadPeerTimeouts the kernel closes its connection', async () => {
   const { server } = await unread((socket) => setUserTimeout(socket, TIMEOUT_MS));
   await waitUntil(() => server.destroyed, 'the kernel has given it up');
 });
 
-test('a unix socket has no such state', async () => {
+test('a unix socket has no such state', () => {
   const socket = new net.Socket();
   expect(sendState(socket)).toBeUndefined();
-  const windows = new ClosedWindows(TIMEOUT_MS, LOOK_MS);
+  const windows = new DeadPeerTimeouts(TIMEOUT_MS, LOOK_MS);
   windows.watch(socket);
   windows.stop();
   socket.destroy();

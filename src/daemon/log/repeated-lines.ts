@@ -1,24 +1,24 @@
 /**
- * Lines of the log that would come once per request, or per connection: of each cause of each subject (a disk, a peer) the
- * first is written at once, and then one in a while that says for how many it stands. Owns when a line is written, and that
- * nothing is held back for ever; what is in it is its writer's. Memory and lines are bounded whatever clients do.
+ * Counts lines of the log that could come once per request or connection. For each cause of each subject (a disk, a peer) the first
+ * line is written at once; later ones are summarised at growing intervals, with their number. Owns when a line is written, and that
+ * each one is written or counted in the end; callers own the text. Memory and output are bounded whatever clients do.
  */
 
-/** After a line of a cause: until the next one, doubled each time as long as it goes on. */
+/** Between two lines about one cause; doubled each time while the cause goes on. */
 export const FIRST_INTERVAL_MS = 10_000;
 export const LONGEST_INTERVAL_MS = 10 * 60_000;
-/** Of one subject; those beyond share one. */
+/** Per subject; further causes are counted together. */
 export const MAX_CAUSES = 8;
-/** Those beyond share one. */
+/** Further subjects are counted together. */
 export const MAX_SUBJECTS = 256;
-/** How late a line may be. */
+/** By how much a line may be late. */
 const CHECK_MS = 1_000;
-/** Of an error and what it came of. */
+/** In a chain of causes. */
 const MAX_DEPTH = 6;
-/** What those beyond the bounds are counted under: no subject and no cause has this name. */
+/** The key for causes and subjects beyond the bounds; no real one has this name. */
 const OTHERS = '';
 
-/** For how many the line stands, and in how many milliseconds they came: 1 in 0 ms for the first. */
+/** How many events a line stands for, and within how many milliseconds they came: 1 in 0 ms for the first. */
 export interface Repetition {
   readonly count: number;
   readonly ms: number;
@@ -30,7 +30,7 @@ interface Cause {
   toldAt: number;
   intervalMs: number;
   untold: number;
-  /** Writes the line of the latest. */
+  /** Writes the line for the latest event. */
   write: Writer;
 }
 
@@ -38,7 +38,7 @@ export class RepeatedLines {
   readonly #subjects = new Map<string, Map<string, Cause>>();
   #timer: NodeJS.Timeout | undefined;
 
-  /** `write` is called now, or later, or not at all if another of the same cause comes before its turn. */
+  /** `write` is called now, or later, or not at all if a newer event of the same cause comes before its turn. */
   tell(subject: string, cause: string, write: Writer): void {
     const causes = this.#causesOf(subject);
     const key = causes.has(cause) || causes.size < MAX_CAUSES ? cause : OTHERS;
@@ -53,7 +53,7 @@ export class RepeatedLines {
     write({ count: 1, ms: 0 });
   }
 
-  /** Nothing more is told later: what is held back is told now. */
+  /** Write the lines that are held back; nothing is written later. */
   close(): void {
     clearInterval(this.#timer);
     this.#timer = undefined;
@@ -68,7 +68,7 @@ export class RepeatedLines {
   #causesOf(subject: string): Map<string, Cause> {
     const key = this.#subjects.has(subject) || this.#subjects.size < MAX_SUBJECTS ? subject : OTHERS;
     let causes = this.#subjects.get(key);
-    if (causes === undefined) this.#subjects.set(key, (causes = new Map()));
+    if (causes === undefined) this.#subjects.set(key, (causes = new Map<string, Cause>()));
     return causes;
   }
 
@@ -95,6 +95,12 @@ export class RepeatedLines {
   }
 }
 
+/** Two sets with bounds of their own: however many peers are refused, the failure of a disk is still logged. */
+export interface StoreAndPeerLines {
+  readonly ofStore: RepeatedLines;
+  readonly ofPeers: RepeatedLines;
+}
+
 /** For the end of a message. */
 export function times({ count, ms }: Repetition): string {
   return count === 1 ? '' : ` (the last of ${count} in ${Math.round(ms / 1000)} s)`;
@@ -105,7 +111,7 @@ export function counted({ count }: Repetition): { readonly count?: number } {
   return count === 1 ? {} : { count };
 }
 
-/** Tells causes apart whatever objects and nodes their messages name: the names and codes of an error and what it came of. */
+/** Identifies a cause, whatever objects and nodes its message names: the names and codes of an error and of its causes. */
 export function causeOf(error: unknown): string {
   const parts: string[] = [];
   for (let each = error; each instanceof Error && parts.length < MAX_DEPTH; each = each.cause) {

@@ -1,11 +1,11 @@
-/** Errors of the operating system about a file that the operator has named, as the expected failures that they are. */
+/** Turns errors of the operating system about a file that the operator has named into OperationErrors. */
 import { isSystemError, systemMessage } from '../system/system-error.js';
-import { OperationError } from './operations.js';
+import { OperationError } from '../operations/operations.js';
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
 
-/** `file`: where the call does not say it. What is no error of the system stays as it is. */
+/** `file`: for calls whose error does not name the file. Any other error is returned unchanged. */
 export function asFileError(error: unknown, file?: string): unknown {
   if (!isSystemError(error)) return error;
   const { code } = error;

@@ -1,16 +1,16 @@
 /**
- * Who can reach a listener for whom it was perhaps not meant, and what stands in their way. Owns the warning that is given at
- * the start; whoever reads it decides. What is refused outright is the daemon's affair.
+ * The warning about a listener that other users or machines can reach with neither TLS nor an access file in the way. Owns its
+ * conditions and its text. Refuses nothing: listeners.ts does.
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { formatListenAddress, isLocalOnly, type ListenAddress } from './listen-address.js';
+import { formatListenAddress, isLocalOnly, type ListenAddress } from '../listen-address.js';
 import type { SecurityConfiguration } from './security.js';
 
 const WRITTEN_BY_ALL = 0o002;
 const ENTERED_BY_ALL = 0o001;
 
-/** What to tell of an address where others can do everything, or undefined if there are none, or something keeps them out. */
+/** The warning for an address where others can read and write every VDI; undefined if nobody else can reach it, or is kept out. */
 export function exposureOf(address: ListenAddress, security: SecurityConfiguration = {}): string | undefined {
   if (security.access !== undefined) return undefined;
   const who = othersAt(address);
@@ -23,10 +23,10 @@ export function exposureOf(address: ListenAddress, security: SecurityConfigurati
   if (tls?.mode !== 'require') {
     return `${reach}, for it has neither TLS nor an access file (docs/access.md, docs/tls.md)`;
   }
-  // With certificates beside the keys, a client needs neither unless it is asked to show one.
+  // With certificates and pre-shared keys, a client needs neither of them unless --tls-verify-peer is given.
   const provesClients = tls.verifyPeer || tls.certificates === undefined;
   if (provesClients) return undefined;
-  return `${reach}: its TLS encrypts, but asks nobody who he is (--tls-verify-peer), and there is no access file`;
+  return `${reach}: its TLS encrypts, but clients need no certificate (--tls-verify-peer), and there is no access file`;
 }
 
 function othersAt(address: ListenAddress): string | undefined {
@@ -36,7 +36,7 @@ function othersAt(address: ListenAddress): string | undefined {
   return isOpenToAll(address.path) ? 'every user of this machine' : undefined;
 }
 
-/** Whether every user may connect to a unix socket: to connect is to write, on the way there each directory is entered. */
+/** Whether every user may connect to a unix socket: that takes write permission, and access to each directory on the way. */
 function isOpenToAll(socketPath: string): boolean {
   // An abstract name has no owner and no mode: unix(7).
   if (socketPath.startsWith('@')) return true;

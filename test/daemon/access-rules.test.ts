@@ -1,7 +1,7 @@
-/** The access file: what its lines mean, what is wrong with a wrong one, and what a peer gets to see. */
+/** The access file: the meaning of its lines, the errors for wrong ones, and what a peer gets to see. */
 import { describe, expect, test } from 'vitest';
 import { ExportError, type CompleteDevice, type Geometry, type Peer } from 'nbd-server-ts';
-import { AccessRules, parseAccess } from '../../src/daemon/access.js';
+import { AccessRules, parseAccess } from '../../src/daemon/security/access-rules.js';
 import { AuthorisedExports, type SubjectExports } from '../../src/export/authorised-exports.js';
 import { subjectText } from '../../src/export/export-name.js';
 import { formatSpec, parseSpec } from '../../src/vdi/names.js';
@@ -108,7 +108,7 @@ describe('one rule', () => {
 });
 
 describe('several rules', () => {
-  test('the first that fits decides, and what none fits is refused', () => {
+  test('the first rule that matches decides, and without a match the peer is refused', () => {
     const file = rules(`
       # Backups read everything but the vault.
       deny  vault*  from any        # nobody
@@ -131,7 +131,7 @@ describe('several rules', () => {
     expect(rules('allow x from any\r\nallow y from any\r\n').decide('y', LOCAL)).toBe('read-write');
   });
 
-  test('a peer in the clear is told that TLS is needed only where TLS could help', () => {
+  test('a peer in the clear learns that TLS is needed only where TLS could help', () => {
     const text = 'deny no from any\nallow a from cert:x\nallow b from psk:y+addr:10.0.0.0/8\nallow c from uid:1\n';
     const offered = rules(text, true);
     expect(offered.decide('a', LOCAL)).toBe('needs-tls');
@@ -140,7 +140,7 @@ describe('several rules', () => {
     for (const name of ['c', 'no', 'other']) expect(offered.decide(name, LOCAL)).toBe('refused');
     expect(offered.decide('a', CERT)).toBe('refused');
     expect(rules(text, false).decide('a', LOCAL)).toBe('refused');
-    // A rule for everybody below it still lets in who has no TLS.
+    // A rule for every client below it still lets in a peer without TLS.
     expect(rules('allow a from cert:x\nallow a ro from any', true).decide('a', LOCAL)).toBe('read-only');
   });
 
@@ -154,7 +154,7 @@ describe('several rules', () => {
 
 describe('a wrong line', () => {
   const table: readonly (readonly [string, RegExp])[] = [
-    ['permit x from any', /"permit" begins no rule; write allow EXPORT \[ro\|exclusive.*\] from SOURCE/],
+    ['permit x from any', /"permit" does not begin a rule; write allow EXPORT \[ro\|exclusive.*\] from SOURCE/],
     ['allow', /no export after "allow"/],
     ['allow x', /the rule ends where "from" must be/],
     ['allow x rw from any', /"rw" stands where "from" must be/],
@@ -168,12 +168,12 @@ describe('a wrong line', () => {
     ['allow x from user:1', /is not one of/],
     ['allow x from any+', /source "": is not one of/],
     ['allow x from cert:', /a name must follow "cert:"/],
-    ['allow x from uid:root', /"root" is no number; give what 'id -u' prints/],
+    ['allow x from uid:root', /"root" is not a number; give what 'id -u' prints/],
     ['allow x from gid:-1', /'id -g'/],
-    ['allow x from uid:99999999999', /is no number/],
-    ['allow x from addr:host.example', /"host\.example" is no IP address; give 192\.0\.2\.7/],
-    ['allow x from addr:10.0.0.0/33', /"33" is no prefix length; give 0 to 32/],
-    ['allow x from addr:10.0.0.0/', /"" is no prefix length/],
+    ['allow x from uid:99999999999', /is not a number/],
+    ['allow x from addr:host.example', /"host\.example" is not an IP address; give 192\.0\.2\.7/],
+    ['allow x from addr:10.0.0.0/33', /"33" is not a prefix length; give 0 to 32/],
+    ['allow x from addr:10.0.0.0/', /"" is not a prefix length/],
     ['allow x from addr:::/129', /give 0 to 128/],
     ['allow 50% from any', /write %25 for a % itself/],
     ['allow x from cert:%zz', /write %25/],
@@ -213,7 +213,7 @@ describe('exports behind rules', () => {
     close: () => void calls.push('close'),
   };
   const asked: string[] = [];
-  /** By id: of a VDI that may be opened, of one that may not, and one whose name looks like a snapshot's. */
+  /** By id: a VDI that may be opened, one that may not, and one whose name looks like a snapshot's. */
   const ids = new Map<string, { name: string; tag: string | undefined }>([
     ['@1', { name: 'a', tag: undefined }],
     ['@2', { name: 'vault', tag: 'one' }],
@@ -260,11 +260,11 @@ describe('exports behind rules', () => {
     ),
   );
 
-  test('only what may be opened is listed', async () => {
+  test('only exports that may be opened are listed', async () => {
     expect([...(await guarded.list(LOCAL))].map(({ name }) => name)).toEqual(['a', 'b']);
   });
 
-  test('what may not be opened is refused without looking whether it exists', async () => {
+  test('an export that may not be opened is refused without looking whether it exists', async () => {
     asked.length = 0;
     for (const name of ['x', 'y']) {
       await expect(guarded.open(name, LOCAL)).rejects.toMatchObject({ name: 'ExportError', code: 'POLICY' });
@@ -274,7 +274,7 @@ describe('exports behind rules', () => {
     expect(asked).toEqual([]);
   });
 
-  test('a read-only export says so and refuses every change, also if the server did not', async () => {
+  test('a read-only export is marked read-only and refuses every change, even if the server did not', async () => {
     expect((await guarded.describe('b', LOCAL)).geometry).toMatchObject({ readOnly: true, canTrim: false });
     expect((await guarded.describe('a', LOCAL)).geometry).toBe(geometry);
     const { device: readOnly } = await guarded.open('b', LOCAL);
@@ -308,7 +308,7 @@ describe('exports behind rules', () => {
     return { code, message: message.replace(JSON.stringify(name), 'EXPORT') };
   };
 
-  test('no form of a name gets past a rule: options, percent signs and ids are judged as what they lead to', async () => {
+  test('no form of a name gets past a rule: options, percent signs and ids are resolved first', async () => {
     for (const name of [
       'a',
       'a/since=monday',
@@ -330,14 +330,14 @@ describe('exports behind rules', () => {
     expect((await refusalOf('@=a%40monday')).code).toBe('POLICY');
   });
 
-  test('an id that nothing has is refused like one that a peer may not open, and like one that needs TLS', async () => {
+  test('an unknown id is refused like one that a peer may not open, and like one that needs TLS', async () => {
     const message = 'you are not allowed to open EXPORT, or there is nothing with this id';
     for (const id of ['@2', '@3', '@4', '@5', '@2/since=x', '@5/since=x']) {
       expect(await refusalOf(id), id).toEqual({ code: 'POLICY', message });
     }
   });
 
-  test('changes since a snapshot are told to those only who may open it, by option or by context', async () => {
+  test('only peers that may open a snapshot get the changes since it, by option or by context', async () => {
     await guarded.open('d/since=monday', LOCAL);
     expect((await refusalOf('d/since=x')).code).toBe('POLICY');
     expect((await refusalOf('d/since=nothing')).code).toBe('POLICY');
@@ -348,7 +348,7 @@ describe('exports behind rules', () => {
     ]);
   });
 
-  test('options that are wrong are told to those who may open the export', async () => {
+  test('only peers that may open the export learn that an option is wrong', async () => {
     asked.length = 0;
     await guarded.open('a/alone', LOCAL);
     expect(asked).toEqual(['a/alone']);

@@ -1,7 +1,7 @@
 /**
- * Root on a store of another user, a service's: what root would make there that user could not open. So a command that
- * opens such a store itself takes the uid and gid of the store's directory for as long as it has it open. Owns the identity
- * of this process. Nothing is ever chowned: the directory is controlled by somebody else.
+ * Root on a store of another user, such as a service's: that user could not open files that root makes there. A command of root
+ * that opens such a store directly therefore takes the uid and gid of the store's directory for as long as the store is open.
+ * Owns the identity of this process. Never chowns: another user controls the directory.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -9,7 +9,7 @@ import { shellWord } from '../text/shell-word.js';
 import { isSystemError, whatFailed } from '../system/system-error.js';
 import { OperationError } from './operations.js';
 
-/** What @types/node does not know. */
+/** Missing in @types/node. */
 type WithGroups = typeof process & { initgroups?(user: number | string, extraGroup: number | string): void };
 
 interface Identity {
@@ -17,19 +17,20 @@ interface Identity {
   readonly gid: number;
 }
 
-/** Whose identity this process has taken, and for how many open stores. */
+/** The identity that this process has taken, and for how many open stores. */
 let taken: (Identity & { readonly store: string; users: number }) | undefined;
-/** Stores that root has open as root. */
+/** Number of stores that root has open as root. */
 let asRoot = 0;
 
-/** Whether this is root, and the directory another user's, or will be when it is made. */
+/** Whether this process is root, and the directory belongs to another user, or will when it is made. */
 export function isOthersStore(directory: string): boolean {
   return process.geteuid?.() === 0 && ownerOf(directory).uid !== 0;
 }
 
 /**
- * To be called before anything in `directory` is touched; returns what to call when it is closed. Does nothing unless this is
- * root and the directory is, or will be, another user's. Errors: OWNER if this process has a store of a third user open; PERMISSION.
+ * Call before anything in `directory` is touched; call the returned function when the store is closed. Does nothing unless this
+ * process is root and the directory belongs, or will belong, to another user. Errors: OWNER (this process has a store of a third
+ * user open), PERMISSION.
  */
 export function takeOwner(directory: string): () => void {
   if (taken === undefined && process.geteuid?.() !== 0) return () => undefined;
@@ -50,7 +51,7 @@ export function takeOwner(directory: string): () => void {
   return once(giveBack);
 }
 
-/** Whoever a directory belongs to, or will when it is made. */
+/** The owner of a directory, or the one that it will have when it is made: that of the nearest directory above. */
 function ownerOf(directory: string): Identity & { readonly isThere: boolean } {
   for (let place = path.resolve(directory); ; place = path.dirname(place)) {
     const status = fs.statSync(place, { throwIfNoEntry: false });
@@ -74,12 +75,12 @@ function twoOwners(
   );
 }
 
-/** Whether root is somebody else at this moment. */
+/** Whether this process is root working as another user. */
 export function hasTakenOwner(): boolean {
   return taken !== undefined;
 }
 
-/** Who lacks a permission that root has is told why it is not root at that moment. */
+/** A permission error while root works as another user: the same error, with the reason. Other errors unchanged. */
 export function explainIdentity(error: unknown): unknown {
   if (taken === undefined || !isDenied(error)) return error;
   const place = shellWord(taken.store);
@@ -92,7 +93,7 @@ export function explainIdentity(error: unknown): unknown {
   );
 }
 
-/** By the system; also where that was said in connecting to a daemon. What a store says of its own files is another matter. */
+/** Denied by the system, also while connecting to a daemon. Errors of a store about its own files do not count. */
 function isDenied(error: unknown): boolean {
   const { code, cause } = (error ?? {}) as { readonly code?: unknown; readonly cause?: unknown };
   if (code === 'EACCES' || code === 'EPERM') return true;
@@ -100,7 +101,7 @@ function isDenied(error: unknown): boolean {
   return code === 'PERMISSION' && error instanceof OperationError && cause === undefined;
 }
 
-/** A daemon stays what it is, and its listeners with it. Errors: OWNER if it is root and the store another user's. */
+/** For a daemon, which keeps its user, as its listeners do. Errors: OWNER (root, and the store belongs to another user). */
 export function refuseOthersStore(directory: string): void {
   if (process.geteuid?.() !== 0) return;
   const { uid, gid } = ownerOf(directory);
@@ -124,7 +125,7 @@ function become({ uid, gid }: Identity, store: string): NonNullable<typeof taken
     } catch {
       process.setgroups?.([gid]); // a uid without a name
     }
-    // libc tells every thread of the process, those of the thread pool and of lmdb among them (nptl(7)).
+    // libc changes all threads of the process, also those of the thread pool and of lmdb (nptl(7)).
     process.setegid?.(gid);
     process.seteuid?.(uid);
   } catch (error) {

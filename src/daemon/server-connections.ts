@@ -1,18 +1,18 @@
 /**
- * What the exports may ask of the NBD server's connections: whether a client is about to end, whether it is still there, and
- * that it be cut off. Owns how long the other machine is given to answer. Decides nothing.
+ * The NBD server's connections as the exports see them: whether a client is ending, whether it is still there, and cutting it off.
+ * Owns how long the client's machine may take to answer. Decides nothing.
  */
 import net from 'node:net';
 import type { Duplex } from 'node:stream';
 import type { ConnectionInfo, NbdServer, Peer } from 'nbd-server-ts';
 import type { Connected } from '../export/writers.js';
 import { isRunning, processKey } from '../system/process-identity.js';
-import { UNANSWERED } from './closed-windows.js';
+import { GONE_AFTER_PROBES } from './dead-peer-timeouts.js';
 import { askOften, hasPeerEnded, msSinceHeard, sendState } from '../system/socket-calls.js';
 
 /**
- * How long the kernel of a TCP client has to answer, being asked once a second: four questions. One that was cut off before
- * cannot write any more, so that a wrong answer costs it its connection and nobody any data.
+ * How long the kernel of a TCP client may take to answer a keepalive probe; one is sent per second, so there are four. A client that
+ * is wrongly taken for gone loses its connection and cannot write any more; no data is lost.
  */
 const PROBE_MS = 5_000;
 const PROBE_SECONDS = 1;
@@ -20,9 +20,9 @@ const POLL_MS = 100;
 
 export class ServerConnections implements Connected {
   readonly #server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>;
-  /** Those that were looked for: of a disk with a thousand writers all are asked about at once. */
+  /** Connections found before: for a disk with a thousand writers, all of them are looked up at once. */
   readonly #known = new WeakMap<Peer, ConnectionInfo>();
-  /** Those that are asked just now: who else wants to know waits for the same answer. */
+  /** Probes under way: a second caller waits for the same answer. */
   readonly #asked = new Map<net.Socket, Promise<boolean>>();
 
   constructor(server: Pick<NbdServer, 'connections' | 'disconnect' | 'transportOf'>) {
@@ -31,11 +31,11 @@ export class ServerConnections implements Connected {
 
   isEnding(peer: Peer): boolean {
     const found = this.#find(peer);
-    // Not the server's: a command in this process.
+    // Not a connection of the server: a command in this process.
     if (found === undefined) return false;
     if (found.phase === 'closing') return true;
     const socket = socketOf(this.#server.transportOf(found.id));
-    // Seen by us only when what came before it has been read.
+    // Node reports the end only after all data before it has been read.
     return socket !== undefined && hasPeerEnded(socket);
   }
 
@@ -46,7 +46,7 @@ export class ServerConnections implements Connected {
     if (hasPeerEnded(socket)) return false;
     if (peer.transport === 'tcp') return this.#ask(socket);
     const { pid = 0, startTime } = peer.credentials ?? {};
-    // Others may have its socket, a child or whoever it was handed to; then the kernel has not told us of an end.
+    // The process may have ended while a child or another process still has its socket: then the socket has no end.
     return pid <= 0 || startTime === undefined || isRunning(processKey(pid, startTime));
   }
 
@@ -59,7 +59,7 @@ export class ServerConnections implements Connected {
     return this.#find(peer)?.hasEnded ?? false;
   }
 
-  /** Once at a time: each sets the socket's times back to what it has found there. */
+  /** One at a time per socket: each restores the keepalive times that it found. */
   #ask(socket: net.Socket): Promise<boolean> {
     let asked = this.#asked.get(socket);
     if (asked === undefined) {
@@ -82,11 +82,11 @@ export class ServerConnections implements Connected {
   }
 }
 
-/** Whether the machine at the other end says anything within `ms`, an acknowledgement at least. */
+/** Whether anything, at least an acknowledgement, comes from the peer's machine within `ms`. */
 async function answersWithin(socket: net.Socket, ms: number): Promise<boolean> {
   const began = performance.now();
   const restore = askOften(socket, PROBE_SECONDS);
-  // Without questions its silence would prove nothing.
+  // Without probes its silence would prove nothing.
   if (restore === undefined) return !socket.destroyed;
   try {
     for (;;) {
@@ -103,12 +103,12 @@ async function answersWithin(socket: net.Socket, ms: number): Promise<boolean> {
 }
 
 /**
- * A client that does not read, with replies outstanding, is asked by other questions: for room, and less and less often, up to
- * every two minutes. It is there until two of those had no answer.
+ * To a client that does not read, with replies outstanding, the kernel sends window probes instead of keepalives, at growing
+ * intervals of up to two minutes. The client counts as there until two of these are unanswered.
  */
 function isOnlyFull(socket: net.Socket): boolean {
   const state = sendState(socket);
-  return state !== undefined && state.isWindowClosed && state.unansweredProbes < UNANSWERED;
+  return state !== undefined && state.isWindowClosed && state.unansweredProbes < GONE_AFTER_PROBES;
 }
 
 function socketOf(stream: Duplex | undefined): net.Socket | undefined {

@@ -1,17 +1,19 @@
 /**
- * What decides who is served and how: TLS material and access rules, loaded from their files and loaded again on SIGHUP.
- * Owns the pair that is in force; a reload replaces each if its files are good, and leaves it if they are not.
+ * The TLS material and the access rules in force: loaded from their files at the start, and again on reload or SIGHUP. A reload
+ * replaces each of the two if its files are good, and keeps the old one if they are not. Never serves with less than was
+ * configured.
  */
 import type { ExportProvider, ServerTls } from 'nbd-server-ts';
-import { AuthorisedExports, type Access, type SubjectExports } from '../export/authorised-exports.js';
-import { AccessRules, parseAccess } from './access.js';
-import { OperationError } from '../operations/operations.js';
-import { readSettings, SettingsError, textOf, warningOfWritable } from './read-settings.js';
+import { AuthorisedExports, type Access, type SubjectExports } from '../../export/authorised-exports.js';
+import { AccessRules, parseAccess } from './access-rules.js';
+import type { ReloadReport } from '../../operations/control-protocol.js';
+import { OperationError } from '../../operations/operations.js';
+import { readSettings, SettingsError, textOf, warningOfWritable } from './settings-file.js';
 import { loadTls, type LoadedTls, type TlsConfiguration } from './tls-files.js';
 
 export interface SecurityConfiguration {
   readonly tls?: TlsConfiguration;
-  /** The access file; without one, whoever can connect may do everything. */
+  /** Path of the access file; without one, every client that can connect may do everything. */
   readonly access?: string;
 }
 
@@ -21,22 +23,12 @@ export interface SecurityLog {
   error(details: object, message: string): void;
 }
 
-/** What a reload has found: what is in force now, and what is not because its file is wrong. */
-export interface ReloadReport {
-  /** "TLS keys", "access rules": those that there are and that were good. */
-  readonly reloaded: readonly string[];
-  /** Access rules in force; null without an access file. */
-  readonly rules: number | null;
-  readonly failures: readonly string[];
-  readonly warnings: readonly string[];
-}
-
 export class Security {
   readonly #configuration: SecurityConfiguration;
   readonly #log: SecurityLog;
   #tls: LoadedTls | undefined;
   #rules: AccessRules | undefined;
-  /** The reload under way, or the last one: they are done one after the other. */
+  /** The reload under way, or the last one: reloads run one after the other. */
   #reloading: Promise<unknown> = Promise.resolve();
 
   private constructor(configuration: SecurityConfiguration, log: SecurityLog) {
@@ -54,7 +46,7 @@ export class Security {
     return security;
   }
 
-  /** For the NBD server; undefined if TLS was never mentioned. */
+  /** For the NBD server; undefined if TLS is not configured. */
   get tls(): ServerTls | undefined {
     const mode = this.#configuration.tls?.mode;
     if (mode === undefined) return undefined;
@@ -67,7 +59,7 @@ export class Security {
     };
   }
 
-  /** `exports` as the rules let them be seen. */
+  /** `exports` under the access rules. */
   guard(exports: SubjectExports): ExportProvider {
     if (this.#configuration.access === undefined) return exports;
     return new AuthorisedExports(exports, {
@@ -75,10 +67,7 @@ export class Security {
     });
   }
 
-  /**
-   * Read all files again. Connections that are open stay as they are. What was not good is logged, and what was in force
-   * before stays so.
-   */
+  /** Read all files again. Open connections stay as they are. A bad file is logged, and the old settings stay in force. Never fails. */
   reload(): Promise<ReloadReport> {
     const report = this.#reloading.then(() => this.#reload());
     this.#reloading = report.catch(() => undefined);
@@ -132,7 +121,7 @@ export class Security {
     return new AccessRules(rules, { offersTls: this.#tls !== undefined });
   }
 
-  /** A rule that can never hold is a mistake. Errors: ACCESS. */
+  /** Refuse rules that can never match. Errors: ACCESS. */
   #checkProvable(rules: AccessRules['rules'], file: string, warnings: string[]): void {
     for (const { line, sources } of rules) {
       for (const source of sources.flat()) {

@@ -1,13 +1,12 @@
 /**
- * Reads what TLS needs from files: a directory of certificates under nbdkit's names, a file of pre-shared keys in
- * GnuTLS' form. Owns the checks that turn a wrong file into a clear error at start instead of a failed handshake later;
- * holds nothing, whoever reloads calls again.
+ * Reads the files for TLS: a directory of certificates under nbdkit's names, a file of pre-shared keys in GnuTLS' form. Owns the
+ * checks that make a wrong file a clear error at start, and not a failed handshake later. Keeps no state: a reload calls again.
  */
 import { createPrivateKey, X509Certificate } from 'node:crypto';
 import path from 'node:path';
 import tls from 'node:tls';
 import type { TlsMaterial, TlsMode } from 'nbd-server-ts';
-import { OperationError } from '../operations/operations.js';
+import { OperationError } from '../../operations/operations.js';
 import {
   readSettings,
   SettingsError,
@@ -15,7 +14,7 @@ import {
   warningOfSecret,
   warningOfWritable,
   type SettingsFile,
-} from './read-settings.js';
+} from './settings-file.js';
 
 export interface TlsConfiguration {
   readonly mode: TlsMode;
@@ -30,7 +29,7 @@ export interface TlsConfiguration {
 export interface LoadedTls {
   readonly material: TlsMaterial;
   readonly pskUsers: ReadonlySet<string>;
-  /** What will work, but should be known. */
+  /** For the operator; the files work all the same. */
   readonly warnings: readonly string[];
 }
 
@@ -38,9 +37,9 @@ const CERTIFICATE = 'server-cert.pem';
 const KEY = 'server-key.pem';
 const AUTHORITIES = 'ca-cert.pem';
 const REVOCATIONS = 'ca-crl.pem';
-/** Shorter keys can be tried out. */
+/** Shorter keys can be found by brute force. */
 const LEAST_PSK_BYTES = 16;
-/** OpenSSL takes no longer ones (PSK_MAX_PSK_LEN), and no longer names (PSK_MAX_IDENTITY_LEN). */
+/** OpenSSL's limits for keys (PSK_MAX_PSK_LEN) and for names (PSK_MAX_IDENTITY_LEN). */
 const MAX_PSK_BYTES = 512;
 const MAX_USER_BYTES = 256;
 const SOON_MS = 14 * 24 * 3600_000;
@@ -82,7 +81,7 @@ async function loadCertificates(
   const certificate = parsed(place(CERTIFICATE), 'a certificate in PEM form', () => new X509Certificate(chain));
   const privateKey = parsed(place(KEY), 'a private key in PEM form without a passphrase', () => createPrivateKey(key));
   if (!certificate.checkPrivateKey(privateKey)) {
-    throw failure(`${place(KEY)} is not the key of ${place(CERTIFICATE)}; put the pair that belongs together there`);
+    throw failure(`${place(KEY)} is not the key of ${place(CERTIFICATE)}; put a matching pair there`);
   }
   warn(warnings, warningOfSecret(place(KEY), keyFile));
   warn(warnings, warningOfWritable(place(CERTIFICATE), chainFile));
@@ -99,13 +98,13 @@ async function loadCertificates(
     if (revoked !== undefined) warn(warnings, warningOfWritable(place(REVOCATIONS), revoked));
     revocations = revoked?.bytes;
   }
-  parsed(directory, 'what OpenSSL takes', () =>
+  parsed(directory, 'accepted by OpenSSL', () =>
     tls.createSecureContext({ cert: chain, key, ca: authorities, crl: revocations }),
   );
   return { certificate: { chain, key }, authorities, revocations };
 }
 
-/** Lines `user:hexkey`, as psktool(1) writes them; a user that begins with # is in hexadecimal itself. */
+/** Lines `user:hexkey`, as psktool(1) writes them; after a leading # the user is in hexadecimal, too. Errors: TLS. */
 async function loadPsk(file: string, warnings: string[]): Promise<Map<string, Buffer>> {
   const keys = new Map<string, Buffer>();
   const read = await readFile(file, 'the pre-shared keys');
@@ -118,7 +117,7 @@ async function loadPsk(file: string, warnings: string[]): Promise<Map<string, Bu
     if (colon <= 0) throw bad("no USER:HEXKEY; make lines with 'psktool -u USER -p FILE'");
     const user = line.startsWith('#') ? hexadecimal(line.slice(1, colon))?.toString() : line.slice(0, colon);
     if (user === undefined || user === '') {
-      throw bad('what stands between # and : is no name in hexadecimal; comments are not possible in this file');
+      throw bad('the text between # and : is not a name in hexadecimal; comments are not possible in this file');
     }
     if (Buffer.byteLength(user) > MAX_USER_BYTES) throw bad(`the user's name is longer than ${MAX_USER_BYTES} bytes`);
     const key = hexadecimal(line.slice(colon + 1));
@@ -152,7 +151,7 @@ async function readFile(file: string, what: string, { mayBeMissing = false } = {
     const { cause, message } = error;
     const isMissing = (cause as NodeJS.ErrnoException | undefined)?.code === 'ENOENT';
     if (isMissing && mayBeMissing) return undefined;
-    throw failure(`${file} ${isMissing ? 'is not there' : `cannot be read: ${message}`} (${what})`, error);
+    throw failure(`${file} ${isMissing ? 'does not exist' : `cannot be read: ${message}`} (${what})`, error);
   }
 }
 
