@@ -4,9 +4,13 @@
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../operations/operations.js';
-import { addressLabel } from '../store/sheep/cluster-address.js';
-import type { ClusterReport, NodeState } from '../store/sheep/cluster-report.js';
-import { clusterState } from '../store/sheep/cluster-state.js';
+import {
+  addressLabel,
+  clusterState,
+  readClusterReport,
+  type ClusterReport,
+  type NodeState,
+} from '../operations/inspect-cluster.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
@@ -80,11 +84,10 @@ function listCommand(): Command {
   });
 }
 
-async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
+function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
     throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
   }
-  const { readClusterReport } = await import('../store/sheep/cluster-report.js');
   return readClusterReport(options.cluster, { epochs });
 }
 

@@ -6,11 +6,12 @@ import { Command, CommanderError } from 'commander';
 import { asOperationError, type OperationError } from '../operations/operations.js';
 import { isSystemError, reasonOf, systemMessage } from '../system/system-error.js';
 import { finish, lastWords } from './ending.js';
-import { endBySignal, InterruptedError } from './interrupt.js';
+import { endBySignal } from '../system/end-by-signal.js';
+import { InterruptedError } from '../system/interrupted-error.js';
 import { addCommands, type Loaders } from './loaders.js';
 import { missingPart } from './load-failure.js';
 import { printable } from '../text/printable.js';
-import { readableStack } from './readable-stack.js';
+import { readableStack } from '../system/readable-stack.js';
 import { version } from './version.js';
 
 const EXIT_FAILED = 1;

@@ -6,9 +6,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Limits } from 'nbd-server-ts';
 import { MIN_MEMORY_BYTES } from 'nbd-server-ts/limits';
 import type { DaemonConfiguration } from '../daemon/daemon.js';
-import { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.js';
-import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
-import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
+import { DEFAULT_IN_USE_MS, DEFAULT_KEEP_MS, OTHERWISE, parseOtherwise, type Exclusive } from '../daemon/options.js';
 import { sizeArgument } from './common-options.js';
 import { formatSize } from '../text/size.js';
 

@@ -5,11 +5,11 @@
 import type { Writable } from 'node:stream';
 import { IN_FLIGHT, inFlight, type Flight } from './requests-in-flight.js';
 import { readAll } from './read-all.js';
+import type { Progress } from './reporting.js';
 import { OperationError, type Disk } from '../operations/operations.js';
 import { OpenFile } from '../system/open-file.js';
 import { hostDisk } from '../system/real-disk.js';
 import { isZeros } from '../system/zeros.js';
-import type { Progress } from '../cli/progress.js';
 
 /** One request. */
 const CHUNK_BYTES = 2 ** 20;
@@ -28,7 +28,7 @@ export interface Copied {
 }
 
 interface CopyOptions {
-  readonly progress: Progress;
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal;
 }
 

@@ -7,7 +7,7 @@ import type { DataPage, Disk } from '../operations/operations.js';
 import { hashOf, NO_HASH, type BlockHashes } from './block-hashes.js';
 import { inFlight } from './requests-in-flight.js';
 import { isZeros } from '../system/zeros.js';
-import type { Progress } from '../cli/progress.js';
+import type { Progress } from './reporting.js';
 
 /** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */
 export const UNIT_BYTES = 4 * 2 ** 20;
@@ -24,7 +24,7 @@ export interface Range {
 }
 
 export interface Work {
-  readonly progress: Progress;
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal;
 }
 

@@ -6,82 +6,54 @@
 import { spawn, type ChildProcess } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError } from '../operations/operations.js';
-import { printNote } from '../cli/output.js';
+import type { JobContext } from './reporting.js';
 import type { GuardLine } from './thaw-guard.js';
 
-/** A guest that is frozen for longer has its users call: nothing that we do meanwhile takes as much. */
-const DEFAULT_TIMEOUT_S = 30;
-const MAX_TIMEOUT_S = 3600;
-
-export interface FreezeOptions {
-  readonly freezeCmd?: string;
-  readonly thawCmd?: string;
-  readonly freezeTimeout?: number;
-}
-
-/** Add --freeze-cmd, --thaw-cmd and --freeze-timeout. */
-export function withFreezeOptions(command: Command): Command {
-  return command
-    .option('--freeze-cmd <command>', 'run by sh before the snapshot is taken; if it fails, none is')
-    .option('--thaw-cmd <command>', 'run by sh after it, whatever happened')
-    .addOption(
-      new Option(
-        '--freeze-timeout <seconds>',
-        `thaw after this long in any case (default: ${DEFAULT_TIMEOUT_S}); a snapshot that was not taken by then fails`,
-      ).argParser((text) => {
-        const seconds = Number(text);
-        if (!(seconds > 0 && seconds <= MAX_TIMEOUT_S)) {
-          throw new InvalidArgumentError(`It must be above 0 and at most ${MAX_TIMEOUT_S} seconds.`);
-        }
-        return seconds;
-      }),
-    );
+/** The two commands, and how long the guest may stay frozen. */
+export interface Freezing {
+  readonly freezeCommand: string;
+  readonly thawCommand: string;
+  readonly timeoutMs: number;
 }
 
 export class FrozenMoment {
-  readonly #options: FreezeOptions;
-  readonly #signal: AbortSignal;
+  readonly #freezing: Freezing | undefined;
+  readonly #context: Pick<JobContext, 'log' | 'signal'>;
   #thawFailure: string | undefined;
 
-  /** Errors: BAD_USAGE. */
-  constructor(options: FreezeOptions, signal: AbortSignal) {
-    const { freezeCmd, thawCmd, freezeTimeout } = options;
-    if ((freezeCmd === undefined) !== (thawCmd === undefined)) {
-      throw new OperationError('BAD_USAGE', '--freeze-cmd and --thaw-cmd belong together; give both');
-    }
-    if (freezeCmd === undefined && freezeTimeout !== undefined) {
-      throw new OperationError('BAD_USAGE', '--freeze-timeout is of no use without --freeze-cmd and --thaw-cmd');
-    }
-    this.#options = options;
-    this.#signal = signal;
+  /** `freezing` undefined: nothing is frozen. */
+  constructor(freezing: Freezing | undefined, context: Pick<JobContext, 'log' | 'signal'>) {
+    this.#freezing = freezing;
+    this.#context = context;
   }
 
   /** Run `take` between the two commands; just run it if there are none. Errors: FREEZE_FAILED, FREEZE_TIMEOUT. */
   readonly during = async <T>(take: () => Promise<T>): Promise<T> => {
-    const { freezeCmd, thawCmd, freezeTimeout = DEFAULT_TIMEOUT_S } = this.#options;
-    if (freezeCmd === undefined || thawCmd === undefined) return take();
-    this.#signal.throwIfAborted();
-    const guard = new Guard(freezeTimeout * 1000, freezeCmd, thawCmd);
+    if (this.#freezing === undefined) return take();
+    const { freezeCommand, thawCommand, timeoutMs } = this.#freezing;
+    const { log, signal } = this.#context;
+    signal.throwIfAborted();
+    const guard = new Guard(timeoutMs, freezeCommand, thawCommand);
     let taken: T;
     try {
-      const failure = await Promise.race([guard.frozen, aborted(this.#signal)]);
-      if (failure !== null)
+      const failure = await Promise.race([guard.frozen, aborted(signal)]);
+      if (failure !== null) {
         throw new OperationError('FREEZE_FAILED', `no snapshot taken: the freeze command ${failure}`);
+      }
       taken = await take();
     } finally {
       const { failure } = await guard.thaw();
       if (failure !== null) {
         this.#thawFailure = `the thaw command ${failure}: thaw by hand what is frozen`;
-        printNote(this.#thawFailure);
+        log(this.#thawFailure);
       }
     }
     const { isLate } = await guard.thaw();
     if (isLate) {
       throw new OperationError(
         'FREEZE_TIMEOUT',
-        `the snapshot was not there ${freezeTimeout} s after freezing began, and the thaw command was run; ` +
+        `the snapshot was not there ${timeoutMs / 1000} s after freezing began, and the thaw command was run; ` +
           'give a longer --freeze-timeout if the guest can bear it',
       );
     }

@@ -5,6 +5,7 @@
 import { createHash } from 'node:crypto';
 import type { Disk } from '../operations/operations.js';
 import { PagedRanges } from './paged-ranges.js';
+import type { Progress } from './reporting.js';
 
 const CHUNK_BYTES = 4 * 2 ** 20;
 const ZEROS = Buffer.alloc(CHUNK_BYTES);
@@ -17,7 +18,7 @@ export interface Image {
 }
 
 export interface HashingWork {
-  readonly progress: { advance(bytes: number): void };
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal | undefined;
 }
 

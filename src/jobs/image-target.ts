@@ -13,9 +13,8 @@ import { OperationError, type Disk } from '../operations/operations.js';
 import { isSystemError, reasonOf, systemMessage } from '../system/system-error.js';
 import { BlockDevice } from './block-device.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
-import { printNote } from '../cli/output.js';
 import { PartialFile } from './partial-file.js';
-import type { Progress } from '../cli/progress.js';
+import type { JobContext, Progress } from './reporting.js';
 
 const { O_WRONLY, O_NONBLOCK, O_NOCTTY } = fs.constants;
 const STDOUT = '-';
@@ -29,6 +28,8 @@ const READER_POLL_MS = 50;
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 
 type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
+/** What opening and copying need of the job. */
+type Context = Pick<JobContext, 'log' | 'signal'>;
 
 /** Opened before the store is and finished after it: meanwhile root may be the store's owner. */
 export interface ImageTarget {
@@ -47,14 +48,14 @@ export function isStdout(file: string): boolean {
  * Looked at before anything is copied, so that a mistake costs no time. Waits for the reader of a fifo, until the signal.
  * Errors: BAD_USAGE, BAD_FILE, EXISTS, BUSY, READ_ONLY, and those of the system.
  */
-export async function openTarget(file: string, mayReplace: boolean, signal: AbortSignal): Promise<ImageTarget> {
+export async function openTarget(file: string, mayReplace: boolean, context: Context): Promise<ImageTarget> {
   if (isStdout(file)) return toStdout();
   const status = fs.statSync(file, { throwIfNoEntry: false });
   if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
   if (status?.isSocket()) throw new OperationError('BAD_FILE', `${file} is a socket; give a file's name`);
-  if (status?.isFIFO()) return toFifo(file, signal);
+  if (status?.isFIFO()) return toFifo(file, context);
   if (status?.isCharacterDevice()) return toCharacterDevice(file);
-  if (status?.isBlockDevice()) return toBlockDevice(await BlockDevice.open(file, mayReplace));
+  if (status?.isBlockDevice()) return toBlockDevice(await BlockDevice.open(file, mayReplace), context);
   const resolved = resolve(file);
   if (!mayReplace && status) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
   return toFile(file, resolved);
@@ -121,7 +122,7 @@ function stdoutName(): string {
 }
 
 /** Not before it has a reader; not without one either, when that has left: then a write is an error (fifo(7)). */
-async function toFifo(file: string, signal: AbortSignal): Promise<ImageTarget> {
+async function toFifo(file: string, { log, signal }: Context): Promise<ImageTarget> {
   let isSaid = false;
   for (;;) {
     signal.throwIfAborted();
@@ -132,7 +133,7 @@ async function toFifo(file: string, signal: AbortSignal): Promise<ImageTarget> {
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENXIO') throw error;
     }
-    if (!isSaid) printNote(`waiting for somebody to read ${file}`);
+    if (!isSaid) log(`waiting for somebody to read ${file}`);
     isSaid = true;
     await delay(READER_POLL_MS, undefined, { signal }).catch(() => undefined);
   }
@@ -229,7 +230,7 @@ function notWritten(error: unknown, file: string, size: number): unknown {
   );
 }
 
-function toBlockDevice(device: BlockDevice): ImageTarget {
+function toBlockDevice(device: BlockDevice, { log }: Context): ImageTarget {
   const copy: Copy = async (disk, progress, signal) => {
     const { file, size } = device;
     if (size < disk.size) {
@@ -246,7 +247,7 @@ function toBlockDevice(device: BlockDevice): ImageTarget {
     } catch (error) {
       const told = notComplete(error, file);
       // Interrupted, or it could not be read: that is the error, and this what it leaves behind.
-      if (told === error) printNote(`the image on ${file} is not complete: export it again`);
+      if (told === error) log(`the image on ${file} is not complete: export it again`);
       throw told;
     }
   };

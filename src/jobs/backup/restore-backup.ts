@@ -7,6 +7,7 @@ import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../../operations/operations.js';
 import { whatIsLeft } from '../../operations/what-is-left.js';
 import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
+import { closing } from '../../system/close-after.js';
 import { isZeros } from '../../system/zeros.js';
 import { hashOf, type BlockHashes } from '../block-hashes.js';
 import type { Chain } from './chain.js';
@@ -14,11 +15,13 @@ import { inFlight } from '../requests-in-flight.js';
 import type { Point } from './manifest.js';
 import { PagedRanges } from '../paged-ranges.js';
 import { CLUSTER_BYTES } from './qcow2-file.js';
+import type { JobContext } from '../reporting.js';
+import type { WithStore } from '../with-store.js';
 import type { BackupTarget } from './target.js';
 
 const RUN_BYTES = 8;
 
-export interface RestoreOptions {
+export interface RestoreOptions extends JobContext {
   /** The VDI to make. */
   readonly name: string;
   /** Of its objects, if it is made: undefined for what the store takes, or the VDI had that the backup is of. */
@@ -30,10 +33,6 @@ export interface RestoreOptions {
   /** Also if a client that was cut off from it may come back. */
   readonly force?: boolean | undefined;
   readonly verifies: boolean;
-  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
-  readonly signal: AbortSignal;
-  /** Told what is left behind when it fails. */
-  readonly log: (line: string) => void;
 }
 
 /**
@@ -72,6 +71,25 @@ function endOf(text: string): number {
     );
   }
   return time;
+}
+
+/**
+ * Restore the backup `at` (pointAt) of a target. Before a VDI is overwritten the whole backup is checked, so that nothing is
+ * given up for a damaged one. Errors: NO_BACKUP, BAD_USAGE, DAMAGED, EXISTS, BUSY, and those of the store.
+ */
+export async function restoreFrom(
+  target: BackupTarget,
+  at: string | undefined,
+  withStore: WithStore,
+  options: RestoreOptions,
+): Promise<{ readonly point: Point; readonly dataBytes: number }> {
+  const point = pointAt(target, at);
+  const opened = await openPoint(target, point);
+  return closing(opened.chain, async () => {
+    if (options.overwrites) await checkBackup(opened, options);
+    const { dataBytes } = await withStore((operations) => restoreBackup(operations, opened, options));
+    return { point, dataBytes };
+  });
 }
 
 /** One backup, all of its files open. */

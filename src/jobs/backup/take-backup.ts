@@ -21,11 +21,13 @@ import { inFlight } from '../requests-in-flight.js';
 import { MAX_POINTS, type BaseSnapshot, type Point } from './manifest.js';
 import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
 import { PagedRanges } from '../paged-ranges.js';
-import { BackupTarget, PARTIAL, pathsOf, stemOf, type TargetWork } from './target.js';
+import { BackupTarget, PARTIAL, pathsOf, stemOf } from './target.js';
+import type { JobContext } from '../reporting.js';
+import type { WithStore } from '../with-store.js';
 import { createFile, moveFile } from '../target-files.js';
 import { whoIsBehind } from './who-is-behind.js';
 
-export interface TakeOptions extends TargetWork {
+export interface TakeOptions extends JobContext {
   /** NAME. */
   readonly vdi: string;
   /** Directory or image. */
@@ -47,9 +49,6 @@ export interface TakeOptions extends TargetWork {
   /** Compute the SHA-256 of the image. */
   readonly sha256: boolean;
 }
-
-/** Opens the store, does the work, and closes it. */
-export type WithStore = <T>(work: (operations: Operations) => Promise<T>) => Promise<T>;
 
 export interface Taken {
   readonly point: Point;

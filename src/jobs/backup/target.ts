@@ -29,6 +29,7 @@ import {
   type Stamp,
 } from './manifest.js';
 import { CLUSTER_BYTES, IncrementReader, IncrementWriter, type Backing } from './qcow2-file.js';
+import type { JobContext } from '../reporting.js';
 import {
   inDirectory,
   moveFile,
@@ -95,13 +96,6 @@ interface Damage {
   readonly message: string;
 }
 
-/** Long work on the files, without anybody's store: shown, and ended by the signal. Bytes are the disk's. */
-export interface TargetWork {
-  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
-  readonly log: (line: string) => void;
-  readonly signal: AbortSignal;
-}
-
 /** Blocks between two looks at whether to stop, where nothing else is waited for. */
 const BLOCKS_AT_ONCE = 2 ** 16;
 
@@ -131,7 +125,7 @@ export class BackupTarget {
     given: string,
     vdi: string,
     store: string,
-    work: TargetWork,
+    work: JobContext,
     isFull: boolean,
     disk = hostDisk,
   ): Promise<BackupTarget> {
@@ -247,7 +241,7 @@ export class BackupTarget {
    * Before something is added: all files are there and as they were left. One with another time is read and compared
    * with its hashes; that is how a copied target goes on being one. Errors: DAMAGED, BAD_TARGET.
    */
-  async checkUntouched(work: TargetWork): Promise<void> {
+  async checkUntouched(work: JobContext): Promise<void> {
     const touched: string[] = [];
     const chain = this.last?.chain;
     const points = this.points.filter((point) => point.chain === chain);
@@ -350,7 +344,7 @@ export class BackupTarget {
   }
 
   /** The SHA-256 of a backup's image, as sha256sum says it, noted down. Reads what is stored, hashes the zeros too. */
-  async addSha256(point: Point, work: TargetWork): Promise<string> {
+  async addSha256(point: Point, work: JobContext): Promise<string> {
     const chain = await this.openChain(point);
     const progress = work.progress('SHA-256 of the image', chain.size);
     try {
@@ -385,7 +379,7 @@ export class BackupTarget {
    * an older chain goes as a whole, when none of it is wanted. Told to stop, it leaves what the next run goes on with.
    * Returns the ids of those that went. Errors: DAMAGED, BAD_TARGET.
    */
-  async keep(count: number, work: TargetWork): Promise<number[]> {
+  async keep(count: number, work: JobContext): Promise<number[]> {
     const dropped: number[] = [];
     for (;;) {
       const [oldest, next] = this.points;
@@ -429,7 +423,7 @@ export class BackupTarget {
   }
 
   /** A new chain must not fail for what is wrong with the one that it leaves: a fold that is not finished harms nothing. */
-  async #recover(work: TargetWork, isFull: boolean): Promise<void> {
+  async #recover(work: JobContext, isFull: boolean): Promise<void> {
     const { folding, installing } = this.#manifest;
     if (installing !== null) await this.#install();
     const folded = this.points.find(({ id }) => id === folding);
@@ -478,7 +472,7 @@ export class BackupTarget {
    * Write an increment into the image below it. Done again from the beginning if it was interrupted: until the increment
    * is replaced by one that holds nothing it hides what changes below.
    */
-  async #fold(point: Point, work: TargetWork): Promise<void> {
+  async #fold(point: Point, work: JobContext): Promise<void> {
     const baseFile = this.baseFile(point.chain);
     const increment = await IncrementReader.open(this.disk, this.fileOf(point));
     const progress = work.progress('dropping an old backup', point.size);

@@ -3,8 +3,8 @@
  * either all of them are told before anything begins, or each gets a tag that can be and that says which one it was. Owns those
  * tags, which are the same in every run.
  */
-import { OperationError, type VdiRecord } from '../operations/operations.js';
-import { checkTag, specOf } from '../vdi/names.js';
+import { OperationError, type VdiRecord } from '../../operations/operations.js';
+import { checkTag, specOf } from '../../vdi/names.js';
 
 /** Of a tag, with room for its end. */
 const MAX_STEM_BYTES = 200;

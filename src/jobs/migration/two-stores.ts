@@ -1,0 +1,80 @@
+/**
+ * Two stores open at once, the source and the target of a migration. Owns the order in which they are opened and closed, and
+ * that they are two.
+ */
+import fs from 'node:fs';
+import { OperationError, type Operations } from '../../operations/operations.js';
+import { directoryOf, type StoreOptions } from '../../store/locations.js';
+import { closing } from '../../system/close-after.js';
+
+export interface StorePlace {
+  /** A directory, or a cluster's location. */
+  readonly location: string;
+  /** Its daemon's control socket, if that cannot be found from the location. */
+  readonly control: string | undefined;
+  readonly mayCreate: boolean;
+  readonly options?: StoreOptions;
+}
+
+/**
+ * Run `work` on both stores. Errors: BAD_USAGE if they are one, and those of opening.
+ *
+ * For a store root may become its owner. So a cluster is opened before and closed after a store: what this host remembers
+ * of it, and the daemon that may serve it, are root's.
+ */
+export async function withTwoStores<T>(
+  source: StorePlace,
+  target: StorePlace,
+  log: (line: string) => void,
+  work: (source: Operations, target: Operations) => Promise<T>,
+): Promise<T> {
+  const [from, to] = [source.location, target.location];
+  const { isSameStore } = await import('../../operations/open-operations.js');
+  // Before the stores are opened: as another user this process may not be able to read its own program.
+  const { explainIdentity } = await import('../../operations/store-owner.js');
+  const same = (): OperationError =>
+    new OperationError(
+      'BAD_USAGE',
+      `--from and --to are the same, ${from}; 'sheepgate vdi clone' copies within a store`,
+    );
+  if (isSameStore(from, to)) throw same();
+  const isTargetFirst = directoryOf(to) === undefined && directoryOf(from) !== undefined;
+  const explained = <R>(part: () => Promise<R>): Promise<R> =>
+    part().catch((error: unknown) => {
+      throw explainIdentity(error);
+    });
+  const first = await openStore(isTargetFirst ? target : source, log);
+  return closing(first, () =>
+    explained(async () => {
+      const second = await openStore(isTargetFirst ? source : target, log);
+      return closing(second, () =>
+        explained(async () => {
+          // One cluster by two of its nodes, one directory by two of its names.
+          if (first.identity === second.identity) throw same();
+          // By now this process may be somebody whom the daemon of the first does not let in.
+          if (first.isDaemon && !second.isDaemon) await first.list();
+          return isTargetFirst ? work(second, first) : work(first, second);
+        }),
+      );
+    }),
+  );
+}
+
+/** Through its daemon if there is one. Errors: NO_STORE, and those of openOperations. */
+async function openStore(place: StorePlace, log: (line: string) => void): Promise<Operations> {
+  const { location } = place;
+  const directory = directoryOf(location);
+  if (directory !== undefined && fs.statSync(directory, { throwIfNoEntry: false })?.isDirectory() === false) {
+    throw new OperationError('NO_STORE', `${location} is not a directory, so it is no store`);
+  }
+  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  const { openOperations } = await import('../../operations/open-operations.js');
+  return openOperations({
+    store: location,
+    isStoreGiven: true,
+    mayCreate: place.mayCreate,
+    control: place.control,
+    options: place.options,
+    log,
+  });
+}
