@@ -66,6 +66,11 @@ export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
 
+/** Its clients, and the temporary snapshots that are kept for clients; earlier daemons do not say. */
+export function usersOf({ clients = [], kept = [] }: Partial<VdiDetails>): Pick<VdiDetails, 'clients' | 'kept'> {
+  return { clients, kept };
+}
+
 /** A VDI in JSON. Times are ISO 8601 in UTC; null for what does not apply. */
 export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
   return {
@@ -87,13 +92,13 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
       exclusiveBytes: record.exclusiveBytes,
       ...(record.damage !== undefined && { damage: record.damage }),
       open: record.open,
-      clients: (record.clients ?? []).map(({ client, since, lostAt, until }) => ({
+      clients: usersOf(record).clients.map(({ client, since, lostAt, until }) => ({
         client,
         since: isoTime(since),
         lostAt: lostAt === null ? null : isoTime(lostAt),
         until: until === null ? null : isoTime(until),
       })),
-      kept: (record.kept ?? []).map(keptJson),
+      kept: usersOf(record).kept.map(keptJson),
     }),
     ...('writers' in record && {
       writers: (record.writers ?? []).map(({ client, isExclusive, firstWriteAt }) => ({

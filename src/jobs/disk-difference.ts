@@ -4,9 +4,10 @@
  * stores.
  */
 import type { DataPage, Disk } from '../operations/operations.js';
+import { runsOf, type BufferRun } from './buffer-runs.js';
 import { hashOf, NO_HASH, type BlockHashes } from './block-hashes.js';
-import { inFlight } from './requests-in-flight.js';
-import { isZeros } from '../system/zeros.js';
+import { withRequestsInFlight } from './requests-in-flight.js';
+import { PagedRanges, type Range } from './paged-ranges.js';
 import type { Progress } from './reporting.js';
 
 /** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */
@@ -17,11 +18,6 @@ const BLOCK_BYTES = 4096;
 const BRIDGE_BYTES = 32 * 2 ** 10;
 /** Ranges that a mismatch spells out. */
 const MAX_MISMATCHES = 8;
-
-export interface Range {
-  readonly from: number;
-  readonly to: number;
-}
 
 export interface Work {
   readonly progress: Pick<Progress, 'advance'>;
@@ -72,44 +68,8 @@ export class Units {
   }
 }
 
-/** Where a disk has data, asked for in ascending order. */
-class DataMap {
-  readonly #disk: Disk;
-  #ranges: DataPage['ranges'] = [];
-  #at = 0;
-  /** What is known reaches from the first of the ranges to here. */
-  #known = 0;
-
-  constructor(disk: Disk) {
-    this.#disk = disk;
-  }
-
-  /** The smallest range that holds all data within [from, to), or undefined if it is all zeros. */
-  async within(from: number, to: number): Promise<Range | undefined> {
-    let first: number | undefined;
-    let last = from;
-    for (let begin = from; begin < to;) {
-      if (begin >= this.#known) {
-        const page = await this.#disk.dataPage(begin);
-        this.#ranges = page.ranges;
-        this.#at = 0;
-        this.#known = page.next ?? this.#disk.size;
-      }
-      const end = Math.min(to, this.#known);
-      for (; this.#at < this.#ranges.length; this.#at++) {
-        const { offset, length } = this.#ranges[this.#at] as DataPage['ranges'][number];
-        if (offset >= end) break;
-        if (offset + length > begin) {
-          first ??= Math.max(offset, begin);
-          last = Math.min(offset + length, end);
-        }
-        // It may reach into what is asked for next.
-        if (offset + length > end) break;
-      }
-      begin = end;
-    }
-    return first === undefined ? undefined : { from: first, to: last };
-  }
+function dataOf(disk: Disk): PagedRanges {
+  return new PagedRanges((offset) => disk.dataPage(offset));
 }
 
 export interface Written {
@@ -122,9 +82,9 @@ export interface Written {
 /** Make the marked units of `target` read as `source`, writing only what differs. */
 export async function makeSame(source: Disk, target: Disk, units: Units, work: Work): Promise<Written> {
   const written: Written = { copiedBytes: 0, zeroedBytes: 0 };
-  const wanted = new DataMap(source);
-  const present = new DataMap(target);
-  await inFlight(async (flight) => {
+  const wanted = dataOf(source);
+  const present = dataOf(target);
+  await withRequestsInFlight(async (requests) => {
     /** Units that become zeros, together: objects may be larger than a unit, and are given up whole. */
     let zeros: Range | undefined;
     const zero = async (): Promise<void> => {
@@ -132,7 +92,7 @@ export async function makeSame(source: Disk, target: Disk, units: Units, work: W
       zeros = undefined;
       if (!range) return;
       written.zeroedBytes += range.to - range.from;
-      await flight.add(() => target.zero(range.from, range.to - range.from));
+      await requests.add(() => target.zero(range.from, range.to - range.from));
     };
     for (const { from, to } of units.ranges()) {
       work.signal.throwIfAborted();
@@ -146,7 +106,7 @@ export async function makeSame(source: Disk, target: Disk, units: Units, work: W
         continue;
       }
       await zero();
-      await flight.add(async () => {
+      await requests.add(async () => {
         const [want, have] = await Promise.all([
           readPart(source, from, to, data),
           old && readPart(target, from, to, old),
@@ -167,8 +127,8 @@ async function writeDifferences(
   have: Buffer | undefined,
   written: Written,
 ): Promise<void> {
-  for (const { from, to, isZero } of differences(want, have)) {
-    if (isZero) {
+  for (const { from, to, kind } of differences(want, have)) {
+    if (kind === 'zeros') {
       await target.zero(at + from, to - from);
       written.zeroedBytes += to - from;
     } else {
@@ -178,26 +138,18 @@ async function writeDifferences(
   }
 }
 
-/** Where `want` is not what `have` is; no `have` is zeros. Ascending; short gaps between data are data. */
-export function differences(want: Buffer, have: Buffer | undefined): (Range & { readonly isZero: boolean })[] {
-  const runs: { from: number; to: number; isZero: boolean }[] = [];
-  for (let from = 0; from < want.length; from += BLOCK_BYTES) {
-    const to = Math.min(from + BLOCK_BYTES, want.length);
-    const isZero = isZeros(want.subarray(from, to));
-    if (have ? have.compare(want, from, to, from, to) === 0 : isZero) continue;
-    const last = runs.at(-1);
-    if (isZero) {
-      if (last?.isZero && last.to === from) last.to = to;
-      else runs.push({ from, to, isZero });
-      continue;
-    }
-    const data = runs.findLast((run) => !run.isZero);
-    if (data && from - data.to <= BRIDGE_BYTES) {
-      runs.length = runs.indexOf(data) + 1; // zeros in between are written with it
-      data.to = to;
-    } else runs.push({ from, to, isZero });
+/** Where `want` is not what `have` is; without `have` there are zeros. Ascending; short gaps between data are data. */
+export function differences(want: Buffer, have: Buffer | undefined): BufferRun[] {
+  const found: BufferRun[] = [];
+  for (const run of runsOf(want, BLOCK_BYTES, have)) {
+    if (run.kind === 'same' || (run.kind === 'zeros' && !have)) continue;
+    const data = run.kind === 'data' ? found.findLast(({ kind }) => kind === 'data') : undefined;
+    if (data && run.from - data.to <= BRIDGE_BYTES) {
+      found.length = found.indexOf(data) + 1; // zeros in between are written with it
+      data.to = run.to;
+    } else found.push(run);
   }
-  return runs;
+  return found;
 }
 
 /** The unit [from, to) of a disk whose data in it lies within `data`. */
@@ -224,14 +176,14 @@ export async function compare(
   work: Work,
 ): Promise<Range[]> {
   const differing: Range[] = [];
-  const left = new DataMap(source);
-  const right = new DataMap(target);
-  await inFlight(async (flight) => {
+  const left = dataOf(source);
+  const right = dataOf(target);
+  await withRequestsInFlight(async (requests) => {
     for (const { from, to } of units.ranges()) {
       work.signal.throwIfAborted();
       const data = await left.within(from, to);
       const other = await right.within(from, to);
-      await flight.add(async () => {
+      await requests.add(async () => {
         const [digest, otherDigest] = await Promise.all([
           hashOfUnit(source, from, to, data),
           hashOfUnit(target, from, to, other),
@@ -257,15 +209,11 @@ export async function describeDifferences(source: Disk, target: Disk, units: rea
       readPart(source, from, to, { from, to }),
       readPart(target, from, to, { from, to }),
     ]);
-    const blocks: number[] = [];
-    for (let at = 0; at < want.length; at += BLOCK_BYTES) {
-      const end = Math.min(at + BLOCK_BYTES, want.length);
-      if (have.compare(want, at, end, at, end) !== 0) blocks.push(at);
-    }
-    // Changed once more since it was hashed: the unit as a whole is all that is known.
-    const first = blocks[0] ?? 0;
-    const last = blocks.at(-1) ?? want.length - 1;
-    places.push(`bytes ${from + first} to ${from + Math.min(last + BLOCK_BYTES, want.length) - 1}`);
+    const changed = runsOf(want, BLOCK_BYTES, have).filter(({ kind }) => kind !== 'same');
+    // If it was changed once more since it was hashed, the unit as a whole is all that is known.
+    const first = changed[0]?.from ?? 0;
+    const end = changed.at(-1)?.to ?? want.length;
+    places.push(`bytes ${from + first} to ${from + end - 1}`);
   }
   if (units.length > MAX_MISMATCHES) places.push(`${units.length - MAX_MISMATCHES} more places`);
   return places.join(', ');

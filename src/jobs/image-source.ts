@@ -119,18 +119,18 @@ function streamSource(
     length,
     begin: (signal) =>
       stoppable(stream, signal, async () => {
-        const { value, done } = await pieces.next();
-        if (done) throw new OperationError('BAD_FILE', `${name} is empty`);
-        refuse(foreignHead(value));
-        first = value;
+        const next = await pieces.next();
+        if (next.done) throw new OperationError('BAD_FILE', `${name} is empty`);
+        refuse(foreignHead(next.value));
+        first = next.value;
       }),
     async *chunks(signal) {
       if (!first) throw new Error('invariant: a stream is read that was not begun');
       yield first;
       for (;;) {
-        const { value, done } = await stoppable(stream, signal, () => pieces.next());
-        if (done) return;
-        yield value;
+        const next = await stoppable(stream, signal, () => pieces.next());
+        if (next.done) return;
+        yield next.value;
       }
     },
     inspectTail: (tail) => refuse(foreignTail(tail)),

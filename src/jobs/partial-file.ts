@@ -40,8 +40,8 @@ export class PartialFile {
           if (!(await isNamed(disk, left, partial))) continue;
           await removeFile(disk, partial);
         }
-        const handle = await createFile(disk, partial, { mayReplace: false }).catch((error: NodeJS.ErrnoException) => {
-          if (error.code !== 'EEXIST') throw error;
+        const handle = await createFile(disk, partial, { mayReplace: false }).catch((error: unknown) => {
+          if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
           return undefined;
         });
         if (!handle) continue;

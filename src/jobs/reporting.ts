@@ -1,5 +1,5 @@
 /**
- * What a job reports while it works: progress, and notes about what is not a failure. Owns the interface only. The command
+ * What a job reports while it works: progress, and notes about what is not a failure. Owns the interface. The command
  * line shows it on stderr (src/cli/reporting.ts); tests collect it.
  */
 
@@ -21,4 +21,13 @@ export interface Reporting {
 export interface JobContext extends Reporting {
   /** Aborted to stop the job; its reason is what the job then throws. */
   readonly signal: AbortSignal;
+}
+
+/** Run `work`, which advances `progress`; the progress ends with it. */
+export async function withProgress<T>(progress: Progress, work: (progress: Progress) => Promise<T>): Promise<T> {
+  try {
+    return await work(progress);
+  } finally {
+    progress.end();
+  }
 }

@@ -110,7 +110,7 @@ export async function readManifest(disk: HostDisk, directory: string): Promise<M
   if (version !== VERSION && version !== 1) {
     throw new OperationError(
       'FORMAT',
-      `${file} is of a version ${JSON.stringify(version)?.slice(0, 20)} that this sheepgate does not know`,
+      `${file} is of a version ${JSON.stringify(version ?? null).slice(0, 20)} that this sheepgate does not know`,
     );
   }
   const current = version === 1 ? fromVersion1(found as Fields) : found;

@@ -8,10 +8,10 @@ import { OperationError, type Disk, type Operations, type VdiRecord } from '../.
 import { whatIsLeft } from '../../operations/what-is-left.js';
 import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
 import { closing } from '../../system/close-after.js';
-import { isZeros } from '../../system/zeros.js';
+import { runsOf } from '../buffer-runs.js';
 import { hashOf, type BlockHashes } from '../block-hashes.js';
 import type { Chain } from './chain.js';
-import { inFlight } from '../requests-in-flight.js';
+import { withRequestsInFlight } from '../requests-in-flight.js';
 import type { Point } from './manifest.js';
 import { PagedRanges } from '../paged-ranges.js';
 import { CLUSTER_BYTES } from './qcow2-file.js';
@@ -194,7 +194,7 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
   let dataBytes = 0;
   const doing = options.progress(`restoring ${options.name}`, disk.size);
   try {
-    await inFlight(async (flight) => {
+    await withRequestsInFlight(async (requests) => {
       for (let index = 0; index < hashes.count; index++) {
         options.signal.throwIfAborted();
         const length = hashes.lengthOf(index);
@@ -202,16 +202,12 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
           doing.advance(length);
           continue;
         }
-        await flight.add(async () => {
+        await requests.add(async () => {
           const block = await chain.readChecked(hashes, index);
-          for (let from = 0; from < length;) {
-            const to = endOfRun(block, from);
-            const part = block.subarray(from, to);
-            if (!isZeros(part)) {
-              await disk.write(index * hashes.blockBytes + from, part);
-              dataBytes += part.length;
-            }
-            from = to;
+          for (const { from, to, kind } of runsOf(block, CLUSTER_BYTES)) {
+            if (kind !== 'data') continue;
+            await disk.write(index * hashes.blockBytes + from, block.subarray(from, to));
+            dataBytes += to - from;
           }
           doing.advance(length);
         });
@@ -224,20 +220,12 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
   return dataBytes;
 }
 
-/** Where clusters of one kind, zeros or not, end. */
-function endOfRun(block: Buffer, from: number): number {
-  const isZero = isZeros(block.subarray(from, from + CLUSTER_BYTES));
-  let to = from + CLUSTER_BYTES;
-  while (to < block.length && isZeros(block.subarray(to, to + CLUSTER_BYTES)) === isZero) to += CLUSTER_BYTES;
-  return Math.min(to, block.length);
-}
-
 /** Blocks that the disk knows to be zeros are not read. */
 async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<void> {
   const doing = options.progress('verifying', disk.size);
   const data = new PagedRanges((offset) => disk.dataPage(offset));
   try {
-    await inFlight(async (flight) => {
+    await withRequestsInFlight(async (requests) => {
       for (let index = 0; index < hashes.count; index++) {
         options.signal.throwIfAborted();
         const length = hashes.lengthOf(index);
@@ -250,7 +238,7 @@ async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions
           check(hashes.isZero(index));
           continue;
         }
-        await flight.add(async () => {
+        await requests.add(async () => {
           const block = Buffer.allocUnsafe(length);
           await disk.read(offset, block);
           check(hashes.is(index, hashOf(block)));

@@ -14,17 +14,15 @@ import {
 } from '../../operations/operations.js';
 import type { HostDisk } from '../../system/disk.js';
 import { hostDisk } from '../../system/real-disk.js';
-import { isZeros } from '../../system/zeros.js';
-import { blockBytesOf, BlockHashes, hashOf } from '../block-hashes.js';
-import { Chain, type Link } from './chain.js';
-import { inFlight } from '../requests-in-flight.js';
+import { blockBytesOf, BlockHashes } from '../block-hashes.js';
+import { copyAll, copyChanges, readBack, type Previous, type Source } from './copy-blocks.js';
 import { MAX_POINTS, type BaseSnapshot, type Point } from './manifest.js';
-import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
-import { PagedRanges } from '../paged-ranges.js';
-import { BackupTarget, PARTIAL, pathsOf, stemOf } from './target.js';
-import type { JobContext } from '../reporting.js';
+import { PARTIAL } from './target-directory.js';
+import { pathsOf, stemOf } from './target-paths.js';
+import { BackupTarget } from './target.js';
+import { withProgress, type JobContext } from '../reporting.js';
 import type { WithStore } from '../with-store.js';
-import { createFile, moveFile } from '../target-files.js';
+import { moveFile } from '../target-files.js';
 import { whoIsBehind } from './who-is-behind.js';
 
 export interface TakeOptions extends JobContext {
@@ -129,21 +127,6 @@ function notComplete(error: unknown, { id }: Point, what: string): unknown {
   return new OperationError(error.code, message, { cause: error });
 }
 
-/** What the new backup is over, and how to find what it must hold. */
-interface Previous {
-  readonly point: Point;
-  readonly hashes: BlockHashes;
-  /** NAME@TAG of the snapshot to compare with; undefined: read everything. */
-  readonly since: string | undefined;
-}
-
-/** The moment that is backed up. */
-interface Source {
-  /** NAME@TAG, and that opened. */
-  readonly spec: string;
-  readonly disk: Disk;
-}
-
 class Run {
   readonly #operations: Operations;
   readonly #target: BackupTarget;
@@ -235,7 +218,7 @@ class Run {
       try {
         await this.#operations.remove(`${vdi}@${tag}`);
       } catch (error) {
-        const { code, message } = error as OperationError;
+        const { code, message } = error as Partial<OperationError>;
         if (number === below || code === undefined) throw error;
         if (code !== 'NO_TAG') log(`${message}; the next backup tries again`);
       }
@@ -258,17 +241,17 @@ class Run {
     const newBase = previous ? undefined : `base-${chain}.img`;
     const partial = newBase === undefined ? `${stem}.qcow2${PARTIAL}` : path.join(target.home, `${newBase}${PARTIAL}`);
     try {
-      const doing = progress(`backing up ${vdi}`, disk.size);
-      let copied: Copied;
-      try {
-        copied = previous
-          ? await this.#copyChanges(source, partial, hashes, previous, doing.advance)
-          : await this.#copyAll(disk, partial, hashes, doing.advance);
-      } finally {
-        doing.end();
-      }
+      const copied = await withProgress(progress(`backing up ${vdi}`, disk.size), ({ advance }) => {
+        const copying = { target, file: partial, hashes, advance, signal };
+        return previous ? copyChanges(this.#operations, source, previous, copying) : copyAll(disk, copying);
+      });
       signal.throwIfAborted();
-      if (verifies) await this.#readBack(partial, disk.size, hashes, copied.blocks, previous);
+      if (verifies) {
+        const { blocks } = copied;
+        await withProgress(progress('verifying', blocks.length * blockBytes), ({ advance }) =>
+          readBack(blocks, previous, { target, file: partial, hashes, advance, signal }),
+        );
+      }
       await moveFile(this.#target.disk, partial, partial.slice(0, -PARTIAL.length));
       if (newBase !== undefined) await target.writeEmpty(`${stem}.qcow2`, disk.size, chain);
       await hashes.save(this.#target.disk, `${stem}.hashes`);
@@ -292,176 +275,6 @@ class Run {
       throw error;
     }
   }
-
-  /** Into a raw image, zeros left out. */
-  async #copyAll(disk: Disk, file: string, hashes: BlockHashes, advance: (bytes: number) => void): Promise<Copied> {
-    const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
-    const data = new PagedRanges((offset) => disk.dataPage(offset));
-    const handle = await createFile(this.#target.disk, file);
-    try {
-      await handle.truncate(disk.size);
-      await inFlight(async (flight) => {
-        for (let index = 0; index < hashes.count; index++) {
-          this.#options.signal.throwIfAborted();
-          const offset = index * hashes.blockBytes;
-          const length = hashes.lengthOf(index);
-          copied.blocks.push(index);
-          if (!(await data.touch(offset, length))) {
-            advance(length);
-            continue;
-          }
-          await flight.add(async () => {
-            const block = await readBlock(disk, offset, length);
-            hashes.set(index, hashOf(block));
-            for (const { from, to, kind } of differences(block, undefined)) {
-              if (kind !== 'data') continue;
-              await handle.write(block.subarray(from, to), offset + from);
-              copied.storedBytes += to - from;
-            }
-            if (!hashes.isZero(index)) copied.changedBytes += length;
-            advance(length);
-          });
-        }
-      });
-      await handle.sync();
-    } finally {
-      await handle.close();
-    }
-    return copied;
-  }
-
-  /** Into an increment: of each block that may have changed what differs from the backup before. */
-  async #copyChanges(
-    { spec, disk }: Source,
-    file: string,
-    hashes: BlockHashes,
-    previous: Previous,
-    advance: (bytes: number) => void,
-  ): Promise<Copied> {
-    const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
-    const data = new PagedRanges((offset) => disk.dataPage(offset));
-    const { since } = previous;
-    const changes =
-      since === undefined ? undefined : new PagedRanges((offset) => this.#operations.changes(spec, since, offset));
-    // The block that the end is in, or was in, is of another length now.
-    const ends = disk.size === previous.hashes.size ? [] : [disk.size, previous.hashes.size];
-    const cut = new Set(ends.map((end) => Math.floor(end / hashes.blockBytes)));
-    const chain = await this.#target.openChain(previous.point);
-    const backing = this.#target.backingOf(previous.point);
-    const writer = await IncrementWriter.create(this.#target.disk, file, disk.size, backing).catch(
-      async (error: unknown) => {
-        await chain.close();
-        throw error;
-      },
-    );
-    const copyBlock = async (index: number, isData: boolean): Promise<void> => {
-      const offset = index * hashes.blockBytes;
-      const length = hashes.lengthOf(index);
-      const block = isData ? await readBlock(disk, offset, length) : Buffer.alloc(length);
-      const hash = hashOf(block);
-      if (!cut.has(index) && previous.hashes.is(index, hash)) return;
-      // What is there is read anyway, so that damage is found before anything is built on it.
-      const before = cut.has(index)
-        ? Buffer.alloc(length)
-        : await chain.readChecked(padded(previous.hashes, index), index);
-      if (cut.has(index)) await chain.read(offset, before);
-      hashes.set(index, hash);
-      copied.blocks.push(index);
-      copied.changedBytes += length;
-      for (const { from, to, kind } of differences(block, before)) {
-        if (kind === 'zeros') writer.zeros(offset + from, to - from);
-        if (kind !== 'data') continue;
-        await writer.data(offset + from, block.subarray(from, to));
-        copied.storedBytes += to - from;
-      }
-    };
-    try {
-      await inFlight(async (flight) => {
-        for (let index = 0; index < hashes.count; index++) {
-          this.#options.signal.throwIfAborted();
-          const offset = index * hashes.blockBytes;
-          const length = hashes.lengthOf(index);
-          const isChanged = changes === undefined || (await changes.touch(offset, length)) || cut.has(index);
-          const isData = isChanged && (await data.touch(offset, length));
-          const isSame = !isChanged || (!isData && !cut.has(index) && previous.hashes.isZero(index));
-          if (isSame) advance(length);
-          else await flight.add(() => copyBlock(index, isData).then(() => advance(length)));
-        }
-      });
-      await writer.finish();
-    } finally {
-      await writer.close();
-      await chain.close();
-    }
-    return copied;
-  }
-
-  /** What was written is what was read from the disk. */
-  async #readBack(
-    file: string,
-    size: number,
-    hashes: BlockHashes,
-    blocks: readonly number[],
-    previous: Previous | undefined,
-  ): Promise<void> {
-    const written: Link = { file, size };
-    const [image, below] = previous ? this.#target.linksOf(previous.point) : [written, []];
-    const chain = await Chain.open(this.#target.disk, image, previous ? [...below, written] : []);
-    const doing = this.#options.progress('verifying', blocks.length * hashes.blockBytes);
-    try {
-      await chain.dropCached();
-      for (const index of blocks) {
-        this.#options.signal.throwIfAborted();
-        // Holes of a new image: nothing was written there.
-        if (previous || !hashes.isZero(index)) await chain.readChecked(hashes, index);
-        doing.advance(hashes.lengthOf(index));
-      }
-    } finally {
-      doing.end();
-      await chain.close();
-    }
-  }
-}
-
-interface Copied {
-  /** Those that were stored, in no order. */
-  readonly blocks: number[];
-  changedBytes: number;
-  storedBytes: number;
-}
-
-async function readBlock(disk: Disk, offset: number, length: number): Promise<Buffer> {
-  const block = Buffer.allocUnsafe(length);
-  for (let done = 0; done < length; done += disk.maxRequestBytes) {
-    await disk.read(offset + done, block.subarray(done, Math.min(done + disk.maxRequestBytes, length)));
-  }
-  return block;
-}
-
-interface Difference {
-  readonly from: number;
-  readonly to: number;
-  readonly kind: 'data' | 'zeros' | 'same';
-}
-
-/** The clusters of a block in runs, compared with what is there already, if anything. */
-function differences(block: Buffer, before: Buffer | undefined): Difference[] {
-  const runs: Difference[] = [];
-  for (let from = 0; from < block.length; from += CLUSTER_BYTES) {
-    const to = Math.min(from + CLUSTER_BYTES, block.length);
-    const cluster = block.subarray(from, to);
-    const isSame = before?.subarray(from, to).equals(cluster) ?? false;
-    const kind = isSame ? 'same' : isZeros(cluster) ? 'zeros' : 'data';
-    const last = runs.at(-1);
-    if (last?.kind === kind) runs[runs.length - 1] = { ...last, to };
-    else runs.push({ from, to, kind });
-  }
-  return runs;
-}
-
-/** A disk that has grown: the blocks it has got were zeros. */
-function padded(hashes: BlockHashes, index: number): BlockHashes {
-  return index < hashes.count ? hashes : new BlockHashes((index + 1) * hashes.blockBytes, hashes.blockBytes);
 }
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);

@@ -7,7 +7,7 @@ import { closing } from '../../system/close-after.js';
 import { BlockHashes } from '../block-hashes.js';
 import { compare, describeDifferences, makeSame, Units, UNIT_BYTES, type Fingerprint } from '../disk-difference.js';
 import { diskSha256 } from '../image-sha256.js';
-import type { Progress } from '../reporting.js';
+import { withProgress, type Progress } from '../reporting.js';
 import { targetRecords } from './claim.js';
 import { baseOf, type Goal, type History } from './history.js';
 import { isMigrationMark, type MigrationRun } from './migration-run.js';
@@ -186,13 +186,8 @@ export class GoalCopier {
     for (const tag of this.#fingerprints.keys()) if (!needed.has(tag)) this.#fingerprints.delete(tag);
   }
 
-  async #withProgress<T>(what: string, total: number, work: (progress: Progress) => Promise<T>): Promise<T> {
-    const progress = this.#migration.options.progress(what, total);
-    try {
-      return await work(progress);
-    } finally {
-      progress.end();
-    }
+  #withProgress<T>(what: string, total: number, work: (progress: Progress) => Promise<T>): Promise<T> {
+    return withProgress(this.#migration.options.progress(what, total), work);
   }
 }
 
