@@ -1,6 +1,6 @@
 /**
- * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
- * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
+ * Copying between a Disk and a file or stream, sparse in both directions: zeros are neither read nor written where they are
+ * known in advance, and become holes where they are found. Owns the size of requests and the number in flight.
  */
 import type { Writable } from 'node:stream';
 import { runsOf } from './buffer-runs.js';
@@ -11,19 +11,19 @@ import { OperationError, type Disk } from '../operations/operations.js';
 import { OpenFile } from '../system/open-file.js';
 import { hostDisk } from '../system/real-disk.js';
 
-/** One request. */
+/** The size of a request. */
 const CHUNK_BYTES = 2 ** 20;
-/** Zeros that are not written, at a time: so that a signal is seen between. */
+/** Zeros that are skipped at a time: the signal is checked in between. */
 const ZERO_PIECE_BYTES = 256 * 2 ** 20;
-/** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
+/** Zeros are searched in units of this size, a multiple of the allocation unit of most filesystems. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
-/** Of a stream: what its end is told by. */
+/** The end of a stream that is kept, to recognise image formats with a footer. */
 const TAIL_BYTES = 512;
 
 export interface Copied {
-  /** Bytes that were really carried over. */
+  /** Bytes that were copied. */
   dataBytes: number;
-  /** Bytes that are zeros and were not. */
+  /** Bytes that are zeros, and were not copied. */
   zeroBytes: number;
 }
 
@@ -33,8 +33,8 @@ interface CopyOptions {
 }
 
 /**
- * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk holds zeros already, so that zeros
- * need not be written.
+ * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk reads as zeros already, so zeros need not
+ * be written. Errors: CHANGED (the file became shorter).
  */
 export async function copyFileToDisk(
   fd: number,
@@ -68,8 +68,8 @@ export async function copyFileToDisk(
 }
 
 /**
- * Copy what comes in `chunks` (chunksOf) to the beginning of the disk. Returns its length and its last TAIL_BYTES too.
- * Errors: TOO_LONG if it is longer than `limit`.
+ * Copy `chunks` (of chunksOf) to the beginning of the disk. Returns also their length and their last TAIL_BYTES. Errors:
+ * TOO_LONG (longer than `limit`).
  */
 export async function copyStreamToDisk(
   chunks: AsyncIterable<Buffer>,
@@ -97,14 +97,14 @@ export async function copyStreamToDisk(
   return { ...copied, size, tail };
 }
 
-/** Zero the rest of a disk that may hold something there. */
+/** Make the disk read as zeros from `from` to its end. */
 export async function zeroRest(disk: Disk, from: number): Promise<void> {
   if (from < disk.size) await disk.zero(from, disk.size - from);
 }
 
 /**
- * Copy the disk into a file or device from its beginning. `zero` makes a range of it zeros; without it what is not written
- * reads as zeros already (a new file).
+ * Copy the disk to the beginning of a file or device. `zero` makes a range of it read as zeros; without it, ranges that are
+ * not written read as zeros already (a new file).
  */
 export async function copyDiskToFile(
   disk: Disk,
@@ -161,7 +161,7 @@ export async function copyDiskToStream(disk: Disk, stream: Writable, options: Co
       if (ahead.length >= MAX_IN_FLIGHT) await writeFirst();
       const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
       const ready = isData ? disk.read(offset, buffer).then(() => buffer) : Promise.resolve(buffer);
-      ready.catch(() => undefined); // told when its turn comes
+      ready.catch(() => undefined); // reported when its turn to be written comes
       ahead.push({ buffer: ready, isData });
     }
     while (ahead.length > 0) await writeFirst();
@@ -171,7 +171,7 @@ export async function copyDiskToStream(disk: Disk, stream: Writable, options: Co
   return copied;
 }
 
-/** Resolves when the stream has taken `data`; an abort does not wait for a reader that does not read. */
+/** Resolves when the stream has taken `data`. An abort does not wait for a reader that has stopped reading. */
 function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {
     const onAbort = (): void => reject(signal.reason as Error);
@@ -184,7 +184,7 @@ function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<v
   });
 }
 
-/** The disk in order, from what it says about its allocation: data in pieces of at most CHUNK_BYTES. */
+/** The disk in order, split by its allocation map: data in pieces of at most CHUNK_BYTES, zeros of at most `maxZeroBytes`. */
 async function* piecesOf(
   disk: Disk,
   maxZeroBytes = CHUNK_BYTES,

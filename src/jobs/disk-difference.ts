@@ -1,7 +1,6 @@
 /**
- * Making one disk read as another, and proving that it does: which parts must be looked at, what is written there, and
- * the hashes of both sides. Owns the units in which that is done and the requests in flight; knows no names, snapshots or
- * stores.
+ * Making one disk read as another, and proving that it does. Owns the units in which two disks are read, compared and
+ * copied, and what of a unit is written. The caller chooses the disks and marks the units.
  */
 import type { DataPage, Disk } from '../operations/operations.js';
 import { runsOf, type BufferRun } from './buffer-runs.js';
@@ -10,13 +9,13 @@ import { withRequestsInFlight } from './requests-in-flight.js';
 import { PagedRanges, type Range } from './paged-ranges.js';
 import type { Progress } from './reporting.js';
 
-/** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */
+/** The unit of reading and copying: a data object of the usual size, so that a new one is written whole. */
 export const UNIT_BYTES = 4 * 2 ** 20;
-/** Differences are found in blocks of this size. */
+/** Differences are exact to blocks of this size. */
 const BLOCK_BYTES = 4096;
-/** Differences that are no further apart than this are written in one request. */
+/** Differing data with a gap of at most this is written in one request. */
 const BRIDGE_BYTES = 32 * 2 ** 10;
-/** Ranges that a mismatch spells out. */
+/** Differing units that a message names. */
 const MAX_MISMATCHES = 8;
 
 export interface Work {
@@ -24,7 +23,7 @@ export interface Work {
   readonly signal: AbortSignal;
 }
 
-/** The units of a disk of `size` bytes that must be looked at: of `unitBytes` each, the last one shorter. */
+/** The units of a disk that have to be read, of `unitBytes` each; the last one may be shorter. */
 export class Units {
   readonly size: number;
   readonly unitBytes: number;
@@ -36,7 +35,7 @@ export class Units {
     this.#marked = new Uint8Array(Math.ceil(size / unitBytes));
   }
 
-  /** What lies behind the end does not count. */
+  /** Mark the units of a range. Bytes behind the end are ignored. */
   mark(offset: number, length: number): void {
     const end = Math.min(offset + length, this.size);
     if (end <= offset) return;
@@ -73,9 +72,9 @@ function dataOf(disk: Disk): PagedRanges {
 }
 
 export interface Written {
-  /** Bytes that were carried over. */
+  /** Bytes that were written. */
   copiedBytes: number;
-  /** Bytes that were something and are zeros now. */
+  /** Bytes that were zeroed. */
   zeroedBytes: number;
 }
 
@@ -85,7 +84,7 @@ export async function makeSame(source: Disk, target: Disk, units: Units, work: W
   const wanted = dataOf(source);
   const present = dataOf(target);
   await withRequestsInFlight(async (requests) => {
-    /** Units that become zeros, together: objects may be larger than a unit, and are given up whole. */
+    /** Neighbouring units that become zeros, in one request: an object larger than a unit is then given up whole. */
     let zeros: Range | undefined;
     const zero = async (): Promise<void> => {
       const range = zeros;
@@ -138,7 +137,7 @@ async function writeDifferences(
   }
 }
 
-/** Where `want` is not what `have` is; without `have` there are zeros. Ascending; short gaps between data are data. */
+/** Where `want` differs from `have`, or from zeros without `have`. Ascending; short gaps between data count as data. */
 export function differences(want: Buffer, have: Buffer | undefined): BufferRun[] {
   const found: BufferRun[] = [];
   for (const run of runsOf(want, BLOCK_BYTES, have)) {
@@ -152,7 +151,7 @@ export function differences(want: Buffer, have: Buffer | undefined): BufferRun[]
   return found;
 }
 
-/** The unit [from, to) of a disk whose data in it lies within `data`. */
+/** Read the unit [from, to), which holds zeros outside of `data`. */
 async function readPart(disk: Disk, from: number, to: number, data: Range): Promise<Buffer> {
   const whole = data.from === from && data.to === to;
   const buffer = whole ? Buffer.allocUnsafe(to - from) : Buffer.alloc(to - from);
@@ -160,14 +159,14 @@ async function readPart(disk: Disk, from: number, to: number, data: Range): Prom
   return buffer;
 }
 
-/** Hashes of the blocks of a disk, by which it is compared; all of them, or those of the blocks that were compared. */
+/** The hashes of the blocks that were compared: all blocks of a disk, or some. */
 export interface Fingerprint {
   readonly hashes: BlockHashes;
   /** Whether every block's hash is known. */
   readonly isWhole: boolean;
 }
 
-/** Read the marked units of both disks, which are the blocks of `hashes`, into it. Returns the units that differ. */
+/** Hash the marked units of both disks into `hashes`, whose blocks they are. Returns the units that differ. */
 export async function compare(
   source: Disk,
   target: Disk,
@@ -201,7 +200,7 @@ async function hashOfUnit(disk: Disk, from: number, to: number, data: Range | un
   return data ? hashOf(await readPart(disk, from, to, data)) : NO_HASH;
 }
 
-/** For people: where exactly the units differ. */
+/** For a message: which bytes of the units differ. */
 export async function describeDifferences(source: Disk, target: Disk, units: readonly Range[]): Promise<string> {
   const places: string[] = [];
   for (const { from, to } of units.slice(0, MAX_MISMATCHES)) {

@@ -1,7 +1,7 @@
 /**
- * --freeze-cmd and --thaw-cmd: a snapshot taken while the guest holds still. Owns the order (freeze, snapshot, thaw) and that
- * a snapshot is refused if the guest was thawed before it was there. Freezing and thawing themselves are the guard's
- * (thaw-guard.ts), whatever becomes of this process.
+ * A snapshot taken while the guest's filesystems are frozen. Owns the order freeze, snapshot, thaw, and the refusal of a
+ * snapshot that was completed after the thaw. A process of its own runs the two commands (thaw-guard.ts), so that the guest is
+ * thawed even if this process dies.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { createInterface } from 'node:readline';
@@ -28,7 +28,7 @@ export class FrozenMoment {
     this.#context = context;
   }
 
-  /** Run `take` between the two commands; just run it if there are none. Errors: FREEZE_FAILED, FREEZE_TIMEOUT. */
+  /** Run `take` between the two commands, or alone if there are none. Errors: FREEZE_FAILED, FREEZE_TIMEOUT, and those of `take`. */
   readonly during = async <T>(take: () => Promise<T>): Promise<T> => {
     if (this.#freezing === undefined) return take();
     const { freezeCommand, thawCommand, timeoutMs } = this.#freezing;
@@ -60,7 +60,7 @@ export class FrozenMoment {
     return taken;
   };
 
-  /** At the end of the work, so that it is not in vain. Errors: THAW_FAILED. */
+  /** To be called at the end of the job, so that its work is not lost. Errors: THAW_FAILED. */
   throwIfFrozen(done: string): void {
     if (this.#thawFailure === undefined) return;
     throw new OperationError('THAW_FAILED', `${done}, but ${this.#thawFailure}`);
@@ -82,7 +82,7 @@ interface Thawed {
 }
 
 class Guard {
-  /** What went wrong with freezing, or null. Errors: FREEZE_FAILED if there is nobody to do it. */
+  /** What failed in freezing, or null. Errors: FREEZE_FAILED (the guard process could not run). */
   readonly frozen: Promise<string | null>;
   readonly #child: ChildProcess;
   readonly #thawed: Promise<Thawed>;
@@ -92,7 +92,7 @@ class Guard {
     const child = spawn(process.execPath, [script, String(timeoutMs), freezeCmd, thawCmd], {
       detached: true,
       stdio: ['pipe', 'pipe', 'inherit'],
-      // It freezes and thaws as whoever gave the command, also where root works as the owner of a store.
+      // As the user who gave the command, even while root works as the owner of a store.
       ...(process.getuid?.() === 0 && { uid: 0, gid: process.getgid?.() }),
     });
     this.#child = child;

@@ -56,13 +56,13 @@ export async function importImage(
   return withStore((operations) => importInto(operations, name, source, options));
 }
 
-/** How long the image is, and what becomes of the VDI's size. */
+/** The length of the image, and the size of the VDI. */
 interface Plan {
-  /** Bytes of the image; undefined if only its end will tell. */
+  /** Bytes of the image; undefined if that is only known at its end. */
   readonly length: number | undefined;
-  /** Of the VDI, if it is made. */
+  /** Of the VDI, in bytes. */
   readonly size: number;
-  /** The VDI is made for an image whose length is not known, and cut to it at the end. */
+  /** The length is not known: a new VDI is made as large as possible, and cut to the image at its end. */
   readonly isOpenEnded: boolean;
 }
 
@@ -107,7 +107,7 @@ export async function importInto(
   }
 }
 
-/** Errors: what the lengths tell without the store, BAD_SIZE, INCOMPLETE, TOO_LONG. */
+/** Check what can be checked without the store. Errors: BAD_SIZE, INCOMPLETE, TOO_LONG. */
 function checkLength({ name, length, isFed }: ImageSource, size: number | undefined): void {
   const most = MAX_DATA_OBJECTS * 2 ** MAX_BLOCK_SIZE_SHIFT;
   const wanted = Math.max(length ?? 0, size ?? 0);
@@ -120,7 +120,7 @@ function checkLength({ name, length, isFed }: ImageSource, size: number | undefi
   if (isFed && size < length) throw new OperationError('TOO_LONG', `${says} that only ${size} come; nothing was done`);
 }
 
-/** Errors: what the store tells to be wrong before anything is written. */
+/** Check the store before anything is written. Errors: BAD_USAGE, TOO_LONG. */
 async function planOf(
   operations: Operations,
   name: string,
@@ -144,8 +144,8 @@ async function planOf(
     return { length, size: found.size, isOpenEnded };
   }
   const shift = options.blockSizeShift ?? DEFAULT_BLOCK_SIZE_SHIFT;
-  // The length of a stream shows at its end: until then the VDI has all the size there is, which costs nothing. How much that
-  // is is the store's to say; a daemon of before takes it from here.
+  // The length of a stream is known at its end. Until then the VDI has the largest size, which costs no space. The store
+  // decides the largest size; a daemon of an earlier version takes this one.
   if (length === undefined) return { length, size: MAX_DATA_OBJECTS * 2 ** shift, isOpenEnded };
   const size = (source.isFed ? undefined : options.size) ?? roundUp(length);
   return { length, size, isOpenEnded };
@@ -179,7 +179,7 @@ async function copyIn(
     await disk.flush();
     return imported;
   } catch (error) {
-    // What the disk's errors say they say themselves.
+    // Errors of the system concern the image; those of the disk have their own codes.
     throw asFileError(error, source.name);
   } finally {
     progress.end();
@@ -187,8 +187,8 @@ async function copyIn(
 }
 
 /**
- * What to throw when it has failed. Half an image is worse than none, so a VDI that was made for it goes; but one that was
- * there stays and keeps its mark, and so does what a broken pipe has left, for whoever wants to see how far it came.
+ * What to throw after a failure. Half an image is worse than none, so a VDI that was made for it is removed. A VDI that existed
+ * stays and keeps its unfinished mark; so does the part that came through a broken pipe, for inspection.
  */
 async function afterFailure(
   operations: Operations,

@@ -12,7 +12,7 @@ export async function targetRecords({ target, options }: MigrationRun): Promise<
   return (await target.list()).filter((record) => record.name === options.newName);
 }
 
-/** Make the target ours, or find that it is. Errors: EXISTS, BUSY, CHANGED. */
+/** Mark the target as unfinished by this run. Errors: EXISTS, BUSY, CHANGED, UNFINISHED, and those of the store. */
 export async function claimTarget(migration: MigrationRun, history: History): Promise<void> {
   const { target, options, id, run, migratedTag } = migration;
   const { newName, redundancy, blockSizeShift, force } = options;
@@ -22,7 +22,7 @@ export async function claimTarget(migration: MigrationRun, history: History): Pr
   const working = records.find(({ isSnapshot }) => !isSnapshot);
   const isOurs = isOfSame(working?.unfinished, { by: 'migrate', of: id });
   const isBetweenRuns = records.some(({ tag }) => tag === migratedTag);
-  // Half of something else now, whatever it was before.
+  // An unfinished import, restore or other migration.
   if (working?.unfinished && !isOurs) throw foreign(migration, records);
   const isKnown = isOurs || isBetweenRuns;
   if (isKnown && !working) {
@@ -41,7 +41,7 @@ export async function claimTarget(migration: MigrationRun, history: History): Pr
       likeShift: first.blockSizeShift,
       largestSize: history.snapshots.reduce((most, { size }) => Math.max(most, size), (history.working ?? first).size),
       redundancy,
-      // What a run before this one has brought to its end, or what nobody loses anything with.
+      // The result of an earlier run of this migration, or an empty VDI.
       overwrites: isBetweenRuns || (records.length === 1 && (await isUntouched(target, working, first))),
       goesOn: true,
       force,
@@ -49,7 +49,7 @@ export async function claimTarget(migration: MigrationRun, history: History): Pr
   } catch (error) {
     const { code, message } = asOperationError(error) ?? {};
     if (code === 'EXISTS') throw foreign(migration, records);
-    // There are two stores.
+    // Two stores are open: say which one.
     if (code !== undefined) throw new OperationError(code, `in ${target.store}, ${message}`, { cause: error });
     throw error;
   }
@@ -65,9 +65,9 @@ async function isUntouched(target: Operations, working: VdiRecord | undefined, l
 }
 
 /**
- * As long as the snapshot between two runs is there, no run has written since it was taken: whatever has changed was
- * changed by somebody else, also if a run that was cut off has set its mark already. Errors: CHANGED if the target is not
- * what a run before this one has left; it is whole then, for whoever wrote it.
+ * As long as the snapshot between two runs exists, no run has written since it was taken: any change was made by somebody else,
+ * even if an interrupted run has set its unfinished mark already. Errors: CHANGED (the target is not as the last run left it; its
+ * mark is removed, so that whoever wrote it can use it).
  */
 async function checkGoesOn(migration: MigrationRun, history: History, isBetweenRuns: boolean): Promise<void> {
   const { target, options, run } = migration;
@@ -75,7 +75,7 @@ async function checkGoesOn(migration: MigrationRun, history: History, isBetweenR
     checkPrefix(migration, history, await targetRecords(migration));
     if (isBetweenRuns) await refuseIfChanged(migration);
   } catch (error) {
-    // If that fails as well, the next run finds what this one has found.
+    // If this fails too, the next run finds the same.
     if (isBetweenRuns) await target.finish(options.newName, run).catch(() => undefined);
     throw error;
   }
@@ -94,7 +94,7 @@ function foreign({ target, options }: MigrationRun, records: readonly VdiRecord[
   );
 }
 
-/** The snapshots of the target must be the first ones of the source. */
+/** The snapshots of the target must be the first snapshots of the source. Errors: CHANGED. */
 export function checkPrefix(migration: MigrationRun, history: History, records: readonly VdiRecord[]): void {
   const { source, target, options, sourceSpec } = migration;
   const { newName } = options;

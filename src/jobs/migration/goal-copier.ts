@@ -12,21 +12,21 @@ import { targetRecords } from './claim.js';
 import { baseOf, type Goal, type History } from './history.js';
 import { isMigrationMark, type MigrationRun } from './migration-run.js';
 
-/** What became of one snapshot, or of the present content. Sizes in bytes. */
+/** The result for one snapshot, or for the present content. Sizes are in bytes. */
 export interface Migrated {
   /** In the target; null for the present content. */
   readonly tag: string | null;
-  /** How the source says it, if it had another tag there. */
+  /** Its name in the source, if it has another tag there. */
   readonly renamedFrom?: string;
   readonly size: number;
   readonly copiedBytes: number;
   readonly zeroedBytes: number;
-  /** Read on both sides and compared. */
+  /** Bytes that were read on both sides and compared. */
   readonly comparedBytes: number;
-  /** BlockHashes.treeHash, over blocks of so many bytes; null if not all of it was read. */
+  /** BlockHashes.treeHash, over blocks of treeBlockBytes; null if not all of it was read. */
   readonly treeHash: string | null;
   readonly treeBlockBytes: number;
-  /** Of the whole image in the target, as sha256sum says it; null if it was not asked for. */
+  /** Of the whole image in the target, as sha256sum computes it; null if not requested. */
   readonly sha256: string | null;
 }
 
@@ -65,8 +65,8 @@ export class GoalCopier {
   }
 
   /**
-   * Where the history branches the target does too: it then shares what the source shares. A working VDI that is closer to
-   * the goal already, from a run before this one, is not put back.
+   * Where the history of the source branches, the target is rolled back to the same snapshot, so that it shares the same
+   * objects. It is not rolled back if an earlier run has already brought its working VDI closer to the goal.
    */
   async #chooseBranch({ base, spec, size }: Goal): Promise<void> {
     const { source, target, options, run } = this.#migration;
@@ -89,7 +89,7 @@ export class GoalCopier {
     return units.bytes;
   }
 
-  /** Read the goal on both sides. */
+  /** Compare the goal on both sides, and write nothing. Errors: MISMATCH. */
   async verify(goal: Goal, targetSpec: string): Promise<Migrated> {
     return this.#withDisks(goal, targetSpec, undefined, async (source, target) => {
       if (target.size !== goal.size) {
@@ -107,21 +107,21 @@ export class GoalCopier {
     });
   }
 
-  /** It is there and was compared before. */
+  /** An earlier run has compared it. */
   async trust(goal: Goal, targetSpec: string): Promise<Migrated> {
     if (!this.#migration.options.sha256) return trusted(goal, null);
     const target = await this.#migration.target.openDisk(targetSpec);
     return closing(target, async () => trusted(goal, await this.#sha256Of(target, goal)));
   }
 
-  /** null if it was not asked for. */
+  /** null if not requested. */
   async #sha256Of(disk: Disk, { label }: Goal): Promise<string | null> {
     const { sha256, signal } = this.#migration.options;
     if (!sha256) return null;
     return this.#withProgress(`SHA-256 of ${label}`, disk.size, (progress) => diskSha256(disk, { progress, signal }));
   }
 
-  /** `run`: it is written, and therefore ours. */
+  /** `run`: of this migration, if the target is written. */
   async #withDisks<T>(
     goal: Goal,
     targetSpec: string,
@@ -135,7 +135,7 @@ export class GoalCopier {
     });
   }
 
-  /** Where the two may differ: where either differs from a base that both have, or else where either has data. */
+  /** Where the two may differ: where either differs from a base that both have; without a base, where either has data. */
   async #unitsOf(goal: Goal, source: Disk, target: Disk, targetSpec: string, unitBytes: number): Promise<Units> {
     const { newName, signal } = this.#migration.options;
     const { base, spec, size } = goal;
@@ -146,7 +146,7 @@ export class GoalCopier {
         (offset) => this.#migration.target.changes(targetSpec, `${newName}@${base.tag}`, offset),
         signal,
       );
-      // The unit that is cut off by the end of one of them is another one in the other.
+      // The unit at the end of the smaller one is longer in the other.
       if (base.size !== size) units.mark(Math.min(base.size, size) - 1, 1);
     } else {
       await units.markPages((offset) => source.dataPage(offset), signal);
@@ -176,7 +176,7 @@ export class GoalCopier {
     return { fingerprint, bytes: units.bytes };
   }
 
-  /** Hashes are kept for what is still compared with them. */
+  /** Keep the hashes of bases that are still needed, and drop the others. */
   forgetUnused(history: History, done: number): void {
     const needed = new Set<string>();
     for (let n = done + 1; n <= history.snapshots.length; n++) {

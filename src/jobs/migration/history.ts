@@ -15,28 +15,28 @@ export interface History {
   /** Oldest first. */
   readonly snapshots: readonly VdiRecord[];
   readonly working: VdiRecord | undefined;
-  /** What the snapshots are called in the target, by their vids. */
+  /** The tags of the snapshots in the target, by their vids in the source. */
   readonly tags: ReadonlyMap<number, string>;
 }
 
-/** What the target is to become next. */
+/** What the target has to become next: a snapshot, or the present content. */
 export interface Goal {
   /** An export of the source. */
   readonly spec: string;
-  /** In the target; undefined: the present content. */
+  /** The tag in the target; undefined for the present content. */
   readonly tag: string | undefined;
   readonly renamedFrom?: string | undefined;
   readonly size: number;
   /** Of the blocks that are compared. */
   readonly blockBytes: number;
   readonly takenAt: number;
-  /** A snapshot that both sides have, and from which this differs as little as is known. */
+  /** The snapshot on both sides from which this one differs least, as far as is known. */
   readonly base: Base | undefined;
   /** For people. */
   readonly label: string;
 }
 
-/** A snapshot of the source: how that says it, and its tag in the target. */
+/** A snapshot: its name in the source, and its tag in the target. */
 export interface Base {
   readonly spec: string;
   readonly tag: string;
@@ -92,8 +92,8 @@ export function presentGoal(history: History, working: VdiRecord, { spec, size }
 }
 
 /**
- * What the nth snapshot, or the present content, is compared with: the snapshot it goes on from, which is another one than
- * the one before where the VDI was rolled back; or that one, if its origin is gone or another VDI's.
+ * The base of the nth snapshot, or of the present content: its parent, which after a rollback is not the snapshot before it.
+ * If the parent is gone or belongs to another VDI, the base is the snapshot before it.
  */
 export function baseOf(history: History, n: number): Base | undefined {
   const { snapshots, working } = history;

@@ -9,25 +9,25 @@ import { bytesOfText } from '../../text/name-bytes.js';
 import { formatSpec, labelOfRun } from '../../vdi/names.js';
 import type { JobContext } from '../reporting.js';
 
-/** What is read again when it is said to be there: everything; only what this run copies; everything, copying nothing. */
+/** What is compared: 'all'; 'changed', only what this run copies; 'only', everything, and nothing is copied. */
 export type Verify = 'all' | 'changed' | 'only';
 
 export interface MigrationOptions extends JobContext {
   readonly name: string;
   /** Its name in the target. */
   readonly newName: string;
-  /** Snapshots whose tags the target cannot have get others. */
+  /** Rename snapshots whose tags the target cannot have. */
   readonly renamesTags?: boolean;
-  /** More runs follow: leave the mark that lets them go on. */
+  /** More runs follow: leave the mark from which they continue. */
   readonly sync: boolean;
   readonly verify: Verify;
   /** Compute the SHA-256 of the images. */
   readonly sha256: boolean;
   /** The source may only be read. */
   readonly isReadOnly: boolean;
-  /** Of the target, if that is a cluster and has no such VDI yet. */
+  /** Of the VDI in the target, if that is a cluster and the VDI is made. */
   readonly redundancy?: Redundancy | undefined;
-  /** Of the objects in the target, if it is made: undefined for what the target takes, or the source has. */
+  /** Of the objects in the target, if the VDI is made; undefined for the target's own, or that of the source. */
   readonly blockSizeShift?: number | undefined;
   /** Also if a client that was cut off from the target may come back. */
   readonly force?: boolean | undefined;
@@ -36,7 +36,7 @@ export interface MigrationOptions extends JobContext {
 const ID_DIGITS = 12;
 const RUN_BYTES = 8;
 const MIGRATED = 'migrated-';
-/** Of the source, while its present content is read and a temporary snapshot is not possible. */
+/** Tag in the source while its present content is read, where a temporary snapshot is not possible. */
 const READING = 'migrate-';
 const MARK = new RegExp(`^${MIGRATED}[0-9a-f]{${ID_DIGITS}}$`);
 const READING_MARK = new RegExp(`^${READING}[0-9a-f]{${ID_DIGITS}}$`);

@@ -1,11 +1,11 @@
 /**
- * A VDI with its history, carried from one store to another: in which order, and from where an interrupted run goes on. The
- * stores are Operations, so a daemon makes no difference; a cluster does only in how its present content is read (present.ts)
- * and which tags it can have (carried-tags.ts).
+ * The migration of a VDI with its snapshots from one store to another. Owns the order of the steps, and where an interrupted
+ * run continues. The stores are Operations, so a daemon makes no difference. A cluster makes one in two places: how its present
+ * content is read (present.ts), and which tags it can have (carried-tags.ts).
  *
- * From before its first write to the end of a run the target is marked as unfinished, by this migration: nobody else opens
- * it, and its content may be written over. Between two runs a snapshot, NAME@migrated-ID, shows whether anybody has written
- * since. A snapshot of the history gets its tag after it was compared: what has its tag is complete.
+ * From before the first write to the end of a run, the target has the unfinished mark of this migration: nobody else opens it,
+ * and its content may be overwritten. Between two runs a snapshot, NAME@migrated-ID, shows whether anybody has written since.
+ * A snapshot of the history gets its tag after it was compared, so a snapshot with its tag is complete.
  */
 import { asOperationError, OperationError, type Operations, type VdiRecord } from '../../operations/operations.js';
 import { whatIsLeft } from '../../operations/what-is-left.js';
@@ -21,7 +21,7 @@ export interface MigrationResult {
   readonly snapshots: readonly Migrated[];
   /** null if the source has snapshots only. */
   readonly working: Migrated | null;
-  /** No mark is left: the target is an ordinary VDI. */
+  /** The target has no mark of the migration any more: it is an ordinary VDI. */
   readonly isFinished: boolean;
 }
 
@@ -29,9 +29,9 @@ export class Migration {
   readonly #migration: MigrationRun;
   readonly #copier: GoalCopier;
   readonly #done = new Map<string, Migrated>();
-  /** From here on the target bears our mark: a failure can be mended by starting again. */
+  /** The target has our mark: after a failure the next run continues. */
   #hasClaimed = false;
-  /** The working VDI of the target, from when its mark is being taken away. */
+  /** The working VDI of the target, once its mark is being removed. */
   #finishing: VdiRecord | undefined;
 
   constructor(source: Operations, target: Operations, options: MigrationOptions) {
@@ -39,7 +39,7 @@ export class Migration {
     this.#copier = new GoalCopier(this.#migration);
   }
 
-  /** Errors: OperationError; MISMATCH if both sides are not the same where they should be. */
+  /** Errors: MISMATCH (both sides differ where they should not), and those of reading the history, claiming and copying. */
   async run(): Promise<MigrationResult> {
     try {
       return await this.#migrateAll();
@@ -48,7 +48,7 @@ export class Migration {
     }
   }
 
-  /** What to throw when it has failed: with what is left in the target. */
+  /** What to throw after a failure, with what is left in the target. */
   async #afterFailure(error: unknown): Promise<unknown> {
     const { newName } = this.#migration.options;
     const where = `in ${this.#migration.target.store}`;
@@ -73,7 +73,7 @@ export class Migration {
       const present = await openPresent(this.#migration, working);
       const result = await closing(present, async () => {
         const now = await readHistory(this.#migration);
-        // Taken since we looked: older than what we have just opened, so they come first.
+        // Snapshots that were taken meanwhile are older than the content just opened, so they are migrated first.
         const known = new Set(history.snapshots.map(({ vid }) => vid));
         if (now.snapshots.some(({ vid }) => !known.has(vid))) {
           history = now;
@@ -96,7 +96,7 @@ export class Migration {
       const goal = goalOf(history, n);
       const found = (await targetRecords(this.#migration)).find((record) => record.isSnapshot && record.tag === tag);
       if (found) {
-        // Of the same time it is the same one, and was compared before it got its tag.
+        // With the same time it is the same snapshot, and was compared before it got its tag.
         const isTrusted = this.#migration.options.verify === 'changed' && found.snapshotAt === snapshot.snapshotAt;
         const label = `${newName}@${tag}`;
         this.#done.set(tag, isTrusted ? await this.#copier.trust(goal, label) : await this.#copier.verify(goal, label));
@@ -115,11 +115,11 @@ export class Migration {
     const { newName, sync } = options;
     const { snapshots, working } = history;
     if (sync && working) await target.snapshot(newName, migratedTag, { run });
-    // With `sync` the next run goes on from here, whether this step was its last or not.
+    // With `sync` the next run continues from here, whether this step succeeded or not.
     if (!sync)
       this.#finishing = (await targetRecords(this.#migration)).find(({ unfinished }) => unfinished?.run === run);
     if (working) await target.finish(newName, run);
-    // As in the source: a VDI that was deleted, and its snapshots.
+    // As in the source: the VDI was deleted, and its snapshots are left.
     else await target.remove(newName, { run });
     this.#hasClaimed = sync;
     return {
@@ -129,7 +129,7 @@ export class Migration {
     };
   }
 
-  /** Compare all there is, and write nothing. */
+  /** Compare everything, and write nothing. Errors: MISMATCH, UNFINISHED, CHANGED. */
   async #verifyOnly(history: History): Promise<MigrationResult> {
     const { newName } = this.#migration.options;
     const records = await targetRecords(this.#migration);

@@ -23,12 +23,12 @@ export async function openPresent(
   const asItIs = { spec: sourceSpec, size, close: () => Promise.resolve() };
   if (isReadOnly || (isShared && verify === 'only')) return asItIs;
   if (!isShared) {
-    // Nobody else writes it than whom we ask.
+    // All writers go through this store, so its own temporary snapshot is consistent.
     const spec = `${sourceSpec}@now:${readingLabel}`;
     const disk = await source.openDisk(spec);
     return { spec, size: disk.size, close: () => disk.close() };
   }
-  // Others may write it whom only a snapshot by the cluster's own means reaches.
+  // Others may write to the cluster's VDI; only a snapshot by the cluster itself separates their writes.
   const spec = `${sourceSpec}@${readingTag}`;
   const left = (await source.list()).some((record) => record.name === name && record.tag === readingTag);
   if (left) await source.remove(spec);
@@ -36,7 +36,7 @@ export async function openPresent(
   try {
     taken = await source.snapshot(sourceSpec, readingTag);
   } catch (error) {
-    // A cluster of an old version is only read. Of it this is all that there is.
+    // A cluster of an old version can only be read, without a snapshot.
     if (asOperationError(error)?.code === 'READ_ONLY') return asItIs;
     throw error;
   }

@@ -1,6 +1,6 @@
 /**
- * Two stores open at once, the source and the target of a migration. Owns the order in which they are opened and closed, and
- * that they are two.
+ * The source and the target of a migration, open at the same time. Owns the order in which the two stores are opened and
+ * closed, and the check that they are not the same store.
  */
 import fs from 'node:fs';
 import { OperationError, type Operations } from '../../operations/operations.js';
@@ -17,10 +17,10 @@ export interface StorePlace {
 }
 
 /**
- * Run `work` on both stores. Errors: BAD_USAGE if they are one, and those of opening.
+ * Run `work` on both stores. Errors: BAD_USAGE (they are the same store), and those of opening.
  *
- * For a store root may become its owner. So a cluster is opened before and closed after a store: what this host remembers
- * of it, and the daemon that may serve it, are root's.
+ * While a local store is open, root may have the identity of its owner. The state that this host keeps about a cluster, and the
+ * daemon that may serve it, belong to root. So a cluster is opened before a local store, and closed after it.
  */
 export async function withTwoStores<T>(
   source: StorePlace,
@@ -49,9 +49,9 @@ export async function withTwoStores<T>(
       const second = await openStore(isTargetFirst ? source : target, log);
       return closing(second, () =>
         explained(async () => {
-          // One cluster by two of its nodes, one directory by two of its names.
+          // The same cluster through two of its nodes, or the same directory under two names.
           if (first.identity === second.identity) throw same();
-          // By now this process may be somebody whom the daemon of the first does not let in.
+          // By now this process may have an identity that the first store's daemon refuses: better to find that out now.
           if (first.isDaemon && !second.isDaemon) await first.list();
           return isTargetFirst ? work(second, first) : work(first, second);
         }),
@@ -60,14 +60,14 @@ export async function withTwoStores<T>(
   );
 }
 
-/** Through its daemon if there is one. Errors: NO_STORE, and those of openOperations. */
+/** Open a store, through its daemon if it has one. Errors: NO_STORE, and those of openOperations. */
 async function openStore(place: StorePlace, log: (line: string) => void): Promise<Operations> {
   const { location } = place;
   const directory = directoryOf(location);
   if (directory !== undefined && fs.statSync(directory, { throwIfNoEntry: false })?.isDirectory() === false) {
     throw new OperationError('NO_STORE', `${location} is not a directory, so it is no store`);
   }
-  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  // Loaded late: loading a store's native libraries takes a while, and usage errors and --help do not need them.
   const { openOperations } = await import('../../operations/open-operations.js');
   return openOperations({
     store: location,
