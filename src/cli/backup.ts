@@ -1,4 +1,4 @@
-/** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
+/** `sheepgate backup`: backs a VDI up, in use or not, to a directory of backups or to an image that is kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { holdingOwner } from '../jobs/backup/hold-owner.js';
 import { takeBackup, type Taken } from '../jobs/backup/take-backup.js';
@@ -58,7 +58,7 @@ export function backupCommand(): Command {
       notes.push(line);
       if (!options.json) printNote(line);
     };
-    // It opens the store several times, perhaps hours apart.
+    // The job opens the store several times, perhaps hours apart; another version may be installed meanwhile.
     const { loadEverything } = await import('../operations/open-operations.js');
     await loadEverything();
     const taken = await interruptible(async (signal) => {
@@ -90,7 +90,7 @@ export function backupCommand(): Command {
   });
 }
 
-/** A store on a read-only filesystem can be backed up all the same. */
+/** A store on a read-only filesystem can be backed up without a snapshot. */
 function withAdvice(error: unknown, options: BackupOptions): unknown {
   const expected = asOperationError(error);
   if (expected?.code !== 'READ_ONLY' || !options.base) return error;

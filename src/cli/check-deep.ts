@@ -1,6 +1,6 @@
 /**
- * `sheepgate check --deep`: what the nodes of a cluster have, compared. Owns which cluster that is, and how the report looks;
- * it goes to the nodes itself, also where a daemon serves the cluster: nothing is changed, and the daemon has other work.
+ * `sheepgate check --deep`: compares the copies on the nodes of a cluster. Owns the choice of the cluster and the form of the
+ * report. Reads from the nodes directly, even if a daemon serves the cluster: it changes nothing, and spares the daemon the work.
  */
 import type { Progress } from '../jobs/reporting.js';
 import type { DeepReport } from '../operations/inspect-cluster.js';
@@ -55,7 +55,7 @@ function summary({ vdis, objects, bytesRead, problems, stoppedBy }: DeepReport):
   return `${read}, ${problems.length} problems${stoppedBy ? '; not all was read' : ''}`;
 }
 
-/** Errors: BAD_USAGE of a local store. */
+/** Errors: BAD_USAGE (a local store). */
 async function clusterOf(options: CheckOptions): Promise<string> {
   const { store, control, isStoreGiven } = chosenStore(options);
   if (CLUSTER.isLocation(store)) return store;

@@ -1,11 +1,11 @@
 /**
- * Ctrl-C and SIGTERM during long work: the work is told to stop, so that it can clean up, and the process then ends with
- * the usual code. A second signal ends it at once.
+ * Ctrl-C and SIGTERM during a job: the first signal aborts the job, which cleans up, and the process then exits with 128 + the
+ * number of the signal. A second signal ends the process at once.
  */
 import { endBySignal } from '../system/end-by-signal.js';
 import { InterruptedError } from '../system/interrupted-error.js';
 
-/** Run `work`; its signal is aborted with an InterruptedError as reason when the process is told to end. */
+/** Run `work`. SIGINT and SIGTERM abort its AbortSignal with an InterruptedError as reason. */
 export async function interruptible<T>(work: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const controller = new AbortController();
   const onSignal = (signal: NodeJS.Signals): void => {

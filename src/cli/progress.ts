@@ -1,4 +1,4 @@
-/** Progress of long work: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
+/** The progress of a job: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
 import type { Progress } from '../jobs/reporting.js';
 import { printable } from '../text/printable.js';
 import { formatSize } from '../text/size.js';

@@ -1,4 +1,4 @@
-/** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
+/** `sheepgate restore`: makes a VDI from a backup, lists backups, and verifies them. */
 import { Command, Option } from 'commander';
 import { restoreFrom } from '../jobs/backup/restore-backup.js';
 import { BackupTarget } from '../jobs/backup/target.js';
@@ -134,7 +134,7 @@ function list(given: string, target: BackupTarget, options: RestoreOptions): voi
   process.stdout.write(table(['ID', 'TIME', 'KIND', 'SIZE', 'CHANGED', 'STORED', 'FILE'], rows, right));
 }
 
-/** What to open it with. */
+/** The file to open. */
 function fileOf(target: BackupTarget, index: number): string {
   const point = target.points[index];
   return target.image ?? (point ? target.fileOf(point) : '');
@@ -160,7 +160,7 @@ async function verify(
   );
 }
 
-/** What to do about a damaged backup. */
+/** Add what to do about a damaged backup. */
 function withAdvice(error: unknown, target: string): unknown {
   if (!(error instanceof OperationError) || error.code !== 'DAMAGED') return error;
   return new OperationError(

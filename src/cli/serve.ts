@@ -136,7 +136,7 @@ function readyText(daemon: Daemon): string {
   return lines.map((line) => `${printable(line)}\n`).join('');
 }
 
-/** What --create has found in place of what it was to make. */
+/** A VDI of --create that exists and is not as --create says. */
 function keptJson({ unfinished, ...kept }: KeptVdi): object {
   return { ...kept, unfinished: unfinishedJson(unfinished) };
 }
@@ -182,7 +182,7 @@ function secondsArgument(text: string): number {
   return seconds;
 }
 
-/** Others than a group are not let in: commands send nothing to a socket that every user can write to. */
+/** Only modes 600 and 660: commands refuse a socket that every user can write to. */
 function controlModeArgument(text: string): number {
   if (!/^0?6[06]0$/.test(text)) throw new InvalidArgumentError(`"${text}": give 600, or 660 for the daemon's group.`);
   return parseInt(text, 8);

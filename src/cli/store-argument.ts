@@ -1,11 +1,11 @@
 /**
- * A PLACE on the command line: a store's directory, or "cluster:" and what --cluster takes. Owns that syntax; for commands
- * that work on two stores at once, which --store and --cluster cannot name.
+ * A PLACE on the command line: a store's directory, or "cluster:" and the value of --cluster. For commands that work on two
+ * stores, which --store and --cluster cannot name.
  */
 import { InvalidArgumentError } from 'commander';
 import { LOCATION_SYNTAX, parseLocation } from '../store/locations.js';
 
-/** For commander: the location of a store, as StoreLocation has it. A daemon's own words for a cluster will do as well. */
+/** For commander: the location of a store. Also takes a location as a daemon reports it. */
 export function storeArgument(text: string): string {
   if (text === '' || text.includes('\0')) throw new InvalidArgumentError(`Give a ${LOCATION_SYNTAX}.`);
   try {

@@ -1,4 +1,4 @@
-/** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
+/** `sheepgate vdi show`: everything that is known about one VDI or snapshot. */
 import { Command } from 'commander';
 import type { ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';

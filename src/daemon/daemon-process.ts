@@ -18,8 +18,8 @@ import { openNotifier, takeInheritedSockets } from './systemd.js';
 const STDOUT_FD = 1;
 const STDERR_FD = 2;
 /**
- * From the signal, or from what a start failed of, to the end of the process, whatever hangs. Shorter than TimeoutStopSec in
- * examples/systemd. What clients were answered is in files by then, if not on the disk.
+ * From the signal to stop, or from a failed start, to the end of the process, whatever hangs. Shorter than TimeoutStopSec in
+ * examples/systemd. By then all acknowledged writes are in files, if not on the disk.
  */
 const END_LIMIT_MS = 50_000;
 /** For the last lines to be written, and then for Node to find that nothing is left to do. */
@@ -151,9 +151,9 @@ function droppedLine(count: number, reason: string): string {
   return `${JSON.stringify({ level: 40, time, dropped: count, reason, msg: 'lines of the log were dropped' })}\n`;
 }
 
-/** A fault of ours ends the process with its cause in the log; what Node has to say goes there, too. */
+/** An internal error ends the process, with its cause in the log; warnings of Node go to the log, too. */
 function logFaults(log: Logger): void {
-  // Before the handler that all commands have: that one writes to stderr, which can wait for ever.
+  // Before the handler of all commands, which writes to stderr and can therefore wait for ever.
   process.prependListener('uncaughtException', (error) => {
     if (error instanceof Error) error.stack = readableStack(error);
     log.fatal({ err: error }, 'internal error, please report it');

@@ -1,8 +1,8 @@
 /** The end of this process by a signal, as if nothing had caught it. */
 
 /**
- * End this process now, as the signal would have without us. Not with process.exit(): that waits for the thread pool, and
- * a metadata commit under way there waits for the thread that would be waiting (lmdb's WaitForCallbacks): for ever.
+ * End this process now, as the uncaught signal would. process.exit() could hang for ever: it waits for the thread pool, where a
+ * metadata commit waits for this thread (lmdb's WaitForCallbacks).
  */
 export function endBySignal(signal: NodeJS.Signals): void {
   process.removeAllListeners(signal);

@@ -13,17 +13,17 @@ import type { Point } from './manifest.js';
 import { CLUSTER_BYTES, IncrementWriter } from './qcow2-file.js';
 import type { BackupTarget } from './target.js';
 
-/** What the new backup is over, and how to find what it must hold. */
+/** The backup before, and how changes since then are found. */
 export interface Previous {
   readonly point: Point;
   readonly hashes: BlockHashes;
-  /** NAME@TAG of the snapshot to compare with; undefined: read everything. */
+  /** NAME@TAG of the snapshot to compare with; undefined to read everything. */
   readonly since: string | undefined;
 }
 
-/** The moment that is backed up. */
+/** The snapshot that is backed up. */
 export interface Source {
-  /** NAME@TAG, and that opened. */
+  /** Its name, and its disk. */
   readonly spec: string;
   readonly disk: Disk;
 }
@@ -41,13 +41,13 @@ export interface Copying {
 }
 
 export interface Copied {
-  /** Those that were stored, in no order. */
+  /** Indexes of the blocks that were stored, in no order. */
   readonly blocks: number[];
   changedBytes: number;
   storedBytes: number;
 }
 
-/** Into a raw image, zeros left out. */
+/** Copy everything into a raw image, without zeros. */
 export async function copyAll(disk: Disk, { target, file, hashes, advance, signal }: Copying): Promise<Copied> {
   const copied: Copied = { blocks: [], changedBytes: 0, storedBytes: 0 };
   const data = new PagedRanges((offset) => disk.dataPage(offset));
@@ -84,7 +84,7 @@ export async function copyAll(disk: Disk, { target, file, hashes, advance, signa
   return copied;
 }
 
-/** Into an increment: of each block that may have changed what differs from the backup before. */
+/** Copy into an increment what differs from the backup before, of each block that may have changed. Errors: DAMAGED. */
 export async function copyChanges(
   operations: Pick<Operations, 'changes'>,
   { spec, disk }: Source,
@@ -96,7 +96,7 @@ export async function copyChanges(
   const { since } = previous;
   const changes =
     since === undefined ? undefined : new PagedRanges((offset) => operations.changes(spec, since, offset));
-  // The block that the end is in, or was in, is of another length now.
+  // The blocks at the old and the new end have another length than before.
   const ends = disk.size === previous.hashes.size ? [] : [disk.size, previous.hashes.size];
   const cut = new Set(ends.map((end) => Math.floor(end / hashes.blockBytes)));
   const chain = await target.openChain(previous.point);
@@ -111,7 +111,7 @@ export async function copyChanges(
     const block = isData ? await readBlock(disk, offset, length) : Buffer.alloc(length);
     const hash = hashOf(block);
     if (!cut.has(index) && previous.hashes.is(index, hash)) return;
-    // What is there is read anyway, so that damage is found before anything is built on it.
+    // Reading the backup before verifies it, so that damage is found before anything is based on it.
     const before = cut.has(index)
       ? Buffer.alloc(length)
       : await chain.readChecked(padded(previous.hashes, index), index);
@@ -147,7 +147,7 @@ export async function copyChanges(
   return copied;
 }
 
-/** What was written is what was read from the disk. */
+/** Compare what was written with the hashes of what was read from the disk. Errors: DAMAGED. */
 export async function readBack(
   blocks: readonly number[],
   previous: Previous | undefined,
@@ -160,7 +160,7 @@ export async function readBack(
     await chain.dropCached();
     for (const index of blocks) {
       signal.throwIfAborted();
-      // Holes of a new image: nothing was written there.
+      // Blocks of zeros are holes in a new image: nothing was written.
       if (previous || !hashes.isZero(index)) await chain.readChecked(hashes, index);
       advance(hashes.lengthOf(index));
     }
@@ -177,7 +177,7 @@ async function readBlock(disk: Disk, offset: number, length: number): Promise<Bu
   return block;
 }
 
-/** A disk that has grown: the blocks it has got were zeros. */
+/** For a disk that has grown: the blocks behind the old end were zeros. */
 function padded(hashes: BlockHashes, index: number): BlockHashes {
   return index < hashes.count ? hashes : new BlockHashes((index + 1) * hashes.blockBytes, hashes.blockBytes);
 }

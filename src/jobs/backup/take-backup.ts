@@ -1,7 +1,7 @@
 /**
- * One backup of a VDI: take a snapshot, copy what differs from the backup before, make the copy the newest backup, and
- * keep the snapshot as the base of the next one. Owns the snapshots of the target and their tags, and the order of things:
- * the base before is dropped only when the new backup is one, so that whatever happens one of the two can be gone on from.
+ * One backup of a VDI: take a snapshot, copy what differs from the backup before, commit the copy as the newest backup, and keep
+ * the snapshot as the base of the next backup. Owns the snapshots of the target in the source, their tags, and the order of
+ * the steps: the old base is dropped only after the new backup is committed, so after a failure one of the two is usable.
  */
 import path from 'node:path';
 import {
@@ -30,19 +30,19 @@ export interface TakeOptions extends JobContext {
   readonly vdi: string;
   /** Directory or image. */
   readonly to: string;
-  /** The disk that `to` is on; this machine's if not given. */
+  /** The disk that `to` is on; this machine's by default. */
   readonly disk?: HostDisk;
-  /** How many backups to keep; undefined for all. An image holds one. */
+  /** The number of backups to keep; undefined for all. An image holds one. */
   readonly keep: number | undefined;
-  /** Copy all of it, over nothing. */
+  /** Take a full backup. */
   readonly isFull: boolean;
-  /** Find what changed by reading the whole disk. */
+  /** Find changes by reading the whole disk. */
   readonly compares: boolean;
-  /** Keep a snapshot for the next one. */
+  /** Keep a snapshot for the next backup. */
   readonly keepsBase: boolean;
   /** Read back what was written. */
   readonly verifies: boolean;
-  /** Runs what takes the snapshot; what it throws ends the backup. */
+  /** Called with the taking of the snapshot (FrozenMoment.during). */
   readonly moment: <T>(take: () => Promise<T>) => Promise<T>;
   /** Compute the SHA-256 of the image. */
   readonly sha256: boolean;
@@ -57,17 +57,16 @@ export interface Taken {
 }
 
 /**
- * The store is open only while something is asked of it: what concerns the target alone, and may take hours, comes before
- * and after. Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
+ * The store is open only while it is needed: work on the target alone, which may take hours, is done before and after. Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
  */
 export async function takeBackup(withStore: WithStore, given: TakeOptions): Promise<Taken> {
   const { to, isFull, log } = given;
-  // First: a mistyped name must not leave a directory behind.
+  // First, so that a mistyped name does not leave a directory behind.
   const { store, vdi } = await withStore(async (operations) => {
     const { name } = await showWorking(operations, given.vdi);
     return { store: operations.store, vdi: formatSpec({ name, tag: undefined }) };
   });
-  // However it was said: its snapshots are said by its name.
+  // The name may have been given in another form; the names of snapshots are made of this one.
   const options = { ...given, vdi };
   const { image } = pathsOf(options.disk ?? hostDisk, to);
   if (image !== undefined && options.keep !== undefined && options.keep !== 1) {
@@ -110,7 +109,7 @@ async function showWorking(operations: Operations, vdi: string): Promise<VdiReco
   return working;
 }
 
-/** A target that is full. Returns what was dropped. Errors: BAD_TARGET. */
+/** Make room in a target that is full. Returns the ids of dropped backups. Errors: BAD_TARGET. */
 async function makeRoom(target: BackupTarget, keep: number | undefined, options: TakeOptions): Promise<number[]> {
   if (target.points.length < MAX_POINTS) return [];
   if (keep !== undefined && keep < MAX_POINTS) return target.keep(keep, options);
@@ -120,7 +119,7 @@ async function makeRoom(target: BackupTarget, keep: number | undefined, options:
   );
 }
 
-/** The new backup is one, whatever became of the old ones. */
+/** The error after the new backup was committed. */
 function notComplete(error: unknown, { id }: Point, what: string): unknown {
   if (!(error instanceof OperationError)) return error;
   const message = `backup ${id} was taken, but ${what}: ${error.message}`;
@@ -155,7 +154,7 @@ class Run {
       let point: Point;
       try {
         let time: string;
-        // Of this run alone: one that was killed may still have its snapshot.
+        // A label for this run alone: a killed run may still have its snapshot.
         const label = labelOfRun(`${this.#target.manifest.target}-${id}`);
         const spec = keepsBase ? `${vdi}@${tag}` : `${vdi}@now:${label}`;
         if (keepsBase) {
@@ -165,7 +164,7 @@ class Run {
           signal.throwIfAborted();
           disk = await this.#operations.openDisk(spec);
         } else {
-          // Set inside: a moment that was over too late throws with the disk open.
+          // Set inside: if the snapshot came too late, `moment` throws while the disk is open.
           disk = await moment(async () => (disk = await this.#operations.openDisk(spec)));
           time = new Date().toISOString();
         }
@@ -173,7 +172,7 @@ class Run {
       } finally {
         await disk?.close();
       }
-      // It is a backup now: what it replaces goes from the source, whose writers it costs something.
+      // The backup is committed: drop the old snapshot, which makes every first write to an object slower.
       await this.#dropSnapshots(point.base?.tag, point.id);
       return point;
     } catch (error) {
@@ -209,7 +208,7 @@ class Run {
     if (why !== undefined) throw new OperationError('BASE_GONE', why);
   }
 
-  /** Those of this target: of runs that did not end, and bases before the last. Not those of a copy that went on. */
+  /** Remove this target's snapshots of failed runs and old bases. Newer ones belong to another copy of the target, and stay. */
   async #dropSnapshots(keep: string | undefined, below: number): Promise<void> {
     const { vdi, log } = this.#options;
     for (const { name, tag, isSnapshot } of await this.#operations.list()) {
@@ -270,7 +269,7 @@ class Run {
       await target.commit(point, newBase, this.#operations.store);
       return point;
     } catch (error) {
-      // A failed commit may have been one: what the manifest says decides, not we.
+      // A commit that failed may still have taken effect: the manifest on disk decides.
       await target.removeLeftovers().catch(() => undefined);
       throw error;
     }
@@ -279,7 +278,7 @@ class Run {
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 
-/** What went wrong with the target, and what to do. */
+/** The error with the state of the target, and what to do. */
 function explained(error: unknown, target: BackupTarget, { to }: TakeOptions): unknown {
   const { code, syscall } = error as NodeJS.ErrnoException;
   const kept =

@@ -28,10 +28,10 @@ export function namesIn(disk: HostDisk, directory: string): Promise<string[]> {
   return inDirectory(disk, directory, (at) => disk.readdir(at('.')));
 }
 
-/** Make the directory, but not those above it: a backup disk that is not mounted must not be taken for an empty one. */
+/** Make the directory, but not its parents: a backup disk that is not mounted must not look like an empty one. */
 export async function makeHome(disk: HostDisk, { home, image }: TargetPaths, given: string): Promise<boolean> {
   if (disk.lstatSync(home)) {
-    await namesIn(disk, home); // it is a directory, and not a link to one
+    await namesIn(disk, home); // fails unless it is a directory, and not a link to one
     return false;
   }
   if (image !== undefined && disk.existsSync(image)) {
@@ -89,7 +89,7 @@ export function notATarget(disk: HostDisk, given: string, { home, image }: Targe
   return new OperationError('BAD_TARGET', `there are no backups in ${given}${hint}`);
 }
 
-/** One run at a time. undefined where a target that is only read has no lock that could be taken. */
+/** Lock the target: one run at a time. undefined if a target that is only read has no lock file. Errors: BUSY. */
 export async function lockTarget(disk: HostDisk, home: string, flags: 'r' | 'r+'): Promise<OpenFile | undefined> {
   const file = path.join(home, LOCK);
   let handle: OpenFile;
@@ -103,7 +103,7 @@ export async function lockTarget(disk: HostDisk, home: string, flags: 'r' | 'r+'
   try {
     isOurs = handle.tryLock();
   } catch (error) {
-    // A network filesystem locks only what is open for writing, which a read-only one cannot be.
+    // Network filesystems lock only files that are open for writing, which is impossible on a read-only one.
     if (flags === 'r') isOurs = true;
     else {
       await handle.close();

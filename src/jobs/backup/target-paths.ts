@@ -4,9 +4,9 @@ import { OperationError } from '../../operations/operations.js';
 import type { HostDisk } from '../../system/disk.js';
 import type { Point } from './manifest.js';
 
-/** Beside an image, what belongs to it. */
+/** Ending of the directory beside an image. */
 const BESIDE = '.sheepgate';
-/** A name with one of these endings that does not exist yet is an image's; any other is a directory's. */
+/** A path that does not exist is an image if it has one of these endings, else a directory. */
 const IMAGE_ENDINGS = ['.img', '.raw'];
 export interface TargetPaths {
   /** The directory that holds the manifest. */
@@ -31,7 +31,7 @@ export function pathsOf(disk: HostDisk, given: string): TargetPaths {
   return isImage ? { home: beside, image: where } : { home: where, image: undefined };
 }
 
-/** What links on the way point to: a new image would take the place of the last one, and target-files.ts follows none. */
+/** Resolve links: renaming a new image would replace the last link, and target-files.ts follows none. */
 function realPath(disk: HostDisk, absolute: string): string {
   if (disk.existsSync(absolute)) return disk.realpathSync(absolute);
   const parent = path.dirname(absolute);

@@ -1,13 +1,13 @@
 /**
- * A backup target: a directory with the backups of one VDI, or a raw image kept up to date with such a directory beside
- * it. Owns the files and the order in which they change, so that whatever happens every backup in the manifest can be
- * read: a new one is whole before it is named, an old one is named no more before its data goes. Asks nobody about VDIs.
- * Others may be able to write there: files are opened by target-files.ts only, and their names come from numbers and times
- * of the manifest, never from the text in it or in another file.
+ * A backup target: a directory with the backups of one VDI, or a raw image that is kept up to date, with such a directory beside
+ * it. Owns the files and the order in which they change, so that every backup in the manifest can be read at any time: a new
+ * backup is complete before the manifest lists it, and an old one is removed from the manifest before its data goes. Never
+ * opens a store. Other users may be able to write there: files are opened by target-files.ts only, and their names are made of
+ * numbers and times in the manifest, never of text in it or in another file.
  *
- *   manifest.json                  what there is
- *   base-C.img                     raw image: the oldest backup of chain C, or the image FILE itself instead
- *   NNNN-TIME.qcow2                one per backup, over the one before it; the oldest holds nothing and is over the image
+ *   manifest.json                  the list of backups
+ *   base-C.img                     raw image: the oldest backup of chain C; of an image target, FILE itself
+ *   NNNN-TIME.qcow2                one per backup, on top of the one before it; the oldest is empty and on top of the image
  *   NNNN-TIME.hashes               SHA-256 of the blocks of the disk
  */
 import { randomBytes } from 'node:crypto';
@@ -38,7 +38,7 @@ import { imageOf, verifyBackups, type Damage } from './verify-stored.js';
 
 /** Files that a message names. */
 const MAX_NAMED = 5;
-/** Times that are further apart are not the same: who copies a file may round its time. */
+/** Times that differ by no more are taken as equal: programs that copy a file may round its time. */
 const TIME_SLACK_MS = 1;
 
 export class BackupTarget {
@@ -48,7 +48,7 @@ export class BackupTarget {
   readonly image: string | undefined;
   #manifest: Manifest;
   readonly #lock: OpenFile | undefined;
-  /** The new image that waits for the place of the old one, if it is still there. */
+  /** A new image that has not yet replaced the old one. */
   #waiting: string | undefined;
 
   private constructor(disk: HostDisk, place: TargetPaths, manifest: Manifest, lock: OpenFile | undefined) {
@@ -60,8 +60,8 @@ export class BackupTarget {
   }
 
   /**
-   * Open it for a backup of `vdi`, made anew if it is not there: what an interrupted run left behind is finished or
-   * removed first. Errors: BAD_TARGET, BUSY, DAMAGED, FORMAT.
+   * Open the target for a backup of `vdi`, or make it. The rest of an interrupted run is finished or removed first. Errors:
+   * BAD_TARGET, BUSY, DAMAGED, FORMAT.
    */
   static async openForBackup(
     given: string,
@@ -98,14 +98,14 @@ export class BackupTarget {
     }
   }
 
-  /** Open it to read, on a read-only filesystem too. Errors: BAD_TARGET, BUSY, DAMAGED, FORMAT. */
+  /** Open the target to read, also on a read-only filesystem. Errors: BAD_TARGET, BUSY, DAMAGED, FORMAT. */
   static async openToRead(given: string, disk = hostDisk): Promise<BackupTarget> {
     const place = pathsOf(disk, given);
     const manifest = await readManifest(disk, place.home);
     if (!manifest) throw notATarget(disk, given, place);
     const lock = await lockTarget(disk, place.home, 'r');
     try {
-      // Again: it may have changed until we had the lock.
+      // Read again: it may have changed before we had the lock.
       return await BackupTarget.#at(disk, place, (await readManifest(disk, place.home)) ?? manifest, lock);
     } catch (error) {
       await lock?.close();
@@ -140,7 +140,7 @@ export class BackupTarget {
     await this.#lock?.close();
   }
 
-  /** For qemu, and for people. */
+  /** The file of a backup, which qemu can open. */
   fileOf(point: Point): string {
     return path.join(this.home, `${stemOf(point)}.qcow2`);
   }
@@ -158,7 +158,7 @@ export class BackupTarget {
     return Chain.open(this.disk, ...this.linksOf(point));
   }
 
-  /** The raw image, and what is over it. */
+  /** The raw image, and the increments on top of it. */
   linksOf(point: Point): [image: Link, increments: Link[]] {
     const below = this.points.filter(({ chain, id }) => chain === point.chain && id <= point.id);
     const links = below.map((each) => ({ file: this.fileOf(each), size: each.size }));
@@ -174,14 +174,14 @@ export class BackupTarget {
     );
   }
 
-  /** What the next increment is over. */
+  /** The backing file of the next increment. */
   backingOf(point: Point): Backing {
     return { name: path.basename(this.fileOf(point)), format: 'qcow2' };
   }
 
   /**
-   * Before something is added: all files are there and as they were left. One with another time is read and compared
-   * with its hashes; that is how a copied target goes on being one. Errors: DAMAGED, BAD_TARGET.
+   * Check, before a backup is added, that all files are there and as the last run left them. If a time differs, as in a copied
+   * target, everything is read and compared with its hashes. Errors: DAMAGED, BAD_TARGET.
    */
   async checkUntouched(work: JobContext): Promise<void> {
     const touched: string[] = [];
@@ -193,7 +193,7 @@ export class BackupTarget {
       const found = await stampOf(this.disk, file);
       if (!found) throw new OperationError('DAMAGED', `${file} is missing`);
       if (!stamp) {
-        touched.push(file); // a run was interrupted before it was written down
+        touched.push(file); // a run was interrupted before it noted the time
         continue;
       }
       if (found.bytes !== stamp.bytes) {
@@ -227,7 +227,7 @@ export class BackupTarget {
     return verifyBackups(this, points, advance, signal, options);
   }
 
-  /** The SHA-256 of a backup's image, as sha256sum says it, noted down. Reads what is stored, hashes the zeros too. */
+  /** Compute the SHA-256 of a backup's image, as sha256sum does, and note it in the manifest. Errors: DAMAGED. */
   async addSha256(point: Point, work: JobContext): Promise<string> {
     const chain = await this.openChain(point);
     const progress = work.progress('SHA-256 of the image', chain.size);
@@ -242,11 +242,11 @@ export class BackupTarget {
   }
 
   /**
-   * The finished files become a backup: from here on it is one, whatever happens. `newBase` is the complete image of a
-   * full one, under a name of its own in the target's directory.
+   * Add a backup, whose files are complete, to the manifest. `newBase` is the complete image of a full backup, under a name of
+   * its own in the target's directory.
    */
   async commit(point: Point, newBase: string | undefined, store: string): Promise<void> {
-    // A new image takes the place of the old one: nothing is left for the old backups to be read from.
+    // A new image replaces the old one, and with it all old backups.
     const replaces = newBase !== undefined && this.image !== undefined;
     const points = [...(replaces ? [] : this.points), point];
     await syncDirectory(this.disk, this.home);
@@ -259,9 +259,9 @@ export class BackupTarget {
   }
 
   /**
-   * Keep the newest `count`. The oldest of the newest chain go by having the next one written into the image below it;
-   * an older chain goes as a whole, when none of it is wanted. Told to stop, it leaves what the next run goes on with.
-   * Returns the ids of those that went. Errors: DAMAGED, BAD_TARGET.
+   * Keep the newest `count` backups. In the newest chain the oldest backup is dropped by writing the next one into the image
+   * below it; an older chain is dropped as a whole, when none of its backups is wanted. If it is stopped, the next run
+   * continues. Returns the ids of dropped backups. Errors: DAMAGED, BAD_TARGET.
    */
   async keep(count: number, work: JobContext): Promise<number[]> {
     const dropped: number[] = [];
@@ -292,7 +292,7 @@ export class BackupTarget {
 
   /** Remove files of ours that belong to no backup. Returns whether there were any. */
   async removeLeftovers(): Promise<boolean> {
-    // A write that failed may have taken place.
+    // A write of the manifest that failed may still have taken effect.
     this.#manifest = (await readManifest(this.disk, this.home)) ?? this.#manifest;
     await this.#look();
     const { installing } = this.#manifest;
@@ -306,7 +306,7 @@ export class BackupTarget {
     return found;
   }
 
-  /** A new chain must not fail for what is wrong with the one that it leaves: a fold that is not finished harms nothing. */
+  /** A full backup must not fail because of damage in the old chain: it leaves a fold unfinished, which harms nothing. */
   async #recover(work: JobContext, isFull: boolean): Promise<void> {
     const { folding, installing } = this.#manifest;
     if (installing !== null) await this.#install();
@@ -325,7 +325,7 @@ export class BackupTarget {
     await this.#write({ installing: null, stamps: await this.#stamps(this.points) });
   }
 
-  /** Whether the image that is to be installed still waits. Errors: BAD_TARGET. */
+  /** Find out whether a new image still has to be installed. Errors: BAD_TARGET. */
   async #look(): Promise<void> {
     const { installing } = this.#manifest;
     const waiting = installing === null || this.image === undefined ? undefined : path.join(this.home, installing);
@@ -340,7 +340,7 @@ export class BackupTarget {
     await this.#write({ folding: null, stamps: await this.#stamps(this.points) });
   }
 
-  /** An increment that holds nothing, over the image of the chain: so that every backup has a file of its own. */
+  /** Write an empty increment on top of the image of the chain, so that every backup has a file. */
   async writeEmpty(file: string, size: number, chain: number): Promise<void> {
     const name = this.image === undefined ? `base-${chain}.img` : path.join('..', path.basename(this.image));
     const partial = `${file}${PARTIAL}`;
@@ -374,13 +374,13 @@ export class BackupTarget {
     const stamps: Record<string, Stamp> = {};
     for (const name of this.#names(points)) {
       const stamp = await stampOf(this.disk, path.join(this.home, name));
-      if (stamp) stamps[name] = stamp; // else it is of an older chain; verify says so
+      if (stamp) stamps[name] = stamp; // else a file of an older chain is missing, which verify reports
     }
     return stamps;
   }
 }
 
-/** Of the disks, together. */
+/** The sizes of the disks, together. */
 export function bytesOf(points: readonly Point[]): number {
   return points.reduce((sum, { size }) => sum + size, 0);
 }

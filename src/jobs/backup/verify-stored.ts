@@ -7,7 +7,7 @@ import { imageSha256, type Image } from '../image-sha256.js';
 import { Chain } from './chain.js';
 import { MANIFEST, type Point } from './manifest.js';
 
-/** Blocks between two looks at whether to stop, where nothing else is waited for. */
+/** Blocks between two checks of the signal, where nothing is awaited. */
 const BLOCKS_AT_ONCE = 2 ** 16;
 
 /** Where the files of backups are. */
@@ -25,11 +25,11 @@ export interface Damage {
 }
 
 /**
- * Read what is stored for these backups, which are in their order, and compare it with its hashes, each byte once;
- * backups over a damaged one as a whole, because they may be damaged with it, or have a copy of their own of what is.
- * Where nothing is stored nothing is read: the hashes must say zeros there, or the same as in the backup before. Yields
- * the first finding in each backup. With `sha256` the hash of the image is computed where the manifest has one, which
- * takes reading all of it once more.
+ * Read what is stored for these backups, in their order, and compare it with the hashes. Each stored byte is read once, except
+ * that a backup on top of a damaged one is read as a whole: it may be damaged too, or have an intact copy of the damaged
+ * blocks. Where nothing is stored nothing is read; there the hashes must be those of zeros or of the backup before. Yields the
+ * first damage of each backup. With `sha256`, the hash of the image is computed too where the manifest has one, which reads all
+ * of it once more.
  */
 export async function* verifyBackups(
   target: BackupFiles,
@@ -39,7 +39,7 @@ export async function* verifyBackups(
   { sha256 = false } = {},
 ): AsyncGenerator<Damage> {
   let chain: Chain | undefined;
-  /** What is wrong with the files of the chain that is open, for all that come after in it. */
+  /** Damage of a file of the open chain, which makes all later backups of the chain unreadable. */
   let broken: OperationError | undefined;
   let before: { readonly point: Point; readonly hashes: BlockHashes | undefined } | undefined;
   try {
@@ -75,7 +75,7 @@ export async function* verifyBackups(
   }
 }
 
-/** Errors: DAMAGED if the manifest says another one than the image has. */
+/** Errors: DAMAGED (the manifest has another hash than the image). */
 async function verifySha256(
   { home }: BackupFiles,
   { id, sha256 }: Point,
@@ -94,7 +94,7 @@ async function verifySha256(
   );
 }
 
-/** Compare what is stored with its hashes; `before`: the hashes of the backup below the uppermost increment, if right. */
+/** Compare what is stored with the hashes. `before`: the hashes of the backup before, if that was found intact. */
 async function verifyStored(
   chain: Chain,
   hashes: BlockHashes,
@@ -116,7 +116,7 @@ async function verifyStored(
       signal?.throwIfAborted();
       await chain.readChecked(hashes, index);
     } else if (++looked % BLOCKS_AT_ONCE === 0) {
-      // Promises alone never let a signal in.
+      // Signals are only delivered between turns of the event loop.
       await new Promise((resolve) => setImmediate(resolve));
       signal?.throwIfAborted();
     }
@@ -124,7 +124,7 @@ async function verifyStored(
   }
 }
 
-/** What is stored of it is read, the rest is zeros. */
+/** The image of a chain: what is stored is read, the rest is zeros. */
 export function imageOf(chain: Chain): Image {
   return {
     size: chain.size,
