@@ -6,7 +6,7 @@
  *     node tools/bundle.mjs        part of 'npm run build'
  *
  * The files are CommonJS, which Node loads faster than ES modules. Nothing is minified; the source maps beside them lead from
- * a stack trace to the line in src/ (src/cli/readable-stack.ts reads them when there is one to print).
+ * a stack trace to the line in src/ (src/system/readable-stack.ts reads them when there is one to print).
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -40,6 +40,7 @@ const FILES = {
     'run-as-owner.ts',
     'interrupted-fill.ts',
     'missing-option.ts',
+    'interrupt.ts',
     'progress.ts',
     'file-errors.ts',
     'descriptor-limit.ts',
@@ -52,9 +53,9 @@ const FILES = {
   vdi: ['open-directly.ts'],
   'local-store': ['local-store.ts'],
   nbd: ['nbd/src/index.ts'],
-  cluster: ['sheep-store.ts', 'cli/cluster.ts', 'cluster-report.ts', 'check-deep.ts', 'deep-check.ts'],
+  cluster: ['sheep-store.ts', 'cli/cluster.ts', 'inspect-cluster.ts', 'check-deep.ts'],
   copy: ['cli/backup.ts', 'cli/restore.ts', 'cli/import.ts', 'cli/export.ts', 'cli/migrate.ts'],
-  serve: ['cli/serve.ts', 'daemon/daemon.ts', 'log-output.ts', 'exit-now.ts', 'pino/pino.js'],
+  serve: ['cli/serve.ts', 'daemon/daemon-process.ts'],
 };
 
 /** Native code cannot be bundled: these packages are installed beside us. */

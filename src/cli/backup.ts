@@ -1,15 +1,15 @@
-/** `sheepgate backup`: a VDI in use goes to a directory of backups, or into an image kept up to date. */
+/** `sheepgate backup`: backs a VDI up, in use or not, to a directory of backups or to an image that is kept up to date. */
 import { Command, InvalidArgumentError, Option } from 'commander';
+import { holdingOwner } from '../jobs/backup/hold-owner.js';
 import { takeBackup, type Taken } from '../jobs/backup/take-backup.js';
+import { FrozenMoment } from '../jobs/freeze.js';
 import { asFileError } from '../jobs/file-errors.js';
-import { asOperationError, OperationError, type Operations } from '../operations/operations.js';
-import { explainIdentity, takeOwner } from '../operations/run-as-owner.js';
-import { directoryOf } from '../store/locations.js';
+import { asOperationError, OperationError } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { FrozenMoment, withFreezeOptions, type FreezeOptions } from '../jobs/freeze.js';
+import { freezingOf, withFreezeOptions, type FreezeOptions } from './freeze-options.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine, printNote } from './output.js';
-import { startProgress } from './progress.js';
+import { onStderr } from './reporting.js';
 import { formatSize } from '../text/size.js';
 
 interface BackupOptions extends CommonOptions, FreezeOptions {
@@ -52,40 +52,37 @@ export function backupCommand(): Command {
     .addHelpText('after', HELP);
   return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
     const startedAt = performance.now();
+    const freezing = freezingOf(options);
     const notes: string[] = [];
     const log = (line: string): void => {
       notes.push(line);
       if (!options.json) printNote(line);
     };
-    // It opens the store several times, perhaps hours apart.
+    // The job opens the store several times, perhaps hours apart; another version may be installed meanwhile.
     const { loadEverything } = await import('../operations/open-operations.js');
     await loadEverything();
     const taken = await interruptible(async (signal) => {
-      const moment = new FrozenMoment(options, signal);
-      const identity = new HeldIdentity();
-      const withStore = <T>(work: (operations: Operations) => Promise<T>): Promise<T> =>
-        withOperations(options, async (operations) => {
-          identity.hold(operations);
-          return work(operations);
-        });
-      const result = await takeBackup(withStore, {
-        vdi: name,
-        to: options.to,
-        keep: options.keep,
-        isFull: options.full ?? false,
-        compares: options.compare ?? false,
-        keepsBase: options.base,
-        verifies: options.verify,
-        sha256: options.sha256 ?? false,
-        moment: moment.during,
-        progress: startProgress,
-        log,
-        signal,
-      })
-        .catch((error: unknown) => {
-          throw asFileError(withAdvice(identity.explain(error), options), options.to);
-        })
-        .finally(() => identity.leave());
+      const moment = new FrozenMoment(freezing, { log: printNote, signal });
+      const result = await holdingOwner(
+        (work) => withOperations(options, work),
+        (withStore) =>
+          takeBackup(withStore, {
+            vdi: name,
+            to: options.to,
+            keep: options.keep,
+            isFull: options.full ?? false,
+            compares: options.compare ?? false,
+            keepsBase: options.base,
+            verifies: options.verify,
+            sha256: options.sha256 ?? false,
+            moment: moment.during,
+            progress: onStderr.progress,
+            log,
+            signal,
+          }),
+      ).catch((error: unknown) => {
+        throw asFileError(withAdvice(error, options), options.to);
+      });
       moment.throwIfFrozen(`${name} was backed up as ${result.point.id}`);
       return result;
     });
@@ -93,29 +90,7 @@ export function backupCommand(): Command {
   });
 }
 
-/**
- * The store is opened several times, and the target belongs to one user: whoever this process was while it had the store
- * open the first time, it is to the end.
- */
-class HeldIdentity {
-  #leave: (() => void) | undefined;
-
-  hold({ isDaemon, store }: Operations): void {
-    const directory = directoryOf(store);
-    if (this.#leave !== undefined || isDaemon || directory === undefined) return;
-    this.#leave = takeOwner(directory);
-  }
-
-  explain(error: unknown): unknown {
-    return explainIdentity(error);
-  }
-
-  leave(): void {
-    this.#leave?.();
-  }
-}
-
-/** A store on a read-only filesystem can be backed up all the same. */
+/** A store on a read-only filesystem can be backed up without a snapshot. */
 function withAdvice(error: unknown, options: BackupOptions): unknown {
   const expected = asOperationError(error);
   if (expected?.code !== 'READ_ONLY' || !options.base) return error;

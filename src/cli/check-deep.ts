@@ -1,15 +1,16 @@
 /**
- * `sheepgate check --deep`: what the nodes of a cluster have, compared. Owns which cluster that is, and how the report looks;
- * it goes to the nodes itself, also where a daemon serves the cluster: nothing is changed, and the daemon has other work.
+ * `sheepgate check --deep`: compares the copies on the nodes of a cluster. Owns the choice of the cluster and the form of the
+ * report. Reads from the nodes directly, even if a daemon serves the cluster: it changes nothing, and spares the daemon the work.
  */
+import type { Progress } from '../jobs/reporting.js';
+import type { DeepReport } from '../operations/inspect-cluster.js';
 import { OperationError } from '../operations/operations.js';
 import { CLUSTER } from '../store/locations.js';
-import type { DeepReport } from '../store/sheep/deep/deep-check.js';
 import type { CheckOptions } from './check.js';
 import { chosenStore } from './common-options.js';
 import { interruptible } from './interrupt.js';
 import { printJson, printLine, printNote } from './output.js';
-import { startProgress, type Progress } from './progress.js';
+import { startProgress } from './progress.js';
 import { formatSize } from '../text/size.js';
 
 export async function checkDeep(options: CheckOptions): Promise<void> {
@@ -31,12 +32,10 @@ export async function checkDeep(options: CheckOptions): Promise<void> {
 }
 
 async function readAll(location: string, options: CheckOptions, signal: AbortSignal): Promise<DeepReport> {
-  const { SheepStore } = await import('../store/sheep/sheep-store.js');
-  const { deepCheck } = await import('../store/sheep/deep/deep-check.js');
-  const store = await SheepStore.open(location, { log: printNote, signal });
+  const { deepCheckCluster } = await import('../operations/inspect-cluster.js');
   let progress: Progress | undefined;
   try {
-    return await deepCheck(store.cluster, {
+    return await deepCheckCluster(location, {
       rate: options.rate,
       settleMs: options.settle === undefined ? undefined : options.settle * 1000,
       signal,
@@ -46,12 +45,8 @@ async function readAll(location: string, options: CheckOptions, signal: AbortSig
         advance: (bytes) => progress?.advance(bytes),
       },
     });
-  } catch (error) {
-    signal.throwIfAborted();
-    throw error;
   } finally {
     progress?.end();
-    await store.close();
   }
 }
 
@@ -60,7 +55,7 @@ function summary({ vdis, objects, bytesRead, problems, stoppedBy }: DeepReport):
   return `${read}, ${problems.length} problems${stoppedBy ? '; not all was read' : ''}`;
 }
 
-/** Errors: BAD_USAGE of a local store. */
+/** Errors: BAD_USAGE (a local store). */
 async function clusterOf(options: CheckOptions): Promise<string> {
   const { store, control, isStoreGiven } = chosenStore(options);
   if (CLUSTER.isLocation(store)) return store;

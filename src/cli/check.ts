@@ -1,11 +1,11 @@
-/** `sheepgate check`: compare what the maps of a store say with the objects that are there. */
+/** `sheepgate check`: compares the maps of a store with its objects. */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../operations/operations.js';
 import { sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { endedJson, endedLines, printJson, printLine } from './output.js';
 import { formatSize } from '../text/size.js';
 
-/** Slower than this a check of anything does not end. */
+/** At a lower rate a check would not come to an end. */
 const MIN_RATE = 2 ** 20;
 const MAX_SETTLE_SECONDS = 3600;
 

@@ -1,6 +1,6 @@
 /**
- * `sheepgate client disconnect`: cut connections off, and keep their clients from writing for a while. Owns that it only says "cut
- * off" of a connection whose last request has ended.
+ * `sheepgate client disconnect`: cuts connections off, and keeps their clients from writing for a while. Reports a connection as
+ * cut off only when its last request has ended.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { MAX_KEEP_OUT_MS } from '../operations/control-protocol.js';
@@ -9,9 +9,9 @@ import { clientJson } from './client-list.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine } from './output.js';
 
-/** Clients that connect again by themselves do so at once, or after some seconds: somebody else is to come before them. */
+/** Clients that reconnect do so at once or after some seconds: this gives another client the time to come first. */
 const DEFAULT_KEEP_OUT_S = 60;
-/** Each takes a control connection, of which there are few: a client may have hundreds to be cut off. */
+/** Each takes a control connection, of which there are few; a client may have hundreds of connections to cut off. */
 const AT_A_TIME = 16;
 
 interface DisconnectOptions extends CommonOptions {
@@ -40,7 +40,7 @@ export function clientDisconnectCommand(): Command {
       const settled: PromiseSettledResult<Disconnected>[] = [];
       for (let at = 0; at < ids.length; at += AT_A_TIME) {
         const asked = ids.slice(at, at + AT_A_TIME).map((id) => operations.disconnect(id, { keepOutMs }));
-        // Each of them, also if one is not there.
+        // All of them, even if one fails.
         settled.push(...(await Promise.allSettled(asked)));
       }
       for (const result of settled) if (result.status === 'fulfilled' && !options.json) printLine(textOf(result.value));

@@ -32,7 +32,7 @@ function row(status: ConnectionStatus): string[] {
     String(id),
     status.export ?? '-',
     access ?? '-',
-    // The port of a TCP client tells it from others of the same address.
+    // The port distinguishes TCP clients of the same address.
     client === undefined || client === null ? peer : peer.startsWith('tcp ') ? `${client}, ${peer.slice(4)}` : client,
     formatTime(Date.parse(openedAt)),
     formatSize(bytesRead),
@@ -40,7 +40,7 @@ function row(status: ConnectionStatus): string[] {
   ];
 }
 
-/** A connection in JSON: what the daemon says of it, with null for what an earlier version does not. */
+/** A connection in JSON, as the daemon reports it; null for fields that an earlier version does not have. */
 export function clientJson({ client, access, ...status }: ConnectionStatus): object {
   return { ...status, client: client ?? null, access: access ?? null };
 }

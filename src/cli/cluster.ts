@@ -1,18 +1,22 @@
 /**
- * `sheepgate cluster info` and `sheepgate node list`: what a Sheepdog cluster and each of its nodes say of themselves. No
- * daemon is asked: this is for when things are not as they should be.
+ * `sheepgate cluster info` and `sheepgate node list`: the state of a Sheepdog cluster and of each of its nodes, as they report
+ * it. Works without a daemon, because it is for when something is wrong.
  */
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { OperationError } from '../operations/operations.js';
-import { addressLabel } from '../store/sheep/cluster-address.js';
-import type { ClusterReport, NodeState } from '../store/sheep/cluster-report.js';
-import { clusterState } from '../store/sheep/cluster-state.js';
+import {
+  addressLabel,
+  clusterState,
+  readClusterReport,
+  type ClusterReport,
+  type NodeState,
+} from '../operations/inspect-cluster.js';
 import { withCommonOptions, type CommonOptions } from './common-options.js';
 import { formatTime, printJson, printLine, table } from './output.js';
 import { redundancyJson, redundancyText } from './redundancy-output.js';
 import { formatSize } from '../text/size.js';
 
-/** Changes of the members that are shown, and the most that can be: nodes read a file for each. */
+/** Epochs that are shown, and the maximum: nodes read a file for each. */
 const DEFAULT_EPOCHS = 10;
 const MAX_EPOCHS = 1000;
 
@@ -80,11 +84,10 @@ function listCommand(): Command {
   });
 }
 
-async function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
+function stateOf(options: CommonOptions, epochs: number): Promise<ClusterReport> {
   if (options.cluster === undefined) {
     throw new OperationError('NO_CLUSTER', 'which cluster? give --cluster HOST[:PORT]');
   }
-  const { readClusterReport } = await import('../store/sheep/cluster-report.js');
   return readClusterReport(options.cluster, { epochs });
 }
 
@@ -136,7 +139,7 @@ function spaceText(nodes: readonly NodeState[]): string {
   return `${formatSize(size - free)} used of ${formatSize(size)}, ${formatSize(free)} free${besides}`;
 }
 
-/** Null if no node says: of a cluster that does not serve, none does. */
+/** Null if no node reports its space, as in a cluster that does not serve. */
 function spaceOf(nodes: readonly NodeState[]): {
   readonly size: number | null;
   readonly free: number | null;
@@ -174,7 +177,7 @@ function totalOf(nodes: readonly NodeState[]): { readonly done: number; readonly
 
 function progressText({ done, total }: { readonly done: number; readonly total: number }): string {
   if (total === 0) return 'being prepared';
-  // 100 % are not said before it is over.
+  // 100 % only at the end.
   return `${done} of ${total} objects (${Math.min(99, Math.floor((100 * done) / total))} %)`;
 }
 

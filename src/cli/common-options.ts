@@ -1,6 +1,6 @@
 /**
- * The options that every command has, and what they mean: which store, through which daemon, for people or machines.
- * Owns the way from parsed options to Operations and back to the end of the process's work on them.
+ * The options of every command: the store, its daemon, and the form of the output. Owns how parsed options become Operations,
+ * and that these are closed.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -42,7 +42,7 @@ export function withCommonOptions(command: Command): Command {
     .option('--json', 'print JSON');
 }
 
-/** --force, of commands that replace something or take it away. */
+/** --force, of commands that replace or remove something. */
 export function forceOption(): Option {
   return new Option('--force', 'also if a client that was cut off from it may come back: it will not');
 }
@@ -65,12 +65,12 @@ function clusterArgument(text: string): string {
 export interface ChosenStore {
   /** A directory, or a cluster's location. */
   readonly store: string;
-  /** The store was asked for by name, so nothing but this one will do. */
+  /** The operator named the store, so a daemon of another store is an error. */
   readonly isStoreGiven: boolean;
   readonly control: string | undefined;
 }
 
-/** The store the options and the environment name. What is on the command line wins. Errors: NO_STORE. */
+/** The store that the options name, or else the environment. Errors: NO_STORE. */
 export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = process.env): ChosenStore {
   if (options.cluster !== undefined) return { store: options.cluster, isStoreGiven: true, control: options.control };
   const given = options.store ?? (env.SHEEPGATE_STORE || undefined);
@@ -84,8 +84,8 @@ export function chosenStore(options: CommonOptions, env: NodeJS.ProcessEnv = pro
 }
 
 /**
- * Run `work` on the store that the options name, through its daemon if it has one. Without `mayCreate` there must be a
- * store: a mistyped directory is an error, not an empty store.
+ * Run `work` on the store that the options name, through its daemon if it has one. Without `mayCreate` the store must exist, so
+ * that a mistyped directory is an error and not an empty store. Errors: those of openOperations and of `work`.
  */
 export async function withOperations<T>(
   options: CommonOptions,
@@ -93,9 +93,9 @@ export async function withOperations<T>(
   { mayCreate = false, store }: { readonly mayCreate?: boolean; readonly store?: StoreOptions } = {},
 ): Promise<T> {
   const place = chosenStore(options);
-  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  // Loaded late: loading a store's native libraries takes a while, and usage errors and --help do not need them.
   const { openOperations } = await import('../operations/open-operations.js');
-  // Before the store is opened: as its owner this process may not be able to read its own program.
+  // Loaded before the store is opened: with the identity of its owner this process may not be able to read its own program.
   const { explainIdentity } = await import('../operations/run-as-owner.js');
   const operations = await openOperations({
     ...place,
@@ -114,7 +114,7 @@ export async function withOperations<T>(
 
 const noted = new Set<string>();
 
-/** A command that opens its store several times says what it finds there once. */
+/** A note is printed once, even if the command opens its store several times. */
 function noteOnce(line: string): void {
   if (!noted.has(line)) printNote(line);
   noted.add(line);

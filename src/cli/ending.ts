@@ -1,7 +1,7 @@
 /**
- * The end of the process as far as it may have to wait: for its last words to be written, and for whatever keeps Node running.
- * Commands end by themselves and write to stderr as it is; `serve` says here how it ends within a bound (LastSteps), though
- * nobody reads its log and a node or a disk does not answer.
+ * The end of the process: its last lines on stderr, and whatever still keeps Node running. Most commands write to stderr directly
+ * and end by themselves. `serve` replaces the last steps (endBy), so that it ends within a time limit even if its log is not read
+ * and a node or a disk does not answer.
  */
 
 import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
@@ -9,7 +9,7 @@ import { isJournal, withPriorities } from '../daemon/log/journal-priorities.js';
 export interface LastSteps {
   /** In place of process.stderr. */
   say(text: string): void;
-  /** All is done, and said; the exit code is known. */
+  /** Called when everything is done and said, with the exit code. */
   finish(code: number): Promise<void>;
 }
 
@@ -24,7 +24,7 @@ export function endBy(those: LastSteps): void {
   steps = those;
 }
 
-/** A line on stderr, whoever reads it. */
+/** Write a line to stderr, or to the log of `serve`. */
 export function lastWords(text: string): void {
   steps.say(text);
 }

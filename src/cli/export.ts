@@ -1,14 +1,14 @@
 /** `sheepgate export`: a VDI or snapshot becomes a raw, sparse disk image, in a file or on stdout. */
 import { Command } from 'commander';
-import { OperationError, type Operations } from '../operations/operations.js';
+import { OperationError } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import type { Copied } from '../jobs/disk-copy.js';
-import { isStdout, openTarget, type ImageTarget } from '../jobs/image-target.js';
+import { exportImage } from '../jobs/export-image.js';
+import { isStdout } from '../jobs/image-target.js';
 import { interruptible } from './interrupt.js';
 import { missingOption, storeOptions } from './missing-option.js';
 import { printJson } from './output.js';
 import { printable } from '../text/printable.js';
-import { startProgress } from './progress.js';
+import { onStderr } from './reporting.js';
 import { formatSize } from '../text/size.js';
 
 const HELP = `
@@ -38,44 +38,16 @@ export function exportCommand(): Command {
       throw new OperationError('BAD_USAGE', '--json and the image cannot both go to stdout; leave --json out');
     }
     const startedAt = performance.now();
-    // From before the file is made to after it has its name: whatever interrupts this, no half of one is left.
-    const { size, copied } = await interruptible(async (signal) => {
-      const target = await openTarget(file, options.force ?? false, signal);
-      try {
-        const copying = (operations: Operations): Promise<Exported> => copyOut(operations, spec, target, signal);
-        const done = await withOperations(options, copying, { store: storeOptions(options) });
-        await target.finish();
-        return done;
-      } catch (error) {
-        await target.abandon();
-        throw error;
-      }
-    });
+    const { size, copied } = await interruptible((signal) =>
+      exportImage((work) => withOperations(options, work, { store: storeOptions(options) }), spec, file, {
+        ...onStderr,
+        mayReplace: options.force ?? false,
+        signal,
+      }),
+    );
     const seconds = (performance.now() - startedAt) / 1000;
     if (options.json) return printJson({ vdi: spec, file, size, ...copied, seconds });
     const what = `exported ${formatSize(size)} of ${spec} in ${seconds.toFixed(1)} s`;
     process.stderr.write(`${printable(what)}: ${formatSize(copied.dataBytes)} of data\n`);
   });
-}
-
-interface Exported {
-  readonly size: number;
-  readonly copied: Copied;
-}
-
-async function copyOut(
-  operations: Operations,
-  spec: string,
-  target: ImageTarget,
-  signal: AbortSignal,
-): Promise<Exported> {
-  signal.throwIfAborted();
-  const disk = await operations.openDisk(spec);
-  const progress = startProgress(`exporting ${spec}`, disk.size);
-  try {
-    return { size: disk.size, copied: await target.copy(disk, progress, signal) };
-  } finally {
-    progress.end();
-    await disk.close();
-  }
 }

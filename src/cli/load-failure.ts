@@ -1,6 +1,6 @@
 /**
- * What is said if the program cannot load a part of itself: a native library that was not installed, or was built for another
- * system, or a file that is gone because another version was installed meanwhile. That is no fault to report.
+ * The message if a part of the program cannot be loaded: a native library that was not installed or was built for another system,
+ * or a file that is gone because another version was installed meanwhile. These are not internal errors.
  */
 
 /** Messages of koffi 3 and of lmdb 3 (node-gyp-build-optional-packages), which have no code. */

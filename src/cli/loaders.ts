@@ -1,6 +1,6 @@
 /**
- * Loads the command that is asked for and not the others: reading their modules takes longer than most commands do. Owns
- * the decision which that is; what cannot be told from the first word (help, options, a name that is wrong) loads them all.
+ * Loads only the command that is called: loading the modules of all commands takes longer than most commands run. Owns the
+ * decision which command that is. Help, options and unknown names load all of them.
  */
 import type { Command } from 'commander';
 

@@ -1,24 +1,25 @@
 /**
- * The command line: the tree of commands, and how any of them ends. Owns exit codes (0 done, 1 failed with one line on
- * stderr, 2 wrong usage) and the last word on errors; what commands do is in their own files.
+ * The command line: the tree of commands, and how each of them ends. Owns the exit codes (0 done, 1 failed with one line on
+ * stderr, 2 wrong usage) and the form of error messages. Each command is a file of its own.
  */
 import { Command, CommanderError } from 'commander';
 import { asOperationError, type OperationError } from '../operations/operations.js';
 import { isSystemError, reasonOf, systemMessage } from '../system/system-error.js';
 import { finish, lastWords } from './ending.js';
-import { endBySignal, InterruptedError } from './interrupt.js';
+import { endBySignal } from '../system/end-by-signal.js';
+import { InterruptedError } from '../system/interrupted-error.js';
 import { addCommands, type Loaders } from './loaders.js';
 import { missingPart } from './load-failure.js';
 import { printable } from '../text/printable.js';
-import { readableStack } from './readable-stack.js';
+import { readableStack } from '../system/readable-stack.js';
 import { version } from './version.js';
 
 const EXIT_FAILED = 1;
 const EXIT_USAGE = 2;
-/** A full disk, as a store says it, and as a daemon answers it. */
+/** Codes of a full disk, from a store and from a daemon. */
 const SPACE_CODES = new Set(['NO_SPACE', 'ENOSPC']);
 
-/** commander answers these by itself. */
+/** Options that commander answers by itself. */
 const VERSION_OPTIONS = new Set(['--version', '-V']);
 
 const COMMANDS: Loaders = {
@@ -54,7 +55,7 @@ async function programme(words: readonly string[]): Promise<Command> {
   return program;
 }
 
-/** commander exits with 1 for wrong usage, and does not hand its settings down to commands that are added whole. */
+/** commander would exit with 1 for wrong usage. Its settings are not inherited by commands that are added later. */
 function throwInsteadOfExiting(command: Command): void {
   command.exitOverride();
   command.showSuggestionAfterError(true);
@@ -64,9 +65,9 @@ function throwInsteadOfExiting(command: Command): void {
   for (const child of command.commands) throwInsteadOfExiting(child);
 }
 
-/** The line and the exit code for whatever a command threw. */
+/** Print the line for an error that a command threw; returns the exit code. */
 function endWith(error: unknown): number {
-  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : EXIT_USAGE; // commander has said it
+  if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : EXIT_USAGE; // commander has printed it
   if (error instanceof InterruptedError) {
     lastWords(`sheepgate: ${error.message}\n`);
     return error.exitCode;
@@ -89,7 +90,7 @@ function endWith(error: unknown): number {
   return EXIT_FAILED;
 }
 
-/** What a store says of its disk does not say what to do. */
+/** A store's message about a full disk, with what to do. */
 function withWayOut({ code, message }: OperationError): string {
   if (!SPACE_CODES.has(code) || message.includes('; ')) return message;
   return `${message}; make room on that filesystem, or delete VDIs and snapshots that are not needed`;
@@ -99,24 +100,24 @@ function oneLine(text: string): string {
   return printable(text.replaceAll(/\s*\n\s*/g, ' '));
 }
 
-// `sheepgate vdi list | head`: whoever reads no further wants no error either. Without a reader there is nothing to say.
-// Commands that have more to lose than a line (an image, a daemon) listen themselves.
+// `sheepgate vdi list | head`: a reader that stops reading is no error. Commands that write more than lines to stdout (an image)
+// have listeners of their own.
 process.stdout.on('error', (error: NodeJS.ErrnoException) => {
   if (process.stdout.listenerCount('error') > 1) return;
   if (error.code === 'EPIPE') process.exit(process.exitCode ?? 0);
   process.stderr.write(`sheepgate: cannot write to stdout: ${reasonOf(error)}\n`);
   process.exit(EXIT_FAILED);
 });
-// A note that nobody reads is no reason to end.
+// A note that cannot be written does not end the command.
 process.stderr.on('error', () => undefined);
-// A fault of ours ends the process by a signal: leaving it to Node can wait for ever (see endBySignal).
+// An internal error ends the process by a signal: Node's own exit can wait for ever (see endBySignal).
 process.on('uncaughtException', (error) => {
   process.stderr.write(`sheepgate: internal error, please report it: ${readableStack(error)}\n`);
   endBySignal('SIGABRT');
 });
 
 let isOver = false;
-// Nothing is under way any more, and the command has not come to its end: that must not look like success.
+// Node has nothing left to do, but the command has not ended: that must not look like success.
 process.once('beforeExit', () => {
   if (isOver) return;
   process.stderr.write('sheepgate: internal error, please report it: the command stopped before its end\n');
@@ -132,7 +133,7 @@ async function main(): Promise<void> {
     const code = endWith(error);
     await finish(code);
     isOver = true;
-    // What was printed goes out first; a pipe takes it later. An interrupted image need not.
+    // Output that a pipe has not taken yet is written first, except for an interrupted image.
     if (error instanceof InterruptedError) process.exit(code);
     if (process.stdout.writableLength > 0) process.stdout.once('drain', () => process.exit(code));
     else process.exitCode = code;

@@ -1,16 +1,16 @@
 /** `sheepgate migrate`: a VDI with its snapshots, from one store or cluster to another. */
 import { Command, Option } from 'commander';
-import { OperationError, type Operations } from '../operations/operations.js';
-import { closeAfter } from '../system/close-after.js';
+import { migrateVdi, type Migrated, type MigrationResult, type Verify } from '../jobs/migration/migrate-vdi.js';
+import { withTwoStores, type StorePlace } from '../jobs/migration/two-stores.js';
+import { OperationError } from '../operations/operations.js';
 import { forceOption } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
-import { Migration, type Migrated, type MigrationResult, type Verify } from '../jobs/migration.js';
-import { printJson, printLine, table } from './output.js';
+import { printJson, printLine, printNote, table } from './output.js';
 import { missingOption, storeOptions } from './missing-option.js';
-import { openStoreArgument, storeArgument, type StoreArgument } from './store-argument.js';
-import { directoryOf, LOCATION_SYNTAX } from '../store/locations.js';
-import { checkName, formatSpec, parseSpec } from '../vdi/names.js';
+import { onStderr } from './reporting.js';
+import { storeArgument } from './store-argument.js';
+import { LOCATION_SYNTAX } from '../store/locations.js';
 import { formatSize } from '../text/size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 
@@ -83,95 +83,34 @@ async function migrate(name: string, options: MigrateOptions): Promise<void> {
   if (options.sync && options.verify === 'only') {
     throw new OperationError('BAD_USAGE', '--sync copies, --verify only does not; leave out one of them');
   }
-  const { result, newName } = await withBoth(options, (source, target) =>
-    interruptible(async (signal) => {
-      const own = await nameOf(source, name);
-      const newName = options.as ?? own;
-      if (options.as === undefined && formatSpec({ name: own, tag: undefined }) !== own) {
-        throw new OperationError(
-          'BAD_NAME',
-          `${name} cannot have its name in ${options.to}; give another one with --as`,
-        );
-      }
-      checkName(newName);
-      const migration = new Migration(source, target, {
-        name: own,
-        newName,
+  const { from, to, verify } = options;
+  const source: StorePlace = {
+    location: from,
+    control: options.fromControl,
+    mayCreate: false,
+    options: storeOptions(options),
+  };
+  const target: StorePlace = { location: to, control: options.toControl, mayCreate: verify !== 'only' };
+  const { newName, ...result } = await withTwoStores(source, target, printNote, (fromStore, toStore) =>
+    interruptible((signal) =>
+      migrateVdi(fromStore, toStore, name, {
+        ...onStderr,
+        as: options.as,
         renamesTags: options.renameTags ?? false,
         sync: options.sync ?? false,
-        verify: options.verify,
+        verify,
         sha256: options.sha256 ?? false,
         isReadOnly: options.missing !== undefined,
         redundancy: options.copies,
         blockSizeShift: options.blockSizeShift,
         force: options.force,
         signal,
-      });
-      return { result: await migration.run(), newName };
-    }),
+      }),
+    ),
   );
   const seconds = (performance.now() - startedAt) / 1000;
-  const { from, to, verify } = options;
   if (options.json) return void printJson({ name, newName, from, to, verify, ...result, seconds });
   printResult(name, newName, options, result, seconds);
-}
-
-/**
- * Run `work` on both stores. Errors: BAD_USAGE if they are one, and those of opening.
- *
- * For a store root may become its owner. So a cluster is opened before and closed after a store: what this host remembers
- * of it, and the daemon that may serve it, are root's.
- */
-async function withBoth<T>(
-  options: MigrateOptions,
-  work: (source: Operations, target: Operations) => Promise<T>,
-): Promise<T> {
-  const { from, to } = options;
-  const { isSameStore } = await import('../operations/open-operations.js');
-  // Before the stores are opened: as another user this process may not be able to read its own program.
-  const { explainIdentity } = await import('../operations/run-as-owner.js');
-  const same = (): OperationError =>
-    new OperationError(
-      'BAD_USAGE',
-      `--from and --to are the same, ${from}; 'sheepgate vdi clone' copies within a store`,
-    );
-  if (isSameStore(from, to)) throw same();
-  const source: StoreArgument = {
-    location: from,
-    control: options.fromControl,
-    mayCreate: false,
-    options: storeOptions(options),
-  };
-  const target: StoreArgument = { location: to, control: options.toControl, mayCreate: options.verify !== 'only' };
-  const isTargetFirst = directoryOf(to) === undefined && directoryOf(from) !== undefined;
-  const explained = <R>(part: () => Promise<R>): Promise<R> =>
-    part().catch((error: unknown) => {
-      throw explainIdentity(error);
-    });
-  const first = await openStoreArgument(isTargetFirst ? target : source);
-  return closeAfter(first, () =>
-    explained(async () => {
-      const second = await openStoreArgument(isTargetFirst ? source : target);
-      return closeAfter(second, () =>
-        explained(async () => {
-          // One cluster by two of its nodes, one directory by two of its names.
-          if (first.identity === second.identity) throw same();
-          // By now this process may be somebody whom the daemon of the first does not let in.
-          if (first.isDaemon && !second.isDaemon) await first.list();
-          return isTargetFirst ? work(second, first) : work(first, second);
-        }),
-      );
-    }),
-  );
-}
-
-/** Whatever way the VDI is said. Errors: BAD_NAME, NO_VDI. */
-async function nameOf(source: Operations, text: string): Promise<string> {
-  const { name, tag, vid } = parseSpec(text);
-  if (tag !== undefined) {
-    throw new OperationError('BAD_NAME', `"${text}": a VDI is migrated with all its snapshots; give its name alone`);
-  }
-  return vid === undefined ? name : (await source.show(text)).name;
 }
 
 function printResult(

@@ -1,4 +1,4 @@
-/** --missing, for commands that can do with what a damaged cluster has left. */
+/** --missing, for commands that can work on what is left of a damaged cluster. */
 import { Option } from 'commander';
 import type { StoreOptions } from '../store/locations.js';
 
@@ -9,7 +9,7 @@ export function missingOption(): Option {
   ).choices(['zero']);
 }
 
-/** Undefined if the store is opened as it is. */
+/** Undefined without --missing. */
 export function storeOptions({ missing }: { readonly missing?: 'zero' }): StoreOptions | undefined {
   return missing === undefined ? undefined : { missing };
 }

@@ -1,7 +1,6 @@
 /**
- * How results look: aligned tables and local times for people, one JSON value with stable fields for machines. Owns the
- * field names of `--json`, and that nothing of what others chose reaches the terminal as a control sequence; asks nobody
- * anything.
+ * The form of results: aligned tables and local times for people, one JSON value with stable fields for programs. Owns the field
+ * names of `--json`, and that names and tags reach the terminal without control sequences.
  */
 import { redundancyJson } from './redundancy-output.js';
 import { printable, printableJson } from '../text/printable.js';
@@ -17,19 +16,19 @@ export function printLine(line: string): void {
   process.stdout.write(`${printable(line)}\n`);
 }
 
-/** One line on stderr about something that is no failure. */
+/** One line on stderr about something that is not a failure. */
 export function printNote(line: string): void {
   process.stderr.write(`sheepgate: note: ${printable(line)}\n`);
 }
 
-/** Columns as wide as their widest cell; `right` names those that are aligned to the right. */
+/** A table with columns as wide as their widest cell; `right` names the columns that are aligned to the right. */
 export function table(
   header: readonly string[],
   cells: readonly (readonly string[])[],
   right: readonly string[] = [],
 ): string {
   const rows = cells.map((row) => row.map(printable));
-  // Not Math.max(...): there may be more rows than a call takes arguments.
+  // Not Math.max(...): there may be more rows than a call can have arguments.
   const widths = header.map((title, i) =>
     rows.reduce((width, row) => Math.max(width, row[i]?.length ?? 0), title.length),
   );
@@ -55,15 +54,20 @@ export function formatVid(vid: number): string {
   return vid.toString(16);
 }
 
-/** How to say it, where its name and tag do not: @ID or @=NAME. */
+/** The spec that finds it, @ID or @=NAME, where that is not its name and tag. */
 export function otherSpec(record: VdiRecord): string | undefined {
   const spec = specOf(record);
   return spec === labelOf(record) ? undefined : spec;
 }
 
-/** NAME or NAME@TAG, to be read; what finds it again is `specOf`. */
+/** NAME or NAME@TAG for people; `specOf` gives what finds it. */
 export function labelOf(record: VdiRecord): string {
   return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+}
+
+/** Its clients, and the temporary snapshots that are kept for clients. Earlier daemons do not report them. */
+export function usersOf({ clients = [], kept = [] }: Partial<VdiDetails>): Pick<VdiDetails, 'clients' | 'kept'> {
+  return { clients, kept };
 }
 
 /** A VDI in JSON. Times are ISO 8601 in UTC; null for what does not apply. */
@@ -87,13 +91,13 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
       exclusiveBytes: record.exclusiveBytes,
       ...(record.damage !== undefined && { damage: record.damage }),
       open: record.open,
-      clients: (record.clients ?? []).map(({ client, since, lostAt, until }) => ({
+      clients: usersOf(record).clients.map(({ client, since, lostAt, until }) => ({
         client,
         since: isoTime(since),
         lostAt: lostAt === null ? null : isoTime(lostAt),
         until: until === null ? null : isoTime(until),
       })),
-      kept: (record.kept ?? []).map(keptJson),
+      kept: usersOf(record).kept.map(keptJson),
     }),
     ...('writers' in record && {
       writers: (record.writers ?? []).map(({ client, isExclusive, firstWriteAt }) => ({
@@ -104,7 +108,7 @@ export function vdiJson(record: VdiRecord | VdiDetails | ShownVdi): object {
   };
 }
 
-/** As vdiJson has it, with null for all that is lost. */
+/** The fields of vdiJson, with null for those that are lost. */
 export function damagedJson({ vid, likelyName, isSnapshot, why }: DamagedVdi): object {
   const lost = { snapId: null, size: null, blockSizeShift: null, parentVid: null, createdAt: null, snapshotAt: null };
   return {
@@ -118,12 +122,12 @@ export function damagedJson({ vid, likelyName, isSnapshot, why }: DamagedVdi): o
   };
 }
 
-/** By which command, and since when it is. */
+/** The command that fills it, and since when. */
 export function unfinishedJson(unfinished: VdiRecord['unfinished']): object | null {
   return unfinished ? { by: unfinished.by, since: isoTime(unfinished.since) } : null;
 }
 
-/** `ended`, the temporary snapshots that ended with what was done, if there are any; earlier daemons do not say. */
+/** `ended`: the temporary snapshots that the operation ended, if any. Earlier daemons do not report them. */
 export function endedJson({ ended }: Partial<Ended>): object {
   return ended?.length ? { ended: ended.map(keptJson) } : {};
 }

@@ -1,16 +1,10 @@
-/** Progress of long work: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
+/** The progress of a job: one line on stderr that overwrites itself, on a terminal only. Never on stdout. */
+import type { Progress } from '../jobs/reporting.js';
 import { printable } from '../text/printable.js';
 import { formatSize } from '../text/size.js';
 
 const EVERY_MS = 200;
 const NOTHING: Progress = { advance: () => undefined, end: () => undefined };
-
-export interface Progress {
-  /** So many more bytes are dealt with. */
-  advance(bytes: number): void;
-  /** Remove the line. */
-  end(): void;
-}
 
 /** `total` in bytes, or undefined if it is not known. */
 export function startProgress(what: string, total: number | undefined, stream = process.stderr): Progress {

@@ -1,4 +1,4 @@
-/** How copies and erasure codes of a cluster look: in words for people, in JSON with stable fields. */
+/** Copies and erasure codes of a cluster, in words for people and in JSON with stable fields. */
 import type { Redundancy } from '../store/object-store.js';
 import { formatRedundancy, zonesFor } from '../store/redundancy.js';
 
@@ -8,7 +8,7 @@ export function redundancyText(redundancy: Redundancy): string {
   return `erasure code ${formatRedundancy(redundancy)}, ${zonesFor(redundancy)} strips of which ${redundancy.dataStrips} are enough`;
 }
 
-/** Null in a local store. Earlier daemons do not say. */
+/** Null for a local store, and from daemons of earlier versions. */
 export function redundancyJson(redundancy: Redundancy | undefined): object | null {
   if (redundancy === undefined) return null;
   return { policy: 'copies' in redundancy ? 'replicated' : 'erasure', ...redundancy };

@@ -1,11 +1,11 @@
-/** `sheepgate reload`: the daemon reads its TLS keys and access rules again, and says what came of it. */
+/** `sheepgate reload`: a daemon reads its TLS keys and access rules again, and reports the result. */
 import { Command } from 'commander';
 import type { ReloadReport } from '../operations/control-protocol.js';
 import { OperationError } from '../operations/operations.js';
 import { chosenStore, withCommonOptions, type CommonOptions } from './common-options.js';
 import { printJson, printLine, printNote } from './output.js';
 
-/** Reading a few files; of a share that does not answer it is not waited for. */
+/** Enough to read a few files; a network share that does not answer is not waited for. */
 const RELOAD_TIMEOUT_MS = 30_000;
 
 export function reloadCommand(): Command {
@@ -21,7 +21,7 @@ export function reloadCommand(): Command {
 
 async function reload(options: CommonOptions): Promise<void> {
   const place = chosenStore(options);
-  // Loaded late: the store's native parts take a while, and usage errors and --help need none of them.
+  // Loaded late: it takes a while, and usage errors and --help do not need it.
   const { controlOfDaemon } = await import('../operations/open-operations.js');
   const control = await controlOfDaemon(place);
   const report = await control.call<ReloadReport>('POST', '/reload', { body: {}, timeoutMs: RELOAD_TIMEOUT_MS });

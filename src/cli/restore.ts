@@ -1,15 +1,16 @@
-/** `sheepgate restore`: a backup becomes a VDI again; also shows what is kept, and whether it is whole. */
+/** `sheepgate restore`: makes a VDI from a backup, lists backups, and verifies them. */
 import { Command, Option } from 'commander';
-import { checkBackup, openPoint, pointAt, restoreBackup } from '../jobs/backup/restore-backup.js';
-import { BackupTarget, bytesOf } from '../jobs/backup/target.js';
+import { restoreFrom } from '../jobs/backup/restore-backup.js';
+import { BackupTarget } from '../jobs/backup/target.js';
+import { verifyTarget } from '../jobs/backup/verify-target.js';
+import type { WithStore } from '../jobs/with-store.js';
 import { asFileError } from '../jobs/file-errors.js';
 import { OperationError } from '../operations/operations.js';
-import { closeAfter } from '../system/close-after.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { interruptible } from './interrupt.js';
-import { formatTime, printJson, printLine, printNote, table } from './output.js';
-import { startProgress } from './progress.js';
+import { formatTime, printJson, printLine, table } from './output.js';
+import { onStderr } from './reporting.js';
 import { formatSize } from '../text/size.js';
 import { blockSizeShiftOption } from './vdi-create.js';
 
@@ -77,27 +78,16 @@ async function restore(
   signal: AbortSignal,
 ): Promise<void> {
   const startedAt = performance.now();
-  const point = pointAt(target, options.at);
-  const opened = await openPoint(target, point);
-  const { dataBytes } = await closeAfter(opened.chain, async () => {
-    // What is there is not given up for a backup that turns out to be damaged.
-    if (options.overwrite) await checkBackup(opened, { progress: startProgress, signal });
-    return withOperations(
-      options,
-      (operations) =>
-        restoreBackup(operations, opened, {
-          name,
-          blockSizeShift: options.blockSizeShift,
-          overwrites: options.overwrite ?? false,
-          redundancy: options.copies,
-          force: options.force,
-          verifies: options.verify ?? true,
-          progress: startProgress,
-          signal,
-          log: printNote,
-        }),
-      { mayCreate: true },
-    );
+  const withStore: WithStore = (work) => withOperations(options, work, { mayCreate: true });
+  const { point, dataBytes } = await restoreFrom(target, options.at, withStore, {
+    ...onStderr,
+    name,
+    blockSizeShift: options.blockSizeShift,
+    overwrites: options.overwrite ?? false,
+    redundancy: options.copies,
+    force: options.force,
+    verifies: options.verify ?? true,
+    signal,
   });
   const seconds = (performance.now() - startedAt) / 1000;
   const { id, time, size, treeHash, blockBytes, sha256 = null } = point;
@@ -144,7 +134,7 @@ function list(given: string, target: BackupTarget, options: RestoreOptions): voi
   process.stdout.write(table(['ID', 'TIME', 'KIND', 'SIZE', 'CHANGED', 'STORED', 'FILE'], rows, right));
 }
 
-/** What to open it with. */
+/** The file to open. */
 function fileOf(target: BackupTarget, index: number): string {
   const point = target.points[index];
   return target.image ?? (point ? target.fileOf(point) : '');
@@ -156,34 +146,21 @@ async function verify(
   options: RestoreOptions,
   signal: AbortSignal,
 ): Promise<void> {
-  const { points } = target;
-  const damage: { id: number; message: string }[] = [];
-  const progress = startProgress(
-    `verifying ${given}`,
-    bytesOf(points) + bytesOf(points.filter(({ sha256 }) => sha256 !== undefined)),
-  );
-  try {
-    for await (const found of target.verify(points, progress.advance, signal, { sha256: true })) damage.push(found);
-  } finally {
-    progress.end();
-  }
-  const backups = points.map(({ id }) => {
-    const found = damage.find((each) => each.id === id);
-    return { id, isWhole: found === undefined, damage: found?.message ?? null };
-  });
+  const backups = await verifyTarget(target, given, { ...onStderr, signal });
   const whole = backups.filter(({ isWhole }) => isWhole).map(({ id }) => id);
   if (options.json) printJson({ vdi: target.manifest.vdi, target: given, backups });
-  else if (damage.length === 0) printLine(`${points.length} backups of ${target.manifest.vdi} in ${given}, all whole`);
-  const [first] = damage;
+  else if (whole.length === backups.length)
+    printLine(`${backups.length} backups of ${target.manifest.vdi} in ${given}, all whole`);
+  const first = backups.find(({ isWhole }) => !isWhole);
   if (!first) return;
   throw new OperationError(
     'NOT_WHOLE',
-    `${first.message}; ${whole.length === 0 ? 'no backup is whole' : `whole are: ${whole.join(', ')}`}; ` +
+    `${first.damage}; ${whole.length === 0 ? 'no backup is whole' : `whole are: ${whole.join(', ')}`}; ` +
       "'sheepgate backup --full' begins anew",
   );
 }
 
-/** What to do about a damaged backup. */
+/** Add what to do about a damaged backup. */
 function withAdvice(error: unknown, target: string): unknown {
   if (!(error instanceof OperationError) || error.code !== 'DAMAGED') return error;
   return new OperationError(

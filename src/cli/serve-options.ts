@@ -1,14 +1,12 @@
 /**
- * The options of `serve` that say who is let in and how: TLS, access, limits of connections. Owns their syntax and which
- * of them need each other; files are read by the daemon.
+ * The options of `serve` about clients: TLS, access rules, exclusive writing, limits of connections. Owns their syntax and their
+ * defaults for each other; the daemon reads the files that they name.
  */
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import type { Limits } from 'nbd-server-ts';
 import { MIN_MEMORY_BYTES } from 'nbd-server-ts/limits';
 import type { DaemonConfiguration } from '../daemon/daemon-configuration.js';
-import { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.js';
-import { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
-import { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
+import { DEFAULT_IN_USE_MS, DEFAULT_KEEP_MS, OTHERWISE, parseOtherwise, type Exclusive } from '../daemon/options.js';
 import { sizeArgument } from './common-options.js';
 import { formatSize } from '../text/size.js';
 
@@ -18,7 +16,7 @@ export interface PeerOptions {
   readonly tlsVerifyPeer?: boolean;
   readonly tlsPsk?: string;
   readonly access?: string;
-  /** True: without a word. */
+  /** True if no word follows. */
   readonly exclusive?: Exclusive | true;
   readonly allowPlaintext?: boolean;
   readonly maxConnections?: number;
@@ -128,12 +126,12 @@ export function withPeerOptions(command: Command): Command {
     );
 }
 
-/** What of a DaemonConfiguration the options say. */
+/** The part of the daemon's configuration that these options make. */
 export function peerConfiguration(
   options: PeerOptions,
 ): Pick<DaemonConfiguration, 'security' | 'exclusive' | 'allowPlaintext' | 'limits' | 'keepMs' | 'inUseMs'> {
   const hasKeys = options.tlsCertificates !== undefined || options.tlsPsk !== undefined;
-  // Whoever gives keys wants them used: without a word about the mode nobody is let in past them.
+  // Keys are given to be used: without --tls they make TLS mandatory.
   const mode = options.tls ?? (hasKeys || options.tlsVerifyPeer ? 'require' : undefined);
   const limits: Partial<Limits> = {
     maxConnections: options.maxConnections,

@@ -1,4 +1,4 @@
-/** `sheepgate vdi clone`: a new VDI that starts as a snapshot and shares its data. */
+/** `sheepgate vdi clone`: makes a VDI from a snapshot, whose data it shares. */
 import { Command } from 'commander';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { printJson, printLine, vdiJson } from './output.js';

@@ -1,4 +1,4 @@
-/** `sheepgate vdi lock`: the locks that the nodes of a cluster keep, and how to end one that was left behind. */
+/** `sheepgate vdi lock`: lists the locks of a cluster's nodes, and removes one that was left behind. */
 import { Command, Option } from 'commander';
 import type { LockStatus } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';

@@ -1,4 +1,4 @@
-/** `sheepgate vdi rollback`: make a VDI what its snapshot is. */
+/** `sheepgate vdi rollback`: replaces the content of a VDI by that of its snapshot. */
 import { Command } from 'commander';
 import { formatSpec } from '../vdi/names.js';
 import { forceOption, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';

@@ -1,10 +1,10 @@
-/** `sheepgate vdi show`: all there is to know about one VDI or snapshot. */
+/** `sheepgate vdi show`: everything that is known about one VDI or snapshot. */
 import { Command } from 'commander';
 import type { ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
+import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, usersOf, vdiJson } from './output.js';
 import { redundancyText } from './redundancy-output.js';
 import { formatSize } from '../text/size.js';
 
@@ -64,11 +64,10 @@ export function vdiShowCommand(): Command {
       ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi, hasSnapshots)] as [string, string]] : []),
       ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
-      // A daemon of an earlier version does not say.
-      ...(vdi.clients ?? []).map(useLine),
+      ...usersOf(vdi).clients.map(useLine),
       ...(vdi.writers ?? []).map(writerLine),
       ...(vdi.twoWriters ? [twoWritersLine(vdi.twoWriters)] : []),
-      ...(vdi.kept ?? []).map(keptLine),
+      ...usersOf(vdi).kept.map(keptLine),
     ];
     const width = Math.max(...lines.map(([title]) => title.length));
     for (const [title, value] of lines) printLine(`${title.padEnd(width)}  ${value}`);

@@ -1,4 +1,4 @@
-/** `sheepgate vdi tree`: which VDI and snapshot came from which, like `dog vdi tree`. */
+/** `sheepgate vdi tree`: VDIs and snapshots below their parents, like `dog vdi tree`. */
 import { Command } from 'commander';
 import type { VdiRecord } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
@@ -9,7 +9,7 @@ export interface TreeNode {
   readonly children: readonly TreeNode[];
 }
 
-/** Roots first made first; a VDI whose parent is gone is a root. */
+/** The oldest roots first; a VDI whose parent is gone is a root. */
 export function treeOf(vdis: readonly VdiRecord[]): TreeNode[] {
   const known = new Set(vdis.map((vdi) => vdi.vid));
   const byParent = new Map<number, VdiRecord[]>();
@@ -27,8 +27,8 @@ export function treeOf(vdis: readonly VdiRecord[]): TreeNode[] {
 }
 
 /**
- * One line per VDI. The history of a name goes straight down; what branches off a snapshot is indented below it, so that
- * a hundred snapshots in a row are no deeper than one.
+ * One line per VDI. The history of a name goes straight down, and branches of a snapshot are indented below it, so that a hundred
+ * snapshots in a row are not indented.
  */
 export function treeLines(roots: readonly TreeNode[]): string[] {
   const lines: string[] = [];

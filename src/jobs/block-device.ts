@@ -1,6 +1,6 @@
 /**
- * A block device that is to be overwritten: opened for us alone, looked at before anything is written, and kept thin. Owns
- * what is known of the signs that a device holds something; asks no other program.
+ * A block device that is to be overwritten: opened exclusively, examined before anything is written, and kept thin. Owns the
+ * list of signatures by which a device that holds something is recognised; runs no other program.
  */
 import fs from 'node:fs';
 import { OperationError } from '../operations/operations.js';
@@ -11,36 +11,36 @@ import { isZeros } from '../system/zeros.js';
 import { shellWord } from '../text/shell-word.js';
 import { blockDeviceAttribute } from '../system/sysfs.js';
 
-/** Read at both ends of a device: all signs that are looked for are in there. */
+/** Read at both ends of a device: all signatures are in there. */
 const END_BYTES = 2 ** 20;
-/** Between them so much is read at so many places, evenly spread. */
+/** Between the ends: the bytes of a sample, and the number of samples, evenly spread. */
 const SAMPLE_BYTES = 64 * 1024;
 const SAMPLES = 256;
-/** Zeros are given back in whole pages; no device has smaller blocks that matter. */
+/** Holes are punched in whole pages; no device has smaller blocks that matter. */
 const ALIGNMENT = 4096;
 const SCAN_BYTES = 2 ** 20;
 const ZEROS = Buffer.alloc(SCAN_BYTES);
 
-interface Sign {
+interface Signature {
   readonly name: string;
   /** From the beginning; or, if negative, from the end. */
   readonly at: readonly number[];
   readonly bytes: Buffer;
 }
 
-const text = (name: string, at: number | readonly number[], mark: string): Sign => ({
+const text = (name: string, at: number | readonly number[], mark: string): Signature => ({
   name,
   at: typeof at === 'number' ? [at] : at,
   bytes: Buffer.from(mark, 'latin1'),
 });
-const hex = (name: string, at: number | readonly number[], mark: string): Sign => ({
+const hex = (name: string, at: number | readonly number[], mark: string): Signature => ({
   name,
   at: typeof at === 'number' ? [at] : at,
   bytes: Buffer.from(mark, 'hex'),
 });
 
-/** As blkid and wipefs know them (util-linux, libblkid/src/superblocks and partitions). The most telling come first. */
-const SIGNS: readonly Sign[] = [
+/** As blkid and wipefs have them (util-linux, libblkid/src/superblocks and partitions). The most specific come first. */
+const SIGNATURES: readonly Signature[] = [
   text('a GPT partition table', [512, 4096, -512, -4096], 'EFI PART'),
   text('a LUKS volume', [0, 0x4000, 0x8000], 'LUKS\xba\xbe'),
   text('a LUKS volume', [0x4000, 0x8000, 0x10000, 0x20000, 0x40000, 0x80000], 'SKUL\xba\xbe'),
@@ -77,15 +77,15 @@ const SIGNS: readonly Sign[] = [
   text('a qcow2 image', 0, 'QFI\xfb'),
   text('an Apple partition map', 512, 'PM\0\0'),
   hex('a BSD disklabel', [512, 64], '57455682'),
-  // Last: a boot sector is in many of those above.
+  // Last: many of those above also have a boot sector.
   hex('a partition table or boot sector', 510, '55aa'),
 ];
 
-/** md's superblocks of version 0.90 and 1.0 are at the end, at places that depend on the size. md_p.h; md.c, super_90_load. */
+/** md's superblocks 0.90 and 1.0 are near the end, where depends on the size. md_p.h; md.c, super_90_load. */
 const MD_MAGIC = Buffer.from('fc4e2ba9', 'hex');
 const MD_END_BYTES = 64 * 1024;
 
-/** ZFS keeps uberblocks in the second half of each label of 256 KiB; two labels at either end. */
+/** ZFS has two labels of 256 KiB at either end, with uberblocks in the second half of each. */
 const ZFS_LABEL_BYTES = 256 * 1024;
 const ZFS_MAGIC = [Buffer.from('0cb1ba0000000000', 'hex'), Buffer.from('0000000000bab10c', 'hex')];
 const ZFS_UBERBLOCK_BYTES = 1024;
@@ -94,7 +94,7 @@ export class BlockDevice {
   readonly #handle: fs.promises.FileHandle;
   readonly file: string;
   readonly size: number;
-  /** It gives space back and reads zeros then; found out by trying. */
+  /** Holes can be punched, and read as zeros. Found out by trying. */
   #isThin = true;
 
   private constructor(handle: fs.promises.FileHandle, file: string, size: number) {
@@ -104,8 +104,9 @@ export class BlockDevice {
   }
 
   /**
-   * Open it to be overwritten. Nobody else can claim it (mount it, make it part of something) until it is closed. Errors:
-   * BUSY if somebody has; READ_ONLY; EXISTS if it holds something and `mayReplace` is not set.
+   * Open it to be overwritten. Until it is closed nothing else can claim it (by mounting it, or adding it to LVM or RAID).
+   * Errors: BUSY (it is claimed), READ_ONLY, BAD_FILE (it is no block device), EXISTS (it holds something, and `mayReplace` is
+   * false).
    */
   static async open(file: string, mayReplace: boolean): Promise<BlockDevice> {
     refuseReadOnly(file, fs.statSync(file).rdev);
@@ -142,8 +143,8 @@ export class BlockDevice {
   }
 
   /**
-   * Make the range zeros: given back where the device can that, else written where it does not read as zeros already, which
-   * the signal ends.
+   * Make the range read as zeros: by punching a hole where the device can, else by writing zeros where it does not read as
+   * zeros already. The signal stops the writing.
    */
   async zero(offset: number, length: number, signal: AbortSignal): Promise<void> {
     const from = Math.ceil(offset / ALIGNMENT) * ALIGNMENT;
@@ -153,7 +154,7 @@ export class BlockDevice {
     await this.#writeZeros(to, offset + length - to, signal);
   }
 
-  /** All that was written is on the device. */
+  /** Everything written before is durable when this resolves. */
   sync(): Promise<void> {
     return this.#handle.sync();
   }
@@ -163,15 +164,15 @@ export class BlockDevice {
   }
 
   /**
-   * False where the device cannot. A mere discard (BLKDISCARD) will not do: what it leaves may read as anything. This one
-   * reads as zeros, or fails (linux block/fops.c, blkdev_fallocate: BLKDEV_ZERO_NOFALLBACK).
+   * False if the device cannot do it. A discard (BLKDISCARD) is not enough: the range may read as anything afterwards. A
+   * punched range reads as zeros, or the call fails (linux block/fops.c, blkdev_fallocate: BLKDEV_ZERO_NOFALLBACK).
    */
   async #punch(offset: number, length: number): Promise<boolean> {
     if (!this.#isThin) return false;
     try {
       this.#isThin = await punchHole(this.fd, offset, length);
     } catch (error) {
-      // Old kernels, and blocks that are larger than our alignment.
+      // Old kernels, and devices whose blocks are larger than ALIGNMENT.
       const { code } = error as NodeJS.ErrnoException;
       if (code !== 'EINVAL' && code !== 'ENODEV' && code !== 'ENOSYS') throw error;
       this.#isThin = false;
@@ -185,18 +186,18 @@ export class BlockDevice {
       signal.throwIfAborted();
       const part = found.subarray(0, Math.min(SCAN_BYTES, length - done));
       await readPadded(hostDisk, this.fd, part, offset + done);
-      // A thin device stays as thin as it was.
+      // Zeros are not written over zeros: a thin device stays thin.
       if (!isZeros(part)) await writeFully(hostDisk, this.fd, ZEROS.subarray(0, part.length), offset + done);
     }
   }
 
-  /** What is on it, for a message; undefined if that is nothing. */
+  /** What is on the device, for a message; undefined if nothing was found. */
   async #content(): Promise<string | undefined> {
     const head = Buffer.alloc(Math.min(END_BYTES, this.size));
     const tail = Buffer.alloc(head.length);
     await readPadded(hostDisk, this.fd, head, 0);
     await readPadded(hostDisk, this.fd, tail, this.size - tail.length);
-    const found = SIGNS.find(({ at, bytes }) => at.some((place) => isAt(place < 0 ? tail : head, place, bytes)));
+    const found = SIGNATURES.find(({ at, bytes }) => at.some((place) => isAt(place < 0 ? tail : head, place, bytes)));
     if (found) return found.name;
     if (tail.includes(MD_MAGIC, Math.max(0, tail.length - 2 * MD_END_BYTES))) return 'a member of a RAID (md)';
     if (hasZfs(head, tail)) return 'a member of a ZFS pool';
@@ -204,7 +205,7 @@ export class BlockDevice {
     return undefined;
   }
 
-  /** Looked for in samples: to read all of a device would take hours. */
+  /** By samples: reading a whole device would take hours. */
   async #hasDataBetween(): Promise<boolean> {
     const sample = Buffer.alloc(SAMPLE_BYTES);
     for (let n = 0; n < SAMPLES; n++) {
@@ -217,7 +218,7 @@ export class BlockDevice {
   }
 }
 
-/** Before the first write, which would fail: opening such a device to write does not. */
+/** Checked here because opening a read-only device for writing succeeds, and only the first write fails. */
 function refuseReadOnly(file: string, rdev: number): void {
   if (blockDeviceAttribute(rdev, 'ro') !== '1') return;
   const how = `'blockdev --setrw ${shellWord(file)}' changes that, if it is not made so by what it is on`;

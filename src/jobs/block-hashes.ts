@@ -1,7 +1,7 @@
 /**
- * SHA-256 of every block of a disk at one time: what a backup is checked against, wherever its bytes lie, and what tells
- * whether two disks are the same. Owns the form of the table: 32 bytes a block in order, zeros for a block of zeros. Its own
- * hash, the tree hash, stands for the whole disk without reading its zeros; it is not the SHA-256 of the image.
+ * The SHA-256 of every block of a disk. A backup is checked against it, in whichever files its bytes are; two disks are
+ * compared by it. Owns the form of the table: 32 bytes for each block in order, zeros for a block of zeros. The hash of the
+ * table, the tree hash, identifies the content of the whole disk without reading its zeros; it is not the SHA-256 of the image.
  */
 import { createHash } from 'node:crypto';
 import { OperationError } from '../operations/operations.js';
@@ -10,14 +10,14 @@ import { isZeros } from '../system/zeros.js';
 import { readWhole, replaceFile } from './target-files.js';
 
 const HASH_BYTES = 32;
-/** Of a block that holds only zeros. */
+/** The entry of a block of zeros. */
 export const NO_HASH = Buffer.alloc(HASH_BYTES);
-/** Blocks are objects of the VDI, but not larger than this: several of them are in memory. */
+/** A block is a data object of the VDI, but not larger than this: several blocks are in memory at a time. */
 export const MAX_BLOCK_BYTES = 16 * 2 ** 20;
-/** Of one disk; its table has 512 MiB then. Enough for 256 TiB in blocks of 16 MiB, 64 TiB in blocks of 4 MiB. */
+/** Blocks of one disk: a table of 512 MiB. Enough for 256 TiB in blocks of 16 MiB, 64 TiB in blocks of 4 MiB. */
 export const MAX_BLOCKS = 2 ** 24;
 
-/** Bytes of a block, for a VDI with objects of 2^blockSizeShift bytes. */
+/** The size of a block, in bytes, for a VDI with objects of 2^blockSizeShift bytes. */
 export function blockBytesOf(blockSizeShift: number): number {
   return Math.min(2 ** blockSizeShift, MAX_BLOCK_BYTES);
 }
@@ -32,7 +32,7 @@ export class BlockHashes {
   readonly count: number;
   readonly #table: Buffer;
 
-  /** All zeros, or as `previous`: what it lacks is zeros, what it has beyond `size` is left out. Errors: TOO_LARGE. */
+  /** All zeros, or a copy of `previous`, filled up with zeros or cut to `size`. Errors: TOO_LARGE. */
   constructor(
     readonly size: number,
     readonly blockBytes: number,
@@ -49,7 +49,7 @@ export class BlockHashes {
     if (previous) previous.#table.copy(this.#table);
   }
 
-  /** Read a table. Errors: DAMAGED if it is not the one with this tree hash. */
+  /** Read a table. Errors: DAMAGED (it does not have this tree hash). */
   static async load(
     disk: HostDisk,
     file: string,
@@ -87,12 +87,12 @@ export class BlockHashes {
     return index >= this.count || this.#entry(index).equals(NO_HASH);
   }
 
-  /** Whether the block has this hash; behind the end there are zeros. */
+  /** Whether the block has this hash. Blocks behind the end are zeros. */
   is(index: number, hash: Buffer): boolean {
     return index >= this.count ? hash.equals(NO_HASH) : this.#entry(index).equals(hash);
   }
 
-  /** Whether both say the same of the block; what one of them lacks is zeros. */
+  /** Whether the block has the same hash in both tables. Blocks behind the end are zeros. */
   agrees(index: number, other: BlockHashes): boolean {
     if (index >= this.count) return other.isZero(index);
     return other.is(index, this.#entry(index));

@@ -1,40 +1,40 @@
 /**
- * Copying between a Disk and a file or stream, sparse both ways: what is zeros is neither read nor written where that
- * can be known, and given back where it cannot. Owns the chunking and the number of requests in flight; knows no names.
+ * Copying between a Disk and a file or stream, sparse in both directions: zeros are neither read nor written where they are
+ * known in advance, and become holes where they are found. Owns the size of requests and the number in flight.
  */
 import type { Writable } from 'node:stream';
-import { IN_FLIGHT, inFlight, type Flight } from './requests-in-flight.js';
+import { runsOf } from './buffer-runs.js';
+import { MAX_IN_FLIGHT, withRequestsInFlight, type RequestsInFlight } from './requests-in-flight.js';
 import { readAll } from './read-all.js';
+import type { Progress } from './reporting.js';
 import { OperationError, type Disk } from '../operations/operations.js';
 import { OpenFile } from '../system/open-file.js';
 import { hostDisk } from '../system/real-disk.js';
-import { isZeros } from '../system/zeros.js';
-import type { Progress } from '../cli/progress.js';
 
-/** One request. */
+/** The size of a request. */
 const CHUNK_BYTES = 2 ** 20;
-/** Zeros that are not written, at a time: so that a signal is seen between. */
+/** Zeros that are skipped at a time: the signal is checked in between. */
 const ZERO_PIECE_BYTES = 256 * 2 ** 20;
-/** Zeros are looked for in pieces of this size: the allocation unit of most filesystems, many times over. */
+/** Zeros are searched in units of this size, a multiple of the allocation unit of most filesystems. */
 const ZERO_UNIT_BYTES = 64 * 2 ** 10;
-/** Of a stream: what its end is told by. */
+/** The end of a stream that is kept, to recognise image formats with a footer. */
 const TAIL_BYTES = 512;
 
 export interface Copied {
-  /** Bytes that were really carried over. */
+  /** Bytes that were copied. */
   dataBytes: number;
-  /** Bytes that are zeros and were not. */
+  /** Bytes that are zeros, and were not copied. */
   zeroBytes: number;
 }
 
 interface CopyOptions {
-  readonly progress: Progress;
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal;
 }
 
 /**
- * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk holds zeros already, so that zeros
- * need not be written.
+ * Copy `size` bytes of the file to the beginning of the disk. `isEmpty`: the disk reads as zeros already, so zeros need not
+ * be written. Errors: CHANGED (the file became shorter).
  */
 export async function copyFileToDisk(
   fd: number,
@@ -44,18 +44,18 @@ export async function copyFileToDisk(
 ): Promise<Copied> {
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
   const file = new OpenFile(hostDisk, fd);
-  await inFlight(async (flight) => {
+  await withRequestsInFlight(async (requests) => {
     for (let at = 0; at < size;) {
       options.signal.throwIfAborted();
       const found = await hostDisk.nextData(fd, at);
       const data = found < 0 ? size : Math.min(found, size);
-      if (data > at) await addZeros(flight, disk, at, data - at, copied, options);
+      if (data > at) await addZeros(requests, disk, at, data - at, copied, options);
       if (data >= size) return;
       const end = Math.min(await hostDisk.nextHole(fd, data), size);
       for (let from = data; from < end; from += CHUNK_BYTES) {
         options.signal.throwIfAborted();
         const length = Math.min(CHUNK_BYTES, end - from);
-        await flight.add(async () => {
+        await requests.add(async () => {
           const buffer = Buffer.allocUnsafe(length);
           await readAll(file, buffer, from);
           await writeSparsely(disk, from, buffer, copied, options);
@@ -68,8 +68,8 @@ export async function copyFileToDisk(
 }
 
 /**
- * Copy what comes in `chunks` (chunksOf) to the beginning of the disk. Returns its length and its last TAIL_BYTES too.
- * Errors: TOO_LONG if it is longer than `limit`.
+ * Copy `chunks` (of chunksOf) to the beginning of the disk. Returns also their length and their last TAIL_BYTES. Errors:
+ * TOO_LONG (longer than `limit`).
  */
 export async function copyStreamToDisk(
   chunks: AsyncIterable<Buffer>,
@@ -80,7 +80,7 @@ export async function copyStreamToDisk(
   const { limit } = options;
   let size = 0;
   let tail: Buffer = Buffer.alloc(0);
-  await inFlight(async (flight) => {
+  await withRequestsInFlight(async (requests) => {
     for await (const buffer of chunks) {
       options.signal.throwIfAborted();
       if (size + buffer.length > limit) {
@@ -91,20 +91,20 @@ export async function copyStreamToDisk(
       size += buffer.length;
       const end = buffer.subarray(Math.max(0, buffer.length - TAIL_BYTES));
       tail = end.length === TAIL_BYTES ? end : Buffer.concat([tail, end]).subarray(-TAIL_BYTES);
-      await flight.add(() => writeSparsely(disk, at, buffer, copied, options));
+      await requests.add(() => writeSparsely(disk, at, buffer, copied, options));
     }
   });
   return { ...copied, size, tail };
 }
 
-/** Zero the rest of a disk that may hold something there. */
+/** Make the disk read as zeros from `from` to its end. */
 export async function zeroRest(disk: Disk, from: number): Promise<void> {
   if (from < disk.size) await disk.zero(from, disk.size - from);
 }
 
 /**
- * Copy the disk into a file or device from its beginning. `zero` makes a range of it zeros; without it what is not written
- * reads as zeros already (a new file).
+ * Copy the disk to the beginning of a file or device. `zero` makes a range of it read as zeros; without it, ranges that are
+ * not written read as zeros already (a new file).
  */
 export async function copyDiskToFile(
   disk: Disk,
@@ -114,26 +114,26 @@ export async function copyDiskToFile(
   const copied: Copied = { dataBytes: 0, zeroBytes: 0 };
   const { progress, signal, zero } = options;
   const file = new OpenFile(hostDisk, fd);
-  await inFlight(async (flight) => {
+  await withRequestsInFlight(async (requests) => {
     for await (const { offset, length, isData } of piecesOf(disk, ZERO_PIECE_BYTES)) {
       signal.throwIfAborted();
       if (!isData) {
         copied.zeroBytes += length;
-        if (zero) await flight.add(() => zero(offset, length).then(() => progress.advance(length)));
+        if (zero) await requests.add(() => zero(offset, length).then(() => progress.advance(length)));
         else progress.advance(length);
         continue;
       }
-      await flight.add(async () => {
+      await requests.add(async () => {
         const buffer = Buffer.allocUnsafe(length);
         await disk.read(offset, buffer);
-        for (const part of splitZeros(buffer)) {
-          if (part.isZero) {
-            await zero?.(offset + part.from, part.length);
-            copied.zeroBytes += part.length;
+        for (const { from, to, kind } of runsOf(buffer, ZERO_UNIT_BYTES)) {
+          if (kind === 'zeros') {
+            await zero?.(offset + from, to - from);
+            copied.zeroBytes += to - from;
             continue;
           }
-          await file.write(buffer.subarray(part.from, part.from + part.length), offset + part.from);
-          copied.dataBytes += part.length;
+          await file.write(buffer.subarray(from, to), offset + from);
+          copied.dataBytes += to - from;
         }
         progress.advance(length);
       });
@@ -158,10 +158,10 @@ export async function copyDiskToStream(disk: Disk, stream: Writable, options: Co
   try {
     for await (const { offset, length, isData } of piecesOf(disk)) {
       options.signal.throwIfAborted();
-      if (ahead.length >= IN_FLIGHT) await writeFirst();
+      if (ahead.length >= MAX_IN_FLIGHT) await writeFirst();
       const buffer = isData ? Buffer.allocUnsafe(length) : Buffer.alloc(length);
       const ready = isData ? disk.read(offset, buffer).then(() => buffer) : Promise.resolve(buffer);
-      ready.catch(() => undefined); // told when its turn comes
+      ready.catch(() => undefined); // reported when its turn to be written comes
       ahead.push({ buffer: ready, isData });
     }
     while (ahead.length > 0) await writeFirst();
@@ -171,7 +171,7 @@ export async function copyDiskToStream(disk: Disk, stream: Writable, options: Co
   return copied;
 }
 
-/** Resolves when the stream has taken `data`; an abort does not wait for a reader that does not read. */
+/** Resolves when the stream has taken `data`. An abort does not wait for a reader that has stopped reading. */
 function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<void> {
   return new Promise((resolve, reject) => {
     const onAbort = (): void => reject(signal.reason as Error);
@@ -184,7 +184,7 @@ function writeTo(stream: Writable, data: Buffer, signal: AbortSignal): Promise<v
   });
 }
 
-/** The disk in order, from what it says about its allocation: data in pieces of at most CHUNK_BYTES. */
+/** The disk in order, split by its allocation map: data in pieces of at most CHUNK_BYTES, zeros of at most `maxZeroBytes`. */
 async function* piecesOf(
   disk: Disk,
   maxZeroBytes = CHUNK_BYTES,
@@ -209,7 +209,7 @@ async function* piecesOf(
 }
 
 async function addZeros(
-  flight: Flight,
+  requests: RequestsInFlight,
   disk: Disk,
   offset: number,
   length: number,
@@ -217,7 +217,7 @@ async function addZeros(
   options: CopyOptions & { readonly isEmpty: boolean },
 ): Promise<void> {
   copied.zeroBytes += length;
-  if (!options.isEmpty) await flight.add(() => disk.zero(offset, length));
+  if (!options.isEmpty) await requests.add(() => disk.zero(offset, length));
   options.progress.advance(length);
 }
 
@@ -228,35 +228,16 @@ async function writeSparsely(
   copied: Copied,
   options: CopyOptions & { readonly isEmpty: boolean },
 ): Promise<void> {
-  for (const { from, length, isZero } of splitZeros(buffer)) {
-    if (!isZero) {
-      await disk.write(offset + from, buffer.subarray(from, from + length));
-      copied.dataBytes += length;
+  for (const { from, to, kind } of runsOf(buffer, ZERO_UNIT_BYTES)) {
+    if (kind === 'data') {
+      await disk.write(offset + from, buffer.subarray(from, to));
+      copied.dataBytes += to - from;
       continue;
     }
-    if (!options.isEmpty) await disk.zero(offset + from, length);
-    copied.zeroBytes += length;
+    if (!options.isEmpty) await disk.zero(offset + from, to - from);
+    copied.zeroBytes += to - from;
   }
   options.progress.advance(buffer.length);
-}
-
-interface Part {
-  readonly from: number;
-  length: number;
-  readonly isZero: boolean;
-}
-
-/** Runs of zero and non-zero units of a buffer. */
-export function splitZeros(buffer: Buffer): Part[] {
-  const parts: Part[] = [];
-  for (let from = 0; from < buffer.length; from += ZERO_UNIT_BYTES) {
-    const length = Math.min(ZERO_UNIT_BYTES, buffer.length - from);
-    const isZero = isZeros(buffer.subarray(from, from + length));
-    const last = parts.at(-1);
-    if (last && last.isZero === isZero) last.length += length;
-    else parts.push({ from, length, isZero });
-  }
-  return parts;
 }
 
 /** The stream in buffers of CHUNK_BYTES, the last one shorter. */

@@ -1,34 +1,29 @@
 /**
- * Making one disk read as another, and proving that it does: which parts must be looked at, what is written there, and
- * the hashes of both sides. Owns the units in which that is done and the requests in flight; knows no names, snapshots or
- * stores.
+ * Making one disk read as another, and proving that it does. Owns the units in which two disks are read, compared and
+ * copied, and what of a unit is written. The caller chooses the disks and marks the units.
  */
 import type { DataPage, Disk } from '../operations/operations.js';
+import { runsOf, type BufferRun } from './buffer-runs.js';
 import { hashOf, NO_HASH, type BlockHashes } from './block-hashes.js';
-import { inFlight } from './requests-in-flight.js';
-import { isZeros } from '../system/zeros.js';
-import type { Progress } from '../cli/progress.js';
+import { withRequestsInFlight } from './requests-in-flight.js';
+import { PagedRanges, type Range } from './paged-ranges.js';
+import type { Progress } from './reporting.js';
 
-/** What is read and copied at a time: a data object of the usual size, so that a new one is written whole. */
+/** The unit of reading and copying: a data object of the usual size, so that a new one is written whole. */
 export const UNIT_BYTES = 4 * 2 ** 20;
-/** Differences are found in blocks of this size. */
+/** Differences are exact to blocks of this size. */
 const BLOCK_BYTES = 4096;
-/** Differences that are no further apart than this are written in one request. */
+/** Differing data with a gap of at most this is written in one request. */
 const BRIDGE_BYTES = 32 * 2 ** 10;
-/** Ranges that a mismatch spells out. */
+/** Differing units that a message names. */
 const MAX_MISMATCHES = 8;
 
-export interface Range {
-  readonly from: number;
-  readonly to: number;
-}
-
 export interface Work {
-  readonly progress: Progress;
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal;
 }
 
-/** The units of a disk of `size` bytes that must be looked at: of `unitBytes` each, the last one shorter. */
+/** The units of a disk that have to be read, of `unitBytes` each; the last one may be shorter. */
 export class Units {
   readonly size: number;
   readonly unitBytes: number;
@@ -40,7 +35,7 @@ export class Units {
     this.#marked = new Uint8Array(Math.ceil(size / unitBytes));
   }
 
-  /** What lies behind the end does not count. */
+  /** Mark the units of a range. Bytes behind the end are ignored. */
   mark(offset: number, length: number): void {
     const end = Math.min(offset + length, this.size);
     if (end <= offset) return;
@@ -72,67 +67,31 @@ export class Units {
   }
 }
 
-/** Where a disk has data, asked for in ascending order. */
-class DataMap {
-  readonly #disk: Disk;
-  #ranges: DataPage['ranges'] = [];
-  #at = 0;
-  /** What is known reaches from the first of the ranges to here. */
-  #known = 0;
-
-  constructor(disk: Disk) {
-    this.#disk = disk;
-  }
-
-  /** The smallest range that holds all data within [from, to), or undefined if it is all zeros. */
-  async within(from: number, to: number): Promise<Range | undefined> {
-    let first: number | undefined;
-    let last = from;
-    for (let begin = from; begin < to;) {
-      if (begin >= this.#known) {
-        const page = await this.#disk.dataPage(begin);
-        this.#ranges = page.ranges;
-        this.#at = 0;
-        this.#known = page.next ?? this.#disk.size;
-      }
-      const end = Math.min(to, this.#known);
-      for (; this.#at < this.#ranges.length; this.#at++) {
-        const { offset, length } = this.#ranges[this.#at] as DataPage['ranges'][number];
-        if (offset >= end) break;
-        if (offset + length > begin) {
-          first ??= Math.max(offset, begin);
-          last = Math.min(offset + length, end);
-        }
-        // It may reach into what is asked for next.
-        if (offset + length > end) break;
-      }
-      begin = end;
-    }
-    return first === undefined ? undefined : { from: first, to: last };
-  }
+function dataOf(disk: Disk): PagedRanges {
+  return new PagedRanges((offset) => disk.dataPage(offset));
 }
 
 export interface Written {
-  /** Bytes that were carried over. */
+  /** Bytes that were written. */
   copiedBytes: number;
-  /** Bytes that were something and are zeros now. */
+  /** Bytes that were zeroed. */
   zeroedBytes: number;
 }
 
 /** Make the marked units of `target` read as `source`, writing only what differs. */
 export async function makeSame(source: Disk, target: Disk, units: Units, work: Work): Promise<Written> {
   const written: Written = { copiedBytes: 0, zeroedBytes: 0 };
-  const wanted = new DataMap(source);
-  const present = new DataMap(target);
-  await inFlight(async (flight) => {
-    /** Units that become zeros, together: objects may be larger than a unit, and are given up whole. */
+  const wanted = dataOf(source);
+  const present = dataOf(target);
+  await withRequestsInFlight(async (requests) => {
+    /** Neighbouring units that become zeros, in one request: an object larger than a unit is then given up whole. */
     let zeros: Range | undefined;
     const zero = async (): Promise<void> => {
       const range = zeros;
       zeros = undefined;
       if (!range) return;
       written.zeroedBytes += range.to - range.from;
-      await flight.add(() => target.zero(range.from, range.to - range.from));
+      await requests.add(() => target.zero(range.from, range.to - range.from));
     };
     for (const { from, to } of units.ranges()) {
       work.signal.throwIfAborted();
@@ -146,7 +105,7 @@ export async function makeSame(source: Disk, target: Disk, units: Units, work: W
         continue;
       }
       await zero();
-      await flight.add(async () => {
+      await requests.add(async () => {
         const [want, have] = await Promise.all([
           readPart(source, from, to, data),
           old && readPart(target, from, to, old),
@@ -167,8 +126,8 @@ async function writeDifferences(
   have: Buffer | undefined,
   written: Written,
 ): Promise<void> {
-  for (const { from, to, isZero } of differences(want, have)) {
-    if (isZero) {
+  for (const { from, to, kind } of differences(want, have)) {
+    if (kind === 'zeros') {
       await target.zero(at + from, to - from);
       written.zeroedBytes += to - from;
     } else {
@@ -178,29 +137,21 @@ async function writeDifferences(
   }
 }
 
-/** Where `want` is not what `have` is; no `have` is zeros. Ascending; short gaps between data are data. */
-export function differences(want: Buffer, have: Buffer | undefined): (Range & { readonly isZero: boolean })[] {
-  const runs: { from: number; to: number; isZero: boolean }[] = [];
-  for (let from = 0; from < want.length; from += BLOCK_BYTES) {
-    const to = Math.min(from + BLOCK_BYTES, want.length);
-    const isZero = isZeros(want.subarray(from, to));
-    if (have ? have.compare(want, from, to, from, to) === 0 : isZero) continue;
-    const last = runs.at(-1);
-    if (isZero) {
-      if (last?.isZero && last.to === from) last.to = to;
-      else runs.push({ from, to, isZero });
-      continue;
-    }
-    const data = runs.findLast((run) => !run.isZero);
-    if (data && from - data.to <= BRIDGE_BYTES) {
-      runs.length = runs.indexOf(data) + 1; // zeros in between are written with it
-      data.to = to;
-    } else runs.push({ from, to, isZero });
+/** Where `want` differs from `have`, or from zeros without `have`. Ascending; short gaps between data count as data. */
+export function differences(want: Buffer, have: Buffer | undefined): BufferRun[] {
+  const found: BufferRun[] = [];
+  for (const run of runsOf(want, BLOCK_BYTES, have)) {
+    if (run.kind === 'same' || (run.kind === 'zeros' && !have)) continue;
+    const data = run.kind === 'data' ? found.findLast(({ kind }) => kind === 'data') : undefined;
+    if (data && run.from - data.to <= BRIDGE_BYTES) {
+      found.length = found.indexOf(data) + 1; // zeros in between are written with it
+      data.to = run.to;
+    } else found.push(run);
   }
-  return runs;
+  return found;
 }
 
-/** The unit [from, to) of a disk whose data in it lies within `data`. */
+/** Read the unit [from, to), which holds zeros outside of `data`. */
 async function readPart(disk: Disk, from: number, to: number, data: Range): Promise<Buffer> {
   const whole = data.from === from && data.to === to;
   const buffer = whole ? Buffer.allocUnsafe(to - from) : Buffer.alloc(to - from);
@@ -208,14 +159,14 @@ async function readPart(disk: Disk, from: number, to: number, data: Range): Prom
   return buffer;
 }
 
-/** Hashes of the blocks of a disk, by which it is compared; all of them, or those of the blocks that were compared. */
+/** The hashes of the blocks that were compared: all blocks of a disk, or some. */
 export interface Fingerprint {
   readonly hashes: BlockHashes;
   /** Whether every block's hash is known. */
   readonly isWhole: boolean;
 }
 
-/** Read the marked units of both disks, which are the blocks of `hashes`, into it. Returns the units that differ. */
+/** Hash the marked units of both disks into `hashes`, whose blocks they are. Returns the units that differ. */
 export async function compare(
   source: Disk,
   target: Disk,
@@ -224,14 +175,14 @@ export async function compare(
   work: Work,
 ): Promise<Range[]> {
   const differing: Range[] = [];
-  const left = new DataMap(source);
-  const right = new DataMap(target);
-  await inFlight(async (flight) => {
+  const left = dataOf(source);
+  const right = dataOf(target);
+  await withRequestsInFlight(async (requests) => {
     for (const { from, to } of units.ranges()) {
       work.signal.throwIfAborted();
       const data = await left.within(from, to);
       const other = await right.within(from, to);
-      await flight.add(async () => {
+      await requests.add(async () => {
         const [digest, otherDigest] = await Promise.all([
           hashOfUnit(source, from, to, data),
           hashOfUnit(target, from, to, other),
@@ -249,7 +200,7 @@ async function hashOfUnit(disk: Disk, from: number, to: number, data: Range | un
   return data ? hashOf(await readPart(disk, from, to, data)) : NO_HASH;
 }
 
-/** For people: where exactly the units differ. */
+/** For a message: which bytes of the units differ. */
 export async function describeDifferences(source: Disk, target: Disk, units: readonly Range[]): Promise<string> {
   const places: string[] = [];
   for (const { from, to } of units.slice(0, MAX_MISMATCHES)) {
@@ -257,15 +208,11 @@ export async function describeDifferences(source: Disk, target: Disk, units: rea
       readPart(source, from, to, { from, to }),
       readPart(target, from, to, { from, to }),
     ]);
-    const blocks: number[] = [];
-    for (let at = 0; at < want.length; at += BLOCK_BYTES) {
-      const end = Math.min(at + BLOCK_BYTES, want.length);
-      if (have.compare(want, at, end, at, end) !== 0) blocks.push(at);
-    }
-    // Changed once more since it was hashed: the unit as a whole is all that is known.
-    const first = blocks[0] ?? 0;
-    const last = blocks.at(-1) ?? want.length - 1;
-    places.push(`bytes ${from + first} to ${from + Math.min(last + BLOCK_BYTES, want.length) - 1}`);
+    const changed = runsOf(want, BLOCK_BYTES, have).filter(({ kind }) => kind !== 'same');
+    // If it was changed once more since it was hashed, the unit as a whole is all that is known.
+    const first = changed[0]?.from ?? 0;
+    const end = changed.at(-1)?.to ?? want.length;
+    places.push(`bytes ${from + first} to ${from + end - 1}`);
   }
   if (units.length > MAX_MISMATCHES) places.push(`${units.length - MAX_MISMATCHES} more places`);
   return places.join(', ');

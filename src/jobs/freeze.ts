@@ -1,94 +1,66 @@
 /**
- * --freeze-cmd and --thaw-cmd: a snapshot taken while the guest holds still. Owns the order (freeze, snapshot, thaw) and that
- * a snapshot is refused if the guest was thawed before it was there. Freezing and thawing themselves are the guard's
- * (thaw-guard.ts), whatever becomes of this process.
+ * A snapshot taken while the guest's filesystems are frozen. Owns the order freeze, snapshot, thaw, and the refusal of a
+ * snapshot that was completed after the thaw. A process of its own runs the two commands (thaw-guard.ts), so that the guest is
+ * thawed even if this process dies.
  */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
-import { InvalidArgumentError, Option, type Command } from 'commander';
 import { OperationError } from '../operations/operations.js';
-import { printNote } from '../cli/output.js';
+import type { JobContext } from './reporting.js';
 import type { GuardLine } from './thaw-guard.js';
 
-/** A guest that is frozen for longer has its users call: nothing that we do meanwhile takes as much. */
-const DEFAULT_TIMEOUT_S = 30;
-const MAX_TIMEOUT_S = 3600;
-
-export interface FreezeOptions {
-  readonly freezeCmd?: string;
-  readonly thawCmd?: string;
-  readonly freezeTimeout?: number;
-}
-
-/** Add --freeze-cmd, --thaw-cmd and --freeze-timeout. */
-export function withFreezeOptions(command: Command): Command {
-  return command
-    .option('--freeze-cmd <command>', 'run by sh before the snapshot is taken; if it fails, none is')
-    .option('--thaw-cmd <command>', 'run by sh after it, whatever happened')
-    .addOption(
-      new Option(
-        '--freeze-timeout <seconds>',
-        `thaw after this long in any case (default: ${DEFAULT_TIMEOUT_S}); a snapshot that was not taken by then fails`,
-      ).argParser((text) => {
-        const seconds = Number(text);
-        if (!(seconds > 0 && seconds <= MAX_TIMEOUT_S)) {
-          throw new InvalidArgumentError(`It must be above 0 and at most ${MAX_TIMEOUT_S} seconds.`);
-        }
-        return seconds;
-      }),
-    );
+/** The two commands, and how long the guest may stay frozen. */
+export interface Freezing {
+  readonly freezeCommand: string;
+  readonly thawCommand: string;
+  readonly timeoutMs: number;
 }
 
 export class FrozenMoment {
-  readonly #options: FreezeOptions;
-  readonly #signal: AbortSignal;
+  readonly #freezing: Freezing | undefined;
+  readonly #context: Pick<JobContext, 'log' | 'signal'>;
   #thawFailure: string | undefined;
 
-  /** Errors: BAD_USAGE. */
-  constructor(options: FreezeOptions, signal: AbortSignal) {
-    const { freezeCmd, thawCmd, freezeTimeout } = options;
-    if ((freezeCmd === undefined) !== (thawCmd === undefined)) {
-      throw new OperationError('BAD_USAGE', '--freeze-cmd and --thaw-cmd belong together; give both');
-    }
-    if (freezeCmd === undefined && freezeTimeout !== undefined) {
-      throw new OperationError('BAD_USAGE', '--freeze-timeout is of no use without --freeze-cmd and --thaw-cmd');
-    }
-    this.#options = options;
-    this.#signal = signal;
+  /** `freezing` undefined: nothing is frozen. */
+  constructor(freezing: Freezing | undefined, context: Pick<JobContext, 'log' | 'signal'>) {
+    this.#freezing = freezing;
+    this.#context = context;
   }
 
-  /** Run `take` between the two commands; just run it if there are none. Errors: FREEZE_FAILED, FREEZE_TIMEOUT. */
+  /** Run `take` between the two commands, or alone if there are none. Errors: FREEZE_FAILED, FREEZE_TIMEOUT, and those of `take`. */
   readonly during = async <T>(take: () => Promise<T>): Promise<T> => {
-    const { freezeCmd, thawCmd, freezeTimeout = DEFAULT_TIMEOUT_S } = this.#options;
-    if (freezeCmd === undefined || thawCmd === undefined) return take();
-    this.#signal.throwIfAborted();
-    const guard = new Guard(freezeTimeout * 1000, freezeCmd, thawCmd);
+    if (this.#freezing === undefined) return take();
+    const { freezeCommand, thawCommand, timeoutMs } = this.#freezing;
+    const { log, signal } = this.#context;
+    signal.throwIfAborted();
+    const guard = new Guard(timeoutMs, freezeCommand, thawCommand);
     let taken: T;
     try {
-      const failure = await Promise.race([guard.frozen, aborted(this.#signal)]);
-      if (failure !== null)
+      const failure = await Promise.race([guard.frozen, aborted(signal)]);
+      if (failure !== null) {
         throw new OperationError('FREEZE_FAILED', `no snapshot taken: the freeze command ${failure}`);
+      }
       taken = await take();
     } finally {
       const { failure } = await guard.thaw();
       if (failure !== null) {
         this.#thawFailure = `the thaw command ${failure}: thaw by hand what is frozen`;
-        printNote(this.#thawFailure);
+        log(this.#thawFailure);
       }
     }
     const { isLate } = await guard.thaw();
     if (isLate) {
       throw new OperationError(
         'FREEZE_TIMEOUT',
-        `the snapshot was not there ${freezeTimeout} s after freezing began, and the thaw command was run; ` +
+        `the snapshot was not there ${timeoutMs / 1000} s after freezing began, and the thaw command was run; ` +
           'give a longer --freeze-timeout if the guest can bear it',
       );
     }
     return taken;
   };
 
-  /** At the end of the work, so that it is not in vain. Errors: THAW_FAILED. */
+  /** To be called at the end of the job, so that its work is not lost. Errors: THAW_FAILED. */
   throwIfFrozen(done: string): void {
     if (this.#thawFailure === undefined) return;
     throw new OperationError('THAW_FAILED', `${done}, but ${this.#thawFailure}`);
@@ -110,7 +82,7 @@ interface Thawed {
 }
 
 class Guard {
-  /** What went wrong with freezing, or null. Errors: FREEZE_FAILED if there is nobody to do it. */
+  /** What failed in freezing, or null. Errors: FREEZE_FAILED (the guard process could not run). */
   readonly frozen: Promise<string | null>;
   readonly #child: ChildProcess;
   readonly #thawed: Promise<Thawed>;
@@ -120,7 +92,7 @@ class Guard {
     const child = spawn(process.execPath, [script, String(timeoutMs), freezeCmd, thawCmd], {
       detached: true,
       stdio: ['pipe', 'pipe', 'inherit'],
-      // It freezes and thaws as whoever gave the command, also where root works as the owner of a store.
+      // As the user who gave the command, even while root works as the owner of a store.
       ...(process.getuid?.() === 0 && { uid: 0, gid: process.getgid?.() }),
     });
     this.#child = child;

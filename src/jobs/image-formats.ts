@@ -1,25 +1,25 @@
 /**
- * Files that hold a disk, or more, in a format of their own: imported as they are they would be no disk to anybody. Owns
- * how they are told from raw images, by marks that a raw image has by intent only, and what to do with each. LUKS is not
- * among them: it is what a guest writes to its disk. Marks: the probe functions of qemu's block drivers (block/*.c), the
- * VHD Image Format Specification 1.0 ("Hard Disk Footer"), and the formats' own descriptions.
+ * Image formats other than raw, and archives: imported byte by byte they would be useless as a disk. Owns the magic numbers by
+ * which they are recognised, which a raw image does not have by accident, and the advice for each. LUKS is not among them: a
+ * guest writes that to its disk. Sources: the probe functions of qemu's block drivers (block/*.c), the VHD Image Format
+ * Specification 1.0 ("Hard Disk Footer"), and the formats' own descriptions.
  */
 import { shellWord } from '../text/shell-word.js';
 
-/** What is looked at, from the beginning and of the end. */
+/** Bytes that are examined at the beginning and at the end. */
 export const HEAD_BYTES = 1024;
 export const TAIL_BYTES = 512;
 
 interface Format {
-  /** As messages call it. */
+  /** For messages. */
   readonly name: string;
-  /** In a shell: how to get at the raw image and import it; `file` and `name`, the VDI's, are quoted. */
+  /** A shell command that imports it as the VDI `name`. `file` and `name` are quoted. */
   readonly remedy: (file: string, name: string) => string;
   readonly isHead?: (head: Buffer) => boolean;
   readonly isTail?: (tail: Buffer) => boolean;
 }
 
-/** Stands for stdin in a remedy: a name to be filled in. */
+/** In a remedy, in place of stdin: the operator fills the name in. */
 const SOME_FILE = 'FILE';
 
 const converted = (format: string) => (file: string, name: string) =>
@@ -64,40 +64,40 @@ const FORMATS: readonly Format[] = [
   { name: 'bzip2', remedy: unpacked('bzip2 -dc'), isHead: isBzip2 },
   { name: 'zip', remedy: archived('unzip'), isHead: startsWith('PK\x03\x04') },
   { name: '7z', remedy: archived('7z x'), isHead: startsWith([0x37, 0x7a, 0xbc, 0xaf, 0x27, 0x1c]) },
-  // An OVA is one.
+  // An OVA is a tar file.
   { name: 'tar', remedy: archived('tar -xf'), isHead: startsWith('ustar', 257) },
 ];
 
 export interface ForeignFormat {
   readonly name: string;
-  /** What to type to have it as the VDI `name`; `file` undefined: it came through a pipe. */
+  /** A shell command that imports it as the VDI `name`. `file` is undefined if it came through a pipe. */
   remedy(file: string | undefined, name: string): string;
 }
 
-/** The format that a file beginning with `head` has, if it is one of those that are not raw images. */
+/** The format of a file that begins with `head`; undefined for a raw image. */
 export function foreignHead(head: Buffer): ForeignFormat | undefined {
-  return told(FORMATS.find(({ isHead }) => isHead?.(head)));
+  return foreign(FORMATS.find(({ isHead }) => isHead?.(head)));
 }
 
 /** The same for the last TAIL_BYTES, or fewer, of a file. */
 export function foreignTail(tail: Buffer): ForeignFormat | undefined {
-  return told(FORMATS.find(({ isTail }) => isTail?.(tail)));
+  return foreign(FORMATS.find(({ isTail }) => isTail?.(tail)));
 }
 
-function told(format: Format | undefined): ForeignFormat | undefined {
+function foreign(format: Format | undefined): ForeignFormat | undefined {
   if (!format) return undefined;
   const { name, remedy } = format;
   return { name, remedy: (file, vdi) => remedy(file === undefined ? SOME_FILE : shellWord(file), shellWord(vdi)) };
 }
 
-/** A text file that names the extents; block/vmdk.c looks for its version after comments and empty lines. */
+/** A text file that lists the extents; block/vmdk.c finds its version after comments and empty lines. */
 function isVmdkDescriptor(head: Buffer): boolean {
   return /^\s*#\s*Disk\s*DescriptorFile/i.test(head.toString('latin1'));
 }
 
 /**
- * Raw data with a footer of 512 bytes behind it. Its checksum counts: a disk may end with any eight bytes. Offsets: disk
- * type at 60 (2: fixed), the complement of the sum of all other bytes at 64, big-endian.
+ * Raw data followed by a footer of 512 bytes. The checksum is verified too, because a disk may end with any eight bytes.
+ * Offsets: disk type at 60 (2: fixed); at 64, big-endian, the one's complement of the sum of all other bytes.
  */
 function isFixedVhdFooter(tail: Buffer): boolean {
   if (tail.length < TAIL_BYTES || !startsWith('conectix')(tail) || tail.readUInt32BE(60) !== 2) return false;

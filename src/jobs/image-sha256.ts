@@ -1,23 +1,24 @@
 /**
- * The SHA-256 of a disk as sha256sum says it of its raw image. Every zero has to be hashed, though not read: at some GB/s
- * at best a large empty disk takes its time, so it is computed only where somebody asks for it.
+ * The SHA-256 of a disk, as sha256sum computes it for its raw image. Zeros need not be read, but they must be hashed, at some
+ * GB/s at best; a large empty disk takes minutes. So it is computed only on request.
  */
 import { createHash } from 'node:crypto';
 import type { Disk } from '../operations/operations.js';
 import { PagedRanges } from './paged-ranges.js';
+import type { Progress } from './reporting.js';
 
 const CHUNK_BYTES = 4 * 2 ** 20;
 const ZEROS = Buffer.alloc(CHUNK_BYTES);
 
 export interface Image {
   readonly size: number;
-  /** Whether the range may hold something other than zeros. Asked in ascending order. */
+  /** Whether the range may hold anything but zeros. Called in ascending order. */
   isData(offset: number, length: number): Promise<boolean>;
   read(offset: number, into: Buffer): Promise<void>;
 }
 
 export interface HashingWork {
-  readonly progress: { advance(bytes: number): void };
+  readonly progress: Pick<Progress, 'advance'>;
   readonly signal: AbortSignal | undefined;
 }
 
@@ -36,13 +37,13 @@ export async function imageSha256(image: Image, { progress, signal }: HashingWor
       hash.update(ZEROS.subarray(0, length));
     }
     progress.advance(length);
-    // Promises alone never let a signal in.
+    // Signals are only delivered between turns of the event loop, and resolved promises do not end a turn.
     await new Promise((resolve) => setImmediate(resolve));
   }
   return hash.digest('hex');
 }
 
-/** ... of an export that is open. */
+/** The same for an open export. */
 export function diskSha256(disk: Disk, work: HashingWork): Promise<string> {
   const data = new PagedRanges((offset) => disk.dataPage(offset));
   return imageSha256(

@@ -1,6 +1,6 @@
 /**
- * Where `import` reads an image from: a file or block device, at any offset, or a stream, once and in order. Owns what can
- * be known before anything is written: how long it is, and that it is a raw image; and its descriptor.
+ * Where an import reads its image from: a file or block device, at any offset, or a stream, once and in order. Owns the
+ * descriptor, and the checks before anything is written: its length, and that it is a raw image.
  */
 import fs from 'node:fs';
 import type { Readable } from 'node:stream';
@@ -15,23 +15,23 @@ const STDIN_FD = 0;
 const SECTOR_BYTES = 512;
 
 export interface SourceOptions {
-  /** Whatever it looks like. */
+  /** Import it even if it looks like another format. */
   readonly isRaw: boolean;
-  /** The VDI that it is for, in messages. */
+  /** The VDI to be made, for messages. */
   readonly vdi: string;
 }
 
 interface Common {
   /** For messages. */
   readonly name: string;
-  /** Not a file or device that was named: a pipe, or what the shell has redirected. */
+  /** Not a file or device that was named, but a pipe or a redirection of the shell. */
   readonly isFed: boolean;
-  /** Errors: BAD_FORMAT if it ends like something other than a raw image. `tail`: its last bytes, TAIL_BYTES or fewer. */
+  /** `tail`: the last TAIL_BYTES of the image, or fewer. Errors: BAD_FORMAT (the end is not that of a raw image). */
   inspectTail(tail: Buffer): void;
   close(): void;
 }
 
-/** Looked at already: it is not empty, and no other format. */
+/** Already checked: it is not empty, and is a raw image. */
 export interface FileSource extends Common {
   readonly kind: 'file';
   readonly fd: number;
@@ -40,20 +40,20 @@ export interface FileSource extends Common {
 
 export interface StreamSource extends Common {
   readonly kind: 'stream';
-  /** Bytes that are to come, where that can be known: of a file that is read through a redirection. */
+  /** Bytes to come, where that is known: of a file that the shell redirected. */
   readonly length: number | undefined;
   /**
-   * Wait for its beginning. Errors: BAD_FILE if it is empty, BAD_FORMAT if it begins like something other than a raw
-   * image; and the signal's reason.
+   * Wait for the first bytes. Errors: BAD_FILE (empty), BAD_FORMAT (the beginning is not that of a raw image), and the
+   * signal's reason.
    */
   begin(signal: AbortSignal): Promise<void>;
-  /** All of it, in pieces; after `begin`, once. Ends with the signal's reason. */
+  /** The whole image, in chunks; after `begin`, once. Errors: the signal's reason. */
   chunks(signal: AbortSignal): AsyncIterable<Buffer>;
 }
 
 export type ImageSource = FileSource | StreamSource;
 
-/** Errors: BAD_FILE if it can be no image, BAD_FORMAT if it is one of another format, and those of the system. */
+/** Errors: BAD_FILE (no image can be there), BAD_FORMAT (another format), and those of the system. */
 export function openSource(file: string, options: SourceOptions): ImageSource {
   if (file === STDIN) return openStdin(options);
   const fd = fs.openSync(file, 'r');
@@ -61,7 +61,7 @@ export function openSource(file: string, options: SourceOptions): ImageSource {
     const status = fs.fstatSync(fd);
     if (status.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory, not a disk image`);
     if (status.isFile() || status.isBlockDevice()) return fileSource(fd, file, file, options, () => fs.closeSync(fd));
-    // It closes the descriptor when it is destroyed.
+    // Destroying the stream closes the descriptor.
     return streamSource(fs.createReadStream('', { fd }), file, file, undefined, options);
   } catch (error) {
     fs.closeSync(fd);
@@ -69,7 +69,7 @@ export function openSource(file: string, options: SourceOptions): ImageSource {
   }
 }
 
-/** What the shell has put there: a pipe, or a file, of which somebody may have read a part. */
+/** stdin may be a pipe, or a file of which another program has read a part. */
 function openStdin(options: SourceOptions): ImageSource {
   const status = fs.fstatSync(STDIN_FD);
   if (status.isDirectory()) throw new OperationError('BAD_FILE', 'stdin is a directory, not a disk image');
@@ -79,7 +79,7 @@ function openStdin(options: SourceOptions): ImageSource {
   const position = positionOf(STDIN_FD);
   if (position === 0) return fileSource(STDIN_FD, 'stdin', undefined, options, () => undefined);
   const length = Math.max(0, lengthOf(STDIN_FD, 'stdin') - position);
-  // From where it stands. Not process.stdin: of a block device Node makes a stream that is empty.
+  // From the current offset. Not process.stdin: Node makes an empty stream of a block device.
   const rest = fs.createReadStream('', { fd: STDIN_FD, autoClose: false });
   return streamSource(rest, 'stdin', undefined, length, options);
 }
@@ -108,7 +108,7 @@ function streamSource(
   options: SourceOptions,
 ): StreamSource {
   const refuse = refusalOf(name, path, options);
-  // Whoever takes pieces of it hears of its errors; before the first and after the last nobody would.
+  // Taking a chunk reports an error; before the first chunk and after the last nothing would listen.
   stream.on('error', () => undefined);
   const pieces = chunksOf(stream)[Symbol.asyncIterator]();
   let first: Buffer | undefined;
@@ -119,18 +119,18 @@ function streamSource(
     length,
     begin: (signal) =>
       stoppable(stream, signal, async () => {
-        const { value, done } = await pieces.next();
-        if (done) throw new OperationError('BAD_FILE', `${name} is empty`);
-        refuse(foreignHead(value));
-        first = value;
+        const next = await pieces.next();
+        if (next.done) throw new OperationError('BAD_FILE', `${name} is empty`);
+        refuse(foreignHead(next.value));
+        first = next.value;
       }),
     async *chunks(signal) {
       if (!first) throw new Error('invariant: a stream is read that was not begun');
       yield first;
       for (;;) {
-        const { value, done } = await stoppable(stream, signal, () => pieces.next());
-        if (done) return;
-        yield value;
+        const next = await stoppable(stream, signal, () => pieces.next());
+        if (next.done) return;
+        yield next.value;
       }
     },
     inspectTail: (tail) => refuse(foreignTail(tail)),
@@ -138,7 +138,7 @@ function streamSource(
   };
 }
 
-/** An abort ends the waiting for a stream from which nothing comes. */
+/** Run `work`, which waits for the stream; an abort ends the wait. */
 async function stoppable<T>(stream: Readable, signal: AbortSignal, work: () => Promise<T>): Promise<T> {
   signal.throwIfAborted();
   const stop = (): void => void stream.destroy(signal.reason as Error);
@@ -164,7 +164,7 @@ function refusalOf(
   };
 }
 
-/** Errors: CHANGED if the file has become shorter. */
+/** Errors: CHANGED (the file became shorter). */
 function readAt(fd: number, offset: number, length: number): Buffer {
   const bytes = Buffer.alloc(length);
   for (let done = 0; done < length;) {
@@ -180,7 +180,7 @@ function lengthOf(fd: number, name: string): number {
   return status.isFile() ? status.size : blockDeviceSize(status.rdev, name);
 }
 
-/** The size of a block device, from sysfs: fstat does not tell it. */
+/** The size of a block device comes from sysfs: fstat does not report it. */
 function blockDeviceSize(rdev: number, name: string): number {
   const sectors = Number(blockDeviceAttribute(rdev, 'size'));
   if (!Number.isSafeInteger(sectors)) throw new OperationError('BAD_FILE', `cannot tell the size of ${name}`);

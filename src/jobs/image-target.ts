@@ -1,7 +1,7 @@
 /**
- * Where `export` writes an image to: a file, a block device, or a stream, which is a pipe, a fifo or a character device. Owns
- * what is looked at before anything is written, and what is left when the image does not become whole: no file of its name,
- * and a message that says which place it is and what to do.
+ * Where an export writes its image to: a file, a block device, or a stream (a pipe, a fifo or a character device). Owns the
+ * checks before anything is written, and what is left after a failure: no file of the wanted name, and a message that names the
+ * target and says what to do.
  */
 import fs from 'node:fs';
 import net from 'node:net';
@@ -13,29 +13,30 @@ import { OperationError, type Disk } from '../operations/operations.js';
 import { isSystemError, reasonOf, systemMessage } from '../system/system-error.js';
 import { BlockDevice } from './block-device.js';
 import { copyDiskToFile, copyDiskToStream, type Copied } from './disk-copy.js';
-import { printNote } from '../cli/output.js';
 import { PartialFile } from './partial-file.js';
-import type { Progress } from '../cli/progress.js';
+import type { JobContext, Progress } from './reporting.js';
 
 const { O_WRONLY, O_NONBLOCK, O_NOCTTY } = fs.constants;
 const STDOUT = '-';
 const STDOUT_FD = 1;
-/** The same by other names. */
+/** Other names of stdout, and "-". */
 const STDOUT_NAMES = new Set([STDOUT, '/dev/stdout', '/dev/fd/1', '/proc/self/fd/1']);
-/** Where the kernel's own files are; but others may be mounted in there, as /dev/shm is. */
+/** Filesystems of the kernel. Others may be mounted below them, such as /dev/shm. */
 const KERNEL_PLACES = ['/dev', '/proc', '/sys'];
-/** Between two looks for a reader of a fifo. */
+/** Between two attempts to open a fifo that has no reader yet. */
 const READER_POLL_MS = 50;
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
 
 type Copy = (disk: Disk, progress: Progress, signal: AbortSignal) => Promise<Copied>;
+/** What opening and copying need of the job. */
+type Context = Pick<JobContext, 'log' | 'signal'>;
 
-/** Opened before the store is and finished after it: meanwhile root may be the store's owner. */
+/** Opened before the store and finished after it: while the store is open, root may have the identity of its owner. */
 export interface ImageTarget {
   readonly copy: Copy;
-  /** It is complete. */
+  /** The image is complete: it gets its name. */
   finish(): Promise<void>;
-  /** It is not, and never will be. Does not fail. */
+  /** The image will not become complete: remove it. Does not fail. */
   abandon(): Promise<void>;
 }
 
@@ -44,23 +45,23 @@ export function isStdout(file: string): boolean {
 }
 
 /**
- * Looked at before anything is copied, so that a mistake costs no time. Waits for the reader of a fifo, until the signal.
+ * Everything that can be checked is checked here, before hours of copying. Waits for the reader of a fifo until the signal.
  * Errors: BAD_USAGE, BAD_FILE, EXISTS, BUSY, READ_ONLY, and those of the system.
  */
-export async function openTarget(file: string, mayReplace: boolean, signal: AbortSignal): Promise<ImageTarget> {
+export async function openTarget(file: string, mayReplace: boolean, context: Context): Promise<ImageTarget> {
   if (isStdout(file)) return toStdout();
   const status = fs.statSync(file, { throwIfNoEntry: false });
   if (status?.isDirectory()) throw new OperationError('BAD_FILE', `${file} is a directory; give a file's name`);
   if (status?.isSocket()) throw new OperationError('BAD_FILE', `${file} is a socket; give a file's name`);
-  if (status?.isFIFO()) return toFifo(file, signal);
+  if (status?.isFIFO()) return toFifo(file, context);
   if (status?.isCharacterDevice()) return toCharacterDevice(file);
-  if (status?.isBlockDevice()) return toBlockDevice(await BlockDevice.open(file, mayReplace));
+  if (status?.isBlockDevice()) return toBlockDevice(await BlockDevice.open(file, mayReplace), context);
   const resolved = resolve(file);
   if (!mayReplace && status) throw new OperationError('EXISTS', `${file} exists; --force replaces it`);
   return toFile(file, resolved);
 }
 
-/** The path that the image is to have, without links. Errors: BAD_FILE if there can be no file. */
+/** The path of the image with links resolved. Errors: BAD_FILE (no file can be there). */
 function resolve(file: string): string {
   const absolute = path.resolve(file);
   const found = fs.lstatSync(absolute, { throwIfNoEntry: false });
@@ -100,8 +101,8 @@ function toStdout(): ImageTarget {
   if (process.stdout.isTTY) {
     throw new OperationError('BAD_USAGE', 'a disk image does not belong on a terminal; redirect stdout or name a file');
   }
-  // What Node cannot write, a block device above all, it hands out as a stream that takes everything and writes nothing
-  // (lib/internal/bootstrap/switches/is_main_thread.js, createWritableStdioStream).
+  // For a descriptor that it cannot write to, such as a block device, Node makes a stream that accepts everything and writes
+  // nothing (lib/internal/bootstrap/switches/is_main_thread.js, createWritableStdioStream).
   if (Object.getPrototypeOf(process.stdout) === Writable.prototype) {
     const what = fs.fstatSync(STDOUT_FD).isBlockDevice() ? 'a block device' : 'nothing that an image can be written to';
     throw new OperationError(
@@ -120,8 +121,8 @@ function stdoutName(): string {
   }
 }
 
-/** Not before it has a reader; not without one either, when that has left: then a write is an error (fifo(7)). */
-async function toFifo(file: string, signal: AbortSignal): Promise<ImageTarget> {
+/** Opened when it has a reader. If the reader goes away, a write is an error (fifo(7)). */
+async function toFifo(file: string, { log, signal }: Context): Promise<ImageTarget> {
   let isSaid = false;
   for (;;) {
     signal.throwIfAborted();
@@ -132,7 +133,7 @@ async function toFifo(file: string, signal: AbortSignal): Promise<ImageTarget> {
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ENXIO') throw error;
     }
-    if (!isSaid) printNote(`waiting for somebody to read ${file}`);
+    if (!isSaid) log(`waiting for somebody to read ${file}`);
     isSaid = true;
     await delay(READER_POLL_MS, undefined, { signal }).catch(() => undefined);
   }
@@ -159,9 +160,9 @@ function destroyed(stream: Writable): Promise<void> {
   });
 }
 
-/** `isOurs`: to be closed by us; of an image that has failed nobody waits for what a device still does. */
+/** `isOurs`: we close the stream. After a failure we do not wait for what a device still has to write. */
 function toStream(stream: Writable, name: string, { isOurs }: { readonly isOurs: boolean }): ImageTarget {
-  // The write that failed says it; without a listener the stream would end the process before anything is cleaned up.
+  // The failed write reports the error. Without a listener the stream would end the process before anything is cleaned up.
   stream.on('error', () => undefined);
   const copy: Copy = async (disk, progress, signal) => {
     try {
@@ -180,14 +181,14 @@ function toStream(stream: Writable, name: string, { isOurs }: { readonly isOurs:
   };
 }
 
-/** What is there now is no image, and nothing else either. */
+/** A failed write to a stream or device: what is there now is a part of an image. */
 function notComplete(error: unknown, name: string): unknown {
   if (!isSystemError(error)) return error;
   const why = error.code === 'EPIPE' ? 'its reader is gone' : reasonOf(error);
   return new OperationError('INCOMPLETE', `the image on ${name} is not complete: ${why}`, { cause: error });
 }
 
-/** `given`: what the operator calls it. */
+/** `given`: the path as the operator wrote it. */
 async function toFile(given: string, resolved: string): Promise<ImageTarget> {
   let size = 0;
   const explained = <T>(work: Promise<T>): Promise<T> =>
@@ -209,7 +210,7 @@ async function toFile(given: string, resolved: string): Promise<ImageTarget> {
   };
 }
 
-/** What went wrong with the file, and the way out. What the disk's errors say they say themselves. */
+/** A system error about the file, with a way out. Errors of the disk stay as they are. */
 function notWritten(error: unknown, file: string, size: number): unknown {
   if (!isSystemError(error)) return error;
   const { code } = error;
@@ -229,7 +230,7 @@ function notWritten(error: unknown, file: string, size: number): unknown {
   );
 }
 
-function toBlockDevice(device: BlockDevice): ImageTarget {
+function toBlockDevice(device: BlockDevice, { log }: Context): ImageTarget {
   const copy: Copy = async (disk, progress, signal) => {
     const { file, size } = device;
     if (size < disk.size) {
@@ -245,8 +246,8 @@ function toBlockDevice(device: BlockDevice): ImageTarget {
       return copied;
     } catch (error) {
       const told = notComplete(error, file);
-      // Interrupted, or it could not be read: that is the error, and this what it leaves behind.
-      if (told === error) printNote(`the image on ${file} is not complete: export it again`);
+      // The job was interrupted, or reading failed: that is the error, and the log says what is left behind.
+      if (told === error) log(`the image on ${file} is not complete: export it again`);
       throw told;
     }
   };

@@ -1,7 +1,7 @@
 /**
- * A file that is written under another name until it is complete and on disk: a file of the wanted name is a whole one, also
- * after a crash, and never one that two commands have written. Owns the name meanwhile and who may write there: whoever has
- * locked the very file that has the name. A name is only taken away from a file by who has it locked.
+ * A file that is written under a temporary name, FILE.partial, until it is complete and durable. A file with the wanted name is
+ * therefore complete, also after a crash, and never written by two commands. Owns the temporary name and its locking: only the
+ * process that has locked the file of that name may write to it, rename it or remove it.
  */
 import { createFile, moveFile, openRegular, removeFile, statRegular } from './target-files.js';
 import { OperationError } from '../operations/operations.js';
@@ -11,7 +11,7 @@ import { hostDisk } from '../system/real-disk.js';
 
 /** Appended to the name of a file while it is not complete. */
 const PARTIAL = '.partial';
-/** Others that come and go while we look; each time one of them has got further. */
+/** Attempts to get the name while other commands take and release it; each failed attempt means that one of them progressed. */
 const MAX_TRIES = 100;
 
 export class PartialFile {
@@ -26,8 +26,8 @@ export class PartialFile {
   }
 
   /**
-   * A new, empty one, for a file of this path, which is resolved. What a killed command has left is replaced; what another
-   * one is writing is not. Errors: BUSY, BAD_TARGET.
+   * A new, empty file that will get the name `file`, a path without links. The rest of a killed command is replaced; a file
+   * that another command is writing is not. Errors: BUSY, BAD_TARGET.
    */
   static async open(file: string, disk = hostDisk): Promise<PartialFile> {
     const partial = `${file}${PARTIAL}`;
@@ -36,17 +36,17 @@ export class PartialFile {
       try {
         if (left) {
           if (!isLocked(left)) throw busy(file);
-          // It may have been finished, or replaced by another one's, before we had the lock.
+          // It may have been renamed or replaced before we had the lock.
           if (!(await isNamed(disk, left, partial))) continue;
           await removeFile(disk, partial);
         }
-        const handle = await createFile(disk, partial, { mayReplace: false }).catch((error: NodeJS.ErrnoException) => {
-          if (error.code !== 'EEXIST') throw error;
+        const handle = await createFile(disk, partial, { mayReplace: false }).catch((error: unknown) => {
+          if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
           return undefined;
         });
         if (!handle) continue;
         if (isLocked(handle) && (await isNamed(disk, handle, partial))) return new PartialFile(disk, handle, file);
-        // Somebody took it for left over before we had locked it, and makes one of their own.
+        // Another command took it for a leftover before we had locked it, and makes its own.
         await handle.close();
         throw busy(file);
       } finally {
@@ -60,7 +60,7 @@ export class PartialFile {
     return this.#handle.fd;
   }
 
-  /** Holes, where nothing is written. */
+  /** Set the size; unwritten ranges are holes. */
   setSize(bytes: number): Promise<void> {
     return this.#handle.truncate(bytes);
   }
@@ -69,7 +69,7 @@ export class PartialFile {
     return this.#handle.sync();
   }
 
-  /** It gets its name, in place of what has it now. Errors: BUSY if it has been taken away from us. */
+  /** Give the file its name, replacing a file that has it. Errors: BUSY (another command has taken the temporary name). */
   async finish(): Promise<void> {
     const partial = `${this.#file}${PARTIAL}`;
     if (!(await isNamed(this.#disk, this.#handle, partial))) throw busy(this.#file);
@@ -77,13 +77,13 @@ export class PartialFile {
     await this.#handle.close();
   }
 
-  /** Nothing of it is left. Does not fail. */
+  /** Remove the file. Does not fail. */
   async abandon(): Promise<void> {
     const partial = `${this.#file}${PARTIAL}`;
     try {
       if (await isNamed(this.#disk, this.#handle, partial)) await removeFile(this.#disk, partial);
     } catch {
-      // Another one's, or the next one's to replace.
+      // Another command has the name, or the next export replaces the file.
     }
     await this.#handle.close().catch(() => undefined);
   }
@@ -98,13 +98,13 @@ async function openLeft(disk: HostDisk, partial: string): Promise<OpenFile | und
   }
 }
 
-/** Whether the name is still that of this very file. */
+/** Whether the name still belongs to this file. */
 async function isNamed(disk: HostDisk, handle: OpenFile, partial: string): Promise<boolean> {
   const [ours, named] = [handle.status(), await statRegular(disk, partial)];
   return named?.dev === ours.dev && named.ino === ours.ino;
 }
 
-/** Lock it. Where the filesystem has no locks, there is nobody to tell of. */
+/** Lock the file. True also if the filesystem has no locks. */
 function isLocked(file: OpenFile): boolean {
   try {
     return file.tryLock();

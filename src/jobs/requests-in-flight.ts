@@ -1,28 +1,28 @@
-/** Several requests under way at a time, with a bound, and none left behind when one fails. Knows nothing of what they do. */
+/** Several requests in flight, bounded, of which none is left behind when one fails. */
 
 /** Enough to hide the latency of either side. */
-export const IN_FLIGHT = 8;
+export const MAX_IN_FLIGHT = 8;
 
-/** Runs jobs, at most IN_FLIGHT at a time; the first failure ends it. */
-export class Flight {
-  readonly #jobs = new Set<Promise<void>>();
+/** Runs requests, at most MAX_IN_FLIGHT at a time; the first failure ends it. */
+export class RequestsInFlight {
+  readonly #requests = new Set<Promise<void>>();
   #failure: { readonly error: unknown } | undefined;
 
-  /** Resolves when there is room for the next; throws what an earlier job threw. */
-  async add(job: () => Promise<void>): Promise<void> {
-    while (this.#jobs.size >= IN_FLIGHT) await Promise.race(this.#jobs);
+  /** Start a request when there is room for it; resolves when it has started. Throws what an earlier request threw. */
+  async add(request: () => Promise<void>): Promise<void> {
+    while (this.#requests.size >= MAX_IN_FLIGHT) await Promise.race(this.#requests);
     this.#throwFailure();
-    const running: Promise<void> = job()
+    const running: Promise<void> = request()
       .catch((error: unknown) => {
         this.#failure ??= { error };
       })
-      .finally(() => this.#jobs.delete(running));
-    this.#jobs.add(running);
+      .finally(() => this.#requests.delete(running));
+    this.#requests.add(running);
   }
 
-  /** All jobs have ended; throws the first failure. */
-  async landed(): Promise<void> {
-    await Promise.all(this.#jobs);
+  /** Resolves when all requests have ended; throws the first failure. */
+  async settled(): Promise<void> {
+    await Promise.all(this.#requests);
     this.#throwFailure();
   }
 
@@ -31,14 +31,14 @@ export class Flight {
   }
 }
 
-/** Run `work` with a flight and wait for all of it, also when it fails: nothing may use a buffer or file afterwards. */
-export async function inFlight(work: (flight: Flight) => Promise<void>): Promise<void> {
-  const flight = new Flight();
+/** Run `work` and wait for all its requests, also when it fails: nothing may use a buffer or file afterwards. */
+export async function withRequestsInFlight(work: (requests: RequestsInFlight) => Promise<void>): Promise<void> {
+  const requests = new RequestsInFlight();
   try {
-    await work(flight);
+    await work(requests);
   } catch (error) {
-    await flight.landed().catch(() => undefined);
+    await requests.settled().catch(() => undefined);
     throw error;
   }
-  await flight.landed();
+  await requests.settled();
 }

@@ -1,17 +1,17 @@
-/** A command line of the operator's, run by sh, within a time. What it prints goes to stderr: stdout is for results. */
+/** Runs a command line of the operator by sh, with a time limit. Its output goes to stderr: stdout is for results. */
 import { spawn, type ChildProcess } from 'node:child_process';
 
 export interface RunCommandOptions {
   readonly timeoutMs: number;
-  /** Ends it early. */
+  /** Kills the command. */
   readonly signal?: AbortSignal;
 }
 
-/** Run it to its end. Returns null if it succeeded, otherwise what went wrong with it. */
+/** Run it to its end. Returns null if it succeeded, otherwise what failed, to follow "the command" in a message. */
 export async function runCommand(command: string, { timeoutMs, signal }: RunCommandOptions): Promise<string | null> {
-  // In a group of its own: a Ctrl-C is for sheepgate to handle, and what the command starts can be ended with it.
+  // In its own process group: a Ctrl-C is handled by sheepgate, and children of the command can be killed with it.
   const child = spawn('/bin/sh', ['-c', command], { detached: true, stdio: ['ignore', 'pipe', 'pipe'] });
-  // Through us, and not straight to where nobody may listen any more: it must not die of that.
+  // Through us and not inherited: the command must not die of SIGPIPE when the reader of our stderr is gone.
   for (const stream of [child.stdout, child.stderr])
     stream.on('data', (text: Buffer) => process.stderr.write(text)).on('error', () => undefined);
   let early: string | undefined;
@@ -24,7 +24,7 @@ export async function runCommand(command: string, { timeoutMs, signal }: RunComm
   if (signal?.aborted) onAbort();
   signal?.addEventListener('abort', onAbort, { once: true });
   try {
-    // Not until its output ends: it may leave something running that holds it.
+    // 'exit' and not 'close': a background process of the command may keep its output open.
     return await new Promise((resolve) => {
       child.on('error', (error) => resolve(`could not be started: ${error.message}`));
       child.once('exit', (code, by) => resolve(code === 0 && !early ? null : (early ?? `ended with ${by ?? code}`)));

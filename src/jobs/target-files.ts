@@ -1,11 +1,11 @@
 /**
- * Files by name, in directories that others may be able to write to: a backup target on a shared disk, the place an image
- * is exported to. Nothing but regular files of that very directory is opened: no symbolic link is followed, no fifo waited
- * for, no device touched, nothing written that has a second name elsewhere; a new file is one that was not there before.
- * Owns how files are created, replaced, renamed and removed there, durably in the order that a crash needs.
+ * Files in directories that other users may be able to write to: a backup target on a shared disk, the directory an image is
+ * exported to. Only regular files of that directory are opened: symbolic links are not followed, fifos and devices not opened,
+ * files with a second hard link not written; a new file is created with O_EXCL. Owns how files are created, replaced, renamed
+ * and removed there, and the order of syncs that makes this safe in a crash.
  *
- * Names are relative to an open directory (openat(2), by way of /proc/self/fd): whoever puts a link in the place of the
- * directory meanwhile wins nothing. The directory's own path is the caller's to resolve; its last part is not a link.
+ * Names are relative to an open directory (openat(2), through /proc/self/fd), so replacing the directory by a link has no
+ * effect. The caller resolves the directory's own path; its last component must not be a link.
  */
 import os from 'node:os';
 import path from 'node:path';
@@ -29,8 +29,8 @@ const DESCRIPTORS = '/proc/self/fd';
 const PARTIAL = '.partial';
 
 /**
- * Run `work` with a directory held open; `at` gives the path of a name in it, which stays in that directory whatever is
- * done to its own path. Errors: BAD_TARGET if it is a symbolic link or no directory.
+ * Run `work` with a directory held open. `at` gives a path for a name in it that stays valid if the directory is moved or
+ * replaced. Errors: BAD_TARGET (a symbolic link, or no directory).
  */
 export async function inDirectory<T>(
   disk: HostDisk,
@@ -38,7 +38,7 @@ export async function inDirectory<T>(
   work: (at: (name: string) => string) => Promise<T>,
 ): Promise<T> {
   const handle = await openDirectory(disk, directory);
-  // Where there is no /proc, names are what is left.
+  // Without /proc there are only path names.
   const pinned = disk.existsSync(DESCRIPTORS) ? `${DESCRIPTORS}/${handle.fd}` : directory;
   try {
     return await work((name) => `${pinned}/${name}`);
@@ -49,12 +49,12 @@ export async function inDirectory<T>(
   }
 }
 
-/** Open a file to read, or to write into. Errors: BAD_TARGET if it is not a regular file, ENOENT. */
+/** Open a file for reading, or for reading and writing. Errors: BAD_TARGET (not a regular file, or hard links), ENOENT. */
 export function openRegular(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
   const mode = access === 'r' ? O_RDONLY : O_RDWR;
   return inDirectory(disk, path.dirname(file), async (at) => {
     const where = at(path.basename(file));
-    // First: even the opening of a device may do something.
+    // Before opening: opening a device can have side effects.
     checkRegular(await disk.lstat(where), file);
     const handle = await openChecked(disk, where, mode, file);
     if (access === 'r') return handle;
@@ -69,7 +69,7 @@ export function openRegular(disk: HostDisk, file: string, access: 'r' | 'r+'): P
   });
 }
 
-/** Open the file for locking; `access` 'r+' makes it if it is not there. Errors: as openRegular. */
+/** Open the file for locking; `access` 'r+' creates it. Errors: as openRegular. */
 export function openLock(disk: HostDisk, file: string, access: 'r' | 'r+'): Promise<OpenFile> {
   return inDirectory(disk, path.dirname(file), async (at) => {
     const where = at(path.basename(file));
@@ -80,8 +80,8 @@ export function openLock(disk: HostDisk, file: string, access: 'r' | 'r+'): Prom
 }
 
 /**
- * A new, empty file, to be written; what has its name now is removed, and not written through, or with `mayReplace` false is
- * an error (EEXIST).
+ * Create an empty file for writing. A file of that name is removed first, never written to; with `mayReplace` false it is an
+ * error (EEXIST).
  */
 export function createFile(disk: HostDisk, file: string, { mayReplace = true } = {}): Promise<OpenFile> {
   return inDirectory(disk, path.dirname(file), async (at) => {
@@ -91,13 +91,13 @@ export function createFile(disk: HostDisk, file: string, { mayReplace = true } =
   });
 }
 
-/** What a disk answers when it cannot read: the block layer's and the filesystems' (linux block/blk-core.c, fs/xfs, fs/ext4). */
+/** Errors of the block layer and of filesystems that mean damaged data (linux block/blk-core.c, fs/xfs, fs/ext4). */
 const { EIO, EBADMSG, ENODATA, EILSEQ } = os.constants.errno;
 const EUCLEAN = 117;
 const EREMOTEIO = 121;
 const UNREADABLE = new Set([EIO, EBADMSG, ENODATA, EILSEQ, EUCLEAN, EREMOTEIO]);
 
-/** Run `read`, which reads `file`; that it cannot be read is damage of that file, like any other. Errors: DAMAGED. */
+/** Run `read`, which reads `file`. Errors: DAMAGED (the disk cannot read it), and others of `read`. */
 export async function readable<T>(file: string, read: () => Promise<T>): Promise<T> {
   try {
     return await read();
@@ -110,7 +110,7 @@ export async function readable<T>(file: string, read: () => Promise<T>): Promise
   }
 }
 
-/** All of a file of at most `maxBytes`. Errors: as openRegular; DAMAGED if it is larger, or cannot be read. */
+/** Read a whole file of at most `maxBytes`. Errors: as openRegular; DAMAGED (larger, or unreadable). */
 export function readWhole(disk: HostDisk, file: string, maxBytes: number): Promise<Buffer> {
   return readable(file, () => wholeOf(disk, file, maxBytes));
 }
@@ -132,7 +132,7 @@ async function wholeOf(disk: HostDisk, file: string, maxBytes: number): Promise<
   }
 }
 
-/** What the file is; undefined if there is none. Errors: BAD_TARGET if it is not a regular file. */
+/** The status of the file; undefined if there is none. Errors: BAD_TARGET (not a regular file). */
 export async function statRegular(disk: HostDisk, file: string): Promise<FileStatus | undefined> {
   const found = await disk.lstat(file).catch(ignoring('ENOENT', 'ENOTDIR'));
   if (found) checkRegular(found, file);
@@ -143,7 +143,7 @@ export function removeFile(disk: HostDisk, file: string): Promise<void> {
   return inDirectory(disk, path.dirname(file), (at) => disk.unlink(at(path.basename(file))));
 }
 
-/** Replace a file by a whole new one: after a crash it is the old one or the new one. */
+/** Replace a file atomically: after a crash it is the old one or the new one. */
 export async function replaceFile(disk: HostDisk, file: string, content: Buffer): Promise<void> {
   const partial = `${file}${PARTIAL}`;
   const handle = await createFile(disk, partial);
@@ -156,7 +156,7 @@ export async function replaceFile(disk: HostDisk, file: string, content: Buffer)
   await moveFile(disk, partial, file);
 }
 
-/** Rename, durably. What has the new name is replaced, and not followed. */
+/** Rename durably. A file or link that has the new name is replaced. */
 export async function moveFile(disk: HostDisk, from: string, to: string): Promise<void> {
   await inDirectory(disk, path.dirname(from), (at) =>
     inDirectory(disk, path.dirname(to), (atNew) => disk.rename(at(path.basename(from)), atNew(path.basename(to)))),
@@ -165,7 +165,7 @@ export async function moveFile(disk: HostDisk, from: string, to: string): Promis
   if (path.dirname(from) !== path.dirname(to)) await syncDirectory(disk, path.dirname(from));
 }
 
-/** What was created, renamed and removed in the directory stays so after a crash. */
+/** Make everything that was created, renamed and removed in the directory durable. */
 export async function syncDirectory(disk: HostDisk, directory: string): Promise<void> {
   const handle = await openDirectory(disk, directory);
   try {
@@ -190,7 +190,7 @@ async function openDirectory(disk: HostDisk, directory: string): Promise<OpenFil
 async function openChecked(disk: HostDisk, where: string, flags: number, file: string): Promise<OpenFile> {
   let handle: OpenFile;
   try {
-    // Not waiting: a fifo in its place would keep us for ever.
+    // O_NONBLOCK: opening a fifo would wait for its other end.
     handle = new OpenFile(disk, await disk.open(where, flags | O_NOFOLLOW | O_NONBLOCK, 0o600));
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
@@ -236,7 +236,7 @@ function ignoring(...codes: string[]): (error: NodeJS.ErrnoException) => undefin
   };
 }
 
-/** The directory's own path in the message, in place of the descriptor's. */
+/** Replace the /proc path in an error by the directory's own path. */
 function withPath(error: unknown, pinned: string, directory: string): unknown {
   if (!(error instanceof Error) || pinned === directory || !error.message.includes(pinned)) return error;
   const named = (text: string): string => text.replaceAll(`${pinned}/`, `${directory}/`);

@@ -1,20 +1,20 @@
 /**
- * A process of its own that freezes for `sheepgate` and thaws: when it is told to, when whoever started it is gone, and when
- * the time is over, whichever comes first. It is in no terminal's or shell's group and ignores requests to end, so that
- * nothing that ends its parent leaves a frozen machine behind; and it ends a freeze command that is still at work before it
- * thaws, so that nothing is frozen after that. It knows only two commands.
+ * A separate process that runs the freeze command, and the thaw command as soon as one of these happens: `sheepgate` says so,
+ * `sheepgate` is gone, or the time limit is reached. It has its own session and ignores signals that ask it to end, so that
+ * whatever kills its parent leaves no frozen guest behind. Before it thaws it kills a freeze command that still runs, so that
+ * nothing is frozen afterwards.
  *
- *   node thaw-guard.js MILLISECONDS FREEZE THAW    stdin: anything, or its end, means thaw; stdout: a JSON object a line
+ *   node thaw-guard.js MILLISECONDS FREEZE THAW    stdin: any byte, or its end, means thaw; stdout: one JSON object per line
  */
 import { runCommand } from './run-command.js';
 
 const ATTEMPTS = 3;
 const ATTEMPT_TIMEOUT_MS = 30_000;
 const BETWEEN_MS = 1_000;
-/** A killed freeze command may be stuck in the kernel: thawing does not wait for it for ever. */
+/** A killed freeze command may be stuck in the kernel: thawing waits no longer than this. */
 const END_WAIT_MS = 5_000;
 
-/** What it says, in this order. */
+/** The lines on stdout, in this order. */
 export type GuardLine =
   | { readonly event: 'frozen'; readonly failure: string | null }
   | { readonly event: 'thawed'; readonly isLate: boolean; readonly failure: string | null };
@@ -26,7 +26,7 @@ function say(line: GuardLine): void {
 }
 
 for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGPIPE'] as const) process.on(signal, () => undefined);
-// Whoever listened may be gone; that is what this is for.
+// The parent may be gone; that is what this process is for.
 process.stdout.on('error', () => undefined);
 process.stderr.on('error', () => undefined);
 

@@ -1,6 +1,7 @@
 /** The small pure parts of the command line: sizes, zero runs, trees. */
 import { describe, expect, test } from 'vitest';
-import { splitZeros } from '../../src/jobs/disk-copy.js';
+import { runsOf } from '../../src/jobs/buffer-runs.js';
+import { differences } from '../../src/jobs/disk-difference.js';
 import { table } from '../../src/cli/output.js';
 import { printable, printableJson } from '../../src/text/printable.js';
 import { formatSize, parseSize, SizeError } from '../../src/text/size.js';
@@ -78,19 +79,40 @@ describe('zero runs', () => {
     const buffer = Buffer.alloc(4 * UNIT + 100);
     buffer[2 * UNIT] = 1;
     buffer[3 * UNIT - 1] = 1;
-    expect(splitZeros(buffer)).toEqual([
-      { from: 0, length: 2 * UNIT, isZero: true },
-      { from: 2 * UNIT, length: UNIT, isZero: false },
-      { from: 3 * UNIT, length: UNIT + 100, isZero: true },
+    expect(runsOf(buffer, UNIT)).toEqual([
+      { from: 0, to: 2 * UNIT, kind: 'zeros' },
+      { from: 2 * UNIT, to: 3 * UNIT, kind: 'data' },
+      { from: 3 * UNIT, to: 4 * UNIT + 100, kind: 'zeros' },
     ]);
   });
 
   test('a single byte at the very end is data', () => {
     const buffer = Buffer.alloc(UNIT + 1);
     buffer[UNIT] = 1;
-    expect(splitZeros(buffer)).toEqual([
-      { from: 0, length: UNIT, isZero: true },
-      { from: UNIT, length: 1, isZero: false },
+    expect(runsOf(buffer, UNIT)).toEqual([
+      { from: 0, to: UNIT, kind: 'zeros' },
+      { from: UNIT, to: UNIT + 1, kind: 'data' },
+    ]);
+  });
+
+  test('beside another buffer, what is the same is told from what differs', () => {
+    const have = Buffer.alloc(4 * UNIT, 7);
+    const want = Buffer.from(have);
+    want.fill(0, UNIT, 2 * UNIT);
+    want[2 * UNIT] = 1;
+    expect(runsOf(want, UNIT, have)).toEqual([
+      { from: 0, to: UNIT, kind: 'same' },
+      { from: UNIT, to: 2 * UNIT, kind: 'zeros' },
+      { from: 2 * UNIT, to: 3 * UNIT, kind: 'data' },
+      { from: 3 * UNIT, to: 4 * UNIT, kind: 'same' },
+    ]);
+    // Data that is not far apart is written in one piece, with the zeros in between; without another buffer there are zeros.
+    expect(differences(want.subarray(0, 2 * UNIT), undefined)).toEqual([{ from: 0, to: UNIT, kind: 'data' }]);
+    const gaps = Buffer.alloc(UNIT);
+    gaps[0] = gaps[8 * 1024] = 1;
+    expect(differences(gaps, Buffer.alloc(UNIT, 1))).toEqual([
+      { from: 0, to: 12 * 1024, kind: 'data' },
+      { from: 12 * 1024, to: UNIT, kind: 'zeros' },
     ]);
   });
 });

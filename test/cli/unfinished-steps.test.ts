@@ -5,13 +5,13 @@
  */
 import fs from 'node:fs';
 import path from 'node:path';
-import { afterAll, beforeAll, describe, expect, test, vi } from 'vitest';
+import { describe, expect, test } from 'vitest';
 import { BackupTarget } from '../../src/jobs/backup/target.js';
 import { openPoint, pointAt, restoreBackup } from '../../src/jobs/backup/restore-backup.js';
-import { importInto } from '../../src/cli/import.js';
+import { importInto } from '../../src/jobs/import-image.js';
 import { openSource } from '../../src/jobs/image-source.js';
 import { closeAfter } from '../../src/system/close-after.js';
-import { Migration } from '../../src/jobs/migration.js';
+import { Migration } from '../../src/jobs/migration/migration.js';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { OperationError, type Disk, type Operations } from '../../src/operations/operations.js';
 import type { VdiRecord } from '../../src/store/object-store.js';
@@ -30,10 +30,6 @@ const NEVER = Number.MAX_SAFE_INTEGER;
 
 /** A history of snapshots has many steps, and a cluster of ours takes its time: of those every third. */
 const CLUSTER_HISTORY_STRIDE = 3;
-
-// Notes of the commands.
-beforeAll(() => void vi.spyOn(process.stderr, 'write').mockReturnValue(true));
-afterAll(() => vi.restoreAllMocks());
 
 class Killed extends Error {}
 
@@ -88,12 +84,12 @@ interface Command {
 }
 
 const signal = new AbortController().signal;
-/** What a restore has said beside its error. */
-const restoreNotes: string[] = [];
+/** Notes of the commands. */
+const notes: string[] = [];
 const quiet = {
   progress: () => ({ advance: () => undefined, end: () => undefined }),
   signal,
-  log: (line: string) => void restoreNotes.push(line),
+  log: (line: string) => void notes.push(line),
 };
 
 async function someDisk(catalog: VdiCatalog): Promise<Contents> {
@@ -123,7 +119,7 @@ async function importing(overwrite: boolean): Promise<Command> {
     run: async (target) => {
       const source = openSource(file, { isRaw: true, vdi: NAME });
       try {
-        await importInto(target, NAME, source, { overwrite }, signal);
+        await importInto(target, NAME, source, { overwrite, ...quiet });
       } finally {
         source.close();
       }
@@ -186,7 +182,7 @@ async function migrating(sync: boolean): Promise<Command> {
         verify: 'all',
         sha256: false,
         isReadOnly: false,
-        signal,
+        ...quiet,
       }).run(),
     );
   return {
@@ -326,7 +322,6 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
     const lost = 'no answer from the daemon';
     for (const command of [await importing(false), await restoring(false), await migrating(false)]) {
       const { place: to, stop } = await place();
-      const notes = vi.mocked(process.stderr.write).mock.calls.length;
       const error = await withOperations(to, (operations) => {
         const finish = async (...of: Parameters<Operations['finish']>): Promise<VdiRecord> => {
           await operations.finish(...of);
@@ -344,7 +339,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
           (thrown: unknown) => thrown as Error,
         );
       });
-      const said = vi.mocked(process.stderr.write).mock.calls.slice(notes).join('') + restoreNotes.splice(0).join('');
+      const said = notes.splice(0).join('');
       expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is complete all the same`);
       expect(await withCatalog(to, (catalog) => stateOf(catalog, undefined, command.after))).toBe('complete');
       await stop();

@@ -6,7 +6,7 @@ import { execFile } from 'node:child_process';
 import { promisify } from 'node:util';
 import type { Peer } from 'nbd-server-ts';
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
-import { Migration } from '../../src/jobs/migration.js';
+import { Migration } from '../../src/jobs/migration/migration.js';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
@@ -331,6 +331,8 @@ describe('on the stand-in', () => {
           verify: 'all',
           sha256: false,
           isReadOnly: false,
+          progress: () => ({ advance: () => undefined, end: () => undefined }),
+          log: () => undefined,
           signal,
         },
       }).run();

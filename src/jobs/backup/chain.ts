@@ -1,6 +1,6 @@
 /**
- * The content of one backup: a raw image and the increments over it, read as one disk. Owns the open files. Checks what
- * it reads only where asked to; never writes.
+ * The content of one backup: a raw image and the increments on top of it, read as one disk. Owns the open files. Verifies hashes
+ * only in readChecked; never writes.
  */
 import { OperationError } from '../../operations/operations.js';
 import type { HostDisk } from '../../system/disk.js';
@@ -9,7 +9,7 @@ import { hashOf, type BlockHashes } from '../block-hashes.js';
 import { IncrementReader } from './qcow2-file.js';
 import { openRegular, readable } from '../target-files.js';
 
-/** One file over the image, and the size of the disk it is of. */
+/** One file of a chain, and the size of its disk in bytes. */
 export interface Link {
   readonly file: string;
   readonly size: number;
@@ -20,7 +20,7 @@ export class Chain {
   #size: number;
   readonly #base: OpenFile;
   readonly #baseFile: string;
-  /** Of so many files, the image first, the cache was dropped. */
+  /** The number of files, the image first, whose cache was dropped. */
   #dropped = 0;
   /** From the bottom to the top. */
   readonly #links: IncrementReader[] = [];
@@ -32,12 +32,12 @@ export class Chain {
     this.#size = size;
   }
 
-  /** Open an image of `size` bytes, without what is over it. Errors: DAMAGED, BAD_TARGET. */
+  /** Open an image of `size` bytes, without increments. Errors: DAMAGED, BAD_TARGET. */
   static async openImage(disk: HostDisk, file: string, size: number): Promise<Chain> {
     return new Chain(disk, await present(file, () => openRegular(disk, file, 'r')), file, size);
   }
 
-  /** Open the image and the increments over it, the lowest first. Errors: DAMAGED, BAD_TARGET. */
+  /** Open the image and its increments, the lowest first. Errors: DAMAGED, BAD_TARGET. */
   static async open(disk: HostDisk, image: Link, increments: readonly Link[]): Promise<Chain> {
     const chain = await Chain.openImage(disk, image.file, image.size);
     try {
@@ -49,7 +49,7 @@ export class Chain {
     }
   }
 
-  /** From now on it is the disk with this increment over what it was. Errors: DAMAGED, BAD_TARGET. */
+  /** Put one more increment on top. Errors: DAMAGED, BAD_TARGET. */
   async add({ file, size }: Link): Promise<void> {
     const link = await present(file, () => IncrementReader.open(this.#disk, file));
     this.#links.push(link); // to be closed with the others
@@ -59,24 +59,24 @@ export class Chain {
     this.#size = size;
   }
 
-  /** Of the disk. */
+  /** Of the disk, in bytes. */
   get size(): number {
     return this.#size;
   }
 
-  /** Fill `into`; behind the end are zeros. Errors: DAMAGED, naming the file that cannot be read. */
+  /** Fill `into`; bytes behind the end are zeros. Errors: DAMAGED (names the file that cannot be read). */
   read(offset: number, into: Buffer): Promise<void> {
     return this.#read(this.#links.length, offset, into);
   }
 
-  /** What is in the uppermost increment itself. */
+  /** The uppermost increment; undefined if there is only the image. */
   get top(): IncrementReader | undefined {
     return this.#links.at(-1);
   }
 
   /**
-   * The first place from `offset` on where a file holds something, or the size of the disk: before it all reads as zeros.
-   * `only`: of this increment, before that place everything is as below.
+   * The first offset, from `offset` on, where a file of the chain holds something; the size of the disk if there is none.
+   * Everything before it reads as zeros. With `only`, just this increment counts: everything before is as in the files below.
    */
   async nextStored(offset: number, only?: IncrementReader): Promise<number> {
     if (only) return only.nextOwn(offset);
@@ -89,7 +89,7 @@ export class Chain {
     return next;
   }
 
-  /** Read a block and compare it with its hash. Errors: DAMAGED, naming the files it came from. */
+  /** Read a block and compare it with its hash. Errors: DAMAGED (names the files that the block comes from). */
   async readChecked(hashes: BlockHashes, index: number): Promise<Buffer> {
     const block = Buffer.allocUnsafe(hashes.lengthOf(index));
     const offset = index * hashes.blockBytes;
@@ -105,15 +105,15 @@ export class Chain {
   }
 
   /**
-   * Read anew from the disk, not from the cache of the operating system, as far as it lets go of it: each file once, those
-   * that are added later too if this is called again.
+   * Drop the files from the page cache, as far as the kernel does it, so that they are read from the disk. Each file is
+   * dropped once; another call handles files that were added since.
    */
   async dropCached(): Promise<void> {
     const files = [this.#base, ...this.#links];
     for (; this.#dropped < files.length; this.#dropped++) await files[this.#dropped]?.dropCached();
   }
 
-  /** The files that a range is made of, uppermost first. */
+  /** The files that a range is read from, the uppermost first. */
   async filesOf(offset: number, length: number): Promise<string[]> {
     const files: string[] = [];
     for (const link of [...this.#links].reverse()) {

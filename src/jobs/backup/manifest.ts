@@ -1,6 +1,6 @@
 /**
- * What a backup target says of itself: manifest.json, replaced as a whole. Owns its form and the checking of what is read.
- * It is the only place where a backup becomes one, or stops being one; files that it does not name are left-overs.
+ * The manifest of a backup target, manifest.json, which is replaced atomically. Owns its format and the validation of what is
+ * read. A backup exists if and only if the manifest lists it; files that it does not name are leftovers.
  */
 import path from 'node:path';
 import { OperationError } from '../../operations/operations.js';
@@ -12,13 +12,13 @@ export const MANIFEST = 'manifest.json';
 const FORMAT = 'sheepgate-backup';
 /** In version 1 the tree hash was called sha256. */
 const VERSION = 2;
-/** Backups in one target: more than a year of hourly ones. Each is a file that is open while a later one is read. */
+/** Backups in one target: more than a year of hourly backups. Reading one keeps the file of each earlier one open. */
 export const MAX_POINTS = 10_000;
-/** A backup takes about 700 bytes of it. */
+/** A backup takes about 700 bytes in it. */
 const MAX_MANIFEST_BYTES = 16 * 2 ** 20;
 const MIN_BLOCK_BYTES = 2 ** 16;
 
-/** Which snapshot of the source has the content of a backup. */
+/** The snapshot of the source that has the content of a backup. */
 export interface BaseSnapshot {
   readonly tag: string;
   readonly vid: number;
@@ -32,26 +32,26 @@ export interface Point {
   /** When the snapshot was taken, ISO 8601. */
   readonly time: string;
   readonly isFull: boolean;
-  /** The full image below it, counted from 1. */
+  /** The number of the full image below it, from 1. */
   readonly chain: number;
-  /** Of the disk, bytes. */
+  /** Of the disk, in bytes. */
   readonly size: number;
   readonly blockSizeShift: number;
-  /** Bytes that a hash covers. */
+  /** The bytes that one hash covers. */
   readonly blockBytes: number;
-  /** Of the disk: blocks that differ from the backup before. */
+  /** Bytes of the blocks that differ from the backup before. */
   readonly changedBytes: number;
-  /** ... of which so much was written, other than zeros. */
+  /** Bytes of data, without zeros, that were written for them. */
   readonly storedBytes: number;
   /** BlockHashes.treeHash. */
   readonly treeHash: string;
-  /** Of the whole image, as sha256sum says it; only where it was asked for. */
+  /** Of the whole image, as sha256sum computes it; only if requested. */
   readonly sha256?: string;
-  /** null where none is kept. */
+  /** null if no snapshot is kept. */
   readonly base: BaseSnapshot | null;
 }
 
-/** What a file looked like when it was last written: if it still does, it was not touched. */
+/** Size and time of a file after it was last written: a file that still has them was not touched. */
 export interface Stamp {
   readonly bytes: number;
   readonly mtimeMs: number;
@@ -60,18 +60,18 @@ export interface Stamp {
 export interface Manifest {
   readonly format: typeof FORMAT;
   readonly version: typeof VERSION;
-  /** Names the target in the tags of its snapshots. */
+  /** Identifies the target in the tags of its snapshots. */
   readonly target: string;
   readonly vdi: string;
-  /** For people: where it was backed up from last. */
+  /** For people: the store of the last backup. */
   readonly store: string;
   /** The oldest first. */
   readonly points: readonly Point[];
   /** By path relative to the target's directory. */
   readonly stamps: Readonly<Record<string, Stamp>>;
-  /** This backup's increment is being written into the image below it. */
+  /** The backup whose increment is being written into the image below it. */
   readonly folding: number | null;
-  /** An image that is complete, and about to take the place of the one before it. */
+  /** The name of a complete image that is about to replace the one before it. */
   readonly installing: string | null;
 }
 
@@ -110,7 +110,7 @@ export async function readManifest(disk: HostDisk, directory: string): Promise<M
   if (version !== VERSION && version !== 1) {
     throw new OperationError(
       'FORMAT',
-      `${file} is of a version ${JSON.stringify(version)?.slice(0, 20)} that this sheepgate does not know`,
+      `${file} is of a version ${JSON.stringify(version ?? null).slice(0, 20)} that this sheepgate does not know`,
     );
   }
   const current = version === 1 ? fromVersion1(found as Fields) : found;
@@ -126,7 +126,7 @@ export function writeManifest(disk: HostDisk, directory: string, manifest: Manif
 
 type Fields = Readonly<Record<string, unknown>>;
 
-/** Its hash had another name; nothing else has changed. */
+/** Version 1 had another name for the tree hash; the rest is the same. */
 function fromVersion1(found: Fields): Fields {
   if (!Array.isArray(found.points)) return found;
   const points = found.points.map((point: unknown) => {
@@ -137,7 +137,7 @@ function fromVersion1(found: Fields): Fields {
   return { ...found, version: VERSION, points };
 }
 
-/** undefined if it is as we write it. Its text may be anybody's: it is escaped where it is printed. */
+/** undefined if it is valid. Strings in it may come from anybody; they are escaped when they are printed. */
 function whatIsWrong(found: unknown): string | undefined {
   const fields = 'fields are missing, or are not what they should be';
   if (!isObject(found)) return fields;
@@ -177,7 +177,7 @@ function isPoint(found: unknown, target: string): found is Point {
     isBlockSize(found.blockBytes as number) &&
     typeof found.isFull === 'boolean' &&
     typeof found.time === 'string' &&
-    // It is a part of file names.
+    // File names are made of it.
     /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z$/.test(found.time) &&
     !Number.isNaN(Date.parse(found.time)) &&
     isHash(found.treeHash) &&

@@ -1,7 +1,7 @@
 /**
- * Increments as qcow2 files: what differs from the file below, written once from beginning to end, and read back. Owns the
- * layout (qemu's docs/interop/qcow2.txt, version 3, 64 KiB clusters, no snapshots, nothing compressed). A file that was
- * not finished has no header, so that nobody can take it for an image. Files of other programs are refused, not guessed at.
+ * Increments as qcow2 files: what differs from the backing file, written once from beginning to end, and read back. Owns the
+ * layout (qemu's docs/interop/qcow2.txt, version 3, 64 KiB clusters, no snapshots, no compression). The header is written last,
+ * so an unfinished file is not an image. Only files of this writer are read; all others are refused.
  */
 import { OperationError } from '../../operations/operations.js';
 import type { HostDisk } from '../../system/disk.js';
@@ -10,7 +10,7 @@ import { readAll } from '../read-all.js';
 import { createFile, openRegular, readable } from '../target-files.js';
 
 const CLUSTER_BITS = 16;
-/** The unit in which an increment says "data", "zeros" or "as below". */
+/** The unit of an increment: each is data, zeros, or as in the file below. */
 export const CLUSTER_BYTES = 2 ** CLUSTER_BITS;
 const MAGIC = 0x514649fb;
 const VERSION = 3;
@@ -22,15 +22,15 @@ const REFCOUNT_ORDER = 4;
 const REFCOUNTS_PER_BLOCK = CLUSTER_BYTES / 2;
 const ENTRY_BYTES = 8;
 const ENTRIES_PER_TABLE = CLUSTER_BYTES / ENTRY_BYTES;
-/** What one second-level table maps. */
+/** The bytes of the disk that one second-level table maps. */
 const TABLE_SPAN_BYTES = ENTRIES_PER_TABLE * CLUSTER_BYTES;
 /** Largest first-level table that qemu opens (QCOW_MAX_L1_SIZE). */
 const MAX_L1_BYTES = 32 * 2 ** 20;
-/** Of an entry: the cluster has one reference, it reads as zeros, where it is. */
+/** Parts of an entry: the cluster has one reference; it reads as zeros; its offset in the file. */
 const COPIED = 1n << 63n;
 const IS_ZERO = 1n;
 const OFFSET_MASK = 0x00ff_ffff_ffff_fe00n;
-/** Parts of a table that hold nothing are left as holes of the file: tables of a small increment are nearly empty. */
+/** Empty parts of a table are left as holes of the file: the tables of a small increment are nearly empty. */
 const TABLE_PART_BYTES = 4096;
 const NOTHING = Buffer.alloc(TABLE_PART_BYTES);
 
@@ -53,7 +53,7 @@ const FIELD = {
   headerBytes: 100,
 } as const;
 
-/** The file below, by its name relative to this one's directory. */
+/** The backing file, by its name relative to the directory of the increment. */
 export interface Backing {
   readonly name: string;
   readonly format: 'raw' | 'qcow2';
@@ -64,7 +64,7 @@ export class IncrementWriter {
   readonly #size: number;
   readonly #backing: Backing;
   readonly #tables = new Map<number, Buffer>();
-  /** In clusters; the first is the header's. */
+  /** The end of the file, in clusters; the first cluster is the header. */
   #end = 1;
 
   private constructor(handle: OpenFile, size: number, backing: Backing) {
@@ -78,7 +78,7 @@ export class IncrementWriter {
     return new IncrementWriter(await createFile(disk, file), size, backing);
   }
 
-  /** `offset` is a multiple of CLUSTER_BYTES, and so is the length, except at the end of the disk. */
+  /** Write data. `offset` is a multiple of CLUSTER_BYTES, and so is the length, except at the end of the disk. */
   async data(offset: number, data: Buffer): Promise<void> {
     const count = Math.ceil(data.length / CLUSTER_BYTES);
     const at = this.#end;
@@ -89,12 +89,12 @@ export class IncrementWriter {
     await this.#handle.write(data, at * CLUSTER_BYTES);
   }
 
-  /** The range reads as zeros, whatever is below. */
+  /** Make the range read as zeros, whatever the file below holds. */
   zeros(offset: number, length: number): void {
     for (let at = offset; at < offset + length; at += CLUSTER_BYTES) this.#enter(at, IS_ZERO);
   }
 
-  /** Write what makes it an image, the header last, and make it durable. Returns the file's size in bytes. */
+  /** Write the tables and then the header, durably. Returns the size of the file in bytes. */
   async finish(): Promise<number> {
     const l1 = Buffer.alloc(Math.ceil(this.#size / TABLE_SPAN_BYTES) * ENTRY_BYTES);
     for (const [index, table] of this.#tables) {
@@ -113,7 +113,7 @@ export class IncrementWriter {
     return this.#end * CLUSTER_BYTES;
   }
 
-  /** Always needed, finished or not. */
+  /** To be called in any case, finished or not. */
   close(): Promise<void> {
     return this.#handle.close();
   }
@@ -125,7 +125,7 @@ export class IncrementWriter {
     table.writeBigUInt64BE(entry, ((offset % TABLE_SPAN_BYTES) / CLUSTER_BYTES) * ENTRY_BYTES);
   }
 
-  /** Every cluster is referred to once, those of the counts among them. */
+  /** Every cluster has one reference, the clusters of the refcounts included. */
   async #writeRefcounts(): Promise<{ readonly at: number; readonly clusters: number }> {
     let blocks = 0;
     let tableClusters = 0;
@@ -187,7 +187,7 @@ export class IncrementWriter {
   }
 }
 
-/** A part of an increment: data at `at` in the file, zeros, or what is below. */
+/** A part of an increment: data at offset `at` of the file, zeros, or as in the file below. */
 export interface Run {
   readonly offset: number;
   length: number;
@@ -203,7 +203,7 @@ export class IncrementReader {
   readonly backing: Backing;
   readonly #l1: Buffer;
   readonly #fileBytes: number;
-  /** The table used last; reading goes from the beginning to the end. */
+  /** The table used last: reading is sequential. */
   #table: { readonly index: number; readonly entries: Promise<Buffer | undefined> } | undefined;
 
   private constructor(
@@ -219,7 +219,7 @@ export class IncrementReader {
     this.#fileBytes = header.fileBytes;
   }
 
-  /** Errors: DAMAGED if it is not a file that IncrementWriter finished, or cannot be read. */
+  /** Errors: DAMAGED (not a finished file of IncrementWriter, or unreadable). */
   static open(disk: HostDisk, file: string): Promise<IncrementReader> {
     return readable(file, () => IncrementReader.#open(disk, file));
   }
@@ -260,7 +260,7 @@ export class IncrementReader {
     return this.#handle.dropCached();
   }
 
-  /** What the range is made of, in order, neighbours of a kind joined; at most to the end of the disk. */
+  /** The runs of the range in order, up to the end of the disk; neighbours of the same kind are joined. */
   async runs(offset: number, length: number): Promise<Run[]> {
     const runs: Run[] = [];
     const end = Math.min(offset + length, this.size);
@@ -279,7 +279,7 @@ export class IncrementReader {
     return runs;
   }
 
-  /** The first place from `offset` on that it says something about, data or zeros; or the size of the disk. */
+  /** The first offset, from `offset` on, that this file has data or zeros for; the size of the disk if there is none. */
   async nextOwn(offset: number): Promise<number> {
     for (let at = offset; at < this.size;) {
       const index = Math.floor(at / TABLE_SPAN_BYTES);
@@ -293,7 +293,7 @@ export class IncrementReader {
     return this.size;
   }
 
-  /** Fill `into` from a run of data. */
+  /** Fill `into` from a run of data. Errors: DAMAGED. */
   read(run: Run, into: Buffer): Promise<void> {
     return this.#fill(into, run.at);
   }

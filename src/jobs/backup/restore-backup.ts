@@ -1,44 +1,43 @@
 /**
- * A backup becomes a VDI: every block is compared with its hash before it is written and, unless that is not wanted, read
- * back afterwards. The VDI is marked as unfinished until then. Owns the choice of the backup and what becomes of a VDI
- * whose restoring failed.
+ * A backup becomes a VDI. Every block is compared with its hash before it is written, and read back afterwards unless the caller
+ * does not want that. Until then the VDI is marked as unfinished. Owns the choice of the backup, and what happens to the VDI
+ * after a failure.
  */
 import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../../operations/operations.js';
 import { whatIsLeft } from '../interrupted-fill.js';
 import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
-import { isZeros } from '../../system/zeros.js';
+import { closeAfter } from '../../system/close-after.js';
+import { runsOf } from '../buffer-runs.js';
 import { hashOf, type BlockHashes } from '../block-hashes.js';
 import type { Chain } from './chain.js';
-import { inFlight } from '../requests-in-flight.js';
+import { withRequestsInFlight } from '../requests-in-flight.js';
 import type { Point } from './manifest.js';
 import { PagedRanges } from '../paged-ranges.js';
 import { CLUSTER_BYTES } from './qcow2-file.js';
+import type { JobContext } from '../reporting.js';
+import type { WithStore } from '../with-store.js';
 import type { BackupTarget } from './target.js';
 
 const RUN_BYTES = 8;
 
-export interface RestoreOptions {
+export interface RestoreOptions extends JobContext {
   /** The VDI to make. */
   readonly name: string;
-  /** Of its objects, if it is made: undefined for what the store takes, or the VDI had that the backup is of. */
+  /** Of its objects, if the VDI is made; undefined for the store's own, or that of the VDI that was backed up. */
   readonly blockSizeShift?: number | undefined;
-  /** Write over a VDI of that name. */
+  /** Overwrite a VDI of that name. */
   readonly overwrites: boolean;
-  /** Of a cluster, if the VDI has to be made. */
+  /** Of a cluster, if the VDI is made. */
   readonly redundancy?: Redundancy | undefined;
   /** Also if a client that was cut off from it may come back. */
   readonly force?: boolean | undefined;
   readonly verifies: boolean;
-  readonly progress: (what: string, total: number) => { advance(bytes: number): void; end(): void };
-  readonly signal: AbortSignal;
-  /** Told what is left behind when it fails. */
-  readonly log: (line: string) => void;
 }
 
 /**
- * The backup that is meant: an id, or the newest that is not younger than a time (ISO 8601, or its beginning: a day, an
- * hour); the last one for undefined. Errors: NO_BACKUP, BAD_USAGE.
+ * Find a backup by its id, or the newest that was taken at or before a time (ISO 8601, or its beginning: a day, an hour). The
+ * last backup for undefined. Errors: NO_BACKUP, BAD_USAGE.
  */
 export function pointAt(target: BackupTarget, at: string | undefined): Point {
   const { points } = target;
@@ -58,7 +57,7 @@ export function pointAt(target: BackupTarget, at: string | undefined): Point {
   );
 }
 
-/** The last moment that a time may mean: "2026-11-24" is the whole day, in local time. */
+/** The last moment of a time that is given in part: "2026-11-24" is the whole day, in local time. */
 function endOf(text: string): number {
   const match = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d)(?::(\d\d)(?::(\d\d)(\.\d+)?)?)?(Z|[+-]\d\d:?\d\d)?)?$/.exec(text);
   const [, day, hour, minute, second, fraction, zone] = match ?? [];
@@ -74,14 +73,33 @@ function endOf(text: string): number {
   return time;
 }
 
-/** One backup, all of its files open. */
+/**
+ * Restore the backup `at` (pointAt) of a target. Before a VDI is overwritten the whole backup is checked, so that nothing is
+ * given up for a damaged one. Errors: NO_BACKUP, BAD_USAGE, DAMAGED, EXISTS, BUSY, and those of the store.
+ */
+export async function restoreFrom(
+  target: BackupTarget,
+  at: string | undefined,
+  withStore: WithStore,
+  options: RestoreOptions,
+): Promise<{ readonly point: Point; readonly dataBytes: number }> {
+  const point = pointAt(target, at);
+  const opened = await openPoint(target, point);
+  return closeAfter(opened.chain, async () => {
+    if (options.overwrites) await checkBackup(opened, options);
+    const { dataBytes } = await withStore((operations) => restoreBackup(operations, opened, options));
+    return { point, dataBytes };
+  });
+}
+
+/** One backup with all its files open. */
 export interface OpenedPoint {
   readonly point: Point;
   readonly hashes: BlockHashes;
   readonly chain: Chain;
 }
 
-/** To be called before the store is opened: root may be the store's owner then, who cannot read what root can. */
+/** To be called before the store is opened: with the identity of the store's owner, root may not be able to read the files. */
 export async function openPoint(target: BackupTarget, point: Point): Promise<OpenedPoint> {
   return { point, hashes: await target.hashesOf(point), chain: await target.openChain(point) };
 }
@@ -130,7 +148,7 @@ export async function restoreBackup(
     await operations.finish(name, run);
     return { dataBytes };
   } catch (error) {
-    // Half a disk is worse than none.
+    // Half a disk is worse than none: a new VDI is removed.
     const isGone =
       isNew &&
       (await operations.remove(name, { run }).then(
@@ -162,7 +180,7 @@ export async function checkBackup(
   }
 }
 
-/** Errors: BAD_SIZE if the VDI cannot have the backup's size. */
+/** Errors: BAD_SIZE (the VDI cannot have the size of the backup). */
 function mustFit({ name, blockSizeShift, maxObjects, unfinished }: VdiRecord, { size }: Point): void {
   const most = (maxObjects ?? MAX_DATA_OBJECTS) * 2 ** blockSizeShift;
   if (unfinished?.isNew || size <= most) return;
@@ -176,7 +194,7 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
   let dataBytes = 0;
   const doing = options.progress(`restoring ${options.name}`, disk.size);
   try {
-    await inFlight(async (flight) => {
+    await withRequestsInFlight(async (requests) => {
       for (let index = 0; index < hashes.count; index++) {
         options.signal.throwIfAborted();
         const length = hashes.lengthOf(index);
@@ -184,16 +202,12 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
           doing.advance(length);
           continue;
         }
-        await flight.add(async () => {
+        await requests.add(async () => {
           const block = await chain.readChecked(hashes, index);
-          for (let from = 0; from < length;) {
-            const to = endOfRun(block, from);
-            const part = block.subarray(from, to);
-            if (!isZeros(part)) {
-              await disk.write(index * hashes.blockBytes + from, part);
-              dataBytes += part.length;
-            }
-            from = to;
+          for (const { from, to, kind } of runsOf(block, CLUSTER_BYTES)) {
+            if (kind !== 'data') continue;
+            await disk.write(index * hashes.blockBytes + from, block.subarray(from, to));
+            dataBytes += to - from;
           }
           doing.advance(length);
         });
@@ -206,20 +220,12 @@ async function copyIn(chain: Chain, hashes: BlockHashes, disk: Disk, options: Re
   return dataBytes;
 }
 
-/** Where clusters of one kind, zeros or not, end. */
-function endOfRun(block: Buffer, from: number): number {
-  const isZero = isZeros(block.subarray(from, from + CLUSTER_BYTES));
-  let to = from + CLUSTER_BYTES;
-  while (to < block.length && isZeros(block.subarray(to, to + CLUSTER_BYTES)) === isZero) to += CLUSTER_BYTES;
-  return Math.min(to, block.length);
-}
-
-/** Blocks that the disk knows to be zeros are not read. */
+/** Compare the disk with the hashes. Blocks that are zeros by the allocation map are not read. Errors: DAMAGED. */
 async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions): Promise<void> {
   const doing = options.progress('verifying', disk.size);
   const data = new PagedRanges((offset) => disk.dataPage(offset));
   try {
-    await inFlight(async (flight) => {
+    await withRequestsInFlight(async (requests) => {
       for (let index = 0; index < hashes.count; index++) {
         options.signal.throwIfAborted();
         const length = hashes.lengthOf(index);
@@ -232,7 +238,7 @@ async function readBack(hashes: BlockHashes, disk: Disk, options: RestoreOptions
           check(hashes.isZero(index));
           continue;
         }
-        await flight.add(async () => {
+        await requests.add(async () => {
           const block = Buffer.allocUnsafe(length);
           await disk.read(offset, block);
           check(hashes.is(index, hashOf(block)));

@@ -1,23 +1,23 @@
 /**
- * A target and a store that do not fit together: which of the two is the older copy, and by what. The last backup's
- * snapshot should be in the store; what the store has of the target's snapshots instead tells the rest. Asks nobody.
+ * A target and a store that do not fit together: which of the two is the older copy, and by how much. The snapshot of the last
+ * backup should be in the store; if not, the target's other snapshots in the store show what happened. Pure: reads nothing.
  */
 import type { BaseSnapshot, Point } from './manifest.js';
 
 export interface Sides {
   readonly vdi: string;
-  /** Path of the target, as it was given. */
+  /** The path of the target as the operator gave it. */
   readonly to: string;
   readonly store: string;
-  /** Snapshot of the target's last backup. */
+  /** The snapshot of the target's last backup. */
   readonly base: BaseSnapshot;
   /** Backups in the target, the oldest first. */
   readonly points: readonly Point[];
-  /** Snapshots in the store whose tags are the target's, with the number of their backup at the end. */
+  /** The target's snapshots in the store; their tags end with the number of the backup. */
   readonly snapshots: readonly { readonly tag: string; readonly vid: number; readonly snapshotAt: number }[];
 }
 
-/** undefined if they fit; else what is wrong and what to do. */
+/** undefined if they fit; else a message with what is wrong and what to do. */
 export function whoIsBehind({ vdi, to, store, base, points, snapshots }: Sides): string | undefined {
   const found = snapshots.find(({ tag }) => tag === base.tag);
   if (found && found.vid === base.vid && found.snapshotAt === base.snapshotAt) return undefined;

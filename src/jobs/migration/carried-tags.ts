@@ -1,14 +1,14 @@
 /**
- * What snapshots are called in the place they are migrated to. A tag that cannot be there is no reason to lose the snapshot:
- * either all of them are told before anything begins, or each gets a tag that can be and that says which one it was. Owns those
- * tags, which are the same in every run.
+ * The tags of migrated snapshots in the target. A tag that the target cannot have is no reason to lose the snapshot: either the
+ * migration is refused with a list of all such tags before it begins, or each snapshot gets a tag that contains its ID. Owns
+ * these tags, which are the same in every run.
  */
-import { OperationError, type VdiRecord } from '../operations/operations.js';
-import { checkTag, specOf } from '../vdi/names.js';
+import { OperationError, type VdiRecord } from '../../operations/operations.js';
+import { checkTag, specOf } from '../../vdi/names.js';
 
-/** Of a tag, with room for its end. */
+/** Of a renamed tag, without the ID at its end. */
 const MAX_STEM_BYTES = 200;
-/** A tag that a cluster's own tools take for an id. */
+/** Sheepdog's tools take such a tag for an id. */
 const NUMBER = /^\d+$/;
 const NOT_PLAIN = /[^\p{L}\p{N}_.+-]/gu;
 /** Snapshots that a message names. */
@@ -20,7 +20,7 @@ export interface Target {
   readonly renamesTags: boolean;
 }
 
-/** By the vid of the snapshot in the source. Errors: BAD_NAME, with what cannot be. */
+/** By the vid of the snapshot in the source. Errors: BAD_NAME (with the list of tags that the target cannot have). */
 export function carriedTags(snapshots: readonly VdiRecord[], target: Target): ReadonlyMap<number, string> {
   const count = new Map<string, number>();
   for (const { tag } of snapshots) count.set(tag, (count.get(tag) ?? 0) + 1);

@@ -1,6 +1,6 @@
 /**
- * Stack traces of the bundled program, with the lines of src/ that they come from: for the operator who reports a fault, and
- * for whoever gets the report. The source maps are read when there is a trace to print, never before.
+ * Stack traces of the bundled program with the lines of src/, for reports of internal errors. Source maps are read only when there
+ * is a trace to print.
  */
 import fs from 'node:fs';
 import { SourceMap, type SourceMapPayload } from 'node:module';

@@ -1,0 +1,5 @@
+/** How a job gets at its store: opened for a piece of work, and closed after it. Whoever starts the job knows which store. */
+import type { Operations } from '../operations/operations.js';
+
+/** Opens the store, does the work, and closes it. A job may call it several times. */
+export type WithStore = <T>(work: (operations: Operations) => Promise<T>) => Promise<T>;
