@@ -42,21 +42,23 @@ export interface Closing {
   readonly isRefused: boolean;
 }
 
-/** The snapshots that a device's VDI can be compared with. */
-export interface Bases {
-  /** Tags of those that clients are told of, newest first. Others can be opened all the same. */
+/** What a device is given beside its VDI. */
+export interface DeviceSetup {
+  /** Tags of the snapshots whose changed-contexts clients are told of, newest first. Others can be opened too. */
   readonly tags: readonly string[];
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
-  /** The client is a command of ours, which is told everything. */
+  /** The client is a command of ours, and gets the messages that are for the operator. */
   readonly isOurs?: boolean;
-  /** Of who may write it; undefined if nobody asks who else does. */
+  /** Of a client that may write; undefined if other writers do not matter. */
   readonly claim?: Claim | undefined;
-  /** As the client has named it. */
+  /** As the client gave it. */
   readonly exportName: string;
   readonly peer: Peer;
-  open(tag: string): Promise<Vdi>;
-  release(vdi: Vdi, closing: Closing): Promise<void>;
+  openBase(tag: string): Promise<Vdi>;
+  releaseBase(vdi: Vdi, closing: Closing): Promise<void>;
+  /** The device is closed: release the VDI. */
+  close(closing: Closing): Awaitable<void>;
 }
 
 /**
@@ -91,10 +93,9 @@ export function geometryOf(
 export class VdiDevice implements BlockDevice {
   readonly geometry: Geometry;
   readonly #vdi: Vdi;
-  readonly #bases: Bases;
+  readonly #setup: DeviceSetup;
   /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */
   readonly #opened = new Map<string, Promise<Vdi>>();
-  readonly #onClose: (closing: Closing) => Awaitable<void>;
   readonly #openedAs = ++opened;
   /** How many devices were open at the last request: less than zero if nothing was asked since an error. */
   #lastRequest = this.#openedAs;
@@ -102,20 +103,19 @@ export class VdiDevice implements BlockDevice {
   /** It was asked whether this may write, and may still. */
   #isWriting = false;
 
-  constructor(vdi: Vdi, bases: Bases, onClose: (closing: Closing) => Awaitable<void>) {
+  constructor(vdi: Vdi, setup: DeviceSetup) {
     this.#vdi = vdi;
-    this.#bases = bases;
-    const { tags, isReadOnly, claim } = bases;
+    this.#setup = setup;
+    const { tags, isReadOnly, claim } = setup;
     this.geometry = geometryOf(vdi.record, tags, isReadOnly, claim?.isExclusive);
-    this.#onClose = onClose;
     if (claim) claim.onFenced = () => (this.#isWriting = false);
   }
 
   readonly #rethrow = (error: unknown): never => {
-    const told = asDeviceError(error, this.#bases.isOurs === true);
+    const told = asDeviceError(error, this.#setup.isOurs === true);
     // A FAST_ZERO that would be slow is refused in the course of things.
     if (told.code !== 'ENOTSUP' && deviceFailures.hasSubscribers) {
-      const { exportName, peer } = this.#bases;
+      const { exportName, peer } = this.#setup;
       const disk = specOf(this.#vdi.record);
       deviceFailures.publish({ code: told.code, error, disk, exportName, peer } satisfies DeviceFailure);
     }
@@ -156,7 +156,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   #beginWriting(): void {
-    this.#bases.claim?.beginWriting();
+    this.#setup.claim?.beginWriting();
     this.#hasWritten = true;
     this.#isWriting = true;
   }
@@ -206,11 +206,11 @@ export class VdiDevice implements BlockDevice {
     await this.#vdi.changedSince(base, offset, length, report);
   }
 
-  /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `Bases.open`. */
+  /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `DeviceSetup.openBase`. */
   hold(tag: string): Promise<Vdi> {
     const known = this.#opened.get(tag);
     if (known) return known;
-    const base = this.#bases.open(tag);
+    const base = this.#setup.openBase(tag);
     this.#opened.set(tag, base);
     // What failed once may go well the next time.
     base.catch(() => this.#opened.delete(tag));
@@ -237,15 +237,15 @@ export class VdiDevice implements BlockDevice {
   }
 
   async #end(closing: Closing): Promise<void> {
-    const { claim } = this.#bases;
+    const { claim } = this.#setup;
     // No request of it is under way: the next one who is to write need not wait for what is still closed here.
     claim?.fence();
     claim?.end();
     try {
       const opened = await Promise.allSettled(this.#opened.values());
-      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, closing);
+      for (const base of opened) if (base.status === 'fulfilled') await this.#setup.releaseBase(base.value, closing);
     } finally {
-      await this.#onClose(closing);
+      await this.#setup.close(closing);
     }
   }
 }

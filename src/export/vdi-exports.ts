@@ -11,17 +11,19 @@ import {
 } from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
-import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
+import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/client-use.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
-import { isContextTag, toldBases } from './changed-contexts.js';
+import { basesOf, openBase } from './bases.js';
+import { toldBases } from './changed-contexts.js';
 import type { PeerAccess } from './authorised-exports.js';
 import { joinExclusive, type Exclusive } from './exclusive.js';
-import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
+import { infoOf, infosOf } from './export-info.js';
+import { parseExportName, subjectText, type ExportOptions } from './export-name.js';
 import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
-import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
+import { geometryOf, VdiDevice, type Closing } from './vdi-device.js';
 import type { Claim } from './writer-claim.js';
 import { Writers } from './writers.js';
 
@@ -55,9 +57,6 @@ const REFUSED: Closing = {
   ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
   span: { opened: 0, lastRequest: 0 },
 };
-
-/** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
-const ANY_TEMPORARY = 'now';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
@@ -115,12 +114,12 @@ export class VdiExports implements ExportProvider {
         this.#catalog.mustTakeTemporaries();
         record = { ...record, tag: subject.tag, isSnapshot: true, isTemporary: true, snapshotAt: Date.now() };
       }
-      let tags = toldBases(await this.#basesOf(record, options), contexts);
+      let tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
       const client = clientOf(peer);
       // A command of ours wants to know only whether it can be had.
       if (isTemporary(subject) && client !== undefined) {
         ({ record } = await this.#temporary.ask(workingName(subject), subject.tag, peer, client));
-        tags = toldBases(await this.#basesOf(record, options), contexts);
+        tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
       }
       const may = this.#mayWrite(record, { peer, client, isReadOnly, run }, options, access);
       return {
@@ -147,7 +146,7 @@ export class VdiExports implements ExportProvider {
       const client = clientOf(peer);
       const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
       // Before anything is opened: a snapshot that is not there must not cost a temporary one.
-      if (options.since !== undefined) await this.#basesOf(await this.#find(subject), options);
+      if (options.since !== undefined) await basesOf(this.#catalog, await this.#find(subject), options);
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
@@ -214,41 +213,32 @@ export class VdiExports implements ExportProvider {
     const { record } = vdi;
     let tags: readonly string[];
     try {
-      tags = toldBases(await this.#basesOf(record, options), []);
+      tags = toldBases(await basesOf(this.#catalog, record, options), []);
     } catch (error) {
       claim?.end();
       await close(REFUSED);
       throw error;
     }
     const uses = new Map<Vdi, UseOfConnection | undefined>();
-    const bases: Bases = {
+    const device = new VdiDevice(vdi, {
       tags,
       isReadOnly,
       isOurs: client === undefined,
       claim,
       exportName,
       peer,
-      open: async (tag) => {
-        const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
-        const { vid } = base.record;
-        if ((known?.get(tag) ?? vid) !== vid) {
-          await this.#catalog.release(base);
-          throw new CatalogError(
-            'ENDED',
-            `${specOf(base.record)} was taken anew since ${specOf(record)} was compared with it`,
-          );
-        }
-        known?.set(tag, vid);
-        // Who comes back to the same moment finds the same base, or it is refused to take it away.
+      openBase: async (tag) => {
+        const base = await openBase(this.#catalog, record, tag, known);
+        // In use: a client that comes back to the same temporary snapshot finds the same base; others cannot delete it.
         uses.set(base, await this.#use(base, client, false));
         return base;
       },
-      release: (base, closing) => {
+      releaseBase: (base, closing) => {
         this.#endUse(uses.get(base), closing);
         return this.#catalog.release(base);
       },
-    };
-    const device = new VdiDevice(vdi, bases, close);
+      close,
+    });
     try {
       // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
       if (options.since !== undefined) await device.hold(options.since);
@@ -291,32 +281,6 @@ export class VdiExports implements ExportProvider {
     checkTemporaryTag(subject.tag);
     return this.#catalog.find(formatSpec({ name, tag: undefined }));
   }
-
-  /**
-   * Tags of the snapshots that the VDI or snapshot can be compared with, newest first: all those of the same VDI, or the
-   * one that the options name. Errors: NO_TAG, BAD_SIZE.
-   */
-  async #basesOf({ name, vid, blockSizeShift }: VdiRecord, { since }: ExportOptions): Promise<readonly string[]> {
-    const snapshots = (await this.#catalog.named(name)).filter(
-      (other) => other.isSnapshot && !isTemporaryTag(other.tag),
-    );
-    if (since === undefined) {
-      return (
-        snapshots
-          .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
-          // What has changed since cannot be told by a tag that may say another one.
-          .filter(({ tag, isDoubtful }) => !isDoubtful && isContextTag(tag))
-          .map(({ tag }) => tag)
-          .reverse()
-      );
-    }
-    const base = await this.#catalog.find(formatSpec({ name, tag: since }));
-    const refuse = (why: string): CatalogError =>
-      new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
-    if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
-    if (!isContextTag(since)) throw refuse('its tag has control characters, or is no text');
-    return [since];
-  }
 }
 
 /** Who asks to open something. */
@@ -354,27 +318,6 @@ function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: str
  */
 function isById({ vid }: VdiSpec): boolean {
   return vid !== undefined;
-}
-
-/** One after the other, as they are asked for: there may be very many. */
-function* infosOf(
-  records: readonly VdiRecord[],
-  isTold: ((subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean) | undefined,
-): Generator<ExportInfo> {
-  for (const record of records) {
-    if (record.isTemporary || record.unfinished) continue;
-    const { name, tag, isSnapshot } = record;
-    if (isTold === undefined || isTold({ name, tag: isSnapshot ? tag : undefined })) yield infoOf(record);
-  }
-}
-
-function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {
-  const { name, isSnapshot, isTemporary } = record;
-  const description = isSnapshot
-    ? `snapshot of ${formatSpec({ name, tag: undefined })}, taken ${new Date(record.snapshotAt).toISOString()}`
-    : `VDI, created ${new Date(record.createdAt).toISOString()}`;
-  const countedAs = isTemporary ? formatSpec({ name, tag: ANY_TEMPORARY }) : specOf(record);
-  return { name: formatExportName(specOf(record), options), description, countedAs };
 }
 
 function asExportError(error: unknown): ExportError {
