@@ -1,6 +1,7 @@
 /**
- * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one; what other
- * names mean export-name.ts says. Owns nothing but the translation of names and errors between nbd/ and src/vdi.
+ * The exports of a catalog: NAME is the working VDI, NAME@TAG a snapshot (read-only), NAME@now a temporary snapshot; the other
+ * forms are in export-name.ts. Owns the opening of an export: the order in which the VDI is opened, claimed and counted as in
+ * use, and all of that undone when a step fails; and the translation of catalog errors for nbd/.
  */
 import {
   ExportError,
@@ -13,6 +14,7 @@ import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/client-use.js';
+import type { LogOften } from '../vdi/log.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
 import { basesOf, openBase } from './bases.js';
 import { toldBases } from './changed-contexts.js';
@@ -28,23 +30,23 @@ import type { Claim } from './writer-claim.js';
 import { Writers } from './writers.js';
 
 export interface ExportsOptions extends TemporaryOptions {
-  /** All disks are written by one connection at a time each. */
+  /** Each disk is written by one connection at a time. */
   readonly exclusive?: Exclusive | undefined;
-  /** As `log`, for what clients can bring about again and again: of one `subject` it is told once in a while. */
-  readonly logOften?: ((subject: string, line: string, details: object) => void) | undefined;
+  /** As `log`, for what clients can cause again and again. */
+  readonly logOften?: LogOften | undefined;
 }
 
-/** What a connection is about to have. */
+/** What a connection opens. */
 interface Opening {
   readonly vdi: Vdi;
-  /** Of a moment: the snapshots that it was compared with so far, by tag. */
+  /** Of a temporary snapshot: the vids of the bases that it was compared with so far, by tag. */
   readonly bases?: Map<string, number>;
   /** Of a VDI that is opened to be written. */
   readonly claim?: Claim | undefined;
   readonly close: (closing: Closing) => Promise<void>;
 }
 
-/** Who has opened what, and as what. */
+/** The connection that opens it, and how. */
 interface OpenedBy {
   readonly options: ExportOptions;
   readonly client: Client | undefined;
@@ -72,17 +74,14 @@ export class VdiExports implements ExportProvider {
     this.writers = new Writers(log, options.logOften ?? ((_subject, line, details) => log(line, details)));
   }
 
-  /**
-   * Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. Nor is what is
-   * unfinished: nobody can open it. `isTold`: whether a subject is to be in it.
-   */
+  /** All VDIs and snapshots but temporary and unfinished ones. `isTold`: whether the list may have a subject. */
   async list(_peer: Peer, isTold?: (subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean): Promise<Iterable<ExportInfo>> {
     return infosOf(await this.#catalog.list(), isTold);
   }
 
   /**
-   * Whose data an export name is about, by name and tag, whatever form it has; looked up for an id only, and undefined if
-   * nothing has it. Errors: ExportError, for what is no name.
+   * The VDI or snapshot that an export name of any form leads to, by name and tag. Only an id is looked up; undefined if nothing
+   * has it. Errors: ExportError UNKNOWN (it is no name).
    */
   async subjectOf(name: string): Promise<Pick<VdiSpec, 'name' | 'tag'> | undefined> {
     try {
@@ -96,7 +95,7 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** Of a temporary snapshot: the moment that `open` on the same connection gives is taken here, for its size and time. */
+  /** A temporary snapshot is taken here, for its size and time; `open` on the same connection then gives the same one. */
   async describe(
     exportName: string,
     peer: Peer,
@@ -116,7 +115,7 @@ export class VdiExports implements ExportProvider {
       }
       let tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
       const client = clientOf(peer);
-      // A command of ours wants to know only whether it can be had.
+      // Our own commands only ask whether it can be opened: no snapshot is taken.
       if (isTemporary(subject) && client !== undefined) {
         ({ record } = await this.#temporary.ask(workingName(subject), subject.tag, peer, client));
         tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
@@ -127,13 +126,13 @@ export class VdiExports implements ExportProvider {
         info: infoOf(record, options),
       };
     } catch (error) {
-      // The connection is about something else by now.
+      // The connection does not open what it asked for before.
       this.#temporary.left(peer);
       throw asExportError(error);
     }
   }
 
-  /** `access`: of the peer, if it may not do what the export could. */
+  /** `access`: what the peer may do, if that is less than the export allows. */
   async open(
     exportName: string,
     peer: Peer,
@@ -145,7 +144,7 @@ export class VdiExports implements ExportProvider {
       mustBeWritable(subject, options);
       const client = clientOf(peer);
       const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
-      // Before anything is opened: a snapshot that is not there must not cost a temporary one.
+      // Checked before anything is opened: a wrong `since` must not cost a temporary snapshot.
       if (options.since !== undefined) await basesOf(this.#catalog, await this.#find(subject), options);
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
@@ -161,7 +160,7 @@ export class VdiExports implements ExportProvider {
       const isOnlyRead = isReadOnly || claim?.mayWrite === false;
       const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isOnlyRead, claim);
       const close = (closing: Closing): Promise<void> => {
-        // First: it must not look unused in between.
+        // Before the release: an open VDI must not look unused.
         this.#endUse(use, closing);
         return this.#catalog.release(vdi);
       };
@@ -172,7 +171,9 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** The right to write `vdi`, which was opened for that; undefined if it is not to be written, or by a command of ours only. */
+  /**
+   * The claim to write `vdi`; undefined if it is opened to read, or by the command that fills it. If it fails, `vdi` is released.
+   */
   async #claim(vdi: Vdi, asking: Asking, options: ExportOptions, access: PeerAccess): Promise<Claim | undefined> {
     if (!asksToWrite(vdi.record, asking)) return undefined;
     const { peer, client } = asking;
@@ -184,7 +185,7 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** The same for who only asks. */
+  /** The same, as far as it is known without a claim. */
   #mayWrite(
     record: VdiRecord,
     asking: Asking,
@@ -197,7 +198,7 @@ export class VdiExports implements ExportProvider {
     return { write, isAlone: exclusive !== undefined || !write };
   }
 
-  /** What the client says of itself, what its rule says, and what the server says of all. */
+  /** The export name's option comes before the peer's access rule, and that before the server's option. */
   #exclusively(options: ExportOptions, access: PeerAccess): Exclusive | undefined {
     return joinExclusive(options.exclusive, access.exclusive, this.#exclusive);
   }
@@ -240,7 +241,7 @@ export class VdiExports implements ExportProvider {
       close,
     });
     try {
-      // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
+      // Held from the start: the base of a backup must not be deleted, and taken anew, in the middle of it.
       if (options.since !== undefined) await device.hold(options.since);
     } catch (error) {
       await device.refuse();
@@ -249,14 +250,16 @@ export class VdiExports implements ExportProvider {
     return { device, info: infoOf(record, options) };
   }
 
-  /** `vdi`, which was opened for it, is in use by this client. Undefined if that need not be known. */
+  /**
+   * Count `vdi` as in use by this client; undefined if that need not be known. If it fails, `vdi` is released, and the claim ends.
+   */
   async #use(
     vdi: Vdi,
     client: Client | undefined,
     writable: boolean,
     claim?: Claim,
   ): Promise<UseOfConnection | undefined> {
-    // Nothing of a store that nobody changes can be taken away from anybody.
+    // In a read-only store no disk can be taken away from its clients.
     if (!client || this.#catalog.isReadOnly) return undefined;
     try {
       return await this.#catalog.inUse.begin(vdi.record, client, writable);
@@ -273,7 +276,7 @@ export class VdiExports implements ExportProvider {
     else this.#catalog.inUse.end(use, { ...closing, isOver: ending === 'disconnect' });
   }
 
-  /** What a subject is about; of a temporary snapshot the VDI that it is, or would be, taken of. */
+  /** The record of a subject; for a temporary snapshot, that of the VDI it is taken of. */
   async #find(subject: VdiSpec): Promise<VdiRecord> {
     const { name, vid } = subject;
     if (vid !== undefined) return this.#catalog.find(`@${vid.toString(16)}`);
@@ -283,12 +286,12 @@ export class VdiExports implements ExportProvider {
   }
 }
 
-/** Who asks to open something. */
+/** A connection that asks for an export. */
 interface Asking {
   readonly peer: Peer;
   readonly client: Client | undefined;
   readonly isReadOnly: boolean;
-  /** It fills what nobody else can open. */
+  /** It is the run that fills the VDI, which no other client can open. */
   readonly run: string | undefined;
 }
 
@@ -296,14 +299,14 @@ function asksToWrite({ isSnapshot }: VdiRecord, { isReadOnly, run }: Asking): bo
   return !isSnapshot && !isReadOnly && run === undefined;
 }
 
-/** Errors: BAD_NAME, for what nobody can write and somebody wants to write alone. */
+/** Errors: BAD_NAME (the option "exclusive" on an export that is read-only for all). */
 function mustBeWritable(subject: VdiSpec, { exclusive }: ExportOptions): void {
   if (exclusive === undefined || (subject.tag === undefined && !isById(subject))) return;
-  const what = isById(subject) ? 'what is opened by its ID' : 'a snapshot';
+  const what = isById(subject) ? 'an export named by its ID' : 'a snapshot';
   throw new CatalogError('BAD_NAME', `exclusive is for a VDI that is written: ${what} is read-only for everybody`);
 }
 
-/** The VDI that a temporary snapshot is taken of, as the catalog's specs have it. */
+/** The spec of the VDI that a temporary snapshot is taken of. */
 function workingName({ name }: VdiSpec): string {
   return formatSpec({ name, tag: undefined });
 }
@@ -313,8 +316,8 @@ function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: str
 }
 
 /**
- * A working VDI gets another id with every snapshot, and the snapshot keeps the old one: a client that connects again
- * under an id may find an older state of the disk. Nobody writes on that.
+ * Named by its id: such an export is read-only. A working VDI gets another id with every snapshot, and the snapshot keeps the old
+ * one: a client that reconnects by the id may find an older state of the disk, and must not write to it.
  */
 function isById({ vid }: VdiSpec): boolean {
   return vid !== undefined;

@@ -80,7 +80,7 @@ export function isHeldBy({ isSnapshot, unfinished }: VdiRecord, run: string | un
 export function notHeldBy(record: VdiRecord, run: string | undefined, circumstances: Circumstances): CatalogError {
   if (run === undefined) return new CatalogError('UNFINISHED', describeUnfinished(record, circumstances));
   const now = record.unfinished
-    ? `${NOUNS[record.unfinished.by]} is or was at work on it`
+    ? `${NOUNS[record.unfinished.by]} is at work on it, or was`
     : 'it has no mark of this command any more';
   return new CatalogError(
     'UNFINISHED',

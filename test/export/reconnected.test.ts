@@ -174,7 +174,7 @@ test('a label that a command was given stands for one moment; one drawn for a ru
   await first.close('disconnect');
   await write(2);
   for (const from of [COMMAND, CLIENT]) {
-    await expect(open('disk@now:L2', from)).rejects.toThrow(/disk@now:L2 was a moment of .* that has ended/);
+    await expect(open('disk@now:L2', from)).rejects.toThrow(/disk@now:L2 was a temporary snapshot of .* that has ended/);
   }
   const { labelOfRun } = await import('../../src/vdi/names.js');
   await (await open(`disk@now:${labelOfRun('backup')}`, COMMAND)).close('disconnect');
