@@ -1,8 +1,8 @@
 /**
- * Exports as one peer may see them: what it may not open is not listed and not told about, what it may only read is
- * read-only. Judged is the VDI or snapshot that a name leads to, and every snapshot that its changes are told since; never
- * the name as it was sent. Owns the filtering; who may do what is the policy's affair. Whoever came through a private socket
- * of the daemon's own ("internal") is the daemon's user and is let through.
+ * Exports as one peer may see them: an export that it may not open is neither listed nor described, one that it may only read is
+ * read-only. The policy judges the VDI or snapshot that a name leads to, and every snapshot that its changes are told since;
+ * never the name as it was sent. Owns the filtering; the rules are the policy's. A peer that came through the daemon's own
+ * private socket ("internal") is the daemon's user and may do everything.
  */
 import {
   DeviceError,
@@ -21,13 +21,13 @@ import { baseOfContext } from './changed-contexts.js';
 import { parseOtherwise, type Exclusive } from './exclusive.js';
 import { accessName, parseExportName, subjectText } from './export-name.js';
 
-/** Exports that can say whose data a name leads to. */
+/** Exports that know which VDI or snapshot a name leads to. */
 export interface SubjectExports extends ExportProvider<CompleteDevice> {
-  /** Undefined if nothing has the id that is named. Errors: ExportError, for what is no name. */
+  /** Undefined if the name is an id that nothing has. Errors: ExportError UNKNOWN (it is no name). */
   subjectOf(name: string): Promise<Subject | undefined>;
-  /** Of those subjects only that `isTold` says. */
+  /** Only the subjects for which `isTold` is true. */
   list(peer: Peer, isTold?: (subject: Subject) => boolean): Awaitable<Iterable<ExportInfo>>;
-  /** `access`: who may only read does not count as a writer. */
+  /** `access`: a peer that may only read does not count as a writer. */
   describe(
     name: string,
     peer: Peer,
@@ -41,29 +41,29 @@ export interface SubjectExports extends ExportProvider<CompleteDevice> {
   ): Awaitable<{ readonly device: RefusableDevice; readonly info: ExportInfo }>;
 }
 
-/** What the peer may do with what it asks for. */
+/** What the peer may do with the export that it asks for. */
 export interface PeerAccess {
   readonly isReadOnly?: boolean;
-  /** It may write, and then nobody else does. */
+  /** It may write, and then no other client does. */
   readonly exclusive?: Exclusive | undefined;
 }
 
 interface RefusableDevice extends CompleteDevice {
-  /** In place of `close`, if the peer is not given the device after all. */
+  /** In place of `close`, if the peer does not get the device after all. */
   refuse?(): Awaitable<void>;
 }
 
 type Subject = Pick<VdiSpec, 'name' | 'tag'>;
 
 /**
- * 'needs-tls': not like this, but perhaps for the one it turns out to be over TLS. 'exclusive': to write, and nobody else at the
- * same time; see exclusive.ts.
+ * 'needs-tls': refused without TLS; over TLS the peer may turn out to be one that may open it. 'exclusive': to write, and no
+ * other client at the same time; see exclusive.ts.
  */
 export type Access = 'read-write' | ExclusiveAccess | 'read-only' | 'needs-tls' | 'refused';
 export type ExclusiveAccess = 'exclusive' | `exclusive=${Exclude<Exclusive, 'unsaid'>}`;
 
 export interface AccessPolicy {
-  /** `accessName`: as of export-name.ts. */
+  /** `accessName`: see accessName in export-name.ts. */
   decide(accessName: string, peer: Peer): Access;
 }
 
@@ -94,13 +94,13 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
   async open(name: string, peer: Peer): Promise<{ readonly device: CompleteDevice; readonly info: ExportInfo }> {
     const { subject, ...access } = await this.#admit(name, peer);
     const opened = await this.#provider.open(name, peer, access);
-    // An id may have been given away, and to somebody else, since it was judged.
+    // Since it was judged, an id may have come to mean another VDI.
     const found = subject && (await this.#provider.subjectOf(opened.info.name));
     if (subject !== undefined && (found === undefined || accessName(found) !== accessName(subject))) {
       await (opened.device.refuse?.() ?? opened.device.close('disconnect'));
       throw refused(name);
     }
-    // Of a snapshot nobody can write anything.
+    // A snapshot is read-only for all.
     if (!access.isReadOnly || subject?.tag !== undefined) return opened;
     return { ...opened, device: new ReadOnlyDevice(opened.device) };
   }
@@ -109,7 +109,7 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     this.#provider.left?.(peer);
   }
 
-  /** Refused before anybody looks whether there is such an export: the answer is the same if not. */
+  /** Refuses before it is known whether there is such an export: the answer must be the same if not. */
   async #admit(name: string, peer: Peer): Promise<PeerAccess & { readonly subject?: Subject }> {
     if (peer.transport === 'internal') return { isReadOnly: false };
     const text = subjectText(name);
@@ -117,11 +117,11 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     try {
       subject = await this.#provider.subjectOf(name);
     } catch (error) {
-      // No name of anything. Whoever may open everything is told what is wrong with it.
+      // It is no name. A peer that may open everything learns why, from the exports.
       if (!(error instanceof ExportError) || error.code !== 'UNKNOWN') throw error;
       return this.#judge(text, name, peer);
     }
-    // Whether something has an id is told to nobody who may not open it, so not by asking for TLS either.
+    // A peer that may not open it must not learn whether an id exists, not even by "TLS is needed".
     if (subject === undefined) throw refused(name);
     if (isById(text) && !this.#mayOpen(subject, peer)) throw refused(name);
     const access = this.#judge(accessName(subject), name, peer);
@@ -146,7 +146,7 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
     return access !== 'needs-tls' && access !== 'refused';
   }
 
-  /** Without the contexts that tell of snapshots which the peer may not open. */
+  /** Without the contexts of snapshots that the peer may not open. */
   #withoutHidden(geometry: Geometry, subject: Subject | undefined, peer: Peer): Geometry {
     if (subject === undefined) return geometry;
     const decided = new Map<string, boolean>();
@@ -161,13 +161,13 @@ export class AuthorisedExports implements ExportProvider<CompleteDevice> {
   }
 }
 
-/** The same words whether there is such an export or not. */
+/** The words are the same whether there is such an export or not. */
 function refused(name: string): ExportError {
   const hint = isById(subjectText(name)) ? ', or there is nothing with this id' : '';
   return new ExportError('POLICY', `you are not allowed to open ${JSON.stringify(name)}${hint}`);
 }
 
-/** Undefined also for options that are wrong: the exports say so, to those who are let in. */
+/** Undefined also for wrong options: the exports report those, to peers that may open it. */
 function sinceOf(name: string): string | undefined {
   try {
     return parseExportName(name).options.since;
@@ -184,7 +184,7 @@ function readOnly(geometry: Geometry): Geometry {
   return { ...geometry, readOnly: true, canFua: false, canTrim: false, canZero: false, canFastZero: false };
 }
 
-/** nbd/ refuses writes to a read-only geometry by itself; that this device refuses them too is the second lock. */
+/** The server refuses writes to a read-only geometry by itself; this device is the second lock. */
 class ReadOnlyDevice implements CompleteDevice {
   readonly geometry: Geometry;
   readonly #device: CompleteDevice;

@@ -1,23 +1,22 @@
 /**
- * What clients are told when something fails. Messages of the catalog and of the store are for the operator: they name
- * directories, files, nodes, other clients and commands to type. Whoever is at the other end of an NBD connection may be a
- * guest of somebody else, and gets what concerns its disk; the cause stays with the error, for the log. Commands of ours, which
- * come through the control socket, get everything.
+ * The error messages that NBD clients get. Messages of the catalog and of the store are for the operator: they name directories,
+ * files, nodes, other clients and commands to type. An NBD client may be a stranger's guest, so it gets only what concerns its
+ * disk; the cause stays with the error, for the log. Our own commands, which come through the control socket, get everything.
  *
- * Owns the words. What is not known to be harmless is not told.
+ * Owns these messages. An error that is not known to be harmless becomes "the server failed".
  */
 import { ExportError, type Awaitable, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 import { CatalogError, type CatalogErrorCode } from '../vdi/catalog-error.js';
 
 const SEE_LOG = "the server's log has the cause";
 
-/** These messages speak of the name that the client gave and of what was its own, and of nothing else. */
+/** Errors whose messages speak only of the name that the client gave, and of its own temporary snapshot. */
 const OF_THE_NAME: ReadonlySet<CatalogErrorCode> = new Set(['BAD_NAME', 'ENDED', 'LIMIT']);
 
 const OF_CATALOG: Readonly<Partial<Record<CatalogErrorCode, string>>> = {
   NO_VDI: 'there is no such VDI',
   NO_TAG: 'there is no such snapshot',
-  UNFINISHED: 'it is unfinished: what is to fill it has not come to its end',
+  UNFINISHED: 'it is unfinished: the command that fills it has not finished',
   READ_ONLY: 'the server cannot write to its store',
   BUSY: 'it is in use',
 };
@@ -31,14 +30,14 @@ const OF_STORE: Readonly<Record<string, string>> = {
   IO: `the server's storage failed; ${SEE_LOG}`,
   DAMAGED: `a part of the disk is damaged or missing on the server; ${SEE_LOG}`,
   GONE: `a part of the disk is damaged or missing on the server; ${SEE_LOG}`,
-  LOCKED: 'it is locked by somebody else',
-  LIMIT: `the server can have no more of these; ${SEE_LOG}`,
+  LOCKED: 'it is locked by another client',
+  LIMIT: `a limit of the server is reached; ${SEE_LOG}`,
   CLOSED: 'it was closed by the server',
   SLOW: 'this needs data to be copied or written',
   UNSUPPORTED: 'the server cannot do that with this disk',
 };
 
-/** For a client, whatever has failed. */
+/** The message for a client, for any error. */
 export function clientMessage(error: unknown): string {
   if (error instanceof CatalogError) {
     return wordsOf(error) ?? OF_CATALOG[error.code] ?? `refused; ${SEE_LOG}`;
@@ -48,17 +47,17 @@ export function clientMessage(error: unknown): string {
     readonly code?: string;
     readonly forClients?: string;
   };
-  // What Node throws has codes, too.
+  // Node's own errors have codes too.
   const told = name === 'StoreError' ? (forClients ?? OF_STORE[code ?? '']) : undefined;
   return told ?? `the server failed; ${SEE_LOG}`;
 }
 
-/** Those that say all, the name as well; if there are any. */
+/** The complete message for clients, which includes the name, if there is one. */
 function wordsOf(error: CatalogError): string | undefined {
   return error.forClients ?? (OF_THE_NAME.has(error.code) ? error.message : undefined);
 }
 
-/** Exports whose refusals are in words for clients. */
+/** Exports whose errors have messages for clients. */
 export class ExportsWithClientMessages implements ExportProvider {
   readonly #provider: ExportProvider;
 
@@ -88,7 +87,7 @@ async function inWords<T>(exportName: string, peer: Peer, ask: () => Awaitable<T
   try {
     return await ask();
   } catch (error) {
-    // Without a cause the words are those of the access rules, or of a server that stops.
+    // An error without a cause comes from the access rules, or from a server that stops: its message is for clients.
     if (peer.transport === 'internal' || !(error instanceof ExportError) || error.cause === undefined) throw error;
     const { cause } = error;
     const isWhole = cause instanceof CatalogError && wordsOf(cause) !== undefined;

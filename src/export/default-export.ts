@@ -1,14 +1,14 @@
 /**
- * The export that a client gets who names none: the empty name, which "specifies the default export (if any)" (proto.md,
- * NBD_OPT_EXPORT_NAME, NBD_OPT_GO). There is one only if the operator has said which: one that followed from what there is
- * would change with it, and a client that connects again would write one disk's pages into another. It is another name for
- * that export, so access rules see the export's own name, and lists do not have it twice. Owns that name, and the words for
- * clients that may not have it: they do not learn what it stands for.
+ * The default export, for clients that name none: the empty name "specifies the default export (if any)" (proto.md,
+ * NBD_OPT_EXPORT_NAME, NBD_OPT_GO). There is one only if the operator has chosen it. A default derived from the disks that exist
+ * would change with them, and a client that reconnects would write one disk's pages into another. The empty name is an alias:
+ * access rules see the export's own name, and lists have it once. Owns the alias, and the messages for clients that may not
+ * open it: they do not learn what it stands for.
  */
 import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 
 const UNNAMED = '';
-/** The same for everybody: what there is, is told to those who may list it. */
+/** The same for every client. The names of exports are only for clients that may list them. */
 const NO_DEFAULT =
   'no export was named, and this server has no default export: name one (nbd-client -N NAME, nbd://HOST/NAME, qemu: ' +
   'export=NAME), or have the server started with one (its option "default")';
@@ -17,7 +17,7 @@ export class ExportsWithDefault implements ExportProvider {
   readonly #provider: ExportProvider;
   readonly #name: string | undefined;
 
-  /** `name`: of the default export; without one whoever names none is told the way. */
+  /** `name`: of the default export. Without it, a client that names no export gets an error that says how to. */
   constructor(provider: ExportProvider, name: string | undefined) {
     this.#provider = provider;
     this.#name = name;
@@ -39,7 +39,7 @@ export class ExportsWithDefault implements ExportProvider {
     this.#provider.left?.(peer);
   }
 
-  /** Commands of ours say what they mean. */
+  /** Our own commands always name an export. */
   #isUnnamed(name: string, peer: Peer): boolean {
     return name === UNNAMED && peer.transport !== 'internal';
   }
@@ -49,7 +49,7 @@ export class ExportsWithDefault implements ExportProvider {
     try {
       return await ask(this.#name);
     } catch (error) {
-      // The words of the access rules have the name.
+      // The messages of the access rules have the export's name, which this client must not learn.
       if (!(error instanceof ExportError) || (error.code !== 'POLICY' && error.code !== 'TLS_REQUIRED')) throw error;
       const words =
         error.code === 'POLICY'
@@ -60,7 +60,7 @@ export class ExportsWithDefault implements ExportProvider {
   }
 }
 
-/** Why nobody could open this export now, for the operator; undefined if it can be opened. Of NAME@now nothing is taken. */
+/** Why this export cannot be opened now, for the operator; undefined if it can be. Takes no snapshot for NAME@now. */
 export async function whyNotOpen(provider: ExportProvider, name: string): Promise<string | undefined> {
   try {
     await provider.describe(name, { transport: 'internal', address: 'start' });

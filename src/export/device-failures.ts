@@ -1,13 +1,13 @@
-/** Where requests that failed for reasons of the store are told, for whoever logs or counts them. */
+/** The channel for requests that failed because of the store. Subscribers log or count them. */
 import { channel } from 'node:diagnostics_channel';
 import type { DeviceErrorCode, Peer } from 'nbd-server-ts';
 
 export interface DeviceFailure {
-  /** What the client is told. */
+  /** What the client gets. */
   readonly code: DeviceErrorCode;
   /** The store's own error, which names files and nodes. */
   readonly error: unknown;
-  /** The VDI or snapshot, whatever name the client has opened it under. */
+  /** The VDI or snapshot, by its own name, whatever export name the client used. */
   readonly disk: string;
   readonly exportName: string;
   readonly peer: Peer;

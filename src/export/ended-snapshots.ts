@@ -1,7 +1,7 @@
 /**
- * Moments that have ended, and that somebody may still ask for: labels that were used, and readers of NAME@now that were cut
- * off from a moment that is gone. Owns what is remembered of them, for how long and how many. A label that is remembered
- * is never given another moment; a reader is refused as long as it goes on trying.
+ * Temporary snapshots that have ended and that clients may still ask for: labels that were used, and readers of NAME@now that
+ * were cut off from a snapshot that is gone. Owns what is remembered of them, for how long and how many. A label that is
+ * remembered never gets another snapshot; a reader is refused as long as it keeps trying.
  */
 import { CatalogError } from '../vdi/catalog-error.js';
 import { factKey, type StoredFacts } from '../vdi/stored-facts.js';
@@ -9,20 +9,20 @@ import { isRunning, ownKey } from '../system/process-identity.js';
 import { isTimestamp, msSince, timestampNow, type Timestamp } from '../vdi/timestamp.js';
 import type { Client } from '../vdi/client-use.js';
 
-/** A used label is remembered for so long. Less than a day: whoever uses one every night has it again. */
+/** How long a used label is remembered. Less than a day: a job that uses the same label every night gets it again. */
 const LABEL_MEMORY_MS = 12 * 60 * 60_000;
 const MAX_LABELS_PER_DISK = 256;
 const MAX_LABELS = 4096;
-/** Readers of NAME@now that are remembered, of all disks. Each is an open connection, or was one a moment ago. */
+/** Readers of NAME@now that are remembered, of all disks. Each has an open connection, or had one a short time ago. */
 const MAX_READERS = 4096;
 /**
- * Longer than a client pauses between two attempts (qemu 16 s, nbdkit's retry up to 32 s): who comes sooner after having
- * been refused is the same one trying again, and would make one image of two moments.
+ * Longer than clients pause between two attempts (qemu 16 s, nbdkit's retry up to 32 s): a client that comes sooner after it was
+ * refused is trying again, and would make one image of two snapshots.
  */
 const RETRY_PAUSE_MS = 60_000;
-/** Whoever goes on for longer has been told often enough. */
+/** A client that keeps trying for longer than this is refused no more. */
 const MAX_REFUSING_MS = 60 * 60_000;
-/** A reader that was cut off and finds the daemon again only later has given up by then, as a rule. */
+/** A reader that finds the daemon again only after this time has usually given up. */
 const READER_MEMORY_MS = 60 * 60_000;
 const LABEL_PREFIX = 'label/';
 const READER_PREFIX = 'reader/';
@@ -32,11 +32,11 @@ interface LabelRecord {
   readonly name: string;
   readonly tag: string;
   readonly usedAt: Timestamp;
-  /** Whose it is, as long as it has not ended. */
+  /** The process that serves it, as long as it has not ended. */
   readonly server: string;
   readonly endedAt?: Timestamp;
   readonly why?: string;
-  /** Everybody who had it open has said goodbye: nobody will come back for it. */
+  /** All clients that had it open have said goodbye: none will come back for it. */
   readonly isOver?: boolean;
 }
 
@@ -46,14 +46,14 @@ interface ReaderRecord {
   readonly client: Client;
   readonly takenAt: number;
   readonly server: string;
-  /** When it was cut off; a process that is killed cannot say. */
+  /** When it was cut off; undefined if its server was killed. */
   readonly lostAt?: Timestamp;
 }
 
 interface Refusal {
   readonly reader: ReaderRecord;
   readonly why: string;
-  /** How long it holds yet, and how long it has held since somebody was first refused. */
+  /** How long the refusal still holds, and for how long clients have been refused by it, in ms. */
   leftMs: number;
   refusingMs: number | undefined;
 }
@@ -63,8 +63,8 @@ export class EndedSnapshots {
   readonly #refusals = new Map<string, Refusal>();
 
   /**
-   * `keptMs`: how long a reader that an earlier process left behind may come back. `readerMemoryMs`: how long that is known of
-   * one that was cut off before; not less than it may come back.
+   * `keptMs`: how long a reader of an earlier process may come back. `readerMemoryMs`: how long a reader that was cut off before
+   * is remembered; at least `keptMs`.
    */
   constructor(facts: StoredFacts, keptMs: number, readerMemoryMs = READER_MEMORY_MS) {
     const rememberedMs = Math.max(readerMemoryMs, keptMs);
@@ -85,12 +85,12 @@ export class EndedSnapshots {
     }
   }
 
-  /** Whether time matters: then `age` is to be called. */
+  /** Whether the caller must call `age`. */
   get isWaiting(): boolean {
     return this.#refusals.size > 0;
   }
 
-  /** Errors: ENDED if the label was used for a moment that has ended. */
+  /** Errors: ENDED (the label was used for a snapshot that has ended). */
   checkLabel(name: string, tag: string): void {
     this.#facts.refresh();
     const key = LABEL_PREFIX + factKey(name, tag);
@@ -102,21 +102,21 @@ export class EndedSnapshots {
     }
     const why = record.why ?? 'another daemon has it open, or had';
     const message =
-      `${name}@${tag} was a moment of ${timeOf(record.usedAt.at)} that has ended (${why}). A label stands for one moment and ` +
-      'one run; begin anew with another label';
+      `${name}@${tag} was a temporary snapshot of ${timeOf(record.usedAt.at)} that has ended (${why}). A label is for one ` +
+      'snapshot and one run; begin anew with another label';
     throw new CatalogError('ENDED', message);
   }
 
   /**
-   * The label is about to stand for a moment. When it resolves, it never stands for another, whatever becomes of this process.
-   * Errors: LIMIT if too many are remembered; those of the store.
+   * The label is used for a snapshot. Once it resolves, the label never gets another, even if this process is killed. Errors:
+   * LIMIT (too many labels are remembered), ENDED (nothing can be stored), those of the store.
    */
   async useLabel(name: string, tag: string): Promise<void> {
     if (!this.#facts.isDurable) {
       throw new CatalogError(
         'ENDED',
-        `${name}@${tag} is refused, for it could not be remembered that it was used (see the log of the daemon's start); ` +
-          `${name}@now makes do without`,
+        `${name}@${tag} is refused: that the label was used could not be remembered (see the log of the daemon's start); ` +
+          `${name}@now works without that`,
       );
     }
     this.#makeRoom(name);
@@ -124,15 +124,15 @@ export class EndedSnapshots {
     await this.#facts.put(LABEL_PREFIX + factKey(name, tag), record);
   }
 
-  /** The moment of a label is gone. `isOver`: nobody comes back for it. */
+  /** The snapshot of a label is gone. `isOver`: no client comes back for it. */
   labelEnded(name: string, tag: string, why: string, isOver: boolean): void {
     const key = LABEL_PREFIX + factKey(name, tag);
     const record = this.#facts.get(key);
-    if (!isLabelRecord(record)) return; // commands of ours only
+    if (!isLabelRecord(record)) return; // only our own commands had it
     this.#facts.putSoon(key, { ...record, endedAt: timestampNow(), why, isOver });
   }
 
-  /** Everybody who was about to read the moment of this label was refused: it may stand for another. */
+  /** All clients that were about to read the snapshot of this label were refused: the label may get another. */
   labelUnused(name: string, tag: string): void {
     this.#facts.putSoon(LABEL_PREFIX + factKey(name, tag), undefined);
   }
@@ -146,7 +146,7 @@ export class EndedSnapshots {
     const ofDisk = all.filter(([, record]) => record.name === name);
     const full = ofDisk.length >= MAX_LABELS_PER_DISK ? ofDisk : all.length >= MAX_LABELS ? all : undefined;
     if (!full) return;
-    // Only those go for which nobody can come back; else somebody would get another moment.
+    // Only a label that no client comes back for is forgotten: else a client would get another snapshot.
     const oldest = full.filter(([, { isOver }]) => isOver).sort(([, a], [, b]) => a.usedAt.at - b.usedAt.at)[0];
     if (oldest) {
       this.#facts.putSoon(oldest[0], undefined);
@@ -155,11 +155,11 @@ export class EndedSnapshots {
     throw new CatalogError(
       'LIMIT',
       `${full.length} labels of ${full === ofDisk ? name : 'this store'} were used within ` +
-        `${LABEL_MEMORY_MS / 3_600_000} hours whose clients may come back, and no more can be remembered; ${name}@now makes do without`,
+        `${LABEL_MEMORY_MS / 3_600_000} hours whose clients may come back, and no more can be remembered; ${name}@now works without that`,
     );
   }
 
-  /** Errors: ENDED if this client was reading a NAME@now that has ended. `isOpening`: else it only asks. */
+  /** `isOpening`: it opens the snapshot, and does not only ask. Errors: ENDED (this client was reading a NAME@now that has ended). */
   checkReader(name: string, client: Client, isOpening: boolean): void {
     const refusal = this.#refusals.get(readerKey(name, client));
     if (!refusal) return;
@@ -167,7 +167,7 @@ export class EndedSnapshots {
     const another = client.isExact ? 'from another process, ' : '';
     const message =
       `${name}@now of ${timeOf(reader.takenAt)}, which ${client.label} was reading, has ended (${why}); going on with another ` +
-      `moment would make one image of two. Begin anew ${another}under a label (${name}@now:LABEL), or after a pause of ` +
+      `snapshot would make one image of two. Begin anew ${another}under a label (${name}@now:LABEL), or after a pause of ` +
       `${RETRY_PAUSE_MS / 1000} s`;
     if (isOpening) {
       refusal.refusingMs ??= 0;
@@ -176,7 +176,7 @@ export class EndedSnapshots {
     throw new CatalogError('ENDED', message);
   }
 
-  /** The client is about to read. When it resolves, it is known after a restart. */
+  /** The client is about to read. Once it resolves, that is known after a restart. */
   async reads(name: string, client: Client, takenAt: number): Promise<void> {
     const key = readerKey(name, client);
     const known = this.#facts.get(key);
@@ -185,19 +185,19 @@ export class EndedSnapshots {
     await this.#facts.put(key, record);
   }
 
-  /** The client was cut off, and none of its connections reads on. */
+  /** The client was cut off, and has no other connection that reads. */
   readerLost(name: string, client: Client): void {
     const key = readerKey(name, client);
     const known = this.#facts.get(key);
     if (isReaderRecord(known)) this.#facts.putSoon(key, { ...known, lostAt: timestampNow() });
   }
 
-  /** The client has left in order, or its time has passed. */
+  /** The client has left in order, or the time in which it may come back has passed. */
   hasRead(name: string, client: Client): void {
     this.#facts.putSoon(readerKey(name, client), undefined);
   }
 
-  /** What the client was reading is gone, and it may come back within `keptMs`. */
+  /** The snapshot that the client was reading is gone; the client may come back within `keptMs`. */
   readerEnded(name: string, client: Client, takenAt: number, why: string, keptMs: number): void {
     const key = readerKey(name, client);
     if (this.#refusals.size >= MAX_READERS && !this.#refusals.has(key)) {
@@ -211,7 +211,7 @@ export class EndedSnapshots {
     this.#refusals.set(key, { reader, why, leftMs: Math.max(keptMs, RETRY_PAUSE_MS), refusingMs: undefined });
   }
 
-  /** So much time has passed, in which clients could have come. */
+  /** `ms` have passed in which clients could have come back. */
   age(ms: number): void {
     for (const [key, refusal] of [...this.#refusals]) {
       refusal.leftMs -= ms;

@@ -1,11 +1,13 @@
 /**
- * The words for opening a disk exclusively, as export names, access rules and `serve --exclusive` have them: `exclusive`, or
- * `exclusive=` and what becomes of a client that finds another one writing. Owns the words; docs/exclusive.md has what they mean.
+ * The words for opening a disk exclusively, in export names, access rules and `serve --exclusive`: `exclusive`, or `exclusive=`
+ * and what happens to a client that comes while another has the disk to write. Owns the words; their meaning is in
+ * docs/exclusive.md and writers.ts.
  */
 
 /**
- * What becomes of a client that wants to write and may not, for another one has the disk: 'read-only': it may read. 'refuse':
- * it is refused. 'take-over': if the other one is found gone, that is cut off for good; else it is refused.
+ * What happens to a client that wants to write a disk which another client has to write. 'read-only': it may read. 'refuse': it
+ * is refused. 'take-over': the other is asked whether it is still there; if it is gone, it is cut off for good, else the new one
+ * is refused.
  */
 export type Otherwise = 'read-only' | 'refuse' | 'take-over';
 
@@ -14,10 +16,10 @@ export const OTHERWISE: readonly Otherwise[] = ['read-only', 'refuse', 'take-ove
 /** For messages and help. */
 export const EXCLUSIVE_FORM = `exclusive[=${OTHERWISE.join('|')}]`;
 
-/** 'unsaid': exclusively, and somebody else says what becomes of those who come late. */
+/** 'unsaid': exclusively, and another rule says what happens to clients that come late. */
 export type Exclusive = Otherwise | 'unsaid';
 
-/** Undefined if `text`, what stands behind the =, is none of the words. */
+/** `text`: what follows the =. Undefined if it is none of the words. */
 export function parseOtherwise(text: string): Otherwise | undefined {
   return OTHERWISE.find((word) => word === text);
 }
@@ -26,7 +28,7 @@ export function formatExclusive(exclusive: Exclusive): string {
   return exclusive === 'unsaid' ? 'exclusive' : `exclusive=${exclusive}`;
 }
 
-/** Of several that each have a say, the most important one first: exclusively if one of them says so, as the first one that says how. */
+/** Joins rules, the most important first: exclusive if any rule says so, in the way of the first rule that says how. */
 export function joinExclusive(...said: readonly (Exclusive | undefined)[]): Exclusive | undefined {
   const wishes = said.filter((each) => each !== undefined);
   return wishes.find((each) => each !== 'unsaid') ?? wishes[0];

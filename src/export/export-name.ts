@@ -5,17 +5,17 @@
  *     SUBJECT = NAME [ "@" TAG ]  |  "@" ID  |  "@=" NAME [ "@" TAG ] with percent signs     (src/vdi/names.ts)
  *     OPTION  = KEY [ "=" VALUE ], the VALUE with percent signs
  *
- * Neither names nor tags of ours have a slash, so what follows the first one is options, and every option that is still
- * to come has its place. Owns how a name is taken apart and put together; looks nothing up and decides nothing.
+ * Our names and tags have no slash, so what follows the first slash are options, and future options have a place. Owns
+ * parsing and formatting; looks nothing up.
  */
 import { CatalogError } from '../vdi/catalog-error.js';
 import { EXCLUSIVE_FORM, formatExclusive, OTHERWISE, parseOtherwise, type Exclusive } from './exclusive.js';
 import { decodePercent, encodePercent, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 
 export interface ExportOptions {
-  /** Tag of the one snapshot that the export tells the changes since. */
+  /** Tag of the one snapshot that changes are reported since. */
   readonly since?: string;
-  /** Nobody else shall write it. */
+  /** No other client may write it. */
   readonly exclusive?: Exclusive;
 }
 
@@ -26,16 +26,16 @@ export interface ExportName {
 
 const OPTIONS_BEGIN = '/';
 const OPTIONS_SEPARATOR = ',';
-/** For messages: all options there are, and how they are written. */
+/** For messages: all options and their forms. */
 const KNOWN_OPTIONS = `since=TAG and ${EXCLUSIVE_FORM}`;
 
-/** The text before the options, which alone says whose data it is. */
+/** The text before the options: the subject. */
 export function subjectText(exportName: string): string {
   const slash = exportName.indexOf(OPTIONS_BEGIN);
   return slash < 0 ? exportName : exportName.slice(0, slash);
 }
 
-/** Errors: BAD_NAME, for a subject or an option that is none. */
+/** Errors: BAD_NAME (the subject or an option is wrong). */
 export function parseExportName(exportName: string): ExportName {
   const text = subjectText(exportName);
   const subject = parseSpec(text);
@@ -82,7 +82,7 @@ function exclusiveValue(value: string | undefined, bad: (why: string) => Catalog
   return otherwise;
 }
 
-/** A name that is parsed as the same. `subject`: as formatSpec or specOf gives it. */
+/** The inverse of parseExportName. `subject`: from formatSpec or specOf. */
 export function formatExportName(subject: string, { since, exclusive }: ExportOptions = {}): string {
   const options = [
     ...(since === undefined ? [] : [`since=${encodePercent(since)}`]),
@@ -92,8 +92,8 @@ export function formatExportName(subject: string, { since, exclusive }: ExportOp
 }
 
 /**
- * What access rules are written about: NAME, NAME@TAG. An @ within a NAME, which none of ours has, is a NUL here, which no
- * name can have at all: a VDI that is called "vm1@x" is not the snapshot x of vm1.
+ * The form that access rules match: NAME, NAME@TAG. An @ within a NAME, which only other tools' VDIs have, becomes a NUL, which
+ * no name can have: a VDI named "vm1@x" is not the snapshot x of vm1.
  */
 export function accessName({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string {
   const plain = name.replaceAll('@', '\0');

@@ -1,6 +1,6 @@
 /**
- * The exports of a store that is about to be opened: whoever asks waits until it is, or is told that it will not be. So a
- * server can take its addresses before anything is made. Owns the waiting; decides nothing.
+ * The exports of a store that is about to be opened: requests wait until it is open, or fail when it cannot be opened. So a server
+ * can listen on its addresses before it creates anything. Owns only the waiting.
  */
 import { ExportError, type ExportProvider, type Peer } from 'nbd-server-ts/block-device';
 
@@ -15,7 +15,7 @@ export class ExportsWhenOpen implements ExportProvider {
       this.#resolve = resolve;
       this.#reject = reject;
     });
-    this.#opened.catch(() => undefined); // told to those who ask
+    this.#opened.catch(() => undefined); // clients that ask get the error
   }
 
   open: ExportProvider['open'] = async (...of) => (await this.#opened).open(...of);

@@ -149,7 +149,7 @@ export class TakenSnapshots {
     return undefined;
   }
 
-  /** The one that the client gets: its own if it was cut off from one, else the newest that is held, not one that is only kept. */
+  /** For this client: its own if it was cut off from one, else the newest that a connection holds. Kept ones are not shared. */
   find(name: string, tag: string, client: Client | undefined): TemporarySnapshot | undefined {
     const snapshots = this.of(`${name}@${tag}`);
     if (isLabelled(tag)) return snapshots[0];

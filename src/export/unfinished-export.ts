@@ -1,6 +1,6 @@
 /**
- * The export that a command fills a VDI through, while nobody else can open it: NAME/unfinished=RUN, RUN being what the
- * mark in the VDI's record says. Only connections through the control socket know that form. Owns it in both directions.
+ * The export through which a command fills a VDI, while no other client can open it: NAME/unfinished=RUN, where RUN is that of
+ * the mark in the VDI's record. Only connections through the control socket may use this form. Owns its parsing and formatting.
  */
 import type { Peer } from 'nbd-server-ts';
 
@@ -10,7 +10,7 @@ export function unfinishedExport(name: string, run: string): string {
   return `${name}/unfinished=${run}`;
 }
 
-/** Any other name is that of an export that is not unfinished. */
+/** `run` is undefined for every other name. */
 export function parseUnfinishedExport(
   exportName: string,
   peer: Peer,

@@ -1,6 +1,7 @@
 /**
- * A VDI as the block device that nbd/ serves: fixes the geometry for the life of a connection and turns store errors
- * into device errors. One per connection; what they share is the Vdi behind them.
+ * A VDI as the block device that nbd/ serves: one device for each connection, over the Vdi that all of them share. Owns the
+ * connection's geometry, which stays as it was at the start, and the translation of store errors into device errors. Reading and
+ * writing is the hot path: a request that is served at once allocates nothing here.
  */
 import {
   ALLOCATION_CONTEXT,
@@ -31,37 +32,39 @@ const STATE_CHANGED = 1;
 /** Devices opened so far, in this process. */
 let opened = 0;
 
-/** What is to be known of a device's client when it has left. */
+/** How a device's client has left. */
 export interface Closing {
   readonly ending: Ending;
-  /** The last that it was told is that something failed which may not fail again: it may try that on another connection. */
+  /** It got an error that may be cured, and has sent no request since: it may try again on another connection. */
   readonly hadErrors: boolean;
   readonly hasWritten: boolean;
   readonly span: ConnectionSpan;
-  /** It never had it: it was refused after all. */
+  /** It was refused after all, and never had the device. */
   readonly isRefused: boolean;
 }
 
-/** The snapshots that a device's VDI can be compared with. */
-export interface Bases {
-  /** Tags of those that clients are told of, newest first. Others can be opened all the same. */
+/** What a device is given beside its VDI. */
+export interface DeviceSetup {
+  /** Tags of the snapshots whose changed-contexts clients are told of, newest first. Others can be opened too. */
   readonly tags: readonly string[];
   /** Nothing of the VDI may be changed. */
   readonly isReadOnly: boolean;
-  /** The client is a command of ours, which is told everything. */
+  /** The client is a command of ours, and gets the messages that are for the operator. */
   readonly isOurs?: boolean;
-  /** Of who may write it; undefined if nobody asks who else does. */
+  /** Of a client that may write; undefined if other writers do not matter. */
   readonly claim?: Claim | undefined;
-  /** As the client has named it. */
+  /** As the client gave it. */
   readonly exportName: string;
   readonly peer: Peer;
-  open(tag: string): Promise<Vdi>;
-  release(vdi: Vdi, closing: Closing): Promise<void>;
+  openBase(tag: string): Promise<Vdi>;
+  releaseBase(vdi: Vdi, closing: Closing): Promise<void>;
+  /** The device is closed: release the VDI. */
+  close(closing: Closing): Awaitable<void>;
 }
 
 /**
- * How an export of this VDI looks; `tags` are those of the snapshots whose contexts it tells of. `isReadOnly`: nothing of
- * it may be changed. `isExclusive`: one connection writes, and several of one client would be one writer and its readers.
+ * The geometry of an export of this VDI. `tags`: of the snapshots whose changed-contexts it has. `isReadOnly`: it must not be
+ * changed. `isExclusive`: one connection writes, so no multi-conn: several connections of a client would be a writer and readers.
  */
 export function geometryOf(
   record: VdiRecord,
@@ -79,7 +82,7 @@ export function geometryOf(
     canFua: writable,
     canTrim: writable,
     canZero: writable,
-    // Zeroing changes maps and punches holes; what would need more than that is refused with ENOTSUP.
+    // Zeroing changes maps and punches holes. A range that would need more than that fails with ENOTSUP.
     canFastZero: writable,
     canCache: true,
     multiConn: !isExclusive,
@@ -91,31 +94,29 @@ export function geometryOf(
 export class VdiDevice implements BlockDevice {
   readonly geometry: Geometry;
   readonly #vdi: Vdi;
-  readonly #bases: Bases;
+  readonly #setup: DeviceSetup;
   /** Bases opened so far, by tag: held until the device is closed, so that they cannot be deleted meanwhile. */
   readonly #opened = new Map<string, Promise<Vdi>>();
-  readonly #onClose: (closing: Closing) => Awaitable<void>;
   readonly #openedAs = ++opened;
-  /** How many devices were open at the last request: less than zero if nothing was asked since an error. */
+  /** `opened` at the last request; negative if there was no request since an error. */
   #lastRequest = this.#openedAs;
   #hasWritten = false;
-  /** It was asked whether this may write, and may still. */
+  /** The claim allows it to write, and has not been fenced since. */
   #isWriting = false;
 
-  constructor(vdi: Vdi, bases: Bases, onClose: (closing: Closing) => Awaitable<void>) {
+  constructor(vdi: Vdi, setup: DeviceSetup) {
     this.#vdi = vdi;
-    this.#bases = bases;
-    const { tags, isReadOnly, claim } = bases;
+    this.#setup = setup;
+    const { tags, isReadOnly, claim } = setup;
     this.geometry = geometryOf(vdi.record, tags, isReadOnly, claim?.isExclusive);
-    this.#onClose = onClose;
     if (claim) claim.onFenced = () => (this.#isWriting = false);
   }
 
   readonly #rethrow = (error: unknown): never => {
-    const told = asDeviceError(error, this.#bases.isOurs === true);
-    // A FAST_ZERO that would be slow is refused in the course of things.
+    const told = asDeviceError(error, this.#setup.isOurs === true);
+    // Refusing a FAST_ZERO that would be slow is no failure.
     if (told.code !== 'ENOTSUP' && deviceFailures.hasSubscribers) {
-      const { exportName, peer } = this.#bases;
+      const { exportName, peer } = this.#setup;
       const disk = specOf(this.#vdi.record);
       deviceFailures.publish({ code: told.code, error, disk, exportName, peer } satisfies DeviceFailure);
     }
@@ -156,7 +157,7 @@ export class VdiDevice implements BlockDevice {
   }
 
   #beginWriting(): void {
-    this.#bases.claim?.beginWriting();
+    this.#setup.claim?.beginWriting();
     this.#hasWritten = true;
     this.#isWriting = true;
   }
@@ -206,13 +207,13 @@ export class VdiDevice implements BlockDevice {
     await this.#vdi.changedSince(base, offset, length, report);
   }
 
-  /** The snapshot TAG, which cannot be deleted from now on until the device is closed. Errors: those of `Bases.open`. */
+  /** The snapshot TAG, which cannot be deleted until the device is closed. Errors: those of `DeviceSetup.openBase`. */
   hold(tag: string): Promise<Vdi> {
     const known = this.#opened.get(tag);
     if (known) return known;
-    const base = this.#bases.open(tag);
+    const base = this.#setup.openBase(tag);
     this.#opened.set(tag, base);
-    // What failed once may go well the next time.
+    // The next call tries again.
     base.catch(() => this.#opened.delete(tag));
     return base;
   }
@@ -225,7 +226,7 @@ export class VdiDevice implements BlockDevice {
     return this.#end({ ...this.#state(), ending, isRefused: false });
   }
 
-  /** In place of `close`, if nobody is given the device after all. */
+  /** In place of `close`, if the client does not get the device after all. */
   refuse(): Promise<void> {
     return this.#end({ ...this.#state(), ending: 'disconnect', isRefused: true });
   }
@@ -237,15 +238,15 @@ export class VdiDevice implements BlockDevice {
   }
 
   async #end(closing: Closing): Promise<void> {
-    const { claim } = this.#bases;
-    // No request of it is under way: the next one who is to write need not wait for what is still closed here.
+    const { claim } = this.#setup;
+    // No request is in flight: the next writer need not wait until the bases are closed.
     claim?.fence();
     claim?.end();
     try {
       const opened = await Promise.allSettled(this.#opened.values());
-      for (const base of opened) if (base.status === 'fulfilled') await this.#bases.release(base.value, closing);
+      for (const base of opened) if (base.status === 'fulfilled') await this.#setup.releaseBase(base.value, closing);
     } finally {
-      await this.#onClose(closing);
+      await this.#setup.close(closing);
     }
   }
 }
@@ -260,8 +261,8 @@ const DEVICE_CODES: Readonly<Record<string, DeviceErrorCode>> = {
 };
 
 /**
- * Whether the same may go well on another connection, which some try (nbdkit's retry filter). A FAST_ZERO that would be slow is
- * refused in the course of things, and what is damaged stays so.
+ * Whether the same request may succeed on another connection, which some clients try (nbdkit's retry filter). A FAST_ZERO that
+ * would be slow stays slow, and damaged data stays damaged.
  */
 function mayBeCured(error: unknown, told: DeviceError): boolean {
   return told.code !== 'ENOTSUP' && (error as { code?: string }).code !== 'DAMAGED';

@@ -1,6 +1,7 @@
 /**
- * The exports of a catalog: NAME is the working VDI, NAME@TAG the snapshot, read-only, NAME@now a temporary one; what other
- * names mean export-name.ts says. Owns nothing but the translation of names and errors between nbd/ and src/vdi.
+ * The exports of a catalog: NAME is the working VDI, NAME@TAG a snapshot (read-only), NAME@now a temporary snapshot; the other
+ * forms are in export-name.ts. Owns the opening of an export: the order in which the VDI is opened, claimed and counted as in
+ * use, and all of that undone when a step fails; and the translation of catalog errors for nbd/.
  */
 import {
   ExportError,
@@ -11,38 +12,41 @@ import {
 } from 'nbd-server-ts/block-device';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
-import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, specOf, type VdiSpec } from '../vdi/names.js';
+import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/client-use.js';
+import type { LogOften } from '../vdi/log.js';
 import type { Vdi, VdiRecord } from '../vdi/vdi.js';
-import { isContextTag, toldBases } from './changed-contexts.js';
+import { basesOf, openBase } from './bases.js';
+import { toldBases } from './changed-contexts.js';
 import type { PeerAccess } from './authorised-exports.js';
 import { joinExclusive, type Exclusive } from './exclusive.js';
-import { formatExportName, parseExportName, subjectText, type ExportOptions } from './export-name.js';
+import { infoOf, infosOf } from './export-info.js';
+import { parseExportName, subjectText, type ExportOptions } from './export-name.js';
 import { clientOf } from './peer-client.js';
 import { TemporarySnapshots, type TemporaryOptions } from './temporary-snapshots.js';
 import { parseUnfinishedExport } from './unfinished-export.js';
-import { geometryOf, VdiDevice, type Bases, type Closing } from './vdi-device.js';
+import { geometryOf, VdiDevice, type Closing } from './vdi-device.js';
 import type { Claim } from './writer-claim.js';
 import { Writers } from './writers.js';
 
 export interface ExportsOptions extends TemporaryOptions {
-  /** All disks are written by one connection at a time each. */
+  /** Each disk is written by one connection at a time. */
   readonly exclusive?: Exclusive | undefined;
-  /** As `log`, for what clients can bring about again and again: of one `subject` it is told once in a while. */
-  readonly logOften?: ((subject: string, line: string, details: object) => void) | undefined;
+  /** As `log`, for what clients can cause again and again. */
+  readonly logOften?: LogOften | undefined;
 }
 
-/** What a connection is about to have. */
+/** What a connection opens. */
 interface Opening {
   readonly vdi: Vdi;
-  /** Of a moment: the snapshots that it was compared with so far, by tag. */
+  /** Of a temporary snapshot: the vids of the bases that it was compared with so far, by tag. */
   readonly bases?: Map<string, number>;
   /** Of a VDI that is opened to be written. */
   readonly claim?: Claim | undefined;
   readonly close: (closing: Closing) => Promise<void>;
 }
 
-/** Who has opened what, and as what. */
+/** The connection that opens it, and how. */
 interface OpenedBy {
   readonly options: ExportOptions;
   readonly client: Client | undefined;
@@ -55,9 +59,6 @@ const REFUSED: Closing = {
   ...{ ending: 'disconnect', isRefused: true, hadErrors: false, hasWritten: false },
   span: { opened: 0, lastRequest: 0 },
 };
-
-/** The tag that violations of the protocol on any of a VDI's temporary snapshots are counted under, whatever the label. */
-const ANY_TEMPORARY = 'now';
 
 export class VdiExports implements ExportProvider {
   readonly #catalog: VdiCatalog;
@@ -73,17 +74,14 @@ export class VdiExports implements ExportProvider {
     this.writers = new Writers(log, options.logOften ?? ((_subject, line, details) => log(line, details)));
   }
 
-  /**
-   * Temporary snapshots are not listed: who opens what is listed would keep them alive, or find them gone. Nor is what is
-   * unfinished: nobody can open it. `isTold`: whether a subject is to be in it.
-   */
+  /** All VDIs and snapshots but temporary and unfinished ones. `isTold`: whether the list may have a subject. */
   async list(_peer: Peer, isTold?: (subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean): Promise<Iterable<ExportInfo>> {
     return infosOf(await this.#catalog.list(), isTold);
   }
 
   /**
-   * Whose data an export name is about, by name and tag, whatever form it has; looked up for an id only, and undefined if
-   * nothing has it. Errors: ExportError, for what is no name.
+   * The VDI or snapshot that an export name of any form leads to, by name and tag. Only an id is looked up; undefined if nothing
+   * has it. Errors: ExportError UNKNOWN (it is no name).
    */
   async subjectOf(name: string): Promise<Pick<VdiSpec, 'name' | 'tag'> | undefined> {
     try {
@@ -97,7 +95,7 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** Of a temporary snapshot: the moment that `open` on the same connection gives is taken here, for its size and time. */
+  /** A temporary snapshot is taken here, for its size and time; `open` on the same connection then gives the same one. */
   async describe(
     exportName: string,
     peer: Peer,
@@ -115,12 +113,12 @@ export class VdiExports implements ExportProvider {
         this.#catalog.mustTakeTemporaries();
         record = { ...record, tag: subject.tag, isSnapshot: true, isTemporary: true, snapshotAt: Date.now() };
       }
-      let tags = toldBases(await this.#basesOf(record, options), contexts);
+      let tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
       const client = clientOf(peer);
-      // A command of ours wants to know only whether it can be had.
+      // Our own commands only ask whether it can be opened: no snapshot is taken.
       if (isTemporary(subject) && client !== undefined) {
         ({ record } = await this.#temporary.ask(workingName(subject), subject.tag, peer, client));
-        tags = toldBases(await this.#basesOf(record, options), contexts);
+        tags = toldBases(await basesOf(this.#catalog, record, options), contexts);
       }
       const may = this.#mayWrite(record, { peer, client, isReadOnly, run }, options, access);
       return {
@@ -128,13 +126,13 @@ export class VdiExports implements ExportProvider {
         info: infoOf(record, options),
       };
     } catch (error) {
-      // The connection is about something else by now.
+      // The connection does not open what it asked for before.
       this.#temporary.left(peer);
       throw asExportError(error);
     }
   }
 
-  /** `access`: of the peer, if it may not do what the export could. */
+  /** `access`: what the peer may do, if that is less than the export allows. */
   async open(
     exportName: string,
     peer: Peer,
@@ -146,8 +144,8 @@ export class VdiExports implements ExportProvider {
       mustBeWritable(subject, options);
       const client = clientOf(peer);
       const isReadOnly = this.#catalog.isReadOnly || isById(subject) || access.isReadOnly === true;
-      // Before anything is opened: a snapshot that is not there must not cost a temporary one.
-      if (options.since !== undefined) await this.#basesOf(await this.#find(subject), options);
+      // Checked before anything is opened: a wrong `since` must not cost a temporary snapshot.
+      if (options.since !== undefined) await basesOf(this.#catalog, await this.#find(subject), options);
       if (isTemporary(subject)) {
         const held = await this.#temporary.open(workingName(subject), subject.tag, peer, client);
         const close = (closing: Closing): Promise<void> => this.#temporary.close(held, closing);
@@ -162,7 +160,7 @@ export class VdiExports implements ExportProvider {
       const isOnlyRead = isReadOnly || claim?.mayWrite === false;
       const use = await this.#use(vdi, client, !vdi.record.isSnapshot && !isOnlyRead, claim);
       const close = (closing: Closing): Promise<void> => {
-        // First: it must not look unused in between.
+        // Before the release: an open VDI must not look unused.
         this.#endUse(use, closing);
         return this.#catalog.release(vdi);
       };
@@ -173,7 +171,9 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** The right to write `vdi`, which was opened for that; undefined if it is not to be written, or by a command of ours only. */
+  /**
+   * The claim to write `vdi`; undefined if it is opened to read, or by the command that fills it. If it fails, `vdi` is released.
+   */
   async #claim(vdi: Vdi, asking: Asking, options: ExportOptions, access: PeerAccess): Promise<Claim | undefined> {
     if (!asksToWrite(vdi.record, asking)) return undefined;
     const { peer, client } = asking;
@@ -185,7 +185,7 @@ export class VdiExports implements ExportProvider {
     }
   }
 
-  /** The same for who only asks. */
+  /** The same, as far as it is known without a claim. */
   #mayWrite(
     record: VdiRecord,
     asking: Asking,
@@ -198,7 +198,7 @@ export class VdiExports implements ExportProvider {
     return { write, isAlone: exclusive !== undefined || !write };
   }
 
-  /** What the client says of itself, what its rule says, and what the server says of all. */
+  /** The export name's option comes before the peer's access rule, and that before the server's option. */
   #exclusively(options: ExportOptions, access: PeerAccess): Exclusive | undefined {
     return joinExclusive(options.exclusive, access.exclusive, this.#exclusive);
   }
@@ -214,43 +214,34 @@ export class VdiExports implements ExportProvider {
     const { record } = vdi;
     let tags: readonly string[];
     try {
-      tags = toldBases(await this.#basesOf(record, options), []);
+      tags = toldBases(await basesOf(this.#catalog, record, options), []);
     } catch (error) {
       claim?.end();
       await close(REFUSED);
       throw error;
     }
     const uses = new Map<Vdi, UseOfConnection | undefined>();
-    const bases: Bases = {
+    const device = new VdiDevice(vdi, {
       tags,
       isReadOnly,
       isOurs: client === undefined,
       claim,
       exportName,
       peer,
-      open: async (tag) => {
-        const base = await this.#catalog.openVdi(formatSpec({ name: record.name, tag }));
-        const { vid } = base.record;
-        if ((known?.get(tag) ?? vid) !== vid) {
-          await this.#catalog.release(base);
-          throw new CatalogError(
-            'ENDED',
-            `${specOf(base.record)} was taken anew since ${specOf(record)} was compared with it`,
-          );
-        }
-        known?.set(tag, vid);
-        // Who comes back to the same moment finds the same base, or it is refused to take it away.
+      openBase: async (tag) => {
+        const base = await openBase(this.#catalog, record, tag, known);
+        // In use: a client that comes back to the same temporary snapshot finds the same base; others cannot delete it.
         uses.set(base, await this.#use(base, client, false));
         return base;
       },
-      release: (base, closing) => {
+      releaseBase: (base, closing) => {
         this.#endUse(uses.get(base), closing);
         return this.#catalog.release(base);
       },
-    };
-    const device = new VdiDevice(vdi, bases, close);
+      close,
+    });
     try {
-      // Held from the first moment: what a backup is compared with is not deleted, and taken anew, in the middle of it.
+      // Held from the start: the base of a backup must not be deleted, and taken anew, in the middle of it.
       if (options.since !== undefined) await device.hold(options.since);
     } catch (error) {
       await device.refuse();
@@ -259,14 +250,16 @@ export class VdiExports implements ExportProvider {
     return { device, info: infoOf(record, options) };
   }
 
-  /** `vdi`, which was opened for it, is in use by this client. Undefined if that need not be known. */
+  /**
+   * Count `vdi` as in use by this client; undefined if that need not be known. If it fails, `vdi` is released, and the claim ends.
+   */
   async #use(
     vdi: Vdi,
     client: Client | undefined,
     writable: boolean,
     claim?: Claim,
   ): Promise<UseOfConnection | undefined> {
-    // Nothing of a store that nobody changes can be taken away from anybody.
+    // In a read-only store no disk can be taken away from its clients.
     if (!client || this.#catalog.isReadOnly) return undefined;
     try {
       return await this.#catalog.inUse.begin(vdi.record, client, writable);
@@ -283,7 +276,7 @@ export class VdiExports implements ExportProvider {
     else this.#catalog.inUse.end(use, { ...closing, isOver: ending === 'disconnect' });
   }
 
-  /** What a subject is about; of a temporary snapshot the VDI that it is, or would be, taken of. */
+  /** The record of a subject; for a temporary snapshot, that of the VDI it is taken of. */
   async #find(subject: VdiSpec): Promise<VdiRecord> {
     const { name, vid } = subject;
     if (vid !== undefined) return this.#catalog.find(`@${vid.toString(16)}`);
@@ -291,40 +284,14 @@ export class VdiExports implements ExportProvider {
     checkTemporaryTag(subject.tag);
     return this.#catalog.find(formatSpec({ name, tag: undefined }));
   }
-
-  /**
-   * Tags of the snapshots that the VDI or snapshot can be compared with, newest first: all those of the same VDI, or the
-   * one that the options name. Errors: NO_TAG, BAD_SIZE.
-   */
-  async #basesOf({ name, vid, blockSizeShift }: VdiRecord, { since }: ExportOptions): Promise<readonly string[]> {
-    const snapshots = (await this.#catalog.named(name)).filter(
-      (other) => other.isSnapshot && !isTemporaryTag(other.tag),
-    );
-    if (since === undefined) {
-      return (
-        snapshots
-          .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
-          // What has changed since cannot be told by a tag that may say another one.
-          .filter(({ tag, isDoubtful }) => !isDoubtful && isContextTag(tag))
-          .map(({ tag }) => tag)
-          .reverse()
-      );
-    }
-    const base = await this.#catalog.find(formatSpec({ name, tag: since }));
-    const refuse = (why: string): CatalogError =>
-      new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
-    if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
-    if (!isContextTag(since)) throw refuse('its tag has control characters, or is no text');
-    return [since];
-  }
 }
 
-/** Who asks to open something. */
+/** A connection that asks for an export. */
 interface Asking {
   readonly peer: Peer;
   readonly client: Client | undefined;
   readonly isReadOnly: boolean;
-  /** It fills what nobody else can open. */
+  /** It is the run that fills the VDI, which no other client can open. */
   readonly run: string | undefined;
 }
 
@@ -332,14 +299,14 @@ function asksToWrite({ isSnapshot }: VdiRecord, { isReadOnly, run }: Asking): bo
   return !isSnapshot && !isReadOnly && run === undefined;
 }
 
-/** Errors: BAD_NAME, for what nobody can write and somebody wants to write alone. */
+/** Errors: BAD_NAME (the option "exclusive" on an export that is read-only for all). */
 function mustBeWritable(subject: VdiSpec, { exclusive }: ExportOptions): void {
   if (exclusive === undefined || (subject.tag === undefined && !isById(subject))) return;
-  const what = isById(subject) ? 'what is opened by its ID' : 'a snapshot';
+  const what = isById(subject) ? 'an export named by its ID' : 'a snapshot';
   throw new CatalogError('BAD_NAME', `exclusive is for a VDI that is written: ${what} is read-only for everybody`);
 }
 
-/** The VDI that a temporary snapshot is taken of, as the catalog's specs have it. */
+/** The spec of the VDI that a temporary snapshot is taken of. */
 function workingName({ name }: VdiSpec): string {
   return formatSpec({ name, tag: undefined });
 }
@@ -349,32 +316,11 @@ function isTemporary(subject: VdiSpec): subject is VdiSpec & { readonly tag: str
 }
 
 /**
- * A working VDI gets another id with every snapshot, and the snapshot keeps the old one: a client that connects again
- * under an id may find an older state of the disk. Nobody writes on that.
+ * Named by its id: such an export is read-only. A working VDI gets another id with every snapshot, and the snapshot keeps the old
+ * one: a client that reconnects by the id may find an older state of the disk, and must not write to it.
  */
 function isById({ vid }: VdiSpec): boolean {
   return vid !== undefined;
-}
-
-/** One after the other, as they are asked for: there may be very many. */
-function* infosOf(
-  records: readonly VdiRecord[],
-  isTold: ((subject: Pick<VdiSpec, 'name' | 'tag'>) => boolean) | undefined,
-): Generator<ExportInfo> {
-  for (const record of records) {
-    if (record.isTemporary || record.unfinished) continue;
-    const { name, tag, isSnapshot } = record;
-    if (isTold === undefined || isTold({ name, tag: isSnapshot ? tag : undefined })) yield infoOf(record);
-  }
-}
-
-function infoOf(record: VdiRecord, options: ExportOptions = {}): ExportInfo {
-  const { name, isSnapshot, isTemporary } = record;
-  const description = isSnapshot
-    ? `snapshot of ${formatSpec({ name, tag: undefined })}, taken ${new Date(record.snapshotAt).toISOString()}`
-    : `VDI, created ${new Date(record.createdAt).toISOString()}`;
-  const countedAs = isTemporary ? formatSpec({ name, tag: ANY_TEMPORARY }) : specOf(record);
-  return { name: formatExportName(specOf(record), options), description, countedAs };
 }
 
 function asExportError(error: unknown): ExportError {

@@ -1,4 +1,4 @@
-/** So many at a time; who comes later waits, in the order of coming. */
+/** Lets a bounded number of operations run at a time. Others wait, first come, first served. */
 export class Admission {
   #free: number;
   readonly #waiting: (() => void)[] = [];
@@ -7,7 +7,7 @@ export class Admission {
     this.#free = most;
   }
 
-  /** Undefined if there is room; then, or when it resolves, `leave` is owed. */
+  /** Undefined if there is room. From then on, or once it resolves, the caller owes one `leave`. */
   enter(): Promise<void> | undefined {
     if (this.#free === 0) return new Promise((resolve) => this.#waiting.push(resolve));
     this.#free--;
@@ -16,7 +16,7 @@ export class Admission {
 
   readonly leave = (): void => {
     const next = this.#waiting.shift();
-    // What one leaves is the next one's.
+    // The place goes to the next in line.
     if (next) next();
     else this.#free++;
   };

@@ -1,35 +1,35 @@
 /**
- * The connections of one client to one thing: how many there are, and how many were cut off and have not come back. A client
- * may come back before the end of its old connection is seen here (a dead TCP connection ends minutes later), so both orders
- * count as coming back. Owns the counts; what follows from them, its users know.
+ * The connections of one client to one disk or temporary snapshot: how many there are, and how many were cut off and have not
+ * come back. A client may come back before the end of its old connection is seen here (a dead TCP connection ends minutes
+ * later), so either order counts as coming back. Owns the counts; the caller decides what follows from them.
  */
 
-/** When a connection was opened, and how far things were at its last request: both count the devices opened so far. */
+/** When a connection was opened, and when it made its last request: both as the number of devices opened so far. */
 export interface ConnectionSpan {
   readonly opened: number;
   readonly lastRequest: number;
 }
 
-/** More that have left beside others of the same client are of no use: earlier ones are forgotten, and nobody has come back by them. */
+/** Connections of one client that are remembered after they have left; earlier ones do not count as a return any more. */
 const MAX_LEFT = 1024;
 
 export class ClientConnections {
   live = 0;
-  /** Last requests of those that were cut off, in the order of that. */
+  /** The last requests of the connections that were cut off, in the order they were cut off. */
   readonly #lost: number[] = [];
-  /** When those were opened that have left in order since there was none, and did not take over. */
+  /** When the connections were opened that did not take over and have left in order, since there was no connection. */
   readonly #left: number[] = [];
 
   get lost(): number {
     return this.#lost.length;
   }
 
-  /** A new connection: one of those that were cut off may have come back. Returns whether. */
+  /** A new connection takes the place of one that was cut off. Returns whether there was one. */
   takeOver(): boolean {
     return this.#lost.shift() !== undefined;
   }
 
-  /** `count` connections were cut off. Without a `span` only a connection that takes over can be one of them. */
+  /** `count` connections were cut off. Without a `span`, only a connection that takes over counts as their return. */
   loseAll(count: number, span?: ConnectionSpan): void {
     for (let n = 0; n < count; n++) this.#lost.push(span?.lastRequest ?? Infinity);
   }
@@ -41,13 +41,13 @@ export class ClientConnections {
   }
 
   /**
-   * If none is there any more: one that was opened after the last request of one that was cut off, and has left in order, was
-   * that one come back.
+   * Once no connection is left: a connection that was opened after the last request of one that was cut off, and has left in
+   * order, was its return.
    */
   settle(): void {
     if (this.live > 0) return;
     const left = this.#left.splice(0).sort((a, b) => a - b);
-    // Each for one: the earliest that may be meant, for those that worked to the end side by side are nobody's return.
+    // One return for each, the earliest possible: connections that worked side by side to the end are no returns.
     const lost = this.#lost.splice(0).sort((a, b) => a - b);
     for (const lastRequest of lost) {
       const at = left.findIndex((opened) => opened > lastRequest);
@@ -56,7 +56,7 @@ export class ClientConnections {
     }
   }
 
-  /** Those that were cut off do not come back. */
+  /** The connections that were cut off do not come back. */
   forget(): void {
     this.#lost.length = 0;
   }

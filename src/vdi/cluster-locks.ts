@@ -1,8 +1,8 @@
 /**
- * Locks of VDIs that the nodes of a cluster keep: what is told of them, and whether one may be taken away. A lock says
- * through which node somebody has opened a VDI, and not whether he is still there: a client goes on through another node
- * when that one ends, and keeps the lock of the VDI's id of before when somebody else takes a snapshot. So nothing but what is
- * deleted is unlocked before its holder was named. Sends nothing.
+ * Locks that the nodes of a cluster keep on VDIs: how they are reported, and which may be taken away. A lock says through which
+ * node a client has opened a VDI, and not whether the client is still there. When that node ends, the client goes on through
+ * another. When somebody else takes a snapshot, the client keeps the lock on the VDI's old id. So only a deleted VDI is unlocked
+ * without naming the holder. Sends nothing.
  */
 import type { LockHolder, ObjectStore, VdiLock, VdiLocks, VdiRecord } from '../store/object-store.js';
 import { shellWord } from '../text/shell-word.js';
@@ -15,9 +15,9 @@ export interface LockStatus extends VdiLock {
   /** Null of a working VDI. */
   readonly tag: string | null;
   readonly isSnapshot: boolean;
-  /** How it is said on a command line. */
+  /** Its name on a command line. */
   readonly spec: string | null;
-  /** Clients that have the VDI of this name open through daemons of this machine. Of other machines' nothing is known. */
+  /** Clients that have the VDI of this name open through daemons of this machine. Nothing is known of other machines. */
   readonly usedBy: readonly string[];
 }
 
@@ -28,7 +28,7 @@ export interface LockReport {
 }
 
 export interface UnlockOptions {
-  /** HOST:PORT of the node whose lock it is: says that nobody writes there any more. */
+  /** HOST:PORT of the node whose lock it is: the operator says that no client writes through it any more. */
   readonly heldBy?: string | undefined;
 }
 
@@ -37,7 +37,7 @@ export function locksOf({ catalog, location }: Pick<ObjectStore, 'catalog' | 'lo
   if (catalog.locks) return catalog.locks;
   throw new CatalogError(
     'UNSUPPORTED',
-    `${location} is a local store, which one process has at a time: there are no locks of VDIs in it, only in clusters`,
+    `${location} is a local store, which one process has at a time: only clusters have locks on VDIs`,
   );
 }
 
@@ -55,7 +55,10 @@ export interface UnlockCase {
   readonly options: UnlockOptions;
 }
 
-/** Which holder loses the lock. Errors: UNSUPPORTED, NOT_LOCKED, NEEDS_FORCE. */
+/**
+ * Which holder loses the lock. Errors: UNSUPPORTED (the cluster keeps no locks), NOT_LOCKED (or not by this holder), NEEDS_FORCE
+ * (the holder must be named).
+ */
 export function mayUnlock(
   spec: string,
   { areEnforced, status, record, options: { heldBy } }: UnlockCase,
@@ -79,7 +82,7 @@ export function mayUnlock(
       `${label} is locked through ${through}, not through ${heldBy}; nothing was done`,
     );
   }
-  // Nobody writes what is deleted.
+  // No client writes a deleted VDI.
   if (heldBy === undefined && (!status.isDeleted || status.holders.length > 1)) {
     throw mustSayHolder(spec, label, through, holder, record?.isSnapshot ?? false);
   }
@@ -93,14 +96,14 @@ function mustSayHolder(
   { node, isMember }: LockHolder,
   isSnapshot: boolean,
 ): CatalogError {
-  // Locks do not go along when somebody else takes a snapshot: a client that is idle then has the old one.
-  const what = isSnapshot ? `; whoever had the VDI open when this snapshot was taken may have the lock` : '';
+  // A lock stays on the old id when somebody else takes a snapshot: an idle client still relies on it.
+  const what = isSnapshot ? `; a client that had the VDI open when this snapshot was taken may rely on the lock` : '';
   const state = isMember
-    ? 'a member of the cluster, so whoever asked it for the lock may be writing'
-    : 'no member any more, but whoever asked it for the lock may be writing through another node';
+    ? 'a member of the cluster, so the client that asked it for the lock may be writing'
+    : 'no member any more, but the client that asked it for the lock may be writing through another node';
   return new CatalogError(
     'NEEDS_FORCE',
-    `${label} is locked through ${through}, ${state}${what}; two writers destroy a disk. Once you are sure that there is none, ` +
+    `${label} is locked through ${through}, ${state}${what}; two writers destroy a disk. Once you are sure that there is no writer, ` +
       `'sheepgate vdi lock unlock ${shellWord(spec)} --held-by ${node}' ends the lock`,
   );
 }

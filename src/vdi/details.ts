@@ -1,4 +1,4 @@
-/** What `vdi list` and `vdi show` tell of VDIs and snapshots: their records with the space, the users and what is kept. */
+/** The details that `vdi list` and `vdi show` print: records of VDIs and snapshots with their space, users and kept snapshots. */
 import type { Usage, VdiRecord } from '../store/object-store.js';
 import type { CatalogParts } from './catalog-parts.js';
 import type { ClientUse } from './in-use.js';

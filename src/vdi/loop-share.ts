@@ -1,26 +1,26 @@
 /**
- * Long work over maps takes its share of the event loop: all of it together so long in one turn, the rest in later turns,
- * one disk after the other. Without it a request of 32 bytes about a million objects would keep everybody waiting. Owns
- * the queue; what the work is it does not know.
+ * Limits what long work over object maps takes of the event loop: all of it together gets a bounded time in one turn of the
+ * loop, and goes on in later turns, one disk after the other. Without this limit a request of 32 bytes about a million objects
+ * would stall all connections. Owns the queue; the work itself is the caller's.
  */
 
-/** Of one turn of the loop, for all work of this kind together: well below what a waiting reader would notice. */
+/** For all long work together in one turn of the loop: well below what a waiting reader would notice. */
 const SHARE_MS = 1;
-/** The clock is looked at once in so many steps; a step may be a change of a map, which takes some microseconds. */
+/** The clock is read once in so many steps; a step may change a map entry, which takes some microseconds. */
 export const STEPS_PER_LOOK = 16;
 
 class LoopShare {
-  /** Used of this turn, in ms. */
+  /** What this turn has used so far, in ms. */
   #used = 0;
   #isScheduled = false;
-  /** Who waits for a turn, by disk. The disk whose turn comes next is the first. */
+  /** Work that waits for a turn, by disk. The first disk is next. */
   readonly #waiting = new Map<object, (() => void)[]>();
 
   get left(): number {
     return SHARE_MS - this.#used;
   }
 
-  /** Whether somebody who begins now may do so before the next turn. */
+  /** Whether new work may begin in this turn. */
   get isFree(): boolean {
     return this.#waiting.size === 0 && this.#used < SHARE_MS;
   }
@@ -49,7 +49,7 @@ class LoopShare {
     this.#isScheduled = false;
     this.#used = 0;
     for (const [disk, queue] of this.#waiting) {
-      // Behind the others, if more of it waits.
+      // If it has more work, it goes behind the other disks.
       this.#waiting.delete(disk);
       if (queue.length > 1) this.#waiting.set(disk, queue);
       queue.shift()?.();
@@ -62,15 +62,15 @@ class LoopShare {
 const share = new LoopShare();
 
 /**
- * One piece of long work, by one request. It asks `isOver` after each step, and waits for `next` where that is so; around
- * anything else that it waits for come `pause` and `resume`.
+ * The long work of one request. The caller asks `isOver` after each step, and awaits `next` if so. It calls `pause` before, and
+ * `resume` after, everything else that it awaits.
  */
 export class LongWork {
   readonly #disk: object;
   #since = 0;
   #steps = 0;
 
-  /** `disk`: whose work it is; disks take turns. */
+  /** `disk`: any object that stands for the disk; disks take turns. */
   constructor(disk: object) {
     this.#disk = disk;
   }
@@ -82,7 +82,7 @@ export class LongWork {
     return undefined;
   }
 
-  /** Whether it is time for `next`. `steps`: for how many the last one counts. */
+  /** Whether it is time for `next`. `steps`: how many steps the last one counts as. */
   isOver(steps = 1): boolean {
     this.#steps += steps;
     if (this.#steps < STEPS_PER_LOOK) return false;

@@ -1,7 +1,7 @@
 /**
- * What VDI names and tags may look like, and how people say which VDI or snapshot they mean: NAME, NAME@TAG, and two forms
- * for those that other tools have made, whose names and tags may have any character: @=NAME@TAG with percent signs, and @ID.
- * None of our names begins with an @, so these two are nobody's name.
+ * The rules for VDI names and tags, and the specs that name a VDI or snapshot: NAME, NAME@TAG, and two forms for VDIs of other
+ * tools, whose names and tags may have any character: @=NAME@TAG with percent signs, and @ID. None of our names begins with an
+ * @, so these two forms cannot be names. Looks nothing up.
  */
 import { randomBytes } from 'node:crypto';
 import { bytesOfText, percentOf, textOfBytes } from '../text/name-bytes.js';
@@ -14,27 +14,27 @@ const MAX_TAG_BYTES = 255;
 /** Tags with a meaning of their own: NAME@now is a temporary snapshot. */
 const RESERVED_TAG = 'now';
 
-/** What labels of labelOfRun end in. */
+/** The end of the labels of labelOfRun. */
 const RUN_MARK = '.run-';
 const LABEL_OF_RUN = /\.run-[0-9a-f]{16}$/;
 
-/** What follows the @ of "@ID" if it is no id but a name with percent signs. */
+/** Follows the first @ if a name with percent signs comes, and no id. */
 const ENCODED = '=';
 /** Ids have 24 bits (sheepdog_proto.h, SD_NR_VDIS), in hex as `vdi list` and `dog` show them. */
 const ID = /^[0-9a-f]{1,6}$/i;
-/** A byte in the names that percent signs are in. */
+/** A byte in a name with percent signs. */
 const PERCENT = /(%[0-9a-f]{2})/i;
 
 export interface VdiSpec {
-  /** Empty if it is said by its id. */
+  /** Empty if the spec is an id. */
   readonly name: string;
   /** undefined: the working VDI. */
   readonly tag: string | undefined;
-  /** Whatever has this id, a snapshot or a working VDI. */
+  /** The VDI or snapshot with this id. */
   readonly vid?: number;
 }
 
-/** Take "NAME", "NAME@TAG", "@ID" or "@=NAME[@TAG]" apart. Errors: BAD_NAME. */
+/** Parse "NAME", "NAME@TAG", "@ID" or "@=NAME[@TAG]". Errors: BAD_NAME. */
 export function parseSpec(spec: string): VdiSpec {
   const at = spec.indexOf('@');
   if (at === 0) return parseForeign(spec);
@@ -64,7 +64,7 @@ function splitAt(text: string): [string, string | undefined] {
   return at < 0 ? [text, undefined] : [text.slice(0, at), text.slice(at + 1)];
 }
 
-/** %2F is a slash, %2C a comma, %40 an @, %25 a percent sign, %FF a byte that is no text; every other character is itself. */
+/** %2F is a slash, %2C a comma, %40 an @, %25 a percent sign, %FF a byte that is no text; every other character stands for itself. */
 export function decodePercent(text: string, bad: (why: string) => Error): string {
   if (!text.includes('%')) return text;
   const parts = text.split(PERCENT);
@@ -76,14 +76,14 @@ export function decodePercent(text: string, bad: (why: string) => Error): string
   return textOfBytes(Buffer.concat(bytes));
 }
 
-/** So that decodePercent gives it back, with as few percent signs as may be. */
+/** The inverse of decodePercent, with as few percent signs as possible. */
 export function encodePercent(text: string): string {
   return text.replace(/[%@/,\p{Cc}\p{Zl}\p{Zp}\p{Cs}]|^\s|\s$/gu, percentOf);
 }
 
 /**
- * How a VDI or snapshot is said so that `parseSpec` finds it again: NAME or NAME@TAG where that does, else with percent
- * signs. Not by its id, since a working VDI gets another one with every snapshot.
+ * The spec of a VDI or snapshot, for `parseSpec`: NAME or NAME@TAG if that is possible, else with percent signs. Never the id,
+ * since a working VDI gets another one with every snapshot.
  */
 export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string {
   const plain = tag === undefined ? name : `${name}@${tag}`;
@@ -92,25 +92,25 @@ export function formatSpec({ name, tag }: Pick<VdiSpec, 'name' | 'tag'>): string
     if (tag !== undefined) check('tag', tag, MAX_TAG_BYTES);
     return plain;
   } catch {
-    // A name that none of ours can be.
+    // Another tool's name: ours cannot be such.
   }
   return `@=${encodePercent(name)}${tag === undefined ? '' : `@${encodePercent(tag)}`}`;
 }
 
 /**
- * The same of a record. A snapshot that another tool has given the tag of a temporary one, or one that another snapshot may
- * be meant by, is said by its id, which stays with a snapshot.
+ * The spec of a record. A snapshot to which another tool gave the tag of a temporary one, or whose tag may mean another snapshot
+ * too, is named by its id, which a snapshot keeps.
  */
-export function specOf(record: Said): string {
+export function specOf(record: Named): string {
   const { vid, name, tag, isSnapshot, isTemporary, isDoubtful } = record;
   if (!isSnapshot) return formatSpec({ name, tag: undefined });
   const isById = isDoubtful === true || (isTemporaryTag(tag) && !isTemporary);
   return isById ? `@${vid.toString(16)}` : formatSpec({ name, tag });
 }
 
-type Said = Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary' | 'isDoubtful'>;
+type Named = Pick<VdiRecord, 'vid' | 'name' | 'tag' | 'isSnapshot' | 'isTemporary' | 'isDoubtful'>;
 
-/** Whether NAME@`tag` says a temporary snapshot: "now" or "now:LABEL". Whether a record is one, it says itself. */
+/** Whether NAME@`tag` names a temporary snapshot: "now" or "now:LABEL". Whether a snapshot is one, its record says (isTemporary). */
 export function isTemporaryTag(tag: string): boolean {
   return tag === RESERVED_TAG || tag.startsWith(`${RESERVED_TAG}:`);
 }
@@ -120,17 +120,17 @@ export function isLabelled(tag: string): boolean {
   return tag !== RESERVED_TAG;
 }
 
-/** A label that nobody has given or will give: drawn for one run of a command. `of` says what for. */
+/** A random label for one run of a command, which no other run has. `of`: what it is for, as a prefix. */
 export function labelOfRun(of: string): string {
   return `${of}${RUN_MARK}${randomBytes(8).toString('hex')}`;
 }
 
-/** Whether it is the tag of such a label. */
+/** Whether the tag has a label of labelOfRun. */
 export function isLabelOfRun(tag: string): boolean {
   return LABEL_OF_RUN.test(tag);
 }
 
-/** Check what follows the @ of a temporary snapshot's name. Errors: BAD_NAME. */
+/** Check the tag of a temporary snapshot. Errors: BAD_NAME. */
 export function checkTemporaryTag(tag: string): string {
   check('tag', tag, MAX_TAG_BYTES);
   if (!isTemporaryTag(tag) || tag === `${RESERVED_TAG}:`) {
@@ -139,13 +139,16 @@ export function checkTemporaryTag(tag: string): string {
   return tag;
 }
 
-/** A name for a VDI: 1 to 255 bytes of UTF-8, no "/", "@" or control characters, no space at either end, not "." or "..". */
+/**
+ * A name for a new VDI: 1 to 255 bytes of UTF-8, no "/", "@" or control characters, no space at either end, not "." or "..".
+ * Errors: BAD_NAME.
+ */
 export function checkName(name: string): string {
   check('VDI name', name, MAX_NAME_BYTES);
   return name;
 }
 
-/** A tag for a snapshot: as a name, and not "now" nor "now:..." (those are temporary snapshots). */
+/** A tag for a new snapshot: as a name, and not "now" or "now:..." (those are temporary snapshots). Errors: BAD_NAME. */
 export function checkTag(tag: string): string {
   check('tag', tag, MAX_TAG_BYTES);
   if (isTemporaryTag(tag)) {

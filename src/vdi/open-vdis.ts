@@ -139,7 +139,7 @@ export class OpenVdis {
     return undefined;
   }
 
-  /** Not one that somebody else has deleted: only those who have it open still see that. */
+  /** Not a VDI that another tool has deleted: only its present users still have that. */
   #entryOf(vid: number): OpenEntry | undefined {
     for (const entry of this.#entries) {
       if (entry.vdi.record.vid === vid && !(entry.vdi.failure && entry.vdi.opened.look)) return entry;
@@ -157,7 +157,7 @@ export class OpenVdis {
   }
 }
 
-/** Whether somebody else has made another VDI of the open one: `found` is its record in the store now. */
+/** Whether another tool has changed the open VDI, or made another of its id: `found` is its record in the store now. */
 function isOutdated(open: VdiRecord, found: VdiRecord): boolean {
   return open.size !== found.size || open.name !== found.name || open.createdAt !== found.createdAt;
 }

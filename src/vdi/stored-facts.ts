@@ -1,19 +1,19 @@
 /**
- * What a store remembers beyond the process that serves it: who has what open, which labels have ended. Owns when that is
- * made durable: what must be before a client is answered is awaited, many at a time in one commit; the rest follows
- * soon after. Knows no meaning of it.
+ * Small facts that are kept in the store and outlive the process: which clients have which disks open, which labels have ended.
+ * Owns when they become durable: a fact that must be durable before a client gets its answer is awaited, with many others in one
+ * commit; the rest follows soon after. The meaning of the facts is the caller's.
  */
 import { createHash } from 'node:crypto';
 import { uriComponent } from '../text/name-bytes.js';
 import type { StoreState } from '../store/object-store.js';
 import type { Log } from './log.js';
 
-/** What may come late is collected for so long. */
+/** How long facts that need not be durable at once are collected. */
 const SOON_MS = 500;
 
-/** LMDB takes 1978 bytes: names, tags and what certificates say are longer with percent signs. */
+/** LMDB's limit is 1978 bytes. Names, tags and names from certificates get longer with percent signs. */
 const MAX_KEY_LENGTH = 512;
-/** After so many that fail one by one the store is taken for what is wrong. */
+/** After so many facts have failed one by one, the store is taken to be at fault, and not the facts. */
 const MAX_TRIED = 8;
 
 /** By key. */
@@ -30,19 +30,19 @@ export class StoredFacts {
   #timer: NodeJS.Timeout | undefined;
   #isClosed = false;
 
-  /** `state`: undefined if nothing can be stored; then all is forgotten with the process. */
+  /** `state`: undefined if nothing can be stored; then all facts end with the process. */
   constructor(state: StoreState | undefined, log: Log) {
     this.#state = state;
     this.#log = log;
     for (const [key, value] of state?.entries() ?? []) this.#known.set(key, value);
   }
 
-  /** Whether anything outlives this process. */
+  /** Whether the facts outlive this process. */
   get isDurable(): boolean {
     return this.#state !== undefined;
   }
 
-  /** Other processes may serve the same at the same time. */
+  /** Other processes may serve the same store at the same time. */
   get isShared(): boolean {
     return this.#state?.isShared === true;
   }
@@ -51,12 +51,12 @@ export class StoredFacts {
     return this.#known.get(key);
   }
 
-  /** Those whose keys begin with `prefix`. */
+  /** Facts whose keys begin with `prefix`. */
   *entries(prefix: string): Generator<[string, unknown]> {
     for (const entry of this.#known) if (entry[0].startsWith(prefix)) yield entry;
   }
 
-  /** Take in what other processes have stored; for stores that may have several. */
+  /** Take over what other processes have stored, if the store is shared. */
   refresh(): void {
     if (this.#state?.isShared !== true) return;
     const stored = this.#state.entries();
@@ -64,7 +64,7 @@ export class StoredFacts {
     for (const [key, value] of stored) if (!this.#dirty.has(key)) this.#known.set(key, value);
   }
 
-  /** Durable when it resolves. Errors: those of the store; then it is not remembered. */
+  /** Durable when it resolves. Errors: those of the store; then the fact is forgotten. */
   async put(key: string, value: object): Promise<void> {
     this.#set(key, value);
     const failed = await this.#flush();
@@ -73,18 +73,20 @@ export class StoredFacts {
     throw failed.get(key);
   }
 
-  /** Durable soon; undefined forgets it. */
+  /** Durable soon; undefined forgets the fact. */
   putSoon(key: string, value: object | undefined): void {
     if (value === undefined && !this.#known.has(key)) return;
     this.#set(key, value);
     if (this.#state === undefined || this.#isClosed) return;
     this.#timer ??= setTimeout(() => {
       this.#timer = undefined;
-      this.flush().catch((error: unknown) => this.#log('cannot store who has what open', { err: error }));
+      this.flush().catch((error: unknown) =>
+        this.#log('cannot store which clients have which disks open', { err: error }),
+      );
     }, SOON_MS).unref();
   }
 
-  /** All of it is durable when it resolves, and nothing is stored later. Errors: those of the store. */
+  /** All facts are durable when it resolves, and nothing is stored later. Errors: those of the store. */
   async close(): Promise<void> {
     clearTimeout(this.#timer);
     this.#timer = undefined;
@@ -92,14 +94,14 @@ export class StoredFacts {
     await this.flush();
   }
 
-  /** All of it is durable when it resolves. Errors: those of the store, if any of it is not. */
+  /** All facts are durable when it resolves. Errors: those of the store, if any fact is not durable. */
   async flush(): Promise<void> {
     for (const error of (await this.#flush()).values()) throw error;
   }
 
-  /** Returns what could not be stored, and why. */
+  /** Returns the keys that could not be stored, and why. */
   #flush(): Promise<Failures> {
-    // One commit runs, one waits: whoever comes while one runs is served by the next.
+    // One commit runs, one waits: facts that come while one runs are in the next.
     if (this.#next === undefined) {
       const next = this.#last.then(() => {
         this.#next = undefined;
@@ -127,19 +129,19 @@ export class StoredFacts {
     } catch (error) {
       for (const key of keys) failed.set(key, error);
       if (keys.size > 1) await this.#commitOneByOne(failed);
-      // What fails while others go well cannot be stored, and would be tried for ever. On a full disk it is only a matter of room.
+      // A fact that fails while others succeed cannot be stored, and would be retried for ever. On a full disk it may still fit.
       const isAlone = failed.size < keys.size;
       const again: string[] = [];
       for (const [key, why] of failed) {
         if (!isAlone || (why as { code?: string }).code === 'NO_SPACE') again.push(key);
-        else this.#log('one fact is not remembered', { err: why, key });
+        else this.#log('one fact could not be stored and is forgotten', { err: why, key });
       }
       for (const key of again) this.#dirty.add(key);
     }
     return failed;
   }
 
-  /** Those that can be stored leave `failed`. If the first ones all cannot, the store is to blame, and the rest is not tried. */
+  /** Facts that can be stored leave `failed`. If the first MAX_TRIED all fail, the store is at fault, and the rest is not tried. */
   async #commitOneByOne(failed: Map<string, unknown>): Promise<void> {
     let tried = 0;
     const { size } = failed;
@@ -155,7 +157,7 @@ export class StoredFacts {
   }
 }
 
-/** A key of parts that may hold anything. What it stands for is in its value: a long one is its own hash. */
+/** A key made of parts of any content. A long key is replaced by its hash: the value must say what it stands for. */
 export function factKey(...parts: readonly string[]): string {
   const key = parts.map(uriComponent).join('/');
   return key.length <= MAX_KEY_LENGTH ? key : createHash('sha256').update(key).digest('hex');

@@ -1,7 +1,8 @@
 /**
- * A point in time that is stored, and how long it is ago. A wall clock jumps; the time since the boot does not, but ends
- * with it. So both are kept: within one boot the latter decides, and after it the former, never by less than nothing. In a
- * container the boot may be its host's and the time its own: where that has gone back, it is not the same boot.
+ * A point in time that is stored, and how long ago it is. The wall clock may jump. The time since the boot does not jump, but
+ * starts anew with every boot. So a timestamp has both: within one boot the time since the boot decides, afterwards the wall
+ * clock, and never less than zero. In a container the boot id may be the host's and the uptime its own: if the uptime has gone
+ * back, it is another boot.
  */
 import os from 'node:os';
 import { bootId } from '../system/process-identity.js';
@@ -10,7 +11,7 @@ export interface Timestamp {
   /** Date.now() */
   readonly at: number;
   readonly boot: string;
-  /** Milliseconds since the boot, a suspended machine's included. */
+  /** Milliseconds since the boot, including time that the machine was suspended. */
   readonly uptime: number;
 }
 
@@ -25,7 +26,7 @@ export function msSince(stamp: Timestamp): number {
   return Math.max(0, Date.now() - stamp.at);
 }
 
-/** What was read from a disk, which anybody may have written. */
+/** `value` was read from a store, whose content may come from anywhere. */
 export function isTimestamp(value: unknown): value is Timestamp {
   const { at, boot, uptime } = (value ?? {}) as Partial<Timestamp>;
   return Number.isFinite(at) && typeof boot === 'string' && Number.isFinite(uptime);

@@ -1,5 +1,5 @@
 /**
- * Lists the locks that the nodes of a cluster keep on VDIs, and takes one away. Owns the order: what is meant is looked up
+ * Lists the locks that the nodes of a cluster keep on VDIs, and takes one away. Owns the order: the spec is looked up
  * again just before, and the nodes are told its id. What may be unlocked: locks.ts.
  */
 import type { VdiLock, VdiRecord } from '../store/object-store.js';

@@ -106,7 +106,7 @@ test('a label that has ended is never another moment: after its time, after a re
   await isGone(target, 'disk@now:late');
   await fill(writer, 2);
   await expect(attach(daemon, 'disk@now:late')).rejects.toThrow(
-    /disk@now:late was a moment of .* that has ended \(its client was cut off and did not come back in time\)/,
+    /disk@now:late was a temporary snapshot of .* that has ended \(its client was cut off and did not come back in time\)/,
   );
   const orderly = await attach(daemon, 'disk@now:orderly');
   await orderly.disconnect();
@@ -318,7 +318,7 @@ test('commands of sheepgate leave nothing behind, and a label that one was given
     expect(await target.names()).toEqual(['disk']);
   }
   expect(await target.fails('export', 'disk@now:mine', image, '--force')).toMatch(
-    /disk@now:mine was a moment of .* has ended/,
+    /disk@now:mine was a temporary snapshot of .* has ended/,
   );
 });
 

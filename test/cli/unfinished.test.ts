@@ -135,7 +135,7 @@ describe.each(WAYS)('%s', (way) => {
     await target.ok('vdi', 'snapshot', 'vm', 'kept');
     await killed(await importing(target.store, patterned(8 * MIB, 3), 1, '--overwrite'), target);
     expect(await target.fails('export', 'vm', '-')).toMatch(
-      /it is partly what it was and partly what was put over it; .* a rollback to one of its snapshots, or 'sheepgate vdi delete vm', gives/,
+      /it holds a mix of its old data and the new; .* a rollback to one of its snapshots, or 'sheepgate vdi delete vm', gives/,
     );
     expect(await target.ok('vdi', 'show', 'vm')).toMatch(
       /a rollback to one of its snapshots, or 'sheepgate vdi delete vm'/,
@@ -379,7 +379,7 @@ test('a run whose VDI was rolled back meanwhile does not finish it, and says so'
   expect(await call('begin', body)).toMatch(/"unfinished":\{"by":"import"/);
   expect(await call('finish', { run: 'bb' })).toMatch(/UNFINISHED.*an import is at work on it/);
   await target.ok('vdi', 'rollback', 'vm@s');
-  expect(await call('finish', { run: 'aa' })).toMatch(/UNFINISHED.*bears no mark of this command any more/);
+  expect(await call('finish', { run: 'aa' })).toMatch(/UNFINISHED.*has no mark of this command any more/);
   expect(await call('begin', { ...body, by: 'somebody' })).toMatch(/\\"by\\" must be one of import, restore, migrate/);
   expect(await call('begin', { ...body, run: '../..' })).toMatch(/hex digits/);
   expectBytes((await cli(['export', 'vm', '-'], { store: target.store })).stdoutBytes, content);

@@ -1,7 +1,7 @@
 /**
- * Disks that are opened exclusively, without a daemon: who may write, who is told what, and that nothing of an old connection has
- * an effect once a new one is let in. The NBD server and the store are real, in this process; clients are told apart by
- * process numbers that the tests choose.
+ * Disks that are opened exclusively, without a daemon: which client may write, what each client and the log are told, and that no
+ * request of an old connection has an effect once a new writer is let in. The NBD server and the store are real, in this process;
+ * the tests choose the pids by which clients are told apart.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -22,7 +22,7 @@ import { waitUntil } from '../harness/daemon.js';
 const SIZE = 64 * 2 ** 20;
 const BLOCK = 4096;
 const OBJECT = 4 * 2 ** 20;
-/** Above any number that Linux gives to a process. */
+/** Above every pid that Linux gives. */
 const NO_PROCESS = 2 ** 23;
 const ME: PeerCredentials = {
   ...{ pid: process.pid, uid: 0, gid: 0, command: 'me' },
@@ -35,10 +35,10 @@ let exports: VdiExports;
 let server: NbdServer;
 let log: string[];
 let clients: NbdClient[];
-/** Who the next one to connect is. */
+/** The client that connects next. */
 let next: PeerCredentials;
 let access: Access | undefined;
-/** What each client was told when it opened its export. */
+/** What each client got when it opened its export. */
 const details = new WeakMap<NbdClient, ExportDetails>();
 
 async function serve(options: ExportsOptions = {}): Promise<void> {
@@ -66,7 +66,7 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 
-/** Another process than that of any other number. It does not run. */
+/** A process that does not run, for each number another one. */
 function gone(number: number): PeerCredentials {
   return { pid: NO_PROCESS + number, uid: 0, gid: 0, startTime: number, command: `client${number}` };
 }
@@ -79,7 +79,7 @@ async function connect(name: string, who: PeerCredentials = ME): Promise<NbdClie
   return client;
 }
 
-/** What the client may do. */
+/** What the access rules let the client do. */
 function mayOf(client: NbdClient): string {
   return wordsOf(details.get(client));
 }
@@ -125,7 +125,7 @@ async function closeGate(): Promise<{ vdi: Vdi; open: () => Promise<void> }> {
 }
 
 describe('one connection writes', () => {
-  test('the others read, none of them is told that it is one of several, and the place is free when it has left', async () => {
+  test('the others read, none gets multi-conn, and once it has left another may write', async () => {
     await serve();
     const first = await connect('disk/exclusive', gone(1));
     expect(mayOf(first)).toBe('writes');
@@ -138,22 +138,22 @@ describe('one connection writes', () => {
     await reader.readInto(0, block);
     expect(block[0]).toBe(1);
     await expect(reader.write(0, block)).rejects.toThrow(/EPERM|read-only/i);
-    // The daemon keeps it from being said every time.
+    // Repeated lines are dropped by the daemon, not here.
     expect([...new Set(log)].filter((line) => line.includes('disk is read-only for'))).toEqual([
       `disk is read-only for process ${NO_PROCESS + 2} (client2): only one may write it, and process ${NO_PROCESS + 1} (client1) has it open for that`,
     ]);
     expect(holders()).toEqual([`process ${NO_PROCESS + 1} (client1) alone`]);
-    // At once: its socket may be closed here later than there.
+    // At once: the server may see its socket closed later than the client.
     await first.disconnect();
     const second = await connect('disk/exclusive', gone(3));
     expect(mayOf(second)).toBe('writes');
-    // Who reads stays so.
+    // A client that was let in to read stays read-only.
     await expect(reader.write(0, block)).rejects.toThrow();
     await second.disconnect();
     expect(await mayDo('disk', gone(4))).toBe('writes, as one of several');
   });
 
-  test('one that finds another writer, exclusive or not, reads, or is refused in words that name that', async () => {
+  test('a client that finds another writer, exclusive or not, reads, or is refused with a message that names the writer', async () => {
     await serve();
     const plain = await connect('disk', gone(1));
     expect(mayOf(plain)).toBe('writes, as one of several');
@@ -165,7 +165,7 @@ describe('one connection writes', () => {
     for (const client of clients.splice(0)) await client.disconnect();
     const owner = await connect('disk/exclusive=refuse', gone(4));
     expect(mayOf(owner)).toBe('writes');
-    // What the owner says counts for those who say nothing.
+    // The owner's option counts for clients that give none.
     for (const name of ['disk', 'disk/exclusive']) {
       await expect(connect(name, gone(5)), name).rejects.toThrow(/by process \d+ \(client4\)/);
     }
@@ -173,7 +173,7 @@ describe('one connection writes', () => {
     expect(await mayDo('disk@now', gone(5))).toBe('reads, as one of several');
   });
 
-  test('the server says so of all disks, or a rule of one client; snapshots and readers are nobody else’s concern', async () => {
+  test('the server’s option counts for all disks, an access rule for one client; snapshots and readers are not affected', async () => {
     await serve({ exclusive: 'refuse' });
     await catalog.snapshot('disk', 'monday');
     const first = await connect('disk', gone(1));
@@ -186,7 +186,7 @@ describe('one connection writes', () => {
     access = 'read-only';
     expect(await mayDo('disk', gone(2))).toBe('reads, as one of several');
     await first.disconnect();
-    // Readers are in nobody's way.
+    // Readers keep no writer out.
     access = 'exclusive';
     expect(await mayDo('disk', gone(3))).toBe('writes');
     for (const name of ['disk@monday/exclusive', 'disk@now/exclusive', '@1/exclusive']) {
@@ -194,7 +194,7 @@ describe('one connection writes', () => {
     }
   });
 
-  test('what is asked about without opening is what opening would give, and takes nobody’s place', async () => {
+  test('INFO reports what opening would give, and does not keep others from writing', async () => {
     await serve();
     const ask = async (name: string): Promise<string> => {
       const asking = await NbdClient.connect({ path: path.join(directory, 'nbd.sock') });
@@ -205,12 +205,12 @@ describe('one connection writes', () => {
     expect(await mayDo('disk/exclusive', gone(1))).toBe('writes');
     expect(await ask('disk/exclusive')).toBe('reads');
     expect(await ask('disk')).toBe('reads');
-    // Who lists all exports asks about each: that one is in use fails none of them.
+    // Tools that list all exports ask about each: one that is in use must not fail.
     expect(await ask('disk/exclusive=refuse')).toBe('reads');
     expect(log.filter((line) => line.includes('cannot be opened'))).toEqual([]);
   });
 
-  test('commands of ours neither take the place nor wait for it, and do not write beside who has it', async () => {
+  test('our own commands keep no writer out and do not wait for one, and do not write beside an exclusive writer', async () => {
     await serve({ exclusive: 'refuse' });
     const command: Peer = { transport: 'internal', address: 'command line' };
     const early = await exports.open('disk', command);
@@ -234,8 +234,8 @@ describe('one connection writes', () => {
   });
 });
 
-describe('nothing of an old connection has an effect once another one may write', () => {
-  /** Writes that wait at the gate, the last one half sent; and more than are carried out at a time. */
+describe('no request of an old connection has an effect once another client may write', () => {
+  /** Writes that wait at the gate, more than run at a time, the last one half sent. */
   async function busyWriter(name: string): Promise<NbdClient> {
     const old = await connect(name, gone(1));
     for (let n = 0; n < 300; n++) {
@@ -260,7 +260,7 @@ describe('nothing of an old connection has an effect once another one may write'
     await held.open();
     const newcomer = await coming;
     expect(mayOf(newcomer)).toBe('writes');
-    // From here on it is the newcomer's alone.
+    // From here on only the new client writes.
     for (let n = 0; n < 16; n++) await newcomer.write(n * OBJECT, Buffer.alloc(BLOCK, 8));
     await newcomer.flush();
     for (let n = 0; n < 16; n++) expect(await byteAt(n * OBJECT), `object ${n}`).toBe(8);
@@ -268,12 +268,12 @@ describe('nothing of an old connection has an effect once another one may write'
     expect(server.connections.size).toBe(1);
   }
 
-  test('taken over from while its writes wait at the gate, for the same objects', async () => {
+  test('after a take-over while writes to the same objects wait at the gate', async () => {
     await serve();
     await isTakenOverIntact();
   });
 
-  test('of many writers that are gone all end before the one that takes over is let in', async () => {
+  test('of many writers that are gone, all end before the client that takes over is let in', async () => {
     await serve();
     const held = await closeGate();
     for (const number of [1, 2, 3]) {
@@ -288,7 +288,7 @@ describe('nothing of an old connection has an effect once another one may write'
     expect(holders()).toHaveLength(1);
   });
 
-  test('left with a goodbye, or closed, with requests in flight: the next one waits for their end', async () => {
+  test('after a goodbye, or a close, with requests in flight: the next client waits for their end', async () => {
     await serve({ exclusive: 'refuse' });
     for (const how of ['goodbye', 'closed'] as const) {
       const held = await closeGate();
@@ -316,7 +316,7 @@ describe('nothing of an old connection has an effect once another one may write'
     }
   });
 
-  test('cut off by the operator: it is out for a while, on all its connections, and what it had sent is not written', async () => {
+  test('after the operator cut it off: it is kept out for a time, on all its connections, and its requests in flight are not written', async () => {
     await serve();
     const held = await closeGate();
     const old = await busyWriter('disk');
@@ -329,7 +329,7 @@ describe('nothing of an old connection has an effect once another one may write'
     );
     await expect(connect('disk/exclusive', gone(1))).rejects.toThrow(/kept out/);
     expect(await mayDo('disk@now', gone(1))).toBe('reads, as one of several');
-    // Also one that does not ask to be alone.
+    // Also a connection that does not ask to be exclusive.
     let isIn = false;
     const plain = connect('disk', gone(2)).then((client) => {
       isIn = true;
@@ -345,7 +345,7 @@ describe('nothing of an old connection has an effect once another one may write'
     expect(await mayDo('disk/exclusive', gone(2))).toBe('writes');
   });
 
-  test('a device that was fenced writes nothing, whoever still has it', async () => {
+  test('a fenced device writes nothing', async () => {
     await serve();
     const peer: Peer = { transport: 'tcp', address: '192.0.2.1:7', host: '192.0.2.1' };
     const { device } = await exports.open('disk', peer);
@@ -366,7 +366,7 @@ describe('nothing of an old connection has an effect once another one may write'
 });
 
 describe('taking over', () => {
-  test('from one that sends nothing more and takes no replies: it keeps the place for some seconds only', async () => {
+  test('from a client that sends nothing more and takes no replies: it holds the disk for some seconds only', async () => {
     await serve();
     next = gone(1);
     const first = await RawClient.connect({ path: path.join(directory, 'nbd.sock') });
@@ -379,13 +379,13 @@ describe('taking over', () => {
     expect(log.join()).toMatch(/client1\) has ended, does not take its last replies and is cut off/);
   });
 
-  test('from a client that is there is refused, and that one goes on', async () => {
+  test('from a client that is still there is refused, and that client goes on', async () => {
     await serve({ exclusive: 'take-over' });
     const first = await connect('disk', ME);
     await expect(connect('disk', gone(2))).rejects.toThrow(/by process \d+ \(me\), which was asked, and is there/);
     await first.write(0, Buffer.alloc(BLOCK, 3));
     expect(await byteAt(0)).toBe(3);
-    // Of several that come at once to take over from one that is gone, one gets it.
+    // Of several clients that take over from one that is gone at the same time, one gets the disk.
     await first.disconnect();
     await connect('disk', gone(1));
     const coming = await Promise.allSettled(['disk', 'disk', 'disk'].map((name) => connect(name, ME)));
@@ -393,7 +393,7 @@ describe('taking over', () => {
     expect(holders()).toEqual([`process ${process.pid} (me) alone`]);
   });
 
-  test('one that says goodbye while it is asked is not cut off', async () => {
+  test('a client that says goodbye while it is asked is not cut off', async () => {
     await serve();
     const first = await connect('disk/exclusive', gone(1));
     const real = exports.writers.connected;
@@ -417,7 +417,7 @@ describe('taking over', () => {
 });
 
 describe('two writers that know nothing of each other', () => {
-  test('are warned of at the first write of the second, not when they open, and once', async () => {
+  test('cause one warning, at the first write of the second, not when they open', async () => {
     await serve();
     const first = await connect('disk', gone(1));
     const same = await connect('disk', gone(1));
@@ -435,7 +435,7 @@ describe('two writers that know nothing of each other', () => {
       /^disk is written by two clients at once, process \d+ \(client1\) and process \d+ \(client2\)/,
     );
     expect(exports.writers.twoWritersOf('disk')?.clients.join()).toMatch(/client1.*client2/);
-    // Again and again, by ever new processes: once in a while.
+    // With ever new processes: still one warning in a while.
     for (let number = 3; number < 6; number++) {
       const other = await connect('disk', gone(number));
       await other.write(0, Buffer.alloc(BLOCK, number));
@@ -445,7 +445,7 @@ describe('two writers that know nothing of each other', () => {
     expect(exports.writers.twoWritersOf('disk')?.clients.join()).toMatch(/client1.*client5/);
   });
 
-  test('one that has said goodbye is none, though its socket is not closed yet; nor is one of a disk that was deleted', async () => {
+  test('a client that has said goodbye is no writer, though its socket is not closed yet; nor is a client of a deleted disk', async () => {
     await serve();
     next = gone(1);
     const first = await RawClient.connect({ path: path.join(directory, 'nbd.sock'), allowHalfOpen: true });
@@ -466,7 +466,7 @@ describe('two writers that know nothing of each other', () => {
     expect(exports.writers.twoWritersOf('disk')).toBeUndefined();
   });
 
-  test('one after the other are nothing to warn of', async () => {
+  test('one after the other cause no warning', async () => {
     await serve();
     for (const number of [1, 2]) {
       const client = await connect('disk', gone(number));

@@ -1,4 +1,4 @@
-/** The grammar of export names: what each form means, what is refused with which words, and that nothing collides. */
+/** The grammar of export names: what each form means, which are refused with which message, and that no two forms collide. */
 import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { formatExportName, parseExportName, subjectText } from '../../src/export/export-name.js';
@@ -77,7 +77,7 @@ describe('an export name', () => {
     ['vm1/SINCE=x', /"SINCE" is none/],
     ['a/b', /"b" is none.*a slash is @=NAME@TAG/],
   ] as const) {
-    test(`${JSON.stringify(text)} is refused in words`, () => {
+    test(`${JSON.stringify(text)} is refused with a message`, () => {
       expect(() => parseExportName(text)).toThrow(message);
       expect(() => parseExportName(text)).toThrow(CatalogError);
     });
@@ -94,7 +94,7 @@ describe('an export name', () => {
     .oneof(ours, fc.string({ unit: fc.constantFrom('a', '/', '@', '%', ',', '=', '#', ' ', '\n', 'ß', '\udcff') }))
     .filter((text) => text !== '');
 
-  test('names and tags that ours may be mean themselves, whatever characters they have', () => {
+  test('every name and tag that we allow stands for itself, whatever characters it has', () => {
     fc.assert(
       fc.property(ours, ours, (name, tag) => {
         expect(parseExportName(name)).toEqual({ subject: { name, tag: undefined }, options: {} });
@@ -104,7 +104,7 @@ describe('an export name', () => {
     );
   });
 
-  test('every name and tag that any tool has made has a form that leads back to it', () => {
+  test('every name and tag of other tools has a form that leads back to it', () => {
     fc.assert(
       fc.property(
         anybodys,

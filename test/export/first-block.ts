@@ -1,4 +1,4 @@
-/** The first block of a disk, whose bytes all are one number: enough to tell one moment from another. */
+/** The first block of a disk, all of whose bytes are one number: enough to tell two points in time apart. */
 import type { BlockDevice } from 'nbd-server-ts';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 
@@ -10,7 +10,7 @@ export async function readFirst(device: BlockDevice): Promise<number> {
   return block[0] ?? -1;
 }
 
-/** Of the VDI "disk", durably. */
+/** Written to the VDI "disk", durably. */
 export async function writeFirst(catalog: VdiCatalog, value: number): Promise<void> {
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(BLOCK, value), true);

@@ -1,6 +1,6 @@
 /**
- * Clients that come back before the end of their old connection is seen, without a daemon: what is stored of them, what the
- * next process makes of it, and what is left when they have said goodbye.
+ * Clients that come back before the server sees the end of their old connection, without a daemon: what is stored of them, how the
+ * next process reads that, and what remains when they have said goodbye.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -68,7 +68,7 @@ function pass(more: number): void {
   vi.spyOn(os, 'uptime').mockImplementation(() => realUptime() + hours * HOUR_S);
 }
 
-/** What this process has stored is of one that was killed; another one takes over. */
+/** As if the process that stored the facts was killed: a new one takes over. */
 async function startAgain(): Promise<{ catalog: VdiCatalog; exports: VdiExports }> {
   await catalog.facts.flush();
   const killed = new Map<string, unknown>();
@@ -91,7 +91,7 @@ test('a client whose old connection is seen to end only after it has come back i
   await expect(next.catalog.remove('disk')).rejects.toThrow(/is in use by/);
 });
 
-test('a reader of NAME@now whose old connection is seen to end late is refused after kill -9, and gets no other moment', async () => {
+test('a reader of NAME@now whose old connection is seen to end late is refused after kill -9, and gets no other snapshot', async () => {
   const old = await open('disk@now');
   const back = await open('disk@now');
   await old.close('lost');
@@ -102,7 +102,7 @@ test('a reader of NAME@now whose old connection is seen to end late is refused a
   await expect(next.exports.open('disk@now', CLIENT)).rejects.toThrow(/has ended \(the daemon ended\)/);
 });
 
-test('a reader that reads another moment of NAME@now is not one that was cut off', async () => {
+test('a reader that reads another snapshot NAME@now is not one that was cut off', async () => {
   const first = await open('disk@now');
   await first.close('lost');
   pass(2);
@@ -148,7 +148,7 @@ for (const order of ['before its goodbye', 'after its goodbye'] as const) {
   });
 }
 
-test('one of four that worked side by side was cut off: the moment is kept, though the others have left in order', async () => {
+test('one of four parallel connections was cut off: the snapshot is kept, though the others have left in order', async () => {
   const four = await Promise.all(Array.from({ length: 4 }, () => open('disk@now')));
   for (const device of four) await read(device);
   await four[0]?.close('lost');
@@ -160,7 +160,7 @@ test('one of four that worked side by side was cut off: the moment is kept, thou
   expect(await tags()).toEqual(['']);
 });
 
-test('who looks at a disk beside a guest that is cut off then does not speak for it', async () => {
+test('the goodbye of a client that only looks does not count for a guest of the same address that is cut off later', async () => {
   const guest = await open('disk');
   await guest.write(0, Buffer.alloc(BLOCK, 1), false);
   const looker = await open('disk');
@@ -169,12 +169,14 @@ test('who looks at a disk beside a guest that is cut off then does not speak for
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
 });
 
-test('a label that a command was given stands for one moment; one drawn for a run costs nothing', async () => {
+test('a label given to a command gets one snapshot only; a label drawn for a run is not remembered', async () => {
   const first = await open('disk@now:L2', COMMAND);
   await first.close('disconnect');
   await write(2);
   for (const from of [COMMAND, CLIENT]) {
-    await expect(open('disk@now:L2', from)).rejects.toThrow(/disk@now:L2 was a moment of .* that has ended/);
+    await expect(open('disk@now:L2', from)).rejects.toThrow(
+      /disk@now:L2 was a temporary snapshot of .* that has ended/,
+    );
   }
   const { labelOfRun } = await import('../../src/vdi/names.js');
   await (await open(`disk@now:${labelOfRun('backup')}`, COMMAND)).close('disconnect');
@@ -182,7 +184,7 @@ test('a label that a command was given stands for one moment; one drawn for a ru
   expect([...store.metadata.state().keys()].filter((key) => key.startsWith('label/'))).toEqual(['label/disk/now%3AL2']);
 });
 
-test('who goes on after an error and leaves in order tries nothing again: its moment and its disk are free', async () => {
+test('a client that goes on after an error and leaves in order will not try again: its snapshot and its disk are free', async () => {
   for (const spec of ['disk@now', 'disk']) {
     const device = await open(spec);
     const badSector = failing.fail({ calls: READS, file: /objects/ }, 'EIO');
@@ -195,7 +197,7 @@ test('who goes on after an error and leaves in order tries nothing again: its mo
   }
 });
 
-test('what is damaged stays so: a goodbye after that is the end of the moment', async () => {
+test('a read of damaged data is not tried again: a goodbye after it ends the snapshot', async () => {
   const device = await open('disk@now');
   const objects = path.join(directory, 'objects');
   for (const name of fs.readdirSync(objects, { recursive: true, encoding: 'utf8' }))
@@ -205,7 +207,7 @@ test('what is damaged stays so: a goodbye after that is the end of the moment', 
   expect(await tags()).toEqual(['']);
 });
 
-test('a base that could not be opened once is asked for again', async () => {
+test('a base that could not be opened is opened at the next request', async () => {
   await catalog.snapshot('disk', 'monday');
   const device = await open('disk');
   const ask = async (): Promise<void> => device.extents('sheepgate:changed:monday', 0, BLOCK, () => true);
@@ -215,7 +217,7 @@ test('a base that could not be opened once is asked for again', async () => {
   await device.close('disconnect');
 });
 
-test('a peer that is refused, for the name leads elsewhere since it was judged, is no user', async () => {
+test('a peer that is refused because the name has come to mean another VDI is no user', async () => {
   let asked = 0;
   const subjectOf = exports.subjectOf.bind(exports);
   vi.spyOn(exports, 'subjectOf').mockImplementation(async (name) =>
@@ -235,7 +237,7 @@ test('a temporary snapshot that was taken and cannot be opened is dropped', asyn
   expect(await tags()).toEqual(['']);
 });
 
-test('clients are counted together when they were the first to be cut off, and until the last of them counts no more', async () => {
+test('the clients that were cut off first are counted together, until the last of them counts no more', async () => {
   const first = await open('disk', { ...CLIENT, host: '192.0.2.99' });
   for (let n = 0; n < 32; n++) {
     await (
@@ -250,7 +252,7 @@ test('clients are counted together when they were the first to be cut off, and u
   expect(named).toContain('clients that were cut off earlier');
 });
 
-test('names, tags and certificates may be as long as they may be, and cost nobody else his memory', async () => {
+test('the longest names, tags and certificates can be stored, and do not keep other clients from it', async () => {
   const long = 'ä'.repeat(120);
   await catalog.create(long, SIZE);
   await catalog.snapshot(long, 'ö'.repeat(120));
@@ -262,7 +264,7 @@ test('names, tags and certificates may be as long as they may be, and cost nobod
   await expect(next.catalog.remove(long)).rejects.toThrow(/is in use by/);
 });
 
-test('a disk that is about to be made where a client may come back is refused with what can be typed there', async () => {
+test('making a disk to which a client may come back is refused with the option that the caller has', async () => {
   const use = await catalog.inUse.begin({ name: 'new', tag: '' }, { id: 'x', label: 'x', isExact: false }, true);
   const span = { opened: 1, lastRequest: 1 };
   catalog.inUse.end(use, { isOver: false, hadErrors: false, hasWritten: true, span });
@@ -272,7 +274,7 @@ test('a disk that is about to be made where a client may come back is refused wi
   );
 });
 
-/** Commits one after the other, when told; fails for some keys. */
+/** Commits one after the other, when the test says so; fails for some keys. */
 class SlowState implements StoreState {
   readonly isShared = false;
   readonly stored = new Map<string, unknown>();
@@ -291,7 +293,7 @@ class SlowState implements StoreState {
   }
 }
 
-test('a fact that cannot be stored does not keep others from it, now or later', async () => {
+test('a fact that cannot be stored does not keep others from being stored, now or later', async () => {
   const state = new SlowState();
   const facts = new StoredFacts(state, () => undefined);
   state.poison = 'bad';
@@ -303,7 +305,7 @@ test('a fact that cannot be stored does not keep others from it, now or later', 
   await expect(facts.put('bad', {})).rejects.toThrow('too long');
 });
 
-test('whoever opens while the commit of another connection runs waits for it', async () => {
+test('a connection that opens while the commit of another one is in flight waits for it', async () => {
   const state = new SlowState();
   const inUse = new InUse(new StoredFacts(state, () => undefined), { forMs: 60_000, log: () => undefined });
   const client = { id: 'x', label: 'x', isExact: false };
@@ -312,7 +314,7 @@ test('whoever opens while the commit of another connection runs waits for it', a
   let open = 0;
   const first = inUse.begin(disk, client, false).then(() => open++);
   await vi.waitFor(() => expect(state.waiting).toHaveLength(1));
-  // The second one may write, which is stored anew; the third finds that under way.
+  // The second one may write, which is stored anew; the third finds that commit in flight.
   const second = inUse.begin(disk, client, true).then(() => open++);
   state.waiting.shift()?.();
   await first;

@@ -1,6 +1,6 @@
 /**
- * What is remembered of clients, without a daemon: moments that are lost on a full disk, stores that cannot remember, the
- * bounds, and clocks that jump.
+ * Temporary snapshots and their clients, without a daemon: snapshots that are lost on a full disk, stores that cannot remember
+ * clients, the limits, and clocks that jump.
  */
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
@@ -65,14 +65,14 @@ const read = readFirst;
 const write = (value: number): Promise<void> => writeFirst(catalog, value);
 
 for (const spec of ['disk@now', 'disk@now:run']) {
-  test(`${spec}: lost on a full disk, it is no other moment for who tries again, though it said goodbye`, async () => {
+  test(`${spec}: lost on a full disk, a client that tries again after a goodbye gets no other snapshot`, async () => {
     await write(1);
     const device = await open(spec);
-    // A directory in its place: the scratch file cannot be made.
+    // A directory in its place: the scratch file cannot be created.
     fs.mkdirSync(path.join(directory, 'scratch'));
     await write(2);
     fs.rmdirSync(path.join(directory, 'scratch'));
-    // Without the file: the log has that.
+    // Without the file's name, which is for the log.
     await expect(read(device)).rejects.toThrow(/is lost, because what disk overwrites could not be kept aside; [^/]*$/);
     // As nbdkit's retry filter does.
     await device.close('disconnect');
@@ -80,7 +80,7 @@ for (const spec of ['disk@now', 'disk@now:run']) {
     expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['']);
   });
 
-  test(`${spec}: who was told of an error and opens it again after a goodbye finds the same moment`, async () => {
+  test(`${spec}: a client that got an error and opens it again after a goodbye finds the same snapshot`, async () => {
     await write(1);
     const device = await open(spec);
     const badSector = failing.fail({ calls: READS, file: /objects/ }, 'EIO');
@@ -95,7 +95,7 @@ for (const spec of ['disk@now', 'disk@now:run']) {
   });
 }
 
-test('what is kept for somebody gives way to a writer on a full disk, and is no other moment for him', async () => {
+test('on a full disk a kept snapshot gives way to a writer, and its client gets no other snapshot', async () => {
   await write(1);
   const device = await open('disk@now:run');
   await device.close('lost');
@@ -108,7 +108,7 @@ test('what is kept for somebody gives way to a writer on a full disk, and is no 
   await expect(open('disk@now:run')).rejects.toThrow(/has ended \(disk@now:run is lost, because/);
 });
 
-test('where it cannot be remembered, NAME@now is refused up front, and a disk is served all the same', async () => {
+test('if a store cannot remember clients, NAME@now is refused at once, and disks are served all the same', async () => {
   await write(1);
   const full = failing.fail({ calls: ['commit'] }, 'ENOSPC');
   for (const spec of ['disk@now', 'disk@now:run']) await expect(open(spec), spec).rejects.toThrow(/no space left/i);
@@ -123,19 +123,19 @@ test('where it cannot be remembered, NAME@now is refused up front, and a disk is
   await label.close('disconnect');
 });
 
-test('many clients that come at once are remembered in few commits', async () => {
+test('many clients that come at once need few commits', async () => {
   const commits = vi.spyOn(store.metadata, 'storeState');
   const devices = await Promise.all(Array.from({ length: 200 }, (_, n) => open('disk', tcp(`192.0.2.${n}`))));
   expect(commits.mock.calls.length).toBeLessThan(200);
   commits.mockClear();
-  // And more connections of one that is known already, in none.
+  // More connections of a known client need none.
   const more = await Promise.all(Array.from({ length: 50 }, () => open('disk', tcp('192.0.2.1'))));
   expect(commits.mock.calls.filter(([changes]) => changes.size > 0)).toEqual([]);
   for (const device of [...devices, ...more]) await device.close('disconnect');
   await catalog.remove('disk');
 });
 
-test('of one export 32 clients that were cut off are told apart, and none is forgotten', async () => {
+test('of one export 32 clients that were cut off are remembered one by one, and none is forgotten', async () => {
   for (let n = 0; n < 100; n++) await (await open('disk', tcp(`192.0.2.${n}`))).close('lost');
   const { clients } = await catalog.show('disk');
   expect(clients).toHaveLength(33);
@@ -164,7 +164,7 @@ test('a process that only read a snapshot and has ended does not count; one that
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by process/);
 });
 
-test('who may only read is no writer: ended, it does not count, and it does not speak for one that writes', async () => {
+test('a connection that may only read is no writer: ended, it does not count, and its goodbye says nothing about a writer', async () => {
   const child = spawn('sleep', ['1000']);
   const { pid = 0 } = child;
   const from: Peer = {
@@ -184,7 +184,7 @@ test('who may only read is no writer: ended, it does not count, and it does not 
   await (await openAs(false, from, byId)).close('lost');
   await expect(catalog.create('disk', SIZE)).rejects.toThrow(/exists/);
   await expect(catalog.remove('disk')).rejects.toThrow(/is in use by process \d+ \(sleep\)/);
-  // The writer of the same process, and one behind an address, are away: who only reads there leaves it so.
+  // The writers of the same process and of the same address are away: the goodbye of a reader does not change that.
   await (await openAs(false, from)).close('lost');
   await (await openAs(false, tcp('192.0.2.1'))).close('lost');
   for (const who of [from, tcp('192.0.2.1')]) {
@@ -205,7 +205,7 @@ test('who may only read is no writer: ended, it does not count, and it does not 
   await catalog.remove('disk');
 });
 
-test('who said goodbye after an error may try again: it counts, but not once its process has ended, and never for long', async () => {
+test('a client that said goodbye after an error may try again: it counts, but not once its process has ended, and never for long', async () => {
   const child = spawn('sleep', ['1000']);
   const { pid = 0 } = child;
   const credentials = { pid, uid: 0, gid: 0, ...lookAtProcess(pid) };
@@ -221,7 +221,7 @@ test('who said goodbye after an error may try again: it counts, but not once its
   for (const [others, from] of [process, tcp('192.0.2.1')].entries()) {
     await fail(from);
     await expect(catalog.remove('disk')).rejects.toThrow(/is in use by/);
-    // What a client is told in the course of things is no error.
+    // An error that a retry cannot cure does not count.
     const again = await open('disk', from);
     await again.write(0, Buffer.alloc(BLOCK, 1), false);
     const slow = vi.spyOn(store.objects, 'write').mockImplementation(() => {
@@ -242,12 +242,12 @@ test('who said goodbye after an error may try again: it counts, but not once its
   const [left, ...more] = (await catalog.show('disk')).clients;
   expect(more).toEqual([]);
   expect((left?.until ?? 0) - Date.now()).toBeLessThanOrEqual(300_000);
-  // Cut off as well, it counts for the whole time.
+  // If it was cut off as well, it counts for the whole time.
   await (await open('disk', tcp('192.0.2.1'))).close('lost');
   expect(((await catalog.show('disk')).clients[0]?.until ?? 0) - Date.now()).toBeGreaterThan(3_000_000);
 });
 
-test('several connections of one address come back and leave in order: one that has written speaks for all', async () => {
+test('several connections of one address come back and leave in order: one that has written counts for all', async () => {
   const four = await Promise.all(Array.from({ length: 4 }, () => open('disk', tcp('192.0.2.1'))));
   for (const device of four) await device.close('lost');
   const again = await Promise.all(Array.from({ length: 4 }, () => open('disk', tcp('192.0.2.1'))));
@@ -256,7 +256,7 @@ test('several connections of one address come back and leave in order: one that 
   expect((await catalog.show('disk')).clients).toEqual([]);
 });
 
-test('who only looks does not make it longer for the one that was cut off from that address', async () => {
+test('a connection that only looks does not extend the time of one that was cut off, from the same address', async () => {
   const hours = (n: number): void => void vi.spyOn(os, 'uptime').mockReturnValue(uptime + n * 3600);
   const uptime = os.uptime();
   hours(0);
@@ -270,7 +270,7 @@ test('who only looks does not make it longer for the one that was cut off from t
   await catalog.remove('disk');
 });
 
-test('on a store that several processes serve, who was cut off from this one still counts when that is stored', async () => {
+test('on a store that several processes serve, a client that was cut off from this process still counts when that is stored', async () => {
   const state = new FakeState(true);
   const facts = factsIn(state);
   const inUse = new InUse(facts, { forMs: 60_000, log: () => undefined });
@@ -279,11 +279,12 @@ test('on a store that several processes serve, who was cut off from this one sti
   inUse.end(use, { isOver: false, hadErrors: false, hasWritten: false, span: { opened: 1, lastRequest: 1 } });
   await facts.flush();
   expect(inUse.of('disk', '')).toMatchObject([{ client: 'x' }]);
-  state.stored.clear(); // --force, there
+  state.stored.clear(); // --force, in another process
   expect(inUse.of('disk', '')).toEqual([]);
 });
 
-test('in a copy of a store that another process serves still, its clients were cut off; where both serve it, they are elsewhere', async () => {
+test('in a copy of a store, clients of the process that serves the original count as cut off; in a shared store, as elsewhere', () => {
+  const anyNumber = expect.any(Number) as number;
   const child = spawn('sleep', ['1000']);
   const { pid = 0 } = child;
   const server = processKey(pid, lookAtProcess(pid)?.startTime ?? 0);
@@ -294,8 +295,8 @@ test('in a copy of a store that another process serves still, its clients were c
     state.stored.set('use/disk//x', record);
     const [use] = new InUse(factsIn(state), { forMs: 60_000, log: () => undefined }).of('disk', '');
     if (isShared) expect(use).toEqual({ client: 'x', since: 1, lostAt: null, until: null, isElsewhere: true });
-    else expect(use).toEqual({ client: 'x', since: 1, lostAt: expect.any(Number), until: expect.any(Number) });
-    // A label that is being read there: nobody reads it in the copy.
+    else expect(use).toEqual({ client: 'x', since: 1, lostAt: anyNumber, until: anyNumber });
+    // A label that a client reads in the original: no client reads it in the copy.
     state.stored.set('label/disk/now%3Arun', { name: 'disk', tag: 'now:run', usedAt: timestampNow(), server });
     const ended = new EndedSnapshots(factsIn(state), 1000);
     expect(() => ended.checkLabel('disk', 'now:run')).toThrow(
@@ -307,7 +308,7 @@ test('in a copy of a store that another process serves still, its clients were c
 
 test('a client that is refused because its base has vanished leaves nothing behind, and may use its label again', async () => {
   await catalog.snapshot('disk', 'monday');
-  // It is there when it is looked for, and gone when the moment is taken, or when it is to be opened.
+  // The base is there when it is looked for, and gone when the snapshot is taken, or when the base is opened.
   const take = catalog.snapshotTemporary.bind(catalog);
   vi.spyOn(catalog, 'snapshotTemporary').mockImplementationOnce(async (...of) => {
     await catalog.remove('disk@monday');
@@ -331,7 +332,7 @@ test('a client that is refused because its base has vanished leaves nothing behi
   await (await open('disk@now:run')).close('disconnect');
 });
 
-test('one that was cut off and is refused for its base stays cut off: its moment and its disk are kept for it', async () => {
+test('a client that was cut off and is refused for its base stays cut off: its snapshot and its disk are kept for it', async () => {
   await write(1);
   await catalog.snapshot('disk', 'monday');
   await (await open('disk@now')).close('lost');
@@ -346,7 +347,7 @@ test('one that was cut off and is refused for its base stays cut off: its moment
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
 });
 
-test('a base is held as long as a moment that was compared with it is kept, and another of its tag is not taken for it', async () => {
+test('a base is held as long as a snapshot that was compared with it is kept; a new one of its tag is not used in its place', async () => {
   await catalog.snapshot('disk', 'monday');
   for (const spec of ['disk@now/since=monday', 'disk@now:run/since=monday']) {
     await (await open(spec)).close('lost');
@@ -354,7 +355,7 @@ test('a base is held as long as a moment that was compared with it is kept, and 
     await catalog.remove('disk@monday', { force: true });
     await catalog.snapshot('disk', 'monday');
     await expect(open(spec), spec).rejects.toThrow(/disk@monday was taken anew since disk@now\S* was compared with it/);
-    // Without its base it is what it was.
+    // Without the base it still reads the same.
     const back = await open(spec.replace('/since=monday', ''));
     await back.close('disconnect');
   }
@@ -364,7 +365,7 @@ test('a base is held as long as a moment that was compared with it is kept, and 
   await catalog.remove('disk@monday');
 });
 
-test('one of several connections was cut off: the moment goes with the process that has left in order, and not before', async () => {
+test('one of several connections was cut off: the snapshot ends with the process that left in order, and not before', async () => {
   for (const spec of ['disk@now', 'disk@now:run']) {
     const child = spawn('sleep', ['1000']);
     const { pid = 0 } = child;
@@ -382,12 +383,12 @@ test('one of several connections was cut off: the moment goes with the process t
   }
 });
 
-test('two that make room for their moments at the same time do not wait for each other', async () => {
+test('two clients that make room for their snapshots at the same time do not wait for each other', async () => {
   const command: Peer = { transport: 'internal', address: '' };
   const label = `disk@now:${labelOfRun('y')}`;
   const first = await open(label, command);
   for (const host of ['192.0.2.3', '192.0.2.4']) await (await open('disk@now', tcp(host))).close('lost');
-  // The first one is closing: nobody has it open any more, but it is not gone yet.
+  // The first one is being closed: no connection has it open, but it is not gone yet.
   let goOn: () => void = () => undefined;
   const release = catalog.release.bind(catalog);
   vi.spyOn(catalog, 'release').mockImplementationOnce(async (vdi) => {
@@ -407,7 +408,7 @@ test('two that make room for their moments at the same time do not wait for each
   expect(opened.map(({ status }) => status)).toEqual(['fulfilled', 'fulfilled', 'fulfilled']);
 }, 10_000);
 
-test('a VDI that is made anew ends the moments that are kept of what it was', async () => {
+test('a VDI that is made anew ends the kept snapshots of the old one', async () => {
   Object.assign(store.catalog, { isBarelyMade: () => Promise.resolve(true) });
   await (await open('disk@now:run')).close('lost');
   const beginning = { by: 'import', of: '', run: 'a1', size: SIZE, overwrites: false, goesOn: false } as const;
@@ -438,7 +439,7 @@ class FakeState implements StoreState {
 
 const factsIn = (state: StoreState): StoredFacts => new StoredFacts(state, () => undefined);
 
-test('the oldest labels that ended in order make room; with those that may be asked for again, new ones are refused', async () => {
+test('the oldest labels that ended in order make room; labels that clients may ask for again do not, and new ones are refused', async () => {
   const state = new FakeState();
   const facts = factsIn(state);
   const ended = new EndedSnapshots(facts, 1000);
@@ -459,7 +460,7 @@ test('the oldest labels that ended in order make room; with those that may be as
   await ended.useLabel('other', 'now:more');
 });
 
-test('a label is forgotten when its time has passed, and not when the clock says so within one boot', async () => {
+test('a label is forgotten when its time has passed, and not because the clock was set within one boot', async () => {
   const facts = factsIn(new FakeState());
   const ended = new EndedSnapshots(facts, 1000);
   await ended.useLabel('disk', 'now:run');
@@ -474,7 +475,7 @@ test('a label is forgotten when its time has passed, and not when the clock says
   ended.checkLabel('disk', 'now:run');
 });
 
-test('what is stored in another form, or damaged, is passed over', () => {
+test('stored records of another form, or damaged ones, are skipped', () => {
   const state = new FakeState();
   for (const [n, value] of [null, 7, 'x', [], {}, { name: 'disk', tag: '', client: null }].entries()) {
     for (const prefix of ['use', 'label', 'reader']) state.stored.set(`${prefix}/disk/${n}`, value);

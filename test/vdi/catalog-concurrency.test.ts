@@ -1,6 +1,6 @@
 /**
- * Operations of the catalog beside each other, on the local store: what takes long on one disk is nobody else's affair, and
- * what concerns one disk looks at no other.
+ * Concurrent operations of the catalog, on the local store: a long operation on one disk does not hold up the others, and an
+ * operation on one disk looks at no other.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -21,7 +21,7 @@ let store: LocalStore;
 let catalog: VdiCatalog;
 
 beforeEach(async () => {
-  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-turns-'));
+  directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-catalog-'));
   failing = new FailingDisk();
   store = await LocalStore.open(directory, { disk: failing.disk });
   catalog = new VdiCatalog(store);
@@ -33,7 +33,7 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 
-/** From here on no data reaches the disk until `open` is called; `stopped` is asked whether somebody waits for that. */
+/** From here on no data reaches the disk until `open` is called. `stopped` resolves when a sync waits for that. */
 function holdSyncs(): { open: () => void; stopped: () => Promise<void> } {
   const { release, reached } = failing.hold({ calls: ['fdatasync'] });
   return { open: release, stopped: () => reached };
@@ -45,7 +45,7 @@ async function written(name: string): Promise<void> {
   void catalog.release(vdi);
 }
 
-describe('while what was written to a disk that its last user has left goes to the disk,', () => {
+describe('while a disk that its last user has left is being flushed,', () => {
   let disk: ReturnType<typeof holdSyncs>;
   let leaving: Promise<void>;
 
@@ -72,7 +72,7 @@ describe('while what was written to a disk that its last user has left goes to t
     await leaving;
   });
 
-  test('whoever opens the same disk has it at once, with what was written', async () => {
+  test('a user who opens it gets it at once, with the written data', async () => {
     const again = await catalog.openVdi('slow');
     const data = Buffer.alloc(4096);
     await again.read(0, data);
@@ -80,14 +80,14 @@ describe('while what was written to a disk that its last user has left goes to t
     expect((await catalog.show('slow')).open).toBe(1);
     disk.open();
     await leaving;
-    // It is still open: nobody has closed it under its new user.
+    // It is still open: the flush has not closed it under its new user.
     await again.write(OBJECT, Buffer.alloc(4096, 8), true);
     await expect(catalog.remove('slow')).rejects.toThrow(/open by 1 connection/);
     await catalog.release(again);
     await catalog.remove('slow');
   });
 
-  test('a delete, a rollback or a check waits for it, and is not refused', async () => {
+  test('a delete, a rollback or a check waits for the flush, and is not refused', async () => {
     let isDone = false;
     const removing = catalog.remove('slow').then(() => (isDone = true));
     const other = await catalog.openVdi('other');
@@ -99,7 +99,7 @@ describe('while what was written to a disk that its last user has left goes to t
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('a check keeps nobody waiting, whether it waits for that itself or is refused', async () => {
+  test('a check holds up nobody, whether it waits for the flush itself or is refused', async () => {
     const checking = catalog.check({ repair: false });
     const other = await catalog.openVdi('other');
     await expect(catalog.check({ repair: false })).rejects.toThrow(/other is open/);
@@ -109,7 +109,7 @@ describe('while what was written to a disk that its last user has left goes to t
     await leaving;
   });
 
-  test('closing the store waits for it, and nothing is lost', async () => {
+  test('closing the store waits for the flush, and nothing is lost', async () => {
     const closing = catalog.close();
     disk.open();
     await closing;
@@ -124,7 +124,7 @@ describe('while what was written to a disk that its last user has left goes to t
   });
 });
 
-test('while a snapshot waits for its disk, others are opened', async () => {
+test('while a snapshot waits for its disk, other disks are opened', async () => {
   await catalog.create('slow', SIZE);
   await catalog.create('other', SIZE);
   const vdi = await catalog.openVdi('slow');
@@ -133,7 +133,7 @@ test('while a snapshot waits for its disk, others are opened', async () => {
   const taking = catalog.snapshot('slow', 's');
   await disk.stopped();
   await catalog.release(await catalog.openVdi('other'));
-  // And the same one, as long as only what was written before the snapshot goes to disk.
+  // So is the same one, as long as only the flush before the snapshot is in flight.
   await catalog.release(await catalog.openVdi('slow'));
   disk.open();
   await taking;
@@ -156,7 +156,7 @@ test('a clone that is changed while its snapshot is deleted keeps both changes',
   }
 });
 
-test('what concerns one disk looks at no other: opening, showing, making, snapshotting, deleting, exporting', async () => {
+test('opening, showing, making, snapshotting, deleting and exporting a disk looks at no other disk', async () => {
   for (let n = 0; n < 50; n++) await catalog.create(`disk-${n}`, SIZE);
   const exports = new VdiExports(catalog);
   const all = vi.spyOn(store.metadata, 'records');
@@ -172,11 +172,11 @@ test('what concerns one disk looks at no other: opening, showing, making, snapsh
   await device.close('disconnect');
   const { vid } = await catalog.find('disk-9');
   await catalog.find(`@${vid.toString(16)}`);
-  // The first id is looked for among all.
+  // A free id is looked for among the ids of all.
   expect(all.mock.calls.length).toBeLessThanOrEqual(1);
 });
 
-test('details in one pass are those that each one has alone', async () => {
+test('the details of all in one pass are those of each alone', async () => {
   for (let n = 0; n < 5; n++) {
     await catalog.create(`disk-${n}`, SIZE);
     await written(`disk-${n}`);

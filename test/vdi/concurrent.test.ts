@@ -134,13 +134,13 @@ describe('snapshots while four writers run at full speed', () => {
     await catalog.remove('base');
     const a = await catalog.openVdi('a');
     const b = await catalog.openVdi('b');
-    // a copies its object but does not flush: on disk its map still points at the shared one
+    // Clone a copies its object but does not flush: on disk its map still points at the shared one.
     await a.write(0, Buffer.alloc(BLOCK, 2), false);
     await b.write(0, Buffer.alloc(BLOCK, 3), true);
     expect(b.copies).toBe(1);
     await a.flush();
     await b.flush();
-    // now each has its own; the other three objects are shared by both
+    // Now each has its own; the other three objects are shared by both.
     await a.write(BLOCK, Buffer.alloc(BLOCK, 4), false);
     expect(a.copies).toBe(1);
     await catalog.release(a);

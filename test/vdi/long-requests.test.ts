@@ -1,6 +1,6 @@
 /**
- * Requests about very many objects: what they say is what a walk over every entry says, and while they run others get their
- * turns of the loop. Maps are made here and the store is a stand-in, so that a million objects cost nothing.
+ * Requests about very many objects: their answers are those of a walk over every entry, and other requests get their turns of the
+ * event loop meanwhile. Maps are made here and the store is a stand-in, so that a million objects cost nothing.
  */
 import { afterEach, expect, test, vi } from 'vitest';
 import fc from 'fast-check';
@@ -13,7 +13,7 @@ const OBJECT = 2 ** SHIFT;
 const MILLION = 2 ** 20;
 /** Many times the share of a turn, and far below what a million entries took one by one. */
 const LONGEST_TURN_MS = 25;
-/** A collection of garbage, or a machine that does something else, spoils a measurement, but not every one. */
+/** Garbage collection, or other work of the machine, spoils a measurement, but not all of them. */
 const TRIES = 5;
 
 afterEach(() => vi.restoreAllMocks());
@@ -94,7 +94,7 @@ interface Said {
   readonly is: boolean;
 }
 
-/** What a question answers for each entry of [from, to), in runs. */
+/** The answers for each entry of [from, to), in runs. */
 function runsOf(offset: number, end: number, is: (idx: number) => boolean): Said[] {
   const runs: Said[] = [];
   for (let at = offset; at < end;) {
@@ -108,7 +108,7 @@ function runsOf(offset: number, end: number, is: (idx: number) => boolean): Said
   return runs;
 }
 
-test('extents and changes say what a walk over every entry says, with blocks that are kept aside and ranges of any end', async () => {
+test('extents and changes are those of a walk over every entry, with blocks that are kept aside and ranges of any end', async () => {
   await fc.assert(
     fc.asyncProperty(
       mapOf(3000),
@@ -135,7 +135,7 @@ test('extents and changes say what a walk over every entry says, with blocks tha
   );
 });
 
-/** The longest turn of the loop while `work` runs, in processor time: what others make of the machine does not count. */
+/** The longest turn of the loop while `work` runs, in processor time, so that other processes do not count. */
 async function longestTurn(work: () => Promise<unknown>): Promise<number> {
   const spent = (): number => {
     const { user, system } = process.cpuUsage();
@@ -167,10 +167,10 @@ async function expectShortTurns(work: () => Promise<unknown>): Promise<void> {
 
 const alternating = (): Uint32Array => Uint32Array.from({ length: MILLION / 4 }, (_, idx) => idx % 2);
 const all = async (count: number, ask: () => unknown): Promise<void> => {
-  await Promise.all(Array.from({ length: count }, async () => ask()));
+  await Promise.all(Array.from({ length: count }, () => ask()));
 };
 
-test('256 questions about an empty disk of 4 TiB leave others their turns of the loop', async () => {
+test('256 requests about an empty disk of 4 TiB leave other requests their turns of the loop', async () => {
   const { vdi } = vdiOf(new Uint32Array(MILLION));
   const { vdi: base } = vdiOf(new Uint32Array(MILLION));
   await expectShortTurns(() => all(256, () => vdi.extents(0, vdi.size, () => true)));
@@ -180,7 +180,7 @@ test('256 questions about an empty disk of 4 TiB leave others their turns of the
   await expectShortTurns(() => all(256, () => vdi.cache(0, vdi.size)));
 });
 
-test('so do questions about a map in which every entry is another one than the last', async () => {
+test('so do requests about a map in which no two neighbouring entries are the same', async () => {
   const { vdi } = vdiOf(alternating());
   const { vdi: base } = vdiOf(new Uint32Array(MILLION / 4));
   await expectShortTurns(() => all(2, () => vdi.extents(0, vdi.size, () => true)));
@@ -188,7 +188,7 @@ test('so do questions about a map in which every entry is another one than the l
   await expectShortTurns(() => all(2, () => vdi.cache(0, vdi.size)));
 });
 
-test('a trim of a full map leaves others their turns of the loop, and all of it is done', async () => {
+test('a trim of a full map leaves other requests their turns of the loop, and all of it is done', async () => {
   const { vdi, open } = vdiOf(new Uint32Array(MILLION));
   await expectShortTurns(async () => {
     open.map.fill(9);
@@ -198,7 +198,7 @@ test('a trim of a full map leaves others their turns of the loop, and all of it 
   expect(open.map[0]).toBe(9);
 });
 
-test('what one disk has to do in slices does not keep another disk waiting for all of it', async () => {
+test('the long work of one disk does not make another disk wait for all of it', async () => {
   const { vdi: greedy } = vdiOf(alternating());
   const { vdi: other } = vdiOf(alternating());
   let answered = 0;
@@ -228,7 +228,7 @@ test('a snapshot need not wait for a trim of a million objects: it goes in betwe
   expect(endOfZeros(open.map, 0, MILLION)).toBe(MILLION);
 });
 
-test('a trim that fails at one object tells of it, leaves the gate, and has nothing under way when it is answered', async () => {
+test('a trim that fails at one object reports it, leaves the gate, and has nothing in flight when it is answered', async () => {
   let running = 0;
   const zeroObject = async (idx: number): Promise<void> => {
     running++;
@@ -252,7 +252,7 @@ test('all requests of a disk together ask the store about four objects at a time
   };
   const objectExtents: ObjectVdi['objectExtents'] = async (_vid, idx, at, length, sink) => {
     await ask();
-    if (idx % 3 > 0) sink(at, length / 2, idx % 3 === 1); // the store may tell of less than it was asked about
+    if (idx % 3 > 0) sink(at, length / 2, idx % 3 === 1); // the store may report less than it was asked for
   };
   const map = Uint32Array.from({ length: 100 }, (_, idx) => (idx % 4 === 0 ? 0 : 9));
   const { vdi } = vdiOf(map, { objectExtents, cacheObject: ask });
@@ -274,7 +274,7 @@ test('all requests of a disk together ask the store about four objects at a time
   expect(most).toBe(4);
 });
 
-test('extents of a disk that is cut shorter meanwhile end where they were asked to, and no error comes of it', async () => {
+test('extents of a disk that is shrunk meanwhile end where they were asked to, without an error', async () => {
   const { vdi, open } = vdiOf(alternating());
   const size = vdi.size;
   let end = 0;

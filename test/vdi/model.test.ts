@@ -63,8 +63,8 @@ const op: fc.Arbitrary<Op> = fc.oneof(
 );
 
 /**
- * The reference: per VDI and snapshot simply all its bytes, and per object a number that is another one whenever it was
- * written, or zeroed where it was not zeros. Two of a line may differ in the objects whose numbers differ, and in no other.
+ * The model: for each VDI and snapshot all its bytes, and for each object a number that changes whenever the object is written,
+ * or zeroed where it was not zeros. Two disks of one ancestry may differ in the objects whose numbers differ, and in no other.
  */
 class Model {
   readonly disks = new Map<string, Buffer>();
@@ -77,7 +77,7 @@ class Model {
     this.versions.set(name, [...versions]);
   }
 
-  /** `name` as `from` is now. */
+  /** `name` becomes a copy of `from`. */
   copy(name: string, from: string): void {
     this.add(name, Buffer.from(this.disks.get(from) as Buffer), this.versions.get(from));
   }
@@ -87,13 +87,13 @@ class Model {
     this.versions.delete(name);
   }
 
-  /** Objects of the range were written, or may have been. */
+  /** The objects of the range were written, or may have been. */
   touch(name: string, at: number, length: number): void {
     const versions = this.versions.get(name) as number[];
     for (let idx = Math.floor(at / OBJECT); idx * OBJECT < at + length; idx++) versions[idx] = ++this.#version;
   }
 
-  /** The range becomes zeros. Whether it was not yet. */
+  /** The range becomes zeros. Returns whether it was not zeros before. */
   zero(name: string, at: number, length: number): boolean {
     const disk = this.disks.get(name) as Buffer;
     let isChange = false;
@@ -250,7 +250,7 @@ class Run {
         await this.catalog.resize(current, size, { force: true });
         if (size < disk.length) {
           this.model.zero(current, size, disk.length - size);
-          // Objects that are cut off are gone, whatever they held.
+          // Objects behind the new end are gone, whatever they held.
           const cut = Math.ceil(size / OBJECT) * OBJECT;
           if (cut < disk.length) this.model.touch(current, cut, disk.length - cut);
         }
@@ -271,7 +271,7 @@ class Run {
     this.model.delete(name);
   }
 
-  /** What counts as changed between a snapshot and its working VDI: all that differs, and nothing but what was touched. */
+  /** The changes since a snapshot must have every object that differs, and no object that was not touched. */
   async compareChanges(base: string): Promise<void> {
     const name = base.split('@')[0] as string;
     if (!this.model.working.includes(name)) return;
@@ -302,7 +302,7 @@ class Run {
       const at = actual.findIndex((byte, index) => byte !== expected[index]);
       throw new Error(`${name} differs at ${at}: ${actual[at]}, should be ${expected[at]}`);
     }
-    // holes must be where nothing but zeros is
+    // A hole must read as zeros.
     await vdi.extents(0, expected.length, (at, length, hole) => {
       if (hole && !expected.subarray(at, at + length).equals(Buffer.alloc(length))) {
         throw new Error(`${name} reports a hole over data at ${at}`);

@@ -1,7 +1,7 @@
 /**
- * Temporary snapshots of the local store under load, at the VDI layer: writers of every kind go on while they are taken,
- * read and dropped. Every block carries a sequence number; a snapshot holds, per block, at least what was acknowledged
- * before it was asked for, nothing issued after it was there, and the same at every reading.
+ * Temporary snapshots of the local store under load, at the VDI layer: writers of every kind go on while snapshots are taken,
+ * read and dropped. Every block carries a sequence number. A snapshot holds, for each block, at least the last number
+ * acknowledged before it was asked for, none issued after it was answered, and the same at every reading.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -37,7 +37,7 @@ afterEach(async () => {
 
 const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
-/** Object files, and what they occupy. */
+/** The number of object files, and the bytes that they occupy. */
 function objects(): { files: number; bytes: number } {
   let files = 0;
   let bytes = 0;
@@ -51,7 +51,7 @@ function objects(): { files: number; bytes: number } {
   return { files, bytes };
 }
 
-/** Bytes of this process's files that have no name any more. */
+/** Bytes of this process's open files that have no name any more. */
 function scratchBytes(): number {
   let bytes = 0;
   for (const fd of fs.readdirSync('/proc/self/fd')) {
@@ -108,7 +108,7 @@ class Load {
       const zeros = random(16) === 0;
       const data = Buffer.alloc(count * BLOCK);
       for (let k = 0; k < count; k++) {
-        // What is zeroed may be in a snapshot as zeros, which is as old as can be told: not looked at from below.
+        // Zeros have no sequence number: a zeroed block has no lower limit.
         this.issued[first + k] = sequence;
         if (zeros) this.acknowledged[first + k] = 0;
         data.writeDoubleLE(sequence, k * BLOCK);
@@ -167,7 +167,7 @@ test('temporary snapshots under four writers are points in time, never change, a
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('they live through snapshots that stay, their deletion, trims and objects made anew under them', async () => {
+test('they survive snapshots that stay, their deletion, trims, and objects that are created anew', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE), true);
@@ -183,7 +183,7 @@ test('they live through snapshots that stay, their deletion, trims and objects m
     expect((await readAll('disk@now')).equals(content), 'after a snapshot').toBe(true);
     const more = load.writes + 50;
     while (load.writes < more) await turn();
-    // Whole objects go and come again, as other ones.
+    // Whole objects are trimmed and created anew.
     await vdi.trim((n % 8) * OBJECT, OBJECT, false);
     await vdi.write((n % 8) * OBJECT, Buffer.alloc(512), false);
     expect((await readAll('disk@now')).equals(content), 'after a trim').toBe(true);
@@ -204,17 +204,17 @@ test('they live through snapshots that stay, their deletion, trims and objects m
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('an object that is trimmed and made again under a temporary snapshot leaves the snapshot its own', async () => {
+test('an object that is trimmed and created anew leaves a temporary snapshot the old one', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
-  // Not flushed: the map on disk knows nothing of it yet.
+  // Not flushed: the map on disk does not have it yet.
   await catalog.snapshotTemporary('disk', 'now');
   await vdi.write(BLOCK, Buffer.alloc(BLOCK, 2), false);
   await vdi.trim(0, OBJECT, false);
   await vdi.write(0, Buffer.alloc(BLOCK, 3), true);
   expect((await readAll('disk@now')).subarray(0, OBJECT).equals(Buffer.alloc(OBJECT, 1))).toBe(true);
-  // The same again with everybody else gone and the disk opened anew.
+  // The same again with all others gone and the disk opened anew.
   await catalog.release(vdi);
   const again = await catalog.openVdi('disk');
   await again.trim(0, OBJECT, false);
@@ -241,11 +241,11 @@ test('it is taken without a flush, and a flush does not wait for it', async () =
   await catalog.dropTemporary('disk', 'now');
 });
 
-test('a writer that is held up when it is taken holds up nobody else, and the snapshot waits for it', async () => {
+test('a write that is in flight when it is taken holds up no other request, and the snapshot waits for it', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), true);
-  // More than is written on the loop. The other write may be done by a thread as well: only the first is held.
+  // Larger than a write that runs on the loop. The other write may run in a thread as well: only the first is held.
   const { reached, release } = failing.hold({ calls: ['write'], file: /objects/, times: 1 });
   const slow = vdi.write(0, Buffer.alloc(64 * BLOCK, 2), false);
   await reached;
@@ -264,7 +264,7 @@ test('a writer that is held up when it is taken holds up nobody else, and the sn
   await catalog.dropTemporary('disk', 'now');
 });
 
-test('where there is no room to keep what is overwritten, the snapshot is lost and said so, and the write is not', async () => {
+test('without room for before-images the snapshot is lost, which is logged, and the write is not', async () => {
   const lines: string[] = [];
   await catalog.close();
   store = await LocalStore.open(directory, { log: (line) => lines.push(line) });
@@ -273,7 +273,7 @@ test('where there is no room to keep what is overwritten, the snapshot is lost a
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), true);
   await catalog.snapshotTemporary('disk', 'now');
-  // A directory in its place: the scratch file cannot be made.
+  // A directory in its place: the scratch file cannot be created.
   fs.mkdirSync(path.join(directory, 'scratch'));
   await vdi.write(0, Buffer.alloc(BLOCK, 2), true);
   fs.rmdirSync(path.join(directory, 'scratch'));
@@ -309,7 +309,7 @@ test('a thousand of them leave no more records, names and files than one', async
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('one that is cloned or rolled back to is refused: it goes when its reader does', async () => {
+test('it cannot be cloned or rolled back to: it ends with its reader', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   await catalog.snapshotTemporary('disk', 'now');
   await expect(catalog.clone('disk@now', 'copy')).rejects.toMatchObject({ code: 'UNSUPPORTED' });
@@ -317,7 +317,7 @@ test('one that is cloned or rolled back to is refused: it goes when its reader d
   await catalog.dropTemporary('disk', 'now');
 });
 
-test('deleting the snapshot it came after leaves nothing of it behind when it is dropped', async () => {
+test('when the snapshot before it is deleted and it is dropped, nothing of it is left', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
@@ -329,7 +329,7 @@ test('deleting the snapshot it came after leaves nothing of it behind when it is
   await catalog.release(vdi);
 });
 
-test('what was overwritten under it has changed, though it is the same object', async () => {
+test('a range that was overwritten since has changed, though it is the same object', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);

@@ -1,6 +1,6 @@
 /**
- * TRIM and WRITE_ZEROES in objects that a snapshot shares, on the local store: what reads the same before and after costs
- * no space, copies nothing and does not count as changed; what does not, does.
+ * TRIM and WRITE_ZEROES in objects that a snapshot shares, on the local store: a request that changes no byte costs no space,
+ * copies nothing and does not count as a change; any other does.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -36,7 +36,7 @@ afterEach(async () => {
   fs.rmSync(directory, { recursive: true, force: true });
 });
 
-/** Object files and the bytes that they take up. */
+/** The number of object files, and the bytes that they occupy. */
 function objects(): { files: number; bytes: number } {
   let files = 0;
   let bytes = 0;
@@ -80,7 +80,7 @@ describe.each([
   ['a snapshot', 'disk@s', () => catalog.snapshot('disk', 's')],
   ['a temporary snapshot', 'disk@now', () => catalog.snapshotTemporary('disk', 'now')],
 ] as const)('under %s', (_, spec, take) => {
-  test('trims of what is zeros, whole objects and parts, copy nothing, cost nothing and change nothing', async () => {
+  test('trims of zeros, whole objects and parts, copy nothing, cost nothing and change nothing', async () => {
     await layOut();
     await take();
     const before = objects();
@@ -98,7 +98,7 @@ describe.each([
     expect(await changedSince(spec)).toEqual([]);
   });
 
-  test('trims of what is not zeros everywhere do what they did: zeros here, the old content there', async () => {
+  test('trims of ranges with data leave zeros here and the old content in the snapshot', async () => {
     await layOut();
     await take();
     const old = await content(vdi);
@@ -117,7 +117,7 @@ describe.each([
     expect(await changedSince(spec)).toEqual([0, 2, 4]);
   });
 
-  test('zeros that must be allocated are, and count as changed', async () => {
+  test('zeros that must stay allocated do, and count as changed', async () => {
     await layOut();
     await take();
     await vdi.zero(OBJECT / 2, OBJECT / 2, { noHole: true, fua: false });
@@ -127,7 +127,7 @@ describe.each([
     expect(await changedSince(spec)).toEqual([0, 1, 3]);
   });
 
-  test('a fast zero of a hole in a shared object is done, of data refused before anything has changed', async () => {
+  test('a fast zero of a hole in a shared object succeeds; of data it is refused before anything has changed', async () => {
     await layOut();
     await catalog.snapshot('disk', 'kept');
     await take();
@@ -142,13 +142,13 @@ describe.each([
     await expect(vdi.zero(OBJECT / 2, BLOCK, { ...fast, noHole: true })).rejects.toMatchObject({ code: 'SLOW' });
     expect((await content(vdi)).equals(old)).toBe(true);
     expect(vdi.copies).toBe(0);
-    // The gate is not left shut, nor left too often.
+    // Every request has left the gate exactly once.
     await catalog.snapshot('disk', 'again');
     await vdi.write(0, Buffer.alloc(BLOCK, 9), true);
   });
 });
 
-test('a weekly trim of all that is free neither grows the store nor counts as change, however often', async () => {
+test('a weekly trim of all free space neither grows the store nor counts as change, however often', async () => {
   // A disk half full, in objects that are each used in part.
   for (let idx = 0; idx < 8; idx++)
     await vdi.write(idx * OBJECT + 16 * BLOCK, Buffer.alloc(OBJECT / 2, idx + 1), false);
@@ -166,7 +166,7 @@ test('a weekly trim of all that is free neither grows the store nor counts as ch
   }
 });
 
-test('an object of the disk’s own that is zeros gives its space back when all of it is trimmed', async () => {
+test('an object that is not shared and holds zeros gives its space back when all of it is trimmed', async () => {
   await layOut();
   await catalog.snapshot('disk', 's');
   await vdi.write(3 * OBJECT, Buffer.alloc(OBJECT), true);
@@ -178,7 +178,7 @@ test('an object of the disk’s own that is zeros gives its space back when all 
   expect(await changedSince('disk@s')).toEqual([]);
 });
 
-test('an object that cannot be read is given up by a trim of all of it', async () => {
+test('a trim of a whole object removes it even if it cannot be read', async () => {
   await layOut();
   await catalog.snapshot('disk', 's');
   const badSector = failing.fail({ calls: READS, file: /objects.*00000004$/ }, 'EIO');
@@ -188,12 +188,12 @@ test('an object that cannot be read is given up by a trim of all of it', async (
   badSector.off();
 });
 
-test('trims beside writes, in the same objects, under snapshots of both kinds: no write is lost, what is trimmed is zeros', async () => {
+test('concurrent trims and writes in the same objects, under snapshots of both kinds: no write is lost, trimmed ranges are zeros', async () => {
   const half = OBJECT / 2;
-  let stop = false;
-  /** Owns the first half of each object: writes it, reads it back. */
+  const work = { isOver: false };
+  /** Writes the first half of each object, and reads it back. */
   const writer = async (): Promise<void> => {
-    for (let n = 1; !stop; n++) {
+    for (let n = 1; !work.isOver; n++) {
       const at = (n % 8) * OBJECT + ((n * 7) % 32) * 4 * BLOCK;
       const data = Buffer.alloc(4 * BLOCK, (n % 254) + 1);
       await vdi.write(at, data, false);
@@ -202,9 +202,9 @@ test('trims beside writes, in the same objects, under snapshots of both kinds: n
       expect(back.equals(data), `what write ${n} left at ${at}`).toBe(true);
     }
   };
-  /** Owns the second: writes, trims once or twice, reads zeros. */
+  /** In the second half: writes, trims once or twice, reads zeros. */
   const trimmer = async (): Promise<void> => {
-    for (let n = 1; !stop; n++) {
+    for (let n = 1; !work.isOver; n++) {
       const at = (n % 8) * OBJECT + half;
       if (n % 3 === 0) await vdi.write(at + ((n * 5) % 64) * BLOCK, Buffer.alloc(BLOCK, 1), false);
       const once = vdi.trim(at, half, false);
@@ -215,9 +215,9 @@ test('trims beside writes, in the same objects, under snapshots of both kinds: n
       expect(back.equals(Buffer.alloc(half)), `what trim ${n} left at ${at}`).toBe(true);
     }
   };
-  const work = Promise.all([writer(), trimmer()]).finally(() => (stop = true));
-  work.catch(() => undefined);
-  for (let n = 0; n < 8 && !stop; n++) {
+  const both = Promise.all([writer(), trimmer()]).finally(() => (work.isOver = true));
+  both.catch(() => undefined);
+  for (let n = 0; n < 8 && !work.isOver; n++) {
     await catalog.snapshot('disk', `s${n}`);
     await catalog.snapshotTemporary('disk', 'now');
     const [kept, now] = [await catalog.openVdi(`disk@s${n}`), await catalog.openVdi('disk@now')];
@@ -229,8 +229,8 @@ test('trims beside writes, in the same objects, under snapshots of both kinds: n
     await catalog.dropTemporary('disk', 'now');
     if (n % 2 === 0) await catalog.remove(`disk@s${n}`);
   }
-  stop = true;
-  await work;
+  work.isOver = true;
+  await both;
   await catalog.release(vdi);
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });

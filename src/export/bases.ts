@@ -1,0 +1,62 @@
+/**
+ * Bases: the snapshots that an export tells the changes since. Owns which snapshots a VDI can be compared with. The names of
+ * the meta contexts are in changed-contexts.ts.
+ */
+import { CatalogError } from '../vdi/catalog-error.js';
+import type { VdiCatalog } from '../vdi/catalog.js';
+import { formatSpec, isTemporaryTag, specOf } from '../vdi/names.js';
+import type { Vdi, VdiRecord } from '../vdi/vdi.js';
+import { isContextTag } from './changed-contexts.js';
+import type { ExportOptions } from './export-name.js';
+
+/**
+ * Tags of the snapshots that `record` can be compared with, newest first: all of the same VDI, or the one that the options
+ * name. Errors: NO_TAG (there is none of this tag), BAD_NAME (it cannot be compared with).
+ */
+export async function basesOf(
+  catalog: VdiCatalog,
+  { name, vid, blockSizeShift }: VdiRecord,
+  { since }: ExportOptions,
+): Promise<readonly string[]> {
+  if (since === undefined) {
+    const named = await catalog.named(name);
+    return (
+      named
+        .filter(({ isSnapshot, tag }) => isSnapshot && !isTemporaryTag(tag))
+        .filter((base) => base.vid !== vid && base.blockSizeShift === blockSizeShift)
+        // A tag that may mean several snapshots cannot name the one that changes are told since.
+        .filter(({ tag, isDoubtful }) => !isDoubtful && isContextTag(tag))
+        .map(({ tag }) => tag)
+        .reverse()
+    );
+  }
+  const base = await catalog.find(formatSpec({ name, tag: since }));
+  const refuse = (why: string): CatalogError =>
+    new CatalogError('BAD_NAME', `what has changed since ${specOf(base)} cannot be told: ${why}`);
+  if (base.blockSizeShift !== blockSizeShift) throw refuse('it has data objects of another size');
+  if (!isContextTag(since)) throw refuse('its tag has control characters, or is no text');
+  return [since];
+}
+
+/**
+ * Open the snapshot `tag` of the VDI that `record` is of. `known`: the vids of the bases that a temporary snapshot was compared
+ * with so far, by tag. Errors: ENDED (the tag was given to another snapshot since), those of VdiCatalog.openVdi.
+ */
+export async function openBase(
+  catalog: VdiCatalog,
+  record: VdiRecord,
+  tag: string,
+  known: Map<string, number> | undefined,
+): Promise<Vdi> {
+  const base = await catalog.openVdi(formatSpec({ name: record.name, tag }));
+  const { vid } = base.record;
+  if ((known?.get(tag) ?? vid) !== vid) {
+    await catalog.release(base);
+    throw new CatalogError(
+      'ENDED',
+      `${specOf(base.record)} was taken anew since ${specOf(record)} was compared with it`,
+    );
+  }
+  known?.set(tag, vid);
+  return base;
+}
