@@ -1,10 +1,10 @@
 /**
- * What the operating system refuses, in the words of a message: what was wanted, of which path, why, and what to do. Owns those
- * words; decides nothing, and changes no error that is not the system's.
+ * Words for errors of the operating system: what was asked, on which path, why it failed, and what to do. Owns those words;
+ * decides nothing. Errors that are not the system's keep their message.
  */
 import util from 'node:util';
 
-/** What a system call was for. Others are named. */
+/** What a system call was for. Calls that are missing here go by their name. */
 const WANTED: Readonly<Record<string, string>> = {
   open: 'open',
   read: 'read',
@@ -31,7 +31,7 @@ const WANTED: Readonly<Record<string, string>> = {
   lseek: 'read',
 };
 
-/** What to do about it, by its code. */
+/** What to do, by error code. */
 const ADVICE: Readonly<Record<string, string>> = {
   ENOENT: 'look at the name, or mount what belongs there',
   ENOTDIR: 'a part of this path is a file where a directory must be; look at the name',
@@ -58,24 +58,24 @@ const ADVICE: Readonly<Record<string, string>> = {
 export interface SystemError extends NodeJS.ErrnoException {
   readonly code: string;
   readonly syscall: string;
-  /** Of two paths, the second one. */
+  /** The second path, of calls that have two. */
   readonly dest?: string;
 }
 
-/** Whether a call of the system has failed; not whether one of our layers has said something about that. */
+/** Whether this is the error of a system call itself; not one of our layers' errors about it. */
 export function isSystemError(error: unknown): error is SystemError {
   const { code, syscall } = (error ?? {}) as Partial<NodeJS.ErrnoException>;
   return error instanceof Error && typeof code === 'string' && typeof syscall === 'string';
 }
 
-/** Why: "no such file or directory (ENOENT)"; of any other error its message. */
+/** The reason: "no such file or directory (ENOENT)"; for any other error its message. */
 export function reasonOf(error: Error): string {
   if (!isSystemError(error)) return error.message;
   const [, words] = (error.errno !== undefined && util.getSystemErrorMap().get(error.errno)) || [];
   return words === undefined ? error.message : `${words} (${error.code})`;
 }
 
-/** What, of which path, and why. `file`: where the call does not say it, as of an open file. */
+/** What failed, on which path, and why. `file`: the path, if the error lacks it, as for an open file. */
 export function whatFailed(error: SystemError, file?: string): string {
   const { syscall, path = file, dest } = error;
   const wanted = WANTED[syscall] ?? syscall;
@@ -84,13 +84,13 @@ export function whatFailed(error: SystemError, file?: string): string {
     .concat(`: ${reasonOf(error)}`);
 }
 
-/** Why, after words that say what was being done: with the path only if they do not have it. */
+/** The reason, for a message that begins with `doing`: with the path unless `doing` contains it. */
 export function reasonBeside(doing: string, error: Error): string {
   const isNamed = !isSystemError(error) || error.path === undefined || doing.includes(error.path);
   return isNamed ? reasonOf(error) : whatFailed(error);
 }
 
-/** What failed, and what to do. */
+/** What failed, and what to do. `file`: as for whatFailed. */
 export function systemMessage(error: SystemError, file?: string): string {
   const advice = ADVICE[error.code];
   return advice === undefined ? whatFailed(error, file) : `${whatFailed(error, file)}; ${advice}`;
