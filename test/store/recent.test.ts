@@ -316,9 +316,9 @@ describe('set aside, said so, and nothing deleted', () => {
       spoil: () => undefined,
       says: /written elsewhere/,
     },
-    'the log of an earlier opening': {
+    'the log of an earlier session': {
       spoil: (copy) => makeFit(copy, '00000000-0000-4000-8000-000000000000'),
-      says: /an earlier opening/,
+      says: /an earlier session/,
     },
     'a log with a bit flipped': {
       spoil: (copy, session) => {
