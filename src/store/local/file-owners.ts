@@ -46,7 +46,7 @@ export class Owners {
   /** One line for all wrong owners, with what to do; undefined if there are none. */
   get problem(): string | undefined {
     if (this.#first === undefined) return undefined;
-    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
+    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more files have a wrong owner`;
     const who = `! -uid ${this.#uid}`;
     // A file with a second name outside the store must not change its owner.
     const what = '\\( -type d -o -links 1 \\)';

@@ -23,12 +23,12 @@ export function lmdbFileProblem(disk: HostDisk, file: string): string | undefine
   const fd = disk.openSync(file, O_RDONLY);
   try {
     const first = metaAt(disk, fd, 0);
-    if (!first) return 'it is no LMDB file';
+    if (!first) return 'it is not an LMDB file';
     const second = metaAt(disk, fd, first.pageSize);
     if (!second || second.pageSize !== first.pageSize) return 'its second meta page is damaged';
     const { lastPage } = second.transaction > first.transaction ? second : first;
     const needed = (lastPage + 1) * first.pageSize;
-    if (status.size < needed) return `it is cut off: ${status.size} bytes, but its data goes to ${needed}`;
+    if (status.size < needed) return `it is truncated: ${status.size} bytes, but its data needs ${needed}`;
     return undefined;
   } finally {
     disk.closeSync(fd);

@@ -270,7 +270,7 @@ export class MetadataFile {
       if (size < this.#size) {
         throw new StoreError(
           'DAMAGED',
-          `${this.file} was cut off while it was open: it has ${size} bytes and had ${this.#size}`,
+          `${this.file} was truncated while it was open: it has ${size} bytes and had ${this.#size}`,
         );
       }
       this.#size = size;

@@ -68,13 +68,13 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
   if (kept) {
     const since = new Date(kept.since).toISOString();
     report(
-      `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); ` +
-        (isUntold ? 'kept by this very start: look first, then say check --repair again' : '--repair removes them'),
+      `kept since ${since}: unreferenced objects, because answered writes were not applied (${kept.why}); ` +
+        (isUntold ? 'kept by this start: look first, then run check --repair again' : '--repair removes them'),
     );
   }
-  for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
+  for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
-  for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
+  for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
   if (hidden > 0) problems.push(`... and ${hidden} more`);
   let repaired = 0;
   if (options.repair) {

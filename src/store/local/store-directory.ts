@@ -49,7 +49,7 @@ export type DirectoryState = 'missing' | 'empty' | 'unfinished' | 'store';
 export function directoryState(disk: HostDisk, directory: string): DirectoryState {
   const status = disk.statSync(directory);
   if (!status) return 'missing';
-  if (!status.isDirectory()) throw new StoreError('NO_STORE', `${directory} is not a directory, so it is no store`);
+  if (!status.isDirectory()) throw new StoreError('NO_STORE', `${directory} is not a directory, so it is not a store`);
   const names = disk.readdirSync(directory).filter((name) => name !== LOST_AND_FOUND);
   if (names.length === 0) return 'empty';
   const metadata = disk.statSync(path.join(directory, META_FILE));

@@ -61,7 +61,7 @@ export class StoreLock {
       if ((error as NodeJS.ErrnoException).code !== 'ELOOP') throw error;
       throw new StoreError(
         'DAMAGED',
-        `${file} is a symbolic link; the lock of a store is a file of its own: remove it`,
+        `${file} is a symbolic link; the lock of a store is a plain file: remove the link`,
         {
           cause: error,
         },

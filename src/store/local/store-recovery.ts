@@ -43,7 +43,7 @@ interface Doubt {
  */
 export function takeAsItIs(store: StoreInRecovery, because: string, clean: boolean): void {
   for (const record of store.metadata.records()) count(store, record);
-  const unclean = '; it was not closed cleanly: what was written after the last flush is not shown';
+  const unclean = '; it was not closed cleanly: writes after the last flush are not shown';
   store.log(clean ? because : because + unclean);
 }
 
@@ -57,7 +57,7 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
   let doubt = clean ? undefined : await restoreRecent(store);
   // An earlier start was interrupted before it stored which objects it kept.
   if (stored === undefined && logsSetAside(store.disk, store.location).length > 0) {
-    doubt ??= { why: 'logs were set aside by a start that did not come to its end', logs: [] };
+    doubt ??= { why: 'logs were set aside by a start that was interrupted', logs: [] };
   }
   const strays = store.metadata.strayVids();
   if (strays.length > 0) await store.metadata.commit({ removed: strays });
@@ -84,10 +84,10 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
   await store.objects.removed();
   if (doubt !== undefined) {
     store.log(
-      `store ${store.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
-        `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${store.location}/set-aside, ` +
-        "objects that no VDI refers to are kept; look with 'sheepgate check', which tells of both; if nothing is missing, " +
-        "'sheepgate check --repair' after that removes them",
+      `store ${store.location} was not shut down cleanly, and answered writes since the last flush were not applied: ` +
+        `${doubt.why}; it starts with the flushed data; the logs are set aside in ${store.location}/set-aside, and ` +
+        "unreferenced objects are kept; 'sheepgate check' lists both; if nothing is missing, run " +
+        "'sheepgate check --repair' after that to remove them",
       { files: aside?.moved, err: aside?.failure },
     );
   } else if (!clean) {
@@ -187,7 +187,7 @@ async function whyNotThere(
   try {
     await store.disk.syncfs(store.fd);
   } catch (error) {
-    return `what was written could not be stored: ${(error as Error).message}`;
+    return `written data could not be made durable: ${(error as Error).message}`;
   }
   for (const [vid, { changed }] of restored) {
     const { blockSizeShift } = store.metadata.record(vid) as VdiRecord;
