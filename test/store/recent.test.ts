@@ -365,7 +365,7 @@ describe('set aside, reported, and nothing deleted', () => {
         header.write(boot, 32, 'latin1');
         fs.writeFileSync(log, Buffer.concat([header, Buffer.alloc(4096)]));
       },
-      says: /no log that this version knows/,
+      says: /not a log that this version knows/,
     },
   };
   for (const [name, { spoil, says }] of Object.entries(cases)) {
@@ -415,7 +415,9 @@ describe('set aside, reported, and nothing deleted', () => {
     await write(vdi, 0, 'answered');
     const copy = copyOf(directory);
     const { catalog, lines } = await open(copy);
-    expect(lines.join()).toMatch(/look with 'sheepgate check'.* 'sheepgate check --repair' after that removes them/);
+    expect(lines.join()).toMatch(
+      /'sheepgate check' lists both.* run 'sheepgate check --repair' after that to remove them/,
+    );
     expect(lines.join()).not.toContain('stop the daemon');
     const first = await catalog.check({ repair: true });
     expect(first.problems.join('\n')).toContain('kept by this start: look first, then run check --repair again');
