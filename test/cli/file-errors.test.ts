@@ -91,7 +91,7 @@ describe.each(WAYS)('%s', (way) => {
     if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
     const place = path.join(readOnly, 'out');
     expect(await fails('export', 'vm', place)).toMatch(
-      /out was not written.*read-only file system \(EROFS\); mount it so/,
+      /out was not written.*read-only file system \(EROFS\); mount it writable/,
     );
     expect(await fails('backup', 'vm', '--to', place)).toMatch(
       /cannot make the directory .*out: read-only file system/,
@@ -124,7 +124,9 @@ describe('stores', () => {
     const readOnly = mountReadOnly(temporaryDirectory());
     if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
     const line = oneLineOf(await cli(['vdi', 'create', 'vm', '1M', '--store', path.join(readOnly, 's')]), 1, 'create');
-    expect(line).toMatch(/opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it so/);
+    expect(line).toMatch(
+      /opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it writable/,
+    );
     expect(line).not.toMatch(RAW);
   });
 });
