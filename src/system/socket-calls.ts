@@ -64,8 +64,11 @@ export function peerCredentials(connection: net.Socket): SocketCredentials | und
   );
 }
 
-/** Credentials of a process. /proc is read on demand: a client that opens nothing causes no reading of files. */
-class SocketCredentials {
+/**
+ * The process at the other end, as the kernel noted it at connect(2). /proc is read on first use of `startTime` or `command`:
+ * a client that opens nothing costs no reading of files.
+ */
+export class SocketCredentials {
   #process: RunningProcess | undefined;
   #isLookedAt = false;
 
