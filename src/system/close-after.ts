@@ -1,19 +1,19 @@
-/** Closing what a command has opened, whether its work has succeeded or not: which failure is told, and what stays. */
+/** Closing something after work on it, whether the work has succeeded or not. Decides which failure is reported. */
 
 interface Closable {
   close(): Promise<void>;
-  /** The work has failed, and what was made for it is not wanted. */
+  /** The work has failed: remove what was created for it. */
   takeBackCreation?(): void;
 }
 
-/** Work on something that must be closed whatever happens, and which failure is told then. */
+/** Do `work`, then close `thing`. Errors: those of the work; if that succeeded, those of closing. */
 export async function closeAfter<T>(thing: Closable, work: () => Promise<T>): Promise<T> {
   let result: T;
   try {
     result = await work();
   } catch (error) {
     thing.takeBackCreation?.();
-    // The first failure is the one to tell.
+    // The first failure is the cause; a failure of closing may follow from it.
     await thing.close().catch(() => undefined);
     throw error;
   }

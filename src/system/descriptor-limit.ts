@@ -1,7 +1,7 @@
-/** How many descriptors this process may have open. Node has raised the soft limit to the hard one at its start. */
+/** How many descriptors this process may have open. Node raises the soft limit to the hard limit when it starts. */
 import fs from 'node:fs';
 
-/** RLIMIT_NOFILE as the kernel tells it; undefined where there is no procfs. */
+/** RLIMIT_NOFILE as the kernel reports it; undefined without procfs. */
 export function descriptorLimit(): number | undefined {
   try {
     const line = /^Max open files\s+(\d+)/m.exec(fs.readFileSync('/proc/self/limits', 'utf8'));

@@ -1,16 +1,16 @@
 /**
- * Making the name of a directory durable. POSIX promises of an fsync of a file nothing about its name, nor about that of
- * the directory that it is in: each directory above has to be synced itself.
+ * Making the names of files and directories durable. An fsync of a file makes neither its name durable nor the name of its
+ * directory (POSIX): each directory above must be synced itself.
  */
 import path from 'node:path';
 import { O_RDONLY, type FileCalls, type HostDisk } from './disk.js';
 
-/** A directory above may not be ours to open; and not every filesystem syncs directories. */
+/** This process may not be allowed to open a directory above; and not every filesystem syncs directories. */
 const CANNOT_SYNC = new Set(['EACCES', 'EPERM', 'EINVAL']);
 
 /**
- * What is in `directory`, its own name and those of the directories above it, up to the root of their filesystem, are on
- * stable storage when this resolves. `fd`: some file of that filesystem. Errors: those of the system.
+ * The names in `directory`, its own name, and the names of the directories above it, up to the root of their filesystem, are
+ * durable when this resolves. `fd`: any file of that filesystem. Errors: those of the system.
  */
 export async function makeNamesDurable(disk: HostDisk, directory: string, fd: number): Promise<void> {
   let at = disk.realpathSync(directory);
@@ -24,7 +24,7 @@ export async function makeNamesDurable(disk: HostDisk, directory: string, fd: nu
   if (needsMore) await disk.syncfs(fd);
 }
 
-/** The names in it are on stable storage when this returns. Errors: those of the system. */
+/** The names in `directory` are durable when this returns. Errors: those of the system. */
 export function syncDirectory(disk: FileCalls, directory: string): void {
   const fd = disk.openSync(directory, O_RDONLY);
   try {
@@ -34,7 +34,7 @@ export function syncDirectory(disk: FileCalls, directory: string): void {
   }
 }
 
-/** False if it cannot be done. */
+/** False if the directory cannot be synced. Errors: those of the disk. */
 function couldSync(disk: FileCalls, directory: string): boolean {
   try {
     syncDirectory(disk, directory);

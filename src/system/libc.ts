@@ -1,7 +1,7 @@
 /**
- * System calls about files that Node does not offer: reads that refuse to wait for the disk, holes, in-kernel copies,
- * advisory locks. Callers see numbers and Buffers, and nothing of koffi. The local store and the backup targets reach these
- * calls through the disk seam only (src/system/disk.ts).
+ * System calls on files that Node lacks: reads that do not wait for the disk, holes, in-kernel copies, advisory locks.
+ * Callers see numbers and Buffers, nothing of koffi. The local store and the backup targets reach these calls only through
+ * the disk seam (disk.ts). System calls on sockets are in socket-calls.ts.
  */
 import fs from 'node:fs';
 import koffi from 'koffi';
@@ -44,7 +44,7 @@ const statx = libc.func('int statx(int fd, str path, int flags, uint mask, _Out_
 const memfdCreate = libc.func('int memfd_create(const char *name, uint flags)');
 const fadvise = libc.func('int posix_fadvise64(int fd, int64_t offset, int64_t length, int advice)');
 
-/** A failed system call: `code` as Node names it, so that callers treat it like an error of node:fs. */
+/** A failed system call, with `code` as Node names it: callers treat it like an error of node:fs. */
 function systemError(call: string, errno: number): NodeJS.ErrnoException {
   const names = koffi.os.errno;
   const code = Object.keys(names).find((name) => names[name] === errno) ?? `errno ${errno}`;
@@ -57,7 +57,7 @@ function systemError(call: string, errno: number): NodeJS.ErrnoException {
 
 type Native = ReturnType<typeof libc.func>;
 
-/** Run `native` on a thread-pool thread. Resolves to its result; throws systemError for -1. */
+/** Run `native` on a thread of the pool. Resolves to its result. Errors: systemError, for -1. */
 function offLoop(call: string, native: Native, ...args: unknown[]): Promise<number> {
   return new Promise((resolve, reject) => {
     native.async(...args, (error: Error | null, result: number | bigint) => {
@@ -72,13 +72,13 @@ function codeOf(error: unknown): number {
   return -((error as NodeJS.ErrnoException).errno ?? 0);
 }
 
-// One iovec, filled anew for each call: calls are synchronous, so it is never shared.
+// One iovec, filled again for each call: calls are synchronous, so no two calls share it.
 const iovec = Buffer.alloc(16);
 const iovec32 = new Uint32Array(iovec.buffer, iovec.byteOffset, 4);
 let lastArrayBuffer: ArrayBufferLike | undefined;
 let lastBase = 0;
 
-/** The address of a buffer's first byte. Slabs are long-lived and few, so the last one asked for is remembered. */
+/** The address of a buffer's first byte. Slabs are few and live long, so the last one is cached. */
 function addressOf(buffer: Buffer): number {
   if (buffer.buffer !== lastArrayBuffer) {
     lastArrayBuffer = buffer.buffer;
@@ -88,8 +88,8 @@ function addressOf(buffer: Buffer): number {
 }
 
 /**
- * Read what is in the page cache, without waiting for the disk. Returns the bytes read (possibly fewer than asked for),
- * WOULD_WAIT, or NOT_SUPPORTED where the filesystem cannot do it. preadv2(2), RWF_NOWAIT.
+ * Read from the page cache, without waiting for the disk. Returns how many bytes (perhaps fewer than asked for), WOULD_WAIT,
+ * or NOT_SUPPORTED where the filesystem cannot do it. preadv2(2), RWF_NOWAIT.
  */
 export function readNoWait(fd: number, into: Buffer, offset: number): number {
   const address = addressOf(into);
@@ -105,7 +105,7 @@ export function readNoWait(fd: number, into: Buffer, offset: number): number {
   throw systemError('preadv2', errno);
 }
 
-/** Give the range's space back; it reads as zeros. False where the filesystem has no holes. */
+/** Free the range's space; it then reads as zeros. False where the filesystem has no holes. */
 export async function punchHole(fd: number, offset: number, length: number): Promise<boolean> {
   try {
     await offLoop('fallocate', fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
@@ -116,7 +116,7 @@ export async function punchHole(fd: number, offset: number, length: number): Pro
   }
 }
 
-/** Make the range zeros that are allocated. False where the filesystem cannot; then zeros have to be written. */
+/** Turn the range into allocated zeros. False where the filesystem cannot: then zeros must be written. */
 export async function zeroRange(fd: number, offset: number, length: number): Promise<boolean> {
   try {
     await offLoop('fallocate', fallocate, fd, FALLOC_FL_ZERO_RANGE, offset, length);
@@ -127,17 +127,17 @@ export async function zeroRange(fd: number, offset: number, length: number): Pro
   }
 }
 
-/** Whether the filesystem of this scratch file, of at least `length` bytes, has holes. */
+/** Whether the filesystem has holes. `fd`: a scratch file of at least `length` bytes. */
 export function canPunchHole(fd: number, length: number): boolean {
   return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, length) === 0;
 }
 
-/** Whether it can make allocated zeros without writing them. */
+/** Whether the filesystem can make allocated zeros without writing them. `fd`: a scratch file, as above. */
 export function canZeroRange(fd: number, length: number): boolean {
   return fallocate(fd, FALLOC_FL_ZERO_RANGE, 0, length) === 0;
 }
 
-/** Reserve space beyond the end of the file without changing its size. fallocate(2). */
+/** Allocate space, also beyond the end of the file, without changing its size. fallocate(2). */
 export function reserve(fd: number, offset: number, length: number): Reserved {
   if (fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, length) === 0) return 'done';
   const errno = koffi.errno();
@@ -145,8 +145,8 @@ export function reserve(fd: number, offset: number, length: number): Reserved {
 }
 
 /**
- * A file of `length` zeros without a name, in memory that is allocated when this returns; undefined where that cannot be
- * had (no memory, no memfd_create(2)).
+ * A file of `length` zeros without a name, in memory that is allocated when this returns; undefined if there is no memory or
+ * no memfd_create(2).
  */
 export function memoryFile(name: string, length: number): number | undefined {
   const fd = memfdCreate(name, MFD_CLOEXEC) as number;
@@ -163,7 +163,7 @@ export async function nextData(fd: number, offset: number): Promise<number> {
   } catch (error) {
     const errno = codeOf(error);
     if (errno === ENXIO) return -1;
-    // linux block/fops.c, blkdev_llseek: it knows of no holes. Every filesystem does, as lseek(2) has it.
+    // A block device has no holes (linux block/fops.c, blkdev_llseek). Every filesystem has SEEK_DATA (lseek(2)).
     if (errno === EINVAL) return offset;
     throw error;
   }
@@ -181,12 +181,12 @@ export async function nextHole(fd: number, offset: number): Promise<number> {
   }
 }
 
-/** The size of what is open: of a block device too, of which fstat does not tell it. Moves the position of the file. */
+/** The size of an open file or block device, whose size fstat does not report. Moves the position of the file. */
 export function endOf(fd: number): Promise<number> {
   return offLoop('lseek', lseek, fd, 0, SEEK_END);
 }
 
-/** Share all blocks of `from` with `to` (FICLONE). False where the filesystem has no reflinks. */
+/** Make `to` share all blocks of `from` (FICLONE). False where the filesystem has no reflinks. */
 export async function cloneFile(from: number, to: number): Promise<boolean> {
   try {
     await offLoop('ioctl(FICLONE)', ioctlInt, to, FICLONE, from);
@@ -198,7 +198,7 @@ export async function cloneFile(from: number, to: number): Promise<boolean> {
   }
 }
 
-/** Copy [offset, offset+length) to the same place in another file, inside the kernel. Returns the bytes copied. */
+/** Copy [offset, offset + length) to the same offset of another file, in the kernel. Returns how many bytes; -1 where it cannot. */
 export async function copyRange(from: number, to: number, offset: number, length: number): Promise<number> {
   try {
     const position = (): BigInt64Array => BigInt64Array.of(BigInt(offset));
@@ -215,17 +215,17 @@ export async function willNeed(fd: number, offset: number, length: number): Prom
   await offLoop('posix_fadvise', fadvise, fd, offset, length, POSIX_FADV_WILLNEED);
 }
 
-/** Wait until all that was written to the filesystem of this file is on disk. */
+/** Make all data written to the filesystem of this file durable. */
 export async function syncFilesystem(fd: number): Promise<void> {
   await offLoop('syncfs', syncfs, fd);
 }
 
-/** The number of the mount that `path` is on, as in /proc/self/mountinfo; given again after an unmount. Undefined before Linux 5.8. */
+/** The number of the mount of `path`, as in /proc/self/mountinfo; reused after an unmount. Undefined before Linux 5.8. */
 export function mountId(path: string): bigint | undefined {
   return mountIdOf(path, STATX_MNT_ID);
 }
 
-/** The number of the mount that `path` is on, never given again on this boot. Undefined before Linux 6.8. */
+/** The number of the mount of `path`, never reused on this boot. Undefined before Linux 6.8. */
 export function uniqueMountId(path: string): bigint | undefined {
   return mountIdOf(path, STATX_MNT_ID_UNIQUE);
 }
@@ -236,14 +236,14 @@ function mountIdOf(path: string, field: number): bigint | undefined {
   return (into.readUInt32LE(0) & field) === 0 ? undefined : into.readBigUInt64LE(MNT_ID_AT);
 }
 
-/** Forget what is cached of a file that is in sync with its disk: who reads it next reads the disk. A hint. */
+/** Drop the cached pages of a file that is in sync with its disk, so that the next read reads the disk. A hint. */
 export async function dropCached(fd: number): Promise<void> {
   await offLoop('posix_fadvise', fadvise, fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 /**
- * Lock an open file for this process, or `shared` with others that read only. False if somebody else has it. The lock goes
- * with the descriptor.
+ * Lock an open file for this process, or `shared` among readers. False if another process holds the lock. Closing the
+ * descriptor releases it.
  */
 export function tryLock(fd: number, { shared = false } = {}): boolean {
   if (flock(fd, (shared ? LOCK_SH : LOCK_EX) | LOCK_NB) === 0) return true;

@@ -1,18 +1,18 @@
 /**
- * How much memory this process may use: the machine's, or less where a cgroup (a container, MemoryMax= of a unit) says so.
- * Owns the ways of cgroups, of both versions; what is done with the figure is the daemon's.
+ * How much memory this process may use: the machine's, or less if a cgroup limits it (a container, MemoryMax= of a unit).
+ * Owns the paths and files of cgroups, of both versions; the daemon decides what to do with the figure.
  */
 import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 
-/** Files that bound a cgroup's memory, by version: cgroups(7). `memory.high` slows a process down instead of ending it. */
+/** Files that limit a cgroup's memory, by version: cgroups(7). `memory.high` slows a process down instead of ending it. */
 const V2_FILES = ['memory.max', 'memory.high'];
 const V1_FILES = ['memory.limit_in_bytes'];
 
 /**
- * Bytes. `root` is where /proc and /sys are, for tests. libuv's uv_get_constrained_memory does not look at what is above a
- * process's own cgroup, where the limit of a slice or of a container is.
+ * In bytes. `root`: where /proc and /sys are, for tests. libuv's uv_get_constrained_memory looks at the process's own cgroup
+ * only; the limit of a slice or a container is on a cgroup above it.
  */
 export function machineMemory(root = '/', total = os.totalmem()): number {
   let least = total;
@@ -22,7 +22,7 @@ export function machineMemory(root = '/', total = os.totalmem()): number {
   return least;
 }
 
-/** Of the process's cgroups and all above them. */
+/** The directories of the process's cgroups and of all cgroups above them, each with its limit files. */
 function* cgroupDirectories(root: string): Generator<readonly [string, readonly string[]]> {
   let lines: string[];
   try {
@@ -38,7 +38,7 @@ function* cgroupDirectories(root: string): Generator<readonly [string, readonly 
     if (hierarchy !== '0' && !isV1) continue;
     const mount = path.join(root, isV1 ? 'sys/fs/cgroup/memory' : 'sys/fs/cgroup');
     const files = isV1 ? V1_FILES : V2_FILES;
-    // In a container the path may be that of the host, which is not there: then the container's own is the top.
+    // In a container the path may be the host's and not exist here: then the container's own cgroup is the top directory.
     for (let at = path.normalize(own); ; at = path.dirname(at)) {
       yield [path.join(mount, at), files];
       if (at === '/' || at === '.') break;
@@ -46,7 +46,7 @@ function* cgroupDirectories(root: string): Generator<readonly [string, readonly 
   }
 }
 
-/** Infinity: none. */
+/** In bytes; Infinity if there is no limit. */
 function limitIn(file: string): number {
   try {
     const text = fs.readFileSync(file, 'utf8').trim();

@@ -1,12 +1,12 @@
 /**
- * Which mounting of which filesystem a directory is on, as text to be compared. What is in the page cache is lost when a
- * filesystem is unmounted and is not when a process ends, and the kernel has no one number for "the same mounting":
- * - ext4, XFS, F2FS and btrfs have a folder in /sys/fs for as long as they are mounted somewhere; its inode number is new
- *   with each (fs/kernfs/dir.c, kernfs_new_node). Namespaces do not matter: a service that is started again in a mount
- *   namespace of its own is on the same mounting.
- * - What a tmpfs holds cannot come back after it.
- * - Elsewhere it is the number of the mount, never given twice since Linux 6.8 (statx(2), STATX_MNT_ID_UNIQUE), which is
- *   another one in each mount namespace. Before 6.8 nothing tells: the device's number has to do.
+ * Which mounting of which filesystem a directory is on, as text to compare. An unmount may lose data of the page cache, the
+ * end of a process does not; and the kernel has no single number for "the same mounting":
+ * - ext4, XFS, F2FS and btrfs have a folder in /sys/fs while they are mounted anywhere. Each such folder has a new inode
+ *   number (fs/kernfs/dir.c, kernfs_new_node). Namespaces do not matter: a service that is started again in its own mount
+ *   namespace is on the same mounting.
+ * - The content of a tmpfs does not survive an unmount.
+ * - On other filesystems it is the number of the mount, never reused since Linux 6.8 (statx(2), STATX_MNT_ID_UNIQUE). It
+ *   differs between mount namespaces. Before 6.8 mountings cannot be told apart; only the device number is left.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -20,7 +20,7 @@ const BTRFS_MAGIC = 0x9123683e;
 const TMPFS_MAGIC = 0x01021994;
 const FOLDER_OF: Readonly<Record<number, string>> = { [EXT4_MAGIC]: 'ext4', [XFS_MAGIC]: 'xfs', [F2FS_MAGIC]: 'f2fs' };
 
-/** One line without blanks at its ends. Never fails: what cannot be found out is left out. */
+/** One line without blanks at its ends. Unknown parts are left out. Errors: those of stat(2) and statfs(2). */
 export function mountIdentity(directory: string): string {
   const { dev } = fs.statSync(directory, { bigint: true });
   return `${dev} ${mounting(directory, dev)}`;
@@ -53,7 +53,7 @@ function blockDeviceName(dev: bigint): string | undefined {
   }
 }
 
-/** A btrfs has a device number of no device: the way to its folder is a device that it is made of. */
+/** The device number of a btrfs is not that of a device: its folder is found by one of the devices that it consists of. */
 function btrfsNumber(directory: string): bigint | undefined {
   try {
     const mount = libc.mountId(directory);

@@ -1,6 +1,6 @@
 /**
- * The part of the disk that Node offers, for the real disk and for those who make a directory before anything of libc need be
- * loaded. Each method is its call of node:fs.
+ * The part of the disk seam that Node offers: for the real disk, and for code that creates a directory before libc needs to
+ * be loaded. Each method is one call of node:fs and decides nothing.
  */
 import fs from 'node:fs';
 import { promisify } from 'node:util';
@@ -33,7 +33,7 @@ export class NodeFiles implements FileCalls {
     fs.closeSync(fd);
   }
 
-  /** Node's own promises make an object each. */
+  /** Not promisified: util.promisify makes an object for the result of fs.read. */
   read(fd: number, into: Buffer, at: number, offset: number): Promise<number> {
     return new Promise((resolve, reject) => {
       fs.read(fd, into, at, into.length - at, offset, (error, count) => (error ? reject(error) : resolve(count)));

@@ -1,4 +1,4 @@
-/** A file that is open on a disk, for whoever would hand both on together. Owns the descriptor, and closes it once. */
+/** An open file together with its disk. Owns the descriptor, and closes it once. */
 import type { FileStatus, HostDisk } from './disk.js';
 import { readPadded, readToEnd, writeFully } from './whole-io.js';
 
@@ -11,7 +11,7 @@ export class OpenFile {
     this.#fd = fd;
   }
 
-  /** -1 once it is closed. */
+  /** -1 after close. */
   get fd(): number {
     return this.#fd;
   }
@@ -20,12 +20,12 @@ export class OpenFile {
     return this.#disk.fstatSync(this.#fd);
   }
 
-  /** Returns how much of `into` is filled: less than all of it where the file ends. */
+  /** Returns how much of `into` is filled: less than all of it if the file ends. */
   readToEnd(into: Buffer, offset: number): Promise<number> {
     return readToEnd(this.#disk, this.#fd, into, offset);
   }
 
-  /** Behind the end of the file are zeros. */
+  /** Bytes behind the end of the file are zeros. */
   readPadded(into: Buffer, offset: number): Promise<void> {
     return readPadded(this.#disk, this.#fd, into, offset);
   }
@@ -52,12 +52,12 @@ export class OpenFile {
     return this.#disk.dropCached(this.#fd);
   }
 
-  /** With all that belongs to it. */
+  /** Data and metadata. fsync(2). */
   sync(): Promise<void> {
     return this.#disk.fsync(this.#fd);
   }
 
-  /** False if another process has it. */
+  /** False if another process holds the lock. */
   tryLock(): boolean {
     return this.#disk.tryLockSync(this.#fd);
   }

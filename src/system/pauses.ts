@@ -1,4 +1,4 @@
-/** Pauses that end at once when what they are for is closed. Owns their timers. */
+/** Pauses that all end at once when their user is closed. Owns their timers. */
 export class Pauses {
   readonly #sleepers = new Set<() => void>();
   #isOver = false;
@@ -17,7 +17,7 @@ export class Pauses {
     });
   }
 
-  /** All that wait go on; nobody waits any more. */
+  /** All pauses end, and later ones end at once. */
   end(): void {
     this.#isOver = true;
     for (const wake of this.#sleepers) wake();

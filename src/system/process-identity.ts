@@ -1,21 +1,21 @@
 /**
- * Which process: a number alone is given out again, so it goes with the time the process began and the boot it belongs to.
- * Owns the reading of /proc for that; decides nothing.
+ * Which process: process numbers are reused, so a process is named by its number, its start time and the boot.
+ * Owns the parsing of /proc/PID/stat; decides nothing.
  */
 import fs from 'node:fs';
 import { bootIdOfKernel } from './boot-id.js';
 
-/** Fields of /proc/PID/stat behind the command's name, which may hold anything, up to starttime (proc(5)). */
+/** Index of starttime among the fields of /proc/PID/stat behind the command's name, which may hold anything (proc(5)). */
 const STARTTIME_FIELD = 19;
 
 export interface RunningProcess {
-  /** In clock ticks since the boot. */
+  /** Clock ticks since the boot. */
   readonly startTime: number;
-  /** As the process gives it. */
+  /** The name that the process gives itself. */
   readonly command: string;
 }
 
-/** Undefined if there is no such process that this one can see, or only what is left of it until its parent has looked. */
+/** Undefined if this process can see no such process, or only a zombie that its parent has not waited for. */
 export function lookAtProcess(pid: number): RunningProcess | undefined {
   let stat: string;
   try {
@@ -39,15 +39,15 @@ function threadsOf(pid: number): number {
   }
 }
 
-/** Of the kernel that runs now: what was noted under another one is of processes that are gone. */
+/** The running kernel's; 'unknown' without procfs. Records with another boot id are about processes that are gone. */
 export const bootId: string = bootIdOfKernel() ?? 'unknown';
 
-/** Stands for one process and no other. */
+/** Names one process and no other. */
 export function processKey(pid: number, startTime: number): string {
   return `${bootId}:${pid}:${startTime}`;
 }
 
-/** Whether the process that `key` was made for still runs. */
+/** Whether the process with this key still runs. */
 export function isRunning(key: string): boolean {
   const [boot, pid, startTime] = key.split(':');
   return boot === bootId && lookAtProcess(Number(pid))?.startTime === Number(startTime);

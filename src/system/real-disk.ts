@@ -1,6 +1,6 @@
 /**
- * The disk as the kernel has it: each method of HostDisk is its system call and nothing else, so that the calls of the data
- * path cost what they cost without the seam. src/store/local and src/jobs call the kernel about files through here only
+ * The real disk: each method of HostDisk is its system call and nothing else, so that calls on the data path cost the same
+ * as without the seam. src/store/local and the backup targets in src/jobs reach files only through a HostDisk
  * (test/system/disk-seam.test.ts).
  */
 import fs from 'node:fs';
@@ -101,8 +101,8 @@ class RealDisk extends NodeFiles implements HostDisk {
 }
 
 /**
- * For tests of a whole process. A module that is loaded first (node --import) may put a function under this name into
- * globalThis: it is given the real disk and returns the one to be used.
+ * For tests of a whole process. A module that is loaded first (node --import) may put a function under this symbol into
+ * globalThis: it gets the real disk and returns the disk to use.
  */
 const REPLACED = Symbol.for('sheepgate.hostDisk');
 

@@ -1,7 +1,7 @@
 /**
- * The system calls on sockets that Node does not offer: who is at the other end of a unix socket, datagrams to one, and
- * writing to any descriptor without waiting. Where koffi cannot be loaded, or the system is another, nothing here works and the
- * callers say so.
+ * System calls on sockets that Node lacks: the process at the other end of a unix socket, the state of a TCP connection,
+ * datagrams to a unix socket, and writes to any descriptor without waiting. Decides nothing: an answer that the kernel does not
+ * give is undefined.
  */
 import type net from 'node:net';
 import koffi from 'koffi';
@@ -15,7 +15,7 @@ const TCP_KEEPIDLE = 4; // linux/tcp.h
 const TCP_KEEPINTVL = 5;
 const TCP_INFO = 11;
 const TCP_USER_TIMEOUT = 18;
-/** struct tcp_info of linux/tcp.h: as much of it as is looked at, which Linux has had since 4.6, and where that is. */
+/** struct tcp_info of linux/tcp.h: its first bytes, in Linux since 4.6, and the offsets of the fields that are read. */
 const TCP_INFO_BYTES = 148;
 const TCPI_STATE = 0;
 const TCPI_PROBES = 3;
@@ -36,7 +36,7 @@ const MSG_DONTWAIT = 0x40;
 const MSG_NOSIGNAL = 0x4000;
 const SUN_PATH_BYTES = 108;
 const POLLOUT = 4; // asm-generic/poll.h
-/** NGROUPS_MAX is 65536; nobody who needs as many is told by group. */
+/** NGROUPS_MAX is 65536; the groups of a process with more than this are unknown. */
 const MAX_GROUPS = 1024;
 
 const libc = koffi.load('libc.so.6');
@@ -49,7 +49,7 @@ const send = libc.func('long send(int fd, void *data, size_t length, int flags)'
 const poll = libc.func('int poll(void *descriptors, ulong count, int timeout)');
 const close = libc.func('int close(int fd)');
 
-/** Who connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
+/** The process that connected `connection`, a unix socket; undefined if the kernel does not say. unix(7), SO_PEERCRED. */
 export function peerCredentials(connection: net.Socket): SocketCredentials | undefined {
   const fd = descriptorOf(connection);
   if (fd === undefined) return undefined;
@@ -94,7 +94,7 @@ export class SocketCredentials {
   }
 }
 
-/** The same for the uid alone; of the connecting side's socket it is whoever called listen(2). */
+/** The uid at the other end; for the connecting side's socket it is that of the process that called listen(2). */
 export function peerUid(connection: net.Socket): number | undefined {
   const fd = descriptorOf(connection);
   const identity = fd === undefined ? undefined : option(fd, SO_PEERCRED, 12);
@@ -102,9 +102,9 @@ export function peerUid(connection: net.Socket): number | undefined {
 }
 
 /**
- * Give `connection` up when the peer has not acknowledged what was sent to it for so long, or has had no room for more of it.
- * Without it the kernel goes on sending for a quarter of an hour, and asks no keepalive questions meanwhile. 0: without it.
- * Whether it could be set: not on unix sockets.
+ * End `connection` when, for `timeoutMs`, the peer has not acknowledged sent data or has had no room for more. Without this
+ * option the kernel sends again for a quarter of an hour, and sends no keepalive probes meanwhile. 0 removes the option.
+ * Returns whether it could be set: not on unix sockets. tcp(7), TCP_USER_TIMEOUT.
  */
 export function setUserTimeout(connection: net.Socket, timeoutMs: number): boolean {
   const fd = descriptorOf(connection);
@@ -114,22 +114,22 @@ export function setUserTimeout(connection: net.Socket, timeoutMs: number): boole
   return setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, value.length) === 0;
 }
 
-/** How the sending half of a TCP connection is. */
+/** The state of the sending half of a TCP connection. */
 export interface SendState {
-  /** There is more to send, and the peer has no room for it: it does not read. */
+  /** There is more to send and the peer has no room for it: the peer does not read. */
   readonly isWindowClosed: boolean;
-  /** How often in a row the peer was asked for room, and has not answered. */
+  /** Window probes in a row that the peer has not answered. */
   readonly unansweredProbes: number;
-  /** How long ago it acknowledged anything, milliseconds. */
+  /** Milliseconds since the peer's last acknowledgement. */
   readonly lastAckMs: number;
 }
 
-/** Undefined if the kernel does not say; so it is for unix sockets. */
+/** Undefined if the kernel does not say, as for unix sockets. */
 export function sendState(connection: net.Socket): SendState | undefined {
   const info = tcpInfo(connection);
   return (
     info && {
-      // Nothing is on its way, and yet there is something to send.
+      // Nothing is in flight, and yet there is something to send.
       isWindowClosed: info.readUInt32LE(TCPI_NOTSENT_BYTES) > 0 && info.readUInt32LE(TCPI_UNACKED) === 0,
       unansweredProbes: info.readUInt8(TCPI_PROBES),
       lastAckMs: info.readUInt32LE(TCPI_LAST_ACK_RECV),
@@ -144,8 +144,8 @@ function tcpInfo(connection: net.Socket): Buffer | undefined {
 }
 
 /**
- * Whether the other end of `connection` has closed it, or shut down what it sends, whatever is left to be read. False also where
- * that cannot be found out.
+ * Whether the other end has closed `connection` or shut down its sending half, even if data is left to read. False also
+ * where the kernel cannot say.
  */
 export function hasPeerEnded(connection: net.Socket): boolean {
   const fd = descriptorOf(connection);
@@ -154,7 +154,7 @@ export function hasPeerEnded(connection: net.Socket): boolean {
   return found && (events & (POLLHUP | POLLRDHUP)) !== 0;
 }
 
-/** Milliseconds since anything came from the other end, be it an acknowledgement; undefined if it is no open TCP connection. */
+/** Milliseconds since the other end sent data or an acknowledgement; undefined if this is not an open TCP connection. */
 export function msSinceHeard(connection: net.Socket): number | undefined {
   const info = tcpInfo(connection);
   if (info?.[TCPI_STATE] !== TCP_ESTABLISHED) return undefined;
@@ -162,8 +162,8 @@ export function msSinceHeard(connection: net.Socket): number | undefined {
 }
 
 /**
- * Ask the other end of a TCP connection, from now on every `seconds`, whether it is there; the kernel does, and the other
- * kernel answers. Returns what sets the times back; undefined if it could not be set.
+ * Send a keepalive probe every `seconds` on a TCP connection; the kernels send and answer them. Returns a function that
+ * restores the former times; undefined if they could not be set.
  */
 export function askOften(connection: net.Socket, seconds: number): (() => void) | undefined {
   const fd = descriptorOf(connection);
@@ -176,7 +176,7 @@ export function askOften(connection: net.Socket, seconds: number): (() => void) 
   often.writeUInt32LE(seconds);
   if (!names.every((name) => set(fd, name, often))) return undefined;
   return () => {
-    // The descriptor may be closed by now, and another connection's.
+    // The descriptor may be closed by now, and reused by another connection.
     const still = descriptorOf(connection);
     if (still === undefined) return;
     names.forEach((name, i) => {
@@ -186,7 +186,7 @@ export function askOften(connection: net.Socket, seconds: number): (() => void) 
   };
 }
 
-/** Where a socket is bound: a path or "@NAME", or an IP address; undefined if it is neither, or no socket. */
+/** The address that a socket is bound to: a path or "@NAME", or an IP address; undefined if neither, or not a socket. */
 export function boundAddress(
   fd: number,
 ): { readonly path: string } | { readonly host: string; readonly port: number } | undefined {
@@ -206,7 +206,7 @@ export function boundAddress(
       return { host: address.subarray(4, 8).join('.'), port: address.readUInt16BE(2) };
     case AF_INET6: {
       const groups = Array.from({ length: 8 }, (_, i) => address.readUInt16BE(8 + 2 * i).toString(16));
-      // The shortest form, as everybody writes it.
+      // In the usual, shortest form.
       const host = new URL(`http://[${groups.join(':')}]`).hostname.slice(1, -1);
       return { host, port: address.readUInt16BE(2) };
     }
@@ -215,7 +215,7 @@ export function boundAddress(
   }
 }
 
-/** Send one datagram to a unix socket: a path, or "@NAME" in the abstract namespace. Whether it was taken. */
+/** Send one datagram to a unix socket: a path, or "@NAME" in the abstract namespace. Returns whether the socket took it. */
 export function sendDatagram(address: string, text: string): boolean {
   const name = Buffer.from(address);
   if (name.length === 0 || name.length >= SUN_PATH_BYTES) return false;
@@ -234,8 +234,8 @@ export function sendDatagram(address: string, text: string): boolean {
 }
 
 /**
- * Send what a stream socket takes at once, whatever its mode is: how many bytes it took, 0 if it takes none now. Errors: those
- * of send(2), with their code.
+ * Send on a stream socket without waiting, even if the socket is in blocking mode. Returns how many bytes the socket took; 0 if
+ * it has no room now. Errors: those of send(2), with their code.
  */
 export function sendNow(fd: number, bytes: Buffer): number {
   const sent = Number(send(fd, bytes, bytes.length, MSG_DONTWAIT | MSG_NOSIGNAL) as number | bigint);
@@ -247,12 +247,12 @@ export function sendNow(fd: number, bytes: Buffer): number {
   throw Object.assign(new Error(`${code}: send`), { code, errno: -errno, syscall: 'send' });
 }
 
-/** Whether a write would take something, or fail, at once. */
+/** Whether a write would at once take bytes or fail. */
 export function isWritable(fd: number): boolean {
   return pollNow(fd, POLLOUT).found;
 }
 
-/** poll(2) that does not wait: whether something has happened, or is wrong, and what. */
+/** poll(2) without waiting: whether there are events or errors, and which. */
 function pollNow(fd: number, wanted: number): { readonly found: boolean; readonly events: number } {
   const descriptor = Buffer.alloc(8); // struct pollfd: fd, events, revents
   descriptor.writeInt32LE(fd, 0);
@@ -269,7 +269,7 @@ function option(fd: number, name: number, maxBytes: number, level = SOL_SOCKET):
   return value.subarray(0, length.readUInt32LE(0));
 }
 
-/** Node has no public way to the descriptor of a socket. */
+/** Undefined if the socket has none. Node has no public way to it. */
 function descriptorOf(connection: net.Socket): number | undefined {
   const { _handle: handle } = connection as unknown as { readonly _handle?: { readonly fd?: unknown } };
   return typeof handle?.fd === 'number' && handle.fd >= 0 ? handle.fd : undefined;

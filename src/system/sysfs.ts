@@ -1,10 +1,10 @@
-/** What Linux tells of a block device in /sys/dev/block, which fstat does not. Owns the way from a device number to there. */
+/** Attributes of a block device in /sys/dev/block, which fstat does not report. Owns the path from a device number to them. */
 import fs from 'node:fs';
 
-/** As of makedev(3): a part of each number is above the others. */
+/** Device numbers have a high and a low half (makedev(3)). */
 const HIGH = 2 ** 32;
 
-/** One attribute of the device with this number; undefined where the kernel does not tell it. */
+/** One attribute of the device with this number; undefined if the kernel does not report it. */
 export function blockDeviceAttribute(rdev: number, name: string): string | undefined {
   const high = Math.floor(rdev / HIGH);
   const low = rdev % HIGH;

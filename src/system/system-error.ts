@@ -1,10 +1,10 @@
 /**
- * What the operating system refuses, in the words of a message: what was wanted, of which path, why, and what to do. Owns those
- * words; decides nothing, and changes no error that is not the system's.
+ * Words for errors of the operating system: what was asked, on which path, why it failed, and what to do. Owns those words;
+ * decides nothing. Errors that are not the system's keep their message.
  */
 import util from 'node:util';
 
-/** What a system call was for. Others are named. */
+/** What a system call was for. Calls that are missing here go by their name. */
 const WANTED: Readonly<Record<string, string>> = {
   open: 'open',
   read: 'read',
@@ -14,12 +14,12 @@ const WANTED: Readonly<Record<string, string>> = {
   ftruncate: 'write',
   fallocate: 'write',
   close: 'write',
-  stat: 'look at',
-  lstat: 'look at',
-  fstat: 'look at',
+  stat: 'inspect',
+  lstat: 'inspect',
+  fstat: 'inspect',
   access: 'use',
-  realpath: 'look at',
-  readlink: 'look at',
+  realpath: 'inspect',
+  readlink: 'inspect',
   opendir: 'read the directory',
   scandir: 'read the directory',
   mkdir: 'make the directory',
@@ -31,51 +31,51 @@ const WANTED: Readonly<Record<string, string>> = {
   lseek: 'read',
 };
 
-/** What to do about it, by its code. */
+/** What to do, by error code. */
 const ADVICE: Readonly<Record<string, string>> = {
-  ENOENT: 'look at the name, or mount what belongs there',
-  ENOTDIR: 'a part of this path is a file where a directory must be; look at the name',
+  ENOENT: 'check the name, or mount the filesystem that belongs there',
+  ENOTDIR: 'a part of this path is a file, not a directory; check the name',
   EISDIR: 'it is a directory; give the name of a file',
-  EACCES: 'run this as a user who may, or change the permissions of it and of the directories above it',
-  EPERM: 'run this as a user who may',
-  EROFS: 'mount it so that it can be written to, or give another place',
+  EACCES: 'run this as a user with access, or change the permissions of it and of the directories above it',
+  EPERM: 'run this as a user with that permission',
+  EROFS: 'mount it writable, or give another place',
   ENOSPC: 'make room there, or give another place',
-  EDQUOT: 'make room there, have the quota raised, or give another place',
-  EFBIG: 'the filesystem has no files of this size; give another place',
+  EDQUOT: 'make room there, raise the quota, or give another place',
+  EFBIG: 'the filesystem does not support files of this size; give another place',
   ENAMETOOLONG: 'give a shorter name',
-  ELOOP: 'its symbolic links lead in a circle; give the name of what is meant',
-  EIO: 'the disk does not do its work; dmesg may say why',
-  ESTALE: 'the server of this filesystem has lost it; mount it again',
-  EMFILE: "this process may have no more files open; raise 'ulimit -n'",
-  ENFILE: 'the system can have no more files open; raise fs.file-max',
+  ELOOP: 'its symbolic links form a circle; give the real name',
+  EIO: 'the disk has failed; dmesg may say why',
+  ESTALE: 'the server of this filesystem does not know it any more; mount it again',
+  EMFILE: "this process has too many open files; raise 'ulimit -n'",
+  ENFILE: 'the system has too many open files; raise fs.file-max',
   ENOMEM: 'free some memory',
-  ETXTBSY: 'it is a program that runs; give another name',
-  EBUSY: 'something uses it; look what, with lsof or findmnt',
-  ENXIO: 'there is nothing behind this name; look what it is',
-  ENODEV: 'there is no such device; look at the name',
+  ETXTBSY: 'it is a running program; give another name',
+  EBUSY: 'it is in use; lsof or findmnt show by what',
+  ENXIO: 'there is no device or reader behind this name; check what it is',
+  ENODEV: 'there is no such device; check the name',
 };
 
 export interface SystemError extends NodeJS.ErrnoException {
   readonly code: string;
   readonly syscall: string;
-  /** Of two paths, the second one. */
+  /** The second path, of calls that have two. */
   readonly dest?: string;
 }
 
-/** Whether a call of the system has failed; not whether one of our layers has said something about that. */
+/** Whether this is the error of a system call itself; not one of our layers' errors about it. */
 export function isSystemError(error: unknown): error is SystemError {
   const { code, syscall } = (error ?? {}) as Partial<NodeJS.ErrnoException>;
   return error instanceof Error && typeof code === 'string' && typeof syscall === 'string';
 }
 
-/** Why: "no such file or directory (ENOENT)"; of any other error its message. */
+/** The reason: "no such file or directory (ENOENT)"; for any other error its message. */
 export function reasonOf(error: Error): string {
   if (!isSystemError(error)) return error.message;
   const [, words] = (error.errno !== undefined && util.getSystemErrorMap().get(error.errno)) || [];
   return words === undefined ? error.message : `${words} (${error.code})`;
 }
 
-/** What, of which path, and why. `file`: where the call does not say it, as of an open file. */
+/** What failed, on which path, and why. `file`: the path, if the error lacks it, as for an open file. */
 export function whatFailed(error: SystemError, file?: string): string {
   const { syscall, path = file, dest } = error;
   const wanted = WANTED[syscall] ?? syscall;
@@ -84,13 +84,13 @@ export function whatFailed(error: SystemError, file?: string): string {
     .concat(`: ${reasonOf(error)}`);
 }
 
-/** Why, after words that say what was being done: with the path only if they do not have it. */
+/** The reason, for a message that begins with `doing`: with the path unless `doing` contains it. */
 export function reasonBeside(doing: string, error: Error): string {
   const isNamed = !isSystemError(error) || error.path === undefined || doing.includes(error.path);
   return isNamed ? reasonOf(error) : whatFailed(error);
 }
 
-/** What failed, and what to do. */
+/** What failed, and what to do. `file`: as for whatFailed. */
 export function systemMessage(error: SystemError, file?: string): string {
   const advice = ADVICE[error.code];
   return advice === undefined ? whatFailed(error, file) : `${whatFailed(error, file)}; ${advice}`;

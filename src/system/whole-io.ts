@@ -1,10 +1,10 @@
 /**
- * Reads and writes of whole buffers, whatever the kernel does at a time. What a read does at the end of the file is in its
- * name: `readToEnd` says how much there was, `readPadded` fills the rest with zeros. Owns no descriptors.
+ * Reads and writes of whole buffers, though the kernel may do a part of them per call. The names say what a read does at the
+ * end of the file: `readToEnd` returns how much there was, `readPadded` fills the rest with zeros. Owns no descriptors.
  */
 import type { HostDisk } from './disk.js';
 
-/** Read until `into` is full or the file ends. Resolves to how much of it is filled, with the `done` bytes that were. */
+/** Read until `into` is full or the file ends. `done` bytes are filled already. Resolves to how many are filled at the end. */
 export async function readToEnd(disk: HostDisk, fd: number, into: Buffer, offset: number, done = 0): Promise<number> {
   while (done < into.length) {
     const count = await disk.read(fd, into, done, offset + done);
@@ -14,7 +14,7 @@ export async function readToEnd(disk: HostDisk, fd: number, into: Buffer, offset
   return done;
 }
 
-/** Fill `into` from `offset`; what lies behind the end of the file is zeros. `done` bytes are filled already. */
+/** Read into all of `into`; bytes behind the end of the file are zeros. `done` bytes are filled already. */
 export async function readPadded(disk: HostDisk, fd: number, into: Buffer, offset: number, done = 0): Promise<void> {
   into.fill(0, await readToEnd(disk, fd, into, offset, done));
 }

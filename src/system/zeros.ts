@@ -1,8 +1,8 @@
-/** Whether bytes are all zeros, for whoever leaves out or gives back what is. */
+/** Whether bytes are all zeros, for code that skips zeros or frees their space. */
 
 const ZEROS = Buffer.alloc(64 * 2 ** 10);
 
-/** Looks at the first byte first: data shows itself there, nearly always. */
+/** The first byte is checked first: in data it is rarely zero. */
 export function isZeros(data: Buffer): boolean {
   if (data.length > 0 && data[0] !== 0) return false;
   for (let from = 0; from < data.length; from += ZEROS.length) {

@@ -1,14 +1,14 @@
 /**
- * Names and tags as text. A Sheepdog cluster keeps them as bytes and asks for no encoding; here they are strings. A byte that
- * is no part of UTF-8 is a lone surrogate, U+DC00 and the byte, which no text of ours has: the same bytes come back from it,
- * two names are equal if their bytes are, and JSON carries it. (Python does the same: "surrogateescape".)
+ * Names and tags as text. A Sheepdog cluster stores bytes in any encoding; here names are strings. A byte that is not valid
+ * UTF-8 becomes a lone surrogate, U+DC00 plus the byte, which never occurs in valid text. So the same bytes come back, two
+ * names are equal if their bytes are, and JSON can carry them. (Python does the same: "surrogateescape".)
  */
 import { isUtf8 } from 'node:buffer';
 
 const ESCAPE = 0xdc00;
-/** Bytes below it are always text. */
+/** Bytes below this are always valid. */
 const FIRST_ESCAPED = 0x80;
-/** The longest sequence of UTF-8. */
+/** Bytes of the longest sequence of UTF-8. */
 const MAX_SEQUENCE = 4;
 const NOT_TEXT = /[\udc80-\udcff]/u;
 
@@ -24,7 +24,7 @@ export function textOfBytes(bytes: Buffer): string {
   return text;
 }
 
-/** Bytes of the character at `at`; 0 if none begins there. */
+/** How many bytes the character at `at` has; 0 if no valid character begins there. */
 function sequenceAt(bytes: Buffer, at: number): number {
   if ((bytes[at] as number) < FIRST_ESCAPED) return 1;
   for (let length = 2; length <= MAX_SEQUENCE && at + length <= bytes.length; length++) {
@@ -42,7 +42,7 @@ export function bytesOfText(text: string): Buffer {
   );
 }
 
-/** As encodeURIComponent, and of every name. */
+/** As encodeURIComponent, but for any name: that function throws on lone surrogates. */
 export function uriComponent(text: string): string {
   if (text.isWellFormed()) return encodeURIComponent(text);
   return Array.from(text, (character) =>
@@ -50,7 +50,7 @@ export function uriComponent(text: string): string {
   ).join('');
 }
 
-/** "%C3%A4": all bytes of `text`. */
+/** All bytes of `text`, as "%C3%A4". */
 export function percentOf(text: string): string {
   return Array.from(bytesOfText(text), (byte) => `%${byte.toString(16).toUpperCase().padStart(2, '0')}`).join('');
 }

@@ -1,15 +1,15 @@
 /**
- * Text that others chose (names in a cluster, a manifest, an error that quotes a file), made safe for a terminal: control
- * characters and those that turn the direction of text are written as escapes, all else stays as it is.
+ * Makes text from outside (names in a cluster, a manifest, an error that quotes a file) safe for a terminal: control
+ * characters, and characters that change the direction of text, become escapes. All other characters stay.
  */
 
-/** C0, DEL and C1, line and paragraph separators, lone surrogates, and what reorders the text around it. */
+/** C0, DEL and C1, line and paragraph separators, lone surrogates, and characters that reorder text. */
 const UNSAFE = /[\p{Cc}\p{Zl}\p{Zp}\p{Cs}\p{Bidi_Control}]/gu;
 
-/** A byte of a name that is no text: U+DC00 and the byte (src/text/name-bytes.ts). */
+/** A byte of a name that is not valid UTF-8: U+DC00 plus the byte (name-bytes.ts). */
 const BYTE = /^[\udc80-\udcff]$/u;
 
-/** "\x1b", "\u202e" in place of what must not reach a terminal; "\xff" for a byte that is no text. */
+/** Unsafe characters become "\x1b" or "\u202e"; a byte that is not valid UTF-8 becomes "\xff". */
 export function printable(text: string): string {
   return text.replaceAll(UNSAFE, (character) => {
     const code = BYTE.test(character) ? character.charCodeAt(0) & 0xff : character.charCodeAt(0);
@@ -17,7 +17,7 @@ export function printable(text: string): string {
   });
 }
 
-/** JSON that reads the same and is safe to print: its own escapes leave out C1, DEL and what reorders. */
+/** JSON with the same meaning that is safe to print: JSON.stringify does not escape C1, DEL and characters that reorder text. */
 export function printableJson(json: string): string {
   return json.replaceAll(UNSAFE, (character) => unicodeEscape(character.charCodeAt(0)));
 }

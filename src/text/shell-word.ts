@@ -1,6 +1,6 @@
-/** Names in the command lines that messages tell people to type. */
+/** Quoting of names in the command lines that messages suggest. */
 
-/** `word` as a POSIX shell takes it for one word, whatever is in it. */
+/** `word`, quoted where needed so that a POSIX shell reads it as one word. */
 export function shellWord(word: string): string {
   return /^[\w./:@%+=,-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`;
 }

@@ -1,13 +1,13 @@
-/** Sizes as people write them: "10G", "512M", "1.5T", "4096". Binary units throughout, as Sheepdog and qemu-img have them. */
+/** Sizes as people write them: "10G", "512M", "1.5T", "4096". All units are binary, as in Sheepdog and qemu-img. */
 
 const UNITS = 'BKMGTP';
 
-/** Thrown for text that is no size; the message says what was given and what would do. */
+/** Text that is not a size; the message says what was given and what is valid. */
 export class SizeError extends Error {}
 
 /**
- * Bytes of "10G", "1.5T", "512MiB", "4096", "4096B". K, M, G, T, P are powers of 1024, in either case; "KB" and the like
- * are refused, because half of the world means 1000 by them. Throws SizeError.
+ * Bytes of "10G", "1.5T", "512MiB", "4096", "4096B". K, M, G, T, P are powers of 1024, in upper or lower case. "KB" and the
+ * like are refused, because for many people they mean powers of 1000. Errors: SizeError.
  */
 export function parseSize(text: string): number {
   const match = /^(\d{1,16})(?:\.(\d{1,6}))?\s*([BKMGTP]?)(iB)?$/i.exec(text.trim());
@@ -27,7 +27,7 @@ function notASize(text: string): SizeError {
   return new SizeError(`"${text}" is no size; give a number and a unit, for example 10G, 512M, 1.5T, or bytes: 4096`);
 }
 
-/** Two sizes side by side, exact to the byte where they would look the same. */
+/** Two sizes for one message, in bytes if they differ but would look the same. */
 export function formatSizes(a: number, b: number): [string, string] {
   const texts: [string, string] = [formatSize(a), formatSize(b)];
   return a === b || texts[0] !== texts[1] ? texts : [`${a} bytes`, `${b} bytes`];

@@ -25,10 +25,10 @@ describe('the words', () => {
 
   test('say what was wanted, of which path, why, and what to do', () => {
     expect(systemMessage(failed({ code: 'ENOENT', errno: -2, syscall: 'open', path: '/a' }))).toBe(
-      'cannot open /a: no such file or directory (ENOENT); look at the name, or mount what belongs there',
+      'cannot open /a: no such file or directory (ENOENT); check the name, or mount the filesystem that belongs there',
     );
     expect(systemMessage(failed({ code: 'EROFS', errno: -30, syscall: 'rename', path: '/a', dest: '/b' }))).toBe(
-      'cannot rename /a to /b: read-only file system (EROFS); mount it so that it can be written to, or give another place',
+      'cannot rename /a to /b: read-only file system (EROFS); mount it writable, or give another place',
     );
   });
 
@@ -63,13 +63,13 @@ describe.each(WAYS)('%s', (way) => {
   };
 
   test.each([
-    [['import', inside('none'), 'new'], /cannot open .*none: no such file or directory \(ENOENT\); look at the name/],
+    [['import', inside('none'), 'new'], /cannot open .*none: no such file or directory \(ENOENT\); check the name/],
     [
       ['import', BELOW_A_FILE, 'new'],
       /cannot open .*below: not a directory \(ENOTDIR\); a part of this path is a file/,
     ],
     [['import', LONG, 'new'], /cannot open .*: name too long \(ENAMETOOLONG\); give a shorter name/],
-    [['import', inside('circle'), 'new'], /cannot open .*circle: .*\(ELOOP\); its symbolic links lead in a circle/],
+    [['import', inside('circle'), 'new'], /cannot open .*circle: .*\(ELOOP\); its symbolic links form a circle/],
     [['export', 'vm', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
     [['export', 'vm', LONG], /\(ENAMETOOLONG\); give a shorter name/],
     [
@@ -91,14 +91,12 @@ describe.each(WAYS)('%s', (way) => {
     if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
     const place = path.join(readOnly, 'out');
     expect(await fails('export', 'vm', place)).toMatch(
-      /out was not written.*read-only file system \(EROFS\); mount it so/,
+      /out was not written.*read-only file system \(EROFS\); mount it writable/,
     );
     expect(await fails('backup', 'vm', '--to', place)).toMatch(
       /cannot make the directory .*out: read-only file system/,
     );
-    expect(await fails('backup', 'vm', '--to', `${place}.img`)).toMatch(
-      /\(EROFS\); mount it so that it can be written/,
-    );
+    expect(await fails('backup', 'vm', '--to', `${place}.img`)).toMatch(/\(EROFS\); mount it writable/);
   });
 
   test('a place that is full, and what to do', async (context) => {
@@ -114,9 +112,7 @@ describe.each(WAYS)('%s', (way) => {
     const result = await target.run(['import', FILE, 'new'], {
       env: { EIO_ON: FILE, NODE_OPTIONS: `--import=${preload}` },
     });
-    expect(oneLineOf(result, 1, 'import')).toMatch(
-      /: cannot read .*file: i\/o error \(EIO\); the disk does not do its work/,
-    );
+    expect(oneLineOf(result, 1, 'import')).toMatch(/: cannot read .*file: i\/o error \(EIO\); the disk has failed/);
     expect(await target.names()).not.toContain('new');
   });
 });
@@ -124,11 +120,13 @@ describe.each(WAYS)('%s', (way) => {
 describe('stores', () => {
   test('that cannot be made or looked at are told in the same words', async (context) => {
     const create = await cli(['vdi', 'create', 'vm', '1M', '--store', LONG]);
-    expect(oneLineOf(create, 1, 'create')).toMatch(/cannot look at .*: name too long \(ENAMETOOLONG\)/);
+    expect(oneLineOf(create, 1, 'create')).toMatch(/cannot inspect .*: name too long \(ENAMETOOLONG\)/);
     const readOnly = mountReadOnly(temporaryDirectory());
     if (readOnly === undefined) return skipBecause(context, 'needs root, to mount');
     const line = oneLineOf(await cli(['vdi', 'create', 'vm', '1M', '--store', path.join(readOnly, 's')]), 1, 'create');
-    expect(line).toMatch(/opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it so/);
+    expect(line).toMatch(
+      /opening store .*cannot make the directory .*s: read-only file system \(EROFS\); mount it writable/,
+    );
     expect(line).not.toMatch(RAW);
   });
 });
@@ -167,7 +165,7 @@ test('who may not use a file or directory is told that, and the way out', async 
     const result = await run('setpriv', [...as, ...args, '--store', store], { env: { HOME: '/nonexistent' } });
     if (args[0] === 'vdi') return String(expect(result.code, result.stderr).toBe(0));
     const line = oneLineOf(result, 1, args.join(' '));
-    expect(line).toMatch(/permission denied \(EACCES\); run this as a user who may, or change the permissions/);
+    expect(line).toMatch(/permission denied \(EACCES\); run this as a user with access, or change the permissions/);
     expect(line).not.toMatch(RAW);
     return line;
   };

@@ -125,7 +125,7 @@ test('one that was not closed shows what was flushed, and says so; one that a da
   await daemon.kill();
   fs.rmSync(path.join(directory, 'control.sock'), { force: true });
   const listed = await cli(['vdi', 'list', '--store', mounted]);
-  expect(listed.stderr).toMatch(/read-only filesystem.*not closed cleanly: what was written after the last flush/);
+  expect(listed.stderr).toMatch(/read-only filesystem.*not closed cleanly: writes after the last flush/);
   const exported = path.join(temporaryDirectory(), 'exported');
   expect((await cli(['export', 'disk', exported, '--store', mounted])).code).toBe(0);
   expect(fs.readFileSync(exported).equals(fs.readFileSync(image))).toBe(true);

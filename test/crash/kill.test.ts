@@ -1,6 +1,6 @@
 /**
- * SIGKILL under load, again and again on one store: what was acknowledged before the kill is there after it, flushed or
- * not, blocks hold nothing but what was written to them, and snapshots stay as they were.
+ * SIGKILL under load, again and again on one store: acknowledged writes are there after the kill, flushed or not, blocks hold
+ * only data that was written to them, and snapshots stay unchanged.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -14,10 +14,10 @@ const BLOCKS = 4096; // 16 MiB in 1 MiB objects
 const SIZE = BLOCK * BLOCKS;
 const IN_FLIGHT = 16;
 
-/** What may be in a block: the last stamp that was acknowledged, or the one under way after it. 0 is "zeros". */
+/** The possible content of a block: the last acknowledged stamp, or the one in flight after it. 0 means zeros. */
 class Expectation {
   acknowledged = new Float64Array(BLOCKS);
-  /** Stamps issued and not acknowledged: one at most, a block is written by one at a time. */
+  /** Stamps issued and not acknowledged: one at most, since a block has one writer at a time. */
   readonly underWay = new Map<number, number>();
   sequence = 0;
 
@@ -36,7 +36,7 @@ class Expectation {
     return this.acknowledged[block] === stamp || this.underWay.get(block) === stamp;
   }
 
-  /** The disk was read after the kill: that is what counts now. */
+  /** The disk was read after the kill: its content counts from now on. */
   restart(seen: Float64Array): void {
     this.acknowledged = seen.slice();
     this.underWay.clear();
@@ -149,7 +149,7 @@ test(
   10 * 60_000,
 );
 
-test('what was acknowledged and never flushed is there after SIGKILL: new, copied, overwritten and zeroed objects', async () => {
+test('acknowledged writes without a flush are there after SIGKILL: new, copied, overwritten and zeroed objects', async () => {
   const store = path.join(temporaryDirectory(), 'store');
   const MIB = 2 ** 20;
   const COUNT = 12;
@@ -169,7 +169,7 @@ test('what was acknowledged and never flushed is there after SIGKILL: new, copie
       model.fill(fill, idx * MIB + 8192, idx * MIB + 12288);
     };
     for (let idx = 0; idx < COUNT; idx += 2) await write(idx, 16 * round + 1);
-    // A snapshot makes durable what was before it, so nothing of that kind in the first round.
+    // A snapshot makes earlier writes durable, so the first round has none.
     if (round > 0) {
       expect((await cli(['vdi', 'snapshot', 'disk', `s${round}`], { store })).stderr).toBe('');
       for (let idx = round; idx < COUNT; idx += 4) await write(idx, 16 * round + 2);

@@ -1,4 +1,4 @@
-/** Whether what the tests of the program run, dist/bundle/, is made of the sources as they are. */
+/** Whether dist/bundle/, which the tests of the program run, was built from the present sources. */
 import fs from 'node:fs';
 import path from 'node:path';
 
@@ -7,7 +7,7 @@ const BUILT = path.join(ROOT, 'dist/bundle/sheepgate.js');
 
 let problem: string | undefined | null = null;
 
-/** Errors: the program is not built, or something in src/ or nbd/src/ has changed since. Looks once in each test file. */
+/** Errors: the program is not built, or src/ or nbd/src/ has changed since. Checked once per test file. */
 export function requireBuild(): void {
   if (problem === null) problem = buildProblem();
   if (problem !== undefined) throw new Error(`${problem}; run 'npm run build'`);

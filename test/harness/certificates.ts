@@ -1,6 +1,6 @@
 /**
- * An authority, and certificates it signs, made with the openssl command under the file names that nbdkit, libnbd and
- * qemu look for. Owns nothing: they are in the directory it is given.
+ * A certificate authority and the certificates that it signs, made with the openssl command, under the file names that nbdkit,
+ * libnbd and qemu expect. Owns nothing: the files are in the caller's directory.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -16,7 +16,7 @@ export interface Signed {
   readonly cert: string;
 }
 
-/** PEM files of an authority and what it signs, in `directory`. */
+/** PEM files of an authority and its certificates, in `directory`. */
 export class Authority {
   readonly cert: string;
   readonly #key: string;

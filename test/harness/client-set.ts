@@ -1,7 +1,7 @@
 /**
- * The client programs that tests run: this machine's own, or those of another Debian release in a root directory of its
- * own (test/clients/). SHEEPGATE_TEST_CLIENTS says which; each set is a project of vitest.config.ts. Owns how a program
- * of a set is found and started; knows nothing of what tests do with it.
+ * The client programs that tests run: this machine's own, or those of another Debian release in a separate root directory
+ * (test/clients/). SHEEPGATE_TEST_CLIENTS names the set; each set is a project of vitest.config.ts. Owns how a program of a set
+ * is found and started; knows nothing of the tests.
  */
 import { execFileSync, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -12,15 +12,15 @@ import { fileURLToPath } from 'node:url';
 const HERE = fileURLToPath(new URL('../clients/', import.meta.url));
 const REPOSITORY = fileURLToPath(new URL('../../', import.meta.url));
 const BUILD_TIMEOUT_MS = 10 * 60_000;
-/** Exit status of build-root.sh: there can be no such root here. */
+/** Exit status of build-root.sh: this machine cannot have such a root. */
 const CANNOT = 3;
 
-/** The sets beside this machine's own, and the Debian suites that they come from. */
+/** The sets other than this machine's own, and their Debian suites. */
 export const SUITES: Readonly<Record<string, string>> = { 'debian-13': 'trixie', newest: 'sid' };
 
 export interface ClientSet {
   readonly name: string;
-  /** Where its programs' root directory is; undefined: they are this machine's own. */
+  /** The root directory of its programs; undefined for this machine's own. */
   readonly root: string | undefined;
 }
 
@@ -31,7 +31,7 @@ function directoryOf(suite: string): string {
   return path.join(cache, 'sheepgate-test-clients', suite);
 }
 
-/** The set of that name; it need not have been built. */
+/** The set of that name, built or not. */
 export function clientSetNamed(name: string): ClientSet {
   if (name === OWN) return { name, root: undefined };
   const suite = SUITES[name];
@@ -42,7 +42,7 @@ export function clientSetNamed(name: string): ClientSet {
 /** The set that this test process uses. */
 export const clientSet = clientSetNamed(process.env.SHEEPGATE_TEST_CLIENTS ?? OWN);
 
-/** Why there can be no set of that name on this machine, or undefined. */
+/** Why this machine cannot have other sets; undefined if it can. */
 export function clientSetProblem(): string | undefined {
   if (process.getuid?.() !== 0) return 'only root can make and enter root directories of other releases';
   if (spawnSync('mmdebstrap', ['--version'], { stdio: 'ignore' }).error !== undefined) {
@@ -78,7 +78,7 @@ export function inSet(
   return ['/bin/sh', path.join(HERE, 'in-root.sh'), set.root, directory, shared, command, ...args];
 }
 
-/** Whether a set has a program of that name where programs are. */
+/** Whether a set has a program of that name in its PATH. */
 export function hasCommand(set: ClientSet, name: string): boolean {
   const own = set.root === undefined ? (process.env.PATH ?? '') : '/usr/local/bin:/usr/bin:/bin';
   const places = `${own}:/usr/sbin:/sbin`.split(':').filter((place) => place !== '');
@@ -92,7 +92,7 @@ export function hasCommand(set: ClientSet, name: string): boolean {
   });
 }
 
-/** What to ask for its version, and which words of the answer are the version. */
+/** The arguments that print a program's version, and the pattern that finds it. */
 const VERSIONS: readonly (readonly [program: string, args: readonly string[], version: RegExp])[] = [
   ['qemu-img', ['--version'], /version (\S+)/],
   ['nbdcopy', ['--version'], /^nbdcopy (\S+)/],
@@ -103,13 +103,13 @@ const VERSIONS: readonly (readonly [program: string, args: readonly string[], ve
   ['python3', ['--version'], /Python (\S+)/],
 ];
 
-/** The versions of a set's programs, by program; those that are not there are left out. */
+/** The versions of a set's programs, by program, without missing programs. */
 export function versionsOf(set: ClientSet): Readonly<Record<string, string>> {
   const versions: Record<string, string> = {};
   for (const [program, args, pattern] of VERSIONS) {
     if (!hasCommand(set, program)) continue;
     const [command, ...rest] = inSet(set, program, args, '/');
-    // nbd-client prints its version and then fails for want of a host; 3.27 does only the latter.
+    // nbd-client prints its version and then fails because no host is given; 3.27 only fails.
     const { stdout, stderr } = spawnSync(command, rest, { encoding: 'utf8' });
     const version = pattern.exec(stdout + stderr)?.[1] ?? packageVersion(set, program);
     if (version !== undefined) versions[program] = version;
@@ -117,14 +117,14 @@ export function versionsOf(set: ClientSet): Readonly<Record<string, string>> {
   return versions;
 }
 
-/** The version of the Debian package that bears the name of the program. */
+/** The version of the Debian package with the name of the program. */
 function packageVersion(set: ClientSet, program: string): string | undefined {
   const [command, ...args] = inSet(set, 'dpkg-query', ['-W', '-f', '${Version}', program], '/');
   const { status, stdout } = spawnSync(command, args, { encoding: 'utf8' });
   return status === 0 ? /^(?:\d+:)?([^-]+)/.exec(stdout)?.[1] : undefined;
 }
 
-/** The name of the release that a set is of. */
+/** The name of a set's release. */
 export function releaseOf(set: ClientSet): string {
   const file = path.join(set.root ?? '/', 'etc/os-release');
   try {
@@ -134,11 +134,11 @@ export function releaseOf(set: ClientSet): string {
   }
 }
 
-/** A Python of the set that has libnbd's module. The one first on the PATH may be another than the system's, and lack it. */
+/** A Python of the set with libnbd's module. The first one on the PATH may not be the system's, and lack it. */
 export function nbdPythonOf(set: ClientSet): string | undefined {
   return ['python3', '/usr/bin/python3'].find((python) => {
     try {
-      // Not only the import: our own folder nbd/ would pass for a package.
+      // Not only the import: our own folder nbd/ would count as a package.
       const [command, ...args] = inSet(set, python, ['-c', 'import nbd; nbd.NBD']);
       execFileSync(command, args, { stdio: 'ignore' });
       return true;
@@ -148,7 +148,7 @@ export function nbdPythonOf(set: ClientSet): string | undefined {
   });
 }
 
-/** Where a set has the Python code of virtnbdbackup (unpack-virtnbdbackup.sh), as the set's programs see it. */
+/** The path of virtnbdbackup's Python code (unpack-virtnbdbackup.sh), as the set's programs see it. */
 export function virtnbdbackupOf(set: ClientSet): string | undefined {
   const unpacked = set.root === undefined ? directoryOf('virtnbdbackup') : '/opt/virtnbdbackup';
   const code = path.join(unpacked, 'usr/lib/python3/dist-packages');

@@ -1,6 +1,6 @@
 /**
- * A proxy in front of a daemon's unix socket that cuts connections when it is told to, as a network does: neither side has
- * said goodbye. Owns its socket and what is connected through it.
+ * A proxy in front of a daemon's unix socket that cuts connections on demand, as a network does: neither side has ended the
+ * session. Owns its socket and the connections through it.
  */
 import net from 'node:net';
 import path from 'node:path';
@@ -9,7 +9,7 @@ import { temporaryDirectory } from './daemon.js';
 
 export class CuttingProxy {
   readonly socket: string;
-  /** Connections that were made through it so far. */
+  /** Connections through it so far. */
   count = 0;
   /** Bytes that the daemon has sent so far. */
   bytes = 0;
@@ -36,13 +36,13 @@ export class CuttingProxy {
     return `nbd+unix:///${encodeURIComponent(name)}?socket=${this.socket}`;
   }
 
-  /** Cut all that is connected now, or the nth of it. */
+  /** Cut all present connections, or the nth. */
   cut(nth?: number): void {
     const cut = nth === undefined ? this.#open.splice(0) : this.#open.splice(nth, 1);
     for (const pair of cut) for (const end of pair) end.destroy();
   }
 
-  /** Cut all once, when so many bytes more have come from the daemon. */
+  /** Cut all connections once, after this many more bytes from the daemon. */
   cutAfter(bytes: number): void {
     this.#cutAfter = this.bytes + bytes;
   }

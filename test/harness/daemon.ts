@@ -1,7 +1,7 @@
 /**
- * Starts the built daemon and the built command line as child processes, for tests of what a user would see. Owns every
- * process and temporary directory it makes and removes them when the test file ends, passed or failed. Never touches a
- * process it did not start, and never waits for a fixed time: only for conditions, with a bound.
+ * Starts the built daemon and the built command line as child processes, for tests of what a user would see. Owns every process
+ * and temporary directory that it makes, and removes them when the test file ends, passed or failed. Never touches a process
+ * that it did not start, and never waits for a fixed time: only for conditions, with a limit.
  */
 import { spawn, type ChildProcess, type ChildProcessWithoutNullStreams } from 'node:child_process';
 import fs from 'node:fs';
@@ -20,24 +20,24 @@ if (failure !== undefined) throw new Error(failure);
 
 declare module 'vitest' {
   interface TaskMeta {
-    /** The client programs that the test has tried. */
+    /** The client programs that the test uses. */
     tried?: readonly string[];
-    /** Versions that only the test could find out, by program. */
+    /** Versions that only the test can find, by program. */
     versions?: Readonly<Record<string, string>>;
   }
 }
 
-/** The daemon and the command line run here, whatever set the clients are of. */
+/** The daemon and the command line run on this machine, whatever set the clients belong to. */
 const HERE = clientSetNamed('own');
 
 const READY_TIMEOUT_MS = 30_000;
 const STOP_TIMEOUT_MS = 30_000;
 const RUN_TIMEOUT_MS = 90_000;
-/** For a daemon to tell of its connections, when a test has failed. */
+/** Limit for a daemon's answer about its connections, after a failed test. */
 const TELL_TIMEOUT_MS = 5_000;
-/** Of each daemon, when a test has failed: the end of its log. */
+/** Length of the end of a daemon's log that is printed after a failed test. */
 const TOLD_LOG_CHARACTERS = 8_000;
-/** Daemons that are told of, when a test has failed: the last ones. */
+/** How many daemons, the last ones, are reported after a failed test. */
 const TOLD_DAEMONS = 4;
 const POLL_MS = 10;
 const MAX_POLL_MS = 500;
@@ -48,14 +48,14 @@ const directories = new Set<string>();
 const daemons: (() => Promise<string>)[] = [];
 let stateDirectory: string | undefined;
 
-/** An empty directory that is removed when the test file ends. Short enough to hold unix sockets. */
+/** An empty directory that is removed when the test file ends. Its path is short enough for unix sockets. */
 export function temporaryDirectory(): string {
   const directory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-'));
   directories.add(directory);
   return directory;
 }
 
-/** Kill what still runs and remove all temporary directories. Runs by itself at the end of a test file. */
+/** Kill processes that still run, and remove all temporary directories. Runs by itself at the end of a test file. */
 export function cleanUp(): void {
   for (const child of children) child.kill('SIGKILL');
   children.clear();
@@ -72,7 +72,7 @@ afterAll(async () => {
 });
 process.on('exit', cleanUp);
 
-// What a client met is often told by the daemon alone: that it has ended, that it was slow, whom it refused.
+// Often only the daemon's log explains what a client saw: that the daemon has ended, was slow, or has refused it.
 afterEach(async ({ task }) => {
   if (task.result?.state !== 'fail') return;
   const earlier = daemons.length - TOLD_DAEMONS;
@@ -97,8 +97,8 @@ function within<T>(promise: Promise<T>, timeoutMs: number, what: () => string): 
 }
 
 /**
- * Poll `condition` until it gives something truthy, and return that. Between two polls passes as much time as the last one
- * took: one that starts a process leaves room for what is waited for.
+ * Poll `condition` until it returns something truthy, and return that. The pause between two polls is as long as the last poll:
+ * a condition that starts a process leaves time for the work that it waits for.
  */
 export async function waitUntil<T>(
   condition: () => T | Promise<T>,
@@ -120,13 +120,13 @@ export interface RunOptions {
   readonly cwd?: string;
   /** Added to the test's own environment; undefined removes a variable. */
   readonly env?: Readonly<Record<string, string | undefined>>;
-  /** Given on stdin; without it stdin is /dev/null. */
+  /** Written to stdin; without it stdin is /dev/null. */
   readonly input?: string | Buffer;
   readonly timeoutMs?: number;
 }
 
 export interface RunResult {
-  /** null if a signal ended it, or it ran out of time and was killed. */
+  /** null if a signal ended it, or it was killed at its time limit. */
   readonly code: number | null;
   readonly signal: NodeJS.Signals | null;
   readonly stdout: string;
@@ -135,8 +135,8 @@ export interface RunResult {
 }
 
 /**
- * Run a command of the client set to its end, or our own Node. A non-zero exit is a result, not an error; not being able
- * to start it is an error.
+ * Run a command of the client set, or our own Node, to its end. A non-zero exit is a result, not an error; a command that
+ * cannot be started is an error.
  */
 export async function run(command: string, args: readonly string[], options: RunOptions = {}): Promise<RunResult> {
   if (args.includes(BIN)) requireBuild();
@@ -179,7 +179,7 @@ export function start(command: string, args: readonly string[]): ChildProcessWit
   return child;
 }
 
-/** Run the built `sheepgate` with `args`. `store` is handed over in SHEEPGATE_STORE. */
+/** Run the built `sheepgate` with `args`. `store` is passed in SHEEPGATE_STORE. */
 export function cli(
   args: readonly string[],
   options: RunOptions & { readonly store?: string } = {},
@@ -188,7 +188,7 @@ export function cli(
   return run(process.execPath, [BIN, ...args], { ...options, env });
 }
 
-/** Like cli, but a failure throws with what it said, and stdout is parsed as JSON. */
+/** Like cli, but a failure throws with its stderr, and stdout is parsed as JSON. */
 export async function cliJson<T = unknown>(
   args: readonly string[],
   options: RunOptions & { readonly store?: string } = {},
@@ -198,7 +198,7 @@ export async function cliJson<T = unknown>(
   return JSON.parse(result.stdout) as T;
 }
 
-/** Skip the running test and print why: the reporter keeps reasons to itself. */
+/** Skip the running test and print the reason, which the reporter does not print. */
 export function skipBecause(context: TestContext, reason: string): never {
   console.log(`skipped: ${reason}`);
   return context.skip(reason);
@@ -207,8 +207,8 @@ export function skipBecause(context: TestContext, reason: string): never {
 type Body = (context: TestContext) => unknown;
 
 /**
- * `test`, or a skip that says why, if the client set lacks one of these programs. 'nbdsh' stands for a Python with
- * libnbd's module, 'virtnbdbackup' for its Python code. What a test needs is what it tries: the table of docs/clients.md is made from it.
+ * `test`, or a skip with the reason if the client set lacks one of these programs. 'nbdsh' means a Python with libnbd's module,
+ * 'virtnbdbackup' its Python code. The table of docs/clients.md is made from these lists: a test lists the programs that it tries.
  */
 export function needs(...commands: string[]): (name: string, body: Body, timeoutMs?: number) => void {
   const have = (command: string): boolean => {
@@ -216,7 +216,7 @@ export function needs(...commands: string[]): (name: string, body: Body, timeout
     return command === 'virtnbdbackup' ? virtnbdbackupOf(clientSet) !== undefined : haveCommand(command);
   };
   const missing = commands.filter((command) => !have(command));
-  // What a set lacks is missing in build-root.sh: no reason to pass over a test.
+  // A program that a set lacks must be added to build-root.sh: the test fails instead of being skipped.
   if (missing.length > 0 && clientSet.root !== undefined) {
     throw new Error(`clients "${clientSet.name}" have no ${missing.join(', ')}`);
   }
@@ -233,7 +233,7 @@ export function needs(...commands: string[]): (name: string, body: Body, timeout
   };
 }
 
-/** Run a command of the client set that must succeed, and return what it printed. */
+/** Run a command of the client set that must succeed, and return its stdout. */
 export async function ok(command: string, args: readonly string[], options: RunOptions = {}): Promise<string> {
   const result = await run(command, args, options);
   if (result.code !== 0) {
@@ -251,7 +251,7 @@ export function haveCommand(name: string): boolean {
 
 const nbdPython = nbdPythonOf(clientSet);
 
-/** Whether nbdsh() can be used; says why not. */
+/** Whether nbdsh() can be used; prints the reason if not. */
 export function haveNbdsh(): boolean {
   if (nbdPython === undefined) {
     console.log('skipped: no python3 can import nbd (sh test/install.sh installs python3-libnbd)');
@@ -265,17 +265,17 @@ export function nbdsh(args: readonly string[], options: RunOptions = {}): Promis
   return run(nbdPython, ['-m', 'nbd', ...args], options);
 }
 
-/** Of a process that a test starts by itself. */
+/** The environment for a process that a test starts by itself. */
 export function cleanEnvironment(): NodeJS.ProcessEnv {
   return environment(undefined);
 }
 
 function environment(extra: RunOptions['env']): NodeJS.ProcessEnv {
   const env: NodeJS.ProcessEnv = { ...process.env };
-  // A developer's own settings must not lead a test to the developer's own store, or to files that a client set has not.
+  // A developer's own settings must not lead a test to the developer's own store, or to files that a client set lacks.
   for (const name of ['SHEEPGATE_STORE', 'SHEEPGATE_CONTROL', 'NODE_OPTIONS', 'NODE_EXTRA_CA_CERTS'])
     env[name] = undefined;
-  // What is remembered of a cluster's clients.
+  // The state of a cluster's clients.
   env.SHEEPGATE_STATE = stateDirectory ??= temporaryDirectory();
   for (const [name, value] of Object.entries(extra ?? {})) {
     env[name] = value;
@@ -291,7 +291,7 @@ export interface DaemonOptions {
   /** Serve this Sheepdog cluster instead of a store. */
   readonly cluster?: string;
   readonly env?: RunOptions['env'];
-  /** A command that becomes the one that is given to it, with its arguments: where the daemon is to run. */
+  /** A command that executes the command in its arguments: it sets up where the daemon runs. */
   readonly under?: readonly string[];
 }
 
@@ -302,7 +302,7 @@ export interface ReadyLine {
   readonly control: string;
   readonly listeners: readonly string[];
   readonly uris: readonly string[];
-  /** VDIs of --create that were there, and are not what it says. */
+  /** VDIs of --create that exist, with another size or block size. */
   readonly kept: readonly object[];
 }
 
@@ -314,7 +314,7 @@ export interface Daemon {
   readonly control: string;
   readonly child: ChildProcess;
   readonly ready: ReadyLine;
-  /** What it wrote to stderr so far: its log, one JSON object a line. */
+  /** Its stderr so far: its log, one JSON object per line. */
   log(): string;
   /** SIGTERM, and wait for the end. */
   stop(): Promise<{ code: number | null; signal: NodeJS.Signals | null }>;
@@ -324,13 +324,13 @@ export interface Daemon {
   uri(name: string): string;
 }
 
-/** Start `sheepgate serve` on a unix socket of its own and wait until it is ready. */
+/** Start `sheepgate serve` on its own unix socket, and wait until it is ready. */
 export async function startDaemon(options: DaemonOptions = {}): Promise<Daemon> {
   requireBuild();
   const directory = temporaryDirectory();
   const store = options.store ?? path.join(directory, 'store');
   const socket = path.join(directory, 'nbd.sock');
-  // A cluster's control socket is where this user's are: not in a developer's own place.
+  // A cluster's control socket is in the user's runtime directory: not in the developer's own.
   const control = path.join(directory, 'control.sock');
   const place =
     options.cluster === undefined ? ['--store', store] : ['--cluster', options.cluster, '--control', control];
@@ -399,7 +399,7 @@ function now(): string {
   return new Date().toISOString();
 }
 
-/** As the daemon tells it: one whose event loop hangs says nothing. `place`: the options that lead to it. */
+/** The daemon's own list of connections; a daemon whose event loop hangs does not answer. `place`: the options to reach it. */
 async function connectionsOf(place: readonly string[]): Promise<string> {
   const { code, stdout, stderr } = await cli(['client', 'list', '--json', ...place], { timeoutMs: TELL_TIMEOUT_MS });
   if (code === 0) return `its connections: ${stdout.trim()}`;

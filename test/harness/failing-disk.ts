@@ -1,6 +1,6 @@
 /**
- * A disk that fails, waits or answers falsely where a test says so, and is the real one otherwise. A rule is for calls of
- * some names on files that match; the newest that applies wins.
+ * A disk that fails, waits or answers wrongly by the rules of a test, and is the real disk otherwise. A rule applies to calls of
+ * some names on matching files; the newest rule that applies wins.
  */
 import os from 'node:os';
 import { getSystemErrorMap } from 'node:util';
@@ -16,22 +16,22 @@ export const READS: readonly Call[] = ['read', 'readSync', 'readCachedSync'];
 export const SYNCS: readonly Call[] = ['fdatasync', 'fsync', 'fsyncSync'];
 
 export interface Rule {
-  /** Calls it has applied to. */
+  /** Calls to which it has applied. */
   readonly count: number;
-  /** Files that those were about. */
+  /** The files of those calls. */
   readonly files: readonly string[];
   off(): void;
 }
 
 interface Where {
   readonly calls: readonly Call[];
-  /** Matches the path; all files if not given. */
+  /** Matches the path; without it all files match. */
   readonly file?: RegExp;
-  /** It applies so often; always if not given. */
+  /** How often the rule applies; without it always. */
   readonly times?: number;
 }
 
-/** An error as the kernel's, of a call of the seam. LMDB's have the number as code. */
+/** The kernel's error of a call of the seam. LMDB's errors have the number as code. */
 export function systemError(code: keyof typeof os.constants.errno, call: Call): NodeJS.ErrnoException {
   const errno = os.constants.errno[code];
   const [, text = code] = getSystemErrorMap().get(-errno) ?? [];
@@ -55,7 +55,7 @@ export class FailingDisk {
     });
   }
 
-  /** What applies does `hook` in place of the call. */
+  /** `hook` replaces the calls. */
   instead({ calls, file, times = Infinity }: Where, hook: Hook): Rule {
     const files: string[] = [];
     const applies = (call: DiskCall): Hook | undefined => {
@@ -76,7 +76,7 @@ export class FailingDisk {
     };
   }
 
-  /** What applies fails, and is not done. */
+  /** The calls fail, and are not made. */
   fail(where: Where, code: keyof typeof os.constants.errno): Rule {
     return this.instead(where, ({ name }) => {
       const error = systemError(code, name);
@@ -85,7 +85,7 @@ export class FailingDisk {
     });
   }
 
-  /** What applies, and is no call that holds the loop, is not done before `release`. `reached` resolves with the first. */
+  /** Asynchronous calls wait for `release`. `reached` resolves with the first one. */
   hold(where: Where): Rule & { readonly reached: Promise<void>; release(): void } {
     let release!: () => void;
     const released = new Promise<void>((resolve) => (release = resolve));

@@ -1,6 +1,6 @@
 /**
- * Small filesystems for tests of what a disk does wrong: full, read-only, gone. Owns what it mounts and unmounts it when
- * the test file ends. Needs root; whoever asks for one without gets undefined and skips.
+ * Small filesystems for tests of failing disks: full, read-only, gone. Owns its mounts, and unmounts them when the test file
+ * ends. Needs root: without it functions return undefined, and the test is skipped.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -11,12 +11,12 @@ import { temporaryDirectory } from './daemon.js';
 
 /** ext4's and XFS's, fs/ext4/ext4.h EXT4_IOC_SHUTDOWN: _IOR('X', 125, __u32). */
 const IOC_SHUTDOWN = 0x8004587d;
-/** What is not in the log of the filesystem yet is lost, as if the disk had been unplugged. */
+/** Changes that are not in the filesystem's journal yet are lost, as if the disk had been unplugged. */
 const WITHOUT_FLUSHING = 2;
 
 const libc = koffi.load('libc.so.6');
 const ioctl = libc.func('int ioctl(int fd, ulong request, void *argument)');
-/** Where it is mounted -> its image, if it has one. */
+/** Mount point -> image, if there is one. */
 const mounted = new Map<string, string | undefined>();
 
 afterAll(() => {
@@ -39,7 +39,7 @@ export function mountTmpfs(size: string): string | undefined {
   return mount(['-t', 'tmpfs', '-o', `size=${size}`, 'sheepgate-test']);
 }
 
-/** On a loop device that goes with the mount. */
+/** On a loop device that the unmount detaches. */
 export function mountImage(type: 'ext4' | 'xfs', bytes: number): string | undefined {
   const image = path.join(temporaryDirectory(), 'image');
   fs.closeSync(fs.openSync(image, 'w'));
@@ -52,13 +52,13 @@ export function mountImage(type: 'ext4' | 'xfs', bytes: number): string | undefi
   return mount(['-o', 'loop', image], image);
 }
 
-/** A disk that says it has `bytes`, and can store what fits in `within`: a thin volume of a pool that is too small. */
+/** A disk of `bytes` that can store only as much as `within` has room for: a thin volume of a pool that is too small. */
 export function mountThin(within: string, bytes: number): string | undefined {
   const image = path.join(within, 'thin');
   fs.closeSync(fs.openSync(image, 'w'));
   fs.truncateSync(image, bytes);
   try {
-    // Without a journal, which would end the filesystem at the first error.
+    // Without a journal: with one, the first error would shut the filesystem down.
     execFileSync('mkfs.ext4', ['-q', '-O', '^has_journal', image], { stdio: 'ignore' });
   } catch {
     return undefined;
@@ -77,7 +77,7 @@ export function unmount(directory: string): void {
   execFileSync('umount', ['-l', directory]);
 }
 
-/** The disk of a filesystem from `mountImage` is back: it is mounted anew, where it was. */
+/** The disk of a filesystem from `mountImage` is back: mount it again at the same place. */
 export function mountAgain(directory: string): void {
   const image = mounted.get(directory);
   if (image === undefined) throw new Error(`${directory} is not from mountImage`);
@@ -85,7 +85,7 @@ export function mountAgain(directory: string): void {
   execFileSync('mount', ['-o', 'loop', image, directory]);
 }
 
-/** From now on every access to the disk is EIO. What was written is on it, unless `unsynced`. */
+/** From now on every access to the disk is EIO. Written data is on the disk, unless `unsynced`. */
 export function shutDown(directory: string, { unsynced = false } = {}): void {
   if (!unsynced) execFileSync('sync', ['-f', directory]);
   const fd = fs.openSync(directory, 'r');
@@ -96,7 +96,7 @@ export function shutDown(directory: string, { unsynced = false } = {}): void {
   if (result !== 0) throw new Error(`the filesystem cannot be shut down: errno ${koffi.errno()}`);
 }
 
-/** Fill it to the last byte; returns what to remove to make room. */
+/** Fill the filesystem to the last byte. Returns the file to remove to make room. */
 export function fill(directory: string): string {
   const file = path.join(directory, 'filler');
   const fd = fs.openSync(file, 'a');

@@ -1,6 +1,6 @@
 /**
- * A disk between the code and the real one: every call is shown to a hook, which lets it go on, changes it, or answers in its
- * place. Knows which file a descriptor is of. Recording and failing disks are made of this.
+ * A disk between the code and the real disk: every call goes to a hook, which makes the call, changes it, or answers instead.
+ * Knows the file of each descriptor. Recording and failing disks are built on this.
  */
 import path from 'node:path';
 import type { HostDisk } from '../../src/system/disk.js';
@@ -8,11 +8,11 @@ import type { HostDisk } from '../../src/system/disk.js';
 export interface DiskCall {
   readonly name: keyof HostDisk;
   readonly args: readonly unknown[];
-  /** The path that is named first, or that the first descriptor was opened by; '' where there is none. */
+  /** The first path argument, or the path of the first descriptor; '' if there is none. */
   readonly file: string;
 }
 
-/** Returns what the caller is to get; `proceed` makes the call. */
+/** Returns the result for the caller; `proceed` makes the call. */
 export type Hook = (call: DiskCall, proceed: () => unknown) => unknown;
 
 /** Calls whose first argument is a descriptor. */
@@ -23,7 +23,7 @@ const BY_DESCRIPTOR = new Set<string>([
   ...['openDatabase', 'commit', 'closeDatabase', 'fstatSync', 'inodeOfSync'],
 ]);
 
-/** The files that are open, by descriptor. */
+/** Open files, by descriptor. */
 export class OpenPaths {
   readonly #paths = new Map<number, string>();
 
@@ -35,7 +35,7 @@ export class OpenPaths {
     this.#paths.delete(fd);
   }
 
-  /** Whatever is open under the old name is found under the new one. */
+  /** Files open under the old name get the new one. */
   rename(from: string, to: string): void {
     for (const [fd, file] of this.#paths) if (file === from) this.#paths.set(fd, to);
   }
@@ -44,7 +44,7 @@ export class OpenPaths {
     return this.#paths.get(fd as number) ?? '';
   }
 
-  /** Names by way of a directory that is open (/proc/self/fd/7/name) as they are without it. */
+  /** Resolves names through an open directory (/proc/self/fd/7/name). */
   resolve(file: string): string {
     const found = /^\/proc\/self\/fd\/(\d+)\/(.*)$/.exec(file);
     return path.resolve(found ? path.join(this.of(Number(found[1])), found[2] ?? '') : file);
@@ -60,7 +60,7 @@ export function interpose(real: HostDisk, hook: Hook, paths = new OpenPaths()): 
         const [first] = args;
         const isByDescriptor = BY_DESCRIPTOR.has(String(name));
         const file = isByDescriptor ? paths.of(first) : typeof first === 'string' ? paths.resolve(first) : '';
-        // Before the call: another file may have the number as soon as it is free.
+        // Before the call: another file may get the number as soon as it is free.
         if (name === 'close' || name === 'closeSync') paths.delete(first as number);
         const proceed = (): unknown => method.apply(target, args);
         const result = hook({ name: name as keyof HostDisk, args, file }, proceed);

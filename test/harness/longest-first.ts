@@ -1,6 +1,6 @@
 /**
- * The order in which vitest starts test files: those that are known to take long first, so that no worker is left alone
- * with one at the end. Owns the list; a file that is not in it counts as short.
+ * The order in which vitest starts test files: long ones first, so that no worker is left alone with one at the end. Owns the
+ * list of long files; all others count as short.
  */
 import { BaseSequencer, type TestSpecification } from 'vitest/node';
 

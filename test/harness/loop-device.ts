@@ -1,4 +1,4 @@
-/** Loop devices for tests, where this machine has them: detached, and what is mounted from them unmounted, at the end. */
+/** Loop devices for tests, where this machine has them; unmounted and detached at the end. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -7,11 +7,11 @@ import { skipBecause, temporaryDirectory } from './daemon.js';
 
 export interface LoopDevice {
   readonly device: string;
-  /** The file it is made of. */
+  /** The file behind it. */
   readonly backing: string;
 }
 
-/** A device of so many bytes that reads as zeros; skips the test, saying why, where there can be none. */
+/** A device of so many bytes that reads as zeros; skips the test with the reason where there can be none. */
 export function loopDevice(context: TestContext, size: number): LoopDevice {
   const backing = path.join(temporaryDirectory(), 'device');
   fs.closeSync(fs.openSync(backing, 'w'));
@@ -26,7 +26,7 @@ export function loopDevice(context: TestContext, size: number): LoopDevice {
   return { device, backing };
 }
 
-/** Mount what is on the device; skips the test where that is not possible. */
+/** Mount the filesystem on the device; skips the test where that is not possible. */
 export function mounted(context: TestContext, device: string, ...options: string[]): string {
   const directory = path.join(temporaryDirectory(), 'mnt');
   fs.mkdirSync(directory);

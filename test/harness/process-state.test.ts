@@ -4,7 +4,7 @@ import { expect, test } from 'vitest';
 import { ended, start, waitUntil } from './daemon.js';
 import { isStopped, processState } from './process-state.js';
 
-test('of a process that is stopped is told that it is, and that somebody waits to be accepted', async () => {
+test('a stopped process is reported as stopped, with the connections that wait to be accepted', async () => {
   const child = start('python3', [
     '-c',
     'import socket, sys; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()',

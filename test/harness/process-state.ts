@@ -1,10 +1,10 @@
 /**
- * What a process is doing at this moment, in words for whoever reads of a failed test: its threads, in which system call
- * each of them is, and its TCP connections. Read from /proc; the process is not stopped, and need not be ours. Never fails.
+ * The state of a process at this moment, in words for the report of a failed test: its threads, the system call of each, and
+ * its TCP connections. Read from /proc; the process is not stopped, and need not be ours. Never fails.
  */
 import fs from 'node:fs';
 
-/** Threads beyond this are counted only: those that idle in a pool look alike. */
+/** Threads beyond this are only counted: idle threads of a pool look alike. */
 const MAX_THREADS = 40;
 /** include/net/tcp_states.h */
 const TCP_STATES = [
@@ -18,13 +18,13 @@ export function processState(pid: number): string {
   return [`process ${pid}:`, ...threadsOf(pid), ...connectionsOf(pid)].join('\n  ');
 }
 
-/** Whether every thread of it stands still (SIGSTOP), and does nothing until it is told to go on. */
+/** Whether every thread of it is stopped (SIGSTOP) until SIGCONT. */
 export function isStopped(pid: number): boolean {
   const threads = namesIn(`/proc/${pid}/task`);
   return threads.length > 0 && threads.every((tid) => /^State:\s*T/m.test(textOf(`/proc/${pid}/task/${tid}/status`)));
 }
 
-/** Threads that do the same are one line. The numbers of system calls are those of /proc/PID/syscall(5). */
+/** One line for threads in the same state. The numbers of system calls are those of /proc/PID/syscall (proc(5)). */
 function threadsOf(pid: number): string[] {
   const counts = new Map<string, number>();
   const threads = namesIn(`/proc/${pid}/task`);
@@ -42,7 +42,7 @@ function threadsOf(pid: number): string[] {
   return lines;
 }
 
-/** Also what the kernel has of a connection that nobody has accepted yet: bytes that wait on a listener are connections. */
+/** Includes connections that are not accepted yet: for a listener, waiting bytes are connections. */
 function connectionsOf(pid: number): string[] {
   const inodes = new Set<string>();
   for (const fd of namesIn(`/proc/${pid}/fd`)) {

@@ -1,7 +1,7 @@
 /**
- * systemd as process 1 of namespaces of its own (mounts, processes), with the units of examples/systemd in the places that they
- * name, and without any other unit. Owns all of it. Needs root on a machine that systemd does
- * not run (a container), where it would be in nobody's way.
+ * systemd as process 1 of its own mount and process namespaces, with the units of examples/systemd in the places that they
+ * name, and no other units. Owns all of it. Needs root on a machine that does not run systemd itself (a container), where it
+ * disturbs nothing.
  */
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -11,19 +11,19 @@ import { run, start, temporaryDirectory, waitUntil, type RunResult } from './dae
 const ROOT = path.resolve(import.meta.dirname, '../..');
 const EXAMPLES = path.join(ROOT, 'examples/systemd');
 const SYSTEMD = '/lib/systemd/systemd';
-/** Where the hierarchy is in which systemd keeps its units' processes: cgroups(7), version 1. */
+/** The hierarchy in which systemd keeps the processes of its units: cgroups(7), version 1. */
 const CGROUPS = '/sys/fs/cgroup/systemd';
-/** What it makes there. */
+/** The cgroups that it makes there. */
 const OUR_CGROUPS = ['init.scope', 'system.slice'];
-/** Stands for /backup, which is not ours to make. */
+/** In place of /backup, which tests must not create. */
 export const BACKUP = '/srv/backup';
-/** Ids that nobody has. */
+/** Unused ids. */
 export const SERVICE_ID = 54_331;
 export const MEMBER_ID = 54_332;
 
 const TARGETS = ['basic', 'default', 'local-fs', 'shutdown', 'sockets', 'sysinit', 'umount', 'timers'];
 
-/** Why there can be none here; undefined if there can. */
+/** Why this machine cannot run it; undefined if it can. */
 export function whyNoSystemd(): string | undefined {
   if (process.getuid?.() !== 0) return 'needs root';
   if (!fs.existsSync(SYSTEMD)) return 'needs systemd';
@@ -35,20 +35,20 @@ export function whyNoSystemd(): string | undefined {
 }
 
 export interface RealSystemd {
-  /** Run something where the units are. */
+  /** Run a command in the namespaces of the units. */
   inside(command: string, ...args: string[]): Promise<RunResult>;
-  /** ... as a user, with the groups of /etc/group. */
+  /** The same as another user, with the groups of /etc/group. */
   as(id: number, command: string, ...args: string[]): Promise<RunResult>;
   systemctl(...args: string[]): Promise<RunResult>;
-  /** The names of units that `systemctl --failed` has. */
+  /** The names of units in `systemctl --failed`. */
   failed(): Promise<string[]>;
-  /** What a unit's processes have printed. */
+  /** The output of a unit's processes. */
   said(unit: string): string;
   /** Must be called, whatever else fails. */
   end(): Promise<void>;
 }
 
-/** Errors: if it does not come up. */
+/** Errors: systemd does not start. */
 export async function startSystemd(): Promise<RealSystemd> {
   const directory = temporaryDirectory();
   const place = (name: string, text: string, mode = 0o644): string => {
@@ -113,17 +113,17 @@ exec env -i PATH="$PATH" container=other SYSTEMD_UNIT_PATH=${directory}/units ${
   };
 }
 
-/** The process that is process 1 in there. */
+/** The process that is process 1 in the namespace. */
 function childOf(pid: number): string | undefined {
   return fs.readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').trim().split(' ')[0] || undefined;
 }
 
-/** With its process 1 all are gone, and with them the mounts; the cgroups are not. */
+/** The end of process 1 ends all processes and mounts of the namespaces; the cgroups are removed here. */
 async function leave(init: string): Promise<void> {
   process.kill(Number(init), 'SIGKILL');
   await waitUntil(() => {
     const left = OUR_CGROUPS.map((name) => path.join(CGROUPS, name)).filter((place) => fs.existsSync(place));
-    // One that still has a process, which is about to end, stays.
+    // A cgroup stays if it still has a process that is about to end.
     for (const place of left) spawnSync('find', [place, '-depth', '-type', 'd', '-delete']);
     return left.length === 0;
   }, 'its cgroups are gone');

@@ -1,7 +1,7 @@
 /**
- * A disk that writes down every change that is made to one directory, every sync, and every commit of LMDB with the pages
- * that it has written: enough to build the states in which a power loss can leave the directory. Owns the model of files
- * and names in which such a state is built (`build`). What lies outside of the directory is not recorded.
+ * A disk that records every change in one directory, every sync, and every commit of LMDB with its written pages: enough to
+ * build the states in which a power loss can leave the directory. Owns the model of files and names that builds such a state
+ * (`build`). Changes outside the directory are not recorded.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -9,7 +9,7 @@ import { O_CREAT, O_TRUNC, type HostDisk } from '../../src/system/disk.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { interpose, OpenPaths, type DiskCall } from './interposed-disk.js';
 
-/** A file or directory, whatever its name becomes. */
+/** A file or directory, independent of its name. */
 type Id = number;
 
 export type Change =
@@ -17,11 +17,11 @@ export type Change =
   | { readonly op: 'link'; readonly id: Id; readonly path: string; readonly target: string }
   | { readonly op: 'rename'; readonly id: Id; readonly from: string; readonly path: string }
   | { readonly op: 'unlink'; readonly id: Id; readonly path: string }
-  /** `data` as it was: a copy. */
+  /** `data` is a copy. */
   | { readonly op: 'write'; readonly id: Id; readonly path: string; readonly offset: number; readonly data: Buffer }
   | { readonly op: 'resize'; readonly id: Id; readonly path: string; readonly size: number }
   | { readonly op: 'zero'; readonly id: Id; readonly path: string; readonly offset: number; readonly length: number }
-  /** What the file `from` has there, at the moment of `begun`. */
+  /** The content of file `from` in that range, at the moment `begun`. */
   | {
       readonly op: 'copy';
       readonly id: Id;
@@ -30,7 +30,7 @@ export type Change =
       readonly offset: number;
       readonly length: number;
     }
-  /** LMDB has written these pages, by their numbers, and the file has `size` bytes. */
+  /** LMDB has written these pages, by number, and the file has `size` bytes. */
   | {
       readonly op: 'commit' | 'database';
       readonly id: Id;
@@ -44,15 +44,15 @@ export type Change =
   | { readonly op: 'sync names'; readonly id: Id; readonly path: string }
   | { readonly op: 'sync all'; readonly id: Id; readonly path: string };
 
-/** Paths are relative to the directory; '.' is itself. */
+/** Paths are relative to the directory; '.' is the directory itself. */
 export type Recorded = Change & {
-  /** Two events may overlap: one that has ended before another has begun came before it. Ended never: it failed. */
+  /** Events may overlap: an event that ended before another began comes before it. One that never ended has failed. */
   readonly begun: number;
   readonly ended: number;
 };
 
 const DATABASE_PAGE = 4096;
-/** Long enough for any file: a clone is a copy of all of it. */
+/** Longer than any file: a clone copies all of it. */
 const WHOLE = Number.MAX_SAFE_INTEGER;
 
 export class RecordingDisk {
@@ -60,7 +60,7 @@ export class RecordingDisk {
   readonly events: Recorded[] = [];
   readonly #root: string;
   readonly #paths = new OpenPaths();
-  /** What has a name. */
+  /** Files and directories with a name. */
   readonly #names = new Map<string, Id>();
   readonly #open = new Map<number, Id>();
   readonly #directories = new Set<Id>();
@@ -68,14 +68,14 @@ export class RecordingDisk {
   #lastId = 0;
   #clock = 0;
 
-  /** What is in `directory` already counts as on stable storage. */
+  /** Present content of `directory` counts as durable. */
   constructor(directory: string, real: HostDisk = hostDisk) {
     this.#root = path.resolve(directory);
     this.disk = interpose(real, (call, proceed) => this.#record(call, proceed), this.#paths);
     if (fs.existsSync(this.#root)) this.#take('.');
   }
 
-  /** What was recorded since the last call, as lines: "op path", in the order in which it began. */
+  /** The events since the last call as lines "op path", in the order in which they began. */
   takeLines(): string[] {
     const lines = this.events.slice(this.#taken).map(({ op, path: at }) => `${op} ${at}`);
     this.#taken = this.events.length;
@@ -99,7 +99,7 @@ export class RecordingDisk {
     this.#taken = this.events.length;
   }
 
-  /** undefined if it lies outside. */
+  /** Undefined if it is outside. */
   #relative(file: string): string | undefined {
     const relative = path.relative(this.#root, file);
     if (relative === '') return '.';
@@ -118,14 +118,14 @@ export class RecordingDisk {
     if (changes.length === 0) return proceed();
     return this.#during(changes, proceed, (result) => {
       const [first] = changes;
-      // What was written, where that is less.
+      // The written part, if it is shorter.
       if (first?.op === 'write' && typeof result === 'number')
         Object.assign(first, { data: first.data.subarray(0, result) });
       if (first?.op === 'copy' && name === 'copyRange') Object.assign(first, { length: Math.max(0, result as number) });
     });
   }
 
-  /** Note `changes` as begun, and as ended when the call has succeeded. */
+  /** Record `changes` as begun, and as ended when the call has succeeded. */
   #during(
     changes: readonly Change[],
     proceed: () => unknown,
@@ -257,12 +257,12 @@ export class RecordingDisk {
     });
   }
 
-  /** The moment now, for those below. */
+  /** The present moment, for the functions below. */
   get now(): number {
     return this.#clock;
   }
 
-  /** Whether a power loss at the moment `at` cannot take it back, by what POSIX promises and LMDB does. */
+  /** Whether the event is durable at the moment `at`, by the promises of POSIX and the behaviour of LMDB. */
   isDurable(event: Recorded, at = Infinity): boolean {
     if (event.begun === 0) return true;
     if (event.ended > at || event.ended === Infinity) return false;
@@ -274,7 +274,7 @@ export class RecordingDisk {
     return after.some((sync) => sync.op === 'sync' && sync.id === event.id);
   }
 
-  /** The moments from `first` on at which a power loss leaves another state than at the moment before. */
+  /** The moments from `first` on at which a power loss leaves another state than one moment earlier. */
   *momentsOfLoss(first: number): Generator<number> {
     let before = '';
     for (let at = first; at <= this.now; at++) {
@@ -284,7 +284,7 @@ export class RecordingDisk {
     }
   }
 
-  /** Make in `directory` the files that those events leave that are `kept`. */
+  /** Create in `directory` the files that the `kept` events produce. */
   build(directory: string, kept: (event: Recorded) => boolean): void {
     const files = new Map<Id, { bytes: Buffer; size: number }>();
     const names = new Map<string, Change & { readonly op: 'create' | 'link' }>();
@@ -342,7 +342,7 @@ export class RecordingDisk {
     }
     for (const [name, file] of [...names].sort(([a], [b]) => a.length - b.length)) {
       const full = path.join(directory, name);
-      // Without its directory it cannot be found.
+      // Without its directory the file cannot be found.
       if (name !== '.' && !fs.existsSync(path.dirname(full))) continue;
       if (file.op === 'link') fs.symlinkSync(file.target, full);
       else if (file.kind === 'directory') fs.mkdirSync(full, { recursive: true });
@@ -354,7 +354,7 @@ export class RecordingDisk {
   }
 }
 
-/** The directory itself has its name from one that is not recorded. */
+/** The name of the directory itself is in a directory that is not recorded. */
 function isNameSynced(name: string, syncs: readonly Recorded[]): boolean {
   return name === '.' || syncs.some(({ op, path: of }) => op === 'sync names' && of === path.dirname(name));
 }
@@ -370,7 +370,7 @@ function resize(file: { bytes: Buffer; size: number }, size: number): void {
   file.size = size;
 }
 
-/** Not through the disk: nobody asked for it. */
+/** Not through the disk: these reads must not be recorded. */
 function contentOf(fd: number): Buffer {
   const bytes = Buffer.alloc(fs.fstatSync(fd).size);
   for (let done = 0; done < bytes.length;) {

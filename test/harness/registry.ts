@@ -1,6 +1,6 @@
 /**
- * A package registry on loopback that has what is in node_modules/, and nothing else: for installing as on a machine that has
- * only the network. It packs a package when it is asked for, and remembers what it was asked for.
+ * A package registry on loopback that offers the packages in node_modules/, and no others: for an installation as on a machine
+ * with only the network. It packs a package on request, and records the requests.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -9,13 +9,13 @@ import type { AddressInfo } from 'node:net';
 import path from 'node:path';
 
 const MODULES = path.resolve(import.meta.dirname, '../../node_modules');
-/** Beyond a name lies the file of its package. */
+/** Path of a package's file, below its name. */
 const TARBALL = '/-/package.tgz';
 
 export interface Registry {
   /** For npm's `registry` setting. */
   readonly url: string;
-  /** The packages that were asked for, had or not. */
+  /** The requested packages, present or not. */
   asked(): string[];
   close(): Promise<void>;
 }

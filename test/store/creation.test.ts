@@ -1,4 +1,4 @@
-/** Where a store is made, who may make one, and what is left when making one is cut off. */
+/** Creating a store: in which directories, by which commands, and what is left of an interrupted creation. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -9,7 +9,7 @@ import { cli, run, startDaemon, temporaryDirectory, waitUntil } from '../harness
 
 const BUILT = pathToFileURL(path.resolve('dist/store/local/local-store.js')).href;
 
-/** Makes a store, and is killed before the call number argv[2] that changes a file; prints the calls. */
+/** Creates a store, and is killed before the argv[2]-th call that changes a file; prints the calls. */
 const MAKE = `
 import fs from 'node:fs';
 const [, directory, at] = process.argv;
@@ -33,9 +33,9 @@ function make(directory: string, killedAt: number) {
   return run(process.execPath, ['--input-type=module', '-e', MAKE, directory, String(killedAt)]);
 }
 
-test('a creation that is killed at any point is no store, or a whole one, and the next one finishes it', async () => {
+test('a creation that is killed at any point leaves no store or a whole one, and the next creation finishes it', async () => {
   const calls = JSON.parse((await make(path.join(temporaryDirectory(), 'store'), -1)).stdout) as string[];
-  // The folders of objects are made one as the other.
+  // All folders of objects are created in the same way.
   const points = calls.flatMap((call, at) => (/mkdirSync .*objects\/(?!00|80|ff)..$/.test(call) ? [] : [at]));
   expect(points.length).toBeGreaterThan(15);
   for (const point of points) {
@@ -55,9 +55,9 @@ test('a creation that is killed at any point is no store, or a whole one, and th
   }
 });
 
-describe('what fails after it has made a store removes it again', () => {
+describe('a command that fails after it has created a store removes the store again', () => {
   const failures: Record<string, (directory: string) => string[]> = {
-    // Root may write to /proc, says access(2), and nobody can make anything there.
+    // access(2) says that root may write to /proc, but nothing can be created there.
     'a start whose control socket cannot be bound': (directory) => [
       ...[
         'serve',
@@ -89,14 +89,14 @@ describe('what fails after it has made a store removes it again', () => {
       }
       expect(fs.existsSync(missing)).toBe(false);
       expect(fs.readdirSync(empty)).toEqual([]);
-      // One that was there is not its to remove.
+      // It does not remove a directory that was there before.
       await (await LocalStore.open(empty)).close();
       expect((await cli([...args, '--store', empty])).code).toBe(1);
       expect(fs.existsSync(path.join(empty, 'meta.mdb'))).toBe(true);
     });
   }
 
-  test('but not if somebody has put something in it meanwhile', async () => {
+  test('but not if another process has put something into it meanwhile', async () => {
     const directory = path.join(temporaryDirectory(), 'store');
     const store = await LocalStore.open(directory);
     const catalog = new VdiCatalog(store);
@@ -107,7 +107,7 @@ describe('what fails after it has made a store removes it again', () => {
   });
 });
 
-describe('a store is made', () => {
+describe('a store is created', () => {
   test('in a directory that is missing, empty, or has nothing but lost+found', async () => {
     for (const names of [undefined, [], ['lost+found']]) {
       const directory = path.join(temporaryDirectory(), 'store');
@@ -118,7 +118,7 @@ describe('a store is made', () => {
     }
   });
 
-  test('in no directory that has anything else, whoever asks for it', async () => {
+  test('in no directory with other content, whichever command asks for it', async () => {
     const directory = temporaryDirectory();
     fs.writeFileSync(path.join(directory, 'hosts'), 'precious');
     const image = path.join(temporaryDirectory(), 'image');
@@ -137,7 +137,7 @@ describe('a store is made', () => {
     }
   });
 
-  test('not beside files and folders of other people that have the names of its parts, and leaves them alone', async () => {
+  test('not in a directory with foreign files and folders that have the names of its parts, and those stay unchanged', async () => {
     const theirs: Record<string, (directory: string) => void> = {
       'scratch/thesis': (directory) => fs.mkdirSync(path.join(directory, 'scratch')),
       scratch: () => undefined,
@@ -161,7 +161,7 @@ describe('a store is made', () => {
     }
   });
 
-  test('not where the metadata of one is lost: that is damage, not an empty store', async () => {
+  test('not where a store has lost its metadata: that is damage, not an empty store', async () => {
     const directory = path.join(temporaryDirectory(), 'store');
     const store = await LocalStore.open(directory);
     const catalog = new VdiCatalog(store);
@@ -179,7 +179,7 @@ describe('a store is made', () => {
     }
   });
 
-  test('by no command that only looks, or changes what is there; and it leaves nothing behind', async () => {
+  test('by no command that only reads, or changes existing VDIs; and those leave nothing behind', async () => {
     const directory = temporaryDirectory();
     const empty = path.join(directory, 'empty');
     fs.mkdirSync(empty);
@@ -212,7 +212,7 @@ describe('a store is made', () => {
     expect(fs.readdirSync(empty)).toEqual([]);
   }, 240_000);
 
-  test('not by serve --create-store=no, which tells an unmounted mount point from a store', async () => {
+  test('not by serve --create-store=no, which detects an unmounted mount point', async () => {
     const directory = temporaryDirectory();
     const refused = await cli(['serve', '--create-store=no', '--store', directory]);
     expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`no store in ${directory}`) as string });
@@ -222,7 +222,7 @@ describe('a store is made', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  test('whoever comes while it is being made waits for it', async () => {
+  test('a command that starts while the store is being created waits for it', async () => {
     const directory = path.join(temporaryDirectory(), 'store');
     const serving = startDaemon({ store: directory });
     await waitUntil(() => fs.existsSync(path.join(directory, 'lock')), 'the creation has begun');

@@ -1,4 +1,4 @@
-/** Names, lengths and syncs of the local store: what has to be durable is, and what was not is never said to be. */
+/** Durability of the local store: names, lengths and syncs. Data that is not durable is never reported as durable. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
@@ -8,7 +8,7 @@ import type { Vdi } from '../../src/vdi/vdi.js';
 import { FailingDisk } from '../harness/failing-disk.js';
 import { BIN, cli, needs, nbdsh, ok, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 
-// As bin/start.cjs has it: with the few threads that Node has by itself, a write that is held would hold all others.
+// As bin/start.cjs sets it: with Node's default of few threads, one held write would hold all others.
 vi.hoisted(() => void (process.env.UV_THREADPOOL_SIZE = '24'));
 
 const OBJECT = 2 ** 20;
@@ -57,7 +57,7 @@ needs('strace')('a new store is in its directory, and that in the one above, on 
 });
 
 describe('a sync of a folder that failed', () => {
-  test('is not made good by a later one, for all who have new objects in it', async () => {
+  test('is not repaired by a later sync, for all VDIs with new objects in it', async () => {
     const size = 1024 * OBJECT;
     const names = ['first', 'second', 'third'];
     for (const name of names) await catalog.create(name, size, { blockSizeShift: 20 });
@@ -77,7 +77,7 @@ describe('a sync of a folder that failed', () => {
     await third.flush();
   });
 
-  test('is final for an object that is being made in it at that moment, too', async () => {
+  test('is final for an object that is being created in it at that moment, too', async () => {
     for (const name of ['first', 'second']) await catalog.create(name, 1024 * OBJECT, { blockSizeShift: 20 });
     const [first, second] = [await catalog.openVdi('first'), await catalog.openVdi('second')];
     let goOn!: () => void;
@@ -103,7 +103,7 @@ describe('a sync of a folder that failed', () => {
   });
 });
 
-describe('an object file that is not as long as its object', () => {
+describe('an object file without the length of its object', () => {
   let vdi: Vdi;
 
   async function damage(length: number): Promise<void> {
@@ -124,7 +124,7 @@ describe('an object file that is not as long as its object', () => {
     ['empty', 0],
     ['too long', OBJECT + 4096],
   ] as const) {
-    test(`because it is ${what} is damage: nothing of it is read, copied or taken for a hole, and check lists it`, async () => {
+    test(`because it is ${what} is damage: it is not read, not copied and not reported as a hole, and check lists it`, async () => {
       await damage(length);
       await vdi.read(0, Buffer.alloc(OBJECT));
       for (const use of [
@@ -138,14 +138,14 @@ describe('an object file that is not as long as its object', () => {
       const { problems } = await catalog.check({ repair: false });
       const range = `bytes ${OBJECT} to ${2 * OBJECT - 1} (object file is ${length} bytes long)`;
       expect(problems).toEqual([`lost: disk@kept ${range}`, `lost: disk ${range}`]);
-      // Written anew as a whole, or trimmed, the disk is whole again.
+      // After a write of the whole object, or a trim, the disk is whole again.
       vdi = await catalog.openVdi('disk');
       await vdi.write(OBJECT, Buffer.alloc(OBJECT, 8), false);
       await allOf(vdi);
     });
   }
 
-  test('because it was cut off while it is open is damage too', async () => {
+  test('because it was truncated while it is open is damage too', async () => {
     await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
     vdi = await catalog.openVdi('disk');
     await vdi.write(0, Buffer.alloc(OBJECT, 7), true);
@@ -189,14 +189,14 @@ h.pread(2**20, 0)
   });
 });
 
-test('an object that is trimmed and made again has its length all the time: the stored map still refers to it', async () => {
+test('an object that is trimmed and created again always has its length: the stored map still refers to it', async () => {
   await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(OBJECT, 7), true);
   const [file = ''] = objectFiles();
   const { ino } = fs.statSync(file);
   await vdi.trim(0, OBJECT, false);
-  /** How long the file was each time that one was emptied. */
+  /** The length of the file each time that it was emptied. */
   const emptied: number[] = [];
   failing.instead({ calls: ['punchHole'] }, ({ args }, proceed) => {
     emptied.push(fs.fstatSync(args[0] as number).size);

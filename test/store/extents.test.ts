@@ -1,7 +1,6 @@
 /**
- * What the local store says about data and holes while others punch, write, remove and make anew the objects that it is
- * asked about. What is said must be usable (in order, without gaps, nothing empty) and must never be a hole where data
- * was written before the question.
+ * Extents of the local store while others punch, write, remove and create the same objects. The answer must be usable (in
+ * order, without gaps, no empty extent), and must never report a hole where data was written before the query.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -13,7 +12,7 @@ import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { FailingDisk } from '../harness/failing-disk.js';
 
-// As bin/start.cjs has it: with the few threads that Node has by itself, one look-up would wait for the other for ever.
+// As bin/start.cjs sets it: with Node's default of few threads, one query would wait for the other for ever.
 vi.hoisted(() => void (process.env.UV_THREADPOOL_SIZE = '24'));
 
 const BLOCK = 4096;
@@ -61,12 +60,12 @@ async function extentsOf(of: Vdi, offset = 0, length = of.size): Promise<Extent[
   return found;
 }
 
-/** Every block but the last of an object, so that there is always a hole to look for. */
+/** Every block except the last of an object, so that there is always a hole to find. */
 async function fill(idx: number): Promise<void> {
   await vdi.write(idx * OBJECT, Buffer.alloc(OBJECT - BLOCK, 1), false);
 }
 
-test('data that is punched out between two looks is asked for again, and what follows is told as it is', async () => {
+test('data that is punched between two queries is queried again, and the extents after it are right', async () => {
   await fill(0);
   failing.instead({ calls: ['nextHole'], times: 1 }, async ({ args }, proceed) => {
     await hostDisk.punchHole(args[0] as number, 0, OBJECT / 2);
@@ -79,14 +78,14 @@ test('data that is punched out between two looks is asked for again, and what fo
   ]);
 });
 
-test('where every look contradicts the one before it, the range counts as data', async () => {
+test('where every query contradicts the one before it, the range counts as data', async () => {
   await fill(0);
   const looks = failing.instead({ calls: ['nextData', 'nextHole'] }, ({ args }) => Promise.resolve(args[1]));
   expect(await extentsOf(vdi, 0, OBJECT)).toEqual([{ at: 0, length: OBJECT, hole: false }]);
   expect(looks.count).toBeLessThan(200);
 });
 
-test('extents can be used, and hide nothing that was written, while the object is punched, emptied and written anew', async () => {
+test('extents are usable, and hide no written data, while the object is punched, emptied and written again', async () => {
   await fill(0);
   await vdi.write(OBJECT + BLOCK, Buffer.alloc(BLOCK, 9), false);
   let stop = false;
@@ -111,10 +110,10 @@ test('extents can be used, and hide nothing that was written, while the object i
   }
 });
 
-test('a temporary snapshot that is lost tells no holes where it cannot be read', async () => {
+test('a lost temporary snapshot reports no holes where it cannot be read', async () => {
   await fill(0);
   await catalog.snapshotTemporary('disk', 'now');
-  // A directory in its place: the scratch file cannot be made.
+  // A directory with its name: the scratch file cannot be created.
   fs.mkdirSync(path.join(directory, 'scratch'));
   await vdi.trim(0, OBJECT / 2, false);
   fs.rmdirSync(path.join(directory, 'scratch'));
@@ -129,7 +128,7 @@ test('a temporary snapshot that is lost tells no holes where it cannot be read',
   await catalog.release(after);
 });
 
-test('one that is lost while its extents are looked for tells none either', async () => {
+test('a temporary snapshot that is lost during a query of its extents reports no holes either', async () => {
   await fill(0);
   await catalog.snapshotTemporary('disk', 'now');
   const now = await catalog.openVdi('disk@now');

@@ -1,4 +1,4 @@
-/** The local store by itself: its lock, its format, what it does after a crash and when the disk refuses. */
+/** The local store by itself: its lock, its format, its behaviour after a crash and when the disk refuses. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
@@ -54,7 +54,7 @@ async function bytesOf(vdi: Vdi): Promise<Buffer> {
 
 /**
  * Go on with a copy of the directory as it is now: what a process killed at this moment would leave. Unless the machine
- * lives on, another boot finds it, for which nothing in recent/ counts.
+ * survives, the copy is opened on another boot, where logs in recent/ do not count.
  */
 async function crash(options: { readonly sameBoot?: boolean } = {}): Promise<void> {
   const copy = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-crash-'));
@@ -85,7 +85,7 @@ describe('opening', () => {
     const lock = (): string => path.join(directory, 'lock');
     const victim = (): string => path.join(directory, 'victim');
 
-    test('says who holds the store, and nothing afterwards; a number of nobody is not believed', async () => {
+    test('names the process that holds the store, and none afterwards; a number without a process is ignored', async () => {
       expect(fs.readFileSync(lock(), 'utf8')).toBe(`${process.pid} command\n`);
       store.announceStop();
       expect(fs.readFileSync(lock(), 'utf8')).toBe(`${process.pid} stopping daemon\n`);
@@ -97,7 +97,7 @@ describe('opening', () => {
       expect(fs.readFileSync(lock(), 'utf8')).toBe('');
     });
 
-    test('that is a symbolic link is refused, and what it leads to left alone', async () => {
+    test('that is a symbolic link is refused, and its target stays unchanged', async () => {
       await catalog.close();
       fs.writeFileSync(victim(), 'precious');
       fs.rmSync(lock());
@@ -147,7 +147,7 @@ describe('opening', () => {
     await expect(LocalStore.open('/proc/sheepgate')).rejects.toBeInstanceOf(StoreError);
   });
 
-  test('a metadata file that is not one is refused, not overwritten', async () => {
+  test('a file that is not a metadata file is refused, not overwritten', async () => {
     await catalog.close();
     const file = path.join(directory, 'meta.mdb');
     fs.writeFileSync(file, Buffer.alloc(65536, 0x41));
@@ -157,19 +157,19 @@ describe('opening', () => {
     await start();
   });
 
-  test('a metadata file that was cut off is refused with the reason', async () => {
+  test('a truncated metadata file is refused with the reason', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     await catalog.close();
     const file = path.join(directory, 'meta.mdb');
     fs.truncateSync(file, fs.statSync(file).size - 4096);
-    await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED', message: /cut off/ });
+    await expect(LocalStore.open(directory)).rejects.toMatchObject({ code: 'DAMAGED', message: /truncated/ });
     fs.rmSync(directory, { recursive: true });
     await start();
   });
 });
 
 describe('after a crash', () => {
-  test('objects that no map refers to are removed, and flushed data is there', async () => {
+  test('unreferenced objects are removed, and flushed data is there', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     await vdi.write(5, Buffer.from('flushed'), true);
@@ -184,7 +184,7 @@ describe('after a crash', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('that the machine survives, what was acknowledged is there too, and durable', async () => {
+  test('that the machine survives, acknowledged writes are there too, and durable', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     await vdi.write(0, Buffer.alloc(SIZE, 1), true);
@@ -199,7 +199,7 @@ describe('after a crash', () => {
     expect((await bytesOf(await catalog.openVdi('disk@s'))).equals(Buffer.alloc(SIZE, 1))).toBe(true);
   });
 
-  test('that the machine survives, what was acknowledged after a snapshot that was not finished is there', async () => {
+  test('that the machine survives, writes acknowledged after an unfinished snapshot are there', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
@@ -218,7 +218,7 @@ describe('after a crash', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('a log of changes that flushes have made superfluous does not grow', async () => {
+  test('a log does not grow by changes that flushes have stored', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     const recent = path.join(directory, 'recent');
@@ -252,7 +252,7 @@ describe('after a crash', () => {
     expect(afterwards.equals(Buffer.alloc(SIZE, 1))).toBe(true);
   });
 
-  test('a trimmed object is removed only after the map that pointed at it', async () => {
+  test('a trimmed object is removed only after the map that pointed to it', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     await vdi.write(0, Buffer.alloc(SIZE, 7), true);
@@ -279,7 +279,7 @@ describe('check', () => {
     const repaired = await catalog.check({ repair: true });
     expect(repaired.repaired).toBe(1);
     expect((await catalog.check({ repair: false })).orphans).toBe(0);
-    // the rest of the disk is still readable, the lost part is an error and not zeros
+    // The rest of the disk is readable; the lost part is an error and not zeros.
     await catalog.close();
     await start();
     const again = await catalog.openVdi('disk');
@@ -307,7 +307,7 @@ describe('check', () => {
 });
 
 describe('when the metadata cannot be stored', () => {
-  /** The next `times` commits fail as on a full disk. The reserve in meta.mdb makes this hard to produce for real. */
+  /** The next `times` commits fail as on a full disk. The reserve of meta.mdb makes this hard to produce for real. */
   function failCommits(times: number): void {
     failing.fail({ calls: ['commit'], times }, 'ENOSPC');
   }
@@ -361,7 +361,7 @@ describe('when the metadata cannot be stored', () => {
     await catalog.release(vdi);
     await catalog.snapshot('disk', 's');
     const before = await catalog.list();
-    failCommits(5); // a copy that fails also tries to remove what it prepared
+    failCommits(5); // a failed copy also tries to remove the pages that it prepared
     await expect(catalog.clone('disk@s', 'copy')).rejects.toMatchObject({ code: 'NO_SPACE' });
     await expect(catalog.rollback('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });
     await expect(catalog.remove('disk@s')).rejects.toMatchObject({ code: 'NO_SPACE' });
@@ -375,7 +375,7 @@ describe('when the metadata cannot be stored', () => {
   });
 });
 
-test('a store that is closed stores nothing any more, and is not opened again by what comes late', async () => {
+test('a closed store stores nothing any more, and late calls do not open it again', async () => {
   const early = store.state.commit(new Map([['early', { a: 1 }]]));
   await store.close();
   await early;
@@ -388,7 +388,7 @@ test('a store that is closed stores nothing any more, and is not opened again by
   await second.close();
 });
 
-test('a sync that failed with an I/O error is not vouched for by a later one', async () => {
+test('a sync that failed with an I/O error is not repaired by a later one', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(4096, 1), false);

@@ -1,9 +1,9 @@
-/** What a location says, before a store is open. */
+/** The meaning of store locations, before a store is open. */
 import path from 'node:path';
 import { expect, test } from 'vitest';
 import { CLUSTER, directoryOf, kindOf, LOCAL, parseLocation } from '../../src/store/locations.js';
 
-test('a directory is a local store, whatever it is called', () => {
+test('a directory is a local store, whatever its name', () => {
   expect(parseLocation('disks')).toBe(path.resolve('disks'));
   expect(parseLocation('local:disks')).toBe(path.resolve('disks'));
   expect(parseLocation('local:cluster:x')).toBe(path.resolve('cluster:x'));

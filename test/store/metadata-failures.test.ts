@@ -1,4 +1,4 @@
-/** What becomes of a store whose metadata cannot be stored: a full disk, from its first moment on; a disk that is gone. */
+/** A store whose metadata cannot be stored: a full disk, also at the creation of the store; a disk that is gone. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import os from 'node:os';
@@ -26,7 +26,7 @@ async function opened(directory: string) {
   return { store, catalog, lines, failing };
 }
 
-test('a new store on a full disk is an error that says so, and leaves nothing behind', async (context) => {
+test('creating a store on a full disk is an error that says so, and leaves nothing behind', async (context) => {
   const directory = mountTmpfs('1m');
   if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
   const filler = fill(directory);
@@ -93,7 +93,7 @@ test('a store that was killed on a full disk opens on the full disk', async (con
   expect((await daemon.stop()).code).toBe(0);
 });
 
-test('a commit that fails, fails those that need the space, and nobody beside them; later ones work', async (context) => {
+test('a failed commit fails only the operations that need the space; later commits work', async (context) => {
   const directory = mountTmpfs('8m');
   if (directory === undefined) return skipBecause(context, NEEDS_ROOT);
   const { store } = await opened(path.join(directory, 'store'));
@@ -123,7 +123,7 @@ test('a commit that fails, fails those that need the space, and nobody beside th
   expect(metadata.strayVids()).toHaveLength(results.filter(({ status }) => status === 'fulfilled').length - 3);
 });
 
-test('when the pool of a thin disk is full, commits fail in any of their writes, and go on when there is room', async (context) => {
+test('when the pool of a thin disk is full, commits fail in any of their writes, and work again when there is room', async (context) => {
   const pool = mountTmpfs('40m');
   const directory = pool === undefined ? undefined : mountThin(pool, 64 * 2 ** 20);
   if (pool === undefined || directory === undefined) return skipBecause(context, NEEDS_ROOT);
@@ -147,7 +147,7 @@ needs('prlimit')(
   'after a commit that failed for another reason than space, the next works as soon as it can',
   async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:1G'] });
-    // Every write is EFBIG, which is no full disk: for a commit an error like any other of the disk.
+    // Every write is EFBIG, which is not a full disk: for a commit an error like any other of the disk.
     const limit = (to: string): unknown =>
       execFileSync('prlimit', ['--pid', String(daemon.child.pid), `--fsize=${to}:`]);
     const snapshot = (tag: string) => cli(['vdi', 'snapshot', 'disk', tag, '--control', daemon.control]);
@@ -217,10 +217,10 @@ needs('gcc')(
     expect(list.stdout).not.toContain('not-');
     for (const client of [disk, other]) expect((await client.read(2 * 2 ** 22, 3)).toString()).toBe('EIO');
     order('meta-page', 'ENOSPC');
-    // 0 if what failed was the commit of who has what open, which is tried again; 1 if it was the last one.
+    // 0 if the failed commit stored which client has which VDI open, which is tried again; 1 if it was the last commit.
     expect(await daemon.stop()).toEqual({ code: expect.toBeOneOf([0, 1]) as number, signal: null });
     expect(fs.readdirSync(orders)).toEqual([]);
-    // All that this page had to say is that the store was closed.
+    // The only content of this page is that the store was closed.
     const { stdout } = await cli(['export', 'disk@s2', '-'], { store: daemon.store });
     expect(stdout.slice(2 * 2 ** 22, 2 * 2 ** 22 + 3)).toBe('EIO');
   },
@@ -247,12 +247,12 @@ needs('gcc')(
   },
 );
 
-test('after an error of its disk, all of the metadata is read before LMDB maps it: an error, not the end of the process', async () => {
+test('after an error of its disk, the whole metadata file is read before LMDB maps it: an error, not the end of the process', async () => {
   const { store, catalog, failing } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.from('text'), true);
-  // One page can be read, and all of the file cannot.
+  // One page can be read, but not the whole file.
   const reading = failing.instead({ calls: ['readSync'], file: /meta\.mdb$/ }, ({ name, args }, proceed) => {
     const [, into] = args as [number, Buffer];
     if (isIll && into.length > 4096) throw systemError('EIO', name);
@@ -272,13 +272,13 @@ test('after an error of its disk, all of the metadata is read before LMDB maps i
   isIll = false;
   await catalog.snapshot('disk', 's');
   for (const read of reads) expect(read).not.toThrow();
-  // It is not read as a whole for ever.
+  // It is not read as a whole every time from now on.
   const before = reading.count;
   expect(store.metadata.session).toBeDefined();
   expect(reading.count).toBe(before + 1);
 });
 
-test('while LMDB is being opened anew after a failed commit, other disks are opened a moment later, not refused', async () => {
+test('while LMDB is opened again after a failed commit, other disks are opened a moment later, not refused', async () => {
   const { store, catalog, failing } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 24, { blockSizeShift: 20 });
   const written = await catalog.openVdi('disk');
@@ -299,7 +299,7 @@ test('while LMDB is being opened anew after a failed commit, other disks are ope
   await waitUntil(isBeingOpened, 'LMDB is being opened anew');
   const opening = catalog.openVdi('disk');
   void opening.catch(() => undefined);
-  // As long as it takes: nothing that the opening could wait for beside this goes on any more.
+  // Until nothing else is in progress that the opening could wait for.
   const sooner = await Promise.race([opening.then(() => 'opened', String), catalog.list().then(() => undefined)]);
   expect(sooner).toBe(undefined);
   closing.release();
@@ -311,15 +311,15 @@ test('while LMDB is being opened anew after a failed commit, other disks are ope
   expect(openings.count).toBe(1);
 });
 
-test('metadata that somebody cuts off while it is open is damage that is told, not the end of the process', async () => {
+test('metadata that is truncated while it is open is reported as damage, and does not end the process', async () => {
   const { store, catalog } = await opened(path.join(temporaryDirectory(), 'store'));
   await catalog.create('disk', 2 ** 30);
   fs.truncateSync(path.join(store.location, 'meta.mdb'), 4096);
-  await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'DAMAGED', message: /cut off/ });
+  await expect(catalog.snapshot('disk', 's')).rejects.toMatchObject({ code: 'DAMAGED', message: /truncated/ });
   expect(() => store.metadata.state()).toThrow(/meta\.mdb/);
 });
 
-test('of changes that are committed together one that throws stores nothing, and the others do', async () => {
+test('of changes in one commit, a change that throws stores nothing, and the others are stored', async () => {
   let env!: { put(key: string, value: Buffer): unknown; get(key: string): Buffer | undefined };
   const file = new MetadataFile(
     hostDisk,
@@ -343,7 +343,7 @@ for (const type of ['ext4', 'xfs'] as const) {
     const directory = mountImage(type, 400 * 2 ** 20);
     if (directory === undefined) return skipBecause(context, `mounting ${type} on a loop device needs root and mkfs`);
     const daemon = await startDaemon({ store: path.join(directory, 'store'), args: ['--create', 'disk:1G'] });
-    // By its own socket: its name in the store can be looked up as long as the kernel remembers it.
+    // Through its own socket: the name of a socket in the store is found only while the kernel has it cached.
     expect((await cli(['vdi', 'snapshot', 'disk', 'before'], { store: daemon.store })).stderr).toBe('');
     shutDown(directory);
     for (const args of [

@@ -1,6 +1,6 @@
 /**
- * Operations of the local store that overlap: each test is an interleaving that once lost data or would, if the order of
- * its steps were wrong. They run the real store without hooks, often enough for the window to be hit.
+ * Overlapping operations of the local store: each test is an interleaving that once lost data, or would if the order of steps
+ * were wrong. They run the real store without hooks, often enough to hit the window.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -50,7 +50,7 @@ async function turns(count: number): Promise<void> {
   for (let n = 0; n < count; n++) await new Promise((resolve) => setImmediate(resolve));
 }
 
-test('an object written again while the flush that removes its old self is under way is not removed with it', async () => {
+test('an object that is written again during the flush that removes its old file is not removed with it', async () => {
   const objects = 64;
   await start();
   await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });
@@ -138,7 +138,7 @@ test('with fewer descriptors than busy objects nobody reads or writes through an
   await catalog.release(vdi);
 });
 
-test('objects that are asked for at once, and copied, are never more open than there may be, and none waits for ever', async () => {
+test('objects that are read and copied at the same time never exceed the limit of descriptors, and none waits for ever', async () => {
   const limit = 6;
   const objects = 160;
   await start();
@@ -163,7 +163,7 @@ test('objects that are asked for at once, and copied, are never more open than t
   await Promise.all(
     Array.from({ length: objects }, async (_, idx) => {
       const data = Buffer.alloc(4096);
-      // The first write copies what is read at the same time.
+      // The first write copies the object that is read at the same time.
       await Promise.all([source.read(idx * OBJECT, data), vdi.write(idx * OBJECT + 8192, Buffer.alloc(512, 1), false)]);
       expect(data.equals(Buffer.alloc(4096, 2 + idx)), `object ${idx}`).toBe(true);
       await vdi.read(idx * OBJECT, data);
@@ -172,13 +172,13 @@ test('objects that are asked for at once, and copied, are never more open than t
   );
   isOver.done = true;
   await watched;
-  // Beside them the log of the map, and the folder that is being looked at.
+  // In addition: the log of the map, and the folder of the /proc listing.
   expect(most - before).toBeLessThanOrEqual(limit + 2);
   await catalog.release(vdi);
   await catalog.release(source);
 });
 
-test('the number of open descriptors stays at its limit however objects come and go', async () => {
+test('the number of open descriptors stays within its limit however objects come and go', async () => {
   const limit = 32;
   const objects = 200;
   await start({ maxDescriptors: limit });
@@ -199,7 +199,7 @@ test('the number of open descriptors stays at its limit however objects come and
   await catalog.release(vdi);
 });
 
-test('who waits for a descriptor of one disk does not wait behind all who wait for those of another', async () => {
+test('a waiter for a descriptor of one disk does not wait behind all waiters of another disk', async () => {
   await start();
   const cache = new DescriptorCache(hostDisk, 2);
   const order: string[] = [];
@@ -215,7 +215,7 @@ test('who waits for a descriptor of one disk does not wait behind all who wait f
   expect(cache.held).toBe(2);
 });
 
-test('pages that a failed clone left behind are nobody’s: a new VDI under the same vid is empty', async () => {
+test('pages that a failed clone left behind belong to no VDI: a new VDI with the same vid is empty', async () => {
   await start();
   await catalog.create('secret', 4 * OBJECT, { blockSizeShift: 20 });
   const secret = await catalog.openVdi('secret');
@@ -275,7 +275,7 @@ test('a fast zero that would have to copy a shared object is refused before anyt
   await catalog.release(vdi);
 });
 
-test('a VDI whose sync failed starts again from what is durable when it is opened the next time', async () => {
+test('a VDI whose sync failed starts from its durable state when it is opened the next time', async () => {
   await start();
   await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');

@@ -1,6 +1,6 @@
 /**
- * What a killed process has left in recent/, under everything that can have happened to it and to the disk since: it is
- * applied if all that it speaks of is certain to be there, and otherwise set aside, with nothing of the store harmed.
+ * Logs that a killed process has left in recent/, after everything that can happen to them and to the disk: a log is applied if
+ * all objects that it names are certain to be there; otherwise it is set aside, and the store is not harmed.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -19,7 +19,7 @@ import { mountAgain, mountImage, shutDown } from '../harness/filesystems.js';
 
 const OBJECT = 2 ** 20;
 const SIZE = 8 * OBJECT;
-/** XFS wants as much. */
+/** The least that XFS accepts. */
 const DISK = 512 * OBJECT;
 
 interface Opened {
@@ -61,7 +61,7 @@ function objectFiles(directory: string): string[] {
     .sort();
 }
 
-/** As if the logs of this copy of the store of `session` had been written where they are. */
+/** Rewrite the headers of the logs in this copy of a store as if they had been written here, in `session`. */
 function makeFit(directory: string, session: string): void {
   for (const log of logsOf(directory)) {
     const fd = fs.openSync(log, 'r+');
@@ -92,7 +92,7 @@ function copyOf(directory: string): string {
   return copy;
 }
 
-test('an older log over a newer map takes nothing back: each entry belongs to a flush', async () => {
+test('an older log over a newer map undoes nothing: each entry belongs to a flush', async () => {
   const { directory, store, vdi } = await newStore();
   await write(vdi, 0, 'first');
   await vdi.trim(0, OBJECT, false);
@@ -104,7 +104,7 @@ test('an older log over a newer map takes nothing back: each entry belongs to a 
   await write(vdi, 2, 'answered');
   const copy = copyOf(directory);
   const newer = fs.readFileSync(log);
-  // Both what is older and what is newer, as one log that spans the flush, and as one that lacks what came after it.
+  // Once as one log that spans the flush, and once as a log without the entries after it.
   for (const [bytes, third] of [
     [newer, 'answered'],
     [older, ''],
@@ -120,7 +120,7 @@ test('an older log over a newer map takes nothing back: each entry belongs to a 
   }
 });
 
-test('of a snapshot that was not stored the log says what the VDI holds, and of one that was, too', async () => {
+test('the log has the content of the VDI after a snapshot, whether the snapshot was stored or not', async () => {
   const { directory, store, catalog, vdi } = await newStore();
   await write(vdi, 0, 'before');
   await catalog.snapshot('disk', 'one');
@@ -136,13 +136,13 @@ test('of a snapshot that was not stored the log says what the VDI holds, and of 
   expect(await read(await after.catalog.openVdi('disk@one'), 2)).toBe('');
 });
 
-test('a log that could not be written counts for nothing until a flush has succeeded, and then from its beginning on', async () => {
+test('a log that could not be written does not count until a flush has succeeded, and then from the beginning of that flush', async () => {
   const { directory, failing, store, catalog, vdi, lines } = await newStore();
   const full = failing.fail({ calls: WRITES, file: /recent/ }, 'ENOSPC');
   await write(vdi, 0, 'unlogged');
   full.off();
   expect(lines.join()).toMatch(/would be lost if this process were killed/);
-  /** A flush, and `during` at the moment when its maps are to be stored. */
+  /** A flush that calls `during` when its map is about to be stored. */
   const flushed = async (during: () => Promise<void>, fails: boolean): Promise<void> => {
     failing.instead({ calls: ['commit'], times: 1 }, async ({ name }, proceed) => {
       await during();
@@ -200,7 +200,7 @@ for (const what of ['a VDI', 'a VDI and its snapshot', 'a VDI whose last flush h
 
 const ENTRY = 24;
 
-/** The entry that begins a log: it is of `vid`. */
+/** The first entry of a log of `vid`. */
 function begins(vid: number): Buffer {
   const entry = Buffer.alloc(ENTRY);
   entry.writeUInt32LE(1, 0);
@@ -209,10 +209,10 @@ function begins(vid: number): Buffer {
   return entry;
 }
 
-describe('of a VDI that has several logs', () => {
+describe('of a VDI with several logs', () => {
   const MOVED = 3;
 
-  /** A store as it is after a kill: "disk" has two logs, with a snapshot between them that was not stored, "other" has one. */
+  /** A store after a kill: "disk" has two logs, with a snapshot between them that was not stored; "other" has one. */
   async function killed(): Promise<{ copy: string; session: string; logs: [string, string]; files: string[] }> {
     const { directory, store, catalog, vdi } = await newStore();
     await catalog.create('other', SIZE, { blockSizeShift: 20 });
@@ -252,7 +252,7 @@ describe('of a VDI that has several logs', () => {
     return [...texts, await read(await after.catalog.openVdi('other'), 0)];
   }
 
-  test('the older one tells to whom the newer one belongs', async () => {
+  test('the older one says which VDI the newer one belongs to', async () => {
     const { copy } = await killed();
     expect(await found(await open(copy))).toEqual(['flushed', 'first', 'second', 'other']);
     expect(setAside(copy)).toEqual([]);
@@ -276,7 +276,7 @@ describe('of a VDI that has several logs', () => {
     }
   }
 
-  test('all logs are set aside beside one that does not say whose it is', async () => {
+  test('all logs are set aside together with one that does not say which VDI it belongs to', async () => {
     const { copy, logs, files } = await killed();
     spoil(logs[0], 512 + 4);
     expect(await found(await open(copy))).toEqual(['flushed', '', '', '']);
@@ -284,7 +284,7 @@ describe('of a VDI that has several logs', () => {
     expect(objectFiles(copy)).toEqual(files);
   });
 
-  test('all logs are set aside beside one that the disk does not give', async () => {
+  test('all logs are set aside together with one that the disk cannot read', async () => {
     const { copy, logs } = await killed();
     const failing = new FailingDisk();
     failing.fail({ calls: ['readSync'], file: new RegExp(`^${logs[1]}$`) }, 'EIO');
@@ -293,7 +293,7 @@ describe('of a VDI that has several logs', () => {
     expect(after.lines.join()).toMatch(/9 and 2 more: EIO: i\/o error/);
   });
 
-  test('none is believed by the start after one that was interrupted while it set them aside', async () => {
+  test('none is applied by the start after one that was interrupted while it set them aside', async () => {
     const { copy, session, logs } = await killed();
     spoil(logs[0], fs.statSync(logs[0]).size - 10);
     let interrupted = '';
@@ -310,15 +310,15 @@ describe('of a VDI that has several logs', () => {
   });
 });
 
-describe('set aside, said so, and nothing deleted', () => {
+describe('set aside, reported, and nothing deleted', () => {
   const cases: Record<string, { readonly spoil: (copy: string, session: string) => void; readonly says: RegExp }> = {
     'the log of a store that was copied (cp -a) and opened beside it': {
       spoil: () => undefined,
       says: /written elsewhere/,
     },
-    'the log of an earlier opening': {
+    'the log of an earlier session': {
       spoil: (copy) => makeFit(copy, '00000000-0000-4000-8000-000000000000'),
-      says: /an earlier opening/,
+      says: /an earlier session/,
     },
     'a log with a bit flipped': {
       spoil: (copy, session) => {
@@ -346,7 +346,7 @@ describe('set aside, said so, and nothing deleted', () => {
       },
       says: /is 4096 bytes long/,
     },
-    'a log that speaks of a VDI that nobody knows': {
+    'a log of an unknown VDI': {
       spoil: (copy, session) => {
         const [log = ''] = logsOf(copy);
         const bytes = fs.readFileSync(log);
@@ -365,7 +365,7 @@ describe('set aside, said so, and nothing deleted', () => {
         header.write(boot, 32, 'latin1');
         fs.writeFileSync(log, Buffer.concat([header, Buffer.alloc(4096)]));
       },
-      says: /no log that this version knows/,
+      says: /not a log that this version knows/,
     },
   };
   for (const [name, { spoil, says }] of Object.entries(cases)) {
@@ -384,7 +384,7 @@ describe('set aside, said so, and nothing deleted', () => {
       expect(objectFiles(copy)).toEqual(files);
       const again = await after.catalog.openVdi('disk');
       expect([await read(again, 0), await read(again, 1)]).toEqual(['flushed', '']);
-      // New objects get names that nobody has: what was kept is not overwritten, now or after further starts.
+      // New objects get unused names: kept objects are not overwritten, now or after further starts.
       const kept = (): string[] =>
         files.map((file) => fs.readFileSync(path.join(copy, 'objects', file)).toString('latin1', 0, 8));
       const before = kept();
@@ -398,7 +398,7 @@ describe('set aside, said so, and nothing deleted', () => {
       const third = await open(copy);
       await write(await third.catalog.openVdi('disk'), 1, 'newer');
       expect(kept()).toEqual(before);
-      // The operator is told, until the operator says that it may go.
+      // Every check reports it until the operator has it removed.
       await third.catalog.close();
       const fourth = await open(copy);
       const report = await fourth.catalog.check({ repair: false });
@@ -410,22 +410,24 @@ describe('set aside, said so, and nothing deleted', () => {
     });
   }
 
-  test('check --repair leaves what the start that it runs in has kept, says so, and removes it when it is said again', async () => {
+  test('check --repair reports the objects that its own start has kept, and removes them only when it runs again', async () => {
     const { directory, vdi } = await newStore();
     await write(vdi, 0, 'answered');
     const copy = copyOf(directory);
     const { catalog, lines } = await open(copy);
-    expect(lines.join()).toMatch(/look with 'sheepgate check'.* 'sheepgate check --repair' after that removes them/);
+    expect(lines.join()).toMatch(
+      /'sheepgate check' lists both.* run 'sheepgate check --repair' after that to remove them/,
+    );
     expect(lines.join()).not.toContain('stop the daemon');
     const first = await catalog.check({ repair: true });
-    expect(first.problems.join('\n')).toContain('kept by this very start: look first, then say check --repair again');
+    expect(first.problems.join('\n')).toContain('kept by this start: look first, then run check --repair again');
     expect(first.repaired).toBe(0);
     expect(setAside(copy)).toHaveLength(1);
     expect((await catalog.check({ repair: true })).repaired).toBe(2);
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('also by the start after one that was interrupted between setting aside and remembering what it kept', async () => {
+  test('also by the start after one that was interrupted between setting aside and storing what it kept', async () => {
     const { directory, vdi } = await newStore();
     await write(vdi, 0, 'flushed');
     await vdi.flush();
@@ -444,7 +446,7 @@ describe('set aside, said so, and nothing deleted', () => {
     expect((await (await open(copy)).catalog.check({ repair: false })).problems.join()).toMatch(/kept since/);
   });
 
-  test('not after a power loss: another boot is a matter of course', async () => {
+  test('not after a power loss: logs of another boot are not doubtful', async () => {
     const { directory, vdi } = await newStore();
     await write(vdi, 1, 'answered');
     const copy = copyOf(directory);
@@ -473,7 +475,7 @@ describe('set aside, said so, and nothing deleted', () => {
 });
 
 describe('with a daemon', () => {
-  /** The client stays: when it goes, the daemon flushes. */
+  /** The client stays connected: when it leaves, the daemon flushes. */
   async function written(daemon: Daemon): Promise<NbdClient> {
     const client = await NbdClient.connect({ path: daemon.socket });
     await client.go('disk');
@@ -504,7 +506,7 @@ describe('with a daemon', () => {
       await create(store);
       let daemon = await startDaemon({ store });
       const client = await written(daemon);
-      // The worst that write-back can do: the log has reached the disk, the object that it speaks of has not.
+      // The worst case of write-back: the log has reached the disk, the object that it names has not.
       for (const log of logsOf(store)) execFileSync('sync', [log, path.dirname(log)]);
       shutDown(disk, { unsynced: true });
       await daemon.kill();
@@ -517,7 +519,7 @@ describe('with a daemon', () => {
     });
   }
 
-  test('killed and started again in a mount namespace of its own, as systemd does: nothing answered is lost', async (context) => {
+  test('killed and started again in its own mount namespace, as systemd does: no answered write is lost', async (context) => {
     if (process.getuid?.() !== 0) return skipBecause(context, 'needs root, for a mount namespace');
     const store = path.join(temporaryDirectory(), 'store');
     await create(store);

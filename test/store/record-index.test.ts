@@ -12,7 +12,7 @@ const change = fc.record({
   parentVid: fc.integer({ min: 0, max: 12 }),
 });
 
-test('after any changes it has what a plain list has, in order, and lists that were handed out stay as they were', () => {
+test('after any changes it has the content of a plain list, in order, and lists handed out earlier stay unchanged', () => {
   fc.assert(
     fc.property(fc.array(change, { maxLength: 60 }), (changes) => {
       const index = new RecordIndex();

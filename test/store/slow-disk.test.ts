@@ -1,6 +1,6 @@
 /**
- * A disk that takes its time: writes that block leave the event loop and come back when they are quick again, and whatever
- * waits for the disk leaves threads of the pool to reads and to other disks.
+ * A slow disk: writes that block leave the event loop and return when they are quick again, and work that waits for the disk
+ * leaves threads of the pool to reads and to other disks.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -67,15 +67,15 @@ function slowWrites(): { isSlow: boolean; onLoop: number; inPool: number; mostIn
 
 const page = Buffer.alloc(BLOCK, 2);
 
-test('on a slow disk one write at most holds the loop, all others go to the pool, and come back when writes are quick again', async () => {
+test('on a slow disk one write at most holds the loop, all others go to the pool, and return when writes are quick again', async () => {
   const vdi = await disk('disk');
   const state = slowWrites();
   for (let n = 0; n < 8; n++) await vdi.write(n * BLOCK, page, false);
   await Promise.all(Array.from({ length: 16 }, async (_, n) => vdi.write(n * BLOCK, page, false)));
-  // None, if the machine was busy and a write before this one was slow already.
+  // None, if the machine was busy and an earlier write was slow already.
   expect(state.onLoop).toBeLessThanOrEqual(1);
   const { onLoop } = state;
-  // Longer than any pause: nobody writes meanwhile, so nobody can know that the disk is quick again.
+  // Longer than any pause: without writes nothing shows that the disk is quick again.
   const now = performance.now();
   vi.spyOn(performance, 'now').mockReturnValue(now + 60_000);
   await vdi.write(0, page, false);
@@ -93,7 +93,7 @@ test('writes that wait for a slow disk leave threads to others, and one disk lea
   const [one, other] = [await disk('one'), await disk('other')];
   const state = slowWrites();
   await one.write(0, page, false);
-  // Seen while they are under way: how many the pool has of them, and that another disk's write is not behind all of them.
+  // While they are in flight: how many of them the pool has, and that another disk's write is not behind all of them.
   const many = Array.from({ length: 24 }, async (_, n) => one.write(n * BLOCK, page, false));
   await waitUntil(() => state.inPool > 0, 'writes in the pool');
   let done = 0;
@@ -126,7 +126,7 @@ test('clones of one image are several disks: one that reads much leaves threads 
   for (const vdi of [greedy, other]) await catalog.release(vdi);
 });
 
-test('syncs, removals, copies and look-ups are all counted in and out: afterwards nobody holds a thread', async () => {
+test('syncs, removals, copies and look-ups all give their threads back', async () => {
   const vdi = await disk('disk');
   await vdi.flush();
   await catalog.snapshot('disk', 's');
@@ -142,7 +142,7 @@ test('syncs, removals, copies and look-ups are all counted in and out: afterward
   for (const share of [READS, CHANGES, SYNCS, LOOKUPS]) expect(share.busy).toBe(0);
 });
 
-test('who opens an object while its removal waits for a thread leaves nothing that a new object of the name is taken for', async () => {
+test('an object that is opened while its removal waits for a thread is not taken for a new object of the same name', async () => {
   const { objects: files } = store;
   const key = objectKey(5, 0);
   await files.create(key, OBJECT, 0, page, undefined);
@@ -151,7 +151,7 @@ test('who opens an object while its removal waits for a thread leaves nothing th
   while (enter() === undefined);
   files.remove(key, (error) => expect.fail(String(error)));
   await new Promise((resolve) => setImmediate(resolve));
-  await files.read(5, 0, 0, Buffer.alloc(BLOCK)); // of a look at the map before
+  await files.read(5, 0, 0, Buffer.alloc(BLOCK)); // by a reader of an older map
   for (const other of others) CHANGES.leave(other);
   await files.removed();
   await files.create(key, OBJECT, 0, page, undefined);
@@ -186,7 +186,7 @@ test('a share of threads is never exceeded, leaves one to a second disk, and is 
   expect(share.busy).toBe(4);
 });
 
-test('a stall soon after writes have come back to the loop keeps them off it for longer each time', () => {
+test('a stall soon after writes have returned to the loop keeps them off it for longer each time', () => {
   let now = 1000;
   vi.spyOn(performance, 'now').mockImplementation(() => now);
   const throttle = new WriteThrottle();
@@ -235,7 +235,7 @@ describe('the log of map changes, written off the loop', () => {
     return changes.map(({ vid, idx, owner }) => [vid, idx, owner]);
   }
 
-  test('has everything in order when it is answered, over a snapshot and over files that end', async () => {
+  test('has all entries in order when they are answered, across a snapshot and several files', async () => {
     const log = logs.logOf(1, 1);
     const answers = [log.changed(0, 1)];
     log.moved(2, 1);
@@ -260,7 +260,7 @@ describe('the log of map changes, written off the loop', () => {
     expect(logged()).toEqual([]);
   });
 
-  test('is removed if it cannot be written, and begins anew when a flush has succeeded, with what has changed since that began', async () => {
+  test('is removed if it cannot be written, and begins again after a successful flush, with the changes since that flush began', async () => {
     const log = logs.logOf(2, 1);
     await log.changed(0, 2);
     const full = failing.instead({ calls: ['write'], times: 1 }, async ({ name }) => {

@@ -1,6 +1,6 @@
 /**
- * The disk seam: nobody goes past it, a recording disk sees all that a power loss could take away, and each call that fails
- * is the right error.
+ * The disk seam: no code bypasses it, a recording disk sees everything that a power loss could undo, and each failed call is
+ * the right error.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -26,10 +26,10 @@ const BLOCK = 4096;
 const NOTHING = Buffer.alloc(0);
 const SOURCES = path.resolve(import.meta.dirname, '../../src');
 
-/** Of src/jobs, beside its folder of backups: what backup targets are made of. */
+/** Files of src/jobs that backup targets consist of, in addition to the folder backup/. */
 const PARTS_OF_TARGETS = ['block-hashes', 'image-sha256', 'paged-ranges', 'read-all', 'target-files'];
 
-describe('nobody goes past the seam', () => {
+describe('no code bypasses the seam', () => {
   const sources = ['store/local', 'jobs/backup']
     .flatMap((folder) =>
       fs
@@ -39,7 +39,7 @@ describe('nobody goes past the seam', () => {
     )
     .concat(PARTS_OF_TARGETS.map((name) => path.join('jobs', `${name}.ts`)));
 
-  test('the local store and the backup targets import neither node:fs nor calls of libc', () => {
+  test('the local store and the backup targets import neither node:fs nor libc.ts', () => {
     expect(sources.length).toBeGreaterThan(30);
     const past =
       /from '(?:node:)?fs(?:\/promises)?'|import\('(?:node:)?fs|from '[^']*\/libc\.js'|from 'koffi'|node-files/;
@@ -59,7 +59,7 @@ describe('nobody goes past the seam', () => {
   });
 });
 
-test('objects are files to nobody but object-files.ts and its parts; only the store that opens them imports it', () => {
+test('only object-files.ts and its parts know that objects are files; only the store imports it', () => {
   const folder = path.join(SOURCES, 'store/local');
   const importersOf = (part: string): string[] =>
     fs
@@ -113,7 +113,7 @@ function contentOf(place: string): Map<string, Buffer> {
   return files;
 }
 
-/** The machine has lost its power: what is not durable is gone, and the next boot is another one. */
+/** A power loss: everything that is not durable is gone, and the next boot has another id. */
 async function openAfterPowerLoss(at = Infinity): Promise<void> {
   const after = path.join(temporaryDirectory(), 'after');
   recording.build(after, (event) => recording.isDurable(event, at));
@@ -171,7 +171,7 @@ describe('a recording disk sees, in order,', () => {
     expect(copied.at(-1)).toBe('write recent/1');
   });
 
-  test('a delete: no object goes before the commit that nothing refers to it any more', async () => {
+  test('a delete: no object is removed before the commit that ends all references to it', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
     await catalog.release(vdi);
     recording.takeLines();
@@ -180,7 +180,7 @@ describe('a recording disk sees, in order,', () => {
     expect(recording.takeLines()).toEqual(['commit meta.mdb', `unlink ${FIRST}`, 'unlink objects/01/0000000100000001']);
   });
 
-  test('a resize: the map without what is cut off is stored, then the size, then the object goes', async () => {
+  test('a resize: the shortened map is stored, then the size, then the object is removed', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), true);
     await catalog.release(vdi);
     recording.takeLines();
@@ -192,12 +192,12 @@ describe('a recording disk sees, in order,', () => {
     expect(cut.filter((line) => line.startsWith('unlink'))).toEqual(['unlink objects/01/0000000100000001']);
   });
 
-  test('a start after a kill: all is synced before a map takes over what was logged, and the log goes last', async () => {
+  test('a start after a kill: everything is synced before a map takes over logged changes, and the log is removed last', async () => {
     await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
     const killed = path.join(temporaryDirectory(), 'killed');
     recording.build(killed, () => true);
     const log = path.join(killed, 'recent/1');
-    // The copy passes for the original: same boot, same mounting, and the numbers of the directory and the file.
+    // The copy is accepted as the original: same boot, same mounting, same numbers of the directory and the file.
     const inode = (file: string): bigint => fs.statSync(file, { bigint: true }).ino;
     const original = { directory: inode(directory), log: inode(path.join(directory, 'recent/1')) };
     const same = interpose(hostDisk, ({ name, file }, proceed) => {
@@ -214,7 +214,7 @@ describe('a recording disk sees, in order,', () => {
     expect((await bytesOf(await catalog.openVdi('disk'))).subarray(0, BLOCK)).toEqual(Buffer.alloc(BLOCK, 1));
   });
 
-  test('the making of a store: the metadata has its name when it is whole, and that is synced', () => {
+  test('the creation of a store: the metadata gets its name when it is complete, and the name is synced', () => {
     const made = recording.events
       .filter(({ path: at }) => !at.startsWith('objects/'))
       .map(({ op, path: at }) => `${op} ${at}`);
@@ -232,7 +232,7 @@ describe('a recording disk sees, in order,', () => {
     ).toBe(true);
   });
 
-  test('nothing less: what it has recorded adds up to what is on the disk, byte by byte', async () => {
+  test('everything: the recorded changes add up to the content of the disk, byte by byte', async () => {
     for (let idx = 0; idx < 4; idx++) await vdi.write(idx * OBJECT + idx * 512, Buffer.alloc(200_000, idx + 1), false);
     await vdi.flush();
     await catalog.snapshot('disk', 's');
@@ -254,7 +254,7 @@ describe('a recording disk sees, in order,', () => {
 });
 
 describe('a power loss', () => {
-  test('right after a flush was answered takes nothing of what was flushed, and all snapshots are there', async () => {
+  test('right after an answered flush undoes no flushed data, and all snapshots are there', async () => {
     await vdi.write(0, Buffer.alloc(SIZE, 1), false);
     await catalog.snapshot('disk', 's');
     await vdi.write(OBJECT + 512, Buffer.alloc(BLOCK, 2), false);
@@ -271,7 +271,7 @@ describe('a power loss', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('at any moment takes nothing of what was flushed by then', async () => {
+  test('at any moment undoes no data that was flushed by then', async () => {
     const flushed: { readonly at: number; readonly bytes: Buffer }[] = [];
     const written = Buffer.alloc(SIZE);
     const write = async (value: number, offset: number, length: number): Promise<void> => {
@@ -302,7 +302,7 @@ describe('a power loss', () => {
       await openAfterPowerLoss(at);
       const found = await bytesOf(await catalog.openVdi('disk'));
       const since = flushed.findLastIndex((each) => each.at <= at);
-      // What was written since may be there, block by block, and nothing else.
+      // Data written since may be there, block by block, and nothing else.
       const legal = [...flushed.slice(since).map(({ bytes }) => bytes), written];
       for (let block = 0; block < SIZE; block += 512) {
         const is = found.subarray(block, block + 512);
@@ -320,10 +320,10 @@ describe('a power loss', () => {
     }
   });
 
-  test('without the sync of the data would: the recording tells what is durable from what is not', async () => {
+  test('without the sync of the data would: the recording distinguishes durable from other changes', async () => {
     failing.instead({ calls: ['fdatasync'] }, () => Promise.resolve());
     await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
-    // The recorder is above the disk that lies, and is told here that nothing was synced.
+    // The recorder is above the disk that lies: it must not count this sync.
     recording.events.push(...recording.events.splice(0).filter(({ op }) => op !== 'sync'));
     const writes = recording.events.filter(({ op }) => op === 'write');
     expect(writes.some((event) => recording.isDurable(event))).toBe(false);
@@ -361,7 +361,7 @@ describe('a disk that fails', () => {
     [['fsync'], /objects/, true],
     [['commit'], /meta/, false],
   ] as const) {
-    test(`EIO of ${calls.join()} fails the flush; ${lasts ? 'no later one makes it good' : 'the next one stores it all'}`, async () => {
+    test(`EIO of ${calls.join()} fails the flush; ${lasts ? 'no later one repairs it' : 'the next one stores everything'}`, async () => {
       await vdi.write(0, written, false);
       const rule = failing.fail({ calls, file }, 'EIO');
       await expect(vdi.flush()).rejects.toMatchObject({
@@ -374,7 +374,7 @@ describe('a disk that fails', () => {
     });
   }
 
-  test('reads and writes that the kernel does in parts are done to their end', async () => {
+  test('reads and writes that the kernel does in parts are completed', async () => {
     failing.instead({ calls: ['write', 'writeSync'], file: /objects/ }, ({ name, args }) => {
       const [fd, data, third, fourth] = args as [number, Buffer, number, number];
       const part = name === 'write' ? data.subarray(third, third + 1000) : data.subarray(0, 1000);
@@ -394,7 +394,7 @@ describe('a disk that fails', () => {
     expect(all.subarray(60_000, 60_000 + BLOCK).equals(data.subarray(0, BLOCK))).toBe(true);
   });
 
-  test('at each call in turn: an error of the store or none, and what was flushed before is there afterwards', async () => {
+  test('at each call in turn: an error of the store or none, and data flushed before is there afterwards', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
     await catalog.close();
     const before = path.join(temporaryDirectory(), 'before');
@@ -451,7 +451,7 @@ describe('a backup target', () => {
     signal: new AbortController().signal,
   };
 
-  test('is made through the seam: its manifest is whole and synced before it has its name, and the name after it', async () => {
+  test('is made through the seam: its manifest is complete and synced before it gets its name, and the name is synced after that', async () => {
     const home = path.join(temporaryDirectory(), 'backups');
     const recorder = new RecordingDisk(path.dirname(home));
     const target = await BackupTarget.openForBackup(home, 'disk', 'store', work, false, recorder.disk);
@@ -492,7 +492,7 @@ describe('a backup target', () => {
     });
   };
 
-  test('is recorded whole, and a power loss at any moment of a run leaves every backup that is in the manifest', async () => {
+  test('is recorded completely, and a power loss at any moment of a run leaves every backup in the manifest intact', async () => {
     const home = path.join(temporaryDirectory(), 'backups');
     const recorder = new RecordingDisk(path.dirname(home));
     for (const value of [1, 2, 3]) {
@@ -518,7 +518,7 @@ describe('a backup target', () => {
     expect([...counts]).toEqual([0, 1, 2, 3]);
   });
 
-  test('that cannot be synced is an error, and nothing has the name of a manifest', async () => {
+  test('that cannot be synced is an error, and there is no file with the name of a manifest', async () => {
     const home = path.join(temporaryDirectory(), 'backups');
     const broken = new FailingDisk();
     broken.fail({ calls: ['fsync'] }, 'EIO');

@@ -1,7 +1,7 @@
 /**
- * What blocks of a disk held at one moment, kept for those that were overwritten since: sparse scratch files without a
- * name, so that whatever ends the process ends them too, and a bitmap of the 4 KiB blocks that are in them. Addressed by
- * disk offset. Decides nothing about when a block must be kept; whoever writes it here does so once, before it changes.
+ * Before-images of a disk: the content that 4 KiB blocks had at one moment, for blocks that were overwritten since. Owns
+ * sparse scratch files, addressed by disk offset, and a bitmap of the blocks in them. The files have no name, so they end
+ * with the process. Does not decide when a block must be kept: the caller writes each block once, before it changes.
  */
 import path from 'node:path';
 import { O_CREAT, O_RDWR, O_TRUNC, removeIfThereSync, type HostDisk } from '../../system/disk.js';
@@ -12,16 +12,16 @@ import { CHANGES, READS, type ThreadShare } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';
 
 export const KEPT_BLOCK = 4096;
-/** Bits of one piece of the bitmap, 16 KiB: a disk pays for the parts that are written. */
+/** Blocks of one piece of the bitmap (16 KiB): memory is used only for parts of the disk that are written. */
 const PIECE_BLOCKS = 2 ** 17;
-/** A word of the bitmap. */
+/** A word of the bitmap with all bits set. */
 const ALL_KEPT = 0xffff_ffff;
-/** Disk behind one scratch file: filesystems bound the size of a file (ext4: 16 TiB with 4 KiB blocks). */
+/** Bytes of disk per scratch file: filesystems limit the size of a file (ext4: 16 TiB with 4 KiB blocks). */
 const FILE_BYTES = 2 ** 40;
-/** Its name for the moment between making and unlinking it. */
+/** The name of a scratch file between its creation and its unlink. */
 const SCRATCH_NAME = 'scratch';
 
-/** Remove what a process that was killed in that moment has left in the store `directory`. */
+/** Remove a scratch file that a process left in the store `directory` because it was killed in between. */
 export function removeLeftScratch(disk: HostDisk, directory: string): void {
   removeIfThereSync(disk, path.join(directory, SCRATCH_NAME));
 }
@@ -33,11 +33,11 @@ export class BeforeImages {
   readonly #bitmap: (Uint32Array | undefined)[] = [];
   readonly #files: (number | undefined)[] = [];
   readonly #throttle: WriteThrottle;
-  /** Reads and writes on the thread pool; while there are any the files stay open. */
+  /** Reads and writes in flight on the thread pool; meanwhile the files stay open. */
   #busy = 0;
   #isClosed = false;
 
-  /** `reads` and `throttle`: of the filesystem that the directory is on, and of its disk. */
+  /** `reads`: of the directory's filesystem. `throttle`: of its disk. */
   constructor(disk: HostDisk, directory: string, reads: CachedReads, throttle: WriteThrottle) {
     this.#disk = disk;
     this.#throttle = throttle;
@@ -45,7 +45,7 @@ export class BeforeImages {
     this.#reads = reads;
   }
 
-  /** The first block at or after `offset`, up to `end`, that is kept or not: its offset, or `end`. Both are multiples of 4 KiB. */
+  /** The offset of the first block in [offset, end) that is kept, or (`kept` false) is not; else `end`. Multiples of 4 KiB. */
   next(offset: number, end: number, kept: boolean): number {
     for (let at = offset; at < end;) {
       const block = at / KEPT_BLOCK;
@@ -67,7 +67,7 @@ export class BeforeImages {
     return end;
   }
 
-  /** From here on the blocks of the range are read from here. */
+  /** The blocks of the range are kept from now on. */
   mark(offset: number, end: number): void {
     for (let at = offset; at < end; at += KEPT_BLOCK) {
       const block = at / KEPT_BLOCK;
@@ -78,7 +78,7 @@ export class BeforeImages {
     }
   }
 
-  /** Write at once if that holds the loop for no longer than a copy; false if it must be done with `write`. */
+  /** Write on the event loop if the disk is quick enough; false if the caller must use `write`. */
   writeNow(offset: number, data: Buffer): boolean {
     if (!this.#throttle.mayWrite()) return false;
     const start = performance.now();
@@ -97,7 +97,7 @@ export class BeforeImages {
     });
   }
 
-  /** Fill `into` with what was written at `offset`; zeros where nothing was. */
+  /** Fill `into` with the data written at `offset`; zeros where nothing was written. */
   read(offset: number, into: Buffer): Awaitable<void> {
     const fd = this.#files[Math.floor(offset / FILE_BYTES)];
     if (fd === undefined) {
@@ -109,7 +109,7 @@ export class BeforeImages {
       return this.#whileOpen(READS, () => readPadded(this.#disk, fd, into, offset % FILE_BYTES, done));
   }
 
-  /** Give the space back, as soon as nobody reads or writes. */
+  /** Free the space, as soon as no read or write is in flight. */
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
@@ -143,7 +143,7 @@ export class BeforeImages {
     return fd;
   }
 
-  /** On the thread pool: the filesystem takes its time to free gigabytes. */
+  /** On the thread pool: freeing gigabytes takes the filesystem a while. */
   #closeIfOver(): void {
     if (!this.#isClosed || this.#busy > 0) return;
     for (const fd of this.#files) if (fd !== undefined) this.#disk.close(fd).catch(() => undefined);

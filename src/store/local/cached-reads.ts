@@ -1,6 +1,6 @@
 /**
- * Reads on the event loop, of files on the store's filesystem: only what the page cache has, so that the loop never waits for
- * the disk. Owns the knowledge of how that filesystem can be read so.
+ * Reads on the event loop, from files on the store's filesystem: only data in the page cache, so that the loop never waits
+ * for the disk. Owns the knowledge whether that filesystem supports such reads.
  */
 import { NOT_SUPPORTED, type HostDisk } from '../../system/disk.js';
 
@@ -9,13 +9,13 @@ export class CachedReads {
   readonly #isPlain: boolean;
   #canRefuseToWait = true;
 
-  /** `isPlain`: nothing on this filesystem is ever cold, so a plain read does not wait (tmpfs, which refuses RWF_NOWAIT). */
+  /** `isPlain`: all data of this filesystem is in memory, so a plain read does not wait (tmpfs, which refuses RWF_NOWAIT). */
   constructor(disk: HostDisk, isPlain: boolean) {
     this.#disk = disk;
     this.#isPlain = isPlain;
   }
 
-  /** Bytes that are there at once; as a count from the start of `into`. */
+  /** Returns how many bytes were read without waiting, from the start of `into`. */
   read(fd: number, into: Buffer, offset: number): number {
     if (this.#isPlain) return this.#disk.readSync(fd, into, offset);
     if (!this.#canRefuseToWait) return 0;
@@ -24,7 +24,7 @@ export class CachedReads {
     return Math.max(done, 0);
   }
 
-  /** Whether the byte can be read without a wait, or need not be. */
+  /** Whether the byte can be read without waiting. */
   has(fd: number, offset: number): boolean {
     if (this.#isPlain) return true;
     return this.#canRefuseToWait && this.#disk.readCachedSync(fd, PROBE, offset) === 1;

@@ -1,22 +1,22 @@
 /**
- * Open descriptors of object files, never more than so many at a time: those that are being opened, in use and being closed
- * are counted, and whoever would open one too many waits. Owns them from `insert` until they are closed: a file that somebody
- * is using (`busy`) stays open, also when it has left the cache; a file that has left it is `retired` and must not be used for
- * anything new. Knows nothing of names and directories.
+ * Open descriptors of object files, up to a limit. Descriptors that are being opened, in use or being closed count; above the
+ * limit, callers wait. Owns each descriptor from `insert` until it is closed. A file in use (`busy`) stays open, even after it
+ * has left the cache; a file that has left the cache is `retired` and must not be used for anything new. Knows no names and no
+ * directories.
  */
 import type { HostDisk } from '../../system/disk.js';
 import { idxOf, vidOf } from './reference-counts.js';
 
 export class ObjectFile {
-  /** Asynchronous operations under way; while there are any the descriptor stays open. */
+  /** Asynchronous operations in flight; meanwhile the descriptor stays open. */
   busy = 0;
   used = true;
-  /** Out of the cache: its name is gone, or the descriptor was needed elsewhere. */
+  /** Not in the cache any more: its name was removed, or the descriptor was needed elsewhere. */
   retired = false;
-  /** Known to have no holes, so that nobody need look for them. */
+  /** Known to have no holes. */
   isDense = false;
   waiters: (() => void)[] | undefined;
-  /** Its place in the clock. */
+  /** Its index in the clock. */
   slot = 0;
 
   constructor(
@@ -31,23 +31,23 @@ interface VidFiles {
   count: number;
 }
 
-/** Of the descriptors one in so many is left free, so that who opens a file need not wait for another to be closed. */
+/** One of this many descriptors is kept free, so that an open need not wait for another file to be closed. */
 const SPARE_DIVISOR = 8;
 const MAX_SPARE = 64;
 
 export class DescriptorCache {
   readonly #disk: HostDisk;
-  /** What is never exceeded. */
+  /** Descriptors at most. */
   readonly #limit: number;
-  /** With more files than this those that were not used lately are closed. */
+  /** Above this many files, files that were not used lately are closed. */
   readonly #comfort: number;
-  /** Descriptors that are open, will be in a moment, or are being closed. */
+  /** Descriptors that are being opened, open, or being closed. */
   #held = 0;
-  /** Of those, being closed. */
+  /** Those of them that are being closed. */
   #closing = 0;
-  /** While somebody waits: no file is left that nobody uses. */
+  /** While there are waiters: all files are in use. */
   #areAllBusy = false;
-  /** Who waits for descriptors, by whose work it is. Those whose turn comes next are the first. */
+  /** Waiters for descriptors, by the owner of the work. The first owner is served next. */
   readonly #waiting = new Map<unknown, { readonly count: number; readonly wake: () => void }[]>();
   readonly #files = new Map<number, VidFiles>();
   readonly #clock: ObjectFile[] = [];
@@ -66,15 +66,15 @@ export class DescriptorCache {
     return this.#clock.length;
   }
 
-  /** Descriptors that are taken, for `insert` or `giveBack` to account for. */
+  /** Descriptors taken, and not given back. */
   get held(): number {
     return this.#held;
   }
 
   /**
-   * Take `count` descriptors, before opening so many files; undefined if they are there, else when it resolves. Each is owed an
-   * `insert` or a `giveBack`. Whoever waits here must have no file in use: those who have them may wait for each other. `who`:
-   * whose work it is; those who wait take turns, so that hundreds of one disk do not come before one of another.
+   * Take `count` descriptors before opening as many files: at once (undefined), or when the promise resolves. Each needs an
+   * `insert` or a `giveBack` later. The caller must have no file in use while it waits, or callers could wait for each other in
+   * a circle. `who`: the owner of the work. Owners take turns, so that hundreds of waiters of one disk do not delay another.
    */
   take(count: number, who: unknown): Promise<void> | undefined {
     if (this.#waiting.size === 0 && this.#held + count <= this.#limit) {
@@ -89,16 +89,16 @@ export class DescriptorCache {
     });
   }
 
-  /** What was taken and is not needed, or what was closed. */
+  /** Give back descriptors that were taken and not used, or that are closed. */
   giveBack(count: number): void {
     this.#held -= count;
     for (const [who, queue] of this.#waiting) {
       const [next] = queue;
-      // Who needs two waits until there are: others do not come before it.
+      // A waiter for two waits until two are free; others do not overtake it.
       if (next === undefined || this.#held + next.count > this.#limit) break;
       queue.shift();
       this.#waiting.delete(who);
-      // Behind the others, if more of it waits.
+      // An owner with more waiters goes to the end of the line.
       if (queue.length > 0) this.#waiting.set(who, queue);
       this.#held += next.count;
       next.wake();
@@ -119,8 +119,8 @@ export class DescriptorCache {
   }
 
   /**
-   * Own `fd`, a descriptor of the object's file, for which one was taken. Returns the cached file, busy once on the caller's
-   * behalf; it is another one if the object was there already, and `fd` is closed then.
+   * Own `fd`, a descriptor of the object's file, for which one was taken. Returns the cached file, busy for the caller, who must
+   * `end` it. If the object is in the cache already, that file is returned and `fd` is closed.
    */
   insert(key: number, fd: number): ObjectFile {
     const vid = vidOf(key);
@@ -157,7 +157,7 @@ export class DescriptorCache {
     else if (this.#clock.length > this.#comfort) this.#shrink();
   }
 
-  /** Take the file out of the cache; it is closed as soon as nobody uses it. */
+  /** Remove the file from the cache; it is closed when its last user ends. */
   retire(file: ObjectFile): void {
     if (file.retired) return;
     file.retired = true;
@@ -187,17 +187,17 @@ export class DescriptorCache {
     this.#disk.close(fd).then(closed, closed);
   }
 
-  /** Close what is not in use, and the rest as its users end. */
+  /** Close all files: files in use when their users end. */
   close(): void {
     for (const file of [...this.#clock]) this.retire(file);
   }
 
-  /** Second chance: the files the hand meets that were not used since it last came by, and are not busy. */
+  /** Second-chance eviction: close files that are not busy and were not used since the hand last passed them. */
   #shrink(): void {
     this.#closeDownTo(this.#comfort);
   }
 
-  /** So many files as are waited for, of those that nobody uses. Those that are used now are closed when their users end. */
+  /** Close as many unused files as there are descriptors waited for. Files in use are closed when their users end. */
   #closeForThoseWhoWait(): void {
     if (this.#areAllBusy) return;
     let wanted = this.#held - this.#closing - this.#limit;
@@ -212,7 +212,7 @@ export class DescriptorCache {
     while (this.#clock.length > count && steps-- > 0) {
       if (this.#hand >= this.#clock.length) this.#hand = 0;
       const file = this.#clock[this.#hand] as ObjectFile;
-      // The last file of the clock takes the place of one that is retired: the hand looks at it next.
+      // Retiring moves the clock's last file to this index: the hand examines it next.
       if (file.busy === 0 && !file.used) this.retire(file);
       else {
         file.used = false;

@@ -1,12 +1,12 @@
 /**
- * Whose the files of a store are: all must be of the user who has its directory, or that user's daemon cannot open what
- * somebody else, root as a rule, has made there. Looks only: in a directory that somebody else controls nothing is chowned.
+ * The owners of a store's files. All files must belong to the owner of the directory; else that user's daemon cannot open
+ * files that somebody else, usually root, has created. Reports only: nothing is chowned in a directory that another user controls.
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
 import { shellWord } from '../../text/shell-word.js';
 
-/** The parts of a store beside the objects. */
+/** The parts of a store apart from single objects. */
 const PARTS = ['lock', 'meta.mdb', 'objects', 'recent'];
 
 export class Owners {
@@ -29,7 +29,7 @@ export class Owners {
     this.#first ??= `${name} belongs to uid ${uid}`;
   }
 
-  /** Everything that is not an object file. */
+  /** Check everything except object files. */
   noteParts(): void {
     for (const name of PARTS) this.#noteName(path.join(this.#location, name));
     for (const folder of ['objects', 'recent']) {
@@ -43,12 +43,12 @@ export class Owners {
     if (status) this.note(name, status.uid);
   }
 
-  /** One line for all of them, which says what to do; undefined if all is well. */
+  /** One line for all wrong owners, with what to do; undefined if there are none. */
   get problem(): string | undefined {
     if (this.#first === undefined) return undefined;
-    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more do not belong there either`;
+    const others = this.#wrong === 1 ? '' : `, and ${this.#wrong - 1} more files have a wrong owner`;
     const who = `! -uid ${this.#uid}`;
-    // A second name may stand somewhere else: that is not given away.
+    // A file with a second name outside the store must not change its owner.
     const what = '\\( -type d -o -links 1 \\)';
     return (
       `wrong owner: ${this.#first}, the store to uid ${this.#uid}${others}: the store's daemon may not open them; with the ` +
@@ -61,6 +61,6 @@ function namesIn(disk: HostDisk, directory: string): string[] {
   try {
     return disk.readdirSync(directory);
   } catch {
-    return []; // of somebody else, which is noted
+    return []; // closed to us: its own wrong owner is noted
   }
 }

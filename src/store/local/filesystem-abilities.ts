@@ -1,4 +1,4 @@
-/** What the filesystem under a store can do. Found out on a scratch file: that differs between versions and mount options. */
+/** What the filesystem under a store can do. Tested on a scratch file: it depends on versions and mount options. */
 import path from 'node:path';
 import { O_CREAT, O_TRUNC, O_WRONLY, type HostDisk } from '../../system/disk.js';
 import { asStoreError } from './store-errors.js';
@@ -16,7 +16,7 @@ export function isTmpfs(disk: HostDisk, directory: string): boolean {
   return disk.filesystemTypeSync(directory) === TMPFS_MAGIC;
 }
 
-/** Errors: those of the system, but not that the disk is full. */
+/** Errors: those of the system, except that the disk is full. */
 export function abilitiesOf(disk: HostDisk, directory: string): Abilities {
   const scratch = path.join(directory, 'scratch');
   let fd: number;
@@ -24,7 +24,7 @@ export function abilitiesOf(disk: HostDisk, directory: string): Abilities {
     fd = disk.openSync(scratch, O_WRONLY | O_CREAT | O_TRUNC, 0o600);
   } catch (error) {
     if (asStoreError(error, '').code !== 'NO_SPACE') throw error;
-    // A disk that has no room for a name. It must be possible to open the store, to delete something.
+    // The disk has no room for a name. The store must still open, so that something can be deleted.
     return { punchHole: true, zeroRange: false };
   }
   try {

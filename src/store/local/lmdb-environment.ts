@@ -1,48 +1,48 @@
 /**
- * Opens LMDB with its lock file in memory. LMDB writes that file through a mapping, with every transaction and every
- * reader: where the filesystem of the store cannot fill a page of it (full, over quota, shut down) the process would be
- * ended by SIGBUS. Nobody else needs it, since the store has a lock of its own. Knows nothing of what is stored.
+ * Opens LMDB with its lock file in memory. LMDB writes that file through a mapping, in every transaction and for every
+ * reader. If the filesystem could not store a page of it (full, over quota, shut down), SIGBUS would end the process. No
+ * other process needs the lock file, since the store has its own lock. Knows nothing of what is stored.
  */
 import os from 'node:os';
 import path from 'node:path';
 import { open, type RootDatabase } from 'lmdb';
 import { O_CREAT, O_EXCL, O_WRONLY, removeIfThereSync, type HostDisk } from '../../system/disk.js';
 
-/** Address space, not disk: room for the maps of some ten thousand snapshots of 1 TiB. */
+/** Bytes of address space, not of disk: room for the maps of about ten thousand snapshots of 1 TiB. */
 export const MAP_SIZE = 64 * 2 ** 30;
-/** More than LMDB makes its lock file by default (126 readers). */
+/** Larger than LMDB's lock file is by default (126 readers). */
 const LOCK_BYTES = 16 * 1024;
 /** Named databases in the file at most. */
 const MAX_DATABASES = 8;
-/** LMDB finds its lock file beside the file that it is given, under the same name and this. */
+/** LMDB expects its lock file beside its data file, under the same name with this suffix. */
 const LOCK_SUFFIX = '-lock';
-/** The names in the store's directory for the moment of opening. No older sheepgate uses them. */
+/** A name that exists in the store's directory while LMDB opens. No older sheepgate uses it. */
 const LINK = 'opening.mdb';
 
 export type Environment = RootDatabase<Buffer, string>;
 
-/** Open `file`, made if missing and not `readOnly`. Errors: those of LMDB, with the errno as number in `code`. */
+/** Open `file`; it is created if missing, unless `readOnly`. Errors: those of LMDB, with the errno as a number in `code`. */
 export function openEnvironment(
   disk: HostDisk,
   file: string,
   { readOnly }: { readonly readOnly: boolean },
 ): Environment {
-  // On a read-only filesystem LMDB does without its lock (mdb.c, mdb_env_setup_locks).
+  // On a read-only filesystem LMDB uses no lock (mdb.c, mdb_env_setup_locks).
   if (readOnly) return openAs(file, true);
   const lock = disk.memoryFileSync('sheepgate-lmdb-lock', LOCK_BYTES);
   try {
     return withLinks(disk, file, lock, (link) => openAs(link, false));
   } finally {
-    if (lock !== undefined) disk.closeSync(lock); // LMDB has opened it for itself
+    if (lock !== undefined) disk.closeSync(lock); // LMDB has its own descriptor
   }
 }
 
-/** Remove what a process that was killed while opening has left in the store `directory`. */
+/** Remove names that a process left in the store `directory` because it was killed while it opened LMDB. */
 export function removeLeftLinks(disk: HostDisk, directory: string): void {
   for (const name of [LINK, `${LINK}${LOCK_SUFFIX}`]) removeIfThereSync(disk, path.join(directory, name));
 }
 
-/** The names that opening makes in the store's directory for a moment. */
+/** The names that exist in the store's directory while LMDB opens. */
 export const OPENING_NAMES: readonly string[] = [LINK, `${LINK}${LOCK_SUFFIX}`];
 
 function openAs(file: string, readOnly: boolean): Environment {
@@ -50,9 +50,9 @@ function openAs(file: string, readOnly: boolean): Environment {
     path: file,
     noSubdir: true,
     encoding: 'binary',
-    // a commit is answered when it is on disk, not when it is only visible
+    // A commit resolves when it is durable, not when it is only visible.
     overlappingSync: false,
-    // With it lmdb-js makes promises of its own that nobody can observe: a failed commit would end the process.
+    // With batching lmdb-js makes promises that callers cannot reach: their rejection, by a failed commit, would end the process.
     eventTurnBatching: false,
     mapSize: MAP_SIZE,
     maxDbs: MAX_DATABASES,
@@ -61,7 +61,7 @@ function openAs(file: string, readOnly: boolean): Environment {
   });
 }
 
-/** Have `use` open `file` under a name beside which the lock is that in memory. The names are gone afterwards. */
+/** Call `use` with a name for `file` whose lock file is the one in memory. The names are removed afterwards. */
 function withLinks<T>(disk: HostDisk, file: string, lock: number | undefined, use: (link: string) => T): T {
   const directory = path.dirname(file);
   removeLeftLinks(disk, directory);
@@ -69,7 +69,7 @@ function withLinks<T>(disk: HostDisk, file: string, lock: number | undefined, us
   try {
     made = linkIn(disk, directory, path.basename(file), lock);
   } catch (error) {
-    // A full disk may have no room for a name. Somewhere else there is.
+    // A full disk may have no room for a name. Another filesystem may have.
     const elsewhere = linkElsewhere(disk, path.resolve(file), lock);
     if (elsewhere === undefined) throw error;
     made = elsewhere;
@@ -92,13 +92,13 @@ function linkIn(
     try {
       removeLeftLinks(disk, directory);
     } catch {
-      // The disk may be gone by now; the next open removes them.
+      // The disk may be gone; the next open removes the names.
     }
   };
   try {
     const inMemory = lock === undefined ? undefined : `/proc/self/fd/${lock}`;
     if (inMemory !== undefined && disk.existsSync(inMemory)) disk.symlinkSync(inMemory, `${link}${LOCK_SUFFIX}`);
-    // Without procfs: on disk, but allocated before it is mapped.
+    // Without procfs the lock file is on disk, and allocated before it is mapped.
     else allocateLock(disk, `${link}${LOCK_SUFFIX}`);
     disk.symlinkSync(to, link);
     return { link, remove };
@@ -108,7 +108,7 @@ function linkIn(
   }
 }
 
-/** A lock file on disk that has its space. Errors: those of the system; a lock that is cut short would end the process. */
+/** A lock file on disk with allocated space: one that is too short would end the process. Errors: those of the system. */
 function allocateLock(disk: HostDisk, file: string): void {
   const fd = disk.openSync(file, O_WRONLY | O_CREAT | O_EXCL, 0o600);
   try {
@@ -119,12 +119,12 @@ function allocateLock(disk: HostDisk, file: string): void {
   }
 }
 
-/** Best effort: it is one of ours, of which linkIn has removed what it made. */
+/** Best effort: the folder is ours, and linkIn has removed its content. */
 function removeFolder(disk: HostDisk, directory: string): void {
   try {
     disk.rmdirSync(directory);
   } catch {
-    // In memory, or where others clean up.
+    // It is in /dev/shm or the folder for temporary files.
   }
 }
 

@@ -1,7 +1,7 @@
 /**
- * How LMDB and lmdb-js fail, where that is not as files do: errors with a number, causes that come later, a transaction that
- * never begins, an environment that must not be closed. Owns the knowledge of that; what follows from it is decided in
- * metadata-file.ts.
+ * Failures of LMDB and lmdb-js that differ from those of files: errors with a number, a cause that arrives later, a
+ * transaction that never begins, an environment that must not be closed. Owns the knowledge of these; metadata-file.ts decides
+ * what to do.
  */
 import { randomBytes } from 'node:crypto';
 import os from 'node:os';
@@ -12,29 +12,29 @@ import { asStoreError } from './store-errors.js';
 
 /** lmdb.h. */
 const MDB_MAP_FULL = -30792;
-/** lmdb.h: the page that makes a commit valid could not be written; nothing works any more until it is opened anew. */
+/** lmdb.h: the page that makes a commit valid could not be written; LMDB must be opened again. */
 const MDB_PANIC = -30795;
-/** lmdb-js tells why a commit failed after it has told that it failed: at once, but nobody promises that. */
+/** lmdb-js reports the cause of a failed commit after the failure itself: immediately, but without a guarantee. */
 const COMMIT_ERROR_MS = 5000;
 /**
- * lmdb-js tells nobody that a transaction could not begin (ENOMEM, a lock of it that is broken): what waits for it waits for
- * ever. It begins as soon as a thread takes it up, or a few seconds later (lmdb-js tries a lock again four times). Counted in
- * steps: a process that was stopped for a while has lost one of them, and not its time.
+ * lmdb-js does not report that a transaction could not begin (ENOMEM, a broken lock): its promise never settles. Normally a
+ * transaction begins when a thread starts on it, or a few seconds later (lmdb-js tries a lock again four times). The limit is
+ * counted in steps of a timer: a process that was stopped for a while loses one step, not the whole time.
  */
 const BEGIN_STEPS = 6;
 const BEGIN_STEP_MS = 1000;
 
-/** Called while the process ends, this leaves out what Node does then: it would have lmdb-js close the environment. */
+/** A handler of 'exit': skips the rest of Node's exit, which would make lmdb-js close the environment. */
 export function endWithoutClosing(): void {
   process.exit();
 }
 
-/** Calls `late` if what a thread has to begin has not begun, although one must have taken it up. Returns how to stop watching. */
+/** Call `late` if a transaction has not begun although a thread must have started on it. Returns a function that stops watching. */
 export function watchBegin(hasBegun: () => boolean, late: () => void): () => void {
   let steps = 0;
   let isTakenUp = false;
   const timer = setInterval(() => {
-    // Threads take up in order what is handed to them; they may all be busy with a slow disk.
+    // Threads start on work in order, and may all be busy with a slow disk: this work comes after the transaction's.
     if (steps === 0) randomBytes(1, () => (isTakenUp = true));
     if (hasBegun()) return clearInterval(timer);
     if (steps === 0 || isTakenUp) steps++;
@@ -45,7 +45,7 @@ export function watchBegin(hasBegun: () => boolean, late: () => void): () => voi
   return () => clearInterval(timer);
 }
 
-/** lmdb-js rejects a commit with an error that says nothing, and with a promise that is rejected with the cause later. */
+/** The cause of a failed commit: lmdb-js rejects with an error without it, and with a promise that rejects with it later. */
 export async function commitErrorOf(error: unknown): Promise<unknown> {
   const { commitError } = error as { commitError?: Promise<unknown> };
   if (commitError === undefined) return error;
@@ -56,7 +56,7 @@ export async function commitErrorOf(error: unknown): Promise<unknown> {
   }
 }
 
-/** To begin a transaction then would never end, and neither would closing after that. */
+/** MDB_PANIC: a new transaction would never begin, and a later close would never end. */
 export function hasPanicked(env: Environment): boolean {
   try {
     env.get('format');
@@ -66,7 +66,7 @@ export function hasPanicked(env: Environment): boolean {
   }
 }
 
-/** LMDB's errors, which have the errno as a number, and those of files. */
+/** An error of LMDB, which has the errno as a number, or of files, as a StoreError. `doing`: for the message. */
 export function asMetadataError(error: unknown, doing: string): StoreError {
   const { code, message } = error as { code?: unknown; message?: string };
   if (error instanceof StoreError || typeof code !== 'number') return asStoreError(error, doing);

@@ -1,6 +1,6 @@
 /**
- * A look at an LMDB file before LMDB maps it: LMDB trusts what it finds there, and a file that is something else, or was
- * cut off, would end the process instead of being an error. Reads the two meta pages, changes nothing.
+ * Check of an LMDB file before LMDB maps it. LMDB trusts the file: one that is not LMDB's, or is truncated, would end the
+ * process instead of being an error. Reads the two meta pages, changes nothing.
  * Layout: mdb.c of the LMDB that the package `lmdb` carries (struct MDB_page, struct MDB_meta; data version 2).
  */
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
@@ -16,19 +16,19 @@ const META_BYTES = TRANSACTION_AT + 8;
 const MIN_PAGE_SIZE = 512;
 const MAX_PAGE_SIZE = 65_536;
 
-/** Why `file` is not a whole LMDB file; undefined if it is, or is absent or empty, which LMDB takes for a new one. */
+/** Why `file` is not a whole LMDB file; undefined if it is one, or if it is missing or empty, which means new to LMDB. */
 export function lmdbFileProblem(disk: HostDisk, file: string): string | undefined {
   const status = disk.statSync(file);
   if (!status || status.size === 0) return undefined;
   const fd = disk.openSync(file, O_RDONLY);
   try {
     const first = metaAt(disk, fd, 0);
-    if (!first) return 'it is no LMDB file';
+    if (!first) return 'it is not an LMDB file';
     const second = metaAt(disk, fd, first.pageSize);
     if (!second || second.pageSize !== first.pageSize) return 'its second meta page is damaged';
     const { lastPage } = second.transaction > first.transaction ? second : first;
     const needed = (lastPage + 1) * first.pageSize;
-    if (status.size < needed) return `it is cut off: ${status.size} bytes, but its data goes to ${needed}`;
+    if (status.size < needed) return `it is truncated: ${status.size} bytes, but its data needs ${needed}`;
     return undefined;
   } finally {
     disk.closeSync(fd);

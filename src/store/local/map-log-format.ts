@@ -1,21 +1,21 @@
 /**
- * The bytes of a map log (FORMAT.md, recent/): the header that says where and by whom a log was written, its entries, and
- * their checksums. Owns these layouts. Does not decide what of it is believed: that is map-log-reading.ts.
+ * The bytes of a map log (FORMAT.md, recent/): the header, which says where and in which session a log was written, the
+ * entries, and their checksums. Owns these layouts. Does not decide which logs are applied: map-log-reading.ts does.
  */
 import { randomUUID } from 'node:crypto';
 import zlib from 'node:zlib';
 import type { HostDisk } from '../../system/disk.js';
 
-/** Kind, two numbers, the generation in two halves, and the CRC-32 of those; u32 little-endian each. */
+/** Kind, two numbers, the generation in two halves, and the CRC-32 of these; u32 little-endian each. */
 export const ENTRY_BYTES = 24;
 const CHECK_AT = 20;
 export const HEADER_BYTES = 512;
 const MAGIC = 'sheepgate map log 2\n';
-/** [vid, 0]: what follows is of this VDI. First in every file. */
+/** [vid, 0]: the next entries belong to this VDI. First in every file. */
 export const VDI = 1;
-/** [idx, owner]: the map entry of idx is this now. */
+/** [idx, owner]: the map entry of idx is now `owner`. */
 export const OWNER = 2;
-/** [vid, 0]: a snapshot was taken, the VDI goes on under this vid. */
+/** [vid, 0]: a snapshot was taken, and the VDI goes on under this vid. */
 export const MOVED = 3;
 
 export interface Entry {
@@ -34,7 +34,7 @@ export function headOf(vid: number, generation: number): Buffer {
   return fillEntry(Buffer.alloc(ENTRY_BYTES), VDI, vid, 0, generation);
 }
 
-/** Returns what is wrong with the rest, if so. The beginning of an entry at the end is of a write that was not answered. */
+/** Returns why the rest could not be read, if so. A partial entry at the end belongs to a write that was not answered. */
 export function parse(bytes: Buffer, entries: Entry[]): string | undefined {
   for (let at = HEADER_BYTES; at + ENTRY_BYTES <= bytes.length; at += ENTRY_BYTES) {
     const entry = bytes.subarray(at, at + ENTRY_BYTES);
@@ -60,8 +60,8 @@ export function fillEntry(entry: Buffer, kind: number, first: number, second: nu
 }
 
 /**
- * The header of the log that is open as `fd`: where and by whom it is written. Lines of text, so that people can read
- * what was set aside. Not the directory's name: a store may be moved.
+ * The header of the log that is open as `fd`: where and in which session it is written. Lines of text, so that people can read
+ * a log that was set aside. Without the directory's name: a store may be moved.
  */
 export function logHeader(disk: HostDisk, place: string, session: string, fd: number): Buffer {
   const header = Buffer.alloc(HEADER_BYTES);
@@ -69,7 +69,7 @@ export function logHeader(disk: HostDisk, place: string, session: string, fd: nu
   return header;
 }
 
-/** The directory and its mounting, as it stands in the header. */
+/** The directory and its mounting, as lines of the header. */
 export function mapLogDirectory(disk: HostDisk, store: string): string {
   return `mounting ${disk.mountingSync(store)}\ndirectory ${disk.inodeAtSync(store)}\n`;
 }
@@ -79,7 +79,7 @@ export function field(header: Buffer, name: string): string | undefined {
   return new RegExp(`^${name} (.*)$`, 'm').exec(text)?.[1];
 }
 
-/** Where nothing tells one boot from another: nobody will take over what is logged. */
+/** Without procfs boots cannot be told apart: the logs of this process will not be applied. */
 const UNKNOWN_BOOT = randomUUID();
 
 export function bootOf(disk: HostDisk): string {

@@ -1,6 +1,6 @@
 /**
- * What the logs of a store that was not closed have over its stored maps, and which of that is believed (FORMAT.md, recent/).
- * Changes nothing: the logs are applied, set aside or removed by those who open the store (store-recovery.ts).
+ * Reads the map logs of a store that was not closed, and decides which of their changes can be applied to the stored maps and
+ * which logs are doubtful (FORMAT.md, recent/). Changes nothing: store-recovery.ts applies logs, sets them aside or removes them.
  */
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
 import type { VdiRecord } from '../object-store.js';
@@ -18,7 +18,7 @@ import {
   type Entry,
 } from './map-log-format.js';
 
-/** One map entry that was set, of the VDI that is stored as `vid`, to be stored by the flush of that generation. */
+/** One changed map entry of the VDI that is stored as `vid`. The flush `generation` was to store it. */
 export interface LoggedChange {
   readonly vid: number;
   readonly idx: number;
@@ -26,29 +26,28 @@ export interface LoggedChange {
   readonly generation: number;
 }
 
-/** What meta.mdb says of VDIs. */
+/** VDIs as meta.mdb has them. */
 export interface StoredVdis {
   record(vid: number): VdiRecord | undefined;
-  /** The last flush that its stored map has in it; 0 if none. */
+  /** The last flush that the stored map contains; 0 if none. */
   flushedGeneration(vid: number): number;
 }
 
-/** What was found in recent/ when a store was opened that had not been closed. */
+/** The content of recent/, judged. */
 export interface LoggedState {
-  /** Answered, and in no stored map: oldest first. */
+  /** Answered, and not in a stored map: oldest first. */
   readonly changes: readonly LoggedChange[];
-  /** The files that say so. */
+  /** The files with these changes. */
   readonly files: readonly string[];
-  /** Files that say more than the stored maps and cannot be believed, with the reason. */
+  /** Files with changes that the stored maps lack, and that cannot be applied; with the reason. */
   readonly doubtful: readonly { readonly file: string; readonly why: string }[];
 }
 
 /**
- * Reads logs, oldest first. An entry counts if it is newer than the map in meta.mdb: of a later flush than the last one
- * that was committed. And it is believed if its file is where it was written: this file, in this directory, on this
- * mounting of the filesystem, on this boot, by the process that had the store open last. A copy of a store, a volume
- * snapshot, a backup that was restored, a disk that was away for a moment: there the log may have arrived, and the
- * object that it speaks of not.
+ * Reads logs, oldest first. An entry counts if it is newer than the map in meta.mdb: of a later flush than the last committed
+ * one. It can be applied if its file is where it was written: this file, in this directory, on this mounting of the
+ * filesystem, on this boot, in the last session. With a copy of a store, a volume snapshot, a restored backup or a disk that
+ * was away for a moment, the log may be there and the object that it names may not.
  */
 export class LogReader {
   readonly #disk: HostDisk;
@@ -68,9 +67,9 @@ export class LogReader {
     const fd = this.#disk.openSync(file, O_RDONLY);
     try {
       const bytes = this.#bytesOf(file, fd);
-      if (bytes === undefined || bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // nothing was answered for it yet
+      if (bytes === undefined || bytes.length < HEADER_BYTES + ENTRY_BYTES) return; // no write was answered for it yet
       const boot = field(bytes, 'boot') ?? bytes.toString('latin1', 32, 64);
-      if (boot !== bootOf(this.#disk)) return; // the objects that it speaks of may be lost
+      if (boot !== bootOf(this.#disk)) return; // another boot: the objects that it names may be lost
       const session = field(bytes, 'session');
       const log: ReadLog = { file, session, misfit: this.#misfit(bytes, fd), damage: undefined, entries: [] };
       if (isLog(bytes)) log.damage = parse(bytes, log.entries);
@@ -80,7 +79,7 @@ export class LogReader {
     }
   }
 
-  /** Undefined if the disk does not give it: then anything may stand in it. */
+  /** Undefined if the disk cannot read it: the log is then damaged, with unknown content. Errors: those of the disk but EIO. */
   #bytesOf(file: string, fd: number): Buffer | undefined {
     try {
       const bytes = Buffer.alloc(this.#disk.fstatSync(fd).size);
@@ -107,24 +106,24 @@ export class LogReader {
     };
   }
 
-  /** Why what the file says is not to be believed; undefined if it is. */
+  /** Why the file cannot be applied, by its header; undefined if it can. */
   #misfit(bytes: Buffer, fd: number): string | undefined {
-    if (!isLog(bytes)) return 'it is no log that this version knows';
+    if (!isLog(bytes)) return 'it is not a log that this version knows';
     if (bytes.subarray(0, HEADER_BYTES).equals(logHeader(this.#disk, this.#place, this.#session ?? '', fd)))
       return undefined;
-    if (field(bytes, 'session') !== this.#session) return 'it is of an earlier opening of the store';
-    return 'it was written elsewhere, or before the filesystem was mounted the last time';
+    if (field(bytes, 'session') !== this.#session) return 'it is of an earlier session of the store';
+    return 'it was written elsewhere, or before the last mount of the filesystem';
   }
 }
 
 /**
- * Logs that one process wrote. A VDI may have several, which tell one story: where it has been moved stands in an older
- * one. So they are read together, and if one of them cannot be believed none of that VDI is.
+ * Logs of one session. A VDI may have several, which depend on each other: an older log may contain the VDI's move to another
+ * vid. So they are judged together: if one of them cannot be applied, none of that VDI is.
  */
 class LogsOfOpening {
   readonly #logs: readonly ReadLog[];
   readonly #stored: StoredVdis;
-  /** Logs that speak of a VDI that nobody knows: it may be one of the stored under another vid. */
+  /** Logs of an unknown VDI: it may be a stored VDI under another vid. */
   readonly #ofUnknown = new Set<ReadLog>();
   /** Vid after a snapshot -> vid before it. */
   readonly #formerly = new Map<number, number>();
@@ -137,12 +136,12 @@ class LogsOfOpening {
     for (const log of logs) {
       const unknown = this.#unknownOf(log);
       if (unknown === undefined) continue;
-      log.misfit ??= `it speaks of a VDI that is not stored, with vid ${unknown.toString(16)}`;
+      log.misfit ??= `it names a VDI that is not stored, with vid ${unknown.toString(16)}`;
       this.#ofUnknown.add(log);
     }
   }
 
-  /** The vid of a VDI that is neither stored nor was removed, and of which it tells something; undefined if none. */
+  /** The vid of a VDI that the log changes and that is neither stored nor removed; undefined if there is none. */
   #unknownOf(log: ReadLog): number | undefined {
     for (const { kind, vid, generation } of placed(log)) {
       if (kind !== OWNER) continue;
@@ -159,7 +158,7 @@ class LogsOfOpening {
     const names = new Set(bad.flatMap((log) => this.#namesOf(log)));
     const cutOff = bad.filter((log) => !isLogWhole(log));
     const isOfAny = cutOff.some((log) => this.#namesOf(log).every((name) => name === undefined));
-    // What was cut off may have told where a VDI was moved to: one that nobody else tells of is that.
+    // The lost part of a log may contain a VDI's move: an unknown VDI may be the one that moved.
     const mayBeTold = (name: string | undefined): boolean =>
       isOfAny || (name === undefined ? cutOff.length > 0 : names.has(name));
     const isDrawnIn = (log: ReadLog): boolean =>
@@ -171,12 +170,12 @@ class LogsOfOpening {
       files: believed.map(({ file }) => file),
       doubtful: [
         ...bad.map(({ file, misfit, damage }) => ({ file, why: misfit ?? damage ?? '' })),
-        ...drawnIn.map(({ file }) => ({ file, why: `it goes with ${bad[0]?.file}` })),
+        ...drawnIn.map(({ file }) => ({ file, why: `it depends on ${bad[0]?.file}` })),
       ],
     };
   }
 
-  /** What the log has over the stored maps, under the vids that are stored. */
+  /** The log's changes that the stored maps lack, under the stored vids. */
   #newer(log: ReadLog): LoggedChange[] {
     const changes: LoggedChange[] = [];
     for (const { kind, vid, first, second, generation } of placed(log)) {
@@ -189,7 +188,7 @@ class LogsOfOpening {
     return changes;
   }
 
-  /** A snapshot that was not made durable was not taken: what came after it is the VDI's as it was before. */
+  /** The vid in meta.mdb. A snapshot that is not durable was not taken: later changes belong to the VDI's vid before it. */
   #storedVid(vid: number): number {
     let at: number | undefined = vid;
     for (let steps = 0; at !== undefined && steps <= this.#formerly.size; steps++, at = this.#formerly.get(at))
@@ -197,7 +196,7 @@ class LogsOfOpening {
     return vid;
   }
 
-  /** The names of the VDIs of which it speaks; undefined for one that is not stored. */
+  /** The names of the VDIs in the log; undefined for a VDI that is not stored. */
   #namesOf({ entries }: ReadLog): (string | undefined)[] {
     const names = new Set<string | undefined>();
     for (const { kind, first } of entries) {
@@ -207,7 +206,7 @@ class LogsOfOpening {
   }
 }
 
-/** The entries of a log, each with the vid that the VDI had before it. */
+/** The entries of a log, each with the VDI's vid before it. */
 function* placed({ entries }: ReadLog): Generator<Entry & { readonly vid: number }> {
   let vid = 0;
   for (const entry of entries) {
@@ -222,16 +221,16 @@ function isBad({ misfit, damage }: ReadLog): boolean {
 
 interface ReadLog {
   readonly file: string;
-  /** Of which opening of the store, as it says. */
+  /** The session of the store, by the header. */
   readonly session: string | undefined;
-  /** Why it is not to be believed. */
+  /** Why the log cannot be applied, by its header or its VDI. */
   misfit: string | undefined;
-  /** Why the rest of it could not be read. */
+  /** Why the rest of the log could not be read. */
   damage: string | undefined;
   readonly entries: Entry[];
 }
 
-/** All that it says is known. */
+/** Whether the whole content of the log is known. */
 function isLogWhole({ entries, damage }: ReadLog): boolean {
   return damage === undefined && entries.length > 0;
 }

@@ -1,8 +1,8 @@
 /**
- * What the maps in memory have over the maps in meta.mdb, written down as it happens, so that a killed daemon loses no
- * write that it has answered: a client that connects again does not repeat those. Owns the files in recent/ (FORMAT.md).
- * They are never synced: they are for the death of the process, and are worth nothing after one of the machine, or of
- * the disk. What they say is only believed where it is certain that all they speak of is still there: see LogReader.
+ * The log of one open VDI: changes of its map in memory that meta.mdb does not have yet (FORMAT.md, recent/), so that a killed
+ * daemon loses no answered write. A client that connects again does not repeat those. Owns the files that it writes. It never
+ * syncs them: they protect against the end of the process, not of the machine or the disk. map-log-reading.ts decides what is
+ * applied at the next start.
  */
 import type { HostDisk } from '../../system/disk.js';
 import { writeFully } from '../../system/whole-io.js';
@@ -11,19 +11,19 @@ import { ENTRY_BYTES, fillEntry, headOf, MOVED, OWNER } from './map-log-format.j
 import { CHANGES } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';
 
-/** A flush starts a new file when the present one is longer: often enough to keep them small, too seldom to be felt. */
+/** A flush begins a new file when the present one is longer than this: files stay small, and new files stay rare. */
 const ROTATE_BYTES = 64 * 1024;
-/** Changes that are remembered while a log cannot be written, until the flush under way is durable. */
+/** Changes that are kept in memory while the log cannot be written, until the flush in progress is durable. */
 const MAX_MISSED = 4096;
 
-/** A file of a log, and how long it is. */
+/** A file of a log, and its length in bytes. */
 export interface LogFile {
   readonly name: string;
   readonly fd: number;
   length: number;
 }
 
-/** Where logs get their files: a new one with a header and `first` in it. */
+/** Creates the files of logs, each with a header and the entry `first`. Errors: those of the disk. */
 export interface LogFolder {
   create(first: Buffer): LogFile;
   createLater(first: Buffer): Promise<LogFile>;
@@ -34,8 +34,8 @@ export function writeWhole(disk: HostDisk, name: string, fd: number, bytes: Buff
 }
 
 /**
- * The log of one open VDI: a file, or several while flushes fail. Entries are written at once, or where the disk is too slow
- * for that, in the thread pool: many together, in the order in which they were made.
+ * One file, or several while flushes fail. Entries are written on the event loop, or, while the disk is too slow for that, in
+ * the thread pool: many together, in their order.
  */
 export class MapLog {
   readonly #disk: HostDisk;
@@ -45,20 +45,20 @@ export class MapLog {
   readonly #folder: LogFolder;
   readonly #onError: (error: unknown) => void;
   readonly #entry = Buffer.alloc(ENTRY_BYTES);
-  /** Files that the next successful flush makes superfluous. */
+  /** Files that the next successful flush makes unnecessary. */
   #old: string[] = [];
   #file: LogFile | undefined;
   #isBroken = false;
-  /** What has changed since the flush under way began, while nothing could be logged; undefined if not all is known. */
+  /** Changes since the flush in progress began, while the log is broken; undefined if they are not complete. */
   #missed: { readonly vid: number; readonly entries: [number, number, number, number][] } | undefined;
-  /** Entries that wait for the thread pool, and the first entry of the file, should they begin one. */
+  /** Entries that wait for the thread pool, and the first entry of a file, in case they begin one. */
   #queue: Buffer[] = [];
   #queueHead: Buffer | undefined;
-  /** They are in the file when it resolves. It never rejects. */
+  /** Resolves when the queued entries are in the file. It never rejects. */
   #queued: Promise<void> | undefined;
-  /** The same of those that are being written. */
+  /** The same for the entries that are being written. */
   #writing: Promise<void> | undefined;
-  /** What cannot be done to a file that is being written comes after it. */
+  /** To be done after the write in flight: end the file; remove all files. */
   #endsSoon = false;
   #isRemoved = false;
 
@@ -78,14 +78,14 @@ export class MapLog {
     this.#onError = onError;
   }
 
-  /** The map entry of idx is `owner` now. In the file when this returns, or when what it returns resolves. */
+  /** Log that the map entry of idx is now `owner`. It is in the file when this returns, or when the promise resolves. */
   changed(idx: number, owner: number): Awaitable<void> {
     return this.#append(OWNER, idx, owner);
   }
 
   /**
-   * A snapshot takes the VDI's vid, and the VDI goes on under `vid`; the flushes up to now are the snapshot's. In the file
-   * before anything that comes after it is.
+   * Log that a snapshot has taken the VDI's vid, and the VDI goes on under `vid`; flushes up to now belong to the snapshot. The
+   * entry is in the file before all later entries.
    */
   moved(vid: number, generation: number): void {
     void this.#append(MOVED, vid, 0);
@@ -94,9 +94,9 @@ export class MapLog {
   }
 
   /**
-   * A flush takes over what has changed until now; what comes is for the one of `generation`. Returns what to call when
-   * that is durable; if it fails, nothing. Not while a snapshot is not durable: a file has to tell of the move as long as
-   * it may be undone.
+   * A flush takes over the changes until now; later changes belong to the flush of `generation`. Returns a function to call
+   * when the flush is durable; if the flush fails, it is not called. Not to be called while a snapshot is not durable: as long
+   * as the snapshot may be undone, a file must contain its move.
    */
   flushing(generation: number): () => void {
     this.#generation = generation;
@@ -112,7 +112,7 @@ export class MapLog {
     };
   }
 
-  /** Everything is durable, or given up: from now on no start reads it, also if a write to it is under way. */
+  /** All changes are durable or given up: no later start reads this log, even if a write to it is in flight. */
   remove(): void {
     if (!this.#isBusy) {
       this.#removeFiles();
@@ -128,7 +128,7 @@ export class MapLog {
     this.#unlink(this.#old.length);
   }
 
-  /** A flush has succeeded: if all is known that has changed since it began, the log is whole again from there. */
+  /** A flush has succeeded: if all changes since it began are known, the log is complete again from there. */
   #mend(): void {
     const missed = this.#missed;
     if (!this.#isBroken || missed === undefined) return;
@@ -171,7 +171,7 @@ export class MapLog {
     return this.#queued;
   }
 
-  /** What is queued when those before it are written. */
+  /** Write the entries that are queued when the write before is done. */
   async #writeQueued(): Promise<void> {
     await this.#writing;
     const turn = CHANGES.enter(this);
@@ -185,14 +185,14 @@ export class MapLog {
     try {
       if (!this.#isRemoved && entries.length > 0) await this.#writeAll(entries, head);
     } catch (error) {
-      // What waits was made before it was broken.
+      // Entries that wait are older than the failure: they are lost with the log.
       this.#queue = [];
       this.#queueHead = undefined;
       this.#fail(error);
     }
     CHANGES.leave(this);
     this.#writing = undefined;
-    if (this.#isBusy) return; // the next one sees to it
+    if (this.#isBusy) return; // the next write does the rest
     if (this.#endsSoon) this.#endFile();
     if (this.#isRemoved) this.#removeFiles();
   }
@@ -207,7 +207,7 @@ export class MapLog {
     this.#throttle.noteOffLoop(start);
   }
 
-  /** A full disk. The beginning of a log must not be restored: what it points at may be removed by then. */
+  /** A full disk. The first part of a log must not be applied alone: objects that it names may be removed by then. */
   #fail(error: unknown): void {
     this.#isBroken = true;
     this.#missed = undefined;
@@ -231,7 +231,7 @@ export class MapLog {
     try {
       this.#disk.unlinkSync(name);
     } catch (error) {
-      // Removed while it was being written, and again when that was done.
+      // Removed during a write, and again after it.
       if (!this.#isRemoved || (error as NodeJS.ErrnoException).code !== 'ENOENT') this.#onError(error);
     }
   }

@@ -1,6 +1,6 @@
 /**
- * The map logs of a store: the folder recent/, with the files that its open VDIs write (map-log.ts) and those that an earlier
- * process has left. Owns the names in recent/ and in set-aside/.
+ * The map logs of a store: the folder recent/, with files that open VDIs write (map-log.ts) and files that an earlier process
+ * has left. Owns the names in recent/ and in set-aside/. Does not decide which logs are applied.
  */
 import { randomUUID } from 'node:crypto';
 import path from 'node:path';
@@ -15,12 +15,12 @@ import { WriteThrottle } from './write-throttle.js';
 const RECENT = 'recent';
 const SET_ASIDE = 'set-aside';
 
-/** Make the folder for the logs of the store `directory`. */
+/** Create the folder for the logs of the store `directory`. */
 export function makeLogFolder(disk: HostDisk, directory: string): void {
   makeDirectory(disk, path.join(directory, RECENT), 0o700);
 }
 
-/** Logs that were set aside in the store `directory`. */
+/** Paths of logs that were set aside in the store `directory`. */
 export function logsSetAside(disk: HostDisk, directory: string): string[] {
   const aside = path.join(directory, SET_ASIDE);
   return disk.statSync(aside)?.isDirectory() ? disk.readdirSync(aside).map((name) => path.join(aside, name)) : [];
@@ -33,12 +33,12 @@ export class MapLogs {
   readonly #directory: string;
   readonly #onError: (error: unknown) => void;
   readonly #place: string;
-  /** Tells the logs of this opening of the store from those of all others. */
+  /** Names this session of the store: logs of other sessions do not count. */
   session: string = randomUUID();
   readonly #throttle: WriteThrottle;
   #next = 1;
 
-  /** `onError` is told when a log cannot be written; nothing fails for that. `throttle`: of the disk that the store is on. */
+  /** `onError` is called when a log cannot be written; no operation fails because of it. `throttle`: of the store's disk. */
   constructor(disk: HostDisk, store: string, onError: (error: unknown) => void, throttle = new WriteThrottle()) {
     this.#disk = disk;
     this.#store = store;
@@ -48,12 +48,12 @@ export class MapLogs {
     this.#onError = onError;
   }
 
-  /** A log for a VDI that is opened, whose next flush is `generation`. It has no file until it has something to say. */
+  /** The log of a VDI that is being opened; `generation` is its next flush. The log has no file before its first entry. */
   logOf(vid: number, generation: number): MapLog {
     return new MapLog(this.#disk, vid, generation, this.#throttle, this.#folder, this.#onError);
   }
 
-  /** What the logs of the opening `session`, the last one, have over what is stored. */
+  /** Changes in the logs of the last session, `session`, that the stored maps do not have. Errors: those of the disk. */
   read(session: string | undefined, stored: StoredVdis): LoggedState {
     const reader = new LogReader(this.#disk, this.#place, session, stored);
     for (const name of this.#names()) reader.add(path.join(this.#directory, name));
@@ -61,8 +61,8 @@ export class MapLogs {
   }
 
   /**
-   * Remove all of them: everything is durable. Those that are set aside are not among them. Returns what failed, if so: what
-   * is left is older than the stored maps, and harmless.
+   * Remove all logs in recent/: everything in them is durable. Returns what failed, if so: the logs that are left are older than
+   * the stored maps, and harmless.
    */
   clear(): unknown {
     let failure: unknown;
@@ -78,15 +78,15 @@ export class MapLogs {
   }
 
   /**
-   * Move these files to the folder set-aside/, never to be read again. Returns where they are now. If one cannot be moved
-   * (a full disk) it stays, and `clear` must not be called.
+   * Move these files to the folder set-aside/; no start reads them again. Returns their new names. If a file cannot be moved
+   * (full disk), it stays, and `clear` must not be called.
    */
   setAside(files: readonly string[]): { readonly moved: readonly string[]; readonly failure?: unknown } {
     const aside = path.join(this.#store, SET_ASIDE);
     const moved: string[] = [];
     try {
       makeDirectory(this.#disk, aside, 0o700);
-      // Those that the others go with are first in the list, and go last: what is left after half of it is in doubt as before.
+      // The first logs of the list make the others doubtful, so they are moved last: after an interruption the rest is still doubtful.
       for (const file of files.toReversed()) {
         const name = path.join(aside, `${new Date().toISOString()}-${randomUUID().slice(0, 8)}`);
         this.#disk.renameSync(file, name);
@@ -104,7 +104,7 @@ export class MapLogs {
   }
 
   #names(): string[] {
-    // A store that lacks the folder may be on a disk that has no room to make it.
+    // The folder may be missing because the disk had no room to create it.
     if (!this.#disk.existsSync(this.#directory)) return [];
     return this.#disk
       .readdirSync(this.#directory)

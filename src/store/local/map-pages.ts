@@ -1,14 +1,12 @@
-/**
- * Pages of a map, as meta.mdb stores them (FORMAT.md, `pages`). Owns their size and their layout. Stores nothing.
- */
+/** Pages of a map, as meta.mdb stores them (FORMAT.md, `pages`). Owns their size and their layout. Stores nothing. */
 import os from 'node:os';
 
-/** Map entries of one stored page; 4 KiB, so that a new object rewrites little and a full map is few pages. */
+/** Map entries of one stored page, 4 KiB: a new object rewrites little, and a full map has few pages. */
 export const PAGE_ENTRIES = 1024;
-/** A stored page takes two of LMDB's: it has a header. */
+/** Bytes in meta.mdb: a stored page needs two pages of LMDB, because it has a header. */
 const STORED_PAGE_BYTES = 2 * 4096;
 
-/** A page of a map as it is to be stored; all zeros means the page is removed. */
+/** A page of a map, to be stored; a page of zeros is removed. */
 export interface PageWrite {
   readonly vid: number;
   readonly page: number;
@@ -20,14 +18,14 @@ const ZERO_PAGE = Buffer.alloc(PAGE_ENTRIES * 4);
 // Map pages are stored as they are in memory (FORMAT.md: little-endian): a map of 1 TiB is copied, not converted.
 if (os.endianness() !== 'LE') throw new Error('the local store needs a little-endian machine');
 
-/** The entries of one page of a map, copied: the map may change while the copy is on its way to disk. */
+/** A copy of the entries of one page of a map: the map may change while the copy is being stored. */
 export function pageOf(map: Uint32Array, page: number): Buffer {
   const copy = new Uint32Array(PAGE_ENTRIES);
   copy.set(map.subarray(page * PAGE_ENTRIES, (page + 1) * PAGE_ENTRIES));
   return Buffer.from(copy.buffer);
 }
 
-/** All pages of a map, those of zeros too: storing them removes what an operation that failed may have left there. */
+/** All pages of a map, including pages of zeros: storing those removes pages that a failed operation may have left. */
 export function pagesOf(vid: number, map: Uint32Array): PageWrite[] {
   const pages: PageWrite[] = [];
   for (let page = 0; page * PAGE_ENTRIES < map.length; page++) pages.push({ vid, page, entries: pageOf(map, page) });

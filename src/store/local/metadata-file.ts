@@ -1,7 +1,7 @@
 /**
- * The LMDB file of a local store as something that fails like a file: a failed commit is an error of those whose change it
- * held, and of nobody else; the next one works as soon as the disk does. Owns the LMDB environment, the order of
- * transactions, and when LMDB is opened anew. Knows no keys.
+ * The LMDB file of a local store, made to fail like a file: a failed commit is an error only for the changes in it, and the
+ * next commit works as soon as the disk does. Owns the LMDB environment, the order of transactions, and the decision when
+ * LMDB is opened again. Knows no keys.
  */
 import { ABORT } from 'lmdb';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
@@ -25,33 +25,33 @@ export class MetadataFile {
   file: string;
   readonly readOnly: boolean;
   #env: Environment;
-  /** Of the same file: for its size, its reserve, and for reads that fail with an error. */
+  /** A descriptor of the same file: for its size, its reserve, and for reads that fail with an error instead of SIGBUS. */
   readonly #fd: number;
   readonly #opened: (env: Environment) => void;
   readonly #queue: Pending[] = [];
-  /** Commits of what is queued; undefined if none runs. */
+  /** The commits in progress; undefined if none. */
   #committing: Promise<void> | undefined;
   #reopening: Promise<void> | undefined;
-  /** Somebody else may have the store: nothing is read, written or opened here any more. */
+  /** Another process may have the store: nothing is read, written or opened here any more. */
   #isClosed = false;
-  /** A commit has failed, after which LMDB may refuse all further ones (MDB_PANIC): it has to be opened anew. */
+  /** A commit has failed, and LMDB may refuse all later ones (MDB_PANIC): it must be opened again. */
   #mustReopen = false;
-  /** A commit has failed with something else than a full disk: nothing says that the file can still be read. */
+  /** A commit has failed for another reason than a full disk: the file may be unreadable. */
   #isSuspect = false;
-  /** Not all of the file has been read since it was opened, or since its disk has failed somewhere else. */
+  /** The whole file has not been read since it was opened, or since its disk failed on another file. */
   #isUnread = true;
   /**
-   * A transaction did not begin. Then lmdb-js holds a lock for ever: nothing can be stored any more, and to close the
-   * environment would never end, not at the end of the process either. What is stored can be read.
+   * A transaction did not begin. lmdb-js then holds a lock for ever: nothing can be stored any more, and closing the
+   * environment would never end, even at the end of the process. Stored data can be read.
    */
   #isStuck = false;
-  /** LMDB never makes the file shorter. */
+  /** The largest size seen: LMDB never makes the file shorter. */
   #size = 0;
   #isOpen = true;
   readonly #reserve: MetadataReserve;
   readonly #probe = Buffer.alloc(PROBE_BYTES);
 
-  /** `opened` is told of the environment, now and whenever it is opened anew. Errors: as `asMetadataError` has them. */
+  /** `opened` is called with the environment, now and each time it is opened again. Errors: those of files and of LMDB. */
   constructor(
     disk: HostDisk,
     file: string,
@@ -72,7 +72,7 @@ export class MetadataFile {
     }
   }
 
-  /** Opening reads records, through a mapping. */
+  /** Opening reads records through a mapping: the file is probed first. */
   #open(): Environment {
     this.#isUnread = true;
     this.#probeFile();
@@ -89,8 +89,8 @@ export class MetadataFile {
   }
 
   /**
-   * Run `body`, which puts and removes, in a transaction; what it did is on disk when this resolves. If this fails nothing
-   * of it is stored. `body` runs again if the transaction failed for reasons that may be another's.
+   * Run `body`, which puts and removes, in a transaction; its changes are durable when this resolves. If this fails, none of
+   * them is stored. `body` runs again if the transaction failed and another change in it may be the reason.
    * Errors: NO_SPACE, IO, CLOSED.
    */
   transaction(body: () => void): Promise<void> {
@@ -102,19 +102,19 @@ export class MetadataFile {
     return done;
   }
 
-  /** One at a time: whoever comes meanwhile is in the next one, with all others that came. */
+  /** One commit at a time: all changes that arrive meanwhile share the next one. */
   async #commitQueued(): Promise<void> {
-    await Promise.resolve(); // until it is known that it runs
+    await Promise.resolve(); // until #committing is set
     while (this.#queue.length > 0) {
       const batch: Pending[] = [];
       const error = await this.#commit(() => {
         batch.push(...this.#queue.splice(0));
         return batch;
       });
-      // It may have failed before it asked who takes part.
+      // The commit may have failed before it took the queue.
       if (error !== undefined && batch.length === 0) batch.push(...this.#queue.splice(0));
       if (error !== undefined && batch.length > 1) {
-        // One that is too large for what is left must not fail those that are not.
+        // A change that is too large for the space left must not fail the others.
         for (const pending of batch) settle(pending, await this.#commit(() => [pending]));
       } else {
         for (const pending of batch) settle(pending, error);
@@ -123,7 +123,7 @@ export class MetadataFile {
     this.#committing = undefined;
   }
 
-  /** Returns what failed, or undefined; a body's own failure is noted with it. */
+  /** Returns what failed, or undefined. The failure of a single body is stored with it. */
   async #commit(take: () => readonly Pending[]): Promise<StoreError | undefined> {
     try {
       this.#probeFile(); // LMDB reads in a transaction, too
@@ -135,26 +135,26 @@ export class MetadataFile {
       if (this.#isStuck) return asMetadataError(error, `storing metadata in ${this.file}`);
       const failure = this.#asCommitError(await commitErrorOf(error));
       this.#isSuspect ||= failure.code !== 'NO_SPACE';
-      // On a full disk, too: if it was full for the page that makes a commit valid, LMDB never again begins a transaction.
+      // Also on a full disk: if the page that makes a commit valid had no room, LMDB never begins a transaction again.
       this.#mustReopen = true;
-      // At once, for those who read; if the disk is still ill, the next commit tries again.
+      // At once, for readers; if the disk still fails, the next commit tries again.
       await this.#reopen().catch(() => undefined);
       return failure;
     }
     try {
       this.keepReserve();
     } catch {
-      // What was committed is; the next one will tell.
+      // The commit itself is durable; the next one tries again.
     }
     return undefined;
   }
 
-  /** The transaction of all that take part. Errors: its own; IO if it does not begin, and then nothing of it is ever stored. */
+  /** One transaction for all taken changes. Errors: LMDB's; IO if it does not begin, and then nothing of it is ever stored. */
   async #run(env: Environment, take: () => readonly Pending[]): Promise<void> {
     let hasBegun = false;
     const done = env.transaction(() => {
       hasBegun = true;
-      if (this.#isStuck) return; // too late: they were told that it has failed
+      if (this.#isStuck) return; // too late: it was reported as failed
       for (const pending of take()) runIn(env, pending);
     });
     let stopWatching!: () => void;
@@ -181,11 +181,11 @@ export class MetadataFile {
     return new StoreError(
       'IO',
       `storing metadata in ${this.file}: LMDB does not begin a transaction (no memory?); nothing can be changed until this ` +
-        'process is started again, what is flushed stays as it is',
+        'process is started again; flushed data is safe',
     );
   }
 
-  /** A write that was cut short by the end of the disk is EIO for LMDB (mdb.c, mdb_page_flush). */
+  /** LMDB reports a write that a full disk cut short as EIO (mdb.c, mdb_page_flush). */
   #asCommitError(error: unknown): StoreError {
     const doing = `storing metadata in ${this.file}`;
     const failure = asMetadataError(error, doing);
@@ -198,20 +198,20 @@ export class MetadataFile {
     return new StoreError('NO_SPACE', `${doing}: no space left on device`, { cause: error });
   }
 
-  /** What is on disk is the truth again, whatever LMDB has in memory of a commit that failed. */
+  /** Go back to the state on disk: LMDB's memory may have parts of a failed commit. */
   #reopen(): Promise<void> {
     this.#reopening ??= this.#openAnew().finally(() => (this.#reopening = undefined));
     return this.#reopening;
   }
 
-  /** Resolves when nobody is opening it anew, whatever has come of that: others' failed commits are not the reader's. */
+  /** Resolves when LMDB is not being opened again, whatever came of that: a failed commit is not a reader's error. */
   async settled(): Promise<void> {
     while (this.#reopening !== undefined) await this.#reopening.catch(() => undefined);
   }
 
   async #openAnew(): Promise<void> {
     if (this.#isOpen) {
-      // Before opening: lmdb-js opens a file once, and whoever opens it again gets the environment that has failed.
+      // Closed before opening: for a file that is open, lmdb-js returns the same environment, which has failed.
       this.#isOpen = false;
       await this.#disk.closeDatabase(this.#fd, () => this.#env.close()).catch(() => undefined);
     }
@@ -244,9 +244,9 @@ export class MetadataFile {
   }
 
   /**
-   * To be called before reading: LMDB reads through a mapping, and a page that its disk does not give would end the process
-   * (SIGBUS) instead of being an error. A filesystem that was shut down is found out by any read; after a failure all of the
-   * file is read, so that what the mapping needs is in memory. Errors: IO, DAMAGED, CLOSED.
+   * To be called before reading: LMDB reads through a mapping, and a page that the disk cannot read would end the process
+   * (SIGBUS) instead of being an error. Any read detects a filesystem that was shut down; after a failure the whole file is
+   * read, so that the mapping's pages are in memory. Errors: IO, DAMAGED (the file became shorter), CLOSED.
    */
   mustBeReadable(): void {
     if (this.#isClosed) throw this.#closed();
@@ -259,7 +259,7 @@ export class MetadataFile {
     this.#probeFile();
   }
 
-  /** Its disk has failed to give or take something else: what of this file is not in memory may be lost as well. */
+  /** Its disk has failed on another file: pages of this file that are not in memory may be lost as well. */
   suspectDisk(): void {
     this.#isUnread = true;
   }
@@ -270,7 +270,7 @@ export class MetadataFile {
       if (size < this.#size) {
         throw new StoreError(
           'DAMAGED',
-          `${this.file} was cut off while it was open: it has ${size} bytes and had ${this.#size}`,
+          `${this.file} was truncated while it was open: it has ${size} bytes and had ${this.#size}`,
         );
       }
       this.#size = size;
@@ -286,12 +286,12 @@ export class MetadataFile {
     }
   }
 
-  /** It has another name now, under which it is opened anew if need be. */
+  /** The file has a new name, under which it will be opened again if need be. */
   renamed(file: string): void {
     this.file = file;
   }
 
-  /** After what was asked for until now is stored, and `last`. Closed in any case. Errors: those of `last`. */
+  /** Close after all queued changes and `last` are stored; closed in any case. Errors: those of `last`. */
   async close(last?: () => void): Promise<void> {
     if (this.#isClosed) return;
     const stored = last === undefined ? undefined : this.transaction(last);
@@ -315,7 +315,7 @@ function settle(pending: Pending, error: StoreError | undefined): void {
   else pending.resolve();
 }
 
-/** In a transaction of its own within the one of all, so that one that throws stores nothing. */
+/** In a child transaction, so that a body that throws stores nothing. */
 function runIn(env: Environment, pending: Pending): void {
   pending.failure = undefined;
   try {

@@ -1,32 +1,32 @@
 /**
- * The space that is kept for meta.mdb past its end, so that what gives space back can still be recorded when the disk is
- * full. Owns how much that is, and who may use it. Writes nothing into the file.
+ * Disk space that is kept allocated past the end of meta.mdb, so that operations that free space can still be recorded on a
+ * full disk. Owns the size of the reserve and the rule which operations may use it. Does not change the content of the file.
  */
 import { O_CREAT, O_EXCL, O_WRONLY, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
 import { MAP_SIZE } from './lmdb-environment.js';
 
 /**
- * Kept allocated past the end of the file while the disk has it, so that what gives space back (a delete, a flush of what
- * was trimmed) can still be recorded when the disk is full.
+ * Kept allocated past the end of the file, so that operations that free space (a delete, a flush after trims) can still be
+ * recorded on a full disk.
  */
 const RESERVE_BYTES = 4 * 2 ** 20;
-/** It is filled up again when less than this is left. */
+/** The reserve is filled up again when less than this is left. */
 const REFILL_BYTES = RESERVE_BYTES / 2;
-/** What makes the metadata grow for good (a new VDI, a snapshot) leaves this much of it. */
+/** Operations that make the metadata grow for good (a new VDI, a snapshot) must leave this much of it. */
 const FLOOR_BYTES = 2 ** 20;
-/** A disk that is nearly full may have part of the reserve. */
+/** The reserve shrinks by this step where the disk has no room for all of it. */
 const RESERVE_STEP = 256 * 1024;
-/** What any transaction may need beside the pages that it stores: copies of inner pages, the list of free pages. */
+/** What a transaction may need in addition to the pages that it stores: copies of inner pages, the list of free pages. */
 const TRANSACTION_BYTES = 64 * 1024;
 /** What LMDB writes into a new file. */
 const FIRST_BYTES = 64 * 1024;
-/** What a new store must have: it can be told then that something is deleted, whatever happens to the disk. */
+/** A new store must have this much: then a delete can be recorded even if the disk becomes full. */
 const LEAST_BYTES = 2 * 2 ** 20;
 
 export class MetadataReserve {
   readonly #disk: HostDisk;
-  /** Of meta.mdb, open to be written. */
+  /** meta.mdb, open for writing. */
   readonly #fd: number;
   #reservedTo = 0;
 
@@ -35,7 +35,7 @@ export class MetadataReserve {
     this.#fd = fd;
   }
 
-  /** Have the reserve, or as much of it as the disk has. `size`: of the file, now; so it is below. Errors: of the system. */
+  /** Allocate the reserve, or as much as the disk has. `size`, here and below: of the file, now. Errors: those of the disk. */
   keep(size: number): void {
     if (this.#reservedTo - size >= REFILL_BYTES) return;
     for (let length = RESERVE_BYTES; length > 0 && size + length > this.#reservedTo; length -= RESERVE_STEP) {
@@ -45,14 +45,14 @@ export class MetadataReserve {
     }
   }
 
-  /** Whether the disk has no space even for a step of the reserve. Errors: of the system. */
+  /** Whether the disk has no space even for one step of the reserve. Errors: those of the disk. */
   isDiskFull(size: number): boolean {
     return this.#disk.reserveSync(this.#fd, size, RESERVE_STEP) === 'no space';
   }
 
   /**
-   * Before anything that makes the metadata grow by `bytes` for good: it must leave the space that deleting needs. `file`: its
-   * name, for messages. Errors: NO_SPACE, with nothing changed.
+   * To be called before an operation that makes the metadata grow by `bytes` for good: the space for deleting must be left.
+   * `file`: its name, for messages. Errors: NO_SPACE, with nothing changed.
    */
   mustHaveRoom(size: number, bytes: number, file: string): void {
     const needed = bytes + TRANSACTION_BYTES + FLOOR_BYTES;
@@ -65,15 +65,15 @@ export class MetadataReserve {
     if (reserved !== 'no space') return;
     throw new StoreError(
       'NO_SPACE',
-      `no space left for metadata in ${file}: its disk is full, and what is reserved there is for deleting; ` +
+      `no space left for metadata in ${file}: its disk is full, and the reserve is for deleting; ` +
         'delete snapshots or VDIs, or make room on that disk',
     );
   }
 }
 
 /**
- * Make an empty file that has the space to grow, before LMDB writes to it: LMDB ends the process if that fails. Without the
- * space a full disk would be one on which nothing can be deleted. Errors: NO_SPACE, and those of files.
+ * Create an empty file with allocated space, before LMDB writes to it: LMDB ends the process if a write fails. Without the
+ * space nothing could be deleted on a full disk. Errors: NO_SPACE, and those of the disk.
  */
 export function makeRoomIn(disk: HostDisk, file: string): void {
   const fd = disk.openSync(file, O_WRONLY | O_CREAT | O_EXCL, 0o600);

@@ -1,6 +1,6 @@
 /**
- * The LMDB file of a local store: VDI records, map pages, the format version. Only this file knows keys and encodings
- * (FORMAT.md); a call is one LMDB transaction, durable when its promise resolves. It decides nothing about objects.
+ * The content of meta.mdb: VDI records, map pages, the format version. Only this file knows keys and encodings (FORMAT.md).
+ * A call is one LMDB transaction, durable when its promise resolves. Decides nothing about objects.
  */
 import path from 'node:path';
 import type { Database } from 'lmdb';
@@ -17,16 +17,16 @@ import { RecordIndex } from './record-index.js';
 import { TimeSlice } from './time-slice.js';
 
 export const FORMAT_VERSION = 1;
-/** Pages of one transaction when a whole map is stored: the loop is held for about a millisecond each. */
+/** Pages per transaction when a whole map is stored: each transaction holds the loop for about a millisecond. */
 const PAGES_PER_TRANSACTION = 128;
 const PAGES_PER_READ = 64;
 export const META_FILE = 'meta.mdb';
-/** What meta.mdb is called until it is complete. */
+/** The name of meta.mdb until it is complete. */
 export const NEW_META_FILE = 'new.mdb';
-/** Where LMDB had its lock file before that was in memory. */
+/** LMDB's lock file of earlier versions, which did not have it in memory. */
 const OLD_LOCK_FILE = 'meta.mdb-lock';
 
-/** Why object files are kept that no map refers to, and the vids in their names, which nothing new may bear. */
+/** Why unreferenced object files are kept, and the vids in their names, which no new object may have. */
 export interface KeptObjects {
   readonly since: number;
   readonly why: string;
@@ -35,32 +35,32 @@ export interface KeptObjects {
 
 export interface MetadataChange {
   readonly records?: readonly VdiRecord[];
-  /** The flushes that the stored maps have in them with this change. */
+  /** The flushes that the stored maps contain with this change. */
   readonly flushed?: readonly { readonly vid: number; readonly generation: number }[];
-  /** Records that go, with all their pages. */
+  /** Vids of records to remove, with all their pages. */
   readonly removed?: readonly number[];
   readonly pages?: readonly PageWrite[];
 }
 
-/** What `flushed` says of a VDI that is gone: whatever its log still tells is older than that. */
+/** `flushed` of a removed VDI: all entries of its log are older than this. */
 const REMOVED = Number.MAX_SAFE_INTEGER;
 
 export class Metadata {
   #env!: Environment;
   #vdis!: Database<VdiRecord, number>;
   #pages!: Database<Buffer, [number, number]>;
-  /** vid -> the last flush that is in its stored map. Older stores have none, and cannot get it where they are read-only. */
+  /** vid -> the last flush that its stored map contains. Older stores lack the database; read-only ones cannot get it. */
   #flushed: Database<number, number> | undefined;
   #state: Database<unknown, string> | undefined;
   readonly #file: MetadataFile;
-  /** What is stored, by vid: asked for far more often than it changes. */
+  /** The stored records: read far more often than changed. */
   readonly #records = new RecordIndex();
 
   private constructor(disk: HostDisk, file: string, readOnly: boolean) {
     this.#file = new MetadataFile(disk, file, { readOnly }, (env) => this.#use(env));
   }
 
-  /** All of it or nothing: what this throws leaves the environment before in use. */
+  /** All or nothing: if this throws, the former environment stays in use. */
   #use(env: Environment): void {
     const vdis = env.openDB<VdiRecord, number>({ name: 'vdis', encoding: 'json' });
     const pages = env.openDB<Buffer, [number, number]>({ name: 'pages', encoding: 'binary' });
@@ -75,7 +75,7 @@ export class Metadata {
     this.#records.reset(records);
   }
 
-  /** Make the metadata of a new store in `directory`. It is complete as soon as it has its name. Errors: IO, NO_SPACE. */
+  /** Create the metadata of a new store in `directory`. It is complete when it has its final name. Errors: IO, NO_SPACE. */
   static async create(disk: HostDisk, directory: string): Promise<{ metadata: Metadata; clean: boolean }> {
     const file = path.join(directory, NEW_META_FILE);
     const doing = `making ${path.join(directory, META_FILE)}`;
@@ -105,8 +105,8 @@ export class Metadata {
   }
 
   /**
-   * Open the metadata of the store in `directory`. `readOnly`: of a store on a read-only filesystem, which nobody changes.
-   * Errors: FORMAT for a newer format, DAMAGED, IO, NO_SPACE.
+   * Open the metadata of the store in `directory`. `readOnly`: the filesystem is read-only, and nothing changes the store.
+   * Errors: FORMAT (a newer format), DAMAGED, IO, NO_SPACE.
    */
   static async open(
     disk: HostDisk,
@@ -138,10 +138,10 @@ export class Metadata {
     const clean = format === undefined || metadata.#env.get('clean')?.toString() === 'yes';
     if (readOnly) return { metadata, clean };
     try {
-      // It may be the last space of a full disk.
+      // On a full disk, removing it may free the space that is needed next.
       removeIfThereSync(disk, path.join(directory, OLD_LOCK_FILE));
       metadata.#file.keepReserve();
-      // A crash on a full disk has left it as it has to be.
+      // After a crash it says so already, and a full disk may have no room to write it again.
       if (clean) await metadata.#markOpen();
     } catch (error) {
       await metadata.close({ clean: false }).catch(() => undefined);
@@ -150,12 +150,12 @@ export class Metadata {
     return { metadata, clean };
   }
 
-  /** The disk of the store has failed, with something that is not ours. */
+  /** The disk of the store has failed on another file. */
   suspectDisk(): void {
     this.#file.suspectDisk();
   }
 
-  /** In the order that people see; the array does not change. */
+  /** In the order of listings; the array does not change. */
   records(): readonly VdiRecord[] {
     return this.#records.all();
   }
@@ -172,31 +172,31 @@ export class Metadata {
     return this.#records.get(vid);
   }
 
-  /** Resolves when it can be read, or cannot for a reason of its own: it may be opened anew at the moment. */
+  /** Resolves when LMDB is not being opened again, whatever came of that. */
   settled(): Promise<void> {
     return this.#file.settled();
   }
 
-  /** The last flush that is in the stored map of `vid`; 0 if none, REMOVED if it was removed in this opening. */
+  /** The last flush that the stored map of `vid` contains; 0 if none, REMOVED if the VDI was removed in this session. */
   flushedGeneration(vid: number): number {
     this.#file.mustBeReadable();
     return this.#flushed?.get(vid) ?? 0;
   }
 
-  /** Who had the store open last, as `begin` was told. */
+  /** The last session of the store, as `begin` stored it. */
   get session(): string | undefined {
     this.#file.mustBeReadable();
     return this.#env.get('session')?.toString();
   }
 
-  /** Object files that an earlier start has left alone, if any. */
+  /** Unreferenced object files that an earlier start has kept, if any. */
   get kept(): KeptObjects | undefined {
     this.#file.mustBeReadable();
     const json = this.#env.get('kept');
     return json === undefined ? undefined : (JSON.parse(json.toString()) as KeptObjects);
   }
 
-  /** From here on logs of `session` count. `kept`: what `kept` shall say from now on; nothing if undefined. */
+  /** From now on only logs of `session` count. `kept`: the new value of `kept`; undefined removes it. */
   async begin(session: string, kept: KeptObjects | undefined): Promise<void> {
     await this.#file.transaction(() => {
       this.#putInfo('session', session);
@@ -206,12 +206,12 @@ export class Metadata {
     });
   }
 
-  /** What `kept` shall say from now on; nothing if undefined. */
+  /** Set `kept`; undefined removes it. */
   async keep(kept: KeptObjects | undefined): Promise<void> {
     await this.#file.transaction(() => this.#putKept(kept));
   }
 
-  /** The stored map of a VDI, as long as its size asks for. */
+  /** The stored map of a VDI, with an entry for each object of its size. */
   map(record: VdiRecord): Uint32Array {
     this.#file.mustBeReadable();
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
@@ -219,7 +219,7 @@ export class Metadata {
     return map;
   }
 
-  /** The same in pieces, for while others are served; the map of this vid must not be stored meanwhile. */
+  /** The same, in parts between which the loop serves others. The map of this vid must not be stored meanwhile. */
   async loadMap(record: VdiRecord): Promise<Uint32Array> {
     const map = new Uint32Array(Math.ceil(record.size / 2 ** record.blockSizeShift));
     const slice = new TimeSlice();
@@ -241,8 +241,8 @@ export class Metadata {
   }
 
   /**
-   * How many entries of each stored map are owned, and how many of those `isExclusive`; by vid, without maps that are empty.
-   * In pieces: what is stored meanwhile is counted or not.
+   * How many entries of each stored map are allocated, and how many of those are exclusive; by vid, without empty maps. In
+   * parts: changes that are stored meanwhile are counted or not.
    */
   async countEntries(isExclusive: (owner: number, idx: number) => boolean): Promise<Map<number, Usage>> {
     const counts = new Map<number, { allocated: number; exclusive: number }>();
@@ -269,7 +269,7 @@ export class Metadata {
     return counts;
   }
 
-  /** Vids that have pages but no record: leftovers of a catalog operation that a crash cut off. */
+  /** Vids that have pages but no record: left by a catalog operation that a crash interrupted. */
   strayVids(): number[] {
     const strays: number[] = [];
     this.#file.mustBeReadable();
@@ -290,14 +290,14 @@ export class Metadata {
   }
 
   /**
-   * Before anything that makes the metadata grow for good: `maps` are the maps that are stored anew. Deleting must be
-   * possible after it, on a full disk, too. Errors: NO_SPACE, with nothing changed.
+   * To be called before an operation that makes the metadata grow for good, by storing copies of `maps`. Deleting must stay
+   * possible after it, also on a full disk. Errors: NO_SPACE, with nothing changed.
    */
   mustHaveRoom(...maps: readonly Uint32Array[]): void {
     this.#file.mustHaveRoom(maps.reduce((sum, map) => sum + storedBytes(map), 0));
   }
 
-  /** One transaction: all of it or nothing. */
+  /** One transaction: all or nothing. Errors: NO_SPACE, IO, CLOSED. */
   async commit(change: MetadataChange): Promise<void> {
     const gone = (change.removed ?? []).map((vid) => ({ vid, keys: this.#pageKeys(vid) }));
     await this.#file.transaction(() => {
@@ -317,13 +317,13 @@ export class Metadata {
     for (const record of change.records ?? []) this.#records.set(record);
   }
 
-  /** What src/vdi remembers of its clients; see StoreState. */
+  /** The state of clients; see StoreState. */
   state(): Map<string, unknown> {
     this.#file.mustBeReadable();
     return new Map(Array.from(this.#state?.getRange({}) ?? [], ({ key, value }) => [key, value]));
   }
 
-  /** One transaction; undefined removes. */
+  /** One transaction; the value undefined removes a key. Errors: NO_SPACE, IO, CLOSED. */
   async storeState(changes: ReadonlyMap<string, unknown>): Promise<void> {
     await this.#file.transaction(() => {
       for (const [key, value] of changes) {
@@ -333,7 +333,7 @@ export class Metadata {
     });
   }
 
-  /** `clean`: all that was answered is in it. Closed in any case; if that cannot be said in it, this fails. */
+  /** `clean`: all answered writes are stored, and the file is marked so. Errors: if the mark fails; it is closed in any case. */
   async close(options: { clean: boolean }): Promise<void> {
     await this.#file.close(options.clean && !this.#file.readOnly ? () => this.#putInfo('clean', 'yes') : undefined);
   }

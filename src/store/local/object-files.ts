@@ -1,9 +1,8 @@
 /**
- * Data objects as sparse files, one each, under objects/ (DataObjects says what each call means). Decides what may be done
- * on the event loop (what the page cache can answer at once) and what goes to the thread pool. Which file is which object is
- * in object-names.ts; opening and removing are in object-opening.ts and object-removal.ts. Knows nothing of maps, references
- * or durability order: it syncs what it is told to sync, and a file is only removed when its caller has seen to it that
- * nobody refers to it.
+ * Data objects as sparse files, one file each, under objects/ (DataObjects defines each call). Decides what runs on the event
+ * loop (reads and writes that the page cache can answer at once) and what goes to the thread pool. Names, opening and removal
+ * are in object-names.ts, object-opening.ts and object-removal.ts. Knows nothing of maps, references or the order of
+ * durability: callers decide what is synced, and that no map refers to an object that is removed.
  */
 import { O_CREAT, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { readToEnd, writeFully } from '../../system/whole-io.js';
@@ -22,32 +21,32 @@ import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';
 
-/** Writes up to this size go straight to the page cache; longer ones would hold the loop for too long. */
+/** Writes up to this many bytes go to the page cache on the loop; longer ones would hold the loop for too long. */
 const MAX_LOOP_WRITE = 128 * 1024;
-/** Reads up to this size are copied out of the page cache on the loop. */
+/** Reads up to this many bytes are copied out of the page cache on the loop. */
 const MAX_LOOP_READ = 1024 * 1024;
 const PAGE = 4096;
-/** After so many contradicting answers the rest of a range counts as data: a range may be punched and written for ever. */
+/** After this many contradictory answers the rest of a range counts as data: others may punch and write the range for ever. */
 const MAX_CONTRADICTIONS = 16;
-/** Of the process's descriptors, for all else that a command has open. */
+/** Descriptors of the process that are left for everything except object files. */
 const DESCRIPTOR_HEADROOM = 512;
 const MAX_DESCRIPTORS = 65_536;
 const MIN_DESCRIPTORS = 64;
-/** For an object, and for the one that it is copied from. */
+/** One for the new object, one for the object that it is copied from. */
 const COPY_DESCRIPTORS = 2;
 
-/** For a process that has the store to itself. A daemon has others to think of. */
+/** The limit for a command, which has the store to itself. A daemon passes its own (maxDescriptors). */
 function usualDescriptors(): number {
   const limit = descriptorLimit() ?? 2 * DESCRIPTOR_HEADROOM;
   return Math.max(MIN_DESCRIPTORS, Math.min(MAX_DESCRIPTORS, limit - DESCRIPTOR_HEADROOM));
 }
 
-/** What all share that read and write files on the disk of one store. */
+/** Shared by all parts that read and write files on the disk of one store. */
 export interface SharedByFiles {
   readonly disk: HostDisk;
   readonly reads: CachedReads;
   readonly throttle: WriteThrottle;
-  /** Called when the disk has failed: what is not in memory of other files may be lost as well. */
+  /** Called when the disk has failed: data of other files that is not in memory may be lost as well. */
   readonly onDiskError: () => void;
 }
 
@@ -85,7 +84,7 @@ export class ObjectFiles implements DataObjects {
     this.#copies = new SparseCopy(disk);
   }
 
-  /** `root` is the folder objects/; made with its subfolders where missing, durably. `isReadOnly`: nothing is written. */
+  /** `root`: the folder objects/; it and its folders are created durably if missing. `isReadOnly`: nothing is written. */
   static open(
     shared: SharedByFiles,
     root: string,
@@ -145,7 +144,7 @@ export class ObjectFiles implements DataObjects {
     return this.#writeLater(file, vid, idx, offset, data, false, who);
   }
 
-  /** A file that has the name is emptied, never by making it shorter: the map on disk may still refer to it. */
+  /** An existing file of this name is emptied without becoming shorter: the map on disk may still refer to it. */
   async create(
     key: number,
     size: number,
@@ -158,11 +157,11 @@ export class ObjectFiles implements DataObjects {
     const name = this.#names.path(key);
     this.#names.expectLength(vidOf(key), size);
     let file: ObjectFile | undefined;
-    // Both at once, and before anything else that others may have: who has a file may wait for a thread, not the other way.
+    // Both descriptors at once, and before the thread: whoever has a file may wait for a thread, never the other way round.
     let owed = from === undefined ? 1 : COPY_DESCRIPTORS;
     const taking = this.#cache.take(owed, who);
     if (taking) await taking;
-    // Not before the removal of the old one has had its own.
+    // A removal of the old file has already had its thread: it was waited for above.
     const turn = CHANGES.enter(who);
     if (turn) await turn;
     try {
@@ -205,7 +204,7 @@ export class ObjectFiles implements DataObjects {
       const done = allocated
         ? await this.#disk.zeroRange(fd, offset, length)
         : await this.#disk.punchHole(fd, offset, length);
-      // Whoever looked for holes meanwhile may have looked too early.
+      // A search for holes during the call may have been too early, and have set it.
       file.isDense = false;
       if (!done) await writeZeros(this.#disk, fd, offset, length);
     });
@@ -231,7 +230,7 @@ export class ObjectFiles implements DataObjects {
     }
     return this.#using(vid, idx, 'mapping', { share: LOOKUPS, who }, async (file) => {
       const { fd } = file;
-      // Behind its end there would be nothing but a hole.
+      // The part that a short file lacks would look like a hole.
       this.#names.mustBeWhole(file.key, fd);
       const end = offset + length;
       let contradictions = 0;
@@ -243,7 +242,7 @@ export class ObjectFiles implements DataObjects {
         const firstHole = await this.#disk.nextHole(fd, data);
         if (at === offset && data === offset && firstHole >= end) await this.#noteIfDense(file);
         if (firstHole <= data) {
-          // Data a moment ago, a hole by now: it was punched out between the two questions.
+          // Data at the first question, a hole at the second: it was punched in between.
           if (contradictions++ < MAX_CONTRADICTIONS) {
             at = data;
             continue;
@@ -262,11 +261,11 @@ export class ObjectFiles implements DataObjects {
     return this.#cache.get(vid, idx)?.isDense === true;
   }
 
-  /** Writes never make a hole, and those who do say so: what is dense once stays it until then. */
+  /** A write makes no hole, and calls that make one clear isDense: a dense object stays dense until then. */
   async #noteIfDense(file: ObjectFile): Promise<void> {
     file.isDense = true;
     const { size } = this.#disk.fstatSync(file.fd);
-    // Empty: it is being made anew this moment, and what it will be nobody knows.
+    // Empty: the object is being created at this moment.
     if (size === 0 || (await this.#disk.nextHole(file.fd, 0)) < size) file.isDense = false;
   }
 
@@ -316,7 +315,7 @@ export class ObjectFiles implements DataObjects {
     this.#cache.close();
   }
 
-  /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the cache. */
+  /** An unaligned write reads its edge pages first; it stays on the loop only if they are in the page cache. */
   #areEdgesCached(file: ObjectFile, offset: number, length: number): boolean {
     if (offset % PAGE === 0 && length % PAGE === 0) return true;
     return this.#reads.has(file.fd, offset) && this.#reads.has(file.fd, offset + length - 1);
@@ -373,7 +372,7 @@ export class ObjectFiles implements DataObjects {
     }
   }
 
-  /** `share`: whose threads it takes. The file is in use from now on, while it waits for one too. */
+  /** Use the file on a thread of `share`. The file is busy from now on, also while this waits for the thread. */
   async #using(
     vid: number,
     idx: number,
@@ -395,9 +394,9 @@ export class ObjectFiles implements DataObjects {
     }
   }
 
-  /** What [skip, skip + skipLength) of `from` holds may be left out. */
+  /** Copy object `from`; [skip, skip + skipLength) may be left out. */
   async #copy(from: number, to: number, size: number, skip: number, skipLength: number): Promise<void> {
-    // Its thread is that of the creation.
+    // It uses the thread of the creation.
     await this.#opening.usingSource(from, async (source) => {
       this.#names.mustBeWhole(from, source);
       const endedAt = await this.#copies.copy(source, to, size, skip, skipLength);

@@ -1,6 +1,6 @@
 /**
- * Which file is which object (FORMAT.md, objects/): its folder and name, how long it has to be, and what is found under such
- * names. Owns the expected lengths, and makes names durable. Opens no object, and never makes, changes or removes one.
+ * The files of objects (FORMAT.md, objects/): their folders, names and expected lengths, and the search for all of them. Owns
+ * the expected lengths, and makes names durable. Never opens, creates, changes or removes an object.
  */
 import path from 'node:path';
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
@@ -16,10 +16,10 @@ const OBJECT_DIRECTORIES = 256;
 /** Unit of st_blocks, stat(2). */
 const STATUS_BLOCK = 512;
 
-/** `error` as the store's, saying what was being done. */
+/** `error` as a StoreError whose message begins with `doing`. */
 export type AsFailure = (error: unknown, doing: string) => StoreError;
 
-/** 256 neighbouring objects share a folder, so that flushing a sequential write syncs one folder and not 256. */
+/** 256 neighbouring objects share a folder, so that the flush of a sequential write syncs one folder and not 256. */
 function directoryOf(key: number): number {
   return ((idxOf(key) >>> 8) ^ vidOf(key)) & (OBJECT_DIRECTORIES - 1);
 }
@@ -28,7 +28,7 @@ function directoryName(n: number): string {
   return n.toString(16).padStart(2, '0');
 }
 
-/** Make `root`, the folder objects/, with its folders where they are missing, durably. Errors: those of the system. */
+/** Create `root`, the folder objects/, and its folders, durably, where they are missing. Errors: those of the disk. */
 export function makeObjectFolders(disk: HostDisk, root: string): void {
   const made = [root, ...Array.from({ length: OBJECT_DIRECTORIES }, (_, n) => path.join(root, directoryName(n)))]
     .map((directory) => makeDirectory(disk, directory))
@@ -42,7 +42,7 @@ export class ObjectNames {
   readonly #root: string;
   readonly #isReadOnly: boolean;
   readonly #failed: AsFailure;
-  /** vid -> how long the files of its objects are. */
+  /** vid -> expected length of the files of its objects, in bytes. */
   readonly #lengths = new Map<number, number>();
 
   constructor(disk: HostDisk, root: string, options: { readonly isReadOnly: boolean }, failed: AsFailure) {
@@ -61,7 +61,7 @@ export class ObjectNames {
     this.#lengths.set(vid, length);
   }
 
-  /** Errors: DAMAGED if the file that is open as `fd` is not as long as the object. What it lacks must not pass for zeros. */
+  /** Errors: DAMAGED (the file open as `fd` has not the object's length: missing bytes must not be read as zeros). */
   mustBeWhole(key: number, fd: number): void {
     const expected = this.#lengths.get(vidOf(key));
     const { size } = this.#disk.fstatSync(fd);
@@ -101,13 +101,13 @@ export class ObjectNames {
     try {
       return await this.#disk.readdir(directory);
     } catch (error) {
-      // Tools that copy files leave out empty folders, and on a read-only filesystem nobody can make them.
+      // Tools that copy files leave empty folders out, and on a read-only filesystem they cannot be created.
       if (this.#isReadOnly && (error as NodeJS.ErrnoException).code === 'ENOENT') return [];
       throw error;
     }
   }
 
-  /** By their folders. */
+  /** Make the names of these objects durable, by syncing their folders. */
   async sync(keys: Iterable<number>): Promise<void> {
     const folders = new Set<number>();
     const slice = new TimeSlice();
@@ -142,7 +142,7 @@ export class ObjectNames {
     }
   }
 
-  /** The kernel reports a failed fsync of a folder once: every object with a new name in it may have lost that name. */
+  /** See DataObjects.namesLostWith. The kernel reports a failed fsync of a folder once, so all new names in it are in doubt. */
   lostWith(keys: Iterable<number>): (key: number) => boolean {
     const folders = new Set(Array.from(keys, directoryOf));
     return (key) => folders.has(directoryOf(key));

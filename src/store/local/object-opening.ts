@@ -1,7 +1,7 @@
 /**
- * Opening object files: one descriptor for each object in the cache, one opening of it at a time, and nothing waits in a
- * circle for descriptors. Owns what is being opened; the descriptors themselves are the cache's. A file that is not as long
- * as its object is never handed out. Reads and writes no data.
+ * Opening object files: one descriptor per object in the cache, one open of an object at a time, and no circle of waiters for
+ * descriptors. Owns the opens in progress; the cache owns the descriptors. Never hands out a file without its object's length.
+ * Reads and writes no data.
  */
 import { O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
@@ -32,12 +32,12 @@ export class ObjectOpening {
     this.#failed = failed;
   }
 
-  /** Open an object that is not in the cache; it is busy on the caller's behalf, who must end that. */
+  /** Open an object that is not in the cache. It is busy for the caller, who must `end` it. Errors: DAMAGED, IO. */
   async open(vid: number, idx: number, who: unknown): Promise<ObjectFile> {
     const key = objectKey(vid, idx);
     for (let pending = this.#opening.get(key); pending; pending = this.#opening.get(key)) {
       const file = await pending;
-      // Between its opening and our turn it may have had to make way for another.
+      // Between its opening and this line it may have been evicted.
       if (!file.retired) return this.#cache.begin(file);
     }
     const cached = this.#cache.get(vid, idx);
@@ -45,15 +45,15 @@ export class ObjectOpening {
     return this.#openWith(key, this.#turnToOpen(who), () => READS.leave(who));
   }
 
-  /** A descriptor, and then a thread of those for reads: to open a file that nobody has open may be a look at the disk. */
+  /** First a descriptor, then a thread of READS: opening a file may read the disk. */
   #turnToOpen(who: unknown): Promise<void> | undefined {
     const taking = this.#cache.take(1, who);
     return taking ? taking.then(() => READS.enter(who)) : READS.enter(who);
   }
 
   /**
-   * Open the object with a descriptor that has been taken for it, or will be when `turn` resolves; `opened` is called when that
-   * is over. Nobody else may be opening it.
+   * Open the object with a descriptor that has been taken for it, or will be when `turn` resolves. `opened` is called after the
+   * open. No other open of the object may be in progress.
    */
   #openWith(key: number, turn?: Promise<void>, opened?: () => void): Promise<ObjectFile> {
     const name = this.#names.path(key);
@@ -86,8 +86,8 @@ export class ObjectOpening {
   }
 
   /**
-   * Use an object as the source of a copy, with a descriptor that was taken already. Not to wait for another one who is opening
-   * the object and waits for a descriptor: they may all be those of copies.
+   * Use an object as the source of a copy, with a descriptor that the caller has taken. It must not wait for another open of
+   * the object, which may wait for a descriptor: copies may hold all of them.
    */
   async usingSource(key: number, use: (fd: number) => Promise<void>): Promise<void> {
     const cached = this.#cache.get(vidOf(key), idxOf(key));
@@ -103,7 +103,7 @@ export class ObjectOpening {
     }
   }
 
-  /** With a file that the cache knows nothing of: whoever is opening the object may find that its name is gone. */
+  /** With a file outside the cache: the open in progress may find that the name is gone. */
   async #usingApart(key: number, use: (fd: number) => Promise<void>): Promise<void> {
     const name = this.#names.path(key);
     try {
@@ -120,7 +120,7 @@ export class ObjectOpening {
     }
   }
 
-  /** Resolves when the object is not being opened, whatever came of that. */
+  /** Resolves when no open of the object is in progress, whatever came of it. */
   async settled(key: number): Promise<void> {
     await this.#opening.get(key)?.catch(() => undefined);
   }
@@ -137,7 +137,7 @@ export class ObjectOpening {
     return new Promise((resolve) => (file.waiters ??= []).push(resolve));
   }
 
-  /** Resolves when nothing is being opened. */
+  /** Resolves when no open is in progress. */
   async allSettled(): Promise<void> {
     await Promise.allSettled(this.#opening.values());
   }

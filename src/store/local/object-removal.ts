@@ -1,6 +1,6 @@
 /**
- * Removing object files in the background, a few at a time. Owns the queue, and the bound of it. A name is only removed when
- * the caller has seen to it that no map refers to it; a new object of the same name takes it out of the queue.
+ * Removing object files in the background, a few at a time. Owns the queue and its limit. The caller guarantees that no map
+ * refers to a queued object. A new object of the same name takes it out of the queue.
  */
 import type { HostDisk } from '../../system/disk.js';
 import type { DescriptorCache } from './descriptor-cache.js';
@@ -10,9 +10,9 @@ import { idxOf, vidOf } from './reference-counts.js';
 import { CHANGES } from './thread-shares.js';
 
 const PARALLEL_REMOVALS = 4;
-/** Whoever has more to remove waits: a queue of a million names costs memory, and to grow it holds the loop. */
+/** Callers with more to remove wait: a queue of a million names costs memory, and growing it holds the loop. */
 const MAX_QUEUED_REMOVALS = 4096;
-/** For whom removals take their threads: nobody's disk waits for them. */
+/** The owner of removals' threads: they belong to no VDI. */
 const REMOVALS = Symbol('removals');
 
 export class ObjectRemoval {
@@ -35,7 +35,7 @@ export class ObjectRemoval {
     this.#failed = failed;
   }
 
-  /** Readers that are under way finish on the open descriptor. */
+  /** Reads in flight finish on the open descriptor. */
   remove(key: number, onError: (error: unknown) => void): void {
     this.#toRemove.add(key);
     if (this.#removers >= PARALLEL_REMOVALS) return;
@@ -43,7 +43,7 @@ export class ObjectRemoval {
     void this.#removeQueued(onError);
   }
 
-  /** The name is about to be used again: it leaves the queue. Resolves when it is not being removed either. */
+  /** The name is to be used again: take it out of the queue, and wait for its removal if that has begun. */
   takeBack(key: number): Promise<void> | undefined {
     this.#toRemove.delete(key);
     return this.#removing.get(key);
@@ -84,7 +84,7 @@ export class ObjectRemoval {
     } finally {
       CHANGES.leave(REMOVALS);
     }
-    // Not before: whoever opened it until now has a file without a name, which must not pass for a new one that bears it.
+    // Only now: an open before the unlink has a file without a name, which must not be taken for a new object of that name.
     await this.#opening.settled(key);
     const file = this.#cache.get(vidOf(key), idxOf(key));
     if (file) this.#cache.retire(file);

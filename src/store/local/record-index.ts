@@ -1,18 +1,18 @@
 /**
- * Records of VDIs in memory, found by id, by name and by parent without looking at all of them, and kept in the order that
- * people see. Owns that order. Knows nothing of what is stored, or when.
+ * Records of VDIs in memory, found by id, name and parent without a scan of all, and kept in the order of listings. Owns that
+ * order. Does not know what is stored, or when.
  */
 import { inOrder, type VdiRecord } from '../object-store.js';
 
 export class RecordIndex {
   readonly #byVid = new Map<number, VdiRecord>();
   readonly #byParent = new Map<number, Set<number>>();
-  /** In order; records of one name are neighbours. */
+  /** In order; records with the same name are neighbours. */
   #sorted: VdiRecord[] = [];
-  /** Somebody has `#sorted`, and may be reading it for long: it is copied before it changes. */
+  /** A caller has `#sorted` and may read it for long: it is copied before it changes. */
   #isLent = false;
 
-  /** Take these in place of all. */
+  /** Replace all records by these. */
   reset(records: Iterable<VdiRecord>): void {
     this.#byVid.clear();
     this.#byParent.clear();
@@ -28,7 +28,7 @@ export class RecordIndex {
     return this.#byVid.get(vid);
   }
 
-  /** All, in order; nobody changes this array afterwards. */
+  /** All, in order; the array does not change afterwards. */
   all(): readonly VdiRecord[] {
     this.#isLent = true;
     return this.#sorted;
@@ -76,7 +76,7 @@ export class RecordIndex {
     this.#isLent = false;
   }
 
-  /** Where the record is, or would be. */
+  /** The position of the record, present or not. */
   #positionOf(record: VdiRecord): number {
     return this.#first((other) => compare(other, record) >= 0);
   }
@@ -97,7 +97,7 @@ export class RecordIndex {
   }
 }
 
-/** Of no two records is it 0. */
+/** A total order: never 0 for two records. */
 function compare(a: VdiRecord, b: VdiRecord): number {
   return inOrder(a, b) || a.vid - b.vid;
 }

@@ -1,14 +1,14 @@
 /**
- * How many maps refer to each data object. Nothing of this is stored: it is counted from the maps when the store opens.
- * A reference that a VDI has given up in memory still counts until that VDI's map is durable, because after a crash the
- * old map is the truth again: whoever is told "exclusive" may therefore overwrite without asking.
+ * How many maps refer to each data object. Not stored: counted from the maps when the store opens. A reference that a VDI has
+ * given up in memory counts until the VDI's map is durable, because after a crash the old map is valid again. So a count of 1
+ * means exclusive: the object may be overwritten in place.
  */
 import { MAX_DATA_OBJECTS } from '../object-store.js';
 
-/** VDI ids have 24 bits, as Sheepdog's. */
+/** VDI ids have 24 bits, as in Sheepdog. */
 export const MAX_VID = 2 ** 24 - 1;
 
-/** (vid, idx) as one number, exact: 24 + 20 bits. Of this store only: a cluster's objects may have a larger idx. */
+/** (vid, idx) as one number, exact: 24 + 20 bits. For this store only: a cluster's objects may have a larger idx. */
 export function objectKey(vid: number, idx: number): number {
   return vid * MAX_DATA_OBJECTS + idx;
 }
@@ -21,7 +21,7 @@ export function idxOf(key: number): number {
   return key % MAX_DATA_OBJECTS;
 }
 
-/** Counts are kept in pages of this many objects, so that a VDI pays for the parts of the disk it has objects in. */
+/** Counts are in pages of this many objects, so that memory is used only for parts of a disk that have objects. */
 const PAGE_SHIFT = 10;
 const PAGE_OBJECTS = 2 ** PAGE_SHIFT;
 
@@ -45,7 +45,7 @@ export class ReferenceCounts {
     if (before === 0) this.#objects.set(vid, (this.#objects.get(vid) ?? 0) + 1);
   }
 
-  /** Returns what is left. */
+  /** Returns the new count. */
   drop(vid: number, idx: number): number {
     const page = this.#of(vid)[idx >>> PAGE_SHIFT];
     const at = idx & (PAGE_OBJECTS - 1);
@@ -74,7 +74,7 @@ export class ReferenceCounts {
     }
   }
 
-  /** Some object of this vid is still referred to, so the vid must not be given to a new VDI. */
+  /** Whether a map refers to an object of this vid: a new VDI must not get the vid then. */
   uses(vid: number): boolean {
     return this.#objects.has(vid);
   }

@@ -1,5 +1,5 @@
 /**
- * Sparse files whole: emptied, zeroed, and copied with their holes, each in the cheapest way that the filesystem has. Owns no
+ * Emptying, zeroing and copying sparse files with their holes, each in the cheapest way that the filesystem has. Owns no
  * descriptors, and knows nothing of objects.
  */
 import type { HostDisk } from '../../system/disk.js';
@@ -13,7 +13,7 @@ export async function writeZeros(disk: HostDisk, fd: number, offset: number, len
   }
 }
 
-/** A file of `size` zeros, without their space where the filesystem has holes. It never gets shorter on the way there. */
+/** Make the file `size` zeros, without allocated space where the filesystem has holes. It is never shorter than that meanwhile. */
 export async function makeEmpty(disk: HostDisk, fd: number, size: number): Promise<void> {
   const before = disk.fstatSync(fd).size;
   if (before !== size) await disk.truncate(fd, size);
@@ -29,8 +29,8 @@ export class SparseCopy {
   }
 
   /**
-   * Copy the data of `source`, `size` bytes long, into `to`, an empty file; holes stay holes. What
-   * [skip, skip + skipLength) holds may be left out. Returns where the source ended too early; undefined if it did not.
+   * Copy the data of `source`, which has `size` bytes, into `to`, an empty file; holes stay holes. The bytes
+   * [skip, skip + skipLength) may be left out. Returns the offset where `source` ended too early; undefined if it did not.
    */
   async copy(source: number, to: number, size: number, skip: number, skipLength: number): Promise<number | undefined> {
     if (this.#reflinks) {

@@ -1,6 +1,6 @@
 /**
- * `check` of a local store: maps against objects, what is left over, and whose everything is. Repairs what can be repaired
- * without a loss: it removes what nothing refers to.
+ * `check` of a local store: compares maps with objects, and finds leftovers and wrong owners. Repairs only without loss: it
+ * removes unreferenced objects and pages.
  */
 import type { HostDisk } from '../../system/disk.js';
 import { StoreError, type CheckReport } from '../object-store.js';
@@ -11,7 +11,7 @@ import type { Metadata } from './metadata.js';
 import { Owners } from './file-owners.js';
 import { objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 
-/** Findings a check spells out; it counts the rest. */
+/** Findings that a check lists; it counts the others. */
 const MAX_PROBLEMS = 1000;
 
 export interface CheckedStore {
@@ -23,11 +23,11 @@ export interface CheckedStore {
   readonly open: ReadonlyMap<number, LocalVdi>;
   keptVids: ReadonlySet<number>;
   keepsUntold: boolean;
-  /** Resolves when the space of all that was given up is back. */
+  /** Resolves when the space of all removed objects is free. */
   reclaimed(): Promise<void>;
 }
 
-/** Compare maps and object files. Nothing may be open: a check of moving parts would report phantoms. */
+/** Compare maps and object files. Errors: LOCKED (VDIs are open: a check during changes would report false problems). */
 export async function checkStore(store: CheckedStore, options: { readonly repair: boolean }): Promise<CheckReport> {
   const { metadata, objects, references, open } = store;
   for (const vdi of open.values()) await vdi.close();
@@ -40,7 +40,7 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
     else hidden++;
   };
   const missing = new Set(references.keys());
-  /** Objects that cannot be read, and why. */
+  /** Keys of objects that cannot be read, with the reason. */
   const damaged = new Map<number, string>();
   const orphans: FoundObject[] = [];
   let orphanBytes = 0;
@@ -68,20 +68,20 @@ export async function checkStore(store: CheckedStore, options: { readonly repair
   if (kept) {
     const since = new Date(kept.since).toISOString();
     report(
-      `kept since ${since}: objects that no VDI refers to, because answered writes were not taken over (${kept.why}); ` +
-        (isUntold ? 'kept by this very start: look first, then say check --repair again' : '--repair removes them'),
+      `kept since ${since}: unreferenced objects, because answered writes were not applied (${kept.why}); ` +
+        (isUntold ? 'kept by this start: look first, then run check --repair again' : '--repair removes them'),
     );
   }
-  for (const name of aside) report(`set aside: ${name}, a log of answered writes that was not taken over`);
+  for (const name of aside) report(`set aside: ${name}, a log of answered writes that were not applied`);
   for (const vid of metadata.strayVids()) report(`map pages of vid ${vid.toString(16)} belong to no VDI`);
-  for (const { name } of orphans) report(`orphan: ${name} is referred to by no VDI`);
+  for (const { name } of orphans) report(`orphan: ${name}: no VDI refers to it`);
   if (hidden > 0) problems.push(`... and ${hidden} more`);
   let repaired = 0;
   if (options.repair) {
     const strays = metadata.strayVids();
     if (strays.length > 0) await metadata.commit({ removed: strays });
     const { keptVids } = store;
-    // The operator must have been told of what a start has kept, and had time to look, before it goes.
+    // Objects that a start has kept are removed only after a report of them, so that the operator can look first.
     const removable = orphans.filter(({ key }) => !isUntold || !keptVids.has(vidOf(key)));
     for (const found of removable) await objects.removeFound(found);
     repaired = removable.length + strays.length;

@@ -1,7 +1,7 @@
 /**
- * What a directory is before a store is opened or made in it: a store, empty, our own unfinished creation, or somebody
- * else's. A store has all of its parts before meta.mdb gets its name, so whatever has that name is a store. Looks only,
- * except for removing what an unfinished creation has left.
+ * What a directory is before a store is opened or created in it: a store, empty, our own unfinished creation, or something
+ * else. A store has all its parts before meta.mdb gets its name, so a directory with that name is a store. Changes nothing,
+ * except that it removes an unfinished creation.
  */
 import path from 'node:path';
 import { removeIfThereSync, type FileStatus, type HostDisk } from '../../system/disk.js';
@@ -9,16 +9,16 @@ import { StoreError } from '../object-store.js';
 import { OPENING_NAMES } from './lmdb-environment.js';
 import { META_FILE, NEW_META_FILE } from './metadata.js';
 
-/** Made by mkfs in the root of a filesystem. */
+/** mkfs creates it in the root of a filesystem. */
 const LOST_AND_FOUND = 'lost+found';
 const SCRATCH = 'scratch';
 const LOCK = 'lock';
-/** More than a lock file ever says. */
+/** A lock file never has more. */
 const MAX_LOCK_BYTES = 64;
 
 /**
- * What making a store makes before meta.mdb has its name, and an older sheepgate's meta.mdb, which had it at once. Judged
- * by more than the name: folders called "objects" and files called "lock" are other people's, too.
+ * The parts that the creation of a store makes before meta.mdb has its name, and meta.mdb of older versions, which had its name
+ * at once. Each is tested by more than its name: other people have folders called "objects" and files called "lock", too.
  */
 const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, status: FileStatus) => boolean>> = {
   [LOCK]: (_disk, _file, status) => status.isFile() && status.size <= MAX_LOCK_BYTES,
@@ -35,21 +35,21 @@ const MADE_BY_CREATION: Readonly<Record<string, (disk: HostDisk, file: string, s
     ]),
   ),
 };
-/** What ObjectFiles.open makes: empty folders, and for a moment a file of two pages. */
+/** ObjectFiles.open creates empty folders and, for a moment, a scratch file of two pages. */
 const MAX_SCRATCH_BYTES = 8192;
-/** Of a store that is older than what is left of it; said so, and never made anew over it. */
+/** All names in a store. A directory with objects and only these names is a damaged store: no new one is created over it. */
 const OF_A_STORE = new Set([...Object.keys(MADE_BY_CREATION), 'set-aside', 'control.sock']);
 
 export type DirectoryState = 'missing' | 'empty' | 'unfinished' | 'store';
 
 /**
- * Errors: NO_STORE if it is not a directory, or holds what is not of a store; DAMAGED if it is a store that has lost its
- * metadata; PERMISSION, IO.
+ * Errors: NO_STORE (not a directory, or with other content), DAMAGED (a store that has lost its metadata), and those of the
+ * disk.
  */
 export function directoryState(disk: HostDisk, directory: string): DirectoryState {
   const status = disk.statSync(directory);
   if (!status) return 'missing';
-  if (!status.isDirectory()) throw new StoreError('NO_STORE', `${directory} is not a directory, so it is no store`);
+  if (!status.isDirectory()) throw new StoreError('NO_STORE', `${directory} is not a directory, so it is not a store`);
   const names = disk.readdirSync(directory).filter((name) => name !== LOST_AND_FOUND);
   if (names.length === 0) return 'empty';
   const metadata = disk.statSync(path.join(directory, META_FILE));
@@ -73,11 +73,11 @@ export function directoryState(disk: HostDisk, directory: string): DirectoryStat
 function isOfCreation(disk: HostDisk, directory: string, name: string): boolean {
   const file = path.join(directory, name);
   const status = disk.lstatSync(file);
-  // Gone again: another process is making one.
+  // Gone again: another process is creating a store.
   return status === undefined || (MADE_BY_CREATION[name]?.(disk, file, status) ?? false);
 }
 
-/** Files where a store has them. */
+/** Whether there are object files or logs of a store. */
 function hasObjects(disk: HostDisk, directory: string): boolean {
   const objects = path.join(directory, 'objects');
   const isObject = (name: string): boolean => /^[0-9a-f]{16}$/.test(name);
@@ -109,13 +109,13 @@ function readNames(disk: HostDisk, directory: string): string[] {
 }
 
 /**
- * Remove what making a store has made in `directory`, and that itself if `hasMade`. Only what it could have made, and
- * folders only if they are empty. To be called with the lock held: that goes last, so that whoever comes meanwhile finds it
- * taken. Best effort.
+ * Remove the parts that the creation of a store has made in `directory`, and `directory` itself if `hasMade`. Removes only
+ * parts that a creation makes, and only empty folders. To be called with the lock held: the lock file goes last, so that other
+ * processes find the store locked meanwhile. Best effort.
  */
 export function removeCreation(disk: HostDisk, directory: string, hasMade: boolean): void {
   try {
-    // It has its name only when it is complete; then the store was new, and nothing is in it.
+    // If meta.mdb has its name, the store is complete, but new and empty.
     removeIfThereSync(disk, path.join(directory, META_FILE));
     for (const name of [...Object.keys(MADE_BY_CREATION).filter((each) => each !== LOCK), LOCK]) {
       const file = path.join(directory, name);

@@ -1,19 +1,19 @@
-/** Failures of the disk as errors of the store: which of its codes a system error is, and whether the disk itself has failed. */
+/** System errors as StoreErrors: their codes, and whether the disk itself has failed. */
 import { StoreError } from '../object-store.js';
 import { reasonBeside } from '../../system/system-error.js';
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);
-/** What the kernel says of a disk that fails, is gone, or holds what makes no sense. UNKNOWN is EUCLEAN as Node has it. */
+/** The kernel's codes for a disk that fails, is gone, or has invalid content. Node reports EUCLEAN as UNKNOWN. */
 const DISK_CODES = new Set(['EIO', 'ENXIO', 'ENODEV', 'ESTALE', 'EBADMSG', 'EUCLEAN', 'UNKNOWN']);
 const PERMISSION_CODES = new Set(['EACCES', 'EPERM', 'EROFS']);
 
-/** Whether this, or what it was made of, is the disk's failure: others may find out next. */
+/** Whether this error, or its cause, is a failure of the disk: other files may fail next. */
 export function isDiskError(error: unknown): boolean {
   const { code, cause } = error as NodeJS.ErrnoException;
   return DISK_CODES.has(code ?? '') || (cause instanceof Error && isDiskError(cause));
 }
 
-/** Turn whatever a file operation threw into this layer's error, saying what was being done. */
+/** An error of a file operation as a StoreError whose message begins with `doing`: NO_SPACE, PERMISSION or IO. */
 export function asStoreError(error: unknown, doing: string): StoreError {
   if (error instanceof StoreError) return error;
   const { code } = error as NodeJS.ErrnoException;

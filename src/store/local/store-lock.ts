@@ -1,17 +1,17 @@
 /**
- * The lock of a store's directory: one process has the store open. Owns the file `lock`; in it stands who that process
- * is, for whoever finds the store taken. The words are for people: nothing is decided by them. Another user may own the
- * directory, and have put there what they like: nothing but a plain file of the store's own is ever written to.
+ * The lock of a store's directory: one process has the store open. Owns the file `lock`. Its content names that process, for
+ * the messages of others; it decides nothing. Another user may own the directory and have put anything there: only a plain
+ * file with one name, of the right owner, is ever written.
  */
 import path from 'node:path';
 import { O_CREAT, O_NOFOLLOW, O_NONBLOCK, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
 
-/** What a process that holds a store is doing with it. */
+/** The role of the process that has the store open. */
 export type HolderRole = 'command' | 'daemon' | 'stopping daemon';
 
 const ROLES: readonly HolderRole[] = ['command', 'daemon', 'stopping daemon'];
-/** What is read of the lock file; a process number and the longest role are less. */
+/** Bytes read from the lock file; a process number and the longest role need less. */
 const MAX_HOLDER_BYTES = 64;
 
 export interface Holder {
@@ -23,7 +23,7 @@ export interface Holder {
 export class StoreLockedError extends StoreError {
   constructor(
     location: string,
-    /** Undefined if it has not said. */
+    /** Undefined if the lock file does not name it. */
     readonly holder: Holder | undefined,
   ) {
     const who = holder === undefined ? 'another process' : `process ${holder.pid}, a ${holder.role}`;
@@ -36,7 +36,7 @@ export class StoreLock {
   readonly #disk: HostDisk;
   /** Open for as long as the lock is held; on the filesystem of the store. */
   readonly fd: number;
-  /** Whether what is said goes into the file. */
+  /** Whether the role may be written into the file. */
   #speaks: boolean;
 
   private constructor(disk: HostDisk, fd: number, location: string, options: { readonly isReadOnly: boolean }) {
@@ -46,9 +46,9 @@ export class StoreLock {
   }
 
   /**
-   * Take the lock of the store in `location`, a directory. `isReadOnly`: of a store that is on a read-only filesystem, and
-   * may be shared with others that only read; then a lock file that is missing does not matter: the directory is locked.
-   * Errors: StoreLockedError; DAMAGED if it is a symbolic link; and those of the system.
+   * Take the lock of the store in `location`, a directory. `isReadOnly`: the store is on a read-only filesystem, and the lock
+   * is shared with other readers; if the lock file is missing, the directory is locked instead.
+   * Errors: LOCKED (StoreLockedError), DAMAGED (the lock file is a symbolic link), and those of the disk.
    */
   static take(disk: HostDisk, location: string, role: HolderRole, { isReadOnly = false } = {}): StoreLock {
     const file = path.join(location, 'lock');
@@ -61,7 +61,7 @@ export class StoreLock {
       if ((error as NodeJS.ErrnoException).code !== 'ELOOP') throw error;
       throw new StoreError(
         'DAMAGED',
-        `${file} is a symbolic link; the lock of a store is a file of its own: remove it`,
+        `${file} is a symbolic link; the lock of a store is a plain file: remove the link`,
         {
           cause: error,
         },
@@ -74,7 +74,7 @@ export class StoreLock {
     } finally {
       if (!isTaken) disk.closeSync(fd);
     }
-    // Whoever fails to make a store removes what it has made, the lock with it: what we have opened may be of nobody.
+    // A failed creation removes its lock file: the file that we have locked may have no name any more.
     if (!isReadOnly && disk.fstatSync(fd).ino !== disk.lstatSync(file)?.ino) {
       disk.closeSync(fd);
       return StoreLock.take(disk, location, role);
@@ -84,19 +84,19 @@ export class StoreLock {
     return lock;
   }
 
-  /** Tell those who find the store taken what its holder is doing. */
+  /** Write this process and its role into the file, for processes that find the store locked. */
   say(role: HolderRole): void {
     this.#write(`${process.pid} ${role}\n`);
   }
 
   release(): void {
-    // An older sheepgate that takes the lock says nothing: ours must not stand there for it.
+    // An older sheepgate writes nothing when it takes the lock: our role must not stay there for it.
     this.#write('');
     this.#speaks = false;
     try {
       this.#disk.closeSync(this.fd);
     } catch {
-      // Of a disk that is gone: the descriptor is closed, and the lock with it.
+      // The disk is gone; the descriptor is closed all the same, and the lock released.
     }
   }
 
@@ -107,19 +107,19 @@ export class StoreLock {
       this.#disk.writeSync(this.fd, bytes, 0);
       this.#disk.truncateSync(this.fd, bytes.length);
     } catch {
-      // The disk may be full. The lock holds; only its message stays less clear.
+      // The disk may be full. The lock holds; only the messages of others are less clear.
     }
   }
 }
 
-/** A plain file under no second name, of whoever has the directory or of us. */
+/** Whether this is a plain file without a second name that belongs to us or to the owner of the directory. */
 function isOwnFile(disk: HostDisk, fd: number, location: string): boolean {
   const stat = disk.fstatSync(fd);
   const isOurs = stat.uid === process.geteuid?.() || stat.uid === disk.statSync(location)?.uid;
   return stat.isFile() && stat.nlink === 1 && isOurs;
 }
 
-/** Who has taken the lock, if it says so in words that we know and is alive. */
+/** The process that holds the lock, if the file names a process that is alive and a known role. */
 function readHolder(disk: HostDisk, fd: number): Holder | undefined {
   const bytes = Buffer.alloc(MAX_HOLDER_BYTES);
   let length: number;

@@ -1,6 +1,6 @@
 /**
- * Taking a directory to open a store in it, or to make one: whose it is, whether it can be written, and what to tell whoever
- * cannot have it. Opens nothing of the store but its lock.
+ * Locking a directory to open or create a store in it: whether it is a store, whether it can be written, and the message if it
+ * cannot be had. Opens nothing of the store except its lock.
  */
 import type { HostDisk } from '../../system/disk.js';
 import { StoreError } from '../object-store.js';
@@ -12,7 +12,7 @@ import { directoryState } from './store-directory.js';
 import { asStoreError } from './store-errors.js';
 import { StoreLock, type HolderRole } from './store-lock.js';
 
-/** `error`, whatever it is, as what opening the store answers; says what to do where files belong to somebody else. */
+/** `error` as the StoreError of opening the store; says what to do if files belong to another user. */
 export function openingError(disk: HostDisk, location: string, error: unknown): StoreError {
   const doing = `opening store ${location}`;
   const failure = asStoreError(error, doing);
@@ -35,7 +35,7 @@ export function openingError(disk: HostDisk, location: string, error: unknown): 
   return new StoreError(code, `${doing}: ${systemMessage(error)}`, { cause: error });
 }
 
-/** A directory that this process has locked, to open a store in it or to make one. */
+/** A directory that this process has locked, to open or create a store in it. */
 export interface Found {
   readonly lock: StoreLock;
   readonly isNew: boolean;
@@ -43,7 +43,7 @@ export interface Found {
   readonly isReadOnly: boolean;
 }
 
-/** Errors: NO_STORE, LOCKED, DAMAGED, and those of the system. */
+/** Errors: NO_STORE, LOCKED, DAMAGED, and those of the disk. */
 export function lockDirectory(
   disk: HostDisk,
   location: string,
@@ -54,7 +54,7 @@ export function lockDirectory(
     const hasMadeDirectory = makeDirectory(disk, location, 0o700);
     const lock = StoreLock.take(disk, location, role);
     try {
-      // Another process may have made one meanwhile.
+      // Another process may have created one meanwhile.
       return { lock, isNew: directoryState(disk, location) !== 'store', hasMadeDirectory, isReadOnly: false };
     } catch (error) {
       lock.release();
@@ -70,7 +70,7 @@ export function lockDirectory(
   }
 }
 
-/** NO_STORE, or LOCKED if somebody is making one at this moment. */
+/** NO_STORE, or LOCKED if another process is creating a store at this moment. */
 function noStore(disk: HostDisk, location: string, role: HolderRole): StoreError {
   try {
     if (directoryState(disk, location) === 'unfinished')
@@ -84,7 +84,7 @@ function noStore(disk: HostDisk, location: string, role: HolderRole): StoreError
   );
 }
 
-/** On a full disk a store that lacks the folder is opened all the same, to delete something; nothing is logged then. */
+/** On a full disk a store without the folder opens all the same, so that something can be deleted; then nothing is logged. */
 export function openLogFolder(disk: HostDisk, location: string, isNew: boolean): void {
   try {
     makeLogFolder(disk, location);

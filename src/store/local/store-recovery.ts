@@ -1,7 +1,6 @@
 /**
- * What the start of a local store does before anybody uses it: references are counted, and after a process that was killed
- * what it had answered is taken over from the logs, or set aside where it cannot be believed (FORMAT.md, recent/). Objects
- * that nothing refers to are removed, unless something was doubtful.
+ * The start of a local store, before it is used: counts references, and, if the last process was killed, applies its map logs
+ * or sets doubtful ones aside (FORMAT.md, recent/). Removes unreferenced objects, unless a log was doubtful.
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
@@ -19,7 +18,7 @@ import { asStoreError } from './store-errors.js';
 export interface StoreInRecovery {
   readonly disk: HostDisk;
   readonly location: string;
-  /** A file of its filesystem. */
+  /** An open file on the store's filesystem. */
   readonly fd: number;
   readonly metadata: Metadata;
   readonly objects: DataObjects;
@@ -31,34 +30,34 @@ export interface StoreInRecovery {
   backgroundError(error: unknown): void;
 }
 
-/** Answered writes that were not taken over when the store was opened. */
+/** Answered writes that were not applied when the store was opened. */
 interface Doubt {
   readonly why: string;
-  /** The logs that tell of them. */
+  /** The logs with these writes. */
   readonly logs: readonly string[];
 }
 
 /**
- * On a read-only filesystem nothing can be recovered, and need not be: the maps show what was last flushed, and whatever
- * those refer to is there.
+ * Open on a read-only filesystem: nothing can be recovered, and nothing need be. The maps show the last flush, and all
+ * objects that they refer to exist.
  */
 export function takeAsItIs(store: StoreInRecovery, because: string, clean: boolean): void {
   for (const record of store.metadata.records()) count(store, record);
-  const unclean = '; it was not closed cleanly: what was written after the last flush is not shown';
+  const unclean = '; it was not closed cleanly: writes after the last flush are not shown';
   store.log(clean ? because : because + unclean);
 }
 
-/** Count the references; after a crash also take in what was answered, and remove what nothing refers to. */
+/** Count the references; after a crash also apply the logs of answered writes, and remove unreferenced objects. */
 export async function recover(store: StoreInRecovery, clean: boolean): Promise<void> {
   removeLeftScratch(store.disk, store.location);
-  // Made now, or by a process that did not come this far.
+  // The store is new, or the process that created it was interrupted before this.
   if (store.metadata.session === undefined)
     await makeNamesDurable(store.disk, path.join(store.location, OBJECTS), store.fd);
   const stored = store.metadata.kept;
   let doubt = clean ? undefined : await restoreRecent(store);
-  // A start before this one did not come to remember what it kept.
+  // An earlier start was interrupted before it stored which objects it kept.
   if (stored === undefined && logsSetAside(store.disk, store.location).length > 0) {
-    doubt ??= { why: 'logs were set aside by a start that did not come to its end', logs: [] };
+    doubt ??= { why: 'logs were set aside by a start that was interrupted', logs: [] };
   }
   const strays = store.metadata.strayVids();
   if (strays.length > 0) await store.metadata.commit({ removed: strays });
@@ -85,10 +84,10 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
   await store.objects.removed();
   if (doubt !== undefined) {
     store.log(
-      `store ${store.location} was not shut down cleanly, and what had been answered since the last flush was not taken ` +
-        `over: ${doubt.why}; it starts with what was flushed; the logs are set aside in ${store.location}/set-aside, ` +
-        "objects that no VDI refers to are kept; look with 'sheepgate check', which tells of both; if nothing is missing, " +
-        "'sheepgate check --repair' after that removes them",
+      `store ${store.location} was not shut down cleanly, and answered writes since the last flush were not applied: ` +
+        `${doubt.why}; it starts with the flushed data; the logs are set aside in ${store.location}/set-aside, and ` +
+        "unreferenced objects are kept; 'sheepgate check' lists both; if nothing is missing, run " +
+        "'sheepgate check --repair' after that to remove them",
       { files: aside?.moved, err: aside?.failure },
     );
   } else if (!clean) {
@@ -97,9 +96,9 @@ export async function recover(store: StoreInRecovery, clean: boolean): Promise<v
 }
 
 /**
- * Before the first log goes, what is kept is remembered, and the logs become those of an earlier opening: whoever is
- * interrupted in between must not find some of them, and believe what they say without the others. Errors: NO_SPACE if
- * neither that nor moving them can be done.
+ * Before the first log is moved, the kept objects and a new session are stored, so that the logs belong to an earlier session:
+ * after an interruption the next start must not apply some logs without the others. Errors: NO_SPACE (neither storing that nor
+ * moving the logs is possible).
  */
 async function setAside(
   store: StoreInRecovery,
@@ -122,7 +121,7 @@ function isFull(error: unknown): error is StoreError {
   return error instanceof StoreError && error.code === 'NO_SPACE';
 }
 
-/** On a full disk the logs stay those of the last opening, of which there are none any more: a disk must open to be emptied. */
+/** On a full disk the last session goes on, whose logs are gone: the store must open, so that something can be deleted. */
 async function begin(store: StoreInRecovery, kept: KeptObjects | undefined): Promise<void> {
   try {
     await store.metadata.begin(store.logs.session, kept);
@@ -134,7 +133,7 @@ async function begin(store: StoreInRecovery, kept: KeptObjects | undefined): Pro
   }
 }
 
-/** The references of its map; and how long the objects are that it refers to. */
+/** Count the references of a VDI's map, and note the length of the objects that it refers to. */
 function count(store: StoreInRecovery, record: VdiRecord): void {
   const map = store.metadata.map(record);
   const length = 2 ** record.blockSizeShift;
@@ -148,9 +147,9 @@ function count(store: StoreInRecovery, record: VdiRecord): void {
 }
 
 /**
- * What a killed process had answered and not flushed. Nobody knows any more which files it had written, and the next
- * flush has to vouch for them: everything is synced. Returns why not all of it could be taken over, if so: then nothing
- * was, except of VDIs whose logs can all be believed.
+ * Apply writes that a killed process had answered and not flushed. It is unknown which files it had written, and the next
+ * flush must cover them, so the whole filesystem is synced. Returns why not all writes were applied, if so: then none were,
+ * except those of VDIs without a doubtful log.
  */
 async function restoreRecent(store: StoreInRecovery): Promise<Doubt | undefined> {
   const { changes, files, doubtful } = store.logs.read(store.metadata.session, store.metadata);
@@ -162,7 +161,7 @@ async function restoreRecent(store: StoreInRecovery): Promise<Doubt | undefined>
       restored.set(vid, (of = { map, changed: new Map(), generation: 0 }));
     }
     of.generation = Math.max(of.generation, generation);
-    if (idx < of.map.length) of.changed.set(idx, owner); // else it was made smaller since
+    if (idx < of.map.length) of.changed.set(idx, owner); // else the VDI was made smaller since
   }
   const problem = await whyNotThere(store, restored);
   const logs = doubtful.map(({ file }) => file);
@@ -180,7 +179,7 @@ async function restoreRecent(store: StoreInRecovery): Promise<Doubt | undefined>
   return { why: `${logs[0]}${logs.length > 1 ? ` and ${logs.length - 1} more` : ''}: ${why}`, logs };
 }
 
-/** Why what the logs say of the objects cannot be so; undefined if all of it is there, and on disk. */
+/** Why an object that a log names is missing or not durable; undefined if all are there and durable. */
 async function whyNotThere(
   store: StoreInRecovery,
   restored: ReadonlyMap<number, { readonly changed: ReadonlyMap<number, number> }>,
@@ -188,7 +187,7 @@ async function whyNotThere(
   try {
     await store.disk.syncfs(store.fd);
   } catch (error) {
-    return `what was written could not be stored: ${(error as Error).message}`;
+    return `written data could not be made durable: ${(error as Error).message}`;
   }
   for (const [vid, { changed }] of restored) {
     const { blockSizeShift } = store.metadata.record(vid) as VdiRecord;

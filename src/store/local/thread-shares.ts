@@ -1,19 +1,19 @@
 /**
- * The threads of the pool, in shares: what waits for a slow disk (changes, syncs, look-ups) never has all of them, so that
- * reads always find some; and within a share one disk leaves room for another. libuv's pool is one for the process, and
- * so are these. What is not managed here is quick as a rule, or rare: opening files, LMDB's commits, name resolution.
+ * Shares of the thread pool. Work that waits for a slow disk (changes, syncs, look-ups) never takes all threads, so that reads
+ * always find some; and within a share one disk leaves room for another. libuv has one pool for the process, and so these
+ * shares exist once. Work outside them is quick or rare: closing files, LMDB's commits, name resolution.
  */
 
-/** libuv's, where UV_THREADPOOL_SIZE does not say (bin/start.cjs does). */
+/** libuv's default, if UV_THREADPOOL_SIZE is not set (bin/start.cjs sets it). */
 const DEFAULT_THREADS = 4;
 
 export class ThreadShare {
   readonly #most: number;
-  /** Of one disk, at a time. */
+  /** Threads of one disk at most. */
   readonly #mostOfOne: number;
   #busy = 0;
   readonly #disks = new Map<unknown, Disk>();
-  /** Those of `#disks` for which something waits; the one whose turn comes next is the first. */
+  /** Those of `#disks` that have waiters; the first one is served next. */
   readonly #waiting = new Set<Disk>();
 
   constructor(most: number) {
@@ -21,12 +21,12 @@ export class ThreadShare {
     this.#mostOfOne = Math.max(1, Math.ceil((this.#most * 3) / 4));
   }
 
-  /** Threads that are taken. */
+  /** Threads in use. */
   get busy(): number {
     return this.#busy;
   }
 
-  /** Undefined if there is a thread; then, or when it resolves, `leave` is owed. `key`: whose work it is. */
+  /** Take a thread: at once (undefined), or when the promise resolves. The caller must `leave`. `key`: the owner of the work. */
   enter(key: unknown): Promise<void> | undefined {
     let disk = this.#disks.get(key);
     if (disk === undefined) this.#disks.set(key, (disk = new Disk()));
@@ -42,7 +42,7 @@ export class ThreadShare {
 
   leave(key: unknown): void {
     const disk = this.#disks.get(key);
-    if (disk === undefined) throw new Error('invariant: a thread is given back that nobody had');
+    if (disk === undefined) throw new Error('invariant: a thread is given back that was not taken');
     this.#busy--;
     disk.busy--;
     for (const next of this.#waiting) {
@@ -50,7 +50,7 @@ export class ThreadShare {
       if (next.busy >= this.#mostOfOne) continue;
       this.#busy++;
       next.busy++;
-      // Behind the others, if more of it waits.
+      // A disk with more waiters goes to the end of the line.
       this.#waiting.delete(next);
       const wake = next.queue.shift();
       if (next.queue.length > 0) this.#waiting.add(next);
@@ -68,10 +68,10 @@ class Disk {
 
 const threads = Number(process.env.UV_THREADPOOL_SIZE) || DEFAULT_THREADS;
 
-/** Reads of data. Of six threads or more the others together leave a sixth to them, and they leave a third to the others. */
+/** Reads of data. With six threads or more, the other shares together leave a sixth for reads, and reads leave a third. */
 export const READS = new ThreadShare((threads * 2) / 3);
-/** Whatever changes files: writes, zeroing, making, copying, removing. */
+/** Changes of files: writing, zeroing, creating, copying, removing. */
 export const CHANGES = new ThreadShare(threads / 3);
 export const SYNCS = new ThreadShare(threads / 3);
-/** Where data is, and reading ahead. */
+/** Queries of extents, and read-ahead. */
 export const LOOKUPS = new ThreadShare(threads / 6);

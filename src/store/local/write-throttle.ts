@@ -1,31 +1,32 @@
 /**
- * Tells when buffered writes on the event loop stop being quick: the kernel holds writers whose dirty pages the disk cannot
- * keep up with, for seconds if need be. Owns nothing but that memory; who writes measures, and asks before the next write.
+ * Detects when buffered writes on the event loop are not quick any more: the kernel holds writers, for seconds if need be, when
+ * the disk cannot keep up with dirty pages. Writers report the duration of each write, and ask before the next. Owns only this
+ * state; writes nothing.
  */
 
-/** A buffered write that took longer met writeback throttling; writes then go through the thread pool for a while. */
+/** A longer buffered write was throttled by write-back; writes then go through the thread pool for a while. */
 const SLOW_WRITE_MS = 4;
 const SLOW_WRITE_PAUSE_MS = 200;
-/** One that took so long has held everybody. Writes come back to the loop when it is shown that they are quick again. */
+/** A write of this duration on the loop was a stall for all clients. Writes return to the loop only after a proof. */
 const STALLED_WRITE_MS = 40;
-/** ... by so many in the thread pool, the pause through, that took less than this. There they may have to wait for the loop. */
+/** The proof: this many writes in the thread pool during the pause, each quicker than this. The time may include waiting for the loop. */
 const QUICK_WRITES = 16;
 const QUICK_WRITE_MS = 20;
-/** Each stall so soon after the writes came back doubles the pause, up to this. */
+/** A stall this soon after writes returned to the loop doubles the pause, up to the maximum. */
 const RELAPSE_MS = 10_000;
 const MAX_PAUSE_MS = 5000;
 
 export class WriteThrottle {
-  /** Writes stay off the loop. */
+  /** Writes must stay off the loop. */
   #isSlow = false;
-  /** Quick writes off the loop that are still needed before they come back. */
+  /** Quick writes off the loop that are still needed before writes return. */
   #quickNeeded = 0;
-  /** When the last slow write ended, or a slow one that was no stall. */
+  /** When the last slow write ended (performance.now()). */
   #slowAt = 0;
   #pauseMs = SLOW_WRITE_PAUSE_MS;
   #cameBackAt = -Infinity;
 
-  /** Whether a write may be done on the loop. */
+  /** Whether a write may run on the loop. */
   mayWrite(): boolean {
     if (!this.#isSlow) return true;
     const now = performance.now();
@@ -35,7 +36,7 @@ export class WriteThrottle {
     return true;
   }
 
-  /** A write on the loop that began at `start` (performance.now()) is done. */
+  /** Report a write on the loop that began at `start` (performance.now()). */
   note(start: number): void {
     const now = performance.now();
     const took = now - start;
@@ -48,7 +49,7 @@ export class WriteThrottle {
     this.#quickNeeded = QUICK_WRITES;
   }
 
-  /** One that was done off the loop because `mayWrite` said so. */
+  /** Report a write off the loop that `mayWrite` has kept from it. */
   noteOffLoop(start: number): void {
     if (!this.#isSlow) return;
     const now = performance.now();
