@@ -82,7 +82,7 @@ export interface StartOptions {
 export async function startDaemon(
   configuration: DaemonConfiguration,
   log: Logger,
-  { stop: toldToStop, onFailure, onReloaded }: StartOptions = {},
+  { stop: stopSignal, onFailure, onReloaded }: StartOptions = {},
 ): Promise<Daemon> {
   // Checks first: none of them makes a store, a VDI or a listener.
   const controlPath = path.resolve(configuration.control ?? controlSocketOf(configuration.store));
@@ -124,9 +124,9 @@ export async function startDaemon(
     control: undefined,
   };
   const leave = (): void => parts.leaving.abort();
-  toldToStop?.addEventListener('abort', leave, { once: true });
+  stopSignal?.addEventListener('abort', leave, { once: true });
   try {
-    toldToStop?.throwIfAborted();
+    stopSignal?.throwIfAborted();
     const listening = await openListeners(configuration, nbd, log, isTlsRequired);
     const warnings = listening.flatMap((address) => {
       const warning = exposureOf(address, configuration.security);
@@ -140,7 +140,7 @@ export async function startDaemon(
       return openStore(configuration, { log, repeated, descriptors, signal: parts.leaving.signal });
     }, controlPath);
     parts.operations = opened;
-    toldToStop?.throwIfAborted();
+    stopSignal?.throwIfAborted();
     opened.exports.writers.connected = new ServerConnections(nbd);
     const status = (): StatusAnswer => statusAnswer(configuration, { nbd, operations: opened, startedAt, listening });
     const control = controlServer(configuration, controlPath, {
@@ -159,7 +159,7 @@ export async function startDaemon(
     const existing = (await opened.list()).find((vdi) => !vdi.isSnapshot);
     const example = configuration.create[0]?.name ?? (existing === undefined ? PLACEHOLDER : specOf(existing));
     // The last step that can fail: a failure after it would leave new VDIs behind.
-    const kept = await createMissing(opened, configuration.create, { log, stop: toldToStop });
+    const kept = await createMissing(opened, configuration.create, { log, stop: stopSignal });
     const { defaultExport } = configuration;
     const lacking = defaultExport === undefined ? undefined : await whyNotOpen(opened.exports, defaultExport);
     if (lacking !== undefined) {
@@ -167,7 +167,7 @@ export async function startDaemon(
       log.warn({ export: defaultExport }, warning);
       warnings.push(warning);
     }
-    toldToStop?.removeEventListener('abort', leave);
+    stopSignal?.removeEventListener('abort', leave);
     const withDefault = new ExportsWithDefault(security.guard(opened.exports), defaultExport);
     exports.opened(new LoggedExports(new ExportsWithClientMessages(withDefault), log, repeated));
     return {
@@ -193,14 +193,14 @@ export async function startDaemon(
   }
 }
 
-/** Whether the VDIs of --create could be made at all. Errors: those of checkNewVdi. */
+/** Fails for VDIs of --create that could never be made. Errors: those of checkNewVdi. */
 function checkNewVdis({ store, create }: DaemonConfiguration): void {
   // A cluster has its own object size, which is not known yet.
   const mostShift = kindOf(store).hasOwnObjectSize ? MAX_BLOCK_SIZE_SHIFT : undefined;
   for (const { name, size } of create) checkNewVdi(name, size, mostShift);
 }
 
-/** Those of the configuration, then those of systemd. Errors: as for listen and adopt. */
+/** Listen on the addresses of the configuration, then on the sockets from systemd. Errors: those of listen() and adopt(). */
 async function openListeners(
   configuration: DaemonConfiguration,
   nbd: NbdServer,

@@ -79,7 +79,9 @@ export function openNotifier(options: NotifierOptions): Notifier {
     options.onFailure(`the service manager does not take messages at NOTIFY_SOCKET=${address}`);
   };
   if (!/^[/@]/.test(address)) {
-    options.onFailure(`NOTIFY_SOCKET=${address} is neither a path nor an abstract unix socket; nothing is told there`);
+    options.onFailure(
+      `NOTIFY_SOCKET=${address} is neither a path nor an abstract unix socket; no notifications are sent`,
+    );
     return SILENT;
   }
 

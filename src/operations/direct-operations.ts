@@ -84,7 +84,7 @@ export class DirectOperations implements Operations {
     return { ...details, writers: writers.of(name), twoWriters: writers.twoWritersOf(name) ?? null };
   }
 
-  /** None: of a daemon the NBD server knows them (src/daemon/control/). */
+  /** None: only a daemon has NBD clients, and its control API answers for them (src/daemon/control/). */
   clients(): Promise<readonly ConnectionStatus[]> {
     return Promise.resolve([]);
   }

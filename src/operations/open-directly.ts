@@ -12,7 +12,7 @@ import { OperationError } from './operations.js';
 import { stateDirectory } from './default-paths.js';
 import { hasTakenOwner, isOthersStore, refuseOthersStore, takeOwner } from './run-as-owner.js';
 
-export interface DirectPlace extends Pick<StoreLocation, 'store' | 'log' | 'options' | 'mayCreate'> {
+export interface DirectLocation extends Pick<StoreLocation, 'store' | 'log' | 'options' | 'mayCreate'> {
   /** This process is the store's daemon on this machine. */
   readonly isDaemon?: boolean;
   /** How long requests to a cluster are repeated while it cannot serve them. */
@@ -43,20 +43,20 @@ export type OpenedStore = DirectOperations & {
  * Open the store in this process; root opens another user's store as that user (run-as-owner.ts). Errors: those of StoreError;
  * OWNER, PERMISSION, BAD_USAGE.
  */
-export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
-  const kind = kindOf(place.store);
-  refuseOptionsOfOthers(place, kind);
-  const directory = kind.directoryOf(place.store);
-  if (directory !== undefined && place.isDaemon) refuseOthersStore(directory);
+export async function openDirectly(location: DirectLocation): Promise<OpenedStore> {
+  const kind = kindOf(location.store);
+  refuseOptionsOfOthers(location, kind);
+  const directory = kind.directoryOf(location.store);
+  if (directory !== undefined && location.isDaemon) refuseOthersStore(directory);
   // Before this process changes its user: the new one may not be able to read this program.
   await kind.load();
-  if (directory !== undefined && !place.isDaemon && isOthersStore(directory)) await loadEverything();
-  const leave = directory === undefined || place.isDaemon ? () => undefined : takeOwner(directory);
-  const { log, retryMs, mayCreate, maxDescriptors, signal, options } = place;
+  if (directory !== undefined && !location.isDaemon && isOthersStore(directory)) await loadEverything();
+  const leave = directory === undefined || location.isDaemon ? () => undefined : takeOwner(directory);
+  const { log, retryMs, mayCreate, maxDescriptors, signal, options } = location;
   try {
-    const store = await kind.open(place.store, {
+    const store = await kind.open(location.store, {
       log,
-      role: place.isDaemon ? 'daemon' : 'command',
+      role: location.isDaemon ? 'daemon' : 'command',
       mayCreate,
       maxDescriptors,
       retryMs,
@@ -65,7 +65,7 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
       isStateOutOfReach: hasTakenOwner,
       store: options,
     });
-    return await operationsOn(store, place, leave);
+    return await operationsOn(store, location, leave);
   } catch (error) {
     leave();
     throw error;
@@ -73,7 +73,7 @@ export async function openDirectly(place: DirectPlace): Promise<OpenedStore> {
 }
 
 /** Errors: BAD_USAGE. */
-function refuseOptionsOfOthers({ store, options }: DirectPlace, kind: StoreKind): void {
+function refuseOptionsOfOthers({ store, options }: DirectLocation, kind: StoreKind): void {
   if (options?.missing === undefined || kind.options.includes('missing')) return;
   throw new OperationError(
     'BAD_USAGE',
@@ -84,18 +84,19 @@ function refuseOptionsOfOthers({ store, options }: DirectPlace, kind: StoreKind)
 /** `closed` is called when the store is closed. */
 async function operationsOn(
   store: AnyStore,
-  place: DirectPlace,
+  location: DirectLocation,
   closed: () => void = () => undefined,
 ): Promise<OpenedStore> {
-  const isOursAlone = directoryOf(place.store) !== undefined;
-  const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = place;
+  const isOursAlone = directoryOf(location.store) !== undefined;
+  const { keepMs, maxKept, inUseMs, log, logOften, exclusive, isDaemon: serves } = location;
   const catalog = new VdiCatalog(store, { inUseMs, log });
   const takeBackCreation = (): void => void ('takeBackCreation' in store && store.takeBackCreation());
   // Other processes may have temporary snapshots in a cluster. Our leftovers are dropped before their disks are written.
-  if (!catalog.isReadOnly && (isOursAlone || place.isDaemon)) {
+  if (!catalog.isReadOnly && (isOursAlone || location.isDaemon)) {
     try {
       const leftovers = await catalog.dropLeftovers();
-      if (leftovers > 0) place.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
+      if (leftovers > 0)
+        location.log?.(`dropped ${leftovers} temporary snapshot(s) that an earlier process left behind`);
     } catch (error) {
       takeBackCreation();
       await store.close().catch(() => undefined);

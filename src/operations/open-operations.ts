@@ -44,15 +44,15 @@ export interface StoreLocation {
  * Operations on a store: through its daemon if one listens, else directly. With --control a daemon must listen there. Errors:
  * UNREACHABLE (--control without a daemon), LOCKED, OTHER_STORE, UNTRUSTED, BAD_USAGE, and those of opening the store.
  */
-export async function openOperations(place: StoreLocation): Promise<Operations> {
-  const socketPath = place.control ?? controlSocketOf(place.store);
+export async function openOperations(location: StoreLocation): Promise<Operations> {
+  const socketPath = location.control ?? controlSocketOf(location.store);
   checkSocketPath(path.resolve(socketPath));
   // These options only change how this process reads, and are safe beside a daemon.
-  if (place.options !== undefined) return directly(place);
+  if (location.options !== undefined) return directly(location);
   return whileLocked(async () => {
     const state = await socketState(socketPath);
-    if (state === 'alive') return connect(place, socketPath);
-    if (place.control !== undefined) {
+    if (state === 'alive') return connect(location, socketPath);
+    if (location.control !== undefined) {
       throw new OperationError(
         'UNREACHABLE',
         state === 'absent'
@@ -60,7 +60,7 @@ export async function openOperations(place: StoreLocation): Promise<Operations> 
           : `no daemon listens on ${socketPath} (${state}); start one, or leave --control out to open the store itself`,
       );
     }
-    return directly(place);
+    return directly(location);
   }, socketPath);
 }
 
@@ -80,9 +80,9 @@ export async function loadEverything(): Promise<void> {
   ]);
 }
 
-async function directly(place: StoreLocation): Promise<Operations> {
+async function directly(location: StoreLocation): Promise<Operations> {
   const { openDirectly } = await import('./open-directly.js');
-  return openDirectly(place);
+  return openDirectly(location);
 }
 
 /** Repeat `attempt` for a while if the store is locked (LOCK_WAIT_MS). Errors: LOCKED, with its holder; those of `attempt`. */
@@ -134,43 +134,44 @@ function lockedMessage(holder: Holder | undefined, socketPath: string): string {
 
 /** The control API of the store's daemon, which must be running. Errors: UNREACHABLE, OTHER_STORE, UNTRUSTED. */
 export async function controlOfDaemon(
-  place: Pick<StoreLocation, 'store' | 'isStoreGiven' | 'control'>,
+  location: Pick<StoreLocation, 'store' | 'isStoreGiven' | 'control'>,
 ): Promise<ControlClient> {
-  const socketPath = place.control ?? controlSocketOf(place.store);
+  const socketPath = location.control ?? controlSocketOf(location.store);
   const state = await socketState(socketPath);
   if (state !== 'alive') {
-    const found = state === 'absent' ? `there is no control socket ${socketPath}` : `nobody listens on ${socketPath}`;
+    const found =
+      state === 'absent' ? `there is no control socket ${socketPath}` : `no process listens on ${socketPath}`;
     throw new OperationError(
       'UNREACHABLE',
-      `no daemon: ${found}; is it another store's (--store), or elsewhere (--control)?`,
+      `no daemon: ${found}; give --store if it serves another store, or --control if its socket is elsewhere`,
     );
   }
   const { ControlClient } = await import('./control-client.js');
   const client = new ControlClient(socketPath);
-  await statusOf(place, client, socketPath);
+  await statusOf(location, client, socketPath);
   return client;
 }
 
-async function connect(place: StoreLocation, socketPath: string): Promise<Operations> {
+async function connect(location: StoreLocation, socketPath: string): Promise<Operations> {
   const { ControlClient } = await import('./control-client.js');
   const { RemoteOperations } = await import('./remote-operations.js');
   const client = new ControlClient(socketPath);
-  return new RemoteOperations(await statusOf(place, client, socketPath), client);
+  return new RemoteOperations(await statusOf(location, client, socketPath), client);
 }
 
 /** Errors: UNREACHABLE, OTHER_STORE. */
 async function statusOf(
-  place: Pick<StoreLocation, 'store' | 'isStoreGiven'>,
+  location: Pick<StoreLocation, 'store' | 'isStoreGiven'>,
   client: ControlClient,
   socketPath: string,
 ): Promise<StatusAnswer> {
   // Fails if another program listens on the socket.
   const status = await client.status();
   const { store } = status;
-  if (place.isStoreGiven && !isSameStore(store, place.store)) {
+  if (location.isStoreGiven && !isSameStore(store, location.store)) {
     throw new OperationError(
       'OTHER_STORE',
-      `the daemon on ${socketPath} serves the store ${store}, not ${place.store}; leave out --store or --control`,
+      `the daemon on ${socketPath} serves the store ${store}, not ${location.store}; leave out --store or --control`,
     );
   }
   return status;

@@ -53,9 +53,9 @@ export function takeOwner(directory: string): () => void {
 
 /** The owner of a directory, or the one that it will have when it is made: that of the nearest directory above. */
 function ownerOf(directory: string): Identity & { readonly isThere: boolean } {
-  for (let place = path.resolve(directory); ; place = path.dirname(place)) {
-    const status = fs.statSync(place, { throwIfNoEntry: false });
-    if (status) return { uid: status.uid, gid: status.gid, isThere: place === path.resolve(directory) };
+  for (let entry = path.resolve(directory); ; entry = path.dirname(entry)) {
+    const status = fs.statSync(entry, { throwIfNoEntry: false });
+    if (status) return { uid: status.uid, gid: status.gid, isThere: entry === path.resolve(directory) };
   }
 }
 
@@ -83,12 +83,12 @@ export function hasTakenOwner(): boolean {
 /** A permission error while root works as another user: the same error, with the reason. Other errors unchanged. */
 export function explainIdentity(error: unknown): unknown {
   if (taken === undefined || !isDenied(error)) return error;
-  const place = shellWord(taken.store);
+  const store = shellWord(taken.store);
   const what = isSystemError(error) ? whatFailed(error) : (error as Error).message;
   return new OperationError(
     'PERMISSION',
     `${what}: this command works as uid ${taken.uid}, the owner of the store ${taken.store}, while it ` +
-      `has that open; use a place that this user may use, or start the daemon of ${place}, which then has the store`,
+      `has that open; use a path that this user may use, or start the daemon of ${store}, which then has the store`,
     { cause: error },
   );
 }

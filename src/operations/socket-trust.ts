@@ -30,19 +30,19 @@ export interface TrustedSocket {
  * if the socket does not exist.
  */
 export function trustedSocket(socketPath: string, self = process.geteuid?.() ?? -1): TrustedSocket {
-  const place = path.resolve(socketPath);
-  const real = fs.realpathSync(place);
+  const given = path.resolve(socketPath);
+  const real = fs.realpathSync(given);
   // A user who can make a link there can choose among all daemons.
-  if (real !== place) trustedUids(fs.realpathSync(path.dirname(place)), place, self);
+  if (real !== given) trustedUids(fs.realpathSync(path.dirname(given)), given, self);
   const directory = path.dirname(real);
-  const uids = trustedUids(directory, place, self);
+  const uids = trustedUids(directory, given, self);
   const { uid, mode } = fs.lstatSync(real);
-  if (!uids.has(uid)) throw untrusted(place, `it belongs to uid ${uid}`, uid, self);
+  if (!uids.has(uid)) throw untrusted(given, `it belongs to uid ${uid}`, uid, self);
   const isOpenToAll = (mode & WRITTEN_BY_ALL) !== 0 && (fs.statSync(directory).mode & ENTERED_BY_ALL) !== 0;
   if (isOpenToAll) {
     throw new OperationError(
       'UNTRUSTED',
-      `every user of this machine can send commands to ${place}: 'chmod o-w ${shellWord(real)}' first`,
+      `every user of this machine can send commands to ${given}: 'chmod o-w ${shellWord(real)}' first`,
     );
   }
   return { path: real, uids };
@@ -77,13 +77,13 @@ function trustedUids(directory: string, socketPath: string, self: number): Set<n
 /** Whether only root can have put a directory of that name there: all above it belongs to root, and only root can change it. */
 function isMadeByRoot(directory: string): boolean {
   for (let below = directory; ;) {
-    const place = path.dirname(below);
-    if (place === below) return true;
-    const { uid, mode } = fs.statSync(place);
+    const parent = path.dirname(below);
+    if (parent === below) return true;
+    const { uid, mode } = fs.statSync(parent);
     // Further up a sticky directory is enough: root's directories in it stay where they are.
     const isSafe = (mode & WRITTEN_BY_GROUP_OR_ALL) === 0 || (below !== directory && (mode & STICKY) !== 0);
     if (uid !== ROOT || !isSafe) return false;
-    below = place;
+    below = parent;
   }
 }
 

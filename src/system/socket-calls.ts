@@ -64,11 +64,8 @@ export function peerCredentials(connection: net.Socket): SocketCredentials | und
   );
 }
 
-/**
- * The process at the other end, as the kernel noted it at connect(2). /proc is read on first use of `startTime` or `command`:
- * a client that opens nothing costs no reading of files.
- */
-export class SocketCredentials {
+/** What /proc says of the process is read when somebody asks: whoever opens nothing costs no reading of files. */
+class SocketCredentials {
   #process: RunningProcess | undefined;
   #isLookedAt = false;
 

@@ -42,8 +42,8 @@ function isOpenToAll(socketPath: string): boolean {
   if (socketPath.startsWith('@')) return true;
   try {
     if ((fs.statSync(socketPath).mode & WRITTEN_BY_ALL) === 0) return false;
-    for (let place = socketPath; place !== path.dirname(place); place = path.dirname(place)) {
-      if ((fs.statSync(path.dirname(place)).mode & ENTERED_BY_ALL) === 0) return false;
+    for (let entry = socketPath; entry !== path.dirname(entry); entry = path.dirname(entry)) {
+      if ((fs.statSync(path.dirname(entry)).mode & ENTERED_BY_ALL) === 0) return false;
     }
     return true;
   } catch {

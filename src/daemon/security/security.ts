@@ -117,7 +117,7 @@ export class Security {
     }
     const rules = parseAccess(text, file);
     this.#checkProvable(rules, file, warnings);
-    if (rules.length === 0) warnings.push(`the access file ${file} has no rules: nobody may open anything`);
+    if (rules.length === 0) warnings.push(`the access file ${file} has no rules: no client may open anything`);
     return new AccessRules(rules, { offersTls: this.#tls !== undefined });
   }
 

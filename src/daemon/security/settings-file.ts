@@ -71,7 +71,7 @@ export function textOf({ bytes }: SettingsFile): string {
 /** The warning for a file that every user may write; undefined if they may not. */
 export function warningOfWritable(file: string, { mode }: SettingsFile): string | undefined {
   if ((mode & WRITTEN_BY_ALL) === 0) return undefined;
-  return `${file} can be written by every user of this machine, who can let anybody in; chmod o-w it`;
+  return `${file} can be written by every user of this machine, who can let any client in; chmod o-w it`;
 }
 
 /** The warning for a file with secrets that every user may read; undefined if they may not. */

@@ -73,29 +73,34 @@ async function loadCertificates(
   verifyPeer: boolean,
   warnings: string[],
 ): Promise<Omit<TlsMaterial, 'verifyPeer'>> {
-  const place = (name: string): string => path.join(directory, name);
-  const chainFile = await readFile(place(CERTIFICATE), 'the certificate of this server');
-  const keyFile = await readFile(place(KEY), 'the private key of this server');
+  const inDirectory = (name: string): string => path.join(directory, name);
+  const chainFile = await readFile(inDirectory(CERTIFICATE), 'the certificate of this server');
+  const keyFile = await readFile(inDirectory(KEY), 'the private key of this server');
   const { bytes: chain } = chainFile;
   const { bytes: key } = keyFile;
-  const certificate = parsed(place(CERTIFICATE), 'a certificate in PEM form', () => new X509Certificate(chain));
-  const privateKey = parsed(place(KEY), 'a private key in PEM form without a passphrase', () => createPrivateKey(key));
+  const certificate = parsed(inDirectory(CERTIFICATE), 'a certificate in PEM form', () => new X509Certificate(chain));
+  const privateKey = parsed(inDirectory(KEY), 'a private key in PEM form without a passphrase', () =>
+    createPrivateKey(key),
+  );
   if (!certificate.checkPrivateKey(privateKey)) {
-    throw failure(`${place(KEY)} is not the key of ${place(CERTIFICATE)}; put a matching pair there`);
+    throw failure(`${inDirectory(KEY)} is not the key of ${inDirectory(CERTIFICATE)}; put a matching pair there`);
   }
-  warn(warnings, warningOfSecret(place(KEY), keyFile));
-  warn(warnings, warningOfWritable(place(CERTIFICATE), chainFile));
-  warnOfDates(place(CERTIFICATE), certificate, warnings);
+  warn(warnings, warningOfSecret(inDirectory(KEY), keyFile));
+  warn(warnings, warningOfWritable(inDirectory(CERTIFICATE), chainFile));
+  warnOfDates(inDirectory(CERTIFICATE), certificate, warnings);
   let authorities: Buffer | undefined;
   let revocations: Buffer | undefined;
   if (verifyPeer) {
-    const file = await readFile(place(AUTHORITIES), '--tls-verify-peer needs the authority that signs the clients');
-    warn(warnings, warningOfWritable(place(AUTHORITIES), file));
+    const file = await readFile(
+      inDirectory(AUTHORITIES),
+      '--tls-verify-peer needs the authority that signs the clients',
+    );
+    warn(warnings, warningOfWritable(inDirectory(AUTHORITIES), file));
     const authority = file.bytes;
     authorities = authority;
-    parsed(place(AUTHORITIES), 'a certificate in PEM form', () => new X509Certificate(authority));
-    const revoked = await readFile(place(REVOCATIONS), 'the revoked certificates', { mayBeMissing: true });
-    if (revoked !== undefined) warn(warnings, warningOfWritable(place(REVOCATIONS), revoked));
+    parsed(inDirectory(AUTHORITIES), 'a certificate in PEM form', () => new X509Certificate(authority));
+    const revoked = await readFile(inDirectory(REVOCATIONS), 'the revoked certificates', { mayBeMissing: true });
+    if (revoked !== undefined) warn(warnings, warningOfWritable(inDirectory(REVOCATIONS), revoked));
     revocations = revoked?.bytes;
   }
   parsed(directory, 'accepted by OpenSSL', () =>
