@@ -368,7 +368,7 @@ test.each([
   [{ size: DISK_SIZE / 2 }, 'it has 524288 bytes, and had 1048576'],
   [{ readOnly: true }, 'it is read-only now'],
   [{ minimumBlockSize: 512 }, 'its blocks have 512 bytes, and had 1'],
-  [{ canTrim: false }, 'it cannot do any more what was announced (transmission flags 0x20)'],
+  [{ canTrim: false }, 'it no longer supports what was announced (transmission flags 0x20)'],
 ])('an export that is not any more what the client was told of is not gone on with: %o', async (geometry, why) => {
   const { opened, server } = await startServer();
   const next = nextServer(new TestExport('disk', geometry));
@@ -377,7 +377,7 @@ test.each([
   await client.readToEnd();
   client.halfClose();
   await until(() => next.closes.length === 1, 'it is closed');
-  expect(next.closes).toEqual([`it cannot go on with the export "disk": ${why}`]);
+  expect(next.closes).toEqual([`it cannot continue with the export "disk": ${why}`]);
   expect(next.provider.openNow).toBe(0);
 });
 
