@@ -570,7 +570,7 @@ describe('the client', () => {
     ]) {
       const error = await failure(from.connect(options));
       expect(error.code).toBe('TLS_FAILED');
-      expect(error.message).toMatch(/^no TLS with the server, which was asked for: /);
+      expect(error.message).toMatch(/^TLS is required, but the server did not complete it: /);
     }
     await from.connect({ authorities: authority.chain, serverName: 'disks.example' });
     await until(() => from.closes.length === 3, 'the refused connections are over');
