@@ -1,4 +1,4 @@
-/** A connection in the transmission phase is given to another server, of this process or of another one, and goes on. */
+/** A connection in the transmission phase is handed over to another server, in this process or another one, and continues. */
 
 import { fork } from 'node:child_process';
 import type net from 'node:net';
@@ -118,7 +118,7 @@ describe('in one process', () => {
     },
   );
 
-  test('what belongs to a refused write is skipped by the next server as well, and it is refused once', async () => {
+  test('the payload of a refused write is skipped by the next server as well, and the write is refused once', async () => {
     const { opened, server } = await startServer();
     const next = nextServer();
     const client = await opened();
@@ -369,7 +369,7 @@ test.each([
   [{ readOnly: true }, 'it is read-only now'],
   [{ minimumBlockSize: 512 }, 'its blocks have 512 bytes, and had 1'],
   [{ canTrim: false }, 'it no longer supports what was announced (transmission flags 0x20)'],
-])('an export that is not any more what the client was told of is not gone on with: %o', async (geometry, why) => {
+])('a connection whose export lacks something that was announced is not continued: %o', async (geometry, why) => {
   const { opened, server } = await startServer();
   const next = nextServer(new TestExport('disk', geometry));
   const client = await opened();
