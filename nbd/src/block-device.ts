@@ -2,8 +2,8 @@
  * The interface of an export, which a user of the library implements: offsets and lengths, nothing of the wire. Methods may
  * answer synchronously or with a promise: the request loop awaits only promises.
  *
- * A device needs a size and four methods: read, write, flush, close. Its geometry announces everything else, and it has the method
- * for each.
+ * A device needs a size and four methods: read, write, flush, close. Its geometry announces everything else, and it has the
+ * method for each.
  */
 
 import type { TlsIdentity } from './protocol/tls.js';
@@ -44,8 +44,8 @@ export interface Geometry {
 
 /**
  * The geometry that a device gives: its size, and what differs from the defaults, a writable disk with blocks of any size
- * (preferably 4096 bytes) that can flush and nothing else. Further abilities must be given, so that the server announces nothing
- * by accident.
+ * (preferably 4096 bytes) that can flush and nothing else. Further abilities must be given, so that the server announces
+ * nothing by accident.
  */
 export type DeviceGeometry = Pick<Geometry, 'size'> & Partial<Geometry>;
 
@@ -73,8 +73,8 @@ export const STATE_ZERO = 1 << 1;
 export type ExtentSink = (offset: number, length: number, flags: number) => boolean;
 
 /**
- * An export, opened for one connection. Every range is validated against `geometry` before a method is called. Errors are thrown
- * (or rejected) as `DeviceError`; anything else is answered EIO and reported to the observer.
+ * An export, opened for one connection. Every range is validated against `geometry` before a method is called. Errors are
+ * thrown (or rejected) as `DeviceError`; anything else is answered EIO and reported to the observer.
  */
 export interface BlockDevice {
   readonly geometry: DeviceGeometry;
@@ -93,14 +93,14 @@ export interface BlockDevice {
   /** Bring the range into cache; a hint. With `canCache`. */
   cache?(offset: number, length: number): Awaitable<void>;
   /**
-   * With `contexts`. Report the extents of [offset, offset+length) in `context`, which the client has selected, to `sink`, from
-   * `offset` on, without reading data. It may stop before the end, but not before the first extent; an extent may reach beyond the end.
-   * Extents should begin and end at multiples of the minimum block size.
+   * With `contexts`. Report the extents of [offset, offset+length) in `context`, which the client has selected, to `sink`,
+   * from `offset` on, without reading data. It may stop before the end, but not before the first extent; an extent may
+   * reach beyond the end. Extents should begin and end at multiples of the minimum block size.
    */
   extents?(context: string, offset: number, length: number, sink: ExtentSink): Awaitable<void>;
   /**
-   * Whether the range is known, from memory alone, to read as zeros. Called before every read of a client that accepts holes, so
-   * it must be cheap; false is always allowed.
+   * Whether the range is known, from memory alone, to read as zeros. Called before every read of a client that accepts
+   * holes, so it must be cheap; false is always allowed.
    */
   isHole?(offset: number, length: number): boolean;
 }
@@ -110,8 +110,9 @@ export type CompleteDevice = BlockDevice &
   Required<Omit<BlockDevice, 'isHole' | 'geometry'>> & { readonly geometry: Geometry };
 
 /**
- * How a client left. 'disconnect': it sent NBD_CMD_DISC, and has finished. 'lost': anything else. The connection broke, the client
- * was killed or violated the protocol, or the server closed it; a client that reconnects automatically continues its work.
+ * How a client left. 'disconnect': it sent NBD_CMD_DISC, and has finished. 'lost': anything else. The connection broke, the
+ * client was killed or violated the protocol, or the server closed it; a client that reconnects automatically continues its
+ * work.
  */
 export type Ending = 'disconnect' | 'lost';
 
@@ -192,9 +193,9 @@ export interface ExportProvider<Device extends BlockDevice = BlockDevice> {
   /** Any iterable: it is iterated as the client reads, with other connections served in between. */
   list(peer: Peer): Awaitable<Iterable<ExportInfo>>;
   /**
-   * For NBD_OPT_INFO, and for meta contexts: what `open` would return, without opening. `contexts`: the client's queries when it
-   * lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none that is queried
-   * by its name.
+   * For NBD_OPT_INFO, and for meta contexts: what `open` would return, without opening. `contexts`: the client's queries
+   * when it lists or selects meta contexts. An export with very many may leave some out of `geometry.contexts`, but none
+   * that is queried by its name.
    * Errors: ExportError.
    */
   describe(

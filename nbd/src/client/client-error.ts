@@ -3,9 +3,9 @@
 import type { DeviceErrorCode } from '../block-device.js';
 
 /**
- * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed option;
- * TLS_FAILED if TLS is required and failed; PROTOCOL if the server violates the protocol; CLOSED if the connection is closed or in
- * the wrong phase.
+ * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
+ * option; TLS_FAILED if TLS is required and failed; PROTOCOL if the server violates the protocol; CLOSED if the connection
+ * is closed or in the wrong phase.
  */
 export type NbdClientErrorCode =
   | DeviceErrorCode

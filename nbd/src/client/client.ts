@@ -1,7 +1,8 @@
 /**
- * An NBD client: fixed newstyle, the best kind of replies that the server has, block status, requests pipelined as promises. It is
- * for tests, tools and backups inside a program; it has no cache and never retries. It owns its socket from
- * connect() to the end; option-phase.ts reads what arrives before an export is open, reply-reader.ts what arrives afterwards.
+ * An NBD client: fixed newstyle, the best kind of replies that the server has, block status, requests pipelined as
+ * promises. It is for tests, tools and backups inside a program; it has no cache and never retries. It owns its socket from
+ * connect() to the end; option-phase.ts reads what arrives before an export is open, reply-reader.ts what arrives
+ * afterwards.
  */
 
 import type { Duplex } from 'node:stream';
@@ -100,8 +101,8 @@ export class NbdClient {
 
   /**
    * Connect and exchange greetings; next is list(), info() or go().
-   * Errors: NbdClientError TLS_FAILED (`tls` is given and the TLS handshake failed), CLOSED (no connection), PROTOCOL (the peer is
-   * not a fixed-newstyle NBD server).
+   * Errors: NbdClientError TLS_FAILED (`tls` is given and the TLS handshake failed), CLOSED (no connection), PROTOCOL (the
+   * peer is not a fixed-newstyle NBD server).
    */
   static async connect(options: ClientOptions): Promise<NbdClient> {
     const socket = 'socket' in options ? options.socket : await connectSocket(options);
@@ -143,7 +144,10 @@ export class NbdClient {
     return this.#options.listContexts(exportName, queries);
   }
 
-  /** Select meta contexts for an export that is opened next; replaces an earlier selection. @returns those that the export has */
+  /**
+   * Select meta contexts for an export that is opened next; replaces an earlier selection.
+   * @returns those that the export has
+   */
   async selectContexts(exportName: string, names: readonly string[]): Promise<readonly string[]> {
     await this.#options.selectContexts(exportName, names);
     return this.contexts;
@@ -214,8 +218,8 @@ export class NbdClient {
   }
 
   /**
-   * The extents of a range in a meta context (NBD_CMD_BLOCK_STATUS): at least one, from `offset` on. They may end before the range
-   * does (continue from there), never after it.
+   * The extents of a range in a meta context (NBD_CMD_BLOCK_STATUS): at least one, from `offset` on. They may end before
+   * the range does (continue from there), never after it.
    * @param options.one a single extent
    * Errors: NbdClientError UNSUPPORTED (the context was not selected).
    */

@@ -1,7 +1,7 @@
 /**
- * The transmission phase, client side: from bytes to answered requests. It owns the parser's state and trusts nothing: every reply
- * must fit a request that waits for it, every chunk the range of its request, and no more memory is used than the request allows.
- * It sends nothing and has no socket.
+ * The transmission phase, client side: from bytes to answered requests. It owns the parser's state and trusts nothing:
+ * every reply must fit a request that waits for it, every chunk the range of its request, and no more memory is used than
+ * the request allows. It sends nothing and has no socket.
  */
 
 import {

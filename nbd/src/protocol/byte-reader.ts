@@ -1,6 +1,6 @@
 /**
- * The bytes of a handshake, read in exact amounts, so that the code of a handshake follows the protocol's text. It owns bytes that
- * have arrived and were not read; it is not for the transmission phase, which parses in place.
+ * The bytes of a handshake, read in exact amounts, so that the code of a handshake follows the protocol's text. It owns
+ * bytes that have arrived and were not read; it is not for the transmission phase, which parses in place.
  */
 
 import type { Duplex } from 'node:stream';
@@ -32,8 +32,8 @@ export class ByteReader {
   }
 
   /**
-   * Further bytes come from the TLS stream over the old one. Bytes that arrived in the clear and were not read must never be taken
-   * for its bytes.
+   * Further bytes come from the TLS stream over the old one. Bytes that arrived in the clear and were not read must never
+   * be taken for its bytes.
    * Errors: Error if there are any.
    */
   moveTo(socket: Duplex): void {

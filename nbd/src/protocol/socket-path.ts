@@ -1,6 +1,6 @@
 /**
- * The longest path of a unix socket. Node silently truncates a longer one (libuv, uv_pipe_bind and uv_pipe_connect), and listens or
- * connects under the shortened name.
+ * The longest path of a unix socket. Node silently truncates a longer one (libuv, uv_pipe_bind and uv_pipe_connect), and
+ * listens or connects under the shortened name.
  */
 
 /** sockaddr_un.sun_path including its NUL has 108 bytes on Linux, and 104 on macOS and the BSDs. */

@@ -1,7 +1,7 @@
 /**
- * TLS over a connection that began in the clear (proto.md, "TLS support"): the handshakes of both ends, and what they prove about
- * the other side. It owns the accepted versions and ciphers and the rule when a name is proven; it contains no messages of NBD
- * and reads no files.
+ * TLS over a connection that began in the clear (proto.md, "TLS support"): the handshakes of both ends, and what they prove
+ * about the other side. It owns the accepted versions and ciphers and the rule when a name is proven; it contains no
+ * messages of NBD and reads no files.
  */
 
 import type { Duplex } from 'node:stream';
@@ -67,8 +67,8 @@ const PSK_CIPHERS = ['ECDHE-PSK-CHACHA20-POLY1305', 'ECDHE-PSK-AES256-CBC-SHA384
 const OPTIONS = constants.SSL_OP_NO_TICKET | constants.SSL_OP_NO_RENEGOTIATION;
 
 /**
- * Server side of the handshake. `socket` must have no reader any more; its buffered bytes belong to TLS. However it fails, `socket`
- * is destroyed.
+ * Server side of the handshake. `socket` must have no reader any more; its buffered bytes belong to TLS. However it fails,
+ * `socket` is destroyed.
  */
 export function acceptTls(
   socket: Duplex,
@@ -81,8 +81,8 @@ export function acceptTls(
       socket.destroy();
       reject(error);
     };
-    // A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its own context
-    // (1.4 ms to create) also means that no session of an earlier connection can be resumed.
+    // A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its own
+    // context (1.4 ms to create) also means that no session of an earlier connection can be resumed.
     let server: tls.Server;
     try {
       server = tls.createServer({
@@ -179,8 +179,9 @@ function cipherList(certificates: boolean, psk: boolean): string {
 }
 
 /**
- * Whether the handshake used a pre-shared key. A call of pskCallback does not prove it: OpenSSL continues with a certificate if the
- * key does not fit the cipher. In TLS 1.3 a pre-shared key is a kind of resumption, and there is no other kind here.
+ * Whether the handshake used a pre-shared key. A call of pskCallback does not prove it: OpenSSL continues with a
+ * certificate if the key does not fit the cipher. In TLS 1.3 a pre-shared key is a kind of resumption, and there is no
+ * other kind here.
  */
 function isByPreSharedKey(socket: tls.TLSSocket): boolean {
   const isTls13 = socket.getProtocol() === 'TLSv1.3';

@@ -1,7 +1,7 @@
 /**
- * Admission of connections: how many there may be, in all, of one peer, over TCP and in the handshake, and which one is closed
- * when there is no room. It owns the counts. A connection that is leaving, or that has chosen no export and waits for its client,
- * makes room for a new one. A connection with an export is never closed for another.
+ * Admission of connections: how many there may be, in all, of one peer, over TCP and in the handshake, and which one is
+ * closed when there is no room. It owns the counts. A connection that is leaving, or that has chosen no export and waits
+ * for its client, makes room for a new one. A connection with an export is never closed for another.
  */
 
 import type { Peer } from '../block-device.js';
@@ -15,7 +15,10 @@ const LEAVING_FACTOR = 2;
 
 /** The connection that takes a place. */
 export interface Occupant {
-  /** Whether the next step is the client's, of its handshake or its leaving. False: it has an export, or waits for the server. */
+  /**
+   * Whether the next step is the client's, of its handshake or its leaving. False: it has an export, or waits for the
+   * server.
+   */
   readonly isWaitedFor: boolean;
   /** Close its socket now; called at most once. */
   crowdOut(reason: string): void;

@@ -3,8 +3,9 @@
  * other, neighbours joined, cut to the requested range, to a bounded number, and all at the same byte; and written as the
  * payloads of chunks. It checks what BlockDevice.extents promises; it never calls a device and sends nothing.
  *
- * The protocol lets each context end at a different byte. Clients that query two contexts and continue where one of them ends
- * (users of libnbd do, for example virtnbdbackup) miss the rest of the other one: so all contexts of a reply end at the same byte.
+ * The protocol lets each context end at a different byte. Clients that query two contexts and continue where one of them
+ * ends (users of libnbd do, for example virtnbdbackup) miss the rest of the other one: so all contexts of a reply end at
+ * the same byte.
  */
 
 import { ALLOCATION_CONTEXT, type ExtentSink } from '../block-device.js';

@@ -1,7 +1,7 @@
 /**
- * The event loop of this thread as a server of connections. It owns what all connections of a loop share: buffers, shares of its
- * turns, its clock, the watch for stalled clients, and sockets that wait for their end. It admits every connection: the server,
- * which may be in another thread, decides that before.
+ * The event loop of this thread as a server of connections. It owns what all connections of a loop share: buffers, shares
+ * of its turns, its clock, the watch for stalled clients, and sockets that wait for their end. It admits every connection:
+ * the server, which may be in another thread, decides that before.
  */
 
 import type net from 'node:net';
@@ -45,8 +45,9 @@ export interface AcceptedStream {
 }
 
 /**
- * Serves connections on the event loop of the thread that creates it. A server creates one for its own thread; in a worker thread
- * the program creates one, and gives it the sockets whose descriptors the server's ServingLoop for that worker sends.
+ * Serves connections on the event loop of the thread that creates it. A server creates one for its own thread; in a worker
+ * thread the program creates one, and gives it the sockets whose descriptors the server's ServingLoop for that worker
+ * sends.
  */
 export class ConnectionLoop implements ServingLoop {
   readonly #tls: ServerTls | undefined;
@@ -100,7 +101,10 @@ export class ConnectionLoop implements ServingLoop {
     return this.#open({ id, socket, peer, progress, offender, state, inPlace, tls: this.#tls });
   }
 
-  /** Serve a stream of this thread. TLS is not offered to internal peers: the program that hands over a stream vouches for it. */
+  /**
+   * Serve a stream of this thread. TLS is not offered to internal peers: the program that hands over a stream vouches for
+   * it.
+   */
   serveStream(stream: AcceptedStream): ServedConnection {
     return this.#open({ ...stream, tls: stream.peer.transport === 'internal' ? undefined : this.#tls });
   }

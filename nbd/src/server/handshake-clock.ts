@@ -1,7 +1,7 @@
 /**
- * The time limits of a handshake, for the client's part and the server's: a client is closed for being silent or slow, never for
- * waiting for the server; and the server's own work is limited too. It owns one timer, by a clock that nobody sets and that stands
- * still while the server cannot receive (LoopTime).
+ * The time limits of a handshake, for the client's part and the server's: a client is closed for being silent or slow,
+ * never for waiting for the server; and the server's own work is limited too. It owns one timer, by a clock that nobody
+ * sets and that stands still while the server cannot receive (LoopTime).
  */
 import type { Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
@@ -57,7 +57,8 @@ export class HandshakeClock {
     } finally {
       this.#doing = undefined;
       const took = this.#time.now() - this.#doingSince;
-      // Short answers count as the server's time only up to a limit: else a client could extend its time with ever more options.
+      // Short answers count as the server's time only up to a limit: else a client could extend its time with ever more
+      // options.
       const ours = took >= SHORT_MS ? took : Math.min(took, this.#shortLeftMs);
       if (took < SHORT_MS) this.#shortLeftMs -= ours;
       this.#servedMs += ours;

@@ -1,6 +1,6 @@
 /**
- * Sockets of clients that have violated the protocol repeatedly and wait for their end (see offenders.ts). It owns these sockets,
- * for one event loop: their connections have no device and no request any more, and count for no limit.
+ * Sockets of clients that have violated the protocol repeatedly and wait for their end (see offenders.ts). It owns these
+ * sockets, for one event loop: their connections have no device and no request any more, and count for no limit.
  */
 
 import type { Duplex } from 'node:stream';
@@ -15,8 +15,8 @@ export class HeldSockets {
   readonly #held = new Map<Duplex, NodeJS.Timeout>();
 
   /**
-   * Keep `socket`, which has no reader any more, and destroy it after `delayMs`. False, and nothing done, if it is closed or has
-   * too many unsent bytes.
+   * Keep `socket`, which has no reader any more, and destroy it after `delayMs`. False, and nothing done, if it is closed
+   * or has too many unsent bytes.
    */
   hold(socket: Duplex, delayMs: number): boolean {
     if (socket.destroyed || socket.writableLength > MAX_HELD_UNSENT_BYTES) return false;
@@ -27,7 +27,8 @@ export class HeldSockets {
         longest.destroy();
       }
     }
-    // While it is paused its end is not seen: a client that is gone costs one of MAX_HELD descriptors for the rest of the delay.
+    // While it is paused its end is not seen: a client that is gone costs one of MAX_HELD descriptors for the rest of the
+    // delay.
     socket.pause();
     const timer = setTimeout(() => socket.destroy(), delayMs);
     this.#held.set(socket, timer);

@@ -44,8 +44,8 @@ const LISTEN_BACKLOG = 511;
 const IPV4_MAPPED = '::ffff:';
 
 /**
- * Bind `listener` and listen. A stale socket file is replaced; a socket that a process listens on, and any other kind of file, is
- * not.
+ * Bind `listener` and listen. A stale socket file is replaced; a socket that a process listens on, and any other kind of
+ * file, is not.
  * Errors: ListenError.
  */
 export async function bindListener(listener: net.Server, options: ListenOptions): Promise<BoundAddress> {

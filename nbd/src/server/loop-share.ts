@@ -3,8 +3,8 @@
  * a queue; the connection that has used least time lately is served first, and between two turns of the queue the loop polls
  * the sockets. It owns the queue and the time that each connection has used; it contains nothing about requests.
  *
- * The clock is read once in a while, not for every small request: work is counted in units, so connections with little work cost
- * no clock.
+ * The clock is read once in a while, not for every small request: work is counted in units, so connections with little work
+ * cost no clock.
  */
 
 /** The time that one connection may use in a turn of the loop, milliseconds. */

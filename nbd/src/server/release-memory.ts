@@ -1,6 +1,6 @@
 /**
- * Gives the memory of a buffer back to the system at once. The garbage collector frees it only at the next collection, which in a
- * quiet process may never happen. It owns the method of doing so.
+ * Gives the memory of a buffer back to the system at once. The garbage collector frees it only at the next collection,
+ * which in a quiet process may never happen. It owns the method of doing so.
  */
 
 import { MessageChannel, type MessagePort } from 'node:worker_threads';

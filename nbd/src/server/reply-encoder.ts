@@ -1,6 +1,7 @@
 /**
- * The layout of replies on the wire. The kind of reply of a connection is chosen here, once, from what was negotiated; the reply
- * queue gets sizes and writes headers through it. It never allocates on the path of a request that succeeds, and never sends.
+ * The layout of replies on the wire. The kind of reply of a connection is chosen here, once, from what was negotiated; the
+ * reply queue gets sizes and writes headers through it. It never allocates on the path of a request that succeeds, and
+ * never sends.
  *
  * Simple replies have a header and a read's data. Chunked ones (structured, or extended with headers of 32 bytes that
  * repeat the request's offset) also carry holes, several pieces, block status, and error messages.

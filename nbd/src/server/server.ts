@@ -1,6 +1,7 @@
 /**
- * The server: listeners, the set of open connections, and the orderly end of both. It owns the admission and everything that all
- * connections share, whichever event loop serves them (see serving-loop.ts). It never reads or writes a connection.
+ * The server: listeners, the set of open connections, and the orderly end of both. It owns the admission and everything
+ * that all connections share, whichever event loop serves them (see serving-loop.ts). It never reads or writes a
+ * connection.
  */
 
 import net from 'node:net';
@@ -24,7 +25,10 @@ export interface ServerOptions {
   readonly observer?: ServerObserver;
   /** Limits other than DEFAULT_LIMITS. */
   readonly limits?: Partial<Limits>;
-  /** TLS for connections of listeners. It is not offered to internal peers: the program that hands over a stream vouches for it. */
+  /**
+   * TLS for connections of listeners. It is not offered to internal peers: the program that hands over a stream vouches for
+   * it.
+   */
   readonly tls?: ServerTls;
   /** Asks the kernel for the process at the other end of a unix socket; undefined if unknown. */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
@@ -34,8 +38,8 @@ export interface ServerOptions {
    */
   readonly prepareSocket?: (socket: net.Socket) => void;
   /**
-   * The event loops that serve accepted connections, each with its part of the connections and of the memory; by default that of
-   * this thread. The server owns them: it stops them when it is closed.
+   * The event loops that serve accepted connections, each with its part of the connections and of the memory; by default
+   * that of this thread. The server owns them: it stops them when it is closed.
    */
   readonly loops?: readonly ServingLoop[];
 }
@@ -174,15 +178,15 @@ export class NbdServer {
   }
 
   /**
-   * Hand a connection over, to be continued elsewhere: it stops between two requests, requests in flight are answered, and `take`
-   * is called with its socket and its state. `take` must use the socket before it returns, for example duplicate its descriptor:
-   * afterwards the socket is destroyed here. (Sending the socket to a child process is possible only if nothing is `unsent`: Node
-   * would continue to send that.) The state is plain data.
+   * Hand a connection over, to be continued elsewhere: it stops between two requests, requests in flight are answered, and
+   * `take` is called with its socket and its state. `take` must use the socket before it returns, for example duplicate its
+   * descriptor: afterwards the socket is destroyed here. (Sending the socket to a child process is possible only if nothing
+   * is `unsent`: Node would continue to send that.) The state is plain data.
    *
-   * Resolves with the result of `take` when the device is closed, with the ending 'lost'. If `take` throws, or `signal` is aborted
-   * before, the connection continues here.
-   * Errors: HandOverError NOT_READY (no export yet), ENDING (it is over, or about to be), TLS (it is encrypted), NOT_A_SOCKET (it
-   * is a stream of this process), ABORTED (by `signal`); what `take` throws.
+   * Resolves with the result of `take` when the device is closed, with the ending 'lost'. If `take` throws, or `signal` is
+   * aborted before, the connection continues here.
+   * Errors: HandOverError NOT_READY (no export yet), ENDING (it is over, or about to be), TLS (it is encrypted),
+   * NOT_A_SOCKET (it is a stream of this process), ABORTED (by `signal`); what `take` throws.
    */
   async handOver<T>(
     id: number,
@@ -210,8 +214,8 @@ export class NbdServer {
   }
 
   /**
-   * The accepted stream of a connection, below TLS: to ask the system about its other end, not to read or write it. Undefined if
-   * there is no such connection, or it is served in another thread.
+   * The accepted stream of a connection, below TLS: to ask the system about its other end, not to read or write it.
+   * Undefined if there is no such connection, or it is served in another thread.
    */
   transportOf(id: number): Duplex | undefined {
     return this.#open.get(id)?.transport;
@@ -256,7 +260,10 @@ export class NbdServer {
     return id;
   }
 
-  /** Its place, or the reason why no further connection of this peer is served; undefined for internal peers, which have no place. */
+  /**
+   * Its place, or the reason why no further connection of this peer is served; undefined for internal peers, which have no
+   * place.
+   */
   #placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
     const { maxConnections } = this.#limits;
     if (this.#isClosed) return 'the server is closed';

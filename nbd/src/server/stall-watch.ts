@@ -1,7 +1,7 @@
 /**
- * Stalled clients: they do not read their replies, or do not send the rest of a payload. It owns the timer that checks them and
- * the decision which are closed: any of them after `stallTimeoutMs`, and while others wait for memory those that hold most of it
- * after `memoryStallMs`.
+ * Stalled clients: they do not read their replies, or do not send the rest of a payload. It owns the timer that checks them
+ * and the decision which are closed: any of them after `stallTimeoutMs`, and while others wait for memory those that hold
+ * most of it after `memoryStallMs`.
  */
 
 import type { BufferPool } from './buffer-pool.js';
