@@ -1,4 +1,4 @@
-/** Who is let in, who is turned away and who makes room, with many clients that ask nothing. */
+/** Which connections are admitted, refused, or make room, with many clients that send nothing. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -82,7 +82,7 @@ async function wasTurnedAway(client: RawClient): Promise<void> {
 }
 
 describe('connections that choose no export', () => {
-  test('shut nobody out: the one that was quiet for longest makes room', async () => {
+  test('refuse no new client: the connection that was quiet for longest makes room', async () => {
     const { comes, closes, server } = await crowd({ maxConnections: 4, maxConnectionsPerPeer: 4 });
     const quiet = await comes(7);
     const talks = await comes(7);

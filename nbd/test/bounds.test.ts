@@ -1,4 +1,4 @@
-/** How many connections there may be, how long they may be quiet, and that nobody loses a reply at the end of one. */
+/** How many connections there may be, how long they may be quiet, and that no client loses a reply at the end of one. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -140,7 +140,7 @@ describe('connections of one peer', () => {
 });
 
 describe('an idle connection', () => {
-  test('is closed when its time is up, and one that asks is not', async () => {
+  test('is closed at its time limit, and a client that sends requests is not', async () => {
     const { opened, closes, server } = await startServer({ limits: { idleTimeoutMs: 300 } });
     const quiet = await opened();
     const busy = await opened();
@@ -173,7 +173,7 @@ describe('an idle connection', () => {
 });
 
 describe('a client that does not do its part', () => {
-  test('is served when it goes on, however long that takes, unless there is a limit', async () => {
+  test('is served when it continues, however late, unless there is a limit', async () => {
     const { opened, closes } = await startServer({ limits: { stallTimeoutMs: 0, memoryStallMs: 100 } });
     const client = await opened();
     client.socket.pause();
@@ -185,7 +185,7 @@ describe('a client that does not do its part', () => {
     for (let i = 0; i < 20; i++) expect((await client.readReply(1024 * 1024)).errno).toBe(0);
   });
 
-  test('is closed after stallTimeoutMs without reading, or in the middle of a write; who is only quiet is not', async () => {
+  test('is closed after stallTimeoutMs without reading, or in the middle of a write; a client that is only quiet is not', async () => {
     const { opened, closes, server } = await startServer({ limits: { stallTimeoutMs: 1000 } });
     const quiet = await opened();
     const unread = await opened();
@@ -194,8 +194,7 @@ describe('a client that does not do its part', () => {
     const unsent = await opened();
     unsent.send(requestBytes({ type: CMD.WRITE, length: 65536 }), Buffer.alloc(1000));
     await until(() => closes.length === 2, 'both are closed');
-    for (const { reason } of closes)
-      expect(reason).toMatch(/taken nothing of its replies, and sent nothing, for 1000 ms/);
+    for (const { reason } of closes) expect(reason).toMatch(/read no replies, and sent nothing, for 1000 ms/);
     expect(server.connections.size).toBe(1);
     quiet.request({ type: CMD.READ, length: 4 });
     expect((await quiet.readReply(4)).errno).toBe(0);
@@ -300,7 +299,7 @@ describe('the end of a connection', () => {
   });
 });
 
-test('a new size is what new connections see, and open ones keep theirs', async () => {
+test('new connections get the new size, and open ones keep theirs', async () => {
   const { opened, provider, client } = await startServer();
   const before = await opened();
   provider.exports.set('disk', new TestExport('disk', { size: 2 * 1024 * 1024 }));

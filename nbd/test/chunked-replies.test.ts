@@ -205,7 +205,7 @@ for (const level of LEVELS) {
       expect(await client.readChunk()).toMatchObject({ kind: level, type: REPLY_TYPE.NONE, isDone: true, cookie: 5n });
     });
 
-    test('what is known to be a hole is sent as one, with and without DF, and the device is not asked to read', async () => {
+    test('a known hole is sent as a hole, with and without DF, and the device does not read', async () => {
       const exported = new TestExport('disk');
       exported.isHole = (offset, length) => offset >= 512 * KIB && offset + length <= 768 * KIB;
       const server = await startServer({ exports: [exported] });
@@ -262,7 +262,7 @@ for (const level of LEVELS) {
       expect(assemble(chunks, 0, MIB).equals(exported.disk)).toBe(true);
     });
 
-    test('a read shorter than 128 KiB does not ask where holes are', async () => {
+    test('for a read shorter than 128 KiB the device is not asked for holes', async () => {
       const server = await startServer({ exports: [sparse([0, MIB])] });
       const client = await opened(server, level);
       ask(client, level, { type: CMD.READ, offset: 0, length: 128 * KIB - 1 });
@@ -316,7 +316,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test('a device that has to look and finds only data is asked less and less often, and again when it finds a hole', async () => {
+    test('a device that answers later and reports only data is asked less and less often, and always again after it reports a hole', async () => {
       const exported = new TestExport('disk');
       const server = await startServer({ exports: [exported] });
       server.provider.hook = () => Promise.resolve();
@@ -340,7 +340,7 @@ for (const level of LEVELS) {
       expect(await asked(10)).toBe(10);
     });
 
-    test('of an export without base:allocation a long read is data, and nobody asks', async () => {
+    test('without base:allocation a long read is data, and the device is not asked for holes', async () => {
       const server = await startServer({ exports: [new TestExport('disk', { contexts: [] })] });
       const client = await opened(server, level);
       ask(client, level, { type: CMD.READ, offset: 0, length: MIB });
@@ -403,7 +403,7 @@ for (const level of LEVELS) {
         expect((await client.readChunk()).type).toBe(REPLY_TYPE.ERROR);
       });
 
-      test(`a part of a long read that fails ${when} is told with its offset, and nothing of the read is sent`, async () => {
+      test(`a part of a long read that fails ${when} is answered with its offset, and no data of the read is sent`, async () => {
         const server = await startServer({ exports: [sparse([100 * KIB, 100 * KIB], [500 * KIB, 100 * KIB])] });
         const client = await opened(server, level);
         const fail = (): never => {
@@ -447,7 +447,7 @@ for (const level of LEVELS) {
       }
     });
 
-    test('what is no DeviceError is told without its text', async () => {
+    test('an error that is not a DeviceError is answered without its text', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       server.provider.hook = () => {
@@ -544,7 +544,7 @@ for (const level of LEVELS) {
       await server.allOver();
     });
 
-    test('of a client that reads no replies, the device is asked for no more than may wait to be sent', async () => {
+    test('for a client that reads no replies the device gets no more requests than replies may wait', async () => {
       const server = await startServer({ exports: [sparse([256 * KIB, 4096])], limits: { maxUnsentBytes: MIB } });
       const client = await opened(server, level);
       client.socket.pause();

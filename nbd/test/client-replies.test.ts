@@ -1,4 +1,4 @@
-/** The client with each kind of replies: against our server, and against servers that send what they must not. */
+/** The client with each kind of replies: against our server, and against servers that violate the protocol. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -176,7 +176,7 @@ describe('negotiation', () => {
 
 for (const level of LEVELS) {
   describe(`with ${level} replies`, () => {
-    test('everything that is asked is answered', async () => {
+    test('every request is answered', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       const data = Buffer.from('a few bytes, at an odd place');
@@ -244,7 +244,7 @@ for (const level of LEVELS) {
       expect(await client.read(4, 4)).toEqual(uint32(5));
     });
 
-    test('a thousand requests made together are each answered with what they asked for', async () => {
+    test('a thousand concurrent requests each get their own answer', async () => {
       const exported = new TestExport('disk', { size: 4 * MIB });
       exported.disk.fill(0, MIB, 2 * MIB);
       const server = await startServer({ exports: [exported] });
@@ -280,7 +280,7 @@ for (const level of LEVELS) {
       expect(server.provider.calls.length === 2).toBe(level === 'extended');
     });
 
-    test('more than a payload is refused without asking the server', async () => {
+    test('a request of more than the largest payload is refused without a request to the server', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       expect((await failureOf(client.write(0, Buffer.alloc(MAX_PAYLOAD + 1)))).code).toBe('EINVAL');
@@ -289,7 +289,7 @@ for (const level of LEVELS) {
       expect(server.requests).toHaveLength(1);
     });
 
-    test('block status tells what is where, or that it cannot', async () => {
+    test('block status returns the extents, or an error', async () => {
       const exported = new TestExport('disk');
       exported.disk.fill(0, 64 * KIB, 128 * KIB);
       const server = await startServer({ exports: [exported] });
@@ -589,7 +589,7 @@ describe('servers that send what they must not', () => {
       expect((await failureOf(next)).code).toBe('CLOSED');
     });
 
-    test(`the last extent may reach further than was asked, and is cut (${level})`, async () => {
+    test(`the last extent may reach beyond the requested range, and is cut (${level})`, async () => {
       const type = level === 'structured' ? REPLY_TYPE.BLOCK_STATUS : REPLY_TYPE.BLOCK_STATUS_EXT;
       const client = await answered(level, (h) =>
         chunk(

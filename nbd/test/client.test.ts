@@ -158,7 +158,7 @@ describe('options', () => {
     });
   }
 
-  test('options after go() are refused without asking the server', async () => {
+  test('options after go() are refused without a message to the server', async () => {
     const client = await (await startServer()).client();
     expect((await failureOf(client.list())).code).toBe('CLOSED');
   });
@@ -185,7 +185,7 @@ describe('options', () => {
 });
 
 describe('requests', () => {
-  test('what is written is read back; zeroed and trimmed ranges read as zeros', async () => {
+  test('written data are read back; zeroed and trimmed ranges read as zeros', async () => {
     const client = await (await startServer()).client();
     const data = Buffer.from('a few bytes, at an odd place');
     await client.write(1001, data);
@@ -285,7 +285,7 @@ describe('requests', () => {
     expect((await failureOf(client.flush())).code).toBe('CLOSED');
   });
 
-  test('a thousand requests made together are each answered with what they asked for', async () => {
+  test('a thousand concurrent requests each get their own answer', async () => {
     const { client: open, provider } = await startServer();
     provider.hook = ({ offset }) => (offset % 3 === 0 ? Promise.resolve() : undefined);
     const client = await open();
@@ -315,7 +315,7 @@ describe('ends', () => {
     expect(closes[0]?.reason).toBe('the client aborted the handshake');
   });
 
-  test('disconnect() after go() waits for the answers to what is in flight', async () => {
+  test('disconnect() after go() waits for the answers of requests in flight', async () => {
     const { client: open, provider, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -358,7 +358,7 @@ describe('ends', () => {
     expect((await failureOf(client.read(0, 4096))).code).toBe('CLOSED');
   });
 
-  test('destroy() fails what is pending, and the server closes the device', async () => {
+  test('destroy() fails pending requests, and the server closes the device', async () => {
     const { client: open, provider, allOver } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -385,7 +385,7 @@ describe('ends', () => {
     await closed;
   });
 
-  test('there is no connection to a path where nobody listens', async () => {
+  test('connect() to a path without a listener fails', async () => {
     const path = join(await temporaryDirectory(), 'nobody.sock');
     const failure = await failureOf(NbdClient.connect({ path }));
     expect(failure.code).toBe('CLOSED');
@@ -414,7 +414,7 @@ describe('servers that do not speak NBD', () => {
     },
     { what: 'is newstyle but not fixed', greeting: Buffer.concat([Buffer.from('NBDMAGICIHAVEOPT'), uint16(0)]) },
   ]) {
-    test(`connect() to one that ${what} fails with PROTOCOL`, async () => {
+    test(`connect() to a server that ${what} fails with PROTOCOL`, async () => {
       const path = await fakeServer((peer) => {
         peer.send(greeting);
         return Promise.resolve();
@@ -423,7 +423,7 @@ describe('servers that do not speak NBD', () => {
     });
   }
 
-  test('connect() to one that hangs up within its greeting fails with CLOSED', async () => {
+  test('connect() to a server that closes within its greeting fails with CLOSED', async () => {
     const path = await fakeServer((peer) => {
       peer.send(GREETING.subarray(0, 10));
       peer.halfClose();
@@ -482,7 +482,7 @@ describe('servers that do not speak NBD', () => {
   });
 });
 
-describe('sockets that somebody else connected', () => {
+describe('sockets that the program connected', () => {
   test('client and server talk over a pair of streams', async () => {
     const { server } = await startServer();
     const pair = duplexPair();

@@ -1,4 +1,4 @@
-/** What a device must have, what it may leave out, and what is announced of it. */
+/** What a device must have, what it may leave out, and what is announced for it. */
 
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';

@@ -1,4 +1,4 @@
-/** A pair of connected ends (see pair-end.ts) that is gone when the test is over. */
+/** A pair of connected ends (see pair-end.ts), destroyed at the end of the test. */
 
 import { onTestFinished } from 'vitest';
 import { connectedEnds, type PairEnd } from './pair-end.js';

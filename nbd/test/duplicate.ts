@@ -1,4 +1,4 @@
-/** A socket's descriptor, duplicated: what a program does that gives a connection away. Node cannot. */
+/** Duplicates a socket's descriptor, as a program that hands over a connection does. Node has no function for it. */
 
 import net from 'node:net';
 import koffi from 'koffi';

@@ -1,4 +1,4 @@
-/** A connection in the transmission phase is given to another server, of this process or of another one, and goes on. */
+/** A connection in the transmission phase is handed over to another server, in this process or another one, and continues. */
 
 import { fork } from 'node:child_process';
 import type net from 'node:net';
@@ -118,7 +118,7 @@ describe('in one process', () => {
     },
   );
 
-  test('what belongs to a refused write is skipped by the next server as well, and it is refused once', async () => {
+  test('the payload of a refused write is skipped by the next server as well, and the write is refused once', async () => {
     const { opened, server } = await startServer();
     const next = nextServer();
     const client = await opened();
@@ -368,8 +368,8 @@ test.each([
   [{ size: DISK_SIZE / 2 }, 'it has 524288 bytes, and had 1048576'],
   [{ readOnly: true }, 'it is read-only now'],
   [{ minimumBlockSize: 512 }, 'its blocks have 512 bytes, and had 1'],
-  [{ canTrim: false }, 'it cannot do any more what was announced (transmission flags 0x20)'],
-])('an export that is not any more what the client was told of is not gone on with: %o', async (geometry, why) => {
+  [{ canTrim: false }, 'it no longer supports what was announced (transmission flags 0x20)'],
+])('a connection whose export lacks something that was announced is not continued: %o', async (geometry, why) => {
   const { opened, server } = await startServer();
   const next = nextServer(new TestExport('disk', geometry));
   const client = await opened();
@@ -377,7 +377,7 @@ test.each([
   await client.readToEnd();
   client.halfClose();
   await until(() => next.closes.length === 1, 'it is closed');
-  expect(next.closes).toEqual([`it cannot go on with the export "disk": ${why}`]);
+  expect(next.closes).toEqual([`it cannot continue with the export "disk": ${why}`]);
   expect(next.provider.openNow).toBe(0);
 });
 

@@ -1,4 +1,4 @@
-/** The handshake with clients that keep to the protocol: what they are told, and that they get where they want to go. */
+/** The handshake with clients that follow the protocol: the answers, and the export that they get. */
 
 import { describe, expect, test, vi } from 'vitest';
 import { DeviceError, ExportError, type ExportInfo, type ExportProvider } from '../src/index.js';
@@ -104,7 +104,7 @@ describe('options', () => {
     expect(lastType(replies)).toBe(REP.ACK);
   });
 
-  test('a list of very many exports is told whole, in order, with others served in between', async () => {
+  test('a list of very many exports is sent completely, in order, with others served in between', async () => {
     const { raw, opened, provider } = await startServer();
     const count = 50_000;
     let asked = 0;
@@ -255,7 +255,7 @@ describe('EXPORT_NAME', () => {
     });
   }
 
-  test('an empty name asks for the export whose name is empty', async () => {
+  test('an empty name selects the export whose name is empty', async () => {
     const { raw, opens } = await startServer({ exports: [new TestExport('', { size: 8192 }), new TestExport('disk')] });
     const client = await raw();
     await client.greet();

@@ -1,4 +1,4 @@
-/** A payload that comes while the loop is spent: its bytes wait, and what comes next goes behind them. */
+/** A payload that arrives while the loop's turn is used up: its bytes wait, and later input is queued behind them. */
 import { PassThrough } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';

@@ -1,4 +1,4 @@
-/** Receiving into memory that is used again: what a slow device still works on must not be overwritten. */
+/** Receiving into memory that is reused: data that a slow device still uses must not be overwritten. */
 import { Duplex } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';

@@ -59,7 +59,7 @@ async function leaveStaleSocket(path: string): Promise<void> {
 }
 
 describe('a connection that is cut off', () => {
-  test('is over when its requests in flight are finished; what was held back, and what comes, is not carried out', async () => {
+  test('is over when its requests in flight are finished; held and later requests are not executed', async () => {
     const { opened, provider, server, closes } = await startServer({ limits: { maxInFlightRequests: 2 } });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -189,7 +189,7 @@ describe('clients that vanish', () => {
   });
 });
 
-describe('what a device is told of how its client has left', () => {
+describe('the ending that a device gets when its client has left', () => {
   test('"disconnect" after NBD_CMD_DISC, whatever was in flight', async () => {
     const { opened, provider, allOver } = await startServer();
     const client = await opened();
@@ -212,7 +212,7 @@ describe('what a device is told of how its client has left', () => {
     expect(provider.endings).toEqual(['lost', 'lost', 'lost', 'lost']);
   });
 
-  test('the provider is told when a connection is over that has asked, whether it opened anything or not', async () => {
+  test('left() is called when a connection is over that called the provider, with or without an open export', async () => {
     const { raw, opened, provider, allOver } = await startServer();
     const asking = await raw();
     await asking.greet();
@@ -253,7 +253,7 @@ describe('close()', () => {
     expect(closes[0]?.reason).toBe('the server is shutting down');
   });
 
-  test('refuse: false answers what is in flight, and neither carries out nor answers what comes later', async () => {
+  test('refuse: false answers requests in flight, and neither executes nor answers later ones', async () => {
     const { opened, provider, server } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -272,7 +272,7 @@ describe('close()', () => {
     expect(provider.openNow).toBe(0);
   });
 
-  test('refuse: false drops what was held back because too many requests were in flight', async () => {
+  test('refuse: false drops requests held because too many were in flight', async () => {
     const { opened, provider, server } = await startServer({ limits: { maxInFlightRequests: 2 } });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -305,7 +305,7 @@ describe('close()', () => {
     expect(server.connections.size).toBe(0);
   });
 
-  test('ends idle connections and handshakes, removes the socket file and lets nobody in afterwards', async () => {
+  test('ends idle connections and handshakes, removes the socket file and accepts no client afterwards', async () => {
     const { opened, raw, server, path, allOver } = await startServer();
     const idle = await opened();
     const haggling = await raw();
@@ -322,7 +322,7 @@ describe('close()', () => {
     expect(server.serveConnection(duplexPair().server)).toBeUndefined();
   });
 
-  test('of a server that has no connections, asked twice, resolves twice', async () => {
+  test('of a server without connections, called twice, resolves twice', async () => {
     const { server } = await startServer();
     await Promise.all([server.close(), server.close()]);
     await server.close();
@@ -348,7 +348,7 @@ describe('close()', () => {
     expect(provider).toMatchObject({ opened: 1, closed: 1 });
   });
 
-  test('cuts off after the grace what does not finish, and the device is closed when it does', async () => {
+  test('closes unfinished connections after the grace, and their devices when their requests finish', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -440,7 +440,7 @@ describe('limits', () => {
     await allOver();
   });
 
-  test('who was told of many exports has time to ask about each', async () => {
+  test('a client that listed many exports has time to query each', async () => {
     const exports = Array.from({ length: 200 }, (_, n) => new TestExport(`disk-${n}`));
     const { raw, closes, allOver } = await startServer({
       exports,
@@ -460,7 +460,7 @@ describe('limits', () => {
     expect(closes[0]?.reason).toBe('no export chosen within 200 ms');
   });
 
-  test('what the server takes to open an export is not the client’s time', async () => {
+  test('the time in which the server opens an export is not the client’s', async () => {
     const { raw, provider, closes } = await startServer({ limits: { handshakeTimeoutMs: 200 } });
     const gate = new Gate();
     provider.openHook = () => gate.opened;
@@ -474,7 +474,7 @@ describe('limits', () => {
     expect((await client.readOptionReply()).type).toBe(REP.INFO);
   });
 
-  test('a client is not cut off for the time in which the server stood still, in the handshake or when it is idle', async () => {
+  test('a client is not closed for time in which the server stood still, in the handshake or when it is idle', async () => {
     const { raw, opened, closes } = await startServer({ limits: { handshakeTimeoutMs: 1300, idleTimeoutMs: 1300 } });
     const idle = await opened();
     const client = await raw();
@@ -487,7 +487,7 @@ describe('limits', () => {
     expect(closes).toEqual([]);
   });
 
-  test('a server that does not open an export in time says so of itself, and closes the device when it has opened', async () => {
+  test('a server that does not open an export in time gives that as the reason, and closes the device once it is open', async () => {
     const { raw, provider, allOver, closes } = await startServer({ limits: { openTimeoutMs: 1000 } });
     const gate = new Gate();
     provider.openHook = () => gate.opened;
@@ -518,7 +518,7 @@ describe('limits', () => {
 });
 
 describe('listening', () => {
-  test('a socket file that nobody listens on any more is replaced', async () => {
+  test('a stale socket file is replaced', async () => {
     const path = join(await temporaryDirectory(), 'nbd.sock');
     await leaveStaleSocket(path);
     const { server } = idleServer();
@@ -526,7 +526,7 @@ describe('listening', () => {
     await isServed({ path });
   });
 
-  test('a socket that somebody listens on is refused and goes on working', async () => {
+  test('a socket that a process listens on is refused and continues to work', async () => {
     const { path } = await startServer();
     const error = await listenError(idleServer().server, { path });
     expect(error).toMatchObject({ code: 'IN_USE', message: `another server is listening on ${path}` });
@@ -580,7 +580,7 @@ describe('listening', () => {
   });
 
   for (const mode of [0o600, 0o660, 0o666]) {
-    test(`a socket file has mode ${mode.toString(8)} if told so, whatever the umask`, async () => {
+    test(`a socket file has mode ${mode.toString(8)} if requested, whatever the umask`, async () => {
       const path = join(await temporaryDirectory(), 'nbd.sock');
       const umask = await ownUmask();
       await idleServer().server.listen({ path, mode });
@@ -714,7 +714,7 @@ describe('reports', () => {
     ]);
   });
 
-  test('connections shows phase, export, counts and what is in flight', async () => {
+  test('connections shows phase, export, counts and requests in flight', async () => {
     const { raw, server, provider } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;

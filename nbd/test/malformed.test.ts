@@ -1,5 +1,5 @@
 /**
- * Input that breaks the protocol, one kind a line: what exactly it is answered with, and whether the connection goes on.
+ * Input that violates the protocol, one kind a line: the exact answer, and whether the connection continues.
  * After every kind a healthy connection that was open all the time still works, a new client is served, and nothing is
  * left open.
  */

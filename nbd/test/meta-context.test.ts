@@ -147,7 +147,7 @@ describe('an export with more contexts than it lists', () => {
     return server;
   }
 
-  test('gives one that it does not list to those who ask for it by name, when listing and when selecting', async () => {
+  test('returns a context that it does not list if it is queried by name, when listing and when selecting', async () => {
     const client = await greeted(await manyServer(), OPT.STRUCTURED_REPLY);
     const listed = await client.option(OPT.LIST_META_CONTEXT, metaQueries('disk', ['x-test:']));
     expect([...contextsIn(listed).keys()]).toEqual(['x-test:1', 'x-test:2', 'x-test:3']);
@@ -164,7 +164,7 @@ describe('an export with more contexts than it lists', () => {
 });
 
 describe('SET_META_CONTEXT', () => {
-  test('selects what is named exactly, each with an id of its own; wildcards and strangers select nothing', async () => {
+  test('selects exact names, each with its own id; wildcards and unknown names select nothing', async () => {
     const client = await greeted(await startServer({ exports: [rich()] }), OPT.EXTENDED_HEADERS);
     const queries = ['base:', 'x-test:', 'x-nobody:x', 'base:nothing', WIDE, ALLOCATION_CONTEXT, CHANGED, CHANGED];
     const found = contextsIn(await client.option(OPT.SET_META_CONTEXT, metaQueries('disk', queries)));
@@ -303,7 +303,7 @@ for (const option of [OPT.LIST_META_CONTEXT, OPT.SET_META_CONTEXT]) {
       });
     }
 
-    test('an export that is not there is UNKNOWN, one refused is POLICY, with the words of the provider', async () => {
+    test('a missing export is UNKNOWN, a refused one POLICY, with the message of the provider', async () => {
       const server = await startServer();
       const client = await greeted(server, OPT.STRUCTURED_REPLY);
       expect(types(await client.option(option, metaQueries('nothing')))).toEqual([REP.ERR_UNKNOWN]);
@@ -512,7 +512,7 @@ for (const level of LEVELS) {
       { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 512, [OTHER]: 4096 },
       { [ALLOCATION_CONTEXT]: 1536, [CHANGED]: 512 },
     ]) {
-      test(`contexts of very many extents share one total, cover the same bytes, and what follows is asked on from there: ${JSON.stringify(sizes)}`, async () => {
+      test(`contexts of very many extents share one total, cover the same bytes, and are continued from there: ${JSON.stringify(sizes)}`, async () => {
         const contexts = Object.keys(sizes);
         const client = await opened(await startServer({ exports: [striped(sizes)] }), contexts);
         let offset = 0;
@@ -544,7 +544,7 @@ for (const level of LEVELS) {
       for (let n = 0; n < 40; n++) expect((await client.readChunk()).payload.length).toBeGreaterThan(2 ** 20);
     });
 
-    test('a map of very many extents is answered in part, and asked on from there complete', async () => {
+    test('a map of very many extents is answered in part, and complete when it is continued from there', async () => {
       const exported = new TestExport('disk', { size: 0 });
       Object.assign(exported, { geometry: { ...exported.geometry, size: 2 ** 31 } });
       exported.extents = (_context, offset, length, sink) => {
@@ -674,7 +674,7 @@ describe('BLOCK_STATUS with a payload', () => {
   const filter = (length: number | bigint, ids: readonly number[]): Buffer =>
     Buffer.concat([uint64(length), ...ids.map(uint32)]);
 
-  test('is answered for the contexts in it only, and its length is the one that counts', async () => {
+  test('is answered for the contexts in it only, and its length counts', async () => {
     const server = await startServer({ exports: [rich()] });
     const { client, ids } = await opened(server);
     const [changed, wide] = [ids.get(CHANGED) ?? 0, ids.get(WIDE) ?? 0];

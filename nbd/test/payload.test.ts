@@ -1,6 +1,6 @@
 /**
- * Data are never taken for requests: a client's client (a guest, a user of a filesystem) chooses what is in a block, and
- * must not be able to ask for anything with it. Every block here is full of encoded requests of every kind.
+ * Data are never parsed as requests: a guest, or a user of a filesystem, chooses the contents of blocks, and must not be able to
+ * send requests with them. Every block here is full of encoded requests of every kind.
  */
 import { createHash } from 'node:crypto';
 import { describe, expect, test } from 'vitest';
@@ -158,7 +158,7 @@ for (const level of LEVELS) {
   });
 }
 
-test('a write without the payload flag of the largest size is taken; one that nobody can mean ends the connection', async () => {
+test('a write without the payload flag of the largest size is accepted; an implausible length ends the connection', async () => {
   const server = await startServer({ exports: [new TestExport('disk', { size: MAX_PAYLOAD })] });
   const client = await connected(server, 'extended');
   const data = blockOfRequests(MAX_PAYLOAD);

@@ -1,6 +1,6 @@
 /**
- * An NBD client made of bytes: it sends exactly what a test says, right or wrong, and reads exact amounts of what comes
- * back. It owns its socket; every wait has a bound. It shares no code with the library but the numbers of the protocol.
+ * An NBD client at the level of bytes: it sends exactly what a test gives it, valid or not, and reads exact amounts of the
+ * answers. It owns its socket; every wait has a time limit. It shares only the protocol's numbers with the library.
  */
 
 import net from 'node:net';

@@ -1,4 +1,4 @@
-/** What one client may take of the event loop and of the server's memory while others want some, too. */
+/** How much of the event loop and of the server's memory one client may use while others need them. */
 
 import { describe, expect, test } from 'vitest';
 import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/server/buffer-pool.js';
@@ -106,7 +106,7 @@ describe('the event loop', () => {
     expect(Math.max(...inTurn)).toBeLessThanOrEqual(8);
   });
 
-  test('who used least lately is served first, and everybody in the end', async () => {
+  test('the connection that used least lately is served first, and every one in the end', async () => {
     const loop = new LoopShare();
     const served: string[] = [];
     const task = (name: string, used: number): LoopTask => {
@@ -165,7 +165,7 @@ describe('the event loop', () => {
 });
 
 describe('the memory of a server', () => {
-  test('clients that ask and do not read get no more than the budget, and small requests of others go on', async () => {
+  test('clients that send requests and do not read get no more than the budget, and small requests of others make progress', async () => {
     const { opened, server, provider, room } = await withMemory();
     const silent = await Promise.all(Array.from({ length: room + 3 }, () => opened()));
     for (const client of silent) {
@@ -201,7 +201,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
   });
 
-  test('who holds memory and does not move is closed when others wait for it, and only then', async () => {
+  test('a stalled connection that holds memory is closed when others wait for memory, and only then', async () => {
     const { opened, server, closes, room } = await withMemory(MIN_MEMORY_BYTES, 300);
     const silent = await Promise.all(Array.from({ length: room }, () => opened()));
     for (const client of silent) {
@@ -265,7 +265,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
   });
 
-  test('who waits for memory goes on waiting when something it asked for before is answered', async () => {
+  test('a connection that waits for memory continues to wait when an earlier request is answered', async () => {
     const { opened, raw, server, provider, room } = await withMemory();
     const silent = await Promise.all(Array.from({ length: room }, () => opened()));
     for (const client of silent) {
@@ -288,7 +288,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
   });
 
-  test('who waits for a slow device is not closed for it', async () => {
+  test('a connection that waits for a slow device is not closed', async () => {
     const { opened, server, closes, provider, room } = await withMemory(MIN_MEMORY_BYTES, 200);
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -319,7 +319,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes === 0, 'all of it is back');
   });
 
-  test('a connection that is gone takes nothing with it, in whatever it was', async () => {
+  test('a lost connection leaks no memory, whatever its state was', async () => {
     const { opened, server, provider, room, allOver } = await withMemory();
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 1024 ? gate.opened : undefined);
@@ -394,7 +394,7 @@ describe('the memory of a server', () => {
 });
 
 describe('the pool', () => {
-  test('grants in the order in which was asked, each when there is all of its memory', async () => {
+  test('grants in order of the requests, each when all of its memory is free', async () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const granted: string[] = [];
     const accounts = new Map(
@@ -433,7 +433,7 @@ describe('the pool', () => {
     expect(pool.takeOwn(account)).toBeDefined();
   });
 
-  test('what is kept for reuse makes room for what is needed, and never adds to the budget', () => {
+  test('blocks kept for reuse make room for new ones, and never exceed the budget', () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const account = new MemoryAccount(() => undefined, 1);
     for (let i = 1; i < 200; i++) {
@@ -456,7 +456,7 @@ describe('the pool', () => {
     expect(before - process.memoryUsage().arrayBuffers).toBeGreaterThan(60 * MIB);
   });
 
-  test('what nobody has used for a while is given back to the system', async () => {
+  test('blocks unused for a while are given back to the system', async () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const account = new MemoryAccount(() => undefined, 1);
     const blocks = [pool.takeLarge(account, 8 * MIB), pool.takeLarge(account, 2 * MIB)];

@@ -1,4 +1,4 @@
-/** TLS: who gets in and who does not, and that nothing said in the clear counts once TLS was asked for. */
+/** TLS: which clients are accepted, and that nothing negotiated in the clear counts under TLS. */
 
 import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
@@ -207,7 +207,7 @@ describe('certificates', () => {
       /^the TLS handshake failed: the client's certificate: UNABLE_TO_/,
     ],
   ] as const) {
-    test(`a client with ${what} gets nothing, and the reason is told`, async () => {
+    test(`a client with ${what} gets nothing, and the reason is reported`, async () => {
       const from = await start('require', { verifyPeer: true, authorities: authority.chain });
       // In TLS 1.3 a client learns only afterwards that it was not welcome.
       const error = await failure(
@@ -298,7 +298,7 @@ describe('pre-shared keys', () => {
 });
 
 describe('mode require', () => {
-  test('everything but STARTTLS and ABORT is refused with TLS_REQD before, and nothing is told of exports', async () => {
+  test('everything but STARTTLS and ABORT is refused with TLS_REQD before, and nothing about exports is sent', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet();
@@ -458,7 +458,7 @@ describe('injection and downgrade', () => {
     await until(() => from.closes.length === 1, 'the connection is over');
   });
 
-  test('a client that speaks TLS from the first byte is told apart in the log', async () => {
+  test('a client that begins with TLS from the first byte is named so in the close reason', async () => {
     const from = await start('require');
     const error = await new Promise<Error>((resolve) => {
       const secure = tls.connect({ port: from.port, host: '127.0.0.1', rejectUnauthorized: false });
@@ -570,13 +570,13 @@ describe('the client', () => {
     ]) {
       const error = await failure(from.connect(options));
       expect(error.code).toBe('TLS_FAILED');
-      expect(error.message).toMatch(/^no TLS with the server, which was asked for: /);
+      expect(error.message).toMatch(/^TLS is required, but the server did not complete it: /);
     }
     await from.connect({ authorities: authority.chain, serverName: 'disks.example' });
     await until(() => from.closes.length === 3, 'the refused connections are over');
   });
 
-  test('is told by a server that wants TLS that it does', async () => {
+  test('gets TLS_REQUIRED from a server that requires TLS', async () => {
     const from = await start('require');
     const plain = await NbdClient.connect({ host: '127.0.0.1', port: from.port });
     onTestFinished(() => plain.destroy());
@@ -618,7 +618,7 @@ describe('the client', () => {
     expect(from.closes[0]?.reason).toBe('the client left without a disconnect request');
   });
 
-  test('closing the server does not wait for who hangs in the TLS handshake', async () => {
+  test('closing the server does not wait for a client that hangs in the TLS handshake', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet();
@@ -629,7 +629,7 @@ describe('the client', () => {
     expect(from.closes[0]?.reason).toBe('the server is shutting down');
   });
 
-  test('closing the server finishes what is in flight over TLS', async () => {
+  test('closing the server finishes requests in flight over TLS', async () => {
     const from = await start('require');
     const connected = await from.connect();
     await connected.go('disk');

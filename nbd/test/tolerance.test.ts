@@ -1,6 +1,6 @@
 /**
- * What clients of other projects send that proto.md does not want from them, with only one meaning: it is done. Each with
- * the bytes that their sources say (see docs/conformance.md, "Strict and tolerant").
+ * Deviations from proto.md by clients of other projects that have only one meaning: the server accepts them. Each test sends the
+ * bytes that the client's source sends (see docs/conformance.md, "Strict and tolerant").
  */
 import { describe, expect, test } from 'vitest';
 import { CMD, EXPORT_NAME_PADDING, OPT, REP, REPLY_TYPE } from '../src/protocol/wire.js';
@@ -62,7 +62,7 @@ describe('go-nbd, whose client flags are four zeros', () => {
     expect(replies.map(({ type }) => type)).toEqual([REP.SERVER, REP.ACK]);
   });
 
-  test('may open by GO, abort, and ask what nobody knows', async () => {
+  test('may open by GO, abort, and send unknown options', async () => {
     const server = await startServer();
     const client = await server.raw();
     await client.greet(0);

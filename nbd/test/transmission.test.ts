@@ -1,4 +1,4 @@
-/** The transmission phase with clients that keep to the protocol: what is asked of the device, and how it is answered. */
+/** The transmission phase with clients that follow the protocol: the calls of the device, and the replies. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -363,7 +363,7 @@ describe('coalescing', () => {
 describe('back-pressure', () => {
   const READS = 4000;
 
-  test('of a client that reads no replies, the device is asked for no more than may wait to be sent', async () => {
+  test('for a client that reads no replies the device gets no more requests than replies may wait', async () => {
     const limits = { maxUnsentBytes: 256 * KIB };
     const server = await startServer({ limits });
     const { client, end } = await openedPair(server);
@@ -459,7 +459,7 @@ describe('back-pressure', () => {
   });
 });
 
-describe('what the device is asked', () => {
+describe('calls of the device', () => {
   async function callsFor(type: number, flags: number): Promise<DeviceCall[]> {
     const { opened, provider } = await startServer();
     const client = await opened();

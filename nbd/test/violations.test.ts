@@ -1,4 +1,4 @@
-/** What becomes of those who break the protocol: once, again, and while others work beside them. */
+/** Clients that violate the protocol: once, repeatedly, and while others work beside them. */
 import { PassThrough } from 'node:stream';
 import { describe, expect, test, vi } from 'vitest';
 import { CMD } from '../src/protocol/wire.js';
@@ -97,7 +97,7 @@ describe('a client that breaks the protocol again and again', () => {
     return performance.now() - before;
   }
 
-  test('waits longer each time for the end of its connection, and is told of with its count', async () => {
+  test('waits longer each time for the end of its connection, and is reported with its count', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 300 } });
     const took: number[] = [];
     for (let n = 0; n < 5; n++) took.push(await violate(server));
@@ -121,7 +121,7 @@ describe('a client that breaks the protocol again and again', () => {
     return clients;
   }
 
-  test('is counted for what several names lead to, if the export says so', async () => {
+  test('is counted for several names of one export together, if the export says so', async () => {
     const forms = ['disk', 'disk/since=a', 'disk/since=b'].map((name) => new TestExport(name));
     for (const { info } of forms) Object.assign(info, { countedAs: 'disk' });
     const server = await startServer({
@@ -163,7 +163,7 @@ describe('a client that breaks the protocol again and again', () => {
     await server.allOver();
   });
 
-  test('is not heard any more: what it sends after that is nothing', async () => {
+  test('is not read any more: its further input has no effect', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
     const clients = await offend(server, 12);
     const last = clients.at(-1);
@@ -177,7 +177,7 @@ describe('a client that breaks the protocol again and again', () => {
     expect(server.provider.calls.filter(({ method }) => method !== 'flush')).toEqual([]);
   });
 
-  test('and leaves before its end keeps nobody out, however many do', async () => {
+  test('and leaves before its end takes no room from others, however many do', async () => {
     const server = await startServer({ limits: { maxConnections: 8, maxViolationDelayMs: 60 * MINUTE_MS } });
     for (let n = 0; n < 200; n++) {
       const client = await server.raw();
@@ -211,7 +211,7 @@ describe('a client that breaks the protocol again and again', () => {
     expect(server.closes.at(-1)?.violations).toBe(13);
   });
 
-  test('has what was asked before finished', async () => {
+  test('has its earlier requests finished', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
     for (let n = 0; n < 3; n++) {
       const gate = new Gate();
@@ -261,7 +261,7 @@ describe('a client that breaks the protocol again and again', () => {
   });
 });
 
-test('who leaves, is idle, or is refused an export breaks nothing', async () => {
+test('leaving, being idle, or being refused an export is no violation', async () => {
   const server = await startServer();
   (await server.opened()).vanish();
   const client = await server.raw();

@@ -1,6 +1,6 @@
 /**
- * A server that accepts here and has its connections served by worker threads, each with a loop of its own: who is let in,
- * how many there may be and the common end are still the server's.
+ * A server that accepts in this thread and has its connections served by worker threads, each with its own loop: admission,
+ * limits and shutdown remain with the server.
  */
 
 import { join } from 'node:path';
@@ -162,7 +162,7 @@ test('connections are served by worker threads from their greeting on, those wit
   await until(() => server.connections.size === 0, 'all are over');
 });
 
-test('the memory of the server is shared by its loops, and what is too little for so many is refused', async () => {
+test('the memory of the server is divided among its loops, and too little memory for their number is refused', async () => {
   const loops = [new WorkerLoop(), new WorkerLoop()];
   const { server } = await serverWith(loops, { maxMemoryBytes: 6 * MIN_MEMORY_BYTES });
   await until(() => loops.every(({ memory }) => memory.maxBytes === 2 * MIN_MEMORY_BYTES), 'each has its part');
@@ -194,7 +194,7 @@ test('the bounds of connections hold for those that are served elsewhere', async
   expect(asking.isOver).toBe(false);
 });
 
-test('the end of the server waits for the requests in flight of all loops, and cuts off none that is in time', async () => {
+test('close() waits for the requests in flight of all loops, and closes no connection that is in time', async () => {
   const loop = new WorkerLoop();
   const { server, connect } = await serverWith([loop]);
   const client = await connect();

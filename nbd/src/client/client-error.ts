@@ -4,7 +4,8 @@ import type { DeviceErrorCode } from '../block-device.js';
 
 /**
  * The NBD error of a failed request; UNKNOWN_EXPORT, POLICY, UNSUPPORTED, INVALID, TLS_REQUIRED and REFUSED for a failed
- * option; TLS_FAILED if TLS was asked for and could not be had; PROTOCOL if the server does not speak NBD; CLOSED if the connection is gone or in the wrong phase.
+ * option; TLS_FAILED if TLS is required and failed; PROTOCOL if the server violates the protocol; CLOSED if the connection
+ * is closed or in the wrong phase.
  */
 export type NbdClientErrorCode =
   | DeviceErrorCode
@@ -18,9 +19,9 @@ export type NbdClientErrorCode =
   | 'PROTOCOL'
   | 'CLOSED';
 
-/** What went wrong, with the server's words where it said some. */
+/** A failure of the client, with the server's message if there is one. */
 export class NbdClientError extends Error {
-  /** Where in the export a request failed, if the server told. */
+  /** The offset in the export at which a request failed, if the server sent it. */
   readonly offset: number | undefined;
 
   constructor(

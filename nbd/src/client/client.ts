@@ -1,7 +1,8 @@
 /**
- * An NBD client: fixed newstyle, the best kind of replies the server has, block status, requests pipelined as promises.
- * It is for tests, tools and backups inside a program; it keeps no cache and retries nothing. It owns its socket from
- * connect() to the end; option-phase.ts reads what arrives before an export is open, reply-reader.ts what arrives afterwards.
+ * An NBD client: fixed newstyle, the best kind of replies that the server has, block status, requests pipelined as
+ * promises. It is for tests, tools and backups inside a program; it has no cache and never retries. It owns its socket from
+ * connect() to the end; option-phase.ts reads what arrives before an export is open, reply-reader.ts what arrives
+ * afterwards.
  */
 
 import type { Duplex } from 'node:stream';
@@ -28,36 +29,36 @@ export type { ExportDetails } from './export-details.js';
 /** The longest read or write. */
 export { MAX_PAYLOAD } from '../protocol/wire.js';
 
-/** Where the server is: an address, or a socket somebody else connected (`head`: bytes already received on it). */
+/** Where the server is: an address, or a connected socket (`head`: bytes already received on it). */
 export type ClientOptions = (
   | { readonly path: string }
   | { readonly host: string; readonly port: number }
   | { readonly socket: Duplex; readonly head?: Buffer }
 ) & {
-  /** The kind of replies to insist on. By default the best the server has: extended, else structured, else simple. */
+  /** The required kind of replies. By default the best that the server has: extended, else structured, else simple. */
   readonly replies?: ReplyLevel;
-  /** Go on over TLS only: a server that will not, or that does not prove itself, is refused. */
+  /** Require TLS: connect() fails if the server has none or does not prove itself. */
   readonly tls?: ClientTls;
 };
 
 /** The longest request whose header has 32 bits for the length. */
 const MAX_COMPACT_LENGTH = 0xffff_ffff;
-/** Longer ones are cut into pieces of this size: a multiple of every block size. */
+/** Longer requests are split into pieces of this size: a multiple of every block size. */
 const PIECE_BYTES = 2 ** 31;
 /** How long disconnect() waits for the server to close its side, milliseconds. */
 const DISCONNECT_WAIT_MS = 2_000;
 
 /** How a read is to be answered. */
 export interface ReadOptions {
-  /** Ask for one piece (NBD_CMD_FLAG_DF); only if the export `canDf`. */
+  /** Request the data in one piece (NBD_CMD_FLAG_DF); only if the export `canDf`. */
   readonly df?: boolean;
-  /** Told of each hole the server sent; its zeros are filled in anyway. */
+  /** Called for each hole that the server sends; its zeros are filled in anyway. */
   readonly onHole?: (offset: number, length: number) => void;
 }
 
 /**
  * A connection to an NBD server: `connect`, then options (`list`, `info`, `listContexts`, `selectContexts`), then `go`, then
- * requests, any number at a time. It retries nothing and has no time-outs of its own: `destroy` fails what is pending.
+ * requests, any number at a time. It never retries and has no time-outs: `destroy` fails what is pending.
  */
 export class NbdClient {
   readonly #options: OptionPhase;
@@ -87,20 +88,21 @@ export class NbdClient {
       this.#fail(new NbdClientError('CLOSED', `the connection failed: ${error.message}`, { cause: error }));
     });
     socket.on('end', this.#onEnd);
-    // Whoever handed it over may have paused it.
+    // The program that connected it may have paused it.
     socket.resume();
   }
 
   readonly #onEnd = (): void => {
     const socket = this.#socket;
     this.#fail(new NbdClientError('CLOSED', 'the server closed the connection'));
-    // A socket that was handed over may allow half-open connections and would stay.
+    // A socket of the program may allow half-open connections and would stay open.
     socket.end(() => socket.destroy());
   };
 
   /**
    * Connect and exchange greetings; next is list(), info() or go().
-   * @throws NbdClientError TLS_FAILED if `tls` was asked for and could not be had, CLOSED if there is no connection, PROTOCOL if the peer is no fixed-newstyle NBD server
+   * Errors: NbdClientError TLS_FAILED (`tls` is given and the TLS handshake failed), CLOSED (no connection), PROTOCOL (the
+   * peer is not a fixed-newstyle NBD server).
    */
   static async connect(options: ClientOptions): Promise<NbdClient> {
     const socket = 'socket' in options ? options.socket : await connectSocket(options);
@@ -117,12 +119,12 @@ export class NbdClient {
     return client;
   }
 
-  /** The exports the server lists (NBD_OPT_LIST). */
+  /** The exports that the server lists (NBD_OPT_LIST). */
   list(): Promise<ExportInfo[]> {
     return this.#options.list();
   }
 
-  /** What go() would give, without opening the export (NBD_OPT_INFO). */
+  /** What go() would return, without opening the export (NBD_OPT_INFO). */
   info(exportName: string): Promise<ExportDetails> {
     return this.#options.info(exportName);
   }
@@ -132,25 +134,28 @@ export class NbdClient {
     return this.#options.level;
   }
 
-  /** The meta contexts that blockStatus() can be asked for. */
+  /** The meta contexts that blockStatus() can query. */
   get contexts(): readonly string[] {
     return Array.from(this.#options.contextIds.keys());
   }
 
-  /** The meta contexts an export offers, or those that match a query (NBD_OPT_LIST_META_CONTEXT). */
+  /** The meta contexts of an export, or those that match a query (NBD_OPT_LIST_META_CONTEXT). */
   listContexts(exportName: string, queries: readonly string[] = []): Promise<string[]> {
     return this.#options.listContexts(exportName, queries);
   }
 
-  /** Select the meta contexts for an export that is then opened; replaces what was selected before. @returns those it has */
+  /**
+   * Select meta contexts for an export that is opened next; replaces an earlier selection.
+   * @returns those that the export has
+   */
   async selectContexts(exportName: string, names: readonly string[]): Promise<readonly string[]> {
     await this.#options.selectContexts(exportName, names);
     return this.contexts;
   }
 
   /**
-   * Open an export (NBD_OPT_GO, or NBD_OPT_EXPORT_NAME with a server that lacks it). Afterwards requests may be made.
-   * If no contexts were selected for it, `base:allocation` is, where the server has it.
+   * Open an export (NBD_OPT_GO, or NBD_OPT_EXPORT_NAME if the server lacks it). Afterwards requests may be made. If no contexts
+   * were selected for it, `base:allocation` is selected, if the server has it.
    */
   async go(exportName: string): Promise<ExportDetails> {
     const options = this.#options;
@@ -172,7 +177,7 @@ export class NbdClient {
     return into;
   }
 
-  /** Fill `into` with the bytes at `offset`. It is the client's until the promise settles. */
+  /** Fill `into` with the bytes at `offset`. Do not touch it until the promise settles. */
   readInto(offset: number, into: Buffer, options: ReadOptions = {}): Promise<void> {
     const flags = options.df ? CMD_FLAG.DF : 0;
     return this.#send({ type: CMD.READ, flags, offset, length: into.length, into, onHole: options.onHole }, 'read');
@@ -197,26 +202,26 @@ export class NbdClient {
     return this.#requestInPieces(CMD.WRITE_ZEROES, flags, offset, length, 'zero');
   }
 
-  /** Give a range of any length back. */
+  /** Discard a range of any length: it may read as anything afterwards. */
   trim(offset: number, length: number, options: { readonly fua?: boolean } = {}): Promise<void> {
     return this.#requestInPieces(CMD.TRIM, options.fua ? CMD_FLAG.FUA : 0, offset, length, 'trim');
   }
 
-  /** Have everything durable that was answered before. */
+  /** Make all writes durable that were answered before. */
   flush(): Promise<void> {
     return this.#request(CMD.FLUSH, 0, 0, 0, 'flush');
   }
 
-  /** Have the server bring a range into its cache: a hint. */
+  /** Ask the server to bring a range into its cache: a hint. */
   cache(offset: number, length: number): Promise<void> {
     return this.#request(CMD.CACHE, 0, offset, length, 'cache');
   }
 
   /**
-   * What a meta context says of a range (NBD_CMD_BLOCK_STATUS): at least one extent, from `offset` on. They may end
-   * before the range does, then ask on from there; never behind it.
+   * The extents of a range in a meta context (NBD_CMD_BLOCK_STATUS): at least one, from `offset` on. They may end before
+   * the range does (continue from there), never after it.
    * @param options.one a single extent
-   * @throws NbdClientError UNSUPPORTED if the context was not selected
+   * Errors: NbdClientError UNSUPPORTED (the context was not selected).
    */
   async blockStatus(
     context: string,
@@ -253,28 +258,28 @@ export class NbdClient {
     return found;
   }
 
-  /** Say goodbye and close: NBD_OPT_ABORT or NBD_CMD_DISC, by phase. Requests in flight are answered first. */
+  /** Disconnect and close: NBD_OPT_ABORT or NBD_CMD_DISC, by phase. Requests in flight are answered first. */
   async disconnect(): Promise<void> {
     if (this.#phase === 'options') await this.#options.ask(OPT.ABORT, Buffer.alloc(0)).catch(() => undefined);
     else if (this.#phase === 'transmission' && this.#socket.writable) {
       const encode = this.#options.level === 'extended' ? encodeExtendedRequest : encodeRequest;
       this.#socket.write(encode(CMD.DISC, 0, 0, 0, 0));
     }
-    // Not end(): a socket without half-open connections would be closed by it before the last answers came.
+    // Not end(): it would close a socket without half-open connections before the last answers arrive.
     const timer = setTimeout(() => this.#socket.destroy(), DISCONNECT_WAIT_MS);
     if (this.#socket.readableEnded || this.#phase === 'options') this.#socket.destroy();
     await this.#socketGone;
     clearTimeout(timer);
   }
 
-  /** Drop the connection without a word. */
+  /** Close the connection at once, without a disconnect. */
   destroy(): void {
     this.#socket.destroy();
   }
 
   // --- Its socket ---
 
-  /** The next bytes are under TLS, or there are none: from the first doubt on nothing more is sent. */
+  /** Move to TLS. If anything is wrong the connection is closed, and nothing more is sent. */
   async #startTls(tls: ClientTls, host: string): Promise<void> {
     const plain = this.#socket;
     try {
@@ -287,7 +292,7 @@ export class NbdClient {
       this.#socket = await connectTls(plain, tls, host);
     } catch (error) {
       plain.destroy();
-      const why = `no TLS with the server, which was asked for: ${(error as Error).message}`;
+      const why = `TLS is required, but the server did not complete it: ${(error as Error).message}`;
       throw new NbdClientError('TLS_FAILED', why, { cause: error });
     }
     this.#options.moveTo(this.#socket);
@@ -307,7 +312,7 @@ export class NbdClient {
     return this.#send({ type, flags, offset, length }, verb);
   }
 
-  /** `body` is a write's data, or the filter of a block status; with the latter, its length is what the header tells. */
+  /** `body` is a write's data, or the filter of a block status, whose length is then in the header. */
   #send(asked: Omit<PendingReply, 'finish' | 'lose'>, verb: string, body?: Buffer): Promise<void> {
     const { type, offset, length } = asked;
     const what = `${verb} of ${length} bytes at ${offset}`;
@@ -320,13 +325,13 @@ export class NbdClient {
     if (!Number.isSafeInteger(offset) || offset < 0 || !Number.isInteger(length) || length < 0 || length > most) {
       return Promise.reject(new NbdClientError('EINVAL', `${what}: not a range`));
     }
-    // Nothing that a server may answer by closing the connection.
+    // Never send what a server may answer by closing the connection.
     if ((type === CMD.WRITE || type === CMD.READ) && length > this.#maximumPayload) {
       return Promise.reject(
         new NbdClientError('EINVAL', `${what}: the server takes ${this.#maximumPayload} at a time`),
       );
     }
-    // With extended headers a payload of nothing cannot be announced.
+    // Extended headers cannot announce an empty payload.
     if (isExtended && type === CMD.WRITE && length === 0) return Promise.resolve();
     return new Promise((resolve, reject) => {
       const cookie = this.#takeCookie(replies);
@@ -351,7 +356,7 @@ export class NbdClient {
     });
   }
 
-  /** A request without data, of any length: cut into several if its header has room for 32 bits only. */
+  /** A request without data, of any length: split into several if its header has only 32 bits for the length. */
   async #requestInPieces(type: number, flags: number, offset: number, length: number, verb: string) {
     if (this.#options.level === 'extended' || !(length > MAX_COMPACT_LENGTH)) {
       await this.#request(type, flags, offset, length, verb);
@@ -362,7 +367,7 @@ export class NbdClient {
     }
   }
 
-  /** A number no request in flight has. */
+  /** A cookie that no request in flight has. */
   #takeCookie(replies: ReplyReader): number {
     while (replies.has(this.#nextCookie)) this.#nextCookie = (this.#nextCookie + 1) >>> 0;
     const cookie = this.#nextCookie;
@@ -372,7 +377,7 @@ export class NbdClient {
 
   readonly #onReplyData = (chunk: Buffer): void => this.#replies?.feed(chunk);
 
-  /** The connection is of no use any more: everybody who waits is told why. */
+  /** The connection is unusable: everything pending fails with `error`. */
   #fail(error: NbdClientError): void {
     this.#failure ??= error;
     this.#phase = 'closed';

@@ -1,10 +1,10 @@
-/** The socket of a client that is not given one: over TCP, or to a unix socket. */
+/** Connects the client's socket: over TCP, or to a unix socket. */
 
 import net from 'node:net';
 import { socketPathProblem } from '../protocol/socket-path.js';
 import { NbdClientError } from './client-error.js';
 
-/** Errors: CLOSED (nobody listens there, or the path is too long). */
+/** Errors: NbdClientError CLOSED (the connection failed, or the path is too long). */
 export function connectSocket(address: { path: string } | { host: string; port: number }): Promise<net.Socket> {
   const problem = 'path' in address ? socketPathProblem(address.path) : undefined;
   if (problem !== undefined && 'path' in address) {

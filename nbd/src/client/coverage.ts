@@ -1,15 +1,15 @@
 /** Which bytes of a read have arrived: it finds data that comes twice, and data that never came. */
 
-/** Pieces of one read that do not touch each other. Servers send pieces in order; nobody needs many. */
+/** Most separate ranges of one read. Servers send pieces in order, so few are needed. */
 const MAX_GAPS = 8192;
 
-/** Which bytes of a read have come, as ranges in ascending order that do not touch. */
+/** The bytes of a read that have arrived, as ranges in ascending order that do not touch. */
 export class Coverage {
   bytes = 0;
   readonly #starts: number[] = [];
   readonly #ends: number[] = [];
 
-  /** False if the range overlaps what has come, or there are too many gaps. */
+  /** False if the range overlaps one that has arrived, or there are too many gaps. */
   add(start: number, end: number): boolean {
     const starts = this.#starts;
     const ends = this.#ends;

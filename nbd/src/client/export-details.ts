@@ -1,8 +1,8 @@
-/** What a server says of an export before it is opened, and the defaults for what it does not say. */
+/** What a server announces about an export, with defaults for what it leaves out. */
 
 import { MAX_PAYLOAD, TRANSMISSION_FLAG } from '../protocol/wire.js';
 
-/** What a server says of an export. Sizes in bytes. */
+/** What a server announces about an export. Sizes in bytes. */
 export interface ExportDetails {
   readonly size: number;
   readonly readOnly: boolean;
@@ -12,19 +12,19 @@ export interface ExportDetails {
   readonly canZero: boolean;
   readonly canFastZero: boolean;
   readonly canCache: boolean;
-  /** Reads may ask to be answered in one piece. */
+  /** Reads may request their data in one piece. */
   readonly canDf: boolean;
   readonly multiConn: boolean;
   readonly rotational: boolean;
   readonly minimumBlockSize: number;
   readonly preferredBlockSize: number;
   readonly maximumPayload: number;
-  /** The server's own name for the export, if it told. */
+  /** The server's own name for the export, if it sent one. */
   readonly name: string | undefined;
   readonly description: string | undefined;
 }
 
-/** With the sizes of "Size constraints" for a server that does not tell its own. */
+/** The details with the default sizes of "Size constraints", for a server that announces no others. */
 export function makeDetails(size: number, flags: number): ExportDetails {
   const has = (flag: number): boolean => (flags & flag) !== 0;
   return {

@@ -33,9 +33,9 @@ import { NbdClientError, type NbdClientErrorCode } from './client-error.js';
 import { makeDetails, type ExportDetails } from './export-details.js';
 import type { ReplyLevel } from './reply-reader.js';
 
-/** An option reply of more bytes is not believed. */
+/** The longest option reply accepted, bytes. */
 const MAX_OPTION_REPLY_BYTES = 64 * 1024;
-/** Nor are more replies to one option, or more bytes of them together. */
+/** The most replies to one option, and their bytes together. */
 const MAX_OPTION_REPLIES = 64 * 1024;
 const MAX_OPTION_REPLIES_BYTES = 16 * 1024 * 1024;
 const OPTION_ERROR_CODES: ReadonlyMap<number, NbdClientErrorCode> = new Map<number, NbdClientErrorCode>([
@@ -55,7 +55,7 @@ interface OptionReply {
 export class OptionPhase {
   /** The kind of replies that was negotiated; undefined before the first option that depends on it. */
   level: ReplyLevel | undefined;
-  /** The contexts selected, with the ids that stand for them. */
+  /** The selected contexts and their ids on the wire. */
   readonly contextIds = new Map<string, number>();
   canFilterContexts = false;
 
@@ -82,19 +82,19 @@ export class OptionPhase {
     return this.#reader.unread;
   }
 
-  /** The bytes to come are those under TLS. */
+  /** Further bytes come from the TLS stream. */
   moveTo(socket: Duplex): void {
     this.#socket = socket;
     this.#reader.moveTo(socket);
   }
 
-  /** The connection is of no use any more: an option that waits for its reply fails with `error`. */
+  /** The connection is unusable: an option that waits for its reply fails with `error`. */
   fail(error: NbdClientError): void {
     this.#isOver = true;
     this.#reader.fail(error);
   }
 
-  /** The phase is over. Returns what came behind the last option reply. */
+  /** The phase is over. Returns the bytes after the last option reply. */
   end(): Buffer {
     this.#isOver = true;
     return this.#reader.takeRest();
@@ -118,7 +118,7 @@ export class OptionPhase {
     this.#socket.write(flags);
   }
 
-  /** Once, as late as possible: what was negotiated before TLS would not count. */
+  /** Negotiate the kind of replies, once, as late as possible: an earlier negotiation would not survive TLS. */
   async #negotiateReplies(): Promise<void> {
     if (this.level !== undefined) return;
     const wanted = this.#wantedLevel;
@@ -127,7 +127,7 @@ export class OptionPhase {
     else if ((wanted ?? 'structured') === 'structured' && (await accepts(OPT.STRUCTURED_REPLY)))
       this.level = 'structured';
     else if ((wanted ?? 'simple') === 'simple') this.level = 'simple';
-    else throw new NbdClientError('UNSUPPORTED', `the server does not speak with ${wanted} replies`);
+    else throw new NbdClientError('UNSUPPORTED', `the server has no ${wanted} replies`);
   }
 
   #metaContexts(replies: readonly OptionReply[]): { readonly id: number; readonly name: string }[] {
@@ -147,7 +147,7 @@ export class OptionPhase {
       if (nameLength > data.length - 4) throw this.#violated('a malformed list entry');
       const name = decodeString(data.subarray(4, 4 + nameLength));
       const description = decodeString(data.subarray(4 + nameLength));
-      if (name === undefined || description === undefined) throw this.#violated('a list entry that is no text');
+      if (name === undefined || description === undefined) throw this.#violated('a list entry that is not a string');
       exports.push({ name, description });
     }
     return exports;
@@ -170,7 +170,7 @@ export class OptionPhase {
     const replies = await this.ask(OPT.SET_META_CONTEXT, encodeMetaQueries(exportName, names));
     for (const { id, name } of this.#metaContexts(replies)) {
       if (new Set(this.contextIds.values()).has(id)) throw this.#violated('two meta contexts with the same id');
-      // What nobody asked for must be counted with, since it is answered for, but has no name here.
+      // Also contexts that were not queried: block statuses will be answered for them.
       this.contextIds.set(name, id);
     }
     this.#contextExport = exportName;
@@ -190,7 +190,7 @@ export class OptionPhase {
     }
   }
 
-  /** Send an option; its replies up to the acknowledgement. Throws what an error reply says. */
+  /** Send an option. Returns its replies before the acknowledgement. Errors: NbdClientError with the server's error reply. */
   async ask(option: number, data: Buffer): Promise<OptionReply[]> {
     if (this.#isOver) throw new NbdClientError('CLOSED', 'options may only be sent before go()');
     this.#socket.write(encodeOption(option, data));

@@ -1,7 +1,7 @@
 /**
- * The transmission phase as the client hears it: bytes in, requests answered. It owns the parser's state and believes
- * nothing: every reply must fit a request that waits for it, every chunk the range of its request, and no more memory
- * is taken than the request allows. It sends nothing and knows no socket.
+ * The transmission phase, client side: from bytes to answered requests. It owns the parser's state and trusts nothing:
+ * every reply must fit a request that waits for it, every chunk the range of its request, and no more memory is used than
+ * the request allows. It sends nothing and has no socket.
  */
 
 import {
@@ -24,18 +24,18 @@ import {
 } from '../protocol/wire.js';
 import { Coverage } from './coverage.js';
 
-/** How requests and replies look: simple replies, structured ones, or extended headers both ways. */
+/** The layout of requests and replies: simple replies, structured ones, or extended headers both ways. */
 export type ReplyLevel = 'simple' | 'structured' | 'extended';
 
-/** A range of an export and what a meta context says of it. */
+/** A range of an export and its flags in a meta context. */
 export interface Extent {
   readonly offset: number;
   readonly length: number;
-  /** The context's own; for `base:allocation` STATE_HOLE and STATE_ZERO. */
+  /** Defined by the context; for `base:allocation` STATE_HOLE and STATE_ZERO. */
   readonly flags: number;
 }
 
-/** What a server said of a request that failed. */
+/** The server's answer to a request that failed. */
 export interface ReplyFailure {
   readonly errno: number;
   readonly message: string | undefined;
@@ -48,23 +48,23 @@ export interface PendingReply {
   readonly flags: number;
   readonly offset: number;
   readonly length: number;
-  /** Where a read's data goes, exactly `length` bytes. */
+  /** The buffer for a read's data, exactly `length` bytes. */
   readonly into?: Buffer | undefined;
-  /** Told of each hole of a read; its zeros are filled in anyway. */
+  /** Called for each hole of a read; its zeros are filled in anyway. */
   readonly onHole?: ((offset: number, length: number) => void) | undefined;
-  /** The ids of the contexts whose status is to come, each once. */
+  /** The ids of the contexts whose status is expected, each once. */
   readonly contextIds?: readonly number[] | undefined;
   readonly onExtents?: ((contextId: number, extents: Extent[]) => void) | undefined;
-  /** Called once, when the last of the reply has come. */
+  /** Called once, when the whole reply has arrived. */
   readonly finish: (failure: ReplyFailure | undefined) => void;
   /** Called instead when the connection is lost. */
   readonly lose: (cause: Error) => void;
 }
 
-/** An error chunk of more bytes is not believed; the standard ones have at most 6 + 4096 + 8. */
+/** The longest error chunk accepted, bytes; the standard ones have at most 6 + 4096 + 8. */
 const MAX_ERROR_PAYLOAD = 64 * 1024;
 
-/** A reply in the making. */
+/** A reply that has arrived in part. */
 class Progress {
   failure: ReplyFailure | undefined;
   contentChunks = 0;
@@ -85,16 +85,16 @@ export class ReplyReader {
   #current: Progress | undefined;
   #isLast = false;
   #type = 0;
-  /** Gathers a payload that is looked at as a whole. */
+  /** Collects a payload that is decoded as a whole. */
   #gathered: Buffer | undefined;
   #gatheredFill = 0;
-  /** Where data is going, and how much of it is to come. */
+  /** Where data go, and how many bytes are still to arrive. */
   #dataInto: Buffer | undefined;
   #dataAt = 0;
   #dataLeft = 0;
 
   readonly #level: ReplyLevel;
-  /** The server broke the protocol; nothing more is heard. */
+  /** The server violated the protocol; no further input is parsed. */
   readonly #violated: (message: string) => void;
 
   constructor(
@@ -115,7 +115,7 @@ export class ReplyReader {
     this.#waiting.set(cookie, new Progress(pending));
   }
 
-  /** Nothing more will come. */
+  /** No more replies will arrive: every request fails with `cause`. */
   abandon(cause: Error): void {
     this.#isDead = true;
     for (const { pending } of this.#waiting.values()) pending.lose(cause);
@@ -150,7 +150,7 @@ export class ReplyReader {
     } else if (magic === SIMPLE_REPLY_MAGIC) {
       this.#takeSimpleReply();
     } else {
-      this.#violation('a reply that is none');
+      this.#violation('a reply with a wrong magic');
     }
     return taken;
   }
@@ -161,7 +161,7 @@ export class ReplyReader {
 
   #takeSimpleReply(): void {
     const progress = this.#find();
-    if (progress === undefined) return this.#violation('a reply to nothing that was asked');
+    if (progress === undefined) return this.#violation('a reply to no request');
     const { type, into } = progress.pending;
     const errno = this.#header.readUInt32BE(4);
     if (this.#level === 'structured') {
@@ -182,7 +182,7 @@ export class ReplyReader {
   /** The header of a chunk is in `header`; `length` bytes of payload follow it. */
   #takeChunkHeader(length: number): void {
     const progress = this.#find();
-    if (progress === undefined) return this.#violation('a reply to nothing that was asked');
+    if (progress === undefined) return this.#violation('a reply to no request');
     if (this.#level === 'extended' && readUInt64(this.#header, 16) !== progress.pending.offset) {
       return this.#violation('a reply with the offset of another request');
     }
@@ -201,7 +201,7 @@ export class ReplyReader {
     } else if (this.#type === REPLY_TYPE.OFFSET_DATA && command === CMD.READ) {
       if (length < 9 || length - 8 > progress.pending.length) return this.#violation(`${length} bytes of data`);
       if (!this.#countContent(progress)) return;
-      // Its offset first, then the data where it belongs.
+      // The offset is read first, then the data into their place.
       this.#dataLeft = 0;
       this.#dataAt = length - 8;
       this.#expectPayload(8);
@@ -226,11 +226,11 @@ export class ReplyReader {
     return this.#type === (this.#level === 'extended' ? REPLY_TYPE.BLOCK_STATUS_EXT : REPLY_TYPE.BLOCK_STATUS);
   }
 
-  /** False if it is one more than may be. */
+  /** False if a read with DF has more than one content chunk. */
   #countContent(progress: Progress): boolean {
     progress.contentChunks++;
     if (progress.contentChunks === 1 || (progress.pending.flags & CMD_FLAG.DF) === 0) return true;
-    this.#violation('a reply in pieces that must not be');
+    this.#violation('a reply in pieces to a read with DF');
     return false;
   }
 
@@ -274,7 +274,7 @@ export class ReplyReader {
         return this.#violation('an error outside its request');
       }
     }
-    // The first one tells the cause; others may follow for other parts.
+    // The first error counts; others may follow for other parts.
     progress.failure ??= { errno, message: message === '' ? undefined : message, offset };
     this.#endChunk();
   }
@@ -296,11 +296,11 @@ export class ReplyReader {
     this.#endChunk();
   }
 
-  /** False if the range is not one that this read still lacks. */
+  /** False if the range is not part of what this read still lacks. */
   #cover(progress: Progress, offset: number, length: number): boolean {
     const { pending, covered } = progress;
     const isInside = length > 0 && offset >= pending.offset && offset - pending.offset <= pending.length - length;
-    if (!isInside) this.#violation('data outside of what was asked for');
+    if (!isInside) this.#violation('data outside of the requested range');
     else if (!covered.add(offset, offset + length)) this.#violation('data that overlaps, or comes in too many pieces');
     return !this.#isDead;
   }
@@ -331,7 +331,7 @@ export class ReplyReader {
     const count = isWide ? (payload.length - 8) / 16 : (payload.length - 4) / 8;
     if (isWide && payload.readUInt32BE(4) !== count) return this.#violation('a block status with a wrong count');
     if (!pending.contextIds?.includes(contextId) || contextsSeen.has(contextId)) {
-      return this.#violation(`a block status of context ${contextId}, which was not asked for`);
+      return this.#violation(`a block status of context ${contextId}, which was not requested`);
     }
     contextsSeen.add(contextId);
     const extents: Extent[] = [];
@@ -342,14 +342,14 @@ export class ReplyReader {
       const length = isWide ? readUInt64(payload, at) : payload.readUInt32BE(at);
       const flags = isWide ? readUInt64(payload, at + 8) : payload.readUInt32BE(at + 4);
       // "the sum of the length fields of the first N-1 extents MUST be less than the requested length"
-      if (length === 0 || offset >= end) return this.#violation('an empty extent, or one beyond what was asked');
+      if (length === 0 || offset >= end) return this.#violation('an empty extent, or one beyond the requested range');
       if ((pending.flags & CMD_FLAG.REQ_ONE) !== 0 && length > pending.length) {
-        return this.#violation('an extent longer than what was asked');
+        return this.#violation('an extent longer than the requested range');
       }
       if (!Number.isFinite(flags)) {
         progress.failure ??= { errno: NBD_ERRNO.EOVERFLOW, message: 'flags of more than 53 bits', offset: undefined };
       }
-      // The last one may reach further than was asked.
+      // The last one may reach beyond the requested range.
       extents.push({ offset, length: Math.min(length, end - offset), flags });
       offset += length;
     }

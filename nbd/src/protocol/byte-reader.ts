@@ -1,11 +1,11 @@
 /**
- * Bytes of a handshake, asked for in exact amounts by code that reads like the protocol's text. It owns what has arrived
- * and was not asked for; it is not for the transmission phase, which parses in place.
+ * The bytes of a handshake, read in exact amounts, so that the code of a handshake follows the protocol's text. It owns
+ * bytes that have arrived and were not read; it is not for the transmission phase, which parses in place.
  */
 
 import type { Duplex } from 'node:stream';
 
-/** With this much unread the socket is paused: a handshake needs far less. */
+/** With so many unread bytes the socket is paused: a handshake needs far fewer. */
 const PAUSE_AT_BYTES = 128 * 1024;
 
 export class ByteReader {
@@ -26,14 +26,15 @@ export class ByteReader {
     return this.#available;
   }
 
-  /** Whether somebody waits for bytes that have not come. */
+  /** Whether a read waits for bytes. */
   get isWaiting(): boolean {
     return this.#wake !== undefined;
   }
 
   /**
-   * The bytes to come are another stream's, the one under which the old one goes on encrypted. What came in the clear
-   * before and was not read must never be taken for it.
+   * Further bytes come from the TLS stream over the old one. Bytes that arrived in the clear and were not read must never
+   * be taken for its bytes.
+   * Errors: Error if there are any.
    */
   moveTo(socket: Duplex): void {
     if (this.#available > 0) throw new Error('byte-reader: bytes of the old stream are left');
@@ -51,7 +52,7 @@ export class ByteReader {
     this.#signal();
   }
 
-  /** No more bytes: reads that need more than there is fail with `error`. */
+  /** No more bytes will arrive: reads that need more than there are fail with `error`. */
   fail(error: Error): void {
     this.#failure ??= error;
     this.#signal();
@@ -70,7 +71,7 @@ export class ByteReader {
     return taken.length === 1 && taken[0] !== undefined ? taken[0] : Buffer.concat(taken, length);
   }
 
-  /** Let `length` bytes pass without keeping them. */
+  /** Discard `length` bytes. */
   async skip(length: number): Promise<void> {
     let missing = length;
     while (missing > 0) {
@@ -79,7 +80,7 @@ export class ByteReader {
     }
   }
 
-  /** All that was not read; the reader is done with. */
+  /** All unread bytes; the reader is not used any more. */
   takeRest(): Buffer {
     const rest = Buffer.concat(this.#chunks);
     this.#chunks = [];

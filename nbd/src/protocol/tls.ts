@@ -1,7 +1,7 @@
 /**
- * TLS over a connection that began in the clear (proto.md, "TLS support"): both ends' handshakes, and what they prove
- * about the other side. It owns the versions and ciphers that will do and the rule for when a name is proven; it knows
- * nothing of NBD's messages and reads no files.
+ * TLS over a connection that began in the clear (proto.md, "TLS support"): the handshakes of both ends, and what they prove
+ * about the other side. It owns the accepted versions and ciphers and the rule when a name is proven; it contains no
+ * messages of NBD and reads no files.
  */
 
 import type { Duplex } from 'node:stream';
@@ -12,11 +12,11 @@ import { constants } from 'node:crypto';
 /** 'on': a client may ask for TLS (SELECTIVETLS without TLS-only exports); 'require': it must (FORCEDTLS). */
 export type TlsMode = 'off' | 'on' | 'require';
 
-/** What a server proves itself with, and what it asks of clients. At least one of `certificate` and `pskKey`. */
+/** The server's keys, and what it requires of clients. At least one of `certificate` and `pskKey`. */
 export interface TlsMaterial {
   /** PEM: the server's certificate (with its chain) and private key. */
   readonly certificate?: { readonly chain: string | Buffer; readonly key: string | Buffer };
-  /** PEM: who may have signed client certificates. */
+  /** PEM: the authorities that sign client certificates. */
   readonly authorities?: string | Buffer;
   /** PEM: revoked client certificates. */
   readonly revocations?: string | Buffer;
@@ -29,7 +29,7 @@ export interface TlsMaterial {
 /** How a server speaks TLS. */
 export interface ServerTls {
   readonly mode: TlsMode;
-  /** Asked at every handshake, so that new keys serve the next connection. */
+  /** Called at every handshake, so that new keys apply to the next connection. */
   material(): TlsMaterial;
 }
 
@@ -43,32 +43,32 @@ export interface TlsIdentity {
   readonly pskUser?: string;
 }
 
-/** How a client proves itself and knows its server: by certificates, or by a pre-shared key. */
+/** How client and server prove themselves: by certificates, or by a pre-shared key. */
 export type ClientTls =
   | {
-      /** PEM: who must have signed the server's certificate; by default the authorities of Node. */
+      /** PEM: the authorities that sign server certificates; by default those of Node. */
       readonly authorities?: string | Buffer;
       /** PEM: the client's own certificate and key. */
       readonly certificate?: { readonly chain: string | Buffer; readonly key: string | Buffer };
-      /** What the server's certificate must be for; by default the host connected to, "localhost" for unix sockets. */
+      /** The name that the server's certificate must be for; by default the host connected to, "localhost" for unix sockets. */
       readonly serverName?: string;
     }
   | { readonly psk: { readonly user: string; readonly key: Buffer } };
 
 /** "NBD implementations supporting TLS MUST support TLS version 1.2, SHOULD support any later versions." */
 const MIN_VERSION = 'TLSv1.2';
-/** SHA-256 first: pre-shared keys go with that hash, and OpenSSL drops the key if the cipher it chose has another. */
+/** SHA-256 first: pre-shared keys use that hash, and OpenSSL ignores the key if the chosen cipher has another. */
 const TLS13_CIPHERS = ['TLS_AES_128_GCM_SHA256', 'TLS_CHACHA20_POLY1305_SHA256', 'TLS_AES_256_GCM_SHA384'];
 /** Forward secrecy and authenticated encryption only. */
 const CERTIFICATE_CIPHERS = ['ECDHE+AESGCM', 'ECDHE+CHACHA20'];
 /** TLS 1.2; OpenSSL has no ECDHE-PSK with AES-GCM. */
 const PSK_CIPHERS = ['ECDHE-PSK-CHACHA20-POLY1305', 'ECDHE-PSK-AES256-CBC-SHA384', 'ECDHE-PSK-AES128-CBC-SHA256'];
-/** No resumption: a session ticket would outlive the revocation of the key or certificate it was given for. */
+/** No resumption: a session ticket would outlive the revocation of the key or certificate that it was issued for. */
 const OPTIONS = constants.SSL_OP_NO_TICKET | constants.SSL_OP_NO_RENEGOTIATION;
 
 /**
- * Server side of the handshake. `socket` must have no reader of its own any more; what it has buffered is taken as TLS.
- * However it fails, `socket` is destroyed.
+ * Server side of the handshake. `socket` must have no reader any more; its buffered bytes belong to TLS. However it fails,
+ * `socket` is destroyed.
  */
 export function acceptTls(
   socket: Duplex,
@@ -81,8 +81,8 @@ export function acceptTls(
       socket.destroy();
       reject(error);
     };
-    // A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its
-    // own context (1.4 ms to make) also means that no session of an earlier connection can be resumed.
+    // A server that never listens: the public way to have Node verify the client's certificate on a given socket. Its own
+    // context (1.4 ms to create) also means that no session of an earlier connection can be resumed.
     let server: tls.Server;
     try {
       server = tls.createServer({
@@ -107,7 +107,7 @@ export function acceptTls(
       return;
     }
     server.once('tlsClientError', (error, failed) => {
-      // Node's types have it always; it is null unless the certificate was refused.
+      // Null unless the certificate was refused, whatever Node's types say.
       const authorizationError = failed.authorizationError as Error | string | null;
       fail(new Error(authorizationError ? `the client's certificate: ${String(authorizationError)}` : reasonOf(error)));
     });
@@ -116,10 +116,10 @@ export function acceptTls(
       const byKey = isByPreSharedKey(secure);
       resolve({ socket: secure, identity: identityOf(secure, byKey ? pskUser : undefined) });
     });
-    // Later than what tlsClientError says of it: Node closes the socket first and then tells why.
+    // After tlsClientError has given its reason: Node closes the socket first.
     socket.once('close', () => setImmediate(reject, new Error('the client left')));
-    // Half a connection is enough for requests, not for a handshake: with this, a client that leaves in the middle of it
-    // ends it. Without, Node goes on waiting for bytes that cannot come.
+    // A half-open connection is useful for requests, not for a handshake: a client that closes its side ends the handshake.
+    // Otherwise Node would wait for bytes that cannot arrive.
     socket.allowHalfOpen = false;
     server.emit('connection', socket);
   });
@@ -141,7 +141,7 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
         secure = tls.connect({
           ...common,
           pskCallback: () => ({ psk: key, identity: user }),
-          // Nobody: a server that shows a certificate instead of knowing the key is refused below in any case.
+          // No identity: a server that sends a certificate instead of using the key is refused below.
           checkServerIdentity: () => undefined,
         });
       } else {
@@ -169,7 +169,7 @@ export function connectTls(socket: Duplex, options: ClientTls, host: string): Pr
   });
 }
 
-/** OpenSSL's errors have where in its source they come from in their message, and the reason apart. */
+/** The message of an OpenSSL error contains a place in OpenSSL's source; its reason is a property. */
 function reasonOf(error: Error): string {
   return 'reason' in error && typeof error.reason === 'string' ? error.reason : error.message;
 }
@@ -179,8 +179,8 @@ function cipherList(certificates: boolean, psk: boolean): string {
 }
 
 /**
- * Whether the handshake was made with a pre-shared key. That a key was asked for does not prove it: OpenSSL goes on with
- * a certificate if the key does not fit the cipher. In TLS 1.3 a pre-shared key is a kind of resumption, and there is no
+ * Whether the handshake used a pre-shared key. A call of pskCallback does not prove it: OpenSSL continues with a
+ * certificate if the key does not fit the cipher. In TLS 1.3 a pre-shared key is a kind of resumption, and there is no
  * other kind here.
  */
 function isByPreSharedKey(socket: tls.TLSSocket): boolean {
@@ -197,7 +197,7 @@ function identityOf(socket: tls.TLSSocket, pskUser: string | undefined): TlsIden
   };
 }
 
-/** Common names and DNS names. What Node had to quote is no name of ours: a comma in it could pose as a second name. */
+/** Common names and DNS names. Names that Node quotes are ignored: a comma in one could pose as a second name. */
 export function certificateNames(certificate: tls.PeerCertificate): string[] {
   const names = new Set<string>();
   // A client that shows no certificate has an empty object here, whatever Node's types say.

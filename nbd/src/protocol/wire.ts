@@ -1,6 +1,6 @@
 /**
  * The NBD wire: every number that may appear on it and every byte layout that server and client share. It owns magics,
- * option, reply, command and error values, and the encoders for them; it never looks at a socket, a device or a policy.
+ * option, reply, command and error values, and their encoders; it uses no socket, device or policy.
  * Source: proto.md of the NetworkBlockDevice project, and its branch extension-ext-header for the extended headers;
  * section names are given where a value comes from.
  */
@@ -11,7 +11,7 @@ const TWO_POW_32 = 0x1_0000_0000;
 
 // --- Handshake: "Newstyle negotiation", "Fixed newstyle negotiation" ---
 
-/** ASCII 'NBDMAGIC', as two 32-bit halves: no BigInt anywhere. */
+/** ASCII 'NBDMAGIC', as two 32-bit halves: no BigInt. */
 export const NBD_MAGIC_HIGH = 0x4e42444d;
 export const NBD_MAGIC_LOW = 0x41474943;
 /** ASCII 'IHAVEOPT'. */
@@ -142,7 +142,7 @@ export const CMD_FLAG = {
   PAYLOAD_LEN: 1 << 5,
 } as const;
 
-/** "Error values". The one table from a cause to the number on the wire. */
+/** "Error values". The only table from a cause to the number on the wire. */
 export const NBD_ERRNO: Readonly<Record<DeviceErrorCode, number>> = {
   EPERM: 1,
   EIO: 5,
@@ -172,13 +172,13 @@ export const LEAST_PREFERRED_BLOCK_SIZE = 512;
 
 // --- What was negotiated ---
 
-/** A meta context that the client selected; `id` stands for it on the wire. */
+/** A meta context that the client selected; `id` identifies it on the wire. */
 export interface SelectedContext {
   readonly id: number;
   readonly name: string;
 }
 
-/** What client and server agreed on in the handshake; everything the transmission phase may depend on. */
+/** What client and server agreed on in the handshake; the transmission phase depends on nothing else of it. */
 export interface Negotiated {
   readonly fixedNewstyle: boolean;
   readonly noZeroes: boolean;
@@ -186,7 +186,7 @@ export interface Negotiated {
   readonly structuredReplies: boolean;
   /** Requests and replies have headers of 32 bytes and lengths of 64 bits. Implies `structuredReplies`. */
   readonly extendedHeaders: boolean;
-  /** The contexts a block status request is answered for. */
+  /** The contexts that a block status request is answered for. */
   readonly metaContexts: readonly SelectedContext[];
   readonly tls: boolean;
 }
@@ -223,7 +223,7 @@ export function readUInt64(source: Buffer, at: number): number {
   return high > 0x1f_ffff ? Infinity : high * TWO_POW_32 + source.readUInt32BE(at + 4);
 }
 
-/** "Newstyle negotiation": what the server says first. */
+/** "Newstyle negotiation": the server's greeting. */
 export function encodeGreeting(handshakeFlags: number): Buffer {
   const greeting = Buffer.allocUnsafe(GREETING_SIZE);
   greeting.writeUInt32BE(NBD_MAGIC_HIGH, 0);

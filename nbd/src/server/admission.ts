@@ -1,27 +1,30 @@
 /**
- * Who is let in: how many connections there may be, in all, of one peer, over TCP and in the handshake, and who makes room
- * when there is none. Owns the counts. Those that ask nothing of anybody yet give way to those that come: a connection that
- * is leaving, or has chosen no export and is waited for. One with an export is never cut off for another.
+ * Admission of connections: how many there may be, in all, of one peer, over TCP and in the handshake, and which one is
+ * closed when there is no room. It owns the counts. A connection that is leaving, or that has chosen no export and waits
+ * for its client, makes room for a new one. A connection with an export is never closed for another.
  */
 
 import type { Peer } from '../block-device.js';
 import { DEFAULT_SHARE_OF_ONE_PEER, type Limits } from './limits.js';
 
-/** With a unix socket beside TCP, one connection in so many is kept for those that come from this machine. */
+/** With a unix socket beside TCP, one connection in so many is reserved for unix sockets. */
 export const UNIX_ROOM_DIVISOR = 8;
 
-/** Connections of one peer, those that are leaving among them, for each that it may have. */
+/** Connections of one peer, including those that are leaving, for each connection that it may have. */
 const LEAVING_FACTOR = 2;
 
-/** What a place is taken by. */
+/** The connection that takes a place. */
 export interface Occupant {
-  /** Whether the next step is the client's: of its handshake, or of its leaving. False: it has an export, or we work for it. */
+  /**
+   * Whether the next step is the client's, of its handshake or its leaving. False: it has an export, or waits for the
+   * server.
+   */
   readonly isWaitedFor: boolean;
   /** Close its socket now; called at most once. */
   crowdOut(reason: string): void;
 }
 
-/** One connection's place. It is in the handshake first. */
+/** One connection's place. It begins in the handshake. */
 export class Place {
   occupant: Occupant | undefined;
 
@@ -35,7 +38,7 @@ export class Place {
     this.#admission = admission;
   }
 
-  /** The client has gone a step further in the handshake: it is not the next to make room. */
+  /** The handshake has advanced: this connection is the last of its peer to make room. */
   advanced(): void {
     this.#admission.advanced(this);
   }
@@ -45,33 +48,33 @@ export class Place {
     this.#admission.settled(this);
   }
 
-  /** The client has said goodbye, or the server is done with it. It counts for its peer no more, within bounds. */
+  /** The client has disconnected, or the server has finished with it. Within limits it no longer counts for its peer. */
   leaving(): void {
     this.#admission.leaving(this);
   }
 
-  /** The socket is gone. May be called again. */
+  /** The socket is closed. May be called again. */
   left(): void {
     this.#admission.left(this);
   }
 }
 
-/** Of one peer: its connections, and those of them that are not leaving. */
+/** One peer's connections, and those of them that are not leaving. */
 interface PeerCounts {
   open: number;
   staying: number;
 }
 
-/** In the order in which they will make room. */
+/** By peer, in the order in which they make room. */
 type Waiting = Map<string, Set<Place>>;
 
 export class Admission {
-  /** Whether some of the places are kept for unix sockets. */
+  /** Whether some places are reserved for unix sockets. */
   keepsRoomForUnix = false;
   readonly #places = new Set<Place>();
   #tcpCount = 0;
   readonly #countsOf = new Map<string, PeerCounts>();
-  /** In the handshake, by peer; who has been quiet for longest comes first. */
+  /** Places in the handshake, by peer; the one that has been quiet for longest is first. */
   readonly #handshakes: Waiting = new Map();
   #handshakeCount = 0;
   readonly #departures = new Set<Place>();
@@ -82,7 +85,7 @@ export class Admission {
     this.#limits = limits;
   }
 
-  /** A place for a connection of the peer `key`, or in words why there is none. Others may be made to leave for it. */
+  /** A place for a connection of the peer `key`, or the reason why there is none. Another connection may be closed for it. */
   enter(key: string, transport: Peer['transport']): Place | string {
     const { maxConnections, maxConnectionsPerPeer, maxHandshakes } = this.#limits;
     const tcpRoom = this.#tcpRoom();
@@ -90,7 +93,7 @@ export class Admission {
     if (counts && counts.staying >= maxConnectionsPerPeer && !this.#crowdOut(key)) {
       return `${maxConnectionsPerPeer} connections of this peer are open, as many as allowed`;
     }
-    // Who has left may come again at once, though it is still being answered; but not leave one behind each time.
+    // A client that has left may reconnect at once, while its old connection is still being answered; but not without limit.
     if (counts && counts.open >= this.#mostOpenOfOnePeer() && !this.#expelDeparture(key)) {
       return `${counts.open - counts.staying} connections of this peer that are leaving are open, as many as allowed`;
     }
@@ -101,7 +104,7 @@ export class Admission {
     if (this.#places.size >= maxConnections && !this.#makeRoom()) {
       return `${maxConnections} connections are open, as many as allowed`;
     }
-    // Those that we work for are let be: it is not the clients that take long.
+    // Connections that wait for the server are not closed: it is not their clients that are slow.
     if (this.#handshakeCount >= maxHandshakes) this.#crowdOut();
     const place = new Place(this, key, transport);
     this.#places.add(place);
@@ -116,7 +119,7 @@ export class Admission {
 
   advanced(place: Place): void {
     const ofPeer = this.#handshakes.get(place.key);
-    // Behind the others.
+    // Last of the peer's.
     if (ofPeer?.delete(place)) ofPeer.add(place);
   }
 
@@ -143,7 +146,7 @@ export class Admission {
     this.#removeHandshake(place);
   }
 
-  /** Those that are leaving among them. Twice as many as it may have, but not the room of others: some leave slowly. */
+  /** Including those that are leaving, since some leave slowly: twice as many as it may have, but not the room of others. */
   #mostOpenOfOnePeer(): number {
     const { maxConnections, maxConnectionsPerPeer } = this.#limits;
     const share = Math.ceil(maxConnections * DEFAULT_SHARE_OF_ONE_PEER);
@@ -155,7 +158,7 @@ export class Admission {
     return this.keepsRoomForUnix ? maxConnections - Math.floor(maxConnections / UNIX_ROOM_DIVISOR) : maxConnections;
   }
 
-  /** One that is leaving, or else one in the handshake, is made to go: over one transport, if given. */
+  /** Close a connection that is leaving, or else one in the handshake; of one transport, if given. */
   #makeRoom(transport?: Peer['transport']): boolean {
     return this.#expelDeparture(undefined, transport) || this.#crowdOut(undefined, transport);
   }
@@ -164,7 +167,7 @@ export class Admission {
     for (const place of this.#departures) {
       if (key !== undefined && place.key !== key) continue;
       if (transport !== undefined && place.transport !== transport) continue;
-      // Its last requests are still carried out.
+      // Otherwise its last requests are still being executed.
       if (place.occupant?.isWaitedFor !== true) continue;
       this.#expel(place, 'made room for another connection');
       return true;
@@ -172,7 +175,7 @@ export class Admission {
     return false;
   }
 
-  /** Of the peer that has most of them in the handshake, the one that has been quiet for longest and is waited for. */
+  /** Close a connection in the handshake: of the peer with most of them, the one that has waited for its client longest. */
   #crowdOut(key?: string, transport?: Peer['transport']): boolean {
     const peers = key === undefined ? [...this.#handshakes.values()] : [this.#handshakes.get(key) ?? new Set<Place>()];
     peers.sort((a, b) => b.size - a.size);
@@ -191,7 +194,7 @@ export class Admission {
   }
 
   #expel(place: Place, reason: string): void {
-    // First: its room is there at once.
+    // First, so that its room is free at once.
     this.left(place);
     place.occupant?.crowdOut(reason);
   }

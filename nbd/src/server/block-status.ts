@@ -1,32 +1,32 @@
 /**
  * The extents that answer a block status request, for all its contexts: collected from a device one context after the
- * other, neighbours joined, cut to the range asked for, to a bounded number, and all at the same byte; and written as the
- * payloads of chunks. It holds devices to what BlockDevice.extents promises; it never asks a device by itself and sends
- * nothing.
+ * other, neighbours joined, cut to the requested range, to a bounded number, and all at the same byte; and written as the
+ * payloads of chunks. It checks what BlockDevice.extents promises; it never calls a device and sends nothing.
  *
- * The protocol lets each context end elsewhere. Clients that ask for two and go on from where one of them ends (libnbd's
- * users do, virtnbdbackup among them) lose what the other one had not told: so no reply has contexts of different lengths.
+ * The protocol lets each context end at a different byte. Clients that query two contexts and continue where one of them
+ * ends (users of libnbd do, for example virtnbdbackup) miss the rest of the other one: so all contexts of a reply end at
+ * the same byte.
  */
 
 import { ALLOCATION_CONTEXT, type ExtentSink } from '../block-device.js';
 import { REPLY_TYPE, writeUInt64 } from '../protocol/wire.js';
 
-/** Extents of one reply, all contexts together: 2 MiB at most; as many as qemu gives for one. A client asks on from there. */
+/** Most extents of one reply, all contexts together: 2 MiB; as many as qemu sends for one. A client continues from there. */
 export const MAX_REPLY_EXTENTS = 128 * 1024;
-/** Bytes of an extent, in memory and with extended headers; half of it without. */
+/** Bytes of an extent, in memory and with extended headers; half of that without. */
 const WIDE_EXTENT_SIZE = 16;
-/** Extents come in chunks of this size, which are used again: 64 KiB. Most answers have few, in a first chunk of 1 KiB. */
+/** Extents per memory chunk of 64 KiB, which are reused. Most answers have few extents, in a first chunk of 1 KiB. */
 const CHUNK_EXTENTS = 4096;
 const FIRST_EXTENTS = 64;
-/** Extents of one reply where there is no memory for more: no chunk is needed. Not less than the contexts of a request. */
+/** Most extents of one reply without memory from the budget: it needs no chunk. Not less than the contexts of a request. */
 export const OWN_REPLY_EXTENTS = FIRST_EXTENTS;
 /** Chunks kept for reuse: 4 MiB, which is what the longest answer takes. */
 const KEPT_CHUNKS = 64;
 const MAX_FLAGS_32 = 0xffff_ffff;
 
 /**
- * Bytes of memory that a block status may take until it is answered, at most: what was collected for the contexts so far,
- * and for one more, or for the reply. A short range has few extents, whatever the device says: none is shorter than a byte.
+ * The most memory that a block status may use until its reply, bytes: the extents of the contexts so far, and those of one more
+ * context or the reply. A short range has few extents, since none is shorter than a byte.
  */
 export function blockStatusMemory(length: number, contextCount: number): number {
   const extents = Math.min(MAX_REPLY_EXTENTS, contextCount * length);
@@ -45,9 +45,9 @@ export class StatusReply {
   readonly #most: number;
 
   /**
-   * @param contextCount how many contexts there will be
+   * @param contextCount the number of contexts
    * @param reqOne NBD_CMD_FLAG_REQ_ONE: one extent for each
-   * @param most extents of all contexts together
+   * @param most the most extents of all contexts together
    */
   constructor(offset: number, length: number, contextCount: number, reqOne: boolean, most = MAX_REPLY_EXTENTS) {
     this.#offset = offset;
@@ -57,19 +57,19 @@ export class StatusReply {
     this.#end = offset + length;
   }
 
-  /** Bytes that the next context is to be asked for: no more than those before it have told of. */
+  /** Bytes to query for the next context: no more than the earlier contexts cover. */
   get length(): number {
     return this.#end - this.#offset;
   }
 
-  /** For the next context; to be filled by the device, then given to `add`. */
+  /** A collector for the next context: the device fills it, then the caller passes it to `add`. */
   next(context: string, isWide: boolean): ExtentCollector {
     return new ExtentCollector(context, this.#offset, this.length, this.#reqOne ? 1 : this.#most, isWide);
   }
 
   /**
-   * The device has told what it tells of this context, which may be less than it was asked for: then all contexts end
-   * there. @throws Error if it told nothing
+   * The device has reported the extents of this context. They may cover less than was requested: then all contexts end there.
+   * Errors: Error if there is none.
    */
   add(collector: ExtentCollector): void {
     collector.finish();
@@ -81,15 +81,15 @@ export class StatusReply {
     for (const each of collectors) each.cutTo(this.length);
   }
 
-  /** The reply is written: the memory of the extents can be used again. */
+  /** The reply is written: the memory of the extents can be reused. */
   release(): void {
     for (const collector of this.collectors) collector.release();
   }
 }
 
 /**
- * The most bytes that all collectors cover with `most` extents together; `most` is not less than their number. A search for
- * it takes as many steps as a length has bits, however many extents there are.
+ * The most bytes that all collectors cover with `most` extents together; `most` is not less than their number. A binary search:
+ * as many steps as a length has bits, however many extents there are.
  */
 function commonLength(collectors: readonly ExtentCollector[], most: number): number {
   let longest = Infinity;
@@ -113,21 +113,21 @@ function extentsWithin(collectors: readonly ExtentCollector[], length: number): 
   return count;
 }
 
-/** Of CHUNK_EXTENTS each. */
+/** Memory chunks for reuse, of CHUNK_EXTENTS each. */
 const spareChunks: Float64Array[] = [];
 
 /** The extents of one context. */
 export class ExtentCollector {
-  /** How many extents there are. */
+  /** The number of extents. */
   count = 0;
-  /** The end of each extent, counted from where the first one begins, and its flags, one after the other. */
+  /** For each extent its end, relative to the first extent's offset, and its flags. */
   readonly #first: Float64Array;
   readonly #chunks: Float64Array[] = [];
   readonly #end: number;
   #reached: number;
   #lastFlags = 0;
   #isFinished = false;
-  /** What the device did that it must not do. */
+  /** How the device broke the contract of ExtentSink. */
   #breach: string | undefined;
 
   readonly #context: string;
@@ -136,7 +136,7 @@ export class ExtentCollector {
   readonly #isWide: boolean;
 
   /**
-   * @param most extents; 1 for NBD_CMD_FLAG_REQ_ONE
+   * @param most the most extents; 1 for NBD_CMD_FLAG_REQ_ONE
    * @param isWide whether flags may have more than 32 bits
    */
   constructor(context: string, begin: number, length: number, most: number, isWide: boolean) {
@@ -152,7 +152,7 @@ export class ExtentCollector {
   readonly sink: ExtentSink = (offset, length, flags) => {
     if (this.#isFinished) return false;
     if (offset !== this.#reached || !(length > 0) || !this.#areFlags(flags)) {
-      this.#breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected what is at ${this.#reached}`;
+      this.#breach ??= `reported ${length} bytes at ${offset} with flags ${flags}, expected an extent at ${this.#reached}`;
       return false;
     }
     if (this.count === 0 || flags !== this.#lastFlags) {
@@ -160,14 +160,14 @@ export class ExtentCollector {
       this.count++;
       this.#lastFlags = flags;
     }
-    // Never beyond what was asked: it must not with REQ_ONE, and a length of 32 bits always holds it.
+    // Never beyond the requested range: forbidden with REQ_ONE, and so the length always fits into 32 bits.
     const reached = Math.min(offset + length, this.#end);
     this.#reached = reached;
     this.#set(this.count - 1, reached - this.#begin, flags);
     return reached < this.#end;
   };
 
-  /** All extents are in. @throws Error if the device gave none: at least one must be sent. */
+  /** All extents are reported. Errors: Error if there is none, since at least one must be sent. */
   finish(): void {
     this.#isFinished = true;
     if (this.count === 0) {
@@ -182,7 +182,7 @@ export class ExtentCollector {
     return this.#reached - this.#begin;
   }
 
-  /** How many extents cover the first `length` bytes, of which there are so many at least. */
+  /** How many extents cover the first `length` bytes; all extents together cover at least that. */
   countWithin(length: number): number {
     let low = 0;
     let high = this.count - 1;
@@ -194,7 +194,7 @@ export class ExtentCollector {
     return low + 1;
   }
 
-  /** Leave out what lies behind the first `length` bytes, of which there are so many at least. */
+  /** Drop everything after the first `length` bytes; all extents together cover at least that. */
   cutTo(length: number): void {
     if (length === this.length) return;
     this.count = this.countWithin(length);
@@ -204,7 +204,7 @@ export class ExtentCollector {
     while (this.#chunks.length > chunks) this.#releaseChunk();
   }
 
-  /** Its memory is another one's: it is not used any more. */
+  /** Give its memory back; it must not be used any more. */
   release(): void {
     while (this.#chunks.length > 0) this.#releaseChunk();
   }

@@ -1,14 +1,15 @@
 /**
- * Memory for replies and payloads, shared by all connections of an event loop, and its limit: slabs that hold many small replies
- * side by side, blocks that requests are received into, and large blocks for one request each. It owns the blocks kept for reuse,
- * the budget, and the queue of connections that wait for memory. It never decides when a block is free: its user counts the pins.
+ * Memory for replies and payloads, shared by all connections of an event loop, and its limit: slabs that hold many small
+ * replies side by side, blocks that requests are received into, and large blocks for one request each. It owns the blocks
+ * kept for reuse, the budget, and the queue of connections that wait for memory. It never decides when a block is free: its
+ * user counts the pins.
  *
  * Few long-lived slabs instead of a buffer per reply: a batch of replies leaves in one write, the memory stays warm in
  * the cache, and a device that resolves the address of an ArrayBuffer may remember it.
  *
- * No request waits while it holds memory: it gets all that it needs at once, before its payload is read, or nothing; so there is
- * no deadlock. A quarter of the budget is for small requests, so that large ones do not delay them. When that is used up, every
- * connection still has OWN_BYTES, and its own block to receive into, and makes progress with these.
+ * No request waits while it holds memory: it gets all that it needs at once, before its payload is read, or nothing; so
+ * there is no deadlock. A quarter of the budget is for small requests, so that large ones do not delay them. When that is
+ * used up, every connection still has OWN_BYTES, and its own block to receive into, and makes progress with these.
  */
 
 import { releaseMemory } from './release-memory.js';
@@ -22,7 +23,10 @@ export const LARGE_BYTES = SLAB_BYTES / 4;
  * that a write still uses is not reused, so `maxInFlightRequests` slow writes hold at most as many of these.
  */
 const RECEIVE_BYTES = 256 * 1024;
-/** Room for a reply header beside the data in a block for one request: so a request of exactly 1 MiB needs little more than 1 MiB. */
+/**
+ * Room for a reply header beside the data in a block for one request: so a request of exactly 1 MiB needs little more than
+ * 1 MiB.
+ */
 const HEADROOM = 64;
 /** Memory that each connection has beside the budget, for replies or for a payload. */
 export const OWN_BYTES = 64 * 1024 + HEADROOM;
@@ -44,8 +48,9 @@ const KEEP_MS = 5_000;
 const TICK_MS = 100;
 const BYTES_PER_TICK = 4 * 1024 * 1024;
 /**
- * Requests of up to this size, which guests and kernels send, do not wait behind longer ones. Otherwise a dozen clients that send
- * the header of a write of 32 MiB and nothing more could delay the writes of 128 KiB of all others for as long as they reconnect.
+ * Requests of up to this size, which guests and kernels send, do not wait behind longer ones. Otherwise a dozen clients
+ * that send the header of a write of 32 MiB and nothing more could delay the writes of 128 KiB of all others for as long as
+ * they reconnect.
  */
 const MEDIUM_BYTES = 1024 * 1024 + HEADROOM;
 /** The share of the memory for large requests that requests above MEDIUM_BYTES never get. */

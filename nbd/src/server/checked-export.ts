@@ -7,7 +7,10 @@ import type { BlockDevice, DeviceGeometry, ExportInfo, Geometry } from '../block
 import { completeGeometry, geometryProblem, missingMethod, type ServedDevice } from './geometry.js';
 import type { CheckedExport, HandshakeHost } from './handshake-host.js';
 
-/** Open an export and check that it can be served. Errors: those of the provider; Error if the check fails, the device closed. */
+/**
+ * Open an export and check that it can be served. Errors: those of the provider; Error if the check fails, the device
+ * closed.
+ */
 export async function openChecked(
   host: Pick<HandshakeHost, 'clock' | 'export' | 'peer'>,
   name: string,

@@ -1,7 +1,7 @@
 /**
- * The event loop of this thread as one that serves connections. It owns what all connections of a loop share: their buffers,
- * their shares of its turns, its clock, the look for clients that do not do their part, and sockets that wait for their end.
- * It lets everybody in: who may come is decided before, by a server that may be in another thread.
+ * The event loop of this thread as a server of connections. It owns what all connections of a loop share: buffers, shares
+ * of its turns, its clock, the watch for stalled clients, and sockets that wait for their end. It admits every connection:
+ * the server, which may be in another thread, decides that before.
  */
 
 import type net from 'node:net';
@@ -21,20 +21,20 @@ import { Offenders, type OffenderCounts } from './offenders.js';
 import type { AcceptedConnection, Progress, ServedConnection, ServingLoop } from './serving-loop.js';
 import { StallWatch } from './stall-watch.js';
 
-/** What the connections of a loop are served with. */
+/** What a loop serves its connections with. */
 export interface ConnectionLoopOptions {
   readonly provider: ExportProvider;
-  /** Told of this loop's connections; see ServerObserver. */
+  /** Receives the events of this loop's connections; see ServerObserver. */
   readonly observer?: ServerObserver;
-  /** Bounds other than DEFAULT_LIMITS. Those of connections in all are the server's to keep. */
+  /** Limits other than DEFAULT_LIMITS. The server enforces those of all connections together. */
   readonly limits?: Partial<Limits>;
   /** TLS for connections of listeners. */
   readonly tls?: ServerTls;
-  /** Who has broken the protocol lately, if that is known for more than this loop. */
+  /** Counts of violations that several loops share; by default the loop has its own. */
   readonly offenders?: OffenderCounts;
 }
 
-/** A stream that somebody else accepted, and what was read from it. */
+/** A stream that the program accepted, and the bytes read from it. */
 export interface AcceptedStream {
   readonly id: number;
   readonly socket: Duplex;
@@ -45,18 +45,19 @@ export interface AcceptedStream {
 }
 
 /**
- * The event loop of the thread that makes it, serving connections. A server makes one for its own thread; in a worker thread
- * the program makes one, and gives it the sockets whose descriptors come from the server's ServingLoop for that worker.
+ * Serves connections on the event loop of the thread that creates it. A server creates one for its own thread; in a worker
+ * thread the program creates one, and gives it the sockets whose descriptors the server's ServingLoop for that worker
+ * sends.
  */
 export class ConnectionLoop implements ServingLoop {
   readonly #tls: ServerTls | undefined;
   readonly #resources: LoopResources;
   readonly #stallWatch: StallWatch;
   readonly #connections = new Set<Connection>();
-  /** Sockets that receive into memory of ours, until they are served. */
+  /** Sockets that receive in place, until they are served. */
   readonly #prepared = new WeakMap<net.Socket, InPlaceSocket>();
 
-  /** @throws RangeError if a limit is none */
+  /** Errors: RangeError (a limit is invalid). */
   constructor(options: ConnectionLoopOptions) {
     const limits = limitsFrom(options.limits);
     this.#tls = options.tls;
@@ -81,11 +82,11 @@ export class ConnectionLoop implements ServingLoop {
   }
 
   /**
-   * The socket that `accepted` is served as: another one, over the same connection, if it can receive into memory of ours.
-   * `accepted` is not to be used any more. For whoever wants to set options of it before `serve`, which does the same.
+   * The socket that replaces `accepted`: a new one over the same connection, if it can receive in place. `accepted` must not be
+   * used any more. Only needed to set options of the socket before `serve`, which does the same.
    */
   prepare(accepted: net.Socket): net.Socket {
-    // Under TLS what is received is ciphertext, which the TLS socket takes as it comes.
+    // Under TLS the received bytes are ciphertext, which the TLS socket reads itself.
     if (this.#tls !== undefined || this.#prepared.has(accepted)) return accepted;
     const inPlace = receiveInPlace(accepted);
     if (inPlace === undefined) return accepted;
@@ -100,7 +101,10 @@ export class ConnectionLoop implements ServingLoop {
     return this.#open({ id, socket, peer, progress, offender, state, inPlace, tls: this.#tls });
   }
 
-  /** Serve a stream of this thread. It is not offered TLS: who hands it over answers for it. */
+  /**
+   * Serve a stream of this thread. TLS is not offered to internal peers: the program that hands over a stream vouches for
+   * it.
+   */
   serveStream(stream: AcceptedStream): ServedConnection {
     return this.#open({ ...stream, tls: stream.peer.transport === 'internal' ? undefined : this.#tls });
   }

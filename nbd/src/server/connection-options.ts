@@ -14,7 +14,7 @@ import type { ServerObserver } from './observer.js';
 import type { OffenderCounts } from './offenders.js';
 import type { Progress } from './serving-loop.js';
 
-/** What is one for all connections of an event loop. */
+/** What all connections of an event loop share. */
 export interface LoopResources {
   readonly provider: ExportProvider;
   readonly limits: Limits;
@@ -26,21 +26,21 @@ export interface LoopResources {
   readonly heldSockets: HeldSockets;
 }
 
-/** What is this connection's alone. */
+/** What belongs to one connection. */
 export interface ConnectionOptions {
   readonly id: number;
   readonly socket: Duplex;
   readonly peer: Peer;
-  /** Bytes already received on the socket, by whoever accepted it. */
+  /** Bytes that were read from the socket before. */
   readonly head?: Buffer | undefined;
-  /** The socket's way to receive into memory of ours, if it has one. */
+  /** Lets the socket receive in place, if it can. */
   readonly inPlace?: InPlaceSocket | undefined;
   /** Undefined: this peer is not offered TLS. */
   readonly tls: ServerTls | undefined;
   /** Whose violations are counted together with this peer's; undefined: they are not counted. */
   readonly offender: string | undefined;
-  /** Told how it gets on; undefined: nobody counts it. */
+  /** Receives its progress; undefined: it is not counted. */
   readonly progress?: Progress | undefined;
-  /** Where another server has left it. Undefined: it begins with the greeting. */
+  /** The state in which another server handed it over. Undefined: it begins with the greeting. */
   readonly state?: NegotiatedState | undefined;
 }

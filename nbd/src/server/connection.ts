@@ -1,7 +1,7 @@
 /**
- * The life of one connection: handshake, transmission, end. It owns the socket and guarantees that, however the connection ends,
- * the device is closed exactly once, after its last request, and the close event is sent exactly once after that. It contains
- * no listeners and no layouts of the wire.
+ * The life of one connection: handshake, transmission, end. It owns the socket and guarantees that, however the connection
+ * ends, the device is closed exactly once, after its last request, and the close event is sent exactly once after that. It
+ * contains no listeners and no layouts of the wire.
  */
 
 import type { Duplex } from 'node:stream';
@@ -94,7 +94,8 @@ export class Connection implements ServedConnection, HandshakeHost, Transmission
     this.#violations = new Violations(options.offender, shared.offenders);
     this.#progress = options.progress;
     this.#state = options.state;
-    // Fixed for the whole connection: the server "MUST be consistent in its mode of operation across the lifespan of a connection".
+    // Fixed for the whole connection: the server "MUST be consistent in its mode of operation across the lifespan of a
+    // connection".
     this.tlsMode = options.tls?.mode;
     this.reader = new ByteReader(this.socket);
     this.clock = new HandshakeClock(this.limits, this.#time, (reason) => this.abort(reason));

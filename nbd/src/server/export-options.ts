@@ -178,7 +178,10 @@ function decodeInfoRequest(data: Buffer): { readonly name: string; readonly info
   return { name, infos };
 }
 
-/** The whole successful answer: the export always, its block sizes if requested or not default, names if requested; then ACK. */
+/**
+ * The whole successful answer: the export always, its block sizes if requested or not default, names if requested; then
+ * ACK.
+ */
 function encodeInfos(
   option: number,
   wanted: ReadonlySet<number>,

@@ -1,6 +1,6 @@
 /**
- * What a device says of itself, completed and checked before anything is announced of it. It owns the defaults of a
- * geometry and the rules that it must keep; a device that breaks them is a bug of the device, and is not served.
+ * A device's geometry, completed and checked before anything is announced. It owns the defaults and the rules; a device that
+ * breaks them has a bug, and is not served.
  */
 
 import type { BlockDevice, CompleteDevice, DeviceGeometry, Geometry } from '../block-device.js';
@@ -10,12 +10,12 @@ import { decodeString, LEAST_PREFERRED_BLOCK_SIZE, MAX_MINIMUM_BLOCK_SIZE, MAX_P
 const DEFAULT_PREFERRED_BLOCK_SIZE = 4096;
 
 /**
- * A device as requests reach it. It need not have the methods that its geometry does not announce: requestError refuses
- * their commands. What it announces it has; see missingMethod.
+ * A device as requests reach it. It has all methods that its geometry announces (see missingMethod); requestError refuses the
+ * commands of the others.
  */
 export type ServedDevice = BlockDevice & Pick<CompleteDevice, 'zero' | 'trim' | 'cache' | 'extents'>;
 
-/** `given` with the defaults for what it does not say. It does not change any more, whatever the device does. */
+/** `given` with its defaults, frozen: later changes by the device have no effect. */
 export function completeGeometry(given: DeviceGeometry): Geometry {
   const { size, minimumBlockSize = 1, contexts = [], wideContexts = [] } = given;
   return Object.freeze({
@@ -36,7 +36,7 @@ export function completeGeometry(given: DeviceGeometry): Geometry {
   });
 }
 
-/** Which method `device` lacks for what `geometry` announces of it, in words; undefined if none. */
+/** The method that `geometry` announces and `device` lacks, as a message; undefined if none. */
 export function missingMethod(device: BlockDevice, geometry: Geometry): string | undefined {
   if (geometry.canTrim && device.trim === undefined) return 'canTrim without a method trim';
   if (geometry.canZero && device.zero === undefined) return 'canZero without a method zero';
@@ -61,13 +61,13 @@ export function geometryProblem(geometry: Geometry): string | undefined {
   const { contexts, wideContexts = [] } = geometry;
   const badContext = contexts.find((name) => !isContextName(name));
   if (badContext !== undefined) return `context ${JSON.stringify(badContext)} is not NAMESPACE:LEAF`;
-  if (new Set(contexts).size !== contexts.length) return 'a context is offered twice';
+  if (new Set(contexts).size !== contexts.length) return 'a context is listed twice';
   const unknown = wideContexts.find((name) => !contexts.includes(name));
-  if (unknown !== undefined) return `wideContexts has ${JSON.stringify(unknown)}, contexts has not`;
+  if (unknown !== undefined) return `wideContexts has ${JSON.stringify(unknown)}, which contexts lacks`;
   return undefined;
 }
 
-/** "Metadata querying": a namespace of printable characters, a colon, and a leaf, which is what tells it from a query. */
+/** "Metadata querying": a namespace of printable characters, a colon, and a leaf, which distinguishes it from a query. */
 function isContextName(name: string): boolean {
   return /^[^\p{C}\p{Z}:]+:./u.test(name) && decodeString(Buffer.from(name)) === name;
 }

@@ -1,7 +1,7 @@
 /**
- * The time that a handshake may take, the client's part and the server's each: a client is cut off for being silent or slow,
- * never for waiting for us; and nobody waits for us for ever. It owns one timer. By a clock that nobody sets, and that stands
- * still while the server could not hear anybody.
+ * The time limits of a handshake, for the client's part and the server's: a client is closed for being silent or slow,
+ * never for waiting for the server; and the server's own work is limited too. It owns one timer, by a clock that nobody
+ * sets and that stands still while the server cannot receive (LoopTime).
  */
 import type { Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
@@ -12,19 +12,19 @@ export class HandshakeClock {
   readonly #onOver: (reason: string) => void;
   readonly #startedAt: number;
   #heardAt: number;
-  /** What the client was told takes time to ask about. */
+  /** Added for the exports that were listed to the client, milliseconds. */
   #moreMs = 0;
-  /** What the server took so far, milliseconds ... */
+  /** Time of the server so far, milliseconds ... */
   #servedMs = 0;
-  /** Of short answers: what more of them may be the server's. */
+  /** How much more time of short answers counts as the server's, milliseconds. */
   #shortLeftMs: number;
-  /** ... and what it is doing now, and since when. */
+  /** ... and what it does now, and since when. */
   #doing: string | undefined;
   #doingSince = 0;
   #timer: NodeJS.Timeout | undefined;
   #isStopped = false;
 
-  /** `onOver` is called once, with the reason, unless it is stopped before. */
+  /** `onOver` is called once, with the reason, unless stop() is called before. */
   constructor(limits: Limits, time: LoopTime, onOver: (reason: string) => void) {
     this.#limits = limits;
     this.#time = time;
@@ -35,18 +35,18 @@ export class HandshakeClock {
     this.#wait();
   }
 
-  /** The client has said something. */
+  /** The client has sent an option. */
   heard(): void {
     this.#heardAt = this.#time.now();
   }
 
-  /** The client was told of so many exports, and may ask about each. */
+  /** `count` exports were listed to the client, which may query each. */
   listed(count: number): void {
     this.#moreMs = Math.max(this.#moreMs, count * this.#limits.handshakeMsPerListedExport);
     this.#shortLeftMs = Math.max(this.#shortLeftMs, count * SHORT_MS);
   }
 
-  /** What `work` takes is the server's time; `doing` says in the reason what was not done. */
+  /** The time of `work` is the server's; `doing` names it in the reason if it takes too long. */
   async during<T>(doing: string, work: T | Promise<T>): Promise<T> {
     if (!(work instanceof Promise)) return work;
     this.#doing = doing;
@@ -57,7 +57,8 @@ export class HandshakeClock {
     } finally {
       this.#doing = undefined;
       const took = this.#time.now() - this.#doingSince;
-      // Of short ones only so much is not the client's: however many it asks for, its time passes.
+      // Short answers count as the server's time only up to a limit: else a client could extend its time with ever more
+      // options.
       const ours = took >= SHORT_MS ? took : Math.min(took, this.#shortLeftMs);
       if (took < SHORT_MS) this.#shortLeftMs -= ours;
       this.#servedMs += ours;
@@ -89,7 +90,7 @@ export class HandshakeClock {
       this.#onOver(`the server has not ${this.#doing} within ${openTimeoutMs} ms`);
       return;
     }
-    // Of silence, since it was last heard; else since it came, but for what the server took.
+    // Silence counts since the last option; the whole handshake since accept, without the server's time.
     const isSilent = this.#time.now() - this.#heardAt >= handshakeTimeoutMs;
     const allowed = isSilent ? handshakeTimeoutMs : Math.round(handshakeTimeoutMs + this.#moreMs);
     this.#onOver(`no export chosen within ${allowed} ms`);
@@ -105,5 +106,5 @@ export class HandshakeClock {
   }
 }
 
-/** Of the server's answers: longer ones are its own however many they are. */
+/** Answers that take longer are always the server's time, milliseconds. */
 const SHORT_MS = 1000;

@@ -23,7 +23,10 @@ export interface HandshakeHost {
   /** Whether this peer may, or must, begin TLS. Undefined: this server has no TLS. */
   readonly tlsMode: TlsMode | undefined;
   readonly export: ClientExport;
-  /** Send `acknowledgement` as the last bytes in the clear and do the TLS handshake; `peer` and `reader` are those under TLS afterwards. */
+  /**
+   * Send `acknowledgement` as the last bytes in the clear and do the TLS handshake; `peer` and `reader` are those under TLS
+   * afterwards.
+   */
   startTls(acknowledgement: Buffer): Promise<void>;
   /** The client has sent an option. */
   advanced(): void;

@@ -1,7 +1,7 @@
 /**
  * The handshake, server side: from the greeting to the transmission phase. It owns the loop over options (proto.md, "Fixed
- * newstyle negotiation", "Option types") and NBD_OPT_STARTTLS. It never touches the socket and leaves nothing open when it fails:
- * the connection closes the device.
+ * newstyle negotiation", "Option types") and NBD_OPT_STARTTLS. It never touches the socket and leaves nothing open when it
+ * fails: the connection closes the device.
  */
 
 import {
@@ -93,7 +93,10 @@ export async function negotiate(host: HandshakeHost): Promise<HandshakeOutcome> 
   }
 }
 
-/** Returns whether the connection is under TLS now. If the TLS handshake fails it ends: "it is too late to continue without". */
+/**
+ * Returns whether the connection is under TLS now. If the TLS handshake fails it ends: "it is too late to continue
+ * without".
+ */
 async function answerStartTls(host: HandshakeHost, negotiated: Negotiated, data: Buffer): Promise<boolean> {
   const refuse = (type: number, message: string): Promise<void> => reply(host, OPT.STARTTLS, type, message);
   if (host.tlsMode === undefined) {

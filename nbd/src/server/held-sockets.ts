@@ -1,22 +1,22 @@
 /**
- * Sockets of clients that have broken the protocol again and wait for their end (see offenders.ts). Owns these sockets, of
- * one event loop: their connections have no device and no request any more, and count for nobody.
+ * Sockets of clients that have violated the protocol repeatedly and wait for their end (see offenders.ts). It owns these
+ * sockets, for one event loop: their connections have no device and no request any more, and count for no limit.
  */
 
 import type { Duplex } from 'node:stream';
 
-/** Sockets that wait; with one more the one that has waited longest is closed early. */
+/** Most sockets that wait; one more closes the one that has waited longest. */
 const MAX_HELD = 64;
-/** With more than this on its way to the client a socket is not held: its memory would be, too. */
+/** A socket with more unsent bytes is not held, since its memory would be held as well. */
 const MAX_HELD_UNSENT_BYTES = 64 * 1024;
 
 export class HeldSockets {
-  /** Those that wait, in the order in which they came, and what will end it. */
+  /** The waiting sockets in the order in which they came, with the timers that close them. */
   readonly #held = new Map<Duplex, NodeJS.Timeout>();
 
   /**
-   * Keep `socket`, which nobody may hear any more, and destroy it after `delayMs`. False, and nothing done, if it is gone
-   * or has too much on its way to be kept.
+   * Keep `socket`, which has no reader any more, and destroy it after `delayMs`. False, and nothing done, if it is closed
+   * or has too many unsent bytes.
    */
   hold(socket: Duplex, delayMs: number): boolean {
     if (socket.destroyed || socket.writableLength > MAX_HELD_UNSENT_BYTES) return false;
@@ -27,7 +27,8 @@ export class HeldSockets {
         longest.destroy();
       }
     }
-    // Paused, its end is not seen: a client that is gone costs a descriptor for the rest of its time, one of MAX_HELD.
+    // While it is paused its end is not seen: a client that is gone costs one of MAX_HELD descriptors for the rest of the
+    // delay.
     socket.pause();
     const timer = setTimeout(() => socket.destroy(), delayMs);
     this.#held.set(socket, timer);
@@ -35,7 +36,7 @@ export class HeldSockets {
     return true;
   }
 
-  /** Close all that wait. */
+  /** Close all waiting sockets. */
   release(): void {
     for (const socket of [...this.#held.keys()]) socket.destroy();
   }

@@ -74,8 +74,8 @@ export function receiveInPlace(accepted: net.Socket): InPlaceSocket | undefined 
 }
 
 /**
- * Stop `socket`, which is paused and has no listener for 'data', from receiving: bytes that it has buffered go to `take`, and the
- * rest stays with the system.
+ * Stop `socket`, which is paused and has no listener for 'data', from receiving: bytes that it has buffered go to `take`,
+ * and the rest stays with the system.
  */
 export function takeBuffered(socket: net.Socket, take: (chunk: Buffer) => void): void {
   while (socket.readableLength > 0) {

@@ -19,7 +19,10 @@ export interface Limits {
   readonly maxHandshakes: number;
   /** A connection without a request received or in flight for so long is closed, milliseconds; 0: never. */
   readonly idleTimeoutMs: number;
-  /** After so long without input TCP keep-alive probes are sent, milliseconds; without an answer the connection is lost ten seconds later. */
+  /**
+   * After so long without input TCP keep-alive probes are sent, milliseconds; without an answer the connection is lost ten
+   * seconds later.
+   */
   readonly keepAliveMs: number;
   /**
    * From accept to the end of the handshake, and for each option, milliseconds. The time that the server itself needs is not
@@ -49,8 +52,8 @@ export interface Limits {
    */
   readonly maxMemoryBytes: number;
   /**
-   * While others wait for memory, a connection that holds some is closed after so long, milliseconds, if its client neither reads
-   * replies nor sends the rest of a payload: less than MIN_MOVED_BYTES in that time.
+   * While others wait for memory, a connection that holds some is closed after so long, milliseconds, if its client neither
+   * reads replies nor sends the rest of a payload: less than MIN_MOVED_BYTES in that time.
    */
   readonly memoryStallMs: number;
   /** The same for every connection at any time, if nothing at all was moved, milliseconds; 0: never. */

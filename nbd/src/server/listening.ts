@@ -1,6 +1,6 @@
 /**
- * Listening sockets: where a server listens, how an address is bound, and who it is that connects there. It owns socket
- * files and their permissions; what happens on an accepted connection is none of its affairs.
+ * Listening sockets: where a server listens, how an address is bound, and the peer of an accepted connection. It owns socket
+ * files and their permissions; it never reads or writes an accepted connection.
  */
 
 import { chmod, lstat, unlink } from 'node:fs/promises';
@@ -18,7 +18,7 @@ export type ListenOptions =
   | { readonly host: string; readonly port: number }
   | {
       readonly fd: number;
-      /** The path of a unix socket, which Node cannot find out. */
+      /** The path, for a unix socket: Node cannot determine it. */
       readonly path?: string;
     };
 
@@ -39,21 +39,21 @@ export class ListenError extends Error {
   }
 }
 
-/** Pending connections the kernel keeps: all connections of a multi-conn client may come at once. */
+/** Pending connections that the kernel queues: all connections of a multi-conn client may arrive at once. */
 const LISTEN_BACKLOG = 511;
 const IPV4_MAPPED = '::ffff:';
 
 /**
- * Bind `listener` and listen. A socket file left behind by a server that is gone is replaced; one that somebody listens on,
- * and any other kind of file, is not.
- * @throws ListenError
+ * Bind `listener` and listen. A stale socket file is replaced; a socket that a process listens on, and any other kind of
+ * file, is not.
+ * Errors: ListenError.
  */
 export async function bindListener(listener: net.Server, options: ListenOptions): Promise<BoundAddress> {
   if ('fd' in options) return adopt(listener, options);
   return 'path' in options ? bindUnix(listener, options) : bindTcp(listener, options);
 }
 
-/** Who is at the other end of `socket`, which `listener` has accepted. */
+/** The peer of `socket`, which `listener` has accepted. */
 export function peerOf(
   socket: net.Socket,
   listener: net.Server,
@@ -82,7 +82,7 @@ async function adopt(listener: net.Server, options: { fd: number; path?: string 
   return addressOf(listener, options);
 }
 
-/** Where `listener` listens; Node has no address for unix sockets that it did not bind. */
+/** The address of `listener`; Node has none for unix sockets that it did not bind. */
 function addressOf(listener: net.Server, options: ListenOptions): BoundAddress {
   const address = listener.address();
   if (address === null || typeof address === 'string') return { transport: 'unix', path: pathOf(options) };
@@ -127,8 +127,8 @@ async function bind(
   address: { path: string } | { host: string; port: number } | { fd: number },
   mode?: number,
 ): Promise<void> {
-  // The file must never be there with wider permissions than asked for. It is created inside listen(), before that
-  // returns; a worker thread may not set the umask and makes do with the chmod below.
+  // The file must never exist with wider permissions than requested. It is created inside listen(), before that returns; a
+  // worker thread cannot set the umask and relies on the chmod below.
   await new Promise<void>((resolve, reject) => {
     listener.once('error', reject);
     listener.once('listening', () => listener.off('error', reject));
@@ -142,7 +142,7 @@ async function bind(
   if (mode !== undefined && 'path' in address) await chmod(address.path, mode);
 }
 
-/** Remove the socket file at `path` if nobody listens on it. */
+/** Remove the socket file at `path` if no process listens on it. */
 async function removeStaleSocket(path: string): Promise<void> {
   const found = await lstat(path).catch(() => undefined);
   if (found === undefined) return;
@@ -161,7 +161,7 @@ function isListenedOn(path: string): Promise<boolean> {
       probe.destroy();
       resolve(true);
     });
-    // Only a refusal says that nobody is there; anything else (EACCES, a full backlog) may be a live server.
+    // Only a refusal proves that no process listens; anything else (EACCES, a full backlog) may be a live server.
     probe.once('error', (error) => resolve(errorCode(error) !== 'ECONNREFUSED'));
   });
 }

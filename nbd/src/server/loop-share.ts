@@ -1,46 +1,46 @@
 /**
- * The event loop, shared fairly between the connections that it serves. Who has used its slice of a turn gives way: it waits in
- * a queue, from which whoever has used least lately is served first, and between two turns of the queue the loop looks
- * at the sockets. Owns the queue and what each connection has used; it knows nothing of requests.
+ * The event loop, shared fairly between the connections that it serves. A connection that has used its slice of a turn waits in
+ * a queue; the connection that has used least time lately is served first, and between two turns of the queue the loop polls
+ * the sockets. It owns the queue and the time that each connection has used; it contains nothing about requests.
  *
- * The clock is looked at once in a while, not for every small request: work is counted in units, and those who do little
- * never see it.
+ * The clock is read once in a while, not for every small request: work is counted in units, so connections with little work
+ * cost no clock.
  */
 
-/** What one connection may use of a turn of the loop, milliseconds. */
+/** The time that one connection may use in a turn of the loop, milliseconds. */
 const SLICE_MS = 2;
-/** What all connections together may use of a turn for what their sockets bring; what comes then waits for the next turn. */
+/** The time of a turn for input from all sockets, milliseconds; further input waits for the next turn. */
 const TURN_MS = 4;
-/** What those that wait may use of a turn, milliseconds. */
+/** The time of a turn for waiting connections, milliseconds. */
 const QUEUE_MS = 2;
-/** What was used counts half after so long, milliseconds. */
+/** Used time counts half after so long, milliseconds. */
 const HALF_LIFE_MS = 100;
-/** Units of work after which the clock is looked at. */
+/** Units of work after which the clock is read. */
 export const UNITS_PER_LOOK = 16;
 /** More halvings than this leave nothing. */
 const MAX_HALVINGS = 32;
 
-/** What one connection has used of the loop. Times are of performance.now(). */
+/** The time that one connection has used of the loop. Times are of performance.now(). */
 export class LoopUser {
-  /** Milliseconds, those of long ago counting less. */
+  /** Milliseconds used; earlier ones count less. */
   used = 0;
   period = 0;
   /** The turn that `usedInTurn` is of. */
   turn = 0;
   usedInTurn = 0;
-  /** Since when its present work was not reckoned; 0 if the clock was not looked at during it. */
+  /** When the part of its present work that is not charged yet began; 0 if the clock was not read during it. */
   since = 0;
 }
 
 /** Work that waits for its turn. */
 export interface LoopTask {
   readonly loopUser: LoopUser;
-  /** Do some of it, calling `mustYield` and `finish`. What is left asks for another turn. */
+  /** Do some of the work, calling `mustYield` and `finish`. If some is left it enqueues itself again. */
   serveTurn(): void;
 }
 
 export class LoopShare {
-  /** Whether the sockets have used what there is for them in this turn: new input has to wait, too. */
+  /** Whether the sockets have used their time in this turn: new input has to wait as well. */
   isSpent = false;
 
   #unitsLeft = UNITS_PER_LOOK;
@@ -49,13 +49,13 @@ export class LoopShare {
   #isTurnOpen = false;
   readonly #waiting: LoopTask[] = [];
 
-  /** To be asked before each piece of work of so many units: whether `user` has to wait for its turn first. */
+  /** Called before each piece of work of `units` units: whether `user` must wait for its turn first. */
   mustYield(user: LoopUser, units: number): boolean {
     this.#unitsLeft -= units;
     return this.#unitsLeft <= 0 && this.#look(user);
   }
 
-  /** The work of `user` that was asked for is done, or waits. */
+  /** The work of `user` is done for now, or waits. */
   finish(user: LoopUser): void {
     if (user.since === 0) return;
     this.#charge(user, performance.now());
@@ -68,7 +68,7 @@ export class LoopShare {
     if (!this.#isTurnOpen) this.#openTurn(performance.now());
   }
 
-  /** `task` does not want its turn any more. */
+  /** `task` needs no turn any more. */
   leave(task: LoopTask): void {
     const index = this.#waiting.indexOf(task);
     if (index >= 0) this.#waiting.splice(index, 1);
@@ -103,7 +103,7 @@ export class LoopShare {
     setImmediate(this.#endTurn);
   }
 
-  /** The loop has looked at all sockets: those that wait are served, each once at most, before it looks again. */
+  /** The loop has polled all sockets: waiting tasks are served, each at most once, before it polls again. */
   readonly #endTurn = (): void => {
     this.isSpent = false;
     if (this.#waiting.length === 0) {
@@ -126,7 +126,7 @@ export class LoopShare {
     setImmediate(this.#endTurn);
   };
 
-  /** Whoever has used least lately; of several, who has waited longest. */
+  /** The task that has used least time lately; of several, the one that has waited longest. */
   #takeNext(now: number): LoopTask | undefined {
     const period = Math.floor(now / HALF_LIFE_MS);
     let best = 0;

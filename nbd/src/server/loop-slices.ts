@@ -1,25 +1,25 @@
 /**
- * Work of handshakes that may be long, in slices, so that however many ask for much the others hardly notice. Of one turn of
- * the event loop all of them together have so much; who wants more waits, and those that wait have so much of the next one,
- * in the order of their coming. It owns that order.
+ * Slices of the event loop for handshakes with much work (many options, long lists), so that other connections are hardly
+ * delayed. All handshakes together have a fixed time of each turn of the loop. Those that need more wait, and are continued in
+ * the next turns in the order in which they came. It owns that order.
  */
 
-/** One handshake's part of a turn, milliseconds. With a turn of the loop below 10 ms in mind, of which there are others. */
+/** One handshake's part of a turn, milliseconds: a whole turn should stay below 10 ms. */
 const SLICE_MS = 1;
-/** Of a turn, all that begins in it; what others do meanwhile counts. */
+/** The part of a turn for work that begins in it, milliseconds; other work in between counts. */
 const TURN_MS = 2;
-/** Of a turn, those that have waited. */
+/** The part of a turn for handshakes that have waited, milliseconds. */
 const WAITED_MS = 1;
 
 class LoopSlices {
   readonly #waiting: (() => void)[] = [];
-  /** performance.now() of the first work of this turn; 0 if there was none yet. */
+  /** performance.now() at the first work of this turn; 0 if there was none yet. */
   #turnBegan = 0;
-  /** The same of those that have waited. */
+  /** The same for handshakes that have waited. */
   #waitedBegan = 0;
   #isTurnOpen = false;
 
-  /** Whether handshakes have had what there is for them in this turn. */
+  /** Whether handshakes have used their time in this turn. */
   isSpent(now: number): boolean {
     if (this.#turnBegan === 0) {
       this.#turnBegan = now;
@@ -28,17 +28,17 @@ class LoopSlices {
     return this.#waiting.length > 0 || now - this.#turnBegan >= TURN_MS;
   }
 
-  /** Resolves when it is this one's turn. */
+  /** Resolves when it is the caller's turn. */
   next(): Promise<void> {
     return new Promise((resolve) => {
       this.#waiting.push(resolve);
       this.#openTurn();
-      // One each, so that what is resumed by one is done before the next looks at the clock.
+      // One immediate each, so that the resumed work is done before the next one reads the clock.
       setImmediate(this.#resumeOne);
     });
   }
 
-  /** Before anybody is resumed: immediates come in the order in which they were asked for. */
+  /** Called before any handshake is resumed: immediates run in the order in which they were requested. */
   #openTurn(): void {
     if (this.#isTurnOpen) return;
     this.#isTurnOpen = true;
@@ -63,10 +63,10 @@ class LoopSlices {
   };
 }
 
-/** One for the event loop: each thread has its own. */
+/** One per event loop: each thread has its own. */
 const slices = new LoopSlices();
 
-/** The slice of one who works: looked at between steps. */
+/** The slice of one handshake, checked between its steps. */
 export class LoopSlice {
   #end = performance.now() + SLICE_MS;
 
@@ -81,7 +81,7 @@ export class LoopSlice {
     this.#end = performance.now() + SLICE_MS;
   }
 
-  /** A slice begins: whoever has it has been waiting for something else. */
+  /** A new slice begins, after a wait for input or the provider. */
   restart(): void {
     this.#end = performance.now() + SLICE_MS;
   }

@@ -1,7 +1,7 @@
 /**
- * A connection after its handshake as a value: all that another server needs to continue it, on another event loop or in another
- * process, besides its socket. It owns that value and the check that an export, opened again, still has what was announced to
- * the client.
+ * A connection after its handshake as a value: all that another server needs to continue it, on another event loop or in
+ * another process, besides its socket. It owns that value and the check that an export, opened again, still has what was
+ * announced to the client.
  */
 
 import { ExportError, type ExportProvider, type Geometry, type Peer, type PeerCredentials } from '../block-device.js';

@@ -34,7 +34,10 @@ export function answerReplyOption(negotiation: Negotiation, option: number, data
   if (option === OPT.EXTENDED_HEADERS) {
     negotiation.extendedHeaders = true;
   } else if (negotiation.extendedHeaders) {
-    return { type: REP.ERR_EXT_HEADER_REQD, message: 'extended headers are negotiated already, and replies stay extended' };
+    return {
+      type: REP.ERR_EXT_HEADER_REQD,
+      message: 'extended headers are negotiated already, and replies stay extended',
+    };
   }
   negotiation.structuredReplies = true;
   return encodeOptionReply(option, REP.ACK);

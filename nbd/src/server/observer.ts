@@ -1,19 +1,19 @@
 /**
- * What a server tells the program it is embedded in. It owns the shapes of these reports; it depends on no logger and
- * nothing in the library depends on anybody listening.
+ * Events that a server reports to the embedding program. It owns their shapes; it depends on no logger, and nothing in the
+ * library depends on an observer.
  */
 
 import type { Peer } from '../block-device.js';
 
-/** A connection as it is now. */
+/** The present state of a connection. */
 export interface ConnectionInfo {
   readonly id: number;
   readonly peer: Peer;
   /** Undefined until the handshake has chosen an export. */
   readonly exportName: string | undefined;
-  /** 'closing': also while requests of a client that has said goodbye are still worked on. */
+  /** 'closing': also while the last requests of a client that has disconnected are in flight. */
   readonly phase: 'handshake' | 'transmission' | 'closing';
-  /** Nothing that was received is under way, or will be carried out: only the socket is left, until its client closes it. */
+  /** Nothing that was received is in flight or will be executed: only the socket is left, until its client closes it. */
   readonly hasEnded: boolean;
   /** Date.now() at accept. */
   readonly openedAt: number;
@@ -32,7 +32,7 @@ export interface ConnectionOpenEvent {
   readonly id: number;
   readonly peer: Peer;
   readonly exportName: string;
-  /** How often in a row this peer has lately broken the protocol on this export: 0 for all but a few. */
+  /** How often in a row this peer has lately violated the protocol on this export: usually 0. */
   readonly violations: number;
 }
 
@@ -42,13 +42,13 @@ export interface ConnectionCloseEvent {
   readonly peer: Peer;
   /** Undefined if the handshake never chose an export. */
   readonly exportName: string | undefined;
-  /** The last export that it asked for and did not get, if it has got none. */
+  /** The last export that the client was refused, if it opened none. */
   readonly refused: string | undefined;
-  /** In words, for a log: who ended the connection and why. */
+  /** For a log: which side ended the connection and why. */
   readonly reason: string;
-  /** If the client broke the protocol: how often in a row, this time included; else 0. */
+  /** If the client violated the protocol: how often in a row, this time included; else 0. */
   readonly violations: number;
-  /** It had chosen no export, or was done, and made room for another connection. */
+  /** It had chosen no export, or was leaving, and was closed to make room for another connection. */
   readonly isCrowdedOut: boolean;
   readonly bytesRead: number;
   readonly bytesWritten: number;
@@ -57,14 +57,14 @@ export interface ConnectionCloseEvent {
   readonly durationMs: number;
 }
 
-/** A connection was not let in. */
+/** A connection was refused. */
 export interface ConnectionRefusedEvent {
   readonly peer: Peer;
-  /** In words, for a log: which bound was reached. */
+  /** For a log: which limit was reached. */
   readonly reason: string;
 }
 
-/** A request as it came, before the device is asked. */
+/** A request as received, before the device is called. */
 export interface RequestEvent {
   readonly id: number;
   /** NBD_CMD_* number. */
@@ -77,21 +77,21 @@ export interface RequestEvent {
   readonly refusedWith: number;
 }
 
-/** Callbacks of a server, all optional. They must not throw: what they throw is not caught. */
+/** Callbacks of a server, all optional. They must not throw: their errors are not caught. */
 export interface ServerObserver {
   /** A client has chosen an export and may send requests. */
   onConnectionOpen?(event: ConnectionOpenEvent): void;
   /**
-   * A connection is over, its device is closed. Called for every connection, also one that chose no export. After
-   * repeated violations its socket may stay open for a while (Limits.maxViolationDelayMs).
+   * A connection is over, and its device is closed. Called for every connection, also without an export. After repeated
+   * violations its socket may stay open for a while (Limits.maxViolationDelayMs).
    */
   onConnectionClose?(event: ConnectionCloseEvent): void;
-  /** A connection was closed as soon as it came: there are too many. */
+  /** A connection was closed at once, since there are too many. */
   onConnectionRefused?(event: ConnectionRefusedEvent): void;
   /** Every request, for debugging. Costs nothing while it is not set. */
   onRequest?(event: RequestEvent): void;
   /** A device or provider threw something that is neither a DeviceError nor an ExportError: a bug, answered EIO. */
   onDeviceError?(error: unknown, context: { readonly id: number; readonly exportName: string | undefined }): void;
-  /** A listener failed to accept (out of file descriptors, for example); it goes on listening. */
+  /** A listener failed to accept (out of file descriptors, for example); it continues to listen. */
   onListenerError?(error: Error): void;
 }

@@ -1,14 +1,14 @@
 /**
- * Who has broken the protocol lately. A client that does it once is closed at once; one that comes back and does it again
- * is closed later and later, so that it cannot go round as fast as the two machines can. Owns the count of each offender,
- * for a whole server: whoever comes back may be served by another event loop.
+ * Peers that have violated the protocol lately. The first violation closes the connection at once; repeated ones close it later
+ * and later, so that a client that reconnects cannot loop at full speed. It owns the counts, for a whole server: a client that
+ * reconnects may be served by another event loop.
  */
 
-/** What the second violation in a row costs; every further one twice as much. */
+/** The delay of the second violation in a row, milliseconds; every further one doubles it. */
 const FIRST_DELAY_MS = 100;
-/** An offender that has been good for so long is forgotten. */
+/** An offender without violations for so long is forgotten, milliseconds. */
 const FORGET_MS = 10 * 60_000;
-/** Offenders that are remembered; the one that was seen longest ago makes room. */
+/** Most offenders remembered; the one seen longest ago makes room. */
 const MAX_OFFENDERS = 1024;
 
 interface Offender {
@@ -16,29 +16,29 @@ interface Offender {
   readonly lastAt: number;
 }
 
-/** What a breach of the protocol costs a client. */
+/** What a violation of the protocol costs a client. */
 export interface Violation {
-  /** How often in a row this peer has broken the protocol on this export, this time included. */
+  /** How often in a row this peer has violated the protocol on this export, this time included. */
   readonly count: number;
   /** How long its socket is kept before it is closed, milliseconds. */
   readonly delayMs: number;
 }
 
-/** What a connection asks and tells. `now`: milliseconds of a clock that does not jump. */
+/** The counts as a connection uses them. `now`: milliseconds of a monotonic clock. */
 export interface OffenderCounts {
-  /** The count of an offender; 0 for everybody else. */
+  /** The count of an offender; 0 for any other peer. */
   countOf(offender: string, now: number): number;
-  /** Note one more violation. */
+  /** Count one more violation. */
   record(offender: string, now: number): Violation;
 }
 
 export class Offenders implements OffenderCounts {
-  /** In the order in which they were seen last. */
+  /** In the order of their last violation. */
   readonly #offenders = new Map<string, Offender>();
 
   readonly #maxDelayMs: number;
 
-  /** `maxDelayMs`: what a violation may cost at most; 0: every connection is closed at once. */
+  /** `maxDelayMs`: the longest delay; 0: every connection is closed at once. */
   constructor(maxDelayMs: number) {
     this.#maxDelayMs = maxDelayMs;
   }

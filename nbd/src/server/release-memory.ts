@@ -1,6 +1,6 @@
 /**
- * Gives the memory of a buffer back to the system at once. Left to the garbage collector it stays until a collection comes
- * by, which in a quiet process may be never. Owns nothing but the way it is done.
+ * Gives the memory of a buffer back to the system at once. The garbage collector frees it only at the next collection,
+ * which in a quiet process may never happen. It owns the method of doing so.
  */
 
 import { MessageChannel, type MessagePort } from 'node:worker_threads';
@@ -8,8 +8,8 @@ import { MessageChannel, type MessagePort } from 'node:worker_threads';
 let nowhere: MessagePort | undefined;
 
 /**
- * Nobody may use `buffer` any more, nor another view of its ArrayBuffer: it is empty afterwards. Memory that is transferred
- * to somebody who is not there is freed; Node 20 knows no other way (ArrayBuffer.transfer came with 22).
+ * `buffer` and all other views of its ArrayBuffer are empty afterwards. Memory that is transferred to a closed message port is
+ * freed; Node 20 has no other way (ArrayBuffer.transfer came with 22).
  */
 export function releaseMemory(buffer: Buffer): void {
   if (nowhere === undefined) {

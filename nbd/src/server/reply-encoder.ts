@@ -1,10 +1,10 @@
 /**
- * How a reply looks on the wire. The kind of reply a connection speaks is chosen here, once, from what was negotiated;
- * the reply queue only asks for sizes and writes headers through it. It never allocates on the path of a request that
- * succeeds, and never sends.
+ * The layout of replies on the wire. The kind of reply of a connection is chosen here, once, from what was negotiated; the
+ * reply queue gets sizes and writes headers through it. It never allocates on the path of a request that succeeds, and
+ * never sends.
  *
  * Simple replies have a header and a read's data. Chunked ones (structured, or extended with headers of 32 bytes that
- * repeat the request's offset) can say more: holes, several pieces, block status, and errors in words.
+ * repeat the request's offset) also carry holes, several pieces, block status, and error messages.
  */
 
 import {
@@ -20,7 +20,7 @@ import {
   type Negotiated,
 } from '../protocol/wire.js';
 
-/** What a reply repeats of its request, as it came: the offset may be one that no number holds. */
+/** What a reply repeats of its request, as received: the offset may be larger than a number can hold exactly. */
 export interface Addressee {
   readonly cookieHigh: number;
   readonly cookieLow: number;
@@ -28,7 +28,7 @@ export interface Addressee {
   readonly offsetLow: number;
 }
 
-/** A copy that stays when the next request is decoded. */
+/** A copy that survives the decoding of the next request. */
 export function addresseeOf({ cookieHigh, cookieLow, offsetHigh, offsetLow }: Addressee): Addressee {
   return { cookieHigh, cookieLow, offsetHigh, offsetLow };
 }
@@ -40,7 +40,7 @@ export interface ReplyEncoder {
   readonly doneSize: number;
   /** Bytes of the header of a chunk; 0 if replies are simple and there are no chunks. */
   readonly chunkHeaderSize: number;
-  /** The header of a read's reply that is `length` bytes of data and nothing else. */
+  /** The header of a read's reply with `length` bytes of data in one piece. */
   writeReadHeader(
     target: Buffer,
     at: number,
@@ -49,7 +49,7 @@ export interface ReplyEncoder {
     offset: number,
     length: number,
   ): void;
-  /** Success of anything but a read. The offset is the request's as it came, in halves like the cookie. */
+  /** Success of a request other than a read. The offset is the request's as received, in halves like the cookie. */
   writeDone(
     target: Buffer,
     at: number,
@@ -58,7 +58,7 @@ export interface ReplyEncoder {
     offsetHigh: number,
     offsetLow: number,
   ): void;
-  /** With simple replies, the reply that is an error. Chunked ones send an error chunk instead. */
+  /** An error as a simple reply. Chunked replies have error chunks instead. */
   writeError(target: Buffer, at: number, cookieHigh: number, cookieLow: number, errno: number): void;
   /** The header of a chunk with a payload of `length` bytes. */
   writeChunkHeader(target: Buffer, at: number, flags: number, type: number, to: Addressee, length: number): void;
@@ -172,7 +172,7 @@ function writeExtended(
 }
 
 function unreachable(): never {
-  throw new Error('reply-encoder: not a reply of the kind that was negotiated');
+  throw new Error('reply-encoder: not a reply of the negotiated kind');
 }
 
 /** The encoder for a connection. */

@@ -189,8 +189,8 @@ export class ReplyQueue {
   }
 
   /**
-   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). The next call of the queue must be
-   * finishRead, failRead or detachRead.
+   * Memory for the data of a read of `length` bytes, for which there is room (see hasRoomFor). The next call of the queue
+   * must be finishRead, failRead or detachRead.
    */
   beginRead(length: number): Buffer {
     const header = this.#encoder.readHeaderSize;
@@ -297,7 +297,8 @@ export class ReplyQueue {
     const piece = this.#writing.shift();
     if (piece === undefined) return;
     if (error) {
-      // The socket is being destroyed, and the order of its callbacks is undefined: the memory is left to the garbage collector.
+      // The socket is being destroyed, and the order of its callbacks is undefined: the memory is left to the garbage
+      // collector.
       piece.block.isLost = true;
       this.#forget(piece);
       return;

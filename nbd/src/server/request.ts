@@ -30,16 +30,16 @@ export class Request {
   type = 0;
   cookieHigh = 0;
   cookieLow = 0;
-  /** The offset as it came; extended replies repeat it. */
+  /** The offset as received; extended replies repeat it. */
   offsetHigh = 0;
   offsetLow = 0;
   /** Bytes; Infinity if the client sent more than 2^53-1. */
   offset = 0;
-  /** Bytes of the export that it is about ("effect length"); Infinity if the client sent more than 2^53-1. */
+  /** Bytes of the export that it concerns ("effect length"); Infinity if the client sent more than 2^53-1. */
   length = 0;
   /** Bytes that follow the header. */
   payloadLength = 0;
-  /** The payload of a block status request, once it is there (see decodeStatusPayload). */
+  /** The payload of a block status request, once it has arrived (see decodeStatusPayload). */
   statusPayload: Buffer | undefined;
 }
 
@@ -56,13 +56,13 @@ export function decodeRequest(source: Buffer, at: number, request: Request): boo
 export function decodeExtendedRequest(source: Buffer, at: number, request: Request): boolean {
   decodeCommon(source, at, request);
   request.length = readUInt64(source, at + 24);
-  // A write without the flag breaks a MUST, and qemu has sent no other since 8.2: its data follow all the same.
+  // A write without the flag violates a MUST, but qemu sends all its writes so since 8.2: the data follow all the same.
   const hasPayload = request.type === CMD.WRITE || (request.flags & CMD_FLAG.PAYLOAD_LEN) !== 0;
   request.payloadLength = hasPayload ? request.length : 0;
   return request.magic === EXTENDED_REQUEST_MAGIC;
 }
 
-/** The header of `request` as it came, before any payload of it was looked at. */
+/** The header of `request` as received, before any payload was decoded. */
 export function encodeHeader(request: Request, isExtended: boolean): Buffer {
   const header = Buffer.alloc(isExtended ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE);
   header.writeUInt32BE(request.magic, 0);
@@ -89,13 +89,13 @@ function decodeCommon(source: Buffer, at: number, request: Request): void {
   request.statusPayload = undefined;
 }
 
-/** The payload of a block status request has come: it says the length, and the ids of the contexts wanted. */
+/** The payload of a block status request has arrived: the length, and the ids of the contexts wanted. */
 export function decodeStatusPayload(request: Request, payload: Buffer): void {
   request.length = readUInt64(payload, 0);
   request.statusPayload = payload;
 }
 
-/** The contexts a valid block status request wants an answer for. */
+/** The contexts that a valid block status request wants an answer for. */
 export function wantedContexts(request: Request, selected: readonly SelectedContext[]): readonly SelectedContext[] {
   const payload = request.statusPayload;
   if (payload === undefined) return selected;
@@ -103,13 +103,13 @@ export function wantedContexts(request: Request, selected: readonly SelectedCont
   return selected.filter(({ id }) => ids.includes(id));
 }
 
-/** What a connection may ask, fixed when its transmission phase begins. */
+/** What the requests of a connection are checked against, fixed when its transmission phase begins. */
 export interface RequestRules {
   readonly geometry: Geometry;
   readonly negotiated: Negotiated;
 }
 
-/** Why a request is refused: the NBD error value, and the same in words for clients that take them. */
+/** Why a request is refused: the NBD error value, and a message for clients with chunked replies. */
 export interface Refusal {
   readonly errno: number;
   readonly message: string;
@@ -117,12 +117,15 @@ export interface Refusal {
 
 const refusal = (errno: number, message: string): Refusal => Object.freeze({ errno, message });
 
-const UNKNOWN_COMMAND = refusal(NBD_ERRNO.EINVAL, 'the command is unknown or was not offered');
-const UNKNOWN_FLAG = refusal(NBD_ERRNO.EINVAL, 'a command flag that does not belong to the command or was not offered');
+const UNKNOWN_COMMAND = refusal(NBD_ERRNO.EINVAL, 'the command is unknown or was not announced');
+const UNKNOWN_FLAG = refusal(NBD_ERRNO.EINVAL, 'a command flag does not belong to the command or was not announced');
 const NO_CONTEXT = refusal(NBD_ERRNO.EINVAL, 'no meta context was selected for this export');
 const READ_ONLY = refusal(NBD_ERRNO.EPERM, 'the export is read-only');
-const BAD_STATUS_PAYLOAD = refusal(NBD_ERRNO.EINVAL, 'the payload is not a length and ids of selected contexts');
-const EMPTY_STATUS = refusal(NBD_ERRNO.EINVAL, 'the status of 0 bytes was asked for');
+const BAD_STATUS_PAYLOAD = refusal(
+  NBD_ERRNO.EINVAL,
+  'the payload is not a length followed by ids of selected contexts',
+);
+const EMPTY_STATUS = refusal(NBD_ERRNO.EINVAL, 'a block status of 0 bytes was requested');
 const UNALIGNED = refusal(NBD_ERRNO.EINVAL, 'offset or length is not a multiple of the minimum block size');
 const BEYOND_END = refusal(NBD_ERRNO.EINVAL, 'the range reaches beyond the end of the export');
 const NO_SPACE_BEYOND_END = refusal(NBD_ERRNO.ENOSPC, 'the range reaches beyond the end of the export');
@@ -159,10 +162,10 @@ export function requestError(request: Request, rules: RequestRules): Refusal | u
       if (!geometry.canFlush) return UNKNOWN_COMMAND;
       if ((flags & ~allowedFlags) !== 0) return UNKNOWN_FLAG;
       // "For a flush request, length and offset are reserved, and MUST be set to all-zero." WNBD, on Windows, puts the range
-      // there that it wants flushed. All of the export is more than it asked for; an error would cost its durability.
+      // there that it wants flushed. The whole export is flushed, which includes it; an error would cost its durability.
       return undefined;
     case CMD.TRIM:
-      // On a read-only export TRIM and WRITE_ZEROES are not announced, yet the right answer to them is EPERM.
+      // On a read-only export TRIM and WRITE_ZEROES are not announced, but the right answer to them is EPERM.
       if (!geometry.canTrim && !geometry.readOnly) return UNKNOWN_COMMAND;
       changesData = true;
       break;
@@ -196,17 +199,17 @@ export function requestError(request: Request, rules: RequestRules): Refusal | u
   } else if (request.type === CMD.BLOCK_STATUS) {
     if ((flags & CMD_FLAG.PAYLOAD_LEN) !== 0) {
       if (!isStatusPayloadLength(request.payloadLength, negotiated)) return BAD_STATUS_PAYLOAD;
-      // The rest of it is not there yet.
+      // The payload has not arrived yet.
       if (request.statusPayload === undefined) return undefined;
       if (!areSelected(request.statusPayload, negotiated)) return BAD_STATUS_PAYLOAD;
     }
     if (length === 0) return EMPTY_STATUS;
   }
-  // Never offset + length: that sum may be more than a number holds exactly.
+  // Never offset + length: the sum may be larger than a number can hold exactly.
   if (length > geometry.size || offset > geometry.size - length) return outOfRange;
   if (geometry.minimumBlockSize > 1) {
     const mask = geometry.minimumBlockSize - 1;
-    // A power of two up to 2^16: that much of a length shows in its low 32 bits alone.
+    // A power of two up to 2^16: the low 32 bits of a length are enough for the mask.
     if ((length & mask) !== 0 || offset % geometry.minimumBlockSize !== 0) return UNALIGNED;
   }
   // "MAY reply with an EOVERFLOW … if the oversize request would require too many server resources": no queue of reads.

@@ -1,7 +1,7 @@
 /**
- * The server: listeners, the set of open connections, and the orderly end of both. It owns who is let in, and what is one
- * for all connections, whichever event loop serves them (see serving-loop.ts); what happens on a connection is the
- * connection's affair.
+ * The server: listeners, the set of open connections, and the orderly end of both. It owns the admission and everything
+ * that all connections share, whichever event loop serves them (see serving-loop.ts). It never reads or writes a
+ * connection.
  */
 
 import net from 'node:net';
@@ -18,40 +18,43 @@ import type { ConnectionInfo, ServerObserver } from './observer.js';
 import { Offenders } from './offenders.js';
 import type { Progress, ServedConnection, ServingLoop, TakeConnection } from './serving-loop.js';
 
-/** What a server serves, and how. Only the provider is needed. */
+/** What a server serves, and how. Only the provider is required. */
 export interface ServerOptions {
   readonly provider: ExportProvider;
-  /** Told what happens; see ServerObserver. */
+  /** Receives the server's events; see ServerObserver. */
   readonly observer?: ServerObserver;
-  /** Bounds other than DEFAULT_LIMITS. */
+  /** Limits other than DEFAULT_LIMITS. */
   readonly limits?: Partial<Limits>;
-  /** TLS for connections of listeners. Internal peers are never offered it: who hands a stream over answers for it. */
+  /**
+   * TLS for connections of listeners. It is not offered to internal peers: the program that hands over a stream vouches for
+   * it.
+   */
   readonly tls?: ServerTls;
-  /** Asks the kernel who is at the other end of a unix socket; undefined if it will not say. */
+  /** Asks the kernel for the process at the other end of a unix socket; undefined if unknown. */
   readonly peerCredentials?: (socket: net.Socket) => PeerCredentials | undefined;
   /**
-   * Called for every socket that a listener accepts, before it is served: for options that Node does not know. It is the
-   * socket's own object until it is closed, if the connection is served in this thread.
+   * Called for every socket that a listener accepts, before it is served: for socket options that Node does not have. If the
+   * connection is served in this thread, this object is its socket until it is closed.
    */
   readonly prepareSocket?: (socket: net.Socket) => void;
   /**
-   * The event loops that serve what listeners accept, each of them its part of the connections and of the memory; by default
-   * that of this thread. They are the server's: it stops them when it is closed.
+   * The event loops that serve accepted connections, each with its part of the connections and of the memory; by default
+   * that of this thread. The server owns them: it stops them when it is closed.
    */
   readonly loops?: readonly ServingLoop[];
 }
 
-/** How long close() waits for requests in flight if not told otherwise. */
+/** How long close() waits for requests in flight by default, milliseconds. */
 export const DEFAULT_GRACE_MS = 10_000;
-/** After the grace, sockets are gone; devices get this long to finish their last requests. */
+/** After the grace sockets are closed; devices get this long to finish their last requests, milliseconds. */
 const FORCED_CLOSE_WAIT_MS = 1_000;
 
-/** The place of a connection that no listener has accepted: whoever hands it over keeps count of it as well. */
+/** The progress of a connection that no listener accepted: the program that hands it over counts it. */
 const NO_PLACE: Progress = { advanced: () => undefined, settled: () => undefined, leaving: () => undefined };
 
 /**
- * An NBD server: it listens, lets connections in, has them served by its event loops, and ends them in order. It may listen
- * at any number of addresses, or at none and be given connections.
+ * An NBD server: it listens, admits connections, has them served by its event loops, and closes them in order. It may listen at
+ * any number of addresses, or at none and be given connections.
  */
 export class NbdServer {
   readonly #limits: Limits;
@@ -61,9 +64,9 @@ export class NbdServer {
   readonly #admission: Admission;
   /** Open connections that were handed over. */
   #internalCount = 0;
-  /** This thread's loop: it serves streams, which cannot leave it, and by default everything. */
+  /** This thread's loop: it serves streams of this thread, and by default everything. */
   readonly #here: ConnectionLoop;
-  /** Those that serve what listeners accept, with the number of connections that each has. */
+  /** The loops that serve accepted connections, with the number of connections of each. */
   readonly #loops: Map<ServingLoop, number>;
   readonly #listeners = new Set<net.Server>();
   readonly #open = new Map<number, ServedConnection>();
@@ -71,7 +74,7 @@ export class NbdServer {
   #isClosed = false;
   #closing: Promise<void> | undefined;
 
-  /** @throws RangeError if a limit is none, or there is too little memory for so many loops */
+  /** Errors: RangeError (a limit is invalid, or too little memory for so many loops). */
   constructor(options: ServerOptions) {
     const { provider, observer = {}, tls } = options;
     this.#observer = observer;
@@ -86,12 +89,12 @@ export class NbdServer {
     this.#prepareSocket = options.prepareSocket;
   }
 
-  /** The connections open now, by id: `size` counts them, iterating tells about them. */
+  /** The open connections, by id. */
   get connections(): ReadonlyMap<number, ConnectionInfo> {
     return this.#open;
   }
 
-  /** The memory that requests and replies take now. */
+  /** The memory that requests and replies use now. */
   get memory(): MemoryUse {
     const uses = this.#allLoops().map(({ memory }) => memory);
     const sum = (field: keyof MemoryUse): number => uses.reduce((total, use) => total + use[field], 0);
@@ -104,22 +107,22 @@ export class NbdServer {
   }
 
   /**
-   * Listen at an address; may be called several times. A socket file left behind by a server that is gone is replaced;
-   * one that somebody listens on, and any other kind of file, is not.
-   * @throws ListenError
+   * Listen at an address; may be called several times. A stale socket file is replaced; a socket that a process listens on, and
+   * any other kind of file, is not.
+   * Errors: ListenError.
    */
   async listen(options: ListenOptions): Promise<BoundAddress> {
     this.#mustBeOpen('the server is closed');
-    // Half-open: a client that has sent its last request and shut its side down still gets its answers.
+    // Half-open: a client that has sent its last request and closed its side still gets its answers.
     const listener = net.createServer({
       allowHalfOpen: true,
       noDelay: true,
       keepAlive: true,
       keepAliveInitialDelay: this.#limits.keepAliveMs,
-      // What is served elsewhere must be read there, from the first byte on.
+      // A connection served in another thread must be read there, from the first byte on.
       pauseOnConnect: this.#servesElsewhere(),
     });
-    // There is always somebody to hear of an error; who asked to listen hears of those of listening.
+    // So no error event is without a listener; errors of listening reject listen().
     listener.on('error', () => undefined);
     listener.on('connection', (accepted) => this.#accepted(accepted, listener, options));
     const bound = await bindListener(listener, options);
@@ -147,8 +150,8 @@ export class NbdServer {
   }
 
   /**
-   * Serve a connection that somebody else accepted, from the greeting on (an HTTP upgrade, a socket pair).
-   * @param options.peer who it is; default an internal peer
+   * Serve a connection that the program accepted, from the greeting on (an HTTP upgrade, a socket pair).
+   * @param options.peer the client; default an internal peer
    * @param options.head bytes that were already read from it
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
@@ -159,14 +162,14 @@ export class NbdServer {
   }
 
   /**
-   * Go on with a connection that another server, of this process or of another one, has handed over. The export is opened
-   * again, by its own name; if it is not any more what the client was told of, the connection is closed with that as the
-   * reason. It is counted like one that a listener accepted.
-   * @param socket the client's; nobody has read from it since the state was taken
+   * Continue a connection that another server, of this process or another one, has handed over. The export is opened again, by
+   * its own name; if it lacks something that was announced to the client, the connection is closed with that as the reason. It
+   * counts like a connection that a listener accepted.
+   * @param socket the client's; nothing was read from it since the state was taken
    * @returns its id, or undefined if it was refused (server closed or full) and its socket destroyed
    */
   continueConnection(socket: net.Socket, state: NegotiatedState): number | undefined {
-    // A client that has sent its last request and shut its side down still gets its answers.
+    // A client that has sent its last request and closed its side still gets its answers.
     socket.allowHalfOpen = true;
     const loop = this.#nextLoop();
     const served = loop === this.#here ? this.#here.prepare(socket) : socket;
@@ -175,15 +178,15 @@ export class NbdServer {
   }
 
   /**
-   * Give a connection away, to be continued elsewhere: it stops between two requests, those in flight are answered, and
-   * `take` is called with its socket and its state. `take` has to do at once, not later, whatever it wants to do with the
-   * socket: when it returns the socket is destroyed here, so it will duplicate the descriptor. (Sending the socket to a child
-   * process is possible only if nothing is `unsent`: Node would go on sending that.) The state is plain data.
+   * Hand a connection over, to be continued elsewhere: it stops between two requests, requests in flight are answered, and
+   * `take` is called with its socket and its state. `take` must use the socket before it returns, for example duplicate its
+   * descriptor: afterwards the socket is destroyed here. (Sending the socket to a child process is possible only if nothing
+   * is `unsent`: Node would continue to send that.) The state is plain data.
    *
-   * Resolves with what `take` returned when the device is closed, as for a client that was lost. If `take` throws, or
-   * `signal` is aborted before, the connection goes on here.
-   * @throws HandOverError NOT_READY before it has an export, ENDING if it is over or about to be, TLS if it is encrypted,
-   *   NOT_A_SOCKET if it is a stream of this process, ABORTED by `signal`
+   * Resolves with the result of `take` when the device is closed, with the ending 'lost'. If `take` throws, or `signal` is
+   * aborted before, the connection continues here.
+   * Errors: HandOverError NOT_READY (no export yet), ENDING (it is over, or about to be), TLS (it is encrypted),
+   * NOT_A_SOCKET (it is a stream of this process), ABORTED (by `signal`); what `take` throws.
    */
   async handOver<T>(
     id: number,
@@ -198,8 +201,8 @@ export class NbdServer {
   }
 
   /**
-   * Cut a connection off. When it resolves, its device is closed: nothing that was received from it is under way, and nothing
-   * more of it will be carried out. The client is not told; one that connects again by itself will do so at once.
+   * Close a connection at once. When this resolves its device is closed: nothing that was received over it is in flight, and
+   * nothing more will be executed. The client gets no reason; a client that reconnects automatically does so at once.
    * @returns false if there is no such connection
    */
   async disconnect(id: number, reason: string): Promise<boolean> {
@@ -211,7 +214,7 @@ export class NbdServer {
   }
 
   /**
-   * The stream that a connection came on, below TLS: to ask the system about its other end, not to be read or written.
+   * The accepted stream of a connection, below TLS: to ask the system about its other end, not to read or write it.
    * Undefined if there is no such connection, or it is served in another thread.
    */
   transportOf(id: number): Duplex | undefined {
@@ -222,7 +225,7 @@ export class NbdServer {
     return this.#letIn(socket, peer, (about) => loop.serve({ ...about, socket, state }), loop);
   }
 
-  /** Have a connection served, if there is room for it. `loop`: whose it is, if it counts for one. */
+  /** Have a connection served, if there is room for it. `loop`: the loop that it counts for, if any. */
   #letIn(
     socket: Duplex,
     peer: Peer,
@@ -257,17 +260,20 @@ export class NbdServer {
     return id;
   }
 
-  /** Its place, if its kind has one; or why no further connection of this peer is served. */
+  /**
+   * Its place, or the reason why no further connection of this peer is served; undefined for internal peers, which have no
+   * place.
+   */
   #placeFor(key: string | undefined, peer: Peer): Place | string | undefined {
     const { maxConnections } = this.#limits;
     if (this.#isClosed) return 'the server is closed';
     if (key !== undefined) return this.#admission.enter(key, peer.transport);
-    // Whoever hands them over keeps count of them as well; strangers at the listeners keep none of them out.
+    // Connections of listeners do not count: clients from outside must not use up the room of internal ones.
     if (this.#internalCount >= maxConnections) return `${maxConnections} connections are open, as many as allowed`;
     return undefined;
   }
 
-  /** The one that has fewest connections. */
+  /** The loop with the fewest connections. */
   #nextLoop(): ServingLoop {
     let best: ServingLoop = this.#here;
     let fewest = Infinity;
@@ -292,12 +298,12 @@ export class NbdServer {
   }
 
   /**
-   * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every
-   * connection is over and its device closed. What is not done after `graceMs` milliseconds is cut off; then only a
-   * device that never finishes a request can be left (`connections` shows whose).
+   * Stop accepting, answer the requests in flight, refuse further ones with ESHUTDOWN, close. Resolves when every connection is
+   * over and its device closed. After `graceMs` milliseconds the remaining sockets are closed; then only a device that never
+   * finishes a request can be left (`connections` shows which).
    *
-   * With `refuse: false` further requests are not answered at all. For a server that will be back: clients that connect
-   * again (Linux, qemu) repeat what was not answered, but make an I/O error of ESHUTDOWN.
+   * With `refuse: false` further requests are not answered at all. For a restart: clients that reconnect (Linux, qemu) repeat
+   * unanswered requests, but report ESHUTDOWN as an I/O error.
    */
   close(options: { readonly graceMs?: number; readonly refuse?: boolean } = {}): Promise<void> {
     this.#closing ??= this.#shutDown(options.graceMs ?? DEFAULT_GRACE_MS, options.refuse ?? true);
@@ -330,7 +336,7 @@ export class NbdServer {
   }
 }
 
-/** Whether `work` was done within `timeoutMs`. */
+/** Whether `work` is done within `timeoutMs`. */
 async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> {
   let timer: NodeJS.Timeout | undefined;
   const timeout = new Promise<boolean>((resolve) => {
@@ -341,7 +347,7 @@ async function within(timeoutMs: number, work: Promise<void>): Promise<boolean> 
   return isDone;
 }
 
-/** Whose connections are counted together: a host's, a user's. Undefined for internal peers, who are none of a listener's. */
+/** The key by which connections are counted: of a host, or a user. Undefined for internal peers, which no listener accepted. */
 function peerKey(peer: Peer): string | undefined {
   if (peer.transport === 'internal') return undefined;
   if (peer.transport === 'tcp') return `host ${peer.host ?? peer.address}`;

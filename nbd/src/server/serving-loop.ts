@@ -1,11 +1,10 @@
 /**
- * What a server and the event loops that serve its connections ask of each other. A loop may be that of this thread
- * (ConnectionLoop), or one of another thread behind a channel: nothing here has to be answered at once but what is known
- * already.
+ * The interface between a server and the event loops that serve its connections. A loop may be that of this thread
+ * (ConnectionLoop), or of another thread behind a channel: no method needs an answer of the other thread at once.
  *
- * Per server: the listeners, who is let in (Admission), the ids, the counts of offenders, which loop serves whom, how much
- * memory each loop may use, and the common end. Per loop: buffers, shares of its turns, its clock, the look for clients that
- * do not do their part, sockets that wait for their end.
+ * Per server: the listeners, the admission, the ids, the counts of violations, the choice of the loop, the memory of each loop,
+ * and the shutdown. Per loop: buffers, shares of its turns, its clock, the watch for stalled clients, and sockets that wait for
+ * their end.
  */
 
 import type net from 'node:net';
@@ -18,56 +17,56 @@ import type { ConnectionInfo } from './observer.js';
 
 /** An event loop that serves connections. */
 export interface ServingLoop {
-  /** The memory that requests and replies of its connections take now, as far as it is known here. */
+  /** The memory that requests and replies of its connections use now, as last reported. */
   readonly memory: MemoryUse;
-  /** Its part of the server's `maxMemoryBytes`: told before the first connection, and again when it changes. */
+  /** Its part of the server's `maxMemoryBytes`: called before the first connection, and when it changes. */
   shareMemory(bytes: number): void;
-  /** Serve a connection. Its socket is the loop's from now on. */
+  /** Serve a connection. The loop owns its socket from now on. */
   serve(accepted: AcceptedConnection): ServedConnection;
-  /** Nobody is served any more but those that are. */
+  /** Accept no further connections; those that are open are served to their end. */
   stop(): void;
 }
 
-/** A connection that is to be served: nothing has been read from its socket, and it is let in. */
+/** A connection that was admitted and is to be served; nothing has been read from its socket. */
 export interface AcceptedConnection {
   /** The server's number for it. */
   readonly id: number;
-  /** Paused, if it was accepted by a server with loops elsewhere. */
+  /** Paused, if the server has loops in other threads. */
   readonly socket: net.Socket;
   readonly peer: Peer;
-  /** What the server is told of how it gets on. */
+  /** Reports its progress to the server. */
   readonly progress: Progress;
   /** Whose violations are counted together with this peer's; undefined: they are not counted. */
   readonly offender: string | undefined;
-  /** It was negotiated already, by another server. Undefined: it begins with the greeting. */
+  /** The state of a connection that another server negotiated. Undefined: it begins with the greeting. */
   readonly state?: NegotiatedState | undefined;
 }
 
-/** How a connection gets on, for whoever counts connections. May be told later than it happened. */
+/** The progress of a connection, for the server's admission. Calls may come later than the events. */
 export interface Progress {
-  /** The client has gone a step further in the handshake: it is not the next to make room. */
+  /** The handshake has advanced: this connection is not the next to make room. */
   advanced(): void;
   /** It has chosen an export. */
   settled(): void;
-  /** The client has said goodbye, or the server is done with it. */
+  /** The client has disconnected, or the server has finished with it. */
   leaving(): void;
 }
 
-/** What `take` is given with the socket; see NbdServer.handOver. */
+/** Takes over a socket with its state; see NbdServer.handOver. */
 export type TakeConnection<T> = (socket: net.Socket, state: NegotiatedState) => T;
 
-/** A connection as its server has it, whichever loop serves it. */
+/** A connection as its server sees it, whichever loop serves it. */
 export interface ServedConnection extends ConnectionInfo, Occupant {
   /** Resolves when the connection is over and its device closed. Never fails. */
   readonly over: Promise<void>;
-  /** What it came on, below TLS; undefined if that is not in this thread. */
+  /** The accepted socket, below TLS; undefined if it is in another thread. */
   readonly transport: Duplex | undefined;
-  /** Finish what is in flight, refuse or drop what comes, then close. See `over`. */
+  /** Finish the requests in flight, refuse or drop further ones, then close. See `over`. */
   shutdown(options: { readonly refuse: boolean }): void;
   /** Close the socket now. The device is closed when its last request has finished. */
   abort(reason: string): void;
-  /** The same, and nothing more is carried out of what was received. */
+  /** The same, and nothing more of what was received is executed. */
   disconnect(reason: string): void;
-  /** Stop, and give the connection away; see NbdServer.handOver. */
+  /** Stop, and hand the connection over; see NbdServer.handOver. */
   handOver<T>(take: TakeConnection<T>, signal?: AbortSignal): Promise<T>;
 }

@@ -1,7 +1,7 @@
 /**
- * Clients that do not do their part: replies wait for them to be taken, or the rest of a payload to be sent. Owns the clock
- * that looks at them and the decision who is closed for it: everybody after `stallTimeoutMs`, and while others wait for
- * memory those who hold most of it after `memoryStallMs`.
+ * Stalled clients: they do not read their replies, or do not send the rest of a payload. It owns the timer that checks them
+ * and the decision which are closed: any of them after `stallTimeoutMs`, and while others wait for memory those that hold
+ * most of it after `memoryStallMs`.
  */
 
 import type { BufferPool } from './buffer-pool.js';
@@ -9,19 +9,19 @@ import { MIN_MOVED_BYTES, type Limits } from './limits.js';
 import type { LoopTime } from './loop-time.js';
 
 const MIB = 1024 * 1024;
-/** How often is looked. */
+/** Time between two checks, milliseconds. */
 const LOOK_MS = 500;
 
-/** What is to be known of a connection. Bytes moved are those of payloads received and replies taken; they only grow. */
+/** What is checked of a connection. Bytes moved are those of payloads received and replies sent; they only grow. */
 export interface Watched {
   readonly movedBytes: number;
   readonly waitsForClient: boolean;
-  /** Bytes of the budget that it holds. */
+  /** Bytes of the memory budget that it holds. */
   readonly memoryBytes: number;
   abort(reason: string): void;
 }
 
-/** Since when a connection has not moved so many bytes, though it should. */
+/** Since when a connection has moved fewer than `leastBytes` bytes, though its client should act. */
 class Stall {
   #movedBytes = 0;
   #movedAt: number;
@@ -43,7 +43,7 @@ class Stall {
 }
 
 interface Stalls {
-  /** Of anything, and of enough to hold memory that others wait for. */
+  /** Any bytes at all; and enough to keep memory that others wait for. */
   readonly any: Stall;
   readonly enough: Stall;
 }
@@ -57,7 +57,7 @@ export class StallWatch {
   readonly #limits: Limits;
   readonly #time: LoopTime;
 
-  /** @param connections those open now; iterated at each look */
+  /** @param connections those open now; iterated at each check */
   constructor(connections: () => Iterable<Watched>, pool: BufferPool, limits: Limits, time: LoopTime) {
     this.#connections = connections;
     this.#pool = pool;
@@ -79,12 +79,12 @@ export class StallWatch {
       const { any, enough } = this.#stallsOf(connection, now);
       const enoughMs = enough.lasts(connection, now);
       if (any.lasts(connection, now) >= stallTimeoutMs && stallTimeoutMs > 0) {
-        connection.abort(`the client has taken nothing of its replies, and sent nothing, for ${stallTimeoutMs} ms`);
+        connection.abort(`the client has read no replies, and sent nothing, for ${stallTimeoutMs} ms`);
       } else if (enoughMs >= memoryStallMs && connection.memoryBytes > 0) {
         holders.push(connection);
       }
     }
-    // As few as it takes.
+    // As few connections as possible.
     holders.sort((a, b) => b.memoryBytes - a.memoryBytes);
     let missing = missingBytes;
     for (const connection of holders) {
@@ -92,7 +92,7 @@ export class StallWatch {
       const { memoryBytes } = connection;
       missing -= memoryBytes;
       connection.abort(
-        `others wait for memory, and this client held ${Math.ceil(memoryBytes / MIB)} MiB for ${memoryStallMs} ms: it takes no ` +
+        `others wait for memory, and this client held ${Math.ceil(memoryBytes / MIB)} MiB for ${memoryStallMs} ms: it reads no ` +
           'replies, or does not send the rest of a request',
       );
     }

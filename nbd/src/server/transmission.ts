@@ -389,7 +389,8 @@ export class Transmission implements LoopTask {
     }
     if (this.#whenIdle.length === 0) return;
     const backPressure = this.#backPressure;
-    // Every request that was received is answered or refused; but a refused client that reads nothing must not delay the shutdown.
+    // Every request that was received is answered or refused; but a refused client that reads nothing must not delay the
+    // shutdown.
     if (backPressure.held !== undefined && !(this.#parser.isRefusing && backPressure.isSaturated(true))) return;
     // During the shutdown requests are refused as long as they keep arriving: until a turn of the loop brings no input.
     if (this.#parser.isRefusing && this.#isHeard && !this.#isDeaf) {

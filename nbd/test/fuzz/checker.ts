@@ -1,6 +1,6 @@
 /**
- * What a server may say, checked from the bytes that went in and those that came out. Written from the protocol's text
- * and apart from the library: it shares no code with it but the numbers.
+ * Checks the server's output against its input, byte by byte. Written from the protocol's text, independently of the library: it
+ * shares only the protocol's numbers with it.
  */
 
 import {

@@ -1,6 +1,6 @@
 /**
- * One input against the client: a server that mostly does what the protocol has it do, and sometimes anything else. All
- * that the client was asked must end, with what was asked for or with an NbdClientError, and nothing else may happen.
+ * One input against the client: a server that mostly follows the protocol, and sometimes does anything else. Every call of the
+ * client must end, with its result or with an NbdClientError, and nothing else may happen.
  */
 
 import { NbdClient, NbdClientError, type ReplyLevel } from '../../src/index.js';

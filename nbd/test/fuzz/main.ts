@@ -1,4 +1,4 @@
-/** The command `npm run fuzz -- --inputs N [--seed N]`. Ends with 1 at the first input that fails, and tells its seed. */
+/** The command `npm run fuzz -- --inputs N [--seed N]`. Exits with 1 at the first input that fails, and prints its seed. */
 
 import { parseArgs } from 'node:util';
 import { fuzz } from './run.js';

@@ -1,6 +1,6 @@
 /**
- * Runs inputs by their seeds, half of them against the server and half against the client, and watches over what holds
- * for all: every one ends within a bound, nothing is thrown where nobody catches, memory stays bounded.
+ * Runs inputs by their seeds, half of them against the server and half against the client, and checks that each ends within a time
+ * limit, that no exception is uncaught, and that memory stays bounded.
  */
 
 import { runClientInput } from './client-fuzz.js';
