@@ -74,15 +74,12 @@ export class MapQuestions {
     try {
       return this.#calls.cacheObject(owner, idx, from, length);
     } catch (error) {
-      return Promise.reject(error as Error);
+      const failure = error as Error;
+      return Promise.reject(failure);
     }
   }
 
-  /**
-   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Each object is told of
-   * as it is when its turn comes, never as it was before the question. Answers at once if nothing has to be asked of the
-   * filesystem and it does not take long.
-   */
+  /** At once if no object has to be looked at in the store, and there are few. */
   extents(offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     if (this.#isAllData(offset, length)) {
       sink(offset, length, false);
@@ -95,7 +92,7 @@ export class MapQuestions {
     if (later !== undefined) return this.#untilDone(later, () => this.#extentsOn(walk));
   }
 
-  /** Whether a range within one object is known to be data: what most reads are about. */
+  /** Whether a range within one object is known to be data: most questions are about such a range. */
   #isAllData(offset: number, length: number): boolean {
     const idx = Math.floor(offset / this.#objectSize);
     if (offset + length > (idx + 1) * this.#objectSize) return false;
@@ -103,15 +100,15 @@ export class MapQuestions {
     return owner !== 0 && this.#open.isAllData?.(owner, idx) === true;
   }
 
-  /** Go on with it. Returns what has to be awaited before it can be gone on with again; undefined if it is done. */
+  /** Continue the walk. Returns a promise after which to continue; undefined if the walk is done. */
   #extentsOn(walk: Walk): Promise<void> | undefined {
     const { joiner, end, work } = walk;
     work?.resume();
-    // Of an object that was looked at: what the store has not told.
+    // The rest of an object about which the store has answered early.
     joiner.fillUpTo(walk.at);
     while (walk.at < end && !joiner.isStopped) {
       const idx = Math.floor(walk.at / this.#objectSize);
-      // The map may be another one by now, and a shorter one.
+      // The map may be another one by now, even a shorter one.
       const owner = this.#open.map[idx] ?? 0;
       if (owner === 0) {
         const next = this.endOfHole(idx, end);
@@ -140,7 +137,7 @@ export class MapQuestions {
     return undefined;
   }
 
-  /** What the store says of the rest of the object at idx, or of as much of it as is asked about. */
+  /** Ask the store about the object at idx, up to the end of the object or of the range. */
   #lookAt(walk: Walk, owner: number, idx: number): Promise<void> | undefined {
     const base = idx * this.#objectSize;
     const { at, joiner } = walk;
@@ -177,7 +174,6 @@ export class MapQuestions {
     return Math.min(last * this.#objectSize, end);
   }
 
-  /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
   isHole(offset: number, length: number): boolean {
     const { map } = this.#open;
     const last = Math.floor((offset + length - 1) / this.#objectSize);
@@ -190,9 +186,8 @@ export class MapQuestions {
   }
 
   /**
-   * Where this VDI may differ from `base`, a snapshot of the same line: objects that are not the same ones. Exact to the
-   * object, from the two maps alone; neighbours joined, `sink` returns false to stop. Answers at once if it does not take
-   * long.
+   * Objects whose owners differ, and objects that were overwritten under a temporary snapshot. Exact to the object, by the two
+   * maps alone.
    */
   changedSince(before: ObjectVdi, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     if (before.record.blockSizeShift !== this.#open.record.blockSizeShift) {
@@ -218,7 +213,7 @@ export class MapQuestions {
       let next: number;
       if (isOther) next = endOfDifferent(map, before, idx, Math.min(last, idx + DIFFERENT_STEP));
       else {
-        // While a snapshot is there nobody writes its objects in place, unless what was there is kept aside for it.
+        // Objects of a snapshot are not changed in place, except where it keeps before-images.
         next = endOfSame(map, before, idx, stepEnd);
         next = this.#open.nextOverwritten?.(idx, next) ?? next;
         next = base.nextOverwritten?.(idx, next) ?? next;

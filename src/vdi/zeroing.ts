@@ -42,7 +42,7 @@ export class Zeroing {
     this.#objectSize = 2 ** open.record.blockSizeShift;
   }
 
-  /** `epoch`: of the write gate, which the request has entered; left by it whatever happens. */
+  /** The request has entered the gate in `epoch`, and leaves it here, also on failure. */
   zero(epoch: number, offset: number, length: number, options: ZeroRequest): Awaitable<void> {
     if (offset + length > this.#open.record.size) {
       this.#changes.gate.leave(epoch);
@@ -52,7 +52,7 @@ export class Zeroing {
     return this.#zeroInside(epoch, offset, length, options);
   }
 
-  /** Decided inside the gate, and begun: a snapshot that comes later may make it slow, but not wrong. */
+  /** Decided and begun inside the gate: a snapshot that comes later may make it slow, but not wrong. */
   async #zeroIfFast(epoch: number, offset: number, length: number, options: ZeroRequest): Promise<void> {
     try {
       if (!(await this.#canZeroFast(offset, length, options.noHole))) {
@@ -82,8 +82,9 @@ export class Zeroing {
   }
 
   /**
-   * A range of many objects. What is not allocated is zeros already: an empty 4 TiB disk is trimmed by looking at its map.
-   * Between two objects it makes way for a snapshot: that may have the one zeroed and the other not, as long as this is not answered.
+   * A range of many objects. Objects that are not allocated are zeros already: an empty disk of 4 TiB is trimmed by its map
+   * alone. Between two objects it leaves the gate for a snapshot that waits, which then has the one zeroed and the other not:
+   * allowed, because the request is not answered yet.
    */
   async #zeroMany(epoch: number, offset: number, length: number, options: ZeroRequest): Promise<void> {
     const { noHole } = options;
@@ -131,7 +132,7 @@ export class Zeroing {
     if (options.fua) await this.#open.flush();
   }
 
-  /** The same, but no further than the next object that is being made or removed. */
+  /** The end of the hole at idx, but no further than the next object that is being made or dropped. */
   #endOfIdleHole(idx: number, end: number): number {
     let to = this.#questions.endOfHole(idx, end);
     for (const other of this.#changes.changing) if (other > idx) to = Math.min(to, other * this.#objectSize);
@@ -139,8 +140,8 @@ export class Zeroing {
   }
 
   /**
-   * Only the first and the last object of the range can be changed in part. Those may have to be copied; that the store has
-   * to write zeros is the same for all.
+   * Only the first and the last object of the range can be changed in part, and may have to be copied. Whether the store has to
+   * write zeros is the same for all objects.
    */
   async #canZeroFast(offset: number, length: number, noHole: boolean): Promise<boolean> {
     const end = offset + length;
@@ -160,12 +161,12 @@ export class Zeroing {
     return true;
   }
 
-  /** The disk's last object may end before the object does; what lies behind the end is nobody's. */
+  /** The disk may end inside its last object: the rest of that object does not count. */
   #isWhole(idx: number, within: number, length: number): boolean {
     return within === 0 && length === Math.min(this.#objectSize, this.#open.record.size - idx * this.#objectSize);
   }
 
-  /** `looked`: the owner whose object was looked at already and is not zeros there; 0 for none. */
+  /** `looked`: the owner whose object is known not to be zeros there; 0 for none. */
   #zeroObject(idx: number, within: number, length: number, noHole: boolean, looked = 0): Awaitable<void> {
     const later = this.#zeroObjectOnce(idx, within, length, noHole, looked);
     if (later === undefined || !this.#open.objectsMove) return later;
@@ -179,8 +180,8 @@ export class Zeroing {
     const whole = this.#isWhole(idx, within, length);
     if (!noHole) {
       if (owner === 0) return;
-      if (owner !== looked && this.#isRelied(idx)) return this.#zeroUnlessZeros(idx, within, length, owner);
-      if (whole) return this.#giveUp(idx);
+      if (owner !== looked && this.#isNeeded(idx)) return this.#zeroUnlessZeros(idx, within, length, owner);
+      if (whole) return this.#drop(idx);
     }
     if (owner !== 0 && this.#open.exclusive(idx)) {
       const later = this.#calls.zeroObject(idx, within, length, { noHole });
@@ -189,28 +190,28 @@ export class Zeroing {
     return this.#createThenZero(idx, within, length, noHole, whole);
   }
 
-  /** The object at idx is not ours any more. */
-  #giveUp(idx: number): Awaitable<void> {
+  /** Drop the whole object at idx. */
+  #drop(idx: number): Awaitable<void> {
     if (this.#changes.isInPlace(idx)) return this.#changes.run(idx, async () => this.#calls.dropObject(idx));
     const later = this.#calls.dropObject(idx);
     if (later !== undefined) return this.#changes.run(idx, () => later);
   }
 
-  /** Somebody else's snapshot relies on the object at idx: changing it costs a copy, and makes it count as changed. */
-  #isRelied(idx: number): boolean {
+  /** A snapshot needs the object at idx: changing it costs a copy, and makes it count as changed. */
+  #isNeeded(idx: number): boolean {
     return !this.#open.exclusive(idx) || this.#open.isKeptAside?.(idx) === true;
   }
 
   /**
-   * A range that is zeros in `owner`'s object is done: it came to be so before this, or while this was under way. Whatever
-   * is written meanwhile, there or into a copy, counts as having come later.
+   * If the range reads as zeros in the object of `owner`, there is nothing to do. A write that happens during the look, in place
+   * or into a copy, counts as later than this request.
    */
   async #zeroUnlessZeros(idx: number, within: number, length: number, owner: number): Promise<void> {
     let isDone = false;
     try {
       isDone = await readsAsZeros(this.#calls, owner, idx, within, length);
     } catch {
-      // What cannot be read can still be given up; and if it has to be copied, the copying tells.
+      // An object that cannot be read can still be dropped; if it has to be copied, the copying fails.
     }
     if (!isDone) await this.#zeroObject(idx, within, length, false, owner);
   }
