@@ -112,6 +112,8 @@ export function directoryOf(location: string): string | undefined {
 
 /** The location of a PLACE: KIND:TEXT, a location, or a directory. "./cluster:x" is a directory. Errors: StoreError ADDRESS. */
 export function parseLocation(text: string): string {
-  for (const { name, parse } of KINDS) if (text.startsWith(`${name}:`)) return parse(text.slice(name.length + 1));
+  for (const kind of KINDS) {
+    if (text.startsWith(`${kind.name}:`)) return kind.parse(text.slice(kind.name.length + 1));
+  }
   return kindOf(text).parse(text);
 }

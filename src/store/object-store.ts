@@ -9,39 +9,39 @@ export * from './open-vdi.js';
 export * from './store-error.js';
 export * from './vdi-record.js';
 
-/** A VDI or snapshot that is known to be there, and cannot be read: nothing but what is said here is known of it. */
+/** A VDI or snapshot that exists and cannot be read. Nothing more is known of it. */
 export interface DamagedVdi {
   readonly vid: number;
-  /** Whose it was, going by what else there is; undefined if that tells nothing. */
+  /** Its name, concluded from other records; undefined if they do not tell. */
   readonly likelyName: string | undefined;
-  /** Undefined if nothing tells. */
+  /** Undefined if unknown. */
   readonly isSnapshot: boolean | undefined;
   /** For people. */
   readonly why: string;
 }
 
 /**
- * Small facts that are to outlive the process, few and short, for src/vdi: keys of less than 1900 bytes, values that JSON can
- * say. The store does not know what they mean.
+ * Few and short facts of src/vdi that must outlive the process: keys of less than 1900 bytes, values that JSON can hold. The
+ * store does not know their meaning.
  */
 export interface StoreState {
-  /** Other processes may store something at the same time: `entries` is to be asked again. */
+  /** Other processes may change entries at the same time: read `entries` again where that matters. */
   readonly isShared: boolean;
   entries(): ReadonlyMap<string, unknown>;
-  /** Durable when it resolves; undefined forgets. Errors: StoreError. */
+  /** Durable when it resolves; the value undefined removes an entry. Errors: StoreError. */
   commit(changes: ReadonlyMap<string, unknown>): Promise<void>;
 }
 
 export interface ObjectStore {
   /** For messages: where the store is. */
   readonly location: string;
-  /** Tells this store from all others, however it is reached. */
+  /** The same for this store whatever its location is called, and different for every other store. */
   readonly identity: string;
   /** Why nothing may be changed; undefined if it may. */
   readonly readOnlyBecause: string | undefined;
-  /** Of VDIs that are made and do not say otherwise; DEFAULT_BLOCK_SIZE_SHIFT if the store has none of its own. */
+  /** For new VDIs without a shift of their own. Absent: DEFAULT_BLOCK_SIZE_SHIFT. */
   readonly defaultBlockSizeShift?: number;
-  /** Undefined if nothing can be stored. */
+  /** Undefined if this process can store nothing of its own. */
   readonly state: StoreState | undefined;
   readonly catalog: Catalog;
   close(): Promise<void>;
@@ -49,15 +49,15 @@ export interface ObjectStore {
 
 /** A lock that the nodes of a cluster have on a VDI: `shared` ones are iSCSI targets', which know of each other. */
 export interface VdiLock {
-  /** Which may be a snapshot's by now. */
+  /** May be a snapshot's by now. */
   readonly vid: number;
-  /** There is no such VDI any more, but who made one that gets this id would find it locked. */
+  /** The VDI was deleted. A new VDI that gets this id would be locked. */
   readonly isDeleted: boolean;
   readonly kind: 'exclusive' | 'shared';
   readonly holders: readonly LockHolder[];
 }
 
-/** The node that was asked for the lock. Nodes do not know which client that was, nor whether it is still there. */
+/** The node through which the lock was taken. Nodes do not know which client took it, nor whether that client still exists. */
 export interface LockHolder {
   /** HOST:PORT, as the cluster knows it. */
   readonly node: string;
@@ -66,10 +66,10 @@ export interface LockHolder {
 
 /** Locks that a cluster's nodes keep; a local store has none. */
 export interface VdiLocks {
-  /** Whether they keep anybody out. */
+  /** Whether the nodes refuse a VDI that is locked by another. */
   readonly areEnforced: boolean;
   list(): Promise<readonly VdiLock[]>;
-  /** Take this one away from this holder, whoever relies on it. Errors: StoreError IO if it is still there then. */
+  /** Remove the lock of this holder, even if it is in use. Errors: IO (the lock is still there afterwards). */
   unlock(lock: VdiLock, holder: LockHolder): Promise<void>;
 }
 
@@ -87,25 +87,25 @@ export interface CheckReport {
 export interface Usage {
   readonly allocated: number;
   readonly exclusive: number;
-  /** Why neither can be told: a part of its map is lost. */
+  /** Why neither is known: a part of the map is lost. */
   readonly damage?: string;
 }
 
 /**
- * VDI records and maps. Each method is all or nothing. Callers (src/vdi) see to it that what changes something is the only
- * one at work on the names that it touches; on different names several may be at work at a time.
+ * The VDIs and snapshots of a store. Each method succeeds or changes nothing. src/vdi runs one change at a time on each name;
+ * changes on different names may run at the same time.
  */
 export interface Catalog {
-  /** In the order of names, and of one name in that of snapIds. What is returned does not change afterwards. */
+  /** Sorted by `inOrder`. The result does not change afterwards. */
   list(): Awaitable<readonly VdiRecord[]>;
-  /** Those of one name, in that order: costs as much as there are of it, and not what the store has. */
+  /** The records of one name, sorted. The cost depends on their number, not on the size of the store. */
   named(name: string): Awaitable<readonly VdiRecord[]>;
   record(vid: number): Awaitable<VdiRecord | undefined>;
-  /** What `list` cannot have, because it cannot be read; with `name`, what may be of that name. Absent: nothing ever is. */
+  /** VDIs that `list` leaves out because they cannot be read; with `name`, those that may have that name. Absent: never any. */
   damaged?(name?: string): Promise<readonly DamagedVdi[]>;
-  /** Other names whose records change when this one is removed. */
+  /** Other names whose records `remove(vid)` changes. Absent: none. */
   touchedBy?(vid: number): readonly string[];
-  /** With the mark `unfinished` from its first moment on, if that is given. `redundancy`: one that `mustHold` has let pass. */
+  /** `unfinished`: the mark that the VDI has from its first moment on. `redundancy`: accepted by `mustHold` before. */
   create(
     name: string,
     size: number,
@@ -113,28 +113,31 @@ export interface Catalog {
     unfinished?: Unfinished,
     redundancy?: Redundancy,
   ): Promise<VdiRecord>;
-  /** Whether `create` was cut off before it could set the mark, if that can be: nothing is in the VDI then. */
+  /** Whether `create` was interrupted before it set the mark: the VDI is empty then. Absent: that cannot happen. */
   isBarelyMade?(record: VdiRecord): Promise<boolean>;
-  /** Open for reading and, if it is not a snapshot, writing. */
+  /** Open for reading and, unless it is a snapshot, writing. Called again while a VDI is open, it may return the same object. */
   open(vid: number): Promise<OpenVdi>;
   /** Why a new snapshot cannot have this tag here; undefined if it can. */
   whyNoTag?(tag: string): string | undefined;
-  /** Those are in memory only: they can be taken of a store that must not be changed, too. */
+  /**
+   * Temporary snapshots exist in the memory of this process only. src/vdi then takes them of a read-only store as well, and
+   * removes stored snapshots with reserved tags: an earlier version has left them. Absent: they are stored.
+   */
   readonly temporariesStoreNothing?: boolean;
   /** A new working VDI `name` that reads as snapshot `vid`. */
   clone(vid: number, name: string): Promise<VdiRecord>;
-  /** The working VDI `vid` becomes a fresh one that reads as `snapshotVid`, and bears no mark but `unfinished`. */
+  /** Replace the working VDI `vid` by a new one that reads as `snapshotVid`, with the mark `unfinished` or none. */
   rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord>;
-  /** Drop the record and all references; objects that nobody refers to are removed, `reclaimed` tells when. */
+  /** Drop the record and all references. Objects without references are removed in the background: see `reclaimed`. */
   remove(vid: number): Promise<void>;
-  /** Resolves when the space of all that was dropped so far is given back. */
+  /** Resolves when the space of everything removed so far is given back. */
   reclaimed(): Promise<void>;
   usage(vid: number): Awaitable<Usage>;
-  /** Of all that `list` has, by vid, in one pass; what comes or goes meanwhile may be missing. */
+  /** Usage of all that `list` returns, by vid, in one pass. VDIs made or removed meanwhile may be missing. */
   usages(): Awaitable<ReadonlyMap<number, Usage>>;
   check(options: { readonly repair: boolean }): Promise<CheckReport>;
-  /** Of a cluster. */
+  /** Absent: the store keeps no locks. */
   readonly locks?: VdiLocks;
-  /** Of a cluster: whether it has nodes enough for this. Errors: LIMIT if not. */
+  /** Absent: the store keeps every object once, and takes no redundancy. Errors: LIMIT (not enough nodes for it). */
   mustHold?(redundancy: Redundancy): Promise<void>;
 }

@@ -15,22 +15,22 @@ export const DEFAULT_BLOCK_SIZE_SHIFT = 22;
 export const FILLERS = ['import', 'restore', 'migrate'] as const;
 
 /**
- * What a working VDI bears from before the first byte of a command that fills it until all of it is durable: what is in
- * it is neither what it was nor what it shall be.
+ * The mark of a working VDI that a command fills, from before its first byte until all of it is durable: meanwhile the content
+ * is neither the old one nor the complete new one.
  */
 export interface Unfinished {
   readonly by: (typeof FILLERS)[number];
-  /** What is carried there, as hex digits: only a command that carries the same goes on with it. Empty: any of its kind. */
+  /** Identifies the content, hex digits: only a command with the same content continues. Empty: any command of its kind. */
   readonly of: string;
-  /** The run of the command that is at work on it, or was the last: hex digits that no other run has. */
+  /** The run of the command that works on it, or was the last to: hex digits that no other run has. */
   readonly run: string;
   /** Milliseconds since the epoch. */
   readonly since: number;
-  /** The command has made the VDI: nothing was in it before. */
+  /** The command has made the VDI: it was empty before. */
   readonly isNew: boolean;
 }
 
-/** What a cluster keeps of each object, on as many nodes: whole copies, or the strips of an erasure code. */
+/** How a cluster keeps each object, on as many nodes: whole copies, or the strips of an erasure code. */
 export type Redundancy = { readonly copies: number } | { readonly dataStrips: number; readonly parityStrips: number };
 
 /** One VDI or snapshot. `size` in bytes, times in milliseconds since the epoch. */
@@ -49,18 +49,18 @@ export interface VdiRecord {
   readonly createdAt: number;
   /** When it became a snapshot; 0 for a working VDI. */
   readonly snapshotAt: number;
-  /** Objects that it may have, if they are not MAX_DATA_OBJECTS. */
+  /** The most objects it may have, where that is not MAX_DATA_OBJECTS (hyper volumes). src/vdi resizes it up to that. */
   readonly maxObjects?: number;
-  /** Of a working VDI that a command has begun to fill and not finished. */
+  /** On a working VDI that a command has begun to fill and not finished. */
   readonly unfinished?: Unfinished;
   /**
-   * A temporary snapshot that this machine has taken (`prepareTemporary`), and may drop. Not said by its tag: other tools of a
-   * cluster may give any tag to a snapshot that stays.
+   * A temporary snapshot that this machine has taken (`prepareTemporary`) and may drop. The tag does not tell: other tools of a
+   * cluster may give any tag to a permanent snapshot.
    */
   readonly isTemporary?: true;
-  /** A snapshot whose tag may also say another one of its name, as other tools can bring about: its vid says which is meant. */
+  /** A snapshot whose tag may also mean another snapshot of its name (other tools can cause that): only its vid is clear. */
   readonly isDoubtful?: true;
-  /** In a cluster. A local store keeps every object once, and says nothing. */
+  /** Of a cluster. Absent: the store keeps every object once. */
   readonly redundancy?: Redundancy;
 }
 

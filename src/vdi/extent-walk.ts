@@ -1,21 +1,21 @@
-/** A walk over a range whose parts are reported one after the other: how far it has come, and the joining of neighbours. */
+/** A walk over a range whose parts are reported one after the other: its position, and the joining of neighbours. */
 import type { LongWork } from './loop-share.js';
 
-/** How far a question about a range has come. */
+/** The position of a question about a range. */
 export class Walk {
-  /** It counts among the look-ups that are under way. */
+  /** It has a place among the look-ups in flight (Admission). */
   isAdmitted = false;
 
   constructor(
     readonly joiner: ExtentJoiner,
     public at: number,
     readonly end: number,
-    /** Undefined if it is about few objects. */
+    /** Undefined for a range of few objects. */
     readonly work: LongWork | undefined,
   ) {}
 }
 
-/** Joins neighbouring extents of a kind and hands them on. */
+/** Joins neighbouring extents of the same kind and passes them on. */
 export class ExtentJoiner {
   isStopped = false;
   #start: number;

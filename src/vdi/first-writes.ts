@@ -1,8 +1,8 @@
 /**
  * Gathers the first writes to an object that a snapshot shares. The first write copies the object, which costs more than the
- * write itself. A client that overwrites the disk in order is about to write the rest of the object too, and a write of the
- * whole object needs no copy. So the first write waits a few milliseconds for the next ones. Owns the parts gathered so far,
- * and whether waiting has paid off lately.
+ * write. A client that overwrites the disk in order will write the rest of the object too, and a write of the whole object
+ * needs no copy. So the first write waits a few milliseconds for the next ones. Owns the parts gathered so far, and whether
+ * waiting has paid off lately.
  */
 
 /** A shorter first write does not suggest that the client overwrites the whole object. */
@@ -10,7 +10,7 @@ const LEAST_BYTES = 64 * 1024;
 /** How long to wait for the next part. */
 const NEXT_PART_MS = 3;
 /** After a wait in which no part came, this many objects are written without waiting. */
-const NOT_AGAIN = 15;
+const OBJECTS_WITHOUT_WAIT = 15;
 
 /** The writes of one object, each beginning where the one before ends; the first at the object's start. */
 export class FirstWrites {
@@ -22,7 +22,7 @@ export class FirstWrites {
   #isComplete = false;
   #complete: () => void = () => undefined;
   #timer: NodeJS.Timeout | undefined;
-  /** The outcome of all parts; set by the owner, who writes them. */
+  /** The outcome of all parts; set by the caller that writes them. */
   done: Promise<void> | undefined;
 
   constructor(first: Buffer, epoch: number, objectSize: number, isAwaited: () => boolean) {
@@ -34,8 +34,8 @@ export class FirstWrites {
   }
 
   /**
-   * Takes one more part if it begins where the last one ends and entered the gate in the same epoch as the first: no snapshot
-   * may lie between them. Returns whether it was taken; `done` is then the outcome of this part as well.
+   * Take one more part if it begins where the last one ends and entered the gate in the same epoch as the first: no snapshot
+   * may lie between them. Returns whether it was taken; `done` is then its outcome as well.
    */
   join(offset: number, data: Buffer, epoch: number): boolean {
     if (this.#isComplete || offset !== this.#length || epoch !== this.#epoch) return false;
@@ -74,8 +74,8 @@ export class FirstWritesPolicy {
     return false;
   }
 
-  /** `count` parts were gathered for one object. */
+  /** Call with the number of parts that were gathered for one object. */
   learn(count: number): void {
-    this.#notFor = count > 1 ? 0 : NOT_AGAIN;
+    this.#notFor = count > 1 ? 0 : OBJECTS_WITHOUT_WAIT;
   }
 }

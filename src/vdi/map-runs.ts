@@ -1,11 +1,11 @@
 /**
- * Runs of entries in object maps, found by comparing memory: an empty disk of 4 TiB has a million entries, and asking each
- * of them takes a hundred times as long. Pure functions; entries behind the end of a map count as 0.
+ * Runs of entries in object maps, found by comparing memory: an empty disk of 4 TiB has a million entries, and a loop over them
+ * takes a hundred times as long. Pure functions; entries behind the end of a map count as 0.
  */
 
-/** Looked at one by one: most questions are about few objects, and most runs are short. */
+/** Entries compared one by one first: most questions are about few objects, and most runs are short. */
 const NEAR = 64;
-/** Entries that one comparison of memory covers. */
+/** Entries covered by one comparison of memory. */
 const PIECE = 2 ** 14;
 const ENTRY_BYTES = Uint32Array.BYTES_PER_ELEMENT;
 const ZEROS = Buffer.alloc(PIECE * ENTRY_BYTES);

@@ -1,17 +1,16 @@
 /**
- * Whether a range of an object is zeros already, asked before it is zeroed where that would cost a copy. Looks at holes
- * first and reads only what counts as data, and of that no more than it takes to find a byte that is not zero. Changes
- * nothing; knows nothing of maps.
+ * Whether a range of an object is zeros already: asked before zeroing it would cost a copy. Looks for holes first, reads only
+ * data, and stops at the first byte that is not zero. Changes nothing, and does not look at maps.
  */
-import type { ObjectReader } from '../store/object-store.js';
+import type { ObjectReader } from '../store/open-vdi.js';
+import { isZeros } from '../system/zeros.js';
 
-/** Read first: what is no zeros shows it here, nearly always. */
+/** Bytes read first: data that is not zeros nearly always shows itself here. */
 const FIRST_LOOK = 4096;
-/** Read at a time after that. */
+/** Bytes read at a time after that. */
 const NEXT_LOOK = 256 * 1024;
-const ZEROS = Buffer.alloc(NEXT_LOOK);
 
-/** Whether all of the range is a hole, from what the store knows without reading data. */
+/** Whether all of the range is a hole, without reading data. */
 export async function isHoleIn(
   reader: ObjectReader,
   owner: number,
@@ -40,7 +39,7 @@ export async function readsAsZeros(
       if (buffer === undefined || buffer.length < look) buffer = Buffer.allocUnsafe(look);
       const piece = buffer.subarray(0, Math.min(look, data.to - at));
       await reader.readObject(owner, idx, at, piece);
-      if (!piece.equals(ZEROS.subarray(0, piece.length))) return false;
+      if (!isZeros(piece)) return false;
       at += piece.length;
     }
   }

@@ -1,4 +1,7 @@
-/** Operations that are under way together, a bounded number of them, and the first of their failures. */
+/** A bounded number of operations in flight for one request, and the first of their failures. */
+/** Object changes that one request has under way at a time. */
+export const PARALLEL_OBJECTS = 8;
+
 export class Several {
   readonly #most: number;
   #count = 0;
@@ -22,22 +25,22 @@ export class Several {
     operation.then(this.#ended, this.#failed);
   }
 
-  /** The failure of one that was not begun. */
+  /** Record the failure of an operation that was not begun. */
   fail(error: unknown): void {
     this.#failure ??= { error };
   }
 
-  /** Resolves when one of them has ended. One waits at a time. */
+  /** Resolves when any of them has ended. One caller at a time. */
   one(): Promise<void> {
     return new Promise((resolve) => (this.#wake = resolve));
   }
 
-  /** Resolves when all have ended, whether or not they failed: nothing of a request may still be running when it is answered. */
+  /** Resolves when all have ended, failed or not: nothing of a request may still run when it is answered. */
   async settled(): Promise<void> {
     while (this.#count > 0) await this.one();
   }
 
-  /** The same, and throws the first failure. */
+  /** As `settled`, and throws the first failure. */
   async all(): Promise<void> {
     await this.settled();
     if (this.#failure) throw this.#failure.error;

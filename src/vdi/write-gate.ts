@@ -1,33 +1,36 @@
 /**
- * The gate every write, zero and trim of a VDI passes. A snapshot closes it for the moment of the switch: it waits until
- * what is inside has finished and keeps the rest waiting outside. One that needs no such moment only turns it, and learns
- * when those that were inside at that time have left. Nothing is allocated while the gate is open.
+ * The gate that every write, zero and trim of a VDI passes. A snapshot closes it for the moment of the switch: it waits until the
+ * requests inside have left, and keeps new ones waiting outside. A snapshot that needs no pause starts a new epoch and waits for
+ * the previous epoch's requests. Nothing is allocated while the gate is open.
  */
 
 /** Returned by tryEnter if the gate is closed. */
 export const CLOSED = -1;
 
+/** Two are enough: an epoch begins only when nobody of the one before the last is inside. */
+type Epoch = 0 | 1;
+
 export class WriteGate {
-  /** How many are inside, of those that entered since the gate was last turned, and of those from before: by epoch & 1. */
-  readonly #inside = [0, 0];
-  #epoch = 0;
+  /** How many requests of each epoch are inside. */
+  readonly #inside: [number, number] = [0, 0];
+  #epoch: Epoch = 0;
   #closed = false;
   #outside: (() => void)[] = [];
   #left: (() => void) | undefined;
 
-  /** Somebody waits until those that entered with `epoch` have left. Who is inside for long leaves then, and enters again. */
+  /** Somebody waits until the requests of `epoch` have left. A long request leaves then, and enters again. */
   isAwaited(epoch: number): boolean {
     return this.#closed || (this.#left !== undefined && epoch !== this.#epoch);
   }
 
-  /** Go in if the gate is open, else CLOSED. What it returns is handed to one `leave`, before the request is answered. */
+  /** Enter if the gate is open, else CLOSED. Returns the epoch, to be given to one `leave` before the request is answered. */
   tryEnter(): number {
     if (this.#closed) return CLOSED;
-    this.#inside[this.#epoch]!++;
+    this.#inside[this.#epoch]++;
     return this.#epoch;
   }
 
-  /** Go in as soon as the gate opens. */
+  /** Enter as soon as the gate opens. */
   async enter(): Promise<number> {
     for (;;) {
       const epoch = this.tryEnter();
@@ -37,10 +40,10 @@ export class WriteGate {
   }
 
   leave(epoch: number): void {
-    if (--this.#inside[epoch]! === 0 && this.#left) this.#left();
+    if (--this.#inside[epoch as Epoch] === 0 && this.#left) this.#left();
   }
 
-  /** Keep everybody out and wait until nobody is inside. One holder at a time; the caller serialises. */
+  /** Keep new requests outside and wait until nobody is inside. One holder at a time; the caller serialises. */
   async close(): Promise<void> {
     if (this.#closed) throw new Error('invariant: the gate is closed already');
     this.#closed = true;
@@ -54,12 +57,13 @@ export class WriteGate {
     for (const wake of waiting) wake();
   }
 
-  /** Wait until those that are inside now have left; others go on entering. */
+  /** Start an epoch, and wait for the requests of the previous one; new ones enter meanwhile. */
   async newEpoch(): Promise<void> {
-    const before = this.#epoch;
-    if (this.#inside[1 - before] !== 0) throw new Error('invariant: the gate is turned again before all have left');
-    this.#epoch = 1 - before;
-    await this.#until(() => this.#inside[before] === 0);
+    const previous = this.#epoch;
+    const next = previous === 0 ? 1 : 0;
+    if (this.#inside[next] !== 0) throw new Error('invariant: a new epoch before all of the last but one have left');
+    this.#epoch = next;
+    await this.#until(() => this.#inside[previous] === 0);
   }
 
   async #until(isSo: () => boolean): Promise<void> {

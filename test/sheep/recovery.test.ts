@@ -1,7 +1,6 @@
 /** The members of a cluster change: which requests wait for that, which are done once more, and which go on. */
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
-import type { SheepVdi } from '../../src/store/sheep/sheep-vdi.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { waitUntil } from '../harness/daemon.js';
@@ -309,7 +308,8 @@ describe('what is under way when the members change', () => {
       .map(({ offset }) => offset);
 
   test('is written to the table of a temporary snapshot once more, as plain bytes, after that has settled', async () => {
-    const open = store.open.get(vdi.record.vid) as SheepVdi;
+    const open = store.open.get(vdi.record.vid);
+    if (!open) throw new Error('it is not open');
     await (await open.prepareTemporary('now')).switchOver();
     const [shadow] = open.shadows;
     const vid = shadow?.vid ?? 0;

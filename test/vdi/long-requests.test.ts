@@ -28,6 +28,7 @@ function vdiOf(map: Uint32Array, more: Partial<ObjectVdi> = {}): Made {
   const open = {
     record,
     map,
+    kind: 'objects',
     creationVid: 9,
     exclusive: () => true,
     setOwner(this: { map: Uint32Array }, idx: number, owner: number) {

@@ -63,7 +63,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   /** What this opening has made goes when it is closed, if nothing is in it. */
   #isUnwanted = false;
   /** Why it is not known any more what refers to what, so that the next open has to find out. */
-  #lost: unknown;
+  #lost: Error | undefined;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
 
@@ -247,7 +247,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       if (stored) this.references.addAll(this.metadata.map(stored));
     } catch (error) {
       // The disk is gone. Nothing is released then: who refers to what is counted again by the next open.
-      this.#lost ??= error;
+      this.#lost ??= error as Error;
       this.backgroundError(error);
       vdi.abandon();
       return;
@@ -270,14 +270,14 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   /** Flush and close everything; the next open then needs no recovery. */
   async close(): Promise<void> {
     let clean = true;
-    let failure: unknown;
-    await this.catalog.dropTemporaries().catch((error: unknown) => (failure = error));
+    let failure: Error | undefined;
+    await this.catalog.dropTemporaries().catch((error: unknown) => (failure = error as Error));
     for (const vdi of this.open.values()) {
       try {
         await vdi.close();
       } catch (error) {
         clean = false;
-        failure ??= error;
+        failure ??= error as Error;
       }
     }
     this.open.clear();
@@ -286,7 +286,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     failure ??= this.#lost;
     await this.metadata
       .close({ clean: clean && this.#lost === undefined })
-      .catch((error: unknown) => (failure ??= error));
+      .catch((error: unknown) => (failure ??= error as Error));
     const isEmpty = failure === undefined && this.metadata.records().length === 0;
     if (this.#isUnwanted && this.#made && isEmpty)
       removeCreation(this.disk, this.location, this.#made.hasMadeDirectory);

@@ -1,6 +1,6 @@
 /**
- * An open VDI of the local store: its map, and what of it and of its data is not durable yet. Owns the order "data, then
- * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
+ * An open VDI of the local store: its data, its map, and which changes of both are not durable yet. Owns the order "data, then
+ * map, then releases": an object that another map may name after a crash is neither overwritten nor removed.
  */
 import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js';
 import type { StoreError } from '../store-error.js';
@@ -25,11 +25,11 @@ export interface LocalVdiHost {
   readonly metadata: Metadata;
   readonly objects: DataObjects;
   readonly references: ReferenceCounts;
-  /** A durable map no longer refers to these: drop the references and remove what nobody refers to, in the background. */
+  /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
-  /** The folders of these objects could not be synced: what is new in them is not durable, and never will be. */
+  /** The folders of these objects could not be synced: new names in them are not durable, and never will be. */
   namesLost(keys: Iterable<number>, error: unknown): void;
-  /** What this VDI holds that is not durable is lost: go back to what is. */
+  /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
   backgroundError(error: unknown): void;
@@ -41,7 +41,7 @@ export interface LocalVdiHost {
   };
 }
 
-/** What one flush took over from the VDI and gives back if it fails. */
+/** The changes that one flush takes over from the VDI, and gives back if it fails. */
 interface Batch {
   readonly vid: number;
   readonly generation: number;
@@ -51,7 +51,7 @@ interface Batch {
   readonly releases: readonly number[];
   readonly recordChanged: boolean;
   readonly obsolete: readonly number[];
-  /** The flush that took it over has succeeded. */
+  /** The flush has succeeded. */
   isDurable: boolean;
 }
 
@@ -64,22 +64,22 @@ export class LocalVdi implements ObjectVdi {
   /** Temporary snapshots of it that are alive. */
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
-  /** Whose name new objects bear: ours, or one that was never used when the last snapshot of us was taken. */
+  /** The vid of new objects: the record's, or one that no snapshot has seen. */
   #creationVid: number;
-  /** Closed by all users, and open only because temporary snapshots live on its objects. */
+  /** Closed by all users; still open because temporary snapshots depend on its objects. */
   #isIdle = false;
   #dirtyObjects = new Set<number>();
   #created = new Set<number>();
-  /** New objects whose files are being made, or are made and not in the map yet. */
+  /** Keys of new objects that are being made, or are made and not in the map yet. */
   readonly #creating = new Set<number>();
   #dirtyPages = new Set<number>();
-  /** What the flush under way has taken over. */
+  /** The changes that the flush in flight has taken over. */
   #committing: Batch | undefined;
-  /** The durable half of a snapshot, while it is not done: every later flush waits for it, and runs it if need be. */
+  /** The durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
   #pendingMove: (() => Promise<void>) | undefined;
-  /** New objects whose names that makes durable. */
+  /** Keys of the new objects whose names `#pendingMove` makes durable. */
   #moving: readonly ReadonlySet<number>[] = [];
-  /** References of a snapshot just taken are not counted yet: nothing that it may share is exclusive. */
+  /** The references of a new snapshot are not counted yet: no object that it may share is exclusive. */
   #isCounting = false;
   #releases: number[] = [];
   #obsolete: number[] = [];
@@ -87,9 +87,9 @@ export class LocalVdi implements ObjectVdi {
   #queue: Promise<void> = Promise.resolve();
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
-  /** After a failed sync the kernel may have dropped what it could not write: no later sync can vouch for it. */
-  #syncFailure: unknown;
-  /** Of the next flush; every one has a number of its own, over all openings of the VDI. */
+  /** After a failed sync the kernel may have dropped dirty pages: no later sync proves that they are durable. */
+  #syncFailure: Error | undefined;
+  /** Number of the next flush. Numbers are never used again, also by later openings of the VDI. */
   #generation: number;
 
   readonly #log: MapLog;
@@ -118,12 +118,12 @@ export class LocalVdi implements ObjectVdi {
     return this.#creationVid;
   }
 
-  /** From here on new objects bear this name, which nobody has; there may be snapshots that know our older ones. */
+  /** New objects get this vid from here on: no map names it. Snapshots may know objects of the older vid. */
   nameAnew(vid: number): void {
     this.#creationVid = vid;
   }
 
-  /** From here on `temporary` is told what changes. What objects it knows are never made anew: `vid` is a fresh name. */
+  /** `temporary` gets before-images from here on. New objects get the unused `vid`, so none replaces an object that it knows. */
   takeTemporary(temporary: TemporaryVdi, vid: number): void {
     this.temporaries = [...this.temporaries, temporary];
     this.#creationVid = vid;
@@ -140,8 +140,7 @@ export class LocalVdi implements ObjectVdi {
     this.#isIdle = false;
   }
 
-  // Objects are read and written in our name: what we share with others, clones of one image above all, counts for the share
-  // of threads of each.
+  // Objects are read and written in the name of this VDI. Clones of one image share objects, and each has its share of threads.
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
     return this.#host.objects.read(vid, idx, offset, into, this);
@@ -172,7 +171,8 @@ export class LocalVdi implements ObjectVdi {
     try {
       later = this.#host.objects.write(owner, idx, offset, data, this);
     } catch (error) {
-      later = Promise.reject(error as Error);
+      const failure = error as Error;
+      later = Promise.reject(failure);
     }
     if (later === undefined) {
       this.#noteWritten(owner, idx);
@@ -234,7 +234,7 @@ export class LocalVdi implements ObjectVdi {
     return this.temporaries.some((temporary) => temporary.shares(owner, idx));
   }
 
-  /** Its log has it when this returns, or on a slow disk when what it returns resolves. */
+  /** In the map log when this returns, or on a slow disk when it resolves. */
   setOwner(idx: number, owner: number): Awaitable<void> {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
@@ -254,13 +254,13 @@ export class LocalVdi implements ObjectVdi {
     return logged;
   }
 
-  /** Called when a write has reached the file, not before: a sync in between must not count as having covered it. */
+  /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
   #noteWritten(owner: number, idx: number): void {
     this.#dirtyObjects.add(objectKey(owner, idx));
   }
 
   flush(): Promise<void> {
-    // One flush runs, one waits: whoever comes while one runs is served by the next, which starts after they came.
+    // One flush runs, one waits. A call during a flush is served by the next one, which starts after the call.
     this.#nextFlush ??= this.enqueue(() => {
       this.#nextFlush = undefined;
       return this.#commit();
@@ -285,8 +285,8 @@ export class LocalVdi implements ObjectVdi {
   }
 
   /**
-   * Flush, and be gone. If that fails it can be tried again, except after a failed sync: then there is nothing left that
-   * can be trusted, and the next open begins with what is durable.
+   * Flush and close. If that fails it can be tried again, except after a failed sync: the content in memory cannot be
+   * trusted then, and the next open begins with the durable content.
    */
   async close(): Promise<void> {
     try {
@@ -295,12 +295,12 @@ export class LocalVdi implements ObjectVdi {
       if (this.#syncFailure !== undefined) this.#host.discard(this);
       throw error;
     }
-    // What temporary snapshots have not taken over is kept alive by our references.
+    // The references of this VDI keep the objects alive that temporary snapshots have not adopted yet.
     if (this.temporaries.length > 0) this.#isIdle = true;
     else this.abandon();
   }
 
-  /** Stop here, whatever is not durable. */
+  /** Close at once; changes that are not durable are lost. */
   abandon(): void {
     clearTimeout(this.#releaseTimer);
     this.#isIdle = false;
@@ -336,7 +336,7 @@ export class LocalVdi implements ObjectVdi {
     if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');
     const frozen = this.map.slice();
     const batch = this.#take();
-    // A flush under way may fail and give back what it took over; that is the snapshot's too.
+    // A flush in flight may fail and give back its changes; those belong to the snapshot, too.
     const flushing = this.#committing;
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
@@ -465,7 +465,7 @@ export class LocalVdi implements ObjectVdi {
       obsolete: this.#obsolete,
       isDurable: false,
     };
-    // Handed over, and not copied: there may be very many.
+    // Handed over and not copied: there may be very many.
     this.#dirtyObjects = new Set();
     this.#created = new Set();
     this.#dirtyPages = new Set();
@@ -485,7 +485,7 @@ export class LocalVdi implements ObjectVdi {
   }
 
   async #commit(): Promise<void> {
-    // A snapshot that fails is told to whoever asked for it; what it gave back is ours.
+    // Whoever asked for a snapshot gets its failure; the changes that it gave back are flushed here.
     if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
     const batch = this.#take();
@@ -526,12 +526,12 @@ export class LocalVdi implements ObjectVdi {
     if (this.#syncFailure !== undefined) throw this.#syncFailure;
   }
 
-  /** Names could not be made durable. If objects that we made and have not vouched for are among them, we never can. */
+  /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
     for (const keys of [this.#creating, this.#created, this.#committing?.created ?? [], ...this.#moving]) {
       for (const key of keys) {
         if (!isLost(key)) continue;
-        this.#syncFailure ??= error;
+        this.#syncFailure ??= error as Error;
         return;
       }
     }
@@ -542,13 +542,13 @@ export class LocalVdi implements ObjectVdi {
     const worker = async (): Promise<void> => {
       for (let next = left.next(); !next.done; next = left.next()) {
         const key = next.value;
-        // Trimmed meanwhile: nobody will read it, and its file may be gone.
+        // Trimmed meanwhile: nobody reads it any more, and its file may be gone.
         const owner = vidOf(key);
         if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
         try {
           await this.#host.objects.sync(key, this);
         } catch (error) {
-          if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error;
+          if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error as Error;
           throw error;
         }
       }
@@ -557,7 +557,7 @@ export class LocalVdi implements ObjectVdi {
   }
 }
 
-/** As often as it is asked for. */
+/** Can be iterated more than once. */
 function both(first: Iterable<number>, second: Iterable<number>): Iterable<number> {
   return {
     *[Symbol.iterator]() {

@@ -7,6 +7,7 @@
  * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
  * that this map cannot know (LocalVdi.takeTemporary).
  */
+import { allDone } from '../../system/all-done.js';
 import type { HostDisk } from '../../system/disk.js';
 import { isZeros } from '../../system/zeros.js';
 import type { ObjectVdi } from '../open-vdi.js';
@@ -308,8 +309,3 @@ export function keepFor(
 }
 
 const LOOP_BUFFER = Buffer.alloc(MAX_LOOP_KEEP);
-
-async function allDone(parts: readonly Promise<void>[]): Promise<void> {
-  const results = await Promise.allSettled(parts);
-  for (const result of results) if (result.status === 'rejected') throw result.reason;
-}
