@@ -294,11 +294,11 @@ test('a backup of a disk that is being written is of one moment, and the writer 
   if (!daemon) throw new Error('invariant: there is a daemon');
   const to = newTarget();
   const writer = await attach(daemon, 'vm');
-  let isWriting = true;
+  const enough = new AbortController();
   let generation = 0;
   // Block 0 first, the last block second: a mixed copy has an older end than beginning.
   const writing = (async () => {
-    while (isWriting) {
+    while (!enough.signal.aborted) {
       generation++;
       const stamp = Buffer.alloc(512);
       stamp.writeUInt32LE(generation);
@@ -313,7 +313,7 @@ test('a backup of a disk that is being written is of one moment, and the writer 
     results.push(await disk.target.json<BackupResult>('backup', 'vm', '--to', to, '--keep', '3'));
     expect(generation).toBeGreaterThan(seen);
   }
-  isWriting = false;
+  enough.abort();
   await writing;
   await writer.disconnect();
   for (const { id } of results.slice(1)) {

@@ -60,7 +60,7 @@ describe.skipIf(missing.length > 0)('the packed program', () => {
       .filter((entry) => entry.isFile())
       .map((entry) => path.relative(unpacked, path.join(entry.parentPath, entry.name)));
   });
-  afterAll(() => registry?.close());
+  afterAll(() => registry.close());
 
   test('holds program, documents and examples, and nothing else of the source tree', () => {
     expect(files.filter((file) => !PACKED.test(file) || BUILD_LEFTOVER.test(file))).toEqual([]);

@@ -31,7 +31,7 @@ test('a store on a read-only filesystem is listed, exported, backed up and migra
     return result.stdout;
   };
   const listed = await cli(['vdi', 'list', '--store', mounted]);
-  expect(listed).toMatchObject({ code: 0, stderr: expect.stringMatching(NOTE) });
+  expect(listed).toMatchObject({ code: 0, stderr: expect.stringMatching(NOTE) as string });
   expect(listed.stdout).toMatch(/^disk +s /m);
   await done('vdi', 'show', 'disk');
   await done('vdi', 'tree');
@@ -59,7 +59,7 @@ test('a copy without the empty folders and the lock is read there like the store
   if (mounted === undefined) return skipBecause(context, 'mounting needs root');
   expect(await cli(['check', '--store', mounted])).toMatchObject({
     code: 0,
-    stdout: expect.stringContaining('0 problems'),
+    stdout: expect.stringContaining('0 problems') as string,
   });
   const exported = path.join(temporaryDirectory(), 'exported');
   expect((await cli(['export', 'disk', exported, '--store', mounted])).code).toBe(0);
@@ -111,7 +111,7 @@ needs('qemu-img', 'qemu-io')('a store on a read-only filesystem is served read-o
   // Others can read beside it, and nobody can write.
   expect((await cli(['vdi', 'list', '--store', mounted])).code).toBe(0);
   const refused = await cli(['vdi', 'create', 'other', '1M', '--store', directory]);
-  expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('holds the store') });
+  expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining('holds the store') as string });
   expect((await daemon.stop()).code).toBe(0);
 });
 

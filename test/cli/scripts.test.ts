@@ -11,9 +11,13 @@ test('benchmarks and recorders answer --help, and say what is wrong', async () =
   await Promise.all(
     [...NODE_SCRIPTS, 'test/sheep/record.mjs'].map(async (script) => {
       const asked = await run(process.execPath, [script, '--help'], { cwd: ROOT });
-      expect(asked, script).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: /) });
+      expect(asked, script).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: /) as string });
       const wrong = await run(process.execPath, [script, '--nope'], { cwd: ROOT });
-      expect(wrong, script).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(/^usage: |'--nope'/) });
+      expect(wrong, script).toMatchObject({
+        code: 2,
+        stdout: '',
+        stderr: expect.stringMatching(/^usage: |'--nope'/) as string,
+      });
       expect(wrong.stderr, script).not.toMatch(/\n\s+at /);
     }),
   );
@@ -24,19 +28,23 @@ test('benchmarks and recorders answer --help, and say what is wrong', async () =
     [['--dir', '/nowhere'], /--dir: \/nowhere is not a directory/],
   ] as const) {
     const wrong = await run(process.execPath, ['bench/attacks.mjs', ...args], { cwd: ROOT });
-    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) });
+    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) as string });
   }
 });
 
 test('the benchmark of a cluster says what is missing where there are no nodes to be had', async () => {
   const env = { PATH: ROOT };
   const asked = await run(process.execPath, ['bench/cluster.mjs', '--quick'], { cwd: ROOT, env });
-  expect(asked).toMatchObject({ code: 1, stdout: '', stderr: expect.stringMatching(/no sheep and dog on the PATH/) });
+  expect(asked).toMatchObject({
+    code: 1,
+    stdout: '',
+    stderr: expect.stringMatching(/no sheep and dog on the PATH/) as string,
+  });
 });
 
 test('npm run fuzz does, too', async () => {
   const asked = await run('npm', ['run', '--silent', 'fuzz', '--', '--help'], { cwd: ROOT });
-  expect(asked).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: npm run fuzz/) });
+  expect(asked).toMatchObject({ code: 0, stderr: '', stdout: expect.stringMatching(/^usage: npm run fuzz/) as string });
   const main = path.join(ROOT, 'nbd/test/fuzz/dist/test/fuzz/main.js');
   for (const [args, says] of [
     [['--nope'], /^fuzz: Unknown option '--nope'/],
@@ -44,7 +52,7 @@ test('npm run fuzz does, too', async () => {
     [['--inputs', '0'], /^fuzz: --inputs must be a positive/],
   ] as const) {
     const wrong = await run(process.execPath, [main, ...args]);
-    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) });
+    expect(wrong, args[0]).toMatchObject({ code: 2, stdout: '', stderr: expect.stringMatching(says) as string });
     expect(wrong.stderr).not.toMatch(/\n\s+at /);
   }
 });

@@ -116,7 +116,7 @@ test('a control socket whose name is too long is refused with the limit; a long 
   }
   expect(fs.readdirSync(directory)).toEqual([]);
   const listen = await cli(['serve', '--listen', `unix:${refused}`], { store });
-  expect(listen).toMatchObject({ code: 2, stderr: expect.stringMatching(/at most 107/) });
+  expect(listen).toMatchObject({ code: 2, stderr: expect.stringMatching(/at most 107/) as string });
   const control = path.join(directory, 'd'.repeat(110), 'control.sock');
   const daemon = await startDaemon({ args: ['--control', control, '--create', 'disk:1M'] });
   expect(fs.statSync(control).isSocket()).toBe(true);

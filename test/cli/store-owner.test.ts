@@ -104,7 +104,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await cli(['backup', 'disk', '--to', path.join(roots, 'backup'), '--store', store]);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringContaining(`works as uid ${UID}, the owner of the store`),
+      stderr: expect.stringContaining(`works as uid ${UID}, the owner of the store`) as string,
     });
     const backups = path.join(directory, 'backups');
     fs.mkdirSync(backups);
@@ -128,7 +128,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await cli(['serve', '--store', below]);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`),
+      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`) as string,
     });
     expect(fs.readdirSync(home)).toEqual([]);
     expect(await cli(['import', image, 'disk', '--store', below])).toMatchObject({ code: 0 });
@@ -144,7 +144,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await cli(['serve', '--store', store]);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`),
+      stderr: expect.stringContaining(`setpriv --reuid=${UID} --regid=${GID}`) as string,
     });
     expect(fs.readdirSync(store)).toEqual([]);
   });
@@ -213,7 +213,10 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const own = path.join(directory, 'own');
     expect((await cli(['vdi', 'create', 'disk', '1M', '--store', own])).code).toBe(0);
     const refused = await cli(['migrate', 'disk', '--from', own, '--to', store]);
-    expect(refused).toMatchObject({ code: 1, stderr: expect.stringContaining(`start the daemon of ${store}, which`) });
+    expect(refused).toMatchObject({
+      code: 1,
+      stderr: expect.stringContaining(`start the daemon of ${store}, which`) as string,
+    });
     expect(fs.readdirSync(store)).toEqual([]);
   });
 
@@ -306,7 +309,7 @@ describe.skipIf(!isRoot)('as root on the store of a service user', () => {
     const refused = await asOwner('vdi', 'list', '--store', store);
     expect(refused).toMatchObject({
       code: 1,
-      stderr: expect.stringMatching(/cannot .*recent.*\(EACCES\); .*wrong owner.*as root: find/),
+      stderr: expect.stringMatching(/cannot .*recent.*\(EACCES\); .*wrong owner.*as root: find/) as string,
     });
   });
 });

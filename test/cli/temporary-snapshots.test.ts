@@ -245,11 +245,11 @@ test('real clients that are killed let go of it: nbdcopy in the middle, and a li
 test('sheepgate export NAME@now and nbdcopy with four connections see one point in time under a busy writer', async (context) => {
   if (!haveCommand('nbdcopy')) return skipBecause(context, 'nbdcopy is not installed (sh test/install.sh installs it)');
   const { daemon, target, writer } = await daemonWithDisk(1);
-  let isWriting = true;
+  const enough = new AbortController();
   let generation = 0;
   // Every generation stamps block 0 first and the last block second: a mixed copy has an older end than beginning.
   const writing = (async () => {
-    while (isWriting) {
+    while (!enough.signal.aborted) {
       generation++;
       const stamp = Buffer.alloc(512);
       stamp.writeUInt32LE(generation);
@@ -275,7 +275,7 @@ test('sheepgate export NAME@now and nbdcopy with four connections see one point 
   }
   const seen = generation;
   await waitUntil(() => generation > seen, 'the writer still writes');
-  isWriting = false;
+  enough.abort();
   await writing;
   await isGone(target, 'disk@now');
   expect(await target.names()).toEqual(['disk']);

@@ -105,7 +105,7 @@ async function someDisk(catalog: VdiCatalog): Promise<Contents> {
   ]);
 }
 
-async function importing(overwrite: boolean): Promise<Command> {
+function importing(overwrite: boolean): Command {
   const file = path.join(temporaryDirectory(), 'image');
   const image = Buffer.alloc(3 * MIB);
   patterned(MIB, 5).copy(image, 0);
@@ -320,7 +320,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
 
   test('whoever lost the answer to the last step says that the disk is complete, and leaves it there', async () => {
     const lost = 'no answer from the daemon';
-    for (const command of [await importing(false), await restoring(false), await migrating(false)]) {
+    for (const command of [importing(false), await restoring(false), await migrating(false)]) {
       const { place: to, stop } = await place();
       const error = await withOperations(to, (operations) => {
         const finish = async (...of: Parameters<Operations['finish']>): Promise<VdiRecord> => {
@@ -372,7 +372,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
     await ended(to, command, steps - 3);
     const before = await withCatalog(to, (catalog) => recordsOf(catalog, NAME));
     expect(before.filter(({ isSnapshot }) => isSnapshot).length).toBeGreaterThan(0);
-    for (const other of [await importing(true), await restoring(true)]) {
+    for (const other of [importing(true), await restoring(true)]) {
       await expect(ended(to, other, NEVER), other.label).rejects.toMatchObject({ code: 'EXISTS' });
       expect(await withCatalog(to, (catalog) => recordsOf(catalog, NAME))).toEqual(before);
     }

@@ -43,8 +43,8 @@ async function importing(store: string, data: Buffer, objects: number, ...args: 
     env: { ...process.env, SHEEPGATE_STORE: store },
     stdio: ['pipe', 'ignore', 'ignore'],
   });
-  child.stdin?.on('error', () => undefined);
-  child.stdin?.write(data);
+  child.stdin.on('error', () => undefined);
+  child.stdin.write(data);
   await waitUntil(() => objectFiles(store) >= before + objects, 'the import has written');
   return child;
 }
@@ -294,7 +294,7 @@ describe('a pipe', () => {
     ] as const) {
       const store = path.join(temporaryDirectory(), 'store');
       const failed = await cli(['import', '-', 'vm', '--size', size], { store, input: Buffer.alloc(MIB) });
-      expect(failed).toMatchObject({ code: 1, stderr: expect.stringMatching(says) });
+      expect(failed).toMatchObject({ code: 1, stderr: expect.stringMatching(says) as string });
       expect(fs.existsSync(store)).toBe(false);
     }
   });
@@ -306,13 +306,13 @@ describe('a pipe', () => {
       stdio: ['pipe', 'ignore', 'pipe'],
     });
     let said = '';
-    child.stderr?.setEncoding('utf8').on('data', (text: string) => (said += text));
+    child.stderr.setEncoding('utf8').on('data', (text: string) => (said += text));
     await waitUntil(() => waitsForStdin(child.pid as number), 'it waits for its input');
     expect(fs.existsSync(store)).toBe(false);
     const target = storeWith(store, undefined);
     await target.ok('vdi', 'create', 'other', '1M');
     expect(await target.names()).toEqual(['other']);
-    child.stdin?.end();
+    child.stdin.end();
     expect(await ended(child)).toMatchObject({ code: 1 });
     expect(said).toMatch(/^sheepgate: .*stdin is empty\n$/);
     expect(await target.names()).toEqual(['other']);
