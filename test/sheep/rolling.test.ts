@@ -9,7 +9,7 @@
  * clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use a node beside them
  * that keeps no objects and stays) vary it. What came out is printed for each round.
  *
- * Nodes that end themselves (docs/cluster.md, "When nodes end themselves") are started again at once, as an
+ * Nodes that end themselves (docs/cluster.md, "When nodes crash") are started again at once, as an
  * operator or a service manager does, and counted.
  */
 import { execFileSync } from 'node:child_process';
