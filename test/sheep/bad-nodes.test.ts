@@ -132,7 +132,7 @@ test('if there is nothing else, the error says what each of them does', async ()
     const bad = await badPort(badness);
     return open([bad.address]).then(
       () => 'opened',
-      (error: Error) => error.message.replaceAll(bad.address, 'PORT'),
+      (error: unknown) => (error as Error).message.replaceAll(bad.address, 'PORT'),
     );
   };
   const [closes, garbage, silent] = await Promise.all([errorOf('closes'), errorOf('garbage'), errorOf('silent')]);

@@ -37,8 +37,14 @@ async function standIn(options: StandInOptions = {}): Promise<Others & { readonl
   return {
     nodes,
     address: nodes.address,
-    resize: async (name, size) => Promise.resolve(nodes.externalResize(name, size)),
-    alterCopies: async (name, copies) => Promise.resolve(nodes.externalCopies(name, copies)),
+    resize: (name, size) => {
+      nodes.externalResize(name, size);
+      return Promise.resolve();
+    },
+    alterCopies: (name, copies) => {
+      nodes.externalCopies(name, copies);
+      return Promise.resolve();
+    },
     snapshot: async (name, tag) => {
       nodes.externalSnapshot(name, tag);
       await Promise.resolve();
@@ -113,7 +119,7 @@ for (const { label, start, skip } of [
       others = await start();
     }, 120_000);
     afterAll(async () => {
-      await others?.stop();
+      await (others as typeof others | undefined)?.stop();
     });
 
     test('who connects after a resize sees the new size, and our next snapshots keep it, and the number of copies', async () => {

@@ -80,8 +80,8 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     await catalog.release(vdi);
   }, 120_000);
   afterAll(async () => {
-    await store?.close();
-    await cluster?.stop();
+    await (store as typeof store | undefined)?.close();
+    await (cluster as typeof cluster | undefined)?.stop();
   });
 
   const check = (): Promise<DeepReport> => deepCheck(store.cluster, { settleMs: 500, rate: 2 ** 40 });
@@ -192,7 +192,7 @@ describe.skipIf(missing !== undefined).each(['2', '2:1'])('check --deep under lo
           '--verify_backlog=64',
         );
         const narrow = fio('narrow', '--bs=4096', '--offset=16M', '--size=16K');
-        let isRunning = true;
+        let isRunning = true as boolean;
         void Promise.all([wide, narrow]).then(() => (isRunning = false));
         const listed = async (): Promise<boolean> =>
           (await cli(['check', '--deep', '--cluster', cluster.address, '--settle', '0.1'])).stdout.includes(

@@ -97,7 +97,9 @@ test('writes to the same bytes are done in the order in which they came', async 
 test('a failure is the failure of all that was gathered, and the disk is as it was', async () => {
   cluster.fault = ({ opcode, oid }) => (opcode === Op.CREATE && oid < 1n << 56n ? { result: Res.NO_SPACE } : undefined);
   const results = await Promise.allSettled([0, 1, 2, 3].map((n) => mib(n, n + 1)));
-  expect(results.map((result) => (result as PromiseRejectedResult).reason?.code)).toEqual(Array(4).fill('NO_SPACE'));
+  expect(results.map((result) => ((result as PromiseRejectedResult).reason as { code: string }).code)).toEqual(
+    Array(4).fill('NO_SPACE'),
+  );
   cluster.fault = () => undefined;
   expect(await contents()).toEqual(Array<number>(16).fill(OLD));
   await Promise.all([0, 1, 2, 3].map((n) => mib(n, n + 1)));

@@ -162,7 +162,7 @@ describe('while nodes recover', () => {
     await change(1);
     const waiting = write(1, 1).then(
       () => 'written',
-      (error: Error) => error.name,
+      (error: unknown) => (error as Error).name,
     );
     await waitUntil(() => cluster.seen.some(({ opcode }) => opcode === Op.EXIST), 'it waits');
     const begun = performance.now();
@@ -434,7 +434,8 @@ describe('erasure-coded objects', () => {
     await store.info();
     await waitUntil(isSteady, 'it is steady again');
     const since = cluster.seen.length;
-    const again = (await store.catalog.open(vdi.record.vid)) as SheepVdi;
+    await store.catalog.open(vdi.record.vid);
+    const again = store.open.get(vdi.record.vid) as SheepVdi;
     expect(cluster.seen.slice(since).some(({ opcode }) => opcode === Op.CREATE)).toBe(false);
     await again.write(2, 0, Buffer.alloc(BLOCK));
     await waitUntil(() => log.some((line) => line.includes('all parity is new')), 'the log says that it is done');
