@@ -1,6 +1,6 @@
 /**
- * The index of a hyper volume: a B-tree in place of the table (lib/sd_inode.c). The inode holds either a leaf, or a root that points
- * to leaves in objects of their own. Owns the layout of the tree's nodes, and reads them.
+ * The index of a hyper volume: a B-tree in place of the table (lib/sd_inode.c). The inode holds either a leaf, or a root that
+ * points to leaves in objects of their own. Owns the layout of the tree's nodes, and reads them.
  */
 import { struct, u16, u32 } from 'buffer-layout';
 import { FormatError } from './format-error.js';

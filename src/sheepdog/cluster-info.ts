@@ -91,8 +91,8 @@ interface OldEpochLogLayout {
 }
 
 /**
- * The answer of a node of 0.8 to STAT_CLUSTER. The result tells whether the cluster serves. If it does not, `bytes` may be empty: then
- * `createdAt` of a formatted cluster is UNKNOWN_TIME.
+ * The answer of a node of 0.8 to STAT_CLUSTER. The result tells whether the cluster serves. If it does not, `bytes` may be
+ * empty: then `createdAt` of a formatted cluster is UNKNOWN_TIME.
  */
 export function decodeOldClusterInfo(bytes: Buffer, result: number = Result.SUCCESS): ClusterInfo {
   const log = oldEpochLogLayout.decode(bytes);

@@ -1,10 +1,10 @@
 /**
- * The erasure code of the nodes: how the strips of an object depend on each other. Owns the arithmetic in GF(256) and the search for
- * the wrong strip; reads nothing.
+ * The erasure code of the nodes: how the strips of an object depend on each other. Owns the arithmetic in GF(256) and the
+ * search for the wrong strip; reads nothing.
  *
- * The code is that of lib/fec.c (fec_new). For each byte, the data strips are the values of a polynomial of degree < D at the points
- * 0, 1, a, a^2, ... in this order, and the parity strips are its values at the next points. So any D strips determine every other
- * strip by interpolation. `a` is the root of x^8+x^4+x^3+x^2+1.
+ * The code is that of lib/fec.c (fec_new). For each byte, the data strips are the values of a polynomial of degree < D at the
+ * points 0, 1, a, a^2, ... in this order, and the parity strips are its values at the next points. So any D strips determine
+ * every other strip by interpolation. `a` is the root of x^8+x^4+x^3+x^2+1.
  */
 
 const FIELD = 256;
@@ -59,8 +59,8 @@ export class StripComparison {
   }
 
   /**
-   * Reports wrong stripes. `parts`: the same range of each strip, in the constructor's order. `stripBytes`: bytes that a stripe has in
-   * each strip. Stripes are numbered from 0 within `parts`.
+   * Reports wrong stripes. `parts`: the same range of each strip, in the constructor's order. `stripBytes`: bytes that a stripe
+   * has in each strip. Stripes are numbered from 0 within `parts`.
    */
   compare(parts: readonly Buffer[], stripBytes: number, sink: StripeSink): void {
     const base = parts.slice(0, this.#data);

@@ -1,12 +1,11 @@
 /**
- * Placement: the ring of a cluster's nodes, which determines the nodes of an object's copies. The first of them answers a read from
- * its disk; any other node would have to fetch the object. Owns the arithmetic only. For reads through a cluster the result is a
- * hint: every node serves every object, and while members change it is wrong.
+ * Placement: the ring of a cluster's nodes, which determines the nodes of an object's copies. The first of them answers a read
+ * from its disk; any other node would have to fetch the object. Owns the arithmetic only. For reads through a cluster the
+ * result is a hint: every node serves every object, and while members change it is wrong.
  *
  * Source: sheepdog_proto.h (sd_hash, sd_hash_oid: FNV-1a of 64 bits, once more over its own result) and sheep.h
- * (node_to_vnodes: as many points on the ring as a node has virtual nodes; node_disk_to_vnodes: as many as its disks have
- * for their size; oid_to_vnodes: the first point from the object's hash on, and then the next ones in zones that have no
- * copy yet).
+ * (node_to_vnodes: as many points on the ring as a node has virtual nodes; node_disk_to_vnodes: as many as its disks have for
+ * their size; oid_to_vnodes: the first point from the object's hash on, and then the next ones in zones that have no copy yet).
  */
 import type { ClusterNode, NodeDisk } from './nodes.js';
 import { oidKey } from './object-ids.js';
@@ -63,8 +62,8 @@ export class Placement {
   }
 
   /**
-   * Positions of the nodes that should have a copy, or the strips in order, of the object whose oid has these halves: `copies` of them,
-   * or one in each zone if there are fewer zones.
+   * Positions of the nodes that should have a copy, or the strips in order, of the object whose oid has these halves: `copies`
+   * of them, or one in each zone if there are fewer zones.
    */
   holdersOf(high: number, low: number, copies: number): number[] {
     const holders: number[] = [];

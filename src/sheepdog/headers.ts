@@ -202,8 +202,8 @@ export function encodeVdiRequest(
 }
 
 /**
- * READ_PEER, a read of what one node has of an object: its copy, or the strip of this number. Nodes of another epoch refuse it. It
- * waits for no recovery, and starts none (Flag.RECOVERY).
+ * READ_PEER, a read of what one node has of an object: its copy, or the strip of this number. Nodes of another epoch refuse it.
+ * It waits for no recovery, and starts none (Flag.RECOVERY).
  */
 export function encodePeerRead(
   epoch: number,
@@ -271,7 +271,9 @@ export function responseResult(bytes: Buffer, at: number): number {
   return bytes.readUInt32LE(at + RESULT_OFFSET);
 }
 
-/** Where the payload belongs in what was asked for. Only responses to READ_OBJ say so; elsewhere the field means something else. */
+/**
+ * Where the payload belongs in what was asked for. Only responses to READ_OBJ say so; elsewhere the field means something else.
+ */
 export function responsePayloadOffset(bytes: Buffer, at: number): number {
   return Number(bytes.readBigUInt64LE(at + PAYLOAD_OFFSET_OFFSET));
 }

@@ -1,7 +1,7 @@
 /**
- * The own name: a name that a VDI has during one request, on clusters where the nodes would find another VDI by its real name. The
- * real name is kept in unused bytes of the inode meanwhile: readers of such an inode use it, so that a process that ends in between
- * leaves no VDI without its name. Owns the form of own names and the place of the real name.
+ * The own name: a name that a VDI has during one request, on clusters where the nodes would find another VDI by its real name.
+ * The real name is kept in unused bytes of the inode meanwhile: readers of such an inode use it, so that a process that ends in
+ * between leaves no VDI without its name. Owns the form of own names and the place of the real name.
  */
 import { textOfBytes } from '../text/name-bytes.js';
 import { MAX_VID } from './object-ids.js';

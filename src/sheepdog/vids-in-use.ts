@@ -1,6 +1,6 @@
 /**
- * Which vids of a cluster are in use, and which of them may belong to a name: nodes give a new VDI or snapshot the first free vid at
- * or after the hash of its name (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
+ * Which vids of a cluster are in use, and which of them may belong to a name: nodes give a new VDI or snapshot the first free
+ * vid at or after the hash of its name (sheep/vdi.c, vdi_lookup). Owns the reading of the nodes' two bitmaps.
  */
 import { bytesOfText } from '../text/name-bytes.js';
 import { MAX_VID } from './object-ids.js';

@@ -23,7 +23,7 @@ for (const { label, start, skip } of clusters) {
       cluster = await start();
     });
     afterAll(async () => {
-      await cluster?.stop();
+      await (cluster as typeof cluster | undefined)?.stop();
     });
 
     test('full, incremental, trimmed, kept, restored into the cluster and into a local store', async () => {

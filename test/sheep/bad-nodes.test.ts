@@ -80,7 +80,7 @@ withEach('what was a node and is none when it is gone back to is left, and no wr
   await opened.release(vdi);
 });
 
-test('however many of them say nothing, the one node that is named last is found', async () => {
+test('the last named node is found, however many before it are silent', async () => {
   const silent = [];
   for (let n = 0; n < 5; n++) silent.push((await badPort('silent')).address);
   const catalog = await open([...silent, good(0)]);
@@ -113,26 +113,26 @@ test.each(['closes', 'silent'] as const)(
   },
 );
 
-test('a node that answers who connects, and ends every connection on which it is asked for more, is left', async () => {
+test('a node that answers greetings and closes connections on further requests is left', async () => {
   cluster.fault = ({ node, opcode }) => (node === 0 && opcode !== Op.GET_NODE_LIST ? { cut: 'before' } : undefined);
   const opened = await open([good(0), good(1)]);
   await opened.create('disk', OBJECT, { blockSizeShift: 20 });
   expect(await opened.list()).toHaveLength(1);
 });
 
-test('a node that answers garbage to all but who connects is left', async () => {
+test('a node that answers greetings and then garbage is left', async () => {
   cluster.fault = ({ node, opcode }) => (node === 0 && opcode !== Op.GET_NODE_LIST ? { garbage: true } : undefined);
   const opened = await open([good(0), good(1)]);
   await opened.create('disk', OBJECT, { blockSizeShift: 20 });
   expect(await opened.list()).toHaveLength(1);
 });
 
-test('if there is nothing else, the error says what each of them does', async () => {
+test('without any node, the error says what each address does', async () => {
   const errorOf = async (badness: Badness): Promise<string> => {
     const bad = await badPort(badness);
     return open([bad.address]).then(
       () => 'opened',
-      (error: Error) => error.message.replaceAll(bad.address, 'PORT'),
+      (error: unknown) => (error as Error).message.replaceAll(bad.address, 'PORT'),
     );
   };
   const [closes, garbage, silent] = await Promise.all([errorOf('closes'), errorOf('garbage'), errorOf('silent')]);

@@ -1,5 +1,5 @@
 /**
- * What other people do to a cluster's VDIs while they are open here, with `dog` or through another gateway: resize them,
+ * What other people do to a cluster's VDIs while they are open here, with `dog` or through another store: resize them,
  * give them more copies, take snapshots, delete them. And what a cluster was formatted with holds for what is made here. On a
  * cluster that enforces locks, against the stand-in and, where there are any, real nodes.
  */
@@ -37,8 +37,14 @@ async function standIn(options: StandInOptions = {}): Promise<Others & { readonl
   return {
     nodes,
     address: nodes.address,
-    resize: async (name, size) => Promise.resolve(nodes.externalResize(name, size)),
-    alterCopies: async (name, copies) => Promise.resolve(nodes.externalCopies(name, copies)),
+    resize: (name, size) => {
+      nodes.externalResize(name, size);
+      return Promise.resolve();
+    },
+    alterCopies: (name, copies) => {
+      nodes.externalCopies(name, copies);
+      return Promise.resolve();
+    },
     snapshot: async (name, tag) => {
       nodes.externalSnapshot(name, tag);
       await Promise.resolve();
@@ -74,7 +80,7 @@ async function realNodes(): Promise<Others> {
 /** Everything that was opened in a test. */
 const opened: VdiCatalog[] = [];
 
-async function gateway(others: Others): Promise<{ store: SheepStore; catalog: VdiCatalog }> {
+async function openBeside(others: Others): Promise<{ store: SheepStore; catalog: VdiCatalog }> {
   const store = await SheepStore.open(others.address, { retryMs: 10_000 });
   const catalog = new VdiCatalog(store);
   opened.push(catalog);
@@ -113,11 +119,11 @@ for (const { label, start, skip } of [
       others = await start();
     }, 120_000);
     afterAll(async () => {
-      await others?.stop();
+      await (others as typeof others | undefined)?.stop();
     });
 
-    test('who connects after a resize sees the new size, and our next snapshots keep it, and the number of copies', async () => {
-      const { catalog } = await gateway(others);
+    test('clients that connect after a resize see the new size; later snapshots keep it, and the number of copies', async () => {
+      const { catalog } = await openBeside(others);
       const { name, vdi } = await newDisk(catalog);
       await vdi.write(0, filled(1), false);
       await others.resize(name, 2 * SIZE);
@@ -148,9 +154,9 @@ for (const { label, start, skip } of [
       await catalog.release(later);
     }, 60_000);
 
-    test('through another gateway nothing is done to a disk that is locked', async () => {
-      const ours = await gateway(others);
-      const theirs = await gateway(others);
+    test('a second store refuses to change a disk that the first has locked', async () => {
+      const ours = await openBeside(others);
+      const theirs = await openBeside(others);
       const { name, vdi } = await newDisk(ours.catalog);
       await vdi.write(0, filled(1), false);
       await ours.catalog.snapshot(name, 'a');
@@ -168,9 +174,9 @@ for (const { label, start, skip } of [
       expect(await theirs.store.cluster.lockedVids()).toEqual([]);
     }, 60_000);
 
-    test("after a snapshot by somebody else an idle disk is nobody else's to open, and the lock goes with it", async () => {
-      const ours = await gateway(others);
-      const theirs = await gateway(others);
+    test("after another client's snapshot an idle disk stays locked, and the lock moves to its new vid", async () => {
+      const ours = await openBeside(others);
+      const theirs = await openBeside(others);
       const { name, vdi } = await newDisk(ours.catalog);
       await vdi.write(0, filled(1), false);
       const before = vdi.record.vid;
@@ -191,9 +197,9 @@ for (const { label, start, skip } of [
       await theirs.catalog.release(opened);
     }, 60_000);
 
-    test('who has lost its lock to somebody else writes nothing more, and reads nothing', async () => {
-      const ours = await gateway(others);
-      const theirs = await gateway(others);
+    test('a disk whose lock another client has taken can be neither written nor read', async () => {
+      const ours = await openBeside(others);
+      const theirs = await openBeside(others);
       const { name, vdi } = await newDisk(ours.catalog);
       await vdi.write(0, filled(1), false);
       await others.snapshot(name, 'a');
@@ -211,13 +217,13 @@ for (const { label, start, skip } of [
       await ours.catalog.release(after);
     }, 60_000);
 
-    test('of a disk that somebody deletes while it is open failing writes leave nothing behind', async () => {
-      for (const { name, tag } of await (await gateway(others)).catalog.list()) {
-        const { catalog } = await gateway(others);
+    test('writes that fail because another client deletes the disk leave no objects behind', async () => {
+      for (const { name, tag } of await (await openBeside(others)).catalog.list()) {
+        const { catalog } = await openBeside(others);
         await catalog.remove(tag === '' ? name : `${name}@${tag}`);
       }
       expect(await others.objects()).toEqual([]);
-      const { catalog } = await gateway(others);
+      const { catalog } = await openBeside(others);
       const { name, vdi } = await newDisk(catalog);
       await vdi.write(0, filled(1), false);
       await others.remove(name);
@@ -237,7 +243,7 @@ for (const { label, start, skip } of [
       expect(await others.objects()).toEqual([]);
     }, 60_000);
 
-    test('what is made has the object size and the copies that the cluster was formatted with, whichever command makes it', async () => {
+    test('every command creates VDIs with the object size and the copies that the cluster was formatted with', async () => {
       const directory = temporaryDirectory();
       const image = path.join(directory, 'image');
       fs.writeFileSync(image, Buffer.alloc(OBJECT, 5));
@@ -265,7 +271,7 @@ for (const { label, start, skip } of [
   });
 }
 
-describe('what others do to an open disk where nothing is locked', () => {
+describe('what other clients do to an open disk without locks', () => {
   let others: Others & { readonly nodes: StandIn };
   beforeAll(async () => {
     others = await standIn({ useLock: false });
@@ -276,13 +282,13 @@ describe('what others do to an open disk where nothing is locked', () => {
   });
 
   async function twoGateways(name: string): Promise<{ ours: VdiCatalog; theirs: VdiCatalog; vdi: Vdi }> {
-    const { catalog: ours } = await gateway(others);
-    const { catalog: theirs } = await gateway(others);
+    const { catalog: ours } = await openBeside(others);
+    const { catalog: theirs } = await openBeside(others);
     await ours.create(name, SIZE);
     return { ours, theirs, vdi: await ours.openVdi(name) };
   }
 
-  test('behind the end of a disk that was shrunk nothing is read, and nothing written or left', async () => {
+  test('behind the new end of a shrunk disk nothing is read or written, and no object is left', async () => {
     const { ours, theirs, vdi } = await twoGateways('shrunk');
     await vdi.write(0, filled(1), false);
     await vdi.write(2 * OBJECT, filled(2), false);
@@ -311,7 +317,7 @@ describe('what others do to an open disk where nothing is locked', () => {
     expect(await others.objects()).toEqual([]);
   });
 
-  test('an object that is made while somebody deletes the disk goes when the disk is closed, and its name is free', async () => {
+  test('an object made while another client deletes the disk is removed on close, and the name is free', async () => {
     const { ours, vdi } = await twoGateways('deleted');
     await vdi.write(0, filled(1), false);
     await others.nodes.externalDelete('deleted', () => writeTo(vdi, OBJECT));
@@ -322,7 +328,7 @@ describe('what others do to an open disk where nothing is locked', () => {
     await ours.remove('deleted');
   });
 
-  test('a node that has just started and knows of no VDI yet takes nothing away from a disk that is closed', async () => {
+  test('a node that has just started and has no vids yet does not make a closed disk lose objects', async () => {
     const { ours, vdi } = await twoGateways('there');
     await vdi.write(0, filled(1), false);
     for (const n of others.nodes.ports.keys()) others.nodes.starting.add(n);
@@ -334,7 +340,7 @@ describe('what others do to an open disk where nothing is locked', () => {
     await ours.remove('there');
   });
 
-  test('deleting a disk that another gateway writes to at the same time leaves nothing of it', async () => {
+  test('deleting a disk while another store writes to it leaves nothing of it', async () => {
     const { ours, theirs, vdi } = await twoGateways('written');
     await vdi.write(0, filled(1), false);
     let isFirst = true;
@@ -354,7 +360,7 @@ describe('what others do to an open disk where nothing is locked', () => {
     expect(await others.objects()).toEqual([]);
   });
 
-  test('what nodes forget to remove while members change goes with a trim, and with a deletion', async () => {
+  test('objects that nodes forget to remove while members change are removed after a trim and by a deletion', async () => {
     const { ours, vdi } = await twoGateways('grown');
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     others.nodes.forgetsReferences = true;
@@ -373,12 +379,12 @@ describe('what others do to an open disk where nothing is locked', () => {
     expect(await others.objects()).toEqual([]);
   });
 
-  test('a disk that takes the vid of a deleted one is another disk for those who open it', async () => {
+  test('a disk that reuses the vid of a deleted disk is another disk for its clients', async () => {
     const { ours, vdi } = await twoGateways('reused');
     await vdi.write(0, filled(1), false);
     await others.remove('reused');
     others.nodes.reuse(vdi.record.vid);
-    const { catalog: theirs } = await gateway(others);
+    const { catalog: theirs } = await openBeside(others);
     await theirs.create('reused', 2 * SIZE);
     const fresh = await ours.openVdi('reused');
     expect(fresh.size).toBe(2 * SIZE);

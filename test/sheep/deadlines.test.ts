@@ -71,14 +71,14 @@ describe('the only node is silent', () => {
     expect(took).toBeGreaterThan(RETRY_MS / 4);
   });
 
-  test('who connects to it is told at once, and not after the time of an attempt', async () => {
+  test('opening fails soon, and not after the time of an attempt', async () => {
     await connect(1);
     silence(0);
     expect(await failing(() => SheepStore.open(cluster.address))).toBeLessThan(3_000 + MARGIN_MS);
   });
 });
 
-test('of several nodes a silent one is left in time for another to answer', async () => {
+test('a silent node is left in time for another node to answer', async () => {
   await connect(3);
   silence(0);
   const before = performance.now();
@@ -86,7 +86,7 @@ test('of several nodes a silent one is left in time for another to answer', asyn
   expect(performance.now() - before).toBeLessThan(RETRY_MS + MARGIN_MS);
 });
 
-test('a slow operation is waited for as long as its node answers other requests', async () => {
+test('a slow operation is awaited as long as its node answers other requests', async () => {
   await connect(1);
   cluster.fault = ({ opcode }) => (opcode === Op.NEW_VDI ? { delayMs: 3 * RETRY_MS } : undefined);
   await catalog.create('new', OBJECT, { blockSizeShift: SHIFT });

@@ -80,8 +80,8 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     await catalog.release(vdi);
   }, 120_000);
   afterAll(async () => {
-    await store?.close();
-    await cluster?.stop();
+    await (store as typeof store | undefined)?.close();
+    await (cluster as typeof cluster | undefined)?.stop();
   });
 
   const check = (): Promise<DeepReport> => deepCheck(store.cluster, { settleMs: 500, rate: 2 ** 40 });
@@ -92,11 +92,11 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     return found;
   };
 
-  test('what the nodes have written themselves is right', async () => {
+  test('objects that the nodes have written are reported as right', async () => {
     expect(await check()).toMatchObject({ vdis: 1, objects: 1 + OBJECTS, problems: [] });
   }, 60_000);
 
-  test('a byte that has changed on a disk is found, and where it can be told, on which', async () => {
+  test('a byte changed on a disk is found, and its node named where that can be determined', async () => {
     const [, second] = files(1) as { node: number; file: string }[] as [unknown, { node: number; file: string }];
     const offset = 70_001;
     flip(second.file, offset);
@@ -117,7 +117,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     expect((await check()).problems).toEqual([]);
   }, 60_000);
 
-  test('a copy that was removed is told as missing; when all have been, the bytes are lost', async () => {
+  test('a removed copy is reported as missing; when all copies are removed, the bytes are lost', async () => {
     const all = files(2).map(({ node, file }) => ({ node, file, content: fs.readFileSync(file) }));
     const [first] = all as [(typeof all)[number]];
     fs.unlinkSync(first.file);
@@ -150,7 +150,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     expect((await check()).problems).toEqual([]);
   }, 60_000);
 
-  test('while a node leaves and comes back, its disk changed, it waits; then it says what is on the disks', async () => {
+  test('while a node leaves and comes back with a changed disk, the check waits; then it reports what is on the disks', async () => {
     const [, second] = files(1) as { node: number; file: string }[] as [unknown, { node: number; file: string }];
     await cluster.killNode(second.node);
     flip(second.file, 4096);
@@ -192,7 +192,7 @@ describe.skipIf(missing !== undefined).each(['2', '2:1'])('check --deep under lo
           '--verify_backlog=64',
         );
         const narrow = fio('narrow', '--bs=4096', '--offset=16M', '--size=16K');
-        let isRunning = true;
+        let isRunning = true as boolean;
         void Promise.all([wide, narrow]).then(() => (isRunning = false));
         const listed = async (): Promise<boolean> =>
           (await cli(['check', '--deep', '--cluster', cluster.address, '--settle', '0.1'])).stdout.includes(

@@ -42,7 +42,7 @@ describe('the erasure code of the nodes', () => {
     return found;
   };
 
-  test('strips that real nodes have written fit, whichever of them there are', () => {
+  test('strips that real nodes have written match, whichever of them are present', () => {
     for (const [data, texts] of STRIPS) {
       const all = [...texts.keys()];
       for (const without of [...all, -1]) {
@@ -54,7 +54,7 @@ describe('the erasure code of the nodes', () => {
     }
   });
 
-  test('a strip that is wrong is seen, and with two of parity it is known which', () => {
+  test('a wrong strip is found, and determined if there are two parity strips', () => {
     for (const [data, texts] of STRIPS) {
       for (const wrong of texts.keys()) {
         const parts = texts.map(strip);
@@ -65,7 +65,7 @@ describe('the erasure code of the nodes', () => {
     }
   });
 
-  test('of two strips that are wrong none is blamed alone', () => {
+  test('with two wrong strips, none is named as the wrong one', () => {
     const [data, texts] = STRIPS[2] as (typeof STRIPS)[number];
     const parts = texts.map(strip);
     parts[0]?.writeUInt8(1, 0);
@@ -90,7 +90,7 @@ test('an object belongs on as many nodes as it has copies, in different zones', 
   expect(new Placement([]).holdersOf(1, 1, 2)).toEqual([]);
 });
 
-test('no more bytes are read in a second than the throttle says', async () => {
+test('the throttle limits the bytes that are read in a second', async () => {
   const throttle = new Throttle(1_000_000);
   const startedAt = performance.now();
   await Promise.all(Array.from({ length: 11 }, () => throttle.take(20_000)));
@@ -145,7 +145,7 @@ describe('check --deep (stand-in)', () => {
   const address = (node: number): string => `127.0.0.1:${standIn.ports[node]}`;
   const copyOf = (id: bigint): Buffer => Buffer.from(standIn.objects.get(id) as Buffer);
 
-  test('every copy is read, from the nodes that should have it; if all are the same there is nothing to say', async () => {
+  test('every copy is read from the nodes that should have it; equal copies give no finding', async () => {
     const report = await check();
     // Two inodes; three objects of the snapshot, one of the disk.
     expect(report).toMatchObject({ vdis: 2, objects: 6, problems: [], findings: [], thin: [] });
@@ -156,7 +156,7 @@ describe('check --deep (stand-in)', () => {
     }
   });
 
-  test('a copy that differs is told by disk, bytes and nodes; also that of an inode', async () => {
+  test('a different copy is reported with disk, bytes and nodes; that of an inode, too', async () => {
     const [first, second] = (await holders(1)) as [number, number];
     const wrong = copyOf(oid(1));
     wrong.fill(0, 4096, 8192);
@@ -193,7 +193,7 @@ describe('check --deep (stand-in)', () => {
     expect(problems.join('\n')).toContain('different: the inode of vm@a: bytes 0 to 511 are not the same');
   });
 
-  test('a copy that is missing is told as degraded, one that is missing everywhere as lost', async () => {
+  test('a missing copy is reported as degraded, an object without copies as lost', async () => {
     const [first, second] = (await holders(0)) as [number, number];
     standIn.copies.set(first, oid(0), () => undefined);
     for (const node of [0, 1, 2]) standIn.copies.set(node, oid(1), () => undefined);
@@ -205,7 +205,7 @@ describe('check --deep (stand-in)', () => {
     expect(problems.join('\n')).toContain(`lost: vm@a bytes ${MIB} to ${2 * MIB - 1}, vm bytes`);
   });
 
-  test('a write that has reached one node and not yet the other is no difference', async () => {
+  test('a write that has reached only one node yet is not reported', async () => {
     const [first] = (await holders(1)) as [number, number];
     const after = copyOf(oid(1));
     after.fill(9, 0, 65536);
@@ -220,7 +220,7 @@ describe('check --deep (stand-in)', () => {
     expect(isUnderWay).toBe(false);
   });
 
-  test('bytes that are written all the time are no difference, unless their copies are never the same', async () => {
+  test('bytes that are written all the time are not reported, unless their copies are never equal', async () => {
     const nodes = (await holders(1)) as [number, number];
     let writes = 0;
     const content = (): Buffer => {
@@ -244,7 +244,7 @@ describe('check --deep (stand-in)', () => {
     );
   });
 
-  test('nothing is read while nodes recover, and members that change are no trouble', async () => {
+  test('nothing is read while nodes recover, and a change of members does not end the check', async () => {
     const notes: string[] = [];
     standIn.copies.recovering = { finished: 3, total: 9 };
     const checking = check({ note: (line) => notes.push(line) });
@@ -262,7 +262,7 @@ describe('check --deep (stand-in)', () => {
     ]);
   });
 
-  test('a node that cannot be asked ends it with its name, and what was found is told', async () => {
+  test('a node that cannot be asked ends the check with its name, and earlier findings are reported', async () => {
     const [first] = (await holders(0)) as [number];
     standIn.copies.set(first, oid(0), () => undefined);
     let isDown = false;
@@ -285,7 +285,7 @@ describe('check --deep (stand-in)', () => {
     expect(report.objects).toBeLessThan(6);
   });
 
-  test('a disk that should have more copies than there are zones is told as a whole', async () => {
+  test('a disk that should have more copies than there are zones is reported as a whole', async () => {
     standIn.left.add(1).add(2);
     const { thin, problems } = await check();
     expect(thin).toEqual([
@@ -311,7 +311,7 @@ describe('check --deep (stand-in)', () => {
     ]);
   });
 
-  test('of two that have the same name for people each is told with its id', async () => {
+  test('two VDIs with the same label are each reported with their id', async () => {
     const [first] = (await holders(0)) as [number];
     standIn.copies.set(first, oid(0), () => undefined);
     const inode = standIn.objects.get(inodeOid(vid + 1)) as Buffer;
@@ -356,7 +356,7 @@ describe('check --deep (stand-in)', () => {
     await old.stop();
   });
 
-  test('the command does it beside clients, with a daemon or without, and exits with 1 if something is wrong', async () => {
+  test('the command runs beside clients, with a daemon or without, and exits with 1 if something is wrong', async () => {
     const [first] = (await holders(0)) as [number];
     const daemon = await startDaemon({ cluster: standIn.address });
     const client = await attach(daemon, 'vm');
@@ -388,7 +388,7 @@ describe('check --deep (stand-in)', () => {
     await daemon.stop();
   });
 
-  test('what is deleted while it is compared is not lost', async () => {
+  test('a VDI that is deleted during the check is not reported as lost', async () => {
     const checking = check({ settleMs: 1000 });
     // The object that the snapshot shares with nobody.
     for (const node of [0, 1, 2]) standIn.copies.set(node, oid(2), () => undefined);

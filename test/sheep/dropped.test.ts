@@ -69,13 +69,13 @@ describe('a node that does not know yet that it was dropped', () => {
     await writeAll();
   });
 
-  test('is not believed when it was read from because it had an object', async () => {
+  test('is not used for a direct read of an object that it has', async () => {
     cluster.dropped.drop(1);
     for (let idx = 0; idx < OBJECTS; idx++) await write(idx, 2);
     expect(await readAll()).toEqual(new Set([2]));
   });
 
-  test('is not believed if it hears of it between reading its old copy and answering', async () => {
+  test('is not used if it learns of it between reading its stale copy and answering', async () => {
     cluster.dropped.drop(1);
     for (let idx = 0; idx < OBJECTS; idx++) await write(idx, 2);
     cluster.fault = ({ opcode, node }) => {
@@ -86,7 +86,7 @@ describe('a node that does not know yet that it was dropped', () => {
     expect(await readAll()).toEqual(new Set([2]));
   });
 
-  test('is left when it is the one in use, and what it answers is asked of another', async () => {
+  test('is left when it is the node in use, and its requests go to another node', async () => {
     cluster.dropped.drop(0);
     const theirs = await otherGateway(1);
     await theirs.create('new', OBJECT);
@@ -107,7 +107,7 @@ async function otherGateway(node: number): Promise<VdiCatalog> {
   return new VdiCatalog(await SheepStore.open(cluster.addressOf(node), { retryMs: 10_000 }));
 }
 
-test('an earlier epoch of all nodes is theirs after a while: the later one was that of a node that had lost the others', async () => {
+test('an earlier epoch of all nodes is believed after a while: the later one was that of a node that had lost the others', async () => {
   await connect();
   await write(0, 1);
   cluster.epoch = 9;
@@ -151,7 +151,7 @@ describe('a node that has just started', () => {
   });
 });
 
-test('closing a disk repeats nothing that others have asked of a node that is slower than closing waits', async () => {
+test('closing a disk does not make other requests to a slow node fail and be repeated', async () => {
   await connect();
   await write(0, 1);
   await catalog.create('other', OBJECT, { blockSizeShift: SHIFT });
@@ -175,7 +175,7 @@ test('closing a disk repeats nothing that others have asked of a node that is sl
   expect(cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.WRITE)).toHaveLength(writes);
 });
 
-test('a member that is silent is waited for once when objects settle, and not for each of them', async () => {
+test('a silent member is awaited once while objects settle, not for each object', async () => {
   await connect();
   for (let idx = 0; idx < 6; idx++) await write(idx, 1);
   let go: () => void = () => undefined;

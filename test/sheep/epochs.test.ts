@@ -91,7 +91,7 @@ describe('a later epoch than that of the members', () => {
     expect(watch.epoch).toBe(9);
   });
 
-  test('which was said a moment ago is not given up because nothing can be asked', async () => {
+  test('that was seen a moment ago is not given up because no node can be asked', async () => {
     nodes.epoch = 9;
     nodes.recovering.add(0);
     watch.saw(10);
@@ -123,7 +123,7 @@ test('a change that is noticed when the nodes are almost at rest is watched as a
   vi.useRealTimers();
 });
 
-test('what a node answered first on one connection, and comes last, is not taken for its epoch for long', async () => {
+test('an old answer that arrives last on another connection does not set the epoch of its node for long', async () => {
   const epochs: number[] = [];
   const server = net.createServer((socket) => {
     socket.on('data', (asked) => {

@@ -56,7 +56,7 @@ async function contents(name = 'disk'): Promise<number[]> {
 
 const OLD = 0x11;
 
-test('who overwrites a disk in order, four requests at a time, has nothing copied', async () => {
+test('overwriting a disk in order, four requests at a time, copies nothing', async () => {
   for (let at = 0; at < 16; at += 4) {
     await Promise.all([0, 1, 2, 3].map((n) => mib(at + n, at + n + 1)));
   }
@@ -65,13 +65,13 @@ test('who overwrites a disk in order, four requests at a time, has nothing copie
   expect(await contents('disk@before')).toEqual(Array<number>(16).fill(OLD));
 });
 
-test('what is not overwritten is copied', async () => {
+test('objects that are not overwritten whole are copied', async () => {
   await Promise.all([mib(0, 1), mib(1, 2), mib(5, 3), mib(6, 4)]);
   expect(copies()).toBe(2);
   expect(await contents()).toEqual([1, 2, OLD, OLD, OLD, 3, 4, ...Array<number>(9).fill(OLD)]);
 });
 
-test('who writes one request at a time is not kept waiting for each object', async () => {
+test('a client that writes one request at a time is not delayed at each object', async () => {
   let waits = 0;
   const { setTimeout: real } = globalThis;
   // The wait itself is 3 ms: it is counted, not timed.
@@ -94,17 +94,19 @@ test('writes to the same bytes are done in the order in which they came', async 
   expect((await contents()).slice(0, 4)).toEqual([3, 4, 5, 6]);
 });
 
-test('a failure is the failure of all that was gathered, and the disk is as it was', async () => {
+test('a failure fails all gathered writes, and the disk is unchanged', async () => {
   cluster.fault = ({ opcode, oid }) => (opcode === Op.CREATE && oid < 1n << 56n ? { result: Res.NO_SPACE } : undefined);
   const results = await Promise.allSettled([0, 1, 2, 3].map((n) => mib(n, n + 1)));
-  expect(results.map((result) => (result as PromiseRejectedResult).reason?.code)).toEqual(Array(4).fill('NO_SPACE'));
+  expect(results.map((result) => ((result as PromiseRejectedResult).reason as { code: string }).code)).toEqual(
+    Array(4).fill('NO_SPACE'),
+  );
   cluster.fault = () => undefined;
   expect(await contents()).toEqual(Array<number>(16).fill(OLD));
   await Promise.all([0, 1, 2, 3].map((n) => mib(n, n + 1)));
   expect((await contents()).slice(0, 4)).toEqual([1, 2, 3, 4]);
 });
 
-test('a snapshot that somebody else takes in between has all of it or nothing, and nothing is left over', async () => {
+test("another client's snapshot in between has all gathered writes or none, and no object is left over", async () => {
   const other = new VdiCatalog(await SheepStore.open(cluster.address, { retryMs: 10_000 }));
   let taken: Promise<unknown> | undefined;
   // The first piece is there, the others are not.

@@ -106,7 +106,7 @@ test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot b
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
 });
 
-test('a snapshot that another tool has given the tag of a temporary one stays: it is no leftover, and is said by its id', async () => {
+test('a snapshot to which another tool has given the tag of a temporary one stays, and is named by its id', async () => {
   await catalog.create('vm3', SIZE, { blockSizeShift: SHIFT });
   for (const [n, tag] of ['now', 'now:nightly'].entries()) {
     await fill('vm3', n + 1);
@@ -140,7 +140,7 @@ test('a snapshot that another tool has given the tag of a temporary one stays: i
   expect((await catalog.list()).filter(({ name }) => name === 'vm3')).toHaveLength(1);
 });
 
-test('two snapshots with one tag keep nobody from the VDI, are no base, and are opened by their ids', async () => {
+test('two snapshots with one tag do not block the VDI, cannot be a base, and are opened by their ids', async () => {
   await catalog.create('vm2', SIZE, { blockSizeShift: SHIFT });
   await fill('vm2', 1);
   await cluster.snapshot('vm2', 'twice');

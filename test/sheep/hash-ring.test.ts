@@ -39,7 +39,7 @@ const DISKS = [
 const VID_BY_DISK = 0x755019;
 const WITHOUT_BY_DISK = '221122221022222120221111';
 
-test('where a cluster places objects by the disks of its nodes, so do we', () => {
+test('placement goes by the disks of nodes where the cluster does', () => {
   const nodes = DISKS.map(({ port, vnodes, disk }): ClusterNode => {
     const address = Buffer.alloc(16);
     Buffer.from([127, 0, 0, 1]).copy(address, 12);
@@ -51,11 +51,11 @@ test('where a cluster places objects by the disks of its nodes, so do we', () =>
   }
 });
 
-test('a cluster without nodes that keep anything has no place for an object', () => {
+test('a cluster whose nodes keep no objects has no node for an object', () => {
   expect(new Placement([]).nodeOf(VID, 0)).toBe(-1);
 });
 
-test('reads go to the nodes that have the objects, writes to one, and a node that goes away is no error', async () => {
+test('reads go to the nodes that have the objects, writes to one node, and losing a node is no error', async () => {
   const standIn = (cluster = await new StandIn().start());
   const store = await SheepStore.open(standIn.address, { retryMs: 10_000 });
   const catalog = new VdiCatalog(store);

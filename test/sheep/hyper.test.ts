@@ -104,7 +104,7 @@ describe('a hyper volume', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('that nothing was ever written to is zeros', async () => {
+  test('to which nothing was ever written is zeros', async () => {
     const { catalog } = await standIn(() => undefined);
     expect(await owned(catalog)).toEqual([]);
   });
@@ -189,7 +189,7 @@ describe('a hyper volume', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('with one leaf that has our shape and one that has not is laid out anew', async () => {
+  test('with one leaf of our shape and one of another is rewritten', async () => {
     const REGION = 2 ** 16;
     const { cluster, catalog } = await standIn((inode, objects, own) => {
       inode.writeUInt32LE(2, 568);
@@ -217,7 +217,7 @@ describe('a hyper volume', () => {
     expect(cluster.dataObjects()).toEqual([]);
   });
 
-  test('whose index cannot be written says so, and what is on the nodes is what is read', async () => {
+  test('whose index cannot be written fails the write, and reads show what is on the nodes', async () => {
     const { cluster, catalog } = await standIn((inode, objects, own) => {
       leaf(own, [1]).copy(inode, TABLE);
       objects.set((BigInt(own) << 32n) | 1n, Buffer.alloc(OBJECT, 1));

@@ -81,7 +81,7 @@ describe('addresses', () => {
     expect(decodeNodes(entry, 1)).toMatchObject([{ host, port: 7000 }]);
   });
 
-  test('of one length that nobody knows, the list of nodes is an error and not empty', () => {
+  test('a list of nodes with entries of an unknown length is an error, and not empty', () => {
     expect(() => decodeNodes(Buffer.alloc(200), 2)).toThrow(/2 nodes has 200 bytes/);
   });
 
@@ -96,7 +96,7 @@ describe('addresses', () => {
   });
 });
 
-test('nodes on ::1 are learnt and gone on with', async (context) => {
+test('nodes on ::1 are learnt and used', async (context) => {
   if (!(await hasIpv6())) skipBecause(context, 'there is no IPv6 loopback');
   const cluster = await standIn({ nodes: 2, host: '::1' });
   await survivesItsNode(cluster.addressOf(0), 2, () => cluster.stopNode(0));
@@ -104,12 +104,12 @@ test('nodes on ::1 are learnt and gone on with', async (context) => {
   expect(stdout).toContain(`[::1]:${cluster.ports[0]}`);
 });
 
-test('nodes with disk vnodes are learnt and gone on with', async () => {
+test('nodes with disk vnodes are learnt and used', async () => {
   const cluster = await standIn({ nodes: 2, diskVnodes: true });
   await survivesItsNode(cluster.addressOf(0), 2, () => cluster.stopNode(0));
 });
 
-test('of a cluster that is not formatted, its state and its nodes are told', async () => {
+test('a cluster that is not formatted reports its state and its nodes', async () => {
   const cluster = await standIn({ nodes: 2, isUnformatted: true });
   const at = ['--cluster', cluster.addressOf(0)];
   expect(await cliJson(['cluster', 'info', ...at])).toMatchObject({
@@ -161,7 +161,7 @@ test.each(['0.8', '0.9'] as const)(
   },
 );
 
-test('of a cluster of 0.8 that does not serve it is told why', async () => {
+test('a cluster of 0.8 that does not serve is reported with the reason', async () => {
   const cluster = await standIn({ nodes: 2 });
   cluster.version = '0.8';
   const { WAIT_FOR_FORMAT, WAIT_FOR_JOIN } = StateRes;
@@ -181,7 +181,7 @@ test('of a cluster of 0.8 that does not serve it is told why', async () => {
   }
 });
 
-test('a cluster of a version that is not known says so, and how to bring the disks out', async () => {
+test('a cluster of an unknown version is refused, with the way to export the disks', async () => {
   const cluster = await standIn({ nodes: 1 });
   cluster.version = '0.7';
   await expect(SheepStore.open(cluster.address)).rejects.toThrow(
@@ -259,14 +259,14 @@ const missing = realNodesMissing();
 const usual = missing === undefined ? path.dirname(execFileSync('which', ['sheep'], { encoding: 'utf8' }).trim()) : '';
 
 describe('real nodes', () => {
-  test('on ::1 are learnt and gone on with', async (context) => {
+  test('on ::1 are learnt and used', async (context) => {
     if (missing !== undefined) skipBecause(context, missing);
     if (!(await hasIpv6())) skipBecause(context, 'there is no IPv6 loopback');
     const nodes = await realNodes(usual, '::1');
     await survivesItsNode(`[::1]:${nodes.port}`, 3, () => nodes.kill(0));
   }, 60_000);
 
-  test('that are not formatted tell their state and their list', async (context) => {
+  test('that are not formatted report their state and their list', async (context) => {
     if (missing !== undefined) skipBecause(context, missing);
     const nodes = await realNodes(usual, '127.0.0.1', false);
     const at = ['--cluster', `127.0.0.1:${nodes.port}`];
@@ -274,7 +274,7 @@ describe('real nodes', () => {
     expect(await cliJson(['node', 'list', ...at])).toHaveLength(3);
   }, 60_000);
 
-  test('built with disk vnodes are learnt and gone on with', async (context) => {
+  test('built with disk vnodes are learnt and used', async (context) => {
     const bin = process.env.SHEEPGATE_DISKVNODES_SHEEP;
     if (bin === undefined)
       skipBecause(context, 'SHEEPGATE_DISKVNODES_SHEEP names no directory with such a sheep and dog');
@@ -309,7 +309,7 @@ describe('real nodes', () => {
     expect(wrong.code).toBe(1);
   }, 60_000);
 
-  test('of an older version give every byte that their own tool has written, and go on when one is gone', async (context) => {
+  test('of an older version return every byte that their own tool has written, also when one of them is gone', async (context) => {
     const bin = process.env.SHEEPGATE_OLD_SHEEP;
     if (bin === undefined)
       skipBecause(context, 'SHEEPGATE_OLD_SHEEP names no directory with the sheep and dog of 0.8 or 0.9');

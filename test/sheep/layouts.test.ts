@@ -51,7 +51,7 @@ describe('what real nodes have sent', () => {
   const vid = vdiResponse.decode(find('new VDI').response).vid;
   const next = vdiResponse.decode(find('snapshot').response).vid;
 
-  test('ids are chosen by the name, and the next one is for what follows a snapshot', () => {
+  test('ids follow from the name, and the VDI after a snapshot has the next one', () => {
     expect(vid).toBe(hash(recorded.name));
     expect(next).toBe(vid + 1);
     expect(vdiResponse.decode(find('lookup').response).vid).toBe(next);
@@ -76,7 +76,7 @@ describe('what real nodes have sent', () => {
     expect(inode.snapshotAt - inode.createdAt).toBeLessThan(60_000);
   });
 
-  test('the inode of the working VDI that goes on from it', () => {
+  test('the inode of the working VDI that continues from it', () => {
     expect(decodeInode(find('inode of the working VDI').payload)).toMatchObject({
       vid: next,
       name: recorded.name,
@@ -88,7 +88,7 @@ describe('what real nodes have sent', () => {
     });
   });
 
-  test('a snapshot counts one more, and what goes on from it is the next generation', () => {
+  test('a snapshot adds one to the counts, and the table that continues has the next generation', () => {
     const pair = (label: string): number[] => [find(label).payload.readInt32LE(0), find(label).payload.readInt32LE(4)];
     expect(pair('counts of the snapshot')).toEqual([0, 1]);
     expect(pair('counts of the working VDI')).toEqual([1, 0]);
@@ -127,7 +127,7 @@ describe('requests', () => {
     expect(inodeLayout.offsetOf('vdiSize')).toBe(INODE_VDI_SIZE_OFFSET);
   });
 
-  test('the data path writes the fields where the layout has them', () => {
+  test('the data path writes the same bytes as the layout', () => {
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, 3, 0x123456, 7, 4096, 512, 0x654321, 8);
     expect(objectRequest.decode(header)).toMatchObject({
       protoVer: 2,
@@ -145,7 +145,7 @@ describe('requests', () => {
     });
   });
 
-  test('ours are the bytes that nodes have understood', () => {
+  test('our requests have the bytes that nodes have understood', () => {
     const id = (bytes: Buffer): Buffer => {
       bytes.writeUInt32LE(0, 8);
       return bytes;

@@ -61,7 +61,7 @@ describe.each([
 ])('%s', (_, options) => {
   beforeEach(() => startWith(options));
 
-  test('all others are listed, served and written, and what it has lost is told of with its id', async () => {
+  test('all other VDIs are listed, served and written, and the lost one is reported with its id', async () => {
     const id = lost.toString(16);
     const names = (await catalog.details()).map(({ name, tag }) => `${name}@${tag}`);
     expect(names).toEqual(['a@', 'b@m', 'b@', 'c@m']);
@@ -87,7 +87,7 @@ describe.each([
   });
 });
 
-test('on a cluster that gives every name its place, everything else goes on', async () => {
+test('on a cluster that does not reuse vids, everything else works', async () => {
   await startWith({});
   await catalog.create('new', OBJECT, SHIFT);
   await catalog.snapshot('a', 'first');
@@ -100,14 +100,14 @@ test('on a cluster that gives every name its place, everything else goes on', as
   await expect(catalog.create('c', OBJECT, SHIFT)).rejects.toMatchObject({ code: 'EXISTS' });
 });
 
-test('a name that only the lost one has is not given again, and the error says why', async () => {
+test('a name that only the lost VDI has cannot be given again, and the error says why', async () => {
   await startWith({});
   cluster.loseInode((await catalog.find('a')).vid);
   await expect(catalog.create('a', OBJECT, SHIFT)).rejects.toThrow(/nodes look for a name in the inodes/);
   await expect(catalog.find('a')).rejects.toMatchObject({ code: 'NO_VDI' });
 });
 
-test('where nodes look through all inodes, what they cannot find by its name keeps its content', async () => {
+test('where nodes read all inodes for a name, VDIs that they cannot find keep their content', async () => {
   await startWith({ recyclesVids: true });
   // Only what lies behind the lost one do the nodes find.
   const behind = (await catalog.list()).filter(({ vid }) => vid < lost);
@@ -120,7 +120,7 @@ test('where nodes look through all inodes, what they cannot find by its name kee
   await expect(catalog.create('new', OBJECT, SHIFT)).rejects.toMatchObject({ code: 'DAMAGED' });
 });
 
-test('the lost inode of a temporary snapshot keeps nobody from the disk or from another NAME@now', async () => {
+test('the lost inode of a temporary snapshot does not block the disk, nor another NAME@now', async () => {
   await startWith({});
   const taken = await catalog.snapshotTemporary('a', 'now');
   await catalog.dropTemporary('a', 'now', taken.vid);
@@ -131,7 +131,7 @@ test('the lost inode of a temporary snapshot keeps nobody from the disk or from 
   await catalog.dropTemporary('a', 'now', vid);
 });
 
-test('a hyper volume whose index cannot be read is listed as damaged, and hides no other', async () => {
+test('a hyper volume whose index cannot be read is listed as damaged, and hides no other VDI', async () => {
   await startWith({});
   const inode = cluster.objects.get(VDI_BIT | (BigInt(hash('a')) << 32n));
   // It says that it has an index, and there is none.
@@ -143,7 +143,7 @@ test('a hyper volume whose index cannot be read is listed as damaged, and hides 
   expect((await catalog.check({ repair: false })).problems.join()).toMatch(/damaged: a, id .* is something else/);
 });
 
-test('the command line says the same with and without a daemon, and exports what there is', async () => {
+test('the command line reports the same with and without a daemon, and exports what is left', async () => {
   await startWith({});
   const id = lost.toString(16);
   const at = ['--cluster', cluster.address];
@@ -165,7 +165,7 @@ test('the command line says the same with and without a daemon, and exports what
   await daemon.stop();
 }, 60_000);
 
-test('where a lock is asked for by a name that the nodes cannot find, the error says how the disk is read', async () => {
+test('where nodes cannot find a name to lock it, the error says how to read the disk', async () => {
   await startWith({ recyclesVids: true, useLock: true });
   expect((await catalog.find('a')).vid).toBeLessThan(lost);
   await expect(firstBlock(catalog, 'a')).rejects.toMatchObject({ code: 'DAMAGED', message: /--missing=zero reads/ });

@@ -101,7 +101,7 @@ for (const { label, start, skip } of clusters) {
       leftBefore = left;
       expect(cluster.violations()).toEqual([]);
     });
-    afterAll(() => cluster?.stop());
+    afterAll(() => (cluster as typeof cluster | undefined)?.stop());
 
     test('a history arrives whole in the cluster, and whole again in another store', async () => {
       const local = localPlace();
@@ -155,7 +155,7 @@ for (const { label, start, skip } of clusters) {
         const [reached, stages] =
           to === remote
             ? [async () => (await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'))).length, [1, 2, 3, 4]]
-            : [async () => objectFiles(to), [3, 15, 27, 40]];
+            : [() => Promise.resolve(objectFiles(to)), [3, 15, 27, 40]];
         let kills = 0;
         for (const stage of stages) {
           const child = spawn(process.execPath, [BIN, ...args], { stdio: 'ignore' });

@@ -53,9 +53,9 @@ for (const { label, start, skip } of clusters) {
       daemon = await startDaemon({ args: ['--missing=zero'], cluster: cluster.address });
     });
     afterAll(async () => {
-      await daemon?.stop();
-      expect(cluster?.violations()).toEqual([]);
-      await cluster?.stop();
+      await (daemon as typeof daemon | undefined)?.stop();
+      expect((cluster as typeof cluster | undefined)?.violations()).toEqual([]);
+      await (cluster as typeof cluster | undefined)?.stop();
     });
 
     test('check lists them, and reading them is an error as long as nobody asks for zeros', async () => {

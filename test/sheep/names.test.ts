@@ -39,8 +39,14 @@ async function standIn(recyclesVids: boolean): Promise<Cluster & { readonly node
   return {
     nodes,
     address: nodes.address,
-    create: async (name) => void nodes.externalCreate(name, SIZE, SHIFT),
-    snapshot: async (name, tag) => void nodes.externalSnapshot(name, tag),
+    create: (name) => {
+      nodes.externalCreate(name, SIZE, SHIFT);
+      return Promise.resolve();
+    },
+    snapshot: (name, tag) => {
+      nodes.externalSnapshot(name, tag);
+      return Promise.resolve();
+    },
     complaints: () => nodes.violations,
     stop: () => nodes.stop(),
   };
@@ -68,7 +74,7 @@ async function realNodes(recyclesVids: boolean): Promise<Cluster> {
   };
 }
 
-class NodePool {
+class Opened {
   readonly catalog: VdiCatalog;
   readonly exports: VdiExports;
   readonly operations: DirectOperations;
@@ -79,8 +85,8 @@ class NodePool {
     this.operations = new DirectOperations(this.catalog, this.exports);
   }
 
-  static async open(address: string): Promise<NodePool> {
-    return new NodePool(await SheepStore.open(address, { stateDirectory: temporaryDirectory() }));
+  static async open(address: string): Promise<Opened> {
+    return new Opened(await SheepStore.open(address, { stateDirectory: temporaryDirectory() }));
   }
 
   async fill(spec: string, byte: number): Promise<void> {
@@ -128,42 +134,42 @@ test('bytes come back from the text that stands for them, and text that is UTF-8
 for (const isReal of [false, true]) {
   describe.skipIf(isReal && missing !== undefined)(isReal ? 'real nodes' : 'stand-in', () => {
     let cluster: Cluster;
-    let gateway: NodePool;
+    let opened: Opened;
     beforeAll(async () => {
       cluster = await (isReal ? realNodes(false) : standIn(false));
-      gateway = await NodePool.open(cluster.address);
+      opened = await Opened.open(cluster.address);
     });
     afterAll(async () => {
-      await gateway?.close();
-      await cluster?.stop();
+      await (opened as typeof opened | undefined)?.close();
+      await (cluster as typeof cluster | undefined)?.stop();
     });
 
     test('a VDI of any name is listed, written, snapshotted, cloned, rolled back and deleted, and no other one with it', async () => {
       for (const name of NAMES) await cluster.create(name);
-      const said = await gateway.listed();
+      const said = await opened.listed();
       expect(new Set(said).size).toBe(NAMES.length);
-      expect((await gateway.catalog.list()).map(({ name }) => bytesOfText(name).toString('latin1')).sort()).toEqual(
+      expect((await opened.catalog.list()).map(({ name }) => bytesOfText(name).toString('latin1')).sort()).toEqual(
         NAMES.map((name) => name.toString('latin1')).sort(),
       );
       for (const [n, name] of said.entries()) {
-        await gateway.fill(name, n + 1);
-        expect(await gateway.look(`${name}@now`)).toBe(n + 1);
-        await gateway.catalog.snapshot(name, 'ours');
-        await gateway.fill(name, 99);
+        await opened.fill(name, n + 1);
+        expect(await opened.look(`${name}@now`)).toBe(n + 1);
+        await opened.catalog.snapshot(name, 'ours');
+        await opened.fill(name, 99);
       }
       // A few stand for all of them: it takes its time.
       for (const [n, name] of said.entries()) {
-        expect(await gateway.look(name)).toBe(99);
+        expect(await opened.look(name)).toBe(99);
         if (!/bad|x%2F/.test(name)) continue;
-        await gateway.catalog.clone(`${name}@ours`, `clone-${n}`);
-        await gateway.catalog.rollback(`${name}@ours`);
-        expect(await gateway.look(name)).toBe(n + 1);
-        expect(await gateway.look(`clone-${n}`)).toBe(n + 1);
+        await opened.catalog.clone(`${name}@ours`, `clone-${n}`);
+        await opened.catalog.rollback(`${name}@ours`);
+        expect(await opened.look(name)).toBe(n + 1);
+        expect(await opened.look(`clone-${n}`)).toBe(n + 1);
       }
-      expect((await gateway.catalog.check({ repair: false })).problems).toEqual([]);
-      for (let left = (await gateway.listed()).length; left > 0; left--) {
-        await gateway.catalog.remove((await gateway.listed())[0] as string);
-        expect((await gateway.listed()).length).toBe(left - 1);
+      expect((await opened.catalog.check({ repair: false })).problems).toEqual([]);
+      for (let left = (await opened.listed()).length; left > 0; left--) {
+        await opened.catalog.remove((await opened.listed())[0] as string);
+        expect((await opened.listed()).length).toBe(left - 1);
       }
       expect(cluster.complaints()).toEqual([]);
     }, 120_000);
@@ -172,29 +178,29 @@ for (const isReal of [false, true]) {
       const name = bytes('tags');
       await cluster.create(name);
       for (const [n, tag] of TAGS.entries()) {
-        await gateway.fill('tags', n + 1);
+        await opened.fill('tags', n + 1);
         await cluster.snapshot(name, tag);
       }
       // As a daemon does at its start, and at the end of a moment.
-      expect(await gateway.catalog.dropLeftovers()).toBe(0);
-      expect(await gateway.look('tags@now')).toBe(TAGS.length);
-      const restarted = await NodePool.open(cluster.address);
+      expect(await opened.catalog.dropLeftovers()).toBe(0);
+      expect(await opened.look('tags@now')).toBe(TAGS.length);
+      const restarted = await Opened.open(cluster.address);
       expect(await restarted.catalog.dropLeftovers()).toBe(0);
       await restarted.close();
-      const snapshots = (await gateway.catalog.list()).filter(({ isSnapshot }) => isSnapshot);
+      const snapshots = (await opened.catalog.list()).filter(({ isSnapshot }) => isSnapshot);
       expect(snapshots.map(({ tag }) => bytesOfText(tag))).toEqual(TAGS);
-      expect(await gateway.listed()).toEqual([...snapshots.map(specOf), 'tags']);
+      expect(await opened.listed()).toEqual([...snapshots.map(specOf), 'tags']);
       for (const [n, snapshot] of snapshots.entries()) {
-        expect(await gateway.look(specOf(snapshot))).toBe(n + 1);
+        expect(await opened.look(specOf(snapshot))).toBe(n + 1);
         if (n < 2 || n === TAGS.length - 1) {
-          await gateway.catalog.clone(specOf(snapshot), 'copy');
-          expect(await gateway.look('copy')).toBe(n + 1);
-          await gateway.catalog.remove('copy');
+          await opened.catalog.clone(specOf(snapshot), 'copy');
+          expect(await opened.look('copy')).toBe(n + 1);
+          await opened.catalog.remove('copy');
         }
-        await gateway.catalog.remove(specOf(snapshot));
+        await opened.catalog.remove(specOf(snapshot));
       }
-      expect((await gateway.catalog.list()).map(({ tag }) => tag)).toEqual(['']);
-      await gateway.catalog.remove('tags');
+      expect((await opened.catalog.list()).map(({ tag }) => tag)).toEqual(['']);
+      await opened.catalog.remove('tags');
     }, 120_000);
   });
 
@@ -202,30 +208,30 @@ for (const isReal of [false, true]) {
     `ids that are used again (${isReal ? 'real nodes' : 'stand-in'})`,
     () => {
       let cluster: Cluster;
-      let gateway: NodePool;
+      let opened: Opened;
       beforeAll(async () => {
         cluster = await (isReal ? realNodes(true) : standIn(true));
-        gateway = await NodePool.open(cluster.address);
+        opened = await Opened.open(cluster.address);
       });
       afterAll(async () => {
-        await gateway?.close();
-        await cluster?.stop();
+        await (opened as typeof opened | undefined)?.close();
+        await (cluster as typeof cluster | undefined)?.stop();
       });
 
       test('a VDI with a lower id than its snapshots is snapshotted, rolled back, and deleted, and nothing else', async () => {
-        const { catalog } = gateway;
+        const { catalog } = opened;
         for (const name of ['old-1', 'old-2', 'b']) await catalog.create(name, SIZE, { blockSizeShift: SHIFT });
-        await gateway.fill('b', 1);
+        await opened.fill('b', 1);
         for (const name of ['old-1', 'old-2']) await catalog.remove(name);
         await cluster.snapshot(bytes('b'), bytes('t'));
         const [snapshot, working] = await catalog.list();
         expect(working?.vid).toBeLessThan(snapshot?.vid ?? 0);
-        await gateway.fill('b', 2);
+        await opened.fill('b', 2);
         await catalog.snapshot('b', 'u');
-        await gateway.fill('b', 3);
-        expect(await gateway.look('b@now')).toBe(3);
+        await opened.fill('b', 3);
+        expect(await opened.look('b@now')).toBe(3);
         const contents = async (): Promise<unknown> =>
-          Promise.all((await catalog.list()).map(async (each) => [each.tag, await gateway.look(specOf(each))]));
+          Promise.all((await catalog.list()).map(async (each) => [each.tag, await opened.look(specOf(each))]));
         expect(await contents()).toEqual([
           ['t', 1],
           ['u', 2],
@@ -238,7 +244,7 @@ for (const isReal of [false, true]) {
           ['', 1],
         ]);
         await catalog.rollback('b@u');
-        await gateway.fill('b', 4);
+        await opened.fill('b', 4);
         await catalog.remove('b@t');
         expect(await contents()).toEqual([
           ['u', 2],
@@ -248,7 +254,7 @@ for (const isReal of [false, true]) {
         expect(await contents()).toEqual([['u', 2]]);
         await catalog.clone('b@u', 'c');
         await catalog.remove('b@u');
-        expect(await gateway.look('c')).toBe(2);
+        expect(await opened.look('c')).toBe(2);
         await catalog.remove('c');
         expect(await catalog.list()).toEqual([]);
         expect(cluster.complaints()).toEqual([]);
@@ -259,21 +265,21 @@ for (const isReal of [false, true]) {
 
 describe('on the stand-in', () => {
   let cluster: Awaited<ReturnType<typeof standIn>>;
-  let gateway: NodePool;
+  let opened: Opened;
   beforeEach(async () => {
     cluster = await standIn(false);
-    gateway = await NodePool.open(cluster.address);
+    opened = await Opened.open(cluster.address);
   });
   afterEach(async () => {
-    await gateway.close();
+    await opened.close();
     await cluster.stop();
   });
 
   test('a tag that is a number is refused when it is new, and what may be another snapshot is said by its id', async () => {
-    const { catalog } = gateway;
+    const { catalog } = opened;
     await catalog.create('v', SIZE, { blockSizeShift: SHIFT });
     for (const [n, tag] of ['a', 'b', 'c', 'd'].entries()) {
-      await gateway.fill('v', n + 1);
+      await opened.fill('v', n + 1);
       await catalog.snapshot('v', tag);
     }
     await expect(catalog.snapshot('v', '7')).rejects.toThrow(
@@ -282,35 +288,35 @@ describe('on the stand-in', () => {
     const vids = (await catalog.list()).map(({ vid }) => vid);
     // Others have taken them: the number of another one, of none, and one tag twice.
     cluster.nodes.retag(vids[1] as number, '1');
-    expect(await gateway.listed()).toEqual(['v@a', `@${vids[1]?.toString(16)}`, 'v@c', 'v@d', 'v']);
+    expect(await opened.listed()).toEqual(['v@a', `@${vids[1]?.toString(16)}`, 'v@c', 'v@d', 'v']);
     cluster.nodes.retag(vids[2] as number, '20');
-    expect(await gateway.look('v@20')).toBe(3);
+    expect(await opened.look('v@20')).toBe(3);
     cluster.nodes.retag(vids[3] as number, '20');
     const ids = vids.map((vid) => `@${vid.toString(16)}`);
-    expect(await gateway.listed()).toEqual(['v@a', ids[1], ids[2], ids[3], 'v']);
+    expect(await opened.listed()).toEqual(['v@a', ids[1], ids[2], ids[3], 'v']);
     for (const tag of ['1', '20']) {
       for (const spec of [`v@${tag}`]) {
-        for (const act of [() => catalog.remove(spec), () => catalog.rollback(spec), () => gateway.look(spec)])
+        for (const act of [() => catalog.remove(spec), () => catalog.rollback(spec), () => opened.look(spec)])
           await expect(act()).rejects.toThrow(/is not clear: several snapshots have this tag or number; say by its ID/);
       }
     }
     await expect(catalog.find('v@20')).rejects.toThrow(
       new RegExp(`${ids[2]} \\(tag "20", number 3\\), ${ids[3]} \\(tag "20", number 4\\)$`),
     );
-    for (const [n, id] of ids.slice(0, 4).entries()) expect(await gateway.look(id)).toBe(n + 1);
-    const { catalog: other } = gateway;
+    for (const [n, id] of ids.slice(0, 4).entries()) expect(await opened.look(id)).toBe(n + 1);
+    const { catalog: other } = opened;
     await other.remove(ids[3] as string);
-    expect(await gateway.look('v@20')).toBe(3);
+    expect(await opened.look('v@20')).toBe(3);
   });
 
   test('migrate keeps numbers as tags in a store, and into a cluster refuses all that cannot be, or gives others', async () => {
-    const { catalog, operations } = gateway;
+    const { catalog, operations } = opened;
     await catalog.create('v', SIZE, { blockSizeShift: SHIFT });
     for (const [n, tag] of ['a', 'b', 'c', 'd', 'e'].entries()) {
-      await gateway.fill('v', n + 1);
+      await opened.fill('v', n + 1);
       await catalog.snapshot('v', tag);
     }
-    await gateway.fill('v', 6);
+    await opened.fill('v', 6);
     const vids = (await catalog.list()).map(({ vid }) => vid);
     cluster.nodes.retag(vids[1] as number, '1');
     const local = new VdiCatalog(await LocalStore.open(temporaryDirectory()));
@@ -347,7 +353,7 @@ describe('on the stand-in', () => {
     await migrate(into, operations, 'arrived', true);
     const arrived = (await catalog.list()).filter(({ name }) => name === 'arrived');
     expect(arrived.map(({ tag }) => tag)).toEqual(['a', expect.stringMatching(/^1\.id-[0-9a-f]+$/), 'c', 'd', 'e', '']);
-    for (const [n, each] of arrived.entries()) expect(await gateway.look(specOf(each))).toBe(n + 1);
+    for (const [n, each] of arrived.entries()) expect(await opened.look(specOf(each))).toBe(n + 1);
     // What no store of ours takes: all of it is told, and all of it arrives.
     for (const record of await local.list()) await local.remove(specOf(record));
     for (const [n, tag] of ['x/y', '1', bytes('t\xff'), '1', ' '].entries())
@@ -362,15 +368,15 @@ describe('on the stand-in', () => {
   });
 
   test('a VDI that somebody writes while it is deleted is not said to be deleted', async () => {
-    await gateway.catalog.create('v', SIZE, { blockSizeShift: SHIFT });
-    await gateway.fill('v', 1);
-    const { vid } = await gateway.catalog.find('v');
+    await opened.catalog.create('v', SIZE, { blockSizeShift: SHIFT });
+    await opened.fill('v', 1);
+    const { vid } = await opened.catalog.find('v');
     const inode = cluster.nodes.objects.get((1n << 63n) | (BigInt(vid) << 32n)) as Buffer;
     cluster.nodes.fault = ({ opcode }) => {
       if (opcode === Op.DEL_VDI) inode.writeUInt32LE(vid, 4664);
       return undefined;
     };
-    await expect(gateway.catalog.remove('v')).rejects.toThrow(/v is not quite deleted: somebody else writes to it/);
+    await expect(opened.catalog.remove('v')).rejects.toThrow(/v is not quite deleted: somebody else writes to it/);
   });
 
   needs('nbdinfo')(
@@ -412,14 +418,14 @@ test('wherever a snapshot under another name ends, the VDI has its name, its con
   const MOST_WRITES = 16;
   for (let after = 0; ; after++) {
     const cluster = await standIn(true);
-    const before = await NodePool.open(cluster.address);
+    const before = await Opened.open(cluster.address);
     for (const name of ['old', 'b']) await before.catalog.create(name, SIZE, { blockSizeShift: SHIFT });
     await before.fill('b', 1);
     await before.catalog.remove('old');
     await cluster.snapshot(bytes('b'), bytes('t'));
     await before.fill('b', 2);
     await before.close();
-    const first = await NodePool.open(cluster.address);
+    const first = await Opened.open(cluster.address);
     let writes = 0;
     cluster.nodes.fault = ({ opcode }) => {
       if (opcode !== Op.WRITE && opcode !== Op.NEW_VDI) return undefined;
@@ -431,7 +437,7 @@ test('wherever a snapshot under another name ends, the VDI has its name, its con
       () => false,
     );
     cluster.nodes.fault = () => undefined;
-    const second = await NodePool.open(cluster.address);
+    const second = await Opened.open(cluster.address);
     const records = await second.catalog.list();
     expect(records.map(({ name }) => name)).toEqual(records.map(() => 'b'));
     expect(await second.look('b')).toBe(2);

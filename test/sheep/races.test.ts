@@ -68,7 +68,7 @@ test('a list while we take a snapshot takes it for nobody else’s, and neither 
   await catalog.create('disk', SIZE);
   const vdi = await catalog.openVdi('disk');
   cluster.fault = ({ opcode }) => (opcode === Op.NEW_VDI ? { answerDelayMs: 50 } : undefined);
-  let isDone = false;
+  let isDone = false as boolean;
   const listing = (async () => {
     while (!isDone) await catalog.list();
   })();

@@ -161,7 +161,7 @@ describe('while nodes recover', () => {
     await change(1);
     const waiting = write(1, 1).then(
       () => 'written',
-      (error: Error) => error.name,
+      (error: unknown) => (error as Error).name,
     );
     await waitUntil(() => cluster.seen.some(({ opcode }) => opcode === Op.EXIST), 'it waits');
     const begun = performance.now();

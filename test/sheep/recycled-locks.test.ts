@@ -27,7 +27,10 @@ async function standIn(): Promise<Cluster> {
   const nodes = await new StandIn({ nodes: 2, jitterMs: 0, recyclesVids: true, useLock: true }).start();
   return {
     address: nodes.address,
-    snapshot: async (name, tag) => void nodes.externalSnapshot(name, tag),
+    snapshot: (name, tag) => {
+      nodes.externalSnapshot(name, tag);
+      return Promise.resolve();
+    },
     complaints: () => nodes.violations,
     stop: () => nodes.stop(),
   };
@@ -53,17 +56,17 @@ for (const isReal of [false, true]) {
     afterEach(async () => {
       for (const catalog of opened.splice(0)) await catalog.close();
       // Nothing is left for the next test.
-      const { catalog } = await gateway();
+      const { catalog } = await openHere();
       for (const record of await catalog.list()) await catalog.remove(specOf(record));
       await catalog.close();
       opened.splice(0);
       expect(cluster.complaints()).toEqual([]);
     }, 60_000);
     afterAll(async () => {
-      await cluster?.stop();
+      await (cluster as typeof cluster | undefined)?.stop();
     });
 
-    async function gateway(): Promise<{ store: SheepStore; catalog: VdiCatalog }> {
+    async function openHere(): Promise<{ store: SheepStore; catalog: VdiCatalog }> {
       const store = await SheepStore.open(cluster.address, { retryMs: 5_000 });
       const catalog = new VdiCatalog(store);
       opened.push(catalog);
@@ -95,7 +98,7 @@ for (const isReal of [false, true]) {
     }
 
     test('an open disk goes on writing after our snapshots, with the lock of what it is now and no other', async () => {
-      const { catalog, store } = await gateway();
+      const { catalog, store } = await openHere();
       await diskWithLowerIdsFree(catalog);
       const vdi = await catalog.openVdi('b');
       for (const [n, tag] of ['s', 't', 'u'].entries()) {
@@ -104,7 +107,7 @@ for (const isReal of [false, true]) {
       }
       await vdi.write(0, filled(4), false);
       expect(await store.cluster.lockedVids()).toEqual([vdi.record.vid]);
-      const theirs = await gateway();
+      const theirs = await openHere();
       await expect(theirs.catalog.openVdi('b')).rejects.toMatchObject({ code: 'LOCKED', message: /^"b" is locked/ });
       await catalog.release(vdi);
       expect(await store.cluster.lockedVids()).toEqual([]);
@@ -125,12 +128,12 @@ for (const isReal of [false, true]) {
     }, 60_000);
 
     test('an open disk follows a snapshot that somebody else takes, with its lock', async () => {
-      const { catalog, store } = await gateway();
+      const { catalog, store } = await openHere();
       await diskWithLowerIdsFree(catalog);
       const vdi = await catalog.openVdi('b');
       await vdi.write(0, filled(1), false);
       const before = vdi.record.vid;
-      const { catalog: other } = await gateway();
+      const { catalog: other } = await openHere();
       expect((await other.named('b')).map(({ tag }) => tag)).toEqual(['']);
       await cluster.snapshot('b', 's');
       // Also by who has just asked.

@@ -9,9 +9,10 @@
  * clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use a node beside them
  * that keeps no objects and stays) vary it. What came out is printed for each round.
  *
- * Nodes that end themselves (docs/cluster.md, "When nodes end themselves") are started again at once, as an
+ * Nodes that end themselves (docs/cluster.md, "When nodes crash") are started again at once, as an
  * operator or a service manager does, and counted.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -171,11 +172,9 @@ function differingCopies(cluster: RealNodes, name: string, vid: number, expected
   return [...found];
 }
 
-const sleep = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
-
 /** A node that has just come back, or is started again meanwhile, answers nothing at first. */
 async function recovered(cluster: RealNodes): Promise<void> {
-  for (const until = Date.now() + RECOVERY_MS; ; await sleep(200)) {
+  for (const until = Date.now() + RECOVERY_MS; ; void (await sleep(200))) {
     try {
       await cluster.recovered();
       if (cluster.endedNodes().length === 0) return;

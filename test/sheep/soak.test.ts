@@ -77,8 +77,8 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
     daemon = await startDaemon({ cluster: cluster.address, args: create });
   }, 60_000);
   afterAll(async () => {
-    await daemon?.stop();
-    await cluster?.stop();
+    await (daemon as typeof daemon | undefined)?.stop();
+    await (cluster as typeof cluster | undefined)?.stop();
   });
 
   const sheepgate = async (...args: string[]): Promise<string> => {
@@ -133,7 +133,7 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
           return 0;
         }
       };
-      let isRunning = true;
+      let isRunning = true as boolean;
       void fio.then(() => (isRunning = false));
       void counter.then(() => (isRunning = false));
       const kept: { tag: string; newest: number; hash: string | undefined }[] = [];

@@ -130,8 +130,8 @@ for (const { label, start, sequences, isReal } of clusters) {
       expect(cluster.violations()).toEqual([]);
     });
     afterAll(async () => {
-      await catalog?.close();
-      await cluster?.stop();
+      await (catalog as typeof catalog | undefined)?.close();
+      await (cluster as typeof cluster | undefined)?.stop();
     });
 
     test('what was written is read, and unwritten space is zeros', async () => {
@@ -186,7 +186,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       const BLOCK = 4096;
       // Every block holds the number of its write; writes go round in order, each answered before the next.
       let written = 0;
-      let stop = false;
+      let stop = false as boolean;
       const writer = (async () => {
         while (!stop) {
           written++;
@@ -292,7 +292,7 @@ for (const { label, start, sequences, isReal } of clusters) {
       // Nodes keep copies that are no longer theirs when the members change.
       mayLeak = isReal;
       const { disk } = await newDisk(6);
-      let stop = false;
+      let stop = false as boolean;
       const failures: unknown[] = [];
       const writer = async (lane: number): Promise<void> => {
         for (let n = 0; !stop; n++) {

@@ -1,6 +1,6 @@
 /**
- * Requests that wait for nodes, for the log (waiting.ts): those that are repeated, those that a node has not answered, and objects
- * that are waited for by asking again and again. Owns which requests count; the lines are waiting.ts's.
+ * Requests that wait for nodes, for the log (waiting.ts): those that are repeated, those that a node has not answered, and
+ * objects that are waited for by asking again and again. Owns which requests count; the lines are waiting.ts's.
  */
 import { oidOf, opcodeOf } from '../../sheepdog/headers.js';
 import { addressLabel } from '../../sheepdog/node-address.js';

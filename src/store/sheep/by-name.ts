@@ -53,8 +53,8 @@ export async function isUnchanged(cluster: ClusterClient, { vid, name, isSnapsho
 
 /**
  * Whether the nodes find this working VDI by its name. If not, and the cluster reuses vids, use `underOwnName`. `done`: what is
- * about to be done to it, for messages ("snapshotted"). Errors: IO (another client is taking a snapshot, or the nodes find another
- * VDI); nothing was done then.
+ * about to be done to it, for messages ("snapshotted"). Errors: IO (another client is taking a snapshot, or the nodes find
+ * another VDI); nothing was done then.
  */
 export async function mayGoByName(
   cluster: ClusterClient,
@@ -98,9 +98,9 @@ export async function underOwnName(
 }
 
 /**
- * Call before the table is cleared. Where vids are reused and the nodes do not find the VDI by its name, gives it a name by which
- * they do; the name says that it is being deleted, in case this process ends midway. Errors: IO (another client is changing it, or
- * the nodes find another VDI); nothing was deleted then.
+ * Call before the table is cleared. Where vids are reused and the nodes do not find the VDI by its name, gives it a name by
+ * which they do; the name says that it is being deleted, in case this process ends midway. Errors: IO (another client is
+ * changing it, or the nodes find another VDI); nothing was deleted then.
  */
 export async function nameToDelete(cluster: ClusterClient, inode: Inode, recyclesVids: boolean): Promise<Inode> {
   if (await isFoundByName(cluster, inode)) return inode;

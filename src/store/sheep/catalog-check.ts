@@ -1,6 +1,6 @@
 /**
- * The check of a cluster's catalog: asks for every object that a table refers to. Only the cluster itself can find objects that no
- * table refers to. Changes nothing.
+ * The check of a cluster's catalog: asks for every object that a table refers to. Only the cluster itself can find objects that
+ * no table refers to. Changes nothing.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { oidKey } from '../../sheepdog/object-ids.js';

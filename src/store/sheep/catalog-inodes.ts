@@ -1,6 +1,6 @@
 /**
- * Reads the inodes of a cluster's catalog: all of them, or those of some names. Nodes look a name up among the vids that it hashes
- * to; this does the same, and reads no other inodes. Owns what is remembered between look-ups.
+ * Reads the inodes of a cluster's catalog: all of them, or those of some names. Nodes look a name up among the vids that it
+ * hashes to; this does the same, and reads no other inodes. Owns what is remembered between look-ups.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { inParallel } from '../../system/in-parallel.js';
@@ -91,8 +91,8 @@ export class CatalogInodes {
   }
 
   /**
-   * Another client may have taken a snapshot while inodes were read: then the list has the snapshot and not the new working VDI, and a
-   * disk in use would be missing. A look-up is answered when the snapshot is complete.
+   * Another client may have taken a snapshot while inodes were read: then the list has the snapshot and not the new working
+   * VDI, and a disk in use would be missing. A look-up is answered when the snapshot is complete.
    */
   async addLateWorking(inodes: Inode[]): Promise<void> {
     const working = new Set(inodes.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));

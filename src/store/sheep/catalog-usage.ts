@@ -13,8 +13,8 @@ const PARALLEL_TABLES = 16;
 const PARALLEL_READS = 64;
 
 /**
- * What all VDIs and snapshots use, in one pass. Errors: as reading inodes and tables; a VDI that is lost or damaged says so in its
- * usage.
+ * What all VDIs and snapshots use, in one pass. Errors: as reading inodes and tables; a VDI that is lost or damaged says so in
+ * its usage.
  */
 export async function countUsages(
   cluster: ClusterClient,

@@ -112,7 +112,10 @@ export class ClusterClient extends ObjectClient {
     return this.writeObject(inodeHigh(vid), 0, offset, data, options);
   }
 
-  /** The table of the VDI, from its inode or its index. Errors: UNSUPPORTED (too many objects, or an index of 0.8), DAMAGED, GONE. */
+  /**
+   * The table of the VDI, from its inode or its index. Errors: UNSUPPORTED (too many objects, or an index of 0.8), DAMAGED,
+   * GONE.
+   */
   async readOwners(inode: Inode): Promise<Uint32Array> {
     const count = objectCount(inode.size, inode.blockSizeShift);
     if (count > MAX_HYPER_OBJECTS) {
@@ -178,8 +181,8 @@ export class ClusterClient extends ObjectClient {
   }
 
   /**
-   * Writes from the beginning of the table, or of the index of a hyper volume. Nodes treat a write as a change of the table only if
-   * it lies within the table; this one begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
+   * Writes from the beginning of the table, or of the index of a hyper volume. Nodes treat a write as a change of the table
+   * only if it lies within the table; this one begins in the unused bytes before it (sheep_priv.h, is_data_vid_update).
    */
   writeTableBytes(vid: number, bytes: Buffer): Promise<void> {
     const data = Buffer.concat([Buffer.alloc(ENTRY_BYTES), bytes]);
@@ -244,7 +247,10 @@ export class ClusterClient extends ObjectClient {
     return answeredVid(succeeded(answer, `deleting "${name}"`));
   }
 
-  /** The vid that the nodes locked. `label`: the name for messages. Errors: LOCKED. Succeeds always where locks are not enforced. */
+  /**
+   * The vid that the nodes locked. `label`: the name for messages. Errors: LOCKED. Succeeds always where locks are not
+   * enforced.
+   */
   async lock(name: string, label = name): Promise<number> {
     const data = encodeName(name, '');
     const header = encodeVdiRequest(Opcode.LOCK_VDI, Flag.WRITE, data.length, { type: LOCK_TYPE_NORMAL });

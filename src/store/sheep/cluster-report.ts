@@ -1,7 +1,7 @@
 /**
- * The state of a cluster and of each of its nodes, for an operator: which nodes are members, since when, how full they are, how far
- * recovery is. Every node is asked about itself, and what it does not answer is reported as unknown: operators read this when
- * something is wrong. Works on clusters that do not serve, too. Changes nothing.
+ * The state of a cluster and of each of its nodes, for an operator: which nodes are members, since when, how full they are, how
+ * far recovery is. Every node is asked about itself, and what it does not answer is reported as unknown: operators read this
+ * when something is wrong. Works on clusters that do not serve, too. Changes nothing.
  */
 import { StoreError, type Redundancy } from '../object-store.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
@@ -52,8 +52,8 @@ export interface NodeState extends Omit<ClusterNode, 'address' | 'disks'> {
   /** HOST:PORT. */
   readonly node: string;
   /**
-   * ok; recovering; waiting: the cluster does not serve; silent: it takes connections and does not answer; unreachable: from here,
-   * though the other nodes may reach it.
+   * ok; recovering; waiting: the cluster does not serve; silent: it takes connections and does not answer; unreachable: from
+   * here, though the other nodes may reach it.
    */
   readonly state: 'ok' | 'recovering' | 'waiting' | 'silent' | 'unreachable';
   /** More words for `state`, if there are any. */

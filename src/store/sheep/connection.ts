@@ -202,8 +202,8 @@ export class NodeConnection {
   }
 
   /**
-   * `onEpoch` is called when the epoch in answers changes, and now if there was an answer. `peer`, which all connections to the node
-   * share, is updated first.
+   * `onEpoch` is called when the epoch in answers changes, and now if there was an answer. `peer`, which all connections to the
+   * node share, is updated first.
    */
   watchEpoch(peer: Peer, onEpoch: (epoch: number) => void): void {
     this.#peer = peer;
@@ -218,8 +218,8 @@ export class NodeConnection {
   }
 
   /**
-   * Sends the request and waits for the answer, whatever its result. If the answer is late, the connection is closed: only then can
-   * a late answer not be received into a buffer that has another use by now. Errors: ConnectionLost.
+   * Sends the request and waits for the answer, whatever its result. If the answer is late, the connection is closed: only then
+   * can a late answer not be received into a buffer that has another use by now. Errors: ConnectionLost.
    */
   send(request: WireRequest, timeoutMs: number): Promise<Answer> {
     return new Promise((resolve, reject) => {

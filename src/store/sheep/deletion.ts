@@ -22,8 +22,8 @@ export interface DeletingHost {
 }
 
 /**
- * Deletes the VDI and gives up its references. Errors: IO (another client keeps making objects in it: nodes only half delete such a
- * VDI, and report success, see deleted-vdi.ts), DAMAGED (the nodes cannot find it by its name).
+ * Deletes the VDI and gives up its references. Errors: IO (another client keeps making objects in it: nodes only half delete
+ * such a VDI, and report success, see deleted-vdi.ts), DAMAGED (the nodes cannot find it by its name).
  */
 export async function deleteVdi(host: DeletingHost, found: Inode): Promise<void> {
   const { cluster } = host;
@@ -57,8 +57,8 @@ async function clear(cluster: ClusterClient, inode: Inode): Promise<number[]> {
 }
 
 /**
- * The members changed while the table was cleared: nodes may have forgotten to remove objects (sheep-vdi.ts). Apart from temporary
- * snapshots, no other table has the objects that a working VDI owns.
+ * The members changed while the table was cleared: nodes may have forgotten to remove objects (sheep-vdi.ts). Apart from
+ * temporary snapshots, no other table has the objects that a working VDI owns.
  */
 async function removeOwn(cluster: ClusterClient, inode: Inode, own: readonly number[]): Promise<void> {
   if (inode.isSnapshot || isShadow(inode)) return;

@@ -1,7 +1,7 @@
 /**
- * The greeting: a small request that a node must answer before its connection is used. A proxy takes connections for a node that is
- * gone, and any program may listen on the port. Real requests sent there would be in doubt, and the next node would be tried much
- * later or never.
+ * The greeting: a small request that a node must answer before its connection is used. A proxy takes connections for a node
+ * that is gone, and any program may listen on the port. Real requests sent there would be in doubt, and the next node would be
+ * tried much later or never.
  */
 import { addressLabel } from './cluster-address.js';
 import { ConnectionLost, NoAnswer, type NodeConnection } from './connection.js';
@@ -30,9 +30,9 @@ export const NOT_SERVING: ReadonlySet<number> = new Set([
 const LEAST_GREETING_MS = 50;
 
 /**
- * Makes the node answer within `timeoutMs`; nodes do so in every state of their cluster. `known`: the version of another node of the
- * cluster, or of this one before. Returns its version. Errors: ConnectionLost (no answer, or no node); the connection is closed then,
- * and no request on it has changed anything.
+ * Makes the node answer within `timeoutMs`; nodes do so in every state of their cluster. `known`: the version of another node
+ * of the cluster, or of this one before. Returns its version. Errors: ConnectionLost (no answer, or no node); the connection is
+ * closed then, and no request on it has changed anything.
  */
 export async function greet(
   connection: NodeConnection,
@@ -54,8 +54,9 @@ export async function greet(
 }
 
 /**
- * Whether the node carries out requests: false if it has not joined its cluster, or the cluster is not formatted. Sends the request
- * with the smallest answer among those that it refuses then (sheep/ops.c, operations without `force`). Errors: ConnectionLost.
+ * Whether the node carries out requests: false if it has not joined its cluster, or the cluster is not formatted. Sends the
+ * request with the smallest answer among those that it refuses then (sheep/ops.c, operations without `force`). Errors:
+ * ConnectionLost.
  */
 export async function serves(
   connection: NodeConnection,

@@ -1,11 +1,12 @@
 /**
- * Changes the index of a hyper volume (btree.ts). Every leaf has an entry for each idx of its region and is an object of its own,
- * so that an entry is overwritten in place: a new object costs a write of eight bytes. An index of another shape is rewritten in
- * this shape before its first change. Other tools read this shape like any other; if they change it, it is rewritten again. Owns
- * which leaf has which region. One change at a time.
+ * Changes the index of a hyper volume (btree.ts). Every leaf has an entry for each idx of its region and is an object of its
+ * own, so that an entry is overwritten in place: a new object costs a write of eight bytes. An index of another shape is
+ * rewritten in this shape before its first change. Other tools read this shape like any other; if they change it, it is
+ * rewritten again. Owns which leaf has which region. One change at a time.
  *
- * Nodes treat every write that lies within the table's bytes as a change of a table, and give up the references that they believe
- * to be there (sheep_priv.h, is_data_vid_update), also where these bytes are a tree. So writes to the root begin before the table.
+ * Nodes treat every write that lies within the table's bytes as a change of a table, and give up the references that they
+ * believe to be there (sheep_priv.h, is_data_vid_update), also where these bytes are a tree. So writes to the root begin before
+ * the table.
  */
 import { BTREE_COUNTER_BYTES, decodeBtreeCounter, encodeBtreeCounter } from '../../sheepdog/inode.js';
 import type { StoreError } from '../object-store.js';
@@ -189,8 +190,8 @@ export class HyperIndex {
 }
 
 /**
- * Removes the objects of a hyper volume and its index, and leaves its inode as if nothing had been written. Nodes themselves leave
- * the leaves behind when they delete such a volume. Can be repeated after a failure.
+ * Removes the objects of a hyper volume and its index, and leaves its inode as if nothing had been written. Nodes themselves
+ * leave the leaves behind when they delete such a volume. Can be repeated after a failure.
  */
 export async function clearHyper(cluster: ClusterClient, { vid }: Inode): Promise<void> {
   const root = await cluster.readIndexRoot(vid);

@@ -1,6 +1,6 @@
 /**
- * Marks of unfinished VDIs that a cut-off snapshot or rollback has left on snapshots, in place of their tags. Such a mark belongs to
- * the working VDI of the same name.
+ * Marks of unfinished VDIs that a cut-off snapshot or rollback has left on snapshots, in place of their tags. Such a mark
+ * belongs to the working VDI of the same name.
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import type { Unfinished, VdiRecord } from '../object-store.js';

@@ -28,8 +28,8 @@ export class Locks {
   }
 
   /**
-   * Call before the working VDI `inode` is written. Errors: LOCKED (another client holds it, or holds the vid that it had before a
-   * snapshot), IO (another client is taking a snapshot).
+   * Call before the working VDI `inode` is written. Errors: LOCKED (another client holds it, or holds the vid that it had
+   * before a snapshot), IO (another client is taking a snapshot).
    */
   async take(inode: Inode): Promise<void> {
     if (!this.#isEnforced) return;
@@ -75,8 +75,8 @@ export class Locks {
   }
 
   /**
-   * The VDI continues as `next`; we hold the lock of its old vid. Errors: LOCKED (another client has taken the lock of `next`), MOVED
-   * (the VDI has another vid again).
+   * The VDI continues as `next`; we hold the lock of its old vid. Errors: LOCKED (another client has taken the lock of `next`),
+   * MOVED (the VDI has another vid again).
    */
   async takeNext(next: Inode): Promise<void> {
     if (!this.#isEnforced) return;

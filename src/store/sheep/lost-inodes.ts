@@ -112,7 +112,8 @@ function candidatesByPlace(lost: readonly number[], known: readonly Inode[], vid
 
 /**
  * By vid: the names of its children. For one without children, the names that have snapshots and no working VDI. Clones do not
- * count as children: a VDI or a clone has the snapshot id 1 until its first snapshot, and what continues after a snapshot a higher id.
+ * count as children: a VDI or a clone has the snapshot id 1 until its first snapshot, and what continues after a snapshot a
+ * higher id.
  */
 function candidatesByFamily(lost: readonly number[], known: readonly Inode[]): Candidates {
   const working = new Set(known.filter(({ isSnapshot }) => !isSnapshot).map(({ name }) => name));

@@ -1,6 +1,6 @@
 /**
- * Where objects lie, for reads that go directly to the node with the first copy. Owns the placement and how old it may be. A hint:
- * without it, or when it is wrong, the node in use serves the read.
+ * Where objects lie, for reads that go directly to the node with the first copy. Owns the placement and how old it may be. A
+ * hint: without it, or when it is wrong, the node in use serves the read.
  */
 import { Placement } from '../../sheepdog/hash-ring.js';
 import type { ClusterNode } from '../../sheepdog/nodes.js';

@@ -17,8 +17,8 @@ export async function replaceWorking(
 }
 
 /**
- * The vid of the new VDI. The request cannot be repeated blindly: if its answer is lost, the name is looked up. `asName`: the name in
- * the request (by-name.ts). Errors: NO_SPACE, LIMIT, DAMAGED, IO (also: the nodes have answered with another VDI).
+ * The vid of the new VDI. The request cannot be repeated blindly: if its answer is lost, the name is looked up. `asName`: the
+ * name in the request (by-name.ts). Errors: NO_SPACE, LIMIT, DAMAGED, IO (also: the nodes have answered with another VDI).
  */
 export async function makeVdi(
   cluster: ClusterClient,

@@ -1,7 +1,7 @@
 /**
- * Sends requests to a cluster: over several connections to one node at a time, to another node when that one goes away, and again,
- * for a bounded time, while the cluster answers "not now". Owns connections, deadlines and back-off. A request that it repeats must
- * be safe to repeat, or tell through `beforeRetry` whether it has already taken effect.
+ * Sends requests to a cluster: over several connections to one node at a time, to another node when that one goes away, and
+ * again, for a bounded time, while the cluster answers "not now". Owns connections, deadlines and back-off. A request that it
+ * repeats must be safe to repeat, or tell through `beforeRetry` whether it has already taken effect.
  */
 import { encodeVdiRequest, inVersion, nodeResponse, opcodeOf } from '../../sheepdog/headers.js';
 import { addressLabel, type NodeAddress } from '../../sheepdog/node-address.js';
@@ -82,8 +82,8 @@ export interface NodePoolOptions {
 
 export interface ExecuteOptions {
   /**
-   * Called before a repetition when it is not known whether the last attempt took effect. True: it did, and is not repeated. Without
-   * this, requests are simply repeated. `retryMs`: what is left of the time for repeating.
+   * Called before a repetition when it is not known whether the last attempt took effect. True: it did, and is not repeated.
+   * Without this, requests are simply repeated. `retryMs`: what is left of the time for repeating.
    */
   readonly beforeRetry?: (retryMs: number) => Promise<boolean>;
   /** Fails at once when it is not known whether the attempt took effect. */
@@ -190,12 +190,13 @@ export class NodePool {
   }
 
   /**
-   * The same for a read of data object (vid, idx), sent to the node with the first copy where it is known and can be reached. Not for
-   * writes: nodes learn one after the other that a snapshot was taken, and of two writes through different nodes the later one could
-   * be in the snapshot and the earlier one not.
+   * The same for a read of data object (vid, idx), sent to the node with the first copy where it is known and can be reached.
+   * Not for writes: nodes learn one after the other that a snapshot was taken, and of two writes through different nodes the
+   * later one could be in the snapshot and the earlier one not.
    *
    * The node must not be at an earlier epoch than is known, when it is asked and when it answers: it may have been stopped, and
-   * dropped meanwhile, and have read its stale copy before it learnt of that. Then the read is repeated through the node in use.
+   * dropped meanwhile, and have read its stale copy before it learnt of that. Then the read is repeated through the node in
+   * use.
    */
   executeNear(request: WireRequest, vid: number, idx: number): Promise<Answer> {
     return this.#executeOn(this.#nearConnection(vid, idx) ?? this.#idleConnection(), request, NO_OPTIONS);
@@ -227,8 +228,8 @@ export class NodePool {
   }
 
   /**
-   * Each node its own request, sent once; undefined for a node that does not answer soon, or cannot be reached. A node that has not
-   * answered its last request is not awaited again until it has.
+   * Each node its own request, sent once; undefined for a node that does not answer soon, or cannot be reached. A node that has
+   * not answered its last request is not awaited again until it has.
    */
   askEach(nodes: readonly ClusterNode[], requests: readonly WireRequest[]): Promise<(Answer | undefined)[]> {
     return Promise.all(
@@ -259,9 +260,10 @@ export class NodePool {
   }
 
   /**
-   * Whether the answer comes from a node that does not know the latest change of members: it may no longer be a member, and its data
-   * may be stale. `wasBehind`: it was at an earlier epoch when it was asked; its answer has the epoch of the answer, and it may have
-   * carried out the request before. The list of members is accepted from any node: it shows when the known epoch is wrong.
+   * Whether the answer comes from a node that does not know the latest change of members: it may no longer be a member, and its
+   * data may be stale. `wasBehind`: it was at an earlier epoch when it was asked; its answer has the epoch of the answer, and
+   * it may have carried out the request before. The list of members is accepted from any node: it shows when the known epoch is
+   * wrong.
    */
   #isOutdated(wasBehind: boolean, { epoch }: Answer, { header }: WireRequest, { once }: ExecuteOptions): boolean {
     return (wasBehind || epoch < this.knownEpoch()) && !once && opcodeOf(header) !== Opcode.GET_NODE_LIST;
@@ -450,8 +452,8 @@ export class NodePool {
   }
 
   /**
-   * A connection to the first node that can be reached before `deadline`; the one in use is tried first. A node that does not serve is
-   * taken only if none does. Errors: NotConnected.
+   * A connection to the first node that can be reached before `deadline`; the one in use is tried first. A node that does not
+   * serve is taken only if none does. Errors: NotConnected.
    */
   async #connect(deadline: number): Promise<NodeConnection> {
     const order = this.#choice.inOrder();

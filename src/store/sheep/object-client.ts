@@ -106,8 +106,8 @@ export class ObjectClient {
   }
 
   /**
-   * Makes the data object: zeros, or a copy of (copyOf, idx), with `data` written over it. Replaces an existing object. `copyOf`: 0
-   * for none. Errors: READONLY, NO_SPACE, GONE (the object to copy is missing).
+   * Makes the data object: zeros, or a copy of (copyOf, idx), with `data` written over it. Replaces an existing object.
+   * `copyOf`: 0 for none. Errors: READONLY, NO_SPACE, GONE (the object to copy is missing).
    */
   async createData(vid: number, idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     if (copyOf !== 0 && !this.recovery.isSteady) await this.#settle(copyOf, idx);

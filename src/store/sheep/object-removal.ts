@@ -10,8 +10,8 @@ const RECLAIM_POLL_MS = 5;
 const LAST_STRIP_MS = 1_000;
 
 /**
- * Waits until the object is gone; false if it is still there after a while. `copyPolicy`: the inode's; 0 means plain copies. Errors:
- * IO, CLOSED.
+ * Waits until the object is gone; false if it is still there after a while. `copyPolicy`: the inode's; 0 means plain copies.
+ * Errors: IO, CLOSED.
  */
 export async function isRemoved(cluster: ObjectClient, vid: number, idx: number, copyPolicy: number): Promise<boolean> {
   const deadline = performance.now() + RECLAIM_WAIT_MS;

@@ -10,8 +10,8 @@ export const BLOCK_BYTES = 4096;
 export const MAX_PIECE_BYTES = 124 * BLOCK_BYTES;
 
 /**
- * Calls `work` with all of `bytes` if that is one piece, otherwise with all pieces at once, each with its offset. Pieces are about
- * equally large. Rejects with the error of the first piece that failed, when no piece is in flight any more.
+ * Calls `work` with all of `bytes` if that is one piece, otherwise with all pieces at once, each with its offset. Pieces are
+ * about equally large. Rejects with the error of the first piece that failed, when no piece is in flight any more.
  */
 export function inPieces(offset: number, bytes: Buffer, work: PieceWork): Promise<void> {
   return bytes.length <= MAX_PIECE_BYTES ? work(offset, bytes) : inEqualPieces(offset, bytes, work);

@@ -95,8 +95,8 @@ export class ReadAhead {
   }
 
   /**
-   * Fills `into` with the bytes at `offset` of the object, if all of them have been read ahead or are in flight. False: the caller must
-   * read them; without a promise if no piece covers them.
+   * Fills `into` with the bytes at `offset` of the object, if all of them have been read ahead or are in flight. False: the
+   * caller must read them; without a promise if no piece covers them.
    */
   read(vid: number, idx: number, offset: number, into: Buffer): false | Promise<boolean> {
     if (this.#pieces.size === 0) return false;

@@ -42,8 +42,8 @@ const PATIENCE_MS = 500;
 const CODED_PATIENCE_MS = 5_000;
 const LOOK_MS = 20;
 /**
- * Recoveries of one object that run at the same time share the node's capacity; the slowest should be done after another one and a
- * half times the time of the first. Measured: docs/cluster.md, "When nodes come and go".
+ * Recoveries of one object that run at the same time share the node's capacity; the slowest should be done after another one
+ * and a half times the time of the first. Measured: docs/cluster.md, "When nodes come and go".
  */
 const HOLD_SHARE = 1.5;
 const LEAST_HOLD_MS = 300;
@@ -117,8 +117,8 @@ export class RecoveryWatch {
   }
 
   /**
-   * Resolves when the object may take requests. `high`, `low`: halves of its oid. Errors: IO (the cluster does not bring the object
-   * to its places).
+   * Resolves when the object may take requests. `high`, `low`: halves of its oid. Errors: IO (the cluster does not bring the
+   * object to its places).
    */
   async settle(high: number, low: number, copies: number): Promise<void> {
     const key = oidText(high, low);
@@ -182,8 +182,8 @@ export class RecoveryWatch {
   }
 
   /**
-   * The nodes that carry out requests. A node that has been restarted and has not joined yet crashes when it is asked for an object
-   * with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info), but refuses STAT_RECOVERY.
+   * The nodes that carry out requests. A node that has been restarted and has not joined yet crashes when it is asked for an
+   * object with EXIST (1.0.1, sheep/ops.c: local_oid_exist without a vnode_info), but refuses STAT_RECOVERY.
    */
   async #joined(nodes: readonly ClusterNode[]): Promise<ClusterNode[]> {
     const answers = await this.#nodes.askEach(nodes, nodes.map(recoveryRequest));
@@ -223,8 +223,9 @@ export class RecoveryWatch {
   }
 
   /**
-   * All members are at the same earlier epoch at many looks: the later epoch was that of a node which had lost the others, or of a
-   * cluster that has been formatted since. Without going back, every answer would count as outdated until they reach that epoch.
+   * All members are at the same earlier epoch at many looks: the later epoch was that of a node which had lost the others, or
+   * of a cluster that has been formatted since. Without going back, every answer would count as outdated until they reach that
+   * epoch.
    */
   #goBack(): void {
     if (this.#earlierLooks < this.#earlierLooksNeeded) return;

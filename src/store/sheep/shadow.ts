@@ -124,9 +124,9 @@ export class Shadow {
   }
 
   /**
-   * Undoes `take`: another client made the source a snapshot at the same time, and `next` continues from it. The counts of both may
-   * be anything. They must be what a snapshot makes of them, which is what `take` has computed. Errors: IO (the source has been
-   * snapshotted again), and as requests on objects.
+   * Undoes `take`: another client made the source a snapshot at the same time, and `next` continues from it. The counts of both
+   * may be anything. They must be what a snapshot makes of them, which is what `take` has computed. Errors: IO (the source has
+   * been snapshotted again), and as requests on objects.
    */
   async retract(source: Inode, next: Inode): Promise<void> {
     const cluster = this.#cluster;

@@ -39,7 +39,10 @@ export class Shadows {
     return [...this.#byVid.values()].filter((shadow) => shadow.isLive && shadow.sourceName === name);
   }
 
-  /** Makes the shadow a snapshot of `sheep`; its writers must be held. Errors: IO (snapshotted again and again), and as Shadow.take. */
+  /**
+   * Makes the shadow a snapshot of `sheep`; its writers must be held. Errors: IO (snapshotted again and again), and as
+   * Shadow.take.
+   */
   async take(shadow: Shadow, sheep: SheepVdi, tag: string): Promise<void> {
     for (let attempt = 0; ; attempt++) {
       await sheep.look();

@@ -128,7 +128,8 @@ export class SheepCatalog implements Catalog {
   async named(name: string): Promise<VdiRecord[]> {
     const shadows = shadowNames(name);
     for (let maxAgeMs = VIDS_AGE_MS; ; maxAgeMs = 0) {
-      // Where vids are reused the answer may be a snapshot, and is not used: the look-up only waits until a snapshot in progress is
+      // Where vids are reused the answer may be a snapshot, and is not used: the look-up only waits until a snapshot in
+      // progress is
       // complete.
       if (this.#store.recyclesVids && maxAgeMs === 0) await this.#cluster.lookup(name);
       const { places, isKnown } = await this.#inodes.placesOf([name, ...shadows], maxAgeMs);
@@ -159,8 +160,8 @@ export class SheepCatalog implements Catalog {
   }
 
   /**
-   * The mark is set with a separate request, after the one that makes the VDI. Until then the VDI is too small to be used, so that it
-   * is recognised if this process dies in between (isBarelyMade).
+   * The mark is set with a separate request, after the one that makes the VDI. Until then the VDI is too small to be used, so
+   * that it is recognised if this process dies in between (isBarelyMade).
    */
   async create(
     name: string,
@@ -339,8 +340,8 @@ export class SheepCatalog implements Catalog {
   }
 
   /**
-   * In one operation the nodes make the working VDI a snapshot and the new VDI the working one; only then is the old one deleted. If
-   * anything fails, the name still has a working VDI, and a mark is still on one of them.
+   * In one operation the nodes make the working VDI a snapshot and the new VDI the working one; only then is the old one
+   * deleted. If anything fails, the name still has a working VDI, and a mark is still on one of them.
    */
   async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     const working = await this.#cluster.readInode(vid);

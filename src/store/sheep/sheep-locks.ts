@@ -1,7 +1,7 @@
 /**
- * Lists and ends the locks of VDIs that nodes keep in memory, where the cluster is formatted with locks (-l). A lock belongs to the
- * node that was asked for it, not to the client; it stays when the client ends, and when the node ends. Whether a lock may be
- * ended is the caller's decision.
+ * Lists and ends the locks of VDIs that nodes keep in memory, where the cluster is formatted with locks (-l). A lock belongs to
+ * the node that was asked for it, not to the client; it stays when the client ends, and when the node ends. Whether a lock may
+ * be ended is the caller's decision.
  */
 import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';

@@ -72,7 +72,8 @@ export class StalledNodes {
   }
 
   /**
-   * Every change of members raises the epoch, and nodes refuse requests of an earlier epoch: a dropped node can do nothing any more.
+   * Every change of members raises the epoch, and nodes refuse requests of an earlier epoch: a dropped node can do nothing any
+   * more.
    */
   async #isMember(address: NodeAddress): Promise<boolean> {
     const label = addressLabel(address);

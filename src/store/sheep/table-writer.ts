@@ -1,9 +1,9 @@
 /**
- * Changes of the table of an inode that survive a change of members. A copy of the inode that a node was recovering may have missed
- * an entry; a client that reads that copy later gives up the entry's reference a second time. So changes that were in flight when
- * the members changed are confirmed: all entries up to the last changed one are written again as plain bytes, which gives up no
- * reference, and the counts of the changed entries are reset. Owns what the table should be. Open VDIs do this themselves
- * (sheep-vdi.ts), because other clients may take snapshots of them.
+ * Changes of the table of an inode that survive a change of members. A copy of the inode that a node was recovering may have
+ * missed an entry; a client that reads that copy later gives up the entry's reference a second time. So changes that were in
+ * flight when the members changed are confirmed: all entries up to the last changed one are written again as plain bytes, which
+ * gives up no reference, and the counts of the changed entries are reset. Owns what the table should be. Open VDIs do this
+ * themselves (sheep-vdi.ts), because other clients may take snapshots of them.
  */
 import { encodeReference } from '../../sheepdog/inode-table.js';
 import type { ClusterClient } from './cluster-client.js';
@@ -60,7 +60,8 @@ export class TableWriter {
     const table = this.#table.slice(0, count);
     const found = await this.#cluster.readTable(this.#vid, count);
     for (let idx = 0; idx < count; idx++) {
-      // The old owner: read from a copy that has missed the change. Any other value is a change of another client, or a failed one
+      // The old owner: read from a copy that has missed the change. Any other value is a change of another client, or a failed
+      // one
       // of ours, and stays.
       if (found[idx] !== this.#unconfirmed.get(idx)) table[idx] = found[idx] as number;
     }

@@ -1,7 +1,7 @@
 /**
- * The mark of an unfinished VDI in a cluster: text in the tag of its inode. The field is free in a working VDI: nodes compare the
- * tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one; `dog vdi list` prints it. Owns
- * the text; sheep-catalog.ts decides when it is written.
+ * The mark of an unfinished VDI in a cluster: text in the tag of its inode. The field is free in a working VDI: nodes compare
+ * the tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one; `dog vdi list` prints
+ * it. Owns the text; sheep-catalog.ts decides when it is written.
  */
 import { FILLERS, type Unfinished } from '../object-store.js';
 

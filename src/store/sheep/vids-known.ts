@@ -66,8 +66,9 @@ export class VidsKnown {
   }
 
   /**
-   * A node that has just started answers with the vids of its own disk until it has those of the other nodes. It fetches them in the
-   * queue in which it also looks up names (sheep/group.c, block_wqueue): once it has answered a look-up, its vids are complete.
+   * A node that has just started answers with the vids of its own disk until it has those of the other nodes. It fetches them
+   * in the queue in which it also looks up names (sheep/group.c, block_wqueue): once it has answered a look-up, its vids are
+   * complete.
    */
   async #vidsOfOneNode(): Promise<VidsInUse> {
     for (;;) {

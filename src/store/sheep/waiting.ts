@@ -1,7 +1,7 @@
 /**
- * Log lines about requests that wait for nodes: clients only see that nothing moves, so the log names the disk, the time and the
- * nodes. Owns when a line is written: when requests of a disk have waited for WAITING_MS, then less and less often while they wait,
- * and when it is over. Callers pass the waiting requests at each check.
+ * Log lines about requests that wait for nodes: clients only see that nothing moves, so the log names the disk, the time and
+ * the nodes. Owns when a line is written: when requests of a disk have waited for WAITING_MS, then less and less often while
+ * they wait, and when it is over. Callers pass the waiting requests at each check.
  */
 
 /** How long a request must have waited for a line. Healthy nodes answer within a fraction of a second. */

@@ -1,7 +1,7 @@
 /**
- * Order of writes to the same bytes. Nodes do not order requests that are in flight together: copies of an object on several nodes
- * would differ. So an overlapping write waits until the earlier write is answered, repetitions included. A write that was given up
- * and may still take effect (InDoubt) keeps its place: until it is settled, overlapping writes fail.
+ * Order of writes to the same bytes. Nodes do not order requests that are in flight together: copies of an object on several
+ * nodes would differ. So an overlapping write waits until the earlier write is answered, repetitions included. A write that was
+ * given up and may still take effect (InDoubt) keeps its place: until it is settled, overlapping writes fail.
  */
 import { StoreError } from '../object-store.js';
 import { InDoubt } from './stalled-nodes.js';
@@ -16,7 +16,10 @@ interface Range {
 export class WriteOrder {
   readonly #inFlight = new Map<number, Range[]>();
 
-  /** Runs `write` alone on these bytes of the object `key`. Errors: IO (an earlier write to these bytes is in doubt), and `write`'s. */
+  /**
+   * Runs `write` alone on these bytes of the object `key`. Errors: IO (an earlier write to these bytes is in doubt), and
+   * `write`'s.
+   */
   run(key: number, from: number, length: number, write: () => Promise<void>): Promise<void> {
     const ranges = this.#inFlight.get(key);
     if (ranges === undefined || !ranges.some((range) => overlaps(range, from, from + length))) {

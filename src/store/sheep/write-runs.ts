@@ -1,6 +1,7 @@
 /**
  * Write runs: small writes of one turn of the event loop that are adjacent in an object go to the nodes as one request, because
- * most of what a small write costs a node is the request. Owns the writes collected in this turn; no write waits longer than that.
+ * most of what a small write costs a node is the request. Owns the writes collected in this turn; no write waits longer than
+ * that.
  */
 
 /** Larger writes are not worth the copying. */

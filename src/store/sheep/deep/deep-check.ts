@@ -1,9 +1,9 @@
 /**
- * Compares what the nodes of a cluster have: every copy of every object that a VDI or snapshot refers to, and every strip of
- * erasure-coded ones, read from each node that should have it. Beside clients: it takes no lock, changes nothing, reads
- * no faster than it is told to, and reports only what stays (suspects.ts).
+ * The deep check: compares every copy of every object that a VDI or snapshot refers to, and every strip of erasure-coded
+ * objects, as each node has it. Runs beside clients: takes no lock, changes nothing, reads at a limited rate, and reports only
+ * lasting differences (suspects.ts).
  *
- * Memory: a bit for each object, half a MiB for each copy of the objects under way, and what is being settled.
+ * Memory: a bit for each object, half a MiB for each copy of the objects being read, and the suspects.
  */
 import { oidText } from '../../../sheepdog/object-ids.js';
 import type { StoreError } from '../../object-store.js';
@@ -18,27 +18,27 @@ import { Throttle } from './throttle.js';
 import type { Inode } from '../../../sheepdog/inode.js';
 import { inodeHigh, vidOf } from '../../../sheepdog/object-ids.js';
 
-/** Of all nodes together. */
+/** Bytes a second, of all nodes together. */
 export const DEFAULT_RATE = 64 * 2 ** 20;
 export const DEFAULT_SETTLE_MS = 10_000;
-/** Objects that are read at a time: each node is asked for so many pieces at most. */
+/** Objects that are read at a time; so no node has more requests in flight. */
 const PARALLEL_OBJECTS = 2;
-/** Findings that are spelled out; the rest is counted. */
+/** Findings that are listed; the rest is counted. */
 const MAX_FINDINGS = 1000;
-/** Disks and snapshots that are named for one finding. */
+/** Disks and snapshots that one finding names. */
 const MAX_USERS = 100;
 
 export interface DeepCheckOptions {
   /** Bytes a second. */
   readonly rate?: number;
-  /** How long something has to be wrong to be reported. */
+  /** How long a difference must last to be reported. */
   readonly settleMs?: number;
-  /** Ends it; what was found until then is reported. */
+  /** Ends the check; what was found until then is reported. */
   readonly signal?: AbortSignal;
-  /** Told of what an operator should know while it goes on. */
+  /** Called with lines for the operator while the check runs. */
   readonly note?: (line: string) => void;
   readonly progress?: {
-    /** So many bytes are to be read. */
+    /** `total`: bytes to be read. */
     begin(total: number): void;
     advance(bytes: number): void;
   };
@@ -50,12 +50,12 @@ export interface DeepReport {
   readonly vdis: number;
   readonly objects: number;
   readonly bytesRead: number;
-  /** A line for each thing that is wrong. */
+  /** One line for each problem. */
   readonly problems: readonly string[];
   readonly findings: readonly Finding[];
   /** VDIs and snapshots that should have more copies than there are zones. */
   readonly thin: readonly Thin[];
-  /** Why not all was read, if it was not. */
+  /** Why not everything was read; absent if it was. */
   readonly stoppedBy?: Error;
 }
 
@@ -70,7 +70,7 @@ class DeepCheck {
   readonly #peers: Peers;
   readonly #looker: Looker;
   readonly #suspects: Suspects;
-  /** Ends all of it when one part has failed, and when the caller says so. */
+  /** Ends all parts of the check when one of them has failed. */
   readonly #ending = new AbortController();
   readonly #findings: { readonly target: Target; readonly finding: Finding }[] = [];
   #hidden = 0;
@@ -104,7 +104,7 @@ class DeepCheck {
 
   async run(): Promise<DeepReport> {
     try {
-      // Before anything is read: that a node cannot be asked, and that nodes recover.
+      // First, before anything is read: fails if a node cannot be asked, and waits for recovery.
       await this.#peers.view();
       await this.#objects.collect();
       this.#options.progress?.begin(this.#objects.bytes);
@@ -118,7 +118,7 @@ class DeepCheck {
     }
   }
 
-  /** What it failed with, if it did. */
+  /** The error that ended it; undefined if everything was compared. */
   async #compareAll(): Promise<Error | undefined> {
     const targets = this.#objects.targets();
     const walk = async (): Promise<void> => {
@@ -166,7 +166,7 @@ class DeepCheck {
     };
   }
 
-  /** Who has the objects now. One that nobody refers to any more is nobody's trouble: its last user was deleted meanwhile. */
+  /** Finds the users of each finding. A finding without users is dropped: the last user was deleted meanwhile. */
   async #nameUsers(thin: Thin[]): Promise<void> {
     const { zones } = await this.#peers.view();
     const lost = new Set<number>();
@@ -193,7 +193,7 @@ class DeepCheck {
     return root?.leaves?.some((leaf) => leaf.low === low) ?? false;
   }
 
-  /** Undefined if what is read has been deleted, or is lost or damaged: that is a problem of its own. */
+  /** Undefined if it was deleted, or is lost or damaged, which another finding reports. */
   async #unlessGone<T>(read: () => Promise<T>): Promise<T | undefined> {
     try {
       return await read();
@@ -203,7 +203,7 @@ class DeepCheck {
     }
   }
 
-  /** Objects whose owner has been given another number of copies meanwhile: they were looked for on the wrong nodes. */
+  /** Drops findings whose owner got another number of copies meanwhile: their objects were looked for on the wrong nodes. */
   async #dropAltered(): Promise<void> {
     const now = new Map<number, number | undefined>();
     for (const { target } of this.#findings) {
@@ -220,7 +220,7 @@ class DeepCheck {
     this.#options.note?.('the number of copies of a VDI was changed meanwhile: check again');
   }
 
-  /** What can be said without asking anybody. */
+  /** Names the owners instead of the users, without requests to the cluster. */
   #nameByOwner(): void {
     for (const { target, finding } of this.#findings) {
       const { part, high, low } = target;
@@ -236,7 +236,7 @@ function addUser(finding: Finding, target: Target, label: string, inode: Inode):
   const size = target.copyBytes * Math.max(1, target.dataStrips);
   const from = target.part === 'data' ? target.low * size : 0;
   const to = (target.part === 'data' ? Math.min(from + size, inode.size) : size) - 1;
-  // Behind the end of the disk.
+  // All differences are behind the end of this disk.
   if (finding.kind === 'different' && finding.ranges.every((range) => from + range.from > to)) return;
   finding.userCount++;
   if (finding.users.length < MAX_USERS) finding.users.push({ label, from, to });

@@ -1,6 +1,6 @@
 /**
- * What is wrong with an object, in the terms of who looks after a cluster: which bytes of which disks, what is on which node.
- * Owns the shape of the report and its wording.
+ * Findings of the deep check, in an operator's terms: which bytes of which disks, what is on which node. Owns the shape of the
+ * report and its wording.
  */
 import { oidText } from '../../../sheepdog/object-ids.js';
 import { addressLabel } from '../cluster-address.js';
@@ -8,18 +8,18 @@ import { printOf, type Difference, type Look } from './look.js';
 import { UNIT_BYTES, type Part, type Target } from './objects-in-use.js';
 import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
-/** Ranges of one object in the report; and those, and users of an object, in one line. */
+/** Ranges of one object in the report; ranges, and users, in one line. */
 const MAX_RANGES = 64;
 const MAX_TOLD_RANGES = 8;
 const MAX_TOLD_USERS = 4;
 
 /**
- * `different`: copies differ, or a strip does not fit the others. `missing`: a node that should have a copy has none, others
- * have. `lost`: no node has it, or fewer have strips of it than its data needs.
+ * `different`: copies differ, or a strip does not match the others. `missing`: a node that should have a copy has none, others
+ * have one. `lost`: no node has a copy, or too few strips are left to compute the data.
  */
 export type FindingKind = 'different' | 'missing' | 'lost';
 
-/** Nodes (HOST:PORT) that have the same there. */
+/** Nodes (HOST:PORT) that have the same content in a range. */
 export interface Content {
   readonly nodes: readonly string[];
   readonly isZeros: boolean;
@@ -29,14 +29,17 @@ export interface Content {
 export interface DifferentRange {
   readonly from: number;
   readonly to: number;
-  /** Of copies. Of strips it says nothing: none is like another. */
+  /** Of copies only; empty for strips, which all differ. */
   readonly contents: readonly Content[];
-  /** The strip that does not fit, where that can be told, and the node that has it. */
+  /** The wrong strip, where it can be determined, and its node. */
   readonly wrongStrip?: number;
   readonly wrongStripOn?: string;
 }
 
-/** A disk or snapshot that the object is a part of; bytes of it, both included. Of inodes and indexes the bytes are theirs. */
+/**
+ * A disk or snapshot that the object belongs to, and the bytes, both included, that it has there; of inodes and indexes their
+ * own bytes.
+ */
 export interface User {
   readonly label: string;
   readonly from: number;
@@ -50,17 +53,17 @@ export interface Finding {
   readonly oid: string;
   readonly isErasureCoded: boolean;
   readonly users: User[];
-  /** How many there are, if they are not all in `users`. */
+  /** Their number; `users` may have fewer. */
   userCount: number;
   readonly ranges: readonly DifferentRange[];
   readonly rangeCount: number;
   readonly missingOn: readonly string[];
   readonly presentOn: readonly string[];
-  /** What nodes answered that gave neither a copy nor said that they have none. */
+  /** Other answers than a copy or "no such object", with their nodes. */
   readonly trouble: readonly string[];
 }
 
-/** Of one object: that copies are missing, or that they differ, or both. */
+/** The findings about one object: copies are missing, or differ, or both. */
 export function findingsOf(target: Target, look: Look): Finding[] {
   const { present, absent, differences } = look;
   const ranges = rangesOf(target, look);
@@ -85,7 +88,7 @@ export function findingsOf(target: Target, look: Look): Finding[] {
   return found;
 }
 
-/** Neighbouring units that are alike in which nodes have the same. */
+/** Joins neighbouring units in which the same groups of nodes agree. */
 function rangesOf(target: Target, { present, differences }: Look): DifferentRange[] {
   const ranges: { from: number; to: number; key: string; difference: Difference }[] = [];
   const end = target.copyBytes * Math.max(1, target.dataStrips);
@@ -106,7 +109,7 @@ function rangesOf(target: Target, { present, differences }: Look): DifferentRang
   });
 }
 
-/** For each node the first one that has the same, -1 for zeros. */
+/** For each node: the first node with the same content, -1 for zeros. */
 function groupsOf(present: readonly ClusterNode[], difference: Difference): number[] {
   const prints = present.map((_, n) => printOf(difference, n));
   return prints.map((print) => (print === '' ? -1 : prints.indexOf(print)));
@@ -150,7 +153,7 @@ export interface Thin {
   readonly zones: number;
 }
 
-/** A line for each number of copies. */
+/** One line for each number of copies. */
 export function describeThin(thin: readonly Thin[]): string[] {
   return [...new Set(thin.map(({ copies }) => copies))].map((copies) => {
     const all = thin.filter((each) => each.copies === copies);

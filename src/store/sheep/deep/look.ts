@@ -1,7 +1,7 @@
 /**
- * One look at an object on all nodes that should have it: which of them have it, and in which units their copies differ, or
- * their strips do not fit each other. Owns the buffers for that, one piece of each copy at a time. What a look sees may be a
- * write that has reached one node and not the other: whether it stays so, others find out.
+ * One look at an object on all nodes that should have it: which of them have it, and in which units their copies differ or
+ * their strips do not match. Owns the buffers for that, one piece of each copy at a time. A difference may be a write that has
+ * reached one node and not yet another; suspects.ts finds out whether it lasts.
  */
 import { createHash } from 'node:crypto';
 import { MAX_PIECE_BYTES } from '../pieces.js';
@@ -11,7 +11,7 @@ import { MembersChanged, type Peers, type View } from './peers.js';
 import type { Throttle } from './throttle.js';
 import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
-/** Of the content of a unit, for the comparison of two looks; that of zeros is 0. */
+/** A print: a hash of the content of a unit, to compare two looks; 0 for zeros. */
 const PRINT_BYTES = 8;
 /** Units nearer to each other than this are read with one request. */
 const NEAR_UNITS = 64;
@@ -28,7 +28,7 @@ export interface Difference {
   readonly unit: number;
   /** PRINT_BYTES for each node that has a copy, in the order of `present`. */
   readonly prints: Buffer;
-  /** Of an erasure-coded object: the node with the strip that is wrong, -1 if it cannot be told which. */
+  /** Of an erasure-coded object: position in `present` of the node with the wrong strip, -1 if it cannot be determined. */
   readonly wrong: number;
   /** The number of that strip. */
   readonly wrongStrip: number;
@@ -45,11 +45,11 @@ export interface Look {
 export interface Looking {
   readonly peers: Peers;
   readonly throttle: Throttle;
-  /** Told of bytes that were read. */
+  /** Called with the number of bytes that were read. */
   readonly didRead: (bytes: number) => void;
 }
 
-/** A copy while a look is under way; `position` among all of the object is the number of its strip. */
+/** A copy during a look. `position`: among all copies of the object, which is the number of its strip. */
 interface Copy {
   readonly position: number;
   readonly node: ClusterNode;
@@ -66,8 +66,8 @@ export class Looker {
   }
 
   /**
-   * All of the object, or those `units` of it, in ascending order. `fresh`: the members as they are now, none of them
-   * recovering. Errors: StoreError IO if a node cannot be asked.
+   * Looks at the whole object, or at these `units` of it, in ascending order. `fresh`: with the present members, none of them
+   * recovering. Errors: IO (a node cannot be asked).
    */
   async look(target: Target, units?: readonly number[], { fresh = false } = {}): Promise<Look> {
     const { peers } = this.#looking;
@@ -104,7 +104,7 @@ export class Looker {
         const absentBefore = absentOf(copies);
         if (absentBefore === copies.length) break;
         await this.#comparePiece(view, target, copies, unit, Math.min(unit + unitsPerPiece, to), found);
-        // Removed meanwhile: what was compared before was of other nodes.
+        // A copy was removed meanwhile: the earlier pieces were compared with more nodes. Start again.
         if (!isFirst && absentOf(copies) !== absentBefore) return this.#lookBy(view, target, spans, wanted);
       }
     }
@@ -138,7 +138,7 @@ export class Looker {
         const answer = await peers.read(view, copy.node, { high, low, strip }, offset, into);
         if (answer.missing || answer.trouble) copy.absence = { node: copy.node, trouble: answer.trouble };
       });
-      // All are waited for: their buffers are used again.
+      // Wait for all reads: their buffers are reused.
       for (const result of await Promise.allSettled(reads)) if (result.status === 'rejected') throw result.reason;
       didRead(length * asked.length);
       const parts = asked.flatMap(({ absence }, n) => (absence ? [] : [(buffers[n] as Buffer).subarray(0, length)]));
@@ -172,7 +172,7 @@ function compareStrips(
   from: number,
   found: (difference: Difference) => void,
 ): void {
-  // What there is of the strips is just enough, or not: nothing to compare.
+  // No more strips than data needs: nothing to compare.
   if (parts.length <= dataStrips) return;
   const comparison = comparisonOf(
     dataStrips,
@@ -185,7 +185,7 @@ function compareStrips(
   });
 }
 
-/** Making one takes longer than using it on a small object. */
+/** Kept, because making one takes longer than using it on a small object. */
 const comparisons = new Map<string, StripComparison>();
 const MAX_COMPARISONS = 64;
 
@@ -210,7 +210,7 @@ function printsOf(parts: readonly Buffer[], from: number, to: number): Buffer {
   return prints;
 }
 
-/** The print of the n-th copy, to be compared with others; empty if it is zeros. */
+/** The print of the n-th copy, for comparison; empty for zeros. */
 export function printOf({ prints }: Difference, n: number): string {
   const print = prints.subarray(n * PRINT_BYTES, (n + 1) * PRINT_BYTES);
   return print.every((byte) => byte === 0) ? '' : print.toString('hex');

@@ -1,6 +1,6 @@
 /**
- * Which objects the VDIs and snapshots of a cluster refer to, each of them once however many share it: a bit for each, by
- * owner. Owns those bits and what is known of the owners (how many copies there should be); reads no data.
+ * Which objects the VDIs and snapshots of a cluster refer to, each of them once, however many share it: a bit for each, by
+ * owner. Owns these bits and what is known of the owners (how many copies there should be); reads no data.
  */
 import type { StoreError } from '../../object-store.js';
 import type { ClusterClient } from '../cluster-client.js';
@@ -15,27 +15,27 @@ import { leafHigh, inodeHigh } from '../../../sheepdog/object-ids.js';
 import { inParallel } from '../../../system/in-parallel.js';
 
 const PARALLEL_INODES = 16;
-/** In which pieces of the disk, or of an inode, objects are compared: a stripe, which is a sector too. */
+/** Objects are compared in units: a stripe, which is a sector, too. */
 export const UNIT_BYTES = STRIPE_BYTES;
 
-/** What an object is a part of. */
+/** What kind of object it is. */
 export type Part = 'data' | 'inode' | 'index';
 
-/** An object that several nodes have copies of, or one strip each. */
+/** An object to compare: several nodes have copies of it, or one strip each. */
 export interface Target {
   readonly part: Part;
   /** Halves of its oid. */
   readonly high: number;
   readonly low: number;
-  /** So many nodes should have it. */
+  /** Nodes that should have it. */
   readonly copies: number;
-  /** Strips of data; 0: all are copies of the whole. */
+  /** Data strips; 0: whole copies. */
   readonly dataStrips: number;
-  /** Of what one node has. */
+  /** Bytes of what one node has. */
   readonly copyBytes: number;
-  /** What one node has of a unit. */
+  /** Bytes that one node has of a unit. */
   readonly unitBytes: number;
-  /** The units that are compared, [from, to). */
+  /** The units to compare, [from, to). */
   readonly spans: readonly (readonly [from: number, to: number])[];
 }
 
@@ -57,12 +57,12 @@ export class ObjectsInUse {
   readonly #layouts = new Map<number, Promise<OwnerLayout>>();
   readonly #inodes: Inode[] = [];
   readonly #leaves: { readonly vid: number; readonly low: number; readonly copies: number }[] = [];
-  /** Vids of VDIs that are not deleted and whose inode no node has. */
+  /** Vids of live VDIs whose inode is lost. */
   readonly lostInodes: number[] = [];
-  /** VDIs whose objects are not known, and why: their inodes or indexes are damaged. */
+  /** Labels of VDIs whose objects are unknown, with the reason: a damaged inode or index. */
   readonly unread: string[] = [];
   dataObjects = 0;
-  /** To be read of all copies. */
+  /** Bytes to be read, of all copies. */
   bytes = 0;
 
   constructor(cluster: ClusterClient) {
@@ -73,7 +73,7 @@ export class ObjectsInUse {
     return this.#inodes.length + this.lostInodes.length;
   }
 
-  /** What the tables say now. Errors: StoreError. */
+  /** Reads all tables. Errors: as reading inodes and tables. */
   async collect(): Promise<void> {
     this.#inodes.push(...(await readLiveInodes(this.#cluster, (vid) => this.lostInodes.push(vid))));
     const labels = labelsOf(this.#inodes);
@@ -89,10 +89,10 @@ export class ObjectsInUse {
         map = await this.#cluster.readOwners(inode);
       } catch (error) {
         const { code, message } = error as StoreError;
-        // One copy of several may be; which one, its own comparison says.
+        // Perhaps only one of several copies is damaged; comparing the inode or index tells which.
         if (code === 'DAMAGED' || code === 'UNSUPPORTED') this.unread.push(`${label}: ${message}`);
         else if (code !== 'GONE') throw error;
-        // Deleted meanwhile; what is lost of an inode, or an index, its own comparison says.
+        // GONE: deleted meanwhile, or lost, which comparing the inode or index reports.
         return;
       }
       await this.#collectMap(inode, map);
@@ -122,7 +122,7 @@ export class ObjectsInUse {
   }
 
   #grow(vid: number, layout: OwnerLayout, count: number): Owned {
-    // Another table may have made or lengthened it meanwhile.
+    // Another table may have added or lengthened it meanwhile.
     const known = this.#owners.get(vid);
     const isInUse = new Uint8Array(Math.max(Math.ceil(count / 8), known?.isInUse.length ?? 0));
     if (known) isInUse.set(known.isInUse);
@@ -131,7 +131,7 @@ export class ObjectsInUse {
     return owned;
   }
 
-  /** The nodes go by the owner, also when it is deleted. */
+  /** The number of copies follows the owner's inode, also when the owner is deleted. */
   #layoutOf(vid: number, user: Inode): Promise<OwnerLayout> {
     let layout = this.#layouts.get(vid);
     if (!layout) {
@@ -152,7 +152,7 @@ export class ObjectsInUse {
     }
   }
 
-  /** Everything that is to be compared: inodes, indexes, data by owner. */
+  /** All objects to compare: inodes, indexes, data by owner. */
   *targets(): Generator<Target> {
     for (const inode of this.#inodes) yield inodeTarget(inode);
     for (const { vid, low, copies } of this.#leaves)
@@ -165,7 +165,7 @@ export class ObjectsInUse {
   }
 }
 
-/** Inodes of all VDIs and snapshots that are not deleted. */
+/** Inodes of all live VDIs and snapshots. `lost` is called with the vids of lost ones. Errors: as readInode, except GONE. */
 export async function readLiveInodes(cluster: ClusterClient, lost: (vid: number) => void): Promise<Inode[]> {
   const inodes: Inode[] = [];
   await inParallel(PARALLEL_INODES, (await cluster.vids()).live(), async (vid) => {
@@ -184,7 +184,7 @@ export function bytesOf({ copies, spans, unitBytes }: Target): number {
   return copies * spans.reduce((sum, [from, to]) => sum + (to - from) * unitBytes, 0);
 }
 
-/** Whether what it says of its objects can be so. */
+/** Whether its fields about objects are possible. */
 function isSound({ blockSizeShift, copyPolicy }: OwnerLayout): boolean {
   return (
     blockSizeShift >= MIN_BLOCK_SIZE_SHIFT &&
@@ -207,7 +207,7 @@ function dataTarget(vid: number, idx: number, { copies, copyPolicy, blockSizeShi
   return { ...whole, dataStrips: data, copyBytes: bytes / data, unitBytes: UNIT_BYTES / data };
 }
 
-/** Of its table what the VDI's size needs; behind that nothing is read. */
+/** Of its table, the entries that the VDI's size needs; no client reads more. */
 function inodeTarget(inode: Inode): Target {
   const count = Math.min(objectCount(inode.size, inode.blockSizeShift), MAX_DATA_OBJECTS);
   const whole = wholeTarget('inode', inodeHigh(inode.vid), 0, inode.copies, INODE_BYTES);

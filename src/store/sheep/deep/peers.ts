@@ -1,10 +1,10 @@
 /**
- * Reads what a certain node has of an object, as nodes ask each other for it (READ_PEER), and knows which nodes should
- * have it. Owns connections of its own, apart from those of clients, and the view of the cluster's members: a read is of
- * one epoch, and nothing is read while nodes recover. Changes nothing on the nodes.
+ * Reads the copy that one node has of an object, with the request that nodes use among each other (READ_PEER). Owns connections
+ * of its own, apart from those of clients, and the view of the cluster's members: a read belongs to one epoch, and nothing is
+ * read while nodes recover. Changes nothing on the nodes.
  *
- * A read by a peer waits for the recovery of its object, and begins it (request.c, request_in_recovery): with the flag
- * RECOVERY it does neither. Clients' requests that do so are how a node that comes back may keep old copies.
+ * A plain READ_PEER waits for the recovery of its object, and starts it (request.c, request_in_recovery); with the flag
+ * RECOVERY it does neither. Requests that start recoveries are how a node that comes back may keep stale copies.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { StoreError } from '../../object-store.js';
@@ -19,34 +19,34 @@ import type { ClusterNode } from '../../../sheepdog/nodes.js';
 
 /** One request, of at most half a MiB. */
 const ATTEMPT_MS = 30_000;
-/** How long a node that cannot be reached, or has trouble, is asked again; after that it is said which one it is. */
+/** How long a node that cannot be reached, or has trouble, is asked again; then the check fails and names it. */
 const RETRY_MS = 60_000;
 const FIRST_BACKOFF_MS = 50;
 const LONGEST_BACKOFF_MS = 2_000;
 /** How often nodes that recover are asked whether they have. */
 const RECOVERY_POLL_MS = 1_000;
-/** How old the knowledge may be that the members are the same and none recovers. */
+/** How long a view counts as current: the members are the same and none recovers. */
 const VIEW_AGE_MS = 1_000;
 
-/** The members of the cluster have changed: what was read of an object by the old view says nothing. */
+/** The members of the cluster have changed: what was read of an object with the old view is of no use. */
 export class MembersChanged extends Error {}
 
 export interface View {
   readonly epoch: number;
   readonly nodes: readonly ClusterNode[];
   readonly placement: Placement;
-  /** As many copies of an object are kept at most. */
+  /** Most copies that an object can have. */
   readonly zones: number;
 }
 
-/** An object, and the strip of it; 0 of one that has no strips. */
+/** An object, and the number of its strip; 0 for whole copies. */
 export interface PeerObject {
   readonly high: number;
   readonly low: number;
   readonly strip: number;
 }
 
-/** `missing`: the node has no such copy. `trouble`: what it answers instead of one. */
+/** `missing`: the node has no copy. `trouble`: any other answer, in words. */
 export type PeerAnswer = { readonly missing?: true; readonly trouble?: string };
 
 const FOUND: PeerAnswer = {};
@@ -54,7 +54,7 @@ const MISSING: PeerAnswer = { missing: true };
 
 export interface PeersOptions {
   readonly signal?: AbortSignal;
-  /** Told once when nodes recover, and when they have. */
+  /** Called when nodes recover, and when they have recovered. */
   readonly note: (line: string) => void;
   readonly retryMs?: number;
 }
@@ -72,8 +72,8 @@ export class Peers {
   }
 
   /**
-   * The members, when none of them recovers. It may be somewhat old unless it must be `fresh`. Errors: StoreError
-   * UNSUPPORTED, IO, also if one cannot be asked.
+   * The members; waits until none of them recovers. Up to VIEW_AGE_MS old unless `fresh`. Errors: UNSUPPORTED (not Sheepdog
+   * 1.0), IO (also: a node cannot be asked).
    */
   view({ fresh = false } = {}): Promise<View> {
     const known = this.#view;
@@ -92,7 +92,7 @@ export class Peers {
     return asked.view;
   }
 
-  /** This view is over: the next one to ask gets another. */
+  /** Discards this view: the next caller of `view` gets a new one. */
   isOver(view: View): void {
     if (this.#view?.seen === view) this.#view = undefined;
   }
@@ -139,7 +139,7 @@ export class Peers {
     }
   }
 
-  /** What the nodes still have to recover, without a total if nothing; undefined if they do not agree on the epoch (yet). */
+  /** Progress of recovery, without a total if no node recovers; undefined if the nodes do not agree on the epoch yet. */
   async #recoveryOf(
     nodes: readonly ClusterNode[],
     epoch: number,
@@ -172,8 +172,7 @@ export class Peers {
   }
 
   /**
-   * Bytes of the copy, or the strip, that this node of the view has. Errors: MembersChanged; StoreError IO if it cannot
-   * be asked.
+   * Reads from the copy or strip that this node of the view has. Errors: MembersChanged; IO (the node cannot be asked).
    */
   async read(view: View, node: ClusterNode, object: PeerObject, offset: number, into: Buffer): Promise<PeerAnswer> {
     const { high, low, strip } = object;
@@ -196,7 +195,7 @@ export class Peers {
         trouble = error.message;
       }
       signal?.throwIfAborted();
-      // A node whose disk fails leaves the cluster; one that has ended is left by the others.
+      // A node whose disk fails leaves the cluster, and one that has ended is dropped: the epoch tells.
       if ((await this.#cluster.info()).epoch !== view.epoch) throw new MembersChanged();
       if (performance.now() >= deadline) {
         if (isAnswer) return { trouble };

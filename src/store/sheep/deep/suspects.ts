@@ -1,21 +1,21 @@
 /**
- * Objects in which a look has found something wrong, until it is known whether it is: a client may have been writing. They
- * are looked at again and again over the time that such a thing has to last. Owns that time table and its bounds.
+ * Suspects: objects in which a look has found a difference, until it is known whether it lasts: a client may have been writing.
+ * They are looked at several times over the time that a difference must last. Owns the timetable and its bounds.
  *
- * A unit whose copies are equal in one look is right. One whose copies differ in all looks, and have the same content in all
- * of them, is wrong: no write was under way. One whose content changes is being written: it is looked at many times in quick
- * succession, since between two writes its copies are equal.
+ * A unit whose copies are equal in any look is right. A unit whose copies differ in all looks, with the same content each time,
+ * is wrong: no write was in flight. A unit whose content changes is being written: it is looked at many times in quick
+ * succession, because its copies are equal between two writes.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import type { Difference, Look, Looker } from './look.js';
 import type { Target } from './objects-in-use.js';
 
-/** When an object is looked at again, as parts of the time that a difference has to last. */
+/** Times of the looks, as fractions of the time that a difference must last. */
 const LOOKS_AT = [0.02, 0.1, 0.3, 0.6, 1];
 const QUICK_LOOKS = 50;
-/** Pauses between quick looks, of random length so that they are not in step with a client. */
+/** Pauses between quick looks have random lengths, so that they are not in step with a client. */
 const LONGEST_QUICK_PAUSE_MS = 25;
-/** Objects, and units that differ in them, that are waited for; who finds more waits. One object may have more units. */
+/** Most suspects, and most differing units in them, at a time; one object may have more units. Callers wait for room. */
 const MAX_SUSPECTS = 1024;
 const MAX_UNITS = 2 ** 16;
 
@@ -33,7 +33,7 @@ export interface SuspectsOptions {
   readonly looker: Looker;
   readonly settleMs: number;
   readonly signal: AbortSignal;
-  /** It has stayed: what of the object is wrong. */
+  /** Called with the differences that have lasted. */
   readonly confirmed: (target: Target, look: Look) => void;
 }
 
@@ -61,7 +61,7 @@ export class Suspects {
     this.#wake?.();
   }
 
-  /** Look at all of them until they are settled; ends when there are none left after `last`. Errors: as Looker.look. */
+  /** Looks at suspects until they are decided; ends when none is left after `last`. Errors: as Looker.look. */
   async run(): Promise<void> {
     const { signal } = this.#options;
     for (;;) {
@@ -88,7 +88,7 @@ export class Suspects {
     const look = await looker.look(target, asked, { fresh: true });
     this.#remove(suspect);
     if (look.view.epoch !== before.view.epoch || !isSame(before.absent, look.absent)) {
-      // It is another thing to be settled now. All of it is looked at: of a copy that has come nothing is known yet.
+      // Members or missing copies have changed: start again with a look at the whole object, because a copy may be new.
       const whole = await looker.look(target);
       if (isWrong(whole))
         this.#insert({ target, foundAt: performance.now(), looks: 0, look: whole, changing: new Set() });
@@ -105,7 +105,7 @@ export class Suspects {
     if (isWrong(stayed)) confirmed(target, stayed);
   }
 
-  /** What is wrong without what is only being written. */
+  /** The look without the units that are only being written. */
   async #withoutWritten({ target, look, changing }: Suspect): Promise<Look> {
     let written = look.differences.filter(({ unit }) => changing.has(unit));
     for (let n = 0; n < QUICK_LOOKS && written.length > 0; n++) {

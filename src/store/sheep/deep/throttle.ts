@@ -1,7 +1,7 @@
-/** So many bytes a second, for all who ask. Owns the time at which the next may go on. */
+/** Limits reading to a number of bytes a second, for all callers together. Owns the time of the next read. */
 import { setTimeout as sleep } from 'node:timers/promises';
 
-/** A pause shorter than this is left for later: timers are no finer. */
+/** Shorter pauses are added to the next one: timers are not more precise. */
 const LEAST_PAUSE_MS = 2;
 
 export class Throttle {
