@@ -137,20 +137,20 @@ describe('certificates', () => {
       const options = documented.trim().replaceAll('DIR', client).replace('server.example', 'localhost').split(/\s+/);
       expect(options.filter((word) => word.startsWith('-'))).toHaveLength(4);
       const port = portOf(daemon);
-      expect(await ok('nbd-client', ['-l', '127.0.0.1', String(port), ...options])).toMatch(/^disk: /m);
+      expect(await ok('nbd-client', ['-l', '127.0.0.1', port, ...options])).toMatch(/^disk: /m);
       // Without the kernel's module it comes as far as the device: the export is open by then.
       const device = path.join(temporaryDirectory(), 'device');
       fs.writeFileSync(device, '');
       // With -L (no netlink), nbd-client 3.27 refuses to start without -N. Over netlink it refuses this device, after opening.
       for (const way of [['-L', '-N', 'disk'], ['-L', '-N', ''], []]) {
-        await run('nbd-client', ['127.0.0.1', String(port), device, ...way, ...options]);
+        await run('nbd-client', ['127.0.0.1', port, device, ...way, ...options]);
       }
       const opened = /"tls":"TLSv1[^\n]*"export":"disk","msg":"connection open"/g;
       await waitUntil(
         () => daemon.log().match(opened)?.length === 3,
         'it has opened the disk, with its name, with an empty one and without -N',
       );
-      const plain = await run('nbd-client', ['-l', '127.0.0.1', String(port)]);
+      const plain = await run('nbd-client', ['-l', '127.0.0.1', port]);
       expect(plain.code).not.toBe(0);
       expect((await daemon.stop()).code).toBe(0);
     },

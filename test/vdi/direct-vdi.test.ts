@@ -235,18 +235,15 @@ describe('a store whose disks do copy-on-write themselves', () => {
       expect(tag).toBe('a');
       return late(length, offset, sink);
     };
-    const device = new VdiDevice(
-      vdi,
-      {
-        tags: ['a'],
-        isReadOnly: false,
-        exportName: 'disk',
-        peer: {} as never,
-        open: () => Promise.resolve(base),
-        release: () => Promise.resolve(),
-      },
-      () => undefined,
-    );
+    const device = new VdiDevice(vdi, {
+      tags: ['a'],
+      isReadOnly: false,
+      exportName: 'disk',
+      peer: {} as never,
+      openBase: () => Promise.resolve(base),
+      releaseBase: () => Promise.resolve(),
+      close: () => undefined,
+    });
     const told: [number, number, number][] = [];
     const sink = (...extent: [number, number, number]): boolean => told.push(extent) > 0;
     await device.extents('base:allocation', 0, SIZE, sink);

@@ -106,7 +106,7 @@ describe('a call that breaks the contract does not reach the store:', () => {
     ['dropping one behind the end of the disk', /behind its end/, (calls) => calls.dropObject(4)],
   ])('%s', async (_, message, call) => {
     const { objects, calls } = callsOf();
-    await expect((async () => call(calls))()).rejects.toThrow(message);
+    await expect(Promise.resolve().then(() => call(calls))).rejects.toThrow(message);
     expect(objects.calls).toEqual([]);
   });
 
