@@ -322,7 +322,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
       }
       expect([...seen].sort()).toEqual([command.before ? 'as before' : 'absent', 'unfinished']);
     },
-    180_000,
+    byLength({ quick: 180_000, full: 180_000, long: 20 * 60_000 }),
   );
 
   const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>

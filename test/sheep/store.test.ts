@@ -100,8 +100,8 @@ for (const { label, start, isReal } of clusters) {
       expect(cluster.violations()).toEqual([]);
     });
     afterAll(async () => {
-      await catalog?.close();
-      await cluster?.stop();
+      await catalog.close();
+      await cluster.stop();
     });
 
     test('what a killed gateway left of a temporary snapshot is gone before the disk is written', async () => {

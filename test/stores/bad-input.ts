@@ -144,7 +144,7 @@ export function badInput(session: Session): void {
     );
     const size = fc.oneof(fc.integer({ min: -512, max: 4096 }), fc.constantFrom(512, OBJECT, 2 ** 60));
     const step = fc.record({ kind: fc.constantFrom(0, 1, 2, 3, 4, 5), name: text, tag: text, size });
-    const runs = session.repeats(byLength({ quick: 8, full: 12, long: 1000 }));
+    const runs = session.repeats(byLength({ quick: 6, full: 10, long: 300 }));
     await fc.assert(
       fc.asyncProperty(fc.array(step, { minLength: 1, maxLength: 6 }), async (steps) => {
         await session.removeAll();

@@ -16,7 +16,7 @@ const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve)
 export function concurrency(session: Session): void {
   const { objectSize: OBJECT, abilities } = session;
   const blocks = (OBJECTS * OBJECT) / BLOCK;
-  const snapshots = session.repeats(byLength({ quick: 6, full: 8, long: 50 }));
+  const snapshots = session.repeats(byLength({ quick: 4, full: 8, long: 50 }));
 
   const load = async (vdi: Vdi, during: (load: Load) => Promise<void>): Promise<void> => {
     const load = new Load(vdi, blocks);
