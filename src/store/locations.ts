@@ -90,8 +90,9 @@ export const CLUSTER: StoreKind = {
   load: () => import('./sheep/sheep-store.js'),
   async open(location, { log, retryMs, signal, stateDirectory, isStateOutOfReach, store }) {
     const { SheepStore } = await import('./sheep/sheep-store.js');
+    const { zerosForMissing } = await import('./sheep/zeros-for-missing.js');
     const options = { log, retryMs, signal, stateDirectory, isStateOutOfReach };
-    return SheepStore.open(location, { ...options, missingIsZero: store?.missing === 'zero' });
+    return SheepStore.open(location, { ...options, ...(store?.missing === 'zero' && zerosForMissing(location)) });
   },
 };
 

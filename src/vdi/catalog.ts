@@ -26,6 +26,7 @@ import { DEFAULT_IN_USE_MS, InUse, type ClientUse } from './in-use.js';
 import { locksOf, mayUnlock, ofVid, type LockReport, type LockStatus, type UnlockOptions } from './locks.js';
 import { Memory } from './memory.js';
 import { checkName, checkTag, checkTemporaryTag, isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
+import { openAsVdi } from './open-as-vdi.js';
 import { Turns } from './turns.js';
 import {
   describeUnfinished,
@@ -36,7 +37,7 @@ import {
   type Circumstances,
   type Filling,
 } from './unfinished.js';
-import { Vdi } from './vdi.js';
+import type { Vdi } from './vdi.js';
 
 /** Sizes are multiples of this, so that every client's block size fits. */
 const SIZE_UNIT = 512;
@@ -269,7 +270,7 @@ export class VdiCatalog {
       if (found && !isNobodys && (!before?.isNew || (isSame && goesOn))) {
         mustBeKept(found, redundancy);
         const unfinished = { by, of, run, since: before?.since ?? Date.now(), isNew: before?.isNew ?? false };
-        return this.#using(found, (vdi) => this.#store.catalog.mark(vdi.opened, unfinished));
+        return this.#using(found, (vdi) => vdi.opened.mark(unfinished));
       }
       const shift = this.#shiftOf(name, beginning);
       // Looked at before anything goes: what a migration has carried over so far are the snapshots.
@@ -295,7 +296,7 @@ export class VdiCatalog {
       await this.mustBeHeldBy(record, run);
       return this.#using(record, async (vdi) => {
         await vdi.flush();
-        return this.#store.catalog.mark(vdi.opened, undefined);
+        return vdi.opened.mark(undefined);
       });
     });
   }
@@ -320,7 +321,7 @@ export class VdiCatalog {
       if (takenAt !== undefined && !(Number.isSafeInteger(takenAt) && takenAt > 0 && takenAt < MAX_TIME_MS)) {
         throw new CatalogError('BAD_TIME', `a snapshot cannot have been taken at ${takenAt} ms since 1970`);
       }
-      return this.#snapshot(name, tag, (vdi) => this.#store.catalog.prepareSwitch(vdi, tag, takenAt), run);
+      return this.#snapshot(name, tag, (vdi) => vdi.prepareSwitch(tag, takenAt), run);
     });
   }
 
@@ -331,12 +332,7 @@ export class VdiCatalog {
   snapshotTemporary(name: string, tag: string): Promise<VdiRecord> {
     return this.#changeTemporaries(name, async () => {
       checkTemporaryTag(tag);
-      const { catalog } = this.#store;
-      return this.#snapshot(
-        name,
-        tag,
-        (vdi) => catalog.prepareTemporary?.(vdi, tag) ?? catalog.prepareSwitch(vdi, tag),
-      );
+      return this.#snapshot(name, tag, (vdi) => vdi.prepareTemporary?.(tag) ?? vdi.prepareSwitch(tag));
     });
   }
 
@@ -389,25 +385,7 @@ export class VdiCatalog {
     if (isTaken && !isTemporaryTag(tag)) {
       throw new CatalogError('EXISTS', `${name} has a snapshot "${tag}" already; choose another tag or delete it`);
     }
-    return this.#using(record, async (vdi) => {
-      const change = await prepare(vdi.opened);
-      if (change.holdsNobody) {
-        // Nothing to be awaited comes between the two: whoever enters after it must not be in the snapshot.
-        void change.switchOver();
-        await vdi.gate.turn();
-        return change.finish();
-      }
-      // Most of what is dirty goes to disk before the writers are held, so little is left for after.
-      await vdi.flush();
-      await vdi.gate.close();
-      try {
-        const later = change.switchOver();
-        if (later !== undefined) await later;
-      } finally {
-        vdi.gate.open();
-      }
-      return change.finish();
-    });
+    return this.#using(record, async (vdi) => vdi.take(await prepare(vdi.opened)));
   }
 
   /** A new VDI that starts as the snapshot. Errors: IS_SNAPSHOT if `spec` is not one, EXISTS. */
@@ -471,12 +449,7 @@ export class VdiCatalog {
         // Growing again must not bring back what was cut off.
         if (size < record.size) await vdi.zero(size, record.size - size, { noHole: false, fua: true });
         await vdi.flush();
-        await vdi.gate.close();
-        try {
-          return await this.#store.catalog.resize(vdi.opened, size);
-        } finally {
-          vdi.gate.open();
-        }
+        return vdi.withWritersHeld(() => vdi.opened.resize(size));
       });
     });
   }
@@ -865,7 +838,8 @@ export class VdiCatalog {
       entry = this.#entryOf(record.vid);
     }
     if (!entry) {
-      entry = { vdi: new Vdi(this.#store, await this.#store.catalog.open(record.vid)), users: 0 };
+      const opened = await this.#store.catalog.open(record.vid);
+      entry = { vdi: openAsVdi(opened, this.#store.readOnlyBecause), users: 0 };
       this.#open.add(entry);
     }
     entry.users++;
@@ -877,7 +851,7 @@ export class VdiCatalog {
     if (entry.users > 0 || this.#isClosed) return;
     if (this.#open.delete(entry)) {
       // If this fails the store keeps what could not be flushed, and the next open or close tries again.
-      entry.closed = entry.vdi.opened.close();
+      entry.closed = entry.vdi.close();
     }
     await entry.closed;
   }

@@ -14,7 +14,7 @@ const NOT_AGAIN = 15;
 
 /** The writes of one object, each beginning where the one before ends; the first at the object's start. */
 export class FirstWrites {
-  readonly #turn: number;
+  readonly #epoch: number;
   readonly #objectSize: number;
   readonly #isAwaited: () => boolean;
   readonly #parts: Buffer[];
@@ -25,20 +25,20 @@ export class FirstWrites {
   /** The outcome of all parts; set by the owner, who writes them. */
   done: Promise<void> | undefined;
 
-  constructor(first: Buffer, turn: number, objectSize: number, isAwaited: () => boolean) {
+  constructor(first: Buffer, epoch: number, objectSize: number, isAwaited: () => boolean) {
     this.#parts = [first];
     this.#length = first.length;
-    this.#turn = turn;
+    this.#epoch = epoch;
     this.#objectSize = objectSize;
     this.#isAwaited = isAwaited;
   }
 
   /**
-   * Takes one more part if it begins where the last one ends and entered the gate in the same turn as the first: no snapshot
+   * Takes one more part if it begins where the last one ends and entered the gate in the same epoch as the first: no snapshot
    * may lie between them. Returns whether it was taken; `done` is then the outcome of this part as well.
    */
-  join(offset: number, data: Buffer, turn: number): boolean {
-    if (this.#isComplete || offset !== this.#length || turn !== this.#turn) return false;
+  join(offset: number, data: Buffer, epoch: number): boolean {
+    if (this.#isComplete || offset !== this.#length || epoch !== this.#epoch) return false;
     this.#parts.push(data);
     this.#length += data.length;
     if (this.#length === this.#objectSize) this.#complete();

@@ -3,13 +3,13 @@
  * first and reads only what counts as data, and of that no more than it takes to find a byte that is not zero. Changes
  * nothing; knows nothing of maps.
  */
-import type { ObjectReader } from '../store/object-store.js';
+import type { ObjectReader } from '../store/open-vdi.js';
+import { isZeros } from '../system/zeros.js';
 
 /** Read first: what is no zeros shows it here, nearly always. */
 const FIRST_LOOK = 4096;
 /** Read at a time after that. */
 const NEXT_LOOK = 256 * 1024;
-const ZEROS = Buffer.alloc(NEXT_LOOK);
 
 /** Whether all of the range is a hole, from what the store knows without reading data. */
 export async function isHoleIn(
@@ -40,7 +40,7 @@ export async function readsAsZeros(
       if (buffer === undefined || buffer.length < look) buffer = Buffer.allocUnsafe(look);
       const piece = buffer.subarray(0, Math.min(look, data.to - at));
       await reader.readObject(owner, idx, at, piece);
-      if (!piece.equals(ZEROS.subarray(0, piece.length))) return false;
+      if (!isZeros(piece)) return false;
       at += piece.length;
     }
   }

@@ -1,4 +1,7 @@
 /** Operations that are under way together, a bounded number of them, and the first of their failures. */
+/** Object changes that one request has under way at a time. */
+export const PARALLEL_OBJECTS = 8;
+
 export class Several {
   readonly #most: number;
   #count = 0;

@@ -8,36 +8,36 @@
 export const CLOSED = -1;
 
 export class WriteGate {
-  /** How many are inside, of those that entered since the gate was last turned, and of those from before: by turn & 1. */
+  /** How many are inside, of those that entered since the gate was last turned, and of those from before: by epoch & 1. */
   readonly #inside = [0, 0];
-  #turn = 0;
+  #epoch = 0;
   #closed = false;
   #outside: (() => void)[] = [];
   #left: (() => void) | undefined;
 
-  /** Somebody waits until those that entered with `turn` have left. Who is inside for long leaves then, and enters again. */
-  isAwaited(turn: number): boolean {
-    return this.#closed || (this.#left !== undefined && turn !== this.#turn);
+  /** Somebody waits until those that entered with `epoch` have left. Who is inside for long leaves then, and enters again. */
+  isAwaited(epoch: number): boolean {
+    return this.#closed || (this.#left !== undefined && epoch !== this.#epoch);
   }
 
   /** Go in if the gate is open, else CLOSED. What it returns is handed to one `leave`, before the request is answered. */
   tryEnter(): number {
     if (this.#closed) return CLOSED;
-    this.#inside[this.#turn]!++;
-    return this.#turn;
+    this.#inside[this.#epoch]!++;
+    return this.#epoch;
   }
 
   /** Go in as soon as the gate opens. */
   async enter(): Promise<number> {
     for (;;) {
-      const turn = this.tryEnter();
-      if (turn !== CLOSED) return turn;
+      const epoch = this.tryEnter();
+      if (epoch !== CLOSED) return epoch;
       await new Promise<void>((resolve) => this.#outside.push(resolve));
     }
   }
 
-  leave(turn: number): void {
-    if (--this.#inside[turn]! === 0 && this.#left) this.#left();
+  leave(epoch: number): void {
+    if (--this.#inside[epoch]! === 0 && this.#left) this.#left();
   }
 
   /** Keep everybody out and wait until nobody is inside. One holder at a time; the caller serialises. */
@@ -55,10 +55,10 @@ export class WriteGate {
   }
 
   /** Wait until those that are inside now have left; others go on entering. */
-  async turn(): Promise<void> {
-    const before = this.#turn;
+  async newEpoch(): Promise<void> {
+    const before = this.#epoch;
     if (this.#inside[1 - before] !== 0) throw new Error('invariant: the gate is turned again before all have left');
-    this.#turn = 1 - before;
+    this.#epoch = 1 - before;
     await this.#until(() => this.#inside[before] === 0);
   }
 

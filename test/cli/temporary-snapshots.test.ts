@@ -209,7 +209,7 @@ test('one that an earlier version stored is dropped by whoever opens the store n
   const opened = await LocalStore.open(store);
   const [record] = opened.catalog.list();
   const vdi = await opened.catalog.open(record?.vid ?? 0);
-  const change = opened.catalog.prepareSwitch(vdi, 'now:nightly');
+  const change = vdi.prepareSwitch('now:nightly');
   await change.switchOver();
   await change.finish();
   await opened.close();

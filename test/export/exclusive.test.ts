@@ -107,11 +107,18 @@ async function byteAt(offset: number): Promise<number> {
 /** Keep all writes of the disk outside until `open` is called. */
 async function closeGate(): Promise<{ vdi: Vdi; open: () => Promise<void> }> {
   const vdi = await catalog.openVdi('disk');
-  await vdi.gate.close();
+  let letGo: () => void = () => undefined;
+  const isHeld = new Promise<void>((resolve) => {
+    void vdi.withWritersHeld(async () => {
+      resolve();
+      await new Promise<void>((end) => (letGo = end));
+    });
+  });
+  await isHeld;
   return {
     vdi,
     open: async () => {
-      vdi.gate.open();
+      letGo();
       await catalog.release(vdi);
     },
   };

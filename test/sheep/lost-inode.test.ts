@@ -3,6 +3,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { zerosForMissing } from '../../src/store/sheep/zeros-for-missing.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cleanUp, cli, cliJson, startDaemon, temporaryDirectory } from '../harness/daemon.js';
 import { hash, StandIn } from './stand-in.js';
@@ -17,8 +18,10 @@ let catalog: VdiCatalog;
 /** Of the working VDI "c", whose snapshot "c@m" is there. */
 let lost: number;
 
-async function open(missingIsZero = false): Promise<VdiCatalog> {
-  return new VdiCatalog(await SheepStore.open(cluster.address, { retryMs: 5_000, missingIsZero }));
+async function open(withZeros = false): Promise<VdiCatalog> {
+  return new VdiCatalog(
+    await SheepStore.open(cluster.address, { retryMs: 5_000, ...(withZeros && zerosForMissing('the cluster')) }),
+  );
 }
 
 async function startWith(options: ConstructorParameters<typeof StandIn>[0]): Promise<void> {

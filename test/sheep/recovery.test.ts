@@ -310,7 +310,7 @@ describe('what is under way when the members change', () => {
 
   test('is written to the table of a temporary snapshot once more, as plain bytes, after that has settled', async () => {
     const open = store.open.get(vdi.record.vid) as SheepVdi;
-    await (await store.catalog.prepareTemporary(open, 'now')).switchOver();
+    await (await open.prepareTemporary('now')).switchOver();
     const [shadow] = open.shadows;
     const vid = shadow?.vid ?? 0;
     const since = cluster.seen.length;
@@ -434,9 +434,9 @@ describe('erasure-coded objects', () => {
     await store.info();
     await waitUntil(isSteady, 'it is steady again');
     const since = cluster.seen.length;
-    const again = (await store.catalog.open(vdi.record.vid)) as SheepVdi;
+    const again = await store.catalog.open(vdi.record.vid);
     expect(cluster.seen.slice(since).some(({ opcode }) => opcode === Op.CREATE)).toBe(false);
-    await again.write(2, 0, Buffer.alloc(BLOCK));
+    await again.writeObject(2, 0, Buffer.alloc(BLOCK));
     await waitUntil(() => log.some((line) => line.includes('all parity is new')), 'the log says that it is done');
     expect(cluster.seen.slice(since).some(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(1))).toBe(true);
   });

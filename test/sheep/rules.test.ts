@@ -7,8 +7,10 @@ import fs from 'node:fs';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { MAX_PIECE_BYTES } from '../../src/store/sheep/pieces.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { zerosForMissing } from '../../src/store/sheep/zeros-for-missing.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import type { Vdi } from '../../src/vdi/vdi.js';
+import { ObjectCalls } from '../../src/vdi/store-calls.js';
+import { objectsOf, type Vdi } from '../../src/vdi/vdi.js';
 import { hash, Op, Res, StandIn, type Seen } from './stand-in.js';
 
 const SHIFT = 20;
@@ -231,8 +233,8 @@ describe('what goes over the wire', () => {
   test('an entry that is already what it shall be is not written again', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     cluster.seen.length = 0;
-    await vdi.opened.setOwner(0, vdi.record.vid);
-    await vdi.opened.setOwner(5, 0);
+    await objectsOf(vdi).setOwner(0, vdi.record.vid);
+    await objectsOf(vdi).setOwner(5, 0);
     expect(cluster.seen).toEqual([]);
   });
 
@@ -254,8 +256,11 @@ describe('what goes over the wire', () => {
 
   test('ranges outside of an object are refused before they are sent', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
-    expect(() => store.writeObject(vdi.opened, 0, OBJECT - 5, Buffer.alloc(10))).toThrow(/invariant/);
-    expect(() => store.createObject(vdi.opened, 16, 0, Buffer.alloc(10))).toThrow(/behind its end/);
+    const calls = new ObjectCalls(objectsOf(vdi), undefined);
+    const sent = cluster.seen.length;
+    expect(() => calls.writeObject(0, OBJECT - 5, Buffer.alloc(10))).toThrow(/invariant/);
+    await expect(calls.makeObject(16, 0, Buffer.alloc(10), 0)).rejects.toThrow(/behind its end/);
+    expect(cluster.seen.slice(sent)).toEqual([]);
   });
 });
 
@@ -425,7 +430,7 @@ describe('nodes that fail', () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     for (const oid of [...cluster.objects.keys()])
       if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
-    const rescue = await SheepStore.open(cluster.address, { missingIsZero: true });
+    const rescue = await SheepStore.open(cluster.address, zerosForMissing('the cluster'));
     const rescued = await new VdiCatalog(rescue).openVdi('disk');
     const data = await content(rescued);
     expect([data[OBJECT - 1], data[OBJECT]]).toEqual([1, 0]);
@@ -614,7 +619,7 @@ describe('the catalog', () => {
     expect(cluster.dataObjects()).toHaveLength(2);
     vdi = await catalog.openVdi('disk');
     expect((await content()).every((byte) => byte === 1)).toBe(true);
-    await expect(store.catalog.resize(vdi.opened, OBJECT)).rejects.toThrow(/in front of data/);
+    await expect(vdi.opened.resize(OBJECT)).rejects.toThrow(/in front of data/);
     await expectNothingLeaks();
   });
 

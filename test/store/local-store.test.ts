@@ -206,7 +206,7 @@ describe('after a crash', () => {
     await vdi.write(OBJECT, Buffer.from('before'), false);
     const [open] = store.open.values();
     if (!open) throw new Error('no VDI is open');
-    await store.catalog.prepareSwitch(open, 'unfinished').switchOver();
+    await open.prepareSwitch('unfinished').switchOver();
     await vdi.write(0, Buffer.from('after'), false);
     await vdi.write(2 * OBJECT, Buffer.from('after'), false);
     const expected = await bytesOf(vdi);

@@ -10,7 +10,7 @@ import { DescriptorCache } from '../../src/store/local/descriptor-cache.js';
 import { LocalStore, type LocalStoreOptions } from '../../src/store/local/local-store.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
-import type { Vdi } from '../../src/vdi/vdi.js';
+import { objectsOf, type Vdi } from '../../src/vdi/vdi.js';
 import { FailingDisk } from '../harness/failing-disk.js';
 
 const OBJECT = 2 ** 20;
@@ -103,7 +103,7 @@ test('map entries of writes that a waiting flush covers survive a snapshot taken
     await vdi.flush();
     const stored = store.metadata.map(vdi.record);
     for (let page = 0; page < pages; page++) {
-      expect(stored[page * PAGE_OBJECTS], `round ${round}, page ${page}`).toBe(vdi.opened.map[page * PAGE_OBJECTS]);
+      expect(stored[page * PAGE_OBJECTS], `round ${round}, page ${page}`).toBe(objectsOf(vdi).map[page * PAGE_OBJECTS]);
     }
   }
   await catalog.release(vdi);

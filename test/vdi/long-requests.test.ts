@@ -4,9 +4,9 @@
  */
 import { afterEach, expect, test, vi } from 'vitest';
 import fc from 'fast-check';
-import type { ObjectStore, OpenVdi, VdiRecord } from '../../src/store/object-store.js';
+import type { ObjectVdi, VdiRecord } from '../../src/store/object-store.js';
+import { CopyOnWriteVdi } from '../../src/vdi/copy-on-write-vdi.js';
 import { endOfDifferent, endOfSame, endOfZeros } from '../../src/vdi/map-runs.js';
-import { Vdi } from '../../src/vdi/vdi.js';
 
 const SHIFT = 22;
 const OBJECT = 2 ** SHIFT;
@@ -19,24 +19,22 @@ const TRIES = 5;
 afterEach(() => vi.restoreAllMocks());
 
 interface Made {
-  readonly vdi: Vdi;
-  readonly open: { map: Uint32Array } & OpenVdi;
+  readonly vdi: CopyOnWriteVdi;
+  readonly open: { map: Uint32Array } & ObjectVdi;
 }
 
-function vdiOf(map: Uint32Array, store: Partial<ObjectStore> = {}, more: Partial<OpenVdi> = {}): Made {
+function vdiOf(map: Uint32Array, more: Partial<ObjectVdi> = {}): Made {
   const record = { vid: 9, size: map.length * OBJECT, blockSizeShift: SHIFT, isSnapshot: false } as VdiRecord;
   const open = {
     record,
     map,
+    kind: 'objects',
     creationVid: 9,
     exclusive: () => true,
-    setOwner(idx: number, owner: number) {
+    setOwner(this: { map: Uint32Array }, idx: number, owner: number) {
       this.map[idx] = owner;
     },
     flush: () => Promise.resolve(),
-    ...more,
-  } as { map: Uint32Array } & OpenVdi;
-  const standIn = {
     objectsMove: false,
     canZeroFast: () => true,
     objectExtents: (_vid: number, _idx: number, at: number, length: number, sink: (...of: unknown[]) => boolean) => {
@@ -44,9 +42,9 @@ function vdiOf(map: Uint32Array, store: Partial<ObjectStore> = {}, more: Partial
     },
     cacheObject: () => undefined,
     zeroObject: () => undefined,
-    ...store,
-  } as unknown as ObjectStore;
-  return { vdi: new Vdi(standIn, open), open };
+    ...more,
+  } as unknown as { map: Uint32Array } & ObjectVdi;
+  return { vdi: new CopyOnWriteVdi(open, undefined), open };
 }
 
 /** Runs of a few lengths, so that pieces of every size occur. */
@@ -124,7 +122,7 @@ test('extents and changes say what a walk over every entry says, with blocks tha
         const nextOverwritten = (idx: number, end: number): number =>
           Math.min(end, ...kept.filter((each) => each >= idx));
         const { vdi } = vdiOf(map);
-        const base = vdiOf(before, {}, kept.length > 0 ? { nextOverwritten } : {}).vdi;
+        const base = vdiOf(before, kept.length > 0 ? { nextOverwritten } : {}).vdi;
         const said: Said[] = [];
         await vdi.extents(offset, length, (at, size, is) => said.push({ at, length: size, is }) > 0);
         expect(said).toEqual(runsOf(offset, offset + length, (idx) => map[idx] === 0));
@@ -225,7 +223,7 @@ test('a snapshot need not wait for a trim of a million objects: it goes in betwe
   expect(endOfSame(open.map, frozen, 0, MILLION)).toBe(MILLION);
   vdi.gate.open();
   await new Promise((resolve) => setImmediate(resolve));
-  await vdi.gate.turn();
+  await vdi.gate.newEpoch();
   expect(endOfZeros(open.map, 0, MILLION)).toBeLessThan(MILLION);
   await trim;
   expect(endOfZeros(open.map, 0, MILLION)).toBe(MILLION);
@@ -233,7 +231,7 @@ test('a snapshot need not wait for a trim of a million objects: it goes in betwe
 
 test('a trim that fails at one object tells of it, leaves the gate, and has nothing under way when it is answered', async () => {
   let running = 0;
-  const zeroObject = async (_open: OpenVdi, idx: number): Promise<void> => {
+  const zeroObject = async (idx: number): Promise<void> => {
     running++;
     await new Promise((resolve) => setImmediate(resolve));
     running--;
@@ -253,7 +251,7 @@ test('all requests of a disk together ask the store about four objects at a time
     await new Promise((resolve) => setImmediate(resolve));
     running--;
   };
-  const objectExtents: ObjectStore['objectExtents'] = async (_vid, idx, at, length, sink) => {
+  const objectExtents: ObjectVdi['objectExtents'] = async (_vid, idx, at, length, sink) => {
     await ask();
     if (idx % 3 > 0) sink(at, length / 2, idx % 3 === 1); // the store may tell of less than it was asked about
   };

@@ -5,13 +5,13 @@
  *
  * `who`, below: whose work it is, for its share of threads and descriptors. Disks that share objects are several.
  */
-import type { Awaitable } from '../object-store.js';
+import type { ExtentSink } from '../open-vdi.js';
+import type { Awaitable } from '../vdi-record.js';
+
+export type { ExtentSink } from '../open-vdi.js';
 
 /** The folder of a store that they are in. */
 export const OBJECTS = 'objects';
-
-/** Data and holes of a range in order; false from it ends the look. */
-export type ExtentSink = (offset: number, length: number, hole: boolean) => boolean;
 
 /** What a scan has found in the place where objects are stored. */
 export interface FoundObject {

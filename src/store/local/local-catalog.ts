@@ -3,17 +3,10 @@
  * transaction. Owns which vid is given next and the temporary snapshots that are alive. Objects are given up only after
  * the transaction that made them unreachable.
  */
-import {
-  inOrder,
-  StoreError,
-  type Catalog,
-  type CheckReport,
-  type OpenVdi,
-  type Switch,
-  type Unfinished,
-  type Usage,
-  type VdiRecord,
-} from '../object-store.js';
+import type { Catalog, CheckReport, Usage } from '../object-store.js';
+import type { Switch } from '../open-vdi.js';
+import { StoreError } from '../store-error.js';
+import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-log.js';
 import { pagesOf } from './metadata.js';
@@ -91,7 +84,7 @@ export class LocalCatalog implements Catalog {
     return record;
   }
 
-  async open(vid: number): Promise<OpenVdi> {
+  async open(vid: number): Promise<LocalVdi | TemporaryVdi> {
     const temporary = this.#temporaries.get(vid);
     if (temporary) {
       temporary.temporary.resume();
@@ -117,13 +110,12 @@ export class LocalCatalog implements Catalog {
   }
 
   /** By copy-before-write (temporary-vdi.ts). Nothing of it is stored, so nothing needs to be durable before it. */
-  async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
-    const source = vdi as LocalVdi;
+  prepareTemporary(source: LocalVdi, tag: string): Switch {
     const vid = this.#nextVid();
     const creationVid = this.#nextVid();
     let temporary: TemporaryVdi | undefined;
     return {
-      holdsNobody: true,
+      needsNoPause: true,
       switchOver: () => {
         const record: VdiRecord = {
           ...source.record,
@@ -161,15 +153,14 @@ export class LocalCatalog implements Catalog {
     await found.source.dropTemporary(found.temporary);
   }
 
-  prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
-    const local = vdi as LocalVdi;
-    this.#store.metadata.mustHaveRoom(local.map);
+  prepareSwitch(vdi: LocalVdi, tag: string, takenAt?: number): Switch {
+    this.#store.metadata.mustHaveRoom(vdi.map);
     const vid = this.#nextVid();
     let finish: (() => Promise<void>) | undefined;
     let snapshot: VdiRecord | undefined;
     return {
       switchOver: () => {
-        const before = local.record;
+        const before = vdi.record;
         const now = Date.now();
         const taken: VdiRecord = {
           ...before,
@@ -185,10 +176,10 @@ export class LocalCatalog implements Catalog {
           parentVid: before.vid,
           createdAt: now,
         };
-        finish = local.moveTo(record, taken);
+        finish = vdi.moveTo(record, taken);
         snapshot = taken;
         this.#store.open.delete(before.vid);
-        this.#store.open.set(vid, local);
+        this.#store.open.set(vid, vdi);
       },
       finish: async () => {
         if (!finish || !snapshot) throw new Error('invariant: a snapshot is finished that was not taken');
@@ -206,12 +197,6 @@ export class LocalCatalog implements Catalog {
     return record;
   }
 
-  async mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord> {
-    const local = vdi as LocalVdi;
-    await local.restate({ ...local.record, unfinished });
-    return local.record;
-  }
-
   async rollback(vid: number, snapshotVid: number, unfinished?: Unfinished): Promise<VdiRecord> {
     this.#mustStay(snapshotVid, 'rolled back to');
     const { map, releases, vids, record: working } = await this.#held(vid);
@@ -225,12 +210,6 @@ export class LocalCatalog implements Catalog {
     this.#store.release(releases);
     this.#store.releaseMap(map);
     return record;
-  }
-
-  async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
-    const local = vdi as LocalVdi;
-    await local.resize({ ...local.record, size });
-    return local.record;
   }
 
   async remove(vid: number): Promise<void> {
@@ -293,7 +272,7 @@ export class LocalCatalog implements Catalog {
     const usages = await metadata.countEntries((owner, idx) => references.of(owner, idx) === 1);
     for (const record of metadata.records()) if (!usages.has(record.vid)) usages.set(record.vid, NOTHING_USED);
     // Of what is open the map in memory is the truth.
-    const maps = Array.from(this.#temporaries.values(), ({ temporary }): OpenVdi => temporary);
+    const maps = Array.from(this.#temporaries.values(), ({ temporary }) => temporary);
     for (const { record, map } of [...maps, ...open.values()]) usages.set(record.vid, await this.#usageOf(map));
     return usages;
   }

@@ -6,17 +6,9 @@
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
 import { hostDisk } from '../../system/real-disk.js';
-import {
-  type Awaitable,
-  type ObjectStore,
-  type OpenVdi,
-  type Owner,
-  type StoreError,
-  type StoreState,
-  type ZeroOptions,
-} from '../object-store.js';
+import type { ObjectStore, StoreState } from '../object-store.js';
 import { CachedReads } from './cached-reads.js';
-import { OBJECTS, type DataObjects, type ExtentSink } from './data-objects.js';
+import { OBJECTS, type DataObjects } from './data-objects.js';
 import { isTmpfs } from './filesystem-abilities.js';
 import { LocalCatalog, type CatalogHost } from './local-catalog.js';
 import type { LocalVdi } from './local-vdi.js';
@@ -29,7 +21,6 @@ import { isDiskError } from './store-errors.js';
 import type { HolderRole, StoreLock } from './store-lock.js';
 import { lockDirectory, openingError, openLogFolder, type Found } from './store-opening.js';
 import { recover, takeAsItIs, type StoreInRecovery } from './store-recovery.js';
-import { keepFor } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 import { WriteThrottle } from './write-throttle.js';
 
@@ -50,8 +41,6 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
-  /** Whatever is being read keeps its file, and no one else has the store. */
-  readonly objectsMove = false;
   readonly metadata: Metadata;
   readonly disk: HostDisk;
   readonly objects: DataObjects;
@@ -173,84 +162,10 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.#lock.say('stopping daemon');
   }
 
-  readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
-    return this.objects.read(vid, idx, offset, into);
-  }
-
-  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    const local = vdi as LocalVdi;
-    const owner = local.map[idx] as number;
-    const keeping =
-      local.temporaries.length > 0 ? keepFor(local.temporaries, owner, idx, offset, data.length) : undefined;
-    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(local, owner, idx, offset, data));
-    return this.#writeOwned(local, owner, idx, offset, data);
-  }
-
-  #writeOwned(local: LocalVdi, owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
-    let later: Awaitable<void>;
-    try {
-      later = this.objects.write(owner, idx, offset, data, local);
-    } catch (error) {
-      later = Promise.reject(error);
-    }
-    if (later === undefined) {
-      local.noteWritten(owner, idx);
-      return;
-    }
-    return later
-      .catch((error: unknown) =>
-        this.#afterFreeing(local, error, async () => this.objects.write(owner, idx, offset, data, local)),
-      )
-      .then(() => local.noteWritten(owner, idx));
-  }
-
-  /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
-  async createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
-    const { blockSizeShift } = vdi.record;
-    const { creationVid: vid } = vdi as LocalVdi;
-    const key = objectKey(vid, idx);
-    const from = copyOf && objectKey(copyOf.vid, copyOf.idx);
-    const create = (): Promise<void> => this.objects.create(key, 2 ** blockSizeShift, offset, data, from, vdi);
-    this.references.add(vid, idx);
-    (vdi as LocalVdi).creating(key);
-    try {
-      await create().catch((error: unknown) => this.#afterFreeing(vdi as LocalVdi, error, create));
-    } catch (error) {
-      (vdi as LocalVdi).notCreated(key);
-      this.release([key]);
-      throw error;
-    }
-  }
-
-  /** When the disk is full: trimmed space may not be given back yet. Do that, and try once more. */
-  async #afterFreeing(vdi: LocalVdi, error: unknown, retry: () => Promise<void>): Promise<void> {
-    if ((error as StoreError).code !== 'NO_SPACE') throw error;
+  async freeSpace(vdi: LocalVdi): Promise<void> {
     this.catalog.makeRoom();
     await vdi.flush();
     await this.reclaimed();
-    await retry();
-  }
-
-  async zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, options: ZeroOptions): Promise<void> {
-    const local = vdi as LocalVdi;
-    const owner = local.map[idx] as number;
-    const keeping = keepFor(local.temporaries, owner, idx, offset, length);
-    if (keeping !== undefined) await keeping;
-    const zero = (): Promise<void> => this.objects.zero(owner, idx, offset, length, options.noHole, local);
-    await zero().catch((error: unknown) => this.#afterFreeing(local, error, zero));
-    local.noteWritten(owner, idx);
-  }
-
-  canZeroFast({ noHole }: ZeroOptions): boolean {
-    return this.objects.canZeroFast(noHole);
-  }
-
-  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void> {
-    return this.objects.willNeed(vid, idx, offset, length);
-  }
-
-  objectExtents(vid: number, idx: number, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
-    return this.objects.extents(vid, idx, offset, length, sink);
   }
 
   release(keys: readonly number[]): void {

@@ -2,13 +2,15 @@
  * An open VDI of the local store: its map, and what of it and of its data is not durable yet. Owns the order "data, then
  * map, then releases": an object another map may still point to after a crash is neither overwritten nor removed.
  */
-import type { Awaitable, ObjectReader, OpenVdi, VdiRecord } from '../object-store.js';
+import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js';
+import type { StoreError } from '../store-error.js';
+import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
 import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './metadata.js';
 import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
-import type { TemporaryVdi } from './temporary-vdi.js';
+import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 
 /** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
@@ -31,6 +33,12 @@ export interface LocalVdiHost {
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
   backgroundError(error: unknown): void;
+  /** The disk is full: give back the space of what was trimmed, and of temporary snapshots that nobody reads. */
+  freeSpace(vdi: LocalVdi): Promise<void>;
+  readonly catalog: {
+    prepareSwitch(vdi: LocalVdi, tag: string, takenAt?: number): Switch;
+    prepareTemporary(vdi: LocalVdi, tag: string): Switch;
+  };
 }
 
 /** What one flush took over from the VDI and gives back if it fails. */
@@ -47,11 +55,12 @@ interface Batch {
   isDurable: boolean;
 }
 
-export class LocalVdi implements OpenVdi {
+export class LocalVdi implements ObjectVdi {
+  readonly kind = 'objects';
+  /** What is read keeps its file, and nobody else has the store. */
+  readonly objectsMove = false;
   record: VdiRecord;
   map: Uint32Array;
-  /** In our name: what we share with others, clones of one image above all, is read in each one's share of threads. */
-  readonly reader: ObjectReader;
   /** Temporary snapshots of it that are alive. */
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
@@ -99,13 +108,6 @@ export class LocalVdi implements OpenVdi {
   ) {
     this.#generation = generation;
     this.#host = host;
-    const { objects } = host;
-    this.reader = {
-      readObject: (vid, idx, offset, into) => objects.read(vid, idx, offset, into, this),
-      cacheObject: (vid, idx, offset, length) => objects.willNeed(vid, idx, offset, length, this),
-      objectExtents: (vid, idx, offset, length, sink) => objects.extents(vid, idx, offset, length, sink, this),
-      isAllData: (vid, idx) => objects.isDense(vid, idx),
-    };
     this.record = record;
     this.map = map;
     this.#creationVid = record.vid;
@@ -138,6 +140,89 @@ export class LocalVdi implements OpenVdi {
     this.#isIdle = false;
   }
 
+  // Objects are read and written in our name: what we share with others, clones of one image above all, counts for the share
+  // of threads of each.
+
+  readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
+    return this.#host.objects.read(vid, idx, offset, into, this);
+  }
+
+  cacheObject(vid: number, idx: number, offset: number, length: number): Awaitable<void> {
+    return this.#host.objects.willNeed(vid, idx, offset, length, this);
+  }
+
+  objectExtents(vid: number, idx: number, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    return this.#host.objects.extents(vid, idx, offset, length, sink, this);
+  }
+
+  isAllData(vid: number, idx: number): boolean {
+    return this.#host.objects.isDense(vid, idx);
+  }
+
+  writeObject(idx: number, offset: number, data: Buffer): Awaitable<void> {
+    const owner = this.map[idx] as number;
+    const keeping =
+      this.temporaries.length > 0 ? keepFor(this.temporaries, owner, idx, offset, data.length) : undefined;
+    if (keeping !== undefined) return keeping.then(() => this.#writeOwned(owner, idx, offset, data));
+    return this.#writeOwned(owner, idx, offset, data);
+  }
+
+  #writeOwned(owner: number, idx: number, offset: number, data: Buffer): Awaitable<void> {
+    let later: Awaitable<void>;
+    try {
+      later = this.#host.objects.write(owner, idx, offset, data, this);
+    } catch (error) {
+      later = Promise.reject(error as Error);
+    }
+    if (later === undefined) {
+      this.#noteWritten(owner, idx);
+      return;
+    }
+    return later
+      .catch((error: unknown) =>
+        this.#afterFreeing(error, async () => this.#host.objects.write(owner, idx, offset, data, this)),
+      )
+      .then(() => this.#noteWritten(owner, idx));
+  }
+
+  /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
+  async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+    const { objects, references } = this.#host;
+    const vid = this.#creationVid;
+    const key = objectKey(vid, idx);
+    const from = copyOf === 0 ? undefined : objectKey(copyOf, idx);
+    const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
+    references.add(vid, idx);
+    this.#creating.add(key);
+    try {
+      await create().catch((error: unknown) => this.#afterFreeing(error, create));
+    } catch (error) {
+      this.#creating.delete(key);
+      this.#host.release([key]);
+      throw error;
+    }
+  }
+
+  async zeroObject(idx: number, offset: number, length: number, { noHole }: ZeroOptions): Promise<void> {
+    const owner = this.map[idx] as number;
+    const keeping = keepFor(this.temporaries, owner, idx, offset, length);
+    if (keeping !== undefined) await keeping;
+    const zero = (): Promise<void> => this.#host.objects.zero(owner, idx, offset, length, noHole, this);
+    await zero().catch((error: unknown) => this.#afterFreeing(error, zero));
+    this.#noteWritten(owner, idx);
+  }
+
+  canZeroFast({ noHole }: ZeroOptions): boolean {
+    return this.#host.objects.canZeroFast(noHole);
+  }
+
+  /** When the disk is full, trimmed space may not be given back yet. Do that, and try once more. */
+  async #afterFreeing(error: unknown, retry: () => Promise<void>): Promise<void> {
+    if ((error as StoreError).code !== 'NO_SPACE') throw error;
+    await this.#host.freeSpace(this);
+    await retry();
+  }
+
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
     // What it has made since the last snapshot is known to nobody else: with every snapshot it gets a new name for that.
@@ -149,21 +234,12 @@ export class LocalVdi implements OpenVdi {
     return this.temporaries.some((temporary) => temporary.shares(owner, idx));
   }
 
-  /** A file of that name is about to be made. Until it is in the map, or `notCreated`. */
-  creating(key: number): void {
-    this.#creating.add(key);
-  }
-
-  notCreated(key: number): void {
-    this.#creating.delete(key);
-  }
-
   /** Its log has it when this returns, or on a slow disk when what it returns resolves. */
   setOwner(idx: number, owner: number): Awaitable<void> {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
-      // Its reference was taken before it was made (LocalStore.createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
+      // Its reference was taken before it was made (createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
       this.#dirtyObjects.add(objectKey(owner, idx));
       this.#created.add(objectKey(owner, idx));
       this.#creating.delete(objectKey(owner, idx));
@@ -179,7 +255,7 @@ export class LocalVdi implements OpenVdi {
   }
 
   /** Called when a write has reached the file, not before: a sync in between must not count as having covered it. */
-  noteWritten(owner: number, idx: number): void {
+  #noteWritten(owner: number, idx: number): void {
     this.#dirtyObjects.add(objectKey(owner, idx));
   }
 
@@ -333,8 +409,17 @@ export class LocalVdi implements OpenVdi {
     }
   }
 
+  prepareSwitch(tag: string, takenAt?: number): Switch {
+    return this.#host.catalog.prepareSwitch(this, tag, takenAt);
+  }
+
+  prepareTemporary(tag: string): Switch {
+    return this.#host.catalog.prepareTemporary(this, tag);
+  }
+
   /** Grow or cut the map; the record is stored with it in one transaction. */
-  async resize(record: VdiRecord): Promise<void> {
+  async resize(size: number): Promise<VdiRecord> {
+    const record = { ...this.record, size };
     const length = Math.ceil(record.size / 2 ** record.blockSizeShift);
     // The flush makes durable what is logged.
     for (let idx = length; idx < this.map.length; idx++) if (this.map[idx] !== 0) void this.setOwner(idx, 0);
@@ -344,13 +429,15 @@ export class LocalVdi implements OpenVdi {
     map.set(this.map.subarray(0, length));
     this.map = map;
     this.record = record;
+    return record;
   }
 
-  /** Go on with another record that has the same map; durable when it resolves. */
-  async restate(record: VdiRecord): Promise<void> {
+  async mark(unfinished: Unfinished | undefined): Promise<VdiRecord> {
+    const record = { ...this.record, unfinished };
     await this.flush();
     await this.enqueue(() => this.#host.metadata.commit({ records: [record] }));
     this.record = record;
+    return record;
   }
 
   #releaseSoon(): void {

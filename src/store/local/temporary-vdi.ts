@@ -7,9 +7,13 @@
  * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
  * that this map cannot know (LocalVdi.takeTemporary).
  */
+import { allDone } from '../../system/all-done.js';
 import type { HostDisk } from '../../system/disk.js';
 import { isZeros } from '../../system/zeros.js';
-import { StoreError, type Awaitable, type ObjectReader, type OpenVdi, type VdiRecord } from '../object-store.js';
+import type { ObjectVdi } from '../open-vdi.js';
+import { ReadOnlyObjects } from '../read-only-objects.js';
+import { StoreError } from '../store-error.js';
+import type { Awaitable, VdiRecord } from '../vdi-record.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
 import type { CachedReads } from './cached-reads.js';
 import type { DataObjects, ExtentSink } from './data-objects.js';
@@ -38,12 +42,12 @@ export interface TemporaryVdiHost {
   backgroundError(error: unknown): void;
 }
 
-export class TemporaryVdi implements OpenVdi, ObjectReader {
+export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
   readonly record: VdiRecord;
-  readonly creationVid: number;
   /** What the working VDI's map was. Entries are there from `frozen` on, those that changed since earlier. */
   readonly map: Uint32Array;
-  readonly reader: ObjectReader = this;
+  /** What is read keeps its file, and nobody else has the store. */
+  readonly objectsMove = false;
   readonly #host: TemporaryVdiHost;
   readonly #objectSize: number;
   readonly #images: BeforeImages;
@@ -60,9 +64,9 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
 
   /** `source` is the map of the working VDI as it is now. */
   constructor(host: TemporaryVdiHost, record: VdiRecord, source: Uint32Array) {
+    super();
     this.#host = host;
     this.record = record;
-    this.creationVid = record.vid;
     this.#source = source;
     this.map = new Uint32Array(source.length);
     this.#adopted = new Uint8Array(source.length);
@@ -175,22 +179,6 @@ export class TemporaryVdi implements OpenVdi, ObjectReader {
     if (this.#failure !== undefined) return idx;
     const kept = this.#images.next(idx * this.#objectSize, end * this.#objectSize, true);
     return Math.floor(kept / this.#objectSize);
-  }
-
-  exclusive(_idx: number): boolean {
-    return false;
-  }
-
-  setOwner(_idx: number, _owner: number): void {
-    throw new Error('invariant: a temporary snapshot is written');
-  }
-
-  flush(): Promise<void> {
-    return Promise.resolve();
-  }
-
-  flushObject(_idx: number): Promise<void> {
-    return Promise.resolve();
   }
 
   /** Nobody reads it now; it is there until it is dropped. */
@@ -321,8 +309,3 @@ export function keepFor(
 }
 
 const LOOP_BUFFER = Buffer.alloc(MAX_LOOP_KEEP);
-
-async function allDone(parts: readonly Promise<void>[]): Promise<void> {
-  const results = await Promise.allSettled(parts);
-  for (const result of results) if (result.status === 'rejected') throw result.reason;
-}

@@ -10,7 +10,6 @@ import {
   type Catalog,
   type CheckReport,
   type DamagedVdi,
-  type OpenVdi,
   type Redundancy,
   type Switch,
   type Unfinished,
@@ -262,8 +261,7 @@ export class SheepCatalog implements Catalog {
     return (await this.usage(vid)).allocated === 0;
   }
 
-  async mark(vdi: OpenVdi, unfinished: Unfinished | undefined): Promise<VdiRecord> {
-    const sheep = vdi as SheepVdi;
+  async mark(sheep: SheepVdi, unfinished: Unfinished | undefined): Promise<VdiRecord> {
     const tag = unfinished ? unfinishedTag(unfinished) : '';
     await this.#writeTag(sheep.inode.vid, tag);
     sheep.retagged(tag);
@@ -271,7 +269,7 @@ export class SheepCatalog implements Catalog {
     return sheep.record;
   }
 
-  async open(vid: number): Promise<OpenVdi> {
+  async open(vid: number): Promise<SheepVdi> {
     const opened = this.#store.open.get(vid);
     if (opened && !opened.failure) return opened;
     const found = await this.#cluster.readInode(vid);
@@ -308,8 +306,7 @@ export class SheepCatalog implements Catalog {
     return found !== undefined && isSameVdi(found, inode);
   }
 
-  prepareSwitch(vdi: OpenVdi, tag: string, takenAt?: number): Switch {
-    const sheep = vdi as SheepVdi;
+  prepareSwitch(sheep: SheepVdi, tag: string, takenAt?: number): Switch {
     const { unfinished } = sheep.record;
     refuseHyper(sheep.inode, 'snapshotted');
     let inode = sheep.inode;
@@ -360,8 +357,7 @@ export class SheepCatalog implements Catalog {
   }
 
   /** By copy-before-write (shadow.ts). */
-  async prepareTemporary(vdi: OpenVdi, tag: string): Promise<Switch> {
-    const sheep = vdi as SheepVdi;
+  async prepareTemporary(sheep: SheepVdi, tag: string): Promise<Switch> {
     refuseHyper(sheep.inode, 'snapshotted');
     await sheep.look();
     await this.dropStaleShadows(sheep.record.name);
@@ -461,8 +457,7 @@ export class SheepCatalog implements Catalog {
     return recordOf(await this.#cluster.readInode(made));
   }
 
-  async resize(vdi: OpenVdi, size: number): Promise<VdiRecord> {
-    const sheep = vdi as SheepVdi;
+  async resize(sheep: SheepVdi, size: number): Promise<VdiRecord> {
     for (let attempt = 0; ; attempt++) {
       await sheep.look();
       const { inode } = sheep;
@@ -726,7 +721,7 @@ export class SheepCatalog implements Catalog {
     await this.#store.locks.take(inode);
   }
 
-  #openShadow(inode: Inode): OpenVdi {
+  #openShadow(inode: Inode): SheepVdi {
     const shadow = this.#shadows.get(inode.vid);
     if (!shadow?.isLive) {
       throw new StoreError('IO', 'this temporary snapshot belongs to another process, or to one that has ended');

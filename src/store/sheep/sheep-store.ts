@@ -2,20 +2,14 @@
  * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
  * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
-import {
-  behindEndError,
-  DEFAULT_BLOCK_SIZE_SHIFT,
-  StoreError,
-  type Awaitable,
-  type ObjectStore,
-  type OpenVdi,
-  type Owner,
-  type ReadCount,
-  type ZeroOptions,
-} from '../object-store.js';
-import { Cluster, ObjectGone } from './cluster-client.js';
+import type { ObjectStore } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT } from '../vdi-record.js';
+import { Cluster } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
+import { ClusterReads, type ObjectReading } from './cluster-reads.js';
 import { clusterState } from './cluster-state.js';
+import { GoneRetries } from './gone-retries.js';
 import { NodePool, type NodePoolOptions } from './node-pool.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
@@ -23,20 +17,16 @@ import type { ClusterInfo, ClusterNode } from '../../sheepdog/layouts.js';
 import { ownerMark } from './shadow-owner.js';
 import { ClusterFlag, STATUS_RUNNING, vidOf } from '../../sheepdog/protocol.js';
 import { ReadTracker } from './read-tracker.js';
-import { isLost, lostError } from './shadow.js';
 import { SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi, SheepVdiHost } from './sheep-vdi.js';
-import { inParallel, objectKey, sleep } from './table.js';
+import { inParallel } from './table.js';
 import { WriteOrder } from './write-order.js';
+import { labelOf, type ReadingStore } from './zeros-for-missing.js';
 
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
 /** For closing what is open, and dropping temporary snapshots. */
 const CLOSE_MS = 15_000;
-/** A missing object is asked for again this many times at least, and for as long as nodes have just come or gone. */
-const GONE_TRIES = 2;
-const GONE_BACKOFF_MS = 10;
-const SETTLING_MS = 60_000;
 /** How often open VDIs are looked at where it matters what others make of them while nobody writes; and how many at a time. */
 const LOOK_MS = 2_000;
 const PARALLEL_LOOKS = 16;
@@ -44,8 +34,10 @@ const PARALLEL_LOOKS = 16;
 const MAX_USERS = 3;
 
 export interface SheepStoreOptions extends NodePoolOptions {
-  /** Read zeros in place of objects that are lost, and write nothing. */
-  readonly missingIsZero?: boolean;
+  /** Why nothing may be changed, if the caller has a reason. */
+  readonly readOnlyBecause?: string;
+  /** Reading of objects in place of the store's own, over which it is built (zeros-for-missing.ts). */
+  readonly readingOver?: (reads: ClusterReads, store: ReadingStore) => ObjectReading;
   /** Aborted when nobody waits for the cluster any more: all that is asked of it fails then. */
   readonly signal?: AbortSignal;
   /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
@@ -58,8 +50,6 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   readonly location: string;
   readonly identity: string;
   readonly readOnlyBecause: string | undefined;
-  readonly objectsMove = true;
-  readonly gathersFirstWrites = true;
   readonly cluster: Cluster;
   readonly catalog: SheepCatalog;
   readonly order = new WriteOrder();
@@ -74,10 +64,8 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
   /** On what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
-  /** Objects that are read as zeros. */
-  readonly #lost = new Set<number>();
-  #epoch: number;
-  #epochChangedAt = -Infinity;
+  readonly reading: ObjectReading;
+  readonly #retries: GoneRetries;
   #looking: NodeJS.Timeout | undefined;
   #isClosed = false;
 
@@ -96,7 +84,9 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     this.owner = ownerMark(info.createdAt);
     this.#options = options;
     this.state = this.#openState();
-    this.#epoch = info.epoch;
+    this.#retries = new GoneRetries(cluster, info.epoch, (high, low) => this.#diskOf(high, low));
+    const reads = new ClusterReads(cluster, this.reads, this.#retries);
+    this.reading = options.readingOver?.(reads, this) ?? reads;
     this.catalog = new SheepCatalog(this);
     if ((info.flags & ClusterFlag.DISK_MODE) !== 0) cluster.gateway.placeByDisk();
     cluster.gateway.diskOf = (high, low) => this.#diskOf(high, low);
@@ -154,158 +144,30 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     return this.cluster.gateway.listNodes();
   }
 
-  readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    if (isLost(vid)) return Promise.reject(lostError(idx));
-    const read = this.#read(vid, idx, offset, into);
-    return this.reads.users > 0 ? this.reads.track(objectKey(vid, idx), read) : read;
-  }
-
-  noteRead(vdi: OpenVdi, offset: number, length: number): ReadCount {
-    return this.cluster.readAhead.note(vdi, offset, length);
-  }
-
-  async #read(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
-    try {
-      const ahead = this.cluster.readAhead.read(vid, idx, offset, into);
-      if (ahead && (await ahead)) return;
-      await this.cluster.readData(vid, idx, offset, into);
-    } catch (error) {
-      if ((error as StoreError).code !== 'GONE') throw error;
-      await this.#readGone(vid, idx, offset, into, error as StoreError);
-    }
-  }
-
-  async #readGone(vid: number, idx: number, offset: number, into: Buffer, first: StoreError): Promise<void> {
-    const key = objectKey(vid, idx);
-    try {
-      // What was looked for thoroughly once is not there the next moment either.
-      if (this.#lost.has(key)) throw first;
-      await this.#retryGone(first, () => this.cluster.readData(vid, idx, offset, into));
-    } catch (error) {
-      if (!this.#options.missingIsZero || (error as StoreError).code !== 'GONE') throw error;
-      into.fill(0);
-      if (this.#lost.has(key)) return;
-      this.#lost.add(key);
-      this.#logLost(vid, idx);
-    }
-  }
-
   /** Of an object, by the halves of its oid: who is open and has it. Undefined if nobody has. */
   #diskOf(high: number, low: number): string | undefined {
     const vid = vidOf(high);
     const own = this.open.get(vid);
-    if (own) return labelOf(own);
+    if (own) return labelOf(own.record);
     // A shared one, or one that is being made.
     const users: string[] = [];
     for (const vdi of this.open.values()) {
-      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi));
+      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi.record));
       if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
     }
     return users.length === 0 ? undefined : users.join(', ');
   }
 
-  /** Which bytes of what, as check says it. */
-  #logLost(vid: number, idx: number): void {
-    const ranges: string[] = [];
-    for (const { record, map } of this.open.values()) {
-      if (map[idx] !== vid) continue;
-      const from = idx * 2 ** record.blockSizeShift;
-      const to = Math.min(from + 2 ** record.blockSizeShift, record.size) - 1;
-      ranges.push(`${labelOf({ record })} bytes ${from} to ${to}`);
-    }
-    this.log(`lost: ${ranges.join(', ')} (object ${idx} of vid ${vid.toString(16)}); read as zeros`);
-  }
-
-  async unlessGone(request: () => Promise<void>): Promise<void> {
-    try {
-      await request();
-    } catch (error) {
-      if ((error as StoreError).code !== 'GONE') throw error;
-      await this.#retryGone(error as StoreError, request);
-    }
-  }
-
-  /**
-   * While nodes leave and join, one that has not recovered an object yet may say that there is none. One that is missing
-   * with all nodes in their places is lost.
-   */
-  #retryGone(first: StoreError, request: () => Promise<void>): Promise<void> {
-    const disk = first instanceof ObjectGone ? this.#diskOf(first.high, first.low) : undefined;
-    const { gateway } = this.cluster;
-    return gateway.whileAwaited(disk ?? 'a disk', first.message, () => this.#askAgain(first, request));
-  }
-
-  async #askAgain(first: StoreError, request: () => Promise<void>): Promise<void> {
-    const deadline = performance.now() + this.cluster.gateway.retryMs;
-    let backoff = GONE_BACKOFF_MS;
-    let failure = first;
-    for (let tries = 0; tries < GONE_TRIES || (await this.#isUnsettled(deadline)); tries++) {
-      if (performance.now() >= deadline) break;
-      await sleep(backoff);
-      backoff = Math.min(backoff * 2, 1000);
-      try {
-        return void (await request());
-      } catch (error) {
-        if ((error as StoreError).code !== 'GONE') throw error;
-        failure = error as StoreError;
-      }
-    }
-    throw failure;
+  unlessGone(request: () => Promise<void>): Promise<void> {
+    return this.#retries.unlessGone(request);
   }
 
   get knownEpoch(): number {
-    return this.#epoch;
+    return this.#retries.knownEpoch;
   }
 
-  async readEpoch(retryMs?: number): Promise<number> {
-    const { epoch } = await this.cluster.info(retryMs === undefined ? {} : { retryMs, isApart: true });
-    if (epoch !== this.#epoch) {
-      this.#epoch = epoch;
-      this.#epochChangedAt = performance.now();
-    }
-    return epoch;
-  }
-
-  /** Whether nodes have come or gone lately. */
-  async #isUnsettled(deadline: number): Promise<boolean> {
-    const retryMs = Math.max(0, deadline - performance.now());
-    await this.readEpoch(retryMs);
-    return performance.now() - this.#epochChangedAt < SETTLING_MS;
-  }
-
-  writeObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer): Promise<void> {
-    this.#checkRange(vdi, idx, offset, data.length);
-    return (vdi as SheepVdi).write(idx, offset, data);
-  }
-
-  createObject(vdi: OpenVdi, idx: number, offset: number, data: Buffer, copyOf?: Owner): Promise<void> {
-    this.#checkRange(vdi, idx, offset, data.length);
-    if (copyOf && copyOf.idx !== idx) throw new Error('invariant: an object is copied to another place');
-    return (vdi as SheepVdi).create(idx, offset, data, copyOf?.vid ?? 0);
-  }
-
-  zeroObject(vdi: OpenVdi, idx: number, offset: number, length: number, _options: ZeroOptions): Promise<void> {
-    this.#checkRange(vdi, idx, offset, length);
-    return (vdi as SheepVdi).zero(idx, offset, length);
-  }
-
-  /** Nodes know no zeroing but writing zeros. */
-  canZeroFast(_options: ZeroOptions): boolean {
-    return false;
-  }
-
-  /** Nodes have caches of their own. */
-  cacheObject(): void {}
-
-  /** All that is known without reading is which objects there are. */
-  objectExtents(
-    _vid: number,
-    _idx: number,
-    offset: number,
-    length: number,
-    sink: (offset: number, length: number, hole: boolean) => boolean,
-  ): Awaitable<void> {
-    sink(offset, length, false);
+  readEpoch(): Promise<number> {
+    return this.#retries.readEpoch();
   }
 
   dropStaleShadows(name: string): Promise<void> {
@@ -361,37 +223,19 @@ export class SheepStore implements ObjectStore, SheepVdiHost {
     if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
     for (const each of steps) if (each.status === 'rejected') throw each.reason;
   }
-
-  /** Nodes take writes behind the end of an object, and behind the end of a disk. */
-  #checkRange(vdi: OpenVdi, idx: number, offset: number, length: number): void {
-    const { map, record } = vdi;
-    if (record.isSnapshot) throw new StoreError('PERMISSION', `${record.name}@${record.tag} is a snapshot`);
-    if (this.readOnlyBecause !== undefined) {
-      throw new StoreError('PERMISSION', `nothing is written: ${this.readOnlyBecause}`);
-    }
-    if (idx >= map.length) throw vdi.failure ?? behindEndError(record, 'NO_SPACE');
-    if (idx < 0 || offset < 0 || offset + length > 2 ** record.blockSizeShift) {
-      throw new Error(`invariant: ${length} bytes at ${offset} of object ${idx} are outside the disk ${record.name}`);
-    }
-  }
 }
 
 function whyReadOnly(
   location: string,
   { version }: ClusterInfo,
-  { missingIsZero }: SheepStoreOptions,
+  { readOnlyBecause }: SheepStoreOptions,
 ): string | undefined {
-  if (missingIsZero)
-    return `${location} is served with zeros in place of what it has lost, and therefore only to be read`;
+  if (readOnlyBecause !== undefined) return readOnlyBecause;
   if (version === '1.0') return undefined;
   return (
     `${location} is a cluster of Sheepdog ${version}, which is only read here; 'sheepgate migrate', without a daemon that ` +
     'serves it, brings its disks into a local store or a cluster of 1.0'
   );
-}
-
-function labelOf({ record }: Pick<OpenVdi, 'record'>): string {
-  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
 }
 
 /** Whoever uses the disk is told. */

@@ -3,8 +3,11 @@
  * that nobody's data and no reference is lost, also while somebody else takes a snapshot of it. Owns the queue of table
  * changes and the move to a new vid. Nothing is kept back: what was answered is in the cluster.
  */
-import { behindEndError, StoreError, type OpenVdi, type VdiRecord } from '../object-store.js';
+import type { ExtentSink, ObjectVdi, ReadCount, Switch } from '../open-vdi.js';
+import { behindEndError, StoreError } from '../store-error.js';
+import type { Unfinished, VdiRecord } from '../vdi-record.js';
 import type { Cluster } from './cluster-client.js';
+import type { ObjectReading } from './cluster-reads.js';
 import { HyperIndex } from './hyper-index.js';
 import { recordOf, type Inode } from '../../sheepdog/layouts.js';
 import { BLOCK_BYTES, inPieces, MAX_PIECE_BYTES } from './pieces.js';
@@ -37,6 +40,13 @@ export interface SheepVdiHost {
   readonly locks: Locks;
   /** Formatted with -R. */
   readonly recyclesVids: boolean;
+  readonly catalog: {
+    prepareSwitch(vdi: SheepVdi, tag: string, takenAt?: number): Switch;
+    prepareTemporary(vdi: SheepVdi, tag: string): Promise<Switch>;
+    mark(vdi: SheepVdi, unfinished: Unfinished | undefined): Promise<VdiRecord>;
+    resize(vdi: SheepVdi, size: number): Promise<VdiRecord>;
+  };
+  readonly reading: ObjectReading;
   /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
   dropStaleShadows(name: string): Promise<void>;
   /** The vid of the working VDI that goes on under this name; 0 if there is none. */
@@ -62,7 +72,10 @@ interface TableChange extends Made {
   readonly reject: (error: unknown) => void;
 }
 
-export class SheepVdi implements OpenVdi {
+export class SheepVdi implements ObjectVdi {
+  readonly kind = 'objects';
+  readonly objectsMove = true;
+  readonly gathersFirstWrites = true;
   record: VdiRecord;
   map: Uint32Array;
   inode: Inode;
@@ -112,6 +125,38 @@ export class SheepVdi implements OpenVdi {
 
   get failure(): StoreError | undefined {
     return this.#failure;
+  }
+
+  noteRead(offset: number, length: number): ReadCount {
+    return this.#host.cluster.readAhead.note(this, offset, length);
+  }
+
+  readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    return this.#host.reading.readObject(vid, idx, offset, into);
+  }
+
+  /** Nodes have caches of their own. */
+  cacheObject(): void {}
+
+  /** All that is known without reading is which objects there are. */
+  objectExtents(_vid: number, _idx: number, offset: number, length: number, sink: ExtentSink): void {
+    sink(offset, length, false);
+  }
+
+  prepareSwitch(tag: string, takenAt?: number): Switch {
+    return this.#host.catalog.prepareSwitch(this, tag, takenAt);
+  }
+
+  prepareTemporary(tag: string): Promise<Switch> {
+    return this.#host.catalog.prepareTemporary(this, tag);
+  }
+
+  mark(unfinished: Unfinished | undefined): Promise<VdiRecord> {
+    return this.#host.catalog.mark(this, unfinished);
+  }
+
+  resize(size: number): Promise<VdiRecord> {
+    return this.#host.catalog.resize(this, size);
   }
 
   /** Objects with our own vid are nobody else's to rely on: with a snapshot we get a new one. */
@@ -255,7 +300,7 @@ export class SheepVdi implements OpenVdi {
   }
 
   /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
-  write(idx: number, offset: number, data: Buffer): Promise<void> {
+  writeObject(idx: number, offset: number, data: Buffer): Promise<void> {
     return this.#runs.write(idx, offset, data);
   }
 
@@ -297,9 +342,14 @@ export class SheepVdi implements OpenVdi {
     return this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data));
   }
 
-  async zero(idx: number, offset: number, length: number): Promise<void> {
+  /** Nodes know no zeroing but writing zeros. */
+  canZeroFast(): boolean {
+    return false;
+  }
+
+  async zeroObject(idx: number, offset: number, length: number): Promise<void> {
     for (let done = 0; done < length; done += ZEROS.length) {
-      await this.write(idx, offset + done, ZEROS.subarray(0, Math.min(ZEROS.length, length - done)));
+      await this.writeObject(idx, offset + done, ZEROS.subarray(0, Math.min(ZEROS.length, length - done)));
     }
   }
 
@@ -307,7 +357,7 @@ export class SheepVdi implements OpenVdi {
    * Make our object at idx; the entry is the caller's to set, and nobody looks at the object before that. What is large goes
    * into it in pieces once it is there. Errors: MOVED, NO_SPACE, GONE.
    */
-  async create(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
+  async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { vid } = this.record;
     await this.#getReady();
     if (this.#failure) throw this.#failure;

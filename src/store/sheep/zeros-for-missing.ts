@@ -1,0 +1,67 @@
+/**
+ * Reading a cluster that has lost objects (--missing=zero): a decorator of its reading, in which what is missing reads as zeros.
+ * The log names each such range once. A store that is read like this is never written: what was made up would become real.
+ */
+import type { VdiRecord } from '../vdi-record.js';
+import type { StoreError } from '../store-error.js';
+import type { ClusterReads, ObjectReading } from './cluster-reads.js';
+import type { SheepStoreOptions } from './sheep-store.js';
+import { objectKey } from './table.js';
+
+/** What is open, and where to report to. */
+export interface ReadingStore {
+  readonly open: ReadonlyMap<number, { readonly record: VdiRecord; readonly map: Uint32Array }>;
+  log(line: string): void;
+}
+
+/** Options for SheepStore.open at `location`. */
+export function zerosForMissing(location: string): Pick<SheepStoreOptions, 'readOnlyBecause' | 'readingOver'> {
+  return {
+    readOnlyBecause: `${location} is served with zeros in place of what it has lost, and therefore only to be read`,
+    readingOver: (reads, store) => new ZerosForMissing(reads, store),
+  };
+}
+
+class ZerosForMissing implements ObjectReading {
+  readonly #reads: ClusterReads;
+  readonly #store: ReadingStore;
+  /** Objects that are read as zeros, by key. */
+  readonly #missing = new Set<number>();
+
+  constructor(reads: ClusterReads, store: ReadingStore) {
+    this.#reads = reads;
+    this.#store = store;
+  }
+
+  async readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void> {
+    const key = objectKey(vid, idx);
+    const isKnown = this.#missing.has(key);
+    try {
+      // An object that was looked for thoroughly once is not there the next moment either.
+      await (isKnown ? this.#reads.readOnce(vid, idx, offset, into) : this.#reads.readObject(vid, idx, offset, into));
+    } catch (error) {
+      if ((error as StoreError).code !== 'GONE') throw error;
+      into.fill(0);
+      if (isKnown || this.#missing.has(key)) return;
+      this.#missing.add(key);
+      this.#logMissing(vid, idx);
+    }
+  }
+
+  /** Which bytes of which disks, in the words of check. */
+  #logMissing(vid: number, idx: number): void {
+    const ranges: string[] = [];
+    for (const { record, map } of this.#store.open.values()) {
+      if (map[idx] !== vid) continue;
+      const from = idx * 2 ** record.blockSizeShift;
+      const to = Math.min(from + 2 ** record.blockSizeShift, record.size) - 1;
+      ranges.push(`${labelOf(record)} bytes ${from} to ${to}`);
+    }
+    this.#store.log(`lost: ${ranges.join(', ')} (object ${idx} of vid ${vid.toString(16)}); read as zeros`);
+  }
+}
+
+/** For the log and for messages: NAME or NAME@TAG. */
+export function labelOf({ name, tag, isSnapshot }: VdiRecord): string {
+  return isSnapshot ? `${name}@${tag}` : name;
+}

@@ -1,0 +1,236 @@
+/**
+ * Questions about a VDI that its map answers, with the store's help where an object exists: where data is, what has changed since
+ * a snapshot, what to read ahead. Owns the limit on how many objects the store is asked about at a time. Changes nothing.
+ */
+import type { ExtentSink, ObjectVdi } from '../store/open-vdi.js';
+import type { Awaitable } from '../store/vdi-record.js';
+import { Admission } from './admission.js';
+import { ExtentJoiner, Walk } from './extent-walk.js';
+import { LongWork, STEPS_PER_LOOK } from './loop-share.js';
+import { endOfDifferent, endOfSame, endOfZeros } from './map-runs.js';
+import { Several } from './several.js';
+import type { ObjectCalls } from './store-calls.js';
+
+/** Objects of a disk that the store is asked about at a time, by all requests together. */
+const PARALLEL_LOOKUPS = 4;
+/** A request about more objects than this takes its share of the loop only. */
+const FEW_OBJECTS = 64;
+/** Objects whose before-images are looked for in one step, and objects that are compared one by one. */
+const OVERWRITTEN_STEP = 1024;
+const DIFFERENT_STEP = 16_384;
+
+export class MapQuestions {
+  readonly #open: ObjectVdi;
+  readonly #calls: ObjectCalls;
+  readonly #objectSize: number;
+  readonly #lookups = new Admission(PARALLEL_LOOKUPS);
+
+  constructor(open: ObjectVdi, calls: ObjectCalls) {
+    this.#open = open;
+    this.#calls = calls;
+    this.#objectSize = 2 ** open.record.blockSizeShift;
+  }
+
+  cache(offset: number, length: number): Awaitable<void> {
+    if (length <= FEW_OBJECTS * this.#objectSize && this.isHole(offset, length)) return;
+    return this.#cacheEach(offset, offset + length);
+  }
+
+  async #cacheEach(offset: number, end: number): Promise<void> {
+    const work = new LongWork(this.#open);
+    const begin = work.begin();
+    if (begin) await begin;
+    const pending = new Several(PARALLEL_LOOKUPS);
+    try {
+      for (let at = offset; at < end && !pending.hasFailed;) {
+        const idx = Math.floor(at / this.#objectSize);
+        if ((this.#open.map[idx] ?? 0) === 0) at = this.endOfHole(idx, end);
+        else {
+          const turn = this.#lookups.enter();
+          if (turn) {
+            work.pause();
+            await turn;
+            work.resume();
+          }
+          const from = at - idx * this.#objectSize;
+          const length = Math.min(this.#objectSize - from, end - at);
+          at += length;
+          const later = this.#cacheObject(idx, from, length);
+          if (later === undefined) this.#lookups.leave();
+          else pending.add(later.finally(this.#lookups.leave));
+        }
+        if (work.isOver()) await work.next();
+      }
+    } finally {
+      work.pause();
+      await pending.settled();
+    }
+    await pending.all();
+  }
+
+  #cacheObject(idx: number, from: number, length: number): Awaitable<void> {
+    const owner = this.#open.map[idx] ?? 0;
+    if (owner === 0) return;
+    try {
+      return this.#calls.cacheObject(owner, idx, from, length);
+    } catch (error) {
+      return Promise.reject(error as Error);
+    }
+  }
+
+  /**
+   * Data and holes of the range in ascending order, neighbours joined. `sink` returns false to stop. Each object is told of
+   * as it is when its turn comes, never as it was before the question. Answers at once if nothing has to be asked of the
+   * filesystem and it does not take long.
+   */
+  extents(offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    if (this.#isAllData(offset, length)) {
+      sink(offset, length, false);
+      return;
+    }
+    const end = offset + length;
+    const work = length <= FEW_OBJECTS * this.#objectSize ? undefined : new LongWork(this.#open);
+    const walk = new Walk(new ExtentJoiner(offset, sink), offset, end, work);
+    const later = work?.begin() ?? this.#extentsOn(walk);
+    if (later !== undefined) return this.#untilDone(later, () => this.#extentsOn(walk));
+  }
+
+  /** Whether a range within one object is known to be data: what most reads are about. */
+  #isAllData(offset: number, length: number): boolean {
+    const idx = Math.floor(offset / this.#objectSize);
+    if (offset + length > (idx + 1) * this.#objectSize) return false;
+    const owner = this.#open.map[idx] ?? 0;
+    return owner !== 0 && this.#open.isAllData?.(owner, idx) === true;
+  }
+
+  /** Go on with it. Returns what has to be awaited before it can be gone on with again; undefined if it is done. */
+  #extentsOn(walk: Walk): Promise<void> | undefined {
+    const { joiner, end, work } = walk;
+    work?.resume();
+    // Of an object that was looked at: what the store has not told.
+    joiner.fillUpTo(walk.at);
+    while (walk.at < end && !joiner.isStopped) {
+      const idx = Math.floor(walk.at / this.#objectSize);
+      // The map may be another one by now, and a shorter one.
+      const owner = this.#open.map[idx] ?? 0;
+      if (owner === 0) {
+        const next = this.endOfHole(idx, end);
+        joiner.add(next - walk.at, true);
+        walk.at = next;
+      } else {
+        if (!walk.isAdmitted) {
+          const turn = this.#lookups.enter();
+          walk.isAdmitted = true;
+          if (turn) {
+            work?.pause();
+            return turn;
+          }
+        }
+        const later = this.#lookAt(walk, owner, idx);
+        if (later) return later;
+      }
+      if (work?.isOver()) {
+        this.#endLookups(walk);
+        return work.next();
+      }
+    }
+    this.#endLookups(walk);
+    work?.pause();
+    joiner.finish();
+    return undefined;
+  }
+
+  /** What the store says of the rest of the object at idx, or of as much of it as is asked about. */
+  #lookAt(walk: Walk, owner: number, idx: number): Promise<void> | undefined {
+    const base = idx * this.#objectSize;
+    const { at, joiner } = walk;
+    walk.at = Math.min(base + this.#objectSize, walk.end);
+    let later: Awaitable<void>;
+    try {
+      later = this.#calls.objectExtents(owner, idx, at - base, walk.at - at, joiner.addPart);
+    } catch (error) {
+      this.#endLookups(walk);
+      throw error;
+    }
+    if (later === undefined) {
+      joiner.fillUpTo(walk.at);
+      return undefined;
+    }
+    walk.work?.pause();
+    walk.isAdmitted = false;
+    return later.finally(this.#lookups.leave);
+  }
+
+  #endLookups(walk: Walk): void {
+    if (!walk.isAdmitted) return;
+    walk.isAdmitted = false;
+    this.#lookups.leave();
+  }
+
+  async #untilDone(later: Promise<void>, goOn: () => Promise<void> | undefined): Promise<void> {
+    for (let next: Promise<void> | undefined = later; next !== undefined; next = goOn()) await next;
+  }
+
+  /** Where the objects that are not allocated from `idx` on end, at `end` at most. */
+  endOfHole(idx: number, end: number): number {
+    const last = endOfZeros(this.#open.map, idx, Math.ceil(end / this.#objectSize));
+    return Math.min(last * this.#objectSize, end);
+  }
+
+  /** Whether no object of the range is allocated: then it reads as zeros. Asks the map only, never the store. */
+  isHole(offset: number, length: number): boolean {
+    const { map } = this.#open;
+    const last = Math.floor((offset + length - 1) / this.#objectSize);
+    const first = Math.floor(offset / this.#objectSize);
+    if (last - first >= FEW_OBJECTS) return last < map.length && endOfZeros(map, first, last + 1) > last;
+    for (let idx = first; idx <= last; idx++) {
+      if (map[idx] !== 0) return false;
+    }
+    return true;
+  }
+
+  /**
+   * Where this VDI may differ from `base`, a snapshot of the same line: objects that are not the same ones. Exact to the
+   * object, from the two maps alone; neighbours joined, `sink` returns false to stop. Answers at once if it does not take
+   * long.
+   */
+  changedSince(before: ObjectVdi, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
+    if (before.record.blockSizeShift !== this.#open.record.blockSizeShift) {
+      throw new Error('invariant: snapshots of one VDI have one object size');
+    }
+    const walk = new Walk(new ExtentJoiner(offset, sink), offset, offset + length, new LongWork(this.#open));
+    const later = walk.work?.begin() ?? this.#changesOn(before, walk);
+    if (later !== undefined) return this.#untilDone(later, () => this.#changesOn(before, walk));
+  }
+
+  /** Like #extentsOn. */
+  #changesOn(base: ObjectVdi, walk: Walk): Promise<void> | undefined {
+    const { joiner, end, work } = walk;
+    const last = Math.ceil(end / this.#objectSize);
+    work?.resume();
+    while (walk.at < end && !joiner.isStopped) {
+      const idx = Math.floor(walk.at / this.#objectSize);
+      const { map } = this.#open;
+      const before = base.map;
+      const looksForKept = this.#open.nextOverwritten !== undefined || base.nextOverwritten !== undefined;
+      const stepEnd = looksForKept ? Math.min(last, idx + OVERWRITTEN_STEP) : last;
+      const isOther = (map[idx] ?? 0) !== (before[idx] ?? 0);
+      let next: number;
+      if (isOther) next = endOfDifferent(map, before, idx, Math.min(last, idx + DIFFERENT_STEP));
+      else {
+        // While a snapshot is there nobody writes its objects in place, unless what was there is kept aside for it.
+        next = endOfSame(map, before, idx, stepEnd);
+        next = this.#open.nextOverwritten?.(idx, next) ?? next;
+        next = base.nextOverwritten?.(idx, next) ?? next;
+      }
+      const isChanged = isOther || next === idx;
+      const to = Math.min(Math.max(next, idx + 1) * this.#objectSize, end);
+      joiner.add(to - walk.at, isChanged);
+      walk.at = to;
+      if (work?.isOver(looksForKept || isOther ? STEPS_PER_LOOK : 1)) return work.next();
+    }
+    work?.pause();
+    joiner.finish();
+    return undefined;
+  }
+}
