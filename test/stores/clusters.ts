@@ -6,6 +6,7 @@ import fs from 'node:fs';
 import os from 'node:os';
 import path from 'node:path';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
+import { zerosForMissing } from '../../src/store/sheep/zeros-for-missing.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from '../sheep/clusters.js';
 import { fillForReading } from './local.js';
@@ -84,11 +85,11 @@ async function onCluster(start: () => Promise<TestCluster>): Promise<StoreUnderT
   const cluster = await start();
   const stateDirectory = fs.mkdtempSync(path.join(os.tmpdir(), 'sheepgate-suite-'));
   let store: SheepStore | undefined;
-  const openObjects = async (): Promise<SheepStore> =>
-    (store = await SheepStore.open(cluster.address, { retryMs: RETRY_MS, stateDirectory }));
   return {
-    openObjects,
-    open: async () => new VdiCatalog(await openObjects()),
+    open: async () => {
+      store = await SheepStore.open(cluster.address, { retryMs: RETRY_MS, stateDirectory });
+      return new VdiCatalog(store);
+    },
     crash: async () => {
       const names = new Set([...(store?.open.values() ?? [])].map(({ record }) => record.name));
       store?.cluster.gateway.close(); // as if it had been killed: nothing is cleaned up
@@ -115,7 +116,7 @@ async function startReadOnly(): Promise<StoreUnderTest> {
   return {
     ...NOTHING,
     content,
-    open: async () => new VdiCatalog(await SheepStore.open(cluster.address, { missingIsZero: true })),
+    open: async () => new VdiCatalog(await SheepStore.open(cluster.address, zerosForMissing(cluster.address))),
     stop: () => cluster.stop(),
   };
 }

@@ -50,11 +50,8 @@ class LocalUnderTest implements StoreUnderTest {
   #catalog: VdiCatalog | undefined;
 
   async open(): Promise<VdiCatalog> {
-    return (this.#catalog = new VdiCatalog(await this.openObjects()));
-  }
-
-  async openObjects(): Promise<LocalStore> {
-    return (this.#store = await LocalStore.open(this.directory, { maxDescriptors: MAX_DESCRIPTORS }));
+    this.#store = await LocalStore.open(this.directory, { maxDescriptors: MAX_DESCRIPTORS });
+    return (this.#catalog = new VdiCatalog(this.#store));
   }
 
   /** Goes on with a copy of the directory as it is now, in which another boot finds it: nothing in recent/ counts then. */

@@ -2,7 +2,6 @@
  * What the store suite needs to know about a store, and what the store must offer to be tested: to add a store, describe it with
  * these two interfaces and hand it to `storeSuite` (suite.ts). Owns no store: local.ts and clusters.ts describe today's.
  */
-import type { ObjectStore } from '../../src/store/object-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 
 /** One kind of store. The suite starts it once and runs all its tests on it, each with VDIs of its own. */
@@ -48,8 +47,6 @@ export interface Abilities {
 export interface StoreUnderTest {
   /** Open the store, or open it again after it was closed. Temporary snapshots of an earlier opening may still be listed. */
   open(): Promise<VdiCatalog>;
-  /** The same, for the tests of the object level; absent for a store that is not made of objects. */
-  openObjects?(): Promise<ObjectStore>;
   /** End what `open` has opened as SIGKILL and a power loss do: only what was flushed is there at the next `open`. */
   crash(): Promise<void>;
   /** Names of all that takes up space for data, after what was given up so far is gone. */

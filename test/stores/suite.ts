@@ -7,6 +7,7 @@ import { afterAll, afterEach, beforeAll, describe } from 'vitest';
 import { badInput } from './bad-input.js';
 import { concurrency } from './concurrency.js';
 import { contract } from './contract.js';
+import { objects } from './objects.js';
 import { property } from './property.js';
 import { readOnly } from './read-only.js';
 import { Session } from './session.js';
@@ -45,6 +46,7 @@ export function storeSuite(kind: StoreKind): void {
       await session.checkNothingLeft();
     });
     describe('contract', () => contract(session));
+    describe('objects', () => objects(session));
     describe('bad input', () => badInput(session));
     describe('concurrency', () => concurrency(session));
     describe('model', () => property(session, kind.sequences));
