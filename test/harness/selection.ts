@@ -19,13 +19,11 @@ export const ONE_SET_IS_ENOUGH = [
 export const QUICK = [
   'nbd/test/*.test.ts',
   'test/cli/documents.test.ts',
-  'test/cli/export-device.test.ts',
   'test/cli/formatting.test.ts',
   'test/daemon/{closed-windows,emitters,lock-wait,repeated-lines}.test.ts',
   'test/export/*.test.ts',
-  'test/sheep/{bad-nodes,deadlines,epochs,foreign-names,hash-ring,layouts,listing,read-ahead,vids-in-use}.test.ts',
+  'test/sheep/{bad-nodes,deadlines,epochs,hash-ring,layouts,read-ahead,vids-in-use}.test.ts',
   'test/store/{local-store,locations,record-index}.test.ts',
-  'test/stores/{local,read-only,stand-in}.test.ts',
-  'test/system/*.test.ts',
-  'test/vdi/*.test.ts',
+  'test/stores/{local,read-only}.test.ts',
+  'test/vdi/{catalog-turns,direct-vdi,long-requests,stamp,store-calls,trim-shared}.test.ts',
 ];

@@ -107,9 +107,9 @@ export function concurrency(session: Session): void {
     const { name, disk } = await session.newDisk(8);
     // Every block holds the number of its write; writes go round in order, each answered before the next.
     let written = 0;
-    let stop = false;
+    const ending = { stop: false };
     const writer = (async () => {
-      while (!stop) {
+      while (!ending.stop) {
         written++;
         const at = ((written * 37) % (8 * (OBJECT / BLOCK))) * BLOCK;
         const data = Buffer.alloc(BLOCK);
@@ -119,9 +119,9 @@ export function concurrency(session: Session): void {
         if (written % 50 === 0) await disk.trim((written % 8) * OBJECT, OBJECT);
       }
     })();
-    writer.catch(() => (stop = true));
+    writer.catch(() => (ending.stop = true));
     const until = async (target: number): Promise<void> => {
-      while (written < target && !stop) await turn();
+      while (written < target && !ending.stop) await turn();
     };
     const bounds: { tag: string; before: number; after: number }[] = [];
     for (let n = 0; n < session.repeats(10); n++) {
@@ -131,7 +131,7 @@ export function concurrency(session: Session): void {
       bounds.push({ tag: `ext${n}`, before, after: written });
     }
     await until(written + 100);
-    stop = true;
+    ending.stop = true;
     await writer;
     await disk.check();
     for (const { tag, before, after } of bounds) {
@@ -174,10 +174,10 @@ export function concurrency(session: Session): void {
     const { name, disk } = await session.newDisk(4);
     const { vdi } = disk;
     const half = OBJECT / 2;
-    let stop = false;
+    const ending = { stop: false };
     /** Owns the first half of each object: writes it, reads it back. */
     const writer = async (): Promise<void> => {
-      for (let n = 1; !stop; n++) {
+      for (let n = 1; !ending.stop; n++) {
         const at = (n % 4) * OBJECT + ((n * 7) % 32) * 4 * BLOCK;
         const data = Buffer.alloc(4 * BLOCK, (n % 254) + 1);
         await vdi.write(at, data, false);
@@ -188,7 +188,7 @@ export function concurrency(session: Session): void {
     };
     /** Owns the second: writes, trims once or twice, reads zeros. */
     const trimmer = async (): Promise<void> => {
-      for (let n = 1; !stop; n++) {
+      for (let n = 1; !ending.stop; n++) {
         const at = (n % 4) * OBJECT + half;
         if (n % 3 === 0) await vdi.write(at + ((n * 5) % 64) * BLOCK, Buffer.alloc(BLOCK, 1), false);
         const once = vdi.trim(at, half, false);
@@ -199,9 +199,9 @@ export function concurrency(session: Session): void {
         expect(back.equals(Buffer.alloc(half)), `what trim ${n} left at ${at}`).toBe(true);
       }
     };
-    const work = Promise.all([writer(), trimmer()]).finally(() => (stop = true));
+    const work = Promise.all([writer(), trimmer()]).finally(() => (ending.stop = true));
     work.catch(() => undefined);
-    for (let n = 0; n < snapshots && !stop; n++) {
+    for (let n = 0; n < snapshots && !ending.stop; n++) {
       for (let turns = 0; turns < 20; turns++) await turn();
       if (abilities.canSnapshot) {
         await session.catalog.snapshot(name, `s${n}`);
@@ -214,7 +214,7 @@ export function concurrency(session: Session): void {
         await session.catalog.dropTemporary(name, 'now');
       }
     }
-    stop = true;
+    ending.stop = true;
     await work;
     await session.release(vdi);
     expect((await session.catalog.check({ repair: false })).problems).toEqual([]);
