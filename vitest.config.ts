@@ -1,25 +1,33 @@
 import { fileURLToPath } from 'node:url';
-import { defineConfig, type TestProjectConfiguration } from 'vitest/config';
+import { configDefaults, defineConfig, type TestProjectConfiguration } from 'vitest/config';
 import { clientSetProblem, SUITES } from './test/harness/client-set.js';
+import { testLength } from './test/harness/length.js';
 import { LongestFirst } from './test/harness/longest-first.js';
+import { ONE_SET_IS_ENOUGH, QUICK, WITH_CLIENTS } from './test/harness/selection.js';
 
-/** What real clients do with us: these run once for each set of clients. */
-const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
+const ALL = ['nbd/test/**/*.test.ts', 'test/**/*.test.ts'];
 
 /** As the package's `exports`, with the sources in the place of what is built. */
 function nbdSource(file: string): string {
   return fileURLToPath(new URL(`nbd/src/${file}.ts`, import.meta.url));
 }
 
-function project(name: string, include: string[]): TestProjectConfiguration {
+function project(name: string, include: string[], exclude: string[] = []): TestProjectConfiguration {
   return {
     extends: true,
-    test: { name, include, env: { SHEEPGATE_TEST_CLIENTS: name }, globalSetup: ['test/clients/set-up.ts'] },
+    test: {
+      name,
+      include,
+      exclude: [...configDefaults.exclude, ...exclude],
+      env: { SHEEPGATE_TEST_CLIENTS: name },
+      globalSetup: ['test/clients/set-up.ts'],
+    },
   };
 }
 
 const problem = clientSetProblem();
-if (problem !== undefined) console.log(`skipped: the tests with other releases' clients: ${problem}`);
+if (problem !== undefined && testLength !== 'quick')
+  console.log(`skipped: the tests with other releases' clients: ${problem}`);
 
 export default defineConfig({
   resolve: {
@@ -39,8 +47,10 @@ export default defineConfig({
     testTimeout: 120_000,
     hookTimeout: 60_000,
     projects: [
-      project('own', ['nbd/test/**/*.test.ts', 'test/**/*.test.ts']),
-      ...(problem === undefined ? Object.keys(SUITES).map((name) => project(name, WITH_CLIENTS)) : []),
+      project('own', testLength === 'quick' ? QUICK : ALL),
+      ...(problem === undefined
+        ? Object.keys(SUITES).map((name) => project(name, WITH_CLIENTS, ONE_SET_IS_ENOUGH))
+        : []),
     ],
   },
 });

@@ -19,6 +19,7 @@ import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, temporaryDirectory } from '../harness/daemon.js';
+import { byLength } from '../harness/length.js';
 import { StandIn } from '../sheep/stand-in.js';
 import { expectBytes, MIB, patterned } from './both-ways.js';
 import { localPlace, recordsOf, withCatalog, write, type Contents, type Place } from './migration-stores.js';
@@ -28,8 +29,12 @@ const NAME = 'vm';
 /** Of a command that must not end by itself before. */
 const NEVER = Number.MAX_SAFE_INTEGER;
 
-/** A history of snapshots has many steps, and a cluster of ours takes its time: of those every third. */
-const CLUSTER_HISTORY_STRIDE = 3;
+/**
+ * A cluster takes its time: of its steps every third, of a history of snapshots, which has many, every fifth; all of them in long
+ * runs. The commands are the same as on a local store, where every step is tried.
+ */
+const CLUSTER_STRIDE = byLength({ quick: 5, full: 3, long: 1 });
+const CLUSTER_HISTORY_STRIDE = byLength({ quick: 8, full: 5, long: 1 });
 
 class Killed extends Error {}
 
@@ -291,7 +296,8 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
       const steps = await ended(first.place, command, NEVER);
       await first.stop();
       const seen = new Set<State>();
-      const stride = where === 'a cluster' && command.label.startsWith('migrate') ? CLUSTER_HISTORY_STRIDE : 1;
+      const hasHistory = command.label.startsWith('migrate');
+      const stride = where !== 'a cluster' ? 1 : hasHistory ? CLUSTER_HISTORY_STRIDE : CLUSTER_STRIDE;
       for (let at = 1; at <= steps; at += stride) {
         const { place, before, stop } = await scene();
         await ended(place, command, at);
@@ -312,7 +318,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
       }
       expect([...seen].sort()).toEqual([command.before ? 'as before' : 'absent', 'unfinished']);
     },
-    180_000,
+    byLength({ quick: 180_000, full: 180_000, long: 20 * 60_000 }),
   );
 
   const place = async (): Promise<{ place: Place; stop(): Promise<void> }> =>

@@ -6,7 +6,10 @@ import { BaseSequencer, type TestSpecification } from 'vitest/node';
 
 /** By the seconds they take, roughly. */
 const LONG = [
+  'test/stores/real-nodes.test.ts',
   'test/cli/backup.test.ts',
+  'test/stores/stand-in.test.ts',
+  'test/stores/local.test.ts',
   'test/crash/kill.test.ts',
   'test/cli/import-export.test.ts',
   'test/cli/unfinished-steps.test.ts',
@@ -19,7 +22,6 @@ const LONG = [
   'test/vm/daemon-restart.test.ts',
   'test/cli/backup-target.test.ts',
   'test/cli/backup-interrupted.test.ts',
-  'test/vdi/model.test.ts',
   'test/daemon/in-use.test.ts',
   'test/cli/kept-moments.test.ts',
   'test/e2e/reconnecting.test.ts',

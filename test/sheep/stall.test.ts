@@ -39,13 +39,16 @@ describe.skipIf(missing !== undefined)('a real node that is stopped and goes on'
     };
     const lanes = Array.from({ length: LANES }, (_, n) => lane(n));
     const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+    const moreWrites = async (count: number): Promise<void> => {
+      const target = written + count;
+      while (written < target) await pause(5);
+    };
     for (let round = 0; round < ROUNDS; round++) {
-      await pause(300);
+      await moreWrites(200);
       cluster.pauseNode(round);
       await pause(STOPPED_MS);
       cluster.resumeNode(round);
-      const target = written + 2000;
-      while (written < target) await pause(5);
+      await moreWrites(2000);
     }
     isEnding = true;
     await Promise.all(lanes);

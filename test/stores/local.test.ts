@@ -1,0 +1,5 @@
+/** The store suite on the local store. */
+import { localStore } from './local.js';
+import { storeSuite } from './suite.js';
+
+storeSuite(localStore);
