@@ -1,71 +1,91 @@
-// Types are checked by tsc; this checks what tsc cannot: promises that nobody awaits, and the direction in which the
-// layers may depend on each other (cli -> jobs, daemon -> operations -> export -> vdi -> store -> sheepdog, system, text; nbd/
-// knows nothing of Sheepdog).
+// tsc checks types. This checks the rest: promises that nobody awaits, and the layers of src/ (docs/ARCHITECTURE.md). A layer imports
+// its neighbours below and the ground floors, and nothing else. nbd/ knows nothing of Sheepdog.
 import js from '@eslint/js';
 import markdown from '@eslint/markdown';
 import globals from 'globals';
 import { defineConfig } from 'eslint/config';
 import tseslint from 'typescript-eslint';
 
+/** From the top down. */
 const LAYERS = ['cli', 'jobs', 'daemon', 'operations', 'export', 'vdi', 'store', 'sheepdog', 'system', 'text'];
 
-/**
- * Files of lower layers that the command line and jobs may import beside their neighbours: types, constants and words that
- * all layers share.
- */
-const GROUND_FLOORS = [
-  'store/locations.js',
-  'store/redundancy.js',
-  'store/object-store.js',
-  'vdi/names.js',
-  'vdi/unfinished.js',
-  'vdi/catalog-error.js',
-];
-
-/** Layers that import their neighbours below and GROUND_FLOORS only. */
-const STRICT = new Set(['cli', 'jobs']);
-
-/** `serve` starts the daemon; `reload` knows what it answers; the end of every command knows the journal. */
-const DAEMON_STARTERS = ['serve', 'serve-options', 'reload', 'ending'].map((name) => `src/cli/${name}.ts`);
-
-/** Folders of src/ that a file in `layer` may import from, beside its own. */
-const MAY_IMPORT = {
-  cli: ['jobs', 'operations', 'system', 'text'],
-  jobs: ['operations', 'system', 'text'],
-  daemon: ['operations', 'export', 'vdi', 'store', 'system', 'text'],
-  operations: ['export', 'vdi', 'store', 'system', 'text'],
-  export: ['vdi', 'system'],
-  vdi: ['store', 'system', 'text'],
-  store: ['sheepdog', 'system', 'text'],
-  sheepdog: ['text'],
+/** The layers below that a layer builds on. */
+const NEIGHBOURS = {
+  cli: ['jobs', 'operations'],
+  jobs: ['operations'],
+  daemon: ['operations', 'export'],
+  operations: ['export', 'vdi'],
+  export: ['vdi'],
+  vdi: ['store'],
+  store: ['sheepdog'],
+  sheepdog: [],
   system: [],
   text: [],
 };
 
-/** What a file in `layer` may not import; `besides`: folders that it may import from, in addition to MAY_IMPORT. */
-function importRule(layer, besides = []) {
-  const allowed = [...MAY_IMPORT[layer], ...besides];
-  const forbidden = LAYERS.filter((other) => other !== layer && !allowed.includes(other));
-  const floors = STRICT.has(layer) ? GROUND_FLOORS : [];
-  const patterns = forbidden.map((other) => ({
-    group: [
-      `**/${other}/**`,
-      ...floors.filter((floor) => floor.startsWith(`${other}/`)).map((floor) => `!**/${floor}`),
-    ],
-    message: `src/${layer} must not depend on src/${other}`,
+/** What every layer above may import: whole folders, and files with types, constants and words that all layers share. */
+const GROUND_FLOORS = [
+  'system/**',
+  'text/**',
+  'store/locations.js',
+  'store/redundancy.js',
+  'store/object-store.js',
+  'vdi/names.js',
+  'vdi/new-vdi.js',
+  'vdi/in-use-time.js',
+  'vdi/unfinished.js',
+  'vdi/catalog-error.js',
+];
+
+/** Files that are the door to a layer which the rest of their own layer must not import. */
+const DOORS = [
+  // `serve` starts the daemon. The end of every command has to know the journal.
+  { files: ['serve', 'serve-options', 'reload', 'ending'].map((name) => `src/cli/${name}.ts`), to: ['daemon/**'] },
+  // Only a cluster has nodes to look at.
+  {
+    files: ['src/operations/inspect-cluster.ts'],
+    to: ['store/sheep', 'store/sheep/**', 'store/sheep/deep', 'store/sheep/deep/**'],
+  },
+  { files: ['src/operations/open-operations.ts'], to: ['store/local', 'store/local/store-lock.js'] },
+];
+
+/** Stores know nothing of each other, and src/vdi knows none of them. */
+const NO_STORES = ['**/local/**', '**/sheep/**'];
+const USE_NBD = new Set(['cli', 'daemon', 'operations', 'export']);
+
+function importRule(layer, doors = []) {
+  const below = LAYERS.slice(LAYERS.indexOf(layer) + 1);
+  const allowed = [...GROUND_FLOORS.filter((floor) => below.includes(floor.split('/')[0])), ...doors];
+  const patterns = LAYERS.filter((other) => other !== layer && !NEIGHBOURS[layer].includes(other)).map((other) => ({
+    group: [`**/${other}/**`, ...allowed.filter((path) => path.startsWith(`${other}/`)).map((path) => `!**/${path}`)],
+    message: `src/${layer} must not import src/${other} (eslint.config.js)`,
   }));
-  if (layer === 'vdi' || layer === 'store') {
+  if (layer === 'vdi')
+    patterns.push({ group: NO_STORES, message: 'src/vdi knows the contract of stores, and no store' });
+  if (!USE_NBD.has(layer))
     patterns.push({
       group: ['nbd-server-ts', 'nbd-server-ts/*', '**/nbd/**'],
       message: `src/${layer} must not know NBD`,
     });
-  }
   return { 'no-restricted-imports': ['error', { patterns }] };
 }
 
 const layerRules = [
   ...LAYERS.map((layer) => ({ files: [`src/${layer}/**/*.ts`], rules: importRule(layer) })),
-  { files: DAEMON_STARTERS, rules: importRule('cli', ['daemon']) },
+  ...DOORS.map(({ files, to }) => ({ files, rules: importRule(files[0].split('/')[1], to) })),
+  ...['local', 'sheep'].map((store, _, stores) => ({
+    files: [`src/store/${store}/**/*.ts`],
+    rules: {
+      '@typescript-eslint/no-restricted-imports': [
+        'error',
+        {
+          patterns: stores
+            .filter((other) => other !== store)
+            .map((other) => ({ group: [`**/${other}/**`], message: 'stores know nothing of each other' })),
+        },
+      ],
+    },
+  })),
 ];
 
 export default defineConfig(

@@ -20,10 +20,10 @@ export const QUICK = [
   'nbd/test/*.test.ts',
   'test/cli/documents.test.ts',
   'test/cli/formatting.test.ts',
-  'test/daemon/{closed-windows,emitters,lock-wait,repeated-lines}.test.ts',
+  'test/daemon/{dead-peer-timeouts,emitters,lock-wait,repeated-lines}.test.ts',
   'test/export/*.test.ts',
   'test/sheep/{bad-nodes,deadlines,epochs,hash-ring,layouts,read-ahead,vids-in-use}.test.ts',
   'test/store/{local-store,locations,record-index}.test.ts',
   'test/stores/{local,read-only}.test.ts',
-  'test/vdi/{catalog-turns,direct-vdi,long-requests,stamp,store-calls,trim-shared}.test.ts',
+  'test/vdi/{catalog-concurrency,direct-vdi,long-requests,timestamp,store-calls,trim-shared}.test.ts',
 ];
