@@ -2,7 +2,7 @@
 # The quick tests (npm run test:quick) with the newest Node, which is npm's package "node". It is kept in ~/.cache. Where it cannot
 # be had, the reason is printed and nothing fails.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/sheepgate-newest-node"
 mkdir -p "$cache" || exit 1
 if ! said=$(npm install --prefix "$cache" --no-save --no-fund --no-audit --loglevel=error node@latest 2>&1); then

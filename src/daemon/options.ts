@@ -5,4 +5,4 @@
 export { OTHERWISE, parseOtherwise, type Exclusive } from '../export/exclusive.js';
 export { parseExportName } from '../export/export-name.js';
 export { DEFAULT_KEEP_MS } from '../export/temporary-snapshots.js';
-export { DEFAULT_IN_USE_MS } from '../vdi/in-use.js';
+export { DEFAULT_IN_USE_MS } from '../vdi/in-use-time.js';

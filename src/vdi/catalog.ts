@@ -17,7 +17,8 @@ import {
 } from './lifecycle.js';
 import { detailsOf, detailsOfAll, type VdiDetails } from './details.js';
 import { beginFilling, finishFilling } from './filling.js';
-import { DEFAULT_IN_USE_MS, InUse } from './in-use.js';
+import { InUse } from './in-use.js';
+import { DEFAULT_IN_USE_MS } from './in-use-time.js';
 import { KeptSnapshots, type Ended, type TemporaryKeeper } from './kept-snapshots.js';
 import type { LockReport, LockStatus, UnlockOptions } from './cluster-locks.js';
 import { Lookup } from './lookup.js';

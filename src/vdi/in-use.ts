@@ -9,8 +9,6 @@ import type { Log } from './log.js';
 import { factKey, type StoredFacts } from './stored-facts.js';
 import { timestampNow } from './timestamp.js';
 
-/** How long a client that was cut off counts as a user. An idle guest comes back only with its next request. */
-export const DEFAULT_IN_USE_MS = 60 * 60_000;
 /** Clients of one disk that were cut off and are remembered one by one; earlier ones are counted together. */
 const MAX_LOST_CLIENTS = 32;
 /** Uses of one store that are remembered. */
