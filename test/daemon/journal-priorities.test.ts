@@ -87,7 +87,7 @@ test('every line of serve has a priority, also its error at the start; errors of
   expect(lines.some((line) => line.startsWith('<4>{"level":40,'))).toBe(true);
   expect(lines.some((line) => line.startsWith('<6>{"level":30,') && line.includes('"stopped"'))).toBe(true);
   const missing = ['--store', path.join(directory, 'none'), '--create-store', 'no'];
-  const failing = ['serve', ...missing, '--listen', 'tcp:127.0.0.1:0'];
+  const failing = ['serve', ...missing, '--listen', `unix:${path.join(directory, 'nbd.sock')}`];
   expect(await inFile(failing, () => false)).toMatch(/^<3>sheepgate: .*none/);
   expect(await inFile(['serve', '--nonsense'], () => false)).toMatch(/^<3>sheepgate: .*--nonsense/);
   expect(await inFile(['vdi', 'show', 'none', '--store', store], () => false)).toMatch(/^<3>sheepgate: no VDI/);
