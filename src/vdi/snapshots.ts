@@ -1,6 +1,7 @@
 /**
- * Snapshots, and temporary snapshots, which are dropped when their last reader is gone. Owns the order in which the VDI is
- * flushed, its writers are held, and the store switches over. Where snapshots are stored is the store's affair.
+ * Snapshots, and temporary snapshots, which are dropped when their last reader is gone. Owns the checks before one is taken, and
+ * the flush before the name is taken. How writers are held while the store switches over is `take` of the VDI (vdi.ts); where
+ * snapshots are stored is the store's affair.
  */
 import type { Awaitable, OpenVdi, Switch, VdiRecord } from '../store/object-store.js';
 import type { ForceOption } from './busy-checks.js';

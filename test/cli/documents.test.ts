@@ -52,6 +52,52 @@ test('npm scripts, files and settings that CONTRIBUTING names are there', () => 
   expect(settings.filter((name) => !known.includes(name))).toEqual([]);
 });
 
+/** Names of files and folders of the tree, by path and by base name. */
+function namesInTree(): Set<string> {
+  const names = new Set<string>();
+  const visit = (folder: string): void => {
+    for (const entry of fs.readdirSync(path.join(ROOT, folder), { withFileTypes: true })) {
+      if (['node_modules', 'dist', '.git'].includes(entry.name)) continue;
+      const name = path.join(folder, entry.name);
+      names.add(name).add(entry.name);
+      if (entry.isDirectory()) visit(name);
+    }
+  };
+  visit('.');
+  return names;
+}
+
+test('what docs/ARCHITECTURE.md names is there: paths, files, identifiers, and each function in its file', () => {
+  const names = namesInTree();
+  const text = read('docs/ARCHITECTURE.md');
+  const quoted = [...text.matchAll(/`([^`\n]+)`/g)].map(([, each = '']) => each);
+  const files = quoted.filter((each) =>
+    /^[\w./-]+\.(?:ts|mjs|js|md)$|^(?:src|nbd|test|tools|docs|bench)\/[\w./-]*$/.test(each),
+  );
+  expect(files.length).toBeGreaterThan(100);
+  expect(files.filter((file) => !names.has(file.replace(/\/$/, '')))).toEqual([]);
+
+  const sources = [...names].filter((name) => name.endsWith('.ts') && name.includes('/')).map(read);
+  sources.push(read('eslint.config.js'));
+  const words = new Set(sources.flatMap((source) => source.match(/#?\w+/g) ?? []));
+  const identifiers = quoted.filter((each) => /^#?\w+$/.test(each));
+  expect(identifiers.length).toBeGreaterThan(80);
+  expect(identifiers.filter((name) => !words.has(name))).toEqual([]);
+
+  // As it is written there: a file, then ": " or " (", then functions with commas between.
+  const paths = [...names].filter((name) => name.endsWith('.ts') && name.includes('/'));
+  const places = [...text.matchAll(/`([\w./-]+\.ts)`(?:: | \()((?:`#?\w+`(?:, |\)|\b)?)+)/g)];
+  expect(places.length).toBeGreaterThan(30);
+  const lacking = places.flatMap(([, file = '', functions = '']) => {
+    const candidates = paths.filter((each) => `/${each}`.endsWith(`/${file}`)).map(read);
+    const wanted = [...functions.matchAll(/`(#?\w+)`/g)].map(([, name = '']) => name);
+    const isIn = (source: string, name: string): boolean =>
+      new RegExp(`(?<![\\w#.])${name}\\b\\s*[(:=<]|function ${name}\\b`).test(source);
+    return wanted.filter((name) => !candidates.some((source) => isIn(source, name))).map((name) => `${file}: ${name}`);
+  });
+  expect(lacking).toEqual([]);
+});
+
 test('the constants that docs/reference.md names are in the sources', () => {
   const limits = read('docs/reference.md').split('\n## Limits\n')[1]?.split('\n## ')[0] ?? '';
   const named = [...limits.matchAll(/^\|.*\|([^|]*)\|$/gm)].flatMap(([, cell = '']) =>

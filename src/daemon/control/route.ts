@@ -1,4 +1,4 @@
-/** The shape of a route of the control API, and how a request is matched to one. */
+/** The shape of a route of the control API, and what routes can call. Requests are matched to routes in control-server.ts. */
 import type { Disconnected, ReloadReport, StatusAnswer } from '../../operations/control-protocol.js';
 import type { DirectOperations } from '../../operations/direct-operations.js';
 import type { Body } from './request-fields.js';

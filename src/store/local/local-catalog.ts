@@ -1,5 +1,5 @@
 /**
- * The catalog of the local store: VDIs and snapshots are made, removed, cloned and resized here, each by one LMDB
+ * The catalog of the local store: VDIs and snapshots are made, removed, cloned and rolled back here, each by one LMDB
  * transaction. Owns which vid is given next and the temporary snapshots that are alive. Objects are given up only after
  * the transaction that made them unreachable.
  */
@@ -231,7 +231,7 @@ export class LocalCatalog implements Catalog {
     const children = new Map(this.#store.metadata.childrenOf(vid).map((child) => [child.vid, child]));
     for (const vdi of this.#store.open.values()) {
       if (vdi.supersededVids.length === 0) continue;
-      for (const supersededVids of vdi.supersededVids) children.delete(supersededVids);
+      for (const superseded of vdi.supersededVids) children.delete(superseded);
       if (vdi.record.parentVid === vid) children.set(vdi.record.vid, vdi.record);
     }
     return [...children.values()];

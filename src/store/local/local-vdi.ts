@@ -313,7 +313,7 @@ export class LocalVdi implements ObjectVdi {
     return this.#releases;
   }
 
-  /** Records that this VDI has supersededVids without the metadata saying so yet (a snapshot that failed): see its `record`. */
+  /** Vids under which the metadata still has records that this VDI's `record` has superseded (after a snapshot that failed). */
   get supersededVids(): readonly number[] {
     return this.#committing ? [...this.#committing.obsolete, ...this.#obsolete] : this.#obsolete;
   }
