@@ -3,7 +3,7 @@
  * data and two with parity. Owns that syntax and the limits, which are the nodes' (internal_proto.h, SD_MAX_COPIES;
  * fec.h, SD_EC_MAX_STRIP).
  */
-import type { Redundancy } from './object-store.js';
+import type { Redundancy } from './vdi-record.js';
 
 /** SD_MAX_COPIES. */
 export const MAX_COPIES = 31;

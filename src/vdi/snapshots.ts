@@ -2,7 +2,8 @@
  * Snapshots, and temporary snapshots, which are dropped when their last reader is gone. Owns the order in which the VDI is
  * flushed, its writers are held, and the store switches over. Where snapshots are stored is the store's affair.
  */
-import type { Awaitable, OpenVdi, Switch, VdiRecord } from '../store/object-store.js';
+import type { OpenVdi, Switch } from '../store/open-vdi.js';
+import type { Awaitable, VdiRecord } from '../store/vdi-record.js';
 import type { ForceOption } from './busy-checks.js';
 import { CatalogError } from './catalog-error.js';
 import type { CatalogParts } from './catalog-parts.js';

@@ -8,7 +8,7 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { NbdClient } from 'nbd-server-ts';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { makeLogFolder, MapLogs } from '../../src/store/local/map-logs.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { objectKey } from '../../src/store/local/reference-counts.js';

@@ -1,14 +1,12 @@
 /**
  * The one door to the data of objects: VDIs, temporary snapshots, copies, extents, recovery and check ask here, by vid and
- * idx or by key (objectKey), and know nothing of files. Today an object is one file (object-files.ts). It may become more
+ * idx or by key (localObjectKey), and know nothing of files. Today an object is one file (object-files.ts). It may become more
  * than one file without a change in any caller.
  *
  * `who`, below: whose work it is, for its share of threads and descriptors. Disks that share objects are several.
  */
 import type { ExtentSink } from '../open-vdi.js';
 import type { Awaitable } from '../vdi-record.js';
-
-export type { ExtentSink } from '../open-vdi.js';
 
 /** The folder of a store that they are in. */
 export const OBJECTS = 'objects';

@@ -6,7 +6,7 @@ import path from 'node:path';
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { makeDirectory } from '../../system/make-directory.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { FoundObject } from './data-objects.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';
 import { SYNCS } from './thread-shares.js';

@@ -4,7 +4,7 @@
  * Reads and writes no data.
  */
 import { O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { DescriptorCache, ObjectFile } from './descriptor-cache.js';
 import type { AsFailure, ObjectNames } from './object-names.js';
 import { idxOf, objectKey, vidOf } from './reference-counts.js';

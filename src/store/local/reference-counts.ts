@@ -3,7 +3,7 @@
  * given up in memory counts until the VDI's map is durable, because after a crash the old map is valid again. So a count of 1
  * means exclusive: the object may be overwritten in place.
  */
-import { MAX_DATA_OBJECTS } from '../object-store.js';
+import { MAX_DATA_OBJECTS } from '../vdi-record.js';
 
 /** VDI ids have 24 bits, as in Sheepdog. */
 export const MAX_VID = 2 ** 24 - 1;

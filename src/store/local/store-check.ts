@@ -3,7 +3,8 @@
  * removes unreferenced objects and pages.
  */
 import type { HostDisk } from '../../system/disk.js';
-import { StoreError, type CheckReport } from '../object-store.js';
+import type { CheckReport } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { DataObjects, FoundObject } from './data-objects.js';
 import type { LocalVdi } from './local-vdi.js';
 import { logsSetAside } from './map-logs.js';

@@ -4,7 +4,8 @@
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
-import { StoreError, type VdiRecord } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import type { VdiRecord } from '../vdi-record.js';
 import { removeLeftScratch } from './before-images.js';
 import { OBJECTS, type DataObjects } from './data-objects.js';
 import { makeNamesDurable } from '../../system/durable-names.js';

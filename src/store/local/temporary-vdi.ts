@@ -10,13 +10,13 @@
 import { allDone } from '../../system/all-done.js';
 import type { HostDisk } from '../../system/disk.js';
 import { isZeros } from '../../system/zeros.js';
-import type { ObjectVdi } from '../open-vdi.js';
+import type { ObjectVdi, ExtentSink } from '../open-vdi.js';
 import { ReadOnlyObjects } from '../read-only-objects.js';
 import { StoreError } from '../store-error.js';
 import type { Awaitable, VdiRecord } from '../vdi-record.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
 import type { CachedReads } from './cached-reads.js';
-import type { DataObjects, ExtentSink } from './data-objects.js';
+import type { DataObjects } from './data-objects.js';
 import { objectKey, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 import { TimeSlice } from './time-slice.js';

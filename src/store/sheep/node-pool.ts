@@ -16,7 +16,7 @@ import {
   type SheepVersion,
 } from '../../sheepdog/protocol.js';
 import { Pauses } from '../../system/pauses.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { askSoon } from './ask-each.js';
 import { AwaitedRequests, type Repeated } from './awaited-requests.js';
 import {

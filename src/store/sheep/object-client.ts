@@ -6,7 +6,7 @@
 import { encodeObjectRequest, encodeVdiRequest, opcodeOf } from '../../sheepdog/headers.js';
 import { vidOf } from '../../sheepdog/object-ids.js';
 import { Flag, Opcode, Result } from '../../sheepdog/protocol.js';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import type { Answer, WireRequest } from './connection.js';
 import type { ExecuteOptions, NodePool } from './node-pool.js';
 import { inPieces } from './pieces.js';

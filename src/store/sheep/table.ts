@@ -4,7 +4,7 @@
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { inParallel } from '../../system/in-parallel.js';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import { TableWriter } from './table-writer.js';
 
