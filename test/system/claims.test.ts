@@ -6,6 +6,7 @@
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
+import ts from 'typescript';
 import { describe, expect, test } from 'vitest';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
@@ -110,7 +111,29 @@ describe('who imports what', () => {
   });
 });
 
+/** Where a source uses the keywords, but for constructors: parameters of constructors can be members, too. */
+function privateMembersOf(name: string): string[] {
+  const found: string[] = [];
+  const source = ts.createSourceFile(name, textOf(name), ts.ScriptTarget.Latest);
+  const visit = (node: ts.Node): void => {
+    if (node.kind === ts.SyntaxKind.ProtectedKeyword) found.push(`${name}: protected`);
+    if (ts.canHaveModifiers(node) && !ts.isConstructorDeclaration(node)) {
+      for (const { kind } of ts.getModifiers(node) ?? [])
+        if (kind === ts.SyntaxKind.PrivateKeyword) found.push(`${name}: ${node.getText(source).split('\n')[0]}`);
+    }
+    ts.forEachChild(node, visit);
+  };
+  visit(source);
+  return found;
+}
+
 describe('a file of src/ or nbd/src/', () => {
+  test('has # before private members; only constructors are `private`, and nothing is `protected`', () => {
+    const withKeyword = sources.filter((name) => /\b(?:private|protected)\b/.test(textOf(name)));
+    expect(withKeyword.length).toBeGreaterThan(0);
+    expect(withKeyword.flatMap(privateMembersOf)).toEqual([]);
+  });
+
   test('begins with a comment that says what it is for', () => {
     expect(sources.length).toBeGreaterThan(100);
     expect(sources.filter((name) => !/^(?:#!.*\n)?\/\*\*/.test(textOf(name)))).toEqual([]);

@@ -10,7 +10,7 @@ import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-logs.js';
 import { pagesOf } from './map-pages.js';
-import { MAX_VID } from './reference-counts.js';
+import { MAX_VID } from '../../sheepdog/object-ids.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';

@@ -15,7 +15,7 @@ import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
 import { ObjectFiles, type SharedByFiles } from './object-files.js';
-import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 import { removeCreation } from './store-directory.js';
 import { isDiskError } from './store-errors.js';
 import type { HolderRole, StoreLock } from './store-lock.js';
@@ -211,7 +211,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       const owner = map[idx] as number;
       if (owner === 0 || this.references.of(owner, idx) === 1) continue;
       map[idx] = 0;
-      this.#releaseOne(objectKey(owner, idx));
+      this.#releaseOne(localObjectKey(owner, idx));
     }
     for (let idx = next(0); idx < end; idx = next(idx + 1)) {
       if (slice.isOver(++step)) await slice.next();
@@ -219,7 +219,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       if (owner === 0) continue;
       const room = this.objects.roomToRemove();
       if (room) await room;
-      this.#releaseOne(objectKey(owner, idx));
+      this.#releaseOne(localObjectKey(owner, idx));
     }
   }
 

@@ -9,7 +9,7 @@ import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
-import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 
@@ -93,6 +93,7 @@ export class LocalVdi implements ObjectVdi {
   #generation: number;
 
   readonly #log: MapLog;
+  readonly #onClosed: () => void;
 
   /**
    * `log` and we begin with flush `generation`, one more than the stored map has. `onClosed` is called once when nobody
@@ -104,7 +105,7 @@ export class LocalVdi implements ObjectVdi {
     map: Uint32Array,
     generation: number,
     log: MapLog,
-    private readonly onClosed: () => void,
+    onClosed: () => void,
   ) {
     this.#generation = generation;
     this.#host = host;
@@ -112,6 +113,7 @@ export class LocalVdi implements ObjectVdi {
     this.map = map;
     this.#creationVid = record.vid;
     this.#log = log;
+    this.#onClosed = onClosed;
   }
 
   get creationVid(): number {
@@ -189,8 +191,8 @@ export class LocalVdi implements ObjectVdi {
   async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { objects, references } = this.#host;
     const vid = this.#creationVid;
-    const key = objectKey(vid, idx);
-    const from = copyOf === 0 ? undefined : objectKey(copyOf, idx);
+    const key = localObjectKey(vid, idx);
+    const from = copyOf === 0 ? undefined : localObjectKey(copyOf, idx);
     const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
     references.add(vid, idx);
     this.#creating.add(key);
@@ -240,15 +242,15 @@ export class LocalVdi implements ObjectVdi {
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
       // Its reference was taken before it was made (createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
-      this.#dirtyObjects.add(objectKey(owner, idx));
-      this.#created.add(objectKey(owner, idx));
-      this.#creating.delete(objectKey(owner, idx));
+      this.#dirtyObjects.add(localObjectKey(owner, idx));
+      this.#created.add(localObjectKey(owner, idx));
+      this.#creating.delete(localObjectKey(owner, idx));
     }
     this.map[idx] = owner;
     const logged = this.#log.changed(idx, owner);
     this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) {
-      this.#releases.push(objectKey(before, idx));
+      this.#releases.push(localObjectKey(before, idx));
       this.#releaseSoon();
     }
     return logged;
@@ -256,7 +258,7 @@ export class LocalVdi implements ObjectVdi {
 
   /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
   #noteWritten(owner: number, idx: number): void {
-    this.#dirtyObjects.add(objectKey(owner, idx));
+    this.#dirtyObjects.add(localObjectKey(owner, idx));
   }
 
   flush(): Promise<void> {
@@ -270,7 +272,7 @@ export class LocalVdi implements ObjectVdi {
 
   async flushObject(idx: number): Promise<void> {
     const page = Math.floor(idx / PAGE_ENTRIES);
-    const key = objectKey(this.map[idx] as number, idx);
+    const key = localObjectKey(this.map[idx] as number, idx);
     const plain =
       this.#pendingMove === undefined &&
       !this.#dirtyPages.has(page) &&
@@ -305,7 +307,7 @@ export class LocalVdi implements ObjectVdi {
     clearTimeout(this.#releaseTimer);
     this.#isIdle = false;
     this.#log.remove();
-    this.onClosed();
+    this.#onClosed();
   }
 
   /** References this VDI holds beside those of its map, one entry each. */
@@ -405,7 +407,7 @@ export class LocalVdi implements ObjectVdi {
     // the stored map under the old vid refers to these until that flush, so they are released with it
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
-      if (owner !== 0) this.#releases.push(objectKey(owner, idx));
+      if (owner !== 0) this.#releases.push(localObjectKey(owner, idx));
     }
   }
 

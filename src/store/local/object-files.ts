@@ -17,7 +17,7 @@ import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
 import { makeObjectFolders, ObjectNames, type AsFailure } from './object-names.js';
 import { ObjectOpening } from './object-opening.js';
 import { ObjectRemoval } from './object-removal.js';
-import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { makeEmpty, SparseCopy, writeZeros } from './sparse-copy.js';
 import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
@@ -140,7 +140,7 @@ export class ObjectFiles implements DataObjects {
         this.#throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
-        throw this.#failed(error, `writing object ${this.#names.path(objectKey(vid, idx))}`);
+        throw this.#failed(error, `writing object ${this.#names.path(localObjectKey(vid, idx))}`);
       }
     }
     return this.#writeLater(file, vid, idx, offset, data, false, who);

@@ -17,7 +17,7 @@ import type { Awaitable, VdiRecord } from '../vdi-record.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
 import type { CachedReads } from './cached-reads.js';
 import type { DataObjects } from './data-objects.js';
-import { objectKey, type ReferenceCounts } from './reference-counts.js';
+import { localObjectKey, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 import { TimeSlice } from './time-slice.js';
 import type { WriteThrottle } from './write-throttle.js';
@@ -125,7 +125,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     if (!this.shares(owner, idx)) return;
     if (this.#source !== undefined) {
       // Writes from before the snapshot may be under way. A block is kept when they are done with the object, not half-way.
-      const idle = this.#host.objects.idle(objectKey(owner, idx));
+      const idle = this.#host.objects.idle(localObjectKey(owner, idx));
       if (idle) return idle.then(() => this.keep(owner, idx, offset, length));
     }
     const base = idx * this.#objectSize;

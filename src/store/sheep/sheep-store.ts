@@ -4,10 +4,10 @@
  */
 import type { ObjectStore } from '../object-store.js';
 import { StoreError } from '../store-error.js';
-import { DEFAULT_BLOCK_SIZE_SHIFT } from '../vdi-record.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, labelOfVdi } from '../vdi-record.js';
 import { ClusterClient } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
-import { ClusterReads, type ObjectReading } from './cluster-reads.js';
+import { ClusterReads, type ObjectReading, type ReadingStore } from './cluster-reads.js';
 import { clusterState } from './cluster-state.js';
 import { GoneRetries } from './gone-retries.js';
 import { NodePool, type NodePoolOptions } from './node-pool.js';
@@ -24,7 +24,6 @@ import { SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi } from './sheep-vdi.js';
 import { inParallel } from '../../system/in-parallel.js';
 import { WriteOrder } from './write-order.js';
-import { labelOf, type ReadingStore } from './zeros-for-missing.js';
 
 /** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
 const FIRST_CONTACT_MS = 3_000;
@@ -151,11 +150,11 @@ export class SheepStore implements ObjectStore, CatalogHost {
   #diskOf(high: number, low: number): string | undefined {
     const vid = vidOf(high);
     const own = this.open.get(vid);
-    if (own) return labelOf(own.record);
+    if (own) return labelOfVdi(own.record);
     // A shared one, or one that is being made.
     const users: string[] = [];
     for (const vdi of this.open.values()) {
-      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi.record));
+      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOfVdi(vdi.record));
       if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
     }
     return users.length === 0 ? undefined : users.join(', ');
