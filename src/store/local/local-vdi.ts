@@ -5,30 +5,25 @@
 import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js';
 import type { StoreError } from '../store-error.js';
 import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
-import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
-import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { ObjectSyncs, type SyncHost } from './object-syncs.js';
+import { localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
+import { UnflushedChanges, type Batch } from './unflushed-changes.js';
 
-/** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
-const PARALLEL_SYNCS = 8;
 /** Space that was trimmed is given back after this time at the latest, also if the client never flushes. */
 const RELEASE_DELAY_MS = 1000;
 /** ... or at once when this many objects wait. */
 const RELEASE_BATCH = 256;
 
 /** What a LocalVdi needs of its store. */
-export interface LocalVdiHost {
+export interface LocalVdiHost extends SyncHost {
   readonly metadata: Metadata;
-  readonly objects: DataObjects;
-  readonly references: ReferenceCounts;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
-  /** The folders of these objects could not be synced: new names in them are not durable, and never will be. */
-  namesLost(keys: Iterable<number>, error: unknown): void;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
   /** A flush nobody waits for has failed. */
@@ -39,20 +34,6 @@ export interface LocalVdiHost {
     prepareSwitch(vdi: LocalVdi, tag: string, takenAt?: number): Switch;
     prepareTemporary(vdi: LocalVdi, tag: string): Switch;
   };
-}
-
-/** The changes that one flush takes over from the VDI, and gives back if it fails. */
-interface Batch {
-  readonly vid: number;
-  readonly generation: number;
-  readonly objects: ReadonlySet<number>;
-  readonly created: ReadonlySet<number>;
-  readonly pages: ReadonlySet<number>;
-  readonly releases: readonly number[];
-  readonly recordChanged: boolean;
-  readonly obsolete: readonly number[];
-  /** The flush has succeeded. */
-  isDurable: boolean;
 }
 
 export class LocalVdi implements ObjectVdi {
@@ -68,30 +49,15 @@ export class LocalVdi implements ObjectVdi {
   #creationVid: number;
   /** Closed by all users; still open because temporary snapshots depend on its objects. */
   #isIdle = false;
-  #dirtyObjects = new Set<number>();
-  #created = new Set<number>();
-  /** Keys of new objects that are being made, or are made and not in the map yet. */
-  readonly #creating = new Set<number>();
-  #dirtyPages = new Set<number>();
-  /** The changes that the flush in flight has taken over. */
-  #committing: Batch | undefined;
+  readonly #changes: UnflushedChanges;
+  readonly #syncs: ObjectSyncs;
   /** The durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
   #pendingMove: (() => Promise<void>) | undefined;
-  /** Keys of the new objects whose names `#pendingMove` makes durable. */
-  #moving: readonly ReadonlySet<number>[] = [];
   /** The references of a new snapshot are not counted yet: no object that it may share is exclusive. */
   #isCounting = false;
-  #releases: number[] = [];
-  #obsolete: number[] = [];
-  #recordChanged = false;
   #queue: Promise<void> = Promise.resolve();
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
-  /** After a failed sync the kernel may have dropped dirty pages: no later sync proves that they are durable. */
-  #syncFailure: Error | undefined;
-  /** Number of the next flush. Numbers are never used again, also by later openings of the VDI. */
-  #generation: number;
-
   readonly #log: MapLog;
   readonly #onClosed: () => void;
 
@@ -107,8 +73,9 @@ export class LocalVdi implements ObjectVdi {
     log: MapLog,
     onClosed: () => void,
   ) {
-    this.#generation = generation;
     this.#host = host;
+    this.#changes = new UnflushedChanges(generation);
+    this.#syncs = new ObjectSyncs(host, this);
     this.record = record;
     this.map = map;
     this.#creationVid = record.vid;
@@ -195,11 +162,11 @@ export class LocalVdi implements ObjectVdi {
     const from = copyOf === 0 ? undefined : localObjectKey(copyOf, idx);
     const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
     references.add(vid, idx);
-    this.#creating.add(key);
+    this.#changes.creating.add(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(error, create));
     } catch (error) {
-      this.#creating.delete(key);
+      this.#changes.creating.delete(key);
       this.#host.release([key]);
       throw error;
     }
@@ -242,15 +209,15 @@ export class LocalVdi implements ObjectVdi {
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
       // Its reference was taken before it was made (createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
-      this.#dirtyObjects.add(localObjectKey(owner, idx));
-      this.#created.add(localObjectKey(owner, idx));
-      this.#creating.delete(localObjectKey(owner, idx));
+      this.#changes.objects.add(localObjectKey(owner, idx));
+      this.#changes.created.add(localObjectKey(owner, idx));
+      this.#changes.creating.delete(localObjectKey(owner, idx));
     }
     this.map[idx] = owner;
     const logged = this.#log.changed(idx, owner);
-    this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
+    this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) {
-      this.#releases.push(localObjectKey(before, idx));
+      this.#changes.releases.push(localObjectKey(before, idx));
       this.#releaseSoon();
     }
     return logged;
@@ -258,7 +225,7 @@ export class LocalVdi implements ObjectVdi {
 
   /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
   #noteWritten(owner: number, idx: number): void {
-    this.#dirtyObjects.add(localObjectKey(owner, idx));
+    this.#changes.objects.add(localObjectKey(owner, idx));
   }
 
   flush(): Promise<void> {
@@ -275,15 +242,15 @@ export class LocalVdi implements ObjectVdi {
     const key = localObjectKey(this.map[idx] as number, idx);
     const plain =
       this.#pendingMove === undefined &&
-      !this.#dirtyPages.has(page) &&
-      !this.#committing?.pages.has(page) &&
-      !this.#recordChanged &&
-      !this.#created.has(key);
+      !this.#changes.pages.has(page) &&
+      !this.#changes.inFlight?.pages.has(page) &&
+      !this.#changes.recordChanged &&
+      !this.#changes.created.has(key);
     if (!plain) return this.flush();
-    if (!this.#dirtyObjects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
+    if (!this.#changes.objects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
+    this.#syncs.assertIntact();
     // It stays marked dirty: writes that come during the sync need a sync of their own.
-    await this.#sync([key]);
+    await this.#syncs.sync([key]);
   }
 
   /**
@@ -294,7 +261,7 @@ export class LocalVdi implements ObjectVdi {
     try {
       await this.flush();
     } catch (error) {
-      if (this.#syncFailure !== undefined) this.#host.discard(this);
+      if (this.#syncs.hasFailed) this.#host.discard(this);
       throw error;
     }
     // The references of this VDI keep the objects alive that temporary snapshots have not adopted yet.
@@ -312,12 +279,12 @@ export class LocalVdi implements ObjectVdi {
 
   /** References this VDI holds beside those of its map, one entry each. */
   get releases(): readonly number[] {
-    return this.#releases;
+    return this.#changes.releases;
   }
 
   /** Records that this VDI has supersededVids without the metadata saying so yet (a snapshot that failed): see its `record`. */
   get supersededVids(): readonly number[] {
-    return this.#committing ? [...this.#committing.obsolete, ...this.#obsolete] : this.#obsolete;
+    return this.#changes.supersededVids;
   }
 
   /** Run `work` after everything that was asked to be made durable before it. */
@@ -337,14 +304,14 @@ export class LocalVdi implements ObjectVdi {
   moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
     if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');
     const frozen = this.map.slice();
-    const batch = this.#take();
+    const batch = this.#changes.take(this.record.vid);
     // A flush in flight may fail and give back its changes; those belong to the snapshot, too.
-    const flushing = this.#committing;
+    const flushing = this.#changes.inFlight;
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
     this.#creationVid = record.vid;
-    this.#log.moved(record.vid, this.#generation);
+    this.#log.moved(record.vid, this.#changes.generation);
     this.#isCounting = true;
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
@@ -356,12 +323,12 @@ export class LocalVdi implements ObjectVdi {
           : pagesOf(snapshot.vid, frozen),
       }).finally(() => {
         this.#pendingMove = undefined;
-        this.#moving = [];
+        this.#changes.moving = [];
       });
       return run;
     };
     this.#pendingMove = finish;
-    this.#moving = flushing ? [batch.created, flushing.created] : [batch.created];
+    this.#changes.moving = flushing ? [batch.created, flushing.created] : [batch.created];
     return () => this.enqueue(finish);
   }
 
@@ -381,9 +348,9 @@ export class LocalVdi implements ObjectVdi {
     }
     this.#isCounting = false;
     try {
-      if (this.#syncFailure !== undefined) throw this.#syncFailure;
-      await this.#sync(toStore.objects);
-      await this.#syncNames(toStore.created);
+      this.#syncs.assertIntact();
+      await this.#syncs.sync(toStore.objects);
+      await this.#syncs.syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
       await this.#host.metadata.commit({
         records: [snapshot, record],
@@ -400,14 +367,14 @@ export class LocalVdi implements ObjectVdi {
 
   /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
   #undoMove(batch: Batch, snapshotVid: number, frozen: Uint32Array): void {
-    this.#giveBack(batch);
-    this.#recordChanged = true;
-    this.#obsolete.push(snapshotVid);
-    for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#dirtyPages.add(page);
+    this.#changes.giveBack(batch);
+    this.#changes.recordChanged = true;
+    this.#changes.obsolete.push(snapshotVid);
+    for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#changes.pages.add(page);
     // the stored map under the old vid refers to these until that flush, so they are released with it
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
-      if (owner !== 0) this.#releases.push(localObjectKey(owner, idx));
+      if (owner !== 0) this.#changes.releases.push(localObjectKey(owner, idx));
     }
   }
 
@@ -443,7 +410,7 @@ export class LocalVdi implements ObjectVdi {
   }
 
   #releaseSoon(): void {
-    if (this.#releases.length >= RELEASE_BATCH) {
+    if (this.#changes.releases.length >= RELEASE_BATCH) {
       clearTimeout(this.#releaseTimer);
       this.#releaseTimer = undefined;
       this.flush().catch((error: unknown) => this.#host.backgroundError(error));
@@ -451,54 +418,23 @@ export class LocalVdi implements ObjectVdi {
     }
     this.#releaseTimer ??= setTimeout(() => {
       this.#releaseTimer = undefined;
-      if (this.#releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+      if (this.#changes.releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
     }, RELEASE_DELAY_MS).unref();
   }
 
-  #take(): Batch {
-    const batch: Batch = {
-      vid: this.record.vid,
-      generation: this.#generation++,
-      objects: this.#dirtyObjects,
-      created: this.#created,
-      pages: this.#dirtyPages,
-      releases: this.#releases,
-      recordChanged: this.#recordChanged,
-      obsolete: this.#obsolete,
-      isDurable: false,
-    };
-    // Handed over and not copied: there may be very many.
-    this.#dirtyObjects = new Set();
-    this.#created = new Set();
-    this.#dirtyPages = new Set();
-    this.#releases = [];
-    this.#recordChanged = false;
-    this.#obsolete = [];
-    return batch;
-  }
-
-  #giveBack(batch: Batch): void {
-    for (const key of batch.objects) this.#dirtyObjects.add(key);
-    for (const key of batch.created) this.#created.add(key);
-    for (const page of batch.pages) this.#dirtyPages.add(page);
-    this.#releases = [...batch.releases, ...this.#releases];
-    this.#recordChanged ||= batch.recordChanged;
-    this.#obsolete = [...batch.obsolete, ...this.#obsolete];
-  }
-
   async #commit(): Promise<void> {
-    // Whoever asked for a snapshot gets its failure; the changes that it gave back are flushed here.
+    // The caller of the snapshot gets its failure. The changes that it gave back are flushed here.
     if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
-    const batch = this.#take();
-    const logged = this.#log.flushing(this.#generation);
+    this.#syncs.assertIntact();
+    const batch = this.#changes.take(this.record.vid);
+    const logged = this.#log.flushing(this.#changes.generation);
     const pages = Array.from(batch.pages, (page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
     const flushed = [{ vid: batch.vid, generation: batch.generation }];
-    this.#committing = batch;
+    this.#changes.inFlight = batch;
     try {
-      await this.#sync(batch.objects);
-      await this.#syncNames(batch.created);
+      await this.#syncs.sync(batch.objects);
+      await this.#syncs.syncNames(batch.created);
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
         await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed });
@@ -508,54 +444,17 @@ export class LocalVdi implements ObjectVdi {
       batch.isDurable = true;
       logged();
     } catch (error) {
-      this.#giveBack(batch);
+      this.#changes.giveBack(batch);
       throw error;
     } finally {
-      this.#committing = undefined;
+      this.#changes.inFlight = undefined;
     }
     this.#host.release(batch.releases);
   }
 
-  /** Make the names of new objects durable. */
-  async #syncNames(created: Iterable<number>): Promise<void> {
-    try {
-      await this.#host.objects.syncNames(created);
-    } catch (error) {
-      // One fsync is told of a failure, and later ones of the same folder are not.
-      if (causeOf(error)?.syscall === 'fsync') this.#host.namesLost(created, error);
-      throw error;
-    }
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
-  }
-
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
-    for (const keys of [this.#creating, this.#created, this.#committing?.created ?? [], ...this.#moving]) {
-      for (const key of keys) {
-        if (!isLost(key)) continue;
-        this.#syncFailure ??= error as Error;
-        return;
-      }
-    }
-  }
-
-  async #sync(keys: Iterable<number>): Promise<void> {
-    const left = keys[Symbol.iterator]();
-    const worker = async (): Promise<void> => {
-      for (let next = left.next(); !next.done; next = left.next()) {
-        const key = next.value;
-        // Trimmed meanwhile: nobody reads it any more, and its file may be gone.
-        const owner = vidOf(key);
-        if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
-        try {
-          await this.#host.objects.sync(key, this);
-        } catch (error) {
-          if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error as Error;
-          throw error;
-        }
-      }
-    };
-    await Promise.all(Array.from({ length: PARALLEL_SYNCS }, worker));
+    if (this.#changes.hasUnsyncedName(isLost)) this.#syncs.fail(error);
   }
 }
 
@@ -567,9 +466,4 @@ function both(first: Iterable<number>, second: Iterable<number>): Iterable<numbe
       yield* second;
     },
   };
-}
-
-/** The system call that failed. */
-function causeOf(error: unknown): NodeJS.ErrnoException | undefined {
-  return (error as Error).cause as NodeJS.ErrnoException | undefined;
 }
