@@ -1,6 +1,7 @@
 /**
- * An open VDI of the local store: its data, its map, and which changes of both are not durable yet. Owns the order "data, then
- * map, then releases": an object that another map may name after a crash is neither overwritten nor removed.
+ * An open VDI of the local store: its data and its map. Owns the order "data, then map, then releases" in which changes become
+ * durable (unflushed-changes.ts has them until then). Never overwrites or removes an object that another map may name after a
+ * crash.
  */
 import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js';
 import type { StoreError } from '../store-error.js';
@@ -14,7 +15,7 @@ import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
 import { UnflushedChanges, type Batch } from './unflushed-changes.js';
 
-/** Space that was trimmed is given back after this time at the latest, also if the client never flushes. */
+/** Trimmed space is given back after this time at the latest, also if the client never flushes. */
 const RELEASE_DELAY_MS = 1000;
 /** ... or at once when this many objects wait. */
 const RELEASE_BATCH = 256;
@@ -26,9 +27,9 @@ export interface LocalVdiHost extends SyncHost {
   release(keys: readonly number[]): void;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
-  /** A flush nobody waits for has failed. */
+  /** A flush that no caller waits for has failed. */
   backgroundError(error: unknown): void;
-  /** The disk is full: give back the space of what was trimmed, and of temporary snapshots that nobody reads. */
+  /** The disk is full: give back trimmed space, and the space of temporary snapshots without readers. */
   freeSpace(vdi: LocalVdi): Promise<void>;
   readonly catalog: {
     prepareSwitch(vdi: LocalVdi, tag: string, takenAt?: number): Switch;
@@ -38,20 +39,20 @@ export interface LocalVdiHost extends SyncHost {
 
 export class LocalVdi implements ObjectVdi {
   readonly kind = 'objects';
-  /** What is read keeps its file, and nobody else has the store. */
+  /** An object that is being read keeps its file, and no other process changes the store. */
   readonly objectsMove = false;
   record: VdiRecord;
   map: Uint32Array;
-  /** Temporary snapshots of it that are alive. */
+  /** Its temporary snapshots that are alive. */
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
-  /** The vid of new objects: the record's, or one that no snapshot has seen. */
+  /** The vid of new objects: the record's, or one that is in no snapshot's map. */
   #creationVid: number;
   /** Closed by all users; still open because temporary snapshots depend on its objects. */
   #isIdle = false;
   readonly #changes: UnflushedChanges;
   readonly #syncs: ObjectSyncs;
-  /** The durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
+  /** The second, durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
   #pendingMove: (() => Promise<void>) | undefined;
   /** The references of a new snapshot are not counted yet: no object that it may share is exclusive. */
   #isCounting = false;
@@ -62,8 +63,8 @@ export class LocalVdi implements ObjectVdi {
   readonly #onClosed: () => void;
 
   /**
-   * `log` and we begin with flush `generation`, one more than the stored map has. `onClosed` is called once when nobody
-   * has the VDI open any more.
+   * `generation`: of the first flush, also in `log`; one more than the stored map has. `onClosed` is called once, when the VDI is
+   * no longer open.
    */
   constructor(
     host: LocalVdiHost,
@@ -87,12 +88,12 @@ export class LocalVdi implements ObjectVdi {
     return this.#creationVid;
   }
 
-  /** New objects get this vid from here on: no map names it. Snapshots may know objects of the older vid. */
+  /** New objects get this vid from here on: no map has it. Maps of snapshots may have objects of the older vid. */
   nameAnew(vid: number): void {
     this.#creationVid = vid;
   }
 
-  /** `temporary` gets before-images from here on. New objects get the unused `vid`, so none replaces an object that it knows. */
+  /** `temporary` gets before-images from here on. New objects get the unused `vid`, so none replaces an object in its map. */
   takeTemporary(temporary: TemporaryVdi, vid: number): void {
     this.temporaries = [...this.temporaries, temporary];
     this.#creationVid = vid;
@@ -104,12 +105,12 @@ export class LocalVdi implements ObjectVdi {
     if (this.#isIdle && this.temporaries.length === 0) await this.close();
   }
 
-  /** Somebody has it open again. */
+  /** The VDI has users again. */
   resume(): void {
     this.#isIdle = false;
   }
 
-  // Objects are read and written in the name of this VDI. Clones of one image share objects, and each has its share of threads.
+  // `this` is passed on for the share of threads: clones of one image share objects, but each has a share of its own.
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
     return this.#host.objects.read(vid, idx, offset, into, this);
@@ -154,7 +155,7 @@ export class LocalVdi implements ObjectVdi {
       .then(() => this.#noteWritten(owner, idx));
   }
 
-  /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
+  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new file. */
   async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { objects, references } = this.#host;
     const vid = this.#creationVid;
@@ -185,7 +186,7 @@ export class LocalVdi implements ObjectVdi {
     return this.#host.objects.canZeroFast(noHole);
   }
 
-  /** When the disk is full, trimmed space may not be given back yet. Do that, and try once more. */
+  /** On a full disk, trimmed space may not be given back yet: give it back, and try once more. */
   async #afterFreeing(error: unknown, retry: () => Promise<void>): Promise<void> {
     if ((error as StoreError).code !== 'NO_SPACE') throw error;
     await this.#host.freeSpace(this);
@@ -194,7 +195,7 @@ export class LocalVdi implements ObjectVdi {
 
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
-    // What it has made since the last snapshot is known to nobody else: with every snapshot it gets a new name for that.
+    // Objects made since the last snapshot are in no other map: with every snapshot the VDI gets a new vid for new objects.
     return owner === this.#creationVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
@@ -208,7 +209,7 @@ export class LocalVdi implements ObjectVdi {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
-      // Its reference was taken before it was made (createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
+      // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
       this.#changes.objects.add(localObjectKey(owner, idx));
       this.#changes.created.add(localObjectKey(owner, idx));
       this.#changes.creating.delete(localObjectKey(owner, idx));
@@ -229,7 +230,7 @@ export class LocalVdi implements ObjectVdi {
   }
 
   flush(): Promise<void> {
-    // One flush runs, one waits. A call during a flush is served by the next one, which starts after the call.
+    // One flush runs, one waits. A call during a flush is served by the next flush, which starts after the call.
     this.#nextFlush ??= this.enqueue(() => {
       this.#nextFlush = undefined;
       return this.#commit();
@@ -247,14 +248,14 @@ export class LocalVdi implements ObjectVdi {
       !this.#changes.recordChanged &&
       !this.#changes.created.has(key);
     if (!plain) return this.flush();
-    if (!this.#changes.objects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
+    if (!this.#changes.objects.has(key)) return this.flush(); // the flush in flight may be syncing it: wait for that
     this.#syncs.assertIntact();
-    // It stays marked dirty: writes that come during the sync need a sync of their own.
+    // The object stays marked: writes during the sync need another sync.
     await this.#syncs.sync([key]);
   }
 
   /**
-   * Flush and close. If that fails it can be tried again, except after a failed sync: the content in memory cannot be
+   * Flush and close. After a failure the caller may try again, except after a failed sync: the content in memory cannot be
    * trusted then, and the next open begins with the durable content.
    */
   async close(): Promise<void> {
@@ -277,17 +278,17 @@ export class LocalVdi implements ObjectVdi {
     this.#onClosed();
   }
 
-  /** References this VDI holds beside those of its map, one entry each. */
+  /** References that this VDI holds beside those of its map, one entry each. */
   get releases(): readonly number[] {
     return this.#changes.releases;
   }
 
-  /** Records that this VDI has supersededVids without the metadata saying so yet (a snapshot that failed): see its `record`. */
+  /** Vids whose stored records `record` replaces with the next flush: a snapshot has failed. */
   get supersededVids(): readonly number[] {
     return this.#changes.supersededVids;
   }
 
-  /** Run `work` after everything that was asked to be made durable before it. */
+  /** Run `work` after all flushes and commits that were queued before it. */
   enqueue<T>(work: () => Promise<T>): Promise<T> {
     const result = this.#queue.then(work);
     this.#queue = result.then(
@@ -298,14 +299,14 @@ export class LocalVdi implements ObjectVdi {
   }
 
   /**
-   * Synchronous half of a snapshot: this VDI goes on as `record`, and what it was until now belongs to the snapshot.
-   * Returns the durable half. Later flushes run it before themselves, so it is done once whoever comes first.
+   * The synchronous half of a snapshot: the VDI goes on as `record`; its content and map until now are the snapshot's. Returns the
+   * durable half, which runs once: when it is called, or before the next flush.
    */
   moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
     if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');
     const frozen = this.map.slice();
     const batch = this.#changes.take(this.record.vid);
-    // A flush in flight may fail and give back its changes; those belong to the snapshot, too.
+    // A flush in flight may fail and give back its changes: they belong to the snapshot, too.
     const flushing = this.#changes.inFlight;
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
@@ -339,7 +340,7 @@ export class LocalVdi implements ObjectVdi {
     toStore: { objects: Iterable<number>; created: Iterable<number>; pages: readonly PageWrite[] },
   ): Promise<void> {
     const { record } = this;
-    // Before anything is released: this VDI gives up references only with a later flush.
+    // The snapshot's references are counted before any is released: the VDI gives up references only with a later flush.
     const slice = new TimeSlice();
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
@@ -365,13 +366,13 @@ export class LocalVdi implements ObjectVdi {
     this.#host.release(batch.releases);
   }
 
-  /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
+  /** As if the snapshot had been deleted at once: its references go, and the next flush stores the VDI under its new vid. */
   #undoMove(batch: Batch, snapshotVid: number, frozen: Uint32Array): void {
     this.#changes.giveBack(batch);
     this.#changes.recordChanged = true;
     this.#changes.obsolete.push(snapshotVid);
     for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#changes.pages.add(page);
-    // the stored map under the old vid refers to these until that flush, so they are released with it
+    // The stored map of the old vid refers to these until that flush, which then releases them.
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
       if (owner !== 0) this.#changes.releases.push(localObjectKey(owner, idx));

@@ -24,7 +24,7 @@ import { objectCount } from '../../sheepdog/inode-table.js';
 import type { Inode } from '../../sheepdog/inode.js';
 import { recordOf } from './vdi-record.js';
 
-/** For asking whether a disk that is closed is still there. */
+/** For the question whether a disk that is being closed still exists. */
 const CLOSING_LOOK_MS = 2_000;
 /** Zeros are written in pieces of this. */
 const ZEROS = Buffer.alloc(1024 * 1024);
@@ -43,14 +43,15 @@ export interface SheepVdiHost {
     resize(vdi: SheepVdi, size: number): Promise<VdiRecord>;
   };
   readonly reading: ObjectReading;
-  /** Temporary snapshots of this name that no living process keeps up to date must go before it is written. */
+  /** Removes the temporary snapshots of this name whose process has ended: they would miss writes. */
   dropStaleShadows(name: string): Promise<void>;
-  /** The vid of the working VDI that goes on under this name; 0 if there is none. */
+  /** The vid of the working VDI of this name; 0 if there is none. */
   workingVid(name: string): Promise<number>;
-  /** Do it again while objects seem to be missing because nodes come and go. */
+  /** Repeats the request while objects seem to be missing because nodes come and go. */
   unlessGone(request: () => Promise<void>): Promise<void>;
-  /** The cluster's epoch, which every change of members raises, as far as is known, and now. */
+  /** The cluster's epoch, which every change of members raises: the last one known here. */
   readonly knownEpoch: number;
+  /** The present epoch, asked of the nodes. */
   readEpoch(): Promise<number>;
   /** The VDI goes on under another vid. */
   moved(vdi: SheepVdi, from: number): Promise<void>;
@@ -64,7 +65,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   record: VdiRecord;
   map: Uint32Array;
   inode: Inode;
-  /** Temporary snapshots that share objects with us and get their copy before we write one. */
+  /** Temporary snapshots that share objects with the VDI: they get a copy of an object before it is written. */
   shadows: readonly Shadow[] = [];
   readonly #host: SheepVdiHost;
   readonly #onClose: (vdi: SheepVdi) => Promise<void>;
@@ -72,11 +73,11 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   #isReady = false;
   readonly #runs = new WriteRuns((idx, offset, data) => this.#writeNow(idx, offset, data));
   #changes = 0;
-  /** Why it cannot be used any more: it was deleted or replaced by somebody else, or its lock is somebody else's. */
+  /** The VDI cannot be used any more: another client has deleted or replaced it, or has its lock. */
   #failure: StoreError | undefined;
-  /** Objects were made: if somebody deletes it at the same time, one of them may be left over. */
+  /** Objects were made: if another client has deleted the VDI meanwhile, one of them may be left over. */
   #hasCreated = false;
-  /** When it was opened, or before. */
+  /** The epoch known when the VDI was opened. */
   readonly #firstEpoch: number;
   readonly #parity: OldParity;
   readonly #following: VdiFollowing;
@@ -121,7 +122,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   /** Nodes have caches of their own. */
   cacheObject(): void {}
 
-  /** All that is known without reading is which objects there are. */
+  /** Without reading only whole objects are known: the range is data. */
   objectExtents(_vid: number, _idx: number, offset: number, length: number, sink: ExtentSink): void {
     sink(offset, length, false);
   }
@@ -142,7 +143,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return this.#host.catalog.resize(this, size);
   }
 
-  /** Objects with our own vid are nobody else's to rely on: with a snapshot we get a new one. */
+  /** No other VDI has objects of this vid: with every snapshot the VDI gets a new one. */
   exclusive(idx: number): boolean {
     return this.map[idx] === this.record.vid;
   }
@@ -155,7 +156,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return this.#table.set(idx, owner);
   }
 
-  /** What was answered is on the nodes already. */
+  /** Answered changes are on the nodes already. */
   flush(): Promise<void> {
     return Promise.resolve();
   }
@@ -164,7 +165,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return Promise.resolve();
   }
 
-  /** What was on its way to another vid gets there first, or is given up: what is closed must not be opened by that again. */
+  /** A move to another vid ends first: it would open the VDI again. */
   async close(): Promise<void> {
     await this.#following.close();
     await this.#parity.close();
@@ -176,14 +177,14 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   }
 
   /**
-   * What was made while somebody deleted it goes as well, and so does what nodes have kept. A hint: what cannot be asked now is
-   * left over at worst.
+   * Removes objects that were made while another client deleted the VDI, and objects that nodes have forgotten to remove. Never
+   * fails: if the nodes cannot be asked now, objects are left over.
    */
   async #leaveNothingBehind(): Promise<void> {
     const { cluster } = this.#host;
     const { vid } = this.record;
     try {
-      // Nodes that do not answer at all are not waited for.
+      // With a short limit: if nodes do not answer, closing does not wait for them.
       await cluster.readInode(vid, { retryMs: CLOSING_LOOK_MS, isApart: true });
       if (!(await cluster.vids()).isLive(vid)) await removeLeftObjects(cluster, this.inode);
       else if (this.#table.hasLetGo && (await this.#host.readEpoch()) !== this.#firstEpoch)
@@ -209,13 +210,13 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return this.#following.switching(work);
   }
 
-  /** All nodes are there again, and have recovered. */
+  /** Called when all nodes are members again and have recovered. */
   nodesAreBack(): void {
-    // Who has not written it may not be the only one who has it open.
+    // A process that has not written the VDI may share it with one that does.
     if (this.#isReady) void this.#parity.renew();
   }
 
-  /** In place, into an object of ours. Errors: MOVED, GONE, NO_SPACE. */
+  /** In place, into an object of the VDI's own vid. Errors: MOVED, GONE, NO_SPACE. */
   writeObject(idx: number, offset: number, data: Buffer): Promise<void> {
     return this.#runs.write(idx, offset, data);
   }
@@ -258,7 +259,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return this.#host.unlessGone(() => this.#host.cluster.writeData(vid, idx, offset, data));
   }
 
-  /** Nodes know no zeroing but writing zeros. */
+  /** Nodes have no request that zeroes. */
   canZeroFast(): boolean {
     return false;
   }
@@ -270,8 +271,8 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
   }
 
   /**
-   * Make our object at idx; the entry is the caller's to set, and nobody looks at the object before that. What is large goes
-   * into it in pieces once it is there. Errors: MOVED, NO_SPACE, GONE.
+   * Makes the object (vid, idx). It is not read before the caller has set its entry, so large data is written in pieces after the
+   * object is made. Errors: MOVED, NO_SPACE, GONE.
    */
   async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { vid } = this.record;
@@ -288,7 +289,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     let isMade = false;
     this.#hasCreated = true;
     try {
-      // All of the object: one that comes late would replace the whole of it.
+      // In the order of the whole object: a creation that a node carries out late replaces all of it.
       await order.run(key, 0, 2 ** this.record.blockSizeShift, () =>
         this.#host.unlessGone(() => cluster.createData(vid, idx, offset, first, copyOf)),
       );
@@ -308,7 +309,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     }
   }
 
-  /** The VDI goes on as `inode`, whose table is `map`. */
+  /** Go on as `inode`, whose table is `map`. Errors: LOCKED (another client has opened it since), MOVED. */
   async become(inode: Inode, map: Uint32Array): Promise<void> {
     const from = this.record.vid;
     try {
@@ -350,7 +351,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     this.record = recordOf(inode);
   }
 
-  /** Nothing is read or written any more: what its vid names is not ours. Returns the error for whoever asks for it. */
+  /** Nothing is read or written from now on: the vid may be another VDI's. Returns the first failure. */
   fail(error: StoreError): StoreError {
     if (this.#failure) return this.#failure;
     this.#failure = error;
@@ -361,18 +362,18 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     return error;
   }
 
-  /** Its inode has another tag now. */
+  /** The inode has another tag now. */
   retagged(tag: string): void {
     this.#changes++;
     this.inode = { ...this.inode, tag };
     this.record = recordOf(this.inode);
   }
 
-  /** A write has failed: because the VDI goes on as another, or is gone, or for what `error` says. */
+  /** A write has failed. Errors: MOVED (the VDI goes on under another vid), the VDI's failure, or `error`. */
   async #goOnAfter(error: unknown, vid: number): Promise<never> {
     const { code } = error as StoreError;
     if (code === 'GONE') {
-      // A part of what somebody is deleting, or has cut off.
+      // Another client is deleting the VDI, or has cut off this part.
       await this.look();
       if (this.record.vid !== vid) throw movedError(this.record);
     }
@@ -381,7 +382,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     throw movedError(this.record);
   }
 
-  /** Before the first change: what a process that died left behind must not see it. */
+  /** Called before the first change: temporary snapshots of a process that died must not see it. */
   async getReady(): Promise<void> {
     if (this.#isReady) return;
     this.#ready ??= this.#host.dropStaleShadows(this.record.name).then(
@@ -397,7 +398,7 @@ export class SheepVdi implements ObjectVdi, FollowedVdi, TableVdi {
     await this.#ready;
   }
 
-  /** Temporary snapshots that share our object at idx get a copy of it. */
+  /** Temporary snapshots that share the VDI's own object at idx get a copy of it. */
   async preserve(idx: number): Promise<void> {
     const { vid } = this.record;
     for (const shadow of this.shadows) await shadow.preserve(vid, idx);

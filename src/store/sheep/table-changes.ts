@@ -298,6 +298,6 @@ export class TableChanges {
 function doubtfulError(record: VdiRecord, idx: number): StoreError {
   return new StoreError(
     'IO',
-    `where object ${idx} of ${record.name} is was to be changed before; that was given up and may still be carried out by its node`,
+    `object ${idx} of ${record.name} is in doubt: an earlier change of its map entry was given up, and a node may still carry it out`,
   );
 }
