@@ -6,7 +6,6 @@
  */
 import { behindEndError, StoreError } from '../store-error.js';
 import type { VdiRecord } from '../vdi-record.js';
-import type { ClusterClient } from './cluster-client.js';
 import { removeLeftObjects } from './deleted-vdi.js';
 import { HyperIndex, type HyperIndexHost } from './hyper-index.js';
 import { isRemoved } from './object-removal.js';
