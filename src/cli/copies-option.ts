@@ -1,6 +1,6 @@
 /** `--copies`, for commands that make a VDI in a cluster. */
 import { InvalidArgumentError, Option } from 'commander';
-import type { Redundancy } from '../store/object-store.js';
+import type { Redundancy } from '../store/vdi-record.js';
 import { parseRedundancy, REDUNDANCY_HELP } from '../store/redundancy.js';
 
 export interface CopiesOption {

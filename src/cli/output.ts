@@ -2,6 +2,7 @@
  * The form of results: aligned tables and local times for people, one JSON value with stable fields for programs. Owns the field
  * names of `--json`, and that names and tags reach the terminal without control sequences.
  */
+import { labelOfVdi } from '../store/vdi-record.js';
 import { redundancyJson } from './redundancy-output.js';
 import { printable, printableJson } from '../text/printable.js';
 import { specOf } from '../vdi/names.js';
@@ -57,12 +58,7 @@ export function formatVid(vid: number): string {
 /** The spec that finds it, @ID or @=NAME, where that is not its name and tag. */
 export function otherSpec(record: VdiRecord): string | undefined {
   const spec = specOf(record);
-  return spec === labelOf(record) ? undefined : spec;
-}
-
-/** NAME or NAME@TAG for people; `specOf` gives what finds it. */
-export function labelOf(record: VdiRecord): string {
-  return record.isSnapshot ? `${record.name}@${record.tag}` : record.name;
+  return spec === labelOfVdi(record) ? undefined : spec;
 }
 
 /** Its clients, and the temporary snapshots that are kept for clients. Earlier daemons do not report them. */

@@ -1,5 +1,5 @@
 /** Copies and erasure codes of a cluster, in words for people and in JSON with stable fields. */
-import type { Redundancy } from '../store/object-store.js';
+import type { Redundancy } from '../store/vdi-record.js';
 import { formatRedundancy, zonesFor } from '../store/redundancy.js';
 
 /** "2" or "erasure code 2:1, 3 strips of which 2 are enough". */

@@ -1,7 +1,7 @@
 /** `sheepgate vdi create`: an empty VDI. */
 import { Argument, Command, InvalidArgumentError, Option } from 'commander';
 import type { Operations, VdiRecord } from '../operations/operations.js';
-import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { MAX_BLOCK_SIZE_SHIFT, MIN_BLOCK_SIZE_SHIFT } from '../store/vdi-record.js';
 import { forceOption, sizeArgument, withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
 import { copiesOption, type CopiesOption } from './copies-option.js';
 import { printJson, printLine, vdiJson } from './output.js';

@@ -1,10 +1,11 @@
 /** `sheepgate vdi show`: everything that is known about one VDI or snapshot. */
+import { labelOfVdi } from '../store/vdi-record.js';
 import { Command } from 'commander';
 import type { ShownVdi, VdiDetails, VdiRecord } from '../operations/operations.js';
 import { isTemporaryTag } from '../vdi/names.js';
 import { waysOut } from '../vdi/unfinished.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { formatTime, formatVid, labelOf, otherSpec, printJson, printLine, usersOf, vdiJson } from './output.js';
+import { formatTime, formatVid, otherSpec, printJson, printLine, usersOf, vdiJson } from './output.js';
 import { redundancyText } from './redundancy-output.js';
 import { formatSize } from '../text/size.js';
 
@@ -62,7 +63,7 @@ export function vdiShowCommand(): Command {
       ['created', formatTime(vdi.createdAt)],
       ...(vdi.isSnapshot ? [['snapshot', formatTime(vdi.snapshotAt)] as [string, string]] : []),
       ...(vdi.unfinished ? [['unfinished', unfinishedText(vdi, hasSnapshots)] as [string, string]] : []),
-      ...(parent ? [['from', labelOf(parent)] as [string, string]] : []),
+      ...(parent ? [['from', labelOfVdi(parent)] as [string, string]] : []),
       ['open', vdi.open === 0 ? 'no' : `by ${vdi.open} connection${vdi.open === 1 ? '' : 's'}`],
       ...usersOf(vdi).clients.map(useLine),
       ...(vdi.writers ?? []).map(writerLine),

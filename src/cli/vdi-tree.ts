@@ -1,8 +1,9 @@
 /** `sheepgate vdi tree`: VDIs and snapshots below their parents, like `dog vdi tree`. */
+import { labelOfVdi } from '../store/vdi-record.js';
 import { Command } from 'commander';
 import type { VdiRecord } from '../operations/operations.js';
 import { withCommonOptions, withOperations, type CommonOptions } from './common-options.js';
-import { damagedJson, formatTime, formatVid, labelOf, otherSpec, printJson, printLine, vdiJson } from './output.js';
+import { damagedJson, formatTime, formatVid, otherSpec, printJson, printLine, vdiJson } from './output.js';
 
 export interface TreeNode {
   readonly vdi: VdiRecord;
@@ -59,7 +60,7 @@ export function treeLines(roots: readonly TreeNode[]): string[] {
 function describe(vdi: VdiRecord): string {
   const spec = otherSpec(vdi);
   const said = spec === undefined ? '' : `  ${spec}`;
-  if (vdi.isSnapshot) return `${labelOf(vdi)}${said}  [${formatTime(vdi.snapshotAt)}]`;
+  if (vdi.isSnapshot) return `${labelOfVdi(vdi)}${said}  [${formatTime(vdi.snapshotAt)}]`;
   return `${vdi.name}${said}  (you are here${vdi.unfinished ? `, unfinished ${vdi.unfinished.by}` : ''})`;
 }
 

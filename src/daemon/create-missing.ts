@@ -2,7 +2,7 @@
 import type { Logger } from 'pino';
 import type { DirectOperations } from '../operations/direct-operations.js';
 import type { VdiRecord } from '../operations/operations.js';
-import type { Unfinished } from '../store/object-store.js';
+import type { Unfinished } from '../store/vdi-record.js';
 import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { DaemonConfiguration } from './daemon-configuration.js';

@@ -15,7 +15,7 @@ import { openDirectly, type OpenedStore } from '../operations/open-directly.js';
 import { whileLocked } from '../operations/open-operations.js';
 import { OperationError } from '../operations/operations.js';
 import { directoryOf, kindOf } from '../store/locations.js';
-import { MAX_BLOCK_SIZE_SHIFT } from '../store/object-store.js';
+import { MAX_BLOCK_SIZE_SHIFT } from '../store/vdi-record.js';
 import { descriptorLimit } from '../system/descriptor-limit.js';
 import { machineMemory } from '../system/machine-memory.js';
 import { checkNewVdi } from '../vdi/new-vdi.js';

@@ -2,10 +2,11 @@
  * Bases: the snapshots that an export tells the changes since. Owns which snapshots a VDI can be compared with. The names of
  * the meta contexts are in changed-contexts.ts.
  */
+import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from '../vdi/catalog-error.js';
 import type { VdiCatalog } from '../vdi/catalog.js';
 import { formatSpec, isTemporaryTag, specOf } from '../vdi/names.js';
-import type { Vdi, VdiRecord } from '../vdi/vdi.js';
+import type { Vdi } from '../vdi/vdi.js';
 import { isContextTag } from './changed-contexts.js';
 import type { ExportOptions } from './export-name.js';
 

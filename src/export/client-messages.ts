@@ -21,7 +21,7 @@ const OF_CATALOG: Readonly<Partial<Record<CatalogErrorCode, string>>> = {
   BUSY: 'it is in use',
 };
 
-/** By the codes of StoreError (src/store/object-store.ts). */
+/** By the codes of StoreError (src/store/store-error.ts). */
 const OF_STORE: Readonly<Record<string, string>> = {
   NO_SPACE: 'no space left on the server',
   BEHIND_END: 'the disk was shrunk while it was in use',

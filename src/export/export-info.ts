@@ -1,7 +1,7 @@
 /** What a list of exports, and NBD_OPT_INFO, say of a VDI or snapshot beside its geometry: name and description. */
+import type { VdiRecord } from '../store/vdi-record.js';
 import type { ExportInfo } from 'nbd-server-ts/block-device';
 import { formatSpec, specOf, type VdiSpec } from '../vdi/names.js';
-import type { VdiRecord } from '../vdi/vdi.js';
 import { formatExportName, type ExportOptions } from './export-name.js';
 
 /** The tag that protocol violations on any of a VDI's temporary snapshots are counted under, whatever the label. */

@@ -3,6 +3,7 @@
  * connection's geometry, which stays as it was at the start, and the translation of store errors into device errors. Reading and
  * writing is the hot path: a request that is served at once allocates nothing here.
  */
+import type { VdiRecord } from '../store/vdi-record.js';
 import {
   ALLOCATION_CONTEXT,
   DeviceError,
@@ -19,7 +20,7 @@ import {
 } from 'nbd-server-ts/block-device';
 import type { ConnectionSpan } from '../vdi/client-connections.js';
 import { specOf } from '../vdi/names.js';
-import type { VdiRecord, Vdi } from '../vdi/vdi.js';
+import type { Vdi } from '../vdi/vdi.js';
 import { deviceFailures, type DeviceFailure } from './device-failures.js';
 import { baseOfContext, changedContexts } from './changed-contexts.js';
 import { clientMessage } from './client-messages.js';

@@ -3,6 +3,7 @@
  * forms are in export-name.ts. Owns the opening of an export: the order in which the VDI is opened, claimed and counted as in
  * use, and all of that undone when a step fails; and the translation of catalog errors for nbd/.
  */
+import type { VdiRecord } from '../store/vdi-record.js';
 import {
   ExportError,
   type ExportInfo,
@@ -15,7 +16,7 @@ import type { VdiCatalog } from '../vdi/catalog.js';
 import { checkTemporaryTag, formatSpec, isTemporaryTag, parseSpec, type VdiSpec } from '../vdi/names.js';
 import type { Client, UseOfConnection } from '../vdi/client-use.js';
 import type { LogOften } from '../vdi/log.js';
-import type { Vdi, VdiRecord } from '../vdi/vdi.js';
+import type { Vdi } from '../vdi/vdi.js';
 import { basesOf, openBase } from './bases.js';
 import { toldBases } from './changed-contexts.js';
 import type { PeerAccess } from './authorised-exports.js';

@@ -13,7 +13,7 @@ import {
   type VdiRecord,
 } from '../operations/operations.js';
 import { whatIsLeft } from './interrupted-fill.js';
-import { DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS } from '../store/object-store.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS } from '../store/vdi-record.js';
 import { copyFileToDisk, copyStreamToDisk, zeroRest, type Copied } from './disk-copy.js';
 import type { ImageSource } from './image-source.js';
 import type { JobContext } from './reporting.js';

@@ -6,7 +6,7 @@
 import fs from 'node:fs';
 import path from 'node:path';
 import type { Holder, StoreLockedError } from '../store/local/store-lock.js';
-import { StoreError } from '../store/object-store.js';
+import { StoreError } from '../store/store-error.js';
 import { CLUSTER, directoryOf, LOCAL, type StoreOptions } from '../store/locations.js';
 import type { ControlClient } from './control-client.js';
 import type { StatusAnswer } from './control-protocol.js';

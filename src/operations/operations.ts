@@ -4,7 +4,8 @@
  * Owns the interface, the types of its answers, and OperationError: it has the code and the message of the layer that refused,
  * the same both ways. Implements nothing.
  */
-import type { CheckReport, DamagedVdi, Redundancy, VdiRecord } from '../store/object-store.js';
+import type { CheckReport, DamagedVdi } from '../store/object-store.js';
+import type { Redundancy, VdiRecord } from '../store/vdi-record.js';
 import type { ForceOption } from '../vdi/busy-checks.js';
 import type { VdiDetails } from '../vdi/details.js';
 import type { Ended, KeptSnapshot } from '../vdi/kept-snapshots.js';

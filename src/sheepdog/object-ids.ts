@@ -5,7 +5,7 @@
  */
 import { MAX_HYPER_OBJECTS } from './protocol.js';
 
-/** SD_NR_VDIS - 1. */
+/** SD_NR_VDIS - 1: a vid has 24 bits. In the local store, too. */
 export const MAX_VID = 2 ** 24 - 1;
 /** VDI_BIT (VDI_SPACE_SHIFT): an inode. `low` is 0. */
 const VDI_BIT_HIGH = 0x8000_0000;
@@ -33,8 +33,8 @@ export function oidText(high: number, low: number): string {
 }
 
 /**
- * One number for the data object (vid, idx), for maps on the data path: 24 bits (25 with indexPartKey) and 26 bits. Not to be
- * mixed with the keys of the local store, which count otherwise.
+ * One number for the data object (vid, idx), for maps on the data path: 24 bits (25 with indexPartKey) and 26 bits. Another
+ * number than localObjectKey (src/store/local).
  */
 export function oidKey(vid: number, idx: number): number {
   return vid * MAX_HYPER_OBJECTS + idx;

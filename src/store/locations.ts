@@ -1,7 +1,7 @@
 /**
- * The kinds of stores there are: how the location of one is written, what is known of it before it is open, and how it is
- * opened. No other file outside a store's own folder tells kinds apart. A store's code is loaded when one is opened, and not
- * before: most commands are done by a daemon and need none of it.
+ * The registry of the kinds of stores: how a location is written, what is known of a store before it is open, and how it is
+ * opened. No other file outside a store's own folder tells kinds apart. The code of a store is loaded when one is opened, never
+ * before: a daemon does the work of most commands, which then need none of it.
  */
 import path from 'node:path';
 import type { LocalStore } from './local/local-store.js';
@@ -9,24 +9,24 @@ import type { HolderRole } from './local/store-lock.js';
 import type { SheepStore } from './sheep/sheep-store.js';
 import { clusterLocation, isClusterLocation } from './sheep/cluster-address.js';
 
-/** Options that only some kinds of stores have. Whoever gives one opens the store itself: a daemon may serve it without. */
+/** Options of some kinds of stores. A command with one of them opens the store itself: a daemon may serve it without. */
 export interface StoreOptions {
   /** Read zeros in place of objects that the store has lost, and write nothing. */
   readonly missing?: 'zero';
 }
 
 export interface OpenOptions {
-  /** Told what an operator should know and no caller waits for. */
+  /** For the operator: events that no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
-  /** What this process is, for others who find the store taken. */
+  /** What this process is: shown to other processes that find the store locked. */
   readonly role: HolderRole;
-  /** Whether a store may be made where there is none. */
+  /** Whether a store is created where there is none. */
   readonly mayCreate: boolean;
-  /** Files to keep open at most; undefined: what the limit of the process allows. */
+  /** At most this many files are kept open; undefined: as many as the process's limit allows. */
   readonly maxDescriptors?: number;
   /** How long, in milliseconds, requests are repeated while the store cannot be reached. */
   readonly retryMs?: number;
-  /** Aborted when nobody waits for a remote store any more: all that is asked of it fails then. */
+  /** Aborted when no caller waits for a remote store any more: all requests fail from then on. */
   readonly signal?: AbortSignal;
   /** Where this machine remembers the clients of stores that have no directory of their own here. */
   readonly stateDirectory: string;
@@ -43,22 +43,22 @@ export interface StoreKind {
   /** For help: what a location is. */
   readonly syntax: string;
   isLocation(location: string): boolean;
-  /** The location that somebody means by `text`. Errors: StoreError ADDRESS. */
+  /** The location that `text`, as typed, stands for. Errors: StoreError ADDRESS. */
   parse(text: string): string;
   /**
-   * The directory on this machine in which all of the store is, and which one process at a time has. Undefined: the store is
-   * elsewhere, others use it at the same time, and it may not answer.
+   * The directory on this machine that holds all of the store, locked by one process at a time. Undefined: the store is
+   * elsewhere, other clients use it at the same time, and it may not answer.
    */
   directoryOf(location: string): string | undefined;
-  /** The object size of new VDIs is the store's own affair, and not known before it is open. */
+  /** The store has an object size for new VDIs of its own, which is not known before it is open. */
   readonly hasOwnObjectSize: boolean;
-  /** A tag that is a number would be taken for something else by other tools of the store. */
+  /** Other tools of the store take a tag that is a number for a snapshot's id. */
   readonly takesNumbersForIds: boolean;
-  /** Which of StoreOptions it has. */
+  /** The StoreOptions that this kind has. */
   readonly options: readonly (keyof StoreOptions)[];
   /** Errors: StoreError. */
   open(location: string, options: OpenOptions): Promise<AnyStore>;
-  /** Load what `open` needs. */
+  /** Loads the code that `open` needs. */
   load(): Promise<unknown>;
 }
 
@@ -101,7 +101,7 @@ const KINDS: readonly StoreKind[] = [CLUSTER, LOCAL];
 /** For help: what `parseLocation` takes. */
 export const LOCATION_SYNTAX = `store directory, or ${CLUSTER.name}:${CLUSTER.syntax}`;
 
-/** Of a location; anything that is no other kind's is a directory. */
+/** The kind of a location. A location of no other kind is a directory. */
 export function kindOf(location: string): StoreKind {
   return KINDS.find((kind) => kind.isLocation(location)) ?? LOCAL;
 }

@@ -5,10 +5,6 @@
 import type { OpenVdi } from './open-vdi.js';
 import type { Awaitable, Redundancy, Unfinished, VdiRecord } from './vdi-record.js';
 
-export * from './open-vdi.js';
-export * from './store-error.js';
-export * from './vdi-record.js';
-
 /** A VDI or snapshot that exists and cannot be read. Nothing more is known of it. */
 export interface DamagedVdi {
   readonly vid: number;

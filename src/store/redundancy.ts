@@ -1,20 +1,19 @@
 /**
- * How people say what a cluster keeps of each object: "3" is three whole copies, "4:2" an erasure code of four strips with
- * data and two with parity. Owns that syntax and the limits, which are the nodes' (internal_proto.h, SD_MAX_COPIES;
- * fec.h, SD_EC_MAX_STRIP).
+ * The redundancy of a VDI in words: "3" is three whole copies of each object, "4:2" an erasure code of four data strips and two
+ * parity strips. Owns this syntax, and the limits, which are the nodes' (internal_proto.h, SD_MAX_COPIES; fec.h, SD_EC_MAX_STRIP).
  */
-import type { Redundancy } from './object-store.js';
+import type { Redundancy } from './vdi-record.js';
 
 /** SD_MAX_COPIES. */
 export const MAX_COPIES = 31;
-/** Nodes have four bits for half of them. */
+/** An inode has four bits for half of this number. */
 export const DATA_STRIPS: readonly number[] = [2, 4, 8, 16];
 /** SD_EC_MAX_STRIP - 1. */
 export const MAX_PARITY_STRIPS = 15;
 
 export const REDUNDANCY_HELP = `X copies, 1 to ${MAX_COPIES}; or X:Y strips, X of ${DATA_STRIPS.join(', ')} with data and 1 to ${MAX_PARITY_STRIPS} with parity`;
 
-/** Undefined for what is none. */
+/** Undefined if `text` is no redundancy. */
 export function parseRedundancy(text: string): Redundancy | undefined {
   const match = /^(\d{1,2})(?::(\d{1,2}))?$/.exec(text);
   if (!match) return undefined;
@@ -24,13 +23,13 @@ export function parseRedundancy(text: string): Redundancy | undefined {
   return isCode ? { dataStrips: first, parityStrips: second } : undefined;
 }
 
-/** As parseRedundancy reads it. */
+/** The syntax that parseRedundancy reads. */
 export function formatRedundancy(redundancy: Redundancy): string {
   if ('copies' in redundancy) return String(redundancy.copies);
   return `${redundancy.dataStrips}:${redundancy.parityStrips}`;
 }
 
-/** On how many nodes there is something of each object: nodes of one zone count once. */
+/** The number of zones that each object needs: nodes of one zone count once. */
 export function zonesFor(redundancy: Redundancy): number {
   return 'copies' in redundancy ? redundancy.copies : redundancy.dataStrips + redundancy.parityStrips;
 }

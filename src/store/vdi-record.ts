@@ -64,6 +64,11 @@ export interface VdiRecord {
   readonly redundancy?: Redundancy;
 }
 
+/** For people: NAME or NAME@TAG. Not always a spec that finds the record: that is `specOf`. */
+export function labelOfVdi({ name, tag, isSnapshot }: VdiRecord): string {
+  return isSnapshot ? `${name}@${tag}` : name;
+}
+
 /** The order of `Catalog.list`: by name, then as snapshots were taken. */
 export function inOrder(a: VdiRecord, b: VdiRecord): number {
   return a.name < b.name ? -1 : a.name > b.name ? 1 : a.snapId - b.snapId;

@@ -3,7 +3,7 @@
  * of this machine, or expected back by a client that was cut off. Owns these checks and their messages (BUSY); the counts
  * are those of open-vdis.ts and in-use.ts.
  */
-import type { VdiRecord } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from './catalog-error.js';
 import type { ClientUse, InUse } from './in-use.js';
 import { specOf } from './names.js';

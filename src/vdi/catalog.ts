@@ -3,7 +3,8 @@
  * reads and writes of open VDIs go on meanwhile. Work that may take long (a flush) is done before a name is taken or after it
  * is given back. Owns the parts that the operations share (catalog-parts.ts); each kind of operation is a file of its own.
  */
-import type { CheckReport, DamagedVdi, ObjectStore, VdiRecord } from '../store/object-store.js';
+import type { CheckReport, DamagedVdi, ObjectStore } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { BusyChecks, type ForceOption } from './busy-checks.js';
 import type { CatalogParts } from './catalog-parts.js';
 import {

@@ -4,7 +4,8 @@
  * another. When somebody else takes a snapshot, the client keeps the lock on the VDI's old id. So only a deleted VDI is unlocked
  * without naming the holder. Sends nothing.
  */
-import type { LockHolder, ObjectStore, VdiLock, VdiLocks, VdiRecord } from '../store/object-store.js';
+import type { LockHolder, ObjectStore, VdiLock, VdiLocks } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 import { specOf } from './names.js';

@@ -1,5 +1,6 @@
 /** The details that `vdi list` and `vdi show` print: records of VDIs and snapshots with their space, users and kept snapshots. */
-import type { Usage, VdiRecord } from '../store/object-store.js';
+import type { Usage } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import type { CatalogParts } from './catalog-parts.js';
 import type { ClientUse } from './in-use.js';
 import type { KeptSnapshot } from './kept-snapshots.js';

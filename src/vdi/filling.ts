@@ -2,7 +2,7 @@
  * Filling a VDI: an import, a restore or a migration begins it, and finishes it when all of it is durable. Owns when a VDI
  * gets the mark "unfinished" and loses it, and what may be overwritten. Messages and rules about marked VDIs: unfinished.ts.
  */
-import { MAX_DATA_OBJECTS, type VdiRecord } from '../store/object-store.js';
+import { MAX_DATA_OBJECTS, type VdiRecord } from '../store/vdi-record.js';
 import type { CatalogParts } from './catalog-parts.js';
 import { checkName } from './names.js';
 import { mustHold, mustKeepRedundancy, shiftOfNew } from './new-vdi.js';

@@ -2,7 +2,8 @@
  * Temporary snapshots that no connection has open, kept for clients that may come back: what the catalog asks of their keeper
  * (src/export/temporary-snapshots.ts), and how an operation ends them. Owns neither the snapshots nor how long they are kept.
  */
-import type { ObjectStore, VdiRecord } from '../store/object-store.js';
+import type { ObjectStore } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { specOf } from './names.js';
 import type { OpenVdis } from './open-vdis.js';
 

@@ -2,7 +2,7 @@
  * Operations that make, replace or remove VDIs: create, clone, roll back, resize, delete. Owns the order of their checks: a
  * disk that is in use, or expected back by a client, is never replaced under it. Filling is in filling.ts.
  */
-import type { Redundancy, VdiRecord } from '../store/object-store.js';
+import type { Redundancy, VdiRecord } from '../store/vdi-record.js';
 import type { ForceOption } from './busy-checks.js';
 import { CatalogError } from './catalog-error.js';
 import type { CatalogParts } from './catalog-parts.js';

@@ -2,7 +2,9 @@
  * Finds the VDI or snapshot that a name means. Owns the rules for that (tags that mean several snapshots, temporary
  * snapshots, ids) and the errors for names that mean nothing, something else, something damaged or something unfinished.
  */
-import { StoreError, type DamagedVdi, type ObjectStore, type VdiRecord } from '../store/object-store.js';
+import type { DamagedVdi, ObjectStore } from '../store/object-store.js';
+import { StoreError } from '../store/store-error.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from './catalog-error.js';
 import { isTemporaryTag, parseSpec, specOf, type VdiSpec } from './names.js';
 import type { OpenVdis } from './open-vdis.js';

@@ -5,7 +5,7 @@
  */
 import { randomBytes } from 'node:crypto';
 import { bytesOfText, percentOf, textOfBytes } from '../text/name-bytes.js';
-import type { VdiRecord } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from './catalog-error.js';
 
 /** sheepdog_proto.h: SD_MAX_VDI_LEN and SD_MAX_VDI_TAG_LEN are 256 bytes including the terminating NUL. */

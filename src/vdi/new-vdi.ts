@@ -2,15 +2,15 @@
  * What a new VDI may be: its name, size, object size and redundancy, and the limits of a resize. Owns these rules and the
  * errors for what breaks them; makes nothing.
  */
+import type { ObjectStore } from '../store/object-store.js';
 import {
   DEFAULT_BLOCK_SIZE_SHIFT,
   MAX_BLOCK_SIZE_SHIFT,
   MAX_DATA_OBJECTS,
   MIN_BLOCK_SIZE_SHIFT,
-  type ObjectStore,
   type Redundancy,
   type VdiRecord,
-} from '../store/object-store.js';
+} from '../store/vdi-record.js';
 import { describeRedundancy, formatRedundancy, isSameRedundancy } from '../store/redundancy.js';
 import { CatalogError } from './catalog-error.js';
 import { checkName } from './names.js';

@@ -3,7 +3,8 @@
  * closing. The last user's flush holds up no operation on the name; only then is the name taken, and the VDI closed unless
  * somebody has opened it meanwhile.
  */
-import type { ObjectStore, VdiRecord } from '../store/object-store.js';
+import type { ObjectStore } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import type { NameQueue } from './name-queue.js';
 import { parseSpec, type VdiSpec } from './names.js';
 import { openAsVdi } from './open-as-vdi.js';

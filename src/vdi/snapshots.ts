@@ -3,7 +3,8 @@
  * the flush before the name is taken. How writers are held while the store switches over is `take` of the VDI (vdi.ts); where
  * snapshots are stored is the store's affair.
  */
-import type { Awaitable, OpenVdi, Switch, VdiRecord } from '../store/object-store.js';
+import type { OpenVdi, Switch } from '../store/open-vdi.js';
+import type { Awaitable, VdiRecord } from '../store/vdi-record.js';
 import type { ForceOption } from './busy-checks.js';
 import { CatalogError } from './catalog-error.js';
 import type { CatalogParts } from './catalog-parts.js';

@@ -2,7 +2,7 @@
  * VDIs that a command has begun to fill and not finished: which run may still use one, and the messages for all others. The mark
  * itself is src/store/vdi-record.ts, Unfinished; when it is set and removed, filling.ts decides.
  */
-import type { Redundancy, Unfinished, VdiRecord } from '../store/object-store.js';
+import type { Redundancy, Unfinished, VdiRecord } from '../store/vdi-record.js';
 import { shellWord } from '../text/shell-word.js';
 import { CatalogError } from './catalog-error.js';
 

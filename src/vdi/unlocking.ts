@@ -2,7 +2,8 @@
  * Lists the locks that the nodes of a cluster keep on VDIs, and takes one away. Owns the order: the spec is looked up
  * again just before, and the nodes are told its id. What may be unlocked: cluster-locks.ts.
  */
-import type { VdiLock, VdiRecord } from '../store/object-store.js';
+import type { VdiLock } from '../store/object-store.js';
+import type { VdiRecord } from '../store/vdi-record.js';
 import { CatalogError } from './catalog-error.js';
 import type { CatalogParts } from './catalog-parts.js';
 import { locksOf, mayUnlock, ofVid, type LockReport, type LockStatus, type UnlockOptions } from './cluster-locks.js';

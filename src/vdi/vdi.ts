@@ -4,7 +4,6 @@
  */
 import type { ObjectVdi, OpenVdi, Switch } from '../store/open-vdi.js';
 import type { Awaitable, VdiRecord } from '../store/vdi-record.js';
-export type { VdiRecord } from '../store/vdi-record.js';
 
 export interface ZeroRequest {
   /** Keep the range allocated. */

@@ -5,7 +5,8 @@
 import path from 'node:path';
 import { expect } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import type { ObjectStore, VdiRecord } from '../../src/store/object-store.js';
+import type { ObjectStore } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { cli, temporaryDirectory } from '../harness/daemon.js';
 import { expectBytes, MIB, oneLineOf, patterned } from './both-ways.js';

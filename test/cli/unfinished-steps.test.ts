@@ -14,7 +14,7 @@ import { closeAfter } from '../../src/system/close-after.js';
 import { Migration } from '../../src/jobs/migration/migration.js';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { OperationError, type Disk, type Operations } from '../../src/operations/operations.js';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';

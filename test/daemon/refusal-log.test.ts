@@ -8,7 +8,7 @@ import { RepeatedLines } from '../../src/daemon/log/repeated-lines.js';
 import { ExportsWithClientMessages } from '../../src/export/client-messages.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { StoreError } from '../../src/store/store-error.js';
 import { CatalogError } from '../../src/vdi/catalog-error.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import { temporaryDirectory } from '../harness/daemon.js';

@@ -9,7 +9,7 @@ import {
   RepeatedLines,
   times,
 } from '../../src/daemon/log/repeated-lines.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { StoreError } from '../../src/store/store-error.js';
 
 /** A line may be a check's interval late. */
 const LATE_MS = 1_000;

@@ -9,7 +9,7 @@ import { describe, expect, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
 import { ExportError, type Peer } from 'nbd-server-ts/block-device';
 import { ExportsWithClientMessages, clientMessage } from '../../src/export/client-messages.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { StoreError } from '../../src/store/store-error.js';
 import { CatalogError } from '../../src/vdi/catalog-error.js';
 import { oneLineOf } from '../cli/both-ways.js';
 import { cli, startDaemon, temporaryDirectory, waitUntil, type Daemon } from '../harness/daemon.js';

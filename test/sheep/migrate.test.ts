@@ -8,7 +8,7 @@ import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 import { attach, MIB, patterned } from '../cli/both-ways.js';

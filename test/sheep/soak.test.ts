@@ -176,7 +176,7 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
       const present = await hashOf('fio');
       await sheepgate('check');
       expect(await hashOf('fio')).toBe(present);
-      for (const name of ['fio', 'counted']) await sheepgate('vdi', 'delete', name);
+      for (const name of ['fio', 'counted']) await sheepgate('vdi', 'delete', name, '--force');
       expect(await cluster.objects(), 'objects and ledgers left').toEqual([]);
     },
     (SECONDS + 240) * 1000,

@@ -3,7 +3,7 @@
  * rollback: a process that ends between any two of them leaves nothing that looks whole and is not.
  */
 import { expect, test } from 'vitest';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Beginning } from '../../src/vdi/unfinished.js';

@@ -8,7 +8,7 @@ import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { logHeader, mapLogDirectory } from '../../src/store/local/map-log-format.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { StoreError } from '../../src/store/store-error.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import { FailingDisk } from '../harness/failing-disk.js';

@@ -2,7 +2,7 @@
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
 import { RecordIndex } from '../../src/store/local/record-index.js';
-import { inOrder, type VdiRecord } from '../../src/store/object-store.js';
+import { inOrder, type VdiRecord } from '../../src/store/vdi-record.js';
 
 const change = fc.record({
   isDelete: fc.boolean(),

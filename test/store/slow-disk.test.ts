@@ -8,10 +8,10 @@ import path from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { NbdClient } from 'nbd-server-ts';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { makeLogFolder, MapLogs } from '../../src/store/local/map-logs.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { objectKey } from '../../src/store/local/reference-counts.js';
+import { localObjectKey } from '../../src/store/local/reference-counts.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, ThreadShare } from '../../src/store/local/thread-shares.js';
 import { WriteThrottle } from '../../src/store/local/write-throttle.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -144,7 +144,7 @@ test('syncs, removals, copies and look-ups all give their threads back', async (
 
 test('an object that is opened while its removal waits for a thread is not taken for a new object of the same name', async () => {
   const { objects: files } = store;
-  const key = objectKey(5, 0);
+  const key = localObjectKey(5, 0);
   await files.create(key, OBJECT, 0, page, undefined);
   const others: symbol[] = [];
   const enter = (): Promise<void> | undefined => CHANGES.enter(others[others.push(Symbol('disk')) - 1]);

@@ -4,7 +4,7 @@
  */
 import fc from 'fast-check';
 import { expect, test } from 'vitest';
-import { MAX_DATA_OBJECTS } from '../../src/store/object-store.js';
+import { MAX_DATA_OBJECTS } from '../../src/store/vdi-record.js';
 import { byLength } from '../harness/length.js';
 import { bytesOf, codeOf, type Session } from './session.js';
 

@@ -3,7 +3,7 @@
  * removes all VDIs after it: a test finds an empty store.
  */
 import { expect } from 'vitest';
-import type { VdiRecord } from '../../src/store/object-store.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import type { VdiCatalog } from '../../src/vdi/catalog.js';
 import type { Vdi } from '../../src/vdi/vdi.js';
 import type { Abilities, StoreUnderTest } from './store-under-test.js';

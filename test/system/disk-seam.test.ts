@@ -10,7 +10,7 @@ import { BackupTarget } from '../../src/jobs/backup/target.js';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
 import { VdiExports } from '../../src/export/vdi-exports.js';
 import { LocalStore } from '../../src/store/local/local-store.js';
-import { StoreError } from '../../src/store/object-store.js';
+import { StoreError } from '../../src/store/store-error.js';
 import type { HostDisk } from '../../src/system/disk.js';
 import { hostDisk } from '../../src/system/real-disk.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

@@ -3,16 +3,10 @@
  * Also what the catalog makes of answers that such a store does not have, or has late.
  */
 import { beforeEach, describe, expect, test } from 'vitest';
-import {
-  inOrder,
-  StoreError,
-  type Catalog,
-  type DiskVdi,
-  type ExtentSink,
-  type ObjectStore,
-  type Switch,
-  type VdiRecord,
-} from '../../src/store/object-store.js';
+import type { Catalog, ObjectStore } from '../../src/store/object-store.js';
+import type { DiskVdi, ExtentSink, Switch } from '../../src/store/open-vdi.js';
+import { StoreError } from '../../src/store/store-error.js';
+import { inOrder, type VdiRecord } from '../../src/store/vdi-record.js';
 import { dataPageOf, changesPage } from '../../src/operations/data-page.js';
 import { VdiDevice } from '../../src/export/vdi-device.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

@@ -4,7 +4,8 @@
  */
 import { afterEach, expect, test, vi } from 'vitest';
 import fc from 'fast-check';
-import type { ObjectVdi, VdiRecord } from '../../src/store/object-store.js';
+import type { ObjectVdi } from '../../src/store/open-vdi.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { CopyOnWriteVdi } from '../../src/vdi/copy-on-write-vdi.js';
 import { endOfDifferent, endOfSame, endOfZeros } from '../../src/vdi/map-runs.js';
 

@@ -1,6 +1,7 @@
 /** What a store may rely on, whatever calls it: a call that breaks the contract is refused before the store sees it. */
 import { describe, expect, test } from 'vitest';
-import type { ObjectVdi, VdiRecord } from '../../src/store/object-store.js';
+import type { ObjectVdi } from '../../src/store/open-vdi.js';
+import type { VdiRecord } from '../../src/store/vdi-record.js';
 import { ObjectCalls } from '../../src/vdi/store-calls.js';
 
 const SHIFT = 20;

@@ -8,7 +8,7 @@ import type { Claim } from '../../export/writer-claim.js';
 import type { Writers } from '../../export/writers.js';
 import { DISCONNECT_WAIT_MS, type ConnectionStatus, type Disconnected } from '../../operations/control-protocol.js';
 import { OperationError } from '../../operations/operations.js';
-import { labelOf } from '../log/connection-log.js';
+import { labelOfPeer } from '../log/connection-log.js';
 
 /** Cut a connection off. Resolves when it is over, or after DISCONNECT_WAIT_MS. Errors: NO_CLIENT. */
 export async function disconnect(
@@ -40,7 +40,7 @@ export function statusOf(connection: ConnectionInfo, writers: Writers): Connecti
   const { peer, exportName } = connection;
   return {
     id: connection.id,
-    peer: labelOf(peer),
+    peer: labelOfPeer(peer),
     export: exportName ?? null,
     client: clientOf(peer)?.label ?? null,
     access: exportName === undefined || peer.transport === 'internal' ? null : accessOf(writers.claimOf(peer)),

@@ -4,7 +4,7 @@
  */
 import { MAX_KEEP_OUT_MS } from '../../operations/control-protocol.js';
 import { OperationError } from '../../operations/operations.js';
-import type { Redundancy } from '../../store/object-store.js';
+import type { Redundancy } from '../../store/vdi-record.js';
 import { parseRedundancy, REDUNDANCY_HELP } from '../../store/redundancy.js';
 
 export type Body = Readonly<Record<string, unknown>>;

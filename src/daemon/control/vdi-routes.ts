@@ -3,7 +3,7 @@
  * the requests of remote-operations.ts arrive here. Decides nothing about VDIs.
  */
 import type { Beginning } from '../../operations/operations.js';
-import { FILLERS } from '../../store/object-store.js';
+import { FILLERS } from '../../store/vdi-record.js';
 import {
   badRequest,
   copiesIn,

@@ -83,7 +83,7 @@ function levelOfClose(violations: number): 'info' | 'warn' | 'debug' {
 export function identityOf(peer: Peer): object {
   const { credentials, tls } = peer;
   return {
-    peer: labelOf(peer),
+    peer: labelOfPeer(peer),
     ...(credentials && { pid: credentials.pid, uid: credentials.uid }),
     ...(tls && {
       tls: `${tls.protocol} ${tls.cipher}`,
@@ -94,7 +94,7 @@ export function identityOf(peer: Peer): object {
 }
 
 /** A peer's address, for people. */
-export function labelOf(peer: Peer): string {
+export function labelOfPeer(peer: Peer): string {
   return peer.transport === 'internal' ? 'control socket' : `${peer.transport} ${peer.address}`;
 }
 

@@ -6,7 +6,7 @@
 import { randomBytes } from 'node:crypto';
 import { OperationError, type Disk, type Operations, type VdiRecord } from '../../operations/operations.js';
 import { whatIsLeft } from '../interrupted-fill.js';
-import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/object-store.js';
+import { MAX_DATA_OBJECTS, type Redundancy } from '../../store/vdi-record.js';
 import { closeAfter } from '../../system/close-after.js';
 import { runsOf } from '../buffer-runs.js';
 import { hashOf, type BlockHashes } from '../block-hashes.js';

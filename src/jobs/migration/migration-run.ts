@@ -4,7 +4,7 @@
  */
 import { createHash, randomBytes } from 'node:crypto';
 import type { Operations } from '../../operations/operations.js';
-import type { Redundancy } from '../../store/object-store.js';
+import type { Redundancy } from '../../store/vdi-record.js';
 import { bytesOfText } from '../../text/name-bytes.js';
 import { formatSpec, labelOfRun } from '../../vdi/names.js';
 import type { JobContext } from '../reporting.js';

@@ -6,7 +6,8 @@
 import path from 'node:path';
 import { O_CREAT, O_RDWR, O_TRUNC, removeIfThereSync, type HostDisk } from '../../system/disk.js';
 import { readPadded, writeFully } from '../../system/whole-io.js';
-import { StoreError, type Awaitable } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import type { Awaitable } from '../vdi-record.js';
 import type { CachedReads } from './cached-reads.js';
 import { CHANGES, READS, type ThreadShare } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';

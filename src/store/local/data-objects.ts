@@ -1,33 +1,31 @@
 /**
- * The one door to the data of objects: VDIs, temporary snapshots, copies, extents, recovery and check ask here, by vid and
- * idx or by key (objectKey), and know nothing of files. Today an object is one file (object-files.ts). It may become more
- * than one file without a change in any caller.
+ * The one door to the data of objects: VDIs, temporary snapshots, copies, extents, recovery and check use objects by vid and
+ * idx or by key (localObjectKey), never by file. Today an object is one file (object-files.ts). It may become more than one file
+ * without a change in any caller.
  *
- * `who`, below: whose work it is, for its share of threads and descriptors. Disks that share objects are several.
+ * `who`: the VDI or snapshot that a call works for, which has a share of threads and descriptors of its own.
  */
 import type { ExtentSink } from '../open-vdi.js';
 import type { Awaitable } from '../vdi-record.js';
 
-export type { ExtentSink } from '../open-vdi.js';
-
-/** The folder of a store that they are in. */
+/** The folder of objects in a store. */
 export const OBJECTS = 'objects';
 
-/** What a scan has found in the place where objects are stored. */
+/** An entry of the objects folder that a scan has found. */
 export interface FoundObject {
-  /** -1 if it is no object, whatever it is. */
+  /** -1 if it is no object. */
   readonly key: number;
   /** For people, and for `removeFound`. */
   readonly name: string;
-  /** What it takes of the disk. */
+  /** Bytes that it takes on the disk. */
   readonly bytes: number;
   readonly uid: number;
-  /** Why it cannot be the object that it is called; undefined if it can. */
+  /** Why it cannot be the object of its name; undefined if it can. */
   readonly damage: string | undefined;
 }
 
 export interface DataObjects {
-  /** Objects that bear `vid` in their name have `length` bytes; any that has not is damaged. */
+  /** Objects of `vid` have `length` bytes: an object of another length is damaged. */
   expectLength(vid: number, length: number): void;
 
   /** At once (undefined) if the page cache has it. Errors: IO, DAMAGED. */
@@ -37,8 +35,8 @@ export interface DataObjects {
   /** In place. Errors: NO_SPACE, IO, DAMAGED. */
   write(vid: number, idx: number, offset: number, data: Buffer, who?: unknown): Awaitable<void>;
   /**
-   * A new object of `size` bytes with `data` at `offset`, over what the object `from` holds, if given. If there is one of
-   * that name it is emptied first: it belongs to whoever creates. If this fails an empty object is left, for `remove`.
+   * Makes an object of `size` bytes with `data` at `offset`, the rest zeros or the content of the object `from`. Replaces an
+   * object of that name, which must be the caller's. If this fails, an empty object is left for the caller to `remove`.
    */
   create(
     key: number,
@@ -48,11 +46,11 @@ export interface DataObjects {
     from: number | undefined,
     who?: unknown,
   ): Promise<void>;
-  /** Zero a range, with its space given back or (`allocated`) kept. */
+  /** Zeroes a range; gives its space back, or keeps it allocated (`allocated`). */
   zero(vid: number, idx: number, offset: number, length: number, allocated: boolean, who?: unknown): Promise<void>;
-  /** Whether that costs no writing of zeros. */
+  /** Whether `zero` works without writing zeros. */
   canZeroFast(allocated: boolean): boolean;
-  /** Have the range read ahead. */
+  /** A hint: the range will be read soon. */
   willNeed(vid: number, idx: number, offset: number, length: number, who?: unknown): Promise<void>;
   /** Data and holes of the range. At once if the object is known to have no holes. */
   extents(vid: number, idx: number, offset: number, length: number, sink: ExtentSink, who?: unknown): Awaitable<void>;
@@ -61,25 +59,25 @@ export interface DataObjects {
 
   /** Data of the object is on stable storage when this resolves. */
   sync(key: number, who?: unknown): Promise<void>;
-  /** ... and here the names of these objects: that they exist. */
+  /** The same for the names of these objects. */
   syncNames(keys: Iterable<number>): Promise<void>;
-  /** A sync of the names of `keys` has failed: tells of an object whether its name may be lost with it. */
+  /** After a failed sync of the names of `keys`: whether the name of an object may be lost with them. */
   namesLostWith(keys: Iterable<number>): (key: number) => boolean;
 
-  /** Resolves when no operation on the object is under way; undefined if none is. */
+  /** Resolves when no operation on the object is in flight; undefined if none is. */
   idle(key: number): Promise<void> | undefined;
-  /** In the background; reads that are under way finish. Errors go to `onError`: what stays, check finds. */
+  /** In the background, after reads in flight. Errors go to `onError`: check finds what is left over. */
   remove(key: number, onError: (error: unknown) => void): void;
-  /** Resolves when more may be removed; undefined if that is now. */
+  /** Resolves when more objects may be removed; undefined if they may be now. */
   roomToRemove(): Promise<void> | undefined;
-  /** Resolves when all that was to be removed is gone. */
+  /** Resolves when all removals have ended. */
   removed(): Promise<void>;
 
-  /** Why this cannot be a whole object of `length` bytes, as far as that is known without reading; undefined if it can. */
+  /** Why the object cannot be whole, with `length` bytes, as far as is known without reading it; undefined if it can. */
   problemOf(key: number, length: number): string | undefined;
-  /** Everything that is stored, in no order. For check, and for a start after a crash. */
+  /** All entries of the objects folder, in no order. For check, and for recovery after a crash. */
   scan(): AsyncGenerator<FoundObject>;
-  /** Remove what a scan has found and nobody refers to. Errors: those of the disk. */
+  /** Removes an entry that no map refers to. Errors: those of the disk. */
   removeFound(found: FoundObject): Promise<void>;
 
   close(): Promise<void>;

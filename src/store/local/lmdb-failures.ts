@@ -6,7 +6,7 @@
 import { randomBytes } from 'node:crypto';
 import os from 'node:os';
 import timers from 'node:timers/promises';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { Environment } from './lmdb-environment.js';
 import { asStoreError } from './store-errors.js';
 

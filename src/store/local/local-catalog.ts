@@ -1,7 +1,7 @@
 /**
- * The catalog of the local store: VDIs and snapshots are made, removed, cloned and rolled back here, each by one LMDB
- * transaction. Owns which vid is given next and the temporary snapshots that are alive. Objects are given up only after
- * the transaction that made them unreachable.
+ * The catalog of the local store: makes, opens, removes, clones and rolls back VDIs and snapshots, each change in one LMDB
+ * transaction. Owns the next vid and the temporary snapshots that are alive. Gives up objects only after the transaction that
+ * made them unreachable, never before.
  */
 import type { Catalog, CheckReport, Usage } from '../object-store.js';
 import type { Switch } from '../open-vdi.js';
@@ -10,7 +10,7 @@ import { inOrder, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { LocalVdi, type LocalVdiHost } from './local-vdi.js';
 import type { MapLogs } from './map-logs.js';
 import { pagesOf } from './map-pages.js';
-import { MAX_VID } from './reference-counts.js';
+import { MAX_VID } from '../../sheepdog/object-ids.js';
 import { checkStore, type CheckedStore } from './store-check.js';
 import { TemporaryVdi, type TemporaryVdiHost } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
@@ -26,7 +26,7 @@ export interface CatalogHost extends LocalVdiHost, TemporaryVdiHost, CheckedStor
   backgroundError(error: unknown): void;
 }
 
-/** The catalog half of the local store. Calls about one name come one at a time (src/vdi sees to that). */
+/** src/vdi makes the calls for one name one at a time. */
 export class LocalCatalog implements Catalog {
   readonly temporariesStoreNothing = true;
   readonly #store: CatalogHost;
@@ -55,7 +55,7 @@ export class LocalCatalog implements Catalog {
     return this.#store.metadata.record(vid);
   }
 
-  /** With what is in memory only, of all names or of one: temporary snapshots, and what an open VDI has become since. */
+  /** `stored`, of all names or of one, with what is in memory only: temporary snapshots, and newer records of open VDIs. */
   #withUnstored(stored: readonly VdiRecord[], name?: string): readonly VdiRecord[] {
     const isMeant = (record: VdiRecord): boolean => name === undefined || record.name === name;
     const gone = new Set<number>();
@@ -68,7 +68,7 @@ export class LocalCatalog implements Catalog {
     }
     if (added.length === 0) return stored;
     const left = gone.size === 0 ? stored : stored.filter(({ vid }) => !gone.has(vid));
-    // Sorting keeps the order of what is alike: temporary snapshots before what they are of, in the order they were taken.
+    // The sort is stable: temporary snapshots come before their working VDI, in the order they were taken.
     return [...added, ...left].sort(inOrder);
   }
 
@@ -79,7 +79,7 @@ export class LocalCatalog implements Catalog {
   async create(name: string, size: number, blockSizeShift: number, unfinished?: Unfinished): Promise<VdiRecord> {
     this.#store.metadata.mustHaveRoom();
     const record = { ...this.#working(this.#nextVid(), name, size, blockSizeShift, 0, 1), unfinished };
-    // With whatever an operation that failed may have left under this vid.
+    // `removed`: an operation that failed may have left pages under this vid.
     await this.#store.metadata.commit({ removed: [record.vid], records: [record] });
     return record;
   }
@@ -103,13 +103,13 @@ export class LocalCatalog implements Catalog {
     const vdi = new LocalVdi(this.#store, record, map, generation, logs.logOf(vid, generation), () =>
       this.#store.open.delete(vdi.record.vid),
     );
-    // One that had to be given up and is opened again: the temporary snapshots of it know its objects by name.
+    // After a VDI was discarded its temporary snapshots still have objects of its vid in their maps. Kept files may have the vid, too.
     if (this.#temporaries.size > 0 || this.#store.keptVids.has(vid)) vdi.nameAnew(this.#nextVid());
     this.#store.open.set(vid, vdi);
     return vdi;
   }
 
-  /** By copy-before-write (temporary-vdi.ts). Nothing of it is stored, so nothing needs to be durable before it. */
+  /** By copy-before-write (temporary-vdi.ts). The snapshot is never stored, so nothing needs to be durable before it. */
   prepareTemporary(source: LocalVdi, tag: string): Switch {
     const vid = this.#nextVid();
     const creationVid = this.#nextVid();
@@ -137,7 +137,7 @@ export class LocalCatalog implements Catalog {
     };
   }
 
-  /** The disk is full: temporary snapshots that nobody reads give their space back. */
+  /** The disk is full: temporary snapshots without readers give their space back. */
   makeRoom(): void {
     for (const { temporary } of this.#temporaries.values()) temporary.makeRoom();
   }
@@ -226,7 +226,7 @@ export class LocalCatalog implements Catalog {
     this.#store.releaseMap(map);
   }
 
-  /** What is stored of them, or what they have become since if that is not stored yet. */
+  /** The records of the VDIs and snapshots whose parent is `vid`, newer ones of open VDIs included. */
   #childrenOf(vid: number): VdiRecord[] {
     const children = new Map(this.#store.metadata.childrenOf(vid).map((child) => [child.vid, child]));
     for (const vdi of this.#store.open.values()) {
@@ -249,7 +249,7 @@ export class LocalCatalog implements Catalog {
     );
   }
 
-  /** What goes when a VDI goes that nobody uses. One that could not be flushed when it was closed is open still. */
+  /** All that the removal of an unused VDI gives up. A VDI is still open if its flush failed when it was closed. */
   async #held(
     vid: number,
   ): Promise<{ map: Uint32Array; releases: readonly number[]; vids: number[]; record: VdiRecord }> {
@@ -271,7 +271,7 @@ export class LocalCatalog implements Catalog {
     const { metadata, references, open } = this.#store;
     const usages = await metadata.countEntries((owner, idx) => references.of(owner, idx) === 1);
     for (const record of metadata.records()) if (!usages.has(record.vid)) usages.set(record.vid, NOTHING_USED);
-    // Of what is open the map in memory is the truth.
+    // The map of an open VDI is newer than the stored one.
     const maps = Array.from(this.#temporaries.values(), ({ temporary }) => temporary);
     for (const { record, map } of [...maps, ...open.values()]) usages.set(record.vid, await this.#usageOf(map));
     return usages;
@@ -313,7 +313,7 @@ export class LocalCatalog implements Catalog {
     return record;
   }
 
-  /** Store `record` with the map of `base`; references count before the transaction, so that nothing is freed under it. */
+  /** Stores `record` with the map of `base`. Counts the references before the transaction, so that no object is removed meanwhile. */
   async #storeCopy(base: VdiRecord, record: VdiRecord, removed: readonly number[]): Promise<void> {
     const { metadata, references } = this.#store;
     const map = await metadata.loadMap(base);
@@ -329,7 +329,7 @@ export class LocalCatalog implements Catalog {
       await metadata.commit({ records: [record], removed });
     } catch (error) {
       this.#store.releaseMap(map);
-      // Best effort: pages without a record are removed by the next open at the latest, or with the vid's next use.
+      // Best effort: the next open removes pages without a record, or the next use of the vid does.
       await metadata.commit({ removed: [record.vid] }).catch(() => undefined);
       throw error;
     }
@@ -352,7 +352,7 @@ export class LocalCatalog implements Catalog {
     throw new StoreError('LIMIT', `all ${MAX_VID} VDI ids of ${this.#store.location} are in use`);
   }
 
-  /** Some open VDI makes objects of that name, though there may be none yet. */
+  /** An open VDI uses the vid for new objects, although it may have made none yet. */
   #namesNow(vid: number): boolean {
     for (const open of this.#store.open.values()) if (open.creationVid === vid) return true;
     return false;
@@ -360,8 +360,8 @@ export class LocalCatalog implements Catalog {
 }
 
 /**
- * What becomes of `child` when its parent goes: it descends from whoever that descended from. The VDI that went on from
- * a snapshot is again as old as it was before that was taken.
+ * The record of `child` after its parent is removed: its parent is now the parent's parent. A working VDI that went on from the
+ * removed snapshot gets the creation time back that it had before the snapshot.
  */
 function adopted(child: VdiRecord, parent: VdiRecord): VdiRecord {
   const { parentVid } = parent;

@@ -15,7 +15,7 @@ import type { LocalVdi } from './local-vdi.js';
 import { MapLogs } from './map-logs.js';
 import { Metadata } from './metadata.js';
 import { ObjectFiles, type SharedByFiles } from './object-files.js';
-import { idxOf, objectKey, ReferenceCounts, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, ReferenceCounts, vidOf } from './reference-counts.js';
 import { removeCreation } from './store-directory.js';
 import { isDiskError } from './store-errors.js';
 import type { HolderRole, StoreLock } from './store-lock.js';
@@ -25,13 +25,13 @@ import { TimeSlice } from './time-slice.js';
 import { WriteThrottle } from './write-throttle.js';
 
 export interface LocalStoreOptions {
-  /** Told what an operator should know and no caller waits for. */
+  /** For the operator: events that no caller waits for. */
   readonly log?: (line: string, details?: object) => void;
-  /** What this process is, for those who find the store taken; 'command' if not given. */
+  /** What this process is: shown to other processes that find the store locked. 'command' if not given. */
   readonly role?: HolderRole;
-  /** Whether a store is made in a directory that is missing or empty; true if not given. */
+  /** Whether a store is created in a directory that is missing or empty; true if not given. */
   readonly mayCreate?: boolean;
-  /** Open files to keep at most; by default what the process's limit allows. */
+  /** At most this many files are kept open; by default as many as the process's limit allows. */
   readonly maxDescriptors?: number;
   /** The disk that the store is on; this machine's if not given. */
   readonly disk?: HostDisk;
@@ -51,18 +51,18 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   readonly catalog: LocalCatalog;
   readonly state: StoreState;
   readonly #lock: StoreLock;
-  /** Told what an operator should know and no caller waits for. */
+  /** For the operator: events that no caller waits for. */
   readonly log: (line: string, details?: object) => void;
   readonly open = new Map<number, LocalVdi>();
-  /** Vids in the names of object files that nobody refers to and that are kept: nothing new may bear them. */
+  /** Vids in the names of object files that are kept without any reference: no new VDI or object may have them. */
   keptVids: ReadonlySet<number> = new Set();
-  /** What this opening has kept or set aside, no check has told of yet: so none may remove it. */
+  /** This opening has kept or set aside files that no check has reported yet: until then no check removes them. */
   keepsUntold = false;
-  /** Made by this opening; and whether its directory was, too. */
+  /** This opening has created the store, and perhaps its directory; undefined if the store existed. */
   readonly #made: { readonly hasMadeDirectory: boolean } | undefined;
-  /** What this opening has made goes when it is closed, if nothing is in it. */
+  /** `close` removes what this opening has created, if the store is empty. */
   #isUnwanted = false;
-  /** Why it is not known any more what refers to what, so that the next open has to find out. */
+  /** Why the reference counts are wrong: the next open counts them again. */
   #lost: Error | undefined;
   /** References that are being given up in the background. */
   readonly #releasing = new Set<Promise<void>>();
@@ -96,16 +96,16 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.state = {
       isShared: false,
       entries: () => metadata.state(),
-      // Where nothing changes, nothing can be taken away from anybody, and every moment is the same.
+      // In a read-only store there is nothing to remember: no client can lose anything to another.
       commit: (changes) => (this.readOnlyBecause === undefined ? metadata.storeState(changes) : Promise.resolve()),
     };
   }
 
   /**
-   * Open the store in `directory`. One is made where there is none if `mayCreate`, in a directory that is missing or empty
-   * (or has what a creation has left that did not come to its end). On a read-only filesystem it can only be read.
-   * Errors (StoreError): NO_STORE, LOCKED if another process has it, FORMAT if a newer sheepgate wrote it, DAMAGED,
-   * PERMISSION, NO_SPACE, IO. What a creation that failed has made is removed.
+   * Opens the store in `directory`. With `mayCreate` a store is created where there is none: in a directory that is missing or
+   * empty, or has only what an interrupted creation has left. On a read-only filesystem the store can only be read. A creation
+   * that fails removes what it has made. Errors (StoreError): NO_STORE, LOCKED (another process has it), FORMAT (a newer
+   * sheepgate wrote it), DAMAGED, PERMISSION, NO_SPACE, IO.
    */
   static async open(directory: string, options: LocalStoreOptions = {}): Promise<LocalStore> {
     const { disk = hostDisk } = options;
@@ -152,12 +152,12 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     }
   }
 
-  /** Of the file that is locked. */
+  /** Of the locked file. */
   get fd(): number {
     return this.#lock.fd;
   }
 
-  /** This process will let go of the store as soon as it has finished what is under way. */
+  /** Shown to other processes: this one gives up the store when its running work has ended. */
   announceStop(): void {
     this.#lock.say('stopping daemon');
   }
@@ -183,8 +183,8 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
   }
 
   /**
-   * The same for all references of a map, or those marked in `only`, in the background; the map is used up. What others
-   * refer to as well comes first: it may be theirs alone from then on, and they need not wait until the rest is removed.
+   * Gives up all references of a map, or those marked in `only`, in the background, and clears entries of `map` on the way.
+   * Shared objects come first: another VDI may then have them alone, without waiting until the rest is removed.
    */
   releaseMap(map: Uint32Array, only?: Uint8Array): void {
     this.#inBackground(this.#releaseAll(map, only));
@@ -211,7 +211,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       const owner = map[idx] as number;
       if (owner === 0 || this.references.of(owner, idx) === 1) continue;
       map[idx] = 0;
-      this.#releaseOne(objectKey(owner, idx));
+      this.#releaseOne(localObjectKey(owner, idx));
     }
     for (let idx = next(0); idx < end; idx = next(idx + 1)) {
       if (slice.isOver(++step)) await slice.next();
@@ -219,12 +219,12 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
       if (owner === 0) continue;
       const room = this.objects.roomToRemove();
       if (room) await room;
-      this.#releaseOne(objectKey(owner, idx));
+      this.#releaseOne(localObjectKey(owner, idx));
     }
   }
 
   #releaseOne(key: number): void {
-    // While a read of it is under way it still counts: nobody else may start to write it in place.
+    // The reference counts while a read of the object is in flight: no other VDI may begin to write it in place.
     const idle = this.objects.idle(key);
     if (idle) {
       this.#inBackground(idle.then(() => this.#releaseOne(key)));
@@ -234,7 +234,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.objects.remove(key, (error) => this.backgroundError(error));
   }
 
-  /** Resolves when the space of all that was given up is back. */
+  /** Resolves when the space of all objects given up so far is free. */
   async reclaimed(): Promise<void> {
     while (this.#releasing.size > 0) await Promise.all(this.#releasing);
     await this.objects.removed();
@@ -246,7 +246,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     try {
       if (stored) this.references.addAll(this.metadata.map(stored));
     } catch (error) {
-      // The disk is gone. Nothing is released then: who refers to what is counted again by the next open.
+      // The disk is gone. Nothing is released: the next open counts the references again.
       this.#lost ??= error as Error;
       this.backgroundError(error);
       vdi.abandon();
@@ -262,7 +262,7 @@ export class LocalStore implements ObjectStore, CatalogHost, StoreInRecovery {
     this.log((error as Error).message, { err: error });
   }
 
-  /** Whoever opened the store has failed: if that made it, and nothing is in it when it is closed, it is removed again. */
+  /** The command that opened the store has failed: a store that this opening has created is removed by `close` if it is empty. */
   takeBackCreation(): void {
     this.#isUnwanted = true;
   }

@@ -1,39 +1,35 @@
 /**
- * An open VDI of the local store: its data, its map, and which changes of both are not durable yet. Owns the order "data, then
- * map, then releases": an object that another map may name after a crash is neither overwritten nor removed.
+ * An open VDI of the local store: its data and its map. Owns the order "data, then map, then releases" in which changes become
+ * durable (unflushed-changes.ts has them until then). Never overwrites or removes an object that another map may name after a
+ * crash.
  */
 import type { ExtentSink, ObjectVdi, Switch, ZeroOptions } from '../open-vdi.js';
 import type { StoreError } from '../store-error.js';
 import type { Awaitable, Unfinished, VdiRecord } from '../vdi-record.js';
-import type { DataObjects } from './data-objects.js';
 import type { MapLog } from './map-log.js';
 import type { Metadata } from './metadata.js';
 import { PAGE_ENTRIES, pageOf, pagesOf, type PageWrite } from './map-pages.js';
-import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { ObjectSyncs, type SyncHost } from './object-syncs.js';
+import { localObjectKey } from './reference-counts.js';
 import { keepFor, type TemporaryVdi } from './temporary-vdi.js';
 import { TimeSlice } from './time-slice.js';
+import { UnflushedChanges, type Batch } from './unflushed-changes.js';
 
-/** Files synced at a time by one flush: enough to fill the disk's queue, few enough to leave the thread pool room. */
-const PARALLEL_SYNCS = 8;
-/** Space that was trimmed is given back after this time at the latest, also if the client never flushes. */
+/** Trimmed space is given back after this time at the latest, also if the client never flushes. */
 const RELEASE_DELAY_MS = 1000;
 /** ... or at once when this many objects wait. */
 const RELEASE_BATCH = 256;
 
 /** What a LocalVdi needs of its store. */
-export interface LocalVdiHost {
+export interface LocalVdiHost extends SyncHost {
   readonly metadata: Metadata;
-  readonly objects: DataObjects;
-  readonly references: ReferenceCounts;
   /** A durable map no longer refers to these: drop the references, and remove unreferenced objects in the background. */
   release(keys: readonly number[]): void;
-  /** The folders of these objects could not be synced: new names in them are not durable, and never will be. */
-  namesLost(keys: Iterable<number>, error: unknown): void;
   /** The changes of this VDI that are not durable are lost: go back to the durable state. */
   discard(vdi: LocalVdi): void;
-  /** A flush nobody waits for has failed. */
+  /** A flush that no caller waits for has failed. */
   backgroundError(error: unknown): void;
-  /** The disk is full: give back the space of what was trimmed, and of temporary snapshots that nobody reads. */
+  /** The disk is full: give back trimmed space, and the space of temporary snapshots without readers. */
   freeSpace(vdi: LocalVdi): Promise<void>;
   readonly catalog: {
     prepareSwitch(vdi: LocalVdi, tag: string, takenAt?: number): Switch;
@@ -41,62 +37,34 @@ export interface LocalVdiHost {
   };
 }
 
-/** The changes that one flush takes over from the VDI, and gives back if it fails. */
-interface Batch {
-  readonly vid: number;
-  readonly generation: number;
-  readonly objects: ReadonlySet<number>;
-  readonly created: ReadonlySet<number>;
-  readonly pages: ReadonlySet<number>;
-  readonly releases: readonly number[];
-  readonly recordChanged: boolean;
-  readonly obsolete: readonly number[];
-  /** The flush has succeeded. */
-  isDurable: boolean;
-}
-
 export class LocalVdi implements ObjectVdi {
   readonly kind = 'objects';
-  /** What is read keeps its file, and nobody else has the store. */
+  /** An object that is being read keeps its file, and no other process changes the store. */
   readonly objectsMove = false;
   record: VdiRecord;
   map: Uint32Array;
-  /** Temporary snapshots of it that are alive. */
+  /** Its temporary snapshots that are alive. */
   temporaries: readonly TemporaryVdi[] = [];
   readonly #host: LocalVdiHost;
-  /** The vid of new objects: the record's, or one that no snapshot has seen. */
+  /** The vid of new objects: the record's, or one that is in no snapshot's map. */
   #creationVid: number;
   /** Closed by all users; still open because temporary snapshots depend on its objects. */
   #isIdle = false;
-  #dirtyObjects = new Set<number>();
-  #created = new Set<number>();
-  /** Keys of new objects that are being made, or are made and not in the map yet. */
-  readonly #creating = new Set<number>();
-  #dirtyPages = new Set<number>();
-  /** The changes that the flush in flight has taken over. */
-  #committing: Batch | undefined;
-  /** The durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
+  readonly #changes: UnflushedChanges;
+  readonly #syncs: ObjectSyncs;
+  /** The second, durable half of a snapshot until it is done. Every later flush waits for it, and starts it if necessary. */
   #pendingMove: (() => Promise<void>) | undefined;
-  /** Keys of the new objects whose names `#pendingMove` makes durable. */
-  #moving: readonly ReadonlySet<number>[] = [];
   /** The references of a new snapshot are not counted yet: no object that it may share is exclusive. */
   #isCounting = false;
-  #releases: number[] = [];
-  #obsolete: number[] = [];
-  #recordChanged = false;
   #queue: Promise<void> = Promise.resolve();
   #nextFlush: Promise<void> | undefined;
   #releaseTimer: NodeJS.Timeout | undefined;
-  /** After a failed sync the kernel may have dropped dirty pages: no later sync proves that they are durable. */
-  #syncFailure: Error | undefined;
-  /** Number of the next flush. Numbers are never used again, also by later openings of the VDI. */
-  #generation: number;
-
   readonly #log: MapLog;
+  readonly #onClosed: () => void;
 
   /**
-   * `log` and we begin with flush `generation`, one more than the stored map has. `onClosed` is called once when nobody
-   * has the VDI open any more.
+   * `generation`: of the first flush, also in `log`; one more than the stored map has. `onClosed` is called once, when the VDI is
+   * no longer open.
    */
   constructor(
     host: LocalVdiHost,
@@ -104,26 +72,28 @@ export class LocalVdi implements ObjectVdi {
     map: Uint32Array,
     generation: number,
     log: MapLog,
-    private readonly onClosed: () => void,
+    onClosed: () => void,
   ) {
-    this.#generation = generation;
     this.#host = host;
+    this.#changes = new UnflushedChanges(generation);
+    this.#syncs = new ObjectSyncs(host, this);
     this.record = record;
     this.map = map;
     this.#creationVid = record.vid;
     this.#log = log;
+    this.#onClosed = onClosed;
   }
 
   get creationVid(): number {
     return this.#creationVid;
   }
 
-  /** New objects get this vid from here on: no map names it. Snapshots may know objects of the older vid. */
+  /** New objects get this vid from here on: no map has it. Maps of snapshots may have objects of the older vid. */
   nameAnew(vid: number): void {
     this.#creationVid = vid;
   }
 
-  /** `temporary` gets before-images from here on. New objects get the unused `vid`, so none replaces an object that it knows. */
+  /** `temporary` gets before-images from here on. New objects get the unused `vid`, so none replaces an object in its map. */
   takeTemporary(temporary: TemporaryVdi, vid: number): void {
     this.temporaries = [...this.temporaries, temporary];
     this.#creationVid = vid;
@@ -135,12 +105,12 @@ export class LocalVdi implements ObjectVdi {
     if (this.#isIdle && this.temporaries.length === 0) await this.close();
   }
 
-  /** Somebody has it open again. */
+  /** The VDI has users again. */
   resume(): void {
     this.#isIdle = false;
   }
 
-  // Objects are read and written in the name of this VDI. Clones of one image share objects, and each has its share of threads.
+  // `this` is passed on for the share of threads: clones of one image share objects, but each has a share of its own.
 
   readObject(vid: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
     return this.#host.objects.read(vid, idx, offset, into, this);
@@ -185,19 +155,19 @@ export class LocalVdi implements ObjectVdi {
       .then(() => this.#noteWritten(owner, idx));
   }
 
-  /** The reference is taken first: a flush that gives up an older one of this name must not remove the new file. */
+  /** The reference is counted first: a flush that gives up an older reference to this name must not remove the new file. */
   async createObject(idx: number, offset: number, data: Buffer, copyOf: number): Promise<void> {
     const { objects, references } = this.#host;
     const vid = this.#creationVid;
-    const key = objectKey(vid, idx);
-    const from = copyOf === 0 ? undefined : objectKey(copyOf, idx);
+    const key = localObjectKey(vid, idx);
+    const from = copyOf === 0 ? undefined : localObjectKey(copyOf, idx);
     const create = (): Promise<void> => objects.create(key, 2 ** this.record.blockSizeShift, offset, data, from, this);
     references.add(vid, idx);
-    this.#creating.add(key);
+    this.#changes.creating.add(key);
     try {
       await create().catch((error: unknown) => this.#afterFreeing(error, create));
     } catch (error) {
-      this.#creating.delete(key);
+      this.#changes.creating.delete(key);
       this.#host.release([key]);
       throw error;
     }
@@ -216,7 +186,7 @@ export class LocalVdi implements ObjectVdi {
     return this.#host.objects.canZeroFast(noHole);
   }
 
-  /** When the disk is full, trimmed space may not be given back yet. Do that, and try once more. */
+  /** On a full disk, trimmed space may not be given back yet: give it back, and try once more. */
   async #afterFreeing(error: unknown, retry: () => Promise<void>): Promise<void> {
     if ((error as StoreError).code !== 'NO_SPACE') throw error;
     await this.#host.freeSpace(this);
@@ -225,7 +195,7 @@ export class LocalVdi implements ObjectVdi {
 
   exclusive(idx: number): boolean {
     const owner = this.map[idx] as number;
-    // What it has made since the last snapshot is known to nobody else: with every snapshot it gets a new name for that.
+    // Objects made since the last snapshot are in no other map: with every snapshot the VDI gets a new vid for new objects.
     return owner === this.#creationVid || (!this.#isCounting && this.#host.references.of(owner, idx) === 1);
   }
 
@@ -239,16 +209,16 @@ export class LocalVdi implements ObjectVdi {
     const before = this.map[idx] as number;
     for (const temporary of this.temporaries) temporary.leave(idx, before);
     if (owner !== 0) {
-      // Its reference was taken before it was made (createObject). Marked here and not when the file was made: a sync passes over objects that nobody refers to.
-      this.#dirtyObjects.add(objectKey(owner, idx));
-      this.#created.add(objectKey(owner, idx));
-      this.#creating.delete(objectKey(owner, idx));
+      // Marked here and not in createObject, which has counted the reference: a sync skips objects without references.
+      this.#changes.objects.add(localObjectKey(owner, idx));
+      this.#changes.created.add(localObjectKey(owner, idx));
+      this.#changes.creating.delete(localObjectKey(owner, idx));
     }
     this.map[idx] = owner;
     const logged = this.#log.changed(idx, owner);
-    this.#dirtyPages.add(Math.floor(idx / PAGE_ENTRIES));
+    this.#changes.pages.add(Math.floor(idx / PAGE_ENTRIES));
     if (before !== 0) {
-      this.#releases.push(objectKey(before, idx));
+      this.#changes.releases.push(localObjectKey(before, idx));
       this.#releaseSoon();
     }
     return logged;
@@ -256,11 +226,11 @@ export class LocalVdi implements ObjectVdi {
 
   /** Called when a write has reached the file, not before: a sync in between does not cover the write. */
   #noteWritten(owner: number, idx: number): void {
-    this.#dirtyObjects.add(objectKey(owner, idx));
+    this.#changes.objects.add(localObjectKey(owner, idx));
   }
 
   flush(): Promise<void> {
-    // One flush runs, one waits. A call during a flush is served by the next one, which starts after the call.
+    // One flush runs, one waits. A call during a flush is served by the next flush, which starts after the call.
     this.#nextFlush ??= this.enqueue(() => {
       this.#nextFlush = undefined;
       return this.#commit();
@@ -270,29 +240,29 @@ export class LocalVdi implements ObjectVdi {
 
   async flushObject(idx: number): Promise<void> {
     const page = Math.floor(idx / PAGE_ENTRIES);
-    const key = objectKey(this.map[idx] as number, idx);
+    const key = localObjectKey(this.map[idx] as number, idx);
     const plain =
       this.#pendingMove === undefined &&
-      !this.#dirtyPages.has(page) &&
-      !this.#committing?.pages.has(page) &&
-      !this.#recordChanged &&
-      !this.#created.has(key);
+      !this.#changes.pages.has(page) &&
+      !this.#changes.inFlight?.pages.has(page) &&
+      !this.#changes.recordChanged &&
+      !this.#changes.created.has(key);
     if (!plain) return this.flush();
-    if (!this.#dirtyObjects.has(key)) return this.flush(); // a sync of it may be under way: wait for that
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
-    // It stays marked dirty: writes that come during the sync need a sync of their own.
-    await this.#sync([key]);
+    if (!this.#changes.objects.has(key)) return this.flush(); // the flush in flight may be syncing it: wait for that
+    this.#syncs.assertIntact();
+    // The object stays marked: writes during the sync need another sync.
+    await this.#syncs.sync([key]);
   }
 
   /**
-   * Flush and close. If that fails it can be tried again, except after a failed sync: the content in memory cannot be
+   * Flush and close. After a failure the caller may try again, except after a failed sync: the content in memory cannot be
    * trusted then, and the next open begins with the durable content.
    */
   async close(): Promise<void> {
     try {
       await this.flush();
     } catch (error) {
-      if (this.#syncFailure !== undefined) this.#host.discard(this);
+      if (this.#syncs.hasFailed) this.#host.discard(this);
       throw error;
     }
     // The references of this VDI keep the objects alive that temporary snapshots have not adopted yet.
@@ -305,20 +275,20 @@ export class LocalVdi implements ObjectVdi {
     clearTimeout(this.#releaseTimer);
     this.#isIdle = false;
     this.#log.remove();
-    this.onClosed();
+    this.#onClosed();
   }
 
-  /** References this VDI holds beside those of its map, one entry each. */
+  /** References that this VDI holds beside those of its map, one entry each. */
   get releases(): readonly number[] {
-    return this.#releases;
+    return this.#changes.releases;
   }
 
-  /** Vids under which the metadata still has records that this VDI's `record` has superseded (after a snapshot that failed). */
+  /** Vids whose stored records `record` replaces with the next flush: a snapshot has failed. */
   get supersededVids(): readonly number[] {
-    return this.#committing ? [...this.#committing.obsolete, ...this.#obsolete] : this.#obsolete;
+    return this.#changes.supersededVids;
   }
 
-  /** Run `work` after everything that was asked to be made durable before it. */
+  /** Run `work` after all flushes and commits that were queued before it. */
   enqueue<T>(work: () => Promise<T>): Promise<T> {
     const result = this.#queue.then(work);
     this.#queue = result.then(
@@ -329,20 +299,20 @@ export class LocalVdi implements ObjectVdi {
   }
 
   /**
-   * Synchronous half of a snapshot: this VDI goes on as `record`, and what it was until now belongs to the snapshot.
-   * Returns the durable half. Later flushes run it before themselves, so it is done once whoever comes first.
+   * The synchronous half of a snapshot: the VDI goes on as `record`; its content and map until now are the snapshot's. Returns the
+   * durable half, which runs once: when it is called, or before the next flush.
    */
   moveTo(record: VdiRecord, snapshot: VdiRecord): () => Promise<void> {
     if (this.#pendingMove !== undefined) throw new Error('invariant: a snapshot before the last one is durable');
     const frozen = this.map.slice();
-    const batch = this.#take();
-    // A flush in flight may fail and give back its changes; those belong to the snapshot, too.
-    const flushing = this.#committing;
+    const batch = this.#changes.take(this.record.vid);
+    // A flush in flight may fail and give back its changes: they belong to the snapshot, too.
+    const flushing = this.#changes.inFlight;
     const pages = new Set([...batch.pages, ...(flushing?.pages ?? [])]);
     const recordWasDurable = !batch.recordChanged && !flushing?.recordChanged;
     this.record = record;
     this.#creationVid = record.vid;
-    this.#log.moved(record.vid, this.#generation);
+    this.#log.moved(record.vid, this.#changes.generation);
     this.#isCounting = true;
     let run: Promise<void> | undefined;
     const finish = (): Promise<void> => {
@@ -354,12 +324,12 @@ export class LocalVdi implements ObjectVdi {
           : pagesOf(snapshot.vid, frozen),
       }).finally(() => {
         this.#pendingMove = undefined;
-        this.#moving = [];
+        this.#changes.moving = [];
       });
       return run;
     };
     this.#pendingMove = finish;
-    this.#moving = flushing ? [batch.created, flushing.created] : [batch.created];
+    this.#changes.moving = flushing ? [batch.created, flushing.created] : [batch.created];
     return () => this.enqueue(finish);
   }
 
@@ -370,7 +340,7 @@ export class LocalVdi implements ObjectVdi {
     toStore: { objects: Iterable<number>; created: Iterable<number>; pages: readonly PageWrite[] },
   ): Promise<void> {
     const { record } = this;
-    // Before anything is released: this VDI gives up references only with a later flush.
+    // The snapshot's references are counted before any is released: the VDI gives up references only with a later flush.
     const slice = new TimeSlice();
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
@@ -379,9 +349,9 @@ export class LocalVdi implements ObjectVdi {
     }
     this.#isCounting = false;
     try {
-      if (this.#syncFailure !== undefined) throw this.#syncFailure;
-      await this.#sync(toStore.objects);
-      await this.#syncNames(toStore.created);
+      this.#syncs.assertIntact();
+      await this.#syncs.sync(toStore.objects);
+      await this.#syncs.syncNames(toStore.created);
       await this.#host.metadata.preparePages(pagesOf(record.vid, frozen));
       await this.#host.metadata.commit({
         records: [snapshot, record],
@@ -396,16 +366,16 @@ export class LocalVdi implements ObjectVdi {
     this.#host.release(batch.releases);
   }
 
-  /** As if the snapshot had been deleted at once: its references go, and the next flush stores us under the new vid. */
+  /** As if the snapshot had been deleted at once: its references go, and the next flush stores the VDI under its new vid. */
   #undoMove(batch: Batch, snapshotVid: number, frozen: Uint32Array): void {
-    this.#giveBack(batch);
-    this.#recordChanged = true;
-    this.#obsolete.push(snapshotVid);
-    for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#dirtyPages.add(page);
-    // the stored map under the old vid refers to these until that flush, so they are released with it
+    this.#changes.giveBack(batch);
+    this.#changes.recordChanged = true;
+    this.#changes.obsolete.push(snapshotVid);
+    for (let page = 0; page * PAGE_ENTRIES < this.map.length; page++) this.#changes.pages.add(page);
+    // The stored map of the old vid refers to these until that flush, which then releases them.
     for (let idx = 0; idx < frozen.length; idx++) {
       const owner = frozen[idx] as number;
-      if (owner !== 0) this.#releases.push(objectKey(owner, idx));
+      if (owner !== 0) this.#changes.releases.push(localObjectKey(owner, idx));
     }
   }
 
@@ -441,7 +411,7 @@ export class LocalVdi implements ObjectVdi {
   }
 
   #releaseSoon(): void {
-    if (this.#releases.length >= RELEASE_BATCH) {
+    if (this.#changes.releases.length >= RELEASE_BATCH) {
       clearTimeout(this.#releaseTimer);
       this.#releaseTimer = undefined;
       this.flush().catch((error: unknown) => this.#host.backgroundError(error));
@@ -449,54 +419,23 @@ export class LocalVdi implements ObjectVdi {
     }
     this.#releaseTimer ??= setTimeout(() => {
       this.#releaseTimer = undefined;
-      if (this.#releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
+      if (this.#changes.releases.length > 0) this.flush().catch((error: unknown) => this.#host.backgroundError(error));
     }, RELEASE_DELAY_MS).unref();
   }
 
-  #take(): Batch {
-    const batch: Batch = {
-      vid: this.record.vid,
-      generation: this.#generation++,
-      objects: this.#dirtyObjects,
-      created: this.#created,
-      pages: this.#dirtyPages,
-      releases: this.#releases,
-      recordChanged: this.#recordChanged,
-      obsolete: this.#obsolete,
-      isDurable: false,
-    };
-    // Handed over and not copied: there may be very many.
-    this.#dirtyObjects = new Set();
-    this.#created = new Set();
-    this.#dirtyPages = new Set();
-    this.#releases = [];
-    this.#recordChanged = false;
-    this.#obsolete = [];
-    return batch;
-  }
-
-  #giveBack(batch: Batch): void {
-    for (const key of batch.objects) this.#dirtyObjects.add(key);
-    for (const key of batch.created) this.#created.add(key);
-    for (const page of batch.pages) this.#dirtyPages.add(page);
-    this.#releases = [...batch.releases, ...this.#releases];
-    this.#recordChanged ||= batch.recordChanged;
-    this.#obsolete = [...batch.obsolete, ...this.#obsolete];
-  }
-
   async #commit(): Promise<void> {
-    // Whoever asked for a snapshot gets its failure; the changes that it gave back are flushed here.
+    // The caller of the snapshot gets its failure. The changes that it gave back are flushed here.
     if (this.#pendingMove) await this.#pendingMove().catch(() => undefined);
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
-    const batch = this.#take();
-    const logged = this.#log.flushing(this.#generation);
+    this.#syncs.assertIntact();
+    const batch = this.#changes.take(this.record.vid);
+    const logged = this.#log.flushing(this.#changes.generation);
     const pages = Array.from(batch.pages, (page) => ({ vid: batch.vid, page, entries: pageOf(this.map, page) }));
     const record = this.record;
     const flushed = [{ vid: batch.vid, generation: batch.generation }];
-    this.#committing = batch;
+    this.#changes.inFlight = batch;
     try {
-      await this.#sync(batch.objects);
-      await this.#syncNames(batch.created);
+      await this.#syncs.sync(batch.objects);
+      await this.#syncs.syncNames(batch.created);
       if (batch.recordChanged) {
         await this.#host.metadata.preparePages(pages);
         await this.#host.metadata.commit({ records: [record], removed: batch.obsolete, flushed });
@@ -506,54 +445,17 @@ export class LocalVdi implements ObjectVdi {
       batch.isDurable = true;
       logged();
     } catch (error) {
-      this.#giveBack(batch);
+      this.#changes.giveBack(batch);
       throw error;
     } finally {
-      this.#committing = undefined;
+      this.#changes.inFlight = undefined;
     }
     this.#host.release(batch.releases);
   }
 
-  /** Make the names of new objects durable. */
-  async #syncNames(created: Iterable<number>): Promise<void> {
-    try {
-      await this.#host.objects.syncNames(created);
-    } catch (error) {
-      // One fsync is told of a failure, and later ones of the same folder are not.
-      if (causeOf(error)?.syscall === 'fsync') this.#host.namesLost(created, error);
-      throw error;
-    }
-    if (this.#syncFailure !== undefined) throw this.#syncFailure;
-  }
-
   /** Names could not be made durable. If unflushed objects of this VDI are among them, no later flush can succeed. */
   loseNames(isLost: (key: number) => boolean, error: unknown): void {
-    for (const keys of [this.#creating, this.#created, this.#committing?.created ?? [], ...this.#moving]) {
-      for (const key of keys) {
-        if (!isLost(key)) continue;
-        this.#syncFailure ??= error as Error;
-        return;
-      }
-    }
-  }
-
-  async #sync(keys: Iterable<number>): Promise<void> {
-    const left = keys[Symbol.iterator]();
-    const worker = async (): Promise<void> => {
-      for (let next = left.next(); !next.done; next = left.next()) {
-        const key = next.value;
-        // Trimmed meanwhile: nobody reads it any more, and its file may be gone.
-        const owner = vidOf(key);
-        if (this.#host.references.of(owner, idxOf(key)) === 0) continue;
-        try {
-          await this.#host.objects.sync(key, this);
-        } catch (error) {
-          if (causeOf(error)?.syscall === 'fdatasync') this.#syncFailure = error as Error;
-          throw error;
-        }
-      }
-    };
-    await Promise.all(Array.from({ length: PARALLEL_SYNCS }, worker));
+    if (this.#changes.hasUnsyncedName(isLost)) this.#syncs.fail(error);
   }
 }
 
@@ -565,9 +467,4 @@ function both(first: Iterable<number>, second: Iterable<number>): Iterable<numbe
       yield* second;
     },
   };
-}
-
-/** The system call that failed. */
-function causeOf(error: unknown): NodeJS.ErrnoException | undefined {
-  return (error as Error).cause as NodeJS.ErrnoException | undefined;
 }

@@ -3,7 +3,7 @@
  * which logs are doubtful (FORMAT.md, recent/). Changes nothing: store-recovery.ts applies logs, sets them aside or removes them.
  */
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
-import type { VdiRecord } from '../object-store.js';
+import type { VdiRecord } from '../vdi-record.js';
 import {
   bootOf,
   ENTRY_BYTES,

@@ -6,7 +6,7 @@
  */
 import type { HostDisk } from '../../system/disk.js';
 import { writeFully } from '../../system/whole-io.js';
-import type { Awaitable } from '../object-store.js';
+import type { Awaitable } from '../vdi-record.js';
 import { ENTRY_BYTES, fillEntry, headOf, MOVED, OWNER } from './map-log-format.js';
 import { CHANGES } from './thread-shares.js';
 import type { WriteThrottle } from './write-throttle.js';

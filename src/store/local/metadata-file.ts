@@ -5,7 +5,7 @@
  */
 import { ABORT } from 'lmdb';
 import { O_CREAT, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { openEnvironment, type Environment } from './lmdb-environment.js';
 import { asMetadataError, commitErrorOf, endWithoutClosing, hasPanicked, watchBegin } from './lmdb-failures.js';
 import { MetadataReserve } from './metadata-reserve.js';

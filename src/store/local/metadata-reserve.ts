@@ -3,7 +3,7 @@
  * full disk. Owns the size of the reserve and the rule which operations may use it. Does not change the content of the file.
  */
 import { O_CREAT, O_EXCL, O_WRONLY, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { MAP_SIZE } from './lmdb-environment.js';
 
 /**

@@ -4,18 +4,20 @@
  * are in object-names.ts, object-opening.ts and object-removal.ts. Knows nothing of maps, references or the order of
  * durability: callers decide what is synced, and that no map refers to an object that is removed.
  */
+import type { ExtentSink } from '../open-vdi.js';
 import { O_CREAT, O_RDWR, type HostDisk } from '../../system/disk.js';
 import { readToEnd, writeFully } from '../../system/whole-io.js';
 import { descriptorLimit } from '../../system/descriptor-limit.js';
-import { StoreError, type Awaitable } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import type { Awaitable } from '../vdi-record.js';
 import { DescriptorCache, type ObjectFile } from './descriptor-cache.js';
 import type { CachedReads } from './cached-reads.js';
-import type { DataObjects, ExtentSink, FoundObject } from './data-objects.js';
+import type { DataObjects, FoundObject } from './data-objects.js';
 import { abilitiesOf, type Abilities } from './filesystem-abilities.js';
 import { makeObjectFolders, ObjectNames, type AsFailure } from './object-names.js';
 import { ObjectOpening } from './object-opening.js';
 import { ObjectRemoval } from './object-removal.js';
-import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { makeEmpty, SparseCopy, writeZeros } from './sparse-copy.js';
 import { asStoreError, isDiskError } from './store-errors.js';
 import { CHANGES, LOOKUPS, READS, SYNCS, type ThreadShare } from './thread-shares.js';
@@ -138,7 +140,7 @@ export class ObjectFiles implements DataObjects {
         this.#throttle.note(start);
         if (written === data.length) return;
       } catch (error) {
-        throw this.#failed(error, `writing object ${this.#names.path(objectKey(vid, idx))}`);
+        throw this.#failed(error, `writing object ${this.#names.path(localObjectKey(vid, idx))}`);
       }
     }
     return this.#writeLater(file, vid, idx, offset, data, false, who);

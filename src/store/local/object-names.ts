@@ -6,9 +6,9 @@ import path from 'node:path';
 import { O_RDONLY, type HostDisk } from '../../system/disk.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { makeDirectory } from '../../system/make-directory.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { FoundObject } from './data-objects.js';
-import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { SYNCS } from './thread-shares.js';
 import { TimeSlice } from './time-slice.js';
 
@@ -86,7 +86,7 @@ export class ObjectNames {
       for (const entry of await this.#namesIn(directory)) {
         const name = path.join(directory, entry);
         const oid = /^([0-9a-f]{8})([0-9a-f]{8})$/.exec(entry);
-        const named = oid ? objectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
+        const named = oid ? localObjectKey(parseInt(oid[1] ?? '', 16), parseInt(oid[2] ?? '', 16)) : -1;
         const status = await this.#disk.lstat(name).catch(() => undefined);
         if (!status) continue;
         const key = named >= 0 && this.path(named) === name ? named : -1;

@@ -4,10 +4,10 @@
  * Reads and writes no data.
  */
 import { O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { DescriptorCache, ObjectFile } from './descriptor-cache.js';
 import type { AsFailure, ObjectNames } from './object-names.js';
-import { idxOf, objectKey, vidOf } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf } from './reference-counts.js';
 import { READS } from './thread-shares.js';
 
 export class ObjectOpening {
@@ -34,7 +34,7 @@ export class ObjectOpening {
 
   /** Open an object that is not in the cache. It is busy for the caller, who must `end` it. Errors: DAMAGED, IO. */
   async open(vid: number, idx: number, who: unknown): Promise<ObjectFile> {
-    const key = objectKey(vid, idx);
+    const key = localObjectKey(vid, idx);
     for (let pending = this.#opening.get(key); pending; pending = this.#opening.get(key)) {
       const file = await pending;
       // Between its opening and this line it may have been evicted.

@@ -2,7 +2,7 @@
  * Records of VDIs in memory, found by id, name and parent without a scan of all, and kept in the order of listings. Owns that
  * order. Does not know what is stored, or when.
  */
-import { inOrder, type VdiRecord } from '../object-store.js';
+import { inOrder, type VdiRecord } from '../vdi-record.js';
 
 export class RecordIndex {
   readonly #byVid = new Map<number, VdiRecord>();

@@ -3,13 +3,11 @@
  * given up in memory counts until the VDI's map is durable, because after a crash the old map is valid again. So a count of 1
  * means exclusive: the object may be overwritten in place.
  */
-import { MAX_DATA_OBJECTS } from '../object-store.js';
+import { MAX_VID } from '../../sheepdog/object-ids.js';
+import { MAX_DATA_OBJECTS } from '../vdi-record.js';
 
-/** VDI ids have 24 bits, as in Sheepdog. */
-export const MAX_VID = 2 ** 24 - 1;
-
-/** (vid, idx) as one number, exact: 24 + 20 bits. For this store only: a cluster's objects may have a larger idx. */
-export function objectKey(vid: number, idx: number): number {
+/** (vid, idx) as one number, exact: 24 + 20 bits. Another number than oidKey, which leaves room for a hyper volume's idx. */
+export function localObjectKey(vid: number, idx: number): number {
   return vid * MAX_DATA_OBJECTS + idx;
 }
 
@@ -90,7 +88,7 @@ export class ReferenceCounts {
       for (const [number, page] of pages.entries()) {
         if (page === undefined) continue;
         for (let at = 0; at < PAGE_OBJECTS; at++) {
-          if (page[at] !== 0) yield objectKey(vid, number * PAGE_OBJECTS + at);
+          if (page[at] !== 0) yield localObjectKey(vid, number * PAGE_OBJECTS + at);
         }
       }
     }

@@ -3,13 +3,14 @@
  * removes unreferenced objects and pages.
  */
 import type { HostDisk } from '../../system/disk.js';
-import { StoreError, type CheckReport } from '../object-store.js';
+import type { CheckReport } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { DataObjects, FoundObject } from './data-objects.js';
 import type { LocalVdi } from './local-vdi.js';
 import { logsSetAside } from './map-logs.js';
 import type { Metadata } from './metadata.js';
 import { Owners } from './file-owners.js';
-import { objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 
 /** Findings that a check lists; it counts the others. */
 const MAX_PROBLEMS = 1000;
@@ -108,7 +109,7 @@ function reportDamage(
     for (let idx = 0; idx < map.length; idx++) {
       const owner = map[idx] as number;
       if (owner === 0) continue;
-      const key = objectKey(owner, idx);
+      const key = localObjectKey(owner, idx);
       const why = missing.has(key) ? 'object file is missing' : damaged.get(key);
       if (why === undefined) continue;
       const from = idx * objectSize;

@@ -5,7 +5,7 @@
  */
 import path from 'node:path';
 import { removeIfThereSync, type FileStatus, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { OPENING_NAMES } from './lmdb-environment.js';
 import { META_FILE, NEW_META_FILE } from './metadata.js';
 

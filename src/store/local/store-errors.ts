@@ -1,5 +1,5 @@
 /** System errors as StoreErrors: their codes, and whether the disk itself has failed. */
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { reasonBeside } from '../../system/system-error.js';
 
 const SPACE_CODES = new Set(['ENOSPC', 'EDQUOT']);

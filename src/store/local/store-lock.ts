@@ -5,7 +5,7 @@
  */
 import path from 'node:path';
 import { O_CREAT, O_NOFOLLOW, O_NONBLOCK, O_RDONLY, O_RDWR, type HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 
 /** The role of the process that has the store open. */
 export type HolderRole = 'command' | 'daemon' | 'stopping daemon';

@@ -3,7 +3,7 @@
  * cannot be had. Opens nothing of the store except its lock.
  */
 import type { HostDisk } from '../../system/disk.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { isSystemError, systemMessage, whatFailed } from '../../system/system-error.js';
 import { makeDirectory } from '../../system/make-directory.js';
 import { makeLogFolder } from './map-logs.js';

@@ -4,14 +4,15 @@
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
-import { StoreError, type VdiRecord } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import type { VdiRecord } from '../vdi-record.js';
 import { removeLeftScratch } from './before-images.js';
 import { OBJECTS, type DataObjects } from './data-objects.js';
 import { makeNamesDurable } from '../../system/durable-names.js';
 import { logsSetAside, type MapLogs } from './map-logs.js';
 import { PAGE_ENTRIES, pageOf } from './map-pages.js';
 import type { KeptObjects, Metadata } from './metadata.js';
-import { idxOf, objectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
+import { idxOf, localObjectKey, vidOf, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 
 /** A store that is being opened. */
@@ -193,7 +194,7 @@ async function whyNotThere(
     const { blockSizeShift } = store.metadata.record(vid) as VdiRecord;
     for (const [idx, owner] of changed) {
       if (owner === 0) continue;
-      const problem = store.objects.problemOf(objectKey(owner, idx), 2 ** blockSizeShift);
+      const problem = store.objects.problemOf(localObjectKey(owner, idx), 2 ** blockSizeShift);
       if (problem !== undefined) return problem;
     }
   }

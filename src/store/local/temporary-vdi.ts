@@ -1,28 +1,27 @@
 /**
- * A temporary snapshot of a working VDI, by copy-before-write: the working VDI goes on writing in place, and what a block
- * held is kept aside the first time it is overwritten. Taking it costs a copy of the map, a write after it costs the blocks
- * it touches, dropping it costs closing a file. Nothing of it is ever stored: a process that ends takes it along.
+ * A temporary snapshot of a working VDI, by copy-before-write: the working VDI writes in place, and the before-image of a block is
+ * kept when it is first overwritten. A snapshot costs a copy of the map; a later write costs the blocks it touches; dropping the
+ * snapshot costs closing a file. It is never stored, and ends with the process.
  *
- * What it relies on: whoever changes an object in place calls `keep` first and waits for it; an object that the working
- * VDI leaves is adopted (`leave`) before its reference is given up; and the working VDI makes new objects under a name
- * that this map cannot know (LocalVdi.takeTemporary).
+ * It relies on the working VDI: it calls `keep` before it changes an object in place, and waits for it; it calls `leave` before it
+ * gives up the reference to an object; and it makes new objects under a vid that is not in this map (LocalVdi.takeTemporary).
  */
 import { allDone } from '../../system/all-done.js';
 import type { HostDisk } from '../../system/disk.js';
 import { isZeros } from '../../system/zeros.js';
-import type { ObjectVdi } from '../open-vdi.js';
+import type { ObjectVdi, ExtentSink } from '../open-vdi.js';
 import { ReadOnlyObjects } from '../read-only-objects.js';
 import { StoreError } from '../store-error.js';
 import type { Awaitable, VdiRecord } from '../vdi-record.js';
 import { BeforeImages, KEPT_BLOCK } from './before-images.js';
 import type { CachedReads } from './cached-reads.js';
-import type { DataObjects, ExtentSink } from './data-objects.js';
-import { objectKey, type ReferenceCounts } from './reference-counts.js';
+import type { DataObjects } from './data-objects.js';
+import { localObjectKey, type ReferenceCounts } from './reference-counts.js';
 import { asStoreError } from './store-errors.js';
 import { TimeSlice } from './time-slice.js';
 import type { WriteThrottle } from './write-throttle.js';
 
-/** Kept at once, on the loop, if the page cache has it; more is read and written on the thread pool. */
+/** Up to this many bytes are kept at once, on the event loop, if the page cache has them; more on the thread pool. */
 const MAX_LOOP_KEEP = 128 * 1024;
 /** ... in pieces of this size. */
 const KEEP_PIECE = 1024 * 1024;
@@ -33,7 +32,6 @@ export interface TemporaryVdiHost {
   readonly disk: HostDisk;
   readonly location: string;
   readonly objects: DataObjects;
-  /** Of the filesystem that the store is on. */
   readonly reads: CachedReads;
   readonly throttle: WriteThrottle;
   readonly references: ReferenceCounts;
@@ -44,9 +42,9 @@ export interface TemporaryVdiHost {
 
 export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
   readonly record: VdiRecord;
-  /** What the working VDI's map was. Entries are there from `frozen` on, those that changed since earlier. */
+  /** The working VDI's map at the time of the snapshot. Complete when `frozen` resolves; entries that change are copied earlier. */
   readonly map: Uint32Array;
-  /** What is read keeps its file, and nobody else has the store. */
+  /** An object that is being read keeps its file, and no other process changes the store. */
   readonly objectsMove = false;
   readonly #host: TemporaryVdiHost;
   readonly #objectSize: number;
@@ -54,9 +52,12 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
   /** The working VDI's map until all of it is copied. */
   #source: Uint32Array | undefined;
   readonly #isFrozen: boolean[] = [];
-  /** idx -> 1: the working VDI has another object by now, and the reference to this one is ours. */
+  /** idx -> 1: the working VDI has another object now, and the reference to the old one is this snapshot's. */
   readonly #adopted: Uint8Array;
-  /** idx -> blocks of it are being kept on the thread pool. One at a time: two would keep each other's writes. */
+  /**
+   * idx -> blocks of the object are being kept on the thread pool. One at a time for each object: a second one could take what is
+   * written after the first for a before-image.
+   */
   readonly #keeping = new Map<number, Promise<void>>();
   #failure: Error | undefined;
   #isDropped = false;
@@ -78,7 +79,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     return this.#failure;
   }
 
-  /** Copy the rest of the map. Nobody may read before. */
+  /** Copies the rest of the map. The snapshot must not be read before. */
   async frozen(): Promise<void> {
     for (let idx = 0; idx < this.map.length; idx += FREEZE_ENTRIES) {
       this.#freeze(idx);
@@ -95,7 +96,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     if (before !== 0) this.#host.references.add(before, idx);
   }
 
-  /** The working VDI goes altogether: what is left of its objects that we know is ours from now on. */
+  /** The working VDI is removed: adopts all objects that both maps have. */
   async leaveAll(): Promise<void> {
     const slice = new TimeSlice();
     for (let idx = 0; idx < this.map.length; idx++) {
@@ -109,7 +110,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     for (let idx = 0; idx < this.map.length; idx++) this.leave(idx, this.map[idx] as number);
   }
 
-  /** Whether the working VDI's object at idx, which is `owner`'s, is the one that it had when this was taken. */
+  /** Whether the working VDI's object at idx, of the vid `owner`, is the same as when the snapshot was taken. */
   shares(owner: number, idx: number): boolean {
     if (idx >= this.map.length) return false;
     this.#freeze(idx);
@@ -117,15 +118,15 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
   }
 
   /**
-   * The range of the working VDI's object is about to be changed in place. It may be when this is answered; it never
-   * fails: if there is no room for what was there, it is the snapshot that is lost, and not the write.
+   * Called before a range of the working VDI's object is changed in place; the change may begin when this is done. Never fails:
+   * without room for the before-image the snapshot is lost, and the write goes on.
    */
   keep(owner: number, idx: number, offset: number, length: number): Awaitable<void> {
-    // Made since, or another one's: not what we have.
+    // An object made since the snapshot, or another VDI's, is not in this map.
     if (!this.shares(owner, idx)) return;
     if (this.#source !== undefined) {
-      // Writes from before the snapshot may be under way. A block is kept when they are done with the object, not half-way.
-      const idle = this.#host.objects.idle(objectKey(owner, idx));
+      // Writes from before the snapshot may be in flight. A block is kept when they have ended, not half-way.
+      const idle = this.#host.objects.idle(localObjectKey(owner, idx));
       if (idle) return idle.then(() => this.keep(owner, idx, offset, length));
     }
     const base = idx * this.#objectSize;
@@ -133,13 +134,13 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     return this.#keepRange(idx, from, base + Math.ceil((offset + length) / KEPT_BLOCK) * KEPT_BLOCK);
   }
 
-  /** Fill `into` from the object as it was. Errors: IO if the snapshot was given up. */
+  /** Fills `into` from the object as it was. Errors: IO (the snapshot was given up). */
   readObject(owner: number, idx: number, offset: number, into: Buffer): Awaitable<void> {
     if (this.#failure !== undefined) throw this.#failure;
     const [from, to] = this.#blocksOf(idx, offset, into.length);
     if (this.#images.next(from, to, false) === to) return this.#readKept(idx, offset, into);
     const later = this.#host.objects.read(owner, idx, offset, into, this);
-    // What is kept by now was, perhaps, overwritten before it was read. What is not was read before that.
+    // Blocks that are kept by now may have been overwritten before the read: kept data replaces them. All others were read in time.
     if (later === undefined) return this.#readKept(idx, offset, into);
     return later.then(() => this.#readKept(idx, offset, into));
   }
@@ -148,7 +149,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     return this.#host.objects.willNeed(owner, idx, offset, length, this);
   }
 
-  /** Blocks that were overwritten count as data, whatever they held. Errors: IO if the snapshot was given up. */
+  /** Overwritten blocks count as data, even if they were holes. Errors: IO (the snapshot was given up). */
   objectExtents(owner: number, idx: number, offset: number, length: number, sink: ExtentSink): Awaitable<void> {
     if (this.#failure !== undefined) return Promise.reject(this.#failure);
     const base = idx * this.#objectSize;
@@ -159,7 +160,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
       length,
       (at, size, hole) => {
         if (!hole) return sink(at, size, false);
-        // A hole may be what the working VDI has made of data that could not be kept.
+        // After a failed `keep` the working VDI may have made this hole out of data.
         if (this.#failure !== undefined) throw this.#failure;
         const end = at + size;
         const blocksEnd = base + Math.ceil(end / KEPT_BLOCK) * KEPT_BLOCK;
@@ -181,23 +182,23 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     return Math.floor(kept / this.#objectSize);
   }
 
-  /** Nobody reads it now; it is there until it is dropped. */
+  /** It has no readers now, and stays until it is dropped. */
   close(): Promise<void> {
     this.#isIdle = true;
     return Promise.resolve();
   }
 
-  /** Somebody reads it again. */
+  /** It has readers again. */
   resume(): void {
     this.#isIdle = false;
   }
 
-  /** The disk is full. What is only kept for somebody who may come back gives way to who is here. */
+  /** The disk is full: a snapshot without readers is given up for those who write now. */
   makeRoom(): void {
     if (this.#isIdle) this.#giveUp(Object.assign(new Error('the disk is full'), { code: 'ENOSPC' }));
   }
 
-  /** It is not needed any more; nobody calls `keep` or `leave` from here on. Space is given back in the background. */
+  /** Ends the snapshot: no calls of `keep` or `leave` follow. Space is given back in the background. */
   drop(): void {
     if (this.#isDropped) return;
     this.#isDropped = true;
@@ -262,7 +263,7 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     }
   }
 
-  /** Lay what is kept of the range over what was read. */
+  /** Replaces what was read by the before-images of the range. */
   #readKept(idx: number, offset: number, into: Buffer): Awaitable<void> {
     if (this.#failure !== undefined) throw this.#failure;
     const base = idx * this.#objectSize;
@@ -286,13 +287,13 @@ export class TemporaryVdi extends ReadOnlyObjects implements ObjectVdi {
     const forClients = `${name}@${tag} is lost, because what ${name} overwrites could not be kept aside; begin anew with another`;
     const { code, message, cause: first } = asStoreError(cause, forClients);
     this.#failure = new StoreError(code, message, { cause: first, forClients });
-    // Nobody can use what was kept.
+    // A part of the before-images is of no use.
     this.#images.close();
     this.#host.backgroundError(this.#failure);
   }
 }
 
-/** Have every temporary snapshot keep what it knows of the range that is about to change. */
+/** Calls `keep` of every temporary snapshot, for a range that is about to change. Undefined if the change may begin at once. */
 export function keepFor(
   temporaries: readonly TemporaryVdi[],
   owner: number,

@@ -2,7 +2,7 @@
  * One request to each of several nodes, for what each must say of itself. A node that has not answered the request before is
  * not waited for again until it has. Owns that rule; connections are the pool's.
  */
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { ConnectionLost, type Answer, type NodeConnection, type WireRequest } from './connection.js';
 import { NODE_REST_MS, type PoolNode } from './pool-node.js';
 

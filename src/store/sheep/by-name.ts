@@ -4,7 +4,7 @@
  * lower vid than a snapshot of it, and two snapshots may have the same id. Owns the checks before and after such a request, so
  * that no other VDI is ever hit.
  */
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone, isSameVdi } from './deleted-vdi.js';
 import { INODE_FORMER_NAME_OFFSET, ownName } from '../../sheepdog/own-name.js';

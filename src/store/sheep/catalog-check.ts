@@ -5,7 +5,8 @@
 import type { Inode } from '../../sheepdog/inode.js';
 import { oidKey } from '../../sheepdog/object-ids.js';
 import { inParallel } from '../../system/in-parallel.js';
-import { StoreError, type CheckReport, type DamagedVdi } from '../object-store.js';
+import type { CheckReport, DamagedVdi } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import { labelsOf } from './labels.js';
 import { presentIn } from './table-scan.js';

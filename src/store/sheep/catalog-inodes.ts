@@ -4,7 +4,7 @@
  */
 import type { Inode } from '../../sheepdog/inode.js';
 import { inParallel } from '../../system/in-parallel.js';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import type { CatalogHost } from './catalog-host.js';
 import type { ClusterClient } from './cluster-client.js';
 import { inodeOrLost } from './lost-inodes.js';

@@ -2,7 +2,8 @@
 import { objectCount } from '../../sheepdog/inode-table.js';
 import type { Inode } from '../../sheepdog/inode.js';
 import { inParallel } from '../../system/in-parallel.js';
-import { StoreError, type Usage } from '../object-store.js';
+import type { Usage } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import { inTurns } from './table-scan.js';
 import { UsageCount } from './usage-count.js';

@@ -2,7 +2,7 @@
  * The syntax of --cluster, HOST[:PORT][,HOST[:PORT]...], and of the location of a store in a cluster. Every command loads this
  * file, so it must not import what talks to a cluster.
  */
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { addressLabel, canonicalHost, type NodeAddress } from '../../sheepdog/node-address.js';
 import { DEFAULT_PORT } from '../../sheepdog/protocol.js';
 

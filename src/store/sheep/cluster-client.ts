@@ -40,11 +40,12 @@ import {
 import { decodeVdiStates, LockState, VDI_STATE_BYTES, type VdiState } from '../../sheepdog/state-layouts.js';
 import { encodeName } from '../../sheepdog/text-fields.js';
 import type { VidsInUse } from '../../sheepdog/vids-in-use.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { Answer, WireRequest } from './connection.js';
 import { readOr } from './format-errors.js';
 import { lookupAround } from './lost-inodes.js';
-import type { ExecuteOptions, NodePool } from './node-pool.js';
+import type { NodePool } from './node-pool.js';
+import type { ExecuteOptions } from './pool-options.js';
 import { ObjectClient } from './object-client.js';
 import { resultError, succeeded } from './result-errors.js';
 import { VidsKnown } from './vids-known.js';

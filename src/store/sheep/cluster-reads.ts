@@ -1,5 +1,6 @@
 /** Reading of a cluster's objects: from what was read ahead, from the nodes, and once more if an object seems to be missing. */
 import type { StoreError } from '../store-error.js';
+import type { VdiRecord } from '../vdi-record.js';
 import type { ClusterClient } from './cluster-client.js';
 import type { GoneRetries } from './gone-retries.js';
 import type { ReadTracker } from './read-tracker.js';
@@ -9,6 +10,12 @@ import { oidKey } from '../../sheepdog/object-ids.js';
 /** How the open VDIs of a store read their objects. */
 export interface ObjectReading {
   readObject(vid: number, idx: number, offset: number, into: Buffer): Promise<void>;
+}
+
+/** Of the store that reads: its open VDIs, and its log. */
+export interface ReadingStore {
+  readonly open: ReadonlyMap<number, { readonly record: VdiRecord; readonly map: Uint32Array }>;
+  log(line: string): void;
 }
 
 export class ClusterReads implements ObjectReading {

@@ -3,7 +3,8 @@
  * far recovery is. Every node is asked about itself, and what it does not answer is reported as unknown: operators read this
  * when something is wrong. Works on clusters that do not serve, too. Changes nothing.
  */
-import { StoreError, type Redundancy } from '../object-store.js';
+import { StoreError } from '../store-error.js';
+import type { Redundancy } from '../vdi-record.js';
 import { addressLabel, parseClusterAddress, type NodeAddress } from './cluster-address.js';
 import { clusterStateName, type StateName } from './cluster-state.js';
 import { decodedOr } from './format-errors.js';

@@ -4,7 +4,8 @@
  * the name, which stays taken (sheep/vdi.c, delete_vdi_work). Cleans up both. Holds no state.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { MAX_DATA_OBJECTS, type StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
+import { MAX_DATA_OBJECTS } from '../vdi-record.js';
 import type { ClusterClient } from './cluster-client.js';
 import { clearTable } from './clear-table.js';
 import type { Inode } from '../../sheepdog/inode.js';

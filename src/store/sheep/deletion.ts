@@ -2,7 +2,7 @@
 import type { Inode } from '../../sheepdog/inode.js';
 import { MAX_DATA_OBJECTS } from '../../sheepdog/protocol.js';
 import { inParallel } from '../../system/in-parallel.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { deleteByName, nameToDelete } from './by-name.js';
 import { clearTable } from './clear-table.js';
 import type { ClusterClient } from './cluster-client.js';

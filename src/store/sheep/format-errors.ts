@@ -1,6 +1,6 @@
 /** What bytes that Sheepdog does not write (FormatError) mean to users of a store. */
 import { FormatError } from '../../sheepdog/format-error.js';
-import { StoreError, type StoreErrorCode } from '../object-store.js';
+import { StoreError, type StoreErrorCode } from '../store-error.js';
 
 /** Errors: StoreError `code` in place of FormatError; any other as it is. */
 export function decodedOr<T>(code: StoreErrorCode, decode: () => T): T {

@@ -10,7 +10,8 @@ import path from 'node:path';
 import { nodeFiles } from '../../system/node-files.js';
 import { syncDirectory } from '../../system/durable-names.js';
 import { makeDirectory } from '../../system/make-directory.js';
-import { StoreError, type StoreState } from '../object-store.js';
+import type { StoreState } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { reasonBeside } from '../../system/system-error.js';
 
 const SUFFIX = '.json';

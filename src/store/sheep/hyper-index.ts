@@ -9,7 +9,7 @@
  * the table.
  */
 import { BTREE_COUNTER_BYTES, decodeBtreeCounter, encodeBtreeCounter } from '../../sheepdog/inode.js';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import {
   eachEntry,
   encodeEntries,

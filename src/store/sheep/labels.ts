@@ -1,5 +1,5 @@
 /** Labels of VDIs and snapshots for messages, and which names and tags are ambiguous. */
-import { inOrder, type VdiRecord } from '../object-store.js';
+import { inOrder, type VdiRecord } from '../vdi-record.js';
 import { isShadow } from './shadow-names.js';
 import type { Inode } from '../../sheepdog/inode.js';
 import { recordOf } from './vdi-record.js';

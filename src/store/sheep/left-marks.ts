@@ -3,7 +3,7 @@
  * belongs to the working VDI of the same name.
  */
 import type { Inode } from '../../sheepdog/inode.js';
-import type { Unfinished, VdiRecord } from '../object-store.js';
+import type { Unfinished, VdiRecord } from '../vdi-record.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 
 export function isLeftMark({ isSnapshot, tag }: Inode): boolean {

@@ -4,7 +4,7 @@
  * Owns the order in which locks are taken and released; the store knows which VDIs are open.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { lockByName } from './by-name.js';
 import type { ClusterClient } from './cluster-client.js';
 import { goneIsNone } from './deleted-vdi.js';

@@ -3,7 +3,8 @@
  * inodes (clusters formatted with -R), and fail at the first lost one. Owns a look-up that skips lost inodes, and the guesses
  * about what a lost inode was. Changes nothing.
  */
-import { StoreError, type DamagedVdi } from '../object-store.js';
+import type { DamagedVdi } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { isShadowName } from './shadow-names.js';
 import type { VidsInUse } from '../../sheepdog/vids-in-use.js';
 import type { Inode } from '../../sheepdog/inode.js';

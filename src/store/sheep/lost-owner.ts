@@ -1,6 +1,6 @@
 /** The owner of an object that a temporary snapshot has lost. Stands in the map of the snapshot, and never in an inode. */
 import { MAX_VID } from '../../sheepdog/object-ids.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 
 /** No vid is that large. */
 export const LOST = MAX_VID + 1;

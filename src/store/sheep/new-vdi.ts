@@ -1,6 +1,6 @@
 /** Makes VDIs (NEW_VDI). Checks that the nodes have made what was requested, also when their answer was lost. */
 import type { Inode } from '../../sheepdog/inode.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { underOwnName } from './by-name.js';
 import type { ClusterClient } from './cluster-client.js';
 

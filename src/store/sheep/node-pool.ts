@@ -16,7 +16,7 @@ import {
   type SheepVersion,
 } from '../../sheepdog/protocol.js';
 import { Pauses } from '../../system/pauses.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { askSoon } from './ask-each.js';
 import { AwaitedRequests, type Repeated } from './awaited-requests.js';
 import {
@@ -35,16 +35,9 @@ import { NearNodes } from './near-nodes.js';
 import { NEAR_REST_MS, NodeChoice } from './node-choice.js';
 import { isFinal, isTrouble, isWrite, NotConnected, Outdated } from './outcomes.js';
 import { NODE_REST_MS, type PoolNode } from './pool-node.js';
+import { NO_OPTIONS, withDefaults, type ExecuteOptions, type NodePoolOptions } from './pool-options.js';
 import { InDoubt, probe, StalledNodes } from './stalled-nodes.js';
-import { WAITING_MS } from './waiting.js';
 
-/** How long requests are repeated while no node can serve them. */
-export const DEFAULT_RETRY_MS = 60_000;
-/**
- * How long one attempt may take; half of the time for repeating if that is less, so that another node can be tried. Long, because
- * a write is repeated only when the node can no longer carry it out.
- */
-const DEFAULT_ATTEMPT_MS = 30_000;
 /** For the list of members while a node is silent. */
 const MEMBERS_MS = 2_000;
 /** To connect to a node that is slow with one request, and find out whether it answers others. */
@@ -62,44 +55,12 @@ const LEAST_APART_MS = 250;
 const LAGGING_MS = 1_000;
 /** Least time for connecting to a named node, when the nodes named before it have used up the time. */
 const LATE_CONNECT_MS = 500;
-const DEFAULT_CONNECTIONS = 4;
 const FIRST_BACKOFF_MS = 20;
 const LONGEST_BACKOFF_MS = 1_000;
 /** Retries after trouble of a node with its disk or its peers: enough to try another node, not for a minute. */
 const MAX_TROUBLE_RETRIES = 8;
 /** Connections for reads, to each node but the one in use. */
 const NEAR_CONNECTIONS = 2;
-
-export interface NodePoolOptions {
-  readonly retryMs?: number;
-  readonly attemptMs?: number;
-  /** To the node in use. */
-  readonly connections?: number;
-  readonly log?: (line: string, details?: object) => void;
-  /** How long a request must have waited for the log to say so. */
-  readonly waitingMs?: number;
-}
-
-export interface ExecuteOptions {
-  /**
-   * Called before a repetition when it is not known whether the last attempt took effect. True: it did, and is not repeated.
-   * Without this, requests are simply repeated. `retryMs`: what is left of the time for repeating.
-   */
-  readonly beforeRetry?: (retryMs: number) => Promise<boolean>;
-  /** Fails at once when it is not known whether the attempt took effect. */
-  readonly once?: boolean;
-  /** How long the request is repeated; default: the pool's `retryMs`. */
-  readonly retryMs?: number;
-  /**
-   * On a connection of its own; each node is tried within `retryMs`. For answers that are needed soon or not at all: a slow node
-   * loses only this connection, and no other request fails with it. Only for requests that change nothing.
-   */
-  readonly isApart?: boolean;
-  /** For a slow operation: how long one attempt may take while the node answers other requests. */
-  readonly slowMs?: number;
-}
-
-const NO_OPTIONS: ExecuteOptions = {};
 
 /** Stands for an answer that was lost: the request has taken effect. */
 const DONE: Answer = { result: Result.SUCCESS, epoch: 0, length: 0, header: Buffer.alloc(HEADER_BYTES) };
@@ -130,14 +91,7 @@ export class NodePool {
 
   /** `addresses`: at least one; the first is tried first. */
   constructor(addresses: readonly NodeAddress[], options: NodePoolOptions = {}) {
-    const retryMs = options.retryMs ?? DEFAULT_RETRY_MS;
-    this.#options = {
-      retryMs,
-      attemptMs: options.attemptMs ?? Math.min(DEFAULT_ATTEMPT_MS, retryMs / 2),
-      connections: options.connections ?? DEFAULT_CONNECTIONS,
-      log: options.log ?? (() => undefined),
-      waitingMs: options.waitingMs ?? WAITING_MS,
-    };
+    this.#options = withDefaults(options);
     this.#choice = new NodeChoice(addresses, this.#options.log);
     this.#awaited = new AwaitedRequests(this.#choice.nodes, options.log, this.#options.waitingMs);
   }

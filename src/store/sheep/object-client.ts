@@ -6,9 +6,10 @@
 import { encodeObjectRequest, encodeVdiRequest, opcodeOf } from '../../sheepdog/headers.js';
 import { vidOf } from '../../sheepdog/object-ids.js';
 import { Flag, Opcode, Result } from '../../sheepdog/protocol.js';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import type { Answer, WireRequest } from './connection.js';
-import type { ExecuteOptions, NodePool } from './node-pool.js';
+import type { NodePool } from './node-pool.js';
+import type { ExecuteOptions } from './pool-options.js';
 import { inPieces } from './pieces.js';
 import { ReadAhead } from './read-ahead.js';
 import { RecoveryWatch } from './recovery-watch.js';

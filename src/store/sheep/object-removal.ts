@@ -1,6 +1,6 @@
 /** Waits until nodes have removed an object whose last reference was given up. Owns no state. */
 import { setTimeout as sleep } from 'node:timers/promises';
-import type { StoreError } from '../object-store.js';
+import type { StoreError } from '../store-error.js';
 import type { ObjectClient } from './object-client.js';
 
 /** How long a removed object may take to go: nodes give references up after they have answered. */

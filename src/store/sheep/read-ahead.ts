@@ -3,7 +3,7 @@
  * does: the next pieces are fetched before they are requested. Owns the pieces that were fetched and not used yet. A write
  * invalidates them: every change of an object must be announced with `forget`, before and after it is made.
  */
-import type { ReadCount } from '../object-store.js';
+import type { ReadCount } from '../open-vdi.js';
 import { MAX_PIECE_BYTES } from './pieces.js';
 import { isLost } from './lost-owner.js';
 import { oidKey } from '../../sheepdog/object-ids.js';

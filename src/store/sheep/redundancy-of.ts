@@ -1,6 +1,6 @@
 /** Converts between the redundancy of a store (redundancy.ts) and a cluster's copy policy. */
 import { policyOfStrips, stripsOf, type CopyPolicy } from '../../sheepdog/copy-policy.js';
-import type { Redundancy } from '../object-store.js';
+import type { Redundancy } from '../vdi-record.js';
 import { zonesFor } from '../redundancy.js';
 
 export function redundancyOf({ copies, copyPolicy }: CopyPolicy): Redundancy {

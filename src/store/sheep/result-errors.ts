@@ -1,7 +1,7 @@
 /** Results of nodes as StoreErrors. Owns what each result means to users of a store. */
 import { oidText } from '../../sheepdog/object-ids.js';
 import { Result, resultName } from '../../sheepdog/protocol.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { Answer } from './connection.js';
 
 /** An object that a request needs is missing. `high` and `low` are the halves of its oid. */

@@ -12,7 +12,7 @@ import { oidKey } from '../../sheepdog/object-ids.js';
 import { encodeTag } from '../../sheepdog/text-fields.js';
 import { encodeSize } from '../../sheepdog/inode.js';
 import { LOST } from './lost-owner.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import type { ClusterClient } from './cluster-client.js';
 import type { ReadTracker } from './read-tracker.js';
 import { InDoubt } from './stalled-nodes.js';

@@ -3,7 +3,7 @@
  * shadow itself is in shadow.ts.
  */
 import type { Inode } from '../../sheepdog/inode.js';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { isFoundByName, isUnchanged } from './by-name.js';
 import type { CatalogHost } from './catalog-host.js';
 import type { ClusterClient } from './cluster-client.js';

@@ -2,18 +2,10 @@
  * The catalog of a cluster: VDIs and snapshots as its own tools see them, and the temporary snapshots among them. Owns
  * the order of requests that make one operation, so that a failure in between leaves everything reachable.
  */
-import {
-  inOrder,
-  StoreError,
-  type Catalog,
-  type CheckReport,
-  type DamagedVdi,
-  type Redundancy,
-  type Switch,
-  type Unfinished,
-  type Usage,
-  type VdiRecord,
-} from '../object-store.js';
+import type { Catalog, CheckReport, DamagedVdi, Usage } from '../object-store.js';
+import type { Switch } from '../open-vdi.js';
+import { StoreError } from '../store-error.js';
+import { inOrder, type Redundancy, type Unfinished, type VdiRecord } from '../vdi-record.js';
 import { mayGoByName } from './by-name.js';
 import { formatRedundancy, zonesFor } from '../redundancy.js';
 import type { ClusterClient } from './cluster-client.js';

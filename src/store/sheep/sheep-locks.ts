@@ -3,7 +3,8 @@
  * the node that was asked for it, not to the client; it stays when the client ends, and when the node ends. Whether a lock may
  * be ended is the caller's decision.
  */
-import { StoreError, type LockHolder, type VdiLock, type VdiLocks } from '../object-store.js';
+import type { LockHolder, VdiLock, VdiLocks } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { addressLabel, parseClusterAddress } from './cluster-address.js';
 import { ConnectionLost, NodeConnection, type Answer } from './connection.js';
 import type { ClusterClient } from './cluster-client.js';

@@ -1,16 +1,17 @@
 /**
- * A Sheepdog cluster as an ObjectStore. Owns the gateway to it, the VDIs that are open and the temporary snapshots that
- * are alive; the rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
+ * A Sheepdog cluster as an ObjectStore. Owns the client of the cluster (cluster-client.ts), the open VDIs and this process's state
+ * on the machine. The rules for writing are in sheep-vdi.ts, the catalog's operations in sheep-catalog.ts.
  */
 import type { ObjectStore } from '../object-store.js';
 import { StoreError } from '../store-error.js';
-import { DEFAULT_BLOCK_SIZE_SHIFT } from '../vdi-record.js';
+import { DEFAULT_BLOCK_SIZE_SHIFT, labelOfVdi } from '../vdi-record.js';
 import { ClusterClient } from './cluster-client.js';
 import { clusterLocation, parseClusterAddress } from './cluster-address.js';
-import { ClusterReads, type ObjectReading } from './cluster-reads.js';
+import { ClusterReads, type ObjectReading, type ReadingStore } from './cluster-reads.js';
 import { clusterState } from './cluster-state.js';
 import { GoneRetries } from './gone-retries.js';
-import { NodePool, type NodePoolOptions } from './node-pool.js';
+import { NodePool } from './node-pool.js';
+import type { NodePoolOptions } from './pool-options.js';
 import { HostState } from './host-state.js';
 import { Locks } from './locks.js';
 import { ownerMark } from './shadow-owner.js';
@@ -24,28 +25,27 @@ import { SheepCatalog } from './sheep-catalog.js';
 import type { SheepVdi } from './sheep-vdi.js';
 import { inParallel } from '../../system/in-parallel.js';
 import { WriteOrder } from './write-order.js';
-import { labelOf, type ReadingStore } from './zeros-for-missing.js';
 
-/** A cluster that does not answer at all is told at once: most often it is the address that is wrong. */
+/** A cluster that does not answer at all is reported soon: most often the address is wrong. */
 const FIRST_CONTACT_MS = 3_000;
-/** For closing what is open, and dropping temporary snapshots. */
+/** For closing the open VDIs, and dropping temporary snapshots. */
 const CLOSE_MS = 15_000;
-/** How often open VDIs are looked at where it matters what others make of them while nobody writes; and how many at a time. */
+/** Between two looks at the open VDIs, where idle VDIs must notice changes by other clients; and how many looks at a time. */
 const LOOK_MS = 2_000;
 const PARALLEL_LOOKS = 16;
-/** Of an object that is waited for, named in the log. */
+/** Disks that the log names for one object that is waited for. */
 const MAX_USERS = 3;
 
 export interface SheepStoreOptions extends NodePoolOptions {
-  /** Why nothing may be changed, if the caller has a reason. */
+  /** The caller's reason why nothing may be changed; undefined for none. */
   readonly readOnlyBecause?: string;
-  /** Reading of objects in place of the store's own, over which it is built (zeros-for-missing.ts). */
+  /** A decorator of the store's reading of objects (zeros-for-missing.ts). */
   readonly readingOver?: (reads: ClusterReads, store: ReadingStore) => ObjectReading;
-  /** Aborted when nobody waits for the cluster any more: all that is asked of it fails then. */
+  /** Aborted when no caller waits for the cluster any more: all requests fail from then on. */
   readonly signal?: AbortSignal;
-  /** Where this machine remembers the cluster's clients; without it nothing of them outlives this process. */
+  /** Where this machine remembers the cluster's clients. Absent: they are forgotten with this process. */
   readonly stateDirectory?: string;
-  /** While it says so this process may not use that directory: what is to be stored there waits. */
+  /** While true this process may not use that directory, and changes of it wait. */
   readonly isStateOutOfReach?: () => boolean;
 }
 
@@ -64,7 +64,7 @@ export class SheepStore implements ObjectStore, CatalogHost {
   readonly defaultBlockSizeShift: number;
   readonly version: ClusterInfo['version'];
   readonly state: HostState | undefined;
-  /** On what this process keeps in the cluster. */
+  /** Marks what this process keeps in the cluster. */
   readonly owner: Buffer;
   readonly #options: SheepStoreOptions;
   readonly reading: ObjectReading;
@@ -95,7 +95,7 @@ export class SheepStore implements ObjectStore, CatalogHost {
     cluster.pool.diskOf = (high, low) => this.#diskOf(high, low);
     cluster.recovery.copiesOf = (vid) => {
       const vdi = this.open.get(vid);
-      // Where nothing is written nothing may be asked for by a write of nothing either.
+      // Settling an object takes a write of no bytes. None is sent for a VDI that is only read.
       if (vdi === undefined || vdi.record.isSnapshot || this.readOnlyBecause !== undefined) return 0;
       return vdi.inode.copies;
     };
@@ -147,15 +147,15 @@ export class SheepStore implements ObjectStore, CatalogHost {
     return this.cluster.pool.listNodes();
   }
 
-  /** Of an object, by the halves of its oid: who is open and has it. Undefined if nobody has. */
+  /** The open VDIs that have the object with this oid, for the log. Undefined if none has. */
   #diskOf(high: number, low: number): string | undefined {
     const vid = vidOf(high);
     const own = this.open.get(vid);
-    if (own) return labelOf(own.record);
-    // A shared one, or one that is being made.
+    if (own) return labelOfVdi(own.record);
+    // The object is shared, or is being made.
     const users: string[] = [];
     for (const vdi of this.open.values()) {
-      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOf(vdi.record));
+      if (vdi.creationVid === vid || vdi.map[low] === vid) users.push(labelOfVdi(vdi.record));
       if (users.length > MAX_USERS) return `${users.slice(0, MAX_USERS).join(', ')} and others`;
     }
     return users.length === 0 ? undefined : users.join(', ');
@@ -194,13 +194,13 @@ export class SheepStore implements ObjectStore, CatalogHost {
   }
 
   /**
-   * Locks stay with the vid when somebody takes a snapshot, and a vid that is used again is another VDI: an idle disk that
-   * did not notice would be open for others, or have another's objects.
+   * Looks at the working VDIs again and again. When another client takes a snapshot the lock stays with the old vid, and a vid
+   * may be reused for another VDI: an idle disk that did not notice would have no lock, or another disk's objects.
    */
   #keepLooking(): void {
     this.#looking = setTimeout(() => {
       const working = [...this.open.values()].filter(({ record, failure }) => !record.isSnapshot && !failure);
-      // With the patience of any request: a node that is taken for silent loses the connection, and what others asked on it.
+      // As long as any request waits: a shorter limit would close the connection, with the requests of others on it.
       const look = (vdi: SheepVdi): Promise<void> => vdi.look().catch(nothing);
       void inParallel(PARALLEL_LOOKS, working, look).then(() => {
         if (!this.#isClosed) this.#keepLooking();
@@ -212,17 +212,17 @@ export class SheepStore implements ObjectStore, CatalogHost {
     this.#options.log?.(line, details);
   }
 
-  /** Whatever of it fails, nothing is connected after it. */
+  /** Closes all connections, also if a step fails. Errors: the first failure. */
   async close(): Promise<void> {
     this.#isClosed = true;
     clearTimeout(this.#looking);
-    // Nodes that do not answer are not waited for as long as requests of clients wait.
+    // Shorter than requests of clients wait for a node that does not answer.
     const timer = setTimeout(() => this.cluster.pool.close(), CLOSE_MS);
     const steps = await Promise.allSettled([...this.open.values()].map((vdi) => vdi.close()));
     steps.push(...(await Promise.allSettled([this.catalog.dropOwnShadows()])));
     clearTimeout(timer);
     this.cluster.pool.close();
-    // Whatever the nodes say.
+    // Also if nodes have failed.
     if (this.state) steps.push(...(await Promise.allSettled([this.state.close()])));
     for (const each of steps) if (each.status === 'rejected') throw each.reason;
   }
@@ -241,5 +241,5 @@ function whyReadOnly(
   );
 }
 
-/** Whoever uses the disk is told. */
+/** For `catch`: the disk's own requests report the failure. */
 function nothing(): void {}

@@ -4,7 +4,7 @@
  * written since. Finds out when a stalled node is harmless; sends and repeats no writes.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { addressLabel, type NodeAddress } from './cluster-address.js';
 import { NodeConnection, NoAnswer } from './connection.js';
 import { MAX_NODES, NODE_BYTES, Opcode } from '../../sheepdog/protocol.js';

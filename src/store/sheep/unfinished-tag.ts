@@ -3,7 +3,7 @@
  * the tags of snapshots only (sheep/vdi.c, fill_vdi_info_range) and give a new working VDI an empty one; `dog vdi list` prints
  * it. Owns the text; sheep-catalog.ts decides when it is written.
  */
-import { FILLERS, type Unfinished } from '../object-store.js';
+import { FILLERS, type Unfinished } from '../vdi-record.js';
 
 const PREFIX = 'sheepgate-unfinished';
 const MARK = new RegExp(`^${PREFIX}:(${FILLERS.join('|')}):([0-9a-f]{0,64}):([0-9a-f]{1,32}):(\\d{1,15}):(new|old)$`);

@@ -1,7 +1,7 @@
 /** The record of a VDI, as stores have it, from an inode. */
 import type { Inode } from '../../sheepdog/inode.js';
 import { MAX_HYPER_OBJECTS } from '../../sheepdog/protocol.js';
-import type { VdiRecord } from '../object-store.js';
+import type { VdiRecord } from '../vdi-record.js';
 import { redundancyOf } from './redundancy-of.js';
 import { parseUnfinishedTag } from './unfinished-tag.js';
 

@@ -3,7 +3,7 @@
  * nodes would differ. So an overlapping write waits until the earlier write is answered, repetitions included. A write that was
  * given up and may still take effect (InDoubt) keeps its place: until it is settled, overlapping writes fail.
  */
-import { StoreError } from '../object-store.js';
+import { StoreError } from '../store-error.js';
 import { InDoubt } from './stalled-nodes.js';
 
 interface Range {

@@ -2,17 +2,11 @@
  * Reading a cluster that has lost objects (--missing=zero): a decorator of its reading, in which what is missing reads as zeros.
  * The log names each such range once. A store that is read like this is never written: what was made up would become real.
  */
-import type { VdiRecord } from '../vdi-record.js';
+import { labelOfVdi } from '../vdi-record.js';
 import type { StoreError } from '../store-error.js';
-import type { ClusterReads, ObjectReading } from './cluster-reads.js';
+import type { ClusterReads, ObjectReading, ReadingStore } from './cluster-reads.js';
 import type { SheepStoreOptions } from './sheep-store.js';
 import { oidKey } from '../../sheepdog/object-ids.js';
-
-/** What is open, and where to report to. */
-export interface ReadingStore {
-  readonly open: ReadonlyMap<number, { readonly record: VdiRecord; readonly map: Uint32Array }>;
-  log(line: string): void;
-}
 
 /** Options for SheepStore.open at `location`. */
 export function zerosForMissing(location: string): Pick<SheepStoreOptions, 'readOnlyBecause' | 'readingOver'> {
@@ -55,13 +49,8 @@ class ZerosForMissing implements ObjectReading {
       if (map[idx] !== vid) continue;
       const from = idx * 2 ** record.blockSizeShift;
       const to = Math.min(from + 2 ** record.blockSizeShift, record.size) - 1;
-      ranges.push(`${labelOf(record)} bytes ${from} to ${to}`);
+      ranges.push(`${labelOfVdi(record)} bytes ${from} to ${to}`);
     }
     this.#store.log(`lost: ${ranges.join(', ')} (object ${idx} of vid ${vid.toString(16)}); read as zeros`);
   }
-}
-
-/** For the log and for messages: NAME or NAME@TAG. */
-export function labelOf({ name, tag, isSnapshot }: VdiRecord): string {
-  return isSnapshot ? `${name}@${tag}` : name;
 }

@@ -6,7 +6,7 @@
  * Memory: a bit for each object, half a MiB for each copy of the objects being read, and the suspects.
  */
 import { oidText } from '../../../sheepdog/object-ids.js';
-import type { StoreError } from '../../object-store.js';
+import type { StoreError } from '../../store-error.js';
 import type { ClusterClient } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
 import { describe, describeThin, findingsOf, type Finding, type Thin } from './finding.js';

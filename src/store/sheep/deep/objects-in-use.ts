@@ -2,7 +2,7 @@
  * Which objects the VDIs and snapshots of a cluster refer to, each of them once, however many share it: a bit for each, by
  * owner. Owns these bits and what is known of the owners (how many copies there should be); reads no data.
  */
-import type { StoreError } from '../../object-store.js';
+import type { StoreError } from '../../store-error.js';
 import type { ClusterClient } from '../cluster-client.js';
 import { labelsOf } from '../labels.js';
 import { MAX_BLOCK_SIZE_SHIFT, MAX_DATA_OBJECTS, MIN_BLOCK_SIZE_SHIFT } from '../../../sheepdog/protocol.js';

@@ -7,7 +7,7 @@
  * RECOVERY it does neither. Requests that start recoveries are how a node that comes back may keep stale copies.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
-import { StoreError } from '../../object-store.js';
+import { StoreError } from '../../store-error.js';
 import { addressLabel } from '../cluster-address.js';
 import type { ClusterClient } from '../cluster-client.js';
 import { ConnectionLost, NodeConnection, type Answer, type WireRequest } from '../connection.js';
