@@ -1,6 +1,7 @@
 /**
  * The embedded store: a directory with LMDB metadata and data objects (FORMAT.md). Owns the directory's lock, the reference
- * counts and the open VDIs. Removes an object when its last reference is given up, and never before a durable map no longer has it.
+ * counts, the open VDIs (local-vdi.ts has their reads and writes), and how the store is closed. An object is removed when its
+ * last reference is given up, and that only after a durable map no longer has it.
  */
 import path from 'node:path';
 import type { HostDisk } from '../../system/disk.js';
