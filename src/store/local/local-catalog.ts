@@ -1,7 +1,7 @@
 /**
- * The catalog of the local store: makes, opens, removes, clones and rolls back VDIs and snapshots, each change in one LMDB
- * transaction. Owns the next vid and the temporary snapshots that are alive. Gives up objects only after the transaction that
- * made them unreachable, never before.
+ * The catalog of the local store: VDIs and snapshots are made, removed, cloned and rolled back here, each by one LMDB
+ * transaction. Owns which vid is given next and the temporary snapshots that are alive. Objects are given up only after
+ * the transaction that made them unreachable.
  */
 import type { Catalog, CheckReport, Usage } from '../object-store.js';
 import type { Switch } from '../open-vdi.js';

@@ -283,7 +283,7 @@ export class LocalVdi implements ObjectVdi {
     return this.#changes.releases;
   }
 
-  /** Vids whose stored records `record` replaces with the next flush: a snapshot has failed. */
+  /** Vids under which the metadata still has records that this VDI's `record` has superseded (after a snapshot that failed). */
   get supersededVids(): readonly number[] {
     return this.#changes.supersededVids;
   }
