@@ -151,8 +151,8 @@ const MALFORMED_QUERIES: readonly { readonly kind: string; readonly data: Buffer
   { kind: 'a name length of 2^31', data: infoQuery('disk', [], { nameLength: 0x80000000 }) },
   { kind: 'fewer information requests than counted', data: infoQuery('disk', [1], { infoCount: 2 }) },
   { kind: 'more information requests than counted', data: infoQuery('disk', [1, 2], { infoCount: 1 }) },
-  { kind: 'information requests counted as none', data: infoQuery('disk', [3], { infoCount: 0 }) },
-  { kind: '65535 information requests counted and none there', data: infoQuery('disk', [], { infoCount: 0xffff }) },
+  { kind: 'information requests with a count of 0', data: infoQuery('disk', [3], { infoCount: 0 }) },
+  { kind: 'a count of 65535 information requests without any', data: infoQuery('disk', [], { infoCount: 0xffff }) },
   { kind: 'a stray byte at the end', data: Buffer.concat([infoQuery('disk'), Buffer.alloc(1)]) },
   ...Object.entries(NO_TEXT).map(([what, name]) => ({ kind: `a name ${what}`, data: infoQuery(name) })),
 ];
@@ -181,8 +181,18 @@ const REFUSED_OPTIONS: readonly RefusedOption[] = [
     answer: REP.ERR_UNSUP,
   },
   { kind: 'the withdrawn PEEK_EXPORT', option: OPT.PEEK_EXPORT, data: Buffer.from('disk'), answer: REP.ERR_UNSUP },
-  { kind: 'a byte more data than is looked at', option: OPT.LIST, data: Buffer.alloc(65537), answer: REP.ERR_TOO_BIG },
-  { kind: 'as much data as is drained', option: UNKNOWN_OPTION, data: Buffer.alloc(MIB), answer: REP.ERR_TOO_BIG },
+  {
+    kind: 'data of one byte more than an option may have',
+    option: OPT.LIST,
+    data: Buffer.alloc(65537),
+    answer: REP.ERR_TOO_BIG,
+  },
+  {
+    kind: 'data of the largest size that is drained',
+    option: UNKNOWN_OPTION,
+    data: Buffer.alloc(MIB),
+    answer: REP.ERR_TOO_BIG,
+  },
   {
     kind: 'GO with 1 MiB of option headers',
     option: OPT.GO,

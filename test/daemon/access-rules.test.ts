@@ -308,7 +308,7 @@ describe('exports behind rules', () => {
     return { code, message: message.replace(JSON.stringify(name), 'EXPORT') };
   };
 
-  test('no form of a name gets past a rule: options, percent signs and ids are resolved first', async () => {
+  test('no form of a name bypasses a rule: options, percent signs and ids are resolved first', async () => {
     for (const name of [
       'a',
       'a/since=monday',

@@ -1,4 +1,4 @@
-/** The daemon's file descriptors: their division, and that too many clients take none from others. */
+/** The division of the daemon's file descriptors: too many clients never use up those of others. */
 import net from 'node:net';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';

@@ -1,4 +1,4 @@
-/** Whatever makes a start fail, and whatever waits at a stop, the process ends in bounded time. */
+/** The process ends in bounded time when its start fails, and when requests wait at its stop. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';

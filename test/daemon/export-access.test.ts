@@ -1,4 +1,4 @@
-/** Access rules of a running daemon with all forms of export names: what a peer learns, and what not. */
+/** Access rules of a running daemon with all forms of export names: a peer learns only about exports that it may open. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';

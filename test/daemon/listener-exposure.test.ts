@@ -1,4 +1,4 @@
-/** Who can connect by default, and the warning when others can. */
+/** Which users can connect by default, and the warning when others can. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';

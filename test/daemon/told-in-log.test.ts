@@ -1,6 +1,6 @@
 /**
- * The log when clients get errors: it has the disk, the cause with its file or node, the export and the peer; not a line per
- * request, but all of them counted.
+ * Log lines about errors that clients get: they have the disk, the cause with its file or node, the export and the peer.
+ * Requests without a line of their own are counted.
  */
 import fs from 'node:fs';
 import path from 'node:path';

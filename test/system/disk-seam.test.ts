@@ -302,7 +302,7 @@ describe('a power loss', () => {
       await openAfterPowerLoss(at);
       const found = await bytesOf(await catalog.openVdi('disk'));
       const since = flushed.findLastIndex((each) => each.at <= at);
-      // Data written since may be there, block by block, and nothing else.
+      // Blocks may also have data written since, and nothing else.
       const legal = [...flushed.slice(since).map(({ bytes }) => bytes), written];
       for (let block = 0; block < SIZE; block += 512) {
         const is = found.subarray(block, block + 512);
