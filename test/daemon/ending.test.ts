@@ -89,8 +89,8 @@ test('SIGTERM during a start that waits for a node is a stop like any other', as
   expect(log).toMatch(/"stopped before it was ready"/);
 });
 
-test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and the log says what was left', async () => {
-  // Where locks are enforced, closing a disk asks a node as well.
+test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and the log names them', async () => {
+  // With enforced locks, closing a disk sends a request to a node as well.
   await cluster.stop();
   cluster = await new StandIn({ nodes: 1, useLock: true }).start();
   serve('--create', 'disk:64M');
