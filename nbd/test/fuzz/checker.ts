@@ -280,7 +280,7 @@ function checkChunk(level: Level, type: number, payload: Buffer, asked: Asked): 
       let sum = 0n;
       let before: bigint | undefined;
       for (let at = head; at < payload.length; at += each) {
-        must(sum < asked.length, 'an extent behind what was asked');
+        must(sum < asked.length, 'an extent behind the requested range');
         const size = isWide ? payload.readBigUInt64BE(at) : BigInt(payload.readUInt32BE(at));
         const status = isWide ? payload.readBigUInt64BE(at + 8) : BigInt(payload.readUInt32BE(at + 4));
         must(size > 0n, 'an empty extent');
