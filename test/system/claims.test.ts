@@ -14,8 +14,19 @@ const MAX_FILE_LINES = 600;
 const MAX_LINE = 140;
 
 /** Files that are longer than MAX_FILE_LINES: each needs a reason to stay here. */
-const LONGER_FILES = new Set(['src/store/sheep/node-pool.ts', 'src/store/sheep/sheep-vdi.ts']);
-/** Files with lines longer than MAX_LINE, until they are wrapped. */
+const LONGER_FILES = new Set([
+  'nbd/src/client/client.ts',
+  'nbd/src/server/connection.ts',
+  'src/jobs/backup/target.ts',
+  'src/jobs/migration.ts',
+  'src/store/sheep/cluster-client.ts',
+  'src/store/sheep/node-pool.ts',
+  'src/store/sheep/sheep-catalog.ts',
+  'src/store/sheep/sheep-vdi.ts',
+  'src/vdi/catalog.ts',
+  'src/vdi/vdi.ts',
+]);
+/** Files with lines that are longer than MAX_LINE, until somebody wraps them. */
 const LONGER_LINES = new Set([
   'CHANGELOG.md',
   'README.md',
