@@ -1,6 +1,6 @@
 #!/bin/sh
-# The quick tests (npm run test:quick) with the newest Node, which is npm's package "node". It is kept in ~/.cache. Where it cannot
-# be had, the reason is printed and nothing fails.
+# The quick tests (npm run test:quick) with the newest Node, from npm's package "node", kept in ~/.cache. If it cannot be
+# installed or started, the reason is printed and the run does not fail.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/sheepgate-newest-node"

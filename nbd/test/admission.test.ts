@@ -1,4 +1,4 @@
-/** Which connections are admitted, refused, or make room, with many clients that send nothing. */
+/** Admission of connections with many silent clients: which are admitted, refused, or closed to make room. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -24,7 +24,7 @@ interface Crowd {
   readonly provider: TestProvider;
   readonly closes: ConnectionCloseEvent[];
   readonly refusals: ConnectionRefusedEvent[];
-  /** As this user; one that has said nothing, but was greeted. */
+  /** A connection of this user that has read the greeting and sent nothing. */
   comes(uid: number): Promise<RawClient>;
   overTcp(): Promise<RawClient>;
 }
@@ -52,9 +52,9 @@ async function crowd(limits: Partial<Limits>): Promise<Crowd> {
     ...{ server, provider, closes, refusals },
     comes: async (as) => {
       uid = as;
-      // Half-open: it does not close its side when the server does.
+      // Half-open: the client does not close its side when the server does.
       const client = new RawClient(net.connect({ path, allowHalfOpen: true }));
-      // It is accepted before the next one can come as another user.
+      // The server accepts it before the next one connects as another user.
       await until(() => client.available > 0 || client.isOver, 'it is greeted or closed');
       return client;
     },
@@ -66,7 +66,7 @@ async function crowd(limits: Partial<Limits>): Promise<Crowd> {
   };
 }
 
-/** Keep the event loop for so many milliseconds. */
+/** Blocks the event loop for so many milliseconds. */
 function work(ms: number): void {
   const end = performance.now() + ms;
   while (performance.now() < end);
@@ -81,8 +81,8 @@ async function wasTurnedAway(client: RawClient): Promise<void> {
   expect(await client.readToEnd()).toHaveLength(0);
 }
 
-describe('connections that choose no export', () => {
-  test('refuse no new client: the connection that was quiet for longest makes room', async () => {
+describe('connections without an export', () => {
+  test('make room for a new client: the one that was silent for longest is closed', async () => {
     const { comes, closes, server } = await crowd({ maxConnections: 4, maxConnectionsPerPeer: 4 });
     const quiet = await comes(7);
     const talks = await comes(7);
@@ -94,7 +94,7 @@ describe('connections that choose no export', () => {
     expect(await quiet.readToEnd()).toHaveLength(GREETING_SIZE);
     await visitor.open('disk');
     await isServed(visitor);
-    // Of the three that are left the one that has said something is the last to go.
+    // Of the remaining three, the connection that has sent something is closed last.
     for (let i = 0; i < 2; i++) await (await comes(8)).open('disk');
     expect((await talks.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
     await isServed(talks);
@@ -105,7 +105,7 @@ describe('connections that choose no export', () => {
     expect(server.connections.size).toBe(4);
   });
 
-  test('are fewer than connections may be, and a peer with many of them makes room before one with few', async () => {
+  test('have a lower limit than connections, and a peer with many of them loses one before a peer with few', async () => {
     const { comes, closes } = await crowd({ maxHandshakes: 3 });
     const few = await comes(8);
     const many = [await comes(7), await comes(7)];
@@ -117,7 +117,7 @@ describe('connections that choose no export', () => {
     expect(closes[0]).toMatchObject({ peer: { credentials: { uid: 7 } } });
   });
 
-  test('do not make room while the server works for them', async () => {
+  test('are not closed to make room while the server works for them', async () => {
     const { comes, closes, provider } = await crowd({ maxHandshakes: 1 });
     const gate = new Gate();
     let isOpening = false;
@@ -137,7 +137,7 @@ describe('connections that choose no export', () => {
     await isServed(waiting);
   });
 
-  test('make room for one of their own peer only, if that has as many as it may have', async () => {
+  test('of a peer at its limit make room only for that peer', async () => {
     const { comes, refusals, closes } = await crowd({ maxConnectionsPerPeer: 2 });
     const others = await comes(8);
     await (await comes(7)).open('disk');
@@ -152,7 +152,7 @@ describe('connections that choose no export', () => {
 });
 
 describe('connections with an export', () => {
-  test('are never cut off for another', async () => {
+  test('are never closed to make room', async () => {
     const { comes, refusals } = await crowd({ maxConnections: 3 });
     const clients = [await comes(7), await comes(7), await comes(8)];
     for (const client of clients) await client.open('disk');
@@ -161,7 +161,7 @@ describe('connections with an export', () => {
     expect(refusals.map(({ reason }) => reason)).toEqual(['3 connections are open, as many as allowed']);
   });
 
-  test('of one peer are three quarters of all by default', async () => {
+  test('of one peer are by default limited to three quarters of all', async () => {
     const { comes, refusals } = await crowd({ maxConnections: 8 });
     for (let i = 0; i < 6; i++) await (await comes(7)).open('disk');
     await wasTurnedAway(await comes(7));
@@ -169,7 +169,7 @@ describe('connections with an export', () => {
     expect(refusals).toMatchObject([{ reason: '6 connections of this peer are open, as many as allowed' }]);
   });
 
-  test('over TCP leave an eighth for unix sockets', async () => {
+  test('over TCP leave an eighth of the connections for unix sockets', async () => {
     const { comes, overTcp, refusals } = await crowd({ maxConnections: 8, maxConnectionsPerPeer: 8 });
     for (let i = 0; i < 7; i++) await (await overTcp()).open('disk');
     await wasTurnedAway(await overTcp());
@@ -181,7 +181,7 @@ describe('connections with an export', () => {
     await isServed(local);
   });
 
-  test('leave room for others also while they are leaving slowly', async () => {
+  test('leave room for other peers also while they end slowly', async () => {
     const { server, provider, refusals, comes } = await crowd({ maxConnections: 8 });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -203,7 +203,7 @@ describe('connections with an export', () => {
     gate.open();
   });
 
-  test('do not count for their peer once they have left, but for as many again, and make room if need be', async () => {
+  test('of a peer that have said goodbye count up to its limit again, and are closed if room is needed', async () => {
     const { comes, closes, provider, refusals } = await crowd({ maxConnections: 3, maxConnectionsPerPeer: 1 });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -223,7 +223,7 @@ describe('connections with an export', () => {
     gate.open();
     for (const one of leaving) {
       await one.readReply(4);
-      // The server has ended; the client never does.
+      // The server has closed its side; the client never does.
       expect(await one.readToEnd()).toHaveLength(0);
     }
     for (let i = 0; i < 2; i++) {
@@ -238,7 +238,7 @@ describe('connections with an export', () => {
   });
 });
 
-test('connections that are handed over are not kept out by those of listeners', async () => {
+test('the limits of listeners do not refuse connections that are handed over', async () => {
   const { comes, server } = await crowd({ maxConnections: 1 });
   await (await comes(7)).open('disk');
   const pair = duplexPair();
@@ -248,7 +248,7 @@ test('connections that are handed over are not kept out by those of listeners', 
   await isServed(handed);
 });
 
-test('many options in one send leave the loop to others in between', async () => {
+test('many options in one send leave turns of the event loop to other clients', async () => {
   const { comes, provider } = await crowd({});
   const describeExport = provider.describe.bind(provider);
   provider.describe = (...of) => {
@@ -269,11 +269,11 @@ test('many options in one send leave the loop to others in between', async () =>
   let turns = 0;
   for (; !options.areAnswered; turns++) await isServed(visitor);
   await answered;
-  // All forty come in one piece: with nobody served in between it would be one or two.
+  // All forty arrive together: without turns for others it would be one or two.
   expect(turns).toBeGreaterThan(count / 4);
 });
 
-test('work in slices has its turn in the order of coming, and others have theirs in between', async () => {
+test('slices of work run in the order of arrival, with turns for others in between', async () => {
   const order: string[] = [];
   const worker = async (name: string): Promise<void> => {
     const slice = new LoopSlice();

@@ -1,4 +1,4 @@
-/** Everything that index.ts exports is explained, and docs/api says what the sources say. `vitest -u` writes the pages. */
+/** Every export of index.ts is documented, and docs/api matches the docstrings. `vitest -u` writes the pages. */
 
 import fs from 'node:fs';
 import { fileURLToPath } from 'node:url';
@@ -18,12 +18,12 @@ test('every export of index.ts, and every public member of a class, has a docstr
   expect(made.unexplained).toEqual([]);
 });
 
-test('the pages of docs/api are those of the sources', async () => {
+test('the pages of docs/api match the sources', async () => {
   for (const [name, text] of made.pages) await expect(text).toMatchFileSnapshot(DIRECTORY + name);
   expect(fs.readdirSync(DIRECTORY).sort()).toEqual([...made.pages.keys()].sort());
 });
 
-test('every export has its place on one of the pages', () => {
+test('every export is on one of the pages', () => {
   for (const [name, page] of made.exports) {
     const heading = page === `${name}.md` ? `# ${name}` : `## ${name}`;
     expect(made.pages.get(page)).toContain(`${heading}\n`);

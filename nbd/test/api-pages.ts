@@ -10,11 +10,11 @@ import ts from 'typescript';
 const INDEX = fileURLToPath(new URL('../src/index.ts', import.meta.url));
 
 export interface ApiPages {
-  /** By the name of the file in docs/api. */
+  /** The pages, by file name in docs/api. */
   readonly pages: ReadonlyMap<string, string>;
-  /** Exports, and public members of classes, that nothing is said of. */
+  /** Exports and public members of classes without a docstring. */
   readonly unexplained: readonly string[];
-  /** All exports, and the page that each is on. */
+  /** All exports, with the page of each. */
   readonly exports: ReadonlyMap<string, string>;
 }
 
@@ -107,7 +107,7 @@ class PageMaker {
     ];
   }
 
-  /** A declaration as it is written, with its docstring. */
+  /** A declaration in source text, with its docstring. */
   codeOf(declaration: ts.Node): string[] {
     const comments = ts.getJSDocCommentsAndTags(declaration).filter((comment) => ts.isJSDoc(comment));
     const start = comments[0]?.getStart() ?? declaration.getStart();
@@ -119,7 +119,7 @@ class PageMaker {
     );
   }
 
-  /** What is said of a symbol; noted if that is nothing. */
+  /** The docstring of a symbol; a missing one is recorded. */
   explain(symbol: ts.Symbol | undefined, prefix = ''): string {
     const text = this.explanation(symbol);
     if (text === '') this.unexplained.push(prefix + (symbol?.name ?? '?'));
@@ -141,7 +141,7 @@ function isHidden(member: ts.ClassElement): boolean {
   return (flags & ts.ModifierFlags.Private) !== 0 || (member.name !== undefined && ts.isPrivateIdentifier(member.name));
 }
 
-/** A member without what it does. */
+/** A member without its body. */
 function signatureOf(member: ts.Node): string {
   const text = member.getText();
   const body = (member as { body?: ts.Node }).body;

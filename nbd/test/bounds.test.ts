@@ -1,4 +1,4 @@
-/** How many connections there may be, how long they may be quiet, and that no client loses a reply at the end of one. */
+/** Limits of connections: their number, their idle time, and their end, at which no client loses a reply. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -44,7 +44,7 @@ async function overTcp(limits: Partial<Limits> = {}, host = '127.0.0.1'): Promis
 }
 
 describe('connections of one peer', () => {
-  test('are bounded per address, and reported when there is one more', async () => {
+  test('are bounded per address, and a refused one is reported', async () => {
     const { connect, refusals, closes, server } = await overTcp({ maxConnectionsPerPeer: 2 });
     const first = await connect('127.0.0.1');
     await first.open('disk');
@@ -59,9 +59,9 @@ describe('connections of one peer', () => {
     await (await connect('127.0.0.1')).open('disk');
   });
 
-  test('a client that has said goodbye, or shut its side, may come again although its socket is still there', async () => {
+  test('a client that has said goodbye, or closed its side, may connect again although its old socket is still open', async () => {
     const { path, server } = await startServer({ limits: { maxConnectionsPerPeer: 1, lingerMs: 60_000 } });
-    // Not closed by the client: the server waits for its end.
+    // The client does not close it: the server waits for its end.
     const connect = (): RawClient => new RawClient(net.connect({ path, allowHalfOpen: true }));
     const first = connect();
     await first.open('disk');
@@ -70,7 +70,7 @@ describe('connections of one peer', () => {
     const second = connect();
     await second.open('disk');
     expect(server.connections.size).toBe(2);
-    // But not leave a socket behind each time.
+    // But it must not leave a socket behind each time.
     second.request({ type: CMD.DISC });
     await second.readToEnd();
     await connect().open('disk');
@@ -80,7 +80,7 @@ describe('connections of one peer', () => {
       .then((all) => expect(all).toHaveLength(0));
   });
 
-  test('a client that has shut its side while its request takes long may come again', async () => {
+  test('a client that has closed its side during a long request may connect again', async () => {
     const { connect, server, provider } = await overTcp({ maxConnectionsPerPeer: 1 });
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 8 ? gate.opened : undefined);
@@ -103,13 +103,13 @@ describe('connections of one peer', () => {
     expect((await first.readReply(4)).data).toEqual(uint32(9));
   });
 
-  test('come from the same address whether IPv4 is spoken through an IPv6 socket or not', async () => {
+  test('of one IPv4 address count together, through an IPv4 or an IPv6 socket', async () => {
     const { connect, server } = await overTcp({}, '::');
     await (await connect()).open('disk');
     expect([...server.connections.values()][0]?.peer.host).toBe('127.0.0.1');
   });
 
-  test('are bounded per user on unix sockets, if the program can tell them apart', async () => {
+  test('are bounded per user on unix sockets, if the program identifies users', async () => {
     let next: PeerCredentials | undefined = { pid: 1, uid: 7, gid: 7 };
     const server = new NbdServer({
       provider: new TestProvider([new TestExport('disk')]),
@@ -129,7 +129,7 @@ describe('connections of one peer', () => {
     expect(Array.from(server.connections.values(), ({ peer }) => peer.credentials?.uid)).toEqual([7, 8, undefined]);
   });
 
-  test('a limit that is there but undefined is the default', async () => {
+  test('a limit given as undefined has its default', async () => {
     const { connect, server } = await overTcp({ maxConnections: undefined, handshakeTimeoutMs: undefined });
     const client = await connect();
     await client.open('disk');
@@ -140,7 +140,7 @@ describe('connections of one peer', () => {
 });
 
 describe('an idle connection', () => {
-  test('is closed at its time limit, and a client that sends requests is not', async () => {
+  test('is closed after its time limit, and a client that sends requests is not', async () => {
     const { opened, closes, server } = await startServer({ limits: { idleTimeoutMs: 300 } });
     const quiet = await opened();
     const busy = await opened();
@@ -157,7 +157,7 @@ describe('an idle connection', () => {
     expect(server.connections.size).toBe(1);
   });
 
-  test('is not one whose request takes long', async () => {
+  test('is not a connection with a long request in flight', async () => {
     const { opened, provider, closes } = await startServer({ limits: { idleTimeoutMs: 30 } });
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 8 ? gate.opened : undefined);
@@ -172,8 +172,8 @@ describe('an idle connection', () => {
   });
 });
 
-describe('a client that does not do its part', () => {
-  test('is served when it continues, however late, unless there is a limit', async () => {
+describe('a client that stalls', () => {
+  test('is served when it continues, however late, if there is no limit', async () => {
     const { opened, closes } = await startServer({ limits: { stallTimeoutMs: 0, memoryStallMs: 100 } });
     const client = await opened();
     client.socket.pause();
@@ -185,7 +185,7 @@ describe('a client that does not do its part', () => {
     for (let i = 0; i < 20; i++) expect((await client.readReply(1024 * 1024)).errno).toBe(0);
   });
 
-  test('is closed after stallTimeoutMs without reading, or in the middle of a write; a client that is only quiet is not', async () => {
+  test('is closed after stallTimeoutMs without reading, or within a write; an idle client is not', async () => {
     const { opened, closes, server } = await startServer({ limits: { stallTimeoutMs: 1000 } });
     const quiet = await opened();
     const unread = await opened();
@@ -202,7 +202,7 @@ describe('a client that does not do its part', () => {
 });
 
 describe('the end of a connection', () => {
-  test('requests held back because too many are in flight are refused with ESHUTDOWN, not dropped', async () => {
+  test('refuses requests beyond the limit in flight with ESHUTDOWN instead of dropping them', async () => {
     const { opened, provider, server, allOver } = await startServer({ limits: { maxInFlightRequests: 2 } });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -228,7 +228,7 @@ describe('the end of a connection', () => {
     expect(provider.calls).toHaveLength(2);
   });
 
-  test('requests held back because replies are not read are answered when they are', async () => {
+  test('comes after the answers to requests that waited for unread replies', async () => {
     const { opened, server, allOver, provider } = await startServer({ limits: { maxUnsentBytes: 64 * 1024 } });
     const client = await opened();
     client.socket.pause();
@@ -252,7 +252,7 @@ describe('the end of a connection', () => {
     await allOver();
   });
 
-  test('a client that reads nothing at all does not hold up the shutdown beyond its grace', async () => {
+  test('is not delayed beyond the grace time by a client that reads nothing', async () => {
     const { opened, server, provider, allOver } = await startServer({
       limits: { maxUnsentBytes: 16 * 1024, lingerMs: 50 },
     });
@@ -265,7 +265,7 @@ describe('the end of a connection', () => {
     await allOver();
   });
 
-  test('over TCP the last replies arrive although requests are left unread', async () => {
+  test('over TCP comes after the last replies, although requests are left unread', async () => {
     // Unread input makes the kernel reset a connection that is closed; the reset may overtake what was sent before it.
     const { connect, provider, server, closes } = await overTcp({ maxUnsentBytes: 256 * 1024 });
     const client = await connect();
@@ -287,7 +287,7 @@ describe('the end of a connection', () => {
     expect(server.connections.size).toBe(0);
   });
 
-  test('a client that never closes its side is let go after the linger time', async () => {
+  test('does not wait longer than the linger time for a client that never closes its side', async () => {
     const { path, allOver, closes } = await startServer({ limits: { lingerMs: 50 } });
     const socket = net.connect({ path, allowHalfOpen: true });
     const client = new RawClient(socket);
@@ -299,7 +299,7 @@ describe('the end of a connection', () => {
   });
 });
 
-test('new connections get the new size, and open ones keep theirs', async () => {
+test('new connections get the new size of an export, and open connections keep the old one', async () => {
   const { opened, provider, client } = await startServer();
   const before = await opened();
   provider.exports.set('disk', new TestExport('disk', { size: 2 * 1024 * 1024 }));
@@ -309,7 +309,7 @@ test('new connections get the new size, and open ones keep theirs', async () => 
   expect((await before.readReply(4)).errno).toBe(NBD_ERRNO.EINVAL);
 });
 
-test('a descriptor that is no socket is refused', async () => {
+test('a descriptor that is not a socket is refused', async () => {
   const server = new NbdServer({ provider: new TestProvider([]) });
   onTestFinished(() => server.destroy());
   await expect(server.listen({ fd: 0x7fff })).rejects.toMatchObject({ code: 'FAILED' });

@@ -1,4 +1,4 @@
-/** Structured replies and extended headers, in bytes: reads with data and holes, success, and errors in words. */
+/** Structured replies and extended headers, in bytes: reads with data and holes, success, and errors with messages. */
 
 import { describe, expect, test } from 'vitest';
 import { DeviceError, MAX_PAYLOAD, STATE_HOLE, STATE_ZERO, type ExtentSink } from '../src/index.js';
@@ -45,7 +45,7 @@ function ask(client: RawClient, level: Level, fields: RequestFields, payload?: B
   else client.request({ ...fields, length: payload?.length ?? fields.length ?? 0 }, payload);
 }
 
-/** A chunk in short: what it says, and of how much. */
+/** A chunk in short: its type and its length. */
 function brief({ type, payload, isDone }: Chunk): [string, number, number, boolean] {
   const offset = payload.length >= 8 ? Number(payload.readBigUInt64BE(0)) : 0;
   if (type === REPLY_TYPE.OFFSET_DATA) return ['data', offset, payload.length - 8, isDone];
@@ -53,7 +53,7 @@ function brief({ type, payload, isDone }: Chunk): [string, number, number, boole
   return [`type ${type}`, 0, payload.length, isDone];
 }
 
-/** The bytes of a read, put together from its chunks. */
+/** The bytes of a read, assembled from its chunks. */
 function assemble(chunks: readonly Chunk[], offset: number, length: number): Buffer {
   const bytes = Buffer.alloc(length, 0xee);
   for (const { type, payload } of chunks) {
@@ -72,7 +72,7 @@ function sparse(...holes: readonly [number, number][]): TestExport {
 }
 
 describe('options', () => {
-  test('STRUCTURED_REPLY and EXTENDED_HEADERS are acknowledged, in that order or alone, also twice', async () => {
+  test('STRUCTURED_REPLY and EXTENDED_HEADERS are acknowledged, in this order, alone, or twice', async () => {
     const client = await (await startServer()).raw();
     await client.greet();
     for (const option of [OPT.STRUCTURED_REPLY, OPT.STRUCTURED_REPLY, OPT.EXTENDED_HEADERS, OPT.EXTENDED_HEADERS]) {
@@ -101,7 +101,7 @@ describe('options', () => {
     });
   }
 
-  test('EXPORT_NAME after EXTENDED_HEADERS ends the connection, without a word and with nothing opened', async () => {
+  test('EXPORT_NAME after EXTENDED_HEADERS closes the connection without an answer, and no device is opened', async () => {
     const { raw, provider, allOver, closes } = await startServer();
     const client = await raw();
     await client.greet();
@@ -139,7 +139,7 @@ describe('options', () => {
 
 for (const level of LEVELS) {
   describe(`${level} replies`, () => {
-    test('a read is one data chunk, the last, with its offset in front', async () => {
+    test('a read is one data chunk with its offset, flagged as the last', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       for (const delay of [undefined, Promise.resolve()]) {
@@ -157,7 +157,7 @@ for (const level of LEVELS) {
       }
     });
 
-    test('reads of every size, at once and later, arrive as they are', async () => {
+    test('reads of every size, answered at once or later, have the right data', async () => {
       const server = await startServer({ exports: [new TestExport('disk', { size: 4 * MIB })] });
       const client = await opened(server, level);
       const disk = server.provider.exports.get('disk')?.disk ?? Buffer.alloc(0);
@@ -175,7 +175,7 @@ for (const level of LEVELS) {
       }
     });
 
-    test('success of all other commands is told without a payload', async () => {
+    test('success of all other commands has no payload', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       for (const delay of [undefined, Promise.resolve()]) {
@@ -199,13 +199,13 @@ for (const level of LEVELS) {
       }
     });
 
-    test('a read of nothing is an empty chunk, never a simple reply', async () => {
+    test('a read of length 0 is an empty chunk, never a simple reply', async () => {
       const client = await opened(await startServer(), level);
       ask(client, level, { type: CMD.READ, offset: 100, length: 0, cookie: 5n });
       expect(await client.readChunk()).toMatchObject({ kind: level, type: REPLY_TYPE.NONE, isDone: true, cookie: 5n });
     });
 
-    test('a known hole is sent as a hole, with and without DF, and the device does not read', async () => {
+    test('a known hole is sent as a hole, with and without DF, without a read of the device', async () => {
       const exported = new TestExport('disk');
       exported.isHole = (offset, length) => offset >= 512 * KIB && offset + length <= 768 * KIB;
       const server = await startServer({ exports: [exported] });
@@ -222,7 +222,7 @@ for (const level of LEVELS) {
     });
 
     for (const when of ['at once', 'later'] as const) {
-      test(`a long read is data and holes if the device says ${when} where they are`, async () => {
+      test(`a long read is sent as data and holes if the device reports them ${when}`, async () => {
         const exported = sparse([0, 8192], [300 * KIB, 4096], [400 * KIB, 100], [600 * KIB, 424 * KIB]);
         const server = await startServer({ exports: [exported] });
         if (when === 'later') server.provider.hook = () => Promise.resolve();
@@ -270,7 +270,7 @@ for (const level of LEVELS) {
       expect(server.provider.calls.map(({ method }) => method)).toEqual(['read']);
     });
 
-    test('a long read of nothing but a hole is one chunk', async () => {
+    test('a long read of a single hole is one chunk', async () => {
       const server = await startServer({ exports: [sparse([0, MIB])] });
       const client = await opened(server, level);
       ask(client, level, { type: CMD.READ, offset: 4096, length: MIB - 8192 });
@@ -278,7 +278,7 @@ for (const level of LEVELS) {
       expect(server.provider.calls.map(({ method }) => method)).toEqual(['extents']);
     });
 
-    test('a disk of very many holes is sent in a bounded number of chunks', async () => {
+    test('a long read of very many holes is sent in a bounded number of chunks', async () => {
       const exported = new TestExport('disk', { size: 8 * MIB });
       for (let at = 0; at < 8 * MIB; at += 8192) exported.disk.fill(0, at, at + 4096);
       const client = await opened(await startServer({ exports: [exported] }), level);
@@ -316,7 +316,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test('a device that answers later and reports only data is asked less and less often, and always again after it reports a hole', async () => {
+    test('a device that reports only data, and late, is asked ever less often, and every time again once it reports a hole', async () => {
       const exported = new TestExport('disk');
       const server = await startServer({ exports: [exported] });
       server.provider.hook = () => Promise.resolve();
@@ -334,7 +334,7 @@ for (const level of LEVELS) {
       exported.disk.fill(0, 0, 8192);
       await asked(32);
       expect(await asked(10)).toBe(10);
-      // One that knows at once is always asked.
+      // A device that answers at once is always asked.
       server.provider.hook = () => undefined;
       exported.disk.fill(1, 0, 8192);
       expect(await asked(10)).toBe(10);
@@ -351,7 +351,7 @@ for (const level of LEVELS) {
     for (const delay of [undefined, Promise.resolve()]) {
       const when = delay === undefined ? 'at once' : 'later';
 
-      test(`a read that fails ${when} is one error chunk with the device's words`, async () => {
+      test(`a read that fails ${when} is one error chunk with the device's message`, async () => {
         const server = await startServer();
         const client = await opened(server, level);
         for (const length of [4, 4096, 100 * KIB, 127 * KIB]) {
@@ -378,7 +378,7 @@ for (const level of LEVELS) {
         }
       });
 
-      test(`an error ${when} whose place is known has it, for every command that has a range`, async () => {
+      test(`an error ${when} at a known offset is sent with the offset, for every command with a range`, async () => {
         const server = await startServer();
         const client = await opened(server, level);
         server.provider.hook = async () => {
@@ -395,7 +395,7 @@ for (const level of LEVELS) {
           const chunk = await client.readChunk();
           expect(chunk.type).toBe(REPLY_TYPE.ERROR_OFFSET);
           expect(errorOf(chunk)).toEqual({ errno: NBD_ERRNO.ENOSPC, message: 'full', rest: uint64(6000) });
-          // Outside of the request it would be a lie.
+          // An offset outside the request would be wrong.
           ask(client, level, { type, offset: 0, length: 4096 }, type === CMD.WRITE ? Buffer.alloc(4096) : undefined);
           expect((await client.readChunk()).type).toBe(REPLY_TYPE.ERROR);
         }
@@ -403,7 +403,7 @@ for (const level of LEVELS) {
         expect((await client.readChunk()).type).toBe(REPLY_TYPE.ERROR);
       });
 
-      test(`a part of a long read that fails ${when} is answered with its offset, and no data of the read is sent`, async () => {
+      test(`if a part of a long read fails ${when}, the error has its offset, and no data of the read are sent`, async () => {
         const server = await startServer({ exports: [sparse([100 * KIB, 100 * KIB], [500 * KIB, 100 * KIB])] });
         const client = await opened(server, level);
         const fail = (): never => {
@@ -430,7 +430,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test("a device's message is cut to 256 bytes between characters, without NUL", async () => {
+    test("a device's message is cut to 256 bytes, between characters and without NUL", async () => {
       const server = await startServer();
       const client = await opened(server, level);
       for (const { message, expected } of [
@@ -447,7 +447,7 @@ for (const level of LEVELS) {
       }
     });
 
-    test('an error that is not a DeviceError is answered without its text', async () => {
+    test('the text of an error that is not a DeviceError is not sent', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       server.provider.hook = () => {
@@ -490,7 +490,7 @@ for (const level of LEVELS) {
         errno: 'EOVERFLOW',
         message: /more than/,
       },
-      { what: 'of a command nobody knows', fields: { type: 0x4e4 }, errno: 'EINVAL', message: /unknown/ },
+      { what: 'of an unknown command', fields: { type: 0x4e4 }, errno: 'EINVAL', message: /unknown/ },
       { what: 'RESIZE', fields: { type: 8, length: 4096 }, errno: 'EINVAL', message: /unknown/ },
       {
         what: 'BLOCK_STATUS without a context',
@@ -499,7 +499,7 @@ for (const level of LEVELS) {
         message: /context/,
       },
     ] as const) {
-      test(`a request ${what} is refused in a chunk that says so`, async () => {
+      test(`a request ${what} is refused in a chunk with the reason`, async () => {
         const client = await opened(await startServer(), level);
         ask(client, level, { ...fields, cookie: 77n });
         const chunk = await client.readChunk();
@@ -511,7 +511,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test('replies of requests that finish in any order keep their chunks apart', async () => {
+    test('chunks of requests that finish in any order are not mixed up', async () => {
       const server = await startServer({ exports: [sparse([256 * KIB, 256 * KIB])] });
       const gates = new Map<string, Gate>();
       server.provider.hook = ({ method, offset }) => {
@@ -532,7 +532,7 @@ for (const level of LEVELS) {
       expect((await client.readChunks()).map(({ cookie }) => cookie)).toEqual([1n, 1n, 1n]);
     });
 
-    test('a connection that vanishes within a long read leaves nothing open', async () => {
+    test('a connection that is lost within a long read leaves no device open', async () => {
       const server = await startServer({ exports: [sparse([256 * KIB, 256 * KIB])] });
       const gate = new Gate();
       server.provider.hook = () => gate.opened;
@@ -544,7 +544,7 @@ for (const level of LEVELS) {
       await server.allOver();
     });
 
-    test('for a client that reads no replies the device gets no more requests than replies may wait', async () => {
+    test('while a client reads no replies, the device gets no more requests than replies may wait', async () => {
       const server = await startServer({ exports: [sparse([256 * KIB, 4096])], limits: { maxUnsentBytes: MIB } });
       const client = await opened(server, level);
       client.socket.pause();
@@ -559,7 +559,7 @@ for (const level of LEVELS) {
       await server.allOver();
     });
 
-    test('a server that shuts down says so in words', async () => {
+    test('a server that shuts down says so in its error message', async () => {
       const server = await startServer();
       const gate = new Gate();
       server.provider.hook = () => gate.opened;
@@ -579,7 +579,7 @@ for (const level of LEVELS) {
 }
 
 describe('extended requests', () => {
-  test('without extended headers the payload flag is unknown, and a write has its payload anyway', async () => {
+  test('without extended headers the payload flag is unknown, and a write has a payload anyway', async () => {
     const client = await opened(await startServer(), 'structured');
     client.request({ type: CMD.WRITE, length: 4, flags: CMD_FLAG.PAYLOAD_LEN, cookie: 1n }, Buffer.from('data'));
     expect(errorOf(await client.readChunk()).errno).toBe(NBD_ERRNO.EINVAL);
@@ -590,7 +590,7 @@ describe('extended requests', () => {
   });
 
   for (const type of [CMD.READ, CMD.FLUSH, CMD.TRIM, CMD.CACHE, CMD.WRITE_ZEROES, CMD.BLOCK_STATUS, 8, 0x1234]) {
-    test(`a payload that command ${type} must not have is drained, and the next request served`, async () => {
+    test(`a payload that command ${type} must not have is drained, and the next request is served`, async () => {
       const server = await startServer();
       const client = await opened(server, 'extended');
       for (const size of [1, 28, 70_000]) {
@@ -628,7 +628,7 @@ describe('extended requests', () => {
     });
   }
 
-  test('an offset that no number holds is repeated as it came', async () => {
+  test('an offset above 2^53 is repeated unchanged', async () => {
     const client = await opened(await startServer(), 'extended');
     client.extendedRequest({ type: CMD.READ, offset: 2n ** 64n - 3n, length: 2n ** 64n - 1n, cookie: 2n ** 64n - 5n });
     expect(await client.readChunk()).toMatchObject({
@@ -655,7 +655,7 @@ describe('extended requests', () => {
     expect((await client.readChunk()).type).toBe(REPLY_TYPE.NONE);
   });
 
-  test('requests arriving byte by byte, payloads too, are understood', async () => {
+  test('requests and payloads that arrive byte by byte are understood', async () => {
     const client = await opened(await startServer(), 'extended');
     const bytes = Buffer.concat([
       extendedRequestBytes({ type: CMD.WRITE, flags: CMD_FLAG.PAYLOAD_LEN, offset: 4, length: 6, cookie: 1n }),

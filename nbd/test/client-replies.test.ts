@@ -1,4 +1,4 @@
-/** The client with each kind of replies: against our server, and against servers that violate the protocol. */
+/** The client with each kind of replies, against this library's server and against servers that violate the protocol. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -64,8 +64,8 @@ function optionReply(option: number, type: number, data: Buffer = Buffer.alloc(0
 }
 
 /**
- * A server that knows the level asked for and the one context, selects it under `id`, and lets the client in; then it
- * does what `behave` says. `refused` options are answered UNSUP.
+ * A server that supports the requested level and one context, selected with `id`. After the handshake it does what
+ * `behave` says. `refused` options are answered UNSUP.
  */
 async function fakeServer(
   behave: (peer: RawClient) => Promise<void>,
@@ -114,7 +114,7 @@ describe('negotiation', () => {
     { refused: [OPT.EXTENDED_HEADERS], expected: 'structured' },
     { refused: [OPT.EXTENDED_HEADERS, OPT.STRUCTURED_REPLY], expected: 'simple' },
   ]) {
-    test(`of a server that refuses options ${JSON.stringify(refused)} it gets ${expected} replies`, async () => {
+    test(`a client of a server that refuses options ${JSON.stringify(refused)} has ${expected} replies`, async () => {
       const path = await fakeServer(() => Promise.resolve(), { refused });
       const client = await NbdClient.connect({ path });
       expect(client.replyLevel).toBeUndefined();
@@ -126,7 +126,7 @@ describe('negotiation', () => {
   }
 
   for (const replies of LEVELS) {
-    test(`told to use ${replies} replies it does`, async () => {
+    test(`a client that must use ${replies} replies does so`, async () => {
       const client = await opened(await startServer(), replies);
       expect(client.replyLevel).toBe(replies);
       expect(await client.read(4, 4)).toEqual(uint32(5));
@@ -134,7 +134,7 @@ describe('negotiation', () => {
   }
 
   for (const replies of ['structured', 'extended'] as const) {
-    test(`told to use ${replies} replies with a server that has none, it fails`, async () => {
+    test(`a client that must use ${replies} replies fails if the server does not support them`, async () => {
       const path = await fakeServer(() => Promise.resolve(), { refused: [OPT.EXTENDED_HEADERS, OPT.STRUCTURED_REPLY] });
       const client = await NbdClient.connect({ path, replies });
       expect((await failureOf(client.go('disk'))).code).toBe('UNSUPPORTED');
@@ -142,7 +142,7 @@ describe('negotiation', () => {
     });
   }
 
-  test('contexts are listed, by query too, and selected; those that are not there are left out', async () => {
+  test('contexts are listed, all or by query, and selected; unknown contexts are left out', async () => {
     const server = await startServer({
       exports: [new TestExport('disk', { contexts: [ALLOCATION_CONTEXT, CHANGED] })],
     });
@@ -156,7 +156,7 @@ describe('negotiation', () => {
     client.destroy();
   });
 
-  test('a server that never ends the answer to an option is not listened to for ever', async () => {
+  test('an answer to an option that never ends fails', async () => {
     const path = join(await temporaryDirectory(), 'fake.sock');
     const listener = net.createServer((socket) => {
       socket.on('error', () => undefined);
@@ -193,7 +193,7 @@ for (const level of LEVELS) {
       await server.allOver();
     });
 
-    test('reads with holes are put together, and the holes told', async () => {
+    test('reads with holes are assembled, and the holes are reported', async () => {
       const exported = new TestExport('disk');
       exported.disk.fill(0, 100 * KIB, 300 * KIB);
       exported.disk.fill(0, 900 * KIB, MIB);
@@ -209,7 +209,7 @@ for (const level of LEVELS) {
       expect(holes).toEqual(level === 'simple' ? [] : expected);
     });
 
-    test('a read with DF is one piece where there are pieces at all', async () => {
+    test('a read with DF is a single chunk at levels with chunks', async () => {
       const exported = new TestExport('disk');
       exported.disk.fill(0, 100 * KIB, 300 * KIB);
       const server = await startServer({ exports: [exported] });
@@ -223,7 +223,7 @@ for (const level of LEVELS) {
       client.destroy();
     });
 
-    test("an error has the server's words where there are any, and the connection lives", async () => {
+    test("an error has the server's message, if any, and the connection continues", async () => {
       const server = await startServer();
       const client = await opened(server, level);
       server.provider.hook = () => {
@@ -262,7 +262,7 @@ for (const level of LEVELS) {
       });
     });
 
-    test('zeros and trims of more than 4 GiB are done, in one request or in several', async () => {
+    test('zeroes and trims of more than 4 GiB are done, in one request or in several', async () => {
       const huge = new TestExport('disk', { size: 0 });
       const server = await startServer({
         exports: [Object.assign(huge, { geometry: { ...huge.geometry, size: 2 ** 50 } })],
@@ -280,7 +280,7 @@ for (const level of LEVELS) {
       expect(server.provider.calls.length === 2).toBe(level === 'extended');
     });
 
-    test('a request of more than the largest payload is refused without a request to the server', async () => {
+    test('a request above the largest payload fails without a request to the server', async () => {
       const server = await startServer();
       const client = await opened(server, level);
       expect((await failureOf(client.write(0, Buffer.alloc(MAX_PAYLOAD + 1)))).code).toBe('EINVAL');
@@ -310,7 +310,7 @@ for (const level of LEVELS) {
       expect(failure.message).toContain('beyond the end');
     });
 
-    test('of several contexts each is answered with its own flags', async () => {
+    test('the extents of several contexts each have their own flags', async () => {
       if (level === 'simple') return;
       const exported = new TestExport('disk', { contexts: [ALLOCATION_CONTEXT, CHANGED] });
       exported.extents = (context, offset, length, sink) => void sink(offset, length, context === CHANGED ? 5 : 3);
@@ -318,13 +318,13 @@ for (const level of LEVELS) {
       const client = await opened(server, level, [ALLOCATION_CONTEXT, CHANGED]);
       expect(await client.blockStatus(CHANGED, 0, 4096)).toEqual([{ offset: 0, length: 4096, flags: 5 }]);
       expect(await client.blockStatus(ALLOCATION_CONTEXT, 0, 4096)).toEqual([{ offset: 0, length: 4096, flags: 3 }]);
-      // With extended headers the client asks for the one context only.
+      // With extended headers the client requests one context only.
       expect(server.provider.calls).toHaveLength(level === 'extended' ? 2 : 4);
     });
   });
 }
 
-describe('servers that send what they must not', () => {
+describe('servers that violate the protocol', () => {
   const DONE = 1;
 
   interface Header {
@@ -368,7 +368,7 @@ describe('servers that send what they must not', () => {
           ...extents.flatMap(([length, flags]) => [uint64(length), uint64(flags)]),
         ]);
 
-  /** A client of a server that answers one request with `answer`. */
+  /** A client whose server answers one request with `answer`. */
   async function answered(
     level: Header['level'],
     answer: (header: Header) => Buffer | readonly Buffer[],
@@ -376,7 +376,7 @@ describe('servers that send what they must not', () => {
     const path = await fakeServer(async (peer) => {
       const size = level === 'extended' ? EXTENDED_REQUEST_SIZE : REQUEST_HEADER_SIZE;
       const bytes = answer({ level, request: await peer.read(size) });
-      // In the worst pieces: byte by byte would take long for the larger ones.
+      // In the worst pieces that are fast enough: byte by byte would take too long for larger answers.
       const all = Buffer.isBuffer(bytes) ? bytes : Buffer.concat(bytes);
       peer.send(all.subarray(0, 17));
       await new Promise((resolve) => setImmediate(resolve));
@@ -390,19 +390,19 @@ describe('servers that send what they must not', () => {
 
   for (const level of ['structured', 'extended'] as const) {
     const badReads: { what: string; answer: (header: Header) => Buffer | Buffer[]; df?: boolean }[] = [
-      { what: 'less data than asked for', answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4096, 4000)) },
+      { what: 'less data than requested', answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4096, 4000)) },
       { what: 'no data at all', answer: (h) => chunk(h, DONE, REPLY_TYPE.NONE) },
       {
-        what: 'data before what was asked for',
+        what: 'data before the requested range',
         answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4095, 4096)),
       },
       {
-        what: 'data behind what was asked for',
+        what: 'data behind the requested range',
         answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4097, 4096)),
       },
-      { what: 'more data than asked for', answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4096, 4097)) },
+      { what: 'more data than requested', answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4096, 4097)) },
       {
-        what: 'data at an offset beyond numbers',
+        what: 'data at an offset above 2^53',
         answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, Buffer.alloc(16, 0xff)),
       },
       { what: 'a data chunk without data', answer: (h) => chunk(h, DONE, REPLY_TYPE.OFFSET_DATA, data(4096, 0)) },
@@ -438,7 +438,7 @@ describe('servers that send what they must not', () => {
         what: 'a block status',
         answer: (h) => chunk(h, DONE, level === 'structured' ? 5 : 6, status(level, [[4096, 0]])),
       },
-      { what: 'an error that is none', answer: (h) => chunk(h, DONE, REPLY_TYPE.ERROR, error(0, 'fine')) },
+      { what: 'an error chunk with error number 0', answer: (h) => chunk(h, DONE, REPLY_TYPE.ERROR, error(0, 'fine')) },
       { what: 'an error of 5 bytes', answer: (h) => chunk(h, DONE, REPLY_TYPE.ERROR, Buffer.alloc(5, 1)) },
       {
         what: 'an error shorter than its message',
@@ -457,7 +457,7 @@ describe('servers that send what they must not', () => {
         answer: (h) => chunk(h, DONE, REPLY_TYPE.ERROR_OFFSET, error(5, '', uint64(8192))),
       },
       {
-        what: 'two pieces where DF was asked for',
+        what: 'two chunks for a read with DF',
         df: true,
         answer: (h) => [
           chunk(h, 0, REPLY_TYPE.OFFSET_DATA, data(4096, 512)),
@@ -479,12 +479,12 @@ describe('servers that send what they must not', () => {
           ),
       },
       {
-        what: 'pieces without end',
+        what: 'endless chunks',
         answer: (h) =>
           Array.from({ length: 9000 }, (_, i) => chunk(h, 0, REPLY_TYPE.OFFSET_DATA, data(4096 + (i % 2048) * 2, 1))),
       },
       {
-        what: 'a cookie nobody has',
+        what: 'an unknown cookie',
         answer: (h) => chunk({ ...h, request: Buffer.alloc(28, 0x55) }, DONE, REPLY_TYPE.NONE),
       },
     ];
@@ -507,21 +507,21 @@ describe('servers that send what they must not', () => {
         ],
       },
       {
-        what: 'an extent behind what was asked',
+        what: 'an extent behind the requested range',
         extents: [
           [4096, 0],
           [512, 1],
         ],
       },
       {
-        what: 'two extents where one was asked for',
+        what: 'two extents for REQ_ONE',
         extents: [
           [512, 0],
           [512, 1],
         ],
         one: true,
       },
-      { what: 'a longer extent than asked for with REQ_ONE', extents: [[8192, 0]], one: true },
+      { what: 'an extent longer than the requested range with REQ_ONE', extents: [[8192, 0]], one: true },
     ] as { what: string; extents: [number, number][]; one?: boolean }[]) {
       test(`${what} (${level}) in answer to a block status fails with PROTOCOL`, async () => {
         const type = level === 'structured' ? REPLY_TYPE.BLOCK_STATUS : REPLY_TYPE.BLOCK_STATUS_EXT;
@@ -533,7 +533,7 @@ describe('servers that send what they must not', () => {
 
     for (const { what, answer } of [
       {
-        what: 'a context nobody selected',
+        what: 'a context that was not selected',
         answer: (h: Header, type: number) => chunk(h, DONE, type, status(level, [[512, 0]], 8)),
       },
       {
@@ -562,7 +562,7 @@ describe('servers that send what they must not', () => {
       });
     }
 
-    test(`chunks in any order, holes among them, with unknown flags, make a read (${level})`, async () => {
+    test(`data and hole chunks in any order, with unknown flags, are assembled to a read (${level})`, async () => {
       const client = await answered(level, (h) => [
         chunk(h, 0x80, REPLY_TYPE.OFFSET_DATA, data(8000, 192)),
         chunk(h, 0, REPLY_TYPE.OFFSET_HOLE, hole(4096, 904)),
@@ -574,7 +574,7 @@ describe('servers that send what they must not', () => {
       expect((await client.read(4096, 4096)).equals(expected)).toBe(true);
     });
 
-    test(`the first of several errors tells, also one of an unknown kind, and the connection lives (${level})`, async () => {
+    test(`the first of several errors counts, also one of an unknown kind, and the connection continues (${level})`, async () => {
       const client = await answered(level, (h) => [
         chunk(h, 0, REPLY_TYPE.OFFSET_DATA, data(4096, 1000)),
         chunk(h, 0, 0x8765, error(28, 'something new', Buffer.alloc(100))),
@@ -589,7 +589,7 @@ describe('servers that send what they must not', () => {
       expect((await failureOf(next)).code).toBe('CLOSED');
     });
 
-    test(`the last extent may reach beyond the requested range, and is cut (${level})`, async () => {
+    test(`an extent that reaches beyond the requested range is cut (${level})`, async () => {
       const type = level === 'structured' ? REPLY_TYPE.BLOCK_STATUS : REPLY_TYPE.BLOCK_STATUS_EXT;
       const client = await answered(level, (h) =>
         chunk(
@@ -631,7 +631,7 @@ describe('servers that send what they must not', () => {
     expect((await failureOf(client.read(4096, 4096))).code).toBe('PROTOCOL');
   });
 
-  test('flags that no number holds (extended) fail the request, not the connection', async () => {
+  test('flags above 2^53 (extended) fail the request, not the connection', async () => {
     const client = await answered('extended', (h) => {
       const payload = status('extended', [[512, 0]]).fill(0xff, 16);
       return chunk(h, DONE, REPLY_TYPE.BLOCK_STATUS_EXT, payload);
@@ -649,7 +649,7 @@ describe('servers that send what they must not', () => {
     }
   });
 
-  test('one of several contexts is asked for alone, with a payload, of a server that announced it', async () => {
+  test('one of several contexts is requested alone, with a payload, if the server announced that', async () => {
     const exported = new TestExport('disk', { contexts: [ALLOCATION_CONTEXT, CHANGED] });
     const server = await startServer({ exports: [exported] });
     for (const level of ['structured', 'extended'] as const) {

@@ -1,4 +1,4 @@
-/** The library's small client against its server, and against servers that misbehave. */
+/** The library's client against its server, and against servers that misbehave. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -51,7 +51,7 @@ function optionReply(option: number, type: number, data: Buffer = Buffer.alloc(0
   ]);
 }
 
-/** A server that does what `behave` says, over a unix socket. */
+/** A server on a unix socket that does what `behave` says. */
 async function fakeServer(behave: (peer: RawClient) => Promise<void>): Promise<string> {
   const path = join(await temporaryDirectory(), 'fake.sock');
   const failures: unknown[] = [];
@@ -69,7 +69,7 @@ async function fakeServer(behave: (peer: RawClient) => Promise<void>): Promise<s
   return path;
 }
 
-/** Answer UNSUP to every option until `wanted` comes. */
+/** Answers UNSUP to every option until `wanted`. */
 async function refuseUpTo(peer: RawClient, wanted: number): Promise<void> {
   for (;;) {
     const header = await peer.read(OPTION_HEADER_SIZE);
@@ -80,7 +80,7 @@ async function refuseUpTo(peer: RawClient, wanted: number): Promise<void> {
   }
 }
 
-/** A fake server's part up to the transmission phase: an export of 1 MiB whose flags are only HAS_FLAGS. */
+/** The server's side of the handshake: an export of 1 MiB with the flag HAS_FLAGS only. */
 async function letIn(peer: RawClient): Promise<void> {
   peer.send(GREETING);
   await peer.read(4);
@@ -91,7 +91,7 @@ async function letIn(peer: RawClient): Promise<void> {
 }
 
 describe('options', () => {
-  test('list() gives the exports with their descriptions', async () => {
+  test('list() returns the exports with their descriptions', async () => {
     const exports = [new TestExport('disk', {}, 'the first'), new TestExport('größe ☃', {}, '')];
     const client = await connected((await startServer({ exports })).path);
     expect(await client.list()).toEqual([
@@ -122,7 +122,7 @@ describe('options', () => {
     ...{ readOnly: true, rotational: true, canFua: false, minimumBlockSize: 512, preferredBlockSize: 65536 },
   });
 
-  test('info() tells everything of an export without opening it, go() tells the same', async () => {
+  test('info() returns all properties of an export without opening it, and go() the same', async () => {
     const { path, provider } = await startServer({ exports: [described] });
     const client = await connected(path);
     expect(await client.info('disk')).toEqual(details);
@@ -148,7 +148,7 @@ describe('options', () => {
     { code: 'SHUTDOWN', expected: 'ESHUTDOWN' },
     { code: 'FAILED', expected: 'UNKNOWN_EXPORT' },
   ] as const) {
-    test(`a provider's ${code} arrives as ${expected} with the server's words`, async () => {
+    test(`a provider's ${code} arrives as ${expected} with the server's message`, async () => {
       const { path, provider } = await startServer();
       provider.openHook = () => {
         throw new ExportError(code, 'come back tomorrow');
@@ -158,13 +158,13 @@ describe('options', () => {
     });
   }
 
-  test('options after go() are refused without a message to the server', async () => {
+  test('options after go() fail without a message to the server', async () => {
     const client = await (await startServer()).client();
     expect((await failureOf(client.list())).code).toBe('CLOSED');
   });
 
   for (const noZeroes of [true, false]) {
-    test(`go() asks by EXPORT_NAME a server that has no GO and ${noZeroes ? 'omits' : 'sends'} the zeros`, async () => {
+    test(`go() uses EXPORT_NAME with a server that has no GO and ${noZeroes ? 'omits' : 'sends'} the zeros`, async () => {
       const path = await fakeServer(async (peer) => {
         peer.send(Buffer.from('NBDMAGICIHAVEOPT'), uint16(noZeroes ? 3 : 1));
         expect((await peer.read(4)).readUInt32BE(0)).toBe(noZeroes ? 3 : 1);
@@ -217,7 +217,7 @@ describe('requests', () => {
     ]);
   });
 
-  test('requests of no length succeed', async () => {
+  test('requests of length 0 succeed', async () => {
     const client = await (await startServer()).client();
     expect(await client.read(17, 0)).toHaveLength(0);
     await client.write(17, Buffer.alloc(0));
@@ -225,7 +225,7 @@ describe('requests', () => {
     await client.trim(17, 0);
   });
 
-  test('32 MiB go both ways', async () => {
+  test('32 MiB are written and read in one request each', async () => {
     const { client: open } = await startServer({ exports: [new TestExport('disk', { size: 2 * MAX_PAYLOAD })] });
     const client = await open();
     const data = Buffer.alloc(MAX_PAYLOAD, 'all work and no play');
@@ -234,7 +234,7 @@ describe('requests', () => {
   });
 
   for (const code of Object.keys(NBD_ERRNO) as DeviceErrorCode[]) {
-    test(`a device's ${code} arrives as ${code}, and the connection goes on`, async () => {
+    test(`a device's ${code} arrives as ${code}, and the connection continues`, async () => {
       const { client: open, provider } = await startServer();
       const client = await open();
       provider.hook = () => {
@@ -270,7 +270,7 @@ describe('requests', () => {
     { offset: 0, length: -1 },
     { offset: 0, length: 2 ** 53 },
   ]) {
-    test(`a trim of ${length} bytes at ${offset} is no range and is not sent`, async () => {
+    test(`a trim of ${length} bytes at ${offset} is an invalid range and is not sent`, async () => {
       const { client: open, requests } = await startServer();
       const client = await open();
       expect((await failureOf(client.trim(offset, length))).code).toBe('EINVAL');
@@ -279,7 +279,7 @@ describe('requests', () => {
     });
   }
 
-  test('requests before go() are refused', async () => {
+  test('requests before go() fail', async () => {
     const client = await connected((await startServer()).path);
     expect((await failureOf(client.read(0, 4))).code).toBe('CLOSED');
     expect((await failureOf(client.flush())).code).toBe('CLOSED');
@@ -294,7 +294,7 @@ describe('requests', () => {
     expect(words.map((data) => data.readUInt32BE(0))).toEqual(offsets.map((offset) => offset + 1));
   });
 
-  test('answers out of order find their requests', async () => {
+  test('answers out of order reach their requests', async () => {
     const { client: open, provider } = await startServer();
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 0 ? gate.opened : undefined);
@@ -306,7 +306,7 @@ describe('requests', () => {
   });
 });
 
-describe('ends', () => {
+describe('the end of a connection', () => {
   test('disconnect() before go() ends the handshake', async () => {
     const { path, allOver, closes } = await startServer();
     const client = await connected(path);
@@ -315,7 +315,7 @@ describe('ends', () => {
     expect(closes[0]?.reason).toBe('the client aborted the handshake');
   });
 
-  test('disconnect() after go() waits for the answers of requests in flight', async () => {
+  test('disconnect() after go() waits for the replies to requests in flight', async () => {
     const { client: open, provider, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -332,7 +332,7 @@ describe('ends', () => {
     await client.disconnect();
   });
 
-  test('a server that vanishes fails every request that was not answered, and every later one', async () => {
+  test('a lost server fails every unanswered request, and every later one', async () => {
     const { client: open, provider, server } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -346,7 +346,7 @@ describe('ends', () => {
     gate.open();
   });
 
-  test('a server that vanishes within the data of a read fails that read', async () => {
+  test('a server lost within the data of a read fails that read', async () => {
     const path = await fakeServer(async (peer) => {
       await letIn(peer);
       const read = await peer.read(REQUEST_HEADER_SIZE);
@@ -371,7 +371,7 @@ describe('ends', () => {
     await allOver();
   });
 
-  test('a server that shuts down answers ESHUTDOWN to requests it no longer takes', async () => {
+  test('a server that shuts down answers later requests with ESHUTDOWN', async () => {
     const { client: open, provider, server } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -392,7 +392,7 @@ describe('ends', () => {
     expect(failure.message).toContain(path);
   });
 
-  test('go() to an export that a server without GO does not have fails when it hangs up', async () => {
+  test('go() to a missing export of a server without GO fails when the server closes the connection', async () => {
     const path = await fakeServer(async (peer) => {
       peer.send(GREETING);
       await peer.read(4);
@@ -423,7 +423,7 @@ describe('servers that do not speak NBD', () => {
     });
   }
 
-  test('connect() to a server that closes within its greeting fails with CLOSED', async () => {
+  test('connect() to a server that closes the connection within its greeting fails with CLOSED', async () => {
     const path = await fakeServer((peer) => {
       peer.send(GREETING.subarray(0, 10));
       peer.halfClose();
@@ -438,7 +438,7 @@ describe('servers that do not speak NBD', () => {
     { what: 'a reply of 4 GiB', answer: optionReply(OPT.LIST, REP.SERVER).fill(0xff, 16) },
     { what: 'an entry that ends within its length', answer: optionReply(OPT.LIST, REP.SERVER, Buffer.alloc(3)) },
     { what: 'an entry shorter than its name', answer: optionReply(OPT.LIST, REP.SERVER, uint32(1)) },
-    { what: 'a name that is no text', answer: optionReply(OPT.LIST, REP.SERVER, Buffer.from('00000001ff', 'hex')) },
+    { what: 'a name that is not UTF-8', answer: optionReply(OPT.LIST, REP.SERVER, Buffer.from('00000001ff', 'hex')) },
   ]) {
     test(`${what} in answer to list() fails with PROTOCOL`, async () => {
       const path = await fakeServer(async (peer) => {
@@ -453,7 +453,7 @@ describe('servers that do not speak NBD', () => {
   for (const { what, reply } of [
     { what: 'with a wrong magic', reply: (cookie: Buffer): Buffer => Buffer.concat([uint32(1), uint32(0), cookie]) },
     {
-      what: 'to nothing that was asked',
+      what: 'to no request',
       reply: (): Buffer => Buffer.concat([uint32(SIMPLE_REPLY_MAGIC), uint32(0), Buffer.alloc(8, 0x77)]),
     },
   ]) {
@@ -470,7 +470,7 @@ describe('servers that do not speak NBD', () => {
     });
   }
 
-  test('an error number nobody knows is taken for EINVAL', async () => {
+  test('an unknown error number counts as EINVAL', async () => {
     const path = await fakeServer(async (peer) => {
       await letIn(peer);
       const read = await peer.read(REQUEST_HEADER_SIZE);
@@ -493,7 +493,7 @@ describe('sockets that the program connected', () => {
     await client.disconnect();
   });
 
-  test('a greeting that was already read, on a socket paused since, is taken from head', async () => {
+  test('a greeting that was already read from a socket, paused since, is taken from `head`', async () => {
     const { path } = await startServer();
     const socket = net.connect({ path });
     onTestFinished(() => void socket.destroy());

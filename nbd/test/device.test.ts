@@ -1,4 +1,4 @@
-/** What a device must have, what it may leave out, and what is announced for it. */
+/** The required and optional methods of a device, and the transmission flags that follow from them. */
 
 import { join } from 'node:path';
 import { expect, onTestFinished, test } from 'vitest';
@@ -7,7 +7,7 @@ import { temporaryDirectory } from './test-server.js';
 
 const SIZE = 1024 * 1024;
 
-/** The four methods, and nothing else. */
+/** A device with the four required methods only. */
 function memory(geometry: Partial<DeviceGeometry> = {}): BlockDevice {
   const disk = Buffer.alloc(SIZE);
   return {
@@ -62,14 +62,14 @@ test('a device with a size and four methods is a writable disk that can flush', 
   }
 });
 
-test('a long read of a device without extents is read as a whole', async () => {
+test('a long read from a device without extents is one read', async () => {
   const { client } = await connect(memory());
   await client.go('disk');
   await client.write(0, Buffer.alloc(SIZE, 7));
   expect((await client.read(0, SIZE)).equals(Buffer.alloc(SIZE, 7))).toBe(true);
 });
 
-test('the preferred block size is not below the minimum of the device', async () => {
+test('the preferred block size is at least the minimum block size of the device', async () => {
   const { client } = await connect(memory({ minimumBlockSize: 8192 }));
   expect(await client.go('disk')).toMatchObject({ minimumBlockSize: 8192, preferredBlockSize: 8192 });
 });

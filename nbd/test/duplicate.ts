@@ -5,7 +5,7 @@ import koffi from 'koffi';
 
 const dup = koffi.load('libc.so.6').func('int dup(int fd)') as (fd: number) => number;
 
-/** The number of a descriptor of this process for the connection of `socket`. It is the caller's. */
+/** A new descriptor of this process for the connection of `socket`. The caller owns it. */
 export function duplicate(socket: net.Socket): number {
   const { _handle: handle } = socket as unknown as { _handle: { fd: number } | null };
   const fd = handle === null ? -1 : dup(handle.fd);

@@ -1,4 +1,4 @@
-/** The example a user meets first: it runs as it is, and the README shows it as it is. */
+/** The first example of the README runs unchanged, and the README shows its exact text. */
 
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -11,7 +11,7 @@ import { temporaryDirectory } from './test-server.js';
 const EXAMPLE = fileURLToPath(new URL('../examples/ram-disk.mjs', import.meta.url));
 const README = fileURLToPath(new URL('../README.md', import.meta.url));
 
-test('the RAM disk keeps what is written and ends when told to', async () => {
+test('the RAM disk keeps written data, and ends on a signal', async () => {
   const path = join(await temporaryDirectory(), 'ram.sock');
   const child = spawn(process.execPath, [EXAMPLE, path, '2'], { stdio: ['ignore', 'pipe', 'inherit'] });
   onTestFinished(() => void child.kill('SIGKILL'));
@@ -30,7 +30,7 @@ test('the RAM disk keeps what is written and ends when told to', async () => {
   expect(await ended).toBe(0);
 });
 
-test('the README shows the example as it is', () => {
+test('the README shows the exact text of the example', () => {
   const shown = /```js\n([^]*?)```/.exec(fs.readFileSync(README, 'utf8'))?.[1];
   expect(shown).toBe(fs.readFileSync(EXAMPLE, 'utf8'));
 });

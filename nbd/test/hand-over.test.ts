@@ -1,4 +1,4 @@
-/** A connection in the transmission phase is handed over to another server, in this process or another one, and continues. */
+/** A connection in the transmission phase is handed over to another server, in this process or in another, and continues. */
 
 import { fork } from 'node:child_process';
 import type net from 'node:net';
@@ -21,7 +21,7 @@ interface NextServer {
   readonly closes: string[];
 }
 
-/** A server that listens nowhere, by default with the export that `startServer` has by default. */
+/** A server without a listener; its default export is that of `startServer`. */
 function nextServer(exported = new TestExport('disk')): NextServer {
   const provider = new TestProvider([exported]);
   const closes: string[] = [];
@@ -32,11 +32,11 @@ function nextServer(exported = new TestExport('disk')): NextServer {
 
 const onlyId = (server: NbdServer): number => [...server.connections.keys()][0] ?? NaN;
 
-/** Of payloads and replies, by the only connection. */
+/** Bytes of payloads and replies that the only connection holds. */
 const movedBytes = (server: NbdServer): number =>
   (server.connections.get(onlyId(server)) as unknown as { movedBytes: number }).movedBytes;
 
-/** Give the only connection of `from` to `to`, by a duplicated descriptor. */
+/** Hands the only connection of `from` over to `to`, by a duplicated descriptor. */
 async function handOver(from: NbdServer, to: NbdServer): Promise<NegotiatedState> {
   const taken = await from.handOver(onlyId(from), (socket, state) => ({ socket: duplicateSocket(socket), state }));
   expect(to.continueConnection(taken.socket, structuredClone(taken.state))).toBeTypeOf('number');
@@ -46,8 +46,8 @@ async function handOver(from: NbdServer, to: NbdServer): Promise<NegotiatedState
 const callsOf = (provider: TestProvider, method: DeviceCall['method']): number[] =>
   provider.calls.filter((call) => call.method === method).map(({ offset }) => offset);
 
-describe('in one process', () => {
-  test('requests in flight are answered, those that were received and not begun are carried out by the next server', async () => {
+describe('a hand-over in one process', () => {
+  test('answers requests in flight, and leaves requests that were received but not begun to the next server', async () => {
     const { opened, server, provider, allOver } = await startServer({ limits: { maxInFlightRequests: 1 } });
     const next = nextServer();
     const client = await opened();
@@ -58,7 +58,7 @@ describe('in one process', () => {
       client.request({ type: CMD.WRITE, cookie: BigInt(n), offset: n * 512, length: 512 }, data);
     }
     client.request({ type: CMD.READ, cookie: 10n, length: 5120 });
-    // The header of a further one, and the rest of it later.
+    // The header of one more write; its payload is sent later.
     const last = requestBytes({ type: CMD.FLUSH, cookie: 11n });
     client.send(last.subarray(0, 9));
     await until(() => provider.calls.length === 1, 'the first has begun');
@@ -84,7 +84,7 @@ describe('in one process', () => {
   });
 
   test.each(['simple', 'extended'] as const)(
-    'a write of which half was received is carried out once, by the next server (%s replies)',
+    'lets the next server carry out a half-received write, once (%s replies)',
     async (level) => {
       const { raw, server, provider } = await startServer();
       const next = nextServer();
@@ -99,7 +99,7 @@ describe('in one process', () => {
       const refuse = (): never => {
         throw no;
       };
-      // Not given away after all, in the middle of it: the rest belongs to what is here.
+      // The hand-over is given up in the middle of the write: the rest belongs to this server.
       await expect(server.handOver(onlyId(server), refuse)).rejects.toBe(no);
       client.send(data.subarray(300_000, 400_000));
       await until(() => movedBytes(server) >= 400_000, 'more of it is here');
@@ -118,7 +118,7 @@ describe('in one process', () => {
     },
   );
 
-  test('the payload of a refused write is skipped by the next server as well, and the write is refused once', async () => {
+  test('during a refused write lets the next server skip the rest of its payload, and refuses the write once', async () => {
     const { opened, server } = await startServer();
     const next = nextServer();
     const client = await opened();
@@ -131,7 +131,7 @@ describe('in one process', () => {
     expect(await client.readReply()).toMatchObject({ errno: 0, cookie: 2n });
   });
 
-  test('replies that the client has not taken reach it once, whole and in order, over two servers', async () => {
+  test('delivers unread replies once, whole and in order, from two servers', async () => {
     const { opened, server } = await startServer();
     const second = nextServer();
     const third = nextServer();
@@ -151,7 +151,7 @@ describe('in one process', () => {
     }
   });
 
-  test('a request that waits for memory waits on where it is if it is not taken, and is done by the next server if it is', async () => {
+  test('moves a request that waits for memory to the next server; without it the request waits where it is', async () => {
     const large = new TestExport('disk', { size: 32 * MIB });
     const { opened, server, provider } = await startServer({
       exports: [large],
@@ -184,7 +184,7 @@ describe('in one process', () => {
     expect(provider.calls).toHaveLength(2);
   });
 
-  test('a client with contexts and structured replies notices nothing', async () => {
+  test('is invisible to a client with contexts and structured replies', async () => {
     const { raw, server } = await startServer();
     const next = nextServer();
     const client = await raw();
@@ -196,7 +196,7 @@ describe('in one process', () => {
     expect((await client.readChunk()).payload.subarray(8)).toEqual(Buffer.from([0, 0, 0, 5]));
   });
 
-  test('a connection that goes back and forth under load loses no request and does none twice', async () => {
+  test('back and forth under load loses no request and repeats none', async () => {
     const random = new Random(18);
     const exported = new TestExport('disk');
     const first = await startServer({ exports: [exported], limits: { maxInFlightRequests: 8 } });
@@ -214,7 +214,7 @@ describe('in one process', () => {
     const COUNT = 600;
     const lengths: number[] = [];
     const sent = Array.from({ length: COUNT }, (_, n) => {
-      // Writes do not overlap: they may be carried out in any order.
+      // The writes do not overlap, as they may be carried out in any order.
       const at = Math.floor((n * DISK_SIZE) / COUNT);
       const length = random.oneIn(5) ? 1500 : 1 + random.below(64);
       const isWrite = random.oneIn(2);
@@ -254,7 +254,7 @@ describe('in one process', () => {
   });
 });
 
-test('in another process a client goes on, with requests that were received and not begun', async () => {
+test('a hand-over to another process carries out requests that were received but not begun there', async () => {
   const { opened, server, provider } = await startServer({ limits: { maxInFlightRequests: 1 } });
   const child = fork(fileURLToPath(new URL('next-server.mjs', import.meta.url)), { serialization: 'advanced' });
   onTestFinished(() => void child.kill('SIGKILL'));
@@ -267,7 +267,7 @@ test('in another process a client goes on, with requests that were received and 
   client.request({ type: CMD.WRITE, cookie: 2n, offset: 8, length: 4 }, Buffer.from('kept'));
   await until(() => provider.calls.length === 1, 'the first has begun');
   const given = server.handOver(onlyId(server), (socket, state) => {
-    // As nothing is unsent the socket itself can go.
+    // No bytes are unsent, so the socket itself can be sent.
     expect(state.unsent.length).toBe(0);
     child.send({ state }, socket);
   });
@@ -283,7 +283,7 @@ test('in another process a client goes on, with requests that were received and 
   expect(messages).toEqual([{ closed: 'the client disconnected' }]);
 });
 
-describe('not handed over', () => {
+describe('a hand-over that is refused or given up', () => {
   const take = (socket: net.Socket): never => expect.unreachable(`${socket.remoteAddress} was taken`);
   const codeOf = (server: TestServer['server'], id = onlyId(server)): Promise<unknown> =>
     server.handOver(id, take).then(
@@ -291,7 +291,7 @@ describe('not handed over', () => {
       (error: unknown) => (error as { code: unknown }).code,
     );
 
-  test('is what is in the handshake, is ending, is no socket, or is not there', async () => {
+  test('is refused for a connection that is in the handshake, ending, without a socket, or unknown', async () => {
     const { raw, opened, server, provider } = await startServer();
     expect(await codeOf(server, 99)).toBe('ENDING');
     const early = await raw();
@@ -315,7 +315,7 @@ describe('not handed over', () => {
     gate.open();
   });
 
-  test('a connection whose giving is given up goes on, with everything that came meanwhile', async () => {
+  test('leaves the connection open, with all input that arrived meanwhile', async () => {
     const { opened, server, provider, allOver } = await startServer();
     const client = await opened();
     const gate = new Gate();
@@ -331,7 +331,7 @@ describe('not handed over', () => {
     provider.hook = () => undefined;
     expect(await client.readReply()).toMatchObject({ cookie: 1n });
     expect(await client.readReply()).toMatchObject({ cookie: 2n });
-    // And one that nobody wanted after all.
+    // The same for a connection that no server took.
     const refusal = new Error('no');
     const refuse = (): never => {
       throw refusal;
@@ -343,7 +343,7 @@ describe('not handed over', () => {
     await allOver();
   });
 
-  test('a connection that is shut down while it stands still ends in order', async () => {
+  test('may end in a shutdown of the paused connection, which is in order', async () => {
     const { opened, server, provider } = await startServer();
     const client = await opened();
     const gate = new Gate();
@@ -351,7 +351,7 @@ describe('not handed over', () => {
     client.request({ type: CMD.FLUSH, cookie: 1n });
     await until(() => provider.calls.length === 1, 'it has begun');
     const given = codeOf(server);
-    // It stands still in the next turn of the loop, and what comes then waits.
+    // It pauses in the next turn of the loop; input after that waits.
     for (let turn = 0; turn < 2; turn++) await new Promise((resolve) => setImmediate(resolve));
     client.request({ type: CMD.FLUSH, cookie: 2n });
     const closed = server.close();
@@ -369,7 +369,7 @@ test.each([
   [{ readOnly: true }, 'it is read-only now'],
   [{ minimumBlockSize: 512 }, 'its blocks have 512 bytes, and had 1'],
   [{ canTrim: false }, 'it no longer supports what was announced (transmission flags 0x20)'],
-])('a connection whose export lacks something that was announced is not continued: %o', async (geometry, why) => {
+])('is refused if the export no longer has what was announced: %o', async (geometry, why) => {
   const { opened, server } = await startServer();
   const next = nextServer(new TestExport('disk', geometry));
   const client = await opened();
@@ -381,7 +381,7 @@ test.each([
   expect(next.provider.openNow).toBe(0);
 });
 
-test('an export that has become larger and can do more stays as it was announced', async () => {
+test('is not caused by an export that has grown or has more features: the connection keeps those announced', async () => {
   const { opened, server } = await startServer({
     exports: [new TestExport('disk', { readOnly: true, canTrim: false })],
   });

@@ -1,4 +1,4 @@
-/** The handshake with clients that follow the protocol: the answers, and the export that they get. */
+/** The handshake with clients that follow the protocol: the answers, and the export that clients get. */
 
 import { describe, expect, test, vi } from 'vitest';
 import { DeviceError, ExportError, type ExportInfo, type ExportProvider } from '../src/index.js';
@@ -19,7 +19,7 @@ const ALL_FLAGS =
   TRANSMISSION_FLAG.SEND_CACHE |
   TRANSMISSION_FLAG.CAN_MULTI_CONN;
 
-/** Data of the one NBD_REP_INFO of kind `info`, without its kind. */
+/** Data of the only NBD_REP_INFO of type `info`, without the type. */
 function infoOf(replies: readonly OptionReply[], info: number): Buffer | undefined {
   const found = replies.filter(({ type, data }) => type === REP.INFO && data.readUInt16BE(0) === info);
   expect(found.length).toBeLessThanOrEqual(1);
@@ -38,14 +38,14 @@ async function announcedFlags(exported: TestExport): Promise<number | undefined>
 }
 
 describe('greeting', () => {
-  test('the server speaks first: both magics, fixed newstyle and no zeroes', async () => {
+  test('the server sends both magics, fixed newstyle and no zeroes first', async () => {
     const client = await (await startServer()).raw();
     const greeting = await client.read(GREETING_SIZE);
     expect(greeting.toString('latin1', 0, 16)).toBe('NBDMAGICIHAVEOPT');
     expect(greeting.readUInt16BE(16)).toBe(3);
   });
 
-  test('a client that sends the whole handshake and a request before it reads anything is served', async () => {
+  test('a client that sends its handshake and a request before it reads is served', async () => {
     const client = await (await startServer()).raw();
     client.send(
       uint32(3),
@@ -60,7 +60,7 @@ describe('greeting', () => {
     expect(await client.readReply(4)).toEqual({ errno: 0, cookie: 7n, data: uint32(9) });
   });
 
-  test('a handshake arriving byte by byte is understood', async () => {
+  test('a handshake that arrives byte by byte is understood', async () => {
     const client = await (await startServer()).raw();
     const bytes = Buffer.concat([uint32(3), optionBytes(OPT.GO, infoQuery('disk', [INFO.NAME]))]);
     for (const byte of bytes) {
@@ -74,7 +74,7 @@ describe('greeting', () => {
 });
 
 describe('options', () => {
-  test('an unknown option is answered UNSUP, its data skipped, and haggling goes on', async () => {
+  test('an unknown option is answered UNSUP, its data is skipped, and the handshake continues', async () => {
     const client = await (await startServer()).raw();
     await client.greet();
     for (const data of [Buffer.alloc(0), Buffer.from('whatever'), Buffer.alloc(60_000, 0xff)]) {
@@ -86,7 +86,7 @@ describe('options', () => {
     expect(lastType(await client.option(OPT.GO, infoQuery('disk')))).toBe(REP.ACK);
   });
 
-  test('LIST gives every export with name and description, then ACK', async () => {
+  test('LIST returns every export with name and description, then ACK', async () => {
     const exports = [new TestExport('disk', {}, 'the first'), new TestExport('größe ☃', {}, ''), new TestExport('')];
     const client = await (await startServer({ exports })).raw();
     await client.greet();
@@ -104,7 +104,7 @@ describe('options', () => {
     expect(lastType(replies)).toBe(REP.ACK);
   });
 
-  test('a list of very many exports is sent completely, in order, with others served in between', async () => {
+  test('a list of very many exports is sent completely and in order, while other clients are served', async () => {
     const { raw, opened, provider } = await startServer();
     const count = 50_000;
     let asked = 0;
@@ -133,14 +133,14 @@ describe('options', () => {
     expect((await client.option(OPT.LIST)).map(({ type }) => type)).toEqual([REP.ACK]);
   });
 
-  test('a description longer than a string may be is cut between characters', async () => {
+  test('a description longer than the limit for strings is cut between characters', async () => {
     const client = await (await startServer({ exports: [new TestExport('disk', {}, '€'.repeat(2000))] })).raw();
     await client.greet();
     const described = infoOf(await client.option(OPT.INFO, infoQuery('disk', [INFO.DESCRIPTION])), INFO.DESCRIPTION);
     expect(described?.toString()).toBe('€'.repeat(1365));
   });
 
-  test('INFO tells size, flags, name, description and block sizes when asked, and opens nothing', async () => {
+  test('INFO reports size, flags, and if requested name, description and block sizes, and opens no device', async () => {
     const { raw, provider } = await startServer({ exports: [new TestExport('disk', { minimumBlockSize: 512 })] });
     const client = await raw();
     await client.greet();
@@ -159,7 +159,7 @@ describe('options', () => {
     expect(provider.opened).toBe(0);
   });
 
-  test('INFO asked for nothing tells size and flags; block sizes only if requests must be aligned', async () => {
+  test('INFO without information requests reports size and flags, and block sizes only if requests must be aligned', async () => {
     const exports = [new TestExport('any'), new TestExport('aligned', { minimumBlockSize: 4096 })];
     const client = await (await startServer({ exports })).raw();
     await client.greet();
@@ -169,7 +169,7 @@ describe('options', () => {
     expect(infoOf(aligned, INFO.BLOCK_SIZE)?.readUInt32BE(0)).toBe(4096);
   });
 
-  test('information requests that nobody knows are ignored, and those made twice answered once', async () => {
+  test('unknown information requests are ignored, and repeated ones are answered once', async () => {
     const client = await (await startServer()).raw();
     await client.greet();
     const replies = await client.option(OPT.INFO, infoQuery('disk', [0x7777, INFO.NAME, INFO.NAME, INFO.EXPORT]));
@@ -202,7 +202,7 @@ describe('options', () => {
     ['aborts', (client: RawClient) => client.option(OPT.ABORT)],
     ['closes its end', (client: RawClient) => client.socket.end()],
   ] as const) {
-    test(`a client that is refused an export and ${how}: its close names the export`, async () => {
+    test(`the close report of a client that is refused an export and ${how} names the export`, async () => {
       const { raw, allOver, closes } = await startServer();
       const client = await raw();
       await client.greet();
@@ -216,7 +216,7 @@ describe('options', () => {
     });
   }
 
-  test('a client that is refused an export and gets another one has been refused none', async () => {
+  test('a client that is refused an export and opens another one has no refused export in its close report', async () => {
     const { raw, allOver, closes } = await startServer();
     const client = await raw();
     await client.greet();
@@ -227,7 +227,7 @@ describe('options', () => {
     expect(closes[0]).toMatchObject({ exportName: 'disk', refused: undefined });
   });
 
-  test('a name of 4096 bytes is a name', async () => {
+  test('a name of 4096 bytes is accepted', async () => {
     const longest = 'é'.repeat(2048);
     const client = await (await startServer({ exports: [new TestExport(longest)] })).raw();
     await client.greet();
@@ -242,7 +242,7 @@ describe('EXPORT_NAME', () => {
     { clientFlags: 2, zeroes: 0, meaning: 'with no zeroes has none behind it' },
     { clientFlags: 3, zeroes: 0, meaning: 'with both client flags has none behind it' },
   ]) {
-    test(`the answer ${meaning}, and requests are served after it`, async () => {
+    test(`the answer ${meaning}, and then requests are served`, async () => {
       const client = await (await startServer()).raw();
       await client.greet(clientFlags);
       client.send(optionBytes(OPT.EXPORT_NAME, Buffer.from('disk')));
@@ -266,7 +266,7 @@ describe('EXPORT_NAME', () => {
 });
 
 describe('flags of an export', () => {
-  test('a read-only export announces no command that would change it', async () => {
+  test('a read-only export announces no command that changes it', async () => {
     const flags = await announcedFlags(new TestExport('disk', { readOnly: true }));
     const changing =
       TRANSMISSION_FLAG.SEND_TRIM | TRANSMISSION_FLAG.SEND_WRITE_ZEROES | TRANSMISSION_FLAG.SEND_FAST_ZERO;
@@ -282,12 +282,12 @@ describe('flags of an export', () => {
     { can: { multiConn: false }, flag: TRANSMISSION_FLAG.CAN_MULTI_CONN },
     { can: { canZero: false }, flag: TRANSMISSION_FLAG.SEND_WRITE_ZEROES | TRANSMISSION_FLAG.SEND_FAST_ZERO },
   ]) {
-    test(`a device with ${JSON.stringify(can)} announces everything but that`, async () => {
+    test(`a device with ${JSON.stringify(can)} announces everything else`, async () => {
       expect(await announcedFlags(new TestExport('disk', can))).toBe(ALL_FLAGS & ~flag);
     });
   }
 
-  test('a rotational device says so', async () => {
+  test('a rotational device is announced as rotational', async () => {
     const flags = await announcedFlags(new TestExport('disk', { rotational: true }));
     expect(flags).toBe(ALL_FLAGS | TRANSMISSION_FLAG.ROTATIONAL);
   });
@@ -300,7 +300,7 @@ describe('providers that refuse', () => {
     { code: 'SHUTDOWN', type: REP.ERR_SHUTDOWN },
     { code: 'FAILED', type: REP.ERR_UNKNOWN },
   ] as const) {
-    test(`an ExportError ${code} while opening is answered with its reply and its message`, async () => {
+    test(`an ExportError ${code} while opening is answered with its error reply and its message`, async () => {
       const { raw, provider, deviceErrors } = await startServer();
       provider.openHook = () => {
         throw new ExportError(code, 'not today');
@@ -314,7 +314,7 @@ describe('providers that refuse', () => {
     });
   }
 
-  test('any other error of a provider is reported, and its text kept from the client', async () => {
+  test('any other error of a provider is reported, and its text is not sent to the client', async () => {
     const { raw, provider, deviceErrors } = await startServer();
     const secret = new Error('secret: /etc/passwd');
     provider.openHook = () => Promise.reject(secret);
@@ -360,7 +360,7 @@ describe('providers that refuse', () => {
     expect(deviceErrors).toEqual([{ error: failure, exportName: 'disk' }]);
   });
 
-  test('options sent while an export is being opened wait for their turn', async () => {
+  test('options sent while an export is being opened are answered after it, in order', async () => {
     const { raw, provider } = await startServer();
     const gate = new Gate();
     provider.openHook = (name) => (name === 'slow' ? gate.opened : undefined);

@@ -1,4 +1,4 @@
-/** A payload that arrives while the loop's turn is used up: its bytes wait, and later input is queued behind them. */
+/** A payload that arrives when the turn of the loop is used up: its bytes wait, and later input is queued behind them. */
 import { PassThrough } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';
@@ -12,7 +12,7 @@ import { startServer } from './test-server.js';
 
 const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 
-test('a payload that is held back in the middle is written as it was sent', async () => {
+test('a payload that has to wait in the middle is written as it was sent', async () => {
   const exported = new TestExport('disk');
   const { device } = await new TestProvider([exported]).open('disk', { transport: 'internal', address: 'test' });
   const loop = new LoopShare();
@@ -39,7 +39,7 @@ test('a payload that is held back in the middle is written as it was sent', asyn
     transmission.received(length);
     into = transmission.nextBuffer();
   };
-  // As the sockets before it in this turn would have made it.
+  // As earlier sockets in this turn would leave it.
   loop.isSpent = true;
   come(28);
   await turn();
@@ -55,7 +55,7 @@ test('a payload that is held back in the middle is written as it was sent', asyn
   expect(exported.disk.subarray(0, wanted.length).equals(wanted)).toBe(true);
 });
 
-test('writes of many clients that use up the loop together write what was sent', async () => {
+test('the data of many clients that together use up the turn are written as they were sent', async () => {
   const CLIENTS = 16;
   const SIZE = 256 * 1024;
   const exported = new TestExport('disk', { size: CLIENTS * SIZE });

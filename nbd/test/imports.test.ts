@@ -1,4 +1,4 @@
-/** Who may import whom in the library: no cycles, what both ends share knows neither, server and client are apart. */
+/** Imports in the library: no cycles, shared code imports neither server nor client, and these do not import each other. */
 
 import fs from 'node:fs';
 import path from 'node:path';
@@ -7,7 +7,7 @@ import { expect, test } from 'vitest';
 
 const SOURCES = fileURLToPath(new URL('../src/', import.meta.url));
 
-/** The folder of a file; of index.ts and block-device.ts their own names. */
+/** The folder of a file; for index.ts and block-device.ts their own names. */
 const FOLDER = /^[^/]+/;
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   'block-device.ts': ['protocol'],
@@ -16,10 +16,10 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   client: ['client', 'protocol', 'block-device.ts'],
   'index.ts': ['server', 'client', 'protocol', 'block-device.ts'],
 };
-/** From outside of the library: what Node has, and nothing else. */
+/** Imports from outside the library: Node's modules only. */
 const OUTSIDE = /^node:/;
 
-/** What each file imports, types included, by paths from src/. */
+/** The imports of each file, types included, as paths from src/. */
 function readImports(): Map<string, string[]> {
   const files = fs.readdirSync(SOURCES, { recursive: true, encoding: 'utf8' }).filter((name) => name.endsWith('.ts'));
   return new Map(
@@ -38,7 +38,7 @@ function sourceOf(importer: string, name: string): string {
 const imports = readImports();
 const folderOf = (file: string): string => FOLDER.exec(file)?.[0] ?? file;
 
-test('each folder imports what it may, and nothing from outside but what Node has', () => {
+test('each folder imports only its allowed folders and Node', () => {
   const wrong: string[] = [];
   for (const [file, imported] of imports) {
     for (const other of imported) {
@@ -51,7 +51,7 @@ test('each folder imports what it may, and nothing from outside but what Node ha
   expect(wrong).toEqual([]);
 });
 
-test('there are no cycles of imports, types included', () => {
+test('imports have no cycles, types included', () => {
   const cycles: string[] = [];
   const done = new Set<string>();
   const visit = (file: string, trail: readonly string[]): void => {

@@ -1,4 +1,4 @@
-/** Receiving into memory that is reused: data that a slow device still uses must not be overwritten. */
+/** Receiving into reused memory: data that a slow device still uses must not be overwritten. */
 import { Duplex } from 'node:stream';
 import { expect, test } from 'vitest';
 import { BufferPool } from '../src/server/buffer-pool.js';
@@ -12,7 +12,7 @@ import { startServer, until } from './test-server.js';
 
 const ROUNDS = 12;
 
-/** Ranges that cover `size` bytes: small ones that share a receive, large ones that come in pieces. */
+/** Ranges that cover `size` bytes: small ones, several in one receive, and large ones in pieces. */
 function ranges(size: number, random: () => number): { offset: number; length: number }[] {
   const found: { offset: number; length: number }[] = [];
   for (let at = 0; at < size;) {
@@ -29,7 +29,7 @@ function generator(seed: number): () => number {
   return () => (state = (state * 48271) % 2147483647) / 2147483647;
 }
 
-test('writes of all sizes that finish late and in any order write what was sent', async () => {
+test('writes of all sizes that finish late and in any order have the data that was sent', async () => {
   const exported = new TestExport('disk');
   const { provider, client, allOver } = await startServer({ exports: [exported] });
   const random = generator(20101);
@@ -54,7 +54,7 @@ test('writes of all sizes that finish late and in any order write what was sent'
   await allOver();
 });
 
-test('a write that takes long keeps its data while thousands come after it', async () => {
+test('a slow write keeps its data while thousands follow it', async () => {
   const exported = new TestExport('disk');
   const { provider, client } = await startServer({ exports: [exported] });
   const gate = new Gate();
@@ -72,7 +72,7 @@ test('a write that takes long keeps its data while thousands come after it', asy
   await connection.disconnect();
 });
 
-test('a client that vanishes in the middle of a large write leaves the memory of others alone', async () => {
+test('a client lost within a large write does not damage the memory of other connections', async () => {
   const exported = new TestExport('disk');
   const { server, opened, client } = await startServer({ exports: [exported] });
   const connection = await client();
@@ -89,13 +89,13 @@ test('a client that vanishes in the middle of a large write leaves the memory of
   await connection.disconnect();
 });
 
-test('input that waits for its turn in the middle of a payload is not overwritten by what comes after it', async () => {
+test('input that waits for its turn within a payload is not overwritten by later input', async () => {
   const { disk, transmission, loop } = await transmissionOf(new TestExport('disk'));
   const wanted = Buffer.alloc(600_000);
   for (let at = 0; at < wanted.length; at += 4) wanted.writeUInt32LE(at, at);
   const sent = Buffer.concat([requestBytes({ type: CMD.WRITE, offset: 0, length: wanted.length }), wanted]);
   for (let at = 0, n = 0; at < sent.length; n++) {
-    // What the socket asks for as soon as the last piece is handed on, before anybody has had a turn.
+    // The socket asks for this buffer right after the last piece, before any other turn of the loop.
     const into = transmission.nextBuffer();
     await new Promise((resolve) => setImmediate(resolve));
     const length = sent.copy(into, 0, at, Math.min(at + 20_000, sent.length));

@@ -1,4 +1,4 @@
-/** How connections, listeners and servers begin and end; and that whatever happens, every device is closed once. */
+/** Begin and end of connections, listeners and servers. In every case each device is closed exactly once. */
 
 import { fork } from 'node:child_process';
 import { lstat, mkdir, readdir, readFile, stat, writeFile } from 'node:fs/promises';
@@ -14,7 +14,7 @@ import { startServer, temporaryDirectory, until } from './test-server.js';
 
 const UNKNOWN_OPTION = 0x4e;
 
-/** A server that listens nowhere yet. */
+/** A server without a listener. */
 function idleServer(): { readonly server: NbdServer; readonly provider: TestProvider } {
   const provider = new TestProvider([new TestExport('disk')]);
   const server = new NbdServer({ provider });
@@ -22,7 +22,7 @@ function idleServer(): { readonly server: NbdServer; readonly provider: TestProv
   return { server, provider };
 }
 
-/** The umask of this process; asking process.umask() sets it for a moment. */
+/** The umask of this process; process.umask() would set it for a moment. */
 async function ownUmask(): Promise<string | undefined> {
   return /^Umask:\s*(\d+)$/m.exec(await readFile('/proc/self/status', 'utf8'))?.[1];
 }
@@ -33,7 +33,7 @@ async function listenError(server: NbdServer, options: Parameters<NbdServer['lis
   return error;
 }
 
-/** What a process that is stopped (a debugger, a frozen cgroup) does to its event loop. */
+/** Blocks the event loop, as a stop of the process does (a debugger, a frozen cgroup). */
 function standStill(ms: number): void {
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
 }
@@ -58,8 +58,8 @@ async function leaveStaleSocket(path: string): Promise<void> {
   expect((await lstat(path)).isSocket()).toBe(true);
 }
 
-describe('a connection that is cut off', () => {
-  test('is over when its requests in flight are finished; held and later requests are not executed', async () => {
+describe('a connection', () => {
+  test('that is cut off ends when its requests in flight are finished; held and later requests are not executed', async () => {
     const { opened, provider, server, closes } = await startServer({ limits: { maxInFlightRequests: 2 } });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -68,7 +68,7 @@ describe('a connection that is cut off', () => {
     const write = (offset: number): Buffer =>
       Buffer.concat([requestBytes({ type: CMD.WRITE, offset, length: 4 }), Buffer.from('new!')]);
     client.send(write(0), write(4096), write(8192), write(12288));
-    // Half of a payload that is received where it belongs.
+    // Half of a payload, received directly into its buffer.
     client.send(requestBytes({ type: CMD.WRITE, offset: 16384, length: 65536 }), Buffer.alloc(40_000));
     await until(() => provider.unfinished === 2, 'two writes are in flight');
     const [id] = server.connections.keys();
@@ -86,13 +86,13 @@ describe('a connection that is cut off', () => {
     expect(provider).toMatchObject({ closed: 1, endings: ['lost'], breaches: [] });
     expect(closes).toMatchObject([{ id, reason: 'told to' }]);
     expect(await server.disconnect(id ?? 0, 'again')).toBe(false);
-    // Others go on.
+    // Other connections continue.
     other.request({ type: CMD.READ, offset: 4, length: 4, cookie: 1n });
     expect(await other.readReply(4)).toMatchObject({ errno: 0 });
     client.vanish();
   });
 
-  test('is closing from its goodbye on, while its last requests are worked on', async () => {
+  test('is in the phase "closing" from its goodbye on, while its last requests are in flight', async () => {
     const { opened, provider, server, allOver } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -110,7 +110,7 @@ describe('a connection that is cut off', () => {
   });
 });
 
-describe('clients that vanish', () => {
+describe('clients that are lost', () => {
   test('with requests in flight: the device is closed once, after the last of them has finished', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();
     const gates = new Map<number, Gate>();
@@ -138,7 +138,7 @@ describe('clients that vanish', () => {
     expect(closes).toHaveLength(1);
   });
 
-  test('during the handshake: nothing was opened, and the close is reported without an export', async () => {
+  test('during the handshake: no device was opened, and the close is reported without an export', async () => {
     const { raw, provider, allOver, closes, opens } = await startServer();
     const client = await raw();
     await client.greet();
@@ -150,7 +150,7 @@ describe('clients that vanish', () => {
     expect(closes[0]).toMatchObject({ exportName: undefined, requests: 0 });
   });
 
-  test('while their export is being opened: it is closed as soon as it is open', async () => {
+  test('while their export is being opened: the device is closed as soon as it is open', async () => {
     const { raw, provider, server, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.openHook = () => gate.opened;
@@ -165,7 +165,7 @@ describe('clients that vanish', () => {
     expect(provider).toMatchObject({ opened: 1, closed: 1 });
   });
 
-  test('in the middle of a payload: the device never sees the write', async () => {
+  test('within a payload: the device never gets the write', async () => {
     const { opened, provider, allOver, closes } = await startServer();
     const client = await opened();
     client.send(requestBytes({ type: CMD.WRITE, length: 300_000 }), Buffer.alloc(299_999));
@@ -176,7 +176,7 @@ describe('clients that vanish', () => {
     expect(closes[0]?.reason).toBe('the client left in the middle of a request');
   });
 
-  test('with replies they never read: the device is closed', async () => {
+  test('with unread replies: the device is closed', async () => {
     const { opened, provider, allOver } = await startServer({ limits: { maxUnsentBytes: 64 * 1024 } });
     const client = await opened();
     client.socket.pause();
@@ -189,8 +189,8 @@ describe('clients that vanish', () => {
   });
 });
 
-describe('the ending that a device gets when its client has left', () => {
-  test('"disconnect" after NBD_CMD_DISC, whatever was in flight', async () => {
+describe('the ending that a device is closed with', () => {
+  test('is "disconnect" after NBD_CMD_DISC, also with requests in flight', async () => {
     const { opened, provider, allOver } = await startServer();
     const client = await opened();
     client.send(requestBytes({ type: CMD.READ, length: 512 }), requestBytes({ type: CMD.DISC }));
@@ -198,7 +198,7 @@ describe('the ending that a device gets when its client has left', () => {
     expect(provider.endings).toEqual(['disconnect']);
   });
 
-  test('"lost" when it vanishes, shuts its side down, breaks the protocol, or the server ends the connection', async () => {
+  test('is "lost" if the client is lost, closes its side, breaks the protocol, or the server ends the connection', async () => {
     const { opened, server, provider, allOver } = await startServer();
     (await opened()).vanish();
     await until(() => provider.closed === 1, 'the first is closed');
@@ -212,7 +212,7 @@ describe('the ending that a device gets when its client has left', () => {
     expect(provider.endings).toEqual(['lost', 'lost', 'lost', 'lost']);
   });
 
-  test('left() is called when a connection is over that called the provider, with or without an open export', async () => {
+  test('left() is called at the end of every connection that called the provider, with or without an open export', async () => {
     const { raw, opened, provider, allOver } = await startServer();
     const asking = await raw();
     await asking.greet();
@@ -229,7 +229,7 @@ describe('the ending that a device gets when its client has left', () => {
 });
 
 describe('close()', () => {
-  test('answers what is in flight, refuses what comes later with ESHUTDOWN, and resolves when all is closed', async () => {
+  test('answers requests in flight, refuses later ones with ESHUTDOWN, and resolves when all is closed', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -253,7 +253,7 @@ describe('close()', () => {
     expect(closes[0]?.reason).toBe('the server is shutting down');
   });
 
-  test('refuse: false answers requests in flight, and neither executes nor answers later ones', async () => {
+  test('with refuse: false answers requests in flight, and neither executes nor answers later ones', async () => {
     const { opened, provider, server } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -272,7 +272,7 @@ describe('close()', () => {
     expect(provider.openNow).toBe(0);
   });
 
-  test('refuse: false drops requests held because too many were in flight', async () => {
+  test('with refuse: false drops requests beyond the limit in flight', async () => {
     const { opened, provider, server } = await startServer({ limits: { maxInFlightRequests: 2 } });
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -328,7 +328,7 @@ describe('close()', () => {
     await server.close();
   });
 
-  test('gives no export to a client whose GO is being answered, and closes what was opened for it', async () => {
+  test('gives no export to a client whose GO is being answered, and closes the device opened for it', async () => {
     const { raw, provider, server, allOver } = await startServer();
     const gate = new Gate();
     let isAsked = false;
@@ -348,7 +348,7 @@ describe('close()', () => {
     expect(provider).toMatchObject({ opened: 1, closed: 1 });
   });
 
-  test('closes unfinished connections after the grace, and their devices when their requests finish', async () => {
+  test('closes unfinished connections after the grace time, and their devices when their requests finish', async () => {
     const { opened, provider, server, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -363,7 +363,7 @@ describe('close()', () => {
     expect(closes).toHaveLength(1);
   });
 
-  test('after a client broke the protocol with a request in flight still sees its device closed', async () => {
+  test('waits for the device of a client that broke the protocol with a request in flight', async () => {
     const { opened, provider, server, allOver } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -392,7 +392,7 @@ describe('limits', () => {
     expect(closes.map((event) => event.reason)).toEqual([reason, reason]);
   });
 
-  test('the handshake timeout does not reach a client that has chosen', async () => {
+  test('the handshake timeout does not apply after a client has chosen its export', async () => {
     const { raw, opened, closes } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
     const client = await opened();
     const silent = await raw();
@@ -402,7 +402,7 @@ describe('limits', () => {
     expect(closes).toHaveLength(1);
   });
 
-  test('options are as many as a client needs', async () => {
+  test('the number of options is not limited', async () => {
     const { raw } = await startServer();
     const client = await raw();
     await client.greet();
@@ -410,7 +410,7 @@ describe('limits', () => {
     for (let n = 0; n < 5000; n++) expect((await client.readOptionReply()).type).toBe(REP.ERR_UNSUP);
   });
 
-  test('options come to an end by time, however many are sent at once, and others are served meanwhile', async () => {
+  test('options are limited in time, also if many are sent at once, and other clients are served meanwhile', async () => {
     const { raw, opened, closes, allOver } = await startServer({ limits: { handshakeTimeoutMs: 1000 } });
     const neighbour = await opened();
     const pushy = await raw();
@@ -427,7 +427,7 @@ describe('limits', () => {
       }
     };
     const pushing = push().catch(() => undefined);
-    // The neighbour is answered all the time.
+    // The other client is answered all the time.
     let reads = 0;
     for (; closes.length === 0; reads++) {
       neighbour.request({ type: CMD.READ, offset: 4, length: 4 });
@@ -440,7 +440,7 @@ describe('limits', () => {
     await allOver();
   });
 
-  test('a client that listed many exports has time to query each', async () => {
+  test('a client that lists many exports has time to query each', async () => {
     const exports = Array.from({ length: 200 }, (_, n) => new TestExport(`disk-${n}`));
     const { raw, closes, allOver } = await startServer({
       exports,
@@ -454,13 +454,13 @@ describe('limits', () => {
       const replies = await client.option(OPT.INFO, infoQuery('disk-7'));
       expect(replies.at(-1)?.type).toBe(REP.ACK);
     }
-    // Silence is what it may not have more of.
+    // The limit for silence is not extended.
     await client.readToEnd();
     await allOver();
     expect(closes[0]?.reason).toBe('no export chosen within 200 ms');
   });
 
-  test('the time in which the server opens an export is not the client’s', async () => {
+  test('the time in which the server opens an export does not count against the client', async () => {
     const { raw, provider, closes } = await startServer({ limits: { handshakeTimeoutMs: 200 } });
     const gate = new Gate();
     provider.openHook = () => gate.opened;
@@ -474,7 +474,7 @@ describe('limits', () => {
     expect((await client.readOptionReply()).type).toBe(REP.INFO);
   });
 
-  test('a client is not closed for time in which the server stood still, in the handshake or when it is idle', async () => {
+  test('time in which the server was stopped does not count against a client, in the handshake or idle', async () => {
     const { raw, opened, closes } = await startServer({ limits: { handshakeTimeoutMs: 1300, idleTimeoutMs: 1300 } });
     const idle = await opened();
     const client = await raw();
@@ -487,7 +487,7 @@ describe('limits', () => {
     expect(closes).toEqual([]);
   });
 
-  test('a server that does not open an export in time gives that as the reason, and closes the device once it is open', async () => {
+  test('if the server does not open an export in time, the close reason says so, and the device is closed once it is open', async () => {
     const { raw, provider, allOver, closes } = await startServer({ limits: { openTimeoutMs: 1000 } });
     const gate = new Gate();
     provider.openHook = () => gate.opened;
@@ -501,7 +501,7 @@ describe('limits', () => {
     expect(closes[0]?.reason).toBe('the server has not opened the export "disk" within 1000 ms');
   });
 
-  test('one connection more than allowed is closed at once, and let in when another has left', async () => {
+  test('a connection beyond the limit is closed at once, and admitted when another has left', async () => {
     const { opened, raw, server, closes } = await startServer({ limits: { maxConnections: 2 } });
     const first = await opened();
     const second = await opened();
@@ -526,7 +526,7 @@ describe('listening', () => {
     await isServed({ path });
   });
 
-  test('a socket that a process listens on is refused and continues to work', async () => {
+  test('a socket path with a listener is refused, and the listener continues to work', async () => {
     const { path } = await startServer();
     const error = await listenError(idleServer().server, { path });
     expect(error).toMatchObject({ code: 'IN_USE', message: `another server is listening on ${path}` });
@@ -548,7 +548,7 @@ describe('listening', () => {
     expect((await listenError(idleServer().server, { path })).code).toBe('NOT_A_SOCKET');
   });
 
-  test('a path that is too long for a unix socket is refused by server and client, not cut off', async () => {
+  test('a path too long for a unix socket is refused by server and client, not cut off', async () => {
     const directory = await temporaryDirectory();
     const path = join(directory, 'x'.repeat(108));
     const says = new RegExp(`${path}: the path has \\d+ bytes, and that of a unix socket at most \\d+$`);
@@ -570,7 +570,7 @@ describe('listening', () => {
     expect(error.message).toContain(path);
   });
 
-  test('a server that could not listen at one address can listen at another', async () => {
+  test('after an address that cannot be used a server can listen at another one', async () => {
     const directory = await temporaryDirectory();
     const { server } = idleServer();
     await listenError(server, { path: join(directory, 'nowhere', 'nbd.sock') });
@@ -589,7 +589,7 @@ describe('listening', () => {
     });
   }
 
-  test('TCP port 0 is any free port, which listen() tells', async () => {
+  test('TCP port 0 is any free port, which listen() returns', async () => {
     const { server } = idleServer();
     const bound = await server.listen({ host: '127.0.0.1', port: 0 });
     if (bound.transport !== 'tcp') throw new Error('not a TCP address');
@@ -605,7 +605,7 @@ describe('listening', () => {
     expect(error.message).toContain(`127.0.0.1:${bound.port}`);
   });
 
-  test('one server listens at several addresses, and close() ends them all', async () => {
+  test('a server listens at several addresses, and close() ends all listeners', async () => {
     const directory = await temporaryDirectory();
     const { server } = idleServer();
     const paths = [join(directory, 'a.sock'), join(directory, 'b.sock')];
@@ -621,7 +621,7 @@ describe('listening', () => {
 });
 
 describe('serveConnection()', () => {
-  test('serves a stream from the greeting on, as a peer of its own kind', async () => {
+  test('serves a stream from the greeting on, with the given peer', async () => {
     const { server, opens } = await startServer();
     const pair = duplexPair();
     const id = server.serveConnection(pair.server);
@@ -633,7 +633,7 @@ describe('serveConnection()', () => {
     expect(opens).toEqual([{ id, exportName: 'disk', peer, violations: 0 }]);
   });
 
-  test('takes bytes that were already read from the socket for the first of the client', async () => {
+  test('takes bytes that were already read from the socket as the first input', async () => {
     const { server, opens } = await startServer();
     const pair = duplexPair();
     const peer = { transport: 'tcp', address: '192.0.2.1:4242' } as const;
@@ -667,7 +667,7 @@ describe('serveConnection()', () => {
     expect((await client.readReply(4)).data).toEqual(uint32(9));
   });
 
-  test('of a socket that is destroyed already ends like a client that vanished', async () => {
+  test('with a destroyed socket ends like a lost client', async () => {
     const { server, closes, allOver } = await startServer();
     const pair = duplexPair();
     pair.server.destroy();
@@ -714,7 +714,7 @@ describe('reports', () => {
     ]);
   });
 
-  test('connections shows phase, export, counts and requests in flight', async () => {
+  test('`connections` has phase, export, counts and requests in flight', async () => {
     const { raw, server, provider } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -732,7 +732,7 @@ describe('reports', () => {
     expect(connection).toMatchObject({ inFlight: 0, bytesRead: 512, errors: 0 });
   });
 
-  test('a program that watches nothing is served all the same', async () => {
+  test('a program without listeners for the reports is served all the same', async () => {
     const { server } = idleServer();
     const path = join(await temporaryDirectory(), 'nbd.sock');
     await server.listen({ path });

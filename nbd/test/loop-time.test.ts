@@ -6,7 +6,7 @@ import { LoopTime } from '../src/server/loop-time.js';
 import { StallWatch } from '../src/server/stall-watch.js';
 import { until } from './test-server.js';
 
-test('time in which the server stood still is not counted, for clients that take no replies neither', async () => {
+test('time in which the server was stopped does not count, also not against clients that read no replies', async () => {
   const time = new LoopTime();
   const stopped = new LoopTime();
   stopped.stop();
@@ -16,10 +16,10 @@ test('time in which the server stood still is not counted, for clients that take
   const watch = new StallWatch(() => [client], new BufferPool(limits.maxMemoryBytes), limits, time);
   const from = { time: time.now(), stopped: stopped.now() };
   Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 1600);
-  // What is due by the time of day comes before anything is read.
+  // Timers that are due run before any input is read.
   await setImmediate();
   expect(time.now() - from.time).toBeLessThan(1300);
-  // A server that is closed waits for nobody longer than it said.
+  // A server that closes keeps to its grace time: there the time counts.
   expect(stopped.now() - from.stopped).toBeGreaterThanOrEqual(1600);
   expect(closed).toEqual([]);
   await until(() => closed.length > 0, 'the time of the client goes on, and is over');

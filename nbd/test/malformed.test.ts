@@ -1,7 +1,6 @@
 /**
- * Input that violates the protocol, one kind a line: the exact answer, and whether the connection continues.
- * After every kind a healthy connection that was open all the time still works, a new client is served, and nothing is
- * left open.
+ * Input that violates the protocol, one kind a line: the exact answer, and whether the connection continues. After every
+ * kind another connection that was open all the time still works, a new client is served, and no device is left open.
  */
 
 import { describe, expect, test } from 'vitest';
@@ -37,7 +36,7 @@ const EXPORTS = [
 ];
 
 const none = Buffer.alloc(0);
-/** 0xff is no UTF-8, nor is a surrogate or a sequence cut short. */
+/** Names that are not UTF-8: 0xff, a surrogate, a sequence cut short. */
 const NO_TEXT = {
   'not UTF-8': Buffer.from([0x64, 0xff, 0x6b]),
   'a UTF-16 surrogate': Buffer.from([0xed, 0xa0, 0x80]),
@@ -76,7 +75,7 @@ async function isClosedWithoutAWord(client: RawClient): Promise<void> {
   expect((await client.readToEnd()).toString('hex')).toBe('');
 }
 
-// --- Input after which the server hangs up, without any answer ---
+// --- Input after which the server closes the connection without an answer ---
 
 interface Fatal {
   readonly kind: string;
@@ -115,7 +114,7 @@ const FATAL_HANDSHAKES: readonly Fatal[] = [
   })),
 ];
 
-describe('a handshake is ended without a word by', () => {
+describe('the server closes a handshake without an answer after', () => {
   for (const { kind, bytes } of FATAL_HANDSHAKES) {
     test(kind, () =>
       withHealthyNeighbour(async ({ raw }) => {
@@ -128,7 +127,7 @@ describe('a handshake is ended without a word by', () => {
   }
 });
 
-// --- Options that are refused, after which haggling goes on ---
+// --- Options that are refused, after which the handshake continues ---
 
 interface RefusedOption {
   readonly kind: string;
@@ -152,8 +151,8 @@ const MALFORMED_QUERIES: readonly { readonly kind: string; readonly data: Buffer
   { kind: 'a name length of 2^31', data: infoQuery('disk', [], { nameLength: 0x80000000 }) },
   { kind: 'fewer information requests than counted', data: infoQuery('disk', [1], { infoCount: 2 }) },
   { kind: 'more information requests than counted', data: infoQuery('disk', [1, 2], { infoCount: 1 }) },
-  { kind: 'information requests counted as none', data: infoQuery('disk', [3], { infoCount: 0 }) },
-  { kind: '65535 information requests counted and none there', data: infoQuery('disk', [], { infoCount: 0xffff }) },
+  { kind: 'information requests with a count of 0', data: infoQuery('disk', [3], { infoCount: 0 }) },
+  { kind: 'a count of 65535 information requests without any', data: infoQuery('disk', [], { infoCount: 0xffff }) },
   { kind: 'a stray byte at the end', data: Buffer.concat([infoQuery('disk'), Buffer.alloc(1)]) },
   ...Object.entries(NO_TEXT).map(([what, name]) => ({ kind: `a name ${what}`, data: infoQuery(name) })),
 ];
@@ -182,8 +181,18 @@ const REFUSED_OPTIONS: readonly RefusedOption[] = [
     answer: REP.ERR_UNSUP,
   },
   { kind: 'the withdrawn PEEK_EXPORT', option: OPT.PEEK_EXPORT, data: Buffer.from('disk'), answer: REP.ERR_UNSUP },
-  { kind: 'a byte more data than is looked at', option: OPT.LIST, data: Buffer.alloc(65537), answer: REP.ERR_TOO_BIG },
-  { kind: 'as much data as is drained', option: UNKNOWN_OPTION, data: Buffer.alloc(MIB), answer: REP.ERR_TOO_BIG },
+  {
+    kind: 'data of one byte more than an option may have',
+    option: OPT.LIST,
+    data: Buffer.alloc(65537),
+    answer: REP.ERR_TOO_BIG,
+  },
+  {
+    kind: 'data of the largest size that is drained',
+    option: UNKNOWN_OPTION,
+    data: Buffer.alloc(MIB),
+    answer: REP.ERR_TOO_BIG,
+  },
   {
     kind: 'GO with 1 MiB of option headers',
     option: OPT.GO,
@@ -192,7 +201,7 @@ const REFUSED_OPTIONS: readonly RefusedOption[] = [
   },
 ];
 
-describe('a handshake survives, with the right refusal,', () => {
+describe('a handshake continues, with the right refusal, after', () => {
   for (const { kind, option, data, answer } of REFUSED_OPTIONS) {
     test(kind, () =>
       withHealthyNeighbour(async ({ raw, provider }) => {
@@ -211,7 +220,7 @@ describe('a handshake survives, with the right refusal,', () => {
   }
 });
 
-// --- Requests that are refused, after which the connection goes on ---
+// --- Requests that are refused, after which the connection continues ---
 
 interface RefusedRequest {
   readonly kind: string;
@@ -244,7 +253,7 @@ const BAD_RANGES: readonly { readonly where: string; readonly offset: number | b
 ];
 
 function payloadOf(type: number, length: number): Buffer {
-  // Full of request magics: a payload that is not skipped whole is taken for requests.
+  // Full of request magics: a payload that is not skipped whole would be parsed as requests.
   return type === CMD.WRITE && length > 0 ? Buffer.alloc(length, uint32(REQUEST_MAGIC)) : none;
 }
 
@@ -330,7 +339,7 @@ const REFUSED_REQUESTS: readonly RefusedRequest[] = [
   ),
 ];
 
-describe('a connection survives, with the right error,', () => {
+describe('a connection continues, with the right error, after', () => {
   for (const { kind, request, errno, export: exportName = 'disk', payload = none } of REFUSED_REQUESTS) {
     test(kind, () =>
       withHealthyNeighbour(async ({ opened, provider }) => {
@@ -360,7 +369,7 @@ describe('a connection survives, with the right error,', () => {
       client.vanish();
     }));
 
-  test('a thousand refused requests in a row, each answered in its turn', () =>
+  test('a thousand refused requests in a row, each answered in order', () =>
     withHealthyNeighbour(async ({ opened }) => {
       const client = await opened();
       const cookies = Array.from({ length: 1000 }, (_, i) => BigInt(i));
@@ -370,14 +379,14 @@ describe('a connection survives, with the right error,', () => {
     }));
 });
 
-// --- Requests after which the server hangs up ---
+// --- Requests after which the server closes the connection ---
 
 const FATAL_REQUESTS: readonly Fatal[] = [
   { kind: 'a request magic of zeros', bytes: requestBytes({ type: CMD.READ, length: 4, magic: 0 }) },
   { kind: 'a request magic wrong in one bit', bytes: requestBytes({ type: CMD.READ, magic: REQUEST_MAGIC ^ 1 }) },
   { kind: 'the magic of a reply for a request', bytes: requestBytes({ type: CMD.READ, magic: 0x67446698 }) },
   {
-    kind: 'the magic of extended headers nobody negotiated',
+    kind: 'the magic of extended headers that were not negotiated',
     bytes: requestBytes({ type: CMD.READ, magic: 0x21e41c71 }),
   },
   { kind: 'a disconnect with a bad magic', bytes: requestBytes({ type: CMD.DISC, magic: 0xffffffff }) },
@@ -387,7 +396,7 @@ const FATAL_REQUESTS: readonly Fatal[] = [
   { kind: 'a WRITE that claims 4 GiB', bytes: requestBytes({ type: CMD.WRITE, length: 0xffffffff }) },
 ];
 
-describe('a connection is ended by', () => {
+describe('the server closes a connection after', () => {
   for (const { kind, bytes } of FATAL_REQUESTS) {
     test(kind, () =>
       withHealthyNeighbour(async ({ opened, provider }) => {
@@ -399,7 +408,7 @@ describe('a connection is ended by', () => {
     );
   }
 
-  test('a bad magic after good requests, which are answered', () =>
+  test('a bad magic that follows valid requests, which are answered', () =>
     withHealthyNeighbour(async ({ opened }) => {
       const client = await opened();
       client.send(
@@ -411,7 +420,7 @@ describe('a connection is ended by', () => {
       await isClosedWithoutAWord(client);
     }));
 
-  test('a payload longer than its WRITE says, the rest of which is no request', () =>
+  test('a payload longer than the length of its WRITE', () =>
     withHealthyNeighbour(async ({ opened }) => {
       const client = await opened();
       client.send(
@@ -424,7 +433,7 @@ describe('a connection is ended by', () => {
     }));
 });
 
-// --- Clients that leave in the middle of something ---
+// --- Clients that leave within a message ---
 
 interface Departure {
   readonly from: string;
@@ -432,7 +441,7 @@ interface Departure {
   readonly bytes: Buffer;
 }
 
-/** Every prefix that ends at, just before or just after a boundary of a structure. */
+/** Every prefix that ends at a boundary of a structure, or one byte before or after it. */
 function prefixes(what: string, parts: readonly { readonly name: string; readonly bytes: Buffer }[]): Departure[] {
   const departures: Departure[] = [];
   let before = none;
@@ -494,7 +503,7 @@ const DEPARTURES: readonly Departure[] = [
   ...prefixes('a disconnect', [flagsPart, goPart, { name: 'the request', bytes: requestBytes({ type: CMD.DISC }) }]),
 ];
 
-describe('nothing is left of a client that leaves', () => {
+describe('no device is left open by a client that leaves', () => {
   for (const { from, bytes } of DEPARTURES) {
     test(`${from}, by a half-close`, () =>
       withHealthyNeighbour(async ({ raw }) => {
@@ -505,7 +514,7 @@ describe('nothing is left of a client that leaves', () => {
         await client.readToEnd();
       }));
 
-    test(`${from}, by vanishing`, () =>
+    test(`${from}, by a reset`, () =>
       withHealthyNeighbour(async ({ raw }) => {
         const client = await raw();
         await client.read(GREETING_SIZE);

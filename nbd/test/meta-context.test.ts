@@ -1,4 +1,4 @@
-/** Meta contexts: what may be listed and selected in the handshake, and block status in the transmission phase. */
+/** Meta contexts: listing and selection in the handshake, and block status in the transmission phase. */
 
 import { describe, expect, test } from 'vitest';
 import { ALLOCATION_CONTEXT, DeviceError, ExportError, STATE_HOLE, STATE_ZERO, type ExtentSink } from '../src/index.js';
@@ -27,7 +27,7 @@ const CHANGED = 'x-test:changed';
 const OTHER = 'x-test:dirty-bitmap:other';
 const WIDE = 'x-wide:origin';
 
-/** An export with contexts of its own. */
+/** An export with additional contexts. */
 function rich(): TestExport {
   return new TestExport('disk', { contexts: [ALLOCATION_CONTEXT, CHANGED, OTHER, WIDE], wideContexts: [WIDE] });
 }
@@ -63,7 +63,7 @@ interface Status {
   readonly extents: readonly (readonly [number, number])[];
 }
 
-/** What a block status chunk says. */
+/** Context and extents of a block status chunk. */
 function statusOf({ kind, type, payload }: Chunk): Status {
   const isWide = kind === 'extended';
   expect(type).toBe(isWide ? REPLY_TYPE.BLOCK_STATUS_EXT : REPLY_TYPE.BLOCK_STATUS);
@@ -119,7 +119,7 @@ describe('LIST_META_CONTEXT', () => {
     ]);
   });
 
-  test('listing opens nothing and selects nothing', async () => {
+  test('listing opens no device and selects no context', async () => {
     const server = await startServer({ exports: [rich()] });
     const client = await greeted(server, OPT.STRUCTURED_REPLY);
     await client.option(OPT.LIST_META_CONTEXT, metaQueries('disk', [ALLOCATION_CONTEXT]));
@@ -130,7 +130,7 @@ describe('LIST_META_CONTEXT', () => {
   });
 });
 
-describe('an export with more contexts than it lists', () => {
+describe('an export that does not list all its contexts', () => {
   /** Lists x-test:1 to x-test:3, and has every x-test:NUMBER. */
   async function manyServer(): Promise<TestServer> {
     const server = await startServer();
@@ -147,7 +147,7 @@ describe('an export with more contexts than it lists', () => {
     return server;
   }
 
-  test('returns a context that it does not list if it is queried by name, when listing and when selecting', async () => {
+  test('returns an unlisted context if it is queried by name, when listing and when selecting', async () => {
     const client = await greeted(await manyServer(), OPT.STRUCTURED_REPLY);
     const listed = await client.option(OPT.LIST_META_CONTEXT, metaQueries('disk', ['x-test:']));
     expect([...contextsIn(listed).keys()]).toEqual(['x-test:1', 'x-test:2', 'x-test:3']);
@@ -164,7 +164,7 @@ describe('an export with more contexts than it lists', () => {
 });
 
 describe('SET_META_CONTEXT', () => {
-  test('selects exact names, each with its own id; wildcards and unknown names select nothing', async () => {
+  test('selects exact names, each with its own id; wildcards and unknown names select no context', async () => {
     const client = await greeted(await startServer({ exports: [rich()] }), OPT.EXTENDED_HEADERS);
     const queries = ['base:', 'x-test:', 'x-nobody:x', 'base:nothing', WIDE, ALLOCATION_CONTEXT, CHANGED, CHANGED];
     const found = contextsIn(await client.option(OPT.SET_META_CONTEXT, metaQueries('disk', queries)));
@@ -172,12 +172,12 @@ describe('SET_META_CONTEXT', () => {
     expect(new Set(found.values()).size).toBe(3);
   });
 
-  test('no query selects no context', async () => {
+  test('without a query selects no context', async () => {
     const client = await greeted(await startServer({ exports: [rich()] }), OPT.STRUCTURED_REPLY);
     expect(types(await client.option(OPT.SET_META_CONTEXT, metaQueries('disk')))).toEqual([REP.ACK]);
   });
 
-  test('a context with flags of 64 bits needs extended headers, and the answer says so', async () => {
+  test('refuses a context with flags of 64 bits without extended headers, and says why', async () => {
     const client = await greeted(await startServer({ exports: [rich()] }), OPT.STRUCTURED_REPLY);
     const queries = metaQueries('disk', [ALLOCATION_CONTEXT, WIDE]);
     const [reply] = await client.option(OPT.SET_META_CONTEXT, queries);
@@ -187,7 +187,7 @@ describe('SET_META_CONTEXT', () => {
     expect(contextsIn(await client.option(OPT.SET_META_CONTEXT, queries)).size).toBe(2);
   });
 
-  test('more than 16 contexts are TOO_BIG', async () => {
+  test('answers TOO_BIG to more than 16 contexts', async () => {
     const contexts = Array.from({ length: 17 }, (_, i) => `x-test:${i}`);
     const client = await greeted(await startServer({ exports: [new TestExport('disk', { contexts })] }), 8);
     expect(types(await client.option(OPT.SET_META_CONTEXT, metaQueries('disk', contexts)))).toEqual([REP.ERR_TOO_BIG]);
@@ -215,7 +215,7 @@ describe('SET_META_CONTEXT', () => {
     { what: 'alone', options: [structured, set], expected: true },
     { what: 'then a failed one', options: [structured, set, [OPT.SET_META_CONTEXT, Buffer.of(1)]], expected: false },
     {
-      what: 'then one of nothing',
+      what: 'then one without queries',
       options: [structured, set, [OPT.SET_META_CONTEXT, metaQueries('disk')]],
       expected: false,
     },
@@ -225,7 +225,7 @@ describe('SET_META_CONTEXT', () => {
       expected: false,
     },
     {
-      what: 'then one for an export that is not there',
+      what: 'then one for a missing export',
       options: [structured, set, [OPT.SET_META_CONTEXT, metaQueries('nothing', [ALLOCATION_CONTEXT])]],
       expected: false,
     },
@@ -252,12 +252,12 @@ describe('SET_META_CONTEXT', () => {
     });
   }
 
-  test('contexts selected for one export do not count for another', async () => {
+  test('contexts selected for one export are not selected for another', async () => {
     const server = await startServer({ exports: [new TestExport('disk'), new TestExport('other')] });
     expect(await hasStatusAfter(server, [structured, set], 'other')).toBe(false);
   });
 
-  test('contexts also count after EXPORT_NAME of the same export', async () => {
+  test('contexts are also selected after EXPORT_NAME of the same export', async () => {
     const client = await greeted(await startServer(), OPT.STRUCTURED_REPLY);
     await client.option(...set);
     client.send(optionBytes(OPT.EXPORT_NAME, Buffer.from('disk')));
@@ -285,7 +285,7 @@ describe('SET_META_CONTEXT', () => {
 });
 
 for (const option of [OPT.LIST_META_CONTEXT, OPT.SET_META_CONTEXT]) {
-  describe(`${option === OPT.SET_META_CONTEXT ? 'SET' : 'LIST'}_META_CONTEXT gone wrong`, () => {
+  describe(`errors of ${option === OPT.SET_META_CONTEXT ? 'SET' : 'LIST'}_META_CONTEXT`, () => {
     const isSet = option === OPT.SET_META_CONTEXT;
     test(`before structured replies it is ${isSet ? 'INVALID' : 'answered'}`, async () => {
       const client = await greeted(await startServer());
@@ -294,7 +294,7 @@ for (const option of [OPT.LIST_META_CONTEXT, OPT.SET_META_CONTEXT]) {
     });
 
     for (const query of ['base', ':allocation', '']) {
-      test(`the query ${JSON.stringify(query)}, which names no namespace, finds nothing and spoils nothing`, async () => {
+      test(`the query ${JSON.stringify(query)} without a namespace finds nothing, and other queries are answered`, async () => {
         const client = await greeted(await startServer(), OPT.STRUCTURED_REPLY);
         const queries = [query, 'base:allocation'];
         const [found, end] = await client.option(option, metaQueries('disk', queries));
@@ -303,7 +303,7 @@ for (const option of [OPT.LIST_META_CONTEXT, OPT.SET_META_CONTEXT]) {
       });
     }
 
-    test('a missing export is UNKNOWN, a refused one POLICY, with the message of the provider', async () => {
+    test('a missing export is answered UNKNOWN, a refused one POLICY, with the message of the provider', async () => {
       const server = await startServer();
       const client = await greeted(server, OPT.STRUCTURED_REPLY);
       expect(types(await client.option(option, metaQueries('nothing')))).toEqual([REP.ERR_UNKNOWN]);
@@ -327,17 +327,17 @@ for (const option of [OPT.LIST_META_CONTEXT, OPT.SET_META_CONTEXT]) {
       },
       { what: 'a query of 4097 bytes', data: metaQueries('disk', [`x:${'a'.repeat(4095)}`]) },
       { what: 'a name of 4097 bytes', data: metaQueries('n'.repeat(4097)) },
-      { what: 'a query that is no text', data: metaQueries('disk', [Buffer.from('x:\xff', 'latin1')]) },
+      { what: 'a query that is not UTF-8', data: metaQueries('disk', [Buffer.from('x:\xff', 'latin1')]) },
       { what: 'a query with NUL', data: metaQueries('disk', ['x:\0']) },
     ]) {
-      test(`${what} is INVALID, and haggling goes on`, async () => {
+      test(`${what} is INVALID, and the handshake continues`, async () => {
         const client = await greeted(await startServer(), OPT.STRUCTURED_REPLY);
         expect(types(await client.option(option, data))).toEqual([REP.ERR_INVALID]);
         expect((await client.option(OPT.GO, infoQuery('disk'))).at(-1)?.type).toBe(REP.ACK);
       });
     }
 
-    test('256 queries are taken, 257 are TOO_BIG, and so is more data than an option may have', async () => {
+    test('256 queries are accepted, 257 are TOO_BIG, and so is more data than the limit of an option', async () => {
       const client = await greeted(await startServer(), OPT.STRUCTURED_REPLY);
       const many = Array.from({ length: 257 }, () => 'x-many:');
       expect(types(await client.option(option, metaQueries('disk', many.slice(1))))).toEqual([REP.ACK]);
@@ -388,7 +388,7 @@ for (const level of LEVELS) {
       return exported;
     }
 
-    test('neighbours that are alike are one extent, and nothing is read', async () => {
+    test('neighbouring extents with the same flags are joined, and no data is read', async () => {
       const server = await startServer({ exports: [disk([0, 64 * KIB], [100 * KIB, 4 * KIB])] });
       const client = await opened(server);
       for (const delay of [undefined, Promise.resolve()]) {
@@ -414,7 +414,7 @@ for (const level of LEVELS) {
       ]);
     });
 
-    test('REQ_ONE is one extent, coalesced, no longer than what was asked for', async () => {
+    test('REQ_ONE is one joined extent, no longer than the requested range', async () => {
       const client = await opened(await startServer({ exports: [disk([0, 64 * KIB])] }));
       const flags = CMD_FLAG.REQ_ONE;
       expect((await status(client, { length: DISK_SIZE, flags }))[0]?.extents).toEqual([[64 * KIB, ZERO_HOLE]]);
@@ -431,7 +431,7 @@ for (const level of LEVELS) {
       }
     });
 
-    test('every context is answered for, once, with its own flags', async () => {
+    test('every context is answered once, with its own flags', async () => {
       const exported = rich();
       exported.extents = (context, offset, length, sink) => {
         const flags = { [ALLOCATION_CONTEXT]: ZERO_HOLE, [CHANGED]: 0xffff_ffff, [OTHER]: 7 }[context] ?? 0;
@@ -476,7 +476,7 @@ for (const level of LEVELS) {
 
     const bytesOf = ({ extents }: Status): number => extents.reduce((sum, [length]) => sum + length, 0);
 
-    test('with REQ_ONE all contexts have one extent, as long as the shortest of them', async () => {
+    test('with REQ_ONE all contexts have one extent, as long as the shortest', async () => {
       const exported = striped({ [ALLOCATION_CONTEXT]: 12 * KIB, [CHANGED]: 4 * KIB, [OTHER]: 64 * KIB });
       const client = await opened(await startServer({ exports: [exported] }), [ALLOCATION_CONTEXT, CHANGED, OTHER]);
       const seen: [number, number][][] = [];
@@ -488,7 +488,7 @@ for (const level of LEVELS) {
       expect(seen.map((extents) => extents[0]?.[1])).toEqual([0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0]);
     });
 
-    test('where one context stops early, all others end with it, in the middle of an extent too', async () => {
+    test('where one context ends early, all others end as well, also within an extent', async () => {
       const exported = rich();
       exported.extents = (context, offset, length, sink) => {
         if (context !== CHANGED) sink(offset, length, 1);
@@ -512,14 +512,14 @@ for (const level of LEVELS) {
       { [ALLOCATION_CONTEXT]: 512, [CHANGED]: 512, [OTHER]: 4096 },
       { [ALLOCATION_CONTEXT]: 1536, [CHANGED]: 512 },
     ]) {
-      test(`contexts of very many extents share one total, cover the same bytes, and are continued from there: ${JSON.stringify(sizes)}`, async () => {
+      test(`contexts with very many extents share one limit, and cover the same bytes: ${JSON.stringify(sizes)}`, async () => {
         const contexts = Object.keys(sizes);
         const client = await opened(await startServer({ exports: [striped(sizes)] }), contexts);
         let offset = 0;
         for (let round = 0; round < 3; round++) {
           const answers = await status(client, { offset, length: 2 ** 31 - offset });
           const count = answers.reduce((sum, { extents }) => sum + extents.length, 0);
-          // The next extent of the finest would be one too many, or as many as there are contexts.
+          // One more extent of the finest context would exceed the limit, alone or together with the other contexts.
           expect(count).toBeGreaterThan(128 * KIB - contexts.length);
           expect(count).toBeLessThanOrEqual(128 * KIB);
           const covered = answers.map(bytesOf);
@@ -531,7 +531,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test('no more block statuses are under way than their extents have memory for', async () => {
+    test('block status requests in flight are limited by the memory for their extents', async () => {
       const server = await startServer({ exports: [striped({ [ALLOCATION_CONTEXT]: 512 })] });
       const gate = new Gate();
       server.provider.hook = ({ method }) => (method === 'extents' ? gate.opened : undefined);
@@ -544,7 +544,7 @@ for (const level of LEVELS) {
       for (let n = 0; n < 40; n++) expect((await client.readChunk()).payload.length).toBeGreaterThan(2 ** 20);
     });
 
-    test('a map of very many extents is answered in part, and complete when it is continued from there', async () => {
+    test('a map with very many extents is answered in parts, which together are complete', async () => {
       const exported = new TestExport('disk', { size: 0 });
       Object.assign(exported, { geometry: { ...exported.geometry, size: 2 ** 31 } });
       exported.extents = (_context, offset, length, sink) => {
@@ -562,7 +562,7 @@ for (const level of LEVELS) {
       ['reports nothing', () => undefined],
       ['begins elsewhere', (sink: ExtentSink) => void sink(512, 4096, 0)],
       ['reports an empty extent', (sink: ExtentSink) => void sink(0, 0, 0)],
-      ['reports flags that are none', (sink: ExtentSink) => void sink(0, 4096, -1)],
+      ['reports invalid flags', (sink: ExtentSink) => void sink(0, 4096, -1)],
       ['reports flags of more than 32 bits', (sink: ExtentSink) => void sink(0, 4096, 2 ** 32)],
       [
         'throws',
@@ -571,7 +571,7 @@ for (const level of LEVELS) {
         },
       ],
     ] as const) {
-      test(`a device that ${what} is reported, the request is EIO, and the connection lives`, async () => {
+      test(`a device that ${what} is reported, the request fails with EIO, and the connection continues`, async () => {
         const exported = new TestExport('disk');
         exported.extents = (_context, _offset, _length, sink) => extents(sink);
         const server = await startServer({ exports: [exported] });
@@ -589,7 +589,7 @@ for (const level of LEVELS) {
       });
     }
 
-    test('a device that breaks its promise after some extents is believed up to there', async () => {
+    test('of a device whose extents become invalid, the valid ones before are sent', async () => {
       const exported = new TestExport('disk');
       exported.extents = (_context, offset, _length, sink) => {
         sink(offset, 4096, 1);
@@ -622,13 +622,13 @@ for (const level of LEVELS) {
     });
 
     for (const { what, fields } of [
-      { what: 'of nothing', fields: { offset: 0, length: 0 } },
+      { what: 'of length 0', fields: { offset: 0, length: 0 } },
       { what: 'beyond the end', fields: { offset: DISK_SIZE - 1, length: 2 } },
       { what: 'with NO_HOLE', fields: { length: 4096, flags: CMD_FLAG.NO_HOLE } },
       { what: 'with DF', fields: { length: 4096, flags: CMD_FLAG.DF } },
       { what: 'with an unknown flag', fields: { length: 4096, flags: 0x8000 } },
     ]) {
-      test(`a status ${what} is EINVAL`, async () => {
+      test(`a block status ${what} is EINVAL`, async () => {
         const server = await startServer();
         const client = await opened(server);
         ask(client, level, { type: CMD.BLOCK_STATUS, ...fields });
@@ -637,14 +637,14 @@ for (const level of LEVELS) {
       });
     }
 
-    test('an unaligned status of a device with a minimum block size is EINVAL', async () => {
+    test('an unaligned block status of a device with a minimum block size is EINVAL', async () => {
       const server = await startServer({ exports: [new TestExport('disk', { minimumBlockSize: 4096 })] });
       const client = await opened(server);
       ask(client, level, { type: CMD.BLOCK_STATUS, offset: 512, length: 4096 });
       expect(errorOf(await client.readChunk()).errno).toBe(NBD_ERRNO.EINVAL);
     });
 
-    test('a status that takes long holds nothing up, and a connection that vanishes meanwhile leaves nothing open', async () => {
+    test('a slow block status delays no other request, and a connection lost meanwhile leaves no device open', async () => {
       const server = await startServer();
       const gate = new Gate();
       server.provider.hook = ({ method }) => (method === 'extents' ? gate.opened : undefined);
@@ -674,7 +674,7 @@ describe('BLOCK_STATUS with a payload', () => {
   const filter = (length: number | bigint, ids: readonly number[]): Buffer =>
     Buffer.concat([uint64(length), ...ids.map(uint32)]);
 
-  test('is answered for the contexts in it only, and its length counts', async () => {
+  test('is answered for the contexts in it only, and for the length in it', async () => {
     const server = await startServer({ exports: [rich()] });
     const { client, ids } = await opened(server);
     const [changed, wide] = [ids.get(CHANGED) ?? 0, ids.get(WIDE) ?? 0];
@@ -687,7 +687,7 @@ describe('BLOCK_STATUS with a payload', () => {
     expect(server.provider.calls.every(({ offset, length }) => offset === 4096 && length === 8192)).toBe(true);
   });
 
-  test('arrives in pieces, between other requests', async () => {
+  test('may arrive in pieces, between other requests', async () => {
     const { client, ids } = await opened(await startServer({ exports: [rich()] }));
     const bytes = filter(4096, [ids.get(CHANGED) ?? 0]);
     client.extendedRequest({ type: CMD.READ, length: 4, cookie: 1n });
@@ -697,7 +697,7 @@ describe('BLOCK_STATUS with a payload', () => {
     expect((await client.readChunk()).cookie).toBe(2n);
   });
 
-  test('flags of more than 32 bits arrive whole', async () => {
+  test('is answered with flags of more than 32 bits', async () => {
     const exported = rich();
     exported.extents = (context, offset, length, sink) => void sink(offset, length, context === WIDE ? 2 ** 53 - 1 : 0);
     const { client, ids } = await opened(await startServer({ exports: [exported] }));
@@ -708,17 +708,17 @@ describe('BLOCK_STATUS with a payload', () => {
 
   for (const { what, payload } of [
     { what: 'no id', payload: () => filter(4096, []) },
-    { what: 'an id that was not given out', payload: () => filter(4096, [0x7777]) },
+    { what: 'an unknown id', payload: () => filter(4096, [0x7777]) },
     { what: 'an id twice', payload: (id: number) => filter(4096, [id, id]) },
     { what: 'more ids than contexts', payload: (id: number) => filter(4096, [id, id, id, id]) },
     { what: 'half an id', payload: (id: number) => filter(4096, [id]).subarray(0, 10) },
-    { what: 'a length of nothing', payload: (id: number) => filter(0, [id]) },
+    { what: 'a length of 0', payload: (id: number) => filter(0, [id]) },
     { what: 'a length beyond the end', payload: (id: number) => filter(DISK_SIZE + 1, [id]) },
-    { what: 'a length beyond numbers', payload: (id: number) => filter(2n ** 64n - 1n, [id]) },
+    { what: 'a length above 2^53', payload: (id: number) => filter(2n ** 64n - 1n, [id]) },
     { what: '70000 bytes', payload: () => Buffer.alloc(70_000) },
     { what: 'one byte', payload: () => Buffer.alloc(1) },
   ]) {
-    test(`of ${what} is drained and EINVAL`, async () => {
+    test(`with ${what} is drained and answered EINVAL`, async () => {
       const server = await startServer({ exports: [rich()] });
       const { client, ids } = await opened(server);
       client.extendedRequest({ type: CMD.BLOCK_STATUS, cookie: 1n }, payload(ids.get(ALLOCATION_CONTEXT) ?? 0));

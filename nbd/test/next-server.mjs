@@ -1,4 +1,4 @@
-/** A server in a process of its own that goes on with connections which its parent hands over; see hand-over.test.ts. */
+/** A server in its own process that continues connections which its parent hands over; see hand-over.test.ts. */
 
 import { ALLOCATION_CONTEXT, NbdServer, STATE_HOLE } from 'nbd-server-ts';
 

@@ -1,12 +1,12 @@
 /**
- * Two ends of a connection inside the process. Unlike a socket it keeps what was written apart as it was written, so a
- * test decides where chunks end; and it counts the writes of each end, a gathered write as one.
+ * Two ends of a connection inside the process. Unlike a socket it keeps the borders of writes, so that a test decides where
+ * chunks end, and it counts the writes of each end; a gathered write counts as one.
  */
 
 import { Duplex } from 'node:stream';
 
 export class PairEnd extends Duplex {
-  /** Calls that would each have been one system call. */
+  /** Writes that would each have been one system call. */
   writes = 0;
   private other: PairEnd | undefined;
   private taken: ((error?: Error) => void) | undefined;
@@ -39,7 +39,7 @@ export class PairEnd extends Duplex {
 
   override _destroy(error: Error | null, callback: (error: Error | null) => void): void {
     this.other?.push(null);
-    // Like a socket whose other end is closed: what it has written gets nowhere.
+    // Like a socket whose other end is closed: written bytes are lost.
     const taken = this.other?.taken;
     if (this.other !== undefined) this.other.taken = undefined;
     taken?.(new Error('the other end is gone'));
@@ -52,7 +52,7 @@ export class PairEnd extends Duplex {
       callback(new Error('the other end is gone'));
       return;
     }
-    // Called back once the other end wants more: its reader has all of this, and the memory may be used again.
+    // Called back once the other end wants more: its reader has all bytes, and the memory may be reused.
     this.taken = callback;
     for (const chunk of chunks) this.other?.push(Buffer.from(chunk));
   }

@@ -10,14 +10,14 @@ import { TestExport } from './test-device.js';
 import { startServer, type TestServer } from './test-server.js';
 
 const KIB = 1024;
-/** The cookie of every request that is only data. An answer to it says that it was carried out. */
+/** The cookie of every request inside the data. An answer with it shows that such a request was carried out. */
 const FORGED = 0xf0f0_f0f0n;
 const LEVELS = ['simple', 'structured', 'extended'] as const;
 type Level = (typeof LEVELS)[number];
-/** Sizes that come with their header, in pieces, and where they belong at once (see transmission.ts). */
+/** Sizes that arrive with their header, in pieces, and directly in their buffer (see transmission.ts). */
 const SIZES = [512, 4 * KIB, 40 * KIB, 200 * KIB];
 
-/** One of each command, of either header, that would change or tell something if it were carried out. */
+/** One request of each command, in both header formats, each with an effect or an answer if it were carried out. */
 function requestsOfEveryKind(): Buffer {
   const fields = Object.values(CMD).map((type) => ({
     type,
@@ -32,7 +32,7 @@ function requestsOfEveryKind(): Buffer {
   ]);
 }
 
-/** A block of `size` bytes of nothing but requests, the first one right at its beginning. */
+/** A block of `size` bytes full of requests, the first one at its beginning. */
 function blockOfRequests(size: number): Buffer {
   return Buffer.alloc(size, requestsOfEveryKind());
 }
@@ -54,7 +54,7 @@ function errnoOf(chunk: Chunk): number {
   return chunk.type >= REPLY_TYPE.ERROR ? errorOf(chunk).errno : 0;
 }
 
-/** Sends a read of four bytes that must be answered, which proves that the server and we agree where requests begin. */
+/** Sends a read of four bytes that must be answered: client and server agree where requests begin. */
 async function expectInStep(client: RawClient, level: Level): Promise<void> {
   client.send(headerOf(level, { type: CMD.READ, offset: 4, length: 4, cookie: 99n }));
   const chunk = await client.readChunk();
@@ -64,7 +64,7 @@ async function expectInStep(client: RawClient, level: Level): Promise<void> {
   expect(data).toEqual(uint32(5));
 }
 
-/** Sends bytes in pieces of at most `size`, each a packet of its own where the kernel lets it. */
+/** Sends bytes in pieces of at most `size`, each in its own packet if the kernel permits. */
 async function sendInPieces(client: RawClient, bytes: Buffer, size: number): Promise<void> {
   for (let at = 0; at < bytes.length; at += size) {
     await new Promise((resolve) => client.socket.write(bytes.subarray(at, at + size), resolve));
@@ -73,7 +73,7 @@ async function sendInPieces(client: RawClient, bytes: Buffer, size: number): Pro
 
 interface Write {
   readonly what: string;
-  /** Of the request, beside those of the flags that a level needs. */
+  /** Flags of the request, in addition to those that the level needs. */
   readonly flags?: number;
   readonly offset?: number | bigint;
   readonly export?: string;
@@ -85,7 +85,7 @@ const WRITES: readonly Write[] = [
   { what: 'allowed, with FUA', flags: CMD_FLAG.FUA, errno: 0 },
   { what: 'to a read-only export', export: 'read-only', errno: NBD_ERRNO.EPERM },
   { what: 'with a flag of another command', flags: CMD_FLAG.REQ_ONE, errno: NBD_ERRNO.EINVAL },
-  { what: 'with a flag that nobody knows', flags: 0x8000, errno: NBD_ERRNO.EINVAL },
+  { what: 'with an unknown flag', flags: 0x8000, errno: NBD_ERRNO.EINVAL },
   { what: 'beyond the end', offset: 1024 * KIB - 1, errno: NBD_ERRNO.ENOSPC },
   { what: 'at 2^64-1', offset: 2n ** 64n - 1n, errno: NBD_ERRNO.ENOSPC },
   { what: 'that is not aligned', offset: 1, export: 'blocks', errno: NBD_ERRNO.EINVAL },
@@ -102,7 +102,7 @@ for (const level of LEVELS) {
     for (const hasFlag of level === 'extended' ? [true, false] : [false]) {
       const flagged = hasFlag ? ' with the payload flag' : level === 'extended' ? ' without the payload flag' : '';
       for (const write of WRITES) {
-        test(`a write${flagged} ${write.what}: nothing but the write itself happens`, async () => {
+        test(`a write${flagged} ${write.what} has no effect beside the write itself`, async () => {
           const server = await startServer({ exports: everyExport() });
           const name = write.export ?? 'disk';
           const client = await connected(server, level, name);
@@ -114,7 +114,7 @@ for (const level of LEVELS) {
             const flags = (write.flags ?? 0) | (hasFlag ? CMD_FLAG.PAYLOAD_LEN : 0);
             const request = headerOf(level, { type: CMD.WRITE, flags, offset, length: size, cookie: 7n });
             const message = Buffer.concat([request, data]);
-            // Whole, with header and data apart, and with the border of a piece inside of the header and of the data.
+            // Whole, with header and data apart, and in pieces that end inside the header and inside the data.
             for (const piece of [message.length, request.length, 19 * KIB]) {
               server.provider.calls.length = 0;
               await sendInPieces(client, message, piece);
@@ -133,7 +133,7 @@ for (const level of LEVELS) {
         });
       }
 
-      test(`a write${flagged} to a server that shuts down: its data are taken, too`, async () => {
+      test(`the data of a write${flagged} to a server that shuts down are consumed`, async () => {
         const server = await startServer();
         const client = await connected(server, level);
         const data = blockOfRequests(64 * KIB);
@@ -158,7 +158,7 @@ for (const level of LEVELS) {
   });
 }
 
-test('a write without the payload flag of the largest size is accepted; an implausible length ends the connection', async () => {
+test('a write of the largest size without the payload flag is accepted; an implausible length ends the connection', async () => {
   const server = await startServer({ exports: [new TestExport('disk', { size: MAX_PAYLOAD })] });
   const client = await connected(server, 'extended');
   const data = blockOfRequests(MAX_PAYLOAD);
@@ -187,7 +187,7 @@ const QEMU_SESSION = [
   '21e41c71 0000 0002 0000000000000000 0000000000000000 0000000000000000',
 ].map((hex) => Buffer.from(hex.replaceAll(' ', ''), 'hex'));
 
-test("qemu's session of one write, byte for byte", async () => {
+test("qemu's session of one write, byte for byte, is answered and carried out", async () => {
   const server = await startServer();
   const client = await server.raw();
   await client.read(GREETING_SIZE);

@@ -1,6 +1,6 @@
 /**
- * An NBD client at the level of bytes: it sends exactly what a test gives it, valid or not, and reads exact amounts of the
- * answers. It owns its socket; every wait has a time limit. It shares only the protocol's numbers with the library.
+ * An NBD client at the level of bytes: it sends exactly the bytes that a test gives it, valid or not, and reads answers by
+ * exact lengths. It owns its socket; every wait has a time limit. It shares only the protocol's numbers with the library.
  */
 
 import net from 'node:net';
@@ -29,7 +29,7 @@ import {
   STRUCTURED_REPLY_SIZE,
 } from '../src/protocol/wire.js';
 
-/** How long a read may take before the test fails, milliseconds. */
+/** Time limit of a read before the test fails, milliseconds. */
 const READ_BOUND_MS = 20_000;
 
 /** FIXED_NEWSTYLE and NO_ZEROES. */
@@ -91,7 +91,7 @@ export function optionBytes(option: number, data: Buffer = Buffer.alloc(0)): Buf
   return Buffer.concat([optionHeader(option, data.length), data]);
 }
 
-/** Data of INFO and GO; what the length and count fields say may be set apart from what follows them. */
+/** Data of INFO and GO; the length and count fields may differ from the data that follow. */
 export function infoQuery(
   name: string | Buffer,
   infos: readonly number[] = [],
@@ -134,7 +134,7 @@ export function uint64(value: number | bigint): Buffer {
   return bytes;
 }
 
-/** Data of LIST_META_CONTEXT and SET_META_CONTEXT; the count may be set apart from what follows it. */
+/** Data of LIST_META_CONTEXT and SET_META_CONTEXT; the count may differ from the data that follow. */
 export function metaQueries(exportName: string, queries: readonly (string | Buffer)[] = [], count?: number): Buffer {
   const withLength = (text: string | Buffer): Buffer => {
     const bytes = Buffer.from(text);
@@ -143,7 +143,7 @@ export function metaQueries(exportName: string, queries: readonly (string | Buff
   return Buffer.concat([withLength(exportName), uint32(count ?? queries.length), ...queries.map(withLength)]);
 }
 
-/** What an error chunk says. */
+/** The fields of an error chunk. */
 export function errorOf(chunk: Chunk): { errno: number; message: string; rest: Buffer } {
   const length = chunk.payload.readUInt16BE(4);
   return {
@@ -155,13 +155,13 @@ export function errorOf(chunk: Chunk): { errno: number; message: string; rest: B
 
 export class RawClient {
   private chunks: Buffer[] = [];
-  /** Bytes that have come and were not read. */
+  /** Received bytes that were not read yet. */
   available = 0;
   /** The server has ended the connection. */
   isOver = false;
   private wake: (() => void) | undefined;
 
-  /** Over a stream that is connected already; it is destroyed when the test is over. */
+  /** A client over a connected stream, which is destroyed at the end of the test. */
   constructor(readonly socket: Duplex) {
     socket.on('data', (chunk: Buffer) => {
       this.chunks.push(chunk);
@@ -191,7 +191,7 @@ export class RawClient {
     this.socket.write(Buffer.concat(parts));
   }
 
-  /** Nothing more will be sent; replies still arrive. */
+  /** Closes the sending side; replies still arrive. */
   halfClose(): void {
     this.socket.end();
   }
@@ -200,7 +200,7 @@ export class RawClient {
     this.socket.destroy();
   }
 
-  /** Exactly `length` bytes. Fails if the server closes before they came. */
+  /** Exactly `length` bytes. Fails if the server closes the connection before that. */
   async read(length: number): Promise<Buffer> {
     await this.bounded(() => this.available >= length || this.isOver, `${length} bytes`);
     if (this.available < length) throw new Error(`closed after ${this.available} of ${length} bytes`);
@@ -223,7 +223,7 @@ export class RawClient {
 
   // --- Handshake ---
 
-  /** Read the greeting and answer it. */
+  /** Reads the greeting and answers it. */
   async greet(clientFlags = USUAL_CLIENT_FLAGS): Promise<Buffer> {
     const greeting = await this.read(GREETING_SIZE);
     this.send(uint32(clientFlags));
@@ -239,7 +239,7 @@ export class RawClient {
     return { option: header.readUInt32BE(8), type: header.readUInt32BE(12), data };
   }
 
-  /** Send an option; all its replies, up to the acknowledgement or the error. */
+  /** Sends an option. Returns all its replies, up to the acknowledgement or the error. */
   async option(option: number, data?: Buffer): Promise<OptionReply[]> {
     this.send(optionBytes(option, data));
     const replies: OptionReply[] = [];
@@ -250,14 +250,14 @@ export class RawClient {
     }
   }
 
-  /** From the greeting into the transmission phase. */
+  /** Goes from the greeting into the transmission phase. */
   async open(exportName: string): Promise<void> {
     await this.greet();
     const last = (await this.option(OPT.GO, infoQuery(exportName))).at(-1);
     if (last?.type !== REP.ACK) throw new Error(`GO was refused: ${last?.data.toString()}`);
   }
 
-  /** Into the transmission phase with structured replies or extended headers, and these contexts selected. */
+  /** Goes into the transmission phase with structured replies or extended headers, and these contexts selected. */
   async openWith(level: 'structured' | 'extended', exportName = 'disk', contexts: readonly string[] = []) {
     await this.greet();
     const option = level === 'extended' ? OPT.EXTENDED_HEADERS : OPT.STRUCTURED_REPLY;
@@ -277,7 +277,7 @@ export class RawClient {
     this.send(extendedRequestBytes({ ...fields, flags, length: isLong ? payload.length : fields.length }), payload);
   }
 
-  /** The next reply that is not data of a simple one, or the next chunk. */
+  /** The next simple reply, without its data, or the next chunk. */
   async readChunk(): Promise<Chunk> {
     const magic = (await this.read(4)).readUInt32BE(0);
     const none = { errno: 0, isDone: true, flags: 0, type: 0, offset: 0n, payload: Buffer.alloc(0) };
@@ -299,7 +299,7 @@ export class RawClient {
     };
   }
 
-  /** All chunks of one reply; nothing else must be in flight. */
+  /** All chunks of one reply; no other request may be in flight. */
   async readChunks(): Promise<Chunk[]> {
     const chunks: Chunk[] = [];
     do chunks.push(await this.readChunk());
@@ -311,7 +311,7 @@ export class RawClient {
     this.send(requestBytes(fields), payload);
   }
 
-  /** One reply; how much data a successful one carries may depend on its cookie. */
+  /** One reply; the length of its data, if it is a success, may depend on its cookie. */
   async readReply(dataLength: number | ((cookie: bigint) => number) = 0): Promise<Reply> {
     const header = await this.read(SIMPLE_REPLY_SIZE);
     if (header.readUInt32BE(0) !== SIMPLE_REPLY_MAGIC) throw new Error(`not a reply: ${header.toString('hex')}`);

@@ -7,7 +7,7 @@ import { ConnectionLoop } from 'nbd-server-ts';
 const disk = Buffer.alloc(1024 * 1024);
 const info = { name: 'disk', description: `thread ${threadId}` };
 const geometry = { size: disk.length, multiConn: true };
-/** Told by the test: flushes begun, and what ends them. */
+/** Shared with the test: the number of flushes begun, and the signal that ends them. */
 let finishFlush = () => undefined;
 const device = {
   geometry,

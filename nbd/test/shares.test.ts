@@ -1,4 +1,4 @@
-/** How much of the event loop and of the server's memory one client may use while others need them. */
+/** The share of the event loop and of the server's memory that one client may use while others need them. */
 
 import { describe, expect, test } from 'vitest';
 import { BufferPool, MemoryAccount, OWN_BYTES, SLAB_BYTES, type Block } from '../src/server/buffer-pool.js';
@@ -12,15 +12,15 @@ import { startServer, until } from './test-server.js';
 
 const KIB = 1024;
 const MIB = 1024 * KIB;
-/** What connections that were busy keep to receive into. */
+/** Bytes of receive buffers that connections keep after they were busy. */
 const LITTLE = 4 * MIB;
 
-/** Keeps the processor busy. */
+/** Blocks the event loop. */
 function work(ms: number): void {
   for (const end = performance.now() + ms; performance.now() < end;);
 }
 
-/** A disk that is announced larger than the memory it has. */
+/** A disk that is announced with a larger size than its memory. */
 function wideExport(): TestExport {
   const exported = new TestExport('wide', { size: 4096 });
   return Object.assign(Object.create(exported) as TestExport, { geometry: { ...exported.geometry, size: 2 ** 40 } });
@@ -33,12 +33,12 @@ async function withMemory(maxMemoryBytes = MIN_MEMORY_BYTES, memoryStallMs = 60_
     exports: [disk],
     limits: { maxMemoryBytes, memoryStallMs },
   });
-  /** Of the large requests. */
+  /** Length of the large requests. */
   const room = Math.floor((maxMemoryBytes * 3) / 4 / (32 * MIB));
   return { ...server, room };
 }
 
-/** Takes all memory there is: with large replies that are not read, and with small ones. */
+/** Uses all memory of the server, with unread large and small replies. */
 async function exhaust(server: NbdServer, opened: () => Promise<RawClient>): Promise<void> {
   const hoard = async (length: number): Promise<number> => {
     const client = await opened();
@@ -54,7 +54,7 @@ async function exhaust(server: NbdServer, opened: () => Promise<RawClient>): Pro
 
 describe('the event loop', () => {
   test.each(['BLOCK_STATUS', 'TRIM', 'CACHE', 'WRITE_ZEROES'] as const)(
-    'hundreds of slow %s that the device answers at once leave another client its turns',
+    'hundreds of slow %s that the device answers synchronously leave another client its turns',
     async (command) => {
       const { raw, provider, opened } = await startServer({ exports: [wideExport(), new TestExport('disk')] });
       const greedy = await raw();
@@ -78,7 +78,7 @@ describe('the event loop', () => {
         const before = done;
         other.request({ type: CMD.READ, length: 4 });
         await other.readReply(4);
-        // One slice, and what had begun before; not all of them.
+        // One slice, and requests begun before it; not all of them.
         expect(done - before).toBeLessThan(10);
       }
       expect(done).toBeLessThan(count);
@@ -86,7 +86,7 @@ describe('the event loop', () => {
     },
   );
 
-  test('no more requests than may be in flight are answered at once before others have had their turn', async () => {
+  test('at most the limit of requests in flight is answered synchronously before other clients have their turn', async () => {
     const { opened, provider } = await startServer({ limits: { maxInFlightRequests: 4 } });
     const client = await opened();
     let turns = 0;
@@ -106,7 +106,7 @@ describe('the event loop', () => {
     expect(Math.max(...inTurn)).toBeLessThanOrEqual(8);
   });
 
-  test('the connection that used least lately is served first, and every one in the end', async () => {
+  test('the connection with the least recent use is served first, and every connection is served in the end', async () => {
     const loop = new LoopShare();
     const served: string[] = [];
     const task = (name: string, used: number): LoopTask => {
@@ -126,7 +126,7 @@ describe('the event loop', () => {
     expect(served).toEqual(['none', 'none too', 'some', 'much']);
   });
 
-  test('a turn is over for all when it has lasted too long', async () => {
+  test('a turn that has lasted too long ends for all connections', async () => {
     const loop = new LoopShare();
     const users = Array.from({ length: 5 }, () => new LoopUser());
     let yielded = 0;
@@ -141,7 +141,7 @@ describe('the event loop', () => {
     expect(loop.isSpent).toBe(false);
   });
 
-  test('a block status of sixteen contexts lets others have their turn between two of them', async () => {
+  test('a block status of sixteen contexts gives other clients turns between two contexts', async () => {
     const contexts = Array.from({ length: 16 }, (_, i) => `x-test:${i}`);
     const { raw, provider, opened } = await startServer({
       exports: [new TestExport('many', { contexts }), new TestExport('disk')],
@@ -165,7 +165,7 @@ describe('the event loop', () => {
 });
 
 describe('the memory of a server', () => {
-  test('clients that send requests and do not read get no more than the budget, and small requests of others make progress', async () => {
+  test('clients that do not read replies get no more than the budget, and small requests of others make progress', async () => {
     const { opened, server, provider, room } = await withMemory();
     const silent = await Promise.all(Array.from({ length: room + 3 }, () => opened()));
     for (const client of silent) {
@@ -181,13 +181,13 @@ describe('the memory of a server', () => {
       expect((await other.readReply()).errno).toBe(0);
     }
     expect(server.memory.usedBytes).toBeLessThanOrEqual(MIN_MEMORY_BYTES);
-    // Whoever reads gets all of it, and so do those who wait.
+    // Clients that read get all their data, and so do waiting ones.
     for (const client of silent) client.socket.resume();
     for (const client of silent) expect((await client.readReply(32 * MIB)).errno).toBe(0);
     await until(() => server.memory.usedBytes < LITTLE, 'all of it is back');
   });
 
-  test('a request waits holding nothing: half-sent writes do not keep each other from their end', async () => {
+  test('a waiting request holds no memory: half-sent writes do not block each other', async () => {
     const { opened, server, provider, room } = await withMemory();
     const writers = await Promise.all(Array.from({ length: 2 * room + 2 }, () => opened()));
     const data = Buffer.alloc(32 * MIB, 7);
@@ -220,7 +220,7 @@ describe('the memory of a server', () => {
     expect(closes[0]?.reason).toMatch(/others wait for memory, and this client held 33 MiB for 300 ms/);
   });
 
-  test('a client that takes a long reply slowly, as one write, is not closed', async () => {
+  test('a client that reads a long reply slowly is not closed', async () => {
     const { opened, closes, server } = await startServer({
       exports: [disk],
       limits: { maxMemoryBytes: MIN_MEMORY_BYTES, stallTimeoutMs: 1200, memoryStallMs: 1200 },
@@ -236,7 +236,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.waiting === 1 || closes.length > 0, 'one waits');
     const began = performance.now();
     while (performance.now() - began < 4000) {
-      // 2 MB/s or so
+      // about 2 MB/s
       slow.socket.read(200_000);
       await new Promise((resolve) => setTimeout(resolve, 100));
     }
@@ -245,7 +245,7 @@ describe('the memory of a server', () => {
     slow.socket.resume();
   });
 
-  test('writes of a megabyte do not wait behind half-sent longer ones, nor these behind those', async () => {
+  test('writes of 1 MiB and half-sent longer writes do not wait for each other', async () => {
     const { opened, server, room } = await withMemory();
     const writers = await Promise.all(Array.from({ length: 2 * room + 2 }, () => opened()));
     const data = Buffer.alloc(32 * MIB, 7);
@@ -319,7 +319,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes === 0, 'all of it is back');
   });
 
-  test('a lost connection leaks no memory, whatever its state was', async () => {
+  test('a lost connection leaks no memory in any state', async () => {
     const { opened, server, provider, room, allOver } = await withMemory();
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 1024 ? gate.opened : undefined);
@@ -337,7 +337,7 @@ describe('the memory of a server', () => {
     await until(() => server.memory.usedBytes === 0 && server.memory.waiting === 0, 'all of it is back');
   });
 
-  test('with no memory left block statuses, small reads and writes of many at once are answered all the same', async () => {
+  test('block status, small reads and small writes are answered even if no memory is left', async () => {
     const { opened, raw, server } = await withMemory();
     await exhaust(server, opened);
     const client = await raw();
@@ -357,7 +357,7 @@ describe('the memory of a server', () => {
     }
   });
 
-  test('writes that are slow, of a client that has only its own memory, keep their data', async () => {
+  test('slow writes of a client with only its own block of memory keep their data', async () => {
     const { opened, provider, server } = await withMemory();
     await exhaust(server, opened);
     const gates: Gate[] = [];
@@ -386,7 +386,7 @@ describe('the memory of a server', () => {
     }
   });
 
-  test('a budget that two of the longest requests do not fit into is refused', () => {
+  test('a budget too small for two of the longest requests is refused', () => {
     const provider = new TestProvider([]);
     expect(() => new NbdServer({ provider, limits: { maxMemoryBytes: MIN_MEMORY_BYTES - 1 } })).toThrow(RangeError);
     expect(DEFAULT_LIMITS.maxMemoryBytes).toBeGreaterThanOrEqual(MIN_MEMORY_BYTES);
@@ -394,7 +394,7 @@ describe('the memory of a server', () => {
 });
 
 describe('the pool', () => {
-  test('grants in order of the requests, each when all of its memory is free', async () => {
+  test('grants memory in the order of requests, each when all its memory is free', async () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const granted: string[] = [];
     const accounts = new Map(
@@ -412,14 +412,14 @@ describe('the pool', () => {
     pool.give(held.pop() as Block);
     await until(() => granted.length > 0, 'the first one has it');
     expect(granted[0]).toBe('large');
-    // Set aside for it, whatever others ask.
+    // Reserved for it, even if others ask.
     expect(pool.hasRoom(of('holder'), 16 * MIB)).toBe(false);
     expect(pool.hasRoom(of('large'), 32 * MIB)).toBe(true);
     pool.endWait(of('large'));
     await until(() => granted.length === 2, 'the other one has it, too');
   });
 
-  test('a connection has its own block once, and no slab beyond the share of small requests', () => {
+  test('gives a connection its own block once, and no slab beyond the share of small requests', () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const account = new MemoryAccount(() => undefined, 1);
     let slabs = 0;
@@ -433,7 +433,7 @@ describe('the pool', () => {
     expect(pool.takeOwn(account)).toBeDefined();
   });
 
-  test('blocks kept for reuse make room for new ones, and never exceed the budget', () => {
+  test('frees blocks kept for reuse when new ones are needed, and never exceeds the budget', () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const account = new MemoryAccount(() => undefined, 1);
     for (let i = 1; i < 200; i++) {
@@ -447,16 +447,16 @@ describe('the pool', () => {
     expect(pool.takeLarge(account, 199 * 160 * KIB)).toBe(again);
   });
 
-  test('memory that is given back to the system is gone at once', () => {
+  test('gives memory back to the system at once', () => {
     const buffer = Buffer.allocUnsafeSlow(64 * MIB);
     const before = process.memoryUsage().arrayBuffers;
     releaseMemory(buffer);
     expect(buffer).toHaveLength(0);
-    // A collection of other garbage in between frees more, never less.
+    // A garbage collection in between can only free more.
     expect(before - process.memoryUsage().arrayBuffers).toBeGreaterThan(60 * MIB);
   });
 
-  test('blocks unused for a while are given back to the system', async () => {
+  test('gives blocks unused for a while back to the system', async () => {
     const pool = new BufferPool(MIN_MEMORY_BYTES);
     const account = new MemoryAccount(() => undefined, 1);
     const blocks = [pool.takeLarge(account, 8 * MIB), pool.takeLarge(account, 2 * MIB)];

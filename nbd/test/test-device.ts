@@ -1,6 +1,6 @@
 /**
- * Disks in memory behind the library's interfaces, for tests: every call is recorded, and a hook may delay it or make it
- * fail. The provider counts devices opened and closed, and notices a device that is used after, or closed twice.
+ * Disks in memory behind the library's interfaces, for tests: every call is recorded, and a hook may delay it or make it fail.
+ * The provider counts opened and closed devices, and detects devices that are used after their close, or closed twice.
  */
 
 import {
@@ -19,7 +19,7 @@ import {
   type ZeroMode,
 } from '../src/index.js';
 
-/** One call of a device, as it came in. */
+/** One call of a device, as received. */
 export interface DeviceCall {
   readonly method: 'read' | 'write' | 'zero' | 'trim' | 'flush' | 'cache' | 'extents';
   readonly offset: number;
@@ -29,10 +29,10 @@ export interface DeviceCall {
   readonly context?: string;
 }
 
-/** Asked before a call is carried out: may throw, or return a promise to delay it. Synchronous by default. */
+/** Called before a call is carried out: may throw, or return a promise to delay it. Synchronous by default. */
 export type Hook = (call: DeviceCall) => Awaitable<void>;
 
-/** A promise that the test keeps in its hand. */
+/** A promise that the test resolves. */
 export class Gate {
   readonly opened: Promise<void>;
   private resolve: () => void = () => undefined;
@@ -80,13 +80,13 @@ export class TestExport {
   constructor(name: string, geometry: Partial<Geometry> = {}, description = `about ${name}`) {
     this.geometry = { ...EVERYTHING, ...geometry };
     this.info = { name, description };
-    // No two aligned 4-byte words alike: data of the wrong place is seen. A size that cannot be is for its refusal.
+    // All aligned 4-byte words differ, so that data from the wrong offset is detected. Impossible sizes are for refusal tests.
     const { size } = this.geometry;
     this.disk = Buffer.alloc(Number.isSafeInteger(size) && size > 0 ? size : 0);
     for (let at = 0; at + 4 <= this.disk.length; at += 4) this.disk.writeUInt32BE(at + 1, at);
   }
 
-  /** What block status says: blocks of 4 KiB that are all zeros are holes, each an extent of its own. */
+  /** The extents: each block of 4 KiB is one, a hole if it is all zeros. */
   extents(context: string, offset: number, length: number, sink: ExtentSink): void {
     const end = offset + length;
     for (let at = offset; at < end;) {
@@ -97,7 +97,7 @@ export class TestExport {
     }
   }
 
-  /** Whether a range is known to be a hole without asking. */
+  /** The answer of isHole(), the synchronous check for holes. */
   isHole(_offset: number, _length: number): boolean {
     return false;
   }
@@ -107,20 +107,20 @@ export class TestProvider implements ExportProvider<CompleteDevice> {
   readonly exports = new Map<string, TestExport>();
   readonly calls: DeviceCall[] = [];
   hook: Hook = () => undefined;
-  /** Asked before a device is opened. */
+  /** Called before a device is opened. */
   openHook: (name: string) => Awaitable<void> = () => undefined;
-  /** Asked while a device is being closed. */
+  /** Called while a device is being closed. */
   closeHook: () => Awaitable<void> = () => undefined;
   opened = 0;
   closed = 0;
-  /** How each device was told that its client has left. */
+  /** The ending that each device was closed with. */
   readonly endings: Ending[] = [];
-  /** Peers whose connections are over, and all that were given to describe and open. */
+  /** Peers of ended connections, and all peers passed to describe and open. */
   readonly gone: Peer[] = [];
   readonly askers = new Set<Peer>();
-  /** Calls of devices that have not finished. */
+  /** Unfinished calls of devices. */
   unfinished = 0;
-  /** Breaches of the contract of BlockDevice. */
+  /** Violations of the contract of BlockDevice. */
   readonly breaches: string[] = [];
 
   constructor(exports: readonly TestExport[]) {
@@ -221,7 +221,7 @@ class TestDevice implements CompleteDevice {
     await this.provider.closeHook();
   }
 
-  /** A disk may be announced larger than it is, by a test that only zeroes it. */
+  /** A disk may be announced larger than it is by a test that only zeroes it. */
   private clear(offset: number, length: number): void {
     if (offset < this.disk.length) this.disk.fill(0, offset, Math.min(offset + length, this.disk.length));
   }

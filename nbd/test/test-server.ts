@@ -1,6 +1,6 @@
 /**
- * A server for one test, on a unix socket in a directory of its own, with everything it reports kept. It owns the clean
- * end of all of it: whatever the test did, sockets, server and directory are gone afterwards.
+ * A server for one test, on a unix socket in its own directory; its reports are kept. Owns the cleanup: whatever the test
+ * does, sockets, server and directory are removed at its end.
  */
 
 import { mkdtemp, rm } from 'node:fs/promises';
@@ -18,7 +18,7 @@ import {
 import { RawClient } from './raw-client.js';
 import { TestExport, TestProvider } from './test-device.js';
 
-/** How long a condition may take to come true, milliseconds. */
+/** Time limit for a condition, milliseconds. */
 const CONDITION_BOUND_MS = 20_000;
 
 /** Wait until `condition` holds. */
@@ -44,17 +44,17 @@ export interface TestServer {
   readonly closes: ConnectionCloseEvent[];
   readonly requests: RequestEvent[];
   readonly deviceErrors: { readonly error: unknown; readonly exportName: string | undefined }[];
-  /** A connection that has said nothing yet. */
+  /** A connection that has sent nothing yet. */
   raw(): Promise<RawClient>;
   /** A connection in the transmission phase. */
   opened(exportName?: string): Promise<RawClient>;
-  /** The library's own client, having opened the export. */
+  /** The library's own client, with the export open. */
   client(exportName?: string): Promise<NbdClient>;
-  /** Wait until no connection is left, and see that every device was closed once and not used after. */
+  /** Waits until no connection is left, and checks that every device was closed once and not used after that. */
   allOver(): Promise<void>;
 }
 
-/** A server with an export "disk" of everything, unless told otherwise, that listens. */
+/** A listening server, by default with an export "disk" that supports everything. */
 export async function startServer(
   options: { readonly exports?: readonly TestExport[]; readonly limits?: Partial<Limits> } = {},
 ): Promise<TestServer> {

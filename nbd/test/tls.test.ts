@@ -1,4 +1,4 @@
-/** TLS: which clients are accepted, and that nothing negotiated in the clear counts under TLS. */
+/** TLS: which clients are accepted, and that options negotiated in the clear do not count under TLS. */
 
 import { execFile } from 'node:child_process';
 import { randomBytes } from 'node:crypto';
@@ -79,7 +79,7 @@ beforeAll(async () => {
   await rm(directory, { recursive: true });
 });
 
-/** A provider that remembers who asked. */
+/** A provider that records the peers of its calls. */
 class AskedProvider extends TestProvider {
   readonly peers: Peer[] = [];
 
@@ -96,7 +96,7 @@ interface TlsServer {
   readonly port: number;
   readonly closes: ConnectionCloseEvent[];
   readonly opens: ConnectionOpenEvent[];
-  /** What the next handshake is made with. */
+  /** The settings for the next handshake. */
   material: TlsMaterial;
   raw(): Promise<RawClient>;
   connect(options?: ClientOptions['tls']): Promise<NbdClient>;
@@ -133,7 +133,7 @@ async function start(
   return result;
 }
 
-/** A raw client in TLS, having asked for it properly. */
+/** A raw client under TLS, after STARTTLS. */
 async function rawInTls(from: TlsServer, options: tls.ConnectionOptions = {}): Promise<RawClient> {
   const plain = await from.raw();
   await plain.greet();
@@ -159,7 +159,7 @@ async function failure(attempt: Promise<unknown>): Promise<NbdClientError> {
 }
 
 describe('certificates', () => {
-  test('data goes both ways, also the largest requests, and the peer is known as it proved itself', async () => {
+  test('requests up to the largest work under TLS, and the peer has the identity of its certificate', async () => {
     const from = await start('require');
     const connected = await from.connect();
     await connected.go('disk');
@@ -177,7 +177,7 @@ describe('certificates', () => {
     expect(from.provider.openNow).toBe(0);
   });
 
-  test('a client that stops reading is held back and served when it reads again, as without TLS', async () => {
+  test('a client that stops reading is throttled, and served when it reads again, as without TLS', async () => {
     const from = await start('require', {}, { maxUnsentBytes: 64 * 1024 });
     const raw = await rawInTls(from);
     await raw.option(OPT.GO, infoQuery('disk'));
@@ -190,7 +190,7 @@ describe('certificates', () => {
     for (let i = 0; i < count; i++) expect((await raw.readReply(65536)).data.readUInt32BE(0)).toBe(4097);
   });
 
-  test('a client certificate is verified, and its names are the peer for every later question', async () => {
+  test('a client certificate is verified, and its names are the identity of the peer in all calls of the provider', async () => {
     const from = await start('require', { verifyPeer: true, authorities: authority.chain });
     const connected = await from.connect({ authorities: authority.chain, certificate: client });
     await connected.info('disk');
@@ -207,9 +207,9 @@ describe('certificates', () => {
       /^the TLS handshake failed: the client's certificate: UNABLE_TO_/,
     ],
   ] as const) {
-    test(`a client with ${what} gets nothing, and the reason is reported`, async () => {
+    test(`a client with ${what} is refused, and the reason is reported`, async () => {
       const from = await start('require', { verifyPeer: true, authorities: authority.chain });
-      // In TLS 1.3 a client learns only afterwards that it was not welcome.
+      // In TLS 1.3 a client learns of its refusal only after the handshake.
       const error = await failure(
         from
           .connect({ authorities: authority.chain, certificate: certificate() })
@@ -222,7 +222,7 @@ describe('certificates', () => {
     });
   }
 
-  test('a revoked server is replaced for the next connection, and open ones live on', async () => {
+  test('new TLS settings apply to new connections, and open connections continue', async () => {
     const from = await start('require');
     const before = await from.connect();
     await before.go('disk');
@@ -232,7 +232,7 @@ describe('certificates', () => {
     await before.read(0, 512);
   });
 
-  test('names with a comma or quotes in them are no names', () => {
+  test('certificate names with a comma or quotes are ignored', () => {
     const certificate = (subjectaltname: string, CN: unknown = 'one'): tls.PeerCertificate =>
       ({ subject: { CN }, subjectaltname }) as unknown as tls.PeerCertificate;
     expect(certificateNames(certificate('DNS:a, IP Address:1.2.3.4, DNS:b'))).toEqual(['one', 'a', 'b']);
@@ -244,7 +244,7 @@ describe('certificates', () => {
 
 describe('pre-shared keys', () => {
   for (const certificate of [false, true]) {
-    test(`the right key lets in ${certificate ? 'beside certificates' : 'alone'}`, async () => {
+    test(`the right key is accepted ${certificate ? 'beside certificates' : 'without certificates'}`, async () => {
       const from = await start('require', { pskKey, ...(!certificate && { certificate: undefined }) });
       const connected = await from.connect({ psk: { user: 'alice', key: KEY } });
       await connected.info('disk');
@@ -254,7 +254,7 @@ describe('pre-shared keys', () => {
     });
   }
 
-  test('a wrong key and an unknown user stay out', async () => {
+  test('a wrong key and an unknown user are refused', async () => {
     const from = await start('require', { pskKey, certificate: undefined });
     for (const psk of [
       { user: 'alice', key: randomBytes(16) },
@@ -266,7 +266,7 @@ describe('pre-shared keys', () => {
     await from.connect({ psk: { user: 'alice', key: KEY } });
   });
 
-  test('TLS 1.2 clients get in with a key, and are known', async () => {
+  test('TLS 1.2 clients are accepted with a key, and have its identity', async () => {
     const from = await start('require', { pskKey });
     const raw = await rawInTls(from, {
       maxVersion: 'TLSv1.2',
@@ -278,7 +278,7 @@ describe('pre-shared keys', () => {
     expect(from.provider.peers[0]?.tls).toMatchObject({ protocol: 'TLSv1.2', pskUser: 'alice' });
   });
 
-  test('naming a user without using the key, by a cipher that the key does not fit, proves nothing', async () => {
+  test('naming a user without using its key, with a cipher that does not fit the key, gives no identity', async () => {
     const from = await start('require', { pskKey });
     const raw = await rawInTls(from, {
       minVersion: 'TLSv1.3',
@@ -291,14 +291,14 @@ describe('pre-shared keys', () => {
     expect(from.provider.peers[0]?.tls?.pskUser).toBeUndefined();
   });
 
-  test('a client that wants a key does not take a certificate for it', async () => {
+  test('a client that expects a key does not accept a certificate instead', async () => {
     const from = await start('require', { certificate: server });
     expect((await failure(from.connect({ psk: { user: 'alice', key: KEY } }))).code).toBe('TLS_FAILED');
   });
 });
 
 describe('mode require', () => {
-  test('everything but STARTTLS and ABORT is refused with TLS_REQD before, and nothing about exports is sent', async () => {
+  test('before TLS refuses everything but STARTTLS and ABORT with TLS_REQD, and sends nothing about exports', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet();
@@ -322,7 +322,7 @@ describe('mode require', () => {
     await raw.readToEnd();
   });
 
-  test('EXPORT_NAME, which cannot be refused, closes the connection', async () => {
+  test('closes the connection after EXPORT_NAME, which has no error reply', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet();
@@ -333,7 +333,7 @@ describe('mode require', () => {
     expect(from.provider.opened).toBe(0);
   });
 
-  test('a client without fixed newstyle gets nothing in the clear, and may begin TLS', async () => {
+  test('sends a client without fixed newstyle nothing in the clear, and lets it begin TLS', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet(0);
@@ -349,7 +349,7 @@ describe('mode require', () => {
     expect(from.provider.opened).toBe(0);
   });
 
-  test('internal peers, whose stream the embedding program vouches for, need none', async () => {
+  test('does not apply to internal peers, whose streams come from the embedding program', async () => {
     const from = await start('require');
     const { duplexPair } = await import('./duplex-pair.js');
     const pair = duplexPair();
@@ -359,7 +359,7 @@ describe('mode require', () => {
 });
 
 describe('modes on and off', () => {
-  test('on: clients choose, and an export that is for TLS only says so to the others', async () => {
+  test('on: clients choose, and an export for TLS only says so to clients in the clear', async () => {
     const from = await start('on');
     const raw = await from.raw();
     await raw.greet();
@@ -368,7 +368,7 @@ describe('modes on and off', () => {
     await (await from.connect()).info('tls only');
   });
 
-  test('off: STARTTLS is against the policy; a server that was given no TLS does not know it', async () => {
+  test('off: STARTTLS is answered POLICY; a server without TLS settings answers UNSUP', async () => {
     const raw = await (await start('off')).raw();
     await raw.greet();
     expect((await raw.option(OPT.STARTTLS))[0]?.type).toBe(REP.ERR_POLICY);
@@ -383,7 +383,7 @@ describe('modes on and off', () => {
     expect((await other.option(OPT.STARTTLS))[0]?.type).toBe(REP.ERR_UNSUP);
   });
 
-  test('STARTTLS with data is invalid, and haggling goes on', async () => {
+  test('STARTTLS with data is invalid, and the handshake continues', async () => {
     const raw = await (await start('on')).raw();
     await raw.greet();
     expect((await raw.option(OPT.STARTTLS, Buffer.alloc(1)))[0]?.type).toBe(REP.ERR_INVALID);
@@ -409,7 +409,7 @@ describe('injection and downgrade', () => {
       expect(from.provider.opened).toBe(0);
     });
 
-    test(`${what} between STARTTLS and the TLS handshake is taken for TLS, and fails as that`, async () => {
+    test(`${what} between STARTTLS and the TLS handshake is parsed as TLS, and fails`, async () => {
       const from = await start('on');
       const raw = await from.raw();
       await raw.greet();
@@ -424,7 +424,7 @@ describe('injection and downgrade', () => {
     });
   }
 
-  test('what was negotiated in the clear is forgotten: replies are simple and no context is selected', async () => {
+  test('options negotiated in the clear are discarded: replies are simple and no context is selected', async () => {
     const from = await start('on');
     const plain = await from.raw();
     await plain.greet();
@@ -433,7 +433,7 @@ describe('injection and downgrade', () => {
     expect(selected.map(({ type }) => type)).toEqual([REP.META_CONTEXT, REP.ACK]);
     expect((await plain.option(OPT.EXTENDED_HEADERS))[0]?.type).toBe(REP.ACK);
     const inTls = await upgrade(plain);
-    // Meta contexts need structured replies, which have not been asked for in TLS.
+    // Meta contexts need structured replies, which were not negotiated under TLS.
     expect((await inTls.option(OPT.SET_META_CONTEXT, metaQueries('disk', ['base:allocation'])))[0]?.type).toBe(
       REP.ERR_INVALID,
     );
@@ -452,13 +452,13 @@ describe('injection and downgrade', () => {
     expect((await raw.readReply(4)).data).toEqual(uint32(5));
   });
 
-  test('TLS 1.1 and older are refused', async () => {
+  test('TLS 1.1 is refused', async () => {
     const from = await start('require');
     await expect(rawInTls(from, { minVersion: 'TLSv1', maxVersion: 'TLSv1.1' })).rejects.toThrow();
     await until(() => from.closes.length === 1, 'the connection is over');
   });
 
-  test('a client that begins with TLS from the first byte is named so in the close reason', async () => {
+  test('the close reason of a client that begins with TLS from the first byte says so', async () => {
     const from = await start('require');
     const error = await new Promise<Error>((resolve) => {
       const secure = tls.connect({ port: from.port, host: '127.0.0.1', rejectUnauthorized: false });
@@ -470,7 +470,7 @@ describe('injection and downgrade', () => {
     await (await from.connect()).list();
   });
 
-  test('a client that never begins the handshake is closed when its time is up', async () => {
+  test('a client that never begins the TLS handshake is closed after its time limit', async () => {
     const from = await start('require', {}, { handshakeTimeoutMs: 100 });
     const raw = await from.raw();
     await raw.greet();
@@ -480,7 +480,7 @@ describe('injection and downgrade', () => {
     expect(from.closes[0]?.reason).toBe('no export chosen within 100 ms');
   });
 
-  test('a client that leaves in the middle of the handshake ends its connection', async () => {
+  test('a client that leaves during the TLS handshake ends only its connection', async () => {
     const from = await start('require');
     for (const leave of ['halfClose', 'vanish'] as const) {
       const raw = await from.raw();
@@ -512,7 +512,7 @@ describe('injection and downgrade', () => {
 });
 
 describe('the client', () => {
-  /** A server made of bytes: greets, and answers the first option with `answer`. */
+  /** A server that sends a greeting, and answers the first option with `answer`. */
   async function fake(flags: number, answer: Buffer): Promise<{ readonly port: number; received(): Buffer }> {
     let received = Buffer.alloc(0);
     const listener = net.createServer((socket) => {
@@ -538,13 +538,13 @@ describe('the client', () => {
   for (const [what, answer] of [
     ['does not know STARTTLS', reply(REP.ERR_UNSUP)],
     ['refuses STARTTLS', reply(REP.ERR_POLICY)],
-    ['goes on in the clear after its acknowledgement', Buffer.concat([reply(REP.ACK), reply(REP.ACK)])],
-    ['has no TLS behind its acknowledgement', Buffer.concat([reply(REP.ACK)])],
+    ['continues in the clear after its acknowledgement', Buffer.concat([reply(REP.ACK), reply(REP.ACK)])],
+    ['does not speak TLS after its acknowledgement', Buffer.concat([reply(REP.ACK)])],
   ] as const) {
-    test(`does not go on with a server that ${what}, and says nothing more to it`, async () => {
+    test(`fails with a server that ${what}, and sends nothing more`, async () => {
       const { port, received } = await fake(3, answer);
       const attempt = NbdClient.connect({ host: '127.0.0.1', port, tls: { authorities: authority.chain } });
-      if (what === 'has no TLS behind its acknowledgement') {
+      if (what === 'does not speak TLS after its acknowledgement') {
         const hello = until(() => received().length > 20, 'the client says hello in TLS');
         await hello;
         expect(received().readUInt16BE(20)).toBe(0x1603);
@@ -555,13 +555,13 @@ describe('the client', () => {
     });
   }
 
-  test('refuses a server that offers no fixed newstyle, without which there is no TLS', async () => {
+  test('refuses a server without fixed newstyle, which TLS needs', async () => {
     const { port } = await fake(0, Buffer.alloc(0));
     const error = await failure(NbdClient.connect({ host: '127.0.0.1', port, tls: { authorities: authority.chain } }));
     expect(error.code).toBe('PROTOCOL');
   });
 
-  test('refuses a certificate of another authority, or for another name', async () => {
+  test('refuses a certificate of another authority or for another name', async () => {
     const from = await start('require');
     for (const options of [
       { authorities: otherAuthority.chain },
@@ -602,7 +602,7 @@ describe('the client', () => {
     expect(from.closes[0]).toMatchObject({ reason: 'the client disconnected', peer: { host: '192.0.2.1' } });
   });
 
-  test('half a connection is enough to be answered, over TLS, too', async () => {
+  test('a client that has closed its sending side is answered over TLS as well', async () => {
     const from = await start('require');
     const gate = new Gate();
     from.provider.hook = () => gate.opened;
@@ -618,7 +618,7 @@ describe('the client', () => {
     expect(from.closes[0]?.reason).toBe('the client left without a disconnect request');
   });
 
-  test('closing the server does not wait for a client that hangs in the TLS handshake', async () => {
+  test('close() does not wait for a client that hangs in the TLS handshake', async () => {
     const from = await start('require');
     const raw = await from.raw();
     await raw.greet();
@@ -629,7 +629,7 @@ describe('the client', () => {
     expect(from.closes[0]?.reason).toBe('the server is shutting down');
   });
 
-  test('closing the server finishes requests in flight over TLS', async () => {
+  test('close() finishes requests in flight over TLS', async () => {
     const from = await start('require');
     const connected = await from.connect();
     await connected.go('disk');
@@ -642,7 +642,7 @@ describe('the client', () => {
   });
 });
 
-test('the greeting comes before any TLS, so that clients know an NBD server', async () => {
+test('the greeting is sent before TLS, so that clients recognize an NBD server', async () => {
   const raw = await (await start('require')).raw();
   expect((await raw.read(GREETING_SIZE)).toString('latin1', 0, 16)).toBe('NBDMAGICIHAVEOPT');
 });

@@ -13,7 +13,7 @@ async function readsAWord(client: RawClient): Promise<void> {
   expect(await client.readReply(4)).toEqual({ errno: 0, cookie: 9n, data: uint32(5) });
 }
 
-describe("WNBD's flush, which has the range of a SYNCHRONIZE CACHE", () => {
+describe("WNBD's flush with the range of a SYNCHRONIZE CACHE", () => {
   for (const level of ['simple', 'structured', 'extended'] as const) {
     for (const [offset, length] of [
       [4096, 65536],
@@ -32,7 +32,7 @@ describe("WNBD's flush, which has the range of a SYNCHRONIZE CACHE", () => {
           else await client.openWith(level);
           const fields = { type: CMD.FLUSH, offset, length, cookie: 3n };
           client.send(level === 'extended' ? extendedRequestBytes(fields) : requestBytes(fields));
-          // An extended reply repeats the offset as it came, also one that no number holds.
+          // An extended reply repeats the offset unchanged, also above 2^53.
           expect(await client.readChunk()).toMatchObject({
             ...{ errno: 0, cookie: 3n, type: REPLY_TYPE.NONE, isDone: true },
             ...(level === 'extended' && { offset: BigInt(offset) }),
@@ -44,7 +44,7 @@ describe("WNBD's flush, which has the range of a SYNCHRONIZE CACHE", () => {
   }
 });
 
-test("tapdisk's export name ends with the NUL of a C string", async () => {
+test("tapdisk's export name with the NUL of a C string opens the export", async () => {
   const server = await startServer({ exports: [new TestExport('tapdisk_client')] });
   const client = await server.raw();
   await client.greet(1);
@@ -54,7 +54,7 @@ test("tapdisk's export name ends with the NUL of a C string", async () => {
   expect(server.opens[0]?.exportName).toBe('tapdisk_client');
 });
 
-describe('go-nbd, whose client flags are four zeros', () => {
+describe('go-nbd with client flags of zero', () => {
   test('may list', async () => {
     const client = await (await startServer()).raw();
     await client.greet(0);
@@ -62,7 +62,7 @@ describe('go-nbd, whose client flags are four zeros', () => {
     expect(replies.map(({ type }) => type)).toEqual([REP.SERVER, REP.ACK]);
   });
 
-  test('may open by GO, abort, and send unknown options', async () => {
+  test('may open an export by GO, abort, and send unknown options', async () => {
     const server = await startServer();
     const client = await server.raw();
     await client.greet(0);
@@ -76,7 +76,7 @@ describe('go-nbd, whose client flags are four zeros', () => {
   });
 });
 
-test('a write to a read-only export is EPERM, whatever its flags', async () => {
+test('a write to a read-only export is EPERM with any flags', async () => {
   const server = await startServer({ exports: [new TestExport('disk', { readOnly: true, canFua: false })] });
   const client = await server.opened();
   client.send(requestBytes({ type: CMD.WRITE, flags: 1, length: 4, cookie: 1n }), uint32(7));

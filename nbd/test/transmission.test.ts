@@ -1,4 +1,4 @@
-/** The transmission phase with clients that follow the protocol: the calls of the device, and the replies. */
+/** The transmission phase with clients that follow the protocol: the calls of the device and the replies. */
 
 import net from 'node:net';
 import { join } from 'node:path';
@@ -14,20 +14,20 @@ import { startServer, temporaryDirectory, until, type TestServer } from './test-
 const KIB = 1024;
 const MIB = 1024 * KIB;
 
-/** A device's answer that is late and a failure, of whatever kind. */
+/** A late failure of a device, of any kind. */
 async function failLater(failure: unknown): Promise<never> {
   await Promise.resolve();
   throw failure;
 }
 
-/** What the disk of a TestExport holds at first. */
+/** The initial content of the disk of a TestExport. */
 function pattern(offset: number, length: number): Buffer {
   const bytes = Buffer.alloc(length);
   for (let at = 0; at < length; at += 4) bytes.writeUInt32BE(offset + at + 1, at);
   return bytes;
 }
 
-/** Reads of 4 KiB one behind the other, round the disk of 1 MiB; the cookie is the number of the read. */
+/** Sequential reads of 4 KiB, wrapping around the disk of 1 MiB; the cookie is the number of the read. */
 function manyReads(count: number): Buffer {
   return Buffer.concat(
     Array.from({ length: count }, (_, i) =>
@@ -45,7 +45,7 @@ async function expectManyReads(client: RawClient, count: number): Promise<void> 
   }
 }
 
-/** Whole numbers from 0 to below what is asked for; the same from the same seed. */
+/** Random whole numbers from 0 to below the argument; the same for the same seed. */
 function randomNumbers(seed: number): (below: number) => number {
   let state = seed;
   return (below) => {
@@ -54,7 +54,7 @@ function randomNumbers(seed: number): (below: number) => number {
   };
 }
 
-/** A client in the transmission phase over a pair of streams whose server end the test can look at. */
+/** A client in the transmission phase over a pair of streams, with access to the server's end. */
 async function openedPair(server: TestServer) {
   const pair = duplexPair();
   server.server.serveConnection(pair.server);
@@ -63,7 +63,7 @@ async function openedPair(server: TestServer) {
   return { client, end: pair.server };
 }
 
-/** A client in the transmission phase over a unix socket whose server end the test can look at. */
+/** A client in the transmission phase over a unix socket, with access to the server's end. */
 async function openedSocket(server: TestServer) {
   const path = join(await temporaryDirectory(), 'own.sock');
   let end: net.Socket | undefined;
@@ -80,7 +80,7 @@ async function openedSocket(server: TestServer) {
 }
 
 describe('order', () => {
-  test('a slow read does not hold up a later one', async () => {
+  test('a slow read does not delay a later one', async () => {
     const { opened, provider } = await startServer();
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 0 ? gate.opened : undefined);
@@ -93,7 +93,7 @@ describe('order', () => {
   });
 
   for (const length of [512, 4 * KIB, 300 * KIB]) {
-    test(`reads of ${length} bytes that finish in reverse order are answered in that order, each with its data`, async () => {
+    test(`reads of ${length} bytes that finish in reverse order are answered in that order, each with its own data`, async () => {
       const { opened, provider } = await startServer();
       const gates = new Map<number, Gate>();
       provider.hook = ({ offset }) => {
@@ -115,7 +115,7 @@ describe('order', () => {
     });
   }
 
-  test('reads, writes and errors of every size, at once and later, in any order, all come out right', async () => {
+  test('reads, writes and errors of every size, at once or later, in any order, have the right replies', async () => {
     const { opened, provider, allOver } = await startServer({ exports: [new TestExport('disk', { size: 4 * MIB })] });
     const random = randomNumbers(12345);
     const expectedDisk = pattern(0, 4 * MIB);
@@ -137,7 +137,7 @@ describe('order', () => {
       fates.clear();
       const requests: Buffer[] = [];
       const expected = new Map<bigint, { readonly errno: number; readonly data: Buffer }>();
-      // Each of a round's requests has a place of its own: their order does not matter.
+      // The requests of a round do not overlap: their order does not matter.
       for (let slot = 0; slot < 16; slot++) {
         const offset = slot * 256 * KIB + random(50_000);
         const length = sizes[random(sizes.length)] ?? 1;
@@ -174,7 +174,7 @@ describe('order', () => {
     await allOver();
   });
 
-  test('a disconnect is followed by the answers to what is in flight, then by the end', async () => {
+  test('a disconnect is followed by the replies to requests in flight, then by the end of the connection', async () => {
     const { opened, provider, allOver, closes } = await startServer();
     const gate = new Gate();
     provider.hook = () => gate.opened;
@@ -195,7 +195,7 @@ describe('order', () => {
     expect(closes[0]?.reason).toBe('the client disconnected');
   });
 
-  test('a client that shuts its side down after its requests is answered all of them', async () => {
+  test('a client that closes its side after its requests gets all replies', async () => {
     const { opened, provider, allOver } = await startServer();
     const gate = new Gate();
     provider.hook = ({ offset }) => (offset === 0 ? gate.opened : undefined);
@@ -279,7 +279,7 @@ describe('arrival', () => {
     expect((await client.readReply(payload.length)).data.equals(payload)).toBe(true);
   });
 
-  test('cookies come back as they were sent, all 64 bits of them', async () => {
+  test('cookies are returned as sent, all 64 bits', async () => {
     const client = await (await startServer()).opened();
     const cookies = [0n, 1n, 2n ** 31n, 2n ** 32n, 2n ** 53n + 1n, 2n ** 63n, 2n ** 64n - 1n, 0x0123456789abcdefn];
     for (const cookie of cookies) {
@@ -292,7 +292,7 @@ describe('arrival', () => {
     }
   });
 
-  test('the same cookie may be in flight twice', async () => {
+  test('two requests in flight may have the same cookie', async () => {
     const client = await (await startServer()).opened();
     client.send(
       requestBytes({ type: CMD.READ, offset: 4, length: 4, cookie: 9n }),
@@ -303,7 +303,7 @@ describe('arrival', () => {
   });
 });
 
-/** A connection's turn of the loop goes by the clock: on a busy machine one may end in the middle of a batch, but not each. */
+/** A turn of the loop is limited in time: on a busy machine some turns end within a batch, but not all. */
 const BATCHES = 10;
 
 async function leaveInOneWrite(end: { readonly writes: number }, batch: () => Promise<void>): Promise<void> {
@@ -323,7 +323,7 @@ describe('coalescing', () => {
     await expectManyReads(client, 32);
   });
 
-  test('32 reads that arrive together and are answered at once leave in one write', async () => {
+  test('32 reads that arrive together and are answered synchronously are sent in one write', async () => {
     const { client, end } = await openedPair(await startServer());
     await leaveInOneWrite(end, async () => {
       client.send(manyReads(32));
@@ -331,7 +331,7 @@ describe('coalescing', () => {
     });
   });
 
-  test('32 reads that finish together later leave in one write', async () => {
+  test('32 reads that finish together later are sent in one write', async () => {
     const server = await startServer();
     let gate = new Gate();
     server.provider.hook = () => gate.opened;
@@ -363,13 +363,13 @@ describe('coalescing', () => {
 describe('back-pressure', () => {
   const READS = 4000;
 
-  test('for a client that reads no replies the device gets no more requests than replies may wait', async () => {
+  test('while a client reads no replies, the device gets no more requests than replies may wait', async () => {
     const limits = { maxUnsentBytes: 256 * KIB };
     const server = await startServer({ limits });
     const { client, end } = await openedPair(server);
     client.socket.pause();
     client.send(manyReads(READS));
-    // It also stops for a moment when others have their turn of the loop.
+    // It also pauses while other connections have their turn of the loop.
     const held = (): number => server.provider.calls.length * (4096 + SIMPLE_REPLY_SIZE);
     await until(() => end.isPaused() && held() >= limits.maxUnsentBytes, 'the server stops reading');
     expect(held()).toBeLessThan(limits.maxUnsentBytes + 2 * (4096 + SIMPLE_REPLY_SIZE));
@@ -377,7 +377,7 @@ describe('back-pressure', () => {
     await expectManyReads(client, READS);
   });
 
-  test('over a unix socket a client that reads no replies is stopped, and served when it reads again', async () => {
+  test('over a unix socket a client that reads no replies is throttled, and served when it reads again', async () => {
     const limits = { maxUnsentBytes: 256 * KIB };
     const server = await startServer({ limits });
     const { client, end } = await openedSocket(server);
@@ -385,13 +385,13 @@ describe('back-pressure', () => {
     client.send(manyReads(READS));
     await until(() => end.isPaused(), 'the server stops reading');
     expect(end.writableLength).toBeLessThan(limits.maxUnsentBytes + 2 * (4096 + SIMPLE_REPLY_SIZE));
-    // What the kernel and the client's stream take besides is far below the 16 MiB asked for.
+    // The buffers of the kernel and of the client's stream are far smaller than the 16 MiB requested.
     expect(server.provider.calls.length).toBeLessThan((limits.maxUnsentBytes + 4 * MIB) / 4096);
     client.socket.resume();
     await expectManyReads(client, READS);
   });
 
-  test('a client that sent its last request before it reads any reply still gets them all', async () => {
+  test('a client that sends all its requests before it reads gets all replies', async () => {
     const server = await startServer({ limits: { maxUnsentBytes: 64 * KIB } });
     const { client } = await openedSocket(server);
     client.socket.pause();
@@ -404,7 +404,7 @@ describe('back-pressure', () => {
     await server.allOver();
   });
 
-  test('requests sent with the handshake by a client that then half-closes are all answered', async () => {
+  test('requests sent together with the handshake and a half-close are all answered', async () => {
     const server = await startServer({ limits: { maxUnsentBytes: 64 * KIB } });
     const client = await server.raw();
     client.socket.pause();
@@ -427,7 +427,7 @@ describe('back-pressure', () => {
     { what: 'requests', limits: { maxInFlightRequests: 8 }, inFlight: 8 },
     { what: 'bytes', limits: { maxInFlightBytes: 10 * 4096 }, inFlight: 10 },
   ]) {
-    test(`a slow device gets no more ${what} at a time than may be in flight, and all in the end`, async () => {
+    test(`a slow device gets no more ${what} at a time than the limit in flight, and all of them in the end`, async () => {
       const server = await startServer({ limits });
       const gates: Gate[] = [];
       let most = 0;
@@ -450,7 +450,7 @@ describe('back-pressure', () => {
     });
   }
 
-  test('one request larger than the bytes that may be in flight is carried out', async () => {
+  test('a single request larger than the limit of bytes in flight is carried out', async () => {
     const server = await startServer({ limits: { maxInFlightBytes: 1000, maxUnsentBytes: 1000 } });
     server.provider.hook = () => Promise.resolve();
     const client = await server.opened();
@@ -474,16 +474,16 @@ describe('calls of the device', () => {
   for (const fua of [false, true]) {
     const flags = fua ? CMD_FLAG.FUA : 0;
     const how = fua ? 'with FUA' : 'without FUA';
-    test(`a write ${how} is one ${how}`, async () => {
+    test(`a write ${how} reaches the device as a write ${how}`, async () => {
       expect(await callsFor(CMD.WRITE, flags)).toEqual([{ method: 'write', ...range, fua }]);
     });
-    test(`a trim ${how} is one ${how}`, async () => {
+    test(`a trim ${how} reaches the device as a trim ${how}`, async () => {
       expect(await callsFor(CMD.TRIM, flags)).toEqual([{ method: 'trim', ...range, fua }]);
     });
     for (const noHole of [false, true]) {
       for (const fastZero of [false, true]) {
         const mode = { noHole, fua, fastZero };
-        test(`a zero of mode ${JSON.stringify(mode)} is one of that mode`, async () => {
+        test(`a zero with ${JSON.stringify(mode)} reaches the device with these options`, async () => {
           const modeFlags = flags | (noHole ? CMD_FLAG.NO_HOLE : 0) | (fastZero ? CMD_FLAG.FAST_ZERO : 0);
           expect(await callsFor(CMD.WRITE_ZEROES, modeFlags)).toEqual([{ method: 'zero', ...range, mode }]);
         });
@@ -496,7 +496,7 @@ describe('calls of the device', () => {
     });
   }
 
-  test('requests of no length succeed, also at the very end, and the device is not asked', async () => {
+  test('requests of length 0 succeed, also at the end of the export, without a call of the device', async () => {
     const { opened, provider } = await startServer();
     const client = await opened();
     for (const type of [CMD.READ, CMD.WRITE, CMD.TRIM, CMD.WRITE_ZEROES, CMD.CACHE]) {
@@ -519,7 +519,7 @@ describe('calls of the device', () => {
   });
 
   for (const how of ['at once', 'later'] as const) {
-    test(`32 MiB are written and read back, the device answering ${how}`, async () => {
+    test(`32 MiB are written and read back from a device that answers ${how}`, async () => {
       const { opened, provider } = await startServer({ exports: [new TestExport('disk', { size: 64 * MIB })] });
       if (how === 'later') provider.hook = () => Promise.resolve();
       const client = await opened();
@@ -538,7 +538,7 @@ describe('failures of the device', () => {
   const COMMANDS = [CMD.READ, CMD.WRITE, CMD.FLUSH, CMD.TRIM, CMD.CACHE, CMD.WRITE_ZEROES];
   const length = (type: number): number => (type === CMD.FLUSH ? 0 : 512);
 
-  /** The error of every command that the device fails with `failure`, at once and later. */
+  /** The errors of all commands if the device fails with `failure`, at once and later. */
   async function errorsFor(server: TestServer, failure: unknown, flags = 0): Promise<number[]> {
     const client = await server.opened();
     const errors: number[] = [];
@@ -586,7 +586,7 @@ describe('failures of the device', () => {
     });
   }
 
-  test('a failed read between two good ones leaves their data alone', async () => {
+  test('a failed read between two good ones does not change their data', async () => {
     for (const isLate of [false, true]) {
       const { opened, provider } = await startServer();
       provider.hook = ({ offset }) => {
@@ -605,7 +605,7 @@ describe('failures of the device', () => {
     }
   });
 
-  test('a program that closes the server when a read fails sends the error and no stray memory', async () => {
+  test('a program that closes the server when a read fails sends the error and no other memory', async () => {
     const { provider, raw, server, deviceErrors } = await startServer();
     const client = await raw();
     await client.open('disk');

@@ -1,4 +1,4 @@
-/** Clients that violate the protocol: once, repeatedly, and while others work beside them. */
+/** Clients that violate the protocol once or repeatedly, beside other clients. */
 import { PassThrough } from 'node:stream';
 import { describe, expect, test, vi } from 'vitest';
 import { CMD } from '../src/protocol/wire.js';
@@ -10,8 +10,8 @@ import { startServer, until, type TestServer } from './test-server.js';
 
 const MINUTE_MS = 60_000;
 
-describe('the count of an offender', () => {
-  test('begins with no delay, doubles it from 100 ms on, and ends at the bound', () => {
+describe('the violation count of a peer', () => {
+  test('delays the close of a connection by nothing at first, then by 100 ms, doubled each time up to the bound', () => {
     const offenders = new Offenders(10_000);
     const delays = Array.from({ length: 12 }, (_, n) => offenders.record('one', n).delayMs);
     expect(delays).toEqual([0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000, 10_000]);
@@ -21,7 +21,7 @@ describe('the count of an offender', () => {
     expect(offenders.record('one', 2000)).toEqual({ count: 2013, delayMs: 10_000 });
   });
 
-  test('is forgotten ten minutes after the last time', () => {
+  test('is forgotten ten minutes after the last violation', () => {
     const offenders = new Offenders(10_000);
     for (const at of [0, 9 * MINUTE_MS, 18 * MINUTE_MS]) offenders.record('one', at);
     expect(offenders.countOf('one', 28 * MINUTE_MS)).toBe(3);
@@ -29,7 +29,7 @@ describe('the count of an offender', () => {
     expect(offenders.record('one', 29 * MINUTE_MS)).toEqual({ count: 1, delayMs: 0 });
   });
 
-  test('takes bounded memory: those seen longest ago make room', () => {
+  test('uses bounded memory: the peers seen longest ago are forgotten', () => {
     const offenders = new Offenders(10_000);
     for (const name of ['first', 'second', 'first']) offenders.record(name, 0);
     for (let n = 0; n < 1023; n++) offenders.record(`other ${n}`, 1);
@@ -37,14 +37,14 @@ describe('the count of an offender', () => {
     expect(offenders.countOf('first', 1)).toBe(2);
   });
 
-  test('costs nothing where the bound is 0', () => {
+  test('is not kept if the bound is 0', () => {
     const offenders = new Offenders(0);
     for (let n = 0; n < 5; n++) expect(offenders.record('one', n).delayMs).toBe(0);
   });
 });
 
-describe('sockets that wait', () => {
-  test('are 64 at most, the longest goes first; none is kept that is gone or has much to send; all can be released', () => {
+describe('sockets that wait for their close', () => {
+  test('are 64 at most, the oldest is closed first; ended sockets and those with much to send are not kept; all can be released', () => {
     vi.useFakeTimers();
     try {
       const waiting = new HeldSockets();
@@ -69,7 +69,7 @@ describe('sockets that wait', () => {
       waiting.hold(last, 1000);
       waiting.release();
       expect(last.destroyed).toBe(true);
-      // Nothing of it is left that would keep the process.
+      // Nothing is left that would keep the process running.
     } finally {
       vi.useRealTimers();
     }
@@ -87,8 +87,8 @@ describe('sockets that wait', () => {
   });
 });
 
-describe('a client that breaks the protocol again and again', () => {
-  /** Opens `name`, sends bytes that are no request, and waits for the end. Returns how long that took, milliseconds. */
+describe('a client that violates the protocol repeatedly', () => {
+  /** Opens `name`, sends bytes that are not a request, and waits for the end. Returns the time, milliseconds. */
   async function violate({ opened }: TestServer, name = 'disk'): Promise<number> {
     const client = await opened(name);
     const before = performance.now();
@@ -97,7 +97,7 @@ describe('a client that breaks the protocol again and again', () => {
     return performance.now() - before;
   }
 
-  test('waits longer each time for the end of its connection, and is reported with its count', async () => {
+  test('waits longer each time for the close of its connection, and is reported with its count', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 300 } });
     const took: number[] = [];
     for (let n = 0; n < 5; n++) took.push(await violate(server));
@@ -109,7 +109,7 @@ describe('a client that breaks the protocol again and again', () => {
     for (const { reason } of server.closes) expect(reason).toBe('protocol violation: bad request magic 0x5050505');
   });
 
-  /** Breaks the protocol until the peer is `times` old in it; the last connections are left waiting for their end. */
+  /** Violates the protocol `times` times; the last connections still wait for their close. */
   async function offend(server: TestServer, times: number): Promise<RawClient[]> {
     const clients: RawClient[] = [];
     for (let n = 0; n < times; n++) {
@@ -121,7 +121,7 @@ describe('a client that breaks the protocol again and again', () => {
     return clients;
   }
 
-  test('is counted for several names of one export together, if the export says so', async () => {
+  test('has one count for several names of one export, if the export says so', async () => {
     const forms = ['disk', 'disk/since=a', 'disk/since=b'].map((name) => new TestExport(name));
     for (const { info } of forms) Object.assign(info, { countedAs: 'disk' });
     const server = await startServer({
@@ -138,7 +138,7 @@ describe('a client that breaks the protocol again and again', () => {
     ]);
   });
 
-  test('holds no device, and no other connection, while it waits', async () => {
+  test('holds no device and delays no other connection while it waits', async () => {
     const server = await startServer({
       exports: [new TestExport('disk'), new TestExport('other')],
       limits: { maxViolationDelayMs: 60 * MINUTE_MS, maxConnections: 3, maxConnectionsPerPeer: 3 },
@@ -149,13 +149,13 @@ describe('a client that breaks the protocol again and again', () => {
     expect(server.server.connections.size).toBe(1);
     neighbour.request({ type: CMD.READ, offset: 4, length: 4, cookie: 5n });
     expect(await neighbour.readReply(4)).toEqual({ errno: 0, cookie: 5n, data: uint32(5) });
-    // The same peer, another export: nobody who has to wait.
+    // The same peer with another export does not wait.
     await violate(server, 'other');
     await until(() => server.closes.length === 13, 'it is told of');
     expect(server.closes.at(-1)).toMatchObject({ exportName: 'other', violations: 1 });
     neighbour.request({ type: CMD.DISC });
     await neighbour.readToEnd();
-    // It does not hold up the end of the server either.
+    // It does not delay the end of the server either.
     const before = performance.now();
     await server.server.close({ graceMs: 30_000 });
     expect(performance.now() - before).toBeLessThan(20_000);
@@ -168,7 +168,7 @@ describe('a client that breaks the protocol again and again', () => {
     const clients = await offend(server, 12);
     const last = clients.at(-1);
     last?.request({ type: CMD.WRITE, offset: 0, length: 4, cookie: 1n }, uint32(7));
-    // Long after that a request of somebody else is answered.
+    // After that a request of another client is answered.
     const other = await server.opened();
     for (let n = 0; n < 20; n++) {
       other.request({ type: CMD.FLUSH, cookie: 2n });
@@ -177,7 +177,7 @@ describe('a client that breaks the protocol again and again', () => {
     expect(server.provider.calls.filter(({ method }) => method !== 'flush')).toEqual([]);
   });
 
-  test('and leaves before its end takes no room from others, however many do', async () => {
+  test('and leaves before the close uses no room of other sockets', async () => {
     const server = await startServer({ limits: { maxConnections: 8, maxViolationDelayMs: 60 * MINUTE_MS } });
     for (let n = 0; n < 200; n++) {
       const client = await server.raw();
@@ -211,7 +211,7 @@ describe('a client that breaks the protocol again and again', () => {
     expect(server.closes.at(-1)?.violations).toBe(13);
   });
 
-  test('has its earlier requests finished', async () => {
+  test('gets its earlier requests finished', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 60 * MINUTE_MS } });
     for (let n = 0; n < 3; n++) {
       const gate = new Gate();
@@ -227,7 +227,7 @@ describe('a client that breaks the protocol again and again', () => {
     await server.allOver();
   });
 
-  test('does not wait for its requests in flight as well', async () => {
+  test('does not wait in addition for its requests in flight', async () => {
     const server = await startServer({ limits: { maxViolationDelayMs: 200 } });
     const gate = new Gate();
     server.provider.hook = () => gate.opened;
@@ -235,7 +235,7 @@ describe('a client that breaks the protocol again and again', () => {
       const client = await server.opened();
       client.request({ type: CMD.FLUSH, cookie: 1n });
       client.send(requestBytes({ type: CMD.READ, magic: 1 }));
-      // The device answers none of them.
+      // The device does not answer them.
       expect(await client.readToEnd()).toHaveLength(0);
     }
     expect(server.provider.unfinished).toBe(3);
@@ -243,7 +243,7 @@ describe('a client that breaks the protocol again and again', () => {
     await server.allOver();
   });
 
-  test('in the handshake is treated alike', async () => {
+  test('in the handshake is treated the same way', async () => {
     const server = await startServer();
     for (let n = 0; n < 3; n++) {
       const client = await server.raw();

@@ -1,6 +1,6 @@
 /**
- * A server that accepts in this thread and has its connections served by worker threads, each with its own loop: admission,
- * limits and shutdown remain with the server.
+ * A server that accepts connections in this thread and lets worker threads serve them, each with its own loop. Admission,
+ * limits and shutdown stay with the server.
  */
 
 import { join } from 'node:path';
@@ -32,7 +32,7 @@ interface Told {
   readonly flushing?: boolean;
 }
 
-/** A connection that a worker serves: what is known of it here, and messages to it. */
+/** A connection that a worker serves: its state as known here, and messages to it. */
 class RemoteConnection implements ServedConnection {
   readonly id: number;
   readonly peer: Peer;
@@ -92,7 +92,7 @@ class WorkerLoop implements ServingLoop {
   constructor() {
     onTestFinished(() => void this.worker.terminate());
     this.worker.on('error', () => undefined);
-    // A worker that is gone has taken its connections with it.
+    // The connections of a worker end with it.
     this.worker.on('exit', () => {
       for (const connection of this.connections.values()) connection.end();
     });
@@ -144,7 +144,7 @@ async function serverWith(loops: readonly WorkerLoop[], limits: Partial<Limits> 
   return { server, connect, raw: () => RawClient.connect({ path }) };
 }
 
-test('connections are served by worker threads from their greeting on, those with fewest first', async () => {
+test('worker threads serve connections from the greeting on, the worker with the fewest connections first', async () => {
   const loops = [new WorkerLoop(), new WorkerLoop()];
   const { server, connect } = await serverWith(loops);
   const clients = [await connect(), await connect(), await connect(), await connect()];
@@ -162,7 +162,7 @@ test('connections are served by worker threads from their greeting on, those wit
   await until(() => server.connections.size === 0, 'all are over');
 });
 
-test('the memory of the server is divided among its loops, and too little memory for their number is refused', async () => {
+test('the memory of the server is divided among its loops, and too little memory for all loops is refused', async () => {
   const loops = [new WorkerLoop(), new WorkerLoop()];
   const { server } = await serverWith(loops, { maxMemoryBytes: 6 * MIN_MEMORY_BYTES });
   await until(() => loops.every(({ memory }) => memory.maxBytes === 2 * MIN_MEMORY_BYTES), 'each has its part');
@@ -171,7 +171,7 @@ test('the memory of the server is divided among its loops, and too little memory
   expect(() => new NbdServer({ provider: new TestProvider([]), limits: tooLittle, loops })).toThrow(RangeError);
 });
 
-test('the bounds of connections hold for those that are served elsewhere', async () => {
+test('the limits of connections also apply to those that workers serve', async () => {
   const loops = [new WorkerLoop(), new WorkerLoop()];
   const { server, connect, raw } = await serverWith(loops, {
     maxConnections: 4,
@@ -183,7 +183,7 @@ test('the bounds of connections hold for those that are served elsewhere', async
   const asking = await raw();
   await asking.greet();
   await asking.option(OPT.LIST);
-  // With a third one in the handshake the one that has been quiet for longest makes room.
+  // With a third one in the handshake the one that was silent for longest is closed.
   const third = await connect();
   await quiet.readToEnd();
   const served = (): number => [...server.connections.values()].filter(({ phase }) => phase === 'transmission').length;
@@ -194,7 +194,7 @@ test('the bounds of connections hold for those that are served elsewhere', async
   expect(asking.isOver).toBe(false);
 });
 
-test('close() waits for the requests in flight of all loops, and closes no connection that is in time', async () => {
+test('close() waits for the requests in flight of all loops, and closes no connection before its grace time', async () => {
   const loop = new WorkerLoop();
   const { server, connect } = await serverWith([loop]);
   const client = await connect();
@@ -203,7 +203,7 @@ test('close() waits for the requests in flight of all loops, and closes no conne
   await until(() => loop.flushes === 1, 'the flush has begun');
   let isClosed = false;
   const closed = server.close().then(() => (isClosed = true));
-  // The worker hears of it a little later.
+  // The worker learns of it a little later.
   let refused: unknown;
   while (refused === undefined) {
     await client.write(0, Buffer.alloc(1)).catch((error: unknown) => (refused = (error as { code: unknown }).code));
@@ -216,7 +216,7 @@ test('close() waits for the requests in flight of all loops, and closes no conne
   expect(server.connections.size).toBe(0);
 });
 
-test('a worker that dies takes its connections with it, and nothing else', async () => {
+test('the end of a worker ends its connections only', async () => {
   const loops = [new WorkerLoop(), new WorkerLoop()];
   const { server, connect } = await serverWith(loops);
   const clients = [await connect(), await connect()];

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes a directory tree with the clients of one Debian release, to be entered with in-root.sh: build-root.sh SUITE DIR.
-# Takes about half a minute and 400 MB; a DIR that is complete, and for a moving suite not older than a week, is left
-# alone. Exit 3: cannot be had here (no root, no mmdebstrap, not amd64).
+# Builds a directory tree with the clients of one Debian release, for in-root.sh: build-root.sh SUITE DIR.
+# Takes about half a minute and 400 MB. A complete DIR is left alone, if it is less than a week old or the suite is stable.
+# Exit 3: not possible on this machine (no root, no mmdebstrap, not amd64).
 set -eu
 suite=$1
 dir=$2
@@ -15,7 +15,7 @@ command -v mmdebstrap >/dev/null || cannot "mmdebstrap is not installed"
 [ "$(dpkg --print-architecture)" = amd64 ] || cannot "the client sets are for amd64"
 
 mkdir -p "$(dirname "$dir")"
-# Two test runs may come at once.
+# Two test runs may build at the same time.
 exec 9> "$dir.lock"
 flock 9
 want=$(cat "$0" "$here/download-kernel.sh" "$here/unpack-virtnbdbackup.sh" | cksum)
@@ -27,8 +27,8 @@ if [ "$(cat "$dir/stamp" 2>/dev/null)" = "$want" ]; then
 fi
 rm -rf --one-file-system "$dir"
 mkdir -p "$dir"
-# In mounts of its own: one that is killed leaves none behind. A mirror that lags is good enough here; signatures are
-# checked as ever.
+# In its own mount namespace: a killed build leaves no mounts behind. A mirror that lags is acceptable; signatures are
+# still checked.
 unshare --mount mmdebstrap --quiet --variant=apt --aptopt='Acquire::Check-Valid-Until "false"' \
   --include="$(echo $packages | tr ' ' ',')" \
   --customize-hook='cp "'"$here"'/download-kernel.sh" "$1/tmp/" && chroot "$1" sh /tmp/download-kernel.sh' \

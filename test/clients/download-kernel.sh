@@ -1,6 +1,6 @@
 #!/bin/sh
-# Inside a client set's root, while it is made: puts the packages of the release's kernel into /kernel, not installed (that
-# would want an initramfs and a boot loader). test/vm/build-guest.sh unpacks them.
+# Runs inside a client set's root while it is built: downloads the packages of the release's kernel to /kernel, without
+# installing them (that would need an initramfs and a boot loader). test/vm/build-guest.sh unpacks them.
 set -eu
 apt-get update -qq
 mkdir -p /kernel

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Runs a program of a client set (see build-root.sh): in-root.sh ROOT DIRECTORY SHARED[:SHARED…] PROGRAM [ARGUMENT…]
 # in DIRECTORY, with /dev, /proc, the network and the SHARED files and directories of this machine under the same paths.
-# It becomes the program: the same process id, and nothing is left mounted when it ends. Needs root.
+# The script becomes the program: same process id, and no mount is left when the program ends. Needs root.
 set -eu
-# The program's PATH may be one that a test has cut down; this script needs its own.
+# A test may have shortened the program's PATH; this script needs a complete one.
 program_path=$PATH
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
 if [ "${SHEEPGATE_IN_ROOT:-}" != "$$" ]; then
-  # unshare becomes the shell that goes on below, as this very process.
+  # unshare becomes the shell that continues below, in this same process.
   SHEEPGATE_IN_ROOT=$$ exec unshare --mount env PATH="$program_path" /bin/sh "$0" "$@"
 fi
 unset SHEEPGATE_IN_ROOT

@@ -1,6 +1,6 @@
 /**
- * Before the tests of a client set: builds its root directory if need be, and prints which versions are tried. Where that
- * fails, the tests of this set fail, each with the reason; those of others run.
+ * Runs before the tests of a client set: builds its root directory if needed, and prints the versions under test. If that
+ * fails, every test of this set fails with the reason; the tests of other sets run.
  */
 import type { TestProject } from 'vitest/node';
 import { buildClientSet, clientSetNamed, releaseOf, versionsOf } from '../harness/client-set.js';

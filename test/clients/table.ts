@@ -1,7 +1,7 @@
 /**
- * A reporter of vitest that says, at the end of a run, which client programs were tried in which version and how that
- * went: as a table in Markdown. With SHEEPGATE_CLIENTS_TABLE=FILE the table is put between the marks in that file
- * (`npm run clients-table` does it for docs/clients.md). Owns nothing but the table.
+ * A reporter of vitest that prints, at the end of a run, a Markdown table of the tested client programs, their versions and
+ * results. With SHEEPGATE_CLIENTS_TABLE=FILE it writes the table between the marks in that file (`npm run clients-table`
+ * does so for docs/clients.md). Owns only the table.
  */
 import fs from 'node:fs';
 import type { Reporter, TestCase, TestModule } from 'vitest/node';
@@ -12,7 +12,7 @@ const SETS = ['own', ...Object.keys(SUITES)];
 const BEGIN = '<!-- clients: begin -->';
 const END = '<!-- clients: end -->';
 
-/** Programs that come together, and the one whose version stands for them all. */
+/** Programs of one package, and the program whose version stands for all of them. */
 const ROWS: readonly { readonly label: string; readonly programs: readonly string[]; readonly version: string }[] = [
   {
     label: 'qemu-img, qemu-io, qemu-storage-daemon',

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts the Python code of Debian's package virtnbdbackup into a directory, without libvirt and all else that it depends on:
-# unpack-virtnbdbackup.sh DIR. The tests use its reading of extents (test/e2e/backup-tools.test.ts).
+# Unpacks the Python code of Debian's package virtnbdbackup into a directory, without its dependencies such as libvirt:
+# unpack-virtnbdbackup.sh DIR. The tests use its code that reads extents (test/e2e/backup-tools.test.ts).
 set -eu
 dir=$1
 [ -e "$dir/usr/lib/python3/dist-packages/libvirtnbdbackup" ] && exit 0

@@ -123,7 +123,7 @@ describe('several rules', () => {
     expect(seen('vm2', unix(1002))).toBe('refused');
   });
 
-  test('a file of comments lets nobody in', () => {
+  test('a file with comments only refuses every client', () => {
     expect(rules('# nothing\n\n   \r\n').decide('x', unix(0))).toBe('refused');
   });
 
@@ -308,7 +308,7 @@ describe('exports behind rules', () => {
     return { code, message: message.replace(JSON.stringify(name), 'EXPORT') };
   };
 
-  test('no form of a name gets past a rule: options, percent signs and ids are resolved first', async () => {
+  test('no form of a name bypasses a rule: options, percent signs and ids are resolved first', async () => {
     for (const name of [
       'a',
       'a/since=monday',
@@ -330,7 +330,7 @@ describe('exports behind rules', () => {
     expect((await refusalOf('@=a%40monday')).code).toBe('POLICY');
   });
 
-  test('an unknown id is refused like one that a peer may not open, and like one that needs TLS', async () => {
+  test('an unknown id is refused like the id of an export that the peer may not open, or that needs TLS', async () => {
     const message = 'you are not allowed to open EXPORT, or there is nothing with this id';
     for (const id of ['@2', '@3', '@4', '@5', '@2/since=x', '@5/since=x']) {
       expect(await refusalOf(id), id).toEqual({ code: 'POLICY', message });

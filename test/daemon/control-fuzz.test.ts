@@ -143,7 +143,7 @@ test('random and broken requests on the control socket do not harm the daemon', 
 }, 600_000);
 
 test.each(['websocket', 'h2c', 'nbd'])(
-  'a client that asks for an upgrade to %s and leaves at once ends nothing but itself',
+  'a client that requests an upgrade to %s and leaves at once ends only its own connection',
   async (protocol) => {
     const daemon = await startDaemon();
     for (let n = 0; n < 50; n++) {

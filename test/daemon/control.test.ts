@@ -154,7 +154,7 @@ describe('malformed', () => {
     }
   });
 
-  test('an upgrade to something else, and one that then does not speak NBD, end that connection only', async () => {
+  test('an upgrade to another protocol, or a client that then does not speak NBD, ends that connection only', async () => {
     expect(
       await raw(daemon.control, 'GET /nbd HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n'),
     ).toMatch(/^HTTP\/1\.1 400/);
@@ -237,7 +237,7 @@ test('the status has each connection with its peer, its export and its transferr
   );
 });
 
-test('snapshots, clones, growing and deleting go on around a writer, which notices nothing', async () => {
+test('snapshots, clones, growing and deleting do not disturb a writer', async () => {
   const daemon = await startDaemon({ args: ['--create', 'vm:64M'] });
   const operations = new RemoteOperations(daemon, new ControlClient(daemon.control));
   const writer = await NbdClient.connect({ path: daemon.socket });

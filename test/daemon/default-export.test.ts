@@ -1,4 +1,4 @@
-/** `serve --default NAME`: what real clients get that name no export, and what clients get that may not open it. */
+/** `serve --default NAME`: the export of real clients that name none, and the answer to clients that may not open it. */
 import { once } from 'node:events';
 import fs from 'node:fs';
 import net from 'node:net';

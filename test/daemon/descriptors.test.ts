@@ -1,4 +1,4 @@
-/** The daemon's file descriptors: their division, and that too many clients take none from others. */
+/** The division of the daemon's file descriptors: too many clients never use up those of others. */
 import net from 'node:net';
 import { describe, expect, onTestFinished, test } from 'vitest';
 import { NbdClient } from 'nbd-server-ts';
@@ -10,7 +10,7 @@ const LIMIT = 256;
 const TIGHT = ['/bin/sh', '-c', `ulimit -n ${LIMIT} && exec "$@"`, 'sh'];
 
 describe('the division', () => {
-  test('never gives out more than the limit, whatever is asked for', () => {
+  test('never exceeds the limit of descriptors, with any options', () => {
     for (let limit = LIMIT; limit < 70_000; limit = Math.ceil(limit * 1.3)) {
       for (const wanted of [1, 16, 1024, 1_000_000]) {
         const { connections, controlConnections, objectFiles, keptMoments } = divideDescriptors(limit, wanted);

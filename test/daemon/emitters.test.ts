@@ -1,6 +1,6 @@
 /**
- * An error event without a listener ends the process. Here is every place that makes something that has such events, and where
- * its listener is: a new place must be looked at and added.
+ * An error event without a listener ends the process. This test lists every place that creates an emitter of such events, and
+ * where its listener is: each new place must be checked and added.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -24,7 +24,7 @@ const MAKES = new RegExp(
     .join('|'),
 );
 
-/** Why no error of it can be without a listener. */
+/** Why each error of it has a listener. */
 const KNOWN: Readonly<Record<string, string>> = {
   'nbd/src/client/connect-socket.ts':
     'until connected; the constructor of NbdClient listens from then on, under TLS connectTls in between',
@@ -63,7 +63,7 @@ function sources(directory: string): string[] {
     .flatMap((name) => (name.endsWith('.ts') && !name.endsWith('.d.ts') ? [`${directory}/${name}`] : []));
 }
 
-test('every place that makes a socket, a stream, a server or a child is known to have a listener for its errors', () => {
+test('every place that creates a socket, a stream, a server or a child is listed with the listener for its errors', () => {
   const found = [...sources('src'), ...sources('nbd/src')].filter((file) => {
     const code = fs.readFileSync(path.join(ROOT, file), 'utf8');
     return code.split('\n').some((line) => !/^\s*(?:\*|\/\/|\/\*)/.test(line) && MAKES.test(line));

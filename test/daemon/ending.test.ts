@@ -1,4 +1,4 @@
-/** Whatever makes a start fail, and whatever waits at a stop, the process ends in bounded time. */
+/** The process ends in bounded time when its start fails, and when requests wait at its stop. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -89,8 +89,8 @@ test('SIGTERM during a start that waits for a node is a stop like any other', as
   expect(log).toMatch(/"stopped before it was ready"/);
 });
 
-test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and the log says what was left', async () => {
-  // Where locks are enforced, closing a disk asks a node as well.
+test('SIGTERM while an open, a write and a command wait for a node ends it within its grace time, and the log names them', async () => {
+  // With enforced locks, closing a disk sends a request to a node as well.
   await cluster.stop();
   cluster = await new StandIn({ nodes: 1, useLock: true }).start();
   serve('--create', 'disk:64M');

@@ -181,7 +181,7 @@ describe('a daemon', () => {
   });
 
   for (const how of ['TCP', 'TLS'] as const) {
-    test(`probes the machine of a client over ${how}, and takes nothing from a client that is there`, async () => {
+    test(`probes the machine of a client over ${how}, and does not disconnect a reachable client`, async () => {
       const tls = how === 'TLS' ? { tls: { psk: { user: 'me', key: Buffer.from(KEY, 'hex') } } } : {};
       const first = await NbdClient.connect({ host: '127.0.0.1', port, ...tls });
       await first.go('disk/exclusive');
@@ -199,7 +199,7 @@ describe('a daemon', () => {
   }
 });
 
-test('serve --exclusive is for all disks, and a wrong word is an error', async () => {
+test('serve --exclusive applies to all disks, and an unknown mode is an error', async () => {
   const daemon = await startDaemon({ args: ['--create', 'disk:64M', '--exclusive', 'refuse'] });
   const first = await attach(daemon, 'disk');
   await expect(attach(daemon, 'disk')).rejects.toThrow(/only one may write it/);

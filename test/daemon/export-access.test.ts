@@ -1,4 +1,4 @@
-/** Access rules of a running daemon with all forms of export names: what a peer learns, and what not. */
+/** Access rules of a running daemon with all forms of export names: a peer learns only about exports that it may open. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { NbdClient } from 'nbd-server-ts';
@@ -6,7 +6,7 @@ import { expect, test } from 'vitest';
 import { ControlClient } from '../../src/operations/control-client.js';
 import { cli, cliJson, startDaemon, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 
-test('a peer that may open some snapshots learns nothing about the others, by contexts, options or ids, and the log names what was opened', async () => {
+test('a peer learns nothing about snapshots that it may not open, by contexts, options or ids, and the log names opened exports', async () => {
   const file = path.join(temporaryDirectory(), 'access');
   const me = `uid:${process.getuid?.()}`;
   fs.writeFileSync(file, `allow disk@now ro from ${me}\nallow disk@one ro from ${me}\n`);

@@ -80,7 +80,7 @@ describe('a client that was cut off', () => {
     await waitUntil(async () => /cut off/.test(await target.ok('vdi', 'show', name)), 'it is cut off');
   }
 
-  test('--force means that it will not come back', async () => {
+  test('does not count any more after --force', async () => {
     const daemon = await daemonWith();
     const target = storeWith(daemon.store, daemon);
     await target.ok('vdi', 'snapshot', 'disk', 'before');

@@ -1,4 +1,4 @@
-/** Who can connect by default, and the warning when others can. */
+/** Which users can connect by default, and the warning when others can. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -25,7 +25,7 @@ async function serving(env: Readonly<Record<string, string>>, ...args: string[])
   return { pid: child.pid, stop, out: () => out, log: () => log };
 }
 
-/** The TCP sockets that a process has, whatever their state. */
+/** The TCP sockets of a process, in any state. */
 function tcpSocketsOf(pid: number | undefined): string[] {
   const own = new Set<string>();
   for (const fd of fs.readdirSync(`/proc/${pid}/fd`)) own.add(fs.readlinkSync(`/proc/${pid}/fd/${fd}`));
@@ -54,7 +54,7 @@ test('by default serve listens on a unix socket that only this user can connect 
   await daemon.stop();
 });
 
-test('TCP is served when asked for, with a warning on the terminal and in the log', async () => {
+test('TCP is served on request, with a warning on the terminal and in the log', async () => {
   const daemon = await serving({}, '--listen', 'tcp:127.0.0.1:0');
   const warning =
     /tcp:127\.0\.0\.1:\d+: every user of this machine can read and write every VDI there, for it has neither TLS/;
@@ -68,7 +68,7 @@ test('TCP is served when asked for, with a warning on the terminal and in the lo
   await daemon.stop();
 });
 
-test('the warning names who can connect with neither TLS nor an access file in the way', () => {
+test('the warning names the users who can connect if there is neither TLS nor an access file', () => {
   const directory = temporaryDirectory();
   fs.chmodSync(directory, 0o755);
   const file = (mode: number): ListenAddress => {

@@ -1,4 +1,4 @@
-/** How long a command waits for a store that other processes have. With fake timers: nothing waits here. */
+/** How long a command waits for a store that other processes hold. With fake timers. */
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { whileLocked } from '../../src/operations/open-operations.js';
 import { StoreLockedError } from '../../src/store/local/store-lock.js';
@@ -6,7 +6,7 @@ import { StoreLockedError } from '../../src/store/local/store-lock.js';
 beforeEach(() => void vi.useFakeTimers({ toFake: ['setTimeout', 'performance'] }));
 afterEach(() => void vi.useRealTimers());
 
-/** Seconds until a command gets the store behind `holders` that have it for `seconds` each; or the refusal. */
+/** Seconds until a command gets the store after `holders` that hold it for `seconds` each; or the refusal. */
 async function waitBehind(holders: number, seconds: number): Promise<number | string> {
   const begin = performance.now();
   const passed = (): number => (performance.now() - begin) / 1000;

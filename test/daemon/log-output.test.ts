@@ -62,7 +62,7 @@ async function countTold(read: () => string, output: LogOutput): Promise<{ kept:
   return { kept, dropped: Number.parseInt(after ?? '') };
 }
 
-describe('lines that nobody reads', () => {
+describe('unread log lines', () => {
   test('wait in bounded memory, and lines without room there are counted', async () => {
     const { name, fd } = fifo();
     const output = new LogOutput(fd, note);
@@ -100,7 +100,7 @@ describe('lines that nobody reads', () => {
     server.close();
   });
 
-  test('are waited for no longer than asked', async () => {
+  test('are awaited only for the given time', async () => {
     const { name, fd } = fifo();
     const output = new LogOutput(fd, note);
     for (let n = 0; n < MANY; n++) output.write(LINE);
@@ -196,7 +196,7 @@ describe('a daemon', () => {
     await stopped(child);
   });
 
-  test('whose log nobody reads serves, logs the number of dropped lines later, and stops in order', async () => {
+  test('with an unread log serves, logs the number of dropped lines later, and stops in order', async () => {
     const { socket, args } = places();
     const { name, fd } = fifo();
     const child = spawn(process.execPath, args, { stdio: ['ignore', fd, fd] });
@@ -212,7 +212,7 @@ describe('a daemon', () => {
     await stopped(child);
   });
 
-  test('that fails to start with nobody reading ends', async () => {
+  test('that fails to start with an unread log ends', async () => {
     const { fd } = fifo();
     const fill = new LogOutput(fd, note);
     for (let n = 0; n < MANY; n++) fill.write(LINE);
@@ -222,7 +222,7 @@ describe('a daemon', () => {
     expect(await ended(child)).toEqual({ code: 1, signal: null });
   });
 
-  test('on a terminal that is stopped with Ctrl-S, and then closed, goes on serving', async (context) => {
+  test('on a terminal that is stopped with Ctrl-S, and then closed, continues to serve', async (context) => {
     if (!haveCommand('python3')) skipBecause(context, 'no python3 to make a terminal with');
     const { socket, args } = places();
     // Runs its arguments on a new terminal; Ctrl-S is typed at the first line it is given, and the end closes the terminal.

@@ -1,4 +1,4 @@
-/** The example units under a real systemd: who may use the service, and what an operator sees of failed backups. */
+/** The example units under a real systemd: which users may use the service, and how failed backups are reported. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import {
   BACKUP,

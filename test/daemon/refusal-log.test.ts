@@ -41,7 +41,7 @@ function refusing(error: () => Error): LoggedExports {
   });
 }
 
-test('an export that the store cannot open is logged once as an error with its cause, though clients come back', async () => {
+test('an export that the store cannot open is logged once as an error with its cause, although clients retry', async () => {
   const store = await LocalStore.open(path.join(temporaryDirectory(), 'store'));
   const catalog = new VdiCatalog(store);
   onTestFinished(() => catalog.close().catch(() => undefined));
@@ -92,7 +92,7 @@ test('an access refusal is a warning, and so is an obstacle; a wrong name and mi
   }
 });
 
-test('a client that asks for a thousand names causes a bounded number of lines, and does not keep others out of the log', async () => {
+test('a client that requests a thousand names causes a bounded number of lines, and does not suppress lines of others', async () => {
   const exports = refusing(() => new ExportError('POLICY', 'no'));
   for (let n = 0; n < 1000; n++) await expect(exports.open(`x${n}`, LAN)).rejects.toThrow('no');
   expect(written.length).toBeLessThan(20);
@@ -101,7 +101,7 @@ test('a client that asks for a thousand names causes a bounded number of lines, 
   expect(written).toHaveLength(1);
 });
 
-test('a client that asks in two ways on one connection has one line', async () => {
+test('a client that requests an export in two ways on one connection has one line', async () => {
   const exports = refusing(() => new ExportError('POLICY', 'no'));
   await expect(exports.describe('vm', LAN)).rejects.toThrow('no');
   await expect(exports.open('vm', LAN)).rejects.toThrow('no');

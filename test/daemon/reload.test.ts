@@ -1,4 +1,4 @@
-/** Reload of TLS keys and access rules: with any file in their place the daemon goes on serving, and the caller gets the result. */
+/** Reload of TLS keys and access rules: the daemon continues with any file in their place, and the caller gets the result. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';

@@ -44,7 +44,7 @@ test('the first line of a cause is written at once; later ones are counted and w
   expect(vi.getTimerCount()).toBe(1);
 });
 
-test('a cause that goes on is logged less and less often, but never stops; one that has ended is new when it comes again', () => {
+test('a lasting cause is logged less and less often, but never stops; a cause that ended is new when it recurs', () => {
   const goOn = (ms: number): void => {
     for (let at = 0; at < ms; at += LATE_MS) {
       tell('disk', 'EIO');
@@ -84,7 +84,7 @@ test('a thousand causes, and a thousand subjects, cause a bounded number of line
   expect(vi.getTimerCount()).toBe(0);
 });
 
-test('a cause is the same whatever object it is about, and two causes with one code are two', () => {
+test('a cause is the same for all objects, and two causes with the same code are different', () => {
   const full = (object: string): StoreError =>
     new StoreError('NO_SPACE', `writing ${object}`, { cause: Object.assign(new Error('x'), { code: 'ENOSPC' }) });
   expect(causeOf(full('a'))).toBe(causeOf(full('b')));

@@ -287,7 +287,7 @@ describe('a command that finds the store taken', () => {
     expect((await cli(['vdi', 'list', '--control', control], { store: daemon.store })).code).toBe(0);
     expect((await daemon.stop()).code).toBe(0);
 
-    // Waits for the rest of what it imports, with the store open.
+    // The import waits for the rest of its input, with the store open.
     const child = spawn(process.execPath, [BIN, 'import', '-', 'new', '--size', '64M', '--store', daemon.store], {
       stdio: ['pipe', 'ignore', 'ignore'],
     });

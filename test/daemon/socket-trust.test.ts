@@ -1,6 +1,6 @@
 /**
- * Other users of the machine at the control socket: nothing is sent before it is clear who listens. Needs root, to act as several
- * users.
+ * Other users of the machine at the control socket: a command sends nothing before it knows the user of the listener. Needs root,
+ * to act as several users.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -38,7 +38,7 @@ server.listen(socketPath, () => {
 });
 `;
 
-/** `mode`: of the socket, in octal. Returns what it has heard so far. */
+/** `mode`: of the socket, in octal. Returns the bytes received so far. */
 async function impostor(socket: string, uid: number, mode = '666'): Promise<() => string> {
   const identity = [`--reuid=${uid}`, `--regid=${uid}`, '--clear-groups'];
   const child = start('setpriv', [...identity, process.execPath, '-e', IMPOSTOR, socket, mode]);
@@ -99,7 +99,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     const served = await cli(['serve', '--store', path.join(temporaryDirectory(), 'store')], { env });
     expect(oneLineOf(served, 1, 'serve')).toMatch(/sheepgate is not a directory that only this user can write to/);
     expect(heard()).toBe('');
-    // It would have heard what is sent to it.
+    // It would have received any request.
     net
       .connect(path.join(runtime, 'sheepgate', name))
       .on('error', () => undefined)
@@ -115,7 +115,7 @@ describe.skipIf(!isRoot)('the control socket', () => {
     const why = { code: 'UNTRUSTED', message: expect.stringContaining('it belongs to uid 54321') as unknown };
     await expect(client.status()).rejects.toMatchObject(why);
     await expect(client.upgrade()).rejects.toMatchObject(why);
-    // The file looks as it should: only the kernel knows who listens.
+    // The file looks right: only the kernel knows the user of the listener.
     fs.chownSync(socket, 0, 0);
     fs.chmodSync(socket, 0o600);
     const listens = { code: 'UNTRUSTED', message: expect.stringContaining('uid 54321 listens there') as unknown };

@@ -183,7 +183,7 @@ describe('socket activation', () => {
     expect(started.log()).toContain(`"uid":${process.getuid?.()}`);
     started.child.kill('SIGTERM');
     expect(await ended(started.child)).toEqual({ code: 0, signal: null });
-    // It belongs to systemd, which goes on listening for the next start.
+    // It belongs to systemd, which continues to listen for the next start.
     expect(fs.existsSync(socket)).toBe(true);
   });
 
@@ -197,7 +197,7 @@ describe('socket activation', () => {
   });
 
   withPython('serves clients that have connected before it was started', async () => {
-    // The helper listens before the daemon runs: a client that comes in between waits in the backlog.
+    // The helper listens before the daemon runs: a client that connects in between waits in the backlog.
     const socket = path.join(temporaryDirectory(), 'given.sock');
     const started = serve([`unix:${socket}`], 'nbd');
     await waitUntil(() => fs.existsSync(socket), 'the socket is there');
@@ -267,7 +267,7 @@ describe('notification', () => {
       started.child.kill('SIGHUP');
       await heard(/^RELOADING=1 MONOTONIC_USEC=\d+$/m);
       await waitUntil(() => receiver.out().match(/^READY=1/gm)?.length === 2, 'ready again after the reload');
-      // The status has the settings in force, whoever asked for the reload.
+      // The status has the settings in force, after a reload by any means.
       fs.writeFileSync(access, 'nonsense\n');
       expect((await cli(['reload'], { store })).code).toBe(1);
       await heard(/^READY=1 STATUS=serving .*; not reloaded: .*access:1: /m);

@@ -1,6 +1,6 @@
 /**
- * The log when clients get errors: it has the disk, the cause with its file or node, the export and the peer; not a line per
- * request, but all of them counted.
+ * Log lines about errors that clients get: they have the disk, the cause with its file or node, the export and the peer.
+ * Requests without a line of their own are counted.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -101,7 +101,7 @@ describe('a local store', () => {
       const objects = objectsOf(first.store);
       expect(objects).toHaveLength(4);
       const daemon = await startDaemon({ store: first.store });
-      // Held since before: what it reads are the objects of the disk.
+      // Held since before: its objects are those of the disk.
       const reader = await opened(daemon, 'vm1@now');
       for (const object of objects) fs.truncateSync(object, 4096);
       const read = await run('qemu-io', ['-f', 'raw', '-r', '-c', 'read 1M 64k', daemon.uri('vm1')]);

@@ -33,7 +33,7 @@ async function tapped(daemon: Daemon) {
   return { connect: () => NbdClient.connect({ path: socket }), sent: () => Buffer.concat(sent).toString('latin1') };
 }
 
-/** The error text when a client asks for an export. */
+/** The error text that a client gets when it requests an export. */
 async function refusalOf(connect: () => Promise<NbdClient>, name: string): Promise<string> {
   const client = await connect();
   const error: unknown = await client.go(name).catch((thrown: unknown) => thrown);

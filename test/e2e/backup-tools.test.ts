@@ -1,6 +1,6 @@
 /**
- * Backup tools of other projects, which ask for allocated and for changed blocks at once: virtnbdbackup's own code, and the
- * rules of oVirt's imageio in words of our own. And what libnbd's users see of answers with several contexts.
+ * Backup tools of other projects, which request allocated and changed blocks together: virtnbdbackup's own code, and the rules
+ * of oVirt's imageio, written anew here. Also how libnbd shows answers with several contexts.
  */
 import { NbdClient } from 'nbd-server-ts';
 import { expect } from 'vitest';
@@ -11,12 +11,12 @@ import { cli, cliJson, needs, nbdsh, ok, startDaemon, waitUntil, type Daemon } f
 const KIB = 1024;
 const MIB = 2 ** 20;
 const BLOCK = 4 * KIB;
-/** More than fitted into one answer once: of 16,384 changed blocks virtnbdbackup then found 4,096. */
+/** More blocks than one answer once had room for: virtnbdbackup then found 4,096 of 16,384 changed blocks. */
 const BLOCKS = 16 * KIB;
 
 let shared: Promise<Daemon> | undefined;
 
-/** A disk whose every second block of 4 KiB has been written since its snapshot "base"; one for all tests: it takes long to remove. */
+/** A disk with every second block of 4 KiB written since its snapshot "base". All tests share it: it takes long to remove. */
 function fragmented(): Promise<Daemon> {
   return (shared ??= makeFragmented());
 }
@@ -38,7 +38,7 @@ h.shutdown()`);
   return daemon;
 }
 
-/** What a script prints as JSON; `h` is a connection that is not made yet. */
+/** The JSON that a script prints; `h` in the script is a handle that is not connected yet. */
 async function python<T>(script: string, env: Record<string, string> = {}): Promise<T> {
   const result = await nbdsh(['-n', '-c', 'import json, nbd', '-c', 'h = nbd.NBD()', '-c', script], { env });
   expect(result.stderr).toBe('');
@@ -48,7 +48,7 @@ async function python<T>(script: string, env: Record<string, string> = {}): Prom
 
 type Range = readonly [from: number, to: number];
 
-/** How many of the blocks that were written are within the ranges. */
+/** Number of written blocks within the ranges. */
 function blocksIn(ranges: readonly Range[]): number {
   let found = 0;
   for (const [from, to] of ranges) {
@@ -62,7 +62,7 @@ needs('virtnbdbackup', 'nbdsh')(
   async (context) => {
     const daemon = await fragmented();
     const code = virtnbdbackupOf(clientSet) as string;
-    // What it depends on (libvirt, ssh, progress bars) has no part in reading extents.
+    // Its other dependencies (libvirt, ssh, progress bars) are not needed to read extents.
     const script = (name: string): string => `
 import importlib.util, inspect, os, sys, types
 from unittest.mock import MagicMock
@@ -139,11 +139,11 @@ print(json.dumps([bitmaps, ranges]))`;
   }
   const [, none] = await python<[string[], Range[]]>(dirty('disk@now/since=later'));
   expect(none).toEqual([]);
-  // Without the option there is one for each snapshot, as ever: others choose by name.
+  // Without the option there is one context per snapshot: clients choose by name.
   const all = await python<string[]>(`${find('disk@now')}\nprint(json.dumps(bitmaps))`);
   expect(all).toEqual(['qemu:dirty-bitmap:later', 'qemu:dirty-bitmap:base']);
 
-  // What cannot be opened says why, and a base stays as long as somebody compares with it.
+  // An export that cannot be opened says why, and a base is kept as long as a client compares with it.
   for (const [name, words] of [
     ['disk@now/since=nothing', 'has no snapshot "nothing"'],
     ['disk/since=now', 'needs a snapshot that stays'],
@@ -164,7 +164,7 @@ print(json.dumps([bitmaps, ranges]))`;
 });
 
 needs('nbdinfo', 'nbdsh')(
-  'of more than 256 snapshots the newest are listed, and each one can be asked for by its name',
+  'of more than 256 snapshots the newest are listed, and each one can be selected by its name',
   async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
     const control = new ControlClient(daemon.control);

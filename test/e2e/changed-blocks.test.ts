@@ -1,4 +1,4 @@
-/** Which blocks differ from a snapshot, asked by real clients through meta contexts. */
+/** Blocks that differ from a snapshot, queried by real clients through meta contexts. */
 import { expect } from 'vitest';
 import { cli, cliJson, needs, run, startDaemon } from '../harness/daemon.js';
 
@@ -14,7 +14,7 @@ needs(
   'qemu-io',
   'qemu-img',
 )(
-  'what was written, trimmed and left alone since a snapshot is told by sheepgate:changed:TAG and as a dirty bitmap',
+  'sheepgate:changed:TAG and the dirty bitmap report which blocks were written or trimmed since a snapshot',
   async () => {
     const daemon = await startDaemon({ args: ['--create', 'disk:64M'] });
     const { store } = daemon;
@@ -48,7 +48,7 @@ needs(
     expect(await changed('disk', 'sheepgate:changed:one')).toEqual([[0, 8], ...since.slice(1)]);
     expect(await changed('disk@two', 'sheepgate:changed:one')).toEqual(since);
 
-    // qemu's own client, which shows what is dirty as not being data
+    // qemu's own client, which shows dirty blocks as "not data"
     const options = `driver=nbd,server.type=unix,server.path=${daemon.socket},export=disk,x-dirty-bitmap=qemu:dirty-bitmap:one`;
     const map = await run('qemu-img', ['map', '--output=json', '--image-opts', options]);
     expect(map.code, map.stderr).toBe(0);
@@ -57,7 +57,7 @@ needs(
       .map(({ start, length }) => [start / MIB, length / MIB]);
     expect(dirty).toEqual([[0, 8], ...since.slice(1)]);
 
-    // a snapshot that nobody compares with any more can be deleted
+    // a snapshot that no client compares with any more can be deleted
     expect((await cli(['vdi', 'delete', 'disk@one'], { store })).stderr).toBe('');
     expect((await run('nbdinfo', ['--map=sheepgate:changed:one', daemon.uri('disk')])).code).not.toBe(0);
     expect((await daemon.stop()).code, daemon.log()).toBe(0);

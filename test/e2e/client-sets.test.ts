@@ -1,6 +1,6 @@
 /**
- * What every set of clients is tried with (see docs/clients.md): each command in each kind of replies, lengths of 64 bits,
- * several meta contexts, reconnecting, temporary snapshots, copies from export to export, and qemu's block jobs.
+ * The tests of every client set (see docs/clients.md): each command with each kind of replies, lengths of 64 bits, several
+ * meta contexts, reconnecting, temporary snapshots, copies from export to export, and qemu's block jobs.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -32,7 +32,7 @@ async function withDaemon(create: readonly string[], use: (daemon: Daemon) => Pr
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
 }
 
-/** libnbd's shell, not yet connected: `uri` is the export's. */
+/** libnbd's shell, not yet connected; the script has the export's `uri`. */
 async function shell(uri: string, script: string): Promise<string> {
   const { code, signal, stdout, stderr } = await nbdsh(['-c', `uri = ${JSON.stringify(uri)}\n${script}`]);
   if (code !== 0) throw new Error(`nbdsh: exit ${code ?? signal}\n${stdout}${stderr}`);
@@ -45,7 +45,7 @@ const hasExtendedHeaders = async (): Promise<boolean> =>
 const qemuIo = (uri: string, ...commands: string[]): Promise<string> =>
   ok('qemu-io', ['-f', 'raw', ...commands.flatMap((command) => ['-c', command]), uri]);
 
-/** A qemu-io that goes on: it takes one command after the other. */
+/** A running qemu-io that takes one command after the other. */
 class QemuIo {
   readonly #child: ReturnType<typeof start>;
   #said = '';
@@ -57,7 +57,7 @@ class QemuIo {
     }
   }
 
-  /** With `option` of qemu's nbd driver. */
+  /** Opens the export with an `option` of qemu's nbd driver. */
   static async open(daemon: Daemon, name: string, option: string): Promise<QemuIo> {
     const file = ['driver=nbd', 'server.type=unix', `server.path=${daemon.socket}`, `export=${name}`, option];
     const options = ['driver=raw', ...file.map((each) => `file.${each}`)].join(',');
@@ -66,7 +66,7 @@ class QemuIo {
     return io;
   }
 
-  /** Run one command, which must succeed. */
+  /** Runs one command, which must succeed. */
   async does(command: string): Promise<void> {
     this.#said = '';
     this.#child.stdin.write(`${command}\n`);
@@ -99,7 +99,7 @@ interface MapEntry {
 const qemuMap = async (uri: string): Promise<MapEntry[]> =>
   JSON.parse(await ok('qemu-img', ['map', '--output=json', '-f', 'raw', uri])) as MapEntry[];
 
-/** Data of `size` bytes that is the same every time, and no block of it like another. */
+/** The same `size` bytes each time, without two equal blocks. */
 const PATTERN = `
 import hashlib
 def pattern(size, seed):
@@ -227,7 +227,7 @@ describe('qemu', () => {
     await withDaemon(['disk:64M'], async (daemon) => {
       const uri = daemon.uri('disk');
       await qemuIo(uri, 'write -P 0x11 0 32M', 'write -f -P 0x12 1M 4k', 'flush');
-      // In this order: stay allocated; become a hole; fast or not at all; discarded.
+      // In this order: zeroes that stay allocated, a hole, fast zeroes or an error, a discard.
       await qemuIo(uri, 'write -z 4M 1M', 'write -z -u 8M 4M', 'write -z -u -n 16M 4M', 'discard 24M 4M', 'flush');
       const reads = [
         'read -P 0x11 0 1M',
@@ -249,10 +249,10 @@ describe('qemu', () => {
     });
   });
 
-  needs('qemu-io')('blocks that hold encoded requests, as a guest may write them, are data', async () => {
+  needs('qemu-io')('blocks full of encoded requests, as a guest may write them, are treated as data', async () => {
     await withDaemon(['disk:64M'], async (daemon) => {
       const file = path.join(temporaryDirectory(), 'requests');
-      // WRITE_ZEROES, TRIM and DISC, with headers of both kinds, about the disk's second half.
+      // WRITE_ZEROES, TRIM and DISC with both kinds of headers, in the disk's second half.
       const requests = [6, 4, 2].flatMap((type) => [
         encodeRequest(type, 0, 1, 32 * MIB, 4 * MIB),
         encodeExtendedRequest(type, 0, 1, 32 * MIB, 4 * MIB),
@@ -301,44 +301,50 @@ describe('qemu', () => {
     expect((await daemon.stop()).code).toBe(0);
   });
 
-  needs('qemu-img', 'qemu-io')('NAME@now stands still while the disk is written, and is gone afterwards', async () => {
-    await withDaemon(['disk:64M'], async (daemon) => {
-      await qemuIo(daemon.uri('disk'), 'write -P 0x21 0 16M', 'flush');
-      const reader = await QemuIo.open(daemon, 'disk@now', 'reconnect-delay=0');
-      await reader.does('read -P 0x21 0 1M');
-      await qemuIo(daemon.uri('disk'), 'write -P 0x22 0 8M', 'discard 8M 8M', 'write -P 0x23 32M 1M', 'flush');
-      const copy = path.join(temporaryDirectory(), 'now.img');
-      await ok('qemu-img', ['convert', '-f', 'raw', '-O', 'raw', daemon.uri('disk@now'), copy]);
-      expect(await qemuIo(copy, 'read -P 0x21 0 16M', 'read -P 0 16M 48M')).not.toMatch(/fail/i);
-      await reader.does('read -P 0x21 0 16M');
-      await reader.does('read -P 0 16M 48M');
-      await reader.close();
-      const disks = (): Promise<unknown[]> => cliJson<unknown[]>(['vdi', 'list'], { store: daemon.store });
-      await waitUntil(async () => (await disks()).length === 1, 'the temporary snapshot is gone');
-      const reads = ['read -P 0x22 0 8M', 'read -P 0 8M 8M', 'read -P 0x23 32M 1M'];
-      expect(await qemuIo(daemon.uri('disk'), ...reads)).not.toMatch(/fail/i);
-    });
-  });
+  needs('qemu-img', 'qemu-io')(
+    'NAME@now does not change while the disk is written, and is removed afterwards',
+    async () => {
+      await withDaemon(['disk:64M'], async (daemon) => {
+        await qemuIo(daemon.uri('disk'), 'write -P 0x21 0 16M', 'flush');
+        const reader = await QemuIo.open(daemon, 'disk@now', 'reconnect-delay=0');
+        await reader.does('read -P 0x21 0 1M');
+        await qemuIo(daemon.uri('disk'), 'write -P 0x22 0 8M', 'discard 8M 8M', 'write -P 0x23 32M 1M', 'flush');
+        const copy = path.join(temporaryDirectory(), 'now.img');
+        await ok('qemu-img', ['convert', '-f', 'raw', '-O', 'raw', daemon.uri('disk@now'), copy]);
+        expect(await qemuIo(copy, 'read -P 0x21 0 16M', 'read -P 0 16M 48M')).not.toMatch(/fail/i);
+        await reader.does('read -P 0x21 0 16M');
+        await reader.does('read -P 0 16M 48M');
+        await reader.close();
+        const disks = (): Promise<unknown[]> => cliJson<unknown[]>(['vdi', 'list'], { store: daemon.store });
+        await waitUntil(async () => (await disks()).length === 1, 'the temporary snapshot is gone');
+        const reads = ['read -P 0x22 0 8M', 'read -P 0 8M 8M', 'read -P 0x23 32M 1M'];
+        expect(await qemuIo(daemon.uri('disk'), ...reads)).not.toMatch(/fail/i);
+      });
+    },
+  );
 
-  needs('qemu-img', 'qemu-io')('clones, snapshots and a rollback are what they were made of', async () => {
-    await withDaemon(['disk:64M'], async (daemon) => {
-      const { store } = daemon;
-      const vdi = async (...args: string[]): Promise<void> => {
-        expect((await cli(['vdi', ...args], { store })).stderr).toBe('');
-      };
-      await qemuIo(daemon.uri('disk'), 'write -P 0x31 0 8M', 'flush');
-      await vdi('snapshot', 'disk', 'one');
-      await qemuIo(daemon.uri('disk'), 'write -P 0x32 0 4M', 'discard 4M 4M', 'flush');
-      await vdi('clone', 'disk@one', 'clone');
-      await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', daemon.uri('disk@one'), daemon.uri('clone')]);
-      await qemuIo(daemon.uri('clone'), 'write -P 0x33 2M 1M', 'flush');
-      expect(await ok('qemu-io', ['-r', '-f', 'raw', '-c', 'read -P 0x31 0 8M', daemon.uri('disk@one')])).not.toMatch(
-        /fail/i,
-      );
-      await vdi('rollback', 'disk@one');
-      await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', daemon.uri('disk@one'), daemon.uri('disk')]);
-    });
-  });
+  needs('qemu-img', 'qemu-io')(
+    'clones, snapshots and a rolled back disk have the content of their source',
+    async () => {
+      await withDaemon(['disk:64M'], async (daemon) => {
+        const { store } = daemon;
+        const vdi = async (...args: string[]): Promise<void> => {
+          expect((await cli(['vdi', ...args], { store })).stderr).toBe('');
+        };
+        await qemuIo(daemon.uri('disk'), 'write -P 0x31 0 8M', 'flush');
+        await vdi('snapshot', 'disk', 'one');
+        await qemuIo(daemon.uri('disk'), 'write -P 0x32 0 4M', 'discard 4M 4M', 'flush');
+        await vdi('clone', 'disk@one', 'clone');
+        await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', daemon.uri('disk@one'), daemon.uri('clone')]);
+        await qemuIo(daemon.uri('clone'), 'write -P 0x33 2M 1M', 'flush');
+        expect(await ok('qemu-io', ['-r', '-f', 'raw', '-c', 'read -P 0x31 0 8M', daemon.uri('disk@one')])).not.toMatch(
+          /fail/i,
+        );
+        await vdi('rollback', 'disk@one');
+        await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', daemon.uri('disk@one'), daemon.uri('disk')]);
+      });
+    },
+  );
 });
 
 describe('qemu-storage-daemon', () => {
@@ -366,7 +372,7 @@ describe('qemu-storage-daemon', () => {
         await ok('qemu-img', ['compare', '-f', 'raw', '-F', 'raw', daemon.uri('disk'), daemon.uri('copy')]);
         const data = (await qemuMap(daemon.uri('copy'))).filter((entry) => entry.data);
         const bytes = data.reduce((sum, { length }) => sum + length, 0);
-        // A backup wants zeros without holes (docs/clients.md), a mirror takes holes for holes.
+        // A backup writes zeros without holes (docs/clients.md), a mirror keeps holes.
         if (job === 'blockdev-mirror') expect(bytes).toBeLessThanOrEqual(9 * MIB);
       });
     });

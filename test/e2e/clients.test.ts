@@ -1,5 +1,5 @@
 /**
- * Real NBD clients against a fresh daemon each: what people will attach to us, doing what people do with it.
+ * Common NBD clients in their common uses, each against a new daemon.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -32,7 +32,7 @@ async function withDaemon(size: string, use: (daemon: Daemon) => Promise<void>):
   expect((await daemon.stop()).code, daemon.log()).toBe(0);
 }
 
-/** Like random data, the same every time, and never twice the same block. */
+/** Pseudo-random data, the same each time, without two equal blocks. */
 function patterned(size: number, seed: number): Buffer {
   const data = Buffer.alloc(size);
   let state = seed >>> 0 || 1;
@@ -67,13 +67,13 @@ describe('libnbd tools', () => {
         const result = await run('nbdinfo', [...flag, daemon.uri('disk')]);
         expect(result.code, can).toBe(can === 'write' ? 2 : 0);
       }
-      // libnbd 1.14 shows the server's words only among its debug messages.
+      // libnbd 1.14 shows the server's message only in its debug output.
       const missing = await run('nbdinfo', [daemon.uri('missing')], { env: { LIBNBD_DEBUG: '1' } });
       expect(missing.stderr).toMatch(/there is no such VDI: "missing"/);
     });
   });
 
-  needs('nbdcopy')('nbdcopy brings 96 MiB in and out unchanged', async () => {
+  needs('nbdcopy')('nbdcopy copies 96 MiB in and out unchanged', async () => {
     await withDaemon('96M', async (daemon) => {
       const directory = temporaryDirectory();
       const source = path.join(directory, 'in.img');

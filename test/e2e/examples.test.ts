@@ -1,4 +1,4 @@
-/** The examples do what they say, on a machine that has the tools, and say what is missing on one that has not. */
+/** The examples do what their comments say, and name the missing tools on a machine without them. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { expect, test } from 'vitest';
@@ -6,7 +6,7 @@ import { needs, run, temporaryDirectory } from '../harness/daemon.js';
 
 const EXAMPLES = path.resolve(import.meta.dirname, '../../examples');
 
-/** Run one from somewhere else, with a TMPDIR in which it must leave nothing. */
+/** Runs an example from another directory, with a TMPDIR in which it must leave no file. */
 async function example(name: string, ...args: string[]): Promise<string> {
   const directory = temporaryDirectory();
   const result = await run('sh', [path.join(EXAMPLES, name), ...args], {
@@ -35,20 +35,20 @@ needs(
   expect(out).toMatch(/\n2 files, all identical\n$/);
 });
 
-needs('qemu-io')('qemu-io-session.sh: disk and snapshot have their own patterns', async () => {
+needs('qemu-io')('qemu-io-session.sh: disk and snapshot each have their own patterns', async () => {
   const out = await example('qemu-io-session.sh');
   expect(out).toMatch(/took disk@before/);
   expect(out).not.toMatch(/fail/i);
   expect(out).toMatch(/\ndisk +before +\d+ +1 GiB +16 MiB .*\ndisk +\d+ +1 GiB +12 MiB/);
 });
 
-needs('nbdcopy')('snapshot-while-writing.sh: the copy is of one moment and the space comes back', async () => {
+needs('nbdcopy')('snapshot-while-writing.sh: the copy is of one moment, and its space is freed', async () => {
   const out = await example('snapshot-while-writing.sh');
   expect(out).toMatch(/the copy is of one moment/);
   expect(out).toMatch(/deleted disk@monday\nthe store has 6\d MiB, and the writer goes on\n$/);
 });
 
-needs('nbdcopy')('backup-now.sh: three ways of copying are each of one moment, and nothing is left', async () => {
+needs('nbdcopy')('backup-now.sh: three ways of copying each give one moment, and leave nothing behind', async () => {
   const out = await example('backup-now.sh');
   expect(out.match(/the copy is of one moment/g)).toHaveLength(4);
   expect(out.trimEnd().split('\n').at(-2)).toMatch(/^NAME/);
@@ -74,7 +74,7 @@ needsFuse(
   expect(out.trimEnd().split('\n').at(-1)).toMatch(/^disk +\d+ +256 MiB/);
 });
 
-test('what is missing is named', async () => {
+test('each example names the missing tools', async () => {
   const bin = temporaryDirectory();
   for (const tool of ['dirname', 'sh']) {
     const found = ['/usr/bin', '/bin'].map((place) => path.join(place, tool)).find((place) => fs.existsSync(place));
@@ -87,7 +87,7 @@ test('what is missing is named', async () => {
   }
 });
 
-test('a folder that is none is refused', async () => {
+test('an example refuses an argument that is not a folder', async () => {
   const result = await run('sh', [path.join(EXAMPLES, 'ext4-from-folder.sh'), '/nope']);
   expect([2, 3]).toContain(result.code);
   if (result.code === 2) expect(result.stderr).toMatch(/\/nope is not a folder/);

@@ -1,4 +1,4 @@
-/** A full filesystem under the store: the client is told ENOSPC, the daemon lives on, and what was flushed is there. */
+/** A full filesystem under the store: the client gets ENOSPC, the daemon continues, and flushed data is kept. */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
@@ -46,7 +46,7 @@ assert h.pread(block, 4 * block) == bytes(block)
 `;
 
 needs('nbdsh')(
-  'ENOSPC reaches the client, flushed data stays, and space that is trimmed can be used again',
+  'ENOSPC reaches the client, flushed data is kept, and trimmed space can be used again',
   async (context) => {
     const mount = path.join(temporaryDirectory(), 'small');
     fs.mkdirSync(mount);
@@ -62,7 +62,7 @@ needs('nbdsh')(
       await daemon.kill();
       daemon = await startDaemon({ store });
       expect((await nbdsh(['-u', daemon.uri('disk'), '-c', VERIFY(count)])).stderr).toBe('');
-      // a snapshot needs little space, a copy of an object needs much: it must fail alone
+      // a snapshot needs little space, a copy of an object needs much: only the copy must fail
       expect((await cli(['vdi', 'snapshot', 'disk', 's'], { store })).stderr).toBe('');
       const copy = await nbdsh(['-u', daemon.uri('disk'), '-c', "[h.pwrite(b'y', o << 22) for o in range(10)]"]);
       expect(copy.stderr).toMatch(/No space left/);

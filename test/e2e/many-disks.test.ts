@@ -1,4 +1,4 @@
-/** A store with more disks than a handshake once had options for: every client's way to list them, and ours. */
+/** A store with more disks than a handshake once allowed options, listed by every client and by our own command. */
 import { expect } from 'vitest';
 import { LocalStore } from '../../src/store/local/local-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';

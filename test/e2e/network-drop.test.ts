@@ -1,6 +1,6 @@
 /**
- * A network that drops without a word: the client is in a network namespace of its own, and its end of the cable is taken
- * down. The daemon must find out by itself, whether it waits for the client or the client for it. Needs root; owns the
+ * A network that fails silently: the client is in its own network namespace, and its end of the virtual cable is taken down.
+ * The daemon must detect that by itself, whether it waits for the client or the client for the daemon. Needs root; owns the
  * namespaces and the cable between them.
  */
 import { execFileSync, spawn, type ChildProcess } from 'node:child_process';
@@ -12,7 +12,7 @@ import { attach, MIB, storeWith } from '../cli/both-ways.js';
 const SERVER_SIDE = `sheepgate-a-${process.pid}`;
 const CLIENT_SIDE = `sheepgate-b-${process.pid}`;
 const CABLE = 'sg0';
-/** Of the documentation range: nobody's. */
+/** An address of the documentation range, in use nowhere. */
 const SERVER = '192.0.2.1';
 const CLIENT = '192.0.2.2';
 
@@ -31,7 +31,7 @@ afterEach(async () => {
   }
 });
 
-/** libnbd's shell in the namespace: runs `script`, then waits. Resolves when it has printed a line. */
+/** libnbd's shell in the namespace: runs `script`, then waits. Resolves when the script has printed a line. */
 async function shellInNamespace(script: string): Promise<ChildProcess> {
   const code = `import nbd, sys; h = nbd.NBD(); ${script}; print("open", flush=True); sys.stdin.read()`;
   const shell = spawn('ip', ['netns', 'exec', CLIENT_SIDE, ...inSet(clientSet, '/usr/bin/python3', ['-c', code])], {
@@ -45,7 +45,7 @@ async function shellInNamespace(script: string): Promise<ChildProcess> {
   return shell;
 }
 
-test('a network that drops silently lets go of NAME@now, also while answers are on their way', async (context) => {
+test('NAME@now is dropped when the network of its reader fails silently, also while replies are being sent', async (context) => {
   if (!haveNbdsh()) return skipBecause(context, 'python3-libnbd is not installed');
   try {
     for (const side of [SERVER_SIDE, CLIENT_SIDE]) ip('netns', 'add', side);
@@ -81,12 +81,12 @@ test('a network that drops silently lets go of NAME@now, also while answers are 
   for (let at = 0; at < 64 * MIB; at += 4 * MIB) await writer.write(at, Buffer.alloc(4 * MIB, 1));
   await writer.disconnect();
   await shellInNamespace(`h.connect_uri("${uri('disk@now:quiet')}")`);
-  // Asks for more than the sockets hold and takes none of it: the daemon is in the middle of sending.
+  // Requests more than the sockets hold and reads nothing: the daemon is in the middle of sending.
   await shellInNamespace(
     `h.connect_uri("${uri('disk@now:busy')}"); [h.aio_pread(nbd.Buffer(2**24), n * 2**24) for n in range(4)]`,
   );
   expect((await target.names()).sort()).toEqual(['disk', 'disk@now:busy', 'disk@now:quiet']);
-  // Who writes alone and is gone loses its place to one who asks for that.
+  // An exclusive writer that is gone loses the disk to a client that takes over.
   await shellInNamespace(`h.connect_uri("${uri('disk/exclusive')}"); h.pwrite(b"1" * 4096, 0)`);
   await expect(attach(daemon, 'disk/exclusive=take-over')).rejects.toThrow(
     /tcp 192.0.2.2, which was asked, and is there/,

@@ -1,6 +1,6 @@
 /**
- * What the protocol can say beyond plain reads and writes, said to real clients: structured replies, holes, block
- * status, errors in words. What needs extended headers is shown with our own client here, with others in client-sets.test.ts.
+ * The protocol beyond plain reads and writes, with real clients: structured replies, holes, block status, error messages.
+ * Extended headers are tested here with our own client, and with other clients in client-sets.test.ts.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -31,12 +31,12 @@ async function withDaemon(size: string, use: (daemon: Daemon) => Promise<void>):
 /** Data in a few 4 KiB blocks of a 64 MiB disk: at edges of 4 MiB objects, and across one. */
 const BLOCKS = [0, 3, 4, 1023, 1024, 1026, 5000, 16383];
 
-/** Write the blocks, make and trim some more, and return where data is left, neighbours joined. */
+/** Writes the blocks, writes and trims some more, and returns the ranges of data, neighbours joined. */
 async function scatter(daemon: Daemon): Promise<{ start: number; length: number }[]> {
   const client = await NbdClient.connect({ path: daemon.socket });
   await client.go('disk');
   for (const block of [...BLOCKS, 700, 5001, 9000]) await client.write(block * 4 * KIB, Buffer.alloc(4 * KIB, 0x5a));
-  // One of them a whole object's only block, one the neighbour of another, one within its object's data.
+  // The only block of an object, a neighbour of another block, and one within its object's data.
   await client.trim(9000 * 4 * KIB, 4 * KIB);
   await client.zero(700 * 4 * KIB, 4 * KIB);
   await client.trim(5001 * 4 * KIB, 4 * KIB);
@@ -196,7 +196,7 @@ describe('libnbd tools', () => {
     });
   });
 
-  needs('nbdinfo')('nbdinfo --can knows of structured replies and what comes with them', async () => {
+  needs('nbdinfo')('nbdinfo --can reports structured replies and the features that depend on them', async () => {
     await withDaemon('16M', async (daemon) => {
       for (const can of [
         'df',
@@ -262,7 +262,7 @@ describe('qemu', () => {
     });
   });
 
-  needs('qemu-img')('qemu-img convert keeps a disk as sparse as it was, in and out', async () => {
+  needs('qemu-img')('qemu-img convert keeps holes, in and out', async () => {
     await withDaemon('512M', async (daemon) => {
       const directory = temporaryDirectory();
       const source = path.join(directory, 'in.img');
@@ -314,7 +314,7 @@ describe('our client, with extended headers', () => {
     });
   });
 
-  test('its map is the one that libnbd sees', async () => {
+  test('the map is the same as that of libnbd', async () => {
     await withDaemon('64M', async (daemon) => {
       const ranges = await scatter(daemon);
       const client = await connected(daemon);

@@ -1,6 +1,6 @@
 /**
- * Real clients that connect again by themselves, in the middle of copying NAME@now, while the disk is written: the image is of
- * one moment, or the copy fails. Their connections are cut by a proxy, or with the daemon.
+ * Real clients that reconnect by themselves during a copy of NAME@now, while the disk is written: the image is of one moment,
+ * or the copy fails. A proxy cuts their connections, or the daemon is killed.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -20,7 +20,7 @@ import {
 } from '../harness/daemon.js';
 
 const SIZE = 64 * MIB;
-/** Where the connection is cut: well within the copy. */
+/** Bytes after which the connection is cut: well within the copy. */
 const CUT_AT = 10 * MIB;
 
 async function fill(writer: NbdClient, seed: number): Promise<void> {
@@ -39,18 +39,18 @@ async function served(): Promise<{ daemon: Daemon; writer: NbdClient; proxy: Cut
 const blockdev = (socket: string, spec: string): string =>
   `driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=${socket},file.export=${spec},file.reconnect-delay=20`;
 
-/** One moment's, and nothing else. */
+/** Checks that the image is of one moment. */
 function expectMoment(image: string, seed: number): void {
   expectBytes(fs.readFileSync(image), patterned(SIZE, seed));
 }
 
 describe('qemu-img convert with a reconnect delay', () => {
   for (const spec of ['disk@now', 'disk@now:run']) {
-    needs('qemu-img')(`${spec}: cut off in the middle of the copy, it goes on with the same moment`, async () => {
+    needs('qemu-img')(`${spec}: a copy that is cut off in the middle continues with the same moment`, async () => {
       const { daemon, writer, proxy } = await served();
       const image = path.join(temporaryDirectory(), 'image');
       proxy.cutAfter(CUT_AT);
-      // Slowly, so that the disk is another one when it comes back.
+      // Slowly, so that the disk has changed when the client reconnects.
       const copying = run('qemu-img', [
         'convert',
         '-U',
@@ -72,7 +72,7 @@ describe('qemu-img convert with a reconnect delay', () => {
     });
 
     needs('qemu-img')(
-      `${spec}: with the daemon killed and back, the copy fails and no image is of two moments`,
+      `${spec}: after a restart of a killed daemon the copy fails, and no image is of two moments`,
       async () => {
         const { daemon, writer } = await served();
         const proxy = await CuttingProxy.start(daemon.socket);
@@ -94,7 +94,7 @@ describe('qemu-img convert with a reconnect delay', () => {
 });
 
 describe('nbdkit with its retry filter', () => {
-  needs('nbdkit', 'nbdcopy')('cut off in the middle, it goes on with the same moment', async () => {
+  needs('nbdkit', 'nbdcopy')('a copy that is cut off in the middle continues with the same moment', async () => {
     const { daemon, writer, proxy } = await served();
     const directory = temporaryDirectory();
     const socket = path.join(directory, 'kit.sock');

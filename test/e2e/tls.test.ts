@@ -1,6 +1,6 @@
 /**
- * Real clients over TLS: libnbd's tools, qemu's and nbdkit's, with certificates and with pre-shared keys, let in and kept
- * out. What our own client cannot prove: that GnuTLS and OpenSSL understand each other here.
+ * Real clients over TLS: the tools of libnbd, qemu and nbdkit, with certificates and with pre-shared keys, accepted and
+ * refused. These tests show that GnuTLS and OpenSSL interoperate, which our own client cannot show.
  */
 import { createHash, randomBytes } from 'node:crypto';
 import fs from 'node:fs';
@@ -47,7 +47,7 @@ const tcp = ['--listen', 'tcp:127.0.0.1:0', '--create', 'disk:16M'];
 
 let pki: string;
 let server: string;
-/** Directories of clients: signed by our authority, by another, and with nothing but our authority's certificate. */
+/** Certificate directories of clients: signed by our authority, by another one, and with our authority's certificate only. */
 let client: string;
 let stranger: string;
 let anonymous: string;
@@ -102,9 +102,9 @@ describe('certificates', () => {
       await ok('nbdcopy', [uri, copy]);
       expect(sha256(copy)).toBe(sha256(source));
       refused(await run('nbdinfo', [`nbd://localhost:${portOf(daemon)}/disk`]));
-      // Who wants another authority, or another name, is not content with us.
+      // A client that expects another authority, or another name, refuses our certificate.
       refused(await run('nbdinfo', ['--size', nbds(daemon, path.join(pki, 'other-ca'))]));
-      // The command line's own way in needs none of it.
+      // The command line connects without TLS.
       expect(
         (await cli(['export', 'disk', path.join(path.dirname(source), 'own.img')], { store: daemon.store })).code,
       ).toBe(0);
@@ -138,10 +138,10 @@ describe('certificates', () => {
       expect(options.filter((word) => word.startsWith('-'))).toHaveLength(4);
       const port = portOf(daemon);
       expect(await ok('nbd-client', ['-l', '127.0.0.1', port, ...options])).toMatch(/^disk: /m);
-      // Without the kernel's module it comes as far as the device: the export is open by then.
+      // Without the kernel's module it fails only at the device, after the export is open.
       const device = path.join(temporaryDirectory(), 'device');
       fs.writeFileSync(device, '');
-      // With -L (no netlink), nbd-client 3.27 refuses to start without -N. Over netlink it refuses this device, after opening.
+      // With -L (no netlink), nbd-client 3.27 needs -N. Over netlink it refuses this device, after opening the export.
       for (const way of [['-L', '-N', 'disk'], ['-L', '-N', ''], []]) {
         await run('nbd-client', ['127.0.0.1', port, device, ...way, ...options]);
       }
@@ -170,7 +170,7 @@ describe('certificates', () => {
     expect(await isReadOnly()).toBe(true);
     const list = await ok('nbdinfo', ['--list', '--json', nbds(daemon, client)]);
     expect(list).not.toContain('secret');
-    // The same answer whether it exists or not.
+    // The same answer for an export that does not exist.
     const [hidden, missing] = await Promise.all(
       ['secret', 'missing'].map(async (name) => refused(await run('nbdinfo', [nbds(daemon, client, name)]))),
     );
@@ -295,7 +295,7 @@ describe('qemu', () => {
   });
 });
 
-describe('what must not get in', () => {
+describe('input that must be refused', () => {
   needsKeys()(
     'openssl s_client, which speaks TLS from the first byte, is turned away and named in the log',
     async () => {

@@ -1,7 +1,7 @@
 /**
- * Disks that are opened exclusively, without a daemon: which client may write, what each client and the log are told, and that no
- * request of an old connection has an effect once a new writer is let in. The NBD server and the store are real, in this process;
- * the tests choose the pids by which clients are told apart.
+ * Disks that are opened exclusively, without a daemon: which client may write, the messages for clients and the log, and that no
+ * request of an old connection has an effect once a new writer is admitted. The NBD server and the store are real, in this
+ * process; the tests choose the pids that distinguish clients.
  */
 import fs from 'node:fs';
 import os from 'node:os';
@@ -147,7 +147,7 @@ describe('one connection writes', () => {
     await first.disconnect();
     const second = await connect('disk/exclusive', gone(3));
     expect(mayOf(second)).toBe('writes');
-    // A client that was let in to read stays read-only.
+    // A client that was admitted as a reader stays read-only.
     await expect(reader.write(0, block)).rejects.toThrow();
     await second.disconnect();
     expect(await mayDo('disk', gone(4))).toBe('writes, as one of several');
@@ -205,7 +205,7 @@ describe('one connection writes', () => {
     expect(await mayDo('disk/exclusive', gone(1))).toBe('writes');
     expect(await ask('disk/exclusive')).toBe('reads');
     expect(await ask('disk')).toBe('reads');
-    // Tools that list all exports ask about each: one that is in use must not fail.
+    // Tools that list all exports query each: a disk in use must not fail.
     expect(await ask('disk/exclusive=refuse')).toBe('reads');
     expect(log.filter((line) => line.includes('cannot be opened'))).toEqual([]);
   });
@@ -273,7 +273,7 @@ describe('no request of an old connection has an effect once another client may 
     await isTakenOverIntact();
   });
 
-  test('of many writers that are gone, all end before the client that takes over is let in', async () => {
+  test('of many writers that are gone, all end before the client that takes over is admitted', async () => {
     await serve();
     const held = await closeGate();
     for (const number of [1, 2, 3]) {
@@ -329,7 +329,7 @@ describe('no request of an old connection has an effect once another client may 
     );
     await expect(connect('disk/exclusive', gone(1))).rejects.toThrow(/kept out/);
     expect(await mayDo('disk@now', gone(1))).toBe('reads, as one of several');
-    // Also a connection that does not ask to be exclusive.
+    // Also a connection without "exclusive".
     let isIn = false;
     const plain = connect('disk', gone(2)).then((client) => {
       isIn = true;
@@ -379,7 +379,7 @@ describe('taking over', () => {
     expect(log.join()).toMatch(/client1\) has ended, does not take its last replies and is cut off/);
   });
 
-  test('from a client that is still there is refused, and that client goes on', async () => {
+  test('from a reachable client is refused, and that client continues', async () => {
     await serve({ exclusive: 'take-over' });
     const first = await connect('disk', ME);
     await expect(connect('disk', gone(2))).rejects.toThrow(/by process \d+ \(me\), which was asked, and is there/);
@@ -393,7 +393,7 @@ describe('taking over', () => {
     expect(holders()).toEqual([`process ${process.pid} (me) alone`]);
   });
 
-  test('a client that says goodbye while it is asked is not cut off', async () => {
+  test('from a client that says goodbye during the probe does not cut it off', async () => {
     await serve();
     const first = await connect('disk/exclusive', gone(1));
     const real = exports.writers.connected;

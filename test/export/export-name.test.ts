@@ -94,7 +94,7 @@ describe('an export name', () => {
     .oneof(ours, fc.string({ unit: fc.constantFrom('a', '/', '@', '%', ',', '=', '#', ' ', '\n', 'ß', '\udcff') }))
     .filter((text) => text !== '');
 
-  test('every name and tag that we allow stands for itself, whatever characters it has', () => {
+  test('every allowed name and tag stands for itself, with any characters', () => {
     fc.assert(
       fc.property(ours, ours, (name, tag) => {
         expect(parseExportName(name)).toEqual({ subject: { name, tag: undefined }, options: {} });

@@ -185,7 +185,7 @@ test('a label given to a command gets one snapshot only; a label drawn for a run
   expect([...store.metadata.state().keys()].filter((key) => key.startsWith('label/'))).toEqual(['label/disk/now%3AL2']);
 });
 
-test('a client that goes on after an error and leaves in order will not try again: its snapshot and its disk are free', async () => {
+test('a client that continues after an error and leaves in order will not retry: its snapshot and its disk are free', async () => {
   for (const spec of ['disk@now', 'disk']) {
     const device = await open(spec);
     const badSector = failing.fail({ calls: READS, file: /objects/ }, 'EIO');
@@ -218,7 +218,7 @@ test('a base that could not be opened is opened at the next request', async () =
   await device.close('disconnect');
 });
 
-test('a peer that is refused because the name has come to mean another VDI is no user', async () => {
+test('a peer that is refused because the name now belongs to another VDI does not count as a user', async () => {
   let asked = 0;
   const subjectOf = exports.subjectOf.bind(exports);
   vi.spyOn(exports, 'subjectOf').mockImplementation(async (name) =>
@@ -265,7 +265,7 @@ test('the longest names, tags and certificates can be stored, and do not keep ot
   await expect(next.catalog.remove(long)).rejects.toThrow(/is in use by/);
 });
 
-test('making a disk to which a client may come back is refused with the option that the caller has', async () => {
+test('creating a disk to which a client may come back is refused, and the error names the option that the caller has', async () => {
   const use = await catalog.inUse.begin({ name: 'new', tag: '' }, { id: 'x', label: 'x', isExact: false }, true);
   const span = { opened: 1, lastRequest: 1 };
   catalog.inUse.end(use, { isOver: false, hadErrors: false, hasWritten: true, span });
@@ -315,7 +315,7 @@ test('a connection that opens while the commit of another one is in flight waits
   let open = 0;
   const first = inUse.begin(disk, client, false).then(() => open++);
   await vi.waitFor(() => expect(state.waiting).toHaveLength(1));
-  // The second one may write, which is stored anew; the third finds that commit in flight.
+  // The second connection may write, which needs another commit; the third finds that commit in flight.
   const second = inUse.begin(disk, client, true).then(() => open++);
   state.waiting.shift()?.();
   await first;

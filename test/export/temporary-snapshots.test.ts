@@ -309,7 +309,7 @@ test('in a copy of a store, clients of the process that serves the original coun
 
 test('a client that is refused because its base has vanished leaves nothing behind, and may use its label again', async () => {
   await catalog.snapshot('disk', 'monday');
-  // The base is there when it is looked for, and gone when the snapshot is taken, or when the base is opened.
+  // The base exists at the lookup, and is gone when the snapshot is taken, or when the base is opened.
   const take = catalog.snapshotTemporary.bind(catalog);
   vi.spyOn(catalog, 'snapshotTemporary').mockImplementationOnce(async (...of) => {
     await catalog.remove('disk@monday');
@@ -409,7 +409,7 @@ test('two clients that make room for their snapshots at the same time do not wai
   expect(opened.map(({ status }) => status)).toEqual(['fulfilled', 'fulfilled', 'fulfilled']);
 }, 10_000);
 
-test('a VDI that is made anew ends the kept snapshots of the old one', async () => {
+test('creating a VDI again ends the kept snapshots of the old one', async () => {
   Object.assign(store.catalog, { isBarelyMade: () => Promise.resolve(true) });
   await (await open('disk@now:run')).close('lost');
   const beginning = { by: 'import', of: '', run: 'a1', size: SIZE, overwrites: false, goesOn: false } as const;

@@ -27,7 +27,7 @@ declare module 'vitest' {
   }
 }
 
-/** The daemon and the command line run on this machine, whatever set the clients belong to. */
+/** The daemon and the command line run on this machine, with any client set. */
 const HERE = clientSetNamed('own');
 
 const READY_TIMEOUT_MS = 30_000;
@@ -44,7 +44,7 @@ const MAX_POLL_MS = 500;
 
 const children = new Set<ChildProcess>();
 const directories = new Set<string>();
-/** Those of this test file, each with what it has come to. */
+/** The daemons of this test file, each with its result. */
 const daemons: (() => Promise<string>)[] = [];
 let stateDirectory: string | undefined;
 
@@ -169,7 +169,7 @@ export async function run(command: string, args: readonly string[], options: Run
   }
 }
 
-/** Start a command of the client set that goes on beside the test, with pipes for its standard streams. */
+/** Start a command of the client set that runs beside the test, with pipes for its standard streams. */
 export function start(command: string, args: readonly string[]): ChildProcessWithoutNullStreams {
   const [program, ...rest] = inSet(clientSet, command, args);
   const child = spawn(program, rest, { env: environment(undefined), stdio: ['pipe', 'pipe', 'pipe'] });

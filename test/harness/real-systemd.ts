@@ -44,7 +44,7 @@ export interface RealSystemd {
   failed(): Promise<string[]>;
   /** The output of a unit's processes. */
   said(unit: string): string;
-  /** Must be called, whatever else fails. */
+  /** Must be called in any case. */
   end(): Promise<void>;
 }
 

@@ -6,7 +6,7 @@
 /** What real clients do with us: these run once for each set of clients. */
 export const WITH_CLIENTS = ['test/e2e/**/*.test.ts', 'test/vm/**/*.test.ts'];
 
-/** ... but for these, which are about the daemon or our scripts: what they prove does not depend on the client's version. */
+/** ... except these, which test the daemon or our scripts: their results do not depend on the client's version. */
 export const ONE_SET_IS_ENOUGH = [
   'test/e2e/examples.test.ts',
   'test/e2e/full-disk.test.ts',

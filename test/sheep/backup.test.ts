@@ -1,4 +1,4 @@
-/** Backups of a cluster's VDIs: against the stand-in and, where there are any, real nodes. */
+/** Backups of a cluster's VDIs: against the stand-in, and against real nodes where they are installed. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
@@ -26,9 +26,9 @@ for (const { label, start, skip } of clusters) {
       await (cluster as typeof cluster | undefined)?.stop();
     });
 
-    test('full, incremental, trimmed, kept, restored into the cluster and into a local store', async () => {
+    test('a full backup and an incremental one of a trimmed disk are restored into the cluster and into a local store', async () => {
       const local = storeWith(path.join(temporaryDirectory(), 'store'), undefined);
-      // What every command is given; commands without a daemon.
+      // Options of every command; no daemon runs.
       const target = storeWith(clusterLocation(cluster.address), undefined, ['--cluster', cluster.address]);
       const disk = new BackedUpDisk(target, 6 * MIB);
       await disk.create();
@@ -40,7 +40,7 @@ for (const { label, start, skip } of clusters) {
       await disk.trim(2 * MIB, MIB);
       expect(await disk.backup(to)).toMatchObject({ kind: 'incremental', changedBytes: 2 * MIB, storedBytes: 65536 });
       await disk.write(5 * MIB, patterned(512, 3));
-      // Somebody else's snapshot is nothing to us.
+      // A snapshot of another client changes nothing.
       await cluster.snapshot('vm', 'by-dog');
       await disk.write(0, patterned(512, 4));
       expect(await disk.backup(to, '--keep', '2')).toMatchObject({ changedBytes: 2 * MIB, kept: [2, 3] });

@@ -1,6 +1,6 @@
 /**
- * Of the nodes that --cluster names, that are gone back to, or that the cluster tells of, some take connections and are no
- * nodes: they are given up for those that are.
+ * Addresses that accept connections but are no Sheepdog node, among those in --cluster, those used before, and those in the
+ * cluster's own list: the client gives them up and uses real nodes.
  */
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -11,7 +11,7 @@ import { Op, StandIn } from './stand-in.js';
 
 const OBJECT = 2 ** 20;
 const BLOCK = 4096;
-/** Half of it is for a node that says nothing. */
+/** Half of it is spent on a node that does not answer. */
 const RETRY_MS = 3_000;
 
 let cluster: StandIn;
@@ -45,7 +45,7 @@ afterEach(async () => {
 
 const good = (n: number): string => `127.0.0.1:${cluster.ports[n]}`;
 
-/** All kinds at a time: most of it is waiting. */
+/** All kinds at the same time: a test mostly waits. */
 function withEach(name: string, work: (badness: Badness) => Promise<void>): void {
   test(name, async () => {
     const results = await Promise.allSettled(BADNESSES.map(work));
@@ -80,54 +80,51 @@ withEach('what was a node and is none when it is gone back to is left, and no wr
   await opened.release(vdi);
 });
 
-test('the last named node is found, however many before it are silent', async () => {
+test('the last node in --cluster is found, however many before it do not answer', async () => {
   const silent = [];
   for (let n = 0; n < 5; n++) silent.push((await badPort('silent')).address);
   const catalog = await open([...silent, good(0)]);
   expect(await catalog.list()).toEqual([]);
 });
 
-test.each(['closes', 'silent'] as const)(
-  'a port that the cluster tells of, and that %s, is read from by nobody',
-  async (badness) => {
-    const opened = await open([good(0)]);
-    await opened.create('disk', 8 * OBJECT, { blockSizeShift: 20 });
-    const vdi = await opened.openVdi('disk');
-    await vdi.write(0, Buffer.alloc(8 * OBJECT, 5), false);
-    const real = cluster.ports[1] as number;
-    const bad = await badPort(badness);
-    cluster.ports[1] = bad.port;
-    await opened.close();
-    const again = await open([good(0)]);
-    const same = await again.openVdi('disk');
-    const read = Buffer.alloc(BLOCK);
-    await until('the port was tried', async () => {
-      for (let idx = 0; idx < 8; idx++) await same.read(idx * OBJECT + ((idx * 5) % 8) * BLOCK, read);
-      return bad.connections > 0;
-    });
-    const before = performance.now();
-    for (let idx = 7; idx >= 0; idx--) await same.read(idx * OBJECT, read);
-    expect(performance.now() - before).toBeLessThan(RETRY_MS / 2);
-    expect(read.equals(Buffer.alloc(BLOCK, 5))).toBe(true);
-    cluster.ports[1] = real;
-  },
-);
+test.each(['closes', 'silent'] as const)('no read goes to a port in the list of nodes that %s', async (badness) => {
+  const opened = await open([good(0)]);
+  await opened.create('disk', 8 * OBJECT, { blockSizeShift: 20 });
+  const vdi = await opened.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(8 * OBJECT, 5), false);
+  const real = cluster.ports[1] as number;
+  const bad = await badPort(badness);
+  cluster.ports[1] = bad.port;
+  await opened.close();
+  const again = await open([good(0)]);
+  const same = await again.openVdi('disk');
+  const read = Buffer.alloc(BLOCK);
+  await until('the port was tried', async () => {
+    for (let idx = 0; idx < 8; idx++) await same.read(idx * OBJECT + ((idx * 5) % 8) * BLOCK, read);
+    return bad.connections > 0;
+  });
+  const before = performance.now();
+  for (let idx = 7; idx >= 0; idx--) await same.read(idx * OBJECT, read);
+  expect(performance.now() - before).toBeLessThan(RETRY_MS / 2);
+  expect(read.equals(Buffer.alloc(BLOCK, 5))).toBe(true);
+  cluster.ports[1] = real;
+});
 
-test('a node that answers greetings and closes connections on further requests is left', async () => {
+test('a node that answers the greeting and closes the connection at the next request is given up', async () => {
   cluster.fault = ({ node, opcode }) => (node === 0 && opcode !== Op.GET_NODE_LIST ? { cut: 'before' } : undefined);
   const opened = await open([good(0), good(1)]);
   await opened.create('disk', OBJECT, { blockSizeShift: 20 });
   expect(await opened.list()).toHaveLength(1);
 });
 
-test('a node that answers greetings and then garbage is left', async () => {
+test('a node that answers the greeting and then sends garbage is given up', async () => {
   cluster.fault = ({ node, opcode }) => (node === 0 && opcode !== Op.GET_NODE_LIST ? { garbage: true } : undefined);
   const opened = await open([good(0), good(1)]);
   await opened.create('disk', OBJECT, { blockSizeShift: 20 });
   expect(await opened.list()).toHaveLength(1);
 });
 
-test('without any node, the error says what each address does', async () => {
+test('if no address is a node, the error says how each one fails', async () => {
   const errorOf = async (badness: Badness): Promise<string> => {
     const bad = await badPort(badness);
     return open([bad.address]).then(

@@ -1,15 +1,15 @@
-/** Ports that take connections and are no Sheepdog node, or none any more: a proxy without its backend, something else. */
+/** Ports that accept connections but are no Sheepdog node, or no longer one: a proxy without its backend, another service. */
 import net from 'node:net';
 
 export type Badness = 'closes' | 'closes when asked' | 'garbage' | 'banner' | 'echo' | 'silent';
 
 export const BADNESSES: readonly Badness[] = ['closes', 'closes when asked', 'garbage', 'banner', 'echo', 'silent'];
 
-/** In front of a node, or of nothing. */
+/** A proxy, with or without a node behind it. */
 export class BadPort {
   readonly #server: net.Server;
   readonly #sockets = new Set<net.Socket>();
-  /** What becomes of new connections; undefined: they are led to the node. */
+  /** How new connections are treated; undefined: they are forwarded to the node. */
   badness: Badness | undefined;
   connections = 0;
   port = 0;
@@ -34,7 +34,7 @@ export class BadPort {
     return this;
   }
 
-  /** Connections that there are end, and new ones are treated like this. */
+  /** Ends open connections, and treats new ones like this. */
   turn(badness: Badness): void {
     this.badness = badness;
     for (const socket of this.#sockets) socket.destroy();

@@ -1,7 +1,7 @@
 /**
- * What other people do to a cluster's VDIs while they are open here, with `dog` or through another store: resize them,
- * give them more copies, take snapshots, delete them. And what a cluster was formatted with holds for what is made here. On a
- * cluster that enforces locks, against the stand-in and, where there are any, real nodes.
+ * Other clients change a cluster's VDIs while they are open here, with `dog` or through another store: they resize them,
+ * give them more copies, take snapshots, delete them. New VDIs take the settings that the cluster was formatted with. The
+ * cluster enforces locks. Against the stand-in, and against real nodes where they are installed.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -20,7 +20,7 @@ const BLOCK = 4096;
 const missing = realNodesMissing();
 if (missing !== undefined) console.log(`not run against real Sheepdog nodes: ${missing}`);
 
-/** Somebody at another terminal. */
+/** Another client. */
 interface Others {
   readonly address: string;
   resize(name: string, size: number): Promise<void>;
@@ -77,7 +77,7 @@ async function realNodes(): Promise<Others> {
   };
 }
 
-/** Everything that was opened in a test. */
+/** All stores that a test has opened. */
 const opened: VdiCatalog[] = [];
 
 async function openBeside(others: Others): Promise<{ store: SheepStore; catalog: VdiCatalog }> {
@@ -107,7 +107,7 @@ for (const { label, start, skip } of [
   { label: 'stand-in', start: standIn as () => Promise<Others>, skip: false },
   { label: 'real nodes', start: realNodes, skip: missing !== undefined },
 ]) {
-  describe.skipIf(skip)(`what others do to an open disk (${label})`, () => {
+  describe.skipIf(skip)(`changes of other clients to an open disk (${label})`, () => {
     let others: Others;
     let disks = 0;
     const newDisk = async (catalog: VdiCatalog): Promise<{ name: string; vdi: Vdi }> => {
@@ -143,7 +143,7 @@ for (const { label, start, skip } of [
       expect((await catalog.named(name)).map(({ size }) => size)).toEqual([4 * SIZE, 4 * SIZE]);
       expect(vdi.size).toBe(4 * SIZE);
       expect(await others.copiesOf(name)).toBe(3);
-      // What somebody else snapshots goes on with the size that it has then.
+      // After another client's snapshot the working VDI has the size of that moment.
       await others.resize(name, 5 * SIZE);
       await others.snapshot(name, 'b');
       await vdi.write(BLOCK, filled(3), false);
@@ -203,14 +203,14 @@ for (const { label, start, skip } of [
       const { name, vdi } = await newDisk(ours.catalog);
       await vdi.write(0, filled(1), false);
       await others.snapshot(name, 'a');
-      // Somebody whose program knows nothing of the old lock.
+      // A client whose program does not know the old lock.
       const taken = await theirs.store.cluster.lock(name);
       await expect(writeTo(vdi, 0)).rejects.toMatchObject({ code: 'LOCKED' });
       await theirs.store.cluster.release(taken);
       await expect(writeTo(vdi, 0)).rejects.toMatchObject({ code: 'LOCKED' });
       expect(() => vdi.read(0, filled(0))).toThrow(/taken over|nothing more is written/);
       const again = await ours.catalog.openVdi(name).catch(() => undefined);
-      expect(again).toBeUndefined(); // its old lock is still ours
+      expect(again).toBeUndefined(); // our store still has its old lock
       await ours.catalog.release(vdi);
       const after = await ours.catalog.openVdi(name);
       expect((await bytesAt(after, 0)).equals(filled(1))).toBe(true);
@@ -231,7 +231,7 @@ for (const { label, start, skip } of [
         await expect(writeTo(vdi, at)).rejects.toThrow(/deleted/);
       }
       expect(() => vdi.read(3 * OBJECT, filled(0))).toThrow(/deleted/);
-      // The name is free, and those who have the old one open have it no more.
+      // The name is free, and the old VDI fails for those who have it open.
       await catalog.create(name, SIZE);
       const fresh = await catalog.openVdi(name);
       await fresh.write(0, filled(3), false);
@@ -271,7 +271,7 @@ for (const { label, start, skip } of [
   });
 }
 
-describe('what other clients do to an open disk without locks', () => {
+describe('changes of other clients to an open disk, in a cluster without locks', () => {
   let others: Others & { readonly nodes: StandIn };
   beforeAll(async () => {
     others = await standIn({ useLock: false });
@@ -288,12 +288,12 @@ describe('what other clients do to an open disk without locks', () => {
     return { ours, theirs, vdi: await ours.openVdi(name) };
   }
 
-  test('behind the new end of a shrunk disk nothing is read or written, and no object is left', async () => {
+  test('a shrunk disk is neither read nor written behind its new end, and has no object there', async () => {
     const { ours, theirs, vdi } = await twoGateways('shrunk');
     await vdi.write(0, filled(1), false);
     await vdi.write(2 * OBJECT, filled(2), false);
     await theirs.resize('shrunk', OBJECT + BLOCK, { force: true });
-    // Ours has not looked since: one object was, and one is to be made behind the end.
+    // Our store has not looked since: one object behind the end existed, and one is about to be created.
     await expect(writeTo(vdi, 2 * OBJECT)).rejects.toMatchObject({
       code: expect.stringMatching(/NO_SPACE|GONE/) as string,
     });
@@ -303,7 +303,7 @@ describe('what other clients do to an open disk without locks', () => {
     expect(() => vdi.read(OBJECT + 1, filled(0))).toThrow(/shrunk/);
     await expect(Promise.resolve().then(() => vdi.trim(2 * OBJECT, OBJECT, false))).rejects.toThrow(/shrunk/);
     expect(() => vdi.extents(0, SIZE, () => true)).toThrow(/shrunk/);
-    // What is left of it can be used, and what is added again is zeros.
+    // The rest of the disk can be used; space that is added again reads as zeros.
     await vdi.write(OBJECT, filled(3), false);
     expect((await bytesAt(vdi, 0)).equals(filled(1))).toBe(true);
     await theirs.resize('shrunk', SIZE);
@@ -311,13 +311,13 @@ describe('what other clients do to an open disk without locks', () => {
     expect((await bytesAt(vdi, 2 * OBJECT)).equals(filled(0))).toBe(true);
     await writeTo(vdi, 2 * OBJECT);
     await ours.release(vdi);
-    // Also what a gateway of before has left behind the end goes with the VDI.
+    // Objects that an earlier gateway left behind the end are deleted with the VDI as well.
     others.nodes.externalResize('shrunk', OBJECT);
     await ours.remove('shrunk');
     expect(await others.objects()).toEqual([]);
   });
 
-  test('an object made while another client deletes the disk is removed on close, and the name is free', async () => {
+  test('an object that is created while another client deletes the disk is removed on close, and the name is free', async () => {
     const { ours, vdi } = await twoGateways('deleted');
     await vdi.write(0, filled(1), false);
     await others.nodes.externalDelete('deleted', () => writeTo(vdi, OBJECT));
@@ -328,7 +328,7 @@ describe('what other clients do to an open disk without locks', () => {
     await ours.remove('deleted');
   });
 
-  test('a node that has just started and has no vids yet does not make a closed disk lose objects', async () => {
+  test('closing a disk loses no objects if a node has just started and does not know the vids yet', async () => {
     const { ours, vdi } = await twoGateways('there');
     await vdi.write(0, filled(1), false);
     for (const n of others.nodes.ports.keys()) others.nodes.starting.add(n);
@@ -340,7 +340,7 @@ describe('what other clients do to an open disk without locks', () => {
     await ours.remove('there');
   });
 
-  test('deleting a disk while another store writes to it leaves nothing of it', async () => {
+  test('a disk that is deleted while another store writes to it leaves no objects', async () => {
     const { ours, theirs, vdi } = await twoGateways('written');
     await vdi.write(0, filled(1), false);
     let isFirst = true;
@@ -360,7 +360,7 @@ describe('what other clients do to an open disk without locks', () => {
     expect(await others.objects()).toEqual([]);
   });
 
-  test('objects that nodes forget to remove while members change are removed after a trim and by a deletion', async () => {
+  test('a trim and a deletion also remove objects that nodes forgot to remove while members changed', async () => {
     const { ours, vdi } = await twoGateways('grown');
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     others.nodes.forgetsReferences = true;

@@ -1,6 +1,6 @@
 /**
- * The clusters that the suite runs against: the stand-in always, real nodes where `sheep` and `dog` are on the PATH.
- * Owns their start and end, and how to look into them from outside.
+ * The clusters that the suite runs against: the stand-in always, real nodes where `sheep` and `dog` are on the PATH. Owns
+ * their start and end, and the ways to inspect them from outside.
  */
 import { execFile, execFileSync, spawn, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -15,7 +15,7 @@ const run = promisify(execFile);
 const NODES = 3;
 const START_TIMEOUT_MS = 60_000;
 
-/** Ends the real nodes of tests that did not get so far, or whose start failed half-way. */
+/** Ends real nodes that a failed test, or a failed start, has left. */
 const stops: (() => Promise<void>)[] = [];
 afterAll(async () => {
   for (const stop of stops) await stop();
@@ -27,45 +27,45 @@ export interface RealNodes extends TestCluster {
   readonly port: number;
   /** Run `dog`; its first two arguments are the command. */
   dog(...args: string[]): Promise<string>;
-  /** Start a killed node at once, whatever the others are at. */
+  /** Start a killed node at once, even while others recover. */
   returnNode(n: number): Promise<void>;
-  /** Those that have ended by themselves, and were not started again. */
+  /** Nodes that have ended by themselves and were not started again. */
   endedNodes(): number[];
-  /** Of a node that runs. */
+  /** The process of a running node. */
   livePort(): number;
-  /** SIGSTOP: the node is there and does nothing. */
+  /** SIGSTOP: the node keeps its connections and does nothing. */
   pauseNode(n: number): void;
   resumeNode(n: number): void;
 }
 
 export interface RealNodesOptions {
   readonly nodes?: number;
-  /** Beside them: a node that keeps no objects (`sheep -g`). It is the last one, and the first in `address`. */
+  /** One more node, which keeps no objects (`sheep -g`). It is the last one, and the first in `address`. */
   readonly withGateway?: boolean;
-  /** For `dog cluster format`. */
+  /** Options for `dog cluster format`. */
   readonly format?: readonly string[];
 }
 
 export interface TestCluster {
-  /** For --cluster. */
+  /** Value for --cluster. */
   readonly address: string;
-  /** What `dog vdi snapshot` does, done by somebody else. */
+  /** Does what `dog vdi snapshot` does, as another client. */
   snapshot(name: string, tag: string): Promise<void>;
-  /** What `dog vdi lock unlock` does with the lock that somebody who was killed has left; nothing without locks. */
+  /** Does what `dog vdi lock unlock` does with the lock that a killed client has left; nothing in a cluster without locks. */
   unlock(name: string): Promise<void>;
-  /** Data objects, leaves of hyper volumes and ledgers that exist, named by oid; after references given up so far have had their effect. */
+  /** Oids of existing data objects, leaves of hyper volumes and ledgers, once the references given up so far are accounted for. */
   objects(): Promise<string[]>;
-  /** Remove a data object from everywhere, as disks that die together do. */
+  /** Remove a data object from all nodes, as if their disks died together. */
   loseObject(vid: number, idx: number): void;
-  /** The snapshots of a VDI as the cluster's own tool lists them, oldest first; undefined where there is no such tool. */
+  /** The snapshots of a VDI as `dog` lists them, oldest first; undefined without `dog`. */
   tagsSeen(name: string): Promise<string[] | undefined>;
   killNode(n: number): Promise<void>;
   restartNode(n: number): Promise<void>;
-  /** Resolves when objects are where they belong after the members have changed. */
+  /** Resolves when recovery has moved all objects after a change of members. */
   recovered(): Promise<void>;
-  /** The last words of each node that has ended by itself. */
+  /** The end of the log of each node that has ended by itself. */
   crashes(): string[];
-  /** What it has to complain about. */
+  /** Violations of the protocol that the stand-in saw. */
   violations(): readonly string[];
   stop(): Promise<void>;
 }
@@ -97,7 +97,7 @@ export async function startStandIn(options: StandInOptions = {}): Promise<TestCl
   };
 }
 
-/** Why there are no real nodes to test against; undefined if there are. */
+/** Why no real nodes can be tested; undefined if they can. */
 export function realNodesMissing(): string | undefined {
   for (const tool of ['sheep', 'dog']) {
     try {
@@ -109,7 +109,7 @@ export function realNodesMissing(): string | undefined {
   return undefined;
 }
 
-/** Nodes on loopback, each with a directory of its own: three with two copies, if nothing else is asked for. */
+/** Nodes on loopback, each with its own directory: by default three, with two copies. */
 export async function startRealNodes(options: RealNodesOptions = {}): Promise<RealNodes> {
   const { nodes: keepers = NODES, withGateway = false, format = ['-c', '2'] } = options;
   const count = withGateway ? keepers + 1 : keepers;
@@ -123,7 +123,7 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     fs.mkdirSync(home, { recursive: true });
     nodes[n] = spawn(
       'sheep',
-      // Without syncs: what is tested here is not the disk.
+      // Without syncs: these tests do not test the disk.
       [
         '-f',
         '-n',
@@ -170,7 +170,7 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
   for (let n = 0; n < keepers; n++) await start(n);
   await haveJoined(keepers);
   await dog('cluster', 'format', ...format);
-  // One that is there before hangs in the format (1.0.1).
+  // A gateway node that runs before the format hangs in it (1.0.1).
   if (withGateway) await start(keepers);
   if (withGateway) await haveJoined(count);
   const recovered = (): Promise<void> =>
@@ -204,7 +204,7 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
     },
     killNode: kill,
     restartNode: async (n) => {
-      // A node that comes back in the middle of a recovery may bring old copies with it, whoever the client is.
+      // A node that comes back during a recovery may bring old copies with it, with any client.
       await recovered();
       await start(n);
     },
@@ -225,7 +225,7 @@ export async function startRealNodes(options: RealNodesOptions = {}): Promise<Re
   };
 }
 
-/** Nodes give references up in the background: what is there when nothing changes any more. */
+/** Nodes give references up in the background: reads the list until it no longer changes. */
 async function settledObjects(directory: string): Promise<string[]> {
   let last: string[] = [];
   let same = 0;
@@ -286,7 +286,7 @@ function canConnect(port: number): Promise<boolean> {
   });
 }
 
-/** Wait for a condition, with a bound. */
+/** Wait for a condition, for a limited time. */
 export async function until(what: string, condition: () => boolean | Promise<boolean>): Promise<void> {
   const deadline = Date.now() + START_TIMEOUT_MS;
   while (!(await condition())) {

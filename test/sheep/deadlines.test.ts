@@ -1,4 +1,4 @@
-/** What bounds the time of a request: a node that is silent does, a clock that is set does not. */
+/** The time limits of a request: silent nodes use them up; setting the clock does not change them. */
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -27,7 +27,7 @@ async function connect(nodes: number): Promise<void> {
   await cluster.settled();
 }
 
-/** These nodes take requests, and answer none. */
+/** These nodes accept requests and answer none. */
 function silence(...nodes: number[]): void {
   const resumed = new Promise<void>((resolve) => (resume = resolve));
   cluster.fault = ({ node }) => (nodes.includes(node) ? { until: resumed } : undefined);
@@ -45,7 +45,7 @@ afterEach(async () => {
   await cluster.stop();
 });
 
-/** How long it takes to fail. */
+/** Time until `work` fails. */
 async function failing(work: () => unknown): Promise<number> {
   const before = performance.now();
   await expect(Promise.resolve().then(work)).rejects.toMatchObject({ code: expect.any(String) as string });
@@ -63,7 +63,7 @@ describe('the only node is silent', () => {
     ['an open', () => catalog.openVdi('other')],
     ['a new VDI', () => catalog.create('new', OBJECT, { blockSizeShift: SHIFT })],
     ['a snapshot', () => catalog.snapshot('disk', 'tag')],
-  ])('%s fails within the time for repeating', async (_, work) => {
+  ])('%s fails within the time limit for repeating requests', async (_, work) => {
     await connect(1);
     silence(0);
     const took = await failing(work);
@@ -71,14 +71,14 @@ describe('the only node is silent', () => {
     expect(took).toBeGreaterThan(RETRY_MS / 4);
   });
 
-  test('opening fails soon, and not after the time of an attempt', async () => {
+  test('opening fails soon, not only after the time limit of one attempt', async () => {
     await connect(1);
     silence(0);
     expect(await failing(() => SheepStore.open(cluster.address))).toBeLessThan(3_000 + MARGIN_MS);
   });
 });
 
-test('a silent node is left in time for another node to answer', async () => {
+test('a silent node is given up early enough for another node to answer', async () => {
   await connect(3);
   silence(0);
   const before = performance.now();
@@ -93,7 +93,7 @@ test('a slow operation is awaited as long as its node answers other requests', a
 });
 
 test.each(['back', 'forward'] as const)(
-  'a clock set %s an hour neither makes a silent node waited for longer nor shorter',
+  'setting the clock %s an hour does not change how long a silent node is awaited',
   async (way) => {
     await connect(1);
     silence(0);

@@ -1,6 +1,6 @@
 /**
- * check --deep on real nodes: files on their disks are changed, swapped and removed behind their backs, with copies and with
- * erasure codes; and clients write all the time, which must not be taken for anything else.
+ * check --deep on real nodes: tests change, swap and remove files on the nodes' disks, with copies and with erasure codes.
+ * Clients write all the time, and their writes must not be reported as differences.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -22,7 +22,7 @@ interface Layout {
   readonly nodes: number;
   readonly shift: number;
   readonly copies: number;
-  /** Strips of data; 0: copies. */
+  /** Number of data strips; 0: copies. */
   readonly data: number;
 }
 
@@ -38,7 +38,7 @@ function hex(vid: number, idx: number): string {
   return vid.toString(16).padStart(8, '0') + idx.toString(16).padStart(8, '0');
 }
 
-/** The files of an object: by node, or of strips one after the other. */
+/** The files of an object: by node, or in the order of its strips. */
 function filesOf(directory: string, vid: number, idx: number): { readonly node: number; readonly file: string }[] {
   const name = hex(vid, idx);
   const found: { node: number; file: string; strip: number }[] = [];
@@ -92,7 +92,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     return found;
   };
 
-  test('objects that the nodes have written are reported as right', async () => {
+  test('objects as the nodes have written them give no finding', async () => {
     expect(await check()).toMatchObject({ vdis: 1, objects: 1 + OBJECTS, problems: [] });
   }, 60_000);
 
@@ -133,7 +133,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     expect((await check()).problems).toEqual([]);
   }, 60_000);
 
-  test('strips that were swapped are found', async (context) => {
+  test('swapped strips are found', async (context) => {
     if (data === 0) return skipBecause(context, 'copies of the whole are all the same');
     const [a, b] = files(0) as { file: string }[] as [{ file: string }, { file: string }];
     const swap = (): void => {
@@ -150,7 +150,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
     expect((await check()).problems).toEqual([]);
   }, 60_000);
 
-  test('while a node leaves and comes back with a changed disk, the check waits; then it reports what is on the disks', async () => {
+  test('the check waits while a node leaves and comes back with a changed disk, then reports what the disks have', async () => {
     const [, second] = files(1) as { node: number; file: string }[] as [unknown, { node: number; file: string }];
     await cluster.killNode(second.node);
     flip(second.file, 4096);
@@ -158,7 +158,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
       (await cluster.dog('node', 'list', '-r')).split('\n').length === count;
     await waitUntil(members, 'the others have noticed');
     const [, returned] = await Promise.all([check(), cluster.restartNode(second.node).then(check)]);
-    // Nodes compare hashes with each other when one comes back, and take from another what is not the same.
+    // When a node comes back, nodes compare hashes and copy objects that differ from another node.
     const contents = new Set(files(1).map(({ file }) => fs.readFileSync(file, 'latin1')));
     if (data === 0) expect(returned.problems).toHaveLength(contents.size - 1);
     else expect(returned.problems).toEqual([]);
@@ -167,7 +167,7 @@ describe.skipIf(missing !== undefined).each(LAYOUTS)('check --deep, -c $format, 
 
 describe.skipIf(missing !== undefined).each(['2', '2:1'])('check --deep under load, -c %s', (format) => {
   test(
-    'what fio writes all the time is never taken for a difference, and fio notices nothing',
+    'blocks that fio writes all the time are never reported as different, and fio gets no error',
     async (context) => {
       if (!haveCommand('fio')) return skipBecause(context, 'fio is not installed (sh test/install.sh installs it)');
       const cluster = await startRealNodes({ nodes: 4, format: ['-c', format] });
@@ -182,7 +182,7 @@ describe.skipIf(missing !== undefined).each(['2', '2:1'])('check --deep under lo
             ],
             { timeoutMs: (LOAD_SECONDS + 120) * 1000, cwd: temporaryDirectory() },
           );
-        // All over the first half, and in one place behind it that is written again and again.
+        // Everywhere in the first half, and again and again in one place behind it.
         const wide = fio(
           'wide',
           '--bsrange=512-65536',

@@ -1,6 +1,6 @@
 /**
- * check --deep: what the nodes have, compared. The mechanism against the stand-in, whose nodes may have copies of their own;
- * files that are changed on disk, erasure codes and load against real nodes, where there are any.
+ * check --deep compares the copies of all nodes. Here against the stand-in, whose nodes can have differing copies; files
+ * changed on disk, erasure codes and load are tested against real nodes (deep-check-real.test.ts).
  */
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from 'vitest';
 import { StripComparison } from '../../src/sheepdog/erasure-code.js';
@@ -35,14 +35,14 @@ const STRIPS: readonly (readonly [data: number, strips: readonly string[]])[] = 
 
 describe('the erasure code of the nodes', () => {
   const strip = (text: string): Buffer => Buffer.from(text, 'hex');
-  /** Stripes that do not fit, and which strip of them is wrong. */
+  /** The stripes that do not match their parity, and which strip is wrong. */
   const compared = (data: number, numbers: readonly number[], parts: readonly Buffer[]): [number, number][] => {
     const found: [number, number][] = [];
     new StripComparison(data, numbers).compare(parts, 2, (...each) => found.push(each));
     return found;
   };
 
-  test('strips that real nodes have written match, whichever of them are present', () => {
+  test('strips that real nodes have written match, whichever subset is present', () => {
     for (const [data, texts] of STRIPS) {
       const all = [...texts.keys()];
       for (const without of [...all, -1]) {
@@ -54,7 +54,7 @@ describe('the erasure code of the nodes', () => {
     }
   });
 
-  test('a wrong strip is found, and determined if there are two parity strips', () => {
+  test('a wrong strip is detected, and identified if there are two parity strips', () => {
     for (const [data, texts] of STRIPS) {
       for (const wrong of texts.keys()) {
         const parts = texts.map(strip);
@@ -74,7 +74,7 @@ describe('the erasure code of the nodes', () => {
   });
 });
 
-test('an object belongs on as many nodes as it has copies, in different zones', () => {
+test('the copies of an object belong on as many nodes, in different zones', () => {
   const node = (port: number, zone: number): ConstructorParameters<typeof Placement>[0][number] => {
     const address = Buffer.alloc(16);
     Buffer.from([127, 0, 0, 1]).copy(address, 12);
@@ -90,11 +90,11 @@ test('an object belongs on as many nodes as it has copies, in different zones', 
   expect(new Placement([]).holdersOf(1, 1, 2)).toEqual([]);
 });
 
-test('the throttle limits the bytes that are read in a second', async () => {
+test('the throttle limits the bytes read per second', async () => {
   const throttle = new Throttle(1_000_000);
   const startedAt = performance.now();
   await Promise.all(Array.from({ length: 11 }, () => throttle.take(20_000)));
-  // The first one waits for nothing.
+  // The first read does not wait.
   expect(performance.now() - startedAt).toBeGreaterThan(190);
   const controller = new AbortController();
   const ended = new Throttle(1, controller.signal);
@@ -139,7 +139,7 @@ describe('check --deep (stand-in)', () => {
     deepCheck(store.cluster, { settleMs: 100, rate: 2 ** 40, retryMs: 300, ...options });
   const oid = (idx: number, of = vid): bigint => (BigInt(of) << 32n) | BigInt(idx);
   const inodeOid = (of = vid): bigint => (1n << 63n) | (BigInt(of) << 32n);
-  /** The nodes that should have an object, by their number. */
+  /** The numbers of the nodes that should have an object. */
   const holders = async (idx: number, high = vid): Promise<number[]> =>
     new Placement(await store.nodes()).holdersOf(high, idx, 2);
   const address = (node: number): string => `127.0.0.1:${standIn.ports[node]}`;
@@ -156,7 +156,7 @@ describe('check --deep (stand-in)', () => {
     }
   });
 
-  test('a different copy is reported with disk, bytes and nodes; that of an inode, too', async () => {
+  test('a copy that differs is reported with disk, bytes and nodes, also that of an inode', async () => {
     const [first, second] = (await holders(1)) as [number, number];
     const wrong = copyOf(oid(1));
     wrong.fill(0, 4096, 8192);
@@ -205,13 +205,13 @@ describe('check --deep (stand-in)', () => {
     expect(problems.join('\n')).toContain(`lost: vm@a bytes ${MIB} to ${2 * MIB - 1}, vm bytes`);
   });
 
-  test('a write that has reached only one node yet is not reported', async () => {
+  test('a write that has reached only one node so far is not reported', async () => {
     const [first] = (await holders(1)) as [number, number];
     const after = copyOf(oid(1));
     after.fill(9, 0, 65536);
     let isUnderWay = true;
     let seen = 0;
-    // At the last but one look it has arrived.
+    // It has arrived at the last look but one.
     standIn.copies.set(first, oid(1), () => {
       if (++seen > 6) isUnderWay = false;
       return isUnderWay ? after : standIn.objects.get(oid(1));
@@ -220,7 +220,7 @@ describe('check --deep (stand-in)', () => {
     expect(isUnderWay).toBe(false);
   });
 
-  test('bytes that are written all the time are not reported, unless their copies are never equal', async () => {
+  test('bytes that change all the time are reported only if their copies are never equal', async () => {
     const nodes = (await holders(1)) as [number, number];
     let writes = 0;
     const content = (): Buffer => {
@@ -228,7 +228,7 @@ describe('check --deep (stand-in)', () => {
       bytes.writeUInt32LE(++writes, 4096);
       return bytes;
     };
-    // Most looks see one node before the write and the other one after it.
+    // Most looks see one node before the write and the other node after it.
     let isBefore = 0;
     let last = content();
     for (const node of nodes) {
@@ -244,7 +244,7 @@ describe('check --deep (stand-in)', () => {
     );
   });
 
-  test('nothing is read while nodes recover, and a change of members does not end the check', async () => {
+  test('the check reads nothing while nodes recover, and continues after a change of members', async () => {
     const notes: string[] = [];
     standIn.copies.recovering = { finished: 3, total: 9 };
     const checking = check({ note: (line) => notes.push(line) });
@@ -262,7 +262,7 @@ describe('check --deep (stand-in)', () => {
     ]);
   });
 
-  test('a node that cannot be asked ends the check with its name, and earlier findings are reported', async () => {
+  test('an unreachable node ends the check with an error that names it, and earlier findings are reported', async () => {
     const [first] = (await holders(0)) as [number];
     standIn.copies.set(first, oid(0), () => undefined);
     let isDown = false;
@@ -274,7 +274,7 @@ describe('check --deep (stand-in)', () => {
     expect(stoppedBy?.message).toMatch(new RegExp(`the node ${address(2)} cannot be asked: .*closed the connection`));
   });
 
-  test('it can be interrupted at any time', async () => {
+  test('a check can be interrupted at any time', async () => {
     const controller = new AbortController();
     standIn.fault = ({ opcode }) => {
       if (opcode === PeerOp.READ_PEER) controller.abort(new Error('that will do'));
@@ -285,7 +285,7 @@ describe('check --deep (stand-in)', () => {
     expect(report.objects).toBeLessThan(6);
   });
 
-  test('a disk that should have more copies than there are zones is reported as a whole', async () => {
+  test('a disk with more copies than the cluster has zones is one finding', async () => {
     standIn.left.add(1).add(2);
     const { thin, problems } = await check();
     expect(thin).toEqual([
@@ -298,7 +298,7 @@ describe('check --deep (stand-in)', () => {
     expect(problems).toHaveLength(1);
   });
 
-  test('a disk whose inode is damaged hides nothing of the others', async () => {
+  test('a disk with a damaged inode does not hide findings of other disks', async () => {
     const [first] = (await holders(2)) as [number];
     standIn.copies.set(first, oid(2), () => undefined);
     const inode = standIn.objects.get(inodeOid(vid + 1)) as Buffer;
@@ -311,7 +311,7 @@ describe('check --deep (stand-in)', () => {
     ]);
   });
 
-  test('two VDIs with the same label are each reported with their id', async () => {
+  test('two VDIs with the same label are reported with their ids', async () => {
     const [first] = (await holders(0)) as [number];
     standIn.copies.set(first, oid(0), () => undefined);
     const inode = standIn.objects.get(inodeOid(vid + 1)) as Buffer;
@@ -321,7 +321,7 @@ describe('check --deep (stand-in)', () => {
     expect(findings[0]?.users.map(({ label }) => label)).toEqual(['vm@a', `vm@a (@${(vid + 1).toString(16)})`]);
   });
 
-  test('where objects are placed by disk, each is read from the nodes whose disks it belongs on', async () => {
+  test('with disk vnodes each object is read from the nodes whose disks it belongs on', async () => {
     const byDisk = await new StandIn({ jitterMs: 0, diskVnodes: true, nodes: 4 }).start();
     const its = await SheepStore.open(byDisk.address);
     const disks = new VdiCatalog(its);
@@ -333,7 +333,7 @@ describe('check --deep (stand-in)', () => {
     const nodes = await its.nodes();
     const [usual, right] = [new Placement(nodes), new Placement(nodes, true)];
     const holdersBy = (placement: Placement, idx: number): number[] => placement.holdersOf(of, idx, 2);
-    // Placed by nodes it would be elsewhere.
+    // Placed by nodes, it would be elsewhere.
     const idx =
       [...Array(16).keys()].find((n) => !holdersBy(usual, n).includes(holdersBy(right, n)[1] as number)) ?? -1;
     expect((await deepCheck(its.cluster, { rate: 2 ** 40 })).problems).toEqual([]);
@@ -356,7 +356,7 @@ describe('check --deep (stand-in)', () => {
     await old.stop();
   });
 
-  test('the command runs beside clients, with a daemon or without, and exits with 1 if something is wrong', async () => {
+  test('the command runs beside clients, with a daemon or without, and exits with 1 if it has findings', async () => {
     const [first] = (await holders(0)) as [number];
     const daemon = await startDaemon({ cluster: standIn.address });
     const client = await attach(daemon, 'vm');
@@ -364,7 +364,7 @@ describe('check --deep (stand-in)', () => {
     expect({ code: fine.code, stderr: fine.stderr }).toEqual({ code: 0, stderr: '' });
     expect(fine.stdout).toMatch(/^2 VDIs and snapshots, 6 objects, .* read from their nodes, 0 problems\n$/);
     standIn.copies.set(first, oid(0), () => undefined);
-    // The daemon says which cluster it is.
+    // The cluster is the daemon's.
     const result = await cli(['check', '--deep', '--settle', '0.1', '--control', daemon.control]);
     expect(result.code, result.stderr).toBe(1);
     expect(result.stdout).toMatch(/^degraded: vm@a bytes .* 1 problems\n$/s);
@@ -390,14 +390,14 @@ describe('check --deep (stand-in)', () => {
 
   test('a VDI that is deleted during the check is not reported as lost', async () => {
     const checking = check({ settleMs: 1000 });
-    // The object that the snapshot shares with nobody.
+    // The object that only the snapshot has.
     for (const node of [0, 1, 2]) standIn.copies.set(node, oid(2), () => undefined);
     await catalog.remove('vm@a');
     expect((await checking).problems).toEqual([]);
   });
 });
 
-test('a local store has no copies to compare: --deep is refused, and says what to do instead', async () => {
+test('a local store has no copies to compare: it refuses --deep and says what to do instead', async () => {
   const { argument } = localPlace();
   await cliJson(['vdi', 'create', 'vm', '1M', '--store', argument, '--json']);
   for (const [args, why] of [

@@ -1,6 +1,6 @@
 /**
- * Nodes that were stopped or cut off for a while, that the others have dropped meanwhile, and that answer before they hear of
- * it: nothing that they say is believed. And nodes that are silent, slow or not ready: who does not wait for them.
+ * Nodes that were stopped or cut off, that the others have dropped meanwhile, and that answer before they learn of it: their
+ * answers are not used. And nodes that are silent, slow or not ready: which requests do not wait for them.
  */
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore, type SheepStoreOptions } from '../../src/store/sheep/sheep-store.js';
@@ -44,7 +44,7 @@ const read = async (idx: number): Promise<number> => {
   await vdi.read(idx * OBJECT, into);
   return into[0] as number;
 };
-/** In no order that reading ahead would notice. */
+/** Reads in an order that starts no read-ahead. */
 async function readAll(): Promise<Set<number>> {
   const found = new Set<number>();
   for (let n = 0; n < OBJECTS; n++) found.add(await read((n * 7) % OBJECTS));
@@ -53,7 +53,7 @@ async function readAll(): Promise<Set<number>> {
 const readsOf = (node: number): Seen[] =>
   cluster.seen.filter((request) => request.opcode === Op.READ && request.node === node);
 
-/** The first is the node in use; reads go to the others, too. */
+/** The first is the node in use; reads also go to the others. */
 async function writeAll(): Promise<void> {
   for (let idx = 0; idx < OBJECTS; idx++) await write(idx, 1);
   await waitUntil(async () => {
@@ -63,19 +63,19 @@ async function writeAll(): Promise<void> {
   }, 'reads are spread over all nodes');
 }
 
-describe('a node that does not know yet that it was dropped', () => {
+describe('a dropped node that does not know it yet', () => {
   beforeEach(async () => {
     await connect({}, { attemptMs: 1_000 });
     await writeAll();
   });
 
-  test('is not used for a direct read of an object that it has', async () => {
+  test('is not used for a direct read of an object that it keeps', async () => {
     cluster.dropped.drop(1);
     for (let idx = 0; idx < OBJECTS; idx++) await write(idx, 2);
     expect(await readAll()).toEqual(new Set([2]));
   });
 
-  test('is not used if it learns of it between reading its stale copy and answering', async () => {
+  test('is not used if it learns that it was dropped between reading its stale copy and answering', async () => {
     cluster.dropped.drop(1);
     for (let idx = 0; idx < OBJECTS; idx++) await write(idx, 2);
     cluster.fault = ({ opcode, node }) => {
@@ -86,11 +86,11 @@ describe('a node that does not know yet that it was dropped', () => {
     expect(await readAll()).toEqual(new Set([2]));
   });
 
-  test('is left when it is the node in use, and its requests go to another node', async () => {
+  test('is given up as the node in use, and requests go to another node', async () => {
     cluster.dropped.drop(0);
     const theirs = await otherGateway(1);
     await theirs.create('new', OBJECT);
-    // Heard from another node.
+    // The new epoch was seen on another node.
     await waitUntil(async () => (await readAll(), store.cluster.recovery.epoch === 2), 'the change is known');
     expect((await catalog.list()).map(({ name }) => name)).toEqual(['disk', 'new']);
     const other = await theirs.openVdi('disk');
@@ -107,7 +107,7 @@ async function otherGateway(node: number): Promise<VdiCatalog> {
   return new VdiCatalog(await SheepStore.open(cluster.addressOf(node), { retryMs: 10_000 }));
 }
 
-test('an earlier epoch of all nodes is believed after a while: the later one was that of a node that had lost the others', async () => {
+test('a later epoch is given up if all nodes keep saying an earlier one: it came from a node that had lost the others', async () => {
   await connect();
   await write(0, 1);
   cluster.epoch = 9;
@@ -119,7 +119,7 @@ test('an earlier epoch of all nodes is believed after a while: the later one was
 });
 
 describe('a node that has just started', () => {
-  test('is asked for the vids in use when it has them from the others', async () => {
+  test('is asked for the vids in use once it has them from the others', async () => {
     await connect();
     const [, port] = cluster.ports;
     cluster.starting.add(1);
@@ -136,7 +136,7 @@ describe('a node that has just started', () => {
     await theirs.close();
   });
 
-  test('and waits to join its cluster, is used only if no other serves', async () => {
+  test('and waits to join its cluster is used only if no other node serves', async () => {
     await connect();
     cluster.notJoined.add(0);
     const opened = await SheepStore.open(cluster.address, { retryMs: 10_000, log: (line) => log.push(line) });
@@ -144,14 +144,14 @@ describe('a node that has just started', () => {
     expect(await opened.catalog.list()).toHaveLength(1);
     expect(cluster.seen.slice(since).every(({ node }) => node !== 0)).toBe(true);
     await opened.close();
-    // The one in use is left, if it does not serve any more.
+    // The node in use is given up when it does not serve any more.
     await write(0, 7);
     expect(log.join('\n')).toMatch(/leaving the Sheepdog node .*WAIT_FOR_JOIN/);
     cluster.notJoined.clear();
   });
 });
 
-test('closing a disk does not make other requests to a slow node fail and be repeated', async () => {
+test('closing a disk does not make other requests to a slow node fail', async () => {
   await connect();
   await write(0, 1);
   await catalog.create('other', OBJECT, { blockSizeShift: SHIFT });
@@ -160,7 +160,7 @@ test('closing a disk does not make other requests to a slow node fail and be rep
   const inode = (1n << 63n) | (BigInt(vdi.record.vid) << 32n);
   let go: () => void = () => undefined;
   const until = new Promise<void>((resolve) => (go = resolve));
-  // The looks at the disk, and what somebody writes meanwhile.
+  // The looks at the disk, and writes at the same time.
   cluster.fault = ({ opcode, oid, length }) =>
     (opcode === Op.READ && oid === inode) || (opcode === Op.WRITE && length === BLOCK) ? { until } : undefined;
   const since = cluster.seen.length;
@@ -192,7 +192,7 @@ test('a silent member is awaited once while objects settle, not for each object'
   expect(asked.length).toBeLessThan(6);
   go();
   cluster.fault = () => undefined;
-  // It is asked again when it has answered.
+  // It is asked again once it has answered.
   await waitUntil(async () => {
     cluster.seen.length = 0;
     cluster.epoch++;

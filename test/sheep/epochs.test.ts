@@ -1,4 +1,4 @@
-/** What is believed of the epochs that nodes say: of those that answer out of order, and while some do not answer at all. */
+/** Which epochs of nodes are believed: if answers come out of order, and while some nodes do not answer. */
 import net from 'node:net';
 import { afterEach, beforeEach, describe, expect, test, vi } from 'vitest';
 import { NodeConnection, type Answer, type Peer, type WireRequest } from '../../src/store/sheep/connection.js';
@@ -15,7 +15,7 @@ const nodeAt = (zone: number): ClusterNode =>
 /** Three nodes. */
 class Nodes {
   epoch = 1;
-  /** Do not answer what each is asked. */
+  /** Nodes leave requests unanswered. */
   readonly silent = new Set<number>();
   readonly recovering = new Set<number>();
   looks = 0;
@@ -59,7 +59,7 @@ describe('a later epoch than that of the members', () => {
     vi.useRealTimers();
   });
 
-  test('is given up after some looks if all of them answer', async () => {
+  test('is given up after some looks if all members answer', async () => {
     watch.saw(1);
     await vi.advanceTimersByTimeAsync(1_000);
     expect(watch.epoch).toBe(9);
@@ -68,9 +68,9 @@ describe('a later epoch than that of the members', () => {
   });
 
   test.each([
-    ['one does not answer', [1]],
-    ['none can be reached but through an address that they do not know', [0, 1, 2]],
-  ])('is given up later, but while requests are repeated still, if %s', async (_, silent) => {
+    ['one member does not answer', [1]],
+    ['members can only be reached through an address that they do not know', [0, 1, 2]],
+  ])('is given up later, but before the time for repeating requests is over, if %s', async (_, silent) => {
     for (const zone of silent) nodes.silent.add(zone);
     watch.saw(1);
     await vi.advanceTimersByTimeAsync(10_000);
@@ -79,7 +79,7 @@ describe('a later epoch than that of the members', () => {
     expect(watch.epoch).toBe(1);
   });
 
-  test('is kept while any of them says it', async () => {
+  test('is kept while any member says it', async () => {
     nodes.askEach = (asked) =>
       Promise.resolve(
         asked.map(({ zone }) => ({
@@ -91,7 +91,7 @@ describe('a later epoch than that of the members', () => {
     expect(watch.epoch).toBe(9);
   });
 
-  test('that was seen a moment ago is not given up because no node can be asked', async () => {
+  test('that was just seen is not given up because no node answers', async () => {
     nodes.epoch = 9;
     nodes.recovering.add(0);
     watch.saw(10);
@@ -104,14 +104,14 @@ describe('a later epoch than that of the members', () => {
   });
 });
 
-test('a change that is noticed when the nodes are almost at rest is watched as any other', async () => {
+test('a change seen just before a watch would end starts its looks again', async () => {
   vi.useFakeTimers();
   const nodes = new Nodes();
   const watch = new RecoveryWatch(nodes);
   watch.saw(1);
   nodes.epoch = 2;
   watch.saw(2);
-  // The next look would be the last.
+  // The next look would be the last one.
   await vi.advanceTimersByTimeAsync(300);
   expect(watch.isSteady).toBe(false);
   nodes.epoch = 3;
@@ -123,7 +123,7 @@ test('a change that is noticed when the nodes are almost at rest is watched as a
   vi.useRealTimers();
 });
 
-test('an old answer that arrives last on another connection does not set the epoch of its node for long', async () => {
+test('an old answer that arrives last, on another connection, sets the epoch of its node back for a moment only', async () => {
   const epochs: number[] = [];
   const server = net.createServer((socket) => {
     socket.on('data', (asked) => {

@@ -1,4 +1,4 @@
-/** First writes to objects that a snapshot shares, against the stand-in: what is copied, and that nothing is lost or mixed up. */
+/** First writes to objects that a snapshot shares, against the stand-in: which are copied, and that no data are lost or mixed up. */
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -56,7 +56,7 @@ async function contents(name = 'disk'): Promise<number[]> {
 
 const OLD = 0x11;
 
-test('overwriting a disk in order, four requests at a time, copies nothing', async () => {
+test('overwriting a disk in order, four requests at a time, copies no object', async () => {
   for (let at = 0; at < 16; at += 4) {
     await Promise.all([0, 1, 2, 3].map((n) => mib(at + n, at + n + 1)));
   }
@@ -71,7 +71,7 @@ test('objects that are not overwritten whole are copied', async () => {
   expect(await contents()).toEqual([1, 2, OLD, OLD, OLD, 3, 4, ...Array<number>(9).fill(OLD)]);
 });
 
-test('a client that writes one request at a time is not delayed at each object', async () => {
+test('a client with one write at a time is not delayed at each object', async () => {
   let waits = 0;
   const { setTimeout: real } = globalThis;
   // The wait itself is 3 ms: it is counted, not timed.
@@ -89,12 +89,12 @@ test('a client that writes one request at a time is not delayed at each object',
   expect(await contents()).toEqual(Array.from({ length: 16 }, (_, n) => n + 1));
 });
 
-test('writes to the same bytes are done in the order in which they came', async () => {
+test('writes to the same bytes are done in the order of their arrival', async () => {
   await Promise.all([mib(0, 1), mib(1, 2), mib(0, 3), mib(1, 4), mib(2, 5), mib(3, 6)]);
   expect((await contents()).slice(0, 4)).toEqual([3, 4, 5, 6]);
 });
 
-test('a failure fails all gathered writes, and the disk is unchanged', async () => {
+test('an error fails all gathered writes, and the disk is unchanged', async () => {
   cluster.fault = ({ opcode, oid }) => (opcode === Op.CREATE && oid < 1n << 56n ? { result: Res.NO_SPACE } : undefined);
   const results = await Promise.allSettled([0, 1, 2, 3].map((n) => mib(n, n + 1)));
   expect(results.map((result) => ((result as PromiseRejectedResult).reason as { code: string }).code)).toEqual(
@@ -106,10 +106,10 @@ test('a failure fails all gathered writes, and the disk is unchanged', async () 
   expect((await contents()).slice(0, 4)).toEqual([1, 2, 3, 4]);
 });
 
-test("another client's snapshot in between has all gathered writes or none, and no object is left over", async () => {
+test("another client's snapshot has all gathered writes or none, and no object is left over", async () => {
   const other = new VdiCatalog(await SheepStore.open(cluster.address, { retryMs: 10_000 }));
   let taken: Promise<unknown> | undefined;
-  // The first piece is there, the others are not.
+  // The first piece has arrived, the others have not.
   cluster.fault = ({ opcode, oid, offset }) => {
     if (taken === undefined && opcode === Op.WRITE && oid < 1n << 56n && offset > 0) {
       taken = other.snapshot('disk', 'between');

@@ -1,4 +1,4 @@
-/** VDIs and snapshots that other tools have made in a cluster, with names and tags that ours may not have. */
+/** VDIs and snapshots that other tools have made in a cluster, with names and tags that Sheepgate does not allow. */
 import type { Geometry, Peer } from 'nbd-server-ts';
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import { DirectOperations } from '../../src/operations/direct-operations.js';
@@ -34,7 +34,7 @@ async function fill(name: string, byte: number): Promise<void> {
   await device.close('disconnect');
 }
 
-/** The first byte, and how the export looks. */
+/** The first byte, and the properties of the export. */
 async function look(name: string): Promise<{ byte: number | undefined; name: string; geometry: Geometry }> {
   const described = await exports.describe(name, PEER);
   const { device, info } = await exports.open(name, PEER);
@@ -47,7 +47,7 @@ async function look(name: string): Promise<{ byte: number | undefined; name: str
   return { byte: into[0], name: info.name, geometry };
 }
 
-test('a VDI with a slash in its name, and snapshots with one in their tags, are listed, opened, cloned and deleted', async () => {
+test('a VDI with a slash in its name and snapshots with a slash in their tags are listed, opened, cloned and deleted', async () => {
   await store.catalog.create('a/b', SIZE, SHIFT);
   await fill('@=a%2Fb', 1);
   await cluster.snapshot('a/b', 'x/y');
@@ -63,7 +63,7 @@ test('a VDI with a slash in its name, and snapshots with one in their tags, are 
   expect(looked.map(({ geometry }) => geometry.readOnly)).toEqual([true, true, false]);
   expect(looked.map(({ name }) => name)).toEqual(listed);
 
-  // By id: the same data, under the name that lasts, and nothing is written on what may be a snapshot tomorrow.
+  // By id: the same data under a lasting name, read-only, as this vid may be a snapshot tomorrow.
   const records = await catalog.list();
   for (const [n, { vid }] of records.entries()) {
     const byId = await look(`@${vid.toString(16)}`);
@@ -89,7 +89,7 @@ test('a VDI with a slash in its name, and snapshots with one in their tags, are 
   expect(await catalog.list()).toEqual([]);
 });
 
-test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot be had by its id', async () => {
+test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot be opened by its id', async () => {
   await catalog.create('vm1', SIZE, { blockSizeShift: SHIFT });
   await fill('vm1', 1);
   const id = `@${(await catalog.find('vm1')).vid.toString(16)}`;
@@ -106,7 +106,7 @@ test('the id of a VDI stays with its snapshot, and a temporary snapshot cannot b
   expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['monday', '']);
 });
 
-test('a snapshot to which another tool has given the tag of a temporary one stays, and is named by its id', async () => {
+test('a snapshot that another tool gave the tag of a temporary one is kept, and named by its id', async () => {
   await catalog.create('vm3', SIZE, { blockSizeShift: SHIFT });
   for (const [n, tag] of ['now', 'now:nightly'].entries()) {
     await fill('vm3', n + 1);
@@ -115,7 +115,7 @@ test('a snapshot to which another tool has given the tag of a temporary one stay
   await fill('vm3', 3);
   const records = (await catalog.list()).filter(({ name, isSnapshot }) => name === 'vm3' && isSnapshot);
   const ids = records.map(({ vid }) => `@${vid.toString(16)}`);
-  // As a daemon does at its start, and at the end of a moment.
+  // As a daemon does at its start, and when a temporary snapshot ends.
   expect(await catalog.dropLeftovers()).toBe(0);
   for (const tag of ['now', 'now:nightly']) {
     await catalog.dropTemporary('vm3', tag);

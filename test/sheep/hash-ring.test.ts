@@ -1,4 +1,4 @@
-/** Where objects lie, against what a real cluster did with them; and what is made of it. */
+/** Placement of objects, compared with a real cluster's, and the nodes that reads and writes therefore go to. */
 import { afterEach, expect, test } from 'vitest';
 import { Placement } from '../../src/sheepdog/hash-ring.js';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -7,7 +7,7 @@ import { until } from './clusters.js';
 import { Op, StandIn } from './stand-in.js';
 import type { ClusterNode } from '../../src/sheepdog/nodes.js';
 
-/** Three nodes on loopback with two copies of each object, vid 6d1d39: by idx, the node that had none (from its directory). */
+/** Three nodes on loopback, two copies, vid 6d1d39: by idx, the node without a copy (seen in its directory). */
 const PORTS = [7100, 7101, 7102];
 const VID = 0x6d1d39;
 const WITHOUT = '2012112021021120011112001022021121001020012221121121112211011002';
@@ -16,7 +16,7 @@ const OBJECT = 2 ** 20;
 let cluster: StandIn | undefined;
 afterEach(() => cluster?.stop());
 
-test('the node an object is read from is one that has it', () => {
+test('the node that an object is read from has the object', () => {
   const nodes = PORTS.map((port): ClusterNode => {
     const address = Buffer.alloc(16);
     Buffer.from([127, 0, 0, 1]).copy(address, 12);
@@ -30,7 +30,7 @@ test('the node an object is read from is one that has it', () => {
   }
 });
 
-/** The same of nodes that were built with disk vnodes, vid 755019: a disk of each, as struct disk_info has it. */
+/** The same for nodes built with disk vnodes, vid 755019: one disk of each, as in struct disk_info. */
 const DISKS = [
   { port: 21320, vnodes: 6, disk: { id: 16089426570737024459n, space: 21577404416n } },
   { port: 21321, vnodes: 5, disk: { id: 7956994794318452934n, space: 21416996864n } },
@@ -39,7 +39,7 @@ const DISKS = [
 const VID_BY_DISK = 0x755019;
 const WITHOUT_BY_DISK = '221122221022222120221111';
 
-test('placement goes by the disks of nodes where the cluster does', () => {
+test('objects are placed by disks in a cluster with disk vnodes', () => {
   const nodes = DISKS.map(({ port, vnodes, disk }): ClusterNode => {
     const address = Buffer.alloc(16);
     Buffer.from([127, 0, 0, 1]).copy(address, 12);
@@ -51,11 +51,11 @@ test('placement goes by the disks of nodes where the cluster does', () => {
   }
 });
 
-test('a cluster whose nodes keep no objects has no node for an object', () => {
+test('in a cluster whose nodes keep no objects, no node is found for an object', () => {
   expect(new Placement([]).nodeOf(VID, 0)).toBe(-1);
 });
 
-test('reads go to the nodes that have the objects, writes to one node, and losing a node is no error', async () => {
+test('reads go to the nodes that have the objects, writes go to one node, and the loss of a node is no error', async () => {
   const standIn = (cluster = await new StandIn().start());
   const store = await SheepStore.open(standIn.address, { retryMs: 10_000 });
   const catalog = new VdiCatalog(store);
@@ -64,7 +64,7 @@ test('reads go to the nodes that have the objects, writes to one node, and losin
   await vdi.write(0, Buffer.alloc(32 * OBJECT, 7), false);
   const data = Buffer.alloc(4096);
   const readAll = async (): Promise<void> => {
-    // In no order that reading ahead would notice.
+    // In an order that starts no read-ahead.
     for (let n = 0; n < 32; n++) {
       data.fill(0);
       await vdi.read(((n * 11) % 32) * OBJECT + 4096, data);

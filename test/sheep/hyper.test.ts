@@ -1,7 +1,7 @@
 /**
- * Hyper volumes: read with every hole in its place, written, trimmed and deleted with all that is theirs, and not
- * snapshotted. With an index in the inode, as real nodes make it, and with one of two levels, which takes them half a
- * million objects.
+ * Hyper volumes are read with every hole in its place, written, trimmed and deleted with all their objects; snapshots are
+ * refused. With an index in the inode, as real nodes make it, and with an index of two levels, which real nodes make only
+ * for half a million objects.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -20,7 +20,7 @@ const VDI_BIT = 1n << 63n;
 const BTREE_BIT = 1n << 60n;
 const MAGIC = 0x6274;
 const HEADER = 8;
-/** Farther than any table reaches. */
+/** A size that no table covers. */
 const FAR = 2 ** 21 + 17;
 
 const ends: (() => Promise<void>)[] = [];
@@ -28,7 +28,7 @@ afterEach(async () => {
   for (const end of ends.splice(0).reverse()) await end();
 });
 
-/** One of 12 objects whose inode says it is a hyper volume; `write` fills in its index. */
+/** A VDI of 12 objects whose inode marks it as a hyper volume; `write` fills in its index. */
 async function standIn(
   write: (inode: Buffer, objects: Map<bigint, Buffer>, vid: number) => void,
 ): Promise<{ cluster: StandIn; store: SheepStore; catalog: VdiCatalog }> {
@@ -45,7 +45,7 @@ async function standIn(
   return { cluster, store, catalog };
 }
 
-/** Header and entries of a leaf in which these objects are the vid's. */
+/** Header and entries of a leaf in which these objects belong to the vid. */
 function leaf(vid: number, indices: readonly number[]): Buffer {
   const node = Buffer.alloc(HEADER + indices.length * 8);
   node.writeUInt16LE(MAGIC, 0);
@@ -66,7 +66,7 @@ async function owned(catalog: VdiCatalog): Promise<number[]> {
 }
 
 describe('a hyper volume', () => {
-  test('with an index in its inode is read, and not snapshotted', async () => {
+  test('with an index in its inode is read, and snapshots of it are refused', async () => {
     const { catalog } = await standIn((inode, objects, vid) => {
       leaf(vid, [1, 5, 11]).copy(inode, TABLE);
       for (const idx of [1, 5, 11]) objects.set((BigInt(vid) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, idx));
@@ -86,13 +86,13 @@ describe('a hyper volume', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('of 256 TiB is checked with the memory that its objects need, and not its places', async () => {
+  test('of 256 TiB is checked with memory for its existing objects only', async () => {
     const { cluster, catalog } = await standIn((inode, objects, vid) => {
       inode.writeBigUInt64LE(2n ** 48n, 536);
       leaf(vid, [1, 2 ** 26 - 1]).copy(inode, TABLE);
       objects.set((BigInt(vid) << 32n) | 1n, Buffer.alloc(OBJECT, 1));
     });
-    // What the process ends with if it is not there: the heap of a Node is 2 to 4 GiB.
+    // A process with too little heap would end here: Node has 2 to 4 GiB.
     let most = 0;
     const watch = setInterval(() => (most = Math.max(most, process.memoryUsage().heapUsed)), 20);
     const before = process.memoryUsage().heapUsed;
@@ -104,7 +104,7 @@ describe('a hyper volume', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('to which nothing was ever written is zeros', async () => {
+  test('that was never written reads as zeros', async () => {
     const { catalog } = await standIn(() => undefined);
     expect(await owned(catalog)).toEqual([]);
   });
@@ -129,67 +129,70 @@ describe('a hyper volume', () => {
 
   test.each([
     ['a leaf in its inode', 1],
-    ['leaves of somebody else', 2],
+    ['leaves of another VDI', 2],
     ['nothing', 0],
-  ])('with %s is written and trimmed, reads so when it is opened again, and is deleted whole', async (_, depth) => {
-    const { cluster, catalog } = await standIn((inode, objects, own) => {
-      if (depth === 0) return;
-      for (const idx of [1, 5, 11]) objects.set((BigInt(own) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, idx));
-      if (depth === 1) return void leaf(own, [1, 5, 11]).copy(inode, TABLE);
-      inode.writeUInt32LE(1, 568);
-      inode.writeUInt16LE(MAGIC, TABLE);
-      inode.writeUInt16LE(2, TABLE + 2);
-      inode.writeUInt32LE(1, TABLE + 4);
-      inode.writeUInt32LE(11, TABLE + HEADER);
-      inode.writeBigUInt64LE((BigInt(own) << 32n) | BTREE_BIT, TABLE + HEADER + 8);
-      objects.set((BigInt(own) << 32n) | BTREE_BIT, leaf(own, [1, 5, 11]));
-    });
-    await catalog.resize('hyper', FAR * OBJECT + OBJECT);
-    const expected = new Map<number, Buffer>();
-    if (depth !== 0) for (const idx of [1, 5, 11]) expected.set(idx, Buffer.alloc(OBJECT, idx));
-    for (const round of [1, 2, 3]) {
-      const vdi = await catalog.openVdi('hyper');
-      const places = [0, 1, 2, 5, 9, 2 ** 16 - 1, 2 ** 16, 2 ** 20 + 3, FAR];
-      for (let step = 0; step < 20; step++) {
-        await Promise.all(
-          places
-            .filter(() => Math.random() < 0.4)
-            .map(async (idx) => {
-              const before = expected.get(idx) ?? Buffer.alloc(OBJECT);
-              if (Math.random() < 0.3) {
-                await vdi.zero(idx * OBJECT, OBJECT, { noHole: false, fua: false });
-                expected.delete(idx);
-                return;
-              }
-              const within = Math.floor(Math.random() * (OBJECT - 1000));
-              const data = Buffer.alloc(1000, 16 * round + step);
-              await vdi.write(idx * OBJECT + within, data, false);
-              data.copy(before, within);
-              expected.set(idx, before);
-            }),
-        );
+  ])(
+    'with %s is written and trimmed, has the new content when it is opened again, and is deleted whole',
+    async (_, depth) => {
+      const { cluster, catalog } = await standIn((inode, objects, own) => {
+        if (depth === 0) return;
+        for (const idx of [1, 5, 11]) objects.set((BigInt(own) << 32n) | BigInt(idx), Buffer.alloc(OBJECT, idx));
+        if (depth === 1) return void leaf(own, [1, 5, 11]).copy(inode, TABLE);
+        inode.writeUInt32LE(1, 568);
+        inode.writeUInt16LE(MAGIC, TABLE);
+        inode.writeUInt16LE(2, TABLE + 2);
+        inode.writeUInt32LE(1, TABLE + 4);
+        inode.writeUInt32LE(11, TABLE + HEADER);
+        inode.writeBigUInt64LE((BigInt(own) << 32n) | BTREE_BIT, TABLE + HEADER + 8);
+        objects.set((BigInt(own) << 32n) | BTREE_BIT, leaf(own, [1, 5, 11]));
+      });
+      await catalog.resize('hyper', FAR * OBJECT + OBJECT);
+      const expected = new Map<number, Buffer>();
+      if (depth !== 0) for (const idx of [1, 5, 11]) expected.set(idx, Buffer.alloc(OBJECT, idx));
+      for (const round of [1, 2, 3]) {
+        const vdi = await catalog.openVdi('hyper');
+        const places = [0, 1, 2, 5, 9, 2 ** 16 - 1, 2 ** 16, 2 ** 20 + 3, FAR];
+        for (let step = 0; step < 20; step++) {
+          await Promise.all(
+            places
+              .filter(() => Math.random() < 0.4)
+              .map(async (idx) => {
+                const before = expected.get(idx) ?? Buffer.alloc(OBJECT);
+                if (Math.random() < 0.3) {
+                  await vdi.zero(idx * OBJECT, OBJECT, { noHole: false, fua: false });
+                  expected.delete(idx);
+                  return;
+                }
+                const within = Math.floor(Math.random() * (OBJECT - 1000));
+                const data = Buffer.alloc(1000, 16 * round + step);
+                await vdi.write(idx * OBJECT + within, data, false);
+                data.copy(before, within);
+                expected.set(idx, before);
+              }),
+          );
+        }
+        await catalog.release(vdi);
+        const again = await catalog.openVdi('hyper');
+        const owned = [...objectsOf(again).map.entries()].filter(([, owner]) => owner !== 0).map(([idx]) => idx);
+        expect(owned).toEqual([...expected.keys()].sort((a, b) => a - b));
+        for (const [idx, content] of expected) {
+          const data = Buffer.alloc(OBJECT);
+          await again.read(idx * OBJECT, data);
+          expect(data.equals(content)).toBe(true);
+        }
+        await catalog.release(again);
       }
-      await catalog.release(vdi);
-      const again = await catalog.openVdi('hyper');
-      const owned = [...objectsOf(again).map.entries()].filter(([, owner]) => owner !== 0).map(([idx]) => idx);
-      expect(owned).toEqual([...expected.keys()].sort((a, b) => a - b));
-      for (const [idx, content] of expected) {
-        const data = Buffer.alloc(OBJECT);
-        await again.read(idx * OBJECT, data);
-        expect(data.equals(content)).toBe(true);
-      }
-      await catalog.release(again);
-    }
-    const own = [...cluster.objects.keys()].filter((oid) => !(oid & (VDI_BIT | BTREE_BIT)));
-    expect(own.map((oid) => Number(oid & 0xffffffffn)).sort((a, b) => a - b)).toEqual(
-      [...expected.keys()].sort((a, b) => a - b),
-    );
-    await catalog.remove('hyper');
-    expect(cluster.dataObjects()).toEqual([]);
-    expect(cluster.violations).toEqual([]);
-  });
+      const own = [...cluster.objects.keys()].filter((oid) => !(oid & (VDI_BIT | BTREE_BIT)));
+      expect(own.map((oid) => Number(oid & 0xffffffffn)).sort((a, b) => a - b)).toEqual(
+        [...expected.keys()].sort((a, b) => a - b),
+      );
+      await catalog.remove('hyper');
+      expect(cluster.dataObjects()).toEqual([]);
+      expect(cluster.violations).toEqual([]);
+    },
+  );
 
-  test('with one leaf of our shape and one of another is rewritten', async () => {
+  test('with one leaf in our form and one in another form is rewritten', async () => {
     const REGION = 2 ** 16;
     const { cluster, catalog } = await standIn((inode, objects, own) => {
       inode.writeUInt32LE(2, 568);
@@ -217,7 +220,7 @@ describe('a hyper volume', () => {
     expect(cluster.dataObjects()).toEqual([]);
   });
 
-  test('whose index cannot be written fails the write, and reads show what is on the nodes', async () => {
+  test('whose index cannot be written fails the write, and reads show the content on the nodes', async () => {
     const { cluster, catalog } = await standIn((inode, objects, own) => {
       leaf(own, [1]).copy(inode, TABLE);
       objects.set((BigInt(own) << 32n) | 1n, Buffer.alloc(OBJECT, 1));
@@ -241,7 +244,7 @@ describe('a hyper volume', () => {
     ['a hyper volume', 1],
     ['a table', 0],
   ])(
-    'takes no writes where a node that stalled may still change the entry, until it is known what it did: %s',
+    'refuses writes to an entry that a stalled node may still change, until the outcome is known: %s',
     async (_, policy) => {
       const { cluster, store, catalog } = await standIn((inode) => {
         inode[553] = policy;
@@ -249,7 +252,7 @@ describe('a hyper volume', () => {
       const vdi = await catalog.openVdi('hyper');
       await vdi.write(0, Buffer.alloc(10, 1), false);
       await vdi.write(OBJECT, Buffer.alloc(10, 1), false);
-      // A clearing of an entry that is given up, and done later all the same.
+      // The clearing of an entry is given up by the client, and the node does it later all the same.
       const index = objectsOf(vdi);
       const original = store.cluster.writeObject.bind(store.cluster);
       let settle: () => void = () => undefined;
@@ -281,8 +284,8 @@ describe('a hyper volume', () => {
   test.each([
     ['another magic', (inode: Buffer) => inode.writeUInt16LE(1, TABLE)],
     ['three levels', (inode: Buffer) => inode.writeUInt16LE(3, TABLE + 2)],
-    ['more entries than have room', (inode: Buffer) => inode.writeUInt32LE(2 ** 20, TABLE + 4)],
-  ])('whose index has %s is damaged, not empty', async (_, damage) => {
+    ['more entries than fit', (inode: Buffer) => inode.writeUInt32LE(2 ** 20, TABLE + 4)],
+  ])('whose index has %s is reported as damaged, not as empty', async (_, damage) => {
     const { catalog } = await standIn((inode, _objects, vid) => {
       leaf(vid, [1]).copy(inode, TABLE);
       damage(inode);
@@ -295,7 +298,7 @@ const missing = realNodesMissing();
 if (missing !== undefined) console.log(`hyper volumes were not tried on real nodes: ${missing}`);
 
 describe.skipIf(missing !== undefined)('a hyper volume of real nodes', () => {
-  test('is what dog wrote, dog reads what is written here, and it is deleted with all its objects', async () => {
+  test('reads as dog wrote it, dog reads what is written here, and all its objects are deleted with it', async () => {
     const cluster: RealNodes = await startRealNodes();
     ends.push(() => cluster.stop());
     const input = path.join(temporaryDirectory(), 'input');

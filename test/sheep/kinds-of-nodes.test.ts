@@ -1,7 +1,7 @@
 /**
- * Clusters that differ from most in what their nodes are: on IPv6, with disk vnodes, of an older version, or without a
- * format. Against the stand-in, and against real nodes: of the usual build where `sheep` and `dog` are on the PATH, of
- * others where SHEEPGATE_OLD_SHEEP and SHEEPGATE_DISKVNODES_SHEEP name a directory that has the two.
+ * Clusters with less common nodes: on IPv6, with disk vnodes, of an older version, or not formatted. Against the stand-in,
+ * and against real nodes: of the usual build where `sheep` and `dog` are on the PATH, of other builds where
+ * SHEEPGATE_OLD_SHEEP and SHEEPGATE_DISKVNODES_SHEEP name a directory with the two programs.
  */
 import { execFile, execFileSync, spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -52,7 +52,7 @@ async function hasIpv6(): Promise<boolean> {
   return isThere;
 }
 
-/** Of one node's address all others are learnt, and one of them is gone on with. */
+/** From one node's address the client learns all others, and continues with one of them. */
 async function survivesItsNode(address: string, nodes: number, kill: () => Promise<void> | void): Promise<void> {
   const catalog = await open(address);
   await catalog.create('disk', 4 * OBJECT, { blockSizeShift: 20 });
@@ -74,18 +74,18 @@ describe('addresses', () => {
     ['127.0.0.1', '0'.repeat(24) + '7f000001'],
     ['fd00::12:7', 'fd00000000000000000000000012' + '0007'],
     ['::ffff:a00:1', '00000000000000000000ffff0a000001'],
-  ])('%s is read as the nodes write it', (host, hex) => {
+  ])('the list entry of %s is read as nodes write it', (host, hex) => {
     const entry = Buffer.alloc(80);
     Buffer.from(hex, 'hex').copy(entry, 24);
     entry.writeUInt16LE(7000, 40);
     expect(decodeNodes(entry, 1)).toMatchObject([{ host, port: 7000 }]);
   });
 
-  test('a list of nodes with entries of an unknown length is an error, and not empty', () => {
+  test('a list of nodes with entries of an unknown length is an error, not an empty list', () => {
     expect(() => decodeNodes(Buffer.alloc(200), 2)).toThrow(/2 nodes has 200 bytes/);
   });
 
-  test('one IPv6 address is the same however it is written', () => {
+  test('an IPv6 address is the same in all its spellings', () => {
     expect(parseClusterAddress('[0:0:0:0:0:0:0:1]:7001,[FD00::0:1],[fe80::1%eth0]:7000')).toEqual([
       { host: '::1', port: 7001 },
       { host: 'fd00::1', port: 7000 },
@@ -120,48 +120,45 @@ test('a cluster that is not formatted reports its state and its nodes', async ()
   await expect(SheepStore.open(cluster.addressOf(0))).rejects.toThrow(/not serve: it is not formatted/);
 });
 
-test.each(['0.8', '0.9'] as const)(
-  'a cluster of Sheepdog %s is read, and nothing is changed in it',
-  async (version) => {
-    const cluster = await standIn({ nodes: 2 });
-    const before = await open(cluster.addressOf(0));
-    await before.create('disk', 4 * OBJECT);
-    const vdi = await before.openVdi('disk');
-    await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
-    await before.release(vdi);
-    await before.snapshot('disk', 'monday');
-    await before.create('gone', OBJECT);
-    await before.remove('gone');
-    await before.close();
-    cluster.version = version;
-    cluster.seen.length = 0;
-    const catalog = await open(cluster.addressOf(0));
-    expect((await catalog.list()).map(({ name, tag }) => `${name}@${tag}`)).toEqual(['disk@monday', 'disk@']);
-    for (const spec of ['disk', 'disk@monday']) {
-      const opened = await catalog.openVdi(spec);
-      const read = Buffer.alloc(BLOCK);
-      await opened.read(0, read);
-      expect(read.equals(Buffer.alloc(BLOCK, 1))).toBe(true);
-      await catalog.release(opened);
-    }
-    for (const change of [() => catalog.create('new', OBJECT), () => catalog.remove('disk@monday')]) {
-      await expect(change()).rejects.toMatchObject({ code: 'READ_ONLY' });
-    }
-    const report = await readClusterReport(cluster.addressOf(0));
-    expect(report).toMatchObject({
-      version,
-      copies: 2,
-      store: 'plain',
-      nodes: [{ host: '127.0.0.1', state: 'ok' }, {}],
-    });
-    await cluster.stopNode(0);
-    expect(await catalog.list()).toHaveLength(2);
-    // Looking a name up is the only request with data.
-    expect(cluster.seen.filter(({ opcode, flags }) => (flags & 1) !== 0 && opcode !== 0x14)).toEqual([]);
-  },
-);
+test.each(['0.8', '0.9'] as const)('a cluster of Sheepdog %s is read, and changes are refused', async (version) => {
+  const cluster = await standIn({ nodes: 2 });
+  const before = await open(cluster.addressOf(0));
+  await before.create('disk', 4 * OBJECT);
+  const vdi = await before.openVdi('disk');
+  await vdi.write(0, Buffer.alloc(BLOCK, 1), false);
+  await before.release(vdi);
+  await before.snapshot('disk', 'monday');
+  await before.create('gone', OBJECT);
+  await before.remove('gone');
+  await before.close();
+  cluster.version = version;
+  cluster.seen.length = 0;
+  const catalog = await open(cluster.addressOf(0));
+  expect((await catalog.list()).map(({ name, tag }) => `${name}@${tag}`)).toEqual(['disk@monday', 'disk@']);
+  for (const spec of ['disk', 'disk@monday']) {
+    const opened = await catalog.openVdi(spec);
+    const read = Buffer.alloc(BLOCK);
+    await opened.read(0, read);
+    expect(read.equals(Buffer.alloc(BLOCK, 1))).toBe(true);
+    await catalog.release(opened);
+  }
+  for (const change of [() => catalog.create('new', OBJECT), () => catalog.remove('disk@monday')]) {
+    await expect(change()).rejects.toMatchObject({ code: 'READ_ONLY' });
+  }
+  const report = await readClusterReport(cluster.addressOf(0));
+  expect(report).toMatchObject({
+    version,
+    copies: 2,
+    store: 'plain',
+    nodes: [{ host: '127.0.0.1', state: 'ok' }, {}],
+  });
+  await cluster.stopNode(0);
+  expect(await catalog.list()).toHaveLength(2);
+  // Looking up a name is the only request with data.
+  expect(cluster.seen.filter(({ opcode, flags }) => (flags & 1) !== 0 && opcode !== 0x14)).toEqual([]);
+});
 
-test('a cluster of 0.8 that does not serve is reported with the reason', async () => {
+test('a cluster of 0.8 that does not serve is reported with its reason', async () => {
   const cluster = await standIn({ nodes: 2 });
   cluster.version = '0.8';
   const { WAIT_FOR_FORMAT, WAIT_FOR_JOIN } = StateRes;
@@ -181,7 +178,7 @@ test('a cluster of 0.8 that does not serve is reported with the reason', async (
   }
 });
 
-test('a cluster of an unknown version is refused, with the way to export the disks', async () => {
+test('a cluster of an unknown version is refused, and the error says how to export the disks', async () => {
   const cluster = await standIn({ nodes: 1 });
   cluster.version = '0.7';
   await expect(SheepStore.open(cluster.address)).rejects.toThrow(
@@ -197,20 +194,20 @@ interface RealNodes {
   kill(n: number): Promise<void>;
 }
 
-/** Three nodes of the `sheep` and `dog` in `bin`, or on the PATH; formatted with two copies, if at all. */
+/** Three nodes, of the `sheep` and `dog` in `bin` or on the PATH; if formatted, with two copies. */
 async function realNodes(bin: string, host: string, isFormatted = true): Promise<RealNodes> {
   const sheep = path.join(bin, 'sheep');
   const dog = path.join(bin, 'dog');
   const memory = fs.existsSync('/dev/shm') ? '/dev/shm' : os.tmpdir();
   const directory = fs.mkdtempSync(path.join(memory, 'sheepgate-kinds-'));
-  // The first of three that are free.
+  // The first of three free ports.
   const first = await new Promise<number>((resolve) => {
     const server = net.createServer().listen(0, host, () => {
       const { port } = server.address() as net.AddressInfo;
       server.close(() => resolve(port));
     });
   });
-  // Before 1.0 they went to the background by themselves, and had no option not to.
+  // Before 1.0 nodes always went to the background.
   const { stdout: help } = await run(sheep, ['--help']);
   const pids: number[] = [];
   ends.push(async () => {
@@ -266,7 +263,7 @@ describe('real nodes', () => {
     await survivesItsNode(`[::1]:${nodes.port}`, 3, () => nodes.kill(0));
   }, 60_000);
 
-  test('that are not formatted report their state and their list', async (context) => {
+  test('that are not formatted report their state and list all nodes', async (context) => {
     if (missing !== undefined) skipBecause(context, missing);
     const nodes = await realNodes(usual, '127.0.0.1', false);
     const at = ['--cluster', `127.0.0.1:${nodes.port}`];
@@ -282,7 +279,7 @@ describe('real nodes', () => {
     await survivesItsNode(`127.0.0.1:${nodes.port}`, 3, () => nodes.kill(0));
   }, 60_000);
 
-  test('built with disk vnodes have their copies compared, each on the nodes whose disks it belongs on', async (context) => {
+  test('built with disk vnodes: check --deep compares copies on the nodes whose disks they belong on', async (context) => {
     const bin = process.env.SHEEPGATE_DISKVNODES_SHEEP;
     if (bin === undefined)
       skipBecause(context, 'SHEEPGATE_DISKVNODES_SHEEP names no directory with such a sheep and dog');
@@ -309,7 +306,7 @@ describe('real nodes', () => {
     expect(wrong.code).toBe(1);
   }, 60_000);
 
-  test('of an older version return every byte that their own tool has written, also when one of them is gone', async (context) => {
+  test('of an older version return every byte that their own tool wrote, also when one node is gone', async (context) => {
     const bin = process.env.SHEEPGATE_OLD_SHEEP;
     if (bin === undefined)
       skipBecause(context, 'SHEEPGATE_OLD_SHEEP names no directory with the sheep and dog of 0.8 or 0.9');

@@ -1,4 +1,4 @@
-/** Layouts against bytes that real nodes have sent (record.mjs), and against each other. */
+/** Layouts, compared with bytes that real nodes have sent (record.mjs) and with each other. */
 import fs from 'node:fs';
 import { describe, expect, test } from 'vitest';
 import { clusterLocation, parseClusterAddress } from '../../src/store/sheep/cluster-address.js';
@@ -47,18 +47,18 @@ function find(label: string): { request: Buffer; response: Buffer; payload: Buff
   return { request: Buffer.from(record.request, 'hex'), response, payload, result: response.readUInt32LE(16) };
 }
 
-describe('what real nodes have sent', () => {
+describe('bytes of real nodes', () => {
   const vid = vdiResponse.decode(find('new VDI').response).vid;
   const next = vdiResponse.decode(find('snapshot').response).vid;
 
-  test('ids follow from the name, and the VDI after a snapshot has the next one', () => {
+  test('the vid follows from the name, and the working VDI after a snapshot has the next vid', () => {
     expect(vid).toBe(hash(recorded.name));
     expect(next).toBe(vid + 1);
     expect(vdiResponse.decode(find('lookup').response).vid).toBe(next);
     expect(find('lookup of nothing').result).toBe(Result.NO_VDI);
   });
 
-  test('the inode of a snapshot', () => {
+  test('the inode of a snapshot is read', () => {
     const inode = decodeInode(find('inode of the snapshot').payload);
     expect(inode).toMatchObject({
       vid,
@@ -76,7 +76,7 @@ describe('what real nodes have sent', () => {
     expect(inode.snapshotAt - inode.createdAt).toBeLessThan(60_000);
   });
 
-  test('the inode of the working VDI that continues from it', () => {
+  test('the inode of the working VDI that continues from a snapshot is read', () => {
     expect(decodeInode(find('inode of the working VDI').payload)).toMatchObject({
       vid: next,
       name: recorded.name,
@@ -100,14 +100,14 @@ describe('what real nodes have sent', () => {
     expect(find('read').result).toBe(Result.SUCCESS);
   });
 
-  test('the list of nodes', () => {
+  test('the list of nodes is read', () => {
     const { payload, response } = find('node list');
     const nodes = decodeNodes(payload, nodeResponse.decode(response).nrNodes);
     expect(nodes.map(({ host, port }) => `${host}:${port}`)).toEqual([7000, 7001, 7002].map((p) => `127.0.0.1:${p}`));
     expect(nodes.map(({ zone, vnodes }) => [zone, vnodes])).toEqual([0, 1, 2].map((zone) => [zone, 128]));
   });
 
-  test('the state of the cluster', () => {
+  test('the state of the cluster is read', () => {
     expect(decodeClusterInfo(find('cluster info').payload)).toMatchObject({
       copies: 2,
       status: 1,
@@ -119,7 +119,7 @@ describe('what real nodes have sent', () => {
 });
 
 describe('requests', () => {
-  test('headers have the length that the protocol gives them', () => {
+  test('headers have the length of the protocol', () => {
     for (const layout of [objectRequest, vdiRequest]) expect(layout.span).toBe(HEADER_BYTES);
     expect(inodeLayout.span).toBe(INODE_HEADER_BYTES);
     expect(inodeLayout.offsetOf('tag')).toBe(INODE_TAG_OFFSET);
@@ -127,7 +127,7 @@ describe('requests', () => {
     expect(inodeLayout.offsetOf('vdiSize')).toBe(INODE_VDI_SIZE_OFFSET);
   });
 
-  test('the data path writes the same bytes as the layout', () => {
+  test('the data path encodes the same bytes as the layout', () => {
     const header = encodeObjectRequest(Opcode.CREATE_AND_WRITE_OBJ, 3, 0x123456, 7, 4096, 512, 0x654321, 8);
     expect(objectRequest.decode(header)).toMatchObject({
       protoVer: 2,
@@ -145,7 +145,7 @@ describe('requests', () => {
     });
   });
 
-  test('our requests have the bytes that nodes have understood', () => {
+  test('our requests have the bytes that real nodes accepted', () => {
     const id = (bytes: Buffer): Buffer => {
       bytes.writeUInt32LE(0, 8);
       return bytes;
@@ -156,7 +156,7 @@ describe('requests', () => {
     expect(encodeVdiRequest(Opcode.NEW_VDI, 1, 256, fields)).toEqual(id(find('snapshot').request));
   });
 
-  test('a time goes into an inode and comes out again', () => {
+  test('a time written to an inode is read back', () => {
     const header = Buffer.alloc(INODE_HEADER_BYTES);
     encodeTime(1_795_559_587_760).copy(header, INODE_SNAP_CTIME_OFFSET);
     expect(decodeInode(header).snapshotAt).toBe(1_795_559_587_760);
@@ -164,7 +164,7 @@ describe('requests', () => {
 });
 
 describe('--cluster', () => {
-  test('takes hosts, ports and IPv6 addresses', () => {
+  test('accepts hosts, ports and IPv6 addresses', () => {
     expect(parseClusterAddress('a,b:7001,[::1]:7002')).toEqual([
       { host: 'a', port: 7000 },
       { host: 'b', port: 7001 },

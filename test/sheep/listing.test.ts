@@ -1,6 +1,6 @@
 /**
- * What looking things up costs on a cluster, counted in requests: one name is asked for by itself, and a list reads every
- * inode and every table once. And that what is found so is what a list finds, whatever others do meanwhile.
+ * The cost of lookups in a cluster, counted in requests: looking up a name reads no other VDI, and a list reads every inode
+ * and every table once. A lookup finds the same as a list, whatever other clients do meanwhile.
  */
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { VdiExports } from '../../src/export/vdi-exports.js';
@@ -27,7 +27,7 @@ afterEach(async () => {
   await cluster.stop();
 });
 
-/** Requests of `work`, by kind. */
+/** The requests that `work` makes, by kind. */
 async function requestsOf(work: () => Promise<unknown>): Promise<{ reads: number; bitmaps: number; all: number }> {
   const before = cluster.seen.length;
   await work();
@@ -53,7 +53,7 @@ test('one disk among many is opened, described, snapshotted and shown without re
   expect((await requestsOf(() => catalog.find(`@${vid.toString(16)}`))).reads).toBeLessThan(10);
 });
 
-test('who asks about one disk after the other asks which there are once in a while, and not each time', async () => {
+test('looking up one disk after the other reads the vids in use once in a while, not each time', async () => {
   for (let n = 0; n < DISKS; n++) await catalog.create(`disk-${n}`, SIZE);
   const exports = new VdiExports(catalog);
   const began = performance.now();
@@ -64,7 +64,7 @@ test('who asks about one disk after the other asks which there are once in a whi
   expect(bitmaps).toBeLessThanOrEqual(2 * (seconds + 1));
 });
 
-test('the details of all disks cost some requests each, and say what each one says alone', async () => {
+test('the details of all disks take a few requests for each, and equal the details of each disk alone', async () => {
   for (let n = 0; n < DISKS; n++) await catalog.create(`disk-${n}`, SIZE);
   const vdi = await catalog.openVdi('disk-3');
   await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
@@ -83,7 +83,7 @@ test('the details of all disks cost some requests each, and say what each one sa
   }
 });
 
-test('what others make, snapshot and delete this moment is found as it is, however lately it was asked for', async () => {
+test('VDIs that other clients have just created, snapshotted or deleted are found as they are, also after a recent lookup', async () => {
   await catalog.create('disk', SIZE);
   await catalog.find('disk');
   for (let n = 0; n < 3; n++) cluster.externalSnapshot('disk', `by-others-${n}`);
@@ -103,10 +103,10 @@ test('what others make, snapshot and delete this moment is found as it is, howev
   await other.close();
 });
 
-test('names that have one place are told apart, and the place is that of the nodes', async () => {
+test('names with the same hash are told apart, and the hash is that of the nodes', async () => {
   const names = ['a', 'disk', 'ünïcode', 'x'.repeat(255)];
   for (const name of names) expect(firstVid(name)).toBe(hash(name));
-  // Two names whose first places are neighbours share a run of vids in use.
+  // Two names with neighbouring hashes share a run of vids in use.
   const places = new Map<number, string>();
   let pair: [string, string] | undefined;
   for (let n = 0; pair === undefined; n++) {

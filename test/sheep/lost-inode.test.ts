@@ -1,4 +1,4 @@
-/** One VDI whose inode no node has any more: it is said to be damaged, and all others work. */
+/** A VDI whose inode is lost on all nodes is reported as damaged, and all other VDIs work. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
@@ -15,7 +15,7 @@ const SHIFT = { blockSizeShift: 20 };
 
 let cluster: StandIn;
 let catalog: VdiCatalog;
-/** Of the working VDI "c", whose snapshot "c@m" is there. */
+/** The vid of the working VDI "c", whose snapshot "c@m" exists. */
 let lost: number;
 
 async function open(withZeros = false): Promise<VdiCatalog> {
@@ -61,7 +61,7 @@ describe.each([
 ])('%s', (_, options) => {
   beforeEach(() => startWith(options));
 
-  test('all other VDIs are listed, served and written, and the lost one is reported with its id', async () => {
+  test('all other VDIs are listed, served and written, and the lost VDI is reported with its id', async () => {
     const id = lost.toString(16);
     const names = (await catalog.details()).map(({ name, tag }) => `${name}@${tag}`);
     expect(names).toEqual(['a@', 'b@m', 'b@', 'c@m']);
@@ -100,16 +100,16 @@ test('on a cluster that does not reuse vids, everything else works', async () =>
   await expect(catalog.create('c', OBJECT, SHIFT)).rejects.toMatchObject({ code: 'EXISTS' });
 });
 
-test('a name that only the lost VDI has cannot be given again, and the error says why', async () => {
+test('the name of a VDI that is lost cannot be used for a new one, and the error says why', async () => {
   await startWith({});
   cluster.loseInode((await catalog.find('a')).vid);
   await expect(catalog.create('a', OBJECT, SHIFT)).rejects.toThrow(/nodes look for a name in the inodes/);
   await expect(catalog.find('a')).rejects.toMatchObject({ code: 'NO_VDI' });
 });
 
-test('where nodes read all inodes for a name, VDIs that they cannot find keep their content', async () => {
+test('if nodes cannot find a VDI by name because of the lost inode, the VDI keeps its content', async () => {
   await startWith({ recyclesVids: true });
-  // Only what lies behind the lost one do the nodes find.
+  // The nodes find only VDIs behind the lost one.
   const behind = (await catalog.list()).filter(({ vid }) => vid < lost);
   expect(behind.length).toBeGreaterThan(0);
   for (const { name, tag } of behind) {
@@ -120,7 +120,7 @@ test('where nodes read all inodes for a name, VDIs that they cannot find keep th
   await expect(catalog.create('new', OBJECT, SHIFT)).rejects.toMatchObject({ code: 'DAMAGED' });
 });
 
-test('the lost inode of a temporary snapshot does not block the disk, nor another NAME@now', async () => {
+test('the lost inode of a temporary snapshot blocks neither the disk nor another NAME@now', async () => {
   await startWith({});
   const taken = await catalog.snapshotTemporary('a', 'now');
   await catalog.dropTemporary('a', 'now', taken.vid);
@@ -134,7 +134,7 @@ test('the lost inode of a temporary snapshot does not block the disk, nor anothe
 test('a hyper volume whose index cannot be read is listed as damaged, and hides no other VDI', async () => {
   await startWith({});
   const inode = cluster.objects.get(VDI_BIT | (BigInt(hash('a')) << 32n));
-  // It says that it has an index, and there is none.
+  // The inode says that an index exists, and none does.
   inode?.set([1], 553);
   inode?.fill(0xff, 4664, 4664 + 64);
   const details = await catalog.details();
@@ -143,7 +143,7 @@ test('a hyper volume whose index cannot be read is listed as damaged, and hides 
   expect((await catalog.check({ repair: false })).problems.join()).toMatch(/damaged: a, id .* is something else/);
 });
 
-test('the command line reports the same with and without a daemon, and exports what is left', async () => {
+test('the command line reports the same with and without a daemon, and exports the rest', async () => {
   await startWith({});
   const id = lost.toString(16);
   const at = ['--cluster', cluster.address];

@@ -1,7 +1,7 @@
 /**
- * `sheepgate migrate` between a store and a cluster, both ways: every snapshot arrives with its content, tag and time; a
- * run that is killed goes on; nothing that is not its own is touched; and nothing is left behind. Against the stand-in
- * and, where there are any, real nodes.
+ * `sheepgate migrate` between a store and a cluster, both ways: every snapshot arrives with its content, tag and time; the
+ * next run continues a killed one; VDIs of others stay as they are; and nothing is left behind. Against the stand-in, and
+ * against real nodes where they are installed.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -34,7 +34,7 @@ const SHIFT = 20;
 const missing = realNodesMissing();
 if (missing !== undefined) console.log(`not run against real Sheepdog nodes: ${missing}`);
 
-/** Real nodes are killed at the first and the last stage only, but for long runs: on the stand-in all stages are tried. */
+/** With real nodes only the first and the last stage are interrupted, except in long runs; with the stand-in all stages. */
 const someStages = (stages: readonly number[]): readonly number[] =>
   testLength === 'long' ? stages : stages.filter((_, n) => n === 0 || n === stages.length - 1);
 
@@ -43,7 +43,7 @@ const clusters = [
   { label: 'real nodes', start: startRealNodes, tried: someStages, skip: missing !== undefined },
 ];
 
-/** Blocks from the first to the last, each stamped with the number of the round it was written in. */
+/** Writes blocks from the first to the last, each with the number of its round. */
 async function writeRounds(
   catalog: VdiCatalog,
   name: string,
@@ -62,7 +62,7 @@ async function writeRounds(
   await catalog.release(vdi);
 }
 
-/** As of one moment: stamps fall at one place at most, and by one. */
+/** True for the content of one moment: the number of the round falls at most once, by one. */
 function expectPointInTime(content: Buffer): void {
   const stamps: number[] = [];
   for (let at = 0; at < content.length; at += MIB) stamps.push(content.readUInt32LE(at));
@@ -74,7 +74,7 @@ function expectPointInTime(content: Buffer): void {
   expect((stamps[0] as number) - (stamps.at(-1) as number)).toBeLessThanOrEqual(1);
 }
 
-/** Objects that a local store has, also while somebody else has it open. */
+/** Number of objects of a local store, which another process may have open. */
 function objectFiles(place: Place): number {
   const objects = path.join(place.argument, 'objects');
   if (!fs.existsSync(objects)) return 0;
@@ -82,7 +82,7 @@ function objectFiles(place: Place): number {
 }
 
 for (const { label, start, tried, skip } of clusters) {
-  describe.skipIf(skip)(`migrating (${label})`, () => {
+  describe.skipIf(skip)(`sheepgate migrate (${label})`, () => {
     let cluster: TestCluster;
     let remote: Place;
     let leftBefore: string[] = [];
@@ -108,12 +108,12 @@ for (const { label, start, tried, skip } of clusters) {
     });
     afterAll(() => (cluster as typeof cluster | undefined)?.stop());
 
-    test('a history arrives whole in the cluster, and whole again in another store', async () => {
+    test('a disk with all its snapshots arrives whole in the cluster, and from there in another store', async () => {
       const local = localPlace();
       const back = localPlace();
       const contents = await makeHistory(local, 'vm');
       const before = await checkContents(local, 'vm', contents);
-      // Hashes are the same for one size of objects.
+      // Hashes are equal for equal object sizes only.
       const there = await migrate(local, remote, '--block-size-shift', String(SHIFT));
       expect(there.isFinished).toBe(true);
       expect(there.snapshots.map(({ tag }) => tag)).toEqual([...contents.keys()].filter(Boolean));
@@ -128,7 +128,7 @@ for (const { label, start, tried, skip } of clusters) {
       const hashes = ({ snapshots, working }: Result): unknown => [...snapshots, working].map((step) => step?.treeHash);
       expect(hashes(again)).toEqual(hashes(there));
       expect(there.working?.treeHash).toMatch(/^[0-9a-f]{64}$/);
-      // "another way" goes on from "first", there as here, and shares with it all but one object.
+      // "another way" continues from "first" in both stores, and shares all but one object with it.
       expect(there.snapshots[3]?.copiedBytes).toBeLessThan(MIB);
       const parentTag = (records: VdiRecord[]): unknown =>
         records.find(({ vid }) => vid === records.find(({ tag }) => tag === 'another way')?.parentVid)?.tag;
@@ -140,7 +140,7 @@ for (const { label, start, tried, skip } of clusters) {
     });
 
     for (const way of ['into the cluster', 'out of the cluster']) {
-      test(`killed at its stages ${way}, the same command goes on and repeats nothing that was done`, async () => {
+      test(`a migration ${way} that is killed at any stage is continued by the same command, which repeats no finished step`, async () => {
         const local = localPlace();
         const [from, to] = way === 'into the cluster' ? [local, remote] : [remote, local];
         const contents: Contents = new Map();
@@ -156,7 +156,7 @@ for (const { label, start, tried, skip } of clusters) {
           contents.set('', content);
         });
         const args = ['migrate', 'vm', '--from', from.argument, '--to', to.argument, '--json'];
-        // How far it is: its VDI and tags in a cluster, its objects in a store, which is locked while it runs.
+        // Its progress: VDI and tags in a cluster, objects in a store, which is locked while it runs.
         const [reached, stages] =
           to === remote
             ? [async () => (await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'))).length, [1, 2, 3, 4]]
@@ -172,7 +172,7 @@ for (const { label, start, tried, skip } of clusters) {
         expect(kills).toBeGreaterThan(0);
         const records = await withCatalog(to, (catalog) => recordsOf(catalog, 'vm'));
         const done = records.map(({ tag }) => tag).filter((tag) => tag.startsWith('s'));
-        // It may have come to its end in spite of us.
+        // It may have finished before the kill.
         if (records.some(({ unfinished }) => unfinished)) {
           const { snapshots } = await migrate(from, to);
           for (const [n, { tag, copiedBytes, comparedBytes }] of snapshots.entries()) {
@@ -185,7 +185,7 @@ for (const { label, start, tried, skip } of clusters) {
       });
     }
 
-    test('interrupted by Ctrl-C it says so, leaves its mark only in the target, and goes on', async () => {
+    test('a migration interrupted by Ctrl-C says so, leaves its mark in the target only, and can be continued', async () => {
       const local = localPlace();
       const content = Buffer.alloc(64 * MIB);
       await withCatalog(remote, async (catalog) => {
@@ -197,7 +197,7 @@ for (const { label, start, tried, skip } of clusters) {
       let said = '';
       child.stderr.setEncoding('utf8').on('data', (text: string) => (said += text));
       const over = ended(child);
-      // It reads: the source has its snapshot.
+      // It reads now: the source has the snapshot of the migration.
       const isReading = async (): Promise<boolean> =>
         child.exitCode !== null ||
         (await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).some(({ tag }) =>
@@ -220,7 +220,7 @@ for (const { label, start, tried, skip } of clusters) {
       await checkContents(local, 'vm', new Map([['', content]]));
     });
 
-    test('while somebody else writes the cluster, the copy is of one moment, and the next run brings the rest', async () => {
+    test('while another client writes to the cluster, the copy is of one moment, and the next run copies the rest', async () => {
       const local = localPlace();
       await withCatalog(remote, async (catalog) => {
         await catalog.create('vm', 8 * MIB, { blockSizeShift: SHIFT });
@@ -256,7 +256,7 @@ for (const { label, start, tried, skip } of clusters) {
       });
     });
 
-    test('with a daemon on either side it is the same, the source being written, its vid staying', async () => {
+    test('with a daemon on either side migration works alike while the source is written, and the source keeps its vid', async () => {
       const daemon = await startDaemon({ args: ['--create', 'vm:8M'] });
       const served = { argument: daemon.store, open: () => LocalStore.open(daemon.store) };
       const client = await attach(daemon, 'vm');
@@ -289,7 +289,7 @@ for (const { label, start, tried, skip } of clusters) {
       await client.readInto(0, content);
       await client.disconnect();
       await checkContents(remote, 'vm', new Map([['', content]]));
-      // And back through it, into the same store under another name.
+      // And back through the daemon, into the same store under another name.
       await migrate(remote, served, '--as', 'copy');
       expect((await daemon.stop()).code).toBe(0);
       await checkContents(served, 'copy', new Map([['', content]]));
@@ -298,7 +298,7 @@ for (const { label, start, tried, skip } of clusters) {
   });
 }
 
-test('what is damaged on its way is found before it gets its tag, and the next run mends it', async () => {
+test('data damaged on the way are detected before the snapshot gets its tag, and the next run repairs them', async () => {
   const cluster = await new StandIn().start();
   const local = localPlace();
   const remote: Place = { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) };
@@ -310,7 +310,7 @@ test('what is damaged on its way is found before it gets its tag, and the next r
   });
   let isDamaged = false;
   cluster.fault = ({ opcode, oid }) => {
-    // The first that is read of it: it was written before.
+    // The first object that is read back: it was written before.
     const object = cluster.objects.get(oid);
     if (isDamaged || opcode !== Op.READ || oid >> 63n !== 0n || (oid & 0xffffffffn) !== 1n || !object) return undefined;
     object[12_345] = (object[12_345] as number) ^ 1;
@@ -337,7 +337,7 @@ test('what is damaged on its way is found before it gets its tag, and the next r
   await cluster.stop();
 });
 
-test('when the cluster goes away it is said that nothing is lost, and the next run goes on', async () => {
+test('if the cluster fails, the error says that nothing is lost, and the next run continues', async () => {
   const cluster = await new StandIn().start();
   const local = localPlace();
   const remote: Place = { argument: `cluster:${cluster.address}`, open: () => SheepStore.open(cluster.address) };
@@ -346,12 +346,12 @@ test('when the cluster goes away it is said that nothing is lost, and the next r
     await catalog.create('vm', content.length);
     await write(catalog, 'vm', content, 0, patterned(12 * MIB, 1));
   });
-  // Trouble that no repetition overcomes, after the first object.
+  // After the first object every request fails, however often it is repeated.
   let objects = 0;
   cluster.fault = ({ opcode }) => (opcode === Op.CREATE && objects++ > 0 ? { result: Res.EIO } : undefined);
   const failed = await cli(['migrate', 'vm', '--from', local.argument, '--to', remote.argument]);
   expect(failed.code).toBe(1);
-  // The notes before it say which nodes it tried.
+  // The lines before it name the nodes that were tried.
   const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete, and the same command goes on from there\n$/;
   expect(failed.stderr).toMatch(last);
   cluster.fault = () => undefined;

@@ -1,6 +1,6 @@
 /**
- * A cluster that has lost objects: check says which bytes, and --missing=zero gives out what is left, read-only, through
- * real clients. Against the stand-in and, where there are any, real nodes.
+ * A cluster that has lost objects: check reports the lost bytes, and --missing=zero exports the rest read-only, to real
+ * clients. Against the stand-in, and against real nodes where they are installed.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -27,7 +27,7 @@ for (const { label, start, skip } of clusters) {
     let cluster: TestCluster;
     let remote: Place;
     let daemon: Daemon;
-    /** What is left: of the snapshot, and of the disk. */
+    /** The remaining content of the snapshot and of the disk. */
     const snapshot = patterned(SIZE, 1);
     const disk = Buffer.from(snapshot);
 
@@ -45,7 +45,7 @@ for (const { label, start, skip } of clusters) {
       const after = vdi.record.vid;
       await catalog.release(vdi);
       await catalog.close();
-      // One that both share, one of the snapshot, one of the disk.
+      // An object that both share, one of the snapshot, one of the disk.
       cluster.loseObject(before, 1);
       cluster.loseObject(before, 3);
       cluster.loseObject(after, 3);
@@ -58,7 +58,7 @@ for (const { label, start, skip } of clusters) {
       await (cluster as typeof cluster | undefined)?.stop();
     });
 
-    test('check lists them, and reading them is an error as long as nobody asks for zeros', async () => {
+    test('check lists the lost objects, and reading them is an error without --missing=zero', async () => {
       const result = await cli(['check', '--cluster', `${cluster.address},127.0.0.1:1`]);
       expect(result.code, result.stderr).toBe(1);
       expect(result.stdout).toMatch(`lost: vm@a bytes ${MIB} to ${2 * MIB - 1}\n`);
@@ -72,7 +72,7 @@ for (const { label, start, skip } of clusters) {
       expect(fs.existsSync(out)).toBe(false);
     });
 
-    test('serve --missing=zero: clients get what is left, and zeros, and are told that they can only read', async (context) => {
+    test('serve --missing=zero gives clients the remaining data, zeros for lost objects, and read-only exports', async (context) => {
       for (const tool of ['nbdinfo', 'nbdcopy']) {
         if (!haveCommand(tool))
           return skipBecause(context, `${tool} is not installed (sh test/install.sh installs it)`);
@@ -91,7 +91,7 @@ for (const { label, start, skip } of clusters) {
         expectBytes(copied.stdoutBytes, content);
       }
       const lines = daemon.log().match(/lost: [^"]+/g) ?? [];
-      // Each once, however often it was read.
+      // Each lost object is logged once, however often it is read.
       expect(lines.sort()).toEqual([
         expect.stringMatching(
           new RegExp(`^lost: vm bytes ${MIB} to ${2 * MIB - 1} \\(object 1 of vid .*read as zeros`),
@@ -101,7 +101,7 @@ for (const { label, start, skip } of clusters) {
       ]);
     });
 
-    test('nothing can be changed there, by whatever way', async () => {
+    test('with --missing=zero every kind of change is refused', async () => {
       const client = await NbdClient.connect({ path: daemon.socket });
       expect((await client.go('vm')).readOnly).toBe(true);
       await expect(client.write(0, Buffer.alloc(512))).rejects.toThrow(/EPERM|read-only/i);
@@ -121,7 +121,7 @@ for (const { label, start, skip } of clusters) {
       }
     });
 
-    test('export and migrate --missing=zero carry what is left into a file and into a store', async () => {
+    test('export and migrate --missing=zero copy the remaining data to a file and to a store', async () => {
       const out = path.join(temporaryDirectory(), 'out.img');
       const result = await cli(['export', 'vm', out, '--missing=zero', '--cluster', cluster.address]);
       expect(result.code, result.stderr).toBe(0);
@@ -138,7 +138,7 @@ for (const { label, start, skip } of clusters) {
           ['', disk],
         ]),
       );
-      // What is damaged stays as it is.
+      // The damaged disk stays as it is.
       await withCatalog(remote, async (catalog) => {
         expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['a', '']);
       });
@@ -146,7 +146,7 @@ for (const { label, start, skip } of clusters) {
   });
 }
 
-test('a local store has nothing to put zeros in place of', async () => {
+test('a local store refuses --missing=zero', async () => {
   const store = localPlace().argument;
   expect((await cli(['vdi', 'create', 'vm', '1M', '--store', store])).code).toBe(0);
   for (const args of [

@@ -1,6 +1,6 @@
 /**
- * Names and tags that other tools give in a cluster, whatever bytes they are, and vids that are used again: what is meant is
- * what is hit. Against the stand-in and, where there are any, real nodes.
+ * Names and tags of other tools in a cluster, of any bytes, and vids that are used again: each command acts on the VDI that
+ * was meant and on no other. Against the stand-in, and against real nodes where they are installed.
  */
 import { execFile } from 'node:child_process';
 import { promisify } from 'node:util';
@@ -24,12 +24,12 @@ const SIZE = 4 * 2 ** SHIFT;
 const missing = realNodesMissing();
 if (missing !== undefined) console.log(`not run against real Sheepdog nodes: ${missing}`);
 
-/** A cluster, and what its own tool does to it. */
+/** A cluster, and the actions of its own tool. */
 interface Cluster {
   readonly address: string;
   create(name: Buffer): Promise<void>;
   snapshot(name: Buffer, tag: Buffer): Promise<void>;
-  /** What it has to complain about. */
+  /** Violations of the protocol that the stand-in saw. */
   complaints(): readonly string[];
   stop(): Promise<void>;
 }
@@ -58,7 +58,7 @@ async function realNodes(recyclesVids: boolean): Promise<Cluster> {
     format: ['-c', '2', '-z', String(SHIFT), ...(recyclesVids ? ['-R'] : [])],
   });
   const dog = async (command: string, ...words: readonly Buffer[]): Promise<void> => {
-    // Arguments of a process are text in Node; these are not.
+    // Node passes only text as arguments of a process; these are bytes.
     const quoted = words.map(
       (word) => `$'${Array.from(word, (byte) => `\\x${byte.toString(16).padStart(2, '0')}`).join('')}'`,
     );
@@ -120,7 +120,7 @@ const NAMES = ['x/y', 'a@b', ' lead', 'trail ', '.', '..', 'ta\tb', 'bad\xff\xfe
 );
 const TAGS = ['t\xff', 't\xfe', 'x/y', 'p@q', ' ', '.', 'now', 'now:x'].map(bytes);
 
-test('bytes come back from the text that stands for them, and text that is UTF-8 is itself', () => {
+test('text stands for any bytes and gives the same bytes back, and UTF-8 stands for itself', () => {
   for (const sample of ['', 'plain', 'ü€😀\ufffd', '\xff', 'a\xc3', '\xed\xa0\x80', '\xf0\x9f\x98', '\xc3\xa4\xc3'].map(
     (text) => bytes(text),
   )) {
@@ -144,7 +144,7 @@ for (const isReal of [false, true]) {
       await (cluster as typeof cluster | undefined)?.stop();
     });
 
-    test('a VDI of any name is listed, written, snapshotted, cloned, rolled back and deleted, and no other one with it', async () => {
+    test('a VDI of any name is listed, written, snapshotted, cloned, rolled back and deleted, and no other VDI is changed', async () => {
       for (const name of NAMES) await cluster.create(name);
       const said = await opened.listed();
       expect(new Set(said).size).toBe(NAMES.length);
@@ -157,7 +157,7 @@ for (const isReal of [false, true]) {
         await opened.catalog.snapshot(name, 'ours');
         await opened.fill(name, 99);
       }
-      // A few stand for all of them: it takes its time.
+      // A few names stand for all: each takes long.
       for (const [n, name] of said.entries()) {
         expect(await opened.look(name)).toBe(99);
         if (!/bad|x%2F/.test(name)) continue;
@@ -174,14 +174,14 @@ for (const isReal of [false, true]) {
       expect(cluster.complaints()).toEqual([]);
     }, 120_000);
 
-    test('a snapshot of any tag is listed, opened, cloned and deleted, and none of them goes when we start', async () => {
+    test('a snapshot of any tag is listed, opened, cloned and deleted, and a start of the daemon removes none', async () => {
       const name = bytes('tags');
       await cluster.create(name);
       for (const [n, tag] of TAGS.entries()) {
         await opened.fill('tags', n + 1);
         await cluster.snapshot(name, tag);
       }
-      // As a daemon does at its start, and at the end of a moment.
+      // As a daemon does at its start, and when a temporary snapshot ends.
       expect(await opened.catalog.dropLeftovers()).toBe(0);
       expect(await opened.look('tags@now')).toBe(TAGS.length);
       const restarted = await Opened.open(cluster.address);
@@ -205,7 +205,7 @@ for (const isReal of [false, true]) {
   });
 
   describe.skipIf(isReal && missing !== undefined)(
-    `ids that are used again (${isReal ? 'real nodes' : 'stand-in'})`,
+    `vids that are used again (${isReal ? 'real nodes' : 'stand-in'})`,
     () => {
       let cluster: Cluster;
       let opened: Opened;
@@ -218,7 +218,7 @@ for (const isReal of [false, true]) {
         await (cluster as typeof cluster | undefined)?.stop();
       });
 
-      test('a VDI with a lower id than its snapshots is snapshotted, rolled back, and deleted, and nothing else', async () => {
+      test('a VDI with a lower id than its snapshots is snapshotted, rolled back and deleted, and no other VDI is changed', async () => {
         const { catalog } = opened;
         for (const name of ['old-1', 'old-2', 'b']) await catalog.create(name, SIZE, { blockSizeShift: SHIFT });
         await opened.fill('b', 1);
@@ -263,7 +263,7 @@ for (const isReal of [false, true]) {
   );
 }
 
-describe('on the stand-in', () => {
+describe('names and tags on the stand-in', () => {
   let cluster: Awaited<ReturnType<typeof standIn>>;
   let opened: Opened;
   beforeEach(async () => {
@@ -275,7 +275,7 @@ describe('on the stand-in', () => {
     await cluster.stop();
   });
 
-  test('a tag that is a number is refused when it is new, and what may be another snapshot is said by its id', async () => {
+  test('a new tag that is a number is refused, and an ambiguous snapshot is shown by its id', async () => {
     const { catalog } = opened;
     await catalog.create('v', SIZE, { blockSizeShift: SHIFT });
     for (const [n, tag] of ['a', 'b', 'c', 'd'].entries()) {
@@ -286,7 +286,7 @@ describe('on the stand-in', () => {
       /tag "7" is a number, which other tools of a cluster take/,
     );
     const vids = (await catalog.list()).map(({ vid }) => vid);
-    // Others have taken them: the number of another one, of none, and one tag twice.
+    // Snapshots of other tools: tagged with the number of another snapshot, with an unused number, and two with one tag.
     cluster.nodes.retag(vids[1] as number, '1');
     expect(await opened.listed()).toEqual(['v@a', `@${vids[1]?.toString(16)}`, 'v@c', 'v@d', 'v']);
     cluster.nodes.retag(vids[2] as number, '20');
@@ -309,7 +309,7 @@ describe('on the stand-in', () => {
     expect(await opened.look('v@20')).toBe(3);
   });
 
-  test('migrate keeps numbers as tags in a store, and into a cluster refuses all that cannot be, or gives others', async () => {
+  test('migrate keeps numbers as tags in a store; into a cluster it refuses tags that are impossible there, or replaces them', async () => {
     const { catalog, operations } = opened;
     await catalog.create('v', SIZE, { blockSizeShift: SHIFT });
     for (const [n, tag] of ['a', 'b', 'c', 'd', 'e'].entries()) {
@@ -345,7 +345,7 @@ describe('on the stand-in', () => {
     const into = new DirectOperations(local, localExports);
     await migrate(operations, into, 'v');
     expect((await local.list()).map(({ tag }) => tag)).toEqual(['a', '1', 'c', 'd', 'e', '']);
-    // And back: a cluster does not take it.
+    // And back: a cluster refuses it.
     await expect(migrate(into, operations, 'arrived')).rejects.toThrow(
       /^nothing was begun: .* cannot have the tags of these snapshots: arrived@1 \(tag "1": in a cluster a number is an id\)/,
     );
@@ -354,7 +354,7 @@ describe('on the stand-in', () => {
     const arrived = (await catalog.list()).filter(({ name }) => name === 'arrived');
     expect(arrived.map(({ tag }) => tag)).toEqual(['a', expect.stringMatching(/^1\.id-[0-9a-f]+$/), 'c', 'd', 'e', '']);
     for (const [n, each] of arrived.entries()) expect(await opened.look(specOf(each))).toBe(n + 1);
-    // What no store of ours takes: all of it is told, and all of it arrives.
+    // Tags that our stores refuse: all are reported, and all arrive under other tags.
     for (const record of await local.list()) await local.remove(specOf(record));
     for (const [n, tag] of ['x/y', '1', bytes('t\xff'), '1', ' '].entries())
       cluster.nodes.retag(vids[n] as number, tag);
@@ -367,7 +367,7 @@ describe('on the stand-in', () => {
     await local.close();
   });
 
-  test('a VDI that somebody writes while it is deleted is not said to be deleted', async () => {
+  test('a VDI that another client writes while it is deleted is not reported as deleted', async () => {
     await opened.catalog.create('v', SIZE, { blockSizeShift: SHIFT });
     await opened.fill('v', 1);
     const { vid } = await opened.catalog.find('v');
@@ -414,7 +414,7 @@ describe('on the stand-in', () => {
   );
 });
 
-test('wherever a snapshot under another name ends, the VDI has its name, its content, and can be snapshotted', async () => {
+test('if a snapshot under another name is cut off at any step, the VDI has its name and content and can be snapshotted', async () => {
   const MOST_WRITES = 16;
   for (let after = 0; ; after++) {
     const cluster = await standIn(true);

@@ -1,6 +1,6 @@
 /**
- * What an operator of a cluster asks and does: how many copies a VDI has, who has locked it, how the nodes are. Against the
- * stand-in, and against real nodes where there are any: what is said then is what `dog` says.
+ * Commands for the operator of a cluster: copies of a VDI, locks and their holders, the state of the nodes. Against the
+ * stand-in, and against real nodes where they are installed: there the output is compared with that of `dog`.
  */
 import fs from 'node:fs';
 import path from 'node:path';
@@ -35,7 +35,7 @@ interface Lock {
   readonly usedBy: string[];
 }
 
-test('copies and erasure codes are read and written as dog does', () => {
+test('copies and erasure codes are written as dog writes them', () => {
   for (const text of ['1', '2', '31', '2:1', '4:2', '8:15', '16:15']) {
     const redundancy = parseRedundancy(text);
     expect(redundancy && formatRedundancy(redundancy)).toBe(text);
@@ -49,14 +49,14 @@ test('copies and erasure codes are read and written as dog does', () => {
   expect(copyPolicyOf({ dataStrips: 2, parityStrips: 1 })).toEqual({ copies: 3, copyPolicy: 0x11 });
 });
 
-test('lists of locks of another form are told from those of Sheepdog 1.0', () => {
+test('a list of locks in another format is distinguished from that of Sheepdog 1.0', () => {
   expect(decodeVdiStates(Buffer.alloc(0))).toEqual([]);
   expect(decodeVdiStates(Buffer.alloc(1427))).toBeUndefined();
-  // No lock_state is 0.
+  // A lock_state is never 0.
   expect(decodeVdiStates(Buffer.alloc(2 * 1428))).toBeUndefined();
 });
 
-test('a node that was a member is missed since the first epoch without it, and one that came back is not', () => {
+test('a former member is reported missing since the first epoch without it, and a node that came back is not', () => {
   const node = (port: number): { host: string; port: number } => ({ host: '10.0.0.1', port });
   const epochs = [
     [7, [1, 2]],
@@ -72,7 +72,7 @@ test('a node that was a member is missed since the first epoch without it, and o
 });
 
 describe.each(WAYS)('in a local store, %s', (way) => {
-  test('copies are refused with one line, nothing is made, and there are no locks', async () => {
+  test('copies are refused with one line, no VDI is created, and there are no locks', async () => {
     const target = await testStore(way);
     const line = await target.fails('vdi', 'create', 'vm', '1M', '--copies', '2');
     expect(line).toContain('--copies 2 is for Sheepdog clusters (--cluster)');
@@ -104,7 +104,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
   let cluster: StandIn;
   let daemon: Daemon | undefined;
   let operations: Operations;
-  /** The same on the command line. */
+  /** The same, as text of the command line. */
   let target: TestStore;
 
   beforeAll(async () => {
@@ -125,7 +125,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     (await operations.create(name, SIZE, { blockSizeShift: 20, redundancy })).vid;
   const node = (n: number): string => `127.0.0.1:${cluster.ports[n]}`;
 
-  test('a VDI has the copies or the code that were asked for, and so have its snapshots and clones', async () => {
+  test('a VDI has the requested copies or erasure code, and so have its snapshots and clones', async () => {
     await create('plain');
     await create('three', { copies: 3 });
     await target.ok('vdi', 'create', 'code', '8M', '--copies', '2:1', ...SHIFT);
@@ -143,7 +143,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('fewer nodes than copies or strips are refused with the numbers, and nothing is made', async () => {
+  test('more copies or strips than nodes are refused with both numbers, and no VDI is created', async () => {
     const line = await target.fails('vdi', 'create', 'much', '8M', '--copies', '5');
     expect(line).toContain('--copies 5 needs 5 nodes in zones of their own');
     expect(line).toContain('has 4 nodes in 4 zones');
@@ -151,7 +151,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect((await operations.list()).map(({ name }) => name)).not.toContain('much');
   });
 
-  test('what is imported has them too, and what is imported over a VDI that has others is refused before', async () => {
+  test('an import has the requested copies, and an import over a VDI with other copies is refused at once', async () => {
     const image = path.join(temporaryDirectory(), 'image');
     fs.writeFileSync(image, Buffer.alloc(2 * MIB, 7));
     const made = await target.run(['import', image, 'imported', '--copies', '2:1', ...SHIFT]);
@@ -166,12 +166,12 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     await operations.finish('imported', '1');
   });
 
-  test('a lock is shown with the node it was taken through, and ends only for who names that node', async () => {
+  test('a lock is shown with the node it was taken through, and ends only if the command names that node', async () => {
     const vid = await create('vm');
     expect(await operations.locks()).toEqual({ areEnforced: true, locks: [] });
     await expect(operations.unlock('vm')).rejects.toMatchObject({ code: 'NOT_LOCKED' });
 
-    // Somebody else, of whom nothing is known here.
+    // A client that is unknown here.
     cluster.state.locked.set(vid, 2);
     expect(await target.json<Lock[]>('vdi', 'lock', 'list')).toEqual([
       {
@@ -185,7 +185,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     const line = await target.fails('vdi', 'lock', 'unlock', 'vm');
     expect(line).toContain(`vm (id ${vid.toString(16)}) is locked through ${node(2)}, a member of the cluster`);
     expect(line).toContain(`'sheepgate vdi lock unlock vm --held-by ${node(2)}'`);
-    // Taken by another one since it was looked at.
+    // Taken by another client since the list was read.
     await expect(operations.unlock('vm', { heldBy: node(1) })).rejects.toThrow(
       `is locked through ${node(2)}, not through ${node(1)}; nothing was done`,
     );
@@ -196,7 +196,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect(cluster.state.locked.has(vid)).toBe(false);
   });
 
-  test('a holder that is no member any more is no reason to think that nobody writes', async () => {
+  test('a lock held through a node that left ends only if the command names that node, as its client may still write', async () => {
     const { vid } = await operations.show('vm');
     cluster.state.locked.set(vid, 3);
     cluster.left.add(3);
@@ -213,7 +213,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     }
   });
 
-  test("a lock on a snapshot is its VDI's of before, one on what is deleted is nobody's, and no other one ends with them", async () => {
+  test('a lock on a snapshot or on a deleted VDI is listed as such, and ending it ends no other lock', async () => {
     const old = await create('snapped');
     await operations.snapshot('snapped', 's');
     const { vid } = await operations.show('snapped');
@@ -230,7 +230,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     expect([...cluster.state.locked.keys()].sort()).toEqual([vid, deleted].sort());
     await operations.unlock(`@${deleted.toString(16)}`);
     expect([...cluster.state.locked.keys()]).toEqual([vid]);
-    // By its id, a VDI is what it is, also if its record is lost.
+    // A lock can be named by the id of its VDI, even if the record of the VDI is lost.
     await expect(operations.unlock(`@${vid.toString(16)}`)).rejects.toMatchObject({ code: 'NEEDS_FORCE' });
     const oid = (1n << 63n) | (BigInt(vid) << 32n);
     cluster.fault = ({ opcode, oid: asked }) => (opcode === Op.READ && asked === oid ? { result: 2 } : undefined);
@@ -240,7 +240,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
     cluster.state.locked.clear();
   });
 
-  test('a shared lock ends part by part, each with the node that has it', async () => {
+  test('a shared lock ends node by node', async () => {
     const { vid } = await operations.show('vm');
     cluster.state.shared.set(vid, [1, 2]);
     const { locks } = await operations.locks();
@@ -252,7 +252,7 @@ describe.each(WAYS)('of a cluster, %s', (way) => {
   });
 });
 
-test('what is restored or migrated into a cluster has the copies that were asked for', async () => {
+test('a VDI restored or migrated into a cluster has the requested copies', async () => {
   const cluster = await new StandIn({ jitterMs: 0 }).start();
   const local = await testStore(WAYS[0]);
   await local.ok('vdi', 'create', 'vm', '4M', ...SHIFT);
@@ -286,12 +286,12 @@ test('what is restored or migrated into a cluster has the copies that were asked
   await cluster.stop();
 });
 
-describe('a lock of ours', () => {
-  test('is not ended while a client has the disk open, whoever asks, and is told with that client', async () => {
+describe('a lock of this program', () => {
+  test('is never ended while a client has the disk open, and is shown with that client', async () => {
     const cluster = await new StandIn({ useLock: true, jitterMs: 0 }).start();
     const daemon = await startDaemon({ cluster: cluster.address, args: ['--create', 'vm:8M'] });
     const through = storeWith('', daemon, ['--cluster', cluster.address, '--control', daemon.control]);
-    // Its control socket is not where that of this cluster is looked for: a command on the nodes themselves.
+    // This command does not find the daemon's control socket, as if it ran on the nodes.
     const directly = storeWith('', undefined, ['--cluster', cluster.address]);
     const client = await attach(daemon, 'vm');
     const [lock] = await directly.json<Lock[]>('vdi', 'lock', 'list');
@@ -307,7 +307,7 @@ describe('a lock of ours', () => {
     await client.disconnect();
     await waitUntil(() => cluster.state.locked.size === 0, 'the lock is given back');
 
-    // What the daemon leaves when it is killed ends with the command that the refusal names.
+    // The command that the refusal names ends the lock of a killed daemon.
     await attach(daemon, 'vm');
     await waitUntil(() => cluster.state.locked.size === 1, 'the disk is locked');
     await daemon.kill();
@@ -321,7 +321,7 @@ describe('a lock of ours', () => {
     await cluster.stop();
   });
 
-  test('is asked for by nobody where the cluster does not lock', async () => {
+  test('is not asked for in a cluster without locks', async () => {
     const cluster = await new StandIn({ jitterMs: 0 }).start();
     const target = storeWith('', undefined, ['--cluster', cluster.address]);
     const listed = await target.run(['vdi', 'lock', 'list', '--json']);
@@ -334,7 +334,7 @@ describe('a lock of ours', () => {
     await cluster.stop();
   });
 
-  test('among many VDIs is found: nodes are asked again with more room', async () => {
+  test('among many VDIs is found: the request is repeated with a larger buffer', async () => {
     const cluster = await new StandIn({ useLock: true, jitterMs: 0 }).start();
     const store = await SheepStore.open(cluster.address);
     let refused = 0;
@@ -351,7 +351,7 @@ describe('a lock of ours', () => {
     await cluster.stop();
   });
 
-  test('that comes back in the moment it was ended is told, and so is a VDI that changes in that moment', async () => {
+  test('that is taken again just after it was ended is reported, and so is a VDI that changes at that moment', async () => {
     const cluster = await new StandIn({ useLock: true, jitterMs: 0 }).start();
     const catalog = new VdiCatalog(await SheepStore.open(cluster.address));
     const { vid } = await catalog.create('vm', SIZE);
@@ -360,7 +360,7 @@ describe('a lock of ours', () => {
     cluster.fault = ({ opcode }) => (opcode === Op.RELEASE_VDI ? { result: 0 } : undefined);
     await expect(catalog.unlock('vm', { heldBy })).rejects.toMatchObject({ code: 'IO' });
     cluster.fault = ({ opcode }) => {
-      // A snapshot by somebody else after the locks were looked at: what has the name now is another VDI.
+      // Another client takes a snapshot after the locks were read: the name now belongs to another vid.
       if (opcode === StateOp.GET_VDI_COPIES && cluster.state.locked.size === 1) cluster.externalSnapshot('vm', 's');
       return undefined;
     };
@@ -381,7 +381,7 @@ describe('the state of a cluster', () => {
   });
   afterEach(() => cluster.stop());
 
-  test('has its members and their changes, who has left, space, and how far recovery is', async () => {
+  test('shows members and their changes, missing nodes, space, and the progress of recovery', async () => {
     const [a, b, c] = cluster.ports as [number, number, number];
     cluster.state.epochs = [
       { epoch: 3, sinceSec: 1_700_000_200, ports: [a, b, c] },
@@ -407,7 +407,7 @@ describe('the state of a cluster', () => {
     expect(text).toMatch(/^left +127\.0\.0\.1:7999, with epoch 2, /m);
     expect(text).toMatch(new RegExp(`^ +3  \\S+ +3  \\+ 127\\.0\\.0\\.1:${c}$`, 'm'));
     expect(text).toMatch(/^ +2  \S+ +2  - 127\.0\.0\.1:7999$/m);
-    // Fewer epochs are asked for, and there is room for more members than there are now.
+    // Fewer epochs are requested, with room for more members than there are now.
     expect((await target.json<{ epochs: object[] }>('cluster', 'info', '--epochs', '2')).epochs).toHaveLength(2);
     cluster.state.epochs.push({ epoch: 0, sinceSec: 0, ports: Array.from({ length: 100 }, (_, n) => 8000 + n) });
     expect((await target.json<{ left: object[] }>('cluster', 'info')).left).toHaveLength(101);
@@ -433,7 +433,7 @@ describe('the state of a cluster', () => {
     expect(list).toMatch(/recovering, being prepared$/m);
   });
 
-  test('is told by another node when the first one has ended, and of one that takes connections and says nothing', async () => {
+  test('comes from another node if the first one has ended, and names a node that accepts connections without answering', async () => {
     cluster.state.isRecoveryDisabled = true;
     cluster.state.epochs = [{ epoch: 1, sinceSec: 1_700_000_000, ports: cluster.ports }];
     await cluster.stopNode(0);
@@ -459,7 +459,7 @@ describe('the state of a cluster', () => {
     expect(await target.fails('node', 'list')).toContain('no node says how the cluster is');
   });
 
-  test('is told as soon as one of the nodes that are named says it, however many of them are silent', async () => {
+  test('is shown as soon as one of the named nodes answers, however many do not', async () => {
     cluster.fault = ({ node }) => (node < 2 ? { until: new Promise(() => undefined) } : undefined);
     const startedAt = performance.now();
     const { stateName, nodes } = await readClusterReport(cluster.address, { answerMs: 1_000 });
@@ -473,7 +473,7 @@ describe('the state of a cluster', () => {
     expect(performance.now() - startedAt).toBeLessThan(2_700);
   });
 
-  test('is told of one that is not formatted, and of one that waits for nodes, with those that it waits for', async () => {
+  test('is shown for an unformatted cluster, and for a cluster that waits for nodes, with their addresses', async () => {
     cluster.state.notServing = StateRes.WAIT_FOR_FORMAT;
     const fresh = await target.json<{ nodes: object[] }>('cluster', 'info');
     expect(fresh).toMatchObject({ state: 'not-formatted', createdAt: null, redundancy: null, epochs: [], left: [] });
@@ -507,7 +507,7 @@ describe.skipIf(missing !== undefined)('on real nodes', () => {
   }, 60_000);
   afterAll(() => cluster.stop());
 
-  test('copies, locks and recovery are what dog says they are', async () => {
+  test('copies, locks and recovery are the same as those of dog', async () => {
     const image = path.join(temporaryDirectory(), 'image');
     fs.writeFileSync(image, Buffer.alloc(192 * MIB, 'what is to be recovered '));
     await target.ok('import', image, 'vm', '--copies', '3', ...SHIFT);
@@ -531,7 +531,7 @@ describe.skipIf(missing !== undefined)('on real nodes', () => {
     expect(await target.json('vdi', 'lock', 'list')).toEqual([]);
     expect((await cluster.dog('vdi', 'lock', 'list')).trim().split('\n')).toHaveLength(1);
 
-    // A node that has lost what it had: all of its objects are put there again.
+    // A node that has lost its disk: recovery restores all its objects.
     await cluster.killNode(3);
     const [, , , gone] = cluster.address.split(',');
     await waitUntil(
@@ -541,7 +541,7 @@ describe.skipIf(missing !== undefined)('on real nodes', () => {
     await cluster.recovered();
     expect(await target.json('cluster', 'info')).toMatchObject({ epoch: 2, left: [{ node: gone, epoch: 2 }] });
     fs.rmSync(path.join(cluster.directory, 'node3'), { recursive: true });
-    // Asked without pause: on a quiet machine it takes less time than a command.
+    // Polled without pause: on a quiet machine recovery is shorter than a command.
     const seen: number[] = [];
     let isOver = false;
     const watching = waitUntil(async () => {

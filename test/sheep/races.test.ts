@@ -1,4 +1,4 @@
-/** What is asked of a cluster while something else of ours is under way there: nothing is lost, doubled or left out. */
+/** Operations of one program on a cluster at the same time: none loses, repeats or misses anything because of another. */
 import { afterEach, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -29,13 +29,13 @@ afterEach(async () => {
 
 const count = (...opcodes: number[]): number => cluster.seen.filter(({ opcode }) => opcodes.includes(opcode)).length;
 
-/** Resolves when the node is asked this once more. */
+/** Resolves at the next such request. */
 async function asked(opcode: number): Promise<void> {
   const before = count(opcode);
   await expect.poll(() => count(opcode), { interval: 1, timeout: RETRY_MS }).toBeGreaterThan(before);
 }
 
-test('a disk that is closed while a list follows it to its new vid is opened from the cluster again', async () => {
+test('a disk that is closed while a list follows it to its new vid is read from the cluster at its next open', async () => {
   await start();
   await catalog.create('disk', SIZE);
   const vdi = await catalog.openVdi('disk');
@@ -63,7 +63,7 @@ test('a disk that is closed while a list follows it to its new vid is opened fro
   expect(read).toEqual(Buffer.alloc(BLOCK, 7));
 });
 
-test('a list while we take a snapshot takes it for nobody else’s, and neither fails', async () => {
+test('a list during our own snapshot does not take it for a snapshot of another client, and neither fails', async () => {
   await start({ useLock: true });
   await catalog.create('disk', SIZE);
   const vdi = await catalog.openVdi('disk');
@@ -80,7 +80,7 @@ test('a list while we take a snapshot takes it for nobody else’s, and neither 
 });
 
 test.each(['deleted', 'rolled back'])(
-  'a disk that somebody else has %s while it is open is in nobody’s way',
+  'a disk that another client has %s while it is open blocks no other operation',
   async (what) => {
     await start();
     await catalog.create('disk', SIZE);
@@ -103,7 +103,7 @@ test.each(['deleted', 'rolled back'])(
   },
 );
 
-test('details do not leave out a disk whose table cannot be read: they fail, and name it', async () => {
+test('a list with details fails and names the disk if the table of a disk cannot be read', async () => {
   await start();
   for (const name of ['a', 'b', 'c']) await catalog.create(name, SIZE);
   const { vid } = await catalog.find('b');
@@ -114,14 +114,14 @@ test('details do not leave out a disk whose table cannot be read: they fail, and
   await expect(catalog.details()).rejects.toThrow(/what b uses cannot be counted: .*EIO/);
 });
 
-test('many who ask at once for what is not there share what the node says', async () => {
+test('concurrent lookups of missing names share the answer of the node', async () => {
   await start();
   const before = count(Op.READ_VDIS);
   await Promise.all(Array.from({ length: 100 }, (_, n) => expect(catalog.find(`no-${n}`)).rejects.toThrow(/no VDI/)));
   expect(count(Op.READ_VDIS) - before).toBeLessThan(10);
 });
 
-test('a first node that is silent does not keep others from being asked at the first contact', async () => {
+test('opening a cluster succeeds if its first node does not answer', async () => {
   cluster = await new StandIn({ nodes: 2 }).start();
   let resume = (): void => undefined;
   const resumed = new Promise<void>((resolve) => (resume = resolve));
@@ -130,7 +130,7 @@ test('a first node that is silent does not keep others from being asked at the f
   resume();
 });
 
-test('a node that is slow with the look at an idle disk is not taken for silent: what others asked goes on', async () => {
+test('a node that answers slowly when an idle disk is checked is not given up, and other requests to it continue', async () => {
   await start({ nodes: 2, useLock: true });
   const lines: string[] = [];
   await catalog.create('idle', 2 ** 22);
@@ -140,7 +140,7 @@ test('a node that is slow with the look at an idle disk is not taken for silent:
   cluster.fault = ({ opcode, oid }) => (opcode === Op.READ && oid >> 63n === 1n ? { delayMs: 1_500 } : undefined);
   await asked(Op.READ);
   const looks = count(Op.READ);
-  // The next look comes when this one is over.
+  // The next check of the disk begins when this one is over.
   await expect.poll(() => count(Op.READ), { interval: 20, timeout: RETRY_MS }).toBeGreaterThan(looks);
   cluster.fault = () => undefined;
   expect(lines).toEqual([]);

@@ -1,4 +1,4 @@
-/** Reading ahead, against the stand-in: what is asked for, and that nothing old is ever answered. */
+/** Read-ahead, against the stand-in: which requests it makes, and that a read never returns stale data. */
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -40,7 +40,7 @@ async function read(offset: number, length = STEP, from: Vdi = vdi): Promise<Buf
   return data;
 }
 
-test('who reads a disk from front to back gets every byte once, in fewer and larger requests', async () => {
+test('a sequential read of a disk reads every byte once, in fewer and larger requests', async () => {
   for (let at = 0; at < written.length; at += STEP) {
     expect((await read(at)).equals(written.subarray(at, at + STEP)), `at ${at}`).toBe(true);
   }
@@ -49,7 +49,7 @@ test('who reads a disk from front to back gets every byte once, in fewer and lar
   expect(askedFor()).toBeLessThan(written.length * 1.05);
 });
 
-test('reads that cross pieces and objects are put together', async () => {
+test('reads across pieces and objects are assembled', async () => {
   const length = 3 * STEP + 4096;
   for (let at = 0; at + length <= written.length; at += length) {
     expect((await read(at, length)).equals(written.subarray(at, at + length)), `at ${at}`).toBe(true);
@@ -57,12 +57,12 @@ test('reads that cross pieces and objects are put together', async () => {
   expect(askedFor()).toBeLessThan(written.length * 1.1);
 });
 
-test('reads here and there ask for nothing more than they want', async () => {
+test('random reads request only their own bytes', async () => {
   for (let n = 0; n < 40; n++) await read(((n * 37) % 90) * STEP);
   expect(askedFor()).toBe(40 * STEP);
 });
 
-test('what was read ahead is not answered once it has been overwritten', async () => {
+test('a write invalidates data that was read ahead', async () => {
   for (let at = 0; at < 4 * STEP; at += STEP) await read(at);
   expect(askedFor()).toBeGreaterThan(5 * STEP);
   const data = Buffer.alloc(STEP, 0x11);
@@ -70,9 +70,9 @@ test('what was read ahead is not answered once it has been overwritten', async (
   expect((await read(4 * STEP)).equals(data)).toBe(true);
 });
 
-test('nor if it was on its way while it was overwritten', async () => {
+test('a write invalidates data that are being read ahead', async () => {
   await read(0);
-  // Whatever is read from here on is read at once, and answered late.
+  // From here on the node reads at once and answers late.
   cluster.fault = (request) => (isDataRead(request) && request.offset > 2 * STEP ? { answerDelayMs: 150 } : undefined);
   await read(STEP);
   const data = Buffer.alloc(STEP, 0x22);
@@ -82,7 +82,7 @@ test('nor if it was on its way while it was overwritten', async () => {
   expect((await read(5 * STEP)).every((byte) => byte === 0)).toBe(true);
 });
 
-test('a piece that could not be read ahead is read when it is wanted', async () => {
+test('a piece whose read-ahead failed is read when a client reads it', async () => {
   await read(0);
   let left = 6;
   cluster.fault = (request) =>
@@ -93,7 +93,7 @@ test('a piece that could not be read ahead is read when it is wanted', async () 
   expect(left).toBeLessThan(6);
 });
 
-test('a temporary snapshot that is read from front to back shows the moment it was taken, whatever is written', async () => {
+test('a sequential read of a temporary snapshot shows the moment it was taken, whatever is written meanwhile', async () => {
   const { tag } = await catalog.snapshotTemporary('disk', 'now');
   const snapshot = await catalog.openVdi(`disk@${tag}`);
   let isReading = true;

@@ -1,8 +1,8 @@
 #!/usr/bin/env node
 /**
  * Records what a real node answers, for layouts.test.ts: `node test/sheep/record.mjs HOST PORT > test/sheep/fixtures/node.json`.
- * Makes a VDI of its own and a snapshot of it, writes a little, and deletes nothing. Knows the protocol by itself, so that
- * it does not repeat mistakes of the code it is there to check. Zeros at the end of payloads are left out.
+ * Creates a VDI and a snapshot of it, writes a little, and deletes nothing. It has its own copy of the protocol, so that it
+ * does not repeat mistakes of the code that it checks. Zeros at the end of payloads are left out.
  */
 import net from 'node:net';
 
@@ -26,7 +26,7 @@ socket.on('data', (chunk) => {
 
 const records = [];
 
-/** One request at a time: this is no client. `fields`: [offset, bytes, value]. */
+/** Sends one request at a time. `fields`: [offset, bytes, value]. */
 async function ask(label, opcode, flags, fields, { data, receive = 0 } = {}) {
   const header = Buffer.alloc(48);
   header[0] = opcode < 0x80 ? 2 : 0x0a;

@@ -1,4 +1,4 @@
-/** The members of a cluster change: which requests wait for that, which are done once more, and which go on. */
+/** Changes of a cluster's members: which requests wait for recovery, which are repeated, and which go on. */
 import { afterEach, beforeEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -10,7 +10,7 @@ const SHIFT = 20;
 const OBJECT = 2 ** SHIFT;
 const BLOCK = 4096;
 const RETRY_MS = 30_000;
-/** So far apart that none of them lie beside each other: those would go as one. */
+/** Offsets that are not adjacent: adjacent writes would be merged into one. */
 const STEP = 4 * BLOCK;
 
 let cluster: StandIn;
@@ -23,7 +23,7 @@ async function connect(options: StandInOptions = {}): Promise<void> {
   cluster = await new StandIn({ jitterMs: 0, ...options }).start();
   cluster.epoch = 1;
   log = [];
-  // Not object 3.
+  // Object 3 stays a hole.
   store = await SheepStore.open(cluster.address, {
     retryMs: RETRY_MS,
     waitingMs: 500,
@@ -49,7 +49,7 @@ const read = async (idx: number, n = 0): Promise<number | undefined> => {
   return into[0];
 };
 const oidOf = (idx: number): bigint => (BigInt(vdi.record.vid) << 32n) | BigInt(idx);
-/** Reads of the object, and writes of any bytes of it, since then. */
+/** Reads and non-empty writes of the object since then. */
 const seenOf = (idx: number, since = 0): Seen[] =>
   cluster.seen
     .slice(since)
@@ -61,7 +61,7 @@ const isAsked = (idx: number, since: number): boolean =>
     .slice(since)
     .some(({ oid, opcode, length }) => oid === oidOf(idx) && opcode === Op.WRITE && length === 0);
 
-/** Node 0 has gone and come back, and must fetch these objects; we have heard of it. */
+/** Node 0 has left and come back, and must fetch these objects; the store has seen the new epoch. */
 async function change(...outOfPlace: number[]): Promise<void> {
   for (const idx of outOfPlace) cluster.outOfPlace.add(oidOf(idx));
   cluster.recovering.add(0);
@@ -75,7 +75,7 @@ const isSteady = (): boolean => store.cluster.recovery.isSteady;
 describe('while nodes recover', () => {
   beforeEach(() => connect());
 
-  test('nothing is asked of an object that is not in its places, until it is there for a while', async () => {
+  test('requests for an object that is not in its place wait until it has been there for a while', async () => {
     await change(1);
     const since = cluster.seen.length;
     const work = [write(1, 1), write(1, 2), read(1), write(1, 3)];
@@ -91,7 +91,7 @@ describe('while nodes recover', () => {
     expect(seenOf(1, since).length).toBeGreaterThanOrEqual(4);
   });
 
-  test('a node that was started again and has not joined yet is not asked for objects: that ends it', async () => {
+  test('a restarted node that has not joined yet is not asked for objects, as that would crash it', async () => {
     let hasJoined = false;
     let questions = 0;
     cluster.fault = ({ opcode, node }) => {
@@ -116,7 +116,7 @@ describe('while nodes recover', () => {
     expect(cluster.seen.slice(before).some(({ opcode }) => opcode === Op.EXIST)).toBe(false);
   });
 
-  test('an object that the nodes are slow to bring is asked for once, by a write of nothing', async () => {
+  test('an object that recovery is slow to bring is requested once, by an empty write', async () => {
     await change(1);
     const since = cluster.seen.length;
     let asked = 0;
@@ -146,7 +146,7 @@ describe('while nodes recover', () => {
     expect(isSteady()).toBe(false);
   });
 
-  test('when they have recovered all is as before', async () => {
+  test('requests go out directly again when the nodes have recovered', async () => {
     await change(1);
     cluster.outOfPlace.clear();
     cluster.recovering.clear();
@@ -157,7 +157,7 @@ describe('while nodes recover', () => {
     expect(cluster.seen.slice(since).map(({ opcode }) => opcode)).toEqual([Op.WRITE, Op.WRITE]);
   });
 
-  test('a cluster that is closed has nobody wait for them', async () => {
+  test('closing a cluster ends requests that wait for recovery', async () => {
     await change(1);
     const waiting = write(1, 1).then(
       () => 'written',
@@ -170,7 +170,7 @@ describe('while nodes recover', () => {
     expect(performance.now() - begun).toBeLessThan(250);
   });
 
-  test('an epoch that one node alone has seen, and that is not theirs, keeps nothing from being steady', async () => {
+  test('an epoch that only one node has said, and that is not the cluster’s, does not keep the cluster from being steady', async () => {
     cluster.epoch = 9;
     await store.info();
     cluster.epoch = 5;
@@ -182,12 +182,12 @@ describe('while nodes recover', () => {
     expect(isSteady()).toBe(false);
   });
 
-  test('the log says who waits for them', async () => {
+  test('the log says which disks wait for recovery', async () => {
     log.length = 0;
     await change(1);
     cluster.fault = ({ oid, opcode, length }) =>
       oid === oidOf(1) && opcode === Op.WRITE && length === 0 ? { result: 0 } : undefined;
-    // Members come and go again and again.
+    // The members change again and again.
     const flapping = setInterval(() => cluster.epoch++, 100);
     const waiting = write(1, 1);
     try {
@@ -200,7 +200,7 @@ describe('while nodes recover', () => {
     await waiting;
   });
 
-  test('an object is made at once, and settles before it is written again', async () => {
+  test('a new object is created at once, and settles before it is written again', async () => {
     await change();
     const since = cluster.seen.length;
     await write(3, 1);
@@ -210,10 +210,10 @@ describe('while nodes recover', () => {
   });
 });
 
-describe('what is under way when the members change', () => {
+describe('when the members change', () => {
   beforeEach(() => connect());
 
-  /** The request that `isIt` is answered after the change. */
+  /** The request that matches `isIt` is answered after the change. */
   const changeDuring = (isIt: (request: Seen) => boolean): void => {
     cluster.fault = (request) => {
       if (!isIt(request)) return undefined;
@@ -224,7 +224,7 @@ describe('what is under way when the members change', () => {
     };
   };
 
-  test('is written once more, after the object has settled, before it is answered', async () => {
+  test('a write in flight is repeated after the object has settled, before it is acknowledged', async () => {
     const since = cluster.seen.length;
     changeDuring(({ opcode, oid, length }) => opcode === Op.WRITE && oid === oidOf(1) && length > 0);
     await write(1, 1, 9);
@@ -237,14 +237,14 @@ describe('what is under way when the members change', () => {
     expect(await read(1, 1)).toBe(9);
   });
 
-  test('is read once more', async () => {
+  test('a read in flight is repeated', async () => {
     const since = cluster.seen.length;
     changeDuring(({ opcode, oid }) => opcode === Op.READ && oid === oidOf(1));
     expect(await read(1)).toBe(1);
     expect(seenOf(1, since).map(({ opcode }) => opcode)).toEqual([Op.READ, Op.READ]);
   });
 
-  test('is made once more', async () => {
+  test('a creation in flight is repeated', async () => {
     const since = cluster.seen.length;
     changeDuring(({ opcode, oid }) => opcode === Op.CREATE && oid === oidOf(3));
     await write(3, 1, 5);
@@ -253,7 +253,7 @@ describe('what is under way when the members change', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('is made once more, if it is a part of the index of a hyper volume', async () => {
+  test('a creation in flight of an index object of a hyper volume is repeated', async () => {
     const high = 0x0100_0000 + vdi.record.vid;
     const since = cluster.seen.length;
     changeDuring(({ opcode }) => opcode === Op.CREATE);
@@ -261,7 +261,7 @@ describe('what is under way when the members change', () => {
     expect(cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(2);
   });
 
-  test('keeps its references, if somebody takes a snapshot while it is written to the table once more', async () => {
+  test('a snapshot of another client while a table entry is written again loses no reference', async () => {
     const inode = (1n << 63n) | (BigInt(vdi.record.vid) << 32n);
     const { vid } = vdi.record;
     changeDuring(({ opcode, oid, length }) => {
@@ -285,7 +285,7 @@ describe('what is under way when the members change', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('is written to the table once more, as plain bytes', async () => {
+  test('a table entry in flight is written again as plain bytes', async () => {
     const inode = (1n << 63n) | (BigInt(vdi.record.vid) << 32n);
     changeDuring(({ opcode, oid, length }) => opcode === Op.WRITE && oid === inode && length === 4);
     const since = cluster.seen.length;
@@ -307,7 +307,7 @@ describe('what is under way when the members change', () => {
       .filter(({ opcode, oid, length }) => opcode === Op.WRITE && oid === inodeOf(vid) && length > 0)
       .map(({ offset }) => offset);
 
-  test('is written to the table of a temporary snapshot once more, as plain bytes, after that has settled', async () => {
+  test('a table entry in flight of a temporary snapshot is written again as plain bytes, after the inode has settled', async () => {
     const open = store.open.get(vdi.record.vid);
     if (!open) throw new Error('it is not open');
     await (await open.prepareTemporary('now')).switchOver();
@@ -323,7 +323,7 @@ describe('what is under way when the members change', () => {
     expect(cluster.violations).toEqual([]);
   });
 
-  test('is cleared from the table of a VDI that is deleted once more', async () => {
+  test('the clearing in flight of a table entry of a deleted VDI is repeated', async () => {
     const { vid } = vdi.record;
     await catalog.release(vdi);
     const since = cluster.seen.length;
@@ -336,7 +336,7 @@ describe('what is under way when the members change', () => {
   });
 });
 
-test('as long as the members stay as they are, an object takes several writes at a time', async () => {
+test('while the members do not change, an object takes several writes at a time', async () => {
   await connect();
   const since = cluster.seen.length;
   let release: () => void = () => undefined;
@@ -349,7 +349,7 @@ test('as long as the members stay as they are, an object takes several writes at
   expect(cluster.seen.slice(since)).toHaveLength(4);
 });
 
-test('a write that is in doubt keeps others from its own bytes only', async () => {
+test('a write in doubt blocks only writes to the same bytes', async () => {
   cluster = await new StandIn({ nodes: 1, jitterMs: 0 }).start();
   cluster.epoch = 1;
   store = await SheepStore.open(cluster.address, { retryMs: 500 });
@@ -359,11 +359,11 @@ test('a write that is in doubt keeps others from its own bytes only', async () =
   await write(1, 0);
   let release: () => void = () => undefined;
   const until = new Promise<void>((resolve) => (release = resolve));
-  // The node does nothing at all until then, as one that is stopped.
+  // Until then the node does nothing, as if stopped.
   let isStopped = true;
   cluster.fault = () => (isStopped ? { until } : undefined);
   await expect(write(1, 1, 2)).rejects.toMatchObject({ name: 'InDoubt' });
-  // Answers again, but may have the write in its hands still: a second has to pass.
+  // It answers again, but may still carry out the write: a second has to pass.
   isStopped = false;
   const others = write(1, 2, 3);
   await expect(write(1, 1, 4)).rejects.toThrow('an earlier write to these bytes was given up');
@@ -383,11 +383,11 @@ test('a write that is in doubt keeps others from its own bytes only', async () =
 describe('erasure-coded objects', () => {
   beforeEach(() => connect({ copyPolicy: 0x11 }));
 
-  test('are left to the recovery of the nodes for longer: one more, started by a request, may end a node', async () => {
+  test('are left to the nodes’ recovery for longer, as a recovery started by a request may crash a node', async () => {
     await change(1);
     const since = cluster.seen.length;
     const work = write(1, 1, 7);
-    // Twice the time after which one with whole copies is asked for.
+    // Twice the time after which an object with whole copies is requested.
     const until = performance.now() + 1_000;
     const looks = (): number => cluster.seen.slice(since).filter(({ opcode }) => opcode === Op.EXIST).length;
     await waitUntil(() => looks() > 30 && performance.now() > until, 'the nodes have been asked for a while');
@@ -397,7 +397,7 @@ describe('erasure-coded objects', () => {
     expect(await read(1, 1)).toBe(7);
   });
 
-  test('that were written while there were fewer nodes than strips are written whole when all are back', async () => {
+  test('that were written with fewer nodes than strips are rewritten whole when all nodes are back', async () => {
     cluster.left.add(2);
     cluster.epoch++;
     await store.info();
@@ -420,7 +420,7 @@ describe('erasure-coded objects', () => {
     expect([await read(1, 0), await read(1, 1), await read(2, 1)]).toEqual([1, 7, 7]);
   });
 
-  test('are named in the log when their disk is closed before, and written when it is changed again', async () => {
+  test('are named in the log if their disk is closed before that, and rewritten when the disk is changed again', async () => {
     cluster.left.add(2);
     cluster.epoch++;
     await store.info();

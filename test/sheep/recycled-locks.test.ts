@@ -1,6 +1,6 @@
 /**
- * Clusters that enforce locks and use vids again (`dog cluster format -l -R`): a VDI whose id is lower than those of its
- * snapshots is not found by its name, neither for a lock. Against the stand-in and, where there are any, real nodes.
+ * Clusters that enforce locks and use vids again (`dog cluster format -l -R`): nodes do not find a VDI by name if its id is
+ * lower than those of its snapshots, not even to lock it. Against the stand-in, and against real nodes where installed.
  */
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -55,7 +55,7 @@ for (const isReal of [false, true]) {
     }, 120_000);
     afterEach(async () => {
       for (const catalog of opened.splice(0)) await catalog.close();
-      // Nothing is left for the next test.
+      // No VDI is left for the next test.
       const { catalog } = await openHere();
       for (const record of await catalog.list()) await catalog.remove(specOf(record));
       await catalog.close();
@@ -97,7 +97,7 @@ for (const isReal of [false, true]) {
       return all;
     }
 
-    test('an open disk goes on writing after our snapshots, with the lock of what it is now and no other', async () => {
+    test('an open disk continues to write after our snapshots, with a lock on its current vid only', async () => {
       const { catalog, store } = await openHere();
       await diskWithLowerIdsFree(catalog);
       const vdi = await catalog.openVdi('b');
@@ -127,7 +127,7 @@ for (const isReal of [false, true]) {
       expect(await store.cluster.lockedVids().then((vids) => vids.length)).toBeLessThanOrEqual(1);
     }, 60_000);
 
-    test('an open disk follows a snapshot that somebody else takes, with its lock', async () => {
+    test('an open disk and its lock follow a snapshot of another client', async () => {
       const { catalog, store } = await openHere();
       await diskWithLowerIdsFree(catalog);
       const vdi = await catalog.openVdi('b');
@@ -136,7 +136,7 @@ for (const isReal of [false, true]) {
       const { catalog: other } = await openHere();
       expect((await other.named('b')).map(({ tag }) => tag)).toEqual(['']);
       await cluster.snapshot('b', 's');
-      // Also by who has just asked.
+      // Also for the store that has just looked.
       expect((await other.named('b')).map(({ tag }) => tag)).toEqual(['s', '']);
       await vdi.write(0, filled(2), false);
       expect(vdi.record.vid).toBeLessThan(before);

@@ -1,9 +1,9 @@
 /**
- * Load with verification for clusters whose nodes come and go: a disk that is written and read at random by a client that
- * knows all it wrote. Owns the expected content and which bytes are under way; what does the reads and writes is given.
+ * Load with verification for clusters whose nodes come and go: a client writes and reads a disk at random, and knows all it
+ * wrote. Owns the expected content and the bytes in flight; the caller gives the functions that read and write.
  */
 
-/** How a client reaches its disk. */
+/** The functions with which a client reads and writes its disk. */
 export interface LoadedDisk {
   read(offset: number, into: Buffer): Promise<void>;
   write(offset: number, data: Buffer): Promise<void>;
@@ -12,11 +12,11 @@ export interface LoadedDisk {
 export interface LoadOptions {
   readonly size: number;
   readonly objectSize: number;
-  /** Requests under way. */
+  /** Requests in flight. */
   readonly depth: number;
-  /** Of the requests, the part that reads. */
+  /** The share of reads among the requests, 0 to 1. */
   readonly readShare: number;
-  /** Requests that change one object at a time. */
+  /** The most writes to one object at the same time. */
   readonly writesPerObject?: number;
 }
 
@@ -43,7 +43,7 @@ export class VerifiedLoad {
     this.#lanes = Array.from({ length: options.depth }, () => this.#lane());
   }
 
-  /** No more requests; resolves when the last one is answered. */
+  /** Sends no more requests; resolves when the last one is answered. */
   async end(): Promise<void> {
     this.#isEnding = true;
     await Promise.all(this.#lanes);
@@ -60,7 +60,7 @@ export class VerifiedLoad {
     }
   }
 
-  /** In ranges that nobody else has under way: what is read is known then. */
+  /** One request, in a range without other requests in flight: its content is known. */
   async #one(): Promise<void> {
     const { objectSize } = this.#options;
     const isWrite = Math.random() >= this.#options.readShare;
@@ -122,7 +122,7 @@ function firstDifference(a: Buffer, b: Buffer): number {
   return -1;
 }
 
-/** Objects of which `actual` is not as `expected`. */
+/** Objects in which `actual` differs from `expected`. */
 export function differingObjects(actual: Buffer, expected: Buffer, objectSize: number): number[] {
   const differing: number[] = [];
   for (let idx = 0; idx * objectSize < expected.length; idx++) {

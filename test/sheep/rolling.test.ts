@@ -1,16 +1,16 @@
 /**
  * Rolling restarts of real nodes under load: every node is killed in turn, comes back three seconds later and recovers,
- * while a client that knows all it wrote goes on. Beside it, in the same runs, a bare client with as many writes in flight
- * as it likes, and one with a single write in flight per object. Compared at the end: what the clients know, what is read
- * through us, what `dog vdi read` reads, and every copy on the nodes' disks.
+ * while a client that knows all it wrote continues. In the same runs two bare clients: the first with any number of writes
+ * in flight, the second with a single write in flight per object. At the end the test compares the clients' knowledge, reads
+ * through this program, reads of `dog vdi read`, and every copy on the nodes' disks.
  *
- * Takes 25 s a round, and is left out unless SHEEPGATE_ROLLING says how many rounds. SHEEPGATE_ROLLING_FORMAT ("-c 2:1"),
- * _NODES, _MIB (of each disk), _READS (the part of the requests that read, 0.3), _PREALLOCATED=1, _BARE=0 (without bare
- * clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use a node beside them
- * that keeps no objects and stays) vary it. What came out is printed for each round.
+ * A round takes 25 s; the test is skipped unless SHEEPGATE_ROLLING gives the number of rounds. Variations:
+ * SHEEPGATE_ROLLING_FORMAT ("-c 2:1"), _NODES, _MIB (of each disk), _READS (share of reads, 0.3), _PREALLOCATED=1, _BARE=0
+ * (without bare clients), _OURS=0 (bare clients only), _AT_ONCE (nodes killed together), _GATEWAY=1 (all clients use one
+ * more node, which keeps no objects and is never killed). The result of each round is printed.
  *
- * Nodes that end themselves (docs/cluster.md, "When nodes crash") are started again at once, as an
- * operator or a service manager does, and counted.
+ * Nodes that end themselves (docs/cluster.md, "When nodes crash") are counted, and started again at once, as an operator or
+ * a service manager does.
  */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { execFileSync } from 'node:child_process';
@@ -46,16 +46,16 @@ const AWAY_MS = 3_000;
 const BEFORE_MS = 1_000;
 const ROUND_MS = 300_000;
 const RECOVERY_MS = 120_000;
-/** Between looks whether a node has ended itself. */
+/** Interval of the checks whether a node has ended itself. */
 const SUPERVISION_MS = 100;
 const RESTART_MS = 1_000;
-/** Nothing writes any more when strips are compared. */
+/** Strips are compared when no client writes any more. */
 const SETTLE_MS = 300;
 
 const missing = ROUNDS > 0 ? realNodesMissing() : 'SHEEPGATE_ROLLING does not say how many rounds';
 if (missing !== undefined) console.log(`no rolling restarts of real nodes: ${missing}`);
 
-/** One node at a time, the next one when it goes away; nothing else is done for it. The disk's objects must be there. */
+/** Uses one node at a time, and the next one when it fails; repeats nothing. The disk's objects must exist. */
 class BareClient implements LoadedDisk {
   readonly #vid: number;
   readonly #addresses;
@@ -131,14 +131,14 @@ class BareClient implements LoadedDisk {
 interface Outcome {
   wrongReads: number;
   errors: number;
-  /** Objects that are not as the client knows them: read through us, by `dog`, on one of the nodes' disks. */
+  /** Objects that differ from the client's knowledge: as read through this program, by `dog`, on a node's disk. */
   ours: number;
   dogs: number;
   copies: number;
   writes: number;
 }
 
-/** Of all VDIs: objects whose strips do not fit each other, or are not all there, by the name of the VDI. */
+/** By name of the VDI: objects whose strips do not match each other, or are missing. */
 async function wrongStrips(store: SheepStore): Promise<Map<string, number>> {
   const report = await deepCheck(store.cluster, { rate: 2 ** 40, settleMs: SETTLE_MS });
   if (report.stoppedBy) throw report.stoppedBy;
@@ -149,10 +149,10 @@ async function wrongStrips(store: SheepStore): Promise<Map<string, number>> {
   return found;
 }
 
-/** Objects of which a copy differs on the disk of a node that should have it: what has stayed behind elsewhere is not read. */
+/** Objects with a copy that differs, on a node that should have it; copies left on other nodes are not read. */
 function differingCopies(cluster: RealNodes, name: string, vid: number, expected: Buffer): number[] {
   const ports = parseClusterAddress(cluster.address).map(({ port }) => port);
-  // The first one keeps nothing.
+  // The first node keeps no objects.
   if (WITH_GATEWAY) ports.shift();
   const found = new Set<number>();
   for (const [n, port] of ports.entries()) {
@@ -172,7 +172,7 @@ function differingCopies(cluster: RealNodes, name: string, vid: number, expected
   return [...found];
 }
 
-/** A node that has just come back, or is started again meanwhile, answers nothing at first. */
+/** A node that has just come back, or is being started again, does not answer at first. */
 async function recovered(cluster: RealNodes): Promise<void> {
   for (const until = Date.now() + RECOVERY_MS; ; void (await sleep(200))) {
     try {
@@ -184,9 +184,9 @@ async function recovered(cluster: RealNodes): Promise<void> {
   }
 }
 
-/** Starts nodes again that end themselves. */
+/** Restarts nodes that end themselves. */
 class Supervisor {
-  /** The last words of each. */
+  /** The end of the log of each. */
   readonly crashes: string[] = [];
   readonly #cluster: RealNodes;
   readonly #timer: NodeJS.Timeout;
@@ -210,7 +210,7 @@ class Supervisor {
     const lines = this.#cluster.crashes();
     this.crashes.push(...lines);
     if (IS_VERBOSE) console.log(new Date().toISOString(), 'ended themselves:', lines.join('; '));
-    // One after the other: a node that asks another, which ends at that moment, while it starts ends as well.
+    // One after the other: a starting node ends as well if a node that it asks ends at that moment.
     for (const n of ended) {
       await sleep(RESTART_MS);
       if (this.#isOver) return;
@@ -220,13 +220,13 @@ class Supervisor {
   }
 }
 
-/** Errors: when nodes do not recover. */
+/** Errors: `Error` (if the nodes do not recover in time). */
 async function round(cluster: RealNodes): Promise<Record<string, Outcome>> {
-  /** Disks whose parity is being made anew: an operator waits for that before the next node. */
+  /** Disks whose parity is being rewritten: an operator waits for that before the next node. */
   const renewing = new Set<string>();
   const log = (line: string): void => {
     const [disk = ''] = line.split(':');
-    // It may begin several times before it is done.
+    // Rewriting may begin several times before it is done.
     if (line.includes('making the parity')) renewing.add(disk);
     if (line.includes('all parity is new')) renewing.delete(disk);
     if (IS_VERBOSE) console.log(new Date().toISOString(), line);
@@ -260,7 +260,7 @@ async function roundWith(
   const make = async (name: string, isFull: boolean): Promise<number> => {
     await catalog.create(name, SIZE);
     const vdi = await catalog.openVdi(name);
-    // Written once, so that all objects are there; with zeros, as they are expected.
+    // Written once with zeros, so that all objects exist with the expected content.
     if (isFull) for (let at = 0; at < SIZE; at += OBJECT) await vdi.write(at, Buffer.alloc(OBJECT), false);
     vids[name] = vdi.record.vid;
     return vdi.record.vid;
@@ -324,7 +324,7 @@ async function roundWith(
 
 describe.skipIf(missing !== undefined)('rolling restarts of real nodes under load', () => {
   test(
-    'nothing differs between the client, us, dog and the copies',
+    'the client’s knowledge, reads through this program, reads of dog and all copies are equal',
     async () => {
       const corrupted: Record<string, number> = {};
       let unfinished = 0;

@@ -1,6 +1,6 @@
 /**
- * The rules of the protocol that keep data and references, one test each, against the stand-in: what it sees of us, and
- * what we make of nodes that fail at the worst moment.
+ * The rules of the protocol that keep data and references, one test each, against the stand-in: which requests it sees, and
+ * how the store handles nodes that fail at the worst moment.
  */
 import { spawn } from 'node:child_process';
 import fs from 'node:fs';
@@ -58,7 +58,7 @@ async function content(of: Vdi = vdi): Promise<Buffer> {
   return data;
 }
 
-/** Fails the first request that `matches` in the way given. */
+/** Applies `fault` to the first request that `matches`. */
 function failOnce(matches: (request: Seen) => boolean, fault: ReturnType<StandIn['fault']>): void {
   let done = false;
   cluster.fault = (request) => {
@@ -68,21 +68,21 @@ function failOnce(matches: (request: Seen) => boolean, fault: ReturnType<StandIn
   };
 }
 
-describe('what goes over the wire', () => {
-  test('reading a hole asks nobody', async () => {
+describe('requests on the wire', () => {
+  test('a read of a hole sends no request', async () => {
     const before = cluster.seen.length;
     expect((await content()).every((byte) => byte === 0)).toBe(true);
     expect(cluster.seen.length).toBe(before);
   });
 
-  test('neighbouring objects that are created together get their entries in few requests', async () => {
+  test('the table entries of neighbouring objects created together are written in few requests', async () => {
     cluster.seen.length = 0;
     await vdi.write(0, Buffer.alloc(16 * OBJECT, 1), false);
     expect(cluster.seen.filter(({ opcode }) => opcode === Op.CREATE)).toHaveLength(16);
     expect(cluster.seen.filter(isTableWrite).length).toBeLessThan(12);
   });
 
-  test('a write of a whole shared object does not ask for a copy of it', async () => {
+  test('a write of a whole shared object does not copy the object first', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     await catalog.snapshot('disk', 'a');
     cluster.seen.length = 0;
@@ -96,7 +96,7 @@ describe('what goes over the wire', () => {
     ['a snapshot', () => catalog.snapshot('disk', 's')],
     ['a temporary snapshot', () => catalog.snapshotTemporary('disk', 'now')],
   ])(
-    'under %s, trims of what is zeros copy and write nothing, and of the rest read no more than shows it',
+    'under %s, a trim of zeros copies and writes nothing, and a trim of data reads only up to the first byte that is not zero',
     async (_, take) => {
       await vdi.write(0, Buffer.alloc(OBJECT), false);
       await vdi.write(OBJECT, Buffer.alloc(2 * OBJECT, 1), false);
@@ -117,7 +117,7 @@ describe('what goes over the wire', () => {
       expected.fill(1, 2 * OBJECT + 8192, 3 * OBJECT + 10);
       expect((await content()).equals(expected)).toBe(true);
       cluster.seen.length = 0;
-      // An object of its own that nobody relies on is not looked at.
+      // An object that the disk does not share is not examined.
       await vdi.trim(2 * OBJECT, 8192, false);
       expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ)).toEqual([]);
     },
@@ -126,7 +126,7 @@ describe('what goes over the wire', () => {
   test.each([
     ['at blocks', 0],
     ['between blocks', 1000],
-  ])('large reads and writes %s go in pieces that nodes have memory at hand for', async (_, from) => {
+  ])('large reads and writes %s are sent in pieces of a size for which nodes keep memory', async (_, from) => {
     const size = 2 * OBJECT - from;
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     cluster.seen.length = 0;
@@ -148,7 +148,7 @@ describe('what goes over the wire', () => {
     expect(cluster.seen.filter(({ opcode }) => opcode === Op.READ)).toHaveLength(1);
   });
 
-  test('small writes that come together and lie beside each other are one, and its error is one of each', async () => {
+  test('adjacent small writes that arrive together are one request, and its error fails each of them', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     cluster.seen.length = 0;
     const expected = Buffer.alloc(2 * OBJECT, 1);
@@ -160,11 +160,11 @@ describe('what goes over the wire', () => {
       const seen = cluster.seen.splice(0).filter(isDataWrite);
       return seen.map(({ length }) => length).sort((x, y) => x - y);
     };
-    // Over the end of an object, last ones first; and one apart from it.
+    // Across the end of an object, last ones first; and one that is not adjacent.
     const run = Array.from({ length: 16 }, (_, n) => OBJECT + 7 * 4096 - n * 4096);
     await Promise.all([...run, 0].map((at, n) => write(at, 4096, n + 2)));
     expect(lengths()).toEqual([4096, 8 * 4096, 8 * 4096]);
-    // Of two to the same bytes the last one is there in the end, also if it is a large one.
+    // Of two writes to the same bytes the later one wins, also if it is large.
     await Promise.all([write(512, 512, 20), write(256, 512, 21), write(1024, 512, 22)]);
     expect(lengths()).toEqual([512, 512, 512]);
     await Promise.all([write(4096, 512, 23), write(4096, 65_536, 24), write(90_112, 512, 25), write(90_624, 512, 26)]);
@@ -180,10 +180,10 @@ describe('what goes over the wire', () => {
   test('two writes to the same bytes are never in flight together', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await Promise.all(Array.from({ length: 20 }, async (_, n) => vdi.write(n * 100, Buffer.alloc(4096, n), false)));
-    expect((await content())[19 * 100 + 4095]).toBe(19); // the stand-in would have complained
+    expect((await content())[19 * 100 + 4095]).toBe(19); // the stand-in would have reported a violation
   });
 
-  test('of an erasure-coded object nothing but whole stripes is written, one write of a stripe at a time', async () => {
+  test('an erasure-coded object is written in whole stripes only, with one write to a stripe at a time', async () => {
     await catalog.close();
     await cluster.stop();
     cluster = await new StandIn({ copyPolicy: 0x11 }).start();
@@ -193,7 +193,7 @@ describe('what goes over the wire', () => {
     const expected = Buffer.alloc(2 * OBJECT, 1);
     await vdi.write(0, expected, false);
     cluster.seen.length = 0;
-    // Beginnings, middles and ends of stripes, several in one; and what crosses them.
+    // Beginnings, middles and ends of stripes, several in one stripe, and across stripes.
     const pieces = [0, 100, 200, 412, 500, 512, 1024, 1100, 4000, OBJECT - 3].map((at, n) => ({
       at,
       data: Buffer.alloc(at === 4000 ? 2000 : 12, n + 2),
@@ -210,7 +210,7 @@ describe('what goes over the wire', () => {
     ['is asked', true],
     ['cannot be asked', false],
   ])(
-    'an erasure-coded object is made again when the last strip of the old one is gone; a node %s',
+    'an erasure-coded object is created again only when the last strip of the old one is gone, also if a node %s',
     async (_, isThere) => {
       await catalog.close();
       await cluster.stop();
@@ -230,7 +230,7 @@ describe('what goes over the wire', () => {
     },
   );
 
-  test('an entry that is already what it shall be is not written again', async () => {
+  test('a table entry that already has its value is not written again', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     cluster.seen.length = 0;
     await objectsOf(vdi).setOwner(0, vdi.record.vid);
@@ -238,7 +238,7 @@ describe('what goes over the wire', () => {
     expect(cluster.seen).toEqual([]);
   });
 
-  test('zeros that a node has left out of its answer are zeros wherever they were, whatever the buffer held', async () => {
+  test('zeros that a node leaves out of its answer are read as zeros, whatever the buffer held', async () => {
     const expected = Buffer.alloc(OBJECT);
     expected.fill(7, 2048, 4096);
     await vdi.write(0, expected, false);
@@ -254,7 +254,7 @@ describe('what goes over the wire', () => {
     }
   });
 
-  test('ranges outside of an object are refused before they are sent', async () => {
+  test('ranges outside an object are refused before they are sent', async () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
     const calls = new ObjectCalls(objectsOf(vdi), undefined);
     const sent = cluster.seen.length;
@@ -265,14 +265,14 @@ describe('what goes over the wire', () => {
 });
 
 describe('nodes that fail', () => {
-  test('a lost answer to a table entry does not have it written twice', async () => {
+  test('a table entry whose answer is lost is not written twice', async () => {
     failOnce(isTableWrite, { cut: 'after' });
     await vdi.write(0, Buffer.alloc(10, 1), false);
     expect(cluster.seen.filter(isTableWrite)).toHaveLength(1);
     expect((await content())[9]).toBe(1);
   });
 
-  test('a table entry that did not arrive is written by another node', async () => {
+  test('a table entry that did not arrive is written through another node', async () => {
     failOnce(isTableWrite, { cut: 'before' });
     await vdi.write(0, Buffer.alloc(10, 1), false);
     expect(cluster.seen.filter(isTableWrite)).toHaveLength(2);
@@ -292,7 +292,7 @@ describe('nodes that fail', () => {
   describe('a node that stops answering', () => {
     let resume: () => void;
     const until = (): Promise<void> => new Promise((resolve) => (resume = resolve));
-    /** The first node does nothing from here on, until it is resumed. */
+    /** From now on the first node does nothing, until it is resumed. */
     const stall = (): void => {
       const resumed = until();
       let isStalled = true;
@@ -307,7 +307,7 @@ describe('nodes that fail', () => {
         await new Promise((r) => setTimeout(r, 5));
       }
     };
-    /** Write eight bytes as soon as they can be written again. */
+    /** Writes eight bytes as soon as writes to them are allowed again. */
     const settledWrite = async (at: number, fill: number): Promise<void> => {
       for (const deadline = Date.now() + 10_000; ;) {
         try {
@@ -329,22 +329,22 @@ describe('nodes that fail', () => {
       cluster.seen.length = 0;
     });
 
-    test('may still carry a write out, and so it is not repeated before the node answers again', async () => {
+    test('may still carry out a write, so the write is not repeated before the node answers again', async () => {
       stall();
       const first = vdi.write(0, Buffer.alloc(4096, 2), false);
       const second = vdi.write(0, Buffer.alloc(4096, 3), false);
-      // Reading goes on elsewhere; nodes are asked for the members, again and again.
+      // Reads continue through other nodes; the list of members is requested again and again.
       const lists = (): number =>
         cluster.seen.filter(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0).length;
       await eventually(() => lists() >= 2);
       expect(written(4096)).toBe(0);
-      await eventually(() => cluster.resets > 0); // what a node has not read yet it then never reads
+      await eventually(() => cluster.resets > 0); // requests that the node has not read yet are never read then
       resume();
       await Promise.all([first, second]);
       expect((await content())[0]).toBe(3);
     });
 
-    test('is not waited for when it is no member any more', async () => {
+    test('is not waited for once it is no longer a member', async () => {
       stall();
       const first = vdi.write(0, Buffer.alloc(4096, 2), false);
       await eventually(() => cluster.seen.some(({ opcode, node }) => opcode === Op.GET_NODE_LIST && node !== 0));
@@ -355,7 +355,7 @@ describe('nodes that fail', () => {
       expect((await content())[0]).toBe(3);
     });
 
-    test('has the time for repeating: then the write is an error, and no other goes to its bytes before it is settled', async () => {
+    test('fails a write when the time for repeating is over, and no other write goes to its bytes until the outcome is known', async () => {
       await catalog.close();
       await connect(1_500, 1_000);
       vdi = await catalog.openVdi('disk');
@@ -378,7 +378,7 @@ describe('nodes that fail', () => {
       expect([data[0], data[100], data[8192]]).toEqual([2, 3, 4]);
     });
 
-    test('has the same when it makes an object: one that came late would replace all of it', async () => {
+    test('blocks an object that it may still create, as a late creation would replace all of the object', async () => {
       await catalog.close();
       await connect(1_500, 1_000);
       vdi = await catalog.openVdi('disk');
@@ -393,14 +393,14 @@ describe('nodes that fail', () => {
     });
   });
 
-  test('a cluster that halts for a while is waited for', async () => {
+  test('requests wait while a cluster is halted', async () => {
     const until = Date.now() + 400;
     cluster.fault = ({ opcode }) => (opcode < 0x80 && Date.now() < until ? { result: Res.HALT } : undefined);
     await vdi.write(0, Buffer.alloc(10, 1), false);
     expect(Date.now()).toBeGreaterThanOrEqual(until);
   });
 
-  test('what does not come back in time is an error that says where it was tried', async () => {
+  test('a request that is not answered in time fails with an error that names the nodes tried', async () => {
     store.cluster.pool.close();
     await connect(300);
     const other = await catalog.openVdi('disk');
@@ -410,12 +410,12 @@ describe('nodes that fail', () => {
     );
   });
 
-  test('a full cluster is told as such', async () => {
+  test('a full cluster is reported as full', async () => {
     cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { result: Res.NO_SPACE } : undefined);
     await expect(vdi.write(0, Buffer.alloc(10, 1), false)).rejects.toMatchObject({ code: 'NO_SPACE' });
   });
 
-  test('an object that is lost is an error to who reads it, and check says where it is missing', async () => {
+  test('a read of a lost object fails, and check says where the object is missing', async () => {
     await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
     for (const oid of [...cluster.objects.keys()])
       if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
@@ -426,7 +426,7 @@ describe('nodes that fail', () => {
     expect(report.problems).toEqual([`lost: disk bytes ${OBJECT} to ${2 * OBJECT - 1}`]);
   });
 
-  test('with missing objects as zeros what is left can be read, and nothing is written', async () => {
+  test('with --missing=zero the remaining objects can be read, and writes are refused', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     for (const oid of [...cluster.objects.keys()])
       if (!(oid & VDI_BIT) && (oid & 0xffffffffn) === 1n) cluster.objects.delete(oid);
@@ -439,13 +439,13 @@ describe('nodes that fail', () => {
   });
 });
 
-describe('snapshots that somebody else takes', () => {
-  test('between an object and its entry: the write is in the working VDI, and nothing leaks', async () => {
+describe('snapshots of another client', () => {
+  test('between the creation of an object and its entry put the write in the working VDI, and leak no object', async () => {
     await vdi.write(OBJECT, Buffer.alloc(OBJECT, 1), false);
     let taken: number | undefined;
     const fault = ({ opcode, oid }: Seen): undefined => {
       if (taken !== undefined || opcode !== Op.WRITE || oid & VDI_BIT) return undefined;
-      // The look at the vid before the entry is written comes right after the object was made.
+      // The vid is read right after the object was created, before the entry is written.
       taken = cluster.externalSnapshot('disk', 'theirs');
       return undefined;
     };
@@ -456,7 +456,7 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('between the pieces of a large write: all of it is in the working VDI', async () => {
+  test('between the pieces of a large write put all of it in the working VDI', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     let pieces = 0;
     cluster.fault = (request) => {
@@ -469,13 +469,13 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('while the nodes copy the inode: the entry is carried over, and nothing leaks', async () => {
+  test('while the nodes copy the inode do not lose the new entry, and leak no object', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     await catalog.snapshot('disk', 'first'); // so that the entry replaces one that is shared
     let snapshot: Promise<number> | undefined;
     cluster.fault = (request) => {
       if (snapshot === undefined && isTableWrite(request)) {
-        // The nodes have read the inode; our entry comes; they write back what they have read.
+        // The nodes have read the inode; our entry arrives; they write back the inode as read.
         snapshot = cluster.externalSnapshotSlowly('disk', 'theirs', () => new Promise((r) => setTimeout(r, 60)));
       }
       return undefined;
@@ -493,7 +493,7 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('between making an object and hearing of it, while another write has followed already', async () => {
+  test('between the creation of an object and its answer leave two writes in the right order', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     failOnce(({ opcode }) => opcode === Op.CREATE, { answerDelayMs: 500 });
     const slow = vdi.write(OBJECT, Buffer.alloc(10, 2), false);
@@ -506,7 +506,7 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('while the node we ask has not heard of it yet: the entry is carried over all the same', async () => {
+  test('that the node in use does not know of yet do not lose the new entry', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     await catalog.snapshot('disk', 'first');
     const { vid } = vdi.record;
@@ -525,10 +525,10 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('while VDIs are listed: the disk is in the list all the same', async () => {
+  test('while VDIs are listed do not hide the disk from the list', async () => {
     let isTaken = false;
     cluster.fault = ({ opcode, oid }) => {
-      // We have the vids that are in use by now, and read what they are.
+      // The vids in use have been read by now, and their inodes are being read.
       if (isTaken || opcode !== Op.READ || !(oid & VDI_BIT)) return undefined;
       isTaken = true;
       cluster.externalSnapshot('disk', 'theirs');
@@ -540,11 +540,11 @@ describe('snapshots that somebody else takes', () => {
     await other.close();
   });
 
-  test('while a temporary one is taken: it is taken again, and nothing leaks', async () => {
+  test('while a temporary snapshot is taken make it start again, and leak no object', async () => {
     await vdi.write(0, Buffer.alloc(3 * OBJECT, 1), false);
     let snapshot: Promise<number> | undefined;
     cluster.fault = ({ opcode, oid, offset }) => {
-      // The counts of the source are written: the nodes have read them before, and write them back after.
+      // The counts of the source are written; the nodes read them before that and write them back after it.
       if (
         snapshot === undefined &&
         opcode === Op.WRITE &&
@@ -565,7 +565,7 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('a trim long after one does not reach into the snapshot', async () => {
+  test('are not changed by a trim long after them', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     cluster.externalSnapshot('disk', 'theirs');
     await vdi.trim(0, OBJECT, false);
@@ -576,7 +576,7 @@ describe('snapshots that somebody else takes', () => {
     await expectNothingLeaks();
   });
 
-  test('a disk that somebody rolled back while it was open is not written on into', async () => {
+  test('an open disk that another client rolled back takes no more writes', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.snapshot('disk', 'a');
     const other = new VdiCatalog(await SheepStore.open(cluster.address));
@@ -588,12 +588,12 @@ describe('snapshots that somebody else takes', () => {
     await other.close();
   });
 
-  test('a VDI that was replaced by another of its name is not written into', async () => {
+  test('an open VDI that was replaced by another of its name takes no more writes', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.close();
     await connect(500);
     vdi = await catalog.openVdi('disk');
-    cluster.readOnly.add(vdi.record.vid); // cloned from while in use
+    cluster.readOnly.add(vdi.record.vid); // cloned while in use
     await expect(vdi.write(0, Buffer.alloc(10, 2), false)).rejects.toThrow(/read-only in the cluster/);
   });
 });
@@ -611,7 +611,7 @@ describe('the catalog', () => {
     expect((await content())[0]).toBe(2);
   });
 
-  test('a disk that is cut off gives back what lay behind its new end', async () => {
+  test('a disk that is shrunk gives back the objects behind its new end', async () => {
     await vdi.write(0, Buffer.alloc(4 * OBJECT, 1), false);
     await catalog.release(vdi);
     await catalog.resize('disk', 2 * OBJECT, { force: true });
@@ -623,7 +623,7 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a repair is refused with a word of who can do it', async () => {
+  test('a repair is refused with an error that says which tool can do it', async () => {
     await catalog.release(vdi);
     await expect(catalog.check({ repair: true })).rejects.toThrow(/dog vdi check NAME.*lists what is lost/s);
   });
@@ -633,7 +633,7 @@ describe('the catalog', () => {
     await vdi.write(0, Buffer.alloc(10, 1), false);
   });
 
-  test('of a temporary snapshot an object is copied once, and one that came after it not at all', async () => {
+  test('an object is copied once for a temporary snapshot, and not at all if it was created after the snapshot', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     await catalog.snapshotTemporary('disk', 'now');
     cluster.seen.length = 0;
@@ -647,20 +647,20 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a snapshot whose answer is lost is taken once', async () => {
+  test('a snapshot whose answer is lost is taken only once', async () => {
     failOnce(({ opcode }) => opcode === Op.NEW_VDI, { cut: 'after' });
     await catalog.snapshot('disk', 'a');
     expect((await catalog.list()).map(({ tag }) => tag)).toEqual(['a', '']);
     await vdi.write(0, Buffer.alloc(10, 2), false);
   });
 
-  test('ids are where other tools look for them', async () => {
+  test('vids are where other tools look for them', async () => {
     expect(vdi.record.vid).toBe(hash('disk'));
     expect(hash('')).toBe(Number(0xcbf29ce484222325n & 0xffffffn));
     await Promise.resolve();
   });
 
-  test('a lock somebody else holds is told, and ours is given back', async () => {
+  test('a lock of another client is reported, and our lock is released', async () => {
     const locking = await new StandIn({ useLock: true }).start();
     const ours = await SheepStore.open(locking.address);
     const theirs = await SheepStore.open(locking.address);
@@ -693,7 +693,7 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a temporary snapshot of another process of this machine is left alone for as long as it runs', async () => {
+  test('a temporary snapshot of another process on this machine is kept as long as that process runs', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.snapshotTemporary('disk', 'now');
     const shadow = [...cluster.objects.values()].find(
@@ -716,7 +716,7 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a reader of a temporary snapshot gets what was there, however long its answer takes', async () => {
+  test('a reader of a temporary snapshot gets the old data, however long its answer takes', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     await catalog.snapshotTemporary('disk', 'now');
     const now = await catalog.openVdi('disk@now');
@@ -729,7 +729,7 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a copy made anew where one has just been dropped is not removed in its place', async () => {
+  test('removing a dropped copy does not remove a new copy made in the same place', async () => {
     await catalog.close();
     await cluster.stop();
     cluster = await new StandIn({ reclaimMs: 700 }).start();
@@ -750,7 +750,7 @@ describe('the catalog', () => {
     await expectNothingLeaks();
   });
 
-  test('a temporary snapshot that cannot get its copy loses that object, and the writer notices nothing', async () => {
+  test('a temporary snapshot whose copy fails loses that object, and the writer gets no error', async () => {
     await vdi.write(0, Buffer.alloc(2 * OBJECT, 1), false);
     await catalog.snapshotTemporary('disk', 'now');
     cluster.fault = ({ opcode }) => (opcode === Op.CREATE ? { result: Res.NO_SPACE } : undefined);
@@ -765,7 +765,7 @@ describe('the catalog', () => {
   });
 });
 
-/** Delete everything, and see that it is gone. */
+/** Deletes all VDIs, and checks that no object is left. */
 async function expectNothingLeaks(): Promise<void> {
   cluster.fault = () => undefined;
   await catalog.release(vdi);

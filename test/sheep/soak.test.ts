@@ -1,7 +1,7 @@
 /**
- * Everything at once, on real nodes and through the daemon: fio writes and verifies one disk, a client of our own writes
- * numbered blocks to another, and meanwhile somebody else takes snapshots of both with `dog` and deletes them again.
- * SHEEPGATE_SOAK_SECONDS says for how long; without it, it is a short one.
+ * Mixed load on real nodes, through the daemon: fio writes and verifies one disk, another client writes numbered blocks to a
+ * second disk, and meanwhile `dog` takes snapshots of both and deletes them again. SHEEPGATE_SOAK_SECONDS gives the
+ * duration; without it the test is short.
  */
 import { createHash } from 'node:crypto';
 import fs from 'node:fs';
@@ -22,14 +22,14 @@ import { realNodesMissing, startRealNodes, type RealNodes } from './clusters.js'
 const SECONDS = Number(process.env['SHEEPGATE_SOAK_SECONDS'] ?? 15);
 const FORMAT = process.env['SHEEPGATE_TEST_FORMAT'] ?? '-c 2';
 const NODES = Number(process.env['SHEEPGATE_TEST_NODES'] ?? 3);
-/** Snapshots of each disk that are kept; the oldest goes when there is one more. */
+/** Snapshots kept of each disk; the next one replaces the oldest. */
 const KEPT = 4;
 const HASH_EVERY = 3;
 const BLOCK = 4096;
 const FIO_BYTES = 64 * 2 ** 20;
 const COUNTED_BYTES = 16 * 2 ** 20;
 const BLOCKS = COUNTED_BYTES / BLOCK;
-/** Spreads the numbered writes over the disk; odd, so that every block has its turn. */
+/** Spreads the numbered writes over the disk; odd, so that every block is written. */
 const STRIDE = 1237;
 
 const missing =
@@ -38,8 +38,8 @@ const missing =
 if (missing !== undefined) console.log(`no soak test against real Sheepdog nodes: ${missing}`);
 
 /**
- * Write block n*STRIDE, full of n, for n = 1, 2, ...; each answered before the next. How far it is stands in `progress`.
- * Ends when `progress`.stop exists.
+ * Writes block n*STRIDE, filled with n, for n = 1, 2, ...; each is answered before the next. Its number is in the file
+ * `progress`. Ends when `progress`.stop exists.
  */
 const COUNTER = `
 import os, struct
@@ -52,7 +52,7 @@ while not os.path.exists(PROGRESS + '.stop'):
     os.pwrite(fd, struct.pack('<I', n), 0)
 `;
 
-/** The number of the newest write in it; throws unless it is exactly what a disk is after that write. */
+/** The number of the newest write in the content; throws unless the content is exactly that after this write. */
 function newestOf(content: Buffer): number {
   let newest = 0;
   for (let at = 0; at < content.length; at += BLOCK) newest = Math.max(newest, content.readUInt32LE(at));
@@ -102,7 +102,7 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
       .digest('hex');
 
   test(
-    `${SECONDS} s of fio verify: no error, every snapshot a point in time, nothing lost and nothing left`,
+    `after ${SECONDS} s there is no error, every snapshot is a point in time, and no object is lost or left over`,
     async () => {
       const progress = path.join(temporaryDirectory(), 'progress');
       const fio = run(
@@ -147,7 +147,7 @@ describe.skipIf(missing !== undefined)('external snapshots under load', () => {
         const newest = newestOf(await read(`counted@${tag}`));
         expect(newest, `the newest write in ${tag}`).toBeGreaterThanOrEqual(before);
         expect(newest, `the newest write in ${tag}`).toBeLessThanOrEqual(after + 1);
-        // Not of every one, so that there is one about every second.
+        // Not for every disk, so that a snapshot is taken about every second.
         kept.push({ tag, newest, hash: taken % HASH_EVERY === 0 ? await hashOf(`fio@${tag}`) : undefined });
         if (kept.length <= KEPT) continue;
         const [{ tag: oldest } = { tag: '' }] = kept.splice(0, 1);

@@ -1,4 +1,4 @@
-/** A real node that is stopped with writes in its hands and goes on later: what was answered since stays as it is. */
+/** A real node is stopped with unfinished writes and resumed later: later acknowledged writes must survive. */
 import { describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { VdiCatalog } from '../../src/vdi/catalog.js';
@@ -7,7 +7,7 @@ import { realNodesMissing, startRealNodes } from './clusters.js';
 const SHIFT = 20;
 const OBJECT = 2 ** SHIFT;
 const BLOCK = 4096;
-/** Few, so that the same bytes are written again and again. */
+/** A few blocks, so that the same bytes are written again and again. */
 const BLOCKS = 64;
 const LANES = 8;
 const ATTEMPT_MS = 1_000;
@@ -17,8 +17,8 @@ const ROUNDS = 3;
 const missing = realNodesMissing();
 if (missing !== undefined) console.log(`no real Sheepdog node was stopped: ${missing}`);
 
-describe.skipIf(missing !== undefined)('a real node that is stopped and goes on', () => {
-  test('undoes nothing that was written meanwhile', async () => {
+describe.skipIf(missing !== undefined)('a real node that is stopped and resumed', () => {
+  test('undoes no write that was acknowledged meanwhile', async () => {
     const cluster = await startRealNodes();
     const store = await SheepStore.open(cluster.address, { retryMs: 60_000, attemptMs: ATTEMPT_MS });
     const catalog = new VdiCatalog(store);
@@ -52,7 +52,7 @@ describe.skipIf(missing !== undefined)('a real node that is stopped and goes on'
     }
     isEnding = true;
     await Promise.all(lanes);
-    // Whatever was held back has had its time.
+    // Writes that were held back have had time to arrive.
     await pause(1000);
     const actual = Buffer.alloc(expected.length);
     await vdi.read(0, actual);

@@ -1,7 +1,7 @@
 /**
- * What each node of the stand-in has for itself, as nodes ask each other for it (READ_PEER), and whether it recovers. All have
- * the same as long as a test says nothing else. As sheep/request.c has it: a request of another epoch is refused, and one
- * without the flag RECOVERY would begin a recovery, which a client must not.
+ * The copies of each node of the stand-in, as nodes read them from each other (READ_PEER), and whether a node recovers. All
+ * nodes have the same copies unless a test changes them. As in sheep/request.c, a request of another epoch is refused, and a
+ * request without the flag RECOVERY would begin a recovery, which a client must not do.
  */
 import type { Answer, Seen, StandIn } from './stand-in.js';
 
@@ -11,32 +11,32 @@ const NO_OBJ = 2;
 const FLAG_RECOVERY = 0x80;
 const RECOVERY_STATE_BYTES = 24;
 
-/** What a node has of an object, at every request; undefined: no copy. */
+/** The copy of an object that a node has, at every request; undefined: no copy. */
 type Content = () => Buffer | undefined;
 
 export class StandInCopies {
   readonly #standIn: StandIn;
   readonly #own = new Map<string, Content>();
   epoch = 1;
-  /** Objects recovered, and of how many; undefined when none recovers. */
+  /** Objects recovered, and their total number; undefined if no node recovers. */
   recovering: { readonly finished: number; readonly total: number } | undefined;
 
   constructor(standIn: StandIn) {
     this.#standIn = standIn;
   }
 
-  /** From now on this node has something else. */
+  /** From now on this node has a different copy. */
   set(node: number, oid: bigint, content: Content): void {
     this.#own.set(`${node} ${oid}`, content);
   }
 
-  /** From now on all have the same. */
+  /** From now on all nodes have the same copy. */
   reset(): void {
     this.#own.clear();
     this.recovering = undefined;
   }
 
-  /** Undefined of what is no request of a peer. */
+  /** Undefined if it is no request between peers. */
   answer({ opcode, oid, offset, length, flags, node }: Seen, header: Buffer): Answer | undefined {
     const fill = (h: Buffer): void => void h.writeUInt32LE(this.epoch, 4);
     if (opcode === PeerOp.STAT_RECOVERY && this.recovering) {

@@ -1,15 +1,15 @@
 /**
- * Nodes of the stand-in that were stopped, or cut off, for so long that the others have dropped them, and that do not know it
- * yet: they answer what is asked of their own disk and memory as it was, with the epoch of before. What they would have to ask
- * others for waits until they know, for those refuse what comes from an earlier epoch (sheep/request.c, check_request_epoch).
- * An answer bears the epoch of when it is sent, not of when its request was carried out (tx_work).
+ * Nodes of the stand-in that were stopped or cut off until the others dropped them, and that do not know it yet. They answer
+ * requests about their own disk and memory with old data and the old epoch. Requests that need other nodes wait until they
+ * learn of it, as the others refuse requests of an earlier epoch (sheep/request.c, check_request_epoch). An answer has the
+ * epoch of the moment it is sent, not of the moment its request was carried out (tx_work).
  */
 import type { StandIn } from './stand-in.js';
 
 interface Past {
   readonly epoch: number;
   readonly objects: ReadonlyMap<bigint, Buffer>;
-  /** What READ_VDIS and READ_DEL_VDIS answer. */
+  /** The answers to READ_VDIS and READ_DEL_VDIS. */
   readonly vids: readonly [used: ReadonlySet<number>, deleted: ReadonlySet<number>];
   readonly knows: Promise<void>;
   readonly tell: () => void;
@@ -23,7 +23,7 @@ export class StandInDropped {
     this.#standIn = standIn;
   }
 
-  /** From now on this node is none of the others' any more, whose epoch is the next one. */
+  /** From now on the others, in the next epoch, no longer count this node as a member. */
   drop(node: number): void {
     const { epoch, objects } = this.#standIn;
     let tell: () => void = () => undefined;
@@ -33,7 +33,7 @@ export class StandInDropped {
     this.#standIn.epoch++;
   }
 
-  /** It has heard of it, is a member again, and has what the others have. */
+  /** The node has learnt of it, is a member again, and has the data of the others. */
   rejoin(node: number): void {
     const past = this.#pasts.get(node);
     this.#pasts.delete(node);

@@ -1,7 +1,6 @@
 /**
- * What the stand-in's nodes say of themselves: locks, space, recovery, members of earlier epochs, and that the cluster does
- * not serve. As sheep/ops.c has it: what a node is asked of itself needs a cluster that serves, what it is asked of the
- * cluster does not.
+ * The state that the stand-in's nodes report: locks, space, recovery, members of earlier epochs, and that the cluster does
+ * not serve. As in sheep/ops.c, requests about a node need a cluster that serves, requests about the cluster do not.
  */
 import { VDI_STATE_BYTES } from '../../src/sheepdog/state-layouts.js';
 
@@ -19,28 +18,28 @@ export interface StateAnswer {
 }
 
 export class StandInState {
-  /** By node: enum rw_state, objects done and in all. */
+  /** By node: enum rw_state, objects recovered, objects in total. */
   readonly recovery = new Map<number, readonly [phase: number, done: number, total: number]>();
-  /** The newest first; ports of the members. */
+  /** Epochs, the newest first, with the ports of their members. */
   epochs: { readonly epoch: number; readonly sinceSec: number; readonly ports: readonly number[] }[] = [];
-  /** vid -> the nodes that share its lock. */
+  /** Vid -> the nodes that share its lock. */
   readonly shared = new Map<number, number[]>();
-  /** vid -> the node that was asked for the lock. */
+  /** Vid -> the node through which the lock was taken. */
   readonly locked = new Map<number, number>();
-  /** What comes instead of answers while the cluster does not serve. */
+  /** The result of all requests while the cluster does not serve. */
   notServing: number | undefined;
   isRecoveryDisabled = false;
 
-  /** struct cluster_info, of which the stand-in has written what it says while it serves. */
+  /** Completes struct cluster_info, in which the stand-in has already written the fields of a serving cluster. */
   describe(info: Buffer): void {
     if (this.notServing === undefined) return;
     info[20] = 2;
     if (this.notServing === StateRes.WAIT_FOR_FORMAT) info.fill(0, 8, 16);
-    // A cluster that waits for nodes was made some time; this one on 2023-11-14.
+    // A cluster that waits for nodes was formatted before: this one on 2023-11-14.
     if (this.notServing === StateRes.WAIT_FOR_JOIN) info.writeBigUInt64LE(1_700_000_000n << 32n, 8);
   }
 
-  /** Undefined for what is not about the state. `ports`: of all nodes, members or not. `vids`: all there ever were. */
+  /** Undefined for requests that are not about the state. `ports`: of all nodes, members or not. `vids`: all ever used. */
   answer(
     opcode: number,
     node: number,
@@ -120,7 +119,7 @@ export class StandInState {
     return { result: 0, data };
   }
 
-  /** sheep/vdi.c, vdi_unlock: an exclusive lock goes whoever asks; of a shared one each node takes itself out. */
+  /** sheep/vdi.c, vdi_unlock: any node ends an exclusive lock; each node ends its own part of a shared lock. */
   release(vid: number, node: number, isShared: boolean): void {
     if (!isShared) return void this.locked.delete(vid);
     const left = (this.shared.get(vid) ?? []).filter((other) => other !== node);

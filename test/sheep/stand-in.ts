@@ -1,8 +1,8 @@
 /**
  * A Sheepdog cluster in memory, for tests: several listening nodes over one set of objects, speaking the wire protocol.
- * Honest where it matters: answers come out of order, zeros are left out of reads, references are counted in ledgers and
- * given up after the answer, a vid that became a snapshot refuses writes to its data, writes past the end are accepted.
- * It also watches its clients: what real nodes would let pass and lose data by is written down in `violations`.
+ * Like real nodes, it answers out of order, leaves zeros out of reads, counts references in ledgers, gives references up
+ * after the answer, refuses writes to the data of a vid that became a snapshot, and accepts writes past the end.
+ * It also checks its clients: requests that real nodes accept and that lose data are recorded in `violations`.
  */
 import net from 'node:net';
 import { StandInCopies } from './stand-in-copies.js';
@@ -20,7 +20,7 @@ const GREF = 4_198_968;
 const OBJECTS = 2 ** 20;
 const NODE_LIST_ENTRY = 80;
 const NODE_VNODES = 128;
-/** With the disks of a node, 16 bytes for each of up to 32 (struct disk_info). */
+/** Length of an entry with the disks of a node, 16 bytes for each of up to 32 (struct disk_info). */
 const LONG_NODE_LIST_ENTRY = NODE_LIST_ENTRY + 32 * 16;
 /** SD_EC_DATA_STRIPE_SIZE. */
 const STRIPE = 512;
@@ -66,11 +66,11 @@ export const Res = {
   BUFFER_SMALL: 0x88,
 } as const;
 
-/** Those of ours that 0.8 knows. To others it answers SYSTEM_ERROR. */
+/** The requests of our client that 0.8 knows. It answers SYSTEM_ERROR to others. */
 const OPS_OF_0_8: ReadonlySet<number> = new Set([
   0x01, 0x02, 0x03, 0x04, 0x11, 0x12, 0x13, 0x14, 0x15, 0x17, 0x82, 0x87,
 ]);
-/** Answered from a node's own disk and memory. */
+/** Requests that a node answers from its own disk and memory. */
 const OPS_OF_ONE_NODE: ReadonlySet<number> = new Set([
   Op.READ,
   Op.READ_VDIS,
@@ -81,7 +81,7 @@ const OPS_OF_ONE_NODE: ReadonlySet<number> = new Set([
   Op.EXIST,
   Op.CLUSTER_INFO,
 ]);
-/** Answered before the cluster is formatted (sheep/ops.c, force). */
+/** Requests that are answered before the cluster is formatted (sheep/ops.c, force). */
 const FORCED_OPS: ReadonlySet<number> = new Set([Op.READ_VDIS, Op.READ_DEL_VDIS, Op.GET_NODE_LIST, Op.CLUSTER_INFO]);
 
 export interface Seen {
@@ -94,40 +94,40 @@ export interface Seen {
   readonly node: number;
 }
 
-/** What is to become of a request. */
+/** How a request is made to fail. */
 export interface Fault {
-  /** Answer this and do nothing. */
+  /** Answer with this result and do nothing. */
   readonly result?: number;
-  /** Answer with what is no answer at all. */
+  /** Answer with bytes that are no answer. */
   readonly garbage?: boolean;
-  /** End the connection: before doing it, or when it is done and not answered. */
+  /** End the connection before the request is carried out, or after that and before the answer. */
   readonly cut?: 'before' | 'after';
   readonly delayMs?: number;
-  /** It is done when this resolves, whatever has become of the connection. */
+  /** Carry out the request when this resolves, even if the connection has ended. */
   readonly until?: Promise<void>;
-  /** Between doing it and answering. */
+  /** Delay between carrying out and answering. */
   readonly answerDelayMs?: number;
 }
 
 export interface StandInOptions {
   readonly nodes?: number;
   readonly useLock?: boolean;
-  /** Answers wait for a random time up to this. */
+  /** Answers are delayed by a random time up to this. */
   readonly jitterMs?: number;
-  /** References are given up this long after the answer. */
+  /** References are given up this long after the answer, milliseconds. */
   readonly reclaimMs?: number;
-  /** VDIs are erasure-coded if they do not say otherwise: (data strips / 2) << 4 | parity strips. */
+  /** Default copy_policy of VDIs, for erasure codes: (data strips / 2) << 4 | parity strips. */
   readonly copyPolicy?: number;
-  /** Formatted with -R: vids of families that are deleted are used again, from the lowest on. */
+  /** Formatted with -R: vids of deleted families are used again, from the lowest on. */
   readonly recyclesVids?: boolean;
-  /** What the cluster was formatted with (-z, -c). */
+  /** Settings that the cluster was formatted with (-z, -c). */
   readonly blockSizeShift?: number;
   readonly copies?: number;
-  /** Where it listens: 127.0.0.1 or ::1. */
+  /** The address it listens on: 127.0.0.1 or ::1. */
   readonly host?: string;
-  /** Built with --enable-diskvnodes, and formatted by a `dog` that is: entries of the list of nodes are longer. */
+  /** Nodes and `dog` are built with --enable-diskvnodes: entries of the list of nodes are longer. */
   readonly diskVnodes?: boolean;
-  /** `dog cluster format` is still to come. */
+  /** The cluster is not formatted yet. */
   readonly isUnformatted?: boolean;
 }
 
@@ -143,11 +143,11 @@ export class StandIn {
   readonly objects = new Map<bigint, Buffer>();
   readonly ledgers = new Map<bigint, Map<number, number>>();
   readonly readOnly = new Set<number>();
-  /** Nodes that do not know of a vid yet that it is a snapshot's; they hear of it with the next look-up they are asked. */
+  /** Nodes that do not know yet that a vid became a snapshot; they learn of it at the next lookup sent to them. */
   readonly late = new Map<number, Set<number>>();
-  /** Connections that clients have reset. */
+  /** Number of connections that clients have reset. */
   resets = 0;
-  /** Of the members; it goes up when they change. It is in every answer. */
+  /** Epoch of the members; it increases when they change, and is in every answer. */
   get epoch(): number {
     return this.copies.epoch;
   }
@@ -156,25 +156,25 @@ export class StandIn {
     this.copies.epoch = epoch;
   }
 
-  /** Entries change, and what they referred to is forgotten: what nodes do when members change at that moment. */
+  /** Entries change without giving up their references, as nodes do if members change at that moment. */
   forgetsReferences = false;
   readonly violations: string[] = [];
-  /** What the nodes say of themselves. */
+  /** The state that the nodes report. */
   readonly state = new StandInState();
   readonly seen: Seen[] = [];
-  /** Nodes that the others no longer count as members: they refuse what comes from them. */
+  /** Nodes that the others no longer count as members: the others refuse their requests. */
   readonly left = new Set<number>();
-  /** Nodes that have just started: until the others have told them they know of no vids (sheep/group.c, do_get_vdis). */
+  /** Nodes that have just started: they know no vids until they have fetched them from the others (sheep/group.c, do_get_vdis). */
   readonly starting = new Set<number>();
-  /** Nodes that wait to join their cluster, and carry nothing out (sheep/request.c, SD_STATUS_WAIT). */
+  /** Nodes that wait to join their cluster, and carry out no request (sheep/request.c, SD_STATUS_WAIT). */
   readonly notJoined = new Set<number>();
-  /** Nodes that recover what is theirs since then. */
+  /** Nodes that recover their objects since the last change. */
   readonly recovering = new Set<number>();
-  /** Objects, by oid, that only the first node has yet. */
+  /** Oids of objects that only the first node has so far. */
   readonly outOfPlace = new Set<bigint>();
-  /** Asked for every request. */
+  /** Called for every request. */
   fault: (request: Seen) => Fault | undefined = () => undefined;
-  /** What nodes have that is not what all have. */
+  /** Copies of single nodes that differ from the others. */
   readonly copies = new StandInCopies(this);
   /** Nodes that do not know yet that the others have dropped them. */
   readonly dropped = new StandInDropped(this);
@@ -186,11 +186,11 @@ export class StandIn {
   readonly #sockets: Set<net.Socket>[] = [];
   readonly #writing = new Set<{ oid: bigint; from: number; to: number }>();
   #reclaiming = 0;
-  /** Objects of which only a part is left. */
+  /** Objects that are only partly left. */
   readonly #strips = new Set<bigint>();
   #catalogBusy: Promise<void> | undefined;
   ports: number[] = [];
-  /** What its nodes are: their protocol, and which requests they know. 0.7 is one that is not known to us. */
+  /** The version of its nodes: their protocol and the requests they know. Our client does not know 0.7. */
   version: '0.7' | '0.8' | '0.9' | '1.0' = '1.0';
 
   constructor(options: StandInOptions = {}) {
@@ -240,7 +240,7 @@ export class StandIn {
     this.ports[n] = (server.address() as net.AddressInfo).port;
   }
 
-  /** As if it had been killed. */
+  /** Ends the node as if it were killed. */
   async stopNode(n: number): Promise<void> {
     const closed = new Promise<void>((resolve) => this.#servers[n]?.close(() => resolve()));
     for (const socket of this.#sockets[n] ?? []) socket.destroy();
@@ -251,17 +251,17 @@ export class StandIn {
     for (const [n, server] of this.#servers.entries()) if (server.listening) await this.stopNode(n);
   }
 
-  /** When all references that were given up are accounted for. */
+  /** Resolves when all references that were given up are accounted for. */
   async settled(): Promise<void> {
     while (this.#reclaiming > 0) await new Promise((resolve) => setTimeout(resolve, 2));
   }
 
-  /** As disks that die together lose it. */
+  /** Loses the object as disks that die together do. */
   loseInode(vid: number): void {
     if (!this.objects.delete(VDI_BIT | (BigInt(vid) << 32n))) throw new Error('there is no such inode');
   }
 
-  /** Data objects, as "vid/idx" in hex and decimal. */
+  /** Data objects, each as "vid/idx", the vid in hex and the idx in decimal. */
   dataObjects(): string[] {
     return [...this.objects.keys()]
       .filter((oid) => !(oid & VDI_BIT))
@@ -269,7 +269,7 @@ export class StandIn {
       .sort();
   }
 
-  /** What `dog vdi snapshot` does. Names and tags may be any bytes. */
+  /** Does what `dog vdi snapshot` does. Names and tags may be any bytes. */
   externalSnapshot(name: string | Buffer, tag: string | Buffer): number {
     const found = this.#lookup(bytesText(name), 0);
     if (typeof found !== 'number') throw new Error(`no ${name.toString()}`);
@@ -277,7 +277,7 @@ export class StandIn {
     return this.#snapshot(bytesText(name), found, found, this.#inode(found));
   }
 
-  /** What `dog vdi create` does. */
+  /** Does what `dog vdi create` does. */
   externalCreate(name: string | Buffer, size: number, shift = 22): number {
     const vid = this.#freeVid(bytesText(name));
     const inode = Buffer.alloc(INODE_BYTES);
@@ -288,30 +288,30 @@ export class StandIn {
     return vid;
   }
 
-  /** Another tag in an inode, as clients that know no rule for tags write it. */
+  /** Replaces the tag in an inode, as clients without rules for tags do. */
   retag(vid: number, tag: string | Buffer): void {
     const inode = this.#inode(vid);
     inode.fill(0, 256, 512);
     inode.write(bytesText(tag), 256, 'latin1');
   }
 
-  /** The name in an inode. */
+  /** Reads the name in an inode. */
   nameOf(vid: number): string {
     return this.#used.has(vid) ? text(this.#inode(vid), 0) : '';
   }
 
-  /** What `dog vdi resize` does; and our own command line on another host, which can cut off too. */
+  /** Does what `dog vdi resize` does, and shrinks too, as our command line on another host can. */
   externalResize(name: string, size: number): void {
     this.#working(name).writeBigUInt64LE(BigInt(size), 536);
   }
 
-  /** What `dog vdi alter-copy` does. */
+  /** Does what `dog vdi alter-copy` does. */
   externalCopies(name: string, copies: number): void {
     this.#working(name)[554] = copies;
   }
 
   /**
-   * What `dog vdi delete` does, with the pause that is between its steps. A VDI in whose table there is something again is
+   * Does what `dog vdi delete` does, with the pause between its steps. A VDI that has new entries in its table by then is
    * marked as deleted all the same, and keeps its name (sheep/vdi.c, delete_vdi_work).
    */
   async externalDelete(name: string, meanwhile: () => Promise<void> = () => Promise.resolve()): Promise<void> {
@@ -324,20 +324,20 @@ export class StandIn {
     this.#delete(vid, inode);
   }
 
-  /** What nodes of a cluster formatted with -R do with the vid of a deleted VDI. */
+  /** Frees the vid of a deleted VDI, as nodes of a cluster formatted with -R do. */
   reuse(vid: number): void {
     this.#used.delete(vid);
     this.#deleted.delete(vid);
     this.objects.delete(VDI_BIT | (BigInt(vid) << 32n));
   }
 
-  /** Header fields of the working VDI's inode. */
+  /** Sets header fields of the working VDI's inode. */
   header(name: string): { readonly size: number; readonly copies: number; readonly shift: number } {
     const inode = this.#working(name);
     return { size: Number(inode.readBigUInt64LE(536)), copies: inode[554] as number, shift: inode[555] as number };
   }
 
-  /** Vids that are locked. */
+  /** The locked vids. */
   locks(): number[] {
     return [...this.state.locked.keys()];
   }
@@ -348,13 +348,13 @@ export class StandIn {
     return this.#inode(vid);
   }
 
-  /** The same with the pause that real nodes make: writes to the inode in between are lost to the whole of it. */
+  /** The same with the pause of real nodes: their write of the whole inode loses writes to it during the pause. */
   async externalSnapshotSlowly(name: string, tag: string, meanwhile: () => Promise<void>): Promise<number> {
     const vid = this.#lookup(bytesText(name), 0);
     if (typeof vid !== 'number') throw new Error(`no ${name}`);
     this.readOnly.add(vid);
     const read = Buffer.from(this.#inode(vid));
-    // Operations on the catalog wait for each other, on all nodes.
+    // Operations on the catalog run one after the other, on all nodes.
     let end: () => void = () => undefined;
     this.#catalogBusy = new Promise((resolve) => (end = resolve));
     await meanwhile();
@@ -378,7 +378,7 @@ export class StandIn {
         const header = Buffer.from(buffered.subarray(0, HEADER));
         const data = Buffer.from(buffered.subarray(HEADER, total));
         buffered = buffered.subarray(total);
-        // Whether there is a node at all, and whether it serves.
+        // Without reading the request: whether the node exists, and whether it serves.
         const isGreeting = header[1] === (requests === 0 ? Op.GET_NODE_LIST : requests === 1 ? Op.STAT_RECOVERY : 0);
         requests++;
         void this.#request(socket, node, header, data, isGreeting);
@@ -386,7 +386,7 @@ export class StandIn {
     });
   }
 
-  /** `isGreeting`: the first requests of a connection, about the node itself. Not among what is seen. */
+  /** `isGreeting`: the first requests of a connection, about the node itself. They are not in `seen`. */
   async #request(socket: net.Socket, node: number, header: Buffer, data: Buffer, isGreeting: boolean): Promise<void> {
     const request: Seen = {
       opcode: header[1] as number,
@@ -402,7 +402,7 @@ export class StandIn {
     if (fault?.until) await fault.until;
     if (this.left.has(node)) return void socket.destroy();
     if (!OPS_OF_ONE_NODE.has(request.opcode)) await this.dropped.of(node)?.knows;
-    // Of an erasure-coded object whole stripes are read, changed and written back.
+    // Nodes read, change and write back whole stripes of an erasure-coded object.
     const stripe = this.#isErasureCoded(request.oid) ? STRIPE : 1;
     const writing = request.opcode === Op.WRITE && {
       oid: request.oid,
@@ -424,7 +424,7 @@ export class StandIn {
     if (fault?.cut === 'before') return void socket.destroy();
     if (request.opcode >= Op.NEW_VDI && request.opcode <= Op.DEL_VDI && request.opcode !== Op.READ_VDIS) {
       await this.#catalogBusy;
-      // A node fetches the others' vids in the queue in which it looks names up (sheep/group.c, block_wqueue).
+      // A node fetches the others' vids in the queue that also looks up names (sheep/group.c, block_wqueue).
       while (this.starting.has(node)) await new Promise((resolve) => setTimeout(resolve, 2));
       this.late.delete(node);
     }
@@ -461,7 +461,7 @@ export class StandIn {
       case Op.REMOVE:
         return { result: this.objects.delete(request.oid) ? Res.SUCCESS : Res.NO_OBJ };
       case Op.EXIST: {
-        // sheep/ops.c, local_oid_exist: it looks into a list of nodes that is not there yet.
+        // sheep/ops.c, local_oid_exist: it reads a list of nodes that does not exist yet, and crashes.
         if (this.state.notServing !== undefined)
           this.violations.push('EXIST to a node that has not joined, which ends it');
         const isHere =
@@ -525,7 +525,7 @@ export class StandIn {
     return info;
   }
 
-  /** struct epoch_log of 0.8, of one epoch. */
+  /** One struct epoch_log of 0.8. */
   #epochLog(): Buffer {
     const log = Buffer.alloc(48 + 6144 * NODE_LIST_ENTRY);
     log.writeUInt32LE(1_700_000_000, 4);
@@ -536,7 +536,7 @@ export class StandIn {
     return log;
   }
 
-  /** Vids in use and deleted ones. */
+  /** The bitmaps of vids in use and of deleted vids. */
   vidsNow(): [Set<number>, Set<number>] {
     return [new Set(this.#used), new Set(this.#deleted)];
   }
@@ -555,7 +555,7 @@ export class StandIn {
     if (!object || this.#strips.has(oid)) return { result: Res.NO_OBJ };
     const data = Buffer.alloc(length);
     object.copy(data, 0, offset, offset + length);
-    // Zero sectors at both ends may be left out.
+    // Nodes may leave out zero sectors at both ends.
     let from = 0;
     let to = length;
     while (from + 512 <= to && isZero(data.subarray(from, from + 512))) from += 512;
@@ -576,7 +576,7 @@ export class StandIn {
     if (isTable && object[553] !== 0) this.violations.push(`the index of ${oid.toString(16)} is taken for a table`);
     if (isTable) this.#changeTable(object, vidOf(oid), (offset - TABLE) / 4, data);
     else {
-      // sheep/gateway.c, init_erasure_buffer: the stripe a write begins in is read only if it does not begin with it.
+      // sheep/gateway.c, init_erasure_buffer: the first stripe of a write is read only if the write begins inside it.
       const end = offset + length;
       if (this.#isErasureCoded(oid) && offset % STRIPE === 0 && length > 0 && length < STRIPE) {
         object.fill(0, end, Math.min(offset + STRIPE, object.length));
@@ -623,7 +623,7 @@ export class StandIn {
     }
     this.ledgers.delete(oid);
     if (!this.#isErasureCoded(oid)) return void this.objects.delete(oid);
-    // Its strips go one after the other, each from its own node; and the last one also if it is a new object's by then.
+    // Its strips are removed one after the other; the last one even if it belongs to a new object by then.
     this.#strips.add(oid);
     this.#reclaiming++;
     setTimeout(() => {
@@ -721,7 +721,7 @@ export class StandIn {
           }
         } else if (!isZero(inode.subarray(TABLE, GREF))) {
           this.violations.push(`"${name}" is deleted with objects in its table`);
-          // sheep/vdi.c, delete_vdi_work and post_cluster_del_vdi: the record stays, and the answer is that it is deleted.
+          // sheep/vdi.c, delete_vdi_work and post_cluster_del_vdi: the record stays, and the answer is success.
           this.#deleted.add(vid);
           return withVid(vid);
         }
@@ -742,7 +742,7 @@ export class StandIn {
     inode.fill(0, 536, 544);
   }
 
-  /** Nodes give the new working VDI what the request says, not what the base has: `like` is laid out as an inode. */
+  /** Nodes take fields of the new working VDI from the request, not from its base: `like` has the layout of an inode. */
   #snapshot(name: string, working: number, baseVid: number, like: Buffer): number {
     this.readOnly.add(working);
     const now = BigInt(Math.floor(Date.now() / 1000)) << 32n;
@@ -771,7 +771,7 @@ export class StandIn {
     this.objects.set(VDI_BIT | (BigInt(vid) << 32n), inode);
   }
 
-  /** The table of the base, one more for its counts, the next generation. */
+  /** Copies the table of the base, adds one to its counts, and takes the next generation. */
   #derive(baseVid: number, inode: Buffer): void {
     this.readOnly.add(baseVid);
     const base = this.#inode(baseVid);
@@ -790,17 +790,17 @@ export class StandIn {
     return inode;
   }
 
-  /** sheep/vdi.c, vdi_lookup and fill_vdi_info_range: from the last vid back, of the chain or where vids are used again of all. */
+  /** sheep/vdi.c, vdi_lookup and fill_vdi_info_range: from the last vid back, in the chain or, with -R, in all vids. */
   #lookup(name: string, snapId: number): number | { error: number } {
     const { recyclesVids } = this.#options;
     let found = false;
     for (const vid of recyclesVids ? [...this.#used].sort((a, b) => b - a) : this.#chain(name)) {
       const inode = this.objects.get(VDI_BIT | (BigInt(vid) << 32n));
-      // Whoever's it is: the nodes give up.
+      // The nodes give up at any lost inode, also of another name.
       if (!inode) return { error: Res.NO_OBJ };
       if (text(inode, 0) !== name) continue;
       const isSnapshot = inode.readBigUInt64LE(520) !== 0n;
-      // Where vids are used again a snapshot is taken for the working VDI, if it has the highest.
+      // With -R the nodes take a snapshot for the working VDI if it has the highest vid.
       if (snapId === 0) return isSnapshot && !recyclesVids ? { error: Res.NO_VDI } : vid;
       if (!isSnapshot) found = true;
       else if (inode.readUInt32LE(556) === snapId) return vid;
@@ -808,7 +808,7 @@ export class StandIn {
     return { error: found ? Res.NO_TAG : Res.NO_VDI };
   }
 
-  /** From the last vid to the first place of the name. */
+  /** From the last vid back to the hash of the name. */
   #chain(name: string): number[] {
     const first = hash(Buffer.from(name, 'latin1'));
     const vids: number[] = [];
@@ -822,7 +822,7 @@ export class StandIn {
     return vid;
   }
 
-  /** sheep/vdi.c, run_vid_gc: when all that descend from one root are deleted, their vids are free. */
+  /** sheep/vdi.c, run_vid_gc: vids are free when all descendants of one root are deleted. */
   #recycle(deleted: number): void {
     const rootOf = (vid: number): number => {
       const parent = this.#inode(vid).readUInt32LE(564);
@@ -848,7 +848,7 @@ export class StandIn {
   }
 }
 
-/** A bit for each vid. */
+/** A bitmap with one bit per vid. */
 function bitmapOf(vids: ReadonlySet<number>): Buffer {
   const bitmap = Buffer.alloc(2 ** 21);
   for (const vid of vids) bitmap[vid >> 3] = (bitmap[vid >> 3] as number) | (1 << (vid & 7));
@@ -870,13 +870,13 @@ function dataOid(vid: number, idx: number): bigint {
   return (BigInt(vid) << 32n) | BigInt(idx);
 }
 
-/** Names are bytes, as they are kept: a character each. */
+/** A name as it is stored, one character per byte. */
 function text(buffer: Buffer, offset: number): string {
   const end = buffer.indexOf(0, offset);
   return buffer.toString('latin1', offset, end < 0 ? offset + 256 : end);
 }
 
-/** The same of a name that a test gives. */
+/** The same for a name given by a test. */
 function bytesText(name: string | Buffer): string {
   return Buffer.from(name).toString('latin1');
 }

@@ -1,6 +1,6 @@
 /**
- * What only clusters do, at the VDI layer: a gateway is killed, a node goes and comes back. Against the stand-in and, where there
- * are any, real nodes. What clusters have in common with other stores is in test/stores.
+ * Behaviour of clusters only, at the VDI layer: a gateway is killed, a node leaves and comes back. Against the stand-in, and
+ * against real nodes where they are installed. test/stores tests what all stores have in common.
  */
 import { afterAll, afterEach, beforeAll, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
@@ -10,8 +10,8 @@ import { Disk, checkContent } from '../stores/session.js';
 import { realNodesMissing, startRealNodes, startStandIn, type TestCluster } from './clusters.js';
 
 /**
- * The real nodes are formatted with this (for `dog cluster format`) in place of the two formats below, and VDIs have
- * objects of this shift: SHEEPGATE_TEST_FORMAT="-c 3 -l" SHEEPGATE_TEST_SHIFT=24.
+ * Options of `dog cluster format` for the real nodes, instead of the two formats below, and the shift of the object size of
+ * VDIs: SHEEPGATE_TEST_FORMAT="-c 3 -l" SHEEPGATE_TEST_SHIFT=24.
  */
 const { SHEEPGATE_TEST_FORMAT: onlyFormat, SHEEPGATE_TEST_NODES: onlyNodes = '4' } = process.env;
 const SHIFT = Number(process.env['SHEEPGATE_TEST_SHIFT'] ?? 20);
@@ -44,10 +44,10 @@ const clusters: Kind[] = [
     : [realNodes(3, '-c 2'), realNodes(4, '-c 2:1')]),
 ];
 
-/** Between two events of a cluster. */
+/** Time between two events of a cluster. */
 const WRITES = 100;
 
-/** What ends a node of an erasure-coded cluster when members change, whoever the client is (docs/cluster.md). */
+/** How nodes of an erasure-coded cluster crash when members change, with any client (docs/cluster.md). */
 const KNOWN_CRASH = /PANIC: invalid ec_index/;
 
 for (const { label, start, isReal } of clusters) {
@@ -58,7 +58,7 @@ for (const { label, start, isReal } of clusters) {
     let names = 0;
     const disks: Disk[] = [];
     let leftBefore: string[] = [];
-    /** Set where the nodes themselves leave something behind. */
+    /** Set by tests in which the nodes themselves leave objects behind. */
     let mayLeak = false;
 
     const open = async (): Promise<void> => {
@@ -77,7 +77,7 @@ for (const { label, start, isReal } of clusters) {
       await checkContent(vdi, expected, spec);
       await catalog.release(vdi);
     };
-    /** Also what a test that failed has left open. */
+    /** All open disks, also of a test that failed. */
     const removeAll = async (): Promise<void> => {
       for (const { vdi } of disks.splice(0)) await catalog.release(vdi).catch(() => undefined);
       for (const { name, tag } of await catalog.list()) {
@@ -104,7 +104,7 @@ for (const { label, start, isReal } of clusters) {
       await (cluster as typeof cluster | undefined)?.stop();
     });
 
-    test('what a killed gateway left of a temporary snapshot is gone before the disk is written', async () => {
+    test('the temporary snapshot of a killed gateway is removed before the disk is written', async () => {
       const { name, disk } = await newDisk(4);
       await disk.write(0, 3 * OBJECT, 1);
       await catalog.snapshotTemporary(name, 'now');
@@ -124,8 +124,8 @@ for (const { label, start, isReal } of clusters) {
       await catalog.release(again.vdi);
     });
 
-    test('a node that is killed and comes back is no error to anybody', async (context) => {
-      // Nodes keep copies that are no longer theirs when the members change.
+    test('no client gets an error when a node is killed and comes back', async (context) => {
+      // After a change of members nodes keep copies that no longer belong on them.
       mayLeak = isReal;
       const { disk } = await newDisk(6);
       let stop = false as boolean;
@@ -139,7 +139,7 @@ for (const { label, start, isReal } of clusters) {
         }
       };
       const lanes = [0, 1, 2].map(writer);
-      /** More than are under way: the last of them began after this was called. */
+      /** Waits for more requests than are in flight: the last of them began after this call. */
       const moreWrites = (): Promise<unknown> => {
         const target = written + WRITES;
         return waitUntil(() => written >= target || failures.length > 0, `${WRITES} more writes`, 60_000);
@@ -154,7 +154,7 @@ for (const { label, start, isReal } of clusters) {
       await Promise.all(lanes);
       const crashes = cluster.crashes();
       if (crashes.some((words) => KNOWN_CRASH.test(words))) {
-        // One more than the copies allow for. The tests that follow get a cluster of their own.
+        // One lost node more than the copies allow. The following tests get a new cluster.
         disks.length = 0;
         leftBefore = [];
         await catalog.close().catch(() => undefined);
@@ -170,7 +170,7 @@ for (const { label, start, isReal } of clusters) {
       expect(failures).toEqual([]);
       await disk.check();
       await catalog.release(disk.vdi);
-      await cluster.recovered(); // the next test is not about that
+      await cluster.recovered(); // the next test must not see these objects
     }, 240_000);
   });
 }

@@ -1,6 +1,6 @@
 /**
- * The mark of an unfinished VDI in a cluster, where it takes more than one request to set it with a VDI, a snapshot or a
- * rollback: a process that ends between any two of them leaves nothing that looks whole and is not.
+ * The mark of an unfinished VDI in a cluster. Setting it together with a VDI, a snapshot or a rollback takes several
+ * requests: a process that ends between any two of them must not leave an unfinished VDI that looks complete.
  */
 import { expect, test } from 'vitest';
 import type { VdiRecord } from '../../src/store/vdi-record.js';
@@ -21,7 +21,7 @@ const BEGINNING: Beginning = {
   goesOn: true,
 };
 const RUN = { run: BEGINNING.run };
-/** A cluster that refuses goes on refusing. */
+/** The cluster refuses every repetition of a request. */
 const RETRY_MS = 100;
 const WRITING = new Set<number>([Op.CREATE, Op.WRITE, Op.REMOVE, Op.NEW_VDI, Op.DEL_VDI]);
 
@@ -34,7 +34,7 @@ async function withCatalog<T>(cluster: StandIn, work: (catalog: VdiCatalog) => P
   }
 }
 
-/** Some snapshots, and other content since. */
+/** A VDI with snapshots, and other content since. */
 async function disk(catalog: VdiCatalog): Promise<void> {
   await catalog.create('vm', 4 * MIB, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('vm');
@@ -53,7 +53,7 @@ interface Operation {
   readonly label: string;
   readonly before: (catalog: VdiCatalog) => Promise<unknown>;
   readonly run: (catalog: VdiCatalog) => Promise<unknown>;
-  /** What may be there after a part of it: the working VDI. */
+  /** Whether a part of the operation may leave this working VDI. */
   readonly mayBe: (working: VdiRecord | undefined) => boolean;
 }
 
@@ -86,12 +86,12 @@ const OPERATIONS: readonly Operation[] = [
   },
 ];
 
-/** Do `work`, the cluster refusing from the nth request on that changes something. Returns how many there were. */
+/** Does `work` while the cluster refuses changing requests from the nth on. Returns the number of changing requests. */
 async function cutOff(cluster: StandIn, nth: number, work: Operation['run']): Promise<number> {
   return withCatalog(cluster, async (catalog) => {
     let requests = 0;
     cluster.fault = ({ opcode, length }) => {
-      // Writing nothing is a question.
+      // An empty write changes nothing: it asks for the object.
       if (!WRITING.has(opcode) || (opcode === Op.WRITE && length === 0) || ++requests < nth) return undefined;
       return { result: Res.EIO };
     };
@@ -102,7 +102,7 @@ async function cutOff(cluster: StandIn, nth: number, work: Operation['run']): Pr
 }
 
 test.each(OPERATIONS)(
-  '$label that is cut off anywhere leaves nothing that looks whole, and it can be begun again',
+  '$label that is cut off at any request leaves no VDI that looks complete, and can be begun again',
   async ({ before, run, mayBe }) => {
     const whole = await new StandIn({ jitterMs: 0 }).start();
     await withCatalog(whole, before);
@@ -131,7 +131,7 @@ test.each(OPERATIONS)(
   },
 );
 
-test('a rollback or deleting gives an unfinished VDI up, and dog shows the mark in the column of tags', async () => {
+test('a rollback or a deletion gives up an unfinished VDI, and dog shows its mark in the column of tags', async () => {
   const cluster = await new StandIn().start();
   await withCatalog(cluster, async (catalog) => {
     await begunDisk(catalog);
@@ -147,7 +147,7 @@ test('a rollback or deleting gives an unfinished VDI up, and dog shows the mark 
   await cluster.stop();
 });
 
-test('a VDI of one sector that somebody has made is not taken for one whose making was cut off', async () => {
+test('a VDI of one sector that a user created is not taken for a creation that was cut off', async () => {
   const cluster = await new StandIn({ jitterMs: 0 }).start();
   await withCatalog(cluster, async (catalog) => {
     const { vid } = await catalog.create('vm', 512, { blockSizeShift: 20 });
@@ -158,7 +158,7 @@ test('a VDI of one sector that somebody has made is not taken for one whose maki
   await cluster.stop();
 });
 
-test('the mark is a tag that says what it is, and no other tag is taken for one', () => {
+test('the mark is a tag that describes itself, and no other tag is taken for a mark', () => {
   const unfinished = { by: 'import', of: '', run: 'a1', since: 1_764_297_600_000, isNew: true } as const;
   expect(unfinishedTag(unfinished)).toBe('sheepgate-unfinished:import::a1:1764297600000:new');
   expect(parseUnfinishedTag(unfinishedTag(unfinished))).toEqual(unfinished);

@@ -12,7 +12,7 @@ function bitmapOf(vids: readonly number[]): Buffer {
   return bitmap;
 }
 
-test('all live vids are found in order, wherever they are; deleted ones are not', () => {
+test('all vids in use are found in order, wherever they are, and deleted vids are not', () => {
   const last = VDI_BITMAP_BYTES * 8 - 1;
   const used = [1, 7, 8, PART - 1, PART, PART + 1, 5 * PART, 5 * PART + 4711, last - 1, last];
   const deleted = [8, PART, last - 1];

@@ -1,4 +1,4 @@
-/** What the log says of requests that wait for nodes: which disk, which nodes, why, for how long; and how often it says so. */
+/** Log lines about requests that wait for nodes: the disk, the nodes, the reason, the time; and how often they are repeated. */
 import { afterEach, describe, expect, test } from 'vitest';
 import { SheepStore } from '../../src/store/sheep/sheep-store.js';
 import { WAITING_CHECK_MS, WaitingLog, type Waiter } from '../../src/store/sheep/waiting.js';
@@ -22,13 +22,13 @@ describe('lines', () => {
     log = new WaitingLog((line) => lines.push(line));
   });
 
-  /** Until `end`, with what waits then. */
+  /** Advances to `end`, and gives the lines until then. */
   function pass(end: number, waiting: readonly (readonly [string, Waiter])[] = []): string[] {
     for (; now < end; now += WAITING_CHECK_MS) log.check(waiting, now);
     return lines.splice(0);
   }
 
-  test('come when requests of a disk wait, ever less often while they do, and when it is over', () => {
+  test('are written when requests of a disk wait, ever less often while they wait, and when the wait is over', () => {
     const waiter = { since: 0, why: 'n1 has not answered' };
     now = 5 * SECOND;
     const told = pass(2 * 60 * MINUTE, [
@@ -49,12 +49,12 @@ describe('lines', () => {
     ]);
   });
 
-  test('name a few reasons and count the others', () => {
+  test('name a few reasons and the number of the others', () => {
     const waiting = Array.from({ length: 9 }, (_, n) => ['vm1', { since: 0, why: `n${n} has not answered` }] as const);
     expect(pass(1, waiting)[0]).toMatch(/n0 .*; n1 .*; n2 .*; n3 .*; and 5 more reasons$/);
   });
 
-  test('of a disk that waits again and again are not more, and how often it was is told', () => {
+  test('of a disk that waits again and again are not more frequent, and say how often it waited', () => {
     let told: string[] = [];
     for (let n = 0; n < 100; n++) {
       told = [...told, ...pass(now + 2 * SECOND, [['vm1', { since: now, why: 'n1 has not answered' }]])];
@@ -65,7 +65,7 @@ describe('lines', () => {
     const episodes = told.filter((line) => /a request waits for/.test(line)).length;
     const untold = told.reduce((sum, line) => sum + Number(/\((\d+) more times? since/.exec(line)?.[1] ?? 0), 0);
     expect(episodes + untold).toBe(100);
-    // Forgotten by now: told at once.
+    // The earlier waits are forgotten by now: logged at once.
     expect(pass(now + 1, [['vm1', { since: now, why: 'n1 has not answered' }]])).toHaveLength(1);
   });
 });
@@ -116,7 +116,7 @@ describe('requests', () => {
     await told(/^disk: no request waits for the cluster any more/);
   });
 
-  test('a read of what a snapshot has is of the disk that reads it', async () => {
+  test('a read of an object shared with a snapshot names the disk that is read', async () => {
     const vdi = await connect(1, 600);
     await catalog.snapshot('disk', 'old');
     let goOn: () => void = () => undefined;
@@ -128,7 +128,7 @@ describe('requests', () => {
     await reading;
   });
 
-  test('the answer of a cluster that is halted is the reason while it is asked again', async () => {
+  test('the answer of a halted cluster is the reason while the request is repeated', async () => {
     const vdi = await connect(1);
     cluster.fault = (request) => (isWrite(request) ? { result: Res.HALT } : undefined);
     const halted = Promise.resolve(vdi.write(0, Buffer.alloc(4096, 2), false));
@@ -139,7 +139,7 @@ describe('requests', () => {
     await halted;
   });
 
-  test('nodes that cannot be reached are the reason until one can', async () => {
+  test('unreachable nodes are the reason until a node is reachable', async () => {
     const vdi = await connect(1);
     const [port] = cluster.ports;
     await cluster.stop();
@@ -151,11 +151,11 @@ describe('requests', () => {
     await alone;
   });
 
-  test('a write that a silent member of the cluster may still carry out says so', async () => {
+  test('the reason of a write that a silent member may still carry out says so', async () => {
     const vdi = await connect(3, ATTEMPT_MS + 500, ATTEMPT_MS);
     let goOn: () => void = () => undefined;
     const resumed = new Promise<void>((resolve) => (goOn = resolve));
-    // The first is the one in use.
+    // The first node is the node in use.
     cluster.fault = ({ node }) => (node === 0 ? { until: resumed } : undefined);
     const writing = Promise.resolve(vdi.write(0, Buffer.alloc(4096, 2), false));
     expect(await told(/^disk: a request waits/)).toMatch(

@@ -1,4 +1,4 @@
-/** Creating a store: in which directories, by which commands, and what is left of an interrupted creation. */
+/** Creating a store: in which directories, by which commands, and the state after an interrupted creation. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { pathToFileURL } from 'node:url';
@@ -118,7 +118,7 @@ describe('a store is created', () => {
     }
   });
 
-  test('in no directory with other content, whichever command asks for it', async () => {
+  test('in no directory with other content, by any command', async () => {
     const directory = temporaryDirectory();
     fs.writeFileSync(path.join(directory, 'hosts'), 'precious');
     const image = path.join(temporaryDirectory(), 'image');

@@ -312,7 +312,7 @@ describe('when the metadata cannot be stored', () => {
     failing.fail({ calls: ['commit'], times }, 'ENOSPC');
   }
 
-  test('a snapshot fails alone: the writer goes on, later flushes and snapshots work, nothing leaks', async () => {
+  test('only the snapshot fails: the writer continues, later flushes and snapshots work, and no object leaks', async () => {
     await catalog.create('disk', SIZE, { blockSizeShift: 20 });
     const vdi = await catalog.openVdi('disk');
     await vdi.write(0, Buffer.alloc(SIZE, 1), true);

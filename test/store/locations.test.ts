@@ -3,7 +3,7 @@ import path from 'node:path';
 import { expect, test } from 'vitest';
 import { CLUSTER, directoryOf, kindOf, LOCAL, parseLocation } from '../../src/store/locations.js';
 
-test('a directory is a local store, whatever its name', () => {
+test('a directory of any name is a local store', () => {
   expect(parseLocation('disks')).toBe(path.resolve('disks'));
   expect(parseLocation('local:disks')).toBe(path.resolve('disks'));
   expect(parseLocation('local:cluster:x')).toBe(path.resolve('cluster:x'));

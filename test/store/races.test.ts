@@ -109,7 +109,7 @@ test('map entries of writes that a waiting flush covers survive a snapshot taken
   await catalog.release(vdi);
 });
 
-test('with fewer descriptors than busy objects nobody reads or writes through another object’s descriptor', async () => {
+test('with fewer descriptors than busy objects no request uses another object’s descriptor', async () => {
   const objects = 48;
   await start();
   await catalog.create('disk', objects * OBJECT, { blockSizeShift: 20 });

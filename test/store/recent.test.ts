@@ -276,7 +276,7 @@ describe('of a VDI with several logs', () => {
     }
   }
 
-  test('all logs are set aside together with one that does not say which VDI it belongs to', async () => {
+  test('all logs are set aside together with a log that does not name its VDI', async () => {
     const { copy, logs, files } = await killed();
     spoil(logs[0], 512 + 4);
     expect(await found(await open(copy))).toEqual(['flushed', '', '', '']);
@@ -284,7 +284,7 @@ describe('of a VDI with several logs', () => {
     expect(objectFiles(copy)).toEqual(files);
   });
 
-  test('all logs are set aside together with one that the disk cannot read', async () => {
+  test('all logs are set aside together with a log that the disk cannot read', async () => {
     const { copy, logs } = await killed();
     const failing = new FailingDisk();
     failing.fail({ calls: ['readSync'], file: new RegExp(`^${logs[1]}$`) }, 'EIO');
@@ -293,7 +293,7 @@ describe('of a VDI with several logs', () => {
     expect(after.lines.join()).toMatch(/9 and 2 more: EIO: i\/o error/);
   });
 
-  test('none is applied by the start after one that was interrupted while it set them aside', async () => {
+  test('none is applied by the start after an interrupted start that was setting them aside', async () => {
     const { copy, session, logs } = await killed();
     spoil(logs[0], fs.statSync(logs[0]).size - 10);
     let interrupted = '';
@@ -427,7 +427,7 @@ describe('set aside, reported, and nothing deleted', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('also by the start after one that was interrupted between setting aside and storing what it kept', async () => {
+  test('also by the start after an interrupted start, between setting aside and storing the kept objects', async () => {
     const { directory, vdi } = await newStore();
     await write(vdi, 0, 'flushed');
     await vdi.flush();

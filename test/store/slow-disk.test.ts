@@ -49,7 +49,7 @@ async function disk(name: string): Promise<Vdi> {
   return vdi;
 }
 
-/** Writes of objects take STALL_MS while `isSlow`. Returns what is counted: those on the loop, and those under way in the pool. */
+/** Writes of objects take STALL_MS while `isSlow`. Returns the counts of writes on the loop, and in flight in the pool. */
 function slowWrites(): { isSlow: boolean; onLoop: number; inPool: number; mostInPool: number } {
   const state = { isSlow: true, onLoop: 0, inPool: 0, mostInPool: 0 };
   failing.instead({ calls: ['writeSync'], file: /objects/ }, (_, proceed) => {

@@ -1,7 +1,6 @@
 /**
- * What header comments and documents claim of the whole tree, held against the tree: which layer imports what, that each file
- * says what it is for, and that files, lines and headings stay readable. A claim that does not hold any more is changed here
- * and in the text that makes it.
+ * Checks claims of header comments and documents about the whole tree: the imports of each layer, a header in every file,
+ * readable lengths of files and lines, headings of documents. When a claim changes, change it here and in its text.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -10,15 +9,15 @@ import ts from 'typescript';
 import { describe, expect, test } from 'vitest';
 
 const ROOT = path.resolve(import.meta.dirname, '../..');
-/** More than one idea fits into a longer file, and nobody reads it to its end. */
+/** A longer file has more than one idea. */
 const MAX_FILE_LINES = 600;
-/** Prettier holds code to 120 characters, and leaves comments and text as they are. */
+/** Prettier limits code to 120 characters, and does not wrap comments and text. */
 const MAX_LINE = 140;
 
 /** Files with lines that are longer than MAX_LINE, until somebody wraps them. */
 const LONGER_LINES = new Set(['docs/clients.md']);
 
-/** Files of the working tree that git has, or would have: no output of builds. */
+/** Files of the working tree that git tracks or would track: no build output. */
 function filesOf(...patterns: readonly string[]): string[] {
   const list = ['ls-files', '--cached', '--others', '--exclude-standard', '--deduplicate', '--', ...patterns];
   return execFileSync('git', list, { cwd: ROOT, encoding: 'utf8' })
@@ -33,7 +32,7 @@ function textOf(name: string): string {
 const sources = filesOf('src/*.ts', 'nbd/src/*.ts');
 const documents = filesOf('*.md');
 
-/** What a source imports, types and `import()` included, as it is written there. */
+/** The imports of a source as written there, types and `import()` included. */
 function importsOf(name: string): string[] {
   const imports = /(?:\bfrom|\bimport\(|^import) ?'([^']+)'/gm;
   return Array.from(textOf(name).matchAll(imports), ([, module]) => module as string);
@@ -57,7 +56,7 @@ const IMPORTERS: Readonly<Record<string, readonly string[]>> = {
   'node:net': ['nbd/src', 'src/daemon', 'src/jobs', 'src/operations', 'src/store/sheep', 'src/system'],
 };
 
-describe('who imports what', () => {
+describe('imports', () => {
   test.each(Object.entries(IMPORTERS))('%s is imported in %j and nowhere else', (module, allowed) => {
     const importers = importersOf(module);
     expect(importers.length).toBeGreaterThan(0);
@@ -75,7 +74,7 @@ describe('who imports what', () => {
     expect(foreign('text', /^(?:node:|\.\/)/)).toEqual([]);
   });
 
-  test('nbd/ imports Node and itself: it needs no other package', () => {
+  test('nbd/ imports only Node and itself', () => {
     const foreign = sources
       .filter((name) => name.startsWith('nbd/'))
       .flatMap((name) => importsOf(name).filter((module) => !/^(?:node:|\.\.?\/)/.test(module)));
@@ -117,7 +116,7 @@ describe('a file of src/ or nbd/src/', () => {
   });
 });
 
-/** Lines that are read as text: not tables, and not what stands indented or between fences. */
+/** Lines of plain text: no tables, no indented or fenced blocks. */
 function linesOfText(document: string): { readonly line: string; readonly number: number }[] {
   let isFenced = false;
   return textOf(document)
@@ -142,7 +141,7 @@ describe('lines', () => {
     expect(longer).toEqual([]);
   });
 
-  test(`of documents have ${MAX_LINE} characters at most, beside tables and what is quoted`, () => {
+  test(`of documents have ${MAX_LINE} characters at most, except in tables and code`, () => {
     expect(documents.length).toBeGreaterThan(10);
     const longer = documents
       .filter((name) => !LONGER_LINES.has(name))
@@ -170,7 +169,7 @@ test('a document has one title, on its first line, and no heading leaves out a l
   expect(problems).toEqual([]);
 });
 
-/** Documents of others: the NBD protocol's. */
+/** Documents of other projects: the NBD protocol. */
 const FOREIGN = new Set(['proto.md']);
 
 test('the files that comments and documents name exist', () => {
@@ -178,7 +177,7 @@ test('the files that comments and documents name exist', () => {
   const names = new Set(all.map((name) => path.posix.basename(name)));
   const exists = (named: string): boolean =>
     named.includes('/') ? all.some((name) => `/${name}`.endsWith(`/${named}`)) : names.has(named);
-  // Imports begin with a dot, and are the compiler's.
+  // Imports begin with a dot; the compiler checks them.
   const mention = /(?<=[\s(`'"])(?!\.)(?:[\w.-]+\/)*[\w-]+(?:\.test)?\.(?:ts|md)(?![\w/])/g;
   const missing = all
     .filter((name) => /\.(?:ts|md)$/.test(name))

@@ -143,14 +143,14 @@ describe('a recording disk sees, in order,', () => {
     expect(recording.takeLines()).toEqual([`sync ${FIRST}`, 'sync names objects/01', 'commit meta.mdb']);
   });
 
-  test('a write with FUA into an object that is there: data, sync of the data', async () => {
+  test('a write with FUA into an existing object: data, sync of the data', async () => {
     await vdi.write(0, Buffer.alloc(BLOCK, 1), true);
     recording.takeLines();
     await vdi.write(0, Buffer.alloc(BLOCK, 2), true);
     expect(recording.takeLines()).toEqual([`write ${FIRST}`, `sync ${FIRST}`]);
   });
 
-  test('a snapshot: what is dirty is synced before the commits that make it one, and the next write copies', async () => {
+  test('a snapshot: dirty data is synced before the commits that complete the snapshot, and the next write copies', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
     recording.takeLines();
     await catalog.snapshot('disk', 's');
@@ -254,7 +254,7 @@ describe('a recording disk sees, in order,', () => {
 });
 
 describe('a power loss', () => {
-  test('right after an answered flush undoes no flushed data, and all snapshots are there', async () => {
+  test('right after an answered flush undoes no flushed data and no snapshot', async () => {
     await vdi.write(0, Buffer.alloc(SIZE, 1), false);
     await catalog.snapshot('disk', 's');
     await vdi.write(OBJECT + 512, Buffer.alloc(BLOCK, 2), false);
@@ -302,7 +302,7 @@ describe('a power loss', () => {
       await openAfterPowerLoss(at);
       const found = await bytesOf(await catalog.openVdi('disk'));
       const since = flushed.findLastIndex((each) => each.at <= at);
-      // Data written since may be there, block by block, and nothing else.
+      // Blocks may also have data written since, and nothing else.
       const legal = [...flushed.slice(since).map(({ bytes }) => bytes), written];
       for (let block = 0; block < SIZE; block += 512) {
         const is = found.subarray(block, block + 512);
@@ -394,7 +394,7 @@ describe('a disk that fails', () => {
     expect(all.subarray(60_000, 60_000 + BLOCK).equals(data.subarray(0, BLOCK))).toBe(true);
   });
 
-  test('at each call in turn: an error of the store or none, and data flushed before is there afterwards', async () => {
+  test('at each call in turn gives an error of the store or none, and loses no data flushed before', async () => {
     await vdi.write(0, Buffer.alloc(OBJECT, 1), true);
     await catalog.close();
     const before = path.join(temporaryDirectory(), 'before');

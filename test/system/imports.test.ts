@@ -1,4 +1,4 @@
-/** Who imports whom in src/: there are no cycles, and src/sheepdog knows no store. The layers are in eslint.config.js. */
+/** Imports in src/: no cycles, and src/sheepdog imports no store. eslint.config.js has the layers. */
 import fs from 'node:fs';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -7,7 +7,7 @@ import { expect, test } from 'vitest';
 const SOURCES = fileURLToPath(new URL('../../src/', import.meta.url));
 const IMPORT = /^(?:import|export)\b[^;]*?\bfrom '(\.[^']+)'/gm;
 
-/** What each file imports from src/ when it is loaded, types included, by paths from there. */
+/** The static imports of each file from src/, types included, as paths from there. */
 function readImports(): Map<string, string[]> {
   const files = fs
     .readdirSync(SOURCES, { recursive: true, encoding: 'utf8' })
@@ -53,7 +53,7 @@ test('no files of src/ import each other in a cycle, types included', () => {
   expect(findCycles()).toEqual([]);
 });
 
-test('src/sheepdog can be used without a store: it imports text alone', () => {
+test('src/sheepdog imports only src/text, so that it can be used without a store', () => {
   const others: string[] = [];
   for (const [file, imported] of imports) {
     if (!file.startsWith('sheepdog/')) continue;

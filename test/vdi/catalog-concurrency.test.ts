@@ -72,7 +72,7 @@ describe('while a disk that its last user has left is being flushed,', () => {
     await leaving;
   });
 
-  test('a user who opens it gets it at once, with the written data', async () => {
+  test('the next open of it succeeds at once, with the written data', async () => {
     const again = await catalog.openVdi('slow');
     const data = Buffer.alloc(4096);
     await again.read(0, data);
@@ -99,7 +99,7 @@ describe('while a disk that its last user has left is being flushed,', () => {
     expect((await catalog.check({ repair: false })).problems).toEqual([]);
   });
 
-  test('a check holds up nobody, whether it waits for the flush itself or is refused', async () => {
+  test('a check delays no other operation, whether it waits for the flush or is refused', async () => {
     const checking = catalog.check({ repair: false });
     const other = await catalog.openVdi('other');
     await expect(catalog.check({ repair: false })).rejects.toThrow(/other is open/);

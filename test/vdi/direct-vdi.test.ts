@@ -1,6 +1,6 @@
 /**
  * A store whose disks do copy-on-write themselves, behind the same catalog as the others: disks in memory that are no objects.
- * Also what the catalog makes of answers that such a store does not have, or has late.
+ * Also how the catalog handles answers that such a store does not have, or has late.
  */
 import { beforeEach, describe, expect, test } from 'vitest';
 import type { Catalog, ObjectStore } from '../../src/store/object-store.js';
@@ -14,7 +14,7 @@ import { objectsOf, type Vdi } from '../../src/vdi/vdi.js';
 
 const SIZE = 1024 * 1024;
 
-/** A disk as one buffer. It counts what it was asked for. */
+/** A disk as one buffer. It counts its requests. */
 class MemoryDisk implements DiskVdi {
   readonly kind = 'disk';
   isOpen = true;
@@ -179,7 +179,7 @@ describe('a store whose disks do copy-on-write themselves', () => {
     expect(store.disks.get(vid)?.bytes.toString('latin1', 0, 6)).toBe('before');
   });
 
-  test('is asked for nothing outside the disk, and for no change of a snapshot or of a store that is only read', async () => {
+  test('gets no request outside the disk, and no change of a snapshot or of a read-only store', async () => {
     await catalog.snapshot('disk', 'a');
     const snapshot = await catalog.openVdi('disk@a');
     const asked = [diskOf(vdi).requests, diskOf(snapshot).requests];

@@ -213,7 +213,7 @@ test('the long work of one disk does not make another disk wait for all of it', 
   await floods;
 });
 
-test('a snapshot need not wait for a trim of a million objects: it goes in between, and the trim goes on', async () => {
+test('a snapshot does not wait for a trim of a million objects: it is taken in between, and the trim continues', async () => {
   const { vdi, open } = vdiOf(new Uint32Array(MILLION).fill(9));
   const trim = Promise.resolve(vdi.trim(0, vdi.size, false));
   await new Promise((resolve) => setImmediate(resolve));
@@ -244,7 +244,7 @@ test('a trim that fails at one object reports it, leaves the gate, and has nothi
   await vdi.gate.close();
 });
 
-test('all requests of a disk together ask the store about four objects at a time, and all are answered', async () => {
+test('all requests of a disk together query the store about four objects at a time, and all are answered', async () => {
   let running = 0;
   let most = 0;
   const ask = async (): Promise<void> => {
@@ -254,7 +254,7 @@ test('all requests of a disk together ask the store about four objects at a time
   };
   const objectExtents: ObjectVdi['objectExtents'] = async (_vid, idx, at, length, sink) => {
     await ask();
-    if (idx % 3 > 0) sink(at, length / 2, idx % 3 === 1); // the store may report less than it was asked for
+    if (idx % 3 > 0) sink(at, length / 2, idx % 3 === 1); // the store may report less than requested
   };
   const map = Uint32Array.from({ length: 100 }, (_, idx) => (idx % 4 === 0 ? 0 : 9));
   const { vdi } = vdiOf(map, { objectExtents, cacheObject: ask });
@@ -276,7 +276,7 @@ test('all requests of a disk together ask the store about four objects at a time
   expect(most).toBe(4);
 });
 
-test('extents of a disk that is shrunk meanwhile end where they were asked to, without an error', async () => {
+test('extents of a disk that is shrunk meanwhile end at the requested offset, without an error', async () => {
   const { vdi, open } = vdiOf(alternating());
   const size = vdi.size;
   let end = 0;

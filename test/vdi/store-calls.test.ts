@@ -1,4 +1,4 @@
-/** What a store may rely on, whatever calls it: a call that breaks the contract is refused before the store sees it. */
+/** The contract that a store may rely on: a call that breaks it is refused before it reaches the store. */
 import { describe, expect, test } from 'vitest';
 import type { ObjectVdi } from '../../src/store/open-vdi.js';
 import type { VdiRecord } from '../../src/store/vdi-record.js';
@@ -9,7 +9,7 @@ const OBJECT = 2 ** SHIFT;
 /** The vid of the VDI, and one of another. */
 const [OWN, OTHERS] = [9, 4];
 
-/** Objects that take whatever comes, and note it. Object 0 is its own, 1 is shared, 2 and 3 are not allocated. */
+/** Objects that accept and record every call. Object 0 is exclusive, 1 is shared, 2 and 3 are not allocated. */
 class NotingObjects implements Partial<ObjectVdi> {
   readonly kind = 'objects';
   map = Uint32Array.from([OWN, OTHERS, 0, 0]);
@@ -102,16 +102,20 @@ describe('a call that breaks the contract does not reach the store:', () => {
     ['a write into a shared object', /not its alone/, (calls) => calls.writeObject(1, 0, Buffer.alloc(1))],
     ['zeroing a shared object', /not its alone/, (calls) => calls.zeroObject(1, 0, 1, noHole)],
     ['a write into no object', /not its alone/, (calls) => calls.writeObject(2, 0, Buffer.alloc(1))],
-    ['making one behind the end of the disk', /behind its end/, (calls) => calls.makeObject(4, 0, Buffer.alloc(1), 0)],
-    ['making a larger one', /outside/, (calls) => calls.makeObject(2, 0, Buffer.alloc(OBJECT + 1), 0)],
-    ['dropping one behind the end of the disk', /behind its end/, (calls) => calls.dropObject(4)],
+    [
+      'creating an object behind the end of the disk',
+      /behind its end/,
+      (calls) => calls.makeObject(4, 0, Buffer.alloc(1), 0),
+    ],
+    ['creating a larger object', /outside/, (calls) => calls.makeObject(2, 0, Buffer.alloc(OBJECT + 1), 0)],
+    ['dropping an object behind the end of the disk', /behind its end/, (calls) => calls.dropObject(4)],
   ])('%s', async (_, message, call) => {
     const { objects, calls } = callsOf();
     await expect(Promise.resolve().then(() => call(calls))).rejects.toThrow(message);
     expect(objects.calls).toEqual([]);
   });
 
-  test('a change of a snapshot, of a store that is only read, and anything after the close', async () => {
+  test('a change of a snapshot or of a read-only store, or any call after the close', async () => {
     const { objects, calls } = callsOf();
     objects.record = { ...objects.record, isSnapshot: true, tag: 'a' };
     expect(() => calls.writeObject(0, 0, Buffer.alloc(1))).toThrow(/disk@a is a snapshot/);
@@ -124,7 +128,7 @@ describe('a call that breaks the contract does not reach the store:', () => {
     expect([...objects.calls, ...readOnly.objects.calls, ...closed.objects.calls]).toEqual(['close']);
   });
 
-  test('a VDI that somebody else has deleted says why', () => {
+  test('a call on a VDI that another client has deleted fails with that reason', () => {
     const { objects, calls } = callsOf();
     objects.failure = new Error('it was deleted');
     objects.map = new Uint32Array(0);

@@ -1,5 +1,5 @@
 /**
- * Temporary snapshots of the local store under load, at the VDI layer: writers of every kind go on while snapshots are taken,
+ * Temporary snapshots of the local store under load, at the VDI layer: writers of every kind continue while snapshots are taken,
  * read and dropped. Every block carries a sequence number. A snapshot holds, for each block, at least the last number
  * acknowledged before it was asked for, none issued after it was answered, and the same at every reading.
  */
@@ -167,7 +167,7 @@ test('temporary snapshots under four writers are points in time, never change, a
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('they survive snapshots that stay, their deletion, trims, and objects that are created anew', async () => {
+test('temporary snapshots survive permanent snapshots, their deletion, trims, and objects that are created again', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE), true);
@@ -183,7 +183,7 @@ test('they survive snapshots that stay, their deletion, trims, and objects that 
     expect((await readAll('disk@now')).equals(content), 'after a snapshot').toBe(true);
     const more = load.writes + 50;
     while (load.writes < more) await turn();
-    // Whole objects are trimmed and created anew.
+    // Whole objects are trimmed and created again.
     await vdi.trim((n % 8) * OBJECT, OBJECT, false);
     await vdi.write((n % 8) * OBJECT, Buffer.alloc(512), false);
     expect((await readAll('disk@now')).equals(content), 'after a trim').toBe(true);
@@ -204,7 +204,7 @@ test('they survive snapshots that stay, their deletion, trims, and objects that 
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('an object that is trimmed and created anew leaves a temporary snapshot the old one', async () => {
+test('a temporary snapshot keeps the old object when the object is trimmed and created again', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(OBJECT, 1), false);
@@ -214,7 +214,7 @@ test('an object that is trimmed and created anew leaves a temporary snapshot the
   await vdi.trim(0, OBJECT, false);
   await vdi.write(0, Buffer.alloc(BLOCK, 3), true);
   expect((await readAll('disk@now')).subarray(0, OBJECT).equals(Buffer.alloc(OBJECT, 1))).toBe(true);
-  // The same again with all others gone and the disk opened anew.
+  // The same with all other snapshots gone and the disk opened again.
   await catalog.release(vdi);
   const again = await catalog.openVdi('disk');
   await again.trim(0, OBJECT, false);
@@ -227,7 +227,7 @@ test('an object that is trimmed and created anew leaves a temporary snapshot the
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('it is taken without a flush, and a flush does not wait for it', async () => {
+test('a temporary snapshot is taken without a flush, and a flush does not wait for it', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), false);
@@ -284,7 +284,7 @@ test('without room for before-images the snapshot is lost, which is logged, and 
   expect(data.equals(Buffer.alloc(BLOCK, 2))).toBe(true);
 });
 
-test('a thousand of them leave no more records, names and files than one', async () => {
+test('a thousand temporary snapshots leave no more records, names and files than one', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   const vdi = await catalog.openVdi('disk');
   await vdi.write(0, Buffer.alloc(SIZE, 1), true);
@@ -309,7 +309,7 @@ test('a thousand of them leave no more records, names and files than one', async
   expect((await catalog.check({ repair: false })).problems).toEqual([]);
 });
 
-test('it cannot be cloned or rolled back to: it ends with its reader', async () => {
+test('a temporary snapshot cannot be cloned or rolled back to: it ends with its reader', async () => {
   await catalog.create('disk', SIZE, { blockSizeShift: 20 });
   await catalog.snapshotTemporary('disk', 'now');
   await expect(catalog.clone('disk@now', 'copy')).rejects.toMatchObject({ code: 'UNSUPPORTED' });

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Makes a Linux guest for the kernel's own NBD client: build-guest.sh DIR [ROOT] leaves DIR/vmlinuz and DIR/initramfs.gz,
-# from Debian's kernel package (only unpacked) and the programs of this machine, or kernel and programs of the client set
-# in ROOT (see ../clients). Downloads once; a DIR that is complete is left alone. Exit 3: cannot be had here.
+# from Debian's kernel package (only unpacked) and the programs of this machine, or from kernel and programs of the client set
+# in ROOT (see ../clients). Downloads once; a complete DIR is left alone. Exit 3: not possible on this machine.
 set -eu
 dir=$1
 root=${2:-}
 here=$(cd "$(dirname "$0")" && pwd)
 attach="$here/../../examples/nbd-attach.c"
-# What the guest's programs need of the kernel, and what they are. nbd-attach comes with them.
+# The kernel modules that the guest needs, and its programs. nbd-attach is added to them.
 modules="virtio_pci virtio_net virtio_blk nbd ext4 xfs"
 programs="dash busybox nbd-client mkfs.ext4 e2fsck resize2fs mkfs.xfs xfs_repair blkdiscard fallocate rsync"
 
@@ -15,7 +15,7 @@ cannot() { echo "$1" >&2; exit 3; }
 here_and_sbin="$PATH:/usr/sbin:/sbin"
 places=$here_and_sbin
 [ -z "$root" ] || places=/usr/sbin:/usr/bin:/sbin:/bin
-# Where a program of the guest is, under ROOT.
+# The path of a program of the guest, under ROOT.
 path_of() {
   for place in $(echo "$places" | tr : ' '); do
     [ -x "$root$place/$1" ] && echo "$place/$1" && return
@@ -32,10 +32,10 @@ done
 
 mkdir -p "$dir"
 cd "$dir"
-# Test files start at once, and each wants a guest.
+# Several test files start at the same time, and each needs a guest.
 exec 9> lock
 flock 9
-# With the programs' versions: an upgraded program is tried from then on.
+# With the versions of the programs: an upgrade of a program builds the guest again.
 want=$( (cat "$here/build-guest.sh" "$here/guest-init.sh" "$attach" "$root/var/lib/dpkg/status" && ls "$root/kernel" 2>/dev/null) | cksum)
 [ "$(cat stamp 2>/dev/null)" = "$want" ] && exit 0
 
@@ -54,7 +54,7 @@ else
   fi
 fi
 for package in "$@"; do dpkg -x "$package" work/kernel; done
-# Later releases have everything below usr/.
+# Later releases have all files below usr/.
 [ -e work/kernel/lib ] || ln -s usr/lib work/kernel/lib
 version=$(ls work/kernel/lib/modules)
 for image in "boot/vmlinuz-$version" "lib/modules/$version/vmlinuz"; do
@@ -66,10 +66,10 @@ depmod -b work/kernel "$version"
 guest=work/root
 for directory in bin modules proc sys dev tmp run mnt snap etc; do mkdir -p "$guest/$directory"; done
 ln -s /proc/mounts "$guest/etc/mtab"
-# The modules that one needs, and itself, in order; nothing if it is built in.
+# The modules that a module needs, and itself, in order; nothing if it is built in.
 needs() { modprobe -d "$dir/work/kernel" -S "$version" --show-depends "$1" > work/needs && sed -n 's/^insmod \([^ ]*\).*/\1/p' work/needs; }
 for module in $modules; do needs "$module" >> work/paths || cannot "no module $module for Linux $version"; done
-# In this order, each once: insmod in the guest does not look for what is missing.
+# In this order, each once: insmod in the guest does not resolve dependencies.
 awk '!seen[$0]++' work/paths | while read -r path; do
   name=$(basename "$path" .xz)
   case $path in *.xz) xz -dc "$path" > "$guest/modules/$name" ;; *) cp "$path" "$guest/modules/$name" ;; esac
@@ -86,7 +86,7 @@ for program in $programs; do
     [ -e "$guest$library" ] || cp -L "$root$library" "$guest$library"
   done
 done
-# For whatever C library the guest has. The linker warns of names that need one's shared libraries; ours are numbers.
+# Static, for any C library of the guest. The linker warns that looking up host names needs shared libraries; we use numbers.
 gcc -O2 -static -o "$guest/bin/nbd-attach" "$attach" 2> work/warnings || { cat work/warnings >&2; exit 1; }
 cp "$here/guest-init.sh" "$guest/init"
 chmod +x "$guest/init"

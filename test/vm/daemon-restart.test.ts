@@ -1,7 +1,6 @@
 /**
- * The daemon ends and comes back under a filesystem that a Linux guest has mounted and writes to: once after SIGTERM,
- * once after SIGKILL, and then the disks have grown. The guest attaches with examples/nbd-attach.c, over several
- * connections and over one.
+ * The daemon is restarted while a Linux guest writes to mounted filesystems: once after SIGTERM, once after SIGKILL, when the
+ * disks have grown as well. The guest attaches with examples/nbd-attach.c, over several connections and over one.
  */
 import net from 'node:net';
 import { expect, onTestFinished, test } from 'vitest';
@@ -14,7 +13,7 @@ const GROWN = 192 * MIB;
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
-/** Two disks, each with a filesystem, a writer, and the hashes of what the writer has synced. */
+/** Two disks, each with a filesystem, a writer, and the hashes of the files that the writer has synced. */
 const job = (port: number, relay: number): string => `
 attach() { nbd-attach -t 3 -d 120 "$@" 2>> /tmp/attach || fail attach: $(cat /tmp/attach); }
 attach -c 4 10.0.2.2:${port} four /dev/nbd0
@@ -133,7 +132,7 @@ said 'nbd1: was detached by somebody else'
 say CLEAN $(cat /tmp/written.0) and $(cat /tmp/written.1) files
 `;
 
-/** Passes connections on to `port`. */
+/** A proxy that forwards connections to `port`. */
 async function startRelay(port: number): Promise<{ port: number; cutOldest: () => void }> {
   const sockets: net.Socket[] = [];
   const server = net.createServer((client) => {

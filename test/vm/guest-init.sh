@@ -1,7 +1,7 @@
 #!/bin/dash
 # The guest's only process: brings up modules and the network (10.0.2.2 is the host's loopback), runs /job, powers off.
-# It talks to the test over the first serial port: lines starting with "::" are for it, and it answers with lines.
-# Not busybox's shell: that takes its own applets before the programs of that name, an nbd-client and a fallocate too.
+# The first serial port connects it with the test: lines starting with "::" are for the test, which answers with lines.
+# Not busybox's shell, which prefers its own applets to programs of the same name, among them nbd-client and fallocate.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc
@@ -17,7 +17,7 @@ ip link set eth0 up
 
 say() { echo "::$*"; }
 fail() { say "FAIL $*"; poweroff -f; sleep 60; }
-# Wait until the test sends this word.
+# Waits until the test sends this word.
 wait_for() {
   while read -r word < /dev/ttyS0; do [ "$word" = "$1" ] && return 0; done
   fail "the test said nothing"

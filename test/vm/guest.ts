@@ -1,7 +1,7 @@
 /**
- * A Linux guest under qemu, for tests with the kernel's NBD client. Kernel, programs and qemu are those of the client
- * set. Owns the cache of its kernel and initramfs and the qemu processes; a guest runs one shell script, and talks with
- * the test line by line over its serial port.
+ * A Linux guest under qemu, for tests with the kernel's NBD client. Kernel, programs and qemu come from the client set.
+ * Owns the cache of kernel and initramfs, and the qemu processes. A guest runs one shell script, and exchanges lines with
+ * the test over its serial port.
  */
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process';
 import fs from 'node:fs';
@@ -14,7 +14,7 @@ import { ended, temporaryDirectory, waitUntil } from '../harness/daemon.js';
 import { isStopped, processState } from '../harness/process-state.js';
 
 const BUILD = fileURLToPath(new URL('build-guest.sh', import.meta.url));
-/** Downloads are kept between runs, and each client set has a guest of its own. */
+/** Downloads are kept between runs; each client set has its own guest. */
 const CACHE = path.join(
   process.env.XDG_CACHE_HOME ?? path.join(os.homedir(), '.cache'),
   'sheepgate-test-guest',
@@ -26,18 +26,18 @@ const CANNOT = 3;
 const MEMORY_MIB = 512;
 
 /**
- * What qemu tells of how its NBD connections are made anew, on stderr: a line for each attempt, each option and each wait
- * before the next attempt.
+ * Trace events of qemu's NBD reconnects, on stderr: a line for each attempt, each option, and each wait before the next
+ * attempt.
  */
 const TRACED = [
   ...['nbd_reconnect_attempt', 'nbd_reconnect_attempt_result', 'nbd_connect_thread_sleep', 'nbd_client_handshake'],
   ...['nbd_client_handshake_success', 'nbd_send_option_request', 'nbd_receive_option_reply', 'nbd_server_error_msg'],
 ];
-/** Of that, when a test has failed: the end. */
+/** Length of the end of that output, printed after a failed test. */
 const TOLD_CHARACTERS = 8_000;
 
 const children = new Set<ChildProcess>();
-/** Each with what its qemu has said on stderr so far. */
+/** Running guests, each with the stderr of its qemu so far. */
 const guests = new Map<ChildProcess, () => string>();
 afterEach(({ task }) => {
   if (task.result?.state !== 'fail') return;
@@ -57,53 +57,53 @@ process.on('exit', () => {
   for (const child of children) child.kill('SIGKILL');
 });
 
-/** Why there can be no guest here; undefined if there can. Builds it if need be. */
+/** Why a guest cannot run here; undefined if it can. Builds the guest if needed. */
 export function guestProblem(): string | undefined {
   const root = clientSet.root === undefined ? [] : [clientSet.root];
   const built = spawnSync('sh', [BUILD, CACHE, ...root], { encoding: 'utf8', timeout: BUILD_TIMEOUT_MS });
   if (built.status === 0) return undefined;
-  // A client set has all that its guest needs, and this machine what it is built with (test/install.sh).
+  // A client set has everything for its guest, and this machine has the build tools (test/install.sh).
   if (built.status === CANNOT && clientSet.root === undefined) return built.stderr.trim();
   throw new Error(`building the guest failed (${built.status ?? built.signal}): ${built.stderr}`);
 }
 
-/** Note for the table of docs/clients.md that a test has tried the nbd driver of the guest's kernel, and nbd-client. */
+/** Records for the table of docs/clients.md that a test has used the guest kernel's nbd driver, and nbd-client. */
 export function triesKernel({ task }: TestContext, { kernel }: Guest): void {
   task.meta.tried = ['linux', 'nbd-client'];
   task.meta.versions = { linux: kernel.replace(/(\+deb\d+)?-cloud.*$/, '') };
 }
 
 export interface Guest {
-  /** What `uname -r` says in it: 6.12.118+deb13-cloud-amd64. */
+  /** The output of `uname -r` in the guest: 6.12.118+deb13-cloud-amd64. */
   readonly kernel: string;
   /** Resolves with the rest of the next line that starts with "::WORD". Fails if the guest fails, ends or is too slow. */
   expect(word: string, timeoutMs?: number): Promise<string>;
-  /** Answer a `wait_for WORD`. */
+  /** Answers a `wait_for WORD` of the job. */
   send(word: string): void;
-  /** Wait for its power-off. */
+  /** Waits for the guest's power-off. */
   end(): Promise<void>;
   /**
-   * Do `work` while qemu stands still. For killing a daemon that it is connected to over TCP: who connects at the very
-   * moment in which Linux closes a listener may get a connection that nobody answers and nobody resets (the last packet
-   * of the handshake is dropped: ListenDrops in /proc/net/netstat), and qemu waits on it until its reconnect-delay is over.
+   * Does `work` while qemu is stopped: for killing a daemon that qemu is connected to over TCP. A client that connects just
+   * when Linux closes a listener may get a connection that is neither answered nor reset (the last packet of the handshake is
+   * dropped: ListenDrops in /proc/net/netstat), and qemu would wait on it until its reconnect-delay is over.
    */
   whileStopped(work: () => Promise<void>): Promise<void>;
-  /** What it printed so far. */
+  /** The guest's output so far. */
   console(): string;
 }
 
 const EXPECT_TIMEOUT_MS = 90_000;
 
 /**
- * Boot a guest that runs `job` (shell, sourced by its init), with more `devices` if given (arguments of qemu), and print
- * which kernel it has. What a device needs has to be below the temporary directory: qemu may see another release's root.
+ * Boots a guest that runs `job` (shell, sourced by its init), with more `devices` (arguments of qemu), and prints the version
+ * of its kernel. Files of devices must be below the temporary directory: qemu may run in another release's root.
  */
 export async function bootGuest(job: string, devices: readonly string[] = []): Promise<Guest> {
   const directory = temporaryDirectory();
   const initramfs = path.join(directory, 'initramfs.gz');
   const vmlinuz = path.join(directory, 'vmlinuz');
   fs.copyFileSync(path.join(CACHE, 'vmlinuz'), vmlinuz);
-  // The kernel unpacks archives that follow each other: the job lies over the cached rest.
+  // The kernel unpacks consecutive archives: the job is appended to the cached archive.
   fs.copyFileSync(path.join(CACHE, 'initramfs.gz'), initramfs);
   fs.writeFileSync(path.join(directory, 'job'), job);
   const archive = spawnSync('sh', ['-c', 'echo job | cpio -o -H newc --quiet | gzip -1'], { cwd: directory });
@@ -114,7 +114,7 @@ export async function bootGuest(job: string, devices: readonly string[] = []): P
     ...['-nodefaults', '-no-user-config', '-no-reboot', '-display', 'none', '-machine', 'q35,accel=tcg'],
     ...['-cpu', 'max', '-smp', '1', '-m', String(MEMORY_MIB), '-serial', 'stdio'],
     ...['-kernel', vmlinuz, '-initrd', initramfs],
-    // Under load an emulated timer comes late, which the kernel takes for a broken one, and panics: it is not to look.
+    // Under load an emulated timer fires late. The kernel would take it for broken and panic: no_timer_check prevents that.
     ...['-append', 'console=ttyS0 quiet panic=-1 mitigations=off no_timer_check'],
     ...['-netdev', 'user,id=n0,ipv6=off', '-device', 'virtio-net-pci,netdev=n0,romfile='],
     ...['-msg', 'timestamp=on', ...TRACED.flatMap((event) => ['-trace', event])],
@@ -124,7 +124,7 @@ export async function bootGuest(job: string, devices: readonly string[] = []): P
   children.add(child);
   child.once('exit', () => children.delete(child));
   let output = '';
-  /** Apart: a line of the guest's must not be cut in two by one of qemu's. */
+  /** Separate streams: a line of qemu must not split a line of the guest. */
   let errors = '';
   let seen = 0;
   const listeners = new Set<() => void>();

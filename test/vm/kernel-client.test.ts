@@ -1,7 +1,7 @@
 /**
- * The Linux kernel as client. One guest attaches VDIs with nbd-client, puts a filesystem on one and works in it, while a
- * temporary snapshot of it is mounted beside it and copied away with rsync. Another one trims and zeroes ranges, of a bare
- * device and under xfs, and detaches and attaches in between.
+ * The Linux kernel as client. One guest attaches VDIs with nbd-client, makes a filesystem on one and writes files, while it
+ * mounts a temporary snapshot of the VDI and copies it with rsync. Another guest trims and zeroes ranges, on a bare device
+ * and under xfs, and detaches and attaches in between.
  */
 import { execFileSync } from 'node:child_process';
 import { expect, test } from 'vitest';
@@ -15,7 +15,7 @@ const ZEROES_SINCE = [6, 12] as const;
 const problem = guestProblem();
 if (problem !== undefined) console.log(`skipped: no Linux guest: ${problem}`);
 
-// With more connections: "-connections 4" and not "-C 4", of which nbd-client 3.27 dies (SIGSEGV).
+// Several connections: "-connections 4", as "-C 4" crashes nbd-client 3.27 (SIGSEGV).
 const attach = (port: number, name: string, device: string, options = ''): string =>
   `nbd-client 10.0.2.2 ${port} ${device} -N ${name} ${options} > /tmp/attach 2>&1 || fail attach ${name}: $(cat /tmp/attach)`;
 
@@ -23,7 +23,7 @@ function portOf(daemon: Daemon): number {
   return Number(/tcp:127\.0\.0\.1:(\d+)/.exec(daemon.ready.listeners.join(' '))?.[1]);
 }
 
-/** What a store takes up on the host. */
+/** Bytes that a store occupies on the host. */
 function spaceOf(store: string): number {
   return Number(execFileSync('du', ['-s', '-B1', store], { encoding: 'utf8' }).split('\t')[0]);
 }
@@ -142,7 +142,7 @@ say CLEAN
   5 * 60_000,
 );
 
-/** On `zeros` 32 MiB are written, and one 8 MiB after the other is made zeros; then a disk of 8 GiB, and xfs. */
+/** Writes 32 MiB on `zeros` and zeroes it in steps of 8 MiB; then uses a disk of 8 GiB, with xfs. */
 const zeroingJob = (port: number): string => `
 detach() {
   nbd-client -d $1 > /dev/null || fail detach $1
@@ -223,7 +223,7 @@ say CLEAN
 `;
 
 (problem === undefined ? test : test.skip)(
-  'trimmed and punched ranges give their space back, zeroed ones keep it, and a kernel that can sends no zeros for them',
+  'trimmed and punched ranges free their space, zeroed ranges keep it, and a kernel with WRITE_ZEROES sends no zeros',
   async (context) => {
     const disks = ['zeros:64M', 'large:8G', 'files:1G'].flatMap((disk) => ['--create', disk]);
     const daemon = await startDaemon({ args: ['--listen', 'tcp:127.0.0.1:0', ...disks] });
@@ -248,7 +248,7 @@ say CLEAN
     await guest.expect('WRITTEN');
     expect(await written('zeros')).toBe(32 * MIB);
 
-    // Space is given back in the background.
+    // Space is freed in the background.
     const full = used();
     const lessByMib = (mib: number): Promise<boolean> =>
       waitUntil(() => full - used() > (mib - 1) * MIB, `the store is ${mib} MiB smaller`);
@@ -277,7 +277,7 @@ say CLEAN
     await guest.expect('LARGE');
 
     await guest.expect('FORMATTED');
-    // It zeroes the log, 64 MiB of it.
+    // mkfs.xfs zeroes its log of 64 MiB.
     if (sends) expect(await written('files')).toBeLessThan(8 * MIB);
     guest.send('go');
     await guest.expect('FILLED');

@@ -1,7 +1,7 @@
 /**
- * qemu as client: the disk of a running guest is an export. The tests follow each other on one guest, which writes
- * all the time: space comes back, the daemon restarts, the disk is backed up and moved away and back, and at the end
- * every file that was synced is there.
+ * qemu as client: the disk of a running guest is an export. The tests run in sequence on one guest, which writes all the time:
+ * trims free space, the daemon restarts, the disk is backed up and moved away and back, and at the end every synced file is
+ * there.
  */
 import { execFileSync } from 'node:child_process';
 import fs from 'node:fs';
@@ -77,7 +77,7 @@ dmesg | grep -iE 'i/o error|EXT4-fs (error|warning)|remounting|critical' > /tmp/
 say CLEAN
 `;
 
-/** The guest's disk is an export, and qemu's tools read others beside it. */
+/** The guest's disk is an export; qemu's tools read other exports at the same time. */
 const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : test.skip;
 
 (problem === undefined ? describe : describe.skip)('a guest of qemu with an export as its disk', () => {
@@ -109,7 +109,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
     expect(result.code, result.stdout + result.stderr).toBe(0);
     return result.stdout;
   };
-  /** A copy made while the guest wrote is as after a power failure: the journal is replayed, then nothing is wrong. */
+  /** A copy made during writes is like a disk after a power failure: after a replay of the journal it has no errors. */
   const expectFilesystem = async (image: string): Promise<void> => {
     const replay = await run('e2fsck', ['-p', image]);
     expect(replay.code, replay.stdout + replay.stderr).toBeLessThanOrEqual(1);
@@ -132,7 +132,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
     qmp = await Qmp.connect(socket);
   }, BOOT_TIMEOUT_MS);
   afterAll(() => qmp.close());
-  // They share the guest: after one has failed the others would only wait in vain.
+  // The tests share the guest: after a failure the others could only time out.
   let failed: string | undefined;
   beforeEach((context) => {
     if (failed !== undefined) context.skip(`needs: ${failed}`);
@@ -182,7 +182,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
       export: 'backup',
       discard: 'unmap',
     });
-    // The guest stands still for the moment in which the backup begins and a snapshot is taken of the same.
+    // The guest is paused while the backup begins and a snapshot of the same moment is taken.
     await qmp.execute('stop');
     const taken = await cli(['vdi', 'snapshot', 'disk', 'then'], { store: daemon.store });
     expect(taken.stderr).toBe('');
@@ -213,7 +213,7 @@ const tries = problem === undefined ? needs('qemu-system-x86_64', 'qemu-img') : 
     await move('disk0', 'away', { target: file, format: 'qcow2' });
     const clients = await run('qemu-img', ['info', '--output=json', file, '-U']);
     expect(JSON.parse(clients.stdout)).toMatchObject({ 'virtual-size': SIZE, format: 'qcow2' });
-    // What -blockdev has opened stays open until it is closed; then nobody has the disk open, or it could not be rolled back.
+    // An export opened by -blockdev stays open until it is closed; a rollback needs the disk to be closed.
     await qmp.execute('blockdev-del', { 'node-name': 'disk0' });
     expect((await cli(['vdi', 'rollback', 'disk@then'], { store: daemon.store })).stderr).toBe('');
     await move('away', 'home', { target: uri('home'), format: 'raw', mode: 'existing' });

@@ -49,7 +49,7 @@ export class Qmp {
     return qmp;
   }
 
-  /** Run one command; what qemu refuses is thrown with its words. */
+  /** Runs one command. Errors: `Error` with qemu's message (if qemu refuses the command). */
   async execute(command: string, args: object = {}): Promise<unknown> {
     this.#socket.write(`${JSON.stringify({ execute: command, arguments: args })}\n`);
     const reply = await waitUntil(() => this.#replies.shift() ?? this.#ended(), `qemu answers ${command}`, 60_000);
@@ -57,7 +57,7 @@ export class Qmp {
     return reply.return;
   }
 
-  /** Wait for an event of that name about the job or device `id`, take it, and return its data. */
+  /** Waits for an event of that name about the job or device `id`, removes it, and returns its data. */
   async event(name: string, id: string): Promise<QmpEvent['data']> {
     const found = await waitUntil(
       () => {

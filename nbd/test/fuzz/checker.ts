@@ -29,7 +29,7 @@ interface Asked {
   covered: bigint;
   pieces: [bigint, bigint][];
   contexts: Set<number>;
-  /** Bytes that the contexts so far cover, and their extents together. */
+  /** Bytes covered by the contexts so far, and the sum of their extents. */
   statusBytes: bigint | undefined;
   statusExtents: number;
   hasFailed: boolean;
@@ -77,7 +77,7 @@ export function checkServerOutput(input: Buffer, output: Buffer, isComplete: boo
   checkTransmission(heard, said, level, isComplete);
 }
 
-/** The level, if the handshake ended in the transmission phase; with both cursors where that begins. */
+/** The level, if the handshake led to the transmission phase; leaves both cursors at its beginning. */
 function checkOptions(heard: Cursor, said: Cursor, clientFlags: number): Level | undefined {
   let isStructured = false;
   let isExtended = false;
@@ -155,7 +155,7 @@ function checkTransmission(heard: Cursor, said: Cursor, level: Level, isComplete
     );
 }
 
-/** All whole requests, up to one that must end the connection. False if it ends that way. */
+/** All whole requests, up to one that must end the connection. False if there is one. */
 function readRequests(heard: Cursor, level: Level, waiting: Map<bigint, Asked[]>): boolean {
   const isExtended = level === 'extended';
   for (;;) {
@@ -189,7 +189,7 @@ function readRequests(heard: Cursor, level: Level, waiting: Map<bigint, Asked[]>
   }
 }
 
-/** One reply or chunk. False if it is cut off. */
+/** One reply or chunk. False if the output ends within it. */
 function checkReply(said: Cursor, level: Level, waiting: Map<bigint, Asked[]>): boolean {
   if (said.left < 4) return false;
   const magic = said.bytes.readUInt32BE(said.at);
@@ -201,7 +201,7 @@ function checkReply(said: Cursor, level: Level, waiting: Map<bigint, Asked[]>): 
     const cookie = header.readBigUInt64BE(8);
     const list = waiting.get(cookie) ?? [];
     must(list.length > 0, 'a reply to nothing');
-    // Of several with one cookie any may be meant.
+    // It may belong to any of several requests with this cookie.
     const fits = (asked: Asked): boolean =>
       level === 'simple' || (asked.type !== CMD.READ && asked.type !== CMD.BLOCK_STATUS);
     const asked = list.find(fits);
@@ -280,7 +280,7 @@ function checkChunk(level: Level, type: number, payload: Buffer, asked: Asked): 
       let sum = 0n;
       let before: bigint | undefined;
       for (let at = head; at < payload.length; at += each) {
-        must(sum < asked.length, 'an extent behind what was asked');
+        must(sum < asked.length, 'an extent behind the requested range');
         const size = isWide ? payload.readBigUInt64BE(at) : BigInt(payload.readUInt32BE(at));
         const status = isWide ? payload.readBigUInt64BE(at + 8) : BigInt(payload.readUInt32BE(at + 4));
         must(size > 0n, 'an empty extent');

@@ -1,6 +1,6 @@
 /**
- * One input against the client: a server that mostly follows the protocol, and sometimes does anything else. Every call of the
- * client must end, with its result or with an NbdClientError, and nothing else may happen.
+ * One input against the client: a server that mostly follows the protocol, and sometimes violates it. Every call of the client
+ * must end with its result or with an NbdClientError, without any other effect.
  */
 
 import { NbdClient, NbdClientError, type ReplyLevel } from '../../src/index.js';
@@ -20,23 +20,23 @@ const u16 = (value: number): Buffer => bytesOf(2, value);
 const u32 = (value: number): Buffer => bytesOf(4, value);
 const u64 = (value: number | bigint): Buffer => bytesOf(8, value);
 
-/** Turns of the event loop without a word from the client after which the server hangs up: both wait for the other. */
+/** After this many turns of the event loop without input the server closes the connection: each side waits for the other. */
 const IDLE_TURNS = 30;
 
-/** The server's side of a connection, which answers as its random numbers will have it. */
+/** The server's side of a connection, with random answers. */
 class LyingServer {
   private heard: Buffer = Buffer.alloc(0);
   private phase: 'flags' | 'options' | 'requests' = 'flags';
   private level: ReplyLevel = 'simple';
   private readonly contexts: number[] = [];
-  /** Replies it sends before it hangs up; none of its answers is endless. */
+  /** Replies before the server closes the connection; no answer is endless. */
   private patience: number;
   private idleTurns = 0;
 
   constructor(
     private readonly end: PairEnd,
     private readonly random: Random,
-    /** Mutations are one in this many messages. */
+    /** One in this many messages is mutated. */
     private readonly honesty: number,
   ) {
     this.patience = 5 + random.below(60);
@@ -65,7 +65,7 @@ class LyingServer {
     return taken;
   }
 
-  /** False if it needs to hear more. */
+  /** False if it needs more input. */
   private step(): boolean {
     if (this.phase === 'flags') {
       if (this.take(4) === undefined) return false;
@@ -162,7 +162,7 @@ class LyingServer {
         if (option === OPT.GO) this.phase = 'requests';
         break;
       default:
-        // No option of ours: acknowledged all the same.
+        // An option that our client does not send: acknowledged all the same.
         break;
     }
     reply(REP.ACK, random.oneIn(40) ? random.bytes(3) : Buffer.alloc(0));
@@ -261,7 +261,7 @@ class LyingServer {
   }
 }
 
-/** Throws if the client did anything that it must not. */
+/** Throws if the client misbehaves. */
 export async function runClientInput(seed: number): Promise<void> {
   const random = new Random(seed);
   const ends = connectedEnds();
@@ -291,7 +291,7 @@ export async function runClientInput(seed: number): Promise<void> {
   } catch (error) {
     if (!(error instanceof NbdClientError)) throw error;
   }
-  // A server may also just stay, and say no more.
+  // A server may also stay silent.
   if (random.oneIn(3)) ends.server.end();
   if (random.oneIn(2)) client.destroy();
   else if (random.oneIn(2) && !ends.server.writable) await client.disconnect();
@@ -299,7 +299,7 @@ export async function runClientInput(seed: number): Promise<void> {
   ends.server.destroy();
 }
 
-/** One request, and its answer looked at. */
+/** One request, and a check of its result. */
 async function ask(client: NbdClient, random: Random): Promise<void> {
   const offset = random.oneIn(20) ? random.interesting(SIZE) : random.below(SIZE / 512) * 512;
   const length = random.oneIn(20) ? Math.min(random.interesting(SIZE), SIZE) : 1 + random.below(20_000);
@@ -328,7 +328,7 @@ async function ask(client: NbdClient, random: Random): Promise<void> {
     default: {
       const into = Buffer.alloc(length, 0x55);
       await client.readInto(offset, into, { df: random.oneIn(4) });
-      // Whatever it is, all of it came: the server sends no such byte, but for a few among mutations.
+      // The server sends this byte only in a few mutations: more of them were not filled in.
       if (into.filter((byte) => byte === 0x55).length > 64) throw new Error('a read that did not bring everything');
     }
   }

@@ -4,7 +4,7 @@ export class Random {
   private state: number;
 
   constructor(seed: number) {
-    // Neighbouring seeds must not begin alike.
+    // Neighbouring seeds must give different first numbers.
     this.state = Math.imul(seed ^ 0x9e3779b9, 0x85ebca6b) >>> 0 || 1;
     for (let i = 0; i < 4; i++) this.next();
   }
@@ -40,7 +40,7 @@ export class Random {
     return bytes;
   }
 
-  /** A number that finds off-by-ones: small, around a power of two, around the end of a range, or anything. */
+  /** A number that finds off-by-one errors: small, near a power of two, near the end of a range, or any. */
   interesting(end: number): number {
     switch (this.below(6)) {
       case 0:
@@ -56,7 +56,7 @@ export class Random {
     }
   }
 
-  /** `bytes` with a few things done to them: bits flipped, bytes changed, cut out, doubled or cut off. */
+  /** `bytes` with a few mutations: bits flipped, bytes changed, removed, repeated or cut off. */
   mutate(bytes: Buffer): Buffer {
     let mutated = Buffer.from(bytes);
     for (let count = 1 + this.below(3); count > 0; count--) {
@@ -82,13 +82,13 @@ export class Random {
     return mutated;
   }
 
-  /** `bytes` cut into chunks as a network might. */
+  /** `bytes` cut into chunks, as a network may do. */
   split(bytes: Buffer): Buffer[] {
     if (bytes.length === 0) return [];
     if (this.oneIn(2)) return [bytes];
     const chunks: Buffer[] = [];
     const most = this.pick([1, 7, 40, 500, 5000]);
-    // Byte by byte only at first: long inputs in bytes find nothing new and take long.
+    // Byte by byte only at first: for long inputs it takes long and finds nothing new.
     for (let at = 0; at < bytes.length;) {
       const end = chunks.length > 200 ? bytes.length : Math.min(bytes.length, at + 1 + this.below(most));
       chunks.push(bytes.subarray(at, end));

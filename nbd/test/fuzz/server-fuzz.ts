@@ -1,7 +1,6 @@
 /**
- * One input against the server: a handshake and requests made as the protocol has them, then some of it broken, cut into
- * chunks, and ended in one of the ways a connection ends. The device behind it is late, wrong or failing as the seed
- * will have it.
+ * One input against the server: a valid handshake and valid requests, partly mutated, cut into chunks, and ended in one of
+ * the ways in which connections end. By the seed the device answers late or wrongly, or fails.
  */
 
 import { DeviceError, NbdServer, type DeviceErrorCode, type ExtentSink } from '../../src/index.js';
@@ -63,7 +62,7 @@ export class ServerFuzzer {
     this.server = new NbdServer({ provider: this.provider, limits: { lingerMs: 1000, maxUnsentBytes: 64 * 1024 } });
   }
 
-  /** Throws if the server did anything that it must not. */
+  /** Throws if the server misbehaves. */
   async run(seed: number): Promise<void> {
     const random = new Random(seed);
     this.random = random;
@@ -85,7 +84,7 @@ export class ServerFuzzer {
     if (id === undefined) throw new Error('the connection was not served');
 
     const end = random.pick(['half-close', 'half-close', 'half-close', 'destroy', 'destroy late'] as const);
-    // Often in one go, as a client that pipelines; or the handshake first, as most do.
+    // Often all at once, like a client that pipelines; otherwise the handshake first, like most clients.
     const pieces = random.oneIn(2)
       ? random.split(input)
       : [...random.split(input.subarray(0, handshakeBytes)), ...random.split(input.subarray(handshakeBytes))];
@@ -110,7 +109,7 @@ export class ServerFuzzer {
     this.server.destroy();
   }
 
-  /** What a device does with a call. */
+  /** How a device answers a call. */
   private behave(): void | Promise<void> {
     const { random } = this;
     const fail = (): void => {
@@ -130,7 +129,7 @@ export class ServerFuzzer {
     }
   }
 
-  /** Extents, mostly as they should be. */
+  /** Extents, mostly valid. */
   private extents(offset: number, length: number, sink: ExtentSink): void {
     const { random } = this;
     for (let at = offset; at < offset + length;) {
@@ -202,7 +201,7 @@ export class ServerFuzzer {
       case 7:
         return this.option(random.below(12), random.bytes(random.below(60)));
       default:
-        // More than is looked at, and sometimes more than is drained.
+        // More than the server accepts, and sometimes more than it drains.
         return this.option(random.below(12), Buffer.alloc(70_000), random.oneIn(2) ? 70_000 : random.next());
     }
   }
@@ -220,7 +219,7 @@ export class ServerFuzzer {
       random.oneIn(30) ? random.bytes(random.below(20)).toString('latin1') : random.pick(CONTEXTS),
     );
     if (random.below(3) > 0) queries.push('base:allocation');
-    // Answers of several contexts are to be seen often; only one export has them.
+    // Only one export has several contexts: choose it often.
     if (random.oneIn(2)) queries.push('x-test:a');
     return Buffer.concat([text(name), u32(queries.length), ...queries.map(text)]);
   }
@@ -233,17 +232,17 @@ export class ServerFuzzer {
     const own = { [CMD.READ]: CMD_FLAG.DF, [CMD.WRITE_ZEROES]: 18, [CMD.BLOCK_STATUS]: CMD_FLAG.REQ_ONE }[type] ?? 0;
     let flags = (random.oneIn(3) ? own : 0) | (random.oneIn(6) ? CMD_FLAG.FUA : 0);
     if (random.oneIn(25)) flags ^= 1 << random.below(16);
-    // Most flushes are about nothing, as they should be.
+    // Most flushes have no range, as the protocol demands.
     const isFlush = type === CMD.FLUSH && !random.oneIn(4);
     let offset = isFlush ? 0 : random.interesting(DISK_BYTES);
     let length = isFlush ? 0 : random.interesting(DISK_BYTES);
     if (type === CMD.READ && random.oneIn(3)) length = 128 * 1024 + random.below(DISK_BYTES / 2);
     if (random.below(3) > 0 && !isFlush) {
-      // Inside, and aligned for those who insist.
+      // Inside the export, and aligned for devices that need it.
       offset = Math.floor((offset % DISK_BYTES) / 4096) * 4096;
       length = Math.min(Math.floor(length / 4096) * 4096 + 4096, DISK_BYTES - offset);
     }
-    // More than a number holds exactly.
+    // Above 2^53.
     if (random.oneIn(40)) offset = 2 ** 64 - 2 ** (11 + random.below(50));
     let payload: Buffer = Buffer.alloc(0);
     if (type === CMD.WRITE) {
