@@ -104,7 +104,7 @@ test('a first backup that was killed is begun again, and nothing of it is left',
   for (const at of [2, 4, 9]) {
     expect((await killed(disk.target.store, directory, ['backup', 'vm', '--to', to], at)).signal).toBe('SIGKILL');
   }
-  expect(await disk.target.fails('restore', to, 'x')).toMatch(/no backup in .* was ever finished/);
+  expect(await disk.target.fails('restore', to, 'x')).toMatch(/.* has no complete backup/);
   expect(await disk.backup(to)).toMatchObject({ id: 1, kind: 'full' });
   expect(await bases(disk.target)).toHaveLength(1);
   expect(await disk.checkAll(to)).toEqual([1]);
@@ -176,7 +176,9 @@ test('a target without space says so, keeps what it has, and goes on when there 
     const names = await disk.target.names();
     await disk.write(4 * MIB, patterned(6 * MIB, 2));
     const refusal = await disk.target.fails('backup', 'vm', '--to', to);
-    expect(refusal).toMatch(/no space left in .*: free some, or --keep fewer; the backups in it are unharmed: 1\n/);
+    expect(refusal).toMatch(
+      /no space left in .*: free some space, or --keep fewer backups; the backups in it are unharmed: 1\n/,
+    );
     expect(await disk.checkAllByReading(to)).toEqual([1]);
     expect(await disk.target.names()).toEqual(names);
     expect((await run('mount', ['-o', 'remount,size=20m', directory])).code).toBe(0);

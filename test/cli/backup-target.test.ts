@@ -78,7 +78,7 @@ describe('hashes', () => {
     const manifest = path.join(to, 'manifest.json');
     const text = fs.readFileSync(manifest, 'utf8');
     fs.writeFileSync(manifest, text.replace('"version": 2', '"version": 1').replace('"treeHash"', '"sha256"'));
-    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backups of vm in .*, all whole/);
+    expect(await disk.target.ok('restore', to, '--verify')).toMatch(/^1 backups of vm in .*, all intact/);
     await disk.write(MIB, patterned(MIB, 3));
     expect(await disk.backup(to)).toMatchObject({ id: 2, kind: 'incremental', notes: [] });
     expect(await disk.checkAll(to)).toEqual([1, 2]);
@@ -105,9 +105,9 @@ describe('verifying', () => {
         env: { EIO_ON: name, NODE_OPTIONS: `--import=${path.resolve(import.meta.dirname, 'failing-reads.mjs')}` },
       });
     for (const [name, whole] of [
-      [named(/^0003-.*qcow2/), 'whole are: 1, 2;'],
-      [named(/^0002-.*hashes/), 'whole are: 1, 3;'],
-      [named(/^base-1/), 'no backup is whole;'],
+      [named(/^0003-.*qcow2/), 'intact backups: 1, 2;'],
+      [named(/^0002-.*hashes/), 'intact backups: 1, 3;'],
+      [named(/^base-1/), 'no backup is intact;'],
     ] as const) {
       const said = oneLineOf(await verify(name), 1, name);
       expect(said).toContain(`${path.join(to, name)} is damaged: it cannot be read: i/o error (EIO)`);
@@ -123,7 +123,7 @@ describe('verifying', () => {
     await target.ok('vdi', 'create', 'vm', '4M');
     const to = path.join(temporaryDirectory(), 'backup');
     await target.ok('backup', 'vm', '--to', to, '--sha256');
-    expect(await target.ok('restore', to, '--verify')).toMatch(/all whole/);
+    expect(await target.ok('restore', to, '--verify')).toMatch(/all intact/);
     const manifest = path.join(to, 'manifest.json');
     const text = fs.readFileSync(manifest, 'utf8').replace(/("sha256": ")[0-9a-f]{4}/, '$1ffff');
     fs.writeFileSync(manifest, text);
@@ -144,8 +144,10 @@ describe('verifying', () => {
     for (const name of fs.readdirSync(to)) fs.utimesSync(path.join(to, name), new Date(), new Date());
     const startedAt = Date.now();
     const touched = await target.json<BackupResult>('backup', 'vm', '--to', to);
-    expect(touched.notes.join()).toMatch(/not as the last run left it: .*base-1\.img.*,compared with the hashes/);
-    expect(await target.ok('restore', to, '--verify')).toMatch(/^3 backups of vm in .*, all whole/);
+    expect(touched.notes.join()).toMatch(
+      /changed since the last run: .*base-1\.img.*,the stored backups match their hashes/,
+    );
+    expect(await target.ok('restore', to, '--verify')).toMatch(/^3 backups of vm in .*, all intact/);
     // Two hours by reading all of it; what it takes here, and much more than that.
     expect(Date.now() - startedAt).toBeLessThan(60_000);
   }, 180_000);
@@ -163,7 +165,7 @@ describe('verifying', () => {
     fs.closeSync(fd);
     const stray = await disk.target.fails('restore', to, '--verify');
     expect(stray).toMatch(
-      /base-1\.img is damaged: the 1048576 bytes of the disk at 9437184 are not what was backed up/,
+      /base-1\.img is damaged: the 1048576 bytes of the disk at 9437184 differ from what was backed up/,
     );
     const holed = Buffer.from(whole);
     holed.fill(0, MIB, 2 * MIB);
@@ -196,7 +198,7 @@ describe('verifying', () => {
     await waitUntil(() => stderr.includes('\n') || child.exitCode !== null, 'it says what it does');
     child.kill('SIGSTOP');
     expect(stderr).toMatch(
-      /^sheepgate: note: not as the last run left it: .*base-1\.img; what is stored is compared.*\n$/,
+      /^sheepgate: note: changed since the last run: .*base-1\.img; comparing the stored backups.*\n$/,
     );
     expect(await target.names()).toHaveLength(2);
     child.kill('SIGTERM');
@@ -246,7 +248,7 @@ describe('a target and a store that do not fit together', () => {
     const refusal = await behind.fails('backup', 'vm', '--to', to);
     expect(refusal).toContain(`the store is behind: vm in ${old} ends with the snapshot "${base}" of 20`);
     expect(refusal).toMatch(/has 2 backups after that, up to backup 3 of 20.*the target has newer data/);
-    expect(refusal).toContain(`'sheepgate restore ${to} NEW-NAME' brings them back`);
+    expect(refusal).toContain(`'sheepgate restore ${to} NEW-NAME' restores it`);
     expect(refusal).not.toMatch(/older copy of a target/);
     await behind.ok('restore', to, 'newer');
     expect(hashOf((await behind.run(['export', 'newer', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
@@ -293,7 +295,7 @@ describe('in a target that others can write to', () => {
         const line = lastLineOf(result, 1, `${kind}: ${command.join(' ')}`);
         const what = kind.replace(' to nothing', '');
         if (!(ofManifest && kind === 'a directory')) {
-          expect(line).toContain(`${file} is ${what}, not a regular file: it was not made by sheepgate`);
+          expect(line).toContain(`${file} is ${what}, not a regular file: sheepgate did not create it`);
         }
       }
       fs.rmSync(file, { recursive: true });
@@ -457,24 +459,22 @@ describe('in a target that others can write to', () => {
       return lines.join('');
     };
     const many = Array.from({ length: 20_000 }, (_, n) => ({ ...point, id: n + 1, base: null }));
-    expect(await refusedWith(many)).toMatch(/names 20000 backups, and a target has at most 10000/);
-    expect(await refusedWith([{ ...point, size: 2 ** 52 }])).toMatch(
-      /backup 1 is of 4503599627370496 bytes .*more than/,
-    );
-    expect(await refusedWith([{ ...point, blockBytes: 1 }])).toMatch(/fields are missing, or are not what they should/);
+    expect(await refusedWith(many)).toMatch(/lists 20000 backups, and a target can have at most 10000/);
+    expect(await refusedWith([{ ...point, size: 2 ** 52 }])).toMatch(/backup 1 has 4503599627370496 bytes .*more than/);
+    expect(await refusedWith([{ ...point, blockBytes: 1 }])).toMatch(/fields are missing or invalid/);
     expect(await refusedWith([{ ...point, time: '../../x' }])).toMatch(/fields are missing/);
-    expect(await refusedWith([{ ...point }, { ...point }])).toMatch(/its backups are not in their order/);
+    expect(await refusedWith([{ ...point }, { ...point }])).toMatch(/its backups are not in order/);
     // 400,000 of them are more than a manifest may have in bytes.
     fs.writeFileSync(manifest, '');
     fs.truncateSync(manifest, 200 * MIB);
     expect(await disk.target.fails('restore', to, '--list')).toMatch(
-      /has 209715200 bytes, and at most 16777216 belong/,
+      /has 209715200 bytes, and can have at most 16777216/,
     );
     fs.writeFileSync(manifest, whole);
     const hashes = path.join(to, fs.readdirSync(to).find((name) => name.endsWith('.hashes')) as string);
     fs.truncateSync(hashes, 100 * GIB);
     expect(await disk.target.fails('restore', to, 'x')).toMatch(
-      /hashes is damaged: it has 107374182400 bytes, and at most/,
+      /hashes is damaged: it has 107374182400 bytes, and can have at most/,
     );
   });
 });

@@ -157,7 +157,7 @@ describe('one by one', () => {
     fs.writeSync(fd, Buffer.from('a journal'), 0, 9, UNIT);
     fs.closeSync(fd);
     const refused = lastLineOf(await disk.target.run(['backup', 'vm', '--to', image]), 1, 'backup');
-    expect(refused).toMatch(/vm\.img is damaged: .*--full begins anew/);
+    expect(refused).toMatch(/vm\.img is damaged: .*--full starts again/);
     expect(await disk.backup(image, '--full')).toMatchObject({ kept: [5] });
     fs.rmSync(image);
     expect(await disk.target.fails('backup', 'vm', '--to', image)).toMatch(/vm\.img is missing/);
@@ -228,11 +228,11 @@ describe('one by one', () => {
     await target.ok('vdi', 'delete', 'vm');
     await target.ok('vdi', 'delete', `vm@${base}`);
     await target.ok('vdi', 'create', 'vm', String(SIZE));
-    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/was deleted, or vm is another disk now/);
+    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/were deleted, or vm is now another disk/);
     // not even if the snapshot has the right name
     await target.ok('vdi', 'snapshot', 'vm', base as string);
     const refusal = await target.fails('backup', 'vm', '--to', to);
-    expect(refusal).toMatch(/is another one than that of the last backup/);
+    expect(refusal).toMatch(/is not the snapshot of the last backup/);
     expect(await target.names()).toEqual([`vm@${base}`, 'vm']);
   });
 
@@ -261,7 +261,7 @@ describe('one by one', () => {
     expect(refusal).toMatch(/base-1\.img is damaged: the 1048576 bytes of the disk at 2097152 .*--verify.*--at/);
     expect(await target.names()).not.toContain('third');
     const verdict = await target.fails('restore', to, '--verify');
-    expect(verdict).toMatch(/no backup is whole.*--full/);
+    expect(verdict).toMatch(/no backup is intact.*--full/);
   });
 
   test('the list shows what there is, and --at takes numbers, days and times', async () => {
@@ -280,7 +280,7 @@ describe('one by one', () => {
     expect(await target.json('restore', to, 'a', '--at', first)).toMatchObject({ id: 1 });
     expect(await target.json('restore', to, 'b', '--at', new Date().toISOString())).toMatchObject({ id: 2 });
     expect(await target.fails('restore', to, 'c', '--at', '2020-02-01')).toMatch(
-      /there is no backup 2020-02-01: kept are/,
+      /there is no backup 2020-02-01: the oldest is/,
     );
     expect(await target.fails('restore', to, 'c', '--at', '9')).toMatch(/there is no backup 9/);
     const usage = await target.run(['restore', to, 'c', '--at', 'yesterday']);
@@ -360,7 +360,7 @@ describe('a target', () => {
     const { target } = disk;
     const refused = async (): Promise<string> => {
       const line = lastLineOf(await target.run(['backup', 'vm', '--to', to]), 1, 'backup');
-      expect(line).toMatch(/--verify' tells which backups are whole, and --full begins anew/);
+      expect(line).toMatch(/--verify' tells which backups are intact, and --full starts again/);
       expect(await bases(target)).toEqual([`vm@${second.base}`]);
       return line;
     };
@@ -372,7 +372,7 @@ describe('a target', () => {
     bad.fill(0xff, 65536 + 5, 65536 + 9);
     fs.writeFileSync(second.file, bad);
     expect(await refused()).toMatch(/0002-.*qcow2 .*is damaged/);
-    expect(await target.fails('restore', to, '--verify')).toMatch(/whole are: 1;/);
+    expect(await target.fails('restore', to, '--verify')).toMatch(/intact backups: 1;/);
     bad.fill(0, 0, 65536);
     fs.writeFileSync(second.file, bad);
     expect(await refused()).toMatch(/its header is not the one that was written/);
@@ -452,7 +452,7 @@ describe('a target', () => {
     fs.utimesSync(second.file, atime, mtime);
     await disk.write(20 * UNIT, patterned(UNIT, 1));
     const refusal = await disk.target.fails('backup', 'vm', '--to', to, '--keep', '1');
-    expect(refusal).toMatch(/backup 3 was taken, but an old one could not be dropped: .*0002-.*is damaged/);
+    expect(refusal).toMatch(/backup 3 was taken, but an old backup could not be dropped: .*0002-.*is damaged/);
     await disk.target.ok('restore', to, 'one', '--at', '1');
     expect(hashOf((await disk.target.run(['export', 'one', '-'])).stdoutBytes)).toBe(disk.at.get(1));
   });
@@ -465,18 +465,20 @@ describe('a target', () => {
     await disk.backup(to);
     await target.ok('vdi', 'create', 'other', '4M');
     expect(await target.fails('backup', 'other', '--to', to)).toMatch(/holds backups of "vm", not of "other"/);
-    expect(await target.fails('backup', 'vm', '--to', directory)).toMatch(/holds no backups, but other things \(vm\)/);
+    expect(await target.fails('backup', 'vm', '--to', directory)).toMatch(/holds other files \(vm\) and no backups/);
     const image = path.join(directory, 'an.img');
     fs.writeFileSync(image, 'something');
-    expect(await target.fails('backup', 'vm', '--to', image)).toMatch(/exists and is no backup target/);
+    expect(await target.fails('backup', 'vm', '--to', image)).toMatch(/exists and is not a backup target/);
     expect(fs.readFileSync(image, 'utf8')).toBe('something');
     const unmounted = path.join(directory, 'not', 'mounted');
-    expect(await target.fails('backup', 'vm', '--to', unmounted)).toMatch(/does not exist; make it, or mount the disk/);
+    expect(await target.fails('backup', 'vm', '--to', unmounted)).toMatch(
+      /does not exist; create it, or mount the disk/,
+    );
     expect(fs.existsSync(path.dirname(unmounted))).toBe(false);
     expect(await target.fails('backup', 'no-such-vm', '--to', path.join(directory, 'new'))).toMatch(/no VDI named/);
     expect(fs.existsSync(path.join(directory, 'new'))).toBe(false);
     expect(await target.fails('restore', directory, 'x')).toMatch(/there are no backups in .*; there are some in .*vm/);
-    expect(await target.fails('restore', image, 'x')).toMatch(/no backup target.*sheepgate import/);
+    expect(await target.fails('restore', image, 'x')).toMatch(/not a backup target.*sheepgate import/);
     expect(await target.fails('backup', 'vm', '--to', '/dev/null')).toMatch(/neither a file nor a directory/);
   });
 

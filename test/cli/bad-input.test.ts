@@ -91,7 +91,7 @@ const REFUSED: readonly (readonly [readonly string[], RegExp])[] = [
   [['export', 'old', path.join(directory, 'out')], /snapshots only/],
   [['export', 'vm', directory], /is a directory; give a file's name/],
   [['export', 'vm', SMALL], /small\.img exists; --force replaces it/],
-  [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; make it, or mount/],
+  [['export', 'vm', path.join(directory, 'no', 'out')], /\/no does not exist; create it, or mount/],
 ];
 
 /** What no command can mean; looked at before any store is. */
@@ -245,7 +245,7 @@ describe('stores and sockets that are not what they should be', () => {
   test('a file is no store', async () => {
     for (const args of [['vdi', 'list'], ['vdi', 'create', 'x', '1M'], ['serve']]) {
       expect(oneLineOf(await cli(args, { store: SMALL }), 1, args.join(' '))).toMatch(
-        /is not a directory, so it is (?:no|not a) store/,
+        /is not a directory, so it (?:is no|not a|cannot be a store) store/,
       );
       expect(oneLineOf(await cli(args, { store: `${SMALL}/below` }), 1, args.join(' '))).toMatch(/not a directory/);
     }

@@ -56,7 +56,7 @@ test('a device that is too small is not touched', async (context) => {
   const { target } = await storeWithDisk();
   const { device } = loopDevice(context, SIZE - MIB);
   const refused = oneLineOf(await target.run(['export', 'vm', device]), 1, 'export');
-  expect(refused).toMatch(/has 15728640 bytes, and the image 16777216: it does not fit; nothing was written/);
+  expect(refused).toMatch(/has 15728640 bytes, too few for the image of 16777216 bytes; nothing was written/);
   expect(bytesOf(device, SIZE - MIB).equals(Buffer.alloc(SIZE - MIB))).toBe(true);
 });
 
@@ -92,8 +92,8 @@ test.each([
   ['a member of a RAID (md)', '\xfc\x4e\x2b\xa9', SIZE - 64 * 1024],
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', 128 * 1024 + 4096],
   ['a member of a ZFS pool', '\x0c\xb1\xba\0\0\0\0\0', SIZE - 128 * 1024],
-  ['data, of a kind that is not known', 'what is this', 500_000],
-  ['data, of a kind that is not known', 'in a sample between the ends', SIZE / 2 + 4096],
+  ['data of an unknown kind', 'what is this', 500_000],
+  ['data of an unknown kind', 'in a sample between the ends', SIZE / 2 + 4096],
 ])('%s asks for --force', async (what, mark, at) => {
   const { target } = await storeWithDisk();
   const file = path.join(temporaryDirectory(), 'made');
@@ -202,7 +202,9 @@ test('what is where the new image is made is not written through: links, fifos, 
   const link = path.join(directory, 'link');
   fs.symlinkSync(path.join(directory, 'nowhere'), link);
   for (const force of [[], ['--force']]) {
-    expect(await target.fails('export', 'vm', link, ...force)).toMatch(/link is a symbolic link that leads nowhere/);
+    expect(await target.fails('export', 'vm', link, ...force)).toMatch(
+      /link is a symbolic link to a file that does not exist/,
+    );
   }
   expect(fs.existsSync(path.join(directory, 'nowhere'))).toBe(false);
 });
@@ -308,7 +310,7 @@ test('an image that has no room, and one that has no directory, say where and wh
   try {
     const out = path.join(directory, 'x.img');
     expect(await target.fails('export', 'vm', out)).toContain(
-      `no space left for ${out} (ENOSPC), and nothing of it was kept`,
+      `no space left for ${out} (ENOSPC), and the partial image was removed`,
     );
     expect(fs.readdirSync(directory)).toEqual([]);
   } finally {

@@ -74,12 +74,12 @@ describe.each(WAYS)('%s', (way) => {
     [['export', 'vm', LONG], /\(ENAMETOOLONG\); give a shorter name/],
     [
       ['export', 'vm', LONG.slice(0, -2)],
-      /x was not written, nothing of it was kept: cannot .*\.partial: name too long/,
+      /x was not written, and the partial image was removed: cannot .*\.partial: name too long/,
     ],
     [['export', 'vm', inside('circle')], /circle: .*\(ELOOP\)/],
     [['backup', 'vm', '--to', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
     [['backup', 'vm', '--to', LONG], /\(ENAMETOOLONG\)/],
-    [['backup', 'vm', '--to', inside('none', 'vm')], /none does not exist; make it, or mount/],
+    [['backup', 'vm', '--to', inside('none', 'vm')], /none does not exist; create it, or mount/],
     [['restore', BELOW_A_FILE, 'new'], /below: not a directory \(ENOTDIR\)/],
     [['restore', LONG, '--list'], /\(ENAMETOOLONG\)/],
     [['vdi', 'list', '--control', BELOW_A_FILE], /below: not a directory \(ENOTDIR\)/],
@@ -102,8 +102,8 @@ describe.each(WAYS)('%s', (way) => {
   test('a place that is full, and what to do', async (context) => {
     if (full === undefined) return skipBecause(context, 'needs root, to mount');
     const place = path.join(full, 'out');
-    expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*make room in/);
-    expect(await fails('backup', 'vm', '--to', place)).toMatch(/no space left in .*out: free some, or --keep fewer/);
+    expect(await fails('export', 'vm', place)).toMatch(/no space left for .*out .*free space in/);
+    expect(await fails('backup', 'vm', '--to', place)).toMatch(/no space left in .*out: free some space, or --keep fewer/);
     expect(fs.readdirSync(full)).toEqual(['out']);
   });
 
@@ -142,7 +142,7 @@ test.for(WAYS)('an import into a store whose disk is full says which, and what t
   fs.rmSync(image);
   const line = lastLineOf(result, 1, 'import');
   expect(line).toMatch(
-    /writing object .*: no space left on device \(ENOSPC\); make room on that filesystem, or delete VDIs and snapshots/,
+    /writing object .*: no space left on device \(ENOSPC\); free space on that filesystem, or delete VDIs and snapshots/,
   );
   expect(line).not.toMatch(/ENOSPC: no space/);
   await daemon?.stop();

@@ -94,11 +94,11 @@ test('a snapshot that comes after the time is over is not used', async () => {
     `${says('thaw')}; kill -CONT ${pid}`,
   ];
   const refusal = await target.fails('backup', 'vm', '--to', to, ...hooks, '--freeze-timeout', '3');
-  expect(refusal).toMatch(/the snapshot was not there 3 s after freezing began, and the thaw command was run/);
+  expect(refusal).toMatch(/the snapshot was not taken within 3 s of the freeze, and the thaw command was run/);
   expect(done()).toEqual(['freeze', 'thaw']);
   expect(await target.names()).toEqual(['vm']);
   expect(await target.fails('vdi', 'snapshot', 'vm', 'late', ...hooks, '--freeze-timeout', '3')).toMatch(
-    /was not there 3 s/,
+    /was not taken within 3 s/,
   );
   expect(await target.names()).toEqual(['vm']);
 });
@@ -174,7 +174,7 @@ test('a thaw that fails is tried again, and if it never works the backup is ther
   expect(done()).toEqual(['freeze', 'thaw', 'thaw']);
   const result = await target.run(['backup', 'vm', '--to', to, '--freeze-cmd', 'true', '--thaw-cmd', 'exit 7']);
   expect(result.code).toBe(1);
-  expect(result.stderr).toMatch(/note: the thaw command ended with 7: thaw by hand what is frozen\n/);
+  expect(result.stderr).toMatch(/note: the thaw command ended with 7: thaw the guest by hand\n/);
   expect(result.stderr).toMatch(/sheepgate: vm was backed up as 2, but the thaw command ended with 7/);
   disk.at.set(1, hashOf(disk.content)).set(2, hashOf(disk.content));
   expect(await disk.checkAll(to)).toEqual([1, 2]);

@@ -278,7 +278,7 @@ test('an export to a fifo fails when its reader leaves, and ends by a signal whi
   expect(exported.stderr).toContain(`the image on ${fifo} is not complete: its reader is gone`);
   const child = start(target.store, ['export', 'vm', fifo], ['ignore', 'ignore', 'pipe']);
   const stderr = collected(child);
-  await waitUntil(() => stderr().includes(`waiting for somebody to read ${fifo}`), 'it waits');
+  await waitUntil(() => stderr().includes(`waiting for a reader of ${fifo}`), 'it waits');
   child.kill('SIGTERM');
   expect((await ended(child)).code).toBe(143);
 });

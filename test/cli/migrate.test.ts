@@ -55,7 +55,7 @@ test('what somebody wrote to the target between two runs is not undone', async (
   });
   await migrate(local, there, '--sync');
   await withCatalog(there, (catalog) => write(catalog, 'vm', content, MIB, patterned(512, 2)));
-  expect(await refused(local, there)).toMatch(/was written by somebody else since the last run.*delete vm@migrated-/);
+  expect(await refused(local, there)).toMatch(/was written by another client since the last run.*delete vm@migrated-/);
   await withCatalog(there, async (catalog) => {
     const vdi = await catalog.openVdi('vm');
     const found = Buffer.alloc(vdi.size);
@@ -233,7 +233,7 @@ test('a target that is half an import is neither gone on with nor migrated from'
     catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: false, goesOn: false }),
   );
   expect(await refused(local, there)).toMatch(
-    /vm in .* is unfinished, of another migration or another command \(import\)/,
+    /vm in .* is unfinished, left by another migration or command \(import\)/,
   );
   expect(await refused(there, localPlace())).toMatch(/vm is unfinished: an import that began/);
   // Nor one that an import began to overwrite between two runs.
@@ -242,7 +242,7 @@ test('a target that is half an import is neither gone on with nor migrated from'
   await withCatalog(between, (catalog) =>
     catalog.begin('vm', { by: 'import', of: '', run: 'aa', size: 9 * MIB, overwrites: true, goesOn: false }),
   );
-  expect(await refused(local, between)).toMatch(/is unfinished, of another migration or another command \(import\)/);
+  expect(await refused(local, between)).toMatch(/is unfinished, left by another migration or command \(import\)/);
   await withCatalog(between, async (catalog) => {
     await expect(catalog.openVdi('vm')).rejects.toMatchObject({ code: 'UNFINISHED' });
   });

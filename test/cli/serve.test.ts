@@ -205,8 +205,8 @@ test('--create of a VDI that has another size says so on the terminal and in the
   child.stderr.setEncoding('utf8').on('data', (text: string) => (log += text));
   await waitUntil(() => out.includes('Ctrl-C'), 'it is ready');
   expect(out.split('\n').filter((line) => line.startsWith('note: '))).toEqual([
-    "note: e exists and has 16 MiB, not 32 MiB; it was left as it is ('sheepgate vdi resize' changes it)",
-    "note: e exists and has 16777216 bytes, not 16777728 bytes; it was left as it is ('sheepgate vdi resize' changes it)",
+    "note: e exists and has 16 MiB, not 32 MiB; its size was not changed ('sheepgate vdi resize' changes it)",
+    "note: e exists and has 16777216 bytes, not 16777728 bytes; its size was not changed ('sheepgate vdi resize' changes it)",
   ]);
   child.kill('SIGTERM');
   expect(await ended(child)).toEqual({ code: 0, signal: null });

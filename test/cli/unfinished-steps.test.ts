@@ -346,7 +346,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
         );
       });
       const said = notes.splice(0).join('');
-      expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is complete all the same`);
+      expect(`${error?.message} ${said}`, command.label).toContain(`${NAME} is nevertheless complete`);
       expect(await withCatalog(to, (catalog) => stateOf(catalog, undefined, command.after))).toBe('complete');
       await stop();
     }
@@ -363,7 +363,7 @@ describe.each(['a local store', 'a cluster'])('%s', (where) => {
     await withCatalog(to, async (catalog) => {
       expect((await catalog.find(NAME)).unfinished).toMatchObject({ by: 'migrate' });
     });
-    await expect(ended(to, command, NEVER)).rejects.toThrow(/was written by somebody else/);
+    await expect(ended(to, command, NEVER)).rejects.toThrow(/was written by another client/);
     await withCatalog(to, async (catalog) => expectBytes(await contentOf(catalog, NAME), content));
     await stop();
   }, 60_000);

@@ -235,7 +235,7 @@ describe('a pipe', () => {
     const input = patterned(4 * MIB, 1);
     const short = await target.run(['import', '-', 'vm', '--size', '8M'], { input });
     expect(oneLineOf(short, 1, 'import')).toMatch(
-      /stdin ended after 4194304 of 8388608 bytes; vm is unfinished now and cannot be opened: import again, or delete it/,
+      /stdin ended after 4194304 of 8388608 bytes; vm is now unfinished and cannot be opened: run import again, or delete it/,
     );
     expect((await stateOf(target))?.by).toBe('import');
     const long = await target.run(['import', '-', 'vm', '--size', '2M'], { input });
@@ -260,7 +260,7 @@ describe('a pipe', () => {
     const unchecked = await run('sh', ['-c', script('')], { env });
     expect(unchecked.code).toBe(0);
     expect(unchecked.stderr).toMatch(
-      /note: stdin ended after \d+ bytes, and nothing says whether that was all.*--size/,
+      /note: stdin ended after \d+ bytes, and it is not known whether that was all.*--size/,
     );
   });
 
@@ -290,7 +290,7 @@ describe('a pipe', () => {
   test('that is too large for a VDI, or for any, leaves no new store', async () => {
     for (const [size, says] of [
       ['5T', /at most 4398046511104 bytes; a larger --block-size-shift allows more/],
-      ['65T', /no VDI has more than 70368744177664/],
+      ['65T', /a VDI can have at most 70368744177664/],
     ] as const) {
       const store = path.join(temporaryDirectory(), 'store');
       const failed = await cli(['import', '-', 'vm', '--size', size], { store, input: Buffer.alloc(MIB) });
@@ -332,8 +332,8 @@ describe('a pipe', () => {
         env: { SHEEPGATE_STORE: store },
       });
     for (const [size, says] of [
-      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must come; nothing was done/],
-      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 come; nothing was done/],
+      ['5M', /stdin has 4194304 bytes, --size says that 5242880 must arrive; nothing was done/],
+      ['3M', /stdin has 4194304 bytes, --size says that only 3145728 arrive; nothing was done/],
     ] as const) {
       expect(oneLineOf(await redirected(`--size ${size}`), 1, size)).toMatch(says);
       expect(fs.existsSync(store)).toBe(false);
@@ -342,7 +342,7 @@ describe('a pipe', () => {
     const target = storeWith(store, undefined);
     expect(await target.json('vdi', 'show', 'vm')).toMatchObject({ size: 4 * MIB });
     // Over a disk that is there it says the same.
-    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must come; nothing was done/);
+    expect((await redirected('--overwrite --size 5M')).stderr).toMatch(/must arrive; nothing was done/);
     expect(await redirected('--overwrite --size 4M')).toMatchObject({ code: 0, stderr: '' });
   });
 

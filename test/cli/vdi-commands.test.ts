@@ -184,7 +184,7 @@ describe.each(WAYS)('%s', (way) => {
     await target.ok('vdi', 'create', 'vm', '8M');
     const data = patterned(8 * MIB, 7);
     await fill(target, 'vm', data);
-    expect(await target.ok('vdi', 'resize', 'vm', '12M')).toBe('vm has 12 MiB now\n');
+    expect(await target.ok('vdi', 'resize', 'vm', '12M')).toBe('vm now has 12 MiB\n');
     expectBytes(await content(target, 'vm'), Buffer.concat([data, Buffer.alloc(4 * MIB)]));
     expect(await target.fails('vdi', 'resize', 'vm', '5M')).toMatch(/--force/);
     expect(await target.json('vdi', 'resize', 'vm', '5M', '--force')).toMatchObject({ size: 5 * MIB });
@@ -226,7 +226,7 @@ describe.each(WAYS)('%s', (way) => {
     const found = await target.run(['check']);
     expect(found.code, found.stderr).toBe(1);
     expect(found.stdout).toMatch(
-      /orphan.*\n[\s\S]*1 problems\n1 objects \(\d.*\) belong to nobody; --repair removes them\n$/,
+      /orphan.*\n[\s\S]*1 problems\n1 objects \(\d.*\) are not referred to by any VDI; --repair deletes them\n$/,
     );
     const repaired = await target.run(['check', '--repair', '--json']);
     expect(repaired.code, repaired.stderr).toBe(0);

@@ -383,7 +383,7 @@ describe('check --deep (stand-in)', () => {
     await waitUntil(() => standIn.seen.some(({ opcode }) => opcode === PeerOp.READ_PEER), 'it reads');
     interrupted.kill('SIGINT');
     expect(await ended(interrupted)).toEqual({ code: 130, signal: null });
-    expect(out).toMatch(/ read from their nodes, 0 problems; not all was read\n$/);
+    expect(out).toMatch(/ read from their nodes, 0 problems; not everything was read\n$/);
     await client.disconnect();
     await daemon.stop();
   });

@@ -208,9 +208,7 @@ for (const { label, start, tried, skip } of clusters) {
       const { code } = await over;
       if (code !== 0) {
         expect(code).toBe(130);
-        expect(said).toMatch(
-          /vm in .* is not complete, and the same command goes on from there\n.*interrupted by SIGINT/,
-        );
+        expect(said).toMatch(/vm in .* is not complete; the same command continues it\n.*interrupted by SIGINT/);
         expect(await withCatalog(local, (catalog) => recordsOf(catalog, 'vm'))).toMatchObject([
           { tag: '', unfinished: { by: 'migrate', isNew: true } },
         ]);
@@ -319,7 +317,7 @@ test('what is damaged on its way is found before it gets its tag, and the next r
   };
   const from = 4 * MIB + 12_288;
   expect(await refused(local, remote)).toMatch(
-    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy that anew`),
+    new RegExp(`: bytes ${from} to ${from + 4095}; start again to copy it again`),
   );
   expect(await withCatalog(remote, (catalog) => recordsOf(catalog, 'vm'))).toMatchObject([
     { tag: '', unfinished: { by: 'migrate', isNew: true } },
@@ -352,7 +350,7 @@ test('when the cluster goes away it is said that nothing is lost, and the next r
   const failed = await cli(['migrate', 'vm', '--from', local.argument, '--to', remote.argument]);
   expect(failed.code).toBe(1);
   // The notes before it say which nodes it tried.
-  const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete, and the same command goes on from there\n$/;
+  const last = /\nsheepgate: .*EIO.*; vm in \S* is not complete; the same command continues it\n$/;
   expect(failed.stderr).toMatch(last);
   cluster.fault = () => undefined;
   expect((await migrate(local, remote)).working).toMatchObject({ copiedBytes: 8 * MIB, comparedBytes: 12 * MIB });
