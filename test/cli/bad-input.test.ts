@@ -245,7 +245,7 @@ describe('stores and sockets that are not what they should be', () => {
   test('a file is no store', async () => {
     for (const args of [['vdi', 'list'], ['vdi', 'create', 'x', '1M'], ['serve']]) {
       expect(oneLineOf(await cli(args, { store: SMALL }), 1, args.join(' '))).toMatch(
-        /is not a directory, so it (?:is no|not a|cannot be a store) store/,
+        /is not a directory, so it (?:is no|is not a|cannot be a) store/,
       );
       expect(oneLineOf(await cli(args, { store: `${SMALL}/below` }), 1, args.join(' '))).toMatch(/not a directory/);
     }
