@@ -143,7 +143,7 @@ async function main() {
         result.failures === 0);
     if (!isGood) bad.push(scenario.name);
     console.log(
-      `${scenario.item.padEnd(5)}${(scenario.what ?? 'nobody else').padEnd(54)}     ${cells(result.reads)}            ` +
+      `${scenario.item.padEnd(5)}${(scenario.what ?? 'no other client').padEnd(54)}     ${cells(result.reads)}            ` +
         `${cells(result.visits)}${isGood ? '' : '  over'}${result.isServed ? '' : '  not served'}${result.failures > 0 ? `  ${result.failures} visits failed` : ''}` +
         `  ${(result.peakBytes / MIB).toFixed(0)} MiB`,
     );

@@ -1,6 +1,6 @@
 /**
- * Targets that are not as we left them: copied, put back from elsewhere, or with things in them that somebody else has
- * made. Nothing outside of a target is touched, nothing waits for ever, and what is printed is text.
+ * Targets that changed since the last run: copied, restored from elsewhere, or with files in them that another program has made.
+ * Commands touch nothing outside the target, never wait for ever, and print only text.
  */
 import { createHash } from 'node:crypto';
 import { spawn } from 'node:child_process';
@@ -43,7 +43,7 @@ describe('hashes', () => {
     return hash.digest('hex');
   }
 
-  test('backup, restore, migrate and sha256sum agree: sha256 is of the image, the tree hash what is documented', async () => {
+  test('backup, restore, migrate and sha256sum agree on the SHA-256 of the image, and the tree hash is as documented', async () => {
     const disk = await newDisk();
     await disk.write(5 * MIB, patterned(MIB + 512, 2));
     const to = newTarget();
@@ -62,7 +62,7 @@ describe('hashes', () => {
     };
     expect(await migrate('--sha256')).toMatchObject(wanted);
     expect(await migrate('--verify', 'only')).toMatchObject({ ...wanted, sha256: null });
-    // Not asked for: not computed, and nothing else is called so.
+    // Not requested: not computed, and no other field has this name.
     expect(await disk.backup(to)).toMatchObject({ treeHash, sha256: null });
     const listed = await disk.target.json<{ backups: Hashes[] }>('restore', to, '--list');
     expect(listed.backups.map((each) => [each.treeHash, each.sha256])).toEqual([
@@ -71,7 +71,7 @@ describe('hashes', () => {
     ]);
   });
 
-  test('a target that was made when the tree hash was called sha256 is read, gone on with, and written anew', async () => {
+  test('a target from a version that called the tree hash sha256 is read, continued, and rewritten', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -89,7 +89,7 @@ describe('hashes', () => {
 });
 
 describe('verifying', () => {
-  test('a file that cannot be read is damage of that file, and all backups are looked at', async () => {
+  test('a file that cannot be read is reported as damage of that file, and all backups are checked', async () => {
     const target = await testStore('directly on the store');
     const disk = new BackedUpDisk(target, 4 * MIB);
     await disk.create();
@@ -118,7 +118,7 @@ describe('verifying', () => {
     );
   });
 
-  test('--verify compares the SHA-256 of the image where there is one', async () => {
+  test('--verify compares the SHA-256 of the image if there is one', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '4M');
     const to = path.join(temporaryDirectory(), 'backup');
@@ -132,7 +132,7 @@ describe('verifying', () => {
     );
   });
 
-  test('reads what is stored: 4 TiB with 5 MB in it take seconds, after a touch and with restore --verify', async () => {
+  test('reads only stored data: 4 TiB with 5 MB in it take seconds, after a touch and with restore --verify', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '4T');
     const data = path.join(temporaryDirectory(), 'data');
@@ -148,7 +148,7 @@ describe('verifying', () => {
       /changed since the last run: .*base-1\.img.*,the stored backups match their hashes/,
     );
     expect(await target.ok('restore', to, '--verify')).toMatch(/^3 backups of vm in .*, all intact/);
-    // Two hours by reading all of it; what it takes here, and much more than that.
+    // Reading all of it would take two hours; the limit is far above the time that it takes here.
     expect(Date.now() - startedAt).toBeLessThan(60_000);
   }, 180_000);
 
@@ -180,12 +180,12 @@ describe('verifying', () => {
     expect(refused).toMatch(/base-1\.img is damaged/);
   });
 
-  test('ends when it is told to, says beforehand what it does, and has no store locked meanwhile', async () => {
+  test('ends on a signal, announces what it does, and locks no store meanwhile', async () => {
     const target = await testStore('directly on the store');
     await target.ok('vdi', 'create', 'vm', '64G');
     const to = newTarget();
     await target.ok('backup', 'vm', '--to', to);
-    // Zeros that are stored: they have to be read.
+    // Stored zeros, which must be read.
     const fd = fs.openSync(path.join(to, 'base-1.img'), 'r+');
     for (let n = 0; n < 128; n++) fs.writeSync(fd, Buffer.alloc(4 * MIB), 0, 4 * MIB, n * 128 * MIB);
     fs.closeSync(fd);
@@ -217,8 +217,8 @@ describe('verifying', () => {
   }, 180_000);
 });
 
-describe('a target and a store that do not fit together', () => {
-  test('the target is behind: it was copied, and the other one went on', async () => {
+describe('a target and a store that do not match', () => {
+  test('the target is behind: it is an older copy, and the original has later backups', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -235,7 +235,7 @@ describe('a target and a store that do not fit together', () => {
     expect(await bases(disk.target)).toEqual([`vm@${base}`]);
   });
 
-  test('the store is behind: it was put back from a copy, and the target has what is newer', async () => {
+  test('the store is behind: it was restored from a copy, and the target has newer data', async () => {
     const disk = await newDisk();
     const to = newTarget();
     const { base } = await disk.backup(to);
@@ -264,7 +264,7 @@ describe('in a target that others can write to', () => {
     'a directory': (file: string) => fs.mkdirSync(file),
   };
 
-  /** Put each kind of thing in the place of a file, and see that commands end, say so, and touch nothing outside. */
+  /** Put each kind of file in the place of one of ours: commands must end, report it, and touch nothing outside the target. */
   async function expectRefused(
     name: (to: string) => string,
     commands: readonly (readonly string[])[],
@@ -280,7 +280,7 @@ describe('in a target that others can write to', () => {
     const outside = path.join(temporaryDirectory(), 'precious');
     const file = path.join(to, name(to));
     const content = fs.readFileSync(file);
-    // What is read through a link would do: only that it is one is wrong.
+    // The content behind the link is right: only the link itself is wrong.
     fs.writeFileSync(outside, content);
     for (const [kind, make] of Object.entries(kinds)) {
       fs.rmSync(file);
@@ -305,7 +305,7 @@ describe('in a target that others can write to', () => {
     }
   }
 
-  test('the lock may be anything', () =>
+  test('any kind of file in the place of the lock is refused', () =>
     expectRefused(
       () => 'lock',
       [
@@ -314,7 +314,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the manifest may be anything', () =>
+  test('any kind of file in the place of the manifest is refused', () =>
     expectRefused(
       () => 'manifest.json',
       [
@@ -323,7 +323,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the image may be anything', () =>
+  test('any kind of file in the place of the image is refused', () =>
     expectRefused(
       () => 'base-1.img',
       [
@@ -333,7 +333,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('an increment may be anything', () =>
+  test('any kind of file in the place of an increment is refused', () =>
     expectRefused(
       (to) => fs.readdirSync(to).find((name) => /^0002.*qcow2$/.test(name)) as string,
       [
@@ -342,7 +342,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('the hashes may be anything', () =>
+  test('any kind of file in the place of the hashes is refused', () =>
     expectRefused(
       (to) => fs.readdirSync(to).find((name) => /^0002.*hashes$/.test(name)) as string,
       [
@@ -351,7 +351,7 @@ describe('in a target that others can write to', () => {
       ],
     ));
 
-  test('a link in the place of the files that are being written is removed, not followed', async () => {
+  test('a link in the place of a file that is to be written is removed, not followed', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -365,7 +365,7 @@ describe('in a target that others can write to', () => {
     expect(fs.readdirSync(to).filter((name) => name.endsWith('.partial'))).toEqual([]);
   });
 
-  test('an image that has another name elsewhere is not written into', async () => {
+  test('an image with another name (hard link) is not written to', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -381,7 +381,7 @@ describe('in a target that others can write to', () => {
     expect(await disk.checkAll(to)).toEqual([1, 2, 3]);
   });
 
-  test('the directory beside an image may be a link: it is not followed', async () => {
+  test('a link in the place of the directory beside an image is not followed', async () => {
     const disk = await newDisk();
     const image = newTarget('vm.img');
     const elsewhere = temporaryDirectory();
@@ -406,7 +406,7 @@ describe('in a target that others can write to', () => {
     expect(hashOf((await disk.target.run(['export', 'restored', '-'])).stdoutBytes)).toBe(hashOf(disk.content));
   });
 
-  test('what a manifest says is printed without control characters', async () => {
+  test('the content of a manifest is printed without control characters', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -438,7 +438,7 @@ describe('in a target that others can write to', () => {
     expect(await disk.target.fails('restore', to, '--list')).toMatch(/manifest\.json is damaged: [^\x1b]*\n$/);
   });
 
-  test('sizes and counts have bounds, and say so', async () => {
+  test('sizes and counts are limited, and the message names the limit', async () => {
     const disk = await newDisk();
     const to = newTarget();
     await disk.backup(to);
@@ -464,7 +464,7 @@ describe('in a target that others can write to', () => {
     expect(await refusedWith([{ ...point, blockBytes: 1 }])).toMatch(/fields are missing or invalid/);
     expect(await refusedWith([{ ...point, time: '../../x' }])).toMatch(/fields are missing/);
     expect(await refusedWith([{ ...point }, { ...point }])).toMatch(/its backups are not in order/);
-    // 400,000 of them are more than a manifest may have in bytes.
+    // 400,000 of them exceed the maximum size of a manifest.
     fs.writeFileSync(manifest, '');
     fs.truncateSync(manifest, 200 * MIB);
     expect(await disk.target.fails('restore', to, '--list')).toMatch(
