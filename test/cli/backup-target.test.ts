@@ -128,7 +128,7 @@ describe('verifying', () => {
     const text = fs.readFileSync(manifest, 'utf8').replace(/("sha256": ")[0-9a-f]{4}/, '$1ffff');
     fs.writeFileSync(manifest, text);
     expect(await target.fails('restore', to, '--verify')).toMatch(
-      /manifest\.json is damaged: .*SHA-256 of backup 1 is ffff/,
+      /manifest\.json is damaged: .*ffff.* as the SHA-256 of backup 1/,
     );
   });
 
@@ -175,7 +175,7 @@ describe('verifying', () => {
     const again = fs.openSync(base, 'r+');
     fs.writeSync(again, holed, 0, MIB, 0);
     fs.closeSync(again);
-    expect(await disk.target.fails('restore', to, '--verify')).toMatch(/1048576 bytes of the disk at 1048576 are not/);
+    expect(await disk.target.fails('restore', to, '--verify')).toMatch(/1048576 bytes of the disk at 1048576 differ/);
     const refused = lastLineOf(await disk.target.run(['backup', 'vm', '--to', to]), 1, 'backup');
     expect(refused).toMatch(/base-1\.img is damaged/);
   });
@@ -230,7 +230,7 @@ describe('a target and a store that do not match', () => {
     expect(refusal).toMatch(/the target is behind: .*-copy ends with backup 1 of 20/);
     expect(refusal).toContain(`has the snapshot "${base}" of 20`);
     expect(refusal).toMatch(
-      /, 2 backups later; .*-copy is an older copy of a target in use: back up to that one, or say/,
+      /, 2 backups later; .*-copy is an older copy of a target in use: back up to that one, or use/,
     );
     expect(await bases(disk.target)).toEqual([`vm@${base}`]);
   });

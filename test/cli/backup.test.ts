@@ -164,7 +164,7 @@ describe('one by one', () => {
     await disk.backup(image, '--full');
     expect(await disk.checkAll(image)).toEqual([6]);
     const many = await disk.target.run(['backup', 'vm', '--to', image, '--keep', '7']);
-    expect(oneLineOf(many, 2, 'backup')).toMatch(/is one image, .* --keep 7 needs a directory/);
+    expect(oneLineOf(many, 2, 'backup')).toMatch(/is an image, .* --keep 7 needs a directory/);
   });
 
   test('data written after a rollback is distinguished from data written before it', async () => {
@@ -360,7 +360,7 @@ describe('a target', () => {
     const { target } = disk;
     const refused = async (): Promise<string> => {
       const line = lastLineOf(await target.run(['backup', 'vm', '--to', to]), 1, 'backup');
-      expect(line).toMatch(/--verify' tells which backups are intact, and --full starts again/);
+      expect(line).toMatch(/--verify' shows which backups are intact, and --full starts again/);
       expect(await bases(target)).toEqual([`vm@${second.base}`]);
       return line;
     };

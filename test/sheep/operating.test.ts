@@ -442,8 +442,8 @@ describe('the state of a cluster', () => {
     expect(info.nodes.map(({ state }) => state)).toEqual(['unreachable', 'ok', 'ok']);
     expect(info.nodes[0]?.reason).toContain('ECONNREFUSED');
     const text = await target.ok('cluster', 'info');
-    expect(text).toMatch(/^recovery +none is running; 1 node does not say; disabled/m);
-    expect(text).toMatch(/, without 1 node that does not say$/m);
+    expect(text).toMatch(/^recovery +none is running; 1 node does not report it; disabled/m);
+    expect(text).toMatch(/, without 1 node that does not report it$/m);
 
     cluster.fault = ({ node, opcode }) =>
       node === 2 && opcode === StateOp.STAT_SHEEP ? { until: new Promise(() => undefined) } : undefined;

@@ -19,7 +19,6 @@ const LONGER_FILES = new Set([
   'nbd/src/client/client.ts',
   'nbd/src/server/connection.ts',
   'src/jobs/backup/target.ts',
-  'src/jobs/migration.ts',
   'src/store/sheep/cluster-client.ts',
   'src/store/sheep/node-pool.ts',
   'src/store/sheep/sheep-catalog.ts',

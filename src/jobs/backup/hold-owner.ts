@@ -1,6 +1,6 @@
 /**
  * Who this process is during a backup. Root takes the identity of a store's owner while it has the store open
- * (src/operations/store-owner.ts). A backup opens its store several times, and its target must belong to one user: the
+ * (src/operations/run-as-owner.ts). A backup opens its store several times, and its target must belong to one user: the
  * identity of the first opening is held to the end of the backup.
  */
 import { explainIdentity, takeOwner } from '../../operations/run-as-owner.js';

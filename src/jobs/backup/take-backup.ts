@@ -57,7 +57,8 @@ export interface Taken {
 }
 
 /**
- * The store is open only while it is needed: work on the target alone, which may take hours, is done before and after. Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
+ * The store is open only while it is needed: work on the target alone, which may take hours, is done before and after.
+ * Errors: BASE_GONE, DAMAGED, BAD_TARGET, BUSY, NO_SPACE, and those of the store.
  */
 export async function takeBackup(withStore: WithStore, given: TakeOptions): Promise<Taken> {
   const { to, isFull, log } = given;
