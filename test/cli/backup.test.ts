@@ -382,7 +382,7 @@ describe('a target', () => {
     // The old content with another time: it is compared, and accepted.
     const { notes } = await disk.backup(to);
     expect(notes.join()).toMatch(
-      /not as the last run left it: .*0002-.*; what is stored is compared .*,compared with the hashes, it is right$/,
+      /changed since the last run: .*0002-.*; comparing the stored backups .*,the stored backups match their hashes$/,
     );
     expect((await disk.backup(to)).notes).toEqual([]);
     const hashes = path.join(to, fs.readdirSync(to).find((name) => /^0004.*hashes$/.test(name)) as string);
@@ -393,7 +393,7 @@ describe('a target', () => {
     expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is damaged/);
     expect(await target.fails('restore', to, '--list')).toMatch(/manifest\.json is damaged/);
     fs.rmSync(path.join(to, 'manifest.json'));
-    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is missing: put it back/);
+    expect(await target.fails('backup', 'vm', '--to', to)).toMatch(/manifest\.json is missing: restore it/);
   });
 
   test('with a damaged chain gets a new one by --full, and intact backups can still be restored', async () => {

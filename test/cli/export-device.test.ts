@@ -192,7 +192,9 @@ test('links, fifos and another export at the path of the partial image are not w
   const other = fs.openSync(`${out}.partial`, 'w');
   fs.writeSync(other, 'half');
   expect(tryLock(other)).toBe(true);
-  expect(await target.fails('export', 'vm', out)).toMatch(/another export is writing .*vm\.img; wait for it to end/);
+  expect(await target.fails('export', 'vm', out)).toMatch(
+    /another export is writing .*vm\.img; wait until it has ended/,
+  );
   expect(fs.readFileSync(`${out}.partial`, 'utf8')).toBe('half');
   fs.closeSync(other);
   expect((await target.run(['export', 'vm', out])).code).toBe(0);
@@ -289,8 +291,8 @@ test('/dev/stdout is stdout, and no file is created in /dev or /proc', async () 
   expect(result.code, result.stderr).toBe(0);
   expectBytes(fs.readFileSync(out), content);
   const missing = `/dev/sheepgate-${process.pid}`;
-  expect(await target.fails('export', 'vm', missing)).toMatch(/is in \/dev, and no device/);
-  expect(await target.fails('export', 'vm', '/proc/self/comm', '--force')).toMatch(/is in \/proc, and no device/);
+  expect(await target.fails('export', 'vm', missing)).toMatch(/is in \/dev and is not a device/);
+  expect(await target.fails('export', 'vm', '/proc/self/comm', '--force')).toMatch(/is in \/proc and is not a device/);
   expect(fs.existsSync(missing)).toBe(false);
 });
 
@@ -298,7 +300,7 @@ test('for an image without space or directory, the error names the place and the
   const { target } = await storeWithDisk();
   const nowhere = path.join(temporaryDirectory(), 'nodir');
   expect(await target.fails('export', 'vm', path.join(nowhere, 'x.img'))).toContain(
-    `${nowhere} does not exist; make it`,
+    `${nowhere} does not exist; create it`,
   );
   const directory = path.join(temporaryDirectory(), 'small');
   fs.mkdirSync(directory);

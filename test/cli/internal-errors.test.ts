@@ -40,7 +40,7 @@ test('a command that stops before it is done fails with an error', async () => {
   const image = path.join(directory, 'image');
   fs.writeFileSync(image, Buffer.alloc(65_536, 1));
   const line = oneLineOfFault(await sheepgateWith(preload, 'import', image, 'vm'));
-  expect(line).toContain('the command stopped before its end');
+  expect(line).toContain('the command stopped before it was done');
 });
 
 test('a missing native library is an error in one line, with the way out', async () => {
