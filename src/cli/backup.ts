@@ -48,7 +48,7 @@ export function backupCommand(): Command {
     .addOption(new Option('--compare', 'find the changes by reading all of the VDI').conflicts('full'))
     .option('--no-base', 'keep no snapshot of the VDI; the next backup must read all of it')
     .option('--no-verify', 'do not read back and verify what was written')
-    .option('--sha256', 'store the SHA-256 of the whole image with the backup (reads the whole image, zeros too)')
+    .option('--sha256', 'store the SHA-256 of the whole image with the backup (hashes its zeros too)')
     .addHelpText('after', HELP);
   return withFreezeOptions(withCommonOptions(command)).action(async (name: string, options: BackupOptions) => {
     const startedAt = performance.now();

@@ -74,10 +74,7 @@ export function migrateCommand(): Command {
         .choices(['all', 'changed', 'only'])
         .default('all'),
     )
-    .option(
-      '--sha256',
-      'print the SHA-256 of each whole image, as sha256sum computes it (reads the whole images, zeros too)',
-    )
+    .option('--sha256', 'print the SHA-256 of each whole image, as sha256sum computes it (hashes zeros too)')
     .addOption(missingOption())
     .addOption(copiesOption())
     .addOption(blockSizeShiftOption('in a cluster, as it was formatted; in a local store, as in the source'))

@@ -58,7 +58,7 @@ export function serveCommand(): Command {
     .addOption(
       new Option(
         '--create-store <yes|no>',
-        'whether to create a missing store (default: yes); with no, an empty or missing directory (a disk not mounted) is an error',
+        'whether to create a missing store (default: yes). no: a directory without a store, such as an unmounted one, is an error',
       ).choices(['yes', 'no']),
     )
     .addOption(
